@@ -1,0 +1,146 @@
+"""The seam to the machine: five functional verbs on one axis of the mesh.
+
+Every verb returns a new tensor and never writes its input: an in-place all-reduce inside an
+``autograd.Function`` gives silently wrong gradients when the value was saved for backward.
+``Solo`` is the axis of size one, where every verb is the identity, so nothing above this line asks
+whether there is more than one rank.  Backends implement ``Axis`` for their devices; ``Metered``
+wraps one and counts what it sends.
+
+Bytes are those one rank sends over links when rings are used (Thakur et al. 2005, section 3):
+all-gather and reduce-scatter move (p-1)/p of the whole, all-reduce twice that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["sum", "max"]
+
+
+class Axis(Protocol):
+    """One axis of the mesh as one rank sees it.
+
+    ``rank_index`` is ``rank`` as a 0-d int64 tensor on the device: graphs that depend on the rank
+    read it from there, so that every rank traces the same program.
+    """
+
+    name: str
+    size: int
+    rank: int
+    rank_index: Tensor
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        """The sum (or maximum) over ranks: [...] -> [...]."""
+        ...
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        """All ranks' tensors in rank order along ``dim``: [.., n, ..] -> [.., size * n, ..]."""
+        ...
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        """My share along ``dim`` of the sum over ranks: [.., size * n, ..] -> [.., n, ..]."""
+        ...
+
+    def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
+        """Send share j along ``split`` to rank j, join what arrives along ``concat``."""
+        ...
+
+    def shift(self, x: Tensor, by: int = 1) -> Tensor:
+        """What rank ``rank - by`` held, around the ring: [...] -> [...]."""
+        ...
+
+
+class Solo:
+    """An axis of size one: every verb is the identity."""
+
+    size = 1
+    rank = 0
+
+    def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
+        self.name = name
+        self.rank_index = torch.zeros((), dtype=torch.int64, device=device)
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        return x
+
+    def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
+        return x
+
+    def shift(self, x: Tensor, by: int = 1) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a mesh as one rank sees them.
+
+    ``data`` is where gradients are summed (dp x cp).  ``kv`` joins the neighbouring tensor ranks
+    that hold the same key/value head; it has size one unless tensor > num_key_value_heads.
+    """
+
+    tp: Axis
+    data: Axis
+    kv: Axis
+    world: Axis
+
+    @classmethod
+    def solo(cls, device: torch.device | str = "cpu") -> Axes:
+        """The axes of a world of one."""
+        return cls(*(Solo(name, device) for name in ("tp", "data", "kv", "world")))
+
+
+@dataclass
+class Meter:
+    """Calls and bytes sent by this rank, by (axis, verb)."""
+
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    sent_bytes: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+    def add(self, axis: Axis, verb: str, whole_bytes: float) -> None:
+        if axis.size > 1:
+            self.calls[axis.name, verb] += 1
+            self.sent_bytes[axis.name, verb] += round(whole_bytes * (axis.size - 1) / axis.size)
+
+    def clear(self) -> None:
+        self.calls.clear()
+        self.sent_bytes.clear()
+
+
+class Metered:
+    """An axis that counts what it sends, then passes the call on."""
+
+    def __init__(self, axis: Axis, meter: Meter) -> None:
+        self.axis, self.meter = axis, meter
+        self.name, self.size, self.rank = axis.name, axis.size, axis.rank
+        self.rank_index = axis.rank_index
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        self.meter.add(self, "all_reduce", 2 * x.nbytes)
+        return self.axis.all_reduce(x, op)
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        self.meter.add(self, "all_gather", self.size * x.nbytes)
+        return self.axis.all_gather(x, dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        self.meter.add(self, "reduce_scatter", x.nbytes)
+        return self.axis.reduce_scatter(x, dim)
+
+    def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
+        self.meter.add(self, "all_to_all", x.nbytes)
+        return self.axis.all_to_all(x, split, concat)
+
+    def shift(self, x: Tensor, by: int = 1) -> Tensor:
+        self.meter.add(self, "shift", x.nbytes * self.size / max(self.size - 1, 1))
+        return self.axis.shift(x, by)
