@@ -284,9 +284,9 @@ class Config:
 
         Raises ConfigError where the global batch is not a whole number of them.
         """
-        from llamax.rules import accumulation
+        from llamax.rules import batch_divides
 
-        if problem := accumulation(self.data, data_degree):
+        for problem in batch_divides(self.data, data_degree):
             raise ConfigError(problem)
         return self.data.global_batch // (self.data.micro_batch * data_degree)
 
@@ -298,8 +298,7 @@ class Config:
 
     def check(self, world_size: int | None = None) -> None:
         """Raise one ConfigError that lists all problems, a line each, if there are any."""
-        if found := self.problems(world_size):
-            raise ConfigError("\n".join(found))
+        refuse(self.problems(world_size), "configuration")
 
 
 def sections(config: Config) -> Iterator[tuple[str, Any]]:
@@ -309,3 +308,11 @@ def sections(config: Config) -> Iterator[tuple[str, Any]]:
         yield name, section
         if isinstance(section, Model) and section.rope_scaling:
             yield "model.rope_scaling", section.rope_scaling
+
+
+def refuse(found: list[str], where: str) -> None:
+    """Raise one ConfigError that names ``where`` and tells every line of ``found``, if any."""
+    if len(found) == 1:
+        raise ConfigError(f"{where}: {found[0]}")
+    if found:
+        raise ConfigError("\n  ".join([f"{where}: {len(found)} problems", *found]))

@@ -1,4 +1,4 @@
-"""What must hold in a configuration: every rule is a function that returns a line or None.
+"""What must hold in a configuration: every rule is a function that yields a line per problem.
 
 First each field by itself (its range, its choices), then the rules between fields.  A rule names
 the fields it reads and is skipped where one of those is already out of range, so each mistake is
@@ -7,13 +7,13 @@ told once and nothing divides by zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from llamax.config import Config, Data, sections
 
-Rule = Callable[[Config, "int | None"], "str | None"]
+Rule = Callable[[Config, "int | None"], Iterator[str]]
 RULES: list[tuple[tuple[str, ...], Rule]] = []
 
 
@@ -32,8 +32,8 @@ def problems(config: Config, world_size: int | None) -> Iterator[str]:
     broken = dict(_out_of_range(config))
     yield from broken.values()
     for keys, check in RULES:
-        if broken.keys().isdisjoint(keys) and (problem := check(config, world_size)):
-            yield problem
+        if broken.keys().isdisjoint(keys):
+            yield from check(config, world_size)
 
 
 def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
@@ -52,7 +52,7 @@ def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
                     yield key, f"{key}={value} is out of range; use {allowed.words}"
 
 
-def either(choices: tuple[object, ...] | list[int]) -> str:
+def either(choices: Sequence[object]) -> str:
     """``a, b or c``."""
     *most, last = map(str, choices)
     return f"{', '.join(most)} or {last}" if most else last
@@ -62,216 +62,211 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
+def multiples_near(n: int, step: int) -> list[int]:
+    """The multiples of ``step`` on both sides of ``n``, without 0."""
+    below = n - n % step
+    return [m for m in (below, below + step) if m]
+
+
 # ---- the model
 
 
 @rule("model.hidden_size", "model.num_attention_heads", "model.head_dim")
-def _heads_divide_hidden(c: Config, world: int | None) -> str | None:
-    m = c.model
-    whole, rest = divmod(m.hidden_size, m.num_attention_heads)
-    if not rest or m.head_dim != whole:
-        return None
-    return (
-        f"model.num_attention_heads={m.num_attention_heads} does not divide "
-        f"model.hidden_size={m.hidden_size}; use a divisor, or set model.head_dim"
-    )
+def heads_divide_hidden(c: Config, world: int | None) -> Iterator[str]:
+    whole, rest = divmod(c.model.hidden_size, c.model.num_attention_heads)
+    if rest and c.model.head_dim == whole:
+        yield (
+            f"model.num_attention_heads={c.model.num_attention_heads} does not divide "
+            f"model.hidden_size={c.model.hidden_size}; use a divisor, or set model.head_dim"
+        )
 
 
 @rule("model.head_dim")
-def _head_dim_even(c: Config, world: int | None) -> str | None:
-    if c.model.head_dim % 2 == 0:
-        return None
-    return (
-        f"model.head_dim={c.model.head_dim} is odd, and rotary positions turn pairs of features; "
-        f"use {c.model.head_dim + 1}"
-    )
+def heads_turn_pairs(c: Config, world: int | None) -> Iterator[str]:
+    if c.model.head_dim % 2:
+        yield (
+            f"model.head_dim={c.model.head_dim} is odd, and rotary positions turn pairs of "
+            f"features; use {c.model.head_dim + 1}"
+        )
 
 
 @rule("model.num_attention_heads", "model.num_key_value_heads")
-def _groups_of_heads(c: Config, world: int | None) -> str | None:
+def queries_share_keys(c: Config, world: int | None) -> Iterator[str]:
     heads, kv = c.model.num_attention_heads, c.model.num_key_value_heads
-    if heads % kv == 0:
-        return None
-    return (
-        f"model.num_key_value_heads={kv} does not divide model.num_attention_heads={heads}; "
-        f"use {either(divisors(heads))}"
-    )
+    if heads % kv:
+        yield (
+            f"model.num_key_value_heads={kv} does not divide model.num_attention_heads={heads}; "
+            f"use {either(divisors(heads))}"
+        )
 
 
 @rule("model.bos_token_id", "model.eos_token_id", "model.vocab_size")
-def _special_tokens(c: Config, world: int | None) -> str | None:
-    m = c.model
-    for name, ids in (
-        ("bos_token_id", () if m.bos_token_id is None else (m.bos_token_id,)),
-        ("eos_token_id", m.eos_token_ids),
-    ):
-        for token in ids:
-            if token >= m.vocab_size:
-                return (
-                    f"model.{name}={token} is outside model.vocab_size={m.vocab_size}; "
-                    f"use 0 to {m.vocab_size - 1}"
-                )
-    return None
+def special_tokens_exist(c: Config, world: int | None) -> Iterator[str]:
+    bos = c.model.bos_token_id
+    named = [("bos_token_id", bos)] if bos is not None else []
+    for name, token in named + [("eos_token_id", eos) for eos in c.model.eos_token_ids]:
+        if token >= c.model.vocab_size:
+            yield (
+                f"model.{name}={token} is outside model.vocab_size={c.model.vocab_size}; "
+                f"use 0 to {c.model.vocab_size - 1}"
+            )
 
 
 @rule("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor")
-def _rope_order(c: Config, world: int | None) -> str | None:
-    scaling = c.model.rope_scaling
-    if scaling is None or scaling.low_freq_factor < scaling.high_freq_factor:
-        return None
-    return (
-        f"model.rope_scaling.low_freq_factor={scaling.low_freq_factor} is not below "
-        f"high_freq_factor={scaling.high_freq_factor}; Llama 3.1 uses 1.0 and 4.0"
-    )
+def rope_bands_in_order(c: Config, world: int | None) -> Iterator[str]:
+    rope = c.model.rope_scaling
+    if rope and rope.low_freq_factor >= rope.high_freq_factor:
+        yield (
+            f"model.rope_scaling.low_freq_factor={rope.low_freq_factor} is not below "
+            f"model.rope_scaling.high_freq_factor={rope.high_freq_factor}; Llama 3 has 1.0 and 4.0"
+        )
 
 
 @rule("model.rope_scaling.factor")
-def _rope_factor(c: Config, world: int | None) -> str | None:
-    scaling = c.model.rope_scaling
-    if scaling is None or scaling.factor >= 1:
-        return None
-    return (
-        f"model.rope_scaling.factor={scaling.factor} would shrink the context; "
-        f"use 1.0 or more (Llama 3.1: 8.0, Llama 3.2: 32.0)"
-    )
+def rope_stretches(c: Config, world: int | None) -> Iterator[str]:
+    rope = c.model.rope_scaling
+    if rope and rope.factor < 1:
+        yield (
+            f"model.rope_scaling.factor={rope.factor} would shrink the context; "
+            f"use 1.0 or more (Llama 3.1 has 8.0, Llama 3.2 has 32.0)"
+        )
 
 
 # ---- the mesh
 
 
 @rule("parallel.tensor", "model.num_attention_heads")
-def _tensor_divides_heads(c: Config, world: int | None) -> str | None:
+def tensor_divides_heads(c: Config, world: int | None) -> Iterator[str]:
     tensor, heads = c.parallel.tensor, c.model.num_attention_heads
-    if heads % tensor == 0:
-        return None
-    return (
-        f"parallel.tensor={tensor} does not divide model.num_attention_heads={heads}; "
-        f"use {either(divisors(heads))}"
-    )
+    if heads % tensor:
+        yield (
+            f"parallel.tensor={tensor} does not divide model.num_attention_heads={heads}; "
+            f"use {either(divisors(heads))}"
+        )
 
 
 @rule("parallel.tensor", "model.num_key_value_heads", "model.num_attention_heads")
-def _tensor_fits_kv_heads(c: Config, world: int | None) -> str | None:
+def tensor_fits_kv_heads(c: Config, world: int | None) -> Iterator[str]:
     tensor, heads, kv = c.parallel.tensor, c.model.num_attention_heads, c.model.num_key_value_heads
-    if heads % tensor or kv % tensor == 0 or tensor % kv == 0:
-        return None
-    fitting = [d for d in divisors(heads) if kv % d == 0 or d % kv == 0]
-    return (
-        f"parallel.tensor={tensor} is neither a divisor nor a multiple of "
-        f"model.num_key_value_heads={kv}; use {either(fitting)}"
-    )
+    if heads % tensor == 0 and kv % tensor and tensor % kv:
+        fitting = [d for d in divisors(heads) if kv % d == 0 or d % kv == 0]
+        yield (
+            f"parallel.tensor={tensor} is neither a divisor nor a multiple of "
+            f"model.num_key_value_heads={kv}; use {either(fitting)}"
+        )
 
 
 @rule("parallel.tensor", "model.intermediate_size")
-def _tensor_divides_feed_forward(c: Config, world: int | None) -> str | None:
+def tensor_divides_feed_forward(c: Config, world: int | None) -> Iterator[str]:
     tensor, width = c.parallel.tensor, c.model.intermediate_size
-    if width % tensor == 0:
-        return None
-    return (
-        f"parallel.tensor={tensor} does not divide model.intermediate_size={width}; "
-        f"use {either([d for d in divisors(width) if d <= 64])}"
-    )
+    if width % tensor:
+        yield (
+            f"parallel.tensor={tensor} does not divide model.intermediate_size={width}; "
+            f"use {either([d for d in divisors(width) if d <= 2 * tensor])}"
+        )
 
 
 @rule("parallel.tensor", "data.sequence_length")
-def _tensor_divides_sequence(c: Config, world: int | None) -> str | None:
+def tensor_divides_sequence(c: Config, world: int | None) -> Iterator[str]:
     tensor, length = c.parallel.tensor, c.data.sequence_length
-    if not c.parallel.sequence or length % tensor == 0:
-        return None
-    return (
-        f"parallel.tensor={tensor} does not divide data.sequence_length={length}, which "
-        f"parallel.sequence=true cuts; use {length + -length % tensor}, or parallel.sequence=false"
-    )
+    if c.parallel.sequence and length % tensor:
+        yield (
+            f"parallel.tensor={tensor} does not divide data.sequence_length={length}, which "
+            f"parallel.sequence=true cuts; use {either(multiples_near(length, tensor))}, "
+            f"or parallel.sequence=false"
+        )
 
 
 @rule("parallel.tensor", "parallel.data")
-def _mesh_fills_world(c: Config, world: int | None) -> str | None:
+def mesh_fills_world(c: Config, world: int | None) -> Iterator[str]:
     tensor, data = c.parallel.tensor, c.parallel.data
     if world is None:
-        return None
+        return
     if world % tensor:
-        return (
+        yield (
             f"parallel.tensor={tensor} does not divide the world of {world} ranks; "
             f"start a multiple of {tensor} ranks, or use {either(divisors(world))}"
         )
-    if data and tensor * data != world:
-        return (
+    elif data and tensor * data != world:
+        yield (
             f"parallel.tensor={tensor} x parallel.data={data} is {tensor * data} ranks, but the "
             f"world has {world}; use parallel.data={world // tensor}, or 0 to take what is there"
         )
-    return None
 
 
 # ---- batches and steps
 
 
-def accumulation(data: Data, data_degree: int) -> str | None:
-    """Why ``data_degree`` ranks cannot share the global batch in whole microsteps, or None."""
+def batch_divides(data: Data, data_degree: int) -> Iterator[str]:
+    """``data_degree`` ranks share the global batch in whole microsteps."""
     microstep = data.micro_batch * data_degree
-    if data.global_batch % microstep == 0:
-        return None
-    below = data.global_batch - data.global_batch % microstep
-    return (
-        f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch="
-        f"{data.micro_batch} x {data_degree} data ranks = {microstep}; "
-        f"use {either(([below] if below else []) + [below + microstep])}"
-    )
+    if data.global_batch % microstep:
+        yield (
+            f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch="
+            f"{data.micro_batch} x {data_degree} data ranks = {microstep}; "
+            f"use {either(multiples_near(data.global_batch, microstep))}"
+        )
 
 
 @rule("data.global_batch", "data.micro_batch", "parallel.tensor", "parallel.data")
-def _batch_divides(c: Config, world: int | None) -> str | None:
-    if world is not None and world % c.parallel.tensor == 0:
-        return accumulation(c.data, c.parallel.data or world // c.parallel.tensor)
-    return accumulation(c.data, c.parallel.data or 1)
+def batch_divides_over_mesh(c: Config, world: int | None) -> Iterator[str]:
+    left = (world or 1) // c.parallel.tensor  # 0 where tensor exceeds the world: told elsewhere
+    yield from batch_divides(c.data, c.parallel.data or left or 1)
 
 
 @rule("data.sequence_length", "model.max_position_embeddings")
-def _sequence_fits_model(c: Config, world: int | None) -> str | None:
+def sequence_fits_model(c: Config, world: int | None) -> Iterator[str]:
     length, longest = c.data.sequence_length, c.model.max_position_embeddings
-    if length <= longest:
-        return None
-    return (
-        f"data.sequence_length={length} is above model.max_position_embeddings={longest}; "
-        f"use {longest} or less, or raise the model's"
-    )
+    if length > longest:
+        yield (
+            f"data.sequence_length={length} is above model.max_position_embeddings={longest}; "
+            f"use {longest} or less, or raise the model's"
+        )
 
 
 @rule("optim.lr", "optim.min_lr", "optim.schedule")
-def _lr_falls(c: Config, world: int | None) -> str | None:
-    o = c.optim
-    if o.schedule == "constant" or o.min_lr <= o.lr:
-        return None
-    return f"optim.min_lr={o.min_lr} is above optim.lr={o.lr}; use {o.lr} or less"
+def learning_rate_falls(c: Config, world: int | None) -> Iterator[str]:
+    if c.optim.schedule != "constant" and c.optim.min_lr > c.optim.lr:
+        yield (
+            f"optim.min_lr={c.optim.min_lr} is above optim.lr={c.optim.lr}; "
+            f"use {c.optim.lr} or less"
+        )
 
 
-@rule("optim.warmup_steps", "optim.decay_steps", "optim.schedule", "run.steps")
-def _schedule_fits_run(c: Config, world: int | None) -> str | None:
-    o, steps = c.optim, c.run.steps
-    if o.schedule == "wsd" and not o.decay_steps:
-        return f"optim.schedule=wsd needs optim.decay_steps; use {max(1, steps // 5)}, for example"
-    if o.schedule != "wsd" and o.decay_steps:
-        return (
-            f"optim.decay_steps={o.decay_steps} means nothing to optim.schedule={o.schedule}; "
-            f"remove it, or use optim.schedule=wsd"
+@rule("optim.decay_steps", "optim.schedule", "run.steps")
+def decay_belongs_to_wsd(c: Config, world: int | None) -> Iterator[str]:
+    schedule, decay = c.optim.schedule, c.optim.decay_steps
+    if schedule == "wsd" and not decay:
+        yield (
+            f"optim.decay_steps=0 with optim.schedule=wsd; "
+            f"use 1 to {c.run.steps}, the last fifth of the run for example"
         )
-    if o.warmup_steps + o.decay_steps > steps:
-        return (
-            f"optim.warmup_steps={o.warmup_steps} + optim.decay_steps={o.decay_steps} is above "
-            f"run.steps={steps}; use at most {steps} together"
+    if schedule != "wsd" and decay:
+        yield (
+            f"optim.decay_steps={decay} means nothing to optim.schedule={schedule}; "
+            f"use 0, or optim.schedule=wsd"
         )
-    return None
+
+
+@rule("optim.warmup_steps", "optim.decay_steps", "run.steps")
+def schedule_fits_run(c: Config, world: int | None) -> Iterator[str]:
+    warmup, decay, steps = c.optim.warmup_steps, c.optim.decay_steps, c.run.steps
+    if warmup + decay > steps:
+        yield (
+            f"optim.warmup_steps={warmup} + optim.decay_steps={decay} is above run.steps={steps}; "
+            f"use at most {steps} together"
+        )
 
 
 # ---- folders
 
 
-@rule("data.path", "run.folder", "checkpoint.resume")
-def _folders_named(c: Config, world: int | None) -> str | None:
+@rule()
+def folders_are_named(c: Config, world: int | None) -> Iterator[str]:
     for key, value, use in (
         ("data.path", c.data.path, "the folder that llamax prepare wrote"),
         ("run.folder", c.run.folder, "a folder for this run"),
         ("checkpoint.resume", c.checkpoint.resume, "auto, never or a checkpoint folder"),
     ):
         if not value.strip():
-            return f"{key} is empty; use {use}"
-    return None
+            yield f"{key} is empty; use {use}"
