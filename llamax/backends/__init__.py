@@ -1,0 +1,76 @@
+"""Where a run takes place: one device, its process groups, and the few things only a machine knows.
+
+Everything above this package is the same on every backend; only modules in here name
+``torch.distributed``, ``torch.cuda`` or a vendor.
+
+| name | device        | collectives             |
+|------|---------------|-------------------------|
+| cpu  | torch CPU     | torch.distributed, gloo |
+| cuda | NVIDIA        | torch.distributed, nccl |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llamax.collectives import Axes
+from llamax.errors import BackendError
+from llamax.launch.env import Rendezvous
+from llamax.mesh import Mesh
+
+NAMES = ("cpu", "cuda")
+
+
+class Backend(Protocol):
+    """What a run asks of its machine."""
+
+    name: str
+    device: torch.device
+
+    def start(self, mesh: Mesh, rendezvous: Rendezvous, timeout_s: float, kv: int = 1) -> Axes:
+        """Join the other ranks and return the axes of ``mesh``; ``kv`` ranks share one KV head."""
+        ...
+
+    def stop(self) -> None:
+        """Leave the world."""
+        ...
+
+    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
+        """Device scalars as Python floats: the one place where the host waits for the device."""
+        ...
+
+    def step_boundary(self) -> None:
+        """The end of a traced step: where a lazy device runs what was recorded."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        ...
+
+    def memory(self) -> int:
+        """Peak bytes in use so far: device memory, or the resident set of a CPU process."""
+        ...
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        """Matrix-multiplication peak of this rank's share of the device, FLOP/s; None: unknown."""
+        ...
+
+
+def choose(name: str, rendezvous: Rendezvous, threads: int = 0) -> Backend:
+    """The backend called ``name``; ``threads`` per rank on a CPU, 0 for an equal share of the cores.
+
+    Raises BackendError for a backend that is unknown or has no device here.
+    """
+    from llamax.backends import torch as torch_backend
+
+    if name == "cpu":
+        return torch_backend.Cpu(rendezvous, threads)
+    if name == "cuda":
+        return torch_backend.Cuda(rendezvous)
+    raise BackendError(
+        f"run.backend={name} is not available in this version of llamax; use {' or '.join(NAMES)}"
+    )

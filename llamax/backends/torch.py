@@ -1,0 +1,243 @@
+"""torch.distributed: gloo on CPUs, nccl on GPUs.
+
+gloo's own all-gather and reduce-scatter cost two to six times its all-to-all for the same bytes
+(``benchmarks/collectives.py``), and its reduce-scatter adds in the tensor's dtype.  So on gloo both
+verbs are one all-to-all: a reduce-scatter sends share j to rank j and adds what arrives, in rank
+order and in float32, so that the result is the same bits on every run.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llamax.backends import cpu
+from llamax.collectives import Axes, Axis, Reduction, Solo
+from llamax.errors import BackendError
+from llamax.launch.env import Rendezvous
+from llamax.mesh import Groups, Mesh
+
+OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
+CUDA_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}
+
+
+class TorchAxis:
+    """One axis over a process group; ``ranks`` are its global ranks in axis order."""
+
+    def __init__(
+        self, name: str, ranks: Sequence[int], device: torch.device, group: dist.ProcessGroup
+    ) -> None:
+        self.name, self.size, self.ranks, self.group = name, len(ranks), tuple(ranks), group
+        self.rank = self.ranks.index(dist.get_rank())
+        self.rank_index = torch.tensor(self.rank, dtype=torch.int64, device=device)
+        self.gloo = device.type == "cpu"
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        y = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(y, OPS[op], group=self.group)
+        return y
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        parts = x.new_empty((self.size, *x.shape))
+        if self.gloo:
+            copies = x.unsqueeze(0).expand(self.size, *x.shape).contiguous()
+            dist.all_to_all_single(parts, copies, group=self.group)
+        else:
+            dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
+        return _join(parts, dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        parts = self._split(x, dim)
+        if self.gloo:
+            arrived = torch.empty_like(parts)
+            dist.all_to_all_single(arrived, parts, group=self.group)
+            return _add(arrived)
+        mine = torch.empty_like(parts[0])
+        dist.reduce_scatter_tensor(mine, parts, group=self.group)
+        return mine
+
+    def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
+        parts = self._split(x, split)
+        arrived = torch.empty_like(parts)
+        dist.all_to_all_single(arrived, parts, group=self.group)
+        return _join(arrived, concat)
+
+    def shift(self, x: Tensor, by: int = 1) -> Tensor:
+        x, arrived = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        there, here = (self.ranks[(self.rank + step) % self.size] for step in (by, -by))
+        exchange = [
+            dist.P2POp(dist.isend, x, there, self.group),
+            dist.P2POp(dist.irecv, arrived, here, self.group),
+        ]
+        for request in dist.batch_isend_irecv(exchange):
+            request.wait()
+        return arrived
+
+    def _split(self, x: Tensor, dim: int) -> Tensor:
+        """[.., size * n, ..] -> contiguous [size, .., n, ..]."""
+        dim %= x.dim()
+        if x.shape[dim] % self.size:
+            raise ValueError(f"{self.name}: dim {dim} of {tuple(x.shape)} does not part {self.size}")
+        return x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
+
+
+def _join(parts: Tensor, dim: int) -> Tensor:
+    """[size, .., n, ..] -> contiguous [.., size * n, ..]."""
+    dim %= parts.dim() - 1
+    return parts.movedim(0, dim).flatten(dim, dim + 1).contiguous()
+
+
+def _add(parts: Tensor) -> Tensor:
+    """The sum over the first dim, in float32 for narrow dtypes."""
+    if parts.shape[0] == 2 and parts.dtype == torch.float32:
+        return parts[0].add_(parts[1])
+    return parts.sum(0, dtype=torch.promote_types(parts.dtype, torch.float32)).to(parts.dtype)
+
+
+class _TorchBackend:
+    """What the CPU and CUDA backends share: the process group and its axes."""
+
+    name: str
+    device: torch.device
+    collectives: str
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        self.rendezvous = rendezvous
+
+    def start(self, mesh: Mesh, rendezvous: Rendezvous, timeout_s: float, kv: int = 1) -> Axes:
+        """Join the world and make one process group per axis.
+
+        Raises BackendError where the port is taken or the other ranks do not come in time.
+        """
+        if rendezvous.world_size == 1:
+            return Axes.solo(self.device)
+        if rendezvous.one_machine:  # nothing of ours listens beyond this machine
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            dist.init_process_group(
+                self.collectives,
+                store=dist.PrefixStore(f"llamax/{rendezvous.attempt}", _store(rendezvous, timeout)),
+                rank=rendezvous.rank,
+                world_size=rendezvous.world_size,
+                timeout=timeout,
+            )
+        except (dist.DistError, RuntimeError) as error:
+            raise BackendError(
+                f"rank {rendezvous.rank} of {rendezvous.world_size} could not join the others at "
+                f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank, "
+                "or raise run.timeout_s"
+            ) from error
+        world: Groups = (tuple(range(rendezvous.world_size)),)
+        return Axes(
+            tp=self._axis("tp", mesh.groups("tp"), timeout),
+            data=self._axis("data", mesh.groups("dp", "cp"), timeout),
+            kv=self._axis("kv", mesh.replicas("tp", kv), timeout),
+            world=self._axis("world", world, timeout),
+        )
+
+    def _axis(self, name: str, groups: Groups, timeout: timedelta) -> Axis:
+        ranks = next(group for group in groups if self.rendezvous.rank in group)
+        if len(ranks) == 1:
+            return Solo(name, self.device)
+        group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        assert group is not None
+        return TorchAxis(name, ranks, self.device, group)
+
+    def stop(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
+        return [float(tensor) for tensor in tensors]
+
+    def step_boundary(self) -> None:
+        """Eager devices have nothing to flush."""
+
+
+class Cpu(_TorchBackend):
+    """torch on CPUs; every rank takes an equal share of the machine's cores unless told otherwise."""
+
+    name, collectives = "cpu", "gloo"
+    device = torch.device("cpu")
+
+    def __init__(self, rendezvous: Rendezvous, threads: int = 0) -> None:
+        super().__init__(rendezvous)
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads or max(1, cores // rendezvous.local_world_size))
+        cpu.keep_heap()
+
+    def synchronize(self) -> None:
+        """A CPU is never behind."""
+
+    def memory(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        return cpu.measure_peak_flops(dtype)
+
+
+class Cuda(_TorchBackend):
+    """torch on NVIDIA GPUs, one per rank."""
+
+    name, collectives = "cuda", "nccl"
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        super().__init__(rendezvous)
+        if rendezvous.local_rank >= torch.cuda.device_count():
+            raise BackendError(
+                f"run.backend=cuda: local rank {rendezvous.local_rank} needs its own GPU but "
+                f"{torch.cuda.device_count()} are visible; start fewer ranks or use run.backend=cpu"
+            )
+        self.device = torch.device("cuda", rendezvous.local_rank)
+        torch.cuda.set_device(self.device)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def memory(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        device = torch.cuda.get_device_name(self.device)
+        return next((peak for name, peak in CUDA_PEAK_FLOPS.items() if name in device), None)
+
+
+def _store(rendezvous: Rendezvous, timeout: timedelta) -> dist.Store:
+    """The key-value store where ranks meet; served by rank 0 unless the launcher serves it."""
+    port, world_size = rendezvous.port, rendezvous.world_size
+    if rendezvous.agent_store or rendezvous.rank > 0:
+        address = "127.0.0.1" if rendezvous.one_machine else rendezvous.address
+        return dist.TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1" if rendezvous.one_machine else "", port))
+        listener.listen(2 * world_size)
+    except OSError as error:
+        raise BackendError(
+            f"port {port} on {rendezvous.address} cannot be opened ({error.strerror}); "
+            "set MASTER_PORT to a free one"
+        ) from error
+    return dist.TCPStore(
+        "127.0.0.1",
+        port,
+        world_size,
+        True,
+        timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

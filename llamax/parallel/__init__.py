@@ -1,0 +1,1 @@
+"""Tensor and sequence parallelism by hand: regions, layers, and the vocabulary-parallel loss."""

@@ -1,0 +1,130 @@
+"""Cross-entropy over a vocabulary that is cut over ranks, without the logits ever existing whole.
+
+For token t with label y and logits z over the whole vocabulary, the loss is log sum exp z - z_y.
+Each rank holds z for its own rows; three numbers per token cross ranks: the maximum, then the sum
+of exponentials and the label's logit together (Shoeybi et al. 2019, section 3).
+
+The output matmul is part of the loss.  Tokens are taken in chunks: one chunk's logits [t, v] are
+made in fp32, turned in place into their gradient softmax(z) - onehot(y), multiplied into the
+gradients of input and weight, and dropped before the next chunk.  Nothing of size tokens x
+vocabulary is kept, and nothing is computed twice: the loss is the root of backward, so its
+gradient is known up to one scalar, which backward multiplies in (as in Hsu et al. 2024, section
+3.2, here cut over ranks).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llamax import ops
+from llamax.collectives import Axis
+from llamax.parallel.tensor import local_ids
+
+IGNORE_INDEX = -100
+CHUNK_BYTES = 64 * 2**20
+
+
+class _VocabParallelLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels_BS: Tensor,
+        axis: Axis,
+        vocab_size: int,
+        sequence_parallel: bool,
+        chunk_tokens: int,
+    ) -> Tensor:
+        x_BSD = axis.all_gather(x, 1) if sequence_parallel else x
+        x_TD, labels_T = x_BSD.flatten(0, 1), labels_BS.flatten()
+        rows = weight.shape[0]
+        want_dx, want_dw = ctx.needs_input_grad[:2]
+        dx_TD = torch.empty_like(x_TD) if want_dx else None
+        dw = torch.zeros_like(weight, dtype=torch.float32) if want_dw else None
+        multiplied = weight.to(weight.dtype)
+        padding = _padding(rows, vocab_size, axis)
+        total = x.new_zeros((), dtype=torch.float32)
+        for start in range(0, x_TD.shape[0], chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            x_tD, labels_t = x_TD[chunk].to(multiplied.dtype), labels_T[chunk]
+            logits_tv = (x_tD @ multiplied.T).float()
+            if padding is not None:
+                logits_tv.masked_fill_(padding, float("-inf"))
+            loss_t, label_t, elsewhere_t = _losses(logits_tv, labels_t, axis)
+            counted_t = labels_t != IGNORE_INDEX
+            total = total + torch.where(counted_t, loss_t, 0.0).sum()
+            if dx_TD is None and dw is None:
+                continue
+            onehot_t1 = (~elsewhere_t).to(logits_tv.dtype).unsqueeze(1)
+            logits_tv.scatter_add_(1, label_t.unsqueeze(1), -onehot_t1)
+            dlogits_tv = logits_tv.mul_(counted_t.unsqueeze(1)).to(multiplied.dtype)
+            if dx_TD is not None:
+                dx_TD[chunk] = dlogits_tv @ multiplied
+            if dw is not None:
+                dw.addmm_(dlogits_tv.T, x_tD) if dw.dtype == x_tD.dtype else dw.add_(
+                    dlogits_tv.T @ x_tD
+                )
+        dx = None
+        if dx_TD is not None:
+            dx = dx_TD.view_as(x_BSD)
+            dx = axis.reduce_scatter(dx, 1) if sequence_parallel else axis.all_reduce(dx)
+        ctx.save_for_backward(dx, dw)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw = ctx.saved_tensors
+        if dx is not None:
+            dx = (dx * dtotal).to(dx.dtype)
+        if dw is not None:
+            dw = (dw * dtotal).to(ctx.weight_dtype)
+        return dx, dw, None, None, None, None, None
+
+
+def _losses(logits_tv: Tensor, labels_t: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss per token; ``logits_tv`` becomes the softmax.  Also the local label and where it is not."""
+    label_t, elsewhere_t = local_ids(labels_t, logits_tv.shape[1], axis)
+    top_t = axis.all_reduce(logits_tv.amax(1), "max")
+    logits_tv.sub_(top_t.unsqueeze(1))
+    at_label_t = logits_tv.gather(1, label_t.unsqueeze(1)).squeeze(1)
+    at_label_t = at_label_t.masked_fill(elsewhere_t, 0.0)
+    sums_2t = axis.all_reduce(torch.stack((logits_tv.exp_().sum(1), at_label_t)))
+    logits_tv.div_(sums_2t[0].unsqueeze(1))
+    return sums_2t[0].log() - sums_2t[1], label_t, elsewhere_t
+
+
+def _padding(rows: int, vocab_size: int, axis: Axis) -> Tensor | None:
+    """True at this rank's rows beyond the vocabulary; None where the degree divides it."""
+    if rows * axis.size == vocab_size:
+        return None
+    row_v = torch.arange(rows, device=axis.rank_index.device) + axis.rank_index * rows
+    return row_v >= vocab_size
+
+
+def vocab_parallel_loss(
+    x: Tensor,
+    weight_vD: Tensor,
+    labels_BS: Tensor,
+    axis: Axis,
+    vocab_size: int,
+    sequence_parallel: bool = False,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy in nats and the number of counted tokens, both 0-d float32.
+
+    [B,s,D] (sequence parallel) or [B,S,D], [v,D], [B,S] -> loss sum, count.  Labels of
+    ``IGNORE_INDEX`` count for nothing.  ``chunk_tokens`` defaults to about 64 MiB of fp32 logits.
+    """
+    if chunk_tokens is None:
+        chunk_tokens = max(1, CHUNK_BYTES // (4 * weight_vD.shape[0]))
+    total: Tensor = _VocabParallelLoss.apply(  # type: ignore[no-untyped-call]
+        x, weight_vD, labels_BS, axis, vocab_size, sequence_parallel, chunk_tokens
+    )
+    return total, (labels_BS != IGNORE_INDEX).sum().float()

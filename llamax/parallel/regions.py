@@ -1,0 +1,104 @@
+"""The autograd regions of tensor and sequence parallelism, and their transposes.
+
+A collective in the forward pass meets its transpose in the backward pass (Shoeybi et al. 2019,
+figure 3; Korthikanti et al. 2022, figure 5).  ``x_BSD`` is the same on every rank of the axis,
+``x_BsD`` holds this rank's run of the sequence:
+
+======== ============================ ============================ =======================
+region   forward                      backward                     changes
+======== ============================ ============================ =======================
+reduce   all-reduce                   identity                     partial sums -> x_BSD
+scatter  reduce-scatter along S       all-gather along S           partial sums -> x_BsD
+join     all-gather along a dim       my share of the gradient     shares -> whole
+split    my share along a dim         all-gather                   whole -> shares
+======== ============================ ============================ =======================
+
+The transposes of ``reduce`` and ``scatter`` (copy in, gather in) belong to the column-parallel
+layer, which fuses them with its matmul to save only the sharded input (``tensor.py``).  Verbs are
+functional: no tensor that autograd saved is ever written.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from llamax.collectives import Axis
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis) -> Tensor:
+        return axis.all_reduce(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return dy, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return axis.reduce_scatter(x, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.axis.all_gather(dy, ctx.dim), None, None
+
+
+class _Join(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return axis.all_gather(x, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return share(dy, ctx.axis, ctx.dim), None, None
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return share(x, axis, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.axis.all_gather(dy, ctx.dim), None, None
+
+
+def share(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """My share of ``x`` along ``dim``; the rank enters as a tensor, so every rank traces alike."""
+    parts = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0)
+    return parts.index_select(0, axis.rank_index.reshape(1)).squeeze(0)
+
+
+def leave(x: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
+    """Sum the ranks' partial results: [B,S,D] -> [B,s,D] with sequence parallelism, else [B,S,D]."""
+    if axis.size == 1:
+        return x
+    return _apply(_Scatter, x, axis, 1) if sequence_parallel else _apply(_Reduce, x, axis)
+
+
+def join(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """All shares along ``dim``, for a consumer that is the same on every rank."""
+    return x if axis.size == 1 else _apply(_Join, x, axis, dim)
+
+
+def split(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """My share along ``dim`` of what is the same on every rank."""
+    return x if axis.size == 1 else _apply(_Split, x, axis, dim)
+
+
+def _apply(region: type[torch.autograd.Function], *arguments: object) -> Tensor:
+    result: Tensor = region.apply(*arguments)  # type: ignore[no-untyped-call]
+    return result

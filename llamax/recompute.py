@@ -1,0 +1,35 @@
+"""Recompute activations in backward instead of keeping them (Chen et al. 2016).
+
+| mode      | kept per block                     | done again in backward                       |
+|-----------|------------------------------------|----------------------------------------------|
+| none      | everything backward reads          | nothing                                      |
+| selective | all but the inside of attention    | rotary embedding and attention               |
+| full      | the block's input x_BsD            | the block                                    |
+
+"Selective" is Korthikanti et al. 2022, section 5: attention holds much memory for few FLOPs.  The
+collectives inside a recomputed block run again too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, cast
+
+import torch.utils.checkpoint
+from torch import Tensor
+
+Recompute = Literal["none", "selective", "full"]
+Wrapper = Callable[..., Tensor]
+
+
+def again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)`` that keeps only ``tensors`` and runs again in backward."""
+    result = torch.utils.checkpoint.checkpoint(
+        function, *tensors, use_reentrant=False, preserve_rng_state=False
+    )
+    return cast(Tensor, result)
+
+
+def plain(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)``, with whatever autograd keeps."""
+    return function(*tensors)

@@ -1,0 +1,145 @@
+"""Logits, loss and every gradient against transformers' LlamaForCausalLM, for each family."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+
+from llamax.config import Model, RopeScaling
+from llamax.model import Llama
+from llamax.shard import parts
+
+LLAMA2 = Model(
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    vocab_size=320,
+    max_position_embeddings=128,
+)
+FAMILIES = {
+    "llama2": LLAMA2,
+    "llama2-70b (grouped queries)": dataclasses.replace(LLAMA2, num_key_value_heads=2),
+    "llama3": dataclasses.replace(LLAMA2, num_key_value_heads=1, rope_theta=500_000.0),
+    "llama3.1": dataclasses.replace(
+        LLAMA2,
+        num_key_value_heads=2,
+        rope_theta=500_000.0,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32),
+    ),
+    "llama3.2": dataclasses.replace(
+        LLAMA2,
+        num_key_value_heads=2,
+        rope_theta=500_000.0,
+        rope_scaling=RopeScaling(32.0, 1.0, 4.0, 64),
+        tie_word_embeddings=True,
+        head_dim=32,
+    ),
+}
+TOLERANCE = 1e-5
+
+
+def judge(model: Model, seed: int = 0) -> transformers.LlamaForCausalLM:
+    """transformers' Llama of the same shape with random weights (norms too)."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(**model.to_hub("float32"), attn_implementation="eager")
+    reference = transformers.LlamaForCausalLM(config).float()
+    for parameter in reference.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.1)
+    return reference
+
+
+@torch.no_grad()
+def copy_weights(reference: transformers.LlamaForCausalLM, mine: Llama) -> None:
+    weights = dict(reference.named_parameters())
+    for name, parameter in mine.named_parameters():
+        stacked = [weights[part.name] for part in parts(name, mine.shards[name], 1)]
+        parameter.copy_(torch.cat(stacked))
+
+
+def gradients(mine: Llama) -> dict[str, torch.Tensor]:
+    """My gradients under Hub names."""
+    found = {}
+    for name, parameter in mine.named_parameters():
+        for part in parts(name, mine.shards[name], 1):
+            whole = parameter.grad if part.length < 0 else None
+            if whole is None:
+                whole = parameter.grad.narrow(part.how.dim, part.start, part.length)
+            found[part.name] = whole
+    return found
+
+
+def close(mine: torch.Tensor, theirs: torch.Tensor, tolerance: float = TOLERANCE) -> bool:
+    return ((mine - theirs).abs().max() <= tolerance * theirs.abs().max()).item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_a_step_agrees_with_transformers(family: str, recompute: str) -> None:
+    reference = judge(FAMILIES[family])
+    mine = Llama(FAMILIES[family], recompute=recompute)
+    copy_weights(reference, mine)
+    ids = torch.randint(320, (3, 49))
+    expected = reference(ids, labels=ids)
+    expected.loss.backward()
+
+    assert close(mine(ids), expected.logits)
+    labels = torch.cat((ids[:, 1:], ids.new_full((3, 1), -100)), dim=1)
+    total, count = mine.loss(ids, labels, chunk_tokens=16)
+    (total / count).backward()
+
+    assert count == 3 * 48
+    assert abs((total / count).item() / expected.loss.item() - 1) < TOLERANCE
+    found = gradients(mine)
+    assert set(found) == {name for name, _ in reference.named_parameters()}
+    for name, parameter in reference.named_parameters():
+        assert close(found[name], parameter.grad), name
+
+
+@pytest.mark.parametrize("family", ["llama2", "llama3.1"])
+def test_packed_documents_equal_each_document_alone(family: str) -> None:
+    reference = judge(FAMILIES[family])
+    mine = Llama(FAMILIES[family])
+    copy_weights(reference, mine)
+    lengths = [[5, 17, 10], [31, 1]]
+    rows = [[torch.randint(320, (n,)) for n in row] for row in lengths]
+    ids = torch.stack([torch.cat(row) for row in rows])
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    documents = torch.stack(
+        [torch.cat([torch.full((n,), i) for i, n in enumerate(row)]) for row in lengths]
+    ).int()
+
+    packed = mine(ids, positions, documents_BS=documents)
+
+    for b, row in enumerate(rows):
+        alone = torch.cat([reference(document[None]).logits[0] for document in row])
+        assert close(packed[b], alone)
+    changed = ids.clone()
+    changed[0, :5] = (changed[0, :5] + 1) % 320
+    again = mine(changed, positions, documents_BS=documents)
+    assert torch.equal(again[0, 5:], packed[0, 5:])
+    assert not torch.equal(again[0, :5], packed[0, :5])
+
+
+def test_initial_weights_depend_on_seed_and_name_alone() -> None:
+    one, same, other = (Llama(LLAMA2).init(seed) for seed in (1, 1, 2))
+    for (name, a), (_, b), (_, c) in zip(
+        one.named_parameters(), same.named_parameters(), other.named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+        assert "norm" in name or not torch.equal(a, c), name
+    weight = one.model.layers["0"].mlp.down_proj.weight
+    assert abs(weight.std().item() / LLAMA2.initializer_range - 1) < 0.05
+    assert not torch.equal(weight, one.model.layers["1"].mlp.down_proj.weight)
+
+
+def test_hub_names_and_count_are_those_of_transformers() -> None:
+    for model in FAMILIES.values():
+        reference, mine = judge(model), Llama(model)
+        expected = {name: tuple(p.shape) for name, p in reference.named_parameters()}
+        assert dict(mine.hub_shapes()) == expected
+        assert sum(p.numel() for p in mine.parameters()) == model.num_parameters()
