@@ -246,7 +246,7 @@ def help_text() -> str:
 
 
 def _options(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field[Any], Any]]:
-    """(section.key, field, type) of every option, a section's own before those of sections in it."""
+    """(section.key, field, type) of every option; sections inside a section come last."""
     hints = get_type_hints(kind)
     for each in sorted(fields(kind), key=lambda each: _section(hints[each.name]) is not None):
         if section := _section(hints[each.name]):
