@@ -1,0 +1,202 @@
+"""Batches as a pure function of (seed, step, data rank): the state is one integer.
+
+A sample is a window of S + 1 tokens, one window every S tokens, so each token of the corpus (but
+the very first) is the label of exactly one position::
+
+    tokens     t0 t1 t2 t3 t4 t5 t6 t7 ...          S = 3
+    sample 0   t0 t1 t2 t3            ids t0 t1 t2   labels t1 t2 t3
+    sample 1            t3 t4 t5 t6   ids t3 t4 t5   labels t4 t5 t6
+
+An epoch visits the n samples in a pseudo-random order that is computed, not stored: sample k of a
+run is ``permute(k % n)`` under the key (seed, k // n).  A step takes the next ``global_batch``
+values of k; micro-batch m on data rank r takes a run of ``micro_batch`` of them, microsteps
+outermost, so any number of data ranks sees the same samples in the same steps.
+
+Documents in one window can be kept apart: positions restart and ``documents`` numbers them for
+attention.  A label that belongs to another document than its position is then ignored, because the
+loss of a packed sample should be what its documents would give alone; the first token of a text is
+learnt from the BOS before it.  Without separation the corpus is one stream and every label counts.
+
+The permutation is a balanced Feistel network (Luby and Rackoff, 1988) over the next power of four,
+walked along its cycle until it falls below n (Black and Rogaway, "Ciphers with Arbitrary Finite
+Domains", CT-RSA 2002, section 3); rounds mix as splitmix64 does (Steele, Lea, Flood, 2014).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from llamax.data.tokens import TokenFile
+from llamax.errors import DataError
+
+IGNORE = -100
+ROUNDS = 8
+Integers = npt.NDArray[np.int64]
+
+
+class Batch(NamedTuple):
+    """Rows of samples: ids, labels (IGNORE: no label), positions [B,S]; documents [B,S] or None."""
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    documents: Tensor | None
+
+
+class Loader:
+    """One data rank's share of every step.
+
+    ``shuffle=False`` is for validation: samples come in the order of the file and, after the last
+    one, empty rows (no labels) fill the batch, so ``epoch`` covers the file exactly once.
+    Raises DataError where the file holds no sample.
+    """
+
+    def __init__(
+        self,
+        file: TokenFile,
+        seed: int,
+        sequence_length: int,
+        global_batch: int,
+        micro_batch: int,
+        data_rank: int = 0,
+        data_degree: int = 1,
+        consumed: int = 0,
+        *,
+        separate_documents: bool = True,
+        shuffle: bool = True,
+    ) -> None:
+        assert 0 <= data_rank < data_degree
+        assert global_batch % (micro_batch * data_degree) == 0
+        if len(file) < 2:
+            raise DataError(
+                f"{file.path}: has {len(file)} tokens, and a sample needs 2; prepare more text"
+            )
+        self.file, self.seed, self.consumed = file, seed, consumed
+        self.sequence_length, self.global_batch = sequence_length, global_batch
+        self.separate_documents, self.shuffle = separate_documents, shuffle
+        self.samples = -(-(len(file) - 1) // sequence_length)
+        mine = np.arange(global_batch).reshape(-1, data_degree, micro_batch)
+        self._mine: Integers = mine[:, data_rank, :]
+        # Every window that lies whole in the file, as rows of one overlapping view: no copy.
+        whole = (len(file) - 1) // sequence_length
+        step = file.tokens.itemsize
+        self._windows: npt.NDArray[Any] = np.lib.stride_tricks.as_strided(
+            file.tokens, (whole, sequence_length + 1), (sequence_length * step, step)
+        )
+
+    @property
+    def steps(self) -> int:
+        """Steps that an epoch takes, the last one perhaps not full."""
+        return -(-self.samples // self.global_batch)
+
+    def step(self) -> list[Batch]:
+        """The micro-batches of the next step."""
+        batches = self.at(self.consumed)
+        self.consumed += self.global_batch
+        return batches
+
+    def epoch(self) -> Iterator[list[Batch]]:
+        """The steps of one epoch from the start of the file's order; ``consumed`` stays."""
+        for step in range(self.steps):
+            yield self.at(step * self.global_batch)
+
+    def at(self, consumed: int) -> list[Batch]:
+        """The micro-batches of the step that begins after ``consumed`` samples."""
+        microsteps, rows = self._mine.shape
+        batch = self.gather(self.order(consumed + self._mine.ravel()))
+        parts = [None if x is None else x.reshape(microsteps, rows, -1) for x in batch]
+        return [Batch(*(None if x is None else x[m] for x in parts)) for m in range(microsteps)]
+
+    def order(self, k: Integers) -> Integers:
+        """Which sample the run's k-th one is; -1 for an empty row."""
+        if not self.shuffle:
+            return np.where(k < self.samples, k, -1)
+        epochs, places = np.divmod(k, self.samples)
+        chosen = np.empty_like(k)
+        for epoch in np.unique(epochs).tolist():
+            of = epochs == epoch
+            chosen[of] = permute(places[of], self.samples, self.seed, epoch)
+        return chosen
+
+    def gather(self, samples: Integers) -> Batch:
+        """The batch of these samples, a row each; -1 is an empty row."""
+        S = self.sequence_length
+        starts = samples * S
+        real = np.where(samples >= 0, np.minimum(len(self.file) - starts, S + 1), 0)
+        self.file.touch(starts[real > 0], (starts + real)[real > 0])
+        if np.all(real == S + 1):
+            window = self._windows[samples]
+        else:
+            window = np.zeros((len(samples), S + 1), self.file.tokens.dtype)
+            full = real == S + 1
+            window[full] = self._windows[samples[full]]
+            for row in np.flatnonzero(~full & (real > 0)):
+                window[row, : real[row]] = self.file.tokens[starts[row] :]
+        ids, labels = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
+        for row in np.flatnonzero(real <= S):
+            labels[row, max(real[row] - 1, 0) :] = IGNORE
+        positions = np.broadcast_to(np.arange(S), ids.shape).copy()
+        documents = None
+        if self.separate_documents:
+            rows, columns = self._boundaries(starts, real)
+            documents = np.zeros((len(samples), S + 1), np.int32)
+            documents[rows, columns] = 1
+            labels[rows, columns - 1] = IGNORE
+            np.cumsum(documents, axis=1, out=documents)
+            documents = documents[:, :-1]
+            inside = columns < S
+            first = np.zeros_like(ids)
+            first[rows[inside], columns[inside]] = columns[inside]
+            positions -= np.maximum.accumulate(first, axis=1)
+        return Batch(
+            torch.from_numpy(ids),
+            torch.from_numpy(labels),
+            torch.from_numpy(positions),
+            None if documents is None else torch.from_numpy(np.ascontiguousarray(documents)),
+        )
+
+    def _boundaries(self, starts: Integers, real: Integers) -> tuple[Integers, Integers]:
+        """(row, column) of every document that begins inside a window, not at its first token."""
+        offsets = self.file.documents
+        self.file.touch(np.zeros(1, np.int64), np.full(1, len(offsets)), "documents")
+        low = np.searchsorted(offsets, np.maximum(starts, 0).astype(np.uint64), "right")
+        high = np.searchsorted(offsets, np.maximum(starts + real, 0).astype(np.uint64), "left")
+        count = np.maximum(high - low, 0)
+        rows = np.repeat(np.arange(len(starts)), count)
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
+        return rows, offsets[low[rows] + within].astype(np.int64) - starts[rows]
+
+
+def permute(places: Integers, n: int, seed: int, epoch: int) -> Integers:
+    """Where ``places`` of 0..n-1 go under the permutation of (seed, epoch)."""
+    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    keys = _mix(_mix(np.uint64(seed) + np.zeros(ROUNDS, np.uint64)) + np.uint64(epoch))
+    keys = _mix(keys + np.arange(ROUNDS, dtype=np.uint64))
+    values = places.astype(np.uint64)
+    todo = np.arange(len(values))
+    while len(todo):
+        values[todo] = _feistel(values[todo], np.uint64(half), keys)
+        todo = todo[values[todo] >= n]
+    return values.astype(np.int64)
+
+
+def _feistel(x: npt.NDArray[np.uint64], half: np.uint64, keys: npt.NDArray[Any]) -> Any:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & mask
+    for key in keys:
+        left, right = right, left ^ (_mix(right + key) & mask)
+    return left << half | right
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """splitmix64: every bit of the input moves every bit of the output."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)

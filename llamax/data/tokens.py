@@ -1,0 +1,285 @@
+"""The packed-token file: every document of a corpus, end to end, in one file that proves itself.
+
+::
+
+    0      magic "llamax1\\n", crc32 of the header, JSON padded with spaces        4096 bytes
+    4096   tokens of all documents, uint16 or uint32, little-endian
+           document offsets, uint64: offsets[i]:offsets[i+1] are document i's tokens
+           checksums, uint32: crc32 of every 1 MiB block from byte 4096 up to here
+
+The header vouches for the checksums, the checksums for everything else, and the header for itself,
+so any flipped bit is found, and by the length any cut.  crc32 because it finds *every* error burst
+of up to 32 bits (a random hash only almost every one), comes with Python and runs outside the
+interpreter's lock, so all cores check at once.
+
+A reader maps the file: opening costs neither time nor memory that grows with the corpus, but for
+its four bytes of checksum per MiB.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from llamax.errors import DataError
+
+MAGIC = b"llamax1\n"
+HEADER_BYTES = 4096
+BLOCK_BYTES = 2**20
+ALIGN_BYTES = 64
+REMEDY = "the file is damaged; copy it again, or make it again with llamax prepare"
+
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Verify = Literal["start", "read", "off"]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a token file says of itself; ``tokenizer`` is the fingerprint, ids are None if unused."""
+
+    tokenizer: str
+    vocab_size: int
+    bos_id: int | None = None
+    eos_id: int | None = None
+    tokens: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+    checksums_crc32: int = 0
+    sections: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The narrowest type that holds the vocabulary."""
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
+    def to_bytes(self) -> bytes:
+        """The first HEADER_BYTES of the file."""
+        text = json.dumps({"dtype": self.dtype.name, **asdict(self)}).encode()
+        body = text.ljust(HEADER_BYTES - len(MAGIC) - 4)
+        return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, path: Path) -> Header:
+        """The header of the file ``path``; DataError where it is another file's or damaged."""
+        if raw[: len(MAGIC)] != MAGIC:
+            raise DataError(
+                f"{path}: is not a token file (starts with {raw[: len(MAGIC)]!r}, not {MAGIC!r}); "
+                "give a file made by llamax prepare"
+            )
+        crc, body = raw[len(MAGIC) : len(MAGIC) + 4], raw[len(MAGIC) + 4 :]
+        if len(raw) != HEADER_BYTES or zlib.crc32(body) != int.from_bytes(crc, "little"):
+            raise DataError(f"{path}: its header does not match its checksum: {REMEDY}")
+        found = json.loads(body)
+        del found["dtype"]
+        found["sections"] = {k: (start, size) for k, (start, size) in found["sections"].items()}
+        return cls(**found)
+
+
+class TokenFile:
+    """A token file, mapped: ``tokens`` [tokens] and ``documents`` [documents + 1].
+
+    ``verify`` says when checksums are checked: "start", all of them now; "read", each block
+    before its first use through ``touch``; "off", never.  The header and the length always are.
+    """
+
+    def __init__(self, path: str | Path, verify: Verify = "start") -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self.header = Header.from_bytes(file.read(HEADER_BYTES), self.path)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be opened ({error.strerror}); give a dataset made by "
+                "llamax prepare"
+            ) from None
+        end = sum(self.header.sections["checksums"])
+        if size != end:
+            raise DataError(f"{self.path}: has {size} bytes where its header says {end}: {REMEDY}")
+        self.tokens: Tokens = self._section("tokens", self.header.dtype)
+        self.documents: npt.NDArray[np.uint64] = self._section("documents", np.dtype("<u8"))
+        self._checksums: npt.NDArray[np.uint32] = self._section("checksums", np.dtype("<u4"))
+        self._unseen = np.ones(len(self._checksums) if verify != "off" else 0, bool)
+        if verify != "off" and zlib.crc32(self._checksums) != self.header.checksums_crc32:
+            raise DataError(f"{self.path}: its checksum table is not the one written: {REMEDY}")
+        if verify == "start":
+            self.verify()
+
+    def __len__(self) -> int:
+        return self.header.tokens
+
+    def verify(self, threads: int | None = None) -> float:
+        """Check every block not yet checked, on all cores; the rate in bytes per second."""
+        blocks, start = np.flatnonzero(self._unseen), time.perf_counter()
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            for _ in pool.map(self._check, blocks.tolist()):
+                pass
+        return len(blocks) * BLOCK_BYTES / (time.perf_counter() - start)
+
+    def touch(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
+    ) -> None:
+        """Check what must be checked before elements starts[i]:stops[i] of a section are used."""
+        if not self._unseen.any():
+            return
+        offset, _ = self.header.sections[section]
+        item = 8 if section == "documents" else self.header.dtype.itemsize
+        first = (starts * item + offset - HEADER_BYTES) // BLOCK_BYTES
+        last = (stops * item - 1 + offset - HEADER_BYTES) // BLOCK_BYTES
+        for one, other in zip(first.tolist(), last.tolist(), strict=True):
+            for block in range(one, other + 1):
+                if self._unseen[block]:
+                    self._check(block)
+
+    def _section(self, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        offset, size = self.header.sections[name]
+        return np.frombuffer(self._map, dtype, size // dtype.itemsize, offset)
+
+    def _check(self, block: int) -> None:
+        start = HEADER_BYTES + block * BLOCK_BYTES
+        stop = min(start + BLOCK_BYTES, self.header.sections["checksums"][0])
+        if zlib.crc32(memoryview(self._map)[start:stop]) != self._checksums[block]:
+            offset, size = self.header.sections["tokens"]
+            place = "tokens" if start < offset + size else "document offsets"
+            raise DataError(
+                f"{self.path}: bytes {start} to {stop} ({place}) do not match their checksum: "
+                f"{REMEDY}"
+            )
+        self._unseen[block] = False
+
+
+class TokenWriter:
+    """Writes a token file as documents come, in memory that does not grow with their number.
+
+    Use it as a context: the file appears under its name, complete and on disk, when the block
+    ends without an error, and not at all otherwise.
+    """
+
+    def __init__(self, path: str | Path, header: Header) -> None:
+        self.path = Path(path)
+        self.header = header
+        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._offsets_path = self.path.with_name(f".{self.path.name}.offsets")
+        self._tokens = self._documents = self._text_bytes = 0
+
+    def __enter__(self) -> TokenWriter:
+        self._file = open(self._partial, "wb")
+        self._offsets = open(self._offsets_path, "w+b")
+        self._file.write(bytes(HEADER_BYTES))
+        self._body = _Blocks(self._file)
+        self._offsets.write(np.zeros(1, "<u8").tobytes())
+        return self
+
+    def add(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any], text_bytes: int) -> None:
+        """Append documents: their tokens end to end, the length of each, their size as text."""
+        if len(tokens) and int(tokens.max()) >= self.header.vocab_size:
+            raise DataError(
+                f"{self.path}: token {int(tokens.max())} is outside the vocabulary of "
+                f"{self.header.vocab_size}; the tokenizer contradicts itself, use another"
+            )
+        self._body.write(memoryview(np.ascontiguousarray(tokens, self.header.dtype)).cast("B"))
+        self._offsets.write((self._tokens + np.cumsum(lengths, dtype="<u8")).tobytes())
+        self._tokens += len(tokens)
+        self._documents += len(lengths)
+        self._text_bytes += text_bytes
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            with self._file, self._offsets:
+                if error is None:
+                    self._finish()
+            if error is None:
+                os.replace(self._partial, self.path)
+                sync_folder(self.path.parent)
+        finally:
+            self._partial.unlink(missing_ok=True)
+            self._offsets_path.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        sections = {"tokens": (HEADER_BYTES, self._tokens * self.header.dtype.itemsize)}
+        self._body.pad()
+        sections["documents"] = (self._body.position, 8 * (self._documents + 1))
+        self._offsets.seek(0)
+        while piece := self._offsets.read(BLOCK_BYTES):
+            self._body.write(memoryview(piece))
+        self._body.pad()
+        table = np.array(self._body.checksums(), "<u4")
+        sections["checksums"] = (self._body.position, table.nbytes)
+        self._file.write(table.tobytes())
+        self.header = Header(
+            self.header.tokenizer,
+            self.header.vocab_size,
+            self.header.bos_id,
+            self.header.eos_id,
+            self._tokens,
+            self._documents,
+            self._text_bytes,
+            zlib.crc32(table),
+            sections,
+        )
+        self._file.seek(0)
+        self._file.write(self.header.to_bytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+class _Blocks:
+    """Writes bytes after the header and keeps the crc32 of every block of them."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._done: list[int] = []
+        self._crc = self._filled = 0
+
+    @property
+    def position(self) -> int:
+        return HEADER_BYTES + len(self._done) * BLOCK_BYTES + self._filled
+
+    def write(self, data: memoryview) -> None:
+        self._file.write(data)
+        for piece in self._cut(data):
+            self._crc = zlib.crc32(piece, self._crc)
+            self._filled += len(piece)
+            if self._filled == BLOCK_BYTES:
+                self._done.append(self._crc)
+                self._crc = self._filled = 0
+
+    def pad(self) -> None:
+        self.write(memoryview(bytes(-self.position % ALIGN_BYTES)))
+
+    def checksums(self) -> list[int]:
+        return [*self._done, self._crc] if self._filled else self._done
+
+    def _cut(self, data: memoryview) -> Iterator[memoryview]:
+        start = 0
+        while start < len(data):
+            stop = min(len(data), start + BLOCK_BYTES - self._filled)
+            yield data[start:stop]
+            start = stop
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder last through a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
