@@ -1,0 +1,63 @@
+"""``llamax COMMAND ...``: finds the program, imports only that one, and hands it the rest."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from llamax import __version__
+from llamax.errors import ConfigError
+from llamax.program import run
+
+COMMANDS = {
+    "prepare": ("llamax.data.prepare", "pack text into a dataset of tokens"),
+    "train": ("llamax.train", "train a model; torchrun starts one per rank"),
+    "generate": ("llamax.generate", "continue prompts with a trained model"),
+    "shard": ("llamax.checkpoint.shard_hub", "cut a Hugging Face folder into a checkpoint"),
+    "consolidate": ("llamax.checkpoint.consolidate", "join a checkpoint to a Hugging Face folder"),
+    "inspect": ("llamax.checkpoint.inspect", "say what a checkpoint or a dataset is"),
+}
+
+
+def usage() -> str:
+    """The commands, one line each."""
+    lines = [f"  {name:<12} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: llamax COMMAND ...",
+            "",
+            "Train Llama models, whole or sharded over ranks.",
+            "",
+            *lines,
+            "",
+            "llamax COMMAND --help explains a command; llamax --version prints the version.",
+        ]
+    )
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run the command that ``argv`` starts with; ConfigError with the nearest name if unknown."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0 if argv else 2
+    name, *rest = argv
+    if name in ("-V", "--version"):
+        print(f"llamax {__version__}")
+        return 0
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
+        raise ConfigError(f"{name!r} is not a command; {hint}")
+    code: int = importlib.import_module(COMMANDS[name][0]).main(rest)
+    return code
+
+
+def main() -> int:
+    """The console script."""
+    return run(dispatch)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

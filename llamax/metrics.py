@@ -1,0 +1,281 @@
+"""What a run reports: every printed number comes from a pure function here.
+
+One ``Record`` per log step is the truth, kept as a line of JSON; everything else is a view of it::
+
+    Record ──┬─> metrics.jsonl   each step once, floats to the last bit, also after a resume
+             ├─> console         one aligned line, and a progress bar on a terminal
+             └─> TensorBoard     loss, reduced_train_loss, grad_norm, throughput, lr, mfu, ...
+
+Model FLOPs follow PaLM (Chowdhery et al. 2022, appendix B), with causal attention counted once: a
+matmul weight costs 2 FLOPs a token forward and 4 backward, and a token attends to half the sequence
+on average.  Recomputation does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from llamax.config import Model
+from llamax.errors import BackendError, DataError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+# ---- numbers
+
+
+def flops_per_token(model: Model, sequence_length: int) -> int:
+    """FLOPs of a token, forward and backward: 6 a matmul weight, 6 L S H E of causal attention."""
+    D, E, heads = model.hidden_size, model.head_dim, model.num_attention_heads
+    attention = 2 * D * E * (heads + model.num_key_value_heads)
+    layers = model.num_hidden_layers * (attention + 3 * D * model.intermediate_size)
+    scores = model.num_hidden_layers * sequence_length * heads * E
+    return 6 * (layers + model.vocab_size * D + scores)
+
+
+def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:
+    """Model FLOPs utilisation, 0 to 1; ``peak_flops`` a second of all devices, 0 where unknown."""
+    return tokens_per_s * flops_per_token / peak_flops if peak_flops else 0.0
+
+
+def tokens_per_s(tokens: int, seconds: float) -> float:
+    """Tokens a second over an interval; 0 for an empty one."""
+    return tokens / seconds if seconds > 0 else 0.0
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats per token; infinite rather than an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def eta(step: int, steps: int, step_s: float) -> float:
+    """Seconds until ``steps`` when ``step`` steps are done and each takes ``step_s``."""
+    return max(steps - step, 0) * step_s
+
+
+# ---- words
+
+
+def show_number(n: float) -> str:
+    """Three significant digits and a suffix: 6.74B, 512, 4.19M."""
+    return _scaled(n, 1000, ("", "K", "M", "B", "T"))
+
+
+def show_bytes(n: float) -> str:
+    """Three significant digits in binary units: 1.50 GiB, 512 B."""
+    return _scaled(n, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+
+
+def _scaled(n: float, base: int, suffixes: tuple[str, ...]) -> str:
+    for suffix in suffixes:
+        digits = 0 if n >= 99.95 or float(n).is_integer() else 1 if n >= 9.995 else 2
+        if float(f"{n:.{digits}f}") < base or suffix == suffixes[-1]:
+            break
+        n /= base
+    return f"{n:.{digits}f}{suffix}"
+
+
+def show_time(seconds: float) -> str:
+    """0.25s, 42s, 3m05s, 2h07m, 5d03h."""
+    if seconds < 9.995:
+        return f"{seconds:.2f}s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02}h"
+    if hours:
+        return f"{hours}h{m:02}m"
+    return f"{m}m{s:02}s" if minutes else f"{s}s"
+
+
+# ---- the record
+
+
+@dataclass(frozen=True)
+class Record:
+    """One reported step of a run."""
+
+    step: int
+    consumed_tokens: int
+    seconds: float  # since the start of the run
+    step_s: float
+    loss: float  # nats per token, mean over the global batch
+    grad_norm: float
+    lr: float
+    tokens_per_s: float
+    mfu: float
+    memory_bytes: int  # peak of this rank
+    validation_loss: float | None = None
+
+    def to_json(self) -> str:
+        """One line of JSON; Python's repr keeps every bit of a float."""
+        return json.dumps({k: v for k, v in asdict(self).items() if v is not None})
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """The record of a line; ValueError, KeyError or TypeError where it is none."""
+        return cls(**json.loads(line))
+
+
+# ---- the views
+
+
+class Writer(Protocol):
+    """A view of a run's records."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Writers:
+    """Several views as one; a context manager that closes them all."""
+
+    def __init__(self, writers: Iterable[Writer]) -> None:
+        self.writers = tuple(writers)
+
+    def write(self, record: Record) -> None:
+        for writer in self.writers:
+            writer.write(record)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_jsonl(path: Path) -> list[Record]:
+    """All records of a log; a last line cut short is left out, any other raises DataError."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(Record.from_json(line))
+        except (ValueError, TypeError):
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number}: not a record; remove this line") from None
+    return records
+
+
+class JsonlWriter:
+    """Appends a line of JSON per record, on disk before ``write`` returns.
+
+    A run resumed at ``resumed_step`` keeps the records up to that step and drops later ones, which
+    the run will make again: the log holds each step once.  The rewrite is atomic.
+    """
+
+    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read_jsonl(path) if r.step <= resumed_step] if resumed_step else []
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(f"{r.to_json()}\n" for r in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self.file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, record: Record) -> None:
+        self.file.write(record.to_json() + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def line(record: Record, steps: int) -> str:
+    """The console line of a record, aligned from step to step."""
+    validation = record.validation_loss
+    parts = [
+        f"step {record.step:>{len(str(steps))}}/{steps}",
+        f"loss {record.loss:8.4f}",
+        "" if validation is None else f"validation {validation:8.4f}",
+        f"grad {record.grad_norm:8.3f}",
+        f"lr {record.lr:.2e}",
+        f"{show_number(record.tokens_per_s):>6} tokens/s",
+        f"mfu {record.mfu:6.1%}" if record.mfu else "",
+        f"{show_bytes(record.memory_bytes):>8}",
+        f"left {show_time(eta(record.step, steps, record.step_s))}",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+class ConsoleWriter:
+    """One line per record on ``stream``, and below it a bar with the time left if ``bar``."""
+
+    def __init__(
+        self, steps: int, step: int = 0, bar: bool = False, stream: TextIO = sys.stderr
+    ) -> None:
+        self.steps, self.stream = steps, stream
+        self.bar: Any = None
+        if bar:
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=steps, initial=step, file=stream, unit="step", dynamic_ncols=True, leave=False
+            )
+
+    def write(self, record: Record) -> None:
+        text = line(record, self.steps)
+        if self.bar is None:
+            print(text, file=self.stream, flush=True)
+            return
+        self.bar.write(text, file=self.stream)
+        self.bar.set_postfix_str(
+            f"loss {record.loss:.4f}, {show_number(record.tokens_per_s)} tokens/s", refresh=False
+        )
+        self.bar.update(record.step - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class TensorBoardWriter:
+    """Events for TensorBoard in ``folder``, under the tags other Llama trainers use."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise BackendError(
+                "run.tensorboard=true needs the package tensorboard, which is not installed; "
+                "pip install 'llamax[watch]', or use run.tensorboard=false"
+            ) from None
+        self.events: SummaryWriter = SummaryWriter(str(folder))
+
+    def write(self, record: Record) -> None:
+        tags = {
+            "loss": record.loss,
+            "reduced_train_loss": record.loss,
+            "grad_norm": record.grad_norm,
+            "throughput": record.tokens_per_s,
+            "lr": record.lr,
+            "mfu": record.mfu,
+            "consumed_tokens": record.consumed_tokens,
+            "validation_loss": record.validation_loss,
+        }
+        for tag, value in tags.items():
+            if value is not None:
+                self.events.add_scalar(tag, value, record.step)
+
+    def close(self) -> None:
+        self.events.close()
