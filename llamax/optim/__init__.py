@@ -1,0 +1,7 @@
+"""AdamW over flat buckets: ZeRO stage 1, gradient clipping, and the learning rate over a run."""
+
+from llamax.optim.groups import Owned
+from llamax.optim.schedule import lr_at
+from llamax.optim.zero1 import Zero1
+
+__all__ = ["Owned", "Zero1", "lr_at"]

@@ -1,0 +1,104 @@
+"""AdamW on flat vectors (Loshchilov & Hutter 2019, algorithm 2; decoupled weight decay).
+
+::
+
+    g  <- factor g                                     loss scale and clipping
+    m  <- beta1 m + (1 - beta1) g
+    v  <- beta2 v + (1 - beta2) g^2
+    p  <- p - lr decay p - lr m' / (sqrt(v') + eps)    m' = m / (1 - beta1^step), v' likewise
+
+Everything that changes from step to step (lr, step, factor, whether the gradient is finite) is a
+0-d tensor, so that a traced graph is the same at every step.  Where torch has a fused kernel, it
+makes one pass over memory; elsewhere plain operations are left to the device's compiler.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from llamax.config import Optim
+
+FUSED = ("cpu", "cuda")
+
+
+def update(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    *,
+    lr: Tensor,
+    step: Tensor,
+    factor: Tensor,
+    finite: Tensor,
+    decay: float,
+    optim: Optim,
+) -> None:
+    """One step on float32 vectors p, m, v, in place, unless ``finite`` is false; g may be scaled.
+
+    ``step`` counts from 1.
+    """
+    change = fused if p.device.type in FUSED else plain
+    change(p, g, m, v, lr, step, factor, finite, decay, optim)
+
+
+def fused(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    factor: Tensor,
+    finite: Tensor,
+    decay: float,
+    optim: Optim,
+) -> None:
+    """``update`` by torch's kernel, which divides by a scale and leaves all alone on found_inf."""
+    torch._fused_adamw_(
+        [p],
+        [g],
+        [m],
+        [v],
+        [],
+        [step],
+        lr=lr,
+        beta1=optim.beta1,
+        beta2=optim.beta2,
+        weight_decay=decay,
+        eps=optim.eps,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=factor.reciprocal(),
+        found_inf=1.0 - finite.float(),
+    )
+
+
+def plain(
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    v: Tensor,
+    lr: Tensor,
+    step: Tensor,
+    factor: Tensor,
+    finite: Tensor,
+    decay: float,
+    optim: Optim,
+) -> None:
+    """``update`` in plain float32 operations."""
+    g = g * factor
+    m_new = m * optim.beta1 + g * (1 - optim.beta1)
+    v_new = v * optim.beta2 + g * g * (1 - optim.beta2)
+    denominator = v_new.sqrt() / _correction(optim.beta2, step).sqrt() + optim.eps
+    p_new = p * (1 - lr * decay) - lr / _correction(optim.beta1, step) * m_new / denominator
+    for old, new in ((p, p_new), (m, m_new), (v, v_new)):
+        old.copy_(torch.where(finite, new, old))
+
+
+def _correction(beta: float, step: Tensor) -> Tensor:
+    """1 - beta^step; the plain formula has four digits in float32 at beta 0.999, step 1."""
+    return -torch.expm1(step * (math.log(beta) if beta else -math.inf))

@@ -1,0 +1,114 @@
+"""Where every parameter lies in flat vectors, and how often the whole model counts its elements.
+
+Parameters that are treated alike share one flat vector, a *group*; a group is cut into *buckets* of
+equal length, and a bucket into one *run* per data rank, which that rank owns::
+
+    group   [ parameter 0 | parameter 1       | parameter 2 |pad]
+    bucket  [ 0         | 1         | 2         | 3         ]
+    run     [ r0 | r1   | r0 | r1   | r0 | r1   | r0 | r1   ]       2 data ranks
+
+The global gradient norm counts each element of the whole model once, so an element that n tensor
+ranks hold has weight 1/n: a replica, or a key/value head with more ranks than heads.  Rows that
+only pad the vocabulary have weight 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from math import prod
+from typing import NamedTuple
+
+from llamax.shard import Cut, Replica, replicas, span
+
+GRADIENT_BYTES = 4  # gradients are reduced in float32
+
+
+class Segment(NamedTuple):
+    """``length`` consecutive elements of this rank's share of a parameter that count alike.
+
+    ``weight``: how much of each the norm counts; ``shared``: neighbouring tensor ranks hold the
+    same elements and see a part of their gradient each.
+    """
+
+    length: int
+    weight: float
+    shared: bool
+
+
+class Piece(NamedTuple):
+    """Elements [start, stop) of the group's flat parameter number ``member``."""
+
+    member: int
+    start: int
+    stop: int
+
+
+class Bucket(NamedTuple):
+    """Elements [start, stop) of a group's flat vector."""
+
+    start: int
+    stop: int
+
+
+def segments(shape: Sequence[int], how: Cut, degree: int, rank: int) -> list[Segment]:
+    """How the elements of this rank's share, of local shape ``shape``, are counted, in flat order.
+
+    Lengths do not depend on ``rank`` except for padding.
+    """
+    if isinstance(how, Replica):
+        return [Segment(prod(shape), 1 / degree, False)]
+    inner = prod(shape[how.dim + 1 :])
+    row: list[Segment] = []
+    for block in how.blocks:
+        held_by = replicas(block, degree)
+        _, length, pad = span(block, degree, rank)
+        row.append(Segment(length * inner, 1 / held_by, held_by > 1))
+        row.append(Segment(pad * inner, 0.0, False))
+    rows = [segment for segment in row if segment.length] * prod(shape[: how.dim])
+    return [
+        Segment(sum(segment.length for segment in alike), weight, shared)
+        for (weight, shared), alike in groupby(rows, key=lambda segment: segment[1:])
+    ]
+
+
+def weight(how: Cut, degree: int) -> float | None:
+    """The weight of every element on every rank, or None where they differ."""
+    if isinstance(how, Replica):
+        return 1 / degree
+    weights = {1 / replicas(block, degree) for block in how.blocks}
+    padded = any(span(block, degree, degree - 1).pad for block in how.blocks)
+    return None if padded or len(weights) > 1 else weights.pop()
+
+
+def padded(length: int, ranks: int) -> int:
+    """``length`` rounded up to a multiple of ``ranks``."""
+    return -(-length // ranks) * ranks
+
+
+def buckets(length: int, ranks: int, bucket_bytes: int) -> Iterator[Bucket]:
+    """The buckets of a group of padded ``length``: each a multiple of ``ranks`` long, at most
+    ``bucket_bytes`` of gradient (at least one element a rank)."""
+    each = max(bucket_bytes // GRADIENT_BYTES // ranks, 1) * ranks
+    for start in range(0, length, each):
+        yield Bucket(start, min(start + each, length))
+
+
+def pieces(lengths: Sequence[int], start: int, stop: int) -> Iterator[Piece]:
+    """What lies at [start, stop) of a vector that concatenates parameters of ``lengths``."""
+    offset = 0
+    for member, length in enumerate(lengths):
+        low, high = max(start - offset, 0), min(stop - offset, length)
+        if low < high:
+            yield Piece(member, low, high)
+        offset += length
+
+
+def shared_spans(counted: Sequence[Segment], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Which elements of bucket [start, stop) are ``shared``, counted from its start."""
+    offset = 0
+    for piece in pieces([segment.length for segment in counted], start, stop):
+        length = piece.stop - piece.start
+        if counted[piece.member].shared:
+            yield offset, offset + length
+        offset += length

@@ -1,0 +1,177 @@
+"""A group: parameters treated alike, in one flat vector, with the state that this rank keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from llamax.collectives import Axes
+from llamax.optim.buckets import Piece, Segment, buckets, padded, pieces, shared_spans
+
+EAGER = ("cpu", "cuda")  # devices that run each operation at once, so that the rank may index views
+
+Kind = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
+
+
+@dataclass(frozen=True)
+class Owned:
+    """A run of one parameter that this rank keeps: ``tensor`` is live, writing into it loads.
+
+    ``start`` counts elements of this tensor rank's share of parameter ``name``, flattened.
+    """
+
+    name: str
+    kind: Kind
+    start: int
+    tensor: Tensor
+
+
+class Key(NamedTuple):
+    """What the parameters of a group have in common.
+
+    ``weight``: of every element in the norm, None where they differ; ``partial``: each tensor rank
+    has a part of the gradient.
+    """
+
+    dtype: torch.dtype
+    decays: bool
+    weight: float | None
+    partial: bool
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A stretch of a group, communicated and updated at once.
+
+    All tensors but ``weights`` are of this rank's run alone.
+    """
+
+    start: int
+    pieces: tuple[Piece, ...]
+    shared: tuple[tuple[int, int], ...]  # where kv replicas have parts of the gradient
+    weights: Tensor
+    mine: Tensor
+    master: Tensor  # ``mine`` itself where that is float32
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    root: Tensor | None  # of the weights in the norm, where they differ by element
+
+
+class Group:
+    """Parameters that are treated alike, in one flat vector."""
+
+    def __init__(
+        self,
+        key: Key,
+        members: Mapping[str, Parameter],
+        counted: list[Segment],
+        axes: Axes,
+        sharded: bool,
+        bucket_bytes: int,
+    ) -> None:
+        self.key, self.names, self.parameters = key, list(members), list(members.values())
+        self.lengths = [parameter.numel() for parameter in self.parameters]
+        ranks, rank = (axes.data.size, axes.data.rank) if sharded else (1, 0)
+        self.length, device = padded(sum(self.lengths), ranks), self.parameters[0].device
+        self.weights = torch.zeros(self.length, dtype=key.dtype, device=device)
+        for parameter, view in zip(self.parameters, self._views(self.weights), strict=True):
+            view.copy_(parameter.data)
+            parameter.data = view
+
+        separate = key.dtype != torch.float32 or device.type not in EAGER
+        self.gradient: Tensor | None = None
+        if separate:
+            self.gradient = torch.zeros(self.length, dtype=torch.float32, device=device)
+            for parameter, view in zip(self.parameters, self._views(self.gradient), strict=True):
+                add = _Accumulate(view)
+                parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
+
+        roots = torch.zeros(self.length if key.weight is None else 0)
+        if key.weight is None:
+            parts = torch.split(roots[: sum(self.lengths)], [segment.length for segment in counted])
+            for part, segment in zip(parts, counted, strict=True):
+                part.fill_(sqrt(segment.weight))
+
+        self.buckets: list[Bucket] = []
+        for start, stop in buckets(self.length, ranks, bucket_bytes):
+            run = (stop - start) // ranks
+            mine = self.weights[start + rank * run : start + (rank + 1) * run]
+            root = roots[start + rank * run : start + (rank + 1) * run]
+            self.buckets.append(
+                Bucket(
+                    start=start,
+                    pieces=tuple(pieces(self.lengths, start, stop)),
+                    shared=tuple(shared_spans(counted, start, stop)),
+                    weights=self.weights[start:stop],
+                    mine=mine,
+                    master=mine.to(torch.float32, copy=True) if separate else mine,
+                    exp_avg=torch.zeros(run, dtype=torch.float32, device=device),
+                    exp_avg_sq=torch.zeros(run, dtype=torch.float32, device=device),
+                    root=root.to(device, copy=True) if key.weight is None else None,
+                )
+            )
+
+    def take_gradient(self, bucket: Bucket) -> Tensor:
+        """The bucket's float32 gradient, flat; autograd's own is freed as it is used up."""
+        length = bucket.weights.numel()
+        if self.gradient is not None:
+            return self.gradient[bucket.start : bucket.start + length]
+        parts = []
+        for member, start, stop in bucket.pieces:
+            parameter = self.parameters[member]
+            if parameter.grad is None:
+                parts.append(bucket.weights.new_zeros(stop - start))
+            else:
+                parts.append(parameter.grad.reshape(-1)[start:stop])
+        pad = length - sum(part.numel() for part in parts)
+        gradient = torch.cat([*parts, bucket.weights.new_zeros(pad)])
+        for member, _, stop in bucket.pieces:
+            if stop == self.lengths[member]:
+                self.parameters[member].grad = None
+        return gradient
+
+    def zero_grad(self) -> None:
+        """Forget the accumulated gradients."""
+        if self.gradient is not None:
+            self.gradient.zero_()
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def owned(self, rank: int) -> Iterator[Owned]:
+        """The runs that data rank ``rank``, this one, keeps."""
+        for bucket in self.buckets:
+            run = bucket.mine.numel()
+            first = bucket.start + rank * run
+            offset = 0
+            for member, start, stop in pieces(self.lengths, first, first + run):
+                part = slice(offset, offset + stop - start)
+                offset += stop - start
+                name = self.names[member]
+                yield Owned(name, "weight", start, bucket.mine[part])
+                if bucket.master is not bucket.mine:
+                    yield Owned(name, "master", start, bucket.master[part])
+                yield Owned(name, "exp_avg", start, bucket.exp_avg[part])
+                yield Owned(name, "exp_avg_sq", start, bucket.exp_avg_sq[part])
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        """Each parameter's elements of a flat vector, in the parameter's shape."""
+        parts = torch.split(flat[: sum(self.lengths)], self.lengths)
+        return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+
+class _Accumulate:
+    """Add a parameter's new gradient to the float32 ``total`` and free it."""
+
+    def __init__(self, total: Tensor) -> None:
+        self.total = total
+
+    def __call__(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.total.add_(parameter.grad)
+        parameter.grad = None

@@ -1,0 +1,184 @@
+"""ZeRO stage 1: AdamW with its state cut over the data ranks (Rajbhandari et al. 2020, sec. 5.1).
+
+Parameters live in flat vectors, cut into buckets; of each bucket a data rank owns one run of
+elements, and keeps AdamW's moments, and float32 masters of narrower weights, for its runs alone.
+A step, the same on one rank as on thousands::
+
+    1  key/value heads held by several tensor ranks: sum the parts of their gradient    (kv)
+    2  bucket by bucket, sum gradients over the data ranks, each rank keeping its run   (data)
+    3  replicas under sequence parallelism: sum the parts of their gradient             (tp)
+    4  the norm of the whole model's gradient, every element counted once               (world)
+    5  clip; where the norm is not finite, nothing below changes anything
+    6  AdamW on the owned runs
+    7  bucket by bucket, gather the new weights of all runs                             (data)
+
+Parameters are grouped by dtype, by decay (matrices, embeddings among them, decay; vectors, which
+are norms, do not) and by how the norm counts them.  Weights are views of their group's flat vector,
+so step 7 needs no copy per parameter, and so is, in float32, the rank's master run.
+
+Gradients of float32 weights are autograd's own and live from backward to step 2.  Narrower weights,
+and all weights on devices that trace graphs, add each gradient to a flat float32 vector as soon as
+backward has made it: microsteps sum in float32, and all of them trace the same graph.
+
+Bytes a rank holds for n elements of width w over d data ranks, beside the gradients of float32:
+
+    n w + 8 n / d            float32
+    n w + 4 n + 12 n / d     narrower: accumulated gradient and masters as well
+
+where n is each group padded to a multiple of d; elements whose weight in the norm differs within a
+parameter cost 4 n / d more.  Without ZeRO-1 d is 1 and step 2 leaves all ranks the whole sum.
+
+No Python number that depends on the rank or the step enters a step: one graph serves all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from llamax.collectives import Axes
+from llamax.config import Optim
+from llamax.optim import adamw
+from llamax.optim.buckets import segments, weight
+from llamax.optim.clip import clip_factor, sum_of_squares
+from llamax.optim.groups import Bucket, Group, Key, Owned
+from llamax.shard import Cut, Replica
+
+
+class Zero1:
+    """AdamW over ``axes`` for a model's parameters; make one per model.
+
+    ``parameters`` are this rank's shares and move into flat vectors: load into them in place from
+    then on, and call ``adopt_parameters``; frozen ones are left alone.  ``shards`` says how each is
+    cut over tp.  ``sequence_parallel``: each tensor rank saw its own part of the sequence, so that
+    gradients of replicas are partial.  ``bucket_bytes`` of float32 gradient travel at once.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        shards: Mapping[str, Cut],
+        optim: Optim,
+        axes: Axes,
+        *,
+        sequence_parallel: bool,
+        zero1: bool = True,
+        bucket_bytes: int = 64 * 2**20,
+    ) -> None:
+        self.optim, self.axes, tp = optim, axes, axes.tp
+        self.sharded = zero1 and axes.data.size > 1
+        members: dict[Key, dict[str, Parameter]] = {}
+        seen: set[int] = set()  # tied weights are one parameter with two names
+        for name, parameter in parameters.items():
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                partial = sequence_parallel and isinstance(shards[name], Replica) and tp.size > 1
+                counts = weight(shards[name], tp.size)
+                key = Key(parameter.dtype, parameter.dim() > 1, counts, partial)
+                members.setdefault(key, {})[name] = parameter
+        self.groups: list[Group] = []
+        for key, named in members.items():
+            counted = [
+                segment
+                for name, parameter in named.items()
+                for segment in segments(parameter.shape, shards[name], tp.size, tp.rank)
+            ]
+            assert all(s.weight == 1 / axes.kv.size for s in counted if s.shared), "axes.kv fits"
+            self.groups.append(Group(key, named, counted, axes, self.sharded, bucket_bytes))
+
+    @torch.no_grad()
+    def step(self, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+        """One optimizer step on the accumulated gradients times ``scale``; returns their norm.
+
+        All are 0-d tensors; ``step`` counts from 1.  The norm is that before clipping; where it is
+        not finite the step has changed nothing, on any rank.  Gradients are zero afterwards.
+        """
+        every = [(group, bucket) for group in self.groups for bucket in group.buckets]
+        runs = [self._reduce(group, bucket) for group, bucket in every]
+        squares = [self._squares(*place, run) for place, run in zip(every, runs, strict=True)]
+        norm = self.axes.world.all_reduce(torch.stack(squares).sum()).sqrt() * scale
+        factor = clip_factor(norm, self.optim.max_grad_norm) * scale
+        finite, step = norm.isfinite(), step.float()
+        for (group, bucket), run in zip(every, runs, strict=True):
+            adamw.update(
+                bucket.master,
+                run,
+                bucket.exp_avg,
+                bucket.exp_avg_sq,
+                lr=lr,
+                step=step,
+                factor=factor,
+                finite=finite,
+                decay=self.optim.weight_decay if group.key.decays else 0.0,
+                optim=self.optim,
+            )
+        self.gather_parameters()
+        self.zero_grad()
+        return norm
+
+    def _reduce(self, group: Group, bucket: Bucket) -> Tensor:
+        """My run of the bucket's gradient, summed over all ranks that have a part of it."""
+        gradient, data = group.take_gradient(bucket), self.axes.data
+        if bucket.shared and self.axes.kv.size > 1:
+            places = [gradient[start:stop] for start, stop in bucket.shared]
+            total = self.axes.kv.all_reduce(torch.cat(places))
+            for place, part in zip(
+                places, torch.split(total, [place.numel() for place in places]), strict=True
+            ):
+                place.copy_(part)
+        run = data.reduce_scatter(gradient, 0) if self.sharded else data.all_reduce(gradient)
+        return self.axes.tp.all_reduce(run) if group.key.partial else run
+
+    def _squares(self, group: Group, bucket: Bucket, run: Tensor) -> Tensor:
+        """What my run adds to the squared norm; the sum over the world counts each element once."""
+        held_by = 1 if self.sharded else self.axes.data.size
+        if bucket.root is not None:
+            return sum_of_squares(run * bucket.root) / held_by
+        assert group.key.weight is not None
+        return sum_of_squares(run) * (group.key.weight / held_by)
+
+    @torch.no_grad()
+    def gather_parameters(self) -> None:
+        """The weights of every rank from all masters: the end of a step, and of loading state."""
+        for group in self.groups:
+            for bucket in group.buckets:
+                if self.sharded:
+                    mine = bucket.master.to(group.key.dtype)
+                    bucket.weights.copy_(self.axes.data.all_gather(mine, 0))
+                elif bucket.master is not bucket.mine:
+                    bucket.weights.copy_(bucket.master)
+
+    @torch.no_grad()
+    def adopt_parameters(self) -> None:
+        """The masters from the weights: the end of loading parameters."""
+        for group in self.groups:
+            for bucket in group.buckets:
+                if bucket.master is not bucket.mine:
+                    bucket.master.copy_(bucket.mine)
+
+    def zero_grad(self) -> None:
+        """Forget the accumulated gradients."""
+        for group in self.groups:
+            group.zero_grad()
+
+    def owned(self) -> Iterator[Owned]:
+        """All runs that this rank keeps, possibly several of one parameter.
+
+        Over the data ranks they tile each parameter exactly; without ``sharded`` every data rank
+        owns everything.
+        """
+        for group in self.groups:
+            yield from group.owned(self.axes.data.rank if self.sharded else 0)
+
+    def state_bytes(self) -> int:
+        """Bytes of weights and state on this rank, by the formula above."""
+        total, ranks = 0, self.axes.data.size if self.sharded else 1
+        for group in self.groups:
+            kept = group.gradient is not None
+            whole = group.key.dtype.itemsize + (4 if kept else 0)
+            run = 8 + (4 if kept else 0) + (4 if group.key.weight is None else 0)
+            total += whole * group.length + run * group.length // ranks
+        return total
