@@ -1,0 +1,26 @@
+"""Training checkpoints: saved by any mesh of ranks, loaded by any other.
+
+A researcher needs five names::
+
+    saver = Saver(run / "checkpoints", axes, dict(model.named_parameters()), model.shards)
+    saver.save(step, optimizer.owned(), state, model_hub, config_text)
+
+    checkpoint = Checkpoint(newest(run))
+    load_weights(checkpoint, dict(model.named_parameters()), model.shards, tp_degree, tp_rank)
+    load_owned(checkpoint, optimizer.owned(), model.shards, tp_degree, tp_rank)
+"""
+
+from llamax.checkpoint.load import Checkpoint, Source, check_shapes, load_owned, load_weights
+from llamax.checkpoint.manifest import find, newest
+from llamax.checkpoint.save import Saver
+
+__all__ = [
+    "Checkpoint",
+    "Saver",
+    "Source",
+    "check_shapes",
+    "find",
+    "load_owned",
+    "load_weights",
+    "newest",
+]

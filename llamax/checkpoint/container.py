@@ -1,0 +1,274 @@
+"""The safetensors container, read and written by hand: a length, a JSON header, raw bytes.
+
+::
+
+    [8 bytes: n][n bytes: {"name": {"dtype", "shape", "data_offsets": [from, to]}, ...}][data]
+
+Writing by hand lets a file stream through a small buffer and be hashed on its way; reading by hand
+lets any run of any tensor be fetched without touching the rest, and checks a header before a byte
+is allocated for what it promises.  Format: https://github.com/huggingface/safetensors (Format).
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import itertools
+import json
+import math
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamax.checkpoint.layout import Copy
+from llamax.errors import CheckpointError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U8": torch.uint8,
+}
+TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
+SLAB_BYTES = 16 << 20
+MOST_HEADER_BYTES = 100 << 20
+
+
+Progress = Callable[[int], object]
+
+
+def silent(size_bytes: int) -> None:
+    """Progress that nobody watches."""
+
+
+class Entry(NamedTuple):
+    """One tensor of a file; ``offset`` counts bytes from the start of the file."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+
+
+class Outgoing(NamedTuple):
+    """One tensor on its way into a file: its bytes come in chunks, when they are asked for."""
+
+    name: str
+    dtype: torch.dtype
+    shape: Sequence[int]
+    chunks: Iterable[Tensor]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+class Written(NamedTuple):
+    """A file as it was written."""
+
+    size_bytes: int
+    sha256: str
+
+
+def raw(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of a contiguous host tensor, sharing its memory."""
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file, checked against its size.
+
+    Raises CheckpointError where the file is missing, cut short, or its header contradicts itself.
+    """
+
+    def broken(why: str) -> CheckpointError:
+        return CheckpointError(f"{path} is not a whole safetensors file: {why}; copy it anew")
+
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
+                raise broken(f"its header claims {length} of {size} bytes")
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise broken("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise broken("its header is not a JSON object")
+    header.pop("__metadata__", None)
+    found, extents = {}, []
+    for name, about in header.items():
+        try:
+            tag, shape, (start, stop) = about["dtype"], about["shape"], about["data_offsets"]
+            numbers = [*shape, start, stop]
+        except (TypeError, KeyError, ValueError):
+            raise broken(f"the entry of {name} is malformed") from None
+        if not isinstance(tag, str) or tag not in DTYPES:
+            raise broken(f"{name} has dtype {tag}, which is none of {', '.join(DTYPES)}")
+        if not all(type(n) is int and n >= 0 for n in numbers):
+            raise broken(f"{name} has shape {shape} at {[start, stop]}")
+        if stop - start != math.prod(shape) * DTYPES[tag].itemsize:
+            raise broken(f"{name} {tag}{shape} does not fit its {stop - start} bytes")
+        found[name] = Entry(DTYPES[tag], tuple(shape), 8 + length + start)
+        extents.append((start, stop))
+    at = 0
+    for start, stop in sorted(extents):
+        if start != at:
+            raise broken(f"its tensors leave a hole or overlap at byte {at}")
+        at = stop
+    if at != size - 8 - length:
+        raise broken(f"its tensors end at byte {8 + length + at}, the file has {size}")
+    return found
+
+
+def read(path: Path, offset: int, copies: Iterable[Copy], into: Tensor) -> None:
+    """Copy elements of the run that starts at byte ``offset`` of a file into a flat host tensor.
+
+    Contiguous elements are read straight into place; strided ones through a window of the file
+    that is mapped for the moment, so that only the pages they lie in are touched.
+    """
+    item, bytes_into = into.itemsize, raw(into)
+    try:
+        fd = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        for copy in copies:
+            if copy.rows == 1:
+                start = copy.target * item
+                view = bytes_into[start : start + copy.columns * item]
+                _read_exactly(fd, path, offset + copy.source * item, view)
+            else:
+                _read_strided(fd, offset, copy, item, bytes_into)
+    finally:
+        os.close(fd)
+
+
+def _read_exactly(fd: int, path: Path, offset: int, view: np.ndarray[Any, Any]) -> None:
+    done = 0
+    while done < len(view):
+        got = os.preadv(fd, [view[done : done + (1 << 30)].data], offset + done)
+        if not got:
+            raise CheckpointError(f"{path} ends at byte {offset + done}: cut short; copy it anew")
+        done += got
+
+
+def _read_strided(fd: int, offset: int, copy: Copy, item: int, into: np.ndarray[Any, Any]) -> None:
+    step, width = copy.source_stride * item, copy.columns * item
+    at_once = max(1, SLAB_BYTES // step)
+    for row in range(0, copy.rows, at_once):
+        rows = min(at_once, copy.rows - row)
+        start = offset + copy.source * item + row * step
+        skip = start % mmap.ALLOCATIONGRANULARITY
+        length = skip + (rows - 1) * step + width
+        window = mmap.mmap(fd, length, access=mmap.ACCESS_READ, offset=start - skip)
+        source = np.ndarray((rows, width), np.uint8, window, skip, (step, 1))
+        target_step = copy.target_stride * item
+        at = copy.target * item + row * target_step
+        np.ndarray((rows, width), np.uint8, into[at:].data, 0, (target_step, 1))[:] = source
+        del source
+        window.close()
+
+
+def write(
+    path: Path,
+    tensors: Sequence[Outgoing],
+    hashed: bool = True,
+    progress: Progress = silent,
+) -> Written:
+    """Write a safetensors file, chunk by chunk, and make it durable; ``progress`` takes bytes.
+
+    Without ``hashed`` the sha256 is empty.  Raises CheckpointError where the disk is full.
+    """
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # keeps all aligned
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for tensor in tensors:
+        extent = [at, at := at + tensor.size_bytes]
+        header[tensor.name] = {
+            "dtype": TAGS[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": extent,
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256() if hashed else None
+    with writing(path, 8 + len(text) + at), open(path, "wb", buffering=0) as file:
+        start = memoryview(len(text).to_bytes(8, "little") + text)
+        data = (raw(chunk).data for tensor in tensors for chunk in tensor.chunks)
+        for view in itertools.chain([start], data):
+            _write_all(file.fileno(), view)
+            if digest:
+                digest.update(view)
+            progress(len(view))
+        os.fsync(file.fileno())
+    return Written(8 + len(text) + at, digest.hexdigest() if digest else "")
+
+
+def _write_all(fd: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file at once, durably: it has the old text or the new, never a part."""
+    data = text.encode()
+    with writing(path, len(data)):
+        beside = path.with_name(path.name + ".part")
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        sync(path.parent)
+
+
+def sync(folder: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def writing(path: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn what the disk refuses into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+        free = shutil.disk_usage(path.parent).free
+        raise CheckpointError(
+            f"no room for {path} ({error.strerror}): {needed_bytes} bytes needed, {free} free; "
+            "make room or write elsewhere"
+        ) from None
+
+
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
+    view = memoryview(buffer)
+    with open(path, "rb", buffering=0) as file:
+        while got := file.readinto(buffer):
+            digest.update(view[:got])
+    return digest.hexdigest()
+
+
+def total_bytes(header: Mapping[str, Entry]) -> int:
+    """The bytes of all tensors of a file."""
+    return sum(math.prod(e.shape) * e.dtype.itemsize for e in header.values())

@@ -1,0 +1,250 @@
+"""What a checkpoint folder says of itself, and the names of everything in it.
+
+::
+
+    checkpoints/step-00000100/
+        weights-tp00-dp00.safetensors     runs of weights, one file per rank
+        optimizer-tp00-dp00.safetensors   runs of masters and moments, and the random state
+        config.toml                       the resolved configuration
+        manifest.json                     what is where, and the sha256 of every file
+        done                              the sha256 of the manifest: written last, deleted first
+
+A folder without ``done`` is no checkpoint.  The manifest names no topology that a reader would have
+to share: it lists, per tensor, the runs (see ``layout``) and the files they lie in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from llamax.checkpoint.container import (
+    DTYPES,
+    Progress,
+    sha256,
+    silent,
+    sync,
+    write_text,
+)
+from llamax.checkpoint.layout import Run, tiled
+from llamax.errors import CheckpointError
+
+FORMAT = 1
+MANIFEST, DONE, CONFIG = "manifest.json", "done", "config.toml"
+STEP = re.compile(r"step-(\d{8,})")
+FILE = re.compile(r"(weights|optimizer)-tp\d{2,}-dp\d{2,}\.safetensors")
+RNG = "rng"
+
+
+@dataclass(frozen=True)
+class File:
+    """One rank's file, as it was when it was written."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One kind of a tensor (weight, master, exp_avg, exp_avg_sq): its runs as
+    [file index, left, width, start, length]."""
+
+    dtype: str
+    runs: list[tuple[int, int, int, int, int]]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A Hub tensor, and what is kept of it."""
+
+    shape: tuple[int, ...]
+    kinds: dict[str, Kept]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds; ``model`` is the Hub's config.json, ``state`` the program's."""
+
+    format: int
+    step: int
+    llamax: str
+    torch: str
+    mesh: dict[str, int]
+    model: dict[str, Any]
+    state: dict[str, Any]
+    files: list[File]
+    tensors: dict[str, Whole] = field(default_factory=dict)
+
+    def problem(self) -> str:
+        """What does not hold together, or nothing."""
+        if self.format != FORMAT:
+            return f"format {self.format} is not {FORMAT}, the one this llamax reads"
+        for file in self.files:
+            if not FILE.fullmatch(file.name):
+                return f"{file.name!r} is no name of a checkpoint's file"
+        for name, tensor in self.tensors.items():
+            if not tensor.shape or min(tensor.shape) < 1:
+                return f"{name} has shape {list(tensor.shape)}"
+            for kind, kept in tensor.kinds.items():
+                if kept.dtype not in DTYPES:
+                    return f"{name} ({kind}) has dtype {kept.dtype}"
+                if not all(0 <= run[0] < len(self.files) for run in kept.runs):
+                    return f"{name} ({kind}) lies in a file that is not listed"
+                if not tiled(tensor.shape, [Run(*run[1:]) for run in kept.runs]):
+                    return f"the pieces of {name} ({kind}) do not make {list(tensor.shape)}"
+        return ""
+
+
+_SCHEMA = TypeAdapter(Manifest)
+
+
+def step_name(step: int) -> str:
+    """The folder of a step."""
+    return f"step-{step:08d}"
+
+
+def file_name(role: str, tp_rank: int, data_rank: int) -> str:
+    """The file of one rank; ``role`` is weights or optimizer."""
+    return f"{role}-tp{tp_rank:02d}-dp{data_rank:02d}.safetensors"
+
+
+def key(name: str, kind: str, run: Run) -> str:
+    """What a run is called inside its file."""
+    return f"{name}:{kind}@{run.start}"
+
+
+def commit(folder: Path, manifest: Manifest, config_text: str) -> None:
+    """Write what names the files of a folder; it becomes a checkpoint with ``finish``."""
+    if problem := manifest.problem():
+        raise CheckpointError(f"{folder} was not saved: {problem}")
+    write_text(folder / CONFIG, config_text)
+    write_text(folder / MANIFEST, json.dumps(asdict(manifest), separators=(",", ":")))
+
+
+def finish(folder: Path) -> None:
+    """Declare a folder complete: its last act."""
+    write_text(folder / DONE, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() + "\n")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a complete checkpoint, every claim checked that costs no reading of files.
+
+    Raises CheckpointError without ``done``, where the manifest was changed or does not hold
+    together, and where a file is missing, lies elsewhere or has another size.
+    """
+    if not (folder / DONE).is_file():
+        raise CheckpointError(f"{folder} has no file 'done': saving it never finished")
+    path = folder / MANIFEST
+    try:
+        text = path.read_bytes()
+        expected = (folder / DONE).read_text(errors="replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    found = hashlib.sha256(text).hexdigest()
+    if found != expected:
+        raise CheckpointError(
+            f"{path} changed after it was saved: its sha256 is {found}, "
+            f"the file 'done' says {expected[:64]!r}"
+        )
+    try:
+        manifest = _SCHEMA.validate_json(text)
+        problem = manifest.problem()
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    if problem:
+        raise CheckpointError(f"{path} is broken: {problem}")
+    for listed in manifest.files:
+        file = folder / listed.name
+        if not file.is_file():
+            raise CheckpointError(f"{file} is missing")
+        if file.resolve().parent != folder.resolve():
+            raise CheckpointError(f"{file} is a link out of its folder; put the file itself there")
+        size = file.stat().st_size
+        if size != listed.size_bytes:
+            raise CheckpointError(f"{file} has {size} bytes, {listed.size_bytes} were saved")
+    return manifest
+
+
+def verify(folder: Path, files: Sequence[File], progress: Progress = silent) -> None:
+    """Hash files and compare with the manifest, on two threads; ``progress`` takes bytes.
+
+    Raises CheckpointError that names the first file whose bytes are not those saved.
+    """
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        hashes = pool.map(lambda file: sha256(folder / file.name), files)
+        for file, found in zip(files, hashes, strict=True):
+            if found != file.sha256:
+                raise CheckpointError(
+                    f"{folder / file.name} changed after it was saved: its sha256 is {found}, "
+                    f"the manifest says {file.sha256}"
+                )
+            progress(file.size_bytes)
+
+
+@contextmanager
+def advice(folder: Path) -> Iterator[None]:
+    """End a complaint about a checkpoint with the newest other one of its run that is intact."""
+    try:
+        yield
+    except CheckpointError as error:
+        for other in reversed(steps(folder.parent)):
+            if other.resolve() != folder.resolve() and intact(other):
+                raise CheckpointError(f"{error}; the newest intact checkpoint is {other}") from None
+        raise CheckpointError(f"{error}; {folder.parent} holds no other that is intact") from None
+
+
+def intact(folder: Path) -> bool:
+    """Whether every file of a checkpoint is what was saved."""
+    try:
+        verify(folder, read_manifest(folder).files)
+    except CheckpointError:
+        return False
+    return True
+
+
+def steps(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first; a run folder or its ``checkpoints``."""
+    inner = folder / "checkpoints"
+    folder = inner if inner.is_dir() else folder
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if STEP.fullmatch(path.name)]
+    return sorted((p for p in found if (p / DONE).is_file()), key=lambda p: int(p.name[5:]))
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = steps(Path(folder))
+    return found[-1] if found else None
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that a user means: a step's folder, or the newest of a run's."""
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {path}; check the path")
+    if (path / MANIFEST).exists() or (path / DONE).exists() or STEP.match(path.name):
+        return path
+    found = newest(path)
+    if found is None:
+        raise CheckpointError(f"no complete checkpoint in {path}; give a step folder or a run's")
+    return found
+
+
+def delete(folder: Path) -> None:
+    """Remove a checkpoint: ``done`` goes first, so that no half of it is ever taken for one."""
+    (folder / DONE).unlink(missing_ok=True)
+    sync(folder)
+    shutil.rmtree(folder)

@@ -1,0 +1,294 @@
+"""Saving: each rank writes what it owns, in the background, and nothing half-done is ever seen.
+
+::
+
+    all ranks   copy what they own to the host            training stops for this alone
+    thread      step-00000100.tmp/weights-tp00-dp00...    written, hashed, made durable
+                step-00000100.tmp/rank-tp00-dp00.json     "mine are there": what and where
+    rank 0      waits for the notes of all ranks -> manifest.json -> rename to step-00000100
+                -> done -> older checkpoints go, ``done`` first
+
+Ranks agree over the file system, so that no collective runs beside training's.  What replicates is
+written once: by the first tensor rank that holds it, and by the data rank that owns the run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import llamax
+from llamax.checkpoint import manifest as files
+from llamax.checkpoint.container import (
+    TAGS,
+    Outgoing,
+    Written,
+    sync,
+    write,
+    write_text,
+    writing,
+)
+from llamax.checkpoint.layout import Run, slices, whole_shape, writes
+from llamax.checkpoint.load import Owned
+from llamax.collectives import Axes
+from llamax.errors import CheckpointError, LlamaxError
+from llamax.shard import Cut, parts
+
+ToHost = Callable[[Sequence[Tensor]], list[Tensor]]
+
+
+class Kept(NamedTuple):
+    """A run on its way to a file."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    run: Run
+    tensor: Tensor
+
+
+def copy_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies on the host, one by one."""
+    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+
+
+class Saver:
+    """Saves checkpoints of one run into ``folder``, as one of the ranks of ``axes``.
+
+    ``parameters`` and ``shards`` say what the names in ``Owned`` mean.  ``zero1`` off: every data
+    rank owns everything, and writes an equal share.  ``keep``: how many stay, 0 for all.
+    ``timeout_s``: how long rank 0 waits for the files of the others.
+    At most one save is in flight; what goes wrong in it is raised by the next call of any method.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        axes: Axes,
+        parameters: Mapping[str, Tensor],
+        shards: Mapping[str, Cut],
+        *,
+        zero1: bool = True,
+        keep: int = 2,
+        background: bool = True,
+        timeout_s: float = 1800.0,
+        to_host: ToHost = copy_to_host,
+    ) -> None:
+        self.folder = Path(folder)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+        self.shards, self.zero1, self.keep = shards, zero1, keep
+        self.tp, self.data = axes.tp, axes.data
+        self.background, self.timeout_s, self.to_host = background, timeout_s, to_host
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if self._first:
+            with writing(self.folder, 0):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                sweep(self.folder)
+
+    def save(
+        self,
+        step: int,
+        owned: Iterable[Owned],
+        state: Mapping[str, Any],
+        model: Mapping[str, Any],
+        config_text: str,
+        rng: Tensor | None = None,
+    ) -> None:
+        """Take a checkpoint of this moment; returns when the host holds a copy of it.
+
+        Called by every rank with the same ``step``, ``state`` (JSON values), ``model`` (the Hub's
+        config.json) and ``config_text``; ``rng`` is this rank's own random state (uint8).
+        """
+        self.wait()
+        kept = self._snapshot(owned)
+        rng = None if rng is None else rng.detach().to("cpu", copy=True)
+        manifest = files.Manifest(
+            format=files.FORMAT,
+            step=step,
+            llamax=llamax.__version__,
+            torch=torch.__version__,
+            mesh={"tensor": self.tp.size, "data": self.data.size, "zero1": int(self.zero1)},
+            model=dict(model),
+            state=dict(state),
+            files=[],
+        )
+        self._thread = threading.Thread(
+            target=self._guarded, args=(kept, rng, manifest, config_text), name="llamax-checkpoint"
+        )
+        self._thread.start()
+        if not self.background:
+            self.wait()
+
+    def check(self) -> None:
+        """Raise what went wrong in the background since the last call; cheap."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def wait(self) -> None:
+        """Return when the save in flight is done: on rank 0 when all ranks' files are committed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self.check()
+
+    @property
+    def _first(self) -> bool:
+        return self.tp.rank == 0 and self.data.rank == 0
+
+    def _snapshot(self, owned: Iterable[Owned]) -> list[Kept]:
+        kept = []
+        for mine in owned:
+            how, shape, flat = self.shards[mine.name], self.shapes[mine.name], mine.tensor
+            low, high = 0, len(flat)
+            if not self.zero1:
+                low, high = (len(flat) * (self.data.rank + i) // self.data.size for i in (0, 1))
+            part_of = {part.name: part.how for part in parts(mine.name, how, self.tp.size)}
+            for name, run, at in slices(
+                mine.name, how, shape, self.tp.size, self.tp.rank, mine.start + low, high - low
+            ):
+                if writes(part_of[name], self.tp.size, self.tp.rank):
+                    tensor = flat[low + at : low + at + run.length]
+                    whole = whole_shape(part_of[name], shape)
+                    kept.append(Kept(name, mine.kind, whole, run, tensor))
+        copies = self.to_host([one.tensor for one in kept])
+        return [one._replace(tensor=copy) for one, copy in zip(kept, copies, strict=True)]
+
+    def _guarded(
+        self, kept: list[Kept], rng: Tensor | None, manifest: files.Manifest, config_text: str
+    ) -> None:
+        folder = self.folder / (files.step_name(manifest.step) + ".tmp")
+        mine = f"tp{self.tp.rank:02d}-dp{self.data.rank:02d}"
+        try:
+            with writing(folder, 0):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._write(folder, mine, kept, rng)
+            if self._first:
+                self._commit(folder, manifest, config_text)
+        except BaseException as error:
+            self._withdraw(folder, mine, error)
+            if not isinstance(error, CheckpointError):
+                self._error = error
+                return
+            last = files.newest(self.folder)
+            stays = f"{last} stays" if last else "no earlier checkpoint of this run exists"
+            self._error = CheckpointError(f"{error}; step {manifest.step} is not saved, {stays}")
+
+    def _write(self, folder: Path, mine: str, kept: list[Kept], rng: Tensor | None) -> None:
+        """Write this rank's files, then the note that says what is in them."""
+        note: list[dict[str, Any]] = []
+        for role in ("weights", "optimizer"):
+            chosen = [one for one in kept if (one.kind == "weight") == (role == "weights")]
+            tensors = [
+                Outgoing(
+                    files.key(one.name, one.kind, one.run),
+                    one.tensor.dtype,
+                    (one.run.length,),
+                    [one.tensor],
+                )
+                for one in chosen
+            ]
+            if role == "optimizer" and rng is not None:
+                tensors.append(Outgoing(files.RNG, rng.dtype, rng.shape, [rng]))
+            if tensors:
+                name = files.file_name(role, self.tp.rank, self.data.rank)
+                written = write(folder / name, tensors)
+                runs = [
+                    [one.name, one.kind, TAGS[one.tensor.dtype], one.shape, one.run]
+                    for one in chosen
+                ]
+                note.append({"file": [name, *written], "runs": runs})
+        sync(folder)
+        write_text(folder / f"rank-{mine}.json", json.dumps(note))
+
+    def _withdraw(self, folder: Path, mine: str, error: BaseException) -> None:
+        """Make room again; a rank other than the first tells it why no files will come."""
+        if self._first:
+            shutil.rmtree(folder, ignore_errors=True)
+            return
+        try:
+            for path in folder.glob(f"*-{mine}.*"):
+                path.unlink()
+            line = str(error) if isinstance(error, LlamaxError) else repr(error)
+            write_text(folder / f"failed-{mine}.txt", line)
+        except (OSError, CheckpointError):
+            pass  # the disk is beyond help: rank 0 will miss this rank
+
+    def _commit(self, folder: Path, manifest: files.Manifest, config_text: str) -> None:
+        for note in self._notes(folder):
+            for one in note:
+                index = len(manifest.files)
+                manifest.files.append(files.File(one["file"][0], *Written(*one["file"][1:])))
+                for name, kind, tag, shape, run in one["runs"]:
+                    whole = manifest.tensors.setdefault(name, files.Whole(tuple(shape), {}))
+                    whole.kinds.setdefault(kind, files.Kept(tag, [])).runs.append((index, *run))
+        for path in folder.glob("rank-*.json"):
+            path.unlink()
+        files.commit(folder, manifest, config_text)
+        place(folder, self.folder / files.step_name(manifest.step))
+        if self.keep:
+            for old in files.steps(self.folder)[: -self.keep]:
+                if old.name != folder.stem:  # after a resume from the past, later steps are there
+                    files.delete(old)
+
+    def _notes(self, folder: Path) -> list[list[dict[str, Any]]]:
+        """The notes of all ranks, when the last has come."""
+        ranks = [
+            f"tp{tp:02d}-dp{data:02d}"
+            for data in range(self.data.size)
+            for tp in range(self.tp.size)
+        ]
+        deadline = time.monotonic() + self.timeout_s
+        while True:
+            present = set(os.listdir(folder))
+            missing = [rank for rank in ranks if f"rank-{rank}.json" not in present]
+            if not missing:
+                return [json.loads((folder / f"rank-{r}.json").read_text()) for r in ranks]
+            for rank in missing:
+                if f"failed-{rank}.txt" in present:
+                    why = (folder / f"failed-{rank}.txt").read_text()
+                    raise CheckpointError(f"rank {rank} could not save: {why}")
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{folder}: no files from rank {', '.join(missing)} within "
+                    f"{self.timeout_s:.0f} s; see that rank's own log"
+                )
+            time.sleep(0.02)
+
+
+def place(folder: Path, final: Path) -> None:
+    """Give a committed folder its name, then ``done``; what bore the name before goes last."""
+    old = final.with_name(final.name + ".old")
+    with writing(final, 0):
+        if final.exists():
+            os.rename(final, old)
+        os.rename(folder, final)
+        sync(final.parent)
+        files.finish(final)
+        if old.exists():
+            files.delete(old)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what an interrupted save or deletion left behind, and finish a replacement."""
+    for path in sorted(folder.glob("step-*")):
+        name = path.name.removesuffix(".tmp").removesuffix(".old")
+        if not path.is_dir() or not files.STEP.fullmatch(name):
+            continue
+        final = folder / name
+        if path.name.endswith(".old") and not (final / files.DONE).exists():
+            shutil.rmtree(final, ignore_errors=True)
+            if (path / files.DONE).exists():
+                os.rename(path, final)
+        elif path.name != name or not (path / files.DONE).exists():
+            shutil.rmtree(path)
