@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from llamax.config import Config, refuse, sections
 from llamax.errors import ConfigError
+from llamax.rules import either
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -153,9 +154,10 @@ def _build(kind: Any, table: Any, prefix: str, found: list[str]) -> Any:
             try:
                 values[name] = _fit(value, hints[name])
             except TypeError:
+                unknown = isinstance(value, str) and get_origin(hints[name]) is Literal
                 found.append(
-                    f"{dot}{name}={json.dumps(value, default=str)} is {_kind(value)}; "
-                    f"write {_wanted(hints[name])}"
+                    f"{dot}{name}={json.dumps(value, default=str)} is "
+                    f"{'unknown' if unknown else _kind(value)}; write {_wanted(hints[name])}"
                 )
     for each in fields(kind):
         if each.name not in table and each.default is MISSING:
@@ -190,7 +192,7 @@ def _section(hint: Any) -> Any:
 
 def _kind(value: Any) -> str:
     """The type of a TOML value in words."""
-    names = {bool: "true or false", int: "an integer", float: "a float", str: "a string"}
+    names = {bool: "a truth value", int: "an integer", float: "a float", str: "a string"}
     return names.get(type(value), "a list" if isinstance(value, list) else "a table")
 
 
@@ -199,8 +201,7 @@ def _wanted(hint: Any) -> str:
     if section := _section(hint):
         return f"a section with {', '.join(each.name for each in fields(section))}"
     if get_origin(hint) is Literal:
-        *most, last = get_args(hint)
-        return f"{', '.join(most)} or {last}"
+        return either(get_args(hint))
     if get_origin(hint) is tuple:
         return "a list of integers"
     kinds = [kind for kind in get_args(hint) if kind is not NoneType] or [hint]

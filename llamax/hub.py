@@ -49,7 +49,7 @@ def read(hub: Mapping[str, Any]) -> Model:
     scaling = {name: rope[name] for name in SCALING} if rope["rope_type"] == "llama3" else None
     return Model(
         **{name: hub[name] for name in SHAPE},
-        **{name: hub.get(name, default) for name, default in DEFAULTS.items()},
+        **{name: _given(hub, name, default) for name, default in DEFAULTS.items()},
         num_key_value_heads=hub.get("num_key_value_heads") or hub["num_attention_heads"],
         head_dim=hub.get("head_dim") or 0,
         rope_theta=float(rope["rope_theta"]),
@@ -79,11 +79,17 @@ def write(model: Model, dtype: str) -> dict[str, Any]:
     }
 
 
+def _given(hub: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of a key; the default where it is absent or null."""
+    value = hub.get(name)
+    return default if value is None else value
+
+
 def _rope(hub: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings in the new spelling, from either."""
     rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})
     rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", hub.get("rope_theta", 10_000.0))
+    rope.setdefault("rope_theta", _given(hub, "rope_theta", 10_000.0))
     return rope
 
 
@@ -98,6 +104,11 @@ def _problems(hub: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
     for name in SHAPE:
         if not isinstance(found := hub.get(name), int):
             yield f"{name} is {found!r}; a Llama needs a whole number there"
+    for name in ("num_key_value_heads", "head_dim", *DEFAULTS):
+        if not isinstance(found := _given(hub, name, 0), (int, float)):
+            yield f"{name} is {found!r}; it must be a number, true, false or null"
+    if not isinstance(found := rope["rope_theta"], (int, float)):
+        yield f"rope_theta is {found!r}; it must be a number"
     if rope["rope_type"] not in ("default", "llama3"):
         yield (
             f"rope_type={rope['rope_type']!r} is not supported; llamax computes default and llama3"

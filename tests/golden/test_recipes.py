@@ -1,0 +1,72 @@
+"""Every recipe, resolved, is reviewed text; and its shape is the published one.
+
+After a wanted change write the texts anew, and read the difference:
+
+    python tests/golden/test_recipes.py
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llamax.configfile import RECIPES, dump, load, recipes
+
+GOLDEN = Path(__file__).parent / "recipes"
+
+# recipe: (ranks of its mesh, published number of parameters)
+PUBLISHED = {
+    "demo": (4, 4_851_968),
+    "llama2-7b": (4 * 32, 6_738_415_616),
+    "llama2-13b": (8 * 32, 13_015_864_320),
+    "llama2-70b": (32 * 32, 68_976_648_192),
+    "llama3-8b": (8 * 32, 8_030_261_248),
+    "llama3.1-8b": (32 * 32, 8_030_261_248),
+    "llama3.1-70b": (32 * 32, 70_553_706_496),
+    "llama3.2-1b": (32, 1_235_814_400),
+    "llama3.2-3b": (4 * 32, 3_212_749_824),
+    "tinyllama-1.1b": (32, 1_100_048_384),
+}
+
+
+def test_every_recipe_is_checked() -> None:
+    assert recipes() == sorted(PUBLISHED) == sorted(path.stem for path in GOLDEN.glob("*.toml"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_resolves_to_the_reviewed_text(name: str) -> None:
+    config = load(name, world_size=PUBLISHED[name][0])
+    assert dump(config) == (GOLDEN / f"{name}.toml").read_text()
+    assert load(str(GOLDEN / f"{name}.toml")) == config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recipe_is_as_large_as_published_and_says_so(name: str) -> None:
+    model = load(name).model
+    assert model.num_parameters() == PUBLISHED[name][1]
+    assert f"{model.num_parameters():,} parameters" in (RECIPES / f"{name}.toml").read_text()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_comments_of_a_recipe_tell_the_truth(name: str) -> None:
+    config, (world, _) = load(name), PUBLISHED[name]
+    text = (RECIPES / f"{name}.toml").read_text()
+    tensor = config.parallel.tensor
+    data, length, batch = world // tensor, config.data.sequence_length, config.data.global_batch
+    assert f"Mesh:      tensor {tensor} x data {data}" in text
+    assert f"Step:      {batch} x {length} = {batch * length:,} tokens" in text
+    total = re.sub(r"e\+0?", "e", f"{config.run.steps * batch * length:.1e}")
+    assert f"; {config.run.steps:,} steps are {total} tokens" in text
+    assert f"-m llamax.train --config {name}\n" in text
+    started = re.search(r"(?:--nnodes (\d+) )?--nproc-per-node (\d+)", text)
+    assert started
+    assert int(started[1] or 1) * int(started[2]) == world
+    if counted := re.search(r"(\d+) microsteps", text):
+        assert int(counted[1]) == config.accumulation(data)
+
+
+if __name__ == "__main__":
+    for each in recipes():
+        (GOLDEN / f"{each}.toml").write_text(dump(load(each)))

@@ -1,0 +1,588 @@
+"""Configurations: a bad value trips every rule, a good one keeps it, and the problem is a line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamax.config import Config, Data, Model, Optim, Parallel, RopeScaling, Run, sections
+from llamax.errors import ConfigError
+from llamax.rules import RULES
+
+MODEL = Model(
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=101,
+    rope_scaling=RopeScaling(),
+)
+GOOD = Config(
+    MODEL,
+    Parallel(tensor=2),
+    Optim(warmup_steps=10),
+    Data(sequence_length=128, global_batch=8, micro_batch=2),
+)
+
+
+def changed(changes: dict[str, Any], base: Config = GOOD) -> Config:
+    """``base`` with ``section.key`` replaced."""
+    for key, value in changes.items():
+        *path, name = key.split(".")
+        parts = [base]
+        for part in path:
+            parts.append(getattr(parts[-1], part))
+        built = replace(parts[-1], **{name: value})
+        for owner, part in zip(reversed(parts[:-1]), reversed(path), strict=True):
+            built = replace(owner, **{part: built})
+        base = built
+    return base
+
+
+# rule: (changes, world, problem) that trips it; then (changes, world) on the edge that keeps it
+CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[str, Any]]]] = {
+    "heads_divide_hidden": (
+        [
+            (
+                {"model.hidden_size": 66},
+                None,
+                "model.num_attention_heads=8 does not divide model.hidden_size=66; "
+                "use a divisor, or set model.head_dim",
+            )
+        ],
+        [{"model.hidden_size": 66, "model.head_dim": 16}],
+    ),
+    "heads_turn_pairs": (
+        [
+            (
+                {"model.head_dim": 7},
+                None,
+                "model.head_dim=7 is odd, and rotary positions turn pairs of features; use 8",
+            )
+        ],
+        [{"model.head_dim": 6}],
+    ),
+    "queries_share_keys": (
+        [
+            (
+                {"model.num_key_value_heads": 3, "parallel.tensor": 1},
+                None,
+                "model.num_key_value_heads=3 does not divide model.num_attention_heads=8; "
+                "use 1, 2, 4 or 8",
+            )
+        ],
+        [{"model.num_key_value_heads": n} for n in (1, 2, 4, 8)],
+    ),
+    "special_tokens_exist": (
+        [
+            (
+                {"model.bos_token_id": 101},
+                None,
+                "model.bos_token_id=101 is outside model.vocab_size=101; use 0 to 100",
+            ),
+            (
+                {"model.eos_token_id": (2, 101)},
+                None,
+                "model.eos_token_id=101 is outside model.vocab_size=101; use 0 to 100",
+            ),
+        ],
+        [{"model.bos_token_id": 100}, {"model.eos_token_id": 100}, {"model.eos_token_id": (0, 1)}],
+    ),
+    "rope_bands_in_order": (
+        [
+            (
+                {"model.rope_scaling.low_freq_factor": 4.0},
+                None,
+                "model.rope_scaling.low_freq_factor=4.0 is not below "
+                "model.rope_scaling.high_freq_factor=4.0; Llama 3 has 1.0 and 4.0",
+            )
+        ],
+        [{"model.rope_scaling.low_freq_factor": 3.9}],
+    ),
+    "rope_stretches": (
+        [
+            (
+                {"model.rope_scaling.factor": 0.5},
+                None,
+                "model.rope_scaling.factor=0.5 would shrink the context; "
+                "use 1.0 or more (Llama 3.1 has 8.0, Llama 3.2 has 32.0)",
+            )
+        ],
+        [{"model.rope_scaling.factor": 1.0}],
+    ),
+    "tensor_divides_heads": (
+        [
+            (
+                {"parallel.tensor": 3, "model.num_key_value_heads": 1, "data.sequence_length": 12},
+                None,
+                "parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8",
+            )
+        ],
+        [{"parallel.tensor": 8}],
+    ),
+    "tensor_fits_kv_heads": (
+        [
+            (
+                {
+                    "parallel.tensor": 4,
+                    "model.num_attention_heads": 12,
+                    "model.num_key_value_heads": 6,
+                },
+                None,
+                "parallel.tensor=4 is neither a divisor nor a multiple of "
+                "model.num_key_value_heads=6; use 1, 2, 3, 6 or 12",
+            )
+        ],
+        [{"parallel.tensor": 8, "model.num_key_value_heads": n} for n in (1, 2, 4, 8)],
+    ),
+    "tensor_divides_feed_forward": (
+        [
+            (
+                {"model.intermediate_size": 99},
+                None,
+                "parallel.tensor=2 does not divide model.intermediate_size=99; use 1 or 3",
+            )
+        ],
+        [{"model.intermediate_size": 98}],
+    ),
+    "tensor_divides_sequence": (
+        [
+            (
+                {"data.sequence_length": 101},
+                None,
+                "parallel.tensor=2 does not divide data.sequence_length=101, which "
+                "parallel.sequence=true cuts; use 100 or 102, or parallel.sequence=false",
+            )
+        ],
+        [
+            {"data.sequence_length": 102},
+            {"data.sequence_length": 101, "parallel.sequence": False},
+            {"data.sequence_length": 101, "parallel.tensor": 1},
+        ],
+    ),
+    "mesh_fills_world": (
+        [
+            (
+                {"data.global_batch": 2},
+                3,
+                "parallel.tensor=2 does not divide the world of 3 ranks; "
+                "start a multiple of 2 ranks, or use 1 or 3",
+            ),
+            (
+                {"parallel.data": 4},
+                4,
+                "parallel.tensor=2 x parallel.data=4 is 8 ranks, but the world has 4; "
+                "use parallel.data=2, or 0 to take what is there",
+            ),
+        ],
+        [{"parallel.data": 2}, {"parallel.data": 0}],
+    ),
+    "batch_divides_over_mesh": (
+        [
+            (
+                {"data.global_batch": 10},
+                4,
+                "data.global_batch=10 is not a multiple of data.micro_batch=2 x 2 data ranks = 4; "
+                "use 8 or 12",
+            ),
+            (
+                {"data.global_batch": 3},
+                None,
+                "data.global_batch=3 is not a multiple of data.micro_batch=2 x 1 data ranks = 2; "
+                "use 2 or 4",
+            ),
+            (
+                {"data.global_batch": 4, "parallel.data": 3},
+                None,
+                "data.global_batch=4 is not a multiple of data.micro_batch=2 x 3 data ranks = 6; "
+                "use 6",
+            ),
+        ],
+        [{"data.global_batch": 4}, {"data.global_batch": 12}],
+    ),
+    "sequence_fits_model": (
+        [
+            (
+                {"model.max_position_embeddings": 126},
+                None,
+                "data.sequence_length=128 is above model.max_position_embeddings=126; "
+                "use 126 or less, or raise the model's",
+            )
+        ],
+        [{"model.max_position_embeddings": 128}],
+    ),
+    "learning_rate_falls": (
+        [
+            (
+                {"optim.min_lr": 1e-3},
+                None,
+                "optim.min_lr=0.001 is above optim.lr=0.0003; use 0.0003 or less",
+            )
+        ],
+        [{"optim.min_lr": 3e-4}, {"optim.min_lr": 1e-3, "optim.schedule": "constant"}],
+    ),
+    "decay_belongs_to_wsd": (
+        [
+            (
+                {"optim.schedule": "wsd"},
+                None,
+                "optim.decay_steps=0 with optim.schedule=wsd; "
+                "use 1 to 1000, the last fifth of the run for example",
+            ),
+            (
+                {"optim.decay_steps": 5},
+                None,
+                "optim.decay_steps=5 means nothing to optim.schedule=cosine; "
+                "use 0, or optim.schedule=wsd",
+            ),
+        ],
+        [{"optim.schedule": "wsd", "optim.decay_steps": 990}],
+    ),
+    "schedule_fits_run": (
+        [
+            (
+                {"optim.schedule": "wsd", "optim.decay_steps": 991},
+                None,
+                "optim.warmup_steps=10 + optim.decay_steps=991 is above run.steps=1000; "
+                "use at most 1000 together",
+            )
+        ],
+        [{"optim.warmup_steps": 1000}],
+    ),
+    "folders_are_named": (
+        [
+            (
+                {"data.path": ""},
+                None,
+                "data.path is empty; use the folder that llamax prepare wrote",
+            ),
+            ({"run.folder": " "}, None, "run.folder is empty; use a folder for this run"),
+            (
+                {"checkpoint.resume": ""},
+                None,
+                "checkpoint.resume is empty; use auto, never or a checkpoint folder",
+            ),
+        ],
+        [{"checkpoint.init_from": ""}],
+    ),
+}
+
+
+def test_a_good_configuration_has_no_problems() -> None:
+    assert GOOD.problems() == GOOD.problems(2) == GOOD.problems(8) == []
+    GOOD.check(4)
+
+
+def test_every_rule_has_a_case() -> None:
+    assert [function.__name__ for _, function in RULES] == list(CASES)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rule_is_tripped_alone_and_kept_on_the_edge(name: str) -> None:
+    bad, good = CASES[name]
+    for changes, world, problem in bad:
+        assert changed(changes).problems(world) == [problem]
+        assert "\n" not in problem
+    for changes in good:
+        found = changed(changes).problems(4 if "parallel.data" in changes else None)
+        assert found == []
+
+
+def test_every_number_has_a_range_and_leaving_it_is_told() -> None:
+    numbers = 0
+    for prefix, section in sections(GOOD):
+        for each in fields(section):
+            value = getattr(section, each.name)
+            allowed = each.metadata["range"]
+            assert each.metadata["help"], each.name
+            if type(value) in (int, float):
+                numbers += 1
+                for bad in (-1, math.nan, math.inf):
+                    key = f"{prefix}.{each.name}"
+                    found = changed({key: bad}).problems(4)
+                    assert f"{key}={bad} is out of range; use {allowed.words}" in found
+    assert numbers > 25
+    for key in ("model.bos_token_id", "model.eos_token_id"):
+        assert f"{key}=-1 is out of range; use 0 or more" in changed({key: -1}).problems()
+    assert changed({"model.eos_token_id": (2, -1)}).problems() == [
+        "model.eos_token_id=(2, -1) is out of range; use 0 or more"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "below", "edge"),
+    [
+        ("parallel.tensor", 0, 1),
+        ("parallel.data", -1, 0),
+        ("optim.lr", 0.0, 1e-9),
+        ("optim.beta2", 1.0, 0.999),
+        ("optim.max_grad_norm", -0.1, 0.0),
+        ("run.steps", 0, 10),
+        ("model.num_attention_heads", 0, 8),
+    ],
+)
+def test_ranges_end_where_they_should(key: str, below: Any, edge: Any) -> None:
+    assert any(
+        line.startswith(f"{key}={below} is out of range")
+        for line in changed({key: below}).problems()
+    )
+    kept = {key: edge, "optim.min_lr": 0.0}
+    assert changed(kept).problems() == []
+
+
+@pytest.mark.parametrize(
+    ("key", "use"),
+    [
+        ("optim.schedule", "cosine, linear, wsd or constant"),
+        ("data.verify", "start, read or off"),
+        ("run.backend", "cpu, cuda, xla or neuron"),
+        ("run.dtype", "float32 or bfloat16"),
+        ("run.recompute", "none, selective or full"),
+        ("run.progress", "auto, on or off"),
+    ],
+)
+def test_unknown_choices_are_told(key: str, use: str) -> None:
+    assert changed({key: "fast"}).problems() == [f"{key}='fast' is unknown; use {use}"]
+
+
+def test_all_problems_come_at_once_and_a_broken_field_is_told_once() -> None:
+    bad = changed(
+        {"parallel.tensor": 0, "optim.min_lr": 1.0, "data.micro_batch": 3, "run.steps": 0}
+    )
+    assert [line.split("=")[0] for line in bad.problems(4)] == [
+        "parallel.tensor",
+        "run.steps",
+        "optim.min_lr",
+    ]
+    with pytest.raises(ConfigError, match=r"^configuration: 3 problems\n  parallel.tensor=0 is"):
+        bad.check(4)
+    with pytest.raises(ConfigError, match=r"^configuration: optim.min_lr=1.0 is above .*less$"):
+        changed({"optim.min_lr": 1.0}).check()
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 16))
+def test_accumulation_divides_exactly_or_is_refused(batch: int, micro: int, degree: int) -> None:
+    config = changed({"data.global_batch": batch, "data.micro_batch": micro})
+    if batch % (micro * degree):
+        with pytest.raises(ConfigError, match=f"data.global_batch={batch} is not a multiple"):
+            config.accumulation(degree)
+    else:
+        assert config.accumulation(degree) * micro * degree == batch
+
+
+@given(st.integers(1, 16), st.integers(1, 24), st.integers(1, 24))
+def test_what_the_rules_let_through_can_be_cut(tensor: int, heads: int, kv: int) -> None:
+    from llamax.shard import Block, span
+
+    config = changed(
+        {
+            "model.head_dim": 8,
+            "model.num_attention_heads": heads,
+            "model.num_key_value_heads": kv,
+            "model.intermediate_size": 48 * tensor,
+            "parallel.tensor": tensor,
+            "parallel.sequence": False,
+        }
+    )
+    try:
+        for n in (heads, kv):
+            span(Block(n * 8, unit=8), tensor, 0)
+        fits = heads % tensor == 0 and heads % kv == 0
+    except ConfigError:
+        fits = False
+    assert (config.problems() == []) == fits
+
+
+def test_heads_take_their_width_from_the_hidden_size() -> None:
+    assert MODEL.head_dim == 8
+    assert replace(MODEL, head_dim=32).head_dim == 32
+
+
+def test_end_tokens_are_always_a_tuple() -> None:
+    assert [replace(MODEL, eos_token_id=e).eos_token_ids for e in (None, 0, (1, 2))] == [
+        (),
+        (0,),
+        (1, 2),
+    ]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head_dim", [0, 32])
+def test_parameters_are_counted_as_transformers_counts_them(tied: bool, head_dim: int) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = replace(MODEL, tie_word_embeddings=tied, head_dim=head_dim, rope_scaling=None)
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(LlamaConfig(**model.to_hub("float32")))
+    assert model.num_parameters() == sum(p.numel() for p in theirs.parameters())
+
+
+# ---- config.json
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+HUB = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "vocab_size": 101,
+}
+
+
+def test_absent_keys_have_the_values_of_transformers() -> None:
+    from transformers import LlamaConfig
+
+    model, theirs = Model.from_hub(HUB), LlamaConfig(**HUB)
+    for name in (
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+    ):
+        assert getattr(model, name) == getattr(theirs, name), name
+    assert model.rms_norm_eps == 1e-6
+    assert model.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert model.rope_scaling is None
+    nulls = dict.fromkeys(("num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps"))
+    assert Model.from_hub({**HUB, **nulls}) == model
+
+
+def test_both_spellings_of_rope_are_read() -> None:
+    scaling = RopeScaling(32.0, 1.0, 4.0, 64)
+    old = Model.from_hub({**HUB, "rope_theta": 5e5, "rope_scaling": LLAMA3})
+    new = Model.from_hub({**HUB, "rope_parameters": {"rope_theta": 5e5, **LLAMA3}})
+    legacy = {**LLAMA3, "type": "llama3"}
+    del legacy["rope_type"]
+    assert old == new == Model.from_hub({**HUB, "rope_theta": 500_000, "rope_scaling": legacy})
+    assert (old.rope_theta, old.rope_scaling) == (5e5, scaling)
+    plain = {**HUB, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}
+    assert (Model.from_hub(plain).rope_theta, Model.from_hub(plain).rope_scaling) == (7.0, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (
+            {"model_type": "qwen2"},
+            "model_type='qwen2' is not supported; llamax computes 'llama' only",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; llamax computes 'silu' only"),
+        (
+            {"attention_bias": True},
+            "attention_bias=True is not supported; llamax computes False only",
+        ),
+        ({"mlp_bias": True}, "mlp_bias=True is not supported; llamax computes False only"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_type='linear' is not supported; llamax computes default and llama3",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_type='yarn' is not supported; llamax computes default and llama3",
+        ),
+        (
+            {"rope_scaling": {**LLAMA3, "factor": None}},
+            "factor of rope_type llama3 is None; it must be a number",
+        ),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5 is not supported; llamax computes 1.0",
+        ),
+        (
+            {"quantization_config": {"bits": 4}},
+            "quantization_config is not supported; use the unquantized model",
+        ),
+        (
+            {"head_dim": "8"},
+            "head_dim is '8'; it must be a number, true, false or null",
+        ),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'; it must be a number"),
+        ({"hidden_size": "64"}, "hidden_size is '64'; a Llama needs a whole number there"),
+    ],
+)
+def test_what_is_not_a_llama_is_refused(change: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Model.from_hub({**HUB, **change})
+    assert str(error.value) == f"config.json: {line}"
+
+
+def test_all_that_is_refused_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        Model.from_hub({"model_type": "gpt2", "mlp_bias": True})
+    assert str(error.value).startswith("config.json: 7 problems\n  model_type='gpt2'")
+
+
+models = st.builds(
+    replace,
+    st.just(MODEL),
+    head_dim=st.sampled_from([8, 16]),
+    rope_theta=st.floats(1.0, 1e7),
+    rms_norm_eps=st.floats(1e-7, 1e-3),
+    tie_word_embeddings=st.booleans(),
+    rope_scaling=st.none() | st.builds(RopeScaling, factor=st.floats(1.0, 64.0)),
+    bos_token_id=st.none() | st.integers(0, 100),
+    eos_token_id=st.none()
+    | st.integers(0, 100)
+    | st.lists(st.integers(0, 100), min_size=1).map(tuple),
+)
+
+
+@given(models)
+def test_a_model_survives_config_json(model: Model) -> None:
+    import json
+
+    assert Model.from_hub(json.loads(json.dumps(model.to_hub("bfloat16")))) == model
+
+
+@given(models)
+def test_transformers_reads_what_we_write(model: Model) -> None:
+    import torch
+    from transformers import LlamaConfig
+
+    model = replace(model, max_position_embeddings=16384)
+    theirs = LlamaConfig.from_dict(model.to_hub("bfloat16"))
+    assert theirs.dtype in (torch.bfloat16, "bfloat16")
+    assert theirs.rope_parameters["rope_theta"] == model.rope_theta
+    if model.rope_scaling:
+        assert theirs.rope_parameters["rope_type"] == "llama3"
+        for each in fields(model.rope_scaling):
+            assert theirs.rope_parameters[each.name] == getattr(model.rope_scaling, each.name)
+    else:
+        assert theirs.rope_parameters["rope_type"] == "default"
+    for name in ("head_dim", "rms_norm_eps", "tie_word_embeddings", "bos_token_id"):
+        assert getattr(theirs, name) == getattr(model, name)
+    assert Model.from_hub(theirs.to_dict()) == model
+
+
+def test_both_generations_of_keys_are_written() -> None:
+    hub = MODEL.to_hub("float32")
+    assert hub["dtype"] == hub["torch_dtype"] == "float32"
+    assert hub["rope_theta"] == hub["rope_parameters"]["rope_theta"] == 10_000.0
+    assert hub["rope_scaling"]["rope_type"] == hub["rope_parameters"]["rope_type"] == "llama3"
+    assert hub["architectures"] == ["LlamaForCausalLM"]
+    plain = replace(MODEL, rope_scaling=None).to_hub("float32")
+    assert plain["rope_scaling"] is None
+    assert plain["rope_parameters"] == {"rope_theta": 10_000.0, "rope_type": "default"}
+
+
+def test_a_run_has_sensible_defaults() -> None:
+    assert Config(MODEL).problems(1) == []
+    assert Run().backend == "cpu"

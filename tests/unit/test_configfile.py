@@ -1,0 +1,273 @@
+"""TOML and overrides: what is read, what is refused and how, and that writing loses nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamax.config import COUNT, FRACTION, NATURAL, POSITIVE, Config, sections
+from llamax.configfile import dump, find, help_text, load, parse, recipes
+from llamax.errors import ConfigError
+
+SHAPE = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 101,
+}
+
+
+def refused(tables: dict[str, Any], *overrides: str) -> list[str]:
+    """The lines of the one error that ``parse`` raises, without where it was."""
+    with pytest.raises(ConfigError) as error:
+        parse(tables, overrides)
+    first, *rest = str(error.value).split("\n")
+    if not rest:
+        return [first.removeprefix("configuration: ")]
+    assert first == f"configuration: {len(rest)} problems"
+    return [line.removeprefix("  ") for line in rest]
+
+
+def test_a_section_that_is_absent_has_its_defaults() -> None:
+    config = parse({"model": SHAPE, "optim": {"lr": 1}})
+    assert (config.optim.lr, config.run.steps, config.model.rope_scaling) == (1.0, 1000, None)
+    assert type(config.optim.lr) is float
+
+
+def test_overrides_in_both_spellings_come_on_top_in_order() -> None:
+    tables = {"model": dict(SHAPE), "run": {"steps": 5}}
+    config = parse(
+        tables,
+        [
+            "--run.steps=10",
+            "--run.steps",
+            "20",
+            "--optim.lr=2e-4",
+            "--optim.min_lr",
+            "0",
+            "--parallel.zero1=false",
+            "--run.folder=2024",
+            "--data.path=a=b",
+            "--run.dtype=bfloat16",
+            "--model.eos_token_id=[2, 3]",
+            "--model.rope_scaling.factor=32",
+        ],
+    )
+    assert (config.run.steps, config.optim.lr, config.optim.min_lr) == (20, 2e-4, 0.0)
+    assert (config.run.folder, config.data.path, config.run.dtype) == ("2024", "a=b", "bfloat16")
+    assert config.parallel.zero1 is False
+    assert config.model.eos_token_id == (2, 3)
+    assert config.model.rope_scaling is not None
+    assert config.model.rope_scaling.factor == 32.0
+    assert tables == {"model": SHAPE, "run": {"steps": 5}}
+    cleared = parse({"model": {**SHAPE, "bos_token_id": 1}}, ["--model.bos_token_id=none"])
+    assert cleared.model.bos_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("tables", "overrides", "lines"),
+    [
+        (
+            {},
+            ["--model.hidden_sise=8"],
+            ["--model.hidden_sise is an unknown option; did you mean model.hidden_size?"],
+        ),
+        ({}, ["--lr=1"], ["--lr is an unknown option; did you mean optim.lr?"]),
+        ({}, ["--qqqq=1"], ["--qqqq is an unknown option; see --help"]),
+        ({}, ["--run.steps"], ["--run.steps has no value; write --run.steps=value"]),
+        (
+            {},
+            ["--run.steps", "--run.seed=1"],
+            ["--run.steps has no value; write --run.steps=value"],
+        ),
+        ({}, ["run.steps=3"], ["'run.steps=3' is not an option; write --section.key=value"]),
+        ({}, ["--run.steps=ten"], ['run.steps="ten" is a string; write an integer']),
+        ({}, ["--run.steps=1.5"], ["run.steps=1.5 is a float; write an integer"]),
+        ({}, ["--run.steps=true"], ["run.steps=true is a truth value; write an integer"]),
+        ({}, ["--optim.lr=fast"], ['optim.lr="fast" is a string; write a number']),
+        ({}, ["--optim.lr=true"], ["optim.lr=true is a truth value; write a number"]),
+        ({}, ["--parallel.zero1=1"], ["parallel.zero1=1 is an integer; write true or false"]),
+        ({}, ["--parallel.zero1=yes"], ['parallel.zero1="yes" is a string; write true or false']),
+        (
+            {},
+            ["--run.backend=tpu"],
+            ['run.backend="tpu" is unknown; write cpu, cuda, xla or neuron'],
+        ),
+        (
+            {},
+            ["--model.eos_token_id=[1.5]"],
+            ["model.eos_token_id=[1.5] is a list; write an integer or a list of integers"],
+        ),
+        ({"run": {"folder": 3}}, [], ["run.folder=3 is an integer; write a string"]),
+        (
+            {"modle": {}},
+            [],
+            ["modle is an unknown section; did you mean model?"],
+        ),
+        (
+            {"zzz": 1},
+            [],
+            ["zzz is an unknown section; there are model, parallel, optim, data, checkpoint, run"],
+        ),
+        ({"optim": {"beta_1": 0.9}}, [], ["optim.beta_1 is an unknown key; did you mean beta1?"]),
+        ({"optim": 3}, ["--optim.lr=1"], ["optim=3 is an integer; write it as a section [optim]"]),
+        (
+            {"model": {**SHAPE, "rope_scaling": {"type": "x"}}},
+            [],
+            [
+                "model.rope_scaling.type is an unknown key; there are factor, low_freq_factor, "
+                "high_freq_factor, original_max_position_embeddings"
+            ],
+        ),
+        (
+            {"model": {k: v for k, v in SHAPE.items() if k != "vocab_size"}},
+            [],
+            ["model.vocab_size is missing; write an integer"],
+        ),
+    ],
+)
+def test_what_does_not_fit_is_named_with_the_remedy(
+    tables: dict[str, Any], overrides: list[str], lines: list[str]
+) -> None:
+    assert refused({"model": SHAPE, **tables}, *overrides) == lines
+
+
+def test_all_problems_come_at_once() -> None:
+    tables = {"model": {**SHAPE, "vocab_size": "many"}, "dat": {}, "run": {"step": 3}}
+    assert refused(tables, "--optim.lr=x", "--nope") == [
+        "--nope has no value; write --nope=value",
+        'model.vocab_size="many" is a string; write an integer',
+        "dat is an unknown section; did you mean data?",
+        "run.step is an unknown key; did you mean steps?",
+        'optim.lr="x" is a string; write a number',
+    ]
+    assert refused({"model": SHAPE, "optim": {"min_lr": 1, "lr": 0}, "run": {"steps": -1}}) == [
+        "optim.lr=0.0 is out of range; use a number above 0",
+        "run.steps=-1 is out of range; use 1 or more",
+    ]
+    assert refused({}) == [
+        "model is missing; write a section with hidden_size, intermediate_size, "
+        "num_hidden_layers, num_attention_heads, num_key_value_heads, vocab_size, head_dim, "
+        "max_position_embeddings, rope_theta, rope_scaling, rms_norm_eps, tie_word_embeddings, "
+        "initializer_range, bos_token_id, eos_token_id"
+    ]
+
+
+def test_the_world_takes_part() -> None:
+    assert parse({"model": SHAPE}, ["--data.global_batch=4"], world_size=4).data.global_batch == 4
+    with pytest.raises(ConfigError, match=r"data.global_batch=4 .* 3 data ranks = 3; use 3 or 6"):
+        parse({"model": SHAPE}, ["--data.global_batch=4"], world_size=3)
+
+
+def test_files_and_recipes_are_found_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(dump(load("demo")))
+    assert load(str(path)) == load("demo")
+    assert find("demo").name == "demo.toml"
+    assert "llama2-7b" in recipes()
+    with pytest.raises(
+        ConfigError, match="no recipe is named 'llama-2-7b'; did you mean llama2-7b"
+    ):
+        load("llama-2-7b")
+    with pytest.raises(ConfigError, match=r"no recipe is named 'xyz'; there are demo, llama2-13b"):
+        load("xyz")
+    with pytest.raises(
+        ConfigError, match=r"gone.toml: no such file; --config takes a recipe's name"
+    ):
+        load(str(tmp_path / "gone.toml"))
+    with pytest.raises(ConfigError, match="no such file"):
+        load(str(tmp_path))
+    path.write_text("[model\n")
+    with pytest.raises(ConfigError, match=r"mine.toml: cannot be read as TOML: .*line 1"):
+        load(str(path))
+    path.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"mine.toml: cannot be read as TOML: 'utf-8' codec"):
+        load(str(path))
+    path.write_text("[run]\nsteps = 3.5\n")
+    with pytest.raises(ConfigError, match=r"mine.toml: 2 problems\n  run.steps=3.5 is a float"):
+        load(str(path))
+
+
+# ---- any configuration, there and back
+
+NUMBERS = {
+    (int, COUNT): st.integers(1, 2**40),
+    (int, NATURAL): st.integers(0, 2**40),
+    (float, POSITIVE): st.floats(0, exclude_min=True, allow_infinity=False),
+    (float, NATURAL): st.floats(0, allow_infinity=False),
+    (float, FRACTION): st.floats(0, 1, exclude_max=True),
+    (bool, None): st.booleans(),
+    (str, None): st.text(),
+}
+
+
+def values(hint: Any, allowed: Any) -> st.SearchStrategy[Any]:
+    if hint is NoneType:
+        return st.none()
+    if is_dataclass(hint):
+        hints = get_type_hints(hint)
+        return st.builds(
+            hint, **{f.name: values(hints[f.name], f.metadata.get("range")) for f in fields(hint)}
+        )
+    if get_origin(hint) is Literal:
+        return st.sampled_from(get_args(hint))
+    if get_origin(hint) is tuple:
+        return st.lists(st.integers(0, 99), max_size=3).map(tuple)
+    if get_args(hint):
+        return st.one_of(*(values(choice, allowed) for choice in get_args(hint)))
+    return NUMBERS[hint, allowed]
+
+
+@given(values(Config, None))
+def test_what_is_dumped_loads_back(config: Config) -> None:
+    from llamax import configfile
+
+    found: list[str] = []
+    tables = configfile.tomllib.loads(dump(config))
+    assert configfile._build(Config, tables, "", found) == config
+    assert found == []
+
+
+@given(st.text())
+def test_any_text_can_be_an_override(text: str) -> None:
+    assert parse({"model": SHAPE}, [f"--checkpoint.init_from={text}"]).checkpoint.init_from == text
+
+
+def test_help_explains_every_field() -> None:
+    text = help_text()
+    config = load("llama3.2-1b")
+    for prefix, section in sections(config):
+        for each in fields(section):
+            if not is_dataclass(getattr(section, each.name)):
+                (line,) = [
+                    s for s in text.split("\n") if s.startswith(f"  --{prefix}.{each.name}=")
+                ]
+                assert each.metadata["help"] in line
+                assert f"({each.metadata['unit']}" in line
+    assert (
+        "  --optim.warmup_steps=INT                          "
+        "rise from 0 to lr at the start (steps; default 0)\n"
+    ) in text
+    assert "--run.backend=cpu|cuda|xla|neuron " in text
+    assert "--model.eos_token_id=INT|[INT, ..] " in text
+    assert "(features; required)" in text
+    assert "(default empty)" in text
+
+
+def test_reading_a_configuration_needs_no_torch() -> None:
+    code = (
+        "import sys; from llamax.configfile import load; load('demo', [], 4); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,255 @@
+"""Metrics: every number by hand, every bit of a float in the log, and each view once."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamax import metrics
+from llamax.config import Model
+from llamax.configfile import load
+from llamax.errors import BackendError, DataError
+from llamax.metrics import ConsoleWriter, JsonlWriter, Record, TensorBoardWriter, Writers
+
+RECORD = Record(
+    step=7,
+    consumed_tokens=28672,
+    seconds=3.5,
+    step_s=0.5,
+    loss=2.25,
+    grad_norm=1.5,
+    lr=3e-4,
+    tokens_per_s=8192.0,
+    mfu=0.375,
+    memory_bytes=3 * 2**29,
+)
+
+
+# ---- numbers
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_flops_count_every_matmul_once(tied: bool) -> None:
+    model = Model(
+        hidden_size=4,
+        intermediate_size=10,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=11,
+        head_dim=6,
+        tie_word_embeddings=tied,
+    )
+    q_o, k_v, mlp, head = 2 * 4 * 12, 2 * 4 * 6, 3 * 4 * 10, 11 * 4
+    attention = 3 * 5 * 2 * 6
+    assert metrics.flops_per_token(model, 5) == 6 * (3 * (q_o + k_v + mlp) + head + attention)
+
+
+def test_flops_of_llama2_7b_are_those_published() -> None:
+    model = load("llama2-7b").model
+    weights = model.num_parameters() - 32000 * 4096 - 65 * 4096  # no lookup, no norms
+    assert metrics.flops_per_token(model, 4096) == 6 * weights + 6 * 32 * 4096 * 4096
+    # 16 nodes of 16 chips at 190 TFLOP/s, 101.3 sequences a second: AWS's 36.6 % (6N, whole N)
+    found = metrics.mfu(101.3 * 4096, metrics.flops_per_token(model, 4096), 16 * 16 * 190e12)
+    assert 0.355 < found < 0.37
+
+
+def test_rates() -> None:
+    assert metrics.mfu(10.0, 3.0, 60.0) == 0.5
+    assert metrics.mfu(10.0, 3.0, 0.0) == 0.0
+    assert metrics.tokens_per_s(100, 0.5) == 200.0
+    assert metrics.tokens_per_s(100, 0.0) == 0.0
+    assert metrics.eta(3, 10, 2.0) == 14.0
+    assert metrics.eta(12, 10, 2.0) == 0.0
+    assert metrics.perplexity(0.0) == 1.0
+    assert metrics.perplexity(math.log(32.0)) == pytest.approx(32.0)
+    assert metrics.perplexity(1e4) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (0.5, "0.50"),
+        (999, "999"),
+        (999.7, "1.00K"),
+        (1000, "1K"),
+        (1234, "1.23K"),
+        (12_345, "12.3K"),
+        (123_456, "123K"),
+        (999_999, "1.00M"),
+        (6_738_415_616, "6.74B"),
+        (2.0e12, "2T"),
+        (5e16, "50000T"),
+    ],
+)
+def test_numbers_in_words(n: float, text: str) -> None:
+    assert metrics.show_number(n) == text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(512, "512 B"), (1024, "1 KiB"), (1536, "1.50 KiB"), (3 * 2**29, "1.50 GiB")],
+)
+def test_bytes_in_words(n: float, text: str) -> None:
+    assert metrics.show_bytes(n) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.00s"),
+        (0.254, "0.25s"),
+        (9.994, "9.99s"),
+        (9.999, "10s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (185, "3m05s"),
+        (3599.9, "1h00m"),
+        (7620, "2h07m"),
+        (86399.9, "1d00h"),
+        (5 * 86400 + 3 * 3600, "5d03h"),
+    ],
+)
+def test_times_in_words(seconds: float, text: str) -> None:
+    assert metrics.show_time(seconds) == text
+
+
+# ---- the log
+
+
+@given(st.floats(allow_nan=False), st.floats(allow_nan=False), st.none() | st.floats(0, 9))
+def test_a_record_keeps_every_bit(loss: float, norm: float, validation: float | None) -> None:
+    record = replace(RECORD, loss=loss, grad_norm=norm, validation_loss=validation)
+    text = record.to_json()
+    assert Record.from_json(text) == record
+    assert "\n" not in text
+    assert ("validation_loss" in text) == (validation is not None)
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_the_log_holds_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    first = JsonlWriter(path)
+    for step in (1, 2, 3, 4):
+        first.write(replace(RECORD, step=step, loss=float(step)))
+        assert steps(path)[-1] == step  # on disk at once
+    with path.open("a") as torn:
+        torn.write('{"step": 5, "los')  # the machine stopped here
+    first.close()
+
+    second = JsonlWriter(path, resumed_step=2)
+    assert steps(path) == [1, 2]
+    second.write(replace(RECORD, step=3, loss=30.0))
+    second.close()
+    assert steps(path) == [1, 2, 3]
+    assert [record.loss for record in metrics.read_jsonl(path)] == [1.0, 2.0, 30.0]
+    assert list(path.parent.iterdir()) == [path]
+
+    JsonlWriter(path).close()  # a run from the start
+    assert steps(path) == []
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", "3", '{"step": 1}', '{"foo": 1}'])
+def test_a_log_with_a_strange_line_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{RECORD.to_json()}\n{line}\n{RECORD.to_json()}\n")
+    with pytest.raises(DataError, match=r"metrics.jsonl:2: not a record; remove this line"):
+        metrics.read_jsonl(path)
+    path.write_text(f"{RECORD.to_json()}\n{line}")
+    assert metrics.read_jsonl(path) == [RECORD]
+    assert metrics.read_jsonl(tmp_path / "none") == []
+
+
+# ---- the views
+
+
+def test_console_lines_are_aligned_and_complete() -> None:
+    stream = io.StringIO()
+    console = ConsoleWriter(steps=100, stream=stream)
+    console.write(RECORD)
+    console.write(replace(RECORD, step=99, loss=10.5, mfu=0.0, validation_loss=2.5))
+    console.write(replace(RECORD, step=100))
+    console.close()
+    first, second, third = stream.getvalue().splitlines()
+    assert first == (
+        "step   7/100  loss   2.2500  grad    1.500  lr 3.00e-04   8.19K tokens/s  "
+        "mfu  37.5%  1.50 GiB  left 46s"
+    )
+    assert "validation   2.5000" in second
+    assert "mfu" not in second
+    assert "left 0.50s" in second
+    assert third == first.replace("  7/", "100/").replace("left 46s", "left 0.00s")
+
+
+def test_the_bar_shows_loss_and_rate_and_starts_where_the_run_resumes() -> None:
+    stream = io.StringIO()
+    console = ConsoleWriter(steps=10, step=6, bar=True, stream=stream)
+    console.write(RECORD)
+    assert console.bar.n == 7
+    console.write(replace(RECORD, step=9))
+    assert console.bar.n == 9
+    console.bar.refresh()
+    console.close()
+    text = stream.getvalue()
+    assert "9/10" in text
+    assert "loss 2.2500, 8.19K tokens/s" in text
+    assert text.count("step  7/10  loss") == 1
+
+
+def test_tensorboard_has_the_tags_of_other_trainers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoardWriter(tmp_path)
+    board.write(RECORD)
+    board.write(replace(RECORD, step=8, loss=2.0, validation_loss=2.5))
+    board.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "loss",
+        "reduced_train_loss",
+        "grad_norm",
+        "throughput",
+        "lr",
+        "mfu",
+        "consumed_tokens",
+        "validation_loss",
+    }
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(7, 2.25), (8, 2.0)]
+    assert [(e.step, e.value) for e in events.Scalars("validation_loss")] == [(8, 2.5)]
+    assert events.Scalars("throughput")[0].value == 8192.0
+    assert events.Scalars("consumed_tokens")[0].value == 28672.0
+    assert events.Scalars("grad_norm")[0].value == 1.5
+    assert events.Scalars("mfu")[0].value == 0.375
+
+
+def test_tensorboard_that_is_missing_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BackendError, match=r"run.tensorboard=true needs the package tensorboard"):
+        TensorBoardWriter(tmp_path)
+
+
+def test_writers_pass_on_and_close_also_after_an_error(tmp_path: Path) -> None:
+    one, two = JsonlWriter(tmp_path / "one"), JsonlWriter(tmp_path / "two")
+    writers = Writers([one, two])
+    writers.write(RECORD)
+    with pytest.raises(RuntimeError), writers:
+        raise RuntimeError
+    assert steps(tmp_path / "one") == steps(tmp_path / "two") == [7]
+    assert one.file.closed
+    assert two.file.closed
