@@ -1,15 +1,15 @@
 """Operations of a Llama: the reference in plain torch, and the fastest supported kernel by table.
 
-Every public function looks its operation up in ``TABLES``: rows of (name, supported, load), tried
-from the top, the reference last.  A row's ``load`` imports its kernel when it is first chosen, so
-a machine never imports what it cannot run::
+Every public operation is looked up in ``TABLE``: rows of (name, supported, kernel), tried from the
+top, the reference last.  A kernel is a function here, or "module:function" below ``llamax.kernels``
+that is imported when it is first chosen, so that a machine never imports what it cannot run::
 
-    rms_norm(x, weight, eps) -> TABLES["rms_norm"]:  cpu        if x lies on a CPU
-                                                     reference  always
+    rms_norm(x, weight, eps)  ->  cpu        rms_norm.op:rms_norm   if x lies on a CPU
+                                  reference  reference_rms_norm     anywhere
 
-Shapes are spelled as in ``model.py``: B batch, S sequence, T keys, D hidden, H query heads,
-K key/value heads, E head dim, F feed-forward.  Products and sums inside an operation are fp32 for
-bf16 tensors; the result has the input's dtype.
+Shapes are spelled as in ``model.py``: B batch, S sequence, D hidden, H query heads, K key/value
+heads, E head dim, F feed-forward; T is the length of a key/value cache.  bf16 tensors are stored;
+sums and products inside an operation are fp32, and the result has the input's dtype.
 
 Sources: RMSNorm, Zhang and Sennrich 2019; rotary embedding, Su et al. 2021, section 3.4;
 SwiGLU, Shazeer 2020; grouped-query attention, Ainslie et al. 2023.
@@ -18,7 +18,11 @@ SwiGLU, Shazeer 2020; grouped-query attention, Ainslie et al. 2023.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+import platform
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,64 +32,62 @@ if TYPE_CHECKING:
     from llamax.config import RopeScaling
 
 
-# --- the public operations -----------------------------------------------------------------------
-
-
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: [..., in], [out, in] -> [..., out]."""
-    return F.linear(x, weight)
+    return kernel("linear", x, weight)(x, weight)
 
 
 def matmul_grad_input(dy: Tensor, weight: Tensor) -> Tensor:
     """The gradient of ``linear`` by x: [..., out], [out, in] -> [..., in]."""
-    return dy @ weight
+    return kernel("matmul_grad_input", dy, weight)(dy, weight)
 
 
 def matmul_grad_weight(dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient of ``linear`` by its weight: [..., out], [..., in] -> [out, in]."""
-    return dy.flatten(0, -2).t() @ x.flatten(0, -2)
+    """The gradient of ``linear`` by its weight: [..., out], [..., in] -> [out, in].
+
+    Of bf16 tensors it is fp32 where the product was computed in fp32: rounding would cost a pass
+    and the digits that a sum over microsteps wants.
+    """
+    return kernel("matmul_grad_weight", dy, x)(dy, x)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)``: [..., D], [D] -> [..., D]."""
-    return reference_rms_norm(x, weight, eps)
+    return kernel("rms_norm", x, weight)(x, weight, eps)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split: [B, S, H, E], [B or 1, S, E] twice -> [B, S, H, E]."""
-    return reference_rotate(x, cos, sin)
+    return kernel("rotate", x, cos, sin)(x, cos, sin)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of the two halves of the last dim: [..., 2F] -> [..., F]."""
-    return reference_swiglu(gate_up)
+    return kernel("swiglu", gate_up)(gate_up)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
     """Causal self-attention: [B, S, H, E], [B, S, K, E] twice, [B, S] or None -> [B, S, H, E].
 
-    Query head h reads key/value head ``h * K // H``.  With ``documents`` (integers, [B, S]) a token
-    sees only earlier tokens of the same number.
+    Query head h reads key/value head ``h * K // H``.  With ``documents`` (integers) a token sees
+    only itself and the earlier tokens that have its number.
     """
-    return reference_attention(q, k, v, documents)
+    return kernel("attention", q, k, v, documents)(q, k, v, documents)
 
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Attention to a cache: [B, S, H, E], [B, T, K, E] twice, bool [B, S, T] -> [B, S, H, E].
 
-    A query sees the keys where ``mask`` is true, at least one.
+    A query sees the keys where ``mask`` is true: at least one.
     """
-    return reference_masked_attention(q, k, v, mask)
-
-
-# --- rotary tables -------------------------------------------------------------------------------
+    return kernel("attention_cached", q, k, v, mask)(q, k, v, mask)
 
 
 def inverse_frequencies(head_dim: int, rope_theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians per position of each pair, slowed for long contexts by ``scaling``: -> [E / 2] fp32.
+    """Radians per position of every pair, slowed for long contexts by ``scaling``: [E / 2], fp32.
 
-    Llama-3 scaling keeps wavelengths shorter than ``original / high``, divides the frequencies of
-    those longer than ``original / low`` by ``factor``, and blends between (Llama 3.1 model card).
+    Llama-3 scaling keeps wavelengths below ``original / high``, divides the frequencies of those
+    above ``original / low`` by ``factor``, and blends in between ("rope_type": "llama3").
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / rope_theta**exponents
@@ -100,7 +102,7 @@ def inverse_frequencies(head_dim: int, rope_theta: float, scaling: RopeScaling |
 def rope_tables(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle, both halves alike: [B, S], [E / 2] -> [B, S, E] twice, fp32.
 
-    Positions that are the same in every sequence may be given once, as [1, S].
+    Positions that all sequences share may be given once, as [1, S].
     """
     angles = positions[..., None].float() * inverse_frequencies
     angles = torch.cat((angles, angles), dim=-1)
@@ -110,35 +112,168 @@ def rope_tables(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor,
 # --- references ----------------------------------------------------------------------------------
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def reference_grad_input(dy: Tensor, weight: Tensor) -> Tensor:
+    return dy @ weight
+
+
+def reference_grad_weight(dy: Tensor, x: Tensor) -> Tensor:
+    return dy.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x_fp32 = x.float()
-    scale = torch.rsqrt(x_fp32.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (x_fp32 * scale).to(x.dtype)
+    scale = torch.rsqrt(_wide(x).pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (_wide(x) * scale).to(x.dtype)
 
 
 def reference_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = _wide(x).chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return (x * cos[:, :, None] + turned * sin[:, :, None]).to(x.dtype)
 
 
 def reference_swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = _wide(gate_up).chunk(2, dim=-1)
     return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-    position = torch.arange(q.shape[1], device=q.device)
-    mask = (position[:, None] >= position)[None]
-    if documents is not None:
-        mask = mask & (documents[:, :, None] == documents[:, None, :])
-    return reference_masked_attention(q, k, v, mask)
+    return reference_attention_cached(q, k, v, _causal_mask(q, documents))
 
 
-def reference_masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def reference_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     group = q.shape[2] // k.shape[2]
-    q_BHSE = q.transpose(1, 2).float() * q.shape[-1] ** -0.5
-    k_BHTE = k.transpose(1, 2).float().repeat_interleave(group, dim=1)
-    v_BHTE = v.transpose(1, 2).float().repeat_interleave(group, dim=1)
+    q_BHSE = _wide(q).transpose(1, 2) * q.shape[-1] ** -0.5
+    k_BHTE = _wide(k).transpose(1, 2).repeat_interleave(group, dim=1)
+    v_BHTE = _wide(v).transpose(1, 2).repeat_interleave(group, dim=1)
     scores_BHST = (q_BHSE @ k_BHTE.mT).masked_fill(~mask[:, None], -math.inf)
     return (scores_BHST.softmax(-1) @ v_BHTE).transpose(1, 2).to(q.dtype)
+
+
+def _causal_mask(q: Tensor, documents: Tensor | None) -> Tensor:
+    position = torch.arange(q.shape[1], device=q.device)
+    mask_BST = (position[:, None] >= position)[None]
+    if documents is not None:
+        mask_BST = mask_BST & (documents[:, :, None] == documents[:, None, :])
+    return mask_BST
+
+
+# --- torch's own fused attention -----------------------------------------------------------------
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    if documents is not None:
+        return fused_attention_cached(q, k, v, _causal_mask(q, documents))
+    out_BHSE = F.scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+    )
+    return out_BHSE.transpose(1, 2)
+
+
+def fused_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    out_BHSE = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask[:, None],
+        enable_gqa=True,
+    )
+    return out_BHSE.transpose(1, 2)
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A kernel, and the arguments (tensors, or None where left out) that it supports."""
+
+    name: str
+    supported: Callable[..., bool]
+    kernel: Callable[..., Tensor] | str
+
+
+def _anywhere(*_: Tensor | None) -> bool:
+    return True
+
+
+def _on_cpu(x: Tensor, *_: Tensor | None) -> bool:
+    return x.device.type == "cpu"
+
+
+def _on_cuda(x: Tensor, *_: Tensor | None) -> bool:
+    return x.device.type == "cuda"
+
+
+def _cpu_without_bf16(x: Tensor, *_: Tensor | None) -> bool:
+    return _on_cpu(x) and x.dtype == torch.bfloat16 and not has_bf16_units()
+
+
+def _fused_attention_is_faster(q: Tensor, _k: Tensor, _v: Tensor, documents: Tensor | None) -> bool:
+    if _on_cuda(q):
+        return True
+    return _on_cpu(q) and q.dtype == torch.float32 and documents is None and q.shape[1] >= 2048
+
+
+def _fused_cached_is_faster(q: Tensor, *_: Tensor | None) -> bool:
+    return _on_cuda(q) or (_on_cpu(q) and not _cpu_without_bf16(q))
+
+
+TABLE: dict[str, tuple[Row, ...]] = {
+    "linear": (
+        Row("fp32", _cpu_without_bf16, "linear.op:linear"),
+        Row("reference", _anywhere, F.linear),
+    ),
+    "matmul_grad_input": (
+        Row("fp32", _cpu_without_bf16, "linear.op:grad_input"),
+        Row("reference", _anywhere, reference_grad_input),
+    ),
+    "matmul_grad_weight": (
+        Row("fp32", _cpu_without_bf16, "linear.op:grad_weight"),
+        Row("reference", _anywhere, reference_grad_weight),
+    ),
+    "rms_norm": (
+        Row("cpu", _on_cpu, "rms_norm.op:rms_norm"),
+        Row("reference", _anywhere, reference_rms_norm),
+    ),
+    "rotate": (
+        Row("cpu", _on_cpu, "rope.op:rotate"),
+        Row("reference", _anywhere, reference_rotate),
+    ),
+    "swiglu": (
+        Row("cpu", _on_cpu, "swiglu.op:swiglu"),
+        Row("reference", _anywhere, reference_swiglu),
+    ),
+    "attention": (
+        Row("fused", _fused_attention_is_faster, fused_attention),
+        Row("cpu", _on_cpu, "attention.op:attention"),
+        Row("reference", _anywhere, reference_attention),
+    ),
+    "attention_cached": (
+        Row("fused", _fused_cached_is_faster, fused_attention_cached),
+        Row("reference", _anywhere, reference_attention_cached),
+    ),
+}
+
+
+def kernel(operation: str, *arguments: Tensor | None) -> Callable[..., Tensor]:
+    """The first kernel of ``TABLE[operation]`` that supports these tensors."""
+    row = next(row for row in TABLE[operation] if row.supported(*arguments))
+    return _load(row.kernel) if isinstance(row.kernel, str) else row.kernel
+
+
+@cache
+def _load(path: str) -> Callable[..., Any]:
+    module, _, function = path.partition(":")
+    loaded: Callable[..., Any] = getattr(import_module(f"llamax.kernels.{module}"), function)
+    return loaded
+
+
+@cache
+def has_bf16_units() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware, by torch's own queries."""
+    if platform.machine() in ("x86_64", "AMD64"):  # oneDNN's query is true for emulation here
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -1,0 +1,176 @@
+"""Causal attention on a CPU by batched matrix products over blocks of queries.
+
+A block of queries meets all its keys at once, so its softmax is whole and needs no running sums;
+keys that no query of the block may see are not multiplied::
+
+    queries   keys ->
+       |      [d]                d  diagonal block: hidden above the diagonal
+       v      [x][d]             x  whole block
+              [x][x][d]
+              [ ][x][x][d]       blank: only keys of other documents, skipped
+
+The queries of the G heads that share a key/value head are stacked into one matrix of G * block
+rows.  Exponentials are powers of two, about twice as fast here as powers of e, so log2(e) goes into
+the scale of the scores.  Saved: q, k, v, the output and one number a row, L = log2(sum 2^scores).
+Backward computes the weights p = 2^(scores - L) again::
+
+    dv = p^T dout      ds = p * (dout v^T - rowsum(dout * out))      dq = ds k      dk = ds^T q
+
+Memory is linear in S: the scores of one block of queries live at a time.
+
+Source: Dao et al. 2022, "FlashAttention", sections 3.1 and B.4, without its blocks of keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+BLOCK = 128  # queries: fewer waste less above the diagonal, more multiply faster
+SCORES_BYTES = 8 << 20  # scores of several sequences at once, while a last-level cache holds them
+
+
+class Block(NamedTuple):
+    """Queries [start, stop) and keys [low, stop) of one or several sequences.
+
+    ``bias`` (0 or -inf, [stop - start, n]) is added to the scores of the last n keys.
+    """
+
+    start: int
+    stop: int
+    low: int
+    bias: Tensor
+
+
+class Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        batch, length, heads, width = q.shape
+        kv = k.shape[2]
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        scale = width**-0.5 * math.log2(math.e)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        lse = torch.empty((batch, kv, heads // kv, length), dtype=dtype)
+        for rows in _sequences(q, documents, dtype):
+            keys, values = _by_head(k[rows], dtype), _by_head(v[rows], dtype)
+            for start, stop, low, bias in _blocks(length, documents, rows, dtype):
+                queries = _stack(q[rows, start:stop], kv, dtype)
+                scores = _scores(queries, keys[:, low:stop], bias, scale)
+                largest = scores.amax(-1, keepdim=True)
+                weights = scores.sub_(largest).exp2_()
+                total = weights.sum(-1, keepdim=True)
+                mixed = torch.bmm(weights, values[:, low:stop]).div_(total)
+                _unstack(mixed, out[rows, start:stop], kv)
+                block_lse = lse[rows, :, :, start:stop]
+                block_lse.copy_(total.log2_().add_(largest).view(block_lse.shape))
+        ctx.save_for_backward(q, k, v, out, lse, documents)
+        return out
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse, documents = ctx.saved_tensors
+        length, kv, dtype = q.shape[1], k.shape[2], lse.dtype
+        scale = q.shape[-1] ** -0.5
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        for rows in _sequences(q, documents, dtype):
+            keys, values = _by_head(k[rows], dtype), _by_head(v[rows], dtype)
+            dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+            for start, stop, low, bias in _blocks(length, documents, rows, dtype):
+                queries = _stack(q[rows, start:stop], kv, dtype)
+                dmixed = _stack(dout[rows, start:stop], kv, dtype)
+                mixed = _stack(out[rows, start:stop], kv, dtype)
+                along = mixed.mul_(dmixed).sum(-1, keepdim=True)
+                block_lse = lse[rows, :, :, start:stop].reshape(along.shape)
+                scores = _scores(queries, keys[:, low:stop], bias, scale * math.log2(math.e))
+                weights = scores.sub_(block_lse).exp2_()
+                dvalues[:, low:stop].baddbmm_(weights.mT, dmixed)
+                dscores = torch.bmm(dmixed, values[:, low:stop].mT).sub_(along).mul_(weights)
+                dkeys[:, low:stop].baddbmm_(dscores.mT, queries, alpha=scale)
+                dqueries = torch.bmm(dscores, keys[:, low:stop]).mul_(scale)
+                _unstack(dqueries, dq[rows, start:stop], kv)
+            dk[rows] = dkeys.view(-1, kv, *dkeys.shape[1:]).transpose(1, 2)
+            dv[rows] = dvalues.view(-1, kv, *dvalues.shape[1:]).transpose(1, 2)
+        return dq, dk, dv, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Causal self-attention: [B, S, H, E], [B, S, K, E] twice, [B, S] or None -> [B, S, H, E]."""
+    out: Tensor = Attention.apply(q, k, v, documents)
+    return out
+
+
+def _sequences(q: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Iterator[slice]:
+    """Sequences taken together: with documents one, since each skips other keys."""
+    batch, length, heads, _ = q.shape
+    together = 1
+    if documents is None:
+        together = max(1, SCORES_BYTES // (dtype.itemsize * heads * BLOCK * length))
+    for start in range(0, batch, together):
+        yield slice(start, start + together)
+
+
+def _blocks(
+    length: int, documents: Tensor | None, rows: slice, dtype: torch.dtype
+) -> Iterator[Block]:
+    """The blocks of queries of one sequence (or several alike), first to last."""
+    causal = torch.full((BLOCK, BLOCK), -math.inf, dtype=dtype).triu_(1)
+    if documents is not None:
+        numbers = documents[rows.start]
+        first = _first_of_document(numbers)
+    for start in range(0, length, BLOCK):
+        stop = min(start + BLOCK, length)
+        low, bias = 0, causal[: stop - start, : stop - start]
+        if documents is not None:
+            low = int(first[start:stop].min())
+            other = numbers[start:stop, None] != numbers[low:stop]
+            if other.any():
+                wide = torch.zeros(other.shape, dtype=dtype)
+                wide[:, start - low :] = bias
+                bias = wide.masked_fill_(other, -math.inf)
+        yield Block(start, stop, low, bias)
+
+
+def _first_of_document(numbers: Tensor) -> Tensor:
+    """Where the document of every token begins: [S] -> [S]."""
+    length = len(numbers)
+    unique, inverse = torch.unique(numbers, return_inverse=True)
+    first = torch.full(unique.shape, length).scatter_reduce_(
+        0, inverse, torch.arange(length), "amin"
+    )
+    return first[inverse]
+
+
+def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n, S, K, E] -> [n * K, S, E]."""
+    return x.transpose(1, 2).to(dtype).flatten(0, 1)
+
+
+def _stack(x: Tensor, kv: int, dtype: torch.dtype) -> Tensor:
+    """One matrix per key/value head, its G query heads below each other: -> [n * K, G * m, E]."""
+    n, m, heads, width = x.shape
+    stacked = torch.empty((n, kv, heads // kv, m, width), dtype=dtype)
+    stacked.copy_(x.unflatten(2, (kv, -1)).permute(0, 2, 3, 1, 4))
+    return stacked.view(n * kv, -1, width)
+
+
+def _unstack(stacked: Tensor, x: Tensor, kv: int) -> None:
+    """Write [n * K, G * m, E] where it belongs: into x [n, m, H, E]."""
+    n, m, heads, width = x.shape
+    x.unflatten(2, (kv, -1)).copy_(
+        stacked.view(n, kv, heads // kv, m, width).permute(0, 3, 1, 2, 4)
+    )
+
+
+def _scores(queries: Tensor, keys: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Scaled products plus the bias: [n, G * m, E], [n, t, E], [m, c] -> [n, G * m, t]."""
+    scores = queries.new_empty((*queries.shape[:2], keys.shape[1]))
+    scores.baddbmm_(queries, keys.mT, beta=0, alpha=scale)
+    hidden, columns = bias.shape
+    scores.view(len(scores), -1, hidden, scores.shape[-1])[..., -columns:].add_(bias)
+    return scores

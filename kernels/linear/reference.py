@@ -1,0 +1,23 @@
+"""Matrix products in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+def linear(x: Array, weight: Array) -> Array:
+    """[..., in], [out, in] -> [..., out]."""
+    return x @ weight.T
+
+
+def grad_input(dy: Array, weight: Array) -> Array:
+    """[..., out], [out, in] -> [..., in]."""
+    return dy @ weight
+
+
+def grad_weight(dy: Array, x: Array) -> Array:
+    """[..., out], [..., in] -> [out, in]."""
+    return np.einsum("...o,...i->oi", dy, x)

@@ -1,0 +1,48 @@
+"""Rotary embedding, half-split, in three passes and no temporaries.
+
+Pair i of a head is (x[i], x[i + E/2]) and turns by the angle of its position::
+
+    y[:E/2] = x[:E/2] * cos - x[E/2:] * sin
+    y[E/2:] = x[E/2:] * cos + x[:E/2] * sin
+
+The transpose of a rotation turns the other way, so backward is the same code with the sign
+changed, and only the tables are saved.
+
+Source: Su et al. 2021, section 3.4.2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """x [B, S, H, E] turned by ``sign`` times the angles of the tables [B or 1, S, E]."""
+    half = x.shape[-1] // 2
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    y = torch.mul(x, cos)
+    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    y[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return y.to(x.dtype)
+
+
+class Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return turn(x, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return turn(dy, *ctx.saved_tensors, -1), None, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, half-split: [B, S, H, E], [B or 1, S, E] twice -> [B, S, H, E]."""
+    y: Tensor = Rotate.apply(x, cos, sin)
+    return y
