@@ -126,7 +126,8 @@ def reference_grad_weight(dy: Tensor, x: Tensor) -> Tensor:
 
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     scale = torch.rsqrt(_wide(x).pow(2).mean(-1, keepdim=True) + eps)
-    return weight * (_wide(x) * scale).to(x.dtype)
+    y: Tensor = weight * (_wide(x) * scale).to(x.dtype)
+    return y
 
 
 def reference_rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -146,7 +147,7 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | Non
 
 def reference_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     group = q.shape[2] // k.shape[2]
-    q_BHSE = _wide(q).transpose(1, 2) * q.shape[-1] ** -0.5
+    q_BHSE = _wide(q).transpose(1, 2) / math.sqrt(q.shape[-1])
     k_BHTE = _wide(k).transpose(1, 2).repeat_interleave(group, dim=1)
     v_BHTE = _wide(v).transpose(1, 2).repeat_interleave(group, dim=1)
     scores_BHST = (q_BHSE @ k_BHTE.mT).masked_fill(~mask[:, None], -math.inf)

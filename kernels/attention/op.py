@@ -72,7 +72,7 @@ class Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse, documents = ctx.saved_tensors
         length, kv, dtype = q.shape[1], k.shape[2], lse.dtype
@@ -101,7 +101,7 @@ class Attention(torch.autograd.Function):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
     """Causal self-attention: [B, S, H, E], [B, S, K, E] twice, [B, S] or None -> [B, S, H, E]."""
-    out: Tensor = Attention.apply(q, k, v, documents)
+    out: Tensor = Attention.apply(q, k, v, documents)  # type: ignore[no-untyped-call]
     return out
 
 

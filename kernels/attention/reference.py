@@ -43,4 +43,5 @@ def attention_backward(
 def _weights(q: Array, keys: Array) -> Array:
     scores = keys @ q * q.shape[-1] ** -0.5
     exponentials = np.exp(scores - scores.max())
-    return exponentials / exponentials.sum()
+    weights: Array = exponentials / exponentials.sum()
+    return weights

@@ -23,7 +23,7 @@ class Linear(torch.autograd.Function):
         return F.linear(x.float(), weight.float()).to(x.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         dy = dy.float()
@@ -34,7 +34,7 @@ class Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: [..., in], [out, in] -> [..., out], stored as x is."""
-    y: Tensor = Linear.apply(x, weight)
+    y: Tensor = Linear.apply(x, weight)  # type: ignore[no-untyped-call]
     return y
 
 

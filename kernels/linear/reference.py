@@ -10,7 +10,8 @@ Array = NDArray[np.float64]
 
 def linear(x: Array, weight: Array) -> Array:
     """[..., in], [out, in] -> [..., out]."""
-    return x @ weight.T
+    y: Array = x @ weight.T
+    return y
 
 
 def grad_input(dy: Array, weight: Array) -> Array:
@@ -20,4 +21,5 @@ def grad_input(dy: Array, weight: Array) -> Array:
 
 def grad_weight(dy: Array, x: Array) -> Array:
     """[..., out], [..., in] -> [out, in]."""
-    return np.einsum("...o,...i->oi", dy, x)
+    dweight: Array = np.einsum("...o,...i->oi", dy, x)
+    return dweight

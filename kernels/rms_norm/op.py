@@ -27,10 +27,11 @@ class RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale).to(x.dtype).mul_(weight)
+        y: Tensor = (x * scale).to(x.dtype).mul_(weight)
+        return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         width = x.shape[-1]
@@ -46,5 +47,5 @@ class RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)``: [..., D], [D] -> [..., D]."""
-    y: Tensor = RMSNorm.apply(x, weight, eps)
+    y: Tensor = RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y

@@ -10,7 +10,8 @@ Array = NDArray[np.float64]
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """[..., D], [D] -> [..., D]."""
-    return weight * x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
+    y: Array = weight * x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
+    return y
 
 
 def rms_norm_backward(dy: Array, x: Array, weight: Array, eps: float) -> tuple[Array, Array]:

@@ -37,12 +37,13 @@ class Rotate(torch.autograd.Function):
         return turn(x, cos, sin, 1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return turn(dy, *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return turn(dy, cos, sin, -1), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split: [B, S, H, E], [B or 1, S, E] twice -> [B, S, H, E]."""
-    y: Tensor = Rotate.apply(x, cos, sin)
+    y: Tensor = Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y

@@ -27,7 +27,7 @@ class SwiGLU(torch.autograd.Function):
         return F.silu(gate.to(wide)).mul_(up).to(gate_up.dtype)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (gate_up,) = ctx.saved_tensors
         wide = torch.promote_types(gate_up.dtype, torch.float32)
@@ -44,5 +44,5 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of the two halves of the last dim: [..., 2F] -> [..., F]."""
-    y: Tensor = SwiGLU.apply(gate_up)
+    y: Tensor = SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
     return y

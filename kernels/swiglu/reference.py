@@ -11,7 +11,8 @@ Array = NDArray[np.float64]
 def swiglu(gate_up: Array) -> Array:
     """[..., 2F] -> [..., F]."""
     gate, up = np.split(gate_up, 2, axis=-1)
-    return gate / (1 + np.exp(-gate)) * up
+    y: Array = gate / (1 + np.exp(-gate)) * up
+    return y
 
 
 def swiglu_backward(dy: Array, gate_up: Array) -> Array:
