@@ -78,7 +78,8 @@ class Attention(nn.Module):
             return attend(q_BShE, k_BSkE, v_BSkE, self.layer).flatten(-2)
 
         run = recompute.again if rerun else recompute.plain
-        return self.o_proj(run(core, self.qkv_proj(x_BsD)))
+        y_BsD: Tensor = self.o_proj(run(core, self.qkv_proj(x_BsD)))
+        return y_BsD
 
 
 class FeedForward(nn.Module):
@@ -93,7 +94,8 @@ class FeedForward(nn.Module):
         self.down_proj = RowLinear(Rows(F), D, tp, sequence, like)
 
     def forward(self, x_BsD: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_up_proj(x_BsD)))
+        y_BsD: Tensor = self.down_proj(ops.swiglu(self.gate_up_proj(x_BsD)))
+        return y_BsD
 
 
 class DecoderLayer(nn.Module):
@@ -113,7 +115,8 @@ class DecoderLayer(nn.Module):
             normed_BsD = self.input_layernorm(x_BsD)
             rerun = mode == "selective"
             x_BsD = x_BsD + self.self_attn(normed_BsD, cos_BSE, sin_BSE, attend, rerun)
-            return x_BsD + self.mlp(self.post_attention_layernorm(x_BsD))
+            y_BsD: Tensor = self.mlp(self.post_attention_layernorm(x_BsD))
+            return x_BsD + y_BsD
 
         return (recompute.again if mode == "full" else recompute.plain)(block, x_BsD)
 
@@ -136,9 +139,7 @@ class Decoder(nn.Module):
         self.norm = Norm(model.hidden_size, model.rms_norm_eps, like)
         frequencies = ops.inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
         self.inverse_frequencies: Tensor
-        self.register_buffer(
-            "inverse_frequencies", frequencies.to(like.device), persistent=False
-        )
+        self.register_buffer("inverse_frequencies", frequencies.to(like.device), persistent=False)
 
     def forward(self, ids_BS: Tensor, positions_BS: Tensor, attend: Attend) -> Tensor:
         cos_BSE, sin_BSE = ops.rope_tables(positions_BS, self.inverse_frequencies)
@@ -223,13 +224,19 @@ class Llama(nn.Module):
         *,
         documents_BS: Tensor | None = None,
         attend: Attend | None = None,
+        last_B: Tensor | None = None,
     ) -> Tensor:
         """Logits over the whole vocabulary, the same on every rank: [B,S] -> [B,S,V].
 
         ``documents_BS`` keeps packed documents apart: a token attends to earlier tokens with its
-        number.  ``positions_BS`` defaults to 0, 1, 2, ...; ``attend`` replaces attention.
+        number.  ``positions_BS`` defaults to 0, 1, 2, ...; ``attend`` replaces attention.  With
+        ``last_B`` only that place of each sequence is projected, [B,1,V]; it is for sampling and
+        needs the whole sequence on every rank.
         """
         x_BsD = self._trunk(ids_BS, positions_BS, documents_BS, attend)
+        if last_B is not None:
+            assert not self.sequence_parallel, "last_B indexes whole sequences"
+            x_BsD = x_BsD.take_along_dim(last_B[:, None, None], dim=1)
         logits_BSv = column_matmul(x_BsD, self.output_weight, self.tp, self.sequence_parallel)
         return regions.join(logits_BSv, self.tp, 2)[..., : self.config.vocab_size]
 

@@ -12,6 +12,7 @@ Everything above this package is the same on every backend; only modules in here
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -31,12 +32,8 @@ class Backend(Protocol):
     name: str
     device: torch.device
 
-    def start(self, mesh: Mesh, rendezvous: Rendezvous, timeout_s: float, kv: int = 1) -> Axes:
-        """Join the other ranks and return the axes of ``mesh``; ``kv`` ranks share one KV head."""
-        ...
-
-    def stop(self) -> None:
-        """Leave the world."""
+    def joined(self, mesh: Mesh, timeout_s: float, kv: int = 1) -> AbstractContextManager[Axes]:
+        """The axes of ``mesh`` while the block runs; ``kv`` tensor ranks share one KV head."""
         ...
 
     def fetch(self, tensors: Sequence[Tensor]) -> list[float]:

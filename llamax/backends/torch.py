@@ -11,12 +11,14 @@ from __future__ import annotations
 import os
 import resource
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from llamax.backends import cpu
 from llamax.collectives import Axes, Axis, Reduction, Solo
@@ -86,8 +88,11 @@ class TorchAxis:
         """[.., size * n, ..] -> contiguous [size, .., n, ..]."""
         dim %= x.dim()
         if x.shape[dim] % self.size:
-            raise ValueError(f"{self.name}: dim {dim} of {tuple(x.shape)} does not part {self.size}")
-        return x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
+            raise ValueError(
+                f"{self.name}: dim {dim} of {tuple(x.shape)} does not part {self.size}"
+            )
+        parts: Tensor = x.unflatten(dim, (self.size, -1)).movedim(dim, 0).contiguous()
+        return parts
 
 
 def _join(parts: Tensor, dim: int) -> Tensor:
@@ -113,11 +118,29 @@ class _TorchBackend:
     def __init__(self, rendezvous: Rendezvous) -> None:
         self.rendezvous = rendezvous
 
-    def start(self, mesh: Mesh, rendezvous: Rendezvous, timeout_s: float, kv: int = 1) -> Axes:
-        """Join the world and make one process group per axis.
+    @contextmanager
+    def joined(self, mesh: Mesh, timeout_s: float, kv: int = 1) -> Iterator[Axes]:
+        """The axes of ``mesh``, for as long as this rank is part of the world.
 
-        Raises BackendError where the port is taken or the other ranks do not come in time.
+        Raises BackendError where the port is taken, the other ranks do not come in time, or one
+        is lost later.
         """
+        try:
+            yield self._join(mesh, timeout_s, kv)
+        except (dist.DistError, RuntimeError) as error:
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise BackendError(
+                    f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} lost touch with "
+                    f"another rank ({_first_line(error)}); see that rank's own message, and start "
+                    "the job again to resume from its newest checkpoint"
+                ) from error
+            raise
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    def _join(self, mesh: Mesh, timeout_s: float, kv: int) -> Axes:
+        rendezvous = self.rendezvous
         if rendezvous.world_size == 1:
             return Axes.solo(self.device)
         if rendezvous.one_machine:  # nothing of ours listens beyond this machine
@@ -126,7 +149,7 @@ class _TorchBackend:
         try:
             dist.init_process_group(
                 self.collectives,
-                store=dist.PrefixStore(f"llamax/{rendezvous.attempt}", _store(rendezvous, timeout)),
+                store=PrefixStore(f"llamax/{rendezvous.attempt}", _store(rendezvous, timeout)),
                 rank=rendezvous.rank,
                 world_size=rendezvous.world_size,
                 timeout=timeout,
@@ -152,10 +175,6 @@ class _TorchBackend:
         group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
         assert group is not None
         return TorchAxis(name, ranks, self.device, group)
-
-    def stop(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
     def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
         return [float(tensor) for tensor in tensors]
@@ -212,12 +231,12 @@ class Cuda(_TorchBackend):
         return next((peak for name, peak in CUDA_PEAK_FLOPS.items() if name in device), None)
 
 
-def _store(rendezvous: Rendezvous, timeout: timedelta) -> dist.Store:
+def _store(rendezvous: Rendezvous, timeout: timedelta) -> Store:
     """The key-value store where ranks meet; served by rank 0 unless the launcher serves it."""
     port, world_size = rendezvous.port, rendezvous.world_size
     if rendezvous.agent_store or rendezvous.rank > 0:
         address = "127.0.0.1" if rendezvous.one_machine else rendezvous.address
-        return dist.TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)
+        return TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)
     listener = socket.socket()
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -228,7 +247,7 @@ def _store(rendezvous: Rendezvous, timeout: timedelta) -> dist.Store:
             f"port {port} on {rendezvous.address} cannot be opened ({error.strerror}); "
             "set MASTER_PORT to a free one"
         ) from error
-    return dist.TCPStore(
+    return TCPStore(
         "127.0.0.1",
         port,
         world_size,

@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from llamax import ops
 from llamax.collectives import Axis
+from llamax.parallel import regions
 from llamax.parallel.tensor import local_ids
 
 IGNORE_INDEX = -100
@@ -124,7 +125,8 @@ def vocab_parallel_loss(
     """
     if chunk_tokens is None:
         chunk_tokens = max(1, CHUNK_BYTES // (4 * weight_vD.shape[0]))
-    total: Tensor = _VocabParallelLoss.apply(  # type: ignore[no-untyped-call]
+    total = regions.apply(
+        _VocabParallelLoss,
         x, weight_vD, labels_BS, axis, vocab_size, sequence_parallel, chunk_tokens
     )
     return total, (labels_BS != IGNORE_INDEX).sum().float()

@@ -78,7 +78,7 @@ class _Split(torch.autograd.Function):
 
 def share(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """My share of ``x`` along ``dim``; the rank enters as a tensor, so every rank traces alike."""
-    parts = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0)
+    parts: Tensor = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0)
     return parts.index_select(0, axis.rank_index.reshape(1)).squeeze(0)
 
 
@@ -86,19 +86,20 @@ def leave(x: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
     """Sum the ranks' partial results: [B,S,D] -> [B,s,D] with sequence parallelism, else [B,S,D]."""
     if axis.size == 1:
         return x
-    return _apply(_Scatter, x, axis, 1) if sequence_parallel else _apply(_Reduce, x, axis)
+    return apply(_Scatter, x, axis, 1) if sequence_parallel else apply(_Reduce, x, axis)
 
 
 def join(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """All shares along ``dim``, for a consumer that is the same on every rank."""
-    return x if axis.size == 1 else _apply(_Join, x, axis, dim)
+    return x if axis.size == 1 else apply(_Join, x, axis, dim)
 
 
 def split(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """My share along ``dim`` of what is the same on every rank."""
-    return x if axis.size == 1 else _apply(_Split, x, axis, dim)
+    return x if axis.size == 1 else apply(_Split, x, axis, dim)
 
 
-def _apply(region: type[torch.autograd.Function], *arguments: object) -> Tensor:
-    result: Tensor = region.apply(*arguments)  # type: ignore[no-untyped-call]
+def apply(region: type[torch.autograd.Function], *arguments: object) -> Tensor:
+    """``region.apply`` with a type."""
+    result: Tensor = region.apply(*arguments)
     return result

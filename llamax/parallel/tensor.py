@@ -50,8 +50,7 @@ def column_matmul(x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool
     """A column-parallel product: [B,s,D] (or [B,S,D]), [f,D] -> [B,S,f]."""
     if axis.size == 1:
         return ops.linear(x, weight)
-    y: Tensor = _ColumnMatmul.apply(x, weight, axis, sequence_parallel)  # type: ignore[no-untyped-call]
-    return y
+    return regions.apply(_ColumnMatmul, x, weight, axis, sequence_parallel)
 
 
 class ColumnLinear(nn.Module):

@@ -1,0 +1,317 @@
+"""One training step on a mesh of ranks equals the step of the whole model: the heart of the matter.
+
+Loss, every gradient and every updated weight, for tensor x data degrees with and without sequence
+parallelism, with grouped-query heads (more ranks than key/value heads at tp 4), a vocabulary that
+nothing divides, tied and untied embeddings, ignored labels and packed documents.  Then the same
+comparison with a defect planted in the ranks: it must fail for each of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from world import Worlds, axes
+
+from llamax import shard
+from llamax.collectives import Axes, Axis
+from llamax.config import Model, Optim
+from llamax.data.loader import Batch
+from llamax.mesh import Mesh
+from llamax.model import Llama, Norm
+from llamax.optim.zero1 import Zero1
+from llamax.parallel import loss, regions, tensor
+from llamax.train import train_step
+
+MODEL = Model(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=61,
+    initializer_range=0.1,
+)
+TIED = Model(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    vocab_size=61,
+    initializer_range=0.1,
+    tie_word_embeddings=True,
+)
+# With the usual eps AdamW would turn the rounding of a gradient near 0 into a whole step.
+OPTIM = Optim(lr=1e-3, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
+SEQUENCE, GLOBAL_BATCH = 16, 8
+TOLERANCE = 1e-6
+
+
+def batch() -> Batch:
+    """The global batch: two documents per sequence, a quarter of the labels ignored."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (GLOBAL_BATCH, SEQUENCE)
+    ids = torch.randint(MODEL.vocab_size, shape, generator=generator)
+    labels = torch.randint(MODEL.vocab_size, shape, generator=generator)
+    labels = labels.masked_fill(torch.rand(shape, generator=generator) < 0.25, -100)
+    first = 3 + torch.arange(GLOBAL_BATCH).unsqueeze(1)
+    places = torch.arange(SEQUENCE).expand(shape)
+    documents = (places >= first).int()
+    return Batch(ids, labels, torch.where(documents > 0, places - first, places), documents)
+
+
+def rows(whole: Batch, start: int, stop: int) -> Batch:
+    return Batch(*(part[start:stop] for part in whole))
+
+
+def share(axes: Axes, accumulation: int) -> list[Batch]:
+    """This data rank's microbatches."""
+    each = GLOBAL_BATCH // axes.data.size // accumulation
+    first = axes.data.rank * each * accumulation
+    return [rows(batch(), first + i * each, first + (i + 1) * each) for i in range(accumulation)]
+
+
+def build(model: Model, axes: Axes, sequence: bool) -> Llama:
+    llama = Llama(model, axes.tp, sequence_parallel=sequence).init(0)
+    with torch.no_grad():
+        for name, parameter in llama.named_parameters():
+            if (
+                "norm" in name
+            ):  # not the ones that init leaves: a gradient must not look right by luck
+                parameter.copy_(1 + torch.arange(len(parameter)) / 50)
+    return llama
+
+
+def step(
+    model: Model, axes: Axes, sequence: bool, zero1: bool, accumulation: int
+) -> dict[str, Any]:
+    """Loss, gradients summed as the optimizer must sum them, norm, and weights after one step."""
+    llama = build(model, axes, sequence)
+    tokens = GLOBAL_BATCH * SEQUENCE
+    for micro in share(axes, accumulation):
+        total, _ = llama.loss(
+            micro.ids, micro.labels, micro.positions, documents_BS=micro.documents
+        )
+        (total / tokens).backward()
+    grads = {name: p.grad.clone() for name, p in llama.named_parameters()}
+    for name, grad in grads.items():
+        how = llama.shards[name]
+        if isinstance(how, shard.Replica):
+            grad = axes.tp.all_reduce(grad) if llama.sequence_parallel else grad
+        else:
+            for part in shard.parts(name, how, axes.tp.size):
+                if shard.replicas(part.how.blocks[0], axes.tp.size) > 1:
+                    rows_ = grad.narrow(part.how.dim, part.start, part.length)
+                    rows_.copy_(axes.kv.all_reduce(rows_))
+        grads[name] = axes.data.all_reduce(grad)
+
+    llama = build(model, axes, sequence)
+    optimizer = Zero1(
+        dict(llama.named_parameters()),
+        llama.shards,
+        OPTIM,
+        axes,
+        sequence_parallel=llama.sequence_parallel,
+        zero1=zero1,
+        bucket_bytes=4096,
+    )
+    results = []
+    for number in (1, 2):
+        results.append(
+            train_step(llama, optimizer, axes, share(axes, accumulation), tokens, OPTIM.lr, number)
+        )
+    return {
+        "loss": [float(r.loss) for r in results],
+        "norm": [float(r.grad_norm) for r in results],
+        "grads": grads,
+        "weights": {name: p.detach().clone() for name, p in llama.named_parameters()},
+    }
+
+
+def on_mesh(
+    model: Model, mesh: Mesh, sequence: bool, zero1: bool, accumulation: int, mutation: str
+) -> list[str]:
+    """In a rank: what differs from the whole model's step, a line each."""
+    whole = step(model, Axes.solo(), False, True, 1)
+    kv = max(1, mesh.tp // model.num_key_value_heads)
+    my_axes = axes(mesh, kv)
+    with MUTATIONS[mutation]():
+        mine = step(model, my_axes, sequence, zero1, accumulation)
+    shards = Llama(model, my_axes.tp).shards
+    found = []
+    for what in ("grads", "weights"):
+        for name, theirs in whole[what].items():
+            expected = shard.cut(theirs, shards[name], mesh.tp, my_axes.tp.rank)
+            error = (mine[what][name] - expected).abs().max() / theirs.abs().max()
+            if not error <= TOLERANCE:
+                found.append(f"{what} {name} {error:.1e}")
+    for what in ("loss", "norm"):
+        for n, (a, b) in enumerate(zip(mine[what], whole[what], strict=True), 1):
+            if not abs(a - b) <= 2 * TOLERANCE * abs(b):
+                found.append(f"{what} of step {n}: {a!r} {b!r}")
+    return found
+
+
+MESHES = [Mesh(tp=tp, dp=dp) for tp in (1, 2, 4) for dp in (1, 2, 4)]
+
+
+@pytest.mark.parametrize("sequence", [True, False], ids=["sequence", "plain"])
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"tp{mesh.tp}-dp{mesh.dp}")
+def test_a_sharded_step_equals_the_whole_step(worlds: Worlds, mesh: Mesh, sequence: bool) -> None:
+    accumulation = 2 if mesh.dp < 4 else 1
+    for model in (MODEL, TIED):
+        for found in worlds(mesh.world_size).run(
+            on_mesh, model, mesh, sequence, True, accumulation, "none"
+        ):
+            assert found == []
+
+
+def test_without_zero1_every_data_rank_holds_all_state(worlds: Worlds) -> None:
+    for found in worlds(4).run(on_mesh, MODEL, Mesh(tp=2, dp=2), True, False, 1, "none"):
+        assert found == []
+
+
+# --- planted defects -----------------------------------------------------------------------------
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: Callable[..., Any]) -> Iterator[None]:
+    with mock.patch.object(owner, name, value):
+        yield
+
+
+def method(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:
+    """Replace a method (or static method) by ``make(original)``."""
+    original = getattr(owner, name)
+    made = make(original)
+    if isinstance(owner.__dict__[name], staticmethod):
+        made = staticmethod(made)
+    return lambda: replaced(owner, name, made)
+
+
+def without_dx_sum(original: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        _, weight = ctx.saved_tensors
+        _, dw, *rest = original(ctx, dy)
+        alone = tensor.ops.matmul_grad_input(dy, weight)
+        if ctx.sequence_parallel:
+            alone = regions.share(alone, ctx.axis, 1)
+        return alone, dw, *rest
+
+    return backward
+
+
+def without_second_gather(original: Callable[..., Any]) -> Callable[..., Any]:
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, _ = ctx.saved_tensors
+        dx, _, *rest = original(ctx, dy)
+        if ctx.sequence_parallel:
+            x = torch.cat([x] * ctx.axis.size, 1)
+        return dx, tensor.ops.matmul_grad_weight(dy, x), *rest
+
+    return backward
+
+
+def unmasked(original: Callable[..., Any]) -> Callable[..., Any]:
+    def local_ids(ids: Tensor, rows: int, axis: Any) -> Any:
+        local, elsewhere = original(ids, rows, axis)
+        return local, elsewhere & False
+
+    return local_ids
+
+
+class Deaf:
+    """An axis that hears nothing of the other ranks in some reductions."""
+
+    def __init__(self, axis: Axis, *ops: str) -> None:
+        self.axis, self.ops, self.name = axis, ops, axis.name
+        self.size, self.rank, self.rank_index = axis.size, axis.rank, axis.rank_index
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Tensor:
+        return x if op in self.ops else self.axis.all_reduce(x, op)
+
+
+def no_max(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda logits, labels, axis: original(logits, labels, Deaf(axis, "max"))
+
+
+def with_axes(**changed: Callable[[Axes], Axis]) -> Callable[..., Any]:
+    """An optimizer that is given other axes than the step's."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def __init__(
+            self: Zero1, parameters: Any, shards: Any, optim: Any, axes: Axes, **more: Any
+        ):
+            others = {name: change(axes) for name, change in changed.items()}
+            original(self, parameters, shards, optim, dataclasses.replace(axes, **others), **more)
+
+        return __init__
+
+    return make
+
+
+def mean_of_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
+    def step(self: Zero1, lr: Tensor, number: Tensor, scale: Tensor) -> Tensor:
+        return original(self, lr, number, scale / 2)
+
+    return step
+
+
+def flat_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Zero1, *rest: Any, sequence_parallel: bool, **more: Any) -> None:
+        original(self, *rest, sequence_parallel=False, **more)
+
+    return __init__
+
+
+MUTATIONS: dict[str, Callable[[], Any]] = {
+    "none": lambda: replaced(tensor, "ColumnLinear", tensor.ColumnLinear),
+    "column input gradient not summed": method(tensor._ColumnMatmul, "backward", without_dx_sum),
+    "column input not gathered again": method(
+        tensor._ColumnMatmul, "backward", without_second_gather
+    ),
+    "row output not summed": lambda: replaced(
+        regions, "leave", lambda x, axis, sequence: regions.split(x, axis, 1) if sequence else x
+    ),
+    "reduce-scatter has no transpose": method(
+        regions._Scatter,
+        "backward",
+        lambda _: lambda ctx, dy: (torch.cat([dy] * ctx.axis.size, ctx.dim), None, None),
+    ),
+    "ids of other ranks not masked": lambda: replaced(
+        tensor, "local_ids", unmasked(tensor.local_ids)
+    ),
+    "labels of other ranks not masked": lambda: replaced(
+        loss, "local_ids", unmasked(loss.local_ids)
+    ),
+    "maximum of logits not shared": lambda: replaced(loss, "_losses", no_max(loss._losses)),
+    "padding of the vocabulary not masked": lambda: replaced(
+        loss, "_padding", lambda rows, vocab_size, axis: None
+    ),
+    "ignored labels counted": lambda: replaced(loss, "IGNORE_INDEX", -99),
+    "norm weights not summed under sequence parallelism": method(Zero1, "__init__", flat_sequence),
+    "key/value replicas not summed": method(
+        Zero1, "__init__", with_axes(kv=lambda axes: Deaf(axes.kv, "sum"))
+    ),
+    "data ranks not summed": method(
+        Zero1, "__init__", with_axes(data=lambda axes: Axes.solo().data)
+    ),
+    "gradients averaged over ranks": method(Zero1, "step", mean_of_ranks),
+    "norm epsilon dropped": method(
+        Norm, "forward", lambda _: lambda self, x: tensor.ops.rms_norm(x, self.weight, 1e-2)
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", [name for name in MUTATIONS if name != "none"])
+def test_a_planted_defect_is_caught(worlds: Worlds, mutation: str) -> None:
+    tp4 = mutation in ("key/value replicas not summed", "maximum of logits not shared")
+    mesh = Mesh(tp=4, dp=1) if tp4 else Mesh(tp=2, dp=2)
+    assert any(worlds(4).run(on_mesh, MODEL, mesh, True, True, 1, mutation))
