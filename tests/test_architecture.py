@@ -1,0 +1,138 @@
+"""The import graph is a decision; this file is where it is written down.
+
+A module may import from its own row (unless it says "alone") and from rows below, never from above,
+also inside functions.  Only the modules named here may speak to the machine.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "llamax"
+LAYERS = [
+    ["__main__"],
+    [
+        "train",
+        "generate",
+        "data.prepare",
+        "checkpoint.consolidate",
+        "checkpoint.shard_hub",
+        "checkpoint.inspect",
+    ],
+    ["reporter", "sampling", "cache"],
+    ["model"],
+    ["parallel.loss"],
+    ["parallel.tensor"],
+    ["parallel.regions", "recompute"],
+    ["optim.zero1"],
+    ["optim.groups", "optim.adamw", "optim.clip", "optim.buckets", "optim.schedule"],
+    ["checkpoint.save"],
+    ["checkpoint.slabs", "checkpoint.hub"],
+    ["checkpoint.load"],
+    ["checkpoint.manifest"],
+    ["checkpoint.layout", "checkpoint.container"],
+    ["data.dataset", "data.loader"],
+    ["data.tokenizer"],
+    ["data.tokens", "data.segments", "data.spm", "data.detokenizer"],
+    ["backends"],
+    ["backends.torch"],
+    ["backends.cpu"],
+    ["ops"],
+    ["launch.env"],
+    ["configfile", "metrics"],
+    ["config", "rules", "hub"],
+    ["shard", "mesh", "collectives", "log", "program"],
+    ["errors"],
+]
+LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
+MACHINE = ("torch.distributed", "torch_xla", "torch_neuronx", "neuronx_distributed", "torch.cuda")
+SPEAKS_TO_MACHINE = "backends"
+READS_ENVIRONMENT = ("train", "generate", "data.prepare", "launch", "backends.torch", "program")
+LONGEST = 400
+
+FILES = sorted(
+    path
+    for path in PACKAGE.rglob("*.py")
+    if "kernels" not in path.parts and "__init__" not in path.name
+) + sorted((PACKAGE / "launch").rglob("*.py"))
+INITS = sorted(path for path in PACKAGE.rglob("__init__.py") if "kernels" not in path.parts)
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+
+
+def name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def module_of(target: str) -> str:
+    """The module of llamax that an imported name belongs to; "" for the package itself."""
+    inside = target.removeprefix("llamax").removeprefix(".")
+    while inside and inside not in LEVEL and not inside.startswith("kernels"):
+        inside = inside.rpartition(".")[0]
+    return inside
+
+
+def test_the_package_has_no_file_that_the_layers_do_not_name() -> None:
+    found = {name(path) for path in FILES}
+    assert found - LEVEL.keys() == set(), "say in LAYERS where these belong"
+    assert LEVEL.keys() - found - {"backends"} == set(), "these are gone: remove them from LAYERS"
+
+
+@pytest.mark.parametrize("path", FILES + INITS, ids=lambda path: name(path) or "llamax")
+def test_a_module_keeps_its_place(path: Path) -> None:
+    me = name(path)
+    for target in imports(path):
+        if target.startswith("llamax"):
+            other = module_of(target)
+            if other.startswith("kernels"):
+                assert me == "ops", f"{me} imports {target}: only ops chooses kernels"
+            elif other and me in LEVEL and other != me:
+                assert LEVEL[other] >= LEVEL[me], f"{me} reaches up to {other}"
+        if target.startswith(MACHINE):
+            assert me.startswith(SPEAKS_TO_MACHINE), f"{me} names {target}: only backends may"
+        assert not target.startswith(("kernels.", "launch.")), f"{me}: import llamax.{target}"
+
+
+@pytest.mark.parametrize("path", FILES + INITS + KERNELS, ids=lambda path: path.stem)
+def test_only_programs_read_the_environment(path: Path) -> None:
+    me = name(path) if path.is_relative_to(PACKAGE) else "kernels"
+    reads = any(
+        isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
+        for node in ast.walk(ast.parse(path.read_text()))
+    )
+    assert not reads or me.startswith(READS_ENVIRONMENT), f"{me} reads the environment"
+
+
+@pytest.mark.parametrize("path", FILES + INITS + KERNELS, ids=lambda path: path.stem)
+def test_a_file_is_one_room(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= LONGEST
+
+
+@pytest.mark.parametrize("path", KERNELS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_kernels_stand_alone(path: Path) -> None:
+    for target in imports(path):
+        allowed = ("llamax.kernels", "llamax.backends.cpu")
+        assert not target.startswith("llamax") or target.startswith(allowed), target
+
+
+def test_what_needs_no_torch_loads_without_it() -> None:
+    code = (
+        "import sys, llamax.config, llamax.configfile, llamax.mesh, llamax.metrics, llamax.log, "
+        "llamax.launch.env, llamax.data.tokens; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
