@@ -50,7 +50,7 @@ def load(name_or_path: str, overrides: Sequence[str] = (), world_size: int | Non
     path = find(name_or_path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
     return parse(tables, overrides, world_size, where=str(path))
 
@@ -133,7 +133,7 @@ def _override(tables: dict[str, Any], key: str, text: str, found: list[str]) -> 
     else:
         try:
             table[name] = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except ValueError:  # not TOML
             table[name] = text  # refused below, where its type is checked
 
 
@@ -153,7 +153,7 @@ def _build(kind: Any, table: Any, prefix: str, found: list[str]) -> Any:
         else:
             try:
                 values[name] = _fit(value, hints[name])
-            except TypeError:
+            except (TypeError, OverflowError):
                 unknown = isinstance(value, str) and get_origin(hints[name]) is Literal
                 found.append(
                     f"{dot}{name}={json.dumps(value, default=str)} is "
@@ -192,8 +192,15 @@ def _section(hint: Any) -> Any:
 
 def _kind(value: Any) -> str:
     """The type of a TOML value in words."""
-    names = {bool: "a truth value", int: "an integer", float: "a float", str: "a string"}
-    return names.get(type(value), "a list" if isinstance(value, list) else "a table")
+    names: dict[type, str] = {
+        bool: "a truth value",
+        int: "an integer",
+        float: "a float",
+        str: "a string",
+        list: "a list",
+        dict: "a table",
+    }
+    return names.get(type(value), "a date or time")
 
 
 def _wanted(hint: Any) -> str:

@@ -144,9 +144,9 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
     "tensor_divides_feed_forward": (
         [
             (
-                {"model.intermediate_size": 99},
+                {"model.intermediate_size": 105},
                 None,
-                "parallel.tensor=2 does not divide model.intermediate_size=99; use 1 or 3",
+                "parallel.tensor=2 does not divide model.intermediate_size=105; use 1 or 3",
             )
         ],
         [{"model.intermediate_size": 98}],

@@ -108,6 +108,22 @@ def test_overrides_in_both_spellings_come_on_top_in_order() -> None:
             ["--model.eos_token_id=[1.5]"],
             ["model.eos_token_id=[1.5] is a list; write an integer or a list of integers"],
         ),
+        ({}, ["--run.steps={}"], ["run.steps={} is a table; write an integer"]),
+        (
+            {},
+            ["--run.steps=1979-05-27"],
+            ['run.steps="1979-05-27" is a date or time; write an integer'],
+        ),
+        (
+            {},
+            [f"--optim.lr={10**400}"],
+            [f"optim.lr={10**400} is an integer; write a number"],
+        ),
+        (
+            {},
+            ["--optim.lr=" + "1" * 5000],
+            ['optim.lr="' + "1" * 5000 + '" is a string; write a number'],
+        ),
         ({"run": {"folder": 3}}, [], ["run.folder=3 is an integer; write a string"]),
         (
             {"modle": {}},
