@@ -21,5 +21,5 @@ def grad_input(dy: Array, weight: Array) -> Array:
 
 def grad_weight(dy: Array, x: Array) -> Array:
     """[..., out], [..., in] -> [out, in]."""
-    dweight: Array = np.einsum("...o,...i->oi", dy, x)
+    dweight: Array = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     return dweight

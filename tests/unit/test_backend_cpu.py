@@ -1,0 +1,76 @@
+"""The heap, the memory and the rate of a CPU."""
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llamax import ops
+from llamax.backends import cpu
+
+FAULTS = """
+import resource, sys, torch
+from llamax.backends import cpu
+if sys.argv[1] == "keep":
+    assert cpu.keep_heap()
+for _ in range(5):
+    torch.ones(10 << 20)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+def faults(mode: str) -> int:
+    command = [sys.executable, "-c", FAULTS, mode]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_kept_heap_is_faulted_in_once() -> None:
+    pages = (10 << 20) * 4 // 4096
+    assert faults("leave") - faults("keep") > 3 * pages
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(name)
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    assert not cpu.keep_heap()
+
+
+def test_older_glibc_takes_a_smaller_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    class Old:
+        @staticmethod
+        def mallopt(option: int, size: int) -> int:
+            asked.append((option, size))
+            return int(option == cpu.M_TRIM_THRESHOLD or size <= 32 << 20)
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Old)
+    assert cpu.keep_heap()
+    assert (cpu.M_MMAP_THRESHOLD, 32 << 20) in asked
+
+
+def test_memory_is_the_control_groups_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(cpu, "CGROUP_LIMIT", limit)
+    whole = cpu.physical_memory()
+    assert whole > 1 << 28
+    limit.write_text("max\n")
+    assert cpu.physical_memory() == whole
+    limit.write_text("1048576\n")
+    assert cpu.physical_memory() == 1 << 20
+
+
+def test_peak_is_measured_once_a_number_of_threads() -> None:
+    first = cpu.measure_peak_flops(torch.float32)
+    assert first > 1e8
+    assert cpu.measure_peak_flops(torch.float32) == first
+    if not ops.has_bf16_units():
+        assert cpu.measure_peak_flops(torch.bfloat16) == first
