@@ -25,10 +25,10 @@ FUSED = ("cpu", "cuda")
 
 
 def update(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
+    p: list[Tensor],
+    g: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
     *,
     lr: Tensor,
     step: Tensor,
@@ -37,19 +37,19 @@ def update(
     decay: float,
     optim: Optim,
 ) -> None:
-    """One step on float32 vectors p, m, v, in place, unless ``finite`` is false; g may be scaled.
+    """One step on the float32 vectors of p, m and v, in place, unless ``finite`` is false.
 
-    ``step`` counts from 1.
+    ``step`` counts from 1; g is left in an unknown state.
     """
-    change = fused if p.device.type in FUSED else plain
+    change = fused if p[0].device.type in FUSED else plain
     change(p, g, m, v, lr, step, factor, finite, decay, optim)
 
 
 def fused(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
+    p: list[Tensor],
+    g: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
     lr: Tensor,
     step: Tensor,
     factor: Tensor,
@@ -59,12 +59,12 @@ def fused(
 ) -> None:
     """``update`` by torch's kernel, which divides by a scale and leaves all alone on found_inf."""
     torch._fused_adamw_(
-        [p],
-        [g],
-        [m],
-        [v],
+        p,
+        g,
+        m,
+        v,
         [],
-        [step],
+        [step] * len(p),
         lr=lr,
         beta1=optim.beta1,
         beta2=optim.beta2,
@@ -78,10 +78,10 @@ def fused(
 
 
 def plain(
-    p: Tensor,
-    g: Tensor,
-    m: Tensor,
-    v: Tensor,
+    p: list[Tensor],
+    g: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
     lr: Tensor,
     step: Tensor,
     factor: Tensor,
@@ -90,13 +90,15 @@ def plain(
     optim: Optim,
 ) -> None:
     """``update`` in plain float32 operations."""
-    g = g * factor
-    m_new = m * optim.beta1 + g * (1 - optim.beta1)
-    v_new = v * optim.beta2 + g * g * (1 - optim.beta2)
-    denominator = v_new.sqrt() / _correction(optim.beta2, step).sqrt() + optim.eps
-    p_new = p * (1 - lr * decay) - lr / _correction(optim.beta1, step) * m_new / denominator
-    for old, new in ((p, p_new), (m, m_new), (v, v_new)):
-        old.copy_(torch.where(finite, new, old))
+    rate, root = lr / _correction(optim.beta1, step), _correction(optim.beta2, step).sqrt()
+    for weight, gradient, mean, square in zip(p, g, m, v, strict=True):
+        gradient = gradient * factor
+        new_mean = mean * optim.beta1 + gradient * (1 - optim.beta1)
+        new_square = square * optim.beta2 + gradient * gradient * (1 - optim.beta2)
+        change = rate * new_mean / (new_square.sqrt() / root + optim.eps)
+        new_weight = weight * (1 - lr * decay) - change
+        for old, new in ((weight, new_weight), (mean, new_mean), (square, new_square)):
+            old.copy_(torch.where(finite, new, old))
 
 
 def _correction(beta: float, step: Tensor) -> Tensor:

@@ -6,14 +6,20 @@ millions of squares, as a plain ``vector_norm`` or ``dot`` has on a CPU, loses t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 ROW = 4096
 
 
-def sum_of_squares(x: Tensor) -> Tensor:
-    """The sum of squares of a float32 vector: [n] -> [], to about 1e-7."""
+def sum_of_squares(vectors: Sequence[Tensor]) -> Tensor:
+    """The sum of squares of float32 vectors: [n], [m], ... -> [], to about 1e-7."""
+    return torch.stack([_sum_of_squares(x) for x in vectors]).sum()
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
     whole = x.numel() // ROW * ROW
     rows: Tensor = torch.linalg.vector_norm(x[:whole].view(-1, ROW), dim=1)
     return rows.square().sum() + x[whole:].square().sum()

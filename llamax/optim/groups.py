@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal, NamedTuple
@@ -89,8 +89,7 @@ class Group:
         if separate:
             self.gradient = torch.zeros(self.length, dtype=torch.float32, device=device)
             for parameter, view in zip(self.parameters, self._views(self.gradient), strict=True):
-                add = _Accumulate(view)
-                parameter.register_post_accumulate_grad_hook(add)  # type: ignore[no-untyped-call]
+                parameter.register_post_accumulate_grad_hook(_Accumulate(view))
 
         roots = torch.zeros(self.length if key.weight is None else 0)
         if key.weight is None:
@@ -117,11 +116,11 @@ class Group:
                 )
             )
 
-    def take_gradient(self, bucket: Bucket) -> Tensor:
-        """The bucket's float32 gradient, flat; autograd's own is freed as it is used up."""
+    def take_gradient(self, bucket: Bucket) -> list[Tensor]:
+        """The bucket's gradient in flat parts, padding included; autograd's own leave with it."""
         length = bucket.weights.numel()
         if self.gradient is not None:
-            return self.gradient[bucket.start : bucket.start + length]
+            return [self.gradient[bucket.start : bucket.start + length]]
         parts = []
         for member, start, stop in bucket.pieces:
             parameter = self.parameters[member]
@@ -129,12 +128,10 @@ class Group:
                 parts.append(bucket.weights.new_zeros(stop - start))
             else:
                 parts.append(parameter.grad.reshape(-1)[start:stop])
-        pad = length - sum(part.numel() for part in parts)
-        gradient = torch.cat([*parts, bucket.weights.new_zeros(pad)])
-        for member, _, stop in bucket.pieces:
             if stop == self.lengths[member]:
-                self.parameters[member].grad = None
-        return gradient
+                parameter.grad = None
+        pad = length - sum(part.numel() for part in parts)
+        return [*parts, bucket.weights.new_zeros(pad)] if pad else parts
 
     def zero_grad(self) -> None:
         """Forget the accumulated gradients."""
@@ -175,3 +172,8 @@ class _Accumulate:
         assert parameter.grad is not None
         self.total.add_(parameter.grad)
         parameter.grad = None
+
+
+def split_like(flat: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Views of ``flat`` as long as each of ``parts``."""
+    return list(torch.split(flat, [part.numel() for part in parts]))

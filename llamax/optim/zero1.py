@@ -44,7 +44,7 @@ from llamax.config import Optim
 from llamax.optim import adamw
 from llamax.optim.buckets import segments, weight
 from llamax.optim.clip import clip_factor, sum_of_squares
-from llamax.optim.groups import Bucket, Group, Key, Owned
+from llamax.optim.groups import Bucket, Group, Key, Owned, split_like
 from llamax.shard import Cut, Replica
 
 
@@ -104,10 +104,10 @@ class Zero1:
         finite, step = norm.isfinite(), step.float()
         for (group, bucket), run in zip(every, runs, strict=True):
             adamw.update(
-                bucket.master,
+                split_like(bucket.master, run),
                 run,
-                bucket.exp_avg,
-                bucket.exp_avg_sq,
+                split_like(bucket.exp_avg, run),
+                split_like(bucket.exp_avg_sq, run),
                 lr=lr,
                 step=step,
                 factor=factor,
@@ -119,24 +119,30 @@ class Zero1:
         self.zero_grad()
         return norm
 
-    def _reduce(self, group: Group, bucket: Bucket) -> Tensor:
-        """My run of the bucket's gradient, summed over all ranks that have a part of it."""
-        gradient, data = group.take_gradient(bucket), self.axes.data
-        if bucket.shared and self.axes.kv.size > 1:
-            places = [gradient[start:stop] for start, stop in bucket.shared]
-            total = self.axes.kv.all_reduce(torch.cat(places))
-            for place, part in zip(
-                places, torch.split(total, [place.numel() for place in places]), strict=True
-            ):
-                place.copy_(part)
-        run = data.reduce_scatter(gradient, 0) if self.sharded else data.all_reduce(gradient)
-        return self.axes.tp.all_reduce(run) if group.key.partial else run
+    def _reduce(self, group: Group, bucket: Bucket) -> list[Tensor]:
+        """My run of the bucket's gradient, summed over all ranks that have a part of it.
 
-    def _squares(self, group: Group, bucket: Bucket, run: Tensor) -> Tensor:
+        One vector, or, where nothing is to be sent, the parts that it would be made of.
+        """
+        parts, axes = group.take_gradient(bucket), self.axes
+        shared = bucket.shared if axes.kv.size > 1 else ()
+        if axes.data.size == 1 and not shared and not group.key.partial:
+            return parts
+        run = torch.cat(parts) if len(parts) > 1 else parts[0]
+        parts.clear()
+        if shared:
+            places = [run[start:stop] for start, stop in shared]
+            total = axes.kv.all_reduce(torch.cat(places))
+            torch._foreach_copy_(places, split_like(total, places))
+        run = axes.data.reduce_scatter(run, 0) if self.sharded else axes.data.all_reduce(run)
+        return [axes.tp.all_reduce(run) if group.key.partial else run]
+
+    def _squares(self, group: Group, bucket: Bucket, run: list[Tensor]) -> Tensor:
         """What my run adds to the squared norm; the sum over the world counts each element once."""
         held_by = 1 if self.sharded else self.axes.data.size
         if bucket.root is not None:
-            return sum_of_squares(run * bucket.root) / held_by
+            weighted = torch._foreach_mul(run, split_like(bucket.root, run))
+            return sum_of_squares(weighted) / held_by
         assert group.key.weight is not None
         return sum_of_squares(run) * (group.key.weight / held_by)
 
