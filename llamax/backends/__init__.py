@@ -62,12 +62,12 @@ def choose(name: str, rendezvous: Rendezvous, threads: int = 0) -> Backend:
 
     Raises BackendError for a backend that is unknown or has no device here.
     """
-    from llamax.backends import torch as torch_backend
+    from llamax.backends.torch import Cpu, Cuda
 
     if name == "cpu":
-        return torch_backend.Cpu(rendezvous, threads)
+        return Cpu(rendezvous, threads)
     if name == "cuda":
-        return torch_backend.Cuda(rendezvous)
+        return Cuda(rendezvous)
     raise BackendError(
         f"run.backend={name} is not available in this version of llamax; use {' or '.join(NAMES)}"
     )

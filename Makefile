@@ -1,0 +1,40 @@
+# make demo   set up, then text -> tokens -> a trained Llama -> a Hugging Face folder -> samples
+# make test   set up, then run all tests
+# make check  format, lint, types, tests
+#
+# PYTHON: any CPython >= 3.10.  Everything is installed into VENV, nowhere else.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/installed
+	@$(BIN)/python demo.py
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+format: $(VENV)/installed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The pins are in requirements.txt; a finished installation is remembered by a stamp.
+$(VENV)/installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "llamax needs Python 3.10 or newer; found $$($(PYTHON) -V). Use: make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
