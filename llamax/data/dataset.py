@@ -1,62 +1,60 @@
-"""A dataset folder: ``train.tokens``, perhaps ``validation.tokens``, and the tokenizer of both."""
+"""A dataset folder, as ``llamax prepare`` makes it: token files and their tokenizer."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from llamax.data.files import sha256
 from llamax.data.tokens import TokenFile, Verify
 from llamax.errors import DataError
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The token files of a folder, open."""
+    """An open dataset; ``validation`` is None if no document fell into it."""
 
     folder: Path
     train: TokenFile
     validation: TokenFile | None
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the tokenizer that made the tokens."""
-        return self.train.header.tokenizer
+    tokenizer_path: Path
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """DataError where a model of ``vocab_size`` ids could not embed every token."""
-        needed = self.train.header.vocab_size
-        if needed > vocab_size:
+        """Raise DataError if a model of ``vocab_size`` cannot embed every token."""
+        own = self.train.header.vocab_size
+        if own > vocab_size:
             raise DataError(
-                f"{self.folder}: its tokenizer has {needed} ids but model.vocab_size={vocab_size}; "
-                f"use model.vocab_size={needed} or more, or the model's own tokenizer"
-            )
-
-    def check_tokenizer(self, fingerprint: str) -> None:
-        """DataError where the tokens come from another tokenizer than ``fingerprint``."""
-        if fingerprint != self.fingerprint:
-            raise DataError(
-                f"{self.folder}: made with tokenizer {self.fingerprint[:12]}, but the checkpoint "
-                f"was trained on tokenizer {fingerprint[:12]}; prepare the data with that one"
+                f"{self.folder}: its tokenizer has {own} tokens, and model.vocab_size={vocab_size} "
+                f"is fewer; set model.vocab_size={own} or more, or prepare with another tokenizer"
             )
 
 
 def open_dataset(folder: str | Path, verify: Verify = "start") -> Dataset:
-    """The dataset in ``folder``; ``verify`` as for ``TokenFile``.
+    """The dataset in a folder.
 
-    Raises DataError where there is none, a file is damaged, or its files do not belong together.
+    Raises DataError where it is missing, unfinished or damaged, or where tokens and tokenizer do
+    not belong together.
     """
     folder = Path(folder)
-    if not (folder / "train.tokens").is_file():
+    marker = folder / "dataset.json"
+    if not marker.is_file():
+        what = "is not finished" if (folder / ".parts").is_dir() else "is no dataset"
         raise DataError(
-            f"{folder}: holds no train.tokens; make a dataset with llamax prepare --out {folder}"
+            f"{folder}: {what} (has no dataset.json); run llamax prepare --out {folder}"
         )
-    train = TokenFile(folder / "train.tokens", verify)
-    validation = None
-    if (folder / "validation.tokens").is_file():
-        validation = TokenFile(folder / "validation.tokens", verify)
-        if validation.header.tokenizer != train.header.tokenizer:
-            raise DataError(
-                f"{folder}: train.tokens and validation.tokens come from two tokenizers; "
-                "make both again with llamax prepare"
-            )
-    return Dataset(folder, train, validation)
+    tokenizer = folder / json.loads(marker.read_text())["tokenizer_file"]
+    if not tokenizer.is_file():
+        raise DataError(f"{tokenizer}: is missing; copy it back, or run llamax prepare again")
+    files = {}
+    for split in ("train", "validation"):
+        path = folder / f"{split}.tokens"
+        if split == "train" or path.exists():
+            files[split] = TokenFile(path, verify)
+            if files[split].header.tokenizer != sha256(tokenizer):
+                raise DataError(
+                    f"{path}: was not made with {tokenizer} (fingerprints "
+                    f"{files[split].header.tokenizer[:12]} and {sha256(tokenizer)[:12]}); copy the "
+                    "tokenizer back, or run llamax prepare again"
+                )
+    return Dataset(folder, files["train"], files.get("validation"), tokenizer)

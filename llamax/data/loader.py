@@ -109,9 +109,16 @@ class Loader:
     def at(self, consumed: int) -> list[Batch]:
         """The micro-batches of the step that begins after ``consumed`` samples."""
         microsteps, rows = self._mine.shape
-        batch = self.gather(self.order(consumed + self._mine.ravel()))
-        parts = [None if x is None else x.reshape(microsteps, rows, -1) for x in batch]
-        return [Batch(*(None if x is None else x[m] for x in parts)) for m in range(microsteps)]
+        ids, labels, positions, documents = self.gather(self.order(consumed + self._mine.ravel()))
+        return [
+            Batch(
+                ids[start : start + rows],
+                labels[start : start + rows],
+                positions[start : start + rows],
+                None if documents is None else documents[start : start + rows],
+            )
+            for start in range(0, microsteps * rows, rows)
+        ]
 
     def order(self, k: Integers) -> Integers:
         """Which sample the run's k-th one is; -1 for an empty row."""
@@ -186,12 +193,15 @@ def permute(places: Integers, n: int, seed: int, epoch: int) -> Integers:
     return values.astype(np.int64)
 
 
-def _feistel(x: npt.NDArray[np.uint64], half: np.uint64, keys: npt.NDArray[Any]) -> Any:
+def _feistel(
+    x: npt.NDArray[np.uint64], half: np.uint64, keys: npt.NDArray[Any]
+) -> npt.NDArray[np.uint64]:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = x >> half, x & mask
     for key in keys:
         left, right = right, left ^ (_mix(right + key) & mask)
-    return left << half | right
+    joined: npt.NDArray[np.uint64] = left << half | right
+    return joined
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -199,4 +209,5 @@ def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return x ^ x >> np.uint64(31)
+    mixed: npt.NDArray[np.uint64] = x ^ x >> np.uint64(31)
+    return mixed

@@ -33,6 +33,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from llamax.data.files import sync_folder
 from llamax.errors import DataError
 
 MAGIC = b"llamax1\n"
@@ -47,7 +48,7 @@ Verify = Literal["start", "read", "off"]
 
 @dataclass(frozen=True)
 class Header:
-    """What a token file says of itself; ``tokenizer`` is the fingerprint, ids are None if unused."""
+    """What a token file says of itself; ``tokenizer`` is a fingerprint, ids are None if unused."""
 
     tokenizer: str
     vocab_size: int
@@ -113,7 +114,7 @@ class TokenFile:
         self.documents: npt.NDArray[np.uint64] = self._section("documents", np.dtype("<u8"))
         self._checksums: npt.NDArray[np.uint32] = self._section("checksums", np.dtype("<u4"))
         self._unseen = np.ones(len(self._checksums) if verify != "off" else 0, bool)
-        if verify != "off" and zlib.crc32(self._checksums) != self.header.checksums_crc32:
+        if verify != "off" and zlib.crc32(self._checksums.data) != self.header.checksums_crc32:
             raise DataError(f"{self.path}: its checksum table is not the one written: {REMEDY}")
         if verify == "start":
             self.verify()
@@ -190,7 +191,7 @@ class TokenWriter:
                 f"{self.path}: token {int(tokens.max())} is outside the vocabulary of "
                 f"{self.header.vocab_size}; the tokenizer contradicts itself, use another"
             )
-        self._body.write(memoryview(np.ascontiguousarray(tokens, self.header.dtype)).cast("B"))
+        self._body.write(np.ascontiguousarray(tokens, self.header.dtype).view(np.uint8).data)
         self._offsets.write((self._tokens + np.cumsum(lengths, dtype="<u8")).tobytes())
         self._tokens += len(tokens)
         self._documents += len(lengths)
@@ -232,7 +233,7 @@ class TokenWriter:
             self._tokens,
             self._documents,
             self._text_bytes,
-            zlib.crc32(table),
+            zlib.crc32(table.data),
             sections,
         )
         self._file.seek(0)
@@ -274,12 +275,3 @@ class _Blocks:
             stop = min(len(data), start + BLOCK_BYTES - self._filled)
             yield data[start:stop]
             start = stop
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,267 @@
+"""Three kinds of tokenizer file behind one protocol.
+
+=====================  ===================================================  =====================
+file                   what                                                 engine
+=====================  ===================================================  =====================
+``tokenizer.model``    sentencepiece (Llama 2, Mistral)                     segments, or its own
+``tokenizer.json``     Hugging Face tokenizers (any Llama on the Hub)       tokenizers
+``NAME.tiktoken``      base64 ranks (Llama 3's original ``tokenizer.model``)  tiktoken
+=====================  ===================================================  =====================
+
+The kind is told by the content, not the name.  Of a folder the first of ``tokenizer.model``,
+``tokenizer.json``, ``*.tiktoken`` is taken: conversions between them are known to differ (on runs
+of spaces, for one), so what a model was trained with comes first.
+
+Text is text: the name of a special token inside a document is encoded letter by letter.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llamax.errors import DataError
+
+Ids = npt.NDArray[np.uint32]
+
+# Llama 3's split pattern and special tokens, as in meta-llama/llama-models, llama3/tokenizer.py.
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+LLAMA3_SPECIAL = (
+    "<|begin_of_text|>",
+    "<|end_of_text|>",
+    "<|reserved_special_token_0|>",
+    "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>",
+    "<|step_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|python_tag|>",
+    *(f"<|reserved_special_token_{i}|>" for i in range(2, 247)),
+)
+BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
+EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back; ``fingerprint`` is the sha256 of the file at ``path``."""
+
+    path: Path
+    fingerprint: str
+    vocab_size: int
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without special tokens."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids."""
+
+    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
+        """``encode`` of many texts, as fast as the engine goes."""
+
+
+class SentencePiece:
+    """A sentencepiece ``tokenizer.model``; ids are sentencepiece's own on every text."""
+
+    def __init__(self, path: Path, raw: bytes) -> None:
+        import sentencepiece
+
+        from llamax.data.segments import Segments
+        from llamax.data.spm import Model
+
+        self.path, self.fingerprint = path, hashlib.sha256(raw).hexdigest()
+        self.model = Model.from_bytes(raw)
+        self._engine = sentencepiece.SentencePieceProcessor(model_proto=raw)
+        self._segments = Segments.of(self.model)
+        self.vocab_size: int = self._engine.vocab_size()
+        self.bos_id = _id(self._engine.bos_id())
+        self.eos_id = _id(self._engine.eos_id())
+
+    @property
+    def fast(self) -> bool:
+        """Whether ``encode_documents`` may use the faster engine."""
+        return self._segments is not None
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._engine.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._engine.decode(list(ids)))
+
+    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
+        if self._segments is not None:
+            return self._segments.encode(texts, threads)
+        found = self._engine.encode(list(texts), num_threads=threads)
+        return [np.array(ids, np.uint32) for ids in found]
+
+
+class HuggingFace:
+    """A Hugging Face ``tokenizer.json``; BOS and EOS as the files beside it say, or by name."""
+
+    def __init__(self, path: Path, raw: bytes) -> None:
+        import tokenizers
+
+        self.path, self.fingerprint = path, hashlib.sha256(raw).hexdigest()
+        self.engine = tokenizers.Tokenizer.from_str(raw.decode())
+        self.engine.encode_special_tokens = True
+        self.engine.no_truncation()
+        self.engine.no_padding()
+        self.vocab_size = max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
+        self.bos_id = self._special("bos_token", BOS)
+        self.eos_id = self._special("eos_token", EOS)
+
+    def _special(self, key: str, usual: Iterable[str]) -> int | None:
+        names = list(usual)
+        for beside in ("tokenizer_config.json", "special_tokens_map.json"):
+            config = self.path.with_name(beside)
+            if config.is_file():
+                said = json.loads(config.read_text(encoding="utf-8")).get(key)
+                if said := said.get("content") if isinstance(said, dict) else said:
+                    names.insert(0, said)
+        ids = (self.engine.token_to_id(name) for name in names)
+        return next((i for i in ids if i is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.engine.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.engine.decode(list(ids), skip_special_tokens=True))
+
+    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
+        if threads == 1:
+            return [np.array(self.encode(text), np.uint32) for text in texts]
+        found = self.engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, np.uint32) for each in found]
+
+
+class TikToken:
+    """A file of base64 ranks with Llama 3's split pattern and special tokens behind the ranks."""
+
+    def __init__(self, path: Path, raw: bytes) -> None:
+        import tiktoken
+
+        self.path, self.fingerprint = path, hashlib.sha256(raw).hexdigest()
+        lines = (line.split() for line in raw.splitlines() if line)
+        self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        self.special = {name: len(self.ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
+        self.engine = tiktoken.Encoding(
+            path.name,
+            pat_str=LLAMA3_PATTERN,
+            mergeable_ranks=self.ranks,
+            special_tokens=self.special,
+        )
+        self.vocab_size = len(self.ranks) + len(self.special)
+        self.bos_id: int | None = self.special["<|begin_of_text|>"]
+        self.eos_id: int | None = self.special["<|end_of_text|>"]
+
+    def encode(self, text: str) -> list[int]:
+        return self.engine.encode_ordinary(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.engine.decode([i for i in ids if i < len(self.ranks)])
+
+    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
+        found = self.engine.encode_ordinary_batch(list(texts), num_threads=threads)
+        return [np.array(ids, np.uint32) for ids in found]
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in a file, or in a folder that holds one.
+
+    Raises DataError where there is none, or none that can be read.
+    """
+    path = tokenizer_file(Path(path))
+    raw = path.read_bytes()
+    try:
+        if raw.lstrip()[:1] == b"{":
+            return HuggingFace(path, raw)
+        if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw):
+            return TikToken(path, raw)
+        return SentencePiece(path, raw)
+    except Exception as error:  # each engine raises what it likes, one of them bare Exception
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(
+            f"{path}: is not a tokenizer ({reason}); give a sentencepiece tokenizer.model, "
+            "a Hugging Face tokenizer.json or a tiktoken file"
+        ) from None
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The tokenizer file that ``path`` is or, for a folder, holds."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise DataError(f"{path}: no such tokenizer; give a tokenizer file or a folder with one")
+    ranked = [path / "tokenizer.model", path / "tokenizer.json", *sorted(path.glob("*.tiktoken"))]
+    for candidate in ranked:
+        if candidate.is_file():
+            return candidate
+    raise DataError(
+        f"{path}: holds no tokenizer.model, tokenizer.json or *.tiktoken; give the tokenizer's path"
+    )
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) -> Path:
+    """Train a tokenizer as Llama 2's was made, and write it to ``out``.
+
+    BPE with byte fallback, digits apart, text taken as it is (identity), runs of spaces kept.
+    Long texts are fed line by line.  Raises DataError where the text is too little for the size.
+    """
+    import sentencepiece
+
+    from llamax.data.files import write_atomic
+
+    model: list[bytes] = []
+
+    class Sink:
+        def write(self, raw: bytes) -> None:
+            model.append(raw)
+
+    def lines() -> Iterator[str]:
+        for text in texts:
+            yield from (line for line in text.split("\n") if line)
+
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines(),
+            model_writer=Sink(),
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=True,
+            character_coverage=0.9999,
+            max_sentence_length=16384,
+            input_sentence_size=1_000_000,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{out}: no tokenizer of {vocab_size} pieces can be trained on this text ({reason}); "
+            "use a smaller vocabulary (300 or more) or more text"
+        ) from None
+    write_atomic(Path(out), b"".join(model))
+    return Path(out)
+
+
+def _id(number: Any) -> int | None:
+    return int(number) if number >= 0 else None
