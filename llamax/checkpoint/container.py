@@ -42,6 +42,7 @@ DTYPES = {
 }
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 SLAB_BYTES = 16 << 20
+WINDOW_BYTES = 4 << 20
 MOST_HEADER_BYTES = 100 << 20
 
 
@@ -167,7 +168,7 @@ def _read_exactly(fd: int, path: Path, offset: int, view: np.ndarray[Any, Any]) 
 
 def _read_strided(fd: int, offset: int, copy: Copy, item: int, into: np.ndarray[Any, Any]) -> None:
     step, width = copy.source_stride * item, copy.columns * item
-    at_once = max(1, SLAB_BYTES // step)
+    at_once = max(1, WINDOW_BYTES // step)
     for row in range(0, copy.rows, at_once):
         rows = min(at_once, copy.rows - row)
         start = offset + copy.source * item + row * step
@@ -185,12 +186,13 @@ def _read_strided(fd: int, offset: int, copy: Copy, item: int, into: np.ndarray[
 def write(
     path: Path,
     tensors: Sequence[Outgoing],
-    hashed: bool = True,
+    careful: bool = True,
     progress: Progress = silent,
 ) -> Written:
-    """Write a safetensors file, chunk by chunk, and make it durable; ``progress`` takes bytes.
+    """Write a safetensors file, chunk by chunk; ``progress`` takes bytes.
 
-    Without ``hashed`` the sha256 is empty.  Raises CheckpointError where the disk is full.
+    ``careful``: hash it on its way and make it durable; otherwise the sha256 is empty.
+    Raises CheckpointError where the disk is full.
     """
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # keeps all aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -204,16 +206,17 @@ def write(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256() if hashed else None
+    digest = hashlib.sha256() if careful else None
     with writing(path, 8 + len(text) + at), open(path, "wb", buffering=0) as file:
         start = memoryview(len(text).to_bytes(8, "little") + text)
         data = (raw(chunk).data for tensor in tensors for chunk in tensor.chunks)
         for view in itertools.chain([start], data):
-            _write_all(file.fileno(), view)
             if digest:
                 digest.update(view)
+            _write_all(file.fileno(), view)
             progress(len(view))
-        os.fsync(file.fileno())
+        if careful:
+            os.fsync(file.fileno())
     return Written(8 + len(text) + at, digest.hexdigest() if digest else "")
 
 

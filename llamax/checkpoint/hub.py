@@ -1,8 +1,8 @@
 """A Hugging Face folder as a source: ``config.json`` and safetensors files, one or many.
 
 Nothing outside the folder is opened and nothing in it is executed: the index may name plain files
-only, links must stay in the folder (or in the ``blobs`` of the Hub's own cache), and pickled weights
-are refused.
+only, links must stay in the folder (or in the ``blobs`` of the Hub's own cache), and pickled
+weights are refused.
 """
 
 from __future__ import annotations

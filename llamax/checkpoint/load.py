@@ -201,14 +201,17 @@ class Checkpoint(Source):
 
         Raises CheckpointError that names a changed file, both hashes and what to use instead.
         """
-        with files.advice(self.folder):
-            files.verify(self.folder, self.manifest.files[share::of], progress)
+        self.check([*self._files][share::of], progress)
         self._trusted = set(self._files)
+
+    def check(self, paths: Iterable[Path], progress: Progress = silent) -> None:
+        """Hash the given files; raises as ``verify`` does."""
+        with files.advice(self.folder):
+            files.verify(self.folder, [self._files[path] for path in paths], progress)
 
     def trust(self, path: Path) -> None:
         if path not in self._trusted:
-            with files.advice(self.folder):
-                files.verify(self.folder, [self._files[path]])
+            self.check([path])
             self._trusted.add(path)
 
     def _header(self, path: Path) -> dict[str, Entry]:

@@ -128,7 +128,8 @@ def commit(folder: Path, manifest: Manifest, config_text: str) -> None:
     """Write what names the files of a folder; it becomes a checkpoint with ``finish``."""
     if problem := manifest.problem():
         raise CheckpointError(f"{folder} was not saved: {problem}")
-    write_text(folder / CONFIG, config_text)
+    if config_text:
+        write_text(folder / CONFIG, config_text)
     write_text(folder / MANIFEST, json.dumps(asdict(manifest), separators=(",", ":")))
 
 

@@ -1,0 +1,192 @@
+"""How fast checkpoints are merged, split and loaded, and with how much memory.
+
+    python benchmarks/checkpoints.py [--rounds 3] [--folder DIR]
+
+A Llama of 0.8 G parameters in bfloat16 (1.6 GB), tensor 8, random weights.  Each contender does the
+whole job in a fresh process with one torch thread; contenders take turns, times are medians, memory
+is the growth of the resident peak.  "Load everything" is what most converters do: read all tensors,
+``torch.cat`` or ``narrow`` them, ``save_file``.  Files are in the page cache; llamax verifies the
+sha256 of all it reads and writes, the others verify nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from llamax.checkpoint import Checkpoint, load_weights
+from llamax.checkpoint.consolidate import consolidate
+from llamax.checkpoint.hub import HubFolder
+from llamax.checkpoint.shard_hub import shard
+from llamax.collectives import Solo
+from llamax.config import Model
+from llamax.model import Llama
+from llamax.shard import cut, join, parts
+
+TENSOR, RANK = 8, 3
+MODEL = Model(
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=15,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=32000,
+)
+
+
+class Place(Solo):
+    """A tensor axis seen from one rank, with nobody at its other end."""
+
+    def __init__(self, size: int, rank: int) -> None:
+        super().__init__("tp")
+        self.size, self.rank = size, rank
+
+
+def cuts(model: Model) -> dict[str, tuple[object, tuple[int, ...]]]:
+    """How each Hub tensor is cut, and its whole shape."""
+    llama = Llama(model, device="meta")
+    how = {p.name: p.how for n, h in llama.shards.items() for p in parts(n, h, 1)}
+    return {name: (how[name], shape) for name, shape in llama.hub_shapes()}
+
+
+def build(folder: Path) -> None:
+    """A Hugging Face folder, our checkpoint of it, and plain per-rank files."""
+    hub = folder / "hub"
+    hub.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
+        for name, (_, shape) in cuts(MODEL).items()
+    }
+    save_file(tensors, hub / "model.safetensors", {"format": "pt"})
+    (hub / "config.json").write_text(json.dumps(MODEL.to_hub("bfloat16")))
+    shard(hub, folder / "checkpoint", TENSOR)
+    (folder / "plain").mkdir()
+    for rank in range(TENSOR):
+        mine = {n: cut(tensors[n], how, TENSOR, rank) for n, (how, _) in cuts(MODEL).items()}
+        save_file(mine, folder / "plain" / f"rank{rank}.safetensors")
+
+
+def merge_everything(folder: Path, out: Path) -> None:
+    ranks = [load_file(folder / "plain" / f"rank{r}.safetensors") for r in range(TENSOR)]
+    whole = {n: join([rank[n] for rank in ranks], how) for n, (how, _) in cuts(MODEL).items()}
+    out.mkdir()
+    save_file(whole, out / "model.safetensors", {"format": "pt"})
+
+
+def merge_streamed(folder: Path, out: Path) -> None:
+    consolidate(folder / "checkpoint", out)
+
+
+def split_everything(folder: Path, out: Path) -> None:
+    whole = load_file(folder / "hub" / "model.safetensors")
+    out.mkdir()
+    for rank in range(TENSOR):
+        mine = {n: cut(whole[n], how, TENSOR, rank) for n, (how, _) in cuts(MODEL).items()}
+        save_file(mine, out / f"rank{rank}.safetensors")
+
+
+def split_streamed(folder: Path, out: Path) -> None:
+    shard(folder / "hub", out, TENSOR)
+
+
+def load_whole(folder: Path, out: Path) -> None:
+    """Every tensor in memory, then this rank's share of each."""
+    whole = {n: t.clone() for n, t in load_file(folder / "hub" / "model.safetensors").items()}
+    for name, (how, _) in cuts(MODEL).items():
+        cut(whole[name], how, TENSOR, RANK)
+
+
+def one_rank() -> Llama:
+    return Llama(MODEL, Place(TENSOR, RANK), dtype=torch.bfloat16)
+
+
+def load_hub(folder: Path, out: Path) -> None:
+    model = one_rank()
+    source = HubFolder(folder / "hub")
+    load_weights(source, dict(model.named_parameters()), model.shards, TENSOR, RANK)
+
+
+def load_checkpoint(folder: Path, out: Path, verify: bool = True) -> None:
+    model = one_rank()
+    source = Checkpoint(folder / "checkpoint", verify)
+    load_weights(source, dict(model.named_parameters()), model.shards, TENSOR, RANK)
+
+
+def load_unverified(folder: Path, out: Path) -> None:
+    load_checkpoint(folder, out, verify=False)
+
+
+QUESTIONS: dict[str, list[Callable[[Path, Path], None]]] = {
+    "merge tensor 8 into one file": [merge_everything, merge_streamed],
+    "split one file into tensor 8": [split_everything, split_streamed],
+    "load one rank of 8": [load_whole, load_hub, load_checkpoint, load_unverified],
+}
+JOBS = {job.__name__: job for jobs in QUESTIONS.values() for job in jobs}
+
+
+def status_bytes(key: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{key}:")[1].split()[0]) * 1024
+
+
+def alone(name: str, folder: Path) -> None:
+    """Do one job in this process; print seconds and growth of the resident peak."""
+    torch.set_num_threads(1)
+    out = folder / "out"
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = status_bytes("VmRSS"), time.perf_counter()
+    JOBS[name](folder, out)
+    seconds = time.perf_counter() - start
+    print(json.dumps([seconds, status_bytes("VmHWM") - before]))
+    shutil.rmtree(out, ignore_errors=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--alone", choices=JOBS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.alone:
+        alone(args.alone, args.folder)
+        return
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="checkpoints-") as temporary:
+        folder = Path(temporary)
+        build(folder)
+        size_bytes = (folder / "hub" / "model.safetensors").stat().st_size
+        print(f"{size_bytes / 1e9:.2f} GB, medians of {args.rounds} rounds\n")
+        print("| question | way | s | times faster | GB/s | memory growth, MB |")
+        print("|---|---|---|---|---|---|")
+        for question, jobs in QUESTIONS.items():
+            found: dict[str, list[tuple[float, int]]] = {job.__name__: [] for job in jobs}
+            for _ in range(args.rounds):
+                for job in jobs:
+                    command = [sys.executable, __file__, "--alone", job.__name__]
+                    command += ["--folder", str(folder)]
+                    done = subprocess.run(command, check=True, capture_output=True, text=True)
+                    found[job.__name__].append(tuple(json.loads(done.stdout)))
+            base = statistics.median(s for s, _ in found[jobs[0].__name__])
+            for name, runs in found.items():
+                seconds = statistics.median(s for s, _ in runs)
+                growth = max(bytes_ for _, bytes_ in runs)
+                way, rate = name.replace("_", " "), size_bytes / seconds / 1e9
+                print(
+                    f"| {question} | {way} | {seconds:.2f} | {base / seconds:.1f} "
+                    f"| {rate:.2f} | {growth / 1e6:.0f} |"
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""``llamax inspect PATH``: says what a checkpoint, run, Hugging Face folder or dataset is.
+
+``--verify`` reads everything and compares it with the hashes that are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from llamax.checkpoint import hub
+from llamax.checkpoint import manifest as files
+from llamax.checkpoint.container import read_header
+from llamax.checkpoint.load import Checkpoint, Source
+from llamax.config import Model
+from llamax.errors import CheckpointError
+from llamax.metrics import show_bytes, show_number
+
+Rows = Iterator[tuple[str, object]]
+
+
+def describe(path: Path, verify: bool = False) -> Rows:
+    """What ``path`` is, as rows of (label, value); raises where it is damaged or nothing known."""
+    if path.suffix == ".tokens" or (path / "train.tokens").is_file():
+        return _dataset(path, verify)
+    if path.suffix == ".safetensors":
+        return _container(path)
+    if (path / files.MANIFEST).exists() or files.STEP.match(path.name):
+        return _checkpoint(path, verify)
+    if (path / hub.CONFIG).is_file():
+        return _hub(path)
+    if files.steps(path):
+        return _run(path, verify)
+    raise CheckpointError(
+        f"{path} is no checkpoint, run, Hugging Face folder or dataset that llamax knows"
+    )
+
+
+def _checkpoint(path: Path, verify: bool) -> Rows:
+    source = Checkpoint(path, verify=False)
+    about = source.manifest
+    yield "checkpoint", path
+    yield "step", about.step
+    mesh = f"tensor {about.mesh.get('tensor')} x data {about.mesh.get('data')}"
+    yield "saved on", f"{mesh}, llamax {about.llamax}, torch {about.torch}"
+    yield from _model(source)
+    kept = Counter((k, one.dtype) for t in about.tensors.values() for k, one in t.kinds.items())
+    yield "kept", ", ".join(f"{kind} {dtype} x {n}" for (kind, dtype), n in kept.items())
+    for key, value in about.state.items():
+        yield key.replace("_", " "), value
+    yield "files", _files(file.size_bytes for file in about.files)
+    if verify:
+        total = sum(file.size_bytes for file in about.files)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as bar:
+            source.verify(progress=bar.update)
+        yield "verified", f"sha256 of all {len(about.files)} files"
+
+
+def _run(path: Path, verify: bool) -> Rows:
+    found = files.steps(path)
+    yield "run", path
+    yield "checkpoints", ", ".join(one.name for one in found)
+    yield from _checkpoint(found[-1], verify)
+
+
+def _hub(path: Path) -> Rows:
+    source = hub.HubFolder(path)
+    yield "Hugging Face", path
+    yield from _model(source)
+    dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in source.names())
+    yield "kept", ", ".join(f"weight {dtype} x {n}" for dtype, n in dtypes.items())
+    yield "files", _files(file.stat().st_size for file in path.glob("*.safetensors"))
+    tokenizer = [name for name in hub.TOKENIZER_FILES if (path / name).is_file()]
+    yield "tokenizer", ", ".join(tokenizer) or "none"
+
+
+def _model(source: Source) -> Rows:
+    model = Model.from_hub(source.model)
+    parameters = sum(math.prod(source.shape(name)) for name in source.names())
+    yield (
+        "model",
+        f"Llama of {show_number(parameters)} parameters: {model.num_hidden_layers} layers, hidden "
+        f"{model.hidden_size}, feed-forward {model.intermediate_size}, heads "
+        f"{model.num_attention_heads}/{model.num_key_value_heads}, vocabulary {model.vocab_size}"
+        f"{', tied' if model.tie_word_embeddings else ''}",
+    )
+
+
+def _container(path: Path) -> Rows:
+    header = read_header(path)
+    yield "safetensors", path
+    yield "tensors", len(header)
+    yield "elements", show_number(sum(math.prod(entry.shape) for entry in header.values()))
+    yield "files", _files([path.stat().st_size])
+
+
+def _dataset(path: Path, verify: bool) -> Rows:
+    from llamax.data.tokens import TokenFile
+
+    paths = [path] if path.is_file() else sorted(path.glob("*.tokens"))
+    yield "dataset", path
+    for one in paths:
+        header = TokenFile(one, "start" if verify else "off").header
+        yield (
+            one.stem,
+            f"{show_number(header.tokens)} tokens, {show_number(header.documents)} documents, "
+            f"{show_bytes(header.text_bytes)} of text, {header.dtype.name}",
+        )
+    yield "vocabulary", header.vocab_size
+    yield "tokenizer", header.tokenizer
+    yield "files", _files(one.stat().st_size for one in paths)
+    if verify:
+        yield "verified", f"checksums of all {len(paths)} files"
+
+
+def _files(sizes: Any) -> str:
+    sizes = [*sizes]
+    return f"{len(sizes)}, {show_bytes(sum(sizes))}"
+
+
+def table(rows: Mapping[str, object] | Sequence[tuple[str, object]]) -> str:
+    """Rows as aligned lines."""
+    pairs = [*rows]
+    width = max(len(label) for label, _ in pairs)
+    return "\n".join(f"{label:<{width}}  {value}" for label, value in pairs)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser("llamax inspect", description=__doc__.split("\n")[0])
+    parser.add_argument("path", help="checkpoint, run, Hugging Face folder, dataset or file")
+    parser.add_argument("--verify", action="store_true", help="hash everything")
+    args = parser.parse_args(argv)
+    print(table([*describe(Path(args.path), args.verify)]))
+    return 0

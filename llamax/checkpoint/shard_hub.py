@@ -1,0 +1,133 @@
+"""``llamax shard HUB_FOLDER --out DIR --tensor 8``: a Hugging Face Llama becomes a checkpoint.
+
+The reverse of ``consolidate``: each tensor rank's file takes its strips of every tensor, two files
+at a time, each through a slab of 16 MiB.  The checkpoint has weights only, in the folder's dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import llamax
+from llamax.checkpoint import hub
+from llamax.checkpoint import manifest as files
+from llamax.checkpoint.consolidate import building
+from llamax.checkpoint.container import TAGS, Outgoing, Progress, Written, silent, write
+from llamax.checkpoint.layout import Run, slices, writes
+from llamax.checkpoint.load import check_shapes
+from llamax.checkpoint.slabs import Slabs, new_buffer
+from llamax.collectives import Solo
+from llamax.config import Model
+from llamax.errors import ConfigError
+from llamax.metrics import show_bytes, show_time
+from llamax.model import Llama
+from llamax.shard import Cut, local_shape, parts
+
+
+def shard(
+    folder: Path | str, out: Path | str, tensor: int = 1, progress: Progress = silent
+) -> Path:
+    """Cut the model of a Hugging Face folder over ``tensor`` ranks, as the checkpoint ``out``.
+
+    Raises CheckpointError where the folder does not hold the Llama its config.json describes, and
+    ConfigError where ``tensor`` does not cut it.
+    """
+    source = hub.HubFolder(folder)
+    model = Llama(Model.from_hub(source.model), Solo("tp"), device="meta")
+    check_shapes(source, dict(model.named_parameters()), model.shards)
+    cuts = {
+        part.name: part.how
+        for name, how in model.shards.items()
+        for part in parts(name, how, tensor)
+    }
+    manifest = files.Manifest(
+        format=files.FORMAT,
+        step=0,
+        llamax=llamax.__version__,
+        torch=torch.__version__,
+        mesh={"tensor": tensor, "data": 1, "zero1": 0},
+        model=model.config.to_hub(_word(source)),
+        state={},
+        files=[],
+    )
+    buffers: SimpleQueue[Tensor] = SimpleQueue()
+    with building(Path(out)) as part, ThreadPoolExecutor(max_workers=2) as pool:
+        for _ in range(2):
+            buffers.put(new_buffer())
+
+        def one(rank: int) -> Written:
+            path, buffer = part / files.file_name("weights", rank, 0), buffers.get()
+            try:
+                return write(path, _share(source, cuts, tensor, rank, buffer), progress=progress)
+            finally:
+                buffers.put(buffer)
+
+        for rank, written in enumerate(pool.map(one, range(tensor))):
+            manifest.files.append(files.File(files.file_name("weights", rank, 0), *written))
+            for name, run in _runs(source, cuts, tensor, rank):
+                tag = TAGS[source.dtype(name)]
+                whole = files.Whole(source.shape(name), {"weight": files.Kept(tag, [])})
+                manifest.tensors.setdefault(name, whole).kinds["weight"].runs.append((rank, *run))
+        files.commit(part, manifest, "")
+        files.finish(part)
+    return Path(out)
+
+
+def _runs(
+    source: hub.HubFolder, cuts: dict[str, Cut], tensor: int, rank: int
+) -> list[tuple[str, Run]]:
+    """What a tensor rank writes: of every tensor the run it is the first to hold, if any."""
+    found = []
+    for name, how in cuts.items():
+        if writes(how, tensor, rank):
+            shape = source.shape(name)
+            elements = torch.Size(local_shape(shape, how, tensor)).numel()
+            for cut in slices(name, how, shape, tensor, rank, 0, elements):
+                found.append((name, cut.run))
+    return found
+
+
+def _share(
+    source: hub.HubFolder, cuts: dict[str, Cut], tensor: int, rank: int, buffer: Tensor
+) -> list[Outgoing]:
+    return [
+        Outgoing(
+            files.key(name, "weight", run),
+            source.dtype(name),
+            (run.length,),
+            Slabs(source, name, "weight", run, source.dtype(name), buffer),
+        )
+        for name, run in _runs(source, cuts, tensor, rank)
+    ]
+
+
+def _word(source: hub.HubFolder) -> str:
+    return str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser("llamax shard", description=__doc__.split("\n")[0])
+    parser.add_argument("folder", help="a Hugging Face folder with a Llama in safetensors files")
+    parser.add_argument("--out", required=True, help="checkpoint folder to make")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree (default 1)")
+    args = parser.parse_args(argv)
+    if args.tensor < 1:
+        raise ConfigError(f"--tensor={args.tensor} is below 1; use 1 or more")
+    total, began = hub.HubFolder(args.folder).total_bytes(), time.perf_counter()
+    with tqdm(total=total, unit="B", unit_scale=True, desc="shard", leave=False) as bar:
+        out = shard(args.folder, args.out, args.tensor, bar.update)
+    print(
+        f"{out}: {show_bytes(total)} of weights for tensor {args.tensor}, in "
+        f"{show_time(time.perf_counter() - began)}; train loads it on any mesh"
+    )
+    return 0
