@@ -239,7 +239,9 @@ def test_tensorboard_has_the_tags_of_other_trainers(tmp_path: Path) -> None:
         "consumed_tokens",
         "validation_loss",
     }
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(7, 2.25), (8, 2.0)]
+    for tag in ("loss", "reduced_train_loss"):
+        assert [(e.step, e.value) for e in events.Scalars(tag)] == [(7, 2.25), (8, 2.0)]
+    assert [e.value for e in events.Scalars("lr")] == pytest.approx([3e-4, 3e-4])
     assert [(e.step, e.value) for e in events.Scalars("validation_loss")] == [(8, 2.5)]
     assert events.Scalars("throughput")[0].value == 8192.0
     assert events.Scalars("consumed_tokens")[0].value == 28672.0
