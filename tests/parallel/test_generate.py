@@ -1,0 +1,44 @@
+"""Tensor-parallel ranks say what one rank says, all of them the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from world import Worlds, axes
+
+from llamax.config import Model
+from llamax.mesh import Mesh
+from llamax.model import Llama
+from llamax.sampling import Sampling, complete, generate
+
+MODEL = Model(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=61,  # 4 ranks pad it to 64
+    initializer_range=0.2,
+)
+PROMPTS = [[5, 9, 60], [7], [3, 1, 4, 1, 5, 9, 2, 6]]
+NEW = 40
+
+
+def say(ranks: int, sampling: Sampling) -> list[list[int]]:
+    tp = axes(Mesh(tp=ranks), max(1, ranks // 2)).tp if ranks > 1 else None
+    model = Llama(MODEL, tp).init(0)
+    with torch.no_grad():  # rows that pad the vocabulary would win every draw
+        rows = model.output_weight.shape[0]
+        first = model.tp.rank * rows
+        model.output_weight[max(0, MODEL.vocab_size - first) :] = 1e3
+    return complete(generate(model, PROMPTS, max_new_tokens=NEW, sampling=sampling))
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(1.0, seed=1), Sampling(1.0, top_k=20, top_p=0.9, seed=2)]
+)
+def test_ranks_say_what_one_says(worlds: Worlds, ranks: int, sampling: Sampling) -> None:
+    one = say(1, sampling)
+    assert worlds(ranks).run(say, ranks, sampling) == [one] * ranks
+    assert len({token for row in one for token in row}) > 8
