@@ -49,7 +49,7 @@ class Key(NamedTuple):
 class Bucket:
     """A stretch of a group, communicated and updated at once.
 
-    All tensors but ``weights`` are of this rank's run alone.
+    All tensors but ``weights`` and ``gradient`` are of this rank's run alone.
     """
 
     start: int
@@ -60,6 +60,7 @@ class Bucket:
     master: Tensor  # ``mine`` itself where that is float32
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    gradient: Tensor | None  # where autograd's own does not do
     root: Tensor | None  # of the weights in the norm, where they differ by element
 
 
@@ -84,9 +85,10 @@ class Group:
             view.copy_(parameter.data)
             parameter.data = view
 
-        separate = key.dtype != torch.float32 or device.type not in EAGER
+        self.separate = key.dtype != torch.float32 or device.type not in EAGER
+        shared = axes.kv.size > 1 and any(segment.shared for segment in counted)
         self.gradient: Tensor | None = None
-        if separate:
+        if self.separate or shared or key.partial or axes.data.size > 1:
             self.gradient = torch.zeros(self.length, dtype=torch.float32, device=device)
             for parameter, view in zip(self.parameters, self._views(self.gradient), strict=True):
                 parameter.register_post_accumulate_grad_hook(_Accumulate(view))
@@ -106,21 +108,19 @@ class Group:
                 Bucket(
                     start=start,
                     pieces=tuple(pieces(self.lengths, start, stop)),
-                    shared=tuple(shared_spans(counted, start, stop)),
+                    shared=tuple(shared_spans(counted, start, stop)) if shared else (),
                     weights=self.weights[start:stop],
                     mine=mine,
-                    master=mine.to(torch.float32, copy=True) if separate else mine,
+                    master=mine.to(torch.float32, copy=True) if self.separate else mine,
                     exp_avg=torch.zeros(run, dtype=torch.float32, device=device),
                     exp_avg_sq=torch.zeros(run, dtype=torch.float32, device=device),
+                    gradient=None if self.gradient is None else self.gradient[start:stop],
                     root=root.to(device, copy=True) if key.weight is None else None,
                 )
             )
 
-    def take_gradient(self, bucket: Bucket) -> list[Tensor]:
-        """The bucket's gradient in flat parts, padding included; autograd's own leave with it."""
-        length = bucket.weights.numel()
-        if self.gradient is not None:
-            return [self.gradient[bucket.start : bucket.start + length]]
+    def take_gradients(self, bucket: Bucket) -> list[Tensor]:
+        """The bucket's gradient as autograd holds it, in flat parts; autograd lets go of it."""
         parts = []
         for member, start, stop in bucket.pieces:
             parameter = self.parameters[member]
@@ -130,8 +130,7 @@ class Group:
                 parts.append(parameter.grad.reshape(-1)[start:stop])
             if stop == self.lengths[member]:
                 parameter.grad = None
-        pad = length - sum(part.numel() for part in parts)
-        return [*parts, bucket.weights.new_zeros(pad)] if pad else parts
+        return parts
 
     def zero_grad(self) -> None:
         """Forget the accumulated gradients."""

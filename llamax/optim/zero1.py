@@ -16,14 +16,14 @@ Parameters are grouped by dtype, by decay (matrices, embeddings among them, deca
 are norms, do not) and by how the norm counts them.  Weights are views of their group's flat vector,
 so step 7 needs no copy per parameter, and so is, in float32, the rank's master run.
 
-Gradients of float32 weights are autograd's own and live from backward to step 2.  Narrower weights,
-and all weights on devices that trace graphs, add each gradient to a flat float32 vector as soon as
-backward has made it: microsteps sum in float32, and all of them trace the same graph.
+Each gradient is added to a flat float32 vector as soon as backward has made it, and freed:
+microsteps sum in float32, all of them trace the same graph, and nothing is copied to be sent.  Only
+float32 gradients that are never sent stay autograd's own, and take no memory during forward.
 
-Bytes a rank holds for n elements of width w over d data ranks, beside the gradients of float32:
+Bytes a rank holds for n elements of width w over d data ranks::
 
-    n w + 8 n / d            float32
-    n w + 4 n + 12 n / d     narrower: accumulated gradient and masters as well
+    n w + 4 n + 8 n / d      float32; without the 4 n where no gradient is sent
+    n w + 4 n + 12 n / d     narrower: masters as well
 
 where n is each group padded to a multiple of d; elements whose weight in the norm differs within a
 parameter cost 4 n / d more.  Without ZeRO-1 d is 1 and step 2 leaves all ranks the whole sum.
@@ -120,22 +120,21 @@ class Zero1:
         return norm
 
     def _reduce(self, group: Group, bucket: Bucket) -> list[Tensor]:
-        """My run of the bucket's gradient, summed over all ranks that have a part of it.
-
-        One vector, or, where nothing is to be sent, the parts that it would be made of.
-        """
-        parts, axes = group.take_gradient(bucket), self.axes
-        shared = bucket.shared if axes.kv.size > 1 else ()
-        if axes.data.size == 1 and not shared and not group.key.partial:
-            return parts
-        run = torch.cat(parts) if len(parts) > 1 else parts[0]
-        parts.clear()
-        if shared:
-            places = [run[start:stop] for start, stop in shared]
-            total = axes.kv.all_reduce(torch.cat(places))
+        """My run of the bucket's gradient, summed over all ranks that have a part of it."""
+        gradient, kv, data, tp = bucket.gradient, self.axes.kv, self.axes.data, self.axes.tp
+        if gradient is None:  # nothing is to be sent
+            return group.take_gradients(bucket)
+        if bucket.shared:
+            places = [gradient[start:stop] for start, stop in bucket.shared]
+            total = kv.all_reduce(torch.cat(places))
             torch._foreach_copy_(places, split_like(total, places))
-        run = axes.data.reduce_scatter(run, 0) if self.sharded else axes.data.all_reduce(run)
-        return [axes.tp.all_reduce(run) if group.key.partial else run]
+        run = gradient[: bucket.master.numel()]  # in the head of the spent gradient: no more memory
+        if data.size > 1:
+            total = data.reduce_scatter(gradient, 0) if self.sharded else data.all_reduce(gradient)
+            run.copy_(total)
+        if group.key.partial:
+            run.copy_(tp.all_reduce(run))
+        return [run]
 
     def _squares(self, group: Group, bucket: Bucket, run: list[Tensor]) -> Tensor:
         """What my run adds to the squared norm; the sum over the world counts each element once."""
@@ -183,8 +182,7 @@ class Zero1:
         """Bytes of weights and state on this rank, by the formula above."""
         total, ranks = 0, self.axes.data.size if self.sharded else 1
         for group in self.groups:
-            kept = group.gradient is not None
-            whole = group.key.dtype.itemsize + (4 if kept else 0)
-            run = 8 + (4 if kept else 0) + (4 if group.key.weight is None else 0)
+            whole = group.key.dtype.itemsize + (0 if group.gradient is None else 4)
+            run = 8 + (4 if group.separate else 0) + (4 if group.key.weight is None else 0)
             total += whole * group.length + run * group.length // ranks
         return total
