@@ -32,7 +32,7 @@ from llamax.checkpoint.container import (
 from llamax.checkpoint.layout import Run, overlaps, slices, whole_shape
 from llamax.checkpoint.layout import whole as whole_run
 from llamax.errors import CheckpointError
-from llamax.shard import Cut, parts
+from llamax.shard import Cut, local_shape, parts
 
 
 class Owned(Protocol):
@@ -302,6 +302,12 @@ def _fill(
                 f"{source.folder}: {part.name} is {list(shape)}, the model's is "
                 f"{list(whole_shape(part.how, shape))}; {_REMEDY}"
             )
+    elements = math.prod(local_shape(shape, how, tp_degree))
+    if start + len(flat) > elements:
+        raise CheckpointError(
+            f"{source.folder}: a rank's share of {name} has {elements} elements, the model's has "
+            f"more; {_REMEDY}"
+        )
     end = 0  # what lies between slices, and after the last, is padding
     for hub, run, offset in slices(name, how, shape, tp_degree, tp_rank, start, len(flat)):
         flat[end:offset].zero_()

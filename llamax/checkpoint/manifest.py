@@ -93,6 +93,7 @@ class Manifest:
         for file in self.files:
             if not FILE.fullmatch(file.name):
                 return f"{file.name!r} is no name of a checkpoint's file"
+        usual = {kind for tensor in self.tensors.values() for kind in tensor.kinds} - {"master"}
         for name, tensor in self.tensors.items():
             if not tensor.shape or min(tensor.shape) < 1:
                 return f"{name} has shape {list(tensor.shape)}"
@@ -103,6 +104,8 @@ class Manifest:
                     return f"{name} ({kind}) lies in a file that is not listed"
                 if not tiled(tensor.shape, [Run(*run[1:]) for run in kept.runs]):
                     return f"the pieces of {name} ({kind}) do not make {list(tensor.shape)}"
+            if missing := {"weight", *usual} - set(tensor.kinds):
+                return f"{name} has no {' and no '.join(sorted(missing))}"
         return ""
 
 

@@ -232,6 +232,10 @@ class Saver:
                 for name, kind, tag, shape, run in one["runs"]:
                     whole = manifest.tensors.setdefault(name, files.Whole(tuple(shape), {}))
                     whole.kinds.setdefault(kind, files.Kept(tag, [])).runs.append((index, *run))
+        for name, how in self.shards.items():
+            for part in parts(name, how, self.tp.size):
+                if part.name not in manifest.tensors:
+                    raise CheckpointError(f"no rank owns any of {part.name}")
         for path in folder.glob("rank-*.json"):
             path.unlink()
         files.commit(folder, manifest, config_text)

@@ -1,0 +1,286 @@
+"""The commit protocol: what is on disk at every moment, and what happens when a save fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import checkpoint_worlds as worlds
+import pytest
+import torch
+
+from llamax.checkpoint import Checkpoint, Saver, newest, save
+from llamax.checkpoint import manifest as files
+from llamax.config import Model
+from llamax.errors import CheckpointError
+
+MODEL = worlds.llama()
+
+
+@pytest.fixture
+def rank() -> worlds.Rank:
+    return worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
+
+
+def saver(folder: Path, rank: worlds.Rank, **options: Any) -> Saver:
+    return Saver(folder, rank.axes, rank.parameters, rank.shards, **options)
+
+
+def take(saver: Saver, rank: worlds.Rank, step: int, model: Model = MODEL) -> None:
+    saver.save(step, rank.owned, {"seed": 3}, model.to_hub("float32"), "[run]\nsteps = 9\n")
+
+
+def test_a_checkpoint_says_what_it_is(tmp_path: Path, rank: worlds.Rank) -> None:
+    folder = worlds.save(tmp_path, MODEL, worlds.world(MODEL, 2, 2, True, worlds.wholes(MODEL)), 7)
+    found = Checkpoint(folder)
+    assert (found.step, found.state) == (7, {"consumed_sequences": 56})
+    assert Model.from_hub(found.model) == MODEL
+    assert found.manifest.mesh == {"tensor": 2, "data": 2, "zero1": 1}
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["config.toml", "done", "manifest.json"]
+        + [f"{role}-tp0{t}-dp0{d}.safetensors" for role in ("weights", "optimizer")
+           for t in (0, 1) for d in (0, 1)]
+    )  # fmt: skip
+    assert [found.rng(t, d) for t, d in ((2, 0), (0, 2))] == [None, None]
+    for index, (d, t) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        state = found.rng(t, d)
+        assert state is not None
+        assert state.tolist() == [index] * 8
+
+
+def test_no_element_is_written_twice(tmp_path: Path) -> None:
+    model = worlds.llama(kv=1)
+    ranks = worlds.world(model, 4, 2, False, worlds.wholes(model))
+    folder = worlds.save(tmp_path, model, ranks, zero1=False)
+    elements = sum(tensor.numel() for tensor in worlds.wholes(model).values())
+    written = sum(run[4] for t in Checkpoint(folder).manifest.tensors.values()
+                  for kept in t.kinds.values() for run in kept.runs)  # fmt: skip
+    assert written == elements
+    sizes = [path.stat().st_size for path in sorted(folder.glob("optimizer-*"))]
+    assert max(sizes) < 0.3 * sum(sizes), "every data rank takes a share"
+
+
+def test_the_snapshot_is_of_the_moment(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training changes weights while the files are written: none of that is in them."""
+    release = threading.Event()
+    real = save.write
+
+    def late(*args: Any, **options: Any) -> Any:
+        release.wait(30)
+        return real(*args, **options)
+
+    monkeypatch.setattr(save, "write", late)
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    assert newest(tmp_path) is None
+    for share in rank.parameters.values():
+        share.zero_()
+    release.set()
+    mine.wait()
+    values = worlds.wholes(MODEL)
+    for name in Checkpoint(tmp_path / "step-00000001").names():
+        assert torch.equal(
+            Checkpoint(tmp_path / "step-00000001").read(name), values[name, "weight"]
+        )
+
+
+def test_at_most_one_save_is_in_flight(tmp_path: Path, rank: worlds.Rank) -> None:
+    mine = saver(tmp_path, rank, keep=0)
+    for step in (1, 2, 3):
+        take(mine, rank, step)
+        assert sum(t.name == "llamax-checkpoint" for t in threading.enumerate()) <= 1
+    mine.wait()
+    assert [path.name for path in files.steps(tmp_path)] == [f"step-0000000{n}" for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_last_ones_stay(tmp_path: Path, rank: worlds.Rank, background: bool) -> None:
+    mine = saver(tmp_path / "checkpoints", rank, keep=2, background=background)
+    for step in (9, 10, 100):
+        take(mine, rank, step)
+    mine.wait()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000010",
+        "step-00000100",
+    ]
+    assert newest(tmp_path) == tmp_path / "checkpoints" / "step-00000100"
+    take(mine, rank, 50)  # resumed from the past: what was just saved is never what goes
+    mine.wait()
+    assert (tmp_path / "checkpoints" / "step-00000050" / "done").exists()
+
+
+def test_done_is_written_last_and_removed_first(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    finish, rmtree = files.finish, files.shutil.rmtree
+
+    def check_before(folder: Path) -> None:
+        seen.append("done")
+        assert folder.name == "step-00000001"
+        assert {path.name for path in folder.iterdir()} == {
+            "config.toml",
+            "manifest.json",
+            "weights-tp00-dp00.safetensors",
+            "optimizer-tp00-dp00.safetensors",
+        }
+        finish(folder)
+
+    def check_gone(folder: Path, *args: Any, **options: Any) -> None:
+        seen.append("deleted")
+        assert not (folder / "done").exists()
+        rmtree(folder, *args, **options)
+
+    monkeypatch.setattr(files, "finish", check_before)
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    mine.wait()
+    monkeypatch.setattr(files.shutil, "rmtree", check_gone)
+    files.delete(tmp_path / "step-00000001")
+    assert seen == ["done", "deleted"]
+
+
+def test_a_step_saved_again_replaces_the_old(tmp_path: Path, rank: worlds.Rank) -> None:
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    mine.wait()
+    for share in rank.parameters.values():
+        share.fill_(5)
+    take(mine, rank, 1)
+    mine.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert (Checkpoint(tmp_path / "step-00000001").read("model.norm.weight") == 5).all()
+
+
+def test_leftovers_are_swept_at_the_start(tmp_path: Path, rank: worlds.Rank) -> None:
+    mine = saver(tmp_path, rank)
+    for step in (1, 2):
+        take(mine, rank, step)
+    mine.wait()
+    (tmp_path / "step-00000003.tmp").mkdir()
+    (tmp_path / "step-00000003.tmp" / "rank-tp00-dp00.json").write_text("[]")
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / "notes").mkdir()
+    # killed between the two renames of a replacement: the old one is still whole
+    os.rename(tmp_path / "step-00000002", tmp_path / "step-00000002.old")
+    saver(tmp_path, rank)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "notes",
+        "step-00000001",
+        "step-00000002",
+    ]
+    Checkpoint(tmp_path / "step-00000002").verify()
+
+
+def full(*args: Any, **options: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    mine.wait()
+    monkeypatch.setattr("llamax.checkpoint.container.os.write", full)
+    take(mine, rank, 2)
+    with pytest.raises(
+        CheckpointError,
+        match=r"no room for .*: \d{5} bytes needed, \d+ free; .*step 2 is not saved, .*1 stays",
+    ) as caught:
+        mine.wait()
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    monkeypatch.undo()
+    mine.check()  # said once
+    take(mine, rank, 3)
+    mine.wait()
+    assert newest(tmp_path) == tmp_path / "step-00000003"
+
+
+def test_an_error_surfaces_at_the_next_check(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("llamax.checkpoint.container.os.write", denied)
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    for thread in threading.enumerate():
+        if thread.name == "llamax-checkpoint":
+            thread.join()
+    with pytest.raises(CheckpointError, match=r"cannot write .*Permission denied; step 1 is not"):
+        mine.check()
+
+
+def test_a_defect_is_not_dressed_up(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save, "write", lambda *args: 1 / 0)
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    with pytest.raises(ZeroDivisionError):
+        mine.wait()
+
+
+def test_the_missing_rank_is_named(tmp_path: Path) -> None:
+    ranks = worlds.world(MODEL, 1, 3, True, worlds.wholes(MODEL))
+    first, _, third = (saver(tmp_path, rank, timeout_s=0.1) for rank in ranks)
+    take(third, ranks[2], 1)
+    take(first, ranks[0], 1)
+    with pytest.raises(CheckpointError, match=r"no files from rank tp00-dp01 within 0 s"):
+        first.wait()
+    third.wait()
+
+
+def test_a_rank_that_cannot_write_tells_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
+    first, second = (saver(tmp_path, rank) for rank in ranks)
+    real = save.write
+    monkeypatch.setattr(
+        save, "write", lambda path, tensors: full() if "dp01" in path.name else real(path, tensors)
+    )
+    take(second, ranks[1], 1)
+    with pytest.raises(OSError, match="No space"):
+        second.wait()
+    take(first, ranks[0], 1)
+    with pytest.raises(CheckpointError, match=r"rank tp00-dp01 could not save: .*No space left"):
+        first.wait()
+    assert newest(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("lost", "match"),
+    [
+        (
+            {("self_attn.o_proj", "weight", 0)},
+            "was not saved: the pieces of .*o_proj.* do not make",
+        ),
+        ({("self_attn.qkv_proj", "weight", 576)}, "was not saved: .*k_proj.weight has no weight"),
+        ({("mlp.gate_up_proj", "exp_avg", n) for n in (0, 960)}, "gate_proj.weight has no exp_avg"),
+        (
+            {("mlp.down_proj", kind, n) for kind in worlds.kinds(torch.float32) for n in (0, 480)},
+            "no rank owns any of model.layers.1.mlp.down_proj.weight",
+        ),
+    ],
+)
+def test_a_piece_too_few_is_no_checkpoint(
+    tmp_path: Path, lost: set[tuple[str, str, int]], match: str
+) -> None:
+    """Ranks that do not own all of the model: refused when saving, not when resuming."""
+    ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
+    named = {(f"model.layers.1.{name}.weight", kind, start) for name, kind, start in lost}
+    before = len(ranks[1].owned)
+    ranks[1].owned = [r for r in ranks[1].owned if (r.name, r.kind, r.start) not in named]
+    assert len(ranks[1].owned) == before - len(lost)
+    with pytest.raises(CheckpointError, match=match):
+        worlds.save(tmp_path, MODEL, ranks)
+    assert newest(tmp_path) is None
