@@ -14,12 +14,19 @@ import sys
 logger = logging.getLogger("llamax")
 
 
+class _Stderr(logging.Handler):
+    """Writes to whatever stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
 def setup(coordinate: str = "", main: bool = True) -> None:
     """Send this rank's messages to stderr: all as ``main``, else warnings behind ``[coordinate]``.
 
     Calling it again replaces what an earlier call set.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     prefix = "" if main else f"[{coordinate}] ".replace("%", "%%")
     handler.setFormatter(logging.Formatter(f"llamax: {prefix}%(message)s"))
     logger.handlers[:] = [handler]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # tests are small, and several ranks share the machine
 
 TESTS = Path(__file__).resolve().parent
 if str(TESTS) not in sys.path:

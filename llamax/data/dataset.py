@@ -20,6 +20,19 @@ class Dataset:
     validation: TokenFile | None
     tokenizer_path: Path
 
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the tokenizer that made the tokens."""
+        return self.train.header.tokenizer
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raise DataError if the tokens come from another tokenizer than a checkpoint's."""
+        if fingerprint != self.fingerprint:
+            raise DataError(
+                f"{self.folder}: made with tokenizer {self.fingerprint[:12]}, but the checkpoint "
+                f"was trained on tokenizer {fingerprint[:12]}; prepare the data with that one"
+            )
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if a model of ``vocab_size`` cannot embed every token."""
         own = self.train.header.vocab_size
