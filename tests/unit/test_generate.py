@@ -151,9 +151,7 @@ def test_a_stop_token_is_the_last_of_its_prompt_and_of_no_other(model: Llama) ->
 
 def test_ids_past_the_tokenizer_are_never_drawn(model: Llama) -> None:
     sampling = Sampling(50.0)
-    made = complete(
-        generate(model, prompts(), max_new_tokens=40, sampling=sampling, vocab_size=10)
-    )
+    made = complete(generate(model, prompts(), max_new_tokens=40, sampling=sampling, vocab_size=10))
     assert {token for row in made for token in row} == set(range(10))
 
 
@@ -192,10 +190,8 @@ def test_a_model_without_numbers_is_refused(model: Llama) -> None:
 
 @pytest.mark.parametrize("setting", [{"temperature": -1.0}, {"temperature": math.nan}])
 @pytest.mark.parametrize("more", [{}, {"top_k": 3}])
-def test_settings_out_of_range_are_refused(
-    setting: dict[str, float], more: dict[str, int]
-) -> None:
-    with pytest.raises(ConfigError, match="temperature=.* is out of range; use 0 or more"):
+def test_settings_out_of_range_are_refused(setting: dict[str, float], more: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=r"temperature=.* is out of range; use 0 or more"):
         Sampling(**setting, **more)
 
 

@@ -1,0 +1,108 @@
+"""Is decoding fast?  Greedy tokens/s of llamax and of transformers' ``generate``, side by side.
+
+    python benchmarks/generate.py --threads 2
+
+The 57 M Llama (hidden 512, 8 layers, 8 heads, 4 key/value heads, feed-forward 1408, vocabulary
+32000), random weights, the same in both; the two take turns and the medians are compared.  Both
+must make the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import transformers
+
+from llamax.config import Model
+from llamax.model import Llama
+from llamax.sampling import Sampling, complete, generate
+from llamax.shard import parts
+
+MODEL = Model(
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=32000,
+)
+Tokens = list[list[int]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2, help="torch threads")
+    parser.add_argument("--prompt-tokens", type=int, default=64, help="length of every prompt")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens made per prompt")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="prompts at once")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0, help="of the sampled runs")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    mine = Llama(MODEL).init(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL.to_hub("float32")))
+    copy_weights(mine, theirs)
+    sampling = Sampling(options.temperature, top_p=options.top_p)
+    greedy = sampling.temperature == 0
+    how = {} if greedy else {"temperature": sampling.temperature, "top_p": sampling.top_p}
+
+    for batch in options.batches:
+        generator = torch.Generator().manual_seed(1)
+        ids = torch.randint(3, 32000, (batch, options.prompt_tokens), generator=generator)
+        prompts, new = ids.tolist(), options.new_tokens
+
+        def llamax(prompts: Tokens = prompts, new: int = new) -> Tokens:
+            return complete(generate(mine, prompts, max_new_tokens=new, sampling=sampling))
+
+        def hub(ids: torch.Tensor = ids, new: int = new) -> Tokens:
+            whole = theirs.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=not greedy,
+                pad_token_id=0,
+                top_k=0,
+                **how,
+            )
+            return whole[:, ids.shape[1] :].tolist()
+
+        same = llamax() == hub()
+        assert same or not greedy, "the two made different tokens"
+        seconds: dict[str, list[float]] = {"llamax": [], "transformers": []}
+        for _ in range(options.rounds):
+            for name, run in (("llamax", llamax), ("transformers", hub)):
+                seconds[name].append(timed(run))
+        rate = {name: batch * new / statistics.median(took) for name, took in seconds.items()}
+        ratios = [b / a for a, b in zip(*seconds.values(), strict=True)]
+        print(
+            f"batch {batch}: llamax {rate['llamax']:.1f} tokens/s, "
+            f"transformers {transformers.__version__} {rate['transformers']:.1f} tokens/s, "
+            f"{statistics.median(ratios):.2f} times (median of {options.rounds} turns)"
+        )
+
+
+def timed(run: Callable[[], Tokens]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def copy_weights(mine: Llama, theirs: transformers.LlamaForCausalLM) -> None:
+    weights = dict(theirs.named_parameters())
+    for name, parameter in mine.named_parameters():
+        for part in parts(name, mine.shards[name], 1):
+            whole = parameter
+            if part.length >= 0:
+                whole = parameter.narrow(part.how.dim, part.start, part.length)
+            weights[part.name].copy_(whole)
+
+
+if __name__ == "__main__":
+    main()
