@@ -112,7 +112,10 @@ def from_tiktoken(tokenizer: TikToken) -> tokenizers.Tokenizer:
     """The same byte-level BPE in ``tokenizers``."""
     ranks = tokenizer.ranks
     letters = _byte_letters()
-    spell = lambda token: "".join(letters[byte] for byte in token)
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) > 1 and len(parts := _last_merge(token, ranks)) == 2:

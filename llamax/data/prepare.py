@@ -259,6 +259,7 @@ def prepare(args: argparse.Namespace) -> None:
             "identity": identity,
             **asdict(settings),
             "tokenizer_file": tokenizer_name(tokenizer),
+            "trained": path.stem if args.train_tokenizer else None,
         }
         write_atomic(out / "dataset.json", (json.dumps(said, indent=2) + "\n").encode())
     shutil.rmtree(folder)
@@ -305,10 +306,14 @@ def _train(chunks: Sequence[Chunk], args: argparse.Namespace, folder: Path) -> P
     settings = Settings("", args.key, args.validation, args.bos, args.eos)
     told = [settings.name(args.train_tokenizer, chunk) for chunk in chunks]
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
-    kept = folder.parent / "tokenizer.model"
-    path = folder / f"{name}.model"
-    if kept.exists() and (folder.parent / "dataset.json").exists():
-        return kept
+    out, path = folder.parent, folder / f"{name}.model"
+    if (out / "dataset.json").exists():
+        if json.loads((out / "dataset.json").read_text()).get("trained") == name:
+            return out / "tokenizer.model"
+        raise DataError(
+            f"{out}: holds another dataset, with another tokenizer; choose another --out, or "
+            "remove that folder"
+        )
     if not path.exists():
         print(f"training a tokenizer of {args.train_tokenizer} pieces", file=sys.stderr)
         texts = chain.from_iterable(documents(chunk, args.key) for chunk in chunks)

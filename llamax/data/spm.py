@@ -46,6 +46,8 @@ class Model:
                 trainer.update(_fields(value))
             elif number == 3:
                 normalizer.update(_fields(value))
+        if not pieces:
+            raise ValueError("it holds no pieces")
         return cls(
             raw,
             pieces,

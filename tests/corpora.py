@@ -1,0 +1,42 @@
+"""Text and tokenizers that tests share: what every Python brings, and one Llama-style model."""
+
+from __future__ import annotations
+
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+
+
+def python_sources(count: int | None = None) -> list[str]:
+    """The text of the standard library's first ``count`` modules."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    paths = sorted(folder.glob("*.py")) + sorted((folder / "email").glob("*.py"))
+    return [path.read_text(encoding="utf-8") for path in paths[:count]]
+
+
+def mistral() -> Path:
+    """A real Llama-style sentencepiece model of 32,000 pieces; skips where there is none."""
+    package = pytest.importorskip("mistral_common")
+    return Path(package.__file__).parent / "data" / "tokenizer.model.v1"
+
+
+def train_unlike_llama(folder: Path, **settings: Any) -> Path:
+    """A small sentencepiece model with some settings of its own."""
+    given: dict[str, Any] = {
+        "vocab_size": 600,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        **settings,
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(line for text in python_sources(5) for line in text.split("\n")),
+        model_prefix=str(folder / "m"),
+        minloglevel=2,
+        **given,
+    )
+    return folder / "m.model"

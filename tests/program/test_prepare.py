@@ -1,0 +1,284 @@
+"""``llamax prepare``: the same bytes whatever happens, and every mistake in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpora import python_sources
+
+from llamax.data import corpus, files
+from llamax.data.dataset import open_dataset
+from llamax.data.loader import Loader
+from llamax.data.prepare import main, unigram_entropy
+from llamax.data.tokenizer import load_tokenizer, train_sentencepiece
+from llamax.data.tokens import TokenFile
+from llamax.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_sentencepiece(python_sources(8), 600, tmp_path_factory.mktemp("t") / "t.model")
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A folder of 40 text files in two levels, and things that are not meant."""
+    folder = tmp_path / "text"
+    (folder / "deep").mkdir(parents=True)
+    for i, source in enumerate(python_sources(40)):
+        (folder / ("deep" if i % 2 else ".") / f"{i:02}.py").write_text(source, encoding="utf-8")
+    (folder / "image.png").write_bytes(b"\x89PNG\0")
+    (folder / ".hidden.py").write_bytes(b"\xff")
+    return folder
+
+
+def run(out: Path, *args: object) -> dict[str, bytes]:
+    """Prepare, and what is in the folder then."""
+    assert main([*map(str, args), "--out", str(out)]) == 0
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def documents(file: TokenFile) -> list[list[int]]:
+    return [part.tolist() for part in np.split(file.tokens, file.documents[1:-1].astype(int))]
+
+
+def test_documents_are_what_the_tokenizer_says(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    made = run(tmp_path / "out", text, "--glob", "*.py", "--tokenizer", tokenizer,
+               "--validation", "0.3", "--workers", "1")  # fmt: skip
+    assert set(made) == {"dataset.json", "tokenizer.model", "train.tokens", "validation.tokens"}
+    data = open_dataset(tmp_path / "out")
+    assert data.validation is not None
+    own = load_tokenizer(data.tokenizer_path)
+    paths = sorted(text.rglob("*.py"))
+    sources = [p.read_text(encoding="utf-8") for p in paths if not p.name.startswith(".")]
+    want = [[1, *own.encode(source), 2] for source in sources if source]
+    got = documents(data.train) + documents(data.validation)
+    assert sorted(got) == sorted(want)
+    assert [d for d in want if d in documents(data.train)] == documents(data.train)
+    assert 3 < len(documents(data.validation)) < 25
+    sizes = data.train.header.text_bytes + data.validation.header.text_bytes
+    assert sizes == sum(len(source.encode()) for source in sources)
+    assert len(Loader(data.train, 0, 64, 4, 2).step()) == 2
+
+
+def test_workers_and_formats_change_no_byte(
+    text: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.dumps({"body": source}) for source in python_sources(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n\n", encoding="utf-8")
+    with gzip.open(tmp_path / "packed.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(rows))
+    made = {}
+    for name, size in (("rows.jsonl", 2**22), ("rows.jsonl", 50_000), ("packed.jsonl.gz", 2**22)):
+        monkeypatch.setattr(corpus, "CHUNK_BYTES", size)
+        for workers in (1, 2):
+            out = tmp_path / f"{name}-{size}-{workers}"
+            made[out] = run(out, tmp_path / name, "--key", "body", "--tokenizer", tokenizer,
+                            "--workers", workers, "--validation", "0.2")  # fmt: skip
+    first, *others = made.values()
+    for other in others:
+        assert other["train.tokens"] == first["train.tokens"]
+        assert other["validation.tokens"] == first["validation.tokens"]
+
+
+def test_flags_choose_the_special_tokens(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    run(tmp_path / "out", text / "00.py", "--tokenizer", tokenizer, "--no-bos", "--no-eos",
+        "--validation", "0")  # fmt: skip
+    data = open_dataset(tmp_path / "out")
+    assert data.validation is None
+    assert data.train.header.bos_id is data.train.header.eos_id is None
+    assert documents(data.train) == [load_tokenizer(tokenizer).encode((text / "00.py").read_text())]
+
+
+def test_it_trains_a_tokenizer_and_finds_it_again(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = [text, "--glob", "*.py", "--train-tokenizer", 500, "--workers", 1]
+    made = run(tmp_path / "out", *args)
+    assert load_tokenizer(tmp_path / "out").vocab_size == 500
+    said = capsys.readouterr().out
+    entropy, _ = unigram_entropy(open_dataset(tmp_path / "out").train)
+    assert f"unigram entropy {entropy:.3f} nats" in said
+    assert 3 < entropy < np.log(500)
+    assert run(tmp_path / "out", *args) == made
+    with pytest.raises(DataError, match="holds another dataset, with another tokenizer"):
+        run(tmp_path / "out", text, "--glob", "*.py", "--train-tokenizer", 600)
+
+
+def test_a_kill_loses_nothing(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    """Killed again and again, at any moment, it ends with the bytes of an undisturbed run."""
+    code = (
+        "import sys; from llamax.data import corpus, prepare; corpus.CHUNK_BYTES = 30_000\n"
+        "if __name__ == '__main__': sys.exit(prepare.main(sys.argv[1:]))"
+    )
+    program = tmp_path / "program.py"
+    program.write_text(code)
+    args = [str(text), "--glob", "*.py", "--tokenizer", str(tokenizer), "--validation", "0.2"]
+
+    def start(out: Path, workers: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, program, *args, "--out", out, "--workers", str(workers)]
+        return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+
+    assert start(tmp_path / "calm", 1).wait() == 0
+    torn, kills = tmp_path / "torn", 0
+    for wanted in (1, 4, 9):
+        process = start(torn, 2 if wanted == 4 else 1)
+        while len(list(torn.glob(".parts/[0-9]*.tokens"))) < wanted and process.poll() is None:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills
+    parts = sorted(torn.glob(".parts/[0-9]*.tokens"))
+    assert parts, "nothing was kept"
+    raw = bytearray(parts[0].read_bytes())
+    raw[-1] ^= 4
+    parts[0].write_bytes(raw)
+    with pytest.raises(DataError, match="is not finished"):
+        open_dataset(torn)
+    assert start(torn, 2).wait() == 0
+    for name in ("train.tokens", "validation.tokens", "tokenizer.model"):
+        assert (torn / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
+    assert not (torn / ".parts").exists()
+
+
+def test_finished_parts_are_not_made_again(
+    text: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 30_000)
+    (text / "zz.py").write_bytes(b"\xff")
+    args = [text, "--glob", "*.py", "--tokenizer", tokenizer, "--workers", 1]
+    with pytest.raises(DataError, match=r"zz\.py"):
+        run(tmp_path / "out", *args)
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / ".parts").glob("*.train.tokens")}
+    assert len(kept) > 3
+    (text / "zz.py").write_bytes(b"\xfe")
+    with pytest.raises(DataError, match=r"zz\.py.*0xfe"):
+        run(tmp_path / "out", *args)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+# ---- mistakes
+
+
+def refused(words: str, *args: object, out: Path) -> None:
+    with pytest.raises(DataError, match=words) as caught:
+        main([*map(str, args), "--out", str(out)])
+    assert "\n" not in str(caught.value)
+    assert not (out / "dataset.json").exists()
+
+
+ROW = json.dumps({"text": "fine"}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.txt", b"good \xff bad", r"a\.txt: byte 5 is not UTF-8 text \(0xff\)"),
+        ("a.txt", b"good \0 bad", r"a\.txt: byte 5 is not UTF-8 text \(0x00\)"),
+        ("a.txt", b"", "holds no text"),
+        ("a.jsonl", (ROW * 2 + "{broken\n" + ROW).encode(), r"a\.jsonl:3: the row is not JSON"),
+        ("a.jsonl", (ROW + '{"other": 1}\n').encode(), r"a\.jsonl:2: .*'text'.*\['other'\].*--key"),
+        ("a.jsonl", (ROW + '{"text": 7}\n').encode(), r"a\.jsonl:2: .*it is int"),
+        ("a.jsonl", (ROW + "[1]\n").encode(), r"a\.jsonl:2: the row is list, not an object"),
+        ("a.jsonl", (ROW + '{"text": "\\ud800"}\n').encode(), r"a\.jsonl:2: .*half a character"),
+        ("a.jsonl", ROW.encode() + b"\xc3(\n", r"a\.jsonl: byte 17 is not UTF-8"),
+        ("a.txt.gz", b"not packed", r"a\.txt\.gz: cannot be read"),
+        ("a.txt.gz", gzip.compress(b"x" * 9000)[:-9], r"a\.txt\.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(ROW.encode() + b"{"), r"a\.jsonl\.gz:2: the row is not JSON"),
+    ],
+)
+def test_bad_text(tokenizer: Path, tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    refused(words, tmp_path / name, "--tokenizer", tokenizer, "--workers", 1, out=tmp_path / "out")
+
+
+def test_a_row_far_into_a_file_has_its_line_number(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 100)
+    for line in (1, 2, 7, 8, 50, 99, 100):
+        rows = [ROW] * 100
+        rows[line - 1] = "{bad}\n"
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(rows))
+        refused(rf"a\.jsonl:{line}: ", path, "--tokenizer", tokenizer, "--workers", 1,
+                out=tmp_path / "out")  # fmt: skip
+
+
+def test_a_worker_tells_its_mistake(
+    tokenizer: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "CHUNK_BYTES", 30_000)
+    refused(r"image\.png: byte 0 is not UTF-8", text, "--tokenizer", tokenizer, "--workers", 2,
+            out=tmp_path / "out")  # fmt: skip
+
+
+def test_nothing_there(tokenizer: Path, text: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    refused("no such file or folder", tmp_path / "none", "--tokenizer", tokenizer, out=out)
+    refused(r"holds no text \(files matching \*\.md\)", text, "--glob", "*.md",
+            "--tokenizer", tokenizer, out=out)  # fmt: skip
+    refused("no such tokenizer", text, "--tokenizer", tmp_path / "none", out=out)
+    refused("cannot be made", text, "--tokenizer", tokenizer, out=text / "00.py")
+    refused("no document is left for training", text / "00.py", "--validation", "0.999999",
+            "--tokenizer", tokenizer, out=out)  # fmt: skip
+
+
+def test_another_dataset_is_not_overwritten(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    made = run(tmp_path / "out", text / "00.py", "--tokenizer", tokenizer)
+    with pytest.raises(DataError, match="another dataset, with eos=True instead of False"):
+        run(tmp_path / "out", text / "00.py", "--tokenizer", tokenizer, "--no-eos")
+    with pytest.raises(DataError, match="dataset of other text"):
+        run(tmp_path / "out", text / "02.py", "--tokenizer", tokenizer)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir() if p.is_file()} == made
+
+
+@pytest.mark.parametrize(
+    ("arg", "value"), [("--workers", "0"), ("--validation", "1"), ("--validation", "x"),
+                       ("--train-tokenizer", "-3")],
+)  # fmt: skip
+def test_impossible_arguments(
+    capsys: pytest.CaptureFixture[str], arg: str, value: str, tmp_path: Path
+) -> None:
+    args: Sequence[str] = ["x", "--out", str(tmp_path), arg, value]
+    with pytest.raises(SystemExit) as caught:
+        main(args)
+    assert caught.value.code == 2
+    assert f"argument {arg}: {value!r} is not" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_in_bytes(tmp_path: Path) -> None:
+    with (
+        pytest.raises(DataError, match=r"no space left: about 12345 bytes needed, \d+ free"),
+        files.room_for(tmp_path, 12345),
+        open("/dev/full", "wb", buffering=0) as file,
+    ):
+        file.write(b"x")
+    with pytest.raises(FileNotFoundError), files.room_for(tmp_path, 1):
+        (tmp_path / "none").read_bytes()
+
+
+def test_datasets_that_cannot_be_opened(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is no dataset"):
+        open_dataset(tmp_path)
+    out = tmp_path / "out"
+    run(out, text / "00.py", "--tokenizer", tokenizer)
+    data = open_dataset(out)
+    data.check_vocabulary(600)
+    with pytest.raises(DataError, match=r"600 tokens, and model\.vocab_size=512 is fewer"):
+        data.check_vocabulary(512)
+    (out / "tokenizer.model").write_bytes(b"other")
+    with pytest.raises(DataError, match=r"train\.tokens: was not made with .*tokenizer\.model"):
+        open_dataset(out)
+    (out / "tokenizer.model").unlink()
+    with pytest.raises(DataError, match=r"tokenizer\.model: is missing"):
+        open_dataset(out)

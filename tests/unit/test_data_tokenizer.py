@@ -1,0 +1,220 @@
+"""Tokenizer files: found, told apart, exported with equal ids, refused in one line."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from corpora import mistral, python_sources, train_unlike_llama
+
+from llamax.data.export import _byte_letters, export
+from llamax.data.spm import Model
+from llamax.data.tokenizer import HuggingFace, SentencePiece, TikToken, load_tokenizer
+from llamax.data.tokenizer import train_sentencepiece as train
+from llamax.errors import DataError
+
+TEXTS = [
+    "",
+    " ",
+    "hello",
+    "  two  spaces ",
+    "tab\tand\n\n\nbreaks\r\n",
+    "x = {'a': 1234}\n        return",
+    "안녕하세요, 반갑습니다!",
+    "日本語 é ß 😀 \u200b",
+    "-----=====#####",
+    "\n" + " " * 37 + "x",
+    "a" * 300,
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def spm(folder: Path) -> Path:
+    return train(python_sources(10), 700, folder / "spm" / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> Path:
+    """A small byte-level BPE, its ranks in a tiktoken file."""
+    engine = tokenizers.ByteLevelBPETokenizer()
+    engine.train_from_iterator(python_sources(10), vocab_size=600, show_progress=False)
+    letters = {c: b for b, c in enumerate(_byte_letters())}
+    tokens = [bytes(letters[c] for c in t) for t in engine.get_vocab()]
+    order = sorted(tokens, key=lambda t: (len(t) > 1, engine.get_vocab()[
+        "".join(list(letters)[b] for b in t)]))  # fmt: skip
+    path = folder / "small.tiktoken"
+    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(order)]
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _folders(folder: Path) -> None:
+    (folder / "spm").mkdir()
+
+
+def test_sentencepiece(spm: Path) -> None:
+    found = load_tokenizer(spm)
+    assert isinstance(found, SentencePiece)
+    assert (found.vocab_size, found.bos_id, found.eos_id) == (700, 1, 2)
+    assert found.fingerprint == hashlib.sha256(spm.read_bytes()).hexdigest()
+    for text in TEXTS:
+        assert found.decode(found.encode(text)) == text
+
+
+def test_training_is_llamas_recipe_and_repeatable(spm: Path, tmp_path: Path) -> None:
+    again = train(python_sources(10), 700, tmp_path / "again.model")
+    assert again.read_bytes() == spm.read_bytes()
+    model = Model.from_bytes(spm.read_bytes())
+    assert model.dummy_prefix
+    assert not model.rewrites
+    assert not model.drops_spaces
+    encode = load_tokenizer(spm).encode
+    assert len(encode("12345")) == len(encode("1")) + 4
+    assert "▁▁" in {text for text, _, _ in model.pieces}
+
+
+def test_too_little_text_to_train_on(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no tokenizer of 9000 pieces .* smaller vocabulary"):
+        train(["a b c"], 9000, tmp_path / "x.model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tiktoken(ranks: Path) -> None:
+    found = load_tokenizer(ranks)
+    assert isinstance(found, TikToken)
+    size = len(found.ranks)
+    assert (found.bos_id, found.eos_id, found.vocab_size) == (size, size + 1, size + 256)
+    for text in TEXTS:
+        assert found.decode(found.encode(text)) == text
+    named = "<|begin_of_text|>"
+    assert found.bos_id not in found.encode(named)
+    assert found.decode([found.bos_id, *found.encode("x")]) == "x"
+
+
+def test_llama3_special_tokens(tmp_path: Path) -> None:
+    lines = (base64.b64encode(i.to_bytes(1 if i < 256 else 3, "big")) for i in range(128_000))
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"".join(line + b" %d\n" % i for i, line in enumerate(lines)))
+    found = load_tokenizer(tmp_path)
+    assert isinstance(found, TikToken)
+    assert (found.bos_id, found.eos_id, found.vocab_size) == (128_000, 128_001, 128_256)
+    assert found.special["<|eot_id|>"] == 128_009
+    assert found.special["<|finetune_right_pad_id|>"] == 128_004
+    assert found.special["<|reserved_special_token_246|>"] == 128_255
+
+
+def test_every_kind_encodes_documents_as_it_encodes_one(
+    spm: Path, ranks: Path, tmp_path: Path
+) -> None:
+    export(load_tokenizer(ranks), tmp_path)
+    for path in (spm, ranks, tmp_path / "tokenizer.json"):
+        found = load_tokenizer(path)
+        for threads in (1, 2):
+            many = found.encode_documents(TEXTS, threads)
+            assert [ids.tolist() for ids in many] == [found.encode(text) for text in TEXTS]
+        assert found.encode_documents([]) == []
+
+
+def test_exported_sentencepiece_gives_equal_ids(spm: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for path, texts in ((spm, TEXTS + python_sources(20)), (mistral(), TEXTS + python_sources(20))):
+        own = load_tokenizer(path)
+        export(own, tmp_path / path.name, max_length=512)
+        for kind in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+            hub = kind.from_pretrained(tmp_path / path.name)
+            for text in texts:
+                assert hub(text, add_special_tokens=False)["input_ids"] == own.encode(text)
+                assert hub.decode(own.encode(text)) == own.decode(own.encode(text))
+            assert (hub.bos_token_id, hub.eos_token_id) == (own.bos_id, own.eos_id)
+            assert hub("x")["input_ids"] == [own.bos_id, *own.encode("x")]
+            assert hub.model_max_length == 512
+        assert load_tokenizer(tmp_path / path.name).fingerprint == own.fingerprint
+
+
+def test_exported_sentencepiece_on_real_text(tmp_path: Path, shared_data: Path) -> None:
+    own = load_tokenizer(mistral())
+    export(own, tmp_path)
+    hub = load_tokenizer(tmp_path / "tokenizer.json")
+    korean = (shared_data / "korean_chatbot/ChatbotData.csv").read_text(encoding="utf-8")
+    plays = (shared_data / "tinyshakespeare/input.txt").read_text(encoding="utf-8")
+    for text in [plays[:50_000], *korean.splitlines()[:2000]]:
+        assert hub.encode(text) == own.encode(text)
+
+
+def test_exported_tiktoken_gives_equal_ids(ranks: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    own = load_tokenizer(ranks)
+    export(own, tmp_path)
+    hub = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS + python_sources(20):
+        assert hub(text, add_special_tokens=False)["input_ids"] == own.encode(text)
+        assert hub.decode(own.encode(text)) == text
+    assert (hub.bos_token_id, hub.eos_token_id) == (own.bos_id, own.eos_id)
+
+
+def test_exported_tokenizer_json_is_the_same_file(ranks: Path, tmp_path: Path) -> None:
+    export(load_tokenizer(ranks), tmp_path / "a")
+    own = load_tokenizer(tmp_path / "a" / "tokenizer.json")
+    assert isinstance(own, HuggingFace)
+    assert (own.bos_id, own.eos_id) == (load_tokenizer(ranks).bos_id, load_tokenizer(ranks).eos_id)
+    export(own, tmp_path / "b")
+    assert own.fingerprint == load_tokenizer(tmp_path / "b").fingerprint
+
+
+def test_bos_and_eos_as_the_files_beside_say(ranks: Path, tmp_path: Path) -> None:
+    export(load_tokenizer(ranks), tmp_path)
+    config = {"bos_token": {"content": "<|step_id|>"}, "eos_token": "<|eot_id|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").unlink()
+    own, first = load_tokenizer(tmp_path / "tokenizer.json"), load_tokenizer(ranks)
+    assert own.bos_id == first.special["<|step_id|>"]
+    assert own.eos_id == first.special["<|eot_id|>"]
+
+
+def test_a_unigram_model_has_no_exact_export(tmp_path: Path) -> None:
+    own = load_tokenizer(train_unlike_llama(tmp_path, model_type="unigram"))
+    with pytest.raises(DataError, match=r"has no exact tokenizer\.json"):
+        export(own, tmp_path / "out")
+
+
+def test_the_model_comes_before_its_conversions(spm: Path, ranks: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.tiktoken").write_bytes(ranks.read_bytes())
+    assert isinstance(load_tokenizer(tmp_path), TikToken)
+    export(load_tokenizer(ranks), tmp_path / "x")
+    (tmp_path / "tokenizer.json").write_bytes((tmp_path / "x/tokenizer.json").read_bytes())
+    assert isinstance(load_tokenizer(tmp_path), HuggingFace)
+    (tmp_path / "tokenizer.model").write_bytes(spm.read_bytes())
+    assert isinstance(load_tokenizer(tmp_path), SentencePiece)
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"\0\1\2", b"{}", b'{"model": 3}', b"plain text\n", b"YQ== 0\nYQ== x\n"]
+)
+def test_not_a_tokenizer(tmp_path: Path, raw: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(raw)
+    with pytest.raises(DataError, match=r"tokenizer\.model: is not a tokenizer") as caught:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_model_is_refused(spm: Path, tmp_path: Path) -> None:
+    (tmp_path / "t.model").write_bytes(spm.read_bytes()[:5001])
+    with pytest.raises(DataError, match="is not a tokenizer"):
+        load_tokenizer(tmp_path / "t.model")
+
+
+def test_no_tokenizer_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no tokenizer\.model"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(DataError, match="no such tokenizer"):
+        load_tokenizer(tmp_path / "none")
