@@ -10,23 +10,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
+from llamax import configfile
 from llamax.checkpoint import hub, slabs
-from llamax.checkpoint.container import Progress, silent, write, writing
+from llamax.checkpoint.container import Progress, building, silent, write, writing
 from llamax.checkpoint.load import Checkpoint
 from llamax.checkpoint.manifest import CONFIG, find
 from llamax.config import Model
+from llamax.data.export import export
+from llamax.data.tokenizer import load_tokenizer
 from llamax.errors import CheckpointError, ConfigError
 from llamax.metrics import show_bytes, show_number, show_time
 
@@ -67,7 +68,7 @@ def consolidate(
         write_json(folder / hub.CONFIG, model.to_hub(word))
         special = {"bos_token_id": model.bos_token_id, "eos_token_id": model.eos_token_id}
         write_json(folder / hub.GENERATION, {k: v for k, v in special.items() if v is not None})
-        write_tokenizer(source.folder, tokenizer, folder)
+        write_tokenizer(source, model, None if tokenizer is None else Path(tokenizer), folder)
         verified.result()
     return Path(out)
 
@@ -111,28 +112,35 @@ def write_weights(
         write_json(folder / hub.INDEX, index)
 
 
-def write_tokenizer(checkpoint: Path, given: Path | str | None, folder: Path) -> bool:
-    """Put the tokenizer beside the weights: the one given, or the one of the run's dataset."""
-    if given is None:
-        given = dataset_of(checkpoint)
-        if given is None or not given.is_dir():
-            return False
-    path = Path(given)
+def write_tokenizer(source: Checkpoint, model: Model, given: Path | None, folder: Path) -> None:
+    """Put the tokenizer beside the weights: the one given, or that of the dataset, if it is there.
+
+    Raises CheckpointError where it is not the one the model was trained with.
+    """
+    path = given or dataset_of(source.folder)
+    if path is None or not (given or path.is_dir()):
+        return
+    tokenizer, trained_with = load_tokenizer(path), source.state.get("tokenizer")
+    if given is None and trained_with not in (None, tokenizer.fingerprint):
+        raise CheckpointError(
+            f"{path} holds another tokenizer (sha256 {tokenizer.fingerprint}) than the model was "
+            f"trained with ({trained_with}); give that one with --tokenizer"
+        )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise CheckpointError(
+            f"{path} has {tokenizer.vocab_size} tokens, the model's vocabulary is "
+            f"{model.vocab_size}; give the model's tokenizer with --tokenizer"
+        )
     if path.is_dir() and (path / "tokenizer_config.json").is_file():
         for name in hub.TOKENIZER_FILES:
             if (path / name).is_file():
                 shutil.copyfile(path / name, folder / name)
-        return True
-    from llamax.data.tokenizer import export, find_tokenizer, load_tokenizer
-
-    export(load_tokenizer(find_tokenizer(path) if path.is_dir() else path), folder)
-    return True
+        return
+    export(tokenizer, folder, model.max_position_embeddings)
 
 
 def dataset_of(checkpoint: Path) -> Path | None:
     """The dataset folder that a checkpoint's configuration names."""
-    from llamax import configfile
-
     path = checkpoint / CONFIG
     if not path.is_file():
         return None
@@ -149,28 +157,13 @@ def write_json(path: Path, value: dict[str, object]) -> None:
         path.write_text(text, encoding="utf-8")
 
 
-@contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name ``out`` when all went well, and vanishes otherwise."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already; remove it or choose another --out")
-    part = out.with_name(out.name + ".part")
-    try:
-        with writing(part, 0):
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        yield part
-        os.rename(part, out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def size(text: str) -> int:
     """Bytes of ``5GB``, ``500MB`` or a plain number; ConfigError otherwise."""
     number, unit = text.strip().upper(), 1
     for suffix, factor in UNITS.items():
         if number.endswith(suffix):
             number, unit = number.removesuffix(suffix), factor
+    number = number.strip()
     if not number.isdigit() or int(number) < 1:
         raise ConfigError(f"--max-shard-size={text} is no size; write 5GB, 500MB or bytes")
     return int(number) * unit
@@ -196,6 +189,8 @@ def main(argv: Sequence[str]) -> int:
     parameters = sum(math.prod(source.shape(name)) for name in source.names())
     print(
         f"{out}: {show_number(parameters)} parameters of step {source.step}, {show_bytes(total)}, "
-        f"in {show_time(time.perf_counter() - began)}; next: llamax generate {out}"
+        f"in {show_time(time.perf_counter() - began)}"
     )
+    if not (out / "tokenizer.json").is_file():
+        print("no tokenizer was found for it; --tokenizer adds one")
     return 0

@@ -19,7 +19,7 @@ import math
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -262,6 +262,22 @@ def writing(path: Path, needed_bytes: int) -> Iterator[None]:
         ) from None
 
 
+@contextmanager
+def building(out: Path) -> Iterator[Path]:
+    """A folder to fill that takes the name ``out`` when all went well, and vanishes otherwise."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already; remove it or choose another --out")
+    part = out.with_name(out.name + ".part")
+    try:
+        with writing(part, 0):
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        yield part
+        os.rename(part, out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hex."""
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
@@ -270,8 +286,3 @@ def sha256(path: Path) -> str:
         while got := file.readinto(buffer):
             digest.update(view[:got])
     return digest.hexdigest()
-
-
-def total_bytes(header: Mapping[str, Entry]) -> int:
-    """The bytes of all tensors of a file."""
-    return sum(math.prod(e.shape) * e.dtype.itemsize for e in header.values())

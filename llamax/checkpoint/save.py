@@ -62,7 +62,7 @@ def copy_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 class Saver:
-    """Saves checkpoints of one run into ``folder``, as one of the ranks of ``axes``.
+    """Saves checkpoints of one run into ``folder``; made by all ranks of ``axes`` together.
 
     ``parameters`` and ``shards`` say what the names in ``Owned`` mean.  ``zero1`` off: every data
     rank owns everything, and writes an equal share.  ``keep``: how many stay, 0 for all.
@@ -94,6 +94,8 @@ class Saver:
             with writing(self.folder, 0):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 sweep(self.folder)
+        # a barrier: what a fast rank saves must not be swept
+        axes.world.all_reduce(torch.zeros(1, device=axes.world.rank_index.device)).cpu()
 
     def save(
         self,

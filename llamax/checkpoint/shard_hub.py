@@ -20,8 +20,7 @@ from tqdm import tqdm
 import llamax
 from llamax.checkpoint import hub
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.consolidate import building
-from llamax.checkpoint.container import TAGS, Outgoing, Progress, Written, silent, write
+from llamax.checkpoint.container import TAGS, Outgoing, Progress, Written, building, silent, write
 from llamax.checkpoint.layout import Run, slices, writes
 from llamax.checkpoint.load import check_shapes
 from llamax.checkpoint.slabs import Slabs, new_buffer

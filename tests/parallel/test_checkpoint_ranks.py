@@ -1,0 +1,90 @@
+"""Real ranks with a real optimizer save on one mesh, resume on another, and step on alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from world import Worlds, axes
+
+from llamax.checkpoint import Checkpoint, Saver, load_owned
+from llamax.config import Model, Optim
+from llamax.mesh import Mesh
+from llamax.model import Llama
+from llamax.optim.zero1 import Zero1
+
+MODEL = Model(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    vocab_size=61,
+    tie_word_embeddings=True,
+)
+
+
+def train_and_save(
+    mesh: Mesh, dtype: torch.dtype, zero1: bool, source: str, out: str, steps: int
+) -> None:
+    """Some steps from ``source`` (or from scratch), then a checkpoint in ``out``."""
+    mine = axes(mesh, max(1, mesh.tp // MODEL.num_key_value_heads))
+    model = Llama(MODEL, mine.tp, dtype=dtype).init(0)
+    parameters, shards = dict(model.named_parameters()), model.shards
+    optimizer = Zero1(
+        parameters, shards, Optim(), mine, sequence_parallel=False, zero1=zero1, bucket_bytes=4096
+    )
+    if source:
+        checkpoint = Checkpoint(source, verify=False)
+        checkpoint.verify(mine.world.rank, mine.world.size)
+        load_owned(checkpoint, optimizer.owned(), shards, mine.tp.size, mine.tp.rank)
+        optimizer.gather_parameters()
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        ids = torch.randint(0, 61, (4, 9), generator=generator)
+        share = ids[mine.data.rank :: mine.data.size]
+        optimizer.zero_grad()
+        total, _ = model.loss(share[:, :-1], share[:, 1:])
+        (total / 32).backward()
+        optimizer.step(torch.tensor(1e-3), torch.tensor(float(step + 1)), torch.tensor(1.0))
+    saver = Saver(out, mine, parameters, shards, zero1=zero1, timeout_s=60)
+    saver.save(steps, optimizer.owned(), {}, MODEL.to_hub("float32"), "", torch.get_rng_state())
+    saver.wait()
+    mine.world.all_reduce(torch.zeros(1))
+
+
+def state(folder: Path) -> dict[tuple[str, str], Any]:
+    source = Checkpoint(folder)
+    return {(n, k): source.read(n, k) for n in source.names() for k in source.kinds(n)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_save_reshard_resume(worlds: Worlds, tmp_path: Path, dtype: torch.dtype) -> None:
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    worlds(4).run(train_and_save, Mesh(tp=2, dp=2), dtype, True, "", a, 2)
+    first = f"{a}/step-00000002"
+    worlds(2).run(train_and_save, Mesh(tp=1, dp=2), dtype, False, first, b, 0)
+    worlds(4).run(train_and_save, Mesh(tp=4, dp=1), dtype, True, f"{b}/step-00000000", c, 0)
+    expected = state(Path(first))
+    assert {kind for _, kind in expected} >= {"weight", "exp_avg", "exp_avg_sq"}
+    assert (("model.norm.weight", "master") in expected) == (dtype == torch.bfloat16)
+    assert expected["model.embed_tokens.weight", "exp_avg"].any()
+    for other in (Path(b) / "step-00000000", Path(c) / "step-00000000"):
+        found = state(other)
+        assert set(found) == set(expected)
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), key
+
+
+def test_resuming_on_the_same_mesh_is_bitwise(worlds: Worlds, tmp_path: Path) -> None:
+    mesh = Mesh(tp=2, dp=2)
+    a, b, c = (str(tmp_path / name) for name in "abc")
+    worlds(4).run(train_and_save, mesh, torch.float32, True, "", a, 2)
+    for out in (b, c):
+        worlds(4).run(train_and_save, mesh, torch.float32, True, f"{a}/step-00000002", out, 1)
+    assert [p.name for p in sorted(Path(b).iterdir())] == ["step-00000001"]
+    for name in ("weights-tp01-dp01.safetensors", "optimizer-tp00-dp01.safetensors"):
+        files = [Path(folder) / "step-00000001" / name for folder in (b, c)]
+        assert files[0].read_bytes() == files[1].read_bytes()
