@@ -20,7 +20,7 @@ from torch import Tensor
 from llamax import configfile, log, program
 from llamax.backends import Backend, choose
 from llamax.checkpoint.hub import HubFolder
-from llamax.checkpoint.load import Checkpoint, load_owned, load_weights
+from llamax.checkpoint.load import Checkpoint, check_shapes, load_owned, load_weights
 from llamax.checkpoint.manifest import newest
 from llamax.checkpoint.save import Saver
 from llamax.collectives import Axes
@@ -185,6 +185,7 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, dataset: D
     if resumed is not None:
         resumed.verify(axes.world.rank, axes.world.size)
         dataset.check_tokenizer(resumed.state["tokenizer"])
+        check_shapes(resumed, parameters, model.shards, axes.tp.size)
         load_owned(resumed, optimizer.owned(), model.shards, axes.tp.size, axes.tp.rank)
         optimizer.gather_parameters()
         rng = resumed.rng(axes.tp.rank, axes.data.rank)
