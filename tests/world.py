@@ -114,7 +114,7 @@ class World:
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             if kill:
                 process.kill()
-            else:
+            elif process.is_alive():
                 pipe.send_bytes(b"")
         for pipe, process in zip(self.pipes, self.processes, strict=True):
             process.join(10)
