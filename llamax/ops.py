@@ -272,6 +272,11 @@ def _load(path: str) -> Callable[..., Any]:
     return loaded
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which products of tensors like x are computed: fp32 for bf16 without units."""
+    return torch.float32 if _cpu_without_bf16(x) else x.dtype
+
+
 @cache
 def has_bf16_units() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware, by torch's own queries."""

@@ -47,7 +47,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         want_dx, want_dw = ctx.needs_input_grad[:2]
         dx_TD = torch.empty_like(x_TD) if want_dx else None
         dw = torch.zeros_like(weight, dtype=torch.float32) if want_dw else None
-        multiplied = weight.to(weight.dtype)
+        multiplied = weight.to(ops.product_dtype(weight))
         padding = _padding(rows, vocab_size, axis)
         total = x.new_zeros((), dtype=torch.float32)
         for start in range(0, x_TD.shape[0], chunk_tokens):

@@ -183,6 +183,7 @@ class TestTable:
         dy = torch.randn(2, 3, 5).bfloat16()
         for units in (True, False):
             monkeypatch.setattr(ops, "has_bf16_units", lambda units=units: units)
+            assert ops.product_dtype(x) == (torch.bfloat16 if units else torch.float32)
             y, dx, dweight = run(ops.linear, x, weight)
             dx_alone = ops.matmul_grad_input(dy, weight)
             dweight_alone = ops.matmul_grad_weight(dy, x)
