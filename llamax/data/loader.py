@@ -148,24 +148,25 @@ class Loader:
         ids, labels = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
         for row in np.flatnonzero(real <= S):
             labels[row, max(real[row] - 1, 0) :] = IGNORE
-        positions = np.broadcast_to(np.arange(S), ids.shape).copy()
-        documents = None
-        if self.separate_documents:
-            rows, columns = self._boundaries(starts, real)
-            documents = np.zeros((len(samples), S + 1), np.int32)
-            documents[rows, columns] = 1
-            labels[rows, columns - 1] = IGNORE
-            np.cumsum(documents, axis=1, out=documents)
-            documents = documents[:, :-1]
-            inside = columns < S
-            first = np.zeros_like(ids)
-            first[rows[inside], columns[inside]] = columns[inside]
-            positions -= np.maximum.accumulate(first, axis=1)
+        if not self.separate_documents:
+            positions = torch.arange(S).repeat(len(samples), 1)
+            return Batch(torch.from_numpy(ids), torch.from_numpy(labels), positions, None)
+        rows, columns = self._boundaries(starts, real)
+        labels[rows, columns - 1] = IGNORE
+        # The batch end to end as pieces of one document each: a piece begins with every row and
+        # with every document inside one.
+        inside = columns < S
+        row_begins = np.arange(len(samples)) * S
+        begins = np.union1d(row_begins, row_begins[rows[inside]] + columns[inside])
+        sizes = np.diff(begins, append=ids.size)
+        numbers = np.arange(len(begins)) - np.searchsorted(begins, begins // S * S)
+        apart = np.arange(ids.size) - np.repeat(begins, sizes)
+        documents = np.repeat(numbers.astype(np.int32), sizes)
         return Batch(
             torch.from_numpy(ids),
             torch.from_numpy(labels),
-            torch.from_numpy(positions),
-            None if documents is None else torch.from_numpy(np.ascontiguousarray(documents)),
+            torch.from_numpy(apart.reshape(ids.shape)),
+            torch.from_numpy(documents.reshape(ids.shape)),
         )
 
     def _boundaries(self, starts: Integers, real: Integers) -> tuple[Integers, Integers]:
