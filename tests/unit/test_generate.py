@@ -243,6 +243,13 @@ def test_draws_follow_the_distribution() -> None:
     assert ((share - expected).abs() <= 4 * error).all()
 
 
+def test_a_token_without_probability_is_never_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even by the lowest number a stream can give."""
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: torch.zeros((), dtype=torch.float64))
+    logits, sampling = torch.tensor([[-math.inf, 0.0, 1.0]]), Sampling(1.0)
+    assert sampling.pick(logits, sampling.streams(1)).tolist() == [1]
+
+
 def test_temperature_near_zero_is_greedy() -> None:
     logits = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
     cold = Sampling(1e-30)
