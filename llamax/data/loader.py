@@ -149,7 +149,7 @@ class Loader:
         for row in np.flatnonzero(real <= S):
             labels[row, max(real[row] - 1, 0) :] = IGNORE
         if not self.separate_documents:
-            positions = torch.arange(S).repeat(len(samples), 1)
+            positions = torch.arange(S).expand(len(samples), S)
             return Batch(torch.from_numpy(ids), torch.from_numpy(labels), positions, None)
         rows, columns = self._boundaries(starts, real)
         labels[rows, columns - 1] = IGNORE
