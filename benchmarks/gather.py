@@ -1,0 +1,103 @@
+"""Samples of 2049 tokens a CPU-second, beside memmap slices and items of an HF dataset.
+
+    python benchmarks/gather.py [--rounds 7]
+
+All read the same tokens at the same random places of a file in the page cache, on one core.
+``rows`` are the stored tokens of a sample; ``int64`` what a training step takes, ids and labels.
+Rounds are interleaved; the median of CPU time is told with its ratio to each peer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llamax.data.loader import Loader
+from llamax.data.tokens import Header, TokenFile, TokenWriter
+
+S = 2048
+BATCH = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=2**26)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "x.tokens")
+        with TokenWriter(path, Header("", 32000)) as writer:
+            for _ in range(64):
+                lengths = np.full(args.tokens // 64 // 1024, 1024)
+                writer.add(rng.integers(0, 32000, lengths.sum()), lengths, 0)
+        file = TokenFile(path)
+        start, size = file.header.sections["tokens"]
+        mapped = np.memmap(path, np.uint16, "r", start, (size // 2,))
+        loader = Loader(file, 0, S, BATCH, BATCH)
+        plain = Loader(file, 0, S, BATCH, BATCH, separate_documents=False)
+
+        def places() -> np.ndarray:
+            return rng.integers(0, loader.samples - 1, BATCH)
+
+        def slices(kind: type) -> tuple[torch.Tensor, ...]:
+            starts = (places() * S).tolist()
+            if kind is np.uint16:
+                return (torch.from_numpy(np.stack([mapped[i : i + S + 1] for i in starts])),)
+            return tuple(
+                torch.stack(
+                    [torch.from_numpy(mapped[i + d : i + d + S].astype(kind)) for i in starts]
+                )
+                for d in (0, 1)
+            )
+
+        contenders: dict[str, Callable[[], object]] = {
+            "llamax, rows": lambda: loader._windows[places()],
+            "memmap slices, rows": lambda: slices(np.uint16),
+            "llamax, int64 ids and labels": lambda: plain.gather(places()),
+            "memmap slices, int64 ids and labels": lambda: slices(np.int64),
+            "llamax, documents kept apart": lambda: loader.gather(places()),
+        }
+        try:
+            import datasets
+
+            rows = [{"ids": mapped[i * S : i * S + S + 1].tolist()} for i in range(2000)]
+            items = datasets.Dataset.from_list(rows)
+            contenders["HF datasets item"] = lambda: [
+                items[i]["ids"] for i in (places() % 2000).tolist()
+            ]
+        except ImportError:
+            print("(datasets is not installed: its line is left out)")
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(args.rounds):
+            for name, contender in contenders.items():
+                repeats = 2 if name.startswith("HF") else 30
+                begin = time.process_time()
+                for _ in range(repeats):
+                    contender()
+                times[name].append((time.process_time() - begin) / repeats / BATCH)
+        verify = TokenFile(path, "read").verify(threads=1)
+    median = {name: statistics.median(taken) for name, taken in times.items()}
+    names = ("numpy", "torch", "datasets")
+    print(f"Python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in names))
+    print("\n| contender | samples a CPU-second | M tokens/s | llamax, rows | llamax, int64 |")
+    print("|---|---|---|---|---|")
+    for name, taken in median.items():
+        against = [taken / median[f"llamax, {k}"] for k in ("rows", "int64 ids and labels")]
+        told = " | ".join(f"{ratio:.1f} times" for ratio in against)
+        print(f"| {name} | {1 / taken:,.0f} | {(S + 1) / taken / 1e6:,.0f} | {told} |")
+    print(f"\nchecksums verified at {verify / 1e9:.1f} GB/s on one core")
+
+
+if __name__ == "__main__":
+    main()
