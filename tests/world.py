@@ -160,7 +160,7 @@ def axes(mesh: Mesh, kv: int = 1) -> Axes:
     import torch
     import torch.distributed as dist
 
-    from llamax.backends.torch import TorchAxis
+    from llamax.backends.torch import GlooAxis
 
     assert dist.get_world_size() == mesh.world_size, "the mesh fills the world"
     cpu = torch.device("cpu")
@@ -171,7 +171,7 @@ def axes(mesh: Mesh, kv: int = 1) -> Axes:
             return Solo(name)
         process_group = dist.new_group(list(ranks), use_local_synchronization=True)
         assert process_group is not None
-        return TorchAxis(name, ranks, cpu, process_group)
+        return GlooAxis(name, ranks, cpu, process_group)
 
     return Axes(
         tp=axis("tp", mesh.groups("tp")),
