@@ -1,0 +1,204 @@
+"""The parts of a dataset: tokenised apart, in parallel, kept through a kill, joined in order.
+
+A part is named after everything that decides what is in it (the settings, the tokenizer, and the
+path, size and time of the text), and appears whole or not at all.  So a second run takes the parts
+it finds, whoever made them, and the result is the same bytes for any number of workers and after
+any kill.  A document goes to the validation split if the hash of its text says so: copies of one
+text never lie on both sides, and the order of the inputs does not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from llamax.data.corpus import Chunk, documents
+from llamax.data.files import room_for
+from llamax.data.tokenizer import Tokenizer, load_tokenizer
+from llamax.data.tokens import Header, TokenFile, TokenWriter
+from llamax.errors import DataError
+
+SPLITS = ("train", "validation")
+BATCH_CHARACTERS = 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the bytes of a dataset, beside the text; ``tokenizer`` is a fingerprint."""
+
+    tokenizer: str
+    key: str
+    validation: float
+    bos: bool
+    eos: bool
+
+    def name(self, number: int, chunk: Chunk) -> str:
+        """The name of a part: equal names, equal bytes."""
+        told = json.dumps([asdict(self), [asdict(source) for source in chunk]])
+        return f"{number:06d}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+
+def is_validation(text: bytes, fraction: float) -> bool:
+    """Whether a document belongs to the validation split."""
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return number < fraction * 2**64
+
+
+def make_part(
+    folder: Path, name: str, chunk: Chunk, settings: Settings, tokenizer_path: Path
+) -> Path:
+    """Tokenise a chunk into ``folder/name.{train,validation}.tokens``, unless they are there."""
+    paths = [folder / f"{name}.{split}.tokens" for split in SPLITS]
+    if all(map(_sound, paths)):
+        return folder / name
+    tokenizer = _tokenizer(tokenizer_path)
+    header = Header(
+        settings.tokenizer,
+        tokenizer.vocab_size,
+        tokenizer.bos_id if settings.bos else None,
+        tokenizer.eos_id if settings.eos else None,
+    )
+    size = sum(source.stop - source.start for source in chunk)
+    with (
+        room_for(folder, size * header.dtype.itemsize),
+        TokenWriter(paths[0], header) as train,
+        TokenWriter(paths[1], header) as validation,
+    ):
+        for texts in _batches(documents(chunk, settings.key)):
+            raw = [text.encode() for text in texts]
+            held_out = [is_validation(each, settings.validation) for each in raw]
+            ids = tokenizer.encode_documents(texts)
+            for writer, side in ((train, False), (validation, True)):
+                mine = [i for i, where in enumerate(held_out) if where is side]
+                _add(writer, [ids[i] for i in mine], sum(len(raw[i]) for i in mine))
+    return folder / name
+
+
+def _add(writer: TokenWriter, ids: Sequence[np.ndarray], text_bytes: int) -> None:
+    header = writer.header
+    bos = np.array([] if header.bos_id is None else [header.bos_id], np.uint32)
+    eos = np.array([] if header.eos_id is None else [header.eos_id], np.uint32)
+    lengths = np.array([len(bos) + len(each) + len(eos) for each in ids], np.int64)
+    pieces = chain.from_iterable((bos, each, eos) for each in ids)
+    writer.add(np.concatenate([*pieces, np.array([], np.uint32)]), lengths, text_bytes)
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Non-empty texts, about BATCH_CHARACTERS at a time."""
+    batch: list[str] = []
+    held = 0
+    for text in texts:
+        if text:
+            batch.append(text)
+            held += len(text)
+        if held > BATCH_CHARACTERS:
+            yield batch
+            batch, held = [], 0
+    yield batch
+
+
+def _sound(path: Path) -> bool:
+    try:
+        TokenFile(path)
+    except DataError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(path: Path) -> Tokenizer:
+    return load_tokenizer(path)
+
+
+def _leave_with_parent() -> None:
+    """A worker whose parent was killed ends too, instead of waiting for work for ever."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def make_parts(
+    chunks: Sequence[Chunk],
+    folder: Path,
+    settings: Settings,
+    tokenizer_path: Path,
+    workers: int,
+) -> list[Path]:
+    """All parts in order, made by ``workers`` processes, with a progress bar on a terminal."""
+    jobs = [
+        (folder, settings.name(i, chunk), chunk, settings, tokenizer_path)
+        for i, chunk in enumerate(chunks)
+    ]
+    sizes = [sum(source.stop - source.start for source in chunk) for chunk in chunks]
+    parts: list[Path] = [folder] * len(jobs)
+    tokens, start = 0, time.perf_counter()
+    with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None, desc="tokenising") as bar:
+
+        def done(i: int, part: Path) -> None:
+            nonlocal tokens
+            parts[i] = part
+            tokens += sum(
+                len(TokenFile(part.with_name(f"{part.name}.{split}.tokens"), "off"))
+                for split in SPLITS
+            )
+            rate = tokens / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+            bar.update(sizes[i])
+
+        if workers == 1 or len(jobs) == 1:
+            for i, job in enumerate(jobs):
+                done(i, make_part(*job))
+            return parts
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(
+            min(workers, len(jobs)), context, initializer=_leave_with_parent
+        ) as pool:
+            futures: dict[Future[Path], int] = {
+                pool.submit(make_part, *job): i for i, job in enumerate(jobs)
+            }
+            try:
+                for future in as_completed(futures):
+                    done(futures[future], future.result())
+            except BrokenProcessPool:
+                raise DataError(
+                    f"a worker of {workers} died, perhaps for want of memory; run the same "
+                    "command again with fewer --workers: finished parts are kept"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+    return parts
+
+
+def merge(parts: Sequence[Path], split: str, out: Path) -> TokenFile | None:
+    """Join the parts of a split into ``out/split.tokens``; None, and no file, if it is empty."""
+    files = [TokenFile(part.with_name(f"{part.name}.{split}.tokens"), "off") for part in parts]
+    path = out / f"{split}.tokens"
+    if not any(map(len, files)):
+        path.unlink(missing_ok=True)
+        return None
+    size = sum(sum(file.header.sections["checksums"]) for file in files)
+    with room_for(out, size), TokenWriter(path, files[0].header) as writer:
+        for part in parts:
+            file = TokenFile(part.with_name(f"{part.name}.{split}.tokens"))
+            lengths = np.diff(file.documents.astype(np.int64))
+            writer.add(file.tokens, lengths, file.header.text_bytes)
+    return TokenFile(path, "off")
