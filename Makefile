@@ -1,6 +1,7 @@
 # make demo   set up, then text -> tokens -> a trained Llama -> a Hugging Face folder -> samples
 # make test   set up, then run all tests
-# make check  format, lint, types, tests
+# make lint   format, lint and types, as CI wants them
+# make check  lint, then test
 #
 # PYTHON: any CPython >= 3.10.  Everything is installed into VENV, nowhere else.
 
@@ -9,19 +10,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SHELL := /bin/bash
 
-.PHONY: demo test check format clean
+.PHONY: demo test lint check format clean
 
 demo: $(VENV)/installed
-	@$(BIN)/python demo.py
+	@$(BIN)/python -m llamax.demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
-check: $(VENV)/installed
+lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+
+check: lint test
 
 format: $(VENV)/installed
 	$(BIN)/ruff format .

@@ -1,7 +1,7 @@
 """Rank <-> (pp, dp, cp, tp), and the replica groups of every axis: integers, nothing else.
 
-One grid of shape [pp, dp, cp, tp] in row-major order explains every group: tensor-parallel ranks are
-neighbours (they talk most and share a node), pipeline stages are far apart.  At pp 1, dp 2, cp 1, tp 4::
+One grid of shape [pp, dp, cp, tp] in row-major order explains every group: tensor-parallel ranks
+are neighbours (they talk most and share a node), pipeline stages are far apart.  With dp 2, tp 4::
 
     dp 0:  0 1 2 3        groups("tp") = (0 1 2 3) (4 5 6 7)
     dp 1:  4 5 6 7        groups("dp") = (0 4) (1 5) (2 6) (3 7)
@@ -47,7 +47,9 @@ class Mesh:
     def __post_init__(self) -> None:
         for axis in AXES:
             if self.degree(axis) < 1:
-                raise ConfigError(f"mesh degree {axis}={self.degree(axis)} is below 1; use 1 or more")
+                raise ConfigError(
+                    f"mesh degree {axis}={self.degree(axis)} is below 1; use 1 or more"
+                )
 
     @classmethod
     def fill(cls, world_size: int, tp: int = 1, cp: int = 1, pp: int = 1) -> Mesh:

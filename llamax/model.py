@@ -252,7 +252,7 @@ class Llama(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy in nats and the count of labels that are not -100, both 0-d.
 
-        ``labels_BS`` are the tokens to predict at each place: already shifted, unlike transformers'.
+        ``labels_BS`` are the tokens to predict at each place: shifted, unlike transformers'.
         """
         x_BsD = self._trunk(ids_BS, positions_BS, documents_BS, attend)
         return vocab_parallel_loss(

@@ -40,11 +40,14 @@ def draw(
         (train,) = axes.plot(
             tokens, [record.loss for record in records], linewidth=1, alpha=0.6, label=name
         )
-        validated = [record for record in records if record.validation_loss is not None]
+        validated = [
+            (record.consumed_tokens / 1e6, record.validation_loss)
+            for record in records
+            if record.validation_loss is not None
+        ]
         if validated:
             axes.plot(
-                [record.consumed_tokens / 1e6 for record in validated],
-                [record.validation_loss for record in validated],
+                *zip(*validated, strict=True),
                 "o-",
                 color=train.get_color(),
                 markersize=4,

@@ -33,7 +33,7 @@ class Measures:
 
 
 class Reporter:
-    """Writes a record to ``writers`` for each step that is added; a context that flushes at its end.
+    """Writes a record to ``writers`` for each step added; a context that flushes at its end.
 
     ``began``: when the run started, in ``time.perf_counter`` seconds.
     """

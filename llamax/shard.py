@@ -1,7 +1,7 @@
 """How one parameter is cut over tensor-parallel ranks: pure arithmetic, on plain integers.
 
-A parameter is a ``Replica`` (every rank holds it whole) or a ``Shard``: cut along one dim, which is
-made of *blocks*.  A plain weight is one block; a fused one stacks several, each cut for itself, so a
+A parameter is a ``Replica`` (every rank holds it whole) or a ``Shard``: cut along one dim, made of
+*blocks*.  A plain weight is one block; a fused one stacks several, each cut for itself, so a
 rank's share of a fused query-key-value weight is again [its queries, its keys, its values]::
 
     whole  [ q0 q1 q2 q3 | k0 k1 | v0 v1 ]      blocks q (4 heads), k (2), v (2)
@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class Shard:
     blocks: tuple[Block, ...]
 
 
-Cut = Union[Shard, Replica]
+Cut = Shard | Replica
 
 
 class Copy(NamedTuple):
@@ -168,8 +168,8 @@ class Part(NamedTuple):
 def parts(name: str, how: Cut, degree: int) -> Iterator[Part]:
     """The Hub tensors that a parameter holds: itself, or the blocks of a fused projection.
 
-    ``model.layers.0.self_attn.qkv_proj.weight`` gives ``...q_proj.weight``, ``...k_proj.weight`` and
-    ``...v_proj.weight``; ``start`` and ``length`` count rows of a rank's share along the cut dim
+    ``model.layers.0.self_attn.qkv_proj.weight`` gives ``...q_proj.weight``, ``...k_proj.weight``
+    and ``...v_proj.weight``; ``start`` and ``length`` count rows of a rank's share along the cut dim
     (-1 for a replica, which has no cut dim).
     """
     if isinstance(how, Replica):

@@ -58,7 +58,7 @@ class Backend(Protocol):
 
 
 def choose(name: str, rendezvous: Rendezvous, threads: int = 0) -> Backend:
-    """The backend called ``name``; ``threads`` per rank on a CPU, 0 for an equal share of the cores.
+    """The backend called ``name``; ``threads`` per CPU rank, 0 for an equal share of the cores.
 
     Raises BackendError for a backend that is unknown or has no device here.
     """

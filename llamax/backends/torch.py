@@ -120,7 +120,7 @@ class GlooAxis(TorchAxis):
         return _join(self._exchange(self._split(x, split)), concat)
 
     def _exchange(self, parts: Tensor) -> Tensor:
-        """Part j goes to rank j; what arrives from rank j is part j of the result, which is lent."""
+        """Part j goes to rank j; the result's part j came from there, and is lent, not given."""
         arrived = self._buffer("in", parts)
         out = self._buffer("out", parts).copy_(parts)
         dist.all_to_all_single(arrived, out, group=self.group)
@@ -218,7 +218,7 @@ class _TorchBackend:
 
 
 class Cpu(_TorchBackend):
-    """torch on CPUs; every rank takes an equal share of the machine's cores unless told otherwise."""
+    """torch on CPUs; a rank takes an equal share of the machine's cores unless told otherwise."""
 
     name, collectives, axis = "cpu", "gloo", GlooAxis
     device = torch.device("cpu")

@@ -90,7 +90,7 @@ class _VocabParallelLoss(torch.autograd.Function):
 
 
 def _losses(logits_tv: Tensor, labels_t: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per token; ``logits_tv`` becomes the softmax.  Also the local label and where it is not."""
+    """Loss per token, the local label, and where it is not; ``logits_tv`` becomes the softmax."""
     label_t, elsewhere_t = local_ids(labels_t, logits_tv.shape[1], axis)
     top_t = axis.all_reduce(logits_tv.amax(1), "max")
     logits_tv.sub_(top_t.unsqueeze(1))
@@ -127,6 +127,12 @@ def vocab_parallel_loss(
         chunk_tokens = max(1, CHUNK_BYTES // (4 * weight_vD.shape[0]))
     total = regions.apply(
         _VocabParallelLoss,
-        x, weight_vD, labels_BS, axis, vocab_size, sequence_parallel, chunk_tokens
+        x,
+        weight_vD,
+        labels_BS,
+        axis,
+        vocab_size,
+        sequence_parallel,
+        chunk_tokens,
     )
     return total, (labels_BS != IGNORE_INDEX).sum().float()

@@ -83,7 +83,7 @@ def share(x: Tensor, axis: Axis, dim: int) -> Tensor:
 
 
 def leave(x: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
-    """Sum the ranks' partial results: [B,S,D] -> [B,s,D] with sequence parallelism, else [B,S,D]."""
+    """The sum of partial results: [B,S,D] -> [B,s,D] with sequence parallelism, else [B,S,D]."""
     if axis.size == 1:
         return x
     return apply(_Scatter, x, axis, 1) if sequence_parallel else apply(_Reduce, x, axis)
