@@ -1,7 +1,7 @@
 """Where documents come from: files, folders and JSONL rows, cut into chunks of like size.
 
 A text file is one document; a JSONL file has one per row.  ``plan`` lists the chunks without
-reading: whole files together up to CHUNK_BYTES, a larger JSONL in runs of bytes.  A row belongs to
+reading: whole files together up to a chunk's size, a larger JSONL in runs of bytes.  A row is of
 the chunk in which it begins, so chunks can be read apart, in any order, and together give every
 row once::
 
@@ -20,7 +20,8 @@ from pathlib import Path
 
 from llamax.errors import DataError
 
-CHUNK_BYTES = 2**22
+CHUNK_BYTES = 2**20  # at least
+MOST_CHUNKS = 4096
 ROWS = (".jsonl", ".ndjson")
 
 
@@ -53,19 +54,20 @@ def plan(
     ``glob`` selects file names in folders; ``exclude`` drops those of which any part of the path
     below the folder matches.  Raises DataError for what is not there.
     """
+    files = [(path, path.stat()) for path in _files(inputs, glob, exclude)]
+    size = max(CHUNK_BYTES, sum(stat.st_size for _, stat in files) // MOST_CHUNKS)
     chunks: list[Chunk] = []
     small: list[Source] = []
     held = 0
-    for path in _files(inputs, glob, exclude):
-        stat = path.stat()
+    for path, stat in files:
         version = f"{stat.st_size}-{stat.st_mtime_ns}"
         whole = Source(str(path), 0, stat.st_size, version)
-        if held + stat.st_size > CHUNK_BYTES and small:
+        if held + stat.st_size > size and small:
             chunks.append(tuple(small))
             small, held = [], 0
-        if whole.rows and not whole.packed and stat.st_size > CHUNK_BYTES:
-            for start in range(0, stat.st_size, CHUNK_BYTES):
-                stop = min(start + CHUNK_BYTES, stat.st_size)
+        if whole.rows and not whole.packed and stat.st_size > size:
+            for start in range(0, stat.st_size, size):
+                stop = min(start + size, stat.st_size)
                 chunks.append((Source(str(path), start, stop, version),))
         else:
             small.append(whole)
