@@ -172,13 +172,16 @@ def make_parts(
         with ProcessPoolExecutor(
             min(workers, len(jobs)), context, initializer=_leave_with_parent
         ) as pool:
-            futures: dict[Future[Path], int] = {
-                pool.submit(make_part, *job): i for i, job in enumerate(jobs)
-            }
             try:
+                futures: dict[Future[Path], int] = {
+                    pool.submit(make_part, *job): i for i, job in enumerate(jobs)
+                }
                 for future in as_completed(futures):
                     done(futures[future], future.result())
             except BrokenProcessPool:
+                # A worker that was still starting escapes the pool's own clearing up.
+                for child in multiprocessing.active_children():
+                    child.kill()
                 raise DataError(
                     f"a worker of {workers} died, perhaps for want of memory; run the same "
                     "command again with fewer --workers: finished parts are kept"

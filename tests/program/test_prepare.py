@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -148,6 +149,30 @@ def test_a_kill_loses_nothing(text: Path, tokenizer: Path, tmp_path: Path) -> No
     for name in ("train.tokens", "validation.tokens", "tokenizer.model"):
         assert (torn / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
     assert not (torn / ".parts").exists()
+
+
+def test_a_worker_that_dies_is_told(tokenizer: Path, text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "llamax", "prepare", text.parent, "--glob", "*.jsonl"]
+    rows = "".join(json.dumps({"text": source}) + "\n" for source in python_sources(40)) * 8
+    (tmp_path / "rows.jsonl").write_text(rows)
+    command += ["--tokenizer", tokenizer, "--out", tmp_path / "out", "--workers", 2]
+    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+
+    def workers() -> list[int]:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        return [
+            int(child)
+            for child in children
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()
+        ]
+
+    while process.poll() is None and not (found := workers()):
+        time.sleep(0.01)
+    os.kill(found[0], signal.SIGKILL)
+    _, said = process.communicate()
+    assert process.returncode == 2
+    assert said.startswith("llamax: a worker of 2 died")
+    assert said.count("\n") == 1
 
 
 def test_finished_parts_are_not_made_again(
