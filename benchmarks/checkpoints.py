@@ -142,14 +142,14 @@ def status_bytes(key: str) -> int:
 
 
 def alone(name: str, folder: Path) -> None:
-    """Do one job in this process; print seconds and growth of the resident peak."""
+    """Do one job in this process; print seconds, CPU seconds, growth of the resident peak."""
     torch.set_num_threads(1)
     out = folder / "out"
     Path("/proc/self/clear_refs").write_text("5")
-    before, start = status_bytes("VmRSS"), time.perf_counter()
+    before, start, cpu = status_bytes("VmRSS"), time.perf_counter(), time.process_time()
     JOBS[name](folder, out)
-    seconds = time.perf_counter() - start
-    print(json.dumps([seconds, status_bytes("VmHWM") - before]))
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    print(json.dumps([seconds, cpu, status_bytes("VmHWM") - before]))
     shutil.rmtree(out, ignore_errors=True)
 
 
@@ -167,24 +167,23 @@ def main() -> None:
         build(folder)
         size_bytes = (folder / "hub" / "model.safetensors").stat().st_size
         print(f"{size_bytes / 1e9:.2f} GB, medians of {args.rounds} rounds\n")
-        print("| question | way | s | times faster | GB/s | memory growth, MB |")
+        print("| question | way | s | times faster | CPU s | memory growth, MB |")
         print("|---|---|---|---|---|---|")
         for question, jobs in QUESTIONS.items():
-            found: dict[str, list[tuple[float, int]]] = {job.__name__: [] for job in jobs}
+            found: dict[str, list[tuple[float, float, int]]] = {job.__name__: [] for job in jobs}
             for _ in range(args.rounds):
                 for job in jobs:
                     command = [sys.executable, __file__, "--alone", job.__name__]
                     command += ["--folder", str(folder)]
                     done = subprocess.run(command, check=True, capture_output=True, text=True)
                     found[job.__name__].append(tuple(json.loads(done.stdout)))
-            base = statistics.median(s for s, _ in found[jobs[0].__name__])
+            base = statistics.median(run[0] for run in found[jobs[0].__name__])
             for name, runs in found.items():
-                seconds = statistics.median(s for s, _ in runs)
-                growth = max(bytes_ for _, bytes_ in runs)
-                way, rate = name.replace("_", " "), size_bytes / seconds / 1e9
+                seconds, cpu = (statistics.median(run[i] for run in runs) for i in (0, 1))
+                growth = max(run[2] for run in runs)
                 print(
-                    f"| {question} | {way} | {seconds:.2f} | {base / seconds:.1f} "
-                    f"| {rate:.2f} | {growth / 1e6:.0f} |"
+                    f"| {question} | {name.replace('_', ' ')} | {seconds:.2f} "
+                    f"| {base / seconds:.1f} | {cpu:.2f} | {growth / 1e6:.0f} |"
                 )
 
 

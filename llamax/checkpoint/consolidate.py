@@ -98,12 +98,12 @@ def write_weights(
     source: Checkpoint, chosen: Sequence[Planned], folder: Path, most_bytes: int, progress: Progress
 ) -> None:
     """Write ``model.safetensors``, or numbered files and their index."""
-    files, buffer = pack(chosen, most_bytes), slabs.new_buffer()
+    files, buffers = pack(chosen, most_bytes), slabs.new_buffers()
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files, start=1):
         several = len(files) > 1
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if several else hub.SINGLE
-        outgoing = [slabs.whole(source, t.name, t.kind, t.dtype, buffer) for t in tensors]
+        outgoing = [slabs.whole(source, t.name, t.kind, t.dtype, buffers) for t in tensors]
         write(folder / name, outgoing, careful=False, progress=progress)
         weight_map |= {tensor.name: name for tensor in tensors}
     if len(files) > 1:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import json
 import math
 import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,23 +206,37 @@ def write(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256() if careful else None
-    with writing(path, 8 + len(text) + at), open(path, "wb", buffering=0) as file:
-        start = memoryview(len(text).to_bytes(8, "little") + text)
-        data = (raw(chunk).data for tensor in tensors for chunk in tensor.chunks)
-        for view in itertools.chain([start], data):
-            if digest:
-                digest.update(view)
-            _write_all(file.fileno(), view)
-            progress(len(view))
+    start = len(text).to_bytes(8, "little") + text
+    size = len(start) + at
+    digest = hashlib.sha256(start) if careful else None
+    with writing(path, size), open(path, "wb", buffering=0) as file:
+        _write_at(file.fileno(), memoryview(start), 0)
+
+        def put(tensor: Outgoing) -> None:
+            at = len(start) + header[tensor.name]["data_offsets"][0]
+            for chunk in tensor.chunks:
+                view = raw(chunk).data
+                if digest:
+                    digest.update(view)
+                _write_at(file.fileno(), view, at)
+                at += len(view)
+                progress(len(view))
+
         if careful:
+            for tensor in tensors:
+                put(tensor)
             os.fsync(file.fileno())
-    return Written(8 + len(text) + at, digest.hexdigest() if digest else "")
+        else:  # nothing needs an order: read one tensor while another is written
+            with ThreadPoolExecutor(max_workers=2) as pool:
+                for _ in pool.map(put, tensors):
+                    pass
+    return Written(size, digest.hexdigest() if digest else "")
 
 
-def _write_all(fd: int, data: memoryview) -> None:
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
     while data:
-        data = data[os.write(fd, data) :]
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
 
 
 def write_text(path: Path, text: str) -> None:

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
+from llamax.checkpoint import manifest
 from llamax.checkpoint.container import Entry, read_header
 from llamax.checkpoint.layout import whole
-from llamax.checkpoint.load import Piece, Source
+from llamax.checkpoint.load import Checkpoint, Piece, Source
 from llamax.errors import CheckpointError
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -112,6 +113,24 @@ class HubFolder(Source):
         if real.parent not in (home, home.parent.parent / "blobs"):
             raise CheckpointError(f"{path} is a link out of its folder; put the file itself there")
         return path
+
+
+def open_source(path: Path | str) -> Source:
+    """A Hugging Face folder, the step folder of a checkpoint, or the newest of a run folder.
+
+    Raises CheckpointError where ``path`` is none of them.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"there is no folder {path}; give a folder with a model in it")
+    if (path / CONFIG).is_file():
+        return HubFolder(path)
+    if not (path / manifest.MANIFEST).exists() and manifest.newest(path) is None:
+        raise CheckpointError(
+            f"{path} holds no model: give a Hugging Face folder (with {CONFIG}), a step's folder "
+            "of a checkpoint, or a run's folder with a complete one"
+        )
+    return Checkpoint(manifest.find(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,10 +11,8 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import llamax
@@ -23,7 +21,7 @@ from llamax.checkpoint import manifest as files
 from llamax.checkpoint.container import TAGS, Outgoing, Progress, Written, building, silent, write
 from llamax.checkpoint.layout import Run, slices, writes
 from llamax.checkpoint.load import check_shapes
-from llamax.checkpoint.slabs import Slabs, new_buffer
+from llamax.checkpoint.slabs import Buffers, Slabs, new_buffers
 from llamax.collectives import Solo
 from llamax.config import Model
 from llamax.errors import ConfigError
@@ -58,17 +56,12 @@ def shard(
         state={},
         files=[],
     )
-    buffers: SimpleQueue[Tensor] = SimpleQueue()
+    buffers = new_buffers()
     with building(Path(out)) as part, ThreadPoolExecutor(max_workers=2) as pool:
-        for _ in range(2):
-            buffers.put(new_buffer())
 
         def one(rank: int) -> Written:
-            path, buffer = part / files.file_name("weights", rank, 0), buffers.get()
-            try:
-                return write(path, _share(source, cuts, tensor, rank, buffer), progress=progress)
-            finally:
-                buffers.put(buffer)
+            path = part / files.file_name("weights", rank, 0)
+            return write(path, _share(source, cuts, tensor, rank, buffers), progress=progress)
 
         for rank, written in enumerate(pool.map(one, range(tensor))):
             manifest.files.append(files.File(files.file_name("weights", rank, 0), *written))
@@ -96,14 +89,14 @@ def _runs(
 
 
 def _share(
-    source: hub.HubFolder, cuts: dict[str, Cut], tensor: int, rank: int, buffer: Tensor
+    source: hub.HubFolder, cuts: dict[str, Cut], tensor: int, rank: int, buffers: Buffers
 ) -> list[Outgoing]:
     return [
         Outgoing(
             files.key(name, "weight", run),
             source.dtype(name),
             (run.length,),
-            Slabs(source, name, "weight", run, source.dtype(name), buffer),
+            Slabs(source, name, "weight", run, source.dtype(name), buffers),
         )
         for name, run in _runs(source, cuts, tensor, rank)
     ]
