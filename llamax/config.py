@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 from llamax.errors import ConfigError
@@ -122,6 +122,12 @@ class Model:
         layer = attention + 3 * D * self.intermediate_size + 2 * D
         embeddings = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * layer + D
+
+    def difference(self, other: Model) -> str | None:
+        """The first field in which ``other`` computes something else with the same weights."""
+        told = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id")
+        names = (field.name for field in fields(self) if field.name not in told)
+        return next((n for n in names if getattr(self, n) != getattr(other, n)), None)
 
     @classmethod
     def from_hub(cls, hub: Mapping[str, Any]) -> Model:
@@ -229,7 +235,8 @@ class Checkpoint:
     )
     background: bool = field(default=True, metadata=about("write files while training goes on"))
     init_from: str = field(
-        default="", metadata=about("Hugging Face folder of the first weights; empty: random")
+        default="",
+        metadata=about("Hugging Face or llamax folder to start from; empty: random"),
     )
 
 

@@ -28,15 +28,14 @@ import torch
 
 from llamax import log, program
 from llamax.backends import NAMES, choose
-from llamax.checkpoint import manifest
 from llamax.checkpoint.consolidate import dataset_of
-from llamax.checkpoint.hub import CONFIG, HubFolder
+from llamax.checkpoint.hub import open_source
 from llamax.checkpoint.load import Checkpoint, Source, load_weights
 from llamax.collectives import Axis
 from llamax.config import Config, Data, Model, Parallel
 from llamax.data.detokenizer import Detokenizer
 from llamax.data.tokenizer import Tokenizer, load_tokenizer
-from llamax.errors import CheckpointError, ConfigError, DataError
+from llamax.errors import ConfigError, DataError
 from llamax.launch.env import rendezvous
 from llamax.mesh import Mesh
 from llamax.model import Llama
@@ -49,23 +48,6 @@ Show = Callable[[str], None]
 
 
 # --- what is given -------------------------------------------------------------------------------
-
-
-def open_model(path: Path) -> Source:
-    """A Hugging Face folder, the step folder of a checkpoint, or the newest of a run folder.
-
-    Raises CheckpointError where ``path`` is none of them.
-    """
-    if not path.is_dir():
-        raise CheckpointError(f"there is no folder {path}; give a folder with a model in it")
-    if (path / CONFIG).is_file():
-        return HubFolder(path)
-    if not (path / manifest.MANIFEST).exists() and manifest.newest(path) is None:
-        raise CheckpointError(
-            f"{path} holds no model: give a Hugging Face folder (with {CONFIG}), a step's folder "
-            "of a checkpoint, or a run's folder with a complete one"
-        )
-    return Checkpoint(manifest.find(path))
 
 
 def tokenizer_of(source: Source, vocab_size: int, given: str = "") -> Tokenizer:
@@ -318,7 +300,7 @@ def main(argv: Sequence[str]) -> int:
     temperature = 0.0 if options.greedy else options.temperature
     sampling = Sampling(temperature, options.top_k, options.top_p, options.seed)
 
-    source = open_model(options.model)
+    source = open_source(options.model)
     config, tp = Model.from_hub(source.model), where.world_size
     Config(config, Parallel(tensor=tp), data=Data(sequence_length=tp)).check(tp)
     tokenizer = tokenizer_of(source, config.vocab_size, options.tokenizer)

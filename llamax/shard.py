@@ -169,8 +169,8 @@ def parts(name: str, how: Cut, degree: int) -> Iterator[Part]:
     """The Hub tensors that a parameter holds: itself, or the blocks of a fused projection.
 
     ``model.layers.0.self_attn.qkv_proj.weight`` gives ``...q_proj.weight``, ``...k_proj.weight``
-    and ``...v_proj.weight``; ``start`` and ``length`` count rows of a rank's share along the cut dim
-    (-1 for a replica, which has no cut dim).
+    and ``...v_proj.weight``; ``start`` and ``length`` count rows of a rank's share along the cut
+    dim (-1 for a replica, which has no cut dim).
     """
     if isinstance(how, Replica):
         yield Part(name, how, 0, -1)

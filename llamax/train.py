@@ -19,15 +19,16 @@ from torch import Tensor
 
 from llamax import configfile, log, program
 from llamax.backends import Backend, choose
-from llamax.checkpoint.hub import HubFolder
-from llamax.checkpoint.load import Checkpoint, check_shapes, load_owned, load_weights
+from llamax.checkpoint.hub import open_source
+from llamax.checkpoint.load import Checkpoint, Source, load_owned, load_weights
 from llamax.checkpoint.manifest import newest
 from llamax.checkpoint.save import Saver
 from llamax.collectives import Axes
-from llamax.config import Config
+from llamax.config import Config, Model
+from llamax.data.dataset import Dataset, open_dataset
 from llamax.data.loader import Batch, Loader
 from llamax.data.tokens import TokenFile
-from llamax.data.dataset import Dataset, open_dataset
+from llamax.errors import ConfigError
 from llamax.launch.env import Rendezvous, rendezvous
 from llamax.mesh import Mesh
 from llamax.metrics import (
@@ -104,11 +105,8 @@ def validation_loss(model: Llama, axes: Axes, loader: Loader, batches: int) -> T
 
 def _loss(model: Llama, batch: Batch) -> tuple[Tensor, Tensor]:
     device = model.tp.rank_index.device
-    ids, labels, positions, documents = (
-        part if part is None else part.to(device, non_blocking=True) for part in batch
-    )
-    assert ids is not None
-    assert labels is not None
+    ids, labels, positions = (part.to(device, non_blocking=True) for part in batch[:3])
+    documents = None if batch.documents is None else batch.documents.to(device, non_blocking=True)
     return model.loss(ids, labels, positions, documents_BS=documents)
 
 
@@ -170,8 +168,9 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, dataset: D
     if resumed is None:
         model.init(config.run.seed)
         if config.checkpoint.init_from:
-            folder = HubFolder(config.checkpoint.init_from)
-            load_weights(folder, parameters, model.shards, axes.tp.size, axes.tp.rank, convert=True)
+            source = open_source(config.checkpoint.init_from)
+            check_model(config, source)
+            load_weights(source, parameters, model.shards, axes.tp.size, axes.tp.rank, convert=True)
     optimizer = Zero1(
         parameters,
         model.shards,
@@ -183,9 +182,9 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, dataset: D
     )
     step = consumed = 0
     if resumed is not None:
+        check_model(config, resumed)
         resumed.verify(axes.world.rank, axes.world.size)
         dataset.check_tokenizer(resumed.state["tokenizer"])
-        check_shapes(resumed, parameters, model.shards, axes.tp.size)
         load_owned(resumed, optimizer.owned(), model.shards, axes.tp.size, axes.tp.rank)
         optimizer.gather_parameters()
         rng = resumed.rng(axes.tp.rank, axes.data.rank)
@@ -216,6 +215,16 @@ def _resumed(config: Config) -> Checkpoint | None:
     return None if found is None else Checkpoint(found, verify=False)
 
 
+def check_model(config: Config, source: Source) -> None:
+    """Raise ConfigError where the configured network is not the one whose weights are loaded."""
+    theirs = Model.from_hub(source.model)
+    if field := config.model.difference(theirs):
+        raise ConfigError(
+            f"model.{field}={getattr(config.model, field)} but {source.folder} has "
+            f"{getattr(theirs, field)}; use the configuration that belongs to these weights"
+        )
+
+
 def introduce(job: Job) -> None:
     """Say what will run, and write the resolved configuration into the run folder."""
     config, mesh = job.config, job.mesh
@@ -241,6 +250,14 @@ def introduce(job: Job) -> None:
         job.step + 1,
         config.run.steps,
     )
+    if job.dataset.train.header.bos_id != config.model.bos_token_id:
+        log.logger.warning(
+            "documents of %s begin with BOS token %s, but model.bos_token_id is %s: the model will "
+            "be prompted with the latter",
+            config.data.path,
+            job.dataset.train.header.bos_id,
+            config.model.bos_token_id,
+        )
 
 
 def loop(job: Job, began: float) -> None:

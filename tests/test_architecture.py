@@ -25,6 +25,8 @@ LAYERS = [
         "checkpoint.consolidate",
         "checkpoint.shard_hub",
         "checkpoint.inspect",
+        "plot",
+        "demo",
     ],
     ["reporter", "sampling", "cache"],
     ["model"],
@@ -55,7 +57,8 @@ LAYERS = [
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 MACHINE = ("torch.distributed", "torch_xla", "torch_neuronx", "neuronx_distributed", "torch.cuda")
 SPEAKS_TO_MACHINE = "backends"
-READS_ENVIRONMENT = ("train", "generate", "data.prepare", "launch", "backends.torch", "program")
+PROGRAMS = ("train", "generate", "data.prepare", "demo", "program")
+READS_ENVIRONMENT = (*PROGRAMS, "launch", "backends.torch")
 LONGEST = 400
 
 FILES = sorted(

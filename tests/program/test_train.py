@@ -16,9 +16,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from llamax import configfile, program
 from llamax.config import Checkpoint, Config, Data, Model, Optim, Run
+from llamax.data.dataset import open_dataset
+from llamax.data.loader import Loader
 from llamax.data.tokens import Header, TokenWriter
 from llamax.launch.env import Rendezvous
 from llamax.train import main, train
@@ -124,6 +128,25 @@ def test_the_run_folder_holds_the_resolved_configuration(dataset: Path, tmp_path
     assert configfile.load(str(tmp_path / "config.toml")) == cfg
 
 
+def test_a_run_starts_from_a_hugging_face_folder(dataset: Path, tmp_path: Path) -> None:
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL.to_hub("float32")))
+    reference.save_pretrained(tmp_path / "hub")
+    cfg = config(dataset, tmp_path / "run")
+    first = Loader(open_dataset(dataset).train, cfg.run.seed, 32, 4, 4).step()[0]
+    positions, documents = first.positions, first.documents
+    assert documents is not None
+    same = documents.unsqueeze(1) == documents.unsqueeze(2)
+    logits = reference(
+        first.ids, position_ids=positions, attention_mask=same.tril().unsqueeze(1)
+    ).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), first.labels.flatten())
+
+    checkpoint = Checkpoint(init_from=str(tmp_path / "hub"))
+    train(dataclasses.replace(cfg, checkpoint=checkpoint), Rendezvous())
+
+    assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
 # --- under torchrun ------------------------------------------------------------------------------
 
 
@@ -196,6 +219,11 @@ def test_mistakes_are_one_line(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = str(write(config(dataset, tmp_path / "run"), tmp_path / "config.toml"))
+    hub = tmp_path / "hub"
+    other = dataclasses.replace(MODEL, hidden_size=16, head_dim=0)
+    shape = transformers.LlamaConfig(**other.to_hub("float32"))
+    transformers.LlamaForCausalLM(shape).save_pretrained(hub)
+    capsys.readouterr()
     for overrides, expected in {
         ("--data.path=nowhere",): "nowhere: is no dataset",
         ("--model.vocab_size=40",): "its tokenizer has 61 tokens, and model.vocab_size=40",
@@ -203,6 +231,7 @@ def test_mistakes_are_one_line(
         ("--run.stps=3",): "did you mean run.steps?",
         ("--checkpoint.resume=nowhere",): "nowhere",
         ("--checkpoint.init_from=nowhere",): "nowhere",
+        ("--checkpoint.resume=never", f"--checkpoint.init_from={hub}"): "model.hidden_size=32 but",
         ("--run.backend=xla",): "run.backend=xla is not available",
         ("--parallel.tensor=2",): "world",
     }.items():
