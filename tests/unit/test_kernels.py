@@ -234,6 +234,30 @@ class TestAttention:
         assert largest <= 2 * 4 * attention_op.BLOCK * 4096
 
 
+class TestReferences:
+    """The plain torch functions that other devices take."""
+
+    @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
+    def test_attention(self, packed: bool) -> None:
+        documents = torch.randint(0, 3, (2, 13)) if packed else None
+        q, k, v = draw(2, 13, 4, 8), draw(2, 13, 2, 8), draw(2, 13, 2, 8)
+        y = ops.reference_attention(q, k, v, documents)
+        numbers = None if documents is None else documents.numpy()
+        agree([y], [attention_reference.attention(*exact(q, k, v), numbers)], torch.float32)
+
+    def test_the_others(self) -> None:
+        x, weight = draw(3, 5, 16), draw(16)
+        x64, weight64 = exact(x, weight)
+        y = ops.reference_rms_norm(x, weight, 1e-2)
+        agree([y], [rms_norm_reference.rms_norm(x64, weight64, 1e-2)], torch.float32)
+        agree([ops.reference_swiglu(x)], [swiglu_reference.swiglu(x64)], torch.float32)
+        positions = torch.randint(0, 9, (3, 5))
+        frequencies = ops.inverse_frequencies(16, 100.0, None)
+        y = ops.reference_rotate(x[:, :, None], *ops.rope_tables(positions, frequencies))
+        (angles,) = exact(positions[..., None] * frequencies)
+        agree([y], [rope_reference.rotate(x64[:, :, None], angles)], torch.float32)
+
+
 @pytest.mark.parametrize("operation", ops.TABLE)
 def test_every_row_of_the_table_can_be_loaded(operation: str) -> None:
     *_, last = ops.TABLE[operation]
