@@ -1,0 +1,91 @@
+"""The README is executed: its library example, its commands, its table of recipes."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llamax import configfile
+from llamax.__main__ import COMMANDS
+from llamax.metrics import show_number
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_the_library_example_runs(tmp_path: Path, ranks: int) -> None:
+    code = block("python")
+    script = tmp_path / "step.py"
+    script.write_text(code if ranks > 1 else code.replace("tp=2", "tp=1"))
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(script)],
+        env=environ,
+        text=True,
+        capture_output=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = sorted(re.findall(r"rank \d: loss \d\.\d+, gradient norm \d\.\d+", done.stdout))
+    assert len(lines) == ranks
+    norms = {line.rpartition(" ")[2] for line in lines}
+    assert len(norms) == 1, "all ranks clip alike"
+    if ranks == 4:
+        losses = [line.split()[3] for line in lines]
+        assert losses[0] == losses[1]
+        assert losses[2] == losses[3]
+        assert losses[0] != losses[2]
+
+
+def test_every_command_and_option_exists() -> None:
+    for name, line in re.findall(r"^llamax (\w+) ([^#\n]*)", README, re.MULTILINE):
+        assert name in COMMANDS
+        helped = subprocess.run(
+            [sys.executable, "-m", "llamax", name, "--help"],
+            text=True,
+            capture_output=True,
+            check=True,
+        ).stdout
+        for option in re.findall(r"--[\w-]+", line):
+            assert option in helped, f"llamax {name} has no {option}"
+
+
+def test_every_setting_exists() -> None:
+    for override in re.findall(r"--[a-z]+\.[a-z0-9_]+=[^`\s]+", README):
+        configfile.load("demo", [override])
+
+
+def test_the_table_of_recipes_is_that_of_the_recipes() -> None:
+    rows = re.findall(r"^\| (`.*?) \| ([\d.]+ [MB]) \| tensor (\d+) x", README, re.MULTILINE)
+    told = {
+        name: (size, int(tensor))
+        for names, size, tensor in rows
+        for name in re.findall(r"`(.*?)`", names)
+    }
+    assert sorted(told) == configfile.recipes()
+    for name, (size, tensor) in told.items():
+        config = configfile.load(name)
+        assert config.parallel.tensor == tensor
+        exact = show_number(config.model.num_parameters())
+        assert float(size.split()[0]) == pytest.approx(float(exact[:-1]), rel=0.02)
+        assert size[-1] == exact[-1]
+
+
+def test_the_makefile_has_the_two_commands() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", block("sh"), re.MULTILINE):
+        assert f"\n{target}:" in makefile
