@@ -52,7 +52,8 @@ def test_the_library_example_runs(tmp_path: Path, ranks: int) -> None:
 
 
 def test_every_command_and_option_exists() -> None:
-    for name, line in re.findall(r"^llamax (\w+) ([^#\n]*)", README, re.MULTILINE):
+    commands = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    for name, line in re.findall(r"^llamax (\w+) ([^#\n]*)", commands, re.MULTILINE):
         assert name in COMMANDS
         helped = subprocess.run(
             [sys.executable, "-m", "llamax", name, "--help"],
