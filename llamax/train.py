@@ -10,7 +10,8 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,16 +20,16 @@ from torch import Tensor
 
 from llamax import configfile, log, program
 from llamax.backends import Backend, choose
-from llamax.checkpoint.hub import open_source
-from llamax.checkpoint.load import Checkpoint, Source, load_owned, load_weights
+from llamax.checkpoint.load import load_owned, load_weights
 from llamax.checkpoint.manifest import newest
 from llamax.checkpoint.save import Saver
 from llamax.collectives import Axes
-from llamax.config import Config, Model
-from llamax.data.dataset import Dataset, open_dataset
+from llamax.config import Config
+from llamax.data.dataset import Dataset
 from llamax.data.loader import Batch, Loader
 from llamax.data.tokens import TokenFile
-from llamax.errors import ConfigError
+from llamax.errors import LlamaxError
+from llamax.inputs import Inputs, open_inputs
 from llamax.launch.env import Rendezvous, rendezvous
 from llamax.mesh import Mesh
 from llamax.metrics import (
@@ -140,19 +141,32 @@ class Job:
 def train(config: Config, where: Rendezvous) -> None:
     """Run ``config`` on this rank of the world ``where``; the run folder holds what comes of it."""
     began = time.perf_counter()
-    mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
-    backend = choose(config.run.backend, where, config.run.threads)
-    dataset = open_dataset(config.data.path, config.data.verify)
-    dataset.check_vocabulary(config.model.vocab_size)
+    with first_to_speak(where):
+        mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
+        backend = choose(config.run.backend, where, config.run.threads)
+        inputs = open_inputs(config)
+    inputs.verify(config, where.rank, where.world_size)
     kv = max(1, mesh.tp // config.model.num_key_value_heads)
     with backend.joined(mesh, config.run.timeout_s, kv) as axes:
-        job = prepare(config, mesh, backend, axes, dataset)
+        job = prepare(config, mesh, backend, axes, inputs)
         if job.main:
             introduce(job)
         loop(job, began)
 
 
-def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, dataset: Dataset) -> Job:
+@contextmanager
+def first_to_speak(where: Rendezvous) -> Iterator[None]:
+    """All ranks of a machine find the same mistakes here; its first one tells, the others wait."""
+    try:
+        yield
+    except LlamaxError as error:
+        if where.local_rank == 0:
+            raise
+        time.sleep(2)
+        raise SystemExit(error.exit_code) from None
+
+
+def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: Inputs) -> Job:
     """Model, optimizer and saver, as the checkpoint to resume left them, or new."""
     model = Llama(
         config.model,
@@ -163,17 +177,15 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, dataset: D
         recompute=config.run.recompute,
     )
     parameters = dict(model.named_parameters())
-    resumed = _resumed(config)
+    resumed, shards, tp = inputs.resumed, model.shards, axes.tp
     torch.manual_seed(config.run.seed)
-    if resumed is None:
+    if inputs.first is not None:
+        load_weights(inputs.first, parameters, shards, tp.size, tp.rank, convert=True)
+    elif resumed is None:
         model.init(config.run.seed)
-        if config.checkpoint.init_from:
-            source = open_source(config.checkpoint.init_from)
-            check_model(config, source)
-            load_weights(source, parameters, model.shards, axes.tp.size, axes.tp.rank, convert=True)
     optimizer = Zero1(
         parameters,
-        model.shards,
+        shards,
         config.optim,
         axes,
         sequence_parallel=model.sequence_parallel,
@@ -182,12 +194,9 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, dataset: D
     )
     step = consumed = 0
     if resumed is not None:
-        check_model(config, resumed)
-        resumed.verify(axes.world.rank, axes.world.size)
-        dataset.check_tokenizer(resumed.state["tokenizer"])
-        load_owned(resumed, optimizer.owned(), model.shards, axes.tp.size, axes.tp.rank)
+        load_owned(resumed, optimizer.owned(), shards, tp.size, tp.rank)
         optimizer.gather_parameters()
-        rng = resumed.rng(axes.tp.rank, axes.data.rank)
+        rng = resumed.rng(tp.rank, axes.data.rank)
         if rng is not None:
             torch.set_rng_state(rng)
         step, consumed = resumed.step, int(resumed.state["consumed_sequences"])
@@ -196,33 +205,13 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, dataset: D
         Path(config.run.folder) / "checkpoints",
         axes,
         parameters,
-        model.shards,
+        shards,
         zero1=config.parallel.zero1,
         keep=config.checkpoint.keep,
         background=config.checkpoint.background,
         timeout_s=config.run.timeout_s,
     )
-    return Job(config, mesh, backend, axes, dataset, model, optimizer, saver, step, consumed)
-
-
-def _resumed(config: Config) -> Checkpoint | None:
-    """The checkpoint that the run goes on from; its files are not verified yet."""
-    if config.checkpoint.resume == "never":
-        return None
-    if config.checkpoint.resume != "auto":
-        return Checkpoint(config.checkpoint.resume, verify=False)
-    found = newest(Path(config.run.folder) / "checkpoints")
-    return None if found is None else Checkpoint(found, verify=False)
-
-
-def check_model(config: Config, source: Source) -> None:
-    """Raise ConfigError where the configured network is not the one whose weights are loaded."""
-    theirs = Model.from_hub(source.model)
-    if field := config.model.difference(theirs):
-        raise ConfigError(
-            f"model.{field}={getattr(config.model, field)} but {source.folder} has "
-            f"{getattr(theirs, field)}; use the configuration that belongs to these weights"
-        )
+    return Job(config, mesh, backend, axes, inputs.dataset, model, optimizer, saver, step, consumed)
 
 
 def introduce(job: Job) -> None:
@@ -391,7 +380,9 @@ def main(argv: Sequence[str]) -> int:
     options, overrides = parser.parse_known_args(list(argv))
     where = rendezvous(os.environ)
     log.setup(f"rank {where.rank}", main=where.rank == 0)
-    train(configfile.load(options.config, overrides, where.world_size), where)
+    with first_to_speak(where):
+        config = configfile.load(options.config, overrides, where.world_size)
+    train(config, where)
     return 0
 
 

@@ -28,7 +28,7 @@ LAYERS = [
         "plot",
         "demo",
     ],
-    ["reporter", "sampling", "cache"],
+    ["reporter", "sampling", "cache", "inputs"],
     ["model"],
     ["parallel.loss"],
     ["parallel.tensor"],

@@ -33,6 +33,12 @@ class Dataset:
                 f"was trained on tokenizer {fingerprint[:12]}; prepare the data with that one"
             )
 
+    def verify(self, share: int = 0, of: int = 1) -> None:
+        """Check the ``share``-th of ``of`` parts of the checksums; DataError where one is wrong."""
+        for file in (self.train, self.validation):
+            if file is not None:
+                file.verify(share=share, of=of)
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if a model of ``vocab_size`` cannot embed every token."""
         own = self.train.header.vocab_size

@@ -1,0 +1,69 @@
+"""What a run reads before it starts: its data, and the weights or the checkpoint it goes on from.
+
+All of it is opened and checked against the configuration before any process group exists, so that
+a mistake is told at once, by one rank, in one line.  Checksums come second: each rank verifies its
+share of the files, and whoever finds damage says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llamax.checkpoint.hub import open_source
+from llamax.checkpoint.load import Checkpoint, Source
+from llamax.checkpoint.manifest import newest
+from llamax.config import Config, Model
+from llamax.data.dataset import Dataset, open_dataset
+from llamax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``resumed``: the checkpoint to go on from; else ``first``: where the first weights are."""
+
+    dataset: Dataset
+    resumed: Checkpoint | None
+    first: Source | None
+
+    def verify(self, config: Config, share: int, of: int) -> None:
+        """Check the ``share``-th of ``of`` parts of all checksums.
+
+        Raises DataError or CheckpointError that names the damaged file.
+        """
+        if config.data.verify == "start":
+            self.dataset.verify(share, of)
+        if self.resumed is not None:
+            self.resumed.verify(share, of)
+
+
+def open_inputs(config: Config) -> Inputs:
+    """Open what ``config`` names.
+
+    Raises DataError, CheckpointError or ConfigError for what is missing or does not fit.
+    """
+    data, checkpoint = config.data, config.checkpoint
+    dataset = open_dataset(data.path, "off" if data.verify == "off" else "read")
+    dataset.check_vocabulary(config.model.vocab_size)
+    resumed = first = None
+    if checkpoint.resume == "auto":
+        found = newest(Path(config.run.folder) / "checkpoints")
+        resumed = None if found is None else Checkpoint(found, verify=False)
+    elif checkpoint.resume != "never":
+        resumed = Checkpoint(checkpoint.resume, verify=False)
+    if resumed is not None:
+        _same_network(config, resumed)
+        dataset.check_tokenizer(resumed.state["tokenizer"])
+    elif checkpoint.init_from:
+        first = open_source(checkpoint.init_from)
+        _same_network(config, first)
+    return Inputs(dataset, resumed, first)
+
+
+def _same_network(config: Config, source: Source) -> None:
+    theirs = Model.from_hub(source.model)
+    if field := config.model.difference(theirs):
+        raise ConfigError(
+            f"model.{field}={getattr(config.model, field)} but {source.folder} has "
+            f"{getattr(theirs, field)}; use the configuration that belongs to these weights"
+        )
