@@ -1,0 +1,64 @@
+"""llamax as its training program runs it."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+
+from llamax.backends import choose
+from llamax.config import Optim
+from llamax.data.loader import Batch
+from llamax.launch.env import Rendezvous
+from llamax.mesh import Mesh
+from llamax.model import Llama
+from llamax.optim.zero1 import Zero1
+from llamax.train import train_step
+from peers.job import BETAS, DECAY, DTYPES, EPS, LR, Job, Step
+
+_open = ExitStack()  # the process group lives as long as the process
+
+
+def train(job: Job) -> Step:
+    where = Rendezvous(job.rank, job.ranks, job.rank, job.ranks, port=job.port)
+    backend = choose("cpu", where, job.threads)
+    axes = _open.enter_context(backend.joined(Mesh(tp=job.tensor, dp=job.data), 300.0))
+    model = Llama(
+        job.model,
+        axes.tp,
+        sequence_parallel=job.sequence_parallel,
+        dtype=DTYPES[job.dtype],
+        recompute=job.recompute,
+    ).init(0)
+    optim = Optim(
+        lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY, max_grad_norm=0.0
+    )
+    optimizer = Zero1(
+        dict(model.named_parameters()),
+        model.shards,
+        optim,
+        axes,
+        sequence_parallel=model.sequence_parallel,
+        **({"bucket_bytes": job.bucket_bytes} if job.bucket_bytes else {}),
+    )
+    each = -(-job.length // job.documents)
+    place = torch.arange(job.length)
+    positions = (place % each).unsqueeze(0)
+    if job.chunk_tokens:
+        loss = model.loss
+
+        def chunked(*args, **kwargs):  # the loss of other chunks than llamax's own choice
+            return loss(*args, **kwargs, chunk_tokens=job.chunk_tokens)
+
+        model.loss = chunked
+
+    def step(number: int) -> float:
+        ids, labels = job.samples(number)
+        documents = None
+        if job.documents > 1:
+            documents = (place // each).expand(ids.shape)
+        batch = Batch(ids, labels, positions, documents)
+        tokens = job.batch * job.length
+        return train_step(model, optimizer, axes, [batch], tokens, LR, number).loss.item()
+
+    return step
