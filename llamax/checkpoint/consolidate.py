@@ -50,11 +50,13 @@ def consolidate(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
     tokenizer: Path | str | None = None,
+    verify: bool = True,
     progress: Progress = silent,
 ) -> Path:
     """Write a checkpoint (a step's folder, or a run's: its newest) as a Hugging Face folder.
 
     ``dtype`` defaults to that of the weights; float32 takes the masters where there are some.
+    ``verify`` hashes what is read, beside the reading.
     Raises CheckpointError where the checkpoint is damaged, ``out`` is in use or the disk is full.
     """
     source = Checkpoint(find(Path(checkpoint)), verify=False)
@@ -62,7 +64,7 @@ def consolidate(
     chosen = [plan(source, name, dtype) for name in source.names()]
     needed = {piece.path for one in chosen for piece in source.pieces(one.name, one.kind)}
     with building(Path(out)) as folder, ThreadPoolExecutor(max_workers=1) as pool:
-        verified = pool.submit(source.check, sorted(needed))
+        verified = pool.submit(source.check, sorted(needed) if verify else [])
         write_weights(source, chosen, folder, max_shard_bytes, progress)
         word = str(chosen[0].dtype).removeprefix("torch.")
         write_json(folder / hub.CONFIG, model.to_hub(word))
@@ -177,6 +179,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")
     parser.add_argument("--max-shard-size", default="5GB", help="bytes per file (default 5GB)")
     parser.add_argument("--tokenizer", help="tokenizer file or folder; default: the dataset's")
+    parser.add_argument("--no-verify", action="store_true", help="do not hash what is read")
     args = parser.parse_args(argv)
     source = Checkpoint(find(Path(args.checkpoint)), verify=False)
     dtype = DTYPES[args.dtype] if args.dtype else None
@@ -184,7 +187,13 @@ def main(argv: Sequence[str]) -> int:
     began = time.perf_counter()
     with tqdm(total=total, unit="B", unit_scale=True, desc="consolidate", leave=False) as bar:
         out = consolidate(
-            source.folder, args.out, dtype, size(args.max_shard_size), args.tokenizer, bar.update
+            source.folder,
+            args.out,
+            dtype,
+            size(args.max_shard_size),
+            args.tokenizer,
+            not args.no_verify,
+            bar.update,
         )
     parameters = sum(math.prod(source.shape(name)) for name in source.names())
     print(

@@ -43,6 +43,7 @@ DTYPES = {
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 SLAB_BYTES = 16 << 20
 WINDOW_BYTES = 4 << 20
+WRITE_BYTES = 1 << 20  # ext4 takes 16 MiB at once up to ten times slower
 MOST_HEADER_BYTES = 100 << 20
 
 
@@ -235,7 +236,7 @@ def write(
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:
     while data:
-        done = os.pwrite(fd, data, offset)
+        done = os.pwrite(fd, data[:WRITE_BYTES], offset)
         data, offset = data[done:], offset + done
 
 

@@ -159,6 +159,7 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"weights-tp01-dp00.safetensors changed"):
         consolidate(tmp_path, tmp_path / "hub")
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoints"]
+    consolidate(tmp_path, tmp_path / "unverified", verify=False)
     (tmp_path / "hub").mkdir()
     (tmp_path / "hub" / "precious").write_text("x")
     with pytest.raises(CheckpointError, match="hub exists already; remove it or choose"):
