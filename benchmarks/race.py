@@ -37,10 +37,10 @@ class Team:
         self.seconds: list[float] = []
         self.cpu_seconds: list[float] = []
         self.losses: list[float] = []
-        port = _free_port()
+        port = free_port()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(HERE)])}
         environment["OMP_NUM_THREADS"] = str(job.threads)
-        self.said = tempfile.TemporaryFile("w+")
+        self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the team
         self.workers = [
             subprocess.Popen(
                 [sys.executable, __file__, json.dumps(dataclasses.asdict(mine))],
@@ -95,7 +95,8 @@ class Team:
         return median((self.seconds if clock == "wall" else self.cpu_seconds)[first:])
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of the loopback that nobody has."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -112,9 +113,9 @@ def work(options: dict[str, Any]) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     import torch
+    from peers.job import Job
 
     from llamax.backends import cpu
-    from peers.job import Job
 
     job = Job(**options)
     torch.set_num_threads(job.threads)

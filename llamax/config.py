@@ -162,7 +162,7 @@ class Parallel:
         default=True, metadata=about("cut optimizer state over the data ranks (ZeRO-1)")
     )
     bucket_bytes: int = field(
-        default=64 * 2**20, metadata=about("gradients reduced in one collective", "bytes", COUNT)
+        default=16 * 2**20, metadata=about("gradients reduced in one collective", "bytes", COUNT)
     )
 
 

@@ -58,7 +58,7 @@ class Job:
         return self.ranks // self.tensor
 
     def samples(self, number: int) -> tuple[Tensor, Tensor]:
-        """Ids and labels of this data rank in step ``number``: skewed, so that there is to learn."""
+        """This data rank's ids and labels of step ``number``, skewed: there is to learn."""
         draws = torch.rand(
             self.batch, self.length + 1, generator=torch.Generator().manual_seed(number)
         )

@@ -8,8 +8,8 @@ The output matmul is part of the loss.  Tokens are taken in chunks: one chunk's 
 made in fp32, turned in place into their gradient softmax(z) - onehot(y), multiplied into the
 gradients of input and weight, and dropped before the next chunk.  Nothing of size tokens x
 vocabulary is kept, and nothing is computed twice: the loss is the root of backward, so its
-gradient is known up to one scalar, which backward multiplies in (as in Hsu et al. 2024, section
-3.2, here cut over ranks).
+gradient is known up to one scalar, which backward multiplies in, in place (as in Hsu et al. 2024,
+section 3.2, here cut over ranks); a second backward through the same loss is an error.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from llamax.parallel.tensor import local_ids
 
 IGNORE_INDEX = -100
 CHUNK_BYTES = 64 * 2**20
+EVEN = 128  # tokens: what matmuls are tiled in, so that no chunk has a ragged edge
 
 
 class _VocabParallelLoss(torch.autograd.Function):
@@ -56,14 +57,16 @@ class _VocabParallelLoss(torch.autograd.Function):
             logits_tv = (x_tD @ multiplied.T).float()
             if padding is not None:
                 logits_tv.masked_fill_(padding, float("-inf"))
-            loss_t, label_t, elsewhere_t = _losses(logits_tv, labels_t, axis)
             counted_t = labels_t != IGNORE_INDEX
+            label_t, elsewhere_t = local_ids(labels_t, rows, axis)
+            loss_t, sum_t = _losses(logits_tv, label_t, elsewhere_t, axis)
             total = total + torch.where(counted_t, loss_t, 0.0).sum()
             if dx_TD is None and dw is None:
                 continue
-            onehot_t1 = (~elsewhere_t).to(logits_tv.dtype).unsqueeze(1)
-            logits_tv.scatter_add_(1, label_t.unsqueeze(1), -onehot_t1)
-            dlogits_tv = logits_tv.mul_(counted_t.unsqueeze(1)).to(multiplied.dtype)
+            logits_tv.mul_((counted_t / sum_t).unsqueeze(1))
+            onehot_t = (counted_t & ~elsewhere_t).to(logits_tv.dtype)
+            logits_tv.scatter_add_(1, label_t.unsqueeze(1), -onehot_t.unsqueeze(1))
+            dlogits_tv = logits_tv.to(multiplied.dtype)
             if dx_TD is not None:
                 dx_TD[chunk] = dlogits_tv @ multiplied
             if dw is not None:
@@ -83,22 +86,22 @@ class _VocabParallelLoss(torch.autograd.Function):
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         if dx is not None:
-            dx = (dx * dtotal).to(dx.dtype)
+            dx.mul_(dtotal)
         if dw is not None:
-            dw = (dw * dtotal).to(ctx.weight_dtype)
+            dw = dw.mul_(dtotal).to(ctx.weight_dtype)
         return dx, dw, None, None, None, None, None
 
 
-def _losses(logits_tv: Tensor, labels_t: Tensor, axis: Axis) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss per token, the local label, and where it is not; ``logits_tv`` becomes the softmax."""
-    label_t, elsewhere_t = local_ids(labels_t, logits_tv.shape[1], axis)
+def _losses(
+    logits_tv: Tensor, label_t: Tensor, elsewhere_t: Tensor, axis: Axis
+) -> tuple[Tensor, Tensor]:
+    """Loss per token, and the sum of exponentials; ``logits_tv`` becomes exp(logits - max)."""
     top_t = axis.all_reduce(logits_tv.amax(1), "max")
     logits_tv.sub_(top_t.unsqueeze(1))
     at_label_t = logits_tv.gather(1, label_t.unsqueeze(1)).squeeze(1)
     at_label_t = at_label_t.masked_fill(elsewhere_t, 0.0)
-    sums_2t = axis.all_reduce(torch.stack((logits_tv.exp_().sum(1), at_label_t)))
-    logits_tv.div_(sums_2t[0].unsqueeze(1))
-    return sums_2t[0].log() - sums_2t[1], label_t, elsewhere_t
+    sum_t, at_label_t = axis.all_reduce(torch.stack((logits_tv.exp_().sum(1), at_label_t)))
+    return sum_t.log() - at_label_t, sum_t
 
 
 def _padding(rows: int, vocab_size: int, axis: Axis) -> Tensor | None:
@@ -124,7 +127,7 @@ def vocab_parallel_loss(
     ``IGNORE_INDEX`` count for nothing.  ``chunk_tokens`` defaults to about 64 MiB of fp32 logits.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // (4 * weight_vD.shape[0]))
+        chunk_tokens = max(1, CHUNK_BYTES // (4 * weight_vD.shape[0]) // EVEN * EVEN)
     total = regions.apply(
         _VocabParallelLoss,
         x,

@@ -239,7 +239,7 @@ class Deaf:
 
 
 def no_max(original: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda logits, labels, axis: original(logits, labels, Deaf(axis, "max"))
+    return lambda *arguments: original(*arguments[:-1], Deaf(arguments[-1], "max"))
 
 
 def with_axes(**changed: Callable[[Axes], Axis]) -> Callable[..., Any]:
