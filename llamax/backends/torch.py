@@ -30,7 +30,7 @@ from llamax.errors import BackendError
 from llamax.launch.env import Rendezvous
 from llamax.mesh import Groups, Mesh
 
-STAGED_BYTES = 8 * 2**20
+STAGED_BYTES = 16 * 2**20
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 # Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
