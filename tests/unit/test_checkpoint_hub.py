@@ -20,7 +20,7 @@ from llamax.checkpoint import Checkpoint, Saver, load_weights
 from llamax.checkpoint import inspect as inspection
 from llamax.checkpoint.consolidate import consolidate, size
 from llamax.checkpoint.consolidate import main as consolidate_main
-from llamax.checkpoint.hub import HubFolder
+from llamax.checkpoint.hub import HubFolder, open_source
 from llamax.checkpoint.inspect import describe
 from llamax.checkpoint.shard_hub import main as shard_main
 from llamax.checkpoint.shard_hub import shard
@@ -115,6 +115,16 @@ def test_boxes_of_a_source(tmp_path: Path) -> None:
             assert torch.equal(reader.read(name, dim=1, start=5), value[:, 5:])
     moment = worlds.wholes(model)["lm_head.weight", "exp_avg"]
     assert torch.equal(source.read("lm_head.weight", "exp_avg", 1, 2, 4), moment[:, 2:4])
+
+
+def test_a_source_of_either_kind(tmp_path: Path) -> None:
+    folder = saved(tmp_path, worlds.llama())
+    hub = consolidate(tmp_path, tmp_path / "hub")
+    assert isinstance(open_source(hub), HubFolder)
+    assert [open_source(path).folder for path in (folder, tmp_path)] == [folder, folder]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="empty"):
+        open_source(tmp_path / "empty")
 
 
 def test_dtypes_and_file_sizes(tmp_path: Path) -> None:
