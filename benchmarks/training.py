@@ -27,6 +27,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -111,7 +112,13 @@ class Result:
 
 
 def race(
-    section: str, only: str, steps: int, together: int, paths: Sequence[str], clock: str
+    section: str,
+    only: str,
+    steps: int,
+    together: int,
+    paths: Sequence[str],
+    clock: str,
+    limit_s: float,
 ) -> Iterator[Result | str]:
     """All results of a section, as they come in; a string says why a contender is missing."""
     (name, job), *others = contenders(section).items()
@@ -128,7 +135,10 @@ def race(
             except TeamError as error:
                 yield f"{label}: skipped ({error})"
         begun = len(ours.seconds)
-        for _ in range(steps if rivals else 0):
+        started = time.monotonic()
+        for number in range(steps if rivals else 0):
+            if number > warm and time.monotonic() - started > limit_s:
+                break
             for team in (ours, *rivals):
                 team.step()
             rates.append(ours.matmul_flops())
@@ -153,7 +163,16 @@ def race(
     peak = max(ours.peak_bytes())
     rate = median(rates)
     speed = tokens / mine
-    yield Result(name, speed, 1.0, speed * flops / rate, peak, 1.0, ours.losses[steps - 1], 0.0)
+    yield Result(
+        name,
+        speed,
+        1.0,
+        speed * flops / rate,
+        peak,
+        1.0,
+        ours.losses[min(steps, len(rates)) - 1],
+        0.0,
+    )
     ours.stop()
 
 
@@ -165,6 +184,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="peers whose name has this part")
     parser.add_argument("--together", type=int, default=2, help="peers that take turns at once")
     parser.add_argument("--peers", nargs="*", default=[], help="folders to import peers from")
+    parser.add_argument("--limit-s", type=float, default=600, help="of one group of peers, about")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     options = parser.parse_args()
     print(f"`{' '.join(['python', 'benchmarks/training.py', *sys.argv[1:]])}`, {where()}\n")
@@ -173,7 +193,13 @@ def main() -> None:
         print("| | tokens/s | llamax is | matmul | peak GB | of it llamax | loss | differs |")
         print("|---|---|---|---|---|---|---|---|")
         for found in race(
-            section, options.only, options.steps, options.together, options.peers, options.clock
+            section,
+            options.only,
+            options.steps,
+            options.together,
+            options.peers,
+            options.clock,
+            options.limit_s,
         ):
             if isinstance(found, str):
                 print(found, file=sys.stderr)
