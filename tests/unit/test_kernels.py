@@ -137,7 +137,8 @@ class TestSwiGLU:
 
     def test_saves_its_input_alone(self) -> None:
         gate_up = draw(2, 3, 8).requires_grad_()
-        (saved,) = swiglu_op.swiglu(gate_up).grad_fn.saved_tensors
+        y = swiglu_op.swiglu(gate_up)
+        (saved,) = y.grad_fn.saved_tensors
         assert saved.data_ptr() == gate_up.data_ptr()
 
 
