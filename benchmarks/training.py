@@ -7,7 +7,7 @@ The 57 M Llama (hidden 512, 8 layers, 8 heads, 4 key/value heads, feed-forward 1
 32000) from the same weights on the same data.  Every contender runs in processes of its own; they
 take turns, one step each, a few at a time so that memory suffices, with llamax among them always.
 Ratios are of llamax's median to the peer's, over the steps that they took in turn.  ``matmul`` is
-the share of the rate of large fp32 products, measured between the steps.  Peak memory is VmHWM, of
+the share of the rate of large fp32 products, measured between the steps (by wall clock only).  Peak memory is VmHWM, of
 the largest rank.  ``--peers`` are folders where litgpt, torchtitan and picotron can be imported
 from (for example ``pip install --no-deps --target``, or a clone); those not found are said.
 
@@ -59,8 +59,11 @@ def contenders(section: str) -> Contenders:
     if section == "tp":
         return {
             OURS: Job("ours:train", tensor=2, **two),
-            "torch DTensor, loss_parallel": Job("bare:dtensor", tensor=2, **two),
-            "torch DTensor, fused AdamW, mallopt": Job("bare:dtensor", tensor=2, **two, **fused),
+            "torch DTensor": Job("bare:dtensor", tensor=2, **two),
+            "torch DTensor, loss_parallel": Job("bare:dtensor_loss_parallel", tensor=2, **two),
+            "torch DTensor, loss_parallel, fused AdamW, mallopt": Job(
+                "bare:dtensor_loss_parallel", tensor=2, **two, **fused
+            ),
             "picotron": Job("packages:picotron", tensor=2, **two),
             "llamax without sequence parallelism": Job(
                 "ours:train", tensor=2, sequence_parallel=False, **two
@@ -206,7 +209,7 @@ def main() -> None:
                 continue
             print(
                 f"| {found.name} | {found.tokens_per_s:.0f} | {found.ratio:.2f}x "
-                f"| {found.matmul:.0%} | {found.peak / 1e9:.2f} | {found.memory_ratio:.2f} "
+                f"| {f'{found.matmul:.0%}' if options.clock == 'wall' else '-'} | {found.peak / 1e9:.2f} | {found.memory_ratio:.2f} "
                 f"| {found.loss:.5f} | {found.difference:.0e} |",
                 flush=True,
             )

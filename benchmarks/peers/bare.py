@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -92,7 +92,16 @@ def train(job: Job) -> Step:
 
 
 def dtensor(job: Job) -> Step:
-    """parallelize_module with sequence parallelism and loss_parallel."""
+    """parallelize_module with sequence parallelism; every rank gets all logits."""
+    return parallel(job, logits=Replicate())
+
+
+def dtensor_loss_parallel(job: Job) -> Step:
+    """The same with logits that stay cut along the vocabulary."""
+    return parallel(job, logits=Shard(-1))
+
+
+def parallel(job: Job, logits: Placement) -> Step:
     job.join()
     model = Bare(job.model, job.length)
     model.load_state_dict(job.weights())
@@ -120,10 +129,12 @@ def dtensor(job: Job) -> Step:
         "model.embed_tokens": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1)),
         "model.norm": SequenceParallel(),
         "lm_head": ColwiseParallel(
-            input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False
+            input_layouts=Shard(1), output_layouts=logits, use_local_output=logits.is_replicate()
         ),
     }
     parallelize_module(model, mesh, ends)
+    if logits.is_replicate():
+        return job.loop(model, model)
     optimizer = job.adamw(model)
 
     def step(number: int) -> float:
