@@ -7,9 +7,10 @@ The 57 M Llama (hidden 512, 8 layers, 8 heads, 4 key/value heads, feed-forward 1
 32000) from the same weights on the same data.  Every contender runs in processes of its own; they
 take turns, one step each, a few at a time so that memory suffices, with llamax among them always.
 Ratios are of llamax's median to the peer's, over the steps that they took in turn.  ``matmul`` is
-the share of the rate of large fp32 products, measured between the steps (by wall clock only).  Peak memory is VmHWM, of
-the largest rank.  ``--peers`` are folders where litgpt, torchtitan and picotron can be imported
-from (for example ``pip install --no-deps --target``, or a clone); those not found are said.
+the share of the rate of large fp32 products, measured between the steps (wall clock only).  Peak
+memory is VmHWM, of the largest rank.  ``--peers`` are folders where litgpt, torchtitan and
+picotron can be imported from (``pip install --no-deps --target``, or a clone); those not found
+are said.
 
     one         one process of two threads
     tp          two ranks of one thread, tensor parallel, with sequence parallelism where there is
@@ -207,9 +208,10 @@ def main() -> None:
             if isinstance(found, str):
                 print(found, file=sys.stderr)
                 continue
+            share = f"{found.matmul:.0%}" if options.clock == "wall" else "-"
             print(
                 f"| {found.name} | {found.tokens_per_s:.0f} | {found.ratio:.2f}x "
-                f"| {f'{found.matmul:.0%}' if options.clock == 'wall' else '-'} | {found.peak / 1e9:.2f} | {found.memory_ratio:.2f} "
+                f"| {share} | {found.peak / 1e9:.2f} | {found.memory_ratio:.2f} "
                 f"| {found.loss:.5f} | {found.difference:.0e} |",
                 flush=True,
             )
