@@ -54,13 +54,13 @@ class TorchAxis:
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         arrived = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(arrived, x.contiguous(), group=self.group)
+        dist.all_gather_into_tensor(arrived.view(-1), x.reshape(-1), group=self.group)
         return _join(arrived, dim)
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         parts = self._split(x, dim).contiguous()
         mine = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(mine, parts, group=self.group)
+        dist.reduce_scatter_tensor(mine.view(-1), parts.view(-1), group=self.group)
         return mine
 
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
@@ -103,6 +103,8 @@ class GlooAxis(TorchAxis):
         self._staged = {role: torch.empty(0, dtype=torch.uint8) for role in ("out", "in")}
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        if x.nbytes > STAGED_BYTES:
+            return super().all_reduce(x, op)
         y = self._buffer("out", x).copy_(x)
         dist.all_reduce(y, OPS[op], group=self.group)
         return y.clone()
