@@ -1,9 +1,9 @@
 """torch.distributed: gloo on CPUs, nccl on GPUs.
 
-gloo's own all-gather and reduce-scatter take up to 2.4 times as long as its all-to-all for the same
-bytes (``benchmarks/collectives.py``), and its reduce-scatter adds in the tensor's dtype.  So on gloo both
-verbs are one all-to-all: a reduce-scatter sends share j to rank j and adds what arrives, in rank
-order and in float32, so that the result is the same bits on every run.
+gloo's own all-gather and reduce-scatter take up to 2.4 times as long as its all-to-all for the
+same bytes (``benchmarks/collectives.py``), and its reduce-scatter adds in the tensor's dtype.  So on
+gloo both verbs are one all-to-all: a reduce-scatter sends share j to rank j and adds what arrives,
+in rank order and in float32, so that the result is the same bits on every run.
 
 gloo works in a thread of its own, which lets go of tensors some time after a call has returned.
 Activations handed to it would be freed out of order and the heap would grow, 14 MB a step on a 5 M
