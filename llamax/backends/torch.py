@@ -1,7 +1,7 @@
 """torch.distributed: gloo on CPUs, nccl on GPUs.
 
 gloo's own all-gather and reduce-scatter take up to 2.4 times as long as its all-to-all for the
-same bytes (``benchmarks/collectives.py``), and its reduce-scatter adds in the tensor's dtype.  So on
+same bytes (``benchmarks/collectives.py``); its reduce-scatter adds in the tensor's dtype.  So on
 gloo both verbs are one all-to-all: a reduce-scatter sends share j to rank j and adds what arrives,
 in rank order and in float32, so that the result is the same bits on every run.
 
