@@ -38,10 +38,9 @@ from llamax.data.tokenizer import Tokenizer, load_tokenizer
 from llamax.errors import ConfigError, DataError
 from llamax.launch.env import rendezvous
 from llamax.mesh import Mesh
-from llamax.model import Llama
+from llamax.model import DTYPES, Llama
 from llamax.sampling import Sampling, check_prompts, generate
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TIMEOUT_S = 600.0
 
 Show = Callable[[str], None]

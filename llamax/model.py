@@ -35,6 +35,9 @@ from llamax.recompute import Recompute
 from llamax.shard import Block as Rows
 from llamax.shard import Cut, Replica, cut, parts
 
+# What a model may be held in, by its name in configurations.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
 # (q_BShE, k_BSkE, v_BSkE, layer) -> o_BShE.  Context parallelism and decoding replace this.
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 

@@ -41,13 +41,10 @@ from llamax.metrics import (
     show_number,
     show_time,
 )
-from llamax.model import Llama
+from llamax.model import DTYPES, Llama
 from llamax.optim.schedule import lr_at
 from llamax.optim.zero1 import Zero1
 from llamax.reporter import Measures, Reporter
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 # --- one step ------------------------------------------------------------------------------------
 
@@ -78,7 +75,6 @@ def train_step(
     """
     device = axes.data.rank_index.device
     found = torch.zeros(2, device=device)
-    optimizer.zero_grad()
     for batch in microbatches:
         total, count = _loss(model, batch)
         (total / nominal_tokens).backward()
