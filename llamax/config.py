@@ -9,141 +9,21 @@
            ├─ checkpoint  what is kept of the run, and what it starts from
            └─ run         folder, length, device, precision, what is reported
 
-Every field carries its unit, one line of help and the range it lives in; ``llamax.configfile``
-reads, writes and explains them.  What must hold *between* fields is in ``llamax.rules``.
+Every field carries its unit, one line of help and the range it lives in (``llamax.fields``);
+``llamax.configfile`` reads, writes and explains them.  What must hold *between* fields is in
+``llamax.rules``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from llamax.errors import ConfigError
-
-
-class Range(NamedTuple):
-    """The numbers a field may hold, in words and as a test."""
-
-    words: str
-    holds: Callable[[float], bool]
-
-
-COUNT = Range("1 or more", lambda x: 1 <= x < math.inf)
-NATURAL = Range("0 or more", lambda x: 0 <= x < math.inf)
-POSITIVE = Range("a number above 0", lambda x: 0 < x < math.inf)
-FRACTION = Range("0 or more and below 1", lambda x: 0 <= x < 1)
-
-
-def about(help: str, unit: str = "", range: Range | None = None) -> dict[str, Any]:
-    """The metadata of a field."""
-    return {"help": help, "unit": unit, "range": range}
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3.1's stretching of low rotary frequencies (rope type "llama3")."""
-
-    factor: float = field(
-        default=8.0, metadata=about("how far low frequencies are stretched", "times", POSITIVE)
-    )
-    low_freq_factor: float = field(
-        default=1.0,
-        metadata=about(
-            "stretch in full where fewer turns fit the original context", "turns", POSITIVE
-        ),
-    )
-    high_freq_factor: float = field(
-        default=4.0,
-        metadata=about("keep where more turns fit the original context", "turns", POSITIVE),
-    )
-    original_max_position_embeddings: int = field(
-        default=8192, metadata=about("context length before stretching", "tokens", COUNT)
-    )
-
-
-@dataclass(frozen=True)
-class Model:
-    """The network's shape; ``head_dim`` 0 becomes hidden_size / num_attention_heads."""
-
-    hidden_size: int = field(metadata=about("width of the residual stream", "features", COUNT))
-    intermediate_size: int = field(metadata=about("width of the feed-forward", "features", COUNT))
-    num_hidden_layers: int = field(metadata=about("depth", "layers", COUNT))
-    num_attention_heads: int = field(metadata=about("query heads", "heads", COUNT))
-    num_key_value_heads: int = field(
-        metadata=about("key/value heads, shared by query heads", "heads", COUNT)
-    )
-    vocab_size: int = field(metadata=about("vocabulary of the tokenizer", "tokens", COUNT))
-    head_dim: int = field(
-        default=0,
-        metadata=about("width of a head; 0: hidden_size / num_attention_heads", "features", COUNT),
-    )
-    max_position_embeddings: int = field(
-        default=2048, metadata=about("longest context the model is meant for", "tokens", COUNT)
-    )
-    rope_theta: float = field(
-        default=10_000.0, metadata=about("base of the rotary frequencies", "", POSITIVE)
-    )
-    rope_scaling: RopeScaling | None = field(
-        default=None, metadata=about("Llama 3.1's rotary scaling; absent: none")
-    )
-    rms_norm_eps: float = field(
-        default=1e-5, metadata=about("added to the mean square in norms", "", POSITIVE)
-    )
-    tie_word_embeddings: bool = field(
-        default=False, metadata=about("one matrix for embedding and output")
-    )
-    initializer_range: float = field(
-        default=0.02, metadata=about("standard deviation of initial weights", "", POSITIVE)
-    )
-    bos_token_id: int | None = field(
-        default=None, metadata=about("token that starts a text; absent: none", "id", NATURAL)
-    )
-    eos_token_id: int | tuple[int, ...] | None = field(
-        default=None, metadata=about("token or tokens that end a text; absent: none", "id", NATURAL)
-    )
-
-    def __post_init__(self) -> None:
-        if not self.head_dim and self.num_attention_heads > 0:
-            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-
-    @property
-    def eos_token_ids(self) -> tuple[int, ...]:
-        """All tokens that end a text, always as a tuple."""
-        if isinstance(self.eos_token_id, tuple):
-            return self.eos_token_id
-        return () if self.eos_token_id is None else (self.eos_token_id,)
-
-    def num_parameters(self) -> int:
-        """The exact number of weights of the whole model, tied ones counted once."""
-        D, E = self.hidden_size, self.head_dim
-        attention = 2 * D * E * (self.num_attention_heads + self.num_key_value_heads)
-        layer = attention + 3 * D * self.intermediate_size + 2 * D
-        embeddings = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_hidden_layers * layer + D
-
-    def difference(self, other: Model) -> str | None:
-        """The first field in which ``other`` computes something else with the same weights."""
-        told = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id")
-        names = (field.name for field in fields(self) if field.name not in told)
-        return next((n for n in names if getattr(self, n) != getattr(other, n)), None)
-
-    @classmethod
-    def from_hub(cls, hub: Mapping[str, Any]) -> Model:
-        """The model that a Hugging Face ``config.json`` describes.
-
-        Raises ConfigError for what is not a Llama or what llamax does not compute.
-        """
-        from llamax.hub import read
-
-        return read(hub)
-
-    def to_hub(self, dtype: str) -> dict[str, Any]:
-        """The ``config.json`` of this model; ``dtype`` is float32 or bfloat16."""
-        from llamax.hub import write
-
-        return write(self, dtype)
+from llamax.errors import ConfigError, refuse
+from llamax.fields import COUNT, FRACTION, NATURAL, POSITIVE, about
+from llamax.hub import Model as Model
+from llamax.hub import RopeScaling as RopeScaling
 
 
 @dataclass(frozen=True)
@@ -310,16 +190,8 @@ class Config:
 
 def sections(config: Config) -> Iterator[tuple[str, Any]]:
     """(prefix, dataclass) of every section, nested ones after their owner."""
-    for name in ("model", "parallel", "optim", "data", "checkpoint", "run"):
-        section = getattr(config, name)
+    for part in fields(config):
+        name, section = part.name, getattr(config, part.name)
         yield name, section
         if isinstance(section, Model) and section.rope_scaling:
             yield "model.rope_scaling", section.rope_scaling
-
-
-def refuse(found: list[str], where: str) -> None:
-    """Raise one ConfigError that names ``where`` and tells every line of ``found``, if any."""
-    if len(found) == 1:
-        raise ConfigError(f"{where}: {found[0]}")
-    if found:
-        raise ConfigError("\n  ".join([f"{where}: {len(found)} problems", *found]))

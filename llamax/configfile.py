@@ -22,8 +22,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from llamax.config import Config, refuse, sections
-from llamax.errors import ConfigError
+from llamax.config import Config, sections
+from llamax.errors import ConfigError, refuse
 from llamax.rules import either
 
 if sys.version_info >= (3, 11):

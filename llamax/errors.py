@@ -27,3 +27,11 @@ class CheckpointError(LlamaxError):
 
 class BackendError(LlamaxError):
     """A device, process group or rendezvous that is not there."""
+
+
+def refuse(found: list[str], where: str) -> None:
+    """Raise one ConfigError that names ``where`` and tells every line of ``found``, if any."""
+    if len(found) == 1:
+        raise ConfigError(f"{where}: {found[0]}")
+    if found:
+        raise ConfigError("\n  ".join([f"{where}: {len(found)} problems", *found]))

@@ -1,4 +1,4 @@
-"""``config.json`` of the Hugging Face Hub, both ways.
+"""The network's shape, spelled as ``config.json`` on the Hugging Face Hub spells it; both ways.
 
 transformers 4 spells rotary positions ``rope_theta`` + ``rope_scaling`` and the precision
 ``torch_dtype``; transformers 5 spells them ``rope_parameters`` and ``dtype``.  Both are read; both
@@ -9,10 +9,11 @@ that transformers' ``LlamaConfig`` gives it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from llamax.config import Model, RopeScaling, refuse
+from llamax.errors import refuse
+from llamax.fields import COUNT, NATURAL, POSITIVE, about
 
 SHAPE = (
     "hidden_size",
@@ -39,6 +40,107 @@ SCALING = (
     "high_freq_factor",
     "original_max_position_embeddings",
 )
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of low rotary frequencies (rope type "llama3")."""
+
+    factor: float = field(
+        default=8.0, metadata=about("how far low frequencies are stretched", "times", POSITIVE)
+    )
+    low_freq_factor: float = field(
+        default=1.0,
+        metadata=about(
+            "stretch in full where fewer turns fit the original context", "turns", POSITIVE
+        ),
+    )
+    high_freq_factor: float = field(
+        default=4.0,
+        metadata=about("keep where more turns fit the original context", "turns", POSITIVE),
+    )
+    original_max_position_embeddings: int = field(
+        default=8192, metadata=about("context length before stretching", "tokens", COUNT)
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network's shape; ``head_dim`` 0 becomes hidden_size / num_attention_heads."""
+
+    hidden_size: int = field(metadata=about("width of the residual stream", "features", COUNT))
+    intermediate_size: int = field(metadata=about("width of the feed-forward", "features", COUNT))
+    num_hidden_layers: int = field(metadata=about("depth", "layers", COUNT))
+    num_attention_heads: int = field(metadata=about("query heads", "heads", COUNT))
+    num_key_value_heads: int = field(
+        metadata=about("key/value heads, shared by query heads", "heads", COUNT)
+    )
+    vocab_size: int = field(metadata=about("vocabulary of the tokenizer", "tokens", COUNT))
+    head_dim: int = field(
+        default=0,
+        metadata=about("width of a head; 0: hidden_size / num_attention_heads", "features", COUNT),
+    )
+    max_position_embeddings: int = field(
+        default=2048, metadata=about("longest context the model is meant for", "tokens", COUNT)
+    )
+    rope_theta: float = field(
+        default=10_000.0, metadata=about("base of the rotary frequencies", "", POSITIVE)
+    )
+    rope_scaling: RopeScaling | None = field(
+        default=None, metadata=about("Llama 3.1's rotary scaling; absent: none")
+    )
+    rms_norm_eps: float = field(
+        default=1e-5, metadata=about("added to the mean square in norms", "", POSITIVE)
+    )
+    tie_word_embeddings: bool = field(
+        default=False, metadata=about("one matrix for embedding and output")
+    )
+    initializer_range: float = field(
+        default=0.02, metadata=about("standard deviation of initial weights", "", POSITIVE)
+    )
+    bos_token_id: int | None = field(
+        default=None, metadata=about("token that starts a text; absent: none", "id", NATURAL)
+    )
+    eos_token_id: int | tuple[int, ...] | None = field(
+        default=None, metadata=about("token or tokens that end a text; absent: none", "id", NATURAL)
+    )
+
+    def __post_init__(self) -> None:
+        if not self.head_dim and self.num_attention_heads > 0:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a text, always as a tuple."""
+        if isinstance(self.eos_token_id, tuple):
+            return self.eos_token_id
+        return () if self.eos_token_id is None else (self.eos_token_id,)
+
+    def num_parameters(self) -> int:
+        """The exact number of weights of the whole model, tied ones counted once."""
+        D, E = self.hidden_size, self.head_dim
+        attention = 2 * D * E * (self.num_attention_heads + self.num_key_value_heads)
+        layer = attention + 3 * D * self.intermediate_size + 2 * D
+        embeddings = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer + D
+
+    def difference(self, other: Model) -> str | None:
+        """The first field in which ``other`` computes something else with the same weights."""
+        told = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id")
+        names = (field.name for field in fields(self) if field.name not in told)
+        return next((n for n in names if getattr(self, n) != getattr(other, n)), None)
+
+    @classmethod
+    def from_hub(cls, hub: Mapping[str, Any]) -> Model:
+        """The model that a Hugging Face ``config.json`` describes.
+
+        Raises one ConfigError that lists all that is not a Llama or that llamax does not compute.
+        """
+        return read(hub)
+
+    def to_hub(self, dtype: str) -> dict[str, Any]:
+        """The ``config.json`` of this model; ``dtype`` is float32 or bfloat16."""
+        return write(self, dtype)
 
 
 def read(hub: Mapping[str, Any]) -> Model:

@@ -50,8 +50,9 @@ LAYERS = [
     ["ops"],
     ["launch.env"],
     ["configfile", "metrics"],
-    ["config", "rules", "hub"],
-    ["shard", "mesh", "collectives", "log", "program"],
+    ["config", "rules"],
+    ["hub"],
+    ["fields", "shard", "mesh", "collectives", "log", "program"],
     ["errors"],
 ]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax.config import COUNT, FRACTION, NATURAL, POSITIVE, Config, sections
+from llamax.config import Config, sections
 from llamax.configfile import dump, find, help_text, load, parse, recipes
 from llamax.errors import ConfigError
+from llamax.fields import COUNT, FRACTION, NATURAL, POSITIVE
 
 SHAPE = {
     "hidden_size": 64,
