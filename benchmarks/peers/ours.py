@@ -13,7 +13,7 @@ from llamax.launch.env import Rendezvous
 from llamax.mesh import Mesh
 from llamax.model import Llama
 from llamax.optim.zero1 import Zero1
-from llamax.train import train_step
+from llamax.step import train_step
 from peers.job import BETAS, DECAY, DTYPES, EPS, LR, Job, Step
 
 _open = ExitStack()  # the process group lives as long as the process

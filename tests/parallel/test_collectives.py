@@ -15,7 +15,7 @@ from llamax.data.loader import Batch
 from llamax.mesh import Mesh
 from llamax.model import Llama
 from llamax.optim.zero1 import Zero1
-from llamax.train import train_step
+from llamax.step import train_step
 
 SHAPE = (4, 8, 12)
 

@@ -27,7 +27,7 @@ from llamax.mesh import Mesh
 from llamax.model import Llama, Norm
 from llamax.optim.zero1 import Zero1
 from llamax.parallel import loss, regions, tensor
-from llamax.train import train_step
+from llamax.step import train_step
 
 MODEL = Model(
     hidden_size=32,

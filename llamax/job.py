@@ -1,0 +1,189 @@
+"""The pieces of a run on one rank, and how they are built: new, or as a checkpoint left them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from llamax import configfile, log
+from llamax.backends import Backend
+from llamax.checkpoint.load import load_owned, load_weights
+from llamax.checkpoint.save import Saver
+from llamax.collectives import Axes
+from llamax.config import Config
+from llamax.data.dataset import Dataset
+from llamax.data.loader import Loader
+from llamax.data.tokens import TokenFile
+from llamax.inputs import Inputs
+from llamax.mesh import Mesh
+from llamax.metrics import (
+    ConsoleWriter,
+    JsonlWriter,
+    TensorBoardWriter,
+    Writer,
+    flops_per_token,
+    show_number,
+)
+from llamax.model import DTYPES, Llama
+from llamax.optim.zero1 import Zero1
+from llamax.reporter import Measures
+
+
+@dataclass(frozen=True)
+class Job:
+    """The pieces of a run on one rank, ready to go on after ``step`` steps."""
+
+    config: Config
+    mesh: Mesh
+    backend: Backend
+    axes: Axes
+    dataset: Dataset
+    model: Llama
+    optimizer: Zero1
+    saver: Saver
+    step: int
+    consumed_sequences: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.folder)
+
+    @property
+    def main(self) -> bool:
+        return self.axes.world.rank == 0
+
+
+def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: Inputs) -> Job:
+    """Model, optimizer and saver, as the checkpoint to resume left them, or new."""
+    model = Llama(
+        config.model,
+        axes.tp,
+        sequence_parallel=config.parallel.sequence,
+        dtype=DTYPES[config.run.dtype],
+        device=backend.device,
+        recompute=config.run.recompute,
+    )
+    parameters = dict(model.named_parameters())
+    resumed, shards, tp = inputs.resumed, model.shards, axes.tp
+    torch.manual_seed(config.run.seed)
+    if inputs.first is not None:
+        load_weights(inputs.first, parameters, shards, tp.size, tp.rank, convert=True)
+    elif resumed is None:
+        model.init(config.run.seed)
+    optimizer = Zero1(
+        parameters,
+        shards,
+        config.optim,
+        axes,
+        sequence_parallel=model.sequence_parallel,
+        zero1=config.parallel.zero1,
+        bucket_bytes=config.parallel.bucket_bytes,
+    )
+    step = consumed = 0
+    if resumed is not None:
+        load_owned(resumed, optimizer.owned(), shards, tp.size, tp.rank)
+        optimizer.gather_parameters()
+        rng = resumed.rng(tp.rank, axes.data.rank)
+        if rng is not None:
+            torch.set_rng_state(rng)
+        step, consumed = resumed.step, int(resumed.state["consumed_sequences"])
+        log.logger.info("resuming from %s", resumed.folder)
+    saver = Saver(
+        Path(config.run.folder) / "checkpoints",
+        axes,
+        parameters,
+        shards,
+        zero1=config.parallel.zero1,
+        keep=config.checkpoint.keep,
+        background=config.checkpoint.background,
+        timeout_s=config.run.timeout_s,
+    )
+    return Job(config, mesh, backend, axes, inputs.dataset, model, optimizer, saver, step, consumed)
+
+
+def introduce(job: Job) -> None:
+    """Say what will run, and write the resolved configuration into the run folder."""
+    config, mesh = job.config, job.mesh
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "config.toml").write_text(configfile.dump(config), encoding="utf-8")
+    log.logger.info(
+        "%s parameters in %s on %d ranks (%s): tensor %d%s x data %d%s",
+        show_number(config.model.num_parameters()),
+        config.run.dtype,
+        mesh.world_size,
+        config.run.backend,
+        mesh.tp,
+        " with sequence parallelism" if job.model.sequence_parallel else "",
+        mesh.dp,
+        " with ZeRO-1" if config.parallel.zero1 and mesh.dp > 1 else "",
+    )
+    log.logger.info(
+        "%s: %s tokens, %s a step in %d microsteps, steps %d to %d",
+        config.data.path,
+        show_number(len(job.dataset.train)),
+        show_number(config.data.global_batch * config.data.sequence_length),
+        config.accumulation(mesh.dp),
+        job.step + 1,
+        config.run.steps,
+    )
+    if job.dataset.train.header.bos_id != config.model.bos_token_id:
+        log.logger.warning(
+            "documents of %s begin with BOS token %s, but model.bos_token_id is %s: the model will "
+            "be prompted with the latter",
+            config.data.path,
+            job.dataset.train.header.bos_id,
+            config.model.bos_token_id,
+        )
+
+
+def loaders(job: Job) -> tuple[Loader, Loader | None]:
+    """Training samples from where the run stands, and validation samples in their fixed order."""
+    data, axis = job.config.data, job.axes.data
+
+    def loader(file: TokenFile, consumed: int, shuffle: bool) -> Loader:
+        return Loader(
+            file,
+            job.config.run.seed,
+            data.sequence_length,
+            data.global_batch,
+            data.micro_batch,
+            axis.rank,
+            axis.size,
+            consumed,
+            separate_documents=data.separate_documents,
+            shuffle=shuffle,
+        )
+
+    validation = job.dataset.validation
+    return (
+        loader(job.dataset.train, job.consumed_sequences, shuffle=True),
+        None if validation is None else loader(validation, 0, shuffle=False),
+    )
+
+
+def writers(job: Job) -> list[Writer]:
+    """The views of the run's records; rank 0 alone writes."""
+    run = job.config.run
+    if not job.main:
+        return []
+    bar = run.progress == "on" or (run.progress == "auto" and sys.stderr.isatty())
+    views: list[Writer] = [
+        JsonlWriter(job.folder / "metrics.jsonl", job.step),
+        ConsoleWriter(run.steps, job.step, bar),
+    ]
+    return [*views, TensorBoardWriter(job.folder / "tensorboard")] if run.tensorboard else views
+
+
+def measures(job: Job) -> Measures:
+    """What throughput is counted in."""
+    data, peak = job.config.data, job.backend.peak_flops(DTYPES[job.config.run.dtype])
+    return Measures(
+        fetch=job.backend.fetch,
+        memory=job.backend.memory,
+        step_tokens=data.global_batch * data.sequence_length,
+        flops_per_token=flops_per_token(job.config.model, data.sequence_length),
+        peak_flops=(peak or 0.0) * job.mesh.world_size,
+    )
