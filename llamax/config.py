@@ -7,6 +7,7 @@
            ├─ optim       AdamW and its schedule
            ├─ data        tokens, and how many of them make a step
            ├─ checkpoint  what is kept of the run, and what it starts from
+           ├─ finetune    what of it is trained: all, or adapters
            └─ run         folder, length, device, precision, what is reported
 
 Every field carries its unit, one line of help and the range it lives in (``llamax.fields``);
@@ -156,6 +157,40 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Finetune:
+    """What of the model is trained: all of it, or low-rank adapters beside a frozen base."""
+
+    method: Literal["full", "lora", "qlora"] = field(
+        default="full",
+        metadata=about("full: all weights; lora: adapters; qlora: adapters, quantised base"),
+    )
+    r: int = field(default=8, metadata=about("rank of the adapters", "", COUNT))
+    alpha: float = field(
+        default=16.0, metadata=about("adapters are scaled by alpha / r", "", POSITIVE)
+    )
+    dropout: float = field(
+        default=0.0, metadata=about("share of an adapter's inputs dropped", "", FRACTION)
+    )
+    targets: str = field(
+        default="all-linear",
+        metadata=about("projections with adapters: q_proj,v_proj for example, or all-linear"),
+    )
+    rslora: bool = field(
+        default=False, metadata=about("scale by alpha / sqrt(r) instead of alpha / r")
+    )
+    quant: Literal["nf4", "int8"] = field(
+        default="nf4", metadata=about("how qlora stores the base: 4 bits in blocks, 8 by row")
+    )
+    double_quant: bool = field(
+        default=True, metadata=about("store the scales of nf4 in 8 bits as well")
+    )
+    shard_base: bool = field(
+        default=True,
+        metadata=about("cut qlora's base over the data ranks, gathered when it is used"),
+    )
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole run."""
 
@@ -164,6 +199,7 @@ class Config:
     optim: Optim = Optim()
     data: Data = Data()
     checkpoint: Checkpoint = Checkpoint()
+    finetune: Finetune = Finetune()
     run: Run = Run()
 
     def accumulation(self, data_degree: int) -> int:
