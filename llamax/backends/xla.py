@@ -1,0 +1,216 @@
+"""torch-xla: operations are recorded, and a step runs as one compiled program.
+
+::
+
+    trace  --step_boundary()-->  HLO  --compile once-->  program  --run, while the host traces on
+
+On trn1 the program runs through torch-neuronx (PJRT device NEURON); everywhere else torch-xla's CPU
+client runs the same HLO, where several ranks are threads of one process (tests/xla/replicas.py).
+
+XLA wants every group of an axis, not only mine.  All verbs are functional.  Layouts are pinned in
+all-reduce alone, as neuronx-distributed does: pinned, ``xm.all_gather`` turns into a pad at a
+rank-dependent place and an all-reduce, and a graph that mixes pinned and free all-reduces is
+refused.
+
+Sources: PyTorch/XLA 2.9, "PJRT Runtime" and "API guide"; AWS Neuron, "PyTorch NeuronX
+(torch-neuronx) developer guide for training" and its environment variables.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llamax.backends import xla_install
+from llamax.collectives import Axes, Axis, Reduction, Solo
+from llamax.errors import BackendError
+from llamax.launch.env import Rendezvous
+from llamax.mesh import Groups, Mesh
+
+# FLOP/s of one NeuronCore-v2 (trn1), from AWS's architecture pages.
+PEAK_FLOPS = {torch.bfloat16: 92e12, torch.float32: 23e12}
+
+
+class XlaAxis:
+    """One axis over ``xm``'s collectives, as global ``rank`` sees it.
+
+    ``widen``: all-reduce bfloat16 in float32, for the CPU client, which has no such program.
+    """
+
+    def __init__(
+        self, name: str, groups: Groups, rank: int, device: torch.device, widen: bool = False
+    ) -> None:
+        import torch_xla.core.xla_model as xm
+
+        self.name, self.xm, self.widen = name, xm, widen
+        self.groups = [list(group) for group in groups]
+        mine = next(group for group in self.groups if rank in group)
+        self.size, self.rank = len(mine), mine.index(rank)
+        self.rank_index = graph_input([self.rank], torch.int32, device)
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        if self.widen and x.dtype == torch.bfloat16:
+            return self.all_reduce(x.float(), op).to(x.dtype)
+        y: Tensor = self.xm.all_reduce(op, x, groups=self.groups)
+        return y
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        y: Tensor = self.xm.all_gather(x, dim % x.dim(), groups=self.groups, pin_layout=False)
+        return y
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        y: Tensor = self.xm.reduce_scatter(
+            "sum",
+            x,
+            scale=1.0,
+            scatter_dim=self._parted(x, dim),
+            shard_count=self.size,
+            groups=self.groups,
+            pin_layout=False,
+        )
+        return y
+
+    def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
+        y: Tensor = self.xm.all_to_all(
+            x,
+            self._parted(x, split),
+            concat % x.dim(),
+            self.size,
+            groups=self.groups,
+            pin_layout=False,
+        )
+        return y
+
+    def shift(self, x: Tensor, by: int = 1) -> Tensor:
+        pairs = [
+            [group[place], group[(place + by) % self.size]]
+            for group in self.groups
+            for place in range(self.size)
+        ]
+        y: Tensor = self.xm.collective_permute(x, pairs)
+        return y
+
+    def _parted(self, x: Tensor, dim: int) -> int:
+        """``dim``, counted from the front; ValueError where it does not part."""
+        dim %= x.dim()
+        if x.shape[dim] % self.size:
+            raise ValueError(
+                f"{self.name}: dim {dim} of {tuple(x.shape)} does not part {self.size}"
+            )
+        return dim
+
+
+def axes(mesh: Mesh, kv: int, rank: int, device: torch.device, widen: bool = False) -> Axes:
+    """The axes of ``mesh`` as global ``rank`` sees them: any rank, also one that is only traced."""
+
+    def axis(name: str, groups: Groups) -> Axis:
+        if len(groups[0]) == 1:
+            return Solo(name, device)
+        return XlaAxis(name, groups, rank, device, widen)
+
+    return Axes(
+        tp=axis("tp", mesh.groups("tp")),
+        data=axis("data", mesh.groups("dp", "cp")),
+        kv=axis("kv", mesh.replicas("tp", kv)),
+        world=axis("world", (tuple(range(mesh.world_size)),)),
+    )
+
+
+def graph_input(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Host numbers that a graph reads from memory: one value gives [], several give [n].
+
+    torch-xla builds a 0-d tensor of 0 or 1 into the graph, so that ranks 0 and 1 would trace
+    another program than rank 2; it sends what has a dim.
+    """
+    sent = torch.tensor(values, dtype=dtype).to(device)
+    return sent.squeeze(0) if len(values) == 1 else sent
+
+
+class Xla:
+    """One NeuronCore, or one device of the CPU client.
+
+    ``stochastic_rounding``: NeuronCores round float32 to bfloat16 up or down by chance, in
+    proportion, instead of to the nearest (NEURON_RT_STOCHASTIC_ROUNDING_EN).
+    Raises BackendError where torch-xla is absent, does not fit torch, or has no device for us.
+    """
+
+    name = "xla"
+
+    def __init__(self, rendezvous: Rendezvous, stochastic_rounding: bool = False) -> None:
+        self.rendezvous = rendezvous
+        self.neuron = xla_install.configure(os.environ, rendezvous, stochastic_rounding)
+        import torch_xla
+        import torch_xla.core.xla_model as xm
+        import torch_xla.debug.metrics as metrics
+        import torch_xla.runtime as runtime
+
+        self.torch_xla, self.xm, self.metrics, self.runtime = torch_xla, xm, metrics, runtime
+        if self.neuron and rendezvous.world_size > 1:
+            import torch_xla.distributed.xla_backend  # noqa: F401  registers "xla"
+
+            dist.init_process_group("xla", init_method="xla://")
+        if runtime.world_size() != rendezvous.world_size:
+            raise BackendError(
+                f"run.backend=xla: torch-xla sees a world of {runtime.world_size()}, the launcher "
+                f"one of {rendezvous.world_size}; without NeuronCores a process is a world of its "
+                "own: start one rank, or use run.backend=cpu"
+            )
+        self.device: torch.device = torch_xla.device()
+        self._fallbacks = set(metrics.executed_fallback_ops())
+
+    @contextmanager
+    def joined(self, mesh: Mesh, timeout_s: float, kv: int = 1) -> Iterator[Axes]:
+        """The axes of ``mesh``; the collectives' time limit is NEURON_RT_EXEC_TIMEOUT."""
+        try:
+            yield axes(mesh, kv, self.rendezvous.rank, self.device, widen=not self.neuron)
+        finally:
+            if self.neuron and dist.is_initialized():
+                dist.destroy_process_group()
+
+    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
+        """Waits for the step that made the tensors, not for the one that runs after it."""
+        return [float(tensor.cpu()) for tensor in tensors]
+
+    def step_boundary(self) -> None:
+        """Compile what was recorded, unless it is known, and start it; does not wait.
+
+        Raises BackendError where an operation was run by torch on the host: it has no XLA
+        program, and breaks the step into pieces.
+        """
+        self.torch_xla.sync()
+        if found := set(self.metrics.executed_fallback_ops()) - self._fallbacks:
+            raise BackendError(
+                f"run.backend=xla: {', '.join(sorted(found))} ran on the host, because torch-xla "
+                "cannot compile it; write it with operations that it knows"
+            )
+
+    def synchronize(self) -> None:
+        self.xm.wait_device_ops([str(self.device)])
+
+    def barrier(self) -> None:
+        """Wait until every rank of the world is here."""
+        self.xm.rendezvous("llamax")
+
+    def memory(self) -> int:
+        if not self.neuron:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        info: Mapping[str, Any] = self.xm.get_memory_info(self.device)
+        return int(info.get("peak_bytes_used", info["bytes_used"]))
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        return PEAK_FLOPS.get(dtype) if self.neuron else None
+
+    def compilations(self) -> int:
+        """Programs compiled in this process so far."""
+        return int(self.metrics.counter_value("UncachedCompile") or 0)
+
+    def host_reads(self) -> int:
+        """How often a value was read on the host in the middle of a trace (``.item()``)."""
+        return int(self.metrics.counter_value("aten::_local_scalar_dense") or 0)

@@ -1,0 +1,101 @@
+"""Whether torch-xla here can be used, and the environment that it reads when it is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+from collections.abc import MutableMapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from llamax.errors import BackendError
+from llamax.launch.env import Rendezvous
+
+RELEASE = "2.9"  # the last that AWS Neuron trains with on trn1
+NEURON_DEVICE = Path("/dev/neuron0")
+DEPRECATED = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
+
+
+def check(torch_xla: str | None, torch_version: str) -> None:
+    """BackendError, with the remedy, unless these installed versions fit each other and us."""
+    remedy = f"install torch=={RELEASE}.0 and torch-xla=={RELEASE}.0, or use run.backend=cpu"
+    if torch_xla is None:
+        raise BackendError(f"run.backend=xla needs torch-xla, which is not installed; {remedy}")
+    if not torch_xla.startswith(f"{RELEASE}."):
+        raise BackendError(
+            f"run.backend=xla is written to torch-xla {RELEASE} but {torch_xla} is installed; "
+            f"{remedy}"
+        )
+    if not torch_version.startswith(f"{RELEASE}."):
+        raise BackendError(
+            f"torch-xla {torch_xla} needs torch {RELEASE} but {torch_version} is installed; "
+            f"{remedy}"
+        )
+
+
+def configure(
+    environ: MutableMapping[str, str], rendezvous: Rendezvous, stochastic_rounding: bool
+) -> bool:
+    """Set what torch-xla reads on import, and import it; whether the device is a NeuronCore.
+
+    Raises BackendError where it cannot be used.
+    """
+    check(installed("torch-xla"), torch.__version__)
+    for name in DEPRECATED:
+        if environ.get(name):
+            raise BackendError(
+                f"{name}={environ[name]} would turn float32 masters into bfloat16; unset it and "
+                "set run.dtype=bfloat16"
+            )
+    neuron = environ.setdefault("PJRT_DEVICE", _device()) == "NEURON"
+    if neuron:
+        environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = str(int(stochastic_rounding))
+        if rendezvous.world_size > 1:
+            environ.update(torchrun_names(rendezvous, environ))
+        import torch_neuronx  # type: ignore[import-not-found]  # noqa: F401  before torch_xla
+    try:
+        import torch_xla  # noqa: F401
+    except (ImportError, OSError) as error:
+        raise BackendError(
+            f"torch-xla is installed but cannot be imported ({error}); install it again beside "
+            f"torch=={RELEASE}.0"
+        ) from error
+    return neuron
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed distribution."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _device() -> str:
+    if importlib.util.find_spec("libneuronxla") is not None:
+        return "NEURON"
+    if NEURON_DEVICE.exists():
+        raise BackendError(
+            f"{NEURON_DEVICE} is a Neuron device, but torch-neuronx, which drives it, is not "
+            "installed; install AWS Neuron's torch-neuronx 2.9, or set PJRT_DEVICE=CPU"
+        )
+    return "CPU"
+
+
+def torchrun_names(rendezvous: Rendezvous, environ: MutableMapping[str, str]) -> dict[str, str]:
+    """The rendezvous as torchrun's variables, from which torch-xla configures the Neuron runtime.
+
+    It does so only where torchrun's own run id is set; names over 63 characters do not resolve
+    in the runtime, so the address is a number.
+    """
+    return {
+        "RANK": str(rendezvous.rank),
+        "WORLD_SIZE": str(rendezvous.world_size),
+        "LOCAL_RANK": str(rendezvous.local_rank),
+        "LOCAL_WORLD_SIZE": str(rendezvous.local_world_size),
+        "MASTER_ADDR": socket.gethostbyname(rendezvous.address),
+        "MASTER_PORT": str(rendezvous.port),
+        "TORCHELASTIC_RUN_ID": environ.get("TORCHELASTIC_RUN_ID", "llamax"),
+    }
