@@ -18,6 +18,7 @@ COMMANDS = {
     "shard": ("llamax.checkpoint.shard_hub", "cut a Hugging Face folder into a checkpoint"),
     "consolidate": ("llamax.checkpoint.consolidate", "join a checkpoint to a Hugging Face folder"),
     "inspect": ("llamax.checkpoint.inspect", "say what a checkpoint or a dataset is"),
+    "plan": ("llamax.plan", "say what a run needs, and how long and dear it will be"),
     "plot": ("llamax.plot", "draw the loss curves of runs"),
 }
 

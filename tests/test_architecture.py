@@ -25,6 +25,7 @@ LAYERS = [
         "checkpoint.consolidate",
         "checkpoint.shard_hub",
         "checkpoint.inspect",
+        "plan",
         "plot",
         "demo",
     ],
@@ -46,10 +47,13 @@ LAYERS = [
     ["data.tokens", "data.segments", "data.corpus", "data.detokenizer"],
     ["data.spm", "data.files"],
     ["backends"],
-    ["backends.torch"],
-    ["backends.cpu"],
+    ["backends.torch", "backends.xla"],
+    ["backends.cpu", "backends.xla_install"],
     ["ops"],
     ["launch.env"],
+    ["planner.search"],
+    ["planner.memory", "planner.roofline"],
+    ["planner.machine", "planner.share"],
     ["configfile", "metrics"],
     ["config", "rules"],
     ["hub"],
@@ -60,7 +64,7 @@ LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 MACHINE = ("torch.distributed", "torch_xla", "torch_neuronx", "neuronx_distributed", "torch.cuda")
 SPEAKS_TO_MACHINE = "backends"
 PROGRAMS = ("train", "generate", "data.prepare", "demo", "program")
-READS_ENVIRONMENT = (*PROGRAMS, "launch", "backends.torch")
+READS_ENVIRONMENT = (*PROGRAMS, "launch", "backends.torch", "backends.xla")
 LONGEST = 400
 
 FILES = sorted(
@@ -139,6 +143,6 @@ def test_kernels_stand_alone(path: Path) -> None:
 def test_what_needs_no_torch_loads_without_it() -> None:
     code = (
         "import sys, llamax.config, llamax.configfile, llamax.mesh, llamax.metrics, llamax.log, "
-        "llamax.launch.env, llamax.data.tokens; assert 'torch' not in sys.modules"
+        "llamax.launch.env, llamax.data.tokens, llamax.plan; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

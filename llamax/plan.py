@@ -1,0 +1,209 @@
+"""``llamax plan --config llama2-7b --nodes 4``: bytes, seconds and dollars before paying for them.
+
+::
+
+    memory of a rank          12.9 of 16.0 GiB   fits
+      weights                  1.57 GiB   2 B x 843M elements
+      ...
+    time of a step            24.6s
+      matmuls                 13.1s       64 microsteps x 47.5TFLOP / (60% of 95.0 TFLOP/s)
+      ...
+    170K tokens/s, MFU 39 %; 480,000 steps take 137d and $282,000
+
+Each line says where it comes from.  The exit code is 0 if the plan fits into memory and 3 if not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from llamax import configfile, program
+from llamax.config import Config
+from llamax.errors import ConfigError
+from llamax.metrics import show_bytes, show_number, show_time
+from llamax.planner import Line
+from llamax.planner import machine as machines
+from llamax.planner.search import Plan, Refused, plan, search
+
+DOES_NOT_FIT = 3
+INSTANCES = {"xla": "trn1.32xlarge", "neuron": "trn2.48xlarge", "cuda": "p5.48xlarge"}
+BEST = 10  # rows of a search
+
+
+def show(found: Plan) -> Iterator[str]:
+    """The plan as lines of text."""
+    config, mesh, machine = found.config, found.mesh, found.machine
+    yield (
+        f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
+        f"{found.nodes} x {machine.name}: tensor {mesh.tp} x data {mesh.dp}, "
+        f"{config.accumulation(mesh.dp)} microsteps of {config.data.micro_batch} x "
+        f"{config.data.sequence_length} tokens, recompute {config.run.recompute}"
+    )
+    memory, time = found.memory, found.time
+    fits = "fits" if memory.fits else "DOES NOT FIT"
+    yield ""
+    yield (f"memory of a rank: {show_bytes(memory.peak)} of {show_bytes(memory.available)}, {fits}")
+    yield from rows([*memory.state, *memory.working], show_bytes)
+    yield "beside it:"
+    yield from rows(memory.beside, show_bytes)
+    yield ""
+    yield f"time of a step: {show_time(time.step_s)} for {show_number(time.step_tokens)} tokens"
+    yield from rows(time.lines, show_time)
+    yield ""
+    yield (
+        f"{show_number(time.tokens_per_s)} tokens/s "
+        f"({show_number(time.tokens_per_s / mesh.world_size)} a rank), MFU {time.mfu:.1%}"
+    )
+    budget = time.steps * time.step_tokens
+    yield (
+        f"{show_number(budget)} tokens in {time.steps:,} steps: {show_time(time.total_s)}, "
+        f"${time.dollars:,.0f} at ${time.dollars_per_hour:,.2f} an hour"
+    )
+
+
+def rows(lines: Sequence[Line], words: object) -> Iterator[str]:
+    """Aligned lines: name, quantity, formula."""
+    assert callable(words)
+    for line in lines:
+        yield f"  {line.name:<34} {words(line.value):>9}   {line.formula}"
+
+
+def show_search(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
+    """What fits, best first; then what does not, and why."""
+    fitting = [each for each in plans if each.memory.fits]
+    yield f"{len(fitting)} of {len(plans) + len(refused)} layouts fit; the fastest:"
+    yield f"  {'tensor':>6} {'data':>5} {'micro':>5} {'recompute':<9} {'memory':>9} {'MFU':>6} " + (
+        f"{'tokens/s':>9} {'dollars':>10}"
+    )
+    for each in fitting[:BEST]:
+        yield (
+            f"  {each.mesh.tp:>6} {each.mesh.dp:>5} {each.config.data.micro_batch:>5} "
+            f"{each.config.run.recompute:<9} {show_bytes(each.memory.peak):>9} "
+            f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
+            f"{each.time.dollars:>10,.0f}"
+        )
+    yield from _reasons(plans, refused)
+
+
+def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
+    """One line per tensor degree and reason that excludes layouts."""
+    told: dict[str, list[str]] = {}
+    for each in plans:
+        if not each.memory.fits:
+            largest = max(each.memory.state + each.memory.working, key=lambda line: line.value)
+            told.setdefault(
+                f"tensor {each.mesh.tp}: needs at least",
+                [],
+            ).append(f"{each.memory.peak:020.0f} of which {largest.name}")
+    if told or refused:
+        yield "not these:"
+    for head in told:
+        tensor = head.split(":")[0]
+        over = [e for e in plans if not e.memory.fits and f"tensor {e.mesh.tp}" == tensor]
+        least = min(over, key=lambda e: e.memory.peak)
+        largest = max(least.memory.state + least.memory.working, key=lambda line: line.value)
+        yield (
+            f"  {tensor}: {len(over)} layouts do not fit; the smallest of them (micro-batch "
+            f"{least.config.data.micro_batch}, recompute {least.config.run.recompute}) needs "
+            f"{show_bytes(least.memory.peak)} of {show_bytes(least.memory.available)}, "
+            f"{show_bytes(largest.value)} of it {largest.name}"
+        )
+    reasons: dict[str, int] = {}
+    for refusal in refused:
+        reasons[refusal.reason] = reasons.get(refusal.reason, 0) + 1
+    for reason in reasons:
+        yield f"  {reason}"
+
+
+def as_json(found: Plan) -> dict[str, object]:
+    """The plan for programs: bytes, seconds, dollars."""
+    memory, time = found.memory, found.time
+    return {
+        "instance": found.machine.name,
+        "nodes": found.nodes,
+        "parallel": {"tensor": found.mesh.tp, "data": found.mesh.dp},
+        "micro_batch": found.config.data.micro_batch,
+        "recompute": found.config.run.recompute,
+        "fits": memory.fits,
+        "memory_bytes": {
+            "peak": memory.peak,
+            "available": memory.available,
+            **{line.name: line.value for line in (*memory.state, *memory.working)},
+        },
+        "step_s": {"total": time.step_s, **{line.name: line.value for line in time.lines}},
+        "tokens_per_s": time.tokens_per_s,
+        "mfu": time.mfu,
+        "run_s": time.total_s,
+        "dollars": time.dollars,
+    }
+
+
+def read(name: str, overrides: Sequence[str], world: int | None) -> Config:
+    """The configuration; ConfigError with the first thing that is wrong with it in that world."""
+    try:
+        return configfile.load(name, overrides, world)
+    except ConfigError as error:
+        head, *problems = str(error).split("\n  ")
+        if not problems:
+            raise
+        where = head.rpartition(":")[0]
+        raise ConfigError(f"{where}: {problems[0]}; and {len(problems) - 1} more") from None
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="llamax plan",
+        usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME_OR_TOML] [--search] "
+        "[--json] [--section.key=value ...]",
+        description="Say what a run needs and how long it takes, by arithmetic. Exit code 0 if it "
+        "fits into memory, 3 if not.",
+        allow_abbrev=False,
+    )
+    p.add_argument("--config", required=True, help="a recipe's name or a TOML file")
+    p.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
+    p.add_argument(
+        "--instance",
+        help=f"{', '.join(machines.names())} or a TOML file; default by run.backend",
+    )
+    p.add_argument("--ranks", type=int, metavar="N", help="cut a node into N ranks instead")
+    p.add_argument("--dollars-per-hour", type=float, metavar="D", help="price of a node")
+    p.add_argument("--search", action="store_true", help="list the layouts that fit, best first")
+    p.add_argument("--json", action="store_true", help="numbers for programs")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print the plan; 0 if it fits, ``DOES_NOT_FIT`` if not."""
+    options, overrides = parser().parse_known_args(list(argv))
+    for name, value in (("--nodes", options.nodes), ("--ranks", options.ranks)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} is out of range; use 1 or more")
+    backend = read(options.config, overrides, None).run.backend
+    machine = machines.load(options.instance or INSTANCES.get(backend, machines.THIS))
+    if options.ranks:
+        machine = machine.shared_by(options.ranks)
+    if options.dollars_per_hour is not None:
+        machine = replace(machine, dollars_per_hour=options.dollars_per_hour)
+    config = read(options.config, overrides, options.nodes * machine.ranks)
+    if options.search:
+        plans, refused = search(config, machine, options.nodes)
+        fits = bool(plans) and plans[0].memory.fits
+        if options.json:
+            text = json.dumps([as_json(each) for each in plans], indent=2)
+        else:
+            text = "\n".join(show_search(plans, refused))
+    else:
+        found = plan(config, machine, options.nodes)
+        fits = found.memory.fits
+        text = json.dumps(as_json(found), indent=2) if options.json else "\n".join(show(found))
+    print(text)
+    return 0 if fits else DOES_NOT_FIT
+
+
+if __name__ == "__main__":
+    sys.exit(program.run(main))

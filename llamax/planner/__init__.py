@@ -1,0 +1,24 @@
+"""What a run will need and how long it will take, by arithmetic alone: no torch, no process group.
+
+::
+
+    Config + Machine + nodes ── share ──> what one rank holds of every matrix
+                                ├─ memory ──> bytes by purpose, against the device's memory
+                                └─ roofline ─> seconds by purpose, tokens/s, MFU
+                                search ──> all meshes, best first, and why the others do not do
+
+Every quantity is a ``Line``: a number, and the formula and figures it comes from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Line:
+    """One quantity of a plan, in bytes or seconds, and the formula that gives it."""
+
+    name: str
+    value: float
+    formula: str

@@ -1,0 +1,176 @@
+"""A machine as the planner sees it: what a rank computes, holds and sends in a second.
+
+``machines.toml`` names the known ones with their sources; a user's own TOML file has one table of
+the same form.  ``cpu`` is this machine, measured when asked for: a matrix product and a copy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from llamax.configfile import nearest
+from llamax.errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+
+KNOWN = Path(__file__).with_name("machines.toml")
+THIS = "cpu"
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One node; the units are in the names, the meanings at the top of ``machines.toml``."""
+
+    name: str
+    ranks: int
+    memory_gib: float
+    bfloat16_tflops: float
+    float32_tflops: float
+    memory_gbps: float
+    link_gbps: float
+    dollars_per_hour: float
+    about: str = ""
+    reserve_gib: float = 0.0
+    link_latency_us: float = 0.0
+    network_gbps: float = 0.0
+    network_latency_us: float = 0.0
+    matmul_efficiency: float = 1.0
+    attention_efficiency: float = 1.0
+    memory_efficiency: float = 1.0
+    link_efficiency: float = 1.0
+    network_efficiency: float = 1.0
+
+    def peak_flops(self, dtype: str) -> float:
+        """FLOP/s of a rank's dense matrix products in ``dtype``."""
+        return 1e12 * (self.bfloat16_tflops if dtype == "bfloat16" else self.float32_tflops)
+
+    def memory_bytes(self) -> float:
+        """Bytes of device memory that a rank may fill."""
+        return self.memory_gib * GIB
+
+    def shared_by(self, ranks: int) -> Machine:
+        """The same node cut into ``ranks`` equal ranks."""
+        part = self.ranks / ranks
+        return replace(
+            self,
+            ranks=ranks,
+            memory_gib=self.memory_gib * part,
+            reserve_gib=self.reserve_gib * part,
+            bfloat16_tflops=self.bfloat16_tflops * part,
+            float32_tflops=self.float32_tflops * part,
+            memory_gbps=self.memory_gbps * part,
+            link_gbps=self.link_gbps * part,
+        )
+
+
+def load(name_or_path: str) -> Machine:
+    """The machine of a name in ``machines.toml``, of a user's TOML file, or this one (``cpu``).
+
+    Raises ConfigError where there is none, or a file does not describe one.
+    """
+    if name_or_path == THIS:
+        return measure()
+    path = Path(name_or_path)
+    if path.suffix == ".toml":
+        return _one(path)
+    machines = _read(KNOWN)
+    also = {alias: name for name, table in machines.items() for alias in table.get("also", ())}
+    name = also.get(name_or_path, name_or_path)
+    if name not in machines:
+        known = [THIS, *machines, *also]
+        raise ConfigError(
+            f"--instance {name_or_path}: no machine has this name{nearest(name_or_path, known)}; "
+            "or give a TOML file of your own"
+        )
+    return _machine(name, machines[name], KNOWN)
+
+
+def names() -> list[str]:
+    """The machines that have a name."""
+    return [THIS, *_read(KNOWN)]
+
+
+def _one(path: Path) -> Machine:
+    tables = _read(path)
+    if len(tables) != 1:
+        raise ConfigError(
+            f"{path}: has {len(tables)} tables; a machine is one, such as [my-node] with ranks = 8"
+        )
+    ((name, table),) = tables.items()
+    return _machine(name, table, path)
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {name} stands outside a table; begin with [my-node]")
+    return tables
+
+
+def _machine(name: str, table: dict[str, Any], path: Path) -> Machine:
+    allowed = {each.name: each for each in fields(Machine) if each.name != "name"}
+    values = {key: value for key, value in table.items() if key != "also"}
+    for key, value in values.items():
+        if key not in allowed:
+            raise ConfigError(f"{path}: {name}.{key} is an unknown key{nearest(key, allowed)}")
+        wanted = str if key == "about" else int if key == "ranks" else (int, float)
+        if not isinstance(value, wanted) or (not isinstance(value, str) and value < 0):
+            raise ConfigError(f"{path}: {name}.{key}={value!r} is not a number of 0 or more")
+    for key, each in allowed.items():
+        if each.default is MISSING and not values.get(key):
+            if key in ("link_gbps", "dollars_per_hour") and key in values:
+                continue  # a node of one rank has no links, and one's own costs nothing
+            raise ConfigError(f"{path}: {name}.{key} is missing or 0; write what one rank has")
+    return Machine(name, **values)
+
+
+def measure() -> Machine:
+    """This machine: a product of 1024 x 1024 float32 matrices, a copy of 64 MB, its memory.
+
+    One rank has all cores.  Links are memory: a message is copied three times on its way.
+    """
+    import numpy as np
+
+    a, b = np.ones((2, 1024, 1024), np.float32)
+    out = np.empty_like(a)
+    source = np.ones(2**24, np.float32)
+    copy = np.empty_like(source)
+    product = min(_seconds(lambda: np.matmul(a, b, out=out)) for _ in range(6))
+    copied = min(_seconds(lambda: np.copyto(copy, source)) for _ in range(4))
+    tflops, gbps = 2 * 1024**3 / product / 1e12, 2 * source.nbytes / copied / 1e9
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(
+        name=THIS,
+        about="this machine, measured now",
+        ranks=1,
+        memory_gib=memory / GIB,
+        reserve_gib=0.3,  # Python and torch
+        bfloat16_tflops=tflops,
+        float32_tflops=tflops,
+        memory_gbps=gbps,
+        link_gbps=gbps / 6,
+        link_latency_us=100.0,
+        dollars_per_hour=0.0,
+        matmul_efficiency=0.90,
+        attention_efficiency=0.50,
+        memory_efficiency=0.70,
+    )
+
+
+def _seconds(function: Any) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start

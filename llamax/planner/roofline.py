@@ -1,0 +1,195 @@
+"""Seconds of a step from a roofline: each part of the work against what bounds it.
+
+::
+
+    microstep   matmuls       FLOPs / (peak x efficiency), or their bytes / memory bandwidth
+                attention     FLOPs of the causal half, backward recomputing scores
+                element-wise  bytes / memory bandwidth: norms, rope, SwiGLU, residuals
+                tensor        bytes / link bandwidth + steps x latency: gathers and scatters
+    step        accumulate, AdamW: bytes / memory bandwidth; data: gradients out, weights in
+
+The parts are added: nothing is assumed to overlap.  Bytes of collectives are those of rings
+(collectives.py).  What a published run reaches beyond this is in the fitted efficiencies.
+Sources: Williams et al. 2009 (roofline); Korthikanti et al. 2022 (bytes of sequence parallelism);
+Dao 2023, FlashAttention-2, section 4.1 (FLOPs of backward).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamax.metrics import flops_per_token, mfu, show_bytes, show_number
+from llamax.planner import Line
+from llamax.planner.machine import Machine
+from llamax.planner.share import Share
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of a step by purpose, and what follows from their sum."""
+
+    lines: tuple[Line, ...]
+    step_tokens: int
+    steps: int
+    mfu: float
+    dollars_per_hour: float
+
+    @property
+    def step_s(self) -> float:
+        return sum(line.value for line in self.lines)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.step_tokens / self.step_s
+
+    @property
+    def total_s(self) -> float:
+        return self.steps * self.step_s
+
+    @property
+    def dollars(self) -> float:
+        return self.total_s / 3600 * self.dollars_per_hour
+
+
+@dataclass(frozen=True)
+class Wire:
+    """What an axis is connected by: bytes/s of a rank one way, and seconds a step of its ring."""
+
+    size: int
+    bytes_per_s: float
+    latency_s: float
+    name: str
+
+    def ring(self, whole_bytes: float, passes: int = 1) -> float:
+        """Seconds to gather or scatter ``whole_bytes`` (all-reduce: two passes)."""
+        if self.size == 1:
+            return 0.0
+        step_s = whole_bytes / self.size / self.bytes_per_s + self.latency_s
+        return passes * (self.size - 1) * step_s
+
+
+def wire(machine: Machine, size: int, stride: int) -> Wire:
+    """The ring of an axis whose neighbours are ``stride`` ranks apart.
+
+    Within a node it runs over links.  Beyond, each of the ``stride`` rings of a node leaves it
+    once, so a ring has that share of the node's network.
+    """
+    if size * stride <= machine.ranks or size == 1:
+        return Wire(
+            size,
+            1e9 * machine.link_gbps * machine.link_efficiency or float("inf"),
+            1e-6 * machine.link_latency_us,
+            "links",
+        )
+    rings = min(stride, machine.ranks)
+    network = 1e9 * machine.network_gbps * machine.network_efficiency / rings
+    return Wire(size, network or 1e-9, 1e-6 * machine.network_latency_us, "network")
+
+
+def forward_flops(share: Share) -> tuple[float, float, float]:
+    """FLOPs of one microbatch forward on this rank: layers' matmuls, the head's, attention's."""
+    T = share.tokens
+    layers = 2.0 * T * share.layers * share.layer_weights
+    head = 2.0 * T * share.head_weights / share.mesh.pp
+    length = share.config.data.sequence_length
+    attention = 2.0 * T * length * share.query * share.layers
+    return layers, head, attention
+
+
+def element_bytes(share: Share) -> float:
+    """Bytes that element-wise operations of one layer read and write, forward."""
+    between = share.tokens_between * share.model.hidden_size
+    inside = 2 * (share.query + share.key) + 3 * share.feed_forward
+    return float((2 * 2 + 2 * 3) * between + share.tokens * inside) * share.width
+
+
+def time(share: Share, machine: Machine, nodes: int) -> Time:
+    """Seconds of a step of ``share``, by purpose."""
+    config, mesh = share.config, share.mesh
+    mode, w = config.run.recompute, share.width
+    peak = machine.peak_flops(config.run.dtype)
+    bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
+    # Stages of a pipeline wait for each other while it fills and drains.
+    n = share.accumulation
+    microsteps = n + mesh.pp - 1
+
+    layers, head, attention = forward_flops(share)
+    again = 1 if mode == "full" else 0
+    matmul = (3 + again) * layers + 3 * head
+    weights = (3 + again) * (share.layers * share.layer_weights + share.head_weights) * w
+    matmul_s = max(matmul / (peak * machine.matmul_efficiency), weights / bandwidth)
+    passes = 1 + 2.5 + (0 if mode == "none" else 1)
+    attention_s = passes * attention / (peak * machine.attention_efficiency)
+    moved = (3 + again) * share.layers * element_bytes(share)
+
+    tp = wire(machine, mesh.tp, 1)
+    hidden = share.tokens * share.model.hidden_size * w
+    if share.sequence:
+        turns = (10 + 4 * again) * share.layers + 5
+    else:
+        turns = (8 + 4 * again) * share.layers + 4
+    tensor_s = turns * tp.ring(hidden)
+
+    elements = sum(count for count, _ in share.groups())
+    owners = mesh.dp * mesh.cp
+    own = elements / owners if config.parallel.zero1 else elements
+    accumulate = (8 + w) * elements
+    adamw = 28 * own + (4 + w) * own
+    data = wire(machine, owners, mesh.tp)
+    if config.parallel.zero1:
+        data_s = data.ring(4 * elements) + data.ring(w * elements)
+    else:
+        data_s = data.ring(4 * elements, passes=2)
+
+    each = f"{n} microsteps" + (f" + {mesh.pp - 1} of pipeline" if mesh.pp > 1 else "")
+    rate = f"{machine.matmul_efficiency:.0%} of {peak / 1e12:.1f} TFLOP/s"
+    memory = f"{bandwidth / 1e9:.0f} GB/s"
+    lines = (
+        Line(
+            "matmuls",
+            microsteps * matmul_s,
+            f"{each} x {show_number(matmul)}FLOP / ({rate})",
+        ),
+        Line(
+            "attention",
+            microsteps * attention_s,
+            f"{each} x {passes:g} x {show_number(attention)}FLOP / "
+            f"({machine.attention_efficiency:.0%} of it)",
+        ),
+        Line(
+            "element-wise",
+            microsteps * moved / bandwidth,
+            f"{each} x {show_bytes(moved)} / {memory}",
+        ),
+        Line(
+            "tensor collectives",
+            microsteps * tensor_s,
+            f"{each} x {turns} turns of {show_bytes(hidden)} over {tp.name} at "
+            f"{tp.bytes_per_s / 1e9:.0f} GB/s",
+        ),
+        Line(
+            "accumulate gradients",
+            n * accumulate / bandwidth,
+            f"{n} x {8 + w} B x {show_number(elements)} elements / {memory}",
+        ),
+        Line("AdamW", adamw / bandwidth, f"{32 + w} B x {show_number(own)} elements / {memory}"),
+        Line(
+            "data collectives",
+            data_s,
+            f"{'4' if config.parallel.zero1 else '8'} B + {w} B x {show_number(elements)} elements "
+            f"over {data.name} at {data.bytes_per_s / 1e9:.1f} GB/s",
+        ),
+    )
+    step_tokens = config.data.global_batch * config.data.sequence_length
+    step_s = sum(line.value for line in lines)
+    return Time(
+        lines=tuple(line for line in lines if line.value),
+        step_tokens=step_tokens,
+        steps=config.run.steps,
+        mfu=mfu(
+            step_tokens / step_s,
+            flops_per_token(share.model, config.data.sequence_length),
+            peak * mesh.world_size,
+        ),
+        dollars_per_hour=machine.dollars_per_hour * nodes,
+    )

@@ -1,0 +1,125 @@
+"""What one rank has of a run: the sizes from which bytes and seconds follow.
+
+Letters are those of ``model.py`` (capital: whole, lower case: this rank's share); T = B S tokens of
+a microbatch, and s = S / tp tokens of each sequence between the tensor-parallel layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llamax.config import Config
+from llamax.hub import Model
+from llamax.mesh import Mesh
+
+WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of an element
+CHUNK_BYTES, EVEN = 64 * 2**20, 128  # of the loss: see parallel/loss.py
+
+
+@dataclass(frozen=True)
+class Share:
+    """Sizes on one rank; ``layers`` are those of its stage."""
+
+    config: Config
+    mesh: Mesh
+
+    @property
+    def model(self) -> Model:
+        return self.config.model
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of a weight or an activation."""
+        return WIDTH[self.config.run.dtype]
+
+    @property
+    def layers(self) -> int:
+        return -(-self.model.num_hidden_layers // self.mesh.pp)
+
+    @property
+    def sequence(self) -> bool:
+        return self.config.parallel.sequence and self.mesh.tp > 1
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens of a microbatch."""
+        data = self.config.data
+        return data.micro_batch * data.sequence_length // self.mesh.cp
+
+    @property
+    def tokens_between(self) -> int:
+        """Tokens of a microbatch that lie on this rank between tensor-parallel layers."""
+        return self.tokens // self.mesh.tp if self.sequence else self.tokens
+
+    @property
+    def accumulation(self) -> int:
+        """Microsteps in a step."""
+        data = self.config.data
+        return data.global_batch // (data.micro_batch * self.mesh.dp)
+
+    @property
+    def heads(self) -> int:
+        return self.model.num_attention_heads // self.mesh.tp
+
+    @property
+    def kv_heads(self) -> int:
+        """At least one: with more tensor ranks than key/value heads, neighbours share a head."""
+        return max(self.model.num_key_value_heads // self.mesh.tp, 1)
+
+    @property
+    def kv_shared(self) -> bool:
+        return self.mesh.tp > self.model.num_key_value_heads
+
+    @property
+    def query(self) -> int:
+        """Features of my query heads."""
+        return self.heads * self.model.head_dim
+
+    @property
+    def key(self) -> int:
+        """Features of my key heads."""
+        return self.kv_heads * self.model.head_dim
+
+    @property
+    def feed_forward(self) -> int:
+        return self.model.intermediate_size // self.mesh.tp
+
+    @property
+    def vocabulary(self) -> int:
+        """My rows of the vocabulary, padding included."""
+        return -(-self.model.vocab_size // self.mesh.tp)
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of a layer's matrices."""
+        D = self.model.hidden_size
+        return D * (2 * self.query + 2 * self.key) + 3 * D * self.feed_forward
+
+    @property
+    def head_weights(self) -> int:
+        """Elements of one matrix over the vocabulary."""
+        return self.vocabulary * self.model.hidden_size
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens whose logits live at once."""
+        return max(1, CHUNK_BYTES // (4 * self.vocabulary) // EVEN * EVEN)
+
+    def groups(self) -> list[tuple[int, bool]]:
+        """(elements, whether their weight in the norm differs) of each flat group of weights.
+
+        As optim/zero1.py groups them: matrices; matrices with shared heads or padded rows; norms.
+        """
+        model = self.model
+        plain = uneven = 0
+        heads = 1 if model.tie_word_embeddings else 2
+        if self.mesh.pp > 1:  # the first stage embeds, the last one predicts
+            heads = 1
+        vocabulary = heads * self.head_weights
+        qkv = self.layers * model.hidden_size * (self.query + 2 * self.key)
+        rest = self.layers * self.layer_weights - qkv
+        uneven += qkv if self.kv_shared else 0
+        uneven += vocabulary if model.vocab_size % self.mesh.tp else 0
+        plain = vocabulary + qkv + rest - uneven
+        norms = (2 * self.layers + 1) * model.hidden_size
+        return [(n, kind) for n, kind in ((plain, False), (uneven, True), (norms, False)) if n]
