@@ -8,12 +8,16 @@ are neighbours (they talk most and share a node), pipeline stages are far apart.
 
 Every call returns *all* groups of an axis, because XLA wants them all, not only mine.
 The order is that of neuronx-distributed's ``parallel_state``, so both can share one process.
+
+``order`` says which rank sits on which place of the grid, where that is not rank 0 on place 0.  On
+a trn1.32xlarge the cores r, r + 8, r + 16, r + 24 are linked to each other, and with tp 4 they are
+one tensor group: ``Mesh.on_trn1``.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llamax.errors import ConfigError
 
@@ -37,12 +41,13 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The degree of every axis."""
+    """The degree of every axis; ``order``: the rank on every place of the grid, () for 0, 1, ..."""
 
     tp: int = 1
     dp: int = 1
     cp: int = 1
     pp: int = 1
+    order: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -50,6 +55,8 @@ class Mesh:
                 raise ConfigError(
                     f"mesh degree {axis}={self.degree(axis)} is below 1; use 1 or more"
                 )
+        if self.order and sorted(self.order) != [*range(self.world_size)]:
+            raise ValueError(f"order {self.order} does not place {self.world_size} ranks")
 
     @classmethod
     def fill(cls, world_size: int, tp: int = 1, cp: int = 1, pp: int = 1) -> Mesh:
@@ -61,6 +68,19 @@ class Mesh:
                 f"pipeline {pp} = {tp * cp * pp}; start a multiple of {tp * cp * pp} ranks"
             )
         return cls(tp=tp, dp=rest, cp=cp, pp=pp)
+
+    def on_trn1(self, cores: int = 32) -> Mesh:
+        """This mesh where trn1 wants it, on nodes with ``cores`` ranks each.
+
+        Four tensor ranks are cores r, r + 8, r + 16, r + 24 of one node; other degrees stay.
+        """
+        if self.tp != 4 or self.world_size % cores or cores % 4:
+            return self
+        far = cores // 4
+        nodes, near = range(0, self.world_size, cores), range(far)
+        return replace(
+            self, order=tuple(node + r + k * far for node in nodes for r in near for k in range(4))
+        )
 
     @property
     def world_size(self) -> int:
@@ -74,17 +94,18 @@ class Mesh:
         """The place of global ``rank``; ValueError outside the world."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside a world of {self.world_size}")
-        rank, tp = divmod(rank, self.tp)
-        rank, cp = divmod(rank, self.cp)
-        pp, dp = divmod(rank, self.dp)
+        place, tp = divmod(self.order.index(rank) if self.order else rank, self.tp)
+        place, cp = divmod(place, self.cp)
+        pp, dp = divmod(place, self.dp)
         return Coordinate(pp=pp, dp=dp, cp=cp, tp=tp)
 
     def rank(self, at: Coordinate) -> int:
         """The global rank at a coordinate: the inverse of ``coordinate``."""
-        return ((at.pp * self.dp + at.dp) * self.cp + at.cp) * self.tp + at.tp
+        place = ((at.pp * self.dp + at.dp) * self.cp + at.cp) * self.tp + at.tp
+        return self.order[place] if self.order else place
 
     def groups(self, *axes: str) -> Groups:
-        """All groups of ranks that differ only along ``axes``, in rank order.
+        """All groups of ranks that differ only along ``axes``, in the grid's order.
 
         Several axes make one larger axis: ``groups("dp", "cp")`` is where gradients are summed.
         """
@@ -92,7 +113,7 @@ class Mesh:
         if len(fixed) != len(AXES) - len(set(axes)):
             raise ValueError(f"axes {axes} are not among {AXES}")
         found: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(self.world_size):
+        for rank in self.order or range(self.world_size):
             at = self.coordinate(rank)
             found.setdefault(tuple(getattr(at, axis) for axis in fixed), []).append(rank)
         return tuple(tuple(ranks) for ranks in found.values())

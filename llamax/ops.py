@@ -212,6 +212,10 @@ def _cpu_without_bf16(x: Tensor, *_: Tensor | None) -> bool:
     return _on_cpu(x) and x.dtype == torch.bfloat16 and not has_bf16_units()
 
 
+def _nki_flash(q: Tensor, *others: Tensor | None) -> bool:
+    return q.device.type == "xla" and bool(_load("attention.nki_kernel:supported")(q, *others))
+
+
 def _fused_attention_is_faster(q: Tensor, _k: Tensor, _v: Tensor, documents: Tensor | None) -> bool:
     if _on_cuda(q):
         return True
@@ -250,6 +254,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention": (
         Row("fused", _fused_attention_is_faster, fused_attention),
         Row("cpu", _on_cpu, "attention.op:attention"),
+        Row("nki", _nki_flash, "attention.nki_kernel:attention"),
         Row("reference", _anywhere, reference_attention),
     ),
     "attention_cached": (

@@ -3,10 +3,12 @@
 Everything above this package is the same on every backend; only modules in here name
 ``torch.distributed``, ``torch.cuda`` or a vendor.
 
-| name | device        | collectives             |
-|------|---------------|-------------------------|
-| cpu  | torch CPU     | torch.distributed, gloo |
-| cuda | NVIDIA        | torch.distributed, nccl |
+| name   | device                    | collectives               |
+|--------|---------------------------|---------------------------|
+| cpu    | torch CPU                 | torch.distributed, gloo   |
+| cuda   | NVIDIA                    | torch.distributed, nccl   |
+| xla    | trn1, or torch-xla's CPU  | xm, with replica groups   |
+| neuron | trn2, trn3 by TorchNeuron | torch.distributed, neuron |
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from llamax.errors import BackendError
 from llamax.launch.env import Rendezvous
 from llamax.mesh import Mesh
 
-NAMES = ("cpu", "cuda")
+NAMES = ("cpu", "cuda", "xla", "neuron")
 
 
 class Backend(Protocol):
@@ -62,12 +64,18 @@ def choose(name: str, rendezvous: Rendezvous, threads: int = 0) -> Backend:
 
     Raises BackendError for a backend that is unknown or has no device here.
     """
-    from llamax.backends.torch import Cpu, Cuda
+    from llamax.backends.torch import Cpu, Cuda, Neuron
 
     if name == "cpu":
         return Cpu(rendezvous, threads)
     if name == "cuda":
         return Cuda(rendezvous)
+    if name == "xla":
+        from llamax.backends.xla import Xla
+
+        return Xla(rendezvous)
+    if name == "neuron":
+        return Neuron(rendezvous)
     raise BackendError(
         f"run.backend={name} is not available in this version of llamax; use {' or '.join(NAMES)}"
     )

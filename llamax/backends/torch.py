@@ -1,4 +1,4 @@
-"""torch.distributed: gloo on CPUs, nccl on GPUs.
+"""torch.distributed: gloo on CPUs, nccl on GPUs, TorchNeuron's own on trn2 and trn3.
 
 gloo's own all-gather and reduce-scatter take up to 2.4 times as long as its all-to-all for the
 same bytes (``benchmarks/collectives.py``); its reduce-scatter adds in the tensor's dtype.  So on
@@ -18,6 +18,8 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from llamax.backends import cpu
 from llamax.collectives import Axes, Axis, Reduction, Solo
-from llamax.errors import BackendError
+from llamax.errors import BackendError, LostRank
 from llamax.launch.env import Rendezvous
 from llamax.mesh import Groups, Mesh
 
@@ -158,14 +160,14 @@ class _TorchBackend:
     def joined(self, mesh: Mesh, timeout_s: float, kv: int = 1) -> Iterator[Axes]:
         """The axes of ``mesh``, for as long as this rank is part of the world.
 
-        Raises BackendError where the port is taken, the other ranks do not come in time, or one
-        is lost later.
+        Raises BackendError where the port is taken or the other ranks do not come in time, and
+        LostRank where one is lost later.
         """
         try:
             yield self._join(mesh, timeout_s, kv)
         except (dist.DistError, RuntimeError) as error:
             if isinstance(error, dist.DistError) or "gloo" in str(error):
-                raise BackendError(
+                raise LostRank(
                     f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} lost touch with "
                     f"another rank ({_first_line(error)}); see that rank's own message, and start "
                     "the job again to resume from its newest checkpoint"
@@ -265,6 +267,46 @@ class Cuda(_TorchBackend):
     def peak_flops(self, dtype: torch.dtype) -> float | None:
         device = torch.cuda.get_device_name(self.device)
         return next((peak for name, peak in CUDA_PEAK_FLOPS.items() if name in device), None)
+
+
+class Neuron(_TorchBackend):
+    """torch on trn2 and trn3 by TorchNeuron: device and process group are both called neuron.
+
+    Importing ``torch_neuronx`` registers them; the package of that name for trn1 knows XLA only.
+    Not executed on such a machine yet; source: AWS Neuron documentation, "How to use
+    torch.distributed on Neuron" and "Guidelines for memory management" (SDK 2.33).
+    """
+
+    name, collectives = "neuron", "neuron"
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        super().__init__(rendezvous)
+        if find_spec("torch_neuronx"):
+            import_module("torch_neuronx")
+        if not hasattr(torch, "neuron"):
+            raise BackendError(
+                "run.backend=neuron needs TorchNeuron (Neuron SDK 2.33 or newer, on trn2 or trn3), "
+                "which is not installed; on trn1 use run.backend=xla"
+            )
+        cores = torch.accelerator.device_count()
+        if cores != 1:  # else the launcher has given this process its own
+            if rendezvous.local_rank >= cores:
+                raise BackendError(
+                    f"run.backend=neuron: local rank {rendezvous.local_rank} needs its own "
+                    f"NeuronCore but {cores} are visible; start fewer ranks"
+                )
+            torch.accelerator.set_device_index(rendezvous.local_rank)
+        self.device = torch.device("neuron")
+
+    def synchronize(self) -> None:
+        torch.accelerator.synchronize()
+
+    def memory(self) -> int:
+        self.synchronize()  # the allocator counts what the device has done so far
+        return torch.accelerator.max_memory_allocated()
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        return None
 
 
 def _store(rendezvous: Rendezvous, timeout: timedelta) -> Store:

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llamax.backends import xla_install
+from llamax.backends import nxd, xla_install
 from llamax.collectives import Axes, Axis, Reduction, Solo
 from llamax.errors import BackendError
 from llamax.launch.env import Rendezvous
@@ -153,7 +153,7 @@ class Xla:
 
         self.torch_xla, self.xm, self.metrics, self.runtime = torch_xla, xm, metrics, runtime
         if self.neuron and rendezvous.world_size > 1:
-            import torch_xla.distributed.xla_backend  # noqa: F401  registers "xla"
+            import torch_xla.distributed.xla_backend  # registers "xla"
 
             dist.init_process_group("xla", init_method="xla://")
         if runtime.world_size() != rendezvous.world_size:
@@ -167,9 +167,18 @@ class Xla:
 
     @contextmanager
     def joined(self, mesh: Mesh, timeout_s: float, kv: int = 1) -> Iterator[Axes]:
-        """The axes of ``mesh``; the collectives' time limit is NEURON_RT_EXEC_TIMEOUT."""
+        """The axes of ``mesh``; the collectives' time limit is NEURON_RT_EXEC_TIMEOUT.
+
+        On NeuronCores the ranks sit where trn1 wants them, and where neuronx-distributed, if it is
+        installed, has them too.
+        """
         try:
-            yield axes(mesh, kv, self.rendezvous.rank, self.device, widen=not self.neuron)
+            if self.neuron and self.rendezvous.world_size > 1:
+                with nxd.beside(mesh.on_trn1(self.rendezvous.local_world_size)) as placed:
+                    yield axes(placed, kv, self.rendezvous.rank, self.device)
+            else:
+                widen = not self.neuron
+                yield axes(mesh, kv, self.rendezvous.rank, self.device, widen)
         finally:
             if self.neuron and dist.is_initialized():
                 dist.destroy_process_group()
