@@ -78,7 +78,7 @@ def parse(
     tables = copy.deepcopy(tables)
     for key, text in _pairs(overrides, found):
         _override(tables, key, text, found)
-    built = _build(Config, tables, "", found)
+    built = build(Config, tables, "", found)
     refuse(found, where)
     config: Config = built
     refuse(config.problems(world_size), where)
@@ -137,8 +137,8 @@ def _override(tables: dict[str, Any], key: str, text: str, found: list[str]) -> 
             table[name] = text  # refused below, where its type is checked
 
 
-def _build(kind: Any, table: Any, prefix: str, found: list[str]) -> Any:
-    """An instance of dataclass ``kind`` from a TOML table; None after a problem was found."""
+def build(kind: Any, table: Any, prefix: str, found: list[str]) -> Any:
+    """An instance of dataclass ``kind`` from a TOML table; None with a line in ``found``."""
     if not isinstance(table, dict):
         found.append(f"{prefix}={table!r} is {_kind(table)}; write it as a section [{prefix}]")
         return None
@@ -146,10 +146,10 @@ def _build(kind: Any, table: Any, prefix: str, found: list[str]) -> Any:
     dot = f"{prefix}." if prefix else ""
     for name, value in table.items():
         if name not in hints:
-            what = "key" if prefix else "section"
+            what = "section" if kind is Config else "key"
             found.append(f"{dot}{name} is an unknown {what}{nearest(name, hints)}")
         elif section := _section(hints[name]):
-            values[name] = _build(section, value, dot + name, found)
+            values[name] = build(section, value, dot + name, found)
         else:
             try:
                 values[name] = _fit(value, hints[name])
@@ -210,7 +210,7 @@ def _wanted(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return either(get_args(hint))
     if get_origin(hint) is tuple:
-        return "a list of integers"
+        return f"a list of {WORDS[get_args(hint)[0]].split()[1]}s"
     kinds = [kind for kind in get_args(hint) if kind is not NoneType] or [hint]
     return " or ".join(WORDS.get(kind) or _wanted(kind) for kind in kinds)
 
@@ -226,13 +226,14 @@ def dump(config: Config) -> str:
         for each in fields(section):
             value = getattr(section, each.name)
             if value is not None and not is_dataclass(value):
-                lines.append(f"{each.name} = {_toml(value)}")
+                lines.append(f"{each.name} = {toml(value)}")
     return "\n".join(lines[1:]) + "\n"
 
 
-def _toml(value: Any) -> str:
+def toml(value: Any) -> str:
+    """A value as TOML writes it."""
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_toml, value))}]"
+        return f"[{', '.join(map(toml, value))}]"
     if isinstance(value, float):
         return repr(value)
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
