@@ -251,7 +251,7 @@ def test_what_is_dumped_loads_back(config: Config) -> None:
 
     found: list[str] = []
     tables = configfile.tomllib.loads(dump(config))
-    assert configfile._build(Config, tables, "", found) == config
+    assert configfile.build(Config, tables, "", found) == config
     assert found == []
 
 
