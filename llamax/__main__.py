@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from llamax import __version__
+from llamax import __version__, signals
 from llamax.errors import ConfigError
 from llamax.program import run
 
@@ -52,6 +52,8 @@ def dispatch(argv: Sequence[str]) -> int:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         raise ConfigError(f"{name!r} is not a command; {hint}")
+    if name == "train":
+        signals.install()  # before torch is imported: that takes seconds
     code: int = importlib.import_module(COMMANDS[name][0]).main(rest)
     return code
 

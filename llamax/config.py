@@ -70,6 +70,14 @@ class Optim:
     max_grad_norm: float = field(
         default=1.0, metadata=about("clip the global gradient norm; 0: never", "", NATURAL)
     )
+    most_skipped: int = field(
+        default=8,
+        metadata=about(
+            "steps in a row that are skipped for a loss or gradient not finite before the run ends",
+            "steps",
+            NATURAL,
+        ),
+    )
     schedule: Literal["cosine", "linear", "wsd", "constant"] = field(
         default="cosine", metadata=about("shape after warm-up; wsd: warmup, stable, decay")
     )
@@ -111,8 +119,27 @@ class Checkpoint:
     keep: int = field(
         default=2, metadata=about("newest checkpoints kept; 0: all", "checkpoints", NATURAL)
     )
+    keep_every: int = field(
+        default=0,
+        metadata=about(
+            "checkpoints of every so many steps stay for good; 0: none", "steps", NATURAL
+        ),
+    )
+    keep_best: bool = field(
+        default=False, metadata=about("the one of the lowest validation loss stays as well")
+    )
     resume: str = field(
-        default="auto", metadata=about("auto: newest of this run; never; or a checkpoint folder")
+        default="auto",
+        metadata=about(
+            "auto: newest of this run; intact: newest whose hashes hold; never; or a checkpoint "
+            "folder"
+        ),
+    )
+    on_failure: Literal["stop", "continue"] = field(
+        default="stop", metadata=about("what training does when a checkpoint cannot be written")
+    )
+    also_hf: bool = field(
+        default=False, metadata=about("leave a Hugging Face folder hub/ in every checkpoint")
     )
     background: bool = field(default=True, metadata=about("write files while training goes on"))
     init_from: str = field(

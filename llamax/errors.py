@@ -1,7 +1,18 @@
 """What can go wrong by a user's hand: each error is one line that names the thing and the remedy.
 
 Programs print the message on stderr and leave with ``exit_code``; no traceback is shown for these.
-Anything else that escapes is a defect of llamax and keeps its traceback.
+Anything else that escapes is a defect of llamax, keeps its traceback and exits with 1.
+
+::
+
+    0     done
+    2     a mistake to mend: configuration, data, checkpoint, device
+    3     no room for a checkpoint (disk, quota or file size limit); the previous one stays
+    4     loss or gradients were not finite for longer than the run allows
+    5     another rank died, froze or was lost: the message names it and its last step
+    75    stopped by SIGTERM or SIGUSR1 and saved: start the run again to go on
+    130   interrupted from the keyboard
+    141   the reader of our output went away (as ``head`` does)
 """
 
 from __future__ import annotations
@@ -25,8 +36,32 @@ class CheckpointError(LlamaxError):
     """A checkpoint or model folder that cannot be read or written."""
 
 
+class NoRoom(CheckpointError):
+    """A disk, quota or limit that a checkpoint does not fit; what was saved before is untouched."""
+
+    exit_code = 3
+
+
 class BackendError(LlamaxError):
     """A device, process group or rendezvous that is not there."""
+
+
+class NotFinite(LlamaxError):
+    """Loss or gradients that stay infinite or NaN; no such update was made."""
+
+    exit_code = 4
+
+
+class LostRank(BackendError):
+    """A rank that died, froze or is out of reach, so that the others cannot go on."""
+
+    exit_code = 5
+
+
+class Stopped(LlamaxError):
+    """No error: the run was asked to stop, and stands saved (75 is sysexits' EX_TEMPFAIL)."""
+
+    exit_code = 75
 
 
 def refuse(found: list[str], where: str) -> None:

@@ -1,13 +1,7 @@
 """How every program ends: the one place where an error becomes a line on stderr and an exit code.
 
-::
-
-    0     done
-    2     a mistake of the user: ``llamax: message``, no traceback
-    130   interrupted from the keyboard
-    141   the reader of our output went away (as ``head`` does)
-
-Whatever else escapes is a defect of llamax and keeps its traceback.
+``llamax: message``, no traceback; ``llamax.errors`` lists the codes.  Whatever else escapes is a
+defect of llamax and keeps its traceback.
 """
 
 from __future__ import annotations

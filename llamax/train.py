@@ -7,20 +7,28 @@ fetched while step n runs.
 
 from __future__ import annotations
 
+from llamax import signals
+
+if __name__ == "__main__":
+    signals.install()  # before torch is imported: that takes seconds
+
 import argparse
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
 from llamax import configfile, log, program
 from llamax.backends import choose
+from llamax.checkpoint import lock
 from llamax.checkpoint.manifest import newest
 from llamax.config import Config
-from llamax.errors import LlamaxError
+from llamax.errors import CheckpointError, LlamaxError, Stopped
+from llamax.heartbeat import Heartbeat, beating
 from llamax.inputs import open_inputs
 from llamax.job import Job, introduce, loaders, measures, prepare, writers
 from llamax.launch.env import Rendezvous, rendezvous
@@ -29,6 +37,7 @@ from llamax.metrics import show_time
 from llamax.optim.schedule import lr_at
 from llamax.reporter import Reporter
 from llamax.step import train_step, validation_loss
+from llamax.verdict import Verdict
 
 
 def train(config: Config, where: Rendezvous) -> None:
@@ -40,30 +49,52 @@ def train(config: Config, where: Rendezvous) -> None:
         inputs = open_inputs(config)
     inputs.verify(config, where.rank, where.world_size)
     kv = max(1, mesh.tp // config.model.num_key_value_heads)
-    with backend.joined(mesh, config.run.timeout_s, kv) as axes:
+    folder, timeout_s = Path(config.run.folder), config.run.timeout_s
+    signals.hold()
+    with (
+        lock.held(folder) if where.rank == 0 else nullcontext(),
+        beating(folder / "heartbeats", where.rank, where.world_size, timeout_s) as heart,
+        backend.joined(mesh, timeout_s, kv) as axes,
+    ):
         job = prepare(config, mesh, backend, axes, inputs)
         if job.main:
             introduce(job)
-        loop(job, began)
+        loop(job, began, heart)
 
 
-def loop(job: Job, began: float) -> None:
-    """Train from ``job.step`` to the end."""
-    config, step = job.config, job.step
+def loop(job: Job, began: float, heart: Heartbeat) -> None:
+    """Train from ``job.step`` to the end, or until a rank is asked to stop."""
+    config, step, stop = job.config, job.step, False
     training, validation = loaders(job)
     nominal_tokens = config.data.global_batch * config.data.sequence_length
+
+    def samples(step: int) -> list[int]:
+        before = (step - job.step - 1) * config.data.global_batch
+        return training.sample_ids(job.consumed_sequences + before)
+
+    verdict = Verdict(job.backend.fetch, config.optim.most_skipped, samples)
     with Reporter(writers(job), measures(job), began) as reporter:
-        while step < config.run.steps:
+        while step < config.run.steps and not stop:
             step += 1
-            job.saver.check()
+            heart.at(step)
+            check(job)
             started = time.perf_counter()
             lr = lr_at(step, config.optim, config.run.steps)
             found = train_step(
-                job.model, job.optimizer, job.axes, training.step(), nominal_tokens, lr, step
+                job.model,
+                job.optimizer,
+                job.axes,
+                training.step(),
+                nominal_tokens,
+                lr,
+                step,
+                bool(signals.requested()),
             )
             job.backend.step_boundary()
+            stop = verdict.add(step, found)
             reporter.took(time.perf_counter() - started)
-            last = step == config.run.steps
+            signals.stepped()
+            last = step == config.run.steps or stop
             validated = None
             if validation is not None and _due(step, config.run.validate_every, last):
                 batches = config.run.validate_batches
@@ -75,7 +106,15 @@ def loop(job: Job, began: float) -> None:
             if last or _due(step, config.checkpoint.every):
                 reporter.flush()
                 save(job, step, training.consumed)
+        verdict.judge()
         job.saver.wait()
+    if stop and step < config.run.steps:
+        if not job.main:
+            raise SystemExit(Stopped.exit_code)
+        raise Stopped(
+            f"stopped after step {step} by {signals.requested() or 'a signal to another rank'}: "
+            f"{newest(job.folder / 'checkpoints')} is saved; start again to go on"
+        )
     if job.main:
         log.logger.info(
             "done in %s: %s holds the newest checkpoint; llamax consolidate %s makes a Hugging "
@@ -96,6 +135,7 @@ def save(job: Job, step: int, consumed: int) -> None:
             "consumed_sequences": consumed,
             "seed": job.config.run.seed,
             "tokenizer": job.dataset.fingerprint,
+            **(job.adapters.state() if job.adapters else {}),
         },
         model=job.config.model.to_hub(job.config.run.dtype),
         config_text=configfile.dump(job.config),
@@ -104,6 +144,16 @@ def save(job: Job, step: int, consumed: int) -> None:
     if job.main:
         stall = show_time(time.perf_counter() - started)
         log.logger.info("saving step %d; training waited %s", step, stall)
+
+
+def check(job: Job) -> None:
+    """Raise what went wrong in saving since the last step, or only say so, as configured."""
+    try:
+        job.saver.check()
+    except CheckpointError as error:
+        if job.config.checkpoint.on_failure == "stop":
+            raise
+        log.logger.warning("%s; training goes on", error)
 
 
 def _due(step: int, every: int, last: bool = False) -> bool:

@@ -17,13 +17,14 @@ attention.  A label that belongs to another document than its position is then i
 loss of a packed sample should be what its documents would give alone; the first token of a text is
 learnt from the BOS before it.  Without separation the corpus is one stream and every label counts.
 
-The permutation is a balanced Feistel network (Luby and Rackoff, 1988) over the next power of four,
-walked along its cycle until it falls below n (Black and Rogaway, "Ciphers with Arbitrary Finite
-Domains", CT-RSA 2002, section 3); rounds mix as splitmix64 does (Steele, Lea, Flood, 2014).
+In instruction data tokens that are given, not answered, are no labels either, unless asked for.
+
+The permutation is ``order.permute``; packed and padded samples are in ``llamax.data.packed``.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -32,12 +33,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from llamax.data.order import Integers, permute
 from llamax.data.tokens import TokenFile
 from llamax.errors import DataError
 
 IGNORE = -100
-ROUNDS = 8
-Integers = npt.NDArray[np.int64]
 
 
 class Batch(NamedTuple):
@@ -49,46 +49,32 @@ class Batch(NamedTuple):
     documents: Tensor | None
 
 
-class Loader:
-    """One data rank's share of every step.
+class Batches(ABC):
+    """One data rank's share of every step, of ``samples`` that a subclass gathers.
 
-    ``shuffle=False`` is for validation: samples come in the order of the file and, after the last
-    one, empty rows (no labels) fill the batch, so ``epoch`` covers the file exactly once.
-    Raises DataError where the file holds no sample.
+    ``shuffle=False`` is for validation: samples come in their order and, after the last one, empty
+    rows (no labels) fill the batch, so ``epoch`` covers every sample exactly once.
     """
 
     def __init__(
         self,
-        file: TokenFile,
+        samples: int,
         seed: int,
         sequence_length: int,
         global_batch: int,
         micro_batch: int,
-        data_rank: int = 0,
-        data_degree: int = 1,
-        consumed: int = 0,
-        *,
-        separate_documents: bool = True,
-        shuffle: bool = True,
+        data_rank: int,
+        data_degree: int,
+        consumed: int,
+        shuffle: bool,
     ) -> None:
         assert 0 <= data_rank < data_degree
         assert global_batch % (micro_batch * data_degree) == 0
-        if len(file) < 2:
-            raise DataError(
-                f"{file.path}: has {len(file)} tokens, and a sample needs 2; prepare more text"
-            )
-        self.file, self.seed, self.consumed = file, seed, consumed
+        self.samples, self.seed, self.consumed = samples, seed, consumed
         self.sequence_length, self.global_batch = sequence_length, global_batch
-        self.separate_documents, self.shuffle = separate_documents, shuffle
-        self.samples = -(-(len(file) - 1) // sequence_length)
+        self.shuffle = shuffle
         mine = np.arange(global_batch).reshape(-1, data_degree, micro_batch)
         self._mine: Integers = mine[:, data_rank, :]
-        # Every window that lies whole in the file, as rows of one overlapping view: no copy.
-        whole = (len(file) - 1) // sequence_length
-        step = file.tokens.itemsize
-        self._windows: npt.NDArray[Any] = np.lib.stride_tricks.as_strided(
-            file.tokens, (whole, sequence_length + 1), (sequence_length * step, step)
-        )
 
     @property
     def steps(self) -> int:
@@ -131,6 +117,61 @@ class Loader:
             chosen[of] = permute(places[of], self.samples, self.seed, epoch)
         return chosen
 
+    def sample_ids(self, consumed: int) -> list[int]:
+        """The samples of the global batch that begins after ``consumed`` samples."""
+        ids: list[int] = self.order(consumed + np.arange(self.global_batch)).tolist()
+        return ids
+
+    @abstractmethod
+    def gather(self, samples: Integers) -> Batch:
+        """The batch of these samples, a row each; -1 is an empty row."""
+
+
+class Loader(Batches):
+    """Windows of a token file's stream; ``answers``: labels are only tokens that count.
+
+    Raises DataError where the file holds no sample.
+    """
+
+    def __init__(
+        self,
+        file: TokenFile,
+        seed: int,
+        sequence_length: int,
+        global_batch: int,
+        micro_batch: int,
+        data_rank: int = 0,
+        data_degree: int = 1,
+        consumed: int = 0,
+        *,
+        separate_documents: bool = True,
+        shuffle: bool = True,
+        answers: bool = True,
+    ) -> None:
+        if len(file) < 2:
+            raise DataError(
+                f"{file.path}: has {len(file)} tokens, and a sample needs 2; prepare more text"
+            )
+        super().__init__(
+            -(-(len(file) - 1) // sequence_length),
+            seed,
+            sequence_length,
+            global_batch,
+            micro_batch,
+            data_rank,
+            data_degree,
+            consumed,
+            shuffle,
+        )
+        self.file, self.separate_documents = file, separate_documents
+        self.answers = answers and file.masked
+        # Every window that lies whole in the file, as rows of one overlapping view: no copy.
+        whole = (len(file) - 1) // sequence_length
+        step = file.tokens.itemsize
+        self._windows: npt.NDArray[Any] = np.lib.stride_tricks.as_strided(
+            file.tokens, (whole, sequence_length + 1), (sequence_length * step, step)
+        )
+
     def gather(self, samples: Integers) -> Batch:
         """The batch of these samples, a row each; -1 is an empty row."""
         S = self.sequence_length
@@ -148,6 +189,10 @@ class Loader:
         ids, labels = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
         for row in np.flatnonzero(real <= S):
             labels[row, max(real[row] - 1, 0) :] = IGNORE
+        if self.answers:
+            self.file.touch(starts[real > 0], (starts + real)[real > 0], "counted")
+            places = np.maximum(starts, 0)[:, None] + np.arange(1, S + 1)
+            labels[~self.file.counted(np.minimum(places, len(self.file) - 1))] = IGNORE
         if not self.separate_documents:
             positions = torch.arange(S).expand(len(samples), S)
             return Batch(torch.from_numpy(ids), torch.from_numpy(labels), positions, None)
@@ -179,36 +224,3 @@ class Loader:
         rows = np.repeat(np.arange(len(starts)), count)
         within = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
         return rows, offsets[low[rows] + within].astype(np.int64) - starts[rows]
-
-
-def permute(places: Integers, n: int, seed: int, epoch: int) -> Integers:
-    """Where ``places`` of 0..n-1 go under the permutation of (seed, epoch)."""
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    keys = _mix(_mix(np.uint64(seed) + np.zeros(ROUNDS, np.uint64)) + np.uint64(epoch))
-    keys = _mix(keys + np.arange(ROUNDS, dtype=np.uint64))
-    values = places.astype(np.uint64)
-    todo = np.arange(len(values))
-    while len(todo):
-        values[todo] = _feistel(values[todo], np.uint64(half), keys)
-        todo = todo[values[todo] >= n]
-    return values.astype(np.int64)
-
-
-def _feistel(
-    x: npt.NDArray[np.uint64], half: np.uint64, keys: npt.NDArray[Any]
-) -> npt.NDArray[np.uint64]:
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    left, right = x >> half, x & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right + key) & mask)
-    joined: npt.NDArray[np.uint64] = left << half | right
-    return joined
-
-
-def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """splitmix64: every bit of the input moves every bit of the output."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    mixed: npt.NDArray[np.uint64] = x ^ x >> np.uint64(31)
-    return mixed

@@ -232,7 +232,7 @@ def test_mistakes_are_one_line(
         ("--checkpoint.resume=nowhere",): "nowhere",
         ("--checkpoint.init_from=nowhere",): "nowhere",
         ("--checkpoint.resume=never", f"--checkpoint.init_from={hub}"): "model.hidden_size=32 but",
-        ("--run.backend=xla",): "run.backend=xla is not available",
+        ("--run.backend=xla",): "run.backend=xla needs torch-xla",
         ("--parallel.tensor=2",): "world",
     }.items():
         line = complaint(capsys, "--config", path, *overrides)
