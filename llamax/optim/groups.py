@@ -47,21 +47,24 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Bucket:
-    """A stretch of a group, communicated and updated at once.
-
-    All tensors but ``weights`` and ``gradient`` are of this rank's run alone.
-    """
+    """A stretch of a group, communicated and updated at once; tensors are of this rank's run."""
 
     start: int
     pieces: tuple[Piece, ...]
     shared: tuple[tuple[int, int], ...]  # where kv replicas have parts of the gradient
-    weights: Tensor
-    mine: Tensor
-    master: Tensor  # ``mine`` itself where that is float32
+    master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    gradient: Tensor | None  # where autograd's own does not do
     root: Tensor | None  # of the weights in the norm, where they differ by element
+
+
+@dataclass(frozen=True)
+class FlatBucket(Bucket):
+    """A bucket of flat vectors: ``weights`` and ``gradient`` are whole, ``mine`` is of my run."""
+
+    weights: Tensor
+    mine: Tensor  # the master itself where that is float32
+    gradient: Tensor | None  # where autograd's own does not do
 
 
 class Group:
@@ -91,21 +94,22 @@ class Group:
         if self.separate or shared or key.partial or axes.data.size > 1:
             self.gradient = torch.zeros(self.length, dtype=torch.float32, device=device)
             for parameter, view in zip(self.parameters, self._views(self.gradient), strict=True):
-                parameter.register_post_accumulate_grad_hook(_Accumulate(view))
+                parameter.register_post_accumulate_grad_hook(Accumulate(view))
 
+        self.accumulates = self.gradient is not None
         roots = torch.zeros(self.length if key.weight is None else 0)
         if key.weight is None:
             parts = torch.split(roots[: sum(self.lengths)], [segment.length for segment in counted])
             for part, segment in zip(parts, counted, strict=True):
                 part.fill_(sqrt(segment.weight))
 
-        self.buckets: list[Bucket] = []
+        self.buckets: list[FlatBucket] = []
         for start, stop in buckets(self.length, ranks, bucket_bytes):
             run = (stop - start) // ranks
             mine = self.weights[start + rank * run : start + (rank + 1) * run]
             root = roots[start + rank * run : start + (rank + 1) * run]
             self.buckets.append(
-                Bucket(
+                FlatBucket(
                     start=start,
                     pieces=tuple(pieces(self.lengths, start, stop)),
                     shared=tuple(shared_spans(counted, start, stop)) if shared else (),
@@ -125,12 +129,39 @@ class Group:
         for member, start, stop in bucket.pieces:
             parameter = self.parameters[member]
             if parameter.grad is None:
-                parts.append(bucket.weights.new_zeros(stop - start))
+                parts.append(parameter.new_zeros(stop - start))
             else:
                 parts.append(parameter.grad.reshape(-1)[start:stop])
             if stop == self.lengths[member]:
                 parameter.grad = None
         return parts
+
+    def gradient_of(self, bucket: Bucket) -> Tensor | None:
+        """The bucket's summed gradient; None where it is autograd's own."""
+        assert isinstance(bucket, FlatBucket)
+        return bucket.gradient
+
+    def keep(self, place: Tensor, value: Tensor) -> Tensor:
+        """``value`` in ``place``, the head of a spent gradient: no more memory."""
+        return place.copy_(value)
+
+    def replace(
+        self, gradient: Tensor, spans: Sequence[tuple[int, int]], parts: Sequence[Tensor]
+    ) -> Tensor:
+        """``gradient`` with other ``parts`` at ``spans``, in place."""
+        torch._foreach_copy_([gradient[start:stop] for start, stop in spans], list(parts))
+        return gradient
+
+    def put(self, bucket: Bucket, weights: Tensor) -> None:
+        """Take the bucket's new weights."""
+        assert isinstance(bucket, FlatBucket)
+        bucket.weights.copy_(weights)
+
+    def adopt(self) -> None:
+        """The masters from the weights."""
+        for bucket in self.buckets:
+            if self.separate:
+                bucket.master.copy_(bucket.mine)
 
     def zero_grad(self) -> None:
         """Forget the accumulated gradients."""
@@ -161,7 +192,7 @@ class Group:
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
 
 
-class _Accumulate:
+class Accumulate:
     """Add a parameter's new gradient to the float32 ``total`` and free it."""
 
     def __init__(self, total: Tensor) -> None:

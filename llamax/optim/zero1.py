@@ -6,7 +6,7 @@ A step, the same on one rank as on thousands::
 
     1  key/value heads held by several tensor ranks: sum the parts of their gradient    (kv)
     2  bucket by bucket, sum gradients over the data ranks, each rank keeping its run   (data)
-    3  replicas under sequence parallelism: sum the parts of their gradient             (tp)
+    3  replicas of which each rank saw a part: sum the parts of their gradient          (tp)
     4  the norm of the whole model's gradient, every element counted once               (world)
     5  clip; where the norm is not finite, nothing below changes anything
     6  AdamW on the owned runs
@@ -45,6 +45,7 @@ from llamax.optim import adamw
 from llamax.optim.buckets import segments, weight
 from llamax.optim.clip import clip_factor, sum_of_squares
 from llamax.optim.groups import Bucket, Group, Key, Owned, split_like
+from llamax.optim.lazy import LazyGroup
 from llamax.shard import Cut, Replica
 
 
@@ -75,11 +76,12 @@ class Zero1:
         for name, parameter in parameters.items():
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                partial = sequence_parallel and isinstance(shards[name], Replica) and tp.size > 1
-                counts = weight(shards[name], tp.size)
-                key = Key(parameter.dtype, parameter.dim() > 1, counts, partial)
+                how = shards[name]
+                partial = isinstance(how, Replica) and (sequence_parallel or how.partial)
+                counts = weight(how, tp.size)
+                key = Key(parameter.dtype, parameter.dim() > 1, counts, partial and tp.size > 1)
                 members.setdefault(key, {})[name] = parameter
-        self.groups: list[Group] = []
+        self.groups: list[Group | LazyGroup] = []
         for key, named in members.items():
             counted = [
                 segment
@@ -119,24 +121,26 @@ class Zero1:
         self.zero_grad()
         return norm
 
-    def _reduce(self, group: Group, bucket: Bucket) -> list[Tensor]:
+    def _reduce(self, group: Group | LazyGroup, bucket: Bucket) -> list[Tensor]:
         """My run of the bucket's gradient, summed over all ranks that have a part of it."""
-        gradient, kv, data, tp = bucket.gradient, self.axes.kv, self.axes.data, self.axes.tp
+        kv, data, tp = self.axes.kv, self.axes.data, self.axes.tp
+        gradient = group.gradient_of(bucket)
         if gradient is None:  # nothing is to be sent
+            assert isinstance(group, Group)
             return group.take_gradients(bucket)
         if bucket.shared:
             places = [gradient[start:stop] for start, stop in bucket.shared]
             total = kv.all_reduce(torch.cat(places))
-            torch._foreach_copy_(places, split_like(total, places))
-        run = gradient[: bucket.master.numel()]  # in the head of the spent gradient: no more memory
+            gradient = group.replace(gradient, bucket.shared, split_like(total, places))
+        run = gradient[: bucket.master.numel()]
         if data.size > 1:
             total = data.reduce_scatter(gradient, 0) if self.sharded else data.all_reduce(gradient)
-            run.copy_(total)
+            run = group.keep(run, total)
         if group.key.partial:
-            run.copy_(tp.all_reduce(run))
+            run = group.keep(run, tp.all_reduce(run))
         return [run]
 
-    def _squares(self, group: Group, bucket: Bucket, run: list[Tensor]) -> Tensor:
+    def _squares(self, group: Group | LazyGroup, bucket: Bucket, run: list[Tensor]) -> Tensor:
         """What my run adds to the squared norm; the sum over the world counts each element once."""
         held_by = 1 if self.sharded else self.axes.data.size
         if bucket.root is not None:
@@ -152,17 +156,26 @@ class Zero1:
             for bucket in group.buckets:
                 if self.sharded:
                     mine = bucket.master.to(group.key.dtype)
-                    bucket.weights.copy_(self.axes.data.all_gather(mine, 0))
-                elif bucket.master is not bucket.mine:
-                    bucket.weights.copy_(bucket.master)
+                    group.put(bucket, self.axes.data.all_gather(mine, 0))
+                elif group.separate:
+                    group.put(bucket, bucket.master)
 
     @torch.no_grad()
     def adopt_parameters(self) -> None:
         """The masters from the weights: the end of loading parameters."""
         for group in self.groups:
-            for bucket in group.buckets:
-                if bucket.master is not bucket.mine:
-                    bucket.master.copy_(bucket.mine)
+            assert isinstance(group, Group), "load before the move to a lazy device"
+            group.adopt()
+
+    def to(self, device: torch.device | str) -> None:
+        """Move weights and state, once all is loaded, to a device that traces programs.
+
+        The Parameters stay the same objects; their gradients are forgotten.  From then on ``owned``
+        gives copies on the host: for saving, not for loading.
+        """
+        self.groups = [
+            LazyGroup(group, device) if isinstance(group, Group) else group for group in self.groups
+        ]
 
     def zero_grad(self) -> None:
         """Forget the accumulated gradients."""
@@ -182,7 +195,7 @@ class Zero1:
         """Bytes of weights and state on this rank, by the formula above."""
         total, ranks = 0, self.axes.data.size if self.sharded else 1
         for group in self.groups:
-            whole = group.key.dtype.itemsize + (0 if group.gradient is None else 4)
+            whole = group.key.dtype.itemsize + (4 if group.accumulates else 0)
             run = 8 + (4 if group.separate else 0) + (4 if group.key.weight is None else 0)
             total += whole * group.length + run * group.length // ranks
         return total

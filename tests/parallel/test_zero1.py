@@ -70,7 +70,13 @@ def gradient(name: str, whole: Tensor, at: Axes, sequence: bool) -> Tensor:
 
 
 def train(
-    tp: int, dp: int, sequence: bool, sharded: bool, dtype: torch.dtype, scale: float = 1.0
+    tp: int,
+    dp: int,
+    sequence: bool,
+    sharded: bool,
+    dtype: torch.dtype,
+    scale: float = 1.0,
+    lazy: bool = False,
 ) -> tuple[dict[str, Tensor], list[float], dict[str, Any]]:
     """Some steps on my shares: (shares, norms, what else is checked)."""
     at = axes(Mesh(tp=tp, dp=dp), kv=max(tp // 2, 1))
@@ -91,6 +97,8 @@ def train(
         zero1=sharded,
         bucket_bytes=BUCKET_BYTES,
     )
+    if lazy:
+        optimizer.to("cpu")
     norms = []
     for step in range(1, STEPS + 1):
         for microstep in range(MICROSTEPS):
@@ -187,10 +195,24 @@ def test_a_mesh_equals_the_whole(
     assert error(results, tp, torch.float32) < 1e-6
 
 
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize(("tp", "dp"), MESHES)
+def test_the_layout_of_lazy_devices_equals_the_whole(
+    worlds: Worlds, tp: int, dp: int, sharded: bool
+) -> None:
+    for sequence in (True, False):
+        args = (tp, dp, sequence, sharded, torch.float32, 4.0)
+        lazy, flat = worlds(tp * dp).run(train, *args, True), worlds(tp * dp).run(train, *args)
+        assert error(lazy, tp, torch.float32) < 1e-6
+        for (_, _, rest), (_, _, other) in zip(lazy, flat, strict=True):
+            assert rest["meter"] == other["meter"], "the same collectives"
+
+
+@pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize(("tp", "dp"), [(1, 1), (1, 4), (2, 2), (4, 1)])
-def test_bfloat16_equals_the_whole(worlds: Worlds, tp: int, dp: int) -> None:
+def test_bfloat16_equals_the_whole(worlds: Worlds, tp: int, dp: int, lazy: bool) -> None:
     """Up to bfloat16's rounding of each gradient and weight."""
-    results = worlds(tp * dp).run(train, tp, dp, True, True, torch.bfloat16)
+    results = worlds(tp * dp).run(train, tp, dp, True, True, torch.bfloat16, 1.0, lazy)
     assert error(results, tp, torch.bfloat16) < 1e-2
 
 
@@ -292,7 +314,7 @@ def planted(name: str) -> Iterator[None]:
             lambda *args, **kwargs: update(*args, **(kwargs | {"decay": OPTIM.weight_decay})),
         ),
         "no gather": (Zero1, "gather_parameters", lambda self: None),
-        "a microstep forgotten": (groups._Accumulate, "__call__", _last),
+        "a microstep forgotten": (groups.Accumulate, "__call__", _last),
     }  # fmt: skip
     target, attribute, instead = patches[name]
     with mock.patch.object(target, attribute, instead):
