@@ -25,8 +25,9 @@ Reduction = Literal["sum", "max"]
 class Axis(Protocol):
     """One axis of the mesh as one rank sees it.
 
-    ``rank_index`` is ``rank`` as a 0-d int64 tensor on the device: graphs that depend on the rank
-    read it from there, so that every rank traces the same program.
+    ``rank_index`` is ``rank`` as an integer tensor [1] on the device: graphs that depend on the
+    rank read it from there, so that every rank traces the same program.  (torch-xla sends what has
+    a dim; a 0-d 0 or 1 it would build into the graph.)
     """
 
     name: str
@@ -63,7 +64,7 @@ class Solo:
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
         self.name = name
-        self.rank_index = torch.zeros((), dtype=torch.int64, device=device)
+        self.rank_index = torch.zeros(1, dtype=torch.int32).to(device)
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
         return x

@@ -1,11 +1,13 @@
 """One optimizer step, and the loss over held-out batches: training without the run around it.
 
-Nothing in here waits for the device, and no Python number that differs between ranks enters.
+Nothing in here waits for the device, and no Python number that differs between ranks or steps
+enters.  On a device that traces programs, ``boundary`` ends one: a step is as many runs of the same
+program as it has microsteps, and one of the optimizer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +17,10 @@ from llamax.collectives import Axes
 from llamax.data.loader import Batch, Loader
 from llamax.model import Llama
 from llamax.optim.zero1 import Zero1
+
+
+def nothing() -> None:
+    """The boundary of a device that runs each operation at once."""
 
 
 @dataclass(frozen=True)
@@ -40,42 +46,57 @@ def train_step(
     lr: float,
     step: int,
     stop: bool = False,
+    boundary: Callable[[], None] = nothing,
 ) -> Step:
     """Accumulate this data rank's microbatches, then update once; ``step`` counts from 1.
 
-    ``stop``: this rank's wish to stop; the sum over all ranks comes back.
+    ``stop``: this rank's wish to stop; the sum over all ranks comes back.  ``boundary`` is called
+    after each microstep and after the update.
 
     The loss is the mean over all counted tokens of the global batch, the same on every rank:
     microsteps sum ``loss / nominal_tokens``, and the optimizer scales gradients by nominal over
     counted tokens, which is 1 where no label is ignored.
     """
     device = axes.data.rank_index.device
-    found = torch.zeros(2, device=device)
+    found = torch.zeros(2).to(device)  # sent, so that the first microstep is like the others
     for number, batch in enumerate(microbatches):
         total, count = _loss(model, batch, _keys(model, axes, batch, step, number))
         (total / nominal_tokens).backward()
         found = found + torch.stack((total.detach(), count))
+        boundary()
     # Tensor ranks hold the same loss: the first one's counts. NaN on any rank is NaN in the sum.
     found = found * (axes.tp.rank_index == 0)
-    wish = torch.tensor([float(stop)], device=device)
+    lr_now, step_now, wish = torch.tensor([lr, float(step), float(stop)]).to(device).split(1)
     total, count, stops = axes.world.all_reduce(torch.cat((found, wish)))
     grad_norm = optimizer.step(
-        torch.tensor(lr, device=device),
-        torch.tensor(float(step), device=device),
+        lr_now.squeeze(0),
+        step_now.squeeze(0),
         nominal_tokens / count + (total - total),  # NaN, which cancels the update, or 0
     )
-    return Step(total / count, grad_norm, count, stops)
+    result = Step(total / count, grad_norm, count, stops)
+    boundary()
+    return result
 
 
 @torch.no_grad()
-def validation_loss(model: Llama, axes: Axes, loader: Loader, batches: int) -> Tensor:
-    """Mean loss in nats over the counted tokens of the first ``batches`` global batches, 0-d."""
-    found = torch.zeros(2, device=axes.data.rank_index.device)
+def validation_loss(
+    model: Llama,
+    axes: Axes,
+    loader: Loader,
+    batches: int,
+    boundary: Callable[[], None] = nothing,
+) -> Tensor:
+    """Mean loss in nats over the counted tokens of the first ``batches`` global batches, 0-d.
+
+    ``boundary`` is called after each microbatch.
+    """
+    found = torch.zeros(2).to(axes.data.rank_index.device)
     for microbatches, _ in zip(loader.epoch(), range(batches), strict=False):
         for batch in microbatches:
             found = found + torch.stack(_loss(model, batch))
-    total, count = axes.data.all_reduce(found)
-    mean: Tensor = total / count
+            total, count = axes.data.all_reduce(found)
+            mean: Tensor = total / count  # of all so far, so that every batch runs one program
+            boundary()
     return mean
 
 
@@ -89,7 +110,7 @@ def _keys(model: Llama, axes: Axes, batch: Batch, step: int, number: int) -> Ten
 
 def _loss(model: Llama, batch: Batch, keys_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
     device = model.tp.rank_index.device
-    ids, labels, positions = (part.to(device, non_blocking=True) for part in batch[:3])
+    ids, labels, positions = (part.int().to(device, non_blocking=True) for part in batch[:3])
     documents = None if batch.documents is None else batch.documents.to(device, non_blocking=True)
     keys_B = None if keys_B is None else keys_B.to(device, non_blocking=True)
     return model.loss(ids, labels, positions, documents_BS=documents, keys_B=keys_B)

@@ -89,8 +89,8 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
                 lr,
                 step,
                 bool(signals.requested()),
+                job.backend.step_boundary,
             )
-            job.backend.step_boundary()
             stop = verdict.add(step, found)
             reporter.took(time.perf_counter() - started)
             signals.stepped()
@@ -98,8 +98,9 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             validated = None
             if validation is not None and _due(step, config.run.validate_every, last):
                 batches = config.run.validate_batches
-                validated = validation_loss(job.model, job.axes, validation, batches)
-                job.backend.step_boundary()
+                validated = validation_loss(
+                    job.model, job.axes, validation, batches, job.backend.step_boundary
+                )
             if validated is not None or _due(step, config.run.log_every, last):
                 tokens = training.consumed * config.data.sequence_length
                 reporter.add(step, tokens, lr, [found.loss, found.grad_norm], validated)

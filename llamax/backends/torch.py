@@ -47,7 +47,7 @@ class TorchAxis:
     ) -> None:
         self.name, self.size, self.ranks, self.group = name, len(ranks), tuple(ranks), group
         self.rank = self.ranks.index(dist.get_rank())
-        self.rank_index = torch.tensor(self.rank, dtype=torch.int64, device=device)
+        self.rank_index = torch.tensor([self.rank], dtype=torch.int32, device=device)
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
         y = x.clone(memory_format=torch.contiguous_format)

@@ -53,7 +53,7 @@ class XlaAxis:
         self.groups = [list(group) for group in groups]
         mine = next(group for group in self.groups if rank in group)
         self.size, self.rank = len(mine), mine.index(rank)
-        self.rank_index = graph_input([self.rank], torch.int32, device)
+        self.rank_index = torch.tensor([self.rank], dtype=torch.int32).to(device)
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
         if self.widen and x.dtype == torch.bfloat16:
@@ -123,16 +123,6 @@ def axes(mesh: Mesh, kv: int, rank: int, device: torch.device, widen: bool = Fal
     )
 
 
-def graph_input(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Host numbers that a graph reads from memory: one value gives [], several give [n].
-
-    torch-xla builds a 0-d tensor of 0 or 1 into the graph, so that ranks 0 and 1 would trace
-    another program than rank 2; it sends what has a dim.
-    """
-    sent = torch.tensor(values, dtype=dtype).to(device)
-    return sent.squeeze(0) if len(values) == 1 else sent
-
-
 class Xla:
     """One NeuronCore, or one device of the CPU client.
 
@@ -142,6 +132,7 @@ class Xla:
     """
 
     name = "xla"
+    traces = True
 
     def __init__(self, rendezvous: Rendezvous, stochastic_rounding: bool = False) -> None:
         self.rendezvous = rendezvous

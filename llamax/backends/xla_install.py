@@ -54,7 +54,7 @@ def configure(
         environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = str(int(stochastic_rounding))
         if rendezvous.world_size > 1:
             environ.update(torchrun_names(rendezvous, environ))
-        import torch_neuronx  # type: ignore[import-not-found]  # noqa: F401  before torch_xla
+        import torch_neuronx  # noqa: F401  before torch_xla
     try:
         import torch_xla  # noqa: F401
     except (ImportError, OSError) as error:

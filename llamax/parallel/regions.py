@@ -79,7 +79,7 @@ class _Split(torch.autograd.Function):
 def share(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """My share of ``x`` along ``dim``; the rank enters as a tensor, so every rank traces alike."""
     parts: Tensor = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0)
-    return parts.index_select(0, axis.rank_index.reshape(1)).squeeze(0)
+    return parts.index_select(0, axis.rank_index).squeeze(0)
 
 
 def leave(x: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:

@@ -1,0 +1,179 @@
+"""Ranks as threads of one process on torch-xla's CPU client, whose collectives really execute.
+
+torch-xla's CPU client joins the devices of one process, not processes.  So ``run(4, fn, *args)``
+starts a process with four CPU devices, and in it four threads, each the only user of its device,
+that call ``fn(rank, *args)``.  Nothing in llamax knows: a thread sees its own device, ordinal and
+world as a process on trn1 does.
+
+Replicas meet only inside the *same* executable.  So at every ``torch_xla.sync`` they line up::
+
+    rank 0   trace ... | compile, start |          | trace ...
+    rank 1   trace ..... | wait         | start    | trace ...
+    rank 2   trace ...   | wait           | start  | trace ...
+
+and every rank after the first must find its program in the compilation cache: one that traced
+another graph has its own, which is what would happen on Trainium, and is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import re
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from world import _module
+
+PRELOAD = ["torch", "torch_xla", "pytest", "llamax.train", "world"]
+
+
+class ReplicaError(AssertionError):
+    """A replica failed, hung, or traced a graph of its own."""
+
+
+def run(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 200.0) -> list[Any]:
+    """What ``fn(rank, *args)`` returns on ``size`` replicas, in rank order.
+
+    ``fn`` is a function at the top level of a test module; arguments and results travel pickled.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    here, there = context.Pipe()
+    job = fn.__module__, os.path.abspath(fn.__code__.co_filename), fn.__qualname__, args, sys.path
+    process = context.Process(target=_serve, args=(size, there, pickle.dumps(job)), daemon=True)
+    process.start()
+    there.close()
+    try:
+        if not here.poll(timeout_s):
+            raise ReplicaError(f"{size} replicas hung for {timeout_s:g} s in {fn.__qualname__}")
+        good, value = pickle.loads(here.recv_bytes())
+    except EOFError:
+        process.join(5)
+        raise ReplicaError(f"the replicas died, exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+        here.close()
+    if not good:
+        raise ReplicaError(value)
+    return list(value)
+
+
+class Lockstep:
+    """Lines replicas up where they hand a graph to the device; ``compiled`` counts programs."""
+
+    def __init__(self, size: int, graphs: Path) -> None:
+        self.size, self.graphs, self.compiled = size, graphs, 0
+        self.everybody = threading.Barrier(size)
+        self.turn, self.changed = 0, threading.Condition()
+
+    def sync(self, wait: bool = False, reset_scope: bool = True) -> None:
+        """What ``torch_xla.sync`` does, rank by rank."""
+        import torch_xla
+        import torch_xla.core.xla_model as xm
+        import torch_xla.debug.metrics as met
+        import torch_xla.runtime as xr
+
+        rank, device = xr.global_ordinal(), torch_xla._XLAC._xla_get_default_device()
+        self.everybody.wait()
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == rank or self.everybody.broken)
+            if self.everybody.broken:
+                raise threading.BrokenBarrierError
+            before = met.counter_value("UncachedCompile") or 0
+            torch_xla._XLAC._xla_step_marker(device, [], wait=False, reset_scope=reset_scope)
+            torch_xla._XLAC._set_all_reduce_token(device, None)
+            new = (met.counter_value("UncachedCompile") or 0) - before
+            self.compiled += new
+            if rank and new:
+                raise ReplicaError(
+                    f"rank {rank} traced another graph than rank 0\n{self.diff(rank)}"
+                )
+            self.turn = (rank + 1) % self.size
+            self.changed.notify_all()
+        self.everybody.wait()  # every rank has started: its collectives can end
+        if wait:
+            xm.wait_device_ops([device])
+        xm._run_step_closures()
+
+    def diff(self, rank: int) -> str:
+        """Where the newest graph of ``rank`` leaves that of rank 0, if graphs are written."""
+
+        def newest(of: int) -> list[str]:
+            text = Path(f"{self.graphs}.{of}").read_text().split("\n[ScheduleSyncTensorsGraph]")[-1]
+            return re.sub(r"HloModule \S+", "HloModule", text).splitlines()
+
+        if "XLA_SAVE_TENSORS_FILE" not in os.environ:
+            return "(set XLA_SAVE_TENSORS_FMT=hlo to see where)"
+        lines = difflib.unified_diff(newest(0), newest(rank), "rank 0", f"rank {rank}", "", "", 1)
+        return "\n".join(list(lines)[:40])
+
+    def run(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+        import torch_xla
+        import torch_xla.core.xla_model as xm
+        import torch_xla.runtime as xr
+        from torch_xla._internal import pjrt
+
+        torch_xla.sync = self.sync
+        xm.rendezvous = lambda *_: self.everybody.wait()
+        failed: dict[int, str] = {}
+        results: dict[int, Any] = {}
+
+        def replica() -> None:
+            rank = xr.global_ordinal()
+            try:
+                results[rank] = fn(rank, *args)
+            except threading.BrokenBarrierError:
+                failed[rank] = ""
+            except BaseException:
+                failed[rank] = f"--- rank {rank} of {self.size}\n{traceback.format_exc()}"
+                self.everybody.abort()
+                with self.changed:
+                    self.changed.notify_all()
+
+        pjrt._run_thread_per_device(
+            0,
+            1,
+            replica,
+            lambda *_: xm.set_replication(torch_xla.device(), xm.get_xla_supported_devices()),
+        )
+        if failed:
+            raise ReplicaError("\n" + "\n".join(filter(None, failed.values())))
+        return [results[rank] for rank in range(self.size)]
+
+
+def _serve(size: int, pipe: Connection, job: bytes) -> None:
+    """The life of the process: its environment, its replicas, their results."""
+    faulthandler.enable()
+    threads = str(2 * size + 2)  # fewer than replicas and their collectives never meet
+    folder = tempfile.TemporaryDirectory(prefix="replicas-")
+    graphs = Path(folder.name) / "graphs"
+    os.environ |= {
+        "PJRT_DEVICE": "CPU",
+        "CPU_NUM_DEVICES": str(size),
+        "PJRT_CPU_ASYNC_CLIENT": "0",
+        "XLA_THREAD_POOL_SIZE": threads,
+        "NPROC": threads,
+    }
+    if os.environ.get("XLA_SAVE_TENSORS_FMT") == "hlo":
+        os.environ["XLA_SAVE_TENSORS_FILE"] = str(graphs)
+    try:
+        module, path, name, args, sys.path[:] = pickle.loads(job)
+        function = getattr(_module(module, path), name)
+        answer = True, Lockstep(size, graphs).run(function, args)
+    except BaseException as error:
+        shown = str(error) if isinstance(error, ReplicaError) else traceback.format_exc()
+        answer = False, shown
+    pipe.send_bytes(pickle.dumps(answer))
+    folder.cleanup()
+    os._exit(0)  # replicas of a failed run may be stuck in a collective
