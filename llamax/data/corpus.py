@@ -109,9 +109,9 @@ def documents(chunk: Chunk, key: str) -> Iterator[str]:
 def _text(source: Source) -> str:
     try:
         with gzip.open(source.path) if source.packed else open(source.path, "rb") as file:
-            return _decode(file.read(), source.path, 0)
+            return decode(file.read(), source.path, 0)
     except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(source.path, error) from None
+        raise unreadable(source.path, error) from None
 
 
 def _rows(source: Source, key: str) -> Iterator[str]:
@@ -132,11 +132,11 @@ def _rows(source: Source, key: str) -> Iterator[str]:
                     yield _row(line, key, source, at, number)
                 at += len(line)
     except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(source.path, error) from None
+        raise unreadable(source.path, error) from None
 
 
 def _row(line: bytes, key: str, source: Source, at: int, number: int) -> str:
-    text = _decode(line, source.path, at)
+    text = decode(line, source.path, at)
     try:
         row = json.loads(text)
         problem = "" if isinstance(row, dict) else f"is {type(row).__name__}, not an object"
@@ -168,7 +168,8 @@ def _lines_before(source: Source) -> int:
         return lines + (not piece.endswith(b"\n"))
 
 
-def _decode(raw: bytes, path: str, at: int) -> str:
+def decode(raw: bytes, path: str, at: int) -> str:
+    """The text of bytes that lie at ``at`` in a file; DataError where they are none."""
     try:
         text = raw.decode("utf-8")
         place = raw.find(b"\0")
@@ -182,6 +183,7 @@ def _decode(raw: bytes, path: str, at: int) -> str:
     )
 
 
-def _unreadable(path: str, error: Exception) -> DataError:
+def unreadable(path: str, error: Exception) -> DataError:
+    """What to raise for a file that the system or a decompressor cannot read."""
     reason = getattr(error, "strerror", None) or error
     return DataError(f"{path}: cannot be read ({reason}); mend it or leave it out with --exclude")

@@ -18,27 +18,79 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
-from llamax.data.corpus import Chunk, documents
+from llamax.data.corpus import Source, documents
 from llamax.data.files import room_for
 from llamax.data.tokenizer import Tokenizer, load_tokenizer
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.errors import DataError
 
-SPLITS = ("train", "validation")
+SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 2**20
 
 
+class Encoded(NamedTuple):
+    """Documents of one split: ids of each, which of them count (None: all), their size as text."""
+
+    split: str
+    ids: list[npt.NDArray[np.uint32]]
+    counted: list[npt.NDArray[np.bool_]] | None
+    text_bytes: int
+
+
+class Chunk(Protocol):
+    """What becomes a part; ``size`` is counted in ``unit``."""
+
+    @property
+    def unit(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+
+class Settings(Protocol):
+    """What decides the bytes of a dataset, beside what it is made of."""
+
+    def name(self, number: int, chunk: Any) -> str:
+        """The name of a part: equal names, equal bytes."""
+
+    def header(self, tokenizer: Tokenizer) -> Header:
+        """What the token files say of themselves."""
+
+    def encode(self, chunk: Any, tokenizer: Tokenizer) -> Iterator[Encoded]:
+        """The documents of a chunk, some at a time."""
+
+
 @dataclass(frozen=True)
-class Settings:
-    """What decides the bytes of a dataset, beside the text; ``tokenizer`` is a fingerprint."""
+class Texts:
+    """A chunk of text files and rows of text."""
+
+    sources: tuple[Source, ...]
+
+    unit = "B"
+
+    @property
+    def size(self) -> int:
+        return sum(source.stop - source.start for source in self.sources)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What decides the bytes of a dataset of text; ``tokenizer`` is a fingerprint."""
 
     tokenizer: str
     key: str
@@ -46,10 +98,32 @@ class Settings:
     bos: bool
     eos: bool
 
-    def name(self, number: int, chunk: Chunk) -> str:
+    def name(self, number: int, chunk: Texts) -> str:
         """The name of a part: equal names, equal bytes."""
-        told = json.dumps([asdict(self), [asdict(source) for source in chunk]])
+        told = json.dumps([asdict(self), [asdict(source) for source in chunk.sources]])
         return f"{number:06d}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+    def header(self, tokenizer: Tokenizer) -> Header:
+        """What the token files say of themselves."""
+        return Header(
+            self.tokenizer,
+            tokenizer.vocab_size,
+            tokenizer.bos_id if self.bos else None,
+            tokenizer.eos_id if self.eos else None,
+        )
+
+    def encode(self, chunk: Texts, tokenizer: Tokenizer) -> Iterator[Encoded]:
+        """The documents of a chunk, about BATCH_CHARACTERS at a time, each between BOS and EOS."""
+        header = self.header(tokenizer)
+        bos = np.array([] if header.bos_id is None else [header.bos_id], np.uint32)
+        eos = np.array([] if header.eos_id is None else [header.eos_id], np.uint32)
+        for texts in _batches(documents(chunk.sources, self.key)):
+            raw = [text.encode() for text in texts]
+            held_out = [is_validation(each, self.validation) for each in raw]
+            ids = [np.concatenate([bos, each, eos]) for each in tokenizer.encode_documents(texts)]
+            for split, side in (("train", False), ("validation", True)):
+                mine = [i for i, where in enumerate(held_out) if where is side]
+                yield Encoded(split, [ids[i] for i in mine], None, sum(len(raw[i]) for i in mine))
 
 
 def is_validation(text: bytes, fraction: float) -> bool:
@@ -61,40 +135,25 @@ def is_validation(text: bytes, fraction: float) -> bool:
 def make_part(
     folder: Path, name: str, chunk: Chunk, settings: Settings, tokenizer_path: Path
 ) -> Path:
-    """Tokenise a chunk into ``folder/name.{train,validation}.tokens``, unless they are there."""
+    """Tokenise a chunk into ``folder/name.SPLIT.tokens``, unless they are there."""
     paths = [folder / f"{name}.{split}.tokens" for split in SPLITS]
     if all(map(_sound, paths)):
         return folder / name
     tokenizer = _tokenizer(tokenizer_path)
-    header = Header(
-        settings.tokenizer,
-        tokenizer.vocab_size,
-        tokenizer.bos_id if settings.bos else None,
-        tokenizer.eos_id if settings.eos else None,
-    )
-    size = sum(source.stop - source.start for source in chunk)
-    with (
-        room_for(folder, size * header.dtype.itemsize),
-        TokenWriter(paths[0], header) as train,
-        TokenWriter(paths[1], header) as validation,
-    ):
-        for texts in _batches(documents(chunk, settings.key)):
-            raw = [text.encode() for text in texts]
-            held_out = [is_validation(each, settings.validation) for each in raw]
-            ids = tokenizer.encode_documents(texts)
-            for writer, side in ((train, False), (validation, True)):
-                mine = [i for i, where in enumerate(held_out) if where is side]
-                _add(writer, [ids[i] for i in mine], sum(len(raw[i]) for i in mine))
+    header = settings.header(tokenizer)
+    with room_for(folder, chunk.size_bytes * header.dtype.itemsize), ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(TokenWriter(path, header))
+            for split, path in zip(SPLITS, paths, strict=True)
+        }
+        for split, ids, counted, text_bytes in settings.encode(chunk, tokenizer):
+            writers[split].add(
+                np.concatenate([*ids, np.array([], np.uint32)]),
+                np.array([len(each) for each in ids], np.int64),
+                text_bytes,
+                None if counted is None else np.concatenate([*counted, np.array([], bool)]),
+            )
     return folder / name
-
-
-def _add(writer: TokenWriter, ids: Sequence[np.ndarray], text_bytes: int) -> None:
-    header = writer.header
-    bos = np.array([] if header.bos_id is None else [header.bos_id], np.uint32)
-    eos = np.array([] if header.eos_id is None else [header.eos_id], np.uint32)
-    lengths = np.array([len(bos) + len(each) + len(eos) for each in ids], np.int64)
-    pieces = chain.from_iterable((bos, each, eos) for each in ids)
-    writer.add(np.concatenate([*pieces, np.array([], np.uint32)]), lengths, text_bytes)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -148,10 +207,12 @@ def make_parts(
         (folder, settings.name(i, chunk), chunk, settings, tokenizer_path)
         for i, chunk in enumerate(chunks)
     ]
-    sizes = [sum(source.stop - source.start for source in chunk) for chunk in chunks]
+    sizes = [chunk.size for chunk in chunks]
     parts: list[Path] = [folder] * len(jobs)
     tokens, start = 0, time.perf_counter()
-    with tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None, desc="tokenising") as bar:
+    with tqdm(
+        total=sum(sizes), unit=chunks[0].unit, unit_scale=True, disable=None, desc="tokenising"
+    ) as bar:
 
         def done(i: int, part: Path) -> None:
             nonlocal tokens
@@ -203,5 +264,6 @@ def merge(parts: Sequence[Path], split: str, out: Path) -> TokenFile | None:
         for part in parts:
             file = TokenFile(part.with_name(f"{part.name}.{split}.tokens"))
             lengths = np.diff(file.documents.astype(np.int64))
-            writer.add(file.tokens, lengths, file.header.text_bytes)
+            counted = file.counted(np.arange(len(file))) if file.masked else None
+            writer.add(file.tokens, lengths, file.header.text_bytes, counted)
     return TokenFile(path, "off")

@@ -7,6 +7,7 @@
                                                                         OUT/tokenizer.model
                                                                         OUT/dataset.json, last
 
+With ``--template`` the inputs are rows of questions and answers, see ``llamax.data.instruct``.
 Killed, it goes on when the same command is given again; ``llamax.data.parts`` says how.
 """
 
@@ -18,16 +19,30 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from llamax.data.corpus import Chunk, documents, plan
+from llamax.data import rows
+from llamax.data.corpus import documents, plan
 from llamax.data.files import room_for, write_atomic
-from llamax.data.parts import SPLITS, Settings, is_validation, make_parts, merge
+from llamax.data.instruct import FIELDS, InstructSettings, SplitRun, texts
+from llamax.data.packing import Packs
+from llamax.data.parts import (
+    SPLITS,
+    Chunk,
+    Settings,
+    Texts,
+    TextSettings,
+    is_validation,
+    make_parts,
+    merge,
+)
+from llamax.data.templates import BUILT_IN, source_of
 from llamax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from llamax.data.tokens import TokenFile
 from llamax.errors import DataError
@@ -45,29 +60,24 @@ def unigram_entropy(file: TokenFile) -> tuple[float, int]:
 
 def prepare(args: argparse.Namespace) -> None:
     """Make the dataset that the parsed command line describes, and say what was made."""
-    out = Path(args.out)
-    chunks = plan(args.inputs, args.glob or ["*"], args.exclude)
-    _make_folder(out)
+    out, began = Path(args.out), time.perf_counter()
+    _check_options(args)
     folder = out / ".parts"
-    folder.mkdir(exist_ok=True)
+    chunks = _runs(args, folder) if args.template else _texts(args)
+    _make_folder(folder)
     if args.train_tokenizer:
         path = _train(chunks, args, folder)
     else:
         path = Path(args.tokenizer)
     tokenizer = load_tokenizer(path)
-    settings = Settings(
-        tokenizer.fingerprint,
-        args.key,
-        args.validation,
-        args.bos and tokenizer.bos_id is not None,
-        args.eos and tokenizer.eos_id is not None,
-    )
+    settings = _settings(args, tokenizer)
     names = [settings.name(i, chunk) for i, chunk in enumerate(chunks)]
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
     if not _already(out, settings, identity):
         parts = make_parts(chunks, folder, settings, tokenizer.path, args.workers)
         train = merge(parts, "train", out)
-        merge(parts, "validation", out)
+        for split in SPLITS[1:]:
+            merge(parts, split, out)
         if train is None:
             raise DataError(
                 f"{', '.join(args.inputs)}: no document is left for training; give more text, or "
@@ -76,13 +86,82 @@ def prepare(args: argparse.Namespace) -> None:
         shutil.copyfile(tokenizer.path, out / tokenizer_name(tokenizer))
         said = {
             "identity": identity,
-            **asdict(settings),
+            **_plain(settings),
             "tokenizer_file": tokenizer_name(tokenizer),
             "trained": path.stem if args.train_tokenizer else None,
         }
         write_atomic(out / "dataset.json", (json.dumps(said, indent=2) + "\n").encode())
     shutil.rmtree(folder)
-    print(describe(out))
+    print(describe(out, args.length))
+    if args.template:
+        print(_told(chunks, out, time.perf_counter() - began))
+
+
+def _texts(args: argparse.Namespace) -> list[Chunk]:
+    return [Texts(sources) for sources in plan(args.inputs, args.glob or ["*"], args.exclude)]
+
+
+def _runs(args: argparse.Namespace, scratch: Path) -> list[Chunk]:
+    """The runs of rows of every split."""
+    if any(rows.is_hub(given) for given in args.inputs):
+        _make_folder(scratch)
+    given = [("train", args.inputs, args.split)]
+    given += [("validation", [path], "") for path in args.validation_file]
+    given += [("test", [path], "") for path in args.test_file]
+    return [
+        SplitRun(run, split)
+        for split, inputs, chosen in given
+        for run in rows.plan(inputs, chosen, args.limit, scratch)
+    ]
+
+
+def _settings(args: argparse.Namespace, tokenizer: Tokenizer | None) -> Settings:
+    """What decides the dataset's bytes; None: its tokenizer is still to be trained."""
+    fingerprint = "" if tokenizer is None else tokenizer.fingerprint
+    bos = args.bos and (tokenizer is None or tokenizer.bos_id is not None)
+    eos = args.eos and (tokenizer is None or tokenizer.eos_id is not None)
+    if not args.template:
+        return TextSettings(fingerprint, args.key, args.validation, bos, eos)
+    fields = tuple(sorted(args.field))
+    validation = 0.0 if args.validation_file else args.validation
+    return InstructSettings(
+        fingerprint,
+        args.template,
+        source_of(args.template),
+        fields,
+        args.system,
+        validation,
+        bos,
+        eos,
+        args.drop_empty,
+    )
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """DataError for options of text with rows, and of rows with text."""
+    text = {"--glob": args.glob, "--exclude": args.exclude}
+    table = {
+        "--field": args.field,
+        "--system": args.system,
+        "--split": args.split,
+        "--limit": args.limit,
+        "--validation-file": args.validation_file,
+        "--test-file": args.test_file,
+        "--drop-empty": args.drop_empty,
+    }
+    for name, value in (text if args.template else table).items():
+        if value:
+            only = "text" if args.template else "rows, which --template asks for"
+            raise DataError(f"{name} is for {only}; leave it out")
+
+
+def _told(chunks: Sequence[Chunk], out: Path, seconds: float) -> str:
+    """How many rows became how many samples, and how fast."""
+    given = sum(chunk.size for chunk in chunks)
+    paths = [out / f"{split}.tokens" for split in SPLITS]
+    made = sum(TokenFile(path, "off").header.documents for path in paths if path.exists())
+    dropped = f", {given - made:,} with an empty answer dropped" if given > made else ""
+    return f"{given:,} rows{dropped}, in {seconds:.1f} s: {given / seconds:,.0f} rows/s"
 
 
 def tokenizer_name(tokenizer: Tokenizer) -> str:
@@ -93,11 +172,13 @@ def tokenizer_name(tokenizer: Tokenizer) -> str:
     )
 
 
-def _make_folder(out: Path) -> None:
+def _make_folder(parts: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        parts.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{out}: cannot be made ({error.strerror}); choose another --out") from None
+        raise DataError(
+            f"{parts.parent}: cannot be made ({error.strerror}); choose another --out"
+        ) from None
 
 
 def _already(out: Path, settings: Settings, identity: str) -> bool:
@@ -106,11 +187,11 @@ def _already(out: Path, settings: Settings, identity: str) -> bool:
     if not marker.exists():
         return False
     said = json.loads(marker.read_text())
-    for key, value in asdict(settings).items():
-        if said.get(key) != value:
+    for key, value in _plain(settings).items():
+        if (other := said.get(key)) != value:
             raise DataError(
-                f"{out}: holds another dataset, with {key}={said.get(key)} instead of {value}; "
-                "choose another --out, or remove that folder"
+                f"{out}: holds another dataset, with {key}={_short(other)} instead of "
+                f"{_short(value)}; choose another --out, or remove that folder"
             )
     if said["identity"] != identity:
         raise DataError(
@@ -120,9 +201,19 @@ def _already(out: Path, settings: Settings, identity: str) -> bool:
     return True
 
 
+def _plain(settings: Settings) -> dict[str, object]:
+    """Settings as JSON gives them back."""
+    plain: dict[str, object] = json.loads(json.dumps(asdict(settings)))
+    return plain
+
+
+def _short(value: object) -> str:
+    return text if len(text := str(value)) <= 40 else f"{text[:37]!r}..."
+
+
 def _train(chunks: Sequence[Chunk], args: argparse.Namespace, folder: Path) -> Path:
     """A tokenizer trained on the training split; the one in ``folder`` if it was made before."""
-    settings = Settings("", args.key, args.validation, args.bos, args.eos)
+    settings = _settings(args, None)
     told = [settings.name(args.train_tokenizer, chunk) for chunk in chunks]
     name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
     out, path = folder.parent, folder / f"{name}.model"
@@ -135,15 +226,23 @@ def _train(chunks: Sequence[Chunk], args: argparse.Namespace, folder: Path) -> P
         )
     if not path.exists():
         print(f"training a tokenizer of {args.train_tokenizer} pieces", file=sys.stderr)
-        texts = chain.from_iterable(documents(chunk, args.key) for chunk in chunks)
-        own = (text for text in texts if not is_validation(text.encode(), args.validation))
+        own = _own_texts(chunks, settings)
         with room_for(folder, 2**20):
             train_sentencepiece(own, args.train_tokenizer, path)
     return path
 
 
-def describe(out: Path) -> str:
-    """What a dataset folder holds, in a few lines."""
+def _own_texts(chunks: Sequence[Chunk], settings: Settings) -> Iterable[str]:
+    """The texts of the training split."""
+    if isinstance(settings, InstructSettings):
+        return chain.from_iterable(texts(chunk, settings) for chunk in chunks)
+    assert isinstance(settings, TextSettings)
+    found = chain.from_iterable(documents(chunk.sources, settings.key) for chunk in chunks)
+    return (text for text in found if not is_validation(text.encode(), settings.validation))
+
+
+def describe(out: Path, length: int = 0) -> str:
+    """What a dataset folder holds, in a few lines; ``length``: what it is packed at, in tokens."""
     lines = [f"made {out}"]
     for split in SPLITS:
         path = out / f"{split}.tokens"
@@ -156,7 +255,13 @@ def describe(out: Path) -> str:
                 f"{head.text_bytes / head.tokens:.2f} bytes/token, unigram entropy {entropy:.3f} "
                 f"nats, {kinds / head.vocab_size:.1%} of the vocabulary"
             )
-        else:
+            if head.counted is not None:
+                lines.append(
+                    f"  {'':18} {head.counted / head.tokens:.1%} of the tokens are answers"
+                )
+            if length:
+                lines.append(f"  {'':18} {Packs(file, length)}")
+        elif split != "test":
             lines.append(f"  {split}.tokens: none, no document fell into it")
     return "\n".join(lines)
 
@@ -166,9 +271,15 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="llamax prepare",
         description="Turn text into a packed-token dataset: one document per text file or JSONL "
-        "row. A run that was killed continues when the same command is given again.",
+        "row; or, with --template, one per row of questions and answers. A run that was killed "
+        "continues when the same command is given again.",
     )
-    p.add_argument("inputs", nargs="+", help="text or JSONL files, plain or .gz, or folders")
+    p.add_argument(
+        "inputs",
+        nargs="+",
+        help="text or JSONL files, plain or .gz, or folders; with --template JSONL, JSON, CSV, "
+        "TSV or Parquet, or the name of a Hugging Face dataset",
+    )
     p.add_argument("--out", required=True, help="dataset folder to make")
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", help="tokenizer.model, tokenizer.json, .tiktoken or a folder")
@@ -203,7 +314,48 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--workers", type=_count, default=os.cpu_count() or 1, help="processes (%(default)s)"
     )
+    p.add_argument(
+        "--length",
+        type=_count,
+        default=0,
+        metavar="TOKENS",
+        help="also say how well the documents pack into samples of so many tokens",
+    )
+    _add_row_options(p.add_argument_group("rows of questions and answers"))
     return p
+
+
+def _add_row_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--template",
+        metavar="NAME|FILE",
+        help=f"{', '.join(BUILT_IN)}, a Jinja file, a tokenizer_config.json or a folder with one",
+    )
+    group.add_argument(
+        "--field",
+        action="append",
+        type=_field,
+        default=[],
+        metavar="FIELD=COLUMN",
+        help=f"which column is the {', '.join(FIELDS)}; default: the usual names",
+    )
+    group.add_argument("--system", default="", metavar="TEXT", help="what every sample begins with")
+    group.add_argument("--split", default="", metavar="TRAIN[:10%]", help="a slice of the rows")
+    group.add_argument("--limit", type=_count, default=0, metavar="N", help="the first N rows")
+    group.add_argument("--validation-file", action="append", default=[], metavar="FILE")
+    group.add_argument("--test-file", action="append", default=[], metavar="FILE")
+    group.add_argument(
+        "--drop-empty", action="store_true", help="leave out rows with an empty answer, and count"
+    )
+
+
+def _field(text: str) -> tuple[str, str]:
+    name, equals, column = text.partition("=")
+    if name not in FIELDS or not equals or not column:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not FIELD=COLUMN with a field of {', '.join(FIELDS)}"
+        )
+    return name, column
 
 
 def _count(text: str) -> int:

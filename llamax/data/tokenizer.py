@@ -63,6 +63,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    special: dict[str, int]  # the names of special tokens, which text never becomes
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -81,7 +82,7 @@ class SentencePiece:
         import sentencepiece
 
         from llamax.data.segments import Segments
-        from llamax.data.spm import Model
+        from llamax.data.spm import CONTROL, Model
 
         self.path, self.fingerprint = path, hashlib.sha256(raw).hexdigest()
         self.model = Model.from_bytes(raw)
@@ -90,6 +91,11 @@ class SentencePiece:
         self.vocab_size: int = self._engine.vocab_size()
         self.bos_id = _id(self._engine.bos_id())
         self.eos_id = _id(self._engine.eos_id())
+        self.special = {
+            text: number
+            for number, (text, _, kind) in enumerate(self.model.pieces)
+            if kind == CONTROL
+        }
 
     @property
     def fast(self) -> bool:
@@ -123,6 +129,8 @@ class HuggingFace:
         self.vocab_size = max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
         self.bos_id = self._special("bos_token", BOS)
         self.eos_id = self._special("eos_token", EOS)
+        added = self.engine.get_added_tokens_decoder()
+        self.special = {str(token): i for i, token in added.items() if token.special}
 
     def _special(self, key: str, usual: Iterable[str]) -> int | None:
         names = list(usual)

@@ -5,6 +5,8 @@
     0      magic "llamax1\\n", crc32 of the header, JSON padded with spaces        4096 bytes
     4096   tokens of all documents, uint16 or uint32, little-endian
            document offsets, uint64: offsets[i]:offsets[i+1] are document i's tokens
+           counted, one bit per token, lowest first: whether a model is to learn it
+             (instruction data only; without this section every token counts)
            checksums, uint32: crc32 of every 1 MiB block from byte 4096 up to here
 
 The header vouches for the checksums, the checksums for everything else, and the header for itself,
@@ -48,7 +50,10 @@ Verify = Literal["start", "read", "off"]
 
 @dataclass(frozen=True)
 class Header:
-    """What a token file says of itself; ``tokenizer`` is a fingerprint, ids are None if unused."""
+    """What a token file says of itself; ``tokenizer`` is a fingerprint, ids are None if unused.
+
+    ``counted`` is the number of tokens to be learnt, None where that is all of them.
+    """
 
     tokenizer: str
     vocab_size: int
@@ -59,6 +64,7 @@ class Header:
     text_bytes: int = 0
     checksums_crc32: int = 0
     sections: dict[str, tuple[int, int]] = field(default_factory=dict)
+    counted: int | None = None
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -89,7 +95,7 @@ class Header:
 
 
 class TokenFile:
-    """A token file, mapped: ``tokens`` [tokens] and ``documents`` [documents + 1].
+    """A token file, mapped: ``tokens`` [tokens], ``documents`` [documents + 1] and ``counted``.
 
     ``verify`` says when checksums are checked: "start", all of them now; "read", each block
     before its first use through ``touch``; "off", never.  The header and the length always are.
@@ -112,6 +118,9 @@ class TokenFile:
             raise DataError(f"{self.path}: has {size} bytes where its header says {end}: {REMEDY}")
         self.tokens: Tokens = self._section("tokens", self.header.dtype)
         self.documents: npt.NDArray[np.uint64] = self._section("documents", np.dtype("<u8"))
+        self._counted: npt.NDArray[np.uint8] | None = None
+        if "counted" in self.header.sections:
+            self._counted = self._section("counted", np.dtype("u1"))
         self._checksums: npt.NDArray[np.uint32] = self._section("checksums", np.dtype("<u4"))
         self._unseen = np.ones(len(self._checksums) if verify != "off" else 0, bool)
         if verify != "off" and zlib.crc32(self._checksums.data) != self.header.checksums_crc32:
@@ -134,6 +143,18 @@ class TokenFile:
         self._unseen[:] = False
         return len(blocks) * BLOCK_BYTES / (time.perf_counter() - start)
 
+    @property
+    def masked(self) -> bool:
+        """Whether the file says which tokens count."""
+        return self._counted is not None
+
+    def counted(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether the tokens at ``places`` (any shape) are to be learnt."""
+        if self._counted is None:
+            return np.ones(places.shape, bool)
+        bits: npt.NDArray[np.bool_] = (self._counted[places >> 3] >> (places & 7)) & 1 == 1
+        return bits
+
     def touch(
         self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
     ) -> None:
@@ -141,9 +162,9 @@ class TokenFile:
         if not self._unseen.any():
             return
         offset, _ = self.header.sections[section]
-        item = 8 if section == "documents" else self.header.dtype.itemsize
-        first = (starts * item + offset - HEADER_BYTES) // BLOCK_BYTES
-        last = (stops * item - 1 + offset - HEADER_BYTES) // BLOCK_BYTES
+        bits = {"documents": 64, "counted": 1}.get(section, 8 * self.header.dtype.itemsize)
+        first = (starts * bits // 8 + offset - HEADER_BYTES) // BLOCK_BYTES
+        last = ((stops * bits - 1) // 8 + offset - HEADER_BYTES) // BLOCK_BYTES
         for one, other in zip(first.tolist(), last.tolist(), strict=True):
             for block in range(one, other + 1):
                 if self._unseen[block]:
@@ -158,7 +179,7 @@ class TokenFile:
         stop = min(start + BLOCK_BYTES, self.header.sections["checksums"][0])
         if zlib.crc32(memoryview(self._map)[start:stop]) != self._checksums[block]:
             offset, size = self.header.sections["tokens"]
-            place = "tokens" if start < offset + size else "document offsets"
+            place = "tokens" if start < offset + size else "document offsets or counted bits"
             raise DataError(
                 f"{self.path}: bytes {start} to {stop} ({place}) do not match their checksum: "
                 f"{REMEDY}"
@@ -178,18 +199,31 @@ class TokenWriter:
         self.header = header
         self._partial = self.path.with_name(f".{self.path.name}.partial")
         self._offsets_path = self.path.with_name(f".{self.path.name}.offsets")
-        self._tokens = self._documents = self._text_bytes = 0
+        self._bits_path = self.path.with_name(f".{self.path.name}.bits")
+        self._tokens = self._documents = self._text_bytes = self._counted = 0
+        self._odd_bits = np.zeros(0, bool)  # fewer than 8, not yet written
+        self._masked = False
 
     def __enter__(self) -> TokenWriter:
         self._file = open(self._partial, "wb")
         self._offsets = open(self._offsets_path, "w+b")
+        self._bits = open(self._bits_path, "w+b")
         self._file.write(bytes(HEADER_BYTES))
         self._body = _Blocks(self._file)
         self._offsets.write(np.zeros(1, "<u8").tobytes())
         return self
 
-    def add(self, tokens: npt.NDArray[Any], lengths: npt.NDArray[Any], text_bytes: int) -> None:
-        """Append documents: their tokens end to end, the length of each, their size as text."""
+    def add(
+        self,
+        tokens: npt.NDArray[Any],
+        lengths: npt.NDArray[Any],
+        text_bytes: int,
+        counted: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Append documents: their tokens end to end, the length of each, their size as text.
+
+        ``counted`` says for each token whether it is to be learnt; for all documents or for none.
+        """
         if len(tokens) and int(tokens.max()) >= self.header.vocab_size:
             raise DataError(
                 f"{self.path}: token {int(tokens.max())} is outside the vocabulary of "
@@ -197,6 +231,13 @@ class TokenWriter:
             )
         self._body.write(np.ascontiguousarray(tokens, self.header.dtype).view(np.uint8).data)
         self._offsets.write((self._tokens + np.cumsum(lengths, dtype="<u8")).tobytes())
+        if counted is not None:
+            bits = np.concatenate([self._odd_bits, counted])
+            whole = len(bits) // 8 * 8
+            self._bits.write(np.packbits(bits[:whole], bitorder="little").tobytes())
+            self._odd_bits = bits[whole:]
+            self._counted += int(counted.sum())
+            self._masked = True
         self._tokens += len(tokens)
         self._documents += len(lengths)
         self._text_bytes += text_bytes
@@ -208,7 +249,7 @@ class TokenWriter:
         trace: TracebackType | None,
     ) -> None:
         try:
-            with self._file, self._offsets:
+            with self._file, self._offsets, self._bits:
                 if error is None:
                     self._finish()
             if error is None:
@@ -217,15 +258,17 @@ class TokenWriter:
         finally:
             self._partial.unlink(missing_ok=True)
             self._offsets_path.unlink(missing_ok=True)
+            self._bits_path.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         sections = {"tokens": (HEADER_BYTES, self._tokens * self.header.dtype.itemsize)}
         self._body.pad()
         sections["documents"] = (self._body.position, 8 * (self._documents + 1))
-        self._offsets.seek(0)
-        while piece := self._offsets.read(BLOCK_BYTES):
-            self._body.write(memoryview(piece))
-        self._body.pad()
+        self._append(self._offsets)
+        if self._masked:
+            self._bits.write(np.packbits(self._odd_bits, bitorder="little").tobytes())
+            sections["counted"] = (self._body.position, -(-self._tokens // 8))
+            self._append(self._bits)
         table = np.array(self._body.checksums(), "<u4")
         sections["checksums"] = (self._body.position, table.nbytes)
         self._file.write(table.tobytes())
@@ -239,11 +282,19 @@ class TokenWriter:
             self._text_bytes,
             zlib.crc32(table.data),
             sections,
+            self._counted if self._masked else None,
         )
         self._file.seek(0)
         self._file.write(self.header.to_bytes())
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def _append(self, scratch: IO[bytes]) -> None:
+        """Copy a section that was collected in its own file, then align what follows."""
+        scratch.seek(0)
+        while piece := scratch.read(BLOCK_BYTES):
+            self._body.write(memoryview(piece))
+        self._body.pad()
 
 
 class _Blocks:

@@ -1,0 +1,349 @@
+"""Rows of questions and answers to samples: fields, template, tokens, and which of them count.
+
+::
+
+    row ──fields──> Sample ──template──> spans ──tokenizer──> ids       1 835 29871 ... 2
+                                                              counted   0 0   0     ... 1
+
+A span is not encoded by itself: tokens at its edges would not be those of the text, and a space
+could come in between.  The text between two special tokens is encoded whole; where an answer begins
+inside it is found by encoding what comes before and counting the tokens that both begin with.  So
+decoding gives the text back byte for byte, and a prompt's tokens are those it has at generation.
+
+A sample begins with BOS and ends with EOS, unless the template wrote them (or its own last special
+token) itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llamax.data.parts import Encoded, is_validation
+from llamax.data.rows import Row, Run, rows
+from llamax.data.templates import SHIELD, Message, Sample, Span, Template, sample
+from llamax.data.tokenizer import Tokenizer
+from llamax.data.tokens import Header
+from llamax.errors import DataError
+
+BATCH_ROWS = 512
+# A field is the first of these that a row has, unless --field names another.
+FIELDS = {
+    "instruction": ("instruction", "question", "prompt"),
+    "context": ("context", "input"),
+    "answer": ("answer", "response", "output", "completion"),
+    "system": ("system",),
+    "messages": ("messages", "conversations"),
+}
+ROLES = {"human": "user", "gpt": "assistant"}
+
+Bits = npt.NDArray[np.bool_]
+
+
+class Tokens(NamedTuple):
+    """Token ids of a sample or a prompt, and whether each is to be learnt."""
+
+    ids: npt.NDArray[np.uint32]
+    counted: Bits
+
+
+# ---- from a row to a sample
+
+
+def read(row: Row, fields: Mapping[str, str], system: str, chat: bool) -> Sample | None:
+    """The sample in a row, None where its answer is empty.
+
+    ``fields`` renames; ``chat`` prefers a list of messages where the row has one.  Raises DataError
+    with what is missing or not text.
+    """
+    name = _name(row, "messages", fields) if chat else None
+    if name is not None and row[name] is not None:
+        return _conversation(row[name], name, system)
+    texts = {}
+    for known in ("instruction", "context", "answer", "system"):
+        key = _name(row, known, fields)
+        if key is None and known in ("instruction", "answer"):
+            looked = fields.get(known) or ", ".join(FIELDS[known])
+            raise DataError(
+                f"has no field for the {known} (looked for {looked}; found {', '.join(row)}); "
+                f"use --field {known}=NAME"
+            )
+        value = "" if key is None or row[key] is None else row[key]
+        if not isinstance(value, str):
+            raise DataError(
+                f"has a field {key!r} that is {type(value).__name__}, not text; mend it"
+            )
+        texts[known] = value
+    if not texts["instruction"].strip():
+        raise DataError(f"has an empty {known_as(row, 'instruction', fields)!r}; mend or remove it")
+    if not texts["answer"].strip():
+        return None
+    return sample(
+        texts["instruction"], texts["context"], texts["answer"], texts["system"] or system
+    )
+
+
+def known_as(row: Row, known: str, fields: Mapping[str, str]) -> str:
+    """What a row calls a field."""
+    return _name(row, known, fields) or known
+
+
+def _name(row: Row, known: str, fields: Mapping[str, str]) -> str | None:
+    """The column of a field, or None; a column that --field names must be there."""
+    if (given := fields.get(known)) is not None:
+        return given if given in row else None
+    return next((name for name in FIELDS[known] if name in row), None)
+
+
+def _conversation(given: Any, name: str, system: str) -> Sample | None:
+    messages: list[Message] = []
+    for turn in given if isinstance(given, list) else [None]:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        text = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not isinstance(text, str):
+            raise DataError(f"has a field {name!r} that is no list of {{role, content}}; mend it")
+        messages.append({"role": ROLES.get(role, role), "content": text})
+    if system and (not messages or messages[0]["role"] != "system"):
+        messages.insert(0, {"role": "system", "content": system})
+    answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
+    if not answers or not all(answer.strip() for answer in answers):
+        return None
+    while messages[-1]["role"] != "assistant":
+        messages.pop()  # nobody answers what comes last
+    return Sample(messages)
+
+
+# ---- from spans to tokens
+
+
+class Encoder:
+    """Turns the spans of a template into tokens; ``bos`` and ``eos`` are added where wanted."""
+
+    def __init__(self, tokenizer: Tokenizer, bos: bool = True, eos: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self.bos = tokenizer.bos_id if bos else None
+        self.eos = tokenizer.eos_id if eos else None
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """The names of special tokens by id."""
+        return {number: name for name, number in self.tokenizer.special.items()}
+
+    def template(self, name: str, source: str) -> Template:
+        """A template that knows this tokenizer's special tokens."""
+        bos, eos = (
+            self.names.get(i, "") if i is not None else ""
+            for i in (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        )
+        return Template(name, source, tuple(self.tokenizer.special), bos, eos)
+
+    def encode(self, samples: Sequence[Sequence[Span]], prompts: bool = False) -> list[Tokens]:
+        """The tokens of each sample; of ``prompts`` without the EOS behind them."""
+        pieces = [list(self._pieces(spans)) for spans in samples]
+        texts: list[str] = []
+        for piece in chain.from_iterable(pieces):
+            if not isinstance(piece, Special):
+                texts += [piece.text, *(piece.text[:cut] for cut in piece.cuts)]
+        encoded = iter(self.tokenizer.encode_documents(texts))
+        return [self._join(each, encoded, prompts) for each in pieces]
+
+    def _pieces(self, spans: Sequence[Span]) -> Iterator[Special | Piece]:
+        """Special tokens, and the texts between them with the places where answers change."""
+        whole = "".join(span.text for span in spans)
+        edges, at = [], 0
+        for span in spans:
+            edges.append((at, span.answer))
+            at += len(span.text)
+        for start, stop, token in self._split(whole):
+            inside = [(max(at, start), answer) for at, answer in edges if at < stop]
+            begun = max(i for i, (at, _) in enumerate(inside) if at <= start)
+            if token is not None:
+                yield Special(token, inside[begun][1])
+                continue
+            kept = inside[begun:]
+            text = whole[start:stop]
+            cuts = [len(_mended(whole[start:at])) for at, _ in kept[1:]]
+            yield Piece(_mended(text), cuts, [answer for _, answer in kept])
+
+    def _split(self, text: str) -> Iterator[tuple[int, int, int | None]]:
+        """(start, stop, id) of special tokens and (start, stop, None) of what is between."""
+        at = 0
+        for match in self._special.finditer(text) if self.tokenizer.special else ():
+            if match.start() > at:
+                yield at, match.start(), None
+            yield match.start(), match.end(), self.tokenizer.special[match[0]]
+            at = match.end()
+        if at < len(text):
+            yield at, len(text), None
+
+    @cached_property
+    def _special(self) -> Any:
+        names = sorted(self.tokenizer.special, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)))
+
+    def _join(self, pieces: list[Special | Piece], encoded: Iterator[Any], prompt: bool) -> Tokens:
+        ids: list[npt.NDArray[np.uint32]] = []
+        counted: list[Bits] = []
+
+        def add(tokens: npt.NDArray[np.uint32], answer: bool | Bits) -> None:
+            ids.append(tokens)
+            counted.append(np.broadcast_to(np.asarray(answer), tokens.shape))
+
+        first, answer = pieces[0], False
+        if self.bos is not None and not (isinstance(first, Special) and first.id == self.bos):
+            add(np.array([self.bos], np.uint32), False)
+        for piece in pieces:
+            if isinstance(piece, Special):
+                add(np.array([piece.id], np.uint32), piece.answer)
+                answer = piece.answer
+                continue
+            whole = next(encoded)
+            marks = np.zeros(len(whole), bool)
+            at = 0
+            for cut, now in zip([None, *piece.cuts], piece.answers, strict=True):
+                if cut is not None:
+                    at = _shared(whole, next(encoded))
+                marks[at:] = answer = now
+            add(whole, marks)
+        ended = next(
+            (p for p in reversed(pieces) if isinstance(p, Special) or p.text.strip()), first
+        )
+        if self.eos is not None and not prompt and not isinstance(ended, Special):
+            add(np.array([self.eos], np.uint32), answer)
+        return Tokens(np.concatenate(ids), np.concatenate(counted))
+
+
+class Special(NamedTuple):
+    """A special token that the template wrote."""
+
+    id: int
+    answer: bool
+
+
+class Piece(NamedTuple):
+    """A text, and the characters at which it turns from given to answer or back."""
+
+    text: str
+    cuts: list[int]
+    answers: list[bool]  # before the first cut, then after each
+
+
+def _mended(text: str) -> str:
+    return text.replace(SHIELD, "")
+
+
+def _shared(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> int:
+    """How many tokens two texts have in common at their beginnings."""
+    length = min(len(one), len(other))
+    differ = np.flatnonzero(one[:length] != other[:length])
+    return int(differ[0]) if len(differ) else length
+
+
+# ---- from runs of rows to parts
+
+
+@dataclass(frozen=True)
+class InstructSettings:
+    """What decides the bytes of an instruction dataset, beside its rows."""
+
+    tokenizer: str
+    template: str
+    source: str
+    fields: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+    validation: float = 0.0
+    bos: bool = True
+    eos: bool = True
+    drop_empty: bool = False
+
+    def name(self, number: int, chunk: SplitRun) -> str:
+        """The name of a part: equal names, equal bytes."""
+        told = json.dumps([asdict(self), asdict(chunk)])
+        return f"{number:06d}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+
+    def header(self, tokenizer: Tokenizer) -> Header:
+        """What the token files say of themselves."""
+        return Header(
+            self.tokenizer,
+            tokenizer.vocab_size,
+            tokenizer.bos_id if self.bos else None,
+            tokenizer.eos_id if self.eos else None,
+        )
+
+    def encode(self, chunk: SplitRun, tokenizer: Tokenizer) -> Iterator[Encoded]:
+        """The samples of a run of rows, batch by batch and split by split."""
+        encoder = Encoder(tokenizer, self.bos, self.eos)
+        template = encoder.template(self.template, self.source)
+        batches: dict[str, list[list[Span]]] = {}
+        for spans, text in _spans(chunk, self, template):
+            split = chunk.split
+            if split == "train" and is_validation(text.encode(), self.validation):
+                split = "validation"
+            batch = batches.setdefault(split, [])
+            batch.append(spans)
+            if len(batch) == BATCH_ROWS:
+                yield self._batch(split, batches.pop(split), encoder)
+        for split, batch in batches.items():
+            yield self._batch(split, batch, encoder)
+
+    def _batch(self, split: str, batch: list[list[Span]], encoder: Encoder) -> Encoded:
+        made = encoder.encode(batch)
+        size = sum(len(span.text.encode()) for spans in batch for span in spans)
+        return Encoded(split, [each.ids for each in made], [each.counted for each in made], size)
+
+
+def _spans(
+    chunk: SplitRun, settings: InstructSettings, template: Template
+) -> Iterator[tuple[list[Span], str]]:
+    """The spans and the text of each row; DataError names the place of one that has none."""
+    for place, row in rows(chunk.run):
+        try:
+            found = read(row, dict(settings.fields), settings.system, template.chat)
+            if found is None and not settings.drop_empty:
+                raise DataError("has an empty answer; mend it, or use --drop-empty")
+            if found is not None:
+                spans = template.spans(found)
+                text = "".join(span.text for span in spans)
+                text.encode()
+                yield spans, text
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"{place}: holds half a character (\\u{ord(text[error.start]):04x}); mend it"
+            ) from None
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from None
+
+
+def texts(chunk: SplitRun, settings: InstructSettings) -> Iterator[str]:
+    """The texts of a run that are of the training split, for training a tokenizer."""
+    template = Template(settings.template, settings.source)
+    for _, text in _spans(chunk, settings, template):
+        if chunk.split == "train" and not is_validation(text.encode(), settings.validation):
+            yield text
+
+
+@dataclass(frozen=True)
+class SplitRun:
+    """A run of rows, and the split it was given for."""
+
+    run: Run
+    split: str
+
+    unit = "row"
+
+    @property
+    def size(self) -> int:
+        return self.run.count
+
+    @property
+    def size_bytes(self) -> int:
+        return 0 if self.run.kind == "parquet" else self.run.stop - self.run.start

@@ -1,0 +1,158 @@
+"""Documents of any length in samples of one: best-fit packing, as an index and nothing else.
+
+::
+
+    documents   aaaaaaaa bbbbb ccccc dd e          sample 0   aaaaaaaa dd   (room 10)
+                sorted, longest first              sample 1   bbbbb ccccc
+                                                   sample 2   e . . . . .
+
+The longest document comes first; each goes into the fullest sample that still has room for it, or
+opens a new one (best-fit decreasing).  A document of n tokens takes n - 1 places, because its last
+token is only a label.  The samples with room are kept by how much they have; which amounts occur is
+one integer, a bit for each, so the best fit is its lowest bit from the document's size up.
+
+Documents are taken in the order of a permutation by ``seed``, WINDOW of them at a time, and the
+index (which document lies in which sample) goes to an unnamed file that is mapped: memory does not
+grow with the corpus.  Samples depend on nothing but the dataset, the length and the seed; any of
+them can be read at once, and every epoch permutes them anew.
+
+``padded`` puts one document in each sample instead.
+
+Sources: best-fit decreasing, Johnson 1973; for language models, Ding et al. 2024, "Fewer
+Truncations Improve Language Modeling", section 3.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from llamax.data.order import Integers, permute
+from llamax.data.tokens import TokenFile
+from llamax.errors import DataError
+
+WINDOW = 2**16  # documents that are packed together
+TooLong = Literal["truncate", "drop", "refuse"]
+Way = Literal["best-fit", "padded"]
+
+
+class Packs:
+    """Which documents of a token file lie in which sample of ``length`` places.
+
+    ``too_long`` says what becomes of documents that have more; of a dataset with answers, one that
+    is cut before its first answer is dropped.  ``len`` is the number of samples.  Raises DataError
+    for a document that is refused, and where no document is left.
+    """
+
+    def __init__(
+        self,
+        file: TokenFile,
+        length: int,
+        too_long: TooLong = "truncate",
+        way: Way = "best-fit",
+        seed: int = 0,
+        answers: bool = True,
+    ) -> None:
+        self.file, self.length, self.too_long, self.way = file, length, too_long, way
+        self.places = self.longer = self.answerless = 0
+        self._answers = answers and file.masked
+        total = len(file.documents) - 1
+        file.touch(np.zeros(1, np.int64), np.full(1, total + 1), "documents")
+        with tempfile.TemporaryFile() as members, tempfile.TemporaryFile() as ends:
+            packed = 0
+            for start in range(0, total, WINDOW):
+                places = np.arange(start, min(start + WINDOW, total))
+                documents, sizes = self._measure(permute(places, total, seed, 0))
+                self.places += int(sizes.sum())
+                if way == "padded":
+                    counts = np.ones(len(documents), np.int64)
+                else:
+                    longest_first = np.argsort(-sizes, kind="stable")
+                    samples = best_fit(sizes[longest_first].tolist(), length)
+                    counts = np.array([len(sample) for sample in samples], np.int64)
+                    order = [i for sample in samples for i in sample]
+                    documents = documents[longest_first][order]
+                documents.astype(np.uint32).tofile(members)
+                (packed + np.cumsum(counts)).astype(np.uint64).tofile(ends)
+                packed += len(documents)
+            if not packed:
+                raise DataError(
+                    f"{file.path}: no document is left for samples of {length} tokens: "
+                    f"{self.longer} are longer (data.too_long={too_long}), {self.answerless} of "
+                    "them without an answer in the part that would stay; use a greater "
+                    "data.sequence_length"
+                )
+            self._members = np.memmap(members, np.uint32, "r")
+            self._ends = np.memmap(ends, np.uint64, "r")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def documents(self, sample: int) -> Integers:
+        """The documents of a sample."""
+        start = int(self._ends[sample - 1]) if sample else 0
+        return self._members[start : int(self._ends[sample])].astype(np.int64)
+
+    @property
+    def fill(self) -> float:
+        """The share of places that hold a token of a document."""
+        return self.places / (len(self) * self.length)
+
+    def __str__(self) -> str:
+        kept = self.longer - self.answerless if self.too_long == "truncate" else 0
+        told = {"truncate": f"{kept:,} truncated", "drop": f"{self.longer:,} dropped"}
+        lost = f" ({self.answerless:,} dropped: cut before the answer)" if self.answerless else ""
+        return (
+            f"{self.way} at {self.length}: {len(self._members):,} documents in {len(self):,} "
+            f"samples, {self.fill:.2%} filled; {self.longer:,} longer"
+            + (f": {told[self.too_long]}{lost}" if self.longer else "")
+        )
+
+    def _measure(self, documents: Integers) -> tuple[Integers, Integers]:
+        """Documents that are kept, and the places each takes."""
+        starts = self.file.documents[documents].astype(np.int64)
+        stops = self.file.documents[documents + 1].astype(np.int64)
+        sizes = stops - starts - 1
+        keep, long = sizes > 0, sizes > self.length
+        self.longer += int(long.sum())
+        if self.too_long == "refuse" and long.any():
+            worst = int(documents[np.argmax(sizes)])
+            raise DataError(
+                f"{self.file.path}: document {worst + 1} has {sizes.max() + 1} tokens, and "
+                f"{int(long.sum())} of these are longer than data.sequence_length={self.length}; "
+                "use a greater one, or data.too_long=truncate or drop"
+            )
+        if self.too_long == "drop":
+            keep &= ~long
+        elif self._answers:
+            for i in np.flatnonzero(long):
+                if not self.file.counted(
+                    np.arange(starts[i] + 1, starts[i] + self.length + 1)
+                ).any():
+                    keep[i] = False
+                    self.answerless += 1
+        return documents[keep], np.minimum(sizes[keep], self.length)
+
+
+def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
+    """Samples as lists of numbers of documents, whose ``sizes`` (1 to ``room``) fall."""
+    samples: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(room + 1)]
+    amounts = 0  # bit r: some sample has room for r more
+    for number, size in enumerate(sizes):
+        if enough := amounts >> size:
+            left = size + (enough & -enough).bit_length() - 1
+            sample = with_room[left].pop()
+            if not with_room[left]:
+                amounts ^= 1 << left
+        else:
+            left, sample = room, len(samples)
+            samples.append([])
+        samples[sample].append(number)
+        if left := left - size:
+            with_room[left].append(sample)
+            amounts |= 1 << left
+    return samples
