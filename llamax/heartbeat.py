@@ -30,7 +30,7 @@ from llamax.errors import LlamaxError, LostRank, Stopped
 
 PATIENCE_S = 15.0
 RECORD_BYTES = 512
-LOST, DONE = "lost another rank", "done"
+LOST, DONE = "lost ", "done"
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Heartbeat:
         before = {rank: self._read(rank) for rank in others}
         for _ in range(8):
             now = {rank: self._read(rank) for rank in others}
-            ended = [r for r in others if now[r].left not in ("", LOST, DONE)]
+            ended = [r for r in others if now[r].left and not now[r].left.startswith((LOST, DONE))]
             if ended:
                 return "; ".join(f"{_at(r, now[r])} ended: {now[r].left}" for r in ended[:4])
             gone = [r for r in others if not now[r].left and now[r].gone()]
@@ -115,7 +115,7 @@ class Heartbeat:
                 if silent_s[rank] > limit_s and not self._stop.is_set():
                     why = f"ended: {now.left}" if now.left else f"silent for {silent_s[rank]:.0f} s"
                     log.logger.error("%s %s; start the job again", _at(rank, now), why)
-                    self._write(left=LOST)
+                    self._write(left=LOST + _at(rank, now))
                     os._exit(LostRank.exit_code)
 
     def _write(self, step: int | None = None, left: str = "") -> None:
@@ -165,7 +165,7 @@ def beating(folder: Path, rank: int, world_size: int, timeout_s: float) -> Itera
         raise
     except LostRank as error:
         who = heart.silent()
-        heart.stop(LOST)
+        heart.stop(LOST + who)
         raise LostRank(f"{who}: {error}") from error
     except BaseException as error:
         line = str(error) if isinstance(error, LlamaxError) else repr(error)

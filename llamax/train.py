@@ -190,7 +190,10 @@ def main(argv: Sequence[str]) -> int:
     log.setup(f"rank {where.rank}", main=where.rank == 0)
     with first_to_speak(where):
         config = configfile.load(options.config, overrides, where.world_size)
-    train(config, where)
+    try:
+        train(config, where)
+    finally:
+        signals.rest()
     return 0
 
 
