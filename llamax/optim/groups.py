@@ -205,5 +205,7 @@ class Accumulate:
 
 
 def split_like(flat: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:
-    """Views of ``flat`` as long as each of ``parts``."""
+    """Views of ``flat`` as long as each of ``parts``; of one part, ``flat`` itself."""
+    if len(parts) == 1:
+        return [flat]
     return list(torch.split(flat, [part.numel() for part in parts]))
