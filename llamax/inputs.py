@@ -10,21 +10,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llamax.checkpoint.adapters import About
 from llamax.checkpoint.hub import open_source
 from llamax.checkpoint.load import Checkpoint, Source
 from llamax.checkpoint.manifest import newest
 from llamax.config import Config, Model
 from llamax.data.dataset import Dataset, open_dataset
 from llamax.errors import ConfigError
+from llamax.finetune import about, check_resumed
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """``resumed``: the checkpoint to go on from; else ``first``: where the first weights are."""
+    """``resumed``: the checkpoint to go on from; else ``first``: where the first weights are.
+
+    With ``adapters`` ``first`` is their base, and there beside ``resumed``.
+    """
 
     dataset: Dataset
     resumed: Checkpoint | None
     first: Source | None
+    adapters: About | None = None
 
     def verify(self, config: Config, share: int, of: int) -> None:
         """Check the ``share``-th of ``of`` parts of all checksums.
@@ -54,10 +60,13 @@ def open_inputs(config: Config) -> Inputs:
     if resumed is not None:
         _same_network(config, resumed)
         dataset.check_tokenizer(resumed.state["tokenizer"])
-    elif checkpoint.init_from:
+    if checkpoint.init_from and (resumed is None or config.finetune.method != "full"):
         first = open_source(checkpoint.init_from)
         _same_network(config, first)
-    return Inputs(dataset, resumed, first)
+    adapters = about(config.finetune, first)
+    if resumed is not None:
+        check_resumed(config.finetune, resumed, first)
+    return Inputs(dataset, resumed, first, adapters)
 
 
 def _same_network(config: Config, source: Source) -> None:

@@ -10,14 +10,17 @@ import torch
 
 from llamax import configfile, log
 from llamax.backends import Backend
-from llamax.checkpoint.load import load_owned, load_weights
+from llamax.checkpoint.adapters import About
+from llamax.checkpoint.load import load_owned
 from llamax.checkpoint.save import Saver
 from llamax.collectives import Axes
 from llamax.config import Config
 from llamax.data.dataset import Dataset
 from llamax.data.loader import Loader
 from llamax.data.tokens import TokenFile
+from llamax.finetune import build
 from llamax.inputs import Inputs
+from llamax.lora import trained
 from llamax.mesh import Mesh
 from llamax.metrics import (
     ConsoleWriter,
@@ -46,6 +49,7 @@ class Job:
     saver: Saver
     step: int
     consumed_sequences: int
+    adapters: About | None
 
     @property
     def folder(self) -> Path:
@@ -58,21 +62,11 @@ class Job:
 
 def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: Inputs) -> Job:
     """Model, optimizer and saver, as the checkpoint to resume left them, or new."""
-    model = Llama(
-        config.model,
-        axes.tp,
-        sequence_parallel=config.parallel.sequence,
-        dtype=DTYPES[config.run.dtype],
-        device=backend.device,
-        recompute=config.run.recompute,
-    )
-    parameters = dict(model.named_parameters())
-    resumed, shards, tp = inputs.resumed, model.shards, axes.tp
+    resumed, tp = inputs.resumed, axes.tp
     torch.manual_seed(config.run.seed)
-    if inputs.first is not None:
-        load_weights(inputs.first, parameters, shards, tp.size, tp.rank, convert=True)
-    elif resumed is None:
-        model.init(config.run.seed)
+    model = build(config, inputs.first, resumed is None, axes, backend.device)
+    parameters = trained(model)
+    shards = {name: model.shards[name] for name in parameters}
     optimizer = Zero1(
         parameters,
         shards,
@@ -101,7 +95,19 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: In
         background=config.checkpoint.background,
         timeout_s=config.run.timeout_s,
     )
-    return Job(config, mesh, backend, axes, inputs.dataset, model, optimizer, saver, step, consumed)
+    return Job(
+        config,
+        mesh,
+        backend,
+        axes,
+        inputs.dataset,
+        model,
+        optimizer,
+        saver,
+        step,
+        consumed,
+        inputs.adapters,
+    )
 
 
 def introduce(job: Job) -> None:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from llamax import ops, recompute
 from llamax.collectives import Axis, Solo
 from llamax.config import Model
+from llamax.dropout import Dropout
 from llamax.parallel import regions
 from llamax.parallel.loss import vocab_parallel_loss
 from llamax.parallel.tensor import ColumnLinear, RowLinear, VocabEmbedding, column_matmul
@@ -142,7 +143,8 @@ class Decoder(nn.Module):
         self.norm = Norm(model.hidden_size, model.rms_norm_eps, like)
         frequencies = ops.inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
         self.inverse_frequencies: Tensor
-        self.register_buffer("inverse_frequencies", frequencies.to(like.device), persistent=False)
+        frequencies = frequencies.to(tp.rank_index.device)
+        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
 
     def forward(self, ids_BS: Tensor, positions_BS: Tensor, attend: Attend) -> Tensor:
         cos_BSE, sin_BSE = ops.rope_tables(positions_BS, self.inverse_frequencies)
@@ -175,6 +177,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config, self.tp = model, tp or Solo("tp", device)
         self.sequence_parallel = sequence_parallel and self.tp.size > 1
+        self.dropout: Dropout | None = None  # of the adapters, where there are some
         like = torch.empty(0, dtype=dtype, device=device)
         stage = range(model.num_hidden_layers) if stage is None else stage
         self.model = Decoder(model, self.tp, self.sequence_parallel, like, stage, recompute)
@@ -214,7 +217,7 @@ class Llama(nn.Module):
                 shape = list(parameter.shape)
                 shape[part.how.dim] = part.how.blocks[0].size
                 whole = torch.empty(shape).normal_(
-                    0.0, self.config.initializer_range, generator=_generator(seed, part.name)
+                    0.0, self.config.initializer_range, generator=generator(seed, part.name)
                 )
                 share = cut(whole, part.how, self.tp.size, self.tp.rank)
                 parameter.narrow(part.how.dim, part.start, part.length).copy_(share)
@@ -252,12 +255,14 @@ class Llama(nn.Module):
         documents_BS: Tensor | None = None,
         attend: Attend | None = None,
         chunk_tokens: int | None = None,
+        keys_B: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy in nats and the count of labels that are not -100, both 0-d.
 
         ``labels_BS`` are the tokens to predict at each place: shifted, unlike transformers'.
+        Adapters drop features where ``keys_B`` tells the samples apart (``llamax.dropout``).
         """
-        x_BsD = self._trunk(ids_BS, positions_BS, documents_BS, attend)
+        x_BsD = self._trunk(ids_BS, positions_BS, documents_BS, attend, keys_B)
         return vocab_parallel_loss(
             x_BsD,
             self.output_weight,
@@ -274,7 +279,10 @@ class Llama(nn.Module):
         positions_BS: Tensor | None,
         documents_BS: Tensor | None,
         attend: Attend | None,
+        keys_B: Tensor | None = None,
     ) -> Tensor:
+        if self.dropout is not None:
+            self.dropout.begin(keys_B, ids_BS.shape[1])
         if positions_BS is None:
             positions_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).unsqueeze(0)
 
@@ -295,6 +303,7 @@ class Llama(nn.Module):
                 yield part.name, tuple(shape)
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator(seed: int, name: str) -> torch.Generator:
+    """The stream of random numbers that a tensor of this name is drawn from."""
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -270,3 +270,63 @@ def folders_are_named(c: Config, world: int | None) -> Iterator[str]:
     ):
         if not value.strip():
             yield f"{key} is empty; use {use}"
+
+
+# ---- fine-tuning
+
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def target_names(targets: str) -> tuple[str, ...]:
+    """The projections that ``finetune.targets`` names, as written."""
+    if targets.strip() == "all-linear":
+        return LINEAR
+    return tuple(name.strip() for name in targets.split(","))
+
+
+@rule("finetune.method")
+def targets_match_modules(c: Config, world: int | None) -> Iterator[str]:
+    unknown = [name for name in target_names(c.finetune.targets) if name not in LINEAR]
+    if c.finetune.method != "full" and unknown:
+        yield (
+            f"finetune.targets={c.finetune.targets!r}: {unknown[0]!r} matches no module; "
+            f"use all-linear or some of {', '.join(LINEAR)}"
+        )
+
+
+@rule("finetune.method")
+def adapters_have_a_base(c: Config, world: int | None) -> Iterator[str]:
+    if c.finetune.method != "full" and not c.checkpoint.init_from:
+        yield (
+            f"finetune.method={c.finetune.method} trains adapters of a model, and "
+            f"checkpoint.init_from is empty; use the folder of the base"
+        )
+
+
+NF4_BLOCK = 64  # weights that share a scale
+
+
+@rule("finetune.method", "finetune.quant", "parallel.tensor", "model.hidden_size")
+def blocks_fit_shares(c: Config, world: int | None) -> Iterator[str]:
+    if (c.finetune.method, c.finetune.quant) != ("qlora", "nf4"):
+        return
+    model, tensor = c.model, c.parallel.tensor
+    inputs = {
+        "model.hidden_size": (model.hidden_size, 1),
+        "model.intermediate_size": (model.intermediate_size, tensor),
+        "model.num_attention_heads x head_dim": (
+            model.num_attention_heads * model.head_dim,
+            tensor,
+        ),
+    }
+    for key, (width, cut) in inputs.items():
+        if width % NF4_BLOCK:
+            yield (
+                f"{key}={width} is not a multiple of {NF4_BLOCK}, the block of finetune.quant=nf4; "
+                f"use finetune.quant=int8 or finetune.method=lora"
+            )
+        elif width % (2 * cut):
+            yield (
+                f"parallel.tensor={tensor} leaves an odd share of {key}={width}, and "
+                f"finetune.quant=nf4 packs weights in pairs; use finetune.quant=int8"
+            )

@@ -55,7 +55,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Replica:
-    """Held whole by every rank of the axis."""
+    """Held whole by every rank of the axis.
+
+    ``partial``: each rank sees a part of its gradient, however activations are cut.
+    """
+
+    partial: bool = False
 
 
 @dataclass(frozen=True)

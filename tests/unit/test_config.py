@@ -45,6 +45,15 @@ def changed(changes: dict[str, Any], base: Config = GOOD) -> Config:
     return base
 
 
+LORA = {"finetune.method": "lora", "checkpoint.init_from": "base"}
+THIN = {
+    "model.num_attention_heads": 64,
+    "model.num_key_value_heads": 64,
+    "model.head_dim": 2,
+    "model.intermediate_size": 64,
+    "parallel.tensor": 64,
+}
+
 # rule: (changes, world, problem) that trips it; then (changes, world) on the edge that keeps it
 CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[str, Any]]]] = {
     "heads_divide_hidden": (
@@ -270,6 +279,49 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
             ),
         ],
         [{"checkpoint.init_from": ""}],
+    ),
+    "targets_match_modules": (
+        [
+            (
+                {"finetune.targets": targets, **LORA},
+                None,
+                f"finetune.targets={targets!r}: {unknown!r} matches no module; use all-linear or "
+                "some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+            )
+            for targets, unknown in (("q_proj,query", "query"), ("", ""), ("lm_head", "lm_head"))
+        ],
+        [{"finetune.targets": "nothing"}, {"finetune.targets": "q_proj, down_proj", **LORA}],
+    ),
+    "adapters_have_a_base": (
+        [
+            (
+                {"finetune.method": "lora"},
+                None,
+                "finetune.method=lora trains adapters of a model, and checkpoint.init_from is "
+                "empty; use the folder of the base",
+            )
+        ],
+        [LORA],
+    ),
+    "blocks_fit_shares": (
+        [
+            (
+                {**LORA, "finetune.method": "qlora"},
+                None,
+                "model.intermediate_size=96 is not a multiple of 64, the block of "
+                "finetune.quant=nf4; use finetune.quant=int8 or finetune.method=lora",
+            ),
+            (
+                {**LORA, **THIN, "finetune.method": "qlora"},
+                None,
+                "parallel.tensor=64 leaves an odd share of model.intermediate_size=64, and "
+                "finetune.quant=nf4 packs weights in pairs; use finetune.quant=int8",
+            ),
+        ],
+        [
+            {**LORA, "finetune.method": "qlora", "finetune.quant": "int8"},
+            {**LORA, "finetune.method": "qlora", "model.intermediate_size": 128},
+        ],
     ),
 }
 
