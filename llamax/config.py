@@ -84,6 +84,9 @@ class Optim:
     warmup_steps: int = field(
         default=0, metadata=about("rise from 0 to lr at the start", "steps", NATURAL)
     )
+    warmup_ratio: float = field(
+        default=0.0, metadata=about("the same as a share of the run", "of all steps", FRACTION)
+    )
     decay_steps: int = field(
         default=0, metadata=about("fall to min_lr at the end; schedule wsd only", "steps", NATURAL)
     )
@@ -104,6 +107,20 @@ class Data:
     separate_documents: bool = field(
         default=True, metadata=about("no attention or positions across documents in a sample")
     )
+    packing: Literal["auto", "best-fit", "concat", "padded"] = field(
+        default="auto",
+        metadata=about(
+            "whole documents tightly, the stream cut, one document each; auto: best-fit for "
+            "instruction data, concat for text"
+        ),
+    )
+    labels: Literal["answers", "all"] = field(
+        default="answers", metadata=about("what of instruction data is learnt")
+    )
+    too_long: Literal["truncate", "drop", "refuse"] = field(
+        default="truncate",
+        metadata=about("documents longer than a sample, unless packing is concat"),
+    )
     verify: Literal["start", "read", "off"] = field(
         default="start", metadata=about("when checksums of the token file are checked")
     )
@@ -116,6 +133,7 @@ class Checkpoint:
     every: int = field(
         default=0, metadata=about("save interval; 0: only at the end", "steps", NATURAL)
     )
+    each_epoch: bool = field(default=False, metadata=about("also save when an epoch ends"))
     keep: int = field(
         default=2, metadata=about("newest checkpoints kept; 0: all", "checkpoints", NATURAL)
     )
@@ -154,6 +172,9 @@ class Run:
 
     folder: str = field(default="run", metadata=about("where the run writes everything"))
     steps: int = field(default=1000, metadata=about("length of the run", "steps", COUNT))
+    epochs: int = field(
+        default=0, metadata=about("length of the run instead of steps; 0: steps", "epochs", NATURAL)
+    )
     seed: int = field(default=0, metadata=about("first weights and order of samples", "", NATURAL))
     backend: Literal["cpu", "cuda", "xla", "neuron"] = field(
         default="cpu", metadata=about("device and its collectives")
@@ -167,6 +188,17 @@ class Run:
     log_every: int = field(default=1, metadata=about("report interval", "steps", COUNT))
     validate_every: int = field(
         default=0, metadata=about("validation interval; 0: never", "steps", NATURAL)
+    )
+    validate_each_epoch: bool = field(
+        default=False, metadata=about("also validate when an epoch ends")
+    )
+    patience: int = field(
+        default=0,
+        metadata=about(
+            "end when the validation loss has not fallen for so long; 0: never",
+            "validations",
+            NATURAL,
+        ),
     )
     validate_batches: int = field(
         default=8, metadata=about("length of a validation", "global batches", COUNT)

@@ -17,6 +17,7 @@ from llamax.checkpoint.manifest import newest
 from llamax.config import Config, Model
 from llamax.data.dataset import Dataset, open_dataset
 from llamax.errors import ConfigError
+from llamax.feed import Feed
 from llamax.finetune import about, check_resumed
 
 
@@ -28,6 +29,8 @@ class Inputs:
     """
 
     dataset: Dataset
+    training: Feed
+    validation: Feed | None
     resumed: Checkpoint | None
     first: Source | None
     adapters: About | None = None
@@ -66,7 +69,12 @@ def open_inputs(config: Config) -> Inputs:
     adapters = about(config.finetune, first)
     if resumed is not None:
         check_resumed(config.finetune, resumed, first)
-    return Inputs(dataset, resumed, first, adapters)
+    training, validation = (
+        None if file is None else Feed(file, data, config.run.seed)
+        for file in (dataset.train, dataset.validation)
+    )
+    assert training is not None
+    return Inputs(dataset, training, validation, resumed, first, adapters)
 
 
 def _same_network(config: Config, source: Source) -> None:

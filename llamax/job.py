@@ -16,8 +16,8 @@ from llamax.checkpoint.save import Saver
 from llamax.collectives import Axes
 from llamax.config import Config
 from llamax.data.dataset import Dataset
-from llamax.data.loader import Loader
-from llamax.data.tokens import TokenFile
+from llamax.data.loader import Batches
+from llamax.feed import Feed
 from llamax.finetune import build
 from llamax.inputs import Inputs
 from llamax.lora import trained
@@ -32,6 +32,7 @@ from llamax.metrics import (
 )
 from llamax.model import DTYPES, Llama
 from llamax.optim.zero1 import Zero1
+from llamax.patience import Patience
 from llamax.reporter import Measures
 
 
@@ -50,6 +51,9 @@ class Job:
     step: int
     consumed_sequences: int
     adapters: About | None
+    training: Feed
+    validation: Feed | None
+    patience: Patience
 
     @property
     def folder(self) -> Path:
@@ -107,6 +111,9 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: In
         step,
         consumed,
         inputs.adapters,
+        inputs.training,
+        inputs.validation,
+        Patience(config.run.patience, axes.world, backend.fetch, resumed.state if resumed else {}),
     )
 
 
@@ -135,6 +142,7 @@ def introduce(job: Job) -> None:
         job.step + 1,
         config.run.steps,
     )
+    log.logger.info("samples: %s", job.training)
     if job.dataset.train.header.bos_id != config.model.bos_token_id:
         log.logger.warning(
             "documents of %s begin with BOS token %s, but model.bos_token_id is %s: the model will "
@@ -145,28 +153,12 @@ def introduce(job: Job) -> None:
         )
 
 
-def loaders(job: Job) -> tuple[Loader, Loader | None]:
+def loaders(job: Job) -> tuple[Batches, Batches | None]:
     """Training samples from where the run stands, and validation samples in their fixed order."""
-    data, axis = job.config.data, job.axes.data
-
-    def loader(file: TokenFile, consumed: int, shuffle: bool) -> Loader:
-        return Loader(
-            file,
-            job.config.run.seed,
-            data.sequence_length,
-            data.global_batch,
-            data.micro_batch,
-            axis.rank,
-            axis.size,
-            consumed,
-            separate_documents=data.separate_documents,
-            shuffle=shuffle,
-        )
-
-    validation = job.dataset.validation
+    axis, validation = job.axes.data, job.validation
     return (
-        loader(job.dataset.train, job.consumed_sequences, shuffle=True),
-        None if validation is None else loader(validation, 0, shuffle=False),
+        job.training.loader(axis, job.consumed_sequences, shuffle=True),
+        None if validation is None else validation.loader(axis, 0, shuffle=False),
     )
 
 

@@ -233,6 +233,24 @@ def learning_rate_falls(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
+@rule("optim.warmup_steps", "optim.warmup_ratio")
+def warmup_is_said_once(c: Config, world: int | None) -> Iterator[str]:
+    if c.optim.warmup_steps and c.optim.warmup_ratio:
+        yield (
+            f"optim.warmup_steps={c.optim.warmup_steps} and optim.warmup_ratio="
+            f"{c.optim.warmup_ratio} both say how long warm-up is; use one of them"
+        )
+
+
+@rule("run.patience", "run.validate_every")
+def patience_needs_validation(c: Config, world: int | None) -> Iterator[str]:
+    if c.run.patience and not c.run.validate_every and not c.run.validate_each_epoch:
+        yield (
+            f"run.patience={c.run.patience} but nothing is validated; set run.validate_every or "
+            "run.validate_each_epoch=true"
+        )
+
+
 @rule("optim.decay_steps", "optim.schedule", "run.steps")
 def decay_belongs_to_wsd(c: Config, world: int | None) -> Iterator[str]:
     schedule, decay = c.optim.schedule, c.optim.decay_steps
@@ -251,7 +269,7 @@ def decay_belongs_to_wsd(c: Config, world: int | None) -> Iterator[str]:
 @rule("optim.warmup_steps", "optim.decay_steps", "run.steps")
 def schedule_fits_run(c: Config, world: int | None) -> Iterator[str]:
     warmup, decay, steps = c.optim.warmup_steps, c.optim.decay_steps, c.run.steps
-    if warmup + decay > steps:
+    if warmup + decay > steps and not c.run.epochs:  # then asked again, when steps are known
         yield (
             f"optim.warmup_steps={warmup} + optim.decay_steps={decay} is above run.steps={steps}; "
             f"use at most {steps} together"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llamax.collectives import Axes
-from llamax.data.loader import Batch, Loader
+from llamax.data.loader import Batch, Batches
 from llamax.model import Llama
 from llamax.optim.zero1 import Zero1
 
@@ -82,7 +82,7 @@ def train_step(
 def validation_loss(
     model: Llama,
     axes: Axes,
-    loader: Loader,
+    loader: Batches,
     batches: int,
     boundary: Callable[[], None] = nothing,
 ) -> Tensor:

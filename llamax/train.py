@@ -28,6 +28,7 @@ from llamax.checkpoint import lock
 from llamax.checkpoint.manifest import newest
 from llamax.config import Config
 from llamax.errors import CheckpointError, LlamaxError, Stopped
+from llamax.feed import resolve
 from llamax.heartbeat import Heartbeat, beating
 from llamax.inputs import open_inputs
 from llamax.job import Job, introduce, loaders, measures, prepare, writers
@@ -47,6 +48,7 @@ def train(config: Config, where: Rendezvous) -> None:
         mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
         backend = choose(config.run.backend, where, config.run.threads)
         inputs = open_inputs(config)
+        config = resolve(config, inputs.training.samples)
     inputs.verify(config, where.rank, where.world_size)
     kv = max(1, mesh.tp // config.model.num_key_value_heads)
     folder, timeout_s = Path(config.run.folder), config.run.timeout_s
@@ -63,8 +65,8 @@ def train(config: Config, where: Rendezvous) -> None:
 
 
 def loop(job: Job, began: float, heart: Heartbeat) -> None:
-    """Train from ``job.step`` to the end, or until a rank is asked to stop."""
-    config, step, stop = job.config, job.step, False
+    """Train from ``job.step`` to the end, or until patience is over or a rank asked to stop."""
+    config, step, stop, patience = job.config, job.step, False, job.patience
     training, validation = loaders(job)
     nominal_tokens = config.data.global_batch * config.data.sequence_length
 
@@ -74,7 +76,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
 
     verdict = Verdict(job.backend.fetch, config.optim.most_skipped, samples)
     with Reporter(writers(job), measures(job), began) as reporter:
-        while step < config.run.steps and not stop:
+        while step < config.run.steps and not stop and not patience.over:
             step += 1
             heart.at(step)
             check(job)
@@ -95,16 +97,22 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             reporter.took(time.perf_counter() - started)
             signals.stepped()
             last = step == config.run.steps or stop
+            epoch = training.ended_epoch
             validated = None
-            if validation is not None and _due(step, config.run.validate_every, last):
+            if validation is not None and (
+                _due(step, config.run.validate_every, last)
+                or (epoch and config.run.validate_each_epoch)
+            ):
                 batches = config.run.validate_batches
                 validated = validation_loss(
                     job.model, job.axes, validation, batches, job.backend.step_boundary
                 )
+                patience.add(validated)
             if validated is not None or _due(step, config.run.log_every, last):
                 tokens = training.consumed * config.data.sequence_length
                 reporter.add(step, tokens, lr, [found.loss, found.grad_norm], validated)
-            if last or _due(step, config.checkpoint.every):
+            due = _due(step, config.checkpoint.every) or (epoch and config.checkpoint.each_epoch)
+            if due or last or patience.over:
                 reporter.flush()
                 save(job, step, training.consumed)
         verdict.judge()
@@ -115,6 +123,13 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         raise Stopped(
             f"stopped after step {step} by {signals.requested() or 'a signal to another rank'}: "
             f"{newest(job.folder / 'checkpoints')} is saved; start again to go on"
+        )
+    if job.main and patience.over:
+        log.logger.info(
+            "stopped early after step %d: %d validations in a row were not below %.4f",
+            step,
+            patience.waited,
+            patience.best,
         )
     if job.main:
         log.logger.info(
@@ -137,6 +152,7 @@ def save(job: Job, step: int, consumed: int) -> None:
             "seed": job.config.run.seed,
             "tokenizer": job.dataset.fingerprint,
             **(job.adapters.state() if job.adapters else {}),
+            **job.patience.state(),
         },
         model=job.config.model.to_hub(job.config.run.dtype),
         config_text=configfile.dump(job.config),

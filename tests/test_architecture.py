@@ -32,7 +32,7 @@ LAYERS = [
     ["job"],
     ["verdict"],
     ["reporter", "sampling", "cache", "inputs", "step"],
-    ["finetune"],
+    ["finetune", "feed", "patience"],
     ["model", "lora"],
     ["parallel.loss", "parallel.frozen"],
     ["parallel.tensor"],

@@ -87,6 +87,12 @@ class Batches(ABC):
         self.consumed += self.global_batch
         return batches
 
+    @property
+    def ended_epoch(self) -> bool:
+        """Whether the last step took the last sample of an epoch."""
+        before = self.consumed - self.global_batch
+        return self.consumed // self.samples > before // self.samples
+
     def epoch(self) -> Iterator[list[Batch]]:
         """The steps of one epoch from the start of the file's order; ``consumed`` stays."""
         for step in range(self.steps):

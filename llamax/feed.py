@@ -1,0 +1,96 @@
+"""What a run eats: the samples of a split, in one of three ways, and how long the run is with them.
+
+==========  ======================================================================================
+best-fit    whole documents packed tightly (``data.packing``); the default for instruction data
+concat      the stream of all documents, cut where a sample is full; the default for text
+padded      one document in each sample
+==========  ======================================================================================
+
+A run is as long as ``run.steps`` says or, where ``run.epochs`` is given, as many passes as that;
+its warm-up as long as ``optim.warmup_steps`` or ``optim.warmup_ratio``.  ``resolve`` turns the
+second way of saying it into the first, and from there on nothing else exists.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from llamax.collectives import Axis
+from llamax.config import Config, Data
+from llamax.data.loader import Batches, Loader
+from llamax.data.packed import PackedLoader
+from llamax.data.packing import Packs
+from llamax.data.tokens import TokenFile
+
+
+class Feed:
+    """The samples of one split; ``packs`` is None where they are windows of the stream."""
+
+    def __init__(self, file: TokenFile, data: Data, seed: int) -> None:
+        self.file, self.data, self.seed = file, data, seed
+        self.answers = data.labels == "answers"
+        self.packs: Packs | None = None
+        way = ("best-fit" if file.masked else "concat") if data.packing == "auto" else data.packing
+        if way != "concat":
+            self.packs = Packs(file, data.sequence_length, data.too_long, way, seed, self.answers)
+
+    @property
+    def samples(self) -> int:
+        """How many samples one pass has."""
+        if self.packs is not None:
+            return len(self.packs)
+        return max(1, -(-(len(self.file) - 1) // self.data.sequence_length))
+
+    def loader(self, axis: Axis, consumed: int, shuffle: bool) -> Batches:
+        """This data rank's batches, after ``consumed`` samples of the run."""
+        data = self.data
+        if self.packs is not None:
+            return PackedLoader(
+                self.packs,
+                self.seed,
+                data.global_batch,
+                data.micro_batch,
+                axis.rank,
+                axis.size,
+                consumed,
+                separate_documents=data.separate_documents,
+                shuffle=shuffle,
+                answers=self.answers,
+            )
+        return Loader(
+            self.file,
+            self.seed,
+            data.sequence_length,
+            data.global_batch,
+            data.micro_batch,
+            axis.rank,
+            axis.size,
+            consumed,
+            separate_documents=data.separate_documents,
+            shuffle=shuffle,
+            answers=self.answers,
+        )
+
+    def __str__(self) -> str:
+        if self.packs is not None:
+            return str(self.packs)
+        return f"concat at {self.data.sequence_length}: {self.samples:,} samples"
+
+
+def resolve(config: Config, samples: int) -> Config:
+    """The configuration with its epochs and its warm-up ratio in steps; checked once more.
+
+    The last step of the last epoch is whole: it takes what it lacks from the next pass.
+    Raises ConfigError where the schedule does not fit.
+    """
+    run, optim = config.run, config.optim
+    if run.epochs:
+        run = replace(run, steps=-(-run.epochs * samples // config.data.global_batch), epochs=0)
+    if optim.warmup_ratio:
+        warmup = math.ceil(optim.warmup_ratio * run.steps)
+        optim = replace(optim, warmup_steps=warmup, warmup_ratio=0.0)
+    if (run, optim) != (config.run, config.optim):
+        config = replace(config, run=run, optim=optim)
+        config.check()
+    return config
