@@ -27,7 +27,9 @@ from llamax.errors import ConfigError
 from llamax.metrics import show_bytes, show_number, show_time
 from llamax.planner import Line
 from llamax.planner import machine as machines
+from llamax.planner.memory import flash
 from llamax.planner.search import Plan, Refused, plan, search
+from llamax.planner.share import Share
 
 DOES_NOT_FIT = 3
 INSTANCES = {"xla": "trn1.32xlarge", "neuron": "trn2.48xlarge", "cuda": "p5.48xlarge"}
@@ -37,19 +39,24 @@ BEST = 10  # rows of a search
 def show(found: Plan) -> Iterator[str]:
     """The plan as lines of text."""
     config, mesh, machine = found.config, found.mesh, found.machine
+    memory, time = found.memory, found.time
     yield (
         f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
         f"{found.nodes} x {machine.name}: tensor {mesh.tp} x data {mesh.dp}, "
         f"{config.accumulation(mesh.dp)} microsteps of {config.data.micro_batch} x "
         f"{config.data.sequence_length} tokens, recompute {config.run.recompute}"
     )
-    memory, time = found.memory, found.time
-    fits = "fits" if memory.fits else "DOES NOT FIT"
     yield ""
-    yield (f"memory of a rank: {show_bytes(memory.peak)} of {show_bytes(memory.available)}, {fits}")
-    yield from rows([*memory.state, *memory.working], show_bytes)
-    yield "beside it:"
-    yield from rows(memory.beside, show_bytes)
+    yield (
+        f"memory of a rank: {show_bytes(memory.peak)} of {show_bytes(memory.available)}, "
+        f"{'fits' if memory.fits else 'DOES NOT FIT'}; fullest when {memory.moment}"
+    )
+    yield from rows(memory.lines, show_bytes)
+    kept = ", ".join(f"{line.name} {show_bytes(line.value)}" for line in memory.modes)
+    yield f"  activations by run.recompute: {kept}"
+    yield f"  generating: {show_bytes(memory.cache.value)} of keys and values a sequence, " + (
+        memory.cache.formula
+    )
     yield ""
     yield f"time of a step: {show_time(time.step_s)} for {show_number(time.step_tokens)} tokens"
     yield from rows(time.lines, show_time)
@@ -63,6 +70,19 @@ def show(found: Plan) -> Iterator[str]:
         f"{show_number(budget)} tokens in {time.steps:,} steps: {show_time(time.total_s)}, "
         f"${time.dollars:,.0f} at ${time.dollars_per_hour:,.2f} an hour"
     )
+    yield from (f"note: {note}" for note in notes(found))
+
+
+def notes(found: Plan) -> Iterator[str]:
+    """What a user would want to change."""
+    config, machine = found.config, found.machine
+    if why := flash(Share(config, found.mesh), machine):
+        yield f"attention computes every pair of tokens, because {why}: the flash kernel cannot run"
+    if config.run.backend != machine.backend:
+        yield (
+            f"run.backend={config.run.backend}, but {machine.name} wants "
+            f"--run.backend={machine.backend}"
+        )
 
 
 def rows(lines: Sequence[Line], words: object) -> Iterator[str]:
@@ -90,32 +110,23 @@ def show_search(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[s
 
 
 def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
-    """One line per tensor degree and reason that excludes layouts."""
-    told: dict[str, list[str]] = {}
+    """One line per tensor degree without room, and per rule that refuses layouts."""
+    over: dict[int, list[Plan]] = {}
     for each in plans:
         if not each.memory.fits:
-            largest = max(each.memory.state + each.memory.working, key=lambda line: line.value)
-            told.setdefault(
-                f"tensor {each.mesh.tp}: needs at least",
-                [],
-            ).append(f"{each.memory.peak:020.0f} of which {largest.name}")
-    if told or refused:
+            over.setdefault(each.mesh.tp, []).append(each)
+    if over or refused:
         yield "not these:"
-    for head in told:
-        tensor = head.split(":")[0]
-        over = [e for e in plans if not e.memory.fits and f"tensor {e.mesh.tp}" == tensor]
-        least = min(over, key=lambda e: e.memory.peak)
-        largest = max(least.memory.state + least.memory.working, key=lambda line: line.value)
+    for tensor, layouts in sorted(over.items()):
+        least = min(layouts, key=lambda each: each.memory.peak)
+        largest = max(least.memory.lines, key=lambda line: line.value)
         yield (
-            f"  {tensor}: {len(over)} layouts do not fit; the smallest of them (micro-batch "
+            f"  tensor {tensor}: {len(layouts)} layouts do not fit; the smallest (micro-batch "
             f"{least.config.data.micro_batch}, recompute {least.config.run.recompute}) needs "
             f"{show_bytes(least.memory.peak)} of {show_bytes(least.memory.available)}, "
             f"{show_bytes(largest.value)} of it {largest.name}"
         )
-    reasons: dict[str, int] = {}
-    for refusal in refused:
-        reasons[refusal.reason] = reasons.get(refusal.reason, 0) + 1
-    for reason in reasons:
+    for reason in dict.fromkeys(refusal.reason for refusal in refused):
         yield f"  {reason}"
 
 
@@ -132,7 +143,7 @@ def as_json(found: Plan) -> dict[str, object]:
         "memory_bytes": {
             "peak": memory.peak,
             "available": memory.available,
-            **{line.name: line.value for line in (*memory.state, *memory.working)},
+            **{line.name: line.value for line in memory.lines},
         },
         "step_s": {"total": time.step_s, **{line.name: line.value for line in time.lines}},
         "tokens_per_s": time.tokens_per_s,

@@ -15,6 +15,7 @@ from typing import Any
 
 from llamax.configfile import nearest
 from llamax.errors import ConfigError
+from llamax.rules import either
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,6 +25,14 @@ else:
 KNOWN = Path(__file__).with_name("machines.toml")
 THIS = "cpu"
 GIB = 2**30
+BACKENDS = ("cpu", "cuda", "xla", "neuron")
+KINDS: dict[str, Any] = {"str": str, "bool": bool, "int": int}
+WORDS = {
+    "str": "a string",
+    "bool": "true or false",
+    "int": "a whole number of 0 or more",
+    "float": "a number of 0 or more",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Machine:
     """One node; the units are in the names, the meanings at the top of ``machines.toml``."""
 
     name: str
+    backend: str
     ranks: int
     memory_gib: float
     bfloat16_tflops: float
@@ -40,6 +50,7 @@ class Machine:
     dollars_per_hour: float
     about: str = ""
     reserve_gib: float = 0.0
+    bfloat16_products: bool = True
     link_latency_us: float = 0.0
     network_gbps: float = 0.0
     network_latency_us: float = 0.0
@@ -64,7 +75,7 @@ class Machine:
             self,
             ranks=ranks,
             memory_gib=self.memory_gib * part,
-            reserve_gib=self.reserve_gib * part,
+            reserve_gib=self.reserve_gib * (1 if self.name == THIS else part),
             bfloat16_tflops=self.bfloat16_tflops * part,
             float32_tflops=self.float32_tflops * part,
             memory_gbps=self.memory_gbps * part,
@@ -126,9 +137,13 @@ def _machine(name: str, table: dict[str, Any], path: Path) -> Machine:
     for key, value in values.items():
         if key not in allowed:
             raise ConfigError(f"{path}: {name}.{key} is an unknown key{nearest(key, allowed)}")
-        wanted = str if key == "about" else int if key == "ranks" else (int, float)
-        if not isinstance(value, wanted) or (not isinstance(value, str) and value < 0):
-            raise ConfigError(f"{path}: {name}.{key}={value!r} is not a number of 0 or more")
+        kind = KINDS.get(str(allowed[key].type), (int, float))
+        if not isinstance(value, kind) or (not isinstance(value, str) and value < 0):
+            raise ConfigError(
+                f"{path}: {name}.{key}={value!r} is not {WORDS[str(allowed[key].type)]}"
+            )
+    if (backend := values.get("backend")) is not None and backend not in BACKENDS:
+        raise ConfigError(f"{path}: {name}.backend={backend!r} is unknown; use {either(BACKENDS)}")
     for key, each in allowed.items():
         if each.default is MISSING and not values.get(key):
             if key in ("link_gbps", "dollars_per_hour") and key in values:
@@ -154,6 +169,8 @@ def measure() -> Machine:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(
         name=THIS,
+        backend="cpu",
+        bfloat16_products=_multiplies_bfloat16(),
         about="this machine, measured now",
         ranks=1,
         memory_gib=memory / GIB,
@@ -168,6 +185,15 @@ def measure() -> Machine:
         attention_efficiency=0.50,
         memory_efficiency=0.70,
     )
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether this CPU has units for bf16 products; without, llamax multiplies in float32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(flag in flags for flag in (" avx512_bf16", " amx_bf16", " bf16"))
 
 
 def _seconds(function: Any) -> float:

@@ -1,16 +1,19 @@
 """Bytes that one rank holds at the fullest moment of a step, by purpose.
 
-Between two steps a rank holds its state.  A microstep adds, in this order::
+Between steps a rank holds its state; a microstep fills and empties the rest, as in this drawing::
 
-    forward    what backward will read, layer by layer         kept
-    loss       a chunk of logits, gradients of head and input  loss
-    backward   one layer's gradients, and its recomputation    backward
-    step       buckets of gradients and weights on their way   communication
+    bytes         . kept + loss
+                ./|\\.
+             ../  |  \\.. kept + backward of one layer, gradients growing
+          ../     |     \\..
+    state ________|_________\\________
+          forward | backward  optimizer's step
 
-The fullest moment is the largest of: kept + loss (forward has ended), kept + backward (the last
-layer goes first, while all others are still there), and the optimizer's.  ``memory`` gives every
-term; the formulas follow the modules they count: optim/zero1.py, recompute.py, parallel/loss.py.
-What a graph compiler reorders or fuses can differ; ``reserve`` is for what is not counted.
+The fullest moment is one of: forward has just ended and the loss works; the last layer goes
+backward while all others wait; the first layer goes backward, when all gradients are there.  Terms
+follow the modules they count (optim/zero1.py, recompute.py, parallel/loss.py, ops.py) and are
+exact where operations run one by one.  A graph compiler may fuse or reorder; ``reserve`` is an
+allowance for what is not counted.
 """
 
 from __future__ import annotations
@@ -18,155 +21,267 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from llamax.metrics import show_number
+from llamax.metrics import show_bytes, show_number
 from llamax.planner import Line
 from llamax.planner.machine import GIB, Machine
 from llamax.planner.share import Share
 
 Recompute = Literal["none", "selective", "full"]
+STAGED_BYTES = 16 * 2**20  # of backends/torch.py: longer messages pass through no buffer
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by purpose; ``peak`` is what must fit into ``available``."""
+    """Bytes by purpose at the fullest moment; their sum must fit into ``available``."""
 
-    state: tuple[Line, ...]
-    working: tuple[Line, ...]
-    beside: tuple[Line, ...]  # informative: not part of the peak
+    lines: tuple[Line, ...]
+    moment: str
+    modes: tuple[Line, ...]  # what each recompute mode would keep
+    cache: Line
     available: float
 
     @property
     def peak(self) -> float:
-        return sum(line.value for line in (*self.state, *self.working))
+        return sum(line.value for line in self.lines)
 
     @property
     def fits(self) -> bool:
         return self.peak <= self.available
 
 
-def state(share: Share) -> tuple[Line, ...]:
-    """Weights, gradients and optimizer state: what a rank holds between two steps."""
-    ranks = share.mesh.dp * share.mesh.cp
-    owners = ranks if share.config.parallel.zero1 else 1
-    groups = [(-(-n // owners) * owners, uneven) for n, uneven in share.groups()]
-    n = sum(elements for elements, _ in groups)
+def memory(share: Share, machine: Machine) -> Memory:
+    """What ``share`` of a run fills of a rank of ``machine``."""
+    mode: Recompute = share.config.run.recompute
+    fixed = [
+        *state(share),
+        communication(share, machine),
+        tokens(share, machine),
+        Line("reserve", machine.reserve_gib * GIB, f"runtime and programs, {machine.name}"),
+    ]
+    all_kept, one_kept = kept(share, machine, mode), last_kept(share, machine, mode)
+    working, total = backward(share, machine, mode), gradients(share)
+    early = total if holds_gradients(share, machine) else None
+    head = Line("gradients", 4 * share.head_weights, "4 B x the head's: the first to be there")
+    moments = {
+        "forward has ended": [early, all_kept, loss(share, machine)],
+        "the last layer goes backward": [early or head, all_kept, working],
+        "the first layer goes backward": [total, one_kept, working],
+    }
+    chosen = {
+        moment: tuple(line for line in (*fixed, *lines) if line is not None and line.value)
+        for moment, lines in moments.items()
+    }
+    moment = max(chosen, key=lambda each: sum(line.value for line in chosen[each]))
+    order = ("weights", "gradients", "masters", "moments", "norm weights", "activations")
+    ranked = {name: place for place, name in enumerate(order)}
+    lines = sorted(chosen[moment], key=lambda line: ranked.get(line.name, len(order)))
+    modes: tuple[Recompute, ...] = ("none", "selective", "full")
+    return Memory(
+        lines=tuple(lines),
+        moment=moment,
+        modes=tuple(
+            Line(each, *_value(kept(share, machine, each)))  # the name is the mode's
+            for each in modes
+        ),
+        cache=cache(share),
+        available=machine.memory_bytes(),
+    )
+
+
+def _value(line: Line) -> tuple[float, str]:
+    return line.value, line.formula
+
+
+# --- between steps -------------------------------------------------------------------------------
+
+
+def owners(share: Share) -> int:
+    """How many data ranks share the optimizer's state."""
+    return share.mesh.dp * share.mesh.cp if share.config.parallel.zero1 else 1
+
+
+def state(share: Share) -> list[Line]:
+    """Weights and optimizer state, by the formula in optim/zero1.py."""
+    ranks = owners(share)
+    groups = [(-(-n // ranks) * ranks, uneven) for n, uneven in share.groups()]
+    n, w = sum(elements for elements, _ in groups), share.width
     uneven = sum(elements for elements, differs in groups if differs)
-    w, own = share.width, n // owners
-    said, cut = f"{show_number(n)} elements", f" / {owners} data ranks" if owners > 1 else ""
-    lines = [
-        Line("weights", n * w, f"{w} B x {said}"),
-        Line("gradients", 4 * n, f"4 B x {said}: summed in float32"),
-        Line("masters", 4 * own if w < 4 else 0, f"4 B x {said}{cut}"),
-        Line("moments", 8 * own, f"2 x 4 B x {said}{cut}"),
+    said, cut = show_number(n), f" / {ranks} data ranks" if ranks > 1 else ""
+    return [
+        Line("weights", n * w, f"{w} B x {said} elements"),
+        Line("masters", 4 * n // ranks if w < 4 else 0, f"4 B x {said} elements{cut}"),
+        Line("moments", 8 * n // ranks, f"2 x 4 B x {said} elements{cut}"),
         Line(
             "norm weights",
-            4 * uneven // owners,
-            f"4 B x {show_number(uneven)} elements that several ranks hold{cut}",
+            4 * uneven // ranks,
+            f"4 B x {show_number(uneven)} elements that ranks hold unequally{cut}",
         ),
     ]
-    return tuple(line for line in lines if line.value)
 
 
-def layer_kept(share: Share, mode: Recompute) -> tuple[float, str]:
-    """Bytes that one layer's forward keeps for its backward, and the formula."""
-    D, w, heads = share.model.hidden_size, share.width, share.heads
-    T, between, q, k = share.tokens, share.tokens_between, share.query, share.key
-    F = share.feed_forward
-    block = between * D * w
-    if mode == "full":
-        return block, f"{w} B x {between} tokens x {D}"
-    norms = 4 * block + 2 * 4 * between
-    attention = T * (2 * q + 2 * k) * w
-    swiglu = T * 3 * F * w
-    text = f"{w} B x ({between} tokens x 4 x {D} + {T} x ({2 * q + 2 * k}"
-    if mode == "selective":
-        return norms + attention + swiglu, f"{text} + 3 x {F}))"
-    inside = T * (q + k) * w + T * heads * 4
-    return norms + attention + inside + swiglu, f"{text} + {q + k} + 3 x {F}))"
+def gradients(share: Share) -> Line:
+    """All gradients, summed in float32 over microsteps."""
+    ranks = owners(share)
+    n = sum(-(-elements // ranks) * ranks for elements, _ in share.groups())
+    return Line("gradients", 4 * n, f"4 B x {show_number(n)} elements, summed in float32")
 
 
-def kept(share: Share, mode: Recompute) -> Line:
-    """What forward keeps of all layers, and of what is around them."""
-    each, formula = layer_kept(share, mode)
-    # The last norm's input, its scale and its output; rope's tables; ids, labels and positions.
-    D, w, T = share.model.hidden_size, share.width, share.tokens
-    last = share.tokens_between * (2 * D * w + 4)
-    tables = 2 * 4 * T * share.model.head_dim
-    in_flight = min(share.mesh.pp, share.accumulation)
-    total = (share.layers * each) * in_flight + last + tables
-    stages = f" x {in_flight} microbatches in flight" if in_flight > 1 else ""
-    return Line(
-        f"activations, recompute {mode}",
-        total,
-        f"{share.layers} layers x {formula}{stages}",
-    )
+def holds_gradients(share: Share, machine: Machine) -> bool:
+    """Whether gradients are there during forward too: of an earlier microstep, or in flat vectors.
+
+    Only float32 gradients that are never sent and never summed come and go with backward.
+    """
+    sent = share.mesh.dp * share.mesh.cp > 1 or share.width < 4 or share.kv_shared
+    return sent or machine.backend not in ("cpu", "cuda") or share.accumulation > 1
 
 
-def loss(share: Share) -> Line:
-    """The head: a chunk of logits and its gradient, the head's gradient, the gathered input."""
-    D, w, T, v = share.model.hidden_size, share.width, share.tokens, share.vocabulary
-    t = min(share.chunk_tokens, T)
-    logits = t * v * 4
-    narrow = t * v * w if w < 4 else 0
-    gathered = T * D * w * (2 if share.sequence else 1)
-    head = v * D * (4 + (w if w < 4 else 0))
-    return Line(
-        "loss",
-        logits + narrow + gathered + head,
-        f"4 B x {t} x {v} logits, {4 + (w if w < 4 else 0)} B x {v} x {D} gradient of the head, "
-        f"{w} B x {T} x {D} hidden and gradient",
-    )
-
-
-def backward(share: Share, mode: Recompute) -> Line:
-    """One layer's backward: the feed-forward's is the largest; recomputation comes before it."""
-    D, w, T, F = share.model.hidden_size, share.width, share.tokens, share.feed_forward
-    again = 0.0
-    if mode == "full":
-        again = layer_kept(share, "none")[0]
-    elif mode == "selective":
-        again = layer_kept(share, "none")[0] - layer_kept(share, "selective")[0]
-    gathered = T * D * w * (2 if share.sequence else 1)
-    products = T * 2 * F * w + 2 * F * D * max(w, 4)
-    return Line(
-        "backward",
-        again + gathered + products,
-        f"one layer: recomputed {again / GIB:.2f} GiB, {w} B x {T} x (2 x {F} + {D}), "
-        f"4 B x 2 x {F} x {D} gradient of a weight",
-    )
-
-
-def communication(share: Share) -> Line:
-    """The bucket of gradients or weights that is on its way during the optimizer's step."""
-    bucket = share.config.parallel.bucket_bytes
+def communication(share: Share, machine: Machine) -> Line:
+    """Messages on their way: what is sent and what arrives, of each axis."""
+    hidden = share.tokens * share.model.hidden_size * share.width if share.mesh.tp > 1 else 0
     ranks = share.mesh.dp * share.mesh.cp
+    bucket = min(share.config.parallel.bucket_bytes, gradients(share).value) if ranks > 1 else 0
+    if machine.backend == "cpu":  # gloo's buffers stay
+        hidden, bucket = (size if size <= STAGED_BYTES else 0 for size in (hidden, bucket))
     return Line(
         "communication",
-        2 * bucket if ranks > 1 else 0,
-        f"2 x parallel.bucket_bytes of {bucket / 2**20:.0f} MiB: what is sent and what arrives",
+        2 * (hidden + bucket),
+        f"2 x ({show_bytes(hidden)} hidden state + {show_bytes(bucket)} bucket): sent and arriving",
     )
 
 
-def memory(share: Share, machine: Machine, mode: Recompute | None = None) -> Memory:
-    """All terms of ``share`` on ``machine``; ``mode`` other than the configuration's if given."""
-    mode = share.config.run.recompute if mode is None else mode
-    held, first, then = kept(share, mode), loss(share), backward(share, mode)
-    working = [held, max(first, then, key=lambda line: line.value), communication(share)]
-    reserve = machine.reserve_gib * GIB
-    cache = 2 * share.layers * share.key * share.width
+def tokens(share: Share, machine: Machine) -> Line:
+    """Ids, labels and positions, and documents where they are kept apart."""
+    each = 28 if share.config.data.separate_documents else 24
+    steps = share.accumulation if machine.backend == "cpu" else 1
+    text = f"{each} B x {share.tokens} tokens" + (f" x {steps} microsteps" if steps > 1 else "")
+    return Line("batch", each * share.tokens * steps, text)
+
+
+# --- forward -------------------------------------------------------------------------------------
+
+
+def lean(machine: Machine) -> bool:
+    """Whether norm and SwiGLU save their inputs alone (the CPU's kernels in ops.TABLE)."""
+    return machine.backend == "cpu"
+
+
+def flash(share: Share, machine: Machine) -> str:
+    """Why attention needs memory for every pair of tokens; empty where it does not."""
+    data = share.config.data
+    if machine.backend in ("cpu", "cuda"):
+        return ""
+    if data.sequence_length % 2048:
+        return f"data.sequence_length={data.sequence_length} is no multiple of 2048"
+    if share.model.head_dim > 128:
+        return f"model.head_dim={share.model.head_dim} is above 128"
+    if data.separate_documents:
+        return "data.separate_documents=true"
+    return ""
+
+
+def pairs(share: Share) -> int:
+    """Scores of a microbatch and layer on this rank, where all of them exist."""
+    return share.tokens * share.config.data.sequence_length * share.heads
+
+
+def inside(share: Share, machine: Machine) -> float:
+    """Bytes that the inside of attention keeps, beside its input and output."""
+    T, q, k, w = share.tokens, share.query, share.key, share.width
+    if flash(share, machine):  # wide q, repeated k and v, softmax, mask
+        return 12 * T * q + 4 * pairs(share) + pairs(share) // share.heads
+    if machine.backend in ("xla", "neuron"):  # copies with repeated heads; one number a row
+        return 3 * T * q * w + 4 * T * share.heads - T * (q + 2 * k) * w
+    return T * (q + k) * w + 4 * T * share.heads
+
+
+def layer_kept(share: Share, machine: Machine, mode: Recompute) -> tuple[float, str]:
+    """Bytes that one layer's forward keeps for its backward, and the formula."""
+    D, w, T, q, k = share.model.hidden_size, share.width, share.tokens, share.query, share.key
+    F, between = share.feed_forward, share.tokens_between
+    if mode == "full":
+        return between * D * w, f"{between} tokens x {w} B x {D}"
+    norm = 2 * w if lean(machine) else 4 + 2 * w
+    swiglu = 3 * w if lean(machine) else 12 + w
+    heads = T * (2 * q + 2 * k) * w
+    total = between * (2 * D * norm + 8) + heads + T * F * swiglu
+    text = (
+        f"{between} tokens x {2 * norm} B x {D} + "
+        f"{T} tokens x ({w} B x {2 * q + 2 * k} + {swiglu} B x {F})"
+    )
+    if mode == "none":
+        total += inside(share, machine)
+        text += f" + {show_bytes(inside(share, machine))} inside attention"
+    return total, text
+
+
+def around(share: Share, machine: Machine) -> float:
+    """What is kept beside the layers: the last norm's input, and rope's tables."""
+    norm = share.width if lean(machine) else 4 + share.width
+    last = share.tokens_between * (share.model.hidden_size * norm + 4)
+    return last + 2 * 4 * share.tokens * share.model.head_dim
+
+
+def kept(share: Share, machine: Machine, mode: Recompute) -> Line:
+    """What forward keeps of all layers, and of what is around them."""
+    each, formula = layer_kept(share, machine, mode)
+    flying = min(share.mesh.pp, share.accumulation)
+    stages = f" x {flying} microbatches in flight" if flying > 1 else ""
+    value = share.layers * each * flying + around(share, machine)
+    return Line(
+        "activations", value, f"recompute {mode}: {share.layers} layers x ({formula}){stages}"
+    )
+
+
+def last_kept(share: Share, machine: Machine, mode: Recompute) -> Line:
+    """What is left of it when the first layer goes backward."""
+    each, formula = layer_kept(share, machine, mode)
+    return Line("activations", each, f"recompute {mode}, one layer is left: {formula}")
+
+
+# --- loss and backward ---------------------------------------------------------------------------
+
+
+def loss(share: Share, machine: Machine) -> Line:
+    """The head at work: one chunk of logits, and the gradients of head and hidden state."""
+    D, w, T, v = share.model.hidden_size, share.width, share.tokens, share.vocabulary
+    t, wide = min(share.chunk_tokens, T), not machine.bfloat16_products and w < 4
+    hidden = (share.tokens_between + T) * D * w + (T * D * w if share.sequence else 0)
+    logits = 4 * t * v
+    if wide:  # products in float32: copies of the weight and of the chunk
+        work = 4 * v * D + 2 * 4 * t * D
+    else:
+        work = t * D * w + (t * v * w + v * D * w if w < 4 else 0)
+    return Line(
+        "loss",
+        hidden + logits + work + 4 * v * D,
+        f"{t} tokens x 4 B x {v} logits, 4 B x {v} x {D} gradient of the head, "
+        f"{show_bytes(work)} products, {show_bytes(hidden)} hidden state and its gradient",
+    )
+
+
+def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
+    """One layer at work: what it computes again, and the feed-forward's gradients."""
+    D, w, T, F = share.model.hidden_size, share.width, share.tokens, share.feed_forward
+    whole = layer_kept(share, machine, "none")[0]
+    again = 0.0 if mode == "none" else whole - layer_kept(share, machine, mode)[0]
+    if machine.backend in ("cpu", "cuda"):  # SwiGLU in float32, operation by operation
+        width = 8 if w == 4 else 24
+        products, text = T * F * width + share.tokens_between * D * w, f"{T} x {width} B x {F}"
+    else:
+        products = 2 * T * F * w + T * D * w + 8 * F * D
+        text = f"{T} x {w} B x {2 * F + D} + 4 B x {2 * F} x {D}"
+    if flash(share, machine):
+        products = max(products, 12 * pairs(share))
+        text = f"12 B x {show_number(pairs(share))} pairs of tokens"
+    return Line("backward", again + products, f"{show_bytes(again)} computed again, {text}")
+
+
+def cache(share: Share) -> Line:
+    """What one sequence of generated text would keep."""
     length = share.config.data.sequence_length
-    beside = Line(
+    each = 2 * share.layers * share.key * share.width
+    return Line(
         "key/value cache",
-        cache * length,
-        f"2 x {share.layers} layers x {share.key} x {share.width} B x {length} tokens, "
-        "for each sequence that is generated; not during training",
-    )
-    return Memory(
-        state=state(share),
-        working=(
-            *(line for line in working if line.value),
-            Line("reserve", reserve, f"runtime and programs on {machine.name}, an allowance"),
-        ),
-        beside=(beside,),
-        available=machine.memory_bytes(),
+        each * length,
+        f"2 x {share.layers} layers x {share.key} x {share.width} B x {length} tokens",
     )

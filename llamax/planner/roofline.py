@@ -3,7 +3,8 @@
 ::
 
     microstep   matmuls       FLOPs / (peak x efficiency), or their bytes / memory bandwidth
-                attention     FLOPs of the causal half, backward recomputing scores
+                attention     FLOPs of the causal half, backward computing scores again; without a
+                              flash kernel all pairs of tokens, and their bytes
                 element-wise  bytes / memory bandwidth: norms, rope, SwiGLU, residuals
                 tensor        bytes / link bandwidth + steps x latency: gathers and scatters
     step        accumulate, AdamW: bytes / memory bandwidth; data: gradients out, weights in
@@ -21,7 +22,10 @@ from dataclasses import dataclass
 from llamax.metrics import flops_per_token, mfu, show_bytes, show_number
 from llamax.planner import Line
 from llamax.planner.machine import Machine
+from llamax.planner.memory import flash, pairs
 from llamax.planner.share import Share
+
+PLAIN_BYTES = 24  # of a score without a flash kernel: written and read three times in float32
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,14 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     matmul = (3 + again) * layers + 3 * head
     weights = (3 + again) * (share.layers * share.layer_weights + share.head_weights) * w
     matmul_s = max(matmul / (peak * machine.matmul_efficiency), weights / bandwidth)
-    passes = 1 + 2.5 + (0 if mode == "none" else 1)
+    plain = flash(share, machine)
+    passes = 1 + (2 if plain else 2.5) + (0 if mode == "none" else 1)
     attention_s = passes * attention / (peak * machine.attention_efficiency)
+    scores = 0.0
+    if plain:  # no half is left out, and scores go through memory
+        attention_s *= 2
+        scores = passes * PLAIN_BYTES * pairs(share) * share.layers
+        attention_s += scores / bandwidth
     moved = (3 + again) * share.layers * element_bytes(share)
 
     tp = wire(machine, mesh.tp, 1)
@@ -141,8 +151,8 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     else:
         data_s = data.ring(4 * elements, passes=2)
 
+    rate = f"{machine.matmul_efficiency:.0%} of {show_number(peak)}FLOP/s"
     each = f"{n} microsteps" + (f" + {mesh.pp - 1} of pipeline" if mesh.pp > 1 else "")
-    rate = f"{machine.matmul_efficiency:.0%} of {peak / 1e12:.1f} TFLOP/s"
     memory = f"{bandwidth / 1e9:.0f} GB/s"
     lines = (
         Line(
@@ -154,7 +164,8 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
             "attention",
             microsteps * attention_s,
             f"{each} x {passes:g} x {show_number(attention)}FLOP / "
-            f"({machine.attention_efficiency:.0%} of it)",
+            f"({machine.attention_efficiency:.0%} of it)"
+            + (f", twice, + {show_bytes(scores)} of scores / {memory}" if plain else ""),
         ),
         Line(
             "element-wise",

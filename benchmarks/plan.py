@@ -1,0 +1,226 @@
+"""How far is ``llamax plan`` from what others measured?  Its time model beside published runs.
+
+    python benchmarks/plan.py [--fit]
+
+Every row is somebody else's run: throughput as published, and the planner's figure for the same
+model, mesh and batch on the same machine.  Rows marked "fitted" chose the machine's efficiencies
+(``--fit`` searches for them again); the others were left out, and test them.  What a source does
+not say (recomputation, how documents are packed) is assumed as noted: selective recomputation, and
+sequences without document boundaries.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from llamax import configfile
+from llamax.config import Config
+from llamax.mesh import Mesh
+from llamax.metrics import flops_per_token
+from llamax.planner import machine as machines
+from llamax.planner.machine import Machine
+from llamax.planner.roofline import time
+from llamax.planner.share import Share
+
+NEURON = "aws-neuron-sdk, benchmarks/trn1/training_data_decoder.csv"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A published run: ``tokens_per_s`` of the whole job."""
+
+    name: str
+    model: str
+    machine: str
+    nodes: int
+    mesh: Mesh
+    length: int
+    batch: int
+    tokens_per_s: float
+    source: str
+    fitted: bool = False
+    micro_batch: int = 1
+    recompute: str = "selective"
+
+    def config(self) -> Config:
+        """The recipe of its model, laid out as it was."""
+        config = configfile.load(self.model)
+        return replace(
+            config,
+            model=replace(config.model, max_position_embeddings=max(self.length, 2048)),
+            parallel=replace(config.parallel, tensor=self.mesh.tp),
+            data=replace(
+                config.data,
+                sequence_length=self.length,
+                global_batch=self.batch,
+                micro_batch=self.micro_batch,
+                separate_documents=False,
+            ),
+            run=replace(config.run, recompute=self.recompute, dtype="bfloat16"),
+        )
+
+
+def neuron(
+    name: str, model: str, nodes: int, mesh: Mesh, length: int, rates: str, fitted: bool = False
+) -> Run:
+    """A row of AWS's tables: sequences/s of one or several releases, of which the mean counts."""
+    found = [float(rate) for rate in rates.split("/")]
+    mean = math.fsum(found) / len(found) * length
+    return Run(
+        f"{name} ({rates} seq/s)",
+        model,
+        "trn1.32xlarge",
+        nodes,
+        mesh,
+        length,
+        1024,
+        mean,
+        NEURON,
+        fitted,
+    )
+
+
+PUBLISHED = (
+    neuron(
+        "Llama-2-7B, SDK 2.16 to 2.21",
+        "llama2-7b",
+        16,
+        Mesh(tp=8, dp=64),
+        4096,
+        "93.3/94.7/92.93/101.3/95.14",
+        fitted=True,
+    ),
+    neuron(
+        "Llama-3.1-8B, SDK 2.20 to 2.24",
+        "llama3.1-8b",
+        32,
+        Mesh(tp=32, dp=32),
+        8192,
+        "49.47/53.51/41.99/47.95",
+        fitted=True,
+    ),
+    neuron(
+        "Llama-2-13B, SDK 2.16 to 2.18",
+        "llama2-13b",
+        32,
+        Mesh(tp=8, dp=32, pp=4),
+        4096,
+        "85.65/81.8/87.44",
+    ),
+    neuron(
+        "Llama-2-13B, SDK 2.20 and 2.21",
+        "llama2-13b",
+        32,
+        Mesh(tp=8, dp=16, pp=8),
+        4096,
+        "84.0/80.33",
+    ),
+    neuron(
+        "Llama-2-70B, SDK 2.16 to 2.18",
+        "llama2-70b",
+        32,
+        Mesh(tp=32, dp=8, pp=4),
+        4096,
+        "15.34/15.6/17.86",
+    ),
+    neuron(
+        "Llama-2-70B, SDK 2.20 and 2.21",
+        "llama2-70b",
+        32,
+        Mesh(tp=32, dp=4, pp=8),
+        4096,
+        "14.2/14.44",
+    ),
+    neuron(
+        "Llama-3.1-70B, SDK 2.20 to 2.24",
+        "llama3.1-70b",
+        32,
+        Mesh(tp=32, dp=4, pp=8),
+        8192,
+        "7.59/7.97/7.51/7.94",
+    ),
+)
+
+
+def gpu(
+    name: str, model: str, machine: str, length: int, micro_batch: int, mfu: float, source: str
+) -> Run:
+    """Eight GPUs of one node, data parallel, at a published share of their peak."""
+    config = configfile.load(model)
+    peak = machines.load(machine).peak_flops("bfloat16")
+    tokens_per_s = 8 * peak * mfu / flops_per_token(config.model, length)
+    return Run(
+        f"{name} ({mfu:.0%} MFU)",
+        model,
+        machine,
+        1,
+        Mesh(dp=8),
+        length,
+        64,
+        tokens_per_s,
+        source,
+        fitted=True,
+        micro_batch=micro_batch,
+        recompute="selective" if length > 4096 else "none",
+    )
+
+
+GPUS = (
+    gpu("Llama-3.1-8B, FSDP", "llama3.1-8b", "p5.48xlarge", 8192, 2, 0.35, "torchtitan"),
+    gpu("TinyLlama 1.1B", "tinyllama-1.1b", "p4d.24xlarge", 2048, 8, 0.52, "litgpt"),
+)
+
+
+def planned(run: Run, machine: Machine) -> float:
+    """The planner's tokens/s for a published run."""
+    return time(Share(run.config(), run.mesh), machine, run.nodes).tokens_per_s
+
+
+def error(run: Run, machine: Machine) -> float:
+    """The planner's figure over the published one, minus 1."""
+    return planned(run, machine) / run.tokens_per_s - 1
+
+
+def fit(name: str) -> Iterator[str]:
+    """The efficiencies of matmuls and links that meet the fitted runs best, on a grid."""
+    machine = machines.load(name)
+    runs = [run for run in PUBLISHED if run.machine == name and run.fitted]
+    grid = [k / 100 for k in range(30, 100, 2)]
+    best = []
+    for matmul, link in itertools.product(grid, grid):
+        each = replace(
+            machine,
+            matmul_efficiency=matmul,
+            link_efficiency=link,
+        )
+        worst = max(abs(math.log1p(error(run, each))) for run in runs)
+        best.append((worst, matmul, link))
+    for worst, matmul, link in sorted(best)[:8]:
+        yield f"matmul {matmul:.2f}  link {link:.2f}  worst error {math.expm1(worst):.1%}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--fit", metavar="MACHINE", help="search for a machine's efficiencies")
+    options = parser.parse_args()
+    if options.fit:
+        print("\n".join(fit(options.fit)))
+        return
+    print("| run | mesh | published tokens/s | planned | error | |")
+    print("|---|---|---|---|---|---|")
+    for run in (*PUBLISHED, *GPUS):
+        machine = machines.load(run.machine)
+        mesh = " ".join(f"{axis}{run.mesh.degree(axis)}" for axis in ("tp", "pp", "dp"))
+        print(
+            f"| {run.name} | {run.nodes} x {run.machine}, {mesh} | {run.tokens_per_s:,.0f} "
+            f"| {planned(run, machine):,.0f} | {error(run, machine):+.0%} "
+            f"| {'fitted' if run.fitted else ''} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
