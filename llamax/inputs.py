@@ -13,7 +13,7 @@ from pathlib import Path
 from llamax.checkpoint.adapters import About
 from llamax.checkpoint.hub import open_source
 from llamax.checkpoint.load import Checkpoint, Source
-from llamax.checkpoint.manifest import newest
+from llamax.checkpoint.manifest import newest, newest_intact
 from llamax.config import Config, Model
 from llamax.data.dataset import Dataset, open_dataset
 from llamax.errors import ConfigError
@@ -55,8 +55,9 @@ def open_inputs(config: Config) -> Inputs:
     dataset = open_dataset(data.path, "off" if data.verify == "off" else "read")
     dataset.check_vocabulary(config.model.vocab_size)
     resumed = first = None
-    if checkpoint.resume == "auto":
-        found = newest(Path(config.run.folder) / "checkpoints")
+    if checkpoint.resume in ("auto", "intact"):
+        choose = newest if checkpoint.resume == "auto" else newest_intact
+        found = choose(Path(config.run.folder) / "checkpoints")
         resumed = None if found is None else Checkpoint(found, verify=False)
     elif checkpoint.resume != "never":
         resumed = Checkpoint(checkpoint.resume, verify=False)

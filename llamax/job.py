@@ -88,7 +88,9 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: In
         if rng is not None:
             torch.set_rng_state(rng)
         step, consumed = resumed.step, int(resumed.state["consumed_sequences"])
-        log.logger.info("resuming from %s", resumed.folder)
+        log.logger.info("resuming from %s, after step %d", resumed.folder, step)
+    elif config.checkpoint.resume != "never":
+        log.logger.info("starting fresh: %s has no complete checkpoint", config.run.folder)
     saver = Saver(
         Path(config.run.folder) / "checkpoints",
         axes,
@@ -96,6 +98,8 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: In
         shards,
         zero1=config.parallel.zero1,
         keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        keep_best=config.checkpoint.keep_best,
         background=config.checkpoint.background,
         timeout_s=config.run.timeout_s,
     )

@@ -17,10 +17,12 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from llamax import configfile, log, program
 from llamax.backends import choose
@@ -49,19 +51,21 @@ def train(config: Config, where: Rendezvous) -> None:
         backend = choose(config.run.backend, where, config.run.threads)
         inputs = open_inputs(config)
         config = resolve(config, inputs.training.samples)
-    inputs.verify(config, where.rank, where.world_size)
     kv = max(1, mesh.tp // config.model.num_key_value_heads)
     folder, timeout_s = Path(config.run.folder), config.run.timeout_s
     signals.hold()
-    with (
-        lock.held(folder) if where.rank == 0 else nullcontext(),
-        beating(folder / "heartbeats", where.rank, where.world_size, timeout_s) as heart,
-        backend.joined(mesh, timeout_s, kv) as axes,
-    ):
-        job = prepare(config, mesh, backend, axes, inputs)
-        if job.main:
-            introduce(job)
-        loop(job, began, heart)
+    with ThreadPoolExecutor(max_workers=1) as pool:  # hash while the ranks meet and load
+        verified = pool.submit(inputs.verify, config, where.rank, where.world_size)
+        with (
+            lock.held(folder) if where.rank == 0 else nullcontext(),
+            beating(folder / "heartbeats", where.rank, where.world_size, timeout_s) as heart,
+            backend.joined(mesh, timeout_s, kv) as axes,
+        ):
+            job = prepare(config, mesh, backend, axes, inputs)
+            verified.result()
+            if job.main:
+                introduce(job)
+            loop(job, began, heart)
 
 
 def loop(job: Job, began: float, heart: Heartbeat) -> None:
@@ -79,7 +83,8 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         while step < config.run.steps and not stop and not patience.over:
             step += 1
             heart.at(step)
-            check(job)
+            with tolerated(job):
+                job.saver.check()
             started = time.perf_counter()
             lr = lr_at(step, config.optim, config.run.steps)
             found = train_step(
@@ -114,7 +119,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             due = _due(step, config.checkpoint.every) or (epoch and config.checkpoint.each_epoch)
             if due or last or patience.over:
                 reporter.flush()
-                save(job, step, training.consumed)
+                save(job, step, training.consumed, validated)
         verdict.judge()
         job.saver.wait()
     if stop and step < config.run.steps:
@@ -141,32 +146,38 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         )
 
 
-def save(job: Job, step: int, consumed: int) -> None:
+def save(job: Job, step: int, consumed: int, validated: Tensor | None) -> None:
     """Begin a checkpoint of everything that a resume needs; its files are written meanwhile."""
+    with tolerated(job):
+        job.saver.wait()
+    score = None if validated is None else job.backend.fetch([validated])[0]
     started = time.perf_counter()
-    job.saver.save(
-        step,
-        job.optimizer.owned(),
-        state={
-            "consumed_sequences": consumed,
-            "seed": job.config.run.seed,
-            "tokenizer": job.dataset.fingerprint,
-            **(job.adapters.state() if job.adapters else {}),
-            **job.patience.state(),
-        },
-        model=job.config.model.to_hub(job.config.run.dtype),
-        config_text=configfile.dump(job.config),
-        rng=torch.get_rng_state(),
-    )
+    with tolerated(job):
+        job.saver.save(
+            step,
+            job.optimizer.owned(),
+            state={
+                "consumed_sequences": consumed,
+                "seed": job.config.run.seed,
+                "tokenizer": job.dataset.fingerprint,
+                **(job.adapters.state() if job.adapters else {}),
+                **job.patience.state(),
+            },
+            model=job.config.model.to_hub(job.config.run.dtype),
+            config_text=configfile.dump(job.config),
+            rng=torch.get_rng_state(),
+            score=score,
+        )
     if job.main:
         stall = show_time(time.perf_counter() - started)
         log.logger.info("saving step %d; training waited %s", step, stall)
 
 
-def check(job: Job) -> None:
-    """Raise what went wrong in saving since the last step, or only say so, as configured."""
+@contextmanager
+def tolerated(job: Job) -> Iterator[None]:
+    """Where a checkpoint cannot be written: end, or say so and train on, as configured."""
     try:
-        job.saver.check()
+        yield
     except CheckpointError as error:
         if job.config.checkpoint.on_failure == "stop":
             raise

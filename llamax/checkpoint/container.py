@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from llamax.checkpoint.layout import Copy
-from llamax.errors import CheckpointError
+from llamax.errors import CheckpointError, NoRoom
 
 DTYPES = {
     "F64": torch.float64,
@@ -193,7 +193,7 @@ def write(
     """Write a safetensors file, chunk by chunk; ``progress`` takes bytes.
 
     ``careful``: hash it on its way and make it durable; otherwise the sha256 is empty.
-    Raises CheckpointError where the disk is full.
+    Raises NoRoom where the disk is full, or a quota or limit reached.
     """
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # keeps all aligned
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -271,7 +271,7 @@ def writing(path: Path, needed_bytes: int) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
         free = shutil.disk_usage(path.parent).free
-        raise CheckpointError(
+        raise NoRoom(
             f"no room for {path} ({error.strerror}): {needed_bytes} bytes needed, {free} free; "
             "make room or write elsewhere"
         ) from None

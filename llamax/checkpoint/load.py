@@ -216,7 +216,11 @@ class Checkpoint(Source):
 
     def _header(self, path: Path) -> dict[str, Entry]:
         if path not in self._headers:
-            self._headers[path] = read_header(path)
+            try:
+                self._headers[path] = read_header(path)
+            except CheckpointError:
+                self.check([path])  # says more: both hashes, and what to use instead
+                raise
         return self._headers[path]
 
 

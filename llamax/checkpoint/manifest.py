@@ -28,6 +28,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from llamax import log
 from llamax.checkpoint.container import (
     DTYPES,
     Progress,
@@ -74,7 +75,10 @@ class Whole:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds; ``model`` is the Hub's config.json, ``state`` the program's."""
+    """What a checkpoint holds; ``model`` is the Hub's config.json, ``state`` the program's.
+
+    ``score``: the validation loss, where it was taken at this step.
+    """
 
     format: int
     step: int
@@ -85,6 +89,7 @@ class Manifest:
     state: dict[str, Any]
     files: list[File]
     tensors: dict[str, Whole] = field(default_factory=dict)
+    score: float | None = None
 
     def problem(self) -> str:
         """What does not hold together, or nothing."""
@@ -225,7 +230,37 @@ def steps(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     found = [path for path in folder.iterdir() if STEP.fullmatch(path.name)]
-    return sorted((p for p in found if (p / DONE).is_file()), key=lambda p: int(p.name[5:]))
+    return sorted((path for path in found if (path / DONE).is_file()), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def scores(folder: Path) -> dict[int, float]:
+    """The validation losses of a run's checkpoints that have one, by step."""
+    found = {}
+    for path in steps(folder):
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError:
+            continue  # resuming from it will say what is wrong
+        if manifest.score is not None:
+            found[manifest.step] = manifest.score
+    return found
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """The newest checkpoint of a run that is what was saved; those passed over are told of."""
+    for path in reversed(steps(folder)):
+        try:
+            verify(path, read_manifest(path).files)
+        except CheckpointError as error:
+            log.logger.warning("passing over %s: %s", path.name, error)
+        else:
+            return path
+    return None
 
 
 def newest(folder: Path) -> Path | None:

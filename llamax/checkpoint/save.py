@@ -15,6 +15,7 @@ written once: by the first tensor rank that holds it, and by the data rank that 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import threading
@@ -40,7 +41,7 @@ from llamax.checkpoint.container import (
 from llamax.checkpoint.layout import Run, slices, whole_shape, writes
 from llamax.checkpoint.load import Owned
 from llamax.collectives import Axes
-from llamax.errors import CheckpointError, LlamaxError
+from llamax.errors import CheckpointError, LlamaxError, NoRoom
 from llamax.shard import Cut, parts
 
 ToHost = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -65,7 +66,8 @@ class Saver:
     """Saves checkpoints of one run into ``folder``; made by all ranks of ``axes`` together.
 
     ``parameters`` and ``shards`` say what the names in ``Owned`` mean.  ``zero1`` off: every data
-    rank owns everything, and writes an equal share.  ``keep``: how many stay, 0 for all.
+    rank owns everything, and writes an equal share.  ``keep``: how many stay, 0 for all; those of
+    every ``keep_every`` steps stay for good, and with ``keep_best`` that of the lowest score.
     ``timeout_s``: how long rank 0 waits for the files of the others.
     At most one save is in flight; what goes wrong in it is raised by the next call of any method.
     """
@@ -79,21 +81,26 @@ class Saver:
         *,
         zero1: bool = True,
         keep: int = 2,
+        keep_every: int = 0,
+        keep_best: bool = False,
         background: bool = True,
         timeout_s: float = 1800.0,
         to_host: ToHost = copy_to_host,
     ) -> None:
         self.folder = Path(folder)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-        self.shards, self.zero1, self.keep = shards, zero1, keep
+        self.shards, self.zero1 = shards, zero1
+        self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self.tp, self.data = axes.tp, axes.data
         self.background, self.timeout_s, self.to_host = background, timeout_s, to_host
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._scores: dict[int, float] = {}
         if self._first:
             with writing(self.folder, 0):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 sweep(self.folder)
+                self._scores = files.scores(self.folder) if keep_best else {}
         # a barrier: what a fast rank saves must not be swept
         axes.world.all_reduce(torch.zeros(1, device=axes.world.rank_index.device)).cpu()
 
@@ -105,11 +112,13 @@ class Saver:
         model: Mapping[str, Any],
         config_text: str,
         rng: Tensor | None = None,
+        score: float | None = None,
     ) -> None:
         """Take a checkpoint of this moment; returns when the host holds a copy of it.
 
         Called by every rank with the same ``step``, ``state`` (JSON values), ``model`` (the Hub's
-        config.json) and ``config_text``; ``rng`` is this rank's own random state (uint8).
+        config.json) and ``config_text``; ``rng`` is this rank's own random state (uint8);
+        ``score`` is the validation loss of this moment, where there is one.
         """
         self.wait()
         kept = self._snapshot(owned)
@@ -123,6 +132,7 @@ class Saver:
             model=dict(model),
             state=dict(state),
             files=[],
+            score=score,
         )
         self._thread = threading.Thread(
             target=self._guarded, args=(kept, rng, manifest, config_text), name="llamax-checkpoint"
@@ -173,6 +183,10 @@ class Saver:
         mine = f"tp{self.tp.rank:02d}-dp{self.data.rank:02d}"
         try:
             with writing(folder, 0):
+                if self._first:
+                    for leftover in self.folder.glob("step-*.tmp"):  # of saves that failed
+                        if leftover != folder:
+                            shutil.rmtree(leftover, ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
             self._write(folder, mine, kept, rng)
             if self._first:
@@ -184,7 +198,7 @@ class Saver:
                 return
             last = files.newest(self.folder)
             stays = f"{last} stays" if last else "no earlier checkpoint of this run exists"
-            self._error = CheckpointError(f"{error}; step {manifest.step} is not saved, {stays}")
+            self._error = type(error)(f"{error}; step {manifest.step} is not saved, {stays}")
 
     def _write(self, folder: Path, mine: str, kept: list[Kept], rng: Tensor | None) -> None:
         """Write this rank's files, then the note that says what is in them."""
@@ -222,7 +236,8 @@ class Saver:
             for path in folder.glob(f"*-{mine}.*"):
                 path.unlink()
             line = str(error) if isinstance(error, LlamaxError) else repr(error)
-            write_text(folder / f"failed-{mine}.txt", line)
+            note = {"why": line, "no_room": isinstance(error, NoRoom)}
+            write_text(folder / f"failed-{mine}.json", json.dumps(note))
         except (OSError, CheckpointError):
             pass  # the disk is beyond help: rank 0 will miss this rank
 
@@ -242,10 +257,21 @@ class Saver:
             path.unlink()
         files.commit(folder, manifest, config_text)
         place(folder, self.folder / files.step_name(manifest.step))
-        if self.keep:
-            for old in files.steps(self.folder)[: -self.keep]:
-                if old.name != folder.stem:  # after a resume from the past, later steps are there
-                    files.delete(old)
+        self._retire(manifest)
+
+    def _retire(self, manifest: files.Manifest) -> None:
+        """Delete the checkpoints that nothing keeps."""
+        self._scores.pop(manifest.step, None)  # of a run that was taken back before this step
+        if self.keep_best and manifest.score is not None and math.isfinite(manifest.score):
+            self._scores[manifest.step] = manifest.score
+        best = min(self._scores, key=self._scores.__getitem__, default=None)
+        for old in files.steps(self.folder)[: -self.keep] if self.keep else []:
+            step = files.step_of(old)
+            for_good = self.keep_every and step % self.keep_every == 0
+            # after a resume from the past, later steps are there, and this one is not the last
+            if step not in (manifest.step, best) and not for_good:
+                files.delete(old)
+                self._scores.pop(step, None)
 
     def _notes(self, folder: Path) -> list[list[dict[str, Any]]]:
         """The notes of all ranks, when the last has come."""
@@ -261,9 +287,10 @@ class Saver:
             if not missing:
                 return [json.loads((folder / f"rank-{r}.json").read_text()) for r in ranks]
             for rank in missing:
-                if f"failed-{rank}.txt" in present:
-                    why = (folder / f"failed-{rank}.txt").read_text()
-                    raise CheckpointError(f"rank {rank} could not save: {why}")
+                if f"failed-{rank}.json" in present:
+                    note = json.loads((folder / f"failed-{rank}.json").read_text())
+                    error = NoRoom if note["no_room"] else CheckpointError
+                    raise error(f"rank {rank} could not save: {note['why']}")
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"{folder}: no files from rank {', '.join(missing)} within "
