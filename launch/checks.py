@@ -1,0 +1,182 @@
+"""What a launcher refuses, told before anything starts: each check yields a line per problem.
+
+Sources: Kubernetes, "Object Names and IDs" (RFC 1035 and 1123 labels); mpi-operator's validation
+(the last worker's host name is a label); sbatch(1); SageMaker, CreateTrainingJob.
+"""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Iterator
+
+from llamax.errors import ConfigError
+from llamax.launch.environment import RESERVED
+from llamax.launch.instances import LOCAL
+from llamax.launch.jobfile import JobFile
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
+SLURM_WORD = re.compile(r"[A-Za-z0-9_.,-]*")
+SLURM_TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})?")
+SLURM_PATH = re.compile(r"[A-Za-z0-9._/@+=,-]*")
+SAGEMAKER_NAME = re.compile(r"[A-Za-z0-9](-*[A-Za-z0-9])*")
+
+
+def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
+    """Everything that is wrong with ``job`` for this launcher and phase, a line each."""
+    found = list(_job(job))
+    if not found:
+        found += _run(job)
+    found += {"sagemaker": _sagemaker}.get(launcher, _shared)(job)
+    if phase == "prepare":
+        found += _prepare(job)
+    special = {"torchrun": _torchrun, "mpirun": _mpirun, "slurm": _slurm, "k8s": _kubernetes}
+    if launcher in special:
+        found += special[launcher](job)
+    return found
+
+
+def _job(job: JobFile) -> Iterator[str]:
+    if not NAME.fullmatch(job.name):
+        yield f"name={job.name!r} names files and objects; use up to 63 letters, digits, - _ and ."
+    try:
+        cores = job.hardware.cores
+    except ConfigError as error:
+        yield str(error)
+        return
+    if job.instance == LOCAL and not job.ranks_per_node:
+        yield "ranks_per_node=0: instance=local does not say how many ranks; use 1 or more"
+    elif job.instance != LOCAL and job.ranks_per_node > cores:
+        yield (
+            f"ranks_per_node={job.ranks_per_node} but {job.instance} has {cores} cores; "
+            f"use {cores} or less, or more nodes"
+        )
+    for key, _ in job.environment:
+        if key in RESERVED:
+            yield f"environment.{key} is set for each rank by its launcher; remove it"
+
+
+def _run(job: JobFile) -> Iterator[str]:
+    """What the configuration refuses on the ranks that the job has."""
+    try:
+        config = job.config
+    except ConfigError as error:
+        where = f"{job.nodes} x {job.instance} = {job.nodes * job.ranks} ranks"
+        yield f"{where}: {' '.join(str(error).split())}"
+        return
+    if job.hardware.devices and config.run.backend not in ("xla", "neuron"):
+        yield (
+            f"run.backend={config.run.backend} on {job.instance} leaves its NeuronCores idle; "
+            "use overrides run.backend=xla, or instance=local"
+        )
+
+
+def _shared(job: JobFile) -> Iterator[str]:
+    """The working folder, and what the run reads and writes, lie on the shared storage."""
+    mount, folder = job.storage.mount, job.folder
+    for key, value in (("storage.mount", mount), ("storage.folder", folder)):
+        if not os.path.isabs(value):
+            yield f"{key}={value!r} is no absolute path; use the same one on every node, as /fsx"
+            return
+    if not _inside(folder, mount):
+        yield f"storage.folder={folder} is not below storage.mount={mount}; put it there"
+    try:
+        config = job.config
+    except ConfigError:
+        return  # told above
+    for key, value in (("data.path", config.data.path), ("run.folder", config.run.folder)):
+        if job.instance != LOCAL and not _inside(os.path.join(folder, value), mount):
+            yield (
+                f"{key}={value} is not below storage.mount={mount}: each node would have its own; "
+                f"use overrides {key}={mount.rstrip('/')}/{os.path.basename(value)}"
+            )
+
+
+def _inside(path: str, mount: str) -> bool:
+    path, mount = os.path.normpath(path), os.path.normpath(mount)
+    return path == mount or path.startswith(mount.rstrip("/") + "/")
+
+
+def _prepare(job: JobFile) -> Iterator[str]:
+    if not job.prepare.inputs:
+        yield "prepare.inputs is empty; name the text files or folders"
+    if not job.prepare.tokenizer:
+        yield "prepare.tokenizer is empty; name a tokenizer.model, tokenizer.json or folder"
+
+
+def _torchrun(job: JobFile) -> Iterator[str]:
+    if job.nodes > 1 and not job.torchrun.master:
+        yield f"torchrun.master is empty; with nodes={job.nodes} name the first of them"
+
+
+def _mpirun(job: JobFile) -> Iterator[str]:
+    if job.nodes > 1 and not job.mpirun.hostfile:
+        yield f"mpirun.hostfile is empty; with nodes={job.nodes} name a file that lists them"
+
+
+def _slurm(job: JobFile) -> Iterator[str]:
+    for key in ("partition", "account"):
+        if not SLURM_WORD.fullmatch(value := getattr(job.slurm, key)):
+            yield f"slurm.{key}={value!r} is no name of Slurm's; use letters, digits, - _ . and ,"
+    if not SLURM_TIME.fullmatch(job.slurm.time_limit):
+        yield f"slurm.time_limit={job.slurm.time_limit!r} is no time; use 2-00:00:00 for two days"
+    if not SLURM_PATH.fullmatch(job.folder):
+        yield (
+            f"storage.folder={job.folder!r} holds what #SBATCH lines cannot; use letters, digits "
+            "and ._/@+=,-"
+        )
+
+
+def _kubernetes(job: JobFile) -> Iterator[str]:
+    longest = f"{job.name}-precompile-worker-{job.nodes - 1}"
+    if not LABEL.fullmatch(job.name) or job.name[0].isdigit():
+        yield (
+            f"name={job.name!r} is refused by Kubernetes; use lower-case letters, digits and -, "
+            "with a letter first"
+        )
+    elif len(longest) > 63:
+        yield (
+            f"name={job.name!r} is too long: its last pod {longest} has {len(longest)} characters, "
+            f"Kubernetes allows 63; use {len(job.name) - len(longest) + 63} or less"
+        )
+    if not job.image:
+        yield "image is empty; name the image that --phase image builds"
+    elif not IMAGE.fullmatch(job.image):
+        yield f"image={job.image!r} is no image name; use registry/repository:tag"
+    if not job.storage.claim:
+        yield (
+            "storage.claim is empty; name the PersistentVolumeClaim of the FSx for Lustre file "
+            "system, as kubectl get pvc lists it"
+        )
+    names = (
+        ("storage.claim", job.storage.claim),
+        ("kubernetes.namespace", job.kubernetes.namespace),
+        ("kubernetes.service_account", job.kubernetes.service_account),
+    )
+    for key, value in names:
+        if value and not (len(value) <= 63 and LABEL.fullmatch(value)):
+            yield f"{key}={value!r} is refused by Kubernetes; use lower-case letters, digits and -"
+
+
+def _sagemaker(job: JobFile) -> Iterator[str]:
+    if not SAGEMAKER_NAME.fullmatch(job.name):
+        yield f"name={job.name!r} is refused by SageMaker; use letters, digits and -"
+    if not IMAGE.fullmatch(job.image):
+        yield f"image={job.image!r} is no image name; name the image that --phase image builds"
+    if not job.sagemaker.role:
+        yield "sagemaker.role is empty; name the IAM role that SageMaker takes on"
+    if not job.sagemaker.data:
+        yield "sagemaker.data is empty; name the s3:// or file:// folder of the dataset"
+    if job.sagemaker.local:
+        if job.instance != LOCAL or job.nodes > 1:
+            yield (
+                f"sagemaker.local=true runs on this machine's CPU, not on {job.nodes} x "
+                f"{job.instance}; try with instance=local and a small recipe, or use "
+                "sagemaker.local=false"
+            )
+    elif job.instance == LOCAL:
+        yield "instance=local but sagemaker.local=false; use an instance such as trn1.32xlarge"
+    elif not job.sagemaker.output.startswith("s3://"):
+        yield f"sagemaker.output={job.sagemaker.output!r} is no s3:// folder; checkpoints go there"

@@ -1,0 +1,142 @@
+"""``llamax launch``: one job file, on torchrun, mpirun, Slurm, Kubernetes or SageMaker.
+
+::
+
+    job.toml ──> checks ──> a script or a manifest ──> --render: printed; else run
+
+Phases come in the order of a project: image, shell, prepare, precompile, train, tensorboard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import quote
+
+from llamax.configfile import nearest
+from llamax.errors import BackendError, ConfigError, refuse
+from llamax.launch import image, jobfile, kubernetes, mpirun, sagemaker, script, slurm, torchrun
+from llamax.launch.checks import problems
+from llamax.launch.jobfile import JobFile
+
+PHASES = {
+    "torchrun": ("prepare", "precompile", "train", "tensorboard"),
+    "mpirun": ("prepare", "precompile", "train", "tensorboard"),
+    "slurm": ("prepare", "precompile", "train", "tensorboard"),
+    "k8s": ("image", "shell", "prepare", "precompile", "train", "tensorboard"),
+    "sagemaker": ("image", "train"),
+}
+ACTIONS = ("start", "status", "logs", "utilization", "stop", "clean")
+EPILOG = "Keys of a job file, a [section] for what is before the dot:\n\n"
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def render(job: JobFile, launcher: str, phase: str) -> str:
+    """The script or manifest that starts a phase."""
+    if phase == "image":
+        return image.dockerfile(job)
+    if phase == "tensorboard" and launcher != "k8s":
+        return script.tensorboard(job)
+    if launcher == "torchrun":
+        return torchrun.render(job, phase)
+    if launcher == "mpirun":
+        return mpirun.render(job, phase)
+    if launcher == "slurm":
+        return slurm.render(job, phase)
+    return kubernetes.render(job, phase) if launcher == "k8s" else sagemaker.render(job)
+
+
+def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
+    """The script that stops a phase, or tells of it."""
+    if launcher == "slurm":
+        return slurm.action(job, phase, what)
+    if launcher == "k8s":
+        return kubernetes.action(job, phase, what)
+    return (
+        sagemaker.action(job, what) if launcher == "sagemaker" else script.action(job, phase, what)
+    )
+
+
+def starter(job: JobFile, launcher: str, phase: str, file: str) -> list[str]:
+    """The command that runs what was rendered to ``file``."""
+    if phase == "image":
+        return ["docker", "build", "--tag", job.image, "--file", file, str(REPOSITORY)]
+    if launcher == "slurm" and phase != "tensorboard":
+        return ["sbatch", file]
+    if launcher == "k8s":
+        return ["kubectl", "apply", "--filename", file]
+    return [sys.executable if launcher == "sagemaker" else "bash", file]
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _options(argv)
+    launcher, phase, what = options.on, options.phase, options.action
+    _known("--on", launcher, PHASES)
+    _known("--phase", phase, PHASES[launcher])
+    _known("--action", what, ACTIONS)
+    job = jobfile.load(options.job)
+    refuse(problems(job, launcher, phase), str(options.job))
+    text = render(job, launcher, phase) if what == "start" else action(job, launcher, phase, what)
+    if options.render:
+        print(text, end="")
+        return 0
+    return _run(job, launcher, phase, what, text, options.node)
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="llamax launch",
+        description="Start a job, or tell of it, on any launcher; the job file says everything.",
+        epilog=EPILOG + jobfile.help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--job", type=Path, required=True, help="the job file")
+    parser.add_argument("--on", required=True, metavar="LAUNCHER", help=", ".join(PHASES))
+    parser.add_argument(
+        "--phase",
+        default="train",
+        help="image, shell, prepare, precompile, train or tensorboard (train)",
+    )
+    parser.add_argument("--action", default="start", help=f"{', '.join(ACTIONS)} (start)")
+    parser.add_argument(
+        "--node", type=int, metavar="N", help="torchrun: the number of this node, 0 on the master"
+    )
+    parser.add_argument("--render", action="store_true", help="print what would be run, and end")
+    return parser.parse_args(list(argv))
+
+
+def _known(option: str, value: str, values: Sequence[str] | dict[str, tuple[str, ...]]) -> None:
+    if value not in values:
+        raise ConfigError(f"{option} {value}: unknown here{nearest(value, values)}")
+
+
+def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: int | None) -> int:
+    """Run a rendered text in this terminal; its exit code."""
+    if launcher == "torchrun" and what == "start" and job.nodes > 1 and node is None:
+        raise ConfigError(
+            f"--node is missing: {job.nodes} nodes each run this command with their own, 0 on "
+            f"{job.torchrun.master}, the others 1 to {job.nodes - 1}"
+        )
+    with tempfile.NamedTemporaryFile("w", suffix=f"-{job.name}-{phase}") as file:
+        file.write(text)
+        file.flush()
+        command = (
+            starter(job, launcher, phase, file.name) if what == "start" else ["bash", file.name]
+        )
+        command += [] if node is None else [str(node)]
+        print(f"$ {' '.join(map(quote, command))}", file=sys.stderr)
+        # this Python's own programs first, as torchrun: what the job file calls venv goes before
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+        try:
+            return subprocess.run(command, env={**os.environ, "PATH": path}, check=False).returncode
+        except FileNotFoundError:
+            raise BackendError(
+                f"{command[0]} is not installed here; install it, or print what it would run with "
+                "--render"
+            ) from None

@@ -1,0 +1,54 @@
+"""The container image: llamax on AWS's Neuron training container.
+
+The base has torch, torch-xla, torch-neuronx and the compiler in versions that belong together, so
+nothing of those is installed again.  MPIJobs need an ssh server with keys for its host, an mpirun,
+and pkill for the order to save.
+
+Sources: AWS Neuron Deep Learning Containers; Kubeflow MPI Operator, base image.
+"""
+
+from __future__ import annotations
+
+from shlex import quote
+
+from llamax.launch.jobfile import JobFile
+from llamax.launch.script import SHEBANG
+
+PACKAGES = "openmpi-bin openssh-client openssh-server procps"
+PYTHON = (
+    "numpy safetensors pydantic sentencepiece tokenizers tiktoken tqdm tensorboard "
+    "'tomli; python_version < \"3.11\"'"
+)
+
+
+def dockerfile(job: JobFile) -> str:
+    """The Dockerfile, to be built in llamax's folder."""
+    return f"""# {job.name}: docker build --tag {quote(job.image)} --file - . <Dockerfile
+FROM {job.base_image}
+
+# what the MPI operator needs of an image; a base that has its own mpirun keeps it
+RUN command -v mpirun >/dev/null && packages="openssh-client openssh-server procps" \\
+        || packages="{PACKAGES}"; \\
+    apt-get update && apt-get install --yes --no-install-recommends $packages \\
+    && rm -rf /var/lib/apt/lists/* && mkdir -p /run/sshd && ssh-keygen -A
+
+# the operator brings keys in a read-only folder, and pods have no known host
+RUN printf 'StrictHostKeyChecking no\\nUserKnownHostsFile /dev/null\\nLogLevel ERROR\\n' \\
+        >/etc/ssh/ssh_config.d/llamax.conf \\
+    && printf 'StrictModes no\\n' >/etc/ssh/sshd_config.d/llamax.conf
+
+# torch stays as the base has it
+COPY . /opt/llamax
+RUN python3 -m pip install --no-cache-dir {PYTHON} \\
+    && python3 -m pip install --no-cache-dir --no-deps --editable /opt/llamax
+"""
+
+
+def build(job: JobFile, repository: str) -> str:
+    """The script that builds and pushes the image."""
+    return f"""{SHEBANG}
+set -euo pipefail
+docker build --tag {quote(job.image)} --file - {quote(repository)} <<'DOCKERFILE'
+{dockerfile(job)}DOCKERFILE
+docker push {quote(job.image)}
+"""

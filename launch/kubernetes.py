@@ -1,0 +1,191 @@
+"""Kubernetes manifests: MPIJobs for precompile and train, a Job for prepare, two helper pods.
+
+::
+
+    MPIJob ── launcher: mpirun, started when all workers are ready
+          └── workers: sshd; 16 Neuron devices, 8 EFA, /dev/shm in memory, FSx for Lustre
+
+Stopping deletes the MPIJob.  A worker's first process is sshd, with which everything would die at
+once; so a preStop hook asks the ranks to save and waits for them.
+
+Sources: Kubeflow MPI Operator, API v2beta1; Kubernetes API v1 (1.25 and later); AWS Neuron device
+plugin and EFA device plugin.
+"""
+
+from __future__ import annotations
+
+from shlex import quote
+from typing import Any
+
+from llamax.launch import mpirun, yaml
+from llamax.launch.jobfile import JobFile
+from llamax.launch.script import SHEBANG, array, head, prepare, title
+
+GRACE_S = 300  # a checkpoint is written in this time after the order to stop
+OBJECTS = ("shell", "tensorboard", "prepare", "precompile", "train")
+SAVE = """pkill -TERM -f '[l]lamax.train' || exit 0
+while pgrep -f '[l]lamax.train' >/dev/null; do sleep 1; done
+"""
+
+
+def name(job: JobFile, phase: str) -> str:
+    """The name of a phase's object."""
+    return job.name if phase == "train" else f"{job.name}-{phase}"
+
+
+def render(job: JobFile, phase: str) -> str:
+    """The manifest of a phase."""
+    make = {"shell": _shell, "tensorboard": _tensorboard, "prepare": _prepare}
+    return yaml.dump(make[phase](job) if phase in make else _mpijob(job, phase))
+
+
+def _metadata(job: JobFile, phase: str) -> dict[str, Any]:
+    return {
+        "name": name(job, phase),
+        "namespace": job.kubernetes.namespace,
+        "labels": {"app.kubernetes.io/name": "llamax", "app.kubernetes.io/instance": job.name},
+    }
+
+
+def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
+    launch = mpirun.render(job, phase, container=True)
+    machine = job.hardware
+    counts = {"aws.amazon.com/neuron": machine.devices, "vpc.amazonaws.com/efa": machine.efa}
+    devices = {resource: str(count) for resource, count in counts.items() if count}
+    node = {"node.kubernetes.io/instance-type": job.instance} if machine.devices else {}
+    hook = {"preStop": {"exec": {"command": ["/bin/bash", "-c", SAVE]}}}
+    return {
+        "apiVersion": "kubeflow.org/v2beta1",
+        "kind": "MPIJob",
+        "metadata": _metadata(job, phase),
+        "spec": {
+            "slotsPerWorker": mpirun.slots(job, phase),
+            "launcherCreationPolicy": "WaitForWorkersReady",
+            "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": 20},
+            "mpiReplicaSpecs": {
+                "Launcher": {
+                    "replicas": 1,
+                    "restartPolicy": "OnFailure",
+                    "template": {"spec": _pod(job, ["/bin/bash", "-c", launch])},
+                },
+                "Worker": {
+                    "replicas": job.nodes,
+                    "restartPolicy": "OnFailure",
+                    "template": {
+                        "spec": _pod(
+                            job,
+                            ["/usr/sbin/sshd", "-De"],
+                            {"requests": devices, "limits": devices},
+                            container={"lifecycle": hook},
+                            pod={"nodeSelector": node},
+                        )
+                    },
+                },
+            },
+        },
+    }
+
+
+def _prepare(job: JobFile) -> dict[str, Any]:
+    text = head(job, title(job, "prepare", "Kubernetes"), container=True)
+    command = ["/bin/bash", "-c", text + array("program", prepare(job)) + 'exec "${program[@]}"\n']
+    resources = {"requests": {"cpu": str(job.prepare.workers)}}
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": _metadata(job, "prepare"),
+        "spec": {
+            "backoffLimit": 4,
+            "template": {
+                "spec": _pod(job, command, resources, pod={"restartPolicy": "OnFailure"}),
+            },
+        },
+    }
+
+
+def _shell(job: JobFile) -> dict[str, Any]:
+    return _helper(job, "shell", ["sleep", "infinity"])
+
+
+def _tensorboard(job: JobFile) -> dict[str, Any]:
+    events = f"{job.config.run.folder}/tensorboard"
+    words = ["tensorboard", "--logdir", events, "--host", "127.0.0.1", "--port", "6006"]
+    return _helper(job, "tensorboard", words)
+
+
+def _helper(job: JobFile, phase: str, command: list[str]) -> dict[str, Any]:
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": _metadata(job, phase),
+        "spec": _pod(job, command),
+    }
+
+
+def _pod(
+    job: JobFile,
+    command: list[str],
+    resources: dict[str, Any] | None = None,
+    container: dict[str, Any] | None = None,
+    pod: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """A pod of one container in the job's folder, with shared storage and /dev/shm in memory."""
+    account = job.kubernetes.service_account
+    spec = {
+        "containers": [
+            {
+                "name": "llamax",
+                "image": job.image,
+                "command": command,
+                "workingDir": job.folder,
+                "resources": resources or {},
+                "volumeMounts": [
+                    {"name": "storage", "mountPath": job.storage.mount},
+                    {"name": "shm", "mountPath": "/dev/shm"},
+                ],
+                **(container or {}),
+            }
+        ],
+        "serviceAccountName": account,
+        "terminationGracePeriodSeconds": GRACE_S,
+        "volumes": [
+            {"name": "storage", "persistentVolumeClaim": {"claimName": job.storage.claim}},
+            {
+                "name": "shm",
+                "emptyDir": {"medium": "Memory", "sizeLimit": f"{job.kubernetes.shm_gib}Gi"},
+            },
+        ],
+        **(pod or {}),
+    }
+    return {key: value for key, value in spec.items() if value}
+
+
+def action(job: JobFile, phase: str, what: str) -> str:
+    """Stop, status, logs, utilization or clean."""
+    kubectl = f"kubectl --namespace {quote(job.kubernetes.namespace)}"
+    me = quote(name(job, phase))
+    kind = {"prepare": "job", "shell": "pod", "tensorboard": "pod"}.get(phase, "mpijob")
+    source = {"job": f"job/{me}", "pod": f"pod/{me}", "mpijob": f"job/{me}-launcher"}[kind]
+    chosen = f"--selector training.kubeflow.org/job-name={me}"
+    pods = {"job": f"--selector job-name={me}", "pod": me, "mpijob": chosen}[kind]
+    return (
+        f"{SHEBANG}\nset -euo pipefail\n"
+        + {
+            "stop": f"{kubectl} delete {kind}/{me} --ignore-not-found  # ranks save, then end\n",
+            "status": f"{kubectl} get {kind}/{me}\n{kubectl} get pods {pods} --output wide\n",
+            "logs": f"exec {kubectl} logs --follow --tail 100 {source}\n",
+            "utilization": f"exec {kubectl} exec --stdin --tty {me}-worker-0 -- neuron-top\n",
+            "clean": f"{kubectl} delete --ignore-not-found "
+            + " ".join(
+                f"{kind}/{quote(name(job, each))}"
+                for kind, each in (
+                    ("mpijob", "train"),
+                    ("mpijob", "precompile"),
+                    ("job", "prepare"),
+                    ("pod", "tensorboard"),
+                    ("pod", "shell"),
+                )
+            )
+            + "\n",
+        }[what]
+    )

@@ -1,0 +1,93 @@
+"""mpirun (Open MPI): one process a node with torchrun inside, or one process a rank.
+
+::
+
+    per = "node"    mpirun ── node 0: torchrun ── 32 ranks      what AWS runs
+                          └── node 1: torchrun ── 32 ranks
+    per = "core"    mpirun ── 64 ranks; ``llamax.launch.env`` reads OMPI_COMM_WORLD_*
+
+mpirun binds a process to a core unless told otherwise, and kills one second after SIGTERM; both
+would hurt.  Source: mpirun(1) of Open MPI 4.1.
+"""
+
+from __future__ import annotations
+
+from shlex import quote
+
+from llamax.launch.environment import variables
+from llamax.launch.jobfile import JobFile
+from llamax.launch.script import (
+    OPEN_FILES,
+    array,
+    compiler,
+    head,
+    prepare,
+    program,
+    remember,
+    title,
+    torchrun,
+)
+from llamax.launch.torchrun import FILE_OPTIONS, IN_A_FILE
+
+GRACE_S = 240  # longer than torchrun's own 180
+ROOT = """# mpirun refuses root, which containers run as, unless told twice
+if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
+"""
+FIRST_HOST = """# the first node of the hostfile; each rank resolves it to IPv4
+MASTER_ADDR=$(awk 'NF && $1 !~ /^#/ { print $1; exit }' "$hostfile")
+export MASTER_ADDR
+"""
+
+
+def slots(job: JobFile, phase: str) -> int:
+    """Processes that mpirun starts on a node; the compiler's tool wants torchrun itself."""
+    return job.ranks if job.mpirun.per == "core" and phase == "train" else 1
+
+
+def render(job: JobFile, phase: str, container: bool = False) -> str:
+    """The script that starts all nodes from this one; in a container the operator names them."""
+    text = head(job, title(job, phase, "mpirun"), container=container)
+    if phase == "prepare":
+        return text + array("program", prepare(job)) + 'exec "${program[@]}"\n'
+    if not container:
+        text += remember(job, phase)
+    each = slots(job, phase)
+    inside = each == 1
+    hostfile = "/etc/mpi/hostfile" if container else job.mpirun.hostfile
+    text += ROOT
+    if hostfile:
+        text += f"hostfile={quote(hostfile)}\n{FIRST_HOST}"
+        where = '--hostfile "$hostfile"'
+    else:
+        text += "export MASTER_ADDR=127.0.0.1\n"
+        where = f"--host localhost:{each}"
+    text += f"export MASTER_PORT={job.port}\n"
+    if inside and job.nodes == 1:
+        text += IN_A_FILE
+    names = ["PATH", "MASTER_ADDR", "MASTER_PORT"]
+    names += [variable.name for variable in variables(job, container)]
+    names += ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] if inside and job.nodes == 1 else []
+    text += "forward=(\n" + "".join(f"    -x {name}\n" for name in names) + ")\n"
+    text += "if [[ -v LD_LIBRARY_PATH ]]; then forward+=(-x LD_LIBRARY_PATH); fi\n"
+    if inside:
+        text += array("options", torchrun(job, phase))
+    text += array("program", program(job, phase))
+    if inside and job.nodes > 1:
+        text += "# shellcheck disable=SC2016  # expanded on each node, not here\n"
+    return f"""{text}exec mpirun --np {job.nodes * each} {where} --map-by ppr:{each}:node \\
+    --bind-to none --wdir "$PWD" --mca odls_base_sigkill_timeout {GRACE_S} "${{forward[@]}}" \\
+    {_inner(job, phase) if inside else 'python3 "${program[@]}"'}
+"""
+
+
+def _inner(job: JobFile, phase: str) -> str:
+    """What one process a node runs."""
+    rest = '"${options[@]}" "${program[@]}"'
+    if job.nodes == 1:
+        return f"{compiler(job, phase)}torchrun {FILE_OPTIONS} \\\n    {rest}"
+    script = (
+        f"ulimit -n {OPEN_FILES}; exec {compiler(job, phase)}torchrun "
+        '--nnodes "$OMPI_COMM_WORLD_SIZE" --node-rank "$OMPI_COMM_WORLD_RANK" '
+        '--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"'
+    )
+    return f"bash -c {quote(script)} \\\n    node {rest}"

@@ -1,0 +1,133 @@
+"""Bash from a job: the head that every script shares, and the command that it is about.
+
+Values of the job file reach a script in two ways only: as one quoted word, or in a comment of one
+line (``llamax.launch.jobfile`` lets no line break in).  A script keeps the words of a command in
+arrays, so that what is handed through ``bash -c`` or ``mpirun`` is never quoted twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from shlex import quote
+
+from llamax.launch.environment import variables
+from llamax.launch.jobfile import JobFile
+
+PHASES = ("prepare", "precompile", "train")
+SHEBANG = "#!/usr/bin/env bash"
+OPEN_FILES = 65535  # shards, sockets and compiler workers of 32 ranks pass the usual 1024
+
+
+def head(job: JobFile, title: str, options: Iterable[str] = (), container: bool = False) -> str:
+    """Shebang, ``options`` (#SBATCH lines), working folder and environment."""
+    lines = [SHEBANG, *options, f"# {job.name}: {title}", "set -euo pipefail"]
+    lines += [f"cd -- {quote(job.folder)}"]
+    if job.venv:
+        lines += [f"PATH={quote(job.venv.rstrip('/') + '/bin')}:$PATH"]
+    for each in variables(job, container):
+        lines += [f"# {each.reason}", f"export {each.name}={quote(each.value)}"]
+    return "\n".join([*lines, LIMIT, ""])
+
+
+LIMIT = f"""# shards, sockets and compiler workers need more open files than the usual 1024
+ulimit -n {OPEN_FILES} || echo "open files stay at $(ulimit -n): raise the hard limit" >&2"""
+
+
+def array(name: str, words: Sequence[str]) -> str:
+    """A bash array of quoted words, one a line."""
+    return "\n".join([f"{name}=(", *(f"    {quote(word)}" for word in words), ")", ""])
+
+
+def program(job: JobFile, phase: str) -> list[str]:
+    """What each rank runs, after ``python3`` or torchrun's own options."""
+    early = ["--precompile"] if phase == "precompile" else []
+    return ["-m", "llamax.train", *job.arguments, *early]
+
+
+def compiler(job: JobFile, phase: str) -> str:
+    """What stands before torchrun: the tool that compiles what a run of it traces."""
+    return "neuron_parallel_compile " if phase == "precompile" and job.hardware.devices else ""
+
+
+def torchrun(job: JobFile, phase: str) -> list[str]:
+    """torchrun's options that are the same on every node.
+
+    Each rank's output goes to a file of its own below the run folder; rank 0's is shown as well.
+    """
+    logs = f"{job.config.run.folder}/logs/{phase}"
+    return ["--nproc-per-node", str(job.ranks), "--log-dir", logs, "--tee", "3"] + [
+        "--local-ranks-filter",
+        "0",
+    ]
+
+
+def prepare(job: JobFile) -> list[str]:
+    """The words of ``llamax prepare``, on the first node alone."""
+    wanted = job.prepare
+    options = ["--tokenizer", wanted.tokenizer, "--key", wanted.key]
+    options += ["--workers", str(wanted.workers), "--out", job.config.data.path]
+    return ["python3", "-m", "llamax", "prepare", *wanted.inputs, *options]
+
+
+def title(job: JobFile, phase: str, launcher: str) -> str:
+    """One line about a script."""
+    if phase == "prepare":
+        return f"tokenize with {job.prepare.workers} processes"
+    what = "compile every graph of the run" if phase == "precompile" else "train"
+    return f"{what} on {job.nodes} x {job.instance}, {job.nodes * job.ranks} ranks, {launcher}"
+
+
+def tensorboard(job: JobFile) -> str:
+    """TensorBoard on this machine's loopback; from elsewhere, through an ssh tunnel."""
+    events = f"{job.config.run.folder}/tensorboard"
+    path = f"PATH={quote(job.venv.rstrip('/') + '/bin')}:$PATH\n" if job.venv else ""
+    return f"""{SHEBANG}
+# {job.name}: curves at http://127.0.0.1:6006; from elsewhere ssh -L 6006:127.0.0.1:6006 HOST
+set -euo pipefail
+cd -- {quote(job.folder)}
+{path}exec tensorboard --logdir {quote(events)} --host 127.0.0.1 --port 6006
+"""
+
+
+# ---- a process on this machine: torchrun and mpirun
+
+
+def remember(job: JobFile, phase: str) -> str:
+    """Leave the process id where ``stop`` and ``status`` find it; one run at a time."""
+    return f"""run={quote(job.config.run.folder)}
+mkdir -p -- "$run/logs"
+pid="$run/logs/{phase}-$HOSTNAME.pid"
+if [[ -e $pid && $(ps -o args= -p "$(<"$pid")") == *llamax* ]]; then
+    echo "{phase} of $run already runs here as process $(<"$pid"); stop it first" >&2
+    exit 2
+fi
+echo $$ >"$pid"
+"""
+
+
+def action(job: JobFile, phase: str, what: str) -> str:
+    """Stop, status, logs, utilization or clean for a process on this machine."""
+    start = f"""{SHEBANG}
+set -euo pipefail
+cd -- {quote(job.folder)}
+run={quote(job.config.run.folder)}
+"""
+    alive = f"""pid="$run/logs/{phase}-$HOSTNAME.pid"
+if ! [[ -e $pid && $(ps -o args= -p "$(<"$pid")") == *llamax* ]]; then
+    echo "{phase} of $run does not run on $HOSTNAME"
+    exit 0
+fi
+"""
+    last = f"""find "$run/logs/{phase}" -path '*/0/std*.log' -printf '%T@ %p\\n' |
+    sort -n | tail -n 2 | cut -d ' ' -f 2- | tr '\\n' '\\0' | xargs -0 tail -n 100 -F
+"""
+    return (
+        start
+        + {
+            "stop": alive + 'kill -TERM "$(<"$pid")"  # ranks save, then end\n',
+            "status": alive + 'ps -o pid,etime,args -p "$(<"$pid")"\n',
+            "logs": last,
+            "utilization": "exec neuron-top\n",
+            "clean": f'rm -rf -- "$run/logs/{phase}" "$run/logs/{phase}-"*.pid\n',
+        }[what]
+    )

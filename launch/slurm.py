@@ -1,0 +1,107 @@
+"""An sbatch script: one task a node, torchrun inside; saved and requeued before the time limit.
+
+::
+
+    sbatch ── batch script ── srun, one task a node ── torchrun ── ranks
+                 │ USR1, signal_s before the limit
+                 └─ SIGTERM to the tasks: ranks save, end; then the job is queued again
+
+A node that fails requeues the job by itself (--requeue); the log goes on in the same file
+(--open-mode=append); a rank that dies ends all tasks (--kill-on-bad-exit).
+
+Source: sbatch(1), srun(1), scancel(1) of Slurm 22.05 and later.
+"""
+
+from __future__ import annotations
+
+from shlex import quote
+
+from llamax.launch.jobfile import JobFile
+from llamax.launch.script import SHEBANG, array, compiler, head, prepare, program, title, torchrun
+from llamax.launch.torchrun import FILE_OPTIONS, IN_A_FILE
+
+MASTER = """# the first node of the allocation; each rank resolves it to IPv4
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR
+"""
+RUN = """# before the time limit: ranks save and end, then the job is queued again and goes on
+limit=
+trap 'limit=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+{srun} &
+task=$!
+code=0
+wait "$task" || code=$?
+if [[ $limit ]]; then
+    wait "$task" || true
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"
+"""
+
+
+def log(job: JobFile, phase: str, number: str) -> str:
+    return f"{job.folder.rstrip('/')}/{name(job, phase)}-{number}.log"
+
+
+def name(job: JobFile, phase: str) -> str:
+    """The job's name in the queue."""
+    return job.name if phase == "train" else f"{job.name}-{phase}"
+
+
+def render(job: JobFile, phase: str) -> str:
+    """The sbatch script of a phase."""
+    nodes = 1 if phase == "prepare" else job.nodes
+    options = {
+        "job-name": name(job, phase),
+        "nodes": str(nodes),
+        "ntasks-per-node": "1",
+        "output": log(job, phase, "%j"),
+        "open-mode": "append",
+        "partition": job.slurm.partition,
+        "account": job.slurm.account,
+        "time": job.slurm.time_limit,
+    }
+    lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value]
+    lines += ["#SBATCH --exclusive"] if job.hardware.devices else []
+    if phase == "prepare":
+        text = head(job, title(job, phase, "Slurm"), [*lines, "#SBATCH --requeue"])
+        return text + array("program", prepare(job)) + 'exec srun "${program[@]}"\n'
+    lines += ["#SBATCH --requeue", f"#SBATCH --signal=B:USR1@{job.slurm.signal_s}"]
+    text = head(job, title(job, phase, "Slurm"), lines)
+    text += IN_A_FILE if nodes == 1 else MASTER
+    text += array("options", torchrun(job, phase)) + array("program", program(job, phase))
+    srun = "srun --kill-on-bad-exit=1 --ntasks-per-node=1 --export=ALL "
+    rest = '"${options[@]}" "${program[@]}"'
+    if nodes == 1:
+        srun += f"{compiler(job, phase)}torchrun \\\n    {FILE_OPTIONS} \\\n    {rest}"
+        return text + RUN.replace("{srun}", srun)
+    script = (
+        f'exec {compiler(job, phase)}torchrun --nnodes "$SLURM_STEP_NUM_NODES" '
+        '--node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" '
+        f'--master-port {job.port} "$@"'
+    )
+    srun += f"bash -c {quote(script)} \\\n    node {rest}"
+    quiet = "# shellcheck disable=SC2016  # expanded on each node, not here\n"
+    return text + RUN.replace("{srun}", quiet + srun)
+
+
+def action(job: JobFile, phase: str, what: str) -> str:
+    """Stop, status, logs, utilization or clean."""
+    named = f"--name={quote(name(job, phase))}"
+    pattern = quote(f"./{name(job, phase)}-[0-9]+\\.log")
+    return (
+        f"{SHEBANG}\nset -euo pipefail\ncd -- {quote(job.folder)}\n"
+        + {
+            "stop": "# queued: forget it; running: ranks save, then end\n"
+            f"scancel --state=PENDING {named}\nscancel --state=RUNNING --signal=TERM {named}\n",
+            "status": f"squeue {named} --format='%i %T %M %l %D %R'\n",
+            "logs": f"""newest=$(find . -maxdepth 1 -regex {pattern} -printf '%T@ %p\\n' |
+    sort -n | tail -n 1 | cut -d ' ' -f 2-)
+exec tail -n 100 -F "${{newest:?there is no log yet}}"
+""",
+            "utilization": f"""number=$(squeue {named} --state=RUNNING --noheader --format=%i)
+exec srun --overlap --jobid="${{number:?the job does not run}}" --nodes=1 --pty neuron-top
+""",
+            "clean": f"find . -maxdepth 1 -regex {pattern} -delete\n",
+        }[what]
+    )

@@ -1,0 +1,43 @@
+"""torchrun on every node: a line each, told apart by its number.
+
+One machine meets in a file and listens on no network.  Several meet at the first node's port, which
+torchrun opens on all its interfaces without a password: keep nodes in a network of their own.
+
+Source: torchrun's documentation (torch.distributed.run), static rendezvous.
+"""
+
+from __future__ import annotations
+
+from shlex import quote
+
+from llamax.launch.jobfile import JobFile
+from llamax.launch.script import array, compiler, head, prepare, program, remember, title, torchrun
+
+IN_A_FILE = """# ranks of one machine meet in a file, and rank 0 listens on the loopback alone
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+meeting=$(mktemp -u)
+"""
+FILE_OPTIONS = (
+    '--rdzv-backend c10d --rdzv-conf store_type=file --rdzv-endpoint "$meeting" '
+    "--local-addr 127.0.0.1"
+)
+
+
+def render(job: JobFile, phase: str) -> str:
+    """The script of a node; with several nodes its first argument is the node's number."""
+    text = head(job, title(job, phase, "torchrun"))
+    if phase == "prepare":
+        return text + array("program", prepare(job)) + 'exec "${program[@]}"\n'
+    text += remember(job, phase) + array("options", torchrun(job, phase))
+    text += array("program", program(job, phase))
+    run, rest = f"exec {compiler(job, phase)}torchrun", '"${options[@]}" "${program[@]}"'
+    if job.nodes == 1:
+        return f"{text}{IN_A_FILE}{run} {FILE_OPTIONS} {rest}\n"
+    where = f"--master-addr {quote(job.torchrun.master)} --master-port {job.port}"
+    lines = [
+        f"{node}) {run} --nnodes {job.nodes} --node-rank {node} {where} {rest} ;;"
+        for node in range(job.nodes)
+    ]
+    usage = f"the number of this node is missing: 0 on the master, up to {job.nodes - 1}"
+    lines += [f'*) echo "{usage}" >&2 && exit 2 ;;']
+    return f"{text}case ${{1-}} in\n" + "\n".join(lines) + "\nesac\n"
