@@ -236,6 +236,31 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
         ],
         [{"optim.min_lr": 3e-4}, {"optim.min_lr": 1e-3, "optim.schedule": "constant"}],
     ),
+    "warmup_is_said_once": (
+        [
+            (
+                {"optim.warmup_ratio": 0.1},
+                None,
+                "optim.warmup_steps=10 and optim.warmup_ratio=0.1 both say how long warm-up is; "
+                "use one of them",
+            )
+        ],
+        [{"optim.warmup_ratio": 0.1, "optim.warmup_steps": 0}],
+    ),
+    "patience_needs_validation": (
+        [
+            (
+                {"run.patience": 2},
+                None,
+                "run.patience=2 but nothing is validated; set run.validate_every or "
+                "run.validate_each_epoch=true",
+            )
+        ],
+        [
+            {"run.patience": 2, "run.validate_every": 5},
+            {"run.patience": 2, "run.validate_each_epoch": True},
+        ],
+    ),
     "decay_belongs_to_wsd": (
         [
             (
@@ -262,7 +287,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
                 "use at most 1000 together",
             )
         ],
-        [{"optim.warmup_steps": 1000}],
+        [{"optim.warmup_steps": 1000}, {"optim.warmup_steps": 2000, "run.epochs": 3}],
     ),
     "folders_are_named": (
         [
