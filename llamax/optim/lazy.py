@@ -105,8 +105,10 @@ class LazyGroup:
 
 
 def moved(x: Tensor, device: torch.device | str) -> Tensor:
-    """``x`` on ``device``; of a meta tensor, which has a shape alone, an empty one."""
-    return torch.empty_like(x, device=device) if x.is_meta else x.to(device, copy=True)
+    """``x`` on ``device``; zeros for a meta tensor, which is but a shape."""
+    if x.is_meta:
+        return torch.zeros(x.shape, dtype=x.dtype, device=device)
+    return x.to(device, copy=True)
 
 
 def move_parameter(parameter: Parameter, device: torch.device | str) -> None:
