@@ -59,6 +59,11 @@ def _table(job: JobFile, container: bool) -> Iterator[Variable]:
         "180",
         "after SIGTERM ranks save a checkpoint; torchrun would kill them after 30 s",
     )
+    yield Variable(
+        "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE",
+        "[rank ${rank}] ",
+        "what each node's first rank says is shown behind its number",
+    )
     if not machine.devices:
         return
     yield Variable(

@@ -17,10 +17,10 @@ from shlex import quote
 from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import (
-    OPEN_FILES,
     array,
-    compiler,
     head,
+    logs,
+    on_each_node,
     prepare,
     program,
     remember,
@@ -33,6 +33,10 @@ GRACE_S = 240  # longer than torchrun's own 180
 ROOT = """# mpirun refuses root, which containers run as, unless told twice
 if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 """
+OPTIONS = (
+    '--nnodes "$OMPI_COMM_WORLD_SIZE" --node-rank "$OMPI_COMM_WORLD_RANK" '
+    '--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"'
+)
 FIRST_HOST = """# the first node of the hostfile; each rank resolves it to IPv4
 MASTER_ADDR=$(awk 'NF && $1 !~ /^#/ { print $1; exit }' "$hostfile")
 export MASTER_ADDR
@@ -66,28 +70,15 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
         text += IN_A_FILE
     names = ["PATH", "MASTER_ADDR", "MASTER_PORT"]
     names += [variable.name for variable in variables(job, container)]
-    names += ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] if inside and job.nodes == 1 else []
+    names += ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "meeting"] if inside and job.nodes == 1 else []
     text += "forward=(\n" + "".join(f"    -x {name}\n" for name in names) + ")\n"
     text += "if [[ -v LD_LIBRARY_PATH ]]; then forward+=(-x LD_LIBRARY_PATH); fi\n"
+    command = 'python3 "${program[@]}"'
     if inside:
-        text += array("options", torchrun(job, phase))
+        text += logs(job, phase) + array("options", torchrun(job))
+        command = on_each_node(job, phase, FILE_OPTIONS if job.nodes == 1 else OPTIONS)
     text += array("program", program(job, phase))
-    if inside and job.nodes > 1:
-        text += "# shellcheck disable=SC2016  # expanded on each node, not here\n"
     return f"""{text}exec mpirun --np {job.nodes * each} {where} --map-by ppr:{each}:node \\
     --bind-to none --wdir "$PWD" --mca odls_base_sigkill_timeout {GRACE_S} "${{forward[@]}}" \\
-    {_inner(job, phase) if inside else 'python3 "${program[@]}"'}
+    {command}
 """
-
-
-def _inner(job: JobFile, phase: str) -> str:
-    """What one process a node runs."""
-    rest = '"${options[@]}" "${program[@]}"'
-    if job.nodes == 1:
-        return f"{compiler(job, phase)}torchrun {FILE_OPTIONS} \\\n    {rest}"
-    script = (
-        f"ulimit -n {OPEN_FILES}; exec {compiler(job, phase)}torchrun "
-        '--nnodes "$OMPI_COMM_WORLD_SIZE" --node-rank "$OMPI_COMM_WORLD_RANK" '
-        '--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" "$@"'
-    )
-    return f"bash -c {quote(script)} \\\n    node {rest}"

@@ -15,12 +15,11 @@ from llamax.launch.jobfile import JobFile
 
 PHASES = ("prepare", "precompile", "train")
 SHEBANG = "#!/usr/bin/env bash"
-OPEN_FILES = 65535  # shards, sockets and compiler workers of 32 ranks pass the usual 1024
 
 
 def head(job: JobFile, title: str, options: Iterable[str] = (), container: bool = False) -> str:
     """Shebang, ``options`` (#SBATCH lines), working folder and environment."""
-    lines = [SHEBANG, *options, f"# {job.name}: {title}", "set -euo pipefail"]
+    lines = [SHEBANG, *options, f"# {job.name}: {title}", LITERAL, "set -euo pipefail"]
     lines += [f"cd -- {quote(job.folder)}"]
     if job.venv:
         lines += [f"PATH={quote(job.venv.rstrip('/') + '/bin')}:$PATH"]
@@ -29,8 +28,9 @@ def head(job: JobFile, title: str, options: Iterable[str] = (), container: bool 
     return "\n".join([*lines, LIMIT, ""])
 
 
-LIMIT = f"""# shards, sockets and compiler workers need more open files than the usual 1024
-ulimit -n {OPEN_FILES} || echo "open files stay at $(ulimit -n): raise the hard limit" >&2"""
+LITERAL = "# shellcheck disable=SC2016  # what stands in single quotes is meant as it stands"
+LIMIT = """# shards, sockets and compiler workers need more open files than the usual 1024
+ulimit -S -n "$(ulimit -H -n)\""""
 
 
 def array(name: str, words: Sequence[str]) -> str:
@@ -49,16 +49,24 @@ def compiler(job: JobFile, phase: str) -> str:
     return "neuron_parallel_compile " if phase == "precompile" and job.hardware.devices else ""
 
 
-def torchrun(job: JobFile, phase: str) -> list[str]:
-    """torchrun's options that are the same on every node.
+def torchrun(job: JobFile) -> list[str]:
+    """torchrun's options that are the same on every node; rank 0 of a node is shown as well."""
+    each = ["--nproc-per-node", str(job.ranks), "--rdzv-id", job.name]
+    return [*each, "--tee", "3", "--local-ranks-filter", "0"]
 
-    Each rank's output goes to a file of its own below the run folder; rank 0's is shown as well.
-    """
-    logs = f"{job.config.run.folder}/logs/{phase}"
-    return ["--nproc-per-node", str(job.ranks), "--log-dir", logs, "--tee", "3"] + [
-        "--local-ranks-filter",
-        "0",
-    ]
+
+def logs(job: JobFile, phase: str) -> str:
+    """``logs=FOLDER``: torchrun gives each node a folder in it, and each rank a file in that."""
+    return f"logs={quote(f'{job.config.run.folder}/logs/{phase}')}\n"
+
+
+def on_each_node(job: JobFile, phase: str, options: str) -> str:
+    """The command of a node, for ``bash -c``; expanded there, so that each knows its own name."""
+    script = (
+        f'ulimit -S -n "$(ulimit -H -n)"; exec {compiler(job, phase)}torchrun '
+        f'--log-dir "$0/$(uname -n)" {options} "$@"'
+    )
+    return f'bash -c {quote(script)} \\\n    "$logs" "${{options[@]}}" "${{program[@]}}"'
 
 
 def prepare(job: JobFile) -> list[str]:
@@ -96,7 +104,7 @@ def remember(job: JobFile, phase: str) -> str:
     """Leave the process id where ``stop`` and ``status`` find it; one run at a time."""
     return f"""run={quote(job.config.run.folder)}
 mkdir -p -- "$run/logs"
-pid="$run/logs/{phase}-$HOSTNAME.pid"
+pid="$run/logs/{phase}-$(uname -n).pid"
 if [[ -e $pid && $(ps -o args= -p "$(<"$pid")") == *llamax* ]]; then
     echo "{phase} of $run already runs here as process $(<"$pid"); stop it first" >&2
     exit 2
@@ -112,13 +120,13 @@ set -euo pipefail
 cd -- {quote(job.folder)}
 run={quote(job.config.run.folder)}
 """
-    alive = f"""pid="$run/logs/{phase}-$HOSTNAME.pid"
+    alive = f"""pid="$run/logs/{phase}-$(uname -n).pid"
 if ! [[ -e $pid && $(ps -o args= -p "$(<"$pid")") == *llamax* ]]; then
-    echo "{phase} of $run does not run on $HOSTNAME"
+    echo "{phase} of $run does not run on $(uname -n)"
     exit 0
 fi
 """
-    last = f"""find "$run/logs/{phase}" -path '*/0/std*.log' -printf '%T@ %p\\n' |
+    last = f"""find "$run/logs/{phase}/$(uname -n)" -path '*/0/std*.log' -printf '%T@ %p\\n' |
     sort -n | tail -n 2 | cut -d ' ' -f 2- | tr '\\n' '\\0' | xargs -0 tail -n 100 -F
 """
     return (

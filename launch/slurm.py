@@ -17,17 +17,31 @@ from __future__ import annotations
 from shlex import quote
 
 from llamax.launch.jobfile import JobFile
-from llamax.launch.script import SHEBANG, array, compiler, head, prepare, program, title, torchrun
+from llamax.launch.script import (
+    SHEBANG,
+    array,
+    head,
+    logs,
+    on_each_node,
+    prepare,
+    program,
+    title,
+    torchrun,
+)
 from llamax.launch.torchrun import FILE_OPTIONS, IN_A_FILE
 
 MASTER = """# the first node of the allocation; each rank resolves it to IPv4
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR
 """
+OPTIONS = (
+    '--nnodes "$SLURM_STEP_NUM_NODES" --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR"'
+)
 RUN = """# before the time limit: ranks save and end, then the job is queued again and goes on
 limit=
 trap 'limit=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
-{srun} &
+srun --kill-on-bad-exit=1 --ntasks-per-node=1 --export=ALL \\
+    {command} &
 task=$!
 code=0
 wait "$task" || code=$?
@@ -68,21 +82,11 @@ def render(job: JobFile, phase: str) -> str:
         return text + array("program", prepare(job)) + 'exec srun "${program[@]}"\n'
     lines += ["#SBATCH --requeue", f"#SBATCH --signal=B:USR1@{job.slurm.signal_s}"]
     text = head(job, title(job, phase, "Slurm"), lines)
-    text += IN_A_FILE if nodes == 1 else MASTER
-    text += array("options", torchrun(job, phase)) + array("program", program(job, phase))
-    srun = "srun --kill-on-bad-exit=1 --ntasks-per-node=1 --export=ALL "
-    rest = '"${options[@]}" "${program[@]}"'
-    if nodes == 1:
-        srun += f"{compiler(job, phase)}torchrun \\\n    {FILE_OPTIONS} \\\n    {rest}"
-        return text + RUN.replace("{srun}", srun)
-    script = (
-        f'exec {compiler(job, phase)}torchrun --nnodes "$SLURM_STEP_NUM_NODES" '
-        '--node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR" '
-        f'--master-port {job.port} "$@"'
-    )
-    srun += f"bash -c {quote(script)} \\\n    node {rest}"
-    quiet = "# shellcheck disable=SC2016  # expanded on each node, not here\n"
-    return text + RUN.replace("{srun}", quiet + srun)
+    text += (IN_A_FILE if nodes == 1 else MASTER) + logs(job, phase)
+    text += array("options", torchrun(job)) + array("program", program(job, phase))
+    options = FILE_OPTIONS if nodes == 1 else f"{OPTIONS} --master-port {job.port}"
+    command = on_each_node(job, phase, options)
+    return text + RUN.replace("{command}", command)
 
 
 def action(job: JobFile, phase: str, what: str) -> str:

@@ -11,11 +11,22 @@ from __future__ import annotations
 from shlex import quote
 
 from llamax.launch.jobfile import JobFile
-from llamax.launch.script import array, compiler, head, prepare, program, remember, title, torchrun
+from llamax.launch.script import (
+    array,
+    compiler,
+    head,
+    logs,
+    prepare,
+    program,
+    remember,
+    title,
+    torchrun,
+)
 
 IN_A_FILE = """# ranks of one machine meet in a file, and rank 0 listens on the loopback alone
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 meeting=$(mktemp -u)
+export meeting
 """
 FILE_OPTIONS = (
     '--rdzv-backend c10d --rdzv-conf store_type=file --rdzv-endpoint "$meeting" '
@@ -28,11 +39,12 @@ def render(job: JobFile, phase: str) -> str:
     text = head(job, title(job, phase, "torchrun"))
     if phase == "prepare":
         return text + array("program", prepare(job)) + 'exec "${program[@]}"\n'
-    text += remember(job, phase) + array("options", torchrun(job, phase))
-    text += array("program", program(job, phase))
-    run, rest = f"exec {compiler(job, phase)}torchrun", '"${options[@]}" "${program[@]}"'
+    text += remember(job, phase) + logs(job, phase)
+    text += array("options", torchrun(job)) + array("program", program(job, phase))
+    run = f"exec {compiler(job, phase)}torchrun"
+    rest = '--log-dir "$logs/$(uname -n)" "${options[@]}" "${program[@]}"'
     if job.nodes == 1:
-        return f"{text}{IN_A_FILE}{run} {FILE_OPTIONS} {rest}\n"
+        return f"{text}{IN_A_FILE}{run} {FILE_OPTIONS} \\\n    {rest}\n"
     where = f"--master-addr {quote(job.torchrun.master)} --master-port {job.port}"
     lines = [
         f"{node}) {run} --nnodes {job.nodes} --node-rank {node} {where} {rest} ;;"
