@@ -11,7 +11,7 @@ import torch
 from llamax import configfile, log
 from llamax.backends import Backend
 from llamax.checkpoint.adapters import About
-from llamax.checkpoint.load import load_owned
+from llamax.checkpoint.load import load_owned, load_weights
 from llamax.checkpoint.save import Saver
 from llamax.collectives import Axes
 from llamax.config import Config
@@ -31,6 +31,7 @@ from llamax.metrics import (
     show_number,
 )
 from llamax.model import DTYPES, Llama
+from llamax.optim.lazy import move_parameter
 from llamax.optim.zero1 import Zero1
 from llamax.patience import Patience
 from llamax.reporter import Measures
@@ -68,7 +69,8 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: In
     """Model, optimizer and saver, as the checkpoint to resume left them, or new."""
     resumed, tp = inputs.resumed, axes.tp
     torch.manual_seed(config.run.seed)
-    model = build(config, inputs.first, resumed is None, axes, backend.device)
+    home = torch.device("cpu") if backend.traces else backend.device
+    model = build(config, inputs.first, resumed is None, axes, home)
     parameters = trained(model)
     shards = {name: model.shards[name] for name in parameters}
     optimizer = Zero1(
@@ -83,7 +85,10 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: In
     step = consumed = 0
     if resumed is not None:
         load_owned(resumed, optimizer.owned(), shards, tp.size, tp.rank)
-        optimizer.gather_parameters()
+        if backend.traces:  # which has no program yet to gather with
+            load_weights(resumed, parameters, shards, tp.size, tp.rank)
+        else:
+            optimizer.gather_parameters()
         rng = resumed.rng(tp.rank, axes.data.rank)
         if rng is not None:
             torch.set_rng_state(rng)
@@ -91,6 +96,11 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: In
         log.logger.info("resuming from %s, after step %d", resumed.folder, step)
     elif config.checkpoint.resume != "never":
         log.logger.info("starting fresh: %s has no complete checkpoint", config.run.folder)
+    if backend.traces:
+        optimizer.to(backend.device)
+        for parameter in model.parameters():
+            if parameter.device != backend.device:  # frozen
+                move_parameter(parameter, backend.device)
     saver = Saver(
         Path(config.run.folder) / "checkpoints",
         axes,
@@ -102,6 +112,7 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: In
         keep_best=config.checkpoint.keep_best,
         background=config.checkpoint.background,
         timeout_s=config.run.timeout_s,
+        barrier=backend.barrier,
     )
     return Job(
         config,
@@ -117,7 +128,7 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: In
         inputs.adapters,
         inputs.training,
         inputs.validation,
-        Patience(config.run.patience, axes.world, backend.fetch, resumed.state if resumed else {}),
+        Patience(config.run.patience, backend.fetch, resumed.state if resumed else {}),
     )
 
 

@@ -83,6 +83,21 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return kernel("attention_cached", q, k, v, mask)(q, k, v, mask)
 
 
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Row ``ids[...]`` of the weight: integers [...], [V, D] -> [..., D]."""
+    return kernel("embedding", weight)(ids, weight)
+
+
+def at_columns(x: Tensor, column: Tensor) -> Tensor:
+    """Element ``column[t]`` of every row: [T, V], integers [T] -> [T]."""
+    return kernel("at_columns", x)(x, column)
+
+
+def add_at_columns(x: Tensor, column: Tensor, amount: Tensor) -> Tensor:
+    """``amount[t]`` added in place to element ``column[t]`` of every row: [T, V], [T], [T]."""
+    return kernel("add_at_columns", x)(x, column, amount)
+
+
 def inverse_frequencies(head_dim: int, rope_theta: float, scaling: RopeScaling | None) -> Tensor:
     """Radians per position of every pair, slowed for long contexts by ``scaling``: [E / 2], fp32.
 
@@ -155,11 +170,53 @@ def reference_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) ->
 
 
 def _causal_mask(q: Tensor, documents: Tensor | None) -> Tensor:
-    position = torch.arange(q.shape[1], device=q.device)
+    position = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
     mask_BST = (position[:, None] >= position)[None]
     if documents is not None:
         mask_BST = mask_BST & (documents[:, :, None] == documents[:, None, :])
     return mask_BST
+
+
+def reference_at_columns(x: Tensor, column: Tensor) -> Tensor:
+    return x.gather(1, column.long().unsqueeze(1)).squeeze(1)
+
+
+def reference_add_at_columns(x: Tensor, column: Tensor, amount: Tensor) -> Tensor:
+    return x.scatter_add_(1, column.long().unsqueeze(1), amount.unsqueeze(1))
+
+
+# --- XLA: products in the stored dtype, no copies of key/value heads; comparisons, which fuse with
+# --- their neighbours, for gathers and scatters, which do not; no Python number meets a tensor in a
+# --- comparison or a choice, because torch-xla makes 64-bit numbers of both
+
+
+def traced_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    groups = (k.shape[2], q.shape[2] // k.shape[2])
+    q_BKgsE = (q / math.sqrt(q.shape[-1])).transpose(1, 2).unflatten(1, groups).flatten(2, 3)
+    k_BKTE, v_BKTE = k.transpose(1, 2), v.transpose(1, 2)
+    scores_BKgST = _wide(q_BKgsE @ k_BKTE.mT).unflatten(2, (groups[1], -1))
+    hidden, seen = (torch.full((), x, device=q.device) for x in (-math.inf, 0.0))
+    bias_B11ST = torch.where(_causal_mask(q, documents)[:, None, None], seen, hidden)
+    weights_BKgST = (scores_BKgST + bias_B11ST).softmax(-1).to(q.dtype)
+    o_BKgsE = weights_BKgST.flatten(2, 3) @ v_BKTE
+    return o_BKgsE.unflatten(2, (groups[1], -1)).flatten(1, 2).transpose(1, 2)
+
+
+def _onehot(x: Tensor, column: Tensor) -> Tensor:
+    place = torch.arange(x.shape[1], dtype=column.dtype, device=x.device)
+    return column.unsqueeze(1) == place
+
+
+def compared_at_columns(x: Tensor, column: Tensor) -> Tensor:
+    return torch.where(_onehot(x, column), x, torch.zeros_like(x)).sum(1)
+
+
+def compared_add_at_columns(x: Tensor, column: Tensor, amount: Tensor) -> Tensor:
+    return x.add_(torch.where(_onehot(x, column), amount.unsqueeze(1), torch.zeros_like(x)))
+
+
+def selected_embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    return weight.index_select(0, ids.flatten()).unflatten(0, ids.shape)
 
 
 # --- torch's own fused attention -----------------------------------------------------------------
@@ -208,6 +265,10 @@ def _on_cuda(x: Tensor, *_: Tensor | None) -> bool:
     return x.device.type == "cuda"
 
 
+def _on_xla(x: Tensor, *_: Tensor | None) -> bool:
+    return x.device.type == "xla"
+
+
 def _cpu_without_bf16(x: Tensor, *_: Tensor | None) -> bool:
     return _on_cpu(x) and x.dtype == torch.bfloat16 and not has_bf16_units()
 
@@ -254,8 +315,21 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention": (
         Row("fused", _fused_attention_is_faster, fused_attention),
         Row("cpu", _on_cpu, "attention.op:attention"),
+        Row("traced", _on_xla, traced_attention),
         Row("nki", _nki_flash, "attention.nki_kernel:attention"),
         Row("reference", _anywhere, reference_attention),
+    ),
+    "embedding": (
+        Row("selected", _on_xla, selected_embedding),
+        Row("reference", _anywhere, F.embedding),
+    ),
+    "at_columns": (
+        Row("compared", _on_xla, compared_at_columns),
+        Row("reference", _anywhere, reference_at_columns),
+    ),
+    "add_at_columns": (
+        Row("compared", _on_xla, compared_add_at_columns),
+        Row("reference", _anywhere, reference_add_at_columns),
     ),
     "attention_cached": (
         Row("fused", _fused_cached_is_faster, fused_attention_cached),

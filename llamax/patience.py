@@ -5,8 +5,8 @@
     validation   2.1  1.9  1.8  1.82  1.85        patience 2: the run ends here
     waited        0    0    0    1     2
 
-All ranks must conclude alike, so the loss that counts is the first rank's, sent to all; what has
-been waited goes into every checkpoint, so a resumed run ends where an unbroken one would.
+All ranks hold the same loss, so they conclude alike; what has been waited goes into every
+checkpoint, so a resumed run ends where an unbroken one would.
 """
 
 from __future__ import annotations
@@ -17,24 +17,21 @@ from typing import Any
 
 from torch import Tensor
 
-from llamax.collectives import Axis
-
 
 class Patience:
     """Counts validations without improvement.
 
-    ``most``: how many end the run, 0: never.  ``world``: all ranks.  ``fetch``: device values to
-    floats.  ``state``: what ``state()`` gave when the run was left.
+    ``most``: how many end the run, 0: never.  ``fetch``: device values to floats.  ``state``: what
+    ``state()`` gave when the run was left.
     """
 
     def __init__(
         self,
         most: int,
-        world: Axis,
         fetch: Callable[[Sequence[Tensor]], list[float]],
         state: Mapping[str, Any],
     ) -> None:
-        self.most, self.world, self.fetch = most, world, fetch
+        self.most, self.fetch = most, fetch
         self.best = float(state.get("best_validation_loss", math.inf))
         self.waited = int(state.get("validations_waited", 0))
 
@@ -47,7 +44,7 @@ class Patience:
         """Take a validation loss, 0-d; it waits for the device, as nothing else in the loop."""
         if not self.most:
             return
-        (loss,) = self.fetch([self.world.all_reduce(validated * (self.world.rank_index == 0))])
+        (loss,) = self.fetch([validated])
         better = loss < self.best
         self.best, self.waited = min(self.best, loss), 0 if better else self.waited + 1
 

@@ -18,12 +18,16 @@ from typing import Literal, cast
 import torch.utils.checkpoint
 from torch import Tensor
 
+from llamax.backends import xla
+
 Recompute = Literal["none", "selective", "full"]
 Wrapper = Callable[..., Tensor]
 
 
 def again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """``function(*tensors)`` that keeps only ``tensors`` and runs again in backward."""
+    if tensors[0].device.type == "xla":
+        return xla.again(function, *tensors)
     result = torch.utils.checkpoint.checkpoint(
         function, *tensors, use_reentrant=False, preserve_rng_state=False
     )

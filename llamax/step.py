@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llamax.collectives import Axes
+from llamax.collectives import Axes, Axis
 from llamax.data.loader import Batch, Batches
 from llamax.model import Llama
 from llamax.optim.zero1 import Zero1
@@ -65,7 +65,7 @@ def train_step(
         found = found + torch.stack((total.detach(), count))
         boundary()
     # Tensor ranks hold the same loss: the first one's counts. NaN on any rank is NaN in the sum.
-    found = found * (axes.tp.rank_index == 0)
+    found = _of_first(axes.tp, found)
     lr_now, step_now, wish = torch.tensor([lr, float(step), float(stop)]).to(device).split(1)
     total, count, stops = axes.world.all_reduce(torch.cat((found, wish)))
     grad_norm = optimizer.step(
@@ -88,16 +88,21 @@ def validation_loss(
 ) -> Tensor:
     """Mean loss in nats over the counted tokens of the first ``batches`` global batches, 0-d.
 
-    ``boundary`` is called after each microbatch.
+    The same on every rank.  ``boundary`` is called after each microbatch.
     """
     found = torch.zeros(2).to(axes.data.rank_index.device)
     for microbatches, _ in zip(loader.epoch(), range(batches), strict=False):
         for batch in microbatches:
             found = found + torch.stack(_loss(model, batch))
-            total, count = axes.data.all_reduce(found)
+            total, count = axes.world.all_reduce(_of_first(axes.tp, found))
             mean: Tensor = total / count  # of all so far, so that every batch runs one program
             boundary()
     return mean
+
+
+def _of_first(axis: Axis, x: Tensor) -> Tensor:
+    """x on the axis's first rank, zeros elsewhere."""
+    return x * (axis.rank_index == torch.zeros_like(axis.rank_index))
 
 
 def _keys(model: Llama, axes: Axes, batch: Batch, step: int, number: int) -> Tensor | None:

@@ -33,6 +33,8 @@ class Backend(Protocol):
 
     name: str
     device: torch.device
+    traces: bool
+    """Whether operations are recorded into programs: state is made on the host and sent."""
 
     def joined(self, mesh: Mesh, timeout_s: float, kv: int = 1) -> AbstractContextManager[Axes]:
         """The axes of ``mesh`` while the block runs; ``kv`` tensor ranks share one KV head."""
@@ -48,6 +50,10 @@ class Backend(Protocol):
 
     def synchronize(self) -> None:
         """Wait for the device."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait until every rank of the world is here."""
         ...
 
     def memory(self) -> int:

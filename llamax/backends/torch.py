@@ -152,6 +152,7 @@ class _TorchBackend:
     device: torch.device
     collectives: str
     axis: type[TorchAxis] = TorchAxis
+    traces = False
 
     def __init__(self, rendezvous: Rendezvous) -> None:
         self.rendezvous = rendezvous
@@ -219,6 +220,10 @@ class _TorchBackend:
 
     def step_boundary(self) -> None:
         """Eager devices have nothing to flush."""
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
 
 
 class Cpu(_TorchBackend):

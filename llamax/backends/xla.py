@@ -20,13 +20,15 @@ from __future__ import annotations
 
 import os
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import _get_default_store
 
 from llamax.backends import nxd, xla_install
 from llamax.collectives import Axes, Axis, Reduction, Solo
@@ -123,6 +125,20 @@ def axes(mesh: Mesh, kv: int, rank: int, device: torch.device, widen: bool = Fal
     )
 
 
+def again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """``function(*tensors)`` that runs again in backward, behind a barrier.
+
+    Without the barrier the compiler would find the two runs alike and keep the values of the first.
+    torch-xla's checkpoint wants an input that requires a gradient.
+    """
+    from torch_xla.utils.checkpoint import checkpoint
+
+    if not any(tensor.requires_grad for tensor in tensors):
+        tensors = (tensors[0].detach().requires_grad_(), *tensors[1:])
+    y: Tensor = checkpoint(function, *tensors, use_reentrant=True, preserve_rng_state=False)
+    return y
+
+
 class Xla:
     """One NeuronCore, or one device of the CPU client.
 
@@ -154,6 +170,7 @@ class Xla:
                 "own: start one rank, or use run.backend=cpu"
             )
         self.device: torch.device = torch_xla.device()
+        self._barriers = 0
         self._fallbacks = set(metrics.executed_fallback_ops())
 
     @contextmanager
@@ -181,22 +198,24 @@ class Xla:
     def step_boundary(self) -> None:
         """Compile what was recorded, unless it is known, and start it; does not wait.
 
-        Raises BackendError where an operation was run by torch on the host: it has no XLA
-        program, and breaks the step into pieces.
+        Raises BackendError where a part of the step ran on the host: it has no XLA program, and
+        breaks the step into pieces.
         """
         self.torch_xla.sync()
         if found := set(self.metrics.executed_fallback_ops()) - self._fallbacks:
             raise BackendError(
-                f"run.backend=xla: {', '.join(sorted(found))} ran on the host, because torch-xla "
-                "cannot compile it; write it with operations that it knows"
+                f"run.backend=xla: {', '.join(sorted(found))} ran on the host in a step; use "
+                "operations that torch-xla compiles, and fetch for what is read, instead of .item()"
             )
 
     def synchronize(self) -> None:
         self.xm.wait_device_ops([str(self.device)])
 
     def barrier(self) -> None:
-        """Wait until every rank of the world is here."""
-        self.xm.rendezvous("llamax")
+        """On the host: a collective would be one more program to compile."""
+        if self.rendezvous.world_size > 1:
+            self._barriers += 1
+            meet(_get_default_store(), f"llamax/{self._barriers}", self.rendezvous.world_size)
 
     def memory(self) -> int:
         if not self.neuron:
@@ -211,6 +230,9 @@ class Xla:
         """Programs compiled in this process so far."""
         return int(self.metrics.counter_value("UncachedCompile") or 0)
 
-    def host_reads(self) -> int:
-        """How often a value was read on the host in the middle of a trace (``.item()``)."""
-        return int(self.metrics.counter_value("aten::_local_scalar_dense") or 0)
+
+def meet(store: Store, name: str, size: int) -> None:
+    """Wait until ``size`` ranks have called this with ``name``."""
+    if store.add(name, 1) == size:
+        store.set(f"{name}/all", "here")
+    store.wait([f"{name}/all"])

@@ -68,7 +68,8 @@ class Saver:
     ``parameters`` and ``shards`` say what the names in ``Owned`` mean.  ``zero1`` off: every data
     rank owns everything, and writes an equal share.  ``keep``: how many stay, 0 for all; those of
     every ``keep_every`` steps stay for good, and with ``keep_best`` that of the lowest score.
-    ``timeout_s``: how long rank 0 waits for the files of the others.
+    ``timeout_s``: how long rank 0 waits for the files of the others.  ``barrier``: how ranks meet,
+    unless by a collective.
     At most one save is in flight; what goes wrong in it is raised by the next call of any method.
     """
 
@@ -86,6 +87,7 @@ class Saver:
         background: bool = True,
         timeout_s: float = 1800.0,
         to_host: ToHost = copy_to_host,
+        barrier: Callable[[], None] | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
@@ -101,8 +103,10 @@ class Saver:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 sweep(self.folder)
                 self._scores = files.scores(self.folder) if keep_best else {}
-        # a barrier: what a fast rank saves must not be swept
-        axes.world.all_reduce(torch.zeros(1, device=axes.world.rank_index.device)).cpu()
+        if barrier is None:
+            axes.world.all_reduce(torch.zeros(1, device=axes.world.rank_index.device)).cpu()
+        else:
+            barrier()  # what a fast rank saves must not be swept
 
     def save(
         self,

@@ -103,7 +103,7 @@ class Zero1:
         squares = [self._squares(*place, run) for place, run in zip(every, runs, strict=True)]
         norm = self.axes.world.all_reduce(torch.stack(squares).sum()).sqrt() * scale
         factor = clip_factor(norm, self.optim.max_grad_norm) * scale
-        finite, step = norm.isfinite(), step.float()
+        finite, step = (norm - norm) == torch.zeros_like(norm), step.float()
         for (group, bucket), run in zip(every, runs, strict=True):
             adamw.update(
                 split_like(bucket.master, run),

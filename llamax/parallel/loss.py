@@ -56,16 +56,16 @@ class _VocabParallelLoss(torch.autograd.Function):
             x_tD, labels_t = x_TD[chunk].to(multiplied.dtype), labels_T[chunk]
             logits_tv = (x_tD @ multiplied.T).float()
             if padding is not None:
-                logits_tv.masked_fill_(padding, float("-inf"))
-            counted_t = labels_t != IGNORE_INDEX
+                logits_tv.masked_fill_(padding, torch.full((), -torch.inf, device=x.device))
+            counted_t = _counted(labels_t)
             label_t, elsewhere_t = local_ids(labels_t, rows, axis)
             loss_t, sum_t = _losses(logits_tv, label_t, elsewhere_t, axis)
-            total = total + torch.where(counted_t, loss_t, 0.0).sum()
+            total = total + torch.where(counted_t, loss_t, torch.zeros_like(loss_t)).sum()
             if dx_TD is None and dw is None:
                 continue
             logits_tv.mul_((counted_t / sum_t).unsqueeze(1))
             onehot_t = (counted_t & ~elsewhere_t).to(logits_tv.dtype)
-            logits_tv.scatter_add_(1, label_t.unsqueeze(1), -onehot_t.unsqueeze(1))
+            ops.add_at_columns(logits_tv, label_t, -onehot_t)
             dlogits_tv = logits_tv.to(multiplied.dtype)
             if dx_TD is not None:
                 dx_TD[chunk] = dlogits_tv @ multiplied
@@ -98,18 +98,23 @@ def _losses(
     """Loss per token, and the sum of exponentials; ``logits_tv`` becomes exp(logits - max)."""
     top_t = axis.all_reduce(logits_tv.amax(1), "max")
     logits_tv.sub_(top_t.unsqueeze(1))
-    at_label_t = logits_tv.gather(1, label_t.unsqueeze(1)).squeeze(1)
-    at_label_t = at_label_t.masked_fill(elsewhere_t, 0.0)
+    at_label_t = ops.at_columns(logits_tv, label_t)
+    at_label_t = torch.where(elsewhere_t, torch.zeros_like(at_label_t), at_label_t)
     sum_t, at_label_t = axis.all_reduce(torch.stack((logits_tv.exp_().sum(1), at_label_t)))
     return sum_t.log() - at_label_t, sum_t
+
+
+def _counted(labels: Tensor) -> Tensor:
+    return labels != torch.full_like(labels, IGNORE_INDEX)
 
 
 def _padding(rows: int, vocab_size: int, axis: Axis) -> Tensor | None:
     """True at this rank's rows beyond the vocabulary; None where the degree divides it."""
     if rows * axis.size == vocab_size:
         return None
-    row_v = torch.arange(rows, device=axis.rank_index.device) + axis.rank_index * rows
-    return row_v >= vocab_size
+    index = axis.rank_index
+    row_v = torch.arange(rows, dtype=index.dtype, device=index.device) + index * rows
+    return row_v >= torch.full_like(row_v, vocab_size)
 
 
 def vocab_parallel_loss(
@@ -138,4 +143,4 @@ def vocab_parallel_loss(
         sequence_parallel,
         chunk_tokens,
     )
-    return total, (labels_BS != IGNORE_INDEX).sum().float()
+    return total, _counted(labels_BS).float().sum()

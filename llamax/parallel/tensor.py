@@ -109,15 +109,15 @@ class VocabEmbedding(nn.Module):
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return nn.functional.embedding(ids_BS, self.weight)
+            return ops.embedding(ids_BS, self.weight)
         mine_BS, elsewhere_BS = local_ids(ids_BS, self.weight.shape[0], self.tp)
-        x_BSD = nn.functional.embedding(mine_BS, self.weight)
-        x_BSD = x_BSD.masked_fill(elsewhere_BS.unsqueeze(-1), 0.0)
+        x_BSD = ops.embedding(mine_BS, self.weight) * ~elsewhere_BS.unsqueeze(-1)
         return regions.leave(x_BSD, self.tp, self.sequence_parallel)
 
 
 def local_ids(ids: Tensor, rows: int, axis: Axis) -> tuple[Tensor, Tensor]:
     """Ids counted from this rank's first row, and where they belong to another rank (there 0)."""
     local = ids - axis.rank_index * rows
-    elsewhere = (local < 0) | (local >= rows)
-    return local.masked_fill(elsewhere, 0), elsewhere
+    first = torch.zeros_like(local)
+    elsewhere = (local < first) | (local >= first + rows)
+    return torch.where(elsewhere, first, local), elsewhere
