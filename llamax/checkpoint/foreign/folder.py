@@ -1,0 +1,103 @@
+"""A folder that another trainer wrote, as the Hub tensors in it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llamax import configfile
+from llamax.checkpoint import hub
+from llamax.config import Model
+from llamax.errors import CheckpointError, ConfigError
+from llamax.model import Llama
+from llamax.shard import Cut, parts
+
+MOST_LAYERS = 100_000  # far beyond any model; keeps a hostile config from being laid out
+
+
+class Foreign(ABC):
+    """One model in a folder; tensors are joined and renamed when they are asked for.
+
+    ``step`` is 0 and ``kinds`` is weight alone where no optimizer state was kept.
+    """
+
+    folder: Path
+    model: Model
+    step: int = 0
+    kinds: tuple[str, ...] = ("weight",)
+
+    @abstractmethod
+    def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
+        """The dtype in which one kind of a Hub tensor is kept."""
+
+    @abstractmethod
+    def join(self, name: str, kind: str) -> Tensor:
+        """A Hub tensor from the pieces in the files."""
+
+    def whole(self, name: str, kind: str = "weight") -> Tensor:
+        """A Hub tensor, whole; CheckpointError where it is not of the shape the model has."""
+        joined, shape = self.join(name, kind), self.shapes[name]
+        if tuple(joined.shape) != shape:
+            raise CheckpointError(
+                f"{self.folder}: {name} ({kind}) is {list(joined.shape)}, the model's is "
+                f"{list(shape)}; give the configuration of this very model with --config"
+            )
+        return joined.contiguous()
+
+    def lay_out(self, model: Model) -> None:
+        """Fix the model, and with it the names, shapes and cuts of its Hub tensors."""
+        if model.num_hidden_layers > MOST_LAYERS:
+            raise CheckpointError(
+                f"{self.folder}: num_hidden_layers={model.num_hidden_layers} is no model"
+            )
+        self.model, llama = model, Llama(model, device="meta")
+        self.shapes: Mapping[str, tuple[int, ...]] = dict(llama.hub_shapes())
+        self.cuts: Mapping[str, Cut] = {
+            part.name: part.how
+            for name, how in llama.shards.items()
+            for part in parts(name, how, 1)
+        }
+
+    def missing(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.folder} has no {name}; give the configuration of this very model with --config"
+        )
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """``path``, a file of ``folder``; CheckpointError where it is missing or leads out of it."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; copy the folder anew")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise CheckpointError(f"{path} is a link out of its folder; put the file itself there")
+    return path
+
+
+def model_of(folder: Path, config: str) -> Model:
+    """The model that ``config`` names, or that a config.json in or above ``folder`` describes.
+
+    ``config`` is a config.json, a folder with one, a recipe or a TOML file.
+    """
+    if not config:
+        beside = [home / hub.CONFIG for home in (folder, folder.parent)]
+        config = next((str(path) for path in beside if path.is_file()), "")
+    if not config:
+        raise ConfigError(
+            f"{folder} does not say what model it holds; add --config with its config.json or the "
+            "name of a recipe"
+        )
+    path = Path(config)
+    path = path / hub.CONFIG if path.is_dir() else path
+    if path.suffix == ".json":
+        return Model.from_hub(hub.read_json(path))
+    return configfile.load(config).model
+
+
+def read_object(folder: Path, path: Path) -> dict[str, object]:
+    """A JSON object in a file of ``folder``."""
+    found: dict[str, object] = hub.read_json(inside(folder, path))
+    return found

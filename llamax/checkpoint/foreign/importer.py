@@ -1,0 +1,213 @@
+"""``llamax import FOLDER --from nxd|optimum|nemo|meta|auto --out DIR``: another trainer's
+checkpoint becomes a Hugging Face folder, or one of ours.
+
+::
+
+    nxd, optimum, nemo, meta  ->  one Hub tensor at a time  ->  hub      weights
+                                                            ->  llamax   weights, and the optimizer
+                                                                         where it was kept
+
+Numbers are copied bit by bit, in the dtype they have.  The pickles are read by ``pickles``, which
+executes nothing, and only here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import llamax
+from llamax.checkpoint import hub
+from llamax.checkpoint import manifest as files
+from llamax.checkpoint.consolidate import Planned, pack, size, write_json
+from llamax.checkpoint.container import TAGS, Outgoing, Progress, building, silent, write
+from llamax.checkpoint.foreign.folder import Foreign
+from llamax.checkpoint.foreign.meta import FILE as META_FILE
+from llamax.checkpoint.foreign.meta import Meta
+from llamax.checkpoint.foreign.nemo import Nemo
+from llamax.checkpoint.foreign.nxd import Nxd
+from llamax.checkpoint.foreign.optimum import METADATA, SHARDS, Optimum
+from llamax.checkpoint.layout import whole
+from llamax.errors import CheckpointError
+from llamax.metrics import show_bytes, show_time
+
+FORMATS: dict[str, Callable[[Path, str, bool], Foreign]] = {
+    "nxd": Nxd,
+    "optimum": Optimum,
+    "nemo": Nemo,
+    "meta": Meta,
+}
+
+
+class Lazy:
+    """One Hub tensor, joined when the writer asks for it."""
+
+    def __init__(self, source: Foreign, name: str, kind: str) -> None:
+        self.source, self.name, self.kind = source, name, kind
+
+    def __iter__(self) -> Iterator[Tensor]:
+        yield self.source.whole(self.name, self.kind)
+
+
+def guess(folder: Path) -> str:
+    """The format of a folder by the files in it; CheckpointError where none is known."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; check the path")
+    shards = folder / SHARDS if (folder / SHARDS).is_dir() else folder
+    if (shards / METADATA.format(0)).exists():
+        return "optimum"
+    if any(META_FILE.fullmatch(path.name) for path in folder.iterdir()):
+        return "meta"
+    if (folder / "model").is_dir() or any(folder.glob("*/model/dp_rank_*")):
+        return "nxd"
+    if (
+        any(folder.glob("*mp_rank_*"))
+        or any(folder.glob("tp_rank_*"))
+        or any(folder.glob("*.ckpt"))
+    ):
+        return "nemo"
+    raise CheckpointError(
+        f"{folder} is no checkpoint of {', '.join(FORMATS)}; a Hugging Face folder needs no import"
+    )
+
+
+def open_folder(folder: Path, form: str, config: str, optimizer: bool = True) -> Foreign:
+    """The model in a folder; ``form`` may be auto."""
+    form = guess(folder) if form == "auto" else form
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; check the path")
+    return FORMATS[form](folder, config, optimizer)
+
+
+def outgoing(source: Foreign, name: str, kind: str, key: str, flat: bool = False) -> Outgoing:
+    """A Hub tensor on its way into a file, under ``key``."""
+    shape = source.shapes[name]
+    shape = (math.prod(shape),) if flat else shape
+    return Outgoing(key, source.dtype(name, kind), shape, Lazy(source, name, kind))
+
+
+def word(source: Foreign) -> str:
+    """The dtype of the weights, as configurations spell it."""
+    return str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")
+
+
+def check_dtypes(source: Foreign) -> None:
+    """Refuse what no file of ours holds, before anything is written."""
+    for name in source.shapes:
+        for kind in source.kinds:
+            dtype = source.dtype(name, kind)
+            if dtype not in TAGS or not dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{source.folder}: {name} ({kind}) is {dtype}; llamax reads floating-point "
+                    "weights"
+                )
+
+
+def to_hub(
+    source: Foreign, out: Path, max_shard_bytes: int = 5 * 10**9, progress: Progress = silent
+) -> None:
+    """Write the weights as a Hugging Face folder."""
+    check_dtypes(source)
+    chosen = [
+        Planned(name, "weight", dtype, math.prod(shape) * dtype.itemsize)
+        for name, shape in source.shapes.items()
+        for dtype in [source.dtype(name)]
+    ]
+    packed = pack(chosen, max_shard_bytes)
+    weight_map: dict[str, str] = {}
+    with building(out) as part:
+        for number, tensors in enumerate(packed, start=1):
+            file = f"model-{number:05d}-of-{len(packed):05d}.safetensors"
+            file = hub.SINGLE if len(packed) == 1 else file
+            write(
+                part / file,
+                [outgoing(source, one.name, one.kind, one.name) for one in tensors],
+                progress=progress,
+            )
+            weight_map |= {one.name: file for one in tensors}
+        if len(packed) > 1:
+            total = sum(one.size_bytes for one in chosen)
+            index = {
+                "metadata": {"total_size": total},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
+            write_json(part / hub.INDEX, index)
+        write_json(part / hub.CONFIG, source.model.to_hub(word(source)))
+        for name in hub.TOKENIZER_FILES:
+            found = source.folder / name
+            if found.is_file() and found.resolve().parent == source.folder.resolve():
+                (part / name).write_bytes(found.read_bytes())
+
+
+def to_llamax(source: Foreign, out: Path, progress: Progress = silent) -> None:
+    """Write weights and optimizer as a checkpoint of ours, at the step they are from.
+
+    Its state names no tokenizer and no samples: data starts at the beginning.
+    """
+    check_dtypes(source)
+    manifest = files.Manifest(
+        format=files.FORMAT,
+        step=source.step,
+        llamax=llamax.__version__,
+        torch=torch.__version__,
+        mesh={"tensor": 1, "data": 1, "zero1": 0},
+        model=source.model.to_hub(word(source)),
+        state={"consumed_sequences": 0},
+        files=[],
+    )
+    with building(out) as part:
+        for role in ("weights", "optimizer"):
+            kinds = [kind for kind in source.kinds if (kind == "weight") == (role == "weights")]
+            if not kinds:
+                continue
+            file, tensors = files.file_name(role, 0, 0), []
+            for name, shape in source.shapes.items():
+                run = whole(shape)
+                kept = manifest.tensors.setdefault(name, files.Whole(shape, {})).kinds
+                for kind in kinds:
+                    tag = TAGS[source.dtype(name, kind)]
+                    kept[kind] = files.Kept(tag, [(len(manifest.files), *run)])
+                    key = files.key(name, kind, run)
+                    tensors.append(outgoing(source, name, kind, key, flat=True))
+            written = write(part / file, tensors, progress=progress)
+            manifest.files.append(files.File(file, *written))
+        files.commit(part, manifest, "")
+        files.finish(part)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser("llamax import", description=__doc__.split("\n\n")[0])
+    parser.add_argument("folder", help="another trainer's checkpoint")
+    parser.add_argument("--from", dest="form", choices=("auto", *FORMATS), default="auto")
+    parser.add_argument("--out", required=True, help="folder to make")
+    parser.add_argument("--to", choices=("hub", "llamax"), default="hub", help="default hub")
+    parser.add_argument("--config", default="", help="config.json or recipe, where none is beside")
+    parser.add_argument("--weights-only", action="store_true", help="leave the optimizer out")
+    parser.add_argument("--max-shard-size", default="5GB", help="bytes per file (default 5GB)")
+    args = parser.parse_args(argv)
+    began, out, shard_bytes = time.perf_counter(), Path(args.out), size(args.max_shard_size)
+    source = open_folder(Path(args.folder), args.form, args.config, not args.weights_only)
+    kinds = source.kinds if args.to == "llamax" else ("weight",)
+    total = sum(
+        math.prod(shape) * source.dtype(name, kind).itemsize
+        for name, shape in source.shapes.items()
+        for kind in kinds
+    )
+    with tqdm(total=total, unit="B", unit_scale=True, desc="import", leave=False) as bar:
+        if args.to == "hub":
+            to_hub(source, out, shard_bytes, bar.update)
+        else:
+            to_llamax(source, out, bar.update)
+    print(
+        f"{out}: {', '.join(kinds)} of {len(source.shapes)} tensors, step {source.step}, "
+        f"{show_bytes(total)}, in {show_time(time.perf_counter() - began)}"
+    )
+    return 0
