@@ -7,8 +7,8 @@
 
 A span is not encoded by itself: tokens at its edges would not be those of the text, and a space
 could come in between.  The text between two special tokens is encoded whole; where an answer begins
-inside it is found by encoding what comes before and counting the tokens that both begin with.  So
-decoding gives the text back byte for byte, and a prompt's tokens are those it has at generation.
+inside it is found by encoding what comes before and counting the tokens that both begin with; a
+token across the edge belongs to the answer.  So decoding gives the text back byte for byte, and a prompt's tokens are those it has at generation.
 
 A sample begins with BOS and ends with EOS, unless the template wrote them (or its own last special
 token) itself.
@@ -46,13 +46,14 @@ FIELDS = {
 }
 ROLES = {"human": "user", "gpt": "assistant"}
 
+Ids = npt.NDArray[np.uint32]
 Bits = npt.NDArray[np.bool_]
 
 
 class Tokens(NamedTuple):
     """Token ids of a sample or a prompt, and whether each is to be learnt."""
 
-    ids: npt.NDArray[np.uint32]
+    ids: Ids
     counted: Bits
 
 
@@ -149,11 +150,15 @@ class Encoder:
     def encode(self, samples: Sequence[Sequence[Span]], prompts: bool = False) -> list[Tokens]:
         """The tokens of each sample; of ``prompts`` without the EOS behind them."""
         pieces = [list(self._pieces(spans)) for spans in samples]
-        texts: list[str] = []
+        texts: dict[bool, list[str]] = {False: [], True: []}
         for piece in chain.from_iterable(pieces):
             if not isinstance(piece, Special):
-                texts += [piece.text, *(piece.text[:cut] for cut in piece.cuts)]
-        encoded = iter(self.tokenizer.encode_documents(texts))
+                upto = [piece.text[:cut] for cut in piece.cuts]
+                texts[piece.goes_on] += [piece.text, *upto]
+        encoded = {
+            False: iter(self.tokenizer.encode_documents(texts[False])),
+            True: iter(self.tokenizer.encode_after(texts[True])),
+        }
         return [self._join(each, encoded, prompts) for each in pieces]
 
     def _pieces(self, spans: Sequence[Span]) -> Iterator[Special | Piece]:
@@ -163,16 +168,18 @@ class Encoder:
         for span in spans:
             edges.append((at, span.answer))
             at += len(span.text)
+        goes_on = False
         for start, stop, token in self._split(whole):
             inside = [(max(at, start), answer) for at, answer in edges if at < stop]
             begun = max(i for i, (at, _) in enumerate(inside) if at <= start)
             if token is not None:
                 yield Special(token, inside[begun][1])
+                goes_on = token != self.tokenizer.bos_id
                 continue
             kept = inside[begun:]
             text = whole[start:stop]
             cuts = [len(_mended(whole[start:at])) for at, _ in kept[1:]]
-            yield Piece(_mended(text), cuts, [answer for _, answer in kept])
+            yield Piece(_mended(text), cuts, [answer for _, answer in kept], goes_on)
 
     def _split(self, text: str) -> Iterator[tuple[int, int, int | None]]:
         """(start, stop, id) of special tokens and (start, stop, None) of what is between."""
@@ -190,11 +197,13 @@ class Encoder:
         names = sorted(self.tokenizer.special, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, names)))
 
-    def _join(self, pieces: list[Special | Piece], encoded: Iterator[Any], prompt: bool) -> Tokens:
-        ids: list[npt.NDArray[np.uint32]] = []
+    def _join(
+        self, pieces: list[Special | Piece], encoded: Mapping[bool, Iterator[Any]], prompt: bool
+    ) -> Tokens:
+        ids: list[Ids] = []
         counted: list[Bits] = []
 
-        def add(tokens: npt.NDArray[np.uint32], answer: bool | Bits) -> None:
+        def add(tokens: Ids, answer: bool | Bits) -> None:
             ids.append(tokens)
             counted.append(np.broadcast_to(np.asarray(answer), tokens.shape))
 
@@ -206,12 +215,12 @@ class Encoder:
                 add(np.array([piece.id], np.uint32), piece.answer)
                 answer = piece.answer
                 continue
-            whole = next(encoded)
+            whole = next(encoded[piece.goes_on])
             marks = np.zeros(len(whole), bool)
             at = 0
             for cut, now in zip([None, *piece.cuts], piece.answers, strict=True):
                 if cut is not None:
-                    at = _shared(whole, next(encoded))
+                    at = self._within(whole, next(encoded[piece.goes_on]), piece.text[:cut])
                 marks[at:] = answer = now
             add(whole, marks)
         ended = next(
@@ -220,6 +229,20 @@ class Encoder:
         if self.eos is not None and not prompt and not isinstance(ended, Special):
             add(np.array([self.eos], np.uint32), answer)
         return Tokens(np.concatenate(ids), np.concatenate(counted))
+
+
+    def _within(self, whole: Ids, upto: Ids, text: str) -> int:
+        """How many tokens of a whole lie in its beginning ``text``, which alone is ``upto``.
+
+        Where the two begin differently (two line breaks may be one token only at an end), those
+        are counted that decode to a part of the beginning.
+        """
+        at = _shared(whole, upto)
+        if at < len(upto):
+            for longer in range(at + 1, min(len(whole), len(text.encode()) + 2) + 1):
+                if text.startswith(self.tokenizer.decode(whole[:longer].tolist())):
+                    at = longer
+        return at
 
 
 class Special(NamedTuple):
@@ -235,6 +258,7 @@ class Piece(NamedTuple):
     text: str
     cuts: list[int]
     answers: list[bool]  # before the first cut, then after each
+    goes_on: bool  # after a special token that does not begin a text
 
 
 def _mended(text: str) -> str:

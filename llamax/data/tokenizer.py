@@ -22,6 +22,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -74,6 +75,9 @@ class Tokenizer(Protocol):
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
         """``encode`` of many texts, as fast as the engine goes."""
 
+    def encode_after(self, texts: Sequence[str]) -> list[Ids]:
+        """The ids of texts that go on after a special token: no space comes in between."""
+
 
 class SentencePiece:
     """A sentencepiece ``tokenizer.model``; ids are sentencepiece's own on every text."""
@@ -113,6 +117,16 @@ class SentencePiece:
             return self._segments.encode(texts, threads)
         found = self._engine.encode(list(texts), num_threads=threads)
         return [np.array(ids, np.uint32) for ids in found]
+
+    def encode_after(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.array(ids, np.uint32) for ids in self._bare.encode(list(texts))]
+
+    @cached_property
+    def _bare(self) -> Any:
+        """The same model without the space that it puts before every text."""
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model.without_prefix())
 
 
 class HuggingFace:
@@ -155,6 +169,19 @@ class HuggingFace:
         found = self.engine.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(each.ids, np.uint32) for each in found]
 
+    def encode_after(self, texts: Sequence[str]) -> list[Ids]:
+        return [np.array(self._after(text), np.uint32) for text in texts]
+
+    def _after(self, text: str) -> list[int]:
+        name = next(iter(self.special), "")
+        if not name or any(each in text for each in self.special):
+            return self.encode(text)
+        self.engine.encode_special_tokens = False
+        try:
+            return list(self.engine.encode(name + text, add_special_tokens=False).ids[1:])
+        finally:
+            self.engine.encode_special_tokens = True
+
 
 class TikToken:
     """A file of base64 ranks with Llama 3's split pattern and special tokens behind the ranks."""
@@ -185,6 +212,9 @@ class TikToken:
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
         found = self.engine.encode_ordinary_batch(list(texts), num_threads=threads)
         return [np.array(ids, np.uint32) for ids in found]
+
+    def encode_after(self, texts: Sequence[str]) -> list[Ids]:
+        return self.encode_documents(texts)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
