@@ -1,0 +1,260 @@
+"""Packed samples: tight, whole, apart, the same on every mesh, and equal to their documents alone."""
+
+from __future__ import annotations
+
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from instruction import llama2_tokenizer, prepare, sums, write_rows
+
+from llamax.collectives import Solo
+from llamax.config import Data, Model
+from llamax.data import packing
+from llamax.data.dataset import open_dataset
+from llamax.data.loader import IGNORE, Batch, Loader
+from llamax.data.packed import PackedLoader
+from llamax.data.packing import Packs, best_fit
+from llamax.data.tokens import Header, TokenFile, TokenWriter
+from llamax.errors import DataError
+from llamax.feed import Feed
+from llamax.model import Llama
+from llamax.shard import Replica, parts
+
+MODEL = Model(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=600,
+    initializer_range=0.2,
+)
+
+
+def write(path: Path, lengths: list[int], answers: int | None = 2) -> TokenFile:
+    """Documents of these lengths; the last ``answers`` tokens of each count (None: no mask)."""
+    random = np.random.default_rng(1)
+    with TokenWriter(path, Header("", 600, eos_id=2)) as writer:
+        for length in lengths:
+            tokens = random.integers(3, 600, length).astype(np.uint16)
+            counted = None if answers is None else np.arange(length) >= length - answers
+            writer.add(tokens, np.array([length]), length, counted)
+    return TokenFile(path)
+
+
+@given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 70))
+def test_best_fit_places_every_document_once(sizes: list[int], room: int) -> None:
+    sizes = sorted(sizes, reverse=True)
+    samples = best_fit(sizes, room)
+    assert sorted(i for sample in samples for i in sample) == list(range(len(sizes)))
+    filled = [sum(sizes[i] for i in sample) for sample in samples]
+    assert all(total <= room for total in filled)
+    lowest = -(-sum(sizes) // room)
+    assert len(samples) <= 11 / 9 * lowest + 1 + len(sizes) * (max(sizes, default=0) > room // 2)
+
+
+def test_best_fit_takes_the_fullest_that_fits() -> None:
+    assert best_fit([7, 6, 3, 3, 1], 10) == [[0, 2], [1, 3, 4]]
+    assert best_fit([10, 9, 1], 10) == [[0], [1, 2]]
+    assert best_fit([], 10) == []
+
+
+def test_windows_bound_the_work_and_every_document_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "WINDOW", 64)
+    lengths = np.random.default_rng(0).integers(2, 40, 500).tolist()
+    file = write(tmp_path / "f.tokens", lengths)
+    packs = Packs(file, 64)
+    members = np.concatenate([packs.documents(i) for i in range(len(packs))])
+    assert sorted(members.tolist()) == list(range(500))
+    assert packs.places == sum(lengths) - 500
+    assert packs.fill == packs.places / (64 * len(packs)) > 0.9
+    again, other = Packs(file, 64), Packs(file, 64, seed=1)
+    assert all((again.documents(i) == packs.documents(i)).all() for i in range(len(packs)))
+    assert any((other.documents(i)[:1] != packs.documents(i)[:1]).any() for i in range(len(other)))
+
+
+def test_long_documents_are_counted_and_treated_as_told(tmp_path: Path) -> None:
+    file = write(tmp_path / "f.tokens", [5, 12, 30, 1, 9], answers=4)
+    packs = Packs(file, 10)
+    assert (packs.longer, packs.answerless) == (2, 1)
+    assert "2 longer: 1 truncated (1 dropped: cut before the answer)" in str(packs)
+    kept = sorted(d for i in range(len(packs)) for d in packs.documents(i).tolist())
+    assert kept == [0, 1, 4], "document 3 has nothing to predict, document 2 no answer left"
+    drop = Packs(file, 10, "drop")
+    assert "2 longer: 2 dropped" in str(drop)
+    assert sorted(d for i in range(len(drop)) for d in drop.documents(i).tolist()) == [0, 4]
+    with pytest.raises(DataError, match=r"document 3 has 30 tokens, and 2 of these are longer"):
+        Packs(file, 10, "refuse")
+    everything = Packs(file, 10, answers=False)
+    assert (everything.longer, everything.answerless) == (2, 0)
+    with pytest.raises(DataError, match="no document is left for samples of 3 tokens"):
+        Packs(file, 3, "drop")
+    assert len(Packs(file, 10, way="padded")) == 3
+
+
+def rows_of(batch: Batch, row: int) -> list[tuple[list[int], list[int], list[int]]]:
+    """(ids, labels, positions) of each document of a row."""
+    assert batch.documents is not None
+    numbers = batch.documents[row].tolist()
+    assert numbers == sorted(numbers)
+    return [
+        tuple(
+            part[row][batch.documents[row] == n].tolist()
+            for part in (batch.ids, batch.labels, batch.positions)
+        )
+        for n in sorted(set(numbers))
+    ]
+
+
+def test_a_sample_holds_its_documents_and_their_answers(tmp_path: Path) -> None:
+    file = write(tmp_path / "f.tokens", [5, 7, 4, 12, 3])
+    loader = PackedLoader(Packs(file, 8), 0, 3, 3, shuffle=False)
+    seen = []
+    for (batch,) in loader.epoch():
+        for row in range(len(batch.ids)):
+            for ids, labels, positions in rows_of(batch, row):
+                assert positions == list(range(len(ids)))
+                if set(ids) == {2}:
+                    assert set(labels) == {IGNORE}
+                    continue
+                seen.append((ids, labels))
+    expected = []
+    for start, stop in zip(file.documents[:-1].tolist(), file.documents[1:].tolist(), strict=True):
+        tokens = file.tokens[start:stop].tolist()
+        labels = [IGNORE] * (len(tokens) - 3) + tokens[-2:]
+        if len(tokens) <= 9:
+            expected.append((tokens[:-1], labels))
+    assert sorted(seen) == sorted(expected), "the document of 12 has its answer beyond 9 tokens"
+
+
+def test_ranks_share_every_step_alike(tmp_path: Path) -> None:
+    file = write(tmp_path / "f.tokens", np.random.default_rng(0).integers(3, 30, 90).tolist())
+    packs = Packs(file, 32)
+    whole = PackedLoader(packs, 7, 8, 8)
+    for _ in range(len(packs) // 8 + 2):
+        at, (one,) = whole.consumed, whole.step()
+        for degree, micro in ((2, 2), (4, 1)):
+            parts = [PackedLoader(packs, 7, 8, micro, r, degree, at).step() for r in range(degree)]
+            ids = torch.cat(
+                [parts[r][m].ids for m in range(8 // micro // degree) for r in range(degree)]
+            )
+            assert torch.equal(ids, one.ids)
+    assert whole.ended_epoch == (whole.consumed % len(packs) < 8)
+
+
+def test_padded_and_concat_see_the_same_answers(tmp_path: Path) -> None:
+    file = write(tmp_path / "f.tokens", [5, 9, 4, 6])
+    data = Data(sequence_length=8, global_batch=4)
+    told = {}
+    for way in ("best-fit", "padded", "concat"):
+        feed = Feed(file, replace(data, packing=way), 0)
+        labels = [
+            batch.labels[batch.labels != IGNORE].tolist()
+            for step in feed.loader(Solo("data"), 0, False).epoch()
+            for batch in step
+        ]
+        told[way] = sorted(i for part in labels for i in part)
+        assert way in str(feed)
+    assert told["best-fit"] == told["padded"] == told["concat"]
+    assert len(told["concat"]) == 8
+    assert Feed(file, data, 0).packs is not None, "auto packs what has answers"
+    plain = write(tmp_path / "p.tokens", [5, 9, 4, 6], answers=None)
+    assert Feed(plain, data, 0).packs is None, "and cuts what is text"
+    asked = Feed(file, Data(sequence_length=8, labels="all"), 0).loader(Solo("data"), 0, False)
+    assert sum(int((b.labels != IGNORE).sum()) for s in asked.epoch() for b in s) == 24 - 4
+
+
+def test_concat_counts_only_answers_of_its_own_document(tmp_path: Path) -> None:
+    file = write(tmp_path / "f.tokens", [5, 6], answers=6)
+    (batch,) = Loader(file, 0, 10, 1, 1, shuffle=False).step()
+    assert (batch.labels[0] != IGNORE).tolist() == [True] * 4 + [False] + [True] * 5
+
+
+# ---- against transformers
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("instruct")
+    rows = write_rows(folder / "rows.jsonl", sums(60))
+    tokenizer = llama2_tokenizer(folder)
+    return prepare(folder / "data", rows, "--template", "dolly", "--tokenizer", tokenizer,
+                   "--validation", "0.1")  # fmt: skip
+
+
+def test_loss_is_that_of_separate_sequences(dataset: Path) -> None:
+    """Packed with block-diagonal attention = each document alone = padded, token by token."""
+    model = Llama(MODEL).init(0)
+    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL.to_hub("float32")))
+    state = {}
+    for name, parameter in model.named_parameters():
+        for part in parts(name, model.shards[name], 1):
+            whole = parameter.detach()
+            if not isinstance(part.how, Replica):
+                whole = whole.narrow(part.how.dim, part.start, part.length)
+            state[part.name] = whole
+    reference.load_state_dict(state)
+    file = open_dataset(dataset).train
+    sums_, counts = [], []
+    for way in ("best-fit", "padded"):
+        (batch,) = PackedLoader(Packs(file, 128, way=way), 0, 64, 64, shuffle=False).step()
+        total, count = model.loss(
+            batch.ids, batch.labels, batch.positions, documents_BS=batch.documents
+        )
+        sums_.append(total.item())
+        counts.append(count.item())
+        assert batch.documents is not None
+        same = (batch.documents[:, None] == batch.documents[:, :, None]).tril()[:, None]
+        logits = reference(batch.ids, position_ids=batch.positions, attention_mask=same).logits
+        theirs = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels.flatten(), reduction="sum"
+        )
+        assert total.item() == pytest.approx(theirs.item(), rel=1e-5)
+    alone, tokens = 0.0, 0
+    for start, stop in zip(file.documents[:-1].tolist(), file.documents[1:].tolist(), strict=True):
+        ids = torch.from_numpy(file.tokens[start:stop].astype(np.int64))[None]
+        labels = ids.masked_fill(~torch.from_numpy(file.counted(np.arange(start, stop))), IGNORE)
+        count = int((labels[0, 1:] != IGNORE).sum())
+        alone += reference(ids, labels=labels).loss.item() * count
+        tokens += count
+    assert counts == [tokens, tokens]
+    assert sums_ == pytest.approx([alone, alone], rel=1e-5)
+
+
+def test_a_document_sees_no_other(dataset: Path) -> None:
+    """Changing one document of a pack changes no logit of another, and its own it does."""
+    model = Llama(MODEL).init(0)
+    packs = Packs(open_dataset(dataset).train, 128)
+    (batch,) = PackedLoader(packs, 0, 4, 4).step()
+    assert batch.documents is not None
+    before = model(batch.ids, batch.positions, documents_BS=batch.documents)
+    for number in range(int(batch.documents.max())):
+        mine = batch.documents == number
+        changed = torch.where(mine, (batch.ids + 1) % 600, batch.ids)
+        after = model(changed, batch.positions, documents_BS=batch.documents)
+        assert torch.equal(after[~mine], before[~mine])
+        assert not torch.equal(after[mine], before[mine])
+
+
+def test_memory_does_not_grow_with_the_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "WINDOW", 256)
+    lengths = np.random.default_rng(0).integers(2, 60, 6000)
+    peaks = []
+    for documents in (1500, 6000):
+        file = write(tmp_path / f"{documents}.tokens", lengths[:documents].tolist())
+        tracemalloc.start()
+        Packs(file, 256)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]
