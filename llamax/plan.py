@@ -200,7 +200,8 @@ def main(argv: Sequence[str]) -> int:
         machine = machine.shared_by(options.ranks)
     if options.dollars_per_hour is not None:
         machine = replace(machine, dollars_per_hour=options.dollars_per_hour)
-    config = read(options.config, overrides, options.nodes * machine.ranks)
+    world = None if options.search else options.nodes * machine.ranks
+    config = read(options.config, overrides, world)
     if options.search:
         plans, refused = search(config, machine, options.nodes)
         fits = bool(plans) and plans[0].memory.fits

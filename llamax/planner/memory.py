@@ -24,9 +24,10 @@ from typing import Literal
 from llamax.metrics import show_bytes, show_number
 from llamax.planner import Line
 from llamax.planner.machine import GIB, Machine
-from llamax.planner.share import Share
+from llamax.planner.share import Group, Share
 
 Recompute = Literal["none", "selective", "full"]
+BLOCK, SCORES_BYTES = 128, 8 * 2**20  # of kernels/attention/op.py
 STAGED_BYTES = 16 * 2**20  # of backends/torch.py: longer messages pass through no buffer
 
 
@@ -60,15 +61,15 @@ def memory(share: Share, machine: Machine) -> Memory:
     ]
     all_kept, one_kept = kept(share, machine, mode), last_kept(share, machine, mode)
     working, total = backward(share, machine, mode), gradients(share)
-    early = total if holds_gradients(share, machine) else None
-    head = Line("gradients", 4 * share.head_weights, "4 B x the head's: the first to be there")
+    early = early_gradients(share, machine)
+    head = _gradients(share.head_weights, "the head's, the first to be there")
     moments = {
         "forward has ended": [early, all_kept, loss(share, machine)],
-        "the last layer goes backward": [early or head, all_kept, working],
+        "the last layer goes backward": [max(early, head, key=_bytes), all_kept, working],
         "the first layer goes backward": [total, one_kept, working],
     }
     chosen = {
-        moment: tuple(line for line in (*fixed, *lines) if line is not None and line.value)
+        moment: [line for line in (*fixed, *lines) if line.value]
         for moment, lines in moments.items()
     }
     moment = max(chosen, key=lambda each: sum(line.value for line in chosen[each]))
@@ -88,6 +89,10 @@ def memory(share: Share, machine: Machine) -> Memory:
     )
 
 
+def _bytes(line: Line) -> float:
+    return line.value
+
+
 def _value(line: Line) -> tuple[float, str]:
     return line.value, line.formula
 
@@ -100,12 +105,17 @@ def owners(share: Share) -> int:
     return share.mesh.dp * share.mesh.cp if share.config.parallel.zero1 else 1
 
 
+def padded(share: Share) -> list[Group]:
+    """The groups, each a multiple of the owners long."""
+    ranks = owners(share)
+    return [each._replace(elements=-(-each.elements // ranks) * ranks) for each in share.groups()]
+
+
 def state(share: Share) -> list[Line]:
     """Weights and optimizer state, by the formula in optim/zero1.py."""
-    ranks = owners(share)
-    groups = [(-(-n // ranks) * ranks, uneven) for n, uneven in share.groups()]
-    n, w = sum(elements for elements, _ in groups), share.width
-    uneven = sum(elements for elements, differs in groups if differs)
+    ranks, groups = owners(share), padded(share)
+    n, w = sum(group.elements for group in groups), share.width
+    uneven = sum(group.elements for group in groups if group.uneven)
     said, cut = show_number(n), f" / {ranks} data ranks" if ranks > 1 else ""
     return [
         Line("weights", n * w, f"{w} B x {said} elements"),
@@ -121,31 +131,41 @@ def state(share: Share) -> list[Line]:
 
 def gradients(share: Share) -> Line:
     """All gradients, summed in float32 over microsteps."""
-    ranks = owners(share)
-    n = sum(-(-elements // ranks) * ranks for elements, _ in share.groups())
-    return Line("gradients", 4 * n, f"4 B x {show_number(n)} elements, summed in float32")
+    return _gradients(sum(group.elements for group in padded(share)), "summed in float32")
 
 
-def holds_gradients(share: Share, machine: Machine) -> bool:
-    """Whether gradients are there during forward too: of an earlier microstep, or in flat vectors.
+def early_gradients(share: Share, machine: Machine) -> Line:
+    """Those there during forward too: in flat vectors, or of an earlier microstep.
 
-    Only float32 gradients that are never sent and never summed come and go with backward.
+    Only float32 gradients that no other rank has a part of come and go with backward.
     """
-    sent = share.mesh.dp * share.mesh.cp > 1 or share.width < 4 or share.kv_shared
-    return sent or machine.backend not in ("cpu", "cuda") or share.accumulation > 1
+    sent = share.mesh.dp * share.mesh.cp > 1 or share.width < 4 or share.accumulation > 1
+    stay = sent or machine.backend not in ("cpu", "cuda")
+    return _gradients(
+        sum(group.elements for group in padded(share) if stay or group.summed),
+        "summed in float32" if stay else "that ranks have parts of",
+    )
+
+
+def _gradients(elements: int, why: str) -> Line:
+    return Line("gradients", 4 * elements, f"4 B x {show_number(elements)} elements, {why}")
 
 
 def communication(share: Share, machine: Machine) -> Line:
     """Messages on their way: what is sent and what arrives, of each axis."""
-    hidden = share.tokens * share.model.hidden_size * share.width if share.mesh.tp > 1 else 0
+    hidden = float(share.tokens * share.model.hidden_size * share.width)
+    hidden = hidden if share.mesh.tp > 1 else 0.0
     ranks = share.mesh.dp * share.mesh.cp
-    bucket = min(share.config.parallel.bucket_bytes, gradients(share).value) if ranks > 1 else 0
+    whole = gradients(share).value
+    bucket = min(share.config.parallel.bucket_bytes, whole) if ranks > 1 else 0.0
     if machine.backend == "cpu":  # gloo's buffers stay
         hidden, bucket = (size if size <= STAGED_BYTES else 0 for size in (hidden, bucket))
+    ways = 2 if share.sequence else 1  # an all-reduce works in place
     return Line(
         "communication",
-        2 * (hidden + bucket),
-        f"2 x ({show_bytes(hidden)} hidden state + {show_bytes(bucket)} bucket): sent and arriving",
+        ways * hidden + 2 * bucket,
+        f"{ways} x {show_bytes(hidden)} hidden state, 2 x {show_bytes(bucket)} bucket: sent and "
+        "arriving",
     )
 
 
@@ -203,7 +223,7 @@ def layer_kept(share: Share, machine: Machine, mode: Recompute) -> tuple[float, 
     norm = 2 * w if lean(machine) else 4 + 2 * w
     swiglu = 3 * w if lean(machine) else 12 + w
     heads = T * (2 * q + 2 * k) * w
-    total = between * (2 * D * norm + 8) + heads + T * F * swiglu
+    total = float(between * (2 * D * norm + 8) + heads + T * F * swiglu)
     text = (
         f"{between} tokens x {2 * norm} B x {D} + "
         f"{T} tokens x ({w} B x {2 * q + 2 * k} + {swiglu} B x {F})"
@@ -266,7 +286,11 @@ def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
     again = 0.0 if mode == "none" else whole - layer_kept(share, machine, mode)[0]
     if machine.backend in ("cpu", "cuda"):  # SwiGLU in float32, operation by operation
         width = 8 if w == 4 else 24
-        products, text = T * F * width + share.tokens_between * D * w, f"{T} x {width} B x {F}"
+        products = float(T * F * width + share.tokens_between * D * w)
+        text = f"{T} tokens x {width} B x {F}"
+        attention = blocks(share) - T * F * 3 * w
+        if machine.backend == "cpu" and attention > products:
+            products, text = attention, "scores of a block of queries less the feed-forward's"
     else:
         products = 2 * T * F * w + T * D * w + 8 * F * D
         text = f"{T} x {w} B x {2 * F + D} + 4 B x {2 * F} x {D}"
@@ -274,6 +298,15 @@ def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
         products = max(products, 12 * pairs(share))
         text = f"12 B x {show_number(pairs(share))} pairs of tokens"
     return Line("backward", again + products, f"{show_bytes(again)} computed again, {text}")
+
+
+def blocks(share: Share) -> float:
+    """What the CPU's attention needs backward: three blocks of scores, gradients of q, k and v."""
+    data = share.config.data
+    row = 4 * share.heads * BLOCK * data.sequence_length
+    together = 1 if data.separate_documents else max(1, SCORES_BYTES // row)
+    gradient = share.tokens * (share.query + 2 * share.key) * share.width
+    return 3 * row * min(together, data.micro_batch) + gradient
 
 
 def cache(share: Share) -> Line:

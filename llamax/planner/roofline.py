@@ -140,7 +140,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         turns = (8 + 4 * again) * share.layers + 4
     tensor_s = turns * tp.ring(hidden)
 
-    elements = sum(count for count, _ in share.groups())
+    elements = sum(group.elements for group in share.groups())
     owners = mesh.dp * mesh.cp
     own = elements / owners if config.parallel.zero1 else elements
     accumulate = (8 + w) * elements

@@ -7,6 +7,7 @@ a microbatch, and s = S / tp tokens of each sequence between the tensor-parallel
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llamax.config import Config
 from llamax.hub import Model
@@ -14,6 +15,15 @@ from llamax.mesh import Mesh
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of an element
 CHUNK_BYTES, EVEN = 64 * 2**20, 128  # of the loss: see parallel/loss.py
+
+
+class Group(NamedTuple):
+    """Weights in one flat vector; ``uneven``: their weight in the norm differs from element to
+    element; ``summed``: other tensor ranks have parts of their gradient."""
+
+    elements: int
+    uneven: bool = False
+    summed: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,21 +115,19 @@ class Share:
         """Tokens whose logits live at once."""
         return max(1, CHUNK_BYTES // (4 * self.vocabulary) // EVEN * EVEN)
 
-    def groups(self) -> list[tuple[int, bool]]:
-        """(elements, whether their weight in the norm differs) of each flat group of weights.
-
-        As optim/zero1.py groups them: matrices; matrices with shared heads or padded rows; norms.
-        """
+    def groups(self) -> list[Group]:
+        """The flat groups that optim/zero1.py makes of my weights."""
         model = self.model
-        plain = uneven = 0
-        heads = 1 if model.tie_word_embeddings else 2
-        if self.mesh.pp > 1:  # the first stage embeds, the last one predicts
-            heads = 1
+        heads = 1 if model.tie_word_embeddings or self.mesh.pp > 1 else 2
         vocabulary = heads * self.head_weights
         qkv = self.layers * model.hidden_size * (self.query + 2 * self.key)
-        rest = self.layers * self.layer_weights - qkv
-        uneven += qkv if self.kv_shared else 0
-        uneven += vocabulary if model.vocab_size % self.mesh.tp else 0
-        plain = vocabulary + qkv + rest - uneven
+        padded = model.vocab_size % self.mesh.tp != 0
+        uneven = (qkv if self.kv_shared else 0) + (vocabulary if padded else 0)
+        plain = vocabulary + self.layers * self.layer_weights - uneven
         norms = (2 * self.layers + 1) * model.hidden_size
-        return [(n, kind) for n, kind in ((plain, False), (uneven, True), (norms, False)) if n]
+        found = (
+            Group(plain),
+            Group(uneven, uneven=True, summed=self.kv_shared),
+            Group(norms, summed=self.sequence),
+        )
+        return [group for group in found if group.elements]

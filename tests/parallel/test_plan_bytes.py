@@ -1,0 +1,178 @@
+"""The planner's bytes beside measured ones: a real step on 1, 2 and 4 gloo ranks.
+
+Every allocation and release of a step is counted by torch's own allocator (its profiler reports
+them), so what is compared is exact: what is held between steps, what forward keeps, and the fullest
+moment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from world import Worlds, axes
+
+from llamax.config import Config, Data, Model, Optim, Parallel, Run
+from llamax.mesh import Mesh
+from llamax.model import DTYPES, Llama
+from llamax.ops import has_bf16_units
+from llamax.optim.zero1 import Zero1
+from llamax.planner.machine import Machine
+from llamax.planner.memory import (
+    communication,
+    early_gradients,
+    kept,
+    loss,
+    memory,
+    state,
+)
+from llamax.planner.share import Share
+
+MODEL = Model(
+    hidden_size=128,
+    intermediate_size=352,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=2001,  # padded wherever tensor > 1
+)
+CPU = Machine(
+    name="cpu",
+    backend="cpu",
+    ranks=4,
+    memory_gib=1,
+    bfloat16_tflops=1,
+    float32_tflops=1,
+    memory_gbps=1,
+    link_gbps=1,
+    dollars_per_hour=0,
+    bfloat16_products=has_bf16_units(),
+)
+BATCH, LENGTH = 2, 384
+
+
+def config(mesh: Mesh, mode: str, dtype: str, sequence: bool = True) -> Config:
+    return Config(
+        MODEL,
+        Parallel(tensor=mesh.tp, sequence=sequence, bucket_bytes=2**18),
+        data=Data(
+            separate_documents=False,
+            sequence_length=LENGTH,
+            micro_batch=BATCH,
+            global_batch=BATCH * mesh.dp,
+        ),
+        run=Run(dtype=dtype, recompute=mode),
+    )
+
+
+def changes(found: Any) -> list[int]:
+    """Bytes of every allocation (and, negative, release), in order of time."""
+    events = []
+    todo = list(found.profiler.kineto_results.experimental_event_tree())
+    while todo:
+        node = todo.pop()
+        todo += node.children
+        if node.name == "[memory]":
+            events.append((node.start_time_ns, node.extra_fields.alloc_size))
+    return [size for _, size in sorted(events, key=lambda event: event[0])]
+
+
+def highest(sizes: Iterable[int], start: int = 0) -> tuple[int, int]:
+    """(the highest sum on the way, the last one)."""
+    top = now = start
+    for size in sizes:
+        now += size
+        top = max(top, now)
+    return top, now
+
+
+def held(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes of the storages behind tensors, each counted once."""
+    stores = [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+    return sum({store.data_ptr(): store.nbytes() for store in stores}.values())
+
+
+def measure(config: Config, mesh: Mesh) -> dict[str, int]:
+    """In a rank: bytes between steps, kept by forward, at the fullest moment, and of buffers."""
+    here = axes(mesh, max(1, mesh.tp // MODEL.num_key_value_heads))
+    for axis in (here.tp, here.data):  # axes are shared by all tests of a world
+        for role in getattr(axis, "_staged", ()):
+            axis._staged[role] = torch.empty(0, dtype=torch.uint8)  # type: ignore[attr-defined]
+    sequence = config.parallel.sequence
+    dtype = DTYPES[config.run.dtype]
+    model = Llama(
+        MODEL, here.tp, sequence_parallel=sequence, dtype=dtype, recompute=config.run.recompute
+    ).init(0)
+    optimizer = Zero1(
+        dict(model.named_parameters()),
+        model.shards,
+        Optim(),
+        here,
+        sequence_parallel=model.sequence_parallel,
+        bucket_bytes=config.parallel.bucket_bytes,
+    )
+    tensors: list[Tensor | None] = []
+    for group in optimizer.groups:
+        tensors += [group.weights, group.gradient]
+        for bucket in group.buckets:
+            tensors += [bucket.master, bucket.exp_avg, bucket.exp_avg_sq, bucket.root]
+    batch = torch.randint(MODEL.vocab_size, (2, BATCH, LENGTH))
+    positions = torch.arange(LENGTH).expand(BATCH, LENGTH).contiguous()
+    one = torch.tensor(1.0)
+
+    model.loss(batch[0], batch[1], positions)[0].backward()  # buffers of collectives are made
+    optimizer.step(one, one, one)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward:
+        total, _ = model.loss(batch[0], batch[1], positions)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as backward:
+        total.backward()
+    top, left = highest(changes(forward))
+    later, _ = highest(changes(backward), left)
+    buffers = [buffer for axis in (here.tp, here.data) for buffer in _staged(axis)]
+    return {
+        "state": held(tensors),
+        "kept": left,
+        "forward": top,
+        "peak": max(top, later) + held(tensors),
+        "buffers": held(buffers),
+    }
+
+
+def _staged(axis: Any) -> list[Tensor]:
+    return list(axis._staged.values()) if axis.size > 1 else []
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "sequence"),
+    [
+        (Mesh(), "float32", True),
+        (Mesh(tp=2), "float32", True),
+        (Mesh(tp=2), "float32", False),
+        (Mesh(tp=2, dp=2), "bfloat16", True),
+        (Mesh(tp=4), "float32", True),  # two ranks share a key/value head
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_planned_bytes_are_measured_bytes(
+    worlds: Worlds, mesh: Mesh, dtype: str, sequence: bool, mode: str
+) -> None:
+    wanted = config(mesh, mode, dtype, sequence)
+    found = worlds(mesh.world_size).run(measure, wanted, mesh)[0]
+    share = Share(wanted, mesh)
+    lasting = sum(line.value for line in (*state(share), early_gradients(share, CPU)))
+    assert lasting == pytest.approx(found["state"], rel=0.001)
+    # After the loss its gradients of the head and of the hidden state wait for backward.
+    waiting = 4 * share.head_weights + share.tokens_between * MODEL.hidden_size * share.width
+    assert kept(share, CPU, mode).value + waiting == pytest.approx(found["kept"], rel=0.02)
+    working = kept(share, CPU, mode).value + loss(share, CPU).value
+    assert working == pytest.approx(found["forward"], rel=0.05)
+    planned = memory(share, CPU)
+    told = {line.name: line.value for line in planned.lines}
+    beside = sum(told.get(name, 0) for name in ("communication", "batch", "reserve"))
+    assert planned.peak - beside == pytest.approx(found["peak"], rel=0.05)
+    assert communication(share, CPU).value == pytest.approx(found["buffers"], rel=0.01)

@@ -1,0 +1,293 @@
+"""The planner's arithmetic against figures worked out by hand, and its program's answers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llamax import configfile, plan
+from llamax.config import Config
+from llamax.errors import ConfigError
+from llamax.mesh import Mesh
+from llamax.planner import machine as machines
+from llamax.planner.machine import Machine
+from llamax.planner.memory import early_gradients, flash, gradients, kept, memory, state
+from llamax.planner.roofline import time as step_time
+from llamax.planner.roofline import wire
+from llamax.planner.search import plan as planned
+from llamax.planner.search import search
+from llamax.planner.share import Share
+
+TRN1 = machines.load("trn1.32xlarge")
+ONE = [f"--{key}" for key in ("data.separate_documents=false",)]
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    return configfile.load(name, overrides)
+
+
+def total(lines: list[object]) -> float:
+    return sum(line.value for line in lines)  # type: ignore[attr-defined]
+
+
+def test_state_of_llama2_7b_at_tensor_8_data_16_by_hand() -> None:
+    # 6,738,415,616 parameters, of which 65 norms of 4096 are whole on every rank.
+    norms = 65 * 4096
+    elements = (6_738_415_616 - norms) // 8 + norms
+    share = Share(recipe("llama2-7b"), Mesh(tp=8, dp=16))
+    found = {line.name: line.value for line in state(share) if line.value}
+    assert found == {
+        "weights": 2 * elements,
+        "masters": 4 * elements // 16,
+        "moments": 8 * elements // 16,
+    }
+    assert gradients(share).value == 4 * elements
+    assert early_gradients(share, TRN1).value == 4 * elements
+
+
+def test_without_zero1_every_rank_keeps_all_state() -> None:
+    config = recipe("llama2-7b", "--parallel.zero1=false")
+    found = {line.name: line.value for line in state(Share(config, Mesh(tp=8, dp=16)))}
+    assert found["moments"] == 8 * found["weights"] // 2
+
+
+def test_shared_heads_and_padded_vocabulary_cost_what_they_cost() -> None:
+    # tensor 16 over 8 key/value heads: two ranks hold each; 128256 rows divide, 128257 do not.
+    config = recipe("llama3.1-8b", "--parallel.tensor=16", "--model.vocab_size=128257")
+    share = Share(config, Mesh(tp=16))
+    assert share.kv_heads == 1
+    assert share.vocabulary == 8017
+    groups = {group.uneven: group for group in share.groups() if group.elements > 10**7}
+    qkv, vocabulary = 32 * 4096 * (256 + 2 * 128), 2 * 8017 * 4096
+    assert groups[True].elements == qkv + vocabulary
+    assert groups[True].summed
+    assert not groups[False].summed
+
+
+@pytest.mark.parametrize(
+    ("mode", "each"),
+    [
+        ("full", 512 * 4096 * 2),
+        # norms: x in float32, normalised twice; qkv and attention's output; SwiGLU in float32
+        ("selective", 2 * 512 * (4096 * 8 + 4) + 4096 * (2 * 2048 + 14 * 1376)),
+    ],
+)
+def test_activations_of_llama2_7b_by_hand(mode: str, each: int) -> None:
+    config = recipe("llama2-7b", *ONE)
+    share = Share(config, Mesh(tp=8, dp=16))
+    last, tables = 512 * (4096 * 6 + 4), 2 * 4 * 4096 * 128
+    assert kept(share, TRN1, mode).value == 32 * each + last + tables  # type: ignore[arg-type]
+
+
+def test_documents_kept_apart_cost_every_pair_of_tokens_where_flash_knows_none() -> None:
+    share = Share(recipe("llama2-7b", "--run.recompute=none"), Mesh(tp=8, dp=16))
+    assert flash(share, TRN1) == "data.separate_documents=true"
+    whole = Share(recipe("llama2-7b", "--run.recompute=none", *ONE), Mesh(tp=8, dp=16))
+    assert flash(whole, TRN1) == ""
+    more = kept(share, TRN1, "none").value - kept(whole, TRN1, "none").value
+    assert more > 32 * 4 * 4 * 4096**2  # layers x heads x 4 B x pairs
+    assert step_time(share, TRN1, 4).step_s > 1.5 * step_time(whole, TRN1, 4).step_s
+    assert "2048" in flash(
+        Share(
+            recipe("llama2-7b", *ONE, "--data.sequence_length=1000", "--parallel.sequence=false"),
+            Mesh(tp=8),
+        ),
+        TRN1,
+    )
+
+
+def test_a_group_within_a_node_uses_links_and_a_wider_one_the_network() -> None:
+    assert wire(TRN1, 8, 1).name == "links"
+    assert wire(TRN1, 4, 8).name == "links"
+    across = wire(TRN1, 16, 8)
+    assert across.name == "network"
+    assert across.bytes_per_s == pytest.approx(100e9 * 0.7 / 8)  # eight rings share the node's
+    # A ring of 8 moves 7/8 of the whole, and waits 7 times.
+    assert wire(TRN1, 8, 1).ring(8e9) == pytest.approx(7 * (1e9 / (192e9 * 0.43) + 5e-6))
+    assert wire(TRN1, 1, 1).ring(8e9) == 0
+
+
+def test_time_of_matmuls_by_hand() -> None:
+    config = recipe("llama2-7b", *ONE)
+    found = {
+        line.name: line.value for line in step_time(Share(config, Mesh(tp=8, dp=16)), TRN1, 4).lines
+    }
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 8 + 32000 * 4096 // 8
+    assert found["matmuls"] == pytest.approx(64 * 6 * 4096 * weights / (95e12 * 0.56))
+    attention = 64 * 4.5 * 2 * 4096 * 4096 * 512 * 32  # the causal half, backward 2.5 times, again
+    assert found["attention"] == pytest.approx(attention / (95e12 * 0.40))
+
+
+def test_full_recomputation_costs_time_and_saves_memory() -> None:
+    config = recipe("llama2-7b", *ONE)
+    plans = {
+        mode: planned(replace(config, run=replace(config.run, recompute=mode)), TRN1, 4)
+        for mode in ("none", "selective", "full")
+    }
+    seconds = [plans[mode].time.step_s for mode in ("none", "selective", "full")]
+    peaks = [plans[mode].memory.peak for mode in ("none", "selective", "full")]
+    assert seconds == sorted(seconds)
+    assert peaks[2] < peaks[1] <= peaks[0]
+
+
+def test_a_longer_pipeline_waits_longer() -> None:
+    config = recipe("llama2-13b", *ONE, "--parallel.tensor=8")
+    times = [step_time(Share(config, Mesh(tp=8, dp=128 // pp, pp=pp)), TRN1, 32) for pp in (1, 4)]
+    assert times[1].step_s > times[0].step_s
+
+
+def test_search_ranks_what_fits_and_tells_the_rest() -> None:
+    plans, refused = search(recipe("llama2-7b", *ONE), TRN1, 4)
+    fitting = [each for each in plans if each.memory.fits]
+    assert fitting == plans[: len(fitting)]
+    speeds = [each.time.tokens_per_s for each in fitting]
+    assert speeds == sorted(speeds, reverse=True)
+    text = "\n".join(plan.show_search(plans, refused))
+    assert "tensor 1: 12 layouts do not fit" in text
+    assert "parallel.tensor=64 does not divide model.num_attention_heads=32" in text
+
+
+# --- the program ---------------------------------------------------------------------------------
+
+
+def test_a_plan_is_printed_within_two_seconds_and_without_torch() -> None:
+    began = time.perf_counter()
+    command = [sys.executable, "-X", "importtime", "-m", "llamax", "plan", "--config", "llama2-7b"]
+    done = subprocess.run([*command, "--nodes", "4"], capture_output=True, text=True)
+    assert time.perf_counter() - began < 2
+    assert done.returncode == 0, done.stderr
+    assert " torch" not in done.stderr
+    for words in (
+        "weights",
+        "gradients",
+        "masters",
+        "moments",
+        "activations",
+        "communication",
+        "matmuls",
+        "tensor collectives",
+        "AdamW",
+        "tokens/s",
+        "MFU",
+        "an hour",
+        "$",
+    ):
+        assert words in done.stdout
+
+
+def test_what_does_not_fit_has_an_exit_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    code = plan.main(["--config", "llama2-7b", "--parallel.tensor=1", "--parallel.sequence=false"])
+    assert code == plan.DOES_NOT_FIT == 3
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_json_says_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--config", "llama2-7b", "--nodes", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = {k: v for k, v in found["memory_bytes"].items() if k not in ("peak", "available")}
+    assert found["memory_bytes"]["peak"] == pytest.approx(sum(lines.values()))
+    steps = {k: v for k, v in found["step_s"].items() if k != "total"}
+    assert found["step_s"]["total"] == pytest.approx(sum(steps.values()))
+    assert found["parallel"] == {"tensor": 8, "data": 16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--parallel.tensor=3"], "parallel.tensor=3 does not divide model.num_attention_heads=32"),
+        (["--parallel.tensor=3"], "and 2 more"),
+        (["--instance", "trn3"], "--instance trn3: no machine has this name; did you mean trn2?"),
+        (["--nodes", "0"], "--nodes=0 is out of range"),
+        (["--ranks", "-1"], "--ranks=-1 is out of range"),
+        (["--instance", "absent.toml"], "absent.toml: cannot be read as TOML"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan.main(["--config", "llama2-7b", *arguments])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+MINE = """
+[lab]
+backend = "cuda"
+ranks = 4
+memory_gib = 24
+bfloat16_tflops = 100
+float32_tflops = 20
+memory_gbps = 900
+link_gbps = 12
+dollars_per_hour = 0
+"""
+
+
+def test_a_machine_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "lab.toml"
+    path.write_text(MINE)
+    machine = machines.load(str(path))
+    assert (machine.name, machine.ranks, machine.matmul_efficiency) == ("lab", 4, 1.0)
+    assert plan.main(["--config", "llama3.2-1b", "--instance", str(path), "--search"]) == 0
+    assert "4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("ranks = 4", "ranks = 4.5", "lab.ranks=4.5 is not a whole number of 0 or more"),
+        ("ranks = 4", "", "lab.ranks is missing or 0"),
+        ("memory_gib = 24", "memory_gb = 24", "lab.memory_gb is an unknown key; did you mean"),
+        ('"cuda"', '"rocm"', "lab.backend='rocm' is unknown; use cpu, cuda, xla or neuron"),
+        ("memory_gbps = 900", "memory_gbps = -1", "is not a number of 0 or more"),
+        ("[lab]", "[lab]\nabout = 3", "lab.about=3 is not a string"),
+        ("[lab]", "top = 1\n[lab]", "top stands outside a table"),
+        ("[lab]", "[other]\nranks = 1\n[lab]", "has 2 tables"),
+    ],
+)
+def test_a_machine_file_is_checked(tmp_path: Path, before: str, after: str, said: str) -> None:
+    path = tmp_path / "lab.toml"
+    path.write_text(MINE.replace(before, after))
+    with pytest.raises(ConfigError, match="lab") as error:
+        machines.load(str(path))
+    assert said in str(error.value)
+
+
+def test_every_known_machine_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in machines.names()[1:]:
+        assert machines.load(name).ranks >= 1
+        plan.main(["--config", "llama3.2-1b", "--instance", name, "--parallel.tensor=2"])
+        assert name in capsys.readouterr().out
+    assert machines.load("h100").name == "p5.48xlarge"
+
+
+def test_this_machine_is_measured_and_cut_into_ranks() -> None:
+    here = machines.load("cpu")
+    assert here.float32_tflops > 0
+    half = here.shared_by(2)
+    assert (half.ranks, half.memory_gib) == (2, here.memory_gib / 2)
+    assert half.reserve_gib == here.reserve_gib  # every process has its own Python
+    assert Machine.shared_by(TRN1, 64).reserve_gib == TRN1.reserve_gib / 2
+
+
+def test_notes_name_what_slows_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    plan.main(["--config", "llama2-7b", "--nodes", "4", "--instance", "h100"])
+    assert "note: run.backend=xla, but p5.48xlarge wants --run.backend=cuda" in (
+        capsys.readouterr().out
+    )
+    plan.main(["--config", "llama2-7b", "--nodes", "4", "--data.separate_documents=true"])
+    assert "note: attention computes every pair of tokens" in capsys.readouterr().out
+
+
+def test_memory_names_the_fullest_moment() -> None:
+    share = Share(recipe("llama2-7b", *ONE), Mesh(tp=8, dp=16))
+    found = memory(share, TRN1)
+    assert found.moment == "forward has ended"
+    assert [line.name for line in found.modes] == ["none", "selective", "full"]
+    small = replace(TRN1, memory_gib=found.peak / 2**30 - 0.01)
+    assert not memory(share, small).fits
