@@ -8,7 +8,8 @@
 A span is not encoded by itself: tokens at its edges would not be those of the text, and a space
 could come in between.  The text between two special tokens is encoded whole; where an answer begins
 inside it is found by encoding what comes before and counting the tokens that both begin with; a
-token across the edge belongs to the answer.  So decoding gives the text back byte for byte, and a prompt's tokens are those it has at generation.
+token across the edge belongs to the answer.  So decoding gives the text back byte for byte, and a
+prompt's tokens are those it has at generation.
 
 A sample begins with BOS and ends with EOS, unless the template wrote them (or its own last special
 token) itself.
@@ -229,7 +230,6 @@ class Encoder:
         if self.eos is not None and not prompt and not isinstance(ended, Special):
             add(np.array([self.eos], np.uint32), answer)
         return Tokens(np.concatenate(ids), np.concatenate(counted))
-
 
     def _within(self, whole: Ids, upto: Ids, text: str) -> int:
         """How many tokens of a whole lie in its beginning ``text``, which alone is ``upto``.

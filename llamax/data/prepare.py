@@ -42,6 +42,7 @@ from llamax.data.parts import (
     make_parts,
     merge,
 )
+from llamax.data.sandbox import Program
 from llamax.data.templates import BUILT_IN, source_of
 from llamax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from llamax.data.tokens import TokenFile
@@ -122,12 +123,19 @@ def _settings(args: argparse.Namespace, tokenizer: Tokenizer | None) -> Settings
     eos = args.eos and (tokenizer is None or tokenizer.eos_id is not None)
     if not args.template:
         return TextSettings(fingerprint, args.key, args.validation, bos, eos)
+    source = source_of(args.template)
+    reads = Program(source, f"template {args.template}").variables
+    if args.system and reads.isdisjoint(("messages", "system")):
+        raise DataError(
+            f"--system: template {args.template} reads neither messages nor system and would "
+            "forget it; leave it out, or use human-assistant or a chat template"
+        )
     fields = tuple(sorted(args.field))
     validation = 0.0 if args.validation_file else args.validation
     return InstructSettings(
         fingerprint,
         args.template,
-        source_of(args.template),
+        source,
         fields,
         args.system,
         validation,

@@ -243,11 +243,14 @@ def _edges(file: IO[bytes], kind: str) -> Iterator[tuple[int, int]]:
 def _is_lines(path: Path) -> bool:
     """Whether a .json file has an object per line, as many that are called so."""
     with _open(path) as file:
-        line = next((line for line in file if line.strip()), b"")
+        lines = [
+            line for line, _ in zip((line for line in file if line.strip()), "ab", strict=False)
+        ]
     try:
-        return isinstance(json.loads(line), dict)
+        first = json.loads(lines[0]) if lines else None
     except ValueError:
         return False
+    return isinstance(first, dict) and (len(lines) > 1 or not _one_list(first))
 
 
 # ---- the rows
@@ -339,11 +342,18 @@ def _table(path: Path) -> list[Any]:
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error}); mend it") from None
     if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list)]
-        found = lists[0] if len(lists) == 1 else None
+        found = _one_list(found)
     if not isinstance(found, list):
         raise DataError(f"{path}: is neither a list of rows nor an object with one; use JSONL")
     return found
+
+
+def _one_list(table: Row) -> list[Any] | None:
+    """The only list among the values of a table that is no row itself."""
+    if "messages" in table or "conversations" in table:
+        return None
+    lists = [value for value in table.values() if isinstance(value, list)]
+    return lists[0] if len(lists) == 1 else None
 
 
 def _open(path: Path) -> IO[bytes]:

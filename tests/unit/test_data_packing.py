@@ -1,4 +1,4 @@
-"""Packed samples: tight, whole, apart, the same on every mesh, and equal to their documents alone."""
+"""Packed samples: tight, whole, apart, the same on every mesh; the loss of documents alone."""
 
 from __future__ import annotations
 

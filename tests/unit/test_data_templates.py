@@ -214,7 +214,7 @@ def refused(words: str, source: str, row: Sample | None = None) -> None:
             "bad: is refused: it (wants too much|computed)",
         ),
         ("{{ 'a' | center(2000000000) }}{{ answer }}", "bad: is refused: it (wants|computed)"),
-        ("{{ 'ab' | center(20000000) }}{{ answer }}", "bad: is refused: it (wrote 20000001|computed)"),
+        ("{{ 'ab' | center(20000000) }}{{ answer }}", "bad: is refused: it (wrote|computed)"),
         ("{{ messages | tojson(indent=99) }}", "bad: is refused: tojson"),
         (
             "{% include '/etc/passwd' %}{{ answer }}",
@@ -239,8 +239,8 @@ def test_bad_templates_are_one_line(
 
 
 def test_a_good_template_survives_the_walls() -> None:
-    source = "{% for i in range(3) %}{{ i * 2 }}{% endfor %}{{ strftime_now('%Y') | length }}{{ answer }}"
-    assert Template("good", source).spans(sample("Q", "", "A"))[0].text == "0244"
+    source = "{% for i in range(3) %}{{ i * 2 }}{% endfor %}{{ strftime_now('%Y') | length }}"
+    assert Template("good", source + "{{ answer }}").spans(sample("Q", "", "A"))[0].text == "0244"
 
 
 def test_a_mark_in_a_field_is_refused() -> None:
