@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": ("llamax.checkpoint.inspect", "say what a checkpoint or a dataset is"),
     "plan": ("llamax.plan", "say what a run needs, and how long and dear it will be"),
     "launch": ("llamax.launch.command", "start a job on torchrun, mpirun, Slurm, k8s or SageMaker"),
+    "audit": ("llamax.audit", "trace what a cluster of Trainium would compile"),
     "plot": ("llamax.plot", "draw the loss curves of runs"),
 }
 

@@ -31,6 +31,7 @@ VIEWS = {"reshape", "get-tuple-element", "bitcast", "tuple", "opt-barrier"}
 OWN_MEMORY = {"dot", "gather", "scatter", "reduce", "concatenate", "custom-call", "sort", "while"}
 OWN_MEMORY |= {"dynamic-update-slice", "convolution", "conditional", "parameter"} | set(COLLECTIVES)
 
+DYNAMIC = "a shape that depends on values"
 Groups = tuple[tuple[int, ...], ...]
 
 
@@ -237,7 +238,7 @@ def _remarks(instructions: Iterable[Instruction]) -> Iterator[tuple[bool, str, s
     for each in instructions:
         dtypes = {shape.dtype for shape in each.shapes}
         if any(shape.dynamic for shape in each.shapes):
-            yield True, "a shape that depends on values", each.source
+            yield True, DYNAMIC, each.source
         if "f64" in dtypes:
             yield True, "float64, which NeuronCores do not have", each.source
         if "s64" in dtypes and each.shape.dims:

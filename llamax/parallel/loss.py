@@ -117,6 +117,11 @@ def _padding(rows: int, vocab_size: int, axis: Axis) -> Tensor | None:
     return row_v >= torch.full_like(row_v, vocab_size)
 
 
+def tokens_a_chunk(rows: int) -> int:
+    """Tokens whose fp32 logits over ``rows`` of the vocabulary take about 64 MiB."""
+    return max(1, CHUNK_BYTES // (4 * rows) // EVEN * EVEN)
+
+
 def vocab_parallel_loss(
     x: Tensor,
     weight_vD: Tensor,
@@ -132,7 +137,7 @@ def vocab_parallel_loss(
     ``IGNORE_INDEX`` count for nothing.  ``chunk_tokens`` defaults to about 64 MiB of fp32 logits.
     """
     if chunk_tokens is None:
-        chunk_tokens = max(1, CHUNK_BYTES // (4 * weight_vD.shape[0]) // EVEN * EVEN)
+        chunk_tokens = tokens_a_chunk(weight_vD.shape[0])
     total = regions.apply(
         _VocabParallelLoss,
         x,

@@ -1,0 +1,309 @@
+"""``llamax audit --config llama2-7b --nodes 4``: what a cluster would compile, on any laptop.
+
+Traces the run without devices and without weights, one rank after the other in one process: every
+kind of step on rank 0, each program on the ranks at the corners of the mesh, and, with few layers,
+each program on every rank of the world.  On Trainium a program of its own costs a rank 25 to 40
+minutes of compilation while all others wait; here it costs a line that says where it comes from.
+
+The exit code is 0 only if the whole cluster would compile each program once, else 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from llamax import configfile, program
+from llamax.backends.tracing import Tracer
+from llamax.config import Config
+from llamax.errors import ConfigError
+from llamax.graphs import census, formulas, hlo, report
+from llamax.graphs.census import Groups, Traffic
+from llamax.graphs.compare import difference
+from llamax.graphs.formulas import GroupShape
+from llamax.graphs.report import Audit, Divergence, Kind, Memory
+from llamax.launch.env import rendezvous
+from llamax.mesh import Mesh
+from llamax.metrics import flops_per_token, show_number
+from llamax.parallel.loss import tokens_a_chunk
+from llamax.planner import machine as machines
+from llamax.planner.machine import Machine
+from llamax.rehearsal import MICROSTEP, VALIDATION, Rehearsal, made_up_tokens
+
+DIFFERS = 3
+FEW_LAYERS = 2
+KERNEL_TOKENS = 2048  # neuronx_distributed.kernels.flash_attn wants a multiple
+MODEL_SHARE = {MICROSTEP: 1.0, VALIDATION: 1 / 3}  # of forward and backward FLOPs
+
+
+def audit(config: Config, mesh: Mesh, machine: Machine, headline: str, every_rank: bool) -> Audit:
+    """Trace the run and count."""
+    tracer = Tracer(rendezvous({}))
+    with made_up_tokens(config, mesh) as data:
+        first = Rehearsal(config, mesh, 0, tracer, data)
+        traced, seconds = [], dict[str, float]()
+        for boundary in first.whole():
+            traced.append((boundary.kind, f"rank 0, {boundary.when}", hlo.read(boundary.text)))
+            seconds.setdefault(boundary.kind, boundary.trace_s)
+        programs, found = report.sort_kinds(traced)
+        kinds = tuple(
+            Kind(
+                name,
+                each,
+                tuple(when for kind, when, _ in traced if kind == name),
+                tuple(census.collectives(each, named_groups(first))),
+                by_hand(first, name),
+                MODEL_SHARE.get(name, 0.0) * microstep_flops(config, mesh),
+                seconds[name],
+            )
+            for name, each in programs.items()
+        )
+        memory = measure(first, programs, machine)
+        del first
+        normal = {name: each.normal for name, each in programs.items()}
+        ranks = []
+        if not found:
+            corners = [rank for rank in corner_ranks(mesh) if rank]
+            found += agree(
+                config, mesh, tracer, data, corners, normal, config.model.num_hidden_layers
+            )
+            ranks.append(
+                f"{len(corners) + 1} at the corners of the mesh trace one program of each kind "
+                f"({', '.join(map(str, [0, *corners]))})"
+            )
+        if not found and every_rank:
+            layers = min(FEW_LAYERS, config.model.num_hidden_layers)
+            found += agree(config, mesh, tracer, data, range(mesh.world_size), {}, layers)
+            ranks.append(f"all {mesh.world_size} do with {layers} layers")
+    return Audit(
+        headline,
+        kinds,
+        tuple(ranks),
+        config.model.num_hidden_layers,
+        memory,
+        tuple(found),
+        tuple(tracer.fallbacks()),
+        tuple(notes(config)),
+    )
+
+
+def agree(
+    config: Config,
+    mesh: Mesh,
+    tracer: Tracer,
+    data: Path,
+    ranks: Sequence[int],
+    expected: dict[str, str],
+    layers: int,
+) -> list[Divergence]:
+    """The first program of these ranks that is not the ``expected`` of its kind.
+
+    Where nothing is expected yet, the first rank sets it.  Python lines are traced only for the
+    two that differ.
+    """
+    config = replace(config, model=replace(config.model, num_hidden_layers=layers))
+    expected, first = dict(expected), 0 if expected else ranks[0]
+    tracer.debug(False)
+    try:
+        for rank in tqdm(ranks, desc=f"{layers} layers", unit="rank", disable=None, leave=False):
+            for boundary in Rehearsal(config, mesh, rank, tracer, data).brief():
+                text = hlo.normal(boundary.text)
+                if expected.setdefault(boundary.kind, text) != text:
+                    return [explain(config, mesh, tracer, data, first, rank, boundary.kind)]
+    finally:
+        tracer.debug(True)
+    return []
+
+
+def explain(
+    config: Config, mesh: Mesh, tracer: Tracer, data: Path, rank: int, other: int, kind: str
+) -> Divergence:
+    """How the programs of two ranks differ, with Python lines."""
+    tracer.debug(True)
+    mine, theirs = (
+        next(
+            hlo.read(boundary.text)
+            for boundary in Rehearsal(config, mesh, each, tracer, data).brief()
+            if boundary.kind == kind
+        )
+        for each in (rank, other)
+    )
+    how = difference(mine, theirs)
+    assert how is not None
+    return Divergence(kind, f"rank {other}", f"rank {rank}", how)
+
+
+def corner_ranks(mesh: Mesh) -> list[int]:
+    """The first and the last tensor rank of the first and the last data rank."""
+    last = mesh.world_size - 1
+    return sorted({0, mesh.tp - 1, last - mesh.tp + 1, last})
+
+
+def named_groups(run: Rehearsal) -> dict[str, Groups]:
+    """The replica groups of every axis."""
+    mesh = run.mesh
+    return {
+        "tp": mesh.groups("tp"),
+        "data": mesh.groups("dp", "cp"),
+        "kv": mesh.replicas("tp", run.kv),
+        "world": (tuple(range(mesh.world_size)),),
+    }
+
+
+def by_hand(run: Rehearsal, kind: str) -> tuple[Traffic, ...] | None:
+    """The collectives of a kind by formula; None where there is none: adapters."""
+    config, mesh = run.config, run.mesh
+    if config.finetune.method != "full":
+        return None
+    rows = run.model.output_weight.shape[0]
+    tokens = config.data.micro_batch * config.data.sequence_length
+    chunks = -(-tokens // tokens_a_chunk(rows))
+    if kind == MICROSTEP:
+        found = formulas.microstep(config, mesh, chunks)
+    elif kind == VALIDATION:
+        found = formulas.forward(config, mesh, chunks)
+    else:
+        found = formulas.update(mesh, group_shapes(run), config.parallel.zero1, run.kv)
+    names, groups = {}, named_groups(run)
+    for axis, known in groups.items():  # axes that are one and the same have one name
+        names[axis] = next(name for name, each in groups.items() if set(each) == set(known))
+    total: dict[tuple[str, str], Traffic] = {}
+    for each in found:
+        key = names[each.axis], each.kind
+        before = total.get(key, Traffic(each.kind, key[0], 0, 0))
+        total[key] = replace(
+            before,
+            count=before.count + each.count,
+            sent_bytes=before.sent_bytes + each.sent_bytes,
+        )
+    return tuple(total.values())
+
+
+def group_shapes(run: Rehearsal) -> list[GroupShape]:
+    """What the formula of the update wants to know of the optimizer's groups."""
+    return [
+        GroupShape(
+            group.length,
+            group.key.dtype.itemsize,
+            len(group.buckets),
+            group.key.partial,
+            sum(stop - start for bucket in group.buckets for start, stop in bucket.shared),
+            sum(bool(bucket.shared) for bucket in group.buckets),
+        )
+        for group in run.optimizer.groups
+    ]
+
+
+def microstep_flops(config: Config, mesh: Mesh) -> float:
+    """6N + attention of a rank's share of a microbatch."""
+    tokens = config.data.micro_batch * config.data.sequence_length
+    return flops_per_token(config.model, config.data.sequence_length) * tokens / mesh.tp
+
+
+def measure(run: Rehearsal, programs: dict[str, hlo.Program], machine: Machine) -> Memory:
+    """The bytes of a core."""
+    groups = run.optimizer.groups
+    weights = sum(each.nbytes for each in run.model.parameters())
+    gradients = sum(4 * sum(group.lengths) for group in groups)
+    moved = sum(group.key.dtype.itemsize * group.length for group in groups)
+    state = run.optimizer.state_bytes() - moved - sum(4 * group.length for group in groups)
+    live = {name: census.live(each) for name, each in programs.items()}
+    return Memory(weights, gradients, state, live, machine.memory_bytes())
+
+
+def notes(config: Config) -> Iterator[str]:
+    """What else a user would want to know."""
+    length = config.data.sequence_length
+    if length % KERNEL_TOKENS:
+        near = max(1, round(length / KERNEL_TOKENS)) * KERNEL_TOKENS
+        yield (
+            f"data.sequence_length={length} is not a multiple of {KERNEL_TOKENS}, so Neuron's "
+            "flash attention kernel refuses it and attention computes every pair of tokens; "
+            f"use {near}"
+        )
+    else:
+        yield (
+            "attention is traced as llamax's own operations; on NeuronCores the flash kernel "
+            "takes their place, and holds less"
+        )
+
+
+def layout(config: Config, machine: Machine, nodes: int) -> Mesh:
+    """The mesh of the world; ConfigError where it does not fit the machine."""
+    if machine.backend != "xla":
+        raise ConfigError(
+            f"--instance {machine.name} trains with run.backend={machine.backend}, which compiles "
+            "no XLA programs; use trn1.32xlarge, trn1n.32xlarge or trn1.2xlarge"
+        )
+    tensor, cores = config.parallel.tensor, machine.ranks
+    if cores % tensor:
+        fitting = [str(degree) for degree in range(1, cores + 1) if cores % degree == 0]
+        raise ConfigError(
+            f"parallel.tensor={tensor} does not fit {machine.name}, whose nodes have {cores} "
+            f"NeuronCores: tensor ranks share a node; use {', '.join(fitting)}"
+        )
+    return Mesh.fill(nodes * cores, tp=tensor).on_trn1(cores)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="llamax audit",
+        usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME] [--ranks all|corners] "
+        "[--json] [--section.key=value ...]",
+        description="Trace a run without devices. Exit code 0 if the whole cluster would compile "
+        "each program once, 3 if not.",
+        allow_abbrev=False,
+    )
+    p.add_argument("--config", required=True, help="a recipe's name or a TOML file")
+    p.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
+    p.add_argument("--instance", default="trn1.32xlarge", help="default trn1.32xlarge")
+    p.add_argument(
+        "--ranks",
+        choices=("all", "corners"),
+        default="all",
+        help="also trace every rank with few layers (default), or only those at the corners",
+    )
+    p.add_argument("--json", action="store_true", help="numbers for programs")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Print what was found; 0 if each program is compiled once, ``DIFFERS`` if not."""
+    options, overrides = parser().parse_known_args(list(argv))
+    if options.nodes < 1:
+        raise ConfigError(f"--nodes={options.nodes} is out of range; use 1 or more")
+    machine = machines.load(options.instance)
+    layout(configfile.load(options.config, overrides), machine, options.nodes)
+    world = options.nodes * machine.ranks
+    config = configfile.load(options.config, overrides, world)
+    mesh = layout(config, machine, options.nodes)
+    headline = (
+        f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
+        f"{options.nodes} x {machine.name}: tensor {mesh.tp} x data {mesh.dp}, "
+        f"{config.accumulation(mesh.dp)} microsteps of {config.data.micro_batch} x "
+        f"{config.data.sequence_length} tokens, recompute {config.run.recompute}"
+    )
+    found = audit(config, mesh, machine, headline, options.ranks == "all")
+    if options.json:
+        print(json.dumps(report.as_json(found), indent=2))
+    else:
+        print("\n".join(report.show(found)))
+    sys.stdout.flush()
+    if found.passes:
+        if not options.json:
+            print("each program compiles once for the whole cluster")
+        return 0
+    for problem in found.problems:
+        print(f"llamax: {problem}", file=sys.stderr)
+    return DIFFERS
+
+
+if __name__ == "__main__":
+    sys.exit(program.run(main))
