@@ -1,10 +1,11 @@
-"""``llamax prepare --template``: every kind of table, slices, splits, and every mistake in a line."""
+"""``llamax prepare --template``: tables of all kinds, slices, splits, mistakes in a line."""
 
 from __future__ import annotations
 
 import csv
 import gzip
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def documents(file: TokenFile) -> list[tuple[list[int], list[bool]]]:
     edges = file.documents.astype(int).tolist()
     return [
         (file.tokens[a:b].tolist(), file.counted(np.arange(a, b)).tolist())
-        for a, b in zip(edges, edges[1:], strict=False)
+        for a, b in pairwise(edges)
     ]
 
 
@@ -103,9 +104,7 @@ def test_slices_limits_and_files_of_splits(tokenizer: Path, tmp_path: Path) -> N
     own = load_tokenizer(tokenizer)
 
     def questions(*args: object) -> dict[str, list[str]]:
-        out = tmp_path / "-".join(map(str, args)).replace("/", "_").replace("[", "").replace(
-            ":", ""
-        )
+        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         prepare(out, *args, "--template", "dolly", "--tokenizer", tokenizer)
         return {
             path.stem: [own.decode(ids).split("\n")[1] for ids, _ in documents(TokenFile(path))]
@@ -144,8 +143,8 @@ def test_fields_system_and_conversations(tmp_path: Path) -> None:
         {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"},
                            {"from": "human", "value": "unanswered"}]},
     ]  # fmt: skip
-    out = prepare(tmp_path / "out", write_rows(tmp_path / "r.jsonl", table), "--template", "llama3-chat",
-                  "--field", "instruction=Q", "--field", "answer=A", "--system", "Sys.",
+    out = prepare(tmp_path / "out", write_rows(tmp_path / "r.jsonl", table),
+                  "--template", "llama3-chat", "--field", "instruction=Q", "--field", "answer=A", "--system", "Sys.",
                   "--tokenizer", folder, "--validation", "0")  # fmt: skip
     first, second = (ids for ids, _ in documents(open_dataset(out).train))
     eot = own.special["<|eot_id|>"]
@@ -172,14 +171,14 @@ def test_it_says_what_was_made(
     start, _ = TokenFile(out / "train.tokens").header.sections["counted"]
     raw[start] ^= 1
     (out / "train.tokens").write_bytes(raw)
-    with pytest.raises(DataError, match="counted bits"):
-        describe(out, verify=True)
+    with pytest.raises(DataError, match="do not match their checksum"):
         list(describe(out, verify=True))
 
 
 def test_a_tokenizer_is_trained_on_the_samples(tmp_path: Path) -> None:
     table = write_rows(tmp_path / "r.jsonl", [
-        {"question": f"Is {i} even?", "answer": f"{i} / 2 = {i / 2}, so {i % 2 == 0}"} for i in range(300)
+        {"question": f"Is {i} even?", "answer": f"{i} / 2 = {i / 2}, so {i % 2 == 0}"}
+        for i in range(300)
     ])  # fmt: skip
     out = prepare(tmp_path / "out", table, "--template", "dolly", "--train-tokenizer", 320)
     assert load_tokenizer(out).vocab_size == 320
@@ -248,10 +247,12 @@ def test_gsm8k_packs_to_98_percent(shared_data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.jsonl", '{"instruction": "Q"}\n', r"a\.jsonl: row 1: has no field for the answer \(looked "
-         r"for answer, response, output, completion; found instruction\); use --field answer=NAME"),
-        ("a.jsonl", '{"instruction": "Q", "answer": "A"}\n\n{"answer": "A"}', "row 2: has no field for the instr"),
-        ("a.jsonl", '{"instruction": "Q", "answer": " "}', r"row 1: has an empty answer; .*--drop-empty"),
+        ("a.jsonl", '{"instruction": "Q"}\n', r"a\.jsonl: row 1: has no field for the answer "
+         r"\(looked for answer, response, output, completion; found instruction\); "
+         "use --field answer=NAME"),
+        ("a.jsonl", '{"instruction": "Q", "answer": "A"}\n\n{"answer": "A"}',
+         "row 2: has no field for the instr"),
+        ("a.jsonl", '{"instruction": "Q", "answer": " "}', "row 1: has an empty answer; .*--drop"),
         ("a.jsonl", '{"instruction": " ", "answer": "A"}', "row 1: has an empty 'instruction'"),
         ("a.jsonl", '{"instruction": "Q", "answer": 7}', "row 1: has a field 'answer' that is int"),
         ("a.jsonl", '{"instruction": "Q", "answer": "\\ud800"}', "row 1: holds half a character"),
@@ -262,7 +263,7 @@ def test_gsm8k_packs_to_98_percent(shared_data: Path, tmp_path: Path) -> None:
         ("a.json", "[1, 2", "a.json: is not JSON"),
         ("a.json", '{"x": 1, "y": 2}\n', "row 1: has no field"),
         ("a.json", '{"x": [\n1], "y": [2]}\n', "neither a list of rows nor an object with one"),
-        ("a.csv", 'instruction,answer\nQ,A\nQ\n', r"row 2: has 1 fields where the head names 2 \(instr"),
+        ("a.csv", 'instruction,answer\nQ,A\nQ\n', "row 2: has 1 fields where the head names 2 "),
         ("a.csv", 'instruction,answer\nQ,A\n"Q,A\n', "row 2 is not CSV"),
         ("a.csv", b"instruction,answer\nQ,\xff\n", "byte 21 is not UTF-8"),
         ("a.txt", "x", r"a\.txt: is no table of rows; give a \.jsonl"),
@@ -324,7 +325,7 @@ def test_bad_options(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     )
     refused("reads neither messages nor system", tmp_path, *with_template, "--system", "Be short.")
     bad = tmp_path / "bad.jinja"
-    bad.write_text("{{ answer.__class__ }}")
+    bad.write_text("{{ answer.__class__.__base__ }}")
     refused(r"row 1: template .*bad\.jinja: is refused", tmp_path, table, "--template", bad, *given)
     with pytest.raises(SystemExit):
         main([str(table), "--out", "x", *map(str, given), "--template", "dolly", "--field", "x=y"])
