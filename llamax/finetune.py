@@ -8,17 +8,20 @@ and evaluation a base with the adapters of a PEFT folder or a run.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 
-from llamax import lora
+from llamax import base, lora
 from llamax.checkpoint import adapters
 from llamax.checkpoint.hub import open_source
-from llamax.checkpoint.load import Checkpoint, Source, load_weights
-from llamax.collectives import Axes, Axis
+from llamax.checkpoint.load import Checkpoint, Source, check_shapes, load_owned, load_weights
+from llamax.collectives import Axes, Axis, Solo
 from llamax.config import Config, Finetune, Model
 from llamax.errors import CheckpointError, ConfigError
 from llamax.model import DTYPES, Llama
+from llamax.parallel.frozen import Store
 
 
 def build(
@@ -34,37 +37,74 @@ def build(
         tp,
         sequence_parallel=config.parallel.sequence,
         dtype=DTYPES[config.run.dtype],
-        device=device,
+        device="meta" if finetune.method == "qlora" else device,
         recompute=config.run.recompute,
     )
     if first is not None:
-        parameters = dict(model.named_parameters())
-        load_weights(first, parameters, model.shards, tp.size, tp.rank, convert=True)
+        like = torch.empty(0, dtype=DTYPES[config.run.dtype], device=device)
+        load(model, first, finetune, like, axes.data, seed)
     elif fresh:
         model.init(seed)
-    if finetune.method != "full":
-        like = torch.empty(0, dtype=DTYPES[config.run.dtype], device=device)
-        lora.adapt(model, finetune, like, seed)
-        lora.init(model, seed)
     return model
 
 
-def about(finetune: Finetune, base: Source | None) -> adapters.About | None:
+def load(
+    model: Llama, source: Source, finetune: Finetune, like: Tensor, data: Axis, seed: int = 0
+) -> None:
+    """Load a model's first weights, or its frozen base beside which new adapters are drawn.
+
+    ``like`` has the dtype and device of the model.  The base of qlora goes from the files into its
+    quantised form a tensor at a time: its model is built on the meta device.
+    """
+    parameters, shards, tp = dict(model.named_parameters()), model.shards, model.tp
+    if finetune.method != "qlora":
+        load_weights(source, parameters, shards, tp.size, tp.rank, convert=True)
+        if finetune.method == "lora":
+            lora.adapt(model, finetune, like, seed)
+            lora.init(model, seed)
+        return
+
+    check_shapes(source, parameters, shards, tp.size)
+
+    def keep(name: str, layer: lora.Linear) -> Store:
+        return base.store(name, layer, source, finetune, like, data)
+
+    lora.adapt(model, finetune, like, seed, keep)
+    lora.init(model, seed)
+    plain = [name for name in parameters if name in dict(model.named_parameters())]
+    for name in plain:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        weight = torch.empty(parameters[name].shape, dtype=like.dtype, device=like.device)
+        owner.weight = nn.Parameter(weight, requires_grad=False)
+    whole = [Whole(name, model.get_parameter(name).view(-1)) for name in plain]
+    load_owned(source, whole, shards, tp.size, tp.rank, convert=True)
+
+
+class Whole(NamedTuple):
+    """A whole parameter, to be filled."""
+
+    name: str
+    tensor: Tensor
+    kind: str = "weight"
+    start: int = 0
+
+
+def about(finetune: Finetune, first: Source | None) -> adapters.About | None:
     """What the checkpoints of a run say of its adapters; None where it trains a whole model.
 
     Raises CheckpointError where the base is an adapter itself.
     """
-    if base is not None and adapters.about(base) is not None:
+    if first is not None and adapters.about(first) is not None:
         raise CheckpointError(
-            f"{base.folder} holds adapters, not a model; merge them with llamax merge first"
+            f"{first.folder} holds adapters, not a model; merge them with llamax merge first"
         )
     if finetune.method == "full":
         return None
-    assert base is not None, "rules.adapters_have_a_base"
-    return adapters.About(finetune, str(base.folder), adapters.fingerprint(base))
+    assert first is not None, "rules.adapters_have_a_base"
+    return adapters.About(finetune, str(first.folder), adapters.fingerprint(first))
 
 
-def check_resumed(finetune: Finetune, resumed: Checkpoint, base: Source | None) -> None:
+def check_resumed(finetune: Finetune, resumed: Checkpoint, first: Source | None) -> None:
     """Refuse to go on from a checkpoint of another method, other adapters or another base."""
     found = adapters.about(resumed)
     if (found is None) != (finetune.method == "full"):
@@ -82,38 +122,39 @@ def check_resumed(finetune: Finetune, resumed: Checkpoint, base: Source | None) 
                 f"finetune.{name}={mine} but {resumed.folder} was trained with {theirs}; "
                 "use that, or another run.folder"
             )
-    assert base is not None, "rules.adapters_have_a_base"
-    found.check(resumed.folder, base)
+    assert first is not None, "rules.adapters_have_a_base"
+    found.check(resumed.folder, first)
 
 
 def load_tuned(
     adapter: Path | str,
-    base: Path | str | None = None,
+    base_folder: Path | str | None = None,
     tp: Axis | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Llama:
     """A base with adapters beside it, for generation and evaluation.
 
-    ``adapter``: a PEFT folder, or a run or checkpoint of adapters.  ``base``: where the adapter
-    says, unless given.  ``dtype``: that of the base's files unless given.
+    ``adapter``: a PEFT folder, or a run or checkpoint of adapters.  ``base_folder``: where the
+    adapter says, unless given.  ``dtype``: that of the base's files unless given.  The base is
+    quantised as it was in training.
     Raises CheckpointError where they do not belong together.
     """
     source, found = adapters.open_adapter(adapter)
-    if base is None and not Path(found.base).is_dir():
+    if base_folder is None and not Path(found.base).is_dir():
         raise CheckpointError(
             f"{adapter} is an adapter of {found.base or 'an unnamed base'}, which is not here; "
             "give the base's folder"
         )
-    frozen = open_source(base or found.base)
+    frozen = open_source(base_folder or found.base)
     about(Finetune(), frozen)
     found.check(source.folder, frozen)
     narrow = frozen.dtype("model.embed_tokens.weight") == torch.bfloat16
     kind = dtype or (torch.bfloat16 if narrow else torch.float32)
-    model = Llama(Model.from_hub(frozen.model), tp, dtype=kind, device=device)
-    degree, rank = model.tp.size, model.tp.rank
-    parameters = dict(model.named_parameters())
-    load_weights(frozen, parameters, model.shards, degree, rank, convert=True)
-    lora.adapt(model, found.finetune, torch.empty(0, dtype=kind, device=device))
-    load_weights(source, lora.trained(model), model.shards, degree, rank, convert=True)
+    tp = tp or Solo("tp", device)
+    at = "meta" if found.finetune.method == "qlora" else device
+    model = Llama(Model.from_hub(frozen.model), tp, dtype=kind, device=at)
+    like = torch.empty(0, dtype=kind, device=device)
+    load(model, frozen, found.finetune, like, Solo("data", device))
+    load_weights(source, lora.trained(model), model.shards, tp.size, tp.rank, convert=True)
     return model

@@ -1,0 +1,116 @@
+"""NF4, double quantisation and int8: bits and values are those of bitsandbytes, where it is."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamax import quant
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def judge() -> Any:
+    """bitsandbytes' functions."""
+    return pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes, the judge of NF4, is not installed"
+    ).functional
+
+
+def weights(kind: str, shape: tuple[int, int] = (96, 256)) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) / 30
+    if kind == "outliers":
+        x[::7, ::13] *= 20
+    if kind == "zeros":
+        x[3] = 0
+        x[:, 64:128] = 0
+    return x.bfloat16() if kind == "bfloat16" else x
+
+
+KINDS = ["normal", "outliers", "zeros", "bfloat16"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nf4_has_the_bits_and_values_of_bitsandbytes(judge: Any, kind: str) -> None:
+    weight = weights(kind)
+    bits, state = judge.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    scales = quant.block_scales(weight)
+    packed = quant.pack(quant.to_levels(weight, scales))
+    assert torch.equal(scales.flatten(), state.absmax)
+    assert torch.equal(packed.flatten(), bits.flatten())
+    expected = judge.dequantize_4bit(bits, state)
+    assert torch.equal(quant.from_levels(packed, scales, weight.dtype), expected)
+    assert torch.equal(quant.levels(CPU), judge.get_4bit_type("nf4", device="cpu"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(96, 256), (128, 512), (5, 64)], ids=str)
+def test_double_quantisation_has_the_bits_and_values_of_bitsandbytes(
+    judge: Any, kind: str, shape: tuple[int, int]
+) -> None:
+    """Its own tensor code is exact; its CPU library looks levels up in a table of 2^16 steps."""
+    weight = weights(kind, shape)
+    bits, state = judge.quantize_4bit(
+        weight, blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    scales = quant.block_scales(weight)
+    nested = quant.nest(scales)
+    assert torch.equal(quant.dynamic(CPU), state.state2.code)
+    assert torch.allclose(nested.mean, state.offset, rtol=1e-6)
+    assert torch.allclose(nested.scales, state.state2.absmax, rtol=1e-6)
+    centred = scales.flatten() - state.offset
+    exact, _ = torch.ops.bitsandbytes.quantize_blockwise(centred.double(), state.state2.code, 256)
+    assert torch.equal(nested.codes.flatten(), exact)
+    other = nested.codes.flatten() != state.absmax
+    assert other.float().mean() < 0.01
+    nested = nested._replace(codes=state.absmax.view(scales.shape))
+    places = torch.arange(scales.numel()).view(scales.shape) // quant.NESTED
+    found = quant.unnest(nested.codes, nested.scales[places], nested.mean)
+    mine = quant.from_levels(quant.pack(quant.to_levels(weight, scales)), found, weight.dtype)
+    assert torch.allclose(mine, judge.dequantize_4bit(bits, state), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_int8_has_the_values_of_bitsandbytes(judge: Any, kind: str) -> None:
+    weight = weights(kind)
+    live = weight.abs().amax(1) > 0  # a row of zeros divides by zero there
+    codes, stats, _ = judge.int8_vectorwise_quant(weight[live].float())
+    scales = quant.row_scales(weight)
+    mine = quant.to_int8(weight, scales)
+    assert torch.equal(scales[live], stats)
+    assert torch.equal(mine[live], codes)
+    dense = quant.from_int8(mine, scales, torch.float32)
+    assert torch.allclose(dense[live], judge.int8_vectorwise_dequant(codes, stats), rtol=1e-6)
+    assert not dense[~live].any()
+
+
+def test_every_level_and_the_middle_between_two_are_kept() -> None:
+    """Known answers, without a judge: a level is itself, a middle falls to the lower one."""
+    levels = torch.tensor(quant.LEVELS)
+    row = torch.cat((levels, (levels[:-1] + levels[1:]) / 2, torch.ones(33))).unsqueeze(0)
+    scales = quant.block_scales(row * 2)
+    assert scales.tolist() == [[2.0]]
+    found = quant.to_levels(row * 2, scales)[0]
+    assert found[:16].tolist() == list(range(16))
+    assert found[16:31].tolist() == list(range(15))
+    packed = quant.pack(found.unsqueeze(0))
+    assert packed[0, :2].tolist() == [0x01, 0x23]
+    dense = quant.from_levels(packed, scales, torch.float32)
+    assert torch.equal(dense[0, :16], levels * 2)
+
+
+def test_errors_are_as_small_as_the_levels_are_apart() -> None:
+    weight = weights("normal")
+    scales = quant.block_scales(weight)
+    dense = quant.from_levels(quant.pack(quant.to_levels(weight, scales)), scales, torch.float32)
+    error = (dense - weight).abs() / scales.repeat_interleave(64, 1)
+    assert error.max() <= max(b - a for a, b in itertools.pairwise(quant.LEVELS)) / 2 + 1e-6
+    scales = quant.row_scales(weight)
+    dense = quant.from_int8(quant.to_int8(weight, scales), scales, torch.float32)
+    assert ((dense - weight).abs() / scales.unsqueeze(1)).max() <= 0.5 / 127 + 1e-6
