@@ -26,7 +26,8 @@ from tqdm import tqdm
 import llamax
 from llamax.checkpoint import hub
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.consolidate import Planned, pack, size, write_json
+from llamax.checkpoint.assemble import write_json
+from llamax.checkpoint.consolidate import size
 from llamax.checkpoint.container import TAGS, Outgoing, Progress, building, silent, write
 from llamax.checkpoint.foreign.folder import Foreign
 from llamax.checkpoint.foreign.meta import FILE as META_FILE
@@ -93,6 +94,10 @@ def outgoing(source: Foreign, name: str, kind: str, key: str, flat: bool = False
     return Outgoing(key, source.dtype(name, kind), shape, Lazy(source, name, kind))
 
 
+def size_bytes(source: Foreign, name: str, kind: str = "weight") -> int:
+    return math.prod(source.shapes[name]) * source.dtype(name, kind).itemsize
+
+
 def word(source: Foreign) -> str:
     """The dtype of the weights, as configurations spell it."""
     return str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")
@@ -115,30 +120,28 @@ def to_hub(
 ) -> None:
     """Write the weights as a Hugging Face folder."""
     check_dtypes(source)
-    chosen = [
-        Planned(name, "weight", dtype, math.prod(shape) * dtype.itemsize)
-        for name, shape in source.shapes.items()
-        for dtype in [source.dtype(name)]
-    ]
-    packed = pack(chosen, max_shard_bytes)
+    packed: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name in source.shapes:
+        if packed[-1] and size_bytes(source, name) > room:
+            packed.append([])
+            room = max_shard_bytes
+        packed[-1].append(name)
+        room -= size_bytes(source, name)
     weight_map: dict[str, str] = {}
     with building(out) as part:
-        for number, tensors in enumerate(packed, start=1):
+        for number, names in enumerate(packed, start=1):
             file = f"model-{number:05d}-of-{len(packed):05d}.safetensors"
             file = hub.SINGLE if len(packed) == 1 else file
-            write(
-                part / file,
-                [outgoing(source, one.name, one.kind, one.name) for one in tensors],
-                progress=progress,
-            )
-            weight_map |= {one.name: file for one in tensors}
+            tensors = [outgoing(source, name, "weight", name) for name in names]
+            write(part / file, tensors, progress=progress)
+            weight_map |= dict.fromkeys(names, file)
         if len(packed) > 1:
-            total = sum(one.size_bytes for one in chosen)
-            index = {
-                "metadata": {"total_size": total},
-                "weight_map": dict(sorted(weight_map.items())),
-            }
-            write_json(part / hub.INDEX, index)
+            total = sum(size_bytes(source, name) for name in source.shapes)
+            sorted_map = dict(sorted(weight_map.items()))
+            write_json(
+                part / hub.INDEX, {"metadata": {"total_size": total}, "weight_map": sorted_map}
+            )
         write_json(part / hub.CONFIG, source.model.to_hub(word(source)))
         for name in hub.TOKENIZER_FILES:
             found = source.folder / name
@@ -196,11 +199,7 @@ def main(argv: Sequence[str]) -> int:
     began, out, shard_bytes = time.perf_counter(), Path(args.out), size(args.max_shard_size)
     source = open_folder(Path(args.folder), args.form, args.config, not args.weights_only)
     kinds = source.kinds if args.to == "llamax" else ("weight",)
-    total = sum(
-        math.prod(shape) * source.dtype(name, kind).itemsize
-        for name, shape in source.shapes.items()
-        for kind in kinds
-    )
+    total = sum(size_bytes(source, name, kind) for name in source.shapes for kind in kinds)
     with tqdm(total=total, unit="B", unit_scale=True, desc="import", leave=False) as bar:
         if args.to == "hub":
             to_hub(source, out, shard_bytes, bar.update)

@@ -44,15 +44,14 @@ class Optimum(Nxd):
     def _agree(self, name: str) -> None:
         stage, where = self.find(name)
         about = _inner(self._told[stage], "parameters", where.name)
+        path = self.folder / METADATA.format(stage)
         how = self.cuts[name]
-        ours = None if isinstance(how, Replica) else how.dim
-        cut = about.get("tensor_model_parallel") is True
-        if "tensor_model_parallel" in about and ours != (
-            about.get("partition_dim") if cut else None
-        ):
+        ours = "no dim" if isinstance(how, Replica) else f"dim {how.dim}"
+        told = f"dim {about.get('partition_dim')}"
+        told = told if about.get("tensor_model_parallel") is True else "no dim"
+        if about and told != ours:
             raise CheckpointError(
-                f"{self.folder / METADATA.format(stage)} says that {where.name} is cut along "
-                f"{about.get('partition_dim') if cut else 'no dim'}, llamax knows it along {ours}"
+                f"{path} says that {where.name} is cut along {told}, llamax knows it along {ours}"
             )
         for specs in _list(self._told[stage].get("model_weight_transformation_specs")):
             for kind, spec in _list(_inner(specs).get("specs")):
@@ -60,8 +59,8 @@ class Optimum(Nxd):
                 layer = _inner(specs).get("module_fully_qualified_name")
                 if kind and name == f"{layer}.k_proj.weight" and told != self.copies(name):
                     raise CheckpointError(
-                        f"{self.folder / METADATA.format(stage)} says that key/value heads are "
-                        f"repeated {told} times, the shards hold {self.copies(name)}"
+                        f"{path} says that key/value heads are repeated "
+                        f"{told} times, the shards hold {self.copies(name)}"
                     )
 
 
