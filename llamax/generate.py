@@ -2,13 +2,14 @@
 
 ::
 
-    prompts ──encode──> ids ──sampling.generate──> a token per prompt and step ──Detokenizer──> text
+    prompts ──Wording──> ids ──sampling.generate──> a token per prompt and step ──> text
 
 Under torchrun the ranks are one tensor-parallel axis: each computes the same logits and draws the
 same tokens, and rank 0 speaks.
 
 A prompt starts with a BOS token where the model's configuration names one, as Llama's do and as
-``llamax prepare`` packs documents; ``--no-bos`` leaves it out.
+``llamax prepare`` packs documents; ``--no-bos`` leaves it out.  ``--template`` wraps questions as
+training did; ``--compare`` asks two models and puts their answers side by side.
 """
 
 from __future__ import annotations
@@ -17,200 +18,28 @@ import argparse
 import json
 import os
 import sys
-import time
-from collections.abc import Callable, Collection, Sequence
+import unicodedata
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-import torch
-
 from llamax import log, program
 from llamax.backends import NAMES, choose
-from llamax.checkpoint.consolidate import dataset_of
-from llamax.checkpoint.hub import open_source
-from llamax.checkpoint.load import Checkpoint, Source, load_weights
-from llamax.collectives import Axis
-from llamax.config import Config, Data, Model, Parallel
-from llamax.data.detokenizer import Detokenizer
-from llamax.data.tokenizer import Tokenizer, load_tokenizer
+from llamax.config import Config, Data, Parallel
+from llamax.data.instruct import FIELDS, column
+from llamax.data.templates import BUILT_IN
 from llamax.errors import ConfigError, DataError
 from llamax.launch.env import rendezvous
 from llamax.mesh import Mesh
-from llamax.model import DTYPES, Llama
-from llamax.sampling import Sampling, check_prompts, generate
+from llamax.model import DTYPES
+from llamax.prompts import Asked, Wording, read_file
+from llamax.sampling import Sampling, check_prompts
+from llamax.speaker import Completion, Given, Show, Speaker, open_given
 
 TIMEOUT_S = 600.0
-
-Show = Callable[[str], None]
-
-
-# --- what is given -------------------------------------------------------------------------------
-
-
-def tokenizer_of(source: Source, vocab_size: int, given: str = "") -> Tokenizer:
-    """The tokenizer given, else that of the model's folder or of the dataset it was trained on.
-
-    Raises DataError where there is none, where it is not the one the model was trained with, and
-    where it has more ids than the model.
-    """
-    place: Path | None = Path(given or source.folder)
-    if isinstance(source, Checkpoint) and not given:
-        place = dataset_of(source.folder)
-    if place is None or not (given or place.is_dir()):
-        raise DataError(
-            f"{source.folder} was trained on the dataset {place}, which is not here to lend its "
-            "tokenizer; use --tokenizer PATH"
-        )
-    tokenizer = load_tokenizer(place)
-    expected = source.state.get("tokenizer") if isinstance(source, Checkpoint) else None
-    if expected and not given and expected != tokenizer.fingerprint:
-        raise DataError(
-            f"{tokenizer.path} is not the tokenizer that {source.folder} was trained with: its "
-            f"sha256 is {tokenizer.fingerprint[:12]}, not {expected[:12]}; use --tokenizer PATH"
-        )
-    if tokenizer.vocab_size > vocab_size:
-        raise DataError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} ids but the model {vocab_size}; "
-            "use --tokenizer with the model's own"
-        )
-    return tokenizer
-
-
-def read_prompts(path: Path) -> list[str]:
-    """One prompt per line; in a .jsonl file each line's key ``prompt``.  Blank lines are skipped.
-
-    Raises DataError where the file cannot be read, is not UTF-8, or holds no prompts.
-    """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: is not UTF-8 at byte {error.start}; convert it") from None
-    if not lines:
-        raise DataError(f"{path}: holds no prompts; write one per line")
-    return [_prompt(line, path) for line in lines] if path.suffix == ".jsonl" else lines
-
-
-def _prompt(line: str, path: Path) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, TypeError, KeyError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise DataError(f'{path}: {line[:60]!r} is not {{"prompt": "text"}}; mend that line')
-    return prompt
-
-
-def encode(tokenizer: Tokenizer, prompt: str, bos_id: int | None) -> list[int]:
-    """Ids of a prompt, BOS first if there is one; DataError where it is no valid Unicode."""
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise DataError(f"prompt {ascii(prompt)[:60]} is not UTF-8; retype it") from None
-    return [*([] if bos_id is None else [bos_id]), *tokenizer.encode(prompt)]
-
-
-def build(source: Source, config: Model, tp: Axis, device: torch.device, dtype: str) -> Llama:
-    """The model on this tensor-parallel rank; ``dtype`` is that of its files where empty."""
-    narrow = source.dtype("model.embed_tokens.weight") == torch.bfloat16
-    kind = DTYPES[dtype] if dtype else torch.bfloat16 if narrow else torch.float32
-    model = Llama(config, tp, dtype=kind, device=device)
-    parameters = dict(model.named_parameters())
-    load_weights(source, parameters, model.shards, tp.size, tp.rank, convert=True)
-    return model
-
-
-# --- what is made --------------------------------------------------------------------------------
-
-
-@dataclass
-class Completion:
-    """What became of a prompt: a line of ``--out``; ``ended`` by "stop" or by "length"."""
-
-    prompt: str
-    prompt_tokens: int
-    new_tokens: int = 0
-    text: str = ""
-    ended: str = "length"
-
-
-@dataclass
-class Speed:
-    """Tokens and seconds, of prefill (up to the first new token) and of decoding after it."""
-
-    prompt_tokens: int = 0
-    prefill_s: float = 0.0
-    new_tokens: int = 0
-    decode_s: float = 0.0
-
-    def __str__(self) -> str:
-        text = f"{self.prompt_tokens} prompt tokens in {self.prefill_s:.2f} s"
-        if not self.new_tokens:
-            return text
-        rate = self.new_tokens / max(self.decode_s, 1e-9)
-        return f"{text}, {self.new_tokens} more in {self.decode_s:.2f} s: {rate:.1f} tokens/s"
-
-
-@dataclass
-class Speaker:
-    """Continues prompts with one model; ``speed`` adds up over all of them."""
-
-    model: Llama
-    tokenizer: Tokenizer
-    sampling: Sampling
-    max_new_tokens: int = 100
-    stops: Sequence[str] = ()
-    stop_ids: Collection[int] = ()
-    speed: Speed = field(default_factory=Speed)
-
-    def speak(
-        self, prompts: Sequence[str], ids: Sequence[Sequence[int]], number: int, show: Show
-    ) -> list[Completion]:
-        """The completions of a batch whose first prompt is the ``number``-th, counted from 0.
-
-        ``show`` gets the text of that one as it is made, in whole characters.
-        """
-        done = [Completion(*each) for each in zip(prompts, map(len, ids), strict=True)]
-        writers = [Detokenizer(self.tokenizer.decode, prompt, self.stops) for prompt in ids]
-        steps = generate(
-            self.model,
-            ids,
-            max_new_tokens=self.max_new_tokens,
-            sampling=replace(self.sampling, seed=self.sampling.seed + number),
-            stop_ids=self.stop_ids,
-            vocab_size=self.tokenizer.vocab_size,
-        )
-        began = first = time.perf_counter()
-        for step, tokens in enumerate(steps):
-            first = first if step else time.perf_counter()
-            for completion, writer, token in zip(done, writers, tokens, strict=True):
-                if token is None or completion.ended == "stop":
-                    continue
-                stop = token in self.stop_ids
-                text = writer.finish() if stop else writer.feed(token)
-                completion.new_tokens += 1
-                completion.ended = "stop" if stop or writer.stopped else "length"
-                completion.text += text
-                if completion is done[0]:
-                    show(text)
-            if all(completion.ended == "stop" for completion in done):
-                break
-        for completion, writer in zip(done, writers, strict=True):
-            text = writer.finish()
-            completion.text += text
-            if completion is done[0]:
-                show(text)
-        self.speed.prompt_tokens += sum(map(len, ids))
-        self.speed.prefill_s += first - began
-        self.speed.new_tokens += sum(completion.new_tokens - 1 for completion in done)
-        self.speed.decode_s += time.perf_counter() - first
-        return done
-
-
-# --- the program ---------------------------------------------------------------------------------
+COLUMN = 48  # characters of an answer beside another
 
 
 def parser() -> argparse.ArgumentParser:
@@ -221,13 +50,41 @@ def parser() -> argparse.ArgumentParser:
         "torchrun all ranks share the model (tensor parallelism).",
         allow_abbrev=False,
     )
-    p.add_argument("model", type=Path, help="Hugging Face folder, run folder or checkpoint step")
+    p.add_argument(
+        "model",
+        type=Path,
+        nargs="?",
+        help="Hugging Face folder, run folder, checkpoint step, or a folder of adapters",
+    )
+    p.add_argument(
+        "--compare", metavar="BASE,TUNED", help="two models in place of one, side by side"
+    )
+    p.add_argument(
+        "--base", default="", metavar="PATH", help="of adapters, if not where they say it is"
+    )
     p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     p.add_argument(
         "--prompts-file",
         type=Path,
         metavar="FILE",
-        help='one prompt per line, or .jsonl with {"prompt": "text"}',
+        help='one prompt per line, or .jsonl with {"prompt": "text"}; with --template rows of '
+        "questions",
+    )
+    p.add_argument(
+        "--template",
+        default="",
+        metavar="NAME|FILE",
+        help=f"wrap prompts as in training: {', '.join(BUILT_IN)}, a file or a folder with one",
+    )
+    p.add_argument("--context", default="", metavar="TEXT", help="what questions are about")
+    p.add_argument("--system", default="", metavar="TEXT", help="what every prompt begins with")
+    p.add_argument(
+        "--field",
+        action="append",
+        type=column,
+        default=[],
+        metavar="FIELD=COLUMN",
+        help=f"rows: which column is the {', '.join(FIELDS)}",
     )
     p.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default 100")
     p.add_argument(
@@ -287,6 +144,32 @@ def say(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def columns(left: str, right: str, width: int = COLUMN) -> str:
+    """Two texts side by side, each wrapped at ``width`` columns of a terminal."""
+    sides = [list(_wrapped(text, width)) for text in (left, right)]
+    rows = max(map(len, sides))
+    first, second = ([*side, *[""] * (rows - len(side))] for side in sides)
+    lines = zip(first, second, strict=True)
+    return "\n".join(f"{a}{' ' * (width - _wide(a))} | {b}".rstrip() for a, b in lines)
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    lines = [""]
+    for character in text.expandtabs(4):
+        if character == "\n":
+            lines.append("")
+            continue
+        if _wide(lines[-1] + character) > width:
+            lines.append("")
+        lines[-1] += character
+    return lines
+
+
+def _wide(text: str) -> int:
+    """Columns that a terminal gives a text: Hangul, Kana and Han take two."""
+    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the program; see ``parser``."""
     options = parser().parse_args(argv)
@@ -298,44 +181,117 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--stop is empty; give the text to stop at")
     temperature = 0.0 if options.greedy else options.temperature
     sampling = Sampling(temperature, options.top_k, options.top_p, options.seed)
+    models = [open_given(path, options.tokenizer, options.base) for path in _paths(options)]
+    rows = [{"prompt": text, "instruction": text} for text in options.prompt]
+    places = [f"prompt {ascii(text)[:40]}" for text in options.prompt]
+    if options.prompts_file:
+        found = read_file(options.prompts_file)
+        rows += found
+        places += [f"{options.prompts_file}: row {i}" for i in range(1, len(found) + 1)]
+    if not rows:
+        rows, places = [{"prompt": "", "instruction": ""}], ["prompt"]
+    tp = where.world_size
+    asked: list[list[Asked]] = []
+    ends: list[set[int]] = []
+    for each in models:
+        Config(each.model, Parallel(tensor=tp), data=Data(sequence_length=tp)).check(tp)
+        wording = Wording(
+            each.tokenizer,
+            None if options.no_bos else each.model.bos_token_id,
+            options.template,
+            dict(options.field),
+            options.context,
+            options.system,
+        )
+        asked.append([wording.ask(row, at) for row, at in zip(rows, places, strict=True)])
+        ends.append({*each.model.eos_token_ids, *wording.ends, *options.stop_id})
+        check_prompts(each.model, [one.ids for one in asked[-1]], options.max_new_tokens)
 
-    source = open_source(options.model)
-    config, tp = Model.from_hub(source.model), where.world_size
-    Config(config, Parallel(tensor=tp), data=Data(sequence_length=tp)).check(tp)
-    tokenizer = tokenizer_of(source, config.vocab_size, options.tokenizer)
-    prompts = options.prompt + (read_prompts(options.prompts_file) if options.prompts_file else [])
-    prompts = prompts or [""]
-    bos_id = None if options.no_bos else config.bos_token_id
-    ids = [encode(tokenizer, prompt, bos_id) for prompt in prompts]
-    check_prompts(config, ids, options.max_new_tokens)
-
-    speaks, alone = where.rank == 0, len(prompts) == 1
-    show: Show = say if speaks and alone else lambda text: None
-    kv = max(1, tp // config.num_key_value_heads)
+    kv = max(1, tp // min(each.model.num_key_value_heads for each in models))
     backend = choose(options.backend, where, options.threads)
     with ExitStack() as stack:
+        speaks = where.rank == 0
         out = stack.enter_context(new_file(options.out)) if options.out and speaks else None
         axes = stack.enter_context(backend.joined(Mesh(tp=tp), TIMEOUT_S, kv))
-        speaker = Speaker(
-            build(source, config, axes.tp, backend.device, options.dtype),
-            tokenizer,
-            sampling,
-            options.max_new_tokens,
-            options.stop,
-            {*config.eos_token_ids, *options.stop_id},
-        )
-        for start in range(0, len(prompts), options.batch):
-            batch = slice(start, start + options.batch)
-            show(prompts[start])
-            for done in speaker.speak(prompts[batch], ids[batch], start, show):
-                start += 1
-                if speaks and not alone:
-                    say(f"=== {start} of {len(prompts)} ===\n{done.prompt}{done.text}\n")
-                if out:
-                    out.write(json.dumps(asdict(done), ensure_ascii=False) + "\n")
-            show("\n")
-    log.logger.info("%s", speaker.speed)
+
+        def speaker(number: int) -> Speaker:
+            given: Given = models[number]
+            return Speaker(
+                given.build(axes.tp, backend.device, options.dtype),
+                given.tokenizer,
+                sampling,
+                options.max_new_tokens,
+                options.stop,
+                ends[number],
+            )
+
+        if options.compare is None:
+            _answer(speaker(0), asked[0], options.batch, speaks, out)
+        else:
+            made = [_complete(speaker(i), asked[i], options.batch) for i in range(2)]
+            if speaks:
+                _side_by_side(_paths(options), asked[0], made, out)
     return 0
+
+
+def _paths(options: argparse.Namespace) -> list[Path]:
+    """The models that the command line names; ConfigError where it names none or too many."""
+    if (options.model is None) == (options.compare is None):
+        raise ConfigError("give one model's folder, or --compare BASE,TUNED")
+    if options.compare is None:
+        return [options.model]
+    paths = [Path(part) for part in options.compare.split(",")]
+    if len(paths) != 2:
+        raise ConfigError(f"--compare={options.compare} names {len(paths)} models; use BASE,TUNED")
+    return paths
+
+
+def _answer(
+    speaker: Speaker, asked: Sequence[Asked], batch: int, speaks: bool, out: IO[str] | None
+) -> None:
+    """Answer all prompts, each batch as it is done; a single prompt token by token."""
+    alone = len(asked) == 1
+    show: Show = say if speaks and alone else lambda text: None
+    for start in range(0, len(asked), batch):
+        some = asked[start : start + batch]
+        show(some[0].text)
+        done = speaker.speak([one.text for one in some], [one.ids for one in some], start, show)
+        for number, (one, completion) in enumerate(zip(some, done, strict=True), start + 1):
+            if speaks and not alone:
+                say(f"=== {number} of {len(asked)} ===\n{completion.prompt}{completion.text}\n")
+            if out:
+                write_line(out, {**one.row, **asdict(completion)})
+        show("\n")
+    log.logger.info("%s", speaker.speed)
+
+
+def _complete(speaker: Speaker, asked: Sequence[Asked], batch: int) -> list[Completion]:
+    """The answers to all prompts."""
+    done: list[Completion] = []
+    for start in range(0, len(asked), batch):
+        some = asked[start : start + batch]
+        texts, ids = [one.text for one in some], [one.ids for one in some]
+        done += speaker.speak(texts, ids, start, lambda text: None)
+    log.logger.info("%s", speaker.speed)
+    return done
+
+
+def _side_by_side(
+    names: Sequence[Path],
+    asked: Sequence[Asked],
+    made: Sequence[Sequence[Completion]],
+    out: IO[str] | None,
+) -> None:
+    for number, (one, base, tuned) in enumerate(zip(asked, *made, strict=True), 1):
+        say(f"=== {number} of {len(asked)} ===\n{one.text}\n")
+        say(columns(f"[{names[0]}]\n{base.text}", f"[{names[1]}]\n{tuned.text}") + "\n")
+        if out:
+            write_line(out, {**one.row, "base": asdict(base), "tuned": asdict(tuned)})
+
+
+def write_line(out: IO[str], value: dict[str, object]) -> None:
+    """One line of JSON."""
+    out.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

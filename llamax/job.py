@@ -110,6 +110,7 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: In
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         keep_best=config.checkpoint.keep_best,
+        also_hf=config.checkpoint.also_hf,
         background=config.checkpoint.background,
         timeout_s=config.run.timeout_s,
         barrier=backend.barrier,

@@ -348,3 +348,12 @@ def blocks_fit_shares(c: Config, world: int | None) -> Iterator[str]:
                 f"parallel.tensor={tensor} leaves an odd share of {key}={width}, and "
                 f"finetune.quant=nf4 packs weights in pairs; use finetune.quant=int8"
             )
+
+
+@rule("checkpoint.also_hf", "finetune.method")
+def adapters_are_no_model(c: Config, world: int | None) -> Iterator[str]:
+    if c.checkpoint.also_hf and c.finetune.method != "full":
+        yield (
+            f"checkpoint.also_hf=true with finetune.method={c.finetune.method}: a checkpoint of "
+            "adapters is no whole model; use checkpoint.also_hf=false, and llamax merge afterwards"
+        )

@@ -239,7 +239,7 @@ def export(adapter: Checkpoint, out: Path | str) -> Path:
         for name in adapter.names():
             one = slabs.whole(adapter, name, "weight", adapter.dtype(name), buffers)
             outgoing.append(one._replace(name=PREFIX + name))
-        write(folder / WEIGHTS, outgoing, careful=False)
+        write(folder / WEIGHTS, outgoing)
         for name, value in ((CONFIG, config), (BASE, found.state()["base"])):
             text = json.dumps(value, indent=2) + "\n"
             with writing(folder / name, len(text)):

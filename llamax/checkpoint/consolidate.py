@@ -1,33 +1,32 @@
 """``llamax consolidate CHECKPOINT --out DIR``: a checkpoint becomes a Hugging Face folder.
 
-Tensors stream from the ranks' files through one slab of 16 MiB into ``model.safetensors`` (or
-numbered files and an index), so memory does not grow with the model.  The folder gets its name when
-all is written and the hashes of all that was read, checked meanwhile, are those of the manifest.
+What goes where is planned first; then processes stream tensors from the ranks' files to their
+places in ``model.safetensors`` (or numbered files and an index), each through one slab of 16 MiB,
+so memory does not grow with the model.  The folder gets its name when all is written and the hashes
+of all that was read, checked meanwhile, are those of the manifest.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import shutil
+import multiprocessing
+import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from llamax import configfile
-from llamax.checkpoint import hub, slabs
-from llamax.checkpoint.container import Progress, building, silent, write, writing
+from llamax.checkpoint import assemble, slabs
+from llamax.checkpoint.assemble import Planned
+from llamax.checkpoint.container import Progress, building, silent
 from llamax.checkpoint.load import Checkpoint
-from llamax.checkpoint.manifest import CONFIG, find
-from llamax.config import Model
-from llamax.data.export import export
-from llamax.data.tokenizer import load_tokenizer
+from llamax.checkpoint.manifest import find
 from llamax.errors import CheckpointError, ConfigError
 from llamax.metrics import show_bytes, show_number, show_time
 
@@ -35,128 +34,85 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
-class Planned(NamedTuple):
-    """One tensor to write, and what it is made of."""
+class Work(NamedTuple):
+    """What every worker knows: where from, where to, and its own slab."""
 
-    name: str
-    kind: str
-    dtype: torch.dtype
-    size_bytes: int
+    source: Checkpoint
+    folder: Path
+    offsets: dict[str, int]
+    buffers: slabs.Buffers
+
+    def fill(self, one: Planned) -> int:
+        """Write one tensor; its bytes."""
+        offset = self.offsets[one.name]
+        return assemble.fill(self.source, self.folder, one, offset, self.buffers)
 
 
 def consolidate(
     checkpoint: Path | str,
     out: Path | str,
     dtype: torch.dtype | None = None,
-    max_shard_bytes: int = 5 * 10**9,
+    max_shard_bytes: int = assemble.FILE_BYTES,
     tokenizer: Path | str | None = None,
     verify: bool = True,
     progress: Progress = silent,
+    processes: int = 1,
 ) -> Path:
     """Write a checkpoint (a step's folder, or a run's: its newest) as a Hugging Face folder.
 
     ``dtype`` defaults to that of the weights; float32 takes the masters where there are some.
-    ``verify`` hashes what is read, beside the reading.
+    ``verify`` hashes what is read, beside the reading.  ``processes`` above 1 are forks.
     Raises CheckpointError where the checkpoint is damaged, ``out`` is in use or the disk is full.
     """
     source = Checkpoint(find(Path(checkpoint)), verify=False)
-    model = Model.from_hub(source.model)
-    chosen = [plan(source, name, dtype) for name in source.names()]
-    needed = {piece.path for one in chosen for piece in source.pieces(one.name, one.kind)}
-    with building(Path(out)) as folder, ThreadPoolExecutor(max_workers=1) as pool:
-        verified = pool.submit(source.check, sorted(needed) if verify else [])
-        write_weights(source, chosen, folder, max_shard_bytes, progress)
-        word = str(chosen[0].dtype).removeprefix("torch.")
-        write_json(folder / hub.CONFIG, model.to_hub(word))
-        special = {"bos_token_id": model.bos_token_id, "eos_token_id": model.eos_token_id}
-        write_json(folder / hub.GENERATION, {k: v for k, v in special.items() if v is not None})
-        write_tokenizer(source, model, None if tokenizer is None else Path(tokenizer), folder)
-        verified.result()
+    planned = assemble.plan(source, dtype, max_shard_bytes)
+    needed = assemble.pieces_of(source, planned) if verify else []
+    with building(Path(out)) as folder:
+        work = Work(source, folder, assemble.lay_out(folder, planned), slabs.new_buffers(2))
+        done = _forked(work, planned, processes) if processes > 1 else _threaded(work, planned)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            first = next(done)  # processes are forked before there are threads
+            verified = pool.submit(source.check, needed)
+            progress(first)
+            for size_bytes in done:
+                progress(size_bytes)
+            given = None if tokenizer is None else Path(tokenizer)
+            assemble.finish(source, planned, folder, given)
+            verified.result()
     return Path(out)
 
 
-def plan(source: Checkpoint, name: str, dtype: torch.dtype | None) -> Planned:
-    """What to write for one tensor."""
-    masters = dtype == torch.float32 and "master" in source.kinds(name)
-    as_dtype = dtype or source.dtype(name)
-    size_bytes = math.prod(source.shape(name)) * as_dtype.itemsize
-    return Planned(name, "master" if masters else "weight", as_dtype, size_bytes)
+def _threaded(work: Work, planned: Sequence[Planned]) -> Iterator[int]:
+    """One tensor is read while another is written."""
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield from pool.map(work.fill, planned)
 
 
-def pack(chosen: Sequence[Planned], most_bytes: int) -> list[list[Planned]]:
-    """The tensors of each file: in order, a new file where the next would pass ``most_bytes``."""
-    files: list[list[Planned]] = [[]]
-    size_bytes = 0
-    for one in chosen:
-        if files[-1] and size_bytes + one.size_bytes > most_bytes:
-            files.append([])
-            size_bytes = 0
-        files[-1].append(one)
-        size_bytes += one.size_bytes
-    return files
-
-
-def write_weights(
-    source: Checkpoint, chosen: Sequence[Planned], folder: Path, most_bytes: int, progress: Progress
-) -> None:
-    """Write ``model.safetensors``, or numbered files and their index."""
-    files, buffers = pack(chosen, most_bytes), slabs.new_buffers()
-    weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(files, start=1):
-        several = len(files) > 1
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors" if several else hub.SINGLE
-        outgoing = [slabs.whole(source, t.name, t.kind, t.dtype, buffers) for t in tensors]
-        write(folder / name, outgoing, careful=False, progress=progress)
-        weight_map |= {tensor.name: name for tensor in tensors}
-    if len(files) > 1:
-        total = sum(tensor.size_bytes for tensor in chosen)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_json(folder / hub.INDEX, index)
-
-
-def write_tokenizer(source: Checkpoint, model: Model, given: Path | None, folder: Path) -> None:
-    """Put the tokenizer beside the weights: the one given, or that of the dataset, if it is there.
-
-    Raises CheckpointError where it is not the one the model was trained with.
-    """
-    path = given or dataset_of(source.folder)
-    if path is None or not (given or path.is_dir()):
-        return
-    tokenizer, trained_with = load_tokenizer(path), source.state.get("tokenizer")
-    if given is None and trained_with not in (None, tokenizer.fingerprint):
-        raise CheckpointError(
-            f"{path} holds another tokenizer (sha256 {tokenizer.fingerprint}) than the model was "
-            f"trained with ({trained_with}); give that one with --tokenizer"
-        )
-    if tokenizer.vocab_size > model.vocab_size:
-        raise CheckpointError(
-            f"{path} has {tokenizer.vocab_size} tokens, the model's vocabulary is "
-            f"{model.vocab_size}; give the model's tokenizer with --tokenizer"
-        )
-    if path.is_dir() and (path / "tokenizer_config.json").is_file():
-        for name in hub.TOKENIZER_FILES:
-            if (path / name).is_file():
-                shutil.copyfile(path / name, folder / name)
-        return
-    export(tokenizer, folder, model.max_position_embeddings)
-
-
-def dataset_of(checkpoint: Path) -> Path | None:
-    """The dataset folder that a checkpoint's configuration names."""
-    path = checkpoint / CONFIG
-    if not path.is_file():
-        return None
+def _forked(work: Work, planned: Sequence[Planned], processes: int) -> Iterator[int]:
+    """Tensors dealt out to processes, the largest first; sizes as they are done."""
+    largest_first = sorted(planned, key=lambda one: -one.size_bytes)
+    context = multiprocessing.get_context("fork")  # they share the manifest that was read
     try:
-        return Path(configfile.load(str(path)).data.path)
-    except ConfigError:
-        return None
+        with ProcessPoolExecutor(processes, context, _begin, (work,)) as pool:
+            yield from pool.map(_fill, largest_first)
+    except BrokenProcessPool:
+        raise CheckpointError(
+            f"a process that wrote {work.folder} was killed; is there memory for --processes "
+            f"{processes}?"
+        ) from None
 
 
-def write_json(path: Path, value: dict[str, object]) -> None:
-    """A JSON file as people like to read it."""
-    text = json.dumps(value, indent=2) + "\n"
-    with writing(path, len(text)):
-        path.write_text(text, encoding="utf-8")
+_work: Work
+
+
+def _begin(work: Work) -> None:
+    global _work
+    torch.set_num_threads(1)  # a fork has no use of its parent's threads
+    _work = work
+
+
+def _fill(one: Planned) -> int:
+    return _work.fill(one)
 
 
 def size(text: str) -> int:
@@ -179,11 +135,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")
     parser.add_argument("--max-shard-size", default="5GB", help="bytes per file (default 5GB)")
     parser.add_argument("--tokenizer", help="tokenizer file or folder; default: the dataset's")
+    parser.add_argument(
+        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"
+    )
     parser.add_argument("--no-verify", action="store_true", help="do not hash what is read")
     args = parser.parse_args(argv)
+    if args.processes < 1:
+        raise ConfigError(f"--processes={args.processes} is below 1; use 1 or more")
     source = Checkpoint(find(Path(args.checkpoint)), verify=False)
     dtype = DTYPES[args.dtype] if args.dtype else None
-    total = sum(plan(source, name, dtype).size_bytes for name in source.names())
+    total = sum(one.size_bytes for one in assemble.plan(source, dtype))
     began = time.perf_counter()
     with tqdm(total=total, unit="B", unit_scale=True, desc="consolidate", leave=False) as bar:
         out = consolidate(
@@ -194,6 +155,7 @@ def main(argv: Sequence[str]) -> int:
             args.tokenizer,
             not args.no_verify,
             bar.update,
+            args.processes,
         )
     parameters = sum(math.prod(source.shape(name)) for name in source.names())
     print(

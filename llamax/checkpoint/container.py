@@ -19,7 +19,6 @@ import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -187,51 +186,53 @@ def _read_strided(fd: int, offset: int, copy: Copy, item: int, into: np.ndarray[
 def write(
     path: Path,
     tensors: Sequence[Outgoing],
-    careful: bool = True,
     progress: Progress = silent,
 ) -> Written:
-    """Write a safetensors file, chunk by chunk; ``progress`` takes bytes.
+    """Write a safetensors file, chunk by chunk, hashed on its way and durable.
 
-    ``careful``: hash it on its way and make it durable; otherwise the sha256 is empty.
+    ``progress`` takes bytes.
     Raises NoRoom where the disk is full, or a quota or limit reached.
     """
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # keeps all aligned
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for tensor in tensors:
-        extent = [at, at := at + tensor.size_bytes]
-        header[tensor.name] = {
-            "dtype": TAGS[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": extent,
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    start = len(text).to_bytes(8, "little") + text
-    size = len(start) + at
-    digest = hashlib.sha256(start) if careful else None
+    start, places, size = head([(t.name, t.dtype, t.shape) for t in tensors])
+    digest = hashlib.sha256(start)
     with writing(path, size), open(path, "wb", buffering=0) as file:
         _write_at(file.fileno(), memoryview(start), 0)
-
-        def put(tensor: Outgoing) -> None:
-            at = len(start) + header[tensor.name]["data_offsets"][0]
+        for tensor in sorted(tensors, key=lambda tensor: places[tensor.name]):
+            at = places[tensor.name]
             for chunk in tensor.chunks:
                 view = raw(chunk).data
-                if digest:
-                    digest.update(view)
+                digest.update(view)
                 _write_at(file.fileno(), view, at)
                 at += len(view)
                 progress(len(view))
+        os.fsync(file.fileno())
+    return Written(size, digest.hexdigest())
 
-        if careful:
-            for tensor in tensors:
-                put(tensor)
-            os.fsync(file.fileno())
-        else:  # nothing needs an order: read one tensor while another is written
-            with ThreadPoolExecutor(max_workers=2) as pool:
-                for _ in pool.map(put, tensors):
-                    pass
-    return Written(size, digest.hexdigest() if digest else "")
+
+def head(
+    tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]],
+) -> tuple[bytes, dict[str, int], int]:
+    """The start of a file for tensors (name, dtype, shape), where each one's bytes go, its size."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, dtype, shape in sorted(tensors, key=lambda one: -one[1].itemsize):  # all aligned
+        extent = [at, at := at + math.prod(shape) * dtype.itemsize]
+        header[name] = {"dtype": TAGS[dtype], "shape": list(shape), "data_offsets": extent}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = len(text).to_bytes(8, "little") + text
+    del header["__metadata__"]
+    places = {name: len(start) + about["data_offsets"][0] for name, about in header.items()}
+    return start, places, len(start) + at
+
+
+def put(path: Path, offset: int, chunks: Iterable[Tensor], size_bytes: int) -> None:
+    """Write the ``size_bytes`` of one tensor to its place in a file that is laid out."""
+    with writing(path, size_bytes), open(path, "r+b", buffering=0) as file:
+        for chunk in chunks:
+            view = raw(chunk).data
+            _write_at(file.fileno(), view, offset)
+            offset += len(view)
 
 
 def _write_at(fd: int, data: memoryview, offset: int) -> None:

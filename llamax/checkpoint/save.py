@@ -7,6 +7,8 @@
                 step-00000100.tmp/rank-tp00-dp00.json     "mine are there": what and where
     rank 0      waits for the notes of all ranks -> manifest.json -> rename to step-00000100
                 -> done -> older checkpoints go, ``done`` first
+    all ranks   with ``also_hf``: step-00000100/hub.part/model-00002-of-00008.safetensors ...
+    rank 0      waits for the files of all ranks -> rename to step-00000100/hub
 
 Ranks agree over the file system, so that no collective runs beside training's.  What replicates is
 written once: by the first tensor rank that holds it, and by the data rank that owns the run.
@@ -29,6 +31,7 @@ from torch import Tensor
 
 import llamax
 from llamax.checkpoint import manifest as files
+from llamax.checkpoint.also_hf import PART, leave
 from llamax.checkpoint.container import (
     TAGS,
     Outgoing,
@@ -68,6 +71,7 @@ class Saver:
     ``parameters`` and ``shards`` say what the names in ``Owned`` mean.  ``zero1`` off: every data
     rank owns everything, and writes an equal share.  ``keep``: how many stay, 0 for all; those of
     every ``keep_every`` steps stay for good, and with ``keep_best`` that of the lowest score.
+    ``also_hf``: the ranks leave a Hugging Face folder ``hub`` in every checkpoint as well.
     ``timeout_s``: how long rank 0 waits for the files of the others.  ``barrier``: how ranks meet,
     unless by a collective.
     At most one save is in flight; what goes wrong in it is raised by the next call of any method.
@@ -84,6 +88,7 @@ class Saver:
         keep: int = 2,
         keep_every: int = 0,
         keep_best: bool = False,
+        also_hf: bool = False,
         background: bool = True,
         timeout_s: float = 1800.0,
         to_host: ToHost = copy_to_host,
@@ -93,6 +98,7 @@ class Saver:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
         self.shards, self.zero1 = shards, zero1
         self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
+        self.also_hf = also_hf
         self.tp, self.data = axes.tp, axes.data
         self.background, self.timeout_s, self.to_host = background, timeout_s, to_host
         self._thread: threading.Thread | None = None
@@ -189,7 +195,7 @@ class Saver:
             with writing(folder, 0):
                 if self._first:
                     for leftover in self.folder.glob("step-*.tmp"):  # of saves that failed
-                        if leftover != folder:
+                        if leftover.name < folder.name:
                             shutil.rmtree(leftover, ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
             self._write(folder, mine, kept, rng)
@@ -203,6 +209,23 @@ class Saver:
             last = files.newest(self.folder)
             stays = f"{last} stays" if last else "no earlier checkpoint of this run exists"
             self._error = type(error)(f"{error}; step {manifest.step} is not saved, {stays}")
+            return
+        if self.also_hf:
+            self._also_hf(folder, manifest.step)
+
+    def _also_hf(self, folder: Path, step: int) -> None:
+        rank, world_size = (
+            self.data.rank * self.tp.size + self.tp.rank,
+            self.tp.size * self.data.size,
+        )
+        try:
+            leave(self.folder / files.step_name(step), folder, rank, world_size, self.timeout_s)
+        except CheckpointError as error:
+            self._error = type(error)(
+                f"{error}; step {step} is saved, but without a Hugging Face folder"
+            )
+        except BaseException as error:
+            self._error = error
 
     def _write(self, folder: Path, mine: str, kept: list[Kept], rng: Tensor | None) -> None:
         """Write this rank's files, then the note that says what is in them."""
@@ -329,3 +352,5 @@ def sweep(folder: Path) -> None:
                 os.rename(path, final)
         elif path.name != name or not (path / files.DONE).exists():
             shutil.rmtree(path)
+        elif (path / PART).exists():
+            shutil.rmtree(path / PART)

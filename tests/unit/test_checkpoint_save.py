@@ -12,10 +12,11 @@ import checkpoint_worlds as worlds
 import pytest
 import torch
 
-from llamax.checkpoint import Checkpoint, Saver, newest, save
+from llamax.checkpoint import Checkpoint, Saver, also_hf, container, newest, save
 from llamax.checkpoint import manifest as files
+from llamax.checkpoint.hub import HubFolder
 from llamax.config import Model
-from llamax.errors import CheckpointError
+from llamax.errors import CheckpointError, NoRoom
 
 MODEL = worlds.llama()
 
@@ -114,6 +115,88 @@ def test_the_last_ones_stay(tmp_path: Path, rank: worlds.Rank, background: bool)
     assert (tmp_path / "checkpoints" / "step-00000005" / "done").exists()
 
 
+def steps_in(folder: Path) -> list[int]:
+    return [files.step_of(path) for path in files.steps(folder)]
+
+
+def test_some_stay_for_good(tmp_path: Path, rank: worlds.Rank) -> None:
+    mine = saver(tmp_path, rank, keep=1, keep_every=4)
+    for step in range(1, 11):
+        take(mine, rank, step)
+    mine.wait()
+    assert steps_in(tmp_path) == [4, 8, 10]
+
+
+def test_the_best_stays_also_after_a_restart(tmp_path: Path, rank: worlds.Rank) -> None:
+    def scored(mine: Saver, step: int, score: float | None) -> None:
+        mine.save(step, rank.owned, {}, MODEL.to_hub("float32"), "", score=score)
+        mine.wait()
+
+    mine = saver(tmp_path, rank, keep=1, keep_best=True)
+    for step, score in ((1, 3.0), (2, 2.0), (3, 2.5), (4, None), (5, float("nan"))):
+        scored(mine, step, score)
+    assert steps_in(tmp_path) == [2, 5]
+    again = saver(tmp_path, rank, keep=1, keep_best=True)
+    scored(again, 6, 2.25)
+    assert steps_in(tmp_path) == [2, 6]
+    scored(again, 7, 1.5)
+    assert steps_in(tmp_path) == [7]
+    scored(again, 7, 4.0)  # taken back and done again: the old score is no more
+    scored(again, 8, 3.5)
+    assert steps_in(tmp_path) == [8]
+    without = saver(tmp_path, rank, keep=1)
+    scored(without, 9, 9.0)
+    assert steps_in(tmp_path) == [9]
+
+
+def test_a_hugging_face_folder_in_every_checkpoint(tmp_path: Path) -> None:
+    ranks = worlds.world(MODEL, 2, 2, True, worlds.wholes(MODEL))
+    folder = worlds.save(tmp_path, MODEL, ranks, also_hf=True)
+    assert not (folder / "hub.part").exists()
+    assert len([*(folder / "hub").glob("model-*.safetensors")]) >= 4, "a file a rank"
+    assert not list((folder / "hub").glob("rank-*"))
+    found = HubFolder(folder / "hub")
+    for name in Checkpoint(folder).names():
+        assert torch.equal(found.read(name), worlds.wholes(MODEL)[name, "weight"])
+    (folder / "hub.part").mkdir()
+    saver(tmp_path, ranks[0])
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["hub"]
+
+
+def test_a_hugging_face_folder_that_finds_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
+    first, second = (saver(tmp_path, rank, also_hf=True) for rank in ranks)
+    monkeypatch.setattr(also_hf.assemble, "fill", no_quota)
+    for mine, rank in ((second, ranks[1]), (first, ranks[0])):
+        take(mine, rank, 1)
+    for mine in (second, first):
+        with pytest.raises(NoRoom, match=r"step 1 is saved, but without a Hugging Face folder"):
+            mine.wait()
+    monkeypatch.undo()
+    Checkpoint(tmp_path / "step-00000001").verify()
+    assert not (tmp_path / "step-00000001" / "hub").exists()
+
+
+def test_rank_0_tells_whose_share_of_the_folder_is_missing(tmp_path: Path) -> None:
+    rank = worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
+    folder = worlds.save(tmp_path, MODEL, [rank])
+    with pytest.raises(CheckpointError, match=r"hub.part: no files from rank 1, 2"):
+        also_hf.leave(folder, tmp_path / "gone", 0, 3, 0.2)
+    (folder / "hub.part" / "rank-00001.json").write_text('{"why": "full", "no_room": true}')
+    (folder / "hub.part" / "rank-00002.json").write_text("null")
+    with pytest.raises(NoRoom, match=r"rank 1 could not write .*hub.part: full"):
+        also_hf.leave(folder, tmp_path / "gone", 0, 3, 0.2)
+    also_hf.leave(folder, folder, 1, 3, 0.1)  # never complete: rank 0 says why
+
+
+def no_quota(source: Checkpoint, part: Path, one: Any, *args: Any) -> int:
+    with container.writing(part / one.file, one.size_bytes):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    return 0
+
+
 def test_done_is_written_last_and_removed_first(
     tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,7 +289,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     monkeypatch.setattr("llamax.checkpoint.container.os.pwrite", full)
     take(mine, rank, 2)
     with pytest.raises(
-        CheckpointError,
+        NoRoom,
         match=r"no room for .*: \d{5} bytes needed, \d+ free; .*step 2 is not saved, .*1 stays",
     ) as caught:
         mine.wait()

@@ -348,6 +348,17 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
             {**LORA, "finetune.method": "qlora", "model.intermediate_size": 128},
         ],
     ),
+    "adapters_are_no_model": (
+        [
+            (
+                {**LORA, "checkpoint.also_hf": True},
+                None,
+                "checkpoint.also_hf=true with finetune.method=lora: a checkpoint of adapters is no "
+                "whole model; use checkpoint.also_hf=false, and llamax merge afterwards",
+            )
+        ],
+        [LORA, {"checkpoint.also_hf": True}],
+    ),
 }
 
 
