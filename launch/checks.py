@@ -82,6 +82,7 @@ def _shared(job: JobFile) -> Iterator[str]:
             return
     if not _inside(folder, mount):
         yield f"storage.folder={folder} is not below storage.mount={mount}; put it there"
+        return
     try:
         config = job.config
     except ConfigError:

@@ -79,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
     _known("--on", launcher, PHASES)
     _known("--phase", phase, PHASES[launcher])
     _known("--action", what, ACTIONS)
+    if what != "start" and (phase == "image" or (phase == "tensorboard" and launcher != "k8s")):
+        raise ConfigError(f"--action {what}: --phase {phase} runs in the foreground; press Ctrl-C")
     job = jobfile.load(options.job)
     refuse(problems(job, launcher, phase), str(options.job))
     text = render(job, launcher, phase) if what == "start" else action(job, launcher, phase, what)

@@ -19,7 +19,7 @@ from typing import Any
 
 from llamax.launch import mpirun, yaml
 from llamax.launch.jobfile import JobFile
-from llamax.launch.script import SHEBANG, array, head, prepare, title
+from llamax.launch.script import SHEBANG, head, prepare, title
 
 GRACE_S = 300  # a checkpoint is written in this time after the order to stop
 OBJECTS = ("shell", "tensorboard", "prepare", "precompile", "train")
@@ -88,7 +88,7 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
 
 def _prepare(job: JobFile) -> dict[str, Any]:
     text = head(job, title(job, "prepare", "Kubernetes"), container=True)
-    command = ["/bin/bash", "-c", text + array("program", prepare(job)) + 'exec "${program[@]}"\n']
+    command = ["/bin/bash", "-c", text + prepare(job)]
     resources = {"requests": {"cpu": str(job.prepare.workers)}}
     return {
         "apiVersion": "batch/v1",

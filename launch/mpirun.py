@@ -51,10 +51,9 @@ def slots(job: JobFile, phase: str) -> int:
 def render(job: JobFile, phase: str, container: bool = False) -> str:
     """The script that starts all nodes from this one; in a container the operator names them."""
     text = head(job, title(job, phase, "mpirun"), container=container)
+    text += "" if container else remember(job, phase)
     if phase == "prepare":
-        return text + array("program", prepare(job)) + 'exec "${program[@]}"\n'
-    if not container:
-        text += remember(job, phase)
+        return text + prepare(job)
     each = slots(job, phase)
     inside = each == 1
     hostfile = "/etc/mpi/hostfile" if container else job.mpirun.hostfile

