@@ -12,7 +12,9 @@ Replicas meet only inside the *same* executable.  So at every ``torch_xla.sync``
     rank 2   trace ...   | wait           | start  | trace ...
 
 and every rank after the first must find its program in the compilation cache: one that traced
-another graph has its own, which is what would happen on Trainium, and is reported at once.
+another graph has its own, which is what would happen on Trainium, and is reported at once.  Between
+these points nothing may execute, so a value that is read in the middle of a step is an error, not a
+rank that waits for ever in a collective.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from typing import Any
 
 from world import _module
 
+os.environ["PJRT_DEVICE"] = "CPU"  # or torch_xla says on import that it chose so
 PRELOAD = ["torch", "torch_xla", "pytest", "llamax.train", "world"]
 
 
@@ -41,7 +44,7 @@ class ReplicaError(AssertionError):
     """A replica failed, hung, or traced a graph of its own."""
 
 
-def run(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 200.0) -> list[Any]:
+def run(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 500.0) -> list[Any]:
     """What ``fn(rank, *args)`` returns on ``size`` replicas, in rank order.
 
     ``fn`` is a function at the top level of a test module; arguments and results travel pickled.
@@ -50,12 +53,15 @@ def run(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 200.0)
     context.set_forkserver_preload(PRELOAD)
     here, there = context.Pipe()
     job = fn.__module__, os.path.abspath(fn.__code__.co_filename), fn.__qualname__, args, sys.path
-    process = context.Process(target=_serve, args=(size, there, pickle.dumps(job)), daemon=True)
+    stacks = tempfile.NamedTemporaryFile("r", prefix="stacks-")  # noqa: SIM115
+    work = (size, there, pickle.dumps(job), stacks.name, timeout_s)
+    process = context.Process(target=_serve, args=work, daemon=True)
     process.start()
     there.close()
     try:
-        if not here.poll(timeout_s):
-            raise ReplicaError(f"{size} replicas hung for {timeout_s:g} s in {fn.__qualname__}")
+        if not here.poll(timeout_s + 5):
+            where = f"hung for {timeout_s:g} s in {fn.__qualname__}"
+            raise ReplicaError(f"{size} replicas {where}\n{stacks.read()}")
         good, value = pickle.loads(here.recv_bytes())
     except EOFError:
         process.join(5)
@@ -64,6 +70,7 @@ def run(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 200.0)
         process.kill()
         process.join()
         here.close()
+        stacks.close()
     if not good:
         raise ReplicaError(value)
     return list(value)
@@ -87,9 +94,8 @@ class Lockstep:
         rank, device = xr.global_ordinal(), torch_xla._XLAC._xla_get_default_device()
         self.everybody.wait()
         with self.changed:
-            self.changed.wait_for(lambda: self.turn == rank or self.everybody.broken)
-            if self.everybody.broken:
-                raise threading.BrokenBarrierError
+            self.changed.wait_for(lambda: self.turn == rank)
+            torch_xla._XLAC._set_allow_execution(True)
             before = met.counter_value("UncachedCompile") or 0
             torch_xla._XLAC._xla_step_marker(device, [], wait=False, reset_scope=reset_scope)
             torch_xla._XLAC._set_all_reduce_token(device, None)
@@ -100,6 +106,7 @@ class Lockstep:
                     f"rank {rank} traced another graph than rank 0\n{self.diff(rank)}"
                 )
             self.turn = (rank + 1) % self.size
+            torch_xla._XLAC._set_allow_execution(self.turn > 0 or self.size == 1)
             self.changed.notify_all()
         self.everybody.wait()  # every rank has started: its collectives can end
         if wait:
@@ -118,7 +125,10 @@ class Lockstep:
         lines = difflib.unified_diff(newest(0), newest(rank), "rank 0", f"rank {rank}", "", "", 1)
         return "\n".join(list(lines)[:40])
 
-    def run(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> list[Any]:
+    def run(
+        self, fn: Callable[..., Any], args: tuple[Any, ...], answer: Callable[[bool, Any], None]
+    ) -> None:
+        """``fn`` on every device; ``answer`` is told the first failure, or the results."""
         import torch_xla
         import torch_xla.core.xla_model as xm
         import torch_xla.runtime as xr
@@ -127,21 +137,16 @@ class Lockstep:
         from llamax.backends.xla import Xla
 
         torch_xla.sync = self.sync
+        torch_xla._XLAC._set_allow_execution(self.size == 1)
         Xla.barrier = lambda _: self.everybody.wait()  # type: ignore[assignment, method-assign]
-        failed: dict[int, str] = {}
         results: dict[int, Any] = {}
 
         def replica() -> None:
             rank = xr.global_ordinal()
             try:
                 results[rank] = fn(rank, *args)
-            except threading.BrokenBarrierError:
-                failed[rank] = ""
             except BaseException:
-                failed[rank] = f"--- rank {rank} of {self.size}\n{traceback.format_exc()}"
-                self.everybody.abort()
-                with self.changed:
-                    self.changed.notify_all()
+                answer(False, f"--- rank {rank} of {self.size}\n{traceback.format_exc()}")
 
         pjrt._run_thread_per_device(
             0,
@@ -149,14 +154,12 @@ class Lockstep:
             replica,
             lambda *_: xm.set_replication(torch_xla.device(), xm.get_xla_supported_devices()),
         )
-        if failed:
-            raise ReplicaError("\n" + "\n".join(filter(None, failed.values())))
-        return [results[rank] for rank in range(self.size)]
+        answer(True, [results[rank] for rank in range(self.size)])
 
 
-def _serve(size: int, pipe: Connection, job: bytes) -> None:
+def _serve(size: int, pipe: Connection, job: bytes, stacks: str, timeout_s: float) -> None:
     """The life of the process: its environment, its replicas, their results."""
-    faulthandler.enable()
+    faulthandler.dump_traceback_later(timeout_s, file=open(stacks, "w"))  # noqa: SIM115
     threads = str(2 * size + 2)  # fewer than replicas and their collectives never meet
     folder = tempfile.TemporaryDirectory(prefix="replicas-")
     graphs = Path(folder.name) / "graphs"
@@ -169,13 +172,17 @@ def _serve(size: int, pipe: Connection, job: bytes) -> None:
     }
     if os.environ.get("XLA_SAVE_TENSORS_FMT") == "hlo":
         os.environ["XLA_SAVE_TENSORS_FILE"] = str(graphs)
+    first = threading.Lock()
+
+    def answer(good: bool, value: Any) -> None:
+        """Say how it went, and end: after a failure other replicas are stuck in a collective."""
+        first.acquire()
+        pipe.send_bytes(pickle.dumps((good, value)))
+        folder.cleanup()
+        os._exit(0)
+
+    module, path, name, args, sys.path[:] = pickle.loads(job)
     try:
-        module, path, name, args, sys.path[:] = pickle.loads(job)
-        function = getattr(_module(module, path), name)
-        answer = True, Lockstep(size, graphs).run(function, args)
-    except BaseException as error:
-        shown = str(error) if isinstance(error, ReplicaError) else traceback.format_exc()
-        answer = False, shown
-    pipe.send_bytes(pickle.dumps(answer))
-    folder.cleanup()
-    os._exit(0)  # replicas of a failed run may be stuck in a collective
+        Lockstep(size, graphs).run(getattr(_module(module, path), name), args, answer)
+    except BaseException:
+        answer(False, traceback.format_exc())

@@ -8,6 +8,7 @@ Then defects that only a traced device shows: each must be caught.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from unittest import mock
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from llamax import shard
 from llamax.backends import Backend, choose
+from llamax.backends.xla import XlaAxis
 from llamax.collectives import Axes
 from llamax.config import Model
 from llamax.launch.env import Rendezvous
@@ -144,25 +146,20 @@ def test_bfloat16_with_masters() -> None:
 # --- planted defects -----------------------------------------------------------------------------
 
 
-def rank_constant(ids: Tensor, rows: int, axis: Any) -> Any:
+def rank_number(ids: Tensor, rows: int, axis: Any) -> Any:
     local = ids - axis.rank * rows
-    elsewhere = (local < 0) | (local >= rows)
-    return local.masked_fill(elsewhere, 0), elsewhere
+    first = torch.zeros_like(local)
+    elsewhere = (local < first) | (local >= first + rows)
+    return torch.where(elsewhere, first, local), elsewhere
 
 
-def rank_slice(x: Tensor, axis: Any, dim: int) -> Tensor:
-    return x.chunk(axis.size, dim)[axis.rank]
+def step_number(original: Callable[..., Any]) -> Callable[..., Any]:
+    calls = itertools.count(1)
 
-
-def step_constant(original: Callable[..., Any]) -> Callable[..., Any]:
     def step(self: Zero1, lr: Tensor, number: Tensor, scale: Tensor) -> Tensor:
-        STEP[self] = STEP.get(self, 0) + 1
-        return original(self, lr, torch.full_like(number, STEP[self]), scale)
+        return original(self, lr, torch.full_like(number, next(calls) // 2), scale)
 
     return step
-
-
-STEP: dict[Zero1, int] = {}
 
 
 def reads_the_norm(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,20 +178,60 @@ def falls_back(original: Callable[..., Any]) -> Callable[..., Any]:
     return step
 
 
-def forgets_data(original: Callable[..., Any]) -> Callable[..., Any]:
+def twice(original: Callable[..., Any]) -> Callable[..., Any]:
     def reduce(self: Zero1, group: Any, bucket: Any) -> list[Tensor]:
         return [part * 2 for part in original(self, group, bucket)]
 
     return reduce
 
 
+def left_out(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, x, dim: original(self, x, dim) * 0 + x.chunk(self.size, dim)[0]
+
+
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "none": lambda: mock.patch.object(tensor, "local_ids", tensor.local_ids),
-    "rank in the graph": lambda: mock.patch.object(tensor, "local_ids", rank_constant),
-    "step in the graph": lambda: mock.patch.object(Zero1, "step", step_constant(Zero1.step)),
+    "rank as a number": lambda: mock.patch.object(tensor, "local_ids", rank_number),
+    "step as a number": lambda: mock.patch.object(Zero1, "step", step_number(Zero1.step)),
     "value read in a step": lambda: mock.patch.object(Zero1, "step", reads_the_norm(Zero1.step)),
     "operation on the host": lambda: mock.patch.object(Zero1, "step", falls_back(Zero1.step)),
-    "gradients summed twice": lambda: mock.patch.object(
-        Zero1, "_reduce", forgets_data(Zero1._reduce)
+    "gradient counted twice": lambda: mock.patch.object(Zero1, "_reduce", twice(Zero1._reduce)),
+    "reduce-scatter without a sum": lambda: mock.patch.object(
+        XlaAxis, "reduce_scatter", left_out(XlaAxis.reduce_scatter)
     ),
 }
+SMALL = Case("small", TIED, Mesh(tp=2), True, accumulation=1)
+
+
+@pytest.mark.parametrize("mutation", ["gradient counted twice", "reduce-scatter without a sum"])
+def test_wrong_numbers_are_caught(mutation: str) -> None:
+    results = replicas.run(2, on_replicas, [SMALL], mutation)
+    assert differences(SMALL, [result[0] for result in results], TOLERANCE)
+
+
+def test_a_rank_in_the_program_is_caught() -> None:
+    with pytest.raises(replicas.ReplicaError, match="rank 1 traced another graph than rank 0"):
+        replicas.run(2, on_replicas, [SMALL], "rank as a number")
+
+
+def test_a_step_in_the_program_is_caught() -> None:
+    results = replicas.run(2, on_replicas, [SMALL], "step as a number")
+    assert results[0][0]["compiled"] == 3
+
+
+@pytest.mark.parametrize(
+    ("mutation", "operation"),
+    [
+        ("value read in a step", "aten::_local_scalar_dense"),
+        ("operation on the host", "aten::linalg_eigvals"),
+    ],
+)
+def test_what_runs_on_the_host_ends_the_run(mutation: str, operation: str) -> None:
+    alone = SMALL._replace(mesh=Mesh(), sequence=False)
+    with pytest.raises(replicas.ReplicaError, match=f"{operation}.* ran on the host in a step"):
+        replicas.run(1, on_replicas, [alone], mutation)
+
+
+def test_a_value_read_by_replicas_is_an_error_and_not_a_hang() -> None:
+    with pytest.raises(replicas.ReplicaError, match=r"norm\.item"):
+        replicas.run(2, on_replicas, [SMALL], "value read in a step")
