@@ -96,7 +96,16 @@ class Optim:
 class Data:
     """Which tokens, and how many of them make a step."""
 
-    path: str = field(default="data", metadata=about("dataset folder of llamax prepare"))
+    path: str = field(
+        default="data",
+        metadata=about(
+            "dataset folder of llamax prepare, prefix of Megatron's .bin and .idx, or a blend: "
+            "weight, dataset, weight, dataset"
+        ),
+    )
+    validation: str = field(
+        default="", metadata=about("dataset to validate on; empty: what data.path holds out")
+    )
     sequence_length: int = field(default=2048, metadata=about("one sample", "tokens", COUNT))
     global_batch: int = field(
         default=1, metadata=about("samples in one optimizer step", "sequences", COUNT)

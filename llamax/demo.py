@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llamax import configfile, program
-from llamax.data.dataset import open_dataset
-from llamax.data.prepare import unigram_entropy
+from llamax.data.describe import unigram_entropy
+from llamax.data.tokens import TokenFile
 from llamax.errors import BackendError
 from llamax.metrics import perplexity, read_jsonl, show_number, show_time
 
@@ -78,9 +78,7 @@ def main(argv: Sequence[str]) -> int:
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     shell([*llamax, "generate", str(hub), *prompts, "--max-new-tokens", "80"])
 
-    validation = open_dataset(data, verify="off").validation
-    assert validation is not None
-    entropy, _ = unigram_entropy(validation)
+    entropy, _ = unigram_entropy(TokenFile(data / "validation.tokens", "off"))
     picture = folder / "loss.png"
     shell(
         [*llamax, "plot", str(run), "--out", str(picture)]

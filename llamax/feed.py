@@ -18,19 +18,29 @@ from dataclasses import replace
 
 from llamax.collectives import Axis
 from llamax.config import Config, Data
+from llamax.data.blend import Blend
+from llamax.data.dataset import Mixture, Split
 from llamax.data.loader import Batches, Loader
 from llamax.data.packed import PackedLoader
 from llamax.data.packing import Packs
-from llamax.data.tokens import TokenFile
 
 
 class Feed:
-    """The samples of one split; ``packs`` is None where they are windows of the stream."""
+    """The samples of one split; ``packs`` is None where they are windows of the stream.
 
-    def __init__(self, file: TokenFile, data: Data, seed: int) -> None:
-        self.file, self.data, self.seed = file, data, seed
+    A blend has a feed of each of its ``parts``.
+    """
+
+    def __init__(self, split: Split, data: Data, seed: int) -> None:
+        self.data, self.seed = data, seed
         self.answers = data.labels == "answers"
         self.packs: Packs | None = None
+        self.parts: list[Feed] = []
+        if isinstance(split, Mixture):
+            self.parts = [Feed(part, data, seed) for part in split.parts]
+            self.weights = split.weights
+            return
+        self.file = file = split
         way = ("best-fit" if file.masked else "concat") if data.packing == "auto" else data.packing
         if way != "concat":
             self.packs = Packs(file, data.sequence_length, data.too_long, way, seed, self.answers)
@@ -38,6 +48,8 @@ class Feed:
     @property
     def samples(self) -> int:
         """How many samples one pass has."""
+        if self.parts:
+            return sum(part.samples for part in self.parts)
         if self.packs is not None:
             return len(self.packs)
         return max(1, -(-(len(self.file) - 1) // self.data.sequence_length))
@@ -45,6 +57,15 @@ class Feed:
     def loader(self, axis: Axis, consumed: int, shuffle: bool) -> Batches:
         """This data rank's batches, after ``consumed`` samples of the run."""
         data = self.data
+        if self.parts:
+            return Blend(
+                [part.loader(axis, 0, shuffle) for part in self.parts],
+                self.weights,
+                data.micro_batch,
+                axis.rank,
+                axis.size,
+                consumed,
+            )
         if self.packs is not None:
             return PackedLoader(
                 self.packs,
@@ -73,6 +94,12 @@ class Feed:
         )
 
     def __str__(self) -> str:
+        if self.parts:
+            shares = (
+                f"{weight:g} x ({part})"
+                for weight, part in zip(self.weights, self.parts, strict=True)
+            )
+            return "a blend of " + " and ".join(shares)
         if self.packs is not None:
             return str(self.packs)
         return f"concat at {self.data.sequence_length}: {self.samples:,} samples"

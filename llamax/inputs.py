@@ -7,7 +7,7 @@ share of the files, and whoever finds damage says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llamax.checkpoint.adapters import About
@@ -16,6 +16,7 @@ from llamax.checkpoint.load import Checkpoint, Source
 from llamax.checkpoint.manifest import newest, newest_intact
 from llamax.config import Config, Model
 from llamax.data.dataset import Dataset, open_dataset
+from llamax.data.tokens import Verify
 from llamax.errors import ConfigError
 from llamax.feed import Feed
 from llamax.finetune import about, check_resumed
@@ -52,7 +53,12 @@ def open_inputs(config: Config) -> Inputs:
     Raises DataError, CheckpointError or ConfigError for what is missing or does not fit.
     """
     data, checkpoint = config.data, config.checkpoint
-    dataset = open_dataset(data.path, "off" if data.verify == "off" else "read")
+    verify: Verify = "off" if data.verify == "off" else "read"
+    dataset = open_dataset(data.path, verify, config.model.vocab_size)
+    if data.validation:
+        held_out = open_dataset(data.validation, verify, config.model.vocab_size)
+        held_out.check_tokenizer(dataset.fingerprint)
+        dataset = replace(dataset, validation=held_out.train)
     dataset.check_vocabulary(config.model.vocab_size)
     resumed = first = None
     if checkpoint.resume in ("auto", "intact"):

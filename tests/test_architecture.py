@@ -23,6 +23,7 @@ LAYERS = [
         "generate",
         "data.prepare",
         "checkpoint.consolidate",
+        "merge",
         "checkpoint.shard_hub",
         "checkpoint.inspect",
         "checkpoint.foreign.importer",

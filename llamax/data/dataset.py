@@ -1,14 +1,53 @@
-"""A dataset folder, as ``llamax prepare`` makes it: token files and their tokenizer."""
+"""A dataset as ``data.path`` names it: a folder, a Megatron prefix, or a blend of several.
+
+=============================================  ===================================================
+``data``                                       a folder that ``llamax prepare`` made
+``/fsx/data/redpajama_text_document``          a Megatron dataset: this prefix .bin and .idx
+``0.7 /fsx/web 0.3 /fsx/books_text_document``  a blend: weights, and datasets of either kind
+=============================================  ===================================================
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llamax.data.files import sha256
-from llamax.data.tokens import TokenFile, Verify
+from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
+from llamax.data.tokens import Header, Stream, TokenFile, Verify
 from llamax.errors import DataError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several streams, and the share of samples that each gives."""
+
+    parts: tuple[Stream, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def path(self) -> Path:
+        return self.parts[0].path
+
+    @property
+    def header(self) -> Header:
+        """What the first says of itself, with the largest vocabulary of all."""
+        return replace(
+            self.parts[0].header, vocab_size=max(part.header.vocab_size for part in self.parts)
+        )
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def verify(self, threads: int | None = None, share: int = 0, of: int = 1) -> None:
+        """Check the ``share``-th of ``of`` parts of all; DataError where one is wrong."""
+        for part in self.parts:
+            part.verify(threads, share, of)
+
+
+Split = Stream | Mixture
 
 
 @dataclass(frozen=True)
@@ -16,18 +55,18 @@ class Dataset:
     """An open dataset; ``validation`` is None if no document fell into it."""
 
     folder: Path
-    train: TokenFile
-    validation: TokenFile | None
-    tokenizer_path: Path
+    train: Split
+    validation: Split | None
+    tokenizer_path: Path | None = None  # a Megatron dataset has none
 
     @property
-    def fingerprint(self) -> str:
-        """sha256 of the tokenizer that made the tokens."""
-        return self.train.header.tokenizer
+    def fingerprint(self) -> str | None:
+        """sha256 of the tokenizer that made the tokens; None where the files do not say."""
+        return self.train.header.tokenizer or None
 
-    def check_tokenizer(self, fingerprint: str) -> None:
+    def check_tokenizer(self, fingerprint: str | None) -> None:
         """Raise DataError if the tokens come from another tokenizer than a checkpoint's."""
-        if fingerprint != self.fingerprint:
+        if fingerprint and self.fingerprint and fingerprint != self.fingerprint:
             raise DataError(
                 f"{self.folder}: made with tokenizer {self.fingerprint[:12]}, but the checkpoint "
                 f"was trained on tokenizer {fingerprint[:12]}; prepare the data with that one"
@@ -49,31 +88,98 @@ class Dataset:
             )
 
 
-def open_dataset(folder: str | Path, verify: Verify = "start") -> Dataset:
-    """The dataset in a folder.
+def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0) -> Dataset:
+    """The dataset that ``path`` names; see above.
 
-    Raises DataError where it is missing, unfinished or damaged, or where tokens and tokenizer do
-    not belong together.
+    ``vocab_size``: the model's, where the files do not know theirs.  Raises DataError where it is
+    missing, unfinished or damaged, or where its parts do not belong together.
     """
-    folder = Path(folder)
-    marker = folder / "dataset.json"
-    if not marker.is_file():
-        what = "is not finished" if (folder / ".parts").is_dir() else "is no dataset"
+    blend = str(path).split()
+    if len(blend) > 1 and _weight(blend[0]) is not None:
+        return _open_blend(str(path), blend, verify, vocab_size)
+    folder = Path(path)
+    if (folder / "dataset.json").is_file():
+        return _open_folder(folder, verify, vocab_size)
+    if is_prefix(folder):
+        return Dataset(folder, IndexedFile(folder, verify, vocab_size), None)
+    if folder.suffix in (".idx", ".bin") and folder.is_file():
         raise DataError(
-            f"{folder}: {what} (has no dataset.json); run llamax prepare --out {folder}"
+            f"{folder}: name a Megatron dataset by its prefix, {folder.with_suffix('')}"
         )
-    tokenizer = folder / json.loads(marker.read_text())["tokenizer_file"]
+    what = "is not finished" if (folder / ".parts").is_dir() else "is no dataset"
+    raise DataError(
+        f"{folder}: {what} (has no dataset.json, and there is no {folder.name}.idx); "
+        f"run llamax prepare --out {folder}"
+    )
+
+
+def _open_folder(folder: Path, verify: Verify, vocab_size: int) -> Dataset:
+    said = json.loads((folder / "dataset.json").read_text())
+    tokenizer = folder / said["tokenizer_file"]
     if not tokenizer.is_file():
         raise DataError(f"{tokenizer}: is missing; copy it back, or run llamax prepare again")
-    files = {}
+    splits: dict[str, Split] = {}
+    for split, stream in _streams(folder, said, verify, vocab_size):
+        splits[split] = stream
+        if stream.header.tokenizer != sha256(tokenizer):
+            raise DataError(
+                f"{stream.path}: was not made with {tokenizer} (fingerprints "
+                f"{stream.header.tokenizer[:12]} and {sha256(tokenizer)[:12]}); copy the "
+                "tokenizer back, or run llamax prepare again"
+            )
+    return Dataset(folder, splits["train"], splits.get("validation"), tokenizer)
+
+
+def _streams(
+    folder: Path, said: dict[str, object], verify: Verify, vocab_size: int
+) -> Iterator[tuple[str, Stream]]:
+    """The splits of a folder of either format."""
     for split in ("train", "validation"):
-        path = folder / f"{split}.tokens"
-        if split == "train" or path.exists():
-            files[split] = TokenFile(path, verify)
-            if files[split].header.tokenizer != sha256(tokenizer):
-                raise DataError(
-                    f"{path}: was not made with {tokenizer} (fingerprints "
-                    f"{files[split].header.tokenizer[:12]} and {sha256(tokenizer)[:12]}); copy the "
-                    "tokenizer back, or run llamax prepare again"
-                )
-    return Dataset(folder, files["train"], files.get("validation"), tokenizer)
+        if indexed := said.get("indexed"):
+            assert isinstance(indexed, dict)
+            prefix = indexed_prefix(folder, split, str(said["key"]))
+            if split == "train" or is_prefix(prefix):
+                header = Header(str(said["tokenizer"]), **indexed)
+                yield split, IndexedFile(prefix, verify, vocab_size, header)
+        elif split == "train" or (folder / f"{split}.tokens").exists():
+            yield split, TokenFile(folder / f"{split}.tokens", verify)
+
+
+def _open_blend(path: str, words: list[str], verify: Verify, vocab_size: int) -> Dataset:
+    weights = [_weight(word) for word in words[::2]]
+    wrong = next((w for w, weight in zip(words[::2], weights, strict=True) if not weight), None)
+    if len(words) % 2 or wrong is not None:
+        told = f"{wrong!r} is no weight above 0" if wrong is not None else "a weight has no dataset"
+        raise DataError(
+            f"data.path={path!r}: {told}; write weights and datasets in turn: 0.7 web 0.3 books"
+        )
+    parts = [open_dataset(each, verify, vocab_size) for each in words[1::2]]
+    known = {part.fingerprint: part for part in parts if part.fingerprint}
+    if len(known) > 1:
+        one, other, *_ = known.values()
+        raise DataError(
+            f"{one.folder} and {other.folder} were made with different tokenizers "
+            f"({(one.fingerprint or '')[:12]} and {(other.fingerprint or '')[:12]}); prepare both "
+            "with one"
+        )
+    pairs = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+    held_out = [(part.validation, w) for part, w in pairs if part.validation is not None]
+    return Dataset(
+        Path(path),
+        _mixture([(part.train, weight) for part, weight in pairs]),
+        _mixture(held_out) if held_out else None,
+    )
+
+
+def _mixture(pairs: list[tuple[Split, float]]) -> Mixture:
+    streams = [(part, weight) for part, weight in pairs if not isinstance(part, Mixture)]
+    return Mixture(tuple(part for part, _ in streams), tuple(weight for _, weight in streams))
+
+
+def _weight(word: str) -> float | None:
+    """A word as a weight; 0 for one that is not above 0, None for no number."""
+    try:
+        weight = float(word)
+    except ValueError:
+        return None
+    return weight if 0 < weight < float("inf") else 0.0

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from llamax.data.order import Integers, permute
-from llamax.data.tokens import TokenFile
+from llamax.data.tokens import Stream
 from llamax.errors import DataError
 
 IGNORE = -100
@@ -141,7 +141,7 @@ class Loader(Batches):
 
     def __init__(
         self,
-        file: TokenFile,
+        file: Stream,
         seed: int,
         sequence_length: int,
         global_batch: int,
@@ -222,11 +222,13 @@ class Loader(Batches):
 
     def _boundaries(self, starts: Integers, real: Integers) -> tuple[Integers, Integers]:
         """(row, column) of every document that begins inside a window, not at its first token."""
-        offsets = self.file.documents
+        offsets, unit = self.file.boundaries
         self.file.touch(np.zeros(1, np.int64), np.full(1, len(offsets)), "documents")
-        low = np.searchsorted(offsets, np.maximum(starts, 0).astype(np.uint64), "right")
-        high = np.searchsorted(offsets, np.maximum(starts + real, 0).astype(np.uint64), "left")
+        low = np.searchsorted(offsets, (np.maximum(starts, 0) * unit).astype(np.uint64), "right")
+        high = np.searchsorted(
+            offsets, (np.maximum(starts + real, 0) * unit).astype(np.uint64), "left"
+        )
         count = np.maximum(high - low, 0)
         rows = np.repeat(np.arange(len(starts)), count)
         within = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
-        return rows, offsets[low[rows] + within].astype(np.int64) - starts[rows]
+        return rows, offsets[low[rows] + within].astype(np.int64) // unit - starts[rows]

@@ -31,7 +31,7 @@ from typing import Literal
 import numpy as np
 
 from llamax.data.order import Integers, permute
-from llamax.data.tokens import TokenFile
+from llamax.data.tokens import Stream
 from llamax.errors import DataError
 
 WINDOW = 2**16  # documents that are packed together
@@ -49,7 +49,7 @@ class Packs:
 
     def __init__(
         self,
-        file: TokenFile,
+        file: Stream,
         length: int,
         too_long: TooLong = "truncate",
         way: Way = "best-fit",

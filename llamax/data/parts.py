@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from llamax.data.corpus import Source, documents
 from llamax.data.files import room_for
+from llamax.data.megatron import indexed_prefix, write_indexed
 from llamax.data.tokenizer import Tokenizer, load_tokenizer
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.errors import DataError
@@ -267,3 +268,14 @@ def merge(parts: Sequence[Path], split: str, out: Path) -> TokenFile | None:
             counted = file.counted(np.arange(len(file))) if file.masked else None
             writer.add(file.tokens, lengths, file.header.text_bytes, counted)
     return TokenFile(path, "off")
+
+
+def merge_indexed(parts: Sequence[Path], split: str, out: Path, key: str) -> bool:
+    """Join the parts of a split to Megatron's two files; whether it has any document."""
+    files = [TokenFile(part.with_name(f"{part.name}.{split}.tokens")) for part in parts]
+    if not any(map(len, files)):
+        return False
+    size = sum(8 * len(file.documents) + 4 * len(file) for file in files)
+    with room_for(out, size):
+        write_indexed(indexed_prefix(out, split, key), files, files[0].header.vocab_size)
+    return True

@@ -7,6 +7,7 @@
                                                                         OUT/tokenizer.model
                                                                         OUT/dataset.json, last
 
+With ``--format megatron`` the splits become Megatron's .bin and .idx, see ``llamax.data.megatron``.
 With ``--template`` the inputs are rows of questions and answers, see ``llamax.data.instruct``.
 Killed, it goes on when the same command is given again; ``llamax.data.parts`` says how.
 """
@@ -25,13 +26,11 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from llamax.data import rows
 from llamax.data.corpus import documents, plan
+from llamax.data.describe import describe
 from llamax.data.files import room_for, write_atomic
-from llamax.data.instruct import FIELDS, InstructSettings, SplitRun, texts
-from llamax.data.packing import Packs
+from llamax.data.instruct import FIELDS, InstructSettings, SplitRun, column, texts
 from llamax.data.parts import (
     SPLITS,
     Chunk,
@@ -41,22 +40,13 @@ from llamax.data.parts import (
     is_validation,
     make_parts,
     merge,
+    merge_indexed,
 )
 from llamax.data.sandbox import Program
 from llamax.data.templates import BUILT_IN, source_of
 from llamax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from llamax.data.tokens import TokenFile
 from llamax.errors import DataError
-
-
-def unigram_entropy(file: TokenFile) -> tuple[float, int]:
-    """Entropy of the split's tokens taken one by one, in nats, and how many kinds occur."""
-    counts = np.zeros(file.header.vocab_size, np.int64)
-    for start in range(0, len(file), 2**22):
-        counts += np.bincount(file.tokens[start : start + 2**22], minlength=len(counts))
-    seen = counts[counts > 0]
-    p = seen / seen.sum()
-    return float(-(p * np.log(p)).sum()), len(seen)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -74,12 +64,13 @@ def prepare(args: argparse.Namespace) -> None:
     settings = _settings(args, tokenizer)
     names = [settings.name(i, chunk) for i, chunk in enumerate(chunks)]
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    if not _already(out, settings, identity):
+    if not _already(out, settings, identity, args.format):
         parts = make_parts(chunks, folder, settings, tokenizer.path, args.workers)
-        train = merge(parts, "train", out)
-        for split in SPLITS[1:]:
-            merge(parts, split, out)
-        if train is None:
+        if args.format == "megatron":
+            found = {split: merge_indexed(parts, split, out, args.key) for split in SPLITS}
+        else:
+            found = {split: merge(parts, split, out) is not None for split in SPLITS}
+        if not found["train"]:
             raise DataError(
                 f"{', '.join(args.inputs)}: no document is left for training; give more text, or "
                 f"a smaller --validation than {args.validation}"
@@ -90,12 +81,19 @@ def prepare(args: argparse.Namespace) -> None:
             **_plain(settings),
             "tokenizer_file": tokenizer_name(tokenizer),
             "trained": path.stem if args.train_tokenizer else None,
+            "indexed": _indexed(settings, tokenizer) if args.format == "megatron" else None,
         }
         write_atomic(out / "dataset.json", (json.dumps(said, indent=2) + "\n").encode())
     shutil.rmtree(folder)
     print(describe(out, args.length))
     if args.template:
         print(_told(chunks, out, time.perf_counter() - began))
+
+
+def _indexed(settings: Settings, tokenizer: Tokenizer) -> dict[str, object]:
+    """What a Megatron dataset does not say of itself: fields of a Header."""
+    header = settings.header(tokenizer)
+    return {name: getattr(header, name) for name in ("vocab_size", "bos_id", "eos_id")}
 
 
 def _texts(args: argparse.Namespace) -> list[Chunk]:
@@ -119,8 +117,10 @@ def _runs(args: argparse.Namespace, scratch: Path) -> list[Chunk]:
 def _settings(args: argparse.Namespace, tokenizer: Tokenizer | None) -> Settings:
     """What decides the dataset's bytes; None: its tokenizer is still to be trained."""
     fingerprint = "" if tokenizer is None else tokenizer.fingerprint
-    bos = args.bos and (tokenizer is None or tokenizer.bos_id is not None)
-    eos = args.eos and (tokenizer is None or tokenizer.eos_id is not None)
+    plain = args.format == "megatron"  # which adds nothing unless asked to
+    bos, eos = (not plain if given is None else given for given in (args.bos, args.eos))
+    bos = bos and (tokenizer is None or tokenizer.bos_id is not None)
+    eos = eos and (tokenizer is None or tokenizer.eos_id is not None)
     if not args.template:
         return TextSettings(fingerprint, args.key, args.validation, bos, eos)
     source = source_of(args.template)
@@ -147,6 +147,11 @@ def _settings(args: argparse.Namespace, tokenizer: Tokenizer | None) -> Settings
 
 def _check_options(args: argparse.Namespace) -> None:
     """DataError for options of text with rows, and of rows with text."""
+    if args.template and args.format == "megatron":
+        raise DataError(
+            "--format megatron has no place for which tokens are answers; leave out --template or "
+            "--format"
+        )
     text = {"--glob": args.glob, "--exclude": args.exclude}
     table = {
         "--field": args.field,
@@ -189,12 +194,17 @@ def _make_folder(parts: Path) -> None:
         ) from None
 
 
-def _already(out: Path, settings: Settings, identity: str) -> bool:
+def _already(out: Path, settings: Settings, identity: str, form: str) -> bool:
     """Whether ``out`` holds this very dataset; DataError if it holds another."""
     marker = out / "dataset.json"
     if not marker.exists():
         return False
     said = json.loads(marker.read_text())
+    if ("megatron" if said.get("indexed") else "llamax") != form:
+        raise DataError(
+            f"{out}: holds this or another dataset in the other format; choose another --out, or "
+            "remove that folder"
+        )
     for key, value in _plain(settings).items():
         if (other := said.get(key)) != value:
             raise DataError(
@@ -249,31 +259,6 @@ def _own_texts(chunks: Sequence[Chunk], settings: Settings) -> Iterable[str]:
     return (text for text in found if not is_validation(text.encode(), settings.validation))
 
 
-def describe(out: Path, length: int = 0) -> str:
-    """What a dataset folder holds, in a few lines; ``length``: what it is packed at, in tokens."""
-    lines = [f"made {out}"]
-    for split in SPLITS:
-        path = out / f"{split}.tokens"
-        if path.exists():
-            file = TokenFile(path, "off")
-            entropy, kinds = unigram_entropy(file)
-            head = file.header
-            lines.append(
-                f"  {split + '.tokens':18} {head.documents:,} documents, {head.tokens:,} tokens, "
-                f"{head.text_bytes / head.tokens:.2f} bytes/token, unigram entropy {entropy:.3f} "
-                f"nats, {kinds / head.vocab_size:.1%} of the vocabulary"
-            )
-            if head.counted is not None:
-                lines.append(
-                    f"  {'':18} {head.counted / head.tokens:.1%} of the tokens are answers"
-                )
-            if length:
-                lines.append(f"  {'':18} {Packs(file, length)}")
-        elif split != "test":
-            lines.append(f"  {split}.tokens: none, no document fell into it")
-    return "\n".join(lines)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
@@ -310,14 +295,25 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="start documents with the BOS token, if there is one",
+        help="start documents with the BOS token, if there is one (default, but not of megatron)",
     )
     p.add_argument(
         "--eos",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="end documents with the EOS token, if there is one",
+        help="end documents with the EOS token, if there is one (default, but not of megatron)",
+    )
+    p.add_argument(
+        "--format",
+        choices=("llamax", "megatron"),
+        default="llamax",
+        help="of the dataset: one file that proves itself, or Megatron's .bin and .idx",
+    )
+    p.add_argument(
+        "--append-eod",
+        dest="eos",
+        action="store_const",
+        const=True,
+        help="Megatron's name of --eos",
     )
     p.add_argument(
         "--workers", type=_count, default=os.cpu_count() or 1, help="processes (%(default)s)"
@@ -342,7 +338,7 @@ def _add_row_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--field",
         action="append",
-        type=_field,
+        type=column,
         default=[],
         metavar="FIELD=COLUMN",
         help=f"which column is the {', '.join(FIELDS)}; default: the usual names",
@@ -355,15 +351,6 @@ def _add_row_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--drop-empty", action="store_true", help="leave out rows with an empty answer, and count"
     )
-
-
-def _field(text: str) -> tuple[str, str]:
-    name, equals, column = text.partition("=")
-    if name not in FIELDS or not equals or not column:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not FIELD=COLUMN with a field of {', '.join(FIELDS)}"
-        )
-    return name, column
 
 
 def _count(text: str) -> int:

@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +94,35 @@ class Header:
         return cls(**found)
 
 
+class Stream(Protocol):
+    """Documents end to end, as samples are cut from them: a token file, or a Megatron dataset."""
+
+    path: Path
+    header: Header
+    tokens: npt.NDArray[Any]
+
+    def __len__(self) -> int: ...
+
+    @property
+    def documents(self) -> npt.NDArray[np.uint64]: ...
+
+    @property
+    def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
+        """Where documents begin, ascending, and how many of its units a token is."""
+        ...
+
+    @property
+    def masked(self) -> bool: ...
+
+    def counted(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]: ...
+
+    def touch(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
+    ) -> None: ...
+
+    def verify(self, threads: int | None = None, share: int = 0, of: int = 1) -> Any: ...
+
+
 class TokenFile:
     """A token file, mapped: ``tokens`` [tokens], ``documents`` [documents + 1] and ``counted``.
 
@@ -142,6 +171,11 @@ class TokenFile:
                 pass
         self._unseen[:] = False
         return len(blocks) * BLOCK_BYTES / (time.perf_counter() - start)
+
+    @property
+    def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
+        """Where documents begin, ascending, and how many of its units a token is."""
+        return self.documents, 1
 
     @property
     def masked(self) -> bool:

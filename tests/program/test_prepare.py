@@ -18,8 +18,9 @@ from corpora import python_sources
 
 from llamax.data import corpus, files
 from llamax.data.dataset import open_dataset
+from llamax.data.describe import unigram_entropy
 from llamax.data.loader import Loader
-from llamax.data.prepare import main, unigram_entropy
+from llamax.data.prepare import main
 from llamax.data.tokenizer import load_tokenizer, train_sentencepiece
 from llamax.data.tokens import TokenFile
 from llamax.errors import DataError
@@ -58,6 +59,7 @@ def test_documents_are_what_the_tokenizer_says(text: Path, tokenizer: Path, tmp_
     assert set(made) == {"dataset.json", "tokenizer.model", "train.tokens", "validation.tokens"}
     data = open_dataset(tmp_path / "out")
     assert data.validation is not None
+    assert data.tokenizer_path is not None
     own = load_tokenizer(data.tokenizer_path)
     paths = sorted(text.rglob("*.py"))
     sources = [p.read_text(encoding="utf-8") for p in paths if not p.name.startswith(".")]

@@ -1,0 +1,254 @@
+"""Megatron's indexed datasets, ``PREFIX.bin`` and ``PREFIX.idx``, read where they lie and written.
+
+::
+
+    PREFIX.bin   the tokens of all sequences, end to end
+    PREFIX.idx   magic "MMIDIDX\\0\\0", version 1 (uint64), dtype code (uint8)
+                 number of sequences n, number of document marks d (uint64)
+                 tokens of each sequence (int32 x n), where it begins in bytes (int64 x n)
+                 documents: sequences [marks[i], marks[i + 1]) are document i (int64 x d)
+                 modes (int8 x n), of multimodal data only
+
+All integers are little-endian.  These are the files of Megatron-LM, NeMo and NeMo Megatron on
+Neuron ("mmap").  Nothing is converted and nothing of the size of the corpus is held in memory: both
+files are mapped, and where every document is one sequence, as pretraining data is, the table of
+positions is searched as it lies in the file.
+
+The format has no checksums and names no tokenizer.  What can contradict does get checked: the sizes
+of both files, that sequences lie end to end, and that every token is in the model's vocabulary.
+
+Source: megatron/core/datasets/indexed_dataset.py of Megatron-LM, for the layout.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llamax.data.files import sync_folder
+from llamax.data.tokens import Header, TokenFile, Verify
+from llamax.errors import DataError
+
+MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
+DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+CODES = {np.dtype(name): code for code, name in DTYPES.items()}
+TABLES = 34  # bytes before the tables of an .idx file
+LARGEST_U2 = 65_500  # vocabularies from here on take int32
+CHUNK = 2**20  # elements looked at together
+SAMPLED = 1000  # documents that tell with what token all begin
+
+Integers = npt.NDArray[np.int64]
+
+
+def is_prefix(path: str | Path) -> bool:
+    """Whether there is an .idx or a .bin file of this prefix."""
+    return any(Path(f"{path}{suffix}").is_file() for suffix in (".idx", ".bin"))
+
+
+def indexed_prefix(folder: Path, split: str, key: str) -> Path:
+    """Where ``llamax prepare`` writes a split, named as Megatron's own preparation names it."""
+    return folder / f"{split}_{key}_document"
+
+
+class IndexedFile:
+    """The dataset of a prefix, mapped: ``tokens`` [tokens] and ``documents`` [documents + 1].
+
+    Tokens are checked against ``vocab_size`` as ``verify`` says, 0: not known.  ``header`` is what
+    the dataset is known to be from elsewhere.  Raises DataError where a file is missing, is no such
+    file, or the two disagree.
+    """
+
+    masked = False
+
+    def __init__(
+        self,
+        prefix: str | Path,
+        verify: Verify = "start",
+        vocab_size: int = 0,
+        header: Header | None = None,
+    ) -> None:
+        self.path, self.vocab_size, self.checks = Path(prefix), vocab_size, verify
+        index, data = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
+        self._index, self._data = _map(index), _map(data)
+        if len(self._index) < TABLES or bytes(self._index[: len(MAGIC)]) != MAGIC:
+            raise DataError(
+                f"{index}: is not a Megatron index of kind mmap (it begins with "
+                f"{bytes(self._index[: len(MAGIC)])!r}, not {MAGIC!r}); prepare it with "
+                "--dataset-impl mmap"
+            )
+        version, code, n, d = struct.unpack_from("<QBQQ", self._index, len(MAGIC))
+        if version != VERSION or code not in DTYPES:
+            raise DataError(
+                f"{index}: has version {version} and dtype code {code}; llamax reads version "
+                f"{VERSION} and codes {min(DTYPES)} to {max(DTYPES)}"
+            )
+        self.dtype = np.dtype(DTYPES[code])
+        size = TABLES + 12 * n + 8 * d
+        if len(self._index) not in (size, size + n):  # with modes
+            raise DataError(
+                f"{index}: has {len(self._index)} bytes, but its {n} sequences and {d} document "
+                f"marks take {size}; copy it again"
+            )
+        self.lengths: npt.NDArray[np.int32] = np.frombuffer(self._index, "<i4", n, TABLES)
+        self.pointers: npt.NDArray[np.uint64] = np.frombuffer(self._index, "<u8", n, TABLES + 4 * n)
+        self.marks: Integers = np.frombuffer(self._index, "<i8", d, TABLES + 12 * n)
+        width = self.dtype.itemsize
+        end = int(self.pointers[-1]) + int(self.lengths[-1]) * width if n else 0
+        if end != len(self._data):
+            raise DataError(
+                f"{data}: has {len(self._data)} bytes, but {index} says {end}; they are not of "
+                "one dataset, or one is cut short: copy both again"
+            )
+        if d and (self.marks[0] != 0 or self.marks[-1] != n):
+            raise DataError(
+                f"{index}: its documents are sequences {self.marks[0]} to {self.marks[-1]}, but it "
+                f"has {n}; prepare it again"
+            )
+        if self.dtype.kind == "f":
+            raise DataError(f"{data}: holds {self.dtype.name} numbers, not tokens; give token ids")
+        self.tokens: npt.NDArray[Any] = np.frombuffer(self._data, self.dtype)
+        self._plain = _counts_up(self.marks)
+        self._documents: npt.NDArray[np.uint64] | None = None
+        self.header = header or Header("", 0, bos_id=self._first_token())
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def sequence(self, number: int) -> npt.NDArray[Any]:
+        """The tokens of a sequence, a view."""
+        start = int(self.pointers[number]) // self.dtype.itemsize
+        return self.tokens[start : start + int(self.lengths[number])]
+
+    @property
+    def documents(self) -> npt.NDArray[np.uint64]:
+        """Tokens [documents[i], documents[i + 1]) are document i; made in memory when asked for."""
+        if self._documents is None:
+            starts = np.append(self.pointers, np.uint64(len(self._data)))
+            self._documents = starts[self.marks] // np.uint64(self.dtype.itemsize)
+        return self._documents
+
+    @property
+    def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
+        """Where documents begin, ascending, and in units of which part of a token.
+
+        Of plain pretraining data it is the mapped table itself, in bytes.
+        """
+        return (self.pointers, self.dtype.itemsize) if self._plain else (self.documents, 1)
+
+    def counted(self, places: Integers) -> npt.NDArray[np.bool_]:
+        """Every token is to be learnt."""
+        return np.ones(places.shape, bool)
+
+    def verify(self, threads: int | None = None, share: int = 0, of: int = 1) -> None:
+        """Check the ``share``-th of ``of`` parts: sequences lie end to end, tokens are known."""
+        n, width = len(self.lengths), np.uint64(self.dtype.itemsize)
+        for start in range(share * CHUNK, n, of * CHUNK):
+            here = slice(start, start + CHUNK)
+            ends = self.pointers[here] + self.lengths[here].astype(np.uint64) * width
+            starts = self.pointers[start + 1 : start + 1 + CHUNK]
+            if wrong := np.flatnonzero(ends[: len(starts)] != starts).tolist():
+                raise DataError(
+                    f"{self.path}.idx: sequence {start + wrong[0] + 1} does not begin where the "
+                    "one before it ends; prepare it again"
+                )
+        for start in range(share * CHUNK, len(self), of * CHUNK):
+            self._check(start, start + CHUNK)
+
+    def touch(self, starts: Integers, stops: Integers, section: str = "tokens") -> None:
+        """Check the tokens starts[i]:stops[i] before their use, if that is when to check."""
+        if self.checks == "read" and section == "tokens":
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                self._check(start, stop)
+
+    def _check(self, start: int, stop: int) -> None:
+        part = self.tokens[start:stop]
+        if self.vocab_size and len(part):
+            low, high = int(part.min()), int(part.max())
+            if low < 0 or high >= self.vocab_size:
+                wrong = low if low < 0 else high
+                raise DataError(
+                    f"{self.path}.bin: token {wrong} near place {start} is outside "
+                    f"model.vocab_size={self.vocab_size}; it was made with another tokenizer"
+                )
+
+    def _first_token(self) -> int | None:
+        """With what token the first documents begin, if all with the same one."""
+        starts = self.pointers[:SAMPLED] // np.uint64(self.dtype.itemsize)
+        first = np.unique(self.tokens[starts[self.lengths[:SAMPLED] > 0]])
+        return int(first[0]) if len(first) == 1 and len(starts) > 1 else None
+
+
+def _map(path: Path) -> mmap.mmap | bytes:
+    try:
+        with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be opened ({error.strerror}); a Megatron dataset is PREFIX.idx and "
+            "PREFIX.bin, and is named by its prefix"
+        ) from None
+
+
+def _counts_up(marks: Integers) -> bool:
+    """Whether marks are 0, 1, 2, ...: every document is one sequence."""
+    parts = (range(start, min(start + CHUNK, len(marks))) for start in range(0, len(marks), CHUNK))
+    return all(np.array_equal(marks[part.start : part.stop], part) for part in parts)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def write_indexed(prefix: Path, files: Sequence[TokenFile], vocab_size: int) -> int:
+    """Join token files into ``prefix.bin`` and ``prefix.idx``; how many documents there are.
+
+    The same bytes as Megatron's builder writes for these documents: uint16 for vocabularies below
+    65,500, else int32; documents without tokens are left out.  Both files appear whole, the index
+    last, or not at all.
+    """
+    dtype = np.dtype("<u2" if vocab_size < LARGEST_U2 else "<i4")
+    index, data = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
+    partial = [path.with_name(f".{path.name}.partial") for path in (index, data)]
+    try:
+        with open(partial[1], "wb") as body:
+            for file in files:
+                for start in range(0, len(file), CHUNK):
+                    body.write(file.tokens[start : start + CHUNK].astype(dtype).tobytes())
+            _sync(body)
+        count = sum(int((_lengths(file) > 0).sum()) for file in files)
+        with open(partial[0], "wb") as head:
+            head.write(MAGIC + struct.pack("<QBQQ", VERSION, CODES[dtype], count, count + 1))
+            for file in files:
+                head.write(_lengths(file)[_lengths(file) > 0].astype("<i4").tobytes())
+            offset = 0
+            for file in files:
+                lengths = _lengths(file)[_lengths(file) > 0] * dtype.itemsize
+                head.write((offset + np.cumsum(lengths) - lengths).astype("<i8").tobytes())
+                offset += int(lengths.sum())
+            for start in range(0, count + 1, CHUNK):
+                head.write(np.arange(start, min(start + CHUNK, count + 1), dtype="<i8").tobytes())
+            _sync(head)
+        os.replace(partial[1], data)
+        os.replace(partial[0], index)
+        sync_folder(prefix.parent)
+    finally:
+        for path in partial:
+            path.unlink(missing_ok=True)
+    return count
+
+
+def _lengths(file: TokenFile) -> Integers:
+    return np.diff(file.documents.astype(np.int64))
+
+
+def _sync(file: IO[bytes]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
