@@ -19,6 +19,7 @@ COMMANDS = {
     "consolidate": ("llamax.checkpoint.consolidate", "join a checkpoint to a Hugging Face folder"),
     "import": ("llamax.checkpoint.foreign.importer", "read a checkpoint of NxD, NeMo or Meta"),
     "export": ("llamax.checkpoint.foreign.exporter", "write a model for Hugging Face, NxD or Meta"),
+    "merge": ("llamax.merge", "join a base and its adapters to a Hugging Face folder"),
     "inspect": ("llamax.checkpoint.inspect", "say what a checkpoint or a dataset is"),
     "plan": ("llamax.plan", "say what a run needs, and how long and dear it will be"),
     "launch": ("llamax.launch.command", "start a job on torchrun, mpirun, Slurm, k8s or SageMaker"),

@@ -143,6 +143,12 @@ class Nf4:
         blocks = rows.unsqueeze(1) * self.blocks_in_row[number] + (column + within) // quant.BLOCK
         return blocks // quant.NESTED
 
+    def to(self, device: torch.device) -> None:
+        """Move all that this rank holds."""
+        self.codes.mine = self.codes.mine.to(device)
+        self.scales.mine = self.scales.mine.to(device)
+        self.scale_of_scales = [(a.to(device), b.to(device)) for a, b in self.scale_of_scales]
+
     def tensors(self) -> Iterator[Tensor]:
         """All that this rank holds."""
         yield from (self.codes.mine, self.scales.mine)
@@ -173,6 +179,10 @@ class Int8:
         """The layer's weight on this tensor rank, dense: [f, D]."""
         codes = self.codes.gather().view(-1, self.columns)
         return quant.from_int8(codes, self.scales, self.dtype)
+
+    def to(self, device: torch.device) -> None:
+        """Move all that this rank holds."""
+        self.codes.mine, self.scales = self.codes.mine.to(device), self.scales.to(device)
 
     def tensors(self) -> Iterator[Tensor]:
         """All that this rank holds."""
@@ -206,6 +216,13 @@ def store(
     if finetune.quant == "nf4":
         return Nf4(layer, found, source, like, data, finetune.double_quant)
     return Int8(layer, found, source, like, data)
+
+
+def stores(model: Llama) -> Iterator[Nf4 | Int8]:
+    """The quantised layers of a model."""
+    for layer in model.modules():
+        if isinstance(layer, FrozenLinear) and isinstance(layer.store, (Nf4, Int8)):
+            yield layer.store
 
 
 # --- memory --------------------------------------------------------------------------------------
@@ -251,8 +268,5 @@ def expected(model: Model, finetune: Finetune, tensor: int, data: int, itemsize:
 
 def held(model: Llama) -> tuple[int, int]:
     """Bytes of the base on this rank, counted: quantised, and as they are."""
-    quantised = 0
-    for layer in model.modules():
-        if isinstance(layer, FrozenLinear) and isinstance(layer.store, (Nf4, Int8)):
-            quantised += sum(tensor.nbytes for tensor in layer.store.tensors())
+    quantised = sum(tensor.nbytes for store in stores(model) for tensor in store.tensors())
     return quantised, sum(p.nbytes for p in model.parameters() if not p.requires_grad)

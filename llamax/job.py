@@ -10,6 +10,7 @@ import torch
 
 from llamax import configfile, log
 from llamax.backends import Backend
+from llamax.base import stores
 from llamax.checkpoint.adapters import About
 from llamax.checkpoint.load import load_owned, load_weights
 from llamax.checkpoint.save import Saver
@@ -101,6 +102,8 @@ def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: In
         for parameter in model.parameters():
             if parameter.device != backend.device:  # frozen
                 move_parameter(parameter, backend.device)
+        for store in stores(model):
+            store.to(backend.device)
     saver = Saver(
         Path(config.run.folder) / "checkpoints",
         axes,

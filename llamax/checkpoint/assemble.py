@@ -24,7 +24,7 @@ import torch
 from llamax import configfile
 from llamax.checkpoint import hub, slabs
 from llamax.checkpoint.container import head, put, writing
-from llamax.checkpoint.load import Checkpoint
+from llamax.checkpoint.load import Checkpoint, Source
 from llamax.checkpoint.manifest import CONFIG
 from llamax.config import Model
 from llamax.data.export import export
@@ -49,7 +49,7 @@ class Planned(NamedTuple):
 
 
 def plan(
-    source: Checkpoint, dtype: torch.dtype | None = None, most_bytes: int = FILE_BYTES
+    source: Source, dtype: torch.dtype | None = None, most_bytes: int = FILE_BYTES
 ) -> list[Planned]:
     """All tensors in the order of their files; a new file where the next would pass ``most_bytes``.
 
@@ -92,9 +92,7 @@ def lay_out(folder: Path, planned: Sequence[Planned]) -> dict[str, int]:
     return offsets
 
 
-def fill(
-    source: Checkpoint, folder: Path, one: Planned, offset: int, buffers: slabs.Buffers
-) -> int:
+def fill(source: Source, folder: Path, one: Planned, offset: int, buffers: slabs.Buffers) -> int:
     """Write one tensor to its place in its file; how many bytes."""
     outgoing = slabs.whole(source, one.name, one.kind, one.dtype, buffers)
     put(folder / one.file, offset, outgoing.chunks, one.size_bytes)
@@ -107,7 +105,7 @@ def pieces_of(source: Checkpoint, planned: Iterable[Planned]) -> list[Path]:
 
 
 def finish(
-    source: Checkpoint, planned: Sequence[Planned], folder: Path, tokenizer: Path | None = None
+    source: Source, planned: Sequence[Planned], folder: Path, tokenizer: Path | None = None
 ) -> None:
     """All of a Hugging Face folder but the weights."""
     model = Model.from_hub(source.model)
@@ -129,7 +127,7 @@ def share(planned: Sequence[Planned], rank: int, world_size: int) -> Iterator[Pl
     return (one for one in planned if one.file in files)
 
 
-def write_tokenizer(source: Checkpoint, model: Model, given: Path | None, folder: Path) -> None:
+def write_tokenizer(source: Source, model: Model, given: Path | None, folder: Path) -> None:
     """Put the tokenizer beside the weights: the one given, or that of the dataset, if it is there.
 
     Raises CheckpointError where it is not the one the model was trained with.

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from llamax.checkpoint import assemble, slabs
+from llamax.checkpoint import adapters, assemble, slabs
 from llamax.checkpoint.assemble import Planned
 from llamax.checkpoint.container import Progress, building, silent
 from llamax.checkpoint.load import Checkpoint
@@ -61,10 +61,13 @@ def consolidate(
     """Write a checkpoint (a step's folder, or a run's: its newest) as a Hugging Face folder.
 
     ``dtype`` defaults to that of the weights; float32 takes the masters where there are some.
-    ``verify`` hashes what is read, beside the reading.  ``processes`` above 1 are forks.
+    ``verify`` hashes what is read, beside the reading.  ``processes`` above 1 are forks.  A
+    checkpoint of adapters becomes a folder of PEFT's.
     Raises CheckpointError where the checkpoint is damaged, ``out`` is in use or the disk is full.
     """
     source = Checkpoint(find(Path(checkpoint)), verify=False)
+    if adapters.about(source) is not None:
+        return adapters.export(Checkpoint(source.folder, verify), out)
     planned = assemble.plan(source, dtype, max_shard_bytes)
     needed = assemble.pieces_of(source, planned) if verify else []
     with building(Path(out)) as folder:
@@ -144,8 +147,12 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--processes={args.processes} is below 1; use 1 or more")
     source = Checkpoint(find(Path(args.checkpoint)), verify=False)
     dtype = DTYPES[args.dtype] if args.dtype else None
-    total = sum(one.size_bytes for one in assemble.plan(source, dtype))
     began = time.perf_counter()
+    if adapters.about(source) is not None:
+        out = consolidate(source.folder, args.out, verify=not args.no_verify)
+        print(f"{out}: the adapters of step {source.step}, as PEFT loads them; see llamax merge")
+        return 0
+    total = sum(one.size_bytes for one in assemble.plan(source, dtype))
     with tqdm(total=total, unit="B", unit_scale=True, desc="consolidate", leave=False) as bar:
         out = consolidate(
             source.folder,

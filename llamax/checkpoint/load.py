@@ -62,6 +62,11 @@ class Source(ABC):
     folder: Path
     model: dict[str, Any]
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the program that wrote the files said beside them: nothing, where none did."""
+        return {}
+
     @abstractmethod
     def names(self) -> list[str]:
         """The Hub names of all weights."""

@@ -1,6 +1,6 @@
-"""A LoRA step on a mesh of ranks equals the step of the whole model, dropout included.
+"""A LoRA or QLoRA step on a mesh of ranks equals the step of the whole model, dropout included.
 
-Loss, gradient and new value of every adapter for tensor x data degrees with and without sequence
+Losses, norms and every adapter after two steps, for tensor x data degrees with and without sequence
 parallelism, then the same with a defect planted in the ranks: it must fail for each of them.
 """
 
@@ -8,137 +8,75 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from tuning_worlds import (
+    GLOBAL_BATCH,
+    MODEL,
+    SEQUENCE,
+    base_folder,
+    batch,
+    build,
+    differences,
+    steps,
+)
 from world import Worlds, axes
 
-from llamax import dropout, lora, shard
+from llamax import base, dropout, lora, shard
 from llamax.collectives import Axes, Meter, Metered
-from llamax.config import Finetune, Model, Optim
-from llamax.data.loader import Batch
+from llamax.config import Finetune
 from llamax.mesh import Mesh
 from llamax.model import Llama
-from llamax.optim.zero1 import Zero1
 from llamax.parallel.frozen import FrozenLinear
-from llamax.step import train_step
 
-MODEL = Model(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=61,
-    initializer_range=0.1,
-)
-FINETUNE = Finetune(method="lora", r=4, alpha=6.0, dropout=0.25)
-# With the usual eps AdamW would turn the rounding of a gradient near 0 into a whole step.
-OPTIM = Optim(lr=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
-SEQUENCE, GLOBAL_BATCH = 16, 8
+LORA = Finetune(method="lora", r=4, alpha=6.0, dropout=0.25)
+SOME = Finetune(method="lora", r=2, alpha=3.0, rslora=True, targets="q_proj,v_proj,down_proj")
+NF4 = Finetune(method="qlora", r=4, alpha=6.0, dropout=0.25)
+SINGLE = Finetune(method="qlora", r=2, double_quant=False, targets="k_proj,up_proj")
+INT8 = Finetune(method="qlora", r=4, quant="int8", shard_base=False)
 TOLERANCE = 2e-6
 
 
-def batch() -> Batch:
-    generator = torch.Generator().manual_seed(1)
-    shape = (GLOBAL_BATCH, SEQUENCE)
-    ids = torch.randint(MODEL.vocab_size, shape, generator=generator)
-    labels = torch.randint(MODEL.vocab_size, shape, generator=generator)
-    labels = labels.masked_fill(torch.rand(shape, generator=generator) < 0.25, -100)
-    return Batch(ids, labels, torch.arange(SEQUENCE).expand(shape), None)
-
-
-def share(axes: Axes, accumulation: int) -> list[Batch]:
-    """This data rank's microbatches, dealt as the loader deals them: microsteps outermost."""
-    rows = GLOBAL_BATCH // axes.data.size // accumulation
-    firsts = [(i * axes.data.size + axes.data.rank) * rows for i in range(accumulation)]
-    whole = batch()
-    return [Batch(*(p[f : f + rows] for p in whole[:3]), None) for f in firsts]
-
-
-def build(axes: Axes, sequence: bool, finetune: Finetune, recompute: str) -> Llama:
-    """A model with adapters whose B is not zero, so that every factor has a gradient."""
-    model = Llama(MODEL, axes.tp, sequence_parallel=sequence, recompute=recompute).init(0)
-    lora.adapt(model, finetune, torch.empty(0), seed=5)
-    lora.init(model, 3)
-    with torch.no_grad():
-        for name, parameter in lora.trained(model).items():
-            if "lora_B" in name:
-                how, shape = model.shards[name], list(parameter.shape)
-                if isinstance(how, shard.Shard):
-                    shape[0] = how.blocks[0].size
-                whole = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) / 5
-                parameter.copy_(shard.cut(whole, how, axes.tp.size, axes.tp.rank))
-    return model
-
-
-def step(
-    axes: Axes, sequence: bool, finetune: Finetune, accumulation: int, recompute: str = "none"
-) -> dict[str, Any]:
-    """Losses and norms of two steps, and the adapters after them."""
-    model = build(axes, sequence, finetune, recompute)
-    optimizer = Zero1(
-        lora.trained(model),
-        model.shards,
-        OPTIM,
-        axes,
-        sequence_parallel=model.sequence_parallel,
-        bucket_bytes=1024,
-    )
-    frozen_before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    tokens = GLOBAL_BATCH * SEQUENCE
-    found = [
-        train_step(model, optimizer, axes, share(axes, accumulation), tokens, OPTIM.lr, n)
-        for n in (1, 2)
-    ]
-    for name, before in frozen_before.items():
-        assert torch.equal(model.get_parameter(name), before), f"{name} is frozen"
-        assert model.get_parameter(name).grad is None
-    return {
-        "loss": [float(each.loss) for each in found],
-        "norm": [float(each.grad_norm) for each in found],
-        "adapters": {n: p.detach().clone() for n, p in lora.trained(model).items()},
-        "shards": model.shards,
-    }
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base_folder(tmp_path_factory.mktemp("base") / "hub")
 
 
 def on_mesh(
-    mesh: Mesh, sequence: bool, finetune: Finetune, accumulation: int, recompute: str, mutation: str
+    folder: Path, mesh: Mesh, sequence: bool, cases: list[tuple[Finetune, str]], mutation: str
 ) -> list[str]:
-    """In a rank: what differs from the whole model's step, a line each."""
-    whole = step(Axes.solo(), False, finetune, 1)
-    kv = max(1, mesh.tp // MODEL.num_key_value_heads)
-    my_axes = axes(mesh, kv)
-    with MUTATIONS[mutation]():
-        mine = step(my_axes, sequence, finetune, accumulation, recompute)
-    found = []
-    for name, theirs in whole["adapters"].items():
-        expected = shard.cut(theirs, mine["shards"][name], mesh.tp, my_axes.tp.rank)
-        error = (mine["adapters"][name] - expected).abs().max() / theirs.abs().max()
-        if not error <= 5 * TOLERANCE:
-            found.append(f"{name} {error:.1e}")
-    for what in ("loss", "norm"):
-        for number, (a, b) in enumerate(zip(mine[what], whole[what], strict=True), 1):
-            if not abs(a - b) <= 2 * TOLERANCE * abs(b):
-                found.append(f"{what} of step {number}: {a!r} {b!r}")
+    """In a rank: what differs from the whole model's steps, a line each."""
+    found, my_axes = [], axes(mesh, max(1, mesh.tp // MODEL.num_key_value_heads))
+    for finetune, recompute in cases:
+        whole = steps(build(folder, Axes.solo(), finetune), Axes.solo(), 1)
+        with MUTATIONS[mutation]():
+            model = build(folder, my_axes, finetune, sequence, recompute)
+            mine = steps(model, my_axes, 2)
+        found += differences(mine, whole, model, TOLERANCE)
     return found
 
 
-MESHES = [Mesh(tp=tp, dp=dp) for tp in (1, 2, 4) for dp in (1, 2)]
+MESHES = [(Mesh(dp=2), True), (Mesh(tp=4, dp=2), True)]
+MESHES += [(Mesh(tp=tp, dp=dp), on) for tp, dp in ((2, 1), (2, 2), (4, 1)) for on in (True, False)]
 
 
-@pytest.mark.parametrize("sequence", [True, False], ids=["sequence", "plain"])
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"tp{mesh.tp}-dp{mesh.dp}")
-def test_a_sharded_step_equals_the_whole_step(worlds: Worlds, mesh: Mesh, sequence: bool) -> None:
-    few = Finetune(method="lora", r=2, alpha=3.0, rslora=True, targets="q_proj,v_proj,down_proj")
-    for finetune, recompute in ((FINETUNE, "full"), (few, "none")):
-        for found in worlds(mesh.world_size).run(
-            on_mesh, mesh, sequence, finetune, 2, recompute, "none"
-        ):
-            assert found == []
+@pytest.mark.parametrize("cases", [[LORA, SOME], [NF4, SINGLE, INT8]], ids=["lora", "qlora"])
+@pytest.mark.parametrize(
+    ("mesh", "sequence"), MESHES, ids=lambda x: str(x) if isinstance(x, bool) else f"{x.tp}x{x.dp}"
+)
+def test_sharded_steps_equal_the_whole_steps(
+    worlds: Worlds, folder: Path, mesh: Mesh, sequence: bool, cases: list[Finetune]
+) -> None:
+    modes = ("full", "selective", "none") if mesh.world_size == 4 else ("none",) * 3
+    pairs = list(zip(cases, modes, strict=False))
+    world = worlds(mesh.world_size)
+    for found in world.run(on_mesh, folder, mesh, sequence, pairs, "none", timeout_s=240):
+        assert found == []
 
 
 # --- planted defects -----------------------------------------------------------------------------
@@ -174,6 +112,20 @@ def sample_forgotten(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, step, first, count: original(self, step, 0, count)
 
 
+def first_rows(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, number: original(self, number) * 0
+
+
+def own_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Columns counted from the share's own first, so that blocks begin there."""
+
+    def share_of(part: Any, shape: Any, degree: int, rank: int) -> base.Share:
+        found = original(part, shape, degree, rank)
+        return found._replace(column=found.column // 64 * 64)
+
+    return share_of
+
+
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "none": lambda: replaced(lora, "Replica", shard.Replica),
     "gradient of whole factors not summed": whole_factor_not_summed,
@@ -186,14 +138,29 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "masks alike on all data ranks": lambda: replaced(
         dropout.Dropout, "keys", sample_forgotten(dropout.Dropout.keys)
     ),
-    "scale of rsLoRA": lambda: replaced(lora, "scale", lambda finetune: finetune.alpha / 2),
+    "another scale": lambda: replaced(lora, "scale", lambda finetune: finetune.alpha / 2),
+    "scales of the first rank's blocks": lambda: replaced(
+        base.Nf4, "_places", first_rows(base.Nf4._places)
+    ),
+    "blocks begin at a share": lambda: replaced(base, "share_of", own_blocks(base.share_of)),
+    "a data rank's run alone": lambda: replaced(
+        base.Spread, "gather", lambda self: self.mine.repeat(self.data.size)[: self.length]
+    ),
 }
+IN_BASE = (
+    "scales of the first rank's blocks",
+    "blocks begin at a share",
+    "a data rank's run alone",
+)
+PLAIN = ("input gradient not summed", "gradient of whole factors not summed")
 
 
 @pytest.mark.parametrize("mutation", [name for name in MUTATIONS if name != "none"])
-def test_a_planted_defect_is_caught(worlds: Worlds, mutation: str) -> None:
-    sequence = mutation not in ("input gradient not summed", "gradient of whole factors not summed")
-    assert any(worlds(4).run(on_mesh, Mesh(tp=2, dp=2), sequence, FINETUNE, 1, "none", mutation))
+def test_a_planted_defect_is_caught(worlds: Worlds, folder: Path, mutation: str) -> None:
+    mesh = Mesh(tp=4) if mutation == "blocks begin at a share" else Mesh(tp=2, dp=2)
+    cases = [(NF4 if mutation in IN_BASE else LORA, "none")]
+    sequence = mutation not in PLAIN
+    assert any(worlds(4).run(on_mesh, folder, mesh, sequence, cases, mutation))
 
 
 # --- what is sent --------------------------------------------------------------------------------
@@ -223,3 +190,44 @@ def test_adapters_send_nothing_but_the_second_gather(worlds: Worlds, sequence: b
     if sequence:
         adapted["tp", "all_gather"] -= again
     assert adapted == bare
+
+
+# --- where the base lies -------------------------------------------------------------------------
+
+
+def dense(folder: Path, mesh: Mesh, finetune: Finetune) -> list[str]:
+    """In a rank: layers whose share is not that of the whole, and bytes that are not expected."""
+    my_axes = axes(mesh, max(1, mesh.tp // MODEL.num_key_value_heads))
+    mine, whole = build(folder, my_axes, finetune), build(folder, Axes.solo(), finetune)
+    found = []
+    for name, layer in mine.named_modules():
+        if isinstance(layer, FrozenLinear):
+            other = whole.get_submodule(name).dense()
+            if not torch.equal(
+                layer.dense(), shard.cut(other, layer.shard, mesh.tp, my_axes.tp.rank)
+            ):
+                found.append(name)
+    formula = base.expected(MODEL, finetune, mesh.tp, mesh.dp, 4)
+    if base.held(mine) != formula[:2]:
+        found.append(f"{base.held(mine)} bytes, {formula} expected")
+    largest = max(m.dense().nbytes for m in mine.modules() if isinstance(m, FrozenLinear))
+    if largest != formula.dense:
+        found.append(f"a layer is {largest} bytes, {formula.dense} expected")
+    return found
+
+
+@pytest.mark.parametrize("finetune", [NF4, SINGLE, INT8], ids=["nf4", "single", "int8"])
+@pytest.mark.parametrize("mesh", [Mesh(tp=4), Mesh(tp=2, dp=2), Mesh(dp=4)], ids=str)
+def test_a_base_is_the_same_on_every_mesh_and_takes_the_expected_bytes(
+    worlds: Worlds, folder: Path, mesh: Mesh, finetune: Finetune
+) -> None:
+    for found in worlds(4).run(dense, folder, mesh, finetune):
+        assert found == []
+
+
+def test_a_spread_base_is_smaller_than_a_whole_one() -> None:
+    wide = Finetune(method="qlora")
+    one, four = (base.expected(MODEL, wide, 1, data, 2).quantised for data in (1, 4))
+    assert 3.5 < one / four < 4.0
+    bits = 8 * one / (MODEL.num_parameters() - 2 * 61 * 128)
+    assert 4.1 < bits < 4.3

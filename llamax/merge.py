@@ -1,0 +1,141 @@
+"""``llamax merge BASE ADAPTER --out DIR``: a base and its adapters become one Hugging Face folder.
+
+A merge is a source whose weights are W + s B A, in the dtype of the base: whatever reads a model
+from files can read it, and here it is read into new files a slab of rows at a time.  The sum is
+taken in fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from llamax import lora
+from llamax.checkpoint import adapters, assemble, hub, slabs
+from llamax.checkpoint.container import Progress, building, silent
+from llamax.checkpoint.layout import Run
+from llamax.checkpoint.load import Piece, Source
+from llamax.config import Finetune, Model
+from llamax.errors import CheckpointError
+from llamax.finetune import about
+from llamax.metrics import show_bytes, show_number, show_time
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Merged(Source):
+    """A base plus its adapters.
+
+    Raises CheckpointError where they do not belong together.
+    """
+
+    def __init__(self, base: Source, adapter: Source, found: adapters.About) -> None:
+        found.check(adapter.folder, base)
+        Model.from_hub(base.model)  # refuses what llamax does not compute, quantised bases too
+        self.base, self.adapter, self.scale = base, adapter, lora.scale(found.finetune)
+        self.folder, self.model = base.folder, base.model
+        self._factors: tuple[str, Tensor, Tensor] | None = None
+        for name in adapter.names():
+            into, own = name.split(".lora_")[0] + ".weight", adapter.shape(name)
+            there = base.shape(into) if into in base.names() else None
+            r = found.finetune.r
+            if there and own == ((r, there[1]) if ".lora_A." in name else (there[0], r)):
+                continue
+            raise CheckpointError(
+                f"{adapter.folder}: {name} is {list(own)}, but {into} of {base.folder} is "
+                f"{list(there) if there else 'missing'}; use the base it was trained on"
+            )
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.base.state
+
+    def names(self) -> list[str]:
+        return self.base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(name)
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        return ("weight",)
+
+    def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
+        return self.base.dtype(name, kind)
+
+    def pieces(self, name: str, kind: str) -> Sequence[Piece]:
+        return self.base.pieces(name, kind)
+
+    def trust(self, path: Path) -> None:
+        self.base.trust(path)
+
+    def fill(self, name: str, kind: str, run: Run, into: Tensor, convert: bool = False) -> None:
+        """Write whole rows of a merged weight, or any run of another; see ``Source.fill``."""
+        stem = name.removesuffix("weight")
+        if f"{stem}lora_A.weight" not in self.adapter.names():
+            self.base.fill(name, kind, run, into, convert)
+            return
+        first, count = run.start // run.width, run.length // run.width
+        assert run.width == self.shape(name)[1], "rows are merged whole"
+        assert (first * run.width, count * run.width) == (run.start, run.length)
+        if self._factors is None or self._factors[0] != name:
+            a, b = (self.adapter.read(f"{stem}lora_{factor}.weight") for factor in "AB")
+            self._factors = name, a.float(), b.float() * self.scale
+        _, a, b = self._factors
+        rows = torch.empty(run.length)
+        self.base.fill(name, kind, run, rows)
+        rows.view(count, -1).addmm_(b[first : first + count], a)
+        into.copy_(rows)
+
+
+def merge(
+    base: Path | str,
+    adapter: Path | str,
+    out: Path | str,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = assemble.FILE_BYTES,
+    progress: Progress = silent,
+) -> Path:
+    """Write a base with its adapters as a Hugging Face folder, in the base's dtype unless given.
+
+    Raises CheckpointError where they do not belong together, ``out`` is in use or the disk is full.
+    """
+    first = hub.open_source(base)
+    about(Finetune(), first)
+    merged = Merged(first, *adapters.open_adapter(adapter))
+    planned, buffers = assemble.plan(merged, dtype, max_shard_bytes), slabs.new_buffers()
+    own = any((merged.folder / name).is_file() for name in hub.TOKENIZER_FILES[:2])
+    with building(Path(out)) as folder:
+        offsets = assemble.lay_out(folder, planned)
+        for one in planned:
+            progress(assemble.fill(merged, folder, one, offsets[one.name], buffers))
+        assemble.finish(merged, planned, folder, merged.folder if own else None)
+    return Path(out)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser("llamax merge", description=__doc__.split("\n")[0])
+    parser.add_argument("base", help="Hugging Face folder, run or checkpoint of the base")
+    parser.add_argument("adapter", help="PEFT folder, or a run or checkpoint of adapters")
+    parser.add_argument("--out", required=True, help="folder to make")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the base")
+    args = parser.parse_args(argv)
+    source, began = hub.open_source(args.base), time.perf_counter()
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    elements = {name: math.prod(source.shape(name)) for name in source.names()}
+    total = sum(n * (dtype or source.dtype(name)).itemsize for name, n in elements.items())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="merge", leave=False) as bar:
+        out = merge(args.base, args.adapter, args.out, dtype, progress=bar.update)
+    print(
+        f"{out}: {show_number(sum(elements.values()))} parameters, {show_bytes(total)}, in "
+        f"{show_time(time.perf_counter() - began)}"
+    )
+    return 0

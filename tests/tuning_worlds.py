@@ -1,0 +1,134 @@
+"""A tuning step in ranks: a base in a folder, adapters beside it, what two steps make of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from llamax import lora, shard
+from llamax.checkpoint.hub import open_source
+from llamax.collectives import Axes
+from llamax.config import Finetune, Model, Optim
+from llamax.data.loader import Batch
+from llamax.finetune import load
+from llamax.model import Llama
+from llamax.optim.zero1 import Zero1
+from llamax.step import train_step
+
+# Over 4 tensor ranks a key/value head has two, and blocks of 64 columns are cut through (192 / 4);
+# the scales of a feed-forward weight have two scales of their own.
+MODEL = Model(
+    hidden_size=128,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=61,
+    initializer_range=0.1,
+)
+# With the usual eps AdamW would turn the rounding of a gradient near 0 into a whole step.
+OPTIM = Optim(lr=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
+SEQUENCE, GLOBAL_BATCH = 16, 8
+
+
+def base_folder(folder: Path, model: Model = MODEL) -> Path:
+    """A Hugging Face folder of a model drawn from a fixed seed."""
+    folder.mkdir()
+    drawn = Llama(model).init(0)
+    tensors = {}
+    for name, parameter in drawn.named_parameters():
+        for part in shard.parts(name, drawn.shards[name], 1):
+            whole = isinstance(part.how, shard.Replica)
+            rows = parameter if whole else parameter.narrow(part.how.dim, part.start, part.length)
+            noise = torch.arange(rows.numel()).view(rows.shape) / rows.numel() / 5
+            tensors[part.name] = (rows + noise if whole else rows).detach().clone()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(model.to_hub("float32")))
+    return folder
+
+
+def batch() -> Batch:
+    """The global batch, a quarter of its labels ignored."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (GLOBAL_BATCH, SEQUENCE)
+    ids = torch.randint(MODEL.vocab_size, shape, generator=generator)
+    labels = torch.randint(MODEL.vocab_size, shape, generator=generator)
+    labels = labels.masked_fill(torch.rand(shape, generator=generator) < 0.25, -100)
+    return Batch(ids, labels, torch.arange(SEQUENCE).expand(shape), None)
+
+
+def share(axes: Axes, accumulation: int) -> list[Batch]:
+    """This data rank's microbatches, dealt as the loader deals them: microsteps outermost."""
+    rows = GLOBAL_BATCH // axes.data.size // accumulation
+    firsts = [(i * axes.data.size + axes.data.rank) * rows for i in range(accumulation)]
+    whole = batch()
+    return [Batch(*(p[f : f + rows] for p in whole[:3]), None) for f in firsts]
+
+
+def build(
+    folder: Path,
+    axes: Axes,
+    finetune: Finetune,
+    sequence: bool = False,
+    recompute: Any = "none",
+) -> Llama:
+    """A base with adapters whose B is not zero, so that every factor has a gradient."""
+    device = "meta" if finetune.method == "qlora" else "cpu"
+    model = Llama(MODEL, axes.tp, sequence_parallel=sequence, recompute=recompute, device=device)
+    load(model, open_source(folder), finetune, torch.empty(0), axes.data, seed=5)
+    with torch.no_grad():
+        for name, parameter in lora.trained(model).items():
+            if "lora_B" in name:
+                how, shape = model.shards[name], list(parameter.shape)
+                if isinstance(how, shard.Shard):
+                    shape[0] = how.blocks[0].size
+                whole = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) / 5
+                parameter.copy_(shard.cut(whole, how, axes.tp.size, axes.tp.rank))
+    return model
+
+
+def steps(model: Llama, axes: Axes, accumulation: int) -> dict[str, Any]:
+    """Losses and norms of two steps, and the adapters after them; the base stays as it was."""
+    optimizer = Zero1(
+        lora.trained(model),
+        model.shards,
+        OPTIM,
+        axes,
+        sequence_parallel=model.sequence_parallel,
+        bucket_bytes=1024,
+    )
+    before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    tokens = GLOBAL_BATCH * SEQUENCE
+    found = [
+        train_step(model, optimizer, axes, share(axes, accumulation), tokens, OPTIM.lr, n)
+        for n in (1, 2)
+    ]
+    for name, weight in before.items():
+        assert torch.equal(model.get_parameter(name), weight), f"{name} is frozen"
+        assert model.get_parameter(name).grad is None
+    return {
+        "loss": [float(each.loss) for each in found],
+        "norm": [float(each.grad_norm) for each in found],
+        "adapters": {n: p.detach().clone() for n, p in lora.trained(model).items()},
+    }
+
+
+def differences(
+    mine: dict[str, Any], whole: dict[str, Any], model: Llama, tolerance: float
+) -> list[str]:
+    """What this rank found that is not its share of what one rank found, a line each."""
+    found = []
+    for name, theirs in whole["adapters"].items():
+        expected = shard.cut(theirs, model.shards[name], model.tp.size, model.tp.rank)
+        error = (mine["adapters"][name] - expected).abs().max() / theirs.abs().max()
+        if not error <= 5 * tolerance:
+            found.append(f"{name} {error:.1e}")
+    for what in ("loss", "norm"):
+        for number, (a, b) in enumerate(zip(mine[what], whole[what], strict=True), 1):
+            if not abs(a - b) <= 2 * tolerance * abs(b):
+                found.append(f"{what} of step {number}: {a!r} {b!r}")
+    return found
