@@ -8,6 +8,7 @@ that transformers' ``LlamaConfig`` gives it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -34,6 +35,8 @@ PLAIN = {
     "attention_bias": False,
     "mlp_bias": False,
 }
+MOST, MOST_LAYERS = 1 << 28, 1 << 14  # a hundred times any model there is
+CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
 SCALING = (
     "factor",
     "low_freq_factor",
@@ -144,7 +147,11 @@ class Model:
 
 
 def read(hub: Mapping[str, Any]) -> Model:
-    """The model of a ``config.json``; raises one ConfigError that lists all that does not fit."""
+    """The model of a ``config.json``; raises one ConfigError that lists all that does not fit.
+
+    The file may come from anyone: sizes that no model has are refused before they are laid out,
+    and so is a file that asks for code of its own.
+    """
     rope = _rope(hub)
     refuse(list(_problems(hub, rope)), "config.json")
     eos = hub.get("eos_token_id", 2)
@@ -189,13 +196,17 @@ def _given(hub: Mapping[str, Any], name: str, default: Any) -> Any:
 
 def _rope(hub: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary settings in the new spelling, from either."""
-    rope = dict(hub.get("rope_parameters") or hub.get("rope_scaling") or {})
+    given = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
+    rope = dict(given) if isinstance(given, dict) else {"rope_type": given}
     rope.setdefault("rope_type", rope.get("type", "default"))
     rope.setdefault("rope_theta", _given(hub, "rope_theta", 10_000.0))
     return rope
 
 
 def _problems(hub: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
+    for name in CODE:
+        if hub.get(name):
+            yield f"{name} asks for code that comes with the model; llamax runs none: remove it"
     for name, only in PLAIN.items():
         if (found := hub.get(name, only)) != only:
             yield f"{name}={found!r} is not supported; llamax computes {only!r} only"
@@ -203,19 +214,49 @@ def _problems(hub: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
         yield "quantization_config is not supported; use the unquantized model"
     if (partial := rope.get("partial_rotary_factor", 1.0)) != 1.0:
         yield f"partial_rotary_factor={partial} is not supported; llamax computes 1.0"
-    for name in SHAPE:
-        if not isinstance(found := hub.get(name), int):
-            yield f"{name} is {found!r}; a Llama needs a whole number there"
-    for name in ("num_key_value_heads", "head_dim", *DEFAULTS):
-        if not isinstance(found := _given(hub, name, 0), (int, float)):
-            yield f"{name} is {found!r}; it must be a number, true, false or null"
-    if not isinstance(found := rope["rope_theta"], (int, float)):
-        yield f"rope_theta is {found!r}; it must be a number"
+    sizes = {name: hub.get(name) for name in SHAPE}
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if hub.get(name) is not None:
+            sizes[name] = hub[name]
+    wrong = False
+    for name, found in sizes.items():
+        most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+        if type(found) is not int or not 1 <= found <= most:
+            wrong = True
+            yield f"{name} is {found!r:.40}; a Llama needs a whole number from 1 to {most} there"
+    if not wrong:
+        yield from _heads(sizes)
+    for name in ("rms_norm_eps", "initializer_range"):
+        if not _positive(found := _given(hub, name, DEFAULTS[name])):
+            yield f"{name} is {found!r:.40}; it must be a number above 0"
+    if not isinstance(found := _given(hub, "tie_word_embeddings", False), bool):
+        yield f"tie_word_embeddings is {found!r:.40}; it must be true or false"
+    for name in ("bos_token_id", "eos_token_id"):
+        found = hub.get(name)
+        for token in found if isinstance(found, list) and name[0] == "e" else [found]:
+            if token is not None and (type(token) is not int or token < 0):
+                yield f"{name} is {found!r:.40}; it must be the number of a token, or null"
+    if not _positive(found := rope["rope_theta"]):
+        yield f"rope_theta is {found!r:.40}; it must be a number above 0"
     if rope["rope_type"] not in ("default", "llama3"):
         yield (
-            f"rope_type={rope['rope_type']!r} is not supported; llamax computes default and llama3"
+            f"rope_type={rope['rope_type']!r:.40} is not supported; llamax computes default and "
+            "llama3"
         )
     if rope["rope_type"] == "llama3":
         for name in SCALING:
-            if not isinstance(found := rope.get(name), (int, float)):
-                yield f"{name} of rope_type llama3 is {found!r}; it must be a number"
+            if not _positive(found := rope.get(name)):
+                yield f"{name} of rope_type llama3 is {found!r:.40}; it must be a number above 0"
+
+
+def _heads(sizes: Mapping[str, Any]) -> Iterator[str]:
+    heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+    kv = sizes.get("num_key_value_heads", heads)
+    if heads % kv:
+        yield f"num_key_value_heads={kv} does not divide num_attention_heads={heads}"
+    if sizes.get("head_dim", hidden // heads) % 2 or hidden < heads:
+        yield f"hidden_size={hidden} and num_attention_heads={heads} give no even head_dim"
+
+
+def _positive(number: object) -> bool:
+    return type(number) in (int, float) and 0 < number < math.inf  # type: ignore[operator]

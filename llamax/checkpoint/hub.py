@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ class HubFolder(Source):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"there is no folder {self.folder}; check the path")
+        for name in (CONFIG, GENERATION, INDEX, *TOKENIZER_FILES):
+            if os.path.lexists(self.folder / name):
+                self._inside(self.folder / name)
         self.model = read_json(self.folder / CONFIG)
         if self.model.get("model_type") != "llama":
             raise CheckpointError(
@@ -112,6 +116,8 @@ class HubFolder(Source):
         home, real = self.folder.resolve(), path.resolve()
         if real.parent not in (home, home.parent.parent / "blobs"):
             raise CheckpointError(f"{path} is a link out of its folder; put the file itself there")
+        if not real.is_file():
+            raise CheckpointError(f"{path} is missing or no plain file; download it anew")
         return path
 
 
@@ -136,6 +142,8 @@ def open_source(path: Path | str) -> Source:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file of the folder; CheckpointError where it is none."""
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is no plain file; download it anew")
         if path.stat().st_size > MOST_JSON_BYTES:
             raise CheckpointError(
                 f"{path} is over {MOST_JSON_BYTES >> 20} MiB; it is no {path.name}"

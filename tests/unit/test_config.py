@@ -588,7 +588,7 @@ def test_both_spellings_of_rope_are_read() -> None:
         ),
         (
             {"rope_scaling": {**LLAMA3, "factor": None}},
-            "factor of rope_type llama3 is None; it must be a number",
+            "factor of rope_type llama3 is None; it must be a number above 0",
         ),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}},
@@ -600,10 +600,49 @@ def test_both_spellings_of_rope_are_read() -> None:
         ),
         (
             {"head_dim": "8"},
-            "head_dim is '8'; it must be a number, true, false or null",
+            "head_dim is '8'; a Llama needs a whole number from 1 to 268435456 there",
         ),
-        ({"rope_theta": "1e4"}, "rope_theta is '1e4'; it must be a number"),
-        ({"hidden_size": "64"}, "hidden_size is '64'; a Llama needs a whole number there"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'; it must be a number above 0"),
+        (
+            {"hidden_size": "64"},
+            "hidden_size is '64'; a Llama needs a whole number from 1 to 268435456 there",
+        ),
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers is 1000000000; a Llama needs a whole number from 1 to 16384 there",
+        ),
+        (
+            {"vocab_size": 10**30},
+            f"vocab_size is {10**30}; a Llama needs a whole number from 1 to 268435456 there",
+        ),
+        (
+            {"auto_map": {"AutoModelForCausalLM": "evil.Llama"}},
+            "auto_map asks for code that comes with the model; llamax runs none: remove it",
+        ),
+        (
+            {"trust_remote_code": True},
+            "trust_remote_code asks for code that comes with the model; llamax runs none: "
+            "remove it",
+        ),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; it must be a number above 0"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1; it must be true or false"),
+        (
+            {"eos_token_id": [2, "3"]},
+            "eos_token_id is [2, '3']; it must be the number of a token, or null",
+        ),
+        (
+            {"rope_scaling": ["llama3"], "rope_parameters": None},
+            "rope_type=['llama3'] is not supported; llamax computes default and llama3",
+        ),
+        (
+            {"num_attention_heads": 4, "num_key_value_heads": 3},
+            "num_key_value_heads=3 does not divide num_attention_heads=4",
+        ),
+        (
+            {"head_dim": 7},
+            f"hidden_size={HUB['hidden_size']} and num_attention_heads="
+            f"{HUB['num_attention_heads']} give no even head_dim",
+        ),
     ],
 )
 def test_what_is_not_a_llama_is_refused(change: dict[str, Any], line: str) -> None:
