@@ -17,6 +17,7 @@ token) itself.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import re
@@ -61,17 +62,19 @@ class Tokens(NamedTuple):
 # ---- from a row to a sample
 
 
-def read(row: Row, fields: Mapping[str, str], system: str, chat: bool) -> Sample | None:
+def read(
+    row: Row, fields: Mapping[str, str], system: str, chat: bool, asked: bool = False
+) -> Sample | None:
     """The sample in a row, None where its answer is empty.
 
-    ``fields`` renames; ``chat`` prefers a list of messages where the row has one.  Raises DataError
-    with what is missing or not text.
+    ``fields`` renames; ``chat`` prefers a list of messages where the row has one; with ``asked``
+    no answer is looked for.  Raises DataError with what is missing or not text.
     """
     name = _name(row, "messages", fields) if chat else None
     if name is not None and row[name] is not None:
-        return _conversation(row[name], name, system)
-    texts = {}
-    for known in ("instruction", "context", "answer", "system"):
+        return _conversation(row[name], name, system, asked)
+    texts = {"answer": ""}
+    for known in ("instruction", "context", "system", *(() if asked else ("answer",))):
         key = _name(row, known, fields)
         if key is None and known in ("instruction", "answer"):
             looked = fields.get(known) or ", ".join(FIELDS[known])
@@ -87,7 +90,7 @@ def read(row: Row, fields: Mapping[str, str], system: str, chat: bool) -> Sample
         texts[known] = value
     if not texts["instruction"].strip():
         raise DataError(f"has an empty {known_as(row, 'instruction', fields)!r}; mend or remove it")
-    if not texts["answer"].strip():
+    if not asked and not texts["answer"].strip():
         return None
     return sample(
         texts["instruction"], texts["context"], texts["answer"], texts["system"] or system
@@ -106,7 +109,7 @@ def _name(row: Row, known: str, fields: Mapping[str, str]) -> str | None:
     return next((name for name in FIELDS[known] if name in row), None)
 
 
-def _conversation(given: Any, name: str, system: str) -> Sample | None:
+def _conversation(given: Any, name: str, system: str, asked: bool) -> Sample | None:
     messages: list[Message] = []
     for turn in given if isinstance(given, list) else [None]:
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
@@ -116,12 +119,26 @@ def _conversation(given: Any, name: str, system: str) -> Sample | None:
         messages.append({"role": ROLES.get(role, role), "content": text})
     if system and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, {"role": "system", "content": system})
+    if asked:
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        return Sample(messages)
     answers = [turn["content"] for turn in messages if turn["role"] == "assistant"]
     if not answers or not all(answer.strip() for answer in answers):
         return None
     while messages[-1]["role"] != "assistant":
         messages.pop()  # nobody answers what comes last
     return Sample(messages)
+
+
+def column(text: str) -> tuple[str, str]:
+    """FIELD=COLUMN of a command line as a pair; raises what argparse reports."""
+    name, equals, found = text.partition("=")
+    if name not in FIELDS or not equals or not found:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not FIELD=COLUMN with a field of {', '.join(FIELDS)}"
+        )
+    return name, found
 
 
 # ---- from spans to tokens

@@ -1,0 +1,135 @@
+"""What a model is asked: texts as they are, or questions in the words of a template.
+
+::
+
+    --prompt TEXT                    plain: "TEXT"        template dolly:  ### Instruction
+    --prompts-file lines.txt                                               TEXT
+    --prompts-file rows.jsonl                                              ### Answer
+
+A template wraps a question exactly as ``llamax prepare --template`` wrapped it for training, so the
+tokens before the answer are those that the model has learnt to answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+from llamax.data.instruct import Encoder, read
+from llamax.data.rows import Row
+from llamax.data.templates import Template, sample, source_of
+from llamax.data.tokenizer import Tokenizer
+from llamax.errors import DataError
+
+
+class Asked(NamedTuple):
+    """A prompt: its text and tokens, and the row of a file that it comes from."""
+
+    text: str
+    ids: list[int]
+    row: Row
+
+
+class Wording:
+    """How prompts are put: as they are, or with ``template`` (a name or a file).
+
+    ``bos_id``: the token to begin with.  ``fields``: what columns of rows are called.  ``context``
+    and ``system`` are for questions that bring none.  Raises DataError for a bad template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        bos_id: int | None,
+        template: str = "",
+        fields: Mapping[str, str] = MappingProxyType({}),
+        context: str = "",
+        system: str = "",
+    ) -> None:
+        self.tokenizer, self.bos_id = tokenizer, bos_id
+        self.fields, self.context, self.system = fields, context, system
+        self._encoder = Encoder(tokenizer, bos=bos_id is not None)
+        self._template: Template | None = None
+        if template:
+            self._template = self._encoder.template(template, source_of(template))
+        elif context or system:
+            raise DataError("--context and --system are put by a template; give --template too")
+
+    def ask(self, row: Row, where: str = "prompt") -> Asked:
+        """The prompt that a row of a file makes; {"prompt": text} is one without a file.
+
+        Raises DataError that begins with ``where`` if the row makes none.
+        """
+        try:
+            if self._template is None:
+                return self._plain(row)
+            found = read(row, self.fields, self.system, self._template.chat, asked=True)
+            assert found is not None
+            if self.context and not found.context:
+                found = sample(found.instruction, self.context, system=found.system)
+            spans = self._template.prompt(found)
+            text = "".join(span.text for span in spans)
+            _encodable(text)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from None
+        (tokens,) = self._encoder.encode([spans], prompts=True)
+        return Asked(text, [int(i) for i in tokens.ids], row)
+
+    @property
+    def ends(self) -> set[int]:
+        """The special tokens with which the template ends an answer."""
+        if self._template is None:
+            return set()
+        (tokens,) = self._encoder.encode([self._template.spans(sample("Q", answer="A"))])
+        return {int(i) for i in tokens.ids[tokens.counted] if int(i) in self._encoder.names}
+
+    def _plain(self, row: Row) -> Asked:
+        prompt = row.get("prompt")
+        if not isinstance(prompt, str):
+            raise DataError(
+                f'{json.dumps(row)[:60]} is not {{"prompt": "text"}}; mend that line, or use '
+                "--template for rows of questions"
+            )
+        _encodable(prompt)
+        bos = [] if self.bos_id is None else [self.bos_id]
+        return Asked(prompt, [*bos, *self.tokenizer.encode(prompt)], row)
+
+
+def _encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{ascii(text)[:60]} is not UTF-8; retype it") from None
+
+
+def read_file(path: Path) -> list[Row]:
+    """A row per line: the objects of a .jsonl file, else {"prompt": line}; no blank lines.
+
+    Raises DataError where the file cannot be read, is not UTF-8, or holds no prompts.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 at byte {error.start}; convert it") from None
+    if not lines:
+        raise DataError(f"{path}: holds no prompts; write one per line")
+    if path.suffix != ".jsonl":
+        return [{"prompt": line} for line in lines]
+    return [_row(line, path) for line in lines]
+
+
+def _row(line: str, path: Path) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict):
+        raise DataError(
+            f'{path}: {line[:60]!r} is not {{"prompt": "text"}} or another object; mend that line'
+        )
+    return row
