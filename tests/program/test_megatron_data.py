@@ -1,0 +1,88 @@
+"""Training on Megatron's files as they lie, on a blend, and on what ``prepare`` writes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from corpora import python_sources, train_unlike_llama
+from tiny_run import config, log_of
+
+from llamax.config import Config, Data
+from llamax.data.megatron import IndexedFile
+from llamax.data.prepare import main as prepare
+from llamax.data.tokenizer import load_tokenizer
+from llamax.errors import DataError, LlamaxError
+from llamax.launch.env import Rendezvous
+from llamax.train import train
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset in Megatron's format, of a few of Python's modules."""
+    folder = tmp_path_factory.mktemp("megatron")
+    (folder / "text").mkdir()
+    for number, text in enumerate(python_sources(6)):
+        (folder / "text" / f"{number}.txt").write_text(text[:4000], encoding="utf-8")
+    out = ["--out", str(folder / "out"), "--format", "megatron", "--append-eod"]
+    tokenizer = ["--tokenizer", str(train_unlike_llama(folder))]
+    prepare([str(folder / "text"), *out, *tokenizer, "--workers", "2", "--validation", "0.3"])
+    return folder
+
+
+def run(made: Path, folder: Path, path: str, **data: str) -> Config:
+    base = config(made, folder)
+    return replace(
+        base,
+        model=replace(base.model, vocab_size=600),
+        data=replace(base.data, path=path, **data),
+        checkpoint=replace(base.checkpoint, every=0),
+    )
+
+
+def test_documents_are_the_tokenizers_with_an_end_and_no_beginning(made: Path) -> None:
+    tokenizer = load_tokenizer(made / "out")
+    texts = [path.read_text() for path in sorted((made / "text").glob("*.txt"))]
+    wanted = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+    files = [IndexedFile(made / "out" / f"{s}_text_document") for s in ("train", "validation")]
+    found = [file.sequence(i).tolist() for file in files for i in range(len(file.lengths))]
+    assert sorted(found) == sorted(wanted)
+    train = [found[i] for i in range(len(files[0].lengths))]
+    assert train == [document for document in wanted if document in train]  # in their order
+
+
+def test_a_folder_a_prefix_and_a_blend_train(made: Path, tmp_path: Path) -> None:
+    folder, prefix = made / "out", made / "out" / "train_text_document"
+    held_out = str(made / "out" / "validation_text_document")
+    train(run(made, tmp_path / "a", str(folder)), Rendezvous())
+    train(run(made, tmp_path / "b", str(prefix), validation=held_out), Rendezvous())
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+    assert log_of(tmp_path / "a")[-1]["validation_loss"] > 0
+    train(run(made, tmp_path / "c", f"0.7 {folder} 0.3 {prefix}"), Rendezvous())
+    assert log_of(tmp_path / "c")[-1]["loss"] < log_of(tmp_path / "c")[0]["loss"]
+
+
+def test_a_model_with_too_small_a_vocabulary_is_refused(made: Path, tmp_path: Path) -> None:
+    prefix = str(made / "out" / "train_text_document")
+    small = run(made, tmp_path, prefix)
+    small = replace(small, model=replace(small.model, vocab_size=300))
+    with pytest.raises(LlamaxError, match=r"outside model\.vocab_size=300"):
+        train(small, Rendezvous())
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--template", "alpaca"], "--format megatron has no place for which tokens are answers"),
+        (["--format", "llamax"], "in the other format"),
+    ],
+)
+def test_formats_do_not_mix(made: Path, more: list[str], said: str) -> None:
+    command = [str(made / "text"), "--out", str(made / "out"), "--format", "megatron"]
+    with pytest.raises(DataError, match=said):
+        prepare([*command, "--tokenizer", str(made / "m.model"), "--validation", "0.3", *more])
+
+
+def test_data_names_its_validation() -> None:
+    assert Data().validation == ""
