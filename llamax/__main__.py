@@ -9,12 +9,13 @@ from collections.abc import Sequence
 
 from llamax import __version__, signals
 from llamax.errors import ConfigError
-from llamax.program import run
+from llamax.program import run, steady_heap
 
 COMMANDS = {
     "prepare": ("llamax.data.prepare", "pack text into a dataset of tokens"),
     "train": ("llamax.train", "train a model; torchrun starts one per rank"),
     "generate": ("llamax.generate", "continue prompts with a trained model"),
+    "evaluate": ("llamax.evaluate", "loss, perplexity, or right answers of a model"),
     "shard": ("llamax.checkpoint.shard_hub", "cut a Hugging Face folder into a checkpoint"),
     "consolidate": ("llamax.checkpoint.consolidate", "join a checkpoint to a Hugging Face folder"),
     "import": ("llamax.checkpoint.foreign.importer", "read a checkpoint of NxD, NeMo or Meta"),
@@ -58,6 +59,7 @@ def dispatch(argv: Sequence[str]) -> int:
         hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
         raise ConfigError(f"{name!r} is not a command; {hint}")
     if name == "train":
+        steady_heap()
         signals.install()  # before torch is imported: that takes seconds
     code: int = importlib.import_module(COMMANDS[name][0]).main(rest)
     return code

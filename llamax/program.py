@@ -1,16 +1,20 @@
-"""How every program ends: the one place where an error becomes a line on stderr and an exit code.
+"""How every program ends, and how a long one begins.
 
-``llamax: message``, no traceback; ``llamax.errors`` lists the codes.  Whatever else escapes is a
-defect of llamax and keeps its traceback.
+The end is the one place where an error becomes a line on stderr and an exit code: ``llamax:
+message``, no traceback; ``llamax.errors`` lists the codes.  Whatever else escapes is a defect of
+llamax and keeps its traceback.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
 from llamax.errors import LlamaxError
+
+NO_CACHE = "glibc.malloc.tcache_count=0"
 
 Main = Callable[[Sequence[str]], int]
 
@@ -30,3 +34,26 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def steady_heap() -> None:
+    """Start this program again with glibc's per-thread cache off, where that keeps memory flat.
+
+    torch asks for aligned blocks.  glibc before 2.38 cuts one out of a slightly larger block and
+    gives the ends back; its per-thread cache hands those to small requests and never joins them
+    again, so that what torch frees is a few bytes short of its next request of the same size, and
+    the heap grows by it.  The setting is read when a process begins: hence ``exec``, with the same
+    process id and command line, some 20 ms into it.  SIGTERM and SIGUSR1 wait meanwhile; whoever
+    listens to them lets them in.  A GLIBC_TUNABLES that names the cache is left as it is.
+    """
+    library, _, version = (
+        os.confstr("CS_GNU_LIBC_VERSION") or "" if sys.platform == "linux" else ""
+    ).partition(" ")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if library != "glibc" or "tcache_count" in tunables or not sys.executable:
+        return
+    if tuple(int(part) for part in version.split(".")[:2]) >= (2, 38):
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, NO_CACHE)))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -37,6 +37,7 @@ def install() -> None:
     for number in HEARD:
         signal.signal(number, _note)
     signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
     threading.Thread(target=_listen, args=(hear,), name="llamax-signals", daemon=True).start()
 
 

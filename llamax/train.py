@@ -7,9 +7,10 @@ fetched while step n runs.
 
 from __future__ import annotations
 
-from llamax import signals
+from llamax import program, signals
 
 if __name__ == "__main__":
+    program.steady_heap()
     signals.install()  # before torch is imported: that takes seconds
 
 import argparse
@@ -24,13 +25,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llamax import configfile, log, program
+from llamax import configfile, log, precompile, program
 from llamax.backends import choose
 from llamax.checkpoint import lock
 from llamax.checkpoint.manifest import newest
 from llamax.config import Config
 from llamax.errors import CheckpointError, LlamaxError, Stopped
 from llamax.feed import resolve
+from llamax.guard import Guard
 from llamax.heartbeat import Heartbeat, beating
 from llamax.inputs import open_inputs
 from llamax.job import Job, introduce, loaders, measures, prepare, writers
@@ -78,6 +80,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         before = (step - job.step - 1) * config.data.global_batch
         return training.sample_ids(job.consumed_sequences + before)
 
+    guard = Guard(job.backend if job.backend.traces else None, config.run.compile_guard)
     verdict = Verdict(job.backend.fetch, config.optim.most_skipped, samples)
     with Reporter(writers(job), measures(job), began) as reporter:
         while step < config.run.steps and not stop and not patience.over:
@@ -87,17 +90,18 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
                 job.saver.check()
             started = time.perf_counter()
             lr = lr_at(step, config.optim, config.run.steps)
-            found = train_step(
-                job.model,
-                job.optimizer,
-                job.axes,
-                training.step(),
-                nominal_tokens,
-                lr,
-                step,
-                bool(signals.requested()),
-                job.backend.step_boundary,
-            )
+            with guard.watch("training", step):
+                found = train_step(
+                    job.model,
+                    job.optimizer,
+                    job.axes,
+                    guard.seen(training.step()),
+                    nominal_tokens,
+                    lr,
+                    step,
+                    bool(signals.requested()),
+                    job.backend.step_boundary,
+                )
             stop = verdict.add(step, found)
             reporter.took(time.perf_counter() - started)
             signals.stepped()
@@ -109,9 +113,10 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
                 or (epoch and config.run.validate_each_epoch)
             ):
                 batches = config.run.validate_batches
-                validated = validation_loss(
-                    job.model, job.axes, validation, batches, job.backend.step_boundary
-                )
+                with guard.watch("validation", step):
+                    validated = validation_loss(
+                        job.model, job.axes, validation, batches, job.backend.step_boundary
+                    )
                 patience.add(validated)
             if validated is not None or _due(step, config.run.log_every, last):
                 tokens = training.consumed * config.data.sequence_length
@@ -204,7 +209,7 @@ def main(argv: Sequence[str]) -> int:
     """``--config NAME_OR_PATH [--section.key=value ...]``; ``--help`` lists every key."""
     parser = argparse.ArgumentParser(
         prog="llamax train",
-        usage="%(prog)s --config NAME_OR_PATH [--section.key=value ...]",
+        usage="%(prog)s --config NAME_OR_PATH [--precompile] [--section.key=value ...]",
         description="Train a Llama. Under torchrun, mpirun or srun every rank runs this program; "
         "alone it is a world of one.",
         epilog=configfile.help_text(),
@@ -212,11 +217,19 @@ def main(argv: Sequence[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="a recipe's name or a TOML file")
+    parser.add_argument(
+        "--precompile",
+        action="store_true",
+        help="trace and compile the programs of the run and end; for neuron_parallel_compile",
+    )
     options, overrides = parser.parse_known_args(list(argv))
     where = rendezvous(os.environ)
     log.setup(f"rank {where.rank}", main=where.rank == 0)
     with first_to_speak(where):
         config = configfile.load(options.config, overrides, where.world_size)
+    if options.precompile or precompile.asked(os.environ):
+        precompile.precompile(config, where)
+        return 0
     try:
         train(config, where)
     finally:

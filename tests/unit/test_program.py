@@ -1,0 +1,79 @@
+"""How a long program begins: once more, with a heap that stays flat."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+OLD = (
+    sys.platform == "linux"
+    and (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc 2.")
+    and int((os.confstr("CS_GNU_LIBC_VERSION") or "").split(".")[1]) < 38
+)
+CODE = """
+import os, sys
+print("begins", os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES", ""), flush=True)
+from llamax import program, signals
+program.steady_heap()
+signals.install()
+print("goes on", os.getpid(), flush=True)
+"""
+
+
+def begin(*argv: str, tunables: str | None = None) -> tuple[int, list[str]]:
+    environ = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    if tunables is not None:
+        environ["GLIBC_TUNABLES"] = tunables
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, *argv], env=environ, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.skipif(not OLD, reason="this C library keeps its heap flat by itself")
+def test_a_program_starts_again_once_as_itself() -> None:
+    code, lines = begin("a b", "--c=d")
+    assert code == 0 and len(lines) == 3, lines
+    pid = lines[0].split()[1]
+    assert [line.split()[1 if line.startswith("begins") else 2] for line in lines] == [pid] * 3
+    assert lines[0].endswith("['a b', '--c=d'] ")
+    assert lines[1].endswith("['a b', '--c=d'] glibc.malloc.tcache_count=0")
+
+
+@pytest.mark.skipif(not OLD, reason="this C library keeps its heap flat by itself")
+def test_other_tunables_are_kept() -> None:
+    _, lines = begin(tunables="glibc.malloc.arena_max=4")
+    assert lines[1].endswith("glibc.malloc.arena_max=4:glibc.malloc.tcache_count=0")
+
+
+def test_a_cache_that_was_chosen_stays() -> None:
+    code, lines = begin(tunables="glibc.malloc.tcache_count=3")
+    assert code == 0
+    assert len(lines) == 2
+    assert lines[0].endswith("tcache_count=3")
+
+
+@pytest.mark.skipif(not OLD, reason="this C library keeps its heap flat by itself")
+def test_signals_wait_for_the_program_to_listen() -> None:
+    code = """
+import os, signal, sys
+from llamax import program, signals
+if "GLIBC_TUNABLES" in os.environ:  # started again: they are held back until someone listens
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("held", flush=True)
+program.steady_heap()
+signals.install()
+import time; time.sleep(10)
+print("never reached")
+"""
+    environ = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "held\n"
+    assert "stopped by SIGTERM" in done.stderr
+    assert done.returncode not in (0, -signal.SIGTERM)
