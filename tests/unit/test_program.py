@@ -37,7 +37,8 @@ def begin(*argv: str, tunables: str | None = None) -> tuple[int, list[str]]:
 @pytest.mark.skipif(not OLD, reason="this C library keeps its heap flat by itself")
 def test_a_program_starts_again_once_as_itself() -> None:
     code, lines = begin("a b", "--c=d")
-    assert code == 0 and len(lines) == 3, lines
+    assert code == 0
+    assert len(lines) == 3, lines
     pid = lines[0].split()[1]
     assert [line.split()[1 if line.startswith("begins") else 2] for line in lines] == [pid] * 3
     assert lines[0].endswith("['a b', '--c=d'] ")
