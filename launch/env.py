@@ -57,7 +57,8 @@ class Rendezvous:
     """Who I am in the world, and where rank 0 waits for the others.
 
     ``agent_store``: the launcher itself serves the key-value store at ``address:port``;
-    ``attempt``: how often it has restarted the job; ``launcher``: a key of ``FAMILIES`` or "".
+    ``attempt``: how often it has restarted the job; ``launcher``: a key of ``FAMILIES`` or "";
+    ``job``: what the launcher calls the job, fit for a file's name.
     """
 
     rank: int = 0
@@ -69,6 +70,7 @@ class Rendezvous:
     agent_store: bool = False
     attempt: int = 0
     launcher: str = ""
+    job: str = "local"
 
     @property
     def one_machine(self) -> bool:
@@ -118,7 +120,7 @@ def rendezvous(
         where = _sagemaker(environ)
     else:
         where = _ranks(environ, launcher)
-    where = replace(where, launcher=launcher)
+    where = replace(where, launcher=launcher, job=job_id(environ))
     _consistent(where, FAMILIES[launcher])
     if where.one_machine:
         address = environ.get("MASTER_ADDR", LOOPBACK)
@@ -132,6 +134,13 @@ def rendezvous(
         agent_store=environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=_number(environ, ATTEMPT) if ATTEMPT in environ else 0,
     )
+
+
+def job_id(environ: Mapping[str, str]) -> str:
+    """What the launcher calls this job, in characters fit for a file's name."""
+    named = (environ.get(name, "") for name in JOBS)
+    found = next((name for name in named if name and name != "none"), "local")
+    return re.sub(r"[^\w.-]", "-", found)
 
 
 def neuron_variables(environ: Mapping[str, str], where: Rendezvous) -> dict[str, str]:

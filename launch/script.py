@@ -106,7 +106,7 @@ def remember(job: JobFile, phase: str) -> str:
     return f"""run={quote(job.config.run.folder)}
 mkdir -p -- "$run/logs"
 pid="$run/logs/{phase}-$(uname -n).pid"
-if [[ -e $pid && $(ps -o args= -p "$(<"$pid")") == *llamax* ]]; then
+if [[ -e $pid && $(ps -ww -o args= -p "$(<"$pid")") == *llamax* ]]; then
     echo "{phase} of $run already runs here as process $(<"$pid"); stop it first" >&2
     exit 2
 fi
@@ -119,7 +119,7 @@ def action(job: JobFile, phase: str, what: str) -> str:
     start = f"{SHEBANG}\nset -euo pipefail\ncd -- {quote(job.folder)}\n"
     run = f"run={quote(job.config.run.folder)}\n"
     process = f"""{run}pid="$run/logs/{phase}-$(uname -n).pid"
-if ! [[ -e $pid && $(ps -o args= -p "$(<"$pid")") == *llamax* ]]; then
+if ! [[ -e $pid && $(ps -ww -o args= -p "$(<"$pid")") == *llamax* ]]; then
     echo "{phase} of $run does not run on $(uname -n)"
     exit 0
 fi
@@ -131,7 +131,7 @@ fi
         start
         + {
             "stop": process + 'kill -TERM "$(<"$pid")"  # ranks save, then end\n',
-            "status": process + 'ps -o pid,etime,args -p "$(<"$pid")"\n',
+            "status": process + 'ps -ww -o pid,etime,args -p "$(<"$pid")"\n',
             "logs": run + newest,
             "utilization": "exec neuron-top\n",
             "clean": f'{run}rm -rf -- "$run/logs/{phase}" "$run/logs/{phase}-$(uname -n).pid"\n',

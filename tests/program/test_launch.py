@@ -1,0 +1,200 @@
+"""Jobs that really run: under torchrun, Open MPI, MPICH and Slurm; stopped, and gone on with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import slurm
+
+LLAMAX = [sys.executable, "-m", "llamax"]
+JOB = """
+name = "small"
+recipe = "demo"
+nodes = {nodes}
+instance = "local"
+ranks_per_node = {ranks}
+port = {port}
+[storage]
+mount = "{folder}"
+[overrides]
+data = {{ path = "data", sequence_length = 32, global_batch = 4, micro_batch = 1 }}
+run = {{ folder = "run", steps = {steps}, log_every = 1, validate_every = 0, tensorboard = false }}
+model = {{ hidden_size = 32, intermediate_size = 48, num_hidden_layers = 2, vocab_size = 512 }}
+optim.warmup_steps = 1
+checkpoint.every = 0
+[prepare]
+inputs = ["text"]
+tokenizer = "tokenizer"
+workers = 2
+"""
+
+
+def needs(*programs: str, package: str) -> pytest.MarkDecorator:
+    here = all(map(shutil.which, programs))
+    return pytest.mark.skipif(not here, reason=f"no {programs[0]}: apt-get install {package}")
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, a tokenizer, and the tokens that the job's own prepare phase made."""
+    folder = tmp_path_factory.mktemp("launch")
+    (folder / "text").mkdir()
+    shutil.copy(argparse.__file__, folder / "text" / "a.txt")
+    train = ["prepare", "text", "--train-tokenizer", "512", "--out", "first"]
+    subprocess.run([*LLAMAX, *train], cwd=folder, check=True, capture_output=True)
+    (folder / "tokenizer").mkdir()
+    shutil.copy(folder / "first" / "tokenizer.model", folder / "tokenizer")
+    launch(write(folder), "torchrun", "--phase", "prepare")
+    return folder
+
+
+@pytest.fixture
+def folder(prepared: Path, tmp_path: Path) -> Path:
+    shutil.copytree(prepared / "data", tmp_path / "data")
+    return tmp_path
+
+
+def write(folder: Path, more: str = "", nodes: int = 1, ranks: int = 2, steps: int = 3) -> Path:
+    path = folder / "job.toml"
+    values = {"folder": folder, "nodes": nodes, "ranks": ranks, "steps": steps}
+    path.write_text(JOB.format(**values, port=29000 + os.getpid() % 900) + more)
+    return path
+
+
+def launch(job: Path, launcher: str, *options: str, **more: object) -> str:
+    """What ``llamax launch`` said; it must end well."""
+    command = [*LLAMAX, "launch", "--job", str(job), "--on", launcher, *options]
+    done = subprocess.run(command, text=True, capture_output=True, timeout=200, **more)  # type: ignore[call-overload]
+    assert done.returncode == 0, done.stdout + done.stderr
+    return str(done.stdout + done.stderr)
+
+
+def losses(folder: Path) -> list[float]:
+    """What the run logged, a loss a step."""
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def trained(folder: Path, steps: int = 3) -> None:
+    assert len(losses(folder)) == steps
+    done = folder / "run" / "checkpoints" / f"step-{steps:08}" / "done"
+    assert done.exists()
+
+
+@pytest.fixture(scope="session")
+def expected(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses under torchrun, which every launcher must meet."""
+    folder = tmp_path_factory.mktemp("expected")
+    shutil.copytree(prepared / "data", folder / "data")
+    said = launch(write(folder), "torchrun")
+    assert "[rank 0] step 3/3" in said
+    trained(folder)
+    logs = sorted((folder / "run" / "logs" / "train").rglob("*/stderr.log"))
+    assert [path.parent.name for path in logs] == ["0", "1"]
+    assert "done in" in logs[0].read_text()
+    return losses(folder)
+
+
+def test_torchrun_on_two_nodes_of_one_machine(folder: Path, expected: list[float]) -> None:
+    """Each node's own command, given at the same time; their ranks meet at the master's port."""
+    job = write(folder, '[torchrun]\nmaster = "127.0.0.1"\n', nodes=2, ranks=1)
+    lines = launch(job, "torchrun", "--render").splitlines()
+    script = [line for line in lines if not line.startswith(("echo $$", "if [[ -e $pid"))]
+    text = "\n".join(lines).replace("$(uname -n)", "node$1")
+    assert len(script) < len(lines)
+    nodes = [
+        subprocess.Popen(["bash", "-c", text, "x", str(node)], env=with_programs())
+        for node in range(2)
+    ]
+    assert [node.wait(200) for node in nodes] == [0, 0]
+    assert losses(folder) == expected
+    assert sorted(path.name for path in (folder / "run/logs/train").iterdir()) == ["node0", "node1"]
+
+
+def with_programs() -> dict[str, str]:
+    """The environment with this Python's programs first, as ``llamax launch`` sets it."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+
+@needs("mpirun", package="openmpi-bin")
+@pytest.mark.parametrize("per", ["node", "core"])
+def test_mpirun_trains(folder: Path, expected: list[float], per: str) -> None:
+    launch(write(folder, f'[mpirun]\nper = "{per}"\n'), "mpirun")
+    trained(folder)
+    assert losses(folder) == expected
+
+
+@needs("mpiexec.hydra", package="mpich")
+def test_hydra_starts_ranks(folder: Path, expected: list[float]) -> None:
+    arguments = launch(write(folder), "mpirun", "--render").partition("program=(")[2]
+    words = arguments.partition(")")[0].split()
+    command = ["mpiexec.hydra", "-np", "2", sys.executable, *words]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=200)
+    assert losses(folder) == expected
+
+
+def test_a_run_is_found_stopped_and_gone_on_with(folder: Path) -> None:
+    job = write(folder, steps=100_000)
+    assert "does not run" in launch(job, "torchrun", "--action", "status")
+    command = [*LLAMAX, "launch", "--job", str(job), "--on", "torchrun"]
+    with (folder / "said").open("w") as said:
+        run = subprocess.Popen(command, stderr=said, stdout=said)
+    try:
+        metrics = folder / "run" / "metrics.jsonl"
+        while run.poll() is None and not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.2)
+        assert run.poll() is None, (folder / "said").read_text()
+        assert "llamax.train" in launch(job, "torchrun", "--action", "status")
+        twice = subprocess.run(command, text=True, capture_output=True, check=False)
+        assert twice.returncode == 2
+        assert "train of run already runs here as process" in twice.stderr
+        launch(job, "torchrun", "--action", "stop")
+        run.wait(timeout=100)
+    finally:
+        run.terminate()
+    saved = [path.parent.name for path in (folder / "run" / "checkpoints").glob("*/done")]
+    assert len(saved) == 1
+    assert int(saved[0].removeprefix("step-")) < 100_000
+
+
+# ---- Slurm
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    if reason := slurm.missing():
+        pytest.skip(reason)
+    with slurm.one_node(tmp_path_factory.mktemp("slurm")) as environ:
+        yield environ
+
+
+def test_sbatch_takes_the_scripts(folder: Path, cluster: dict[str, str], tmp_path: Path) -> None:
+    more = '[slurm]\npartition = "main"\ntime_limit = "1:00:00"\n'
+    for phase in ("prepare", "precompile", "train"):
+        script = tmp_path / f"{phase}.sh"
+        script.write_text(launch(write(folder, more), "slurm", "--phase", phase, "--render"))
+        command = ["sbatch", "--test-only", str(script)]
+        done = subprocess.run(command, env=cluster, text=True, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "to start at" in done.stderr
+
+
+def test_slurm_trains(folder: Path, cluster: dict[str, str], expected: list[float]) -> None:
+    job = write(folder)
+    assert "Submitted batch job" in launch(job, "slurm", env=cluster)
+    for _ in range(300):
+        if not (told := launch(job, "slurm", "--action", "status", env=cluster)).count("RUNNING"):
+            break
+        time.sleep(0.5)
+    (log,) = folder.glob("small-*.log")
+    assert "PENDING" not in told
+    assert losses(folder) == expected, log.read_text()
