@@ -22,6 +22,8 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from llamax.program import NO_CACHE
+
 HERE = Path(__file__).parent
 
 
@@ -40,6 +42,8 @@ class Team:
         port = free_port()
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(HERE)])}
         environment["OMP_NUM_THREADS"] = str(job.threads)
+        if job.keep_heap or job.contender.startswith("ours"):  # as the training program starts
+            environment["GLIBC_TUNABLES"] = NO_CACHE
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the team
         self.workers = [
             subprocess.Popen(

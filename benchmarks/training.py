@@ -51,7 +51,7 @@ def contenders(section: str) -> Contenders:
         return {
             OURS: Job("ours:train"),
             "transformers, AdamW": Job(hub),
-            "transformers, fused AdamW, mallopt": Job(hub, **fused),
+            "transformers, fused AdamW, our heap settings": Job(hub, **fused),
             "litgpt": Job("packages:litgpt"),
             "torchtitan's model": Job("packages:torchtitan"),
             "picotron": Job("packages:picotron"),
@@ -62,7 +62,7 @@ def contenders(section: str) -> Contenders:
             OURS: Job("ours:train", tensor=2, **two),
             "torch DTensor": Job("bare:dtensor", tensor=2, **two),
             "torch DTensor, loss_parallel": Job("bare:dtensor_loss_parallel", tensor=2, **two),
-            "torch DTensor, loss_parallel, fused AdamW, mallopt": Job(
+            "torch DTensor, loss_parallel, fused AdamW, our heap settings": Job(
                 "bare:dtensor_loss_parallel", tensor=2, **two, **fused
             ),
             "picotron": Job("packages:picotron", tensor=2, **two),
@@ -74,7 +74,7 @@ def contenders(section: str) -> Contenders:
         return {
             OURS: Job("ours:train", **two),
             "DDP, transformers, AdamW": Job(hub, **two),
-            "DDP, transformers, fused AdamW, mallopt": Job(hub, **two, **fused),
+            "DDP, transformers, fused AdamW, our heap settings": Job(hub, **two, **fused),
         }
     if section == "bf16":
         return {
