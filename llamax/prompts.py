@@ -79,6 +79,11 @@ class Wording:
         return Asked(text, [int(i) for i in tokens.ids], row)
 
     @property
+    def chat(self) -> bool:
+        """Whether the template reads messages."""
+        return self._template is not None and self._template.chat
+
+    @property
     def ends(self) -> set[int]:
         """The special tokens with which the template ends an answer."""
         if self._template is None:

@@ -62,7 +62,8 @@ def open_given(path: Path, tokenizer: str = "", base: str = "") -> Given:
     ``tokenizer``: instead of its own.  ``base``: where an adapter's base is, instead of where the
     adapter says.  Raises CheckpointError or DataError for what is missing or does not fit.
     """
-    adapter = None
+    adapter: Source | None = None
+    about: adapters.About | None
     if (path / adapters.CONFIG).is_file():
         adapter, about = adapters.open_adapter(path)
     else:

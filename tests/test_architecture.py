@@ -21,6 +21,7 @@ LAYERS = [
     [
         "train",
         "generate",
+        "evaluate",
         "data.prepare",
         "checkpoint.consolidate",
         "merge",
@@ -29,15 +30,18 @@ LAYERS = [
         "checkpoint.foreign.importer",
         "checkpoint.foreign.exporter",
         "plan",
+        "watch",
+        "report",
         "audit",
         "plot",
         "demo",
         "launch.command",
     ],
+    ["precompile"],
     ["job", "rehearsal"],
     ["verdict"],
     ["speaker"],
-    ["reporter", "sampling", "cache", "inputs", "step"],
+    ["reporter", "guard", "sampling", "scores", "cache", "inputs", "step"],
     ["finetune", "feed", "patience", "prompts"],
     ["checkpoint.foreign.optimum", "checkpoint.foreign.write_nxd", "checkpoint.foreign.write_meta"],
     ["checkpoint.foreign.nxd", "checkpoint.foreign.nemo", "checkpoint.foreign.meta"],
@@ -75,6 +79,7 @@ LAYERS = [
     ["launch.environment"],
     ["launch.jobfile"],
     ["launch.env", "launch.instances"],
+    ["runfolder", "environment"],
     ["planner.search"],
     ["planner.memory", "planner.roofline"],
     ["planner.machine", "planner.share"],
@@ -89,7 +94,7 @@ LAYERS = [
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 MACHINE = ("torch.distributed", "torch_xla", "torch_neuronx", "neuronx_distributed", "torch.cuda")
 SPEAKS_TO_MACHINE = "backends"
-PROGRAMS = ("train", "generate", "data.prepare", "demo", "program")
+PROGRAMS = ("train", "generate", "evaluate", "data.prepare", "demo", "program")
 READS_ENVIRONMENT = (*PROGRAMS, "launch", "backends.torch", "backends.xla")
 LONGEST = 400
 

@@ -221,6 +221,7 @@ def _already(out: Path, settings: Settings, identity: str, form: str) -> bool:
 
 def _plain(settings: Settings) -> dict[str, object]:
     """Settings as JSON gives them back."""
+    assert isinstance(settings, TextSettings | InstructSettings)
     plain: dict[str, object] = json.loads(json.dumps(asdict(settings)))
     return plain
 
@@ -253,9 +254,11 @@ def _train(chunks: Sequence[Chunk], args: argparse.Namespace, folder: Path) -> P
 def _own_texts(chunks: Sequence[Chunk], settings: Settings) -> Iterable[str]:
     """The texts of the training split."""
     if isinstance(settings, InstructSettings):
-        return chain.from_iterable(texts(chunk, settings) for chunk in chunks)
+        runs = (chunk for chunk in chunks if isinstance(chunk, SplitRun))
+        return chain.from_iterable(texts(run, settings) for run in runs)
     assert isinstance(settings, TextSettings)
-    found = chain.from_iterable(documents(chunk.sources, settings.key) for chunk in chunks)
+    read = (chunk for chunk in chunks if isinstance(chunk, Texts))
+    found = chain.from_iterable(documents(chunk.sources, settings.key) for chunk in read)
     return (text for text in found if not is_validation(text.encode(), settings.validation))
 
 

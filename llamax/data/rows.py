@@ -155,7 +155,7 @@ def kind_of(path: Path) -> str:
 def from_hub(name: str, split: str, scratch: Path) -> Path:
     """The rows of a Hub dataset as a JSONL file; DataError where they cannot be had."""
     try:
-        import datasets
+        import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
     except ImportError:
         raise DataError(
             f"{name} is no file, and the Hugging Face Hub needs the package datasets, which is not "
@@ -321,7 +321,7 @@ def _groups(run: Run) -> Iterator[Any]:
 
 def _parquet(path: Path) -> Any:
     try:
-        import pyarrow
+        import pyarrow  # type: ignore[import-untyped, import-not-found, unused-ignore]
         from pyarrow import parquet
     except ImportError:
         raise DataError(

@@ -29,10 +29,11 @@ from types import FrameType
 from typing import Any
 
 from jinja2 import Environment, TemplateError, meta, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import Context
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llamax.errors import DataError
 
@@ -137,7 +138,8 @@ class Program:
                 f"{self.where}: is refused: it wants too much ({type(error).__name__})"
             ) from None
         except TemplateError as error:
-            at = f" (line {error.lineno})" if getattr(error, "lineno", None) else ""
+            line = getattr(error, "lineno", None)
+            at = f" (line {line})" if line else ""
             raise DataError(f"{self.where}: the template says{at}: {_line(error)}") from None
         except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
             raise DataError(

@@ -1,0 +1,50 @@
+"""How alike an answer and the right one are: plain functions of two texts.
+
+ROUGE-L is the F1 of the longest common subsequence of words: with l its length, precision l / words
+of the answer, recall l / words of the reference.  Words are runs of Unicode letters and digits in
+lower case, so Hangul counts too.
+
+Source: Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries", section 3.
+"""
+
+from __future__ import annotations
+
+import re
+
+WORDS = re.compile(r"\w+")
+
+
+def exact_match(answer: str, reference: str, extract: re.Pattern[str] | None = None) -> bool:
+    """Whether two texts are equal but for white space around them.
+
+    ``extract`` is what counts in them: its last match, of that the first group if it has one; an
+    answer without a match is wrong.
+    """
+    if extract is None:
+        return answer.strip() == reference.strip()
+    found, wanted = (_last(extract, text) for text in (answer, reference))
+    return found is not None and found == wanted
+
+
+def _last(extract: re.Pattern[str], text: str) -> str | None:
+    matches = list(extract.finditer(text))
+    return matches[-1][1 if extract.groups else 0].strip() if matches else None
+
+
+def rouge_l(answer: str, reference: str) -> float:
+    """ROUGE-L of an answer, 0 to 1; 0 where either has no words."""
+    mine, theirs = (WORDS.findall(text.lower()) for text in (answer, reference))
+    common = longest_common(mine, theirs)
+    return 2 * common / (len(mine) + len(theirs)) if common else 0.0
+
+
+def longest_common(one: list[str], other: list[str]) -> int:
+    """The length of the longest common subsequence."""
+    row = [0] * (len(other) + 1)
+    for item in one:
+        diagonal = 0
+        for j, candidate in enumerate(other, 1):
+            above = row[j]
+            row[j] = diagonal + 1 if item == candidate else max(above, row[j - 1])
+            diagonal = above
+    return row[-1]

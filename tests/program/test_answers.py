@@ -1,0 +1,187 @@
+"""``llamax evaluate``, and ``llamax generate`` for tuned models, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from instruction import llama2_tokenizer, prepare, sums, write_rows
+
+from llamax import program
+from llamax.config import Model
+from llamax.data.dataset import open_dataset
+from llamax.data.instruct import Encoder
+from llamax.data.templates import BUILT_IN, sample
+from llamax.data.tokenizer import load_tokenizer
+from llamax.evaluate import main as evaluate
+from llamax.generate import columns
+from llamax.generate import main as generate
+
+MODEL = Model(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=600,
+    max_position_embeddings=128,
+    initializer_range=0.5,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """hub: random weights; other: others; rows.jsonl, and data made of it."""
+    folder = tmp_path_factory.mktemp("answers")
+    tokenizer = llama2_tokenizer(folder)
+    for seed, name in enumerate(("hub", "other")):
+        transformers.set_seed(seed)
+        config = transformers.LlamaConfig(**MODEL.to_hub("float32"))
+        transformers.LlamaForCausalLM(config).save_pretrained(folder / name)
+        (folder / name / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    table = write_rows(folder / "rows.jsonl", sums(30, 20))
+    prepare(folder / "data", table, "--template", "dolly", "--tokenizer", tokenizer,
+            "--validation", "0.3")  # fmt: skip
+    return folder
+
+
+def found(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, float]:
+    assert program.run(evaluate, [*map(str, argv), "--json"]) == 0
+    answer: dict[str, float] = json.loads(capsys.readouterr().out)
+    return answer
+
+
+@pytest.mark.parametrize("packing", ["best-fit", "padded", "concat"])
+def test_loss_is_that_of_transformers(
+    folder: Path, capsys: pytest.CaptureFixture[str], packing: str
+) -> None:
+    reference = transformers.LlamaForCausalLM.from_pretrained(folder / "hub")
+    file = open_dataset(folder / "data").validation
+    total, tokens = 0.0, 0
+    edges = file.documents.astype(int).tolist()
+    for start, stop in pairwise(edges):
+        ids = torch.from_numpy(file.tokens[start:stop].astype(np.int64))[None]
+        labels = ids.masked_fill(~torch.from_numpy(file.counted(np.arange(start, stop))), -100)
+        count = int((labels[0, 1:] != -100).sum())
+        total += reference(ids, labels=labels).loss.item() * count
+        tokens += count
+    packed = ("--packing", packing, "--sequence-length", 128, "--batch", 2)
+    said = found(capsys, folder / "hub", "--data", folder / "data", *packed)
+    if packing == "concat":  # a document may be cut, then its second half sees no first
+        assert said["tokens"] == tokens
+        return
+    assert said["tokens"] == tokens
+    assert said["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    assert said["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
+
+
+def test_answers_are_scored(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The right answers to the first rows are what the model says itself."""
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()[:4]]
+    questions = write_rows(tmp_path / "questions.jsonl", rows)
+    out = tmp_path / "said.jsonl"
+    asked = ["--template", "dolly", "--max-new-tokens", 8]
+    argv = [folder / "hub", "--prompts-file", questions, *asked, "--greedy", "--out", out]
+    assert program.run(generate, list(map(str, argv))) == 0
+    said = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [one["instruction"] for one in said] == [row["instruction"] for row in rows]
+    for row, one in zip(rows, said, strict=True):
+        assert one["prompt"] == f"### Instruction\n{row['instruction']}\n\n### Answer\n"
+    rows = [{**row, "response": one["text"]} for row, one in zip(rows, said, strict=True)]
+    rows[0]["response"] += " wrong"
+    assert all(row["response"].strip() for row in rows), "a fixture for others"
+    table = write_rows(tmp_path / "rows.jsonl", rows)
+    capsys.readouterr()
+    scored = tmp_path / "scored.jsonl"
+    score = found(
+        capsys, folder / "hub", "--test-file", table, *asked, "--out", scored, "--batch", 3
+    )
+    assert score["rows"] == 4
+    assert score["exact_match"] == 0.75
+    assert 0.75 < score["rouge_l"] < 1
+    told = [json.loads(line) for line in scored.read_text().splitlines()]
+    assert [one["exact_match"] for one in told] == [False, True, True, True]
+
+
+def test_prompts_are_those_of_training(folder: Path) -> None:
+    from llamax.prompts import Wording
+
+    tokenizer = load_tokenizer(folder / "hub")
+    for name in ("dolly", "alpaca", "usr-bot", "human-assistant", "llama2-chat"):
+        encoder = Encoder(tokenizer)
+        template = encoder.template(name, BUILT_IN[name])
+        (trained,) = encoder.encode([template.spans(sample("Who?", "A cat.", "It is I"))])
+        asked = Wording(tokenizer, 1, name, context="A cat.").ask({"instruction": "Who?"})
+        assert trained.ids[~trained.counted].tolist() == asked.ids
+    assert Wording(tokenizer, 1, "llama2-chat").ends == {2}
+
+
+def test_context_and_comparison(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "compared.jsonl"
+    argv = ["--compare", f"{folder / 'hub'},{folder / 'other'}", "--prompt", "Who?", "--template",
+            "dolly", "--context", "철수", "--max-new-tokens", 9, "--greedy", "--out", out]  # fmt: skip
+    assert program.run(generate, list(map(str, argv))) == 0
+    said = capsys.readouterr().out
+    assert "### Context\n철수\n" in said
+    told = json.loads(out.read_text())
+    assert told["base"]["text"] != told["tuned"]["text"]
+    for name in ("base", "tuned"):
+        assert told[name]["new_tokens"] == 9
+        alone = tmp_path / f"{name}.jsonl"
+        model = folder / {"base": "hub", "tuned": "other"}[name]
+        one = [model, *argv[2:-1], alone]
+        assert program.run(generate, list(map(str, one))) == 0
+        assert json.loads(alone.read_text())["text"] == told[name]["text"]
+
+
+def test_columns_are_straight_for_wide_letters() -> None:
+    assert columns("ab\ncdefg", "x", 4) == "ab   | x\ncdef |\ng    |"
+    assert columns("철수다", "y\nz", 5) == "철수  | y\n다    | z"
+
+
+def refused(capsys: pytest.CaptureFixture[str], main: program.Main, *argv: object) -> str:
+    assert program.run(main, list(map(str, argv))) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_mistakes_are_one_line(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub, data, rows = folder / "hub", folder / "data", folder / "rows.jsonl"
+    assert "give --data DATASET" in refused(capsys, evaluate, hub)
+    assert "needs --template" in refused(capsys, evaluate, hub, "--test-file", rows)
+    assert "use --split train, validation" in refused(
+        capsys, evaluate, hub, "--data", data, "--split", "test"
+    )
+    assert "--batch=0" in refused(capsys, evaluate, hub, "--data", data, "--batch", 0)
+    assert "needs no --base" in refused(capsys, evaluate, hub, "--data", data, "--base", hub)
+    long = refused(capsys, evaluate, hub, "--data", data, "--sequence-length", 256)
+    assert "is above model.max_position_embeddings=128" in long
+    other = tmp_path / "t"
+    other.mkdir()
+    llama2_tokenizer(other, 500)
+    line = refused(capsys, evaluate, hub, "--data", data, "--tokenizer", other)
+    assert "prepare the data with that one" in line
+    empty = write_rows(tmp_path / "empty.jsonl", [{"question": "Q", "answer": ""}])
+    line = refused(capsys, evaluate, hub, "--test-file", empty, "--template", "dolly")
+    assert line.endswith("empty.jsonl: row 1: has an empty answer; mend or remove it")
+    assert "give one model" in refused(capsys, generate, "--prompt", "a")
+    assert "names 1 models" in refused(capsys, generate, "--compare", hub)
+    assert "give --template too" in refused(capsys, generate, hub, "--context", "c")
+    line = refused(capsys, generate, hub, "--template", "dolly", "--prompts-file", empty, "--field",
+                   "instruction=Q")  # fmt: skip
+    assert "row 1: has no field for the instruction (looked for Q; found question, answer)" in line
