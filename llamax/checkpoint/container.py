@@ -43,7 +43,8 @@ TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 SLAB_BYTES = 16 << 20
 WINDOW_BYTES = 4 << 20
 WRITE_BYTES = 1 << 20  # ext4 takes 16 MiB at once up to ten times slower
-MOST_HEADER_BYTES = 100 << 20
+MOST_HEADER_BYTES = 16 << 20  # of 405B parameters it takes one
+MOST_DIMS = 16
 
 
 Progress = Callable[[int], object]
@@ -111,17 +112,19 @@ def read_header(path: Path) -> dict[str, Entry]:
     header.pop("__metadata__", None)
     found, extents = {}, []
     for name, about in header.items():
+        name_told = name if name.isprintable() and len(name) < 100 else f"{name!r:.80}"
         try:
             tag, shape, (start, stop) = about["dtype"], about["shape"], about["data_offsets"]
             numbers = [*shape, start, stop]
         except (TypeError, KeyError, ValueError):
-            raise broken(f"the entry of {name} is malformed") from None
+            raise broken(f"the entry of {name_told} is malformed") from None
         if not isinstance(tag, str) or tag not in DTYPES:
-            raise broken(f"{name} has dtype {tag}, which is none of {', '.join(DTYPES)}")
-        if not all(type(n) is int and n >= 0 for n in numbers):
-            raise broken(f"{name} has shape {shape} at {[start, stop]}")
+            told = tag if isinstance(tag, str) and tag.isidentifier() else f"{tag!r:.40}"
+            raise broken(f"{name_told} has dtype {told:.40}, none of {', '.join(DTYPES)}")
+        if len(shape) > MOST_DIMS or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+            raise broken(f"{name_told} has shape {shape!s:.80} at {[start, stop]!s:.80}")
         if stop - start != math.prod(shape) * DTYPES[tag].itemsize:
-            raise broken(f"{name} {tag}{shape} does not fit its {stop - start} bytes")
+            raise broken(f"{name_told} {tag}{shape!s:.80} does not fit its {stop - start} bytes")
         found[name] = Entry(DTYPES[tag], tuple(shape), 8 + length + start)
         extents.append((start, stop))
     at = 0

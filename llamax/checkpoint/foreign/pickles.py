@@ -23,7 +23,7 @@ import torch
 
 from llamax.errors import CheckpointError
 
-MOST_BYTES = 64 << 20
+MOST_BYTES, MOST_DIMS = 64 << 20, 16
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -79,7 +79,8 @@ def _tensor(
     if not isinstance(storage, Storage):
         raise Refused("a tensor without a storage")
     for numbers in (shape, strides):
-        if not isinstance(numbers, tuple) or not all(_natural(n) for n in numbers):
+        plain = isinstance(numbers, tuple) and len(numbers) <= MOST_DIMS
+        if not plain or not all(_natural(n) for n in numbers):
             raise Refused(f"a tensor with shape or strides {numbers!r:.80}")
     if not _natural(start) or len(shape) != len(strides):
         raise Refused(f"a tensor of shape {shape!r:.80} at {start!r:.80}")
@@ -108,7 +109,7 @@ class Kind(NamedTuple):
 
 
 def _natural(number: object) -> bool:
-    return type(number) is int and number >= 0
+    return type(number) is int and 0 <= number < 1 << 62
 
 
 NAMES: dict[tuple[str, str], object] = {

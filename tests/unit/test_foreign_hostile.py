@@ -1,0 +1,540 @@
+"""Folders made to harm: refused in one line; no code runs, nothing outside is opened.
+
+Each is read by ``llamax import`` (or opened as a Hugging Face folder) in a process that watches
+itself with an audit hook: it dies at once if anything is executed, or opened for the hostile file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import checkpoint_worlds as worlds
+import foreign_folders as foreign
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from llamax.checkpoint.foreign import archive, pickles
+from llamax.checkpoint.foreign.importer import main as import_main
+from llamax.checkpoint.hub import HubFolder
+from llamax.config import Model
+from llamax.errors import CheckpointError, LlamaxError
+from llamax.program import run
+
+GUARD = """
+import os, sys
+allowed, secret = os.path.realpath(sys.argv[1]), os.path.realpath(sys.argv[2])
+from llamax.checkpoint.foreign import archive, exporter, importer, meta, nemo, nxd, optimum
+from llamax.checkpoint.hub import HubFolder
+from llamax.config import Model
+from llamax.program import run
+import torch
+EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec",
+            "compile", "pickle.find_class", "socket.connect", "ctypes.dlopen", "shutil.rmtree",
+            "os.remove", "os.rename", "os.kill")
+PYTHON = (sys.prefix, sys.base_prefix, os.path.dirname(os.path.realpath(torch.__file__)),
+          os.path.dirname(os.path.realpath(nxd.__file__)), "/usr/lib", "/proc/self")
+watching = False
+def hook(event, args):
+    if not watching:
+        return
+    if event in EXECUTES and not (event in ("os.remove", "os.rename", "shutil.rmtree")
+                                  and allowed in str(args[0])):
+        os.write(2, f"EXECUTED {event} {args!r:.200}\\n".encode())
+        os._exit(99)
+    if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
+        path = os.path.realpath(os.fsdecode(args[0]))
+        if path.startswith(secret) or not path.startswith((allowed, *PYTHON)):
+            os.write(2, f"OPENED {path}\\n".encode())
+            os._exit(98)
+sys.addaudithook(hook)
+def attempt(argv):
+    global watching
+    watching = True
+    try:
+        if argv[0] == "hub":
+            return run(lambda _: Model.from_hub(HubFolder(argv[1]).model) and 0, [])
+        return run(importer.main, argv)
+    finally:
+        watching = False
+for line in sys.stdin:
+    print("code", attempt(line.rstrip("\\n").split("\\t")), flush=True)
+    print("end", file=sys.stderr, flush=True)
+"""
+
+
+class Watched:
+    """A process that reads hostile folders one after another."""
+
+    def __init__(self, home: Path) -> None:
+        self.secret = home / "secret-outside"
+        self.secret.mkdir()
+        (self.secret / "key").write_text("do not read")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", GUARD, str(home), str(self.secret)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def read(self, *argv: object) -> str:
+        """The one line that refuses."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.process.stdin.write("\t".join(map(str, argv)) + "\n")
+        self.process.stdin.flush()
+        code = self.process.stdout.readline().split()
+        assert code, f"died: {self.process.stderr.read()}"
+        lines = []
+        while (line := self.process.stderr.readline()) != "end\n":
+            lines.append(line)
+        assert code == ["code", "2"], (code, lines)
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("llamax: ")
+        return lines[0]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    guard = Watched(tmp_path_factory.getbasetemp())
+    yield guard
+    assert guard.process.stdin is not None
+    guard.process.stdin.close()
+    assert guard.process.wait(30) == 0
+
+
+MODEL = worlds.llama(kv=2, vocabulary=40)
+
+
+def meta_folder(tmp_path: Path) -> Path:
+    """A sound folder to spoil; its config is beside it."""
+    folder = foreign.meta(tmp_path / "in", worlds.wholes(MODEL, torch.bfloat16), MODEL)
+    (tmp_path / "config.json").write_text(json.dumps(MODEL.to_hub("bfloat16")))
+    return folder
+
+
+def argv_of(folder: Path) -> list[object]:
+    out = folder.parent / "out"
+    return [folder, "--out", out, "--config", folder.parent / "config.json"]
+
+
+def torch_zip(pickled: bytes, path: Path, storage: bytes = b"\0" * 64) -> None:
+    """A file like torch.save's around a pickle."""
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", pickled)
+        file.writestr("archive/byteorder", "little")
+        file.writestr("archive/data/0", storage)
+        file.writestr("archive/version", "3\n")
+
+
+# --- pickles -------------------------------------------------------------------------------------
+
+
+class Calls:
+    """Pickles as a call of ``function``."""
+
+    def __init__(self, function: Callable[..., Any], *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def named(module: str, name: str, *arguments: object) -> bytes:
+    """A pickle that calls any name."""
+    head = b"\x80\x02c" + f"{module}\n{name}\n".encode()
+    return head + pickle.dumps(arguments, 2)[2:-1] + b"R."
+
+
+STORAGE = (
+    b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x10tQ"
+)
+
+
+def tensor(start: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> bytes:
+    numbers = b"".join(
+        pickle.dumps(n, 2)[2:-1].replace(b"q\x00", b"") for n in (start, shape, strides)
+    )
+    return (
+        b"\x80\x02}X\x15\x00\x00\x00tok_embeddings.weightctorch._utils\n_rebuild_tensor_v2\n("
+        + STORAGE
+        + numbers
+        + b"\x89}tRs."
+    )
+
+
+PICKLES = {
+    "os.system": pickle.dumps({"a": Calls(os.system, "touch /tmp/owned")}),
+    "posix": named("posix", "system", "id"),
+    "eval": pickle.dumps(Calls(eval, "__import__('os').system('id')")),
+    "getattr chain": named("builtins", "getattr", "x", "__class__"),
+    "operator": named("operator", "attrgetter", "__class__.__base__"),
+    "dotted name": b"\x80\x04\x8c\x05torch\x8c\x0fserialization.os\x93.",
+    "load from bytes": named("torch.storage", "_load_from_bytes", b"x"),
+    "torch.load": named("torch", "load", "/etc/passwd"),
+    "hub": named("torch.hub", "load", "x", "y"),
+    "jit": named("torch.jit", "load", "x"),
+    "rebuild with odd args": named("torch._utils", "_rebuild_tensor_v2", "x", 1, (2,), (1,), 0, {}),
+    "rebuild with too many": named("torch._utils", "_rebuild_tensor_v2"),
+    "parameter of nothing": named("torch._utils", "_rebuild_parameter", 1),
+    "sparse": named("torch._utils", "_rebuild_sparse_tensor", 1, 2),
+    "wrapper": named("torch._tensor", "_rebuild_from_type_v2", len, int, (), {}),
+    "numpy": named("numpy.core.multiarray", "_reconstruct", 1, (0,), b"b"),
+    "partial": named("functools", "partial", "x"),
+    "import": named("importlib", "import_module", "os"),
+    "code": named("types", "CodeType", 1),
+    "io.open": named("io", "open", "/etc/passwd"),
+    "instance": b"\x80\x02(cos\nsystem\nS'id'\no.",
+    "inst": b"(S'id'\nios\nsystem\n.",
+    "build on a list": b"\x80\x02]}b.",
+    "newobj": b"\x80\x02ctorch\nSize\n)\x81.",
+    "extension": b"\x80\x02\x82\x01.",
+    "persistent other": b"\x80\x02X\x01\x00\x00\x00aQ.",
+    "memo bomb": b"\x80\x02]r\xff\xff\xff\x7f.",
+    "memo missing": b"\x80\x02h\x05.",
+    "long string": b"\x80\x02X\xff\xff\xff\x7fabc.",
+    "bytes8": b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7fabc.",
+    "deep tuples as a key": b"\x80\x02}" + b")" + b"\x85" * 200_000 + b"K\x01s.",
+    "deep": b"\x80\x02" + b"]" * 500_000 + b"a" * 499_999 + b".",
+    "no stop": b"\x80\x02]",
+    "nothing": b".",
+    "text": b"hello",
+    "marks": b"\x80\x02" + b"(" * 1000 + b".",
+    "unhashable": b"\x80\x02}]K\x01s.",
+    "not a dict": pickle.dumps([1, 2], 2),
+    "huge shape": tensor(0, (1 << 40, 1 << 40), (1 << 40, 1)),
+    "many dims": tensor(0, (2,) * 100, (1,) * 100),
+    "expanded": tensor(0, (1 << 30,), (0,)),
+    "negative": tensor(0, (-4,), (1,)),
+    "past the end": tensor(14, (4,), (1,)),
+    "negative stride": tensor(8, (4,), (-1,)),
+    "short storage": tensor(0, (16,), (1,)).replace(b"K\x10tQ", b"K\xfftQ"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_pickles_that_do_more_than_hold_tensors(
+    tmp_path: Path, watched: Watched, name: str
+) -> None:
+    folder = meta_folder(tmp_path)
+    torch_zip(PICKLES[name], folder / "consolidated.00.pth")
+    line = watched.read(*argv_of(folder))
+    assert "consolidated.00.pth" in line or "has no" in line
+    assert len(line) < 600
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("protocol", [0, 1])
+def test_old_protocols_too(protocol: int) -> None:
+    data = pickle.dumps({"a": Calls(os.system, "id")}, protocol)
+    with pytest.raises(CheckpointError, match="tensors and plain containers only"):
+        pickles.read(data, "file")
+
+
+def test_structures_that_explode_do_not() -> None:
+    """Dicts that share one dict, seven levels deep: 9 ** 7 entries, if each were followed."""
+    held: Any = {"x": 1}
+    for _ in range(7):
+        held = {str(i): held for i in range(9)}
+    data = pickles.read(pickle.dumps(held, 2), "file")
+    assert len(archive.replaced(data, pickles.Tensor, lambda t: t)) == 9
+    loop: dict[str, Any] = {}
+    loop["again"] = loop
+    data = pickles.read(pickle.dumps(loop, 2), "file")
+    assert archive.replaced(data, pickles.Tensor, lambda t: t)["again"]
+
+
+def test_what_torch_saves_is_read(tmp_path: Path) -> None:
+    whole = torch.arange(24.0).view(2, 3, 4)
+    held = {
+        "parameter": torch.nn.Parameter(whole),
+        "transposed": whole.transpose(0, 2),
+        "slice": whole[:, 1:, ::2],
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(3.0),
+        "half": whole.half(),
+        "brain": whole.bfloat16(),
+        "int": torch.arange(3),
+        "numbers": [1, -2, 1 << 40, 1.5, None, True, "text", (1,), (1, 2, 3, 4)],
+        "size": whole.shape,
+        "dtype": torch.bfloat16,
+        3: {"step": 7},
+    }
+    for protocol in (2, 4):
+        torch.save(held, tmp_path / "x.pt", pickle_protocol=protocol)
+        found = archive.load(tmp_path / "x.pt")
+        assert [*found] == [*held]
+        for name, value in held.items():
+            if isinstance(value, torch.Tensor):
+                read = found[name].load()
+                assert read.dtype == value.dtype
+                assert read.is_contiguous()
+                assert torch.equal(read, value.detach())
+            else:
+                assert found[name] == (tuple(value) if name == "size" else value)
+    module = torch.nn.Linear(2, 2).state_dict()  # with _metadata beside its entries
+    torch.save(module, tmp_path / "m.pt")
+    for name, stored in archive.load(tmp_path / "m.pt").items():
+        assert torch.equal(stored.load(), module[name])
+
+
+# --- archives ------------------------------------------------------------------------------------
+
+
+def deflated(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a/data.pkl", pickle.dumps({}, 2))
+        file.writestr("a/data/0", b"\0" * (1 << 26))
+
+
+def overlapping(path: Path) -> None:
+    """Many entries that all claim the same bytes."""
+    out = io.BytesIO()
+    body = b"\0" * (1 << 20)
+    out.write(struct.pack("<4s5H3I2H", b"PK\3\4", 20, 0, 0, 0, 0, 0, len(body), len(body), 1, 0))
+    out.write(b"x" + body)
+    start = out.tell()
+    for number in range(1000):
+        name = f"a/data/{number}".encode()
+        out.write(
+            struct.pack("<4s6H3I5H2I", b"PK\1\2", 20, 20, 0, 0, 0, 0, 0, len(body), len(body),
+                        len(name), 0, 0, 0, 0, 0, 0)
+            + name
+        )  # fmt: skip
+    size = out.tell() - start
+    out.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1000, 1000, size, start, 0))
+    path.write_bytes(out.getvalue())
+
+
+def directory(count: int, size: int, offset: int) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.write_bytes(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, count, count, size, offset, 0))
+
+    return write
+
+
+def sound(path: Path, change: Callable[[bytes], bytes]) -> None:
+    torch.save({"tok_embeddings.weight": torch.ones(40, 24)}, path)
+    path.write_bytes(change(path.read_bytes()))
+
+
+ARCHIVES: dict[str, Callable[[Path], object]] = {
+    "deflated": deflated,
+    "overlapping": overlapping,
+    "empty": lambda path: path.write_bytes(b""),
+    "no zip": lambda path: path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." * 9),
+    "big directory": directory(9, 0xFFFFFFF0, 0),
+    "directory outside": directory(9, 1 << 20, 1 << 30),
+    "zip64 without its end": directory(0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
+    "more entries than there are": directory(9, 0, 0),
+    "two of one name": lambda path: sound(path, lambda b: b.replace(b"/data/0", b"/version")),
+    "no data.pkl": lambda path: sound(path, lambda b: b.replace(b"data.pkl", b"atad.pkl")),
+    "storage missing": lambda path: sound(path, lambda b: b.replace(b"/data/0", b"/data/9")),
+    "flipped in the pickle": lambda path: sound(path, lambda b: b.replace(b"FloatS", b"floatS", 1)),
+    "big endian": lambda path: sound(path, lambda b: b.replace(b"little", b"big   ")),
+    "cut": lambda path: sound(path, lambda b: b[: len(b) // 2]),
+    "local header gone": lambda path: sound(path, lambda b: b.replace(b"PK\3\4", b"KP\3\4")),
+}
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_archives_that_are_not_what_torch_saves(
+    tmp_path: Path, watched: Watched, name: str
+) -> None:
+    folder = meta_folder(tmp_path)
+    ARCHIVES[name](folder / "consolidated.00.pth")
+    line = watched.read(*argv_of(folder))
+    assert "consolidated.00.pth is no whole file of torch.save" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_entries_beyond_four_gibibytes(tmp_path: Path) -> None:
+    """Sizes and places in the 64-bit fields of the format, on a sparse file."""
+    path, far = tmp_path / "x.pt", 5 << 30
+    torch.save({"a": torch.arange(8.0)}, tmp_path / "near.pt")
+    with zipfile.ZipFile(tmp_path / "near.pt") as near:
+        entries = {info.filename: near.read(info) for info in near.infolist()}
+    with open(path, "wb") as out:
+        out.seek(far)
+        with zipfile.ZipFile(out, "w") as archived:
+            for name, data in entries.items():
+                with archived.open(name, "w", force_zip64=True) as entry:
+                    entry.write(data)
+    assert torch.equal(archive.load(path)["a"].load(), torch.arange(8.0))
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def hub_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    weights = {n: v for (n, kind), v in worlds.wholes(MODEL).items() if kind == "weight"}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(MODEL.to_hub("float32")))
+    return folder
+
+
+def with_index(folder: Path, file: object) -> None:
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    weight_map = {name: file for name in ("model.norm.weight",)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def header(folder: Path, text: bytes, claim: int | None = None) -> None:
+    claimed = len(text) if claim is None else claim
+    (folder / "model.safetensors").write_bytes(claimed.to_bytes(8, "little") + text)
+
+
+def config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def linked(folder: Path, name: str, to: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(to)
+
+
+def one(**entry: object) -> bytes:
+    return json.dumps(
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **entry}}
+    ).encode()
+
+
+HUBS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "index to the parent": (lambda f, s: with_index(f, "../secret/key"), "is no file beside it"),
+    "index to an absolute path": (
+        lambda f, s: with_index(f, str(s / "key")), "is no file beside it"),
+    "index to a folder": (lambda f, s: with_index(f, ".."), "is no file beside it|link out"),
+    "index to a number": (lambda f, s: with_index(f, 7), "is no file beside it"),
+    "weights linked": (lambda f, s: linked(f, "model.safetensors", s / "key"), "link out of"),
+    "config linked": (lambda f, s: linked(f, "config.json", s / "key"), "link out of"),
+    "index linked": (
+        lambda f, s: linked(f, "model.safetensors.index.json", s / "key"), "link out of"),
+    "tokenizer linked": (lambda f, s: linked(f, "tokenizer.json", s / "key"), "link out of"),
+    "folder linked inside": (lambda f, s: linked(f, "tokenizer.model", s), "link out of"),
+    "a pipe": (lambda f, s: (os.remove(f / "config.json"), os.mkfifo(f / "config.json")),
+               "no plain file"),
+    "weights a pipe": (
+        lambda f, s: (os.remove(f / "model.safetensors"), os.mkfifo(f / "model.safetensors")),
+        "no plain file"),
+    "weights a folder": (
+        lambda f, s: (os.remove(f / "model.safetensors"), os.mkdir(f / "model.safetensors")),
+        "no plain file"),
+    "header bomb": (lambda f, s: header(f, b"{}", 1 << 40), "its header claims"),
+    "header of 64 bits": (lambda f, s: header(f, b"{}", (1 << 64) - 1), "its header claims"),
+    "large header": (lambda f, s: header(f, b" " * (17 << 20)), "its header claims"),
+    "deep header": (lambda f, s: header(f, b"[" * 100_000), "not JSON"),
+    "long number": (lambda f, s: header(f, b'{"a": ' + b"9" * 100_000 + b"}"), "not JSON"),
+    "many dims": (lambda f, s: header(f, one(shape=[2] * 100_000)), "has shape"),
+    "huge shape": (lambda f, s: header(f, one(shape=[10**30, 10**30])), "has shape"),
+    "negative": (lambda f, s: header(f, one(shape=[-1, -1])), "has shape"),
+    "unknown dtype": (lambda f, s: header(f, one(dtype="F8_E4M3")), "has dtype F8_E4M3"),
+    "dtype of two lines": (lambda f, s: header(f, one(dtype="F32\nF")), r"has dtype 'F32\\nF'"),
+    "name of two lines": (
+        lambda f, s: header(f, one(dtype="F9").replace(b'"x"', b'"x\\ny"')), r"'x\\ny' has dtype"),
+    "code in the config": (
+        lambda f, s: config(f, auto_map={"AutoModel": "evil.Evil"}), "auto_map asks for code"),
+    "remote code": (lambda f, s: config(f, trust_remote_code=True), "asks for code"),
+    "layers without end": (lambda f, s: config(f, num_hidden_layers=10**12), "from 1 to 16384"),
+    "a width without end": (lambda f, s: config(f, hidden_size=10**15), "from 1 to 268435456"),
+    "only a pickle": (
+        lambda f, s: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickle"),
+    "deep config": (lambda f, s: (f / "config.json").write_text("[" * 100_000), "is not JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_hugging_face_folders(tmp_path: Path, watched: Watched, name: str) -> None:
+    folder = hub_folder(tmp_path)
+    spoil, told = HUBS[name]
+    spoil(folder, watched.secret)
+    line = watched.read("hub", folder)
+    assert re.search(told, line), line
+    assert len(line) < 700
+
+
+def test_a_sound_folder_is_opened(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path)
+    assert len(HubFolder(folder).names()) == 21
+    snapshot = tmp_path / "cache" / "snapshots" / "abc"
+    blobs = tmp_path / "cache" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).rename(blobs / name)
+        (snapshot / name).symlink_to(blobs / name)
+    assert len(HubFolder(snapshot).names()) == 21
+
+
+@pytest.mark.parametrize(
+    "what", ["rank", "tensor", "info", "metadata", "meta", "nemo", "tokenizer"]
+)
+def test_links_out_of_a_foreign_folder(tmp_path: Path, watched: Watched, what: str) -> None:
+    values = worlds.wholes(MODEL, torch.bfloat16)
+    (tmp_path / "config.json").write_text(json.dumps(MODEL.to_hub("bfloat16")))
+    folder = tmp_path / "in"
+    if what == "meta":
+        folder = meta_folder(tmp_path)
+        path = folder / "consolidated.00.pth"
+    elif what == "nemo":
+        path = foreign.nemo(folder, values, MODEL) / "model_weights.ckpt"
+    elif what == "metadata":
+        path = (
+            foreign.optimum(folder, values, MODEL, 2, 1) / "shards" / "mp_metadata_pp_rank_0.json"
+        )
+    else:
+        tag = foreign.nxd(folder, values, MODEL, xser=True)
+        rank = tag / "model" / "dp_rank_00_tp_rank_00_pp_rank_00.pt"
+        path = {
+            "rank": rank,
+            "tensor": rank.with_name(rank.name + ".tensors") / "tensor_3.pt",
+            "info": rank.with_name(rank.name + ".info.pt"),
+            "tokenizer": tag / "tokenizer.json",
+        }[what]
+    path.unlink(missing_ok=True)
+    path.symlink_to(watched.secret / "key")
+    if what == "tokenizer":  # is none of the model: it is left where it is
+        assert run(import_main, [str(arg) for arg in argv_of(folder)]) == 0
+        assert not (tmp_path / "out" / "tokenizer.json").exists()
+        return
+    assert "is a link out of its folder" in watched.read(*argv_of(folder))
+
+
+def test_integers_are_no_weights(tmp_path: Path) -> None:
+    folder = meta_folder(tmp_path)
+    path = folder / "consolidated.00.pth"
+    held = torch.load(path)
+    held["norm.weight"] = held["norm.weight"].long()
+    torch.save(held, path)
+    with pytest.raises(
+        LlamaxError, match=r"model.norm.weight \(weight\) is torch.int64; llamax reads"
+    ):
+        import_main([str(arg) for arg in argv_of(folder)])
+
+
+def test_no_part_of_llamax_loads_a_pickle() -> None:
+    """Neither torch.load nor the pickle module is used to read a checkpoint."""
+    package = Path(__file__).resolve().parents[2] / "llamax"
+    users = [
+        path.relative_to(package).as_posix()
+        for path in package.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if "torch.load(" in line or line.strip() in ("import pickle", "from pickle import loads")
+    ]
+    assert users == []
+    assert isinstance(MODEL, Model)
