@@ -69,7 +69,8 @@ def open_inputs(config: Config) -> Inputs:
         resumed = Checkpoint(checkpoint.resume, verify=False)
     if resumed is not None:
         _same_network(config, resumed)
-        dataset.check_tokenizer(resumed.state["tokenizer"])
+        if fingerprint := resumed.state.get("tokenizer"):  # an imported checkpoint has none
+            dataset.check_tokenizer(fingerprint)
     if checkpoint.init_from and (resumed is None or config.finetune.method != "full"):
         first = open_source(checkpoint.init_from)
         _same_network(config, first)

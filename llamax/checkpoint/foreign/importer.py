@@ -36,7 +36,7 @@ from llamax.checkpoint.foreign.nemo import Nemo
 from llamax.checkpoint.foreign.nxd import Nxd
 from llamax.checkpoint.foreign.optimum import METADATA, SHARDS, Optimum
 from llamax.checkpoint.layout import whole
-from llamax.errors import CheckpointError
+from llamax.errors import CheckpointError, ConfigError
 from llamax.metrics import show_bytes, show_time
 
 FORMATS: dict[str, Callable[[Path, str, bool], Foreign]] = {
@@ -149,10 +149,10 @@ def to_hub(
                 (part / name).write_bytes(found.read_bytes())
 
 
-def to_llamax(source: Foreign, out: Path, progress: Progress = silent) -> None:
+def to_llamax(source: Foreign, out: Path, consumed: int = 0, progress: Progress = silent) -> None:
     """Write weights and optimizer as a checkpoint of ours, at the step they are from.
 
-    Its state names no tokenizer and no samples: data starts at the beginning.
+    Training that resumes from it goes on after ``consumed`` sequences of its data.
     """
     check_dtypes(source)
     manifest = files.Manifest(
@@ -162,7 +162,7 @@ def to_llamax(source: Foreign, out: Path, progress: Progress = silent) -> None:
         torch=torch.__version__,
         mesh={"tensor": 1, "data": 1, "zero1": 0},
         model=source.model.to_hub(word(source)),
-        state={"consumed_sequences": 0},
+        state={"consumed_sequences": consumed},
         files=[],
     )
     with building(out) as part:
@@ -194,8 +194,16 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--to", choices=("hub", "llamax"), default="hub", help="default hub")
     parser.add_argument("--config", default="", help="config.json or recipe, where none is beside")
     parser.add_argument("--weights-only", action="store_true", help="leave the optimizer out")
+    parser.add_argument(
+        "--consumed-sequences",
+        type=int,
+        default=0,
+        help="samples the training had seen (default 0)",
+    )
     parser.add_argument("--max-shard-size", default="5GB", help="bytes per file (default 5GB)")
     args = parser.parse_args(argv)
+    if args.consumed_sequences < 0:
+        raise ConfigError(f"--consumed-sequences={args.consumed_sequences} is below 0")
     began, out, shard_bytes = time.perf_counter(), Path(args.out), size(args.max_shard_size)
     source = open_folder(Path(args.folder), args.form, args.config, not args.weights_only)
     kinds = source.kinds if args.to == "llamax" else ("weight",)
@@ -204,7 +212,7 @@ def main(argv: Sequence[str]) -> int:
         if args.to == "hub":
             to_hub(source, out, shard_bytes, bar.update)
         else:
-            to_llamax(source, out, bar.update)
+            to_llamax(source, out, args.consumed_sequences, bar.update)
     print(
         f"{out}: {', '.join(kinds)} of {len(source.shapes)} tensors, step {source.step}, "
         f"{show_bytes(total)}, in {show_time(time.perf_counter() - began)}"
