@@ -19,6 +19,12 @@ GOLDEN = Path(__file__).parent / "recipes"
 # recipe: (ranks of its mesh, published number of parameters)
 PUBLISHED = {
     "demo": (4, 3_196_608),
+    "dolly-llama2-7b": (32, 6_738_415_616),
+    "finetune-demo": (4, 3_196_608),
+    "gsm8k-lora": (2, 1_235_814_400),
+    "korean-chat-lora": (1, 6_738_415_616),
+    "korean-chat-qlora": (1, 6_738_415_616),
+    "news-llama3-8b-qlora": (2 * 4, 8_030_261_248),
     "llama2-7b": (4 * 32, 6_738_415_616),
     "llama2-13b": (8 * 32, 13_015_864_320),
     "llama2-70b": (32 * 32, 68_976_648_192),
@@ -58,7 +64,10 @@ def test_the_comments_of_a_recipe_tell_the_truth(name: str) -> None:
     assert f"Mesh:      tensor {tensor} x data {data}" in text
     assert f"Step:      {batch} x {length} = {batch * length:,} tokens" in text
     total = re.sub(r"e\+0?", "e", f"{config.run.steps * batch * length:.1e}")
-    assert f"; {config.run.steps:,} steps are {total} tokens" in text
+    if config.run.epochs:
+        assert f"; {config.run.epochs} epochs.\n" in text
+    else:
+        assert f"; {config.run.steps:,} steps are {total} tokens" in text
     assert f"-m llamax.train --config {name}\n" in text
     started = re.search(r"(?:--nnodes (\d+) )?--nproc-per-node (\d+)", text)
     assert started
