@@ -1,22 +1,30 @@
 # make demo   set up, then text -> tokens -> a trained Llama -> a Hugging Face folder -> samples
-# make test   set up, then run all tests
+# make test   set up, then run all tests, those of torch-xla in an environment of their own
 # make lint   format, lint and types, as CI wants them
 # make check  lint, then test
 #
-# PYTHON: any CPython >= 3.10.  Everything is installed into VENV, nowhere else.
+# PYTHON: any CPython >= 3.10.  Everything is installed into VENV and XLA_VENV, nowhere else.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+XLA_VENV ?= .venv-xla
+XLA_BIN := $(XLA_VENV)/bin
+PIP := -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash
 
-.PHONY: demo test lint check format clean
+.PHONY: demo test test-xla lint check format clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python -m llamax.demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/xla
+	@$(MAKE) --no-print-directory test-xla
+
+test-xla: $(XLA_VENV)/installed
+	@if [ -e $< ]; then $(XLA_BIN)/python -m pytest tests/xla --timeout 600; \
+	else echo "SKIPPED tests/xla: torch 2.9.0 and torch-xla 2.9.0 cannot be installed here (above: why)"; fi
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -34,9 +42,15 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	  { echo "llamax needs Python 3.10 or newer; found $$($(PYTHON) -V). Use: make PYTHON=python3.11 ..."; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(BIN)/python $(PIP) -r requirements.txt
+	$(BIN)/python $(PIP) --no-deps -e .
 	@touch $@
 
+# torch-xla has wheels for Linux on x86-64 and CPython 3.10 to 3.13 alone.
+$(XLA_VENV)/installed: requirements-xla.txt pyproject.toml
+	$(PYTHON) -m venv $(XLA_VENV)
+	@$(XLA_BIN)/python $(PIP) -r requirements-xla.txt && \
+	  $(XLA_BIN)/python $(PIP) --no-deps -e . && touch $@ || rm -f $@
+
 clean:
-	rm -rf $(VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(XLA_VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,19 +19,17 @@ rank that waits for ever in a collective.
 
 from __future__ import annotations
 
-import difflib
 import faulthandler
 import multiprocessing
 import os
 import pickle
-import re
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from world import _module
@@ -76,19 +74,22 @@ def run(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 500.0)
     return list(value)
 
 
-class Lockstep:
-    """Lines replicas up where they hand a graph to the device; ``compiled`` counts programs."""
+Answer = Callable[[bool, Any], None]
 
-    def __init__(self, size: int, graphs: Path) -> None:
-        self.size, self.graphs, self.compiled = size, graphs, 0
+
+class Lockstep:
+    """Lines replicas up where they hand a graph to the device."""
+
+    def __init__(self, size: int, answer: Answer) -> None:
+        self.size, self.answer = size, answer
         self.everybody = threading.Barrier(size)
         self.turn, self.changed = 0, threading.Condition()
+        self.compiled: int | None = None  # all there should be, while a later rank has its turn
 
     def sync(self, wait: bool = False, reset_scope: bool = True) -> None:
         """What ``torch_xla.sync`` does, rank by rank."""
         import torch_xla
         import torch_xla.core.xla_model as xm
-        import torch_xla.debug.metrics as met
         import torch_xla.runtime as xr
 
         rank, device = xr.global_ordinal(), torch_xla._XLAC._xla_get_default_device()
@@ -96,15 +97,11 @@ class Lockstep:
         with self.changed:
             self.changed.wait_for(lambda: self.turn == rank)
             torch_xla._XLAC._set_allow_execution(True)
-            before = met.counter_value("UncachedCompile") or 0
+            self.compiled = compilations() if rank else None
             torch_xla._XLAC._xla_step_marker(device, [], wait=False, reset_scope=reset_scope)
             torch_xla._XLAC._set_all_reduce_token(device, None)
-            new = (met.counter_value("UncachedCompile") or 0) - before
-            self.compiled += new
-            if rank and new:
-                raise ReplicaError(
-                    f"rank {rank} traced another graph than rank 0\n{self.diff(rank)}"
-                )
+            self.check()
+            self.compiled = None
             self.turn = (rank + 1) % self.size
             torch_xla._XLAC._set_allow_execution(self.turn > 0 or self.size == 1)
             self.changed.notify_all()
@@ -113,21 +110,19 @@ class Lockstep:
             xm.wait_device_ops([device])
         xm._run_step_closures()
 
-    def diff(self, rank: int) -> str:
-        """Where the newest graph of ``rank`` leaves that of rank 0, if graphs are written."""
+    def check(self) -> None:
+        """End where a later rank compiles: those before it wait in collectives that never end."""
+        allowed = self.compiled
+        if allowed is not None and compilations() > allowed:
+            self.answer(False, f"rank {self.turn} traced another graph than rank 0")
 
-        def newest(of: int) -> list[str]:
-            text = Path(f"{self.graphs}.{of}").read_text().split("\n[ScheduleSyncTensorsGraph]")[-1]
-            return re.sub(r"HloModule \S+", "HloModule", text).splitlines()
+    def watch(self) -> None:
+        """Check also while that rank compiles, which can outlast the others' patience of 10 s."""
+        while True:
+            time.sleep(0.05)
+            self.check()
 
-        if "XLA_SAVE_TENSORS_FILE" not in os.environ:
-            return "(set XLA_SAVE_TENSORS_FMT=hlo to see where)"
-        lines = difflib.unified_diff(newest(0), newest(rank), "rank 0", f"rank {rank}", "", "", 1)
-        return "\n".join(list(lines)[:40])
-
-    def run(
-        self, fn: Callable[..., Any], args: tuple[Any, ...], answer: Callable[[bool, Any], None]
-    ) -> None:
+    def run(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
         """``fn`` on every device; ``answer`` is told the first failure, or the results."""
         import torch_xla
         import torch_xla.core.xla_model as xm
@@ -139,6 +134,7 @@ class Lockstep:
         torch_xla.sync = self.sync
         torch_xla._XLAC._set_allow_execution(self.size == 1)
         Xla.barrier = lambda _: self.everybody.wait()  # type: ignore[assignment, method-assign]
+        threading.Thread(target=self.watch, daemon=True).start()
         results: dict[int, Any] = {}
 
         def replica() -> None:
@@ -146,7 +142,7 @@ class Lockstep:
             try:
                 results[rank] = fn(rank, *args)
             except BaseException:
-                answer(False, f"--- rank {rank} of {self.size}\n{traceback.format_exc()}")
+                self.answer(False, f"--- rank {rank} of {self.size}\n{traceback.format_exc()}")
 
         pjrt._run_thread_per_device(
             0,
@@ -154,15 +150,20 @@ class Lockstep:
             replica,
             lambda *_: xm.set_replication(torch_xla.device(), xm.get_xla_supported_devices()),
         )
-        answer(True, [results[rank] for rank in range(self.size)])
+        self.answer(True, [results[rank] for rank in range(self.size)])
+
+
+def compilations() -> int:
+    """Programs that were not found in the cache; torch-xla counts before it compiles."""
+    import torch_xla.debug.metrics as met
+
+    return int(met.counter_value("UncachedCompile") or 0)
 
 
 def _serve(size: int, pipe: Connection, job: bytes, stacks: str, timeout_s: float) -> None:
     """The life of the process: its environment, its replicas, their results."""
     faulthandler.dump_traceback_later(timeout_s, file=open(stacks, "w"))  # noqa: SIM115
     threads = str(2 * size + 2)  # fewer than replicas and their collectives never meet
-    folder = tempfile.TemporaryDirectory(prefix="replicas-")
-    graphs = Path(folder.name) / "graphs"
     os.environ |= {
         "PJRT_DEVICE": "CPU",
         "CPU_NUM_DEVICES": str(size),
@@ -170,19 +171,16 @@ def _serve(size: int, pipe: Connection, job: bytes, stacks: str, timeout_s: floa
         "XLA_THREAD_POOL_SIZE": threads,
         "NPROC": threads,
     }
-    if os.environ.get("XLA_SAVE_TENSORS_FMT") == "hlo":
-        os.environ["XLA_SAVE_TENSORS_FILE"] = str(graphs)
     first = threading.Lock()
 
     def answer(good: bool, value: Any) -> None:
         """Say how it went, and end: after a failure other replicas are stuck in a collective."""
         first.acquire()
         pipe.send_bytes(pickle.dumps((good, value)))
-        folder.cleanup()
         os._exit(0)
 
     module, path, name, args, sys.path[:] = pickle.loads(job)
     try:
-        Lockstep(size, graphs).run(getattr(_module(module, path), name), args, answer)
+        Lockstep(size, answer).run(getattr(_module(module, path), name), args)
     except BaseException:
         answer(False, traceback.format_exc())

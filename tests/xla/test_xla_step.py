@@ -223,7 +223,7 @@ def test_a_step_in_the_program_is_caught() -> None:
     ("mutation", "operation"),
     [
         ("value read in a step", "aten::_local_scalar_dense"),
-        ("operation on the host", "aten::linalg_eigvals"),
+        ("operation on the host", "aten::linalg_eig"),
     ],
 )
 def test_what_runs_on_the_host_ends_the_run(mutation: str, operation: str) -> None:
