@@ -20,6 +20,7 @@ from llamax.checkpoint.load import Checkpoint, Source, check_shapes, load_owned,
 from llamax.collectives import Axes, Axis, Solo
 from llamax.config import Config, Finetune, Model
 from llamax.errors import CheckpointError, ConfigError
+from llamax.metrics import show_bytes, show_number
 from llamax.model import DTYPES, Llama
 from llamax.parallel.frozen import Store
 
@@ -102,6 +103,23 @@ def about(finetune: Finetune, first: Source | None) -> adapters.About | None:
         return None
     assert first is not None, "rules.adapters_have_a_base"
     return adapters.About(finetune, str(first.folder), adapters.fingerprint(first))
+
+
+def describe(config: Config, tensor: int, data: int) -> str:
+    """What is trained beside what, and what the base takes on a rank, in a line."""
+    finetune, width = config.finetune, DTYPES[config.run.dtype].itemsize
+    count, whole = lora.num_parameters(config.model, finetune), config.model.num_parameters()
+    text = (
+        f"{finetune.method}: {show_number(count)} parameters ({count / whole:.2%}) of rank "
+        f"{finetune.r} on {finetune.targets} beside {config.checkpoint.init_from}"
+    )
+    if finetune.method == "qlora":
+        held = base.expected(config.model, finetune, tensor, data, width)
+        text += (
+            f"; a rank holds {show_bytes(held.quantised)} of it in {finetune.quant}, "
+            f"{show_bytes(held.plain)} as it is, and {show_bytes(held.dense)} while a layer is used"
+        )
+    return text
 
 
 def check_resumed(finetune: Finetune, resumed: Checkpoint, first: Source | None) -> None:

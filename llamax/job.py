@@ -19,9 +19,9 @@ from llamax.config import Config
 from llamax.data.dataset import Dataset
 from llamax.data.loader import Batches
 from llamax.feed import Feed
-from llamax.finetune import build
+from llamax.finetune import build, describe
 from llamax.inputs import Inputs
-from llamax.lora import trained
+from llamax.lora import num_parameters, trained
 from llamax.mesh import Mesh
 from llamax.metrics import (
     ConsoleWriter,
@@ -66,12 +66,22 @@ class Job:
         return self.axes.world.rank == 0
 
 
-def prepare(config: Config, mesh: Mesh, backend: Backend, axes: Axes, inputs: Inputs) -> Job:
-    """Model, optimizer and saver, as the checkpoint to resume left them, or new."""
+def prepare(
+    config: Config,
+    mesh: Mesh,
+    backend: Backend,
+    axes: Axes,
+    inputs: Inputs,
+    draw: bool = True,
+) -> Job:
+    """Model, optimizer and saver, as the checkpoint to resume left them, or new.
+
+    Without ``draw`` new weights are whatever memory holds.
+    """
     resumed, tp = inputs.resumed, axes.tp
     torch.manual_seed(config.run.seed)
     home = torch.device("cpu") if backend.traces else backend.device
-    model = build(config, inputs.first, resumed is None, axes, home)
+    model = build(config, inputs.first, draw and resumed is None, axes, home)
     parameters = trained(model)
     shards = {name: model.shards[name] for name in parameters}
     optimizer = Zero1(
@@ -162,6 +172,8 @@ def introduce(job: Job) -> None:
         config.run.steps,
     )
     log.logger.info("samples: %s", job.training)
+    if job.adapters is not None:
+        log.logger.info("%s", describe(config, mesh.tp, job.axes.data.size))
     if job.dataset.train.header.bos_id != config.model.bos_token_id:
         log.logger.warning(
             "documents of %s begin with BOS token %s, but model.bos_token_id is %s: the model will "
@@ -197,10 +209,11 @@ def writers(job: Job) -> list[Writer]:
 def measures(job: Job) -> Measures:
     """What throughput is counted in."""
     data, peak = job.config.data, job.backend.peak_flops(DTYPES[job.config.run.dtype])
+    adapters = num_parameters(job.config.model, job.config.finetune) if job.adapters else 0
     return Measures(
         fetch=job.backend.fetch,
         memory=job.backend.memory,
         step_tokens=data.global_batch * data.sequence_length,
-        flops_per_token=flops_per_token(job.config.model, data.sequence_length),
+        flops_per_token=flops_per_token(job.config.model, data.sequence_length, adapters),
         peak_flops=(peak or 0.0) * job.mesh.world_size,
     )

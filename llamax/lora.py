@@ -18,7 +18,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from llamax.config import Finetune
+from llamax.config import Finetune, Model
 from llamax.dropout import Dropout
 from llamax.model import Llama, generator
 from llamax.parallel.frozen import Adapter, Factor, FrozenLinear, Store
@@ -104,6 +104,16 @@ def _factors(layer: Linear, part: Part, r: int, like: Tensor) -> tuple[Factor, F
 def trained(model: Llama) -> dict[str, nn.Parameter]:
     """What the optimizer updates and checkpoints hold: all that is not frozen."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def num_parameters(model: Model, finetune: Finetune) -> int:
+    """The number of weights of all adapters of a model."""
+    D, F = model.hidden_size, model.intermediate_size
+    H, K = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    both = {"q_proj": D + H, "k_proj": D + K, "v_proj": D + K, "o_proj": H + D}
+    both |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), D + F)
+    each = sum(both[name] for name in set(target_names(finetune.targets)))
+    return model.num_hidden_layers * finetune.r * each
 
 
 @torch.no_grad()

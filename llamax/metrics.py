@@ -33,13 +33,18 @@ if TYPE_CHECKING:
 # ---- numbers
 
 
-def flops_per_token(model: Model, sequence_length: int) -> int:
-    """FLOPs of a token, forward and backward: 6 a matmul weight, 6 L S H E of causal attention."""
+def flops_per_token(model: Model, sequence_length: int, adapters: int = 0) -> int:
+    """FLOPs of a token, forward and backward: 6 a matmul weight, 6 L S H E of causal attention.
+
+    Beside ``adapters`` weights that are trained the model is frozen: 4 a weight, for it has no
+    gradient of its own, and 6 an adapter's.
+    """
     D, E, heads = model.hidden_size, model.head_dim, model.num_attention_heads
     attention = 2 * D * E * (heads + model.num_key_value_heads)
     layers = model.num_hidden_layers * (attention + 3 * D * model.intermediate_size)
     scores = model.num_hidden_layers * sequence_length * heads * E
-    return 6 * (layers + model.vocab_size * D + scores)
+    weights = layers + model.vocab_size * D
+    return 6 * scores + (4 * weights + 6 * adapters if adapters else 6 * weights)
 
 
 def mfu(tokens_per_s: float, flops_per_token: float, peak_flops: float) -> float:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llamax import configfile, log, precompile, program
+from llamax import configfile, environment, log, precompile, program
 from llamax.backends import choose
 from llamax.checkpoint import lock
 from llamax.checkpoint.manifest import newest
@@ -40,6 +40,7 @@ from llamax.launch.env import Rendezvous, rendezvous
 from llamax.mesh import Mesh
 from llamax.metrics import show_time
 from llamax.optim.schedule import lr_at
+from llamax.profiling import Profile
 from llamax.reporter import Reporter
 from llamax.step import train_step, validation_loss
 from llamax.verdict import Verdict
@@ -60,6 +61,7 @@ def train(config: Config, where: Rendezvous) -> None:
         verified = pool.submit(inputs.verify, config, where.rank, where.world_size)
         with (
             lock.held(folder) if where.rank == 0 else nullcontext(),
+            log.kept(folder, where.job, where.rank),
             beating(folder / "heartbeats", where.rank, where.world_size, timeout_s) as heart,
             backend.joined(mesh, timeout_s, kv) as axes,
         ):
@@ -67,6 +69,7 @@ def train(config: Config, where: Rendezvous) -> None:
             verified.result()
             if job.main:
                 introduce(job)
+                environment.write(folder, where.world_size, where.local_world_size, where.job)
             loop(job, began, heart)
 
 
@@ -82,10 +85,12 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
 
     guard = Guard(job.backend if job.backend.traces else None, config.run.compile_guard)
     verdict = Verdict(job.backend.fetch, config.optim.most_skipped, samples)
+    profile = Profile(config.run, job.folder, job.axes.world.rank)
     with Reporter(writers(job), measures(job), began) as reporter:
         while step < config.run.steps and not stop and not patience.over:
             step += 1
             heart.at(step)
+            profile.at(step)
             with tolerated(job):
                 job.saver.check()
             started = time.perf_counter()
@@ -125,6 +130,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             if due or last or patience.over:
                 reporter.flush()
                 save(job, step, training.consumed, validated)
+        profile.stop()
         verdict.judge()
         job.saver.wait()
     if stop and step < config.run.steps:
@@ -143,11 +149,12 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         )
     if job.main:
         log.logger.info(
-            "done in %s: %s holds the newest checkpoint; llamax consolidate %s makes a Hugging "
-            "Face folder of it",
+            "done in %s: %s holds the newest checkpoint; llamax consolidate %s makes a %s folder "
+            "of it",
             show_time(time.perf_counter() - began),
             newest(job.folder / "checkpoints"),
             job.folder,
+            "PEFT" if job.adapters else "Hugging Face",
         )
 
 
