@@ -47,16 +47,19 @@ def audit(config: Config, mesh: Mesh, machine: Machine, headline: str, every_ran
     tracer = Tracer(rendezvous({}))
     with made_up_tokens(config, mesh) as data:
         first = Rehearsal(config, mesh, 0, tracer, data)
-        traced, seconds = [], dict[str, float]()
-        for boundary in first.whole():
-            traced.append((boundary.kind, f"rank 0, {boundary.when}", hlo.read(boundary.text)))
-            seconds.setdefault(boundary.kind, boundary.trace_s)
-        programs, found = report.sort_kinds(traced)
+        seconds: dict[str, float] = {}
+
+        def traced() -> Iterator[tuple[str, str, str]]:
+            for each in first.whole():
+                seconds.setdefault(each.kind, each.trace_s)
+                yield each.kind, f"rank 0, {each.when}", each.text
+
+        programs, when, found = report.sort_kinds(traced())
         kinds = tuple(
             Kind(
                 name,
                 each,
-                tuple(when for kind, when, _ in traced if kind == name),
+                tuple(when[name]),
                 tuple(census.collectives(each, named_groups(first))),
                 by_hand(first, name),
                 MODEL_SHARE.get(name, 0.0) * microstep_flops(config, mesh),

@@ -212,6 +212,10 @@ class Run:
     validate_batches: int = field(
         default=8, metadata=about("length of a validation", "global batches", COUNT)
     )
+    compile_guard: Literal["warn", "stop", "off"] = field(
+        default="warn",
+        metadata=about("a program compiled after the first step: say so, end the run, or nothing"),
+    )
     tensorboard: bool = field(default=False, metadata=about("also write TensorBoard events"))
     progress: Literal["auto", "on", "off"] = field(
         default="auto", metadata=about("progress bar; auto: when stderr is a terminal")

@@ -56,6 +56,14 @@ class Backend(Protocol):
         """Wait until every rank of the world is here."""
         ...
 
+    def compilations(self) -> int:
+        """Programs compiled so far; 0 where none are."""
+        ...
+
+    def host_reads(self) -> int:
+        """Copies from a tracing device to the host so far."""
+        ...
+
     def memory(self) -> int:
         """Peak bytes in use so far: device memory, or the resident set of a CPU process."""
         ...

@@ -221,6 +221,12 @@ class _TorchBackend:
     def step_boundary(self) -> None:
         """Eager devices have nothing to flush."""
 
+    def compilations(self) -> int:
+        return 0
+
+    def host_reads(self) -> int:
+        return 0
+
     def barrier(self) -> None:
         if dist.is_initialized():
             dist.barrier()

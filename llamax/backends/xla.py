@@ -230,6 +230,10 @@ class Xla:
         """Programs compiled in this process so far."""
         return int(self.metrics.counter_value("UncachedCompile") or 0)
 
+    def host_reads(self) -> int:
+        """Copies from the device to the host so far."""
+        return int((self.metrics.metric_data("TransferFromDeviceTime") or (0,))[0])
+
 
 def meet(store: Store, name: str, size: int) -> None:
     """Wait until ``size`` ranks have called this with ``name``."""

@@ -6,10 +6,11 @@ and every step of a kind trace one program, and nothing in it is what the compil
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
-from llamax.graphs import census
+from llamax.graphs import census, hlo
 from llamax.graphs.census import Live, Remark, Traffic, Work
 from llamax.graphs.compare import Difference, describe, difference
 from llamax.graphs.hlo import Program
@@ -28,11 +29,11 @@ class Kind:
     model_flops: float
     trace_s: float
 
-    @property
+    @cached_property
     def work(self) -> Work:
         return census.work(self.program)
 
-    @property
+    @cached_property
     def remarks(self) -> list[Remark]:
         return census.remarks(self.program)
 
@@ -110,16 +111,22 @@ class Audit:
 
 
 def sort_kinds(
-    traced: Sequence[tuple[str, str, Program]],
-) -> tuple[dict[str, Program], list[Divergence]]:
-    """The first program of each kind, and what came later and differs: (kind, when, program)."""
-    first: dict[str, tuple[str, Program]] = {}
+    traced: Iterable[tuple[str, str, str]],
+) -> tuple[dict[str, Program], dict[str, list[str]], list[Divergence]]:
+    """Of (kind, when, HLO text): the first program of each kind, when it was traced, and what came
+    later and differs."""
+    first: dict[str, Program] = {}
+    when: dict[str, list[str]] = {}
     found: list[Divergence] = []
-    for kind, when, program in traced:
-        expected, known = first.setdefault(kind, (when, program))
-        if how := difference(known, program):
-            found.append(Divergence(kind, when, expected, how))
-    return {kind: program for kind, (_, program) in first.items()}, found
+    for kind, at, text in traced:
+        when.setdefault(kind, []).append(at)
+        if kind not in first:
+            first[kind] = hlo.read(text)
+        elif hlo.normal(text) != first[kind].normal:
+            how = difference(first[kind], hlo.read(text))
+            assert how is not None
+            found.append(Divergence(kind, at, when[kind][0], how))
+    return first, when, found
 
 
 def show(audit: Audit) -> Iterator[str]:

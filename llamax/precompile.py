@@ -1,0 +1,72 @@
+"""``llamax train --precompile``: every program of a run, and nothing else.
+
+``neuron_parallel_compile torchrun ... -m llamax.train --config X --precompile`` runs the training
+program with NEURON_EXTRACT_GRAPHS_ONLY=1: programs are collected and every result is zero.  So no
+weights are loaded or drawn, no checkpoint is read, written or removed, no loss is judged, and the
+run folder stays as it is; what remains are two steps and two batches of validation, which trace all
+programs of the run.  Then the collected programs are compiled, many at once, into the cache.
+
+Source: AWS Neuron, "PyTorch NeuronX neuron_parallel_compile CLI".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from tempfile import TemporaryDirectory
+
+from llamax import log
+from llamax.backends import choose
+from llamax.config import Config
+from llamax.feed import resolve
+from llamax.inputs import open_inputs
+from llamax.job import loaders, prepare
+from llamax.launch.env import Rendezvous
+from llamax.mesh import Mesh
+from llamax.optim.schedule import lr_at
+from llamax.step import train_step, validation_loss
+
+EXTRACT = "NEURON_EXTRACT_GRAPHS_ONLY"
+STEPS, BATCHES = 2, 2
+
+
+def asked(environ: Mapping[str, str]) -> bool:
+    """Whether neuron_parallel_compile started this process."""
+    return environ.get(EXTRACT) == "1"
+
+
+def precompile(config: Config, where: Rendezvous) -> None:
+    """Trace and compile every program of ``config`` on this rank of the world ``where``."""
+    mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
+    backend = choose(config.run.backend, where, config.run.threads)
+    kv = max(1, mesh.tp // config.model.num_key_value_heads)
+    with TemporaryDirectory(prefix="llamax-") as folder:
+        config = replace(
+            config,
+            run=replace(config.run, folder=folder),
+            checkpoint=replace(config.checkpoint, resume="never", init_from=""),
+        )
+        inputs = open_inputs(config)
+        config = resolve(config, inputs.training.samples)
+        with backend.joined(mesh, config.run.timeout_s, kv) as axes:
+            job = prepare(config, mesh, backend, axes, inputs, draw=False)
+            training, validation = loaders(job)
+            tokens = config.data.global_batch * config.data.sequence_length
+            for step in range(1, STEPS + 1):
+                lr = lr_at(step, config.optim, config.run.steps)
+                train_step(
+                    job.model,
+                    job.optimizer,
+                    axes,
+                    training.step(),
+                    tokens,
+                    lr,
+                    step,
+                    boundary=backend.step_boundary,
+                )
+            if validation is not None and (
+                config.run.validate_every or config.run.validate_each_epoch
+            ):
+                validation_loss(job.model, axes, validation, BATCHES, backend.step_boundary)
+            backend.synchronize()
+    log.logger.info("precompiled: all programs of the run were traced; nothing was saved")
