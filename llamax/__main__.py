@@ -23,6 +23,7 @@ COMMANDS = {
     "merge": ("llamax.merge", "join a base and its adapters to a Hugging Face folder"),
     "inspect": ("llamax.checkpoint.inspect", "say what a checkpoint or a dataset is"),
     "plan": ("llamax.plan", "say what a run needs, and how long and dear it will be"),
+    "doctor": ("llamax.doctor", "check a machine, and a job on it, before it is launched"),
     "launch": ("llamax.launch.command", "start a job on torchrun, mpirun, Slurm, k8s or SageMaker"),
     "audit": ("llamax.audit", "trace what a cluster of Trainium would compile"),
     "plot": ("llamax.plot", "draw the loss curves of runs"),

@@ -36,6 +36,7 @@ LAYERS = [
         "plot",
         "demo",
         "launch.command",
+        "doctor",
     ],
     ["precompile"],
     ["job", "rehearsal"],
@@ -73,6 +74,8 @@ LAYERS = [
     ["backends.torch", "backends.xla"],
     ["backends.cpu", "backends.nxd", "backends.xla_install"],
     ["ops"],
+    ["checkup.versions", "checkup.machine", "checkup.storage"],
+    ["checkup.finding"],
     ["launch.kubernetes", "launch.slurm", "launch.mpirun", "launch.sagemaker", "launch.image"],
     ["launch.torchrun", "launch.yaml"],
     ["launch.script", "launch.checks"],
@@ -94,7 +97,7 @@ LAYERS = [
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
 MACHINE = ("torch.distributed", "torch_xla", "torch_neuronx", "neuronx_distributed", "torch.cuda")
 SPEAKS_TO_MACHINE = "backends"
-PROGRAMS = ("train", "generate", "evaluate", "data.prepare", "demo", "program")
+PROGRAMS = ("train", "generate", "evaluate", "data.prepare", "demo", "doctor", "program")
 READS_ENVIRONMENT = (*PROGRAMS, "launch", "backends.torch", "backends.xla")
 LONGEST = 400
 

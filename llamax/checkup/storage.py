@@ -1,0 +1,204 @@
+"""The shared storage: shared in fact, large and fast enough for the checkpoints, with its graphs.
+
+A node that runs doctor leaves a beacon, a small file with its name and the time by its clock, and
+looks for those of the others: who sees them all shares the folder with all.
+
+Source: AWS Neuron, "Neuron persistent cache" (``neuronxcc-VERSION/MODULE_HASH/model.neff``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from llamax.checkup.finding import Finding, Host, ok, unseen
+from llamax.config import Config
+from llamax.metrics import show_bytes, show_time
+
+BEACONS = ".llamax-doctor"
+FRESH_S = 600
+SKEW_S = 5.0
+STATE_BYTES = 12  # a parameter's float32 master and two moments
+PROBE_BYTES = 32 * 2**20
+PRIVATE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
+
+
+def check(host: Host, folder: Path, nodes: int, wait_s: float) -> Iterator[Finding]:
+    """Whether ``folder`` can be written and is the same one on ``nodes`` machines."""
+    if not folder.is_dir():
+        yield unseen("storage", f"{folder} is not here", "run doctor where it is mounted")
+        return
+    if not os.access(folder, os.W_OK):
+        yield Finding(
+            "error",
+            "storage",
+            f"{folder} cannot be written",
+            "checkpoints, logs and compiled programs go there",
+            f"sudo chown $(id -u) {folder}",
+        )
+        return
+    kind = file_system(host, folder)
+    if nodes > 1 and kind in PRIVATE:
+        yield Finding(
+            "error",
+            "storage",
+            f"{folder} is on {kind}, which no other machine sees",
+            f"{nodes} nodes read one dataset and write one checkpoint",
+            "mount FSx for Lustre or EFS on all nodes, and name it in storage.mount",
+        )
+    else:
+        yield ok("storage", f"{folder} is on {kind or 'a file system of unknown kind'}")
+    yield from _beacons(folder, nodes, wait_s, socket.gethostname())
+
+
+def file_system(host: Host, folder: Path) -> str:
+    """The type of the file system that ``folder`` lies on, or nothing."""
+    here, found = str(folder.resolve()), ("", "")
+    for line in (host.read("proc/mounts") or "").splitlines():
+        _, place, kind, *_ = line.split()
+        inside = place == "/" or here == place or here.startswith(place + "/")
+        found = max(found, (place, kind)) if inside else found
+    return found[1]
+
+
+def _beacons(folder: Path, nodes: int, wait_s: float, me: str) -> Iterator[Finding]:
+    """Meet the other nodes in the folder; how far their clocks are from mine."""
+    place = folder / BEACONS
+    place.mkdir(exist_ok=True)
+    limit, skew = time.monotonic() + wait_s, {}
+    while True:
+        beacon = place / f".{me}"
+        beacon.write_text(json.dumps({"node": me, "time": time.time()}))
+        beacon.replace(place / f"{me}.json")
+        for path in place.glob("*.json"):
+            told = json.loads(path.read_text())
+            if abs(away := told["time"] - time.time()) < FRESH_S and told["node"] != me:
+                known = skew.get(told["node"], away)
+                skew[told["node"]] = min(known, away, key=abs)
+        if len(skew) >= nodes - 1 or time.monotonic() >= limit:
+            break
+        time.sleep(0.5)
+    if len(skew) < nodes - 1:
+        yield unseen(
+            "shared",
+            f"{1 + len(skew)} of {nodes} nodes were seen in {folder}",
+            "run doctor --wait 60 on all nodes at once, as srun or mpirun would",
+        )
+    elif nodes > 1:
+        yield ok("shared", f"all {nodes} nodes see {folder}")
+    late = {node: away for node, away in skew.items() if abs(away) > SKEW_S}
+    if late and wait_s:
+        worst = max(late, key=lambda node: abs(late[node]))
+        yield Finding(
+            "warning",
+            "clock skew",
+            f"{worst}'s clock is {late[worst]:+.1f} s away from this one's",
+            "logs of nodes cannot be laid side by side",
+            f"ssh {worst} sudo systemctl restart chrony",
+        )
+    elif skew and wait_s:
+        yield ok("clock skew", f"below {SKEW_S:.0f} s")
+
+
+def disk(folder: Path, config: Config, step_s: float | None) -> Iterator[Finding]:
+    """Room for the checkpoints that the run keeps, and the rate at which it writes them."""
+    width = 2 if config.run.dtype == "bfloat16" else 4
+    one = config.model.num_parameters() * (width + STATE_BYTES)
+    every, keep = config.checkpoint.every or config.run.steps, config.checkpoint.keep
+    there = config.run.steps // every + 1
+    kept = min(keep + 1, there) if keep else there  # the next is whole before the oldest goes
+    if not folder.is_dir():
+        yield unseen(
+            "disk",
+            f"{kept} checkpoints of {show_bytes(one)} will be there at once",
+            f"run doctor where {folder} is",
+        )
+        return
+    free = shutil.disk_usage(folder).free
+    told = f"{kept} checkpoints of {show_bytes(one)} in {show_bytes(free)} of {folder}"
+    if kept * one > free:
+        yield Finding(
+            "error",
+            "disk",
+            told,
+            "a checkpoint that finds no room ends the run",
+            "enlarge the file system, or lower checkpoint.keep",
+        )
+    else:
+        yield ok("disk", told)
+    if step_s is None or there == 1:
+        return
+    rate, needed = _write_rate(folder), one / (every * step_s)
+    told = f"{show_bytes(needed)}/s wanted on average, {show_bytes(rate)}/s written by one process"
+    if needed > rate:
+        yield Finding(
+            "warning",
+            "write rate",
+            told,
+            "training waits for the checkpoint before, once the next is due",
+            f"raise checkpoint.every above {every}, or the file system's throughput",
+        )
+    else:
+        yield ok("write rate", f"{told}; a checkpoint every {show_time(every * step_s)}")
+
+
+def _write_rate(folder: Path) -> float:
+    """Bytes/s that this process writes and flushes, on one file."""
+    path, data = folder / f".llamax-probe-{os.getpid()}", os.urandom(2**20)
+    start = time.perf_counter()
+    try:
+        with path.open("wb") as file:
+            for _ in range(PROBE_BYTES // len(data)):
+                file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
+    return PROBE_BYTES / (time.perf_counter() - start)
+
+
+def cache(url: str) -> Iterator[Finding]:
+    """The compile cache: there, writable, and what it holds."""
+    if "://" in url:
+        yield unseen("compile cache", f"{url} is not a folder", f"aws s3 ls --recursive {url}")
+        return
+    folder = Path(url)
+    if not folder.is_dir():
+        parent_there = folder.parent.is_dir()
+        if parent_there:
+            yield Finding(
+                "warning",
+                "compile cache",
+                f"{folder} is empty",
+                "each node would compile for 25 to 40 minutes a program while training waits",
+                "llamax launch --phase precompile, before --phase train",
+            )
+        else:
+            yield unseen("compile cache", f"{folder} is not here", "run doctor where it is")
+        return
+    modules = list(folder.glob("*/MODULE_*"))
+    done = [path for path in modules if (path / "model.neff").exists()]
+    if not os.access(folder, os.W_OK):
+        yield Finding(
+            "error",
+            "compile cache",
+            f"{folder} cannot be written",
+            "what is compiled would be lost",
+            f"sudo chown -R $(id -u) {folder}",
+        )
+    elif len(done) < len(modules):
+        failed = next(path for path in modules if path not in done)
+        yield Finding(
+            "warning",
+            "compile cache",
+            f"{len(modules) - len(done)} of {len(modules)} programs have no model.neff",
+            "a failed compilation is remembered, and fails again at once",
+            f"cat {failed}/*.log; then rm -r {failed} and precompile again",
+        )
+    else:
+        yield ok("compile cache", f"{len(done)} compiled programs in {folder}")

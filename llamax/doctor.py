@@ -1,0 +1,143 @@
+"""``llamax doctor [--job job.toml]``: is this machine ready, and does the plan fit it?
+
+::
+
+    ok       torch        torch 2.9.0
+    WARNING  ports        port 29500 lies in 1024-60999, which the kernel hands out
+             why          any outgoing connection may hold it when ranks want to meet there
+             mend         sudo sysctl -w net.ipv4.ip_local_reserved_ports=29500
+    unseen   devices      no Neuron device here, where the job asks for 16 a node
+             see          run doctor on a node
+
+Without a job it looks at the machine alone.  The exit code is 3 if there is an error, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llamax import program
+from llamax.checkup import Finding, Host, machine, storage, versions
+from llamax.checkup.finding import ok, unseen
+from llamax.data.dataset import open_dataset
+from llamax.errors import ConfigError, DataError
+from llamax.launch import jobfile
+from llamax.launch.checks import problems
+from llamax.launch.env import NEURON_PORT, PORT
+from llamax.launch.environment import variables
+from llamax.launch.instances import INSTANCES, LOCAL
+from llamax.launch.jobfile import JobFile
+from llamax.metrics import show_bytes, show_time
+from llamax.planner import machine as machines
+from llamax.planner.search import Plan, plan
+
+NOT_READY = 3
+
+
+def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]:
+    """All findings about a machine, and about a job on it."""
+    backend = job.config.run.backend if job else "xla" if host.version("torch-xla") else "cpu"
+    yield from versions.check(host, backend)
+    wanted = INSTANCES[job.instance if job else LOCAL]
+    ports = [job.port if job else PORT] + ([NEURON_PORT] if wanted.devices else [])
+    yield from machine.check(host, wanted, ports)
+    if job is None:
+        return
+    folder = Path(job.folder)
+    yield from storage.check(host, folder, job.nodes, wait_s)
+    found = _plan(job)
+    if found is not None:
+        yield from _fits(found)
+    yield from storage.disk(folder, job.config, found.time.step_s if found else None)
+    yield from _dataset(folder / job.config.data.path, folder.is_dir())
+    if cache := host.environ.get("NEURON_COMPILE_CACHE_URL"):
+        yield from storage.cache(cache)
+
+
+def _plan(job: JobFile) -> Plan | None:
+    """The plan of a job on an instance that the planner knows."""
+    if job.instance not in machines.names():
+        return None
+    known = machines.load(job.instance)
+    return plan(job.config, known.shared_by(job.ranks), job.nodes)
+
+
+def _fits(found: Plan) -> Iterator[Finding]:
+    memory, time = found.memory, found.time
+    told = f"{show_bytes(memory.peak)} of {show_bytes(memory.available)} on a core"
+    if memory.fits:
+        yield ok("plan", f"{told}; a step takes about {show_time(time.step_s)}")
+    else:
+        yield Finding(
+            "error",
+            "plan",
+            f"{told}, when {memory.moment}",
+            "the run would end at its first step, after it was compiled",
+            "llamax plan --search with the same configuration lists what fits",
+        )
+
+
+def _dataset(folder: Path, storage_there: bool) -> Iterator[Finding]:
+    if not storage_there:
+        yield unseen("dataset", f"{folder} is not here", "run doctor where it is")
+        return
+    try:
+        dataset = open_dataset(folder, "off")
+    except DataError as error:
+        yield Finding(
+            "error",
+            "dataset",
+            str(error),
+            "training reads it before anything else",
+            "llamax launch --phase prepare",
+        )
+    else:
+        yield ok("dataset", f"{len(dataset.train):,} tokens in {folder}")
+
+
+def show(finding: Finding) -> Iterator[str]:
+    """A finding as lines of text."""
+    label = {"warning": "WARNING", "error": "ERROR"}.get(finding.level, finding.level)
+    yield f"{label:<8} {finding.name:<13} {finding.what}"
+    if finding.why:
+        yield f"{'':<8} {'why':<13} {finding.why}"
+    if finding.mend:
+        yield f"{'':<8} {'see' if finding.level == 'unseen' else 'mend':<13} {finding.mend}"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="llamax doctor",
+        description="Check this machine, and a job on it, before it is launched. Exit code 3 if "
+        "there is an error.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--job", type=Path, help="the job file")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="S", help="wait for the other nodes so long (0)"
+    )
+    options = parser.parse_args(list(argv))
+    job = None
+    if options.job:
+        job = jobfile.load(options.job)
+        if wrong := problems(job, "", "train"):
+            raise ConfigError(f"{options.job}: {wrong[0]}")
+    counts = Counter[str]()
+    sets = {each.name: each.value for each in variables(job)} if job else {}
+    for finding in examine(Host(environ={**os.environ, **sets}), job, options.wait):
+        counts[finding.level] += 1
+        print("\n".join(show(finding)), flush=True)
+    print(
+        f"\n{counts['ok']} fine, {counts['unseen']} not seen from here, "
+        f"{counts['warning']} warnings, {counts['error']} errors"
+    )
+    return NOT_READY if counts["error"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(program.run(main))

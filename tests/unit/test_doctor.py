@@ -1,0 +1,288 @@
+"""What doctor finds on machines that a test lays out, and what it says on this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from launch_jobs import job
+
+from llamax import configfile, doctor
+from llamax.checkup import Finding, Host, machine, storage, versions
+from llamax.errors import ConfigError
+from llamax.launch.instances import INSTANCES
+
+TRN1, LOCAL = INSTANCES["trn1.32xlarge"], INSTANCES["local"]
+SDK = {
+    "torch": "2.9.0+cpu",
+    "torch-xla": "2.9.0",
+    "torch-neuronx": "2.9.0.2.12.1",
+    "neuronx-cc": "2.23.6484.0",
+    "neuronx-distributed": "0.17.26814",
+}
+
+
+def lay(root: Path, **files: str) -> Host:
+    """A machine with these files; ``__`` in a name is ``/``."""
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Host(root)
+
+
+def trainium(root: Path, devices: int = 16, driver: str = "2.26.5.0") -> Host:
+    names = {f"dev__neuron{n}": "" for n in range(devices)}
+    return lay(root, **names, sys__module__neuron__version=driver + "\n")
+
+
+def levels(found: Iterable[Finding]) -> dict[str, str]:
+    found = list(found)
+    for each in found:
+        assert each.what
+        assert bool(each.why) == (each.level in ("warning", "error")), each
+        assert bool(each.mend) == (each.level != "ok"), each
+    return {each.name: each.level for each in found}
+
+
+def test_versions_of_an_sdk_fit(tmp_path: Path) -> None:
+    host = trainium(tmp_path)
+    found = levels(versions.check(Host(host.root, packages=SDK), "xla"))
+    assert set(found.values()) == {"ok"}
+    assert len(found) == 6
+    newer = {**SDK, "neuronx-cc": "2.24.5133.0", "neuronx-distributed": "0.18.27753"}
+    found = levels(versions.check(Host(host.root, packages=newer), "xla"))
+    assert [name for name, level in found.items() if level != "ok"] == ["driver"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "level"),
+    [
+        ({"torch": "2.8.1"}, "torch", "error"),
+        ({"torch": "2.13.0"}, "torch-xla", "error"),
+        ({"torch-xla": "2.8.0"}, "torch-xla", "error"),
+        ({"torch-xla": None}, "torch-xla", "error"),
+        ({"torch-neuronx": "2.8.0.1"}, "torch-neuronx", "error"),
+        ({"torch-neuronx": None}, "neuron", "unseen"),
+        ({"neuronx-cc": "2.21.1"}, "neuronx-cc", "warning"),
+        ({"neuronx-distributed": "0.18.1"}, "nxd", "error"),
+        ({"neuronx-distributed": None}, "nxd", "ok"),
+    ],
+)
+def test_versions_that_do_not_fit(
+    tmp_path: Path, changes: dict[str, str | None], name: str, level: str
+) -> None:
+    packages = {key: value for key, value in {**SDK, **changes}.items() if value}
+    host = Host(trainium(tmp_path).root, packages=packages)
+    assert levels(versions.check(host, "xla"))[name] == level
+
+
+def test_versions_on_other_machines(tmp_path: Path) -> None:
+    assert levels(versions.check(Host(tmp_path, packages={}), "cpu")) == {"torch": "error"}
+    laptop = Host(tmp_path, packages={"torch": "2.13.0"})
+    assert levels(versions.check(laptop, "cpu")) == {"torch": "ok"}
+    assert levels(versions.check(laptop, "xla"))["torch-xla"] == "unseen"
+    bare = Host(tmp_path, packages=SDK)
+    assert levels(versions.check(bare, "xla"))["driver"] == "unseen"
+
+
+def test_devices_and_memory(tmp_path: Path) -> None:
+    host = trainium(tmp_path)
+    assert levels(machine.devices(host, TRN1)) == {"devices": "ok"}
+    assert levels(machine.devices(Host(tmp_path / "no"), TRN1)) == {"devices": "unseen"}
+    assert levels(machine.devices(Host(tmp_path / "no"), LOCAL)) == {"devices": "ok"}
+    (tmp_path / "dev" / "neuron3").unlink()
+    assert levels(machine.devices(host, TRN1)) == {"devices": "error"}
+    assert levels(machine.memory(host, TRN1)) == {"memory": "unseen"}
+    lay(tmp_path, proc__meminfo=f"MemTotal: {510 * 2**20} kB\n")
+    assert levels(machine.memory(host, TRN1)) == {"memory": "ok"}
+    lay(tmp_path, sys__fs__cgroup__memory_max="").root.joinpath(
+        "sys/fs/cgroup/memory.max"
+    ).write_text(str(64 * 2**30))
+    assert levels(machine.memory(host, TRN1)) == {"memory": "warning"}
+
+
+def test_limits() -> None:
+    assert levels(machine.open_files(1024)) == {"open files": "warning"}
+    assert levels(machine.open_files(65535)) == {"open files": "ok"}
+    assert levels(machine.open_files(resource.RLIM_INFINITY)) == {"open files": "ok"}
+    assert levels(machine.arenas(Host(), 128)) == {"malloc": "warning"}
+    assert levels(machine.arenas(Host(environ={"MALLOC_ARENA_MAX": "64"}), 128)) == {"malloc": "ok"}
+    assert levels(machine.arenas(Host(), 4)) == {"malloc": "ok"}
+    assert levels(machine.clock(5)) == {"clock": "warning"}
+    assert levels(machine.clock(0)) == {"clock": "ok"}
+    assert levels(machine.clock(None)) == {"clock": "unseen"}
+
+
+@pytest.mark.parametrize(
+    ("kept", "span", "level"),
+    [
+        ("", "32768\t60999", "ok"),
+        ("", "1024\t65000", "warning"),
+        ("29000-29600,62182", "1024\t65000", "ok"),
+        ("29501", "1024\t65000", "warning"),
+    ],
+)
+def test_ports_that_the_kernel_hands_out(tmp_path: Path, kept: str, span: str, level: str) -> None:
+    host = lay(
+        tmp_path,
+        proc__sys__net__ipv4__ip_local_reserved_ports=kept,
+        proc__sys__net__ipv4__ip_local_port_range=span,
+    )
+    (found,) = machine.reserved(host, 29500)
+    assert found.level == level
+    if kept == "29501":
+        assert found.mend.endswith("=29501,29500")
+    assert levels(machine.reserved(Host(tmp_path / "no"), 29500)) == {"ports": "unseen"}
+
+
+def test_a_port_in_use_is_found() -> None:
+    with socket.socket() as held:
+        held.bind(("", 0))
+        held.listen()
+        port = held.getsockname()[1]
+        assert levels(machine.free(port)) == {"port in use": "warning"}
+    assert levels(machine.free(port)) == {"port in use": "ok"}
+
+
+def test_efa(tmp_path: Path) -> None:
+    unlimited = resource.RLIM_INFINITY
+    assert levels(machine.network(Host(tmp_path), LOCAL, 0)) == {"EFA": "ok"}
+    assert levels(machine.network(Host(tmp_path), TRN1, unlimited)) == {"EFA": "unseen"}
+    for n in range(8):
+        path = tmp_path / f"sys/class/infiniband/rdmap{n}/ports/1/hw_counters/tx_bytes"
+        path.parent.mkdir(parents=True)
+        path.write_text("0\n")
+    host = Host(tmp_path, environ={"FI_PROVIDER": "efa"})
+    found = levels(machine.network(host, TRN1, unlimited))
+    assert found == {"EFA": "ok", "EFA traffic": "unseen"}
+    path.write_text("12345\n")
+    assert levels(machine.network(host, TRN1, unlimited))["EFA traffic"] == "ok"
+    tcp = Host(tmp_path, environ={"FI_PROVIDER": "tcp"})
+    found = levels(machine.network(tcp, TRN1, 65536))
+    assert (found["libfabric"], found["memlock"]) == ("error", "error")
+    assert levels(machine.network(host, INSTANCES["trn1n.32xlarge"], unlimited))["EFA"] == "error"
+
+
+# ---- storage
+
+
+def mounts(root: Path, kind: str, place: Path) -> Host:
+    return lay(root, proc__mounts=f"/dev/root / ext4 rw 0 0\nfs {place} {kind} rw 0 0\n")
+
+
+def test_storage_is_shared_or_not(tmp_path: Path) -> None:
+    folder = tmp_path / "fsx"
+    folder.mkdir()
+    assert levels(storage.check(Host(), tmp_path / "none", 4, 0)) == {"storage": "unseen"}
+    lustre = mounts(tmp_path, "lustre", folder)
+    assert storage.file_system(lustre, folder) == "lustre"
+    assert storage.file_system(lustre, tmp_path) == "ext4"
+    assert levels(storage.check(lustre, folder, 1, 0)) == {"storage": "ok"}
+    assert levels(storage.check(lustre, folder, 2, 0)) == {"storage": "ok", "shared": "unseen"}
+    private = mounts(tmp_path, "xfs", folder)
+    assert levels(storage.check(private, folder, 2, 0))["storage"] == "error"
+    if os.geteuid() != 0:
+        folder.chmod(0o500)
+        assert levels(storage.check(private, folder, 1, 0)) == {"storage": "error"}
+
+
+@pytest.mark.parametrize(("ahead", "level"), [(0.0, "ok"), (30.0, "warning"), (-30.0, "warning")])
+def test_nodes_meet_in_the_folder(tmp_path: Path, ahead: float, level: str) -> None:
+    place = tmp_path / storage.BEACONS
+    place.mkdir()
+    told = {"node": "other", "time": time.time() + ahead}
+    (place / "other.json").write_text(json.dumps(told))
+    found = levels(storage._beacons(tmp_path, 2, 1.0, "me"))
+    assert found == {"shared": "ok", "clock skew": level}
+    (place / "other.json").write_text(json.dumps({"node": "other", "time": 0}))
+    assert levels(storage._beacons(tmp_path, 2, 0.0, "me")) == {"shared": "unseen"}
+
+
+def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = configfile.load("demo", ["--checkpoint.every=40", "--checkpoint.keep=0"])
+    assert levels(storage.disk(tmp_path, small, None)) == {"disk": "ok"}
+    found = list(storage.disk(tmp_path, small, 10.0))
+    assert levels(found) == {"disk": "ok", "write rate": "ok"}
+    assert found[0].what.startswith("5 checkpoints of 48.8 MiB")
+    huge = configfile.load("llama3.1-70b", ["--run.dtype=float32"])
+    assert levels(storage.disk(tmp_path, huge, 10.0))["disk"] == "error"
+    assert levels(storage.disk(tmp_path / "none", huge, 10.0)) == {"disk": "unseen"}
+    monkeypatch.setattr(storage, "_write_rate", lambda folder: 1e3)
+    assert levels(storage.disk(tmp_path, small, 0.1))["write rate"] == "warning"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compile_cache(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert levels(storage.cache("s3://bucket/cache")) == {"compile cache": "unseen"}
+    assert levels(storage.cache(str(cache / "deep"))) == {"compile cache": "unseen"}
+    assert levels(storage.cache(str(cache))) == {"compile cache": "warning"}
+    module = cache / "neuronxcc-2.23" / "MODULE_1+2"
+    module.mkdir(parents=True)
+    (found,) = storage.cache(str(cache))
+    assert (found.level, found.mend) == (
+        "warning",
+        f"cat {module}/*.log; then rm -r {module} and precompile again",
+    )
+    (module / "model.neff").touch()
+    (found,) = storage.cache(str(cache))
+    assert (found.level, found.what) == ("ok", f"1 compiled programs in {cache}")
+
+
+# ---- the program
+
+
+def test_a_job_is_examined_on_a_laptop() -> None:
+    found = levels(doctor.examine(Host(packages={"torch": "2.13.0"}), job(nodes=4), 0))
+    assert found["plan"] == "ok"
+    for name in ("devices", "EFA", "storage", "disk", "dataset", "neuron"):
+        assert found[name] == "unseen"
+    too_much = job(nodes=4, overrides={"data": {"micro_batch": 32}, "run": {"recompute": "none"}})
+    assert levels(doctor.examine(Host(packages=SDK), too_much, 0))["plan"] == "error"
+    unknown = job(recipe="demo", instance="local", ranks_per_node=4, overrides={})
+    assert "plan" not in levels(doctor.examine(Host(packages=SDK), unknown, 0))
+
+
+def test_a_missing_dataset_is_an_error(tmp_path: Path) -> None:
+    small = job(
+        recipe="demo",
+        instance="local",
+        ranks_per_node=4,
+        overrides={},
+        storage={"mount": str(tmp_path)},
+    )
+    found = {each.name: each for each in doctor.examine(Host(packages=SDK), small, 0)}
+    assert found["dataset"].level == "error"
+    assert "llamax launch --phase prepare" in found["dataset"].mend
+
+
+def test_the_program_says_it_all_and_how_it_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llamax", "doctor"], text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "ok       torch" in done.stdout
+    assert done.stdout.endswith("0 errors\n")
+    path = tmp_path / "job.toml"
+    path.write_text(
+        f'name = "a"\nrecipe = "demo"\ninstance = "local"\nranks_per_node = 4\n'
+        f'storage.mount = "{tmp_path}"\n'
+    )
+    assert doctor.main(["--job", str(path)]) == doctor.NOT_READY
+    said = capsys.readouterr().out
+    assert "ERROR    dataset" in said
+    assert "         mend          llamax launch --phase prepare" in said
+    path.write_text('name = "a"\nrecipe = "demo"\nstorage.mount = "x"\n')
+    with pytest.raises(ConfigError, match="job.toml: 1 x trn1.32xlarge = 32 ranks: "):
+        doctor.main(["--job", str(path)])
