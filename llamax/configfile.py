@@ -50,7 +50,7 @@ def load(name_or_path: str, overrides: Sequence[str] = (), world_size: int | Non
     path = find(name_or_path)
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
     return parse(tables, overrides, world_size, where=str(path))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hypothesis
@@ -20,6 +20,38 @@ from world import Worlds  # noqa: E402
 
 hypothesis.settings.register_profile("llamax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("llamax")
+
+
+DRILLS = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="drills at their full counts")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[DRILLS] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if lines := terminalreporter.config.stash[DRILLS]:
+        terminalreporter.section("drills")
+        for line in lines:
+            terminalreporter.line(line)
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """``tell(line)``: a drill's result, printed when all tests are done."""
+    lines = request.config.stash[DRILLS]
+    return lines.append
+
+
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether drills run at their full counts (``make drills``)."""
+    chosen: bool = request.config.getoption("--full")
+    return chosen
 
 
 @pytest.fixture(scope="session")

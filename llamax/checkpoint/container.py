@@ -298,10 +298,13 @@ def building(out: Path) -> Iterator[Path]:
 
 
 def sha256(path: Path) -> str:
-    """The sha256 of a file, in hex."""
+    """The sha256 of a file, in hex; CheckpointError where it cannot be read."""
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
     view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as file:
-        while got := file.readinto(buffer):
-            digest.update(view[:got])
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while got := file.readinto(buffer):
+                digest.update(view[:got])
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     return digest.hexdigest()

@@ -22,7 +22,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,8 @@ class Whole:
 class Manifest:
     """What a checkpoint holds; ``model`` is the Hub's config.json, ``state`` the program's.
 
-    ``score``: the validation loss, where it was taken at this step.
+    ``score``: the validation loss, where it was taken at this step.  ``config_sha256``: of
+    config.toml, where there is one.
     """
 
     format: int
@@ -90,6 +91,7 @@ class Manifest:
     files: list[File]
     tensors: dict[str, Whole] = field(default_factory=dict)
     score: float | None = None
+    config_sha256: str = ""
 
     def problem(self) -> str:
         """What does not hold together, or nothing."""
@@ -138,6 +140,7 @@ def commit(folder: Path, manifest: Manifest, config_text: str) -> None:
         raise CheckpointError(f"{folder} was not saved: {problem}")
     if config_text:
         write_text(folder / CONFIG, config_text)
+        manifest = replace(manifest, config_sha256=hashlib.sha256(config_text.encode()).hexdigest())
     write_text(folder / MANIFEST, json.dumps(asdict(manifest), separators=(",", ":")))
 
 
@@ -174,6 +177,8 @@ def read_manifest(folder: Path) -> Manifest:
         problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     if problem:
         raise CheckpointError(f"{path} is broken: {problem}")
+    if manifest.config_sha256:
+        verify(folder, [File(CONFIG, 0, manifest.config_sha256)])
     for listed in manifest.files:
         file = folder / listed.name
         if not file.is_file():

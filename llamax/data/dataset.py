@@ -114,10 +114,13 @@ def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0
 
 
 def _open_folder(folder: Path, verify: Verify, vocab_size: int) -> Dataset:
-    said = json.loads((folder / "dataset.json").read_text())
-    tokenizer = folder / said["tokenizer_file"]
+    said = _read_index(folder / "dataset.json")
+    tokenizer = folder / str(said["tokenizer_file"])
     if not tokenizer.is_file():
-        raise DataError(f"{tokenizer}: is missing; copy it back, or run llamax prepare again")
+        raise DataError(
+            f"{tokenizer}: is missing, and dataset.json names it; copy it back, or run llamax "
+            "prepare again"
+        )
     splits: dict[str, Split] = {}
     for split, stream in _streams(folder, said, verify, vocab_size):
         splits[split] = stream
@@ -128,6 +131,20 @@ def _open_folder(folder: Path, verify: Verify, vocab_size: int) -> Dataset:
                 "tokenizer back, or run llamax prepare again"
             )
     return Dataset(folder, splits["train"], splits.get("validation"), tokenizer)
+
+
+def _read_index(path: Path) -> dict[str, object]:
+    """What dataset.json says; DataError where it is not what llamax prepare wrote."""
+    try:
+        said = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        said = None
+    name = said.get("tokenizer_file") if isinstance(said, dict) else None
+    if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
+        raise DataError(
+            f"{path}: names no tokenizer beside it; copy it again, or run llamax prepare again"
+        )
+    return dict(said)
 
 
 def _streams(

@@ -88,10 +88,36 @@ class Header:
         crc, body = raw[len(MAGIC) : len(MAGIC) + 4], raw[len(MAGIC) + 4 :]
         if len(raw) != HEADER_BYTES or zlib.crc32(body) != int.from_bytes(crc, "little"):
             raise DataError(f"{path}: its header does not match its checksum: {REMEDY}")
-        found = json.loads(body)
-        del found["dtype"]
-        found["sections"] = {k: (start, size) for k, (start, size) in found["sections"].items()}
-        return cls(**found)
+        try:
+            found = json.loads(body)
+            del found["dtype"]
+            found["sections"] = {k: (start, size) for k, (start, size) in found["sections"].items()}
+            header = cls(**found)
+            sound = header.sound()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            raise DataError(f"{path}: its header contradicts itself: {REMEDY}")
+        return header
+
+    def sound(self) -> bool:
+        """Whether sections lie one after another and are as large as what is in them."""
+        counts = (self.vocab_size, self.tokens, self.documents, self.text_bytes)
+        ids = [n for n in (self.bos_id, self.eos_id, self.counted) if n is not None]
+        numbers = [*counts, self.checksums_crc32, *ids, *sum(self.sections.values(), ())]
+        if not all(type(n) is int and n >= 0 for n in numbers) or self.vocab_size < 1:
+            return False
+        sizes = {"tokens": self.tokens * self.dtype.itemsize, "documents": 8 * (self.documents + 1)}
+        if self.counted is not None:
+            sizes["counted"] = -(-self.tokens // 8)
+        sizes["checksums"] = 4 * -(-(self.sections["checksums"][0] - HEADER_BYTES) // BLOCK_BYTES)
+        end = HEADER_BYTES
+        for name, size in sizes.items():
+            start, found = self.sections[name]
+            if start < end or found != size:
+                return False
+            end = start + size
+        return isinstance(self.tokenizer, str) and self.sections.keys() == sizes.keys()
 
 
 class Stream(Protocol):

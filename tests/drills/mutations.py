@@ -146,7 +146,7 @@ def kinds(folder: Path) -> list[Kind]:
 
 def use(path: Path) -> None:
     tokenizer = load_tokenizer(path)
-    tokenizer.encode_batch(["a bad cabbage, \u00e4\u20ac\U0001f600"])
+    tokenizer.encode("a bad cabbage, \u00e4\u20ac\U0001f600")
 
 
 def resident_bytes() -> int:
@@ -169,7 +169,8 @@ class Tally:
 
     def find(self, kind: Kind, what: str) -> None:
         self.add("found")
-        print(f"FOUND {kind.name} {self['number']}: {what}", flush=True)
+        if self["found"] <= 5:
+            print(f"FOUND {kind.name} {self['number']}: {what}", flush=True)
 
 
 def work(kind: Kind, whole: bytes, tally: Tally, each: int, seed: int) -> None:

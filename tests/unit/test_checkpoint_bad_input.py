@@ -92,6 +92,20 @@ def test_one_flipped_bit_in_any_file(folder: Path, share: int) -> None:
     Checkpoint(folder, verify=False).read("model.norm.weight")
 
 
+def test_a_configuration_that_changed_or_vanished(folder: Path) -> None:
+    flip(folder / "config.toml", 1)
+    refused("config.toml changed after it was saved.*" + INTACT, lambda: Checkpoint(folder))
+    (folder / "config.toml").unlink()
+    refused("cannot read .*config.toml: No such file" + ".*" + INTACT, lambda: Checkpoint(folder))
+
+
+def test_a_header_that_is_damaged_is_refused_by_its_hash(folder: Path) -> None:
+    path = folder / "weights-tp00-dp00.safetensors"
+    flip(path, 8)
+    line = r"weights-tp00-dp00.safetensors changed .* the manifest says .*" + INTACT
+    refused(line, lambda: Checkpoint(folder, verify=False).read("lm_head.weight"))
+
+
 def test_weights_alone_do_not_wait_for_the_optimizer(folder: Path) -> None:
     flip(folder / "optimizer-tp00-dp00.safetensors", -1)
     Checkpoint(folder).read("lm_head.weight")

@@ -1,0 +1,135 @@
+"""Real jobs of the training program for the drills: started, watched, signalled, read."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import tiny_run
+
+from llamax.config import Checkpoint, Config
+
+TRAIN = [sys.executable, "-m", "llamax.train", "--config"]
+
+
+def config(dataset: Path, folder: Path, steps: int, **checkpoint: Any) -> Config:
+    """A small run of ``steps`` that gives up on a silent rank after 8 s."""
+    whole = tiny_run.config(dataset, folder)
+    run = replace(whole.run, steps=steps, timeout_s=8, validate_every=0)
+    return replace(whole, run=run, checkpoint=Checkpoint(**checkpoint))
+
+
+class Job:
+    """A launcher and its ranks; ``stderr`` holds all that they say."""
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        self.folder, self.stderr = folder, folder.parent / (folder.name + ".stderr")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        with open(self.stderr, "ab") as file:
+            self.process = subprocess.Popen(
+                command, stderr=file, stdout=file, env=environment, start_new_session=True
+            )
+
+    def ranks(self) -> list[int]:
+        """The process ids of the ranks that are there, in rank order."""
+        found = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text().rpartition(")")[2].split()
+                environment = (stat.parent / "environ").read_bytes()
+                words = (stat.parent / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if int(fields[1]) == self.process.pid and b"llamax.train" in words:
+                rank = re.search(rb"(?:^|\0)(?:RANK|OMPI_COMM_WORLD_RANK)=(\d+)", environment)
+                if rank:
+                    found[int(rank[1])] = int(stat.parent.name)
+        return [found[rank] for rank in sorted(found)]
+
+    def wait_for_ranks(self, ranks: int, timeout_s: float = 120) -> list[int]:
+        """The ranks, when each of them listens to signals: Python has run its first lines."""
+        deadline = time.monotonic() + timeout_s
+        while len(found := [pid for pid in self.ranks() if listens(pid)]) < ranks:
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.005)
+        return found
+
+    def steps(self) -> int:
+        """Steps that the log holds."""
+        log = self.folder / "metrics.jsonl"
+        return len(log.read_text().splitlines()) if log.exists() else 0
+
+    def wait_for_steps(self, steps: int, timeout_s: float = 120) -> None:
+        deadline = time.monotonic() + timeout_s
+        while self.steps() < steps:
+            assert self.process.poll() is None, self.said()
+            assert time.monotonic() < deadline, self.said()
+            time.sleep(0.05)
+
+    def end(self, timeout_s: float = 120) -> int:
+        """The launcher's exit code; all of it is killed if it takes longer."""
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            for pid in (*self.ranks(), self.process.pid):
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"no end within {timeout_s:.0f} s: {self.said()}") from None
+
+    def said(self) -> str:
+        return self.stderr.read_text(errors="replace")
+
+    def ours(self) -> list[str]:
+        """What llamax itself said."""
+        return [line for line in self.said().splitlines() if line.startswith("llamax: ")]
+
+    def checkpoints(self) -> list[str]:
+        found = sorted((self.folder / "checkpoints").glob("step-*/done"))
+        return [path.parent.name for path in found]
+
+
+def listens(pid: int) -> bool:
+    """Whether a process has a handler for SIGTERM."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    caught = re.search(r"SigCgt:\s*([0-9a-f]+)", status)
+    return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def alone(path: Path, folder: Path, *overrides: str) -> Job:
+    return Job([*TRAIN, str(path), *overrides], folder)
+
+
+def torchrun(ranks: int, path: Path, folder: Path, *overrides: str, restarts: int = 0) -> Job:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    launcher += ["--max-restarts", str(restarts), "--master-port", str(free_port())]
+    return Job([*launcher, "-m", "llamax.train", "--config", str(path), *overrides], folder)
+
+
+def mpirun(ranks: int, path: Path, folder: Path, *overrides: str) -> Job:
+    """The ranks under Open MPI, which is given time before it kills after a SIGTERM."""
+    launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+    launcher += ["--mca", "odls_base_sigkill_timeout", "60", "-n", str(ranks)]
+    launcher += ["-x", "OMP_NUM_THREADS", "-x", f"MASTER_PORT={free_port()}"]
+    return Job([*launcher, *TRAIN, str(path), *overrides], folder)
+
+
+def has_mpirun() -> bool:
+    return shutil.which("mpirun") is not None
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,174 @@
+"""Drills on files: killed while saving, damaged, without room, resumed at every step."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import checkpoint_worlds as worlds
+import jobs
+import pytest
+import tiny_run
+
+from llamax import log, program
+from llamax.checkpoint import Checkpoint, newest
+from llamax.data.dataset import open_dataset
+from llamax.errors import LlamaxError, NoRoom
+from llamax.launch.env import Rendezvous
+from llamax.train import main, train
+
+HERE = Path(__file__).parent
+
+
+def script(name: str, *argv: str, timeout_s: float = 3600) -> str:
+    """What a drill of its own process says; it must find nothing."""
+    command = [sys.executable, str(HERE / name), *argv]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_killed_while_saving(ranks: int, full: bool, tell: Callable[[str], None]) -> None:
+    kills = 200 if full else 4
+    memory = ["--folder", "/dev/shm"] if Path("/dev/shm").is_dir() else []
+    said = script("kill_saving.py", "--ranks", str(ranks), "--kills", str(kills), *memory)
+    tell(f"SIGKILL while saving and rotating: {said.strip()}")
+
+
+@pytest.mark.timeout(3600)
+def test_mutations(full: bool, tell: Callable[[str], None]) -> None:
+    for line in script("mutations.py", "--each", "1000" if full else "15").splitlines():
+        tell(line)
+
+
+def damages(path: Path, flips: int, chance: random.Random) -> Iterator[str]:
+    """Flip bits of a file, then cut it, then lose it; it is whole again in the end."""
+    whole = path.read_bytes()
+    for at in sorted({0, len(whole) - 1, *(chance.randrange(len(whole)) for _ in range(flips))}):
+        changed = bytearray(whole)
+        changed[at] ^= 1 << chance.randrange(8)
+        path.write_bytes(changed)
+        yield f"bit {at}"
+    path.write_bytes(whole[: chance.randrange(len(whole))])
+    yield "cut"
+    path.write_bytes(whole)
+
+
+@pytest.mark.timeout(3600)
+def test_every_damage_is_refused_and_named(
+    dataset: Path, tmp_path: Path, full: bool, tell: Callable[[str], None]
+) -> None:
+    chance, model, number = random.Random(0), worlds.llama(), 0
+    ranks = worlds.world(model, 2, 2, True, worlds.wholes(model))
+    for step in (1, 2):
+        checkpoint = worlds.save(tmp_path, model, ranks, step)
+    data = shutil.copytree(dataset, tmp_path / "dataset")
+
+    def load() -> None:
+        Checkpoint(checkpoint, verify=False).verify()
+        worlds.load(Checkpoint(checkpoint), worlds.world(model, 1, 1, True, None))
+
+    for act, folder in ((load, checkpoint), (lambda: open_dataset(data, "start"), data)):
+        act()
+        for path in sorted(folder.iterdir()):
+            for damage in damages(path, 60 if full else 3, chance):
+                number += 1
+                with pytest.raises(LlamaxError) as caught:
+                    act()
+                line = str(caught.value)
+                assert path.name in line, f"{path.name}, {damage}: {line}"
+                if folder == checkpoint:
+                    assert "the newest intact checkpoint is" in line, f"{damage}: {line}"
+                    assert "step-00000001" in line
+        act()
+    tell(f"flipped, cut: {number} damages of every file, all refused with the file's name: ok")
+
+
+@pytest.mark.timeout(1800)
+def test_resuming_at_every_step(
+    dataset: Path, tmp_path: Path, full: bool, tell: Callable[[str], None]
+) -> None:
+    steps = 12
+    variants = [{}, {"dtype": "bfloat16", "recompute": "full"}] if full else [{}]
+    for number, variant in enumerate(variants):
+        folder = tmp_path / f"run{number}"
+        whole = tiny_run.config(dataset, folder, **variant)
+        cfg = dataclasses.replace(whole, run=dataclasses.replace(whole.run, steps=steps))
+        train(cfg, Rendezvous())
+        expected = tiny_run.log_of(folder)
+        stops = range(1, steps) if full else (1, 6, 11)
+        for stopped in stops:
+            for later in range(stopped + 1, steps + 1):
+                shutil.rmtree(folder / f"checkpoints/step-{later:08d}")
+            train(cfg, Rendezvous())
+            assert tiny_run.log_of(folder) == expected, stopped
+    tell(f"resume at {len(stops)} steps of {steps}, {len(variants)} precisions: bytes equal: ok")
+
+
+def run_in(folder: Path, dataset: Path, steps: int, **checkpoint: object) -> list[str]:
+    path = tiny_run.write(jobs.config(dataset, folder, steps, **checkpoint), folder / "c.toml")
+    return ["--config", str(path)]
+
+
+def test_a_limit_on_file_sizes(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tell: Callable[[str], None]
+) -> None:
+    """The first checkpoint fits; then the limit comes, as a quota does."""
+    assert program.run(main, run_in(tmp_path, dataset, 2)) == 0
+    first = newest(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+        assert program.run(main, run_in(tmp_path, dataset, 6, every=2)) == NoRoom.exit_code
+        stopped = capsys.readouterr().err
+        on = run_in(tmp_path, dataset, 6, every=2, on_failure="continue")
+        assert program.run(main, on) == NoRoom.exit_code, "the last checkpoint is missing"
+        went_on = capsys.readouterr().err
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        log.logger.handlers.clear()
+    line = r"no room for .* \(File too large\): (\d+) bytes needed, (\d+) free; .*step (\d) is not"
+    assert re.search(line, stopped), stopped
+    assert "step 6/6" not in stopped
+    assert "training goes on" in went_on
+    assert "step 6/6" in went_on
+    assert newest(tmp_path) == first
+    assert first is not None
+    Checkpoint(first).verify()
+    tell("RLIMIT_FSIZE: previous checkpoint loads, bytes told, exit 3, stops or goes on: ok")
+
+
+def test_a_full_disk(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tell: Callable[[str], None]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a tmpfs here")
+    try:
+        argv = run_in(disk, dataset, 100, every=1, keep=0)
+        assert program.run(main, argv) == NoRoom.exit_code
+        said = capsys.readouterr().err
+        assert re.search(r"\(No space left on device\): \d+ bytes needed, \d+ free", said), said
+        last = newest(disk)
+        assert last is not None
+        Checkpoint(last).verify()
+        assert f"{last} stays" in said
+        assert not list((disk / "checkpoints").glob("*.tmp"))
+    finally:
+        log.logger.handlers.clear()
+        os.sync()
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    tell(f"8 MB tmpfs full after {last.name}: it loads, bytes told, exit 3: ok")

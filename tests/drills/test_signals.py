@@ -1,0 +1,75 @@
+"""SIGTERM and SIGUSR1 at random moments: one agreed step is saved, and the exit code says so."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jobs
+import pytest
+import tiny_run
+
+from llamax.checkpoint import Checkpoint, newest
+from llamax.errors import Stopped
+
+RANKS = 2
+LAUNCHERS = ("torchrun", "mpirun")
+
+
+def begin(launcher: str, path: Path, folder: Path) -> jobs.Job:
+    start = jobs.torchrun if launcher == "torchrun" else jobs.mpirun
+    return start(RANKS, path, folder, "--parallel.tensor=2")
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_signals_at_random_moments(
+    dataset: Path, tmp_path: Path, launcher: str, full: bool, tell: Callable[[str], None]
+) -> None:
+    if launcher == "mpirun" and not jobs.has_mpirun():
+        pytest.skip("mpirun is not installed")
+    folder = tmp_path / "run"
+    path = tiny_run.write(jobs.config(dataset, folder, 100_000, every=3), tmp_path / "c.toml")
+    chance, early = random.Random(launcher), 0
+    moments = 20 if full else 1
+    for number in range(moments):
+        before = newest(folder)
+        signum = (signal.SIGTERM, signal.SIGUSR1)[number % 2]
+        job = begin(launcher, path, folder)
+        ranks = job.wait_for_ranks(RANKS)
+        if number % 3 == 0:  # in a step, in a save
+            job.wait_for_steps(job.steps() + 4)
+        time.sleep(chance.uniform(0.0, 3.0))
+        # torchrun itself ends at SIGUSR1 without a word to its ranks, so these are told one by one
+        whom = ranks if signum == signal.SIGUSR1 else [job.process.pid]
+        for again in range(1 + number % 2):
+            time.sleep(0.1 * again)
+            for pid in whom:
+                if job.process.poll() is None:
+                    os.kill(pid, signum)
+        code = job.end()
+        said = re.findall(r"stopped (after step (\d+)|before|in the first)", job.said())
+        assert said, job.said()
+        assert "Traceback" not in "".join(job.ours()), job.said()
+        if launcher == "mpirun":
+            assert code == Stopped.exit_code, job.said()
+        elif signum == signal.SIGUSR1:
+            codes = re.findall(r"exitcode\s*: (-?\d+)", job.said())
+            assert set(codes) == {str(Stopped.exit_code)}, job.said()
+        after = newest(folder)
+        steps = {int(step) for _, step in said if step}
+        if steps:
+            assert after is not None
+            assert steps == {Checkpoint(after).step}, "all ranks stopped after the step it holds"
+            Checkpoint(after).verify()
+        else:
+            early += 1
+            assert after == before
+        assert not list((folder / "checkpoints").glob("*.tmp"))
+        job.stderr.unlink()
+    tell(f"SIGTERM/SIGUSR1 under {launcher}: {moments} moments, {early} before the first step: ok")
