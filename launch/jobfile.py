@@ -23,7 +23,7 @@ import datetime
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -210,7 +210,7 @@ def parse(tables: dict[str, Any], where: str = "job") -> JobFile:
             found.append(f"environment.{key} is no name of a variable; use letters, digits and _")
     plain = configfile.build(JobFile, rest, "", found)
     refuse(found, where)
-    job = replace(plain, overrides=overrides, environment=environment)
+    job: JobFile = replace(plain, overrides=overrides, environment=environment)
     refuse([*_out_of_range(job), *_control_characters(job)], where)
     return job
 
@@ -246,8 +246,8 @@ def _fields() -> Iterator[tuple[str, Field[Any]]]:
         if each.metadata:
             yield "", each
     for section in fields(JobFile):
-        if not section.metadata:
-            for each in fields(type(section.default)):
+        if is_dataclass(section.default):
+            for each in fields(section.default):
                 yield f"{section.name}.", each
 
 

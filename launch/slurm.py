@@ -31,7 +31,7 @@ from llamax.launch.script import (
 from llamax.launch.torchrun import FILE_OPTIONS, IN_A_FILE
 
 MASTER = """# the first node of the allocation; each rank resolves it to IPv4
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk "NR == 1")
 export MASTER_ADDR
 """
 OPTIONS = (
@@ -40,7 +40,7 @@ OPTIONS = (
 RUN = """# before the time limit: ranks save and end, then the job is queued again and goes on
 limit=
 trap 'limit=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
-srun --kill-on-bad-exit=1 --ntasks-per-node=1 --export=ALL \\
+srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpu-bind=none --export=ALL \\
     {command} &
 task=$!
 code=0
@@ -84,8 +84,8 @@ def render(job: JobFile, phase: str) -> str:
     text = head(job, title(job, phase, "Slurm"), lines)
     text += (IN_A_FILE if nodes == 1 else MASTER) + logs(job, phase)
     text += array("options", torchrun(job)) + array("program", program(job, phase))
-    options = FILE_OPTIONS if nodes == 1 else f"{OPTIONS} --master-port {job.port}"
-    command = on_each_node(job, phase, options)
+    meet = FILE_OPTIONS if nodes == 1 else f"{OPTIONS} --master-port {job.port}"
+    command = on_each_node(job, phase, meet)
     return text + RUN.replace("{command}", command)
 
 

@@ -70,7 +70,8 @@ def _beacons(folder: Path, nodes: int, wait_s: float, me: str) -> Iterator[Findi
     """Meet the other nodes in the folder; how far their clocks are from mine."""
     place = folder / BEACONS
     place.mkdir(exist_ok=True)
-    limit, skew = time.monotonic() + wait_s, {}
+    limit = time.monotonic() + wait_s
+    skew: dict[str, float] = {}
     while True:
         beacon = place / f".{me}"
         beacon.write_text(json.dumps({"node": me, "time": time.time()}))
