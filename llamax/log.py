@@ -4,12 +4,18 @@
 
     llamax: resumed at step 200                            rank 0, from INFO
     llamax: [pp0 dp0 cp0 tp3] 1 checkpoint is unreadable   any other rank, from WARNING
+
+A run keeps what every rank says, from INFO, and what ended it, in ``logs/JOB/rank-NNNNN.log``.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 logger = logging.getLogger("llamax")
 
@@ -26,9 +32,30 @@ def setup(coordinate: str = "", main: bool = True) -> None:
 
     Calling it again replaces what an earlier call set.
     """
-    handler = _Stderr()
+    handler = _Stderr(logging.INFO if main else logging.WARNING)
     prefix = "" if main else f"[{coordinate}] ".replace("%", "%%")
     handler.setFormatter(logging.Formatter(f"llamax: {prefix}%(message)s"))
     logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if main else logging.WARNING)
+    logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+@contextmanager
+def kept(folder: Path, job: str, rank: int) -> Iterator[None]:
+    """Keep this rank's messages in the run's ``folder``, and the error that leaves the block."""
+    place = folder / "logs" / job
+    place.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(place / f"rank-{rank:05d}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            told = "".join(traceback.format_exception(error))
+            handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": told}))
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,219 @@
+"""What a run's folder says, read from outside: while it trains, when it is over, or dead.
+
+::
+
+    config.toml          the resolved configuration           llamax.job
+    environment.json     where it runs, and with what         llamax.environment
+    metrics.jsonl        a record per reported step           llamax.metrics
+    heartbeats/rank-N    a rank's last sign of life           llamax.heartbeat
+    checkpoints/step-N   what a resume needs                  llamax.checkpoint
+    neuron-monitor*.json what the devices do, if somebody writes it there
+
+Nothing here needs the run's cooperation, its machine or torch; files that are not there yet are
+simply not shown.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamax import configfile
+from llamax.config import Config
+from llamax.errors import ConfigError, DataError
+from llamax.heartbeat import DONE, LOST, Beat
+from llamax.metrics import Record, read_jsonl
+
+SILENT_S = 30.0  # a rank writes its heartbeat every few seconds
+TAIL_BYTES = 2**20  # of a monitor's log that are looked at
+WINDOW = 50  # records that percentiles and rates are of
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank's last heartbeat, and how long ago it was."""
+
+    number: int
+    beat: Beat
+    silent_s: float
+
+    @property
+    def state(self) -> str:
+        """In a word: alive, silent, done, or why it ended."""
+        if self.beat.left:
+            return "done" if self.beat.left == DONE else self.beat.left.removeprefix(LOST)
+        return "alive" if self.silent_s < SILENT_S else "silent"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint: its step, size, and when it was finished."""
+
+    step: int
+    size_bytes: int
+    time: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a folder says at one moment; ``now`` is that moment."""
+
+    folder: Path
+    now: float
+    config: Config | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    records: tuple[Record, ...] = ()
+    written: float = 0.0  # when the last record was
+    ranks: tuple[Rank, ...] = ()
+    saved: tuple[Saved, ...] = ()
+    cores: dict[str, float] = field(default_factory=dict)  # use of each device core, 0 to 1
+
+    @property
+    def name(self) -> str:
+        """The folder's name, with its parent's where that alone says little."""
+        plain = self.folder.name in ("run", "runs", "out", "output")
+        return (
+            f"{self.folder.absolute().parent.name}/{self.folder.name}"
+            if plain
+            else str(self.folder.name)
+        )
+
+    @property
+    def last(self) -> Record | None:
+        return self.records[-1] if self.records else None
+
+    @property
+    def steps(self) -> int:
+        return self.config.run.steps if self.config else self.last.step if self.last else 0
+
+    @property
+    def state(self) -> str:
+        """starting, running, finished, stopped or dead."""
+        if self.last is not None and self.last.step >= self.steps:
+            return "finished"
+        if self.ranks:
+            states = {rank.state for rank in self.ranks}
+            if states <= {"alive"}:
+                return "running"
+            return "stopped" if states <= {"done"} else "dead"
+        if self.last is None:
+            return "starting"
+        usual_s = max(record.step_s for record in self.records[-WINDOW:])
+        every = self.config.run.log_every if self.config else 1
+        return "running" if self.now - self.written < SILENT_S + 5 * every * usual_s else "dead"
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the last step, at the median pace of the last records."""
+        if self.last is None:
+            return 0.0
+        pace = statistics.median(record.step_s for record in self.records[-WINDOW:])
+        return max(self.steps - self.last.step, 0) * pace
+
+    @property
+    def dollars_per_hour(self) -> float:
+        """What all nodes cost; 0 where the price is not known."""
+        return float(self.environment.get("dollars_per_hour", 0.0))
+
+
+def read(folder: Path, now: float | None = None) -> Run:
+    """Everything that ``folder`` says now.
+
+    Raises DataError where it is no run's folder.
+    """
+    metrics = folder / "metrics.jsonl"
+    if not any((folder / name).exists() for name in ("config.toml", "metrics.jsonl")):
+        raise DataError(
+            f"{folder}: is no run's folder (has neither config.toml nor metrics.jsonl); give the "
+            "run.folder of a training run"
+        )
+    now = time.time() if now is None else now
+    return Run(
+        folder=folder,
+        now=now,
+        config=_config(folder / "config.toml"),
+        environment=_json(folder / "environment.json"),
+        records=tuple(read_jsonl(metrics)),
+        written=metrics.stat().st_mtime if metrics.exists() else 0.0,
+        ranks=tuple(ranks(folder / "heartbeats", now)),
+        saved=tuple(checkpoints(folder / "checkpoints")),
+        cores=cores(sorted(folder.glob("neuron-monitor*.json*"))),
+    )
+
+
+def _config(path: Path) -> Config | None:
+    try:
+        return configfile.load(str(path)) if path.is_file() else None
+    except ConfigError:  # of another version; what can be shown is shown
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def ranks(folder: Path, now: float) -> Iterable[Rank]:
+    """The heartbeats in a folder, by rank."""
+    for path in sorted(folder.glob("rank-*")):
+        try:
+            beat, age = Beat(**json.loads(path.read_bytes())), now - path.stat().st_mtime
+        except (OSError, ValueError, TypeError):
+            continue
+        yield Rank(int(path.name.removeprefix("rank-")), beat, max(age, 0.0))
+
+
+def checkpoints(folder: Path) -> Iterable[Saved]:
+    """The complete checkpoints in a folder, oldest first."""
+    for path in sorted(folder.glob("step-*")):
+        manifest = path / "manifest.json"
+        if manifest.is_file():
+            size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+            yield Saved(int(path.name.removeprefix("step-")), size, manifest.stat().st_mtime)
+
+
+def cores(paths: Sequence[Path]) -> dict[str, float]:
+    """The use of every NeuronCore, 0 to 1, from the last report in each file.
+
+    The files are what ``neuron-monitor > RUN/neuron-monitor-HOST.json`` writes: a report a line.
+    """
+    found: dict[str, float] = {}
+    for path in paths:
+        host = path.name.partition(".")[0].removeprefix("neuron-monitor").strip("-")
+        for line in reversed(_tail(path)):
+            if used := _used(line):
+                found |= {f"{host}:{core}" if host else core: use for core, use in used.items()}
+                break
+    return found
+
+
+def _used(line: str) -> dict[str, float]:
+    try:
+        report = json.loads(line)
+        return {
+            core: float(each["neuroncore_utilization"]) / 100
+            for runtime in report["neuron_runtime_data"]
+            for core, each in runtime["report"]["neuroncore_counters"]["neuroncores_in_use"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):  # cut short, or of another kind
+        return {}
+
+
+def _tail(path: Path) -> list[str]:
+    with open(path, "rb") as file:
+        file.seek(max(path.stat().st_size - TAIL_BYTES, 0))
+        return file.read().decode(errors="replace").splitlines()
+
+
+def percentiles(values: Sequence[float], of: Sequence[int]) -> list[float]:
+    """Nearest-rank percentiles, each one of the values."""
+    ordered = sorted(values)
+    return [ordered[max(-(-len(ordered) * p // 100) - 1, 0)] for p in of]
