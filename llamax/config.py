@@ -191,6 +191,10 @@ class Run:
     dtype: Literal["float32", "bfloat16"] = field(
         default="float32", metadata=about("weights and activations; masters are float32")
     )
+    stochastic_rounding: bool = field(
+        default=False,
+        metadata=about("NeuronCores round to bfloat16 up or down by chance, in proportion"),
+    )
     recompute: Literal["none", "selective", "full"] = field(
         default="none", metadata=about("computed again in backward: nothing, attention, layers")
     )
@@ -217,6 +221,12 @@ class Run:
         metadata=about("a program compiled after the first step: say so, end the run, or nothing"),
     )
     tensorboard: bool = field(default=False, metadata=about("also write TensorBoard events"))
+    profile_at: int = field(
+        default=0, metadata=about("first step that rank 0 profiles; 0: none", "step", NATURAL)
+    )
+    profile_steps: int = field(
+        default=3, metadata=about("length of the profiled window", "steps", COUNT)
+    )
     progress: Literal["auto", "on", "off"] = field(
         default="auto", metadata=about("progress bar; auto: when stderr is a terminal")
     )

@@ -242,6 +242,15 @@ def warmup_is_said_once(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
+@rule("run.stochastic_rounding", "run.backend", "run.dtype")
+def neuron_cores_round(c: Config, world: int | None) -> Iterator[str]:
+    if c.run.stochastic_rounding and (c.run.backend, c.run.dtype) != ("xla", "bfloat16"):
+        yield (
+            f"run.stochastic_rounding is what NeuronCores do to bfloat16, but run.backend="
+            f"{c.run.backend} and run.dtype={c.run.dtype}; use xla and bfloat16, or leave it off"
+        )
+
+
 @rule("run.patience", "run.validate_every")
 def patience_needs_validation(c: Config, world: int | None) -> Iterator[str]:
     if c.run.patience and not c.run.validate_every and not c.run.validate_each_epoch:

@@ -51,7 +51,8 @@ def train(config: Config, where: Rendezvous) -> None:
     began = time.perf_counter()
     with first_to_speak(where):
         mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
-        backend = choose(config.run.backend, where, config.run.threads)
+        run = config.run
+        backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
         inputs = open_inputs(config)
         config = resolve(config, inputs.training.samples)
     kv = max(1, mesh.tp // config.model.num_key_value_heads)

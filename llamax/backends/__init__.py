@@ -73,8 +73,12 @@ class Backend(Protocol):
         ...
 
 
-def choose(name: str, rendezvous: Rendezvous, threads: int = 0) -> Backend:
+def choose(
+    name: str, rendezvous: Rendezvous, threads: int = 0, stochastic_rounding: bool = False
+) -> Backend:
     """The backend called ``name``; ``threads`` per CPU rank, 0 for an equal share of the cores.
+
+    ``stochastic_rounding`` is for NeuronCores (``xla``) alone.
 
     Raises BackendError for a backend that is unknown or has no device here.
     """
@@ -87,7 +91,7 @@ def choose(name: str, rendezvous: Rendezvous, threads: int = 0) -> Backend:
     if name == "xla":
         from llamax.backends.xla import Xla
 
-        return Xla(rendezvous)
+        return Xla(rendezvous, stochastic_rounding)
     if name == "neuron":
         return Neuron(rendezvous)
     raise BackendError(

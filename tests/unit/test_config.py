@@ -247,6 +247,29 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
         ],
         [{"optim.warmup_ratio": 0.1, "optim.warmup_steps": 0}],
     ),
+    "neuron_cores_round": (
+        [
+            (
+                {"run.stochastic_rounding": True, "run.dtype": "bfloat16"},
+                None,
+                "run.stochastic_rounding is what NeuronCores do to bfloat16, but run.backend=cpu "
+                "and run.dtype=bfloat16; use xla and bfloat16, or leave it off",
+            ),
+            (
+                {"run.stochastic_rounding": True, "run.backend": "xla"},
+                None,
+                "run.stochastic_rounding is what NeuronCores do to bfloat16, but run.backend=xla "
+                "and run.dtype=float32; use xla and bfloat16, or leave it off",
+            ),
+        ],
+        [
+            {
+                "run.stochastic_rounding": True,
+                "run.backend": "xla",
+                "run.dtype": "bfloat16",
+            }
+        ],
+    ),
     "patience_needs_validation": (
         [
             (

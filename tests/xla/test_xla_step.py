@@ -201,6 +201,7 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     ),
 }
 SMALL = Case("small", TIED, Mesh(tp=2), True, accumulation=1)
+ALONE = Case("alone", TIED, Mesh(), False, accumulation=1)
 
 
 @pytest.mark.parametrize("mutation", ["gradient counted twice", "reduce-scatter without a sum"])
@@ -215,7 +216,7 @@ def test_a_rank_in_the_program_is_caught() -> None:
 
 
 def test_a_step_in_the_program_is_caught() -> None:
-    results = replicas.run(2, on_replicas, [SMALL], "step as a number")
+    results = replicas.run(1, on_replicas, [ALONE], "step as a number")
     assert results[0][0]["compiled"] == 3
 
 
@@ -227,9 +228,8 @@ def test_a_step_in_the_program_is_caught() -> None:
     ],
 )
 def test_what_runs_on_the_host_ends_the_run(mutation: str, operation: str) -> None:
-    alone = SMALL._replace(mesh=Mesh(), sequence=False)
     with pytest.raises(replicas.ReplicaError, match=f"{operation}.* ran on the host in a step"):
-        replicas.run(1, on_replicas, [alone], mutation)
+        replicas.run(1, on_replicas, [ALONE], mutation)
 
 
 def test_a_value_read_by_replicas_is_an_error_and_not_a_hang() -> None:
