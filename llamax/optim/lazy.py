@@ -113,6 +113,6 @@ def moved(x: Tensor, device: torch.device | str) -> Tensor:
 
 def move_parameter(parameter: Parameter, device: torch.device | str) -> None:
     """Move ``parameter`` in place, without its hooks, so that whoever holds it has it there."""
-    there = Parameter(moved(parameter.detach(), device))
+    there = Parameter(moved(parameter.detach(), device), parameter.requires_grad)
     torch.utils.swap_tensors(parameter, there)
     parameter._post_accumulate_grad_hooks = OrderedDict()  # torch keeps those of the old tensor
