@@ -1,4 +1,5 @@
 # make demo   set up, then text -> tokens -> a trained Llama -> a Hugging Face folder -> samples
+# make finetune-demo   set up, then rows -> packed samples -> a tuned Llama -> its answers
 # make test   set up, then run all tests, those of torch-xla in an environment of their own
 # make lint   format, lint and types, as CI wants them
 # make check  lint, then test
@@ -13,10 +14,13 @@ XLA_BIN := $(XLA_VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash
 
-.PHONY: demo test test-xla lint check format clean
+.PHONY: demo finetune-demo test test-xla lint check format clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python -m llamax.demo
+
+finetune-demo: $(VENV)/installed
+	@$(BIN)/python -m llamax.finetune_demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --ignore tests/xla

@@ -26,9 +26,9 @@ from llamax.metrics import read_jsonl, show_number, show_time
 
 RECIPE, TEMPLATE, PIECES = "finetune-demo", "dolly", 512
 ROWS = 2400
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-THINGS = "cat dog cup hat car box".split()
-COLOURS = "red blue green black white brown".split()
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+THINGS = ("cat", "dog", "cup", "hat", "car", "box")
+COLOURS = ("red", "blue", "green", "black", "white", "brown")
 QUESTIONS = [
     {"instruction": "Which day comes after Tuesday?"},
     {"instruction": "What colour is the cat?", "context": "The cat is blue."},
