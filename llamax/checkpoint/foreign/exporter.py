@@ -84,10 +84,6 @@ def main(argv: Sequence[str]) -> int:
     began, out = time.perf_counter(), Path(args.out)
     source = open_source(args.source)
     model = Model.from_hub(source.model)
-    if "model.embed_tokens.weight" not in source.names():
-        raise ConfigError(
-            f"{args.source} holds adapters, not a whole model; llamax merge joins them"
-        )
     if args.to == "hf":
         if not isinstance(source, Checkpoint):
             raise ConfigError(f"{args.source} is a Hugging Face folder already; copy it")
