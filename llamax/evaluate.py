@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from llamax import log, program
-from llamax.backends import NAMES, choose
+from llamax.backends import EAGER, choose
 from llamax.collectives import Axis, Solo
 from llamax.config import Config, Data, Parallel
 from llamax.data import rows
@@ -185,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--tokenizer", default="", metavar="PATH", help="default: the model's own")
     p.add_argument("--base", default="", metavar="PATH", help="of adapters")
     p.add_argument("--dtype", choices=DTYPES, default="", help="default: that of the files")
-    p.add_argument("--backend", choices=NAMES, default="cpu", help="(%(default)s)")
+    p.add_argument("--backend", choices=EAGER, default="cpu", help="(%(default)s)")
     p.add_argument("--threads", type=int, default=0, metavar="N", help="per rank; 0: a share")
     p.add_argument("--batch", type=int, default=8, metavar="N", help="at once (%(default)s)")
     return p

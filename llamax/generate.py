@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from llamax import log, program
-from llamax.backends import NAMES, choose
+from llamax.backends import EAGER, choose
 from llamax.config import Config, Data, Parallel
 from llamax.data.instruct import FIELDS, column
 from llamax.data.templates import BUILT_IN
@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
         "--tokenizer", default="", metavar="PATH", help="default: the model's or its dataset's"
     )
     p.add_argument("--dtype", choices=DTYPES, default="", help="default: that of the files")
-    p.add_argument("--backend", choices=NAMES, default="cpu", help="default cpu")
+    p.add_argument("--backend", choices=EAGER, default="cpu", help="default cpu")
     p.add_argument(
         "--threads", type=int, default=0, metavar="N", help="per rank; 0: a share of the cores"
     )

@@ -25,7 +25,8 @@ from llamax.errors import BackendError
 from llamax.launch.env import Rendezvous
 from llamax.mesh import Mesh
 
-NAMES = ("cpu", "cuda", "xla", "neuron")
+EAGER = ("cpu", "cuda", "neuron")  # run each operation at once: what reads values as it goes
+NAMES = (*EAGER, "xla")
 
 
 class Backend(Protocol):
