@@ -2,6 +2,7 @@
 # make finetune-demo   set up, then rows -> packed samples -> a tuned Llama -> its answers
 # make test   set up, then run all tests, those of torch-xla in an environment of their own
 # make lint   format, lint and types, as CI wants them
+# make launchers   install Open MPI, MPICH and Slurm with apt-get, as root, and run jobs under them
 # make check  lint, then test
 #
 # PYTHON: any CPython >= 3.10.  Everything is installed into VENV and XLA_VENV, nowhere else.
@@ -14,7 +15,7 @@ XLA_BIN := $(XLA_VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash
 
-.PHONY: demo finetune-demo test test-xla lint check format clean
+.PHONY: demo finetune-demo test test-xla launchers lint check format clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python -m llamax.demo
@@ -29,6 +30,10 @@ test: $(VENV)/installed
 test-xla: $(XLA_VENV)/installed
 	@if [ -e $< ]; then $(XLA_BIN)/python -m pytest tests/xla --timeout 600; \
 	else echo "SKIPPED tests/xla: torch 2.9.0 and torch-xla 2.9.0 cannot be installed here (above: why)"; fi
+
+launchers: $(VENV)/installed
+	apt-get install --yes --no-install-recommends openmpi-bin mpich slurm-wlm munge
+	$(BIN)/python -m pytest -rs tests/program/test_launch.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
