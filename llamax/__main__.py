@@ -22,6 +22,8 @@ COMMANDS = {
     "export": ("llamax.checkpoint.foreign.exporter", "write a model for Hugging Face, NxD or Meta"),
     "merge": ("llamax.merge", "join a base and its adapters to a Hugging Face folder"),
     "inspect": ("llamax.checkpoint.inspect", "say what a checkpoint or a dataset is"),
+    "watch": ("llamax.watch", "show a run live: loss, speed, time left, ranks, devices"),
+    "report": ("llamax.report", "write one page of HTML about one or several runs"),
     "plan": ("llamax.plan", "say what a run needs, and how long and dear it will be"),
     "doctor": ("llamax.doctor", "check a machine, and a job on it, before it is launched"),
     "launch": ("llamax.launch.command", "start a job on torchrun, mpirun, Slurm, k8s or SageMaker"),

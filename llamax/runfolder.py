@@ -116,6 +116,15 @@ class Run:
         return max(self.steps - self.last.step, 0) * pace
 
     @property
+    def spent_s(self) -> float:
+        """Seconds of training so far; a resumed run begins to count again, so all starts add up."""
+        total = before = 0.0
+        for record in self.records:
+            total += before if record.seconds < before else 0.0
+            before = record.seconds
+        return total + before
+
+    @property
     def dollars_per_hour(self) -> float:
         """What all nodes cost; 0 where the price is not known."""
         return float(self.environment.get("dollars_per_hour", 0.0))

@@ -90,9 +90,10 @@ def _head(run: Run, width: int, paint: Paint, price: float) -> Iterator[str]:
     if run.state == "running":
         told += f"  left {show_time(run.left_s)}"
     if price and run.last:
-        spent, left = (s / 3600 * price for s in (run.last.seconds, run.left_s))
+        spent, left = (s / 3600 * price for s in (run.spent_s, run.left_s))
         told += f"  ${spent:,.2f} spent" + (f", ${left:,.2f} to go" if left else "")
-    yield f"{paint('━' * full, STATES[run.state])}{paint('─' * (bar - full), 'dim')} {done:4.0%}  {told}"
+    drawn = paint("━" * full, STATES[run.state]) + paint("─" * (bar - full), "dim")
+    yield f"{drawn} {done:4.0%}  {told}"
 
 
 def _curves(run: Run, paint: Paint) -> Iterator[str]:
@@ -204,7 +205,8 @@ def _saved(run: Run, paint: Paint) -> Iterator[str]:
         return
     last = run.saved[-1]
     ago = show_time(max(run.now - last.time, 0))
-    yield f"{label} {last.step:>9,}  {show_bytes(last.size_bytes)}, {ago} ago; {len(run.saved)} kept"
+    size = show_bytes(last.size_bytes)
+    yield f"{label} {last.step:>9,}  {size}, {ago} ago; {len(run.saved)} kept"
 
 
 def parser() -> argparse.ArgumentParser:

@@ -83,7 +83,7 @@ LAYERS = [
     ["launch.environment"],
     ["launch.jobfile"],
     ["launch.env", "launch.instances"],
-    ["runfolder", "environment"],
+    ["runfolder", "environment", "charts"],
     ["planner.search"],
     ["planner.memory", "planner.roofline"],
     ["planner.machine", "planner.share"],

@@ -1,0 +1,172 @@
+"""Line charts as inline SVG: no library, no script, one string.
+
+A chart has one or several curves over one axis, few ticks at round numbers, and faint raw values
+below a smoothed line where values jump.  Colours are CSS variables of the page (``--c0``, ...), so
+a page can be dark or light.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
+
+WIDTH, HEIGHT = 520, 240
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
+POINTS = 400  # of a curve; more cannot be told apart
+COLOURS = 8
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values over an axis; ``marked`` draws dots on it, for few values such as validation."""
+
+    name: str
+    points: Sequence[Point]
+    colour: int = 0
+    marked: bool = False
+    smooth: bool = False
+
+
+def chart(
+    title: str,
+    curves: Sequence[Curve],
+    x_name: str,
+    x_words: Callable[[float], str],
+    y_words: Callable[[float], str],
+    zero: bool = False,
+) -> str:
+    """A figure of the curves that have any points; empty where none has.
+
+    ``zero``: the y axis begins at 0.  Otherwise it leaves out the wildest hundredth of values.
+    """
+    curves = [_finite(curve) for curve in curves]
+    curves = [curve for curve in curves if curve.points]
+    if not curves:
+        return ""
+    xs = [x for curve in curves for x, _ in curve.points]
+    low, high = span([y for curve in curves for _, y in curve.points], zero)
+    left, right = min(xs), max(max(xs), min(xs) + 1e-9)
+
+    def place(point: Point) -> str:
+        x = LEFT + (point[0] - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+        y = min(max(point[1], low), high)
+        return f"{x:.1f},{TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
+
+    parts = [*_grid(low, high, y_words, place, left, right), *_axis(left, right, x_words, x_name)]
+    for curve in curves:
+        parts += _draw(curve, place, x_words, y_words)
+    label = escape(f"{title} over {x_name}", quote=True)
+    return (
+        f"<figure><figcaption>{escape(title)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def _finite(curve: Curve) -> Curve:
+    points = [(x, y) for x, y in curve.points if math.isfinite(x) and math.isfinite(y)]
+    return Curve(curve.name, points, curve.colour, curve.marked, curve.smooth)
+
+
+def span(values: Sequence[float], zero: bool) -> Point:
+    """The range a y axis shows: all but the wildest hundredth at either end, with some air."""
+    ordered = sorted(values)
+    cut = len(ordered) // 100
+    low, high = ordered[cut], ordered[-1 - cut]
+    low = 0.0 if zero else low
+    air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return (low if zero else low - air), high + air
+
+
+def ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers within a range, 1, 2 or 5 times a power of ten apart."""
+    raw = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(step for step in (1, 2, 5, 10) if raw <= step * power) * power
+    first = math.ceil(low / step - 1e-9)
+    return [step * k for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _grid(
+    low: float,
+    high: float,
+    words: Callable[[float], str],
+    place: Callable[[Point], str],
+    left: float,
+    right: float,
+) -> list[str]:
+    found = []
+    for value in ticks(low, high):
+        y = place((left, value)).partition(",")[2]
+        found.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
+            f'<text class="tick" x="{LEFT - 7}" y="{y}" dy="0.32em" text-anchor="end">'
+            f"{escape(words(value))}</text>"
+        )
+    return found
+
+
+def _axis(left: float, right: float, words: Callable[[float], str], name: str) -> list[str]:
+    found = []
+    for value in ticks(left, right):
+        x = LEFT + (value - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+        found.append(
+            f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 18}" text-anchor="middle">'
+            f"{escape(words(value))}</text>"
+        )
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    found.append(
+        f'<text class="tick name" x="{middle:.0f}" y="{HEIGHT - 3}" text-anchor="middle">'
+        f"{escape(name)}</text>"
+    )
+    return found
+
+
+def _draw(
+    curve: Curve,
+    place: Callable[[Point], str],
+    x_words: Callable[[float], str],
+    y_words: Callable[[float], str],
+) -> list[str]:
+    points = thinned(curve.points)
+    style = f'style="stroke:var(--c{curve.colour % COLOURS})"'
+    found = []
+    if curve.smooth and len(points) > 20:
+        faint = " ".join(map(place, points))
+        found.append(f'<polyline class="raw" {style} points="{faint}"/>')
+        points = smoothed(points)
+    line = " ".join(map(place, points))
+    told = escape(f"{curve.name}: {y_words(curve.points[-1][1])} at {x_words(curve.points[-1][0])}")
+    found.append(f'<polyline class="line" {style} points="{line}"><title>{told}</title></polyline>')
+    for point in points if curve.marked or len(points) == 1 else ():
+        x, y = place(point).split(",")
+        told = escape(f"{curve.name}: {y_words(point[1])} at {x_words(point[0])}")
+        found.append(
+            f'<circle cx="{x}" cy="{y}" r="2.6" style="fill:var(--c{curve.colour % COLOURS})">'
+            f"<title>{told}</title></circle>"
+        )
+    return found
+
+
+def thinned(points: Sequence[Point]) -> list[Point]:
+    """At most ``POINTS`` of them, each the mean of its neighbours."""
+    if len(points) <= POINTS:
+        return list(points)
+    edges = [len(points) * k // POINTS for k in range(POINTS + 1)]
+    runs = [points[a:b] for a, b in pairwise(edges)]
+    return [(run[-1][0], math.fsum(y for _, y in run) / len(run)) for run in runs]
+
+
+def smoothed(points: Sequence[Point]) -> list[Point]:
+    """An exponential mean whose memory is a fortieth of the curve, without a bias at its start."""
+    keep = 1 - 40 / max(len(points), 80)
+    total = weight = 0.0
+    found = []
+    for x, y in points:
+        total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
+        found.append((x, total / weight))
+    return found
