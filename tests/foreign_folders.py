@@ -291,15 +291,22 @@ def nemo(
     core: bool = False,
     split_mlp: bool = False,
     layout: str = "nemo",
+    pad: int = 0,
 ) -> Path:
-    """The rank folders of a Megatron GPT model; ``layout`` megatron nests dicts as Megatron-LM."""
+    """The rank folders of a Megatron GPT model; ``layout`` megatron nests dicts as Megatron-LM.
+
+    ``pad`` rows are added to the vocabulary (make_vocab_size_divisible_by).
+    """
     G = model.num_attention_heads // model.num_key_value_heads
     E, each = model.head_dim, model.num_hidden_layers // pp
     for stage in range(pp):
         for rank in range(tp):
 
             def mine(name: str, dim: int = 0, rank: int = rank) -> Tensor:
-                return values[name, "weight"].chunk(tp, dim)[rank].clone()
+                whole = values[name, "weight"]
+                if len(whole) == model.vocab_size:
+                    whole = torch.cat((whole, torch.randn(pad, whole.shape[1]).to(whole.dtype)))
+                return whole.chunk(tp, dim)[rank].clone()
 
             state: dict[str, Tensor] = {}
             if stage == 0:

@@ -221,7 +221,7 @@ def test_optimum_metadata_that_disagrees(
         (2, {"tp": 2}),
         (8, {"tp": 4, "pp": 2}),
         (2, {"tp": 2, "pp": 2, "core": True}),
-        (2, {"tp": 2, "split_mlp": True}),
+        (2, {"tp": 2, "split_mlp": True, "pad": 24}),
         (2, {"tp": 2, "layout": "megatron"}),
         (8, {"tp": 2, "pp": 2, "layout": "megatron"}),
     ],
