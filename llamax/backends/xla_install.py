@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import socket
 from collections.abc import MutableMapping
 from importlib import metadata
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from llamax.errors import BackendError
-from llamax.launch.env import Rendezvous
+from llamax.launch.env import Rendezvous, neuron_variables
 
 RELEASE = "2.9"  # the last that AWS Neuron trains with on trn1
 NEURON_DEVICE = Path("/dev/neuron0")
@@ -54,7 +53,7 @@ def configure(
     if neuron:
         environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = str(int(stochastic_rounding))
         if rendezvous.world_size > 1:
-            environ.update(torchrun_names(rendezvous, environ))
+            environ.update(neuron_variables(environ, rendezvous))
     try:
         for package in (
             ("torch_neuronx", "torch_xla") if neuron else ("torch_xla",)
@@ -84,20 +83,3 @@ def _device() -> str:
             "installed; install AWS Neuron's torch-neuronx 2.9, or set PJRT_DEVICE=CPU"
         )
     return "CPU"
-
-
-def torchrun_names(rendezvous: Rendezvous, environ: MutableMapping[str, str]) -> dict[str, str]:
-    """The rendezvous as torchrun's variables, from which torch-xla configures the Neuron runtime.
-
-    It does so only where torchrun's own run id is set; names over 63 characters do not resolve
-    in the runtime, so the address is a number.
-    """
-    return {
-        "RANK": str(rendezvous.rank),
-        "WORLD_SIZE": str(rendezvous.world_size),
-        "LOCAL_RANK": str(rendezvous.local_rank),
-        "LOCAL_WORLD_SIZE": str(rendezvous.local_world_size),
-        "MASTER_ADDR": socket.gethostbyname(rendezvous.address),
-        "MASTER_PORT": str(rendezvous.port),
-        "TORCHELASTIC_RUN_ID": environ.get("TORCHELASTIC_RUN_ID", "llamax"),
-    }

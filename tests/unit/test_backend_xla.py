@@ -89,21 +89,6 @@ def test_a_neuron_core_is_told_how_to_round(
     assert environ["RANK"] == "1"
 
 
-def test_mpirun_ranks_are_told_in_torchrun_s_words() -> None:
-    where = Rendezvous(rank=5, world_size=64, local_rank=5, local_world_size=32, port=1234)
-    assert xla_install.torchrun_names(where, {}) == {
-        "RANK": "5",
-        "WORLD_SIZE": "64",
-        "LOCAL_RANK": "5",
-        "LOCAL_WORLD_SIZE": "32",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "1234",
-        "TORCHELASTIC_RUN_ID": "llamax",
-    }
-    told = xla_install.torchrun_names(where, {"TORCHELASTIC_RUN_ID": "mine"})
-    assert told["TORCHELASTIC_RUN_ID"] == "mine"
-
-
 def test_ranks_meet_on_the_host() -> None:
     store = dist.HashStore()
     late = threading.Event()
