@@ -1,0 +1,243 @@
+"""What do checkpoints cost: the stall of training, the disk's time, the hashes; and 70B to plan?
+
+    python benchmarks/saving.py --rounds 3
+    python benchmarks/saving.py --plan
+
+Saving and loading are held against copying the same files with their bytes made durable, and
+against reading them; both in rounds, one after the other.  ``--plan`` builds the manifest and the
+(sparse) files of Llama-2-70B saved by tensor 32 x data 32 ranks with ZeRO-1, and plans from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llamax import configfile
+from llamax.checkpoint import Checkpoint, Saver, assemble, load_owned
+from llamax.checkpoint import manifest as files
+from llamax.checkpoint.container import TAGS, head, sha256
+from llamax.checkpoint.layout import Run, slices, whole_shape, writes
+from llamax.collectives import Axes
+from llamax.config import Model
+from llamax.model import Llama
+from llamax.shard import local_shape, parts
+
+MODEL = Model(
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_hidden_layers=6,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    vocab_size=16000,
+)
+
+
+class Run1(NamedTuple):
+    """All of a parameter, owned by the one rank there is."""
+
+    name: str
+    kind: str
+    start: int
+    tensor: Tensor
+
+
+def timed(act: Callable[..., object], *args: object) -> float:
+    began = time.perf_counter()
+    act(*args)
+    return time.perf_counter() - began
+
+
+def copy(folder: Path, out: Path) -> None:
+    out.mkdir()
+    for path in folder.iterdir():
+        shutil.copyfile(path, out / path.name)
+        fd = os.open(out / path.name, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+
+
+def read(folder: Path) -> None:
+    buffer = bytearray(1 << 20)
+    for path in folder.iterdir():
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def forget(folder: Path) -> None:
+    """Drop a folder's files from the page cache, so that reading them is reading the disk."""
+    for path in folder.iterdir():
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
+def rounds(count: int, folder: Path) -> None:
+    model = Llama(MODEL).init(0)
+    parameters = dict(model.named_parameters())
+    owned = [
+        Run1(name, kind, 0, p.detach().view(-1) if kind == "weight" else torch.rand(p.numel()))
+        for kind in ("weight", "exp_avg", "exp_avg_sq")
+        for name, p in parameters.items()
+    ]
+    saver = Saver(folder, Axes.solo(torch.device("cpu")), parameters, model.shards, keep=1)
+    found: dict[str, list[float]] = {}
+
+    def note(what: str, seconds: float) -> None:
+        found.setdefault(what, []).append(seconds)
+
+    for step in range(1, count + 1):
+        began = time.perf_counter()
+        saver.save(step, owned, {}, MODEL.to_hub("float32"), "")
+        note("save: training waits", time.perf_counter() - began)
+        saver.wait()
+        note("save: until committed", time.perf_counter() - began)
+        checkpoint = folder / files.step_name(step)
+        size_bytes = sum(path.stat().st_size for path in checkpoint.iterdir())
+        note("plain copy, durable", timed(copy, checkpoint, folder / "copy"))
+        shutil.rmtree(folder / "copy")
+        for state in ("cached", "from disk"):
+            cold = state == "from disk"
+            if cold:
+                forget(checkpoint)
+            note(f"plain read, {state}", timed(read, checkpoint))
+            for verify in (False, True):
+                if cold:
+                    forget(checkpoint)
+                word = "hashed" if verify else "not hashed"
+                took = timed(load, checkpoint, owned, model, verify)
+                note(f"load, {state}, {word}", took)
+        cpu = time.process_time()
+        for path in checkpoint.glob("*.safetensors"):
+            sha256(path)
+        note("sha256 of all files, CPU s", time.process_time() - cpu)
+    print(f"{size_bytes / 1e6:.0f} MB, medians of {count} rounds\n")
+    print("| what | s | MB/s |\n|---|---|---|")
+    for what, seconds in found.items():
+        middle = statistics.median(seconds)
+        print(f"| {what} | {middle:.3f} | {size_bytes / 1e6 / middle:.0f} |")
+
+
+def load(checkpoint: Path, owned: list[Run1], model: Llama, verify: bool) -> None:
+    """As training does: hashes are checked in threads of their own while tensors are read."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    source = Checkpoint(checkpoint, verify=False)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        verified = pool.submit(source.verify) if verify else None
+        load_owned(source, owned, model.shards)
+        if verified:
+            verified.result()
+
+
+def build(folder: Path, tensor: int = 32, data: int = 32, bucket: int = 1 << 22) -> int:
+    """A checkpoint of Llama-2-70B whose files hold headers and holes; how many runs it has."""
+    model = configfile.load("llama2-70b").model
+    llama = Llama(model, device="meta")
+    shapes = {name: tuple(p.shape) for name, p in llama.named_parameters()}
+    listed: list[files.File] = []
+    tensors: dict[str, files.Whole] = {}
+    kinds = {"weight": torch.bfloat16, **dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), None)}
+    count, piece = 0, bucket // data
+    for tp in range(tensor):
+        inside: dict[int, list[tuple[str, Run]]] = {rank: [] for rank in range(data)}
+        at = 0
+        for name, how in llama.shards.items():
+            local = local_shape(shapes[name], how, tensor)
+            how_of = {part.name: part.how for part in parts(name, how, tensor)}
+            start, size = 0, math.prod(local)
+            while start < size:
+                rank = (at + start) // piece % data
+                length = min(size - start, piece - (at + start) % piece)
+                for one in slices(name, how, local, tensor, tp, start, length):
+                    if writes(how_of[one.name], tensor, tp):
+                        inside[rank].append((one.name, one.run))
+                        shape = whole_shape(how_of[one.name], local)
+                        tensors.setdefault(one.name, files.Whole(shape, {}))
+                start += length
+            at += size
+        for rank, runs in inside.items():
+            for role in ("weights", "optimizer"):
+                entries = []
+                for kind, dtype in kinds.items():
+                    if (kind == "weight") == (role == "weights"):
+                        stored = dtype or torch.float32
+                        for name, run in runs:
+                            entries.append((files.key(name, kind, run), stored, (run.length,)))
+                            kept = files.Kept(TAGS[stored], [])
+                            kept = tensors[name].kinds.setdefault(kind, kept)
+                            kept.runs.append((len(listed), *run))
+                            count += 1
+                start_bytes, _, size_bytes = head(entries)
+                path = folder / files.file_name(role, tp, rank)
+                path.write_bytes(start_bytes)
+                os.truncate(path, size_bytes)
+                listed.append(files.File(path.name, size_bytes, "0" * 64))
+    mesh = {"tensor": tensor, "data": data, "zero1": 1}
+    hub = model.to_hub("bfloat16")
+    manifest = files.Manifest(
+        files.FORMAT, 1, "", torch.__version__, mesh, hub, {}, listed, tensors
+    )
+    files.write_text(folder / files.MANIFEST, json.dumps(asdict(manifest), separators=(",", ":")))
+    files.finish(folder)
+    return count
+
+
+def planning(folder: Path) -> None:
+    folder = folder / files.step_name(1)
+    folder.mkdir()
+    count = build(folder)
+    text = (folder / files.MANIFEST).stat().st_size
+    apparent = sum(path.stat().st_size for path in folder.iterdir())
+    print(
+        f"{count:,} runs in {len([*folder.iterdir()])} files of {apparent / 1e12:.2f} TB (sparse)"
+    )
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return
+    cpu, began = time.process_time(), time.perf_counter()
+    source = Checkpoint(folder, verify=False)
+    opened = time.process_time() - cpu
+    planned = assemble.plan(source)
+    pieces = assemble.pieces_of(source, planned)
+    cpu, seconds = time.process_time() - cpu, time.perf_counter() - began
+    names = {one.file for one in planned}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(
+        f"manifest of {text / 1e6:.0f} MB opened in {opened:.1f} CPU s; {len(planned)} tensors "
+        f"from {len(pieces)} files planned into {len(names)} after {cpu:.1f} CPU s "
+        f"({seconds:.1f} s), peak {peak:.2f} GB"
+    )
+    os._exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plan", action="store_true", help="plan from a 70B manifest instead")
+    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="saving-") as temporary:
+        planning(Path(temporary)) if args.plan else rounds(args.rounds, Path(temporary))
+
+
+if __name__ == "__main__":
+    main()

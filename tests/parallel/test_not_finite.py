@@ -1,0 +1,85 @@
+"""NaN on one rank at one step: no rank makes the update, and all of them conclude the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from world import Worlds, axes
+
+from llamax.config import Model, Optim
+from llamax.data.loader import Batch
+from llamax.errors import NotFinite
+from llamax.mesh import Mesh
+from llamax.model import Llama
+from llamax.optim.zero1 import Zero1
+from llamax.step import train_step
+from llamax.verdict import Verdict
+
+MODEL = Model(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=31,
+)
+
+
+def train(mesh: Mesh, victim: int, what: str, bad_step: int, zero1: bool) -> list[str]:
+    """Three steps, one of them spoilt on one rank: what this rank did and concluded in each."""
+    mine = axes(mesh, max(1, mesh.tp // MODEL.num_key_value_heads))
+    model = Llama(MODEL, mine.tp).init(0)
+    optimizer = Zero1(
+        dict(model.named_parameters()),
+        model.shards,
+        Optim(),
+        mine,
+        sequence_parallel=False,
+        zero1=zero1,
+        bucket_bytes=2048,
+    )
+    judge, said = Verdict(lambda ts: [float(t) for t in ts], 0, lambda step: [step]), []
+    loss, value = model.loss, math.nan if what.startswith("nan") else math.inf
+    for step in (1, 2, 3):
+        spoilt = step == bad_step and mine.world.rank == victim
+
+        def spoil(*args: object, _loss: Callable[..., tuple[torch.Tensor, torch.Tensor]] = loss,
+                  **options: object) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+            total, count = _loss(*args, **options)
+            if what.endswith("loss"):
+                return total + value, count
+            total.register_hook(lambda gradient: gradient * value)
+            return total, count
+
+        model.loss = spoil if spoilt else loss  # type: ignore[method-assign]
+        before = [p.detach().clone() for p in model.parameters()]
+        owned = [run.tensor.clone() for run in optimizer.owned()]
+        ids = torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(step))
+        row = ids[mine.data.rank % 2 : mine.data.rank % 2 + 1]
+        batch = Batch(row[:, :-1], row[:, 1:], torch.arange(8).expand(1, 8), None)
+        found = train_step(model, optimizer, mine, [batch], 8 * mine.data.size, 1e-2, step)
+        parts = [*model.parameters(), *(run.tensor for run in optimizer.owned())]
+        same = all(torch.equal(a, b) for a, b in zip(parts, [*before, *owned], strict=True))
+        judge.add(step, found)
+        try:
+            judge.judge()
+            verdict = "goes on"
+        except NotFinite:
+            verdict = "stops"
+        said.append(f"{'no update' if same else 'update'}, {verdict}")
+    return said
+
+
+@pytest.mark.parametrize("what", ["nan loss", "inf loss", "nan gradient"])
+@pytest.mark.parametrize(
+    ("mesh", "zero1"), [(Mesh(tp=2, dp=2), True), (Mesh(tp=2, dp=2), False), (Mesh(tp=4), True)]
+)
+def test_no_rank_updates_and_all_conclude_alike(
+    worlds: Worlds, mesh: Mesh, zero1: bool, what: str
+) -> None:
+    for victim in (1, 2):
+        said = worlds(4).run(train, mesh, victim, what, 2, zero1)
+        assert said == 4 * [["update, goes on", "no update, stops", "update, goes on"]]

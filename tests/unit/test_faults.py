@@ -1,0 +1,333 @@
+"""Signals, silent ranks, locks and numbers that are not finite: the parts, each alone."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llamax import heartbeat
+from llamax.checkpoint import lock
+from llamax.errors import CheckpointError, ConfigError, LostRank, NotFinite, Stopped
+from llamax.heartbeat import Beat, Heartbeat, beating
+from llamax.step import Step
+from llamax.verdict import Verdict
+
+# --- verdicts ------------------------------------------------------------------------------------
+
+
+def fetch(tensors: Sequence[Tensor]) -> list[float]:
+    return [float(tensor) for tensor in tensors]
+
+
+def step(loss: float = 1.0, norm: float = 1.0, stop: float = 0.0) -> Step:
+    loss_, norm_, stop_ = (torch.tensor(value) for value in (loss, norm, stop))
+    return Step(loss_, norm_, torch.tensor(4.0), stop_)
+
+
+def verdict(most_skipped: int) -> Verdict:
+    return Verdict(fetch, most_skipped, lambda step: [10 * step, 10 * step + 1])
+
+
+def test_a_wish_to_stop_is_heard_one_step_late() -> None:
+    judge = verdict(0)
+    assert not judge.add(1, step())
+    assert not judge.add(2, step(stop=1.0))
+    assert judge.add(3, step())
+    assert not judge.judge()
+    assert not judge.judge(), "nothing is pending"
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, math.nan), (1.0, math.inf), (math.inf, 1.0)])
+def test_the_first_bad_step_ends_a_run_that_skips_none(
+    loss: float, norm: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge = verdict(0)
+    judge.add(6, step())
+    judge.add(7, step(loss, norm))
+    with pytest.raises(NotFinite, match=r"step 7: loss .* 1 in a row; look at samples 70, 71"):
+        judge.add(8, step())
+
+
+def test_skipped_steps_are_counted_in_a_row(caplog: pytest.LogCaptureFixture) -> None:
+    judge, bad = verdict(2), step(math.nan, math.nan)
+    logging.getLogger("llamax").propagate = True
+    for number, found in enumerate((bad, bad, step(), bad, bad)):
+        judge.add(number, found)
+    judge.judge()
+    assert "step 1: loss nan" in caplog.text
+    assert "samples 10, 11" in caplog.text
+    judge.add(9, bad)
+    with pytest.raises(NotFinite, match="3 in a row"):
+        judge.judge()
+
+
+def test_a_bad_step_can_ask_to_stop_as_well() -> None:
+    judge = verdict(5)
+    judge.add(1, step(math.nan, math.nan, 1.0))
+    assert judge.judge()
+
+
+# --- heartbeats ----------------------------------------------------------------------------------
+
+
+def hearts(folder: Path, ranks: int, timeout_s: float = 4.0) -> list[Heartbeat]:
+    found = [Heartbeat(folder, rank, ranks, timeout_s) for rank in range(ranks)]
+    for heart in found:
+        heart.start()
+    return found
+
+
+def test_the_silent_one_is_named(tmp_path: Path) -> None:
+    first, second, third = hearts(tmp_path, 3)
+    second.at(17)
+    second._stop.set()  # its thread ends, as a frozen process' would; the process lives
+    assert first.silent() == "rank 1 (last step 17) fell silent"
+    third.stop("out of memory")
+    assert first.silent() == "rank 2 (last step 0) ended: out of memory"
+    first.stop(heartbeat.DONE)
+
+
+def test_the_dead_one_is_named_at_once(tmp_path: Path) -> None:
+    first, _ = hearts(tmp_path, 2, timeout_s=600.0)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    try:
+        beat = Beat(step=5, host=first.me.host, pid=child)
+        assert not beat.gone()
+        os.kill(child, signal.SIGSTOP)
+        while not beat.gone():
+            time.sleep(0.01)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert beat.gone()
+    assert not Beat(host="another machine", pid=child).gone()
+    other = Heartbeat(tmp_path, 1, 2, 600.0)
+    other.me = Beat(step=4, host=first.me.host, pid=child)
+    other._file = os.open(tmp_path / "rank-00001", os.O_RDWR)
+    other.at(5)
+    began = time.monotonic()
+    assert first.silent() == "rank 1 (last step 5) died or froze"
+    assert time.monotonic() - began < 2
+    first.stop(heartbeat.DONE)
+
+
+def test_all_alive_is_said_as_well(tmp_path: Path) -> None:
+    first, second = hearts(tmp_path, 2)
+    assert first.silent() == "every rank is alive, but they do not reach each other"
+    (tmp_path / "rank-00001").write_text("{")
+    assert first._read(1) == Beat()
+    for heart in (first, second):
+        heart.stop(heartbeat.DONE)
+
+
+def test_a_lost_rank_is_named_and_the_name_passed_on(tmp_path: Path) -> None:
+    other = Heartbeat(tmp_path, 1, 2, 4.0)
+    other.start()
+    other.stop("boom")
+
+    def lose() -> None:
+        with beating(tmp_path, 0, 2, 4.0):
+            raise LostRank("gloo says no")
+
+    with pytest.raises(LostRank, match=r"^rank 1 \(last step 0\) ended: boom: gloo says no"):
+        lose()
+    assert other._read(0).left == "lost rank 1 (last step 0) ended: boom"
+
+
+@pytest.mark.parametrize(
+    ("error", "left"),
+    [
+        (ConfigError("a is b"), "a is b"),
+        (ValueError("x"), "ValueError('x')"),
+        (Stopped("after step 3"), "done"),
+        (SystemExit(75), "done"),
+        (None, "done"),
+    ],
+)
+def test_a_rank_says_why_it_leaves(tmp_path: Path, error: BaseException | None, left: str) -> None:
+    def leave() -> None:
+        with beating(tmp_path, 0, 2, 4.0) as heart:
+            heart.at(3)
+            if error:
+                raise error
+
+    with pytest.raises(type(error)) if error else nullcontext():
+        leave()
+    found = Heartbeat(tmp_path, 1, 2, 4.0)._read(0)
+    assert (found.step, found.left) == (3, left)
+
+
+def test_one_rank_alone_writes_no_heartbeat(tmp_path: Path) -> None:
+    with beating(tmp_path / "heartbeats", 0, 1, 4.0) as heart:
+        heart.at(1)
+    assert not (tmp_path / "heartbeats").exists()
+
+
+WATCH = """
+import sys, time
+from pathlib import Path
+from llamax import heartbeat, log
+log.setup()
+heartbeat.PATIENCE_S = 0.5
+heart = heartbeat.Heartbeat(Path(sys.argv[1]), 1, 2, 0.5)
+heart.start()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("left", "said"), [("", "silent for"), ("lost rank 3", "ended: lost rank 3"), ("done", "")]
+)
+def test_where_no_collective_fails_the_thread_ends_the_process(
+    tmp_path: Path, left: str, said: str
+) -> None:
+    first = Heartbeat(tmp_path, 0, 2, 4.0)
+    first.start()
+    first.at(9)
+    first.stop(left)
+    watch = [sys.executable, "-c", WATCH, str(tmp_path)]
+    process = subprocess.Popen(watch, stderr=subprocess.PIPE, text=True)
+    if said:
+        assert process.wait(60) == LostRank.exit_code
+        assert process.stderr is not None
+        assert f"rank 0 (last step 9) {said}" in process.stderr.read()
+        assert first._read(1).left.startswith("lost rank 0 (last step 9)")
+    else:
+        time.sleep(3)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+
+
+def test_a_disk_that_is_full_does_not_end_a_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (heart,) = hearts(tmp_path, 1)
+    logging.getLogger("llamax").propagate = True
+    monkeypatch.setattr(heartbeat.os, "pwrite", full)
+    heart.at(3)
+    assert "cannot write" in caplog.text
+    heart.stop(heartbeat.DONE)
+
+
+# --- locks ---------------------------------------------------------------------------------------
+
+
+def test_a_lock_names_its_owner_and_ends_with_it(tmp_path: Path) -> None:
+    with lock.held(tmp_path / "run"):
+        owner = rf"run is in use by pid {os.getpid()} on .* since "
+        with pytest.raises(CheckpointError, match=owner), lock.held(tmp_path / "run", 0.2):
+            pass
+    with lock.held(tmp_path / "run", 0.0):
+        pass
+    child = os.fork()
+    if child == 0:
+        with lock.held(tmp_path / "run"):
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    with lock.held(tmp_path / "run", 0.0):
+        assert f"pid {os.getpid()}" in (tmp_path / "run" / "lock").read_text()
+
+
+def test_a_folder_that_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("llamax").propagate = True
+    codes = iter([errno.ENOLCK, errno.EIO])
+
+    def cannot(*args: Any) -> None:
+        raise OSError(next(codes), "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", cannot)
+    with lock.held(tmp_path):
+        assert "cannot lock files" in caplog.text
+    with pytest.raises(OSError, match="No locks"), lock.held(tmp_path):
+        pass
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(CheckpointError, match=r"cannot write .*file/lock: File exists"),
+        lock.held(tmp_path / "file"),
+    ):
+        pass
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+LISTEN = """
+import sys, time
+from llamax import signals
+signals.install()
+signals.COMPILE_GRACE_S = 0.2
+if sys.argv[1] != "import":
+    signals.hold()
+if sys.argv[1] == "step":
+    signals.stepped()
+print("ready", flush=True)
+while not signals.requested():
+    time.sleep(0.01)
+time.sleep(1.0)
+signals.rest()
+print("heard", signals.requested(), flush=True)
+time.sleep(0.5)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("phase", "code", "said"),
+    [
+        ("import", 75, "before training began; nothing new to save"),
+        ("compile", 75, "in the first step; nothing new to save"),
+        ("step", 7, ""),
+    ],
+)
+def test_signals_by_phase(phase: str, code: int, said: str, signum: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTEN, phase],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.send_signal(signum)
+    if phase == "step":
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)  # a second one changes nothing
+        assert process.stdout.readline() == f"heard {signal.Signals(signum).name}\n"
+        process.send_signal(signum)  # nor does one at the very end
+    assert process.wait(30) == code
+    assert said in process.stderr.read()
+
+
+def test_a_library_installs_no_handlers() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    import llamax.train  # noqa: F401
+
+    assert signal.getsignal(signal.SIGTERM) is before
+    from llamax import signals
+
+    signals.rest()
+    assert signal.getsignal(signal.SIGTERM) is before
