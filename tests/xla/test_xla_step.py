@@ -27,6 +27,7 @@ from llamax.backends import Backend, choose
 from llamax.backends.xla import XlaAxis
 from llamax.collectives import Axes
 from llamax.config import Model
+from llamax.errors import BackendError
 from llamax.launch.env import Rendezvous
 from llamax.mesh import Mesh
 from llamax.optim.zero1 import Zero1
@@ -141,6 +142,19 @@ def test_bfloat16_with_masters() -> None:
     case = Case("bf16", MODEL, TP2_DP2, True, dtype=torch.bfloat16)
     results = replicas.run(4, on_replicas, [case], "none")
     assert differences(case, [result[0] for result in results], 2e-2) == []
+
+
+def two_processes(_: int) -> str:
+    with pytest.raises(BackendError) as caught:
+        choose("xla", Rendezvous(rank=0, world_size=2))
+    return str(caught.value)
+
+
+def test_processes_that_nothing_joins_are_refused() -> None:
+    assert replicas.run(1, two_processes) == [
+        "run.backend=xla: torch-xla sees a world of 1, the launcher one of 2; without NeuronCores "
+        "a process is a world of its own: start one rank, or use run.backend=cpu"
+    ]
 
 
 # --- planted defects -----------------------------------------------------------------------------
