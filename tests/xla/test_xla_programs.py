@@ -1,0 +1,83 @@
+"""What the two programs of a step are made of, read from the text that would be compiled."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
+
+import replicas
+import torch
+from parallel.test_step import GLOBAL_BATCH, MODEL, OPTIM, SEQUENCE, build, share
+
+from llamax.graphs import hlo
+from llamax.launch.env import Rendezvous
+from llamax.mesh import Mesh
+from llamax.optim.zero1 import Zero1
+from llamax.recompute import Recompute
+from llamax.step import train_step
+
+MESH = Mesh(tp=2, dp=2)
+LAYERS = MODEL.num_hidden_layers
+
+
+def programs(_: int, modes: list[Recompute], dtype: torch.dtype) -> dict[str, list[str]]:
+    """The microstep's and the optimizer's program on rank 3 of ``MESH``, for each mode."""
+    from llamax.backends.tracing import Tracer
+
+    tracer = Tracer(Rendezvous(), debug=False)
+    texts: dict[str, list[str]] = {}
+    for mode in modes:
+        axes = tracer.axes(MESH, 1, 3)
+        model = build(MODEL, axes, True).to(dtype)
+        model.model.mode = mode
+        optimizer = Zero1(
+            dict(model.named_parameters()), model.shards, OPTIM, axes, sequence_parallel=True
+        )
+        optimizer.to(axes.tp.rank_index.device)
+        texts[mode] = found = []
+        tokens, batches = GLOBAL_BATCH * SEQUENCE, share(axes, 1)
+
+        def note(found: list[str] = found) -> None:
+            found.append(tracer.record())
+
+        train_step(model, optimizer, axes, batches, tokens, OPTIM.lr, 1, boundary=note)
+    return texts
+
+
+def counts(text: str) -> Counter[str]:
+    return Counter(each.opcode for each in hlo.read(text).instructions)
+
+
+def test_what_a_step_is_made_of() -> None:
+    (found,) = replicas.run(1, programs, ["none", "selective", "full"], torch.float32)
+    for texts in found.values():
+        assert len(texts) == 2
+        assert not any("64[" in text for text in texts), "neither f64, s64 nor u64"
+    micro = {mode: counts(texts[0]) for mode, texts in found.items()}
+    update = counts(found["none"][1])
+    # a gather turned into a pad and an all-reduce, as pinned layouts would, shows as the latter
+    loss = {"max": 1, "sums": 1}
+    assert micro["none"]["all-reduce"] == len(loss)
+    # forward: embedding scatters; each layer gathers and scatters twice; the loss gathers.
+    # backward: a layer gathers its inputs again for the weights, and the gradients of its outputs
+    assert micro["none"]["reduce-scatter"] == 1 + 2 * LAYERS + 2 * LAYERS + 1
+    assert micro["none"]["all-gather"] == 1 + 2 * LAYERS + 4 * LAYERS + 1
+    # recompute: the barrier, and a layer's forward products once more
+    assert [micro[mode]["opt-barrier"] > 0 for mode in found] == [False, True, True]
+    inner, whole = 2 * LAYERS, 6 * LAYERS
+    assert micro["selective"]["dot"] - micro["none"]["dot"] == inner
+    assert micro["full"]["dot"] - micro["none"]["dot"] == whole
+    # weights and norms apart, masters are gathered and gradients scattered in whole buckets
+    assert update["dot"] == 0
+    assert update["all-gather"] == update["reduce-scatter"] == 2
+
+
+def test_products_of_bfloat16_are_in_bfloat16() -> None:
+    (found,) = replicas.run(1, programs, ["none"], torch.bfloat16)
+    products = [each for each in hlo.read(found["none"][0]).instructions if each.opcode == "dot"]
+    wide = [each for each in products if each.shape.dtype != "bf16"]
+    assert products
+    assert wide == []

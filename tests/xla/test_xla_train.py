@@ -1,0 +1,93 @@
+"""The training program on replicas: as on gloo, with two programs, saved and resumed either way."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
+
+import replicas
+from tiny_run import config, log_of, make_dataset, torchrun, write
+
+from llamax.config import Checkpoint, Config, Parallel
+from llamax.launch.env import Rendezvous
+
+STEPS, SAVED = 20, 16
+TOLERANCE = 2e-6
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+def meshed(dataset: Path, folder: Path, **run: Any) -> Config:
+    """Twenty steps on tensor 2 x data 2, two microsteps each, clipped, with validation."""
+    cfg = config(dataset, folder, **run)
+    return dataclasses.replace(
+        cfg,
+        parallel=Parallel(tensor=2, sequence=True, zero1=True, bucket_bytes=8192),
+        checkpoint=Checkpoint(every=SAVED, keep=0),
+        run=dataclasses.replace(cfg.run, steps=STEPS),
+    )
+
+
+def trained(rank: int, cfg: Config, world_size: int) -> dict[str, Any]:
+    """What torch-xla counted in a run of the program."""
+    import torch_xla.debug.metrics as metrics
+
+    from llamax.train import train
+
+    threading.current_thread().name = f"rank {rank}"
+    local = dict(local_rank=rank, local_world_size=world_size)
+    train(cfg, Rendezvous(rank=rank, world_size=world_size, **local))
+    return {
+        "compiled": metrics.counter_value("UncachedCompile"),
+        "fallbacks": metrics.executed_fallback_ops(),
+    }
+
+
+def on_xla(cfg: Config, ranks: int) -> None:
+    """Run ``cfg`` on replicas: two programs to train and one to validate, and nothing beside."""
+    for counted in replicas.run(ranks, trained, cfg, ranks):
+        assert counted == {"compiled": 3, "fallbacks": []}
+
+
+def on_gloo(cfg: Config, ranks: int, path: Path) -> None:
+    process = torchrun(ranks, write(cfg, path))
+    _, told = process.communicate(timeout=500)
+    assert process.returncode == 0, told
+
+
+def assert_alike(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> None:
+    assert [record["step"] for record in one] == [record["step"] for record in other]
+    for mine, theirs in zip(one, other, strict=True):
+        assert mine.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert mine[key] == pytest.approx(value, rel=TOLERANCE), (mine["step"], key)
+
+
+def test_twenty_steps_as_on_gloo_and_on_from_each_others_checkpoints(
+    dataset: Path, tmp_path: Path
+) -> None:
+    xla, gloo = tmp_path / "xla", tmp_path / "gloo"
+    on_gloo(meshed(dataset, gloo), 4, tmp_path / "gloo.toml")
+    on_xla(meshed(dataset, xla, backend="xla"), 4)
+    whole = log_of(gloo)
+    assert len(whole) == STEPS
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    assert_alike(log_of(xla), whole)
+    for saved, folder in ((gloo, tmp_path / "gloo to xla"), (xla, tmp_path / "xla to gloo")):
+        start = str(saved / f"checkpoints/step-{SAVED:08d}")
+        if saved is gloo:
+            cfg = meshed(dataset, folder, backend="xla")
+        else:
+            cfg = meshed(dataset, folder)
+        cfg = dataclasses.replace(cfg, checkpoint=Checkpoint(resume=start))
+        on_xla(cfg, 4) if saved is gloo else on_gloo(cfg, 4, tmp_path / "resumed.toml")
+        assert_alike(log_of(folder), whole[SAVED:])
