@@ -317,8 +317,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention": (
         Row("fused", _fused_attention_is_faster, fused_attention),
         Row("cpu", _on_cpu, "attention.op:attention"),
-        Row("traced", _on_xla, traced_attention),
         Row("nki", _nki_flash, "attention.nki_kernel:attention"),
+        Row("traced", _on_xla, traced_attention),
         Row("reference", _anywhere, reference_attention),
     ),
     "embedding": (

@@ -123,7 +123,7 @@ def test_flash_attention_is_chosen_by_shape_and_refused_loudly(
         (x, x, "documents are kept apart"),
     ):
         for _ in range(2):
-            assert ops.kernel("attention", q, q, q, documents) is ops.reference_attention
+            assert ops.kernel("attention", q, q, q, documents) is ops.traced_attention
         assert why in caplog.messages[-1]
     assert len(caplog.records) == 3, "one line for each reason"
 
@@ -131,7 +131,7 @@ def test_flash_attention_is_chosen_by_shape_and_refused_loudly(
 def test_nothing_changes_without_nxd(caplog: pytest.LogCaptureFixture) -> None:
     nki_kernel.available.cache_clear()
     x = on_xla(4096)
-    assert ops.kernel("attention", x, x, x, None) is ops.reference_attention
+    assert ops.kernel("attention", x, x, x, None) is ops.traced_attention
     mesh = Mesh(tp=2, dp=2)
     with nxd.beside(mesh) as same:
         assert same is mesh
@@ -144,7 +144,7 @@ def test_flash_attention_is_for_neuron_cores_only(monkeypatch: pytest.MonkeyPatc
     install(monkeypatch, "torch_xla.runtime", device_type=lambda: "CPU")
     nki_kernel.available.cache_clear()
     x = on_xla(4096)
-    assert ops.kernel("attention", x, x, x, None) is ops.reference_attention
+    assert ops.kernel("attention", x, x, x, None) is ops.traced_attention
 
 
 # --- groups --------------------------------------------------------------------------------------
