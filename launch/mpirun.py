@@ -33,6 +33,7 @@ GRACE_S = 240  # longer than torchrun's own 180
 ROOT = """# mpirun refuses root, which containers run as, unless told twice
 if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 """
+BY_PATH = "# by its full name, so that other nodes find its daemon beside it\n"
 OPTIONS = (
     '--nnodes "$OMPI_COMM_WORLD_SIZE" --node-rank "$OMPI_COMM_WORLD_RANK" '
     '--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"'
@@ -77,7 +78,8 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
         text += logs(job, phase) + array("options", torchrun(job))
         command = on_each_node(job, phase, FILE_OPTIONS if job.nodes == 1 else OPTIONS)
     text += array("program", program(job, phase))
-    return f"""{text}exec mpirun --np {job.nodes * each} {where} --map-by ppr:{each}:node \\
-    --bind-to none --wdir "$PWD" --mca odls_base_sigkill_timeout {GRACE_S} "${{forward[@]}}" \\
+    return f"""{text}{BY_PATH}exec "$(command -v mpirun)" --np {job.nodes * each} {where} \\
+    --map-by ppr:{each}:node --bind-to none --wdir "$PWD" \\
+    --mca odls_base_sigkill_timeout {GRACE_S} "${{forward[@]}}" \\
     {command}
 """
