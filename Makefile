@@ -3,6 +3,7 @@
 # make test   set up, then run all tests, those of torch-xla in an environment of their own
 # make lint   format, lint and types, as CI wants them
 # make launchers   install Open MPI, MPICH and Slurm with apt-get, as root, and run jobs under them
+# make drills  kill, freeze, damage and fill up real runs, at full counts: some hours on two cores
 # make check  lint, then test
 #
 # PYTHON: any CPython >= 3.10.  Everything is installed into VENV and XLA_VENV, nowhere else.
@@ -15,7 +16,7 @@ XLA_BIN := $(XLA_VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash
 
-.PHONY: demo finetune-demo test test-xla launchers lint check format clean
+.PHONY: demo finetune-demo test test-xla launchers drills lint check format clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python -m llamax.demo
@@ -34,6 +35,11 @@ test-xla: $(XLA_VENV)/installed
 launchers: $(VENV)/installed
 	apt-get install --yes --no-install-recommends openmpi-bin mpich slurm-wlm munge
 	$(BIN)/python -m pytest -rs tests/program/test_launch.py
+
+drills: $(VENV)/installed
+	$(BIN)/python -m pytest -rs --full --timeout 7200 tests/drills \
+	  tests/property/test_checkpoint_reshard.py tests/parallel/test_checkpoint_ranks.py \
+	  tests/parallel/test_not_finite.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
