@@ -162,8 +162,8 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """An exponential mean whose memory is a fortieth of the curve, without a bias at its start."""
-    keep = 1 - 40 / max(len(points), 80)
+    """An exponential mean whose memory is a hundredth of the curve, without a bias at its start."""
+    keep = 1 - 100 / max(len(points), 200)
     total = weight = 0.0
     found = []
     for x, y in points:

@@ -99,7 +99,7 @@ SUMMARY: dict[str, Callable[[Run], str]] = {
     "step": lambda run: f"{run.records[-1].step:,} of {run.steps:,}",
     "tokens": lambda run: show_number(run.records[-1].consumed_tokens),
     "loss": lambda run: f"{run.records[-1].loss:.4f}",
-    "best validation loss": _validation,
+    "best validation": _validation,
     "tokens/s, median": lambda run: show_number(_median_rate(run)),
     "MFU, median": lambda run: (
         f"{percentiles([r.mfu for r in run.records], (50,))[0]:.1%}"
@@ -163,7 +163,19 @@ def _figures(runs: Sequence[Run]) -> Iterator[str]:
         over_tokens("tokens per second", "tokens_per_s", show_number, True, True),
         over_tokens("seconds per step", "step_s", lambda value: show_time(value), True, True),
         over_tokens("learning rate", "lr", lambda value: f"{value:.1e}", False, True),
-        over_tokens("peak memory of rank 0", "memory_bytes", show_bytes, False, True),
+        chart(
+            "peak memory of rank 0",
+            [
+                Curve(
+                    run.name, [(r.consumed_tokens, r.memory_bytes / 2**30) for r in run.records], k
+                )
+                for k, run in enumerate(runs)
+            ],
+            "tokens",
+            show_number,
+            lambda value: f"{value:.3g} GiB",
+            zero=True,
+        ),
     ]
     if len(runs) > 1:
         legend = "".join(f"<span>{_key(k, run.name)}</span>" for k, run in enumerate(runs))
@@ -183,8 +195,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[
         + "</tr>"
         for number, row in enumerate(rows)
     )
+    tight = " class=tight" if len(head) > 5 else ""
     return (
-        f"<div class=wide><table><thead><tr>{top}</tr></thead>"
+        f"<div class=wide><table{tight}><thead><tr>{top}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
 
@@ -211,7 +224,11 @@ def _configuration(runs: Sequence[Run]) -> Iterator[str]:
         return
     names = list(dict.fromkeys(name for each in values for name in each))
     rows = [[escape(name), *(escape(each.get(name, DASH)) for each in values)] for name in names]
-    differ = [n for n, name in enumerate(names) if len({each.get(name) for each in values}) > 1]
+    differ = [
+        n
+        for n, name in enumerate(names)
+        if name != "run.folder" and len({each.get(name) for each in values}) > 1
+    ]
     if len(known) > 1:
         yield "<h2>What differs</h2>"
         yield _table(["setting", *(run.name for run in known)], [rows[n] for n in differ])
