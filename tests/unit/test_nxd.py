@@ -67,7 +67,7 @@ def nki_flash_attn_func(
     assert lnc == 1, "trn1"
     scale = softmax_scale or q.shape[-2] ** -0.5
     scores = torch.einsum("bhds,bhdt->bhst", q, k) * scale
-    hidden = torch.ones(q.shape[3], q.shape[3], dtype=torch.bool).triu(1)
+    hidden = torch.ones(q.shape[3], q.shape[3], dtype=torch.bool, device=q.device).triu(1)
     weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
     return torch.einsum("bhst,bhdt->bhsd", weights, v)
 
