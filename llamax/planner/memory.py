@@ -28,7 +28,7 @@ from llamax.planner.share import Group, Share
 
 Recompute = Literal["none", "selective", "full"]
 BLOCK, SCORES_BYTES = 128, 8 * 2**20  # of kernels/attention/op.py
-STAGED_BYTES = 16 * 2**20  # of backends/torch.py: longer messages pass through no buffer
+STAGED_BYTES = 8 * 2**20  # of backends/torch.py: longer messages pass through no buffer
 
 
 @dataclass(frozen=True)

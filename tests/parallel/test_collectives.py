@@ -167,4 +167,4 @@ def test_zero1_sends_gradients_once_and_weights_once(worlds: Worlds, dp: int) ->
     whole, ring = 4 * MODEL.num_parameters(), (dp - 1) / dp
     assert bytes_["data", "reduce_scatter"] == whole * ring
     assert bytes_["data", "all_gather"] == whole * ring
-    assert bytes_["data", "all_reduce"] == 2 * 8 * ring  # loss and count
+    assert ("data", "all_reduce") not in bytes_, "loss and counts cross the world, once a step"
