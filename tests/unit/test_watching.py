@@ -100,7 +100,7 @@ def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
         "memory 1 GiB",
         "last report 5.00s ago",
         "3/4",
-        "2 on node1, last step 12: silent for 1m45s",
+        "2  on node1, last step 12: silent for 1m45s",
         f"{'checkpoint':<13} {'8':>9}",
     ):
         assert words in text, words
