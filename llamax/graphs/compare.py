@@ -21,12 +21,6 @@ class Difference:
     mine: Instruction | None
     theirs: Instruction | None
 
-    @property
-    def source(self) -> str:
-        """The Python line behind it, "path:line"; "" where the trace does not say."""
-        found = [each.source for each in (self.theirs, self.mine) if each and each.source]
-        return found[0] if found else ""
-
 
 def difference(mine: Program, theirs: Program) -> Difference | None:
     """How ``theirs`` differs from ``mine``; None where they are the same program."""
@@ -44,11 +38,12 @@ def difference(mine: Program, theirs: Program) -> Difference | None:
 
 
 def describe(each: Instruction | None) -> str:
-    """``f32[] constant(3)``: what an instruction is, in few words."""
+    """``f32[] constant(3) at model.py:7``: what an instruction is, and the line that made it."""
     if each is None:
         return "nothing"
-    literal = each.literal if each.opcode == "constant" else ""
-    return f"{each.shape if each.shapes else ''} {each.opcode}({literal[:40]})".strip()
+    literal = f"({each.literal[:40]})" if each.opcode == "constant" else ""
+    what = f"{each.shape} {each.opcode}{literal}" if each.shapes else each.opcode
+    return f"{what} at {each.source}" if each.source else what
 
 
 def _lacking(program: Program, other: Program) -> Instruction | None:

@@ -48,9 +48,8 @@ class Divergence:
     how: Difference
 
     def __str__(self) -> str:
-        at = f" at {self.how.source}" if self.how.source else ""
         return (
-            f"the {self.kind} program of {self.where} differs from that of {self.expected}{at}: "
+            f"the {self.kind} program of {self.where} differs from that of {self.expected}: "
             f"{describe(self.how.theirs)} instead of {describe(self.how.mine)}; what depends on "
             "the rank or the step must enter as a tensor"
         )

@@ -78,7 +78,8 @@ class LazyGroup:
             offset += stop - start
             if stop == self.lengths[at]:
                 parameter = self.parameters[at]
-                parameter.copy_(torch.cat(self.arrived).view(parameter.shape))
+                # Not copied into: a tensor written in place is read by another program than before.
+                parameter.data = torch.cat(self.arrived).view(parameter.shape)
                 self.arrived = []
 
     def zero_grad(self) -> None:

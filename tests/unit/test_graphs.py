@@ -135,9 +135,8 @@ def test_the_difference_is_the_instruction_that_the_other_lacks() -> None:
     )
     how = compare.difference(ours, theirs)
     assert how is not None
-    assert how.source == "/a/tensor.py:120"
-    assert compare.describe(how.mine) == "s32[] constant(0)"
-    assert compare.describe(how.theirs) == "s32[] constant(4000)"
+    assert compare.describe(how.mine) == "s32[] constant(0) at /a/tensor.py:120"
+    assert compare.describe(how.theirs) == "s32[] constant(4000) at /a/tensor.py:120"
     assert compare.difference(ours, ours) is None
     assert compare.describe(None) == "nothing"
 
@@ -307,8 +306,8 @@ def test_an_audit_fails_with_the_line_where_a_step_differs() -> None:
     assert not audit.passes
     (problem,) = audit.problems
     assert problem == (
-        "the update program of rank 0, step 2 differs from that of rank 0, step 1 at "
-        "/a/optim.py:9: f32[] constant(3) instead of f32[] constant(0); what depends on the rank "
+        "the update program of rank 0, step 2 differs from that of rank 0, step 1: "
+        "f32[] constant(3) at /a/optim.py:9 instead of f32[] constant(0); what depends on the rank "
         "or the step must enter as a tensor"
     )
 

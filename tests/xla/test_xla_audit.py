@@ -1,0 +1,228 @@
+"""The audit traces what a run compiles, passes where ranks and steps agree, and names the line
+where they do not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
+
+import torch
+from tiny_run import config, make_dataset, write
+from torch import Tensor
+
+from llamax.audit import audit
+from llamax.backends.tracing import HostRead, Tracer
+from llamax.config import Config, Parallel
+from llamax.graphs import hlo
+from llamax.graphs.report import Audit
+from llamax.launch.env import Rendezvous
+from llamax.mesh import Mesh
+from llamax.optim import lazy
+from llamax.optim.zero1 import Zero1
+from llamax.parallel import tensor
+from llamax.planner import machine
+from llamax.rehearsal import Rehearsal, made_up_tokens
+
+TP2_DP2 = Mesh(tp=2, dp=2)
+HERE = Path(__file__).name
+
+
+def tiny(folder: Path, **run: Any) -> Config:
+    cfg = config(folder, folder / "run", backend="xla", **run)
+    return replace(cfg, parallel=Parallel(tensor=2, bucket_bytes=8192))
+
+
+def audited(cfg: Config, mesh: Mesh = TP2_DP2) -> Audit:
+    return audit(cfg, mesh, machine.load("trn1.32xlarge"), "", every_rank=True)
+
+
+# --- the same programs as a run
+
+
+def dumped(*command: str, folder: Path) -> set[str]:
+    """The normal text of every program that a command hands to the CPU client."""
+    folder.mkdir()
+    environ = os.environ | {
+        "PJRT_DEVICE": "CPU",
+        "XLA_SAVE_TENSORS_FMT": "hlo",
+        "XLA_SAVE_TENSORS_FILE": str(folder / "programs"),
+        "OMP_NUM_THREADS": "1",
+    }
+    subprocess.run([sys.executable, "-m", *command], check=True, env=environ, timeout=300)
+    (written,) = folder.iterdir()
+    graphs = written.read_text().split("## BEGIN_GRAPH\n")[1:]
+    return {hlo.normal(graph.partition("\n\nGraph Hash")[0]) for graph in graphs}
+
+
+def test_audit_precompile_and_a_run_see_the_same_programs(tmp_path: Path) -> None:
+    cfg = replace(tiny(make_dataset(tmp_path)), parallel=Parallel())
+    path = write(cfg, tmp_path / "run.toml")
+    ran = dumped("llamax.train", "--config", str(path), folder=tmp_path / "a")
+    assert len(ran) == 3
+    again = replace(cfg, run=replace(cfg.run, folder=str(tmp_path / "untouched")))
+    path = write(again, tmp_path / "again.toml")
+    assert (
+        dumped("llamax.train", "--config", str(path), "--precompile", folder=tmp_path / "b") == ran
+    )
+    assert not (tmp_path / "untouched").exists()
+    tracer = Tracer(Rendezvous())
+    with made_up_tokens(cfg, Mesh()) as data:
+        traced = {hlo.normal(each.text) for each in Rehearsal(cfg, Mesh(), 0, tracer, data).whole()}
+    assert traced == ran
+
+
+# --- every rank, every step
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_dataset(tmp_path)
+
+
+WIDE = Mesh(tp=4)  # more ranks than key/value heads, and a vocabulary that wants padding
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sequence", "zero1", "recompute", "dtype"),
+    [
+        (TP2_DP2, True, True, "full", "bfloat16"),
+        (TP2_DP2, False, True, "selective", "float32"),
+        (TP2_DP2, True, False, "none", "bfloat16"),
+        (Mesh(tp=4, dp=2), True, True, "selective", "bfloat16"),
+    ],
+)
+def test_every_rank_and_step_is_one_program(
+    data: Path, mesh: Mesh, sequence: bool, zero1: bool, recompute: Any, dtype: Any
+) -> None:
+    cfg = tiny(data, recompute=recompute, dtype=dtype)
+    parallel = Parallel(tensor=mesh.tp, sequence=sequence, zero1=zero1, bucket_bytes=4096)
+    found = audited(replace(cfg, parallel=parallel), mesh)
+    assert found.passes, found.problems
+    assert [kind.name for kind in found.kinds] == ["microstep", "update", "validation"]
+    assert len(found.ranks) == 2
+    for kind in found.kinds:  # as counted by hand, to the byte
+        assert kind.formula is not None
+        assert sorted(map(str, kind.collectives)) == sorted(map(str, kind.formula)), kind.name
+    assert found.kinds[0].work.matmul_flops > found.kinds[0].model_flops
+    assert found.memory.weights > 0
+
+
+# --- planted defects
+
+
+Ids = tuple[Tensor, Tensor]
+
+
+def rank_as_a_number(ids: Tensor, rows: int, axis: Any) -> Ids:
+    local = ids - torch.full_like(ids, axis.rank * rows)  # planted: rank
+    outside = (local < 0) | (local >= rows)
+    return torch.where(outside, torch.zeros_like(local), local), outside
+
+
+STEP = Zero1.step
+NUMBER = iter(range(1, 1000))
+
+
+def state_made_in_the_first_step(self: Zero1, *args: Tensor) -> Tensor:
+    if not hasattr(self, "average"):
+        self.average = torch.zeros((), device=args[0].device)  # planted: lazy state
+    norm = STEP(self, *args)
+    self.average = self.average + norm
+    return norm
+
+
+def step_as_a_number(self: Zero1, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+    return STEP(self, lr, torch.full_like(step, next(NUMBER)), scale)  # planted: step
+
+
+def read_in_the_step(self: Zero1, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+    return STEP(self, lr, step, scale * 2 if scale.item() > 1 else scale)  # planted: read
+
+
+def in_double(self: Zero1, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+    return STEP(self, lr, step, scale.double().float())  # planted: double
+
+
+def line_of(mark: str) -> str:
+    lines = Path(__file__).read_text().splitlines()
+    at = next(n for n, line in enumerate(lines, 1) if line.endswith(f"# planted: {mark}"))
+    return f"{HERE}:{at}"
+
+
+@pytest.mark.parametrize(
+    ("mark", "kind", "owner", "name", "instead"),
+    [
+        ("rank", "microstep", tensor, "local_ids", rank_as_a_number),
+        ("lazy state", "update", Zero1, "step", state_made_in_the_first_step),
+        ("step", "update", Zero1, "step", step_as_a_number),
+        ("double", "update", Zero1, "step", in_double),
+    ],
+)
+def test_a_planted_defect_is_named_with_its_line(
+    data: Path, mark: str, kind: str, owner: Any, name: str, instead: Callable[..., Any]
+) -> None:
+    with mock.patch.object(owner, name, instead):
+        found = audited(tiny(data))
+    assert not found.passes
+    assert f"the {kind} program" in found.problems[0]
+    assert line_of(mark) in found.problems[0]
+    assert "\n" not in found.problems[0]
+
+
+def test_a_value_read_in_the_step_is_named_with_its_line(data: Path) -> None:
+    with (
+        mock.patch.object(Zero1, "step", read_in_the_step),
+        pytest.raises(HostRead, match=f"{line_of('read')} reads a device value"),
+    ):
+        audited(tiny(data))
+    assert audited(tiny(data)).passes, "and the next audit starts afresh"
+
+
+def test_saving_that_computes_is_named_with_its_line(data: Path) -> None:
+    def cut_on_the_device(self: lazy.LazyGroup, rank: int) -> Iterator[Any]:
+        yield self.buckets[0].master[:3].cpu()  # planted: cut
+
+    with (
+        mock.patch.object(lazy.LazyGroup, "owned", cut_on_the_device),
+        pytest.raises(HostRead, match=line_of("cut")),
+    ):
+        audited(tiny(data))
+
+
+# --- the command
+
+
+def llamax(*args: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "llamax", *args], capture_output=True, text=True, timeout=300
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command(data: Path, tmp_path: Path) -> None:
+    cfg = replace(tiny(data), data=replace(tiny(data).data, global_batch=8))
+    path = write(cfg, tmp_path / "run.toml")
+    code, out, _ = llamax(
+        "audit", "--config", str(path), "--nodes", "2", "--instance", "trn1.2xlarge"
+    )
+    assert code == 0
+    assert out.endswith("each program compiles once for the whole cluster\n")
+    assert "data.sequence_length=32 is not a multiple of 2048" in out
+    code, out, _ = llamax(
+        "audit", "--config", str(path), "--instance", "trn1.2xlarge", "--ranks=corners", "--json"
+    )
+    assert code == 0
+    numbers = json.loads(out)
+    assert numbers["passes"]
+    assert {row["axis"] for row in numbers["programs"]["microstep"]["collectives"]} == {"tp"}
