@@ -221,6 +221,10 @@ class Run:
         metadata=about("a program compiled after the first step: say so, end the run, or nothing"),
     )
     tensorboard: bool = field(default=False, metadata=about("also write TensorBoard events"))
+    wandb: Literal["off", "offline", "online"] = field(
+        default="off", metadata=about("also write to W&B; offline: into the run folder alone")
+    )
+    wandb_project: str = field(default="llamax", metadata=about("project of W&B"))
     profile_at: int = field(
         default=0, metadata=about("first step that rank 0 profiles; 0: none", "step", NATURAL)
     )

@@ -25,7 +25,7 @@ from llamax.demo import RANKS, shell, torchrun
 from llamax.metrics import read_jsonl, show_number, show_time
 
 RECIPE, TEMPLATE, PIECES = "finetune-demo", "dolly", 512
-ROWS = 2400
+ROWS = 1600
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 THINGS = ("cat", "dog", "cup", "hat", "car", "box")
 COLOURS = ("red", "blue", "green", "black", "white", "brown")

@@ -16,6 +16,7 @@ from llamax.checkpoint.load import load_owned, load_weights
 from llamax.checkpoint.save import Saver
 from llamax.collectives import Axes
 from llamax.config import Config
+from llamax.configfile import tomllib
 from llamax.data.dataset import Dataset
 from llamax.data.loader import Batches
 from llamax.feed import Feed
@@ -27,6 +28,7 @@ from llamax.metrics import (
     ConsoleWriter,
     JsonlWriter,
     TensorBoardWriter,
+    WandbWriter,
     Writer,
     flops_per_token,
     show_number,
@@ -203,7 +205,12 @@ def writers(job: Job) -> list[Writer]:
         JsonlWriter(job.folder / "metrics.jsonl", job.step),
         ConsoleWriter(run.steps, job.step, bar),
     ]
-    return [*views, TensorBoardWriter(job.folder / "tensorboard")] if run.tensorboard else views
+    if run.tensorboard:
+        views.append(TensorBoardWriter(job.folder / "tensorboard"))
+    if run.wandb != "off":
+        settings = tomllib.loads(configfile.dump(job.config))
+        views.append(WandbWriter(job.folder, run.wandb_project, run.wandb, settings))
+    return views
 
 
 def measures(job: Job) -> Measures:

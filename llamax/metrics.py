@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -268,19 +269,57 @@ class TensorBoardWriter:
         self.events: SummaryWriter = SummaryWriter(str(folder))
 
     def write(self, record: Record) -> None:
-        tags = {
-            "loss": record.loss,
-            "reduced_train_loss": record.loss,
-            "grad_norm": record.grad_norm,
-            "throughput": record.tokens_per_s,
-            "lr": record.lr,
-            "mfu": record.mfu,
-            "consumed_tokens": record.consumed_tokens,
-            "validation_loss": record.validation_loss,
-        }
-        for tag, value in tags.items():
-            if value is not None:
-                self.events.add_scalar(tag, value, record.step)
+        for tag, value in tagged(record).items():
+            self.events.add_scalar(tag, value, record.step)
 
     def close(self) -> None:
         self.events.close()
+
+
+def tagged(record: Record) -> dict[str, float]:
+    """What of a record the other views show, under the tags other Llama trainers use."""
+    tags = {
+        "loss": record.loss,
+        "reduced_train_loss": record.loss,
+        "grad_norm": record.grad_norm,
+        "throughput": record.tokens_per_s,
+        "lr": record.lr,
+        "mfu": record.mfu,
+        "consumed_tokens": record.consumed_tokens,
+        "validation_loss": record.validation_loss,
+    }
+    return {tag: value for tag, value in tags.items() if value is not None}
+
+
+class WandbWriter:
+    """A run of W&B named after the folder; ``mode`` offline or online, ``settings`` its config.
+
+    A run that is resumed goes on under the same id, which the folder keeps.
+    """
+
+    def __init__(self, folder: Path, project: str, mode: str, settings: dict[str, Any]) -> None:
+        try:
+            import wandb  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        except ImportError:
+            raise BackendError(
+                f"run.wandb={mode} needs the package wandb, which is not installed; "
+                "pip install wandb, or use run.wandb=off"
+            ) from None
+        kept = folder / "wandb-id"
+        run_id = kept.read_text() if kept.exists() else secrets.token_hex(4)
+        kept.write_text(run_id)
+        self.run: Any = wandb.init(
+            project=project,
+            name=folder.name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            dir=str(folder),
+            mode=mode,
+            config=settings,
+        )
+
+    def write(self, record: Record) -> None:
+        self.run.log(tagged(record), step=record.step)
+
+    def close(self) -> None:
+        self.run.finish()

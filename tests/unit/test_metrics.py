@@ -17,7 +17,14 @@ from llamax import metrics
 from llamax.config import Model
 from llamax.configfile import load
 from llamax.errors import BackendError, DataError
-from llamax.metrics import ConsoleWriter, JsonlWriter, Record, TensorBoardWriter, Writers
+from llamax.metrics import (
+    ConsoleWriter,
+    JsonlWriter,
+    Record,
+    TensorBoardWriter,
+    WandbWriter,
+    Writers,
+)
 
 RECORD = Record(
     step=7,
@@ -247,6 +254,48 @@ def test_tensorboard_has_the_tags_of_other_trainers(tmp_path: Path) -> None:
     assert events.Scalars("consumed_tokens")[0].value == 28672.0
     assert events.Scalars("grad_norm")[0].value == 1.5
     assert events.Scalars("mfu")[0].value == 0.375
+
+
+def history(path: Path) -> dict[int, float]:
+    """Step -> loss in a W&B file: a log of LevelDB's format (32 KiB blocks) with protobuf in it."""
+    from wandb.proto import wandb_internal_pb2
+
+    raw, at, held, found = path.read_bytes(), 7, b"", {}
+    while at + 7 <= len(raw):
+        if 2**15 - at % 2**15 < 7:
+            at += 2**15 - at % 2**15
+            continue
+        size, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        held += raw[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or its last piece
+            record, held = wandb_internal_pb2.Record.FromString(held), b""
+            items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
+            if "loss" in items:
+                found[int(items["_step"])] = float(items["loss"])
+    return found
+
+
+def test_wandb_offline_has_what_tensorboard_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for first in (1, 3):  # a run, and its resumption
+        board = WandbWriter(tmp_path, "tests", "offline", {"run": {"steps": 4}})
+        for step in (first, first + 1):
+            board.write(replace(RECORD, step=step, loss=1 / step))
+        board.close()
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert {path.stem for path in files} == {f"run-{(tmp_path / 'wandb-id').read_text()}"}
+    found = {step: loss for path in files for step, loss in history(path).items()}
+    assert found == {1: 1.0, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4}
+
+
+def test_wandb_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BackendError, match=r"run\.wandb=offline needs the package wandb"):
+        WandbWriter(tmp_path, "tests", "offline", {})
 
 
 def test_tensorboard_that_is_missing_is_told(
