@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from llamax import plan
 from llamax.configfile import RECIPES, dump, load, recipes
 
 GOLDEN = Path(__file__).parent / "recipes"
@@ -74,6 +75,14 @@ def test_the_comments_of_a_recipe_tell_the_truth(name: str) -> None:
     assert int(started[1] or 1) * int(started[2]) == world
     if counted := re.search(r"(\d+) microsteps", text):
         assert int(counted[1]) == config.accumulation(data)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_fits_the_machine_it_names(name: str) -> None:
+    found = re.search(r"on (\d+) (trn\w+\.\w+) node", (RECIPES / f"{name}.toml").read_text())
+    if found is None:
+        pytest.skip("it names no Trainium")
+    assert plan.main(["--config", name, "--nodes", found[1], "--instance", found[2]]) == 0
 
 
 if __name__ == "__main__":
