@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llamax.errors import LlamaxError
+
 logger = logging.getLogger("llamax")
 
 
@@ -53,7 +55,8 @@ def kept(folder: Path, job: str, rank: int) -> Iterator[None]:
         yield
     except BaseException as error:
         if not isinstance(error, SystemExit):
-            told = "".join(traceback.format_exception(error))
+            mistake = isinstance(error, LlamaxError)
+            told = str(error) if mistake else "".join(traceback.format_exception(error))
             handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": told}))
         raise
     finally:

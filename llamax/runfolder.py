@@ -15,7 +15,9 @@ simply not shown.
 
 from __future__ import annotations
 
+import fcntl
 import json
+import socket
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -29,6 +31,7 @@ from llamax.errors import ConfigError, DataError
 from llamax.heartbeat import DONE, LOST, Beat
 from llamax.metrics import Record, read_jsonl
 
+LOCK = "lock"  # as checkpoint/lock.py names it
 SILENT_S = 30.0  # a rank writes its heartbeat every few seconds
 TAIL_BYTES = 2**20  # of a monitor's log that are looked at
 WINDOW = 50  # records that percentiles and rates are of
@@ -72,6 +75,7 @@ class Run:
     ranks: tuple[Rank, ...] = ()
     saved: tuple[Saved, ...] = ()
     cores: dict[str, float] = field(default_factory=dict)  # use of each device core, 0 to 1
+    locked: bool | None = None  # whether a process of this machine writes here; None: not known
 
     @property
     def name(self) -> str:
@@ -101,8 +105,12 @@ class Run:
             if states <= {"alive"}:
                 return "running"
             return "stopped" if states <= {"done"} else "dead"
+        if self.locked is False:
+            return "stopped"
         if self.last is None:
             return "starting"
+        if self.locked:
+            return "running"
         usual_s = max(record.step_s for record in self.records[-WINDOW:])
         every = self.config.run.log_every if self.config else 1
         return "running" if self.now - self.written < SILENT_S + 5 * every * usual_s else "dead"
@@ -152,6 +160,7 @@ def read(folder: Path, now: float | None = None) -> Run:
         ranks=tuple(ranks(folder / "heartbeats", now)),
         saved=tuple(checkpoints(folder / "checkpoints")),
         cores=cores(sorted(folder.glob("neuron-monitor*.json*"))),
+        locked=locked(folder / LOCK),
     )
 
 
@@ -168,6 +177,20 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def locked(path: Path) -> bool | None:
+    """Whether the run's process holds its lock; None where that process was on another machine."""
+    try:
+        with open(path, "rb") as file:
+            if f" on {socket.gethostname()} since" not in file.read().decode(errors="replace"):
+                return None
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
 
 
 def ranks(folder: Path, now: float) -> Iterable[Rank]:

@@ -36,6 +36,7 @@ LAYERS = [
         "plot",
         "demo",
         "finetune_demo",
+        "harness",
         "launch.command",
         "doctor",
     ],
@@ -178,6 +179,7 @@ def test_kernels_stand_alone(path: Path) -> None:
 def test_what_needs_no_torch_loads_without_it() -> None:
     code = (
         "import sys, llamax.config, llamax.configfile, llamax.mesh, llamax.metrics, llamax.log, "
-        "llamax.launch.env, llamax.data.tokens, llamax.plan; assert 'torch' not in sys.modules"
+        "llamax.launch.env, llamax.data.tokens, llamax.plan, llamax.watch, llamax.report; "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

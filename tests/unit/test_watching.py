@@ -16,6 +16,7 @@ import pytest
 
 from llamax import configfile, environment, log, report, watch
 from llamax.charts import Curve, chart, smoothed, span, thinned, ticks
+from llamax.checkpoint import lock
 from llamax.errors import ConfigError, DataError
 from llamax.launch.env import job_id
 from llamax.metrics import Record
@@ -310,3 +311,13 @@ def test_the_environment_is_written_down(tmp_path: Path, monkeypatch: pytest.Mon
     assert "torch" in found
     product.write_text("Standard PC")
     assert environment.describe(2, 2, "x")["dollars_per_hour"] == 0.0
+
+
+def test_a_lock_tells_whether_a_run_of_this_machine_lives(tmp_path: Path) -> None:
+    folder = make(tmp_path / "r", 12)
+    with lock.held(folder):
+        assert read(folder, NOW + 9999).state == "running"
+    assert read(folder, NOW + 5).state == "stopped"
+    (folder / "lock").write_text("pid 1 on elsewhere since then\n")
+    assert read(folder, NOW + 5).state == "running"
+    assert read(folder, NOW + 9999).state == "dead"
