@@ -29,9 +29,9 @@ MODEL = Model(
 STEPS = 6
 
 
-def make_dataset(folder: Path) -> Path:
+def make_dataset(folder: Path, tokenizer: bytes = b"a tokenizer") -> Path:
     """Documents of a noisy counting language; small enough that a run enters its second epoch."""
-    fingerprint = describe(folder, b"a tokenizer")
+    fingerprint = describe(folder, tokenizer)
     random = np.random.default_rng(0)
     for name, documents in (("train", 9), ("validation", 4)):
         with TokenWriter(

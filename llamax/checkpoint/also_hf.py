@@ -21,7 +21,7 @@ from llamax.checkpoint import assemble, slabs
 from llamax.checkpoint.container import sync, write_text
 from llamax.checkpoint.load import Checkpoint
 from llamax.checkpoint.manifest import DONE
-from llamax.errors import CheckpointError, NoRoom
+from llamax.errors import CheckpointError, LlamaxError, NoRoom
 
 HUB, PART = "hub", "hub.part"
 
@@ -56,7 +56,7 @@ def leave(checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s:
             sync(part)
             os.rename(part, checkpoint / HUB)
             sync(checkpoint)
-    except CheckpointError as error:
+    except LlamaxError as error:
         note = {"why": str(error), "no_room": isinstance(error, NoRoom)}
         (part / f"rank-{rank:05d}.json").write_text(json.dumps(note))
         raise

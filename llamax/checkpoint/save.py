@@ -220,10 +220,9 @@ class Saver:
         )
         try:
             leave(self.folder / files.step_name(step), folder, rank, world_size, self.timeout_s)
-        except CheckpointError as error:
-            self._error = type(error)(
-                f"{error}; step {step} is saved, but without a Hugging Face folder"
-            )
+        except LlamaxError as error:
+            kind = NoRoom if isinstance(error, NoRoom) else CheckpointError
+            self._error = kind(f"{error}; step {step} is saved, but without a Hugging Face folder")
         except BaseException as error:
             self._error = error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from llamax.checkpoint import Checkpoint, Saver, load_weights
+from llamax.checkpoint import Checkpoint, Saver, assemble, load_weights
 from llamax.checkpoint import inspect as inspection
 from llamax.checkpoint.consolidate import consolidate, size
 from llamax.checkpoint.consolidate import main as consolidate_main
@@ -158,6 +159,38 @@ def test_sizes() -> None:
     for text in ("", "5TB", "-1", "0"):
         with pytest.raises(ConfigError, match="write 5GB, 500MB or bytes"):
             size(text)
+
+
+def test_processes_write_the_same_bytes(tmp_path: Path) -> None:
+    saved(tmp_path, worlds.llama(), torch.bfloat16)
+    done: list[int] = []
+    for folder, processes in (("one", 1), ("three", 3)):
+        options = {"max_shard_bytes": 5000, "progress": done.append, "processes": processes}
+        consolidate(tmp_path, tmp_path / folder, torch.float32, **options)
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(files) > 5
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "three" / name).read_bytes()
+    assert sum(done) == 2 * sum(p.nbytes for (_, k), p in worlds.wholes(worlds.llama()).items()
+                                if k == "weight")  # fmt: skip
+
+
+def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, worlds.llama())
+    monkeypatch.setattr(assemble, "fill", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    with pytest.raises(CheckpointError, match="was killed; is there memory for --processes 2"):
+        consolidate(tmp_path, tmp_path / "hub", processes=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_adapters_are_no_model(tmp_path: Path) -> None:
+    folder = saved(tmp_path, worlds.llama())
+    source = Checkpoint(folder)
+    del source.manifest.tensors["model.embed_tokens.weight"]
+    with pytest.raises(CheckpointError, match="holds adapters, not a whole model"):
+        assemble.plan(source)
+    with pytest.raises(ConfigError, match="--processes=0 is below 1"):
+        consolidate_main([str(folder), "--out", str(tmp_path / "out"), "--processes", "0"])
 
 
 def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Which checkpoint a run goes on from, and what is said of it: the training program."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+
+import pytest
+import tiny_run
+import transformers
+
+from llamax import log, program
+from llamax.checkpoint import newest
+from llamax.config import Checkpoint, Config
+from llamax.data.tokenizer import train_sentencepiece
+from llamax.launch.env import Rendezvous
+from llamax.train import main, train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Three steps, each with a checkpoint that holds a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "data").mkdir()
+    texts = [f"def name_{i}(x): return x + {i}\n" for i in range(200)]
+    tokenizer = train_sentencepiece(texts, 300, folder / "tokenizer.model")
+    data = tiny_run.make_dataset(folder / "data", tokenizer.read_bytes())
+    small = tiny_run.config(data, folder / "run")
+    whole = dataclasses.replace(small, model=dataclasses.replace(small.model, vocab_size=300))
+    few = dataclasses.replace(whole.run, steps=3, validate_every=1)
+    kept = Checkpoint(every=1, keep=0, also_hf=True, keep_best=True)
+    config = dataclasses.replace(whole, run=few, checkpoint=kept)
+    train(config, Rendezvous())
+    return config
+
+
+def argv(config: Config, folder: Path, *more: str) -> list[str]:
+    return ["--config", str(tiny_run.write(config, folder / "config.toml")), *more]
+
+
+def test_every_checkpoint_holds_what_transformers_loads(run: Config) -> None:
+    for step in (1, 2, 3):
+        hub = Path(run.run.folder) / f"checkpoints/step-{step:08d}/hub"
+        model = transformers.LlamaForCausalLM.from_pretrained(hub)
+        assert model.config.vocab_size == 300
+        tokenizer = transformers.AutoTokenizer.from_pretrained(hub)
+        assert tokenizer.decode(tokenizer.encode("def name_3(x)", add_special_tokens=False))
+
+
+def test_damage_is_refused_and_falling_back_is_a_choice(
+    run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = newest(Path(run.run.folder))
+    assert last is not None
+    damaged = next(last.glob("weights-*"))
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    longer = ("--run.steps=4",)
+    try:
+        assert program.run(main, argv(run, tmp_path, *longer)) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert f"{damaged} changed after it was saved: its sha256 is " in line
+        assert line.endswith(
+            "the newest intact checkpoint is " + str(last.parent / "step-00000002")
+        )
+        fallback = (*longer, "--checkpoint.resume=intact")
+        assert program.run(main, argv(run, tmp_path, *fallback)) == 0
+        said = capsys.readouterr().err
+        assert "passing over step-00000003: " in said
+        assert f"resuming from {last.parent / 'step-00000002'}, after step 2" in said
+    finally:
+        log.logger.handlers.clear()
+    assert program.run(main, argv(run, tmp_path, *longer)) == 0, "step 3 is whole again"
+
+
+def test_a_run_says_that_it_starts_fresh(
+    run: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("llamax").propagate = True
+    caplog.set_level(logging.INFO, "llamax")
+    fresh = dataclasses.replace(run.run, folder=str(tmp_path / "run"), steps=1)
+    train(dataclasses.replace(run, run=fresh), Rendezvous())
+    assert f"starting fresh: {tmp_path / 'run'} has no complete checkpoint" in caplog.text
