@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,18 @@ import torch
 from safetensors.torch import save_file
 
 from llamax import lora, shard
+from llamax.backends import Backend
+from llamax.base import stores
 from llamax.checkpoint.hub import open_source
 from llamax.collectives import Axes
 from llamax.config import Finetune, Model, Optim
 from llamax.data.loader import Batch
 from llamax.finetune import load
 from llamax.model import Llama
+from llamax.optim.lazy import move_parameter
 from llamax.optim.zero1 import Zero1
-from llamax.step import train_step
+from llamax.shard import Cut
+from llamax.step import nothing, train_step
 
 # Over 4 tensor ranks a key/value head has two, and blocks of 64 columns are cut through (192 / 4);
 # the scales of a feed-forward weight have two scales of their own.
@@ -78,8 +83,15 @@ def build(
 ) -> Llama:
     """A base with adapters whose B is not zero, so that every factor has a gradient."""
     device = "meta" if finetune.method == "qlora" else "cpu"
-    model = Llama(MODEL, axes.tp, sequence_parallel=sequence, recompute=recompute, device=device)
-    load(model, open_source(folder), finetune, torch.empty(0), axes.data, seed=5)
+    source = open_source(folder)
+    model = Llama(
+        Model.from_hub(source.model),
+        axes.tp,
+        sequence_parallel=sequence,
+        recompute=recompute,
+        device=device,
+    )
+    load(model, source, finetune, torch.empty(0), axes.data, seed=5)
     with torch.no_grad():
         for name, parameter in lora.trained(model).items():
             if "lora_B" in name:
@@ -91,8 +103,13 @@ def build(
     return model
 
 
-def steps(model: Llama, axes: Axes, accumulation: int) -> dict[str, Any]:
-    """Losses and norms of two steps, and the adapters after them; the base stays as it was."""
+def steps(
+    model: Llama, axes: Axes, accumulation: int, backend: Backend | None = None
+) -> dict[str, Any]:
+    """Losses and norms of two steps, and the adapters after them; the base stays as it was.
+
+    With ``backend`` the model moves to its device first, as ``job.prepare`` moves it.
+    """
     optimizer = Zero1(
         lora.trained(model),
         model.shards,
@@ -101,29 +118,43 @@ def steps(model: Llama, axes: Axes, accumulation: int) -> dict[str, Any]:
         sequence_parallel=model.sequence_parallel,
         bucket_bytes=1024,
     )
-    before = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    tokens = GLOBAL_BATCH * SEQUENCE
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in frozen.items()}
+    tokens, boundary = GLOBAL_BATCH * SEQUENCE, nothing
+    if backend is not None:
+        optimizer.to(backend.device)
+        for parameter in frozen.values():
+            move_parameter(parameter, backend.device)
+        for store in stores(model):
+            store.to(backend.device)
+        boundary = backend.step_boundary
+    batches = share(axes, accumulation)
     found = [
-        train_step(model, optimizer, axes, share(axes, accumulation), tokens, OPTIM.lr, n)
+        train_step(model, optimizer, axes, batches, tokens, OPTIM.lr, n, boundary=boundary)
         for n in (1, 2)
     ]
-    for name, weight in before.items():
-        assert torch.equal(model.get_parameter(name), weight), f"{name} is frozen"
-        assert model.get_parameter(name).grad is None
+    for name, parameter in frozen.items():
+        assert torch.equal(parameter.cpu(), before[name]), f"{name} is frozen"
+        assert parameter.grad is None
     return {
-        "loss": [float(each.loss) for each in found],
-        "norm": [float(each.grad_norm) for each in found],
-        "adapters": {n: p.detach().clone() for n, p in lora.trained(model).items()},
+        "loss": [float(each.loss.cpu()) for each in found],
+        "norm": [float(each.grad_norm.cpu()) for each in found],
+        "adapters": {n: p.detach().cpu().clone() for n, p in lora.trained(model).items()},
     }
 
 
 def differences(
-    mine: dict[str, Any], whole: dict[str, Any], model: Llama, tolerance: float
+    mine: dict[str, Any],
+    whole: dict[str, Any],
+    shards: Mapping[str, Cut],
+    degree: int,
+    rank: int,
+    tolerance: float,
 ) -> list[str]:
-    """What this rank found that is not its share of what one rank found, a line each."""
+    """What tensor rank ``rank`` found that is not its share of what one rank found, a line each."""
     found = []
     for name, theirs in whole["adapters"].items():
-        expected = shard.cut(theirs, model.shards[name], model.tp.size, model.tp.rank)
+        expected = shard.cut(theirs, shards[name], degree, rank)
         error = (mine["adapters"][name] - expected).abs().max() / theirs.abs().max()
         if not error <= 5 * tolerance:
             found.append(f"{name} {error:.1e}")

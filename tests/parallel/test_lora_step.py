@@ -57,7 +57,7 @@ def on_mesh(
         with MUTATIONS[mutation]():
             model = build(folder, my_axes, finetune, sequence, recompute)
             mine = steps(model, my_axes, 2)
-        found += differences(mine, whole, model, TOLERANCE)
+        found += differences(mine, whole, model.shards, mesh.tp, my_axes.tp.rank, TOLERANCE)
     return found
 
 

@@ -1,0 +1,199 @@
+"""What tuning costs: ``steps`` beside a full step, and ``memory`` of a quantised base by rank.
+
+    python benchmarks/lora.py steps [--rounds 5] [--tokens 512] [--batch 4]
+    torchrun --nproc-per-node 4 benchmarks/lora.py memory
+
+``steps`` times one training step of each method in turn, in one process of one thread, in CPU
+seconds, and says which share of a QLoRA step makes weights dense again.  ``memory`` loads a base of
+95 M weights and compares each rank's resident memory with the formula in ``llamax.base``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import gc
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from safetensors.torch import save_file
+
+from llamax import base, lora
+from llamax.backends import choose
+from llamax.checkpoint.hub import open_source
+from llamax.checkpoint.load import Source
+from llamax.collectives import Axes, Solo
+from llamax.config import Finetune, Model, Optim
+from llamax.data.loader import Batch
+from llamax.finetune import load
+from llamax.launch.env import rendezvous
+from llamax.mesh import Mesh
+from llamax.metrics import show_bytes
+from llamax.model import Llama
+from llamax.optim.zero1 import Zero1
+from llamax.shard import Replica, parts
+from llamax.step import train_step
+
+MODEL = Model(
+    hidden_size=512,
+    intermediate_size=1408,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=32000,
+)
+DEEP = dataclasses.replace(  # nearly all of it is quantised
+    MODEL,
+    hidden_size=1024,
+    intermediate_size=2816,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    vocab_size=512,
+)
+METHODS = {
+    "full": Finetune(),
+    "lora": Finetune(method="lora", r=16),
+    "lora, dropout 0.1": Finetune(method="lora", r=16, dropout=0.1),
+    "qlora nf4": Finetune(method="qlora", r=16),
+    "qlora nf4, single": Finetune(method="qlora", r=16, double_quant=False),
+    "qlora int8": Finetune(method="qlora", r=16, quant="int8"),
+}
+
+
+def folder(path: Path, shape: Model) -> Source:
+    """A base of random weights."""
+    model = Llama(shape).init(0)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for part in parts(name, model.shards[name], 1):
+            whole = isinstance(part.how, Replica)
+            rows = parameter if whole else parameter.narrow(part.how.dim, part.start, part.length)
+            tensors[part.name] = rows.detach().clone()
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(shape.to_hub("float32")))
+    return open_source(path)
+
+
+def build(source: Source, finetune: Finetune, axes: Axes) -> Llama:
+    """A model of one method, loaded."""
+    device = "meta" if finetune.method == "qlora" else "cpu"
+    model = Llama(Model.from_hub(source.model), axes.tp, device=device)
+    load(model, source, finetune, torch.empty(0), axes.data)
+    return model
+
+
+def steps(rounds: int, tokens: int, rows: int) -> None:
+    """Time every method's step in turn."""
+    torch.set_num_threads(1)
+    axes, dense = Axes.solo(), {"s": 0.0}
+    plain = base.Nf4.weight
+
+    def timed(store: base.Nf4) -> torch.Tensor:
+        began = time.process_time()
+        weight = plain(store)
+        dense["s"] += time.process_time() - began
+        return weight
+
+    base.Nf4.weight = timed  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as place:
+        source = folder(Path(place), MODEL)
+        teams = {}
+        for name, finetune in METHODS.items():
+            model = build(source, finetune, axes)
+            optimizer = Zero1(
+                lora.trained(model), model.shards, Optim(), axes, sequence_parallel=False
+            )
+            teams[name] = model, optimizer
+    ids = torch.randint(MODEL.vocab_size, (rows, tokens))
+    batch = Batch(ids, ids.roll(-1, 1), torch.arange(tokens).expand_as(ids), None)
+    seconds: dict[str, list[float]] = {name: [] for name in teams}
+    share: dict[str, list[float]] = {name: [] for name in teams}
+    for number in range(1, rounds + 2):
+        for name, (model, optimizer) in teams.items():
+            dense["s"], began = 0.0, time.process_time()
+            train_step(model, optimizer, axes, [batch], ids.numel(), 1e-4, number)
+            took = time.process_time() - began
+            if number > 1:  # the first one warms up
+                seconds[name].append(took)
+                share[name].append(dense["s"] / took)
+    print(f"{rows} x {tokens} tokens, one thread, CPU seconds of a step, median of {rounds}")
+    print("| method | s | of a full step | dequantising |\n|---|---|---|---|")
+    for name, took in seconds.items():
+        ratio = median(a / b for a, b in zip(took, seconds["full"], strict=True))
+        part = f"{median(share[name]):.1%}" if median(share[name]) else ""
+        print(f"| {name} | {median(took):.2f} | {ratio:.2f} | {part} |")
+
+
+def resident() -> int:
+    """Resident bytes of this process, the allocator's free ones given back."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def memory() -> None:
+    """What loading a base adds to each rank, beside the formula."""
+    where = rendezvous(os.environ)
+    mesh = Mesh(dp=where.world_size)
+    place = Path(tempfile.gettempdir()) / f"llamax-base-{where.port}"
+    with choose("cpu", where, 1).joined(mesh, 600.0) as axes:
+        if where.rank == 0:
+            place.mkdir()
+            folder(place, DEEP)
+        axes.world.all_reduce(torch.zeros(1))
+        source = open_source(place)
+        build(source, METHODS["qlora nf4"], Axes.solo())  # what a first call allocates for good
+        if where.rank == 0:
+            print(
+                "| method | base | quantised | as it is | counted less formula | resident | of it |"
+            )
+            print("|---|---|---|---|---|---|---|")
+        for name in list(METHODS)[3:]:
+            for spread in (True, False):
+                finetune = METHODS[name]
+                data = axes.data if spread else Solo("data")
+                before = resident()
+                model = Llama(DEEP, device="meta")
+                load(model, source, finetune, torch.empty(0), data)
+                grown = resident() - before
+                adapters = sum(p.nbytes for p in lora.trained(model).values())
+                formula = base.expected(DEEP, finetune, 1, data.size, 4)
+                bytes_ = torch.tensor([float(grown - adapters)])
+                most = float(axes.world.all_reduce(bytes_, "max"))
+                total = formula.quantised + formula.plain
+                counted = sum(base.held(model))
+                if where.rank == 0:
+                    print(
+                        f"| {name} | {'spread' if spread else 'whole'} | "
+                        f"{show_bytes(formula.quantised)} | {show_bytes(formula.plain)} | "
+                        f"{counted - total} | {show_bytes(round(most))} | {most / total:.3f} |",
+                        flush=True,
+                    )
+                del model
+        if where.rank == 0:
+            for path in place.iterdir():
+                path.unlink()
+            place.rmdir()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("steps", "memory"))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=4)
+    options = parser.parse_args()
+    if options.what == "steps":
+        steps(options.rounds, options.tokens, options.batch)
+    else:
+        memory()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""LoRA and QLoRA steps over replicas on torch-xla equal the whole model's in plain torch.
+
+Dropout masks, dequantised weights and what the data ranks gather are made inside the program: one
+program for the microsteps and one for the update, the same on every rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+
+pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
+
+import replicas
+import torch
+from torch import Tensor
+from tuning_worlds import MODEL, base_folder, build, differences, steps
+
+from llamax.backends import choose
+from llamax.collectives import Axes
+from llamax.config import Finetune
+from llamax.dropout import feature_keys, kept
+from llamax.launch.env import Rendezvous
+from llamax.mesh import Mesh
+from llamax.parallel.frozen import FrozenLinear
+from llamax.recompute import Recompute
+
+TOLERANCE = 2e-6
+
+
+class Case(NamedTuple):
+    name: str
+    finetune: Finetune
+    mesh: Mesh
+    sequence: bool = True
+    recompute: Recompute = "none"
+
+
+SHORT = dataclasses.replace(MODEL, num_hidden_layers=1)
+LORA = Finetune(method="lora", r=4, alpha=6.0, dropout=0.25, targets="k_proj,up_proj,down_proj")
+NF4 = dataclasses.replace(LORA, method="qlora")
+INT8 = dataclasses.replace(NF4, quant="int8", dropout=0.0)
+TP2_DP2 = Mesh(tp=2, dp=2)
+CASES = [
+    Case("lora, tp 2, dp 2", LORA, TP2_DP2, sequence=False),
+    Case("nf4, tp 2, dp 2, recompute full", NF4, TP2_DP2, recompute="full"),
+    Case("nf4, tp 4", NF4, Mesh(tp=4)),
+    Case("int8, tp 2, dp 2", INT8, TP2_DP2),
+]
+
+
+def rank_as_a_number(original: Any) -> Any:
+    def stays(self: Any, features: int, adapter: Any, tokens: Tensor | None) -> Tensor | None:
+        if tokens is None or self.column:
+            return original(self, features, adapter, tokens)
+        first = torch.zeros_like(self.tp.rank_index) + self.tp.rank * features
+        return kept(tokens, feature_keys(adapter.number, features, first), self.dropout.p)
+
+    return stays
+
+
+MUTATIONS: dict[str, Any] = {
+    "none": FrozenLinear.stays,
+    "rank as a number": rank_as_a_number(FrozenLinear.stays),
+}
+
+
+def on_replicas(rank: int, folder: Path, cases: list[Case], mutation: str) -> list[dict[str, Any]]:
+    results = []
+    backend = choose("xla", Rendezvous(rank=rank, world_size=cases[0].mesh.world_size))
+    with mock.patch.object(FrozenLinear, "stays", MUTATIONS[mutation]):
+        for case in cases:
+            kv = max(1, case.mesh.tp // MODEL.num_key_value_heads)
+            backend.barrier()
+            before = backend.compilations()  # type: ignore[attr-defined]
+            with backend.joined(case.mesh, 60.0, kv) as axes:
+                model = build(folder, axes, case.finetune, case.sequence, case.recompute)
+                result = steps(model, axes, 2, backend)
+            backend.barrier()
+            result["compiled"] = backend.compilations() - before  # type: ignore[attr-defined]
+            results.append(result)
+    return results
+
+
+def test_a_tuning_step_over_replicas_equals_the_whole_step(tmp_path: Path) -> None:
+    folder = base_folder(tmp_path / "base", SHORT)
+    by_rank = replicas.run(4, on_replicas, folder, CASES, "none")
+    for case, results in zip(CASES, zip(*by_rank, strict=True), strict=True):
+        model = build(folder, Axes.solo(), case.finetune)
+        whole = steps(model, Axes.solo(), 1)
+        for rank, mine in enumerate(results):
+            tp_rank, degree = case.mesh.coordinate(rank).tp, case.mesh.tp
+            found = differences(mine, whole, model.shards, degree, tp_rank, TOLERANCE)
+            assert found == [], f"{case.name}, rank {rank}"
+        assert {result["compiled"] for result in results} == {2}, case.name
+
+
+def test_a_rank_in_the_masks_is_caught(tmp_path: Path) -> None:
+    folder = base_folder(tmp_path / "base", SHORT)
+    case = Case("lora, tp 2", LORA, Mesh(tp=2))
+    with pytest.raises(replicas.ReplicaError, match="rank 1 traced another graph than rank 0"):
+        replicas.run(2, on_replicas, folder, [case], "rank as a number")
