@@ -118,9 +118,12 @@ def torchrun(ranks: int, path: Path, folder: Path, *overrides: str, restarts: in
 
 
 def mpirun(ranks: int, path: Path, folder: Path, *overrides: str) -> Job:
-    """The ranks under Open MPI, which is given time before it kills after a SIGTERM."""
+    """The ranks under Open MPI.
+
+    It is given 10 s between SIGTERM and SIGKILL, which it always waits, and more than once.
+    """
     launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
-    launcher += ["--mca", "odls_base_sigkill_timeout", "60", "-n", str(ranks)]
+    launcher += ["--mca", "odls_base_sigkill_timeout", "10", "-n", str(ranks)]
     launcher += ["-x", "OMP_NUM_THREADS", "-x", f"MASTER_PORT={free_port()}"]
     return Job([*launcher, *TRAIN, str(path), *overrides], folder)
 

@@ -54,8 +54,8 @@ def test_signals_at_random_moments(
             for pid in whom:
                 if job.process.poll() is None:
                     os.kill(pid, signum)
-        code = job.end()
-        said = re.findall(r"stopped (after step (\d+)|before|in the first)", job.said())
+        code = job.end(240)
+        said = re.findall(r"stopped (?:by \w+ )?(after step (\d+)|before|in the first)", job.said())
         assert said, job.said()
         assert "Traceback" not in "".join(job.ours()), job.said()
         codes = {code} if launcher == "mpirun" else set()
@@ -73,4 +73,6 @@ def test_signals_at_random_moments(
             assert after == before
         assert not list((folder / "checkpoints").glob("*.tmp"))
         job.stderr.unlink()
+        when = f"after step {max(steps)}" if steps else "before the first step"
+        print(f"{launcher} {number}: {signal.Signals(signum).name}, stopped {when}", flush=True)
     tell(f"SIGTERM/SIGUSR1 under {launcher}: {moments} moments, {early} before the first step: ok")
