@@ -10,7 +10,7 @@
       ...
     170K tokens/s, MFU 39 %; 480,000 steps take 137d and $282,000
 
-Each line says where it comes from.  The exit code is 0 if the plan fits into memory and 3 if not.
+Each line says where it comes from.  The exit code is 0 if the plan fits into memory and 6 if not.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from llamax.planner.memory import flash
 from llamax.planner.search import Plan, Refused, plan, search
 from llamax.planner.share import Share
 
-DOES_NOT_FIT = 3
+DOES_NOT_FIT = 6
 INSTANCES = {"xla": "trn1.32xlarge", "neuron": "trn2.48xlarge", "cuda": "p5.48xlarge"}
 BEST = 10  # rows of a search
 
@@ -172,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME_OR_TOML] [--search] "
         "[--json] [--section.key=value ...]",
         description="Say what a run needs and how long it takes, by arithmetic. Exit code 0 if it "
-        "fits into memory, 3 if not.",
+        "fits into memory, 6 if not.",
         allow_abbrev=False,
     )
     p.add_argument("--config", required=True, help="a recipe's name or a TOML file")
