@@ -1,0 +1,78 @@
+"""What does a step send and compile, beside neuronx-distributed's own Llama example?
+
+    .venv-xla/bin/python benchmarks/graphs.py
+
+Tensor 2, data 2, two layers, sequence parallelism, ZeRO-1: the case whose traced collectives are
+known of neuronx-distributed (NxD 0.18, its example as shipped: parallel state, padded ZeRO-1
+optimizer, norm gradients reduced one by one, state made in the first step).  Ours are traced here
+and counted from the HLO text; widths are Llama-2-7B's.  The second table is of tracing itself, for
+layers alike: what is between 2 and 4 layers, halved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llamax import configfile
+from llamax.audit import audit
+from llamax.config import Config
+from llamax.graphs.report import Audit, Kind
+from llamax.mesh import Mesh
+from llamax.metrics import show_bytes
+from llamax.planner import machine
+
+MESH = Mesh(tp=2, dp=2)
+NXD = {  # collectives traced from NxD's example at this mesh
+    "microstep": {"all-gather": 15, "reduce-scatter": 10, "all-reduce": 3},
+    "update": {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 7},
+}
+NXD_PROGRAMS = 6  # compiled before the steady state
+
+
+def traced(layers: int) -> Audit:
+    """Llama-2-7B of so many layers, two microsteps of one sequence."""
+    config: Config = configfile.load("llama2-7b")
+    config = replace(
+        config,
+        model=replace(config.model, num_hidden_layers=layers),
+        parallel=replace(config.parallel, tensor=MESH.tp),
+        data=replace(config.data, global_batch=4),
+        run=replace(config.run, recompute="none"),
+    )
+    return audit(config, MESH, machine.load("trn1.32xlarge"), "", every_rank=True)
+
+
+def count(kind: Kind, verb: str) -> int:
+    return sum(each.count for each in kind.collectives if each.kind == verb)
+
+
+def sent(kind: Kind, verb: str) -> int:
+    return sum(each.sent_bytes for each in kind.collectives if each.kind == verb)
+
+
+def main() -> None:
+    two, four = traced(2), traced(4)
+    print("| program | collective | NxD | llamax | sent by a rank |\n|---|---|---|---|---|")
+    for kind in two.kinds:
+        for verb, theirs in NXD.get(kind.name, {}).items():
+            print(
+                f"| {kind.name} | {verb} | {theirs} | {count(kind, verb)} "
+                f"| {show_bytes(sent(kind, verb))} |"
+            )
+    ours = sum(each.count for kind in two.kinds[:2] for each in kind.collectives)
+    theirs = sum(sum(counts.values()) for counts in NXD.values())
+    print(f"| both | all | {theirs} | {ours} | |")
+    training = [kind for kind in two.kinds if kind.name in NXD]
+    print(
+        f"\nPrograms compiled before the steady state: NxD {NXD_PROGRAMS}, llamax "
+        f"{len(training)}; distinct programs of {MESH.world_size} ranks: "
+        f"{'1 of each kind' if two.passes else 'ranks differ'}."
+    )
+    print("\n| program | instructions, 2 layers | a layer | trace s |\n|---|---|---|---|")
+    for small, large in zip(two.kinds, four.kinds, strict=True):
+        less, more = (len(each.program.instructions) for each in (small, large))
+        print(f"| {small.name} | {less:,} | {(more - less) // 2:,} | {small.trace_s:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What ``llamax audit`` refuses before anything is traced, and its plans of ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from llamax import configfile
+from llamax.audit import corner_ranks, layout, main, notes
+from llamax.errors import BackendError, ConfigError
+from llamax.mesh import Mesh
+from llamax.planner import machine
+from llamax.precompile import asked
+
+TRN1 = machine.load("trn1.32xlarge")
+
+
+def test_the_mesh_of_a_cluster() -> None:
+    config = configfile.load("llama2-7b")
+    assert layout(config, TRN1, 4) == Mesh(tp=8, dp=16)
+    four = replace(config, parallel=replace(config.parallel, tensor=4))
+    assert layout(four, TRN1, 1).groups("tp")[0] == (0, 8, 16, 24)
+
+
+@pytest.mark.parametrize("tensor", [3, 12, 64])
+def test_a_mesh_that_does_not_fit_a_node(tensor: int) -> None:
+    config = configfile.load("llama2-7b")
+    config = replace(config, parallel=replace(config.parallel, tensor=tensor))
+    with pytest.raises(ConfigError, match=f"parallel.tensor={tensor} does not fit trn1.32xlarge"):
+        layout(config, TRN1, 4)
+
+
+def test_a_machine_without_xla() -> None:
+    with pytest.raises(ConfigError, match="compiles no XLA programs"):
+        layout(configfile.load("llama2-7b"), machine.load("trn2.48xlarge"), 1)
+
+
+@pytest.mark.parametrize(("length", "use"), [(1000, 2048), (3000, 2048), (4000, 4096)])
+def test_a_length_that_the_flash_kernel_refuses(length: int, use: int) -> None:
+    config = configfile.load("llama2-7b")
+    (note,) = notes(replace(config, data=replace(config.data, sequence_length=length)))
+    assert note.startswith(f"data.sequence_length={length} is not a multiple of 2048")
+    assert note.endswith(f"; use {use}")
+    (note,) = notes(config)
+    assert "the flash kernel takes their place" in note
+
+
+def test_corners() -> None:
+    assert corner_ranks(Mesh(tp=8, dp=16)) == [0, 7, 120, 127]
+    assert corner_ranks(Mesh()) == [0]
+
+
+def test_no_nodes() -> None:
+    with pytest.raises(ConfigError, match="--nodes=0 is out of range"):
+        main(["--config", "llama2-7b", "--nodes", "0"])
+
+
+@pytest.mark.skipif(torch.__version__.startswith("2.9."), reason="torch-xla may be there")
+def test_one_line_where_torch_xla_is_absent() -> None:
+    with pytest.raises(BackendError, match="torch-xla"):
+        main(["--config", "llama2-7b", "--nodes", "4"])
+    done = subprocess.run(
+        [sys.executable, "-m", "llamax", "audit", "--config", "llama2-7b", "--nodes", "4"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "torch==2.9.0" in done.stderr
+
+
+def test_neuron_parallel_compile_asks_by_its_variable() -> None:
+    assert asked({"NEURON_EXTRACT_GRAPHS_ONLY": "1"})
+    assert not asked({"NEURON_EXTRACT_GRAPHS_ONLY": "0"})
+    assert not asked({})

@@ -1,0 +1,90 @@
+"""The compile guard: silent while programs are few, one line with the cause if not."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from llamax.data.loader import Batch
+from llamax.errors import BackendError
+from llamax.guard import Guard
+
+
+class Counted:
+    """A backend that compiled and read as often as it is told."""
+
+    compiled = read = 0
+
+    def compilations(self) -> int:
+        return self.compiled
+
+    def host_reads(self) -> int:
+        return self.read
+
+
+def batch(tokens: int) -> Batch:
+    ids = torch.zeros(1, tokens, dtype=torch.int64)
+    return Batch(ids, ids, ids, None)
+
+
+def run(guard: Guard, counted: Counted, steps: list[dict[str, Any]]) -> None:
+    for number, step in enumerate(steps, 1):
+        with guard.watch(step.get("part", "training"), number):
+            for _ in guard.seen([batch(step.get("tokens", 8))]):
+                counted.compiled += step.get("compiled", 0)
+                counted.read += step.get("read", 0)
+
+
+FINE = [{"compiled": 2}, {}, {"part": "validation", "compiled": 1}, {}, {"part": "validation"}]
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
+    caplog.set_level(logging.WARNING, "llamax")
+    return caplog
+
+
+def test_two_programs_to_train_and_one_to_validate_are_fine(warnings: Any) -> None:
+    counted = Counted()
+    run(Guard(counted, "stop"), counted, FINE)
+    assert not warnings.messages
+
+
+@pytest.mark.parametrize(
+    ("extra", "cause"),
+    [
+        ({"compiled": 1, "tokens": 7}, "a batch is ids [1, 7], labels [1, 7], positions [1, 7] af"),
+        ({"compiled": 1, "read": 1}, "values are read on the host in the middle of the step"),
+        ({"compiled": 1}, "a Python number or state differs between steps; llamax audit names"),
+        ({"compiled": 1, "part": "validation"}, "validation compiled 1 programs more"),
+    ],
+)
+def test_one_more_is_told_once_with_its_cause(
+    warnings: Any, extra: dict[str, Any], cause: str
+) -> None:
+    counted = Counted()
+    run(Guard(counted, "warn"), counted, [*FINE, extra, extra])
+    (message,) = warnings.messages
+    assert cause in message
+    assert message.startswith("step 6: ")
+    counted = Counted()
+    with pytest.raises(BackendError, match="compile_guard=warn goes on"):
+        run(Guard(counted, "stop"), counted, [*FINE, extra])
+
+
+def test_too_many_in_the_first_step_are_told_too(warnings: Any) -> None:
+    counted = Counted()
+    run(Guard(counted, "warn"), counted, [{"compiled": 3}])
+    assert "step 1: training compiled" in warnings.messages[0]
+
+
+@pytest.mark.parametrize("guard", [Guard(None, "stop"), Guard(Counted(), "off")])
+def test_nothing_to_watch(guard: Guard, warnings: Any) -> None:
+    run(guard, Counted(), [{"compiled": 9}])
+    counted = Counted()
+    run(Guard(counted, "off"), counted, [{"compiled": 9}])
+    assert not warnings.messages
