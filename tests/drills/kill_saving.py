@@ -17,6 +17,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,9 @@ def spawn(folder: Path, ranks: list[worlds.Rank], first: int, deadly: int, calls
                 torch.set_num_threads(1)
                 go = tell if index == 0 else hear
                 live(folder, index, rank, first, go, calls if index == deadly else 0)
-            finally:
-                os._exit(1)  # only a defect comes here
+            except BaseException:
+                traceback.print_exc()
+            os._exit(1)  # only a defect comes here
         children.append(child)
     os.close(hear)
     os.close(tell)
@@ -160,8 +162,8 @@ def main() -> int:
             deadly = chance.randrange(len(ranks))
             children = spawn(folder, ranks, first, deadly, calls)
             if calls:
-                _, status = os.waitpid(children[deadly], 0)
-                children.remove(children[deadly])
+                child, status = os.waitpid(-1, 0)  # the deadly one, or a defect
+                children.remove(child)
                 bad += not os.WIFSIGNALED(status)
             else:
                 time.sleep(chance.uniform(0.0, 0.5))
