@@ -25,6 +25,7 @@ from llamax.planner.search import search
 from llamax.planner.share import Share
 
 TRN1 = machines.load("trn1.32xlarge")
+APART = "--data.separate_documents=true"
 ONE = [f"--{key}" for key in ("data.separate_documents=false",)]
 
 
@@ -86,7 +87,7 @@ def test_activations_of_llama2_7b_by_hand(mode: str, each: int) -> None:
 
 
 def test_documents_kept_apart_cost_every_pair_of_tokens_where_flash_knows_none() -> None:
-    share = Share(recipe("llama2-7b", "--run.recompute=none"), Mesh(tp=8, dp=16))
+    share = Share(recipe("llama2-7b", "--run.recompute=none", APART), Mesh(tp=8, dp=16))
     assert flash(share, TRN1) == "data.separate_documents=true"
     whole = Share(recipe("llama2-7b", "--run.recompute=none", *ONE), Mesh(tp=8, dp=16))
     assert flash(whole, TRN1) == ""
