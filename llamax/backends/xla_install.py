@@ -54,10 +54,9 @@ def configure(
         environ["NEURON_RT_STOCHASTIC_ROUNDING_EN"] = str(int(stochastic_rounding))
         if rendezvous.world_size > 1:
             environ.update(neuron_variables(environ, rendezvous))
+    packages = ("torch_neuronx", "torch_xla") if neuron else ("torch_xla",)  # in this order
     try:
-        for package in (
-            ("torch_neuronx", "torch_xla") if neuron else ("torch_xla",)
-        ):  # in this order
+        for package in packages:
             importlib.import_module(package)
     except (ImportError, OSError) as error:
         raise BackendError(

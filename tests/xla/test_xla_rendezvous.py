@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+
+pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
+
 from torch_xla._internal import neuron
 
 from llamax.launch.env import FAMILIES, NEURON_PORT, Rendezvous, neuron_variables, rendezvous
