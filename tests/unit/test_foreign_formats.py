@@ -447,8 +447,17 @@ def damaged_nxd(tmp_path: Path, kind: str) -> tuple[Path, str]:
     if kind == "extra":
         other = tag / "model" / "dp_rank_00_tp_rank_00_pp_rank_00.pt"
         torch.save(torch.load(other) | {"model.vision.weight": torch.ones(2)}, other)
-    if kind in ("tensor", "shape"):
+    if kind == "dtype":
+        held["model.layers.1.mlp.down_proj.weight"] = held[
+            "model.layers.1.mlp.down_proj.weight"
+        ].float()
+    if kind in ("tensor", "shape", "dtype"):
         torch.save(held, weight)
+    if kind == "step":
+        optim = tag / "optim" / "dp_rank_00_tp_rank_00_pp_rank_00.pt"
+        state = torch.load(optim, weights_only=False)
+        state["base_state"][0]["step"] = torch.ones(3)
+        torch.save(state, optim)
     if kind == "moment":
         del state["base_state"][3]["exp_avg"]
         torch.save(state, optim)
@@ -470,6 +479,8 @@ def damaged_nxd(tmp_path: Path, kind: str) -> tuple[Path, str]:
         ("rank", "has 2 rank files, data 1 x tensor 3 x pipeline 1 are 3"),
         ("tensor", "rank 1 of stage 0 has no model.layers.1.mlp.down_proj.weight"),
         ("shape", "is no part of this model"),
+        ("dtype", "is torch.float32 on some rank and torch.bfloat16 on the first"),
+        ("step", "its optimizer state is none of NxD's"),
         ("extra", "has model.vision.weight, which llamax does not know"),
         ("moment", "the optimizer has no exp_avg of"),
         ("groups", "2 groups of 18 parameters, not one, or .* of 19"),

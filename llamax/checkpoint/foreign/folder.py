@@ -44,6 +44,11 @@ class Foreign(ABC):
                 f"{self.folder}: {name} ({kind}) is {list(joined.shape)}, the model's is "
                 f"{list(shape)}; give the configuration of this very model with --config"
             )
+        if joined.dtype != (dtype := self.dtype(name, kind)):
+            raise CheckpointError(
+                f"{self.folder}: {name} ({kind}) is {joined.dtype} on some rank and {dtype} on the "
+                "first; copy the folder anew"
+            )
         return joined.contiguous()
 
     def lay_out(self, model: Model) -> None:
@@ -77,9 +82,9 @@ def model_of(folder: Path, config: str) -> Model:
     ``config`` is a config.json, a folder with one, a recipe or a TOML file.
     """
     if not config:
-        beside = [home / hub.CONFIG for home in (folder, folder.parent)]
-        config = next((str(path) for path in beside if path.is_file()), "")
-    if not config:
+        for home in (folder, folder.parent):
+            if (home / hub.CONFIG).is_file():
+                return Model.from_hub(read_object(home, home / hub.CONFIG))
         raise ConfigError(
             f"{folder} does not say what model it holds; add --config with its config.json or the "
             "name of a recipe"

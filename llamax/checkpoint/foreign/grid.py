@@ -36,7 +36,7 @@ from llamax.errors import CheckpointError
 from llamax.shard import Replica, Shard
 
 State = Mapping[str, Stored]
-IGNORED = (".inv_freq", "rope.freqs", "._extra_state", ".num_batches_tracked")
+IGNORED = (".inv_freq", "rope.freqs", "._extra_state")
 
 
 class Where(NamedTuple):
@@ -91,19 +91,16 @@ class Grid(Foreign):
         how = self.cuts[name]
         if isinstance(how, Replica):
             return where.rows(self.share(stage, 0, where.name, kind))
-        try:
-            shares = [
-                where.rows(self.share(stage, rank, where.name, kind))
-                for rank in range(self.tensor_degree)
-            ]
-            joined = torch.cat(shares, self.cut_dim(name, how))
-        except (RuntimeError, IndexError):
-            raise self.unfit(where.name) from None
+        shares = [self.share(stage, rank, where.name, kind) for rank in range(self.tensor_degree)]
         (block,) = how.blocks
-        if block.pad:
-            return joined[: block.size]
-        if ".self_attn." in name and (copies := self.copies(name)) > 1:
-            return self.without_copies(joined, name, how.dim, copies)
+        try:
+            joined = torch.cat([where.rows(share) for share in shares], self.cut_dim(name, how))
+            if block.pad:
+                return joined[: block.size]
+            if ".self_attn." in name and (copies := self.copies(name)) > 1:
+                return self.without_copies(joined, name, how.dim, copies)
+        except (RuntimeError, IndexError, TypeError):
+            raise self.unfit(where.name) from None
         return joined
 
     def cut_dim(self, name: str, how: Shard) -> int:

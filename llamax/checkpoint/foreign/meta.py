@@ -97,7 +97,7 @@ class Meta(Grid):
                 raise CheckpointError(f"{self.folder} has no {needed}: it is no Llama of Meta's")
         vocabulary = first["output.weight"].shape[0] * ranks
         newer = vocabulary > 100_000
-        eps = float(str(params.get("norm_eps", 1e-5)))
+        eps = params.get("norm_eps", 1e-5)
         heads = params["n_heads"]
         return Model.from_hub(
             {

@@ -98,7 +98,9 @@ class Nxd(Grid):
         if kind == "weight" and weight.offset != ABSENT:
             return weight.load()
         pieces = self._pieces(stage, rank, name, "master" if kind == "weight" else kind)
-        rows = torch.cat([piece.load() for piece in pieces])[: weight.shape[0]]
+        rows = torch.empty(0)
+        if len({piece.shape[1:] for piece in pieces}) == 1:
+            rows = torch.cat([piece.load() for piece in pieces])[: weight.shape[0]]
         if tuple(rows.shape) != weight.shape:
             raise CheckpointError(
                 f"{self.folder}: {kind} of {name} is {list(rows.shape)} on tensor rank {rank}, "
@@ -128,12 +130,17 @@ class Nxd(Grid):
             ]
             for stage in range(found.stages)
         ]
-        self.index = [self._numbers(stage) for stage in range(found.stages)]
         first = self.optimizer[0][0][0]
         masters = isinstance(first.get("sharded_master_weights"), dict)
         self.kinds = ("weight", *(["master"] if masters else []), *MOMENTS)
-        step = entry(first, _states(first), 0).get("step")
-        self.step = int(step.load().item() if isinstance(step, Stored) else step or 0)
+        try:
+            self.index = [self._numbers(stage) for stage in range(found.stages)]
+            step = entry(first, _states(first), 0).get("step", 0)
+            self.step = int(step.load().item() if isinstance(step, Stored) else step)
+        except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
+            raise CheckpointError(
+                f"{self.folder}: its optimizer state is none of NxD's; --weights-only leaves it out"
+            ) from None
 
     def _numbers(self, stage: int) -> dict[str, int]:
         """The number of every parameter's state, checked against the shapes that are kept."""
@@ -165,7 +172,8 @@ class Nxd(Grid):
         number, found = self.index[stage][name], []
         for held in self.optimizer[stage][rank]:
             if kind == "master":
-                piece = held.get("sharded_master_weights", {}).get(number)
+                masters = held.get("sharded_master_weights")
+                piece = masters.get(number) if isinstance(masters, dict) else None
             else:
                 piece = entry(held, _states(held), number).get(kind)
             if not isinstance(piece, Stored) or not piece.shape:
@@ -228,7 +236,8 @@ def opened(folder: Path, path: Path) -> Mapping[Any, Any]:
         about = info.get(reference.tid)
         if not file.exists() and isinstance(about, dict):
             dtype, shape = about.get("dtype"), about.get("shape")
-            if isinstance(dtype, torch.dtype) and isinstance(shape, tuple):
+            plain = isinstance(shape, tuple) and all(type(n) is int and n > 0 for n in shape)
+            if isinstance(dtype, torch.dtype) and plain:
                 return Stored(file, ABSENT, dtype, 0, shape, ())
         tensor = archive.load(inside(folder, file))
         if not isinstance(tensor, Stored):

@@ -54,13 +54,15 @@ class Optimum(Nxd):
                 f"{path} says that {where.name} is cut along {told}, llamax knows it along {ours}"
             )
         for specs in _list(self._told[stage].get("model_weight_transformation_specs")):
-            for kind, spec in _list(_inner(specs).get("specs")):
-                told = _inner(spec).get("kv_size_multiplier", 1)
-                layer = _inner(specs).get("module_fully_qualified_name")
-                if kind and name == f"{layer}.k_proj.weight" and told != self.copies(name):
+            layer = _inner(specs).get("module_fully_qualified_name")
+            if name != f"{layer}.k_proj.weight":
+                continue
+            for spec in _list(_inner(specs).get("specs")):
+                told = _inner(_list(spec)[-1:] and _list(spec)[-1]).get("kv_size_multiplier", 1)
+                if told != self.copies(name):
                     raise CheckpointError(
-                        f"{path} says that key/value heads are repeated "
-                        f"{told} times, the shards hold {self.copies(name)}"
+                        f"{path} says that key/value heads are repeated {told} times, the shards "
+                        f"hold {self.copies(name)}"
                     )
 
 
