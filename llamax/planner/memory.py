@@ -62,7 +62,7 @@ def memory(share: Share, machine: Machine) -> Memory:
     all_kept, one_kept = kept(share, machine, mode), last_kept(share, machine, mode)
     working, total = backward(share, machine, mode), gradients(share)
     early = early_gradients(share, machine)
-    head = _gradients(share.head_weights, "the head's, the first to be there")
+    head = _gradients(0 if share.tuned else share.head_weights, "the head's, the first to be there")
     moments = {
         "forward has ended": [early, all_kept, loss(share, machine)],
         "the last layer goes backward": [max(early, head, key=_bytes), all_kept, working],
@@ -73,7 +73,16 @@ def memory(share: Share, machine: Machine) -> Memory:
         for moment, lines in moments.items()
     }
     moment = max(chosen, key=lambda each: sum(line.value for line in chosen[each]))
-    order = ("weights", "gradients", "masters", "moments", "norm weights", "activations")
+    order = (
+        "base",
+        "dense layer",
+        "weights",
+        "gradients",
+        "masters",
+        "moments",
+        "norm weights",
+        "activations",
+    )
     ranked = {name: place for place, name in enumerate(order)}
     lines = sorted(chosen[moment], key=lambda line: ranked.get(line.name, len(order)))
     modes: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -118,6 +127,7 @@ def state(share: Share) -> list[Line]:
     uneven = sum(group.elements for group in groups if group.uneven)
     said, cut = show_number(n), f" / {ranks} data ranks" if ranks > 1 else ""
     return [
+        *base(share),
         Line("weights", n * w, f"{w} B x {said} elements"),
         Line("masters", 4 * n // ranks if w < 4 else 0, f"4 B x {said} elements{cut}"),
         Line("moments", 8 * n // ranks, f"2 x 4 B x {said} elements{cut}"),
@@ -127,6 +137,27 @@ def state(share: Share) -> list[Line]:
             f"4 B x {show_number(uneven)} elements that ranks hold unequally{cut}",
         ),
     ]
+
+
+def base(share: Share) -> list[Line]:
+    """A frozen base: whole, or quantised and then one layer of it dense while it is used."""
+    if not share.tuned:
+        return []
+    finetune, (plain, linear) = share.config.finetune, share.base
+    kind = finetune.quant if finetune.method == "qlora" else f"{8 * share.width} bits"
+    cut = ", cut over the data ranks" if share.spread else ""
+    dense = share.width * share.model.hidden_size * 2 * share.feed_forward
+    lines = [
+        Line(
+            "base",
+            plain + linear,
+            f"{show_number(share.layers * share.layer_weights)} frozen elements in {kind}{cut}, "
+            f"{show_bytes(plain)} of embeddings and norms",
+        )
+    ]
+    if finetune.method == "qlora":
+        lines.append(Line("dense layer", dense, "the largest projection while it is used"))
+    return lines
 
 
 def gradients(share: Share) -> Line:
@@ -271,10 +302,11 @@ def loss(share: Share, machine: Machine) -> Line:
         work = 4 * v * D + 2 * 4 * t * D
     else:
         work = t * D * w + (t * v * w + v * D * w if w < 4 else 0)
+    head = 0 if share.tuned else 4 * v * D
     return Line(
         "loss",
-        hidden + logits + work + 4 * v * D,
-        f"{t} tokens x 4 B x {v} logits, 4 B x {v} x {D} gradient of the head, "
+        hidden + logits + work + head,
+        f"{t} tokens x 4 B x {v} logits, {show_bytes(head)} gradient of the head, "
         f"{show_bytes(work)} products, {show_bytes(hidden)} hidden state and its gradient",
     )
 

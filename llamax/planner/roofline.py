@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llamax.mesh import Mesh
 from llamax.metrics import flops_per_token, mfu, show_bytes, show_number
 from llamax.planner import Line
 from llamax.planner.machine import Machine
@@ -119,16 +120,18 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
 
     layers, head, attention = forward_flops(share)
     again = 1 if mode == "full" else 0
-    matmul = (3 + again) * layers + 3 * head
-    weights = (3 + again) * (share.layers * share.layer_weights + share.head_weights) * w
+    passes = 2 if share.tuned else 3  # a frozen weight has no gradient of its own
+    matmul = (passes + again) * layers + passes * head
+    matmul += 6.0 * share.tokens * share.adapters if share.tuned else 0.0
+    weights = (passes + again) * (share.layers * share.layer_weights + share.head_weights) * w
     matmul_s = max(matmul / (peak * machine.matmul_efficiency), weights / bandwidth)
     plain = flash(share, machine)
-    passes = 1 + (2 if plain else 2.5) + (0 if mode == "none" else 1)
-    attention_s = passes * attention / (peak * machine.attention_efficiency)
+    rounds = 1 + (2 if plain else 2.5) + (0 if mode == "none" else 1)
+    attention_s = rounds * attention / (peak * machine.attention_efficiency)
     scores = 0.0
     if plain:  # no half is left out, and scores go through memory
         attention_s *= 2
-        scores = passes * PLAIN_BYTES * pairs(share) * share.layers
+        scores = rounds * PLAIN_BYTES * pairs(share) * share.layers
         attention_s += scores / bandwidth
     moved = (3 + again) * share.layers * element_bytes(share)
 
@@ -146,6 +149,8 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     accumulate = (8 + w) * elements
     adamw = 28 * own + (4 + w) * own
     data = wire(machine, owners, mesh.tp)
+    whole = share.base[1] * owners if share.spread else 0.0
+    gathered_s = 2 * n * data.ring(whole) if whole else 0.0
     if config.parallel.zero1:
         data_s = data.ring(4 * elements) + data.ring(w * elements)
     else:
@@ -163,7 +168,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         Line(
             "attention",
             microsteps * attention_s,
-            f"{each} x {passes:g} x {show_number(attention)}FLOP / "
+            f"{each} x {rounds:g} x {show_number(attention)}FLOP / "
             f"({machine.attention_efficiency:.0%} of it)"
             + (f", twice, + {show_bytes(scores)} of scores / {memory}" if plain else ""),
         ),
@@ -183,6 +188,12 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
             n * accumulate / bandwidth,
             f"{n} x {8 + w} B x {show_number(elements)} elements / {memory}",
         ),
+        Line(
+            "base gathered",
+            gathered_s,
+            f"{n} microsteps x 2 x {show_bytes(whole)} over {data.name} at "
+            f"{data.bytes_per_s / 1e9:.1f} GB/s",
+        ),
         Line("AdamW", adamw / bandwidth, f"{32 + w} B x {show_number(own)} elements / {memory}"),
         Line(
             "data collectives",
@@ -191,6 +202,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
             f"over {data.name} at {data.bytes_per_s / 1e9:.1f} GB/s",
         ),
     )
+    trained = Share(config, Mesh()).adapters if share.tuned else 0
     step_tokens = config.data.global_batch * config.data.sequence_length
     step_s = sum(line.value for line in lines)
     return Time(
@@ -199,7 +211,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         steps=config.run.steps,
         mfu=mfu(
             step_tokens / step_s,
-            flops_per_token(share.model, config.data.sequence_length),
+            flops_per_token(share.model, config.data.sequence_length, trained),
             peak * mesh.world_size,
         ),
         dollars_per_hour=machine.dollars_per_hour * nodes,

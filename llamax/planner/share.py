@@ -12,8 +12,10 @@ from typing import NamedTuple
 from llamax.config import Config
 from llamax.hub import Model
 from llamax.mesh import Mesh
+from llamax.rules import target_names
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of an element
+NF4_BITS = {True: 4.127, False: 4.5}  # of a weight, its scales included: see quant.py
 CHUNK_BYTES, EVEN = 64 * 2**20, 128  # of the loss: see parallel/loss.py
 
 
@@ -115,8 +117,41 @@ class Share:
         """Tokens whose logits live at once."""
         return max(1, CHUNK_BYTES // (4 * self.vocabulary) // EVEN * EVEN)
 
+    @property
+    def tuned(self) -> bool:
+        """Whether adapters are trained beside a frozen base."""
+        return self.config.finetune.method != "full"
+
+    @property
+    def adapters(self) -> int:
+        """Elements of my adapters: of A [r, in] and B [out, r], one is whole and one is cut."""
+        D, q, k, F = self.model.hidden_size, self.query, self.key, self.feed_forward
+        both = {"q_proj": D + q, "k_proj": D + k, "v_proj": D + k, "o_proj": q + D}
+        both |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), D + F)
+        finetune = self.config.finetune
+        return self.layers * finetune.r * sum(both[n] for n in set(target_names(finetune.targets)))
+
+    @property
+    def base(self) -> tuple[int, float]:
+        """Bytes of a frozen base: what stays as it is, and its linear layers, perhaps quantised."""
+        finetune, D = self.config.finetune, self.model.hidden_size
+        heads = 1 if self.model.tie_word_embeddings else 2
+        plain = (heads * self.head_weights + (2 * self.layers + 1) * D) * self.width
+        bits = 8.0 * self.width
+        if finetune.method == "qlora":
+            bits = 8.0 if finetune.quant == "int8" else NF4_BITS[finetune.double_quant]
+        ranks = self.mesh.dp * self.mesh.cp if self.spread else 1
+        return plain, self.layers * self.layer_weights * bits / 8 / ranks
+
+    @property
+    def spread(self) -> bool:
+        """Whether a quantised base is cut over the data ranks, and gathered when it is used."""
+        return self.config.finetune.method == "qlora" and self.config.finetune.shard_base
+
     def groups(self) -> list[Group]:
         """The flat groups that optim/zero1.py makes of my weights."""
+        if self.tuned:
+            return [Group(self.adapters, summed=self.sequence)]
         model = self.model
         heads = 1 if model.tie_word_embeddings or self.mesh.pp > 1 else 2
         vocabulary = heads * self.head_weights

@@ -292,3 +292,40 @@ def test_memory_names_the_fullest_moment() -> None:
     assert [line.name for line in found.modes] == ["none", "selective", "full"]
     small = replace(TRN1, memory_gib=found.peak / 2**30 - 0.01)
     assert not memory(share, small).fits
+
+
+# --- tuning --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", ["nf4", "int8"])
+def test_a_quantised_base_takes_what_it_takes(quant: str) -> None:
+    from llamax import base, lora
+
+    config = recipe(
+        "news-llama3-8b-qlora", f"--finetune.quant={quant}", "--finetune.targets=q_proj,down_proj"
+    )
+    share = Share(config, Mesh(tp=4, dp=2))
+    wanted = base.expected(config.model, config.finetune, tensor=4, data=2, itemsize=2)
+    plain, linear = share.base
+    assert plain == wanted.plain
+    assert linear == pytest.approx(wanted.quantised, rel=0.01)
+    assert Share(config, Mesh()).adapters == lora.num_parameters(config.model, config.finetune)
+    told = {line.name: line.value for line in state(share)}
+    assert told["dense layer"] == wanted.dense
+    assert told["weights"] == 2 * share.adapters
+    assert told["moments"] == 8 * share.adapters // 2
+
+
+def test_a_frozen_base_saves_gradients_state_and_a_third_of_the_matmuls() -> None:
+    whole = recipe("llama2-7b", *ONE)
+    tuned = replace(whole, finetune=replace(whole.finetune, method="lora", r=8))
+    one, other = (planned(config, TRN1, 1) for config in (whole, tuned))
+    assert other.memory.peak < one.memory.peak - 4e9
+    seconds = [{line.name: line.value for line in each.time.lines} for each in (one, other)]
+    assert seconds[1]["matmuls"] == pytest.approx(seconds[0]["matmuls"] * 2 / 3, rel=0.02)
+    assert "base gathered" not in seconds[1]
+    spread = replace(whole, finetune=replace(whole.finetune, method="qlora", r=8))
+    assert "base gathered" in {line.name for line in planned(spread, TRN1, 1).time.lines}
+    names = {line.name for line in other.memory.lines}
+    assert "base" in names
+    assert "dense layer" not in names
