@@ -5,7 +5,7 @@ kind of step on rank 0, each program on the ranks at the corners of the mesh, an
 each program on every rank of the world.  On Trainium a program of its own costs a rank 25 to 40
 minutes of compilation while all others wait; here it costs a line that says where it comes from.
 
-The exit code is 0 only if the whole cluster would compile each program once, else 3.
+The exit code is 0 only if the whole cluster would compile each program once, else 7.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from llamax.planner import machine as machines
 from llamax.planner.machine import Machine
 from llamax.rehearsal import MICROSTEP, VALIDATION, Rehearsal, made_up_tokens
 
-DIFFERS = 3
+DIFFERS = 7
 FEW_LAYERS = 2
 KERNEL_TOKENS = 2048  # neuronx_distributed.kernels.flash_attn wants a multiple
 MODEL_SHARE = {MICROSTEP: 1.0, VALIDATION: 1 / 3}  # of forward and backward FLOPs
@@ -261,7 +261,7 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME] [--ranks all|corners] "
         "[--json] [--section.key=value ...]",
         description="Trace a run without devices. Exit code 0 if the whole cluster would compile "
-        "each program once, 3 if not.",
+        "each program once, 7 if not.",
         allow_abbrev=False,
     )
     p.add_argument("--config", required=True, help="a recipe's name or a TOML file")

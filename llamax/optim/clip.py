@@ -21,8 +21,13 @@ def sum_of_squares(vectors: Sequence[Tensor]) -> Tensor:
 
 def _sum_of_squares(x: Tensor) -> Tensor:
     whole = x.numel() // ROW * ROW
-    rows: Tensor = torch.linalg.vector_norm(x[:whole].view(-1, ROW), dim=1)
-    return rows.square().sum() + x[whole:].square().sum()
+    found = []  # no empty slices: in a program they would be arrays without elements
+    if whole:
+        rows: Tensor = torch.linalg.vector_norm(x[:whole].view(-1, ROW), dim=1)
+        found.append(rows.square().sum())
+    if whole < x.numel() or not whole:
+        found.append(x[whole:].square().sum())
+    return sum(found[1:], found[0])
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
