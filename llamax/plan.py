@@ -126,8 +126,13 @@ def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]
             f"{show_bytes(least.memory.peak)} of {show_bytes(least.memory.available)}, "
             f"{show_bytes(largest.value)} of it {largest.name}"
         )
-    for reason in dict.fromkeys(refusal.reason for refusal in refused):
-        yield f"  {reason}"
+    first: dict[int, Refused] = {}
+    for refusal in refused:
+        first.setdefault(refusal.config.parallel.tensor, refusal)
+    for tensor, refusal in sorted(first.items()):
+        batch = refusal.config.data.micro_batch
+        of = f" with micro-batch {batch} and more" if batch > 1 else ""
+        yield f"  tensor {tensor}{of}: {refusal.reason}"
 
 
 def as_json(found: Plan) -> dict[str, object]:

@@ -1,0 +1,40 @@
+"""The profiled window: the steps asked for, on rank 0, in files that say so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from llamax.config import Run
+from llamax.profiling import Profile
+
+
+def steps(profile: Profile, count: int) -> None:
+    """Step n multiplies matrices of size n + 10."""
+    for step in range(1, count + 1):
+        profile.at(step)
+        x = torch.ones(step + 10, step + 10)
+        torch.mm(x, x)
+    profile.stop()
+
+
+def test_a_window_of_steps_is_recorded(tmp_path: Path) -> None:
+    steps(Profile(Run(profile_at=2, profile_steps=2), tmp_path, 0), 5)
+    (trace,) = (tmp_path / "profile").glob("*.json")
+    assert trace.name == "rank-00000-steps-2-3.json"
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert sum(event["name"] == "aten::mm" for event in events) == 2
+    assert "aten::mm" in trace.with_suffix(".txt").read_text()
+
+
+def test_a_window_that_the_run_ends_in_is_written_too(tmp_path: Path) -> None:
+    steps(Profile(Run(profile_at=3, profile_steps=9), tmp_path, 0), 4)
+    assert [path.suffix for path in sorted((tmp_path / "profile").iterdir())] == [".json", ".txt"]
+
+
+def test_nothing_is_recorded_unless_asked_and_only_on_rank_0(tmp_path: Path) -> None:
+    steps(Profile(Run(), tmp_path, 0), 3)
+    steps(Profile(Run(profile_at=1), tmp_path, 1), 3)
+    assert not (tmp_path / "profile").exists()
