@@ -16,13 +16,12 @@ to share: it lists, per tensor, the runs (see ``layout``) and the files they lie
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +140,7 @@ def commit(folder: Path, manifest: Manifest, config_text: str) -> None:
     if config_text:
         write_text(folder / CONFIG, config_text)
         manifest = replace(manifest, config_sha256=hashlib.sha256(config_text.encode()).hexdigest())
-    write_text(folder / MANIFEST, json.dumps(asdict(manifest), separators=(",", ":")))
+    write_text(folder / MANIFEST, _SCHEMA.dump_json(manifest).decode())
 
 
 def finish(folder: Path) -> None:
