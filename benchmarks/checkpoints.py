@@ -94,6 +94,17 @@ def merge_unverified(folder: Path, out: Path) -> None:
     consolidate(folder / "checkpoint", out, verify=False)
 
 
+def merge_by_two_processes(folder: Path, out: Path) -> None:
+    consolidate(folder / "checkpoint", out, processes=2)
+
+
+def save_by_transformers(folder: Path, out: Path) -> None:
+    """The whole model in memory, as a trainer that ends in save_pretrained has it; then that."""
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM.from_pretrained(folder / "hub", dtype="auto").save_pretrained(out)
+
+
 def split_everything(folder: Path, out: Path) -> None:
     whole = load_file(folder / "hub" / "model.safetensors")
     out.mkdir()
@@ -136,7 +147,13 @@ def load_unverified(folder: Path, out: Path) -> None:
 
 
 QUESTIONS: dict[str, list[Callable[[Path, Path], None]]] = {
-    "merge tensor 8 into one file": [merge_everything, merge_streamed, merge_unverified],
+    "merge tensor 8 into one file": [
+        merge_everything,
+        merge_streamed,
+        merge_unverified,
+        merge_by_two_processes,
+        save_by_transformers,
+    ],
     "split one file into tensor 8": [split_everything, split_streamed],
     "load one rank of 8": [load_whole, load_hub, load_checkpoint, load_unverified],
 }

@@ -111,7 +111,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             stop = verdict.add(step, found)
             reporter.took(time.perf_counter() - started)
             signals.stepped()
-            last = step == config.run.steps or stop
+            last = step == config.run.steps
             epoch = training.ended_epoch
             validated = None
             if validation is not None and (
@@ -128,7 +128,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
                 tokens = training.consumed * config.data.sequence_length
                 reporter.add(step, tokens, lr, [found.loss, found.grad_norm], validated)
             due = _due(step, config.checkpoint.every) or (epoch and config.checkpoint.each_epoch)
-            if due or last or patience.over:
+            if due or last or stop or patience.over:
                 reporter.flush()
                 save(job, step, training.consumed, validated)
         profile.stop()
