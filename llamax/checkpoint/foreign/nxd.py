@@ -236,9 +236,9 @@ def opened(folder: Path, path: Path) -> Mapping[Any, Any]:
         about = info.get(reference.tid)
         if not file.exists() and isinstance(about, dict):
             dtype, shape = about.get("dtype"), about.get("shape")
-            plain = isinstance(shape, tuple) and all(type(n) is int and n > 0 for n in shape)
-            if isinstance(dtype, torch.dtype) and plain:
-                return Stored(file, ABSENT, dtype, 0, shape, ())
+            sizes = shape if isinstance(shape, tuple) else ("none",)
+            if isinstance(dtype, torch.dtype) and all(type(n) is int and n > 0 for n in sizes):
+                return Stored(file, ABSENT, dtype, 0, sizes, ())
         tensor = archive.load(inside(folder, file))
         if not isinstance(tensor, Stored):
             raise CheckpointError(f"{file} holds no tensor; copy it anew")
