@@ -22,7 +22,7 @@ from torch import Tensor
 
 FIRST, SECOND = 0x7FEB352D, 0x846CA68B
 GOLDEN = 0x9E3779B97F4A7C15
-MASK64 = 2**64 - 1
+MASK31, MASK64 = 2**31 - 1, 2**64 - 1
 
 
 class Dropout:
@@ -70,10 +70,13 @@ def kept(tokens_BS: Tensor, features_F: Tensor, p: float) -> Tensor:
 
 
 def mix(x: Tensor) -> Tensor:
-    """Every bit of an int32 moves every bit of the result: [...] -> [...]."""
-    x = (x ^ ((x >> 16) & 0xFFFF)) * FIRST
-    x = (x ^ ((x >> 15) & 0x1FFFF)) * signed(SECOND)
-    return x ^ ((x >> 16) & 0xFFFF)
+    """An int32 that is different for each int32, and looks random: [...] -> [...].
+
+    The sign is left out of shifts: torch-xla divides a negative number where torch shifts it.
+    """
+    x = (x ^ ((x & MASK31) >> 16)) * FIRST
+    x = (x ^ ((x & MASK31) >> 15)) * signed(SECOND)
+    return x ^ ((x & MASK31) >> 16)
 
 
 def signed(x: int) -> int:
