@@ -107,8 +107,8 @@ class LazyGroup:
 
 def moved(x: Tensor, device: torch.device | str) -> Tensor:
     """``x`` on ``device``; zeros for a meta tensor, which is but a shape."""
-    if x.is_meta:
-        return torch.zeros(x.shape, dtype=x.dtype, device=device)
+    if x.is_meta:  # cloned, because zeros are written in place, and see put
+        return torch.zeros(x.shape, dtype=x.dtype, device=device).clone()
     return x.to(device, copy=True)
 
 
