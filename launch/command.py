@@ -10,6 +10,7 @@ Phases come in the order of a project: image, shell, prepare, precompile, train,
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -124,6 +125,12 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
         raise ConfigError(
             f"--node is missing: {job.nodes} nodes each run this command with their own, 0 on "
             f"{job.torchrun.master}, the others 1 to {job.nodes - 1}"
+        )
+    starts_sdk = launcher == "sagemaker" and phase == "train" and what == "start"
+    if starts_sdk and importlib.util.find_spec("sagemaker") is None:
+        raise BackendError(
+            "the SageMaker SDK is not installed here; python3 -m pip install 'sagemaker<3', or "
+            "print what it would run with --render"
         )
     with tempfile.NamedTemporaryFile("w", suffix=f"-{job.name}-{phase}") as file:
         file.write(text)

@@ -4,8 +4,8 @@ With ``sagemaker.local`` the same container runs here under docker, on the CPU: 
 there starts on the cluster.  SageMaker starts torchrun on every host by itself, and hands settings
 over as hyperparameters: ``--optim.lr 1e-4``.
 
-Sources: SageMaker Python SDK, ``sagemaker.pytorch.PyTorch`` and "Local Mode"; AWS, "Run distributed
-training on Trainium: torchrun"; sagemaker-training-toolkit (how hyperparameters become arguments).
+Sources: SageMaker Python SDK 2, ``sagemaker.pytorch.PyTorch`` and "Local Mode"; AWS, "Run
+distributed training on Trainium: torchrun"; sagemaker-training-toolkit (hyperparameters).
 """
 
 from __future__ import annotations
