@@ -108,6 +108,20 @@ def element_bytes(share: Share) -> float:
     return float((2 * 2 + 2 * 3) * between + share.tokens * inside) * share.width
 
 
+def turns(share: Share) -> int:
+    """How often a whole hidden state goes around the tensor ring in a microbatch.
+
+    With sequence parallelism a layer gathers and scatters twice forward, as often backward, and
+    gathers its two inputs once more for the gradients of weights; embedding and head add five.
+    Without, each of four all-reduces goes around twice.  A layer that is computed again leaves out
+    its last product and the sum of it, which nothing in backward reads.
+    """
+    again = share.config.run.recompute == "full"
+    if share.sequence:
+        return (10 + 3 * again) * share.layers + 5
+    return 2 * ((4 + again) * share.layers + 2)
+
+
 def time(share: Share, machine: Machine, nodes: int) -> Time:
     """Seconds of a step of ``share``, by purpose."""
     config, mesh = share.config, share.mesh
@@ -121,7 +135,8 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     layers, head, attention = forward_flops(share)
     again = 1 if mode == "full" else 0
     passes = 2 if share.tuned else 3  # a frozen weight has no gradient of its own
-    matmul = (passes + again) * layers + passes * head
+    down = 2.0 * share.tokens * share.layers * share.model.hidden_size * share.feed_forward
+    matmul = (passes + again) * layers + passes * head - again * down
     matmul += 6.0 * share.tokens * share.adapters if share.tuned else 0.0
     weights = (passes + again) * (share.layers * share.layer_weights + share.head_weights) * w
     matmul_s = max(matmul / (peak * machine.matmul_efficiency), weights / bandwidth)
@@ -137,11 +152,8 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
 
     tp = wire(machine, mesh.tp, 1)
     hidden = share.tokens * share.model.hidden_size * w
-    if share.sequence:
-        turns = (10 + 4 * again) * share.layers + 5
-    else:
-        turns = (8 + 4 * again) * share.layers + 4
-    tensor_s = turns * tp.ring(hidden)
+    turned = turns(share)
+    tensor_s = turned * tp.ring(hidden)
 
     elements = sum(group.elements for group in share.groups())
     owners = mesh.dp * mesh.cp
@@ -180,7 +192,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         Line(
             "tensor collectives",
             microsteps * tensor_s,
-            f"{each} x {turns} turns of {show_bytes(hidden)} over {tp.name} at "
+            f"{each} x {turned} turns of {show_bytes(hidden)} over {tp.name} at "
             f"{tp.bytes_per_s / 1e9:.0f} GB/s",
         ),
         Line(
