@@ -1,14 +1,15 @@
-"""``llamax plan --config llama2-7b --nodes 4``: bytes, seconds and dollars before paying for them.
+"""``llamax plan --config llama2-7b --nodes 16``: bytes, seconds and dollars before paying for them.
 
 ::
 
-    memory of a rank          12.9 of 16.0 GiB   fits
-      weights                  1.57 GiB   2 B x 843M elements
+    memory of a rank: 10.6 GiB of 16 GiB, fits; fullest when forward has ended
+      weights          1.57 GiB   2 B x 843M elements
       ...
-    time of a step            24.6s
-      matmuls                 13.1s       64 microsteps x 47.5TFLOP / (60% of 95.0 TFLOP/s)
+    time of a step: 11s for 4.19M tokens
+      matmuls             6.10s   16 microsteps x 20.3TFLOP / (56% of 95TFLOP/s)
       ...
-    170K tokens/s, MFU 39 %; 480,000 steps take 137d and $282,000
+    389K tokens/s (760 a rank), MFU 34.3%
+    2.01T tokens in 480,000 steps: 59d20h, $494,146 at $344.00 an hour
 
 Each line says where it comes from.  The exit code is 0 if the plan fits into memory and 6 if not.
 """

@@ -2,10 +2,13 @@
 
 ::
 
-    runs/llama2-7b   llama-shaped 6.74B   running                                    14:02:11
-    [##############----------------------]  39 %   step 187,000/480,000   left 33d04h  $68,500
+    llama2-7b  6.74B bfloat16, tensor 8 x data 16 on xla  running              15:10:52
+    ━━━━━━━━━━━━━━━━━━━━━─────────  70%  step 420/600  left 1h57m  $399.26 spent, $168.42 to go
 
-    loss         2.1043   .:-==++**   grad norm   0.41 ...
+    loss             2.1051  █▅▄▃▂▂▁▁▁▁  validation 2.1159, perplexity 8.3
+    tokens/s           104K  ▆▇█▇▇▇▆▁▆▇  813 a rank
+    step time           39s  half of the last 50 reports are below; 90 % below 40s, ...
+    ranks           128/128  alive, on 4 hosts; steps 420 to 420
 
 It reads the run's folder and nothing else, so it works from any machine that sees the folder, on a
 run that trains, is over, or died.  Into a pipe, or with ``--once``, it writes the same lines once,
