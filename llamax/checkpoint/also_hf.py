@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llamax.checkpoint import assemble, slabs
-from llamax.checkpoint.container import sync, write_text
+from llamax.checkpoint.container import sync, write_note
 from llamax.checkpoint.load import Checkpoint
 from llamax.checkpoint.manifest import DONE
 from llamax.errors import CheckpointError, LlamaxError, NoRoom
@@ -49,7 +49,8 @@ def leave(checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s:
             fd = os.open(part / file, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
-        write_text(part / f"rank-{rank:05d}.json", "null")
+        sync(part)
+        write_note(part / f"rank-{rank:05d}.json", "null")
         if rank == 0:
             _gather(part, world_size, deadline)
             assemble.finish(source, planned, part)
@@ -58,7 +59,7 @@ def leave(checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s:
             sync(checkpoint)
     except LlamaxError as error:
         note = {"why": str(error), "no_room": isinstance(error, NoRoom)}
-        (part / f"rank-{rank:05d}.json").write_text(json.dumps(note))
+        write_note(part / f"rank-{rank:05d}.json", json.dumps(note))
         raise
 
 

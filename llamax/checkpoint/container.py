@@ -244,6 +244,14 @@ def _write_at(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[done:], offset + done
 
 
+def write_note(path: Path, text: str) -> None:
+    """Show other ranks a small file, at once; what it makes them do may move its folder away."""
+    with writing(path, len(text)):
+        beside = path.with_name(path.name + ".part")
+        beside.write_text(text)
+        os.replace(beside, path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Replace a small file at once, durably: it has the old text or the new, never a part."""
     data = text.encode()

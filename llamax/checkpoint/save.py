@@ -38,7 +38,7 @@ from llamax.checkpoint.container import (
     Written,
     sync,
     write,
-    write_text,
+    write_note,
     writing,
 )
 from llamax.checkpoint.layout import Run, slices, whole_shape, writes
@@ -251,7 +251,7 @@ class Saver:
                 ]
                 note.append({"file": [name, *written], "runs": runs})
         sync(folder)
-        write_text(folder / f"rank-{mine}.json", json.dumps(note))
+        write_note(folder / f"rank-{mine}.json", json.dumps(note))
 
     def _withdraw(self, folder: Path, mine: str, error: BaseException) -> None:
         """Make room again; a rank other than the first tells it why no files will come."""
@@ -263,7 +263,7 @@ class Saver:
                 path.unlink()
             line = str(error) if isinstance(error, LlamaxError) else repr(error)
             note = {"why": line, "no_room": isinstance(error, NoRoom)}
-            write_text(folder / f"failed-{mine}.json", json.dumps(note))
+            write_note(folder / f"failed-{mine}.json", json.dumps(note))
         except (OSError, CheckpointError):
             pass  # the disk is beyond help: rank 0 will miss this rank
 

@@ -338,6 +338,26 @@ def test_the_missing_rank_is_named(tmp_path: Path) -> None:
     third.wait()
 
 
+def test_the_first_may_be_done_before_another_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a rank has shown its note, its folder may take its name: the rank needs it no more."""
+    ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
+    first, second = (saver(tmp_path, rank) for rank in ranks)
+    real = os.replace
+
+    def slowly(source: Path, target: Path) -> None:
+        real(source, target)
+        if Path(target).name == "rank-tp00-dp01.json":
+            first.wait()  # all of rank 0's part happens within this call
+
+    monkeypatch.setattr(container.os, "replace", slowly)
+    take(first, ranks[0], 1)
+    take(second, ranks[1], 1)
+    second.wait()
+    Checkpoint(tmp_path / "step-00000001").verify()
+
+
 def test_a_rank_that_cannot_write_tells_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
