@@ -54,12 +54,12 @@ TP2, TP4, TP2_DP2 = Mesh(tp=2), Mesh(tp=4), Mesh(tp=2, dp=2)
 CASES = [
     Case("tp 2", MODEL, TP2, False),
     Case("tp 2, sequence, recompute full", MODEL, TP2, True, recompute="full"),
+    Case("tp 2, sequence, selective", MODEL, TP2, True, recompute="selective"),
     Case("dp 2", MODEL, Mesh(dp=2), False),
     Case("tp 4", MODEL, TP4, False),
     Case("tp 4, sequence, tied", TIED, TP4, True),
     Case("tp 2, dp 2", MODEL, TP2_DP2, False),
     Case("tp 2, dp 2, sequence, recompute full", MODEL, TP2_DP2, True, recompute="full"),
-    Case("tp 2, dp 2, sequence, selective", MODEL, TP2_DP2, True, recompute="selective"),
     Case("tp 2, dp 2, sequence, without ZeRO-1", MODEL, TP2_DP2, True, False, 1),
 ]
 
@@ -133,9 +133,13 @@ def differences(case: Case, results: list[dict[str, Any]], tolerance: float) -> 
 def test_a_sharded_step_equals_the_whole_step(world_size: int) -> None:
     cases = [case for case in CASES if case.mesh.world_size == world_size]
     by_rank = replicas.run(world_size, on_replicas, cases, "none")
+    updates = set()
     for case, results in zip(cases, zip(*by_rank, strict=True), strict=True):
         assert differences(case, list(results), TOLERANCE) == [], case.name
-        assert {result["compiled"] for result in results} == {2}, case.name
+        update = (case.model, case.mesh, case.sequence, case.zero1)
+        programs = 1 if update in updates else 2  # recompute does not change the update's
+        assert {result["compiled"] for result in results} == {programs}, case.name
+        updates.add(update)
 
 
 def test_bfloat16_with_masters() -> None:
