@@ -159,12 +159,7 @@ def load_tuned(
     Raises CheckpointError where they do not belong together.
     """
     source, found = adapters.open_adapter(adapter)
-    if base_folder is None and not Path(found.base).is_dir():
-        raise CheckpointError(
-            f"{adapter} is an adapter of {found.base or 'an unnamed base'}, which is not here; "
-            "give the base's folder"
-        )
-    frozen = open_source(base_folder or found.base)
+    frozen = open_source(base_folder or adapters.base_of(source.folder, found))
     about(Finetune(), frozen)
     found.check(source.folder, frozen)
     narrow = frozen.dtype("model.embed_tokens.weight") == torch.bfloat16

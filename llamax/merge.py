@@ -1,4 +1,4 @@
-"""``llamax merge BASE ADAPTER --out DIR``: a base and its adapters become one Hugging Face folder.
+"""``llamax merge [BASE] ADAPTER --out DIR``: a base and its adapters become a Hugging Face folder.
 
 A merge is a source whose weights are W + s B A, in the dtype of the base: whatever reads a model
 from files can read it, and here it is read into new files a slab of rows at a time.  The sum is
@@ -96,7 +96,7 @@ class Merged(Source):
 
 
 def merge(
-    base: Path | str,
+    base: Path | str | None,
     adapter: Path | str,
     out: Path | str,
     dtype: torch.dtype | None = None,
@@ -105,11 +105,13 @@ def merge(
 ) -> Path:
     """Write a base with its adapters as a Hugging Face folder, in the base's dtype unless given.
 
+    Without ``base`` it is the one that the adapter names.
     Raises CheckpointError where they do not belong together, ``out`` is in use or the disk is full.
     """
-    first = hub.open_source(base)
+    source, found = adapters.open_adapter(adapter)
+    first = hub.open_source(base or adapters.base_of(source.folder, found))
     about(Finetune(), first)
-    merged = Merged(first, *adapters.open_adapter(adapter))
+    merged = Merged(first, source, found)
     planned, buffers = assemble.plan(merged, dtype, max_shard_bytes), slabs.new_buffers()
     own = any((merged.folder / name).is_file() for name in hub.TOKENIZER_FILES[:2])
     with building(Path(out)) as folder:
@@ -123,19 +125,22 @@ def merge(
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser("llamax merge", description=__doc__.split("\n")[0])
-    parser.add_argument("base", help="Hugging Face folder, run or checkpoint of the base")
+    parser.add_argument(
+        "base", nargs="?", help="Hugging Face folder, run or checkpoint; default: the adapter's own"
+    )
     parser.add_argument("adapter", help="PEFT folder, or a run or checkpoint of adapters")
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the base")
     args = parser.parse_args(argv)
-    source, began = hub.open_source(args.base), time.perf_counter()
     dtype = DTYPES[args.dtype] if args.dtype else None
-    elements = {name: math.prod(source.shape(name)) for name in source.names()}
-    total = sum(n * (dtype or source.dtype(name)).itemsize for name, n in elements.items())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="merge", leave=False) as bar:
+    began = time.perf_counter()
+    with tqdm(unit="B", unit_scale=True, desc="merge", leave=False) as bar:
         out = merge(args.base, args.adapter, args.out, dtype, progress=bar.update)
+        total = bar.n
+    made = hub.open_source(out)
+    parameters = sum(math.prod(made.shape(name)) for name in made.names())
     print(
-        f"{out}: {show_number(sum(elements.values()))} parameters, {show_bytes(total)}, in "
+        f"{out}: {show_number(parameters)} parameters, {show_bytes(total)}, in "
         f"{show_time(time.perf_counter() - began)}"
     )
     return 0

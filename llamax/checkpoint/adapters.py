@@ -214,6 +214,16 @@ def open_adapter(path: Path | str) -> tuple[Source, About]:
     return source, found
 
 
+def base_of(folder: Path, found: About) -> Path:
+    """The folder of the base that an adapter names; CheckpointError where it is not here."""
+    if not found.base or not Path(found.base).is_dir():
+        raise CheckpointError(
+            f"{folder} is an adapter of {found.base or 'an unnamed base'}, which is not here; "
+            "give the base's folder"
+        )
+    return Path(found.base)
+
+
 def export(adapter: Checkpoint, out: Path | str) -> Path:
     """Write an adapter checkpoint as a folder that PEFT loads.
 

@@ -93,9 +93,12 @@ def test_a_narrow_base_is_rounded_once(folder: Path, tmp_path: Path) -> None:
 def test_the_command_says_what_it_made(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = str(tmp_path / "out")
+    out, other = str(tmp_path / "out"), str(tmp_path / "other")
     assert dispatch(["merge", str(folder / "base"), str(folder / "adapter"), "--out", out]) == 0
-    assert f"{out}: " in capsys.readouterr().out
+    assert f"{out}: 262K parameters, 1.00 MiB, in " in capsys.readouterr().out
+    assert dispatch(["merge", str(folder / "adapter"), "--out", other]) == 0
+    weights = [(Path(f) / "model.safetensors").read_bytes() for f in (out, other)]
+    assert weights[0] == weights[1]
     with pytest.raises(CheckpointError, match="exists already"):
         dispatch(["merge", str(folder / "base"), str(folder / "adapter"), "--out", out])
 

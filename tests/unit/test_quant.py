@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from tuning_worlds import MODEL, base_folder
 
 from llamax import quant
+from llamax.checkpoint.hub import open_source
+from llamax.collectives import Solo
+from llamax.config import Finetune
+from llamax.finetune import load
+from llamax.model import Llama
 
 CPU = torch.device("cpu")
 
@@ -114,3 +121,24 @@ def test_errors_are_as_small_as_the_levels_are_apart() -> None:
     scales = quant.row_scales(weight)
     dense = quant.from_int8(quant.to_int8(weight, scales), scales, torch.float32)
     assert ((dense - weight).abs() / scales.unsqueeze(1)).max() <= 0.5 / 127 + 1e-6
+
+
+def test_a_base_computes_what_transformers_computes_with_it_quantised(
+    judge: Any, tmp_path: Path
+) -> None:
+    """Single scales: those of scales are rounded by a table in bitsandbytes' CPU library."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate", reason="transformers quantises with accelerate alone")
+    folder = base_folder(tmp_path / "base")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    theirs = transformers.LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=settings, device_map="cpu", dtype=torch.float32
+    )
+    ours = Llama(MODEL, Solo("tp"), device="meta")
+    finetune = Finetune(method="qlora", double_quant=False)
+    load(ours, open_source(folder), finetune, torch.empty(0), Solo("data"))
+    ids = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(2))
+    expected = theirs(ids).logits
+    assert (ours(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()
