@@ -64,7 +64,7 @@ def _plan(job: JobFile) -> Plan | None:
     if job.instance not in machines.names():
         return None
     known = machines.load(job.instance)
-    return plan(job.config, known.shared_by(job.ranks), job.nodes)
+    return plan(job.config, known.with_ranks(job.ranks), job.nodes)
 
 
 def _fits(found: Plan) -> Iterator[Finding]:

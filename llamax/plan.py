@@ -187,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
         "--instance",
         help=f"{', '.join(machines.names())} or a TOML file; default by run.backend",
     )
-    p.add_argument("--ranks", type=int, metavar="N", help="cut a node into N ranks instead")
+    p.add_argument("--ranks", type=int, metavar="N", help="ranks of a node (default: all devices)")
     p.add_argument("--dollars-per-hour", type=float, metavar="D", help="price of a node")
     p.add_argument("--search", action="store_true", help="list the layouts that fit, best first")
     p.add_argument("--json", action="store_true", help="numbers for programs")
@@ -203,7 +203,7 @@ def main(argv: Sequence[str]) -> int:
     backend = read(options.config, overrides, None).run.backend
     machine = machines.load(options.instance or INSTANCES.get(backend, machines.THIS))
     if options.ranks:
-        machine = machine.shared_by(options.ranks)
+        machine = machine.with_ranks(options.ranks)
     if options.dollars_per_hour is not None:
         machine = replace(machine, dollars_per_hour=options.dollars_per_hour)
     world = None if options.search else options.nodes * machine.ranks

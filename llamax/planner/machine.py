@@ -68,14 +68,23 @@ class Machine:
         """Bytes of device memory that a rank may fill."""
         return self.memory_gib * GIB
 
-    def shared_by(self, ranks: int) -> Machine:
-        """The same node cut into ``ranks`` equal ranks."""
+    def with_ranks(self, ranks: int) -> Machine:
+        """The same node with ``ranks`` of its devices in use, or with its cores cut into so many.
+
+        Raises ConfigError where there are fewer devices.
+        """
+        if self.backend != "cpu":
+            if ranks > self.ranks:
+                raise ConfigError(
+                    f"--ranks={ranks} is more than the {self.ranks} devices of {self.name}; use "
+                    f"{self.ranks} or fewer"
+                )
+            return replace(self, ranks=ranks)
         part = self.ranks / ranks
         return replace(
             self,
             ranks=ranks,
             memory_gib=self.memory_gib * part,
-            reserve_gib=self.reserve_gib * (1 if self.name == THIS else part),
             bfloat16_tflops=self.bfloat16_tflops * part,
             float32_tflops=self.float32_tflops * part,
             memory_gbps=self.memory_gbps * part,
