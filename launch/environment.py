@@ -57,7 +57,7 @@ def _table(job: JobFile, container: bool) -> Iterator[Variable]:
     yield Variable(
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
         "180",
-        "after SIGTERM ranks save a checkpoint; torchrun would kill them after 30 s",
+        "s for ranks to save after SIGTERM; torch 2.9 does not know it and kills after 30",
     )
     yield Variable(
         "TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE",
