@@ -37,18 +37,19 @@ from llamax.model import Llama
 from llamax.optim.zero1 import Zero1
 from llamax.step import train_step
 
-LENGTH, BATCH, TURNS = 2048, 4, 3
+LENGTH, BATCH, TURNS = 2048, 2, 2
 
 
 def packing(rows: Path, tokenizer: Path, folder: Path) -> None:
     """Steps of a small model on packed and on padded samples of the same rows."""
     prepare([str(rows), "--template", "dolly", "--tokenizer", str(tokenizer), "--validation", "0",
-             "--limit", "400", "--out", str(folder / "data"), "--workers", "1"])  # fmt: skip
+             "--limit", "200", "--out", str(folder / "data"), "--workers", "1"])  # fmt: skip
     file = open_dataset(folder / "data").train
     config = configfile.load("finetune-demo")
     model = Llama(replace(config.model, vocab_size=file.header.vocab_size)).init(0)
     axes = Axes(tp=Solo("tp"), data=Solo("data"), kv=Solo("kv"), world=Solo("world"))
-    optimizer = Zero1(dict(model.named_parameters()), model.shards, Optim(), axes)
+    parameters = dict(model.named_parameters())
+    optimizer = Zero1(parameters, model.shards, Optim(), axes, sequence_parallel=False)
     loaders = {}
     for way in ("best-fit", "padded"):
         data = replace(
