@@ -18,8 +18,8 @@ from llamax.config import Checkpoint, Config, Data, Model, Run
 from llamax.data.prepare import main as prepare
 from llamax.data.tokenizer import load_tokenizer, train_sentencepiece
 from llamax.generate import main
-from llamax.speaker import Speed
 from llamax.launch.env import Rendezvous
+from llamax.speaker import Speed
 from llamax.train import train
 
 VOCABULARY = 320

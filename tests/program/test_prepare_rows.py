@@ -144,7 +144,8 @@ def test_fields_system_and_conversations(tmp_path: Path) -> None:
                            {"from": "human", "value": "unanswered"}]},
     ]  # fmt: skip
     out = prepare(tmp_path / "out", write_rows(tmp_path / "r.jsonl", table),
-                  "--template", "llama3-chat", "--field", "instruction=Q", "--field", "answer=A", "--system", "Sys.",
+                  "--template", "llama3-chat", "--field", "instruction=Q", "--field", "answer=A",
+                  "--system", "Sys.",
                   "--tokenizer", folder, "--validation", "0")  # fmt: skip
     first, second = (ids for ids, _ in documents(open_dataset(out).train))
     eot = own.special["<|eot_id|>"]
