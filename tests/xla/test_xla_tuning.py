@@ -96,7 +96,8 @@ def test_a_tuning_step_over_replicas_equals_the_whole_step(tmp_path: Path) -> No
             tp_rank, degree = case.mesh.coordinate(rank).tp, case.mesh.tp
             found = differences(mine, whole, model.shards, degree, tp_rank, TOLERANCE)
             assert found == [], f"{case.name}, rank {rank}"
-        assert {result["compiled"] for result in results} == {2}, case.name
+        compiled = {result["compiled"] for result in results}
+        assert compiled in ({1}, {2}), case.name  # the update may be an earlier case's program
 
 
 def test_a_rank_in_the_masks_is_caught(tmp_path: Path) -> None:
