@@ -162,7 +162,7 @@ def test_planned_bytes_are_measured_bytes(
     worlds: Worlds, mesh: Mesh, dtype: str, sequence: bool, mode: str
 ) -> None:
     wanted = config(mesh, mode, dtype, sequence)
-    found = worlds(mesh.world_size).run(measure, wanted, mesh)[0]
+    found = worlds(mesh.world_size).run(measure, wanted, mesh, timeout_s=240)[0]
     share = Share(wanted, mesh)
     lasting = sum(line.value for line in (*state(share), early_gradients(share, CPU)))
     assert lasting == pytest.approx(found["state"], rel=0.001)
