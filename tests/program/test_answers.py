@@ -104,7 +104,8 @@ def test_answers_are_scored(
     capsys.readouterr()
     scored = tmp_path / "scored.jsonl"
     score = found(
-        capsys, folder / "hub", "--test-file", table, *asked, "--out", scored, "--batch", 3
+    into = ("--out", scored, "--batch", 3)
+    score = found(capsys, folder / "hub", "--test-file", table, *asked, *into)
     )
     assert score["rows"] == 4
     assert score["exact_match"] == 0.75
