@@ -103,10 +103,8 @@ def test_answers_are_scored(
     table = write_rows(tmp_path / "rows.jsonl", rows)
     capsys.readouterr()
     scored = tmp_path / "scored.jsonl"
-    score = found(
     into = ("--out", scored, "--batch", 3)
     score = found(capsys, folder / "hub", "--test-file", table, *asked, *into)
-    )
     assert score["rows"] == 4
     assert score["exact_match"] == 0.75
     assert 0.75 < score["rouge_l"] < 1
@@ -132,7 +130,8 @@ def test_context_and_comparison(
 ) -> None:
     out = tmp_path / "compared.jsonl"
     argv = ["--compare", f"{folder / 'hub'},{folder / 'other'}", "--prompt", "Who?", "--template",
-            "dolly", "--context", "철수", "--max-new-tokens", 9, "--greedy", "--out", out]  # fmt: skip
+            "dolly", "--context", "철수", "--max-new-tokens", 9, "--greedy",
+            "--out", out]  # fmt: skip
     assert program.run(generate, list(map(str, argv))) == 0
     said = capsys.readouterr().out
     assert "### Context\n철수\n" in said
