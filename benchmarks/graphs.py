@@ -5,8 +5,8 @@
 Tensor 2, data 2, two layers, sequence parallelism, ZeRO-1: the case whose traced collectives are
 known of neuronx-distributed (NxD 0.18, its example as shipped: parallel state, padded ZeRO-1
 optimizer, norm gradients reduced one by one, state made in the first step).  Ours are traced here
-and counted from the HLO text; widths are Llama-2-7B's.  The second table is of tracing itself, for
-layers alike: what is between 2 and 4 layers, halved.
+and counted from the HLO text; widths are the demo's, whose gradients fit one bucket.  The second
+table is of tracing itself, for layers alike: what is between 2 and 4 layers, halved.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ NXD_PROGRAMS = 6  # compiled before the steady state
 
 
 def traced(layers: int) -> Audit:
-    """Llama-2-7B of so many layers, two microsteps of one sequence."""
-    config: Config = configfile.load("llama2-7b")
+    """The demo of so many layers, in bfloat16, two microsteps."""
+    config: Config = configfile.load("demo")
     config = replace(
         config,
         model=replace(config.model, num_hidden_layers=layers),
         parallel=replace(config.parallel, tensor=MESH.tp),
-        data=replace(config.data, global_batch=4),
-        run=replace(config.run, recompute="none"),
+        run=replace(config.run, dtype="bfloat16"),
+        data=replace(config.data, micro_batch=4),
     )
     return audit(config, MESH, machine.load("trn1.32xlarge"), "", every_rank=True)
 

@@ -209,7 +209,7 @@ class Xla:
             )
 
     def synchronize(self) -> None:
-        self.xm.wait_device_ops([str(self.device)])
+        self.xm.wait_device_ops()
 
     def barrier(self) -> None:
         """On the host: a collective would be one more program to compile."""

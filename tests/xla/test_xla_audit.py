@@ -90,9 +90,6 @@ def data(tmp_path: Path) -> Path:
     return make_dataset(tmp_path)
 
 
-WIDE = Mesh(tp=4)  # more ranks than key/value heads, and a vocabulary that wants padding
-
-
 @pytest.mark.parametrize(
     ("mesh", "sequence", "zero1", "recompute", "dtype"),
     [
