@@ -79,7 +79,7 @@ class LazyGroup:
             if stop == self.lengths[at]:
                 parameter = self.parameters[at]
                 # Not copied into: a tensor written in place is read by another program than before.
-                parameter.data = torch.cat(self.arrived).view(parameter.shape)
+                parameter.data = torch.cat(self.arrived).view(parameter.shape).to(parameter.dtype)
                 self.arrived = []
 
     def zero_grad(self) -> None:
