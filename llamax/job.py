@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -16,7 +16,6 @@ from llamax.checkpoint.load import load_owned, load_weights
 from llamax.checkpoint.save import Saver
 from llamax.collectives import Axes
 from llamax.config import Config
-from llamax.configfile import tomllib
 from llamax.data.dataset import Dataset
 from llamax.data.loader import Batches
 from llamax.feed import Feed
@@ -208,8 +207,7 @@ def writers(job: Job) -> list[Writer]:
     if run.tensorboard:
         views.append(TensorBoardWriter(job.folder / "tensorboard"))
     if run.wandb != "off":
-        settings = tomllib.loads(configfile.dump(job.config))
-        views.append(WandbWriter(job.folder, run.wandb_project, run.wandb, settings))
+        views.append(WandbWriter(job.folder, run.wandb_project, run.wandb, asdict(job.config)))
     return views
 
 

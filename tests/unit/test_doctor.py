@@ -284,5 +284,5 @@ def test_the_program_says_it_all_and_how_it_ends(
     assert "ERROR    dataset" in said
     assert "         mend          llamax launch --phase prepare" in said
     path.write_text('name = "a"\nrecipe = "demo"\nstorage.mount = "x"\n')
-    with pytest.raises(ConfigError, match="job.toml: 1 x trn1.32xlarge = 32 ranks: "):
+    with pytest.raises(ConfigError, match=r"job.toml: 1 x trn1\.32xlarge = 32 ranks: "):
         doctor.main(["--job", str(path)])
