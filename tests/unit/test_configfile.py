@@ -134,7 +134,10 @@ def test_overrides_in_both_spellings_come_on_top_in_order() -> None:
         (
             {"zzz": 1},
             [],
-            ["zzz is an unknown section; there are model, parallel, optim, data, checkpoint, finetune, run"],
+            [
+                "zzz is an unknown section; there are model, parallel, optim, data, checkpoint, "
+                "finetune, run"
+            ],
         ),
         ({"optim": {"beta_1": 0.9}}, [], ["optim.beta_1 is an unknown key; did you mean beta1?"]),
         ({"optim": 3}, ["--optim.lr=1"], ["optim=3 is an integer; write it as a section [optim]"]),
