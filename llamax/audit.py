@@ -46,30 +46,8 @@ def audit(config: Config, mesh: Mesh, machine: Machine, headline: str, every_ran
     """Trace the run and count."""
     tracer = Tracer(rendezvous({}))
     with made_up_tokens(config, mesh) as data:
-        first = Rehearsal(config, mesh, 0, tracer, data)
-        seconds: dict[str, float] = {}
-
-        def traced() -> Iterator[tuple[str, str, str]]:
-            for each in first.whole():
-                seconds.setdefault(each.kind, each.trace_s)
-                yield each.kind, f"rank 0, {each.when}", each.text
-
-        programs, when, found = report.sort_kinds(traced())
-        kinds = tuple(
-            Kind(
-                name,
-                each,
-                tuple(when[name]),
-                tuple(census.collectives(each, named_groups(first))),
-                by_hand(first, name),
-                MODEL_SHARE.get(name, 0.0) * microstep_flops(config, mesh),
-                seconds[name],
-            )
-            for name, each in programs.items()
-        )
-        memory = measure(first, programs, machine)
-        del first
-        normal = {name: each.normal for name, each in programs.items()}
+        kinds, memory, found = rank_0(config, mesh, machine, tracer, data)
+        normal = {kind.name: kind.program.normal for kind in kinds}
         ranks = []
         if not found:
             corners = [rank for rank in corner_ranks(mesh) if rank]
@@ -94,6 +72,34 @@ def audit(config: Config, mesh: Mesh, machine: Machine, headline: str, every_ran
         tuple(tracer.fallbacks()),
         tuple(notes(config)),
     )
+
+
+def rank_0(
+    config: Config, mesh: Mesh, machine: Machine, tracer: Tracer, data: Path
+) -> tuple[tuple[Kind, ...], Memory, list[Divergence]]:
+    """What every kind of step of the first rank is made of, and where a kind has two programs."""
+    first = Rehearsal(config, mesh, 0, tracer, data)
+    seconds: dict[str, float] = {}
+
+    def traced() -> Iterator[tuple[str, str, str]]:
+        for each in first.whole():
+            seconds.setdefault(each.kind, each.trace_s)
+            yield each.kind, f"rank 0, {each.when}", each.text
+
+    programs, when, found = report.sort_kinds(traced())
+    kinds = tuple(
+        Kind(
+            name,
+            each,
+            tuple(when[name]),
+            tuple(census.collectives(each, named_groups(first))),
+            by_hand(first, name),
+            MODEL_SHARE.get(name, 0.0) * microstep_flops(config, mesh),
+            seconds[name],
+        )
+        for name, each in programs.items()
+    )
+    return kinds, measure(first, programs, machine), found
 
 
 def agree(

@@ -2,7 +2,7 @@
 
 After a wanted change write the texts anew, and read the difference:
 
-    python tests/golden/test_launch.py
+    python tests/golden/test_launch_text.py
 """
 
 from __future__ import annotations
