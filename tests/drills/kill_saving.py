@@ -84,10 +84,10 @@ def suicide(calls: int) -> None:
     def deadly(real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
             left[0] -= 1
-            if left[0] == 0 and calls % 2:
+            if left[0] <= 0 and calls % 2:  # not ==: several threads count
                 os.kill(os.getpid(), signal.SIGKILL)
             result = real(*args, **options)
-            if left[0] == 0:
+            if left[0] <= 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
