@@ -24,7 +24,7 @@ from pathlib import Path
 from llamax import program
 from llamax.checkup import Finding, Host, machine, storage, versions
 from llamax.checkup.finding import ok, unseen
-from llamax.data.dataset import open_dataset
+from llamax.data.dataset import blend_words, open_dataset
 from llamax.errors import ConfigError, DataError
 from llamax.launch import jobfile
 from llamax.launch.checks import problems
@@ -54,7 +54,7 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     if found is not None:
         yield from _fits(found)
     yield from storage.disk(folder, job.config, found.time.step_s if found else None)
-    yield from _dataset(folder / job.config.data.path, folder.is_dir())
+    yield from _dataset(_seen_from(folder, job.config.data.path), folder.is_dir())
     if cache := host.environ.get("NEURON_COMPILE_CACHE_URL"):
         yield from storage.cache(cache)
 
@@ -82,12 +82,20 @@ def _fits(found: Plan) -> Iterator[Finding]:
         )
 
 
-def _dataset(folder: Path, storage_there: bool) -> Iterator[Finding]:
+def _seen_from(folder: Path, path: str) -> str:
+    """``data.path``, or every dataset of a blend, seen from a folder."""
+    words = enumerate(blend_words(path))
+    return " ".join(str(folder / word) if i % 2 else word for i, word in words) or str(
+        folder / path
+    )
+
+
+def _dataset(path: str, storage_there: bool) -> Iterator[Finding]:
     if not storage_there:
-        yield unseen("dataset", f"{folder} is not here", "run doctor where it is")
+        yield unseen("dataset", f"{path} is not here", "run doctor where it is")
         return
     try:
-        dataset = open_dataset(folder, "off")
+        dataset = open_dataset(path, "off")
     except DataError as error:
         yield Finding(
             "error",
@@ -97,7 +105,7 @@ def _dataset(folder: Path, storage_there: bool) -> Iterator[Finding]:
             "llamax launch --phase prepare",
         )
     else:
-        yield ok("dataset", f"{len(dataset.train):,} tokens in {folder}")
+        yield ok("dataset", f"{len(dataset.train):,} tokens in {path}")
 
 
 def show(finding: Finding) -> Iterator[str]:

@@ -88,14 +88,19 @@ class Dataset:
             )
 
 
+def blend_words(path: str) -> list[str]:
+    """Weight, dataset, weight, dataset, ... of a path that is a blend; nothing of another."""
+    words = path.split()
+    return words if len(words) > 1 and _weight(words[0]) is not None else []
+
+
 def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0) -> Dataset:
     """The dataset that ``path`` names; see above.
 
     ``vocab_size``: the model's, where the files do not know theirs.  Raises DataError where it is
     missing, unfinished or damaged, or where its parts do not belong together.
     """
-    blend = str(path).split()
-    if len(blend) > 1 and _weight(blend[0]) is not None:
+    if blend := blend_words(str(path)):
         return _open_blend(str(path), blend, verify, vocab_size)
     folder = Path(path)
     if (folder / "dataset.json").is_file():

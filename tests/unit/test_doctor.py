@@ -252,6 +252,12 @@ def test_a_job_is_examined_on_a_laptop() -> None:
     assert "plan" not in levels(doctor.examine(Host(packages=SDK), unknown, 0))
 
 
+def test_the_datasets_of_a_blend_are_seen_from_the_jobs_folder(tmp_path: Path) -> None:
+    seen = {path: doctor._seen_from(tmp_path, path) for path in ("my data", "0.7 web .3 /fsx/b")}
+    assert seen["my data"] == f"{tmp_path}/my data"
+    assert seen["0.7 web .3 /fsx/b"] == f"0.7 {tmp_path}/web .3 /fsx/b"
+
+
 def test_a_missing_dataset_is_an_error(tmp_path: Path) -> None:
     small = job(
         recipe="demo",
