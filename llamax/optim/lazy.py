@@ -79,7 +79,9 @@ class LazyGroup:
             if stop == self.lengths[at]:
                 parameter = self.parameters[at]
                 # Not copied into: a tensor written in place is read by another program than before.
-                parameter.data = torch.cat(self.arrived).view(parameter.shape).to(parameter.dtype)
+                # A copy and no view: a view would keep what it is of beside it.
+                whole = torch.cat(self.arrived).view(parameter.shape)
+                parameter.data = whole.to(parameter.dtype, copy=True)
                 self.arrived = []
 
     def zero_grad(self) -> None:
