@@ -33,7 +33,9 @@ GRACE_S = 240  # longer than torchrun's own 180
 ROOT = """# mpirun refuses root, which containers run as, unless told twice
 if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 """
-BY_PATH = "# by its full name, so that other nodes find its daemon beside it\n"
+BY_PATH = """# by its full name, so that other nodes find its daemon beside it; mpirun then puts its own
+# folder first in PATH, so Python is named in full too
+"""
 OPTIONS = (
     '--nnodes "$OMPI_COMM_WORLD_SIZE" --node-rank "$OMPI_COMM_WORLD_RANK" '
     '--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"'
@@ -73,7 +75,7 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
     names += ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "meeting"] if inside and job.nodes == 1 else []
     text += "forward=(\n" + "".join(f"    -x {name}\n" for name in names) + ")\n"
     text += "if [[ -v LD_LIBRARY_PATH ]]; then forward+=(-x LD_LIBRARY_PATH); fi\n"
-    command = 'python3 "${program[@]}"'
+    command = '"$(command -v python3)" "${program[@]}"'
     if inside:
         text += logs(job, phase) + array("options", torchrun(job))
         command = on_each_node(job, phase, FILE_OPTIONS if job.nodes == 1 else OPTIONS)
