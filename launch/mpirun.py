@@ -33,8 +33,8 @@ GRACE_S = 240  # longer than torchrun's own 180
 ROOT = """# mpirun refuses root, which containers run as, unless told twice
 if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 """
-BY_PATH = """# by its full name, so that other nodes find its daemon beside it; mpirun then puts its own
-# folder first in PATH, so Python is named in full too
+BY_PATH = """# by its full name, so that other nodes find its daemon beside it; then its own folder
+# comes first in PATH, so that Python must be named in full too
 """
 OPTIONS = (
     '--nnodes "$OMPI_COMM_WORLD_SIZE" --node-rank "$OMPI_COMM_WORLD_RANK" '

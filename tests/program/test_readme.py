@@ -67,7 +67,7 @@ def test_every_command_and_option_exists() -> None:
 
 def test_every_setting_exists() -> None:
     for override in re.findall(r"--[a-z]+\.[a-z0-9_]+=[^`\s]+", README):
-        configfile.load("demo", [override])
+        configfile.load("demo", ["--checkpoint.init_from=hub", override])
 
 
 def test_the_table_of_recipes_is_that_of_the_recipes() -> None:
