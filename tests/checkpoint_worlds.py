@@ -126,7 +126,7 @@ def _dealt(kind: Any, shares: dict[str, Tensor], data: Place, zero1: bool) -> It
 
 def save(folder: Path, model: Model, ranks: list[Rank], step: int = 1, **options: Any) -> Path:
     """Save from all ranks into ``folder``; the new checkpoint."""
-    zero1 = options.pop("zero1", True)
+    zero1, config_text = options.pop("zero1", True), options.pop("config_text", "[run]\n")
     savers = [
         Saver(folder, rank.axes, rank.parameters, rank.shards, zero1=zero1, timeout_s=60, **options)
         for rank in ranks
@@ -135,7 +135,7 @@ def save(folder: Path, model: Model, ranks: list[Rank], step: int = 1, **options
     hub = model.to_hub("float32" if dtype == torch.float32 else "bfloat16")
     for index, (saver, rank) in reversed([*enumerate(zip(savers, ranks, strict=True))]):
         rng = torch.full((8,), index, dtype=torch.uint8)
-        saver.save(step, rank.owned, {"consumed_sequences": 8 * step}, hub, "[run]\n", rng)
+        saver.save(step, rank.owned, {"consumed_sequences": 8 * step}, hub, config_text, rng)
     for saver in savers:
         saver.wait()
     return folder / f"step-{step:08d}"

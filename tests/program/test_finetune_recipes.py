@@ -58,7 +58,8 @@ def tiny(recipe: str, folder: Path, tokenizer: Path, vocabulary: int) -> Config:
             config.data,
             path=str(folder / "data"),
             sequence_length=128,
-            global_batch=4 * config.data.micro_batch,
+            micro_batch=1,
+            global_batch=4,
         ),
         checkpoint=replace(config.checkpoint, init_from=str(hub)),
         run=replace(

@@ -49,8 +49,8 @@ def saved(
 ) -> str:
     """A run's folder with one checkpoint."""
     ranks = worlds.world(model, tp, dp, True, values, values["model.norm.weight", "weight"].dtype)
-    folder = worlds.save(tmp_path / "run" / "checkpoints", model, ranks, step)
-    (folder / "config.toml").write_text(configfile.dump(Config(model=model, run=Run(steps=9))))
+    text = configfile.dump(Config(model=model, run=Run(steps=9)))
+    worlds.save(tmp_path / "run" / "checkpoints", model, ranks, step, config_text=text)
     return str(tmp_path / "run")
 
 
