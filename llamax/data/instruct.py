@@ -18,8 +18,6 @@ token) itself.
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,11 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llamax.data.parts import Encoded, is_validation
+from llamax.data.parts import Encoded, is_validation, part_name
 from llamax.data.rows import Row, Run, rows
 from llamax.data.templates import SHIELD, Message, Sample, Span, Template, sample
 from llamax.data.tokenizer import Tokenizer
-from llamax.data.tokens import Header
 from llamax.errors import DataError
 
 BATCH_ROWS = 512
@@ -308,17 +305,7 @@ class InstructSettings:
 
     def name(self, number: int, chunk: SplitRun) -> str:
         """The name of a part: equal names, equal bytes."""
-        told = json.dumps([asdict(self), asdict(chunk)])
-        return f"{number:06d}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
-
-    def header(self, tokenizer: Tokenizer) -> Header:
-        """What the token files say of themselves."""
-        return Header(
-            self.tokenizer,
-            tokenizer.vocab_size,
-            tokenizer.bos_id if self.bos else None,
-            tokenizer.eos_id if self.eos else None,
-        )
+        return part_name(number, asdict(self), asdict(chunk))
 
     def encode(self, chunk: SplitRun, tokenizer: Tokenizer) -> Iterator[Encoded]:
         """The samples of a run of rows, batch by batch and split by split."""

@@ -60,16 +60,39 @@ class Chunk(Protocol):
 
 
 class Settings(Protocol):
-    """What decides the bytes of a dataset, beside what it is made of."""
+    """What decides the bytes of a dataset, beside what it is made of.
+
+    ``tokenizer`` is a fingerprint; ``bos``, ``eos``: whether documents lie between them.
+    """
+
+    @property
+    def tokenizer(self) -> str: ...
+    @property
+    def bos(self) -> bool: ...
+    @property
+    def eos(self) -> bool: ...
 
     def name(self, number: int, chunk: Any) -> str:
         """The name of a part: equal names, equal bytes."""
 
-    def header(self, tokenizer: Tokenizer) -> Header:
-        """What the token files say of themselves."""
-
     def encode(self, chunk: Any, tokenizer: Tokenizer) -> Iterator[Encoded]:
         """The documents of a chunk, some at a time."""
+
+
+def part_name(number: int, *told: object) -> str:
+    """The name of a part of which ``told``, plain values, is all that decides its bytes."""
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return f"{number:06d}-{digest[:16]}"
+
+
+def header_of(settings: Settings, tokenizer: Tokenizer) -> Header:
+    """What the token files say of themselves."""
+    return Header(
+        settings.tokenizer,
+        tokenizer.vocab_size,
+        tokenizer.bos_id if settings.bos else None,
+        tokenizer.eos_id if settings.eos else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -101,21 +124,11 @@ class TextSettings:
 
     def name(self, number: int, chunk: Texts) -> str:
         """The name of a part: equal names, equal bytes."""
-        told = json.dumps([asdict(self), [asdict(source) for source in chunk.sources]])
-        return f"{number:06d}-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
-
-    def header(self, tokenizer: Tokenizer) -> Header:
-        """What the token files say of themselves."""
-        return Header(
-            self.tokenizer,
-            tokenizer.vocab_size,
-            tokenizer.bos_id if self.bos else None,
-            tokenizer.eos_id if self.eos else None,
-        )
+        return part_name(number, asdict(self), [asdict(source) for source in chunk.sources])
 
     def encode(self, chunk: Texts, tokenizer: Tokenizer) -> Iterator[Encoded]:
         """The documents of a chunk, about BATCH_CHARACTERS at a time, each between BOS and EOS."""
-        header = self.header(tokenizer)
+        header = header_of(self, tokenizer)
         bos = np.array([] if header.bos_id is None else [header.bos_id], np.uint32)
         eos = np.array([] if header.eos_id is None else [header.eos_id], np.uint32)
         for texts in _batches(documents(chunk.sources, self.key)):
@@ -141,7 +154,7 @@ def make_part(
     if all(map(_sound, paths)):
         return folder / name
     tokenizer = _tokenizer(tokenizer_path)
-    header = settings.header(tokenizer)
+    header = header_of(settings, tokenizer)
     with room_for(folder, chunk.size_bytes * header.dtype.itemsize), ExitStack() as stack:
         writers = {
             split: stack.enter_context(TokenWriter(path, header))

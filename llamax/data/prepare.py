@@ -37,6 +37,7 @@ from llamax.data.parts import (
     Settings,
     Texts,
     TextSettings,
+    header_of,
     is_validation,
     make_parts,
     merge,
@@ -92,7 +93,7 @@ def prepare(args: argparse.Namespace) -> None:
 
 def _indexed(settings: Settings, tokenizer: Tokenizer) -> dict[str, object]:
     """What a Megatron dataset does not say of itself: fields of a Header."""
-    header = settings.header(tokenizer)
+    header = header_of(settings, tokenizer)
     return {name: getattr(header, name) for name in ("vocab_size", "bos_id", "eos_id")}
 
 
