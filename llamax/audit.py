@@ -30,8 +30,9 @@ from llamax.graphs.formulas import GroupShape
 from llamax.graphs.report import Audit, Divergence, Kind, Memory
 from llamax.launch.env import rendezvous
 from llamax.mesh import Mesh
-from llamax.metrics import flops_per_token, show_number
+from llamax.metrics import flops_per_token
 from llamax.parallel.loss import tokens_a_chunk
+from llamax.planner import headline
 from llamax.planner import machine as machines
 from llamax.planner.machine import Machine
 from llamax.rehearsal import MICROSTEP, VALIDATION, Rehearsal, made_up_tokens
@@ -293,13 +294,8 @@ def main(argv: Sequence[str]) -> int:
     world = options.nodes * machine.ranks
     config = configfile.load(options.config, overrides, world)
     mesh = layout(config, machine, options.nodes)
-    headline = (
-        f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
-        f"{options.nodes} x {machine.name}: tensor {mesh.tp} x data {mesh.dp}, "
-        f"{config.accumulation(mesh.dp)} microsteps of {config.data.micro_batch} x "
-        f"{config.data.sequence_length} tokens, recompute {config.run.recompute}"
-    )
-    found = audit(config, mesh, machine, headline, options.ranks == "all")
+    about = headline(config, mesh, f"{options.nodes} x {machine.name}")
+    found = audit(config, mesh, machine, about, options.ranks == "all")
     if options.json:
         print(json.dumps(report.as_json(found), indent=2))
     else:

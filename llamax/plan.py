@@ -26,7 +26,7 @@ from llamax import configfile, program
 from llamax.config import Config
 from llamax.errors import ConfigError
 from llamax.metrics import show_bytes, show_number, show_time
-from llamax.planner import Line
+from llamax.planner import Line, headline
 from llamax.planner import machine as machines
 from llamax.planner.memory import flash
 from llamax.planner.search import Plan, Refused, plan, search
@@ -41,12 +41,7 @@ def show(found: Plan) -> Iterator[str]:
     """The plan as lines of text."""
     config, mesh, machine = found.config, found.mesh, found.machine
     memory, time = found.memory, found.time
-    yield (
-        f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
-        f"{found.nodes} x {machine.name}: tensor {mesh.tp} x data {mesh.dp}, "
-        f"{config.accumulation(mesh.dp)} microsteps of {config.data.micro_batch} x "
-        f"{config.data.sequence_length} tokens, recompute {config.run.recompute}"
-    )
+    yield headline(config, mesh, f"{found.nodes} x {machine.name}")
     yield ""
     yield (
         f"memory of a rank: {show_bytes(memory.peak)} of {show_bytes(memory.available)}, "

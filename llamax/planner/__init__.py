@@ -14,6 +14,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llamax.config import Config
+from llamax.mesh import Mesh
+from llamax.metrics import show_number
+
 
 @dataclass(frozen=True)
 class Line:
@@ -22,3 +26,14 @@ class Line:
     name: str
     value: float
     formula: str
+
+
+def headline(config: Config, mesh: Mesh, machines: str) -> str:
+    """What runs where, in a line; ``machines``: how many of which."""
+    data = config.data
+    return (
+        f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
+        f"{machines}: tensor {mesh.tp} x data {mesh.dp}, "
+        f"{config.accumulation(mesh.dp)} microsteps of {data.micro_batch} x "
+        f"{data.sequence_length} tokens, recompute {config.run.recompute}"
+    )
