@@ -98,8 +98,13 @@ class FeedForward(nn.Module):
         self.down_proj = RowLinear(Rows(F), D, tp, sequence, like)
 
     def forward(self, x_BsD: Tensor) -> Tensor:
-        y_BsD: Tensor = self.down_proj(ops.swiglu(self.gate_up_proj(x_BsD)))
+        y_BsD: Tensor = self.down_proj.reduced(self.partial(x_BsD))
         return y_BsD
+
+    def partial(self, x_BsD: Tensor) -> Tensor:
+        """All but the sum over ranks: x_BsD -> z_BSD."""
+        z_BSD: Tensor = self.down_proj.partial(ops.swiglu(self.gate_up_proj(x_BsD)))
+        return z_BSD
 
 
 class DecoderLayer(nn.Module):
@@ -115,14 +120,17 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_BsD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, attend: Attend, mode: Recompute
     ) -> Tensor:
-        def block(x_BsD: Tensor) -> Tensor:
+        def block(x_BsD: Tensor) -> tuple[Tensor, Tensor]:
             normed_BsD = self.input_layernorm(x_BsD)
             rerun = mode == "selective"
             x_BsD = x_BsD + self.self_attn(normed_BsD, cos_BSE, sin_BSE, attend, rerun)
-            y_BsD: Tensor = self.mlp(self.post_attention_layernorm(x_BsD))
-            return x_BsD + y_BsD
+            return x_BsD, self.mlp.partial(self.post_attention_layernorm(x_BsD))
 
-        return (recompute.again if mode == "full" else recompute.plain)(block, x_BsD)
+        # Backward reads nothing of the last sum, so it stays outside and is not done again.
+        run = recompute.again if mode == "full" else recompute.plain
+        x_BsD, z_BSD = run(block, x_BsD)
+        y_BsD: Tensor = self.mlp.down_proj.reduced(z_BSD)
+        return x_BsD + y_BsD
 
 
 class Decoder(nn.Module):

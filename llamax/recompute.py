@@ -4,7 +4,7 @@
 |-----------|------------------------------------|----------------------------------------------|
 | none      | everything backward reads          | nothing                                      |
 | selective | all but the inside of attention    | rotary embedding and attention               |
-| full      | the block's input x_BsD            | the block                                    |
+| full      | the block's input x_BsD            | the block, but for its last sum over ranks   |
 
 "Selective" is Korthikanti et al. 2022, section 5: attention holds much memory for few FLOPs.  The
 collectives inside a recomputed block run again too.
@@ -13,7 +13,7 @@ collectives inside a recomputed block run again too.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 import torch.utils.checkpoint
 from torch import Tensor
@@ -21,19 +21,19 @@ from torch import Tensor
 from llamax.backends import xla
 
 Recompute = Literal["none", "selective", "full"]
-Wrapper = Callable[..., Tensor]
+Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 
 
-def again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def again(function: Callable[..., Result], *tensors: Tensor) -> Result:
     """``function(*tensors)`` that keeps only ``tensors`` and runs again in backward."""
     if tensors[0].device.type == "xla":
-        return xla.again(function, *tensors)
+        return cast(Result, xla.again(function, *tensors))
     result = torch.utils.checkpoint.checkpoint(
         function, *tensors, use_reentrant=False, preserve_rng_state=False
     )
-    return cast(Tensor, result)
+    return cast(Result, result)
 
 
-def plain(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def plain(function: Callable[..., Result], *tensors: Tensor) -> Result:
     """``function(*tensors)``, with whatever autograd keeps."""
     return function(*tensors)

@@ -125,7 +125,7 @@ def axes(mesh: Mesh, kv: int, rank: int, device: torch.device, widen: bool = Fal
     )
 
 
-def again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def again(function: Callable[..., Any], *tensors: Tensor) -> Any:
     """``function(*tensors)`` that runs again in backward, behind a barrier.
 
     Without the barrier the compiler would find the two runs alike and keep the values of the first.
@@ -135,8 +135,7 @@ def again(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 
     if not any(tensor.requires_grad for tensor in tensors):
         tensors = (tensors[0].detach().requires_grad_(), *tensors[1:])
-    y: Tensor = checkpoint(function, *tensors, use_reentrant=True, preserve_rng_state=False)
-    return y
+    return checkpoint(function, *tensors, use_reentrant=True, preserve_rng_state=False)
 
 
 class Xla:

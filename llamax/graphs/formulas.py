@@ -14,9 +14,9 @@ loss               its input         input's gradient   2 a chunk of tokens
 =================  ================  =================  ==================
 
 Backward gathers the input of qkv and gate-up again, and the gradient of o and down: a layer has 6
-and 4.  Recomputing whole layers runs the forward ones again: also that of down, whose result nobody
-needs, because torch-xla strings collectives on one thread.  Without sequence parallelism a layer
-has 4 all-reduces.  An optimizer step has one reduce-scatter and one all-gather a bucket.
+and 4.  Recomputing whole layers runs the forward ones again, but for that of down, whose result
+backward does not read.  Without sequence parallelism a layer has 4 all-reduces.  An optimizer step
+has one reduce-scatter and one all-gather a bucket.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class GroupShape:
 def microstep(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:
     """The collectives of a forward and a backward pass; the loss takes tokens in ``chunks``."""
     again = config.run.recompute == "full"
-    return _passes(config, mesh, chunks, (6 + 2 * again, 4 + 2 * again, 4 + 2 * again), 2)
+    return _passes(config, mesh, chunks, (6 + 2 * again, 4 + again, 4 + again), 2)
 
 
 def forward(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:

@@ -131,9 +131,16 @@ class FrozenLinear(nn.Module):
         self.column, self.dropout = how.dim == 0, dropout
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.partial(x) if self.column else self.reduced(self.partial(x))
+
+    def partial(self, x: Tensor) -> Tensor:
+        """The product and its adapters': of a row-parallel layer this rank's part of the sum."""
         factors = [factor.weight for each in self.adapters for factor in (each.a, each.b)]
-        y = regions.apply(_FrozenMatmul, x, self, *factors)
-        return y if self.column else regions.leave(y, self.tp, self.sequence_parallel)
+        return regions.apply(_FrozenMatmul, x, self, *factors)
+
+    def reduced(self, z_BSD: Tensor) -> Tensor:
+        """The sum over ranks of what a row-parallel layer made: z_BSD -> y_BsD."""
+        return regions.leave(z_BSD, self.tp, self.sequence_parallel)
 
     def dense(self) -> Tensor:
         """The weight: [f, D]."""

@@ -88,7 +88,15 @@ class RowLinear(nn.Module):
         self.weight = nn.Parameter(like.new_empty(local_shape(whole, self.shard, tp.size)))
 
     def forward(self, x_BSf: Tensor) -> Tensor:
-        return regions.leave(ops.linear(x_BSf, self.weight), self.tp, self.sequence_parallel)
+        return self.reduced(self.partial(x_BSf))
+
+    def partial(self, x_BSf: Tensor) -> Tensor:
+        """This rank's part of the sum: x_BSf -> z_BSD."""
+        return ops.linear(x_BSf, self.weight)
+
+    def reduced(self, z_BSD: Tensor) -> Tensor:
+        """The sum over ranks: z_BSD -> y_BsD."""
+        return regions.leave(z_BSD, self.tp, self.sequence_parallel)
 
 
 class VocabEmbedding(nn.Module):
