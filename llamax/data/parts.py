@@ -253,7 +253,7 @@ def make_parts(
                 }
                 for future in as_completed(futures):
                     done(futures[future], future.result())
-            except BrokenProcessPool:
+            except (BrokenProcessPool, BrokenPipeError):  # dead while it worked, or as it started
                 # A worker that was still starting escapes the pool's own clearing up.
                 for child in multiprocessing.active_children():
                     child.kill()

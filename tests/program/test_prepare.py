@@ -172,9 +172,9 @@ def test_a_worker_that_dies_is_told(tokenizer: Path, text: Path, tmp_path: Path)
         time.sleep(0.01)
     os.kill(found[0], signal.SIGKILL)
     _, said = process.communicate()
-    assert process.returncode == 2
     assert said.startswith("llamax: a worker of 2 died")
     assert said.count("\n") == 1
+    assert process.returncode == 2
 
 
 def test_finished_parts_are_not_made_again(
