@@ -25,7 +25,7 @@ finetune-demo: $(VENV)/installed
 	@$(BIN)/python -m llamax.finetune_demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --ignore tests/xla
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --ignore tests/xla
 	@$(MAKE) --no-print-directory test-xla
 
 test-xla: $(XLA_VENV)/installed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import hypothesis
@@ -22,29 +23,26 @@ hypothesis.settings.register_profile("llamax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("llamax")
 
 
-DRILLS = pytest.StashKey[list[str]]()
+DRILL = "drill"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="drills at their full counts")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[DRILLS] = []
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if lines := terminalreporter.config.stash[DRILLS]:
+    ended = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+    told = [property for report in ended for property in report.user_properties]
+    if lines := [line for name, line in told if name == DRILL]:
         terminalreporter.section("drills")
         for line in lines:
             terminalreporter.line(line)
 
 
 @pytest.fixture
-def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+def tell(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
     """``tell(line)``: a drill's result, printed when all tests are done."""
-    lines = request.config.stash[DRILLS]
-    return lines.append
+    return partial(record_property, DRILL)
 
 
 @pytest.fixture
