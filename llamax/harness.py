@@ -15,6 +15,7 @@ Source: lm-evaluation-harness documentation, "New Model Guide" (docs/model_guide
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from lm_eval.api.model import TemplateLM  # type: ignore[import-not-found, impor
 from torch import Tensor
 
 from llamax.collectives import Solo
+from llamax.errors import ConfigError
 from llamax.sampling import Sampling
 from llamax.speaker import Speaker, open_given
 
@@ -30,11 +32,16 @@ MOST_NEW_TOKENS = 256
 
 
 class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
-    """The model in ``folder`` on one CPU rank; ``batch`` texts are computed at once."""
+    """The model in ``folder`` on one CPU rank; ``batch`` texts are computed at once.
 
-    def __init__(self, folder: str | Path, batch: int = 8, tokenizer: str = "") -> None:
+    ``tokenizer`` and ``base`` are those of ``llamax generate``.
+    """
+
+    def __init__(
+        self, folder: str | Path, batch: int = 8, tokenizer: str = "", base: str = ""
+    ) -> None:
         super().__init__()
-        given = open_given(Path(folder), tokenizer)
+        given = open_given(Path(folder), tokenizer, base)
         self.folder, self.batch, self.tokenizer = Path(folder), batch, given.tokenizer
         self.model = given.build(Solo("tp"), torch.device("cpu"))
         self.ends = set(given.model.eos_token_ids)
@@ -106,26 +113,49 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
         width = max(len(ids) for ids, _ in texts) - 1
         padded = [[*ids[:-1], *[0] * (width + 1 - len(ids))] for ids, _ in texts]
         logits_BSV: Tensor = self.model(torch.tensor(padded))
-        logits_BSV = logits_BSV[..., : self.tokenizer.vocab_size].float().log_softmax(-1)
         found = []
         for (ids, count), logits_SV in zip(texts, logits_BSV, strict=True):
             stop = len(ids) - 1
-            mine_SV = logits_SV[max(stop - count, 0) : stop]
-            wanted_S = torch.tensor(ids[-len(mine_SV) :])
+            start = max(stop - count, 0)
+            mine_SV = logits_SV[start:stop, : self.tokenizer.vocab_size].float().log_softmax(-1)
+            wanted_S = torch.tensor(ids[start + 1 :])
             score = float(mine_SV.gather(1, wanted_S[:, None]).sum())
             found.append((score, bool((mine_SV.argmax(-1) == wanted_S).all())))
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The greedy answer to each prompt, up to one of its stop texts."""
-        found = []
-        for request in requests:
-            context, options = request.args
-            until = options.get("until") or []
-            stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
-            most = int(options.get("max_gen_toks", MOST_NEW_TOKENS))
-            ids = [self.eot_token_id, *self.tok_encode(context)][-(self.longest - most) :]
-            speaker = Speaker(self.model, self.tokenizer, Sampling(), most, stops, self.ends)
-            (done,) = speaker.speak([context], [ids], 0, lambda text: None)
-            found.append(done.text)
+        """The answer to each prompt, up to one of its stop texts.
+
+        Greedy, unless a task says ``do_sample``.  A prompt too long for the model's context loses
+        its beginning.
+        """
+        found: list[str] = []
+        for options, alike in groupby((request.args for request in requests), lambda each: each[1]):
+            speaker = self._speaker(options)
+            room = self.longest - speaker.max_new_tokens
+            texts = [text for text, _ in alike]
+            for start in range(0, len(texts), self.batch):
+                some = texts[start : start + self.batch]
+                ids = [[self.eot_token_id, *self.tok_encode(text)][-room:] for text in some]
+                done = speaker.speak(some, ids, len(found), lambda text: None)
+                found += [completion.text for completion in done]
         return found
+
+    def _speaker(self, options: dict[str, Any]) -> Speaker:
+        """What speaks as a task's ``generation_kwargs`` say."""
+        until = options.get("until") or []
+        stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
+        most = int(options.get("max_gen_toks", MOST_NEW_TOKENS))
+        if not 0 < most < self.longest:
+            raise ConfigError(
+                f"max_gen_toks={most} leaves no room for a prompt in max_position_embeddings="
+                f"{self.longest} of {self.folder}; use 1 to {self.longest - 1}"
+            )
+        sampling = Sampling()
+        if options.get("do_sample"):
+            sampling = Sampling(
+                float(options.get("temperature", 1.0)),
+                int(options.get("top_k", 0)),
+                float(options.get("top_p", 1.0)),
+            )
+        return Speaker(self.model, self.tokenizer, sampling, most, stops, self.ends)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from instruction import llama2_tokenizer, write_rows
 from llamax.config import Model
 from llamax.data.export import export
 from llamax.data.tokenizer import load_tokenizer
+from llamax.errors import ConfigError
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -51,18 +53,23 @@ metric_list:
   - metric: exact_match"""
 
 
-def test_the_harness_finds_what_it_finds_with_transformers(tmp_path: Path) -> None:
-    pytest.importorskip("datasets")
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("harness")
+    transformers.set_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL.to_hub("float32")))
+    model.save_pretrained(folder / "hub")
+    export(load_tokenizer(llama2_tokenizer(folder)), folder / "hub", 64)
+    return folder / "hub"
+
+
+def test_the_harness_finds_what_it_finds_with_transformers(hub: Path, tmp_path: Path) -> None:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     from llamax.harness import Harness
 
-    hub = tmp_path / "hub"
-    transformers.set_seed(0)
-    reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL.to_hub("float32")))
-    reference.save_pretrained(hub)
-    export(load_tokenizer(llama2_tokenizer(tmp_path)), hub, 64)
+    reference = transformers.LlamaForCausalLM.from_pretrained(hub)
     table = [
         {"question": f"What is {i}?", "choices": ["one", "self.x", "def"], "answer": i % 3}
         for i in range(12)
@@ -112,3 +119,28 @@ def test_the_harness_finds_what_it_finds_with_transformers(tmp_path: Path) -> No
     assert results["own_rolling"]["bits_per_byte,none"] == pytest.approx(
         rolling["bits_per_byte,none"], rel=1e-4
     )
+
+
+def asked(*args: Any) -> Any:
+    return SimpleNamespace(args=args)
+
+
+def test_batches_options_and_edges_of_requests(hub: Path) -> None:
+    from llamax.harness import Harness
+
+    alone, together = Harness(hub, batch=1), Harness(hub, batch=4)
+    short, drawn = {"until": "e", "max_gen_toks": 9}, {"do_sample": True, "max_gen_toks": 9}
+    texts = ["def", "import os", "x" * 300, "", "self.", "class A:"]
+    said = [asked(text, short) for text in texts] + [asked("def", drawn), asked("def", drawn)]
+    answers = together.generate_until(said)
+    assert answers == alone.generate_until(said)
+    assert not any("e" in answer for answer in answers[:6])
+    assert len({answers[0], *answers[6:]}) == 3, "two draws and a greedy answer"
+    pairs = [asked("", "def"), asked("import", ""), asked("x" * 300, "y" * 300)]
+    scores, singly = together.loglikelihood(pairs), alone.loglikelihood(pairs)
+    for mine, other in zip(scores, singly, strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+    assert scores[1] == (0.0, True), "nothing is certain"
+    for most in (0, 64):
+        with pytest.raises(ConfigError, match=f"max_gen_toks={most} leaves no room"):
+            together.generate_until([asked("def", {"max_gen_toks": most})])
