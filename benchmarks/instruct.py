@@ -28,12 +28,12 @@ from llamax import configfile
 from llamax.collectives import Axes, Solo
 from llamax.config import Optim
 from llamax.data.dataset import open_dataset
-from llamax.data.loader import IGNORE
 from llamax.data.packing import Packs
 from llamax.data.prepare import main as prepare
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.feed import Feed
 from llamax.model import Llama
+from llamax.ops import IGNORE_INDEX
 from llamax.optim.zero1 import Zero1
 from llamax.step import train_step
 
@@ -62,7 +62,7 @@ def packing(rows: Path, tokenizer: Path, folder: Path) -> None:
         for way, loader in loaders.items():
             batches = loader.step()
             useful = sum(int((b.documents < b.documents[:, -1:]).sum()) for b in batches)
-            answers = sum(int((b.labels != IGNORE).sum()) for b in batches)
+            answers = sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches)
             began = time.process_time()
             train_step(model, optimizer, axes, batches, BATCH * LENGTH, 1e-4, turn + 1)
             seconds = time.process_time() - began

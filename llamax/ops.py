@@ -31,6 +31,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from llamax.config import RopeScaling
 
+IGNORE_INDEX = -100  # a label that says there is none: torch's own choice
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x @ weight.T``: [..., in], [out, in] -> [..., out]."""

@@ -36,12 +36,11 @@ from torch import Tensor
 from llamax.data.order import Integers, permute
 from llamax.data.tokens import Stream
 from llamax.errors import DataError
-
-IGNORE = -100
+from llamax.ops import IGNORE_INDEX
 
 
 class Batch(NamedTuple):
-    """Rows of samples: ids, labels (IGNORE: no label), positions [B,S]; documents [B,S] or None."""
+    """Rows of samples: ids, labels (or IGNORE_INDEX), positions [B,S]; documents [B,S] or None."""
 
     ids: Tensor
     labels: Tensor
@@ -194,16 +193,16 @@ class Loader(Batches):
                 window[row, : real[row]] = self.file.tokens[starts[row] :]
         ids, labels = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
         for row in np.flatnonzero(real <= S):
-            labels[row, max(real[row] - 1, 0) :] = IGNORE
+            labels[row, max(real[row] - 1, 0) :] = IGNORE_INDEX
         if self.answers:
             self.file.touch(starts[real > 0], (starts + real)[real > 0], "counted")
             places = np.maximum(starts, 0)[:, None] + np.arange(1, S + 1)
-            labels[~self.file.counted(np.minimum(places, len(self.file) - 1))] = IGNORE
+            labels[~self.file.counted(np.minimum(places, len(self.file) - 1))] = IGNORE_INDEX
         if not self.separate_documents:
             positions = torch.arange(S).expand(len(samples), S)
             return Batch(torch.from_numpy(ids), torch.from_numpy(labels), positions, None)
         rows, columns = self._boundaries(starts, real)
-        labels[rows, columns - 1] = IGNORE
+        labels[rows, columns - 1] = IGNORE_INDEX
         # The batch end to end as pieces of one document each: a piece begins with every row and
         # with every document inside one.
         inside = columns < S

@@ -13,9 +13,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from llamax.data.loader import IGNORE, Batch, Batches
+from llamax.data.loader import Batch, Batches
 from llamax.data.order import Integers
 from llamax.data.packing import Packs
+from llamax.ops import IGNORE_INDEX
 
 
 class PackedLoader(Batches):
@@ -57,7 +58,7 @@ class PackedLoader(Batches):
         """The batch of these samples, a row each; -1 is an empty row."""
         shape, file = (len(samples), self.sequence_length), self.file
         ids = np.full(shape, file.header.eos_id or 0, np.int64)
-        labels = np.full(shape, IGNORE, np.int64)
+        labels = np.full(shape, IGNORE_INDEX, np.int64)
         positions = np.zeros(shape, np.int64)
         documents = np.zeros(shape, np.int32)
         for row, sample in enumerate(samples.tolist()):
@@ -75,7 +76,7 @@ class PackedLoader(Batches):
                 labels[row, here] = file.tokens[start + 1 : stop]
                 if self.answers:
                     given = ~file.counted(np.arange(start + 1, stop))
-                    labels[row, here][given] = IGNORE
+                    labels[row, here][given] = IGNORE_INDEX
                 positions[row, here] = np.arange(stop - start - 1)
                 documents[row, here] = number
                 at, number = here.stop, number + 1

@@ -22,10 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from llamax import ops
 from llamax.collectives import Axis
+from llamax.ops import IGNORE_INDEX
 from llamax.parallel import regions
 from llamax.parallel.tensor import local_ids
 
-IGNORE_INDEX = -100
 CHUNK_BYTES = 64 * 2**20
 EVEN = 128  # tokens: what matmuls are tiled in, so that no chunk has a ragged edge
 

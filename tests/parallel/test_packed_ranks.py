@@ -14,11 +14,11 @@ from world import Worlds, axes
 
 from llamax.collectives import Solo
 from llamax.config import Data, Model, Optim
-from llamax.data.loader import IGNORE
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.feed import Feed
 from llamax.mesh import Mesh
 from llamax.model import Llama
+from llamax.ops import IGNORE_INDEX
 from llamax.optim.zero1 import Zero1
 from llamax.step import train_step, validation_loss
 
@@ -105,5 +105,5 @@ def test_the_mean_of_ranks_would_be_another(tokens: Path) -> None:
     """What the curves rest on: shares of a step count different numbers of tokens."""
     data = Data(sequence_length=LENGTH, global_batch=BATCH, micro_batch=1)
     loader = Feed(TokenFile(tokens), data, seed=0).loader(Solo("data"), 0, shuffle=True)
-    counts = {int((batch.labels != IGNORE).sum()) for batch in loader.step()}
+    counts = {int((batch.labels != IGNORE_INDEX).sum()) for batch in loader.step()}
     assert len(counts) > 2

@@ -10,9 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llamax.data.loader import IGNORE, Batch, Loader, permute
+from llamax.data.loader import Batch, Loader, permute
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.errors import DataError
+from llamax.ops import IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_each_token_is_a_label_once_an_epoch(
     while len(seen) < ranks[0].samples:
         steps = [rank.step() for rank in ranks]
         seen += [row for m in range(accumulation) for step in steps for row in rows([step[m]])]
-    labels = [label for row in seen[: ranks[0].samples] for label in row if label != IGNORE]
+    labels = [label for row in seen[: ranks[0].samples] for label in row if label != IGNORE_INDEX]
     assert sorted(labels) == list(range(1, sum(lengths)))
 
 
@@ -132,7 +133,7 @@ def expected(lengths: list[int], sequence: int, sample: int, separate: bool) -> 
         if separate and t > start and home[t] != home[t - 1]:
             position, document = 0, document + 1
         ends = t + 1 >= len(tokens) or (separate and home[t + 1] != home[t])
-        out.append((tokens[t], IGNORE if ends else tokens[t + 1], position, document))
+        out.append((tokens[t], IGNORE_INDEX if ends else tokens[t + 1], position, document))
         position += 1
     return out
 
@@ -155,7 +156,7 @@ def test_windows_hold_what_they_should(make, lengths, sequence, separate) -> Non
         for row in range(3):
             want = expected(lengths, sequence, sample, separate) if sample < loader.samples else []
             size = len(want)
-            assert batch.labels[row, size:].eq(IGNORE).all()
+            assert batch.labels[row, size:].eq(IGNORE_INDEX).all()
             columns = [batch.ids, batch.labels, batch.positions]
             got = [column[row, :size].tolist() for column in columns]
             assert got == [[each[i] for each in want] for i in range(3)]
@@ -175,7 +176,7 @@ def test_validation_covers_the_file_once(make, lengths, degree) -> None:
             file, 0, 4, 4, 1, rank, degree, shuffle=False, separate_documents=False
         )  # fmt: skip
         seen += [label for step in loader.epoch() for row in rows(step) for label in row]
-    assert sorted(x for x in seen if x != IGNORE) == list(range(1, sum(lengths)))
+    assert sorted(x for x in seen if x != IGNORE_INDEX) == list(range(1, sum(lengths)))
 
 
 def test_gathering_checks_blocks_before_use(make, tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from llamax.collectives import Solo
 from llamax.config import Data, Model
 from llamax.data import packing
 from llamax.data.dataset import open_dataset
-from llamax.data.loader import IGNORE, Batch, Loader
+from llamax.data.loader import Batch, Loader
 from llamax.data.packed import PackedLoader
 from llamax.data.packing import Packs, best_fit
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.errors import DataError
 from llamax.feed import Feed
 from llamax.model import Llama
+from llamax.ops import IGNORE_INDEX
 from llamax.shard import Replica, parts
 
 MODEL = Model(
@@ -124,13 +125,13 @@ def test_a_sample_holds_its_documents_and_their_answers(tmp_path: Path) -> None:
             for ids, labels, positions in rows_of(batch, row):
                 assert positions == list(range(len(ids)))
                 if set(ids) == {2}:
-                    assert set(labels) == {IGNORE}
+                    assert set(labels) == {IGNORE_INDEX}
                     continue
                 seen.append((ids, labels))
     expected = []
     for start, stop in zip(file.documents[:-1].tolist(), file.documents[1:].tolist(), strict=True):
         tokens = file.tokens[start:stop].tolist()
-        labels = [IGNORE] * (len(tokens) - 3) + tokens[-2:]
+        labels = [IGNORE_INDEX] * (len(tokens) - 3) + tokens[-2:]
         if len(tokens) <= 9:
             expected.append((tokens[:-1], labels))
     assert sorted(seen) == sorted(expected), "the document of 12 has its answer beyond 9 tokens"
@@ -158,7 +159,7 @@ def test_padded_and_concat_see_the_same_answers(tmp_path: Path) -> None:
     for way in ("best-fit", "padded", "concat"):
         feed = Feed(file, replace(data, packing=way), 0)
         labels = [
-            batch.labels[batch.labels != IGNORE].tolist()
+            batch.labels[batch.labels != IGNORE_INDEX].tolist()
             for step in feed.loader(Solo("data"), 0, False).epoch()
             for batch in step
         ]
@@ -170,13 +171,13 @@ def test_padded_and_concat_see_the_same_answers(tmp_path: Path) -> None:
     plain = write(tmp_path / "p.tokens", [5, 9, 4, 6], answers=None)
     assert Feed(plain, data, 0).packs is None, "and cuts what is text"
     asked = Feed(file, Data(sequence_length=8, labels="all"), 0).loader(Solo("data"), 0, False)
-    assert sum(int((b.labels != IGNORE).sum()) for s in asked.epoch() for b in s) == 24 - 4
+    assert sum(int((b.labels != IGNORE_INDEX).sum()) for s in asked.epoch() for b in s) == 24 - 4
 
 
 def test_concat_counts_only_answers_of_its_own_document(tmp_path: Path) -> None:
     file = write(tmp_path / "f.tokens", [5, 6], answers=6)
     (batch,) = Loader(file, 0, 10, 1, 1, shuffle=False).step()
-    assert (batch.labels[0] != IGNORE).tolist() == [True] * 4 + [False] + [True] * 5
+    assert (batch.labels[0] != IGNORE_INDEX).tolist() == [True] * 4 + [False] + [True] * 5
 
 
 # ---- against transformers
@@ -222,8 +223,10 @@ def test_loss_is_that_of_separate_sequences(dataset: Path) -> None:
     alone, tokens = 0.0, 0
     for start, stop in zip(file.documents[:-1].tolist(), file.documents[1:].tolist(), strict=True):
         ids = torch.from_numpy(file.tokens[start:stop].astype(np.int64))[None]
-        labels = ids.masked_fill(~torch.from_numpy(file.counted(np.arange(start, stop))), IGNORE)
-        count = int((labels[0, 1:] != IGNORE).sum())
+        labels = ids.masked_fill(
+            ~torch.from_numpy(file.counted(np.arange(start, stop))), IGNORE_INDEX
+        )
+        count = int((labels[0, 1:] != IGNORE_INDEX).sum())
         alone += reference(ids, labels=labels).loss.item() * count
         tokens += count
     assert counts == [tokens, tokens]
