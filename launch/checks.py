@@ -42,7 +42,7 @@ def _job(job: JobFile) -> Iterator[str]:
     if not NAME.fullmatch(job.name):
         yield f"name={job.name!r} names files and objects; use up to 63 letters, digits, - _ and ."
     try:
-        cores = job.hardware.cores
+        cores, unit = job.hardware.cores, job.hardware.unit
     except ConfigError as error:
         yield str(error)
         return
@@ -50,7 +50,7 @@ def _job(job: JobFile) -> Iterator[str]:
         yield "ranks_per_node=0: instance=local does not say how many ranks; use 1 or more"
     elif job.instance != LOCAL and job.ranks_per_node > cores:
         yield (
-            f"ranks_per_node={job.ranks_per_node} but {job.instance} has {cores} cores; "
+            f"ranks_per_node={job.ranks_per_node} but {job.instance} has {cores} {unit}; "
             f"use {cores} or less, or more nodes"
         )
     for key, _ in job.environment:
@@ -66,10 +66,11 @@ def _run(job: JobFile) -> Iterator[str]:
         where = f"{job.nodes} x {job.instance} = {job.nodes * job.ranks} ranks"
         yield f"{where}: {' '.join(str(error).split())}"
         return
-    if job.hardware.devices and config.run.backend not in ("xla", "neuron"):
+    machine = job.hardware
+    if machine.devices and config.run.backend not in machine.backends:
         yield (
-            f"run.backend={config.run.backend} on {job.instance} leaves its NeuronCores idle; "
-            "use overrides run.backend=xla, or instance=local"
+            f"run.backend={config.run.backend} on {job.instance} leaves its {machine.unit} idle; "
+            f"use overrides run.backend={machine.backend}, or another instance"
         )
 
 

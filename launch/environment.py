@@ -1,4 +1,4 @@
-"""The variables of a Neuron job: each is set in this table, once, with its reason.
+"""The variables of a job: each is set in this table, once, with its reason.
 
 Not here: what depends on the rank (``llamax.launch.env``) and what the run's configuration decides
 (stochastic rounding, device: ``llamax.backends``).
@@ -64,8 +64,23 @@ def _table(job: JobFile, container: bool) -> Iterator[Variable]:
         "[rank ${rank}] ",
         "what each node's first rank says is shown behind its number",
     )
-    if not machine.devices:
+    if machine.neuron:
+        yield from _neuron(job)
+    if job.nodes == 1:
         return
+    if machine.efa:
+        yield Variable("FI_PROVIDER", "efa", "libfabric takes the EFA adapters, not TCP")
+        yield Variable(
+            "FI_EFA_USE_DEVICE_RDMA", "1", "adapters read device memory, not a copy on the host"
+        )
+        yield Variable("FI_EFA_FORK_SAFE", "1", "kernels before 5.15 corrupt memory on fork")
+    if container and machine.neuron:
+        yield Variable(
+            "CCOM_SOCKET_IFNAME", "eth0", "the pod's only network; set in containers alone"
+        )
+
+
+def _neuron(job: JobFile) -> Iterator[Variable]:
     yield Variable(
         "NEURON_CC_FLAGS",
         "--model-type transformer --retry_failed_compilation",
@@ -85,15 +100,3 @@ def _table(job: JobFile, container: bool) -> Iterator[Variable]:
         "s a program may wait for the other ranks; the default 30 is less than a slow start",
     )
     yield Variable("NEURON_PROCESS_TAG", job.name, "neuron-top and neuron-monitor show whose it is")
-    if job.nodes == 1:
-        return
-    if machine.efa:
-        yield Variable("FI_PROVIDER", "efa", "libfabric takes the EFA adapters, not TCP")
-        yield Variable(
-            "FI_EFA_USE_DEVICE_RDMA", "1", "adapters read device memory, not a copy on the host"
-        )
-        yield Variable("FI_EFA_FORK_SAFE", "1", "kernels before 5.15 corrupt memory on fork")
-    if container:
-        yield Variable(
-            "CCOM_SOCKET_IFNAME", "eth0", "the pod's only network; set in containers alone"
-        )

@@ -1,10 +1,10 @@
-"""The container image: llamax on AWS's Neuron training container.
+"""The container image: llamax on AWS's training container for Neuron, or for CUDA on GPUs.
 
-The base has torch, torch-xla, torch-neuronx and the compiler in versions that belong together, so
-nothing of those is installed again.  MPIJobs need an ssh server with keys for its host, an mpirun,
+The base has torch and what it needs for its devices in versions that belong together, so nothing of
+those is installed again.  MPIJobs need an ssh server with keys for its host, an mpirun,
 and pkill for the order to save.
 
-Sources: AWS Neuron Deep Learning Containers; Kubeflow MPI Operator, base image.
+Sources: AWS Deep Learning Containers, of Neuron and of PyTorch; Kubeflow MPI Operator, base image.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from shlex import quote
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import SHEBANG
 
+NEURON = "public.ecr.aws/neuron/pytorch-training-neuronx:2.9.0-neuronx-py312-sdk2.28.0-ubuntu24.04"
+BASE_IMAGES = {
+    "cuda": "public.ecr.aws/deep-learning-containers/pytorch-training:"
+    "2.9.0-gpu-py312-cu130-ubuntu22.04-ec2"
+}
 PACKAGES = "openmpi-bin openssh-client openssh-server procps"
 PYTHON = (
     "numpy safetensors pydantic sentencepiece tokenizers tiktoken tqdm tensorboard "
@@ -24,7 +29,7 @@ PYTHON = (
 def dockerfile(job: JobFile) -> str:
     """The Dockerfile, to be built in llamax's folder."""
     return f"""# {job.name}: docker build --tag {quote(job.image)} --file - . <Dockerfile
-FROM {job.base_image}
+FROM {job.base_image or BASE_IMAGES.get(job.hardware.backend, NEURON)}
 
 # what the MPI operator needs of an image; a base that has its own mpirun keeps it
 RUN command -v mpirun >/dev/null && packages="openssh-client openssh-server procps" \\

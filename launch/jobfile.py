@@ -40,9 +40,6 @@ else:
     import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
 
 PORTS = Range("1024 to 65535", lambda x: 1024 <= x < 65536)
-BASE_IMAGE = (
-    "public.ecr.aws/neuron/pytorch-training-neuronx:2.9.0-neuronx-py312-sdk2.28.0-ubuntu24.04"
-)
 
 
 @dataclass(frozen=True)
@@ -138,10 +135,13 @@ class JobFile:
         default="trn1.32xlarge", metadata=about(f"what a node is: {', '.join(INSTANCES)}")
     )
     ranks_per_node: int = field(
-        default=0, metadata=about("processes on a node; 0: one per NeuronCore", "ranks", NATURAL)
+        default=0,
+        metadata=about("processes on a node; 0: one per NeuronCore or GPU", "ranks", NATURAL),
     )
     image: str = field(default="", metadata=about("container image, as docker build -t names it"))
-    base_image: str = field(default=BASE_IMAGE, metadata=about("what the image is built upon"))
+    base_image: str = field(
+        default="", metadata=about("what the image is built upon; empty: AWS's, by instance")
+    )
     venv: str = field(
         default="", metadata=about("virtual environment on the nodes; empty: PATH's Python")
     )

@@ -3,13 +3,13 @@
 ::
 
     MPIJob ── launcher: mpirun, started when all workers are ready
-          └── workers: sshd; 16 Neuron devices, 8 EFA, /dev/shm in memory, FSx for Lustre
+          └── workers: sshd; all devices and EFA of a node, /dev/shm in memory, FSx for Lustre
 
 Stopping deletes the MPIJob.  A worker's first process is sshd, with which everything would die at
 once; so a preStop hook asks the ranks to save and waits for them.
 
-Sources: Kubeflow MPI Operator, API v2beta1; Kubernetes API v1 (1.25 and later); AWS Neuron device
-plugin and EFA device plugin.
+Sources: Kubeflow MPI Operator, API v2beta1; Kubernetes API v1 (1.25 and later); the device
+plugins of AWS Neuron, NVIDIA and EFA.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _metadata(job: JobFile, phase: str) -> dict[str, Any]:
 def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
     launch = mpirun.render(job, phase, container=True)
     machine = job.hardware
-    counts = {"aws.amazon.com/neuron": machine.devices, "vpc.amazonaws.com/efa": machine.efa}
+    counts = {machine.resource: machine.devices, "vpc.amazonaws.com/efa": machine.efa}
     devices = {resource: str(count) for resource, count in counts.items() if count}
     node = {"node.kubernetes.io/instance-type": job.instance} if machine.devices else {}
     hook = {"preStop": {"exec": {"command": ["/bin/bash", "-c", SAVE]}}}
@@ -174,7 +174,8 @@ def action(job: JobFile, phase: str, what: str) -> str:
             "stop": f"{kubectl} delete {kind}/{me} --ignore-not-found  # ranks save, then end\n",
             "status": f"{kubectl} get {kind}/{me}\n{kubectl} get pods {pods} --output wide\n",
             "logs": f"exec {kubectl} logs --follow --tail 100 {source}\n",
-            "utilization": f"exec {kubectl} exec --stdin --tty {me}-worker-0 -- neuron-top\n",
+            "utilization": f"exec {kubectl} exec --stdin --tty {me}-worker-0 -- "
+            f"{job.hardware.monitor}\n",
             "clean": f"{kubectl} delete --ignore-not-found "
             + " ".join(
                 f"{kind}/{quote(name(job, each))}"

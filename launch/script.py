@@ -46,7 +46,7 @@ def program(job: JobFile, phase: str) -> list[str]:
 
 def compiler(job: JobFile, phase: str) -> str:
     """What stands before torchrun: the tool that compiles what a run of it traces."""
-    return "neuron_parallel_compile " if phase == "precompile" and job.hardware.devices else ""
+    return "neuron_parallel_compile " if phase == "precompile" and job.hardware.neuron else ""
 
 
 def torchrun(job: JobFile) -> list[str]:
@@ -82,7 +82,8 @@ def title(job: JobFile, phase: str, launcher: str) -> str:
     """One line about a script."""
     if phase == "prepare":
         return f"tokenize with {job.prepare.workers} processes"
-    what = "compile every graph of the run" if phase == "precompile" else "train"
+    first = "compile every graph of the run" if job.hardware.neuron else "rehearse two steps"
+    what = first if phase == "precompile" else "train"
     return f"{what} on {job.nodes} x {job.instance}, {job.nodes * job.ranks} ranks, {launcher}"
 
 
@@ -133,7 +134,7 @@ fi
             "stop": process + 'kill -TERM "$(<"$pid")"  # ranks save, then end\n',
             "status": process + 'ps -ww -o pid,etime,args -p "$(<"$pid")"\n',
             "logs": run + newest,
-            "utilization": "exec neuron-top\n",
+            "utilization": f"exec {job.hardware.monitor}\n",
             "clean": f'{run}rm -rf -- "$run/logs/{phase}" "$run/logs/{phase}-$(uname -n).pid"\n',
         }[what]
     )

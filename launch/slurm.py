@@ -93,6 +93,7 @@ def action(job: JobFile, phase: str, what: str) -> str:
     """Stop, status, logs, utilization or clean."""
     named = f"--name={quote(name(job, phase))}"
     pattern = quote(f"./{name(job, phase)}-[0-9]+\\.log")
+    monitor = job.hardware.monitor
     return (
         f"{SHEBANG}\nset -euo pipefail\ncd -- {quote(job.folder)}\n"
         + {
@@ -104,7 +105,7 @@ def action(job: JobFile, phase: str, what: str) -> str:
 exec tail -n 100 -F "${{newest:?there is no log yet}}"
 """,
             "utilization": f"""number=$(squeue {named} --state=RUNNING --noheader --format=%i)
-exec srun --overlap --jobid="${{number:?the job does not run}}" --nodes=1 --pty neuron-top
+exec srun --overlap --jobid="${{number:?the job does not run}}" --nodes=1 --pty {monitor}
 """,
             "clean": f"find . -maxdepth 1 -regex {pattern} -delete\n",
         }[what]

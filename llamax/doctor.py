@@ -44,7 +44,7 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     backend = job.config.run.backend if job else "xla" if host.version("torch-xla") else "cpu"
     yield from versions.check(host, backend)
     wanted = INSTANCES[job.instance if job else LOCAL]
-    ports = [job.port if job else PORT] + ([NEURON_PORT] if wanted.devices else [])
+    ports = [job.port if job else PORT] + ([NEURON_PORT] if wanted.neuron else [])
     yield from machine.check(host, wanted, ports)
     if job is None:
         return

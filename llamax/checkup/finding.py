@@ -53,6 +53,10 @@ class Host:
     def neuron_devices(self) -> int:
         return len(self.find("dev", "neuron[0-9]*"))
 
+    @property
+    def gpus(self) -> int:
+        return len(self.find("dev", "nvidia[0-9]*"))
+
     def version(self, package: str) -> str | None:
         return installed(package) if self.packages is None else self.packages.get(package)
 

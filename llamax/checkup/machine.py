@@ -38,22 +38,24 @@ def check(host: Host, wanted: Instance, ports: list[int]) -> Iterator[Finding]:
 
 
 def devices(host: Host, wanted: Instance) -> Iterator[Finding]:
-    found = host.neuron_devices
+    gpus = wanted.backend == "cuda"
+    found, kind = (host.gpus, "GPU") if gpus else (host.neuron_devices, "Neuron device")
     if found == wanted.devices:
-        yield ok("devices", f"{found} Neuron devices" if found else "no Neuron device, none asked")
+        yield ok("devices", f"{found} {kind}s" if found else f"no {kind}, none asked")
     elif not found:
         yield unseen(
             "devices",
-            f"no Neuron device here, where the job asks for {wanted.devices} a node",
+            f"no {kind} here, where the job asks for {wanted.devices} a node",
             "run doctor on a node",
         )
     else:
         yield Finding(
             "error",
             "devices",
-            f"{found} Neuron devices, where the job asks for {wanted.devices}",
-            "ranks without a core of their own fail at the first step",
-            "neuron-ls; restart the instance if it shows fewer than it was sold with",
+            f"{found} {kind}s, where the job asks for {wanted.devices}",
+            "ranks without a device of their own fail at the first step",
+            f"{'nvidia-smi' if gpus else 'neuron-ls'}; restart the instance if it shows fewer than "
+            "it was sold with",
         )
 
 
@@ -66,11 +68,11 @@ def memory(host: Host, wanted: Instance) -> Iterator[Finding]:
     found = 1024 * int(words[words.index("MemTotal:") + 1])
     limit = host.read("sys/fs/cgroup/memory.max") or "max"
     found = found if limit == "max" else min(found, int(limit))
-    if host.neuron_devices and found < 0.9 * wanted.memory_gib * GIB:
+    if (host.neuron_devices or host.gpus) and found < 0.9 * wanted.memory_gib * GIB:
         yield Finding(
             "warning",
             "memory",
-            f"{show_bytes(found)} of host memory, where the instance has {wanted.memory_gib} GiB",
+            f"{show_bytes(found)} of host memory, where it should have {wanted.memory_gib:.0f} GiB",
             "tracing, compiling and saving take host memory on every rank at once",
             "free it, or raise the container's memory limit",
         )

@@ -1,4 +1,4 @@
-"""Versions that must fit: torch, torch-xla, torch-neuronx, the compiler, NxD, the driver.
+"""Versions that must fit: torch, torch-xla, torch-neuronx, the compiler, NxD, the drivers.
 
 Source: AWS Neuron documentation, "Release content" of Neuron 2.28.0 and 2.29.0, the last ones that
 train with torch-xla on trn1.
@@ -52,6 +52,26 @@ def check(host: Host, backend: str) -> Iterator[Finding]:
     if backend == "xla":
         yield from _xla(host, torch)
         yield from _neuron(host, torch)
+    if backend == "cuda":
+        yield from _cuda(host, torch)
+
+
+def _cuda(host: Host, torch: str) -> Iterator[Finding]:
+    if torch.endswith("+cpu") and host.gpus:
+        yield Finding(
+            "error",
+            "torch",
+            f"torch {torch} is built without CUDA",
+            "run.backend=cuda would find no GPU",
+            "python3 -m pip install --force-reinstall torch, from an index with CUDA builds",
+        )
+    told = re.search(
+        r"Module(?: for \S+)?\s+(\d[\d.]+)", host.read("proc/driver/nvidia/version") or ""
+    )
+    if told is None:
+        yield unseen("driver", "the NVIDIA driver is not loaded here", "run doctor on a node")
+    else:
+        yield ok("driver", f"NVIDIA driver {told[1]}")
 
 
 def _xla(host: Host, torch: str) -> Iterator[Finding]:

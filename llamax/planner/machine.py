@@ -59,6 +59,9 @@ class Machine:
     memory_efficiency: float = 1.0
     link_efficiency: float = 1.0
     network_efficiency: float = 1.0
+    devices: int = 0
+    efa: int = 0
+    host_memory_gib: float = 0.0
 
     def peak_flops(self, dtype: str) -> float:
         """FLOP/s of a rank's dense matrix products in ``dtype``."""
@@ -112,6 +115,11 @@ def load(name_or_path: str) -> Machine:
             "or give a TOML file of your own"
         )
     return _machine(name, machines[name], KNOWN)
+
+
+def known() -> dict[str, Machine]:
+    """The machines of ``machines.toml`` by name."""
+    return {name: _machine(name, table, KNOWN) for name, table in _read(KNOWN).items()}
 
 
 def names() -> list[str]:

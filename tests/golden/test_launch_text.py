@@ -31,12 +31,15 @@ from llamax.launch.jobfile import JobFile
 
 GOLDEN = Path(__file__).parent / "launch"
 NODES = (1, 4, 64)
+GPUS = {"instance": "p5.48xlarge", "overrides__run__backend": "cuda"}
 RUNS = {  # file's name: launcher, changes of the job
     "torchrun": ("torchrun", {}),
     "mpirun": ("mpirun", {}),
     "mpirun-core": ("mpirun", {"mpirun__per": "core"}),
     "slurm": ("slurm", {}),
+    "slurm-gpu": ("slurm", GPUS),
     "k8s": ("k8s", {}),
+    "k8s-gpu": ("k8s", GPUS),
     "sagemaker": ("sagemaker", {}),
 }
 # Kubernetes: the oldest that the manifests are written to, those in use, the newest known
@@ -114,7 +117,8 @@ def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
 
 def manifests() -> list[dict[str, Any]]:
     return [
-        yaml.safe_load(render(the_job("k8s", nodes), "k8s", phase))
+        yaml.safe_load(render(the_job(name, nodes), "k8s", phase))
+        for name in ("k8s", "k8s-gpu")
         for nodes in NODES
         for phase in PHASES["k8s"]
         if phase != "image"
@@ -136,23 +140,35 @@ def test_manifests_hold_to_the_strict_schemas(version: str) -> None:
 def test_mpijobs_hold_to_the_strict_definition() -> None:
     check = pytest.importorskip("jsonschema").validate
     found = [manifest for manifest in manifests() if manifest["kind"] == "MPIJob"]
-    assert len(found) == 2 * len(NODES)
+    assert len(found) == 4 * len(NODES)
     for manifest in found:
         check(manifest, MPIJOB)
 
 
 @pytest.mark.parametrize(
-    ("instance", "neuron", "efa"),
-    [("trn1.32xlarge", "16", "8"), ("trn1n.32xlarge", "16", "16"), ("trn1.2xlarge", "1", None)],
+    ("instance", "resource", "devices", "efa"),
+    [
+        ("trn1.2xlarge", "aws.amazon.com/neuron", "1", None),
+        ("trn1.32xlarge", "aws.amazon.com/neuron", "16", "8"),
+        ("trn1n.32xlarge", "aws.amazon.com/neuron", "16", "16"),
+        ("trn2.48xlarge", "aws.amazon.com/neuron", "16", "16"),
+        ("p4d.24xlarge", "nvidia.com/gpu", "8", "4"),
+        ("p4de.24xlarge", "nvidia.com/gpu", "8", "4"),
+        ("p5.48xlarge", "nvidia.com/gpu", "8", "32"),
+        ("p5e.48xlarge", "nvidia.com/gpu", "8", "32"),
+        ("p5en.48xlarge", "nvidia.com/gpu", "8", "16"),
+    ],
 )
-def test_a_worker_has_a_whole_instance(instance: str, neuron: str, efa: str | None) -> None:
+def test_a_worker_has_a_whole_instance(
+    instance: str, resource: str, devices: str, efa: str | None
+) -> None:
     this = job(nodes=16, instance=instance)
     manifest = yaml.safe_load(kubernetes.render(this, "train"))
     worker = manifest["spec"]["mpiReplicaSpecs"]["Worker"]
     assert worker["replicas"] == 16
     spec = worker["template"]["spec"]
     (container,) = spec["containers"]
-    wanted = {"aws.amazon.com/neuron": neuron}
+    wanted = {resource: devices}
     wanted |= {"vpc.amazonaws.com/efa": efa} if efa else {}
     assert container["resources"] == {"requests": wanted, "limits": wanted}
     assert spec["nodeSelector"] == {"node.kubernetes.io/instance-type": instance}
@@ -216,6 +232,24 @@ def test_every_variable_is_set_once_with_its_reason() -> None:
             job(recipe="demo", instance="local", ranks_per_node=2, nodes=2, overrides={})
         )
     ]
+
+
+def test_gpus_get_the_network_and_nothing_of_neuron() -> None:
+    table = {each.name: each.value for each in variables(job(nodes=4, **GPUS), container=True)}
+    assert {key: table[key] for key in table if key.startswith("FI_")} == {
+        "FI_PROVIDER": "efa",
+        "FI_EFA_USE_DEVICE_RDMA": "1",
+        "FI_EFA_FORK_SAFE": "1",
+    }
+    own = {"NEURON_RT_EXEC_TIMEOUT"}  # of the job file
+    assert {key for key in table if key.startswith(("NEURON", "CCOM"))} == own
+    for launcher in ("slurm", "k8s"):
+        this = the_job(f"{launcher}-gpu", 4)
+        assert "neuron_parallel_compile" not in render(this, launcher, "precompile")
+        assert "-- nvidia-smi dmon" in action(this, "k8s", "train", "utilization")
+    assert "FROM public.ecr.aws/deep-learning-containers/" in render(this, "k8s", "image")
+    mine = job(base_image="mine:1", **GPUS)
+    assert "FROM mine:1\n" in render(mine, "k8s", "image")
 
 
 def test_sagemakers_file_is_python_with_these_arguments() -> None:

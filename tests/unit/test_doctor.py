@@ -94,6 +94,24 @@ def test_versions_on_other_machines(tmp_path: Path) -> None:
     assert levels(versions.check(bare, "xla"))["driver"] == "unseen"
 
 
+def test_a_machine_with_gpus(tmp_path: Path) -> None:
+    p5 = INSTANCES["p5.48xlarge"]
+    assert levels(machine.devices(Host(tmp_path), p5)) == {"devices": "unseen"}
+    for n in range(8):
+        lay(tmp_path, **{f"dev__nvidia{n}": ""})
+    lay(tmp_path, dev__nvidiactl="")
+    assert levels(machine.devices(Host(tmp_path), p5)) == {"devices": "ok"}
+    for line in ("Kernel Module  570.133.20  Wed", "Open Kernel Module for x86_64  570.133.20  R"):
+        host = Host(tmp_path, packages={"torch": "2.9.0+cpu"})
+        assert levels(versions.check(host, "cuda"))["torch"] == "error"
+        lay(tmp_path, proc__driver__nvidia__version=f"NVRM version: NVIDIA UNIX {line}\n")
+        host = Host(tmp_path, packages={"torch": "2.9.0+cu130"})
+        torch, driver = versions.check(host, "cuda")
+        assert (torch.level, driver.what) == ("ok", "NVIDIA driver 570.133.20")
+    (tmp_path / "dev" / "nvidia3").unlink()
+    assert levels(machine.devices(host, p5)) == {"devices": "error"}
+
+
 def test_devices_and_memory(tmp_path: Path) -> None:
     host = trainium(tmp_path)
     assert levels(machine.devices(host, TRN1)) == {"devices": "ok"}

@@ -109,7 +109,7 @@ def test_every_key_is_explained() -> None:
         (
             "torchrun",
             {"ranks_per_node": 64},
-            "ranks_per_node=64 but trn1.32xlarge has 32 cores; use 32 or less, or more nodes",
+            "ranks_per_node=64 but trn1.32xlarge has 32 NeuronCores; use 32 or less, or more nodes",
         ),
         ("torchrun", {"instance": "trn1.32xlage"}, "unknown; did you mean trn1.32xlarge?"),
         ("torchrun", {"instance": "local"}, "ranks_per_node=0: instance=local does not say how"),
@@ -117,6 +117,17 @@ def test_every_key_is_explained() -> None:
         ("torchrun", {"overrides__optim__lrr": 1}, "--optim.lrr is an unknown option; did you"),
         ("torchrun", {"recipe": "llama2-7c"}, "no recipe is named 'llama2-7c'; did you mean"),
         ("torchrun", {"overrides__run__backend": "cpu"}, "leaves its NeuronCores idle; use"),
+        (
+            "slurm",
+            {"instance": "p5.48xlarge"},
+            "run.backend=xla on p5.48xlarge leaves its GPUs idle; use overrides run.backend=cuda",
+        ),
+        (
+            "slurm",
+            {"instance": "p4d.24xlarge", "ranks_per_node": 16, "overrides__run__backend": "cuda"},
+            "ranks_per_node=16 but p4d.24xlarge has 8 GPUs; use 8 or less, or more nodes",
+        ),
+        ("slurm", {"instance": "trn1n.2xlarge"}, "instance='trn1n.2xlarge' is unknown; did you"),
         ("torchrun", {"name": "a b"}, "name='a b' names files and objects; use up to 63"),
         ("torchrun", {"environment__RANK": 1}, "environment.RANK is set for each rank by its"),
         ("torchrun", {"nodes": 2, "torchrun__master": ""}, "torchrun.master is empty; with nod"),
@@ -182,11 +193,12 @@ def test_a_right_job_is_not_refused(launcher: str) -> None:
     assert refusals(launcher, **small, sagemaker__local=True) == []
 
 
-def test_instances_have_as_many_cores_as_the_planner_counts() -> None:
-    known = [name for name in machine.names() if name in INSTANCES]
-    assert "trn1.32xlarge" in known
-    for name in known:
-        assert machine.load(name).ranks == INSTANCES[name].cores
+def test_what_can_be_planned_can_be_launched() -> None:
+    assert set(INSTANCES) - {"local"} == set(machine.names()) - {"cpu"}
+    for name in set(INSTANCES) - {"local"}:
+        this = INSTANCES[name]
+        assert (this.cores, this.backend) == (machine.load(name).ranks, machine.load(name).backend)
+        assert this.devices > 0 < this.memory_gib
 
 
 # ---- the command
