@@ -1,7 +1,8 @@
 """What a launcher refuses, told before anything starts: each check yields a line per problem.
 
 Sources: Kubernetes, "Object Names and IDs" (RFC 1035 and 1123 labels); mpi-operator's validation
-(the last worker's host name is a label); sbatch(1); SageMaker, CreateTrainingJob.
+(the last worker's host name is a label); the grammar of Docker's image references; sbatch(1);
+SageMaker, CreateTrainingJob.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from llamax.launch.jobfile import JobFile
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
-IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
+PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
+IMAGE = re.compile(
+    rf"(?:(?:localhost|[\w-]+(?:\.[\w-]+)+)(?::\d+)?/|[\w-]+:\d+/)?{PART}(?:/{PART})*"
+    r"(?::\w[\w.-]{0,127})?(?:@sha256:[0-9a-f]{64})?",
+    re.ASCII,
+)
 SLURM_WORD = re.compile(r"[A-Za-z0-9_.,-]*")
 SLURM_TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})?")
 SLURM_PATH = re.compile(r"[A-Za-z0-9._/@+=,-]*")
@@ -27,6 +33,10 @@ SAGEMAKER_NAME = re.compile(r"[A-Za-z0-9](-*[A-Za-z0-9])*")
 def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
     """Everything that is wrong with ``job`` for this launcher and phase, a line each."""
     found = list(_job(job))
+    if launcher not in ("k8s", "sagemaker") and not NAME.fullmatch(job.name):  # stricter: below
+        found.append(
+            f"name={job.name!r} names files and objects; use up to 63 letters, digits, - _ and ."
+        )
     if not found:
         found += _run(job)
     found += {"sagemaker": _sagemaker}.get(launcher, _shared)(job)
@@ -39,8 +49,6 @@ def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
 
 
 def _job(job: JobFile) -> Iterator[str]:
-    if not NAME.fullmatch(job.name):
-        yield f"name={job.name!r} names files and objects; use up to 63 letters, digits, - _ and ."
     try:
         cores, unit = job.hardware.cores, job.hardware.unit
     except ConfigError as error:
@@ -64,7 +72,10 @@ def _run(job: JobFile) -> Iterator[str]:
         config = job.config
     except ConfigError as error:
         where = f"{job.nodes} x {job.instance} = {job.nodes * job.ranks} ranks"
-        yield f"{where}: {' '.join(str(error).split())}"
+        head, *several = str(error).split("\n  ")
+        if several:
+            head = f"{head.rpartition(':')[0]}: {several[0]}; and {len(several) - 1} more"
+        yield f"{where}: {head}"
         return
     machine = job.hardware
     if machine.devices and config.run.backend not in machine.backends:
@@ -146,7 +157,7 @@ def _kubernetes(job: JobFile) -> Iterator[str]:
     if not job.image:
         yield "image is empty; name the image that --phase image builds"
     elif not IMAGE.fullmatch(job.image):
-        yield f"image={job.image!r} is no image name; use registry/repository:tag"
+        yield f"image={job.image!r} is no image name; use registry/repository:tag in lower case"
     if not job.storage.claim:
         yield (
             "storage.claim is empty; name the PersistentVolumeClaim of the FSx for Lustre file "

@@ -111,8 +111,8 @@ def load(name_or_path: str) -> Machine:
     if name not in machines:
         known = [THIS, *machines, *also]
         raise ConfigError(
-            f"--instance {name_or_path}: no machine has this name{nearest(name_or_path, known)}; "
-            "or give a TOML file of your own"
+            f"--instance {name_or_path} is neither a TOML file nor a machine that is known"
+            f"{nearest(name_or_path, known)}"
         )
     return _machine(name, machines[name], KNOWN)
 

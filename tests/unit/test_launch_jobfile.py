@@ -114,6 +114,12 @@ def test_every_key_is_explained() -> None:
         ("torchrun", {"instance": "trn1.32xlage"}, "unknown; did you mean trn1.32xlarge?"),
         ("torchrun", {"instance": "local"}, "ranks_per_node=0: instance=local does not say how"),
         ("torchrun", {"overrides__parallel__tensor": 64}, "1 x trn1.32xlarge = 32 ranks: "),
+        (
+            "torchrun",
+            {"overrides__parallel__tensor": 6},
+            "parallel.tensor=6 does not divide model.num_attention_heads=32; use 1, 2, 4, 8, 16 or "
+            "32; and 4 more",
+        ),
         ("torchrun", {"overrides__optim__lrr": 1}, "--optim.lrr is an unknown option; did you"),
         ("torchrun", {"recipe": "llama2-7c"}, "no recipe is named 'llama2-7c'; did you mean"),
         ("torchrun", {"overrides__run__backend": "cpu"}, "leaves its NeuronCores idle; use"),
@@ -152,6 +158,8 @@ def test_every_key_is_explained() -> None:
         ("k8s", {"image": ""}, "image is empty; name the image that --phase image builds"),
         ("k8s", {"image": "a b"}, "image='a b' is no image name; use registry/repository:tag"),
         ("k8s", {"name": "Llama_7B"}, "name='Llama_7B' is refused by Kubernetes; use lower-case"),
+        ("k8s", {"image": "ecr.aws/Llamax:1"}, "image='ecr.aws/Llamax:1' is no image name; use"),
+        ("k8s", {"name": "lläma"}, "name='lläma' is refused by Kubernetes; use lower-case"),
         ("k8s", {"name": "7b"}, "name='7b' is refused by Kubernetes"),
         (
             "k8s",
@@ -177,6 +185,21 @@ def test_each_mistake_is_one_line(launcher: str, changes: dict[str, Any], messag
     assert len(found) == 1
     assert message in found[0]
     assert "\n" not in found[0]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "llamax",
+        "llamax:1",
+        "localhost/llamax",
+        "localhost:5000/team/llamax:v1.0_x",
+        "Registry.example.com:443/a/b__c/d-e",
+        f"public.ecr.aws/neuron/x@sha256:{'0a' * 32}",
+    ],
+)
+def test_names_of_images_that_docker_takes(image: str) -> None:
+    assert refusals("k8s", image=image) == []
 
 
 def test_prepare_wants_inputs_and_a_tokenizer() -> None:

@@ -204,7 +204,8 @@ def test_json_says_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> Non
     [
         (["--parallel.tensor=3"], "parallel.tensor=3 does not divide model.num_attention_heads=32"),
         (["--parallel.tensor=3"], "and 2 more"),
-        (["--instance", "trn3"], "--instance trn3: no machine has this name; did you mean trn2?"),
+        (["--instance", "trn3"], "--instance trn3 is neither a TOML file nor a machine that is"),
+        (["--instance", "trn3"], "known; did you mean trn2?"),
         (["--nodes", "0"], "--nodes=0 is out of range"),
         (["--ranks", "-1"], "--ranks=-1 is out of range"),
         (["--ranks", "64"], "--ranks=64 is more than the 32 devices of trn1.32xlarge"),
