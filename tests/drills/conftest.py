@@ -1,17 +1,27 @@
-"""What drills share: one small dataset."""
+"""What drills share: one small dataset, and an end to what they started."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import jobs
 import tiny_run
 
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_run.make_dataset(tmp_path_factory.mktemp("dataset"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays() -> Iterator[None]:
+    """A drill that fails leaves no job behind."""
+    yield
+    while jobs.Job.started:
+        jobs.Job.started.pop().kill()

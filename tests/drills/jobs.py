@@ -10,9 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tiny_run
 
@@ -31,6 +32,8 @@ def config(dataset: Path, folder: Path, steps: int, **checkpoint: Any) -> Config
 class Job:
     """A launcher and its ranks; ``stderr`` holds all that they say."""
 
+    started: ClassVar[list[Job]] = []
+
     def __init__(self, command: list[str], folder: Path) -> None:
         self.folder, self.stderr = folder, folder.parent / (folder.name + ".stderr")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -38,6 +41,7 @@ class Job:
             self.process = subprocess.Popen(
                 command, stderr=file, stdout=file, env=environment, start_new_session=True
             )
+        self.started.append(self)
 
     def ranks(self) -> list[int]:
         """The process ids of the ranks that are there, in rank order."""
@@ -81,9 +85,15 @@ class Job:
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            for pid in (*self.ranks(), self.process.pid):
-                os.kill(pid, signal.SIGKILL)
+            self.kill()
             raise AssertionError(f"no end within {timeout_s:.0f} s: {self.said()}") from None
+
+    def kill(self) -> None:
+        """End all of it, if it has not ended."""
+        for pid in (*self.ranks(), self.process.pid) if self.process.poll() is None else ():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
 
     def said(self) -> str:
         return self.stderr.read_text(errors="replace")
@@ -115,6 +125,15 @@ def torchrun(ranks: int, path: Path, folder: Path, *overrides: str, restarts: in
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     launcher += ["--max-restarts", str(restarts), "--master-port", str(free_port())]
     return Job([*launcher, "-m", "llamax.train", "--config", str(path), *overrides], folder)
+
+
+def nodes(count: int, path: Path, folder: Path, *overrides: str) -> list[Job]:
+    """As many nodes as ``count``, each an agent of torchrun's with one rank."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
+    launcher += ["--nnodes", str(count), "--master-addr", "127.0.0.1"]
+    launcher += ["--master-port", str(free_port())]
+    program = ["-m", "llamax.train", "--config", str(path), *overrides]
+    return [Job([*launcher, "--node-rank", str(node), *program], folder) for node in range(count)]
 
 
 def mpirun(ranks: int, path: Path, folder: Path, *overrides: str) -> Job:

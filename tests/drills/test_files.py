@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import re
@@ -11,15 +10,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import checkpoint_worlds as worlds
 import jobs
 import pytest
 import tiny_run
+from tuning_worlds import MODEL as TUNED
+from tuning_worlds import base_folder
 
 from llamax import log, program
 from llamax.checkpoint import Checkpoint, newest
+from llamax.config import Config
 from llamax.data.dataset import open_dataset
 from llamax.errors import LlamaxError, NoRoom
 from llamax.launch.env import Rendezvous
@@ -94,25 +97,68 @@ def test_every_damage_is_refused_and_named(
     tell(f"flipped, cut: {number} damages of every file, all refused with the file's name: ok")
 
 
-@pytest.mark.timeout(1800)
+def variants(dataset: Path, base: Path) -> dict[str, tuple[int, Config]]:
+    """What is resumed at every step: ranks and configuration."""
+    plain = tiny_run.config(dataset, base)
+
+    def of(**changes: dict[str, object]) -> Config:
+        changed = {name: replace(getattr(plain, name), **it) for name, it in changes.items()}
+        return replace(plain, **changed)
+
+    lora = {"method": "lora", "r": 4, "dropout": 0.1}
+    tuned = {"model": vars(TUNED), "checkpoint": {"init_from": str(base)}}
+    narrow = {"dtype": "bfloat16"}
+    return {
+        "plain": (1, plain),
+        "bfloat16": (1, of(run=narrow)),
+        "bfloat16, recompute full": (1, of(run={**narrow, "recompute": "full"})),
+        "recompute selective": (1, of(run={"recompute": "selective"})),
+        "two samples at once, twice a step": (1, of(data={"micro_batch": 2})),
+        "also_hf, best kept": (1, of(checkpoint={"also_hf": True, "keep_best": True})),
+        "lora": (1, of(finetune=lora, **tuned)),
+        "lora, bfloat16, recompute full": (
+            1,
+            of(finetune=lora, run={**narrow, "recompute": "full"}, **tuned),
+        ),
+        "qlora": (1, of(finetune={**lora, "method": "qlora"}, **tuned)),
+        "tensor 2": (2, of(parallel={"tensor": 2})),
+        "data 2, bfloat16": (2, of(run=narrow)),
+        "data 2, no ZeRO": (2, of(parallel={"zero1": False})),
+    }
+
+
+@pytest.mark.timeout(3600)
 def test_resuming_at_every_step(
     dataset: Path, tmp_path: Path, full: bool, tell: Callable[[str], None]
 ) -> None:
-    steps = 12
-    variants = [{}, {"dtype": "bfloat16", "recompute": "full"}] if full else [{}]
-    for number, variant in enumerate(variants):
+    """The log and the last checkpoint of a resumed run are those of one that never stopped."""
+    steps, base = 12, tmp_path / "base"
+    base_folder(base)
+    stops = range(1, steps) if full else (1, 6, 11)
+    chosen = variants(dataset, base)
+    for number, (name, (ranks, config)) in enumerate(chosen.items()):
+        if number and not full:
+            break
         folder = tmp_path / f"run{number}"
-        whole = tiny_run.config(dataset, folder, **variant)
-        cfg = dataclasses.replace(whole, run=dataclasses.replace(whole.run, steps=steps))
-        train(cfg, Rendezvous())
-        expected = tiny_run.log_of(folder)
-        stops = range(1, steps) if full else (1, 6, 11)
+        cfg = replace(config, run=replace(config.run, folder=str(folder), steps=steps))
+        path = tiny_run.write(cfg, tmp_path / f"{number}.toml")
+
+        def run(ranks: int = ranks, cfg: Config = cfg, path: Path = path) -> None:
+            if ranks == 1:
+                train(cfg, Rendezvous())
+            else:
+                job = jobs.torchrun(ranks, path, Path(cfg.run.folder))
+                assert job.end() == 0, job.said()
+
+        run()
+        expected = tiny_run.log_of(folder), tiny_run.hashes(folder, steps)
         for stopped in stops:
             for later in range(stopped + 1, steps + 1):
                 shutil.rmtree(folder / f"checkpoints/step-{later:08d}")
-            train(cfg, Rendezvous())
-            assert tiny_run.log_of(folder) == expected, stopped
-    tell(f"resume at {len(stops)} steps of {steps}, {len(variants)} precisions: bytes equal: ok")
+            run()
+            found = tiny_run.log_of(folder), tiny_run.hashes(folder, steps)
+            assert found == expected, f"{name}, resumed after step {stopped}"
+        tell(f"resumed after {len(stops)} steps of {steps}, {name}: bytes equal: ok")
 
 
 def run_in(folder: Path, dataset: Path, steps: int, **checkpoint: object) -> list[str]:

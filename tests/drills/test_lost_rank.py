@@ -16,27 +16,9 @@ import tiny_run
 TIMEOUT_S = 8  # of the jobs
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
-@pytest.mark.parametrize("victim", [0, 1])
-def test_the_others_end_and_name_it(
-    dataset: Path,
-    tmp_path: Path,
-    how: signal.Signals,
-    victim: int,
-    full: bool,
-    tell: Callable[[str], None],
-) -> None:
-    if (victim == 0 or how == signal.SIGKILL) and not full:
-        pytest.skip("runs with --full; the restart below kills as well")
-    folder = tmp_path / "run"
-    path = tiny_run.write(jobs.config(dataset, folder, 100_000), tmp_path / "c.toml")
-    job = jobs.torchrun(2, path, folder, "--parallel.tensor=2")
-    ranks = job.wait_for_ranks(2)
-    job.wait_for_steps(4)
-    os.kill(ranks[victim], how)
-    began, other = time.monotonic(), ranks[1 - victim]
-    while Path(f"/proc/{other}").exists() and job.process.poll() is None:
+def the_others_name(victim: int, job: jobs.Job, others: list[int], began: float) -> float:
+    """Wait for the other ranks to end in time, having named the victim and its last step."""
+    while any(Path(f"/proc/{pid}").exists() for pid in others):
         assert time.monotonic() - began < TIMEOUT_S + 45, job.said()
         time.sleep(0.05)
     took_s = time.monotonic() - began
@@ -44,7 +26,61 @@ def test_the_others_end_and_name_it(
     named = re.search(rf"rank {victim} \(last step (\d+)\) (died|fell|ended|silent)", job.said())
     assert named, job.said()
     assert int(named[1]) >= 4
-    tell(f"{how.name} of rank {victim}: the other ended after {took_s:.1f} s and named it: ok")
+    return took_s
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_the_others_end_and_name_it(
+    dataset: Path,
+    tmp_path: Path,
+    how: signal.Signals,
+    victim: int,
+    launcher: str,
+    full: bool,
+    tell: Callable[[str], None],
+) -> None:
+    if (victim == 0 or how == signal.SIGKILL or launcher == "mpirun") and not full:
+        pytest.skip("runs with --full; the restart below kills as well")
+    if launcher == "mpirun" and not jobs.has_mpirun():
+        pytest.skip("mpirun is not installed")
+    folder, ranks = tmp_path / "run", 4 if full else 2
+    path = tiny_run.write(jobs.config(dataset, folder, 100_000), tmp_path / "c.toml")
+    start = jobs.torchrun if launcher == "torchrun" else jobs.mpirun
+    job = start(ranks, path, folder, "--parallel.tensor=2")
+    pids = job.wait_for_ranks(ranks)
+    job.wait_for_steps(4)
+    os.kill(pids[victim], how)
+    others = [pid for pid in pids if pid != pids[victim]]
+    took_s = the_others_name(victim, job, others, time.monotonic())
+    tell(
+        f"{launcher}, {how.name} of rank {victim}: all {len(others)} others ended and named it "
+        f"after {took_s:.1f} s: ok"
+    )
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_node_is_lost_with_what_the_ranks_met_at(
+    dataset: Path, tmp_path: Path, how: signal.Signals, full: bool, tell: Callable[[str], None]
+) -> None:
+    """Node 0 has rank 0, and an agent that serves the store of all ranks."""
+    if not full:
+        pytest.skip("runs with --full")
+    folder = tmp_path / "run"
+    path = tiny_run.write(jobs.config(dataset, folder, 100_000), tmp_path / "c.toml")
+    lost, stays = jobs.nodes(2, path, folder, "--parallel.tensor=2")
+    (first,), (other,) = lost.wait_for_ranks(1), stays.wait_for_ranks(1)
+    stays.wait_for_steps(4)
+    for pid in (lost.process.pid, first):
+        os.kill(pid, how)
+    took_s = the_others_name(0, stays, [other], time.monotonic())
+    tell(
+        f"{how.name} of node 0, agent and rank: the other ended and named it "
+        f"after {took_s:.1f} s: ok"
+    )
 
 
 @pytest.mark.timeout(900)

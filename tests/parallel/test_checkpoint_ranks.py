@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -26,15 +27,37 @@ MODEL = Model(
 )
 
 
-def train_and_save(
-    mesh: Mesh, dtype: torch.dtype, zero1: bool, source: str, out: str, steps: int
-) -> None:
+class On(NamedTuple):
+    """Where a checkpoint is saved."""
+
+    tp: int
+    dp: int
+    zero1: bool = True
+    sequence_parallel: bool = False
+
+
+CHAINS = {
+    "all at once": (On(2, 2), On(1, 2, zero1=False), On(4, 1, sequence_parallel=True)),
+    "tensor": (On(2, 1), On(4, 1), On(1, 1)),
+    "data": (On(1, 2), On(1, 4), On(1, 1)),
+    "ZeRO": (On(2, 2), On(2, 2, zero1=False), On(2, 2)),
+    "sequence parallel": (On(2, 2, sequence_parallel=True), On(2, 2), On(2, 2, True, True)),
+}
+
+
+def train_and_save(on: On, dtype: torch.dtype, source: str, out: str, steps: int) -> None:
     """Some steps from ``source`` (or from scratch), then a checkpoint in ``out``."""
-    mine = axes(mesh, max(1, mesh.tp // MODEL.num_key_value_heads))
-    model = Llama(MODEL, mine.tp, dtype=dtype).init(0)
+    mine = axes(Mesh(tp=on.tp, dp=on.dp), max(1, on.tp // MODEL.num_key_value_heads))
+    model = Llama(MODEL, mine.tp, dtype=dtype, sequence_parallel=on.sequence_parallel).init(0)
     parameters, shards = dict(model.named_parameters()), model.shards
     optimizer = Zero1(
-        parameters, shards, Optim(), mine, sequence_parallel=False, zero1=zero1, bucket_bytes=4096
+        parameters,
+        shards,
+        Optim(),
+        mine,
+        sequence_parallel=on.sequence_parallel,
+        zero1=on.zero1,
+        bucket_bytes=4096,
     )
     if source:
         checkpoint = Checkpoint(source, verify=False)
@@ -49,7 +72,7 @@ def train_and_save(
         total, _ = model.loss(share[:, :-1], share[:, 1:])
         (total / 32).backward()
         optimizer.step(torch.tensor(1e-3), torch.tensor(float(step + 1)), torch.tensor(1.0))
-    saver = Saver(out, mine, parameters, shards, zero1=zero1, timeout_s=60)
+    saver = Saver(out, mine, parameters, shards, zero1=on.zero1, timeout_s=60)
     saver.save(steps, optimizer.owned(), {}, MODEL.to_hub("float32"), "", torch.get_rng_state())
     saver.wait()
     mine.world.all_reduce(torch.zeros(1))
@@ -61,29 +84,34 @@ def state(folder: Path) -> dict[tuple[str, str], Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_save_reshard_resume(worlds: Worlds, tmp_path: Path, dtype: torch.dtype) -> None:
-    a, b, c = (str(tmp_path / name) for name in "abc")
-    worlds(4).run(train_and_save, Mesh(tp=2, dp=2), dtype, True, "", a, 2)
-    first = f"{a}/step-00000002"
-    worlds(2).run(train_and_save, Mesh(tp=1, dp=2), dtype, False, first, b, 0)
-    worlds(4).run(train_and_save, Mesh(tp=4, dp=1), dtype, True, f"{b}/step-00000000", c, 0)
-    expected = state(Path(first))
+@pytest.mark.parametrize("chain", CHAINS)
+def test_save_reshard_resume(
+    worlds: Worlds, tmp_path: Path, dtype: torch.dtype, chain: str, tell: Callable[[str], None]
+) -> None:
+    """A trains and saves; B loads that and saves, C loads that and saves: all hold the same."""
+    source, expected = "", {}
+    for number, on in enumerate(CHAINS[chain]):
+        steps = 0 if number else 2
+        out = str(tmp_path / str(number))
+        worlds(on.tp * on.dp).run(train_and_save, on, dtype, source, out, steps)
+        source = f"{out}/step-{steps:08d}"
+        found = state(Path(source))
+        expected = expected or found
+        assert set(found) == set(expected)
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), (on, key)
     assert {kind for _, kind in expected} >= {"weight", "exp_avg", "exp_avg_sq"}
     assert (("model.norm.weight", "master") in expected) == (dtype == torch.bfloat16)
     assert expected["model.embed_tokens.weight", "exp_avg"].any()
-    for other in (Path(b) / "step-00000000", Path(c) / "step-00000000"):
-        found = state(other)
-        assert set(found) == set(expected)
-        for key, value in expected.items():
-            assert torch.equal(found[key], value), key
+    tell(f"{chain} changes {len(CHAINS[chain]) - 1} times, {dtype}: state bit-equal: ok")
 
 
 def test_resuming_on_the_same_mesh_is_bitwise(worlds: Worlds, tmp_path: Path) -> None:
-    mesh = Mesh(tp=2, dp=2)
+    on = On(2, 2, sequence_parallel=True)
     a, b, c = (str(tmp_path / name) for name in "abc")
-    worlds(4).run(train_and_save, mesh, torch.float32, True, "", a, 2)
+    worlds(4).run(train_and_save, on, torch.float32, "", a, 2)
     for out in (b, c):
-        worlds(4).run(train_and_save, mesh, torch.float32, True, f"{a}/step-00000002", out, 1)
+        worlds(4).run(train_and_save, on, torch.float32, f"{a}/step-00000002", out, 1)
     assert [p.name for p in sorted(Path(b).iterdir())] == ["step-00000001"]
     for name in ("weights-tp01-dp01.safetensors", "optimizer-tp00-dp01.safetensors"):
         files = [Path(folder) / "step-00000001" / name for folder in (b, c)]
