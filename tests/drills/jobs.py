@@ -117,6 +117,15 @@ def listens(pid: int) -> bool:
     return caught is not None and bool(int(caught[1], 16) >> (signal.SIGTERM - 1) & 1)
 
 
+def runs(pid: int) -> bool:
+    """Whether a process has not ended, even if nobody has asked how."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
 def alone(path: Path, folder: Path, *overrides: str) -> Job:
     return Job([*TRAIN, str(path), *overrides], folder)
 

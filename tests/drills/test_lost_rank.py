@@ -18,7 +18,7 @@ TIMEOUT_S = 8  # of the jobs
 
 def the_others_name(victim: int, job: jobs.Job, others: list[int], began: float) -> float:
     """Wait for the other ranks to end in time, having named the victim and its last step."""
-    while any(Path(f"/proc/{pid}").exists() for pid in others):
+    while any(jobs.runs(pid) for pid in others):
         assert time.monotonic() - began < TIMEOUT_S + 45, job.said()
         time.sleep(0.05)
     took_s = time.monotonic() - began
