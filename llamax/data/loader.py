@@ -171,6 +171,7 @@ class Loader(Batches):
         self.file, self.separate_documents = file, separate_documents
         self.answers = answers and file.masked
         # Every window that lies whole in the file, as rows of one overlapping view: no copy.
+        self._place = torch.arange(sequence_length)
         whole = (len(file) - 1) // sequence_length
         step = file.tokens.itemsize
         self._windows: npt.NDArray[Any] = np.lib.stride_tricks.as_strided(
@@ -183,24 +184,26 @@ class Loader(Batches):
         starts = samples * S
         real = np.where(samples >= 0, np.minimum(len(self.file) - starts, S + 1), 0)
         self.file.touch(starts[real > 0], (starts + real)[real > 0])
-        if np.all(real == S + 1):
-            window = self._windows[samples]
+        full = real == S + 1
+        if full.all():
+            window = self._windows[samples].astype(np.int64)
         else:
-            window = np.zeros((len(samples), S + 1), self.file.tokens.dtype)
-            full = real == S + 1
+            window = np.zeros((len(samples), S + 1), np.int64)
             window[full] = self._windows[samples[full]]
             for row in np.flatnonzero(~full & (real > 0)):
                 window[row, : real[row]] = self.file.tokens[starts[row] :]
-        ids, labels = window[:, :-1].astype(np.int64), window[:, 1:].astype(np.int64)
-        for row in np.flatnonzero(real <= S):
+        ids, labels = window[:, :-1], window[:, 1:]
+        if self.answers or self.separate_documents or not full.all():
+            labels = labels.copy()  # some will be IGNORE_INDEX; else they may share the ids' memory
+        for row in np.flatnonzero(~full):
             labels[row, max(real[row] - 1, 0) :] = IGNORE_INDEX
         if self.answers:
             self.file.touch(starts[real > 0], (starts + real)[real > 0], "counted")
-            places = np.maximum(starts, 0)[:, None] + np.arange(1, S + 1)
-            labels[~self.file.counted(np.minimum(places, len(self.file) - 1))] = IGNORE_INDEX
+            labelled = np.maximum(starts, 0)[:, None] + np.arange(1, S + 1)
+            labels[~self.file.counted(np.minimum(labelled, len(self.file) - 1))] = IGNORE_INDEX
         if not self.separate_documents:
-            positions = torch.arange(S).expand(len(samples), S)
-            return Batch(torch.from_numpy(ids), torch.from_numpy(labels), positions, None)
+            places = self._place.expand(ids.shape)
+            return Batch(torch.from_numpy(ids), torch.from_numpy(labels), places, None)
         rows, columns = self._boundaries(starts, real)
         labels[rows, columns - 1] = IGNORE_INDEX
         # The batch end to end as pieces of one document each: a piece begins with every row and
