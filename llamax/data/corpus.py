@@ -178,12 +178,12 @@ def decode(raw: bytes, path: str, at: int) -> str:
     if place < 0:
         return text
     raise DataError(
-        f"{path}: byte {at + place} is not UTF-8 text (0x{raw[place]:02x}); convert the file, or "
-        "leave it out with --glob or --exclude"
+        f"{path}: byte {at + place} is not UTF-8 text (0x{raw[place]:02x}); convert the file to "
+        "UTF-8, or leave it out"
     )
 
 
 def unreadable(path: str, error: Exception) -> DataError:
     """What to raise for a file that the system or a decompressor cannot read."""
     reason = getattr(error, "strerror", None) or error
-    return DataError(f"{path}: cannot be read ({reason}); mend it or leave it out with --exclude")
+    return DataError(f"{path}: cannot be read ({reason}); mend it or leave it out")

@@ -73,11 +73,16 @@ def read(
     texts = {"answer": ""}
     for known in ("instruction", "context", "system", *(() if asked else ("answer",))):
         key = _name(row, known, fields)
-        if key is None and known in ("instruction", "answer"):
+        if key is None and (known in fields or known in ("instruction", "answer")):
+            if not chat and _name(row, "messages", fields) is not None:
+                raise DataError(
+                    "is a conversation, which this template cannot read; use usr-bot, "
+                    "human-assistant or a chat template"
+                )
             looked = fields.get(known) or ", ".join(FIELDS[known])
             raise DataError(
-                f"has no field for the {known} (looked for {looked}; found {', '.join(row)}); "
-                f"use --field {known}=NAME"
+                f"has no field for the {known} (looked for {looked}; found "
+                f"{', '.join(row) or 'none'}); use --field {known}=NAME"
             )
         value = "" if key is None or row[key] is None else row[key]
         if not isinstance(value, str):
@@ -112,7 +117,9 @@ def _conversation(given: Any, name: str, system: str, asked: bool) -> Sample | N
         role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
         text = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
         if not isinstance(role, str) or not isinstance(text, str):
-            raise DataError(f"has a field {name!r} that is no list of {{role, content}}; mend it")
+            raise DataError(
+                f"has a field {name!r} that is no list of {{role, content}} in text; mend it"
+            )
         messages.append({"role": ROLES.get(role, role), "content": text})
     if system and (not messages or messages[0]["role"] != "system"):
         messages.insert(0, {"role": "system", "content": system})

@@ -7,6 +7,9 @@ the rows (``train[:10%]``, a limit) is exact and a mistake can name its row::
     rows.csv     head | row 1  "row                        beginning where a row begins; a quoted
                  2" | row 3                                line break is inside its row
 
+The fields of a CSV are cut where those of its head are: at commas, or where it has none at
+semicolons, tabs or bars.  A byte order mark before a file's text is no part of it.
+
 A name that is no file is one of the Hugging Face Hub, read by ``datasets`` where that is installed,
 and kept as JSONL beside the parts.  Local JSONL, JSON and CSV need nothing but Python.
 """
@@ -37,7 +40,8 @@ KINDS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
-DELIMITERS = {"csv": ",", "tsv": "\t"}
+DELIMITERS = {"csv": ",", "tsv": "\t", "csv;": ";", "csv\t": "\t", "csv|": "|"}
+MARK = b"\xef\xbb\xbf"  # the byte order mark in UTF-8
 SLICE = re.compile(r"(\w+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -149,7 +153,7 @@ def parse_split(text: str) -> tuple[str, Callable[[int], tuple[int, int]]]:
 
 def kind_of(path: Path) -> str:
     """The kind of table that a file's name promises; empty if none."""
-    return KINDS.get(Path(path.name.removesuffix(".gz")).suffix, "")
+    return KINDS.get(Path(path.name.removesuffix(".gz")).suffix.lower(), "")
 
 
 def from_hub(name: str, split: str, scratch: Path) -> Path:
@@ -199,6 +203,8 @@ def scan(path: Path) -> Iterator[Run]:
     whole = path.name.endswith(".gz")  # reading on from the middle would unpack all before it
     start = stop = first = count = 0
     try:
+        if kind == "csv":
+            kind += _separator(path)
         with _open(path) as file:
             edges = _edges(file, kind)
             if kind != "jsonl":
@@ -240,6 +246,13 @@ def _edges(file: IO[bytes], kind: str) -> Iterator[tuple[int, int]]:
         begin = at
 
 
+def _separator(path: Path) -> str:
+    """What the head of a CSV has between its fields in place of commas; empty where it has them."""
+    with _open(path) as file:
+        head = next((line for line in file if line.strip()), b"")
+    return "" if b"," in head else next((mark for mark in ";\t|" if mark.encode() in head), "")
+
+
 def _is_lines(path: Path) -> bool:
     """Whether a .json file has an object per line, as many that are called so."""
     with _open(path) as file:
@@ -247,8 +260,8 @@ def _is_lines(path: Path) -> bool:
             line for line, _ in zip((line for line in file if line.strip()), "ab", strict=False)
         ]
     try:
-        first = json.loads(lines[0]) if lines else None
-    except ValueError:
+        first = json.loads(lines[0].removeprefix(MARK)) if lines else None
+    except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and (len(lines) > 1 or not _one_list(first))
 
@@ -258,7 +271,7 @@ def _is_lines(path: Path) -> bool:
 
 def rows(run: Run) -> Iterator[tuple[str, Row]]:
     """(place for messages, row) for each row of a run; DataError names the place of a mistake."""
-    read = {"jsonl": _lines, "json": _array, "csv": _csv, "tsv": _csv, "parquet": _groups}[run.kind]
+    read = {"jsonl": _lines, "json": _array, "parquet": _groups}.get(run.kind, _csv)
     try:
         for number, row in enumerate(read(run)):
             if number >= run.skip + run.count:
@@ -280,9 +293,10 @@ def _lines(run: Run) -> Iterator[Any]:
         at = run.start
         for line in file:
             if line.strip():
+                text = line if at else line.removeprefix(MARK)
                 try:
-                    yield json.loads(decode(line, run.path, at))
-                except ValueError as error:
+                    yield json.loads(decode(text, run.path, at))
+                except (ValueError, RecursionError) as error:
                     yield DataError(f"is not JSON ({error}); mend or remove it")
             at += len(line)
 
@@ -296,13 +310,16 @@ def _csv(run: Run) -> Iterator[Any]:
     delimiter = DELIMITERS[run.kind]
 
     def records(raw: bytes, start: int) -> Iterator[list[str]]:
-        text = decode(raw, run.path, start).removeprefix("\ufeff")
+        text = decode(raw if start else raw.removeprefix(MARK), run.path, start)
         yield from csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
 
     with _open(Path(run.path)) as file:
         begin, stop = next(_edges(file, run.kind))
         file.seek(begin)
         head = next(records(file.read(stop - begin), begin))
+        if twice := [name for number, name in enumerate(head) if name in head[:number]]:
+            yield DataError(f"lies under a head that names {twice[0]!r} twice; rename one of them")
+            return
         file.seek(run.start)
         body = file.read(run.stop - run.start)
     for fields in records(body, run.start):
@@ -338,8 +355,8 @@ def _table(path: Path) -> list[Any]:
     """The rows of a JSON file: a list, or an object that holds one list."""
     try:
         with _open(path) as file:
-            found = json.loads(decode(file.read(), str(path), 0))
-    except ValueError as error:
+            found = json.loads(decode(file.read().removeprefix(MARK), str(path), 0))
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error}); mend it") from None
     if isinstance(found, dict):
         found = _one_list(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import gzip
 import json
@@ -70,12 +71,17 @@ def test_every_kind_of_table_gives_the_same_bytes(
     (tmp_path / "a.json").write_text(json.dumps(table), encoding="utf-8")
     (tmp_path / "b.json").write_text(json.dumps({"version": 1, "data": table}), encoding="utf-8")
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
-    for name, mark, encoding in (("a.csv", ",", "utf-8"), ("a.tsv", "\t", "utf-8-sig")):
+    (tmp_path / "mark.json").write_text(json.dumps(table), encoding="utf-8-sig")
+    (tmp_path / "mark.jsonl").write_bytes(codecs.BOM_UTF8 + (tmp_path / "a.jsonl").read_bytes())
+    tables = (("a.csv", ",", "utf-8"), ("a.tsv", "\t", "utf-8-sig"), ("B.CSV", ";", "utf-8-sig"),
+              ("c.csv", "|", "utf-8"), ("d.csv", "\t", "utf-8"))  # fmt: skip
+    for name, mark, encoding in tables:
         with (tmp_path / name).open("w", encoding=encoding, newline="") as file:
             writer = csv.DictWriter(file, list(table[0]), delimiter=mark)
             writer.writeheader()
             writer.writerows(table)
-    names = ["a.jsonl", "lines.json", "a.json", "b.json", "a.jsonl.gz", "a.csv", "a.tsv"]
+    names = ["a.jsonl", "lines.json", "a.json", "b.json", "a.jsonl.gz", "mark.json", "mark.jsonl"]
+    names += [name for name, _, _ in tables]
     try:
         import pyarrow
         from pyarrow import parquet
@@ -260,13 +266,16 @@ def test_gsm8k_packs_to_98_percent(shared_data: Path, tmp_path: Path) -> None:
         ("a.jsonl", '{"instruction": "Q", "answer": "\ufdd0"}', r"row 1: .*U\+FDD0"),
         ("a.jsonl", '{"instruction"', "row 1: is not JSON"),
         ("a.jsonl", "[1]", "row 1: is list, not an object"),
+        ("a.jsonl", "{}", "row 1: has no field for the instruction .*; found none"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "Q"}]}', "row 1: is a conversation"),
         ("a.jsonl", "\n", r"a\.jsonl: this leaves no row of 0"),
         ("a.json", "[1, 2", "a.json: is not JSON"),
         ("a.json", '{"x": 1, "y": 2}\n', "row 1: has no field"),
         ("a.json", '{"x": [\n1], "y": [2]}\n', "neither a list of rows nor an object with one"),
         ("a.csv", 'instruction,answer\nQ,A\nQ\n', "row 2: has 1 fields where the head names 2 "),
         ("a.csv", 'instruction,answer\nQ,A\n"Q,A\n', "row 2 is not CSV"),
-        ("a.csv", b"instruction,answer\nQ,\xff\n", "byte 21 is not UTF-8"),
+        ("a.csv", "instruction,answer,answer\nQ,A,B\n", "row 1: .*head that names 'answer' twice"),
+        ("a.csv", b"instruction,answer\nQ,\xff\n", "byte 21 is not UTF-8 .*to UTF-8, or leave"),
         ("a.txt", "x", r"a\.txt: is no table of rows; give a \.jsonl"),
         ("a.parquet", "x", "is not Parquet|needs the package pyarrow"),
         ("a.jsonl.gz", "x", "cannot be read"),
@@ -280,6 +289,13 @@ def test_bad_rows(
         content if isinstance(content, bytes) else content.encode("utf-8", "surrogatepass")
     )
     refused(words, tmp_path, path, "--template", "dolly", "--tokenizer", tokenizer)
+
+
+@pytest.mark.parametrize(("name", "words"), [("a.jsonl", "row 1: is"), ("a.json", "a.json: is")])
+def test_brackets_without_end(tokenizer: Path, tmp_path: Path, name: str, words: str) -> None:
+    path = tmp_path / name
+    path.write_text('{"x": ' + "[" * 10**5)
+    refused(f"{words} not JSON", tmp_path, path, "--template", "dolly", "--tokenizer", tokenizer)
 
 
 def refused(words: str, tmp_path: Path, *args: object) -> None:
@@ -324,6 +340,8 @@ def test_bad_options(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixt
         "--field",
         "answer=A",
     )
+    refused(r"row 1: has no field for the context \(looked for CTX; found instruction, context",
+            tmp_path, *with_template, "--field", "context=CTX")  # fmt: skip
     refused("reads neither messages nor system", tmp_path, *with_template, "--system", "Be short.")
     bad = tmp_path / "bad.jinja"
     bad.write_text("{{ answer.__class__.__base__ }}")
