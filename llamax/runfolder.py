@@ -97,13 +97,15 @@ class Run:
 
     @property
     def state(self) -> str:
-        """starting, running, finished, stopped or dead."""
+        """starting, running, stuck (a rank waits for a silent one), finished, stopped or dead."""
         if self.last is not None and self.last.step >= self.steps:
             return "finished"
         if self.ranks:
             states = {rank.state for rank in self.ranks}
             if states <= {"alive"}:
                 return "running"
+            if states == {"alive", "silent"}:
+                return "stuck"
             return "stopped" if states <= {"done"} else "dead"
         if self.locked is False:
             return "stopped"

@@ -7,17 +7,18 @@
 
     loss             2.1051  █▅▄▃▂▂▁▁▁▁  validation 2.1159, perplexity 8.3
     tokens/s           104K  ▆▇█▇▇▇▆▁▆▇  813 a rank
-    step time           39s  half of the last 50 reports are below; 90 % below 40s, ...
+    step time           39s  median of 50 reports, p90 40s, p99 41s
     ranks           128/128  alive, on 4 hosts; steps 420 to 420
 
 It reads the run's folder and nothing else, so it works from any machine that sees the folder, on a
-run that trains, is over, or died.  Into a pipe, or with ``--once``, it writes the same lines once,
-without colours.
+run that trains, is over, or died.  Ctrl-C ends it.  Into a pipe, or with ``--once``, it writes the
+same lines once, without colours.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import sys
 import time
@@ -37,9 +38,11 @@ STATES = {
     "finished": "cyan",
     "starting": "yellow",
     "stopped": "yellow",
+    "stuck": "red",
     "dead": "red",
 }
 LEFT, SPARK = 13, 26  # columns of labels and of small curves
+SHORTEST, PERCENT = 10, 7  # columns of the bar at least, and of the share behind it
 SHOWN = 6  # ranks with trouble, or cores, that are named
 
 
@@ -59,7 +62,7 @@ class Paint:
 def render(run: Run, width: int = 80, colour: bool = False, price: float = 0.0) -> list[str]:
     """The view of a run as lines; ``price`` in dollars an hour replaces the folder's own."""
     paint = Paint(colour)
-    return [
+    lines = [
         *_head(run, width, paint, price or run.dollars_per_hour),
         "",
         *_curves(run, paint),
@@ -69,34 +72,54 @@ def render(run: Run, width: int = 80, colour: bool = False, price: float = 0.0) 
         *_cores(run, paint),
         *_saved(run, paint),
     ]
+    return [clip(line, width) for line in lines]
+
+
+def clip(line: str, width: int) -> str:
+    """A line of at most ``width`` columns, with all its colours; … where it was longer."""
+    pieces = re.split(r"(\x1b\[[\d;]*m)", line)  # text, code, text, code, ..., text
+    if sum(map(len, pieces[::2])) <= width:
+        return line
+    room = width - 1
+    for place in range(0, len(pieces), 2):
+        pieces[place], room = pieces[place][:room], max(room - len(pieces[place]), 0)
+    return "".join(pieces) + "…"
 
 
 def _head(run: Run, width: int, paint: Paint, price: float) -> Iterator[str]:
     clock = time.strftime("%H:%M:%S", time.localtime(run.now))
-    about = ""
+    about = [""]
     if run.config:
         mesh = f"tensor {run.config.parallel.tensor}"
         ranks = int(run.environment.get("ranks", 0)) // run.config.parallel.tensor
         mesh += f" x data {ranks}" if ranks else ""
         size = show_number(run.config.model.num_parameters())
-        about = f"{size} {run.config.run.dtype}, {mesh} on {run.config.run.backend}"
-    gap = max(width - len(run.name) - len(about) - len(run.state) - len(clock) - 6, 1)
+        short = f"{size} {run.config.run.dtype}"
+        about = [f"{short}, {mesh} on {run.config.run.backend}", short, size, ""]
+    room = width - len(run.name) - len(run.state) - len(clock) - 6
+    about = next((each for each in about if len(each) < room), "")
+    gap = max(room - len(about), 1)
     yield (
         f"{paint(run.name, 'bold')}  {paint(about, 'dim')}  "
         f"{paint(run.state, 'bold', STATES[run.state])}{' ' * gap}{paint(clock, 'dim')}"
     )
     step = run.last.step if run.last else 0
     done = step / run.steps if run.steps else 0.0
-    bar = max(width - 50, 10)
-    full = round(done * bar)
-    told = f"step {step:,}/{run.steps:,}"
+    told = [f"step {step:,}/{run.steps:,}"]
     if run.state == "running":
-        told += f"  left {show_time(run.left_s)}"
+        told.append(f"  left {show_time(run.left_s)}")
+    elif run.last:
+        told.append(f"  after {show_time(run.spent_s)}")
     if price and run.last:
         spent, left = (s / 3600 * price for s in (run.spent_s, run.left_s))
-        told += f"  ${spent:,.2f} spent" + (f", ${left:,.2f} to go" if left else "")
+        told += [f"  ${spent:,.2f} spent", f", ${left:,.2f} to go" if left else ""]
+    while len(told) > 1 and len("".join(told)) > width - SHORTEST - PERCENT:
+        told.pop()
+    text = "".join(told)
+    bar = max(min(width - 50, width - len(text) - PERCENT), SHORTEST)
+    full = round(done * bar)
     drawn = paint("━" * full, STATES[run.state]) + paint("─" * (bar - full), "dim")
-    yield f"{drawn} {done:4.0%}  {told}"
+    yield f"{drawn} {done:4.0%}  {text}"
 
 
 def _curves(run: Run, paint: Paint) -> Iterator[str]:
@@ -151,8 +174,8 @@ def _pace(run: Run, paint: Paint) -> Iterator[str]:
     half, most, worst = percentiles(recent, (50, 90, 99))
     label = paint(f"{'step time':<{LEFT}}", "dim")
     yield (
-        f"{label} {show_time(half):>9}  half of the last {len(recent)} reports are below; "
-        f"90 % below {show_time(most)}, 99 % below {show_time(worst)}"
+        f"{label} {show_time(half):>9}  median of {len(recent)} reports, "
+        f"p90 {show_time(most)}, p99 {show_time(worst)}"
     )
     label = paint(f"{'tokens':<{LEFT}}", "dim")
     tokens = show_number(run.last.consumed_tokens)
@@ -250,6 +273,8 @@ def main(argv: Sequence[str]) -> int:
                 break
             time.sleep(options.every)
             run = read(options.run)
+    except KeyboardInterrupt:
+        pass  # how one leaves a view; the run goes on
     finally:
         sys.stdout.write("\x1b[?25h\x1b[?1049l")
     print("\n".join(render(run, shutil.get_terminal_size().columns, True, price)))

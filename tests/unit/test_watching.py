@@ -8,6 +8,8 @@ import logging
 import os
 import re
 import socket
+import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 from pathlib import Path
@@ -68,7 +70,8 @@ def make(folder: Path, done: int, ranks: int = 0, silent: int = -1, left: str = 
         (12, 0, -1, "", 131, "dead"),
         (0, 0, -1, "", 5, "starting"),
         (12, 4, -1, "", 5, "running"),
-        (12, 4, 2, "", 5, "dead"),
+        (12, 4, 2, "", 5, "stuck"),
+        (12, 4, 2, "", 60, "dead"),  # now all are silent
         (12, 4, -1, "done", 5, "stopped"),
         (12, 4, -1, "lost rank 3 (last step 7)", 5, "dead"),
     ],
@@ -86,7 +89,7 @@ def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
     for words in (
         "night",
         "3.20M float32, tensor 2 x data 2 on cpu",
-        "dead",
+        "stuck",
         "30%",
         "step 12/40",
         "$0.24 spent, $0.56 to go",  # 24 s and 56 s at $36 an hour
@@ -97,7 +100,7 @@ def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
         "128 a rank",
         "40.0%",
         f"{'step time':<13} {'2.00s':>9}",
-        "90 % below 2.00s",
+        "median of 12 reports, p90 2.00s, p99 2.00s",
         "memory 1 GiB",
         "last report 5.00s ago",
         "3/4",
@@ -108,7 +111,40 @@ def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
     assert "\x1b" not in text
     coloured = "\n".join(watch.render(run, 100, colour=True))
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == text
-    assert f"\x1b[1;{watch.COLOURS['red']}mdead" in coloured
+    assert f"\x1b[1;{watch.COLOURS['red']}mstuck" in coloured
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 140])
+def test_no_line_is_wider_than_the_terminal(tmp_path: Path, width: int) -> None:
+    run = read(make(tmp_path / "night", 12, 4, 2), NOW + 5)
+    for colour in (False, True):
+        lines = [
+            re.sub(r"\x1b\[[0-9;]*m", "", line) for line in watch.render(run, width, colour, 3.6e6)
+        ]
+        assert max(map(len, lines)) <= width
+        assert ("$24,000.00 spent" in "\n".join(lines)) == (
+            width >= 60
+        )  # dollars go before steps do
+        assert "step 12/40" in lines[1] or width < 40
+        if width == 140:
+            assert lines[0].endswith(time.strftime("%H:%M:%S", time.localtime(run.now)))
+            assert len(lines[0]) == width
+    assert watch.clip("\x1b[1mabcdef\x1b[0m", 4) == "\x1b[1mabc\x1b[0m…"
+    assert watch.clip("\x1b[1mabcd\x1b[0m", 4) == "\x1b[1mabcd\x1b[0m"
+
+
+def test_ctrl_c_leaves_the_last_view_on_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(time, "sleep", interrupted)
+    assert watch.main([str(make(tmp_path / "r", 12, 2))]) == 0
+    screen, after = capsys.readouterr().out.split("\x1b[?1049l")
+    assert screen.startswith("\x1b[?1049h")
+    assert "step 12/40" in after
 
 
 def test_a_running_view_says_what_is_left(tmp_path: Path) -> None:
