@@ -44,8 +44,8 @@ def load(name_or_path: str, overrides: Sequence[str] = (), world_size: int | Non
     """The configuration of a recipe or a TOML file with command-line overrides on top.
 
     ``overrides`` are ``--section.key=value``, or ``--section.key`` and ``value`` as two items.
-    Raises one ConfigError that lists every unknown name and wrong type, or else every rule that
-    does not hold on ``world_size`` ranks (None: not known yet).
+    Raises one ConfigError that lists every unknown name and every wrong type or, where all types
+    are right, every rule that does not hold on ``world_size`` ranks (None: not known yet).
     """
     path = find(name_or_path)
     try:
@@ -75,13 +75,14 @@ def parse(
 ) -> Config:
     """The configuration of parsed TOML ``tables``; see ``load``."""
     found: list[str] = []
+    unknown: list[str] = []
     tables = copy.deepcopy(tables)
     for key, text in _pairs(overrides, found):
-        _override(tables, key, text, found)
-    built = build(Config, tables, "", found)
-    refuse(found, where)
-    config: Config = built
-    refuse(config.problems(world_size), where)
+        _override(tables, key, text, unknown)
+    config: Config = build(Config, tables, "", found, unknown)
+    if not found:
+        found = config.problems(world_size)
+    refuse([*unknown, *found], where)
     return config
 
 
@@ -137,8 +138,11 @@ def _override(tables: dict[str, Any], key: str, text: str, found: list[str]) -> 
             table[name] = text  # refused below, where its type is checked
 
 
-def build(kind: Any, table: Any, prefix: str, found: list[str]) -> Any:
-    """An instance of dataclass ``kind`` from a TOML table; None with a line in ``found``."""
+def build(kind: Any, table: Any, prefix: str, found: list[str], unknown: list[str]) -> Any:
+    """An instance of dataclass ``kind`` from a TOML table; None with a line in ``found``.
+
+    Names that it does not have are left out, with a line in ``unknown``.
+    """
     if not isinstance(table, dict):
         found.append(f"{prefix}={table!r} is {_kind(table)}; write it as a section [{prefix}]")
         return None
@@ -147,9 +151,9 @@ def build(kind: Any, table: Any, prefix: str, found: list[str]) -> Any:
     for name, value in table.items():
         if name not in hints:
             what = "section" if kind is Config else "key"
-            found.append(f"{dot}{name} is an unknown {what}{nearest(name, hints)}")
+            unknown.append(f"{dot}{name} is an unknown {what}{nearest(name, hints)}")
         elif section := _section(hints[name]):
-            values[name] = build(section, value, dot + name, found)
+            values[name] = build(section, value, dot + name, found, unknown)
         else:
             try:
                 values[name] = _fit(value, hints[name])

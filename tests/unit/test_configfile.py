@@ -165,11 +165,15 @@ def test_what_does_not_fit_is_named_with_the_remedy(
 def test_all_problems_come_at_once() -> None:
     tables = {"model": {**SHAPE, "vocab_size": "many"}, "dat": {}, "run": {"step": 3}}
     assert refused(tables, "--optim.lr=x", "--nope") == [
-        "--nope has no value; write --nope=value",
-        'model.vocab_size="many" is a string; write an integer',
         "dat is an unknown section; did you mean data?",
         "run.step is an unknown key; did you mean steps?",
+        "--nope has no value; write --nope=value",
+        'model.vocab_size="many" is a string; write an integer',
         'optim.lr="x" is a string; write a number',
+    ]
+    assert refused({"model": SHAPE, "run": {"steps": -1}}, "--optim.lrr=1") == [
+        "--optim.lrr is an unknown option; did you mean optim.lr?",
+        "run.steps=-1 is out of range; use 1 or more",
     ]
     assert refused({"model": SHAPE, "optim": {"min_lr": 1, "lr": 0}, "run": {"steps": -1}}) == [
         "optim.lr=0.0 is out of range; use a number above 0",
@@ -254,7 +258,7 @@ def test_what_is_dumped_loads_back(config: Config) -> None:
 
     found: list[str] = []
     tables = configfile.tomllib.loads(dump(config))
-    assert configfile.build(Config, tables, "", found) == config
+    assert configfile.build(Config, tables, "", found, found) == config
     assert found == []
 
 
