@@ -208,7 +208,7 @@ def parse(tables: dict[str, Any], where: str = "job") -> JobFile:
     for key, _ in environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             found.append(f"environment.{key} is no name of a variable; use letters, digits and _")
-    plain = configfile.build(JobFile, rest, "", found)
+    plain = configfile.build(JobFile, rest, "", found, found)
     refuse(found, where)
     job: JobFile = replace(plain, overrides=overrides, environment=environment)
     refuse([*_out_of_range(job), *_control_characters(job)], where)
