@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -91,6 +93,11 @@ class Source(ABC):
     def trust(self, path: Path) -> None:
         """Called before a file is read: a source that knows its hash verifies it."""
 
+    @contextmanager
+    def trusting(self) -> Iterator[None]:
+        """What is read meanwhile is verified when this ends, if the source knows hashes."""
+        yield
+
     def read(
         self,
         name: str,
@@ -144,9 +151,10 @@ class Source(ABC):
 
 
 class Checkpoint(Source):
-    """A complete training checkpoint; ``verify`` hashes every file before it is first read.
+    """A complete training checkpoint; ``verify`` hashes every file that is read.
 
-    Where ranks read each other's files, let each ``verify(rank, world_size)`` a share instead.
+    ``load_weights`` and ``load_owned`` hash beside reading, and end when both are done.  Where
+    ranks read each other's files, let each ``verify(rank, world_size)`` a share instead.
     """
 
     def __init__(self, folder: Path | str, verify: bool = True) -> None:
@@ -154,9 +162,12 @@ class Checkpoint(Source):
         with files.advice(self.folder):
             self.manifest = files.read_manifest(self.folder)
         self.model = self.manifest.model
-        self._files = {self.folder / file.name: file for file in self.manifest.files}
+        self._paths = [self.folder / file.name for file in self.manifest.files]
+        self._files = dict(zip(self._paths, self.manifest.files, strict=True))
         self._trusted = set() if verify else set(self._files)
         self._headers: dict[Path, dict[str, Entry]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._hashing: dict[Path, Future[None]] = {}
 
     @property
     def step(self) -> int:
@@ -183,7 +194,7 @@ class Checkpoint(Source):
         found = []
         kept = self.manifest.tensors[name].kinds[kind]
         for file, *numbers in kept.runs:
-            path, run = self.folder / self.manifest.files[file].name, Run(*numbers)
+            path, run = self._paths[file], Run(*numbers)
             entry = self._header(path).get(files.key(name, kind, run))
             if entry is None or entry[:2] != (DTYPES[kept.dtype], (run.length,)):
                 raise CheckpointError(f"{path} does not hold {name} ({kind}) as the manifest says")
@@ -215,9 +226,28 @@ class Checkpoint(Source):
             files.verify(self.folder, [self._files[path] for path in paths], progress)
 
     def trust(self, path: Path) -> None:
-        if path not in self._trusted:
-            self.check([path])
-            self._trusted.add(path)
+        if path in self._trusted or path in self._hashing:
+            return
+        if self._pool is not None:
+            self._hashing[path] = self._pool.submit(self.check, [path])
+            return
+        self.check([path])
+        self._trusted.add(path)
+
+    @contextmanager
+    def trusting(self) -> Iterator[None]:
+        """Files that are read meanwhile are hashed beside it, on two threads."""
+        if self._pool is not None:
+            yield
+            return
+        with ThreadPoolExecutor(max_workers=2) as self._pool:
+            try:
+                yield
+            finally:  # damage says more than what it has led to
+                hashing, self._hashing, self._pool = self._hashing, {}, None
+                for path, done in hashing.items():
+                    done.result()
+                    self._trusted.add(path)
 
     def _header(self, path: Path) -> dict[str, Entry]:
         if path not in self._headers:
@@ -243,9 +273,10 @@ def load_weights(
     rounding.  Raises CheckpointError where names or shapes differ: the first that does.
     """
     check_shapes(source, parameters, shards, tp_degree)
-    for name, parameter in parameters.items():
-        flat = parameter.detach().view(-1)
-        _fill(source, name, "weight", flat, 0, shards[name], tp_degree, tp_rank, convert)
+    with source.trusting():
+        for name, parameter in parameters.items():
+            flat = parameter.detach().view(-1)
+            _fill(source, name, "weight", flat, 0, shards[name], tp_degree, tp_rank, convert)
 
 
 def load_owned(
@@ -260,9 +291,10 @@ def load_owned(
 
     Masters missing from a float32 run are its weights.  Raises CheckpointError for what is absent.
     """
-    for mine in owned:
-        how, flat = shards[mine.name], mine.tensor.detach()
-        _fill(source, mine.name, mine.kind, flat, mine.start, how, tp_degree, tp_rank, convert)
+    with source.trusting():
+        for mine in owned:
+            how, flat = shards[mine.name], mine.tensor.detach()
+            _fill(source, mine.name, mine.kind, flat, mine.start, how, tp_degree, tp_rank, convert)
 
 
 def check_shapes(

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
@@ -17,7 +18,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llamax.checkpoint import Checkpoint, check_shapes, find, load_owned, load_weights
+from llamax.checkpoint import (
+    Checkpoint,
+    check_shapes,
+    container,
+    find,
+    load,
+    load_owned,
+    load_weights,
+    manifest,
+)
 from llamax.checkpoint.container import Entry, read, read_header
 from llamax.checkpoint.hub import HubFolder
 from llamax.checkpoint.layout import Copy
@@ -90,6 +100,33 @@ def test_one_flipped_bit_in_any_file(folder: Path, share: int) -> None:
             verdicts.append(rank)
     assert len(verdicts) == 1, "one rank of four looks at this file"
     Checkpoint(folder, verify=False).read("model.norm.weight")
+
+
+def test_hashing_goes_on_beside_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, hashed = threading.Event(), []
+
+    def read_first(*args: Any) -> None:
+        reading.set()
+        read(*args)
+
+    def hash_later(path: Path) -> str:
+        if path.suffix == ".safetensors":
+            assert reading.wait(20), "nothing is read before it is hashed"
+            hashed.append(path.name)
+        return container.sha256(path)
+
+    source, ranks = Checkpoint(folder), worlds.world(MODEL, 1, 1, True, None)
+    monkeypatch.setattr(load, "read", read_first)
+    monkeypatch.setattr(manifest, "sha256", hash_later)
+    worlds.load(source, ranks)
+    assert sorted(hashed) == sorted(path.name for path in folder.glob("*.safetensors"))
+
+
+def test_what_was_refused_is_refused_again(folder: Path) -> None:
+    flip(folder / "weights-tp00-dp00.safetensors", -1)
+    source, ranks = Checkpoint(folder), worlds.world(MODEL, 1, 1, True, None)
+    for _ in range(2):
+        refused("weights-tp00-dp00", lambda: worlds.load(source, ranks))
 
 
 def test_a_configuration_that_changed_or_vanished(folder: Path) -> None:
