@@ -88,16 +88,16 @@ def clip(line: str, width: int) -> str:
 
 def _head(run: Run, width: int, paint: Paint, price: float) -> Iterator[str]:
     clock = time.strftime("%H:%M:%S", time.localtime(run.now))
-    about = [""]
+    wordings = [""]
     if run.config:
         mesh = f"tensor {run.config.parallel.tensor}"
         ranks = int(run.environment.get("ranks", 0)) // run.config.parallel.tensor
         mesh += f" x data {ranks}" if ranks else ""
         size = show_number(run.config.model.num_parameters())
         short = f"{size} {run.config.run.dtype}"
-        about = [f"{short}, {mesh} on {run.config.run.backend}", short, size, ""]
+        wordings = [f"{short}, {mesh} on {run.config.run.backend}", short, size, ""]
     room = width - len(run.name) - len(run.state) - len(clock) - 6
-    about = next((each for each in about if len(each) < room), "")
+    about = next((each for each in wordings if len(each) < room), "")
     gap = max(room - len(about), 1)
     yield (
         f"{paint(run.name, 'bold')}  {paint(about, 'dim')}  "
@@ -266,7 +266,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         while True:
             size = shutil.get_terminal_size()
-            lines = render(run, size.columns, True, price)[: size.lines - 1]
+            # the last column stays free: the erasing that follows a line would take it
+            lines = render(run, size.columns - 1, True, price)[: size.lines - 1]
             sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
             sys.stdout.flush()
             if run.state in ("finished", "stopped"):
