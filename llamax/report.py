@@ -65,6 +65,7 @@ def _header(runs: Sequence[Run]) -> Iterator[str]:
     cards = (
         f"<div class=card><b>{_words(value, first)}</b><span>{escape(name)}</span></div>"
         for name, value in SUMMARY.items()
+        if _words(value, first) != DASH
     )
     yield f"<div class=cards>{''.join(cards)}</div>"
 
@@ -252,6 +253,7 @@ def _environment(runs: Sequence[Run]) -> Iterator[str]:
         rows = [
             [escape(name), *(escape(str(run.environment.get(name, DASH))) for run in known)]
             for name in names
+            if any(run.environment.get(name) for run in known)
         ]
         yield f"<h2>Environment</h2>{_table(['', *(run.name for run in known)], rows)}"
 

@@ -252,6 +252,17 @@ def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, count: int) -> None
     assert ("What differs" in text) == (count > 1)
 
 
+def test_the_page_leaves_out_what_is_not_known(tmp_path: Path) -> None:
+    folder = make(tmp_path / "r", 6)  # validated at step 8
+    told = {"ranks": 4, "dollars_per_hour": 0.0, "instance": ""}
+    (folder / "environment.json").write_text(json.dumps(told))
+    text = report.page([read(folder, NOW)])
+    assert "<td>ranks" in text
+    for words in ("best validation", "cost", "<td>instance", "<td>dollars_per_hour"):
+        assert words not in text, words
+    assert "best validation" in report.page([read(make(tmp_path / "s", 9), NOW)])
+
+
 def test_runs_that_differ_are_marked(tmp_path: Path) -> None:
     one, other = (make(tmp_path / name, 12) for name in "ab")
     changed = (other / "config.toml").read_text().replace("seed = 0", "seed = 7")
