@@ -163,7 +163,9 @@ def _figures(runs: Sequence[Run]) -> Iterator[str]:
         over_tokens("gradient norm before clipping", "grad_norm", digits, True, True),
         over_tokens("tokens per second", "tokens_per_s", show_number, True, True),
         over_tokens("seconds per step", "step_s", lambda value: show_time(value), True, True),
-        over_tokens("learning rate", "lr", lambda value: f"{value:.1e}", False, True),
+        over_tokens(
+            "learning rate", "lr", lambda value: f"{value:.1e}" if value else "0", False, True
+        ),
         chart(
             "peak memory of rank 0",
             [
