@@ -142,8 +142,9 @@ def reference_grad_weight(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    scale = torch.rsqrt(_wide(x).pow(2).mean(-1, keepdim=True) + eps)
-    y: Tensor = weight * (_wide(x) * scale).to(x.dtype)
+    wide = _wide(x)  # once: backward keeps it
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    y: Tensor = weight * (wide * scale).to(x.dtype)
     return y
 
 

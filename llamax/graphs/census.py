@@ -177,10 +177,12 @@ def live(program: Program) -> Live:
             run(name)
             for user in consumers.get(name, ()):
                 missing[user] -= 1
+            last = [user for root in needs[name] if left[root] == 1 for user in consumers[root]]
             stack += [
                 user
-                for user in consumers.get(name, ())
-                if not missing[user] and (user in outputs or frees(user) >= bytes_of(user))
+                for user in (*last, *consumers.get(name, ()))
+                if user not in done and not missing[user]
+                if user in outputs or frees(user) >= bytes_of(user)
             ]
     inputs = sum(each.nbytes for each in program.parameters)
     return Live(inputs, output, peak - output)

@@ -54,7 +54,7 @@ def memory(share: Share, machine: Machine) -> Memory:
     """What ``share`` of a run fills of a rank of ``machine``."""
     mode: Recompute = share.config.run.recompute
     fixed = [
-        *state(share),
+        *state(share, machine),
         communication(share, machine),
         tokens(share, machine),
         Line("reserve", machine.reserve_gib * GIB, f"runtime and programs, {machine.name}"),
@@ -120,16 +120,17 @@ def padded(share: Share) -> list[Group]:
     return [each._replace(elements=-(-each.elements // ranks) * ranks) for each in share.groups()]
 
 
-def state(share: Share) -> list[Line]:
-    """Weights and optimizer state, by the formula in optim/zero1.py."""
+def state(share: Share, machine: Machine) -> list[Line]:
+    """Weights and optimizer state, by the formulas in optim/zero1.py and optim/lazy.py."""
     ranks, groups = owners(share), padded(share)
     n, w = sum(group.elements for group in groups), share.width
     uneven = sum(group.elements for group in groups if group.uneven)
+    apart = w < 4 or compiled(machine)  # else weights are their own masters
     said, cut = show_number(n), f" / {ranks} data ranks" if ranks > 1 else ""
     return [
         *base(share),
         Line("weights", n * w, f"{w} B x {said} elements"),
-        Line("masters", 4 * n // ranks if w < 4 else 0, f"4 B x {said} elements{cut}"),
+        Line("masters", 4 * n // ranks if apart else 0, f"4 B x {said} elements{cut}"),
         Line("moments", 8 * n // ranks, f"2 x 4 B x {said} elements{cut}"),
         Line(
             "norm weights",
@@ -216,6 +217,11 @@ def lean(machine: Machine) -> bool:
     return machine.backend == "cpu"
 
 
+def compiled(machine: Machine) -> bool:
+    """Whether a step is a program, in which what is computed element by element is fused."""
+    return machine.backend == "xla"
+
+
 def flash(share: Share, machine: Machine) -> str:
     """Why attention needs memory for every pair of tokens; empty where it does not."""
     data = share.config.data
@@ -239,10 +245,16 @@ def inside(share: Share, machine: Machine) -> float:
     """Bytes that the inside of attention keeps, beside its input and output."""
     T, q, k, w = share.tokens, share.query, share.key, share.width
     if flash(share, machine):  # wide q, repeated k and v, softmax, mask
-        return 12 * T * q + 4 * pairs(share) + pairs(share) // share.heads
+        mask = 0 if compiled(machine) else pairs(share) // share.heads
+        return 12 * T * q + 4 * pairs(share) + mask
     if machine.backend in ("xla", "neuron"):  # copies with repeated heads; one number a row
         return 3 * T * q * w + 4 * T * share.heads - T * (q + 2 * k) * w
     return T * (q + k) * w + 4 * T * share.heads
+
+
+def swiglu(share: Share, machine: Machine) -> int:
+    """Bytes that SwiGLU keeps for each of its outputs."""
+    return 3 * share.width if lean(machine) else 12 + share.width
 
 
 def layer_kept(share: Share, machine: Machine, mode: Recompute) -> tuple[float, str]:
@@ -252,12 +264,12 @@ def layer_kept(share: Share, machine: Machine, mode: Recompute) -> tuple[float, 
     if mode == "full":
         return between * D * w, f"{between} tokens x {w} B x {D}"
     norm = 2 * w if lean(machine) else 4 + 2 * w
-    swiglu = 3 * w if lean(machine) else 12 + w
+    each = swiglu(share, machine)
     heads = T * (2 * q + 2 * k) * w
-    total = float(between * (2 * D * norm + 8) + heads + T * F * swiglu)
+    total = float(between * (2 * D * norm + 8) + heads + T * F * each)
     text = (
         f"{between} tokens x {2 * norm} B x {D} + "
-        f"{T} tokens x ({w} B x {2 * q + 2 * k} + {swiglu} B x {F})"
+        f"{T} tokens x ({w} B x {2 * q + 2 * k} + {each} B x {F})"
     )
     if mode == "none":
         total += inside(share, machine)
@@ -327,8 +339,11 @@ def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
         products = 2 * T * F * w + T * D * w + 8 * F * D
         text = f"{T} x {w} B x {2 * F + D} + 4 B x {2 * F} x {D}"
     if flash(share, machine):
-        products = max(products, 12 * pairs(share))
-        text = f"12 B x {show_number(pairs(share))} pairs of tokens"
+        each = 6 if compiled(machine) else 12
+        scores = each * pairs(share) - T * F * swiglu(share, machine)
+        if scores > products:
+            products = scores
+            text = f"{each} B x {show_number(pairs(share))} pairs of tokens less the feed-forward's"
     return Line("backward", again + products, f"{show_bytes(again)} computed again, {text}")
 
 

@@ -206,6 +206,17 @@ def test_what_frees_more_than_it_makes_runs_at_once() -> None:
     assert census.live(entry(*lines)).between_bytes < 2 * 50 * 100 * 4
 
 
+def test_the_last_of_two_users_runs_at_once() -> None:
+    """Each gradient makes the next, and is reduced, which the text does last."""
+    lines = ["%p.1 = f32[100]{0} parameter(0)", "%z.2 = f32[] constant(0)"]
+    big = "f32[50,100]{1,0}"
+    lines += [f"%g.3 = {big} dot(f32[100]{{0}} %p.1, f32[100]{{0}} %p.1)"]
+    lines += [f"%g.{k} = {big} dot({big} %g.{k - 1}, f32[100]{{0}} %p.1)" for k in (4, 5, 6)]
+    lines += [f"%r.{k + 4} = f32[] reduce({big} %g.{k}, f32[] %z.2)" for k in (3, 4, 5, 6)]
+    lines += ["%c.11 = f32[4]{0} concatenate(%r.7, %r.8, %r.9, %r.10)"]
+    assert census.live(entry(*lines)).between_bytes < 3 * 50 * 100 * 4
+
+
 def test_remarks_name_the_first_line() -> None:
     program = entry(
         '%p.1 = s64[4]{0} parameter(0), metadata={source_file="/a/b.py" source_line=1}',

@@ -42,7 +42,7 @@ def test_state_of_llama2_7b_at_tensor_8_data_16_by_hand() -> None:
     norms = 65 * 4096
     elements = (6_738_415_616 - norms) // 8 + norms
     share = Share(recipe("llama2-7b"), Mesh(tp=8, dp=16))
-    found = {line.name: line.value for line in state(share) if line.value}
+    found = {line.name: line.value for line in state(share, TRN1) if line.value}
     assert found == {
         "weights": 2 * elements,
         "masters": 4 * elements // 16,
@@ -52,9 +52,19 @@ def test_state_of_llama2_7b_at_tensor_8_data_16_by_hand() -> None:
     assert early_gradients(share, TRN1).value == 4 * elements
 
 
+def test_float32_weights_are_their_own_masters_but_where_steps_are_programs() -> None:
+    share = Share(recipe("llama2-7b", "--run.dtype=float32"), Mesh(tp=8, dp=16))
+    programs, alone = (
+        {line.name: line.value for line in state(share, machine)}
+        for machine in (TRN1, machines.load("p4d.24xlarge"))
+    )
+    assert programs["masters"] == programs["weights"] / 16
+    assert alone["masters"] == 0
+
+
 def test_without_zero1_every_rank_keeps_all_state() -> None:
     config = recipe("llama2-7b", "--parallel.zero1=false")
-    found = {line.name: line.value for line in state(Share(config, Mesh(tp=8, dp=16)))}
+    found = {line.name: line.value for line in state(Share(config, Mesh(tp=8, dp=16)), TRN1)}
     assert found["moments"] == 8 * found["weights"] // 2
 
 
@@ -313,7 +323,7 @@ def test_a_quantised_base_takes_what_it_takes(quant: str) -> None:
     assert plain == wanted.plain
     assert linear == pytest.approx(wanted.quantised, rel=0.01)
     assert Share(config, Mesh()).adapters == lora.num_parameters(config.model, config.finetune)
-    told = {line.name: line.value for line in state(share)}
+    told = {line.name: line.value for line in state(share, TRN1)}
     assert told["dense layer"] == wanted.dense
     assert told["weights"] == 2 * share.adapters
     assert told["moments"] == 8 * share.adapters // 2
