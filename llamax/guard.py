@@ -55,7 +55,8 @@ class Guard:
         yield
         new = self.counters.compilations() - compiled
         self.compiled[part] += new
-        if not new or self.compiled[part] <= PROGRAMS[part]:
+        more = min(new, self.compiled[part] - PROGRAMS[part])
+        if more <= 0:
             return
         if 0 < known < len(self.shapes):
             before, now = list(self.shapes)[known - 1], list(self.shapes)[-1]
@@ -67,7 +68,8 @@ class Guard:
                 "a Python number or state differs between steps; llamax audit names the line, "
                 "make it a tensor"
             )
-        message = f"step {step}: {part} compiled {new} programs more than it needs, because {cause}"
+        programs = f"{more} program{'s' * (more > 1)}"
+        message = f"step {step}: {part} compiled {programs} more than it needs, because {cause}"
         self.told = True
         if self.fatal:
             raise BackendError(f"{message}; run.compile_guard=warn goes on")

@@ -60,7 +60,7 @@ def test_two_programs_to_train_and_one_to_validate_are_fine(warnings: Any) -> No
         ({"compiled": 1, "tokens": 7}, "a batch is ids [1, 7], labels [1, 7], positions [1, 7] af"),
         ({"compiled": 1, "read": 1}, "values are read on the host in the middle of the step"),
         ({"compiled": 1}, "a Python number or state differs between steps; llamax audit names"),
-        ({"compiled": 1, "part": "validation"}, "validation compiled 1 programs more"),
+        ({"compiled": 1, "part": "validation"}, "validation compiled 1 program more"),
     ],
 )
 def test_one_more_is_told_once_with_its_cause(
@@ -79,7 +79,10 @@ def test_one_more_is_told_once_with_its_cause(
 def test_too_many_in_the_first_step_are_told_too(warnings: Any) -> None:
     counted = Counted()
     run(Guard(counted, "warn"), counted, [{"compiled": 3}])
-    assert "step 1: training compiled" in warnings.messages[0]
+    assert "step 1: training compiled 1 program more than" in warnings.messages[0]
+    counted = Counted()
+    run(Guard(counted, "warn"), counted, [{"compiled": 5}])
+    assert "step 1: training compiled 3 programs more than" in warnings.messages[1]
 
 
 @pytest.mark.parametrize("guard", [Guard(None, "stop"), Guard(Counted(), "off")])
