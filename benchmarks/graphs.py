@@ -39,7 +39,7 @@ def traced(layers: int) -> Audit:
         run=replace(config.run, dtype="bfloat16"),
         data=replace(config.data, micro_batch=4),
     )
-    return audit(config, MESH, machine.load("trn1.32xlarge"), "", every_rank=True)
+    return audit(config, MESH, machine.load("trn1.32xlarge"), "", "all")
 
 
 def count(kind: Kind, verb: str) -> int:

@@ -2,8 +2,9 @@
 
 Traces the run without devices and without weights, one rank after the other in one process: every
 kind of step on rank 0, each program on the ranks at the corners of the mesh, and, with few layers,
-each program on every rank of the world.  On Trainium a program of its own costs a rank 25 to 40
-minutes of compilation while all others wait; here it costs a line that says where it comes from.
+each program on every rank of the world (with all layers: ``--ranks deep``).  On Trainium a program
+of its own costs a rank 25 to 40 minutes of compilation while all others wait; here it costs a line
+that says where it comes from.
 
 The exit code is 0 only if the whole cluster would compile each program once, else 7.
 """
@@ -16,6 +17,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, get_args
 
 from tqdm import tqdm
 
@@ -37,37 +39,40 @@ from llamax.planner import machine as machines
 from llamax.planner.machine import Machine
 from llamax.rehearsal import MICROSTEP, VALIDATION, Rehearsal, made_up_tokens
 
+Ranks = Literal["all", "corners", "deep"]
 DIFFERS = 7
 FEW_LAYERS = 2
 KERNEL_TOKENS = 2048  # neuronx_distributed.kernels.flash_attn wants a multiple
 MODEL_SHARE = {MICROSTEP: 1.0, VALIDATION: 1 / 3}  # of forward and backward FLOPs
 
 
-def audit(config: Config, mesh: Mesh, machine: Machine, headline: str, every_rank: bool) -> Audit:
+def audit(config: Config, mesh: Mesh, machine: Machine, headline: str, which: Ranks) -> Audit:
     """Trace the run and count."""
+    whole = config.model.num_hidden_layers
     tracer = Tracer(rendezvous({}))
     with made_up_tokens(config, mesh) as data:
         kinds, memory, found = rank_0(config, mesh, machine, tracer, data)
         normal = {kind.name: kind.program.normal for kind in kinds}
         ranks = []
-        if not found:
+        if not found and which == "deep":
+            found += agree(config, mesh, tracer, data, range(1, mesh.world_size), normal, whole)
+            ranks.append(f"all {mesh.world_size} trace one program of each kind")
+        elif not found:
             corners = [rank for rank in corner_ranks(mesh) if rank]
-            found += agree(
-                config, mesh, tracer, data, corners, normal, config.model.num_hidden_layers
-            )
+            found += agree(config, mesh, tracer, data, corners, normal, whole)
             ranks.append(
                 f"{len(corners) + 1} at the corners of the mesh trace one program of each kind "
                 f"({', '.join(map(str, [0, *corners]))})"
             )
-        if not found and every_rank:
-            layers = min(FEW_LAYERS, config.model.num_hidden_layers)
+        if not found and which == "all":
+            layers = min(FEW_LAYERS, whole)
             found += agree(config, mesh, tracer, data, range(mesh.world_size), {}, layers)
             ranks.append(f"all {mesh.world_size} do with {layers} layers")
     return Audit(
         headline,
         kinds,
         tuple(ranks),
-        config.model.num_hidden_layers,
+        whole,
         memory,
         tuple(found),
         tuple(tracer.fallbacks()),
@@ -265,8 +270,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="llamax audit",
-        usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME] [--ranks all|corners] "
-        "[--json] [--section.key=value ...]",
+        usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME] "
+        "[--ranks all|corners|deep] [--json] [--section.key=value ...]",
         description="Trace a run without devices. Exit code 0 if the whole cluster would compile "
         "each program once, 7 if not.",
         allow_abbrev=False,
@@ -276,9 +281,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--instance", default="trn1.32xlarge", help="default trn1.32xlarge")
     p.add_argument(
         "--ranks",
-        choices=("all", "corners"),
+        choices=get_args(Ranks),
         default="all",
-        help="also trace every rank with few layers (default), or only those at the corners",
+        help="beside those at the corners of the mesh trace every rank with few layers (default) "
+        "or none, or every rank with all layers: seconds a rank",
     )
     p.add_argument("--json", action="store_true", help="numbers for programs")
     return p
@@ -295,7 +301,7 @@ def main(argv: Sequence[str]) -> int:
     config = configfile.load(options.config, overrides, world)
     mesh = layout(config, machine, options.nodes)
     about = headline(config, mesh, f"{options.nodes} x {machine.name}")
-    found = audit(config, mesh, machine, about, options.ranks == "all")
+    found = audit(config, mesh, machine, about, options.ranks)
     if options.json:
         print(json.dumps(report.as_json(found), indent=2))
     else:

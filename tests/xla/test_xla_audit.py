@@ -44,7 +44,7 @@ def tiny(folder: Path, **run: Any) -> Config:
 
 
 def audited(cfg: Config, mesh: Mesh = TP2_DP2) -> Audit:
-    return audit(cfg, mesh, machine.load("trn1.32xlarge"), "", every_rank=True)
+    return audit(cfg, mesh, machine.load("trn1.32xlarge"), "", "all")
 
 
 # --- the same programs as a run
@@ -217,9 +217,10 @@ def test_the_command(data: Path, tmp_path: Path) -> None:
     assert out.endswith("each program compiles once for the whole cluster\n")
     assert "data.sequence_length=32 is not a multiple of 2048" in out
     code, out, _ = llamax(
-        "audit", "--config", str(path), "--instance", "trn1.2xlarge", "--ranks=corners", "--json"
+        "audit", "--config", str(path), "--instance", "trn1.2xlarge", "--ranks=deep", "--json"
     )
     assert code == 0
     numbers = json.loads(out)
     assert numbers["passes"]
+    assert numbers["ranks"] == ["all 2 trace one program of each kind"]
     assert {row["axis"] for row in numbers["programs"]["microstep"]["collectives"]} == {"tp"}
