@@ -114,7 +114,7 @@ def variants(dataset: Path, base: Path) -> dict[str, tuple[int, Config]]:
         "bfloat16, recompute full": (1, of(run={**narrow, "recompute": "full"})),
         "recompute selective": (1, of(run={"recompute": "selective"})),
         "two samples at once, twice a step": (1, of(data={"micro_batch": 2})),
-        "also_hf, best kept": (1, of(checkpoint={"also_hf": True, "keep_best": True})),
+        "saved before training goes on": (1, of(checkpoint={"background": False})),
         "lora": (1, of(finetune=lora, **tuned)),
         "lora, bfloat16, recompute full": (
             1,
