@@ -207,8 +207,13 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("give --data DATASET for the loss, or --test-file ROWS for answers")
     if options.test_file is not None and not options.template:
         raise ConfigError("--test-file needs --template, the words of the questions")
-    if options.batch < 1:
-        raise ConfigError(f"--batch={options.batch} is out of range; use 1 or more")
+    for name in ("batch", "batches", "limit", "sequence_length", "threads"):
+        least, value = int(name == "batch"), getattr(options, name)
+        if value < least:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option}={value} is out of range; use {least} or more")
+    if "" in options.stop:
+        raise ConfigError("--stop is empty; give the text to stop at")
     given = open_given(options.model, options.tokenizer, options.base)
     tp, main_rank = where.world_size, where.rank == 0
     length = options.sequence_length or given.model.max_position_embeddings

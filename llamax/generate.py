@@ -29,6 +29,7 @@ from llamax import log, program
 from llamax.backends import EAGER, choose
 from llamax.config import Config, Data, Parallel
 from llamax.data.instruct import FIELDS, column
+from llamax.data.rows import Row
 from llamax.data.templates import BUILT_IN
 from llamax.errors import ConfigError, DataError
 from llamax.launch.env import rendezvous
@@ -67,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
         "--prompts-file",
         type=Path,
         metavar="FILE",
-        help='one prompt per line, or .jsonl with {"prompt": "text"}; with --template rows of '
-        "questions",
+        help="one prompt per line, or a table (.jsonl, .json, .csv, .tsv, .parquet) with a field "
+        '"prompt"; with --template rows of questions',
     )
     p.add_argument(
         "--template",
@@ -132,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
 def new_file(path: Path) -> IO[str]:
     """A file to write that does not exist yet; DataError where it does or cannot be made."""
     try:
-        return path.open("x", encoding="utf-8")
+        return path.open("x", encoding="utf-8", errors="backslashreplace")
     except FileExistsError:
         raise DataError(f"{path} exists already; remove it or choose another --out") from None
     except OSError as error:
@@ -175,21 +176,23 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(argv)
     where = rendezvous(os.environ)
     log.setup(f"rank {where.rank}", main=where.rank == 0)
-    if options.batch < 1:
-        raise ConfigError(f"--batch={options.batch} is out of range; use 1 or more")
+    for name, least in (("batch", 1), ("threads", 0)):
+        if (value := getattr(options, name)) < least:
+            raise ConfigError(f"--{name}={value} is out of range; use {least} or more")
     if "" in options.stop:
         raise ConfigError("--stop is empty; give the text to stop at")
     temperature = 0.0 if options.greedy else options.temperature
     sampling = Sampling(temperature, options.top_k, options.top_p, options.seed)
     models = [open_given(path, options.tokenizer, options.base) for path in _paths(options)]
-    rows = [{"prompt": text, "instruction": text} for text in options.prompt]
-    places = [f"prompt {ascii(text)[:40]}" for text in options.prompt]
+    rows: list[tuple[str, Row]] = [
+        (f"prompt {ascii(text)[:40]}", {"prompt": text, "instruction": text})
+        for text in options.prompt
+    ]
     if options.prompts_file:
-        found = read_file(options.prompts_file)
-        rows += found
-        places += [f"{options.prompts_file}: row {i}" for i in range(1, len(found) + 1)]
-    if not rows:
-        rows, places = [{"prompt": "", "instruction": ""}], ["prompt"]
+        rows += read_file(options.prompts_file)
+    if not rows and options.template:
+        raise ConfigError("--template has nothing to wrap; give --prompt or --prompts-file")
+    rows = rows or [("prompt", {"prompt": ""})]
     tp = where.world_size
     asked: list[list[Asked]] = []
     ends: list[set[int]] = []
@@ -203,7 +206,7 @@ def main(argv: Sequence[str]) -> int:
             options.context,
             options.system,
         )
-        asked.append([wording.ask(row, at) for row, at in zip(rows, places, strict=True)])
+        asked.append([wording.ask(row, place) for place, row in rows])
         ends.append({*each.model.eos_token_ids, *wording.ends, *options.stop_id})
         check_prompts(each.model, [one.ids for one in asked[-1]], options.max_new_tokens)
 
@@ -290,8 +293,8 @@ def _side_by_side(
 
 
 def write_line(out: IO[str], value: dict[str, object]) -> None:
-    """One line of JSON."""
-    out.write(json.dumps(value, ensure_ascii=False) + "\n")
+    """One line of JSON; what rows hold beside it, as dates, becomes text."""
+    out.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
 
 
 if __name__ == "__main__":

@@ -127,11 +127,11 @@ class Model:
         embeddings = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * layer + D
 
-    def difference(self, other: Model) -> str | None:
-        """The first field in which ``other`` computes something else with the same weights."""
+    def differences(self, other: Model) -> list[str]:
+        """The fields in which ``other`` computes something else with the same weights."""
         told = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id")
         names = (field.name for field in fields(self) if field.name not in told)
-        return next((n for n in names if getattr(self, n) != getattr(other, n)), None)
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     @classmethod
     def from_hub(cls, hub: Mapping[str, Any]) -> Model:

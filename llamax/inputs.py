@@ -7,7 +7,8 @@ share of the files, and whoever finds damage says so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
 from llamax.checkpoint.adapters import About
@@ -15,6 +16,7 @@ from llamax.checkpoint.hub import open_source
 from llamax.checkpoint.load import Checkpoint, Source
 from llamax.checkpoint.manifest import newest, newest_intact
 from llamax.config import Config, Model
+from llamax.configfile import toml
 from llamax.data.dataset import Dataset, open_dataset
 from llamax.data.tokens import Verify
 from llamax.errors import ConfigError
@@ -87,8 +89,21 @@ def open_inputs(config: Config) -> Inputs:
 
 def _same_network(config: Config, source: Source) -> None:
     theirs = Model.from_hub(source.model)
-    if field := config.model.difference(theirs):
+    if names := config.model.differences(theirs):
+        options = " ".join(_options(theirs, names, "--model."))
         raise ConfigError(
-            f"model.{field}={getattr(config.model, field)} but {source.folder} has "
-            f"{getattr(theirs, field)}; use the configuration that belongs to these weights"
+            f"model.{names[0]}={getattr(config.model, names[0])} but {source.folder} has "
+            f"{getattr(theirs, names[0])}; use the configuration that belongs to these weights"
+            + (f", or {options}" if options else "")
         )
+
+
+def _options(section: object, names: Iterable[str], prefix: str) -> Iterator[str]:
+    """The options that set these fields to what a section has."""
+    for name in names:
+        value = getattr(section, name)
+        if is_dataclass(value):
+            inside = [field.name for field in fields(value)]
+            yield from _options(value, inside, f"{prefix}{name}.")
+        elif value is not None:
+            yield f"{prefix}{name}={toml(value)}"

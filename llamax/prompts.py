@@ -4,7 +4,7 @@
 
     --prompt TEXT                    plain: "TEXT"        template dolly:  ### Instruction
     --prompts-file lines.txt                                               TEXT
-    --prompts-file rows.jsonl                                              ### Answer
+    --prompts-file rows.csv                                                ### Answer
 
 A template wraps a question exactly as ``llamax prepare --template`` wrapped it for training, so the
 tokens before the answer are those that the model has learnt to answer.
@@ -18,9 +18,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from llamax.data import rows
 from llamax.data.instruct import Encoder, read
 from llamax.data.rows import Row
-from llamax.data.templates import Template, sample, source_of
+from llamax.data.templates import Template, forgotten, sample, source_of
 from llamax.data.tokenizer import Tokenizer
 from llamax.errors import DataError
 
@@ -55,6 +56,9 @@ class Wording:
         self._template: Template | None = None
         if template:
             self._template = self._encoder.template(template, source_of(template))
+            for name, text in (("context", context), ("system", system)):
+                if text and not self._template.reads(name):
+                    raise forgotten(template, name)
         elif context or system:
             raise DataError("--context and --system are put by a template; give --template too")
 
@@ -110,31 +114,21 @@ def _encodable(text: str) -> None:
         raise DataError(f"{ascii(text)[:60]} is not UTF-8; retype it") from None
 
 
-def read_file(path: Path) -> list[Row]:
-    """A row per line: the objects of a .jsonl file, else {"prompt": line}; no blank lines.
+def read_file(path: Path) -> list[tuple[str, Row]]:
+    """(place for messages, row) for each row of a table, else {"prompt": line} of each line.
 
-    Raises DataError where the file cannot be read, is not UTF-8, or holds no prompts.
+    Blank lines are none.  Raises DataError where the file cannot be read, is not UTF-8, or holds
+    no prompts.
     """
+    if rows.kind_of(path):
+        return [found for run in rows.plan([str(path)]) for found in rows.rows(run)]
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 at byte {error.start}; convert it") from None
+    lines = [line for line in text.split("\n") if line.strip()]
     if not lines:
         raise DataError(f"{path}: holds no prompts; write one per line")
-    if path.suffix != ".jsonl":
-        return [{"prompt": line} for line in lines]
-    return [_row(line, path) for line in lines]
-
-
-def _row(line: str, path: Path) -> Row:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise DataError(
-            f'{path}: {line[:60]!r} is not {{"prompt": "text"}} or another object; mend that line'
-        )
-    return row
+    return [(f"{path}: prompt {i}", {"prompt": line}) for i, line in enumerate(lines, 1)]

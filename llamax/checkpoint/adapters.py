@@ -204,9 +204,13 @@ def open_adapter(path: Path | str) -> tuple[Source, About]:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}; give a folder with adapters in it")
-    source = PeftFolder(path) if (path / CONFIG).is_file() else Checkpoint(manifest.find(path))
-    found = about(source)
-    if found is None:
+    source: Source | None = None
+    if (path / CONFIG).is_file():
+        source = PeftFolder(path)
+    elif not (path / "config.json").is_file():
+        source = Checkpoint(manifest.find(path))
+    found = None if source is None else about(source)
+    if source is None or found is None:
         raise CheckpointError(
             f"{path} holds a whole model, not adapters; give a PEFT folder or a run with "
             "finetune.method=lora or qlora"

@@ -44,7 +44,7 @@ from llamax.data.parts import (
     merge_indexed,
 )
 from llamax.data.sandbox import Program
-from llamax.data.templates import BUILT_IN, source_of
+from llamax.data.templates import BUILT_IN, forgotten, source_of
 from llamax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from llamax.data.tokens import TokenFile
 from llamax.errors import DataError
@@ -127,10 +127,7 @@ def _settings(args: argparse.Namespace, tokenizer: Tokenizer | None) -> Settings
     source = source_of(args.template)
     reads = Program(source, f"template {args.template}").variables
     if args.system and reads.isdisjoint(("messages", "system")):
-        raise DataError(
-            f"--system: template {args.template} reads neither messages nor system and would "
-            "forget it; leave it out, or use human-assistant or a chat template"
-        )
+        raise forgotten(args.template, "system")
     fields = tuple(sorted(args.field))
     validation = 0.0 if args.validation_file else args.validation
     return InstructSettings(

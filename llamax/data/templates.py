@@ -149,6 +149,10 @@ class Template:
                 "write one that does"
             )
 
+    def reads(self, field: str) -> bool:
+        """Whether a field of a row, or what was given for it, comes into the text."""
+        return self.chat or field in self._program.variables
+
     def spans(self, row: Sample) -> list[Span]:
         """The text of a whole sample; DataError where the template yields no answer."""
         whole = self._render(row)
@@ -225,6 +229,14 @@ class Template:
             if name in text:
                 text = text.replace(name, name[0] + SHIELD + name[1:])
         return text
+
+
+def forgotten(name: str, field: str) -> DataError:
+    """What to raise for an option that template ``name`` does not read."""
+    return DataError(
+        f"--{field}: template {name} reads neither messages nor {field} and would forget it; "
+        "leave it out, or use human-assistant or a chat template"
+    )
 
 
 def _between_marks(text: str) -> Iterator[Span]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from llamax.data.instruct import Encoder
 from llamax.data.templates import BUILT_IN, sample
 from llamax.data.tokenizer import load_tokenizer
 from llamax.evaluate import main as evaluate
-from llamax.generate import columns
+from llamax.generate import columns, new_file, write_line
 from llamax.generate import main as generate
 
 MODEL = Model(
@@ -146,6 +147,14 @@ def test_context_and_comparison(
         assert json.loads(alone.read_text())["text"] == told[name]["text"]
 
 
+def test_what_rows_hold_is_written_whatever_it_is(tmp_path: Path) -> None:
+    with new_file(tmp_path / "out.jsonl") as out:
+        write_line(out, {"when": date(2026, 1, 2), "half": "\ud800", "name": "철수"})
+    text = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    assert json.loads(text) == {"when": "2026-01-02", "half": "\ud800", "name": "철수"}
+    assert "철수" in text
+
+
 def test_columns_are_straight_for_wide_letters() -> None:
     assert columns("ab\ncdefg", "x", 4) == "ab   | x\ncdef |\ng    |"
     assert columns("철수다", "y\nz", 5) == "철수  | y\n다    | z"
@@ -167,7 +176,10 @@ def test_mistakes_are_one_line(
     assert "use --split train, validation" in refused(
         capsys, evaluate, hub, "--data", data, "--split", "test"
     )
-    assert "--batch=0" in refused(capsys, evaluate, hub, "--data", data, "--batch", 0)
+    for name, least in {"batch": 1, "batches": 0, "limit": 0, "threads": 0}.items():
+        line = refused(capsys, evaluate, hub, "--data", data, f"--{name}", least - 1)
+        assert f"--{name}={least - 1} is out of range; use {least} or more" in line
+    assert "--stop is empty" in refused(capsys, evaluate, hub, "--data", data, "--stop", "")
     assert "needs no --base" in refused(capsys, evaluate, hub, "--data", data, "--base", hub)
     long = refused(capsys, evaluate, hub, "--data", data, "--sequence-length", 256)
     assert "is above model.max_position_embeddings=128" in long
@@ -182,6 +194,11 @@ def test_mistakes_are_one_line(
     assert "give one model" in refused(capsys, generate, "--prompt", "a")
     assert "names 1 models" in refused(capsys, generate, "--compare", hub)
     assert "give --template too" in refused(capsys, generate, hub, "--context", "c")
+    dolly = ("--template", "dolly")
+    assert "give --prompt or --prompts-file" in refused(capsys, generate, hub, *dolly)
+    for main, given in ((generate, ("--prompt", "Q")), (evaluate, ("--test-file", rows))):
+        line = refused(capsys, main, hub, *dolly, *given, "--system", "Be short.")
+        assert "--system: template dolly reads neither messages nor system" in line
     line = refused(capsys, generate, hub, "--template", "dolly", "--prompts-file", empty, "--field",
                    "instruction=Q")  # fmt: skip
     assert "row 1: has no field for the instruction (looked for Q; found question, answer)" in line

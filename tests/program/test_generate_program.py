@@ -112,10 +112,10 @@ def test_several_prompts_come_under_headings_and_into_a_file(
     hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "plain.txt").write_text("한국어\n\nfor each\n", encoding="utf-8")
-    (tmp_path / "p.jsonl").write_text('{"prompt": "한국어"}\n{"prompt": "for each"}\n')
+    (tmp_path / "p.csv").write_text("prompt\n한국어\nfor each\n", encoding="utf-8-sig")
     common = ["--prompt", "def", "--max-new-tokens", 9, "--temperature", 1.5]
     outputs = []
-    for name, batch in (("plain.txt", 8), ("p.jsonl", 2)):
+    for name, batch in (("plain.txt", 8), ("p.csv", 2)):
         out = tmp_path / f"{batch}.jsonl"
         files = ["--prompts-file", tmp_path / name, "--out", out, "--batch", batch]
         assert llamax(hub, *common, *files) == 0
@@ -256,8 +256,10 @@ def test_prompts_that_are_none(
 
     assert "is not UTF-8 at byte 1" in refused(capsys, *file("latin.txt", b"a\xff"))
     assert "holds no prompts" in refused(capsys, *file("empty.txt", b"\n \n"))
-    for raw in (b'{"text": "a"}', b"[1]", b'{"prompt": 1}', b"{"):
+    for raw in (b'{"text": "a"}', b'{"prompt": 1}'):
         assert 'is not {"prompt": "text"}' in refused(capsys, *file("p.jsonl", raw))
+    assert "p.jsonl: row 1: is list, not an object" in refused(capsys, *file("p.jsonl", b"[1]"))
+    assert "p.jsonl: row 1: is not JSON" in refused(capsys, *file("p.jsonl", b"{"))
     assert "cannot be read" in refused(capsys, hub, "--prompts-file", tmp_path / "absent")
     assert "is not UTF-8; retype" in refused(capsys, hub, "--prompt", "a\udcff")
     long = refused(capsys, hub, "--prompt", "def " * 20, "--max-new-tokens", 60)

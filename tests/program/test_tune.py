@@ -141,6 +141,9 @@ def test_mistakes_are_told_in_one_line(
 ) -> None:
     cfg = tuning(inputs, tmp_path / "run", QLORA)
     assert "'query' matches no module" in refused(capsys, cfg, "--finetune.targets=query")
+    line = refused(capsys, cfg, "--model.hidden_size=64", "--model.rms_norm_eps=1e-6")
+    assert "model.hidden_size=64 but " in line
+    assert line.endswith(" weights, or --model.hidden_size=128 --model.rms_norm_eps=1e-05")
     assert "checkpoint.init_from is empty" in refused(capsys, cfg, "--checkpoint.init_from=")
     shutil.copytree(inputs / "base", tmp_path / "quantised")
     path = tmp_path / "quantised/config.json"

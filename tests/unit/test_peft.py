@@ -235,8 +235,9 @@ def test_a_model_is_no_adapter_and_a_folder_must_be_there(run: Path, tmp_path: P
     (tmp_path / "run").mkdir()
     cfg = config(run / "data", tmp_path / "run")
     train(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, steps=1)), Rendezvous())
-    with pytest.raises(CheckpointError, match="holds a whole model, not adapters"):
-        adapters.open_adapter(tmp_path / "run")
+    for whole in (tmp_path / "run", run / "base"):
+        with pytest.raises(CheckpointError, match="holds a whole model, not adapters"):
+            adapters.open_adapter(whole)
     assert not adapters.is_adapter(tmp_path / "run")
 
     tuned = dataclasses.replace(cfg, finetune=Finetune(method="lora"))
