@@ -106,16 +106,15 @@ class IndexedFile:
                 f"{data}: has {len(self._data)} bytes, but {index} says {end}; they are not of "
                 "one dataset, or one is cut short: copy both again"
             )
-        if d and (self.marks[0] != 0 or self.marks[-1] != n):
-            raise DataError(
-                f"{index}: its documents are sequences {self.marks[0]} to {self.marks[-1]}, but it "
-                f"has {n}; prepare it again"
-            )
+        if n and (not d or self.marks[0] != 0 or self.marks[-1] != n):
+            said = f"sequences {self.marks[0]} to {self.marks[-1]}" if d else "not marked"
+            raise DataError(f"{index}: its documents are {said}, but it has {n}; prepare it again")
         if self.dtype.kind == "f":
             raise DataError(f"{data}: holds {self.dtype.name} numbers, not tokens; give token ids")
         self.tokens: npt.NDArray[Any] = np.frombuffer(self._data, self.dtype)
         self._plain = _counts_up(self.marks)
         self._documents: npt.NDArray[np.uint64] | None = None
+        self._check_sequences(0, SAMPLED)
         self.header = header or Header("", 0, bos_id=self._first_token())
 
     def __len__(self) -> int:
@@ -130,8 +129,17 @@ class IndexedFile:
     def documents(self) -> npt.NDArray[np.uint64]:
         """Tokens [documents[i], documents[i + 1]) are document i; made in memory when asked for."""
         if self._documents is None:
+            wrong = np.flatnonzero(self.marks[1:] < self.marks[:-1]).tolist()
+            if wrong:
+                raise DataError(
+                    f"{self.path}.idx: document {wrong[0]} ends before it begins, at sequence "
+                    f"{self.marks[wrong[0] + 1]}; prepare it again"
+                )
             starts = np.append(self.pointers, np.uint64(len(self._data)))
-            self._documents = starts[self.marks] // np.uint64(self.dtype.itemsize)
+            found = starts[self.marks] // np.uint64(self.dtype.itemsize)
+            if (found[1:] < found[:-1]).any():  # tables of positions further on than was looked at
+                self._check_sequences(0, len(self.lengths))
+            self._documents = found
         return self._documents
 
     @property
@@ -148,16 +156,8 @@ class IndexedFile:
 
     def verify(self, threads: int | None = None, share: int = 0, of: int = 1) -> None:
         """Check the ``share``-th of ``of`` parts: sequences lie end to end, tokens are known."""
-        n, width = len(self.lengths), np.uint64(self.dtype.itemsize)
-        for start in range(share * CHUNK, n, of * CHUNK):
-            here = slice(start, start + CHUNK)
-            ends = self.pointers[here] + self.lengths[here].astype(np.uint64) * width
-            starts = self.pointers[start + 1 : start + 1 + CHUNK]
-            if wrong := np.flatnonzero(ends[: len(starts)] != starts).tolist():
-                raise DataError(
-                    f"{self.path}.idx: sequence {start + wrong[0] + 1} does not begin where the "
-                    "one before it ends; prepare it again"
-                )
+        for start in range(share * CHUNK, len(self.lengths), of * CHUNK):
+            self._check_sequences(start, start + CHUNK)
         for start in range(share * CHUNK, len(self), of * CHUNK):
             self._check(start, start + CHUNK)
 
@@ -166,6 +166,20 @@ class IndexedFile:
         if self.checks == "read" and section == "tokens":
             for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
                 self._check(start, stop)
+
+    def _check_sequences(self, start: int, stop: int) -> None:
+        lengths, begins = self.lengths[start:stop], self.pointers[start : stop + 1]
+        ends = begins[: len(lengths)] + lengths.astype(np.uint64) * np.uint64(self.dtype.itemsize)
+        wrong = np.flatnonzero(ends[: len(begins) - 1] != begins[1:]).tolist()
+        if start == 0 and len(begins) and begins[0]:
+            wrong = [-1]
+        if wrong:
+            raise DataError(
+                f"{self.path}.idx: sequence {start + wrong[0] + 1} does not begin where the one "
+                "before it ends; prepare it again"
+            )
+        if (short := lengths.min(initial=0)) < 0:
+            raise DataError(f"{self.path}.idx: a sequence has {short} tokens; prepare it again")
 
     def _check(self, start: int, stop: int) -> None:
         part = self.tokens[start:stop]

@@ -15,7 +15,7 @@ import pytest
 from llamax.data.blend import PERIOD, Blend, turns
 from llamax.data.dataset import Mixture, open_dataset
 from llamax.data.loader import Loader
-from llamax.data.megatron import DTYPES, IndexedFile, write_indexed
+from llamax.data.megatron import DTYPES, SAMPLED, IndexedFile, write_indexed
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.errors import DataError
 
@@ -33,6 +33,11 @@ def index(lengths: list[int], width: int, code: int, marks: list[int] | None = N
         + pointers.astype("<i8").tobytes()
         + np.array(marks, "<i8").tobytes()
     )
+
+
+def put(raw: bytes, place: int, value: int) -> bytes:
+    """``raw`` with another int64 at a place."""
+    return raw[:place] + struct.pack("<q", value) + raw[place + 8 :]
 
 
 def write(prefix: Path, documents: list[list[int]], code: int = 4, modes: bytes = b"") -> Path:
@@ -78,6 +83,11 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
     file = IndexedFile(tmp_path / "d")
     assert file.documents.tolist() == [0, 5, 5, 10]
     assert file.boundaries == (file.documents, 1)
+    for marks in ([0, 3, 2, 4], [0, 9, 2, 4], [0, -3, 2, 4]):
+        (tmp_path / "d.idx").write_bytes(index([2, 3, 4, 1], 2, 8, marks))
+        damaged = IndexedFile(tmp_path / "d")
+        with pytest.raises(DataError, match=r"document \d ends before it begins, at sequence"):
+            damaged.boundaries  # noqa: B018
 
 
 def test_what_is_written_is_the_layout(tmp_path: Path) -> None:
@@ -124,6 +134,13 @@ def test_a_loader_cuts_the_same_samples_from_either_format(tmp_path: Path) -> No
         (lambda i, b: (i[:9] + struct.pack("<Q", 2) + i[17:], b), "has version 2 and dtype code 4"),
         (lambda i, b: (i[:17] + b"\x63" + i[18:], b), "dtype code 99"),
         (lambda i, b: (i[:-8] + struct.pack("<q", 2), b), "documents are sequences 0 to 2, but"),
+        (
+            lambda _, b: (index([4, 2, 5], 4, 4, []), b),
+            "its documents are not marked, but it has 3",
+        ),
+        (lambda _, b: (index([4, -2, 9], 4, 4), b), "a sequence has -2 tokens"),
+        (lambda i, b: (put(i, 46, 4), b), "sequence 0 does not begin where the one before it ends"),
+        (lambda i, b: (put(i, 54, 2**40), b), "sequence 1 does not begin where the one before it"),
         (lambda i, b: (i[:17] + b"\x07" + i[18:], b), "holds float32 numbers, not tokens"),
         (lambda i, b: (b"", b), "is not a Megatron index"),
     ],
@@ -148,13 +165,14 @@ def test_a_missing_half_is_named(tmp_path: Path) -> None:
 
 
 def test_sequences_must_lie_end_to_end(tmp_path: Path) -> None:
-    write(tmp_path / "d", DOCUMENTS)
-    raw = bytearray((tmp_path / "d.idx").read_bytes())
-    struct.pack_into("<q", raw, 34 + 12 + 8, 20)  # the second pointer
-    (tmp_path / "d.idx").write_bytes(raw)
+    count = SAMPLED + 9  # the first ones are looked at when the files are opened
+    write(tmp_path / "d", [[1, 2]] * count)
+    raw = (tmp_path / "d.idx").read_bytes()
+    (tmp_path / "d.idx").write_bytes(put(raw, 34 + 4 * count + 8 * (SAMPLED + 2), 20))
     file = IndexedFile(tmp_path / "d", "read")
-    with pytest.raises(DataError, match="sequence 1 does not begin where"):
-        file.verify()
+    for look in (file.verify, lambda: file.documents):
+        with pytest.raises(DataError, match=f"sequence {SAMPLED + 2} does not begin where"):
+            look()
 
 
 def test_tokens_outside_the_vocabulary_are_found_when_asked(tmp_path: Path) -> None:
@@ -193,6 +211,8 @@ def test_a_prefix_is_a_dataset_without_tokenizer(tmp_path: Path) -> None:
         ("0.5 {d} half {d}", "'half' is no weight above 0"),
         ("0.5 {d} -1 {d}", "'-1' is no weight above 0"),
         ("0.5 {d} 0.5 {d}x", "is no dataset"),
+        ("0 {d} 1 {d}x", "'0' is no weight above 0"),
+        ("0.2 {d} 0.3 {d}", "d is there twice, and would give each sample twice; write it once"),
     ],
 )
 def test_a_blend_that_cannot_be_is_one_line(tmp_path: Path, words: str, said: str) -> None:
