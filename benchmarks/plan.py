@@ -175,6 +175,68 @@ GPUS = (
 )
 
 
+def per_gpu(
+    name: str,
+    model: str,
+    machine: str,
+    gpus: int,
+    length: int,
+    micro_batch: int,
+    rate: float,
+    source: str,
+    recompute: str = "none",
+) -> Run:
+    """GPUs in data parallel at a published rate of each, without accumulation of gradients."""
+    return Run(
+        f"{name} ({rate:,.0f} tokens/s a GPU)",
+        model,
+        machine,
+        gpus // 8,
+        Mesh(dp=gpus),
+        length,
+        gpus * micro_batch,
+        gpus * rate,
+        source,
+        micro_batch=micro_batch,
+        recompute=recompute,
+    )
+
+
+TITAN, FMS = "torchtitan, docs/performance.md", "fms-fsdp, README.md"
+# Found after the model was made: they test it, and nothing was fitted to them.  Their trainers
+# shard weights as well (FSDP), and gather them behind the computation.
+UNSEEN = (
+    per_gpu("Llama-2-7B, HSDP", "llama2-7b", "p4de.24xlarge", 128, 4096, 2, 3760, FMS),
+    per_gpu("Llama-2-13B, HSDP", "llama2-13b", "p4de.24xlarge", 128, 4096, 1, 1700, FMS),
+    per_gpu("Llama-2-13B, FSDP", "llama2-13b", "p4de.24xlarge", 64, 4096, 2, 2162, TITAN),
+    per_gpu(
+        "Llama-3-8B, FSDP", "llama3-8b", "p4de.24xlarge", 64, 8192, 1, 2973, TITAN, "selective"
+    ),
+    per_gpu(
+        "Llama-3.1-8B, FSDP, December 2024",
+        "llama3.1-8b",
+        "p5.48xlarge",
+        8,
+        8192,
+        2,
+        5762,
+        "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md",
+        "selective",
+    ),
+    per_gpu(
+        "Llama-3.1-8B, FSDP, December 2024",
+        "llama3.1-8b",
+        "p5.48xlarge",
+        128,
+        8192,
+        2,
+        5605,
+        "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md",
+        "selective",
+    ),
+)
+
+
 def planned(run: Run, machine: Machine) -> float:
     """The planner's tokens/s for a published run."""
     return time(Share(run.config(), run.mesh), machine, run.nodes).tokens_per_s
@@ -212,13 +274,13 @@ def main() -> None:
         return
     print("| run | mesh | published tokens/s | planned | error | |")
     print("|---|---|---|---|---|---|")
-    for run in (*PUBLISHED, *GPUS):
+    for run in (*PUBLISHED, *GPUS, *UNSEEN):
         machine = machines.load(run.machine)
         mesh = " ".join(f"{axis}{run.mesh.degree(axis)}" for axis in ("tp", "pp", "dp"))
         print(
             f"| {run.name} | {run.nodes} x {run.machine}, {mesh} | {run.tokens_per_s:,.0f} "
             f"| {planned(run, machine):,.0f} | {error(run, machine):+.0%} "
-            f"| {'fitted' if run.fitted else ''} |"
+            f"| {'fitted' if run.fitted else 'found later' if run in UNSEEN else ''} |"
         )
 
 
