@@ -39,7 +39,7 @@ launchers: $(VENV)/installed
 drills: $(VENV)/installed
 	$(BIN)/python -m pytest -rs --full --timeout 7200 tests/drills \
 	  tests/property/test_checkpoint_reshard.py tests/parallel/test_checkpoint_ranks.py \
-	  tests/parallel/test_not_finite.py
+	  tests/parallel/test_not_finite.py tests/parallel/test_packed_ranks.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

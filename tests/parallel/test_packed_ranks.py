@@ -1,19 +1,23 @@
 """Packed instruction data on meshes: the loss curve of one rank, whatever tensor x data there is.
 
 Few labels count, a different number on each rank and microstep, so a mean taken too early (per rank
-or per microstep) shows at once.
+or per microstep) shows at once.  Full, LoRA and QLoRA; ``make drills`` takes every degree to 4 x 4.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tuning_worlds import MODEL, base_folder, build
 from world import Worlds, axes
 
+from llamax import lora
 from llamax.collectives import Solo
-from llamax.config import Data, Model, Optim
+from llamax.config import Data, Finetune, Model, Optim
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.feed import Feed
 from llamax.mesh import Mesh
@@ -42,8 +46,14 @@ LLAMA3 = Model(
     rope_theta=500_000.0,
     tie_word_embeddings=True,
 )
-LENGTH, BATCH, STEPS = 32, 8, 4
+LENGTH, BATCH, STEPS = 32, 8, 5
 MESHES = [(2, 1), (4, 1), (1, 2), (2, 2), (1, 4), (4, 2), (2, 4)]
+GRID = list(product((1, 2, 4), (1, 2, 4)))[1:]
+WAYS = {
+    "lora": Finetune(method="lora", r=4, dropout=0.1),
+    "qlora": Finetune(method="qlora", r=4, dropout=0.1),
+}
+TOLERANCE = 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +69,22 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def curve(model: Model, tp: int, dp: int, path: Path, packing: str) -> list[tuple[float, ...]]:
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base_folder(tmp_path_factory.mktemp("base") / "hub")
+
+
+def curve(
+    model: Model, tp: int, dp: int, path: Path, packing: str, way: str = "", base: Path = Path()
+) -> list[tuple[float, ...]]:
     """(loss, norm, counted tokens) of each step, then the validation loss."""
     there = axes(Mesh(tp=tp, dp=dp), max(1, tp // model.num_key_value_heads))
-    llama = Llama(model, there.tp, sequence_parallel=True).init(0)
+    if way:
+        llama = build(base, there, WAYS[way], sequence=True)
+    else:
+        llama = Llama(model, there.tp, sequence_parallel=True).init(0)
     optimizer = Zero1(
-        dict(llama.named_parameters()),
+        lora.trained(llama),
         llama.shards,
         Optim(eps=1e-3),
         there,
@@ -82,15 +102,49 @@ def curve(model: Model, tp: int, dp: int, path: Path, packing: str) -> list[tupl
 
 
 @pytest.mark.parametrize("model", [LLAMA2, LLAMA3], ids=["llama2", "llama3"])
-def test_every_mesh_has_the_same_curve(model: Model, tokens: Path, worlds: Worlds) -> None:
+def test_every_mesh_has_the_same_curve(
+    model: Model, tokens: Path, worlds: Worlds, full: bool, tell: Callable[[str], None]
+) -> None:
     (whole,) = worlds(1).run(curve, model, 1, 1, tokens, "best-fit")
     counts = [step[2] for step in whole[:-1]]
     assert len(set(counts)) > 1, "steps count different numbers of tokens"
     assert max(counts) < BATCH * LENGTH
-    for tp, dp in MESHES:
-        for rank in worlds(tp * dp).run(curve, model, tp, dp, tokens, "best-fit"):
+    told = same(worlds, GRID if full else MESHES, whole, model, tokens)
+    if full:
+        tell(f"all weights: {told}")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_have_the_same_curve_on_every_mesh(
+    way: str, tokens: Path, base: Path, worlds: Worlds, full: bool, tell: Callable[[str], None]
+) -> None:
+    (whole,) = worlds(1).run(curve, MODEL, 1, 1, tokens, "best-fit", way, base)
+    told = same(worlds, GRID if full else [(2, 4)], whole, MODEL, tokens, way, base)
+    if full:
+        tell(f"{way}: {told}")
+
+
+def same(
+    worlds: Worlds,
+    meshes: list[tuple[int, int]],
+    whole: list[tuple[float, ...]],
+    model: Model,
+    tokens: Path,
+    *tuning: object,
+) -> str:
+    """What to tell of curves that are those of one rank on all ``meshes``."""
+    worst, last = 0.0, whole[-2][0]
+    for tp, dp in meshes:
+        for rank in worlds(tp * dp).run(
+            curve, model, tp, dp, tokens, "best-fit", *tuning, timeout_s=300
+        ):
             for mine, theirs in zip(rank, whole, strict=True):
-                assert mine == pytest.approx(theirs, rel=2e-5), (tp, dp)
+                assert mine == pytest.approx(theirs, rel=TOLERANCE), (tp, dp)
+                worst = max(worst, abs(mine[0] / theirs[0] - 1))
+    return (
+        f"{STEPS} steps, loss {whole[0][0]:.4f} to {last:.4f}, equal within {worst:.1e} on "
+        f"{len(meshes)} meshes, the largest tensor {meshes[-1][0]} x data {meshes[-1][1]}"
+    )
 
 
 @pytest.mark.parametrize("packing", ["padded", "concat"])
@@ -98,7 +152,7 @@ def test_other_ways_of_packing_too(tokens: Path, worlds: Worlds, packing: str) -
     (whole,) = worlds(1).run(curve, LLAMA3, 1, 1, tokens, packing)
     for rank in worlds(4).run(curve, LLAMA3, 2, 2, tokens, packing):
         for mine, theirs in zip(rank, whole, strict=True):
-            assert mine == pytest.approx(theirs, rel=2e-5)
+            assert mine == pytest.approx(theirs, rel=TOLERANCE)
 
 
 def test_the_mean_of_ranks_would_be_another(tokens: Path) -> None:
