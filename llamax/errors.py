@@ -13,6 +13,7 @@ Anything else that escapes is a defect of llamax, keeps its traceback and exits 
     75    stopped by SIGTERM or SIGUSR1 and saved: start the run again to go on
     130   interrupted from the keyboard
     141   the reader of our output went away (as ``head`` does)
+    143   ended by SIGTERM while it wrote a folder, of which nothing is left
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ class Stopped(LlamaxError):
     """No error: the run was asked to stop, and stands saved (75 is sysexits' EX_TEMPFAIL)."""
 
     exit_code = 75
+
+
+class Terminated(LlamaxError):
+    """No error: SIGTERM came while a folder was written, and nothing of it is left."""
+
+    exit_code = 143
 
 
 def refuse(found: list[str], where: str) -> None:

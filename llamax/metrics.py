@@ -172,7 +172,7 @@ class Writers:
 
 def read_jsonl(path: Path) -> list[Record]:
     """All records of a log; a last line cut short is left out, any other raises DataError."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
     records = []
     for number, line in enumerate(lines, 1):
         try:

@@ -7,6 +7,7 @@ llamax and keeps its traceback.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -15,6 +16,19 @@ from collections.abc import Callable, Sequence
 from llamax.errors import LlamaxError
 
 NO_CACHE = "glibc.malloc.tcache_count=0"
+
+# A path that is not what a run needs it to be is the user's to mend; a missing file is a defect.
+REFUSALS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
 
 Main = Callable[[Sequence[str]], int]
 
@@ -28,12 +42,17 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
     except LlamaxError as error:
         print(f"llamax: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("llamax: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in REFUSALS or error.filename is None:
+            raise
+        print(f"llamax: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        return LlamaxError.exit_code
+    except KeyboardInterrupt:
+        print("llamax: interrupted", file=sys.stderr)
+        return 130
 
 
 def steady_heap() -> None:

@@ -12,10 +12,13 @@ import argparse
 import math
 import multiprocessing
 import os
+import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,26 +75,36 @@ def consolidate(
     needed = assemble.pieces_of(source, planned) if verify else []
     with building(Path(out)) as folder:
         work = Work(source, folder, assemble.lay_out(folder, planned), slabs.new_buffers(2))
-        done = _forked(work, planned, processes) if processes > 1 else _threaded(work, planned)
-        with ThreadPoolExecutor(max_workers=1) as pool:
+        processes = min(processes, len(planned))
+        filling = _forked(work, planned, processes) if processes > 1 else _threaded(work, planned)
+        stopped = threading.Event()
+
+        def go_on(size_bytes: int) -> None:
+            if stopped.is_set():
+                raise CheckpointError(f"{out} is not wanted any more")
+
+        with closing(filling) as done, ThreadPoolExecutor(max_workers=1) as pool:
             first = next(done)  # processes are forked before there are threads
-            verified = pool.submit(source.check, needed)
-            progress(first)
-            for size_bytes in done:
-                progress(size_bytes)
-            given = None if tokenizer is None else Path(tokenizer)
-            assemble.finish(source, planned, folder, given)
-            verified.result()
+            verified = pool.submit(source.check, needed, go_on)
+            try:
+                progress(first)
+                for size_bytes in done:
+                    progress(size_bytes)
+                given = None if tokenizer is None else Path(tokenizer)
+                assemble.finish(source, planned, folder, given)
+                verified.result()
+            finally:
+                stopped.set()
     return Path(out)
 
 
-def _threaded(work: Work, planned: Sequence[Planned]) -> Iterator[int]:
+def _threaded(work: Work, planned: Sequence[Planned]) -> Generator[int, None, None]:
     """One tensor is read while another is written."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         yield from pool.map(work.fill, planned)
 
 
-def _forked(work: Work, planned: Sequence[Planned], processes: int) -> Iterator[int]:
+def _forked(work: Work, planned: Sequence[Planned], processes: int) -> Generator[int, None, None]:
     """Tensors dealt out to processes, the largest first; sizes as they are done."""
     largest_first = sorted(planned, key=lambda one: -one.size_bytes)
     context = multiprocessing.get_context("fork")  # they share the manifest that was read
@@ -111,7 +124,18 @@ _work: Work
 def _begin(work: Work) -> None:
     global _work
     torch.set_num_threads(1)  # a fork has no use of its parent's threads
+    for number in (signal.SIGINT, signal.SIGTERM):  # which reach a whole group: the parent acts
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _work = work
+
+
+def _leave_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _fill(one: Planned) -> int:
@@ -125,7 +149,7 @@ def size(text: str) -> int:
         if number.endswith(suffix):
             number, unit = number.removesuffix(suffix), factor
     number = number.strip()
-    if not number.isdigit() or int(number) < 1:
+    if not (number.isascii() and number.isdigit()) or int(number) < 1:
         raise ConfigError(f"--max-shard-size={text} is no size; write 5GB, 500MB or bytes")
     return int(number) * unit
 

@@ -18,6 +18,8 @@ import math
 import mmap
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,8 @@ import torch
 from torch import Tensor
 
 from llamax.checkpoint.layout import Copy
-from llamax.errors import CheckpointError, NoRoom
+from llamax.checkpoint.lock import LOCK, held
+from llamax.errors import CheckpointError, NoRoom, Terminated
 
 DTYPES = {
     "F64": torch.float64,
@@ -291,18 +294,48 @@ def writing(path: Path, needed_bytes: int) -> Iterator[None]:
 
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name ``out`` when all went well, and vanishes otherwise."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    """A folder to fill that takes the name ``out`` when all went well, and vanishes otherwise.
+
+    It is this process' alone.  SIGTERM ends the filling with Terminated.
+    """
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         raise CheckpointError(f"{out} exists already; remove it or choose another --out")
+    out = out.resolve()  # a link to an empty folder stays one
     part = out.with_name(out.name + ".part")
-    try:
-        with writing(part, 0):
+    with held(part, patience_s=0), _terminable(out):
+        try:
+            with writing(part, 0):
+                for leftover in part.iterdir():
+                    if leftover.is_dir():
+                        shutil.rmtree(leftover)
+                    elif leftover.name != LOCK:
+                        leftover.unlink()
+            yield part
+            with writing(out, 0):
+                (part / LOCK).unlink()
+                os.rename(part, out)
+        except BaseException:
             shutil.rmtree(part, ignore_errors=True)
-            part.mkdir(parents=True)
-        yield part
-        os.rename(part, out)
+            raise
+
+
+@contextmanager
+def _terminable(out: Path) -> Iterator[None]:
+    """Let SIGTERM raise Terminated, where nobody else listens to it."""
+
+    def leave(number: int, frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows takes a moment
+        raise Terminated(f"stopped by SIGTERM: {out} was not written")
+
+    mine = threading.current_thread() is threading.main_thread()
+    if not mine or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def sha256(path: Path) -> str:

@@ -47,6 +47,18 @@ class HubFolder(Source):
         for name in (CONFIG, GENERATION, INDEX, *TOKENIZER_FILES):
             if os.path.lexists(self.folder / name):
                 self._inside(self.folder / name)
+        if not (self.folder / CONFIG).exists():
+            ours = (
+                manifest.STEP.match(self.folder.name) or (self.folder / manifest.MANIFEST).exists()
+            )
+            remedy = (
+                "it is a checkpoint of llamax: make one of it with llamax consolidate"
+                if ours or manifest.newest(self.folder)
+                else "give a folder that save_pretrained or llamax consolidate wrote"
+            )
+            raise CheckpointError(
+                f"{self.folder} has no {CONFIG}: it is no Hugging Face folder; {remedy}"
+            )
         self.model = read_json(self.folder / CONFIG)
         if self.model.get("model_type") != "llama":
             raise CheckpointError(

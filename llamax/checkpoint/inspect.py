@@ -37,8 +37,11 @@ def describe(path: Path, verify: bool = False) -> Rows:
         return _hub(path)
     if files.steps(path):
         return _run(path, verify)
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}; check the path")
     raise CheckpointError(
-        f"{path} is no checkpoint, run, Hugging Face folder or dataset that llamax knows"
+        f"{path} is no checkpoint, run, Hugging Face folder or dataset that llamax knows; "
+        "checkpoints of NxD, optimum-neuron, NeMo and Meta are read by llamax import"
     )
 
 

@@ -29,6 +29,8 @@ def held(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
     Raises CheckpointError that names the owner where another process has it.
     """
     path = folder / LOCK
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CheckpointError(f"{folder} is no folder; remove it or choose another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)

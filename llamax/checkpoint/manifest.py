@@ -27,6 +27,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+import llamax
 from llamax import log
 from llamax.checkpoint.container import (
     DTYPES,
@@ -41,7 +42,7 @@ from llamax.errors import CheckpointError
 
 FORMAT = 1
 MANIFEST, DONE, CONFIG = "manifest.json", "done", "config.toml"
-STEP = re.compile(r"step-(\d{8,})")
+STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
 FILE = re.compile(r"(weights|optimizer)-tp\d{2,}-dp\d{2,}\.safetensors")
 RNG = "rng"
 
@@ -94,8 +95,8 @@ class Manifest:
 
     def problem(self) -> str:
         """What does not hold together, or nothing."""
-        if self.format != FORMAT:
-            return f"format {self.format} is not {FORMAT}, the one this llamax reads"
+        if self.step < 0:
+            return f"step {self.step} is below 0"
         for file in self.files:
             if not FILE.fullmatch(file.name):
                 return f"{file.name!r} is no name of a checkpoint's file"
@@ -115,7 +116,14 @@ class Manifest:
         return ""
 
 
-_SCHEMA = TypeAdapter(Manifest)
+@dataclass(frozen=True)
+class _Format:
+    """What the manifests of all formats have."""
+
+    format: int
+
+
+_SCHEMA, _FORMAT = TypeAdapter(Manifest), TypeAdapter(_Format)
 
 
 def step_name(step: int) -> str:
@@ -169,6 +177,12 @@ def read_manifest(folder: Path) -> Manifest:
             f"the file 'done' says {expected[:64]!r}"
         )
     try:
+        form = _FORMAT.validate_json(text).format
+        if form != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {form}, this llamax {llamax.__version__} reads {FORMAT}; "
+                "read it with the llamax that wrote it"
+            )
         manifest = _SCHEMA.validate_json(text)
         problem = manifest.problem()
     except ValidationError as error:
@@ -176,6 +190,10 @@ def read_manifest(folder: Path) -> Manifest:
         problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
     if problem:
         raise CheckpointError(f"{path} is broken: {problem}")
+    if STEP.fullmatch(folder.name) and step_of(folder) != manifest.step:
+        raise CheckpointError(
+            f"{folder} holds step {manifest.step}; rename it to {step_name(manifest.step)}"
+        )
     if manifest.config_sha256:
         verify(folder, [File(CONFIG, 0, manifest.config_sha256)])
     for listed in manifest.files:
@@ -197,13 +215,16 @@ def verify(folder: Path, files: Sequence[File], progress: Progress = silent) -> 
     """
     with ThreadPoolExecutor(max_workers=2) as pool:
         hashes = pool.map(lambda file: sha256(folder / file.name), files)
-        for file, found in zip(files, hashes, strict=True):
-            if found != file.sha256:
-                raise CheckpointError(
-                    f"{folder / file.name} changed after it was saved: its sha256 is {found}, "
-                    f"the manifest says {file.sha256}"
-                )
-            progress(file.size_bytes)
+        try:
+            for file, found in zip(files, hashes, strict=True):
+                if found != file.sha256:
+                    raise CheckpointError(
+                        f"{folder / file.name} changed after it was saved: its sha256 is {found}, "
+                        f"the manifest says {file.sha256}"
+                    )
+                progress(file.size_bytes)
+        finally:  # the rest need not be looked at
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager
@@ -278,11 +299,14 @@ def find(path: Path) -> Path:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"there is no checkpoint folder {path}; check the path")
-    if (path / MANIFEST).exists() or (path / DONE).exists() or STEP.match(path.name):
+    if (path / MANIFEST).exists() or STEP.match(path.name):
         return path
     found = newest(path)
     if found is None:
-        raise CheckpointError(f"no complete checkpoint in {path}; give a step folder or a run's")
+        hub = " (a Hugging Face folder)" if (path / "config.json").is_file() else ""
+        raise CheckpointError(
+            f"no complete checkpoint in {path}{hub}; give a step folder or a run's"
+        )
     return found
 
 

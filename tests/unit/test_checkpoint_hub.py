@@ -21,13 +21,14 @@ from llamax.checkpoint import Checkpoint, Saver, assemble, load_weights
 from llamax.checkpoint import inspect as inspection
 from llamax.checkpoint.consolidate import consolidate, size
 from llamax.checkpoint.consolidate import main as consolidate_main
+from llamax.checkpoint.container import building
 from llamax.checkpoint.hub import HubFolder, open_source
 from llamax.checkpoint.inspect import describe
 from llamax.checkpoint.shard_hub import main as shard_main
 from llamax.checkpoint.shard_hub import shard
 from llamax.config import Model
 from llamax.data.tokenizer import load_tokenizer, train_sentencepiece
-from llamax.errors import CheckpointError, ConfigError
+from llamax.errors import CheckpointError, ConfigError, Terminated
 
 
 def saved(folder: Path, model: Model, dtype: torch.dtype = torch.float32, tp: int = 4) -> Path:
@@ -156,7 +157,7 @@ def test_sizes() -> None:
         3000,
         17,
     ]
-    for text in ("", "5TB", "-1", "0"):
+    for text in ("", "5TB", "-1", "0", "\u00b2", "\uff11GB"):
         with pytest.raises(ConfigError, match="write 5GB, 500MB or bytes"):
             size(text)
 
@@ -208,6 +209,39 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="hub exists already; remove it or choose"):
         consolidate(tmp_path, tmp_path / "hub")
     assert (tmp_path / "hub" / "precious").read_text() == "x"
+
+
+def test_a_folder_has_one_writer(tmp_path: Path) -> None:
+    out, real, link = (tmp_path / name for name in ("hub", "real", "link"))
+    (tmp_path / "hub.part" / "of" / "one").mkdir(parents=True)
+    (tmp_path / "hub.part" / "that was killed").write_text("x")
+    with building(out) as part:
+        (part / "mine").write_text("x")
+        other = r"hub.part is in use by pid \d+ on .*; wait for it"
+        with pytest.raises(CheckpointError, match=other), building(out):
+            pass
+    assert [path.name for path in out.iterdir()] == ["mine"]
+    link.symlink_to(real)
+    with pytest.raises(CheckpointError, match="link exists already"), building(link):
+        pass
+    real.mkdir()
+    with building(link) as part:
+        (part / "mine").write_text("x")
+    assert link.is_symlink()
+    assert (real / "mine").exists()
+    late = tmp_path / "late"
+    with pytest.raises(CheckpointError, match=r"cannot write .*late"), building(late):
+        late.write_text("made meanwhile")
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
+    told = r"stopped by SIGTERM: .*hub was not written"
+    with pytest.raises(Terminated, match=told) as caught, building(tmp_path / "hub"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.exit_code == 143
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_degree_that_does_not_cut_the_model(tmp_path: Path) -> None:
@@ -303,8 +337,15 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert len({line.index("  ") for line in lines if "Hugging Face" in line}) == 1
     assert lines[0].startswith("Hugging Face  ")
-    with pytest.raises(CheckpointError, match="is no checkpoint, run, Hugging Face folder or"):
+    with pytest.raises(CheckpointError, match=r"there is no .*nothing; check the path"):
         describe(tmp_path / "nothing")
+    (tmp_path / "else").mkdir()
+    with pytest.raises(CheckpointError, match=r"is no checkpoint, run, .* read by llamax import"):
+        describe(tmp_path / "else")
+    with pytest.raises(CheckpointError, match=r"it is no Hugging Face folder; .* llamax consolid"):
+        shard(folder, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"no complete .*hub \(a Hugging Face folder\)"):
+        consolidate(hub, tmp_path / "out")
     os.truncate(next(folder.glob("weights*")), 10)
     with pytest.raises(CheckpointError, match="has 10 bytes"):
         rows(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import statistics
@@ -90,6 +91,10 @@ def test_mistakes_are_one_line_and_other_errors_keep_their_traceback(
     assert capsys.readouterr().err == "llamax: corpus is empty; name another\n"
     assert fails(KeyboardInterrupt()) == 130
     assert capsys.readouterr().err == "llamax: interrupted\n"
+    assert fails(IsADirectoryError(errno.EISDIR, "Is a directory", "run/config.toml")) == 2
+    assert capsys.readouterr().err == "llamax: cannot use run/config.toml: Is a directory\n"
+    with pytest.raises(FileNotFoundError):
+        fails(FileNotFoundError(errno.ENOENT, "No such file or directory", "ours"))
     with pytest.raises(ZeroDivisionError):
         fails(ZeroDivisionError())
 

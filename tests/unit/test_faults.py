@@ -249,6 +249,17 @@ def test_a_lock_names_its_owner_and_ends_with_it(tmp_path: Path) -> None:
         assert f"pid {os.getpid()}" in (tmp_path / "run" / "lock").read_text()
 
 
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("precious")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("run", "link"):
+        with (
+            pytest.raises(CheckpointError, match=f"{name} is no folder; remove it or choose"),
+            lock.held(tmp_path / name),
+        ):
+            pass
+
+
 def test_a_folder_that_cannot_be_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

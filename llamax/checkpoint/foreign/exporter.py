@@ -62,6 +62,15 @@ def target_of(args: argparse.Namespace, source: Source, model: Model) -> Target:
     )
 
 
+def _check_options(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """ConfigError for an option that the format has no use for."""
+    of_nxd = ("pipeline", "data", "qkv", "kv_multiplier", "optimizer")
+    for name in {"nxd": (), "meta": of_nxd, "hf": ("tensor", *of_nxd)}[args.to]:
+        if getattr(args, name) != parser.get_default(name):
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{option} has no meaning for --to {args.to}; leave it out")
+
+
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser("llamax export", description=__doc__.split("\n\n")[0])
@@ -81,6 +90,7 @@ def main(argv: Sequence[str]) -> int:
         "--optimizer", choices=OPTIMIZERS, default="auto", help="nxd: default: what there is"
     )
     args = parser.parse_args(argv)
+    _check_options(args, parser)
     began, out = time.perf_counter(), Path(args.out)
     source = open_source(args.source)
     model = Model.from_hub(source.model)
