@@ -14,12 +14,12 @@ from pathlib import Path
 from llamax.checkpoint.adapters import About
 from llamax.checkpoint.hub import open_source
 from llamax.checkpoint.load import Checkpoint, Source
-from llamax.checkpoint.manifest import newest, newest_intact
-from llamax.config import Config, Model
-from llamax.configfile import toml
+from llamax.checkpoint.manifest import CONFIG, find, newest, newest_intact
+from llamax.config import Config, Model, sections
+from llamax.configfile import load, toml
 from llamax.data.dataset import Dataset, open_dataset
 from llamax.data.tokens import Verify
-from llamax.errors import ConfigError
+from llamax.errors import CheckpointError, ConfigError
 from llamax.feed import Feed
 from llamax.finetune import about, check_resumed
 
@@ -48,6 +48,25 @@ class Inputs:
         if self.resumed is not None:
             self.resumed.verify(share, of)
 
+    def changed(self, config: Config) -> list[str]:
+        """What decides samples and updates and is not as it was when the checkpoint was saved."""
+        if self.resumed is None or not (self.resumed.folder / CONFIG).is_file():
+            return []
+        try:
+            then = load(str(self.resumed.folder / CONFIG))
+        except ConfigError:  # of another llamax
+            return []
+        now = dict(sections(config))
+        return [
+            f"{section}.{field.name} {toml(before)} -> {toml(after)}"
+            for section, theirs in sections(then)
+            if section in ("data", "optim", "run")
+            for field in fields(theirs)
+            if section != "run" or field.name == "seed"
+            if (before := getattr(theirs, field.name))
+            != (after := getattr(now[section], field.name))
+        ]
+
 
 def open_inputs(config: Config) -> Inputs:
     """Open what ``config`` names.
@@ -68,8 +87,9 @@ def open_inputs(config: Config) -> Inputs:
         found = choose(Path(config.run.folder) / "checkpoints")
         resumed = None if found is None else Checkpoint(found, verify=False)
     elif checkpoint.resume != "never":
-        resumed = Checkpoint(checkpoint.resume, verify=False)
+        resumed = Checkpoint(find(Path(checkpoint.resume)), verify=False)
     if resumed is not None:
+        _check_position(resumed)
         _same_network(config, resumed)
         if fingerprint := resumed.state.get("tokenizer"):  # an imported checkpoint has none
             dataset.check_tokenizer(fingerprint)
@@ -85,6 +105,15 @@ def open_inputs(config: Config) -> Inputs:
     )
     assert training is not None
     return Inputs(dataset, training, validation, resumed, first, adapters)
+
+
+def _check_position(resumed: Checkpoint) -> None:
+    consumed = resumed.state.get("consumed_sequences")
+    if type(consumed) is not int or consumed < 0:
+        raise CheckpointError(
+            f"{resumed.folder} does not say how much its training has seen; start from its weights "
+            f"with --checkpoint.init_from={resumed.folder} --checkpoint.resume=never"
+        )
 
 
 def _same_network(config: Config, source: Source) -> None:

@@ -68,6 +68,8 @@ def train(config: Config, where: Rendezvous) -> None:
         ):
             job = prepare(config, mesh, backend, axes, inputs)
             verified.result()
+            if changed := inputs.changed(config):
+                log.logger.info("changed since then: %s", ", ".join(changed))
             if job.main:
                 introduce(job)
                 environment.write(folder, where.world_size, where.local_world_size, where.job)

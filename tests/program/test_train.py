@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import signal
 import time
@@ -170,6 +171,30 @@ def test_mistakes_are_one_line(
         assert line.startswith("llamax: ")
         assert expected in line
     assert not (tmp_path / "run").exists()
+
+
+def test_a_resume_says_what_has_changed(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder means its newest checkpoint; one that no training made is no place to go on."""
+    cfg, toml = config(dataset, tmp_path / "run"), tmp_path / "config.toml"
+    argv = ["--config", str(write(cfg, toml)), f"--checkpoint.resume={tmp_path / 'run'}"]
+    assert complaint(capsys, *argv) == (
+        f"llamax: there is no checkpoint folder {tmp_path / 'run'}; check the path"
+    )
+    train(cfg, Rendezvous())
+    capsys.readouterr()
+    assert program.run(main, [*argv, "--run.steps=7", "--run.seed=3", "--optim.beta1=0.8"]) == 0
+    said = capsys.readouterr().err
+    assert "resuming from" in said
+    assert "changed since then: optim.beta1 0.9 -> 0.8, run.seed 0 -> 3\n" in said
+    assert program.run(main, [*argv, "--run.steps=8", "--run.seed=3", "--optim.beta1=0.8"]) == 0
+    assert "changed since then" not in capsys.readouterr().err
+    manifest = tmp_path / "run/checkpoints/step-00000008/manifest.json"
+    manifest.write_text(manifest.read_text().replace('"consumed_sequences":32', '"other":1'))
+    done = hashlib.sha256(manifest.read_bytes()).hexdigest()
+    (manifest.parent / "done").write_text(done)
+    assert "does not say how much its training has seen" in complaint(capsys, *argv)
 
 
 def test_another_tokenizer_is_refused_on_resume(
