@@ -91,6 +91,10 @@ def rows(lines: Sequence[Line], words: object) -> Iterator[str]:
 def show_search(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
     """What fits, best first; then what does not, and why."""
     fitting = [each for each in plans if each.memory.fits]
+    if not fitting:
+        yield f"none of {len(plans) + len(refused)} layouts fits"
+        yield from _reasons(plans, refused)
+        return
     yield f"{len(fitting)} of {len(plans) + len(refused)} layouts fit; the fastest:"
     yield f"  {'tensor':>6} {'data':>5} {'micro':>5} {'recompute':<9} {'memory':>9} {'MFU':>6} " + (
         f"{'tokens/s':>9} {'dollars':>10}"

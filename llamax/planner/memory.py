@@ -289,10 +289,10 @@ def kept(share: Share, machine: Machine, mode: Recompute) -> Line:
     each, formula = layer_kept(share, machine, mode)
     flying = min(share.mesh.pp, share.accumulation)
     stages = f" x {flying} microbatches in flight" if flying > 1 else ""
-    value = share.layers * each * flying + around(share, machine)
-    return Line(
-        "activations", value, f"recompute {mode}: {share.layers} layers x ({formula}){stages}"
-    )
+    rest = around(share, machine)
+    text = f"{share.layers} layers x ({formula}){stages}, {show_bytes(rest)} around them"
+    value = share.layers * each * flying + rest
+    return Line("activations", value, f"recompute {mode}: {text}")
 
 
 def last_kept(share: Share, machine: Machine, mode: Recompute) -> Line:

@@ -62,6 +62,33 @@ def test_float32_weights_are_their_own_masters_but_where_steps_are_programs() ->
     assert alone["masters"] == 0
 
 
+def test_state_of_llama31_70b_at_tensor_32_by_hand() -> None:
+    # 2 heads of 128 queries a rank, one head of keys and values that four ranks share
+    attention = 2 * 8192 * 256 + 2 * 8192 * 128
+    layer = attention + 3 * 8192 * 28672 // 32
+    elements = 80 * layer + 2 * 8192 * 128256 // 32 + 161 * 8192
+    assert elements == 2_331_910_144
+    share = Share(recipe("llama3.1-70b"), Mesh(tp=32, dp=32))
+    found = {line.name: line.value for line in state(share, TRN1) if line.value}
+    assert found["weights"] == 2 * elements
+    assert found["masters"] == 4 * elements // 32
+    assert found["moments"] == 8 * elements // 32
+    assert found["norm weights"] == 4 * 80 * 8192 * (256 + 2 * 128) // 32
+
+
+def test_a_quantised_llama3_8b_spread_over_8_ranks_by_hand() -> None:
+    share = Share(recipe("news-llama3-8b-qlora"), Mesh(dp=8))
+    linear = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    rest = 2 * (2 * 128256 * 4096 + 65 * 4096)
+    found = {line.name: line.value for line in state(share, TRN1)}
+    # nf4: 4 bits, a byte for each 64 weights and 4 bytes for each 256 of those
+    assert found["base"] == pytest.approx(
+        linear * (4 + 8 / 64 + 32 / 16384) / 8 / 8 + rest, rel=1e-3
+    )
+    rank = 16 * (2 * 8192 + 2 * (4096 + 1024) + 3 * (4096 + 14336))
+    assert found["weights"] == 2 * 32 * rank
+
+
 def test_without_zero1_every_rank_keeps_all_state() -> None:
     config = recipe("llama2-7b", "--parallel.zero1=false")
     found = {line.name: line.value for line in state(Share(config, Mesh(tp=8, dp=16)), TRN1)}
@@ -151,6 +178,16 @@ def test_a_longer_pipeline_waits_longer() -> None:
     config = recipe("llama2-13b", *ONE, "--parallel.tensor=8")
     times = [step_time(Share(config, Mesh(tp=8, dp=128 // pp, pp=pp)), TRN1, 32) for pp in (1, 4)]
     assert times[1].step_s > times[0].step_s
+
+
+def test_a_search_that_finds_nothing_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan.main(["--config", "llama2-7b", "--ranks", "24", "--search"]) == 6
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "none of 144 layouts fits"
+    assert rest[0] == "not these:"
+    assert "  tensor 1: data.global_batch=1024 is not a multiple of" in rest[1]
+    assert plan.main(["--config", "llama2-7b", "--ranks", "1", "--search"]) == 6
+    assert "tensor 1: 18 layouts do not fit; the smallest" in capsys.readouterr().out
 
 
 def test_search_ranks_what_fits_and_tells_the_rest() -> None:
