@@ -1,11 +1,14 @@
-"""What tuning costs: ``steps`` beside a full step, and ``memory`` of a quantised base by rank.
+"""What tuning costs: ``steps`` beside a full step, ``memory`` of a quantised base by rank, and of
+``loading`` a Hugging Face folder.
 
     python benchmarks/lora.py steps [--rounds 5] [--tokens 512] [--batch 4]
-    torchrun --nproc-per-node 4 benchmarks/lora.py memory
+    torchrun --nproc-per-node 4 benchmarks/lora.py memory|loading
 
 ``steps`` times one training step of each method in turn, in one process of one thread, in CPU
 seconds, and says which share of a QLoRA step makes weights dense again.  ``memory`` loads a base of
 95 M weights and compares each rank's resident memory with the formula in ``llamax.base``.
+``loading`` reads 158 M weights at tensor 4 (or as many ranks as there are) and compares the growth
+of each rank's resident peak with its share and one tensor.
 """
 
 from __future__ import annotations
@@ -182,17 +185,59 @@ def memory() -> None:
             place.rmdir()
 
 
+def status_bytes(key: str) -> int:
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{key}:")[1].split()[0]) * 1024
+
+
+def loading() -> None:
+    """How far the resident peak of a rank grows while it loads its share of a folder."""
+    where, shape = rendezvous(os.environ), dataclasses.replace(DEEP, vocab_size=32000)
+    mesh = Mesh(tp=where.world_size)
+    place = Path(tempfile.gettempdir()) / f"llamax-base-{where.port}"
+    with choose("cpu", where, 1).joined(mesh, 600.0) as axes:
+        if where.rank == 0:
+            place.mkdir()
+            folder(place, shape)
+        axes.world.all_reduce(torch.zeros(1))
+        source = open_source(place)
+        largest = 4 * shape.vocab_size * shape.hidden_size
+        told = []
+        for name in ("full", "full", "lora", "qlora nf4", "qlora int8"):  # the first one warms up
+            before = resident()
+            Path("/proc/self/clear_refs").write_text("5")
+            model = build(source, METHODS[name], axes)
+            grown = status_bytes("VmHWM") - before
+            share = sum(p.nbytes for p in model.parameters())
+            share += sum(t.nbytes for each in base.stores(model) for t in each.tensors())
+            found = torch.tensor([float(grown), grown / (share + largest)])
+            most, ratio = axes.world.all_reduce(found, "max").tolist()
+            told.append(
+                f"| {name} | {show_bytes(share)} | {show_bytes(largest)} | "
+                f"{show_bytes(round(most))} | {ratio:.2f} |"
+            )
+            del model
+        if where.rank == 0:
+            print("| method | share of rank 0 | largest tensor | most growth of a peak | of both |")
+            print("\n".join(["|---|---|---|---|---|", *told[1:]]), flush=True)
+            for path in place.iterdir():
+                path.unlink()
+            place.rmdir()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("steps", "memory"))
+    parser.add_argument("what", choices=("steps", "memory", "loading"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
     options = parser.parse_args()
     if options.what == "steps":
         steps(options.rounds, options.tokens, options.batch)
-    else:
+    elif options.what == "memory":
         memory()
+    else:
+        loading()
 
 
 if __name__ == "__main__":
