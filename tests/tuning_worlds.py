@@ -56,22 +56,27 @@ def base_folder(folder: Path, model: Model = MODEL) -> Path:
     return folder
 
 
-def batch() -> Batch:
-    """The global batch, a quarter of its labels ignored."""
+def batch(packed: bool = False) -> Batch:
+    """The global batch, a quarter of its labels ignored; ``packed``: documents in each sample."""
     generator = torch.Generator().manual_seed(1)
     shape = (GLOBAL_BATCH, SEQUENCE)
     ids = torch.randint(MODEL.vocab_size, shape, generator=generator)
     labels = torch.randint(MODEL.vocab_size, shape, generator=generator)
     labels = labels.masked_fill(torch.rand(shape, generator=generator) < 0.25, -100)
-    return Batch(ids, labels, torch.arange(SEQUENCE).expand(shape), None)
+    places = torch.arange(SEQUENCE).expand(shape)
+    if not packed:
+        return Batch(ids, labels, places, None)
+    begins = torch.rand(shape, generator=generator) < 0.3
+    first = places.where(begins, torch.zeros(())).long().cummax(1).values
+    return Batch(ids, labels, places - first, begins.cumsum(1).int())
 
 
-def share(axes: Axes, accumulation: int) -> list[Batch]:
+def share(axes: Axes, accumulation: int, packed: bool = False) -> list[Batch]:
     """This data rank's microbatches, dealt as the loader deals them: microsteps outermost."""
     rows = GLOBAL_BATCH // axes.data.size // accumulation
     firsts = [(i * axes.data.size + axes.data.rank) * rows for i in range(accumulation)]
-    whole = batch()
-    return [Batch(*(p[f : f + rows] for p in whole[:3]), None) for f in firsts]
+    whole = batch(packed)
+    return [Batch(*(p if p is None else p[f : f + rows] for p in whole)) for f in firsts]
 
 
 def build(
@@ -104,7 +109,11 @@ def build(
 
 
 def steps(
-    model: Llama, axes: Axes, accumulation: int, backend: Backend | None = None
+    model: Llama,
+    axes: Axes,
+    accumulation: int,
+    backend: Backend | None = None,
+    packed: bool = False,
 ) -> dict[str, Any]:
     """Losses and norms of two steps, and the adapters after them; the base stays as it was.
 
@@ -128,7 +137,7 @@ def steps(
         for store in stores(model):
             store.to(backend.device)
         boundary = backend.step_boundary
-    batches = share(axes, accumulation)
+    batches = share(axes, accumulation, packed)
     found = [
         train_step(model, optimizer, axes, batches, tokens, OPTIM.lr, n, boundary=boundary)
         for n in (1, 2)

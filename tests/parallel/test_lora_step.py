@@ -39,7 +39,7 @@ SOME = Finetune(method="lora", r=2, alpha=3.0, rslora=True, targets="q_proj,v_pr
 NF4 = Finetune(method="qlora", r=4, alpha=6.0, dropout=0.25)
 SINGLE = Finetune(method="qlora", r=2, double_quant=False, targets="k_proj,up_proj")
 INT8 = Finetune(method="qlora", r=4, quant="int8", shard_base=False)
-TOLERANCE = 2e-6
+TOLERANCE = 3e-6
 
 
 @pytest.fixture(scope="session")
@@ -50,13 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_mesh(
     folder: Path, mesh: Mesh, sequence: bool, cases: list[tuple[Finetune, str]], mutation: str
 ) -> list[str]:
-    """In a rank: what differs from the whole model's steps, a line each."""
+    """In a rank: what differs from the whole model's steps, a line each.
+
+    With sequence parallelism samples are packed, without they are one document each.
+    """
     found, my_axes = [], axes(mesh, max(1, mesh.tp // MODEL.num_key_value_heads))
     for finetune, recompute in cases:
-        whole = steps(build(folder, Axes.solo(), finetune), Axes.solo(), 1)
+        whole = steps(build(folder, Axes.solo(), finetune), Axes.solo(), 1, packed=sequence)
         with MUTATIONS[mutation]():
             model = build(folder, my_axes, finetune, sequence, recompute)
-            mine = steps(model, my_axes, 2)
+            mine = steps(model, my_axes, 2, packed=sequence)
         found += differences(mine, whole, model.shards, mesh.tp, my_axes.tp.rank, TOLERANCE)
     return found
 

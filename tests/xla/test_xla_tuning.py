@@ -1,7 +1,8 @@
 """LoRA and QLoRA steps over replicas on torch-xla equal the whole model's in plain torch.
 
-Dropout masks, dequantised weights and what the data ranks gather are made inside the program: one
-program for the microsteps and one for the update, the same on every rank.
+Samples are packed: documents apart, labels masked.  Dropout masks, dequantised weights and what the
+data ranks gather are made inside the program: one program for the microsteps and one for the
+update, the same on every rank.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Case(NamedTuple):
     mesh: Mesh
     sequence: bool = True
     recompute: Recompute = "none"
+    packed: bool = True
 
 
 SHORT = dataclasses.replace(MODEL, num_hidden_layers=1)
@@ -49,7 +51,7 @@ CASES = [
     Case("lora, tp 2, dp 2", LORA, TP2_DP2, sequence=False),
     Case("nf4, tp 2, dp 2, recompute full", NF4, TP2_DP2, recompute="full"),
     Case("nf4, tp 4", NF4, Mesh(tp=4)),
-    Case("int8, tp 2, dp 2", INT8, TP2_DP2),
+    Case("int8, tp 2, dp 2", INT8, TP2_DP2, packed=False),
 ]
 
 
@@ -79,7 +81,7 @@ def on_replicas(rank: int, folder: Path, cases: list[Case], mutation: str) -> li
             before = backend.compilations()  # type: ignore[attr-defined]
             with backend.joined(case.mesh, 60.0, kv) as axes:
                 model = build(folder, axes, case.finetune, case.sequence, case.recompute)
-                result = steps(model, axes, 2, backend)
+                result = steps(model, axes, 2, backend, case.packed)
             backend.barrier()
             result["compiled"] = backend.compilations() - before  # type: ignore[attr-defined]
             results.append(result)
@@ -91,7 +93,7 @@ def test_a_tuning_step_over_replicas_equals_the_whole_step(tmp_path: Path) -> No
     by_rank = replicas.run(4, on_replicas, folder, CASES, "none")
     for case, results in zip(CASES, zip(*by_rank, strict=True), strict=True):
         model = build(folder, Axes.solo(), case.finetune)
-        whole = steps(model, Axes.solo(), 1)
+        whole = steps(model, Axes.solo(), 1, packed=case.packed)
         for rank, mine in enumerate(results):
             tp_rank, degree = case.mesh.coordinate(rank).tp, case.mesh.tp
             found = differences(mine, whole, model.shards, degree, tp_rank, TOLERANCE)
