@@ -24,8 +24,10 @@ from pathlib import Path
 from llamax import program
 from llamax.checkup import Finding, Host, machine, storage, versions
 from llamax.checkup.finding import ok, unseen
+from llamax.config import Config
 from llamax.data.dataset import blend_words, open_dataset
 from llamax.errors import ConfigError, DataError
+from llamax.guard import PROGRAMS
 from llamax.launch import jobfile
 from llamax.launch.checks import problems
 from llamax.launch.env import NEURON_PORT, PORT
@@ -56,7 +58,13 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     yield from storage.disk(folder, job.config, found.time.step_s if found else None)
     yield from _dataset(_seen_from(folder, job.config.data.path), folder.is_dir())
     if cache := host.environ.get("NEURON_COMPILE_CACHE_URL"):
-        yield from storage.cache(cache)
+        yield from storage.cache(cache, programs(job.config))
+
+
+def programs(config: Config) -> int:
+    """How many programs a run compiles, as the audit counts and the guard allows."""
+    validates = config.run.validate_every or config.run.validate_each_epoch
+    return PROGRAMS["training"] + (PROGRAMS["validation"] if validates else 0)
 
 
 def _plan(job: JobFile) -> Plan | None:

@@ -25,6 +25,8 @@ FRESH_S = 600
 SKEW_S = 5.0
 STATE_BYTES = 12  # a parameter's float32 master and two moments
 PROBE_BYTES = 32 * 2**20
+COMPILES = "each node would compile for 25 to 40 minutes a program while training waits"
+PRECOMPILE = "llamax launch --phase precompile, before --phase train"
 PRIVATE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
 
 
@@ -163,8 +165,12 @@ def _write_rate(folder: Path) -> float:
     return PROBE_BYTES / (time.perf_counter() - start)
 
 
-def cache(url: str) -> Iterator[Finding]:
-    """The compile cache: there, writable, and what it holds."""
+def cache(url: str, programs: int) -> Iterator[Finding]:
+    """The compile cache: there, writable, and with as many programs as the run has.
+
+    Whether they are the run's own cannot be told: the hash in a MODULE's name is Neuron's, of what
+    its plugin was given, and nothing that runs without NeuronCores makes it.
+    """
     if "://" in url:
         yield unseen("compile cache", f"{url} is not a folder", f"aws s3 ls --recursive {url}")
         return
@@ -176,8 +182,8 @@ def cache(url: str) -> Iterator[Finding]:
                 "warning",
                 "compile cache",
                 f"{folder} is empty",
-                "each node would compile for 25 to 40 minutes a program while training waits",
-                "llamax launch --phase precompile, before --phase train",
+                COMPILES,
+                PRECOMPILE,
             )
         else:
             yield unseen("compile cache", f"{folder} is not here", "run doctor where it is")
@@ -201,5 +207,14 @@ def cache(url: str) -> Iterator[Finding]:
             "a failed compilation is remembered, and fails again at once",
             f"cat {failed}/*.log; then rm -r {failed} and precompile again",
         )
+    elif len(done) < programs:
+        yield Finding(
+            "warning",
+            "compile cache",
+            f"{len(done)} of the run's {programs} programs at most are in {folder}",
+            COMPILES,
+            PRECOMPILE,
+        )
     else:
-        yield ok("compile cache", f"{len(done)} compiled programs in {folder}")
+        told = f"{len(done)} compiled programs in {folder}, enough for the run's {programs}"
+        yield ok("compile cache", f"{told}; whether they are its own only Neuron's hashes say")

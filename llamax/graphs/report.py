@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from hashlib import sha256
 
 from llamax.graphs import census, hlo
 from llamax.graphs.census import Live, Remark, Traffic, Work
@@ -197,12 +198,13 @@ def _show_memory(memory: Memory) -> Iterator[str]:
 
 
 def as_json(audit: Audit) -> dict[str, object]:
-    """The audit for programs."""
+    """The audit for programs; ``sha256`` is of the normal text: equal programs have equal ones."""
     return {
         "passes": audit.passes,
         "problems": audit.problems,
         "programs": {
             kind.name: {
+                "sha256": sha256(kind.program.normal.encode()).hexdigest(),
                 "instructions": len(kind.program.instructions),
                 "traced": list(kind.traced),
                 "trace_s": kind.trace_s,

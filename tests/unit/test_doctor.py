@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,19 +242,32 @@ def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compile_cache(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    assert levels(storage.cache("s3://bucket/cache")) == {"compile cache": "unseen"}
-    assert levels(storage.cache(str(cache / "deep"))) == {"compile cache": "unseen"}
-    assert levels(storage.cache(str(cache))) == {"compile cache": "warning"}
+    assert levels(storage.cache("s3://bucket/cache", 2)) == {"compile cache": "unseen"}
+    assert levels(storage.cache(str(cache / "deep"), 2)) == {"compile cache": "unseen"}
+    assert levels(storage.cache(str(cache), 2)) == {"compile cache": "warning"}
     module = cache / "neuronxcc-2.23" / "MODULE_1+2"
     module.mkdir(parents=True)
-    (found,) = storage.cache(str(cache))
+    (found,) = storage.cache(str(cache), 2)
     assert (found.level, found.mend) == (
         "warning",
         f"cat {module}/*.log; then rm -r {module} and precompile again",
     )
     (module / "model.neff").touch()
-    (found,) = storage.cache(str(cache))
-    assert (found.level, found.what) == ("ok", f"1 compiled programs in {cache}")
+    (found,) = storage.cache(str(cache), 2)
+    assert (found.level, found.what) == (
+        "warning",
+        f"1 of the run's 2 programs at most are in {cache}",
+    )
+    (found,) = storage.cache(str(cache), 1)
+    assert found.level == "ok"
+    assert found.what.startswith(f"1 compiled programs in {cache}, enough for the run's 1; ")
+
+
+def test_programs_of_a_run() -> None:
+    config = job(nodes=4).config
+    silent = replace(config, run=replace(config.run, validate_every=0, validate_each_epoch=False))
+    assert doctor.programs(replace(config, run=replace(config.run, validate_every=9))) == 3
+    assert doctor.programs(silent) == 2
 
 
 # ---- the program
