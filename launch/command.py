@@ -58,6 +58,8 @@ def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
         return slurm.action(job, phase, what)
     if launcher == "k8s":
         return kubernetes.action(job, phase, what)
+    if launcher == "mpirun":
+        return mpirun.action(job, phase, what)
     return (
         sagemaker.action(job, what) if launcher == "sagemaker" else script.action(job, phase, what)
     )

@@ -6,7 +6,8 @@
           └── workers: sshd; all devices and EFA of a node, /dev/shm in memory, FSx for Lustre
 
 Stopping deletes the MPIJob.  A worker's first process is sshd, with which everything would die at
-once; so a preStop hook asks the ranks to save and waits for them.
+once; so a preStop hook asks the ranks to save and waits for them, and another one keeps the order
+from mpirun meanwhile, which would cut them short.
 
 Sources: Kubeflow MPI Operator, API v2beta1; Kubernetes API v1 (1.25 and later); the device
 plugins of AWS Neuron, NVIDIA and EFA.
@@ -53,7 +54,8 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
     counts = {machine.resource: machine.devices, "vpc.amazonaws.com/efa": machine.efa}
     devices = {resource: str(count) for resource, count in counts.items() if count}
     node = {"node.kubernetes.io/instance-type": job.instance} if machine.devices else {}
-    hook = {"preStop": {"exec": {"command": ["/bin/bash", "-c", SAVE]}}}
+    save = ["/bin/bash", "-c", SAVE]
+    wait = ["sleep", str(GRACE_S - 2 * mpirun.PATIENCE_S)]  # ends with mpirun
     return {
         "apiVersion": "kubeflow.org/v2beta1",
         "kind": "MPIJob",
@@ -66,7 +68,9 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
                 "Launcher": {
                     "replicas": 1,
                     "restartPolicy": "OnFailure",
-                    "template": {"spec": _pod(job, ["/bin/bash", "-c", launch])},
+                    "template": {
+                        "spec": _pod(job, ["/bin/bash", "-c", launch], container=_before_stop(wait))
+                    },
                 },
                 "Worker": {
                     "replicas": job.nodes,
@@ -76,7 +80,7 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
                             job,
                             ["/usr/sbin/sshd", "-De"],
                             {"requests": devices, "limits": devices},
-                            container={"lifecycle": hook},
+                            container=_before_stop(save),
                             pod={"nodeSelector": node},
                         )
                     },
@@ -84,6 +88,11 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
             },
         },
     }
+
+
+def _before_stop(command: list[str]) -> dict[str, Any]:
+    """What a container runs before it is told to end."""
+    return {"lifecycle": {"preStop": {"exec": {"command": command}}}}
 
 
 def _prepare(job: JobFile) -> dict[str, Any]:

@@ -7,13 +7,20 @@
     per = "core"    mpirun ── 64 ranks; ``llamax.launch.env`` reads OMPI_COMM_WORLD_*
 
 mpirun binds a process to a core unless told otherwise, and kills one second after SIGTERM; both
-would hurt.  Source: mpirun(1) of Open MPI 4.1.
+would hurt.  Told to be patient, it waits that long before it passes SIGTERM on, as long again
+before it kills, and does both whenever a process ends with an error, even the last one.  So its
+patience is short, and an order to stop goes past it: to torchrun, or as SIGUSR1, which it passes on
+at once and ranks take alike.
+
+Source: mpirun(1) of Open MPI 4.1; the waits and the signals were measured on 4.1.4.
 """
 
 from __future__ import annotations
 
+import re
 from shlex import quote
 
+from llamax.launch import script
 from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import (
@@ -29,7 +36,7 @@ from llamax.launch.script import (
 )
 from llamax.launch.torchrun import FILE_OPTIONS, IN_A_FILE
 
-GRACE_S = 240  # longer than torchrun's own 180
+PATIENCE_S = 30  # from the end of the first process the others have twice this to save
 ROOT = """# mpirun refuses root, which containers run as, unless told twice
 if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 """
@@ -44,6 +51,9 @@ FIRST_HOST = """# the first node of the hostfile; each rank resolves it to IPv4
 MASTER_ADDR=$(awk 'NF && $1 !~ /^#/ { print $1; exit }' "$hostfile")
 export MASTER_ADDR
 """
+
+
+BY_HOSTFILE = '--hostfile "$hostfile"'
 
 
 def slots(job: JobFile, phase: str) -> int:
@@ -63,7 +73,7 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
     text += ROOT
     if hostfile:
         text += f"hostfile={quote(hostfile)}\n{FIRST_HOST}"
-        where = '--hostfile "$hostfile"'
+        where = BY_HOSTFILE
     else:
         text += "export MASTER_ADDR=127.0.0.1\n"
         where = f"--host localhost:{each}"
@@ -82,6 +92,25 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
     text += array("program", program(job, phase))
     return f"""{text}{BY_PATH}exec "$(command -v mpirun)" --np {job.nodes * each} {where} \\
     --map-by ppr:{each}:node --bind-to none --wdir "$PWD" \\
-    --mca odls_base_sigkill_timeout {GRACE_S} "${{forward[@]}}" \\
+    --mca odls_base_sigkill_timeout {PATIENCE_S} "${{forward[@]}}" \\
     {command}
 """
+
+
+def action(job: JobFile, phase: str, what: str) -> str:
+    """Stop, status, logs, utilization or clean, from the node that mpirun was started on."""
+    if what != "stop" or phase == "prepare":
+        return script.action(job, phase, what)
+    if slots(job, phase) > 1:
+        return script.action(job, phase, what, 'kill -USR1 "$(<"$pid")"  # ranks save, then end\n')
+    folder = f"{job.config.run.folder}/logs/{phase}/"
+    folder, name = (re.sub(r"([][\\.*+?^${}()|])", r"\\\1", each) for each in (folder, job.name))
+    pattern = f"[t]orchrun --log-dir {folder}[^ ]* .*--rdzv-id {name} "
+    end = f"# torchrun of every node; ranks save, then end\npattern={quote(pattern)}\n"
+    if job.mpirun.hostfile:
+        end += f"{ROOT}hostfile={quote(job.mpirun.hostfile)}\n{script.LITERAL}\n"
+        end += f'exec "$(command -v mpirun)" {BY_HOSTFILE} --map-by ppr:1:node \\\n    '
+        end += """bash -c 'pkill -TERM -f -- "$0" || true' "$pattern"\n"""
+    else:
+        end += 'pkill -TERM -f -- "$pattern"\n'
+    return script.action(job, phase, what, end)

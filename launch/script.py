@@ -115,7 +115,10 @@ echo $$ >"$pid"
 """
 
 
-def action(job: JobFile, phase: str, what: str) -> str:
+TERM = 'kill -TERM "$(<"$pid")"  # ranks save, then end\n'
+
+
+def action(job: JobFile, phase: str, what: str, stop: str = TERM) -> str:
     """Stop, status, logs, utilization or clean, on this machine."""
     start = f"{SHEBANG}\nset -euo pipefail\ncd -- {quote(job.folder)}\n"
     run = f"run={quote(job.config.run.folder)}\n"
@@ -131,7 +134,7 @@ fi
     return (
         start
         + {
-            "stop": process + 'kill -TERM "$(<"$pid")"  # ranks save, then end\n',
+            "stop": process + stop,
             "status": process + 'ps -ww -o pid,etime,args -p "$(<"$pid")"\n',
             "logs": run + newest,
             "utilization": f"exec {job.hardware.monitor}\n",

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 import slurm
+
+from llamax.launch.mpirun import PATIENCE_S
 
 LLAMAX = [sys.executable, "-m", "llamax"]
 JOB = """
@@ -164,6 +167,29 @@ def test_a_run_is_found_stopped_and_gone_on_with(folder: Path) -> None:
     saved = [path.parent.name for path in (folder / "run" / "checkpoints").glob("*/done")]
     assert len(saved) == 1
     assert int(saved[0].removeprefix("step-")) < 100_000
+
+
+@needs("mpirun", package="openmpi-bin")
+@pytest.mark.parametrize("per", ["node", "core"])
+def test_mpirun_is_stopped_past_its_own_patience(folder: Path, per: str) -> None:
+    job = write(folder, f'[mpirun]\nper = "{per}"\n', steps=100_000)
+    command = [*LLAMAX, "launch", "--job", str(job), "--on", "mpirun"]
+    with (folder / "said").open("w") as said:
+        run = subprocess.Popen(command, stderr=said, stdout=said)
+    try:
+        metrics = folder / "run" / "metrics.jsonl"
+        while run.poll() is None and not (metrics.exists() and metrics.read_text()):
+            time.sleep(0.2)
+        assert run.poll() is None, (folder / "said").read_text()
+        started = time.monotonic()
+        launch(job, "mpirun", "--action", "stop")
+        while not list((folder / "run" / "checkpoints").glob("step-*/done")):
+            assert time.monotonic() - started < PATIENCE_S, "the order went through mpirun"
+            time.sleep(0.2)
+    finally:
+        (process,) = (folder / "run" / "logs").glob("train-*.pid")
+        os.kill(int(process.read_text()), signal.SIGKILL)  # it would linger for twice as long
+        run.wait()
 
 
 # ---- Slurm
