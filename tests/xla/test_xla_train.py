@@ -1,8 +1,12 @@
-"""The training program on replicas: as on gloo, with two programs, saved and resumed either way."""
+"""The training program on replicas: as on gloo, with two programs, saved and resumed either way.
+
+It learns what the demo learns: the standard library's sources, as ``make demo`` prepares them.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import sysconfig
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,18 +16,25 @@ import pytest
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
 import replicas
-from tiny_run import config, log_of, make_dataset, torchrun, write
+from tiny_run import config, log_of, torchrun, write
 
+from llamax.__main__ import dispatch
 from llamax.config import Checkpoint, Config, Parallel
 from llamax.launch.env import Rendezvous
 
 STEPS, SAVED = 20, 16
 TOLERANCE = 2e-6
+VOCABULARY = 512
 
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_dataset(tmp_path_factory.mktemp("dataset"))
+    """Two packages of the demo's corpus."""
+    folder = tmp_path_factory.mktemp("dataset") / "data"
+    sources = [str(Path(sysconfig.get_paths()["stdlib"], name)) for name in ("email", "json")]
+    made = ["--out", str(folder), "--train-tokenizer", str(VOCABULARY), "--validation", "0.05"]
+    assert not dispatch(["prepare", *sources, "--glob", "*.py", *made, "--bos"])
+    return folder
 
 
 def meshed(dataset: Path, folder: Path, tensor: int, **run: Any) -> Config:
@@ -31,9 +42,10 @@ def meshed(dataset: Path, folder: Path, tensor: int, **run: Any) -> Config:
     cfg = config(dataset, folder, **run)
     return dataclasses.replace(
         cfg,
+        model=dataclasses.replace(cfg.model, vocab_size=VOCABULARY, bos_token_id=1),
         parallel=Parallel(tensor=tensor, sequence=True, zero1=True, bucket_bytes=8192),
         checkpoint=Checkpoint(every=SAVED, keep=0),
-        run=dataclasses.replace(cfg.run, steps=STEPS),
+        run=dataclasses.replace(cfg.run, steps=STEPS, validate_batches=2),
     )
 
 
