@@ -19,6 +19,7 @@ from llamax import lora
 from llamax.collectives import Solo
 from llamax.config import Data, Finetune, Model, Optim
 from llamax.data.tokens import Header, TokenFile, TokenWriter
+from llamax.evaluate import loss_of
 from llamax.feed import Feed
 from llamax.mesh import Mesh
 from llamax.model import Llama
@@ -161,3 +162,18 @@ def test_the_mean_of_ranks_would_be_another(tokens: Path) -> None:
     loader = Feed(TokenFile(tokens), data, seed=0).loader(Solo("data"), 0, shuffle=True)
     counts = {int((batch.labels != IGNORE_INDEX).sum()) for batch in loader.step()}
     assert len(counts) > 2
+
+
+def evaluated(tp: int, way: str, path: Path, base: Path) -> dict[str, float]:
+    """What ``llamax evaluate`` finds with its ranks on one tensor axis."""
+    there = axes(Mesh(tp=tp), max(1, tp // MODEL.num_key_value_heads))
+    data = Data(sequence_length=LENGTH, global_batch=8, micro_batch=8)
+    return loss_of(build(base, there, WAYS[way]), Feed(TokenFile(path), data, seed=0))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ranks_evaluate_as_one_does(way: str, tokens: Path, base: Path, worlds: Worlds) -> None:
+    (whole,) = worlds(1).run(evaluated, 1, way, tokens, base)
+    assert whole["tokens"] > 100
+    for mine in worlds(4).run(evaluated, 4, way, tokens, base):
+        assert mine == pytest.approx(whole, rel=TOLERANCE)
