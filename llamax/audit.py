@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from llamax import configfile, program
 from llamax.backends.tracing import Tracer
+from llamax.base import held
 from llamax.config import Config
 from llamax.errors import ConfigError
 from llamax.graphs import census, formulas, hlo, report
@@ -31,6 +32,7 @@ from llamax.graphs.compare import difference
 from llamax.graphs.formulas import GroupShape
 from llamax.graphs.report import Audit, Divergence, Kind, Memory
 from llamax.launch.env import rendezvous
+from llamax.lora import num_parameters
 from llamax.mesh import Mesh
 from llamax.metrics import flops_per_token
 from llamax.parallel.loss import tokens_a_chunk
@@ -43,7 +45,6 @@ Ranks = Literal["all", "corners", "deep"]
 DIFFERS = 7
 FEW_LAYERS = 2
 KERNEL_TOKENS = 2048  # neuronx_distributed.kernels.flash_attn wants a multiple
-MODEL_SHARE = {MICROSTEP: 1.0, VALIDATION: 1 / 3}  # of forward and backward FLOPs
 
 
 def audit(config: Config, mesh: Mesh, machine: Machine, headline: str, which: Ranks) -> Audit:
@@ -100,7 +101,7 @@ def rank_0(
             tuple(when[name]),
             tuple(census.collectives(each, named_groups(first))),
             by_hand(first, name),
-            MODEL_SHARE.get(name, 0.0) * microstep_flops(config, mesh),
+            model_flops(config, mesh, name),
             seconds[name],
         )
         for name, each in programs.items()
@@ -215,16 +216,24 @@ def group_shapes(run: Rehearsal) -> list[GroupShape]:
     ]
 
 
-def microstep_flops(config: Config, mesh: Mesh) -> float:
-    """6N + attention of a rank's share of a microbatch."""
-    tokens = config.data.micro_batch * config.data.sequence_length
-    return flops_per_token(config.model, config.data.sequence_length) * tokens / mesh.tp
+def model_flops(config: Config, mesh: Mesh, kind: str) -> float:
+    """6N + attention of a rank's share of a microbatch; a third of it in forward alone."""
+    length = config.data.sequence_length
+    tokens = config.data.micro_batch * length
+    adapters = 0
+    if config.finetune.method != "full":
+        adapters = num_parameters(config.model, config.finetune)
+    a_token = {
+        MICROSTEP: flops_per_token(config.model, length, adapters),
+        VALIDATION: flops_per_token(config.model, length) / 3,
+    }
+    return a_token.get(kind, 0.0) * tokens / mesh.tp
 
 
 def measure(run: Rehearsal, programs: dict[str, hlo.Program], machine: Machine) -> Memory:
     """The bytes of a core."""
     groups = run.optimizer.groups
-    weights = sum(each.nbytes for each in run.model.parameters())
+    weights = sum(each.nbytes for each in run.model.parameters()) + held(run.model)[0]
     gradients = sum(4 * sum(group.lengths) for group in groups)
     moved = sum(group.key.dtype.itemsize * group.length for group in groups)
     state = run.optimizer.state_bytes() - moved - sum(4 * group.length for group in groups)

@@ -24,23 +24,46 @@ Embeddings, norms and the output projection stay as they are, as in Dettmers et 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import ceil, gcd
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from llamax import quant
-from llamax.checkpoint.load import Source
+from llamax.checkpoint.layout import whole_shape
 from llamax.collectives import Axis, Solo
 from llamax.config import Finetune, Model
 from llamax.lora import Linear
 from llamax.model import Llama
+from llamax.optim.lazy import move_parameter, moved
 from llamax.parallel.frozen import FrozenLinear
-from llamax.shard import Part, Shard, parts, span
+from llamax.shard import Cut, Part, Shard, parts, span
 
 AT_ONCE = 4 * 2**20  # weights quantised at once: bounds the float32 copies
+
+
+class Weights(Protocol):
+    """Whole tensors by their Hub names."""
+
+    def read(self, name: str) -> Tensor: ...
+
+
+class Shapes:
+    """The weights of a model without what is in them: meta tensors."""
+
+    def __init__(
+        self, parameters: Mapping[str, Tensor], shards: Mapping[str, Cut], tensor: int
+    ) -> None:
+        self.whole = {
+            part.name: whole_shape(part.how, parameter.shape)
+            for name, parameter in parameters.items()
+            for part in parts(name, shards[name], tensor)
+        }
+
+    def read(self, name: str) -> Tensor:
+        return torch.empty(self.whole[name], device="meta")
 
 
 class Spread:
@@ -87,7 +110,7 @@ class Nf4:
         self,
         layer: Linear,
         found: list[Part],
-        source: Source,
+        source: Weights,
         like: Tensor,
         data: Axis,
         nested: bool,
@@ -104,6 +127,7 @@ class Nf4:
             kept = whole
             if nested:
                 kept, above, mean = quant.nest(whole)
+                mean = mean.view(1)  # tracing devices make a constant of a scalar that is 0 or 1
                 self.scale_of_scales.append((above.to(like.device), mean.to(like.device)))
             block = torch.arange(share.column, share.column + share.columns, share.grain)
             scales.append(kept[share.row : share.row + share.rows][:, block // quant.BLOCK])
@@ -145,9 +169,12 @@ class Nf4:
 
     def to(self, device: torch.device) -> None:
         """Move all that this rank holds."""
-        self.codes.mine = self.codes.mine.to(device)
-        self.scales.mine = self.scales.mine.to(device)
-        self.scale_of_scales = [(a.to(device), b.to(device)) for a, b in self.scale_of_scales]
+        self.codes.mine, self.scales.mine = (
+            moved(each.mine, device) for each in (self.codes, self.scales)
+        )
+        self.scale_of_scales = [
+            (moved(above, device), moved(mean, device)) for above, mean in self.scale_of_scales
+        ]
 
     def tensors(self) -> Iterator[Tensor]:
         """All that this rank holds."""
@@ -160,7 +187,7 @@ class Int8:
     """The projections of a layer in 8 bits; a ``Store`` of ``llamax.parallel.frozen``."""
 
     def __init__(
-        self, layer: Linear, found: list[Part], source: Source, like: Tensor, data: Axis
+        self, layer: Linear, found: list[Part], source: Weights, like: Tensor, data: Axis
     ) -> None:
         self.dtype, self.columns = like.dtype, 0
         codes, scales = [], []
@@ -182,7 +209,8 @@ class Int8:
 
     def to(self, device: torch.device) -> None:
         """Move all that this rank holds."""
-        self.codes.mine, self.scales = self.codes.mine.to(device), self.scales.to(device)
+        self.codes.mine = moved(self.codes.mine, device)
+        self.scales = moved(self.scales, device)
 
     def tensors(self) -> Iterator[Tensor]:
         """All that this rank holds."""
@@ -205,7 +233,7 @@ def _packed(weight: Tensor, scales: Tensor, share: Share) -> Tensor:
 
 
 def store(
-    name: str, layer: Linear, source: Source, finetune: Finetune, like: Tensor, data: Axis
+    name: str, layer: Linear, source: Weights, finetune: Finetune, like: Tensor, data: Axis
 ) -> Nf4 | Int8:
     """The weight ``name`` of a layer from a source, quantised; its share stays on ``data``'s ranks.
 
@@ -223,6 +251,18 @@ def stores(model: Llama) -> Iterator[Nf4 | Int8]:
     for layer in model.modules():
         if isinstance(layer, FrozenLinear) and isinstance(layer.store, (Nf4, Int8)):
             yield layer.store
+
+
+def move_rest(model: Llama, device: torch.device) -> None:
+    """Move what the optimizer has not: frozen weights, whole or quantised, and buffers."""
+    for parameter in model.parameters():
+        if parameter.device != device:
+            move_parameter(parameter, device)
+    for each in stores(model):
+        each.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, moved(buffer, device))
 
 
 # --- memory --------------------------------------------------------------------------------------

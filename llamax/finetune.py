@@ -31,6 +31,7 @@ def build(
     """The model of a run on this rank, with the weights it starts from.
 
     ``first``: where first weights, or the frozen base, are.  ``fresh``: without them, draw some.
+    With neither, weights are whatever memory holds, or zeros.
     """
     finetune, tp, seed = config.finetune, axes.tp, config.run.seed
     model = Llama(
@@ -41,7 +42,7 @@ def build(
         device="meta" if finetune.method == "qlora" else device,
         recompute=config.run.recompute,
     )
-    if first is not None:
+    if first is not None or finetune.method != "full":
         like = torch.empty(0, dtype=DTYPES[config.run.dtype], device=device)
         load(model, first, finetune, like, axes.data, seed)
     elif fresh:
@@ -50,25 +51,30 @@ def build(
 
 
 def load(
-    model: Llama, source: Source, finetune: Finetune, like: Tensor, data: Axis, seed: int = 0
+    model: Llama, source: Source | None, finetune: Finetune, like: Tensor, data: Axis, seed: int = 0
 ) -> None:
     """Load a model's first weights, or its frozen base beside which new adapters are drawn.
 
     ``like`` has the dtype and device of the model.  The base of qlora goes from the files into its
-    quantised form a tensor at a time: its model is built on the meta device.
+    quantised form a tensor at a time: its model is built on the meta device.  Without a ``source``
+    all is there but the base's values.
     """
     parameters, shards, tp = dict(model.named_parameters()), model.shards, model.tp
     if finetune.method != "qlora":
-        load_weights(source, parameters, shards, tp.size, tp.rank, convert=True)
+        if source is not None:
+            load_weights(source, parameters, shards, tp.size, tp.rank, convert=True)
         if finetune.method == "lora":
             lora.adapt(model, finetune, like, seed)
             lora.init(model, seed)
         return
 
-    check_shapes(source, parameters, shards, tp.size)
+    if source is not None:
+        check_shapes(source, parameters, shards, tp.size)
+    weights = source or base.Shapes(parameters, shards, tp.size)
+    quantised = like if source is not None else like.to("meta")
 
     def keep(name: str, layer: lora.Linear) -> Store:
-        return base.store(name, layer, source, finetune, like, data)
+        return base.store(name, layer, weights, finetune, quantised, data)
 
     lora.adapt(model, finetune, like, seed, keep)
     lora.init(model, seed)
@@ -77,6 +83,10 @@ def load(
         owner = model.get_submodule(name.rpartition(".")[0])
         weight = torch.empty(parameters[name].shape, dtype=like.dtype, device=like.device)
         owner.weight = nn.Parameter(weight, requires_grad=False)
+    if source is None:
+        for store in base.stores(model):
+            store.to(like.device)
+        return
     whole = [Whole(name, model.get_parameter(name).view(-1)) for name in plain]
     load_owned(source, whole, shards, tp.size, tp.rank, convert=True)
 

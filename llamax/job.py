@@ -10,7 +10,7 @@ import torch
 
 from llamax import configfile, log
 from llamax.backends import Backend
-from llamax.base import stores
+from llamax.base import move_rest
 from llamax.checkpoint.adapters import About
 from llamax.checkpoint.load import load_owned, load_weights
 from llamax.checkpoint.save import Saver
@@ -33,7 +33,6 @@ from llamax.metrics import (
     show_number,
 )
 from llamax.model import DTYPES, Llama
-from llamax.optim.lazy import move_parameter
 from llamax.optim.zero1 import Zero1
 from llamax.patience import Patience
 from llamax.reporter import Measures
@@ -110,11 +109,7 @@ def prepare(
         log.logger.info("starting fresh: %s has no complete checkpoint", config.run.folder)
     if backend.traces:
         optimizer.to(backend.device)
-        for parameter in model.parameters():
-            if parameter.device != backend.device:  # frozen
-                move_parameter(parameter, backend.device)
-        for store in stores(model):
-            store.to(backend.device)
+        move_rest(model, backend.device)
     saver = Saver(
         Path(config.run.folder) / "checkpoints",
         axes,

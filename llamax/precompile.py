@@ -40,13 +40,14 @@ def precompile(config: Config, where: Rendezvous) -> None:
     mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
     backend = choose(config.run.backend, where, config.run.threads)
     kv = max(1, mesh.tp // config.model.num_key_value_heads)
+    base = config.checkpoint.init_from if config.finetune.method != "full" else ""
     with TemporaryDirectory(prefix="llamax-") as folder:
         config = replace(
             config,
             run=replace(config.run, folder=folder),
-            checkpoint=replace(config.checkpoint, resume="never", init_from=""),
+            checkpoint=replace(config.checkpoint, resume="never", init_from=base),
         )
-        inputs = open_inputs(config)
+        inputs = replace(open_inputs(config), first=None)  # only the names of the base are read
         config = resolve(config, inputs.training.samples)
         with backend.joined(mesh, config.run.timeout_s, kv) as axes:
             job = prepare(config, mesh, backend, axes, inputs, draw=False)

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from llamax.backends.tracing import Tracer
+from llamax.base import move_rest
 from llamax.config import Config
 from llamax.data.loader import Batch, Batches
 from llamax.data.order import Integers
@@ -32,9 +33,7 @@ from llamax.feed import Feed
 from llamax.finetune import build
 from llamax.lora import trained
 from llamax.mesh import Mesh
-from llamax.model import Llama
 from llamax.optim import Zero1, lr_at
-from llamax.optim.lazy import move_parameter, moved
 from llamax.step import train_step, validation_loss
 
 MICROSTEP, UPDATE, VALIDATION, CHECKPOINT = "microstep", "update", "validation", "checkpoint"
@@ -168,16 +167,6 @@ class _Few(Batches):
 
     def epoch(self) -> Iterator[list[Batch]]:
         yield from self.batches
-
-
-def move_rest(model: Llama, device: torch.device) -> None:
-    """Move what the optimizer has not: frozen weights and buffers."""
-    for parameter in model.parameters():
-        if parameter.device != device:
-            move_parameter(parameter, device)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, moved(buffer, device))
 
 
 @contextmanager

@@ -18,12 +18,13 @@ import pytest
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
 import torch
+import tuning_worlds
 from tiny_run import config, make_dataset, write
 from torch import Tensor
 
 from llamax.audit import audit
 from llamax.backends.tracing import HostRead, Tracer
-from llamax.config import Config, Parallel
+from llamax.config import Config, Finetune, Parallel
 from llamax.graphs import hlo
 from llamax.graphs.report import Audit
 from llamax.launch.env import Rendezvous
@@ -65,8 +66,20 @@ def dumped(*command: str, folder: Path) -> set[str]:
     return {hlo.normal(graph.partition("\n\nGraph Hash")[0]) for graph in graphs}
 
 
-def test_audit_precompile_and_a_run_see_the_same_programs(tmp_path: Path) -> None:
-    cfg = replace(tiny(make_dataset(tmp_path)), parallel=Parallel())
+QLORA = Finetune(method="qlora", r=4, dropout=0.1)
+
+
+@pytest.mark.parametrize("finetune", [Finetune(), QLORA], ids=["full", "qlora"])
+def test_audit_precompile_and_a_run_see_the_same_programs(
+    tmp_path: Path, finetune: Finetune
+) -> None:
+    cfg = tiny(make_dataset(tmp_path))
+    cfg = replace(cfg, parallel=Parallel(), run=replace(cfg.run, steps=2))
+    if finetune.method != "full":
+        model = replace(tuning_worlds.MODEL, num_hidden_layers=1)
+        base = tuning_worlds.base_folder(tmp_path / "base", model)
+        checkpoint = replace(cfg.checkpoint, init_from=str(base))
+        cfg = replace(cfg, model=model, finetune=finetune, checkpoint=checkpoint)
     path = write(cfg, tmp_path / "run.toml")
     ran = dumped("llamax.train", "--config", str(path), folder=tmp_path / "a")
     assert len(ran) == 3
