@@ -172,7 +172,7 @@ def test_a_run_is_found_stopped_and_gone_on_with(folder: Path) -> None:
 @needs("mpirun", package="openmpi-bin")
 @pytest.mark.parametrize("per", ["node", "core"])
 def test_mpirun_is_stopped_past_its_own_patience(folder: Path, per: str) -> None:
-    job = write(folder, f'[mpirun]\nper = "{per}"\n', steps=100_000)
+    job = write(folder, f'[mpirun]\nper = "{per}"\n', steps=5_000)
     command = [*LLAMAX, "launch", "--job", str(job), "--on", "mpirun"]
     with (folder / "said").open("w") as said:
         run = subprocess.Popen(command, stderr=said, stdout=said)
