@@ -158,10 +158,10 @@ def build(kind: Any, table: Any, prefix: str, found: list[str], unknown: list[st
             try:
                 values[name] = _fit(value, hints[name])
             except (TypeError, OverflowError):
-                unknown = isinstance(value, str) and get_origin(hints[name]) is Literal
+                strange = isinstance(value, str) and get_origin(hints[name]) is Literal
                 found.append(
                     f"{dot}{name}={json.dumps(value, default=str)} is "
-                    f"{'unknown' if unknown else _kind(value)}; write {_wanted(hints[name])}"
+                    f"{'unknown' if strange else _kind(value)}; write {_wanted(hints[name])}"
                 )
     for each in fields(kind):
         if each.name not in table and each.default is MISSING:

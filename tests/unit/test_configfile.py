@@ -140,6 +140,14 @@ def test_overrides_in_both_spellings_come_on_top_in_order() -> None:
             ],
         ),
         ({"optim": {"beta_1": 0.9}}, [], ["optim.beta_1 is an unknown key; did you mean beta1?"]),
+        (
+            {"run": {"backend": "tpu", "stepss": 1}},
+            [],
+            [
+                "run.stepss is an unknown key; did you mean steps?",
+                'run.backend="tpu" is unknown; write cpu, cuda, xla or neuron',
+            ],
+        ),
         ({"optim": 3}, ["--optim.lr=1"], ["optim=3 is an integer; write it as a section [optim]"]),
         (
             {"model": {**SHAPE, "rope_scaling": {"type": "x"}}},
