@@ -218,7 +218,8 @@ def test_slurm_trains(folder: Path, cluster: dict[str, str], expected: list[floa
     job = write(folder)
     assert "Submitted batch job" in launch(job, "slurm", env=cluster)
     for _ in range(300):
-        if not (told := launch(job, "slurm", "--action", "status", env=cluster)).count("RUNNING"):
+        told = launch(job, "slurm", "--action", "status", env=cluster)
+        if not any(state in told for state in ("PENDING", "RUNNING", "COMPLETING")):
             break
         time.sleep(0.5)
     (log,) = folder.glob("small-*.log")
