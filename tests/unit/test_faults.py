@@ -276,8 +276,8 @@ def test_a_folder_that_cannot_be_locked(
         pass
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(CheckpointError, match=r"cannot write .*file/lock: File exists"),
-        lock.held(tmp_path / "file"),
+        pytest.raises(CheckpointError, match=r"cannot write .*below/lock: Not a directory"),
+        lock.held(tmp_path / "file" / "below"),
     ):
         pass
 
