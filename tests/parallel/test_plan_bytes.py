@@ -164,7 +164,7 @@ def test_planned_bytes_are_measured_bytes(
     wanted = config(mesh, mode, dtype, sequence)
     found = worlds(mesh.world_size).run(measure, wanted, mesh, timeout_s=240)[0]
     share = Share(wanted, mesh)
-    lasting = sum(line.value for line in (*state(share), early_gradients(share, CPU)))
+    lasting = sum(line.value for line in (*state(share, CPU), early_gradients(share, CPU)))
     assert lasting == pytest.approx(found["state"], rel=0.001)
     # After the loss its gradients of the head and of the hidden state wait for backward.
     waiting = 4 * share.head_weights + share.tokens_between * MODEL.hidden_size * share.width
