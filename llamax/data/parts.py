@@ -153,7 +153,7 @@ def make_part(
     paths = [folder / f"{name}.{split}.tokens" for split in SPLITS]
     if all(map(_sound, paths)):
         return folder / name
-    tokenizer = _tokenizer(tokenizer_path)
+    tokenizer = tokenizer_in(tokenizer_path)
     header = header_of(settings, tokenizer)
     with room_for(folder, chunk.size_bytes * header.dtype.itemsize), ExitStack() as stack:
         writers = {
@@ -193,8 +193,9 @@ def _sound(path: Path) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Tokenizer:
-    return load_tokenizer(path)
+def tokenizer_in(file: Path) -> Tokenizer:
+    """``load_tokenizer``, once a process."""
+    return load_tokenizer(file)
 
 
 def _leave_with_parent() -> None:

@@ -42,10 +42,11 @@ from llamax.data.parts import (
     make_parts,
     merge,
     merge_indexed,
+    tokenizer_in,
 )
 from llamax.data.sandbox import Program
 from llamax.data.templates import BUILT_IN, forgotten, source_of
-from llamax.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from llamax.data.tokenizer import Tokenizer, tokenizer_file, train_sentencepiece
 from llamax.data.tokens import TokenFile
 from llamax.errors import DataError
 
@@ -61,7 +62,7 @@ def prepare(args: argparse.Namespace) -> None:
         path = _train(chunks, args, folder)
     else:
         path = Path(args.tokenizer)
-    tokenizer = load_tokenizer(path)
+    tokenizer = tokenizer_in(tokenizer_file(path))
     settings = _settings(args, tokenizer)
     names = [settings.name(i, chunk) for i, chunk in enumerate(chunks)]
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
