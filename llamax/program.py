@@ -11,6 +11,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 from llamax.errors import LlamaxError
@@ -76,3 +77,17 @@ def steady_heap() -> None:
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, NO_CACHE)))
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def leave_with_parent() -> None:
+    """Let a worker whose parent was killed end too, instead of waiting for work for ever."""
+
+    from multiprocessing import parent_process
+
+    def watch() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

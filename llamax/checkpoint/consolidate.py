@@ -32,6 +32,7 @@ from llamax.checkpoint.load import Checkpoint
 from llamax.checkpoint.manifest import find
 from llamax.errors import CheckpointError, ConfigError
 from llamax.metrics import show_bytes, show_number, show_time
+from llamax.program import leave_with_parent
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -126,16 +127,8 @@ def _begin(work: Work) -> None:
     torch.set_num_threads(1)  # a fork has no use of its parent's threads
     for number in (signal.SIGINT, signal.SIGTERM):  # which reach a whole group: the parent acts
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()
     _work = work
-
-
-def _leave_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _fill(one: Planned) -> int:

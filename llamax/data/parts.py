@@ -12,8 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-import os
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -34,6 +32,7 @@ from llamax.data.megatron import indexed_prefix, write_indexed
 from llamax.data.tokenizer import Tokenizer, load_tokenizer
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.errors import DataError
+from llamax.program import leave_with_parent
 
 SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 2**20
@@ -198,18 +197,6 @@ def tokenizer_in(file: Path) -> Tokenizer:
     return load_tokenizer(file)
 
 
-def _leave_with_parent() -> None:
-    """A worker whose parent was killed ends too, instead of waiting for work for ever."""
-
-    def watch() -> None:
-        parent = multiprocessing.parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 def make_parts(
     chunks: Sequence[Chunk],
     folder: Path,
@@ -246,7 +233,7 @@ def make_parts(
             return parts
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(
-            min(workers, len(jobs)), context, initializer=_leave_with_parent
+            min(workers, len(jobs)), context, initializer=leave_with_parent
         ) as pool:
             try:
                 futures: dict[Future[Path], int] = {
