@@ -19,9 +19,10 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from llamax import program
+from llamax import program, programs
 from llamax.checkup import Finding, Host, machine, storage, versions
 from llamax.checkup.finding import ok, unseen
 from llamax.config import Config
@@ -58,10 +59,12 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     yield from storage.disk(folder, job.config, found.time.step_s if found else None)
     yield from _dataset(_seen_from(folder, job.config.data.path), folder.is_dir())
     if cache := host.environ.get("NEURON_COMPILE_CACHE_URL"):
-        yield from storage.cache(cache, programs(job.config))
+        world = job.nodes * job.ranks
+        hashes = partial(programs.hashes, job.config, world, job.ranks, host.environ)
+        yield from storage.cache(cache, count(job.config), hashes)
 
 
-def programs(config: Config) -> int:
+def count(config: Config) -> int:
     """How many programs a run compiles, as the audit counts and the guard allows."""
     validates = config.run.validate_every or config.run.validate_each_epoch
     return PROGRAMS["training"] + (PROGRAMS["validation"] if validates else 0)

@@ -4,7 +4,8 @@
 program with NEURON_EXTRACT_GRAPHS_ONLY=1: programs are collected and every result is zero.  So no
 weights are loaded or drawn, no checkpoint is read, written or removed, no loss is judged, and the
 run folder stays as it is; what remains are two steps and two batches of validation, which trace all
-programs of the run.  Then the collected programs are compiled, many at once, into the cache.
+programs of the run.  Then the collected programs are compiled, many at once, into the cache, where
+rank 0 has left a note of each: ``llamax.programs``.
 
 Source: AWS Neuron, "PyTorch NeuronX neuron_parallel_compile CLI".
 """
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from llamax import log
+from llamax import log, programs
 from llamax.backends import choose
 from llamax.config import Config
 from llamax.feed import resolve
@@ -26,7 +28,7 @@ from llamax.mesh import Mesh
 from llamax.optim.schedule import lr_at
 from llamax.step import train_step, validation_loss
 
-EXTRACT = "NEURON_EXTRACT_GRAPHS_ONLY"
+EXTRACT, CACHE = "NEURON_EXTRACT_GRAPHS_ONLY", "NEURON_COMPILE_CACHE_URL"
 STEPS, BATCHES = 2, 2
 
 
@@ -35,7 +37,7 @@ def asked(environ: Mapping[str, str]) -> bool:
     return environ.get(EXTRACT) == "1"
 
 
-def precompile(config: Config, where: Rendezvous) -> None:
+def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) -> None:
     """Trace and compile every program of ``config`` on this rank of the world ``where``."""
     mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
     backend = choose(config.run.backend, where, config.run.threads)
@@ -70,4 +72,15 @@ def precompile(config: Config, where: Rendezvous) -> None:
             ):
                 validation_loss(job.model, axes, validation, BATCHES, backend.step_boundary)
             backend.synchronize()
+        if where.rank == 0 and config.run.backend == "xla":
+            _note(config, where, environ)
     log.logger.info("precompiled: all programs of the run were traced; nothing was saved")
+
+
+def _note(config: Config, where: Rendezvous, environ: Mapping[str, str]) -> None:
+    """Leave a note of each program in the compile cache, where that is a folder."""
+    cache = environ.get(CACHE, "")
+    if not cache or "://" in cache:
+        return
+    found = programs.hashes(config, where.world_size, where.local_world_size, environ)
+    programs.note(Path(cache), found)

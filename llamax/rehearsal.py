@@ -9,10 +9,15 @@ tokens, ``llamax.step`` as it is.  It visits every kind of step that a run has::
     step 2, N      first and last microstep, update
 
 and gives, at each boundary, the program that would be compiled there.
+
+``python -m llamax.rehearsal RUN.toml WORLD CORES`` prints each kind of program and its hash, as
+JSON, for ``llamax.programs``.
 """
 
 from __future__ import annotations
 
+import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llamax import configfile, program
 from llamax.backends.tracing import Tracer
 from llamax.base import move_rest
 from llamax.config import Config
@@ -31,6 +37,8 @@ from llamax.data.order import Integers
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.feed import Feed
 from llamax.finetune import build
+from llamax.graphs import hlo
+from llamax.launch.env import rendezvous
 from llamax.lora import trained
 from llamax.mesh import Mesh
 from llamax.optim import Zero1, lr_at
@@ -180,3 +188,28 @@ def made_up_tokens(config: Config, mesh: Mesh) -> Iterator[Path]:
         with TokenWriter(path, Header("", config.model.vocab_size)) as writer:
             writer.add(tokens, np.array([len(tokens)]), 0)
         yield path
+
+
+def hashes(config: Config, mesh: Mesh) -> dict[str, str]:
+    """Kind of program -> sha256 of its normal text, of rank 0, of those that the run compiles."""
+    tracer = Tracer(rendezvous({}), debug=False)
+    with made_up_tokens(config, mesh) as data:
+        found = {
+            boundary.kind: hlo.digest(hlo.normal(boundary.text))
+            for boundary in Rehearsal(config, mesh, 0, tracer, data).brief()
+        }
+    if not (config.run.validate_every or config.run.validate_each_epoch):
+        del found[VALIDATION]
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    path, world, cores = argv
+    config = configfile.load(path, (), int(world))
+    mesh = Mesh.fill(int(world), tp=config.parallel.tensor).on_trn1(int(cores))
+    print(json.dumps(hashes(config, mesh)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(program.run(main))

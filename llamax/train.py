@@ -238,7 +238,7 @@ def main(argv: Sequence[str]) -> int:
     with first_to_speak(where):
         config = configfile.load(options.config, overrides, where.world_size)
     if options.precompile or precompile.asked(os.environ):
-        precompile.precompile(config, where)
+        precompile.precompile(config, where, os.environ)
         return 0
     try:
         train(config, where)

@@ -52,9 +52,12 @@ def full(request: pytest.FixtureRequest) -> bool:
     return chosen
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def worlds() -> Iterator[Worlds]:
-    """``worlds(n).run(fn, *args)``: fn on n gloo ranks, results in rank order."""
+    """``worlds(n).run(fn, *args)``: fn on n gloo ranks, results in rank order.
+
+    Of this module only, since the threads of gloo's groups are never quite idle.
+    """
     pool = Worlds()
     yield pool
     pool.close()

@@ -167,11 +167,7 @@ def axes(mesh: Mesh, kv: int = 1) -> Axes:
 
     def axis(name: str, groups: Groups) -> Axis:
         ranks = next(group for group in groups if dist.get_rank() in group)
-        if len(ranks) == 1:
-            return Solo(name)
-        process_group = dist.new_group(list(ranks), use_local_synchronization=True)
-        assert process_group is not None
-        return GlooAxis(name, ranks, cpu, process_group)
+        return Solo(name) if len(ranks) == 1 else GlooAxis(name, ranks, cpu, _group(ranks))
 
     return Axes(
         tp=axis("tp", mesh.groups("tp")),
@@ -179,6 +175,14 @@ def axes(mesh: Mesh, kv: int = 1) -> Axes:
         kv=axis("kv", mesh.replicas("tp", kv)),
         world=axis("world", (tuple(range(mesh.world_size)),)),
     )
+
+
+@functools.cache
+def _group(ranks: tuple[int, ...]) -> Any:
+    """A process group of these ranks, one for all meshes: its threads wake 100 times a second."""
+    import torch.distributed as dist
+
+    return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 def _serve(rank: int, size: int, pipe: Connection, stacks: str) -> None:

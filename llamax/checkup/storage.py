@@ -13,13 +13,16 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from llamax import programs
 from llamax.checkup.finding import Finding, Host, ok, unseen
 from llamax.config import Config
+from llamax.errors import BackendError
 from llamax.metrics import show_bytes, show_time
 
+Hashes = Callable[[], Mapping[str, str]]
 BEACONS = ".llamax-doctor"
 FRESH_S = 600
 SKEW_S = 5.0
@@ -165,26 +168,19 @@ def _write_rate(folder: Path) -> float:
     return PROBE_BYTES / (time.perf_counter() - start)
 
 
-def cache(url: str, programs: int) -> Iterator[Finding]:
-    """The compile cache: there, writable, and with as many programs as the run has.
+def cache(url: str, count: int, hashes: Hashes) -> Iterator[Finding]:
+    """The compile cache: there, writable, and with the run's own programs.
 
-    Whether they are the run's own cannot be told: the hash in a MODULE's name is Neuron's, of what
-    its plugin was given, and nothing that runs without NeuronCores makes it.
+    ``count`` is how many the run has; ``hashes``, asked only where the cache has notes of what was
+    precompiled, makes theirs, or raises BackendError where that takes another machine.
     """
     if "://" in url:
         yield unseen("compile cache", f"{url} is not a folder", f"aws s3 ls --recursive {url}")
         return
     folder = Path(url)
     if not folder.is_dir():
-        parent_there = folder.parent.is_dir()
-        if parent_there:
-            yield Finding(
-                "warning",
-                "compile cache",
-                f"{folder} is empty",
-                COMPILES,
-                PRECOMPILE,
-            )
+        if folder.parent.is_dir():
+            yield _compiles(f"{folder} is empty")
         else:
             yield unseen("compile cache", f"{folder} is not here", "run doctor where it is")
         return
@@ -207,14 +203,35 @@ def cache(url: str, programs: int) -> Iterator[Finding]:
             "a failed compilation is remembered, and fails again at once",
             f"cat {failed}/*.log; then rm -r {failed} and precompile again",
         )
-    elif len(done) < programs:
-        yield Finding(
-            "warning",
-            "compile cache",
-            f"{len(done)} of the run's {programs} programs at most are in {folder}",
-            COMPILES,
-            PRECOMPILE,
-        )
+    elif len(done) < count:
+        yield _compiles(f"{len(done)} of the run's {count} programs at most are in {folder}")
     else:
-        told = f"{len(done)} compiled programs in {folder}, enough for the run's {programs}"
-        yield ok("compile cache", f"{told}; whether they are its own only Neuron's hashes say")
+        yield from _own(folder, len(done), hashes)
+
+
+def _own(folder: Path, done: int, hashes: Hashes) -> Iterator[Finding]:
+    """Whether what was precompiled into the cache is what the run will compile."""
+    told = f"{done} compiled programs in {folder}"
+    if not programs.noted(folder):
+        yield unseen(
+            "compile cache",
+            f"{told}, without a note of which run they are",
+            f"{PRECOMPILE}, leaves notes; what is there is not compiled again",
+        )
+        return
+    try:
+        found = hashes()
+    except BackendError as error:
+        yield unseen(
+            "compile cache", f"{told}; {error}", "run doctor where torch-xla is, as on a node"
+        )
+        return
+    if lacking := programs.missing(folder, found):
+        names = " and ".join(lacking)
+        yield _compiles(f"{told}, but not the run's {names}: it has changed since precompile")
+    else:
+        yield ok("compile cache", f"{told}, among them the run's own {', '.join(found)}")
+
+
+def _compiles(what: str) -> Finding:
+    return Finding("warning", "compile cache", what, COMPILES, PRECOMPILE)

@@ -17,6 +17,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from hashlib import sha256
 from math import prod
 
 WIDTH_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
@@ -131,6 +132,11 @@ def normal(text: str) -> str:
     return _NAME.sub(
         lambda match: numbers.setdefault(match.group(), f"%{len(numbers)}"), "\n".join(lines)
     )
+
+
+def digest(normal_text: str) -> str:
+    """The sha256 by which a program is known: equal for equal programs."""
+    return sha256(normal_text.encode()).hexdigest()
 
 
 def shapes(text: str) -> tuple[Shape, ...]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from hashlib import sha256
 
 from llamax.graphs import census, hlo
 from llamax.graphs.census import Live, Remark, Traffic, Work
@@ -204,7 +203,7 @@ def as_json(audit: Audit) -> dict[str, object]:
         "problems": audit.problems,
         "programs": {
             kind.name: {
-                "sha256": sha256(kind.program.normal.encode()).hexdigest(),
+                "sha256": hlo.digest(kind.program.normal),
                 "instructions": len(kind.program.instructions),
                 "traced": list(kind.traced),
                 "trace_s": kind.trace_s,

@@ -221,7 +221,11 @@ ROW = json.dumps({"text": "fine"}) + "\n"
         ("a.jsonl", ROW.encode() + b"\xc3(\n", r"a\.jsonl: byte 17 is not UTF-8"),
         ("a.txt.gz", b"not packed", r"a\.txt\.gz: cannot be read"),
         ("a.txt.gz", gzip.compress(b"x" * 9000, mtime=0)[:-9], r"a\.txt\.gz: cannot be read"),
-        ("a.jsonl.gz", gzip.compress(ROW.encode() + b"{", mtime=0), r"a\.jsonl\.gz:2: the row is not JSON"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(ROW.encode() + b"{", mtime=0),
+            r"a\.jsonl\.gz:2: the row is not JSON",
+        ),
     ],
 )
 def test_bad_text(tokenizer: Path, tmp_path: Path, name: str, content: bytes, words: str) -> None:

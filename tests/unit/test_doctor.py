@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 from launch_jobs import job
 
-from llamax import configfile, doctor
+from llamax import configfile, doctor, programs
 from llamax.checkup import Finding, Host, machine, storage, versions
-from llamax.errors import ConfigError
+from llamax.errors import BackendError, ConfigError
 from llamax.launch.instances import INSTANCES
 
 TRN1, LOCAL = INSTANCES["trn1.32xlarge"], INSTANCES["local"]
@@ -241,33 +241,46 @@ def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_compile_cache(tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    assert levels(storage.cache("s3://bucket/cache", 2)) == {"compile cache": "unseen"}
-    assert levels(storage.cache(str(cache / "deep"), 2)) == {"compile cache": "unseen"}
-    assert levels(storage.cache(str(cache), 2)) == {"compile cache": "warning"}
-    module = cache / "neuronxcc-2.23" / "MODULE_1+2"
+    folder = tmp_path / "cache"
+    traced = {"microstep": "a1", "update": "b2"}
+
+    def cache(url: Path | str = folder, count: int = 1) -> tuple[str, str, str]:
+        (found,) = storage.cache(str(url), count, lambda: traced)
+        return found.level, found.what, found.mend
+
+    def nowhere() -> dict[str, str]:
+        raise BackendError("torch-xla is absent")
+
+    assert cache("s3://bucket/cache")[0] == cache(folder / "deep")[0] == "unseen"
+    assert cache()[0] == "warning"
+    module = folder / "neuronxcc-2.23" / "MODULE_1+2"
     module.mkdir(parents=True)
-    (found,) = storage.cache(str(cache), 2)
-    assert (found.level, found.mend) == (
+    level, _, mend = cache()
+    assert (level, mend) == (
         "warning",
         f"cat {module}/*.log; then rm -r {module} and precompile again",
     )
     (module / "model.neff").touch()
-    (found,) = storage.cache(str(cache), 2)
-    assert (found.level, found.what) == (
-        "warning",
-        f"1 of the run's 2 programs at most are in {cache}",
-    )
-    (found,) = storage.cache(str(cache), 1)
-    assert found.level == "ok"
-    assert found.what.startswith(f"1 compiled programs in {cache}, enough for the run's 1; ")
+    level, what, _ = cache(count=2)
+    assert (level, what) == ("warning", f"1 of the run's 2 programs at most are in {folder}")
+    told = f"1 compiled programs in {folder}"
+    assert cache()[:2] == ("unseen", f"{told}, without a note of which run they are")
+    programs.note(folder, {"microstep": "a1"})
+    level, what, mend = cache()
+    assert level == "warning"
+    assert what == f"{told}, but not the run's update: it has changed since precompile"
+    assert mend == storage.PRECOMPILE
+    programs.note(folder, traced)
+    assert cache()[:2] == ("ok", f"{told}, among them the run's own microstep, update")
+    (found,) = storage.cache(str(folder), 1, nowhere)
+    assert (found.level, found.what) == ("unseen", f"{told}; torch-xla is absent")
 
 
 def test_programs_of_a_run() -> None:
     config = job(nodes=4).config
     silent = replace(config, run=replace(config.run, validate_every=0, validate_each_epoch=False))
-    assert doctor.programs(replace(config, run=replace(config.run, validate_every=9))) == 3
-    assert doctor.programs(silent) == 2
+    assert doctor.count(replace(config, run=replace(config.run, validate_every=9))) == 3
+    assert doctor.count(silent) == 2
 
 
 # ---- the program

@@ -22,7 +22,8 @@ import tuning_worlds
 from tiny_run import config, make_dataset, write
 from torch import Tensor
 
-from llamax.audit import audit
+from llamax import programs
+from llamax.audit import audit, rank_0
 from llamax.backends.tracing import HostRead, Tracer
 from llamax.config import Config, Finetune, Parallel
 from llamax.graphs import hlo
@@ -93,6 +94,29 @@ def test_audit_precompile_and_a_run_see_the_same_programs(
     with made_up_tokens(cfg, Mesh()) as data:
         traced = {hlo.normal(each.text) for each in Rehearsal(cfg, Mesh(), 0, tracer, data).whole()}
     assert traced == ran
+
+
+def test_precompile_notes_what_doctor_asks_for(tmp_path: Path) -> None:
+    cfg = tiny(make_dataset(tmp_path))
+    cfg = replace(cfg, parallel=Parallel(), run=replace(cfg.run, steps=2, validate_every=1))
+    path, cache = write(cfg, tmp_path / "run.toml"), tmp_path / "cache"
+    environ = os.environ | {"PJRT_DEVICE": "CPU", "NEURON_COMPILE_CACHE_URL": str(cache)}
+    command = [sys.executable, "-m", "llamax.train", "--config", str(path), "--precompile"]
+    subprocess.run(command, check=True, env=environ, timeout=300)
+    tracer = Tracer(Rendezvous())
+    with made_up_tokens(cfg, Mesh()) as data:
+        kinds, _, _ = rank_0(cfg, Mesh(), machine.load("trn1.32xlarge"), tracer, data)
+    audited = {kind.name: hlo.digest(kind.program.normal) for kind in kinds}
+    assert sorted(audited.values()) == sorted(note.stem for note in cache.glob("*/*.json"))
+
+    def lacking(changed: Config) -> list[str]:
+        return programs.missing(cache, programs.hashes(changed, 1, 1, environ))
+
+    assert lacking(cfg) == []
+    assert lacking(replace(cfg, optim=replace(cfg.optim, lr=1e-2))) == []
+    assert lacking(replace(cfg, optim=replace(cfg.optim, beta2=0.9))) == ["update"]
+    longer = replace(cfg, data=replace(cfg.data, sequence_length=64))
+    assert lacking(longer) == ["microstep", "validation"]
 
 
 # --- every rank, every step
