@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llamax.backends import cpu
 from llamax.data.loader import Loader
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 
@@ -34,6 +35,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2**26)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    cpu.keep_heap()
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.tokens")

@@ -182,29 +182,31 @@ class Loader(Batches):
         """The batch of these samples, a row each; -1 is an empty row."""
         S = self.sequence_length
         starts = samples * S
-        real = np.where(samples >= 0, np.minimum(len(self.file) - starts, S + 1), 0)
-        self.file.touch(starts[real > 0], (starts + real)[real > 0])
-        full = real == S + 1
-        if full.all():
+        if whole := bool(samples.min() >= 0 and samples.max() < len(self._windows)):
+            there, stops = np.full(1, True), starts + (S + 1)
+            self.file.touch(starts, stops)
             window = self._windows[samples].astype(np.int64)
         else:
+            real = np.where(samples >= 0, np.minimum(len(self.file) - starts, S + 1), 0)
+            there, stops = real > 0, starts + real
+            self.file.touch(starts[there], stops[there])
             window = np.zeros((len(samples), S + 1), np.int64)
-            window[full] = self._windows[samples[full]]
-            for row in np.flatnonzero(~full & (real > 0)):
-                window[row, : real[row]] = self.file.tokens[starts[row] :]
+            for row in np.flatnonzero(there):
+                window[row, : real[row]] = self.file.tokens[starts[row] : stops[row]]
         ids, labels = window[:, :-1], window[:, 1:]
-        if self.answers or self.separate_documents or not full.all():
+        if self.answers or self.separate_documents or not whole:
             labels = labels.copy()  # some will be IGNORE_INDEX; else they may share the ids' memory
-        for row in np.flatnonzero(~full):
-            labels[row, max(real[row] - 1, 0) :] = IGNORE_INDEX
+        if not whole:
+            for row in np.flatnonzero(real <= S):
+                labels[row, max(real[row] - 1, 0) :] = IGNORE_INDEX
         if self.answers:
-            self.file.touch(starts[real > 0], (starts + real)[real > 0], "counted")
+            self.file.touch(starts[there], stops[there], "counted")
             labelled = np.maximum(starts, 0)[:, None] + np.arange(1, S + 1)
             labels[~self.file.counted(np.minimum(labelled, len(self.file) - 1))] = IGNORE_INDEX
         if not self.separate_documents:
             places = self._place.expand(ids.shape)
             return Batch(torch.from_numpy(ids), torch.from_numpy(labels), places, None)
-        rows, columns = self._boundaries(starts, real)
+        rows, columns = self._boundaries(starts, stops)
         labels[rows, columns - 1] = IGNORE_INDEX
         # The batch end to end as pieces of one document each: a piece begins with every row and
         # with every document inside one.
@@ -222,14 +224,12 @@ class Loader(Batches):
             torch.from_numpy(documents.reshape(ids.shape)),
         )
 
-    def _boundaries(self, starts: Integers, real: Integers) -> tuple[Integers, Integers]:
+    def _boundaries(self, starts: Integers, stops: Integers) -> tuple[Integers, Integers]:
         """(row, column) of every document that begins inside a window, not at its first token."""
         offsets, unit = self.file.boundaries
         self.file.touch(np.zeros(1, np.int64), np.full(1, len(offsets)), "documents")
         low = np.searchsorted(offsets, (np.maximum(starts, 0) * unit).astype(np.uint64), "right")
-        high = np.searchsorted(
-            offsets, (np.maximum(starts + real, 0) * unit).astype(np.uint64), "left"
-        )
+        high = np.searchsorted(offsets, (np.maximum(stops, 0) * unit).astype(np.uint64), "left")
         count = np.maximum(high - low, 0)
         rows = np.repeat(np.arange(len(starts)), count)
         within = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
