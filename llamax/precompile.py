@@ -20,6 +20,7 @@ from tempfile import TemporaryDirectory
 from llamax import log, programs
 from llamax.backends import choose
 from llamax.config import Config
+from llamax.errors import BackendError
 from llamax.feed import resolve
 from llamax.inputs import open_inputs
 from llamax.job import loaders, prepare
@@ -82,5 +83,9 @@ def _note(config: Config, where: Rendezvous, environ: Mapping[str, str]) -> None
     cache = environ.get(CACHE, "")
     if not cache or "://" in cache:
         return
-    found = programs.hashes(config, where.world_size, where.local_world_size, environ)
+    try:
+        found = programs.hashes(config, where.world_size, where.local_world_size, environ)
+    except BackendError as error:  # what was traced is compiled all the same
+        log.logger.warning("%s; llamax doctor will not know what is in %s", error, cache)
+        return
     programs.note(Path(cache), found)
