@@ -208,10 +208,15 @@ def ranks(folder: Path, now: float) -> Iterable[Rank]:
 def checkpoints(folder: Path) -> Iterable[Saved]:
     """The complete checkpoints in a folder, oldest first."""
     for path in sorted(folder.glob("step-*")):
-        manifest = path / "manifest.json"
-        if manifest.is_file():
+        step, done = path.name.removeprefix("step-"), path / "done"
+        try:
+            if not (step.isdecimal() and done.is_file()):
+                continue
             size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
-            yield Saved(int(path.name.removeprefix("step-")), size, manifest.stat().st_mtime)
+            saved = Saved(int(step), size, done.stat().st_mtime)
+        except FileNotFoundError:  # the run deletes it at this moment
+            continue
+        yield saved
 
 
 def cores(paths: Sequence[Path]) -> dict[str, float]:

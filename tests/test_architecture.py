@@ -59,6 +59,7 @@ LAYERS = [
     ["optim.lazy"],
     ["optim.groups", "optim.adamw", "optim.clip", "optim.buckets", "optim.schedule"],
     ["checkpoint.save", "checkpoint.adapters"],
+    ["checkpoint.rotate"],
     ["checkpoint.also_hf"],
     ["checkpoint.assemble"],
     ["checkpoint.slabs", "checkpoint.hub"],

@@ -24,6 +24,7 @@ from llamax.checkpoint.manifest import DONE
 from llamax.errors import CheckpointError, LlamaxError, NoRoom
 
 HUB, PART = "hub", "hub.part"
+RENAMED_S = 60.0  # between a save's last name and its ``done``, and for both to be seen
 
 
 def leave(checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s: float) -> None:
@@ -32,7 +33,9 @@ def leave(checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s:
     Raises CheckpointError or NoRoom on a rank that cannot write its share, and on rank 0.
     """
     deadline = time.monotonic() + timeout_s
-    if not _until(lambda: not saving.exists() and (checkpoint / DONE).exists(), deadline):
+    if not _until(lambda: not saving.exists(), deadline) or not _until(
+        (checkpoint / DONE).exists, min(deadline, time.monotonic() + RENAMED_S)
+    ):
         return  # rank 0 says why there is no checkpoint
     part = checkpoint / PART
     part.mkdir(exist_ok=True)

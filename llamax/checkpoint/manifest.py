@@ -111,6 +111,8 @@ class Manifest:
                     return f"{name} ({kind}) lies in a file that is not listed"
                 if not tiled(tensor.shape, [Run(*run[1:]) for run in kept.runs]):
                     return f"the pieces of {name} ({kind}) do not make {list(tensor.shape)}"
+            if set(tensor.kinds) == {"weight"}:  # frozen
+                continue
             if missing := {"weight", *usual} - set(tensor.kinds):
                 return f"{name} has no {' and no '.join(sorted(missing))}"
         return ""
@@ -311,7 +313,13 @@ def find(path: Path) -> Path:
 
 
 def delete(folder: Path) -> None:
-    """Remove a checkpoint: ``done`` goes first, so that no half of it is ever taken for one."""
+    """Remove a checkpoint: ``done`` goes first, so that no half of it is ever taken for one.
+
+    Of one that lies elsewhere the link alone goes.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
     (folder / DONE).unlink(missing_ok=True)
     sync(folder)
     shutil.rmtree(folder)

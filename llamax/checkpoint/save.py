@@ -31,7 +31,7 @@ from torch import Tensor
 
 import llamax
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.also_hf import PART, leave
+from llamax.checkpoint.also_hf import leave
 from llamax.checkpoint.container import (
     TAGS,
     Outgoing,
@@ -43,6 +43,7 @@ from llamax.checkpoint.container import (
 )
 from llamax.checkpoint.layout import Run, slices, whole_shape, writes
 from llamax.checkpoint.load import Owned
+from llamax.checkpoint.rotate import discard, place, set_aside, sweep
 from llamax.collectives import Axes
 from llamax.errors import CheckpointError, LlamaxError, NoRoom
 from llamax.shard import Cut, parts
@@ -202,13 +203,7 @@ class Saver:
             if self._first:
                 self._commit(folder, manifest, config_text)
         except BaseException as error:
-            self._withdraw(folder, mine, error)
-            if not isinstance(error, CheckpointError):
-                self._error = error
-                return
-            last = files.newest(self.folder)
-            stays = f"{last} stays" if last else "no earlier checkpoint of this run exists"
-            self._error = type(error)(f"{error}; step {manifest.step} is not saved, {stays}")
+            self._error = self._withdraw(folder, mine, error, manifest.step)
             return
         if self.also_hf:
             self._also_hf(folder, manifest.step)
@@ -253,19 +248,24 @@ class Saver:
         sync(folder)
         write_note(folder / f"rank-{mine}.json", json.dumps(note))
 
-    def _withdraw(self, folder: Path, mine: str, error: BaseException) -> None:
-        """Make room again; a rank other than the first tells it why no files will come."""
-        if self._first:
-            shutil.rmtree(folder, ignore_errors=True)
-            return
+    def _withdraw(self, folder: Path, mine: str, error: BaseException, step: int) -> BaseException:
+        """Make room again; what to raise.  A rank other than the first tells it what happened."""
         try:
-            for path in folder.glob(f"*-{mine}.*"):
-                path.unlink()
-            line = str(error) if isinstance(error, LlamaxError) else repr(error)
-            note = {"why": line, "no_room": isinstance(error, NoRoom)}
-            write_note(folder / f"failed-{mine}.json", json.dumps(note))
+            if self._first:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                for path in folder.glob(f"*-{mine}.*"):
+                    path.unlink()
+                line = str(error) if isinstance(error, LlamaxError) else repr(error)
+                note = {"why": line, "no_room": isinstance(error, NoRoom)}
+                write_note(folder / f"failed-{mine}.json", json.dumps(note))
+            last = files.newest(self.folder)
         except (OSError, CheckpointError):
-            pass  # the disk is beyond help: rank 0 will miss this rank
+            return error  # the disk is beyond help: rank 0 will miss this rank
+        if not isinstance(error, CheckpointError):
+            return error
+        stays = f"{last} stays" if last else "no earlier checkpoint of this run exists"
+        return type(error)(f"{error}; step {step} is not saved, {stays}")
 
     def _commit(self, folder: Path, manifest: files.Manifest, config_text: str) -> None:
         for note in self._notes(folder):
@@ -290,13 +290,16 @@ class Saver:
         self._scores.pop(manifest.step, None)  # of a run that was taken back before this step
         if self.keep_best and manifest.score is not None and math.isfinite(manifest.score):
             self._scores[manifest.step] = manifest.score
+        for later in files.steps(self.folder):  # the run has gone back behind these
+            if (step := files.step_of(later)) > manifest.step:
+                self._scores.pop(step, None)
+                set_aside(later)
         best = min(self._scores, key=self._scores.__getitem__, default=None)
         for old in files.steps(self.folder)[: -self.keep] if self.keep else []:
             step = files.step_of(old)
             for_good = self.keep_every and step % self.keep_every == 0
-            # after a resume from the past, later steps are there, and this one is not the last
             if step not in (manifest.step, best) and not for_good:
-                files.delete(old)
+                discard(old)
                 self._scores.pop(step, None)
 
     def _notes(self, folder: Path) -> list[list[dict[str, Any]]]:
@@ -323,33 +326,3 @@ class Saver:
                     f"{self.timeout_s:.0f} s; see that rank's own log"
                 )
             time.sleep(0.02)
-
-
-def place(folder: Path, final: Path) -> None:
-    """Give a committed folder its name, then ``done``; what bore the name before goes last."""
-    old = final.with_name(final.name + ".old")
-    with writing(final, 0):
-        if final.exists():
-            os.rename(final, old)
-        os.rename(folder, final)
-        sync(final.parent)
-        files.finish(final)
-        if old.exists():
-            files.delete(old)
-
-
-def sweep(folder: Path) -> None:
-    """Remove what an interrupted save or deletion left behind, and finish a replacement."""
-    for path in sorted(folder.glob("step-*")):
-        name = path.name.removesuffix(".tmp").removesuffix(".old")
-        if not path.is_dir() or not files.STEP.fullmatch(name):
-            continue
-        final = folder / name
-        if path.name.endswith(".old") and not (final / files.DONE).exists():
-            shutil.rmtree(final, ignore_errors=True)
-            if (path / files.DONE).exists():
-                os.rename(path, final)
-        elif path.name != name or not (path / files.DONE).exists():
-            shutil.rmtree(path)
-        elif (path / PART).exists():
-            shutil.rmtree(path / PART)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,15 @@ import checkpoint_worlds as worlds
 import pytest
 import torch
 
-from llamax.checkpoint import Checkpoint, Saver, also_hf, container, newest, save
+from llamax.checkpoint import (
+    Checkpoint,
+    Saver,
+    also_hf,
+    container,
+    load_weights,
+    newest,
+    save,
+)
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.hub import HubFolder
 from llamax.config import Model
@@ -110,9 +120,68 @@ def test_the_last_ones_stay(tmp_path: Path, rank: worlds.Rank, background: bool)
         "step-00000100",
     ]
     assert newest(tmp_path) == tmp_path / "checkpoints" / "step-00000100"
-    take(mine, rank, 5)  # resumed from the past: what was just saved is never what goes
+
+
+def test_after_going_back_the_newest_is_the_one_saved_last(
+    tmp_path: Path, rank: worlds.Rank
+) -> None:
+    """What the run went back behind is kept, but nothing resumes from it unless it is told to."""
+    mine = saver(tmp_path, rank, keep=3, keep_every=2, keep_best=True)
+    for step, score in ((4, 3.0), (6, 1.0), (8, 2.0)):
+        mine.save(step, rank.owned, {}, MODEL.to_hub("float32"), "", score=score)
     mine.wait()
-    assert (tmp_path / "checkpoints" / "step-00000005" / "done").exists()
+    for _ in range(2):
+        again = saver(tmp_path, rank, keep=1, keep_best=True)
+        take(again, rank, 5)
+        again.wait()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "step-00000004",
+            "step-00000005",
+            "step-00000006.past",
+            "step-00000008.past",
+        ], "4 is the best of those that count"
+        shutil.copytree(tmp_path / "step-00000008.past", tmp_path / "step-00000008")
+    assert Checkpoint(tmp_path / "step-00000008.past").step == 8
+
+
+def test_a_checkpoint_that_lies_elsewhere_stays_there(tmp_path: Path, rank: worlds.Rank) -> None:
+    """Of one that was moved to another disk and linked, retention removes the link alone."""
+    mine = saver(tmp_path / "run", rank, keep=1)
+    for step in (1, 2, 3):
+        take(mine, rank, step)
+        mine.wait()
+        shutil.move(newest(tmp_path / "run") or "", tmp_path / f"moved{step}")
+        (tmp_path / "run" / f"step-{step:08d}").symlink_to(tmp_path / f"moved{step}")
+    assert steps_in(tmp_path / "run") == [3]
+    take(mine, rank, 3)
+    mine.wait()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run" / "step-00000004").symlink_to(tmp_path / "empty")
+    take(saver(tmp_path / "run", rank), rank, 4)
+    for step in (1, 2, 3):
+        Checkpoint(tmp_path / f"moved{step}").verify()
+
+
+def test_what_cannot_be_deleted_does_not_fail_a_save(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system keeps the files that others still read, and so their folder."""
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    mine = saver(tmp_path, rank, keep=1)
+    take(mine, rank, 1)
+    mine.wait()
+    monkeypatch.setattr(files.shutil, "rmtree", busy)
+    take(mine, rank, 2)
+    mine.wait()
+    assert steps_in(tmp_path) == [2]
+    monkeypatch.undo()
+    saver(tmp_path, rank)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
 
 
 def steps_in(folder: Path) -> list[int]:
@@ -191,6 +260,23 @@ def test_rank_0_tells_whose_share_of_the_folder_is_missing(tmp_path: Path) -> No
     also_hf.leave(folder, folder, 1, 3, 0.1)  # never complete: rank 0 says why
 
 
+def test_nobody_waits_for_a_checkpoint_that_was_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 has written its files; rank 0 finds no room: training may go on at once."""
+    monkeypatch.setattr(also_hf, "RENAMED_S", 0.1)
+    ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
+    first, second = (saver(tmp_path, rank, also_hf=True, timeout_s=30) for rank in ranks)
+    monkeypatch.setattr(files, "finish", full)
+    take(second, ranks[1], 1)
+    take(first, ranks[0], 1)
+    began = time.monotonic()
+    with pytest.raises(NoRoom):
+        first.wait()
+    second.wait()
+    assert time.monotonic() - began < 10
+
+
 def no_quota(source: Checkpoint, part: Path, one: Any, *args: Any) -> int:
     with container.writing(part / one.file, one.size_bytes):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
@@ -251,7 +337,9 @@ def test_a_replacement_that_dies_half_way_is_undone(
         take(mine, rank, 1)
         with pytest.raises(CheckpointError, match="no room"):
             mine.wait()
-    saver(tmp_path, rank)
+        take(mine, rank, 2)
+        with pytest.raises(CheckpointError, match=r"no room.*step-00000001 stays"):
+            mine.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     Checkpoint(tmp_path / "step-00000001").verify()
 
@@ -376,6 +464,22 @@ def test_a_rank_that_cannot_write_tells_the_first(
     assert newest(tmp_path) is None
 
 
+def test_an_error_is_kept_where_the_whole_file_system_is_gone(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = saver(tmp_path, rank)
+    for module in (save, files):
+        monkeypatch.setattr(module, "write" if module == save else "newest", stale)
+    take(mine, rank, 1)
+    with pytest.raises(CheckpointError, match="Stale file handle"):
+        mine.wait()
+
+
+def stale(*args: Any, **options: Any) -> Any:
+    with container.writing(Path("/checkpoints"), 0):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+
 @pytest.mark.parametrize(
     ("lost", "match"),
     [
@@ -403,3 +507,20 @@ def test_a_piece_too_few_is_no_checkpoint(
     with pytest.raises(CheckpointError, match=match):
         worlds.save(tmp_path, MODEL, ranks)
     assert newest(tmp_path) is None
+
+
+@pytest.mark.parametrize("zero1", [True, False])
+def test_frozen_weights_are_kept_without_state(tmp_path: Path, zero1: bool) -> None:
+    values, frozen = worlds.wholes(MODEL), "model.embed_tokens.weight"
+    ranks = worlds.world(MODEL, 2, 2, zero1, values)
+    for rank in ranks:
+        weight = rank.parameters[frozen]
+        rank.parameters[frozen] = torch.nn.Parameter(weight, requires_grad=False)
+        rank.owned = [run for run in rank.owned if run.name != frozen]
+    found = Checkpoint(worlds.save(tmp_path, MODEL, ranks, zero1=zero1))
+    assert found.kinds(frozen) == ("weight",)
+    assert torch.equal(found.read(frozen), values[frozen, "weight"])
+    assert set(found.kinds("lm_head.weight")) == {"weight", "exp_avg", "exp_avg_sq"}
+    empty = worlds.world(MODEL, 1, 1, True, None)[0]
+    load_weights(found, empty.parameters, empty.shards)
+    assert torch.equal(empty.parameters[frozen], values[frozen, "weight"])

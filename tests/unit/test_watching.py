@@ -55,7 +55,11 @@ def make(folder: Path, done: int, ranks: int = 0, silent: int = -1, left: str = 
     step = folder / "checkpoints" / "step-00000008"
     step.mkdir(parents=True)
     (step / "manifest.json").write_text("{}")
-    (step.parent / "step-00000016").mkdir()  # not finished: without manifest
+    (step / "done").touch()
+    for other in ("step-00000016", "step-00000017.tmp", "step-00000018.past"):
+        (step.parent / other).mkdir()
+        (step.parent / other / "manifest.json").write_text("{}")
+    (step.parent / "step-00000018.past" / "done").touch()
     told = {"ranks": 4, "dollars_per_hour": 36.0, "instance": "trn1.32xlarge"}
     (folder / "environment.json").write_text(json.dumps(told))
     return folder
