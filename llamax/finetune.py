@@ -8,7 +8,6 @@ and evaluation a base with the adapters of a PEFT folder or a run.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,14 @@ from torch import Tensor, nn
 from llamax import base, lora
 from llamax.checkpoint import adapters
 from llamax.checkpoint.hub import open_source
-from llamax.checkpoint.load import Checkpoint, Source, check_shapes, load_owned, load_weights
+from llamax.checkpoint.load import (
+    Checkpoint,
+    Source,
+    Whole,
+    check_shapes,
+    load_owned,
+    load_weights,
+)
 from llamax.collectives import Axes, Axis, Solo
 from llamax.config import Config, Finetune, Model
 from llamax.errors import CheckpointError, ConfigError
@@ -89,15 +95,6 @@ def load(
         return
     whole = [Whole(name, model.get_parameter(name).view(-1)) for name in plain]
     load_owned(source, whole, shards, tp.size, tp.rank, convert=True)
-
-
-class Whole(NamedTuple):
-    """A whole parameter, to be filled."""
-
-    name: str
-    tensor: Tensor
-    kind: str = "weight"
-    start: int = 0
 
 
 def about(finetune: Finetune, first: Source | None) -> adapters.About | None:

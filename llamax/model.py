@@ -29,9 +29,16 @@ from llamax import ops, recompute
 from llamax.collectives import Axis, Solo
 from llamax.config import Model
 from llamax.dropout import Dropout
+from llamax.errors import DataError
 from llamax.parallel import regions
 from llamax.parallel.loss import vocab_parallel_loss
-from llamax.parallel.tensor import ColumnLinear, RowLinear, VocabEmbedding, column_matmul
+from llamax.parallel.tensor import (
+    ColumnLinear,
+    RowLinear,
+    VocabEmbedding,
+    check_ids,
+    column_matmul,
+)
 from llamax.recompute import Recompute
 from llamax.shard import Block as Rows
 from llamax.shard import Cut, Replica, cut, parts
@@ -270,6 +277,12 @@ class Llama(nn.Module):
         ``labels_BS`` are the tokens to predict at each place: shifted, unlike transformers'.
         Adapters drop features where ``keys_B`` tells the samples apart (``llamax.dropout``).
         """
+        check_ids(labels_BS, self.config.vocab_size, labels=True)
+        if labels_BS.shape != ids_BS.shape:
+            raise DataError(
+                f"labels are {list(labels_BS.shape)}, and ids {list(ids_BS.shape)}; give a label "
+                "for every id"
+            )
         x_BsD = self._trunk(ids_BS, positions_BS, documents_BS, attend, keys_B)
         return vocab_parallel_loss(
             x_BsD,
@@ -289,6 +302,12 @@ class Llama(nn.Module):
         attend: Attend | None,
         keys_B: Tensor | None = None,
     ) -> Tensor:
+        check_ids(ids_BS, self.config.vocab_size)
+        if self.sequence_parallel and ids_BS.shape[1] % self.tp.size:
+            raise DataError(
+                f"{ids_BS.shape[1]} places are not divided by {self.tp.size} tensor ranks, as "
+                "sequence parallelism needs; pad them, or use a model without it"
+            )
         if self.dropout is not None:
             self.dropout.begin(keys_B, ids_BS.shape[1])
         if positions_BS is None:

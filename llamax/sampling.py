@@ -113,10 +113,17 @@ def generate(
 
     A prompt ends with the first token in ``stop_ids``, which is yielded, or after
     ``max_new_tokens``.  Only ids below ``vocab_size`` (the tokenizer's, say) are drawn; by default
-    all of the model's.  The model must not be sequence-parallel.  Raises ConfigError for prompts
-    that ``check_prompts`` refuses, CheckpointError where the model does not compute numbers.
+    all of the model's.  The model must not be sequence-parallel; one that is lends its weights:
+    ``whole = Llama(model.config, model.tp, device="meta")``, then
+    ``whole.load_state_dict(model.state_dict(), assign=True)``.  Raises ConfigError for prompts that
+    ``check_prompts`` refuses, CheckpointError where the model does not compute numbers.
     """
     check_prompts(model.config, prompts, max_new_tokens)
+    if model.sequence_parallel:
+        raise ConfigError(
+            "the model is sequence-parallel, and generating takes one token at a time; build it "
+            "with sequence_parallel=False"
+        )
     return _steps(model, prompts, max_new_tokens, sampling, frozenset(stop_ids), vocab_size)
 
 

@@ -50,6 +50,15 @@ class Owned(Protocol):
     def tensor(self) -> Tensor: ...
 
 
+class Whole(NamedTuple):
+    """All of a rank's share of a parameter, as an ``Owned``."""
+
+    name: str
+    tensor: Tensor
+    kind: str = "weight"
+    start: int = 0
+
+
 class Piece(NamedTuple):
     """A run, and where its bytes start."""
 

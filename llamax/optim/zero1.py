@@ -41,6 +41,7 @@ from torch.nn import Parameter
 
 from llamax.collectives import Axes
 from llamax.config import Optim
+from llamax.errors import ConfigError
 from llamax.optim import adamw
 from llamax.optim.buckets import segments, weight
 from llamax.optim.clip import clip_factor, sum_of_squares
@@ -53,9 +54,11 @@ class Zero1:
     """AdamW over ``axes`` for a model's parameters; make one per model.
 
     ``parameters`` are this rank's shares and move into flat vectors: load into them in place from
-    then on, and call ``adopt_parameters``; frozen ones are left alone.  ``shards`` says how each is
-    cut over tp.  ``sequence_parallel``: each tensor rank saw its own part of the sequence, so that
-    gradients of replicas are partial.  ``bucket_bytes`` of float32 gradient travel at once.
+    then on, and call ``adopt_parameters``; frozen ones are left alone.  After backward a gradient
+    may be in the flat vector and ``parameter.grad`` None: see or change it in a hook that
+    ``parameter.register_hook`` takes.  ``shards`` says how each is cut over tp.
+    ``sequence_parallel``: each tensor rank saw its own part of the sequence, so that gradients of
+    replicas are partial.  ``bucket_bytes`` of float32 gradient travel at once.
     """
 
     def __init__(
@@ -88,7 +91,12 @@ class Zero1:
                 for name, parameter in named.items()
                 for segment in segments(parameter.shape, shards[name], tp.size, tp.rank)
             ]
-            assert all(s.weight == 1 / axes.kv.size for s in counted if s.shared), "axes.kv fits"
+            for found in {round(1 / segment.weight) for segment in counted if segment.shared}:
+                if found != axes.kv.size:
+                    raise ConfigError(
+                        f"{found} tensor ranks hold each key/value head, and axes.kv joins "
+                        f"{axes.kv.size}; give kv={found} to the backend's joined()"
+                    )
             self.groups.append(Group(key, named, counted, axes, self.sharded, bucket_bytes))
 
     @torch.no_grad()
@@ -98,6 +106,13 @@ class Zero1:
         All are 0-d tensors; ``step`` counts from 1.  The norm is that before clipping; where it is
         not finite the step has changed nothing, on any rank.  Gradients are zero afterwards.
         """
+        for group in self.groups:
+            for name, parameter in zip(group.names, group.parameters, strict=True):
+                if not parameter.requires_grad:
+                    raise ConfigError(
+                        f"{name} was frozen after this optimizer was made, which would go on to "
+                        "decay it; make a new Zero1"
+                    )
         every = [(group, bucket) for group in self.groups for bucket in group.buckets]
         runs = [self._reduce(group, bucket) for group, bucket in every]
         squares = [self._squares(*place, run) for place, run in zip(every, runs, strict=True)]

@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from llamax import ops
 from llamax.collectives import Axis
+from llamax.errors import DataError
 from llamax.parallel import regions
 from llamax.shard import Block, Shard, local_shape
 
@@ -129,3 +130,23 @@ def local_ids(ids: Tensor, rows: int, axis: Axis) -> tuple[Tensor, Tensor]:
     first = torch.zeros_like(local)
     elsewhere = (local < first) | (local >= first + rows)
     return torch.where(elsewhere, first, local), elsewhere
+
+
+def check_ids(ids_BS: Tensor, vocab_size: int, labels: bool = False) -> None:
+    """DataError where ids, or labels that count, are not of the vocabulary.
+
+    On a rank that holds a part of it such an id would pass for another rank's.  Devices are not
+    waited for: only ids on the host are looked at.
+    """
+    what = "labels" if labels else "ids"
+    if ids_BS.dim() != 2 or not ids_BS.numel():
+        raise DataError(f"{what} are {list(ids_BS.shape)}; a model takes [batch, sequence]")
+    if ids_BS.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    counted = ids_BS.masked_fill(ids_BS == ops.IGNORE_INDEX, 0) if labels else ids_BS
+    for found in map(int, counted.aminmax()):
+        if not 0 <= found < vocab_size:
+            use = f"{ops.IGNORE_INDEX} where none counts" if labels else "the model's tokenizer"
+            raise DataError(
+                f"{what} hold {found}, and the model has ids 0 to {vocab_size - 1}; use {use}"
+            )

@@ -401,7 +401,7 @@ def test_feed_forward_as_meta_computes_it(width: int, wanted: int) -> None:
         (["--to", "nxd", "--pipeline", "3"], "--pipeline=3 does not divide num_hidden_layers=2"),
         (["--to", "nxd", "--qkv", "stacked"], "--qkv=stacked is for models"),
         (["--to", "nxd", "--tensor", "4", "--qkv", "separate"], "needs --qkv=gqa"),
-        (["--to", "nxd", "--optimizer", "zero1"], "holds no optimizer state to export"),
+        (["--to", "nxd", "--optimizer", "zero1"], "holds no optimizer state of all weights"),
         (["--to", "hf", "--tensor", "2"], "--tensor has no meaning for --to hf"),
         (["--to", "meta", "--kv-multiplier", "2"], "--kv-multiplier has no meaning for --to meta"),
         (["--to", "meta", "--tensor", "4"], "--tensor=4 does not divide num_key_value_heads=2"),

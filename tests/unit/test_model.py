@@ -8,8 +8,11 @@ import pytest
 import torch
 import transformers
 
+from llamax.collectives import Solo
 from llamax.config import Model, RopeScaling
+from llamax.errors import ConfigError, DataError
 from llamax.model import Llama
+from llamax.sampling import generate
 from llamax.shard import parts
 
 LLAMA2 = Model(
@@ -143,3 +146,44 @@ def test_hub_names_and_count_are_those_of_transformers() -> None:
         expected = {name: tuple(p.shape) for name, p in reference.named_parameters()}
         assert dict(mine.hub_shapes()) == expected
         assert sum(p.numel() for p in mine.parameters()) == model.num_parameters()
+
+
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("ids", "labels", "says"),
+    [
+        (IDS[0], IDS[0], r"labels are \[6\]; a model takes"),
+        (IDS[:, :0], IDS[:, :0], r"ids are \[2, 0\]|labels are \[2, 0\]"),
+        (IDS + 309, IDS, "ids hold 320, and the model has ids 0 to 319"),
+        (IDS - 100, IDS, "ids hold -100,"),
+        (IDS, IDS + 310, "labels hold 321, .* use -100 where none counts"),
+        (IDS, IDS - 1, "labels hold -1,"),
+        (IDS, IDS[:, 1:], r"labels are \[2, 5\], and ids \[2, 6\]"),
+    ],
+)
+def test_tokens_that_are_not_of_the_model(
+    ids: torch.Tensor, labels: torch.Tensor, says: str
+) -> None:
+    """Where the vocabulary is cut they would pass for another rank's, and the loss be wrong."""
+    model = Llama(LLAMA2).init(seed=0)
+    with pytest.raises(DataError, match=says):
+        model.loss(ids, labels)
+
+
+def test_the_last_token_and_ignored_labels_are_of_the_model() -> None:
+    model = Llama(LLAMA2).init(seed=0)
+    _, count = model.loss(IDS + 308, torch.where(IDS > 3, IDS + 308, -100))
+    assert count == 8
+
+
+def test_sequence_parallelism_wants_even_places() -> None:
+    class Two(Solo):
+        size = 2
+
+    model = Llama(LLAMA2, Two("tp"), sequence_parallel=True)
+    with pytest.raises(DataError, match="5 places are not divided by 2 tensor ranks"):
+        model(IDS[:, 1:])
+    with pytest.raises(ConfigError, match="build it with sequence_parallel=False"):
+        generate(model, [[1, 2, 3, 4]])

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from llamax.collectives import Axes
-from llamax.config import Optim
+from llamax.collectives import Axes, Solo
+from llamax.config import Model, Optim
+from llamax.errors import ConfigError
+from llamax.model import Llama
 from llamax.optim import Owned, Zero1, adamw
 from llamax.optim.clip import clip_factor, sum_of_squares
 from llamax.shard import Replica
@@ -316,3 +318,34 @@ def test_same_inputs_same_bits_and_buckets_do_not_matter(dtype: torch.dtype) -> 
     for name in SHAPES:
         assert torch.equal(results[0][name], results[1][name])
         torch.testing.assert_close(results[0][name], results[2][name], rtol=1e-2, atol=1e-6)
+
+
+def test_what_was_frozen_too_late_is_refused_not_decayed() -> None:
+    parameters = draw()
+    optimizer = make(parameters)
+    parameters["up"].requires_grad_(False)
+    before = parameters["up"].clone()
+    with pytest.raises(ConfigError, match="up was frozen after this optimizer was made"):
+        optimizer.step(ONE, ONE, ONE)
+    assert torch.equal(parameters["up"], before)
+    make(parameters).step(ONE, ONE, ONE)
+    assert torch.equal(parameters["up"], before)
+
+
+def test_key_value_heads_that_the_axes_do_not_join() -> None:
+    model = Model(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        vocab_size=8,
+    )
+
+    class Four(Solo):
+        size = 4
+
+    axes = dataclasses.replace(Axes.solo(), tp=Four("tp"))
+    llama = Llama(model, axes.tp)
+    with pytest.raises(ConfigError, match=r"4 tensor ranks hold each .* give kv=4 to"):
+        Zero1(dict(llama.named_parameters()), llama.shards, OPTIM, axes, sequence_parallel=False)

@@ -131,9 +131,9 @@ class Writer:
             for name, how in llama.shards.items()
             for part in parts(name, how, 1)
         }
-        if target.moments and not {*MOMENTS} <= {*source.kinds("model.norm.weight")}:
+        if target.moments and not all({*MOMENTS} <= {*source.kinds(n)} for n in source.names()):
             raise CheckpointError(
-                f"{source.folder} holds no optimizer state to export; use --optimizer none"
+                f"{source.folder} holds no optimizer state of all weights; use --optimizer none"
             )
 
     def write(self, folder: Path) -> None:
