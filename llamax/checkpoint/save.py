@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 import llamax
 from llamax.checkpoint import manifest as files
@@ -42,7 +43,7 @@ from llamax.checkpoint.container import (
     writing,
 )
 from llamax.checkpoint.layout import Run, slices, whole_shape, writes
-from llamax.checkpoint.load import Owned
+from llamax.checkpoint.load import Owned, Whole
 from llamax.checkpoint.rotate import discard, place, set_aside, sweep
 from llamax.collectives import Axes
 from llamax.errors import CheckpointError, LlamaxError, NoRoom
@@ -69,8 +70,9 @@ def copy_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 class Saver:
     """Saves checkpoints of one run into ``folder``; made by all ranks of ``axes`` together.
 
-    ``parameters`` and ``shards`` say what the names in ``Owned`` mean.  ``zero1`` off: every data
-    rank owns everything, and writes an equal share.  ``keep``: how many stay, 0 for all; those of
+    ``parameters`` and ``shards`` say what the names in ``Owned`` mean; Parameters that are frozen
+    by now, which nobody owns, are kept as weights alone.  ``zero1`` off: every data rank owns
+    everything, and writes an equal share.  ``keep``: how many stay, 0 for all; those of
     every ``keep_every`` steps stay for good, and with ``keep_best`` that of the lowest score.
     ``also_hf``: the ranks leave a Hugging Face folder ``hub`` in every checkpoint as well.
     ``timeout_s``: how long rank 0 waits for the files of the others.  ``barrier``: how ranks meet,
@@ -97,6 +99,11 @@ class Saver:
     ) -> None:
         self.folder = Path(folder)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+        self.frozen = {
+            name: tensor
+            for name, tensor in parameters.items()
+            if isinstance(tensor, Parameter) and not tensor.requires_grad
+        }
         self.shards, self.zero1 = shards, zero1
         self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self.also_hf = also_hf
@@ -132,7 +139,9 @@ class Saver:
         ``score`` is the validation loss of this moment, where there is one.
         """
         self.wait()
-        kept = self._snapshot(owned)
+        frozen = self.frozen if self.data.rank == 0 or not self.zero1 else {}
+        whole = (Whole(name, tensor.detach().view(-1)) for name, tensor in frozen.items())
+        kept = self._snapshot([*owned, *whole])
         rng = None if rng is None else rng.detach().to("cpu", copy=True)
         manifest = files.Manifest(
             format=files.FORMAT,
