@@ -33,7 +33,7 @@ from llamax.launch import jobfile
 from llamax.launch.checks import problems
 from llamax.launch.env import NEURON_PORT, PORT
 from llamax.launch.environment import variables
-from llamax.launch.instances import INSTANCES, LOCAL
+from llamax.launch.instances import INSTANCES, Instance
 from llamax.launch.jobfile import JobFile
 from llamax.metrics import show_bytes, show_time
 from llamax.planner import machine as machines
@@ -44,10 +44,10 @@ NOT_READY = 3
 
 def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]:
     """All findings about a machine, and about a job on it."""
-    backend = job.config.run.backend if job else "xla" if host.version("torch-xla") else "cpu"
-    yield from versions.check(host, backend)
-    wanted = INSTANCES[job.instance if job else LOCAL]
-    ports = [job.port if job else PORT] + ([NEURON_PORT] if wanted.neuron else [])
+    wanted = INSTANCES[job.instance] if job else here(host)
+    yield from versions.check(host, job.config.run.backend if job else wanted.backend)
+    neuron = wanted.neuron and wanted.devices
+    ports = [job.port if job else PORT] + ([NEURON_PORT] if neuron else [])
     yield from machine.check(host, wanted, ports)
     if job is None:
         return
@@ -62,6 +62,19 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
         world = job.nodes * job.ranks
         hashes = partial(programs.hashes, job.config, world, job.ranks, host.environ)
         yield from storage.cache(cache, count(job.config), hashes)
+
+
+def here(host: Host) -> Instance:
+    """What a machine shows of itself: without a job there is nothing else to hold it against."""
+    xla = host.version("torch-xla") is not None
+    other = "neuron" if host.neuron_devices else "cpu"
+    return Instance(
+        backend="cuda" if host.gpus else "xla" if xla else other,
+        cores=0,
+        devices=host.neuron_devices or host.gpus,
+        efa=host.efa_adapters,
+        memory_gib=0,
+    )
 
 
 def count(config: Config) -> int:

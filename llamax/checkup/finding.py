@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+AMAZON = "0x1d0f"  # as PCI numbers it
 Level = Literal["ok", "unseen", "warning", "error"]
 
 
@@ -56,6 +57,12 @@ class Host:
     @property
     def gpus(self) -> int:
         return len(self.find("dev", "nvidia[0-9]*"))
+
+    @property
+    def efa_adapters(self) -> int:
+        """Amazon's among the adapters for RDMA, by the number of the maker on the PCI bus."""
+        makers = self.find("sys/class/infiniband", "*/device/vendor")
+        return sum(path.read_text().strip() == AMAZON for path in makers)
 
     def version(self, package: str) -> str | None:
         return installed(package) if self.packages is None else self.packages.get(package)

@@ -149,7 +149,7 @@ def network(host: Host, wanted: Instance, memlock: int) -> Iterator[Finding]:
     """EFA adapters: there, allowed to pin memory, and chosen by libfabric."""
     adapters = host.find("sys/class/infiniband", "*")
     if not wanted.efa:
-        yield ok("EFA", "the instance has none, and the job asks for none")
+        yield ok("EFA", "no EFA adapter, none asked")
         return
     if not adapters:
         yield unseen(

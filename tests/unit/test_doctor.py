@@ -286,6 +286,30 @@ def test_programs_of_a_run() -> None:
 # ---- the program
 
 
+def test_without_a_job_a_machine_is_held_against_itself(tmp_path: Path) -> None:
+    node = Host(trainium(tmp_path).root, packages=SDK)
+    for n in range(8):
+        lay(tmp_path, **{f"sys__class__infiniband__rdmap{n}__device__vendor": "0x1d0f\n"})
+    lay(tmp_path, sys__class__infiniband__mlx5__device__vendor="0x15b3\n")
+    lay(tmp_path, proc__sys__net__ipv4__ip_local_reserved_ports="29500")
+    lay(tmp_path, proc__sys__net__ipv4__ip_local_port_range="1024 65000")
+    found = list(doctor.examine(node, None, 0))
+    assert Finding("ok", "devices", "16 Neuron devices") in found
+    assert [each.level for each in found if each.name == "ports"] == ["ok", "warning"]
+    assert (doctor.here(node).backend, doctor.here(node).efa) == ("xla", 8)
+    assert doctor.here(Host(tmp_path, packages={"torch": "2.11.0"})).backend == "neuron"
+    box = lay(tmp_path / "gpus", dev__nvidia0="", dev__nvidia1="")
+    found = list(doctor.examine(Host(box.root, packages=SDK), None, 0))
+    assert Finding("ok", "devices", "2 GPUs") in found
+    assert [each.what for each in found if each.level == "error"] == [
+        "torch 2.9.0+cpu is built without CUDA"
+    ]
+    laptop = Host(tmp_path / "no", packages=SDK)
+    found = list(doctor.examine(laptop, None, 0))
+    assert Finding("ok", "devices", "no Neuron device, none asked") in found
+    assert len([each for each in found if each.name == "ports"]) == 1
+
+
 def test_a_job_is_examined_on_a_laptop() -> None:
     found = levels(doctor.examine(Host(packages={"torch": "2.13.0"}), job(nodes=4), 0))
     assert found["plan"] == "ok"
