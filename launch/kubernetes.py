@@ -9,12 +9,14 @@ Stopping deletes the MPIJob.  A worker's first process is sshd, with which every
 once; so a preStop hook asks the ranks to save and waits for them, and another one keeps the order
 from mpirun meanwhile, which would cut them short.
 
-Sources: Kubeflow MPI Operator, API v2beta1; Kubernetes API v1 (1.25 and later); the device
-plugins of AWS Neuron, NVIDIA and EFA.
+Sources: Kubeflow MPI Operator, API v2beta1; Kubernetes API v1 (1.25 and later), and its "Define
+Dependent Environment Variables" for what is read in a command; the device plugins of AWS Neuron,
+NVIDIA and EFA.
 """
 
 from __future__ import annotations
 
+import re
 from shlex import quote
 from typing import Any
 
@@ -24,6 +26,7 @@ from llamax.launch.script import SHEBANG, head, prepare, title
 
 GRACE_S = 300  # a checkpoint is written in this time after the order to stop
 OBJECTS = ("shell", "tensorboard", "prepare", "precompile", "train")
+READ = re.compile(r"\$\$|\$\([A-Za-z_][A-Za-z0-9_.-]*\)")
 SAVE = """pkill -TERM -f '[l]lamax.train' || exit 0
 while pgrep -f '[l]lamax.train' >/dev/null; do sleep 1; done
 """
@@ -145,7 +148,7 @@ def _pod(
             {
                 "name": "llamax",
                 "image": job.image,
-                "command": command,
+                "command": [_as_it_is(word) for word in command],
                 "workingDir": job.folder,
                 "resources": resources or {},
                 "volumeMounts": [
@@ -167,6 +170,11 @@ def _pod(
         **(pod or {}),
     }
     return {key: value for key, value in spec.items() if value}
+
+
+def _as_it_is(word: str) -> str:
+    """A word of a command, for Kubernetes, which reads $$ as $ and puts a value for $(NAME)."""
+    return word.replace("$", "$$") if READ.search(word) else word
 
 
 def action(job: JobFile, phase: str, what: str) -> str:

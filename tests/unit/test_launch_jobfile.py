@@ -23,7 +23,13 @@ from llamax.launch.command import PHASES, main, render
 from llamax.launch.instances import INSTANCES
 from llamax.planner import machine
 
-TRICKS = "'; touch pwned; '\"$(touch pwned)`touch pwned` \\ #|&<>!* %s {{x}} é漢\U0001f600"
+TRICKS = "'; touch pwned; '\"$(touch pwned)`touch pwned` \\ #|&<>!* $$ $(PATH) {{x}} é漢\U0001f600"
+
+
+def read_by_kubernetes(word: str) -> str:
+    """A word of a command as a pod gets it: $$ is $, and $(PATH) a value."""
+    known = {"$$": "$", "$(PATH)": "/bin"}
+    return re.sub(r"\$(?:\$|\([^)]*\))", lambda found: known.get(found[0], found[0]), word)
 
 
 def refusals(launcher: str = "k8s", phase: str = "train", **changes: Any) -> list[str]:
@@ -304,7 +310,7 @@ def test_no_value_escapes_its_quotes(tmp_path: Path, launcher: str, phase: str) 
         spec = yaml.safe_load(text)["spec"]
         spec = spec["mpiReplicaSpecs"]["Launcher"] if phase == "train" else spec
         (container,) = spec["template"]["spec"]["containers"]
-        text = container["command"][2].replace("/etc/mpi/hostfile", "hosts")
+        text = read_by_kubernetes(container["command"][2]).replace("/etc/mpi/hostfile", "hosts")
     (tmp_path / "hosts").write_text("localhost\n")
     (tmp_path / "said").write_text("")
     fake = tmp_path / "bin"
