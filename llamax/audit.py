@@ -12,6 +12,7 @@ The exit code is 0 only if the whole cluster would compile each program once, el
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ from llamax.graphs.formulas import GroupShape
 from llamax.graphs.report import Audit, Divergence, Kind, Memory
 from llamax.launch.env import rendezvous
 from llamax.lora import num_parameters
-from llamax.mesh import Mesh
+from llamax.mesh import Coordinate, Mesh
 from llamax.metrics import flops_per_token
 from llamax.parallel.loss import tokens_a_chunk
 from llamax.planner import headline
@@ -157,8 +158,8 @@ def explain(
 
 def corner_ranks(mesh: Mesh) -> list[int]:
     """The first and the last tensor rank of the first and the last data rank."""
-    last = mesh.world_size - 1
-    return sorted({0, mesh.tp - 1, last - mesh.tp + 1, last})
+    corners = itertools.product((0, mesh.dp - 1), (0, mesh.tp - 1))
+    return sorted({mesh.rank(Coordinate(0, dp, 0, tp)) for dp, tp in corners})
 
 
 def named_groups(run: Rehearsal) -> dict[str, Groups]:

@@ -10,7 +10,8 @@ goes on while the rank merely waits for another.  A rank that leaves by itself s
 When a collective fails, a rank compares two readings of all files and names those that fell silent.
 Where no collective ever fails (a device runtime may wait for good), the threads act: rank 0 watches
 all, all watch rank 0, and silence of ``timeout_s`` + ``PATIENCE_S`` ends the process.  Time is
-counted in readings, so neither clocks of other machines nor a suspended job mislead.
+counted in readings, so neither clocks of other machines nor a suspended job mislead.  What a file
+said before this rank began may be of the job before, whose ``left`` is no reason to hurry.
 """
 
 from __future__ import annotations
@@ -76,11 +77,13 @@ class Heartbeat:
         """Beat no more; the file keeps saying why."""
         self._stop.set()
         self._write(left=why)
+        with self._writing:
+            os.close(self._file)
+            self._file = -1
 
     def at(self, step: int) -> None:
         """This rank begins a step."""
-        if self._file >= 0:
-            self._write(step=step)
+        self._write(step=step)
 
     def silent(self) -> str:
         """Who is gone, and their last steps, as the start of a sentence; takes some intervals."""
@@ -102,7 +105,8 @@ class Heartbeat:
 
     def _run(self) -> None:
         watched = [r for r in (range(self.world_size) if self.rank == 0 else [0]) if r != self.rank]
-        last = {rank: self._read(rank) for rank in watched}
+        first = {rank: self._read(rank) for rank in watched}
+        last = dict(first)
         silent_s = dict.fromkeys(watched, 0.0)
         while not self._stop.wait(self.interval_s):
             self._write()
@@ -111,7 +115,8 @@ class Heartbeat:
                 still = now == last[rank] and now.left != DONE
                 silent_s[rank] = silent_s[rank] + self.interval_s if still else 0.0
                 last[rank] = now
-                limit_s = PATIENCE_S if now.left else self.most_silent_s
+                left = now.left and now != first[rank]
+                limit_s = PATIENCE_S if left else self.most_silent_s
                 if silent_s[rank] > limit_s and not self._stop.is_set():
                     why = f"ended: {now.left}" if now.left else f"silent for {silent_s[rank]:.0f} s"
                     log.logger.error("%s %s; start the job again", _at(rank, now), why)
@@ -120,6 +125,8 @@ class Heartbeat:
 
     def _write(self, step: int | None = None, left: str = "") -> None:
         with self._writing:
+            if self._file < 0:  # alone in the world, or gone
+                return
             step = self.me.step if step is None else step
             self.me = replace(self.me, beat=self.me.beat + 1, step=step, left=left or self.me.left)
             text = json.dumps(asdict(self.me)).encode()

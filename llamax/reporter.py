@@ -6,14 +6,12 @@ step n + 1 runs.  Throughput counts training steps alone, not validation or savi
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from llamax import log
 from llamax.metrics import Record, Writer, Writers, mfu, tokens_per_s
 
 
@@ -85,8 +83,6 @@ class Reporter:
         """Write the pending record, if any."""
         if self.pending is not None:
             record, self.pending = self.pending(), None
-            if not math.isfinite(record.grad_norm):
-                log.logger.warning("step %d: gradient not finite, no update made", record.step)
             self.writers.write(record)
 
     def __enter__(self) -> Reporter:

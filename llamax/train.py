@@ -87,7 +87,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         return training.sample_ids(job.consumed_sequences + before)
 
     guard = Guard(job.backend if job.backend.traces else None, config.run.compile_guard)
-    verdict = Verdict(job.backend.fetch, config.optim.most_skipped, samples)
+    verdict = Verdict(job.backend.fetch, config.optim.most_skipped, samples, job.main)
     profile = Profile(config.run, job.folder, job.axes.world.rank)
     with Reporter(writers(job), measures(job), began) as reporter:
         while step < config.run.steps and not stop and not patience.over:

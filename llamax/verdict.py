@@ -25,7 +25,8 @@ class Verdict:
     """Judges steps, each while the next one runs; the same on every rank.
 
     ``fetch``: device values to floats; ``most_skipped``: steps without a finite loss and gradient
-    that may follow each other; ``samples``: the sample ids of a step's global batch.
+    that may follow each other; ``samples``: the sample ids of a step's global batch; ``tells``:
+    whether this rank warns of a skipped step.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class Verdict:
         fetch: Callable[[Sequence[Tensor]], list[float]],
         most_skipped: int,
         samples: Callable[[int], Sequence[int]],
+        tells: bool = True,
     ) -> None:
         self.fetch, self.most_skipped, self.samples = fetch, most_skipped, samples
+        self.tells = tells
         self.skipped = 0
         self.pending: tuple[int, Step] | None = None
 
@@ -59,7 +62,8 @@ class Verdict:
         self.skipped += 1
         ids = ", ".join(map(str, self.samples(step)))
         what = f"step {step}: loss {loss}, gradient norm {grad_norm}: no rank made an update"
-        log.logger.warning("%s; samples %s", what, ids)
+        if self.tells:
+            log.logger.warning("%s; samples %s", what, ids)
         if self.skipped > self.most_skipped:
             raise NotFinite(
                 f"{what}, {self.skipped} in a row; look at samples {ids}, lower optim.lr, or "

@@ -261,10 +261,10 @@ class Cuda(_TorchBackend):
 
     def __init__(self, rendezvous: Rendezvous) -> None:
         super().__init__(rendezvous)
-        if rendezvous.local_rank >= torch.cuda.device_count():
+        if rendezvous.local_world_size > (gpus := torch.cuda.device_count()):
             raise BackendError(
-                f"run.backend=cuda: local rank {rendezvous.local_rank} needs its own GPU but "
-                f"{torch.cuda.device_count()} are visible; start fewer ranks or use run.backend=cpu"
+                f"run.backend=cuda: {rendezvous.local_world_size} ranks on this machine need a GPU "
+                f"each but {gpus} are visible; start fewer ranks or use run.backend=cpu"
             )
         self.device = torch.device("cuda", rendezvous.local_rank)
         torch.cuda.set_device(self.device)
@@ -301,10 +301,10 @@ class Neuron(_TorchBackend):
             )
         cores = torch.accelerator.device_count()
         if cores != 1:  # else the launcher has given this process its own
-            if rendezvous.local_rank >= cores:
+            if rendezvous.local_world_size > cores:
                 raise BackendError(
-                    f"run.backend=neuron: local rank {rendezvous.local_rank} needs its own "
-                    f"NeuronCore but {cores} are visible; start fewer ranks"
+                    f"run.backend=neuron: {rendezvous.local_world_size} ranks on this machine need "
+                    f"a NeuronCore each but {cores} are visible; start fewer ranks"
                 )
             torch.accelerator.set_device_index(rendezvous.local_rank)
         self.device = torch.device("neuron")

@@ -52,6 +52,13 @@ def test_a_length_that_the_flash_kernel_refuses(length: int, use: int) -> None:
 def test_corners() -> None:
     assert corner_ranks(Mesh(tp=8, dp=16)) == [0, 7, 120, 127]
     assert corner_ranks(Mesh()) == [0]
+    placed = Mesh(tp=4, dp=8).on_trn1(32)
+    assert [(at.dp, at.tp) for at in map(placed.coordinate, corner_ranks(placed))] == [
+        (0, 0),
+        (7, 0),
+        (0, 3),
+        (7, 3),
+    ]
 
 
 def test_no_nodes() -> None:

@@ -186,7 +186,7 @@ from pathlib import Path
 from llamax import heartbeat, log
 log.setup()
 heartbeat.PATIENCE_S = 0.5
-heart = heartbeat.Heartbeat(Path(sys.argv[1]), 1, 2, 0.5)
+heart = heartbeat.Heartbeat(Path(sys.argv[1]), 1, 2, float(sys.argv[2]))
 heart.start()
 time.sleep(60)
 """
@@ -202,7 +202,7 @@ def test_where_no_collective_fails_the_thread_ends_the_process(
     first.start()
     first.at(9)
     first.stop(left)
-    watch = [sys.executable, "-c", WATCH, str(tmp_path)]
+    watch = [sys.executable, "-c", WATCH, str(tmp_path), "0.5"]
     process = subprocess.Popen(watch, stderr=subprocess.PIPE, text=True)
     if said:
         assert process.wait(60) == LostRank.exit_code
@@ -214,6 +214,23 @@ def test_where_no_collective_fails_the_thread_ends_the_process(
         assert process.poll() is None
         process.kill()
         process.wait()
+
+
+def test_what_a_job_before_said_ends_no_process(tmp_path: Path) -> None:
+    (before,) = hearts(tmp_path, 1)
+    before.stop("lost rank 3")
+    watch = [sys.executable, "-c", WATCH, str(tmp_path), "20"]
+    process = subprocess.Popen(watch, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "rank-00001").exists():
+        time.sleep(0.01)
+    time.sleep(3)  # its patience is over after 1.5
+    assert process.poll() is None
+    (now,) = hearts(tmp_path, 1)
+    time.sleep(2)
+    now.stop("out of memory")
+    assert process.wait(30) == LostRank.exit_code
+    assert process.stderr is not None
+    assert "rank 0 (last step 0) ended: out of memory" in process.stderr.read()
 
 
 def test_a_disk_that_is_full_does_not_end_a_heartbeat(

@@ -294,7 +294,9 @@ def test_native_neuron_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.memory() == 7
     assert calls == [2, "synchronize"]
     assert backend.peak_flops(torch.bfloat16) is None
-    with pytest.raises(BackendError, match="local rank 4 needs its own NeuronCore but 4 are"):
+    with pytest.raises(
+        BackendError, match="5 ranks on this machine need a NeuronCore each but 4 are"
+    ):
         choose("neuron", Rendezvous(rank=4, world_size=5, local_rank=4, local_world_size=5))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     choose("neuron", Rendezvous(rank=3, world_size=4, local_rank=3, local_world_size=4))
