@@ -12,6 +12,7 @@ from llamax import configfile, log
 from llamax.backends import Backend
 from llamax.base import move_rest
 from llamax.checkpoint.adapters import About
+from llamax.checkpoint.container import write_text
 from llamax.checkpoint.load import load_owned, load_weights
 from llamax.checkpoint.save import Saver
 from llamax.collectives import Axes
@@ -146,7 +147,7 @@ def introduce(job: Job) -> None:
     """Say what will run, and write the resolved configuration into the run folder."""
     config, mesh = job.config, job.mesh
     job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "config.toml").write_text(configfile.dump(config), encoding="utf-8")
+    write_text(job.folder / "config.toml", configfile.dump(config))
     log.logger.info(
         "%s parameters in %s on %d ranks (%s): tensor %d%s x data %d%s",
         show_number(config.model.num_parameters()),

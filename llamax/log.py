@@ -14,8 +14,9 @@ import logging
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from llamax.errors import LlamaxError
 
@@ -26,7 +27,29 @@ class _Stderr(logging.Handler):
     """Writes to whatever stderr is at that moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        show(self.format(record), sys.stderr)
+
+
+class _File(logging.FileHandler):
+    """A file that nothing depends on: a full disk is not told of once per line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
+def show(text: str, stream: TextIO) -> None:
+    """Print a line; where a full disk is behind ``stream``, that must not end a run."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 def setup(coordinate: str = "", main: bool = True) -> None:
@@ -47,7 +70,7 @@ def kept(folder: Path, job: str, rank: int) -> Iterator[None]:
     """Keep this rank's messages in the run's ``folder``, and the error that leaves the block."""
     place = folder / "logs" / job
     place.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(place / f"rank-{rank:05d}.log", encoding="utf-8")
+    handler = _File(place / f"rank-{rank:05d}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.INFO)
     logger.addHandler(handler)

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from llamax import log
 from llamax.config import Model
 from llamax.errors import BackendError, DataError
 
@@ -187,6 +188,7 @@ def read_jsonl(path: Path) -> list[Record]:
 class JsonlWriter:
     """Appends a line of JSON per record, on disk before ``write`` returns.
 
+    Records that find no room there wait for it: a full disk must not end a run that can go on.
     A run resumed at ``resumed_step`` keeps the records up to that step and drops later ones, which
     the run will make again: the log holds each step once.  The rewrite is atomic.
     """
@@ -197,14 +199,24 @@ class JsonlWriter:
         partial = path.with_name(path.name + ".partial")
         partial.write_text("".join(f"{r.to_json()}\n" for r in kept), encoding="utf-8")
         os.replace(partial, path)
-        self.file: TextIO = path.open("a", encoding="utf-8")
+        self.path, self.waiting, self.told = path, b"", False
+        self.fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
 
     def write(self, record: Record) -> None:
-        self.file.write(record.to_json() + "\n")
-        self.file.flush()
+        self.waiting += f"{record.to_json()}\n".encode()
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[os.write(self.fd, self.waiting) :]
+            self.told = False
+        except OSError as error:
+            if not self.told:
+                log.logger.warning("cannot write %s: %s; records wait", self.path, error.strerror)
+            self.told = True
 
     def close(self) -> None:
-        self.file.close()
+        if self.waiting:
+            log.logger.warning("%s lacks its last %d bytes", self.path, len(self.waiting))
+        os.close(self.fd)
 
 
 def line(record: Record, steps: int) -> str:
@@ -242,7 +254,7 @@ class ConsoleWriter:
     def write(self, record: Record) -> None:
         text = line(record, self.steps)
         if self.bar is None:
-            print(text, file=self.stream, flush=True)
+            log.show(text, self.stream)
             return
         self.bar.write(text, file=self.stream)
         self.bar.set_postfix_str(

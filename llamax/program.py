@@ -14,22 +14,22 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 
-from llamax.errors import LlamaxError
+from llamax.errors import LlamaxError, NoRoom
 
 NO_CACHE = "glibc.malloc.tcache_count=0"
 
 # A path that is not what a run needs it to be is the user's to mend; a missing file is a defect.
 REFUSALS = (
     errno.EACCES,
-    errno.EDQUOT,
     errno.EEXIST,
     errno.EISDIR,
     errno.ENAMETOOLONG,
-    errno.ENOSPC,
     errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
 )
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Main = Callable[[Sequence[str]], int]
 
@@ -47,6 +47,10 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
+        if error.errno in NO_ROOM:
+            where = f" for {error.filename}" if error.filename else ""
+            print(f"llamax: no room{where}: {error.strerror}; make some", file=sys.stderr)
+            return NoRoom.exit_code
         if error.errno not in REFUSALS or error.filename is None:
             raise
         print(f"llamax: cannot use {error.filename}: {error.strerror}", file=sys.stderr)

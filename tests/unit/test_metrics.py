@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
+import os
+import resource
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -179,6 +182,27 @@ def test_the_log_holds_each_step_once_after_a_resume(tmp_path: Path) -> None:
     assert steps(path) == []
 
 
+def test_records_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Under a limit on the file's size, as a full disk: a part of a line is written, then none."""
+    logging.getLogger("llamax").propagate = True
+    path = tmp_path / "metrics.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = JsonlWriter(path)
+    writer.write(replace(RECORD, step=1))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+        for step in (2, 3):
+            writer.write(replace(RECORD, step=step))
+        assert "metrics.jsonl: File too large; records wait" in caplog.text
+        assert len({record.created for record in caplog.records}) == 1, "told once"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [record.step for record in metrics.read_jsonl(path)] == [1]
+    writer.write(replace(RECORD, step=4))
+    writer.close()
+    assert steps(path) == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("line", ["nonsense", "[1]", "3", '{"step": 1}', '{"foo": 1}'])
 def test_a_log_with_a_strange_line_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -313,5 +337,6 @@ def test_writers_pass_on_and_close_also_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), writers:
         raise RuntimeError
     assert steps(tmp_path / "one") == steps(tmp_path / "two") == [7]
-    assert one.file.closed
-    assert two.file.closed
+    for writer in (one, two):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(writer.fd)

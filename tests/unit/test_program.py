@@ -1,13 +1,20 @@
-"""How a long program begins: once more, with a heap that stays flat."""
+"""How a long program begins: once more, with a heap that stays flat; a disk that is full."""
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+
+from llamax import log, program
+from llamax.errors import NoRoom
 
 OLD = (
     sys.platform == "linux"
@@ -78,3 +85,34 @@ print("never reached")
     assert done.stdout == "held\n"
     assert "stopped by SIGTERM" in done.stderr
     assert done.returncode not in (0, -signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("name", "about"), [(None, ""), ("run/x", " for run/x")])
+def test_no_room_is_one_line(
+    name: str | None, about: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def main(argv: Sequence[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", name)
+
+    assert program.run(main, []) == NoRoom.exit_code
+    line = f"llamax: no room{about}: No space left on device; make some\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_messages_on_a_full_disk_end_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs" / "job").mkdir(parents=True)
+    (tmp_path / "logs" / "job" / "rank-00000.log").symlink_to("/dev/full")
+    try:
+        log.setup()
+        with log.kept(tmp_path, "job", 0):
+            log.logger.info("told")
+            with open("/dev/full", "wb", buffering=0) as full:
+                monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+                log.logger.info("lost")
+                monkeypatch.undo()
+    finally:
+        log.logger.handlers.clear()
+    assert capsys.readouterr().err == "llamax: told\n"
