@@ -20,13 +20,15 @@ from llamax import programs
 from llamax.checkup.finding import Finding, Host, ok, unseen
 from llamax.config import Config
 from llamax.errors import BackendError
+from llamax.mesh import Mesh
 from llamax.metrics import show_bytes, show_time
+from llamax.planner.share import Share
 
 Hashes = Callable[[], Mapping[str, str]]
 BEACONS = ".llamax-doctor"
 FRESH_S = 600
 SKEW_S = 5.0
-STATE_BYTES = 12  # a parameter's float32 master and two moments
+MOMENTS_BYTES, MASTER_BYTES = 8, 4  # of a parameter, in float32
 PROBE_BYTES = 32 * 2**20
 COMPILES = "each node would compile for 25 to 40 minutes a program while training waits"
 PRECOMPILE = "llamax launch --phase precompile, before --phase train"
@@ -111,13 +113,38 @@ def _beacons(folder: Path, nodes: int, wait_s: float, me: str) -> Iterator[Findi
         yield ok("clock skew", f"below {SKEW_S:.0f} s")
 
 
+def size(config: Config) -> int:
+    """Bytes of a checkpoint: of all that is trained the weight, its moments, and its master."""
+    whole, share = config.model.num_parameters(), Share(config, Mesh())
+    apart = share.width < 4 or config.run.backend == "xla"  # else weights are their own masters
+    trained = share.adapters if share.tuned else whole
+    hub = whole * share.width if config.checkpoint.also_hf else 0
+    return trained * (share.width + MOMENTS_BYTES + (MASTER_BYTES if apart else 0)) + hub
+
+
+def at_once(config: Config) -> int:
+    """The most checkpoints that are there at one moment: when the last is just whole.
+
+    How many steps an epoch has is in the dataset: where that decides, the run counts as long.
+    """
+    run, saved = config.run, config.checkpoint
+    if run.epochs:
+        saves, unknown = [*range(1, run.epochs * saved.each_epoch), run.epochs], saved.every > 0
+    else:
+        saves = [*range(saved.every, run.steps, saved.every)] if saved.every else []
+        saves, unknown = [*saves, run.steps], saved.each_epoch
+    newest = saved.keep + 1 if saved.keep else len(saves)
+    older = saves[:-newest]
+    best = saved.keep_best and bool(older or unknown)
+    for_good = 0
+    if saved.keep_every and not run.epochs:
+        for_good = sum(step % saved.keep_every == 0 for step in older)
+    return (newest if unknown else min(newest, len(saves))) + best + for_good
+
+
 def disk(folder: Path, config: Config, step_s: float | None) -> Iterator[Finding]:
     """Room for the checkpoints that the run keeps, and the rate at which it writes them."""
-    width = 2 if config.run.dtype == "bfloat16" else 4
-    one = config.model.num_parameters() * (width + STATE_BYTES)
-    every, keep = config.checkpoint.every or config.run.steps, config.checkpoint.keep
-    there = config.run.steps // every + 1
-    kept = min(keep + 1, there) if keep else there  # the next is whole before the oldest goes
+    one, kept, every = size(config), at_once(config), config.checkpoint.every
     if not folder.is_dir():
         yield unseen(
             "disk",
@@ -137,7 +164,7 @@ def disk(folder: Path, config: Config, step_s: float | None) -> Iterator[Finding
         )
     else:
         yield ok("disk", told)
-    if step_s is None or there == 1:
+    if step_s is None or kept == 1 or not every:
         return
     rate, needed = _write_rate(folder), one / (every * step_s)
     told = f"{show_bytes(needed)}/s wanted on average, {show_bytes(rate)}/s written by one process"

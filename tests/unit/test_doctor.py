@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from launch_jobs import job
 
-from llamax import configfile, doctor, programs
+from llamax import configfile, doctor, lora, programs
 from llamax.checkup import Finding, Host, machine, storage, versions
 from llamax.errors import BackendError, ConfigError
 from llamax.launch.instances import INSTANCES
@@ -231,13 +231,59 @@ def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert levels(storage.disk(tmp_path, small, None)) == {"disk": "ok"}
     found = list(storage.disk(tmp_path, small, 10.0))
     assert levels(found) == {"disk": "ok", "write rate": "ok"}
-    assert found[0].what.startswith("5 checkpoints of 48.8 MiB")
+    assert found[0].what.startswith("4 checkpoints of 36.6 MiB")  # 160 steps
     huge = configfile.load("llama3.1-70b", ["--run.dtype=float32"])
     assert levels(storage.disk(tmp_path, huge, 10.0))["disk"] == "error"
     assert levels(storage.disk(tmp_path / "none", huge, 10.0)) == {"disk": "unseen"}
     monkeypatch.setattr(storage, "_write_rate", lambda folder: 1e3)
     assert levels(storage.disk(tmp_path, small, 0.1))["write rate"] == "warning"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "fullest"),
+    [
+        ("every=0", 1),  # at the end alone
+        ("every=160 keep_best=true", 1),
+        ("every=100", 2),
+        ("every=10", 3),
+        ("every=10 keep=0", 16),
+        ("every=10 keep=15", 16),
+        ("every=10 keep=20", 16),
+        ("every=10 keep_best=true", 4),
+        ("every=10 keep_every=40", 6),
+        ("every=10 keep_every=40 keep=13", 14),
+        ("every=0 each_epoch=true", 3),
+        ("every=0 each_epoch=true keep_best=true", 4),
+    ],
+)
+def test_checkpoints_that_are_there_at_once(keys: str, fullest: int) -> None:
+    settings = [f"--checkpoint.{key}" for key in keys.split()]
+    config = configfile.load("demo", settings)
+    assert config.run.steps == 160
+    validating = replace(config, run=replace(config.run, validate_every=10))
+    assert storage.at_once(validating) == fullest
+
+
+@pytest.mark.parametrize(("keep", "fullest"), [(1, 2), (2, 3), (3, 3), (0, 3)])
+def test_checkpoints_of_epochs_that_are_there_at_once(keep: int, fullest: int) -> None:
+    tuned = configfile.load("gsm8k-lora", [f"--checkpoint.keep={keep}"])
+    assert storage.at_once(tuned) == fullest
+    often = replace(tuned.checkpoint, every=100, each_epoch=False)
+    assert storage.at_once(replace(tuned, checkpoint=often)) == (keep + 1 if keep else 1)
+
+
+def test_bytes_of_a_checkpoint() -> None:
+    demo = configfile.load("demo", [])
+    weights = demo.model.num_parameters()
+    assert storage.size(demo) == weights * 12  # its weights are their own masters
+    assert storage.size(replace(demo, run=replace(demo.run, backend="xla"))) == weights * 16
+    half = replace(demo, run=replace(demo.run, dtype="bfloat16"))
+    assert storage.size(half) == weights * 14
+    hub = replace(half, checkpoint=replace(half.checkpoint, also_hf=True))
+    assert storage.size(hub) == weights * 16
+    tuned = configfile.load("gsm8k-lora", [])
+    assert storage.size(tuned) == 14 * lora.num_parameters(tuned.model, tuned.finetune)
 
 
 def test_compile_cache(tmp_path: Path) -> None:
