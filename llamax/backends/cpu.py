@@ -1,12 +1,10 @@
-"""What only a CPU knows: its heap, its memory and its matrix-multiplication rate."""
+"""What only a CPU knows: its heap and its matrix-multiplication rate."""
 
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from functools import cache
-from pathlib import Path
 
 import torch
 
@@ -14,7 +12,6 @@ from llamax import ops
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 HEAP_BYTES = (1 << 31) - 1, 32 << 20  # all a C int can say; the most that older glibc accepts
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def keep_heap() -> bool:
@@ -31,15 +28,6 @@ def keep_heap() -> bool:
         return False
     kept = any(mallopt(M_MMAP_THRESHOLD, size) for size in HEAP_BYTES)
     return bool(mallopt(M_TRIM_THRESHOLD, HEAP_BYTES[0])) and kept
-
-
-def physical_memory() -> int:
-    """Bytes this process may hold: the machine's memory, or its control group's share of it."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(machine, int(CGROUP_LIMIT.read_text()))
-    except (OSError, ValueError):  # no control group, or "max"
-        return machine
 
 
 def measure_peak_flops(dtype: torch.dtype) -> float:

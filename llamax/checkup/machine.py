@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from llamax.checkup.finding import Finding, Host, ok, unseen
 from llamax.launch.instances import Instance
 from llamax.metrics import show_bytes
+from llamax.planner.machine import memory_share
 
 GIB = 2**30
 OPEN_FILES = 65535
@@ -65,9 +66,7 @@ def memory(host: Host, wanted: Instance) -> Iterator[Finding]:
     if "MemTotal:" not in words:
         yield unseen("memory", "/proc/meminfo is not readable here", "run doctor on a node")
         return
-    found = 1024 * int(words[words.index("MemTotal:") + 1])
-    limit = host.read("sys/fs/cgroup/memory.max") or "max"
-    found = found if limit == "max" else min(found, int(limit))
+    found = memory_share(1024 * int(words[words.index("MemTotal:") + 1]), host.root)
     if (host.neuron_devices or host.gpus) and found < 0.9 * wanted.memory_gib * GIB:
         yield Finding(
             "warning",

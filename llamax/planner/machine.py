@@ -25,6 +25,10 @@ else:
 KNOWN = Path(__file__).with_name("machines.toml")
 THIS = "cpu"
 GIB = 2**30
+CGROUP_LIMITS = (  # of version 2, and of version 1
+    "sys/fs/cgroup/memory.max",
+    "sys/fs/cgroup/memory/memory.limit_in_bytes",
+)
 BACKENDS = ("cpu", "cuda", "xla", "neuron")
 KINDS: dict[str, Any] = {"str": str, "bool": bool, "int": int}
 WORDS = {
@@ -169,7 +173,17 @@ def _machine(name: str, table: dict[str, Any], path: Path) -> Machine:
     return Machine(name, **values)
 
 
-def measure() -> Machine:
+def memory_share(whole: int, root: Path = Path("/")) -> int:
+    """Bytes that this control group may hold of a machine with ``whole``."""
+    for limit in CGROUP_LIMITS:
+        try:
+            whole = min(whole, int((root / limit).read_text()))
+        except (OSError, ValueError):  # no control group of that version, or "max"
+            continue
+    return whole
+
+
+def measure(root: Path = Path("/")) -> Machine:
     """This machine: a product of 1024 x 1024 float32 matrices, a copy of 64 MB, its memory.
 
     One rank has all cores.  Links are memory: a message is copied three times on its way.
@@ -183,7 +197,7 @@ def measure() -> Machine:
     product = min(_seconds(lambda: np.matmul(a, b, out=out)) for _ in range(6))
     copied = min(_seconds(lambda: np.copyto(copy, source)) for _ in range(4))
     tflops, gbps = 2 * 1024**3 / product / 1e12, 2 * source.nbytes / copied / 1e9
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = memory_share(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), root)
     return Machine(
         name=THIS,
         backend="cpu",

@@ -1,10 +1,9 @@
-"""The heap, the memory and the rate of a CPU."""
+"""The heap and the rate of a CPU."""
 
 import ctypes
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -63,19 +62,6 @@ def test_older_glibc_takes_a_smaller_threshold(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Old)
     assert cpu.keep_heap()
     assert (M_MMAP_THRESHOLD, 32 << 20) in asked
-
-
-def test_memory_is_the_control_groups_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(cpu, "CGROUP_LIMIT", limit)
-    whole = cpu.physical_memory()
-    assert whole > 1 << 28
-    limit.write_text("max\n")
-    assert cpu.physical_memory() == whole
-    limit.write_text("1048576\n")
-    assert cpu.physical_memory() == 1 << 20
 
 
 def test_peak_is_measured_once_a_number_of_threads() -> None:

@@ -123,9 +123,7 @@ def test_devices_and_memory(tmp_path: Path) -> None:
     assert levels(machine.memory(host, TRN1)) == {"memory": "unseen"}
     lay(tmp_path, proc__meminfo=f"MemTotal: {510 * 2**20} kB\n")
     assert levels(machine.memory(host, TRN1)) == {"memory": "ok"}
-    lay(tmp_path, sys__fs__cgroup__memory_max="").root.joinpath(
-        "sys/fs/cgroup/memory.max"
-    ).write_text(str(64 * 2**30))
+    lay(tmp_path, **{"sys__fs__cgroup__memory.max": str(64 * 2**30)})
     assert levels(machine.memory(host, TRN1)) == {"memory": "warning"}
 
 

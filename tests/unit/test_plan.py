@@ -16,7 +16,7 @@ from llamax.config import Config
 from llamax.errors import ConfigError
 from llamax.mesh import Mesh
 from llamax.planner import machine as machines
-from llamax.planner.machine import Machine
+from llamax.planner.machine import GIB, Machine
 from llamax.planner.memory import early_gradients, flash, gradients, kept, memory, state
 from llamax.planner.roofline import time as step_time
 from llamax.planner.roofline import wire
@@ -324,6 +324,19 @@ def test_this_machine_is_measured_and_cut_into_ranks() -> None:
     assert (half.ranks, half.memory_gib) == (2, here.memory_gib / 2)
     assert half.reserve_gib == here.reserve_gib  # every process has its own Python
     assert Machine.with_ranks(TRN1, 8) == replace(TRN1, ranks=8)  # the others are idle
+
+
+def test_this_machine_has_its_control_groups_share_of_memory(tmp_path: Path) -> None:
+    old, new = (tmp_path / "sys/fs/cgroup" / each for each in ("memory", "memory.max"))
+    old.mkdir(parents=True)
+    assert machines.memory_share(8 * GIB, tmp_path) == 8 * GIB
+    for limit, said in ((new, "max"), (old / "memory.limit_in_bytes", "9223372036854771712")):
+        limit.write_text(f"{said}\n")
+        assert machines.memory_share(8 * GIB, tmp_path) == 8 * GIB
+        limit.write_text(f"{GIB // 4}\n")
+        assert machines.memory_share(8 * GIB, tmp_path) == GIB // 4
+        assert machines.measure(tmp_path).memory_gib == 0.25
+        limit.unlink()
 
 
 def test_notes_name_what_slows_the_run(capsys: pytest.CaptureFixture[str]) -> None:
