@@ -28,7 +28,8 @@ from llamax.finetune import about, check_resumed
 class Inputs:
     """``resumed``: the checkpoint to go on from; else ``first``: where the first weights are.
 
-    With ``adapters`` ``first`` is their base, and there beside ``resumed``.
+    With ``adapters`` ``first`` is their base, and there beside ``resumed``.  ``newest`` is what
+    this rank found to be the newest checkpoint.
     """
 
     dataset: Dataset
@@ -37,6 +38,16 @@ class Inputs:
     resumed: Checkpoint | None
     first: Source | None
     adapters: About | None = None
+    newest: Path | None = None
+
+    def check_newest(self, config: Config) -> None:
+        """Called when all ranks have met and the folder is ours: CheckpointError where a job before
+        saved once more after this rank had looked, as ranks would then differ in what they resume.
+        """
+        if config.checkpoint.resume in ("auto", "intact"):
+            now = newest(Path(config.run.folder) / "checkpoints")
+            if now != self.newest:
+                raise CheckpointError(f"{now} was saved while this job started; start it again")
 
     def verify(self, config: Config, share: int, of: int) -> None:
         """Check the ``share``-th of ``of`` parts of all checksums.
@@ -81,10 +92,12 @@ def open_inputs(config: Config) -> Inputs:
         held_out.check_tokenizer(dataset.fingerprint)
         dataset = replace(dataset, validation=held_out.train)
     dataset.check_vocabulary(config.model.vocab_size)
-    resumed = first = None
+    resumed = first = latest = None
     if checkpoint.resume in ("auto", "intact"):
-        choose = newest if checkpoint.resume == "auto" else newest_intact
-        found = choose(Path(config.run.folder) / "checkpoints")
+        folder = Path(config.run.folder) / "checkpoints"
+        found = latest = newest(folder)
+        if checkpoint.resume == "intact":
+            found = newest_intact(folder)
         resumed = None if found is None else Checkpoint(found, verify=False)
     elif checkpoint.resume != "never":
         resumed = Checkpoint(find(Path(checkpoint.resume)), verify=False)
@@ -104,7 +117,7 @@ def open_inputs(config: Config) -> Inputs:
         for file in (dataset.train, dataset.validation)
     )
     assert training is not None
-    return Inputs(dataset, training, validation, resumed, first, adapters)
+    return Inputs(dataset, training, validation, resumed, first, adapters, latest)
 
 
 def _check_position(resumed: Checkpoint) -> None:

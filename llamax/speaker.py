@@ -93,7 +93,11 @@ def tokenizer_of(source: Source, vocab_size: int, given: str = "") -> Tokenizer:
     place: Path | None = Path(given or source.folder)
     if isinstance(source, Checkpoint) and not given:
         place = dataset_of(source.folder)
-    if place is None or not (given or place.is_dir()):
+    if place is None:
+        raise DataError(
+            f"{source.folder} does not say what it was trained on; use --tokenizer PATH"
+        )
+    if not (given or place.is_dir()):
         raise DataError(
             f"{source.folder} was trained on the dataset {place}, which is not here to lend its "
             "tokenizer; use --tokenizer PATH"

@@ -66,6 +66,7 @@ def train(config: Config, where: Rendezvous) -> None:
             beating(folder / "heartbeats", where.rank, where.world_size, timeout_s) as heart,
             backend.joined(mesh, timeout_s, kv) as axes,
         ):
+            inputs.check_newest(config)
             job = prepare(config, mesh, backend, axes, inputs)
             verified.result()
             if changed := inputs.changed(config):

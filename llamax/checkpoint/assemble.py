@@ -27,6 +27,7 @@ from llamax.checkpoint.container import head, put, writing
 from llamax.checkpoint.load import Checkpoint, Source
 from llamax.checkpoint.manifest import CONFIG
 from llamax.config import Model
+from llamax.data.dataset import blend_words
 from llamax.data.export import export
 from llamax.data.tokenizer import load_tokenizer
 from llamax.errors import CheckpointError, ConfigError
@@ -155,14 +156,16 @@ def write_tokenizer(source: Source, model: Model, given: Path | None, folder: Pa
 
 
 def dataset_of(checkpoint: Path) -> Path | None:
-    """The dataset folder that a checkpoint's configuration names."""
+    """The dataset folder that a checkpoint's configuration names; of a blend one that is here."""
     path = checkpoint / CONFIG
     if not path.is_file():
         return None
     try:
-        return Path(configfile.load(str(path)).data.path)
+        named = configfile.load(str(path)).data.path
     except ConfigError:
         return None
+    parts = [Path(word) for word in blend_words(named)[1::2] or [named]]
+    return next((part for part in parts if part.is_dir()), parts[0])
 
 
 def write_json(path: Path, value: dict[str, object]) -> None:

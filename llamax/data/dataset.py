@@ -57,12 +57,13 @@ class Dataset:
     folder: Path
     train: Split
     validation: Split | None
-    tokenizer_path: Path | None = None  # a Megatron dataset has none
+    tokenizer_path: Path | None = None  # a blend's is its first part's that has one
 
     @property
     def fingerprint(self) -> str | None:
         """sha256 of the tokenizer that made the tokens; None where the files do not say."""
-        return self.train.header.tokenizer or None
+        parts = self.train.parts if isinstance(self.train, Mixture) else (self.train,)
+        return next((part.header.tokenizer for part in parts if part.header.tokenizer), None)
 
     def check_tokenizer(self, fingerprint: str | None) -> None:
         """Raise DataError if the tokens come from another tokenizer than a checkpoint's."""
@@ -198,6 +199,7 @@ def _open_blend(path: str, words: list[str], verify: Verify, vocab_size: int) ->
         Path(path),
         _mixture([(part.train, weight) for part, weight in pairs]),
         _mixture(held_out) if held_out else None,
+        next((part.tokenizer_path for part in parts if part.tokenizer_path), None),
     )
 
 

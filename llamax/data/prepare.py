@@ -46,7 +46,7 @@ from llamax.data.parts import (
 )
 from llamax.data.sandbox import Program
 from llamax.data.templates import BUILT_IN, forgotten, source_of
-from llamax.data.tokenizer import Tokenizer, tokenizer_file, train_sentencepiece
+from llamax.data.tokenizer import HuggingFace, Tokenizer, tokenizer_file, train_sentencepiece
 from llamax.data.tokens import TokenFile
 from llamax.errors import DataError
 
@@ -78,6 +78,8 @@ def prepare(args: argparse.Namespace) -> None:
                 f"a smaller --validation than {args.validation}"
             )
         shutil.copyfile(tokenizer.path, out / tokenizer_name(tokenizer))
+        for path in tokenizer.beside if isinstance(tokenizer, HuggingFace) else ():
+            shutil.copyfile(path, out / path.name)
         said = {
             "identity": identity,
             **_plain(settings),

@@ -54,6 +54,7 @@ LLAMA3_SPECIAL = (
 )
 BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")  # say which tokens are BOS and EOS
 
 
 class Tokenizer(Protocol):
@@ -146,11 +147,16 @@ class HuggingFace:
         added = self.engine.get_added_tokens_decoder()
         self.special = {str(token): i for i, token in added.items() if token.special}
 
+    @property
+    def beside(self) -> list[Path]:
+        """The files that belong to it and lie beside it."""
+        names = (*SPECIAL, "chat_template.jinja")
+        return [path for path in map(self.path.with_name, names) if path.is_file()]
+
     def _special(self, key: str, usual: Iterable[str]) -> int | None:
         names = list(usual)
-        for beside in ("tokenizer_config.json", "special_tokens_map.json"):
-            config = self.path.with_name(beside)
-            if config.is_file():
+        for config in self.beside:
+            if config.name in SPECIAL:
                 said = json.loads(config.read_text(encoding="utf-8")).get(key)
                 if said := said.get("content") if isinstance(said, dict) else said:
                     names.insert(0, said)

@@ -9,7 +9,9 @@ import pytest
 from corpora import python_sources, train_unlike_llama
 from tiny_run import config, log_of
 
+from llamax.checkpoint.consolidate import main as consolidate
 from llamax.config import Config, Data
+from llamax.data.dataset import open_dataset
 from llamax.data.megatron import IndexedFile
 from llamax.data.prepare import main as prepare
 from llamax.data.tokenizer import load_tokenizer
@@ -59,8 +61,18 @@ def test_a_folder_a_prefix_and_a_blend_train(made: Path, tmp_path: Path) -> None
     train(run(made, tmp_path / "b", str(prefix), validation=held_out), Rendezvous())
     assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
     assert log_of(tmp_path / "a")[-1]["validation_loss"] > 0
-    train(run(made, tmp_path / "c", f"0.7 {folder} 0.3 {prefix}"), Rendezvous())
+    train(run(made, tmp_path / "c", f"0.3 {prefix} 0.7 {folder}"), Rendezvous())
     assert log_of(tmp_path / "c")[-1]["loss"] < log_of(tmp_path / "c")[0]["loss"]
+    consolidate([str(tmp_path / "c"), "--out", str(tmp_path / "hub")])
+    assert load_tokenizer(tmp_path / "hub").bos_id == load_tokenizer(folder).bos_id
+
+
+def test_a_blend_knows_its_tokenizer_in_any_order(made: Path) -> None:
+    folder, prefix = made / "out", made / "out" / "train_text_document"
+    for blend in (f"0.3 {prefix} 0.7 {folder}", f"0.7 {folder} 0.3 {prefix}"):
+        mixed = open_dataset(blend)
+        assert mixed.fingerprint == load_tokenizer(folder).fingerprint
+        assert mixed.tokenizer_path == folder / "tokenizer.model"
 
 
 def test_a_model_with_too_small_a_vocabulary_is_refused(made: Path, tmp_path: Path) -> None:

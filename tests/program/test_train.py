@@ -27,11 +27,12 @@ from tiny_run import (
     write,
 )
 
-from llamax import configfile, program
+from llamax import configfile, inputs, program
 from llamax.config import Checkpoint
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
 from llamax.data.tokens import Header, TokenWriter
+from llamax.errors import CheckpointError
 from llamax.launch.env import Rendezvous
 from llamax.train import main, train
 
@@ -134,6 +135,15 @@ def test_a_rank_that_dies_ends_the_job(dataset: Path, tmp_path: Path) -> None:
     assert "llamax/train.py" not in stderr, "torchrun tells its own story, but not with ours"
     newest = sorted((tmp_path / "run/checkpoints").glob("*/done"))
     assert newest
+
+
+def test_a_checkpoint_of_a_job_that_was_still_ending_is_refused(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([None, tmp_path / "step-00000009"])
+    monkeypatch.setattr(inputs, "newest", lambda folder: next(found))
+    with pytest.raises(CheckpointError, match="step-00000009 was saved while this job started"):
+        train(config(dataset, tmp_path / "run"), Rendezvous())
 
 
 # --- what a user may get wrong -------------------------------------------------------------------

@@ -12,6 +12,7 @@ import tokenizers
 from corpora import mistral, python_sources, train_unlike_llama
 
 from llamax.data.export import _byte_letters, export
+from llamax.data.prepare import main as prepare
 from llamax.data.spm import Model
 from llamax.data.tokenizer import HuggingFace, SentencePiece, TikToken, load_tokenizer
 from llamax.data.tokenizer import train_sentencepiece as train
@@ -179,6 +180,11 @@ def test_bos_and_eos_as_the_files_beside_say(ranks: Path, tmp_path: Path) -> Non
     own, first = load_tokenizer(tmp_path / "tokenizer.json"), load_tokenizer(ranks)
     assert own.bos_id == first.special["<|step_id|>"]
     assert own.eos_id == first.special["<|eot_id|>"]
+    (tmp_path / "a.txt").write_text("one two three")
+    text, out = str(tmp_path / "a.txt"), tmp_path / "out"
+    prepare([text, "--tokenizer", str(tmp_path), "--out", str(out), "--validation", "0"])
+    kept = load_tokenizer(out)
+    assert (kept.bos_id, kept.eos_id) == (own.bos_id, own.eos_id)
 
 
 def test_a_unigram_model_has_no_exact_export(tmp_path: Path) -> None:
