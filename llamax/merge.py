@@ -134,13 +134,12 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     dtype = DTYPES[args.dtype] if args.dtype else None
     began = time.perf_counter()
-    with tqdm(unit="B", unit_scale=True, desc="merge", leave=False) as bar:
+    with tqdm(unit="B", unit_scale=True, desc="merge", disable=None, leave=False) as bar:
         out = merge(args.base, args.adapter, args.out, dtype, progress=bar.update)
-        total = bar.n
-    made = hub.open_source(out)
+    made = hub.HubFolder(out)
     parameters = sum(math.prod(made.shape(name)) for name in made.names())
     print(
-        f"{out}: {show_number(parameters)} parameters, {show_bytes(total)}, in "
+        f"{out}: {show_number(parameters)} parameters, {show_bytes(made.total_bytes())}, in "
         f"{show_time(time.perf_counter() - began)}"
     )
     return 0

@@ -170,7 +170,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"{out}: the adapters of step {source.step}, as PEFT loads them; see llamax merge")
         return 0
     total = sum(one.size_bytes for one in assemble.plan(source, dtype))
-    with tqdm(total=total, unit="B", unit_scale=True, desc="consolidate", leave=False) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="consolidate", disable=None, leave=False
+    ) as bar:
         out = consolidate(
             source.folder,
             args.out,

@@ -78,6 +78,11 @@ class HubFolder(Source):
             raise CheckpointError(
                 f"{self.folder} has no model.embed_tokens.weight: it is not a LlamaForCausalLM"
             )
+        if "lm_head.weight" not in self._entries and not self.model.get("tie_word_embeddings"):
+            raise CheckpointError(
+                f"{self.folder} has no lm_head.weight, and its {CONFIG} does not tie it to the "
+                "embedding; download it anew, or set tie_word_embeddings to true there if it is"
+            )
 
     def names(self) -> list[str]:
         return list(self._entries)

@@ -60,7 +60,9 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
     yield "files", _files(file.size_bytes for file in about.files)
     if verify:
         total = sum(file.size_bytes for file in about.files)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="verify", leave=False) as bar:
+        with tqdm(
+            total=total, unit="B", unit_scale=True, desc="verify", disable=None, leave=False
+        ) as bar:
             source.verify(progress=bar.update)
         yield "verified", f"sha256 of all {len(about.files)} files"
 

@@ -116,7 +116,9 @@ def main(argv: Sequence[str]) -> int:
     if args.tensor < 1:
         raise ConfigError(f"--tensor={args.tensor} is below 1; use 1 or more")
     total, began = hub.HubFolder(args.folder).total_bytes(), time.perf_counter()
-    with tqdm(total=total, unit="B", unit_scale=True, desc="shard", leave=False) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="shard", disable=None, leave=False
+    ) as bar:
         out = shard(args.folder, args.out, args.tensor, bar.update)
     print(
         f"{out}: {show_bytes(total)} of weights for tensor {args.tensor}, in "

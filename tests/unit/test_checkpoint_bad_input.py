@@ -354,6 +354,8 @@ def test_hub_weights_from_outside_the_folder(tmp_path: Path) -> None:
     refused("has no weight_map", lambda: HubFolder(folder))
     save_file({"encoder.weight": torch.zeros(2)}, folder / "model.safetensors")
     refused("is not a LlamaForCausalLM", lambda: HubFolder(folder))
+    save_file({"model.embed_tokens.weight": torch.zeros(2)}, folder / "model.safetensors")
+    refused("has no lm_head.weight, and its config.json does not tie", lambda: HubFolder(folder))
 
 
 def test_the_hubs_own_cache_is_made_of_links(tmp_path: Path) -> None:

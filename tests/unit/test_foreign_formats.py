@@ -16,6 +16,7 @@ from llamax import configfile
 from llamax.__main__ import dispatch
 from llamax.checkpoint import Checkpoint, load_owned
 from llamax.checkpoint.foreign.exporter import main as export_main
+from llamax.checkpoint.foreign.folder import model_of
 from llamax.checkpoint.foreign.importer import main as import_main
 from llamax.checkpoint.foreign.importer import open_folder
 from llamax.checkpoint.foreign.write_meta import feed_forward
@@ -495,6 +496,18 @@ def test_damaged_nxd(tmp_path: Path, kind: str, told: str) -> None:
     with pytest.raises(CheckpointError, match=told):
         import_main(argv)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_is_meant_although_a_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``make demo`` leaves one."""
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    Path("other").mkdir()
+    assert model_of(tmp_path, "demo") == configfile.load("demo").model
+    with pytest.raises(CheckpointError, match=r"cannot read other/config.json"):
+        model_of(tmp_path, "other")
 
 
 def test_the_wrong_configuration(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def inside(folder: Path, path: Path) -> Path:
 def model_of(folder: Path, config: str) -> Model:
     """The model that ``config`` names, or that a config.json in or above ``folder`` describes.
 
-    ``config`` is a config.json, a folder with one, a recipe or a TOML file.
+    ``config`` is a recipe, a config.json, a folder with one, or a TOML file.
     """
     if not config:
         for home in (folder, folder.parent):
@@ -89,6 +89,8 @@ def model_of(folder: Path, config: str) -> Model:
             f"{folder} does not say what model it holds; add --config with its config.json or the "
             "name of a recipe"
         )
+    if config in configfile.recipes():
+        return configfile.load(config).model
     path = Path(config)
     path = path / hub.CONFIG if path.is_dir() else path
     if path.suffix == ".json":

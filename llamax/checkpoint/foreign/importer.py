@@ -208,7 +208,9 @@ def main(argv: Sequence[str]) -> int:
     source = open_folder(Path(args.folder), args.form, args.config, not args.weights_only)
     kinds = source.kinds if args.to == "llamax" else ("weight",)
     total = sum(size_bytes(source, name, kind) for name in source.shapes for kind in kinds)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="import", leave=False) as bar:
+    with tqdm(
+        total=total, unit="B", unit_scale=True, desc="import", disable=None, leave=False
+    ) as bar:
         if args.to == "hub":
             to_hub(source, out, shard_bytes, bar.update)
         else:
