@@ -129,9 +129,13 @@ class Record:
         return json.dumps({k: v for k, v in asdict(self).items() if v is not None})
 
     @classmethod
-    def from_json(cls, line: str) -> Record:
-        """The record of a line; ValueError, KeyError or TypeError where it is none."""
-        return cls(**json.loads(line))
+    def from_json(cls, line: str | bytes) -> Record:
+        """The record of a line; ValueError or TypeError where it is none."""
+        values = json.loads(line)
+        record = cls(**values)
+        if not all(isinstance(value, (int, float)) for value in values.values()):
+            raise TypeError("a record holds numbers alone")
+        return record
 
 
 # ---- the views
@@ -173,16 +177,39 @@ class Writers:
 
 def read_jsonl(path: Path) -> list[Record]:
     """All records of a log; a last line cut short is left out, any other raises DataError."""
-    lines = path.read_text("utf-8", "replace").splitlines() if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(Record.from_json(line))
-        except (ValueError, TypeError):
-            if number == len(lines):
-                break
-            raise DataError(f"{path}:{number}: not a record; remove this line") from None
-    return records
+    return Log(path).read()
+
+
+class Log:
+    """A log that grows: what was read is not read again, unless the file was written anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.records = path, list[Record]()
+        self.file, self.end = 0, 0  # its inode, and where the whole lines read so far end
+
+    def read(self) -> list[Record]:
+        """All records so far, as ``read_jsonl``."""
+        if not self.path.exists():
+            return []
+        with open(self.path, "rb") as file:
+            about = os.fstat(file.fileno())
+            if about.st_ino != self.file or about.st_size < self.end:
+                self.records, self.file, self.end = [], about.st_ino, 0
+            file.seek(self.end)
+            lines = file.read().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                record = Record.from_json(line)
+            except (ValueError, TypeError):
+                if number == len(lines):
+                    break
+                where = f"{self.path}:{len(self.records) + 1}"
+                raise DataError(f"{where}: not a record; remove this line") from None
+            if not line.endswith(b"\n"):  # its end will come, and is read with it
+                return [*self.records, record]
+            self.records.append(record)
+            self.end += len(line)
+        return list(self.records)
 
 
 class JsonlWriter:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from html import escape
 from pathlib import Path
 
@@ -43,6 +44,12 @@ def page(runs: Sequence[Run]) -> str:
         f"<title>{escape(title)} · llamax</title><style>{STYLE.read_text()}</style></head><body>"
         f"<main>{''.join(body)}<footer>llamax report, {made}</footer></main></body></html>\n"
     )
+
+
+def told_apart(runs: Sequence[Run]) -> list[Run]:
+    """The runs, those of one name by their folders' paths."""
+    names = Counter(run.name for run in runs)
+    return [replace(run, label=str(run.folder)) if names[run.name] > 1 else run for run in runs]
 
 
 def _header(runs: Sequence[Run]) -> Iterator[str]:
@@ -151,10 +158,11 @@ def _figures(runs: Sequence[Run]) -> Iterator[str]:
         )
         for k, run in enumerate(runs)
     ]
+    validated = any(curve.points for curve in held_out)
     digits: Callable[[float], str] = lambda value: f"{value:.4g}"
     figures = [
         chart(
-            "loss, nats per token (dots: validation)",
+            "loss, nats per token" + (" (dots: validation)" if validated else ""),
             [*loss, *held_out],
             "tokens",
             show_number,
@@ -234,7 +242,8 @@ def _configuration(runs: Sequence[Run]) -> Iterator[str]:
     ]
     if len(known) > 1:
         yield "<h2>What differs</h2>"
-        yield _table(["setting", *(run.name for run in known)], [rows[n] for n in differ])
+        head = ["setting", *(run.name for run in known)]
+        yield _table(head, [rows[n] for n in differ]) if differ else "<p>no setting</p>"
     yield "<h2>Configuration</h2><details><summary>all settings</summary>"
     yield _table(["setting", *(run.name for run in known)], rows, differ) + "</details>"
 
@@ -284,7 +293,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
     options = parser.parse_args(list(argv))
-    runs = [read(folder) for folder in options.runs]
+    runs = told_apart([read(folder) for folder in options.runs])
     try:
         options.out.write_text(page(runs), encoding="utf-8")
     except OSError as error:

@@ -29,8 +29,9 @@ from llamax import configfile
 from llamax.config import Config
 from llamax.errors import ConfigError, DataError
 from llamax.heartbeat import DONE, LOST, Beat
-from llamax.metrics import Record, read_jsonl
+from llamax.metrics import Log, Record
 
+METRICS = "metrics.jsonl"
 LOCK = "lock"  # as checkpoint/lock.py names it
 SILENT_S = 30.0  # a rank writes its heartbeat every few seconds
 TAIL_BYTES = 2**20  # of a monitor's log that are looked at
@@ -75,11 +76,14 @@ class Run:
     ranks: tuple[Rank, ...] = ()
     saved: tuple[Saved, ...] = ()
     cores: dict[str, float] = field(default_factory=dict)  # use of each device core, 0 to 1
+    label: str = ""  # its name, if not the folder's
     locked: bool | None = None  # whether a process of this machine writes here; None: not known
 
     @property
     def name(self) -> str:
         """The folder's name, with its parent's where that alone says little."""
+        if self.label:
+            return self.label
         plain = self.folder.name in ("run", "runs", "out", "output")
         return (
             f"{self.folder.absolute().parent.name}/{self.folder.name}"
@@ -140,13 +144,13 @@ class Run:
         return float(self.environment.get("dollars_per_hour", 0.0))
 
 
-def read(folder: Path, now: float | None = None) -> Run:
-    """Everything that ``folder`` says now.
+def read(folder: Path, now: float | None = None, log: Log | None = None) -> Run:
+    """Everything that ``folder`` says now; ``log`` of its metrics.jsonl, if it was read before.
 
     Raises DataError where it is no run's folder.
     """
-    metrics = folder / "metrics.jsonl"
-    if not any((folder / name).exists() for name in ("config.toml", "metrics.jsonl")):
+    metrics = folder / METRICS
+    if not any((folder / name).exists() for name in ("config.toml", METRICS)):
         raise DataError(
             f"{folder}: is no run's folder (has neither config.toml nor metrics.jsonl); give the "
             "run.folder of a training run"
@@ -157,7 +161,7 @@ def read(folder: Path, now: float | None = None) -> Run:
         now=now,
         config=_config(folder / "config.toml"),
         environment=_json(folder / "environment.json"),
-        records=tuple(read_jsonl(metrics)),
+        records=tuple((log or Log(metrics)).read()),
         written=metrics.stat().st_mtime if metrics.exists() else 0.0,
         ranks=tuple(ranks(folder / "heartbeats", now)),
         saved=tuple(checkpoints(folder / "checkpoints")),

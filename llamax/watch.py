@@ -27,9 +27,9 @@ from pathlib import Path
 
 from llamax import program
 from llamax.errors import ConfigError
-from llamax.metrics import Record, perplexity, show_bytes, show_number, show_time
+from llamax.metrics import Log, Record, perplexity, show_bytes, show_number, show_time
 from llamax.planner import machine as machines
-from llamax.runfolder import WINDOW, Run, percentiles, read
+from llamax.runfolder import METRICS, WINDOW, Run, percentiles, read
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 COLOURS = {"green": 32, "yellow": 33, "red": 31, "cyan": 36, "bold": 1, "dim": 2}
@@ -173,8 +173,9 @@ def _pace(run: Run, paint: Paint) -> Iterator[str]:
     recent = [record.step_s for record in run.records[-WINDOW:]]
     half, most, worst = percentiles(recent, (50, 90, 99))
     label = paint(f"{'step time':<{LEFT}}", "dim")
+    many = f"{len(recent)} reports" if len(recent) > 1 else "1 report"
     yield (
-        f"{label} {show_time(half):>9}  median of {len(recent)} reports, "
+        f"{label} {show_time(half):>9}  median of {many}, "
         f"p90 {show_time(most)}, p99 {show_time(worst)}"
     )
     label = paint(f"{'tokens':<{LEFT}}", "dim")
@@ -254,7 +255,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(list(argv))
     if options.every <= 0:
         raise ConfigError(f"--every={options.every:g} is not above 0; give seconds")
-    run, price = read(options.run), options.dollars_per_hour
+    log, price = Log(options.run / METRICS), options.dollars_per_hour
+    run = read(options.run, log=log)
     if options.instance:
         machine = machines.load(options.instance)
         nodes = -(-int(run.environment.get("ranks", 1)) // machine.ranks)
@@ -273,7 +275,7 @@ def main(argv: Sequence[str]) -> int:
             if run.state in ("finished", "stopped"):
                 break
             time.sleep(options.every)
-            run = read(options.run)
+            run = read(options.run, log=log)
     except KeyboardInterrupt:
         pass  # how one leaves a view; the run goes on
     finally:

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import resource
 import sys
 from dataclasses import replace
@@ -203,7 +204,11 @@ def test_records_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert steps(path) == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("line", ["nonsense", "[1]", "3", '{"step": 1}', '{"foo": 1}'])
+TEXT = RECORD.to_json().replace("1", '"1"', 1)
+NULL = re.sub('"seconds": [0-9.e+-]+', '"seconds": null', RECORD.to_json())
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", "3", '{"step": 1}', '{"foo": 1}', TEXT, NULL])
 def test_a_log_with_a_strange_line_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{RECORD.to_json()}\n{line}\n{RECORD.to_json()}\n")

@@ -12,6 +12,7 @@ import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from llamax.charts import Curve, chart, smoothed, span, thinned, ticks
 from llamax.checkpoint import lock
 from llamax.errors import ConfigError, DataError
 from llamax.launch.env import job_id
-from llamax.metrics import Record
+from llamax.metrics import Log, Record
 from llamax.runfolder import cores, percentiles, read
 
 NOW = 1_800_000_000.0
@@ -155,6 +156,8 @@ def test_a_running_view_says_what_is_left(tmp_path: Path) -> None:
     text = "\n".join(watch.render(read(make(tmp_path / "r", 12), NOW + 5), price=3600.0))
     assert "left 56s" in text
     assert "$24.00 spent, $56.00 to go" in text
+    once = "\n".join(watch.render(read(make(tmp_path / "t", 1), NOW)))
+    assert "median of 1 report, p90" in once
     early = "\n".join(watch.render(read(make(tmp_path / "s", 0), NOW)))
     assert "no step has been reported yet" in early
 
@@ -275,6 +278,31 @@ def test_runs_that_differ_are_marked(tmp_path: Path) -> None:
     differing = text.partition("What differs")[2].partition("Configuration")[0]
     assert re.findall(r"<tr><td>([a-z._]+)", differing) == ["run.seed"]
     assert text.count("<tr class=marked>") == 1
+    assert "What differs</h2><p>no setting</p>" in report.page([read(one, NOW)] * 2)
+
+
+def test_runs_of_one_name_are_told_by_their_paths(tmp_path: Path) -> None:
+    folders = [make(tmp_path / name, 12) for name in ("x/night", "y/night", "day")]
+    found = report.told_apart([read(folder, NOW) for folder in folders])
+    assert [run.name for run in found] == [str(folders[0]), str(folders[1]), "day"]
+
+
+def test_a_record_that_comes_while_one_watches_is_all_that_is_read(tmp_path: Path) -> None:
+    path = make(tmp_path / "r", 12) / "metrics.jsonl"
+    log, text = Log(path), path.read_bytes()
+    first, *_, last = log.read()
+    line = text.splitlines(keepends=True)[-1]
+    path.write_bytes(text.replace(b"{", b"!", 1) + line[:-9])  # what was read may change; cut
+    assert log.read()[-1] == last
+    path.write_bytes(text.replace(b"{", b"!", 1) + line[:-1])  # whole, but for its end
+    assert len(log.read()) == 13
+    path.write_bytes(text.replace(b"{", b"!", 1) + line + line)
+    assert [record.step for record in log.read()[-3:]] == [12, 12, 12]
+    anew = path.with_suffix(".partial")  # as a run that is resumed writes it
+    anew.write_bytes(text.replace(b'"step": 1,', b'"step": 9,', 1) + text)
+    anew.replace(path)
+    assert len(log.read()) == 24
+    assert log.read()[0] == replace(first, step=9)
 
 
 def test_a_run_without_records_still_has_a_page(tmp_path: Path) -> None:
