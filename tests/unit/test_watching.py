@@ -11,8 +11,8 @@ import socket
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
