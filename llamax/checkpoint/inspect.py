@@ -1,6 +1,7 @@
-"""``llamax inspect PATH``: says what a checkpoint, run, Hugging Face folder or dataset is.
+"""``llamax inspect PATH``: says what a checkpoint, run, model or adapter folder or dataset is.
 
-``--verify`` reads everything and compares it with the hashes that are kept.
+``--verify`` reads everything and compares it with the hashes that are kept, and says so where none
+are.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llamax.checkpoint import hub
+from llamax.checkpoint import adapters, hub
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.container import read_header
 from llamax.checkpoint.load import Checkpoint, Source
@@ -29,18 +30,23 @@ def describe(path: Path, verify: bool = False) -> Rows:
     """What ``path`` is, as rows of (label, value); raises where it is damaged or nothing known."""
     if path.suffix == ".tokens" or (path / "train.tokens").is_file():
         return _dataset(path, verify)
+    prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    if Path(f"{prefix}.idx").is_file() or (path / "dataset.json").is_file():
+        return _megatron(prefix, verify)
     if path.suffix == ".safetensors":
-        return _container(path)
+        return _container(path, verify)
     if (path / files.MANIFEST).exists() or files.STEP.match(path.name):
         return _checkpoint(path, verify)
+    if (path / adapters.CONFIG).is_file():
+        return _adapter(path, verify)
     if (path / hub.CONFIG).is_file():
-        return _hub(path)
+        return _hub(path, verify)
     if files.steps(path):
         return _run(path, verify)
     if not path.exists():
         raise CheckpointError(f"there is no {path}; check the path")
     raise CheckpointError(
-        f"{path} is no checkpoint, run, Hugging Face folder or dataset that llamax knows; "
+        f"{path} is no checkpoint, run, Hugging Face or PEFT folder or dataset that llamax knows; "
         "checkpoints of NxD, optimum-neuron, NeMo and Meta are read by llamax import"
     )
 
@@ -74,15 +80,39 @@ def _run(path: Path, verify: bool) -> Rows:
     yield from _checkpoint(found[-1], verify)
 
 
-def _hub(path: Path) -> Rows:
+def _hub(path: Path, verify: bool) -> Rows:
     source = hub.HubFolder(path)
     yield "Hugging Face", path
     yield from _model(source)
-    dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in source.names())
-    yield "kept", ", ".join(f"weight {dtype} x {n}" for dtype, n in dtypes.items())
-    yield "files", _files(file.stat().st_size for file in path.glob("*.safetensors"))
+    yield from _weights(source)
     tokenizer = [name for name in hub.TOKENIZER_FILES if (path / name).is_file()]
     yield "tokenizer", ", ".join(tokenizer) or "none"
+    yield from _no_hashes(verify)
+
+
+def _adapter(path: Path, verify: bool) -> Rows:
+    source = adapters.PeftFolder(path)
+    settings, base, fingerprint = source.about
+    yield "PEFT adapter", path
+    yield "base", (base or "not named") + (f", fingerprint {fingerprint[:12]}" * bool(fingerprint))
+    yield (
+        "adapters",
+        f"LoRA of rank {settings.r}, alpha {settings.alpha:g}, dropout {settings.dropout:g} "
+        f"on {settings.targets}",
+    )
+    yield from _weights(source)
+    yield from _no_hashes(verify)
+
+
+def _weights(source: hub.HubFolder | adapters.PeftFolder) -> Rows:
+    dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in source.names())
+    yield "kept", ", ".join(f"weight {dtype} x {n}" for dtype, n in dtypes.items())
+    yield "files", _files(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+
+
+def _no_hashes(verify: bool) -> Rows:
+    if verify:
+        yield "verified", "nothing: files of this kind keep no hashes"
 
 
 def _model(source: Source) -> Rows:
@@ -97,12 +127,13 @@ def _model(source: Source) -> Rows:
     )
 
 
-def _container(path: Path) -> Rows:
+def _container(path: Path, verify: bool) -> Rows:
     header = read_header(path)
     yield "safetensors", path
     yield "tensors", len(header)
     yield "elements", show_number(sum(math.prod(entry.shape) for entry in header.values()))
     yield "files", _files([path.stat().st_size])
+    yield from _no_hashes(verify)
 
 
 def _dataset(path: Path, verify: bool) -> Rows:
@@ -124,6 +155,28 @@ def _dataset(path: Path, verify: bool) -> Rows:
         yield "verified", f"checksums of all {len(paths)} files"
 
 
+def _megatron(path: Path, verify: bool) -> Rows:
+    from llamax.data.dataset import open_dataset
+    from llamax.data.megatron import IndexedFile
+
+    header = open_dataset(path, "off").train.header
+    found = open_dataset(path, "off", header.vocab_size)
+    splits = {"train" if path.is_dir() else path.name: found.train, "validation": found.validation}
+    indexed = {name: one for name, one in splits.items() if isinstance(one, IndexedFile)}
+    yield "Megatron data", path
+    for name, one in indexed.items():
+        documents = show_number(len(one.marks) - 1)
+        yield name, f"{show_number(len(one))} tokens, {documents} documents, {one.dtype.name}"
+    yield "vocabulary", header.vocab_size or "not named"
+    yield "tokenizer", header.tokenizer or "not named"
+    halves = (Path(f"{one.path}{half}") for one in indexed.values() for half in (".bin", ".idx"))
+    yield "files", _files(half.stat().st_size for half in halves)
+    if verify:
+        found.verify()
+        known = " and tokens are in the vocabulary" if header.vocab_size else ""
+        yield "verified", f"that sequences lie end to end{known}; the format keeps no checksums"
+
+
 def _files(sizes: Any) -> str:
     sizes = [*sizes]
     return f"{len(sizes)}, {show_bytes(sum(sizes))}"
@@ -139,8 +192,8 @@ def table(rows: Mapping[str, object] | Sequence[tuple[str, object]]) -> str:
 def main(argv: Sequence[str]) -> int:
     """The command line."""
     parser = argparse.ArgumentParser("llamax inspect", description=__doc__.split("\n")[0])
-    parser.add_argument("path", help="checkpoint, run, Hugging Face folder, dataset or file")
-    parser.add_argument("--verify", action="store_true", help="hash everything")
+    parser.add_argument("path", help="checkpoint, run, model or adapter folder, dataset or file")
+    parser.add_argument("--verify", action="store_true", help="read everything, check what can be")
     args = parser.parse_args(argv)
     print(table([*describe(Path(args.path), args.verify)]))
     return 0

@@ -333,6 +333,9 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert rows(tmp_path)["checkpoints"] == "step-00000003"
     assert rows(hub)["kept"] == "weight bfloat16 x 21"
     assert rows(hub / "model.safetensors")["tensors"] == "21"
+    for one in (hub, hub / "model.safetensors"):
+        assert rows(one, verify=True)["verified"].startswith("nothing: ")
+        assert "verified" not in rows(one)
     assert inspection.main([str(hub)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len({line.index("  ") for line in lines if "Hugging Face" in line}) == 1

@@ -6,16 +6,19 @@ code beside ours where it is given.
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from llamax.checkpoint import inspect
 from llamax.data.blend import PERIOD, Blend, turns
 from llamax.data.dataset import Mixture, open_dataset
+from llamax.data.files import sha256
 from llamax.data.loader import Loader
-from llamax.data.megatron import DTYPES, SAMPLED, IndexedFile, write_indexed
+from llamax.data.megatron import DTYPES, SAMPLED, IndexedFile, indexed_prefix, write_indexed
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.errors import DataError
 
@@ -230,6 +233,35 @@ def test_a_blend_opens_its_parts(tmp_path: Path) -> None:
     assert split.weights == (3.0, 1.0)
     assert len(split) == 22
     assert split.path == one
+
+
+def test_inspect_says_what_a_prefix_is(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "d.v1", DOCUMENTS)
+    for path in (prefix, Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
+        found = dict(inspect.describe(path))
+        assert found["Megatron data"] == prefix
+        assert found["d.v1"] == "11 tokens, 3 documents, int32"
+        assert found["tokenizer"] == "not named"
+        assert "verified" not in found
+    found = dict(inspect.describe(prefix, verify=True))
+    assert found["verified"] == "that sequences lie end to end; the format keeps no checksums"
+
+
+def test_inspect_says_what_prepare_made(tmp_path: Path) -> None:
+    tokenizer, header = tmp_path / "tokenizer.model", {"vocab_size": 301}
+    tokenizer.write_bytes(b"a tokenizer")
+    said = {"tokenizer_file": tokenizer.name, "tokenizer": sha256(tokenizer), "key": "text"}
+    (tmp_path / "dataset.json").write_text(json.dumps({**said, "indexed": header}))
+    for split in ("train", "validation"):
+        write(indexed_prefix(tmp_path, split, "text"), DOCUMENTS)
+    found = dict(inspect.describe(tmp_path, verify=True))
+    assert found["train"] == found["validation"] == "11 tokens, 3 documents, int32"
+    assert (found["vocabulary"], found["tokenizer"]) == (301, sha256(tokenizer))
+    assert str(found["files"]).startswith("4, ")
+    assert "tokens are in the vocabulary" in str(found["verified"])
+    write(indexed_prefix(tmp_path, "validation", "text"), [[7, 301]])
+    with pytest.raises(DataError, match=r"token 301 .* is outside"):
+        dict(inspect.describe(tmp_path, verify=True))
 
 
 # --- blends --------------------------------------------------------------------------------------

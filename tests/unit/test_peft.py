@@ -14,7 +14,7 @@ import transformers
 from tiny_run import config, make_dataset
 
 from llamax import lora
-from llamax.checkpoint import adapters
+from llamax.checkpoint import adapters, inspect
 from llamax.checkpoint.load import Checkpoint, load_weights
 from llamax.checkpoint.manifest import newest
 from llamax.config import Finetune, Model, RopeScaling
@@ -195,6 +195,20 @@ def test_what_peft_does_and_llamax_does_not_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(CheckpointError, match=line):
         load_tuned(folder)
+
+
+def test_inspect_says_what_an_adapter_folder_is(run: Path, tmp_path: Path) -> None:
+    folder = adapters.export(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
+    found = {label: str(value) for label, value in inspect.describe(folder, verify=True)}
+    about = adapters.PeftFolder(folder).about
+    assert found["PEFT adapter"] == str(folder)
+    assert found["base"] == f"{about.base}, fingerprint {about.fingerprint[:12]}"
+    assert found["adapters"].startswith(f"LoRA of rank {about.finetune.r}, alpha ")
+    assert found["adapters"].endswith(f" on {about.finetune.targets}")
+    assert found["files"].startswith("1, ")
+    assert found["verified"].startswith("nothing: ")
+    (folder / adapters.BASE).unlink()
+    assert dict(inspect.describe(folder))["base"] == about.base
 
 
 @pytest.mark.parametrize(
