@@ -18,6 +18,7 @@ from llamax.launch.jobfile import JobFile
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+SUBDOMAIN = re.compile(rf"{LABEL.pattern}(\.{LABEL.pattern})*")
 PART = r"[a-z0-9]+(?:(?:[._]|__|-+)[a-z0-9]+)*"
 IMAGE = re.compile(
     rf"(?:(?:localhost|[\w-]+(?:\.[\w-]+)+)(?::\d+)?/|[\w-]+:\d+/)?{PART}(?:/{PART})*"
@@ -143,16 +144,16 @@ def _slurm(job: JobFile) -> Iterator[str]:
 
 
 def _kubernetes(job: JobFile) -> Iterator[str]:
-    longest = f"{job.name}-precompile-worker-{job.nodes - 1}"
+    last = f"{job.name}-precompile-worker-{job.nodes - 1}"
     if not LABEL.fullmatch(job.name) or job.name[0].isdigit():
         yield (
             f"name={job.name!r} is refused by Kubernetes; use lower-case letters, digits and -, "
             "with a letter first"
         )
-    elif len(longest) > 63:
+    elif len(last) > 63:
         yield (
-            f"name={job.name!r} is too long: its last pod {longest} has {len(longest)} characters, "
-            f"Kubernetes allows 63; use {len(job.name) - len(longest) + 63} or less"
+            f"name={job.name!r} is too long: its last pod {last} has {len(last)} characters, "
+            f"Kubernetes allows 63; use {len(job.name) - len(last) + 63} or less"
         )
     if not job.image:
         yield "image is empty; name the image that --phase image builds"
@@ -164,13 +165,15 @@ def _kubernetes(job: JobFile) -> Iterator[str]:
             "system, as kubectl get pvc lists it"
         )
     names = (
-        ("storage.claim", job.storage.claim),
-        ("kubernetes.namespace", job.kubernetes.namespace),
-        ("kubernetes.service_account", job.kubernetes.service_account),
+        ("storage.claim", job.storage.claim, SUBDOMAIN, 253, ", - and ."),
+        ("kubernetes.namespace", job.kubernetes.namespace, LABEL, 63, " and -"),
+        ("kubernetes.service_account", job.kubernetes.service_account, SUBDOMAIN, 253, ", - and ."),
     )
-    for key, value in names:
-        if value and not (len(value) <= 63 and LABEL.fullmatch(value)):
-            yield f"{key}={value!r} is refused by Kubernetes; use lower-case letters, digits and -"
+    for key, value, allowed, longest, signs in names:
+        if value and not (len(value) <= longest and allowed.fullmatch(value)):
+            yield (
+                f"{key}={value!r} is refused by Kubernetes; use lower-case letters, digits{signs}"
+            )
 
 
 def _sagemaker(job: JobFile) -> Iterator[str]:

@@ -128,6 +128,8 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
             f"--node is missing: {job.nodes} nodes each run this command with their own, 0 on "
             f"{job.torchrun.master}, the others 1 to {job.nodes - 1}"
         )
+    if node is not None and not 0 <= node < job.nodes:
+        raise ConfigError(f"--node={node} is out of range; use 0 to {job.nodes - 1}")
     starts_sdk = launcher == "sagemaker" and phase == "train" and what == "start"
     if starts_sdk and importlib.util.find_spec("sagemaker") is None:
         raise BackendError(

@@ -159,6 +159,7 @@ def test_every_key_is_explained() -> None:
         ("slurm", {"overrides__data__path": "../../data"}, "data.path=../../data is not below"),
         ("k8s", {"storage__claim": ""}, "storage.claim is empty; name the PersistentVolumeClaim"),
         ("k8s", {"storage__claim": "My_Claim"}, "storage.claim='My_Claim' is refused by Kuber"),
+        ("k8s", {"storage__claim": "a..b"}, "storage.claim='a..b' is refused by Kubernetes; use"),
         ("k8s", {"kubernetes__namespace": "a.b"}, "kubernetes.namespace='a.b' is refused by K"),
         ("k8s", {"kubernetes__service_account": "A"}, "kubernetes.service_account='A' is refused"),
         ("k8s", {"image": ""}, "image is empty; name the image that --phase image builds"),
@@ -206,6 +207,13 @@ def test_each_mistake_is_one_line(launcher: str, changes: dict[str, Any], messag
 )
 def test_names_of_images_that_docker_takes(image: str) -> None:
     assert refusals("k8s", image=image) == []
+
+
+@pytest.mark.parametrize("key", ["storage__claim", "kubernetes__service_account"])
+def test_objects_of_kubernetes_have_subdomains_as_names(key: str) -> None:
+    long = ".".join(["a" * 63] * 3)
+    assert refusals("k8s", **{key: "fsx.team-1"}) == refusals("k8s", **{key: long}) == []
+    assert "is refused by Kubernetes; use" in refusals("k8s", **{key: f"{long}.{long}"})[0]
 
 
 def test_prepare_wants_inputs_and_a_tokenizer() -> None:
@@ -263,6 +271,8 @@ def write(folder: Path, **changes: Any) -> str:
             ["--on", "slurm", "--phase", "tensorboard", "--action", "stop"],
             "--action stop: --phase tensorboard runs in the foreground; press Ctrl-C",
         ),
+        (["--on", "torchrun", "--node", "4"], "--node=4 is out of range; use 0 to 3"),
+        (["--on", "torchrun", "--node", "-1"], "--node=-1 is out of range; use 0 to 3"),
         (["--on", "torchrun"], "--node is missing: 4 nodes each run this command with their own"),
     ],
 )
