@@ -260,6 +260,15 @@ def patience_needs_validation(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
+@rule("checkpoint.keep_best", "run.validate_every")
+def best_needs_validation(c: Config, world: int | None) -> Iterator[str]:
+    if c.checkpoint.keep_best and not c.run.validate_every and not c.run.validate_each_epoch:
+        yield (
+            "checkpoint.keep_best=true but nothing is validated; set run.validate_every or "
+            "run.validate_each_epoch=true"
+        )
+
+
 @rule("optim.decay_steps", "optim.schedule", "run.steps")
 def decay_belongs_to_wsd(c: Config, world: int | None) -> Iterator[str]:
     schedule, decay = c.optim.schedule, c.optim.decay_steps

@@ -284,6 +284,20 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
             {"run.patience": 2, "run.validate_each_epoch": True},
         ],
     ),
+    "best_needs_validation": (
+        [
+            (
+                {"checkpoint.keep_best": True},
+                None,
+                "checkpoint.keep_best=true but nothing is validated; set run.validate_every or "
+                "run.validate_each_epoch=true",
+            )
+        ],
+        [
+            {"checkpoint.keep_best": True, "run.validate_every": 5},
+            {"checkpoint.keep_best": True, "run.validate_each_epoch": True},
+        ],
+    ),
     "decay_belongs_to_wsd": (
         [
             (
