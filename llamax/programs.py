@@ -34,6 +34,8 @@ def hashes(config: Config, world: int, cores: int, environ: Mapping[str, str]) -
 
     Traced in a process of its own, without a device.  BackendError with its last line if it fails.
     """
+    if installed("torch-xla") is None:
+        raise BackendError("the run's own cannot be traced without torch-xla")
     with TemporaryDirectory(prefix="llamax-") as folder:
         path = Path(folder, "run.toml")
         path.write_text(configfile.dump(config))
@@ -45,7 +47,8 @@ def hashes(config: Config, world: int, cores: int, environ: Mapping[str, str]) -
         )
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or [f"it ended with {done.returncode}"]
-        raise BackendError(f"the run's programs cannot be traced: {last[0]}")
+        why = last[0].removeprefix("llamax: ")
+        raise BackendError(f"the run's own cannot be traced: {why}")
     found: dict[str, str] = json.loads(done.stdout)
     return found
 

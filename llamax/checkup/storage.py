@@ -231,14 +231,14 @@ def cache(url: str, count: int, hashes: Hashes) -> Iterator[Finding]:
             f"cat {failed}/*.log; then rm -r {failed} and precompile again",
         )
     elif len(done) < count:
-        yield _compiles(f"{len(done)} of the run's {count} programs at most are in {folder}")
+        yield _compiles(f"{_programs(len(done))} in {folder}, where the run has {count}")
     else:
         yield from _own(folder, len(done), hashes)
 
 
 def _own(folder: Path, done: int, hashes: Hashes) -> Iterator[Finding]:
     """Whether what was precompiled into the cache is what the run will compile."""
-    told = f"{done} compiled programs in {folder}"
+    told = f"{_programs(done)} in {folder}"
     if not programs.noted(folder):
         yield unseen(
             "compile cache",
@@ -258,6 +258,10 @@ def _own(folder: Path, done: int, hashes: Hashes) -> Iterator[Finding]:
         yield _compiles(f"{told}, but not the run's {names}: it has changed since precompile")
     else:
         yield ok("compile cache", f"{told}, among them the run's own {', '.join(found)}")
+
+
+def _programs(count: int) -> str:
+    return "1 compiled program" if count == 1 else f"{count or 'no'} compiled programs"
 
 
 def _compiles(what: str) -> Finding:

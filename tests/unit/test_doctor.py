@@ -297,6 +297,8 @@ def test_compile_cache(tmp_path: Path) -> None:
 
     assert cache("s3://bucket/cache")[0] == cache(folder / "deep")[0] == "unseen"
     assert cache()[0] == "warning"
+    folder.mkdir()
+    assert cache(count=2)[1] == f"no compiled programs in {folder}, where the run has 2"
     module = folder / "neuronxcc-2.23" / "MODULE_1+2"
     module.mkdir(parents=True)
     level, _, mend = cache()
@@ -306,8 +308,8 @@ def test_compile_cache(tmp_path: Path) -> None:
     )
     (module / "model.neff").touch()
     level, what, _ = cache(count=2)
-    assert (level, what) == ("warning", f"1 of the run's 2 programs at most are in {folder}")
-    told = f"1 compiled programs in {folder}"
+    told = f"1 compiled program in {folder}"
+    assert (level, what) == ("warning", f"{told}, where the run has 2")
     assert cache()[:2] == ("unseen", f"{told}, without a note of which run they are")
     programs.note(folder, {"microstep": "a1"})
     level, what, mend = cache()
@@ -318,6 +320,12 @@ def test_compile_cache(tmp_path: Path) -> None:
     assert cache()[:2] == ("ok", f"{told}, among them the run's own microstep, update")
     (found,) = storage.cache(str(folder), 1, nowhere)
     assert (found.level, found.what) == ("unseen", f"{told}; torch-xla is absent")
+
+
+def test_programs_are_not_traced_without_torch_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "installed", lambda _: None)
+    with pytest.raises(BackendError, match="the run's own cannot be traced without torch-xla"):
+        programs.hashes(job().config, 32, 32, {})
 
 
 def test_programs_of_a_run() -> None:
