@@ -160,13 +160,14 @@ def introduce(job: Job) -> None:
         " with ZeRO-1" if config.parallel.zero1 and mesh.dp > 1 else "",
     )
     log.logger.info(
-        "%s: %s tokens, %s a step in %d microsteps, steps %d to %d",
+        "%s: %s tokens, %s a step in %d microsteps, %s",
         config.data.path,
         show_number(len(job.dataset.train)),
         show_number(config.data.global_batch * config.data.sequence_length),
         config.accumulation(mesh.dp),
-        job.step + 1,
-        config.run.steps,
+        f"steps {job.step + 1} to {config.run.steps}"
+        if job.step < config.run.steps
+        else f"nothing left of run.steps={config.run.steps}",
     )
     log.logger.info("samples: %s", job.training)
     if job.adapters is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 import signal
 import time
@@ -62,11 +63,19 @@ def test_a_resumed_run_is_the_same_to_the_bit(
         assert hashes(tmp_path, STEPS) == end
 
 
-def test_a_finished_run_is_left_alone(dataset: Path, tmp_path: Path) -> None:
+def test_a_finished_run_is_left_alone(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("llamax").propagate = True
+    caplog.set_level(logging.INFO, "llamax")
     cfg = config(dataset, tmp_path)
     train(cfg, Rendezvous())
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    train(cfg, Rendezvous())
+    assert "in 4 microsteps, steps 1 to 6" in caplog.text
+    shorter = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, steps=3))
+    for again, steps in ((cfg, 6), (shorter, 3)):
+        train(again, Rendezvous())
+        assert f"in 4 microsteps, nothing left of run.steps={steps}" in caplog.text
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
