@@ -27,9 +27,10 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from llamax.errors import BackendError
+from llamax.errors import BackendError, LlamaxError
 
 FAMILIES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -77,6 +78,18 @@ class Rendezvous:
     @property
     def one_machine(self) -> bool:
         return self.local_world_size == self.world_size
+
+
+@contextmanager
+def first_to_speak(where: Rendezvous) -> Iterator[None]:
+    """All ranks of a machine find the same mistakes here; its first one tells, the others wait."""
+    try:
+        yield
+    except LlamaxError as error:
+        if where.local_rank == 0:
+            raise
+        time.sleep(2)
+        raise SystemExit(error.exit_code) from None
 
 
 def ipv4(name: str, wait_s: float = 0.0) -> str:

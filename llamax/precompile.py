@@ -24,7 +24,7 @@ from llamax.errors import BackendError
 from llamax.feed import resolve
 from llamax.inputs import open_inputs
 from llamax.job import loaders, prepare
-from llamax.launch.env import Rendezvous
+from llamax.launch.env import Rendezvous, first_to_speak
 from llamax.mesh import Mesh
 from llamax.optim.schedule import lr_at
 from llamax.step import train_step, validation_loss
@@ -40,8 +40,8 @@ def asked(environ: Mapping[str, str]) -> bool:
 
 def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) -> None:
     """Trace and compile every program of ``config`` on this rank of the world ``where``."""
+    run = config.run
     mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
-    backend = choose(config.run.backend, where, config.run.threads)
     kv = max(1, mesh.tp // config.model.num_key_value_heads)
     base = config.checkpoint.init_from if config.finetune.method != "full" else ""
     with TemporaryDirectory(prefix="llamax-") as folder:
@@ -50,8 +50,10 @@ def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) ->
             run=replace(config.run, folder=folder),
             checkpoint=replace(config.checkpoint, resume="never", init_from=base),
         )
-        inputs = replace(open_inputs(config), first=None)  # only the names of the base are read
-        config = resolve(config, inputs.training.samples)
+        with first_to_speak(where):
+            backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
+            inputs = replace(open_inputs(config), first=None)  # only names of the base are read
+            config = resolve(config, inputs.training.samples)
         with backend.joined(mesh, config.run.timeout_s, kv) as axes:
             job = prepare(config, mesh, backend, axes, inputs, draw=False)
             training, validation = loaders(job)

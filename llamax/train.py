@@ -30,13 +30,13 @@ from llamax.backends import choose
 from llamax.checkpoint import lock
 from llamax.checkpoint.manifest import newest
 from llamax.config import Config
-from llamax.errors import CheckpointError, LlamaxError, Stopped
+from llamax.errors import CheckpointError, Stopped
 from llamax.feed import resolve
 from llamax.guard import Guard
 from llamax.heartbeat import Heartbeat, beating
 from llamax.inputs import open_inputs
 from llamax.job import Job, introduce, loaders, measures, prepare, writers
-from llamax.launch.env import Rendezvous, rendezvous
+from llamax.launch.env import Rendezvous, first_to_speak, rendezvous
 from llamax.mesh import Mesh
 from llamax.metrics import show_time
 from llamax.optim.schedule import lr_at
@@ -202,18 +202,6 @@ def tolerated(job: Job) -> Iterator[None]:
 
 def _due(step: int, every: int, last: bool = False) -> bool:
     return every > 0 and (step % every == 0 or last)
-
-
-@contextmanager
-def first_to_speak(where: Rendezvous) -> Iterator[None]:
-    """All ranks of a machine find the same mistakes here; its first one tells, the others wait."""
-    try:
-        yield
-    except LlamaxError as error:
-        if where.local_rank == 0:
-            raise
-        time.sleep(2)
-        raise SystemExit(error.exit_code) from None
 
 
 def main(argv: Sequence[str]) -> int:
