@@ -27,6 +27,7 @@ from typing import IO
 
 from llamax import log, program
 from llamax.backends import EAGER, choose
+from llamax.checkpoint.adapters import is_adapter
 from llamax.config import Config, Data, Parallel
 from llamax.data.instruct import FIELDS, column
 from llamax.data.rows import Row
@@ -183,7 +184,11 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError("--stop is empty; give the text to stop at")
     temperature = 0.0 if options.greedy else options.temperature
     sampling = Sampling(temperature, options.top_k, options.top_p, options.seed)
-    models = [open_given(path, options.tokenizer, options.base) for path in _paths(options)]
+    paths = _paths(options)
+    models = [
+        open_given(path, options.tokenizer, base)
+        for path, base in zip(paths, _bases(paths, options.base), strict=True)
+    ]
     rows: list[tuple[str, Row]] = [
         (f"prompt {ascii(text)[:40]}", {"prompt": text, "instruction": text})
         for text in options.prompt
@@ -233,7 +238,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             made = [_complete(speaker(i), asked[i], options.batch) for i in range(2)]
             if speaks:
-                _side_by_side(_paths(options), asked[0], made, out)
+                _side_by_side(paths, asked[0], made, out)
     return 0
 
 
@@ -247,6 +252,12 @@ def _paths(options: argparse.Namespace) -> list[Path]:
     if len(paths) != 2:
         raise ConfigError(f"--compare={options.compare} names {len(paths)} models; use BASE,TUNED")
     return paths
+
+
+def _bases(paths: Sequence[Path], base: str) -> list[str]:
+    """``--base`` for each model: of two that are compared, adapters alone need it."""
+    adapted = [is_adapter(path) for path in paths]
+    return [base if each or not any(adapted) else "" for each in adapted]
 
 
 def _answer(

@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from instruction import llama2_tokenizer, prepare, sums, write_rows
+from safetensors.torch import save_file
 
 from llamax import program
 from llamax.config import Model
@@ -147,6 +148,25 @@ def test_context_and_comparison(
         assert json.loads(alone.read_text())["text"] == told[name]["text"]
 
 
+def test_a_base_is_for_the_adapters_of_a_comparison(folder: Path, tmp_path: Path) -> None:
+    hub, adapter, out = folder / "hub", tmp_path / "adapter", tmp_path / "out.jsonl"
+    adapter.mkdir()
+    about = {"peft_type": "LORA", "r": 2, "lora_alpha": 64, "base_model_name_or_path": "gone"}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    q_proj, width = "base_model.model.model.layers.0.self_attn.q_proj", MODEL.hidden_size
+    drawn = torch.Generator().manual_seed(0)
+    factors = {
+        f"{q_proj}.lora_A.weight": torch.randn(2, width, generator=drawn),
+        f"{q_proj}.lora_B.weight": torch.randn(width, 2, generator=drawn),
+    }
+    save_file(factors, adapter / "adapter_model.safetensors")
+    argv = ["--compare", f"{hub},{adapter}", "--base", hub, "--prompt", "Who?", "--greedy",
+            "--max-new-tokens", 9, "--out", out]  # fmt: skip
+    assert program.run(generate, list(map(str, argv))) == 0
+    told = json.loads(out.read_text())
+    assert told["base"]["text"] != told["tuned"]["text"]
+
+
 def test_what_rows_hold_is_written_whatever_it_is(tmp_path: Path) -> None:
     with new_file(tmp_path / "out.jsonl") as out:
         write_line(out, {"when": date(2026, 1, 2), "half": "\ud800", "name": "철수"})
@@ -193,6 +213,8 @@ def test_mistakes_are_one_line(
     assert line.endswith("empty.jsonl: row 1: has an empty answer; mend or remove it")
     assert "give one model" in refused(capsys, generate, "--prompt", "a")
     assert "names 1 models" in refused(capsys, generate, "--compare", hub)
+    pair = ("--compare", f"{hub},{folder / 'other'}", "--base", hub)
+    assert "needs no --base" in refused(capsys, generate, *pair)
     assert "give --template too" in refused(capsys, generate, hub, "--context", "c")
     dolly = ("--template", "dolly")
     assert "give --prompt or --prompts-file" in refused(capsys, generate, hub, *dolly)
