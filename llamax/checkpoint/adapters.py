@@ -49,7 +49,17 @@ PLAIN = {
     "fan_in_fan_out": False,
     "target_parameters": None,
     "lora_bias": False,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "alora_invocation_tokens": None,
+    "use_qalora": False,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
 }
+# First weights that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ, ... take a part out of it.
+FIRST = ("true", "false", "none", "gaussian", "eva", "orthogonal")
 # Fields of Finetune that make an adapter what it is.
 SHAPE = ("method", "r", "alpha", "targets", "rslora", "quant", "double_quant")
 
@@ -159,6 +169,11 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
     for key, plain in PLAIN.items():
         if (value := config.get(key)) not in (plain, None, False) and value != {}:
             found.append(f"{key}={value!r} is not supported; llamax computes {plain!r} only")
+    if str(first := config.get("init_lora_weights")).lower() not in FIRST:
+        found.append(
+            f"init_lora_weights={first!r} changes the base that the adapter belongs to; save it as "
+            "LoRA of the first base with PEFT's path_initial_model_for_weight_conversion"
+        )
     for key in ("r", "lora_alpha"):
         if type(config.get(key)) not in (int, float) or config[key] <= 0:
             found.append(f"{key}={config.get(key)!r} is no number above 0; save the adapter anew")
@@ -178,7 +193,7 @@ def _targets(folder: Path, names: Mapping[str, Entry]) -> str:
             )
         layers.setdefault(pieces[2], set()).add(pieces[4])
     kinds = {tuple(sorted(found, key=LINEAR.index)) for found in layers.values()}
-    if len(kinds) != 1:
+    if len(kinds) != 1 or layers.keys() != {str(number) for number in range(len(layers))}:
         raise CheckpointError(
             f"{folder / WEIGHTS} adapts other projections in one layer than in another; llamax "
             "adapts the same in every layer"

@@ -180,6 +180,9 @@ def test_adapters_are_no_base(run: Path) -> None:
         ({"use_dora": True}, "use_dora=True is not supported; llamax computes False only"),
         ({"bias": "all"}, "bias='all' is not supported; llamax computes 'none' only"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
+        ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens=\[5\] is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base that the"),
+        ({"init_lora_weights": "loftq"}, "'loftq' changes the base that the adapter belongs to"),
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported; llamax reads LORA"),
         ({"r": "four"}, "r='four' is no number above 0; save the adapter anew"),
         ({"lora_alpha": 0}, "lora_alpha=0 is no number above 0; save the adapter anew"),
@@ -217,9 +220,10 @@ def test_inspect_says_what_an_adapter_folder_is(run: Path, tmp_path: Path) -> No
         (("self_attn.q_proj", "self_attn.query"), "is no LoRA factor of a Llama's projection"),
         (("layers.1.self_attn.q_proj", "layers.1.self_attn.lm"), "is no LoRA factor"),
         (("0.self_attn.q_proj", None), "other projections in one layer than in another"),
+        (("layers.0.", None), "other projections in one layer than in another"),
         (("lora_A", "lora_magnitude"), "is no LoRA factor of a Llama's projection"),
     ],
-    ids=["module", "one-layer", "missing", "factor"],
+    ids=["module", "one-layer", "missing", "layer", "factor"],
 )
 def test_tensors_that_fit_no_projection_are_refused(
     run: Path, tmp_path: Path, rename: tuple[str, str | None], line: str
