@@ -159,7 +159,7 @@ class Checkpoint:
         default="auto",
         metadata=about(
             "auto: newest of this run; intact: newest whose hashes hold; never; or a checkpoint "
-            "folder"
+            "folder; later ones are renamed to .past once the run saves"
         ),
     )
     on_failure: Literal["stop", "continue"] = field(
