@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -199,12 +200,15 @@ def main(argv: Sequence[str]) -> int:
     for name, value in (("--nodes", options.nodes), ("--ranks", options.ranks)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value} is out of range; use 1 or more")
+    dollars = options.dollars_per_hour
+    if dollars is not None and not 0 <= dollars < math.inf:
+        raise ConfigError(f"--dollars-per-hour={dollars:g} is out of range; use 0 or more")
     backend = read(options.config, overrides, None).run.backend
     machine = machines.load(options.instance or INSTANCES.get(backend, machines.THIS))
     if options.ranks:
         machine = machine.with_ranks(options.ranks)
-    if options.dollars_per_hour is not None:
-        machine = replace(machine, dollars_per_hour=options.dollars_per_hour)
+    if dollars is not None:
+        machine = replace(machine, dollars_per_hour=dollars)
     world = None if options.search else options.nodes * machine.ranks
     config = read(options.config, overrides, world)
     if options.search:

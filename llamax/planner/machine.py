@@ -6,6 +6,7 @@ the same form.  ``cpu`` is this machine, measured when asked for: a matrix produ
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -158,16 +159,20 @@ def _machine(name: str, table: dict[str, Any], path: Path) -> Machine:
     for key, value in values.items():
         if key not in allowed:
             raise ConfigError(f"{path}: {name}.{key} is an unknown key{nearest(key, allowed)}")
-        kind = KINDS.get(str(allowed[key].type), (int, float))
-        if not isinstance(value, kind) or (not isinstance(value, str) and value < 0):
-            raise ConfigError(
-                f"{path}: {name}.{key}={value!r} is not {WORDS[str(allowed[key].type)]}"
-            )
+        wanted = str(allowed[key].type)
+        kind = KINDS.get(wanted, (int, float))
+        right = isinstance(value, kind) and isinstance(value, bool) == (wanted == "bool")
+        if not right or (not isinstance(value, str) and not 0 <= value < math.inf):
+            raise ConfigError(f"{path}: {name}.{key}={value!r} is not {WORDS[wanted]}")
+        if key.endswith("_efficiency") and not 0 < value <= 1:
+            raise ConfigError(f"{path}: {name}.{key}={value!r} is no share; use above 0, 1 at most")
     if (backend := values.get("backend")) is not None and backend not in BACKENDS:
         raise ConfigError(f"{path}: {name}.backend={backend!r} is unknown; use {either(BACKENDS)}")
     for key, each in allowed.items():
         if each.default is MISSING and not values.get(key):
-            if key in ("link_gbps", "dollars_per_hour") and key in values:
+            if key in values and (
+                key == "dollars_per_hour" or (key == "link_gbps" and values["ranks"] == 1)
+            ):
                 continue  # a node of one rank has no links, and one's own costs nothing
             raise ConfigError(f"{path}: {name}.{key} is missing or 0; write what one rank has")
     return Machine(name, **values)
