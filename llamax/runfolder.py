@@ -156,14 +156,15 @@ def read(folder: Path, now: float | None = None, log: Log | None = None) -> Run:
             "run.folder of a training run"
         )
     now = time.time() if now is None else now
+    environment = _json(folder / "environment.json")
     return Run(
         folder=folder,
         now=now,
         config=_config(folder / "config.toml"),
-        environment=_json(folder / "environment.json"),
+        environment=environment,
         records=tuple((log or Log(metrics)).read()),
         written=metrics.stat().st_mtime if metrics.exists() else 0.0,
-        ranks=tuple(ranks(folder / "heartbeats", now)),
+        ranks=tuple(ranks(folder / "heartbeats", now, environment.get("ranks"))),
         saved=tuple(checkpoints(folder / "checkpoints")),
         cores=cores(sorted(folder.glob("neuron-monitor*.json*"))),
         locked=locked(folder / LOCK),
@@ -199,9 +200,14 @@ def locked(path: Path) -> bool | None:
         return None
 
 
-def ranks(folder: Path, now: float) -> Iterable[Rank]:
-    """The heartbeats in a folder, by rank."""
-    for path in sorted(folder.glob("rank-*")):
+def ranks(folder: Path, now: float, count: object) -> Iterable[Rank]:
+    """The heartbeats in a folder, by rank.
+
+    Of ``count`` ranks, where that is a number: files of a start with more of them may be left, and
+    a rank that is alone writes none.
+    """
+    known = count if isinstance(count, int) and count > 1 else 0 if count == 1 else None
+    for path in sorted(folder.glob("rank-*"))[:known]:
         try:
             beat, age = Beat(**json.loads(path.read_bytes())), now - path.stat().st_mtime
         except (OSError, ValueError, TypeError):

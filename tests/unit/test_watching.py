@@ -88,6 +88,16 @@ def test_the_state_of_a_run(
     assert run.state == state
 
 
+@pytest.mark.parametrize(("now_there", "state"), [(4, "dead"), (2, "running"), (1, "running")])
+def test_ranks_of_an_earlier_start_do_not_count(tmp_path: Path, now_there: int, state: str) -> None:
+    folder = make(tmp_path / "r", 12, 4)
+    for rank in (2, 3):
+        beat = {"beat": 3, "step": 4, "host": "node0", "pid": 1, "left": "done"}
+        (folder / "heartbeats" / f"rank-{rank:05d}").write_text(json.dumps(beat))
+    (folder / "environment.json").write_text(json.dumps({"ranks": now_there}))
+    assert read(folder, NOW + 5).state == state
+
+
 def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
     run = read(make(tmp_path / "night", 12, 4, 2), NOW + 5)
     text = "\n".join(watch.render(run, 100))
