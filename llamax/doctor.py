@@ -9,7 +9,7 @@
     unseen   devices      no Neuron device here, where the job asks for 16 a node
              see          run doctor on a node
 
-Without a job it looks at the machine alone.  The exit code is 3 if there is an error, else 0.
+Without a job it looks at the machine alone.  The exit code is 8 if there is an error, else 0.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from llamax.metrics import show_bytes, show_time
 from llamax.planner import machine as machines
 from llamax.planner.search import Plan, plan
 
-NOT_READY = 3
+NOT_READY = 8
 
 
 def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]:
@@ -145,7 +145,7 @@ def show(finding: Finding) -> Iterator[str]:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="llamax doctor",
-        description="Check this machine, and a job on it, before it is launched. Exit code 3 if "
+        description="Check this machine, and a job on it, before it is launched. Exit code 8 if "
         "there is an error.",
         allow_abbrev=False,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from llamax import log, program
+from llamax import audit, doctor, errors, log, plan, program
 from llamax.errors import NoRoom
 
 OLD = (
@@ -116,3 +117,19 @@ def test_messages_on_a_full_disk_end_nothing(
     finally:
         log.logger.handlers.clear()
     assert capsys.readouterr().err == "llamax: told\n"
+
+
+def test_every_exit_code_means_one_thing_and_is_listed() -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    lists = {
+        "errors": re.findall(r"^    (\d+) ", errors.__doc__ or "", re.M),
+        "README": re.findall(r"^\| (\d+) \|", readme, re.M),
+    }
+    kinds = [each for each in vars(errors).values() if isinstance(each, type)]
+    own = {each.exit_code for each in kinds if issubclass(each, errors.LlamaxError)}
+    others = {plan.DOES_NOT_FIT, audit.DIFFERS, doctor.NOT_READY}
+    assert len(others) == 3
+    assert not own & others
+    for name, told in lists.items():
+        assert len(set(told)) == len(told), name
+        assert own | others <= set(map(int, told)), name
