@@ -15,7 +15,7 @@ import argparse
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from llamax import configfile
 from llamax.config import Config
@@ -45,13 +45,16 @@ class Run:
     fitted: bool = False
     micro_batch: int = 1
     recompute: str = "selective"
+    shape: dict[str, int] = field(default_factory=dict)  # of a model that is no recipe
 
     def config(self) -> Config:
         """The recipe of its model, laid out as it was."""
         config = configfile.load(self.model)
         return replace(
             config,
-            model=replace(config.model, max_position_embeddings=max(self.length, 2048)),
+            model=replace(
+                config.model, max_position_embeddings=max(self.length, 2048), **self.shape
+            ),
             parallel=replace(config.parallel, tensor=self.mesh.tp),
             data=replace(
                 config.data,
@@ -237,6 +240,60 @@ UNSEEN = (
 )
 
 
+MPT = {"1B": (2048, 24, 16), "3B": (2560, 32, 20), "7B": (4096, 32, 32), "13B": (5120, 40, 40)}
+MPT |= {"30B": (7168, 48, 56), "70B": (8192, 80, 64)}
+
+
+def mosaic(
+    size: str,
+    machine: str,
+    gpus: int,
+    length: int,
+    micro_batch: int,
+    accumulation: int,
+    rate: float,
+    recompute: str = "none",
+) -> Run:
+    """An MPT of Databricks' table, as the Llama whose matrices have as many elements."""
+    D, layers, heads = MPT[size]
+    each = per_gpu(
+        f"MPT-{size}, FSDP",
+        "llama2-7b",
+        machine,
+        gpus,
+        length,
+        micro_batch,
+        rate,
+        "llm-foundry, scripts/train/benchmarking/README.md",
+        recompute,
+    )
+    shape = {
+        "hidden_size": D,
+        "intermediate_size": D * 8 // 3,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "vocab_size": 50432,
+    }
+    return replace(each, batch=each.batch * accumulation, shape=shape)
+
+
+MOSAIC = (
+    mosaic("1B", "p4de.24xlarge", 8, 4096, 7, 4, 17807),
+    mosaic("3B", "p4de.24xlarge", 8, 2048, 10, 2, 10811),
+    mosaic("7B", "p4de.24xlarge", 8, 2048, 6, 2, 4641),
+    mosaic("13B", "p4de.24xlarge", 8, 2048, 2, 3, 2262),
+    mosaic("30B", "p4de.24xlarge", 8, 2048, 3, 21, 916, "full"),
+    mosaic("70B", "p4de.24xlarge", 64, 2048, 8, 4, 410, "full"),
+    mosaic("1B", "p5.48xlarge", 8, 4096, 7, 4, 38535),
+    mosaic("3B", "p5.48xlarge", 64, 2048, 6, 3, 22525),
+    mosaic("7B", "p5.48xlarge", 8, 2048, 6, 1, 10643),
+    mosaic("13B", "p5.48xlarge", 64, 2048, 2, 1, 4800),
+    mosaic("30B", "p5.48xlarge", 32, 2048, 14, 3, 2308, "full"),
+    mosaic("70B", "p5.48xlarge", 64, 2048, 8, 4, 1039, "full"),
+)
+
+
 def planned(run: Run, machine: Machine) -> float:
     """The planner's tokens/s for a published run."""
     return time(Share(run.config(), run.mesh), machine, run.nodes).tokens_per_s
@@ -274,13 +331,13 @@ def main() -> None:
         return
     print("| run | mesh | published tokens/s | planned | error | |")
     print("|---|---|---|---|---|---|")
-    for run in (*PUBLISHED, *GPUS, *UNSEEN):
+    for run in (*PUBLISHED, *GPUS, *UNSEEN, *MOSAIC):
         machine = machines.load(run.machine)
         mesh = " ".join(f"{axis}{run.mesh.degree(axis)}" for axis in ("tp", "pp", "dp"))
         print(
             f"| {run.name} | {run.nodes} x {run.machine}, {mesh} | {run.tokens_per_s:,.0f} "
             f"| {planned(run, machine):,.0f} | {error(run, machine):+.0%} "
-            f"| {'fitted' if run.fitted else 'found later' if run in UNSEEN else ''} |"
+            f"| {'fitted' if run.fitted else 'found later' if run in (*UNSEEN, *MOSAIC) else ''} |"
         )
 
 
