@@ -2,8 +2,8 @@
 
 ::
 
-    llamax: resumed at step 200                            rank 0, from INFO
-    llamax: [pp0 dp0 cp0 tp3] 1 checkpoint is unreadable   any other rank, from WARNING
+    llamax: resuming from runs/demo, after step 200   rank 0, from INFO
+    llamax: [rank 3] cannot write heartbeats/rank-3   any other rank, from WARNING
 
 A run keeps what every rank says, from INFO, and what ended it, in ``logs/JOB/rank-NNNNN.log``.
 """
@@ -52,13 +52,13 @@ def show(text: str, stream: TextIO) -> None:
         pass
 
 
-def setup(coordinate: str = "", main: bool = True) -> None:
-    """Send this rank's messages to stderr: all as ``main``, else warnings behind ``[coordinate]``.
+def setup(who: str = "", main: bool = True) -> None:
+    """Send this rank's messages to stderr: all as ``main``, else warnings behind ``[who]``.
 
     Calling it again replaces what an earlier call set.
     """
     handler = _Stderr(logging.INFO if main else logging.WARNING)
-    prefix = "" if main else f"[{coordinate}] ".replace("%", "%%")
+    prefix = "" if main else f"[{who}] ".replace("%", "%%")
     handler.setFormatter(logging.Formatter(f"llamax: {prefix}%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)

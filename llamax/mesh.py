@@ -35,9 +35,6 @@ class Coordinate:
     cp: int
     tp: int
 
-    def __str__(self) -> str:
-        return f"pp{self.pp} dp{self.dp} cp{self.cp} tp{self.tp}"
-
 
 @dataclass(frozen=True)
 class Mesh:

@@ -126,15 +126,15 @@ def test_rank_0_speaks_and_others_only_when_something_is_wrong(
 ) -> None:
     before = log.logger.handlers[:], log.logger.level, log.logger.propagate
     try:
-        log.setup("pp0 dp0 cp0 tp0", main=True)
-        log.setup("pp0 dp0 cp0 tp0", main=True)
+        log.setup("rank 0", main=True)
+        log.setup("rank 0", main=True)
         log.logger.info("resumed at step %d", 200)
         log.logger.debug("not this")
         assert capsys.readouterr().err == "llamax: resumed at step 200\n"
         assert not log.logger.propagate  # or a root logger would say it twice
-        log.setup("pp0 dp0 cp0 tp3", main=False)
+        log.setup("rank 3", main=False)
         log.logger.info("not this")
         logging.getLogger("llamax.data").warning("slow disk")
-        assert capsys.readouterr().err == "llamax: [pp0 dp0 cp0 tp3] slow disk\n"
+        assert capsys.readouterr().err == "llamax: [rank 3] slow disk\n"
     finally:
         log.logger.handlers[:], log.logger.level, log.logger.propagate = before
