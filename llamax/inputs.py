@@ -18,6 +18,7 @@ from llamax.checkpoint.manifest import CONFIG, find, newest, newest_intact
 from llamax.config import Config, Model, sections
 from llamax.configfile import load, toml
 from llamax.data.dataset import Dataset, open_dataset
+from llamax.data.tokenizer import load_tokenizer
 from llamax.data.tokens import Verify
 from llamax.errors import CheckpointError, ConfigError
 from llamax.feed import Feed
@@ -92,6 +93,8 @@ def open_inputs(config: Config) -> Inputs:
         held_out.check_tokenizer(dataset.fingerprint)
         dataset = replace(dataset, validation=held_out.train)
     dataset.check_vocabulary(config.model.vocab_size)
+    if checkpoint.also_hf and Path(data.path).is_dir():
+        load_tokenizer(Path(data.path))  # every save writes it: refused now, not after the first
     resumed = first = latest = None
     if checkpoint.resume in ("auto", "intact"):
         folder = Path(config.run.folder) / "checkpoints"

@@ -48,6 +48,20 @@ def test_every_checkpoint_holds_what_transformers_loads(run: Config) -> None:
         assert tokenizer.decode(tokenizer.encode("def name_3(x)", add_special_tokens=False))
 
 
+def test_a_tokenizer_that_no_save_could_write_is_refused_at_the_start(
+    run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").mkdir()
+    data = tiny_run.make_dataset(tmp_path / "data", b"no tokenizer")
+    options = (f"--data.path={data}", f"--run.folder={tmp_path / 'run'}")
+    try:
+        assert program.run(main, argv(run, tmp_path, *options)) == 2
+    finally:
+        log.logger.handlers.clear()
+    assert f"{data / 'tokenizer.model'}: is not a tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_damage_is_refused_and_falling_back_is_a_choice(
     run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
