@@ -28,7 +28,7 @@ from llamax.base import held
 from llamax.config import Config
 from llamax.errors import ConfigError
 from llamax.graphs import census, formulas, hlo, report
-from llamax.graphs.census import Groups, Traffic
+from llamax.graphs.census import Traffic
 from llamax.graphs.compare import difference
 from llamax.graphs.formulas import GroupShape
 from llamax.graphs.report import Audit, Divergence, Kind, Memory
@@ -100,7 +100,7 @@ def rank_0(
             name,
             each,
             tuple(when[name]),
-            tuple(census.collectives(each, named_groups(first))),
+            tuple(census.collectives(each, mesh.axes(first.kv))),
             by_hand(first, name),
             model_flops(config, mesh, name),
             seconds[name],
@@ -162,17 +162,6 @@ def corner_ranks(mesh: Mesh) -> list[int]:
     return sorted({mesh.rank(Coordinate(0, dp, 0, tp)) for dp, tp in corners})
 
 
-def named_groups(run: Rehearsal) -> dict[str, Groups]:
-    """The replica groups of every axis."""
-    mesh = run.mesh
-    return {
-        "tp": mesh.groups("tp"),
-        "data": mesh.groups("dp", "cp"),
-        "kv": mesh.replicas("tp", run.kv),
-        "world": (tuple(range(mesh.world_size)),),
-    }
-
-
 def by_hand(run: Rehearsal, kind: str) -> tuple[Traffic, ...] | None:
     """The collectives of a kind by formula; None where there is none: adapters."""
     config, mesh = run.config, run.mesh
@@ -187,7 +176,7 @@ def by_hand(run: Rehearsal, kind: str) -> tuple[Traffic, ...] | None:
         found = formulas.forward(config, mesh, chunks)
     else:
         found = formulas.update(mesh, group_shapes(run), config.parallel.zero1, run.kv)
-    names, groups = {}, named_groups(run)
+    names, groups = {}, mesh.axes(run.kv)
     for axis, known in groups.items():  # axes that are one and the same have one name
         names[axis] = next(name for name, each in groups.items() if set(each) == set(known))
     total: dict[tuple[str, str], Traffic] = {}

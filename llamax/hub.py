@@ -119,6 +119,10 @@ class Model:
             return self.eos_token_id
         return () if self.eos_token_id is None else (self.eos_token_id,)
 
+    def kv_replicas(self, tp: int) -> int:
+        """How many of ``tp`` tensor ranks hold the same key/value head."""
+        return max(1, tp // self.num_key_value_heads)
+
     def num_parameters(self) -> int:
         """The exact number of weights of the whole model, tied ones counted once."""
         D, E = self.hidden_size, self.head_dim

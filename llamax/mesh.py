@@ -115,6 +115,18 @@ class Mesh:
             found.setdefault(tuple(getattr(at, axis) for axis in fixed), []).append(rank)
         return tuple(tuple(ranks) for ranks in found.values())
 
+    def axes(self, kv: int) -> dict[str, Groups]:
+        """The groups of every axis that ranks reduce over, by its name in ``collectives.Axes``.
+
+        ``kv`` tensor neighbours hold one key/value head: ``Model.kv_replicas``.
+        """
+        return {
+            "tp": self.groups("tp"),
+            "data": self.groups("dp", "cp"),
+            "kv": self.replicas("tp", kv),
+            "world": (tuple(range(self.world_size)),),
+        }
+
     def replicas(self, axis: str, size: int) -> Groups:
         """The groups of ``axis`` broken into runs of ``size`` neighbours.
 

@@ -42,7 +42,7 @@ def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) ->
     """Trace and compile every program of ``config`` on this rank of the world ``where``."""
     run = config.run
     mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
-    kv = max(1, mesh.tp // config.model.num_key_value_heads)
+    kv = config.model.kv_replicas(mesh.tp)
     base = config.checkpoint.init_from if config.finetune.method != "full" else ""
     with TemporaryDirectory(prefix="llamax-") as folder:
         config = replace(

@@ -62,7 +62,7 @@ class Rehearsal:
 
     def __init__(self, config: Config, mesh: Mesh, rank: int, tracer: Tracer, data: Path) -> None:
         self.config, self.mesh, self.tracer = config, mesh, tracer
-        self.kv = max(1, mesh.tp // config.model.num_key_value_heads)
+        self.kv = config.model.kv_replicas(mesh.tp)
         self.axes = axes = tracer.axes(mesh, self.kv, rank)
         self.model = build(config, None, False, axes, torch.device("meta"))
         parameters = trained(self.model)

@@ -55,7 +55,7 @@ def train(config: Config, where: Rendezvous) -> None:
         backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
         inputs = open_inputs(config)
         config = resolve(config, inputs.training.samples)
-    kv = max(1, mesh.tp // config.model.num_key_value_heads)
+    kv = config.model.kv_replicas(mesh.tp)
     folder, timeout_s = Path(config.run.folder), config.run.timeout_s
     signals.hold()
     with ThreadPoolExecutor(max_workers=1) as pool:  # hash while the ranks meet and load

@@ -169,12 +169,7 @@ def axes(mesh: Mesh, kv: int = 1) -> Axes:
         ranks = next(group for group in groups if dist.get_rank() in group)
         return Solo(name) if len(ranks) == 1 else GlooAxis(name, ranks, cpu, _group(ranks))
 
-    return Axes(
-        tp=axis("tp", mesh.groups("tp")),
-        data=axis("data", mesh.groups("dp", "cp")),
-        kv=axis("kv", mesh.replicas("tp", kv)),
-        world=axis("world", (tuple(range(mesh.world_size)),)),
-    )
+    return Axes(**{name: axis(name, groups) for name, groups in mesh.axes(kv).items()})
 
 
 @functools.cache

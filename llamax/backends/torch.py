@@ -199,13 +199,8 @@ class _TorchBackend:
                 f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank, "
                 "or raise run.timeout_s"
             ) from error
-        world: Groups = (tuple(range(rendezvous.world_size)),)
-        return Axes(
-            tp=self._axis("tp", mesh.groups("tp"), timeout),
-            data=self._axis("data", mesh.groups("dp", "cp"), timeout),
-            kv=self._axis("kv", mesh.replicas("tp", kv), timeout),
-            world=self._axis("world", world, timeout),
-        )
+        named = mesh.axes(kv).items()
+        return Axes(**{name: self._axis(name, groups, timeout) for name, groups in named})
 
     def _axis(self, name: str, groups: Groups, timeout: timedelta) -> Axis:
         ranks = next(group for group in groups if self.rendezvous.rank in group)

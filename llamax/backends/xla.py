@@ -117,12 +117,7 @@ def axes(mesh: Mesh, kv: int, rank: int, device: torch.device, widen: bool = Fal
             return Solo(name, device)
         return XlaAxis(name, groups, rank, device, widen)
 
-    return Axes(
-        tp=axis("tp", mesh.groups("tp")),
-        data=axis("data", mesh.groups("dp", "cp")),
-        kv=axis("kv", mesh.replicas("tp", kv)),
-        world=axis("world", (tuple(range(mesh.world_size)),)),
-    )
+    return Axes(**{name: axis(name, groups) for name, groups in mesh.axes(kv).items()})
 
 
 def again(function: Callable[..., Any], *tensors: Tensor) -> Any:

@@ -48,7 +48,7 @@ def target_of(args: argparse.Namespace, source: Source, model: Model) -> Target:
     if optimizer == "auto":
         optimizer = "zero1-masters" if "exp_avg" in kinds else "none"
     alike = model.num_attention_heads == model.num_key_value_heads
-    copies = args.kv_multiplier or max(1, args.tensor // model.num_key_value_heads)
+    copies = args.kv_multiplier or model.kv_replicas(args.tensor)
     style = args.qkv or ("stacked" if alike and copies == 1 else "gqa")
     return Target(
         model,
