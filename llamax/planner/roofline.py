@@ -164,9 +164,9 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     whole = share.base[1] * owners if share.spread else 0.0
     gathered_s = 2 * n * data.ring(whole) if whole else 0.0
     if config.parallel.zero1:
-        data_s = data.ring(4 * elements) + data.ring(w * elements)
+        data_s, sent = data.ring(4 * elements) + data.ring(w * elements), f"4 B + {w} B"
     else:
-        data_s = data.ring(4 * elements, passes=2)
+        data_s, sent = data.ring(4 * elements, passes=2), "2 x 4 B"
 
     rate = f"{machine.matmul_efficiency:.0%} of {show_number(peak)}FLOP/s"
     each = f"{n} microsteps" + (f" + {mesh.pp - 1} of pipeline" if mesh.pp > 1 else "")
@@ -210,8 +210,8 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         Line(
             "data collectives",
             data_s,
-            f"{'4' if config.parallel.zero1 else '8'} B + {w} B x {show_number(elements)} elements "
-            f"over {data.name} at {data.bytes_per_s / 1e9:.1f} GB/s",
+            f"{sent} x {show_number(elements)} elements over {data.name} at "
+            f"{data.bytes_per_s / 1e9:.1f} GB/s",
         ),
     )
     trained = Share(config, Mesh()).adapters if share.tuned else 0

@@ -316,6 +316,13 @@ def test_a_machine_file_is_checked(tmp_path: Path, before: str, after: str, said
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize(("zero1", "said"), [(True, "4 B + 2 B x "), (False, "2 x 4 B x ")])
+def test_what_data_ranks_send_is_what_is_counted(zero1: bool, said: str) -> None:
+    config = recipe("llama3.2-1b", "--parallel.tensor=8", f"--parallel.zero1={str(zero1).lower()}")
+    lines = planned(config, TRN1, 1).time.lines
+    assert next(line for line in lines if line.name == "data collectives").formula.startswith(said)
+
+
 def test_every_known_machine_plans(capsys: pytest.CaptureFixture[str]) -> None:
     for name in machines.names()[1:]:
         assert machines.load(name).ranks >= 1
