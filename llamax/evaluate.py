@@ -50,7 +50,7 @@ from llamax.speaker import Given, Speaker, open_given
 
 @torch.no_grad()
 def loss_of(model: Llama, feed: Feed, batches: int = 0, bar: bool = False) -> dict[str, Any]:
-    """Mean loss in nats over the counted tokens of a split, and how many those are.
+    """Mean loss in nats over the counted tokens of a split, of how many tokens and samples.
 
     ``batches``: only the first so many; 0: all.
     """
@@ -71,7 +71,7 @@ def loss_of(model: Llama, feed: Feed, batches: int = 0, bar: bool = False) -> di
         "loss": loss,
         "perplexity": perplexity(loss),
         "tokens": counted,
-        "samples": feed.samples,
+        "samples": min(steps * feed.data.global_batch, feed.samples),
     }
 
 
@@ -239,7 +239,7 @@ def main(argv: Sequence[str]) -> int:
         ends |= wording.ends
         check_prompts(given.model, [one.ids for one in asked], options.max_new_tokens)
     backend = choose(options.backend, where, options.threads)
-    kv = max(1, tp // given.model.num_key_value_heads)
+    kv = given.model.kv_replicas(tp)
     with ExitStack() as stack:
         out = stack.enter_context(new_file(options.out)) if options.out and main_rank else None
         axis: Axis = stack.enter_context(backend.joined(Mesh(tp=tp), TIMEOUT_S, kv)).tp

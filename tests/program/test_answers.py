@@ -81,6 +81,8 @@ def test_loss_is_that_of_transformers(
         assert said["tokens"] == tokens
         return
     assert said["tokens"] == tokens
+    first = found(capsys, folder / "hub", "--data", folder / "data", *packed, "--batches", 1)
+    assert first["samples"] == min(2, said["samples"])
     assert said["loss"] == pytest.approx(total / tokens, rel=1e-5)
     assert said["perplexity"] == pytest.approx(math.exp(total / tokens), rel=1e-4)
 
