@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,6 +65,19 @@ def draw(
     pyplot.close(figure)
 
 
+def read(folders: Sequence[Path]) -> dict[str, list[Record]]:
+    """The records of runs, by the names of their folders; whole paths where two are named alike."""
+    names = Counter(folder.resolve().name for folder in folders)
+    runs = {}
+    for folder in folders:
+        name = folder.resolve().name
+        label = name if names[name] == 1 else str(folder)
+        runs[label] = read_jsonl(folder / "metrics.jsonl")
+        if not runs[label]:
+            raise DataError(f"{folder}: has no records in metrics.jsonl; give a run's folder")
+    return runs
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="llamax plot", description="Draw the loss curves of one or several runs."
@@ -73,13 +87,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--reference", type=float, help="draw a line at this loss, in nats")
     parser.add_argument("--reference-name", default="reference", help="what that line is")
     options = parser.parse_args(argv)
-    runs = {}
-    for folder in options.runs:
-        runs[folder.name] = read_jsonl(folder / "metrics.jsonl")
-        if not runs[folder.name]:
-            raise DataError(f"{folder}: has no records in metrics.jsonl; give a run's folder")
     line = None if options.reference is None else (options.reference_name, options.reference)
-    draw(runs, options.out, line)
+    draw(read(options.runs), options.out, line)
     print(f"wrote {options.out}")
     return 0
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax import metrics
+from llamax import metrics, plot
 from llamax.config import Model
 from llamax.configfile import load
 from llamax.errors import BackendError, DataError
@@ -345,3 +345,17 @@ def test_writers_pass_on_and_close_also_after_an_error(tmp_path: Path) -> None:
     for writer in (one, two):
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(writer.fd)
+
+
+def test_runs_of_one_name_are_plotted_by_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Record(1, 8, 1.0, 0.1, 2.0, 1.0, 1e-3, 80.0, 0.1, 0)
+    for each in ("a/run", "b/run", "c/other"):
+        (tmp_path / each).mkdir(parents=True)
+        (tmp_path / each / "metrics.jsonl").write_text(record.to_json() + "\n")
+    monkeypatch.chdir(tmp_path)
+    folders = [Path("a/run"), Path("b/run"), tmp_path / "c/other"]
+    assert list(plot.read(folders)) == ["a/run", "b/run", "other"]
+    monkeypatch.chdir(tmp_path / "a" / "run")
+    assert list(plot.read([Path()])) == ["run"]
