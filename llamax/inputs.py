@@ -90,7 +90,7 @@ def open_inputs(config: Config) -> Inputs:
     dataset = open_dataset(data.path, verify, config.model.vocab_size)
     if data.validation:
         held_out = open_dataset(data.validation, verify, config.model.vocab_size)
-        held_out.check_tokenizer(dataset.fingerprint)
+        held_out.check_tokenizer(dataset.fingerprint, data.path)
         dataset = replace(dataset, validation=held_out.train)
     dataset.check_vocabulary(config.model.vocab_size)
     if checkpoint.also_hf and Path(data.path).is_dir():
@@ -108,7 +108,7 @@ def open_inputs(config: Config) -> Inputs:
         _check_position(resumed)
         _same_network(config, resumed)
         if fingerprint := resumed.state.get("tokenizer"):  # an imported checkpoint has none
-            dataset.check_tokenizer(fingerprint)
+            dataset.check_tokenizer(fingerprint, str(resumed.folder))
     if checkpoint.init_from and (resumed is None or config.finetune.method != "full"):
         first = open_source(checkpoint.init_from)
         _same_network(config, first)

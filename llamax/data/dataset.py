@@ -65,12 +65,12 @@ class Dataset:
         parts = self.train.parts if isinstance(self.train, Mixture) else (self.train,)
         return next((part.header.tokenizer for part in parts if part.header.tokenizer), None)
 
-    def check_tokenizer(self, fingerprint: str | None) -> None:
-        """Raise DataError if the tokens come from another tokenizer than a checkpoint's."""
+    def check_tokenizer(self, fingerprint: str | None, other: str) -> None:
+        """Raise DataError if the tokens come from another tokenizer than ``other``."""
         if fingerprint and self.fingerprint and fingerprint != self.fingerprint:
             raise DataError(
-                f"{self.folder}: made with tokenizer {self.fingerprint[:12]}, but the checkpoint "
-                f"was trained on tokenizer {fingerprint[:12]}; prepare the data with that one"
+                f"{self.folder}: made with tokenizer {self.fingerprint[:12]}, but {other} was made "
+                f"with tokenizer {fingerprint[:12]}; prepare the data with that one"
             )
 
     def verify(self, share: int = 0, of: int = 1) -> None:

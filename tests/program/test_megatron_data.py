@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +14,12 @@ from tiny_run import config, log_of
 from llamax.checkpoint.consolidate import main as consolidate
 from llamax.config import Config, Data
 from llamax.data.dataset import open_dataset
+from llamax.data.files import sha256
 from llamax.data.megatron import IndexedFile
 from llamax.data.prepare import main as prepare
 from llamax.data.tokenizer import load_tokenizer
 from llamax.errors import DataError, LlamaxError
+from llamax.inputs import open_inputs
 from llamax.launch.env import Rendezvous
 from llamax.train import train
 
@@ -65,6 +69,24 @@ def test_a_folder_a_prefix_and_a_blend_train(made: Path, tmp_path: Path) -> None
     assert log_of(tmp_path / "c")[-1]["loss"] < log_of(tmp_path / "c")[0]["loss"]
     consolidate([str(tmp_path / "c"), "--out", str(tmp_path / "hub")])
     assert load_tokenizer(tmp_path / "hub").bos_id == load_tokenizer(folder).bos_id
+
+
+def test_validation_data_of_another_tokenizer_is_named_with_the_training_data(
+    made: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(made / "out", other)
+    tokenizer = other / "tokenizer.model"
+    tokenizer.write_bytes(tokenizer.read_bytes() + b" ")
+    said = json.loads((other / "dataset.json").read_text())
+    (other / "dataset.json").write_text(json.dumps({**said, "tokenizer": sha256(tokenizer)}))
+    mixed = run(made, tmp_path / "a", str(made / "out"), validation=str(other))
+    with pytest.raises(DataError) as error:
+        open_inputs(mixed)
+    assert f"{other}: made with tokenizer {sha256(tokenizer)[:12]}" in str(error.value)
+    assert f"but {made / 'out'} was made with tokenizer {said['tokenizer'][:12]}" in str(
+        error.value
+    )
 
 
 def test_a_blend_knows_its_tokenizer_in_any_order(made: Path) -> None:

@@ -199,7 +199,7 @@ def test_tokens_outside_the_vocabulary_are_found_when_asked(tmp_path: Path) -> N
 def test_a_prefix_is_a_dataset_without_tokenizer(tmp_path: Path) -> None:
     dataset = open_dataset(write(tmp_path / "d", DOCUMENTS), vocab_size=400)
     assert dataset.fingerprint is None
-    dataset.check_tokenizer("a" * 64)
+    dataset.check_tokenizer("a" * 64, "other")
     dataset.check_vocabulary(400)
     with pytest.raises(DataError, match=r"name a Megatron dataset by its prefix, .*/d$"):
         open_dataset(tmp_path / "d.idx")
