@@ -91,7 +91,7 @@ def test_the_laptop_part_runs(tmp_path: Path) -> None:
     done = run(blocks(LAPTOP, "sh")[0], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "step 30/30" in done.stdout + done.stderr
-    assert (tmp_path / "laptop/run/checkpoints/step-00000010/done").exists()
+    assert (tmp_path / "laptop/run/checkpoints/step-00000030/done").exists()
     assert "0 errors" in done.stdout
 
 
