@@ -14,7 +14,6 @@ Source: OpenXLA, "HLO text format" and "Operation semantics".
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -179,11 +178,3 @@ def _closed(rest: str) -> tuple[str, str]:
         else:
             depth -= 1
     return rest[:at], rest[at + 1 :]
-
-
-def count_by_opcode(instructions: Sequence[Instruction]) -> dict[str, int]:
-    """How many instructions of each kind."""
-    found: dict[str, int] = {}
-    for each in instructions:
-        found[each.opcode] = found.get(each.opcode, 0) + 1
-    return found
