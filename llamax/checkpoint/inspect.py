@@ -59,10 +59,14 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
     mesh = f"tensor {about.mesh.get('tensor')} x data {about.mesh.get('data')}"
     yield "saved on", f"{mesh}, llamax {about.llamax}, torch {about.torch}"
     yield from _model(source)
+    if trained := adapters.about(source):
+        yield from _lora(trained)
     kept = Counter((k, one.dtype) for t in about.tensors.values() for k, one in t.kinds.items())
     yield "kept", ", ".join(f"{kind} {dtype} x {n}" for (kind, dtype), n in kept.items())
+    told = ("base", "finetune") if trained else ()
     for key, value in about.state.items():
-        yield key.replace("_", " "), value
+        if key not in told:
+            yield key.replace("_", " "), value
     yield "files", _files(file.size_bytes for file in about.files)
     if verify:
         total = sum(file.size_bytes for file in about.files)
@@ -92,16 +96,20 @@ def _hub(path: Path, verify: bool) -> Rows:
 
 def _adapter(path: Path, verify: bool) -> Rows:
     source = adapters.PeftFolder(path)
-    settings, base, fingerprint = source.about
     yield "PEFT adapter", path
+    yield from _lora(source.about)
+    yield from _weights(source)
+    yield from _no_hashes(verify)
+
+
+def _lora(about: adapters.About) -> Rows:
+    settings, base, fingerprint = about
     yield "base", (base or "not named") + (f", fingerprint {fingerprint[:12]}" * bool(fingerprint))
     yield (
         "adapters",
         f"LoRA of rank {settings.r}, alpha {settings.alpha:g}, dropout {settings.dropout:g} "
         f"on {settings.targets}",
     )
-    yield from _weights(source)
-    yield from _no_hashes(verify)
 
 
 def _weights(source: hub.HubFolder | adapters.PeftFolder) -> Rows:
@@ -117,12 +125,13 @@ def _no_hashes(verify: bool) -> Rows:
 
 def _model(source: Source) -> Rows:
     model = Model.from_hub(source.model)
-    parameters = sum(math.prod(source.shape(name)) for name in source.names())
     yield (
         "model",
-        f"Llama of {show_number(parameters)} parameters: {model.num_hidden_layers} layers, hidden "
-        f"{model.hidden_size}, feed-forward {model.intermediate_size}, heads "
-        f"{model.num_attention_heads}/{model.num_key_value_heads}, vocabulary {model.vocab_size}"
+        f"Llama of {show_number(model.num_parameters())} parameters: "
+        f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, "
+        f"feed-forward {model.intermediate_size}, "
+        f"heads {model.num_attention_heads}/{model.num_key_value_heads}, "
+        f"vocabulary {model.vocab_size}"
         f"{', tied' if model.tie_word_embeddings else ''}",
     )
 

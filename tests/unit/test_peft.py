@@ -21,6 +21,7 @@ from llamax.config import Finetune, Model, RopeScaling
 from llamax.errors import CheckpointError, ConfigError
 from llamax.finetune import load_tuned
 from llamax.launch.env import Rendezvous
+from llamax.metrics import show_number
 from llamax.train import train
 
 peft = pytest.importorskip("peft", reason="peft, the judge of LoRA, is not installed")
@@ -198,6 +199,17 @@ def test_what_peft_does_and_llamax_does_not_is_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(CheckpointError, match=line):
         load_tuned(folder)
+
+
+def test_inspect_says_what_an_adapter_checkpoint_is(run: Path) -> None:
+    saved = Checkpoint(newest(run / "run") or "")
+    found = {label: str(value) for label, value in inspect.describe(saved.folder)}
+    whole = Model.from_hub(saved.model).num_parameters()
+    assert found["model"].startswith(f"Llama of {show_number(whole)} parameters")
+    about = adapters.about(saved)
+    assert about is not None
+    assert found["base"] == f"{about.base}, fingerprint {about.fingerprint[:12]}"
+    assert found["adapters"].startswith(f"LoRA of rank {about.finetune.r}, alpha ")
 
 
 def test_inspect_says_what_an_adapter_folder_is(run: Path, tmp_path: Path) -> None:
