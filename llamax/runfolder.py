@@ -32,6 +32,7 @@ from llamax.heartbeat import DONE, LOST, Beat
 from llamax.metrics import Log, Record
 
 METRICS = "metrics.jsonl"
+NUMBERS = ("ranks", "nodes", "dollars_per_hour")  # of environment.json; edited into words: unknown
 LOCK = "lock"  # as checkpoint/lock.py names it
 SILENT_S = 30.0  # a rank writes its heartbeat every few seconds
 TAIL_BYTES = 2**20  # of a monitor's log that are looked at
@@ -156,7 +157,11 @@ def read(folder: Path, now: float | None = None, log: Log | None = None) -> Run:
             "run.folder of a training run"
         )
     now = time.time() if now is None else now
-    environment = _json(folder / "environment.json")
+    environment = {
+        name: value
+        for name, value in _json(folder / "environment.json").items()
+        if name not in NUMBERS or type(value) in (int, float)
+    }
     return Run(
         folder=folder,
         now=now,

@@ -98,6 +98,16 @@ def test_ranks_of_an_earlier_start_do_not_count(tmp_path: Path, now_there: int, 
     assert read(folder, NOW + 5).state == state
 
 
+def test_an_environment_of_words_is_not_known(tmp_path: Path) -> None:
+    folder = make(tmp_path / "r", 12, 4)
+    words = {"ranks": "four", "dollars_per_hour": None, "instance": 7}
+    (folder / "environment.json").write_text(json.dumps(words))
+    run = read(folder, NOW + 5)
+    assert run.dollars_per_hour == 0
+    assert "spent" not in "\n".join(watch.render(run, 100))
+    assert "<td>7</td>" in report.page([run])
+
+
 def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
     run = read(make(tmp_path / "night", 12, 4, 2), NOW + 5)
     text = "\n".join(watch.render(run, 100))
