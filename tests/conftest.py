@@ -52,6 +52,13 @@ def full(request: pytest.FixtureRequest) -> bool:
     return chosen
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """Each test draws the same numbers, whichever ran before it in its process."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+
+
 @pytest.fixture(scope="module")
 def worlds() -> Iterator[Worlds]:
     """``worlds(n).run(fn, *args)``: fn on n gloo ranks, results in rank order.

@@ -266,7 +266,7 @@ def test_meta_rows_turn_as_ours_do() -> None:
         pairs = (x @ foreign.meta_rows(w, heads).t()).view(1, length, heads, width // 2, 2)
         theirs.append(torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(3))
     scores = [torch.einsum("bshe,bthe->bhst", *pair) for pair in (ours, theirs)]
-    torch.testing.assert_close(*scores, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)  # the tables are float32
 
 
 # --- writing, and back ---------------------------------------------------------------------------
