@@ -21,14 +21,14 @@ from __future__ import annotations
 import json
 import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
-from jinja2 import Environment, TemplateError, meta, nodes
+from jinja2 import Environment, Template, TemplateError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -37,6 +37,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llamax.errors import DataError
 
+Result = TypeVar("Result")
 CPU_S = 2.0
 MEMORY_BYTES = 2**30
 OUTPUT_CHARACTERS = 10_000_000
@@ -103,17 +104,11 @@ class Program:
         self.where = where
         if len(source) > SOURCE_CHARACTERS:
             raise DataError(f"{where}: has {len(source)} characters; a template is shorter")
-        environment = Sandbox()
-        with self._guarded():
-            tree = environment.parse(source)
-            self.variables = frozenset(meta.find_undeclared_variables(tree))
-            self.marks = tree.find(nodes.ExtensionAttribute) is not None
-            self._template = Environment.from_string(environment, source)
+        self.variables, self.marks, self._template = self._guarded(partial(_compile, source))
 
     def render(self, values: dict[str, Any]) -> str:
         """The text for ``values``; DataError where the template fails or goes too far."""
-        with self._guarded():
-            text: str = self._template.render(values)
+        text = self._guarded(partial(self._template.render, values))
         if len(text) > OUTPUT_CHARACTERS:
             raise DataError(
                 f"{self.where}: is refused: it wrote {len(text)} characters for one row, and "
@@ -121,11 +116,9 @@ class Program:
             )
         return text
 
-    @contextmanager
-    def _guarded(self) -> Iterator[None]:
+    def _guarded(self, work: Callable[[], Result]) -> Result:
         try:
-            with _limits():
-                yield
+            return _limited(work)
         except SecurityError as error:
             raise DataError(f"{self.where}: is refused: {_line(error)}") from None
         except _TooLong:
@@ -155,17 +148,30 @@ def _alarm(number: int, frame: FrameType | None) -> None:
     raise _TooLong
 
 
-@contextmanager
-def _limits() -> Iterator[None]:
-    """Bound the CPU seconds and the growth of this process inside the block."""
+def _compile(source: str) -> tuple[frozenset[str], bool, Template]:
+    """The names that a template reads, whether it marks answers, and the template."""
+    environment = Sandbox()
+    tree = environment.parse(source)
+    names = frozenset(meta.find_undeclared_variables(tree))
+    marks = tree.find(nodes.ExtensionAttribute) is not None
+    return names, marks, Environment.from_string(environment, source)
+
+
+def _limited(work: Callable[[], Result]) -> Result:
+    """``work()`` with the CPU seconds and the growth of this process bounded.
+
+    The alarm rings once, at any instruction: also where the inner block ends, never later.
+    """
     before = signal.signal(signal.SIGVTALRM, _alarm)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_room(soft), hard))
-    signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
     try:
-        yield
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (_room(soft), hard))
+            signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
+            return work()
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGVTALRM, before)
 

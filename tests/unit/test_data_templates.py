@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -265,3 +268,16 @@ def test_where_templates_come_from(tmp_path: Path) -> None:
             source_of(str(config))
     with pytest.raises(DataError, match=r"dollie is neither built in \(dolly, alpaca"):
         source_of("dollie")
+
+
+def test_an_alarm_at_any_moment_leaves_the_limits_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    monkeypatch.setattr(sandbox, "CPU_S", 0.001)
+    for turns in range(0, 60_000, 400):
+        with suppress(DataError):
+            sandbox.Program(f"{{% for i in range({turns}) %}}{{% endfor %}}x", "here").render({})
+        now = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+        assert now == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
