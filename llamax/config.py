@@ -241,6 +241,11 @@ class Run:
         default=0, metadata=about("CPU threads of a rank; 0: as torch finds", "threads", NATURAL)
     )
 
+    @property
+    def validates(self) -> bool:
+        """Whether there is validation during the run."""
+        return self.validate_every > 0 or self.validate_each_epoch
+
 
 @dataclass(frozen=True)
 class Finetune:

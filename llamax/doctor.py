@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from llamax import program, programs
+from llamax import compile_notes, program
 from llamax.checkup import Finding, Host, machine, storage, versions
 from llamax.checkup.finding import ok, unseen
 from llamax.config import Config
@@ -60,7 +60,7 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     yield from _dataset(_seen_from(folder, job.config.data.path), folder.is_dir())
     if cache := host.environ.get("NEURON_COMPILE_CACHE_URL"):
         world = job.nodes * job.ranks
-        hashes = partial(programs.hashes, job.config, world, job.ranks, host.environ)
+        hashes = partial(compile_notes.hashes, job.config, world, job.ranks, host.environ)
         yield from storage.cache(cache, count(job.config), hashes)
 
 
@@ -79,8 +79,7 @@ def here(host: Host) -> Instance:
 
 def count(config: Config) -> int:
     """How many programs a run compiles, as the audit counts and the guard allows."""
-    validates = config.run.validate_every or config.run.validate_each_epoch
-    return PROGRAMS["training"] + (PROGRAMS["validation"] if validates else 0)
+    return PROGRAMS["training"] + (PROGRAMS["validation"] if config.run.validates else 0)
 
 
 def _plan(job: JobFile) -> Plan | None:

@@ -5,7 +5,7 @@ program with NEURON_EXTRACT_GRAPHS_ONLY=1: programs are collected and every resu
 weights are loaded or drawn, no checkpoint is read, written or removed, no loss is judged, and the
 run folder stays as it is; what remains are two steps and two batches of validation, which trace all
 programs of the run.  Then the collected programs are compiled, many at once, into the cache, where
-rank 0 has left a note of each: ``llamax.programs``.
+rank 0 has left a note of each: ``llamax.compile_notes``.
 
 Source: AWS Neuron, "PyTorch NeuronX neuron_parallel_compile CLI".
 """
@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from llamax import log, programs
+from llamax import compile_notes, log
 from llamax.backends import choose
 from llamax.config import Config
 from llamax.errors import BackendError
@@ -70,9 +70,7 @@ def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) ->
                     step,
                     boundary=backend.step_boundary,
                 )
-            if validation is not None and (
-                config.run.validate_every or config.run.validate_each_epoch
-            ):
+            if validation is not None and config.run.validates:
                 validation_loss(job.model, axes, validation, BATCHES, backend.step_boundary)
             backend.synchronize()
         if where.rank == 0 and config.run.backend == "xla":
@@ -86,8 +84,8 @@ def _note(config: Config, where: Rendezvous, environ: Mapping[str, str]) -> None
     if not cache or "://" in cache:
         return
     try:
-        found = programs.hashes(config, where.world_size, where.local_world_size, environ)
+        found = compile_notes.hashes(config, where.world_size, where.local_world_size, environ)
     except BackendError as error:  # what was traced is compiled all the same
         log.logger.warning("%s; llamax doctor will not know what is in %s", error, cache)
         return
-    programs.note(Path(cache), found)
+    compile_notes.note(Path(cache), found)

@@ -11,7 +11,7 @@ tokens, ``llamax.step`` as it is.  It visits every kind of step that a run has::
 and gives, at each boundary, the program that would be compiled there.
 
 ``python -m llamax.rehearsal RUN.toml WORLD CORES`` prints each kind of program and its hash, as
-JSON, for ``llamax.programs``.
+JSON, for ``llamax.compile_notes``.
 """
 
 from __future__ import annotations
@@ -198,7 +198,7 @@ def hashes(config: Config, mesh: Mesh) -> dict[str, str]:
             boundary.kind: hlo.digest(hlo.normal(boundary.text))
             for boundary in Rehearsal(config, mesh, 0, tracer, data).brief()
         }
-    if not (config.run.validate_every or config.run.validate_each_epoch):
+    if not config.run.validates:
         del found[VALIDATION]
     return found
 

@@ -253,7 +253,7 @@ def neuron_cores_round(c: Config, world: int | None) -> Iterator[str]:
 
 @rule("run.patience", "run.validate_every")
 def patience_needs_validation(c: Config, world: int | None) -> Iterator[str]:
-    if c.run.patience and not c.run.validate_every and not c.run.validate_each_epoch:
+    if c.run.patience and not c.run.validates:
         yield (
             f"run.patience={c.run.patience} but nothing is validated; set run.validate_every or "
             "run.validate_each_epoch=true"
@@ -262,7 +262,7 @@ def patience_needs_validation(c: Config, world: int | None) -> Iterator[str]:
 
 @rule("checkpoint.keep_best", "run.validate_every")
 def best_needs_validation(c: Config, world: int | None) -> Iterator[str]:
-    if c.checkpoint.keep_best and not c.run.validate_every and not c.run.validate_each_epoch:
+    if c.checkpoint.keep_best and not c.run.validates:
         yield (
             "checkpoint.keep_best=true but nothing is validated; set run.validate_every or "
             "run.validate_each_epoch=true"

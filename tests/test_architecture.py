@@ -78,7 +78,7 @@ LAYERS = [
     ["backends.cpu", "backends.nxd", "backends.xla_install"],
     ["ops"],
     ["checkup.versions", "checkup.machine", "checkup.storage"],
-    ["programs"],
+    ["compile_notes"],
     ["checkup.finding"],
     ["launch.kubernetes", "launch.slurm", "launch.mpirun", "launch.sagemaker", "launch.image"],
     ["launch.torchrun", "launch.yaml"],

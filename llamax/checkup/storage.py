@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from llamax import programs
+from llamax import compile_notes
 from llamax.checkup.finding import Finding, Host, ok, unseen
 from llamax.config import Config
 from llamax.errors import BackendError
@@ -239,7 +239,7 @@ def cache(url: str, count: int, hashes: Hashes) -> Iterator[Finding]:
 def _own(folder: Path, done: int, hashes: Hashes) -> Iterator[Finding]:
     """Whether what was precompiled into the cache is what the run will compile."""
     told = f"{_programs(done)} in {folder}"
-    if not programs.noted(folder):
+    if not compile_notes.noted(folder):
         yield unseen(
             "compile cache",
             f"{told}, without a note of which run they are",
@@ -253,7 +253,7 @@ def _own(folder: Path, done: int, hashes: Hashes) -> Iterator[Finding]:
             "compile cache", f"{told}; {error}", "run doctor where torch-xla is, as on a node"
         )
         return
-    if lacking := programs.missing(folder, found):
+    if lacking := compile_notes.missing(folder, found):
         names = " and ".join(lacking)
         yield _compiles(f"{told}, but not the run's {names}: it has changed since precompile")
     else:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from llamax.backends import EAGER
 from llamax.collectives import Axes
 from llamax.optim.buckets import Piece, Segment, buckets, padded, pieces, shared_spans
-
-EAGER = ("cpu", "cuda", "neuron")  # run each operation at once, so that the rank may index views
 
 Kind = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from launch_jobs import job
 
-from llamax import configfile, doctor, lora, programs
+from llamax import compile_notes, configfile, doctor, lora
 from llamax.checkup import Finding, Host, machine, storage, versions
 from llamax.errors import BackendError, ConfigError
 from llamax.launch.instances import INSTANCES
@@ -311,21 +311,21 @@ def test_compile_cache(tmp_path: Path) -> None:
     told = f"1 compiled program in {folder}"
     assert (level, what) == ("warning", f"{told}, where the run has 2")
     assert cache()[:2] == ("unseen", f"{told}, without a note of which run they are")
-    programs.note(folder, {"microstep": "a1"})
+    compile_notes.note(folder, {"microstep": "a1"})
     level, what, mend = cache()
     assert level == "warning"
     assert what == f"{told}, but not the run's update: it has changed since precompile"
     assert mend == storage.PRECOMPILE
-    programs.note(folder, traced)
+    compile_notes.note(folder, traced)
     assert cache()[:2] == ("ok", f"{told}, among them the run's own microstep, update")
     (found,) = storage.cache(str(folder), 1, nowhere)
     assert (found.level, found.what) == ("unseen", f"{told}; torch-xla is absent")
 
 
 def test_programs_are_not_traced_without_torch_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(programs, "installed", lambda _: None)
+    monkeypatch.setattr(compile_notes, "installed", lambda _: None)
     with pytest.raises(BackendError, match="the run's own cannot be traced without torch-xla"):
-        programs.hashes(job().config, 32, 32, {})
+        compile_notes.hashes(job().config, 32, 32, {})
 
 
 def test_programs_of_a_run() -> None:

@@ -22,7 +22,7 @@ import tuning_worlds
 from tiny_run import config, make_dataset, write
 from torch import Tensor
 
-from llamax import programs
+from llamax import compile_notes
 from llamax.audit import audit, rank_0
 from llamax.backends.tracing import HostRead, Tracer
 from llamax.config import Config, Finetune, Parallel
@@ -110,7 +110,7 @@ def test_precompile_notes_what_doctor_asks_for(tmp_path: Path) -> None:
     assert sorted(audited.values()) == sorted(note.stem for note in cache.glob("*/*.json"))
 
     def lacking(changed: Config) -> list[str]:
-        return programs.missing(cache, programs.hashes(changed, 1, 1, environ))
+        return compile_notes.missing(cache, compile_notes.hashes(changed, 1, 1, environ))
 
     assert lacking(cfg) == []
     assert lacking(replace(cfg, optim=replace(cfg.optim, lr=1e-2))) == []
