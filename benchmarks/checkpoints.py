@@ -6,9 +6,8 @@ A Llama of 0.8 G parameters in bfloat16 (1.6 GB), tensor 8, random weights.  Eac
 whole job in a fresh process with one torch thread; contenders take turns, times are medians,
 memory is the growth of the resident peak.  "Everything" is what most converters do: read all
 tensors, ``torch.cat`` or ``narrow`` them, ``save_file``.  Files are in the page cache.  llamax
-hashes what it reads from a checkpoint (beside the reading) and what it writes into one, and
-splitting waits until the disk has it all; the others do neither, and "unverified" is the
-like-for-like.
+checks what it reads from a checkpoint and hashes what it writes into one, and splitting waits until
+the disk has it all; the others do neither, and "unverified" is the like-for-like.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -137,20 +135,9 @@ def load_hub(folder: Path, out: Path) -> None:
 
 
 def load_checkpoint(folder: Path, out: Path, verify: bool = True) -> None:
-    """As a library does: what is read is hashed beside it."""
     model = one_rank()
     source = Checkpoint(folder / "checkpoint", verify)
     load_weights(source, dict(model.named_parameters()), model.shards, TENSOR, RANK)
-
-
-def load_as_training(folder: Path, out: Path) -> None:
-    """Every rank hashes its share of the files in a thread of its own."""
-    model = one_rank()
-    source = Checkpoint(folder / "checkpoint", verify=False)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        verified = pool.submit(source.verify, RANK, TENSOR)
-        load_weights(source, dict(model.named_parameters()), model.shards, TENSOR, RANK)
-        verified.result()
 
 
 def load_unverified(folder: Path, out: Path) -> None:
@@ -170,7 +157,6 @@ QUESTIONS: dict[str, list[Callable[[Path, Path], None]]] = {
         load_whole,
         load_hub,
         load_checkpoint,
-        load_as_training,
         load_unverified,
     ],
 }

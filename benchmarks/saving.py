@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -133,12 +134,13 @@ def rounds(count: int, folder: Path) -> None:
             if cold:
                 forget(checkpoint)
             note(f"plain read, {state}", timed(read, checkpoint))
-            for verify in (False, True):
+            for anew, verify in product((True, False), (False, True)):
                 if cold:
                     forget(checkpoint)
-                word = "hashed" if verify else "not hashed"
-                took = timed(load, checkpoint, owned, model, verify)
-                note(f"load, {state}, {word}", took)
+                into = "new memory" if anew else "memory in use"
+                word = "checked" if verify else "not checked"
+                took = timed(load, checkpoint, owned, model, verify, anew)
+                note(f"load, {state}, into {into}, {word}", took)
         note("sha256 of all files", timed(hash_all, checkpoint))
     print(f"{size_bytes / 1e6:.0f} MB, medians of {count} rounds\n")
     print("| what | s | CPU s | MB a CPU s |\n|---|---|---|---|")
@@ -148,16 +150,11 @@ def rounds(count: int, folder: Path) -> None:
         print(f"| {what} | {clock:.2f} | {cpu:.2f} | {rate:.0f} |")
 
 
-def load(checkpoint: Path, owned: list[Run1], model: Llama, verify: bool) -> None:
-    """As training does: hashes are checked in threads of their own while tensors are read."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    source = Checkpoint(checkpoint, verify=False)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        verified = pool.submit(source.verify) if verify else None
-        load_owned(source, owned, model.shards)
-        if verified:
-            verified.result()
+def load(checkpoint: Path, owned: list[Run1], model: Llama, verify: bool, anew: bool) -> None:
+    """Fill what a run owns, as training does: it is there already, or made ``anew``."""
+    if anew:
+        owned = [one._replace(tensor=torch.empty_like(one.tensor)) for one in owned]
+    load_owned(Checkpoint(checkpoint, verify), owned, model.shards)
 
 
 def build(folder: Path, tensor: int = 32, data: int = 32, bucket: int = 1 << 22) -> int:
@@ -202,7 +199,7 @@ def build(folder: Path, tensor: int = 32, data: int = 32, bucket: int = 1 << 22)
                 path = folder / files.file_name(role, tp, rank)
                 path.write_bytes(start_bytes)
                 os.truncate(path, size_bytes)
-                listed.append(files.File(path.name, size_bytes, "0" * 64))
+                listed.append(files.File(path.name, size_bytes, "0" * 64, "0" * (size_bytes >> 16)))
     mesh = {"tensor": tensor, "data": data, "zero1": 1}
     hub = model.to_hub("bfloat16")
     manifest = files.Manifest(
@@ -232,7 +229,7 @@ def planning(folder: Path) -> None:
     source = Checkpoint(folder, verify=False)
     opened = time.process_time() - cpu
     planned = assemble.plan(source)
-    pieces = assemble.pieces_of(source, planned)
+    pieces = {piece.path for one in planned for piece in source.pieces(one.name, one.kind)}
     cpu, seconds = time.process_time() - cpu, time.perf_counter() - began
     names = {one.file for one in planned}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6

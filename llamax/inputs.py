@@ -1,8 +1,8 @@
 """What a run reads before it starts: its data, and the weights or the checkpoint it goes on from.
 
 All of it is opened and checked against the configuration before any process group exists, so that
-a mistake is told at once, by one rank, in one line.  Checksums come second: each rank verifies its
-share of the files, and whoever finds damage says so.
+a mistake is told at once, by one rank, in one line.  Checksums come second: each rank verifies what
+it reads of a checkpoint and its share of the data, and whoever finds damage says so.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Inputs:
                 raise CheckpointError(f"{now} was saved while this job started; start it again")
 
     def verify(self, config: Config, share: int, of: int) -> None:
-        """Check the ``share``-th of ``of`` parts of all checksums.
+        """Check the ``share``-th of ``of`` parts of what loading does not check as it reads.
 
         Raises DataError or CheckpointError that names the damaged file.
         """
         if config.data.verify == "start":
             self.dataset.verify(share, of)
         if self.resumed is not None:
-            self.resumed.verify(share, of)
+            self.resumed.check_rng(share, of)
 
     def changed(self, config: Config) -> list[str]:
         """What decides samples and updates and is not as it was when the checkpoint was saved."""
@@ -101,9 +101,9 @@ def open_inputs(config: Config) -> Inputs:
         found = latest = newest(folder)
         if checkpoint.resume == "intact":
             found = newest_intact(folder)
-        resumed = None if found is None else Checkpoint(found, verify=False)
+        resumed = None if found is None else Checkpoint(found)
     elif checkpoint.resume != "never":
-        resumed = Checkpoint(find(Path(checkpoint.resume)), verify=False)
+        resumed = Checkpoint(find(Path(checkpoint.resume)))
     if resumed is not None:
         _check_position(resumed)
         _same_network(config, resumed)

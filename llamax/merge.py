@@ -73,9 +73,6 @@ class Merged(Source):
     def pieces(self, name: str, kind: str) -> Sequence[Piece]:
         return self.base.pieces(name, kind)
 
-    def trust(self, path: Path) -> None:
-        self.base.trust(path)
-
     def fill(self, name: str, kind: str, run: Run, into: Tensor, convert: bool = False) -> None:
         """Write whole rows of a merged weight, or any run of another; see ``Source.fill``."""
         stem = name.removesuffix("weight")

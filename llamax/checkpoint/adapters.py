@@ -158,9 +158,6 @@ class PeftFolder(Source):
         entry = self._entries[name]
         return [Piece(self._path, entry.offset, whole(entry.shape))]
 
-    def trust(self, path: Path) -> None:
-        """A PEFT folder carries no hashes."""
-
 
 def _problems(config: Mapping[str, Any]) -> list[str]:
     found = []

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ import torch
 from llamax import configfile
 from llamax.checkpoint import hub, slabs
 from llamax.checkpoint.container import head, put, writing
-from llamax.checkpoint.load import Checkpoint, Source
+from llamax.checkpoint.load import Source
 from llamax.checkpoint.manifest import CONFIG
 from llamax.config import Model
 from llamax.data.dataset import blend_words
@@ -98,11 +98,6 @@ def fill(source: Source, folder: Path, one: Planned, offset: int, buffers: slabs
     outgoing = slabs.whole(source, one.name, one.kind, one.dtype, buffers)
     put(folder / one.file, offset, outgoing.chunks, one.size_bytes)
     return one.size_bytes
-
-
-def pieces_of(source: Checkpoint, planned: Iterable[Planned]) -> list[Path]:
-    """The checkpoint's files that a plan reads."""
-    return sorted({piece.path for one in planned for piece in source.pieces(one.name, one.kind)})
 
 
 def finish(

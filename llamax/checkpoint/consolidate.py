@@ -2,8 +2,8 @@
 
 What goes where is planned first; then processes stream tensors from the ranks' files to their
 places in ``model.safetensors`` (or numbered files and an index), each through one slab of 16 MiB,
-so memory does not grow with the model.  The folder gets its name when all is written and the hashes
-of all that was read, checked meanwhile, are those of the manifest.
+so memory does not grow with the model.  What is read is checked; the folder gets its name when all
+is written.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import math
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,37 +63,21 @@ def consolidate(
     """Write a checkpoint (a step's folder, or a run's: its newest) as a Hugging Face folder.
 
     ``dtype`` defaults to that of the weights; float32 takes the masters where there are some.
-    ``verify`` hashes what is read, beside the reading.  ``processes`` above 1 are forks.  A
-    checkpoint of adapters becomes a folder of PEFT's.
+    ``verify`` checks what is read.  ``processes`` above 1 are forks.  A checkpoint of adapters
+    becomes a folder of PEFT's.
     Raises CheckpointError where the checkpoint is damaged, ``out`` is in use or the disk is full.
     """
-    source = Checkpoint(find(Path(checkpoint)), verify=False)
+    source = Checkpoint(find(Path(checkpoint)), verify)
     if adapters.about(source) is not None:
-        return adapters.export(Checkpoint(source.folder, verify), out)
+        return adapters.export(source, out)
     planned = assemble.plan(source, dtype, max_shard_bytes)
-    needed = assemble.pieces_of(source, planned) if verify else []
     with building(Path(out)) as folder:
         work = Work(source, folder, assemble.lay_out(folder, planned), slabs.new_buffers(2))
         processes = min(processes, len(planned))
         filling = _forked(work, planned, processes) if processes > 1 else _threaded(work, planned)
-        stopped = threading.Event()
-
-        def go_on(size_bytes: int) -> None:
-            if stopped.is_set():
-                raise CheckpointError(f"{out} is not wanted any more")
-
-        with closing(filling) as done, ThreadPoolExecutor(max_workers=1) as pool:
-            first = next(done)  # processes are forked before there are threads
-            verified = pool.submit(source.check, needed, go_on)
-            try:
-                progress(first)
-                for size_bytes in done:
-                    progress(size_bytes)
-                given = None if tokenizer is None else Path(tokenizer)
-                assemble.finish(source, planned, folder, given)
-                verified.result()
-            finally:
-                stopped.set()
+        for size_bytes in filling:
+            progress(size_bytes)
+        assemble.finish(source, planned, folder, None if tokenizer is None else Path(tokenizer))
     return Path(out)
 
 
@@ -158,7 +140,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"
     )
-    parser.add_argument("--no-verify", action="store_true", help="do not hash what is read")
+    parser.add_argument("--no-verify", action="store_true", help="do not check what is read")
     args = parser.parse_args(argv)
     if args.processes < 1:
         raise ConfigError(f"--processes={args.processes} is below 1; use 1 or more")

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llamax.checkpoint.blocks import Blocks, Bytes, Sums, opened, read_exactly
 from llamax.checkpoint.layout import Copy
 from llamax.checkpoint.lock import LOCK, held
 from llamax.errors import CheckpointError, NoRoom, Terminated
@@ -83,9 +84,10 @@ class Written(NamedTuple):
 
     size_bytes: int
     sha256: str
+    sums: str  # of its blocks
 
 
-def raw(tensor: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def raw(tensor: Tensor) -> Bytes:
     """The bytes of a contiguous host tensor, sharing its memory."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
@@ -140,53 +142,50 @@ def read_header(path: Path) -> dict[str, Entry]:
     return found
 
 
-def read(path: Path, offset: int, copies: Iterable[Copy], into: Tensor) -> None:
+def read(
+    path: Path, offset: int, copies: Iterable[Copy], into: Tensor, blocks: Blocks | None = None
+) -> None:
     """Copy elements of the run that starts at byte ``offset`` of a file into a flat host tensor.
 
-    Contiguous elements are read straight into place; strided ones through a window of the file
-    that is mapped for the moment, so that only the pages they lie in are touched.
+    Contiguous elements are read straight into place, strided ones through a window of the file:
+    one that is read and checked with ``blocks``, else one that is mapped for the moment, so that
+    only the pages they lie in are touched.
     """
     item, bytes_into = into.itemsize, raw(into)
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    try:
+    with opened(path) as fd:
         for copy in copies:
-            if copy.rows == 1:
-                start = copy.target * item
-                view = bytes_into[start : start + copy.columns * item]
-                _read_exactly(fd, path, offset + copy.source * item, view)
+            start, width = offset + copy.source * item, copy.columns * item
+            target = bytes_into[copy.target * item :]
+            if copy.rows > 1:
+                _read_strided(fd, path, start, copy, item, target, blocks)
+            elif blocks is None:
+                read_exactly(fd, path, start, target[:width])
             else:
-                _read_strided(fd, offset, copy, item, bytes_into)
-    finally:
-        os.close(fd)
+                blocks.read(fd, start, target[:width])
 
 
-def _read_exactly(fd: int, path: Path, offset: int, view: np.ndarray[Any, Any]) -> None:
-    done = 0
-    while done < len(view):
-        got = os.preadv(fd, [view[done : done + (1 << 30)].data], offset + done)
-        if not got:
-            raise CheckpointError(f"{path} ends at byte {offset + done}: cut short; copy it anew")
-        done += got
-
-
-def _read_strided(fd: int, offset: int, copy: Copy, item: int, into: np.ndarray[Any, Any]) -> None:
+def _read_strided(
+    fd: int, path: Path, offset: int, copy: Copy, item: int, into: Bytes, blocks: Blocks | None
+) -> None:
     step, width = copy.source_stride * item, copy.columns * item
+    target_step = copy.target_stride * item
     at_once = max(1, WINDOW_BYTES // step)
     for row in range(0, copy.rows, at_once):
-        rows = min(at_once, copy.rows - row)
-        start = offset + copy.source * item + row * step
-        skip = start % mmap.ALLOCATIONGRANULARITY
-        length = skip + (rows - 1) * step + width
-        window = mmap.mmap(fd, length, access=mmap.ACCESS_READ, offset=start - skip)
-        source = np.ndarray((rows, width), np.uint8, window, skip, (step, 1))
-        target_step = copy.target_stride * item
-        at = copy.target * item + row * target_step
-        np.ndarray((rows, width), np.uint8, into[at:].data, 0, (target_step, 1))[:] = source
-        del source
-        window.close()
+        rows, start = min(at_once, copy.rows - row), offset + row * step
+        length = (rows - 1) * step + width
+        target = np.ndarray(
+            (rows, width), np.uint8, into[row * target_step :].data, 0, (target_step, 1)
+        )
+        if blocks is None:
+            skip = start % mmap.ALLOCATIONGRANULARITY
+            with mmap.mmap(
+                fd, skip + length, access=mmap.ACCESS_READ, offset=start - skip
+            ) as window:
+                target[:] = np.ndarray((rows, width), np.uint8, window, skip, (step, 1))
+        else:
+            held = np.empty(length, np.uint8)
+            blocks.read(fd, start, held)
+            target[:] = np.ndarray((rows, width), np.uint8, held.data, 0, (step, 1))
 
 
 def write(
@@ -200,7 +199,9 @@ def write(
     Raises NoRoom where the disk is full, or a quota or limit reached.
     """
     start, places, size = head([(t.name, t.dtype, t.shape) for t in tensors])
-    digest = hashlib.sha256(start)
+    digest, sums = hashlib.sha256(start), Sums()
+    sums.update(memoryview(start))
+    sums.cut()
     with writing(path, size), open(path, "wb", buffering=0) as file:
         _write_at(file.fileno(), memoryview(start), 0)
         for tensor in sorted(tensors, key=lambda tensor: places[tensor.name]):
@@ -208,11 +209,13 @@ def write(
             for chunk in tensor.chunks:
                 view = raw(chunk).data
                 digest.update(view)
+                sums.update(view)
                 _write_at(file.fileno(), view, at)
                 at += len(view)
                 progress(len(view))
+            sums.cut()
         os.fsync(file.fileno())
-    return Written(size, digest.hexdigest())
+    return Written(size, digest.hexdigest(), sums.text())
 
 
 def head(

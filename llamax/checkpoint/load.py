@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from llamax.checkpoint import manifest as files
+from llamax.checkpoint.blocks import Blocks, opened
 from llamax.checkpoint.container import (
     DTYPES,
     SLAB_BYTES,
@@ -31,7 +31,7 @@ from llamax.checkpoint.container import (
     read_header,
     silent,
 )
-from llamax.checkpoint.layout import Run, overlaps, slices, whole_shape
+from llamax.checkpoint.layout import Copy, Run, overlaps, slices, whole_shape
 from llamax.checkpoint.layout import whole as whole_run
 from llamax.errors import CheckpointError
 from llamax.shard import Cut, local_shape, parts
@@ -98,15 +98,6 @@ class Source(ABC):
     def pieces(self, name: str, kind: str) -> Sequence[Piece]:
         """Where the elements of one kind lie; they tile the tensor."""
 
-    @abstractmethod
-    def trust(self, path: Path) -> None:
-        """Called before a file is read: a source that knows its hash verifies it."""
-
-    @contextmanager
-    def trusting(self) -> Iterator[None]:
-        """What is read meanwhile is verified when this ends, if the source knows hashes."""
-        yield
-
     def read(
         self,
         name: str,
@@ -155,16 +146,15 @@ class Source(ABC):
     def _fetch(self, name: str, kind: str, run: Run, into: Tensor) -> None:
         for piece in self.pieces(name, kind):
             if copies := list(overlaps(piece.run, run)):
-                self.trust(piece.path)
-                read(piece.path, piece.offset, copies, into)
+                self.read_run(piece, copies, into)
+
+    def read_run(self, piece: Piece, copies: Iterable[Copy], into: Tensor) -> None:
+        """Copy elements of a run into a flat host tensor; a source that knows checksums checks."""
+        read(piece.path, piece.offset, copies, into)
 
 
 class Checkpoint(Source):
-    """A complete training checkpoint; ``verify`` hashes every file that is read.
-
-    ``load_weights`` and ``load_owned`` hash beside reading, and end when both are done.  Where
-    ranks read each other's files, let each ``verify(rank, world_size)`` a share instead.
-    """
+    """A complete training checkpoint; with ``verify`` what is read of it is checked."""
 
     def __init__(self, folder: Path | str, verify: bool = True) -> None:
         self.folder = Path(folder)
@@ -173,10 +163,9 @@ class Checkpoint(Source):
         self.model = self.manifest.model
         self._paths = [self.folder / file.name for file in self.manifest.files]
         self._files = dict(zip(self._paths, self.manifest.files, strict=True))
-        self._trusted = set() if verify else set(self._files)
         self._headers: dict[Path, dict[str, Entry]] = {}
-        self._pool: ThreadPoolExecutor | None = None
-        self._hashing: dict[Path, Future[None]] = {}
+        self._blocks: dict[Path, Blocks] = {}  # of the files whose header was read
+        self._verify = verify
 
     @property
     def step(self) -> int:
@@ -210,62 +199,60 @@ class Checkpoint(Source):
             found.append(Piece(path, entry.offset, run))
         return found
 
+    def read_run(self, piece: Piece, copies: Iterable[Copy], into: Tensor) -> None:
+        with files.advice(self.folder):
+            read(piece.path, piece.offset, copies, into, self._blocks.get(piece.path))
+
     def rng(self, tp_rank: int, data_rank: int) -> Tensor | None:
         """The random state that this rank saved, or None where the mesh had no such rank."""
         path = self.folder / files.file_name("optimizer", tp_rank, data_rank)
-        entry = self._header(path).get(files.RNG) if path in self._files else None
-        if entry is None:
-            return None
-        self.trust(path)
-        state = torch.empty(entry.shape, dtype=entry.dtype)
-        read(path, entry.offset, overlaps(whole_run(entry.shape), whole_run(entry.shape)), state)
-        return state
+        return self._rng(path) if path in self._paths else None
 
-    def verify(self, share: int = 0, of: int = 1, progress: Progress = silent) -> None:
-        """Hash every ``of``-th file, starting at ``share``; then all files count as trusted.
+    def check_rng(self, share: int, of: int) -> None:
+        """Check the random states of every ``of``-th file from ``share`` on.
+
+        What else a checkpoint has is read, and so checked, by one rank or another of any mesh.
+        """
+        for path in self._paths[share::of]:
+            self._rng(path)
+
+    def verify(self, progress: Progress = silent) -> None:
+        """Hash all files as a whole; ``progress`` takes bytes.
 
         Raises CheckpointError that names a changed file, both hashes and what to use instead.
         """
-        self.check([*self._files][share::of], progress)
-        self._trusted = set(self._files)
-
-    def check(self, paths: Iterable[Path], progress: Progress = silent) -> None:
-        """Hash the given files; raises as ``verify`` does."""
         with files.advice(self.folder):
-            files.verify(self.folder, [self._files[path] for path in paths], progress)
+            files.verify(self.folder, self.manifest.files, progress)
 
-    def trust(self, path: Path) -> None:
-        if path in self._trusted or path in self._hashing:
-            return
-        if self._pool is not None:
-            self._hashing[path] = self._pool.submit(self.check, [path])
-            return
-        self.check([path])
-        self._trusted.add(path)
-
-    @contextmanager
-    def trusting(self) -> Iterator[None]:
-        """Files that are read meanwhile are hashed beside it, on two threads."""
-        if self._pool is not None:
-            yield
-            return
-        with ThreadPoolExecutor(max_workers=2) as self._pool:
-            try:
-                yield
-            finally:  # damage says more than what it has led to
-                hashing, self._hashing, self._pool = self._hashing, {}, None
-                for path, done in hashing.items():
-                    done.result()
-                    self._trusted.add(path)
+    def _rng(self, path: Path) -> Tensor | None:
+        entry = self._header(path).get(files.RNG)
+        if entry is None:
+            return None
+        state, run = torch.empty(entry.shape, dtype=entry.dtype), whole_run(entry.shape)
+        self.read_run(Piece(path, entry.offset, run), overlaps(run, run), state)
+        return state
 
     def _header(self, path: Path) -> dict[str, Entry]:
         if path not in self._headers:
-            try:
-                self._headers[path] = read_header(path)
-            except CheckpointError:
-                self.check([path])  # says more: both hashes, and what to use instead
-                raise
+            with files.advice(self.folder):
+                try:
+                    header = read_header(path)
+                    if self._verify:
+                        self._blocks[path] = self._checked(path, header)
+                except CheckpointError:
+                    files.verify(self.folder, [self._files[path]])  # says more: both hashes
+                    raise
+            self._headers[path] = header
         return self._headers[path]
+
+    def _checked(self, path: Path, header: Mapping[str, Entry]) -> Blocks:
+        """The blocks of a file whose header is what was saved."""
+        file = self._files[path]
+        ends = [*sorted({entry.offset for entry in header.values()}), file.size_bytes]
+        blocks = Blocks(path, ends, file.sums)
+        with opened(path) as fd:
+            blocks.read(fd, 0, np.empty(ends[0], np.uint8))
+        return blocks
 
 
 def load_weights(
@@ -282,10 +269,9 @@ def load_weights(
     rounding.  Raises CheckpointError where names or shapes differ: the first that does.
     """
     check_shapes(source, parameters, shards, tp_degree)
-    with source.trusting():
-        for name, parameter in parameters.items():
-            flat = parameter.detach().view(-1)
-            _fill(source, name, "weight", flat, 0, shards[name], tp_degree, tp_rank, convert)
+    for name, parameter in parameters.items():
+        flat = parameter.detach().view(-1)
+        _fill(source, name, "weight", flat, 0, shards[name], tp_degree, tp_rank, convert)
 
 
 def load_owned(
@@ -300,10 +286,9 @@ def load_owned(
 
     Masters missing from a float32 run are its weights.  Raises CheckpointError for what is absent.
     """
-    with source.trusting():
-        for mine in owned:
-            how, flat = shards[mine.name], mine.tensor.detach()
-            _fill(source, mine.name, mine.kind, flat, mine.start, how, tp_degree, tp_rank, convert)
+    for mine in owned:
+        how, flat = shards[mine.name], mine.tensor.detach()
+        _fill(source, mine.name, mine.kind, flat, mine.start, how, tp_degree, tp_rank, convert)
 
 
 def check_shapes(

@@ -6,7 +6,7 @@
         weights-tp00-dp00.safetensors     runs of weights, one file per rank
         optimizer-tp00-dp00.safetensors   runs of masters and moments, and the random state
         config.toml                       the resolved configuration
-        manifest.json                     what is where, and the sha256 of every file
+        manifest.json                     what is where; sha256 and checksums of every file
         done                              the sha256 of the manifest: written last, deleted first
 
 A folder without ``done`` is no checkpoint.  The manifest names no topology that a reader would have
@@ -40,7 +40,7 @@ from llamax.checkpoint.container import (
 from llamax.checkpoint.layout import Run, tiled
 from llamax.errors import CheckpointError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, DONE, CONFIG = "manifest.json", "done", "config.toml"
 STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
 FILE = re.compile(r"(weights|optimizer)-tp\d{2,}-dp\d{2,}\.safetensors")
@@ -49,11 +49,12 @@ RNG = "rng"
 
 @dataclass(frozen=True)
 class File:
-    """One rank's file, as it was when it was written."""
+    """One rank's file, as it was when it was written; ``sums``: see ``blocks``."""
 
     name: str
     size_bytes: int
     sha256: str
+    sums: str = ""
 
 
 @dataclass(frozen=True)

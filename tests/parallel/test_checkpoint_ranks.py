@@ -60,8 +60,8 @@ def train_and_save(on: On, dtype: torch.dtype, source: str, out: str, steps: int
         bucket_bytes=4096,
     )
     if source:
-        checkpoint = Checkpoint(source, verify=False)
-        checkpoint.verify(mine.world.rank, mine.world.size)
+        checkpoint = Checkpoint(source)
+        checkpoint.check_rng(mine.world.rank, mine.world.size)
         load_owned(checkpoint, optimizer.owned(), shards, mine.tp.size, mine.tp.rank)
         optimizer.gather_parameters()
     for step in range(steps):

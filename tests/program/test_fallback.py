@@ -75,7 +75,7 @@ def test_damage_is_refused_and_falling_back_is_a_choice(
     try:
         assert program.run(main, argv(run, tmp_path, *longer)) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert f"{damaged} changed after it was saved: its sha256 is " in line
+        assert f"{damaged} changed after it was saved: the checksum of its bytes " in line
         assert line.endswith(
             "the newest intact checkpoint is " + str(last.parent / "step-00000002")
         )
