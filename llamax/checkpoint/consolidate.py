@@ -17,6 +17,7 @@ import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,8 +76,9 @@ def consolidate(
         work = Work(source, folder, assemble.lay_out(folder, planned), slabs.new_buffers(2))
         processes = min(processes, len(planned))
         filling = _forked(work, planned, processes) if processes > 1 else _threaded(work, planned)
-        for size_bytes in filling:
-            progress(size_bytes)
+        with closing(filling) as done:  # whoever still writes ends before the folder goes
+            for size_bytes in done:
+                progress(size_bytes)
         assemble.finish(source, planned, folder, None if tokenizer is None else Path(tokenizer))
     return Path(out)
 
@@ -170,6 +172,8 @@ def main(argv: Sequence[str]) -> int:
         f"{out}: {show_number(parameters)} parameters of step {source.step}, {show_bytes(total)}, "
         f"in {show_time(time.perf_counter() - began)}"
     )
-    if not (out / "tokenizer.json").is_file():
+    if (out / "tokenizer.model").is_file() and not (out / "tokenizer.json").is_file():
+        print("its tokenizer.model has no exact tokenizer.json: in transformers ids may differ")
+    elif not (out / "tokenizer.json").is_file():
         print("no tokenizer was found for it; --tokenizer adds one")
     return 0

@@ -22,7 +22,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from llamax.data.files import write_atomic
-from llamax.data.spm import BPE, BYTE, CONTROL, NORMAL, UNKNOWN
+from llamax.data.spm import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, Model
 from llamax.data.tokenizer import (
     LLAMA3_PATTERN,
     HuggingFace,
@@ -30,14 +30,13 @@ from llamax.data.tokenizer import (
     TikToken,
     Tokenizer,
 )
-from llamax.errors import DataError
 
 
 def export(tokenizer: Tokenizer, folder: str | Path, max_length: int | None = None) -> None:
     """Write a tokenizer's files into a Hugging Face folder.
 
-    ``max_length`` is the model's context in tokens.  Raises DataError for a sentencepiece model
-    that ``tokenizers`` cannot follow exactly.
+    ``max_length`` is the model's context in tokens.  A sentencepiece model that ``tokenizers``
+    cannot follow exactly is there as ``tokenizer.model`` alone.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,8 +46,10 @@ def export(tokenizer: Tokenizer, folder: str | Path, max_length: int | None = No
         write_atomic(folder / "tokenizer.json", raw)
     else:
         if isinstance(tokenizer, SentencePiece):
-            engine = from_sentencepiece(tokenizer)
             write_atomic(folder / "tokenizer.model", raw)
+            if not has_twin(tokenizer.model):
+                return
+            engine = from_sentencepiece(tokenizer)
         else:
             assert isinstance(tokenizer, TikToken)
             engine = from_tiktoken(tokenizer)
@@ -75,15 +76,17 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def from_sentencepiece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
-    """The same BPE in ``tokenizers``."""
-    model = tokenizer.model
+def has_twin(model: Model) -> bool:
+    """Whether ``tokenizers`` gives this model's ids: a BPE with bytes that takes text as it is."""
     kinds = [kind for _, _, kind in model.pieces]
-    if model.kind != BPE or model.rewrites or model.drops_spaces or kinds.count(BYTE) != 256:
-        raise DataError(
-            f"{tokenizer.path}: is not a BPE with byte fallback and identity normalisation, and "
-            "has no exact tokenizer.json; use its tokenizer.model"
-        )
+    plain = {*kinds} <= {NORMAL, UNKNOWN, CONTROL, BYTE} and kinds.count(BYTE) == 256
+    rewrites = model.rewrites or model.drops_spaces or model.spaces_behind
+    return model.kind == BPE and plain and not rewrites
+
+
+def from_sentencepiece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
+    """The same BPE in ``tokenizers``; see ``has_twin``."""
+    model = tokenizer.model
     vocabulary = {text: number for number, (text, _, _) in enumerate(model.pieces)}
     pieces = [(text, score) for text, score, kind in model.pieces if kind == NORMAL]
     known = {text for text, _ in pieces}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import checkpoint_worlds as worlds
 import pytest
 import torch
 import transformers
+from corpora import train_unlike_llama
 from safetensors.torch import load_file, save_file
 
 from llamax.checkpoint import Checkpoint, Saver, assemble, load_weights
@@ -211,6 +214,21 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
     assert (tmp_path / "hub" / "precious").read_text() == "x"
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_nobody_writes_on_when_writing_has_failed(tmp_path: Path, processes: int) -> None:
+    saved(tmp_path, worlds.llama())
+    threads = threading.active_count()
+
+    def fail(size_bytes: int) -> None:
+        raise ValueError("the bar broke")
+
+    with pytest.raises(ValueError, match="the bar broke") as caught:
+        consolidate(tmp_path, tmp_path / "hub", progress=fail, processes=processes)
+    assert (threading.active_count(), multiprocessing.active_children()) == (threads, [])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+    assert caught.tb  # which keeps all its frames alive
+
+
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     out, real, link = (tmp_path / name for name in ("hub", "real", "link"))
     (tmp_path / "hub.part" / "of" / "one").mkdir(parents=True)
@@ -308,6 +326,11 @@ def test_programs_say_what_they_made(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert f"{out}: 11.1K parameters of step 3, 21.7 KiB, in " in printed
     assert "no tokenizer was found for it; --tokenizer adds one" in printed
+    unlike = train_unlike_llama(tmp_path, model_type="unigram")
+    given = ["--out", str(tmp_path / "spoken"), "--tokenizer", str(unlike)]
+    saved(tmp_path / "speaker", worlds.llama(vocabulary=600), tp=1)
+    assert consolidate_main([str(tmp_path / "speaker"), *given]) == 0
+    assert "its tokenizer.model has no exact tokenizer.json" in capsys.readouterr().out
     assert shard_main([str(out), "--out", str(tmp_path / "s"), "--tensor", "2"]) == 0
     assert "21.7 KiB of weights for tensor 2, in " in capsys.readouterr().out
 
@@ -356,6 +379,7 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 MEASURE = """
 import sys
+import threading
 from pathlib import Path
 import torch
 from llamax.checkpoint.consolidate import consolidate

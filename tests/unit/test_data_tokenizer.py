@@ -187,10 +187,24 @@ def test_bos_and_eos_as_the_files_beside_say(ranks: Path, tmp_path: Path) -> Non
     assert (kept.bos_id, kept.eos_id) == (own.bos_id, own.eos_id)
 
 
-def test_a_unigram_model_has_no_exact_export(tmp_path: Path) -> None:
-    own = load_tokenizer(train_unlike_llama(tmp_path, model_type="unigram"))
-    with pytest.raises(DataError, match=r"has no exact tokenizer\.json"):
-        export(own, tmp_path / "out")
+@pytest.mark.parametrize(
+    "unlike",
+    [
+        {"model_type": "unigram"},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"treat_whitespace_as_suffix": True},
+        {"user_defined_symbols": ["return self"]},
+        {"byte_fallback": False},
+    ],
+)
+def test_a_model_without_an_exact_twin_is_exported_alone(
+    tmp_path: Path, unlike: dict[str, object]
+) -> None:
+    own = load_tokenizer(train_unlike_llama(tmp_path, **unlike))
+    export(own, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.model"]
+    assert load_tokenizer(tmp_path / "out").fingerprint == own.fingerprint
 
 
 def test_the_model_comes_before_its_conversions(spm: Path, ranks: Path, tmp_path: Path) -> None:
