@@ -30,7 +30,9 @@ from llamax import log
 from llamax.errors import LlamaxError, LostRank, Stopped
 
 PATIENCE_S = 15.0
-RECORD_BYTES = 512
+TURN_S, LAST_TURN_S = 0.1, 5.0
+MOST_WORDS = 400  # characters, of up to four bytes each
+RECORD_BYTES = 2048
 LOST, DONE = "lost ", "done"
 
 
@@ -76,7 +78,7 @@ class Heartbeat:
     def stop(self, why: str) -> None:
         """Beat no more; the file keeps saying why."""
         self._stop.set()
-        self._write(left=why)
+        self._write(left=why[:MOST_WORDS])
         with self._writing:
             os.close(self._file)
             self._file = -1
@@ -93,7 +95,9 @@ class Heartbeat:
             now = {rank: self._read(rank) for rank in others}
             ended = [r for r in others if now[r].left and not now[r].left.startswith((LOST, DONE))]
             if ended:
-                return "; ".join(f"{_at(r, now[r])} ended: {now[r].left}" for r in ended[:4])
+                lowest = {now[r].left: r for r in reversed(ended)}  # for several may say the same
+                told = sorted((r, why) for why, r in lowest.items())[:4]
+                return "; ".join(f"{_at(r, now[r])} ended: {why}" for r, why in told)
             gone = [r for r in others if not now[r].left and now[r].gone()]
             if gone:
                 return _names(gone, now) + " died or froze"
@@ -102,6 +106,11 @@ class Heartbeat:
         if quiet:
             return _names(quiet, now) + " fell silent"
         return "every rank is alive, but they do not reach each other"
+
+    def told(self, why: str) -> bool:
+        """Whether a lower rank has left with the same words; ranks look one after another."""
+        time.sleep(min(self.rank * TURN_S, LAST_TURN_S))
+        return any(self._read(rank).left == why[:MOST_WORDS] for rank in range(self.rank))
 
     def _run(self) -> None:
         watched = [r for r in (range(self.world_size) if self.rank == 0 else [0]) if r != self.rank]
@@ -129,7 +138,7 @@ class Heartbeat:
                 return
             step = self.me.step if step is None else step
             self.me = replace(self.me, beat=self.me.beat + 1, step=step, left=left or self.me.left)
-            text = json.dumps(asdict(self.me)).encode()
+            text = json.dumps(asdict(self.me), ensure_ascii=False).encode(errors="replace")
             try:
                 os.pwrite(self._file, text.ljust(RECORD_BYTES), 0)
             except OSError as error:  # a full disk must not end a run that can go on
@@ -158,7 +167,8 @@ def _names(ranks: list[int], beats: dict[int, Beat]) -> str:
 def beating(folder: Path, rank: int, world_size: int, timeout_s: float) -> Iterator[Heartbeat]:
     """This rank's heartbeat while it is part of the world.
 
-    LostRank from inside is raised again with the name of who was lost.
+    LostRank from inside is raised again with the name of who was lost.  A mistake that several
+    ranks found, as damage that each has read, is told by the lowest; the others leave silently.
     """
     heart = Heartbeat(folder, rank, world_size, timeout_s)
     if world_size == 1:
@@ -175,7 +185,12 @@ def beating(folder: Path, rank: int, world_size: int, timeout_s: float) -> Itera
         heart.stop(LOST + who)
         raise LostRank(f"{who}: {error}") from error
     except BaseException as error:
-        line = str(error) if isinstance(error, LlamaxError) else repr(error)
-        heart.stop(line.splitlines()[0][:200] if line else type(error).__name__)
+        mistake = error if isinstance(error, LlamaxError) else None
+        line = str(mistake).partition("; ")[0] if mistake else repr(error)  # without the remedy
+        why = line.splitlines()[0] if line else type(error).__name__
+        told = mistake is not None and heart.told(why)
+        heart.stop(why)
+        if mistake and told:
+            raise SystemExit(mistake.exit_code) from None
         raise
     heart.stop(DONE)

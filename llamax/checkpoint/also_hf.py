@@ -40,7 +40,7 @@ def leave(checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s:
     part = checkpoint / PART
     part.mkdir(exist_ok=True)
     try:
-        source = Checkpoint(checkpoint, verify=False)
+        source = Checkpoint(checkpoint)
         planned = assemble.plan(source)
         total = sum(one.size_bytes for one in planned)
         planned = assemble.plan(source, None, min(assemble.FILE_BYTES, -(-total // world_size)))

@@ -99,9 +99,9 @@ class Blocks:
 
     def _check(self, fd: int, number: int, into: Bytes) -> None:
         """Read a whole block and compare it with what was saved."""
-        start = self._starts[number]
+        start, at = self._starts[number], number * DIGITS
         read_exactly(fd, self.path, start, into)
-        found, expected = xxh3_64_hexdigest(into.data), self.sums[number * DIGITS :][:DIGITS]
+        found, expected = xxh3_64_hexdigest(into.data), self.sums[at : at + DIGITS]
         if found != expected:
             raise CheckpointError(
                 f"{self.path} changed after it was saved: the checksum of its bytes {start} to "
@@ -111,15 +111,15 @@ class Blocks:
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """A file to read from; CheckpointError where it cannot be."""
+    """A file to read from; CheckpointError where it cannot be, also later."""
     try:
         fd = os.open(path, os.O_RDONLY)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        yield fd
-    finally:
-        os.close(fd)
 
 
 def read_exactly(fd: int, path: Path, offset: int, into: Bytes) -> None:

@@ -201,7 +201,8 @@ class Checkpoint(Source):
 
     def read_run(self, piece: Piece, copies: Iterable[Copy], into: Tensor) -> None:
         with files.advice(self.folder):
-            read(piece.path, piece.offset, copies, into, self._blocks.get(piece.path))
+            blocks = self._blocks[piece.path] if self._verify else None
+            read(piece.path, piece.offset, copies, into, blocks)
 
     def rng(self, tp_rank: int, data_rank: int) -> Tensor | None:
         """The random state that this rank saved, or None where the mesh had no such rank."""

@@ -29,6 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 
 import llamax
 from llamax import log
+from llamax.checkpoint.blocks import DIGITS
 from llamax.checkpoint.container import (
     DTYPES,
     Progress,
@@ -44,6 +45,7 @@ FORMAT = 2
 MANIFEST, DONE, CONFIG = "manifest.json", "done", "config.toml"
 STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
 FILE = re.compile(r"(weights|optimizer)-tp\d{2,}-dp\d{2,}\.safetensors")
+SHA256, SUMS = re.compile(r"[0-9a-f]{64}"), re.compile(rf"(?:[0-9a-f]{{{DIGITS}}})*")
 RNG = "rng"
 
 
@@ -100,9 +102,15 @@ class Manifest:
             return f"step {self.step} is below 0"
         for file in self.files:
             if not FILE.fullmatch(file.name):
-                return f"{file.name!r} is no name of a checkpoint's file"
+                return f"{file.name!r:.80} is no name of a checkpoint's file"
+            if not SHA256.fullmatch(file.sha256) or not SUMS.fullmatch(file.sums):
+                return f"{file.name} has no checksums"
+        if self.config_sha256 and not SHA256.fullmatch(self.config_sha256):
+            return f"{CONFIG} has no checksum"
         usual = {kind for tensor in self.tensors.values() for kind in tensor.kinds} - {"master"}
         for name, tensor in self.tensors.items():
+            if not name.isprintable():
+                return f"{name!r:.80} is no name of a tensor"
             if not tensor.shape or min(tensor.shape) < 1:
                 return f"{name} has shape {list(tensor.shape)}"
             for kind, kept in tensor.kinds.items():
@@ -190,7 +198,7 @@ def read_manifest(folder: Path) -> Manifest:
         problem = manifest.problem()
     except ValidationError as error:
         first = error.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        problem = f"{ascii('.'.join(map(str, first['loc'])))[1:-1]:.80}: {first['msg']}"
     if problem:
         raise CheckpointError(f"{path} is broken: {problem}")
     if STEP.fullmatch(folder.name) and step_of(folder) != manifest.step:

@@ -161,7 +161,16 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ("match", "change"),
     [
         ("has format 1, this llamax .* reads 2", lambda m: m.update(format=1, files={})),
-        ("has 0 checksums for its", lambda m: m["files"][0].update(sums="0" * 15)),
+        (
+            r"has 1 checksums for its \d\d blocks" + INTACT,
+            lambda m: m["files"][0].update(sums="0" * 16),
+        ),
+        (r"dp00.safetensors has no checksums", lambda m: m["files"][0].update(sums="0" * 15)),
+        (r"dp00.safetensors has no checksums", lambda m: m["files"][1].update(sums="\n" * 16)),
+        (r"dp00.safetensors has no checksums", lambda m: m["files"][0].update(sha256="0\n")),
+        ("config.toml has no checksum", lambda m: m.update(config_sha256="\n" * 64)),
+        (r"'a\\nb' is no name of a tensor", lambda m: m["tensors"].update({"a\nb": whole(m)})),
+        (r"tensors.a\\nb.shape: Field required", lambda m: m["tensors"].update({"a\nb": {}})),
         ("holds step 400; rename it to step-00000400", lambda m: m.update(step=400)),
         ("step -1 is below 0", lambda m: m.update(step=-1)),
         (r"step: Field required", lambda m: m.pop("step")),
@@ -185,8 +194,12 @@ def test_a_broken_manifest(
     refused(match, lambda: Checkpoint(folder).read("lm_head.weight"))
 
 
+def whole(manifest: dict[str, Any]) -> Any:
+    return manifest["tensors"]["lm_head.weight"]
+
+
 def kept(manifest: dict[str, Any]) -> Any:
-    return manifest["tensors"]["lm_head.weight"]["kinds"]["weight"]
+    return whole(manifest)["kinds"]["weight"]
 
 
 def test_a_manifest_that_changed_or_vanished(folder: Path) -> None:

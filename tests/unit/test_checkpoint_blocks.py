@@ -85,6 +85,9 @@ def test_a_file_that_was_cut_or_is_gone_and_sums_of_another(path: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match=r"cannot read .*file: No such file"):
         part(path, 0, 5)
+    path.mkdir()  # what a broken disk does to reading, a folder does too
+    with pytest.raises(CheckpointError, match=r"cannot read .*file: Is a directory"):
+        part(path, 0, 5)
     with pytest.raises(CheckpointError, match="the manifest has 6 checksums for its 7 blocks"):
         Blocks(path, ENDS, SUMS[:-1])
 

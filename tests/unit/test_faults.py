@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import math
 import os
@@ -93,11 +94,13 @@ def hearts(folder: Path, ranks: int, timeout_s: float = 4.0) -> list[Heartbeat]:
 
 
 def test_the_silent_one_is_named(tmp_path: Path) -> None:
-    first, second, third = hearts(tmp_path, 3)
+    first, second, third, fourth = hearts(tmp_path, 4)
     second.at(17)
     second._stop.set()  # its thread ends, as a frozen process' would; the process lives
     assert first.silent() == "rank 1 (last step 17) fell silent"
     third.stop("out of memory")
+    assert first.silent() == "rank 2 (last step 0) ended: out of memory"
+    fourth.stop("out of memory")
     assert first.silent() == "rank 2 (last step 0) ended: out of memory"
     first.stop(heartbeat.DONE)
 
@@ -137,6 +140,21 @@ def test_all_alive_is_said_as_well(tmp_path: Path) -> None:
         heart.stop(heartbeat.DONE)
 
 
+def test_what_several_ranks_find_is_told_by_the_lowest(tmp_path: Path) -> None:
+    def end(rank: int, words: str) -> BaseException:
+        with pytest.raises(BaseException) as caught, beating(tmp_path, rank, 4, 4.0):
+            raise CheckpointError(words)
+        left = json.loads((tmp_path / f"rank-{rank:05d}").read_text())["left"]
+        assert left == words.partition(";")[0]
+        return caught.value
+
+    said = [end(rank, words) for rank, words in ((1, "A: 1; x"), (0, "A: 1; x"), (3, "A: 1; y"))]
+    assert [type(error) for error in said] == [CheckpointError, CheckpointError, SystemExit]
+    assert isinstance(said[2], SystemExit)
+    assert said[2].code == 2
+    assert str(end(2, "A: 2; x")) == "A: 2; x"
+
+
 def test_a_lost_rank_is_named_and_the_name_passed_on(tmp_path: Path) -> None:
     other = Heartbeat(tmp_path, 1, 2, 4.0)
     other.start()
@@ -156,6 +174,8 @@ def test_a_lost_rank_is_named_and_the_name_passed_on(tmp_path: Path) -> None:
     [
         (ConfigError("a is b"), "a is b"),
         (ValueError("x"), "ValueError('x')"),
+        (ConfigError("𝕩" * 999), "𝕩" * 400),
+        (ConfigError("/data/\udce9/run"), "/data/?/run"),
         (Stopped("after step 3"), "done"),
         (SystemExit(75), "done"),
         (None, "done"),
