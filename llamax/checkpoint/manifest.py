@@ -288,14 +288,23 @@ def scores(folder: Path) -> dict[int, float]:
 
 
 def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that is what was saved; those passed over are told of."""
-    for path in reversed(steps(folder)):
+    """The newest checkpoint of a run that is what was saved; those passed over are told of.
+
+    None where there are none; CheckpointError where all are damaged.
+    """
+    found = steps(folder)
+    for path in reversed(found):
         try:
             verify(path, read_manifest(path).files)
         except CheckpointError as error:
             log.logger.warning("passing over %s: %s", path.name, error)
         else:
             return path
+    if found:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is intact; put one back from a copy, or start from nothing "
+            "with --checkpoint.resume=never"
+        )
     return None
 
 

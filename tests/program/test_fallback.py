@@ -84,6 +84,14 @@ def test_damage_is_refused_and_falling_back_is_a_choice(
         said = capsys.readouterr().err
         assert "passing over step-00000003: " in said
         assert f"resuming from {last.parent / 'step-00000002'}, after step 2" in said
+        kept = {path: path.read_bytes() for path in last.parent.glob("step-*/done")}
+        for path in kept:
+            path.write_bytes(b"")
+        assert program.run(main, argv(run, tmp_path, *fallback)) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith(f"llamax: no checkpoint in {last.parent} is intact; put one back")
+        for path, text in kept.items():  # nothing was set aside
+            path.write_bytes(text)
     finally:
         log.logger.handlers.clear()
     assert program.run(main, argv(run, tmp_path, *longer)) == 0, "step 3 is whole again"

@@ -401,7 +401,10 @@ def test_feed_forward_as_meta_computes_it(width: int, wanted: int) -> None:
         (["--to", "nxd", "--kv-multiplier", "3"], "makes 6 key/value heads"),
         (["--to", "nxd", "--pipeline", "3"], "--pipeline=3 does not divide num_hidden_layers=2"),
         (["--to", "nxd", "--qkv", "stacked"], "--qkv=stacked is for models"),
-        (["--to", "nxd", "--tensor", "4", "--qkv", "separate"], "needs --qkv=gqa"),
+        (
+            ["--to", "nxd", "--tensor", "4", "--qkv", "separate"],
+            "=2 .by default .* needs --qkv=gqa",
+        ),
         (["--to", "nxd", "--optimizer", "zero1"], "holds no optimizer state of all weights"),
         (["--to", "hf", "--tensor", "2"], "--tensor has no meaning for --to hf"),
         (["--to", "meta", "--kv-multiplier", "2"], "--kv-multiplier has no meaning for --to meta"),

@@ -76,7 +76,10 @@ class Target:
         if self.style == "stacked" and model.num_attention_heads != model.num_key_value_heads:
             raise ConfigError("--qkv=stacked is for models with as many key/value heads; use gqa")
         if self.copies > 1 and not self.style.startswith("gqa"):
-            raise ConfigError(f"--kv-multiplier needs --qkv=gqa or gqa-fused, not {self.style}")
+            raise ConfigError(
+                f"--kv-multiplier={self.copies} (by default what --tensor needs) needs --qkv=gqa "
+                f"or gqa-fused, not {self.style}"
+            )
 
     def names(self, stage: int) -> Iterator[tuple[str, list[str]]]:
         """A stage's parameters in NxD's order, each with the Hub tensors it stacks."""
