@@ -29,7 +29,7 @@ test: $(VENV)/installed
 	@$(MAKE) --no-print-directory test-xla
 
 test-xla: $(XLA_VENV)/installed
-	@if [ -e $< ]; then $(XLA_BIN)/python -m pytest tests/xla --timeout 600; \
+	@if [ -e $< ]; then $(XLA_BIN)/python -m pytest tests/xla --numprocesses 2 --dist loadgroup --timeout 600; \
 	else echo "SKIPPED tests/xla: torch 2.9.0 and torch-xla 2.9.0 cannot be installed here (above: why)"; fi
 
 launchers: $(VENV)/installed

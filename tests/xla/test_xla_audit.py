@@ -112,7 +112,6 @@ def test_precompile_notes_what_doctor_asks_for(tmp_path: Path) -> None:
     def lacking(changed: Config) -> list[str]:
         return compile_notes.missing(cache, compile_notes.hashes(changed, 1, 1, environ))
 
-    assert lacking(cfg) == []
     assert lacking(replace(cfg, optim=replace(cfg.optim, lr=1e-2))) == []
     assert lacking(replace(cfg, optim=replace(cfg.optim, beta2=0.9))) == ["update"]
     longer = replace(cfg, data=replace(cfg.data, sequence_length=64))
