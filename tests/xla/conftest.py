@@ -1,4 +1,4 @@
-"""Two groups of tests, each for one process: a tracer does not survive replicas that ran before it."""
+"""Two groups of tests, a process each: a tracer does not survive replicas that ran before it."""
 
 from __future__ import annotations
 
