@@ -105,7 +105,7 @@ class FeedForward(nn.Module):
         self.down_proj = RowLinear(Rows(F), D, tp, sequence, like)
 
     def forward(self, x_BsD: Tensor) -> Tensor:
-        y_BsD: Tensor = self.down_proj.reduced(self.partial(x_BsD))
+        y_BsD: Tensor = self.down_proj(ops.swiglu(self.gate_up_proj(x_BsD)))
         return y_BsD
 
     def partial(self, x_BsD: Tensor) -> Tensor:
@@ -127,16 +127,24 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x_BsD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, attend: Attend, mode: Recompute
     ) -> Tensor:
-        def block(x_BsD: Tensor) -> tuple[Tensor, Tensor]:
+        def attended(x_BsD: Tensor) -> Tensor:
             normed_BsD = self.input_layernorm(x_BsD)
             rerun = mode == "selective"
-            x_BsD = x_BsD + self.self_attn(normed_BsD, cos_BSE, sin_BSE, attend, rerun)
+            y_BsD: Tensor = self.self_attn(normed_BsD, cos_BSE, sin_BSE, attend, rerun)
+            return x_BsD + y_BsD
+
+        def block(x_BsD: Tensor) -> tuple[Tensor, Tensor]:
+            x_BsD = attended(x_BsD)
             return x_BsD, self.mlp.partial(self.post_attention_layernorm(x_BsD))
 
-        # Backward reads nothing of the last sum, so it stays outside and is not done again.
-        run = recompute.again if mode == "full" else recompute.plain
-        x_BsD, z_BSD = run(block, x_BsD)
-        y_BsD: Tensor = self.mlp.down_proj.reduced(z_BSD)
+        y_BsD: Tensor
+        if mode == "full":
+            # Backward reads nothing of the last sum, so it stays outside and is not done again.
+            x_BsD, z_BSD = recompute.again(block, x_BsD)
+            y_BsD = self.mlp.down_proj.reduced(z_BSD)
+        else:
+            x_BsD = attended(x_BsD)
+            y_BsD = self.mlp(self.post_attention_layernorm(x_BsD))
         return x_BsD + y_BsD
 
 
@@ -156,10 +164,20 @@ class Decoder(nn.Module):
             {str(layer): DecoderLayer(model, layer, tp, sequence, like) for layer in stage}
         )
         self.norm = Norm(model.hidden_size, model.rms_norm_eps, like)
-        frequencies = ops.inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
         self.inverse_frequencies: Tensor
-        frequencies = frequencies.to(tp.rank_index.device)
-        self.register_buffer("inverse_frequencies", frequencies, persistent=False)
+        self.register_buffer("inverse_frequencies", None, persistent=False)
+        self._set_frequencies(tp.rank_index.device)
+
+    def _set_frequencies(self, device: torch.device) -> None:
+        model = self.model
+        frequencies = ops.inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+        self.inverse_frequencies = frequencies.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        """Whatever moves or narrows a model (``to``, ``to_empty``): angles stay exact, in fp32."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._set_frequencies(self.inverse_frequencies.device)
+        return self
 
     def forward(self, ids_BS: Tensor, positions_BS: Tensor, attend: Attend) -> Tensor:
         cos_BSE, sin_BSE = ops.rope_tables(positions_BS, self.inverse_frequencies)

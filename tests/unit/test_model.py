@@ -161,6 +161,7 @@ IDS = torch.arange(12).view(2, 6)
         (IDS, IDS + 310, "labels hold 321, .* use -100 where none counts"),
         (IDS, IDS - 1, "labels hold -1,"),
         (IDS, IDS[:, 1:], r"labels are \[2, 5\], and ids \[2, 6\]"),
+        (IDS.float(), IDS, r"ids are torch\.float32; a model takes integers"),
     ],
 )
 def test_tokens_that_are_not_of_the_model(
@@ -170,6 +171,23 @@ def test_tokens_that_are_not_of_the_model(
     model = Llama(LLAMA2).init(seed=0)
     with pytest.raises(DataError, match=says):
         model.loss(ids, labels)
+
+
+def test_a_model_that_is_moved_or_narrowed_keeps_exact_positions() -> None:
+    """The frequencies are fp32 wherever the weights go: angles grow with the position."""
+    narrow, far = Llama(LLAMA2).init(seed=0).to(torch.bfloat16), IDS + 5000
+    assert torch.equal(narrow(IDS, far), Llama(LLAMA2, dtype=torch.bfloat16).init(0)(IDS, far))
+    drawn = Llama(LLAMA2, device="meta").to_empty(device="cpu").init(seed=0)
+    assert torch.equal(drawn(IDS, far), Llama(LLAMA2).init(seed=0)(IDS, far))
+
+
+def test_hooks_see_every_layer_but_the_output_projection() -> None:
+    """It is part of the loss."""
+    model, seen = Llama(LLAMA2).init(seed=0), set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: seen.add(name))
+    model(IDS)
+    assert {*dict(model.named_modules())} - seen == {"model.layers", "lm_head"}
 
 
 def test_the_last_token_and_ignored_labels_are_of_the_model() -> None:
