@@ -112,10 +112,10 @@ def merge(
     planned, buffers = assemble.plan(merged, dtype, max_shard_bytes), slabs.new_buffers()
     own = any((merged.folder / name).is_file() for name in hub.TOKENIZER_FILES[:2])
     with building(Path(out)) as folder:
+        assemble.write_rest(merged, planned, folder, merged.folder if own else None)
         offsets = assemble.lay_out(folder, planned)
         for one in planned:
             progress(assemble.fill(merged, folder, one, offsets[one.name], buffers))
-        assemble.finish(merged, planned, folder, merged.folder if own else None)
     return Path(out)
 
 

@@ -56,7 +56,7 @@ def leave(checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s:
         write_note(part / f"rank-{rank:05d}.json", "null")
         if rank == 0:
             _gather(part, world_size, deadline)
-            assemble.finish(source, planned, part)
+            assemble.write_rest(source, planned, part)
             sync(part)
             os.rename(part, checkpoint / HUB)
             sync(checkpoint)

@@ -4,7 +4,7 @@
 
     plan     which tensors go into which file, and at which byte: known before anything is read
     fill     one tensor of one file, through a slab of 16 MiB, to its place      in any order
-    finish   config.json, generation_config.json, the index, the tokenizer
+    rest     config.json, generation_config.json, the index, the tokenizer, which may be refused
 
 ``consolidate`` fills with processes; ``Saver`` lets every rank fill its share of files while
 training goes on (``checkpoint.also_hf``).
@@ -100,7 +100,7 @@ def fill(source: Source, folder: Path, one: Planned, offset: int, buffers: slabs
     return one.size_bytes
 
 
-def finish(
+def write_rest(
     source: Source, planned: Sequence[Planned], folder: Path, tokenizer: Path | None = None
 ) -> None:
     """All of a Hugging Face folder but the weights."""

@@ -73,13 +73,13 @@ def consolidate(
         return adapters.export(source, out)
     planned = assemble.plan(source, dtype, max_shard_bytes)
     with building(Path(out)) as folder:
+        assemble.write_rest(source, planned, folder, None if tokenizer is None else Path(tokenizer))
         work = Work(source, folder, assemble.lay_out(folder, planned), slabs.new_buffers(2))
         processes = min(processes, len(planned))
         filling = _forked(work, planned, processes) if processes > 1 else _threaded(work, planned)
         with closing(filling) as done:  # whoever still writes ends before the folder goes
             for size_bytes in done:
                 progress(size_bytes)
-        assemble.finish(source, planned, folder, None if tokenizer is None else Path(tokenizer))
     return Path(out)
 
 

@@ -310,8 +310,10 @@ def test_the_tokenizer_goes_with_the_model(tmp_path: Path, tokenizer: Path) -> N
     assert (again / "tokenizer.json").read_bytes() == (out / "tokenizer.json").read_bytes()
 
     wrong = take(2, "0" * 64)
+    written: list[int] = []
     with pytest.raises(CheckpointError, match="holds another tokenizer"):
-        consolidate(wrong, tmp_path / "hub3")
+        consolidate(wrong, tmp_path / "hub3", progress=written.append)
+    assert not written, "it is refused before hours of writing"
     consolidate(wrong, tmp_path / "hub3", tokenizer=tokenizer)
     assert (tmp_path / "hub3" / "tokenizer.json").is_file()
     saved(tmp_path / "small", worlds.llama())
