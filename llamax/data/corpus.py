@@ -23,6 +23,7 @@ from llamax.errors import DataError
 CHUNK_BYTES = 2**20  # at least
 MOST_CHUNKS = 4096
 ROWS = (".jsonl", ".ndjson")
+MARK = "\ufeff"  # byte order mark
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def _row(line: bytes, key: str, source: Source, at: int, number: int) -> str:
     try:
         row = json.loads(text)
         problem = "" if isinstance(row, dict) else f"is {type(row).__name__}, not an object"
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         problem = f"is not JSON ({error})"
     if not problem and not isinstance(row.get(key), str):
         found = f"is {type(row[key]).__name__}" if key in row else f"is not among {sorted(row)}"
@@ -169,14 +170,17 @@ def _lines_before(source: Source) -> int:
 
 
 def decode(raw: bytes, path: str, at: int) -> str:
-    """The text of bytes that lie at ``at`` in a file; DataError where they are none."""
+    """The text of bytes that lie at ``at`` in a file; DataError where they are none.
+
+    A byte order mark at the start of a file is no part of it.
+    """
     try:
         text = raw.decode("utf-8")
         place = raw.find(b"\0")
     except UnicodeDecodeError as error:
         place = error.start
     if place < 0:
-        return text
+        return text if at else text.removeprefix(MARK)
     raise DataError(
         f"{path}: byte {at + place} is not UTF-8 text (0x{raw[place]:02x}); convert the file to "
         "UTF-8, or leave it out"

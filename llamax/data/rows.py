@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llamax.data import corpus
-from llamax.data.corpus import decode, unreadable
+from llamax.data.corpus import MARK, decode, unreadable
 from llamax.errors import DataError
 
 Row = dict[str, Any]
@@ -41,7 +41,6 @@ KINDS = {
     ".parquet": "parquet",
 }
 DELIMITERS = {"csv": ",", "tsv": "\t", "csv;": ";", "csv\t": "\t", "csv|": "|"}
-MARK = b"\xef\xbb\xbf"  # the byte order mark in UTF-8
 SLICE = re.compile(r"(\w+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -260,7 +259,7 @@ def _is_lines(path: Path) -> bool:
             line for line, _ in zip((line for line in file if line.strip()), "ab", strict=False)
         ]
     try:
-        first = json.loads(lines[0].removeprefix(MARK)) if lines else None
+        first = json.loads(lines[0].removeprefix(MARK.encode())) if lines else None
     except (ValueError, RecursionError):
         return False
     return isinstance(first, dict) and (len(lines) > 1 or not _one_list(first))
@@ -293,9 +292,8 @@ def _lines(run: Run) -> Iterator[Any]:
         at = run.start
         for line in file:
             if line.strip():
-                text = line if at else line.removeprefix(MARK)
                 try:
-                    yield json.loads(decode(text, run.path, at))
+                    yield json.loads(decode(line, run.path, at))
                 except (ValueError, RecursionError) as error:
                     yield DataError(f"is not JSON ({error}); mend or remove it")
             at += len(line)
@@ -310,7 +308,7 @@ def _csv(run: Run) -> Iterator[Any]:
     delimiter = DELIMITERS[run.kind]
 
     def records(raw: bytes, start: int) -> Iterator[list[str]]:
-        text = decode(raw if start else raw.removeprefix(MARK), run.path, start)
+        text = decode(raw, run.path, start)
         yield from csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
 
     with _open(Path(run.path)) as file:
@@ -355,7 +353,7 @@ def _table(path: Path) -> list[Any]:
     """The rows of a JSON file: a list, or an object that holds one list."""
     try:
         with _open(path) as file:
-            found = json.loads(decode(file.read().removeprefix(MARK), str(path), 0))
+            found = json.loads(decode(file.read(), str(path), 0))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error}); mend it") from None
     if isinstance(found, dict):

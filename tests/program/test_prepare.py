@@ -93,6 +93,19 @@ def test_workers_and_formats_change_no_byte(
         assert other["validation.tokens"] == first["validation.tokens"]
 
 
+def test_a_byte_order_mark_is_no_text(tokenizer: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    rows = "".join(json.dumps({"text": each}) + "\r\n" for each in ("\ufeffrow", "last"))
+    (folder / "a.txt").write_text("\ufefftext \ufeff", encoding="utf-8")
+    (folder / "b.jsonl").write_text("\ufeff" + rows, encoding="utf-8")
+    (folder / "c.jsonl.gz").write_bytes(gzip.compress(("\ufeff" + rows).encode()))
+    run(tmp_path / "out", folder, "--tokenizer", tokenizer, "--validation", "0")
+    encode, want = load_tokenizer(tokenizer).encode, ["text \ufeff", *["\ufeffrow", "last"] * 2]
+    got = documents(open_dataset(tmp_path / "out").train)
+    assert got == [[1, *encode(text), 2] for text in want]
+
+
 def test_flags_choose_the_special_tokens(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     run(tmp_path / "out", text / "00.py", "--tokenizer", tokenizer, "--no-bos", "--no-eos",
         "--validation", "0")  # fmt: skip
@@ -214,6 +227,7 @@ ROW = json.dumps({"text": "fine"}) + "\n"
         ("a.txt", b"good \0 bad", r"a\.txt: byte 5 is not UTF-8 text \(0x00\)"),
         ("a.txt", b"", "holds no text"),
         ("a.jsonl", (ROW * 2 + "{broken\n" + ROW).encode(), r"a\.jsonl:3: the row is not JSON"),
+        ("a.jsonl", (ROW + "[" * 100_000).encode(), r"a\.jsonl:2: the row is not JSON"),
         ("a.jsonl", (ROW + '{"other": 1}\n').encode(), r"a\.jsonl:2: .*'text'.*\['other'\].*--key"),
         ("a.jsonl", (ROW + '{"text": 7}\n').encode(), r"a\.jsonl:2: .*it is int"),
         ("a.jsonl", (ROW + "[1]\n").encode(), r"a\.jsonl:2: the row is list, not an object"),
