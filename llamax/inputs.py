@@ -7,7 +7,7 @@ it reads of a checkpoint and its share of the data, and whoever finds damage say
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -50,15 +50,16 @@ class Inputs:
             if now != self.newest:
                 raise CheckpointError(f"{now} was saved while this job started; start it again")
 
-    def verify(self, config: Config, share: int, of: int) -> None:
+    def verify(self, config: Config, share: int, of: int, go_on: Callable[[], bool]) -> None:
         """Check the ``share``-th of ``of`` parts of what loading does not check as it reads.
 
+        ``go_on`` is asked now and then whether anybody still wants to know.
         Raises DataError or CheckpointError that names the damaged file.
         """
-        if config.data.verify == "start":
-            self.dataset.verify(share, of)
         if self.resumed is not None:
             self.resumed.check_rng(share, of)
+        if config.data.verify == "start":
+            self.dataset.verify(share, of, go_on)
 
     def changed(self, config: Config) -> list[str]:
         """What decides samples and updates and is not as it was when the checkpoint was saved."""

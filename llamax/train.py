@@ -16,10 +16,11 @@ if __name__ == "__main__":
 import argparse
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -58,8 +59,12 @@ def train(config: Config, where: Rendezvous) -> None:
     kv = config.model.kv_replicas(mesh.tp)
     folder, timeout_s = Path(config.run.folder), config.run.timeout_s
     signals.hold()
-    with ThreadPoolExecutor(max_workers=1) as pool:  # hash while the ranks meet and load
-        verified = pool.submit(inputs.verify, config, where.rank, where.world_size)
+    over = threading.Event()
+    with ThreadPoolExecutor(max_workers=1) as pool, ExitStack() as ending:
+        ending.callback(over.set)  # a run that cannot be says so without a look at all its data
+        verified = pool.submit(  # while the ranks meet and load
+            inputs.verify, config, where.rank, where.world_size, lambda: not over.is_set()
+        )
         with (
             lock.held(folder) if where.rank == 0 else nullcontext(),
             log.kept(folder, where.job, where.rank),

@@ -10,13 +10,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llamax.data.files import sha256
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
-from llamax.data.tokens import Header, Stream, TokenFile, Verify
+from llamax.data.tokens import Header, Stream, TokenFile, Verify, always
 from llamax.errors import DataError
 
 
@@ -41,10 +41,16 @@ class Mixture:
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
-    def verify(self, threads: int | None = None, share: int = 0, of: int = 1) -> None:
+    def verify(
+        self,
+        threads: int | None = None,
+        share: int = 0,
+        of: int = 1,
+        go_on: Callable[[], bool] = always,
+    ) -> None:
         """Check the ``share``-th of ``of`` parts of all; DataError where one is wrong."""
         for part in self.parts:
-            part.verify(threads, share, of)
+            part.verify(threads, share, of, go_on)
 
 
 Split = Stream | Mixture
@@ -73,11 +79,14 @@ class Dataset:
                 f"with tokenizer {fingerprint[:12]}; prepare the data with that one"
             )
 
-    def verify(self, share: int = 0, of: int = 1) -> None:
-        """Check the ``share``-th of ``of`` parts of the checksums; DataError where one is wrong."""
+    def verify(self, share: int = 0, of: int = 1, go_on: Callable[[], bool] = always) -> None:
+        """Check the ``share``-th of ``of`` parts of the checksums; DataError where one is wrong.
+
+        ``go_on`` is asked now and then whether anybody still wants to know.
+        """
         for file in (self.train, self.validation):
             if file is not None:
-                file.verify(share=share, of=of)
+                file.verify(share=share, of=of, go_on=go_on)
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if a model of ``vocab_size`` cannot embed every token."""

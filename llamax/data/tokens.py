@@ -25,7 +25,7 @@ import mmap
 import os
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -46,6 +46,11 @@ REMEDY = "the file is damaged; copy it again, or make it again with llamax prepa
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Verify = Literal["start", "read", "off"]
+
+
+def always() -> bool:
+    """Somebody who waits for the end of a check."""
+    return True
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,13 @@ class Stream(Protocol):
         self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
     ) -> None: ...
 
-    def verify(self, threads: int | None = None, share: int = 0, of: int = 1) -> Any: ...
+    def verify(
+        self,
+        threads: int | None = None,
+        share: int = 0,
+        of: int = 1,
+        go_on: Callable[[], bool] = always,
+    ) -> Any: ...
 
 
 class TokenFile:
@@ -186,15 +197,24 @@ class TokenFile:
     def __len__(self) -> int:
         return self.header.tokens
 
-    def verify(self, threads: int | None = None, share: int = 0, of: int = 1) -> float:
+    def verify(
+        self,
+        threads: int | None = None,
+        share: int = 0,
+        of: int = 1,
+        go_on: Callable[[], bool] = always,
+    ) -> float:
         """Check every block not yet checked, on all cores; the rate in bytes per second.
 
         Of several ranks that read the file each checks its ``share``, and trusts the others'.
+        ``go_on`` is asked after each block whether anybody still wants to know.
         """
         blocks, start = np.flatnonzero(self._unseen)[share::of], time.perf_counter()
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             for _ in pool.map(self._check, blocks.tolist()):
-                pass
+                if not go_on():
+                    pool.shutdown(cancel_futures=True)
+                    return 0.0
         self._unseen[:] = False
         return len(blocks) * BLOCK_BYTES / (time.perf_counter() - start)
 

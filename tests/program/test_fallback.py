@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ import transformers
 from llamax import log, program
 from llamax.checkpoint import newest
 from llamax.config import Checkpoint, Config
+from llamax.data.dataset import Dataset
 from llamax.data.tokenizer import train_sentencepiece
 from llamax.launch.env import Rendezvous
 from llamax.train import main, train
@@ -95,6 +98,32 @@ def test_damage_is_refused_and_falling_back_is_a_choice(
     finally:
         log.logger.handlers.clear()
     assert program.run(main, argv(run, tmp_path, *longer)) == 0, "step 3 is whole again"
+
+
+def test_a_refusal_does_not_wait_for_all_data_to_be_checked(
+    run: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its launcher would end it, and what it has to say be lost."""
+    found: list[bool] = []
+
+    def verify(data: Dataset, share: int, of: int, go_on: Callable[[], bool]) -> None:
+        late = time.monotonic() + 30
+        while go_on() and time.monotonic() < late:
+            time.sleep(0.01)
+        found.append(go_on())
+
+    monkeypatch.setattr(Dataset, "verify", verify)
+    last = newest(Path(run.run.folder))
+    assert last is not None
+    path = next(last.glob("weights-*"))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        assert program.run(main, argv(run, tmp_path, "--run.steps=4")) == 2
+    finally:
+        log.logger.handlers.clear()
+        path.write_bytes(whole)
+    assert found == [False]
 
 
 def test_a_run_says_that_it_starts_fresh(

@@ -183,6 +183,7 @@ def test_tokens_outside_the_vocabulary_are_found_when_asked(tmp_path: Path) -> N
     with pytest.raises(DataError, match=r"token 300 near place 0 is outside model.vocab_size=256"):
         IndexedFile(tmp_path / "d", "read", 256).verify()
     IndexedFile(tmp_path / "d", "read", 301).verify()
+    IndexedFile(tmp_path / "d", "read", 256).verify(go_on=lambda: False)
     late = IndexedFile(tmp_path / "d", "read", 256)
     late.touch(np.array([0]), np.array([4]))
     with pytest.raises(DataError, match="token 300"):

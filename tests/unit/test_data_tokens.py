@@ -154,6 +154,14 @@ def test_verify_tells_its_rate(damaged) -> None:
     assert TokenFile(path, verify="read").verify(threads=2) > 1e6
 
 
+def test_a_check_that_nobody_waits_for_ends(tmp_path: Path) -> None:
+    write(tmp_path / "x.tokens", [2_000_000])
+    file, asked = TokenFile(tmp_path / "x.tokens", verify="read"), []
+    file.verify(threads=1, go_on=lambda: bool(asked.append(1)))
+    assert len(asked) == 1
+    assert file._unseen.any(), "what was not checked is not trusted"
+
+
 def test_a_token_outside_the_vocabulary_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     with (
         pytest.raises(DataError, match="token 300 is outside the vocabulary of 300"),
