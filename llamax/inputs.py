@@ -7,7 +7,7 @@ it reads of a checkpoint and its share of the data, and whoever finds damage say
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from llamax.config import Config, Model, sections
 from llamax.configfile import load, toml
 from llamax.data.dataset import Dataset, open_dataset
 from llamax.data.tokenizer import load_tokenizer
-from llamax.data.tokens import Verify
+from llamax.data.tokens import GoOn, Verify
 from llamax.errors import CheckpointError, ConfigError
 from llamax.feed import Feed
 from llamax.finetune import about, check_resumed
@@ -50,7 +50,7 @@ class Inputs:
             if now != self.newest:
                 raise CheckpointError(f"{now} was saved while this job started; start it again")
 
-    def verify(self, config: Config, share: int, of: int, go_on: Callable[[], bool]) -> None:
+    def verify(self, config: Config, share: int, of: int, go_on: GoOn) -> None:
         """Check the ``share``-th of ``of`` parts of what loading does not check as it reads.
 
         ``go_on`` is asked now and then whether anybody still wants to know.

@@ -10,13 +10,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llamax.data.files import sha256
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
-from llamax.data.tokens import Header, Stream, TokenFile, Verify, always
+from llamax.data.tokens import GoOn, Header, Stream, TokenFile, Verify
 from llamax.errors import DataError
 
 
@@ -42,11 +42,7 @@ class Mixture:
         return sum(map(len, self.parts))
 
     def verify(
-        self,
-        threads: int | None = None,
-        share: int = 0,
-        of: int = 1,
-        go_on: Callable[[], bool] = always,
+        self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
     ) -> None:
         """Check the ``share``-th of ``of`` parts of all; DataError where one is wrong."""
         for part in self.parts:
@@ -79,7 +75,7 @@ class Dataset:
                 f"with tokenizer {fingerprint[:12]}; prepare the data with that one"
             )
 
-    def verify(self, share: int = 0, of: int = 1, go_on: Callable[[], bool] = always) -> None:
+    def verify(self, share: int = 0, of: int = 1, go_on: GoOn | None = None) -> None:
         """Check the ``share``-th of ``of`` parts of the checksums; DataError where one is wrong.
 
         ``go_on`` is asked now and then whether anybody still wants to know.

@@ -25,7 +25,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamax.data.files import sync_folder
-from llamax.data.tokens import Header, TokenFile, Verify, always
+from llamax.data.tokens import GoOn, Header, TokenFile, Verify
 from llamax.errors import DataError
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
@@ -155,17 +155,13 @@ class IndexedFile:
         return np.ones(places.shape, bool)
 
     def verify(
-        self,
-        threads: int | None = None,
-        share: int = 0,
-        of: int = 1,
-        go_on: Callable[[], bool] = always,
+        self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
     ) -> None:
         """Check the ``share``-th of ``of`` parts: sequences lie end to end, tokens are known."""
         for start in range(share * CHUNK, len(self.lengths), of * CHUNK):
             self._check_sequences(start, start + CHUNK)
         for start in range(share * CHUNK, len(self), of * CHUNK):
-            if not go_on():
+            if go_on and not go_on():
                 return
             self._check(start, start + CHUNK)
 

@@ -46,11 +46,7 @@ REMEDY = "the file is damaged; copy it again, or make it again with llamax prepa
 
 Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 Verify = Literal["start", "read", "off"]
-
-
-def always() -> bool:
-    """Somebody who waits for the end of a check."""
-    return True
+GoOn = Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -152,11 +148,7 @@ class Stream(Protocol):
     ) -> None: ...
 
     def verify(
-        self,
-        threads: int | None = None,
-        share: int = 0,
-        of: int = 1,
-        go_on: Callable[[], bool] = always,
+        self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
     ) -> Any: ...
 
 
@@ -198,11 +190,7 @@ class TokenFile:
         return self.header.tokens
 
     def verify(
-        self,
-        threads: int | None = None,
-        share: int = 0,
-        of: int = 1,
-        go_on: Callable[[], bool] = always,
+        self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
     ) -> float:
         """Check every block not yet checked, on all cores; the rate in bytes per second.
 
@@ -212,7 +200,7 @@ class TokenFile:
         blocks, start = np.flatnonzero(self._unseen)[share::of], time.perf_counter()
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
             for _ in pool.map(self._check, blocks.tolist()):
-                if not go_on():
+                if go_on and not go_on():
                     pool.shutdown(cancel_futures=True)
                     return 0.0
         self._unseen[:] = False
