@@ -51,8 +51,8 @@ class _VocabParallelLoss(torch.autograd.Function):
         multiplied = weight.to(ops.product_dtype(weight))
         padding = _padding(rows, vocab_size, axis)
         total = x.new_zeros((), dtype=torch.float32)
-        for start in range(0, x_TD.shape[0], chunk_tokens):
-            chunk = slice(start, start + chunk_tokens)
+
+        def add(chunk: slice) -> Tensor:  # its logits go before those of the next come
             x_tD, labels_t = x_TD[chunk].to(multiplied.dtype), labels_T[chunk]
             logits_tv = (x_tD @ multiplied.T).float()
             if padding is not None:
@@ -60,9 +60,9 @@ class _VocabParallelLoss(torch.autograd.Function):
             counted_t = _counted(labels_t)
             label_t, elsewhere_t = local_ids(labels_t, rows, axis)
             loss_t, sum_t = _losses(logits_tv, label_t, elsewhere_t, axis)
-            total = total + torch.where(counted_t, loss_t, torch.zeros_like(loss_t)).sum()
+            loss = torch.where(counted_t, loss_t, torch.zeros_like(loss_t)).sum()
             if dx_TD is None and dw is None:
-                continue
+                return loss
             logits_tv.mul_((counted_t / sum_t).unsqueeze(1))
             onehot_t = (counted_t & ~elsewhere_t).to(logits_tv.dtype)
             ops.add_at_columns(logits_tv, label_t, -onehot_t)
@@ -73,6 +73,10 @@ class _VocabParallelLoss(torch.autograd.Function):
                 dw.addmm_(dlogits_tv.T, x_tD) if dw.dtype == x_tD.dtype else dw.add_(
                     dlogits_tv.T @ x_tD
                 )
+            return loss
+
+        for start in range(0, x_TD.shape[0], chunk_tokens):
+            total = total + add(slice(start, start + chunk_tokens))
         dx = None
         if dx_TD is not None:
             dx = dx_TD.view_as(x_BSD)

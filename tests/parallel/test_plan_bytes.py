@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from world import Worlds, axes
 
+from llamax.collectives import Solo
 from llamax.config import Config, Data, Model, Optim, Parallel, Run
 from llamax.mesh import Mesh
 from llamax.model import DTYPES, Llama
 from llamax.ops import has_bf16_units
 from llamax.optim.zero1 import Zero1
+from llamax.parallel.loss import vocab_parallel_loss
 from llamax.planner.machine import Machine
 from llamax.planner.memory import (
     communication,
@@ -176,3 +178,13 @@ def test_planned_bytes_are_measured_bytes(
     beside = sum(told.get(name, 0) for name in ("communication", "batch", "reserve"))
     assert planned.peak - beside == pytest.approx(found["peak"], rel=0.05)
     assert communication(share, CPU).value == pytest.approx(found["buffers"], rel=0.01)
+
+
+def test_the_logits_of_one_chunk_live_at_a_time() -> None:
+    x, weight = (torch.randn(shape, requires_grad=True) for shape in ((1, 512, 16), (2000, 16)))
+    labels = torch.randint(2000, (1, 512))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        vocab_parallel_loss(x, weight, labels, Solo("tp"), 2000, False, chunk_tokens=128)
+    top, _ = highest(changes(found))
+    logits, kept = 4 * 128 * 2000, 4 * (x.numel() + weight.numel())
+    assert logits + kept < top < 1.2 * logits + kept
