@@ -19,6 +19,7 @@ from llamax.collectives import Axes
 from llamax.config import Config
 from llamax.data.dataset import Dataset
 from llamax.data.loader import Batches
+from llamax.errors import CheckpointError
 from llamax.feed import Feed
 from llamax.finetune import build, describe
 from llamax.inputs import Inputs
@@ -103,7 +104,13 @@ def prepare(
             optimizer.gather_parameters()
         rng = resumed.rng(tp.rank, axes.data.rank)
         if rng is not None:
-            torch.set_rng_state(rng)
+            try:
+                torch.set_rng_state(rng)
+            except (RuntimeError, TypeError):
+                raise CheckpointError(
+                    f"{resumed.folder} holds a random state that is none of torch "
+                    f"{torch.__version__}'s; resume it with torch {resumed.manifest.torch!r:.40}"
+                ) from None
         step, consumed = resumed.step, int(resumed.state["consumed_sequences"])
         log.logger.info("resuming from %s, after step %d", resumed.folder, step)
     elif config.checkpoint.resume != "never":

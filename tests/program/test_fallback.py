@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import tiny_run
+import torch
 import transformers
 
 from llamax import log, program
-from llamax.checkpoint import newest
+from llamax.checkpoint import load, newest
 from llamax.config import Checkpoint, Config
 from llamax.data.dataset import Dataset
 from llamax.data.tokenizer import train_sentencepiece
@@ -124,6 +125,23 @@ def test_a_refusal_does_not_wait_for_all_data_to_be_checked(
         log.logger.handlers.clear()
         path.write_bytes(whole)
     assert found == [False]
+
+
+@pytest.mark.parametrize("state", [torch.zeros(8, dtype=torch.uint8), torch.zeros(8)])
+def test_a_random_state_of_another_torch(
+    run: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    state: torch.Tensor,
+) -> None:
+    monkeypatch.setattr(load.Checkpoint, "rng", lambda *ranks: state)
+    try:
+        assert program.run(main, argv(run, tmp_path, "--run.steps=4")) == 2
+    finally:
+        log.logger.handlers.clear()
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "step-00000003 holds a random state that is none of torch " in line
 
 
 def test_a_run_says_that_it_starts_fresh(
