@@ -26,12 +26,19 @@ HEARD = (signal.SIGTERM, signal.SIGUSR1)
 COMPILE_GRACE_S = 15.0
 
 _first = ""  # the name of the first signal
+_speaks = True
 _meeting = threading.Event()  # ranks wait for each other from here on
 _stepping = threading.Event()  # a step is done: there is something to save
 
 
-def install() -> None:
-    """Listen from now on; the first thing a program does."""
+def install(speaks: bool = True) -> None:
+    """Listen from now on; the first thing a program does.
+
+    Ranks that do not speak end without a word: of those that a launcher ends together, as when
+    another found a mistake, one tells.
+    """
+    global _speaks
+    _speaks = speaks
     hear, tell = os.pipe()
     os.set_blocking(tell, False)
     for number in HEARD:
@@ -81,5 +88,6 @@ def _listen(hear: int) -> None:
 
 def _leave(when: str) -> None:
     line = f"llamax: stopped by {_first} {when}; nothing new to save: start again to go on\n"
-    os.write(2, line.encode())
+    if _speaks:
+        os.write(2, line.encode())
     os._exit(Stopped.exit_code)

@@ -7,14 +7,17 @@ fetched while step n runs.
 
 from __future__ import annotations
 
+import os
+
 from llamax import program, signals
 
 if __name__ == "__main__":
     program.steady_heap()
-    signals.install()  # before torch is imported: that takes seconds
+    from llamax.launch.env import first_here
+
+    signals.install(first_here(os.environ))  # before torch is imported: that takes seconds
 
 import argparse
-import os
 import sys
 import threading
 import time
