@@ -121,7 +121,9 @@ def merge(
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser("llamax merge", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "llamax merge", description=__doc__.split("\n")[0].replace("``", "")
+    )
     parser.add_argument(
         "base", nargs="?", help="Hugging Face folder, run or checkpoint; default: the adapter's own"
     )

@@ -133,7 +133,9 @@ def size(text: str) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser("llamax consolidate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "llamax consolidate", description=__doc__.split("\n")[0].replace("``", "")
+    )
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest)")
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")

@@ -200,7 +200,9 @@ def table(rows: Mapping[str, object] | Sequence[tuple[str, object]]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser("llamax inspect", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "llamax inspect", description=__doc__.split("\n")[0].replace("``", "")
+    )
     parser.add_argument("path", help="checkpoint, run, model or adapter folder, dataset or file")
     parser.add_argument("--verify", action="store_true", help="read everything, check what can be")
     args = parser.parse_args(argv)

@@ -108,7 +108,9 @@ def _word(source: hub.HubFolder) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser("llamax shard", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "llamax shard", description=__doc__.split("\n")[0].replace("``", "")
+    )
     parser.add_argument("folder", help="a Hugging Face folder with a Llama in safetensors files")
     parser.add_argument("--out", required=True, help="checkpoint folder to make")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree (default 1)")

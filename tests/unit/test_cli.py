@@ -34,6 +34,15 @@ def test_version_and_help() -> None:
     assert (bare.returncode, bare.stdout) == (2, shown.stdout)
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_plain_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(COMMANDS[name][0]).main(["--help"])
+    shown = capsys.readouterr().out
+    assert f"llamax {name}" in shown
+    assert "``" not in shown
+
+
 def test_unknown_commands_are_refused_with_the_nearest() -> None:
     done = llamax("trian")
     assert (done.returncode, done.stdout) == (2, "")

@@ -73,7 +73,9 @@ def _check_options(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser("llamax export", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        "llamax export", description=__doc__.split("\n\n")[0].replace("``", "")
+    )
     parser.add_argument("source", help="a run, a checkpoint's folder or a Hugging Face folder")
     parser.add_argument("--to", required=True, choices=("hf", "nxd", "meta"))
     parser.add_argument("--out", required=True, help="folder to make")

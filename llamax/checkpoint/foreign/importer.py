@@ -187,7 +187,9 @@ def to_llamax(source: Foreign, out: Path, consumed: int = 0, progress: Progress 
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser("llamax import", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        "llamax import", description=__doc__.split("\n\n")[0].replace("``", "")
+    )
     parser.add_argument("folder", help="another trainer's checkpoint")
     parser.add_argument("--from", dest="form", choices=("auto", *FORMATS), default="auto")
     parser.add_argument("--out", required=True, help="folder to make")
