@@ -27,6 +27,7 @@ from llamax.config import Finetune, Model
 from llamax.errors import CheckpointError
 from llamax.finetune import about
 from llamax.metrics import show_bytes, show_number, show_time
+from llamax.program import summary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -121,9 +122,7 @@ def merge(
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "llamax merge", description=__doc__.split("\n")[0].replace("``", "")
-    )
+    parser = argparse.ArgumentParser("llamax merge", description=summary(__doc__))
     parser.add_argument(
         "base", nargs="?", help="Hugging Face folder, run or checkpoint; default: the adapter's own"
     )

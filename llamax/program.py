@@ -60,6 +60,11 @@ def run(main: Main, argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def summary(doc: str) -> str:
+    """The first paragraph of a program's docstring, as ``--help`` prints it."""
+    return doc.split("\n\n")[0].replace("``", "")
+
+
 def steady_heap() -> None:
     """Start this program again with glibc's per-thread cache off, where that keeps memory flat.
 

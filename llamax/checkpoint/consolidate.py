@@ -31,7 +31,7 @@ from llamax.checkpoint.load import Checkpoint
 from llamax.checkpoint.manifest import find
 from llamax.errors import CheckpointError, ConfigError
 from llamax.metrics import show_bytes, show_number, show_time
-from llamax.program import leave_with_parent
+from llamax.program import leave_with_parent, summary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -133,9 +133,7 @@ def size(text: str) -> int:
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "llamax consolidate", description=__doc__.split("\n")[0].replace("``", "")
-    )
+    parser = argparse.ArgumentParser("llamax consolidate", description=summary(__doc__))
     parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest)")
     parser.add_argument("--out", required=True, help="folder to make")
     parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")

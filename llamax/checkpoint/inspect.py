@@ -22,6 +22,7 @@ from llamax.checkpoint.load import Checkpoint, Source
 from llamax.config import Model
 from llamax.errors import CheckpointError
 from llamax.metrics import show_bytes, show_number
+from llamax.program import summary
 
 Rows = Iterator[tuple[str, object]]
 
@@ -200,9 +201,7 @@ def table(rows: Mapping[str, object] | Sequence[tuple[str, object]]) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "llamax inspect", description=__doc__.split("\n")[0].replace("``", "")
-    )
+    parser = argparse.ArgumentParser("llamax inspect", description=summary(__doc__))
     parser.add_argument("path", help="checkpoint, run, model or adapter folder, dataset or file")
     parser.add_argument("--verify", action="store_true", help="read everything, check what can be")
     args = parser.parse_args(argv)

@@ -27,6 +27,7 @@ from llamax.config import Model
 from llamax.errors import ConfigError
 from llamax.metrics import show_bytes, show_time
 from llamax.model import Llama
+from llamax.program import summary
 from llamax.shard import Cut, local_shape, parts
 
 
@@ -108,9 +109,7 @@ def _word(source: hub.HubFolder) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "llamax shard", description=__doc__.split("\n")[0].replace("``", "")
-    )
+    parser = argparse.ArgumentParser("llamax shard", description=summary(__doc__))
     parser.add_argument("folder", help="a Hugging Face folder with a Llama in safetensors files")
     parser.add_argument("--out", required=True, help="checkpoint folder to make")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree (default 1)")

@@ -22,6 +22,7 @@ from llamax.config import Model, Optim
 from llamax.errors import ConfigError
 from llamax.metrics import show_time
 from llamax.optim.schedule import lr_at
+from llamax.program import summary
 
 OPTIMIZERS = ("auto", "none", "zero1", "zero1-masters")
 
@@ -73,9 +74,7 @@ def _check_options(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "llamax export", description=__doc__.split("\n\n")[0].replace("``", "")
-    )
+    parser = argparse.ArgumentParser("llamax export", description=summary(__doc__))
     parser.add_argument("source", help="a run, a checkpoint's folder or a Hugging Face folder")
     parser.add_argument("--to", required=True, choices=("hf", "nxd", "meta"))
     parser.add_argument("--out", required=True, help="folder to make")

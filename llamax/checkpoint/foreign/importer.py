@@ -38,6 +38,7 @@ from llamax.checkpoint.foreign.optimum import METADATA, SHARDS, Optimum
 from llamax.checkpoint.layout import whole
 from llamax.errors import CheckpointError, ConfigError
 from llamax.metrics import show_bytes, show_time
+from llamax.program import summary
 
 FORMATS: dict[str, Callable[[Path, str, bool], Foreign]] = {
     "nxd": Nxd,
@@ -187,9 +188,7 @@ def to_llamax(source: Foreign, out: Path, consumed: int = 0, progress: Progress 
 
 def main(argv: Sequence[str]) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        "llamax import", description=__doc__.split("\n\n")[0].replace("``", "")
-    )
+    parser = argparse.ArgumentParser("llamax import", description=summary(__doc__))
     parser.add_argument("folder", help="another trainer's checkpoint")
     parser.add_argument("--from", dest="form", choices=("auto", *FORMATS), default="auto")
     parser.add_argument("--out", required=True, help="folder to make")
