@@ -183,7 +183,7 @@ class Loader(Batches):
         S = self.sequence_length
         starts = samples * S
         if whole := bool(samples.min() >= 0 and samples.max() < len(self._windows)):
-            there, stops = np.full(len(samples), True), starts + (S + 1)
+            there, stops = np.s_[:], starts + (S + 1)
             self.file.touch(starts, stops)
             window = self._windows[samples].astype(np.int64)
         else:

@@ -227,7 +227,7 @@ class TokenFile:
         self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
     ) -> None:
         """Check what must be checked before elements starts[i]:stops[i] of a section are used."""
-        if not self._unseen.any():
+        if not np.count_nonzero(self._unseen):
             return
         offset, _ = self.header.sections[section]
         bits = {"documents": 64, "counted": 1}.get(section, 8 * self.header.dtype.itemsize)
