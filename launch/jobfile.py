@@ -202,16 +202,17 @@ def load(path: str | Path) -> JobFile:
 def parse(tables: dict[str, Any], where: str = "job") -> JobFile:
     """The job of parsed TOML ``tables``; see ``load``."""
     found: list[str] = []
+    wrong: dict[str, str] = {}
     rest = {key: value for key, value in tables.items() if key not in ("overrides", "environment")}
     overrides = tuple(_pairs("overrides", tables.get("overrides", {}), found))
     environment = tuple(_pairs("environment", tables.get("environment", {}), found))
     for key, _ in environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             found.append(f"environment.{key} is no name of a variable; use letters, digits and _")
-    plain = configfile.build(JobFile, rest, "", found, found)
-    refuse(found, where)
+    plain = configfile.build(JobFile, rest, "", wrong, found)
     job: JobFile = replace(plain, overrides=overrides, environment=environment)
-    refuse([*_out_of_range(job), *_control_characters(job)], where)
+    found += [*wrong.values(), *_out_of_range(job), *_control_characters(job)]
+    refuse(found, where)
     return job
 
 

@@ -17,7 +17,7 @@ Every field carries its unit, one line of help and the range it lives in (``llam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -304,11 +304,14 @@ class Config:
             raise ConfigError(problem)
         return self.data.global_batch // (self.data.micro_batch * data_degree)
 
-    def problems(self, world_size: int | None = None) -> list[str]:
-        """Everything that is wrong, a line each; ``world_size`` in ranks, None: not known yet."""
+    def problems(self, world_size: int | None = None, unusable: Iterable[str] = ()) -> list[str]:
+        """Everything that is wrong, a line each; ``world_size`` in ranks, None: not known yet.
+
+        ``unusable``: keys and sections that were given no value to judge.
+        """
         from llamax.rules import problems
 
-        return list(problems(self, world_size))
+        return list(problems(self, world_size, unusable))
 
     def check(self, world_size: int | None = None) -> None:
         """Raise one ConfigError that lists all problems, a line each, if there are any."""

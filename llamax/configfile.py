@@ -44,8 +44,8 @@ def load(name_or_path: str, overrides: Sequence[str] = (), world_size: int | Non
     """The configuration of a recipe or a TOML file with command-line overrides on top.
 
     ``overrides`` are ``--section.key=value``, or ``--section.key`` and ``value`` as two items.
-    Raises one ConfigError that lists every unknown name and every wrong type or, where all types
-    are right, every rule that does not hold on ``world_size`` ranks (None: not known yet).
+    Raises one ConfigError that lists every unknown name, every wrong type and, between the values
+    that can be used, every rule that does not hold on ``world_size`` ranks (None: not known yet).
     """
     path = find(name_or_path)
     try:
@@ -74,15 +74,13 @@ def parse(
     where: str = "configuration",
 ) -> Config:
     """The configuration of parsed TOML ``tables``; see ``load``."""
-    found: list[str] = []
     unknown: list[str] = []
+    wrong: dict[str, str] = {}
     tables = copy.deepcopy(tables)
-    for key, text in _pairs(overrides, found):
+    for key, text in _pairs(overrides, unknown):
         _override(tables, key, text, unknown)
-    config: Config = build(Config, tables, "", found, unknown)
-    if not found:
-        found = config.problems(world_size)
-    refuse([*unknown, *found], where)
+    config: Config = build(Config, tables, "", wrong, unknown)
+    refuse([*unknown, *wrong.values(), *config.problems(world_size, wrong)], where)
     return config
 
 
@@ -138,35 +136,39 @@ def _override(tables: dict[str, Any], key: str, text: str, found: list[str]) -> 
             table[name] = text  # refused below, where its type is checked
 
 
-def build(kind: Any, table: Any, prefix: str, found: list[str], unknown: list[str]) -> Any:
-    """An instance of dataclass ``kind`` from a TOML table; None with a line in ``found``.
+def build(kind: Any, table: Any, prefix: str, wrong: dict[str, str], unknown: list[str]) -> Any:
+    """An instance of dataclass ``kind`` from a TOML table.
 
-    Names that it does not have are left out, with a line in ``unknown``.
+    Names that it does not have are left out, with a line in ``unknown``.  A key whose value cannot
+    be used gets a line in ``wrong``; the instance has its default there or, where a key is
+    required, a value that means nothing.
     """
     if not isinstance(table, dict):
-        found.append(f"{prefix}={table!r} is {_kind(table)}; write it as a section [{prefix}]")
-        return None
-    before, hints, values = len(found), get_type_hints(kind), {}
+        wrong[prefix] = f"{prefix}={table!r} is {_kind(table)}; write it as a section [{prefix}]"
+        return build(kind, {}, prefix, {}, [])
+    hints, values = get_type_hints(kind), {}
     dot = f"{prefix}." if prefix else ""
     for name, value in table.items():
         if name not in hints:
             what = "section" if kind is Config else "key"
             unknown.append(f"{dot}{name} is an unknown {what}{nearest(name, hints)}")
         elif section := _section(hints[name]):
-            values[name] = build(section, value, dot + name, found, unknown)
+            values[name] = build(section, value, dot + name, wrong, unknown)
         else:
             try:
                 values[name] = _fit(value, hints[name])
             except (TypeError, OverflowError):
                 strange = isinstance(value, str) and get_origin(hints[name]) is Literal
-                found.append(
+                wrong[dot + name] = (
                     f"{dot}{name}={json.dumps(value, default=str)} is "
                     f"{'unknown' if strange else _kind(value)}; write {_wanted(hints[name])}"
                 )
     for each in fields(kind):
-        if each.name not in table and each.default is MISSING:
-            found.append(f"{dot}{each.name} is missing; write {_wanted(hints[each.name])}")
-    return kind(**values) if len(found) == before else None
+        if each.name not in values and each.default is MISSING:
+            hint, key = hints[each.name], dot + each.name
+            wrong.setdefault(key, f"{key} is missing; write {_wanted(hint)}")
+            values[each.name] = build(hint, {}, key, {}, []) if _section(hint) else hint()
+    return kind(**values)
 
 
 def _fit(value: Any, hint: Any) -> Any:

@@ -1,13 +1,13 @@
 """What must hold in a configuration: every rule is a function that yields a line per problem.
 
 First each field by itself (its range, its choices), then the rules between fields.  A rule names
-the fields it reads and is skipped where one of those is already out of range, so each mistake is
-told once and nothing divides by zero.
+the fields it reads and is skipped where one of those is unusable or out of range already, so each
+mistake is told once and nothing divides by zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -27,12 +27,20 @@ def rule(*keys: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def problems(config: Config, world_size: int | None) -> Iterator[str]:
-    """All problems, one line each: those of single fields first."""
-    broken = dict(_out_of_range(config))
+def problems(config: Config, world_size: int | None, unusable: Iterable[str]) -> Iterator[str]:
+    """All problems, one line each: those of single fields first; see ``Config.problems``."""
+    unusable = set(unusable)
+    if unusable & {"model.hidden_size", "model.num_attention_heads"}:
+        unusable.add("model.head_dim")  # follows from them
+
+    def usable(key: str) -> bool:
+        section, _, _ = key.rpartition(".")
+        return key not in unusable and (not section or usable(section))
+
+    broken = {key: line for key, line in _out_of_range(config) if usable(key)}
     yield from broken.values()
     for keys, check in RULES:
-        if broken.keys().isdisjoint(keys):
+        if broken.keys().isdisjoint(keys) and all(map(usable, keys)):
             yield from check(config, world_size)
 
 
@@ -166,7 +174,7 @@ def tensor_divides_feed_forward(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
-@rule("parallel.tensor", "data.sequence_length")
+@rule("parallel.tensor", "parallel.sequence", "data.sequence_length")
 def tensor_divides_sequence(c: Config, world: int | None) -> Iterator[str]:
     tensor, length = c.parallel.tensor, c.data.sequence_length
     if c.parallel.sequence and length % tensor:
@@ -251,7 +259,7 @@ def neuron_cores_round(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
-@rule("run.patience", "run.validate_every")
+@rule("run.patience", "run.validate_every", "run.validate_each_epoch")
 def patience_needs_validation(c: Config, world: int | None) -> Iterator[str]:
     if c.run.patience and not c.run.validates:
         yield (
@@ -260,7 +268,7 @@ def patience_needs_validation(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
-@rule("checkpoint.keep_best", "run.validate_every")
+@rule("checkpoint.keep_best", "run.validate_every", "run.validate_each_epoch")
 def best_needs_validation(c: Config, world: int | None) -> Iterator[str]:
     if c.checkpoint.keep_best and not c.run.validates:
         yield (
@@ -284,7 +292,7 @@ def decay_belongs_to_wsd(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
-@rule("optim.warmup_steps", "optim.decay_steps", "run.steps")
+@rule("optim.warmup_steps", "optim.decay_steps", "run.steps", "run.epochs")
 def schedule_fits_run(c: Config, world: int | None) -> Iterator[str]:
     warmup, decay, steps = c.optim.warmup_steps, c.optim.decay_steps, c.run.steps
     if warmup + decay > steps and not c.run.epochs:  # then asked again, when steps are known
@@ -320,7 +328,7 @@ def target_names(targets: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in targets.split(","))
 
 
-@rule("finetune.method")
+@rule("finetune.method", "finetune.targets")
 def targets_match_modules(c: Config, world: int | None) -> Iterator[str]:
     unknown = [name for name in target_names(c.finetune.targets) if name not in LINEAR]
     if c.finetune.method != "full" and unknown:
@@ -330,7 +338,7 @@ def targets_match_modules(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
-@rule("finetune.method")
+@rule("finetune.method", "checkpoint.init_from")
 def adapters_have_a_base(c: Config, world: int | None) -> Iterator[str]:
     if c.finetune.method != "full" and not c.checkpoint.init_from:
         yield (
@@ -342,7 +350,15 @@ def adapters_have_a_base(c: Config, world: int | None) -> Iterator[str]:
 NF4_BLOCK = 64  # weights that share a scale
 
 
-@rule("finetune.method", "finetune.quant", "parallel.tensor", "model.hidden_size")
+@rule(
+    "finetune.method",
+    "finetune.quant",
+    "parallel.tensor",
+    "model.hidden_size",
+    "model.intermediate_size",
+    "model.num_attention_heads",
+    "model.head_dim",
+)
 def blocks_fit_shares(c: Config, world: int | None) -> Iterator[str]:
     if (c.finetune.method, c.finetune.quant) != ("qlora", "nf4"):
         return

@@ -182,8 +182,9 @@ class Loader(Batches):
         """The batch of these samples, a row each; -1 is an empty row."""
         S = self.sequence_length
         starts = samples * S
+        there: Any = np.s_[:]  # the rows that are not empty
         if whole := bool(samples.min() >= 0 and samples.max() < len(self._windows)):
-            there, stops = np.s_[:], starts + (S + 1)
+            stops = starts + (S + 1)
             self.file.touch(starts, stops)
             window = self._windows[samples].astype(np.int64)
         else:

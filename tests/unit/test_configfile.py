@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamax import configfile
 from llamax.config import Config, sections
 from llamax.configfile import dump, find, help_text, load, parse, recipes
 from llamax.errors import ConfigError
@@ -171,13 +172,18 @@ def test_what_does_not_fit_is_named_with_the_remedy(
 
 
 def test_all_problems_come_at_once() -> None:
-    tables = {"model": {**SHAPE, "vocab_size": "many"}, "dat": {}, "run": {"step": 3}}
-    assert refused(tables, "--optim.lr=x", "--nope") == [
+    tables = {"model": {**SHAPE, "vocab_size": "many"}, "dat": {}, "run": {"step": 3, "seed": -1}}
+    assert refused(
+        tables, "--optim.lr=x", "--parallel.tensor=16", "--optim.warmup_ratio=2", "--n"
+    ) == [
+        "--n has no value; write --n=value",
         "dat is an unknown section; did you mean data?",
         "run.step is an unknown key; did you mean steps?",
-        "--nope has no value; write --nope=value",
         'model.vocab_size="many" is a string; write an integer',
         'optim.lr="x" is a string; write a number',
+        "optim.warmup_ratio=2.0 is out of range; use 0 or more and below 1",
+        "run.seed=-1 is out of range; use 0 or more",
+        "parallel.tensor=16 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8",
     ]
     assert refused({"model": SHAPE, "run": {"steps": -1}}, "--optim.lrr=1") == [
         "--optim.lrr is an unknown option; did you mean optim.lr?",
@@ -193,6 +199,36 @@ def test_all_problems_come_at_once() -> None:
         "max_position_embeddings, rope_theta, rope_scaling, rms_norm_eps, tie_word_embeddings, "
         "initializer_range, bos_token_id, eos_token_id"
     ]
+
+
+KEYS = [key for key, _, _ in configfile._options()]
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_value_of_another_type_is_told_once(key: str) -> None:
+    """What stands in for it breaks no rule, and hides no other mistake."""
+    recipe = configfile.tomllib.loads(find("demo").read_text())
+    section, name = key.rsplit(".", 1)
+    table = recipe
+    for part in section.split("."):
+        table = table.setdefault(part, {})
+    table[name] = [[1]]
+    broken = "run.log_every" if key != "run.log_every" else "run.steps"
+    with pytest.raises(ConfigError) as raised:
+        parse(recipe, [f"--{broken}=-1"], 4)
+    _, first, second = str(raised.value).splitlines()
+    assert first.strip().startswith(f"{key}=[[1]] is a list; write ")
+    assert second.strip() == f"{broken}=-1 is out of range; use 1 or more"
+
+
+@pytest.mark.parametrize("section", ["model", "parallel", "optim", "data", "checkpoint", "run"])
+def test_a_section_that_is_none_is_told_once(section: str) -> None:
+    recipe = configfile.tomllib.loads(find("demo").read_text()) | {section: "x", "finetune": 3}
+    with pytest.raises(ConfigError) as raised:
+        parse(recipe, [], 4)
+    assert sorted(line.split("=")[0].strip() for line in str(raised.value).splitlines()[1:]) == (
+        sorted(("finetune", section))
+    )
 
 
 def test_the_world_takes_part() -> None:
@@ -262,12 +298,12 @@ def values(hint: Any, allowed: Any) -> st.SearchStrategy[Any]:
 
 @given(values(Config, None))
 def test_what_is_dumped_loads_back(config: Config) -> None:
-    from llamax import configfile
-
-    found: list[str] = []
+    wrong: dict[str, str] = {}
+    unknown: list[str] = []
     tables = configfile.tomllib.loads(dump(config))
-    assert configfile.build(Config, tables, "", found, found) == config
-    assert found == []
+    assert configfile.build(Config, tables, "", wrong, unknown) == config
+    assert not wrong
+    assert not unknown
 
 
 @given(st.text())
