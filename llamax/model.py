@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from llamax import ops, recompute
 from llamax.collectives import Axis, Solo
-from llamax.config import Model
+from llamax.config import Config, Data, Model, Parallel, Run
 from llamax.dropout import Dropout
 from llamax.errors import DataError
 from llamax.parallel import regions
@@ -194,6 +194,7 @@ class Llama(nn.Module):
 
     ``sequence_parallel`` cuts activations between the parallel layers along the sequence, whose
     length the axis must then divide.  Weights are uninitialised: call ``init`` or load them.
+    Raises ConfigError where there is no such model, or ``tp`` does not divide it.
     """
 
     def __init__(
@@ -209,6 +210,7 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.tp = model, tp or Solo("tp", device)
+        _check(model, self.tp.size, recompute)
         self.sequence_parallel = sequence_parallel and self.tp.size > 1
         self.dropout: Dropout | None = None  # of the adapters, where there are some
         like = torch.empty(0, dtype=dtype, device=device)
@@ -330,6 +332,16 @@ class Llama(nn.Module):
             self.dropout.begin(keys_B, ids_BS.shape[1])
         if positions_BS is None:
             positions_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).unsqueeze(0)
+        elif positions_BS.shape not in (ids_BS.shape, (1, ids_BS.shape[1])):
+            raise DataError(
+                f"positions are {list(positions_BS.shape)}, and ids {list(ids_BS.shape)}; give one "
+                "for every id, or [1, sequence] for all samples"
+            )
+        if documents_BS is not None and documents_BS.shape != ids_BS.shape:
+            raise DataError(
+                f"documents are {list(documents_BS.shape)}, and ids {list(ids_BS.shape)}; give a "
+                "number for every id"
+            )
 
         def causal(q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
             return ops.attention(q_BShE, k_BSkE, v_BSkE, documents_BS)
@@ -346,6 +358,12 @@ class Llama(nn.Module):
                 if not isinstance(part.how, Replica):
                     shape[part.how.dim] = part.how.blocks[0].size
                 yield part.name, tuple(shape)
+
+
+def _check(model: Model, tensor: int, recompute: Recompute) -> None:
+    """ConfigError with all that forbids such a model on ``tensor`` ranks, by the rules of a run."""
+    parallel, data = Parallel(tensor=tensor, sequence=False), Data(sequence_length=1)
+    Config(model, parallel, data=data, run=Run(recompute=recompute)).check()
 
 
 def generator(seed: int, name: str) -> torch.Generator:

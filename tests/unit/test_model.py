@@ -205,3 +205,46 @@ def test_sequence_parallelism_wants_even_places() -> None:
         model(IDS[:, 1:])
     with pytest.raises(ConfigError, match="build it with sequence_parallel=False"):
         generate(model, [[1, 2, 3, 4]])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"head_dim": 5}, "model.head_dim=5 is odd"),
+        ({"num_key_value_heads": 3}, "model.num_key_value_heads=3 does not divide"),
+        ({"num_attention_heads": 0}, "model.num_attention_heads=0 is out of range"),
+        ({"num_hidden_layers": 0, "vocab_size": 0}, r"2 problems\n.*hidden_layers=0.*\n.*vocab_"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_when_it_is_built(
+    wrong: dict[str, int], says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says):
+        Llama(dataclasses.replace(LLAMA2, **wrong))
+
+
+def test_ranks_beyond_the_heads_and_unknown_recompute_are_refused() -> None:
+    class Eight(Solo):
+        size = 8
+
+    with pytest.raises(ConfigError, match="parallel.tensor=8 does not divide .*heads=4; use"):
+        Llama(LLAMA2, Eight("tp"))
+    with pytest.raises(ConfigError, match="recompute='ful' is unknown; use none, selective or"):
+        Llama(LLAMA2, recompute="ful")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"positions_BS": IDS[:, 1:]}, r"positions are \[2, 5\], and ids \[2, 6\]"),
+        ({"positions_BS": IDS[0]}, r"positions are \[6\], and ids \[2, 6\]"),
+        ({"documents_BS": IDS[:, 1:]}, r"documents are \[2, 5\], and ids \[2, 6\]"),
+        ({"documents_BS": IDS[:1]}, r"documents are \[1, 6\], and ids \[2, 6\]"),
+    ],
+)
+def test_positions_and_documents_are_of_the_ids(given: dict[str, torch.Tensor], says: str) -> None:
+    """Documents of another length would be read beyond their end, and the loss be wrong."""
+    model = Llama(LLAMA2).init(seed=0)
+    assert torch.equal(model(IDS, torch.arange(6)[None]), model(IDS))
+    with pytest.raises(DataError, match=says):
+        model(IDS, **given)
