@@ -227,7 +227,7 @@ def test_ranks_beyond_the_heads_and_unknown_recompute_are_refused() -> None:
     class Eight(Solo):
         size = 8
 
-    with pytest.raises(ConfigError, match="parallel.tensor=8 does not divide .*heads=4; use"):
+    with pytest.raises(ConfigError, match=r"parallel\.tensor=8 does not divide .*heads=4; use"):
         Llama(LLAMA2, Eight("tp"))
     with pytest.raises(ConfigError, match="recompute='ful' is unknown; use none, selective or"):
         Llama(LLAMA2, recompute="ful")  # type: ignore[arg-type]
