@@ -171,7 +171,7 @@ class Loader(Batches):
         self.file, self.separate_documents = file, separate_documents
         self.answers = answers and file.masked
         # Every window that lies whole in the file, as rows of one overlapping view: no copy.
-        self._place = torch.arange(sequence_length)
+        self._place = np.arange(sequence_length)
         whole = (len(file) - 1) // sequence_length
         step = file.tokens.itemsize
         self._windows: npt.NDArray[Any] = np.lib.stride_tricks.as_strided(
@@ -205,7 +205,7 @@ class Loader(Batches):
             labelled = np.maximum(starts, 0)[:, None] + np.arange(1, S + 1)
             labels[~self.file.counted(np.minimum(labelled, len(self.file) - 1))] = IGNORE_INDEX
         if not self.separate_documents:
-            places = self._place.expand(ids.shape)
+            places = torch.from_numpy(self._place).expand(ids.shape)
             return Batch(torch.from_numpy(ids), torch.from_numpy(labels), places, None)
         rows, columns = self._boundaries(starts, stops)
         labels[rows, columns - 1] = IGNORE_INDEX
@@ -216,13 +216,14 @@ class Loader(Batches):
         begins = np.union1d(row_begins, row_begins[rows[inside]] + columns[inside])
         sizes = np.diff(begins, append=ids.size)
         numbers = np.arange(len(begins)) - np.searchsorted(begins, begins // S * S)
-        apart = np.arange(ids.size) - np.repeat(begins, sizes)
-        documents = np.repeat(numbers.astype(np.int32), sizes)
+        apart = np.repeat(begins % S, sizes).reshape(ids.shape)
+        np.subtract(self._place, apart, out=apart)
+        documents = np.repeat(numbers.astype(np.int32), sizes).reshape(ids.shape)
         return Batch(
             torch.from_numpy(ids),
             torch.from_numpy(labels),
-            torch.from_numpy(apart.reshape(ids.shape)),
-            torch.from_numpy(documents.reshape(ids.shape)),
+            torch.from_numpy(apart),
+            torch.from_numpy(documents),
         )
 
     def _boundaries(self, starts: Integers, stops: Integers) -> tuple[Integers, Integers]:
