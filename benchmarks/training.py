@@ -69,6 +69,7 @@ def contenders(section: str) -> Contenders:
             "llamax without sequence parallelism": Job(
                 "ours:train", tensor=2, sequence_parallel=False, **two
             ),
+            "llamax, recompute full": Job("ours:train", tensor=2, recompute="full", **two),
         }
     if section == "dp":
         return {
