@@ -13,6 +13,7 @@ up to ``STAGED_BYTES`` therefore pass through two buffers that stay; most are co
 from __future__ import annotations
 
 import os
+import re
 import resource
 import socket
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ from llamax.launch.env import Rendezvous
 from llamax.mesh import Groups, Mesh
 
 STAGED_BYTES = 8 * 2**20
+NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # of host and of device
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 # Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
@@ -161,12 +163,18 @@ class _TorchBackend:
     def joined(self, mesh: Mesh, timeout_s: float, kv: int = 1) -> Iterator[Axes]:
         """The axes of ``mesh``, for as long as this rank is part of the world.
 
-        Raises BackendError where the port is taken or the other ranks do not come in time, and
-        LostRank where one is lost later.
+        Raises BackendError where the port is taken, the other ranks do not come in time or memory
+        does not suffice, and LostRank where a rank is lost later.
         """
         try:
             yield self._join(mesh, timeout_s, kv)
         except (dist.DistError, RuntimeError) as error:
+            if refused := NO_MEMORY.search(str(error)):
+                raise BackendError(
+                    f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} was refused "
+                    f"{refused[1]} of memory; use more ranks, a smaller data.micro_batch or "
+                    "run.recompute=full (llamax plan tells what a rank takes)"
+                ) from error
             if isinstance(error, dist.DistError) or "gloo" in str(error):
                 raise LostRank(
                     f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} lost touch with "

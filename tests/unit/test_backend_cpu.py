@@ -10,6 +10,10 @@ import torch
 
 from llamax import ops
 from llamax.backends import cpu
+from llamax.backends.torch import Cpu
+from llamax.errors import BackendError
+from llamax.launch.env import Rendezvous
+from llamax.mesh import Mesh
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
@@ -70,3 +74,14 @@ def test_peak_is_measured_once_a_number_of_threads() -> None:
     assert cpu.measure_peak_flops(torch.float32) == first
     if not ops.has_bf16_units():
         assert cpu.measure_peak_flops(torch.bfloat16) == first
+
+
+def test_memory_that_is_not_there_is_one_line() -> None:
+    says = r"rank 0 of 1 was refused 4503599627370496 bytes of memory; use more ranks, a smaller"
+    with (
+        pytest.raises(BackendError, match=says),
+        Cpu(Rendezvous(), threads=1).joined(Mesh(), timeout_s=1),
+    ):
+        torch.empty(1 << 50)
+    with pytest.raises(RuntimeError, match="shape"), Cpu(Rendezvous(), 1).joined(Mesh(), 1):
+        torch.empty(3).view(2)
