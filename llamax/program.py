@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from llamax.errors import LlamaxError, NoRoom
+from llamax.files import NO_ROOM
 
 NO_CACHE = "glibc.malloc.tcache_count=0"
 
@@ -28,8 +29,6 @@ REFUSALS = (
     errno.EPERM,
     errno.EROFS,
 )
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 Main = Callable[[Sequence[str]], int]
 

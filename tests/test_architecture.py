@@ -72,7 +72,7 @@ LAYERS = [
     ["data.tokenizer", "data.templates", "data.rows"],
     ["data.megatron"],
     ["data.tokens", "data.segments", "data.corpus", "data.detokenizer", "data.sandbox"],
-    ["data.spm", "data.files", "data.order"],
+    ["data.spm", "data.order"],
     ["backends"],
     ["backends.tracing"],
     ["backends.torch", "backends.xla"],
@@ -98,7 +98,7 @@ LAYERS = [
     ["config", "rules"],
     ["hub"],
     ["fields", "shard", "mesh", "collectives", "log", "program"],
-    ["signals"],
+    ["signals", "files"],
     ["errors"],
 ]
 LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}

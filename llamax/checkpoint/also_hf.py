@@ -18,10 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llamax.checkpoint import assemble, slabs
-from llamax.checkpoint.container import sync, write_note
+from llamax.checkpoint.container import write_note
 from llamax.checkpoint.load import Checkpoint
 from llamax.checkpoint.manifest import DONE
 from llamax.errors import CheckpointError, LlamaxError, NoRoom
+from llamax.files import sync_folder
 
 HUB, PART = "hub", "hub.part"
 RENAMED_S = 60.0  # between a save's last name and its ``done``, and for both to be seen
@@ -52,14 +53,14 @@ def leave(checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s:
             fd = os.open(part / file, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
-        sync(part)
+        sync_folder(part)
         write_note(part / f"rank-{rank:05d}.json", "null")
         if rank == 0:
             _gather(part, world_size, deadline)
             assemble.write_rest(source, planned, part)
-            sync(part)
+            sync_folder(part)
             os.rename(part, checkpoint / HUB)
-            sync(checkpoint)
+            sync_folder(checkpoint)
     except LlamaxError as error:
         note = {"why": str(error), "no_room": isinstance(error, NoRoom)}
         write_note(part / f"rank-{rank:05d}.json", json.dumps(note))

@@ -11,7 +11,6 @@ is allocated for what it promises.  Format: https://github.com/huggingface/safet
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -33,6 +32,7 @@ from llamax.checkpoint.blocks import Blocks, Bytes, Sums, opened, read_exactly
 from llamax.checkpoint.layout import Copy
 from llamax.checkpoint.lock import LOCK, held
 from llamax.errors import CheckpointError, NoRoom, Terminated
+from llamax.files import NO_ROOM, write_atomic
 
 DTYPES = {
     "F64": torch.float64,
@@ -262,22 +262,7 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file at once, durably: it has the old text or the new, never a part."""
     data = text.encode()
     with writing(path, len(data)):
-        beside = path.with_name(path.name + ".part")
-        with open(beside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        sync(path.parent)
-
-
-def sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        write_atomic(path, data)
 
 
 @contextmanager
@@ -286,7 +271,7 @@ def writing(path: Path, needed_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in NO_ROOM:
             raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
         free = shutil.disk_usage(path.parent).free
         raise NoRoom(
@@ -339,16 +324,3 @@ def _terminable(out: Path) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def sha256(path: Path) -> str:
-    """The sha256 of a file, in hex; CheckpointError where it cannot be read."""
-    digest, buffer = hashlib.sha256(), bytearray(1 << 20)
-    view = memoryview(buffer)
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while got := file.readinto(buffer):
-                digest.update(view[:got])
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    return digest.hexdigest()

@@ -33,13 +33,12 @@ from llamax.checkpoint.blocks import DIGITS
 from llamax.checkpoint.container import (
     DTYPES,
     Progress,
-    sha256,
     silent,
-    sync,
     write_text,
 )
 from llamax.checkpoint.layout import Run, tiled
 from llamax.errors import CheckpointError
+from llamax.files import sha256, sync_folder
 
 FORMAT = 2
 MANIFEST, DONE, CONFIG = "manifest.json", "done", "config.toml"
@@ -225,7 +224,7 @@ def verify(folder: Path, files: Sequence[File], progress: Progress = silent) -> 
     Raises CheckpointError that names the first file whose bytes are not those saved.
     """
     with ThreadPoolExecutor(max_workers=2) as pool:
-        hashes = pool.map(lambda file: sha256(folder / file.name), files)
+        hashes = pool.map(lambda file: _hash(folder / file.name), files)
         try:
             for file, found in zip(files, hashes, strict=True):
                 if found != file.sha256:
@@ -236,6 +235,13 @@ def verify(folder: Path, files: Sequence[File], progress: Progress = silent) -> 
                 progress(file.size_bytes)
         finally:  # the rest need not be looked at
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _hash(path: Path) -> str:
+    try:
+        return sha256(path)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
 
 
 @contextmanager
@@ -339,5 +345,5 @@ def delete(folder: Path) -> None:
         folder.unlink()
         return
     (folder / DONE).unlink(missing_ok=True)
-    sync(folder)
+    sync_folder(folder)
     shutil.rmtree(folder)

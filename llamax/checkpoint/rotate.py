@@ -17,7 +17,8 @@ from pathlib import Path
 from llamax import log
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.also_hf import PART
-from llamax.checkpoint.container import sync, writing
+from llamax.checkpoint.container import writing
+from llamax.files import sync_folder
 
 
 def place(folder: Path, final: Path) -> None:
@@ -28,7 +29,7 @@ def place(folder: Path, final: Path) -> None:
             os.rename(final, old)
         try:
             os.rename(folder, final)
-            sync(final.parent)
+            sync_folder(final.parent)
             files.finish(final)
         except BaseException:
             undo(old, final)

@@ -37,7 +37,6 @@ from llamax.checkpoint.container import (
     TAGS,
     Outgoing,
     Written,
-    sync,
     write,
     write_note,
     writing,
@@ -47,6 +46,7 @@ from llamax.checkpoint.load import Owned, Whole
 from llamax.checkpoint.rotate import discard, place, set_aside, sweep
 from llamax.collectives import Axes
 from llamax.errors import CheckpointError, LlamaxError, NoRoom
+from llamax.files import sync_folder
 from llamax.shard import Cut, parts
 
 ToHost = Callable[[Sequence[Tensor]], list[Tensor]]
@@ -254,7 +254,7 @@ class Saver:
                     for one in chosen
                 ]
                 note.append({"file": [name, *written], "runs": runs})
-        sync(folder)
+        sync_folder(folder)
         write_note(folder / f"rank-{mine}.json", json.dumps(note))
 
     def _withdraw(self, folder: Path, mine: str, error: BaseException, step: int) -> BaseException:

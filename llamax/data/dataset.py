@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llamax.data.files import sha256
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.tokens import GoOn, Header, Stream, TokenFile, Verify
 from llamax.errors import DataError
+from llamax.files import sha256
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from llamax.data.files import write_atomic
 from llamax.data.spm import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, Model
 from llamax.data.tokenizer import (
     LLAMA3_PATTERN,
@@ -30,6 +29,7 @@ from llamax.data.tokenizer import (
     TikToken,
     Tokenizer,
 )
+from llamax.files import write_atomic
 
 
 def export(tokenizer: Tokenizer, folder: str | Path, max_length: int | None = None) -> None:

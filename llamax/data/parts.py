@@ -12,11 +12,12 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -27,11 +28,11 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from llamax.data.corpus import Source, documents
-from llamax.data.files import room_for
 from llamax.data.megatron import indexed_prefix, write_indexed
 from llamax.data.tokenizer import Tokenizer, load_tokenizer
 from llamax.data.tokens import Header, TokenFile, TokenWriter
 from llamax.errors import DataError
+from llamax.files import NO_ROOM
 from llamax.program import leave_with_parent
 
 SPLITS = ("train", "validation", "test")
@@ -280,3 +281,18 @@ def merge_indexed(parts: Sequence[Path], split: str, out: Path, key: str) -> boo
     with room_for(out, size):
         write_indexed(indexed_prefix(out, split, key), files, files[0].header.vocab_size)
     return True
+
+
+@contextmanager
+def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn a disk that fills up in the block into a DataError with ``needed_bytes``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        free = shutil.disk_usage(folder).free
+        raise DataError(
+            f"{folder}: no space left: about {needed_bytes} bytes needed, {free} free; make room "
+            "or choose another --out, then run the same command again: finished parts are kept"
+        ) from None

@@ -29,7 +29,6 @@ from pathlib import Path
 from llamax.data import rows
 from llamax.data.corpus import documents, plan
 from llamax.data.describe import describe
-from llamax.data.files import room_for, write_atomic
 from llamax.data.instruct import FIELDS, InstructSettings, SplitRun, column, texts
 from llamax.data.parts import (
     SPLITS,
@@ -42,6 +41,7 @@ from llamax.data.parts import (
     make_parts,
     merge,
     merge_indexed,
+    room_for,
     tokenizer_in,
 )
 from llamax.data.sandbox import Program
@@ -49,6 +49,7 @@ from llamax.data.templates import BUILT_IN, forgotten, source_of
 from llamax.data.tokenizer import HuggingFace, Tokenizer, tokenizer_file, train_sentencepiece
 from llamax.data.tokens import TokenFile
 from llamax.errors import DataError
+from llamax.files import write_atomic
 
 
 def prepare(args: argparse.Namespace) -> None:

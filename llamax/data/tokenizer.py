@@ -267,7 +267,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
     """
     import sentencepiece
 
-    from llamax.data.files import write_atomic
+    from llamax.files import write_atomic
 
     model: list[bytes] = []
 

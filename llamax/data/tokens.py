@@ -35,8 +35,8 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llamax.data.files import sync_folder
 from llamax.errors import DataError
+from llamax.files import sync_folder
 
 MAGIC = b"llamax1\n"
 HEADER_BYTES = 4096

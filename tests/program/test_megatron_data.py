@@ -14,11 +14,11 @@ from tiny_run import config, log_of
 from llamax.checkpoint.consolidate import main as consolidate
 from llamax.config import Config, Data
 from llamax.data.dataset import open_dataset
-from llamax.data.files import sha256
 from llamax.data.megatron import IndexedFile
 from llamax.data.prepare import main as prepare
 from llamax.data.tokenizer import load_tokenizer
 from llamax.errors import DataError, LlamaxError
+from llamax.files import sha256
 from llamax.inputs import open_inputs
 from llamax.launch.env import Rendezvous
 from llamax.train import train

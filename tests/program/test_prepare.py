@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from corpora import python_sources
 
-from llamax.data import corpus, files
+from llamax.data import corpus, parts
 from llamax.data.dataset import open_dataset
 from llamax.data.describe import unigram_entropy
 from llamax.data.loader import Loader
@@ -305,11 +305,11 @@ def test_impossible_arguments(
 def test_a_full_disk_is_told_in_bytes(tmp_path: Path) -> None:
     with (
         pytest.raises(DataError, match=r"no space left: about 12345 bytes needed, \d+ free"),
-        files.room_for(tmp_path, 12345),
+        parts.room_for(tmp_path, 12345),
         open("/dev/full", "wb", buffering=0) as file,
     ):
         file.write(b"x")
-    with pytest.raises(FileNotFoundError), files.room_for(tmp_path, 1):
+    with pytest.raises(FileNotFoundError), parts.room_for(tmp_path, 1):
         (tmp_path / "none").read_bytes()
 
 
