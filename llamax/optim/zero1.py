@@ -84,6 +84,11 @@ class Zero1:
                 counts = weight(how, tp.size)
                 key = Key(parameter.dtype, parameter.dim() > 1, counts, partial and tp.size > 1)
                 members.setdefault(key, {})[name] = parameter
+        if not members:
+            raise ConfigError(
+                "every parameter is frozen, so there is nothing to train; set requires_grad of "
+                "some before Zero1 is made"
+            )
         self.groups: list[Group | LazyGroup] = []
         for key, named in members.items():
             counted = [

@@ -330,6 +330,10 @@ def test_what_was_frozen_too_late_is_refused_not_decayed() -> None:
     assert torch.equal(parameters["up"], before)
     make(parameters).step(ONE, ONE, ONE)
     assert torch.equal(parameters["up"], before)
+    for parameter in parameters.values():
+        parameter.requires_grad_(False)
+    with pytest.raises(ConfigError, match="every parameter is frozen"):
+        make(parameters)
 
 
 def test_key_value_heads_that_the_axes_do_not_join() -> None:
