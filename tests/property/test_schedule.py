@@ -63,4 +63,5 @@ def test_shapes_by_hand() -> None:
     assert at("linear", 35) == pytest.approx(0.8)
     assert at("wsd", 90, 20) == 1.0
     assert at("wsd", 100, 20) == pytest.approx(0.6)
+    assert at("wsd", 10, 105) == 1.0, "a fall that would begin in warm-up begins after it"
     assert at("constant", 110) == 1.0
