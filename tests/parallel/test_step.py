@@ -89,17 +89,8 @@ def build(model: Model, axes: Axes, sequence: bool) -> Llama:
     return llama
 
 
-def step(
-    model: Model, axes: Axes, sequence: bool, zero1: bool, accumulation: int
-) -> dict[str, Any]:
-    """Loss, gradients summed as the optimizer must sum them, norm, and weights after one step."""
-    llama = build(model, axes, sequence)
-    tokens = GLOBAL_BATCH * SEQUENCE
-    for micro in share(axes, accumulation):
-        total, _ = llama.loss(
-            micro.ids, micro.labels, micro.positions, documents_BS=micro.documents
-        )
-        (total / tokens).backward()
+def gradients(llama: Llama, axes: Axes) -> dict[str, Tensor]:
+    """Every gradient, summed as the optimizer must sum it."""
     grads = {name: p.grad.clone() for name, p in llama.named_parameters()}
     for name, grad in grads.items():
         how = llama.shards[name]
@@ -111,6 +102,21 @@ def step(
                     rows_ = grad.narrow(part.how.dim, part.start, part.length)
                     rows_.copy_(axes.kv.all_reduce(rows_))
         grads[name] = axes.data.all_reduce(grad)
+    return grads
+
+
+def step(
+    model: Model, axes: Axes, sequence: bool, zero1: bool, accumulation: int
+) -> dict[str, Any]:
+    """Loss, gradients, norm, and weights after two steps."""
+    llama = build(model, axes, sequence)
+    tokens = GLOBAL_BATCH * SEQUENCE
+    for micro in share(axes, accumulation):
+        total, _ = llama.loss(
+            micro.ids, micro.labels, micro.positions, documents_BS=micro.documents
+        )
+        (total / tokens).backward()
+    grads = gradients(llama, axes)
 
     llama = build(model, axes, sequence)
     optimizer = Zero1(
@@ -176,6 +182,38 @@ def test_a_sharded_step_equals_the_whole_step(worlds: Worlds, mesh: Mesh, sequen
 def test_without_zero1_every_data_rank_holds_all_state(worlds: Worlds) -> None:
     for found in worlds(4).run(on_mesh, MODEL, Mesh(tp=2, dp=2), True, False, 1, "none"):
         assert found == []
+
+
+def of_logits(model: Model, mesh: Mesh, sequence: bool, mutation: str) -> list[str]:
+    """In a rank: gradients of a loss that is made of logits and not the whole model's."""
+
+    def found(axes: Axes) -> dict[str, Tensor]:
+        llama, some = build(model, axes, sequence), rows(batch(), 0, 3)
+        logits = llama(some.ids, some.positions, documents_BS=some.documents)
+        same = regions.join(regions.split(logits, axes.tp, 1), axes.tp, 1)
+        (same.log_softmax(-1) * logits).mean().backward()
+        return gradients(llama, axes)
+
+    my_axes = axes(mesh, model.kv_replicas(mesh.tp))
+    whole, shards = found(Axes.solo()), Llama(model, my_axes.tp).shards
+    with MUTATIONS[mutation]():
+        mine = found(my_axes)
+    return [
+        name
+        for name, theirs in whole.items()
+        for expected in [shard.cut(theirs, shards[name], mesh.tp, my_axes.tp.rank)]
+        if not (mine[name] - expected).abs().max() <= 2 * TOLERANCE * theirs.abs().max()
+    ]
+
+
+@pytest.mark.parametrize("sequence", [True, False], ids=["sequence", "plain"])
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_loss_of_ones_own_has_the_gradients_of_the_whole(
+    worlds: Worlds, tp: int, sequence: bool
+) -> None:
+    for model in (MODEL, TIED):
+        for found in worlds(tp).run(of_logits, model, Mesh(tp=tp), sequence, "none"):
+            assert found == []
 
 
 # --- planted defects -----------------------------------------------------------------------------
@@ -285,6 +323,16 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
         "backward",
         lambda _: lambda ctx, dy: (torch.cat([dy] * ctx.axis.size, ctx.dim), None, None),
     ),
+    "gradient of what was joined summed": method(
+        regions._Join,
+        "backward",
+        lambda _: lambda ctx, dy: (ctx.axis.reduce_scatter(dy, ctx.dim), None, None),
+    ),
+    "gradient of what was split not joined": method(
+        regions._Split,
+        "backward",
+        lambda _: lambda ctx, dy: (torch.cat([dy] * ctx.axis.size, ctx.dim), None, None),
+    ),
     "ids of other ranks not masked": lambda: replaced(
         tensor, "local_ids", unmasked(tensor.local_ids)
     ),
@@ -312,6 +360,9 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("mutation", [name for name in MUTATIONS if name != "none"])
 def test_a_planted_defect_is_caught(worlds: Worlds, mutation: str) -> None:
+    if mutation.startswith("gradient of what was"):  # which training's own loss does without
+        assert any(worlds(2).run(of_logits, MODEL, Mesh(tp=2), True, mutation))
+        return
     tp4 = mutation in ("key/value replicas not summed", "maximum of logits not shared")
     mesh = Mesh(tp=4, dp=1) if tp4 else Mesh(tp=2, dp=2)
     assert any(worlds(4).run(on_mesh, MODEL, mesh, True, True, 1, mutation))
