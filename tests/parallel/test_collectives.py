@@ -97,6 +97,20 @@ def test_an_axis_of_one_is_the_identity() -> None:
 
 # --- bytes ---------------------------------------------------------------------------------------
 
+
+def test_each_verb_sends_what_a_ring_sends() -> None:
+    class Four(Solo):
+        size = 4
+
+    meter, x = Meter(), torch.zeros(8)  # 32 bytes
+    axis = Metered(Four("tp"), meter)
+    axis.all_reduce(x), axis.all_gather(x, 0), axis.reduce_scatter(x, 0)
+    axis.all_to_all(x, 0, 0), axis.shift(x)
+    sent = {"all_reduce": 48, "all_gather": 96, "reduce_scatter": 24, "all_to_all": 24, "shift": 32}
+    assert meter.sent_bytes == {("tp", verb): count for verb, count in sent.items()}
+    assert set(meter.calls.values()) == {1}
+
+
 MODEL = Model(
     hidden_size=32,
     intermediate_size=64,
