@@ -179,13 +179,13 @@ def introduce(job: Job) -> None:
     log.logger.info("samples: %s", job.training)
     if job.adapters is not None:
         log.logger.info("%s", describe(config, mesh.tp, job.axes.data.size))
-    if job.dataset.train.header.bos_id != config.model.bos_token_id:
+    begins, prompted = job.dataset.train.header.bos_id, config.model.bos_token_id
+    if begins != prompted:
         log.logger.warning(
-            "documents of %s begin with BOS token %s, but model.bos_token_id is %s: the model will "
-            "be prompted with the latter",
+            "documents of %s begin with %s, but the model will be prompted with %s; set "
+            "model.bos_token_id",
             config.data.path,
-            job.dataset.train.header.bos_id,
-            config.model.bos_token_id,
+            *("no BOS token" if bos is None else f"BOS token {bos}" for bos in (begins, prompted)),
         )
 
 

@@ -72,11 +72,18 @@ def test_a_finished_run_is_left_alone(
     train(cfg, Rendezvous())
     before = (tmp_path / "metrics.jsonl").read_bytes()
     assert "in 4 microsteps, steps 1 to 6" in caplog.text
-    shorter = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, steps=3))
+    assert "BOS" not in caplog.text
+    shorter = dataclasses.replace(
+        cfg,
+        run=dataclasses.replace(cfg.run, steps=3),
+        model=dataclasses.replace(cfg.model, bos_token_id=1),
+    )
     for again, steps in ((cfg, 6), (shorter, 3)):
         train(again, Rendezvous())
         assert f"in 4 microsteps, nothing left of run.steps={steps}" in caplog.text
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    says = "begin with no BOS token, but the model will be prompted with BOS token 1; set model.bos"
+    assert says in caplog.text
 
 
 def test_the_run_folder_holds_the_resolved_configuration(dataset: Path, tmp_path: Path) -> None:
