@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from held import held_bytes
 from torch import Tensor
 from torch.nn import Parameter
 from world import Worlds, axes
@@ -97,6 +98,7 @@ def train(
         zero1=sharded,
         bucket_bytes=BUCKET_BYTES,
     )
+    held = held_bytes(optimizer)
     if lazy:
         optimizer.to("cpu")
     norms = []
@@ -114,7 +116,7 @@ def train(
         (owned.name, owned.kind, owned.start, owned.tensor.float().clone())
         for owned in optimizer.owned()
     ]
-    rest = {"runs": runs, "meter": meter, "bytes": optimizer.state_bytes()}
+    rest = {"runs": runs, "meter": meter, "bytes": optimizer.state_bytes(), "held": held}
     shares = {name: parameters[name].detach().float().clone() for name in MODEL}
     return shares, norms, rest
 
@@ -193,6 +195,8 @@ def test_a_mesh_equals_the_whole(
 ) -> None:
     results = worlds(tp * dp).run(train, tp, dp, sequence, sharded, torch.float32, 4.0)
     assert error(results, tp, torch.float32) < 1e-6
+    for _, _, rest in results:
+        assert rest["bytes"] == rest["held"], "before the first step, and by the formula"
 
 
 @pytest.mark.parametrize("sharded", [True, False])
@@ -214,6 +218,8 @@ def test_bfloat16_equals_the_whole(worlds: Worlds, tp: int, dp: int, lazy: bool)
     """Up to bfloat16's rounding of each gradient and weight."""
     results = worlds(tp * dp).run(train, tp, dp, True, True, torch.bfloat16, 1.0, lazy)
     assert error(results, tp, torch.bfloat16) < 1e-2
+    for _, _, rest in results:
+        assert lazy or rest["bytes"] == rest["held"]
 
 
 def test_same_inputs_give_the_same_bits(worlds: Worlds) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from held import held_bytes
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -289,20 +290,6 @@ def test_state_bytes_by_formula(dtype: torch.dtype, each: int) -> None:
     assert zero1.state_bytes() == held_bytes(zero1), "nothing is made by the first step"
     assert all(p.grad is None for p in parameters.values())
     assert len(kinds) == len(list(zero1.owned()))
-
-
-def held_bytes(zero1: Zero1) -> int:
-    """Bytes of all distinct storages that the optimizer holds on to."""
-    found: dict[int, int] = {}
-    for group in zero1.groups:
-        tensors = [group.weights, group.gradient]
-        for bucket in group.buckets:
-            tensors += [getattr(bucket, field.name) for field in dataclasses.fields(bucket)]
-        for tensor in [*tensors, *group.parameters]:
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,23 @@
+"""What an optimizer holds on to, counted and not computed."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from llamax.optim import Zero1
+
+
+def held_bytes(zero1: Zero1) -> int:
+    """Bytes of all distinct storages: weights, gradients, masters, moments, weights in the norm."""
+    found: dict[int, int] = {}
+    for group in zero1.groups:
+        tensors = [group.weights, group.gradient]
+        for bucket in group.buckets:
+            tensors += [getattr(bucket, field.name) for field in dataclasses.fields(bucket)]
+        for tensor in [*tensors, *group.parameters]:
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                found[storage.data_ptr()] = storage.nbytes()
+    return sum(found.values())
