@@ -25,11 +25,11 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from llamax import ops, recompute
+from llamax import ops, recompute, rules
 from llamax.collectives import Axis, Solo
 from llamax.config import Config, Data, Model, Parallel, Run
 from llamax.dropout import Dropout
-from llamax.errors import DataError
+from llamax.errors import DataError, refuse
 from llamax.parallel import regions
 from llamax.parallel.loss import vocab_parallel_loss
 from llamax.parallel.tensor import (
@@ -363,7 +363,8 @@ class Llama(nn.Module):
 def _check(model: Model, tensor: int, recompute: Recompute) -> None:
     """ConfigError with all that forbids such a model on ``tensor`` ranks, by the rules of a run."""
     parallel, data = Parallel(tensor=tensor, sequence=False), Data(sequence_length=1)
-    Config(model, parallel, data=data, run=Run(recompute=recompute)).check()
+    config = Config(model, parallel, data=data, run=Run(recompute=recompute))
+    refuse(list(rules.problems(config)), "configuration")
 
 
 def generator(seed: int, name: str) -> torch.Generator:

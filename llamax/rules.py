@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Literal, get_args, get_origin, get_type_hints
 
-from llamax.config import Config, Data, sections
+from llamax.config import Config, Data, RopeScaling, sections
 
 Rule = Callable[[Config, "int | None"], Iterator[str]]
 RULES: list[tuple[tuple[str, ...], Rule]] = []
@@ -27,7 +27,9 @@ def rule(*keys: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def problems(config: Config, world_size: int | None, unusable: Iterable[str]) -> Iterator[str]:
+def problems(
+    config: Config, world_size: int | None = None, unusable: Iterable[str] = ()
+) -> Iterator[str]:
     """All problems, one line each: those of single fields first; see ``Config.problems``."""
     unusable = set(unusable)
     if unusable & {"model.hidden_size", "model.num_attention_heads"}:
@@ -44,9 +46,12 @@ def problems(config: Config, world_size: int | None, unusable: Iterable[str]) ->
             yield from check(config, world_size)
 
 
+HINTS = {kind: get_type_hints(kind) for kind in (RopeScaling, *get_type_hints(Config).values())}
+
+
 def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
     for prefix, section in sections(config):
-        hints = get_type_hints(type(section))
+        hints = HINTS[type(section)]
         for each in fields(section):
             key, value = f"{prefix}.{each.name}", getattr(section, each.name)
             allowed = each.metadata["range"]
