@@ -13,6 +13,7 @@ from __future__ import annotations
 import fnmatch
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -86,19 +87,41 @@ def plan(
 def _files(
     inputs: Sequence[str | Path], glob: Sequence[str], exclude: Sequence[str]
 ) -> Iterator[Path]:
-    for given in map(Path, inputs):
-        if given.is_file():
-            yield given
-        elif given.is_dir():
-            for path in sorted(given.rglob("*")):
-                parts = path.relative_to(given).parts
-                hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
-                dropped = any(fnmatch.fnmatch(p, pattern) for p in parts for pattern in exclude)
-                wanted = any(fnmatch.fnmatch(path.name, pattern) for pattern in glob)
-                if wanted and not hidden and not dropped and path.is_file():
-                    yield path
+    for given in inputs:
+        path = Path(given)
+        if not str(given):
+            raise DataError("an input is empty; name a file or a folder ('.' is this one)")
+        if path.is_file():
+            yield path
+        elif path.is_dir():
+            found = _below(path, exclude)
+            yield from sorted(
+                each for each in found if any(fnmatch.fnmatch(each.name, p) for p in glob)
+            )
+        elif path.exists():
+            raise DataError(f"{path}: is neither a file nor a folder; write its text to a file")
         else:
-            raise DataError(f"{given}: no such file or folder; check the path")
+            raise DataError(f"{path}: no such file or folder; check the path")
+
+
+def _below(folder: Path, exclude: Sequence[str]) -> Iterator[Path]:
+    """The files at any depth; a folder that cannot be listed is told, not left out.
+
+    Links to folders are not followed, so that no file comes twice and no loop has to be found.
+    """
+
+    def meant(name: str) -> bool:
+        hidden = name.startswith(".") or name == "__pycache__"
+        return not hidden and not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
+
+    def refuse(error: OSError) -> None:
+        raise unreadable(str(error.filename), error)
+
+    for base, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = filter(meant, folders)
+        yield from (
+            path for path in (Path(base, name) for name in names if meant(name)) if path.is_file()
+        )
 
 
 def documents(chunk: Chunk, key: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ import hashlib
 import json
 import multiprocessing
 import shutil
+import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -237,16 +238,23 @@ def make_parts(
             min(workers, len(jobs)), context, initializer=leave_with_parent
         ) as pool:
             try:
-                futures: dict[Future[Path], int] = {
-                    pool.submit(make_part, *job): i for i, job in enumerate(jobs)
-                }
+                # Ctrl-C reaches every process of a terminal: workers leave it to this one.
+                answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+                try:
+                    futures: dict[Future[Path], int] = {
+                        pool.submit(make_part, *job): i for i, job in enumerate(jobs)
+                    }
+                finally:
+                    signal.signal(signal.SIGINT, answer)
                 for future in as_completed(futures):
                     done(futures[future], future.result())
-            except (BrokenProcessPool, BrokenPipeError):  # dead while it worked, or as it started
+            except (BrokenProcessPool, BrokenPipeError, KeyboardInterrupt) as error:
                 # A worker that was still starting escapes the pool's own clearing up.
                 for child in multiprocessing.active_children():
                     child.kill()
-                raise DataError(
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                raise DataError(  # dead while it worked, or as it started
                     f"a worker of {workers} died, perhaps for want of memory; run the same "
                     "command again with fewer --workers: finished parts are kept"
                 ) from None

@@ -74,9 +74,10 @@ def prepare(args: argparse.Namespace) -> None:
         else:
             found = {split: merge(parts, split, out) is not None for split in SPLITS}
         if not found["train"]:
+            smaller = f", or a smaller --validation than {args.validation}"
             raise DataError(
-                f"{', '.join(args.inputs)}: no document is left for training; give more text, or "
-                f"a smaller --validation than {args.validation}"
+                f"{', '.join(args.inputs)}: no document is left for training; give more text"
+                f"{smaller if found['validation'] else ''}"
             )
         shutil.copyfile(tokenizer.path, out / tokenizer_name(tokenizer))
         for path in tokenizer.beside if isinstance(tokenizer, HuggingFace) else ():
@@ -149,6 +150,9 @@ def _settings(args: argparse.Namespace, tokenizer: Tokenizer | None) -> Settings
 
 def _check_options(args: argparse.Namespace) -> None:
     """DataError for options of text with rows, and of rows with text."""
+    for name in ("out", "tokenizer"):
+        if getattr(args, name) == "":
+            raise DataError(f"--{name} is empty; give a path")
     if args.template and args.format == "megatron":
         raise DataError(
             "--format megatron has no place for which tokens are answers; leave out --template or "

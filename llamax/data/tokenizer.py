@@ -198,6 +198,10 @@ class TikToken:
         self.path, self.fingerprint = path, hashlib.sha256(raw).hexdigest()
         lines = (line.split() for line in raw.splitlines() if line)
         self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        if sorted(self.ranks.values()) != list(range(len(self.ranks))):
+            raise ValueError("its ranks do not count from 0")
+        if missing := sum(bytes([byte]) not in self.ranks for byte in range(256)):
+            raise ValueError(f"{missing} of the 256 bytes have no rank")
         self.special = {name: len(self.ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
         self.engine = tiktoken.Encoding(
             path.name,
@@ -298,10 +302,11 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
+        # The engine's words come after its file, line and condition, and end in its own remedies.
+        reason = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0]
         raise DataError(
-            f"{out}: no tokenizer of {vocab_size} pieces can be trained on this text ({reason}); "
-            "use a smaller vocabulary (300 or more) or more text"
+            f"no tokenizer of {vocab_size} pieces can be trained on this text ({reason}); "
+            "use another size (300 or more), or more text"
         ) from None
     write_atomic(Path(out), b"".join(model))
     return Path(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -275,8 +276,84 @@ def test_nothing_there(tokenizer: Path, text: Path, tmp_path: Path) -> None:
             "--tokenizer", tokenizer, out=out)  # fmt: skip
     refused("no such tokenizer", text, "--tokenizer", tmp_path / "none", out=out)
     refused("cannot be made", text, "--tokenizer", tokenizer, out=text / "00.py")
-    refused("no document is left for training", text / "00.py", "--validation", "0.999999",
+    refused("no document is left .* smaller --validation", text / "00.py", "--validation",
+            "0.999999", "--tokenizer", tokenizer, out=out)  # fmt: skip
+    (text / "empty.jsonl").write_text('{"text": ""}')
+    refused("no document is left for training; give more text$", text / "empty.jsonl",
             "--tokenizer", tokenizer, out=out)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "words"), [("input", "an input is empty"), ("--tokenizer", "--tokenizer is empty"),
+                          ("--out", "--out is empty")],
+)  # fmt: skip
+def test_an_empty_path_is_not_this_folder(
+    tokenizer: Path, text: Path, tmp_path: Path, option: str, words: str
+) -> None:
+    given = {"input": str(text), "--tokenizer": str(tokenizer), "--out": str(tmp_path / "out")}
+    source, *rest = {**given, option: ""}.items()
+    with pytest.raises(DataError, match=words):
+        main([source[1], *(word for pair in rest for word in pair)])
+
+
+def test_a_pipe_is_no_text(tokenizer: Path, text: Path, tmp_path: Path) -> None:
+    os.mkfifo(pipe := text / "pipe")
+    refused("pipe: is neither a file nor a folder", pipe, "--tokenizer", tokenizer,
+            out=tmp_path / "out")  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_listed_is_not_left_out(
+    text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (text / ".hidden").mkdir()
+    (text / "loop").symlink_to(text)
+    scandir = os.scandir
+    locked: set[str] = set()
+
+    def listed(path: str) -> object:  # chmod does not stop root
+        if Path(path).name in locked:
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", listed)
+    locked.add(".hidden")
+    ((*sources,),) = corpus.plan([text], ["*.py"])
+    assert [source.path for source in sources] == [
+        str(path) for path in sorted([*text.glob("[0-9]*.py"), *text.glob("deep/*.py")])
+    ]
+    locked.add("deep")
+    with pytest.raises(DataError, match=r"deep: cannot be read \(Permission denied\)"):
+        corpus.plan([text], ["*.py"])
+    assert corpus.plan([text], ["*.py"], ["deep"])
+
+
+def test_ctrl_c_is_one_line(tokenizer: Path, tmp_path: Path) -> None:
+    for name in "abcd":  # a chunk each
+        (tmp_path / f"{name}.txt").write_text("import os\n" * 100_000)
+    texts = map(str, tmp_path.glob("*.txt"))
+    command = [sys.executable, "-m", "llamax", "prepare", *texts, "--tokenizer", str(tokenizer),
+               "--out", str(tmp_path / "out"), "--workers", "2"]  # fmt: skip
+    program = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True, text=True)
+    workers: list[int] = []
+    while len(workers) < 2 or _ignores_ctrl_c(program.pid):
+        assert program.poll() is None
+        time.sleep(0.01)
+        workers = _workers(program.pid)
+    assert all(map(_ignores_ctrl_c, workers))
+    os.killpg(program.pid, signal.SIGINT)
+    assert program.communicate(timeout=60)[1] == "llamax: interrupted\n"
+    assert program.returncode == 130
+
+
+def _workers(pid: int) -> list[int]:
+    children = map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
+    told = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    return [child for child, words in told.items() if b"spawn_main" in words]
+
+
+def _ignores_ctrl_c(pid: int) -> bool:
+    (mask,) = re.findall(r"SigIgn:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
 
 
 def test_another_dataset_is_not_overwritten(text: Path, tokenizer: Path, tmp_path: Path) -> None:
