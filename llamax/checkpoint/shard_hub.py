@@ -42,11 +42,14 @@ def shard(
     source = hub.HubFolder(folder)
     model = Llama(Model.from_hub(source.model), Solo("tp"), device="meta")
     check_shapes(source, dict(model.named_parameters()), model.shards)
-    cuts = {
-        part.name: part.how
-        for name, how in model.shards.items()
-        for part in parts(name, how, tensor)
-    }
+    try:
+        cuts = _cuts(source, model, tensor)
+    except ConfigError:
+        fit = [str(degree) for degree in range(1, 2 * tensor) if _fits(source, model, degree)]
+        raise ConfigError(
+            f"--tensor={tensor} does not cut the weights of {folder} into equal parts; use "
+            f"{' or '.join(fit)}"
+        ) from None
     manifest = files.Manifest(
         format=files.FORMAT,
         step=0,
@@ -73,6 +76,25 @@ def shard(
         files.commit(part, manifest, "")
         files.finish(part)
     return Path(out)
+
+
+def _cuts(source: hub.HubFolder, model: Llama, tensor: int) -> dict[str, Cut]:
+    """How each tensor of the folder is cut; ConfigError where ``tensor`` does not."""
+    cuts = {
+        part.name: part.how
+        for name, how in model.shards.items()
+        for part in parts(name, how, tensor)
+    }
+    for name, how in cuts.items():
+        local_shape(source.shape(name), how, tensor)
+    return cuts
+
+
+def _fits(source: hub.HubFolder, model: Llama, tensor: int) -> bool:
+    try:
+        return bool(_cuts(source, model, tensor))
+    except ConfigError:
+        return False
 
 
 def _runs(
