@@ -177,6 +177,12 @@ def introduce(job: Job) -> None:
         else f"nothing left of run.steps={config.run.steps}",
     )
     log.logger.info("samples: %s", job.training)
+    if job.validation is None and config.run.validates:
+        log.logger.warning(
+            "nothing will be validated: %s holds no validation text; prepare it with a larger "
+            "--validation, or name a dataset in data.validation",
+            config.data.path,
+        )
     if job.adapters is not None:
         log.logger.info("%s", describe(config, mesh.tp, job.axes.data.size))
     begins, prompted = job.dataset.train.header.bos_id, config.model.bos_token_id

@@ -52,6 +52,20 @@ def test_every_checkpoint_holds_what_transformers_loads(run: Config) -> None:
         assert tokenizer.decode(tokenizer.encode("def name_3(x)", add_special_tokens=False))
 
 
+def test_a_run_without_validation_text_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "data").mkdir()
+    data = tiny_run.make_dataset(tmp_path / "data")
+    small = tiny_run.config(data, tmp_path / "run")
+    one = dataclasses.replace(small.run, steps=2)
+    train(dataclasses.replace(small, run=one), Rendezvous())
+    assert "nothing will be validated" not in caplog.text
+    (data / "validation.tokens").unlink()
+    train(dataclasses.replace(small, run=dataclasses.replace(one, steps=3)), Rendezvous())
+    assert f"nothing will be validated: {data} holds no validation text" in caplog.text
+
+
 def test_a_tokenizer_that_no_save_could_write_is_refused_at_the_start(
     run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
