@@ -63,7 +63,10 @@ def find(name_or_path: str) -> Path:
     if path.is_file():
         return path
     if path.suffix == ".toml" or len(path.parts) > 1:
-        raise ConfigError(f"{path}: no such file; --config takes a recipe's name or a TOML file")
+        near = f", {path.stem} for example" if path.stem in recipes() else ""
+        raise ConfigError(
+            f"{path}: no such file; --config takes a recipe's name{near} or a TOML file"
+        )
     raise ConfigError(f"no recipe is named {name_or_path!r}{nearest(name_or_path, recipes())}")
 
 
@@ -88,7 +91,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """``; did you mean ...?``, or what there is where no name is near."""
     names = list(names)
     same_leaf = [known for known in names if known.rpartition(".")[2] == name]
-    if close := same_leaf or difflib.get_close_matches(name, names, n=1):
+    if close := same_leaf or difflib.get_close_matches(name.lower(), names, n=1):
         return f"; did you mean {close[0]}?"
     return f"; there are {', '.join(names)}" if len(names) <= 16 else "; see --help"
 
@@ -115,6 +118,8 @@ def _pairs(overrides: Sequence[str], found: list[str]) -> Iterator[tuple[str, st
 def _override(tables: dict[str, Any], key: str, text: str, found: list[str]) -> None:
     """Put ``text`` into ``tables`` at ``key`` as the value its field would read from TOML."""
     hints = {known: hint for known, _, hint in _options()}
+    if text == "none":
+        hints |= dict(_optional_sections())
     if key not in hints:
         found.append(f"--{key} is an unknown option{nearest(key, hints)}")
         return
@@ -247,10 +252,11 @@ def toml(value: Any) -> str:
 
 def help_text() -> str:
     """Every option with its type, one line, unit and default, section by section."""
-    lines, section = [], ""
+    lines, section, optional = [], "", dict(_optional_sections())
     for key, each, hint in _options():
         if section != (section := key.rpartition(".")[0]):
-            lines += ["", f"{section}:"]
+            without = f" (--{section}=none: without)" if section in optional else ""
+            lines += ["", f"{section}:{without}"]
         option = f"--{key}={_placeholder(hint)}"
         default = {MISSING: "required", None: "default none", "": "default empty"}.get(
             each.default, f"default {each.default}".lower()
@@ -268,6 +274,15 @@ def _options(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Field[
             yield from _options(section, f"{prefix}{each.name}.")
         else:
             yield f"{prefix}{each.name}", each, hints[each.name]
+
+
+def _optional_sections(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(section, type) of every section that may be absent; ``none`` takes it away."""
+    for name, hint in get_type_hints(kind).items():
+        if section := _section(hint):
+            if NoneType in get_args(hint):
+                yield prefix + name, hint
+            yield from _optional_sections(section, f"{prefix}{name}.")
 
 
 def _placeholder(hint: Any) -> str:

@@ -7,6 +7,7 @@ mistake is told once and nothing divides by zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -72,13 +73,13 @@ def either(choices: Sequence[object]) -> str:
 
 
 def divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return low + [n // d for d in reversed(low) if d * d < n]
 
 
 def multiples_near(n: int, step: int) -> list[int]:
     """The multiples of ``step`` on both sides of ``n``, without 0."""
-    below = n - n % step
-    return [m for m in (below, below + step) if m]
+    return [m for m in (n - n % step, n - n % step + step) if m]
 
 
 # ---- the model

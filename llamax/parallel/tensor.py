@@ -141,8 +141,8 @@ def check_ids(ids_BS: Tensor, vocab_size: int, labels: bool = False) -> None:
     what = "labels" if labels else "ids"
     if ids_BS.dim() != 2 or not ids_BS.numel():
         raise DataError(f"{what} are {list(ids_BS.shape)}; a model takes [batch, sequence]")
-    if ids_BS.is_floating_point():
-        raise DataError(f"{what} are {ids_BS.dtype}; a model takes integers")
+    if ids_BS.dtype not in (torch.int32, torch.int64):
+        raise DataError(f"{what} are {ids_BS.dtype}; a model takes int32 or int64")
     if ids_BS.device.type != "cpu" or torch.compiler.is_compiling():
         return
     counted = ids_BS.masked_fill(ids_BS == ops.IGNORE_INDEX, 0) if labels else ids_BS

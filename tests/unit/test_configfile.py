@@ -72,8 +72,12 @@ def test_overrides_in_both_spellings_come_on_top_in_order() -> None:
     assert config.model.rope_scaling is not None
     assert config.model.rope_scaling.factor == 32.0
     assert tables == {"model": SHAPE, "run": {"steps": 5}}
-    cleared = parse({"model": {**SHAPE, "bos_token_id": 1}}, ["--model.bos_token_id=none"])
+    both = {"bos_token_id": 1, "rope_scaling": {"factor": 32.0}}
+    cleared = parse(
+        {"model": {**SHAPE, **both}}, ["--model.bos_token_id=none", "--model.rope_scaling=none"]
+    )
     assert cleared.model.bos_token_id is None
+    assert cleared.model.rope_scaling is None
 
 
 @pytest.mark.parametrize(
@@ -247,12 +251,16 @@ def test_files_and_recipes_are_found_or_refused(tmp_path: Path) -> None:
         ConfigError, match="no recipe is named 'llama-2-7b'; did you mean llama2-7b"
     ):
         load("llama-2-7b")
+    with pytest.raises(ConfigError, match="did you mean llama2-7b"):
+        load("LLAMA2-7B")
     with pytest.raises(ConfigError, match=r"named 'xyz'; there are demo, dolly-llama2-7b"):
         load("xyz")
     with pytest.raises(
         ConfigError, match=r"gone.toml: no such file; --config takes a recipe's name"
     ):
         load(str(tmp_path / "gone.toml"))
+    with pytest.raises(ConfigError, match="a recipe's name, demo for example or a TOML file"):
+        load("demo.toml")
     with pytest.raises(ConfigError, match="no such file"):
         load(str(tmp_path))
     path.write_text("[model\n")

@@ -162,7 +162,8 @@ IDS = torch.arange(12).view(2, 6)
         (IDS, IDS + 310, "labels hold 321, .* use -100 where none counts"),
         (IDS, IDS - 1, "labels hold -1,"),
         (IDS, IDS[:, 1:], r"labels are \[2, 5\], and ids \[2, 6\]"),
-        (IDS.float(), IDS, r"ids are torch\.float32; a model takes integers"),
+        (IDS.float(), IDS, r"ids are torch\.float32; a model takes int32 or int64"),
+        (IDS.to(torch.uint8), IDS, r"ids are torch\.uint8; a model takes int32 or int64"),
     ],
 )
 def test_tokens_that_are_not_of_the_model(
