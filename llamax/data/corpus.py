@@ -49,14 +49,18 @@ Chunk = tuple[Source, ...]
 
 
 def plan(
-    inputs: Sequence[str | Path], glob: Sequence[str] = ("*",), exclude: Sequence[str] = ()
+    inputs: Sequence[str | Path],
+    glob: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    out: Path | None = None,
 ) -> list[Chunk]:
     """The chunks of all inputs, in the order given, folders sorted.
 
     ``glob`` selects file names in folders; ``exclude`` drops those of which any part of the path
-    below the folder matches.  Raises DataError for what is not there.
+    below the folder matches; what lies in ``out``, a resolved path, is no text.  Raises DataError
+    for what is not there.
     """
-    files = [(path, path.stat()) for path in _files(inputs, glob, exclude)]
+    files = [(path, path.stat()) for path in _files(inputs, glob, exclude, out)]
     size = max(CHUNK_BYTES, sum(stat.st_size for _, stat in files) // MOST_CHUNKS)
     chunks: list[Chunk] = []
     small: list[Source] = []
@@ -85,7 +89,7 @@ def plan(
 
 
 def _files(
-    inputs: Sequence[str | Path], glob: Sequence[str], exclude: Sequence[str]
+    inputs: Sequence[str | Path], glob: Sequence[str], exclude: Sequence[str], out: Path | None
 ) -> Iterator[Path]:
     for given in inputs:
         path = Path(given)
@@ -93,8 +97,10 @@ def _files(
             raise DataError("an input is empty; name a file or a folder ('.' is this one)")
         if path.is_file():
             yield path
+        elif out is not None and path.is_dir() and path.resolve() == out:
+            raise DataError(f"{path}: is the text and --out at once; choose another --out")
         elif path.is_dir():
-            found = _below(path, exclude)
+            found = _below(path, exclude, out)
             yield from sorted(
                 each for each in found if any(fnmatch.fnmatch(each.name, p) for p in glob)
             )
@@ -104,7 +110,7 @@ def _files(
             raise DataError(f"{path}: no such file or folder; check the path")
 
 
-def _below(folder: Path, exclude: Sequence[str]) -> Iterator[Path]:
+def _below(folder: Path, exclude: Sequence[str], out: Path | None) -> Iterator[Path]:
     """The files at any depth; a folder that cannot be listed is told, not left out.
 
     Links to folders are not followed, so that no file comes twice and no loop has to be found.
@@ -119,6 +125,8 @@ def _below(folder: Path, exclude: Sequence[str]) -> Iterator[Path]:
 
     for base, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = filter(meant, folders)
+        if out is not None and out.name in folders and Path(base, out.name).resolve() == out:
+            folders.remove(out.name)
         yield from (
             path for path in (Path(base, name) for name in names if meant(name)) if path.is_file()
         )

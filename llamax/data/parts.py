@@ -149,11 +149,11 @@ def is_validation(text: bytes, fraction: float) -> bool:
 
 def make_part(
     folder: Path, name: str, chunk: Chunk, settings: Settings, tokenizer_path: Path
-) -> Path:
-    """Tokenise a chunk into ``folder/name.SPLIT.tokens``, unless they are there."""
+) -> int:
+    """Tokenise a chunk into ``folder/name.SPLIT.tokens``, unless they are there: tokens made."""
     paths = [folder / f"{name}.{split}.tokens" for split in SPLITS]
     if all(map(_sound, paths)):
-        return folder / name
+        return 0
     tokenizer = tokenizer_in(tokenizer_path)
     header = header_of(settings, tokenizer)
     with room_for(folder, chunk.size_bytes * header.dtype.itemsize), ExitStack() as stack:
@@ -161,14 +161,17 @@ def make_part(
             split: stack.enter_context(TokenWriter(path, header))
             for split, path in zip(SPLITS, paths, strict=True)
         }
+        made = 0
         for split, ids, counted, text_bytes in settings.encode(chunk, tokenizer):
+            lengths = np.array([len(each) for each in ids], np.int64)
+            made += int(lengths.sum())
             writers[split].add(
                 np.concatenate([*ids, np.array([], np.uint32)]),
-                np.array([len(each) for each in ids], np.int64),
+                lengths,
                 text_bytes,
                 None if counted is None else np.concatenate([*counted, np.array([], bool)]),
             )
-    return folder / name
+    return made
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
@@ -212,19 +215,15 @@ def make_parts(
         for i, chunk in enumerate(chunks)
     ]
     sizes = [chunk.size for chunk in chunks]
-    parts: list[Path] = [folder] * len(jobs)
+    parts = [folder / name for _, name, *_ in jobs]
     tokens, start = 0, time.perf_counter()
     with tqdm(
         total=sum(sizes), unit=chunks[0].unit, unit_scale=True, disable=None, desc="tokenising"
     ) as bar:
 
-        def done(i: int, part: Path) -> None:
+        def done(i: int, made: int) -> None:
             nonlocal tokens
-            parts[i] = part
-            tokens += sum(
-                len(TokenFile(part.with_name(f"{part.name}.{split}.tokens"), "off"))
-                for split in SPLITS
-            )
+            tokens += made
             rate = tokens / (time.perf_counter() - start)
             bar.set_postfix_str(f"{tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
             bar.update(sizes[i])
@@ -241,7 +240,7 @@ def make_parts(
                 # Ctrl-C reaches every process of a terminal: workers leave it to this one.
                 answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
                 try:
-                    futures: dict[Future[Path], int] = {
+                    futures: dict[Future[int], int] = {
                         pool.submit(make_part, *job): i for i, job in enumerate(jobs)
                     }
                 finally:

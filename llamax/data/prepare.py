@@ -103,7 +103,8 @@ def _indexed(settings: Settings, tokenizer: Tokenizer) -> dict[str, object]:
 
 
 def _texts(args: argparse.Namespace) -> list[Chunk]:
-    return [Texts(sources) for sources in plan(args.inputs, args.glob or ["*"], args.exclude)]
+    out = Path(args.out).resolve()
+    return [Texts(sources) for sources in plan(args.inputs, args.glob or ["*"], args.exclude, out)]
 
 
 def _runs(args: argparse.Namespace, scratch: Path) -> list[Chunk]:

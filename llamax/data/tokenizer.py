@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamax.errors import DataError
+from llamax.files import write_atomic
 
 Ids = npt.NDArray[np.uint32]
 
@@ -270,8 +271,6 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
     Long texts are fed line by line.  Raises DataError where the text is too little for the size.
     """
     import sentencepiece
-
-    from llamax.files import write_atomic
 
     model: list[bytes] = []
 

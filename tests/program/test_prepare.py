@@ -327,6 +327,15 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(
     assert corpus.plan([text], ["*.py"], ["deep"])
 
 
+def test_what_prepare_wrote_is_no_text(tokenizer: Path, text: Path) -> None:
+    (text / "image.png").unlink()
+    out = text / "deep" / "out"
+    made = run(out, text, "--tokenizer", tokenizer)
+    assert run(out, text, "--tokenizer", tokenizer) == made
+    with pytest.raises(DataError, match="is the text and --out at once; choose another --out"):
+        run(text, text, "--tokenizer", tokenizer)
+
+
 def test_ctrl_c_is_one_line(tokenizer: Path, tmp_path: Path) -> None:
     for name in "abcd":  # a chunk each
         (tmp_path / f"{name}.txt").write_text("import os\n" * 100_000)
