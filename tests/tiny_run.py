@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -84,12 +85,19 @@ def forget(folder: Path, step: int) -> None:
 
 def torchrun(ranks: int, path: Path, *overrides: str) -> subprocess.Popen[str]:
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-port", str(free_port())]  # other tests may start jobs at the same time
     return subprocess.Popen(
         [sys.executable, *command, "-m", "llamax.train", "--config", str(path), *overrides],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def write(cfg: Config, path: Path) -> Path:

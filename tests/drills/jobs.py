@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -132,7 +131,7 @@ def alone(path: Path, folder: Path, *overrides: str) -> Job:
 
 def torchrun(ranks: int, path: Path, folder: Path, *overrides: str, restarts: int = 0) -> Job:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    launcher += ["--max-restarts", str(restarts), "--master-port", str(free_port())]
+    launcher += ["--max-restarts", str(restarts), "--master-port", str(tiny_run.free_port())]
     return Job([*launcher, "-m", "llamax.train", "--config", str(path), *overrides], folder)
 
 
@@ -140,7 +139,7 @@ def nodes(count: int, path: Path, folder: Path, *overrides: str) -> list[Job]:
     """As many nodes as ``count``, each an agent of torchrun's with one rank."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1"]
     launcher += ["--nnodes", str(count), "--master-addr", "127.0.0.1"]
-    launcher += ["--master-port", str(free_port())]
+    launcher += ["--master-port", str(tiny_run.free_port())]
     program = ["-m", "llamax.train", "--config", str(path), *overrides]
     return [Job([*launcher, "--node-rank", str(node), *program], folder) for node in range(count)]
 
@@ -152,15 +151,9 @@ def mpirun(ranks: int, path: Path, folder: Path, *overrides: str) -> Job:
     """
     launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
     launcher += ["--mca", "odls_base_sigkill_timeout", "10", "-n", str(ranks)]
-    launcher += ["-x", "OMP_NUM_THREADS", "-x", f"MASTER_PORT={free_port()}"]
+    launcher += ["-x", "OMP_NUM_THREADS", "-x", f"MASTER_PORT={tiny_run.free_port()}"]
     return Job([*launcher, *TRAIN, str(path), *overrides], folder)
 
 
 def has_mpirun() -> bool:
     return shutil.which("mpirun") is not None
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
