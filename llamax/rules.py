@@ -16,6 +16,7 @@ from llamax.config import Config, Data, RopeScaling, sections
 
 Rule = Callable[[Config, "int | None"], Iterator[str]]
 RULES: list[tuple[tuple[str, ...], Rule]] = []
+HINTS = {kind: get_type_hints(kind) for kind in (RopeScaling, *get_type_hints(Config).values())}
 
 
 def rule(*keys: str) -> Callable[[Rule], Rule]:
@@ -47,9 +48,6 @@ def problems(
             yield from check(config, world_size)
 
 
-HINTS = {kind: get_type_hints(kind) for kind in (RopeScaling, *get_type_hints(Config).values())}
-
-
 def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
     for prefix, section in sections(config):
         hints = HINTS[type(section)]
@@ -79,7 +77,8 @@ def divisors(n: int) -> list[int]:
 
 def multiples_near(n: int, step: int) -> list[int]:
     """The multiples of ``step`` on both sides of ``n``, without 0."""
-    return [m for m in (n - n % step, n - n % step + step) if m]
+    below = n - n % step
+    return [m for m in (below, below + step) if m]
 
 
 # ---- the model
