@@ -19,10 +19,10 @@ SHELL := /bin/bash
 .PHONY: demo finetune-demo test test-xla launchers drills lint check format clean
 
 demo: $(VENV)/installed
-	@$(BIN)/python -m llamax.demo
+	@$(BIN)/python -m llamax.cli.demo
 
 finetune-demo: $(VENV)/installed
-	@$(BIN)/python -m llamax.finetune_demo
+	@$(BIN)/python -m llamax.cli.finetune_demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/xla

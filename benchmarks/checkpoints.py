@@ -28,15 +28,15 @@ from safetensors.torch import load_file, save_file
 
 from llamax.checkpoint import Checkpoint, load_weights
 from llamax.checkpoint.consolidate import consolidate
-from llamax.checkpoint.hub import HubFolder
-from llamax.checkpoint.shard_hub import shard
-from llamax.collectives import Solo
-from llamax.config import Model
-from llamax.model import Llama
-from llamax.shard import cut, join, parts
+from llamax.checkpoint.hf_folder import HubFolder
+from llamax.checkpoint.shard_hf import shard
+from llamax.config.model import ModelConfig
+from llamax.model.llama import Llama
+from llamax.parallel.collectives import Solo
+from llamax.parallel.sharding import cut, join, parts
 
 TENSOR, RANK = 8, 3
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=2048,
     intermediate_size=5632,
     num_hidden_layers=15,
@@ -54,7 +54,7 @@ class Place(Solo):
         self.size, self.rank = size, rank
 
 
-def cuts(model: Model) -> dict[str, tuple[object, tuple[int, ...]]]:
+def cuts(model: ModelConfig) -> dict[str, tuple[object, tuple[int, ...]]]:
     """How each Hub tensor is cut, and its whole shape."""
     llama = Llama(model, device="meta")
     how = {p.name: p.how for n, h in llama.shards.items() for p in parts(n, h, 1)}

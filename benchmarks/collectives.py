@@ -2,10 +2,10 @@
 
     python benchmarks/collectives.py [--ranks 2] [--rounds 15]
 
-``ours`` is ``llamax.backends.torch.GlooAxis``; ``gloo`` its base class, which calls gloo's verb of
-the name.  The two take turns on the same fp32 tensors; times are medians in milliseconds of the
-slowest rank.  Sizes are of the whole tensor: what a rank has after all_gather, or before
-reduce_scatter.
+``ours`` is ``llamax.backends.torch_distributed.GlooAxis``; ``gloo`` its base class, which calls
+gloo's verb of the name.  The two take turns on the same fp32 tensors; times are medians in
+milliseconds of the slowest rank.  Sizes are of the whole tensor: what a rank has after
+all_gather, or before reduce_scatter.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from race import free_port
 from torch import Tensor, multiprocessing
 
 from llamax.backends import choose
-from llamax.backends.torch import GlooAxis, TorchAxis
-from llamax.launch.env import Rendezvous
-from llamax.mesh import Mesh
+from llamax.backends.torch_distributed import GlooAxis, TorchAxis
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
 
 VERBS = ("all_gather", "reduce_scatter", "all_reduce")
 MEBIBYTES = (0.25, 1, 4, 16, 64)

@@ -24,7 +24,7 @@ import torch
 
 from llamax.backends import cpu
 from llamax.data.loader import Loader
-from llamax.data.tokens import Header, TokenFile, TokenWriter
+from llamax.data.token_file import Header, TokenFile, TokenWriter
 
 S = 2048
 BATCH = 64

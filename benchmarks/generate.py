@@ -17,12 +17,12 @@ from collections.abc import Callable
 import torch
 import transformers
 
-from llamax.config import Model
-from llamax.model import Llama
-from llamax.sampling import Sampling, complete, generate
-from llamax.shard import parts
+from llamax.config.model import ModelConfig
+from llamax.inference.sampling import Sampling, complete, generate
+from llamax.model.llama import Llama
+from llamax.parallel.sharding import parts
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=512,
     intermediate_size=1408,
     num_hidden_layers=8,

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llamax import configfile
-from llamax.audit import audit
-from llamax.config import Config
-from llamax.graphs.report import Audit, Kind
-from llamax.mesh import Mesh
-from llamax.metrics import show_bytes
-from llamax.planner import machine
+from llamax.config.hardware import load_machine
+from llamax.config.load import load_config
+from llamax.config.schema import Config
+from llamax.parallel.mesh import Mesh
+from llamax.runtime.units import show_bytes
+from llamax.tools.audit.audit import audit
+from llamax.tools.audit.report import AuditReport, Kind
 
 MESH = Mesh(tp=2, dp=2)
 NXD = {  # collectives traced from NxD's example at this mesh
@@ -29,9 +29,9 @@ NXD = {  # collectives traced from NxD's example at this mesh
 NXD_PROGRAMS = 6  # compiled before the steady state
 
 
-def traced(layers: int) -> Audit:
+def traced(layers: int) -> AuditReport:
     """The demo of so many layers, in bfloat16, two microsteps."""
-    config: Config = configfile.load("demo")
+    config: Config = load_config("demo")
     config = replace(
         config,
         model=replace(config.model, num_hidden_layers=layers),
@@ -39,7 +39,7 @@ def traced(layers: int) -> Audit:
         run=replace(config.run, dtype="bfloat16"),
         data=replace(config.data, micro_batch=4),
     )
-    return audit(config, MESH, machine.load("trn1.32xlarge"), "", "all")
+    return audit(config, MESH, load_machine("trn1.32xlarge"), "", "all")
 
 
 def count(kind: Kind, verb: str) -> int:

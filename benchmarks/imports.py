@@ -18,9 +18,9 @@ from statistics import median
 WANTED = {
     "python": "",
     "torch": "import torch",
-    "llamax, its model": "import llamax; from llamax.model import Llama",
+    "llamax, its model": "import llamax; from llamax.model.llama import Llama",
     "llamax, all of training": "import llamax.train",
-    "llamax.config, without torch": "import llamax.config",
+    "llamax.config.schema, without torch": "import llamax.config.schema",
 }
 
 

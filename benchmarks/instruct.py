@@ -24,18 +24,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llamax import configfile
-from llamax.collectives import Axes, Solo
-from llamax.config import Optim
+from llamax.cli.prepare import main as prepare
+from llamax.config.load import load_config
+from llamax.config.schema import OptimConfig
 from llamax.data.dataset import open_dataset
 from llamax.data.packing import Packs
-from llamax.data.prepare import main as prepare
-from llamax.data.tokens import Header, TokenFile, TokenWriter
-from llamax.feed import Feed
-from llamax.model import Llama
+from llamax.data.samples import Samples
+from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
 from llamax.optim.zero1 import Zero1
-from llamax.step import train_step
+from llamax.parallel.collectives import Axes, Solo
+from llamax.training.step import train_step
 
 LENGTH, BATCH, TURNS = 2048, 2, 2
 
@@ -45,18 +45,18 @@ def packing(rows: Path, tokenizer: Path, folder: Path) -> None:
     prepare([str(rows), "--template", "dolly", "--tokenizer", str(tokenizer), "--validation", "0",
              "--limit", "200", "--out", str(folder / "data"), "--workers", "1"])  # fmt: skip
     file = open_dataset(folder / "data").train
-    config = configfile.load("finetune-demo")
+    config = load_config("finetune-demo")
     model = Llama(replace(config.model, vocab_size=file.header.vocab_size)).init(0)
     axes = Axes(tp=Solo("tp"), data=Solo("data"), kv=Solo("kv"), world=Solo("world"))
     parameters = dict(model.named_parameters())
-    optimizer = Zero1(parameters, model.shards, Optim(), axes, sequence_parallel=False)
+    optimizer = Zero1(parameters, model.shards, OptimConfig(), axes, sequence_parallel=False)
     loaders = {}
     for way in ("best-fit", "padded"):
         data = replace(
             config.data, sequence_length=LENGTH, global_batch=BATCH, micro_batch=1, packing=way
         )
-        loaders[way] = Feed(file, data, 0).loader(axes.data, 0, shuffle=True)
-        print(f"{way}: {Feed(file, data, 0)}")
+        loaders[way] = Samples(file, data, 0).loader(axes.data, 0, shuffle=True)
+        print(f"{way}: {Samples(file, data, 0)}")
     rates: dict[str, list[float]] = {way: [] for way in loaders}
     for turn in range(TURNS + 1):
         for way, loader in loaders.items():
@@ -80,10 +80,10 @@ def against_map(rows: Path, tokenizer: Path, folder: Path) -> None:
     import datasets
     import transformers
 
-    from llamax.data.export import export
-    from llamax.data.tokenizer import load_tokenizer
+    from llamax.data.tokenizer.hf_export import export_tokenizer
+    from llamax.data.tokenizer.tokenizer import load_tokenizer
 
-    export(load_tokenizer(tokenizer), folder / "hub")
+    export_tokenizer(load_tokenizer(tokenizer), folder / "hub")
     fast = transformers.AutoTokenizer.from_pretrained(folder / "hub")
     datasets.disable_progress_bars()
     count = sum(1 for _ in rows.open())

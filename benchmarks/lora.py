@@ -6,7 +6,7 @@
 
 ``steps`` times one training step of each method in turn, in one process of one thread, in CPU
 seconds, and says which share of a QLoRA step makes weights dense again.  ``memory`` loads a base of
-95 M weights and compares each rank's resident memory with the formula in ``llamax.base``.
+95 M weights and compares each rank's resident memory with the formula in ``llamax.model.qlora``.
 ``loading`` reads 158 M weights at tensor 4 (or as many ranks as there are) and compares the growth
 of each rank's resident peak with its share and one tensor.
 """
@@ -27,23 +27,25 @@ from statistics import median
 import torch
 from safetensors.torch import save_file
 
-from llamax import base, lora
 from llamax.backends import choose
-from llamax.checkpoint.hub import open_source
-from llamax.checkpoint.load import Source
-from llamax.collectives import Axes, Solo
-from llamax.config import Finetune, Model, Optim
+from llamax.checkpoint.build_model import load_base
+from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.source import Source
+from llamax.config.model import ModelConfig
+from llamax.config.schema import FinetuneConfig, OptimConfig
 from llamax.data.loader import Batch
-from llamax.finetune import load
-from llamax.launch.env import rendezvous
-from llamax.mesh import Mesh
-from llamax.metrics import show_bytes
-from llamax.model import Llama
+from llamax.model import lora
+from llamax.model.llama import Llama
+from llamax.model.qlora import Nf4, expected, held, stores
 from llamax.optim.zero1 import Zero1
-from llamax.shard import Replica, parts
-from llamax.step import train_step
+from llamax.parallel.collectives import Axes, Solo
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import rendezvous
+from llamax.parallel.sharding import Replica, parts
+from llamax.runtime.units import show_bytes
+from llamax.training.step import train_step
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=512,
     intermediate_size=1408,
     num_hidden_layers=8,
@@ -60,16 +62,16 @@ DEEP = dataclasses.replace(  # nearly all of it is quantised
     vocab_size=512,
 )
 METHODS = {
-    "full": Finetune(),
-    "lora": Finetune(method="lora", r=16),
-    "lora, dropout 0.1": Finetune(method="lora", r=16, dropout=0.1),
-    "qlora nf4": Finetune(method="qlora", r=16),
-    "qlora nf4, single": Finetune(method="qlora", r=16, double_quant=False),
-    "qlora int8": Finetune(method="qlora", r=16, quant="int8"),
+    "full": FinetuneConfig(),
+    "lora": FinetuneConfig(method="lora", r=16),
+    "lora, dropout 0.1": FinetuneConfig(method="lora", r=16, dropout=0.1),
+    "qlora nf4": FinetuneConfig(method="qlora", r=16),
+    "qlora nf4, single": FinetuneConfig(method="qlora", r=16, double_quant=False),
+    "qlora int8": FinetuneConfig(method="qlora", r=16, quant="int8"),
 }
 
 
-def folder(path: Path, shape: Model) -> Source:
+def folder(path: Path, shape: ModelConfig) -> Source:
     """A base of random weights."""
     model = Llama(shape).init(0)
     tensors = {}
@@ -83,11 +85,11 @@ def folder(path: Path, shape: Model) -> Source:
     return open_source(path)
 
 
-def build(source: Source, finetune: Finetune, axes: Axes) -> Llama:
+def build(source: Source, finetune: FinetuneConfig, axes: Axes) -> Llama:
     """A model of one method, loaded."""
     device = "meta" if finetune.method == "qlora" else "cpu"
-    model = Llama(Model.from_hub(source.model), axes.tp, device=device)
-    load(model, source, finetune, torch.empty(0), axes.data)
+    model = Llama(ModelConfig.from_hub(source.model), axes.tp, device=device)
+    load_base(model, source, finetune, torch.empty(0), axes.data)
     return model
 
 
@@ -95,22 +97,22 @@ def steps(rounds: int, tokens: int, rows: int) -> None:
     """Time every method's step in turn."""
     torch.set_num_threads(1)
     axes, dense = Axes.solo(), {"s": 0.0}
-    plain = base.Nf4.weight
+    plain = Nf4.weight
 
-    def timed(store: base.Nf4) -> torch.Tensor:
+    def timed(store: Nf4) -> torch.Tensor:
         began = time.process_time()
         weight = plain(store)
         dense["s"] += time.process_time() - began
         return weight
 
-    base.Nf4.weight = timed  # type: ignore[method-assign]
+    Nf4.weight = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as place:
         source = folder(Path(place), MODEL)
         teams = {}
         for name, finetune in METHODS.items():
             model = build(source, finetune, axes)
             optimizer = Zero1(
-                lora.trained(model), model.shards, Optim(), axes, sequence_parallel=False
+                lora.trained(model), model.shards, OptimConfig(), axes, sequence_parallel=False
             )
             teams[name] = model, optimizer
     ids = torch.randint(MODEL.vocab_size, (rows, tokens))
@@ -163,14 +165,14 @@ def memory() -> None:
                 data = axes.data if spread else Solo("data")
                 before = resident()
                 model = Llama(DEEP, device="meta")
-                load(model, source, finetune, torch.empty(0), data)
+                load_base(model, source, finetune, torch.empty(0), data)
                 grown = resident() - before
                 adapters = sum(p.nbytes for p in lora.trained(model).values())
-                formula = base.expected(DEEP, finetune, 1, data.size, 4)
+                formula = expected(DEEP, finetune, 1, data.size, 4)
                 bytes_ = torch.tensor([float(grown - adapters)])
                 most = float(axes.world.all_reduce(bytes_, "max"))
                 total = formula.quantised + formula.plain
-                counted = sum(base.held(model))
+                counted = sum(held(model))
                 if where.rank == 0:
                     print(
                         f"| {name} | {'spread' if spread else 'whole'} | "
@@ -209,7 +211,7 @@ def loading() -> None:
             model = build(source, METHODS[name], axes)
             grown = status_bytes("VmHWM") - before
             share = sum(p.nbytes for p in model.parameters())
-            share += sum(t.nbytes for each in base.stores(model) for t in each.tensors())
+            share += sum(t.nbytes for each in stores(model) for t in each.tensors())
             found = torch.tensor([float(grown), grown / (share + largest)])
             most, ratio = axes.world.all_reduce(found, "max").tolist()
             told.append(

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from llamax.data.megatron import IndexedFile, write_indexed
-from llamax.data.tokens import Header, TokenFile, TokenWriter
+from llamax.data.token_file import Header, TokenFile, TokenWriter
 
 
 def megatron(repository: Path) -> Any:

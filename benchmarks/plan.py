@@ -17,14 +17,13 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from llamax import configfile
-from llamax.config import Config
-from llamax.mesh import Mesh
-from llamax.metrics import flops_per_token
-from llamax.planner import machine as machines
-from llamax.planner.machine import Machine
-from llamax.planner.roofline import time
-from llamax.planner.share import Share
+from llamax.config.flops import flops_per_token
+from llamax.config.hardware import Machine, load_machine
+from llamax.config.load import load_config
+from llamax.config.schema import Config
+from llamax.parallel.mesh import Mesh
+from llamax.tools.plan.roofline import time
+from llamax.tools.plan.sizes import Share
 
 NEURON = "aws-neuron-sdk, benchmarks/trn1/training_data_decoder.csv"
 
@@ -49,7 +48,7 @@ class Run:
 
     def config(self) -> Config:
         """The recipe of its model, laid out as it was."""
-        config = configfile.load(self.model)
+        config = load_config(self.model)
         return replace(
             config,
             model=replace(
@@ -153,8 +152,8 @@ def gpu(
     name: str, model: str, machine: str, length: int, micro_batch: int, mfu: float, source: str
 ) -> Run:
     """Eight GPUs of one node, data parallel, at a published share of their peak."""
-    config = configfile.load(model)
-    peak = machines.load(machine).peak_flops("bfloat16")
+    config = load_config(model)
+    peak = load_machine(machine).peak_flops("bfloat16")
     tokens_per_s = 8 * peak * mfu / flops_per_token(config.model, length)
     return Run(
         f"{name} ({mfu:.0%} MFU)",
@@ -306,7 +305,7 @@ def error(run: Run, machine: Machine) -> float:
 
 def fit(name: str) -> Iterator[str]:
     """The efficiencies of matmuls and links that meet the fitted runs best, on a grid."""
-    machine = machines.load(name)
+    machine = load_machine(name)
     runs = [run for run in PUBLISHED if run.machine == name and run.fitted]
     grid = [k / 100 for k in range(30, 100, 2)]
     best = []
@@ -332,7 +331,7 @@ def main() -> None:
     print("| run | mesh | published tokens/s | planned | error | |")
     print("|---|---|---|---|---|---|")
     for run in (*PUBLISHED, *GPUS, *UNSEEN, *MOSAIC):
-        machine = machines.load(run.machine)
+        machine = load_machine(run.machine)
         mesh = " ".join(f"{axis}{run.mesh.degree(axis)}" for axis in ("tp", "pp", "dp"))
         print(
             f"| {run.name} | {run.nodes} x {run.machine}, {mesh} | {run.tokens_per_s:,.0f} "

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from llamax.program import NO_CACHE
+from llamax.runtime.process import NO_CACHE
 
 HERE = Path(__file__).parent
 

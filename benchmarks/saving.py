@@ -26,17 +26,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llamax import configfile
-from llamax.checkpoint import Checkpoint, Saver, assemble, load_owned
+from llamax.checkpoint import Checkpoint, Saver, hf_writer, load_owned
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.container import TAGS, head, sha256
-from llamax.checkpoint.layout import Run, slices, whole_shape, writes
-from llamax.collectives import Axes
-from llamax.config import Model
-from llamax.model import Llama
-from llamax.shard import local_shape, parts
+from llamax.checkpoint.runs import Run, slices, writes
+from llamax.checkpoint.safetensors_io import TAGS, head, sha256
+from llamax.config.load import load_config
+from llamax.config.model import ModelConfig
+from llamax.model.llama import Llama
+from llamax.parallel.collectives import Axes
+from llamax.parallel.sharding import local_shape, parts, whole_shape
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=1024,
     intermediate_size=2816,
     num_hidden_layers=6,
@@ -159,7 +159,7 @@ def load(checkpoint: Path, owned: list[Run1], model: Llama, verify: bool, anew: 
 
 def build(folder: Path, tensor: int = 32, data: int = 32, bucket: int = 1 << 22) -> int:
     """A checkpoint of Llama-2-70B whose files hold headers and holes; how many runs it has."""
-    model = configfile.load("llama2-70b").model
+    model = load_config("llama2-70b").model
     llama = Llama(model, device="meta")
     shapes = {name: tuple(p.shape) for name, p in llama.named_parameters()}
     listed: list[files.File] = []
@@ -228,7 +228,7 @@ def planning(folder: Path) -> None:
     cpu, began = time.process_time(), time.perf_counter()
     source = Checkpoint(folder, verify=False)
     opened = time.process_time() - cpu
-    planned = assemble.plan(source)
+    planned = hf_writer.plan(source)
     pieces = {piece.path for one in planned for piece in source.pieces(one.name, one.kind)}
     cpu, seconds = time.process_time() - cpu, time.perf_counter() - began
     names = {one.file for one in planned}

@@ -24,9 +24,9 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from llamax.data.export import export
-from llamax.data.prepare import main as prepare
-from llamax.data.tokenizer import SentencePiece, load_tokenizer
+from llamax.cli.prepare import main as prepare
+from llamax.data.tokenizer.hf_export import export_tokenizer
+from llamax.data.tokenizer.tokenizer import SentencePiece, load_tokenizer
 
 BATCH_BYTES = 2**18
 
@@ -101,7 +101,7 @@ def main() -> None:
     ours = load_tokenizer(args.tokenizer)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        export(ours, folder)
+        export_tokenizer(ours, folder)
         hub = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
         with (
             context.Pool(args.cores, start_hf, (f"{folder}/tokenizer.json",)) as hf_pool,

@@ -36,7 +36,7 @@ from statistics import median
 from peers.job import Job
 from race import HERE, Team, TeamError
 
-from llamax.metrics import flops_per_token
+from llamax.config.flops import flops_per_token
 
 WARM = 2  # steps that count for nothing
 OURS = "llamax"

@@ -11,10 +11,10 @@ import os.path
 import re
 from collections.abc import Iterator
 
-from llamax.errors import ConfigError
 from llamax.launch.environment import RESERVED
 from llamax.launch.instances import LOCAL
 from llamax.launch.jobfile import JobFile
+from llamax.runtime.errors import ConfigError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")

@@ -1,7 +1,7 @@
 """The variables of a job: each is set in this table, once, with its reason.
 
-Not here: what depends on the rank (``llamax.launch.env``) and what the run's configuration decides
-(stochastic rounding, device: ``llamax.backends``).
+Not here: what depends on the rank (``llamax.parallel.rendezvous``) and what the run's configuration
+decides (stochastic rounding, device: ``llamax.backends``).
 
 Sources: AWS Neuron documentation, "NeuronX runtime configuration", "Neuron persistent cache",
 "PyTorch NeuronX environment variables", "EFA"; glibc, mallopt(3); torchrun.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from llamax.planner import machine
+from llamax.config.hardware import known_machines
 
 
 class Instance(NamedTuple):
@@ -49,5 +49,5 @@ class Instance(NamedTuple):
 LOCAL = "local"
 INSTANCES = {LOCAL: Instance("cpu", cores=0, devices=0, efa=0, memory_gib=0)} | {
     name: Instance(each.backend, each.ranks, each.devices, each.efa, each.host_memory_gib)
-    for name, each in machine.known().items()
+    for name, each in known_machines().items()
 }

@@ -28,11 +28,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from llamax import configfile
-from llamax.config import Config
-from llamax.errors import ConfigError, refuse
-from llamax.fields import COUNT, NATURAL, Range, about
+from llamax.config.fields import COUNT, NATURAL, Range, about
+from llamax.config.load import build, load_config, nearest, toml
+from llamax.config.schema import Config
 from llamax.launch.instances import INSTANCES, Instance
+from llamax.runtime.errors import ConfigError, refuse
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -165,8 +165,7 @@ class JobFile:
         """What a node has; ConfigError names the nearest instance for an unknown one."""
         if self.instance not in INSTANCES:
             raise ConfigError(
-                f"instance={self.instance!r} is unknown"
-                f"{configfile.nearest(self.instance, INSTANCES)}"
+                f"instance={self.instance!r} is unknown{nearest(self.instance, INSTANCES)}"
             )
         return INSTANCES[self.instance]
 
@@ -187,7 +186,7 @@ class JobFile:
     @cached_property
     def config(self) -> Config:
         """The run that the job asks for, on the ranks it has; ConfigError if impossible."""
-        return configfile.load(self.recipe, self.arguments[2:], self.nodes * self.ranks)
+        return load_config(self.recipe, self.arguments[2:], self.nodes * self.ranks)
 
 
 def load(path: str | Path) -> JobFile:
@@ -209,7 +208,7 @@ def parse(tables: dict[str, Any], where: str = "job") -> JobFile:
     for key, _ in environment:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
             found.append(f"environment.{key} is no name of a variable; use letters, digits and _")
-    plain = configfile.build(JobFile, rest, "", wrong, found)
+    plain = build(JobFile, rest, "", wrong, found)
     job: JobFile = replace(plain, overrides=overrides, environment=environment)
     found += [*wrong.values(), *_out_of_range(job), *_control_characters(job)]
     refuse(found, where)
@@ -230,7 +229,7 @@ def _pairs(prefix: str, table: Any, found: list[str]) -> Iterator[tuple[str, str
         elif isinstance(value, str):
             yield key, value
         else:
-            yield key, configfile.toml(tuple(value) if isinstance(value, list) else value)
+            yield key, toml(tuple(value) if isinstance(value, list) else value)
 
 
 def _values(job: JobFile) -> Iterator[tuple[str, Field[Any], Any]]:

@@ -4,7 +4,7 @@
 
     per = "node"    mpirun ── node 0: torchrun ── 32 ranks      what AWS runs
                           └── node 1: torchrun ── 32 ranks
-    per = "core"    mpirun ── 64 ranks; ``llamax.launch.env`` reads OMPI_COMM_WORLD_*
+    per = "core"    mpirun ── 64 ranks; ``llamax.parallel.rendezvous`` reads OMPI_COMM_WORLD_*
 
 mpirun binds a process to a core unless told otherwise, and kills one second after SIGTERM; both
 would hurt.  Told to be patient, it waits that long before it passes SIGTERM on, as long again

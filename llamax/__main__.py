@@ -7,28 +7,38 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from llamax import __version__, signals
-from llamax.errors import ConfigError
-from llamax.program import run, steady_heap
+from llamax import __version__
+from llamax.runtime import signals
+from llamax.runtime.errors import ConfigError
+from llamax.runtime.process import run_main, steady_heap
 
 COMMANDS = {
-    "prepare": ("llamax.data.prepare", "pack text into a dataset of tokens"),
+    "prepare": ("llamax.cli.prepare", "pack text into a dataset of tokens"),
     "train": ("llamax.train", "train a model; torchrun starts one per rank"),
-    "generate": ("llamax.generate", "continue prompts with a trained model"),
-    "evaluate": ("llamax.evaluate", "loss, perplexity, or right answers of a model"),
-    "shard": ("llamax.checkpoint.shard_hub", "cut a Hugging Face folder into a checkpoint"),
-    "consolidate": ("llamax.checkpoint.consolidate", "join a checkpoint to a Hugging Face folder"),
-    "import": ("llamax.checkpoint.foreign.importer", "read a checkpoint of NxD, NeMo or Meta"),
-    "export": ("llamax.checkpoint.foreign.exporter", "write a model for Hugging Face, NxD or Meta"),
-    "merge": ("llamax.merge", "join a base and its adapters to a Hugging Face folder"),
-    "inspect": ("llamax.checkpoint.inspect", "say what a checkpoint or a dataset is"),
-    "watch": ("llamax.watch", "show a run live: loss, speed, time left, ranks, devices"),
-    "report": ("llamax.report", "write one page of HTML about one or several runs"),
-    "plan": ("llamax.plan", "say what a run needs, and how long and dear it will be"),
-    "doctor": ("llamax.doctor", "check a machine, and a job on it, before it is launched"),
-    "launch": ("llamax.launch.command", "start a job on torchrun, mpirun, Slurm, k8s or SageMaker"),
-    "audit": ("llamax.audit", "trace what a cluster of Trainium would compile"),
-    "plot": ("llamax.plot", "draw the loss curves of runs"),
+    "generate": ("llamax.cli.generate", "continue prompts with a trained model"),
+    "evaluate": ("llamax.cli.evaluate", "loss, perplexity, or right answers of a model"),
+    "shard": ("llamax.cli.shard", "cut a Hugging Face folder into a checkpoint"),
+    "consolidate": ("llamax.cli.consolidate", "join a checkpoint to a Hugging Face folder"),
+    "import": ("llamax.cli.import_", "read a checkpoint of NxD, NeMo or Meta"),
+    "export": ("llamax.cli.export", "write a model for Hugging Face, NxD or Meta"),
+    "merge": ("llamax.cli.merge", "join a base and its adapters to a Hugging Face folder"),
+    "inspect": ("llamax.cli.inspect", "say what a checkpoint or a dataset is"),
+    "watch": (
+        "llamax.cli.watch",
+        "show a run live: loss, speed, time left, ranks, devices",
+    ),
+    "report": (
+        "llamax.cli.report",
+        "write one page of HTML about one or several runs",
+    ),
+    "plan": ("llamax.cli.plan", "say what a run needs, and how long and dear it will be"),
+    "doctor": (
+        "llamax.cli.doctor",
+        "check a machine, and a job on it, before it is launched",
+    ),
+    "launch": ("llamax.cli.launch", "start a job on torchrun, mpirun, Slurm, k8s or SageMaker"),
+    "audit": ("llamax.cli.audit", "trace what a cluster of Trainium would compile"),
+    "plot": ("llamax.cli.plot", "draw the loss curves of runs"),
 }
 
 
@@ -70,7 +80,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
 def main() -> int:
     """The console script."""
-    return run(dispatch)
+    return run_main(dispatch)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from llamax.config import RopeScaling
+    from llamax.config.model import RopeScaling
 
 IGNORE_INDEX = -100  # a label that says there is none: torch's own choice
 

@@ -1,19 +1,20 @@
 """The training program: ``torchrun --nproc-per-node 4 -m llamax.train --config demo``.
 
-``loop`` is the run, readable top to bottom; ``llamax.step`` is what a step does, ``llamax.job``
-what it is done with.  The loop never waits for the device inside a step: what step n - 1 found is
-fetched while step n runs.
+``loop`` is the run, readable top to bottom; ``llamax.training.step`` is what a step does,
+``llamax.training.setup`` what it is done with.  The loop never waits for the device inside a step:
+what step n - 1 found is fetched while step n runs.
 """
 
 from __future__ import annotations
 
 import os
 
-from llamax import program, signals
+from llamax.runtime import signals
+from llamax.runtime.process import run_main, steady_heap
 
 if __name__ == "__main__":
-    program.steady_heap()
-    from llamax.launch.env import first_here
+    steady_heap()
+    from llamax.parallel.rendezvous import first_here
 
     signals.install(first_here(os.environ))  # before torch is imported: that takes seconds
 
@@ -29,25 +30,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llamax import configfile, environment, log, precompile, program
 from llamax.backends import choose
 from llamax.checkpoint import lock
 from llamax.checkpoint.manifest import newest
-from llamax.config import Config
-from llamax.errors import CheckpointError, Stopped
-from llamax.feed import resolve
-from llamax.guard import Guard
-from llamax.heartbeat import Heartbeat, beating
-from llamax.inputs import open_inputs
-from llamax.job import Job, introduce, loaders, measures, prepare, writers
-from llamax.launch.env import Rendezvous, first_to_speak, rendezvous
-from llamax.mesh import Mesh
-from llamax.metrics import show_time
+from llamax.config.load import dump_config, help_text, load_config
+from llamax.config.schema import Config
 from llamax.optim.schedule import lr_at
-from llamax.profiling import Profile
-from llamax.reporter import Reporter
-from llamax.step import train_step, validation_loss
-from llamax.verdict import Verdict
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous, first_to_speak, rendezvous
+from llamax.runtime.errors import CheckpointError, Stopped
+from llamax.runtime.logging import log_to_file, logger, setup_logging
+from llamax.runtime.units import show_time
+from llamax.tools.audit import precompile
+from llamax.training import run_metadata
+from llamax.training.compile_guard import CompileGuard
+from llamax.training.heartbeat import Heartbeat, beating
+from llamax.training.inputs import open_inputs
+from llamax.training.profiler import Profiler
+from llamax.training.recorder import Recorder
+from llamax.training.setup import Job, introduce, loaders, measures, prepare, resolve, writers
+from llamax.training.step import train_step, validation_loss
+from llamax.training.step_check import StepCheck
 
 
 def train(config: Config, where: Rendezvous) -> None:
@@ -70,7 +73,7 @@ def train(config: Config, where: Rendezvous) -> None:
         )
         with (
             lock.held(folder) if where.rank == 0 else nullcontext(),
-            log.kept(folder, where.job, where.rank),
+            log_to_file(folder, where.job, where.rank),
             beating(folder / "heartbeats", where.rank, where.world_size, timeout_s) as heart,
             backend.joined(mesh, timeout_s, kv) as axes,
         ):
@@ -78,10 +81,10 @@ def train(config: Config, where: Rendezvous) -> None:
             job = prepare(config, mesh, backend, axes, inputs)
             verified.result()
             if changed := inputs.changed(config):
-                log.logger.info("changed since then: %s", ", ".join(changed))
+                logger.info("changed since then: %s", ", ".join(changed))
             if job.main:
                 introduce(job)
-                environment.write(folder, where.world_size, where.local_world_size, where.job)
+                run_metadata.write(folder, where.world_size, where.local_world_size, where.job)
             loop(job, began, heart)
 
 
@@ -95,10 +98,10 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         before = (step - job.step - 1) * config.data.global_batch
         return training.sample_ids(job.consumed_sequences + before)
 
-    guard = Guard(job.backend if job.backend.traces else None, config.run.compile_guard)
-    verdict = Verdict(job.backend.fetch, config.optim.most_skipped, samples, job.main)
-    profile = Profile(config.run, job.folder, job.axes.world.rank)
-    with Reporter(writers(job), measures(job), began) as reporter:
+    guard = CompileGuard(job.backend if job.backend.traces else None, config.run.compile_guard)
+    verdict = StepCheck(job.backend.fetch, config.optim.most_skipped, samples, job.main)
+    profile = Profiler(config.run, job.folder, job.axes.world.rank)
+    with Recorder(writers(job), measures(job), began) as reporter:
         while step < config.run.steps and not stop and not patience.over:
             step += 1
             heart.at(step)
@@ -153,14 +156,14 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             f"{newest(job.folder / 'checkpoints')} is saved; start again to go on"
         )
     if job.main and patience.over:
-        log.logger.info(
+        logger.info(
             "stopped early after step %d: %d validations in a row were not below %.4f",
             step,
             patience.waited,
             patience.best,
         )
     if job.main:
-        log.logger.info(
+        logger.info(
             "done in %s: %s holds the newest checkpoint; llamax consolidate %s makes a %s folder "
             "of it",
             show_time(time.perf_counter() - began),
@@ -188,13 +191,13 @@ def save(job: Job, step: int, consumed: int, validated: Tensor | None) -> None:
                 **job.patience.state(),
             },
             model=job.config.model.to_hub(job.config.run.dtype),
-            config_text=configfile.dump(job.config),
+            config_text=dump_config(job.config),
             rng=torch.get_rng_state(),
             score=score,
         )
     if job.main:
         stall = show_time(time.perf_counter() - started)
-        log.logger.info("saving step %d; training waited %s", step, stall)
+        logger.info("saving step %d; training waited %s", step, stall)
 
 
 @contextmanager
@@ -205,7 +208,7 @@ def tolerated(job: Job) -> Iterator[None]:
     except CheckpointError as error:
         if job.config.checkpoint.on_failure == "stop":
             raise
-        log.logger.warning("%s; training goes on", error)
+        logger.warning("%s; training goes on", error)
 
 
 def _due(step: int, every: int, last: bool = False) -> bool:
@@ -219,7 +222,7 @@ def main(argv: Sequence[str]) -> int:
         usage="%(prog)s --config NAME_OR_PATH [--precompile] [--section.key=value ...]",
         description="Train a Llama. Under torchrun, mpirun or srun every rank runs this program; "
         "alone it is a world of one.",
-        epilog=configfile.help_text(),
+        epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -231,9 +234,9 @@ def main(argv: Sequence[str]) -> int:
     )
     options, overrides = parser.parse_known_args(list(argv))
     where = rendezvous(os.environ)
-    log.setup(f"rank {where.rank}", main=where.rank == 0)
+    setup_logging(f"rank {where.rank}", main=where.rank == 0)
     with first_to_speak(where):
-        config = configfile.load(options.config, overrides, where.world_size)
+        config = load_config(options.config, overrides, where.world_size)
     if options.precompile or precompile.asked(os.environ):
         precompile.precompile(config, where, os.environ)
         return 0
@@ -245,4 +248,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(program.run(main))
+    sys.exit(run_main(main))

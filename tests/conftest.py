@@ -14,10 +14,7 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # tests are small, and several ranks share the machine
 
 TESTS = Path(__file__).resolve().parent
-if str(TESTS) not in sys.path:
-    sys.path.insert(0, str(TESTS))
-
-from world import Worlds  # noqa: E402
+from support.world import Worlds  # noqa: E402
 
 hypothesis.settings.register_profile("llamax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("llamax")

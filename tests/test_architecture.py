@@ -1,12 +1,9 @@
-"""The import graph is a decision; this file is where it is written down.
-
-A module may import from its own row (unless it says "alone") and from rows below, never from above,
-also inside functions.  Only the modules named here may speak to the machine.
-"""
+"""Who may import whom: a file imports its own room and the rows below, and no circle anywhere."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,179 +12,108 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PACKAGE = ROOT / "llamax"
-LAYERS = [
-    ["__main__"],
-    [
-        "train",
-        "generate",
-        "evaluate",
-        "data.prepare",
-        "checkpoint.consolidate",
-        "merge",
-        "checkpoint.shard_hub",
-        "checkpoint.inspect",
-        "checkpoint.foreign.importer",
-        "checkpoint.foreign.exporter",
-        "plan",
-        "watch",
-        "report",
-        "audit",
-        "plot",
-        "demo",
-        "finetune_demo",
-        "harness",
-        "launch.command",
-        "doctor",
-    ],
-    ["precompile"],
-    ["job", "rehearsal"],
-    ["verdict"],
-    ["speaker"],
-    ["profiling", "reporter", "guard", "sampling", "scores", "cache", "inputs", "step"],
-    ["finetune", "feed", "patience", "prompts"],
-    ["checkpoint.foreign.optimum", "checkpoint.foreign.write_nxd", "checkpoint.foreign.write_meta"],
-    ["checkpoint.foreign.nxd", "checkpoint.foreign.nemo", "checkpoint.foreign.meta"],
-    ["checkpoint.foreign.grid", "checkpoint.foreign.folder"],
-    ["base"],
-    ["model", "lora"],
-    ["parallel.loss", "parallel.frozen"],
-    ["parallel.tensor"],
-    ["parallel.regions", "recompute"],
-    ["dropout", "quant"],
-    ["optim.zero1"],
-    ["optim.lazy"],
-    ["optim.groups", "optim.adamw", "optim.clip", "optim.buckets", "optim.schedule"],
-    ["checkpoint.save", "checkpoint.adapters"],
-    ["checkpoint.rotate"],
-    ["checkpoint.also_hf"],
-    ["checkpoint.assemble"],
-    ["checkpoint.slabs", "checkpoint.hub"],
-    ["checkpoint.load"],
-    ["checkpoint.manifest", "checkpoint.foreign.archive", "checkpoint.foreign.pickles"],
-    ["checkpoint.container"],
-    ["checkpoint.layout", "checkpoint.blocks", "checkpoint.lock"],
-    ["data.describe", "data.blend", "data.instruct", "data.packed"],
-    ["data.parts", "data.export", "data.dataset", "data.loader", "data.packing"],
-    ["data.tokenizer", "data.templates", "data.rows"],
-    ["data.megatron"],
-    ["data.tokens", "data.segments", "data.corpus", "data.detokenizer", "data.sandbox"],
-    ["data.spm", "data.order"],
-    ["backends"],
-    ["backends.tracing"],
-    ["backends.torch", "backends.xla"],
-    ["backends.cpu", "backends.nxd", "backends.xla_install"],
-    ["ops"],
-    ["checkup.versions", "checkup.machine", "checkup.storage"],
-    ["compile_notes"],
-    ["checkup.finding"],
-    ["launch.kubernetes", "launch.slurm", "launch.mpirun", "launch.sagemaker", "launch.image"],
-    ["launch.torchrun", "launch.yaml"],
-    ["launch.script", "launch.checks"],
-    ["launch.environment"],
-    ["launch.jobfile"],
-    ["launch.env", "launch.instances"],
-    ["runfolder", "environment", "charts"],
-    ["planner.search"],
-    ["planner.memory", "planner.roofline"],
-    ["planner.machine", "planner.share"],
-    ["graphs.formulas", "graphs.report"],
-    ["graphs.census", "graphs.compare"],
-    ["graphs.hlo"],
-    ["configfile", "metrics", "heartbeat"],
-    ["config", "rules"],
-    ["hub"],
-    ["fields", "shard", "mesh", "collectives", "log", "program"],
-    ["signals", "files"],
-    ["errors"],
+ROWS = (  # the rooms of a row never import each other, but as BESIDE allows
+    ("train", "cli", "__main__"),
+    ("tools.doctor",),
+    ("tools.audit", "tools.monitor"),
+    ("tools.plan", "training", "inference"),
+    ("checkpoint",),
+    ("optim", "model"),
+    ("backends", "data"),
+    ("parallel",),
+    ("ops", "launch"),
+    ("config",),
+    ("runtime", ""),
+)
+BESIDE = {("cli", "train"), ("__main__", "cli")}
+LAUNCH_IS_FOR = ("cli", "tools.doctor", "launch")
+VENDORS = ("torch.distributed", "torch_xla", "torch_neuronx", "neuronx_distributed", "torch.cuda")
+TORCH_FREE = [
+    "runtime.process",
+    "config.load",
+    "config.validate",
+    "config.hardware",
+    "parallel.mesh",
+    "parallel.rendezvous",
+    "data.token_file",
+    "training.metrics",
+    "training.heartbeat",
+    "tools.plan.search",
+    "tools.monitor.watch",
+    "tools.monitor.html_report",
+    "launch.jobfile",
 ]
-LEVEL = {module: level for level, row in enumerate(LAYERS) for module in row}
-MACHINE = ("torch.distributed", "torch_xla", "torch_neuronx", "neuronx_distributed", "torch.cuda")
-SPEAKS_TO_MACHINE = "backends"
-PROGRAMS = ("train", "generate", "evaluate", "data.prepare", "demo", "doctor", "program")
-READS_ENVIRONMENT = (*PROGRAMS, "launch", "backends.torch", "backends.xla", "backends.tracing")
+READS_ENVIRONMENT = ("cli", "train", "backends", "launch", "runtime")
 LONGEST = 400
-
-FILES = sorted(
-    path
-    for path in PACKAGE.rglob("*.py")
-    if "kernels" not in path.parts and "__init__" not in path.name
-) + sorted((PACKAGE / "launch").rglob("*.py"))
-INITS = sorted(path for path in PACKAGE.rglob("__init__.py") if "kernels" not in path.parts)
-KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+ROOMS = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
 
 
 def name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(part for part in parts if part != "__init__")
+    inside = path.relative_to(ROOT / ("llamax" if path.is_relative_to(ROOT / "llamax") else "."))
+    return ".".join(inside.with_suffix("").parts).removesuffix("__init__").removesuffix(".")
 
 
-def imports(path: Path) -> Iterator[str]:
+FILES = {
+    name(path): path
+    for folder in ("llamax", "launch")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if (ROOT / "llamax" / "kernels") not in path.parents
+}
+KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+
+
+def room(module: str) -> str:
+    """The room of a module: ``tools.plan`` of ``tools.plan.search``."""
+    while module not in ROOMS:
+        module = module.rpartition(".")[0]
+    return module
+
+
+def imported(path: Path) -> Iterator[str]:
+    """What a file imports, also inside functions; of llamax, the module's own name."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        targets = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            targets = [f"{node.module}.{alias.name}" for alias in node.names]
+        for target in targets:
+            inside = target.removeprefix("llamax.")
+            while target.startswith("llamax.") and inside and inside not in FILES:
+                if inside.startswith("kernels"):
+                    break
+                inside = inside.rpartition(".")[0]
+            yield inside if target.startswith("llamax") else target
 
 
-def module_of(target: str) -> str:
-    """The module of llamax that an imported name belongs to; "" for the package itself."""
-    inside = target.removeprefix("llamax").removeprefix(".")
-    while inside and inside not in LEVEL and not inside.startswith("kernels"):
-        inside = inside.rpartition(".")[0]
-    return inside
+@pytest.mark.parametrize("module", FILES)
+def test_a_file_imports_only_its_room_and_the_rows_below(module: str) -> None:
+    mine = room(module)
+    for target in imported(FILES[module]):
+        assert not target.startswith("launch.") or mine in LAUNCH_IS_FOR, target
+        assert not target.startswith("kernels") or mine == "ops", "only ops chooses kernels"
+        assert not target.startswith(VENDORS) or mine == "backends", f"{target}: only in backends"
+        assert not target.startswith("argparse") or mine in ("cli", "train"), "only in cli"
+        if target in FILES and (theirs := room(target)) != mine and (mine, theirs) not in BESIDE:
+            assert ROOMS[theirs] > ROOMS[mine], f"{module} reaches up or sideways to {target}"
 
 
-def test_the_package_has_no_file_that_the_layers_do_not_name() -> None:
-    found = {name(path) for path in FILES}
-    assert found - LEVEL.keys() == set(), "say in LAYERS where these belong"
-    assert LEVEL.keys() - found - {"backends"} == set(), "these are gone: remove them from LAYERS"
+def test_no_circle() -> None:
+    graph = {module: {t for t in imported(path) if t in FILES} for module, path in FILES.items()}
+    graphlib.TopologicalSorter({m: t - {m, ""} for m, t in graph.items()}).prepare()
 
 
-@pytest.mark.parametrize("path", FILES + INITS, ids=lambda path: name(path) or "llamax")
-def test_a_module_keeps_its_place(path: Path) -> None:
-    me = name(path)
-    for target in imports(path):
-        if target.startswith("llamax"):
-            other = module_of(target)
-            if other.startswith("kernels"):
-                assert me == "ops", f"{me} imports {target}: only ops chooses kernels"
-            elif other and me in LEVEL and other != me:
-                assert LEVEL[other] >= LEVEL[me], f"{me} reaches up to {other}"
-        if target.startswith(MACHINE):
-            assert me.startswith(SPEAKS_TO_MACHINE), f"{me} names {target}: only backends may"
-        assert not target.startswith(("kernels.", "launch.")), f"{me}: import llamax.{target}"
+@pytest.mark.parametrize("path", [*FILES.values(), *KERNELS], ids=lambda path: path.stem)
+def test_a_file_is_short_and_reads_no_environment(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= LONGEST
+    reads = "os.environ" in text or "os.getenv" in text
+    assert not reads or path in KERNELS or room(name(path)) in READS_ENVIRONMENT
 
 
-@pytest.mark.parametrize("path", FILES + INITS + KERNELS, ids=lambda path: path.stem)
-def test_only_programs_read_the_environment(path: Path) -> None:
-    me = name(path) if path.is_relative_to(PACKAGE) else "kernels"
-    reads = any(
-        isinstance(node, ast.Attribute)
-        and node.attr in ("environ", "getenv")
-        and isinstance(node.value, ast.Name)
-        and node.value.id == "os"
-        for node in ast.walk(ast.parse(path.read_text()))
-    )
-    assert not reads or me.startswith(READS_ENVIRONMENT), f"{me} reads the environment"
-
-
-@pytest.mark.parametrize("path", FILES + INITS + KERNELS, ids=lambda path: path.stem)
-def test_a_file_is_one_room(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= LONGEST
-
-
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_kernels_stand_alone(path: Path) -> None:
-    for target in imports(path):
-        allowed = ("llamax.kernels", "llamax.backends.cpu")
-        assert not target.startswith("llamax") or target.startswith(allowed), target
+def test_a_newcomer_finds_sixteen_names() -> None:
+    names = {path.name for path in (ROOT / "llamax").iterdir() if not path.name.startswith("__")}
+    assert len(names - {"py.typed"}) <= 16, "py.typed marks the package for type checkers"
 
 
 def test_what_needs_no_torch_loads_without_it() -> None:
-    code = (
-        "import sys, llamax.config, llamax.configfile, llamax.mesh, llamax.metrics, llamax.log, "
-        "llamax.launch.env, llamax.data.tokens, llamax.plan, llamax.watch, llamax.report; "
-        "assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = f"import sys, {', '.join(f'llamax.{module}' for module in TORCH_FREE)}"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)

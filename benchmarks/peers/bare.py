@@ -20,12 +20,12 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from llamax.config import Model
+from llamax.config.model import ModelConfig
 from peers.job import Job, Step
 
 
 class Attention(nn.Module):
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         D, self.width = model.hidden_size, model.head_dim
         heads, kv = model.num_attention_heads * self.width, model.num_key_value_heads * self.width
@@ -43,7 +43,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         D, F_ = model.hidden_size, model.intermediate_size
         self.gate_proj, self.up_proj = nn.Linear(D, F_, bias=False), nn.Linear(D, F_, bias=False)
@@ -54,7 +54,7 @@ class FeedForward(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: ModelConfig) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(model.hidden_size, model.rms_norm_eps)
         self.self_attn = Attention(model)
@@ -67,7 +67,7 @@ class Layer(nn.Module):
 
 
 class Bare(nn.Module):
-    def __init__(self, model: Model, length: int) -> None:
+    def __init__(self, model: ModelConfig, length: int) -> None:
         super().__init__()
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(model.vocab_size, model.hidden_size)

@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llamax.config import Model
-from llamax.model import Llama
-from llamax.shard import parts
+from llamax.config.model import ModelConfig
+from llamax.model.llama import Llama
+from llamax.parallel.sharding import parts
 
 LR, BETAS, EPS, DECAY = 3e-4, (0.9, 0.999), 1e-8, 0.01  # torch.optim.AdamW's, but for its lr
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,8 +42,8 @@ class Job:
     bucket_bytes: int = 0
 
     @property
-    def model(self) -> Model:
-        return Model(
+    def model(self) -> ModelConfig:
+        return ModelConfig(
             hidden_size=512,
             intermediate_size=1408,
             num_hidden_layers=self.layers,

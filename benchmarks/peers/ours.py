@@ -7,13 +7,13 @@ from contextlib import ExitStack
 import torch
 
 from llamax.backends import choose
-from llamax.config import Optim
+from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
-from llamax.launch.env import Rendezvous
-from llamax.mesh import Mesh
-from llamax.model import Llama
+from llamax.model.llama import Llama
 from llamax.optim.zero1 import Zero1
-from llamax.step import train_step
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.training.step import train_step
 from peers.job import BETAS, DECAY, DTYPES, EPS, LR, Job, Step
 
 _open = ExitStack()  # the process group lives as long as the process
@@ -30,7 +30,7 @@ def train(job: Job) -> Step:
         dtype=DTYPES[job.dtype],
         recompute=job.recompute,
     ).init(0)
-    optim = Optim(
+    optim = OptimConfig(
         lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY, max_grad_norm=0.0
     )
     optimizer = Zero1(

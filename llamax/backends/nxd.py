@@ -23,9 +23,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-from llamax.errors import BackendError
-from llamax.log import logger
-from llamax.mesh import Groups, Mesh
+from llamax.parallel.mesh import Groups, Mesh
+from llamax.runtime.errors import BackendError
+from llamax.runtime.logging import logger
 
 PACKAGE = "neuronx_distributed"
 GROUPS = {

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from llamax.backends import xla, xla_install
-from llamax.collectives import Axes
-from llamax.errors import BackendError
-from llamax.launch.env import Rendezvous
-from llamax.mesh import Mesh
+from llamax.parallel.collectives import Axes
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import BackendError
 
 READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__")
 

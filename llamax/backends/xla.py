@@ -31,10 +31,10 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
 from llamax.backends import nxd, xla_install
-from llamax.collectives import Axes, Axis, Reduction, Solo
-from llamax.errors import BackendError
-from llamax.launch.env import Rendezvous
-from llamax.mesh import Groups, Mesh
+from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
+from llamax.parallel.mesh import Groups, Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import BackendError
 
 # FLOP/s of one NeuronCore-v2 (trn1), from AWS's architecture pages.
 PEAK_FLOPS = {torch.bfloat16: 92e12, torch.float32: 23e12}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from llamax.errors import BackendError
-from llamax.launch.env import Rendezvous, neuron_variables
+from llamax.parallel.rendezvous import Rendezvous, neuron_variables
+from llamax.runtime.errors import BackendError
 
 RELEASE = "2.9"  # the last that AWS Neuron trains with on trn1
 NEURON_DEVICE = Path("/dev/neuron0")

@@ -10,9 +10,11 @@ A researcher needs five names::
     load_owned(checkpoint, optimizer.owned(), model.shards, tp_degree, tp_rank)
 """
 
-from llamax.checkpoint.load import Checkpoint, Source, check_shapes, load_owned, load_weights
+from llamax.checkpoint.load import check_shapes, load_owned, load_weights
 from llamax.checkpoint.manifest import find, newest
+from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.save import Saver
+from llamax.checkpoint.source import Source
 
 __all__ = [
     "Checkpoint",

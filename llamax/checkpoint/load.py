@@ -11,30 +11,16 @@ unless asked for.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from llamax.checkpoint import manifest as files
-from llamax.checkpoint.blocks import Blocks, opened
-from llamax.checkpoint.container import (
-    DTYPES,
-    SLAB_BYTES,
-    Entry,
-    Progress,
-    read,
-    read_header,
-    silent,
-)
-from llamax.checkpoint.layout import Copy, Run, overlaps, slices, whole_shape
-from llamax.checkpoint.layout import whole as whole_run
-from llamax.errors import CheckpointError
-from llamax.shard import Cut, local_shape, parts
+from llamax.checkpoint.runs import slices
+from llamax.checkpoint.source import Source
+from llamax.parallel.sharding import Cut, local_shape, parts, whole_shape
+from llamax.runtime.errors import CheckpointError
 
 
 class Owned(Protocol):
@@ -57,203 +43,6 @@ class Whole(NamedTuple):
     tensor: Tensor
     kind: str = "weight"
     start: int = 0
-
-
-class Piece(NamedTuple):
-    """A run, and where its bytes start."""
-
-    path: Path
-    offset: int
-    run: Run
-
-
-class Source(ABC):
-    """Hub tensors in files; ``model`` is the Hub's config.json."""
-
-    folder: Path
-    model: dict[str, Any]
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What the program that wrote the files said beside them: nothing, where none did."""
-        return {}
-
-    @abstractmethod
-    def names(self) -> list[str]:
-        """The Hub names of all weights."""
-
-    @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the whole tensor."""
-
-    @abstractmethod
-    def kinds(self, name: str) -> tuple[str, ...]:
-        """What is kept of a tensor: weight, and perhaps master, exp_avg, exp_avg_sq."""
-
-    @abstractmethod
-    def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
-        """The dtype of one kind in its files."""
-
-    @abstractmethod
-    def pieces(self, name: str, kind: str) -> Sequence[Piece]:
-        """Where the elements of one kind lie; they tile the tensor."""
-
-    def read(
-        self,
-        name: str,
-        kind: str = "weight",
-        dim: int | None = None,
-        start: int = 0,
-        stop: int = -1,
-    ) -> Tensor:
-        """Entries [start, stop) along ``dim`` (0 or 1), or all of a tensor, as a new one."""
-        shape = list(self.shape(name))
-        run = whole_run(shape)
-        if dim is not None:
-            stop = shape[dim] if stop < 0 else stop
-            if dim == 0:
-                run = Run(0, run.width, start * run.width, (stop - start) * run.width)
-            else:
-                inner = math.prod(shape[2:])
-                width = (stop - start) * inner
-                run = Run(start * inner, width, 0, shape[0] * width)
-            shape[dim] = stop - start
-        into = torch.empty(shape, dtype=self.dtype(name, kind))
-        self.fill(name, kind, run, into)
-        return into
-
-    def fill(self, name: str, kind: str, run: Run, into: Tensor, convert: bool = False) -> None:
-        """Write a run into the ``run.length`` elements of a contiguous tensor on any device.
-
-        Raises CheckpointError where a dtype would have to be rounded and ``convert`` is not given.
-        """
-        stored, flat = self.dtype(name, kind), into.detach().view(-1)
-        if stored == flat.dtype and flat.device.type == "cpu":
-            self._fetch(name, kind, run, flat)
-            return
-        if not convert and torch.promote_types(stored, flat.dtype) != flat.dtype:
-            raise CheckpointError(
-                f"{self.folder}: {name} ({kind}) is {_word(stored)}; taking it as "
-                f"{_word(flat.dtype)} would round it; use {_word(stored)} or convert it first"
-            )
-        most = SLAB_BYTES // stored.itemsize
-        for start in range(0, run.length, most):
-            length = min(most, run.length - start)
-            slab = torch.empty(length, dtype=stored)
-            self._fetch(name, kind, Run(run.left, run.width, run.start + start, length), slab)
-            flat[start : start + length].copy_(slab)
-
-    def _fetch(self, name: str, kind: str, run: Run, into: Tensor) -> None:
-        for piece in self.pieces(name, kind):
-            if copies := list(overlaps(piece.run, run)):
-                self.read_run(piece, copies, into)
-
-    def read_run(self, piece: Piece, copies: Iterable[Copy], into: Tensor) -> None:
-        """Copy elements of a run into a flat host tensor; a source that knows checksums checks."""
-        read(piece.path, piece.offset, copies, into)
-
-
-class Checkpoint(Source):
-    """A complete training checkpoint; with ``verify`` what is read of it is checked."""
-
-    def __init__(self, folder: Path | str, verify: bool = True) -> None:
-        self.folder = Path(folder)
-        with files.advice(self.folder):
-            self.manifest = files.read_manifest(self.folder)
-        self.model = self.manifest.model
-        self._paths = [self.folder / file.name for file in self.manifest.files]
-        self._files = dict(zip(self._paths, self.manifest.files, strict=True))
-        self._headers: dict[Path, dict[str, Entry]] = {}
-        self._blocks: dict[Path, Blocks] = {}  # of the files whose header was read
-        self._verify = verify
-
-    @property
-    def step(self) -> int:
-        return self.manifest.step
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What the training program gave to ``Saver.save``."""
-        return self.manifest.state
-
-    def names(self) -> list[str]:
-        return list(self.manifest.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.manifest.tensors[name].shape
-
-    def kinds(self, name: str) -> tuple[str, ...]:
-        return tuple(self.manifest.tensors[name].kinds)
-
-    def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
-        return DTYPES[self.manifest.tensors[name].kinds[kind].dtype]
-
-    def pieces(self, name: str, kind: str) -> list[Piece]:
-        found = []
-        kept = self.manifest.tensors[name].kinds[kind]
-        for file, *numbers in kept.runs:
-            path, run = self._paths[file], Run(*numbers)
-            entry = self._header(path).get(files.key(name, kind, run))
-            if entry is None or entry[:2] != (DTYPES[kept.dtype], (run.length,)):
-                raise CheckpointError(f"{path} does not hold {name} ({kind}) as the manifest says")
-            found.append(Piece(path, entry.offset, run))
-        return found
-
-    def read_run(self, piece: Piece, copies: Iterable[Copy], into: Tensor) -> None:
-        with files.advice(self.folder):
-            blocks = self._blocks[piece.path] if self._verify else None
-            read(piece.path, piece.offset, copies, into, blocks)
-
-    def rng(self, tp_rank: int, data_rank: int) -> Tensor | None:
-        """The random state that this rank saved, or None where the mesh had no such rank."""
-        path = self.folder / files.file_name("optimizer", tp_rank, data_rank)
-        return self._rng(path) if path in self._paths else None
-
-    def check_rng(self, share: int, of: int) -> None:
-        """Check the random states of every ``of``-th file from ``share`` on.
-
-        What else a checkpoint has is read, and so checked, by one rank or another of any mesh.
-        """
-        for path in self._paths[share::of]:
-            self._rng(path)
-
-    def verify(self, progress: Progress = silent) -> None:
-        """Hash all files as a whole; ``progress`` takes bytes.
-
-        Raises CheckpointError that names a changed file, both hashes and what to use instead.
-        """
-        with files.advice(self.folder):
-            files.verify(self.folder, self.manifest.files, progress)
-
-    def _rng(self, path: Path) -> Tensor | None:
-        entry = self._header(path).get(files.RNG)
-        if entry is None:
-            return None
-        state, run = torch.empty(entry.shape, dtype=entry.dtype), whole_run(entry.shape)
-        self.read_run(Piece(path, entry.offset, run), overlaps(run, run), state)
-        return state
-
-    def _header(self, path: Path) -> dict[str, Entry]:
-        if path not in self._headers:
-            with files.advice(self.folder):
-                try:
-                    header = read_header(path)
-                    if self._verify:
-                        self._blocks[path] = self._checked(path, header)
-                except CheckpointError:
-                    files.verify(self.folder, [self._files[path]])  # says more: both hashes
-                    raise
-            self._headers[path] = header
-        return self._headers[path]
-
-    def _checked(self, path: Path, header: Mapping[str, Entry]) -> Blocks:
-        """The blocks of a file whose header is what was saved."""
-        file = self._files[path]
-        ends = [*sorted({entry.offset for entry in header.values()}), file.size_bytes]
-        blocks = Blocks(path, ends, file.sums)
-        with opened(path) as fd:
-            blocks.read(fd, 0, np.empty(ends[0], np.uint8))
-        return blocks
 
 
 def load_weights(
@@ -362,7 +151,3 @@ def _kind(source: Source, name: str, kind: str, dtype: torch.dtype) -> str:
             "start from it with checkpoint.init_from"
         )
     return kind
-
-
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llamax import log
-from llamax.errors import CheckpointError
+from llamax.runtime.errors import CheckpointError
+from llamax.runtime.logging import logger
 
 LOCK = "lock"
 PATIENCE_S = 5.0  # a killed owner may take a moment to be gone
@@ -63,7 +63,7 @@ def _lock(file: int, folder: Path, patience_s: float) -> bool:
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise
-            log.logger.warning(
+            logger.warning(
                 "%s: the file system cannot lock files (%s); make sure that no other run writes "
                 "there",
                 folder,

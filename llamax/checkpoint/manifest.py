@@ -28,17 +28,12 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 import llamax
-from llamax import log
-from llamax.checkpoint.blocks import DIGITS
-from llamax.checkpoint.container import (
-    DTYPES,
-    Progress,
-    silent,
-    write_text,
-)
-from llamax.checkpoint.layout import Run, tiled
-from llamax.errors import CheckpointError
-from llamax.files import sha256, sync_folder
+from llamax.checkpoint.checksums import DIGITS
+from llamax.checkpoint.runs import Run, tiled
+from llamax.checkpoint.safetensors_io import DTYPES, Progress, silent, write_text
+from llamax.runtime.errors import CheckpointError
+from llamax.runtime.files import sha256, sync_folder
+from llamax.runtime.logging import logger
 
 FORMAT = 2
 MANIFEST, DONE, CONFIG = "manifest.json", "done", "config.toml"
@@ -303,7 +298,7 @@ def newest_intact(folder: Path) -> Path | None:
         try:
             verify(path, read_manifest(path).files)
         except CheckpointError as error:
-            log.logger.warning("passing over %s: %s", path.name, error)
+            logger.warning("passing over %s: %s", path.name, error)
         else:
             return path
     if found:

@@ -32,22 +32,15 @@ from torch.nn import Parameter
 
 import llamax
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.also_hf import leave
-from llamax.checkpoint.container import (
-    TAGS,
-    Outgoing,
-    Written,
-    write,
-    write_note,
-    writing,
-)
-from llamax.checkpoint.layout import Run, slices, whole_shape, writes
+from llamax.checkpoint.hf_beside import leave
 from llamax.checkpoint.load import Owned, Whole
-from llamax.checkpoint.rotate import discard, place, set_aside, sweep
-from llamax.collectives import Axes
-from llamax.errors import CheckpointError, LlamaxError, NoRoom
-from llamax.files import sync_folder
-from llamax.shard import Cut, parts
+from llamax.checkpoint.retention import discard, place, set_aside, sweep
+from llamax.checkpoint.runs import Run, slices, writes
+from llamax.checkpoint.safetensors_io import TAGS, Outgoing, Written, write, write_note, writing
+from llamax.parallel.collectives import Axes
+from llamax.parallel.sharding import Cut, parts, whole_shape
+from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
+from llamax.runtime.files import sync_folder
 
 ToHost = Callable[[Sequence[Tensor]], list[Tensor]]
 

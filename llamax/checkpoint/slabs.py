@@ -9,9 +9,9 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor
 
-from llamax.checkpoint.container import SLAB_BYTES, Outgoing
-from llamax.checkpoint.layout import Run
-from llamax.checkpoint.load import Source
+from llamax.checkpoint.runs import Run
+from llamax.checkpoint.safetensors_io import SLAB_BYTES, Outgoing
+from llamax.checkpoint.source import Source
 
 Buffers = SimpleQueue[Tensor]
 

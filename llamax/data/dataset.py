@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
-from llamax.data.tokens import GoOn, Header, Stream, TokenFile, Verify
-from llamax.errors import DataError
-from llamax.files import sha256
+from llamax.data.token_file import GoOn, Header, Stream, TokenFile, Verify
+from llamax.runtime.errors import DataError
+from llamax.runtime.files import sha256
 
 
 @dataclass(frozen=True)

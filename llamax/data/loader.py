@@ -19,7 +19,8 @@ learnt from the BOS before it.  Without separation the corpus is one stream and 
 
 In instruction data tokens that are given, not answered, are no labels either, unless asked for.
 
-The permutation is ``order.permute``; packed and padded samples are in ``llamax.data.packed``.
+The permutation is ``shuffle.permute``; packed and padded samples are in
+``llamax.data.packed_loader``.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from llamax.data.order import Integers, permute
-from llamax.data.tokens import Stream
-from llamax.errors import DataError
+from llamax.data.shuffle import Integers, permute
+from llamax.data.token_file import Stream
 from llamax.ops import IGNORE_INDEX
+from llamax.runtime.errors import DataError
 
 
 class Batch(NamedTuple):

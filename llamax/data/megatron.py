@@ -32,9 +32,9 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from llamax.data.tokens import GoOn, Header, TokenFile, Verify
-from llamax.errors import DataError
-from llamax.files import sync_folder
+from llamax.data.token_file import GoOn, Header, TokenFile, Verify
+from llamax.runtime.errors import DataError
+from llamax.runtime.files import sync_folder
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}

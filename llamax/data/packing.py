@@ -30,9 +30,9 @@ from typing import Literal
 
 import numpy as np
 
-from llamax.data.order import Integers, permute
-from llamax.data.tokens import Stream
-from llamax.errors import DataError
+from llamax.data.shuffle import Integers, permute
+from llamax.data.token_file import Stream
+from llamax.runtime.errors import DataError
 
 WINDOW = 2**16  # documents that are packed together
 TooLong = Literal["truncate", "drop", "refuse"]

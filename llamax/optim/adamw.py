@@ -19,7 +19,7 @@ import math
 import torch
 from torch import Tensor
 
-from llamax.config import Optim
+from llamax.config.schema import OptimConfig
 
 FUSED = ("cpu", "cuda")
 
@@ -35,7 +35,7 @@ def update(
     factor: Tensor,
     finite: Tensor,
     decay: float,
-    optim: Optim,
+    optim: OptimConfig,
 ) -> None:
     """One step on the float32 vectors of p, m and v, in place, unless ``finite`` is false.
 
@@ -55,7 +55,7 @@ def fused(
     factor: Tensor,
     finite: Tensor,
     decay: float,
-    optim: Optim,
+    optim: OptimConfig,
 ) -> None:
     """``update`` by torch's kernel, which divides by a scale and leaves all alone on found_inf."""
     torch._fused_adamw_(
@@ -87,7 +87,7 @@ def plain(
     factor: Tensor,
     finite: Tensor,
     decay: float,
-    optim: Optim,
+    optim: OptimConfig,
 ) -> None:
     """``update`` in plain float32 operations."""
     rate, root = lr / _correction(optim.beta1, step), _correction(optim.beta2, step).sqrt()

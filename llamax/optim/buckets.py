@@ -19,7 +19,7 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
-from llamax.shard import Cut, Replica, replicas, span
+from llamax.parallel.sharding import Cut, Replica, replicas, span
 
 GRADIENT_BYTES = 4  # gradients are reduced in float32
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from llamax.backends import EAGER
-from llamax.collectives import Axes
+from llamax.backends.base import EAGER
 from llamax.optim.buckets import Piece, Segment, buckets, padded, pieces, shared_spans
+from llamax.parallel.collectives import Axes
 
 Kind = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 

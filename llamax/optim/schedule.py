@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import math
 
-from llamax.config import Optim
+from llamax.config.schema import OptimConfig
 
 
-def lr_at(step: int, optim: Optim, total_steps: int) -> float:
+def lr_at(step: int, optim: OptimConfig, total_steps: int) -> float:
     """The learning rate of optimizer step ``step`` (1 to ``total_steps``)."""
     if step < optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps

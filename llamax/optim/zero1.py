@@ -39,15 +39,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from llamax.collectives import Axes
-from llamax.config import Optim
-from llamax.errors import ConfigError
+from llamax.config.schema import OptimConfig
 from llamax.optim import adamw
 from llamax.optim.buckets import segments, weight
 from llamax.optim.clip import clip_factor, sum_of_squares
 from llamax.optim.groups import Bucket, Group, Key, Owned, split_like
 from llamax.optim.lazy import LazyGroup
-from llamax.shard import Cut, Replica
+from llamax.parallel.collectives import Axes
+from llamax.parallel.sharding import Cut, Replica
+from llamax.runtime.errors import ConfigError
 
 
 class Zero1:
@@ -65,7 +65,7 @@ class Zero1:
         self,
         parameters: Mapping[str, Parameter],
         shards: Mapping[str, Cut],
-        optim: Optim,
+        optim: OptimConfig,
         axes: Axes,
         *,
         sequence_parallel: bool,

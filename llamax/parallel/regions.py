@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from llamax.collectives import Axis
+from llamax.parallel.collectives import Axis
 
 
 class _Reduce(torch.autograd.Function):

@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 import jobs
-import tiny_run
+from support import tiny_run
 
 
 @pytest.fixture(scope="session")

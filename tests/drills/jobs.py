@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-import tiny_run
+from support import tiny_run
 
-from llamax.config import Checkpoint, Config
+from llamax.config.schema import CheckpointConfig, Config
 
 TRAIN = [sys.executable, "-m", "llamax.train", "--config"]
 
@@ -25,7 +25,7 @@ def config(dataset: Path, folder: Path, steps: int, **checkpoint: Any) -> Config
     """A small run of ``steps`` that gives up on a silent rank after 8 s."""
     whole = tiny_run.config(dataset, folder)
     run = replace(whole.run, steps=steps, timeout_s=8, validate_every=0)
-    return replace(whole, run=run, checkpoint=Checkpoint(**checkpoint))
+    return replace(whole, run=run, checkpoint=CheckpointConfig(**checkpoint))
 
 
 class Job:

@@ -27,7 +27,7 @@ import torch
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 
-import checkpoint_worlds as worlds  # noqa: E402
+import support.checkpoints as worlds  # noqa: E402
 
 from llamax.checkpoint import Checkpoint, Saver  # noqa: E402
 from llamax.checkpoint import manifest as files  # noqa: E402

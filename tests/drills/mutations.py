@@ -32,19 +32,19 @@ from typing import NamedTuple
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 
-import checkpoint_worlds as worlds  # noqa: E402
-import tiny_run  # noqa: E402
-from corpora import train_unlike_llama  # noqa: E402
+import support.checkpoints as worlds  # noqa: E402
+from support import tiny_run  # noqa: E402
+from support.corpora import train_unlike_llama  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
-from llamax import configfile  # noqa: E402
 from llamax.checkpoint import Checkpoint  # noqa: E402
-from llamax.checkpoint.container import read_header  # noqa: E402
+from llamax.checkpoint.safetensors_io import read_header  # noqa: E402
+from llamax.config.load import load_config  # noqa: E402
 from llamax.data.dataset import open_dataset  # noqa: E402
 from llamax.data.loader import Loader  # noqa: E402
-from llamax.data.tokenizer import load_tokenizer  # noqa: E402
-from llamax.data.tokens import HEADER_BYTES, MAGIC  # noqa: E402
-from llamax.errors import LlamaxError  # noqa: E402
+from llamax.data.token_file import HEADER_BYTES, MAGIC  # noqa: E402
+from llamax.data.tokenizer.tokenizer import load_tokenizer  # noqa: E402
+from llamax.runtime.errors import LlamaxError  # noqa: E402
 
 MOST_S = 10.0
 STRANGE = [b"null", b"[]", b"{}", b'""', b"-1", b"1e999", b"NaN", b"true", b"99999999999999999999"]
@@ -131,7 +131,7 @@ def kinds(folder: Path) -> list[Kind]:
         read_checkpoint()
 
     return [
-        Kind("config", config, lambda: configfile.load(str(config))),
+        Kind("config", config, lambda: load_config(str(config))),
         Kind("dataset: tokens", tokens, read_dataset),
         Kind("dataset: tokens, checksum mended", tokens, read_dataset, fix_tokens),
         Kind("dataset: index", index, read_dataset),

@@ -13,19 +13,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import checkpoint_worlds as worlds
 import jobs
 import pytest
-import tiny_run
-from tuning_worlds import MODEL as TUNED
-from tuning_worlds import base_folder
+import support.checkpoints as worlds
+from support import tiny_run
+from support.adapters import MODEL as TUNED
+from support.adapters import base_folder
 
-from llamax import log, program
 from llamax.checkpoint import Checkpoint, newest
-from llamax.config import Config
+from llamax.config.schema import Config
 from llamax.data.dataset import open_dataset
-from llamax.errors import LlamaxError, NoRoom
-from llamax.launch.env import Rendezvous
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import LlamaxError, NoRoom
+from llamax.runtime.logging import logger
+from llamax.runtime.process import run_main
 from llamax.train import main, train
 
 HERE = Path(__file__).parent
@@ -170,21 +171,21 @@ def test_a_limit_on_file_sizes(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tell: Callable[[str], None]
 ) -> None:
     """The first checkpoint fits; then the limit comes, as a quota does."""
-    assert program.run(main, run_in(tmp_path, dataset, 2)) == 0
+    assert run_main(main, run_in(tmp_path, dataset, 2)) == 0
     first = newest(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     capsys.readouterr()
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
-        assert program.run(main, run_in(tmp_path, dataset, 6, every=2)) == NoRoom.exit_code
+        assert run_main(main, run_in(tmp_path, dataset, 6, every=2)) == NoRoom.exit_code
         stopped = capsys.readouterr().err
         assert tiny_run.log_of(tmp_path)[-1]["step"] < 6
         on = run_in(tmp_path, dataset, 6, every=2, on_failure="continue")
-        assert program.run(main, on) == NoRoom.exit_code, "the last checkpoint is missing"
+        assert run_main(main, on) == NoRoom.exit_code, "the last checkpoint is missing"
         went_on = capsys.readouterr().err
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        log.logger.handlers.clear()
+        logger.handlers.clear()
     line = r"no room for .* \(File too large\): (\d+) bytes needed, (\d+) free; .*step (\d) is not"
     assert re.search(line, stopped), stopped
     assert "training goes on" in went_on
@@ -205,7 +206,7 @@ def test_a_full_disk(
         pytest.skip("cannot mount a tmpfs here")
     try:
         argv = run_in(disk, dataset, 100, every=1, keep=0)
-        assert program.run(main, argv) == NoRoom.exit_code
+        assert run_main(main, argv) == NoRoom.exit_code
         said = capsys.readouterr().err
         assert re.search(r"\(No space left on device\): \d+ bytes needed, \d+ free", said), said
         last = newest(disk)
@@ -214,7 +215,7 @@ def test_a_full_disk(
         assert f"{last} stays" in said
         assert not list((disk / "checkpoints").glob("*.tmp"))
     finally:
-        log.logger.handlers.clear()
+        logger.handlers.clear()
         os.sync()
         subprocess.run(["umount", "-l", str(disk)], check=True)
     tell(f"8 MB tmpfs full after {last.name}: it loads, bytes told, exit 3: ok")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jobs
 import pytest
-import tiny_run
+from support import tiny_run
 
 TIMEOUT_S = 8  # of the jobs
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import jobs
 import pytest
-import tiny_run
+from support import tiny_run
 
 from llamax.checkpoint import Checkpoint
-from llamax.launch.env import Rendezvous
+from llamax.parallel.rendezvous import Rendezvous
 from llamax.train import train
 
 STEPS, HANDED = 20, (7, 13)

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import jobs
 import pytest
-import tiny_run
+from support import tiny_run
 
 from llamax.checkpoint import Checkpoint, newest
-from llamax.errors import Stopped
+from llamax.runtime.errors import Stopped
 
 RANKS = 2
 LAUNCHERS = ("torchrun", "mpirun")

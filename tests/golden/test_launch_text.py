@@ -20,14 +20,14 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from launch_jobs import job
-from mpijob_schema import MPIJOB
+from support.launch_jobs import job
+from support.mpijob_schema import MPIJOB
 
 from llamax.launch import kubernetes, sagemaker
 from llamax.launch.checks import problems
-from llamax.launch.command import ACTIONS, PHASES, action, render
 from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
+from llamax.launch.render import ACTIONS, PHASES, action, render
 
 GOLDEN = Path(__file__).parent / "launch"
 NODES = (1, 4, 64)

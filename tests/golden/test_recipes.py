@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from llamax import plan
-from llamax.configfile import RECIPES, dump, load, recipes
+from llamax.cli.plan import main
+from llamax.config.load import RECIPES, dump_config, load_config, recipes
 
 GOLDEN = Path(__file__).parent / "recipes"
 
@@ -44,21 +44,21 @@ def test_every_recipe_is_checked() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipe_resolves_to_the_reviewed_text(name: str) -> None:
-    config = load(name, world_size=PUBLISHED[name][0])
-    assert dump(config) == (GOLDEN / f"{name}.toml").read_text()
-    assert load(str(GOLDEN / f"{name}.toml")) == config
+    config = load_config(name, world_size=PUBLISHED[name][0])
+    assert dump_config(config) == (GOLDEN / f"{name}.toml").read_text()
+    assert load_config(str(GOLDEN / f"{name}.toml")) == config
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_recipe_is_as_large_as_published_and_says_so(name: str) -> None:
-    model = load(name).model
+    model = load_config(name).model
     assert model.num_parameters() == PUBLISHED[name][1]
     assert f"{model.num_parameters():,} parameters" in (RECIPES / f"{name}.toml").read_text()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_the_comments_of_a_recipe_tell_the_truth(name: str) -> None:
-    config, (world, _) = load(name), PUBLISHED[name]
+    config, (world, _) = load_config(name), PUBLISHED[name]
     text = (RECIPES / f"{name}.toml").read_text()
     tensor = config.parallel.tensor
     data, length, batch = world // tensor, config.data.sequence_length, config.data.global_batch
@@ -82,9 +82,9 @@ def test_a_recipe_fits_the_machine_it_names(name: str) -> None:
     found = re.search(r"on (\d+) (trn\w+\.\w+) node", (RECIPES / f"{name}.toml").read_text())
     if found is None:
         pytest.skip("it names no Trainium")
-    assert plan.main(["--config", name, "--nodes", found[1], "--instance", found[2]]) == 0
+    assert main(["--config", name, "--nodes", found[1], "--instance", found[2]]) == 0
 
 
 if __name__ == "__main__":
     for each in recipes():
-        (GOLDEN / f"{each}.toml").write_text(dump(load(each)))
+        (GOLDEN / f"{each}.toml").write_text(dump_config(load_config(each)))

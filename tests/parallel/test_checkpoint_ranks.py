@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from world import Worlds, axes
+from support.world import Worlds, axes
 
 from llamax.checkpoint import Checkpoint, Saver, load_owned
-from llamax.config import Model, Optim
-from llamax.mesh import Mesh
-from llamax.model import Llama
+from llamax.config.model import ModelConfig
+from llamax.config.schema import OptimConfig
+from llamax.model.llama import Llama
 from llamax.optim.zero1 import Zero1
+from llamax.parallel.mesh import Mesh
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
@@ -53,7 +54,7 @@ def train_and_save(on: On, dtype: torch.dtype, source: str, out: str, steps: int
     optimizer = Zero1(
         parameters,
         shards,
-        Optim(),
+        OptimConfig(),
         mine,
         sequence_parallel=on.sequence_parallel,
         zero1=on.zero1,

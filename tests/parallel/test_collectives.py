@@ -6,16 +6,17 @@ import dataclasses
 
 import pytest
 import torch
+from support.world import Worlds, axes
 from torch import Tensor
-from world import Worlds, axes
 
-from llamax.collectives import Axis, Meter, Metered, Solo
-from llamax.config import Model, Optim
+from llamax.config.model import ModelConfig
+from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
-from llamax.mesh import Mesh
-from llamax.model import Llama
+from llamax.model.llama import Llama
 from llamax.optim.zero1 import Zero1
-from llamax.step import train_step
+from llamax.parallel.collectives import Axis, Meter, Metered, Solo
+from llamax.parallel.mesh import Mesh
+from llamax.training.step import train_step
 
 SHAPE = (4, 8, 12)
 
@@ -111,7 +112,7 @@ def test_each_verb_sends_what_a_ring_sends() -> None:
     assert set(meter.calls.values()) == {1}
 
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=32,
     intermediate_size=64,
     num_hidden_layers=3,
@@ -138,7 +139,7 @@ def sent(
     optimizer = Zero1(
         parameters,
         model.shards,
-        Optim(),
+        OptimConfig(),
         mine,
         sequence_parallel=sequence,
         bucket_bytes=2**20,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from world import Worlds, axes
+from support.world import Worlds, axes
 
-from llamax.config import Model
-from llamax.mesh import Mesh
-from llamax.model import Llama
-from llamax.sampling import Sampling, complete, generate
+from llamax.config.model import ModelConfig
+from llamax.inference.sampling import Sampling, complete, generate
+from llamax.model.llama import Llama
+from llamax.parallel.mesh import Mesh
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,

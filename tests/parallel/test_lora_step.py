@@ -14,8 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
-from tuning_worlds import (
+from support.adapters import (
     GLOBAL_BATCH,
     MODEL,
     SEQUENCE,
@@ -25,20 +24,24 @@ from tuning_worlds import (
     differences,
     steps,
 )
-from world import Worlds, axes
+from support.world import Worlds, axes
+from torch import Tensor
 
-from llamax import base, dropout, lora, shard
-from llamax.collectives import Axes, Meter, Metered
-from llamax.config import Finetune
-from llamax.mesh import Mesh
-from llamax.model import Llama
-from llamax.parallel.frozen import FrozenLinear
+from llamax.config.schema import FinetuneConfig
+from llamax.model import dropout, lora
+from llamax.model import qlora as base
+from llamax.model.llama import Llama
+from llamax.model.lora_linear import FrozenLinear
+from llamax.model.qlora import Nf4, Share, Spread, expected, held, share_of
+from llamax.parallel import sharding
+from llamax.parallel.collectives import Axes, Meter, Metered
+from llamax.parallel.mesh import Mesh
 
-LORA = Finetune(method="lora", r=4, alpha=6.0, dropout=0.25)
-SOME = Finetune(method="lora", r=2, alpha=3.0, rslora=True, targets="q_proj,v_proj,down_proj")
-NF4 = Finetune(method="qlora", r=4, alpha=6.0, dropout=0.25)
-SINGLE = Finetune(method="qlora", r=2, double_quant=False, targets="k_proj,up_proj")
-INT8 = Finetune(method="qlora", r=4, quant="int8", shard_base=False)
+LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, dropout=0.25)
+SOME = FinetuneConfig(method="lora", r=2, alpha=3.0, rslora=True, targets="q_proj,v_proj,down_proj")
+NF4 = FinetuneConfig(method="qlora", r=4, alpha=6.0, dropout=0.25)
+SINGLE = FinetuneConfig(method="qlora", r=2, double_quant=False, targets="k_proj,up_proj")
+INT8 = FinetuneConfig(method="qlora", r=4, quant="int8", shard_base=False)
 TOLERANCE = 3e-6
 
 
@@ -48,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def on_mesh(
-    folder: Path, mesh: Mesh, sequence: bool, cases: list[tuple[Finetune, str]], mutation: str
+    folder: Path, mesh: Mesh, sequence: bool, cases: list[tuple[FinetuneConfig, str]], mutation: str
 ) -> list[str]:
     """In a rank: what differs from the whole model's steps, a line each.
 
@@ -73,7 +76,7 @@ MESHES += [(Mesh(tp=tp, dp=dp), on) for tp, dp in ((2, 1), (2, 2), (4, 1)) for o
     ("mesh", "sequence"), MESHES, ids=lambda x: str(x) if isinstance(x, bool) else f"{x.tp}x{x.dp}"
 )
 def test_sharded_steps_equal_the_whole_steps(
-    worlds: Worlds, folder: Path, mesh: Mesh, sequence: bool, cases: list[Finetune]
+    worlds: Worlds, folder: Path, mesh: Mesh, sequence: bool, cases: list[FinetuneConfig]
 ) -> None:
     modes = ("full", "selective", "none") if mesh.world_size == 4 else ("none",) * 3
     pairs = list(zip(cases, modes, strict=False))
@@ -92,7 +95,7 @@ def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
 
 
 def whole_factor_not_summed() -> Any:
-    return replaced(lora, "Replica", lambda partial: shard.Replica())
+    return replaced(lora, "Replica", lambda partial: sharding.Replica())
 
 
 def rank_forgotten_in_masks(self: Any, features: int, adapter: Any, tokens: Any) -> Tensor | None:
@@ -122,7 +125,7 @@ def first_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 def own_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
     """Columns counted from the share's own first, so that blocks begin there."""
 
-    def share_of(part: Any, shape: Any, degree: int, rank: int) -> base.Share:
+    def share_of(part: Any, shape: Any, degree: int, rank: int) -> Share:
         found = original(part, shape, degree, rank)
         return found._replace(column=found.column // 64 * 64)
 
@@ -130,7 +133,7 @@ def own_blocks(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MUTATIONS: dict[str, Callable[[], Any]] = {
-    "none": lambda: replaced(lora, "Replica", shard.Replica),
+    "none": lambda: replaced(lora, "Replica", sharding.Replica),
     "gradient of whole factors not summed": whole_factor_not_summed,
     "masks of a row's columns alike on all ranks": lambda: replaced(
         FrozenLinear, "stays", rank_forgotten_in_masks
@@ -142,12 +145,10 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
         dropout.Dropout, "keys", sample_forgotten(dropout.Dropout.keys)
     ),
     "another scale": lambda: replaced(lora, "scale", lambda finetune: finetune.alpha / 2),
-    "scales of the first rank's blocks": lambda: replaced(
-        base.Nf4, "_places", first_rows(base.Nf4._places)
-    ),
-    "blocks begin at a share": lambda: replaced(base, "share_of", own_blocks(base.share_of)),
+    "scales of the first rank's blocks": lambda: replaced(Nf4, "_places", first_rows(Nf4._places)),
+    "blocks begin at a share": lambda: replaced(base, "share_of", own_blocks(share_of)),
     "a data rank's run alone": lambda: replaced(
-        base.Spread, "gather", lambda self: self.mine.repeat(self.data.size)[: self.length]
+        Spread, "gather", lambda self: self.mine.repeat(self.data.size)[: self.length]
     ),
 }
 IN_BASE = (
@@ -176,7 +177,7 @@ def sent(sequence: bool, adapters: bool) -> dict[tuple[str, str], int]:
     model = Llama(MODEL, tp, sequence_parallel=sequence).init(0)
     targets = lora.LINEAR if adapters else ()
     with mock.patch.object(lora, "target_names", return_value=targets):
-        lora.adapt(model, Finetune(r=4), torch.empty(0))
+        lora.adapt(model, FinetuneConfig(r=4), torch.empty(0))
     lora.init(model, 0)
     whole = batch()
     x = model.model.embed_tokens.weight.requires_grad_()  # so that backward runs to the end
@@ -198,7 +199,7 @@ def test_adapters_send_nothing_but_the_second_gather(worlds: Worlds, sequence: b
 # --- where the base lies -------------------------------------------------------------------------
 
 
-def dense(folder: Path, mesh: Mesh, finetune: Finetune) -> list[str]:
+def dense(folder: Path, mesh: Mesh, finetune: FinetuneConfig) -> list[str]:
     """In a rank: layers whose share is not that of the whole, and bytes that are not expected."""
     my_axes = axes(mesh, max(1, mesh.tp // MODEL.num_key_value_heads))
     mine, whole = build(folder, my_axes, finetune), build(folder, Axes.solo(), finetune)
@@ -207,12 +208,12 @@ def dense(folder: Path, mesh: Mesh, finetune: Finetune) -> list[str]:
         if isinstance(layer, FrozenLinear):
             other = whole.get_submodule(name).dense()
             if not torch.equal(
-                layer.dense(), shard.cut(other, layer.shard, mesh.tp, my_axes.tp.rank)
+                layer.dense(), sharding.cut(other, layer.shard, mesh.tp, my_axes.tp.rank)
             ):
                 found.append(name)
-    formula = base.expected(MODEL, finetune, mesh.tp, mesh.dp, 4)
-    if base.held(mine) != formula[:2]:
-        found.append(f"{base.held(mine)} bytes, {formula} expected")
+    formula = expected(MODEL, finetune, mesh.tp, mesh.dp, 4)
+    if held(mine) != formula[:2]:
+        found.append(f"{held(mine)} bytes, {formula} expected")
     largest = max(m.dense().nbytes for m in mine.modules() if isinstance(m, FrozenLinear))
     if largest != formula.dense:
         found.append(f"a layer is {largest} bytes, {formula.dense} expected")
@@ -222,15 +223,15 @@ def dense(folder: Path, mesh: Mesh, finetune: Finetune) -> list[str]:
 @pytest.mark.parametrize("finetune", [NF4, SINGLE, INT8], ids=["nf4", "single", "int8"])
 @pytest.mark.parametrize("mesh", [Mesh(tp=4), Mesh(tp=2, dp=2), Mesh(dp=4)], ids=str)
 def test_a_base_is_the_same_on_every_mesh_and_takes_the_expected_bytes(
-    worlds: Worlds, folder: Path, mesh: Mesh, finetune: Finetune
+    worlds: Worlds, folder: Path, mesh: Mesh, finetune: FinetuneConfig
 ) -> None:
     for found in worlds(4).run(dense, folder, mesh, finetune):
         assert found == []
 
 
 def test_a_spread_base_is_smaller_than_a_whole_one() -> None:
-    wide = Finetune(method="qlora")
-    one, four = (base.expected(MODEL, wide, 1, data, 2).quantised for data in (1, 4))
+    wide = FinetuneConfig(method="qlora")
+    one, four = (expected(MODEL, wide, 1, data, 2).quantised for data in (1, 4))
     assert 3.5 < one / four < 4.0
     bits = 8 * one / (MODEL.num_parameters() - 2 * 61 * 128)
     assert 4.1 < bits < 4.3

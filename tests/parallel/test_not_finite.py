@@ -7,18 +7,19 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from world import Worlds, axes
+from support.world import Worlds, axes
 
-from llamax.config import Model, Optim
+from llamax.config.model import ModelConfig
+from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
-from llamax.errors import NotFinite
-from llamax.mesh import Mesh
-from llamax.model import Llama
+from llamax.model.llama import Llama
 from llamax.optim.zero1 import Zero1
-from llamax.step import train_step
-from llamax.verdict import Verdict
+from llamax.parallel.mesh import Mesh
+from llamax.runtime.errors import NotFinite
+from llamax.training.step import train_step
+from llamax.training.step_check import StepCheck
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=16,
     intermediate_size=24,
     num_hidden_layers=1,
@@ -35,13 +36,13 @@ def train(mesh: Mesh, victim: int, what: str, bad_step: int, zero1: bool) -> lis
     optimizer = Zero1(
         dict(model.named_parameters()),
         model.shards,
-        Optim(),
+        OptimConfig(),
         mine,
         sequence_parallel=False,
         zero1=zero1,
         bucket_bytes=2048,
     )
-    judge, said = Verdict(lambda ts: [float(t) for t in ts], 0, lambda step: [step]), []
+    judge, said = StepCheck(lambda ts: [float(t) for t in ts], 0, lambda step: [step]), []
     loss, value = model.loss, math.nan if what.startswith("nan") else math.inf
     for step in (1, 2, 3):
         spoilt = step == bad_step and mine.world.rank == victim

@@ -12,22 +12,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tuning_worlds import MODEL, base_folder, build
-from world import Worlds, axes
+from support.adapters import MODEL, base_folder, build
+from support.world import Worlds, axes
 
-from llamax import lora
-from llamax.collectives import Solo
-from llamax.config import Data, Finetune, Model, Optim
-from llamax.data.tokens import Header, TokenFile, TokenWriter
-from llamax.evaluate import loss_of
-from llamax.feed import Feed
-from llamax.mesh import Mesh
-from llamax.model import Llama
+from llamax.config.model import ModelConfig
+from llamax.config.schema import DataConfig, FinetuneConfig, OptimConfig
+from llamax.data.samples import Samples
+from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.inference.evaluate import loss_of
+from llamax.model import lora
+from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
 from llamax.optim.zero1 import Zero1
-from llamax.step import train_step, validation_loss
+from llamax.parallel.collectives import Solo
+from llamax.parallel.mesh import Mesh
+from llamax.training.step import train_step, validation_loss
 
-LLAMA2 = Model(
+LLAMA2 = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
@@ -36,7 +37,7 @@ LLAMA2 = Model(
     vocab_size=61,
     initializer_range=0.1,
 )
-LLAMA3 = Model(
+LLAMA3 = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
@@ -51,8 +52,8 @@ LENGTH, BATCH, STEPS = 32, 8, 5
 MESHES = {LLAMA2: [(2, 1), (2, 2), (1, 4)], LLAMA3: [(1, 2), (4, 1), (4, 2)]}
 GRID = list(product((1, 2, 4), (1, 2, 4)))[1:]
 WAYS = {
-    "lora": Finetune(method="lora", r=4, dropout=0.1),
-    "qlora": Finetune(method="qlora", r=4, dropout=0.1),
+    "lora": FinetuneConfig(method="lora", r=4, dropout=0.1),
+    "qlora": FinetuneConfig(method="qlora", r=4, dropout=0.1),
 }
 TOLERANCE = 2e-5
 
@@ -76,7 +77,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def curve(
-    model: Model, tp: int, dp: int, path: Path, packing: str, way: str = "", base: Path = Path()
+    model: ModelConfig,
+    tp: int,
+    dp: int,
+    path: Path,
+    packing: str,
+    way: str = "",
+    base: Path = Path(),
 ) -> list[tuple[float, ...]]:
     """(loss, norm, counted tokens) of each step, then the validation loss."""
     there = axes(Mesh(tp=tp, dp=dp), max(1, tp // model.num_key_value_heads))
@@ -87,12 +94,12 @@ def curve(
     optimizer = Zero1(
         lora.trained(llama),
         llama.shards,
-        Optim(eps=1e-3),
+        OptimConfig(eps=1e-3),
         there,
         sequence_parallel=llama.sequence_parallel,
     )
-    data = Data(sequence_length=LENGTH, global_batch=BATCH, micro_batch=1, packing=packing)
-    feed = Feed(TokenFile(path), data, seed=0)
+    data = DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=1, packing=packing)
+    feed = Samples(TokenFile(path), data, seed=0)
     loader = feed.loader(there.data, 0, shuffle=True)
     found = []
     for step in range(1, STEPS + 1):
@@ -104,7 +111,7 @@ def curve(
 
 @pytest.mark.parametrize("model", [LLAMA2, LLAMA3], ids=["llama2", "llama3"])
 def test_every_mesh_has_the_same_curve(
-    model: Model, tokens: Path, worlds: Worlds, full: bool, tell: Callable[[str], None]
+    model: ModelConfig, tokens: Path, worlds: Worlds, full: bool, tell: Callable[[str], None]
 ) -> None:
     (whole,) = worlds(1).run(curve, model, 1, 1, tokens, "best-fit")
     counts = [step[2] for step in whole[:-1]]
@@ -129,7 +136,7 @@ def same(
     worlds: Worlds,
     meshes: list[tuple[int, int]],
     whole: list[tuple[float, ...]],
-    model: Model,
+    model: ModelConfig,
     tokens: Path,
     *tuning: object,
 ) -> str:
@@ -158,8 +165,8 @@ def test_other_ways_of_packing_too(tokens: Path, worlds: Worlds, packing: str) -
 
 def test_the_mean_of_ranks_would_be_another(tokens: Path) -> None:
     """What the curves rest on: shares of a step count different numbers of tokens."""
-    data = Data(sequence_length=LENGTH, global_batch=BATCH, micro_batch=1)
-    loader = Feed(TokenFile(tokens), data, seed=0).loader(Solo("data"), 0, shuffle=True)
+    data = DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=1)
+    loader = Samples(TokenFile(tokens), data, seed=0).loader(Solo("data"), 0, shuffle=True)
     counts = {int((batch.labels != IGNORE_INDEX).sum()) for batch in loader.step()}
     assert len(counts) > 2
 
@@ -167,8 +174,8 @@ def test_the_mean_of_ranks_would_be_another(tokens: Path) -> None:
 def evaluated(tp: int, way: str, path: Path, base: Path) -> dict[str, float]:
     """What ``llamax evaluate`` finds with its ranks on one tensor axis."""
     there = axes(Mesh(tp=tp), max(1, tp // MODEL.num_key_value_heads))
-    data = Data(sequence_length=LENGTH, global_batch=8, micro_batch=8)
-    return loss_of(build(base, there, WAYS[way]), Feed(TokenFile(path), data, seed=0))
+    data = DataConfig(sequence_length=LENGTH, global_batch=8, micro_batch=8)
+    return loss_of(build(base, there, WAYS[way]), Samples(TokenFile(path), data, seed=0))
 
 
 @pytest.mark.parametrize("way", WAYS)

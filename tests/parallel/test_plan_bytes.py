@@ -12,29 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from support.world import Worlds, axes
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from world import Worlds, axes
 
-from llamax.collectives import Solo
-from llamax.config import Config, Data, Model, Optim, Parallel, Run
-from llamax.mesh import Mesh
-from llamax.model import DTYPES, Llama
+from llamax.config.hardware import Machine
+from llamax.config.model import ModelConfig
+from llamax.config.schema import Config, DataConfig, OptimConfig, ParallelConfig, RunConfig
+from llamax.model.llama import DTYPES, Llama
 from llamax.ops import has_bf16_units
 from llamax.optim.zero1 import Zero1
-from llamax.parallel.loss import vocab_parallel_loss
-from llamax.planner.machine import Machine
-from llamax.planner.memory import (
-    communication,
-    early_gradients,
-    kept,
-    loss,
-    memory,
-    state,
-)
-from llamax.planner.share import Share
+from llamax.parallel.collectives import Solo
+from llamax.parallel.cross_entropy import vocab_parallel_loss
+from llamax.parallel.mesh import Mesh
+from llamax.tools.plan.memory import communication, early_gradients, kept, loss, memory, state
+from llamax.tools.plan.sizes import Share
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=128,
     intermediate_size=352,
     num_hidden_layers=4,
@@ -60,14 +54,14 @@ BATCH, LENGTH = 2, 384
 def config(mesh: Mesh, mode: str, dtype: str, sequence: bool = True) -> Config:
     return Config(
         MODEL,
-        Parallel(tensor=mesh.tp, sequence=sequence, bucket_bytes=2**18),
-        data=Data(
+        ParallelConfig(tensor=mesh.tp, sequence=sequence, bucket_bytes=2**18),
+        data=DataConfig(
             separate_documents=False,
             sequence_length=LENGTH,
             micro_batch=BATCH,
             global_batch=BATCH * mesh.dp,
         ),
-        run=Run(dtype=dtype, recompute=mode),
+        run=RunConfig(dtype=dtype, recompute=mode),
     )
 
 
@@ -112,7 +106,7 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
     optimizer = Zero1(
         dict(model.named_parameters()),
         model.shards,
-        Optim(),
+        OptimConfig(),
         here,
         sequence_parallel=model.sequence_parallel,
         bucket_bytes=config.parallel.bucket_bytes,

@@ -6,17 +6,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from world import Worlds, axes
+from support.world import Worlds, axes
 
-from llamax.collectives import Axes, Meter, Metered
-from llamax.config import Config, Data, Model, Optim, Parallel, Run
-from llamax.mesh import Mesh
-from llamax.model import DTYPES, Llama
+from llamax.config.model import ModelConfig
+from llamax.config.schema import Config, DataConfig, OptimConfig, ParallelConfig, RunConfig
+from llamax.model.llama import DTYPES, Llama
 from llamax.optim.zero1 import Zero1
-from llamax.planner.roofline import turns
-from llamax.planner.share import Share
+from llamax.parallel.collectives import Axes, Meter, Metered
+from llamax.parallel.mesh import Mesh
+from llamax.tools.plan.roofline import turns
+from llamax.tools.plan.sizes import Share
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=64,
     intermediate_size=96,
     num_hidden_layers=3,
@@ -40,7 +41,7 @@ def sent(config: Config, mesh: Mesh) -> dict[tuple[str, str], int]:
     optimizer = Zero1(
         dict(model.named_parameters()),
         model.shards,
-        Optim(),
+        OptimConfig(),
         counted,
         sequence_parallel=model.sequence_parallel,
     )
@@ -57,9 +58,9 @@ def test_planned_traffic_is_what_is_sent(worlds: Worlds, sequence: bool, mode: s
     mesh = Mesh(tp=2, dp=2)
     config = Config(
         MODEL,
-        Parallel(tensor=2, sequence=sequence),
-        data=Data(sequence_length=64, micro_batch=2, global_batch=4),
-        run=Run(dtype="bfloat16"),
+        ParallelConfig(tensor=2, sequence=sequence),
+        data=DataConfig(sequence_length=64, micro_batch=2, global_batch=4),
+        run=RunConfig(dtype="bfloat16"),
     )
     config = replace(config, run=replace(config.run, recompute=mode))
     found, share = worlds(4).run(sent, config, mesh)[0], Share(config, mesh)

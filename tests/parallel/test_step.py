@@ -16,20 +16,20 @@ from unittest import mock
 
 import pytest
 import torch
+from support.world import Worlds, axes
 from torch import Tensor
-from world import Worlds, axes
 
-from llamax import shard
-from llamax.collectives import Axes, Axis
-from llamax.config import Model, Optim
+from llamax.config.model import ModelConfig
+from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
-from llamax.mesh import Mesh
-from llamax.model import Llama, Norm
+from llamax.model.llama import Llama, Norm
 from llamax.optim.zero1 import Zero1
-from llamax.parallel import loss, regions, tensor
-from llamax.step import train_step
+from llamax.parallel import cross_entropy, regions, sharding, tensor_parallel
+from llamax.parallel.collectives import Axes, Axis
+from llamax.parallel.mesh import Mesh
+from llamax.training.step import train_step
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
@@ -38,7 +38,7 @@ MODEL = Model(
     vocab_size=61,
     initializer_range=0.1,
 )
-TIED = Model(
+TIED = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=1,
@@ -49,7 +49,7 @@ TIED = Model(
     tie_word_embeddings=True,
 )
 # With the usual eps AdamW would turn the rounding of a gradient near 0 into a whole step.
-OPTIM = Optim(lr=1e-3, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
+OPTIM = OptimConfig(lr=1e-3, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
 SEQUENCE, GLOBAL_BATCH = 16, 8
 TOLERANCE = 1e-6
 
@@ -78,7 +78,7 @@ def share(axes: Axes, accumulation: int) -> list[Batch]:
     return [rows(batch(), first + i * each, first + (i + 1) * each) for i in range(accumulation)]
 
 
-def build(model: Model, axes: Axes, sequence: bool) -> Llama:
+def build(model: ModelConfig, axes: Axes, sequence: bool) -> Llama:
     llama = Llama(model, axes.tp, sequence_parallel=sequence).init(0)
     with torch.no_grad():
         for name, parameter in llama.named_parameters():
@@ -94,11 +94,11 @@ def gradients(llama: Llama, axes: Axes) -> dict[str, Tensor]:
     grads = {name: p.grad.clone() for name, p in llama.named_parameters()}
     for name, grad in grads.items():
         how = llama.shards[name]
-        if isinstance(how, shard.Replica):
+        if isinstance(how, sharding.Replica):
             grad = axes.tp.all_reduce(grad) if llama.sequence_parallel else grad
         else:
-            for part in shard.parts(name, how, axes.tp.size):
-                if shard.replicas(part.how.blocks[0], axes.tp.size) > 1:
+            for part in sharding.parts(name, how, axes.tp.size):
+                if sharding.replicas(part.how.blocks[0], axes.tp.size) > 1:
                     rows_ = grad.narrow(part.how.dim, part.start, part.length)
                     rows_.copy_(axes.kv.all_reduce(rows_))
         grads[name] = axes.data.all_reduce(grad)
@@ -106,7 +106,7 @@ def gradients(llama: Llama, axes: Axes) -> dict[str, Tensor]:
 
 
 def step(
-    model: Model, axes: Axes, sequence: bool, zero1: bool, accumulation: int
+    model: ModelConfig, axes: Axes, sequence: bool, zero1: bool, accumulation: int
 ) -> dict[str, Any]:
     """Loss, gradients, norm, and weights after two steps."""
     llama = build(model, axes, sequence)
@@ -142,7 +142,7 @@ def step(
 
 
 def on_mesh(
-    model: Model, mesh: Mesh, sequence: bool, zero1: bool, accumulation: int, mutation: str
+    model: ModelConfig, mesh: Mesh, sequence: bool, zero1: bool, accumulation: int, mutation: str
 ) -> list[str]:
     """In a rank: what differs from the whole model's step, a line each."""
     whole = step(model, Axes.solo(), False, True, 1)
@@ -154,7 +154,7 @@ def on_mesh(
     found = []
     for what in ("grads", "weights"):
         for name, theirs in whole[what].items():
-            expected = shard.cut(theirs, shards[name], mesh.tp, my_axes.tp.rank)
+            expected = sharding.cut(theirs, shards[name], mesh.tp, my_axes.tp.rank)
             error = (mine[what][name] - expected).abs().max() / theirs.abs().max()
             if not error <= TOLERANCE:
                 found.append(f"{what} {name} {error:.1e}")
@@ -184,7 +184,7 @@ def test_without_zero1_every_data_rank_holds_all_state(worlds: Worlds) -> None:
         assert found == []
 
 
-def of_logits(model: Model, mesh: Mesh, sequence: bool, mutation: str) -> list[str]:
+def of_logits(model: ModelConfig, mesh: Mesh, sequence: bool, mutation: str) -> list[str]:
     """In a rank: gradients of a loss that is made of logits and not the whole model's."""
 
     def found(axes: Axes) -> dict[str, Tensor]:
@@ -201,7 +201,7 @@ def of_logits(model: Model, mesh: Mesh, sequence: bool, mutation: str) -> list[s
     return [
         name
         for name, theirs in whole.items()
-        for expected in [shard.cut(theirs, shards[name], mesh.tp, my_axes.tp.rank)]
+        for expected in [sharding.cut(theirs, shards[name], mesh.tp, my_axes.tp.rank)]
         if not (mine[name] - expected).abs().max() <= 2 * TOLERANCE * theirs.abs().max()
     ]
 
@@ -238,7 +238,7 @@ def without_dx_sum(original: Callable[..., Any]) -> Callable[..., Any]:
     def backward(ctx: Any, dy: Tensor) -> Any:
         _, weight = ctx.saved_tensors
         _, dw, *rest = original(ctx, dy)
-        alone = tensor.ops.matmul_grad_input(dy, weight)
+        alone = tensor_parallel.ops.matmul_grad_input(dy, weight)
         if ctx.sequence_parallel:
             alone = regions.share(alone, ctx.axis, 1)
         return alone, dw, *rest
@@ -252,7 +252,7 @@ def without_second_gather(original: Callable[..., Any]) -> Callable[..., Any]:
         dx, _, *rest = original(ctx, dy)
         if ctx.sequence_parallel:
             x = torch.cat([x] * ctx.axis.size, 1)
-        return dx, tensor.ops.matmul_grad_weight(dy, x), *rest
+        return dx, tensor_parallel.ops.matmul_grad_weight(dy, x), *rest
 
     return backward
 
@@ -310,10 +310,12 @@ def flat_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MUTATIONS: dict[str, Callable[[], Any]] = {
-    "none": lambda: replaced(tensor, "ColumnLinear", tensor.ColumnLinear),
-    "column input gradient not summed": method(tensor._ColumnMatmul, "backward", without_dx_sum),
+    "none": lambda: replaced(tensor_parallel, "ColumnLinear", tensor_parallel.ColumnLinear),
+    "column input gradient not summed": method(
+        tensor_parallel._ColumnMatmul, "backward", without_dx_sum
+    ),
     "column input not gathered again": method(
-        tensor._ColumnMatmul, "backward", without_second_gather
+        tensor_parallel._ColumnMatmul, "backward", without_second_gather
     ),
     "row output not summed": lambda: replaced(
         regions, "leave", lambda x, axis, sequence: regions.split(x, axis, 1) if sequence else x
@@ -334,16 +336,18 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
         lambda _: lambda ctx, dy: (torch.cat([dy] * ctx.axis.size, ctx.dim), None, None),
     ),
     "ids of other ranks not masked": lambda: replaced(
-        tensor, "local_ids", unmasked(tensor.local_ids)
+        tensor_parallel, "local_ids", unmasked(tensor_parallel.local_ids)
     ),
     "labels of other ranks not masked": lambda: replaced(
-        loss, "local_ids", unmasked(loss.local_ids)
+        cross_entropy, "local_ids", unmasked(cross_entropy.local_ids)
     ),
-    "maximum of logits not shared": lambda: replaced(loss, "_losses", no_max(loss._losses)),
+    "maximum of logits not shared": lambda: replaced(
+        cross_entropy, "_losses", no_max(cross_entropy._losses)
+    ),
     "padding of the vocabulary not masked": lambda: replaced(
-        loss, "_padding", lambda rows, vocab_size, axis: None
+        cross_entropy, "_padding", lambda rows, vocab_size, axis: None
     ),
-    "ignored labels counted": lambda: replaced(loss, "IGNORE_INDEX", -99),
+    "ignored labels counted": lambda: replaced(cross_entropy, "IGNORE_INDEX", -99),
     "norm weights not summed under sequence parallelism": method(Zero1, "__init__", flat_sequence),
     "key/value replicas not summed": method(
         Zero1, "__init__", with_axes(kv=lambda axes: Deaf(axes.kv, "sum"))
@@ -353,7 +357,9 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     ),
     "gradients averaged over ranks": method(Zero1, "step", mean_of_ranks),
     "norm epsilon dropped": method(
-        Norm, "forward", lambda _: lambda self, x: tensor.ops.rms_norm(x, self.weight, 1e-2)
+        Norm,
+        "forward",
+        lambda _: lambda self, x: tensor_parallel.ops.rms_norm(x, self.weight, 1e-2),
     ),
 }
 

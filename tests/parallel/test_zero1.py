@@ -16,18 +16,18 @@ from unittest import mock
 
 import pytest
 import torch
-from held import held_bytes
+from support.memory import held_bytes
+from support.world import Worlds, axes
 from torch import Tensor
 from torch.nn import Parameter
-from world import Worlds, axes
 
-from llamax.collectives import Axes, Meter, Metered
-from llamax.config import Optim
-from llamax.mesh import Mesh
+from llamax.config.schema import OptimConfig
 from llamax.optim import Zero1, adamw, groups, zero1
-from llamax.shard import Block, Cut, Replica, Shard, cut, join, replicas, span
+from llamax.parallel.collectives import Axes, Meter, Metered
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.sharding import Block, Cut, Replica, Shard, cut, join, replicas, span
 
-OPTIM = Optim(lr=1e-2, beta2=0.95, weight_decay=0.1, max_grad_norm=1.0)
+OPTIM = OptimConfig(lr=1e-2, beta2=0.95, weight_decay=0.1, max_grad_norm=1.0)
 STEPS, MICROSTEPS, BUCKET_BYTES = 3, 2, 200
 
 QKV = (Block(8 * 2, 2, "q_proj"), Block(2 * 2, 2, "k_proj"), Block(2 * 2, 2, "v_proj"))

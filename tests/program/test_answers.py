@@ -12,20 +12,20 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from instruction import llama2_tokenizer, prepare, sums, write_rows
 from safetensors.torch import save_file
+from support.instruction import llama2_tokenizer, prepare, sums, write_rows
 
-from llamax import program
-from llamax.config import Model
+from llamax.cli.evaluate import main as evaluate
+from llamax.cli.generate import columns, new_file, write_line
+from llamax.cli.generate import main as generate
+from llamax.config.model import ModelConfig
+from llamax.data.chat.encode import Encoder
+from llamax.data.chat.templates import BUILT_IN, sample
 from llamax.data.dataset import open_dataset
-from llamax.data.instruct import Encoder
-from llamax.data.templates import BUILT_IN, sample
-from llamax.data.tokenizer import load_tokenizer
-from llamax.evaluate import main as evaluate
-from llamax.generate import columns, new_file, write_line
-from llamax.generate import main as generate
+from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.runtime.process import Main, run_main
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=1,
@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def found(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, float]:
-    assert program.run(evaluate, [*map(str, argv), "--json"]) == 0
+    assert run_main(evaluate, [*map(str, argv), "--json"]) == 0
     answer: dict[str, float] = json.loads(capsys.readouterr().out)
     return answer
 
@@ -96,7 +96,7 @@ def test_answers_are_scored(
     out = tmp_path / "said.jsonl"
     asked = ["--template", "dolly", "--max-new-tokens", 8]
     argv = [folder / "hub", "--prompts-file", questions, *asked, "--greedy", "--out", out]
-    assert program.run(generate, list(map(str, argv))) == 0
+    assert run_main(generate, list(map(str, argv))) == 0
     said = [json.loads(line) for line in out.read_text().splitlines()]
     assert [one["instruction"] for one in said] == [row["instruction"] for row in rows]
     for row, one in zip(rows, said, strict=True):
@@ -117,16 +117,16 @@ def test_answers_are_scored(
 
 
 def test_prompts_are_those_of_training(folder: Path) -> None:
-    from llamax.prompts import Wording
+    from llamax.inference.prompts import PromptFormat
 
     tokenizer = load_tokenizer(folder / "hub")
     for name in ("dolly", "alpaca", "usr-bot", "human-assistant", "llama2-chat"):
         encoder = Encoder(tokenizer)
         template = encoder.template(name, BUILT_IN[name])
         (trained,) = encoder.encode([template.spans(sample("Who?", "A cat.", "It is I"))])
-        asked = Wording(tokenizer, 1, name, context="A cat.").ask({"instruction": "Who?"})
+        asked = PromptFormat(tokenizer, 1, name, context="A cat.").ask({"instruction": "Who?"})
         assert trained.ids[~trained.counted].tolist() == asked.ids
-    assert Wording(tokenizer, 1, "llama2-chat").ends == {2}
+    assert PromptFormat(tokenizer, 1, "llama2-chat").ends == {2}
 
 
 def test_context_and_comparison(
@@ -136,7 +136,7 @@ def test_context_and_comparison(
     argv = ["--compare", f"{folder / 'hub'},{folder / 'other'}", "--prompt", "Who?", "--template",
             "dolly", "--context", "철수", "--max-new-tokens", 9, "--greedy",
             "--out", out]  # fmt: skip
-    assert program.run(generate, list(map(str, argv))) == 0
+    assert run_main(generate, list(map(str, argv))) == 0
     said = capsys.readouterr().out
     assert "### Context\n철수\n" in said
     told = json.loads(out.read_text())
@@ -146,7 +146,7 @@ def test_context_and_comparison(
         alone = tmp_path / f"{name}.jsonl"
         model = folder / {"base": "hub", "tuned": "other"}[name]
         one = [model, *argv[2:-1], alone]
-        assert program.run(generate, list(map(str, one))) == 0
+        assert run_main(generate, list(map(str, one))) == 0
         assert json.loads(alone.read_text())["text"] == told[name]["text"]
 
 
@@ -164,7 +164,7 @@ def test_a_base_is_for_the_adapters_of_a_comparison(folder: Path, tmp_path: Path
     save_file(factors, adapter / "adapter_model.safetensors")
     argv = ["--compare", f"{hub},{adapter}", "--base", hub, "--prompt", "Who?", "--greedy",
             "--max-new-tokens", 9, "--out", out]  # fmt: skip
-    assert program.run(generate, list(map(str, argv))) == 0
+    assert run_main(generate, list(map(str, argv))) == 0
     told = json.loads(out.read_text())
     assert told["base"]["text"] != told["tuned"]["text"]
 
@@ -182,8 +182,8 @@ def test_columns_are_straight_for_wide_letters() -> None:
     assert columns("철수다", "y\nz", 5) == "철수  | y\n다    | z"
 
 
-def refused(capsys: pytest.CaptureFixture[str], main: program.Main, *argv: object) -> str:
-    assert program.run(main, list(map(str, argv))) == 2
+def refused(capsys: pytest.CaptureFixture[str], main: Main, *argv: object) -> str:
+    assert run_main(main, list(map(str, argv))) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     return lines[0]

@@ -9,16 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny_run
 import torch
 import transformers
+from support import tiny_run
 
-from llamax import log, program
-from llamax.checkpoint import load, newest
-from llamax.config import Checkpoint, Config
+from llamax.checkpoint import newest
+from llamax.checkpoint.reader import Checkpoint
+from llamax.config.schema import CheckpointConfig, Config
 from llamax.data.dataset import Dataset
-from llamax.data.tokenizer import train_sentencepiece
-from llamax.launch.env import Rendezvous
+from llamax.data.tokenizer.tokenizer import train_sentencepiece
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.logging import logger
+from llamax.runtime.process import run_main
 from llamax.train import main, train
 
 
@@ -33,7 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Config:
     small = tiny_run.config(data, folder / "run")
     whole = dataclasses.replace(small, model=dataclasses.replace(small.model, vocab_size=300))
     few = dataclasses.replace(whole.run, steps=3, validate_every=1)
-    kept = Checkpoint(every=1, keep=0, also_hf=True, keep_best=True)
+    kept = CheckpointConfig(every=1, keep=0, also_hf=True, keep_best=True)
     config = dataclasses.replace(whole, run=few, checkpoint=kept)
     train(config, Rendezvous())
     return config
@@ -73,9 +75,9 @@ def test_a_tokenizer_that_no_save_could_write_is_refused_at_the_start(
     data = tiny_run.make_dataset(tmp_path / "data", b"no tokenizer")
     options = (f"--data.path={data}", f"--run.folder={tmp_path / 'run'}")
     try:
-        assert program.run(main, argv(run, tmp_path, *options)) == 2
+        assert run_main(main, argv(run, tmp_path, *options)) == 2
     finally:
-        log.logger.handlers.clear()
+        logger.handlers.clear()
     assert f"{data / 'tokenizer.model'}: is not a tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -91,28 +93,28 @@ def test_damage_is_refused_and_falling_back_is_a_choice(
     damaged.write_bytes(data)
     longer = ("--run.steps=4",)
     try:
-        assert program.run(main, argv(run, tmp_path, *longer)) == 2
+        assert run_main(main, argv(run, tmp_path, *longer)) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert f"{damaged} changed after it was saved: the checksum of its bytes " in line
         assert line.endswith(
             "the newest intact checkpoint is " + str(last.parent / "step-00000002")
         )
         fallback = (*longer, "--checkpoint.resume=intact")
-        assert program.run(main, argv(run, tmp_path, *fallback)) == 0
+        assert run_main(main, argv(run, tmp_path, *fallback)) == 0
         said = capsys.readouterr().err
         assert "passing over step-00000003: " in said
         assert f"resuming from {last.parent / 'step-00000002'}, after step 2" in said
         kept = {path: path.read_bytes() for path in last.parent.glob("step-*/done")}
         for path in kept:
             path.write_bytes(b"")
-        assert program.run(main, argv(run, tmp_path, *fallback)) == 2
+        assert run_main(main, argv(run, tmp_path, *fallback)) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
         assert line.startswith(f"llamax: no checkpoint in {last.parent} is intact; put one back")
         for path, text in kept.items():  # nothing was set aside
             path.write_bytes(text)
     finally:
-        log.logger.handlers.clear()
-    assert program.run(main, argv(run, tmp_path, *longer)) == 0, "step 3 is whole again"
+        logger.handlers.clear()
+    assert run_main(main, argv(run, tmp_path, *longer)) == 0, "step 3 is whole again"
 
 
 def test_a_refusal_does_not_wait_for_all_data_to_be_checked(
@@ -134,9 +136,9 @@ def test_a_refusal_does_not_wait_for_all_data_to_be_checked(
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     try:
-        assert program.run(main, argv(run, tmp_path, "--run.steps=4")) == 2
+        assert run_main(main, argv(run, tmp_path, "--run.steps=4")) == 2
     finally:
-        log.logger.handlers.clear()
+        logger.handlers.clear()
         path.write_bytes(whole)
     assert found == [False]
 
@@ -149,11 +151,11 @@ def test_a_random_state_of_another_torch(
     capsys: pytest.CaptureFixture[str],
     state: torch.Tensor,
 ) -> None:
-    monkeypatch.setattr(load.Checkpoint, "rng", lambda *ranks: state)
+    monkeypatch.setattr(Checkpoint, "rng", lambda *ranks: state)
     try:
-        assert program.run(main, argv(run, tmp_path, "--run.steps=4")) == 2
+        assert run_main(main, argv(run, tmp_path, "--run.steps=4")) == 2
     finally:
-        log.logger.handlers.clear()
+        logger.handlers.clear()
     line, last = capsys.readouterr().err.strip().splitlines()[-1], newest(Path(run.run.folder))
     assert f"{last} holds a random state that is none of torch " in line
 

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import transformers
-from instruction import llama2_tokenizer, llama3_tokenizer, prepare, sums, write_rows
+from support.instruction import llama2_tokenizer, llama3_tokenizer, prepare, sums, write_rows
 
-from llamax import configfile, program
-from llamax.config import Config
-from llamax.evaluate import main as evaluate
-from llamax.finetune_demo import rows
-from llamax.generate import main as generate
-from llamax.launch.env import Rendezvous
+from llamax.cli.evaluate import main as evaluate
+from llamax.cli.finetune_demo import rows
+from llamax.cli.generate import main as generate
+from llamax.config.load import dump_config, load_config, parse_config, tomllib
+from llamax.config.schema import Config
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.process import run_main
 from llamax.train import train
 
 RECIPES = {
@@ -29,7 +30,7 @@ RECIPES = {
 
 def tiny(recipe: str, folder: Path, tokenizer: Path, vocabulary: int) -> Config:
     """The recipe with a small model, one rank, and short samples."""
-    config = configfile.load(recipe)
+    config = load_config(recipe)
     grouped = config.model.num_attention_heads // config.model.num_key_value_heads
     model = replace(
         config.model,
@@ -79,7 +80,7 @@ def test_recipe_runs_at_a_tiny_size(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     template = RECIPES[recipe]
-    if configfile.load(recipe).model.vocab_size > 100_000:
+    if load_config(recipe).model.vocab_size > 100_000:
         tokenizer, vocabulary = llama3_tokenizer(tmp_path / "t") / "tokenizer.json", 507
     else:
         (tmp_path / "t").mkdir()
@@ -88,7 +89,7 @@ def test_recipe_runs_at_a_tiny_size(
     prepare(tmp_path / "data", table, "--template", template, "--tokenizer", tokenizer,
             "--validation", "0.2")  # fmt: skip
     config = tiny(recipe, tmp_path, tokenizer, vocabulary)
-    assert configfile.parse(configfile.tomllib.loads(configfile.dump(config))) == config
+    assert parse_config(tomllib.loads(dump_config(config))) == config
     train(config, Rendezvous())
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     log = [json.loads(line) for line in lines]
@@ -98,12 +99,12 @@ def test_recipe_runs_at_a_tiny_size(
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*"))) == 3
     capsys.readouterr()
     run, data = str(tmp_path / "run"), str(tmp_path / "data")
-    assert program.run(evaluate, [run, "--data", data, "--sequence-length", "128", "--json"]) == 0
+    assert run_main(evaluate, [run, "--data", data, "--sequence-length", "128", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["loss"]
     exact = config.finetune.method != "qlora" and config.run.dtype == "float32"
     assert found == pytest.approx(losses[-1], rel=1e-4 if exact else 0.05)
     asked = ["--template", template, "--prompt", "Repeat 1: 1 2", "--max-new-tokens", "4"]
-    assert program.run(generate, [run, *asked, "--greedy"]) == 0
+    assert run_main(generate, [run, *asked, "--greedy"]) == 0
     assert "Repeat 1: 1 2" in capsys.readouterr().out
 
 
@@ -118,7 +119,7 @@ def test_epochs_are_steps_and_a_run_may_end_early(tmp_path: Path) -> None:
     hopeless = replace(config, optim=replace(config.optim, lr=1e-9, max_grad_norm=1e-9))
     hopeless = replace(hopeless, checkpoint=replace(config.checkpoint, keep=0))
     train(hopeless, Rendezvous())
-    resolved = configfile.load(str(tmp_path / "run" / "config.toml"))
+    resolved = load_config(str(tmp_path / "run" / "config.toml"))
     assert resolved.run.epochs == 0
     assert resolved.optim.warmup_steps == -(-3 * resolved.run.steps // 100)
     records = (tmp_path / "run" / "metrics.jsonl").read_text()

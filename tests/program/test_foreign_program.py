@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny_run import MODEL, STEPS, config, forget, hashes, log_of, make_dataset
+from support.tiny_run import MODEL, STEPS, config, forget, hashes, log_of, make_dataset
 
 from llamax.__main__ import dispatch
 from llamax.checkpoint import Checkpoint
-from llamax.launch.env import Rendezvous
-from llamax.program import run
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.process import run_main
 from llamax.train import train
 
 
@@ -26,12 +26,12 @@ def test_a_run_that_came_back_from_nxd_goes_on_alike(
     whole, weights = log_of(tmp_path / "run"), hashes(tmp_path / "run", STEPS)
     forget(tmp_path / "run", 3)
     there, back = str(tmp_path / "nxd"), str(tmp_path / "back")
-    assert run(dispatch, ["export", str(tmp_path / "run"), "--to", "nxd", "--out", there,
+    assert run_main(dispatch, ["export", str(tmp_path / "run"), "--to", "nxd", "--out", there,
                           "--data", "3"]) == 0  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(MODEL.to_hub(dtype)))
     came = ["import", there, "--to", "llamax", "--out", back, "--config",
             str(tmp_path / "config.json"), "--consumed-sequences", "12"]  # fmt: skip
-    assert run(dispatch, came) == 0
+    assert run_main(dispatch, came) == 0
     assert "step 3" in capsys.readouterr().out
     assert Checkpoint(back).state == {"consumed_sequences": 12}
     again = replace(
@@ -51,7 +51,7 @@ def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["import", str(tmp_path), "--out", "x", "--consumed-sequences", "-1"], "is below 0"),
         (["export", str(tmp_path), "--to", "nxd", "--out", "x"], "holds no model"),
     ):
-        assert run(dispatch, argv) == 2
+        assert run_main(dispatch, argv) == 2
         error = capsys.readouterr().err
         assert told in error
         assert error.count("\n") == 1

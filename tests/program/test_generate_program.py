@@ -13,17 +13,18 @@ import pytest
 import torch
 import transformers
 
-from llamax import program
-from llamax.config import Checkpoint, Config, Data, Model, Run
-from llamax.data.prepare import main as prepare
-from llamax.data.tokenizer import load_tokenizer, train_sentencepiece
-from llamax.generate import main
-from llamax.launch.env import Rendezvous
-from llamax.speaker import Speed
+from llamax.cli.generate import main
+from llamax.cli.prepare import main as prepare
+from llamax.config.model import ModelConfig
+from llamax.config.schema import CheckpointConfig, Config, DataConfig, RunConfig
+from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
+from llamax.inference.engine import Speed
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.process import run_main
 from llamax.train import train
 
 VOCABULARY = 320
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
@@ -67,9 +68,9 @@ def run(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(
         Config(
             model=MODEL,
-            data=Data(path=str(data), sequence_length=16, global_batch=1, micro_batch=1),
-            checkpoint=Checkpoint(),
-            run=Run(folder=str(folder / "run"), steps=1, progress="off"),
+            data=DataConfig(path=str(data), sequence_length=16, global_batch=1, micro_batch=1),
+            checkpoint=CheckpointConfig(),
+            run=RunConfig(folder=str(folder / "run"), steps=1, progress="off"),
         ),
         Rendezvous(),
     )
@@ -77,7 +78,7 @@ def run(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def llamax(*argv: object) -> int:
-    return program.run(main, [str(word) for word in argv])
+    return run_main(main, [str(word) for word in argv])
 
 
 def test_a_single_prompt_is_continued_as_transformers_does(
@@ -173,7 +174,7 @@ def test_ranks_under_torchrun_say_what_one_rank_says(
     assert llamax(*options) == 0
     ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*ranks, "-m", "llamax.generate", *options],
+        [*ranks, "-m", "llamax.cli.generate", *options],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import transformers
-from instruction import llama2_tokenizer, write_rows
+from support.instruction import llama2_tokenizer, write_rows
 
-from llamax.config import Model
-from llamax.data.export import export
-from llamax.data.tokenizer import load_tokenizer
-from llamax.errors import ConfigError
+from llamax.config.model import ModelConfig
+from llamax.data.tokenizer.hf_export import export_tokenizer
+from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.runtime.errors import ConfigError
 
 lm_eval = pytest.importorskip("lm_eval")
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=1,
@@ -59,7 +59,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformers.set_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL.to_hub("float32")))
     model.save_pretrained(folder / "hub")
-    export(load_tokenizer(llama2_tokenizer(folder)), folder / "hub", 64)
+    export_tokenizer(load_tokenizer(llama2_tokenizer(folder)), folder / "hub", 64)
     return folder / "hub"
 
 
@@ -67,7 +67,7 @@ def test_the_harness_finds_what_it_finds_with_transformers(hub: Path, tmp_path: 
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from llamax.harness import Harness
+    from llamax.inference.lm_eval import Harness
 
     reference = transformers.LlamaForCausalLM.from_pretrained(hub)
     table = [
@@ -126,7 +126,7 @@ def asked(*args: Any) -> Any:
 
 
 def test_batches_options_and_edges_of_requests(hub: Path) -> None:
-    from llamax.harness import Harness
+    from llamax.inference.lm_eval import Harness
 
     alone, together = Harness(hub, batch=1), Harness(hub, batch=4)
     short, drawn = {"until": "e", "max_gen_toks": 9}, {"do_sample": True, "max_gen_toks": 9}

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import slurm
+from support import slurm
 
 from llamax.launch.mpirun import PATIENCE_S
 

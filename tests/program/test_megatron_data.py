@@ -8,20 +8,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from corpora import python_sources, train_unlike_llama
-from tiny_run import config, log_of
+from support.corpora import python_sources, train_unlike_llama
+from support.tiny_run import config, log_of
 
-from llamax.checkpoint.consolidate import main as consolidate
-from llamax.config import Config, Data
+from llamax.cli.consolidate import main as consolidate
+from llamax.cli.prepare import main as prepare
+from llamax.config.schema import Config, DataConfig
 from llamax.data.dataset import open_dataset
 from llamax.data.megatron import IndexedFile
-from llamax.data.prepare import main as prepare
-from llamax.data.tokenizer import load_tokenizer
-from llamax.errors import DataError, LlamaxError
-from llamax.files import sha256
-from llamax.inputs import open_inputs
-from llamax.launch.env import Rendezvous
+from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import DataError, LlamaxError
+from llamax.runtime.files import sha256
 from llamax.train import train
+from llamax.training.inputs import open_inputs
 
 
 @pytest.fixture(scope="module")
@@ -119,4 +119,4 @@ def test_formats_do_not_mix(made: Path, more: list[str], said: str) -> None:
 
 
 def test_data_names_its_validation() -> None:
-    assert Data().validation == ""
+    assert DataConfig().validation == ""

@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import python_sources
+from support.corpora import python_sources
 
-from llamax.data import corpus, parts
+from llamax.cli.prepare import main
 from llamax.data.dataset import open_dataset
-from llamax.data.describe import unigram_entropy
 from llamax.data.loader import Loader
-from llamax.data.prepare import main
-from llamax.data.tokenizer import load_tokenizer, train_sentencepiece
-from llamax.data.tokens import TokenFile
-from llamax.errors import DataError
+from llamax.data.prepare import chunks, text_files
+from llamax.data.prepare.summary import unigram_entropy
+from llamax.data.token_file import TokenFile
+from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
+from llamax.runtime.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def test_workers_and_formats_change_no_byte(
         file.write("\n".join(rows))
     made = {}
     for name, size in (("rows.jsonl", 2**22), ("rows.jsonl", 50_000), ("packed.jsonl.gz", 2**22)):
-        monkeypatch.setattr(corpus, "CHUNK_BYTES", size)
+        monkeypatch.setattr(text_files, "CHUNK_BYTES", size)
         for workers in (1, 2):
             out = tmp_path / f"{name}-{size}-{workers}"
             made[out] = run(out, tmp_path / name, "--key", "body", "--tokenizer", tokenizer,
@@ -134,7 +134,8 @@ def test_it_trains_a_tokenizer_and_finds_it_again(
 def test_a_kill_loses_nothing(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     """Killed again and again, at any moment, it ends with the bytes of an undisturbed run."""
     code = (
-        "import sys; from llamax.data import corpus, prepare; corpus.CHUNK_BYTES = 30_000\n"
+        "import sys; from llamax.cli import prepare; from llamax.data.prepare import text_files; "
+        "text_files.CHUNK_BYTES = 30_000\n"
         "if __name__ == '__main__': sys.exit(prepare.main(sys.argv[1:]))"
     )
     program = tmp_path / "program.py"
@@ -195,7 +196,7 @@ def test_a_worker_that_dies_is_told(tokenizer: Path, text: Path, tmp_path: Path)
 def test_finished_parts_are_not_made_again(
     text: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", 30_000)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 30_000)
     (text / "zz.py").write_bytes(b"\xff")
     args = [text, "--glob", "*.py", "--tokenizer", tokenizer, "--workers", 1]
     with pytest.raises(DataError, match=r"zz\.py"):
@@ -251,7 +252,7 @@ def test_bad_text(tokenizer: Path, tmp_path: Path, name: str, content: bytes, wo
 def test_a_row_far_into_a_file_has_its_line_number(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 100)
     for line in (1, 2, 7, 8, 50, 99, 100):
         rows = [ROW] * 100
         rows[line - 1] = "{bad}\n"
@@ -264,7 +265,7 @@ def test_a_row_far_into_a_file_has_its_line_number(
 def test_a_worker_tells_its_mistake(
     tokenizer: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus, "CHUNK_BYTES", 30_000)
+    monkeypatch.setattr(text_files, "CHUNK_BYTES", 30_000)
     refused(r"image\.png: byte 0 is not UTF-8", text, "--tokenizer", tokenizer, "--workers", 2,
             out=tmp_path / "out")  # fmt: skip
 
@@ -317,14 +318,14 @@ def test_a_folder_that_cannot_be_listed_is_not_left_out(
 
     monkeypatch.setattr(os, "scandir", listed)
     locked.add(".hidden")
-    ((*sources,),) = corpus.plan([text], ["*.py"])
+    ((*sources,),) = text_files.plan([text], ["*.py"])
     assert [source.path for source in sources] == [
         str(path) for path in sorted([*text.glob("[0-9]*.py"), *text.glob("deep/*.py")])
     ]
     locked.add("deep")
     with pytest.raises(DataError, match=r"deep: cannot be read \(Permission denied\)"):
-        corpus.plan([text], ["*.py"])
-    assert corpus.plan([text], ["*.py"], ["deep"])
+        text_files.plan([text], ["*.py"])
+    assert text_files.plan([text], ["*.py"], ["deep"])
 
 
 def test_what_prepare_wrote_is_no_text(tokenizer: Path, text: Path) -> None:
@@ -391,11 +392,11 @@ def test_impossible_arguments(
 def test_a_full_disk_is_told_in_bytes(tmp_path: Path) -> None:
     with (
         pytest.raises(DataError, match=r"no space left: about 12345 bytes needed, \d+ free"),
-        parts.room_for(tmp_path, 12345),
+        chunks.room_for(tmp_path, 12345),
         open("/dev/full", "wb", buffering=0) as file,
     ):
         file.write(b"x")
-    with pytest.raises(FileNotFoundError), parts.room_for(tmp_path, 1):
+    with pytest.raises(FileNotFoundError), chunks.room_for(tmp_path, 1):
         (tmp_path / "none").read_bytes()
 
 

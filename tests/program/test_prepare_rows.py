@@ -12,16 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpora import mistral
-from instruction import ROWS, llama2_tokenizer, llama3_tokenizer, prepare, write_rows
+from support.corpora import mistral
+from support.instruction import ROWS, llama2_tokenizer, llama3_tokenizer, prepare, write_rows
 
-from llamax.checkpoint.inspect import describe
-from llamax.data import corpus, rows
+from llamax.cli.inspect import describe
+from llamax.cli.prepare import main
 from llamax.data.dataset import open_dataset
-from llamax.data.prepare import main
-from llamax.data.tokenizer import load_tokenizer
-from llamax.data.tokens import TokenFile
-from llamax.errors import DataError
+from llamax.data.prepare import text_files
+from llamax.data.prepare.tables import plan_tables
+from llamax.data.token_file import TokenFile
+from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.runtime.errors import DataError
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_every_kind_of_table_gives_the_same_bytes(
         pass
     made = {}
     for size in (2**20, 300):
-        monkeypatch.setattr(corpus, "CHUNK_BYTES", size)
+        monkeypatch.setattr(text_files, "CHUNK_BYTES", size)
         for name in names:
             out = prepare(tmp_path / f"{name}-{size}", tmp_path / name, "--template", "dolly",
                           "--tokenizer", tokenizer, "--validation", "0.2")  # fmt: skip
@@ -213,10 +214,10 @@ def test_a_name_of_the_hub_is_read_by_datasets(
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"not to be had .* \(no network\); give local files"):
-        rows.plan(["someone/rows"])
+        plan_tables(["someone/rows"])
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(DataError, match="needs the package datasets"):
-        rows.plan(["someone/rows"])
+        plan_tables(["someone/rows"])
 
 
 # ---- real rows

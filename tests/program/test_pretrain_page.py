@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from llamax.cli.launch import main
 from llamax.launch import jobfile
 from llamax.launch.checks import problems
-from llamax.launch.command import ACTIONS, PHASES, main
+from llamax.launch.render import ACTIONS, PHASES
 
 PAGE = (Path(__file__).resolve().parents[2] / "launch" / "PRETRAIN.md").read_text()
 CLUSTER, LAPTOP = PAGE.split("## On a laptop, for real")

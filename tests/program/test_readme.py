@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from llamax import configfile
 from llamax.__main__ import COMMANDS
-from llamax.metrics import show_number
+from llamax.config.load import load_config, recipes
+from llamax.runtime.units import show_number
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -65,7 +65,7 @@ def test_every_command_and_option_exists(capsys: pytest.CaptureFixture[str]) -> 
 
 def test_every_setting_exists() -> None:
     for override in re.findall(r"--[a-z]+\.[a-z0-9_]+=[^`\s]+", README):
-        configfile.load("demo", ["--checkpoint.init_from=hub", override])
+        load_config("demo", ["--checkpoint.init_from=hub", override])
 
 
 def test_the_table_of_recipes_is_that_of_the_recipes() -> None:
@@ -75,9 +75,9 @@ def test_the_table_of_recipes_is_that_of_the_recipes() -> None:
         for names, size, tensor in rows
         for name in re.findall(r"`(.*?)`", names)
     }
-    assert sorted(told) == configfile.recipes()
+    assert sorted(told) == recipes()
     for name, (size, tensor) in told.items():
-        config = configfile.load(name)
+        config = load_config(name)
         assert config.parallel.tensor == tensor
         exact = show_number(config.model.num_parameters())
         assert float(size.split()[0]) == pytest.approx(float(exact[:-1]), rel=0.02)

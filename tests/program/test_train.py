@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from tiny_run import (
+from support.tiny_run import (
     MODEL,
     STEPS,
     config,
@@ -28,14 +28,16 @@ from tiny_run import (
     write,
 )
 
-from llamax import configfile, inputs, program
-from llamax.config import Checkpoint
+from llamax.config.load import load_config
+from llamax.config.schema import CheckpointConfig
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
-from llamax.data.tokens import Header, TokenWriter
-from llamax.errors import CheckpointError
-from llamax.launch.env import Rendezvous
+from llamax.data.token_file import Header, TokenWriter
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import CheckpointError
+from llamax.runtime.process import run_main
 from llamax.train import main, train
+from llamax.training import inputs
 
 
 @pytest.fixture(scope="session")
@@ -89,7 +91,7 @@ def test_a_finished_run_is_left_alone(
 def test_the_run_folder_holds_the_resolved_configuration(dataset: Path, tmp_path: Path) -> None:
     cfg = config(dataset, tmp_path)
     train(cfg, Rendezvous())
-    assert configfile.load(str(tmp_path / "config.toml")) == cfg
+    assert load_config(str(tmp_path / "config.toml")) == cfg
 
 
 def test_a_run_starts_from_a_hugging_face_folder(dataset: Path, tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def test_a_run_starts_from_a_hugging_face_folder(dataset: Path, tmp_path: Path) 
     ).logits
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), first.labels.flatten())
 
-    checkpoint = Checkpoint(init_from=str(tmp_path / "hub"))
+    checkpoint = CheckpointConfig(init_from=str(tmp_path / "hub"))
     train(dataclasses.replace(cfg, checkpoint=checkpoint), Rendezvous())
 
     assert log_of(tmp_path / "run")[0]["loss"] == pytest.approx(expected.item(), rel=1e-5)
@@ -135,7 +137,7 @@ def test_meshes_agree_and_resume_from_each_other(dataset: Path, tmp_path: Path) 
 def test_a_rank_that_dies_ends_the_job(dataset: Path, tmp_path: Path) -> None:
     cfg = config(dataset, tmp_path / "run")
     cfg = dataclasses.replace(
-        cfg, run=dataclasses.replace(cfg.run, steps=100_000), checkpoint=Checkpoint(every=5)
+        cfg, run=dataclasses.replace(cfg.run, steps=100_000), checkpoint=CheckpointConfig(every=5)
     )
     job = torchrun(2, write(cfg, tmp_path / "config.toml"), "--parallel.tensor=2")
     log = tmp_path / "run" / "metrics.jsonl"
@@ -167,7 +169,7 @@ def test_a_checkpoint_of_a_job_that_was_still_ending_is_refused(
 
 def complaint(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     """The one line of a refused command line."""
-    assert program.run(main, argv) == 2
+    assert run_main(main, argv) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     return lines[0]
@@ -210,11 +212,11 @@ def test_a_resume_says_what_has_changed(
     )
     train(cfg, Rendezvous())
     capsys.readouterr()
-    assert program.run(main, [*argv, "--run.steps=7", "--run.seed=3", "--optim.beta1=0.8"]) == 0
+    assert run_main(main, [*argv, "--run.steps=7", "--run.seed=3", "--optim.beta1=0.8"]) == 0
     said = capsys.readouterr().err
     assert "resuming from" in said
     assert "changed since then: optim.beta1 0.9 -> 0.8, run.seed 0 -> 3\n" in said
-    assert program.run(main, [*argv, "--run.steps=8", "--run.seed=3", "--optim.beta1=0.8"]) == 0
+    assert run_main(main, [*argv, "--run.steps=8", "--run.seed=3", "--optim.beta1=0.8"]) == 0
     assert "changed since then" not in capsys.readouterr().err
     manifest = tmp_path / "run/checkpoints/step-00000008/manifest.json"
     manifest.write_text(manifest.read_text().replace('"consumed_sequences":32', '"other":1'))

@@ -10,21 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import STEPS, config, forget, hashes, log_of, make_dataset, torchrun, write
-from tuning_worlds import MODEL, base_folder
+from support.adapters import MODEL, base_folder
+from support.tiny_run import STEPS, config, forget, hashes, log_of, make_dataset, torchrun, write
 
-from llamax import lora, program
-from llamax.base import held
-from llamax.checkpoint.hub import open_source
-from llamax.collectives import Solo
-from llamax.config import Config, Finetune
-from llamax.finetune import load
-from llamax.launch.env import Rendezvous
-from llamax.model import Llama
+from llamax.checkpoint.build_model import load_base
+from llamax.checkpoint.hf_folder import open_source
+from llamax.config.schema import Config, FinetuneConfig
+from llamax.model import lora
+from llamax.model.llama import Llama
+from llamax.model.qlora import held
+from llamax.parallel.collectives import Solo
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.process import run_main
 from llamax.train import main, train
 
-LORA = Finetune(method="lora", r=4, dropout=0.1)
-QLORA = Finetune(method="qlora", r=4, dropout=0.1)
+LORA = FinetuneConfig(method="lora", r=4, dropout=0.1)
+QLORA = FinetuneConfig(method="qlora", r=4, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tuning(inputs: Path, folder: Path, finetune: Finetune, **run: Any) -> Config:
+def tuning(inputs: Path, folder: Path, finetune: FinetuneConfig, **run: Any) -> Config:
     cfg = config(inputs / "data", folder, **run)
     return dataclasses.replace(
         cfg,
@@ -52,7 +53,7 @@ def tuning(inputs: Path, folder: Path, finetune: Finetune, **run: Any) -> Config
 @pytest.mark.parametrize("finetune", [LORA, QLORA], ids=["lora", "qlora"])
 @pytest.mark.parametrize("run", [{}, {"dtype": "bfloat16", "recompute": "full"}], ids=["", "bf16"])
 def test_a_resumed_run_is_the_same_to_the_bit(
-    inputs: Path, tmp_path: Path, finetune: Finetune, run: dict[str, Any]
+    inputs: Path, tmp_path: Path, finetune: FinetuneConfig, run: dict[str, Any]
 ) -> None:
     """With dropout, whose masks no random state remembers."""
     cfg = tuning(inputs, tmp_path, finetune, **run)
@@ -115,7 +116,7 @@ def test_the_optimizer_and_the_checkpoint_hold_adapters_alone(inputs: Path, tmp_
 def test_a_base_is_read_a_tensor_at_a_time(inputs: Path) -> None:
     """No dense weight of a projection exists before it is used."""
     model = Llama(MODEL, Solo("tp"), device="meta")
-    load(model, open_source(inputs / "base"), QLORA, torch.empty(0), Solo("data"))
+    load_base(model, open_source(inputs / "base"), QLORA, torch.empty(0), Solo("data"))
     quantised, plain = held(model)
     assert quantised < 0.14 * 4 * (MODEL.num_parameters() - plain // 4)
     names = [name for name, _ in model.named_parameters()]
@@ -130,7 +131,7 @@ def refused(capsys: pytest.CaptureFixture[str], cfg: Config, *overrides: str) ->
     """The one line that a run ends with."""
     toml = write(cfg, Path(cfg.run.folder).with_suffix(".toml"))
     arguments = ["--config", str(toml), *overrides]
-    assert program.run(main, arguments) == 2
+    assert run_main(main, arguments) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert "Traceback" not in "\n".join(lines)
     return lines[-1]

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import checkpoint_worlds as worlds
 import pytest
+import support.checkpoints as worlds
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llamax.checkpoint import Checkpoint, load_weights
-from llamax.checkpoint.layout import Run, overlaps, tiled
+from llamax.checkpoint.runs import Run, overlaps, tiled
 
 MESHES = [*itertools.product((1, 2, 4), (1, 2, 4), (True, False))]
 

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llamax.data.loader import Batch, Loader, permute
-from llamax.data.tokens import Header, TokenFile, TokenWriter
-from llamax.errors import DataError
+from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.ops import IGNORE_INDEX
+from llamax.runtime.errors import DataError
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from corpora import mistral, python_sources, train_unlike_llama
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.corpora import mistral, python_sources, train_unlike_llama
 
-from llamax.data.segments import Segments, pattern
-from llamax.data.spm import Model
-from llamax.data.tokenizer import SentencePiece, train_sentencepiece
+from llamax.data.tokenizer.fast_bpe import Segments, pattern
+from llamax.data.tokenizer.sentencepiece_model import SentencePieceModel
+from llamax.data.tokenizer.tokenizer import SentencePiece, train_sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def test_each_condition_is_checked(pieces: list[tuple[str, float, int]], exact: 
     raw += b"".join(_piece(*piece) for piece in pieces)
     raw += b"".join(_piece(c, -50.0 - i, 1) for i, c in enumerate("abcxyz▁"))
     raw += b"\x12\x05\x18\x02\x98\x02\x01" + b"\x1a\x04\x18\x01\x20\x00"
-    found = Segments.of(Model.from_bytes(raw))
+    found = Segments.of(SentencePieceModel.from_bytes(raw))
     assert (found is not None) == exact
     if found is not None:
         own = sentencepiece.SentencePieceProcessor(model_proto=raw)

@@ -8,13 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import checkpoint_worlds as worlds
-import foreign_folders as foreign
 import pytest
+import support.checkpoints as worlds
+import support.foreign as foreign
 import torch
 
-from llamax.checkpoint.foreign.importer import check_dtypes, open_folder
-from llamax.errors import LlamaxError
+from llamax.checkpoint.formats.convert import check_dtypes, open_folder
+from llamax.runtime.errors import LlamaxError
 
 MODEL = worlds.llama(kv=2, vocabulary=40, layers=1)
 JUNK = (

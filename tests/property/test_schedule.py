@@ -8,25 +8,25 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax.config import Optim
+from llamax.config.schema import OptimConfig
 from llamax.optim import lr_at
 
 
 @st.composite
-def runs(draw: st.DrawFn) -> tuple[Optim, int]:
+def runs(draw: st.DrawFn) -> tuple[OptimConfig, int]:
     total = draw(st.integers(2, 2000))
     warmup = draw(st.integers(0, total - 1))
     schedule = draw(st.sampled_from(["cosine", "linear", "wsd", "constant"]))
     decay = draw(st.integers(1, total - warmup)) if schedule == "wsd" else 0
     lr = draw(st.floats(1e-6, 1.0))
     low = lr * draw(st.floats(0.0, 1.0))
-    return Optim(
+    return OptimConfig(
         lr=lr, min_lr=low, schedule=schedule, warmup_steps=warmup, decay_steps=decay
     ), total
 
 
 @given(runs())
-def test_bounds_and_endpoints(run: tuple[Optim, int]) -> None:
+def test_bounds_and_endpoints(run: tuple[OptimConfig, int]) -> None:
     optim, total = run
     rates = [lr_at(step, optim, total) for step in range(total + 1)]
     near = optim.lr * 1e-9
@@ -40,7 +40,7 @@ def test_bounds_and_endpoints(run: tuple[Optim, int]) -> None:
 
 
 @given(runs())
-def test_no_jumps_and_one_peak(run: tuple[Optim, int]) -> None:
+def test_no_jumps_and_one_peak(run: tuple[OptimConfig, int]) -> None:
     optim, total = run
     rates = [lr_at(step, optim, total) for step in range(total + 1)]
     warmup, falls = optim.warmup_steps, optim.decay_steps or total - optim.warmup_steps
@@ -54,7 +54,9 @@ def test_no_jumps_and_one_peak(run: tuple[Optim, int]) -> None:
 
 def test_shapes_by_hand() -> None:
     def at(schedule: str, step: int, decay: int = 0) -> float:
-        optim = Optim(lr=1.0, min_lr=0.2, schedule=schedule, warmup_steps=10, decay_steps=decay)
+        optim = OptimConfig(
+            lr=1.0, min_lr=0.2, schedule=schedule, warmup_steps=10, decay_steps=decay
+        )
         return lr_at(step, optim, 110)
 
     assert at("cosine", 5) == at("wsd", 5, 20) == 0.5

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax.errors import ConfigError
-from llamax.shard import (
+from llamax.parallel.sharding import (
     Block,
     Replica,
     Shard,
@@ -20,6 +19,7 @@ from llamax.shard import (
     reshard,
     span,
 )
+from llamax.runtime.errors import ConfigError
 
 DEGREES = (1, 2, 4, 8)
 

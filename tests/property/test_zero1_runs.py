@@ -10,18 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax.collectives import Axes, Solo
-from llamax.config import Optim
+from llamax.config.schema import OptimConfig
 from llamax.optim import Zero1
-from llamax.optim.buckets import (
-    buckets,
-    padded,
-    pieces,
-    segments,
-    shared_spans,
-    weight,
-)
-from llamax.shard import Block, Cut, Replica, Shard, cut, local_shape, replicas
+from llamax.optim.buckets import buckets, padded, pieces, segments, shared_spans, weight
+from llamax.parallel.collectives import Axes, Solo
+from llamax.parallel.sharding import Block, Cut, Replica, Shard, cut, local_shape, replicas
 
 DEGREES = st.sampled_from([1, 2, 3, 4, 6, 8])
 
@@ -130,7 +123,7 @@ def test_owned_runs_tile_every_parameter(
         optimizer = Zero1(
             parameters,
             dict.fromkeys(parameters, Replica()),
-            Optim(),
+            OptimConfig(),
             Axes(solo.tp, Seat("data", data, rank), solo.kv, Seat("world", data, rank)),
             sequence_parallel=False,
             zero1=zero1,

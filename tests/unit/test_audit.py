@@ -9,18 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from llamax import configfile
-from llamax.audit import corner_ranks, layout, main, notes
-from llamax.errors import BackendError, ConfigError
-from llamax.mesh import Mesh
-from llamax.planner import machine
-from llamax.precompile import asked
+from llamax.cli.audit import main
+from llamax.config.hardware import load_machine
+from llamax.config.load import load_config
+from llamax.parallel.mesh import Mesh
+from llamax.runtime.errors import BackendError, ConfigError
+from llamax.tools.audit.audit import corner_ranks, layout, notes
+from llamax.tools.audit.precompile import asked
 
-TRN1 = machine.load("trn1.32xlarge")
+TRN1 = load_machine("trn1.32xlarge")
 
 
 def test_the_mesh_of_a_cluster() -> None:
-    config = configfile.load("llama2-7b")
+    config = load_config("llama2-7b")
     assert layout(config, TRN1, 4) == Mesh(tp=8, dp=16)
     four = replace(config, parallel=replace(config.parallel, tensor=4))
     assert layout(four, TRN1, 1).groups("tp")[0] == (0, 8, 16, 24)
@@ -28,7 +29,7 @@ def test_the_mesh_of_a_cluster() -> None:
 
 @pytest.mark.parametrize("tensor", [3, 12, 64])
 def test_a_mesh_that_does_not_fit_a_node(tensor: int) -> None:
-    config = configfile.load("llama2-7b")
+    config = load_config("llama2-7b")
     config = replace(config, parallel=replace(config.parallel, tensor=tensor))
     with pytest.raises(ConfigError, match=f"parallel.tensor={tensor} does not fit trn1.32xlarge"):
         layout(config, TRN1, 4)
@@ -36,12 +37,12 @@ def test_a_mesh_that_does_not_fit_a_node(tensor: int) -> None:
 
 def test_a_machine_without_xla() -> None:
     with pytest.raises(ConfigError, match="compiles no XLA programs"):
-        layout(configfile.load("llama2-7b"), machine.load("trn2.48xlarge"), 1)
+        layout(load_config("llama2-7b"), load_machine("trn2.48xlarge"), 1)
 
 
 @pytest.mark.parametrize(("length", "use"), [(1000, 2048), (3000, 2048), (4000, 4096)])
 def test_a_length_that_the_flash_kernel_refuses(length: int, use: int) -> None:
-    config = configfile.load("llama2-7b")
+    config = load_config("llama2-7b")
     (note,) = notes(replace(config, data=replace(config.data, sequence_length=length)))
     assert note.startswith(f"data.sequence_length={length} is not a multiple of 2048")
     assert note.endswith(f"; use {use}")

@@ -10,10 +10,10 @@ import torch
 
 from llamax import ops
 from llamax.backends import cpu
-from llamax.backends.torch import Cpu
-from llamax.errors import BackendError
-from llamax.launch.env import Rendezvous
-from llamax.mesh import Mesh
+from llamax.backends.torch_distributed import Cpu
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import BackendError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 

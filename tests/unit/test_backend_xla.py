@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from llamax.backends import choose, xla, xla_install
-from llamax.errors import BackendError
-from llamax.launch.env import Rendezvous
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import BackendError
 
 
 @pytest.mark.parametrize(

@@ -12,22 +12,16 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import checkpoint_worlds as worlds
 import pytest
+import support.checkpoints as worlds
 import torch
 from safetensors.torch import save_file
 
-from llamax.checkpoint import (
-    Checkpoint,
-    check_shapes,
-    find,
-    load_owned,
-    load_weights,
-)
-from llamax.checkpoint.container import Entry, read, read_header
-from llamax.checkpoint.hub import HubFolder
-from llamax.checkpoint.layout import Copy
-from llamax.errors import CheckpointError
+from llamax.checkpoint import Checkpoint, check_shapes, find, load_owned, load_weights
+from llamax.checkpoint.hf_folder import HubFolder
+from llamax.checkpoint.runs import Copy
+from llamax.checkpoint.safetensors_io import Entry, read, read_header
+from llamax.runtime.errors import CheckpointError
 
 MODEL = worlds.llama()
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from xxhash import xxh3_64_hexdigest
 
-from llamax.checkpoint.blocks import BLOCK_BYTES, Blocks, Sums, opened
-from llamax.checkpoint.container import read
-from llamax.checkpoint.layout import Copy
-from llamax.errors import CheckpointError
+from llamax.checkpoint.checksums import BLOCK_BYTES, Blocks, Sums, opened
+from llamax.checkpoint.runs import Copy
+from llamax.checkpoint.safetensors_io import read
+from llamax.runtime.errors import CheckpointError
 
 # Where a header and five tensors end, one of them empty; and so where blocks do.
 ENDS = [100, 100 + BLOCK_BYTES, 150 + BLOCK_BYTES, 150 + BLOCK_BYTES, 4 << 20, (4 << 20) + 9]

@@ -13,28 +13,30 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import checkpoint_worlds as worlds
 import pytest
+import support.checkpoints as worlds
 import torch
 import transformers
-from corpora import train_unlike_llama
 from safetensors.torch import load_file, save_file
+from support.corpora import train_unlike_llama
 
-from llamax.checkpoint import Checkpoint, Saver, assemble, load_weights
-from llamax.checkpoint import inspect as inspection
+from llamax.checkpoint import Checkpoint, Saver, hf_writer, load_weights
 from llamax.checkpoint.consolidate import consolidate, size
-from llamax.checkpoint.consolidate import main as consolidate_main
-from llamax.checkpoint.container import building
-from llamax.checkpoint.hub import HubFolder, open_source
-from llamax.checkpoint.inspect import describe
-from llamax.checkpoint.shard_hub import main as shard_main
-from llamax.checkpoint.shard_hub import shard
-from llamax.config import Model
-from llamax.data.tokenizer import load_tokenizer, train_sentencepiece
-from llamax.errors import CheckpointError, ConfigError, Terminated
+from llamax.checkpoint.hf_folder import HubFolder, open_source
+from llamax.checkpoint.safetensors_io import building
+from llamax.checkpoint.shard_hf import shard
+from llamax.cli import inspect as inspection
+from llamax.cli.consolidate import main as consolidate_main
+from llamax.cli.inspect import describe
+from llamax.cli.shard import main as shard_main
+from llamax.config.model import ModelConfig
+from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
+from llamax.runtime.errors import CheckpointError, ConfigError, Terminated
 
 
-def saved(folder: Path, model: Model, dtype: torch.dtype = torch.float32, tp: int = 4) -> Path:
+def saved(
+    folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32, tp: int = 4
+) -> Path:
     ranks = worlds.world(model, tp, 2, True, worlds.wholes(model, dtype), dtype)
     return worlds.save(folder / "checkpoints", model, ranks, 3)
 
@@ -59,7 +61,7 @@ def test_transformers_reads_what_consolidate_writes(
             assert torch.equal(state[name], value), name
     assert theirs.config.num_key_value_heads == 2
     assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (1, 2)
-    assert Model.from_hub(json.loads((out / "config.json").read_text())) == model
+    assert ModelConfig.from_hub(json.loads((out / "config.json").read_text())) == model
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])
@@ -105,7 +107,7 @@ def test_folders_that_transformers_saved(
     assert ("lm_head.weight" in source.names()) == (not tied)
     for name in source.names():
         assert torch.equal(source.read(name), theirs.state_dict()[name])
-    assert Model.from_hub(source.model).rms_norm_eps == 1e-6
+    assert ModelConfig.from_hub(source.model).rms_norm_eps == 1e-6
 
 
 def test_boxes_of_a_source(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_processes_write_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, worlds.llama())
-    monkeypatch.setattr(assemble, "fill", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(hf_writer, "fill", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(CheckpointError, match="was killed; is there memory for --processes 2"):
         consolidate(tmp_path, tmp_path / "hub", processes=2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
@@ -192,7 +194,7 @@ def test_adapters_are_no_model(tmp_path: Path) -> None:
     source = Checkpoint(folder)
     del source.manifest.tensors["model.embed_tokens.weight"]
     with pytest.raises(CheckpointError, match="holds adapters, not a whole model"):
-        assemble.plan(source)
+        hf_writer.plan(source)
     with pytest.raises(ConfigError, match="--processes=0 is below 1"):
         consolidate_main([str(folder), "--out", str(tmp_path / "out"), "--processes", "0"])
 
@@ -385,7 +387,7 @@ import threading
 from pathlib import Path
 import torch
 from llamax.checkpoint.consolidate import consolidate
-from llamax.checkpoint.shard_hub import shard
+from llamax.checkpoint.shard_hf import shard
 
 def bytes_of(key):
     text = Path("/proc/self/status").read_text()

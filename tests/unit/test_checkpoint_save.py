@@ -10,23 +10,23 @@ import time
 from pathlib import Path
 from typing import Any
 
-import checkpoint_worlds as worlds
 import pytest
+import support.checkpoints as worlds
 import torch
 
 from llamax.checkpoint import (
     Checkpoint,
     Saver,
-    also_hf,
-    container,
+    hf_beside,
     load_weights,
     newest,
+    safetensors_io,
     save,
 )
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.hub import HubFolder
-from llamax.config import Model
-from llamax.errors import CheckpointError, NoRoom
+from llamax.checkpoint.hf_folder import HubFolder
+from llamax.config.model import ModelConfig
+from llamax.runtime.errors import CheckpointError, NoRoom
 
 MODEL = worlds.llama()
 
@@ -40,7 +40,7 @@ def saver(folder: Path, rank: worlds.Rank, **options: Any) -> Saver:
     return Saver(folder, rank.axes, rank.parameters, rank.shards, **options)
 
 
-def take(saver: Saver, rank: worlds.Rank, step: int, model: Model = MODEL) -> None:
+def take(saver: Saver, rank: worlds.Rank, step: int, model: ModelConfig = MODEL) -> None:
     saver.save(step, rank.owned, {"seed": 3}, model.to_hub("float32"), "[run]\nsteps = 9\n")
 
 
@@ -48,7 +48,7 @@ def test_a_checkpoint_says_what_it_is(tmp_path: Path, rank: worlds.Rank) -> None
     folder = worlds.save(tmp_path, MODEL, worlds.world(MODEL, 2, 2, True, worlds.wholes(MODEL)), 7)
     found = Checkpoint(folder)
     assert (found.step, found.state) == (7, {"consumed_sequences": 56})
-    assert Model.from_hub(found.model) == MODEL
+    assert ModelConfig.from_hub(found.model) == MODEL
     assert found.manifest.mesh == {"tensor": 2, "data": 2, "zero1": 1}
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["config.toml", "done", "manifest.json"]
@@ -237,7 +237,7 @@ def test_a_hugging_face_folder_that_finds_no_room(
 ) -> None:
     ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
     first, second = (saver(tmp_path, rank, also_hf=True) for rank in ranks)
-    monkeypatch.setattr(also_hf.assemble, "fill", no_quota)
+    monkeypatch.setattr(hf_beside.assemble, "fill", no_quota)
     for mine, rank in ((second, ranks[1]), (first, ranks[0])):
         take(mine, rank, 1)
     for mine in (second, first):
@@ -252,19 +252,19 @@ def test_rank_0_tells_whose_share_of_the_folder_is_missing(tmp_path: Path) -> No
     rank = worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
     folder = worlds.save(tmp_path, MODEL, [rank])
     with pytest.raises(CheckpointError, match=r"hub.part: no files from rank 1, 2"):
-        also_hf.leave(folder, tmp_path / "gone", 0, 3, 0.2)
+        hf_beside.leave(folder, tmp_path / "gone", 0, 3, 0.2)
     (folder / "hub.part" / "rank-00001.json").write_text('{"why": "full", "no_room": true}')
     (folder / "hub.part" / "rank-00002.json").write_text("null")
     with pytest.raises(NoRoom, match=r"rank 1 could not write .*hub.part: full"):
-        also_hf.leave(folder, tmp_path / "gone", 0, 3, 0.2)
-    also_hf.leave(folder, folder, 1, 3, 0.1)  # never complete: rank 0 says why
+        hf_beside.leave(folder, tmp_path / "gone", 0, 3, 0.2)
+    hf_beside.leave(folder, folder, 1, 3, 0.1)  # never complete: rank 0 says why
 
 
 def test_nobody_waits_for_a_checkpoint_that_was_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1 has written its files; rank 0 finds no room: training may go on at once."""
-    monkeypatch.setattr(also_hf, "RENAMED_S", 0.1)
+    monkeypatch.setattr(hf_beside, "RENAMED_S", 0.1)
     ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
     first, second = (saver(tmp_path, rank, also_hf=True, timeout_s=30) for rank in ranks)
     monkeypatch.setattr(files, "finish", full)
@@ -278,7 +278,7 @@ def test_nobody_waits_for_a_checkpoint_that_was_given_up(
 
 
 def no_quota(source: Checkpoint, part: Path, one: Any, *args: Any) -> int:
-    with container.writing(part / one.file, one.size_bytes):
+    with safetensors_io.writing(part / one.file, one.size_bytes):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
     return 0
 
@@ -374,7 +374,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     mine = saver(tmp_path, rank)
     take(mine, rank, 1)
     mine.wait()
-    monkeypatch.setattr("llamax.checkpoint.container.os.pwrite", full)
+    monkeypatch.setattr("llamax.checkpoint.safetensors_io.os.pwrite", full)
     take(mine, rank, 2)
     with pytest.raises(
         NoRoom,
@@ -396,7 +396,7 @@ def test_an_error_surfaces_at_the_next_check(
     def denied(*args: Any, **options: Any) -> Any:
         raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("llamax.checkpoint.container.os.pwrite", denied)
+    monkeypatch.setattr("llamax.checkpoint.safetensors_io.os.pwrite", denied)
     mine = saver(tmp_path, rank)
     take(mine, rank, 1)
     for thread in threading.enumerate():
@@ -439,7 +439,7 @@ def test_the_first_may_be_done_before_another_returns(
         if Path(target).name == "rank-tp00-dp01.json":
             first.wait()  # all of rank 0's part happens within this call
 
-    monkeypatch.setattr(container.os, "replace", slowly)
+    monkeypatch.setattr(safetensors_io.os, "replace", slowly)
     take(first, ranks[0], 1)
     take(second, ranks[1], 1)
     second.wait()
@@ -476,7 +476,7 @@ def test_an_error_is_kept_where_the_whole_file_system_is_gone(
 
 
 def stale(*args: Any, **options: Any) -> Any:
-    with container.writing(Path("/checkpoints"), 0):
+    with safetensors_io.writing(Path("/checkpoints"), 0):
         raise OSError(errno.ESTALE, "Stale file handle")
 
 

@@ -14,10 +14,11 @@ from collections.abc import Sequence
 
 import pytest
 
-from llamax import __version__, log
+from llamax import __version__
 from llamax.__main__ import COMMANDS, dispatch
-from llamax.errors import DataError
-from llamax.program import run
+from llamax.runtime.errors import DataError
+from llamax.runtime.logging import logger, setup_logging
+from llamax.runtime.process import run_main
 
 
 def llamax(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -90,7 +91,7 @@ def fails(error: BaseException) -> int:
     def main(argv: Sequence[str]) -> int:
         raise error
 
-    return run(main, [])
+    return run_main(main, [])
 
 
 def test_mistakes_are_one_line_and_other_errors_keep_their_traceback(
@@ -110,8 +111,8 @@ def test_mistakes_are_one_line_and_other_errors_keep_their_traceback(
 
 def test_run_reads_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["llamax", "a", "b"])
-    assert run(lambda argv: len(argv)) == 2
-    assert run(lambda argv: len(argv), ["x"]) == 1
+    assert run_main(lambda argv: len(argv)) == 2
+    assert run_main(lambda argv: len(argv), ["x"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,8 @@ def test_run_reads_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_reader_that_goes_away_ends_the_program_quietly(prints: str) -> None:
     code = (
-        f"import sys, time; from llamax.program import run; sys.exit(run(lambda _: {prints}, []))"
+        "import sys, time; from llamax.runtime.process import run_main; "
+        f"sys.exit(run_main(lambda _: {prints}, []))"
     )
     command = f'{sys.executable} -c "{code}" | true; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
@@ -133,17 +135,17 @@ def test_a_reader_that_goes_away_ends_the_program_quietly(prints: str) -> None:
 def test_rank_0_speaks_and_others_only_when_something_is_wrong(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    before = log.logger.handlers[:], log.logger.level, log.logger.propagate
+    before = logger.handlers[:], logger.level, logger.propagate
     try:
-        log.setup("rank 0", main=True)
-        log.setup("rank 0", main=True)
-        log.logger.info("resumed at step %d", 200)
-        log.logger.debug("not this")
+        setup_logging("rank 0", main=True)
+        setup_logging("rank 0", main=True)
+        logger.info("resumed at step %d", 200)
+        logger.debug("not this")
         assert capsys.readouterr().err == "llamax: resumed at step 200\n"
-        assert not log.logger.propagate  # or a root logger would say it twice
-        log.setup("rank 3", main=False)
-        log.logger.info("not this")
+        assert not logger.propagate  # or a root logger would say it twice
+        setup_logging("rank 3", main=False)
+        logger.info("not this")
         logging.getLogger("llamax.data").warning("slow disk")
         assert capsys.readouterr().err == "llamax: [rank 3] slow disk\n"
     finally:
-        log.logger.handlers[:], log.logger.level, log.logger.propagate = before
+        logger.handlers[:], logger.level, logger.propagate = before

@@ -10,11 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax.config import Config, Data, Model, Optim, Parallel, RopeScaling, Run, sections
-from llamax.errors import ConfigError
-from llamax.rules import RULES
+from llamax.config.model import ModelConfig, RopeScaling
+from llamax.config.schema import (
+    Config,
+    DataConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    sections,
+)
+from llamax.config.validate import RULES
+from llamax.runtime.errors import ConfigError
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=64,
     intermediate_size=96,
     num_hidden_layers=2,
@@ -25,9 +33,9 @@ MODEL = Model(
 )
 GOOD = Config(
     MODEL,
-    Parallel(tensor=2),
-    Optim(warmup_steps=10),
-    Data(sequence_length=128, global_batch=8, micro_batch=2),
+    ParallelConfig(tensor=2),
+    OptimConfig(warmup_steps=10),
+    DataConfig(sequence_length=128, global_batch=8, micro_batch=2),
 )
 
 
@@ -503,7 +511,7 @@ def test_accumulation_divides_exactly_or_is_refused(batch: int, micro: int, degr
 
 @given(st.integers(1, 16), st.integers(1, 24), st.integers(1, 24))
 def test_what_the_rules_let_through_can_be_cut(tensor: int, heads: int, kv: int) -> None:
-    from llamax.shard import Block, span
+    from llamax.parallel.sharding import Block, span
 
     config = changed(
         {
@@ -571,7 +579,7 @@ HUB = {
 def test_absent_keys_have_the_values_of_transformers() -> None:
     from transformers import LlamaConfig
 
-    model, theirs = Model.from_hub(HUB), LlamaConfig(**HUB)
+    model, theirs = ModelConfig.from_hub(HUB), LlamaConfig(**HUB)
     for name in (
         "num_key_value_heads",
         "head_dim",
@@ -587,19 +595,24 @@ def test_absent_keys_have_the_values_of_transformers() -> None:
     assert model.rope_theta == theirs.rope_parameters["rope_theta"]
     assert model.rope_scaling is None
     nulls = dict.fromkeys(("num_key_value_heads", "head_dim", "rope_theta", "rms_norm_eps"))
-    assert Model.from_hub({**HUB, **nulls}) == model
+    assert ModelConfig.from_hub({**HUB, **nulls}) == model
 
 
 def test_both_spellings_of_rope_are_read() -> None:
     scaling = RopeScaling(32.0, 1.0, 4.0, 64)
-    old = Model.from_hub({**HUB, "rope_theta": 5e5, "rope_scaling": LLAMA3})
-    new = Model.from_hub({**HUB, "rope_parameters": {"rope_theta": 5e5, **LLAMA3}})
+    old = ModelConfig.from_hub({**HUB, "rope_theta": 5e5, "rope_scaling": LLAMA3})
+    new = ModelConfig.from_hub({**HUB, "rope_parameters": {"rope_theta": 5e5, **LLAMA3}})
     legacy = {**LLAMA3, "type": "llama3"}
     del legacy["rope_type"]
-    assert old == new == Model.from_hub({**HUB, "rope_theta": 500_000, "rope_scaling": legacy})
+    assert (
+        old == new == ModelConfig.from_hub({**HUB, "rope_theta": 500_000, "rope_scaling": legacy})
+    )
     assert (old.rope_theta, old.rope_scaling) == (5e5, scaling)
     plain = {**HUB, "rope_parameters": {"rope_theta": 7.0, "rope_type": "default"}}
-    assert (Model.from_hub(plain).rope_theta, Model.from_hub(plain).rope_scaling) == (7.0, None)
+    assert (ModelConfig.from_hub(plain).rope_theta, ModelConfig.from_hub(plain).rope_scaling) == (
+        7.0,
+        None,
+    )
 
 
 @pytest.mark.parametrize(
@@ -684,13 +697,13 @@ def test_both_spellings_of_rope_are_read() -> None:
 )
 def test_what_is_not_a_llama_is_refused(change: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError) as error:
-        Model.from_hub({**HUB, **change})
+        ModelConfig.from_hub({**HUB, **change})
     assert str(error.value) == f"config.json: {line}"
 
 
 def test_all_that_is_refused_is_told_at_once() -> None:
     with pytest.raises(ConfigError) as error:
-        Model.from_hub({"model_type": "gpt2", "mlp_bias": True})
+        ModelConfig.from_hub({"model_type": "gpt2", "mlp_bias": True})
     assert str(error.value).startswith("config.json: 7 problems\n  model_type='gpt2'")
 
 
@@ -710,14 +723,14 @@ models = st.builds(
 
 
 @given(models)
-def test_a_model_survives_config_json(model: Model) -> None:
+def test_a_model_survives_config_json(model: ModelConfig) -> None:
     import json
 
-    assert Model.from_hub(json.loads(json.dumps(model.to_hub("bfloat16")))) == model
+    assert ModelConfig.from_hub(json.loads(json.dumps(model.to_hub("bfloat16")))) == model
 
 
 @given(models)
-def test_transformers_reads_what_we_write(model: Model) -> None:
+def test_transformers_reads_what_we_write(model: ModelConfig) -> None:
     import torch
     from transformers import LlamaConfig
 
@@ -733,7 +746,7 @@ def test_transformers_reads_what_we_write(model: Model) -> None:
         assert theirs.rope_parameters["rope_type"] == "default"
     for name in ("head_dim", "rms_norm_eps", "tie_word_embeddings", "bos_token_id"):
         assert getattr(theirs, name) == getattr(model, name)
-    assert Model.from_hub(theirs.to_dict()) == model
+    assert ModelConfig.from_hub(theirs.to_dict()) == model
 
 
 def test_both_generations_of_keys_are_written() -> None:
@@ -749,4 +762,4 @@ def test_both_generations_of_keys_are_written() -> None:
 
 def test_a_run_has_sensible_defaults() -> None:
     assert Config(MODEL).problems(1) == []
-    assert Run().backend == "cpu"
+    assert RunConfig().backend == "cpu"

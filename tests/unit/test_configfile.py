@@ -13,11 +13,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax import configfile
-from llamax.config import Config, sections
-from llamax.configfile import dump, find, help_text, load, parse, recipes
-from llamax.errors import ConfigError
-from llamax.fields import COUNT, FRACTION, NATURAL, POSITIVE
+from llamax.config.fields import COUNT, FRACTION, NATURAL, POSITIVE
+from llamax.config.load import (
+    _options,
+    build,
+    dump_config,
+    find_config,
+    help_text,
+    load_config,
+    parse_config,
+    recipes,
+    tomllib,
+)
+from llamax.config.schema import Config, sections
+from llamax.runtime.errors import ConfigError
 
 SHAPE = {
     "hidden_size": 64,
@@ -32,7 +41,7 @@ SHAPE = {
 def refused(tables: dict[str, Any], *overrides: str) -> list[str]:
     """The lines of the one error that ``parse`` raises, without where it was."""
     with pytest.raises(ConfigError) as error:
-        parse(tables, overrides)
+        parse_config(tables, overrides)
     first, *rest = str(error.value).split("\n")
     if not rest:
         return [first.removeprefix("configuration: ")]
@@ -41,14 +50,14 @@ def refused(tables: dict[str, Any], *overrides: str) -> list[str]:
 
 
 def test_a_section_that_is_absent_has_its_defaults() -> None:
-    config = parse({"model": SHAPE, "optim": {"lr": 1}})
+    config = parse_config({"model": SHAPE, "optim": {"lr": 1}})
     assert (config.optim.lr, config.run.steps, config.model.rope_scaling) == (1.0, 1000, None)
     assert type(config.optim.lr) is float
 
 
 def test_overrides_in_both_spellings_come_on_top_in_order() -> None:
     tables = {"model": dict(SHAPE), "run": {"steps": 5}}
-    config = parse(
+    config = parse_config(
         tables,
         [
             "--run.steps=10",
@@ -73,7 +82,7 @@ def test_overrides_in_both_spellings_come_on_top_in_order() -> None:
     assert config.model.rope_scaling.factor == 32.0
     assert tables == {"model": SHAPE, "run": {"steps": 5}}
     both = {"bos_token_id": 1, "rope_scaling": {"factor": 32.0}}
-    cleared = parse(
+    cleared = parse_config(
         {"model": {**SHAPE, **both}}, ["--model.bos_token_id=none", "--model.rope_scaling=none"]
     )
     assert cleared.model.bos_token_id is None
@@ -205,13 +214,13 @@ def test_all_problems_come_at_once() -> None:
     ]
 
 
-KEYS = [key for key, _, _ in configfile._options()]
+KEYS = [key for key, _, _ in _options()]
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_value_of_another_type_is_told_once(key: str) -> None:
     """What stands in for it breaks no rule, and hides no other mistake."""
-    recipe = configfile.tomllib.loads(find("demo").read_text())
+    recipe = tomllib.loads(find_config("demo").read_text())
     section, name = key.rsplit(".", 1)
     table = recipe
     for part in section.split("."):
@@ -219,7 +228,7 @@ def test_a_value_of_another_type_is_told_once(key: str) -> None:
     table[name] = [[1]]
     broken = "run.log_every" if key != "run.log_every" else "run.steps"
     with pytest.raises(ConfigError) as raised:
-        parse(recipe, [f"--{broken}=-1"], 4)
+        parse_config(recipe, [f"--{broken}=-1"], 4)
     _, first, second = str(raised.value).splitlines()
     assert first.strip().startswith(f"{key}=[[1]] is a list; write ")
     assert second.strip() == f"{broken}=-1 is out of range; use 1 or more"
@@ -227,51 +236,57 @@ def test_a_value_of_another_type_is_told_once(key: str) -> None:
 
 @pytest.mark.parametrize("section", ["model", "parallel", "optim", "data", "checkpoint", "run"])
 def test_a_section_that_is_none_is_told_once(section: str) -> None:
-    recipe = configfile.tomllib.loads(find("demo").read_text()) | {section: "x", "finetune": 3}
+    recipe = tomllib.loads(find_config("demo").read_text()) | {
+        section: "x",
+        "finetune": 3,
+    }
     with pytest.raises(ConfigError) as raised:
-        parse(recipe, [], 4)
+        parse_config(recipe, [], 4)
     assert sorted(line.split("=")[0].strip() for line in str(raised.value).splitlines()[1:]) == (
         sorted(("finetune", section))
     )
 
 
 def test_the_world_takes_part() -> None:
-    assert parse({"model": SHAPE}, ["--data.global_batch=4"], world_size=4).data.global_batch == 4
+    assert (
+        parse_config({"model": SHAPE}, ["--data.global_batch=4"], world_size=4).data.global_batch
+        == 4
+    )
     with pytest.raises(ConfigError, match=r"data.global_batch=4 .* 3 data ranks = 3; use 3 or 6"):
-        parse({"model": SHAPE}, ["--data.global_batch=4"], world_size=3)
+        parse_config({"model": SHAPE}, ["--data.global_batch=4"], world_size=3)
 
 
 def test_files_and_recipes_are_found_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text(dump(load("demo")))
-    assert load(str(path)) == load("demo")
-    assert find("demo").name == "demo.toml"
+    path.write_text(dump_config(load_config("demo")))
+    assert load_config(str(path)) == load_config("demo")
+    assert find_config("demo").name == "demo.toml"
     assert "llama2-7b" in recipes()
     with pytest.raises(
         ConfigError, match="no recipe is named 'llama-2-7b'; did you mean llama2-7b"
     ):
-        load("llama-2-7b")
+        load_config("llama-2-7b")
     with pytest.raises(ConfigError, match="did you mean llama2-7b"):
-        load("LLAMA2-7B")
+        load_config("LLAMA2-7B")
     with pytest.raises(ConfigError, match=r"named 'xyz'; there are demo, dolly-llama2-7b"):
-        load("xyz")
+        load_config("xyz")
     with pytest.raises(
         ConfigError, match=r"gone.toml: no such file; --config takes a recipe's name"
     ):
-        load(str(tmp_path / "gone.toml"))
+        load_config(str(tmp_path / "gone.toml"))
     with pytest.raises(ConfigError, match="a recipe's name, demo for example or a TOML file"):
-        load("demo.toml")
+        load_config("demo.toml")
     with pytest.raises(ConfigError, match="no such file"):
-        load(str(tmp_path))
+        load_config(str(tmp_path))
     path.write_text("[model\n")
     with pytest.raises(ConfigError, match=r"mine.toml: cannot be read as TOML: .*line 1"):
-        load(str(path))
+        load_config(str(path))
     path.write_bytes(b"\xff")
     with pytest.raises(ConfigError, match=r"mine.toml: cannot be read as TOML: 'utf-8' codec"):
-        load(str(path))
+        load_config(str(path))
     path.write_text("[run]\nsteps = 3.5\n")
     with pytest.raises(ConfigError, match=r"mine.toml: 2 problems\n  run.steps=3.5 is a float"):
-        load(str(path))
+        load_config(str(path))
 
 
 # ---- any configuration, there and back
@@ -308,20 +323,23 @@ def values(hint: Any, allowed: Any) -> st.SearchStrategy[Any]:
 def test_what_is_dumped_loads_back(config: Config) -> None:
     wrong: dict[str, str] = {}
     unknown: list[str] = []
-    tables = configfile.tomllib.loads(dump(config))
-    assert configfile.build(Config, tables, "", wrong, unknown) == config
+    tables = tomllib.loads(dump_config(config))
+    assert build(Config, tables, "", wrong, unknown) == config
     assert not wrong
     assert not unknown
 
 
 @given(st.text())
 def test_any_text_can_be_an_override(text: str) -> None:
-    assert parse({"model": SHAPE}, [f"--checkpoint.init_from={text}"]).checkpoint.init_from == text
+    assert (
+        parse_config({"model": SHAPE}, [f"--checkpoint.init_from={text}"]).checkpoint.init_from
+        == text
+    )
 
 
 def test_help_explains_every_field() -> None:
     text = help_text()
-    config = load("llama3.2-1b")
+    config = load_config("llama3.2-1b")
     for prefix, section in sections(config):
         for each in fields(section):
             if not is_dataclass(getattr(section, each.name)):
@@ -342,7 +360,7 @@ def test_help_explains_every_field() -> None:
 
 def test_reading_a_configuration_needs_no_torch() -> None:
     code = (
-        "import sys; from llamax.configfile import load; load('demo', [], 4); "
+        "import sys; from llamax.config.load import load_config; load_config('demo', [], 4); "
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamax.checkpoint import inspect
-from llamax.data.blend import PERIOD, Blend, turns
+from llamax.cli import inspect
+from llamax.data.blended_loader import PERIOD, Blend, turns
 from llamax.data.dataset import Mixture, open_dataset
 from llamax.data.loader import Loader
 from llamax.data.megatron import DTYPES, SAMPLED, IndexedFile, indexed_prefix, write_indexed
-from llamax.data.tokens import Header, TokenFile, TokenWriter
-from llamax.errors import DataError
-from llamax.files import sha256
+from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.runtime.errors import DataError
+from llamax.runtime.files import sha256
 
 DOCUMENTS = [[1, 5, 9, 2], [1, 7], [1, 300, 8, 8, 2]]
 

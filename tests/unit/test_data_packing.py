@@ -12,23 +12,24 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from instruction import llama2_tokenizer, prepare, sums, write_rows
+from support.instruction import llama2_tokenizer, prepare, sums, write_rows
 
-from llamax.collectives import Solo
-from llamax.config import Data, Model
+from llamax.config.model import ModelConfig
+from llamax.config.schema import DataConfig
 from llamax.data import packing
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Batch, Loader
-from llamax.data.packed import PackedLoader
+from llamax.data.packed_loader import PackedLoader
 from llamax.data.packing import Packs, best_fit
-from llamax.data.tokens import Header, TokenFile, TokenWriter
-from llamax.errors import DataError
-from llamax.feed import Feed
-from llamax.model import Llama
+from llamax.data.samples import Samples
+from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
-from llamax.shard import Replica, parts
+from llamax.parallel.collectives import Solo
+from llamax.parallel.sharding import Replica, parts
+from llamax.runtime.errors import DataError
 
-MODEL = Model(
+MODEL = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
@@ -154,10 +155,10 @@ def test_ranks_share_every_step_alike(tmp_path: Path) -> None:
 
 def test_padded_and_concat_see_the_same_answers(tmp_path: Path) -> None:
     file = write(tmp_path / "f.tokens", [5, 9, 4, 6])
-    data = Data(sequence_length=8, global_batch=4)
+    data = DataConfig(sequence_length=8, global_batch=4)
     told = {}
     for way in ("best-fit", "padded", "concat"):
-        feed = Feed(file, replace(data, packing=way), 0)
+        feed = Samples(file, replace(data, packing=way), 0)
         labels = [
             batch.labels[batch.labels != IGNORE_INDEX].tolist()
             for step in feed.loader(Solo("data"), 0, False).epoch()
@@ -167,10 +168,12 @@ def test_padded_and_concat_see_the_same_answers(tmp_path: Path) -> None:
         assert way in str(feed)
     assert told["best-fit"] == told["padded"] == told["concat"]
     assert len(told["concat"]) == 8
-    assert Feed(file, data, 0).packs is not None, "auto packs what has answers"
+    assert Samples(file, data, 0).packs is not None, "auto packs what has answers"
     plain = write(tmp_path / "p.tokens", [5, 9, 4, 6], answers=None)
-    assert Feed(plain, data, 0).packs is None, "and cuts what is text"
-    asked = Feed(file, Data(sequence_length=8, labels="all"), 0).loader(Solo("data"), 0, False)
+    assert Samples(plain, data, 0).packs is None, "and cuts what is text"
+    asked = Samples(file, DataConfig(sequence_length=8, labels="all"), 0).loader(
+        Solo("data"), 0, False
+    )
     assert sum(int((b.labels != IGNORE_INDEX).sum()) for s in asked.epoch() for b in s) == 24 - 4
 
 

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from instruction import llama2_tokenizer, llama3_tokenizer
+from support.instruction import llama2_tokenizer, llama3_tokenizer
 
-from llamax.data import sandbox
-from llamax.data.instruct import Encoder, Tokens
-from llamax.data.templates import BUILT_IN, Sample, Template, sample, source_of
-from llamax.data.tokenizer import load_tokenizer
-from llamax.errors import DataError
+from llamax.data.chat import jinja_sandbox
+from llamax.data.chat.encode import Encoder, Tokens
+from llamax.data.chat.templates import BUILT_IN, Sample, Template, sample, source_of
+from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.runtime.errors import DataError
 
 SPECIALS = ("<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 CHATML = (
@@ -237,7 +237,7 @@ def refused(words: str, source: str, row: Sample | None = None) -> None:
 def test_bad_templates_are_one_line(
     source: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sandbox, "CPU_S", 0.2)
+    monkeypatch.setattr(jinja_sandbox, "CPU_S", 0.2)
     refused(words, source)
 
 
@@ -274,10 +274,12 @@ def test_an_alarm_at_any_moment_leaves_the_limits_as_they_were(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
-    monkeypatch.setattr(sandbox, "CPU_S", 0.001)
+    monkeypatch.setattr(jinja_sandbox, "CPU_S", 0.001)
     for turns in range(0, 60_000, 400):
         with suppress(DataError):
-            sandbox.Program(f"{{% for i in range({turns}) %}}{{% endfor %}}x", "here").render({})
+            jinja_sandbox.Program(f"{{% for i in range({turns}) %}}{{% endfor %}}x", "here").render(
+                {}
+            )
         now = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
         assert now == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

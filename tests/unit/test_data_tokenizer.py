@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from corpora import mistral, python_sources, train_unlike_llama
+from support.corpora import mistral, python_sources, train_unlike_llama
 
-from llamax.data.export import _byte_letters, export
-from llamax.data.prepare import main as prepare
-from llamax.data.spm import Model
-from llamax.data.tokenizer import HuggingFace, SentencePiece, TikToken, load_tokenizer
-from llamax.data.tokenizer import train_sentencepiece as train
-from llamax.errors import DataError
+from llamax.cli.prepare import main as prepare
+from llamax.data.tokenizer.hf_export import _byte_letters, export_tokenizer
+from llamax.data.tokenizer.sentencepiece_model import SentencePieceModel
+from llamax.data.tokenizer.tokenizer import HuggingFace, SentencePiece, TikToken, load_tokenizer
+from llamax.data.tokenizer.tokenizer import train_sentencepiece as train
+from llamax.runtime.errors import DataError
 
 TEXTS = [
     "",
@@ -75,7 +75,7 @@ def test_sentencepiece(spm: Path) -> None:
 def test_training_is_llamas_recipe_and_repeatable(spm: Path, tmp_path: Path) -> None:
     again = train(python_sources(10), 700, tmp_path / "again.model")
     assert again.read_bytes() == spm.read_bytes()
-    model = Model.from_bytes(spm.read_bytes())
+    model = SentencePieceModel.from_bytes(spm.read_bytes())
     assert model.dummy_prefix
     assert not model.rewrites
     assert not model.drops_spaces
@@ -119,7 +119,7 @@ def test_llama3_special_tokens(tmp_path: Path) -> None:
 def test_every_kind_encodes_documents_as_it_encodes_one(
     spm: Path, ranks: Path, tmp_path: Path
 ) -> None:
-    export(load_tokenizer(ranks), tmp_path)
+    export_tokenizer(load_tokenizer(ranks), tmp_path)
     for path in (spm, ranks, tmp_path / "tokenizer.json"):
         found = load_tokenizer(path)
         for threads in (1, 2):
@@ -132,7 +132,7 @@ def test_exported_sentencepiece_gives_equal_ids(spm: Path, tmp_path: Path) -> No
     transformers = pytest.importorskip("transformers")
     for path, texts in ((spm, TEXTS + python_sources(20)), (mistral(), TEXTS + python_sources(20))):
         own = load_tokenizer(path)
-        export(own, tmp_path / path.name, max_length=512)
+        export_tokenizer(own, tmp_path / path.name, max_length=512)
         for kind in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
             hub = kind.from_pretrained(tmp_path / path.name)
             for text in texts:
@@ -146,7 +146,7 @@ def test_exported_sentencepiece_gives_equal_ids(spm: Path, tmp_path: Path) -> No
 
 def test_exported_sentencepiece_on_real_text(tmp_path: Path, shared_data: Path) -> None:
     own = load_tokenizer(mistral())
-    export(own, tmp_path)
+    export_tokenizer(own, tmp_path)
     hub = load_tokenizer(tmp_path / "tokenizer.json")
     korean = (shared_data / "korean_chatbot/ChatbotData.csv").read_text(encoding="utf-8")
     plays = (shared_data / "tinyshakespeare/input.txt").read_text(encoding="utf-8")
@@ -157,7 +157,7 @@ def test_exported_sentencepiece_on_real_text(tmp_path: Path, shared_data: Path) 
 def test_exported_tiktoken_gives_equal_ids(ranks: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     own = load_tokenizer(ranks)
-    export(own, tmp_path)
+    export_tokenizer(own, tmp_path)
     hub = transformers.AutoTokenizer.from_pretrained(tmp_path)
     for text in TEXTS + python_sources(20):
         assert hub(text, add_special_tokens=False)["input_ids"] == own.encode(text)
@@ -166,16 +166,16 @@ def test_exported_tiktoken_gives_equal_ids(ranks: Path, tmp_path: Path) -> None:
 
 
 def test_exported_tokenizer_json_is_the_same_file(ranks: Path, tmp_path: Path) -> None:
-    export(load_tokenizer(ranks), tmp_path / "a")
+    export_tokenizer(load_tokenizer(ranks), tmp_path / "a")
     own = load_tokenizer(tmp_path / "a" / "tokenizer.json")
     assert isinstance(own, HuggingFace)
     assert (own.bos_id, own.eos_id) == (load_tokenizer(ranks).bos_id, load_tokenizer(ranks).eos_id)
-    export(own, tmp_path / "b")
+    export_tokenizer(own, tmp_path / "b")
     assert own.fingerprint == load_tokenizer(tmp_path / "b").fingerprint
 
 
 def test_bos_and_eos_as_the_files_beside_say(ranks: Path, tmp_path: Path) -> None:
-    export(load_tokenizer(ranks), tmp_path)
+    export_tokenizer(load_tokenizer(ranks), tmp_path)
     config = {"bos_token": {"content": "<|step_id|>"}, "eos_token": "<|eot_id|>"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     (tmp_path / "special_tokens_map.json").unlink()
@@ -204,7 +204,7 @@ def test_a_model_without_an_exact_twin_is_exported_alone(
     tmp_path: Path, unlike: dict[str, object]
 ) -> None:
     own = load_tokenizer(train_unlike_llama(tmp_path, **unlike))
-    export(own, tmp_path / "out")
+    export_tokenizer(own, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.model"]
     assert load_tokenizer(tmp_path / "out").fingerprint == own.fingerprint
 
@@ -212,7 +212,7 @@ def test_a_model_without_an_exact_twin_is_exported_alone(
 def test_the_model_comes_before_its_conversions(spm: Path, ranks: Path, tmp_path: Path) -> None:
     (tmp_path / "a.tiktoken").write_bytes(ranks.read_bytes())
     assert isinstance(load_tokenizer(tmp_path), TikToken)
-    export(load_tokenizer(ranks), tmp_path / "x")
+    export_tokenizer(load_tokenizer(ranks), tmp_path / "x")
     (tmp_path / "tokenizer.json").write_bytes((tmp_path / "x/tokenizer.json").read_bytes())
     assert isinstance(load_tokenizer(tmp_path), HuggingFace)
     (tmp_path / "tokenizer.model").write_bytes(spm.read_bytes())

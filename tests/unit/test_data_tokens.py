@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llamax.data.tokens import BLOCK_BYTES, HEADER_BYTES, Header, TokenFile, TokenWriter
-from llamax.errors import DataError
+from llamax.data.token_file import BLOCK_BYTES, HEADER_BYTES, Header, TokenFile, TokenWriter
+from llamax.runtime.errors import DataError
 
 
 def write(path: Path, lengths: list[int], vocab_size: int = 32000, seed: int = 0) -> np.ndarray:

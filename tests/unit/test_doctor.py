@@ -14,12 +14,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from launch_jobs import job
+from support.launch_jobs import job
 
-from llamax import compile_notes, configfile, doctor, lora
-from llamax.checkup import Finding, Host, machine, storage, versions
-from llamax.errors import BackendError, ConfigError
+from llamax.cli.doctor import NOT_READY, main
+from llamax.config.load import load_config
 from llamax.launch.instances import INSTANCES
+from llamax.model import lora
+from llamax.runtime.errors import BackendError, ConfigError
+from llamax.tools.audit import compile_cache
+from llamax.tools.doctor import Finding, Host, machine, storage, versions
+from llamax.tools.doctor.doctor import _seen_from, count, examine, here
 
 TRN1, LOCAL = INSTANCES["trn1.32xlarge"], INSTANCES["local"]
 SDK = {
@@ -225,12 +229,12 @@ def test_nodes_meet_in_the_folder(tmp_path: Path, ahead: float, level: str) -> N
 
 
 def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = configfile.load("demo", ["--checkpoint.every=40", "--checkpoint.keep=0"])
+    small = load_config("demo", ["--checkpoint.every=40", "--checkpoint.keep=0"])
     assert levels(storage.disk(tmp_path, small, None)) == {"disk": "ok"}
     found = list(storage.disk(tmp_path, small, 10.0))
     assert levels(found) == {"disk": "ok", "write rate": "ok"}
     assert found[0].what.startswith("4 checkpoints of 36.6 MiB")  # 160 steps
-    huge = configfile.load("llama3.1-70b", ["--run.dtype=float32"])
+    huge = load_config("llama3.1-70b", ["--run.dtype=float32"])
     assert levels(storage.disk(tmp_path, huge, 10.0))["disk"] == "error"
     assert levels(storage.disk(tmp_path / "none", huge, 10.0)) == {"disk": "unseen"}
     monkeypatch.setattr(storage, "_write_rate", lambda folder: 1e3)
@@ -257,7 +261,7 @@ def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_checkpoints_that_are_there_at_once(keys: str, fullest: int) -> None:
     settings = [f"--checkpoint.{key}" for key in keys.split()]
-    config = configfile.load("demo", settings)
+    config = load_config("demo", settings)
     assert config.run.steps == 160
     validating = replace(config, run=replace(config.run, validate_every=10))
     assert storage.at_once(validating) == fullest
@@ -265,14 +269,14 @@ def test_checkpoints_that_are_there_at_once(keys: str, fullest: int) -> None:
 
 @pytest.mark.parametrize(("keep", "fullest"), [(1, 2), (2, 3), (3, 3), (0, 3)])
 def test_checkpoints_of_epochs_that_are_there_at_once(keep: int, fullest: int) -> None:
-    tuned = configfile.load("gsm8k-lora", [f"--checkpoint.keep={keep}"])
+    tuned = load_config("gsm8k-lora", [f"--checkpoint.keep={keep}"])
     assert storage.at_once(tuned) == fullest
     often = replace(tuned.checkpoint, every=100, each_epoch=False)
     assert storage.at_once(replace(tuned, checkpoint=often)) == (keep + 1 if keep else 1)
 
 
 def test_bytes_of_a_checkpoint() -> None:
-    demo = configfile.load("demo", [])
+    demo = load_config("demo", [])
     weights = demo.model.num_parameters()
     assert storage.size(demo) == weights * 12  # its weights are their own masters
     assert storage.size(replace(demo, run=replace(demo.run, backend="xla"))) == weights * 16
@@ -280,7 +284,7 @@ def test_bytes_of_a_checkpoint() -> None:
     assert storage.size(half) == weights * 14
     hub = replace(half, checkpoint=replace(half.checkpoint, also_hf=True))
     assert storage.size(hub) == weights * 16
-    tuned = configfile.load("gsm8k-lora", [])
+    tuned = load_config("gsm8k-lora", [])
     assert storage.size(tuned) == 14 * lora.num_parameters(tuned.model, tuned.finetune)
 
 
@@ -311,28 +315,28 @@ def test_compile_cache(tmp_path: Path) -> None:
     told = f"1 compiled program in {folder}"
     assert (level, what) == ("warning", f"{told}, where the run has 2")
     assert cache()[:2] == ("unseen", f"{told}, without a note of which run they are")
-    compile_notes.note(folder, {"microstep": "a1"})
+    compile_cache.note(folder, {"microstep": "a1"})
     level, what, mend = cache()
     assert level == "warning"
     assert what == f"{told}, but not the run's update: it has changed since precompile"
     assert mend == storage.PRECOMPILE
-    compile_notes.note(folder, traced)
+    compile_cache.note(folder, traced)
     assert cache()[:2] == ("ok", f"{told}, among them the run's own microstep, update")
     (found,) = storage.cache(str(folder), 1, nowhere)
     assert (found.level, found.what) == ("unseen", f"{told}; torch-xla is absent")
 
 
 def test_programs_are_not_traced_without_torch_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_notes, "installed", lambda _: None)
+    monkeypatch.setattr(compile_cache, "installed", lambda _: None)
     with pytest.raises(BackendError, match="the run's own cannot be traced without torch-xla"):
-        compile_notes.hashes(job().config, 32, 32, {})
+        compile_cache.hashes(job().config, 32, 32, {})
 
 
 def test_programs_of_a_run() -> None:
     config = job(nodes=4).config
     silent = replace(config, run=replace(config.run, validate_every=0, validate_each_epoch=False))
-    assert doctor.count(replace(config, run=replace(config.run, validate_every=9))) == 3
-    assert doctor.count(silent) == 2
+    assert count(replace(config, run=replace(config.run, validate_every=9))) == 3
+    assert count(silent) == 2
 
 
 # ---- the program
@@ -345,36 +349,36 @@ def test_without_a_job_a_machine_is_held_against_itself(tmp_path: Path) -> None:
     lay(tmp_path, sys__class__infiniband__mlx5__device__vendor="0x15b3\n")
     lay(tmp_path, proc__sys__net__ipv4__ip_local_reserved_ports="29500")
     lay(tmp_path, proc__sys__net__ipv4__ip_local_port_range="1024 65000")
-    found = list(doctor.examine(node, None, 0))
+    found = list(examine(node, None, 0))
     assert Finding("ok", "devices", "16 Neuron devices") in found
     assert [each.level for each in found if each.name == "ports"] == ["ok", "warning"]
-    assert (doctor.here(node).backend, doctor.here(node).efa) == ("xla", 8)
-    assert doctor.here(Host(tmp_path, packages={"torch": "2.11.0"})).backend == "neuron"
+    assert (here(node).backend, here(node).efa) == ("xla", 8)
+    assert here(Host(tmp_path, packages={"torch": "2.11.0"})).backend == "neuron"
     box = lay(tmp_path / "gpus", dev__nvidia0="", dev__nvidia1="")
-    found = list(doctor.examine(Host(box.root, packages=SDK), None, 0))
+    found = list(examine(Host(box.root, packages=SDK), None, 0))
     assert Finding("ok", "devices", "2 GPUs") in found
     assert [each.what for each in found if each.level == "error"] == [
         "torch 2.9.0+cpu is built without CUDA"
     ]
     laptop = Host(tmp_path / "no", packages=SDK)
-    found = list(doctor.examine(laptop, None, 0))
+    found = list(examine(laptop, None, 0))
     assert Finding("ok", "devices", "no Neuron device, none asked") in found
     assert len([each for each in found if each.name == "ports"]) == 1
 
 
 def test_a_job_is_examined_on_a_laptop() -> None:
-    found = levels(doctor.examine(Host(packages={"torch": "2.13.0"}), job(nodes=4), 0))
+    found = levels(examine(Host(packages={"torch": "2.13.0"}), job(nodes=4), 0))
     assert found["plan"] == "ok"
     for name in ("devices", "EFA", "storage", "disk", "dataset", "neuron"):
         assert found[name] == "unseen"
     too_much = job(nodes=4, overrides={"data": {"micro_batch": 32}, "run": {"recompute": "none"}})
-    assert levels(doctor.examine(Host(packages=SDK), too_much, 0))["plan"] == "error"
+    assert levels(examine(Host(packages=SDK), too_much, 0))["plan"] == "error"
     unknown = job(recipe="demo", instance="local", ranks_per_node=4, overrides={})
-    assert "plan" not in levels(doctor.examine(Host(packages=SDK), unknown, 0))
+    assert "plan" not in levels(examine(Host(packages=SDK), unknown, 0))
 
 
 def test_the_datasets_of_a_blend_are_seen_from_the_jobs_folder(tmp_path: Path) -> None:
-    seen = {path: doctor._seen_from(tmp_path, path) for path in ("my data", "0.7 web .3 /fsx/b")}
+    seen = {path: _seen_from(tmp_path, path) for path in ("my data", "0.7 web .3 /fsx/b")}
     assert seen["my data"] == f"{tmp_path}/my data"
     assert seen["0.7 web .3 /fsx/b"] == f"0.7 {tmp_path}/web .3 /fsx/b"
 
@@ -387,7 +391,7 @@ def test_a_missing_dataset_is_an_error(tmp_path: Path) -> None:
         overrides={},
         storage={"mount": str(tmp_path)},
     )
-    found = {each.name: each for each in doctor.examine(Host(packages=SDK), small, 0)}
+    found = {each.name: each for each in examine(Host(packages=SDK), small, 0)}
     assert found["dataset"].level == "error"
     assert "llamax launch --phase prepare" in found["dataset"].mend
 
@@ -406,10 +410,10 @@ def test_the_program_says_it_all_and_how_it_ends(
         f'name = "a"\nrecipe = "demo"\ninstance = "local"\nranks_per_node = 4\n'
         f'storage.mount = "{tmp_path}"\n'
     )
-    assert doctor.main(["--job", str(path)]) == doctor.NOT_READY
+    assert main(["--job", str(path)]) == NOT_READY
     said = capsys.readouterr().out
     assert "ERROR    dataset" in said
     assert "         mend          llamax launch --phase prepare" in said
     path.write_text('name = "a"\nrecipe = "demo"\nstorage.mount = "x"\n')
     with pytest.raises(ConfigError, match=r"job.toml: 1 x trn1\.32xlarge = 32 ranks: "):
-        doctor.main(["--job", str(path)])
+        main(["--job", str(path)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamax.dropout import FIRST, MASK31, SECOND, Dropout, feature_keys, kept, mix, signed
+from llamax.model.dropout import FIRST, MASK31, SECOND, Dropout, feature_keys, kept, mix, signed
 
 ZERO = torch.tensor(0)
 KNOWN = [-70621661, -1612614897, 2040716355]

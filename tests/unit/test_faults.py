@@ -21,12 +21,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from llamax import heartbeat
 from llamax.checkpoint import lock
-from llamax.errors import CheckpointError, ConfigError, LostRank, NotFinite, Stopped
-from llamax.heartbeat import Beat, Heartbeat, beating
-from llamax.step import Step
-from llamax.verdict import Verdict
+from llamax.runtime.errors import CheckpointError, ConfigError, LostRank, NotFinite, Stopped
+from llamax.training import heartbeat
+from llamax.training.heartbeat import Beat, Heartbeat, beating
+from llamax.training.step import Step
+from llamax.training.step_check import StepCheck
 
 # --- verdicts ------------------------------------------------------------------------------------
 
@@ -40,8 +40,8 @@ def step(loss: float = 1.0, norm: float = 1.0, stop: float = 0.0) -> Step:
     return Step(loss_, norm_, torch.tensor(4.0), stop_)
 
 
-def verdict(most_skipped: int) -> Verdict:
-    return Verdict(fetch, most_skipped, lambda step: [10 * step, 10 * step + 1])
+def verdict(most_skipped: int) -> StepCheck:
+    return StepCheck(fetch, most_skipped, lambda step: [10 * step, 10 * step + 1])
 
 
 def test_a_wish_to_stop_is_heard_one_step_late() -> None:
@@ -386,7 +386,7 @@ def test_a_library_installs_no_handlers() -> None:
     import llamax.train  # noqa: F401
 
     assert signal.getsignal(signal.SIGTERM) is before
-    from llamax import signals
+    from llamax.runtime import signals
 
     signals.rest()
     assert signal.getsignal(signal.SIGTERM) is before

@@ -7,27 +7,28 @@ import os
 from pathlib import Path
 from typing import Any
 
-import checkpoint_worlds as worlds
-import foreign_folders as foreign
 import pytest
+import support.checkpoints as worlds
+import support.foreign as foreign
 import torch
 
-from llamax import configfile
 from llamax.__main__ import dispatch
 from llamax.checkpoint import Checkpoint, load_owned
-from llamax.checkpoint.foreign.exporter import main as export_main
-from llamax.checkpoint.foreign.folder import model_of
-from llamax.checkpoint.foreign.importer import main as import_main
-from llamax.checkpoint.foreign.importer import open_folder
-from llamax.checkpoint.foreign.write_meta import feed_forward
-from llamax.checkpoint.hub import HubFolder
-from llamax.config import Config, Model, RopeScaling, Run
-from llamax.errors import CheckpointError, ConfigError
+from llamax.checkpoint.formats.base import model_of
+from llamax.checkpoint.formats.convert import open_folder
+from llamax.checkpoint.formats.meta_writer import feed_forward
+from llamax.checkpoint.hf_folder import HubFolder
+from llamax.cli.export import main as export_main
+from llamax.cli.import_ import main as import_main
+from llamax.config.load import dump_config, load_config
+from llamax.config.model import ModelConfig, RopeScaling
+from llamax.config.schema import Config, RunConfig
+from llamax.runtime.errors import CheckpointError, ConfigError
 
 
-def llama(kv: int = 2, tied: bool = False, layers: int = 2, **fields: Any) -> Model:
+def llama(kv: int = 2, tied: bool = False, layers: int = 2, **fields: Any) -> ModelConfig:
     """Heads as wide as Meta's, a vocabulary that 8 ranks divide."""
-    return Model(
+    return ModelConfig(
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=layers,
@@ -39,18 +40,23 @@ def llama(kv: int = 2, tied: bool = False, layers: int = 2, **fields: Any) -> Mo
     )
 
 
-def config_of(tmp_path: Path, model: Model) -> str:
+def config_of(tmp_path: Path, model: ModelConfig) -> str:
     path = tmp_path / "config.json"
     path.write_text(json.dumps(model.to_hub("bfloat16")))
     return str(path)
 
 
 def saved(
-    tmp_path: Path, model: Model, values: worlds.Wholes, tp: int = 2, dp: int = 1, step: int = 3
+    tmp_path: Path,
+    model: ModelConfig,
+    values: worlds.Wholes,
+    tp: int = 2,
+    dp: int = 1,
+    step: int = 3,
 ) -> str:
     """A run's folder with one checkpoint."""
     ranks = worlds.world(model, tp, dp, True, values, values["model.norm.weight", "weight"].dtype)
-    text = configfile.dump(Config(model=model, run=Run(steps=9)))
+    text = dump_config(Config(model=model, run=RunConfig(steps=9)))
     worlds.save(tmp_path / "run" / "checkpoints", model, ranks, step, config_text=text)
     return str(tmp_path / "run")
 
@@ -98,7 +104,7 @@ def test_nxd_weights(tmp_path: Path, kv: int, tied: bool, options: dict[str, Any
         import_main([str(tmp_path / "in"), "--out", str(tmp_path / "hub"), "--config", config]) == 0
     )
     check_hub(tmp_path / "hub", values)
-    assert Model.from_hub(json.loads((tmp_path / "hub" / "config.json").read_text())) == model
+    assert ModelConfig.from_hub(json.loads((tmp_path / "hub" / "config.json").read_text())) == model
 
 
 @pytest.mark.parametrize(
@@ -244,7 +250,7 @@ def test_meta(tmp_path: Path, kv: int, ranks: int, dim: int) -> None:
     folder = foreign.meta(tmp_path / "in", values, model, ranks, dim)
     assert import_main([str(folder), "--out", str(tmp_path / "hub")]) == 0
     check_hub(tmp_path / "hub", values)
-    assert Model.from_hub(json.loads((tmp_path / "hub" / "config.json").read_text())) == model
+    assert ModelConfig.from_hub(json.loads((tmp_path / "hub" / "config.json").read_text())) == model
 
 
 def test_meta_rows_turn_as_ours_do() -> None:
@@ -508,7 +514,7 @@ def test_a_recipe_is_meant_although_a_folder_has_its_name(
     monkeypatch.chdir(tmp_path)
     Path("demo").mkdir()
     Path("other").mkdir()
-    assert model_of(tmp_path, "demo") == configfile.load("demo").model
+    assert model_of(tmp_path, "demo") == load_config("demo").model
     with pytest.raises(CheckpointError, match=r"cannot read other/config.json"):
         model_of(tmp_path, "other")
 

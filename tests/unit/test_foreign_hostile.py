@@ -19,26 +19,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import checkpoint_worlds as worlds
-import foreign_folders as foreign
 import pytest
+import support.checkpoints as worlds
+import support.foreign as foreign
 import torch
 from safetensors.torch import save_file
 
-from llamax.checkpoint.foreign import archive, pickles
-from llamax.checkpoint.foreign.importer import main as import_main
-from llamax.checkpoint.hub import HubFolder
-from llamax.config import Model
-from llamax.errors import CheckpointError, LlamaxError
-from llamax.program import run
+from llamax.checkpoint.formats import torch_pickle
+from llamax.checkpoint.formats import torch_zip as archive
+from llamax.checkpoint.hf_folder import HubFolder
+from llamax.cli.import_ import main as import_main
+from llamax.config.model import ModelConfig
+from llamax.runtime.errors import CheckpointError, LlamaxError
+from llamax.runtime.process import run_main
 
 GUARD = """
 import os, sys
 allowed, secret = os.path.realpath(sys.argv[1]), os.path.realpath(sys.argv[2])
-from llamax.checkpoint.foreign import archive, exporter, importer, meta, nemo, nxd, optimum
-from llamax.checkpoint.hub import HubFolder
-from llamax.config import Model
-from llamax.program import run
+from llamax.checkpoint.formats import archive, exporter, importer, meta, nemo, nxd, optimum
+from llamax.checkpoint.hf_folder import HubFolder
+from llamax.config.schema import Model
+from llamax.runtime.process import run
 import torch
 EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec",
             "compile", "pickle.find_class", "socket.connect", "ctypes.dlopen", "shutil.rmtree",
@@ -258,7 +259,7 @@ def test_pickles_that_do_more_than_hold_tensors(
 def test_old_protocols_too(protocol: int) -> None:
     data = pickle.dumps({"a": Calls(os.system, "id")}, protocol)
     with pytest.raises(CheckpointError, match="tensors and plain containers only"):
-        pickles.read(data, "file")
+        torch_pickle.read(data, "file")
 
 
 def test_structures_that_explode_do_not() -> None:
@@ -266,12 +267,12 @@ def test_structures_that_explode_do_not() -> None:
     held: Any = {"x": 1}
     for _ in range(7):
         held = {str(i): held for i in range(99)}
-    data = pickles.read(pickle.dumps(held, 2), "file")
-    assert len(archive.replaced(data, pickles.Tensor, lambda t: t)) == 99
+    data = torch_pickle.read(pickle.dumps(held, 2), "file")
+    assert len(archive.replaced(data, torch_pickle.Tensor, lambda t: t)) == 99
     loop: dict[str, Any] = {}
     loop["again"] = loop
-    data = pickles.read(pickle.dumps(loop, 2), "file")
-    assert archive.replaced(data, pickles.Tensor, lambda t: t)["again"]
+    data = torch_pickle.read(pickle.dumps(loop, 2), "file")
+    assert archive.replaced(data, torch_pickle.Tensor, lambda t: t)["again"]
 
 
 def test_what_torch_saves_is_read(tmp_path: Path) -> None:
@@ -560,7 +561,7 @@ def test_links_out_of_a_foreign_folder(tmp_path: Path, watched: Watched, what: s
     path.unlink(missing_ok=True)
     path.symlink_to(watched.secret / "key")
     if what == "tokenizer":  # is none of the model: it is left where it is
-        assert run(import_main, [str(arg) for arg in argv_of(folder)]) == 0
+        assert run_main(import_main, [str(arg) for arg in argv_of(folder)]) == 0
         assert not (tmp_path / "out" / "tokenizer.json").exists()
         return
     assert "is a link out of its folder" in watched.read(*argv_of(folder))
@@ -588,4 +589,4 @@ def test_no_part_of_llamax_loads_a_pickle() -> None:
         if "torch.load(" in line or line.strip() in ("import pickle", "from pickle import loads")
     ]
     assert users == []
-    assert isinstance(MODEL, Model)
+    assert isinstance(MODEL, ModelConfig)

@@ -13,15 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from llamax.cache import Cache
-from llamax.config import Model, RopeScaling
-from llamax.data.detokenizer import Detokenizer
-from llamax.errors import CheckpointError, ConfigError
-from llamax.model import Llama
-from llamax.sampling import Sampling, check_prompts, complete, generate, nucleus
-from llamax.shard import parts
+from llamax.config.model import ModelConfig, RopeScaling
+from llamax.data.tokenizer.streaming import Detokenizer
+from llamax.inference.kv_cache import KVCache
+from llamax.inference.sampling import Sampling, check_prompts, complete, generate, nucleus
+from llamax.model.llama import Llama
+from llamax.parallel.sharding import parts
+from llamax.runtime.errors import CheckpointError, ConfigError
 
-LLAMA2 = Model(
+LLAMA2 = ModelConfig(
     hidden_size=64,
     intermediate_size=96,
     num_hidden_layers=2,
@@ -94,7 +94,7 @@ def test_decoding_computes_the_logits_of_the_whole_text(model: Llama) -> None:
     text, lengths = torch.tensor(prompts((30, 30))), torch.tensor([5, 17])
     with torch.no_grad():
         whole_BSV = model(text)
-        cache = Cache(30)
+        cache = KVCache(30)
         padded = text.where(torch.arange(30) < lengths[:, None], 0)[:, :17]
         found = model(padded, attend=cache.prefill, last_B=lengths - 1)
         assert found.shape == (2, 1, 320), "only the last places are projected"
@@ -107,7 +107,7 @@ def test_decoding_computes_the_logits_of_the_whole_text(model: Llama) -> None:
 
 
 def test_the_cache_is_allocated_once(model: Llama) -> None:
-    cache = Cache(8)
+    cache = KVCache(8)
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]), attend=cache.prefill)
         before = [keys.data_ptr() for keys, _ in cache._layers.values()]

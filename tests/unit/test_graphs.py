@@ -7,11 +7,13 @@ import re
 
 import pytest
 
-from llamax.config import Config, Data, Model, Parallel, Run
-from llamax.graphs import census, compare, formulas, hlo, report
-from llamax.graphs.census import Live, Traffic
-from llamax.graphs.formulas import GroupShape
-from llamax.mesh import Mesh
+from llamax.config.model import ModelConfig
+from llamax.config.schema import Config, DataConfig, ParallelConfig, RunConfig
+from llamax.parallel.mesh import Mesh
+from llamax.tools.audit import census, diff, formulas, hlo
+from llamax.tools.audit.census import Live, Traffic
+from llamax.tools.audit.formulas import GroupShape
+from llamax.tools.audit.report import AuditReport, Kind, Memory, as_json, show, sort_kinds
 
 MATMUL = """HloModule IrToHlo.9, entry_computation_layout={(f32[8,2]{1,0}, f32[2,4]{1,0})->(f32[4]{0})}
 
@@ -108,7 +110,7 @@ def test_names_and_lines_do_not_make_a_program() -> None:
 def test_anything_else_does(old: str, new: str) -> None:
     assert old in MATMUL
     assert hlo.normal(MATMUL.replace(old, new)) != hlo.normal(MATMUL)
-    assert compare.difference(hlo.read(MATMUL), hlo.read(MATMUL.replace(old, new))) is not None
+    assert diff.difference(hlo.read(MATMUL), hlo.read(MATMUL.replace(old, new))) is not None
 
 
 def test_text_that_is_no_program_is_refused() -> None:
@@ -133,12 +135,12 @@ def test_the_difference_is_the_instruction_that_the_other_lacks() -> None:
         "%b.3 = s32[4]{0} broadcast(s32[] %c.2), dimensions={}",
         "%s.4 = s32[4]{0} subtract(s32[4]{0} %p.1, s32[4]{0} %b.3)",
     )
-    how = compare.difference(ours, theirs)
+    how = diff.difference(ours, theirs)
     assert how is not None
-    assert compare.describe(how.mine) == "s32[] constant(0) at /a/tensor.py:120"
-    assert compare.describe(how.theirs) == "s32[] constant(4000) at /a/tensor.py:120"
-    assert compare.difference(ours, ours) is None
-    assert compare.describe(None) == "nothing"
+    assert diff.describe(how.mine) == "s32[] constant(0) at /a/tensor.py:120"
+    assert diff.describe(how.theirs) == "s32[] constant(4000) at /a/tensor.py:120"
+    assert diff.difference(ours, ours) is None
+    assert diff.describe(None) == "nothing"
 
 
 def test_wiring_alone_is_a_difference_too() -> None:
@@ -148,7 +150,7 @@ def test_wiring_alone_is_a_difference_too() -> None:
         "%s.3 = f32[] subtract(f32[] %p.1, f32[] %p.2)",
     ]
     swapped = "%s.3 = f32[] subtract(f32[] %p.2, f32[] %p.1)"
-    how = compare.difference(entry(*lines), entry(*lines[:2], swapped))
+    how = diff.difference(entry(*lines), entry(*lines[:2], swapped))
     assert how is not None
     assert how.mine is not None
     assert how.mine.opcode == "subtract"
@@ -235,7 +237,7 @@ def test_remarks_name_the_first_line() -> None:
 
 
 CONFIG = Config(
-    model=Model(
+    model=ModelConfig(
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
@@ -243,9 +245,9 @@ CONFIG = Config(
         num_key_value_heads=4,
         vocab_size=256,
     ),
-    parallel=Parallel(tensor=2),
-    data=Data(sequence_length=32, global_batch=4, micro_batch=2),
-    run=Run(dtype="bfloat16"),
+    parallel=ParallelConfig(tensor=2),
+    data=DataConfig(sequence_length=32, global_batch=4, micro_batch=2),
+    run=RunConfig(dtype="bfloat16"),
 )
 
 
@@ -282,25 +284,24 @@ def test_collectives_of_an_update_by_hand() -> None:
     assert formulas.update(Mesh(), groups[:0], True, 1) == []
 
 
-def audited(*programs: tuple[str, str, str]) -> report.Audit:
-    first, _, found = report.sort_kinds(programs)
+def audited(*programs: tuple[str, str, str]) -> AuditReport:
+    first, _, found = sort_kinds(programs)
     kinds = tuple(
-        report.Kind(name, each, ("step 1", "step 2"), (), None, 100.0, 0.5)
-        for name, each in first.items()
+        Kind(name, each, ("step 1", "step 2"), (), None, 100.0, 0.5) for name, each in first.items()
     )
     live = {name: census.live(each) for name, each in first.items()}
-    memory = report.Memory(2**30, 2**30, 2**30, live, 16 * 2**30)
-    return report.Audit("a run", kinds, ("all 4 agree",), 2, memory, tuple(found))
+    memory = Memory(2**30, 2**30, 2**30, live, 16 * 2**30)
+    return AuditReport("a run", kinds, ("all 4 agree",), 2, memory, tuple(found))
 
 
 def test_an_audit_passes_where_every_step_is_one_program() -> None:
     audit = audited(("microstep", "step 1", MATMUL), ("microstep", "step 2", MATMUL))
     assert audit.passes
-    text = "\n".join(report.show(audit))
+    text = "\n".join(show(audit))
     assert "microstep                  6        3    0.5s   step 1 and 1 more" in text
     assert "memory of a core: 3.00 GiB of 16 GiB, estimated: fits" in text
     assert "dynamic shapes: none" in text
-    numbers = json.loads(json.dumps(report.as_json(audit)))
+    numbers = json.loads(json.dumps(as_json(audit)))
     assert numbers["passes"] is True
     assert numbers["programs"]["microstep"]["matmul_flops"] == 128
     assert numbers["memory_bytes"]["available"] == 16 * 2**30
@@ -326,5 +327,5 @@ def test_an_audit_fails_with_the_line_where_a_step_differs() -> None:
 def test_an_audit_fails_on_what_the_compiler_refuses() -> None:
     audit = audited(("microstep", "step 1", MATMUL.replace("f32[]", "f64[]")))
     assert "the microstep program has float64" in audit.problems[0]
-    hosted = report.Audit("", (), (), 1, audit.memory, fallbacks=("aten::nonzero",))
+    hosted = AuditReport("", (), (), 1, audit.memory, fallbacks=("aten::nonzero",))
     assert hosted.problems == ["aten::nonzero runs on the host: torch-xla cannot compile it"]

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from llamax.data.loader import Batch
-from llamax.errors import BackendError
-from llamax.guard import Guard
+from llamax.runtime.errors import BackendError
+from llamax.training.compile_guard import CompileGuard
 
 
 class Counted:
@@ -30,7 +30,7 @@ def batch(tokens: int) -> Batch:
     return Batch(ids, ids, ids, None)
 
 
-def run(guard: Guard, counted: Counted, steps: list[dict[str, Any]]) -> None:
+def run(guard: CompileGuard, counted: Counted, steps: list[dict[str, Any]]) -> None:
     for number, step in enumerate(steps, 1):
         with guard.watch(step.get("part", "training"), number):
             for _ in guard.seen([batch(step.get("tokens", 8))]):
@@ -50,7 +50,7 @@ def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) 
 
 def test_two_programs_to_train_and_one_to_validate_are_fine(warnings: Any) -> None:
     counted = Counted()
-    run(Guard(counted, "stop"), counted, FINE)
+    run(CompileGuard(counted, "stop"), counted, FINE)
     assert not warnings.messages
 
 
@@ -67,27 +67,27 @@ def test_one_more_is_told_once_with_its_cause(
     warnings: Any, extra: dict[str, Any], cause: str
 ) -> None:
     counted = Counted()
-    run(Guard(counted, "warn"), counted, [*FINE, extra, extra])
+    run(CompileGuard(counted, "warn"), counted, [*FINE, extra, extra])
     (message,) = warnings.messages
     assert cause in message
     assert message.startswith("step 6: ")
     counted = Counted()
     with pytest.raises(BackendError, match="compile_guard=warn goes on"):
-        run(Guard(counted, "stop"), counted, [*FINE, extra])
+        run(CompileGuard(counted, "stop"), counted, [*FINE, extra])
 
 
 def test_too_many_in_the_first_step_are_told_too(warnings: Any) -> None:
     counted = Counted()
-    run(Guard(counted, "warn"), counted, [{"compiled": 3}])
+    run(CompileGuard(counted, "warn"), counted, [{"compiled": 3}])
     assert "step 1: training compiled 1 program more than" in warnings.messages[0]
     counted = Counted()
-    run(Guard(counted, "warn"), counted, [{"compiled": 5}])
+    run(CompileGuard(counted, "warn"), counted, [{"compiled": 5}])
     assert "step 1: training compiled 3 programs more than" in warnings.messages[1]
 
 
-@pytest.mark.parametrize("guard", [Guard(None, "stop"), Guard(Counted(), "off")])
-def test_nothing_to_watch(guard: Guard, warnings: Any) -> None:
+@pytest.mark.parametrize("guard", [CompileGuard(None, "stop"), CompileGuard(Counted(), "off")])
+def test_nothing_to_watch(guard: CompileGuard, warnings: Any) -> None:
     run(guard, Counted(), [{"compiled": 9}])
     counted = Counted()
-    run(Guard(counted, "off"), counted, [{"compiled": 9}])
+    run(CompileGuard(counted, "off"), counted, [{"compiled": 9}])
     assert not warnings.messages

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from llamax.errors import BackendError
-from llamax.launch import env
-from llamax.launch.env import Rendezvous, first_host, ipv4, neuron_variables, rendezvous
+from llamax.parallel import rendezvous as env
+from llamax.parallel.rendezvous import Rendezvous, first_host, ipv4, neuron_variables, rendezvous
+from llamax.runtime.errors import BackendError
 
 
 def resolve(name: str, wait_s: float) -> str:

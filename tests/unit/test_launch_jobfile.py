@@ -12,16 +12,17 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch_jobs import job, tables
+from support.launch_jobs import job, tables
 
-from llamax import configfile
-from llamax.errors import BackendError, ConfigError
+from llamax.cli.launch import main
+from llamax.config.hardware import load_machine, machine_names
+from llamax.config.load import toml
 from llamax.launch import jobfile
 from llamax.launch import yaml as emitter
 from llamax.launch.checks import problems
-from llamax.launch.command import PHASES, main, render
 from llamax.launch.instances import INSTANCES
-from llamax.planner import machine
+from llamax.launch.render import PHASES, render
+from llamax.runtime.errors import BackendError, ConfigError
 
 TRICKS = "'; touch pwned; '\"$(touch pwned)`touch pwned` \\ #|&<>!* $$ $(PATH) {{x}} é漢\U0001f600"
 
@@ -231,10 +232,10 @@ def test_a_right_job_is_not_refused(launcher: str) -> None:
 
 
 def test_what_can_be_planned_can_be_launched() -> None:
-    assert set(INSTANCES) - {"local"} == set(machine.names()) - {"cpu"}
+    assert set(INSTANCES) - {"local"} == set(machine_names()) - {"cpu"}
     for name in set(INSTANCES) - {"local"}:
         this = INSTANCES[name]
-        assert (this.cores, this.backend) == (machine.load(name).ranks, machine.load(name).backend)
+        assert (this.cores, this.backend) == (load_machine(name).ranks, load_machine(name).backend)
         assert this.devices > 0 < this.memory_gib
 
 
@@ -246,7 +247,7 @@ def write(folder: Path, **changes: Any) -> str:
 
     def lines(table: dict[str, Any], prefix: str = "") -> list[str]:
         flat = [
-            f"{k} = {configfile.toml(tuple(v) if isinstance(v, list) else v)}"
+            f"{k} = {toml(tuple(v) if isinstance(v, list) else v)}"
             for k, v in table.items()
             if not isinstance(v, dict)
         ]

@@ -10,17 +10,18 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tuning_worlds import MODEL, base_folder
+from support.adapters import MODEL, base_folder
 
-from llamax import lora, merge
 from llamax.__main__ import dispatch
-from llamax.checkpoint import adapters
-from llamax.checkpoint.hub import open_source
+from llamax.checkpoint.build_model import load_tuned
+from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.merge import merge
+from llamax.checkpoint.peft import BASE, CONFIG, PREFIX, WEIGHTS, fingerprint
 from llamax.checkpoint.slabs import SLAB_BYTES
-from llamax.config import Finetune
-from llamax.errors import CheckpointError, ConfigError
-from llamax.finetune import load_tuned
-from llamax.model import Llama
+from llamax.config.schema import FinetuneConfig
+from llamax.model import lora
+from llamax.model.llama import Llama
+from llamax.runtime.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -30,18 +31,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("merge")
     base = base_folder(folder / "base")
-    model = lora.adapt(Llama(MODEL), Finetune(r=4), torch.empty(0))
+    model = lora.adapt(Llama(MODEL), FinetuneConfig(r=4), torch.empty(0))
     generator = torch.Generator().manual_seed(3)
     tensors = {
-        adapters.PREFIX + name: torch.randn(p.shape, generator=generator) / 5
+        PREFIX + name: torch.randn(p.shape, generator=generator) / 5
         for name, p in lora.trained(model).items()
     }
     (folder / "adapter").mkdir()
-    save_file(tensors, folder / "adapter" / adapters.WEIGHTS)
+    save_file(tensors, folder / "adapter" / WEIGHTS)
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": [*lora.LINEAR]}
-    (folder / "adapter" / adapters.CONFIG).write_text(json.dumps(settings))
-    about = {"folder": str(base), "fingerprint": adapters.fingerprint(open_source(base))}
-    (folder / "adapter" / adapters.BASE).write_text(json.dumps(about))
+    (folder / "adapter" / CONFIG).write_text(json.dumps(settings))
+    about = {"folder": str(base), "fingerprint": fingerprint(open_source(base))}
+    (folder / "adapter" / BASE).write_text(json.dumps(about))
     return folder
 
 
@@ -59,7 +60,7 @@ def test_merged_equals_unmerged(
 ) -> None:
     """Also where a slab holds a few rows of a weight, and fewer than a row is a whole one."""
     monkeypatch.setattr("llamax.checkpoint.slabs.SLAB_BYTES", slab)
-    out = merge.merge(folder / "base", folder / "adapter", tmp_path / "merged")
+    out = merge(folder / "base", folder / "adapter", tmp_path / "merged")
     expected = logits_of(load_tuned(folder / "adapter"))
     theirs = transformers.LlamaForCausalLM.from_pretrained(out)
     assert (logits_of(theirs) - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -71,7 +72,7 @@ def test_merged_equals_what_peft_merges(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft, the judge of merging, is not installed")
     base = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
     theirs = peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
-    out = merge.merge(folder / "base", folder / "adapter", tmp_path / "merged")
+    out = merge(folder / "base", folder / "adapter", tmp_path / "merged")
     source = open_source(out)
     for name, weight in theirs.state_dict().items():
         assert torch.allclose(source.read(name), weight, rtol=1e-6, atol=1e-6), name
@@ -81,8 +82,8 @@ def test_a_narrow_base_is_rounded_once(folder: Path, tmp_path: Path) -> None:
     narrow = tmp_path / "narrow"
     base = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
     base.to(torch.bfloat16).save_pretrained(narrow)
-    merged = open_source(merge.merge(narrow, folder / "adapter", tmp_path / "merged"))
-    wide = merge.merge(narrow, folder / "adapter", tmp_path / "wide", torch.float32)
+    merged = open_source(merge(narrow, folder / "adapter", tmp_path / "merged"))
+    wide = merge(narrow, folder / "adapter", tmp_path / "wide", torch.float32)
     exact = open_source(wide)
     for name in merged.names():
         assert merged.dtype(name) == torch.bfloat16
@@ -109,7 +110,7 @@ def test_merging_into_another_base_is_refused(folder: Path, tmp_path: Path) -> N
     model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
     model.save_pretrained(other)
     with pytest.raises(CheckpointError, match="is an adapter of another base"):
-        merge.merge(other, folder / "adapter", tmp_path / "out")
+        merge(other, folder / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -119,13 +120,13 @@ def test_merging_into_another_shape_is_refused_without_a_fingerprint(
     config = transformers.LlamaConfig(**{**MODEL.to_hub("float32"), "intermediate_size": 128})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "thin")
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
-    (tmp_path / "adapter" / adapters.BASE).unlink()
+    (tmp_path / "adapter" / BASE).unlink()
     with pytest.raises(CheckpointError, match=r"is \[128, 128\]; use the base it was trained on"):
-        merge.merge(tmp_path / "thin", tmp_path / "adapter", tmp_path / "out")
+        merge(tmp_path / "thin", tmp_path / "adapter", tmp_path / "out")
     config = transformers.LlamaConfig(**{**MODEL.to_hub("float32"), "num_hidden_layers": 1})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "short")
     with pytest.raises(CheckpointError, match="is missing; use the base it was trained on"):
-        merge.merge(tmp_path / "short", tmp_path / "adapter", tmp_path / "out")
+        merge(tmp_path / "short", tmp_path / "adapter", tmp_path / "out")
 
 
 def test_a_quantised_base_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -134,9 +135,9 @@ def test_a_quantised_base_is_refused(folder: Path, tmp_path: Path) -> None:
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantised}))
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
-    (tmp_path / "adapter" / adapters.BASE).unlink()
+    (tmp_path / "adapter" / BASE).unlink()
     line = "quantization_config is not supported; use the unquantized model"
     with pytest.raises(ConfigError, match=line):
-        merge.merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     with pytest.raises(ConfigError, match=line):
         load_tuned(tmp_path / "adapter", tmp_path / "base")

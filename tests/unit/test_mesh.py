@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax.errors import ConfigError
-from llamax.mesh import AXES, Mesh
+from llamax.parallel.mesh import AXES, Mesh
+from llamax.runtime.errors import ConfigError
 
 degrees = st.integers(1, 4)
 meshes = st.builds(Mesh, tp=degrees, dp=degrees, cp=degrees, pp=degrees)

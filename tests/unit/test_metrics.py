@@ -17,17 +17,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax import metrics, plot
-from llamax.config import Model
-from llamax.configfile import load
-from llamax.errors import BackendError, DataError
-from llamax.metrics import (
+from llamax.cli import plot
+from llamax.config.flops import flops_per_token, mfu
+from llamax.config.load import load_config
+from llamax.config.model import ModelConfig
+from llamax.runtime.errors import BackendError, DataError
+from llamax.runtime.units import eta, perplexity, show_bytes, show_number, show_time, tokens_per_s
+from llamax.training.metrics import (
     ConsoleWriter,
     JsonlWriter,
     Record,
     TensorBoardWriter,
     WandbWriter,
     Writers,
+    read_jsonl,
 )
 
 RECORD = Record(
@@ -49,7 +52,7 @@ RECORD = Record(
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_flops_count_every_matmul_once(tied: bool) -> None:
-    model = Model(
+    model = ModelConfig(
         hidden_size=4,
         intermediate_size=10,
         num_hidden_layers=3,
@@ -61,7 +64,7 @@ def test_flops_count_every_matmul_once(tied: bool) -> None:
     )
     q_o, k_v, mlp, head = 2 * 4 * 12, 2 * 4 * 6, 3 * 4 * 10, 11 * 4
     attention = 3 * 5 * 2 * 6
-    assert metrics.flops_per_token(model, 5) == 6 * (3 * (q_o + k_v + mlp) + head + attention)
+    assert flops_per_token(model, 5) == 6 * (3 * (q_o + k_v + mlp) + head + attention)
 
 
 @pytest.mark.parametrize(
@@ -77,21 +80,21 @@ def test_mfu_of_published_runs(
     recipe: str, nodes: int, length: int, sequences_per_s: float, percent: float
 ) -> None:
     """AWS Neuron's published trn1.32xlarge throughputs: 16 chips a node at 190 TFLOP/s."""
-    flops = metrics.flops_per_token(load(recipe).model, length)
-    found = metrics.mfu(sequences_per_s * length, flops, nodes * 16 * 190e12)
+    flops = flops_per_token(load_config(recipe).model, length)
+    found = mfu(sequences_per_s * length, flops, nodes * 16 * 190e12)
     assert round(100 * found, 1) == percent
 
 
 def test_rates() -> None:
-    assert metrics.mfu(10.0, 3.0, 60.0) == 0.5
-    assert metrics.mfu(10.0, 3.0, 0.0) == 0.0
-    assert metrics.tokens_per_s(100, 0.5) == 200.0
-    assert metrics.tokens_per_s(100, 0.0) == 0.0
-    assert metrics.eta(3, 10, 2.0) == 14.0
-    assert metrics.eta(12, 10, 2.0) == 0.0
-    assert metrics.perplexity(0.0) == 1.0
-    assert metrics.perplexity(math.log(32.0)) == pytest.approx(32.0)
-    assert metrics.perplexity(1e4) == math.inf
+    assert mfu(10.0, 3.0, 60.0) == 0.5
+    assert mfu(10.0, 3.0, 0.0) == 0.0
+    assert tokens_per_s(100, 0.5) == 200.0
+    assert tokens_per_s(100, 0.0) == 0.0
+    assert eta(3, 10, 2.0) == 14.0
+    assert eta(12, 10, 2.0) == 0.0
+    assert perplexity(0.0) == 1.0
+    assert perplexity(math.log(32.0)) == pytest.approx(32.0)
+    assert perplexity(1e4) == math.inf
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_rates() -> None:
     ],
 )
 def test_numbers_in_words(n: float, text: str) -> None:
-    assert metrics.show_number(n) == text
+    assert show_number(n) == text
 
 
 @pytest.mark.parametrize(
@@ -121,7 +124,7 @@ def test_numbers_in_words(n: float, text: str) -> None:
     [(512, "512 B"), (1024, "1 KiB"), (1536, "1.50 KiB"), (3 * 2**29, "1.50 GiB")],
 )
 def test_bytes_in_words(n: float, text: str) -> None:
-    assert metrics.show_bytes(n) == text
+    assert show_bytes(n) == text
 
 
 @pytest.mark.parametrize(
@@ -141,7 +144,7 @@ def test_bytes_in_words(n: float, text: str) -> None:
     ],
 )
 def test_times_in_words(seconds: float, text: str) -> None:
-    assert metrics.show_time(seconds) == text
+    assert show_time(seconds) == text
 
 
 # ---- the log
@@ -175,7 +178,7 @@ def test_the_log_holds_each_step_once_after_a_resume(tmp_path: Path) -> None:
     second.write(replace(RECORD, step=3, loss=30.0))
     second.close()
     assert steps(path) == [1, 2, 3]
-    assert [record.loss for record in metrics.read_jsonl(path)] == [1.0, 2.0, 30.0]
+    assert [record.loss for record in read_jsonl(path)] == [1.0, 2.0, 30.0]
     assert list(path.parent.iterdir()) == [path]
 
     path.write_text(f"{replace(RECORD, step=0).to_json()}\n")
@@ -198,7 +201,7 @@ def test_records_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture)
         assert len({record.created for record in caplog.records}) == 1, "told once"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [record.step for record in metrics.read_jsonl(path)] == [1]
+    assert [record.step for record in read_jsonl(path)] == [1]
     writer.write(replace(RECORD, step=4))
     writer.close()
     assert steps(path) == [1, 2, 3, 4]
@@ -213,10 +216,10 @@ def test_a_log_with_a_strange_line_is_refused(tmp_path: Path, line: str) -> None
     path = tmp_path / "metrics.jsonl"
     path.write_text(f"{RECORD.to_json()}\n{line}\n{RECORD.to_json()}\n")
     with pytest.raises(DataError, match=r"metrics.jsonl:2: not a record; remove this line"):
-        metrics.read_jsonl(path)
+        read_jsonl(path)
     path.write_text(f"{RECORD.to_json()}\n{line}")
-    assert metrics.read_jsonl(path) == [RECORD]
-    assert metrics.read_jsonl(tmp_path / "none") == []
+    assert read_jsonl(path) == [RECORD]
+    assert read_jsonl(tmp_path / "none") == []
 
 
 # ---- the views

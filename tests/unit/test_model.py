@@ -8,14 +8,14 @@ import pytest
 import torch
 import transformers
 
-from llamax.collectives import Solo
-from llamax.config import Model, RopeScaling
-from llamax.errors import ConfigError, DataError
-from llamax.model import Llama
-from llamax.sampling import generate
-from llamax.shard import parts
+from llamax.config.model import ModelConfig, RopeScaling
+from llamax.inference.sampling import generate
+from llamax.model.llama import Llama
+from llamax.parallel.collectives import Solo
+from llamax.parallel.sharding import parts
+from llamax.runtime.errors import ConfigError, DataError
 
-LLAMA2 = Model(
+LLAMA2 = ModelConfig(
     hidden_size=64,
     intermediate_size=176,
     num_hidden_layers=3,
@@ -46,7 +46,7 @@ FAMILIES = {
 TOLERANCE = 1e-5
 
 
-def judge(model: Model, seed: int = 0) -> transformers.LlamaForCausalLM:
+def judge(model: ModelConfig, seed: int = 0) -> transformers.LlamaForCausalLM:
     """transformers' Llama of the same shape with random weights (norms too)."""
     torch.manual_seed(seed)
     config = transformers.LlamaConfig(**model.to_hub("float32"), attn_implementation="eager")

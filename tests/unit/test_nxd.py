@@ -21,10 +21,10 @@ from torch import Tensor
 
 from llamax import ops
 from llamax.backends import choose, nxd
-from llamax.errors import BackendError
 from llamax.kernels.attention import nki_kernel
-from llamax.launch.env import Rendezvous
-from llamax.mesh import Mesh
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import BackendError
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> ModuleType:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from transformers.models.llama import modeling_llama as hub
 
 from llamax import ops
-from llamax.config import RopeScaling
+from llamax.config.model import RopeScaling
 
 FP32 = 1e-6  # largest difference over the largest element
 SCALINGS = {

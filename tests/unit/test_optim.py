@@ -8,19 +8,20 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from held import held_bytes
+from support.memory import held_bytes
 from torch import Tensor
 from torch.nn import Parameter
 
-from llamax.collectives import Axes, Solo
-from llamax.config import Model, Optim
-from llamax.errors import ConfigError
-from llamax.model import Llama
+from llamax.config.model import ModelConfig
+from llamax.config.schema import OptimConfig
+from llamax.model.llama import Llama
 from llamax.optim import Owned, Zero1, adamw
 from llamax.optim.clip import clip_factor, sum_of_squares
-from llamax.shard import Replica
+from llamax.parallel.collectives import Axes, Solo
+from llamax.parallel.sharding import Replica
+from llamax.runtime.errors import ConfigError
 
-OPTIM = Optim(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
+OPTIM = OptimConfig(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
 SHAPES = {"embed": (11, 6), "norm": (6,), "up": (7, 6), "down": (6, 7), "last": (6,)}
 ONE = torch.tensor(1.0)
 
@@ -40,7 +41,9 @@ def backward(parameters: dict[str, Parameter], wanted: dict[str, Tensor]) -> Non
     sum((parameters[name].float() * g).sum() for name, g in wanted.items()).backward()
 
 
-def make(parameters: dict[str, Parameter], optim: Optim = OPTIM, bucket_bytes: int = 80) -> Zero1:
+def make(
+    parameters: dict[str, Parameter], optim: OptimConfig = OPTIM, bucket_bytes: int = 80
+) -> Zero1:
     return Zero1(
         parameters,
         dict.fromkeys(parameters, Replica()),
@@ -324,7 +327,7 @@ def test_what_was_frozen_too_late_is_refused_not_decayed() -> None:
 
 
 def test_key_value_heads_that_the_axes_do_not_join() -> None:
-    model = Model(
+    model = ModelConfig(
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=1,

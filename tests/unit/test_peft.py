@@ -11,22 +11,35 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_run import config, make_dataset
+from support.tiny_run import config, make_dataset
 
-from llamax import lora
-from llamax.checkpoint import adapters, inspect
-from llamax.checkpoint.load import Checkpoint, load_weights
+from llamax.checkpoint.build_model import load_tuned
+from llamax.checkpoint.load import load_weights
 from llamax.checkpoint.manifest import newest
-from llamax.config import Finetune, Model, RopeScaling
-from llamax.errors import CheckpointError, ConfigError
-from llamax.finetune import load_tuned
-from llamax.launch.env import Rendezvous
-from llamax.metrics import show_number
+from llamax.checkpoint.peft import (
+    BASE,
+    CONFIG,
+    WEIGHTS,
+    PeftFolder,
+    adapter_info,
+    export_adapter,
+    fingerprint,
+    is_adapter,
+    open_adapter,
+)
+from llamax.checkpoint.reader import Checkpoint
+from llamax.cli import inspect
+from llamax.config.model import ModelConfig, RopeScaling
+from llamax.config.schema import FinetuneConfig
+from llamax.model import lora
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.units import show_number
 from llamax.train import train
 
 peft = pytest.importorskip("peft", reason="peft, the judge of LoRA, is not installed")
 
-LLAMA2 = Model(
+LLAMA2 = ModelConfig(
     hidden_size=32,
     intermediate_size=48,
     num_hidden_layers=2,
@@ -46,14 +59,14 @@ LLAMA3 = dataclasses.replace(
 TOLERANCE = 1e-5
 
 
-def hub_folder(folder: Path, model: Model, seed: int = 0) -> Path:
+def hub_folder(folder: Path, model: ModelConfig, seed: int = 0) -> Path:
     transformers.set_seed(seed)
     hub = transformers.LlamaConfig(**model.to_hub("float32"))
     transformers.LlamaForCausalLM(hub).save_pretrained(folder)
     return folder
 
 
-def reference(folder: Path, finetune: Finetune, seed: int = 1) -> Any:
+def reference(folder: Path, finetune: FinetuneConfig, seed: int = 1) -> Any:
     """A peft model whose factors are all random."""
     targets = finetune.targets
     settings = peft.LoraConfig(
@@ -78,12 +91,15 @@ def ids() -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "finetune",
-    [Finetune(r=4, alpha=6.0), Finetune(r=3, alpha=2.0, rslora=True, targets="q_proj,down_proj")],
+    [
+        FinetuneConfig(r=4, alpha=6.0),
+        FinetuneConfig(r=3, alpha=2.0, rslora=True, targets="q_proj,down_proj"),
+    ],
     ids=["all-linear", "rslora-some"],
 )
 @pytest.mark.parametrize("model", [LLAMA2, LLAMA3], ids=["llama2", "llama3"])
 def test_we_load_what_peft_saved_and_compute_the_same(
-    tmp_path: Path, model: Model, finetune: Finetune
+    tmp_path: Path, model: ModelConfig, finetune: FinetuneConfig
 ) -> None:
     base = hub_folder(tmp_path / "base", model)
     theirs = reference(base, finetune)
@@ -119,7 +135,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     cfg = dataclasses.replace(
         cfg,
         checkpoint=dataclasses.replace(cfg.checkpoint, init_from=str(base), every=0),
-        finetune=Finetune(method="lora", r=4, dropout=0.1),
+        finetune=FinetuneConfig(method="lora", r=4, dropout=0.1),
         optim=dataclasses.replace(cfg.optim, lr=3e-2),
     )
     train(cfg, Rendezvous())
@@ -128,7 +144,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_peft_loads_what_we_trained_and_computes_the_same(run: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint(newest(run / "run") or "")
-    adapters.export(checkpoint, tmp_path / "adapter")
+    export_adapter(checkpoint, tmp_path / "adapter")
     base = transformers.LlamaForCausalLM.from_pretrained(run / "base")
     plain = base(ids()).logits
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
@@ -145,7 +161,7 @@ def test_a_checkpoint_of_adapters_holds_nothing_else(run: Path) -> None:
     checkpoint = Checkpoint(newest(run / "run") or "")
     assert len(checkpoint.names()) == 2 * 7 * 2
     assert all(".lora_A." in name or ".lora_B." in name for name in checkpoint.names())
-    found = adapters.about(checkpoint)
+    found = adapter_info(checkpoint)
     assert found is not None
     assert (found.finetune.r, found.base) == (4, str(run / "base"))
 
@@ -163,7 +179,7 @@ def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path) -> Non
 
 def test_an_adapter_whose_base_is_gone_says_which_it_was(tmp_path: Path) -> None:
     base = hub_folder(tmp_path / "base", LLAMA2)
-    reference(base, Finetune(r=2)).save_pretrained(tmp_path / "adapter")
+    reference(base, FinetuneConfig(r=2)).save_pretrained(tmp_path / "adapter")
     shutil.move(base, tmp_path / "moved")
     with pytest.raises(CheckpointError, match=r"is an adapter of .*base, which is not here"):
         load_tuned(tmp_path / "adapter")
@@ -193,9 +209,9 @@ def test_adapters_are_no_base(run: Path) -> None:
 def test_what_peft_does_and_llamax_does_not_is_refused(
     run: Path, tmp_path: Path, changes: dict[str, Any], line: str
 ) -> None:
-    folder = adapters.export(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
-    adapters.PeftFolder(folder)
-    path = folder / adapters.CONFIG
+    folder = export_adapter(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
+    PeftFolder(folder)
+    path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(CheckpointError, match=line):
         load_tuned(folder)
@@ -204,25 +220,25 @@ def test_what_peft_does_and_llamax_does_not_is_refused(
 def test_inspect_says_what_an_adapter_checkpoint_is(run: Path) -> None:
     saved = Checkpoint(newest(run / "run") or "")
     found = {label: str(value) for label, value in inspect.describe(saved.folder)}
-    whole = Model.from_hub(saved.model).num_parameters()
+    whole = ModelConfig.from_hub(saved.model).num_parameters()
     assert found["model"].startswith(f"Llama of {show_number(whole)} parameters")
-    about = adapters.about(saved)
+    about = adapter_info(saved)
     assert about is not None
     assert found["base"] == f"{about.base}, fingerprint {about.fingerprint[:12]}"
     assert found["adapters"].startswith(f"LoRA of rank {about.finetune.r}, alpha ")
 
 
 def test_inspect_says_what_an_adapter_folder_is(run: Path, tmp_path: Path) -> None:
-    folder = adapters.export(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
+    folder = export_adapter(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
     found = {label: str(value) for label, value in inspect.describe(folder, verify=True)}
-    about = adapters.PeftFolder(folder).about
+    about = PeftFolder(folder).about
     assert found["PEFT adapter"] == str(folder)
     assert found["base"] == f"{about.base}, fingerprint {about.fingerprint[:12]}"
     assert found["adapters"].startswith(f"LoRA of rank {about.finetune.r}, alpha ")
     assert found["adapters"].endswith(f" on {about.finetune.targets}")
     assert found["files"].startswith("1, ")
     assert found["verified"].startswith("nothing: ")
-    (folder / adapters.BASE).unlink()
+    (folder / BASE).unlink()
     assert dict(inspect.describe(folder))["base"] == about.base
 
 
@@ -242,15 +258,15 @@ def test_tensors_that_fit_no_projection_are_refused(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = adapters.export(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
+    folder = export_adapter(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
     old, new = rename
-    tensors = load_file(folder / adapters.WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
     changed = {
         name.replace(old, new or ""): tensor
         for name, tensor in tensors.items()
         if new is not None or old not in name
     }
-    save_file(changed, folder / adapters.WEIGHTS)
+    save_file(changed, folder / WEIGHTS)
     with pytest.raises(CheckpointError, match=line):
         load_tuned(folder)
 
@@ -259,18 +275,18 @@ def test_a_model_is_no_adapter_and_a_folder_must_be_there(run: Path, tmp_path: P
     with pytest.raises(
         CheckpointError, match=r"there is no folder .*; give a folder with adapters"
     ):
-        adapters.open_adapter(tmp_path / "nothing")
-    assert adapters.is_adapter(run / "run")
-    assert not adapters.is_adapter(run / "base")
+        open_adapter(tmp_path / "nothing")
+    assert is_adapter(run / "run")
+    assert not is_adapter(run / "base")
     (tmp_path / "run").mkdir()
     cfg = config(run / "data", tmp_path / "run")
     train(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, steps=1)), Rendezvous())
     for whole in (tmp_path / "run", run / "base"):
         with pytest.raises(CheckpointError, match="holds a whole model, not adapters"):
-            adapters.open_adapter(whole)
-    assert not adapters.is_adapter(tmp_path / "run")
+            open_adapter(whole)
+    assert not is_adapter(tmp_path / "run")
 
-    tuned = dataclasses.replace(cfg, finetune=Finetune(method="lora"))
+    tuned = dataclasses.replace(cfg, finetune=FinetuneConfig(method="lora"))
     tuned = dataclasses.replace(
         tuned, checkpoint=dataclasses.replace(cfg.checkpoint, init_from=str(run / "base"))
     )
@@ -281,13 +297,18 @@ def test_a_model_is_no_adapter_and_a_folder_must_be_there(run: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("finetune", "line"),
     [
-        (Finetune(method="full"), "finetune.method=full but .* was trained with lora; use that"),
-        (Finetune(method="lora", r=8), "finetune.r=8 but .* was trained with 4; use that"),
-        (Finetune(method="lora", r=4, targets="q_proj"), "finetune.targets=q_proj but .*"),
+        (
+            FinetuneConfig(method="full"),
+            "finetune.method=full but .* was trained with lora; use that",
+        ),
+        (FinetuneConfig(method="lora", r=8), "finetune.r=8 but .* was trained with 4; use that"),
+        (FinetuneConfig(method="lora", r=4, targets="q_proj"), "finetune.targets=q_proj but .*"),
     ],
     ids=["method", "r", "targets"],
 )
-def test_a_run_goes_on_with_its_own_adapters_only(run: Path, finetune: Finetune, line: str) -> None:
+def test_a_run_goes_on_with_its_own_adapters_only(
+    run: Path, finetune: FinetuneConfig, line: str
+) -> None:
     cfg = config(run / "data", run / "run")
     start = "" if finetune.method == "full" else str(run / "base")
     cfg = dataclasses.replace(
@@ -302,7 +323,7 @@ def test_a_run_does_not_go_on_with_another_base(run: Path, tmp_path: Path) -> No
     other = hub_folder(tmp_path / "other", cfg.model, seed=9)
     cfg = dataclasses.replace(
         cfg,
-        finetune=Finetune(method="lora", r=4),
+        finetune=FinetuneConfig(method="lora", r=4),
         checkpoint=dataclasses.replace(cfg.checkpoint, init_from=str(other)),
     )
     with pytest.raises(CheckpointError, match="is an adapter of another base"):
@@ -312,16 +333,16 @@ def test_a_run_does_not_go_on_with_another_base(run: Path, tmp_path: Path) -> No
 def test_a_fingerprint_survives_precision_and_a_changed_weight_does_not(tmp_path: Path) -> None:
     base = hub_folder(tmp_path / "base", LLAMA3)
     model = transformers.LlamaForCausalLM.from_pretrained(base)
-    expected = adapters.fingerprint(adapters_source(base))
+    expected = fingerprint(adapters_source(base))
     model.to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
-    assert adapters.fingerprint(adapters_source(tmp_path / "narrow")) == expected
+    assert fingerprint(adapters_source(tmp_path / "narrow")) == expected
     model.model.layers[1].mlp.up_proj.weight.data.mul_(1.1)
     model.save_pretrained(tmp_path / "tuned")
-    assert adapters.fingerprint(adapters_source(tmp_path / "tuned")) != expected
+    assert fingerprint(adapters_source(tmp_path / "tuned")) != expected
 
 
 def adapters_source(folder: Path) -> Any:
-    from llamax.checkpoint.hub import open_source
+    from llamax.checkpoint.hf_folder import open_source
 
     return open_source(folder)
 
@@ -329,11 +350,11 @@ def adapters_source(folder: Path) -> Any:
 def test_factors_are_drawn_alike_on_every_mesh(tmp_path: Path) -> None:
     """A is uniform within 1/sqrt(in), as PEFT draws it, and B zero."""
     base = hub_folder(tmp_path / "base", LLAMA2)
-    from llamax.model import Llama
+    from llamax.model.llama import Llama
 
     model = Llama(LLAMA2)
     load_weights(adapters_source(base), dict(model.named_parameters()), model.shards)
-    lora.adapt(model, Finetune(r=8), torch.empty(0))
+    lora.adapt(model, FinetuneConfig(r=8), torch.empty(0))
     lora.init(model, 3)
     a = model.get_parameter("model.layers.0.mlp.down_proj.lora_A.weight")
     assert 0.9 / 48**0.5 < a.abs().max() <= 1 / 48**0.5

@@ -11,26 +11,34 @@ from pathlib import Path
 
 import pytest
 
-from llamax import configfile, plan
-from llamax.config import Config
-from llamax.errors import ConfigError
-from llamax.mesh import Mesh
-from llamax.planner import machine as machines
-from llamax.planner.machine import GIB, Machine
-from llamax.planner.memory import early_gradients, flash, gradients, kept, memory, state
-from llamax.planner.roofline import time as step_time
-from llamax.planner.roofline import wire
-from llamax.planner.search import plan as planned
-from llamax.planner.search import search
-from llamax.planner.share import Share
+from llamax.cli.plan import DOES_NOT_FIT, main
+from llamax.config.hardware import (
+    GIB,
+    Machine,
+    load_machine,
+    machine_names,
+    measure_machine,
+    memory_share,
+)
+from llamax.config.load import load_config
+from llamax.config.schema import Config
+from llamax.parallel.mesh import Mesh
+from llamax.runtime.errors import ConfigError
+from llamax.tools.plan.memory import early_gradients, flash, gradients, kept, memory, state
+from llamax.tools.plan.report import show_search
+from llamax.tools.plan.roofline import time as step_time
+from llamax.tools.plan.roofline import wire
+from llamax.tools.plan.search import plan as planned
+from llamax.tools.plan.search import search
+from llamax.tools.plan.sizes import Share
 
-TRN1 = machines.load("trn1.32xlarge")
+TRN1 = load_machine("trn1.32xlarge")
 APART = "--data.separate_documents=true"
 ONE = [f"--{key}" for key in ("data.separate_documents=false",)]
 
 
 def recipe(name: str, *overrides: str) -> Config:
-    return configfile.load(name, overrides)
+    return load_config(name, overrides)
 
 
 def total(lines: list[object]) -> float:
@@ -56,7 +64,7 @@ def test_float32_weights_are_their_own_masters_but_where_steps_are_programs() ->
     share = Share(recipe("llama2-7b", "--run.dtype=float32"), Mesh(tp=8, dp=16))
     programs, alone = (
         {line.name: line.value for line in state(share, machine)}
-        for machine in (TRN1, machines.load("p4d.24xlarge"))
+        for machine in (TRN1, load_machine("p4d.24xlarge"))
     )
     assert programs["masters"] == programs["weights"] / 16
     assert alone["masters"] == 0
@@ -181,12 +189,12 @@ def test_a_longer_pipeline_waits_longer() -> None:
 
 
 def test_a_search_that_finds_nothing_says_why(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["--config", "llama2-7b", "--ranks", "24", "--search"]) == 6
+    assert main(["--config", "llama2-7b", "--ranks", "24", "--search"]) == 6
     first, *rest = capsys.readouterr().out.splitlines()
     assert first == "none of 144 layouts fits"
     assert rest[0] == "not these:"
     assert "  tensor 1: data.global_batch=1024 is not a multiple of" in rest[1]
-    assert plan.main(["--config", "llama2-7b", "--ranks", "1", "--search"]) == 6
+    assert main(["--config", "llama2-7b", "--ranks", "1", "--search"]) == 6
     assert "tensor 1: 18 layouts do not fit; the smallest" in capsys.readouterr().out
 
 
@@ -196,7 +204,7 @@ def test_search_ranks_what_fits_and_tells_the_rest() -> None:
     assert fitting == plans[: len(fitting)]
     speeds = [each.time.tokens_per_s for each in fitting]
     assert speeds == sorted(speeds, reverse=True)
-    text = "\n".join(plan.show_search(plans, refused))
+    text = "\n".join(show_search(plans, refused))
     assert "tensor 1: 12 layouts do not fit" in text
     assert "parallel.tensor=64 does not divide model.num_attention_heads=32" in text
 
@@ -231,13 +239,13 @@ def test_a_plan_is_printed_within_two_seconds_and_without_torch() -> None:
 
 
 def test_what_does_not_fit_has_an_exit_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    code = plan.main(["--config", "llama2-7b", "--parallel.tensor=1", "--parallel.sequence=false"])
-    assert code == plan.DOES_NOT_FIT == 6
+    code = main(["--config", "llama2-7b", "--parallel.tensor=1", "--parallel.sequence=false"])
+    assert code == DOES_NOT_FIT == 6
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
 def test_json_says_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> None:
-    assert plan.main(["--config", "llama2-7b", "--nodes", "4", "--json"]) == 0
+    assert main(["--config", "llama2-7b", "--nodes", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     lines = {k: v for k, v in found["memory_bytes"].items() if k not in ("peak", "available")}
     assert found["memory_bytes"]["peak"] == pytest.approx(sum(lines.values()))
@@ -263,7 +271,7 @@ def test_json_says_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> Non
 )
 def test_a_mistake_is_one_line(arguments: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as error:
-        plan.main(["--config", "llama2-7b", *arguments])
+        main(["--config", "llama2-7b", *arguments])
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -284,9 +292,9 @@ dollars_per_hour = 0
 def test_a_machine_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "lab.toml"
     path.write_text(MINE)
-    machine = machines.load(str(path))
+    machine = load_machine(str(path))
     assert (machine.name, machine.ranks, machine.matmul_efficiency) == ("lab", 4, 1.0)
-    assert plan.main(["--config", "llama3.2-1b", "--instance", str(path), "--search"]) == 0
+    assert main(["--config", "llama3.2-1b", "--instance", str(path), "--search"]) == 0
     assert "4" in capsys.readouterr().out
 
 
@@ -312,7 +320,7 @@ def test_a_machine_file_is_checked(tmp_path: Path, before: str, after: str, said
     path = tmp_path / "lab.toml"
     path.write_text(MINE.replace(before, after))
     with pytest.raises(ConfigError, match="lab") as error:
-        machines.load(str(path))
+        load_machine(str(path))
     assert said in str(error.value)
 
 
@@ -324,15 +332,15 @@ def test_what_data_ranks_send_is_what_is_counted(zero1: bool, said: str) -> None
 
 
 def test_every_known_machine_plans(capsys: pytest.CaptureFixture[str]) -> None:
-    for name in machines.names()[1:]:
-        assert machines.load(name).ranks >= 1
-        plan.main(["--config", "llama3.2-1b", "--instance", name, "--parallel.tensor=2"])
+    for name in machine_names()[1:]:
+        assert load_machine(name).ranks >= 1
+        main(["--config", "llama3.2-1b", "--instance", name, "--parallel.tensor=2"])
         assert name in capsys.readouterr().out
-    assert machines.load("h100").name == "p5.48xlarge"
+    assert load_machine("h100").name == "p5.48xlarge"
 
 
 def test_this_machine_is_measured_and_cut_into_ranks() -> None:
-    here = machines.load("cpu")
+    here = load_machine("cpu")
     assert here.float32_tflops > 0
     half = here.with_ranks(2)
     assert (half.ranks, half.memory_gib) == (2, here.memory_gib / 2)
@@ -343,22 +351,22 @@ def test_this_machine_is_measured_and_cut_into_ranks() -> None:
 def test_this_machine_has_its_control_groups_share_of_memory(tmp_path: Path) -> None:
     old, new = (tmp_path / "sys/fs/cgroup" / each for each in ("memory", "memory.max"))
     old.mkdir(parents=True)
-    assert machines.memory_share(8 * GIB, tmp_path) == 8 * GIB
+    assert memory_share(8 * GIB, tmp_path) == 8 * GIB
     for limit, said in ((new, "max"), (old / "memory.limit_in_bytes", "9223372036854771712")):
         limit.write_text(f"{said}\n")
-        assert machines.memory_share(8 * GIB, tmp_path) == 8 * GIB
+        assert memory_share(8 * GIB, tmp_path) == 8 * GIB
         limit.write_text(f"{GIB // 4}\n")
-        assert machines.memory_share(8 * GIB, tmp_path) == GIB // 4
-        assert machines.measure(tmp_path).memory_gib == 0.25
+        assert memory_share(8 * GIB, tmp_path) == GIB // 4
+        assert measure_machine(tmp_path).memory_gib == 0.25
         limit.unlink()
 
 
 def test_notes_name_what_slows_the_run(capsys: pytest.CaptureFixture[str]) -> None:
-    plan.main(["--config", "llama2-7b", "--nodes", "4", "--instance", "h100"])
+    main(["--config", "llama2-7b", "--nodes", "4", "--instance", "h100"])
     assert "note: run.backend=xla, but p5.48xlarge wants --run.backend=cuda" in (
         capsys.readouterr().out
     )
-    plan.main(["--config", "llama2-7b", "--nodes", "4", "--data.separate_documents=true"])
+    main(["--config", "llama2-7b", "--nodes", "4", "--data.separate_documents=true"])
     assert "note: attention computes every pair of tokens" in capsys.readouterr().out
 
 
@@ -376,13 +384,14 @@ def test_memory_names_the_fullest_moment() -> None:
 
 @pytest.mark.parametrize("quant", ["nf4", "int8"])
 def test_a_quantised_base_takes_what_it_takes(quant: str) -> None:
-    from llamax import base, lora
+    from llamax.model import lora
+    from llamax.model.qlora import expected
 
     config = recipe(
         "news-llama3-8b-qlora", f"--finetune.quant={quant}", "--finetune.targets=q_proj,down_proj"
     )
     share = Share(config, Mesh(tp=4, dp=2))
-    wanted = base.expected(config.model, config.finetune, tensor=4, data=2, itemsize=2)
+    wanted = expected(config.model, config.finetune, tensor=4, data=2, itemsize=2)
     plain, linear = share.base
     assert plain == wanted.plain
     assert linear == pytest.approx(wanted.quantised, rel=0.01)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from llamax.config import Run
-from llamax.profiling import Profile
+from llamax.config.schema import RunConfig
+from llamax.training.profiler import Profiler
 
 
-def steps(profile: Profile, count: int) -> None:
+def steps(profile: Profiler, count: int) -> None:
     """Step n multiplies matrices of size n + 10."""
     for step in range(1, count + 1):
         profile.at(step)
@@ -21,7 +21,7 @@ def steps(profile: Profile, count: int) -> None:
 
 
 def test_a_window_of_steps_is_recorded(tmp_path: Path) -> None:
-    steps(Profile(Run(profile_at=2, profile_steps=2), tmp_path, 0), 5)
+    steps(Profiler(RunConfig(profile_at=2, profile_steps=2), tmp_path, 0), 5)
     (trace,) = (tmp_path / "profile").glob("*.json")
     assert trace.name == "rank-00000-steps-2-3.json"
     events = json.loads(trace.read_text())["traceEvents"]
@@ -30,11 +30,11 @@ def test_a_window_of_steps_is_recorded(tmp_path: Path) -> None:
 
 
 def test_a_window_that_the_run_ends_in_is_written_too(tmp_path: Path) -> None:
-    steps(Profile(Run(profile_at=3, profile_steps=9), tmp_path, 0), 4)
+    steps(Profiler(RunConfig(profile_at=3, profile_steps=9), tmp_path, 0), 4)
     assert [path.suffix for path in sorted((tmp_path / "profile").iterdir())] == [".json", ".txt"]
 
 
 def test_nothing_is_recorded_unless_asked_and_only_on_rank_0(tmp_path: Path) -> None:
-    steps(Profile(Run(), tmp_path, 0), 3)
-    steps(Profile(Run(profile_at=1), tmp_path, 1), 3)
+    steps(Profiler(RunConfig(), tmp_path, 0), 3)
+    steps(Profiler(RunConfig(profile_at=1), tmp_path, 1), 3)
     assert not (tmp_path / "profile").exists()

@@ -14,8 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from llamax import audit, doctor, errors, log, plan, program
-from llamax.errors import NoRoom
+from llamax.cli.doctor import NOT_READY
+from llamax.cli.plan import DOES_NOT_FIT
+from llamax.runtime import errors
+from llamax.runtime.errors import NoRoom
+from llamax.runtime.logging import log_to_file, logger, setup_logging
+from llamax.runtime.process import run_main
+from llamax.tools.audit.audit import DIFFERS
 
 OLD = (
     sys.platform == "linux"
@@ -95,7 +100,7 @@ def test_no_room_is_one_line(
     def main(argv: Sequence[str]) -> int:
         raise OSError(errno.ENOSPC, "No space left on device", name)
 
-    assert program.run(main, []) == NoRoom.exit_code
+    assert run_main(main, []) == NoRoom.exit_code
     line = f"llamax: no room{about}: No space left on device; make some\n"
     assert capsys.readouterr().err == line
 
@@ -107,15 +112,15 @@ def test_messages_on_a_full_disk_end_nothing(
     (tmp_path / "logs" / "job").mkdir(parents=True)
     (tmp_path / "logs" / "job" / "rank-00000.log").symlink_to("/dev/full")
     try:
-        log.setup()
-        with log.kept(tmp_path, "job", 0):
-            log.logger.info("told")
+        setup_logging()
+        with log_to_file(tmp_path, "job", 0):
+            logger.info("told")
             with open("/dev/full", "wb", buffering=0) as full:
                 monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
-                log.logger.info("lost")
+                logger.info("lost")
                 monkeypatch.undo()
     finally:
-        log.logger.handlers.clear()
+        logger.handlers.clear()
     assert capsys.readouterr().err == "llamax: told\n"
 
 
@@ -127,7 +132,7 @@ def test_every_exit_code_means_one_thing_and_is_listed() -> None:
     }
     kinds = [each for each in vars(errors).values() if isinstance(each, type)]
     own = {each.exit_code for each in kinds if issubclass(each, errors.LlamaxError)}
-    others = {plan.DOES_NOT_FIT, audit.DIFFERS, doctor.NOT_READY}
+    others = {DOES_NOT_FIT, DIFFERS, NOT_READY}
     assert len(others) == 3
     assert not own & others
     for name, told in lists.items():

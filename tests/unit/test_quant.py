@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.adapters import MODEL, base_folder
 from torch import Tensor
-from tuning_worlds import MODEL, base_folder
 
-from llamax import quant
-from llamax.checkpoint.hub import open_source
-from llamax.collectives import Solo
-from llamax.config import Finetune
-from llamax.finetune import load
-from llamax.model import Llama
+from llamax.checkpoint.build_model import load_base
+from llamax.checkpoint.hf_folder import open_source
+from llamax.config.schema import FinetuneConfig
+from llamax.model import quantize
+from llamax.model.llama import Llama
+from llamax.parallel.collectives import Solo
 
 CPU = torch.device("cpu")
 
@@ -47,13 +47,13 @@ KINDS = ["normal", "outliers", "zeros", "bfloat16"]
 def test_nf4_has_the_bits_and_values_of_bitsandbytes(judge: Any, kind: str) -> None:
     weight = weights(kind)
     bits, state = judge.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    scales = quant.block_scales(weight)
-    packed = quant.pack(quant.to_levels(weight, scales))
+    scales = quantize.block_scales(weight)
+    packed = quantize.pack(quantize.to_levels(weight, scales))
     assert torch.equal(scales.flatten(), state.absmax)
     assert torch.equal(packed.flatten(), bits.flatten())
     expected = judge.dequantize_4bit(bits, state)
-    assert torch.equal(quant.from_levels(packed, scales, weight.dtype), expected)
-    assert torch.equal(quant.levels(CPU), judge.get_4bit_type("nf4", device="cpu"))
+    assert torch.equal(quantize.from_levels(packed, scales, weight.dtype), expected)
+    assert torch.equal(quantize.levels(CPU), judge.get_4bit_type("nf4", device="cpu"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -66,9 +66,9 @@ def test_double_quantisation_has_the_bits_and_values_of_bitsandbytes(
     bits, state = judge.quantize_4bit(
         weight, blocksize=64, quant_type="nf4", compress_statistics=True
     )
-    scales = quant.block_scales(weight)
-    nested = quant.nest(scales)
-    assert torch.equal(quant.dynamic(CPU), state.state2.code)
+    scales = quantize.block_scales(weight)
+    nested = quantize.nest(scales)
+    assert torch.equal(quantize.dynamic(CPU), state.state2.code)
     assert torch.allclose(nested.mean, state.offset, rtol=1e-6)
     assert torch.allclose(nested.scales, state.state2.absmax, rtol=1e-6)
     centred = scales.flatten() - state.offset
@@ -77,9 +77,11 @@ def test_double_quantisation_has_the_bits_and_values_of_bitsandbytes(
     other = nested.codes.flatten() != state.absmax
     assert other.float().mean() < 0.01
     nested = nested._replace(codes=state.absmax.view(scales.shape))
-    places = torch.arange(scales.numel()).view(scales.shape) // quant.NESTED
-    found = quant.unnest(nested.codes, nested.scales[places], nested.mean)
-    mine = quant.from_levels(quant.pack(quant.to_levels(weight, scales)), found, weight.dtype)
+    places = torch.arange(scales.numel()).view(scales.shape) // quantize.NESTED
+    found = quantize.unnest(nested.codes, nested.scales[places], nested.mean)
+    mine = quantize.from_levels(
+        quantize.pack(quantize.to_levels(weight, scales)), found, weight.dtype
+    )
     assert torch.allclose(mine, judge.dequantize_4bit(bits, state), rtol=1e-6, atol=0)
 
 
@@ -88,38 +90,40 @@ def test_int8_has_the_values_of_bitsandbytes(judge: Any, kind: str) -> None:
     weight = weights(kind)
     live = weight.abs().amax(1) > 0  # a row of zeros divides by zero there
     codes, stats, _ = judge.int8_vectorwise_quant(weight[live].float())
-    scales = quant.row_scales(weight)
-    mine = quant.to_int8(weight, scales)
+    scales = quantize.row_scales(weight)
+    mine = quantize.to_int8(weight, scales)
     assert torch.equal(scales[live], stats)
     assert torch.equal(mine[live], codes)
-    dense = quant.from_int8(mine, scales, torch.float32)
+    dense = quantize.from_int8(mine, scales, torch.float32)
     assert torch.allclose(dense[live], judge.int8_vectorwise_dequant(codes, stats), rtol=1e-6)
     assert not dense[~live].any()
 
 
 def test_every_level_and_the_middle_between_two_are_kept() -> None:
     """Known answers, without a judge: a level is itself, a middle falls to the lower one."""
-    levels = torch.tensor(quant.LEVELS)
+    levels = torch.tensor(quantize.LEVELS)
     row = torch.cat((levels, (levels[:-1] + levels[1:]) / 2, torch.ones(33))).unsqueeze(0)
-    scales = quant.block_scales(row * 2)
+    scales = quantize.block_scales(row * 2)
     assert scales.tolist() == [[2.0]]
-    found = quant.to_levels(row * 2, scales)[0]
+    found = quantize.to_levels(row * 2, scales)[0]
     assert found[:16].tolist() == list(range(16))
     assert found[16:31].tolist() == list(range(15))
-    packed = quant.pack(found.unsqueeze(0))
+    packed = quantize.pack(found.unsqueeze(0))
     assert packed[0, :2].tolist() == [0x01, 0x23]
-    dense = quant.from_levels(packed, scales, torch.float32)
+    dense = quantize.from_levels(packed, scales, torch.float32)
     assert torch.equal(dense[0, :16], levels * 2)
 
 
 def test_errors_are_as_small_as_the_levels_are_apart() -> None:
     weight = weights("normal")
-    scales = quant.block_scales(weight)
-    dense = quant.from_levels(quant.pack(quant.to_levels(weight, scales)), scales, torch.float32)
+    scales = quantize.block_scales(weight)
+    dense = quantize.from_levels(
+        quantize.pack(quantize.to_levels(weight, scales)), scales, torch.float32
+    )
     error = (dense - weight).abs() / scales.repeat_interleave(64, 1)
-    assert error.max() <= max(b - a for a, b in itertools.pairwise(quant.LEVELS)) / 2 + 1e-6
-    scales = quant.row_scales(weight)
-    dense = quant.from_int8(quant.to_int8(weight, scales), scales, torch.float32)
+    assert error.max() <= max(b - a for a, b in itertools.pairwise(quantize.LEVELS)) / 2 + 1e-6
+    scales = quantize.row_scales(weight)
+    dense = quantize.from_int8(quantize.to_int8(weight, scales), scales, torch.float32)
     assert ((dense - weight).abs() / scales.unsqueeze(1)).max() <= 0.5 / 127 + 1e-6
 
 
@@ -137,8 +141,8 @@ def test_a_base_computes_what_transformers_computes_with_it_quantised(
         folder, quantization_config=settings, device_map="cpu", dtype=torch.float32
     )
     ours = Llama(MODEL, Solo("tp"), device="meta")
-    finetune = Finetune(method="qlora", double_quant=False)
-    load(ours, open_source(folder), finetune, torch.empty(0), Solo("data"))
+    finetune = FinetuneConfig(method="qlora", double_quant=False)
+    load_base(ours, open_source(folder), finetune, torch.empty(0), Solo("data"))
     ids = torch.randint(61, (2, 16), generator=torch.Generator().manual_seed(2))
     expected = theirs(ids).logits
     assert (ours(ids) - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax.scores import exact_match, longest_common, rouge_l
+from llamax.inference.text_metrics import exact_match, longest_common, rouge_l
 
 
 @pytest.mark.parametrize(

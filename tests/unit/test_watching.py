@@ -17,13 +17,18 @@ from pathlib import Path
 
 import pytest
 
-from llamax import configfile, environment, log, report, watch
-from llamax.charts import Curve, chart, smoothed, span, thinned, ticks
 from llamax.checkpoint import lock
-from llamax.errors import ConfigError, DataError
-from llamax.launch.env import job_id
-from llamax.metrics import Log, Record
-from llamax.runfolder import cores, percentiles, read
+from llamax.cli import report, watch
+from llamax.config.load import dump_config, load_config
+from llamax.parallel.rendezvous import job_id
+from llamax.runtime.errors import ConfigError, DataError
+from llamax.runtime.logging import log_to_file, logger, setup_logging
+from llamax.tools.monitor.html_report import page, told_apart
+from llamax.tools.monitor.run_folder import cores, percentiles, read_run
+from llamax.tools.monitor.svg import Curve, chart, smoothed, span, thinned, ticks
+from llamax.tools.monitor.watch import COLOURS, clip, render, spark
+from llamax.training import run_metadata
+from llamax.training.metrics import Log, Record
 
 NOW = 1_800_000_000.0
 STEPS = 40
@@ -40,7 +45,7 @@ def make(folder: Path, done: int, ranks: int = 0, silent: int = -1, left: str = 
     """A run's folder after ``done`` of 40 steps, written at NOW."""
     overrides = [f"--run.steps={STEPS}", f"--run.folder={folder}", "--optim.warmup_steps=2"]
     folder.mkdir(parents=True)
-    text = configfile.dump(configfile.load("demo", overrides))
+    text = dump_config(load_config("demo", overrides))
     (folder / "config.toml").write_text(text)
     metrics = folder / "metrics.jsonl"
     lines = [record(s, validation_loss=4.0) if s == 8 else record(s) for s in range(1, done + 1)]
@@ -84,7 +89,7 @@ def make(folder: Path, done: int, ranks: int = 0, silent: int = -1, left: str = 
 def test_the_state_of_a_run(
     tmp_path: Path, done: int, ranks: int, silent: int, left: str, age: float, state: str
 ) -> None:
-    run = read(make(tmp_path / "r", done, ranks, silent, left), NOW + age)
+    run = read_run(make(tmp_path / "r", done, ranks, silent, left), NOW + age)
     assert run.state == state
 
 
@@ -95,22 +100,22 @@ def test_ranks_of_an_earlier_start_do_not_count(tmp_path: Path, now_there: int, 
         beat = {"beat": 3, "step": 4, "host": "node0", "pid": 1, "left": "done"}
         (folder / "heartbeats" / f"rank-{rank:05d}").write_text(json.dumps(beat))
     (folder / "environment.json").write_text(json.dumps({"ranks": now_there}))
-    assert read(folder, NOW + 5).state == state
+    assert read_run(folder, NOW + 5).state == state
 
 
 def test_an_environment_of_words_is_not_known(tmp_path: Path) -> None:
     folder = make(tmp_path / "r", 12, 4)
     words = {"ranks": "four", "dollars_per_hour": None, "instance": 7}
     (folder / "environment.json").write_text(json.dumps(words))
-    run = read(folder, NOW + 5)
+    run = read_run(folder, NOW + 5)
     assert run.dollars_per_hour == 0
-    assert "spent" not in "\n".join(watch.render(run, 100))
-    assert "<td>7</td>" in report.page([run])
+    assert "spent" not in "\n".join(render(run, 100))
+    assert "<td>7</td>" in page([run])
 
 
 def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
-    run = read(make(tmp_path / "night", 12, 4, 2), NOW + 5)
-    text = "\n".join(watch.render(run, 100))
+    run = read_run(make(tmp_path / "night", 12, 4, 2), NOW + 5)
+    text = "\n".join(render(run, 100))
     for words in (
         "night",
         "3.20M float32, tensor 2 x data 2 on cpu",
@@ -134,18 +139,16 @@ def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
     ):
         assert words in text, words
     assert "\x1b" not in text
-    coloured = "\n".join(watch.render(run, 100, colour=True))
+    coloured = "\n".join(render(run, 100, colour=True))
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == text
-    assert f"\x1b[1;{watch.COLOURS['red']}mstuck" in coloured
+    assert f"\x1b[1;{COLOURS['red']}mstuck" in coloured
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 140])
 def test_no_line_is_wider_than_the_terminal(tmp_path: Path, width: int) -> None:
-    run = read(make(tmp_path / "night", 12, 4, 2), NOW + 5)
+    run = read_run(make(tmp_path / "night", 12, 4, 2), NOW + 5)
     for colour in (False, True):
-        lines = [
-            re.sub(r"\x1b\[[0-9;]*m", "", line) for line in watch.render(run, width, colour, 3.6e6)
-        ]
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in render(run, width, colour, 3.6e6)]
         assert max(map(len, lines)) <= width
         assert ("$24,000.00 spent" in "\n".join(lines)) == (
             width >= 60
@@ -154,8 +157,8 @@ def test_no_line_is_wider_than_the_terminal(tmp_path: Path, width: int) -> None:
         if width == 140:
             assert lines[0].endswith(time.strftime("%H:%M:%S", time.localtime(run.now)))
             assert len(lines[0]) == width - 2
-    assert watch.clip("\x1b[1mabcdef\x1b[0m", 4) == "\x1b[1mabc\x1b[0m…"
-    assert watch.clip("\x1b[1mabcd\x1b[0m", 4) == "\x1b[1mabcd\x1b[0m"
+    assert clip("\x1b[1mabcdef\x1b[0m", 4) == "\x1b[1mabc\x1b[0m…"
+    assert clip("\x1b[1mabcd\x1b[0m", 4) == "\x1b[1mabcd\x1b[0m"
 
 
 def test_ctrl_c_leaves_the_last_view_on_the_screen(
@@ -173,12 +176,12 @@ def test_ctrl_c_leaves_the_last_view_on_the_screen(
 
 
 def test_a_running_view_says_what_is_left(tmp_path: Path) -> None:
-    text = "\n".join(watch.render(read(make(tmp_path / "r", 12), NOW + 5), price=3600.0))
+    text = "\n".join(render(read_run(make(tmp_path / "r", 12), NOW + 5), price=3600.0))
     assert "left 56s" in text
     assert "$24.00 spent, $56.00 to go" in text
-    once = "\n".join(watch.render(read(make(tmp_path / "t", 1), NOW)))
+    once = "\n".join(render(read_run(make(tmp_path / "t", 1), NOW)))
     assert "median of 1 report, p90" in once
-    early = "\n".join(watch.render(read(make(tmp_path / "s", 0), NOW)))
+    early = "\n".join(render(read_run(make(tmp_path / "s", 0), NOW)))
     assert "no step has been reported yet" in early
 
 
@@ -192,9 +195,9 @@ def test_device_use_comes_from_neuron_monitor(tmp_path: Path) -> None:
     lines = [line({"0": 5.0}), line({"0": 90.0, "1": 95.0}), line({"0": 1.0})[:-9]]
     (folder / "neuron-monitor-node0.json").write_text("\n".join(lines))
     (folder / "neuron-monitor-node1.json").write_text(line({"0": 20.0}) + "\nnot json\n")
-    run = read(folder, NOW)
+    run = read_run(folder, NOW)
     assert run.cores == {"node0:0": 0.9, "node0:1": 0.95, "node1:0": 0.2}
-    text = "\n".join(watch.render(run))
+    text = "\n".join(render(run))
     assert "3 cores" in text
     assert "less than half of the others: node1:0 20%" in text
     assert cores([]) == {}
@@ -205,7 +208,7 @@ def test_time_spent_adds_up_over_resumes(tmp_path: Path) -> None:
     again = [record(4, seconds=1.0), record(5, seconds=3.5)]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write("".join(f"{each.to_json()}\n" for each in again))
-    assert read(folder, NOW).spent_s == 6.0 + 3.5
+    assert read_run(folder, NOW).spent_s == 6.0 + 3.5
 
 
 def test_watch_prints_once_into_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,10 +223,10 @@ def test_watch_prints_once_into_a_pipe(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_sparks_and_percentiles() -> None:
-    assert watch.spark([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert watch.spark([1, 1, 9, 9], 2) == "▁█"
-    assert watch.spark([5.0], 4) == "▁"
-    assert watch.spark([float("nan"), 1.0, 2.0], 3) == " ▁█"
+    assert spark([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert spark([1, 1, 9, 9], 2) == "▁█"
+    assert spark([5.0], 4) == "▁"
+    assert spark([float("nan"), 1.0, 2.0], 3) == " ▁█"
     assert percentiles(range(1, 101), (1, 50, 99)) == [1, 50, 99]
     assert percentiles([3.0, 1.0], (50, 90)) == [1.0, 3.0]
 
@@ -253,8 +256,8 @@ class Closed(HTMLParser):
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_the_page_is_whole_and_loads_nothing(tmp_path: Path, count: int) -> None:
-    runs = [read(make(tmp_path / f"a<{k}>&", 12 + k, 4), NOW + 5) for k in range(count)]
-    text = report.page(runs)
+    runs = [read_run(make(tmp_path / f"a<{k}>&", 12 + k, 4), NOW + 5) for k in range(count)]
+    text = page(runs)
     parsed = Closed()
     parsed.feed(text)
     assert parsed.open == []
@@ -283,27 +286,27 @@ def test_the_page_leaves_out_what_is_not_known(tmp_path: Path) -> None:
     folder = make(tmp_path / "r", 6)  # validated at step 8
     told = {"ranks": 4, "dollars_per_hour": 0.0, "instance": ""}
     (folder / "environment.json").write_text(json.dumps(told))
-    text = report.page([read(folder, NOW)])
+    text = page([read_run(folder, NOW)])
     assert "<td>ranks" in text
     for words in ("best validation", "cost", "<td>instance", "<td>dollars_per_hour"):
         assert words not in text, words
-    assert "best validation" in report.page([read(make(tmp_path / "s", 9), NOW)])
+    assert "best validation" in page([read_run(make(tmp_path / "s", 9), NOW)])
 
 
 def test_runs_that_differ_are_marked(tmp_path: Path) -> None:
     one, other = (make(tmp_path / name, 12) for name in "ab")
     changed = (other / "config.toml").read_text().replace("seed = 0", "seed = 7")
     (other / "config.toml").write_text(changed)
-    text = report.page([read(folder, NOW) for folder in (one, other)])
+    text = page([read_run(folder, NOW) for folder in (one, other)])
     differing = text.partition("What differs")[2].partition("Configuration")[0]
     assert re.findall(r"<tr><td>([a-z._]+)", differing) == ["run.seed"]
     assert text.count("<tr class=marked>") == 1
-    assert "What differs</h2><p>no setting</p>" in report.page([read(one, NOW)] * 2)
+    assert "What differs</h2><p>no setting</p>" in page([read_run(one, NOW)] * 2)
 
 
 def test_runs_of_one_name_are_told_by_their_paths(tmp_path: Path) -> None:
     folders = [make(tmp_path / name, 12) for name in ("x/night", "y/night", "day")]
-    found = report.told_apart([read(folder, NOW) for folder in folders])
+    found = told_apart([read_run(folder, NOW) for folder in folders])
     assert [run.name for run in found] == [str(folders[0]), str(folders[1]), "day"]
 
 
@@ -326,7 +329,7 @@ def test_a_record_that_comes_while_one_watches_is_all_that_is_read(tmp_path: Pat
 
 
 def test_a_run_without_records_still_has_a_page(tmp_path: Path) -> None:
-    assert "starting" in report.page([read(make(tmp_path / "r", 0), NOW)])
+    assert "starting" in page([read_run(make(tmp_path / "r", 0), NOW)])
 
 
 def test_report_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -366,12 +369,12 @@ def test_curves_are_thinned_and_smoothed_without_bias() -> None:
 def test_every_rank_keeps_its_log_and_what_ended_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    log.setup("tp3", main=False)
+    setup_logging("tp3", main=False)
 
     def rank() -> None:
-        with log.kept(tmp_path, "job-7", 3):
-            log.logger.info("quiet on the terminal")
-            log.logger.warning("told")
+        with log_to_file(tmp_path, "job-7", 3):
+            logger.info("quiet on the terminal")
+            logger.warning("told")
             raise ZeroDivisionError("the end")
 
     with pytest.raises(ZeroDivisionError):
@@ -380,8 +383,8 @@ def test_every_rank_keeps_its_log_and_what_ended_it(
     assert "INFO quiet on the terminal" in kept
     assert "ZeroDivisionError: the end" in kept
     assert capsys.readouterr().err == "llamax: [tp3] told\n"
-    assert len(log.logger.handlers) == 1
-    log.logger.handlers[:] = [logging.StreamHandler(io.StringIO())]
+    assert len(logger.handlers) == 1
+    logger.handlers[:] = [logging.StreamHandler(io.StringIO())]
 
 
 @pytest.mark.parametrize(
@@ -400,8 +403,8 @@ def test_a_job_has_the_name_its_launcher_gives(environ: dict[str, str], job: str
 def test_the_environment_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     product = tmp_path / "product"
     product.write_text("trn1.32xlarge\n")
-    monkeypatch.setattr(environment, "PRODUCT", product)
-    environment.write(tmp_path, 128, 32, "4711")
+    monkeypatch.setattr(run_metadata, "PRODUCT", product)
+    run_metadata.write(tmp_path, 128, 32, "4711")
     found = json.loads((tmp_path / "environment.json").read_text())
     assert found["nodes"] == 4
     assert found["dollars_per_hour"] == pytest.approx(4 * 21.50)
@@ -409,14 +412,14 @@ def test_the_environment_is_written_down(tmp_path: Path, monkeypatch: pytest.Mon
     assert found["job"] == "4711"
     assert "torch" in found
     product.write_text("Standard PC")
-    assert environment.describe(2, 2, "x")["dollars_per_hour"] == 0.0
+    assert run_metadata.describe(2, 2, "x")["dollars_per_hour"] == 0.0
 
 
 def test_a_lock_tells_whether_a_run_of_this_machine_lives(tmp_path: Path) -> None:
     folder = make(tmp_path / "r", 12)
     with lock.held(folder):
-        assert read(folder, NOW + 9999).state == "running"
-    assert read(folder, NOW + 5).state == "stopped"
+        assert read_run(folder, NOW + 9999).state == "running"
+    assert read_run(folder, NOW + 5).state == "stopped"
     (folder / "lock").write_text("pid 1 on elsewhere since then\n")
-    assert read(folder, NOW + 5).state == "running"
-    assert read(folder, NOW + 9999).state == "dead"
+    assert read_run(folder, NOW + 5).state == "running"
+    assert read_run(folder, NOW + 9999).state == "dead"

@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from world import WorldError, Worlds, axes
+from support.world import WorldError, Worlds, axes
 
-from llamax.mesh import Mesh
+from llamax.parallel.mesh import Mesh
 
 
 def place(base: int) -> tuple[int, int, int]:

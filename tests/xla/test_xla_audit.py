@@ -18,23 +18,22 @@ import pytest
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
 import torch
-import tuning_worlds
-from tiny_run import config, make_dataset, write
+from support import adapters
+from support.tiny_run import config, make_dataset, write
 from torch import Tensor
 
-from llamax import compile_notes
-from llamax.audit import audit, rank_0
 from llamax.backends.tracing import HostRead, Tracer
-from llamax.config import Config, Finetune, Parallel
-from llamax.graphs import hlo
-from llamax.graphs.report import Audit
-from llamax.launch.env import Rendezvous
-from llamax.mesh import Mesh
-from llamax.optim import lazy
+from llamax.config.hardware import load_machine
+from llamax.config.schema import Config, FinetuneConfig, ParallelConfig
+from llamax.optim.lazy import LazyGroup
 from llamax.optim.zero1 import Zero1
-from llamax.parallel import tensor
-from llamax.planner import machine
-from llamax.rehearsal import Rehearsal, made_up_tokens
+from llamax.parallel import tensor_parallel
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.tools.audit import compile_cache, hlo
+from llamax.tools.audit.audit import audit, rank_0
+from llamax.tools.audit.report import AuditReport
+from llamax.tools.audit.trace import TracedRun, made_up_tokens
 
 TP2_DP2 = Mesh(tp=2, dp=2)
 HERE = Path(__file__).name
@@ -42,11 +41,11 @@ HERE = Path(__file__).name
 
 def tiny(folder: Path, **run: Any) -> Config:
     cfg = config(folder, folder / "run", backend="xla", **run)
-    return replace(cfg, parallel=Parallel(tensor=2, bucket_bytes=8192))
+    return replace(cfg, parallel=ParallelConfig(tensor=2, bucket_bytes=8192))
 
 
-def audited(cfg: Config, mesh: Mesh = TP2_DP2) -> Audit:
-    return audit(cfg, mesh, machine.load("trn1.32xlarge"), "", "all")
+def audited(cfg: Config, mesh: Mesh = TP2_DP2) -> AuditReport:
+    return audit(cfg, mesh, load_machine("trn1.32xlarge"), "", "all")
 
 
 # --- the same programs as a run
@@ -67,18 +66,18 @@ def dumped(*command: str, folder: Path) -> set[str]:
     return {hlo.normal(graph.partition("\n\nGraph Hash")[0]) for graph in graphs}
 
 
-QLORA = Finetune(method="qlora", r=4, dropout=0.1)
+QLORA = FinetuneConfig(method="qlora", r=4, dropout=0.1)
 
 
-@pytest.mark.parametrize("finetune", [Finetune(), QLORA], ids=["full", "qlora"])
+@pytest.mark.parametrize("finetune", [FinetuneConfig(), QLORA], ids=["full", "qlora"])
 def test_audit_precompile_and_a_run_see_the_same_programs(
-    tmp_path: Path, finetune: Finetune
+    tmp_path: Path, finetune: FinetuneConfig
 ) -> None:
     cfg = tiny(make_dataset(tmp_path))
-    cfg = replace(cfg, parallel=Parallel(), run=replace(cfg.run, steps=2))
+    cfg = replace(cfg, parallel=ParallelConfig(), run=replace(cfg.run, steps=2))
     if finetune.method != "full":
-        model = replace(tuning_worlds.MODEL, num_hidden_layers=1)
-        base = tuning_worlds.base_folder(tmp_path / "base", model)
+        model = replace(adapters.MODEL, num_hidden_layers=1)
+        base = adapters.base_folder(tmp_path / "base", model)
         checkpoint = replace(cfg.checkpoint, init_from=str(base))
         cfg = replace(cfg, model=model, finetune=finetune, checkpoint=checkpoint)
     path = write(cfg, tmp_path / "run.toml")
@@ -92,25 +91,25 @@ def test_audit_precompile_and_a_run_see_the_same_programs(
     assert not (tmp_path / "untouched").exists()
     tracer = Tracer(Rendezvous())
     with made_up_tokens(cfg, Mesh()) as data:
-        traced = {hlo.normal(each.text) for each in Rehearsal(cfg, Mesh(), 0, tracer, data).whole()}
+        traced = {hlo.normal(each.text) for each in TracedRun(cfg, Mesh(), 0, tracer, data).whole()}
     assert traced == ran
 
 
 def test_precompile_notes_what_doctor_asks_for(tmp_path: Path) -> None:
     cfg = tiny(make_dataset(tmp_path))
-    cfg = replace(cfg, parallel=Parallel(), run=replace(cfg.run, steps=2, validate_every=1))
+    cfg = replace(cfg, parallel=ParallelConfig(), run=replace(cfg.run, steps=2, validate_every=1))
     path, cache = write(cfg, tmp_path / "run.toml"), tmp_path / "cache"
     environ = os.environ | {"PJRT_DEVICE": "CPU", "NEURON_COMPILE_CACHE_URL": str(cache)}
     command = [sys.executable, "-m", "llamax.train", "--config", str(path), "--precompile"]
     subprocess.run(command, check=True, env=environ, timeout=300)
     tracer = Tracer(Rendezvous())
     with made_up_tokens(cfg, Mesh()) as data:
-        kinds, _, _ = rank_0(cfg, Mesh(), machine.load("trn1.32xlarge"), tracer, data)
+        kinds, _, _ = rank_0(cfg, Mesh(), load_machine("trn1.32xlarge"), tracer, data)
     audited = {kind.name: hlo.digest(kind.program.normal) for kind in kinds}
     assert sorted(audited.values()) == sorted(note.stem for note in cache.glob("*/*.json"))
 
     def lacking(changed: Config) -> list[str]:
-        return compile_notes.missing(cache, compile_notes.hashes(changed, 1, 1, environ))
+        return compile_cache.missing(cache, compile_cache.hashes(changed, 1, 1, environ))
 
     assert lacking(replace(cfg, optim=replace(cfg.optim, lr=1e-2))) == []
     assert lacking(replace(cfg, optim=replace(cfg.optim, beta2=0.9))) == ["update"]
@@ -139,7 +138,7 @@ def test_every_rank_and_step_is_one_program(
     data: Path, mesh: Mesh, sequence: bool, zero1: bool, recompute: Any, dtype: Any
 ) -> None:
     cfg = tiny(data, recompute=recompute, dtype=dtype)
-    parallel = Parallel(tensor=mesh.tp, sequence=sequence, zero1=zero1, bucket_bytes=4096)
+    parallel = ParallelConfig(tensor=mesh.tp, sequence=sequence, zero1=zero1, bucket_bytes=4096)
     found = audited(replace(cfg, parallel=parallel), mesh)
     assert found.passes, found.problems
     assert [kind.name for kind in found.kinds] == ["microstep", "update", "validation"]
@@ -196,7 +195,7 @@ def line_of(mark: str) -> str:
 @pytest.mark.parametrize(
     ("mark", "kind", "owner", "name", "instead"),
     [
-        ("rank", "microstep", tensor, "local_ids", rank_as_a_number),
+        ("rank", "microstep", tensor_parallel, "local_ids", rank_as_a_number),
         ("lazy state", "update", Zero1, "step", state_made_in_the_first_step),
         ("step", "update", Zero1, "step", step_as_a_number),
         ("double", "update", Zero1, "step", in_double),
@@ -223,11 +222,11 @@ def test_a_value_read_in_the_step_is_named_with_its_line(data: Path) -> None:
 
 
 def test_saving_that_computes_is_named_with_its_line(data: Path) -> None:
-    def cut_on_the_device(self: lazy.LazyGroup, rank: int) -> Iterator[Any]:
+    def cut_on_the_device(self: LazyGroup, rank: int) -> Iterator[Any]:
         yield self.buckets[0].master[:3].cpu()  # planted: cut
 
     with (
-        mock.patch.object(lazy.LazyGroup, "owned", cut_on_the_device),
+        mock.patch.object(LazyGroup, "owned", cut_on_the_device),
         pytest.raises(HostRead, match=line_of("cut")),
     ):
         audited(tiny(data))

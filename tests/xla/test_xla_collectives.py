@@ -6,12 +6,12 @@ import pytest
 
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
-import replicas
 import torch
+from support import ranks
 from torch import Tensor
 
-from llamax.collectives import Axis
-from llamax.mesh import Mesh
+from llamax.parallel.collectives import Axis
+from llamax.parallel.mesh import Mesh
 
 MESH = Mesh(tp=2, dp=2)
 VERBS = {
@@ -79,7 +79,7 @@ def test_every_verb_on_every_axis(dtype: torch.dtype) -> None:
         "kv": MESH.groups("tp"),
         "world": ((0, 1, 2, 3),),
     }
-    for rank, found in enumerate(replicas.run(4, verbs, dtype)):
+    for rank, found in enumerate(ranks.run(4, verbs, dtype)):
         for axis, every in groups.items():
             group = next(group for group in every if rank in group)
             held = [whole()[member].to(dtype) for member in group]
@@ -107,5 +107,5 @@ def uneven(rank: int) -> list[str]:
 
 
 def test_what_does_not_part_is_refused() -> None:
-    for found in replicas.run(4, uneven):
+    for found in ranks.run(4, uneven):
         assert found == ["tp: dim 0 of (3, 4) does not part 2"] * 2

@@ -14,13 +14,13 @@ import pytest
 
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
-import replicas
 import torch
-from tiny_run import config, make_dataset, write
+from support import ranks
+from support.tiny_run import config, make_dataset, write
 from torch import Tensor
 
 from llamax.data.loader import Batch, Batches
-from llamax.model import Llama
+from llamax.model.llama import Llama
 from llamax.optim.zero1 import Zero1
 
 STEPS = 3
@@ -78,12 +78,13 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 
 def trained(_: int, path: Path, fault: str) -> int:
     """The exit code of the training program with a fault in it."""
-    from llamax import program, train
+    from llamax import train
+    from llamax.runtime.process import run_main
 
     threading.current_thread().name = "rank 0"
     owner, name, plant = FAULTS[fault]
     with mock.patch.object(owner, name, plant(getattr(owner, name))):
-        return program.run(train.main, ["--config", str(path)])
+        return run_main(train.main, ["--config", str(path)])
 
 
 NUMBER = "because a Python number or state differs between steps"
@@ -112,7 +113,7 @@ def test_a_late_program_is_told_once_with_its_cause(
         data=dataclasses.replace(cfg.data, micro_batch=4),
         run=dataclasses.replace(cfg.run, steps=STEPS),
     )
-    assert replicas.run(1, trained, write(cfg, tmp_path / "run.toml"), fault) == [code]
+    assert ranks.run(1, trained, write(cfg, tmp_path / "run.toml"), fault) == [code]
     (log,) = (tmp_path / "run/logs").glob("*/rank-00000.log")
     lines = [line for line in log.read_text().splitlines() if " INFO " not in line]
     assert len(lines) == 1, lines

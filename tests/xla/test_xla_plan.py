@@ -14,31 +14,31 @@ import pytest
 
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
-from llamax import configfile
-from llamax.audit import measure
 from llamax.backends.tracing import Tracer
-from llamax.config import Config, Parallel
-from llamax.graphs import hlo
-from llamax.graphs.report import Memory
-from llamax.launch.env import Rendezvous
-from llamax.mesh import Mesh
-from llamax.planner import machine
-from llamax.planner.memory import layer_kept, memory
-from llamax.planner.share import Share
-from llamax.rehearsal import Rehearsal, made_up_tokens
+from llamax.config.hardware import load_machine
+from llamax.config.load import load_config
+from llamax.config.schema import Config, ParallelConfig
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.tools.audit import hlo
+from llamax.tools.audit.audit import measure
+from llamax.tools.audit.report import Memory
+from llamax.tools.audit.trace import TracedRun, made_up_tokens
+from llamax.tools.plan.memory import layer_kept, memory
+from llamax.tools.plan.sizes import Share
 
-MESH, TRN1 = Mesh(tp=2, dp=2), machine.load("trn1.2xlarge")
+MESH, TRN1 = Mesh(tp=2, dp=2), load_machine("trn1.2xlarge")
 FEW, MORE = 3, 6
 
 
 def small(layers: int, mode: Any, dtype: Any) -> Config:
     """256 tokens, which the flash kernel refuses: all pairs of them are there in both counts."""
-    cfg = configfile.load("demo")
+    cfg = load_config("demo")
     sizes = dict(hidden_size=256, intermediate_size=640, vocab_size=1024, num_hidden_layers=layers)
     return replace(
         cfg,
         model=replace(cfg.model, **sizes),
-        parallel=Parallel(tensor=2, bucket_bytes=2**18),
+        parallel=ParallelConfig(tensor=2, bucket_bytes=2**18),
         data=replace(cfg.data, micro_batch=2, global_batch=8),
         run=replace(cfg.run, backend="xla", dtype=dtype, recompute=mode),
     )
@@ -46,7 +46,7 @@ def small(layers: int, mode: Any, dtype: Any) -> Config:
 
 def traced(cfg: Config, tracer: Tracer) -> Memory:
     with made_up_tokens(cfg, MESH) as data:
-        run = Rehearsal(cfg, MESH, 0, tracer, data)
+        run = TracedRun(cfg, MESH, 0, tracer, data)
         programs = {each.kind: hlo.read(each.text) for each in run.step(1, (0,))}
     return measure(run, programs, TRN1)
 

@@ -8,16 +8,16 @@ import pytest
 
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
-import replicas
 import torch
 from parallel.test_step import GLOBAL_BATCH, MODEL, OPTIM, SEQUENCE, build, share
+from support import ranks
 
-from llamax.graphs import hlo
-from llamax.launch.env import Rendezvous
-from llamax.mesh import Mesh
+from llamax.model.recompute import Recompute
 from llamax.optim.zero1 import Zero1
-from llamax.recompute import Recompute
-from llamax.step import train_step
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.tools.audit import hlo
+from llamax.training.step import train_step
 
 MESH = Mesh(tp=2, dp=2)
 LAYERS = MODEL.num_hidden_layers
@@ -52,7 +52,7 @@ def counts(text: str) -> Counter[str]:
 
 
 def test_what_a_step_is_made_of() -> None:
-    (found,) = replicas.run(1, programs, ["none", "selective", "full"], torch.float32)
+    (found,) = ranks.run(1, programs, ["none", "selective", "full"], torch.float32)
     for texts in found.values():
         assert len(texts) == 2
         assert not any("64[" in text for text in texts), "neither f64, s64 nor u64"
@@ -79,7 +79,7 @@ def test_what_a_step_is_made_of() -> None:
 
 
 def test_products_of_bfloat16_are_in_bfloat16() -> None:
-    (found,) = replicas.run(1, programs, ["none"], torch.bfloat16)
+    (found,) = ranks.run(1, programs, ["none"], torch.bfloat16)
     products = [each for each in hlo.read(found["none"][0]).instructions if each.opcode == "dot"]
     wide = [each for each in products if each.shape.dtype != "bf16"]
     assert products

@@ -10,7 +10,13 @@ pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this 
 
 from torch_xla._internal import neuron
 
-from llamax.launch.env import FAMILIES, NEURON_PORT, Rendezvous, neuron_variables, rendezvous
+from llamax.parallel.rendezvous import (
+    FAMILIES,
+    NEURON_PORT,
+    Rendezvous,
+    neuron_variables,
+    rendezvous,
+)
 
 TORCHRUN = {
     "RANK": "33",

@@ -17,23 +17,23 @@ import pytest
 
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
-import replicas
 import torch
 from parallel.test_step import GLOBAL_BATCH, MODEL, OPTIM, SEQUENCE, TIED, build, share
+from support import ranks
 from torch import Tensor
 
-from llamax import shard
-from llamax.backends import Backend, choose
+from llamax.backends import choose
+from llamax.backends.base import Backend
 from llamax.backends.xla import XlaAxis
-from llamax.collectives import Axes
-from llamax.config import Model
-from llamax.errors import BackendError
-from llamax.launch.env import Rendezvous
-from llamax.mesh import Mesh
+from llamax.config.model import ModelConfig
+from llamax.model.recompute import Recompute
 from llamax.optim.zero1 import Zero1
-from llamax.parallel import tensor
-from llamax.recompute import Recompute
-from llamax.step import train_step
+from llamax.parallel import sharding, tensor_parallel
+from llamax.parallel.collectives import Axes
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import BackendError
+from llamax.training.step import train_step
 
 TOLERANCE = 1e-6
 STEPS = 2
@@ -41,7 +41,7 @@ STEPS = 2
 
 class Case(NamedTuple):
     name: str
-    model: Model
+    model: ModelConfig
     mesh: Mesh
     sequence: bool
     zero1: bool = True
@@ -118,7 +118,7 @@ def differences(case: Case, results: list[dict[str, Any]], tolerance: float) -> 
     for rank, mine in enumerate(results):
         tp_rank = case.mesh.coordinate(rank).tp
         for name, theirs in whole["weights"].items():
-            expected = shard.cut(theirs, shards[name], case.mesh.tp, tp_rank)
+            expected = sharding.cut(theirs, shards[name], case.mesh.tp, tp_rank)
             error = (mine["weights"][name] - expected).abs().max() / theirs.abs().max()
             if not error <= tolerance:
                 found.append(f"rank {rank} {name} {error:.1e}")
@@ -132,7 +132,7 @@ def differences(case: Case, results: list[dict[str, Any]], tolerance: float) -> 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_a_sharded_step_equals_the_whole_step(world_size: int) -> None:
     cases = [case for case in CASES if case.mesh.world_size == world_size]
-    by_rank = replicas.run(world_size, on_replicas, cases, "none")
+    by_rank = ranks.run(world_size, on_replicas, cases, "none")
     updates = set()
     for case, results in zip(cases, zip(*by_rank, strict=True), strict=True):
         assert differences(case, list(results), TOLERANCE) == [], case.name
@@ -144,7 +144,7 @@ def test_a_sharded_step_equals_the_whole_step(world_size: int) -> None:
 
 def test_bfloat16_with_masters() -> None:
     case = Case("bf16", MODEL, TP2_DP2, True, dtype=torch.bfloat16)
-    results = replicas.run(4, on_replicas, [case], "none")
+    results = ranks.run(4, on_replicas, [case], "none")
     assert differences(case, [result[0] for result in results], 2e-2) == []
 
 
@@ -155,7 +155,7 @@ def two_processes(_: int) -> str:
 
 
 def test_processes_that_nothing_joins_are_refused() -> None:
-    assert replicas.run(1, two_processes) == [
+    assert ranks.run(1, two_processes) == [
         "run.backend=xla: torch-xla sees a world of 1, the launcher one of 2; without NeuronCores "
         "a process is a world of its own: start one rank, or use run.backend=cpu"
     ]
@@ -208,8 +208,8 @@ def left_out(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MUTATIONS: dict[str, Callable[[], Any]] = {
-    "none": lambda: mock.patch.object(tensor, "local_ids", tensor.local_ids),
-    "rank as a number": lambda: mock.patch.object(tensor, "local_ids", rank_number),
+    "none": lambda: mock.patch.object(tensor_parallel, "local_ids", tensor_parallel.local_ids),
+    "rank as a number": lambda: mock.patch.object(tensor_parallel, "local_ids", rank_number),
     "step as a number": lambda: mock.patch.object(Zero1, "step", step_number(Zero1.step)),
     "value read in a step": lambda: mock.patch.object(Zero1, "step", reads_the_norm(Zero1.step)),
     "operation on the host": lambda: mock.patch.object(Zero1, "step", falls_back(Zero1.step)),
@@ -224,17 +224,17 @@ ALONE = Case("alone", TIED, Mesh(), False, accumulation=1)
 
 @pytest.mark.parametrize("mutation", ["gradient counted twice", "reduce-scatter without a sum"])
 def test_wrong_numbers_are_caught(mutation: str) -> None:
-    results = replicas.run(2, on_replicas, [SMALL], mutation)
+    results = ranks.run(2, on_replicas, [SMALL], mutation)
     assert differences(SMALL, [result[0] for result in results], TOLERANCE)
 
 
 def test_a_rank_in_the_program_is_caught() -> None:
-    with pytest.raises(replicas.ReplicaError, match="rank 1 traced another graph than rank 0"):
-        replicas.run(2, on_replicas, [SMALL], "rank as a number")
+    with pytest.raises(ranks.ReplicaError, match="rank 1 traced another graph than rank 0"):
+        ranks.run(2, on_replicas, [SMALL], "rank as a number")
 
 
 def test_a_step_in_the_program_is_caught() -> None:
-    results = replicas.run(1, on_replicas, [ALONE], "step as a number")
+    results = ranks.run(1, on_replicas, [ALONE], "step as a number")
     assert results[0][0]["compiled"] == 3
 
 
@@ -246,10 +246,10 @@ def test_a_step_in_the_program_is_caught() -> None:
     ],
 )
 def test_what_runs_on_the_host_ends_the_run(mutation: str, operation: str) -> None:
-    with pytest.raises(replicas.ReplicaError, match=f"{operation}.* ran on the host in a step"):
-        replicas.run(1, on_replicas, [ALONE], mutation)
+    with pytest.raises(ranks.ReplicaError, match=f"{operation}.* ran on the host in a step"):
+        ranks.run(1, on_replicas, [ALONE], mutation)
 
 
 def test_a_value_read_by_replicas_is_an_error_and_not_a_hang() -> None:
-    with pytest.raises(replicas.ReplicaError, match=r"norm\.item"):
-        replicas.run(2, on_replicas, [SMALL], "value read in a step")
+    with pytest.raises(ranks.ReplicaError, match=r"norm\.item"):
+        ranks.run(2, on_replicas, [SMALL], "value read in a step")

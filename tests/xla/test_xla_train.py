@@ -15,12 +15,12 @@ import pytest
 
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
-import replicas
-from tiny_run import config, log_of, torchrun, write
+from support import ranks
+from support.tiny_run import config, log_of, torchrun, write
 
 from llamax.__main__ import dispatch
-from llamax.config import Checkpoint, Config, Parallel
-from llamax.launch.env import Rendezvous
+from llamax.config.schema import CheckpointConfig, Config, ParallelConfig
+from llamax.parallel.rendezvous import Rendezvous
 
 STEPS, SAVED = 20, 16
 TOLERANCE = 2e-6
@@ -43,8 +43,8 @@ def meshed(dataset: Path, folder: Path, tensor: int, **run: Any) -> Config:
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, vocab_size=VOCABULARY, bos_token_id=1),
-        parallel=Parallel(tensor=tensor, sequence=True, zero1=True, bucket_bytes=8192),
-        checkpoint=Checkpoint(every=SAVED, keep=0),
+        parallel=ParallelConfig(tensor=tensor, sequence=True, zero1=True, bucket_bytes=8192),
+        checkpoint=CheckpointConfig(every=SAVED, keep=0),
         run=dataclasses.replace(cfg.run, steps=STEPS, validate_batches=2),
     )
 
@@ -66,7 +66,7 @@ def trained(rank: int, cfg: Config, world_size: int) -> dict[str, Any]:
 
 def on_xla(cfg: Config) -> None:
     """Run ``cfg`` on replicas: two programs to train and one to validate, and nothing beside."""
-    for counted in replicas.run(2, trained, cfg, 2):
+    for counted in ranks.run(2, trained, cfg, 2):
         assert counted == {"compiled": 3, "fallbacks": []}
 
 
@@ -97,7 +97,7 @@ def test_twenty_steps_as_on_gloo_and_on_from_each_others_checkpoints(
     assert_alike(log_of(xla), whole)
     for saved, run, backend in ((gloo, on_xla, "xla"), (xla, on_gloo, "cpu")):
         folder = tmp_path / f"on {backend}"
-        start = Checkpoint(resume=str(saved / f"checkpoints/step-{SAVED:08d}"))
+        start = CheckpointConfig(resume=str(saved / f"checkpoints/step-{SAVED:08d}"))
         cfg = meshed(dataset, folder, 1, backend=backend)
         run(dataclasses.replace(cfg, checkpoint=start))
         assert_alike(log_of(folder), whole[SAVED:])

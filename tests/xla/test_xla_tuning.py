@@ -16,26 +16,26 @@ import pytest
 
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
-import replicas
 import torch
+from support import ranks
+from support.adapters import MODEL, base_folder, build, differences, steps
 from torch import Tensor
-from tuning_worlds import MODEL, base_folder, build, differences, steps
 
 from llamax.backends import choose
-from llamax.collectives import Axes
-from llamax.config import Finetune
-from llamax.dropout import feature_keys, kept
-from llamax.launch.env import Rendezvous
-from llamax.mesh import Mesh
-from llamax.parallel.frozen import FrozenLinear
-from llamax.recompute import Recompute
+from llamax.config.schema import FinetuneConfig
+from llamax.model.dropout import feature_keys, kept
+from llamax.model.lora_linear import FrozenLinear
+from llamax.model.recompute import Recompute
+from llamax.parallel.collectives import Axes
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
 
 TOLERANCE = 2e-6
 
 
 class Case(NamedTuple):
     name: str
-    finetune: Finetune
+    finetune: FinetuneConfig
     mesh: Mesh
     sequence: bool = True
     recompute: Recompute = "none"
@@ -43,7 +43,9 @@ class Case(NamedTuple):
 
 
 SHORT = dataclasses.replace(MODEL, num_hidden_layers=1)
-LORA = Finetune(method="lora", r=4, alpha=6.0, dropout=0.25, targets="k_proj,up_proj,down_proj")
+LORA = FinetuneConfig(
+    method="lora", r=4, alpha=6.0, dropout=0.25, targets="k_proj,up_proj,down_proj"
+)
 NF4 = dataclasses.replace(LORA, method="qlora")
 INT8 = dataclasses.replace(NF4, quant="int8", dropout=0.0)
 TP2_DP2 = Mesh(tp=2, dp=2)
@@ -90,7 +92,7 @@ def on_replicas(rank: int, folder: Path, cases: list[Case], mutation: str) -> li
 
 def test_a_tuning_step_over_replicas_equals_the_whole_step(tmp_path: Path) -> None:
     folder = base_folder(tmp_path / "base", SHORT)
-    by_rank = replicas.run(4, on_replicas, folder, CASES, "none")
+    by_rank = ranks.run(4, on_replicas, folder, CASES, "none")
     for case, results in zip(CASES, zip(*by_rank, strict=True), strict=True):
         model = build(folder, Axes.solo(), case.finetune)
         whole = steps(model, Axes.solo(), 1, packed=case.packed)
@@ -105,5 +107,5 @@ def test_a_tuning_step_over_replicas_equals_the_whole_step(tmp_path: Path) -> No
 def test_a_rank_in_the_masks_is_caught(tmp_path: Path) -> None:
     folder = base_folder(tmp_path / "base", SHORT)
     case = Case("lora, tp 2", LORA, Mesh(tp=2))
-    with pytest.raises(replicas.ReplicaError, match="rank 1 traced another graph than rank 0"):
-        replicas.run(2, on_replicas, folder, [case], "rank as a number")
+    with pytest.raises(ranks.ReplicaError, match="rank 1 traced another graph than rank 0"):
+        ranks.run(2, on_replicas, folder, [case], "rank as a number")

@@ -1,0 +1,65 @@
+"""``llamax launch``: one job file, on torchrun, mpirun, Slurm, Kubernetes or SageMaker.
+
+::
+
+    job.toml ──> checks ──> a script or a manifest ──> --render: printed; else run
+
+Phases come in the order of a project: image, shell, prepare, precompile, train, tensorboard.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from llamax.launch import image, kubernetes, mpirun, sagemaker, script, slurm, torchrun
+from llamax.launch.jobfile import JobFile
+
+PHASES = {
+    "torchrun": ("prepare", "precompile", "train", "tensorboard"),
+    "mpirun": ("prepare", "precompile", "train", "tensorboard"),
+    "slurm": ("prepare", "precompile", "train", "tensorboard"),
+    "k8s": ("image", "shell", "prepare", "precompile", "train", "tensorboard"),
+    "sagemaker": ("image", "train"),
+}
+REPOSITORY = Path(__file__).resolve().parents[1]
+ACTIONS = ("start", "status", "logs", "utilization", "stop", "clean")
+
+
+def render(job: JobFile, launcher: str, phase: str) -> str:
+    """The script or manifest that starts a phase."""
+    if phase == "image":
+        return image.dockerfile(job)
+    if phase == "tensorboard" and launcher != "k8s":
+        return script.tensorboard(job)
+    if launcher == "torchrun":
+        return torchrun.render(job, phase)
+    if launcher == "mpirun":
+        return mpirun.render(job, phase)
+    if launcher == "slurm":
+        return slurm.render(job, phase)
+    return kubernetes.render(job, phase) if launcher == "k8s" else sagemaker.render(job)
+
+
+def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
+    """The script that stops a phase, or tells of it."""
+    if launcher == "slurm":
+        return slurm.action(job, phase, what)
+    if launcher == "k8s":
+        return kubernetes.action(job, phase, what)
+    if launcher == "mpirun":
+        return mpirun.action(job, phase, what)
+    return (
+        sagemaker.action(job, what) if launcher == "sagemaker" else script.action(job, phase, what)
+    )
+
+
+def starter(job: JobFile, launcher: str, phase: str, file: str) -> list[str]:
+    """The command that runs what was rendered to ``file``."""
+    if phase == "image":
+        return ["docker", "build", "--tag", job.image, "--file", file, str(REPOSITORY)]
+    if launcher == "slurm" and phase != "tensorboard":
+        return ["sbatch", file]
+    if launcher == "k8s":
+        return ["kubectl", "apply", "--filename", file]
+    return [sys.executable if launcher == "sagemaker" else "bash", file]

@@ -1,0 +1,354 @@
+"""torch.distributed: gloo on CPUs, nccl on GPUs, TorchNeuron's own on trn2 and trn3.
+
+gloo's own all-gather and reduce-scatter take up to 2.4 times as long as its all-to-all for the
+same bytes (``benchmarks/collectives.py``); its reduce-scatter adds in the tensor's dtype.  So on
+gloo both verbs are one all-to-all: a reduce-scatter sends share j to rank j and adds what arrives,
+in rank order and in float32, so that the result is the same bits on every run.
+
+gloo works in a thread of its own, which lets go of tensors some time after a call has returned.
+Activations handed to it would be freed late and out of order, and the heap would grow.  Messages of
+up to ``STAGED_BYTES`` therefore pass through two buffers that stay; most are copied there anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+from llamax.backends import cpu
+from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
+from llamax.parallel.mesh import Groups, Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import BackendError, LostRank
+
+STAGED_BYTES = 8 * 2**20
+NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # of host and of device
+OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
+
+# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
+CUDA_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}
+
+
+class TorchAxis:
+    """One axis over a process group; ``ranks`` are its global ranks in axis order."""
+
+    def __init__(
+        self, name: str, ranks: Sequence[int], device: torch.device, group: dist.ProcessGroup
+    ) -> None:
+        self.name, self.size, self.ranks, self.group = name, len(ranks), tuple(ranks), group
+        self.rank = self.ranks.index(dist.get_rank())
+        self.rank_index = torch.tensor([self.rank], dtype=torch.int32, device=device)
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        y = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(y, OPS[op], group=self.group)
+        return y
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        arrived = x.new_empty((self.size, *x.shape))
+        dist.all_gather_into_tensor(arrived.view(-1), x.reshape(-1), group=self.group)
+        return _join(arrived, dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        parts = self._split(x, dim).contiguous()
+        mine = torch.empty_like(parts[0])
+        dist.reduce_scatter_tensor(mine.view(-1), parts.view(-1), group=self.group)
+        return mine
+
+    def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
+        parts = self._split(x, split).contiguous()
+        arrived = torch.empty_like(parts)
+        dist.all_to_all_single(arrived, parts, group=self.group)
+        return _join(arrived, concat)
+
+    def shift(self, x: Tensor, by: int = 1) -> Tensor:
+        x, arrived = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+        there, here = (self.ranks[(self.rank + step) % self.size] for step in (by, -by))
+        if by % self.size == 0:
+            return arrived.copy_(x)
+        exchange = [
+            dist.P2POp(dist.isend, x, there, self.group),
+            dist.P2POp(dist.irecv, arrived, here, self.group),
+        ]
+        for request in dist.batch_isend_irecv(exchange):
+            request.wait()
+        return arrived
+
+    def _split(self, x: Tensor, dim: int) -> Tensor:
+        """[.., size * n, ..] -> [size, .., n, ..], a view."""
+        dim %= x.dim()
+        if x.shape[dim] % self.size:
+            raise ValueError(
+                f"{self.name}: dim {dim} of {tuple(x.shape)} does not part {self.size}"
+            )
+        parts: Tensor = x.unflatten(dim, (self.size, -1)).movedim(dim, 0)
+        return parts
+
+
+class GlooAxis(TorchAxis):
+    """An axis over gloo, whose messages pass through two buffers that stay."""
+
+    def __init__(
+        self, name: str, ranks: Sequence[int], device: torch.device, group: dist.ProcessGroup
+    ) -> None:
+        super().__init__(name, ranks, device, group)
+        self._staged = {role: torch.empty(0, dtype=torch.uint8) for role in ("out", "in")}
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        if x.nbytes > STAGED_BYTES:
+            return super().all_reduce(x, op)
+        y = self._buffer("out", x).copy_(x)
+        dist.all_reduce(y, OPS[op], group=self.group)
+        return y.clone()
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return _join(self._exchange(x.unsqueeze(0).expand(self.size, *x.shape)), dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        arrived = self._exchange(self._split(x, dim))
+        if self.size == 2 and x.dtype == torch.float32:
+            return torch.add(arrived[0], arrived[1])
+        return arrived.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
+
+    def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
+        return _join(self._exchange(self._split(x, split)), concat)
+
+    def _exchange(self, parts: Tensor) -> Tensor:
+        """Part j goes to rank j; the result's part j came from there, and is lent, not given."""
+        arrived, small = self._buffer("in", parts), parts.nbytes <= STAGED_BYTES
+        out = self._buffer("out", parts).copy_(parts) if small else parts.contiguous()
+        dist.all_to_all_single(arrived, out, group=self.group)
+        return arrived
+
+    def _buffer(self, role: str, like: Tensor) -> Tensor:
+        if like.nbytes > STAGED_BYTES:
+            return torch.empty_like(like, memory_format=torch.contiguous_format)
+        if self._staged[role].nbytes < like.nbytes:
+            self._staged[role] = torch.empty(like.nbytes, dtype=torch.uint8)
+        return self._staged[role][: like.nbytes].view(like.dtype).view(like.shape)
+
+
+def _join(parts: Tensor, dim: int) -> Tensor:
+    """[size, .., n, ..] -> [.., size * n, ..], a contiguous copy."""
+    dim %= parts.dim() - 1
+    copy = parts.movedim(0, dim).clone(memory_format=torch.contiguous_format)
+    return copy.flatten(dim, dim + 1)
+
+
+class _TorchBackend:
+    """What the CPU and CUDA backends share: the process group and its axes."""
+
+    name: str
+    device: torch.device
+    collectives: str
+    axis: type[TorchAxis] = TorchAxis
+    traces = False
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        self.rendezvous = rendezvous
+
+    @contextmanager
+    def joined(self, mesh: Mesh, timeout_s: float, kv: int = 1) -> Iterator[Axes]:
+        """The axes of ``mesh``, for as long as this rank is part of the world.
+
+        Raises BackendError where the port is taken, the other ranks do not come in time or memory
+        does not suffice, and LostRank where a rank is lost later.
+        """
+        try:
+            yield self._join(mesh, timeout_s, kv)
+        except (dist.DistError, RuntimeError) as error:
+            if refused := NO_MEMORY.search(str(error)):
+                raise BackendError(
+                    f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} was refused "
+                    f"{refused[1]} of memory; use more ranks, a smaller data.micro_batch or "
+                    "run.recompute=full (llamax plan tells what a rank takes)"
+                ) from error
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise LostRank(
+                    f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} lost touch with "
+                    f"another rank ({_first_line(error)}); see that rank's own message, and start "
+                    "the job again to resume from its newest checkpoint"
+                ) from error
+            raise
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+
+    def _join(self, mesh: Mesh, timeout_s: float, kv: int) -> Axes:
+        rendezvous = self.rendezvous
+        if rendezvous.world_size == 1:
+            return Axes.solo(self.device)
+        if rendezvous.one_machine:  # nothing of ours listens beyond this machine
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
+        timeout = timedelta(seconds=timeout_s)
+        try:
+            dist.init_process_group(
+                self.collectives,
+                store=PrefixStore(f"llamax/{rendezvous.attempt}", _store(rendezvous, timeout)),
+                rank=rendezvous.rank,
+                world_size=rendezvous.world_size,
+                timeout=timeout,
+            )
+        except (dist.DistError, RuntimeError) as error:
+            raise BackendError(
+                f"rank {rendezvous.rank} of {rendezvous.world_size} could not join the others at "
+                f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank, "
+                "or raise run.timeout_s"
+            ) from error
+        named = mesh.axes(kv).items()
+        return Axes(**{name: self._axis(name, groups, timeout) for name, groups in named})
+
+    def _axis(self, name: str, groups: Groups, timeout: timedelta) -> Axis:
+        ranks = next(group for group in groups if self.rendezvous.rank in group)
+        if len(ranks) == 1:
+            return Solo(name, self.device)
+        group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+        assert group is not None
+        return self.axis(name, ranks, self.device, group)
+
+    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
+        return [float(tensor) for tensor in tensors]
+
+    def step_boundary(self) -> None:
+        """Eager devices have nothing to flush."""
+
+    def compilations(self) -> int:
+        return 0
+
+    def host_reads(self) -> int:
+        return 0
+
+    def barrier(self) -> None:
+        if dist.is_initialized():
+            dist.barrier()
+
+
+class Cpu(_TorchBackend):
+    """torch on CPUs; a rank takes an equal share of the machine's cores unless told otherwise."""
+
+    name, collectives, axis = "cpu", "gloo", GlooAxis
+    device = torch.device("cpu")
+
+    def __init__(self, rendezvous: Rendezvous, threads: int = 0) -> None:
+        super().__init__(rendezvous)
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(threads or max(1, cores // rendezvous.local_world_size))
+        cpu.keep_heap()
+
+    def synchronize(self) -> None:
+        """A CPU is never behind."""
+
+    def memory(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        return cpu.measure_peak_flops(dtype)
+
+
+class Cuda(_TorchBackend):
+    """torch on NVIDIA GPUs, one per rank."""
+
+    name, collectives = "cuda", "nccl"
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        super().__init__(rendezvous)
+        if rendezvous.local_world_size > (gpus := torch.cuda.device_count()):
+            raise BackendError(
+                f"run.backend=cuda: {rendezvous.local_world_size} ranks on this machine need a GPU "
+                f"each but {gpus} are visible; start fewer ranks or use run.backend=cpu"
+            )
+        self.device = torch.device("cuda", rendezvous.local_rank)
+        torch.cuda.set_device(self.device)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def memory(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        device = torch.cuda.get_device_name(self.device)
+        return next((peak for name, peak in CUDA_PEAK_FLOPS.items() if name in device), None)
+
+
+class Neuron(_TorchBackend):
+    """torch on trn2 and trn3 by TorchNeuron: device and process group are both called neuron.
+
+    Importing ``torch_neuronx`` registers them; the package of that name for trn1 knows XLA only.
+    Not executed on such a machine yet; source: AWS Neuron documentation, "How to use
+    torch.distributed on Neuron" and "Guidelines for memory management" (SDK 2.33).
+    """
+
+    name, collectives = "neuron", "neuron"
+
+    def __init__(self, rendezvous: Rendezvous) -> None:
+        super().__init__(rendezvous)
+        if find_spec("torch_neuronx"):
+            import_module("torch_neuronx")
+        if not hasattr(torch, "neuron"):
+            raise BackendError(
+                "run.backend=neuron needs TorchNeuron (Neuron SDK 2.33 or newer, on trn2 or trn3), "
+                "which is not installed; on trn1 use run.backend=xla"
+            )
+        cores = torch.accelerator.device_count()
+        if cores != 1:  # else the launcher has given this process its own
+            if rendezvous.local_world_size > cores:
+                raise BackendError(
+                    f"run.backend=neuron: {rendezvous.local_world_size} ranks on this machine need "
+                    f"a NeuronCore each but {cores} are visible; start fewer ranks"
+                )
+            torch.accelerator.set_device_index(rendezvous.local_rank)
+        self.device = torch.device("neuron")
+
+    def synchronize(self) -> None:
+        torch.accelerator.synchronize()
+
+    def memory(self) -> int:
+        self.synchronize()  # the allocator counts what the device has done so far
+        return torch.accelerator.max_memory_allocated()
+
+    def peak_flops(self, dtype: torch.dtype) -> float | None:
+        return None
+
+
+def _store(rendezvous: Rendezvous, timeout: timedelta) -> Store:
+    """The key-value store where ranks meet; served by rank 0 unless the launcher serves it."""
+    port, world_size = rendezvous.port, rendezvous.world_size
+    if rendezvous.agent_store or rendezvous.rank > 0:
+        address = "127.0.0.1" if rendezvous.one_machine else rendezvous.address
+        return TCPStore(address, port, world_size, False, timeout, wait_for_workers=False)
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1" if rendezvous.one_machine else "", port))
+        listener.listen(2 * world_size)
+    except OSError as error:
+        raise BackendError(
+            f"port {port} on {rendezvous.address} cannot be opened ({error.strerror}); "
+            "set MASTER_PORT to a free one"
+        ) from error
+    return TCPStore(
+        "127.0.0.1",
+        port,
+        world_size,
+        True,
+        timeout,
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

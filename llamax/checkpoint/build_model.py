@@ -1,0 +1,189 @@
+"""From a base in files to the model that is tuned, or was.
+
+``build`` gives training its model: whole (``finetune.method=full``), or a frozen base with new
+adapters (``lora``; ``qlora`` quantises the base as it is loaded).  ``load_tuned`` gives generation
+and evaluation a base with the adapters of a PEFT folder or a run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.load import Whole, check_shapes, load_owned, load_weights
+from llamax.checkpoint.peft import (
+    SHAPE,
+    AdapterInfo,
+    adapter_info,
+    base_of,
+    fingerprint,
+    open_adapter,
+)
+from llamax.checkpoint.reader import Checkpoint
+from llamax.checkpoint.source import Source
+from llamax.config.model import ModelConfig
+from llamax.config.schema import Config, FinetuneConfig
+from llamax.model import lora
+from llamax.model.llama import DTYPES, Llama
+from llamax.model.lora_linear import Store
+from llamax.model.qlora import Shapes, expected, store_weights, stores
+from llamax.parallel.collectives import Axes, Axis, Solo
+from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.units import show_bytes, show_number
+
+
+def build_model(
+    config: Config, first: Source | None, fresh: bool, axes: Axes, device: torch.device
+) -> Llama:
+    """The model of a run on this rank, with the weights it starts from.
+
+    ``first``: where first weights, or the frozen base, are.  ``fresh``: without them, draw some.
+    With neither, weights are whatever memory holds, or zeros.
+    """
+    finetune, tp, seed = config.finetune, axes.tp, config.run.seed
+    model = Llama(
+        config.model,
+        tp,
+        sequence_parallel=config.parallel.sequence,
+        dtype=DTYPES[config.run.dtype],
+        device="meta" if finetune.method == "qlora" else device,
+        recompute=config.run.recompute,
+    )
+    if first is not None or finetune.method != "full":
+        like = torch.empty(0, dtype=DTYPES[config.run.dtype], device=device)
+        load_base(model, first, finetune, like, axes.data, seed)
+    elif fresh:
+        model.init(seed)
+    return model
+
+
+def load_base(
+    model: Llama,
+    source: Source | None,
+    finetune: FinetuneConfig,
+    like: Tensor,
+    data: Axis,
+    seed: int = 0,
+) -> None:
+    """Load a model's first weights, or its frozen base beside which new adapters are drawn.
+
+    ``like`` has the dtype and device of the model.  The base of qlora goes from the files into its
+    quantised form a tensor at a time: its model is built on the meta device.  Without a ``source``
+    all is there but the base's values.
+    """
+    parameters, shards, tp = dict(model.named_parameters()), model.shards, model.tp
+    if finetune.method != "qlora":
+        if source is not None:
+            load_weights(source, parameters, shards, tp.size, tp.rank, convert=True)
+        if finetune.method == "lora":
+            lora.adapt(model, finetune, like, seed)
+            lora.init(model, seed)
+        return
+
+    if source is not None:
+        check_shapes(source, parameters, shards, tp.size)
+    weights = source or Shapes(parameters, shards, tp.size)
+    quantised = like if source is not None else like.to("meta")
+
+    def keep(name: str, layer: lora.Linear) -> Store:
+        return store_weights(name, layer, weights, finetune, quantised, data)
+
+    lora.adapt(model, finetune, like, seed, keep)
+    lora.init(model, seed)
+    plain = [name for name in parameters if name in dict(model.named_parameters())]
+    for name in plain:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        weight = torch.empty(parameters[name].shape, dtype=like.dtype, device=like.device)
+        owner.weight = nn.Parameter(weight, requires_grad=False)
+    if source is None:
+        for store in stores(model):
+            store.to(like.device)
+        return
+    whole = [Whole(name, model.get_parameter(name).view(-1)) for name in plain]
+    load_owned(source, whole, shards, tp.size, tp.rank, convert=True)
+
+
+def finetune_info(finetune: FinetuneConfig, first: Source | None) -> AdapterInfo | None:
+    """What the checkpoints of a run say of its adapters; None where it trains a whole model.
+
+    Raises CheckpointError where the base is an adapter itself.
+    """
+    if first is not None and adapter_info(first) is not None:
+        raise CheckpointError(
+            f"{first.folder} holds adapters, not a model; merge them with llamax merge first"
+        )
+    if finetune.method == "full":
+        return None
+    assert first is not None, "rules.adapters_have_a_base"
+    return AdapterInfo(finetune, str(first.folder), fingerprint(first))
+
+
+def describe_finetune(config: Config, tensor: int, data: int) -> str:
+    """What is trained beside what, and what the base takes on a rank, in a line."""
+    finetune, width = config.finetune, DTYPES[config.run.dtype].itemsize
+    count, whole = lora.num_parameters(config.model, finetune), config.model.num_parameters()
+    text = (
+        f"{finetune.method}: {show_number(count)} parameters ({count / whole:.2%}) of rank "
+        f"{finetune.r} on {finetune.targets} beside {config.checkpoint.init_from}"
+    )
+    if finetune.method == "qlora":
+        held = expected(config.model, finetune, tensor, data, width)
+        text += (
+            f"; a rank holds {show_bytes(held.quantised)} of it in {finetune.quant}, "
+            f"{show_bytes(held.plain)} as it is, and {show_bytes(held.dense)} while a layer is used"
+        )
+    return text
+
+
+def check_resumed(finetune: FinetuneConfig, resumed: Checkpoint, first: Source | None) -> None:
+    """Refuse to go on from a checkpoint of another method, other adapters or another base."""
+    found = adapter_info(resumed)
+    if (found is None) != (finetune.method == "full"):
+        theirs = "full" if found is None else found.finetune.method
+        raise ConfigError(
+            f"finetune.method={finetune.method} but {resumed.folder} was trained with {theirs}; "
+            "use that, or another run.folder"
+        )
+    if found is None:
+        return
+    for name in SHAPE:
+        mine, theirs = getattr(finetune, name), getattr(found.finetune, name)
+        if mine != theirs:
+            raise ConfigError(
+                f"finetune.{name}={mine} but {resumed.folder} was trained with {theirs}; "
+                "use that, or another run.folder"
+            )
+    assert first is not None, "rules.adapters_have_a_base"
+    found.check(resumed.folder, first)
+
+
+def load_tuned(
+    adapter: Path | str,
+    base_folder: Path | str | None = None,
+    tp: Axis | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Llama:
+    """A base with adapters beside it, for generation and evaluation.
+
+    ``adapter``: a PEFT folder, or a run or checkpoint of adapters.  ``base_folder``: where the
+    adapter says, unless given.  ``dtype``: that of the base's files unless given.  The base is
+    quantised as it was in training.
+    Raises CheckpointError where they do not belong together.
+    """
+    source, found = open_adapter(adapter)
+    frozen = open_source(base_folder or base_of(source.folder, found))
+    finetune_info(FinetuneConfig(), frozen)
+    found.check(source.folder, frozen)
+    narrow = frozen.dtype("model.embed_tokens.weight") == torch.bfloat16
+    kind = dtype or (torch.bfloat16 if narrow else torch.float32)
+    tp = tp or Solo("tp", device)
+    at = "meta" if found.finetune.method == "qlora" else device
+    model = Llama(ModelConfig.from_hub(frozen.model), tp, dtype=kind, device=at)
+    like = torch.empty(0, dtype=kind, device=device)
+    load_base(model, frozen, found.finetune, like, Solo("data", device))
+    load_weights(source, lora.trained(model), model.shards, tp.size, tp.rank, convert=True)
+    return model

@@ -1,0 +1,91 @@
+"""Writing as Meta releases: consolidated.XX.pth with rows in Meta's order, and params.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llamax.checkpoint.formats.meta import PARAMS, meta_name, rotated_heads, to_pairs
+from llamax.checkpoint.formats.nxd_writer import save, save_text
+from llamax.checkpoint.source import Source
+from llamax.config.model import ModelConfig, RopeScaling
+from llamax.model.llama import Llama
+from llamax.parallel.sharding import Replica, parts
+from llamax.runtime.errors import ConfigError
+
+SCALINGS = (RopeScaling(factor=8.0), RopeScaling(factor=32.0))
+
+
+def write_meta(source: Source, model: ModelConfig, folder: Path, tensor: int = 1) -> None:
+    """Fill a folder; ``tensor`` files, each with a rank's share of every tensor.
+
+    Raises ConfigError for what Meta's params.json cannot say, before anything is written.
+    """
+    text = json.dumps(params(model), indent=2) + "\n"
+    for size, what in (
+        (model.num_key_value_heads, "num_key_value_heads"),
+        (model.intermediate_size, "intermediate_size"),
+        (model.vocab_size, "vocab_size"),
+    ):
+        if tensor < 1 or size % tensor:
+            raise ConfigError(f"--tensor={tensor} does not divide {what}={size}")
+    llama = Llama(model, device="meta")
+    for rank in range(tensor):
+        state: dict[str, Any] = {}
+        for name, how in llama.shards.items():
+            for part in parts(name, how, 1):
+                dim = 0 if isinstance(part.how, Replica) else part.how.dim
+                if part.name == "model.embed_tokens.weight" and model.vocab_size < 100_000:
+                    dim = 1  # Llama 1 and 2
+                whole = reordered(source.read(part.name), model, part.name)
+                share = whole if isinstance(part.how, Replica) else whole.chunk(tensor, dim)[rank]
+                state[meta_name(part.name)] = share.clone()
+        if model.tie_word_embeddings:
+            state["output.weight"] = source.read("model.embed_tokens.weight").chunk(tensor)[rank]
+        save(folder / f"consolidated.{rank:02d}.pth", state)
+    save_text(folder / PARAMS, text)
+
+
+def reordered(whole: Tensor, model: ModelConfig, name: str) -> Tensor:
+    """Queries and keys with pairs as neighbours; other tensors as they are."""
+    heads = rotated_heads(model, name)
+    return to_pairs(whole, heads) if heads else whole
+
+
+def params(model: ModelConfig) -> dict[str, Any]:
+    """params.json of a model; ConfigError where Meta's code would build another one."""
+    if model.head_dim * model.num_attention_heads != model.hidden_size:
+        raise ConfigError(
+            f"Meta's Llama has head_dim = hidden_size / heads, the model has {model.head_dim}"
+        )
+    if model.rope_scaling not in (None, *SCALINGS):
+        raise ConfigError(f"Meta's Llama does not know this rope_scaling: {model.rope_scaling}")
+    multiple, factor = feed_forward(model.hidden_size, model.intermediate_size)
+    return {
+        "dim": model.hidden_size,
+        "n_layers": model.num_hidden_layers,
+        "n_heads": model.num_attention_heads,
+        "n_kv_heads": model.num_key_value_heads,
+        "vocab_size": model.vocab_size,
+        "multiple_of": multiple,
+        **({} if factor is None else {"ffn_dim_multiplier": factor}),
+        "norm_eps": model.rms_norm_eps,
+        "rope_theta": model.rope_theta,
+        **({"use_scaled_rope": True} if model.rope_scaling else {}),
+    }
+
+
+def feed_forward(width: int, wanted: int) -> tuple[int, float | None]:
+    """(multiple_of, ffn_dim_multiplier) from which Meta's code computes ``wanted`` features.
+
+    It rounds ffn_dim_multiplier * (8 / 3 width) up to a multiple.
+    """
+    plain = int(8 * width / 3)
+    for multiple in (256, 1024, 4096):
+        if -(-plain // multiple) * multiple == wanted:
+            return multiple, None
+    multiple = min(wanted & -wanted, 1024)
+    return multiple, (wanted - (0.5 if multiple > 1 else -0.5)) / plain

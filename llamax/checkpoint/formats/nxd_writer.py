@@ -1,0 +1,236 @@
+"""Writing for neuronx-distributed: a tag's folder that its ``load_checkpoint`` takes.
+
+The inverse of ``nxd``: each rank's file has its share of every tensor in the order of NxD's own
+Llama, queries beside the key/value heads they read, fused as asked; each data rank's file has its
+rows of every optimizer state.  A rank's dict is in memory at a time.
+
+::
+
+    stacked     qkv_proj.weight                 fuse_qkv, heads all alike
+    gqa         qkv_proj.weight_q, _k, _v       qkv_linear
+    gqa-fused   qkv_proj.weight_qkv             qkv_linear and fuse_qkv
+    separate    q_proj.weight, ...              neither
+
+Source: neuronx_distributed 0.17, ``trainer/checkpoint.py`` and its Llama example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamax.checkpoint.formats.nxd import MOMENTS
+from llamax.checkpoint.formats.rank_grid import query_order
+from llamax.checkpoint.safetensors_io import writing
+from llamax.checkpoint.source import Source
+from llamax.config.model import ModelConfig
+from llamax.config.schema import OptimConfig
+from llamax.model.llama import Llama
+from llamax.parallel.sharding import Replica, Shard, parts
+from llamax.runtime.errors import CheckpointError, ConfigError
+
+STYLES = ("stacked", "gqa", "gqa-fused", "separate")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The ranks that will load, how they hold attention, and what of the optimizer they want."""
+
+    model: ModelConfig
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    style: str = "stacked"
+    copies: int = 1
+    moments: bool = False
+    masters: bool = False
+
+    def __post_init__(self) -> None:
+        model, heads = self.model, self.model.num_key_value_heads * self.copies
+        if min(self.tensor, self.pipeline, self.data, self.copies) < 1:
+            raise ConfigError("--tensor, --pipeline, --data and --kv-multiplier are 1 or more")
+        for size, what in (
+            (model.num_attention_heads, "num_attention_heads"),
+            (heads, f"num_key_value_heads x --kv-multiplier={self.copies}"),
+            (model.intermediate_size, "intermediate_size"),
+            (model.vocab_size, "vocab_size"),
+        ):
+            if size % self.tensor:
+                raise ConfigError(
+                    f"--tensor={self.tensor} does not divide {what}={size}, which NxD needs"
+                )
+        if model.num_attention_heads % heads:
+            raise ConfigError(
+                f"--kv-multiplier={self.copies} makes {heads} key/value heads, which do not divide "
+                f"num_attention_heads={model.num_attention_heads}"
+            )
+        if model.num_hidden_layers % self.pipeline:
+            raise ConfigError(
+                f"--pipeline={self.pipeline} does not divide num_hidden_layers="
+                f"{model.num_hidden_layers}"
+            )
+        if self.style == "stacked" and model.num_attention_heads != model.num_key_value_heads:
+            raise ConfigError("--qkv=stacked is for models with as many key/value heads; use gqa")
+        if self.copies > 1 and not self.style.startswith("gqa"):
+            raise ConfigError(
+                f"--kv-multiplier={self.copies} (by default what --tensor needs) needs --qkv=gqa "
+                f"or gqa-fused, not {self.style}"
+            )
+
+    def names(self, stage: int) -> Iterator[tuple[str, list[str]]]:
+        """A stage's parameters in NxD's order, each with the Hub tensors it stacks."""
+        each = self.model.num_hidden_layers // self.pipeline
+        if stage == 0:
+            yield "model.embed_tokens.weight", ["model.embed_tokens.weight"]
+        for layer in range(stage * each, (stage + 1) * each):
+            home = f"model.layers.{layer}."
+            q, k, v = (f"{home}self_attn.{part}_proj.weight" for part in "qkv")
+            fused = f"{home}self_attn.qkv_proj.weight"
+            if self.style == "stacked":
+                yield fused, [q, k, v]
+            elif self.style == "gqa-fused":
+                yield f"{fused}_qkv", [q, k, v]
+            else:
+                for part, name in zip("qkv", (q, k, v), strict=True):
+                    yield (f"{fused}_{part}" if self.style == "gqa" else name), [name]
+            yield f"{home}self_attn.o_proj.weight", [f"{home}self_attn.o_proj.weight"]
+            gate_up = [f"{home}mlp.{part}_proj.weight" for part in ("gate", "up")]
+            yield f"{home}mlp.gate_up_proj.weight", gate_up
+            for leaf in ("mlp.down_proj", "input_layernorm", "post_attention_layernorm"):
+                yield f"{home}{leaf}.weight", [f"{home}{leaf}.weight"]
+        if stage == self.pipeline - 1:
+            yield "model.norm.weight", ["model.norm.weight"]
+            tied = self.model.tie_word_embeddings
+            yield "lm_head.weight", ["model.embed_tokens.weight" if tied else "lm_head.weight"]
+
+    def ranges(self, name: str, rank: int) -> list[tuple[int, int]]:
+        """What a rank holds of a Hub tensor: runs [start, stop) of rows, or columns, in order."""
+        model, E = self.model, self.model.head_dim
+        leaf = name.rpartition("self_attn.")[2]
+        if leaf.startswith(("q_", "o_")):
+            heads = query_order(model, self.copies)
+        elif leaf.startswith(("k_", "v_")):
+            heads = [*range(model.num_key_value_heads)] * self.copies
+        else:
+            size = (model.intermediate_size if ".mlp." in name else model.vocab_size) // self.tensor
+            return [(rank * size, (rank + 1) * size)]
+        each = len(heads) // self.tensor
+        mine = heads[rank * each : (rank + 1) * each]
+        return [(head * E, (head + 1) * E) for head in mine]
+
+
+class Writer:
+    """Writes one source for one target."""
+
+    def __init__(
+        self, source: Source, target: Target, optim: OptimConfig, lr: float, step: int
+    ) -> None:
+        self.source, self.target, self.optim, self.lr, self.step = source, target, optim, lr, step
+        llama = Llama(target.model, device="meta")
+        self.cuts = {
+            part.name: part.how
+            for name, how in llama.shards.items()
+            for part in parts(name, how, 1)
+        }
+        if target.moments and not all({*MOMENTS} <= {*source.kinds(n)} for n in source.names()):
+            raise CheckpointError(
+                f"{source.folder} holds no optimizer state of all weights; use --optimizer none"
+            )
+
+    def write(self, folder: Path) -> None:
+        """Fill the folder of a tag; ``done`` comes last."""
+        target = self.target
+        save_text(folder / "checkpoint", "1")
+        for stage in range(target.pipeline):
+            for rank in range(target.tensor):
+                at = f"tp_rank_{rank:02d}_pp_rank_{stage:02d}.pt"
+                state = {
+                    name: self._share(hub, rank, "weight") for name, hub in target.names(stage)
+                }
+                save(folder / "model" / f"dp_rank_00_{at}", state)
+                for data in range(target.data if target.moments else 0):
+                    held = self._optimizer(stage, rank, data)
+                    save(folder / "optim" / f"dp_rank_{data:02d}_{at}", held)
+        save_text(folder / "done", "1")
+
+    def _share(self, hub: Sequence[str], rank: int, kind: str) -> Tensor:
+        """A rank's share of a parameter, of one kind."""
+        return torch.cat([self._part(name, rank, kind) for name in hub])
+
+    def _part(self, name: str, rank: int, kind: str) -> Tensor:
+        how = self.cuts[name]
+        if kind == "master" and "master" not in self.source.kinds(name):
+            return self._part(name, rank, "weight").float()
+        if isinstance(how, Replica):
+            return self.source.read(name, kind)
+        assert isinstance(how, Shard)
+        runs = [
+            self.source.read(name, kind, how.dim, start, stop)
+            for start, stop in self.target.ranges(name, rank)
+        ]
+        return torch.cat(runs, how.dim)
+
+    def _optimizer(self, stage: int, rank: int, data: int) -> dict[str, Any]:
+        """A data rank's ZeRO-1 state: groups with and without decay, numbered through."""
+        target = self.target
+        names = [*target.names(stage)]
+        if target.model.tie_word_embeddings:  # one parameter, counted where it comes first
+            names = [(name, hub) for name, hub in names if name != "lm_head.weight"]
+        decayed = [one for one in names if "norm" not in one[0]]
+        names = decayed + [one for one in names if "norm" in one[0]]
+        held: dict[str, Any] = {"state": {}, "param_groups": [], "base_state": {}, "shape_info": {}}
+        for numbers, decay in (
+            (range(len(decayed)), self.optim.weight_decay),
+            (range(len(decayed), len(names)), 0.0),
+        ):
+            held["param_groups"].append(
+                {
+                    "lr": self.lr,
+                    "initial_lr": self.optim.lr,
+                    "betas": (self.optim.beta1, self.optim.beta2),
+                    "eps": self.optim.eps,
+                    "weight_decay": decay,
+                    "amsgrad": False,
+                    "correct_bias": True,
+                    "capturable": False,
+                    "params": [*numbers],
+                }
+            )
+        masters: dict[int, Tensor] = {}
+        for number, (_, hub) in enumerate(names):
+            moments = {kind: self._share(hub, rank, kind) for kind in MOMENTS}
+            held["shape_info"][number] = moments["exp_avg"].shape
+            held["base_state"][number] = {
+                "step": torch.tensor(float(self.step)),
+                **{kind: rows_of(whole, data, target.data) for kind, whole in moments.items()},
+            }
+            if target.masters:
+                masters[number] = rows_of(self._share(hub, rank, "master"), data, target.data)
+        return held | ({"sharded_master_weights": masters} if target.masters else {})
+
+
+def rows_of(whole: Tensor, rank: int, degree: int) -> Tensor:
+    """A data rank's rows, after rows of zeros that make them divide."""
+    pad = -len(whole) % degree
+    padded = torch.cat([whole, whole.new_zeros(pad, *whole.shape[1:])]) if pad else whole
+    return padded.chunk(degree)[rank].clone()
+
+
+def save(path: Path, held: dict[str, Any]) -> None:
+    """torch.save, with a full disk told in one line."""
+    needed = sum(value.nbytes for value in held.values() if isinstance(value, Tensor))
+    with writing(path, needed):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            torch.save(held, file)
+
+
+def save_text(path: Path, text: str) -> None:
+    with writing(path, len(text)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)

@@ -1,0 +1,173 @@
+"""A Hugging Face folder as a source: ``config.json`` and safetensors files, one or many.
+
+Nothing outside the folder is opened and nothing in it is executed: the index may name plain files
+only, links must stay in the folder (or in the ``blobs`` of the Hub's own cache), and pickled
+weights are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llamax.checkpoint import manifest
+from llamax.checkpoint.reader import Checkpoint
+from llamax.checkpoint.runs import whole
+from llamax.checkpoint.safetensors_io import Entry, read_header
+from llamax.checkpoint.source import Piece, Source
+from llamax.runtime.errors import CheckpointError
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+MOST_JSON_BYTES = 64 << 20
+
+
+class HubFolder(Source):
+    """The weights of a causal Llama that transformers saved.
+
+    Raises CheckpointError where files are missing, lead out of the folder, or hold no Llama.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"there is no folder {self.folder}; check the path")
+        for name in (CONFIG, GENERATION, INDEX, *TOKENIZER_FILES):
+            if os.path.lexists(self.folder / name):
+                self._inside(self.folder / name)
+        if not (self.folder / CONFIG).exists():
+            ours = (
+                manifest.STEP.match(self.folder.name) or (self.folder / manifest.MANIFEST).exists()
+            )
+            remedy = (
+                "it is a checkpoint of llamax: make one of it with llamax consolidate"
+                if ours or manifest.newest(self.folder)
+                else "give a folder that save_pretrained or llamax consolidate wrote"
+            )
+            raise CheckpointError(
+                f"{self.folder} has no {CONFIG}: it is no Hugging Face folder; {remedy}"
+            )
+        self.model = read_json(self.folder / CONFIG)
+        if self.model.get("model_type") != "llama":
+            raise CheckpointError(
+                f"{self.folder} holds a {self.model.get('model_type')!r} model, not a Llama; "
+                "llamax reads model_type 'llama'"
+            )
+        self._entries: dict[str, tuple[Path, Entry]] = {}
+        for path in self._paths():
+            for name, entry in read_header(path).items():
+                self._entries[name] = (path, entry)
+        for name in [*self._entries]:
+            computed = name.endswith(".rotary_emb.inv_freq")
+            tied = name == "lm_head.weight" and self.model.get("tie_word_embeddings") is True
+            if computed or tied:
+                del self._entries[name]
+        if "model.embed_tokens.weight" not in self._entries:
+            raise CheckpointError(
+                f"{self.folder} has no model.embed_tokens.weight: it is not a LlamaForCausalLM"
+            )
+        if "lm_head.weight" not in self._entries and not self.model.get("tie_word_embeddings"):
+            raise CheckpointError(
+                f"{self.folder} has no lm_head.weight, and its {CONFIG} does not tie it to the "
+                "embedding; download it anew, or set tie_word_embeddings to true there if it is"
+            )
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entries[name][1].shape
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        return ("weight",)
+
+    def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
+        return self._entries[name][1].dtype
+
+    def pieces(self, name: str, kind: str) -> list[Piece]:
+        path, entry = self._entries[name]
+        return [Piece(path, entry.offset, whole(entry.shape))]
+
+    def total_bytes(self) -> int:
+        """The bytes of all weights."""
+        return sum(math.prod(e.shape) * e.dtype.itemsize for _, e in self._entries.values())
+
+    def _paths(self) -> list[Path]:
+        if (self.folder / SINGLE).exists():
+            names = {SINGLE}
+        elif (self.folder / INDEX).exists():
+            index = self.folder / INDEX
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CheckpointError(f"{index} has no weight_map; download it anew")
+            names = set()
+            for file in weight_map.values():
+                if not isinstance(file, str) or Path(file).name != file:
+                    raise CheckpointError(f"{index} names {file!r}, which is no file beside it")
+                names.add(file)
+        else:
+            pickled = (*self.folder.glob("*.bin"), *self.folder.glob("*.pth"))
+            found = f"only {pickled[0].name}, a pickle" if pickled else "no weights"
+            raise CheckpointError(
+                f"{self.folder} has {found}; {SINGLE} or {INDEX} is needed: save it with "
+                "save_pretrained(safe_serialization=True)"
+            )
+        return [self._inside(self.folder / name) for name in sorted(names)]
+
+    def _inside(self, path: Path) -> Path:
+        home, real = self.folder.resolve(), path.resolve()
+        if real.parent not in (home, home.parent.parent / "blobs"):
+            raise CheckpointError(f"{path} is a link out of its folder; put the file itself there")
+        if not real.is_file():
+            raise CheckpointError(f"{path} is missing or no plain file; download it anew")
+        return path
+
+
+def open_source(path: Path | str) -> Source:
+    """A Hugging Face folder, the step folder of a checkpoint, or the newest of a run folder.
+
+    Raises CheckpointError where ``path`` is none of them.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"there is no folder {path}; give a folder with a model in it")
+    if (path / CONFIG).is_file():
+        return HubFolder(path)
+    if not (path / manifest.MANIFEST).exists() and manifest.newest(path) is None:
+        raise CheckpointError(
+            f"{path} holds no model: give a Hugging Face folder (with {CONFIG}), a step's folder "
+            "of a checkpoint, or a run's folder with a complete one"
+        )
+    return Checkpoint(manifest.find(path))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of the folder; CheckpointError where it is none."""
+    try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path} is no plain file; download it anew")
+        if path.stat().st_size > MOST_JSON_BYTES:
+            raise CheckpointError(
+                f"{path} is over {MOST_JSON_BYTES >> 20} MiB; it is no {path.name}"
+            )
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} is not JSON; download it anew") from None
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is not a JSON object; download it anew")
+    return found

@@ -1,0 +1,129 @@
+"""A checkpoint of llamax as a source of tensors and of optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llamax.checkpoint import manifest as files
+from llamax.checkpoint.checksums import Blocks, opened
+from llamax.checkpoint.runs import Copy, Run, overlaps
+from llamax.checkpoint.runs import whole as whole_run
+from llamax.checkpoint.safetensors_io import (
+    DTYPES,
+    Entry,
+    Progress,
+    read,
+    read_header,
+    silent,
+)
+from llamax.checkpoint.source import Piece, Source
+from llamax.runtime.errors import CheckpointError
+
+
+class Checkpoint(Source):
+    """A complete training checkpoint; with ``verify`` what is read of it is checked."""
+
+    def __init__(self, folder: Path | str, verify: bool = True) -> None:
+        self.folder = Path(folder)
+        with files.advice(self.folder):
+            self.manifest = files.read_manifest(self.folder)
+        self.model = self.manifest.model
+        self._paths = [self.folder / file.name for file in self.manifest.files]
+        self._files = dict(zip(self._paths, self.manifest.files, strict=True))
+        self._headers: dict[Path, dict[str, Entry]] = {}
+        self._blocks: dict[Path, Blocks] = {}  # of the files whose header was read
+        self._verify = verify
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the training program gave to ``Saver.save``."""
+        return self.manifest.state
+
+    def names(self) -> list[str]:
+        return list(self.manifest.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.manifest.tensors[name].shape
+
+    def kinds(self, name: str) -> tuple[str, ...]:
+        return tuple(self.manifest.tensors[name].kinds)
+
+    def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
+        return DTYPES[self.manifest.tensors[name].kinds[kind].dtype]
+
+    def pieces(self, name: str, kind: str) -> list[Piece]:
+        found = []
+        kept = self.manifest.tensors[name].kinds[kind]
+        for file, *numbers in kept.runs:
+            path, run = self._paths[file], Run(*numbers)
+            entry = self._header(path).get(files.key(name, kind, run))
+            if entry is None or entry[:2] != (DTYPES[kept.dtype], (run.length,)):
+                raise CheckpointError(f"{path} does not hold {name} ({kind}) as the manifest says")
+            found.append(Piece(path, entry.offset, run))
+        return found
+
+    def read_run(self, piece: Piece, copies: Iterable[Copy], into: Tensor) -> None:
+        with files.advice(self.folder):
+            blocks = self._blocks[piece.path] if self._verify else None
+            read(piece.path, piece.offset, copies, into, blocks)
+
+    def rng(self, tp_rank: int, data_rank: int) -> Tensor | None:
+        """The random state that this rank saved, or None where the mesh had no such rank."""
+        path = self.folder / files.file_name("optimizer", tp_rank, data_rank)
+        return self._rng(path) if path in self._paths else None
+
+    def check_rng(self, share: int, of: int) -> None:
+        """Check the random states of every ``of``-th file from ``share`` on.
+
+        What else a checkpoint has is read, and so checked, by one rank or another of any mesh.
+        """
+        for path in self._paths[share::of]:
+            self._rng(path)
+
+    def verify(self, progress: Progress = silent) -> None:
+        """Hash all files as a whole; ``progress`` takes bytes.
+
+        Raises CheckpointError that names a changed file, both hashes and what to use instead.
+        """
+        with files.advice(self.folder):
+            files.verify(self.folder, self.manifest.files, progress)
+
+    def _rng(self, path: Path) -> Tensor | None:
+        entry = self._header(path).get(files.RNG)
+        if entry is None:
+            return None
+        state, run = torch.empty(entry.shape, dtype=entry.dtype), whole_run(entry.shape)
+        self.read_run(Piece(path, entry.offset, run), overlaps(run, run), state)
+        return state
+
+    def _header(self, path: Path) -> dict[str, Entry]:
+        if path not in self._headers:
+            with files.advice(self.folder):
+                try:
+                    header = read_header(path)
+                    if self._verify:
+                        self._blocks[path] = self._checked(path, header)
+                except CheckpointError:
+                    files.verify(self.folder, [self._files[path]])  # says more: both hashes
+                    raise
+            self._headers[path] = header
+        return self._headers[path]
+
+    def _checked(self, path: Path, header: Mapping[str, Entry]) -> Blocks:
+        """The blocks of a file whose header is what was saved."""
+        file = self._files[path]
+        ends = [*sorted({entry.offset for entry in header.values()}), file.size_bytes]
+        blocks = Blocks(path, ends, file.sums)
+        with opened(path) as fd:
+            blocks.read(fd, 0, np.empty(ends[0], np.uint8))
+        return blocks

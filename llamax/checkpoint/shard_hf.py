@@ -1,0 +1,131 @@
+"""``llamax shard HUB_FOLDER --out DIR --tensor 8``: a Hugging Face Llama becomes a checkpoint.
+
+The reverse of ``consolidate``: each tensor rank's file takes its strips of every tensor, two files
+at a time, each through a slab of 16 MiB.  The checkpoint has weights only, in the folder's dtype.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+import llamax
+from llamax.checkpoint import hf_folder
+from llamax.checkpoint import manifest as files
+from llamax.checkpoint.load import check_shapes
+from llamax.checkpoint.runs import Run, slices, writes
+from llamax.checkpoint.safetensors_io import (
+    TAGS,
+    Outgoing,
+    Progress,
+    Written,
+    building,
+    silent,
+    write,
+)
+from llamax.checkpoint.slabs import Buffers, Slabs, new_buffers
+from llamax.config.model import ModelConfig
+from llamax.model.llama import Llama
+from llamax.parallel.collectives import Solo
+from llamax.parallel.sharding import Cut, local_shape, parts
+from llamax.runtime.errors import ConfigError
+
+
+def shard(
+    folder: Path | str, out: Path | str, tensor: int = 1, progress: Progress = silent
+) -> Path:
+    """Cut the model of a Hugging Face folder over ``tensor`` ranks, as the checkpoint ``out``.
+
+    Raises CheckpointError where the folder does not hold the Llama its config.json describes, and
+    ConfigError where ``tensor`` does not cut it.
+    """
+    source = hf_folder.HubFolder(folder)
+    model = Llama(ModelConfig.from_hub(source.model), Solo("tp"), device="meta")
+    check_shapes(source, dict(model.named_parameters()), model.shards)
+    try:
+        cuts = _cuts(source, model, tensor)
+    except ConfigError:
+        fit = [str(degree) for degree in range(1, 2 * tensor) if _fits(source, model, degree)]
+        raise ConfigError(
+            f"--tensor={tensor} does not cut the weights of {folder} into equal parts; use "
+            f"{' or '.join(fit)}"
+        ) from None
+    manifest = files.Manifest(
+        format=files.FORMAT,
+        step=0,
+        llamax=llamax.__version__,
+        torch=torch.__version__,
+        mesh={"tensor": tensor, "data": 1, "zero1": 0},
+        model=model.config.to_hub(_word(source)),
+        state={},
+        files=[],
+    )
+    buffers = new_buffers()
+    with building(Path(out)) as part, ThreadPoolExecutor(max_workers=2) as pool:
+
+        def one(rank: int) -> Written:
+            path = part / files.file_name("weights", rank, 0)
+            return write(path, _share(source, cuts, tensor, rank, buffers), progress=progress)
+
+        for rank, written in enumerate(pool.map(one, range(tensor))):
+            manifest.files.append(files.File(files.file_name("weights", rank, 0), *written))
+            for name, run in _runs(source, cuts, tensor, rank):
+                tag = TAGS[source.dtype(name)]
+                whole = files.Whole(source.shape(name), {"weight": files.Kept(tag, [])})
+                manifest.tensors.setdefault(name, whole).kinds["weight"].runs.append((rank, *run))
+        files.commit(part, manifest, "")
+        files.finish(part)
+    return Path(out)
+
+
+def _cuts(source: hf_folder.HubFolder, model: Llama, tensor: int) -> dict[str, Cut]:
+    """How each tensor of the folder is cut; ConfigError where ``tensor`` does not."""
+    cuts = {
+        part.name: part.how
+        for name, how in model.shards.items()
+        for part in parts(name, how, tensor)
+    }
+    for name, how in cuts.items():
+        local_shape(source.shape(name), how, tensor)
+    return cuts
+
+
+def _fits(source: hf_folder.HubFolder, model: Llama, tensor: int) -> bool:
+    try:
+        return bool(_cuts(source, model, tensor))
+    except ConfigError:
+        return False
+
+
+def _runs(
+    source: hf_folder.HubFolder, cuts: dict[str, Cut], tensor: int, rank: int
+) -> list[tuple[str, Run]]:
+    """What a tensor rank writes: of every tensor the run it is the first to hold, if any."""
+    found = []
+    for name, how in cuts.items():
+        if writes(how, tensor, rank):
+            shape = source.shape(name)
+            elements = torch.Size(local_shape(shape, how, tensor)).numel()
+            for cut in slices(name, how, shape, tensor, rank, 0, elements):
+                found.append((name, cut.run))
+    return found
+
+
+def _share(
+    source: hf_folder.HubFolder, cuts: dict[str, Cut], tensor: int, rank: int, buffers: Buffers
+) -> list[Outgoing]:
+    return [
+        Outgoing(
+            files.key(name, "weight", run),
+            source.dtype(name),
+            (run.length,),
+            Slabs(source, name, "weight", run, source.dtype(name), buffers),
+        )
+        for name, run in _runs(source, cuts, tensor, rank)
+    ]
+
+
+def _word(source: hf_folder.HubFolder) -> str:
+    return str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")

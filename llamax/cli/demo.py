@@ -1,0 +1,114 @@
+"""``make demo``: from Python's own sources to a trained Llama that writes something like Python.
+
+Every step is a command that a user could type, shown before it runs:
+
+    prepare -> torchrun -m llamax.train -> consolidate -> generate -> plot
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llamax.config.load import load_config
+from llamax.data.prepare.summary import unigram_entropy
+from llamax.data.token_file import TokenFile
+from llamax.runtime.errors import BackendError
+from llamax.runtime.process import run_main
+from llamax.runtime.units import perplexity, show_number, show_time
+from llamax.training.metrics import read_jsonl
+
+RECIPE = "demo"
+RANKS = 4
+PROMPTS = ("def __init__(self", "import ", "class Error(")
+LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
+
+
+def shell(command: Sequence[str], environ: Mapping[str, str] | None = None) -> None:
+    """Show a command, then run it; BackendError where it fails."""
+    shown = [f"{key}={value}" for key, value in (environ or {}).items()]
+    shown += ["llamax" if word == sys.executable else word for word in command]
+    text = " ".join(shlex.quote(word) for word in shown).replace("llamax -m llamax", "llamax")
+    print(f"\n$ {text}", flush=True)
+    if subprocess.run(command, env={**os.environ, **(environ or {})}, check=False).returncode:
+        raise BackendError(f"the demo stopped at: {text}; its own message stands above")
+
+
+def torchrun(ranks: int, store: Path, arguments: Sequence[str]) -> None:
+    """torchrun on this machine, with its rendezvous in a file: it listens on no network."""
+    launcher = Path(sys.executable).with_name("torchrun")
+    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
+    rendezvous += ["--rdzv-endpoint", str(store), "--local-addr", "127.0.0.1"]
+    shell(
+        [str(launcher), "--nproc-per-node", str(ranks), *rendezvous, "-m", "llamax.train"]
+        + list(arguments),
+        {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"},
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m llamax.cli.demo", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes")
+    parser.add_argument("overrides", nargs="*", help="--section.key=value for training, after --")
+    options = parser.parse_args(argv)
+    began, folder = time.perf_counter(), options.folder
+    data, run, hub = folder / "data", folder / "run", folder / "hub"
+    config = load_config(RECIPE, options.overrides)
+    llamax = [sys.executable, "-m", "llamax"]
+
+    stdlib = sysconfig.get_paths()["stdlib"]
+    left_out = [word for name in LEFT_OUT for word in ("--exclude", name)]
+    shell(
+        [*llamax, "prepare", stdlib, "--glob", "*.py", *left_out, "--out", str(data)]
+        + ["--train-tokenizer", str(config.model.vocab_size), "--validation", "0.05", "--bos"]
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        torchrun(
+            RANKS,
+            Path(scratch) / "rendezvous",
+            ["--config", RECIPE, f"--data.path={data}", f"--run.folder={run}", *options.overrides],
+        )
+    shell([*llamax, "consolidate", str(run), "--out", str(hub)])
+    prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
+    shell([*llamax, "generate", str(hub), *prompts, "--max-new-tokens", "80"])
+
+    entropy, _ = unigram_entropy(TokenFile(data / "validation.tokens", "off"))
+    picture = folder / "loss.png"
+    shell(
+        [*llamax, "plot", str(run), "--out", str(picture)]
+        + ["--reference", f"{entropy:.4f}", "--reference-name", "unigram entropy"]
+    )
+    last = [r for r in read_jsonl(run / "metrics.jsonl") if r.validation_loss is not None][-1]
+    assert last.validation_loss is not None
+    print(
+        f"""
+Done in {show_time(time.perf_counter() - began)}. Validation loss {last.validation_loss:.3f} nats \
+a token (perplexity {perplexity(last.validation_loss):.1f}),
+against a unigram entropy of {entropy:.3f} (perplexity {perplexity(entropy):.0f}): the model has \
+learnt more than which words are frequent.
+
+  {data}        the packed tokens, and the tokenizer trained on them
+  {run}         the run: config.toml, metrics.jsonl, tensorboard/, checkpoints/
+  {hub}         {show_number(config.model.num_parameters())} parameters as a Hugging Face folder
+  {picture}    the loss curve
+
+Next:
+  llamax generate {hub} --prompt "for i in"            more samples
+  llamax inspect {run}                                 what the checkpoint holds
+  tensorboard --logdir {run}/tensorboard               the curves, live
+  torchrun --nproc-per-node 4 -m llamax.train --config demo --run.steps=2000 --run.folder=demo/long
+(the commands are in {Path(sys.executable).parent})"""
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

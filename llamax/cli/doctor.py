@@ -1,0 +1,75 @@
+"""``llamax doctor [--job job.toml]``: is this machine ready, and does the plan fit it?
+
+::
+
+    ok       torch        torch 2.9.0
+    WARNING  ports        port 29500 lies in 1024-60999, which the kernel hands out
+             why          any outgoing connection may hold it when ranks want to meet there
+             mend         sudo sysctl -w net.ipv4.ip_local_reserved_ports=29500
+    unseen   devices      no Neuron device here, where the job asks for 16 a node
+             see          run doctor on a node
+
+Without a job it looks at the machine alone.  The exit code is 8 if there is an error, else 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llamax.launch import jobfile
+from llamax.launch.checks import problems
+from llamax.launch.environment import variables
+from llamax.runtime.errors import ConfigError
+from llamax.runtime.process import run_main
+from llamax.tools.doctor import Finding, Host
+from llamax.tools.doctor.doctor import examine
+
+NOT_READY = 8
+
+
+def show(finding: Finding) -> Iterator[str]:
+    """A finding as lines of text."""
+    label = {"warning": "WARNING", "error": "ERROR"}.get(finding.level, finding.level)
+    yield f"{label:<8} {finding.name:<13} {finding.what}"
+    if finding.why:
+        yield f"{'':<8} {'why':<13} {finding.why}"
+    if finding.mend:
+        yield f"{'':<8} {'see' if finding.level == 'unseen' else 'mend':<13} {finding.mend}"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="llamax doctor",
+        description="Check this machine, and a job on it, before it is launched. Exit code 8 if "
+        "there is an error.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--job", type=Path, help="the job file")
+    parser.add_argument(
+        "--wait", type=float, default=0.0, metavar="S", help="wait for the other nodes so long (0)"
+    )
+    options = parser.parse_args(list(argv))
+    job = None
+    if options.job:
+        job = jobfile.load(options.job)
+        if wrong := problems(job, "", "train"):
+            raise ConfigError(f"{options.job}: {wrong[0]}")
+    counts = Counter[str]()
+    sets = {each.name: each.value for each in variables(job)} if job else {}
+    for finding in examine(Host(environ={**os.environ, **sets}), job, options.wait):
+        counts[finding.level] += 1
+        print("\n".join(show(finding)), flush=True)
+    print(
+        f"\n{counts['ok']} fine, {counts['unseen']} not seen from here, "
+        f"{counts['warning']} warnings, {counts['error']} errors"
+    )
+    return NOT_READY if counts["error"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,134 @@
+"""``make finetune-demo``: a small Llama learns to answer questions, with and without context.
+
+Every step is a command that a user could type, shown before it runs:
+
+    rows -> prepare --template dolly -> torchrun -m llamax.train -> consolidate
+         -> evaluate -> generate with and without context, before and after
+
+The rows are written here.  The model is that of ``make demo`` where it lies in demo/hub, else one
+of the same shape with random weights and a tokenizer trained on the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llamax.cli.demo import RANKS, shell, torchrun
+from llamax.config.load import load_config
+from llamax.runtime.process import run_main
+from llamax.runtime.units import show_number, show_time
+from llamax.training.metrics import read_jsonl
+
+RECIPE, TEMPLATE, PIECES = "finetune-demo", "dolly", 512
+ROWS = 1600
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+THINGS = ("cat", "dog", "cup", "hat", "car", "box")
+COLOURS = ("red", "blue", "green", "black", "white", "brown")
+QUESTIONS = [
+    {"instruction": "Which day comes after Tuesday?"},
+    {"instruction": "What colour is the cat?", "context": "The cat is blue."},
+    {"instruction": "What colour is the hat?", "context": "The hat is brown."},
+]
+
+
+def rows(count: int, seed: int = 0) -> Iterator[dict[str, str]]:
+    """Questions and answers: half of them about what everybody knows, half about a context."""
+    chosen = random.Random(seed)
+    for number in range(count):
+        if number % 2:
+            day = chosen.randrange(7)
+            step, word = chosen.choice(((1, "after"), (-1, "before")))
+            yield {
+                "instruction": f"Which day comes {word} {DAYS[day]}?",
+                "context": "",
+                "response": f"{DAYS[(day + step) % 7]}.",
+            }
+        else:
+            thing, colour = chosen.choice(THINGS), chosen.choice(COLOURS)
+            yield {
+                "instruction": f"What colour is the {thing}?",
+                "context": f"The {thing} is {colour}.",
+                "response": f"The {thing} is {colour}.",
+            }
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> None:
+    """A JSONL file of ``count`` rows."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(count, seed))
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the demo; ``--help`` tells its options."""
+    parser = argparse.ArgumentParser(prog="python -m llamax.cli.finetune_demo", description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(RECIPE), help="where everything goes")
+    parser.add_argument("--base", type=Path, default=Path("demo/hub"), help="model to start from")
+    parser.add_argument("overrides", nargs="*", help="--section.key=value for training, after --")
+    options = parser.parse_args(argv)
+    began, folder, base = time.perf_counter(), options.folder, options.base
+    data, run, hub = folder / "data", folder / "run", folder / "hub"
+    folder.mkdir(parents=True, exist_ok=True)
+    table, test = folder / "rows.jsonl", folder / "test.jsonl"
+    write_rows(table, ROWS)
+    write_rows(test, 40, seed=1)
+    llamax = [sys.executable, "-m", "llamax"]
+    overrides = [f"--data.path={data}", f"--run.folder={run}"]
+    if (base / "config.json").is_file():
+        tokenizer = ["--tokenizer", str(base)]
+        overrides.append(f"--checkpoint.init_from={base}")
+    else:
+        tokenizer = ["--train-tokenizer", str(PIECES)]
+        overrides.append(f"--model.vocab_size={PIECES}")
+    overrides += options.overrides
+    config = load_config(RECIPE, overrides)
+
+    shell(
+        [*llamax, "prepare", str(table), "--template", TEMPLATE, *tokenizer, "--out", str(data)]
+        + ["--validation", "0.05", "--length", str(config.data.sequence_length)]
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        torchrun(RANKS, Path(scratch) / "rendezvous", ["--config", RECIPE, *overrides])
+    shell([*llamax, "consolidate", str(run), "--out", str(hub)])
+    shell([*llamax, "evaluate", str(hub), "--data", str(data), "--sequence-length", "256"])
+    asked = ["--template", TEMPLATE, "--max-new-tokens", "24"]
+    shell([*llamax, "evaluate", str(hub), "--test-file", str(test), *asked])
+    questions = folder / "questions.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
+    said = ["--prompts-file", str(questions), *asked, "--greedy"]
+    shell(
+        [*llamax, "generate", "--compare", f"{base},{hub}", *said]
+        if (base / "config.json").is_file()
+        else [*llamax, "generate", str(hub), *said]
+    )
+    losses = [r for r in read_jsonl(run / "metrics.jsonl") if r.validation_loss is not None]
+    print(
+        f"""
+Done in {show_time(time.perf_counter() - began)}. Validation loss of the answers: \
+{losses[0].validation_loss:.3f} nats a token after the first epoch,
+{losses[-1].validation_loss:.3f} after the last.
+
+  {table}     {ROWS} questions and answers, half of them with a context
+  {data}           the packed samples, which tokens of them are answers, and the tokenizer
+  {run}            the run: config.toml, metrics.jsonl, checkpoints/
+  {hub}            {show_number(config.model.num_parameters())} tuned parameters as a Hugging Face \
+folder
+
+Next:
+  llamax generate {hub} --template {TEMPLATE} --prompt "What colour is the dog?" \
+--context "The dog is green." --greedy
+  llamax inspect {data} --verify
+  llamax evaluate {hub} --test-file {test} --template {TEMPLATE}
+(the commands are in {Path(sys.executable).parent}; larger recipes: llamax/recipes/README.md)"""
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

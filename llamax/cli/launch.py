@@ -1,0 +1,108 @@
+"""``llamax launch``: one job file, on torchrun, mpirun, Slurm, Kubernetes or SageMaker.
+
+::
+
+    job.toml ──> checks ──> a script or a manifest ──> --render: printed; else run
+
+Phases come in the order of a project: image, shell, prepare, precompile, train, tensorboard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import quote
+
+from llamax.config.load import nearest
+from llamax.launch import jobfile
+from llamax.launch.checks import problems
+from llamax.launch.jobfile import JobFile
+from llamax.launch.render import ACTIONS, PHASES, action, render, starter
+from llamax.runtime.errors import BackendError, ConfigError, refuse
+
+EPILOG = "Keys of a job file, a [section] for what is before the dot:\n\n"
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _options(argv)
+    launcher, phase, what = options.on, options.phase, options.action
+    _known("--on", launcher, PHASES)
+    _known("--phase", phase, PHASES[launcher])
+    _known("--action", what, ACTIONS)
+    if what != "start" and (phase == "image" or (phase == "tensorboard" and launcher != "k8s")):
+        raise ConfigError(f"--action {what}: --phase {phase} runs in the foreground; press Ctrl-C")
+    job = jobfile.load(options.job)
+    refuse(problems(job, launcher, phase), str(options.job))
+    text = render(job, launcher, phase) if what == "start" else action(job, launcher, phase, what)
+    if options.render:
+        print(text, end="")
+        return 0
+    return _run(job, launcher, phase, what, text, options.node)
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="llamax launch",
+        description="Start a job, or tell of it, on any launcher; the job file says everything.",
+        epilog=EPILOG + jobfile.help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--job", type=Path, required=True, help="the job file")
+    parser.add_argument("--on", required=True, metavar="LAUNCHER", help=", ".join(PHASES))
+    parser.add_argument(
+        "--phase",
+        default="train",
+        help="image, shell, prepare, precompile, train or tensorboard (train)",
+    )
+    parser.add_argument("--action", default="start", help=f"{', '.join(ACTIONS)} (start)")
+    parser.add_argument(
+        "--node", type=int, metavar="N", help="torchrun: the number of this node, 0 on the master"
+    )
+    parser.add_argument("--render", action="store_true", help="print what would be run, and end")
+    return parser.parse_args(list(argv))
+
+
+def _known(option: str, value: str, values: Sequence[str] | dict[str, tuple[str, ...]]) -> None:
+    if value not in values:
+        raise ConfigError(f"{option} {value}: unknown here{nearest(value, values)}")
+
+
+def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: int | None) -> int:
+    """Run a rendered text in this terminal; its exit code."""
+    if launcher == "torchrun" and what == "start" and job.nodes > 1 and node is None:
+        raise ConfigError(
+            f"--node is missing: {job.nodes} nodes each run this command with their own, 0 on "
+            f"{job.torchrun.master}, the others 1 to {job.nodes - 1}"
+        )
+    if node is not None and not 0 <= node < job.nodes:
+        raise ConfigError(f"--node={node} is out of range; use 0 to {job.nodes - 1}")
+    starts_sdk = launcher == "sagemaker" and phase == "train" and what == "start"
+    if starts_sdk and importlib.util.find_spec("sagemaker") is None:
+        raise BackendError(
+            "the SageMaker SDK is not installed here; python3 -m pip install 'sagemaker<3', or "
+            "print what it would run with --render"
+        )
+    with tempfile.NamedTemporaryFile("w", suffix=f"-{job.name}-{phase}") as file:
+        file.write(text)
+        file.flush()
+        command = (
+            starter(job, launcher, phase, file.name) if what == "start" else ["bash", file.name]
+        )
+        command += [] if node is None else [str(node)]
+        print(f"$ {' '.join(map(quote, command))}", file=sys.stderr)
+        # this Python's own programs first, as torchrun: what the job file calls venv goes before
+        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
+        try:
+            return subprocess.run(command, env={**os.environ, "PATH": path}, check=False).returncode
+        except FileNotFoundError:
+            raise BackendError(
+                f"{command[0]} is not installed here; install it, or print what it would run with "
+                "--render"
+            ) from None

@@ -1,0 +1,41 @@
+"""``llamax report RUN [RUN...]``: one self-contained page of HTML about one or several runs.
+
+Curves, throughput, configuration (what differs between runs is marked), environment, checkpoints.
+Pictures are inline SVG, styles are inline, nothing is loaded from anywhere: the file can be mailed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamax.runtime.errors import DataError
+from llamax.runtime.process import run_main
+from llamax.tools.monitor.html_report import page, told_apart
+from llamax.tools.monitor.run_folder import read_run
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the page."""
+    parser = argparse.ArgumentParser(
+        prog="llamax report",
+        description="Write one self-contained page of HTML about one or several runs.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
+    options = parser.parse_args(list(argv))
+    runs = told_apart([read_run(folder) for folder in options.runs])
+    try:
+        options.out.write_text(page(runs), encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"{options.out}: cannot be written ({error.strerror}); check --out"
+        ) from None
+    print(f"wrote {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,84 @@
+"""``llamax watch RUN``: a run at a glance, again every few seconds.
+
+::
+
+    llama2-7b  6.74B bfloat16, tensor 8 x data 16 on xla  running              15:10:52
+    ━━━━━━━━━━━━━━━━━━━━━─────────  70%  step 420/600  left 1h57m  $399.26 spent, $168.42 to go
+
+    loss             2.1051  █▅▄▃▂▂▁▁▁▁  validation 2.1159, perplexity 8.3
+    tokens/s           104K  ▆▇█▇▇▇▆▁▆▇  813 a rank
+    step time           39s  median of 50 reports, p90 40s, p99 41s
+    ranks           128/128  alive, on 4 hosts; steps 420 to 420
+
+It reads the run's folder and nothing else, so it works from any machine that sees the folder, on a
+run that trains, is over, or died.  Ctrl-C ends it.  Into a pipe, or with ``--once``, it writes the
+same lines once, without colours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamax.config.hardware import load_machine
+from llamax.runtime.errors import ConfigError
+from llamax.runtime.process import run_main
+from llamax.tools.monitor.run_folder import METRICS, read_run
+from llamax.tools.monitor.watch import render
+from llamax.training.metrics import Log
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="llamax watch",
+        description="Show a run: loss, speed, time and dollars left, ranks, devices, checkpoints.",
+    )
+    p.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    p.add_argument("--once", action="store_true", help="print one view, without colours")
+    p.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds (default 2)")
+    p.add_argument("--instance", help="machine of a known price, if the run does not say")
+    p.add_argument("--dollars-per-hour", type=float, default=0.0, help="of all nodes together")
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """Show the run until it is over, or once."""
+    options = parser().parse_args(list(argv))
+    if options.every <= 0:
+        raise ConfigError(f"--every={options.every:g} is not above 0; give seconds")
+    log, price = Log(options.run / METRICS), options.dollars_per_hour
+    run = read_run(options.run, log=log)
+    if options.instance:
+        machine = load_machine(options.instance)
+        nodes = -(-int(run.environment.get("ranks", 1)) // machine.ranks)
+        price = price or machine.dollars_per_hour * nodes
+    if options.once or not sys.stdout.isatty():
+        print("\n".join(render(run, price=price)))
+        return 0
+    sys.stdout.write("\x1b[?1049h\x1b[?25l")  # the terminal's second screen, without cursor
+    try:
+        while True:
+            size = shutil.get_terminal_size()
+            # the last column stays free: the erasing that follows a line would take it
+            lines = render(run, size.columns - 1, True, price)[: size.lines - 1]
+            sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
+            sys.stdout.flush()
+            if run.state in ("finished", "stopped"):
+                break
+            time.sleep(options.every)
+            run = read_run(options.run, log=log)
+    except KeyboardInterrupt:
+        pass  # how one leaves a view; the run goes on
+    finally:
+        sys.stdout.write("\x1b[?25h\x1b[?1049l")
+    print("\n".join(render(run, shutil.get_terminal_size().columns, True, price)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,266 @@
+"""The network's shape, spelled as ``config.json`` on the Hugging Face Hub spells it; both ways.
+
+transformers 4 spells rotary positions ``rope_theta`` + ``rope_scaling`` and the precision
+``torch_dtype``; transformers 5 spells them ``rope_parameters`` and ``dtype``.  Both are read; both
+are written, because version 4 ignores the new keys without a word.  What is absent has the value
+that transformers' ``LlamaConfig`` gives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from llamax.config.fields import COUNT, NATURAL, POSITIVE, about
+from llamax.runtime.errors import refuse
+
+SHAPE = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+)
+DEFAULTS = {
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+}
+PLAIN = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+MOST, MOST_LAYERS = 1 << 28, 1 << 14  # a hundred times any model there is
+CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
+SCALING = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretching of low rotary frequencies (rope type "llama3")."""
+
+    factor: float = field(
+        default=8.0, metadata=about("how far low frequencies are stretched", "times", POSITIVE)
+    )
+    low_freq_factor: float = field(
+        default=1.0,
+        metadata=about(
+            "stretch in full where fewer turns fit the original context", "turns", POSITIVE
+        ),
+    )
+    high_freq_factor: float = field(
+        default=4.0,
+        metadata=about("keep where more turns fit the original context", "turns", POSITIVE),
+    )
+    original_max_position_embeddings: int = field(
+        default=8192, metadata=about("context length before stretching", "tokens", COUNT)
+    )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network's shape; ``head_dim`` 0 becomes hidden_size / num_attention_heads."""
+
+    hidden_size: int = field(metadata=about("width of the residual stream", "features", COUNT))
+    intermediate_size: int = field(metadata=about("width of the feed-forward", "features", COUNT))
+    num_hidden_layers: int = field(metadata=about("depth", "layers", COUNT))
+    num_attention_heads: int = field(metadata=about("query heads", "heads", COUNT))
+    num_key_value_heads: int = field(
+        metadata=about("key/value heads, shared by query heads", "heads", COUNT)
+    )
+    vocab_size: int = field(metadata=about("vocabulary of the tokenizer", "tokens", COUNT))
+    head_dim: int = field(
+        default=0,
+        metadata=about("width of a head; 0: hidden_size / num_attention_heads", "features", COUNT),
+    )
+    max_position_embeddings: int = field(
+        default=2048, metadata=about("longest context the model is meant for", "tokens", COUNT)
+    )
+    rope_theta: float = field(
+        default=10_000.0, metadata=about("base of the rotary frequencies", "", POSITIVE)
+    )
+    rope_scaling: RopeScaling | None = field(
+        default=None, metadata=about("Llama 3.1's rotary scaling; absent: none")
+    )
+    rms_norm_eps: float = field(
+        default=1e-5, metadata=about("added to the mean square in norms", "", POSITIVE)
+    )
+    tie_word_embeddings: bool = field(
+        default=False, metadata=about("one matrix for embedding and output")
+    )
+    initializer_range: float = field(
+        default=0.02, metadata=about("standard deviation of initial weights", "", POSITIVE)
+    )
+    bos_token_id: int | None = field(
+        default=None, metadata=about("token that starts a text; absent: none", "id", NATURAL)
+    )
+    eos_token_id: int | tuple[int, ...] | None = field(
+        default=None, metadata=about("token or tokens that end a text; absent: none", "id", NATURAL)
+    )
+
+    def __post_init__(self) -> None:
+        if not self.head_dim and self.num_attention_heads > 0:
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end a text, always as a tuple."""
+        if isinstance(self.eos_token_id, tuple):
+            return self.eos_token_id
+        return () if self.eos_token_id is None else (self.eos_token_id,)
+
+    def kv_replicas(self, tp: int) -> int:
+        """How many of ``tp`` tensor ranks hold the same key/value head."""
+        return max(1, tp // self.num_key_value_heads)
+
+    def num_parameters(self) -> int:
+        """The exact number of weights of the whole model, tied ones counted once."""
+        D, E = self.hidden_size, self.head_dim
+        attention = 2 * D * E * (self.num_attention_heads + self.num_key_value_heads)
+        layer = attention + 3 * D * self.intermediate_size + 2 * D
+        embeddings = self.vocab_size * D * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_hidden_layers * layer + D
+
+    def differences(self, other: ModelConfig) -> list[str]:
+        """The fields in which ``other`` computes something else with the same weights."""
+        told = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id")
+        names = (field.name for field in fields(self) if field.name not in told)
+        return [name for name in names if getattr(self, name) != getattr(other, name)]
+
+    @classmethod
+    def from_hub(cls, hub: Mapping[str, Any]) -> ModelConfig:
+        """The model that a Hugging Face ``config.json`` describes.
+
+        Raises one ConfigError that lists all that is not a Llama or that llamax does not compute.
+        """
+        return read(hub)
+
+    def to_hub(self, dtype: str) -> dict[str, Any]:
+        """The ``config.json`` of this model; ``dtype`` is float32 or bfloat16."""
+        return write(self, dtype)
+
+
+def read(hub: Mapping[str, Any]) -> ModelConfig:
+    """The model of a ``config.json``; raises one ConfigError that lists all that does not fit.
+
+    The file may come from anyone: sizes that no model has are refused before they are laid out,
+    and so is a file that asks for code of its own.
+    """
+    rope = _rope(hub)
+    refuse(list(_problems(hub, rope)), "config.json")
+    eos = hub.get("eos_token_id", 2)
+    scaling = {name: rope[name] for name in SCALING} if rope["rope_type"] == "llama3" else None
+    return ModelConfig(
+        **{name: hub[name] for name in SHAPE},
+        **{name: _given(hub, name, default) for name, default in DEFAULTS.items()},
+        num_key_value_heads=hub.get("num_key_value_heads") or hub["num_attention_heads"],
+        head_dim=hub.get("head_dim") or 0,
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=RopeScaling(**scaling) if scaling else None,
+        bos_token_id=hub.get("bos_token_id", 1),
+        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+    )
+
+
+def write(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """The ``config.json`` of a model, as transformers 4 and 5 both read it."""
+    shape = asdict(model)
+    theta, scaling = shape.pop("rope_theta"), shape.pop("rope_scaling")
+    typed = scaling and {"rope_type": "llama3", **scaling}
+    if isinstance(model.eos_token_id, tuple):
+        shape["eos_token_id"] = list(model.eos_token_id)
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        **PLAIN,
+        **shape,
+        "rope_theta": theta,
+        "rope_scaling": typed,
+        "rope_parameters": {"rope_theta": theta, **(typed or {"rope_type": "default"})},
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+def _given(hub: Mapping[str, Any], name: str, default: Any) -> Any:
+    """The value of a key; the default where it is absent or null."""
+    value = hub.get(name)
+    return default if value is None else value
+
+
+def _rope(hub: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary settings in the new spelling, from either."""
+    given = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
+    rope = dict(given) if isinstance(given, dict) else {"rope_type": given}
+    rope.setdefault("rope_type", rope.get("type", "default"))
+    rope.setdefault("rope_theta", _given(hub, "rope_theta", 10_000.0))
+    return rope
+
+
+def _problems(hub: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
+    for name in CODE:
+        if hub.get(name):
+            yield f"{name} asks for code that comes with the model; llamax runs none: remove it"
+    for name, only in PLAIN.items():
+        if (found := hub.get(name, only)) != only:
+            yield f"{name}={found!r} is not supported; llamax computes {only!r} only"
+    if hub.get("quantization_config"):
+        yield "quantization_config is not supported; use the unquantized model"
+    if (partial := rope.get("partial_rotary_factor", 1.0)) != 1.0:
+        yield f"partial_rotary_factor={partial} is not supported; llamax computes 1.0"
+    sizes = {name: hub.get(name) for name in SHAPE}
+    for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+        if hub.get(name) is not None:
+            sizes[name] = hub[name]
+    wrong = False
+    for name, found in sizes.items():
+        most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+        if type(found) is not int or not 1 <= found <= most:
+            wrong = True
+            yield f"{name} is {found!r:.40}; a Llama needs a whole number from 1 to {most} there"
+    if not wrong:
+        yield from _heads(sizes)
+    for name in ("rms_norm_eps", "initializer_range"):
+        if not _positive(found := _given(hub, name, DEFAULTS[name])):
+            yield f"{name} is {found!r:.40}; it must be a number above 0"
+    if not isinstance(found := _given(hub, "tie_word_embeddings", False), bool):
+        yield f"tie_word_embeddings is {found!r:.40}; it must be true or false"
+    for name in ("bos_token_id", "eos_token_id"):
+        found = hub.get(name)
+        for token in found if isinstance(found, list) and name[0] == "e" else [found]:
+            if token is not None and (type(token) is not int or token < 0):
+                yield f"{name} is {found!r:.40}; it must be the number of a token, or null"
+    if not _positive(found := rope["rope_theta"]):
+        yield f"rope_theta is {found!r:.40}; it must be a number above 0"
+    if rope["rope_type"] not in ("default", "llama3"):
+        yield (
+            f"rope_type={rope['rope_type']!r:.40} is not supported; llamax computes default and "
+            "llama3"
+        )
+    if rope["rope_type"] == "llama3":
+        for name in SCALING:
+            if not _positive(found := rope.get(name)):
+                yield f"{name} of rope_type llama3 is {found!r:.40}; it must be a number above 0"
+
+
+def _heads(sizes: Mapping[str, Any]) -> Iterator[str]:
+    heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+    kv = sizes.get("num_key_value_heads", heads)
+    if heads % kv:
+        yield f"num_key_value_heads={kv} does not divide num_attention_heads={heads}"
+    if sizes.get("head_dim", hidden // heads) % 2 or hidden < heads:
+        yield f"hidden_size={hidden} and num_attention_heads={heads} give no even head_dim"
+
+
+def _positive(number: object) -> bool:
+    return type(number) in (int, float) and 0 < number < math.inf  # type: ignore[operator]

@@ -1,0 +1,103 @@
+"""Several datasets as one, in given proportions: a pure function of how much was consumed.
+
+``--data.path="0.7 web 0.3 books"`` takes seven samples in ten from ``web``.  Which dataset sample
+k of a run comes from is a table of ``PERIOD`` entries that repeats: at every place the dataset that
+lags most behind its share is next, so that any stretch of samples is mixed as asked, to less than
+one sample a dataset::
+
+    weights 0.5 0.25 0.25      a b c a a b c a a b c a ...
+
+Which of its samples that is follows from how often the dataset came before, and each dataset has
+its own pseudo-random order and its own epochs.  So a blend is the same for any number of data
+ranks, and resumes from one integer, like a single dataset.
+
+Source of the greedy rule: Megatron-LM's blended dataset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from llamax.data.loader import Batch, Batches
+from llamax.data.shuffle import Integers
+
+PERIOD = 2**14
+
+
+class Blend(Batches):
+    """``parts`` in proportion to ``weights``; ``shuffle=False``: one part after the other.
+
+    ``samples``, an epoch, is as many as all parts have together, whatever of each was seen.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Batches],
+        weights: Sequence[float],
+        micro_batch: int,
+        data_rank: int,
+        data_degree: int,
+        consumed: int,
+    ) -> None:
+        first = parts[0]
+        super().__init__(
+            sum(part.samples for part in parts),
+            first.seed,
+            first.sequence_length,
+            first.global_batch,
+            micro_batch,
+            data_rank,
+            data_degree,
+            consumed,
+            first.shuffle,
+        )
+        self.parts = tuple(parts)
+        self._first: Integers = np.cumsum([0, *(part.samples for part in parts)])
+        self._turns = turns(weights)
+        self._before = np.zeros(PERIOD, np.int64)  # how often its part came earlier in the period
+        self._counts = np.zeros(len(parts), np.int64)
+        for place, part in enumerate(self._turns.tolist()):
+            self._before[place] = self._counts[part]
+            self._counts[part] += 1
+
+    def order(self, k: Integers) -> Integers:
+        """Which sample the run's k-th one is, counted through all parts; -1 for an empty row."""
+        if not self.shuffle:
+            return super().order(k)
+        periods, places = np.divmod(k, PERIOD)
+        chosen = self._turns[places]
+        nth = periods * self._counts[chosen] + self._before[places]
+        found = np.empty_like(k)
+        for number, part in enumerate(self.parts):
+            mine = chosen == number
+            found[mine] = self._first[number] + part.order(nth[mine])
+        return found
+
+    def gather(self, samples: Integers) -> Batch:
+        """The batch of these samples, each row from its part."""
+        owner = np.maximum(np.searchsorted(self._first, samples, "right") - 1, 0)
+        rows, found = [], []
+        for number in np.unique(owner).tolist():
+            mine = np.flatnonzero(owner == number)
+            local = np.where(samples[mine] < 0, -1, samples[mine] - self._first[number])
+            rows.append(mine)
+            found.append(self.parts[number].gather(local))
+        back = torch.from_numpy(np.argsort(np.concatenate(rows)))
+        ids, labels, positions = (torch.cat([each[i] for each in found])[back] for i in range(3))
+        documents = [each.documents for each in found if each.documents is not None]
+        return Batch(ids, labels, positions, torch.cat(documents)[back] if documents else None)
+
+
+def turns(weights: Sequence[float]) -> npt.NDArray[np.int64]:
+    """Which part each place of a period takes: the one that lags most behind its share."""
+    share = np.array(weights, np.float64) / sum(weights)
+    taken = np.zeros(len(share))
+    table = np.empty(PERIOD, np.int64)
+    for place in range(PERIOD):
+        table[place] = np.argmax(share * (place + 1) - taken)
+        taken[table[place]] += 1
+    return table

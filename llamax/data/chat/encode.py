@@ -1,0 +1,173 @@
+"""Samples to token ids with a mark on each token that is learnt."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llamax.data.chat.templates import SHIELD, Span, Template
+from llamax.data.tokenizer.tokenizer import Tokenizer
+
+Ids = npt.NDArray[np.uint32]
+Bits = npt.NDArray[np.bool_]
+
+
+class Tokens(NamedTuple):
+    """Token ids of a sample or a prompt, and whether each is to be learnt."""
+
+    ids: Ids
+    counted: Bits
+
+
+# ---- from spans to tokens
+
+
+class Encoder:
+    """Turns the spans of a template into tokens; ``bos`` and ``eos`` are added where wanted."""
+
+    def __init__(self, tokenizer: Tokenizer, bos: bool = True, eos: bool = True) -> None:
+        self.tokenizer = tokenizer
+        self.bos = tokenizer.bos_id if bos else None
+        self.eos = tokenizer.eos_id if eos else None
+
+    @cached_property
+    def names(self) -> dict[int, str]:
+        """The names of special tokens by id."""
+        return {number: name for name, number in self.tokenizer.special.items()}
+
+    def template(self, name: str, source: str) -> Template:
+        """A template that knows this tokenizer's special tokens."""
+        bos, eos = (
+            self.names.get(i, "") if i is not None else ""
+            for i in (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        )
+        return Template(name, source, tuple(self.tokenizer.special), bos, eos)
+
+    def encode(self, samples: Sequence[Sequence[Span]], prompts: bool = False) -> list[Tokens]:
+        """The tokens of each sample; of ``prompts`` without the EOS behind them."""
+        pieces = [list(self._pieces(spans)) for spans in samples]
+        texts: dict[bool, list[str]] = {False: [], True: []}
+        for piece in chain.from_iterable(pieces):
+            if not isinstance(piece, Special):
+                upto = [piece.text[:cut] for cut in piece.cuts]
+                texts[piece.goes_on] += [piece.text, *upto]
+        encoded = {
+            False: iter(self.tokenizer.encode_documents(texts[False])),
+            True: iter(self.tokenizer.encode_after(texts[True])),
+        }
+        return [self._join(each, encoded, prompts) for each in pieces]
+
+    def _pieces(self, spans: Sequence[Span]) -> Iterator[Special | Piece]:
+        """Special tokens, and the texts between them with the places where answers change."""
+        whole = "".join(span.text for span in spans)
+        edges, at = [], 0
+        for span in spans:
+            edges.append((at, span.answer))
+            at += len(span.text)
+        goes_on = False
+        for start, stop, token in self._split(whole):
+            inside = [(max(at, start), answer) for at, answer in edges if at < stop]
+            begun = max(i for i, (at, _) in enumerate(inside) if at <= start)
+            if token is not None:
+                yield Special(token, inside[begun][1])
+                goes_on = token != self.tokenizer.bos_id
+                continue
+            kept = inside[begun:]
+            text = whole[start:stop]
+            cuts = [len(_mended(whole[start:at])) for at, _ in kept[1:]]
+            yield Piece(_mended(text), cuts, [answer for _, answer in kept], goes_on)
+
+    def _split(self, text: str) -> Iterator[tuple[int, int, int | None]]:
+        """(start, stop, id) of special tokens and (start, stop, None) of what is between."""
+        at = 0
+        for match in self._special.finditer(text) if self.tokenizer.special else ():
+            if match.start() > at:
+                yield at, match.start(), None
+            yield match.start(), match.end(), self.tokenizer.special[match[0]]
+            at = match.end()
+        if at < len(text):
+            yield at, len(text), None
+
+    @cached_property
+    def _special(self) -> Any:
+        names = sorted(self.tokenizer.special, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, names)))
+
+    def _join(
+        self, pieces: list[Special | Piece], encoded: Mapping[bool, Iterator[Any]], prompt: bool
+    ) -> Tokens:
+        ids: list[Ids] = []
+        counted: list[Bits] = []
+
+        def add(tokens: Ids, answer: bool | Bits) -> None:
+            ids.append(tokens)
+            counted.append(np.broadcast_to(np.asarray(answer), tokens.shape))
+
+        first, answer = pieces[0], False
+        if self.bos is not None and not (isinstance(first, Special) and first.id == self.bos):
+            add(np.array([self.bos], np.uint32), False)
+        for piece in pieces:
+            if isinstance(piece, Special):
+                add(np.array([piece.id], np.uint32), piece.answer)
+                answer = piece.answer
+                continue
+            whole = next(encoded[piece.goes_on])
+            marks = np.zeros(len(whole), bool)
+            at = 0
+            for cut, now in zip([None, *piece.cuts], piece.answers, strict=True):
+                if cut is not None:
+                    at = self._within(whole, next(encoded[piece.goes_on]), piece.text[:cut])
+                marks[at:] = answer = now
+            add(whole, marks)
+        ended = next(
+            (p for p in reversed(pieces) if isinstance(p, Special) or p.text.strip()), first
+        )
+        if self.eos is not None and not prompt and not isinstance(ended, Special):
+            add(np.array([self.eos], np.uint32), answer)
+        return Tokens(np.concatenate(ids), np.concatenate(counted))
+
+    def _within(self, whole: Ids, upto: Ids, text: str) -> int:
+        """How many tokens of a whole lie in its beginning ``text``, which alone is ``upto``.
+
+        Where the two begin differently (two line breaks may be one token only at an end), those
+        are counted that decode to a part of the beginning.
+        """
+        at = _shared(whole, upto)
+        if at < len(upto):
+            for longer in range(at + 1, min(len(whole), len(text.encode()) + 2) + 1):
+                if text.startswith(self.tokenizer.decode(whole[:longer].tolist())):
+                    at = longer
+        return at
+
+
+class Special(NamedTuple):
+    """A special token that the template wrote."""
+
+    id: int
+    answer: bool
+
+
+class Piece(NamedTuple):
+    """A text, and the characters at which it turns from given to answer or back."""
+
+    text: str
+    cuts: list[int]
+    answers: list[bool]  # before the first cut, then after each
+    goes_on: bool  # after a special token that does not begin a text
+
+
+def _mended(text: str) -> str:
+    return text.replace(SHIELD, "")
+
+
+def _shared(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> int:
+    """How many tokens two texts have in common at their beginnings."""
+    length = min(len(one), len(other))
+    differ = np.flatnonzero(one[:length] != other[:length])
+    return int(differ[0]) if len(differ) else length

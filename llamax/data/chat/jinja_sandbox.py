@@ -1,0 +1,203 @@
+"""Templates of strangers, rendered without trust.
+
+A chat template comes with somebody's model and is a program.  Four walls stand around it:
+
+* Jinja's immutable sandbox: no private attribute, no call of what is marked unsafe, nothing given
+  to the template is changed by it, and no loader, so no other file is read;
+* products and powers are bounded before they are computed (``"a" * 10**9``, ``9**9**9``);
+* a render has ``CPU_S`` seconds of this process (a virtual timer interrupts it), and the process
+  may grow by ``MEMORY_BYTES`` meanwhile (the address-space limit, on Linux);
+* the text that comes out has at most ``OUTPUT_CHARACTERS``.
+
+Whatever goes wrong inside becomes one DataError.  Syntax and helpers are those that transformers
+documents for chat templates: trimmed blocks, ``{% break %}``, ``{% generation %}``, ``tojson``,
+``raise_exception``, ``strftime_now``.
+
+Source: Jinja documentation, "Sandbox"; transformers documentation, "Writing a chat template".
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar
+
+from jinja2 import Environment, Template, TemplateError, meta, nodes
+from jinja2.exceptions import SecurityError
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.runtime import Context
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llamax.runtime.errors import DataError
+
+Result = TypeVar("Result")
+CPU_S = 2.0
+MEMORY_BYTES = 2**30
+OUTPUT_CHARACTERS = 10_000_000
+SOURCE_CHARACTERS = 1_000_000
+LARGEST = 2**53  # of a number that a template computes
+LONGEST = 1_000_000  # of a sequence that it repeats
+
+# What marks the beginning and the end of an answer in the output: noncharacters of Unicode, which
+# no text may hold (the Unicode Standard, section 23.7).
+START, STOP = "\ufdd0", "\ufdd1"
+
+
+class Generation(Extension):
+    """``{% generation %} ... {% endgeneration %}``: what the assistant says, between marks."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller: Callable[[], str]) -> str:
+        return START + caller() + STOP
+
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """The environment of all templates."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+        )
+        self.filters["tojson"] = _tojson
+        self.globals |= {"raise_exception": _refuse, "strftime_now": _now}
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**":
+            if not (abs(left) <= LARGEST and 0 <= right <= 16):
+                raise SecurityError(f"{left}**{right} is too large")
+        else:
+            for one, other in ((left, right), (right, left)):
+                if (
+                    isinstance(one, int)
+                    and hasattr(other, "__len__")
+                    and len(other) * one > LONGEST
+                ):
+                    raise SecurityError(f"a sequence of {len(other)} times {one} is too long")
+        found = super().call_binop(context, operator, left, right)
+        if isinstance(found, int | float) and abs(found) > LARGEST:
+            raise SecurityError(f"a number is above {LARGEST}")
+        return found
+
+
+class Program:
+    """A template, compiled; ``variables`` are the names it reads.
+
+    Raises DataError where the source is not a template; ``where`` names it in messages.
+    """
+
+    def __init__(self, source: str, where: str) -> None:
+        self.where = where
+        if len(source) > SOURCE_CHARACTERS:
+            raise DataError(f"{where}: has {len(source)} characters; a template is shorter")
+        self.variables, self.marks, self._template = self._guarded(partial(_compile, source))
+
+    def render(self, values: dict[str, Any]) -> str:
+        """The text for ``values``; DataError where the template fails or goes too far."""
+        text = self._guarded(partial(self._template.render, values))
+        if len(text) > OUTPUT_CHARACTERS:
+            raise DataError(
+                f"{self.where}: is refused: it wrote {len(text)} characters for one row, and "
+                f"{OUTPUT_CHARACTERS} is the most"
+            )
+        return text
+
+    def _guarded(self, work: Callable[[], Result]) -> Result:
+        try:
+            return _limited(work)
+        except SecurityError as error:
+            raise DataError(f"{self.where}: is refused: {_line(error)}") from None
+        except _TooLong:
+            raise DataError(
+                f"{self.where}: is refused: it computed for {CPU_S:g} s on one row; templates "
+                "take microseconds"
+            ) from None
+        except (MemoryError, RecursionError, OverflowError) as error:
+            raise DataError(
+                f"{self.where}: is refused: it wants too much ({type(error).__name__})"
+            ) from None
+        except TemplateError as error:
+            line = getattr(error, "lineno", None)
+            at = f" (line {line})" if line else ""
+            raise DataError(f"{self.where}: the template says{at}: {_line(error)}") from None
+        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+            raise DataError(
+                f"{self.where}: the template fails: {type(error).__name__}: {_line(error)}"
+            ) from None
+
+
+class _TooLong(BaseException):
+    """Out of time; no template can catch it."""
+
+
+def _alarm(number: int, frame: FrameType | None) -> None:
+    raise _TooLong
+
+
+def _compile(source: str) -> tuple[frozenset[str], bool, Template]:
+    """The names that a template reads, whether it marks answers, and the template."""
+    environment = Sandbox()
+    tree = environment.parse(source)
+    names = frozenset(meta.find_undeclared_variables(tree))
+    marks = tree.find(nodes.ExtensionAttribute) is not None
+    return names, marks, Environment.from_string(environment, source)
+
+
+def _limited(work: Callable[[], Result]) -> Result:
+    """``work()`` with the CPU seconds and the growth of this process bounded.
+
+    The alarm rings once, at any instruction: also where the inner block ends, never later.
+    """
+    before = signal.signal(signal.SIGVTALRM, _alarm)
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    try:
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (_room(soft), hard))
+            signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
+            return work()
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _room(soft: int) -> int:
+    """The address space of this process and MEMORY_BYTES more, if that is below ``soft``."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return soft
+    room = int(statm.read_text().split()[0]) * resource.getpagesize() + MEMORY_BYTES
+    return room if soft == resource.RLIM_INFINITY else min(soft, room)
+
+
+def _tojson(value: Any, indent: int | None = None) -> str:
+    if indent is not None and not 0 <= indent <= 16:
+        raise SecurityError(f"tojson(indent={indent}) is out of range")
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _refuse(message: str) -> str:
+    raise TemplateError(str(message))
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

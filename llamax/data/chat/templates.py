@@ -1,0 +1,285 @@
+"""From the fields of a row to the text a model learns: built-in templates and anybody's.
+
+A template is Jinja text.  It reads either the fields of a row or ``messages``, the same as a list
+of {"role", "content"}; and it says with ``{% generation %}`` what the model is to answer::
+
+    ### Instruction            spans:  "### Instruction\\nWho?\\n\\n### Answer\\n"    given
+    Who?                               "Nobody."                               answer
+                               prompt: the spans before the answer
+    ### Answer
+    {% generation %}Nobody.{% endgeneration %}
+
+Templates that lack the tag are asked twice: what a conversation is up to an answer (with
+``add_generation_prompt``) must begin what it is with the answer; the rest is the answer.
+
+A special token's name in a field is text and must not become the token, so it is broken with a
+noncharacter (``shield``) before rendering, and mended after the template's own tokens were found.
+The space before an answer belongs to the answer: tokens do not cut there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llamax.data.chat.jinja_sandbox import START, STOP, Program
+from llamax.runtime.errors import DataError
+
+SHIELD, HERE = "\ufdd2", "\ufdd3"
+
+BUILT_IN = {
+    "dolly": (
+        "### Instruction\n{{ instruction }}\n\n"
+        "{% if context %}### Context\n{{ context }}\n\n{% endif %}"
+        "### Answer\n{% generation %}{{ answer }}{% endgeneration %}"
+    ),
+    "alpaca": (
+        "Below is an instruction that describes a task"
+        "{% if context %}, paired with an input that provides further context{% endif %}"
+        ". Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{{ instruction }}\n\n"
+        "{% if context %}### Input:\n{{ context }}\n\n{% endif %}"
+        "### Response:\n{% generation %}{{ answer }}{% endgeneration %}"
+    ),
+    "usr-bot": (
+        "{% for message in messages %}"
+        "{% if not loop.first %}{{ '\n' }}{% endif %}"
+        "{% if message.role == 'assistant' %}"
+        "<bot>{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}"
+        "{% elif message.role == 'user' %}<usr> {{ message.content }}"
+        "{% else %}{{ message.content }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n' }}<bot>{% endif %}"
+    ),
+    "human-assistant": (
+        "{% for message in messages %}"
+        "{% if not loop.first %}{{ '\n\n' }}{% endif %}"
+        "{% if message.role == 'assistant' %}"
+        "Assistant:{% generation %} {{ message.content }}{{ eos_token }}{% endgeneration %}"
+        "{% elif message.role == 'user' %}Human: {{ message.content }}"
+        "{% else %}{{ message.content }}{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '\n\n' }}Assistant:{% endif %}"
+    ),
+    "llama2-chat": (
+        "{% set start = 0 %}"
+        "{% if messages[0].role == 'system' %}{% set start = 1 %}{% endif %}"
+        "{% for message in messages[start:] %}"
+        "{% if message.role == 'assistant' %}"
+        "{% generation %} {{ message.content | trim }} {{ eos_token }}{% endgeneration %}"
+        "{% else %}"
+        "{{ bos_token }}[INST] "
+        "{% if loop.first and start %}"
+        "{{ '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' }}"
+        "{% endif %}"
+        "{{ message.content | trim }} [/INST]"
+        "{% endif %}"
+        "{% endfor %}"
+    ),
+    "llama3-chat": (
+        "{{ bos_token }}"
+        "{% for message in messages %}"
+        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' }}"
+        "{% if message.role == 'assistant' %}"
+        "{% generation %}{{ message.content | trim }}<|eot_id|>{% endgeneration %}"
+        "{% else %}{{ message.content | trim }}<|eot_id|>{% endif %}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}"
+        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}"
+        "{% endif %}"
+    ),
+}
+NEEDS = {"llama3-chat": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
+
+Message = dict[str, str]
+
+
+class Span(NamedTuple):
+    """A piece of a sample's text, and whether it is to be learnt."""
+
+    text: str
+    answer: bool
+
+
+class Sample(NamedTuple):
+    """What a row says, whatever its columns are called; a prompt has no answer."""
+
+    messages: Sequence[Message]
+    instruction: str = ""
+    context: str = ""
+    answer: str = ""
+    system: str = ""
+
+
+def sample(instruction: str, context: str = "", answer: str = "", system: str = "") -> Sample:
+    """A question and its answer as a sample, also spelled as messages."""
+    asked = f"{instruction}\n\n{context}" if context else instruction
+    messages = [{"role": "user", "content": asked}]
+    if system:
+        messages.insert(0, {"role": "system", "content": system})
+    if answer:
+        messages.append({"role": "assistant", "content": answer})
+    return Sample(messages, instruction, context, answer, system)
+
+
+class Template:
+    """Renders samples.
+
+    ``specials`` are the names of the tokenizer's special tokens; ``bos`` and ``eos`` two of them,
+    or empty.  Raises DataError where the source is no template or needs tokens that are not there.
+    """
+
+    def __init__(
+        self, name: str, source: str, specials: Sequence[str] = (), bos: str = "", eos: str = ""
+    ) -> None:
+        self.name, self.source, self.specials = name, source, tuple(specials)
+        if missing := [token for token in NEEDS.get(name, ()) if token not in self.specials]:
+            raise DataError(
+                f"template {name} needs the token {missing[0]}, which the tokenizer lacks; use the "
+                "tokenizer of a Llama 3 model, or another template"
+            )
+        self._program = Program(source, f"template {name}")
+        self._fixed = {"bos_token": bos, "eos_token": eos, "tools": None, "documents": None}
+        self.chat = "messages" in self._program.variables
+        if not self.chat and "answer" not in self._program.variables:
+            raise DataError(
+                f"template {name}: yields nothing of a row: it reads neither messages nor answer; "
+                "write one that does"
+            )
+
+    def reads(self, field: str) -> bool:
+        """Whether a field of a row, or what was given for it, comes into the text."""
+        return self.chat or field in self._program.variables
+
+    def spans(self, row: Sample) -> list[Span]:
+        """The text of a whole sample; DataError where the template yields no answer."""
+        whole = self._render(row)
+        if self._program.marks:
+            found = list(_between_marks(whole))
+        else:
+            found = list(self._by_prompts(row, whole))
+        found = [span for span in found if span.text]
+        if not any(span.answer and span.text.strip() for span in found):
+            raise DataError(
+                f"template {self.name}: yields no answer for this row; mend the template"
+            )
+        return found
+
+    def prompt(self, row: Sample) -> list[Span]:
+        """The text that a model is given to answer: that of a sample up to its answer."""
+        if self.chat:
+            text = self._render(row, prompt=True)
+        elif self._program.marks:
+            text = self._render(row._replace(answer="")).rpartition(START)[0]
+        else:
+            text = self._render(row, here=True).partition(HERE)[0]
+        return [Span(text.replace(START, "").replace(STOP, ""), False)]
+
+    def _by_prompts(self, row: Sample, whole: str) -> Iterator[Span]:
+        """The spans of a template without marks."""
+        if not self.chat:
+            before = self._render(row, here=True).partition(HERE)[0]
+            cuts = [(before, whole)]
+        else:
+            cuts = [
+                (self._upto(row, i, prompt=True), self._upto(row, i + 1, prompt=False))
+                for i, message in enumerate(row.messages)
+                if message["role"] == "assistant"
+            ]
+        at = 0
+        for before, after in cuts:
+            if not (whole.startswith(after) and after.startswith(before)):
+                raise DataError(
+                    f"template {self.name}: writes a conversation otherwise once it goes on, so "
+                    "its answers cannot be found; mark them with {% generation %}"
+                )
+            yield Span(whole[at : len(before)], False)
+            yield Span(whole[len(before) : len(after)], True)
+            at = len(after)
+        yield Span(whole[at:], False)
+
+    def _upto(self, row: Sample, count: int, prompt: bool) -> str:
+        return self._render(row._replace(messages=row.messages[:count]), prompt)
+
+    def _render(self, row: Sample, prompt: bool = False, here: bool = False) -> str:
+        messages = [
+            {"role": message["role"], "content": self._shielded(message["content"])}
+            for message in row.messages
+        ]
+        return self._program.render(
+            {
+                **self._fixed,
+                "messages": messages,
+                "instruction": self._shielded(row.instruction),
+                "context": self._shielded(row.context),
+                "answer": HERE if here else self._shielded(row.answer),
+                "system": self._shielded(row.system),
+                "add_generation_prompt": prompt,
+            }
+        )
+
+    def _shielded(self, text: str) -> str:
+        """A field in which no special token and no mark is found."""
+        for mark in (START, STOP, SHIELD, HERE):
+            if mark in text:
+                raise DataError(f"a field holds the noncharacter U+{ord(mark):04X}; remove it")
+        for name in self.specials:
+            if name in text:
+                text = text.replace(name, name[0] + SHIELD + name[1:])
+        return text
+
+
+def forgotten(name: str, field: str) -> DataError:
+    """What to raise for an option that template ``name`` does not read."""
+    return DataError(
+        f"--{field}: template {name} reads neither messages nor {field} and would forget it; "
+        "leave it out, or use human-assistant or a chat template"
+    )
+
+
+def _between_marks(text: str) -> Iterator[Span]:
+    for number, piece in enumerate(text.split(START)):
+        answer, _, rest = piece.partition(STOP)
+        if number:
+            yield Span(answer, True)
+        yield Span(rest if number else piece, False)
+
+
+def source_of(name_or_path: str) -> str:
+    """The text of a built-in template, of a Jinja file, or in a tokenizer's configuration.
+
+    Raises DataError where there is none.
+    """
+    if name_or_path in BUILT_IN:
+        return BUILT_IN[name_or_path]
+    path = Path(name_or_path)
+    if path.is_dir():
+        inside = (path / "chat_template.jinja", path / "tokenizer_config.json")
+        path = next((each for each in inside if each.is_file()), path / "tokenizer_config.json")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise DataError(
+            f"template {name_or_path} is neither built in ({', '.join(BUILT_IN)}) nor a file of "
+            "text; give a name, a Jinja file or a tokenizer_config.json"
+        ) from None
+    return _in_config(text, path) if path.suffix == ".json" else text
+
+
+def _in_config(text: str, path: Path) -> str:
+    """The (default) chat template of a tokenizer's configuration."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path}: is not JSON ({error}); give a tokenizer_config.json") from None
+    given: Any = found.get("chat_template") if isinstance(found, Mapping) else None
+    if isinstance(given, list):
+        named = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}
+        given = named.get("default")
+    if not isinstance(given, str) or not given.strip():
+        raise DataError(
+            f"{path}: has no chat_template; give a Jinja file, or one of {', '.join(BUILT_IN)}"
+        )
+    return given

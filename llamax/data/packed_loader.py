@@ -1,0 +1,92 @@
+"""Batches of packed or padded documents: the samples of ``Packs``, every one of the same length.
+
+::
+
+    ids         a0 a1 a2 | b0 b1 | pad pad        labels of a document are its next tokens,
+    labels      a1 a2 a3 | b1 b2 |  -   -         those that count; padding has none
+    positions    0  1  2 |  0  1 |  0   1
+    documents    0  0  0 |  1  1 |  2   2         attention stays within a number
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from llamax.data.loader import Batch, Batches
+from llamax.data.packing import Packs
+from llamax.data.shuffle import Integers
+from llamax.ops import IGNORE_INDEX
+
+
+class PackedLoader(Batches):
+    """One data rank's share of every step, of packed samples.
+
+    ``answers``: labels are only tokens that count.  Padding has the id of EOS, if there is one.
+    """
+
+    def __init__(
+        self,
+        packs: Packs,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        data_rank: int = 0,
+        data_degree: int = 1,
+        consumed: int = 0,
+        *,
+        separate_documents: bool = True,
+        shuffle: bool = True,
+        answers: bool = True,
+    ) -> None:
+        super().__init__(
+            len(packs),
+            seed,
+            packs.length,
+            global_batch,
+            micro_batch,
+            data_rank,
+            data_degree,
+            consumed,
+            shuffle,
+        )
+        self.packs, self.file = packs, packs.file
+        self.separate_documents = separate_documents
+        self.answers = answers and packs.file.masked
+
+    def gather(self, samples: Integers) -> Batch:
+        """The batch of these samples, a row each; -1 is an empty row."""
+        shape, file = (len(samples), self.sequence_length), self.file
+        ids = np.full(shape, file.header.eos_id or 0, np.int64)
+        labels = np.full(shape, IGNORE_INDEX, np.int64)
+        positions = np.zeros(shape, np.int64)
+        documents = np.zeros(shape, np.int32)
+        for row, sample in enumerate(samples.tolist()):
+            at = number = 0
+            members = self.packs.documents(sample) if sample >= 0 else np.zeros(0, np.int64)
+            starts = file.documents[members].astype(np.int64)
+            stops = file.documents[members + 1].astype(np.int64)
+            stops = np.minimum(stops, starts + self.sequence_length + 1)
+            file.touch(starts, stops)
+            if self.answers:
+                file.touch(starts, stops, "counted")
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                here = slice(at, at + stop - start - 1)
+                ids[row, here] = file.tokens[start : stop - 1]
+                labels[row, here] = file.tokens[start + 1 : stop]
+                if self.answers:
+                    given = ~file.counted(np.arange(start + 1, stop))
+                    labels[row, here][given] = IGNORE_INDEX
+                positions[row, here] = np.arange(stop - start - 1)
+                documents[row, here] = number
+                at, number = here.stop, number + 1
+            positions[row, at:] = np.arange(self.sequence_length - at)
+            documents[row, at:] = number
+        if not self.separate_documents:
+            positions[:] = np.arange(self.sequence_length)
+        return Batch(
+            torch.from_numpy(ids),
+            torch.from_numpy(labels),
+            torch.from_numpy(positions),
+            torch.from_numpy(documents) if self.separate_documents else None,
+        )

@@ -1,0 +1,1 @@
+"""``llamax prepare``: text files and tables to a dataset of tokens."""

@@ -1,0 +1,305 @@
+"""The parts of a dataset: tokenised apart, in parallel, kept through a kill, joined in order.
+
+A part is named after everything that decides what is in it (the settings, the tokenizer, and the
+path, size and time of the text), and appears whole or not at all.  So a second run takes the parts
+it finds, whoever made them, and the result is the same bytes for any number of workers and after
+any kill.  A document goes to the validation split if the hash of its text says so: copies of one
+text never lie on both sides, and the order of the inputs does not matter.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import multiprocessing
+import shutil
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from llamax.data.megatron import indexed_prefix, write_indexed
+from llamax.data.prepare.text_files import Source, documents
+from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llamax.runtime.errors import DataError
+from llamax.runtime.process import leave_with_parent
+
+SPLITS = ("train", "validation", "test")
+BATCH_CHARACTERS = 2**20
+
+
+class Encoded(NamedTuple):
+    """Documents of one split: ids of each, which of them count (None: all), their size as text."""
+
+    split: str
+    ids: list[npt.NDArray[np.uint32]]
+    counted: list[npt.NDArray[np.bool_]] | None
+    text_bytes: int
+
+
+class Chunk(Protocol):
+    """What becomes a part; ``size`` is counted in ``unit``."""
+
+    @property
+    def unit(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def size_bytes(self) -> int: ...
+
+
+class Settings(Protocol):
+    """What decides the bytes of a dataset, beside what it is made of.
+
+    ``tokenizer`` is a fingerprint; ``bos``, ``eos``: whether documents lie between them.
+    """
+
+    @property
+    def tokenizer(self) -> str: ...
+    @property
+    def bos(self) -> bool: ...
+    @property
+    def eos(self) -> bool: ...
+
+    def name(self, number: int, chunk: Any) -> str:
+        """The name of a part: equal names, equal bytes."""
+
+    def encode(self, chunk: Any, tokenizer: Tokenizer) -> Iterator[Encoded]:
+        """The documents of a chunk, some at a time."""
+
+
+def part_name(number: int, *told: object) -> str:
+    """The name of a part of which ``told``, plain values, is all that decides its bytes."""
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return f"{number:06d}-{digest[:16]}"
+
+
+def header_of(settings: Settings, tokenizer: Tokenizer) -> Header:
+    """What the token files say of themselves."""
+    return Header(
+        settings.tokenizer,
+        tokenizer.vocab_size,
+        tokenizer.bos_id if settings.bos else None,
+        tokenizer.eos_id if settings.eos else None,
+    )
+
+
+@dataclass(frozen=True)
+class Texts:
+    """A chunk of text files and rows of text."""
+
+    sources: tuple[Source, ...]
+
+    unit = "B"
+
+    @property
+    def size(self) -> int:
+        return sum(source.stop - source.start for source in self.sources)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.size
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What decides the bytes of a dataset of text; ``tokenizer`` is a fingerprint."""
+
+    tokenizer: str
+    key: str
+    validation: float
+    bos: bool
+    eos: bool
+
+    def name(self, number: int, chunk: Texts) -> str:
+        """The name of a part: equal names, equal bytes."""
+        return part_name(number, asdict(self), [asdict(source) for source in chunk.sources])
+
+    def encode(self, chunk: Texts, tokenizer: Tokenizer) -> Iterator[Encoded]:
+        """The documents of a chunk, about BATCH_CHARACTERS at a time, each between BOS and EOS."""
+        header = header_of(self, tokenizer)
+        bos = np.array([] if header.bos_id is None else [header.bos_id], np.uint32)
+        eos = np.array([] if header.eos_id is None else [header.eos_id], np.uint32)
+        for texts in _batches(documents(chunk.sources, self.key)):
+            raw = [text.encode() for text in texts]
+            held_out = [is_validation(each, self.validation) for each in raw]
+            ids = [np.concatenate([bos, each, eos]) for each in tokenizer.encode_documents(texts)]
+            for split, side in (("train", False), ("validation", True)):
+                mine = [i for i, where in enumerate(held_out) if where is side]
+                yield Encoded(split, [ids[i] for i in mine], None, sum(len(raw[i]) for i in mine))
+
+
+def is_validation(text: bytes, fraction: float) -> bool:
+    """Whether a document belongs to the validation split."""
+    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+    return number < fraction * 2**64
+
+
+def make_part(
+    folder: Path, name: str, chunk: Chunk, settings: Settings, tokenizer_path: Path
+) -> int:
+    """Tokenise a chunk into ``folder/name.SPLIT.tokens``, unless they are there: tokens made."""
+    paths = [folder / f"{name}.{split}.tokens" for split in SPLITS]
+    if all(map(_sound, paths)):
+        return 0
+    tokenizer = tokenizer_in(tokenizer_path)
+    header = header_of(settings, tokenizer)
+    with room_for(folder, chunk.size_bytes * header.dtype.itemsize), ExitStack() as stack:
+        writers = {
+            split: stack.enter_context(TokenWriter(path, header))
+            for split, path in zip(SPLITS, paths, strict=True)
+        }
+        made = 0
+        for split, ids, counted, text_bytes in settings.encode(chunk, tokenizer):
+            lengths = np.array([len(each) for each in ids], np.int64)
+            made += int(lengths.sum())
+            writers[split].add(
+                np.concatenate([*ids, np.array([], np.uint32)]),
+                lengths,
+                text_bytes,
+                None if counted is None else np.concatenate([*counted, np.array([], bool)]),
+            )
+    return made
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Non-empty texts, about BATCH_CHARACTERS at a time."""
+    batch: list[str] = []
+    held = 0
+    for text in texts:
+        if text:
+            batch.append(text)
+            held += len(text)
+        if held > BATCH_CHARACTERS:
+            yield batch
+            batch, held = [], 0
+    yield batch
+
+
+def _sound(path: Path) -> bool:
+    try:
+        TokenFile(path)
+    except DataError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def tokenizer_in(file: Path) -> Tokenizer:
+    """``load_tokenizer``, once a process."""
+    return load_tokenizer(file)
+
+
+def make_parts(
+    chunks: Sequence[Chunk],
+    folder: Path,
+    settings: Settings,
+    tokenizer_path: Path,
+    workers: int,
+) -> list[Path]:
+    """All parts in order, made by ``workers`` processes, with a progress bar on a terminal."""
+    jobs = [
+        (folder, settings.name(i, chunk), chunk, settings, tokenizer_path)
+        for i, chunk in enumerate(chunks)
+    ]
+    sizes = [chunk.size for chunk in chunks]
+    parts = [folder / name for _, name, *_ in jobs]
+    tokens, start = 0, time.perf_counter()
+    with tqdm(
+        total=sum(sizes), unit=chunks[0].unit, unit_scale=True, disable=None, desc="tokenising"
+    ) as bar:
+
+        def done(i: int, made: int) -> None:
+            nonlocal tokens
+            tokens += made
+            rate = tokens / (time.perf_counter() - start)
+            bar.set_postfix_str(f"{tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
+            bar.update(sizes[i])
+
+        if workers == 1 or len(jobs) == 1:
+            for i, job in enumerate(jobs):
+                done(i, make_part(*job))
+            return parts
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(
+            min(workers, len(jobs)), context, initializer=leave_with_parent
+        ) as pool:
+            try:
+                # Ctrl-C reaches every process of a terminal: workers leave it to this one.
+                answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+                try:
+                    futures: dict[Future[int], int] = {
+                        pool.submit(make_part, *job): i for i, job in enumerate(jobs)
+                    }
+                finally:
+                    signal.signal(signal.SIGINT, answer)
+                for future in as_completed(futures):
+                    done(futures[future], future.result())
+            except (BrokenProcessPool, BrokenPipeError, KeyboardInterrupt) as error:
+                # A worker that was still starting escapes the pool's own clearing up.
+                for child in multiprocessing.active_children():
+                    child.kill()
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                raise DataError(  # dead while it worked, or as it started
+                    f"a worker of {workers} died, perhaps for want of memory; run the same "
+                    "command again with fewer --workers: finished parts are kept"
+                ) from None
+            finally:
+                pool.shutdown(cancel_futures=True)
+    return parts
+
+
+def merge(parts: Sequence[Path], split: str, out: Path) -> TokenFile | None:
+    """Join the parts of a split into ``out/split.tokens``; None, and no file, if it is empty."""
+    files = [TokenFile(part.with_name(f"{part.name}.{split}.tokens"), "off") for part in parts]
+    path = out / f"{split}.tokens"
+    if not any(map(len, files)):
+        path.unlink(missing_ok=True)
+        return None
+    size = sum(sum(file.header.sections["checksums"]) for file in files)
+    with room_for(out, size), TokenWriter(path, files[0].header) as writer:
+        for part in parts:
+            file = TokenFile(part.with_name(f"{part.name}.{split}.tokens"))
+            lengths = np.diff(file.documents.astype(np.int64))
+            counted = file.counted(np.arange(len(file))) if file.masked else None
+            writer.add(file.tokens, lengths, file.header.text_bytes, counted)
+    return TokenFile(path, "off")
+
+
+def merge_indexed(parts: Sequence[Path], split: str, out: Path, key: str) -> bool:
+    """Join the parts of a split to Megatron's two files; whether it has any document."""
+    files = [TokenFile(part.with_name(f"{part.name}.{split}.tokens")) for part in parts]
+    if not any(map(len, files)):
+        return False
+    size = sum(8 * len(file.documents) + 4 * len(file) for file in files)
+    with room_for(out, size):
+        write_indexed(indexed_prefix(out, split, key), files, files[0].header.vocab_size)
+    return True
+
+
+@contextmanager
+def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn a disk that fills up in the block into a DataError with ``needed_bytes``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a limit on sizes is no lack of space
+            raise
+        free = shutil.disk_usage(folder).free
+        raise DataError(
+            f"{folder}: no space left: about {needed_bytes} bytes needed, {free} free; make room "
+            "or choose another --out, then run the same command again: finished parts are kept"
+        ) from None

@@ -1,0 +1,375 @@
+"""Rows of tables: JSONL, JSON, CSV and Parquet files, cut into runs that workers read apart.
+
+``plan`` reads each file once, only to find where rows begin and how many there are, so a slice of
+the rows (``train[:10%]``, a limit) is exact and a mistake can name its row::
+
+    rows.jsonl   row 1  row 2  row 3 | row 4  row 5        runs of about CHUNK_BYTES, each
+    rows.csv     head | row 1  "row                        beginning where a row begins; a quoted
+                 2" | row 3                                line break is inside its row
+
+The fields of a CSV are cut where those of its head are: at commas, or where it has none at
+semicolons, tabs or bars.  A byte order mark before a file's text is no part of it.
+
+A name that is no file is one of the Hugging Face Hub, read by ``datasets`` where that is installed,
+and kept as JSONL beside the parts.  Local JSONL, JSON and CSV need nothing but Python.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+from llamax.data.prepare import text_files
+from llamax.data.prepare.text_files import MARK, decode, unreadable
+from llamax.runtime.errors import DataError
+
+Row = dict[str, Any]
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+DELIMITERS = {"csv": ",", "tsv": "\t", "csv;": ";", "csv\t": "\t", "csv|": "|"}
+SLICE = re.compile(r"(\w+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
+HUB = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """Rows ``first`` to ``first + count`` (from 0) of a file.
+
+    They lie in its bytes start:stop (of Parquet: row groups), after ``skip`` rows that are not
+    meant.  ``version`` changes when the file does.
+    """
+
+    path: str
+    kind: str
+    start: int
+    stop: int
+    first: int
+    count: int
+    version: str
+    skip: int = 0
+
+    def slice(self, start: int, stop: int) -> RowRange | None:
+        """The rows of this run that are among rows start:stop of the file."""
+        low, high = max(self.first, start), min(self.first + self.count, stop)
+        if low >= high:
+            return None
+        return replace(self, first=low, count=high - low, skip=self.skip + low - self.first)
+
+
+def plan_tables(
+    inputs: Sequence[str], split: str = "", limit: int = 0, scratch: Path = Path()
+) -> list[RowRange]:
+    """The runs of all inputs, in the order given; of a folder its files with rows, sorted.
+
+    ``split`` is a name and perhaps a slice of all rows together (``train[:10%]``); of a folder the
+    name chooses files.  ``limit`` keeps the first so many.  Hub rows are kept in ``scratch``.
+    Raises DataError for what is not there, cannot be read or leaves no row.
+    """
+    name, bounds = parse_split(split)
+    runs: list[RowRange] = []
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            paths = [each for each in sorted(path.rglob("*")) if kind_of(each)]
+            chosen = [each for each in paths if name in each.name.split(".")[0]] if name else paths
+            if not chosen:
+                found = ", ".join(each.name for each in paths[:8]) or "none"
+                raise DataError(
+                    f"{path}: holds no rows{f' of split {name}' if name else ''} (files with rows: "
+                    f"{found}); give JSONL, JSON, CSV or Parquet"
+                )
+        elif path.is_file():
+            if not kind_of(path):
+                raise DataError(
+                    f"{path}: is no table of rows; give a .jsonl, .json, .csv, .tsv or .parquet"
+                )
+            chosen = [path]
+        elif is_hub(given):
+            chosen = [from_hub(given, name or "train", scratch)]
+        else:
+            raise DataError(f"{path}: no such file or folder; check the path")
+        for each in chosen:
+            runs += scan(each)
+    total = sum(run.count for run in runs)
+    start, stop = bounds(total)
+    stop = min(stop, start + limit) if limit else stop
+    kept, before = [], 0
+    for run in runs:
+        offset = run.first - before
+        part = run.slice(start + offset, stop + offset)
+        before += run.count
+        if part is not None:
+            kept.append(part)
+    if not kept:
+        raise DataError(
+            f"{', '.join(inputs)}: {split or 'this'} leaves no row of {total}; choose others"
+        )
+    return kept
+
+
+def is_hub(given: str) -> bool:
+    """Whether an input looks like the name of a dataset on the Hugging Face Hub."""
+    return bool(HUB.fullmatch(given)) and not given.startswith(".") and not Path(given).exists()
+
+
+def parse_split(text: str) -> tuple[str, Callable[[int], tuple[int, int]]]:
+    """The name in ``train[:10%]``, and from a number of rows to where the slice begins and ends."""
+    match = SLICE.fullmatch(text) if text else None
+    if text and match is None:
+        raise DataError(
+            f"--split={text} is not understood; write a name and perhaps a slice: train, "
+            "train[:10%], train[100:200]"
+        )
+
+    def at(number: str | None, percent: str | None, rows: int, absent: int) -> int:
+        if number is None:
+            return absent
+        place = round(rows * int(number) / 100) if percent else int(number)
+        return min(max(place + rows if place < 0 else place, 0), rows)
+
+    def bounds(rows: int) -> tuple[int, int]:
+        if match is None:
+            return 0, rows
+        _, low, low_percent, high, high_percent = match.groups()
+        return at(low, low_percent, rows, 0), at(high, high_percent, rows, rows)
+
+    return match[1] if match else "", bounds
+
+
+def kind_of(path: Path) -> str:
+    """The kind of table that a file's name promises; empty if none."""
+    return KINDS.get(Path(path.name.removesuffix(".gz")).suffix.lower(), "")
+
+
+def from_hub(name: str, split: str, scratch: Path) -> Path:
+    """The rows of a Hub dataset as a JSONL file; DataError where they cannot be had."""
+    try:
+        import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    except ImportError:
+        raise DataError(
+            f"{name} is no file, and the Hugging Face Hub needs the package datasets, which is not "
+            "installed; pip install datasets, or give local files"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the network, the Hub and every builder raise what they like
+        raise DataError(
+            f"{name} is no file, and not to be had from the Hugging Face Hub "
+            f"({' '.join(str(error).split())[:160]}); give local files"
+        ) from None
+    path = scratch / f"{name.replace('/', '--')}-{split}-{rows._fingerprint}.jsonl"
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        partial.replace(path)
+    return path
+
+
+# ---- where rows begin
+
+
+def scan(path: Path) -> Iterator[RowRange]:
+    """The runs of one file."""
+    kind, stat = kind_of(path), path.stat()
+    version = f"{stat.st_size}-{stat.st_mtime_ns}"
+    if kind == "json":
+        kind = "jsonl" if _is_lines(path) else kind
+    if kind == "parquet":
+        about, first = _parquet(path).metadata, 0
+        for group in range(about.num_row_groups):
+            count = about.row_group(group).num_rows
+            yield RowRange(str(path), kind, group, group + 1, first, count, version)
+            first += count
+        return
+    if kind == "json":
+        yield RowRange(str(path), kind, 0, stat.st_size, 0, len(_table(path)), version)
+        return
+    whole = path.name.endswith(".gz")  # reading on from the middle would unpack all before it
+    start = stop = first = count = 0
+    try:
+        if kind == "csv":
+            kind += _separator(path)
+        with _open(path) as file:
+            edges = _edges(file, kind)
+            if kind != "jsonl":
+                _, start = next(edges, (0, 0))
+            for begin, end in edges:
+                if count and begin - start >= text_files.CHUNK_BYTES and not whole:
+                    yield RowRange(str(path), kind, start, begin, first, count, version)
+                    start, first, count = begin, first + count, 0
+                count, stop = count + 1, end
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(str(path), error) from None
+    except csv.Error as error:
+        raise DataError(
+            f"{path}: row {first + count + 1} is not CSV ({error}); mend its quotes"
+        ) from None
+    if count:
+        yield RowRange(str(path), kind, start, stop, first, count, version)
+
+
+def _edges(file: IO[bytes], kind: str) -> Iterator[tuple[int, int]]:
+    """Where each row begins and stops, the head of a CSV too; blank lines are none."""
+    at = begin = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal at
+        for line in file:
+            at += len(line)
+            yield line.decode("latin-1")  # only commas, quotes and ends of lines matter here
+
+    if kind == "jsonl":
+        for line in lines():
+            if line.strip():
+                yield at - len(line), at
+        return
+    csv.field_size_limit(2**31 - 1)
+    for fields in csv.reader(lines(), delimiter=DELIMITERS[kind], strict=True):
+        if fields:
+            yield begin, at
+        begin = at
+
+
+def _separator(path: Path) -> str:
+    """What the head of a CSV has between its fields in place of commas; empty where it has them."""
+    with _open(path) as file:
+        head = next((line for line in file if line.strip()), b"")
+    return "" if b"," in head else next((mark for mark in ";\t|" if mark.encode() in head), "")
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether a .json file has an object per line, as many that are called so."""
+    with _open(path) as file:
+        lines = [
+            line for line, _ in zip((line for line in file if line.strip()), "ab", strict=False)
+        ]
+    try:
+        first = json.loads(lines[0].removeprefix(MARK.encode())) if lines else None
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and (len(lines) > 1 or not _one_list(first))
+
+
+# ---- the rows
+
+
+def read_rows(run: RowRange) -> Iterator[tuple[str, Row]]:
+    """(place for messages, row) for each row of a run; DataError names the place of a mistake."""
+    read = {"jsonl": _lines, "json": _array, "parquet": _groups}.get(run.kind, _csv)
+    try:
+        for number, row in enumerate(read(run)):
+            if number >= run.skip + run.count:
+                return
+            if number >= run.skip:
+                place = f"{run.path}: row {run.first + number - run.skip + 1}"
+                if isinstance(row, DataError):
+                    raise DataError(f"{place}: {row}")
+                if not isinstance(row, dict):
+                    raise DataError(f"{place}: is {type(row).__name__}, not an object; mend it")
+                yield place, row
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(run.path, error) from None
+
+
+def _lines(run: RowRange) -> Iterator[Any]:
+    with _open(Path(run.path)) as file:
+        file.seek(run.start)
+        at = run.start
+        for line in file:
+            if line.strip():
+                try:
+                    yield json.loads(decode(line, run.path, at))
+                except (ValueError, RecursionError) as error:
+                    yield DataError(f"is not JSON ({error}); mend or remove it")
+            at += len(line)
+
+
+def _array(run: RowRange) -> Iterator[Any]:
+    yield from _table(Path(run.path))
+
+
+def _csv(run: RowRange) -> Iterator[Any]:
+    csv.field_size_limit(2**31 - 1)
+    delimiter = DELIMITERS[run.kind]
+
+    def records(raw: bytes, start: int) -> Iterator[list[str]]:
+        text = decode(raw, run.path, start)
+        yield from csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+
+    with _open(Path(run.path)) as file:
+        begin, stop = next(_edges(file, run.kind))
+        file.seek(begin)
+        head = next(records(file.read(stop - begin), begin))
+        if twice := [name for number, name in enumerate(head) if name in head[:number]]:
+            yield DataError(f"lies under a head that names {twice[0]!r} twice; rename one of them")
+            return
+        file.seek(run.start)
+        body = file.read(run.stop - run.start)
+    for fields in records(body, run.start):
+        if len(fields) == len(head):
+            yield dict(zip(head, fields, strict=True))
+        elif fields:
+            yield DataError(
+                f"has {len(fields)} fields where the head names {len(head)} "
+                f"({', '.join(head)[:80]}); mend its commas and quotes"
+            )
+
+
+def _groups(run: RowRange) -> Iterator[Any]:
+    yield from _parquet(Path(run.path)).read_row_group(run.start).to_pylist()
+
+
+def _parquet(path: Path) -> Any:
+    try:
+        import pyarrow  # type: ignore[import-untyped, import-not-found, unused-ignore]
+        from pyarrow import parquet
+    except ImportError:
+        raise DataError(
+            f"{path}: Parquet needs the package pyarrow, which is not installed; pip install "
+            "pyarrow, or give JSONL or CSV"
+        ) from None
+    try:
+        return parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: is not Parquet ({' '.join(str(error).split())[:120]})") from None
+
+
+def _table(path: Path) -> list[Any]:
+    """The rows of a JSON file: a list, or an object that holds one list."""
+    try:
+        with _open(path) as file:
+            found = json.loads(decode(file.read(), str(path), 0))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: is not JSON ({error}); mend it") from None
+    if isinstance(found, dict):
+        found = _one_list(found)
+    if not isinstance(found, list):
+        raise DataError(f"{path}: is neither a list of rows nor an object with one; use JSONL")
+    return found
+
+
+def _one_list(table: Row) -> list[Any] | None:
+    """The only list among the values of a table that is no row itself."""
+    if "messages" in table or "conversations" in table:
+        return None
+    lists = [value for value in table.values() if isinstance(value, list)]
+    return lists[0] if len(lists) == 1 else None
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]

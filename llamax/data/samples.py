@@ -1,0 +1,102 @@
+"""What a run eats: the samples of a split, in one of three ways, and how long the run is with them.
+
+==========  ======================================================================================
+best-fit    whole documents packed tightly (``data.packing``); the default for instruction data
+concat      the stream of all documents, cut where a sample is full; the default for text
+padded      one document in each sample
+==========  ======================================================================================
+
+A run is as long as ``run.steps`` says or, where ``run.epochs`` is given, as many passes as that;
+its warm-up as long as ``optim.warmup_steps`` or ``optim.warmup_ratio``.  ``resolve`` turns the
+second way of saying it into the first, and from there on nothing else exists.
+"""
+
+from __future__ import annotations
+
+from llamax.config.schema import DataConfig
+from llamax.data.blended_loader import Blend
+from llamax.data.dataset import Mixture, Split
+from llamax.data.loader import Batches, Loader
+from llamax.data.packed_loader import PackedLoader
+from llamax.data.packing import Packs
+from llamax.parallel.collectives import Axis
+
+
+class Samples:
+    """The samples of one split; ``packs`` is None where they are windows of the stream.
+
+    A blend has a feed of each of its ``parts``.
+    """
+
+    def __init__(self, split: Split, data: DataConfig, seed: int) -> None:
+        self.data, self.seed = data, seed
+        self.answers = data.labels == "answers"
+        self.packs: Packs | None = None
+        self.parts: list[Samples] = []
+        if isinstance(split, Mixture):
+            self.parts = [Samples(part, data, seed) for part in split.parts]
+            self.weights = split.weights
+            return
+        self.file = file = split
+        way = ("best-fit" if file.masked else "concat") if data.packing == "auto" else data.packing
+        if way != "concat":
+            self.packs = Packs(file, data.sequence_length, data.too_long, way, seed, self.answers)
+
+    @property
+    def samples(self) -> int:
+        """How many samples one pass has."""
+        if self.parts:
+            return sum(part.samples for part in self.parts)
+        if self.packs is not None:
+            return len(self.packs)
+        return max(1, -(-(len(self.file) - 1) // self.data.sequence_length))
+
+    def loader(self, axis: Axis, consumed: int, shuffle: bool) -> Batches:
+        """This data rank's batches, after ``consumed`` samples of the run."""
+        data = self.data
+        if self.parts:
+            return Blend(
+                [part.loader(axis, 0, shuffle) for part in self.parts],
+                self.weights,
+                data.micro_batch,
+                axis.rank,
+                axis.size,
+                consumed,
+            )
+        if self.packs is not None:
+            return PackedLoader(
+                self.packs,
+                self.seed,
+                data.global_batch,
+                data.micro_batch,
+                axis.rank,
+                axis.size,
+                consumed,
+                separate_documents=data.separate_documents,
+                shuffle=shuffle,
+                answers=self.answers,
+            )
+        return Loader(
+            self.file,
+            self.seed,
+            data.sequence_length,
+            data.global_batch,
+            data.micro_batch,
+            axis.rank,
+            axis.size,
+            consumed,
+            separate_documents=data.separate_documents,
+            shuffle=shuffle,
+            answers=self.answers,
+        )
+
+    def __str__(self) -> str:
+        if self.parts:
+            shares = (
+                f"{weight:g} x ({part})"
+                for weight, part in zip(self.weights, self.parts, strict=True)
+            )
+            return "a blend of " + " and ".join(shares)
+        if self.packs is not None:
+            return str(self.packs)
+        return f"concat at {self.data.sequence_length}: {self.samples:,} samples"

@@ -1,0 +1,400 @@
+"""The packed-token file: every document of a corpus, end to end, in one file that proves itself.
+
+::
+
+    0      magic "llamax1\\n", crc32 of the header, JSON padded with spaces        4096 bytes
+    4096   tokens of all documents, uint16 or uint32, little-endian
+           document offsets, uint64: offsets[i]:offsets[i+1] are document i's tokens
+           counted, one bit per token, lowest first: whether a model is to learn it
+             (instruction data only; without this section every token counts)
+           checksums, uint32: crc32 of every 1 MiB block from byte 4096 up to here
+
+The header vouches for the checksums, the checksums for everything else, and the header for itself,
+so any flipped bit is found, and by the length any cut.  crc32 because it finds *every* error burst
+of up to 32 bits (a random hash only almost every one), comes with Python and runs outside the
+interpreter's lock, so all cores check at once.
+
+A reader maps the file: opening costs neither time nor memory that grows with the corpus, but for
+its four bytes of checksum per MiB.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from llamax.runtime.errors import DataError
+from llamax.runtime.files import sync_folder
+
+MAGIC = b"llamax1\n"
+HEADER_BYTES = 4096
+BLOCK_BYTES = 2**20
+ALIGN_BYTES = 64
+REMEDY = "the file is damaged; copy it again, or make it again with llamax prepare"
+
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+Verify = Literal["start", "read", "off"]
+GoOn = Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a token file says of itself; ``tokenizer`` is a fingerprint, ids are None if unused.
+
+    ``counted`` is the number of tokens to be learnt, None where that is all of them.
+    """
+
+    tokenizer: str
+    vocab_size: int
+    bos_id: int | None = None
+    eos_id: int | None = None
+    tokens: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+    checksums_crc32: int = 0
+    sections: dict[str, tuple[int, int]] = field(default_factory=dict)
+    counted: int | None = None
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The narrowest type that holds the vocabulary."""
+        return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
+
+    def to_bytes(self) -> bytes:
+        """The first HEADER_BYTES of the file."""
+        text = json.dumps({"dtype": self.dtype.name, **asdict(self)}).encode()
+        body = text.ljust(HEADER_BYTES - len(MAGIC) - 4)
+        return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
+
+    @classmethod
+    def from_bytes(cls, raw: bytes, path: Path) -> Header:
+        """The header of the file ``path``; DataError where it is another file's or damaged."""
+        if raw[: len(MAGIC)] != MAGIC:
+            raise DataError(
+                f"{path}: is not a token file (starts with {raw[: len(MAGIC)]!r}, not {MAGIC!r}); "
+                "give a file made by llamax prepare"
+            )
+        crc, body = raw[len(MAGIC) : len(MAGIC) + 4], raw[len(MAGIC) + 4 :]
+        if len(raw) != HEADER_BYTES or zlib.crc32(body) != int.from_bytes(crc, "little"):
+            raise DataError(f"{path}: its header does not match its checksum: {REMEDY}")
+        try:
+            found = json.loads(body)
+            del found["dtype"]
+            found["sections"] = {k: (start, size) for k, (start, size) in found["sections"].items()}
+            header = cls(**found)
+            sound = header.sound()
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            sound = False
+        if not sound:
+            raise DataError(f"{path}: its header contradicts itself: {REMEDY}")
+        return header
+
+    def sound(self) -> bool:
+        """Whether sections lie one after another and are as large as what is in them."""
+        counts = (self.vocab_size, self.tokens, self.documents, self.text_bytes)
+        ids = [n for n in (self.bos_id, self.eos_id, self.counted) if n is not None]
+        numbers = [*counts, self.checksums_crc32, *ids, *sum(self.sections.values(), ())]
+        if not all(type(n) is int and n >= 0 for n in numbers) or self.vocab_size < 1:
+            return False
+        sizes = {"tokens": self.tokens * self.dtype.itemsize, "documents": 8 * (self.documents + 1)}
+        if self.counted is not None:
+            sizes["counted"] = -(-self.tokens // 8)
+        sizes["checksums"] = 4 * -(-(self.sections["checksums"][0] - HEADER_BYTES) // BLOCK_BYTES)
+        end = HEADER_BYTES
+        for name, size in sizes.items():
+            start, found = self.sections[name]
+            if start < end or found != size:
+                return False
+            end = start + size
+        return isinstance(self.tokenizer, str) and self.sections.keys() == sizes.keys()
+
+
+class Stream(Protocol):
+    """Documents end to end, as samples are cut from them: a token file, or a Megatron dataset."""
+
+    path: Path
+    header: Header
+    tokens: npt.NDArray[Any]
+
+    def __len__(self) -> int: ...
+
+    @property
+    def documents(self) -> npt.NDArray[np.uint64]: ...
+
+    @property
+    def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
+        """Where documents begin, ascending, and how many of its units a token is."""
+        ...
+
+    @property
+    def masked(self) -> bool: ...
+
+    def counted(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]: ...
+
+    def touch(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
+    ) -> None: ...
+
+    def verify(
+        self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
+    ) -> Any: ...
+
+
+class TokenFile:
+    """A token file, mapped: ``tokens`` [tokens], ``documents`` [documents + 1] and ``counted``.
+
+    ``verify`` says when checksums are checked: "start", all of them now; "read", each block
+    before its first use through ``touch``; "off", never.  The header and the length always are.
+    """
+
+    def __init__(self, path: str | Path, verify: Verify = "start") -> None:
+        self.path = Path(path)
+        try:
+            with open(self.path, "rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self.header = Header.from_bytes(file.read(HEADER_BYTES), self.path)
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be opened ({error.strerror}); give a dataset made by "
+                "llamax prepare"
+            ) from None
+        end = sum(self.header.sections["checksums"])
+        if size != end:
+            raise DataError(f"{self.path}: has {size} bytes where its header says {end}: {REMEDY}")
+        self.tokens: Tokens = self._section("tokens", self.header.dtype)
+        self.documents: npt.NDArray[np.uint64] = self._section("documents", np.dtype("<u8"))
+        self._counted: npt.NDArray[np.uint8] | None = None
+        if "counted" in self.header.sections:
+            self._counted = self._section("counted", np.dtype("u1"))
+        self._checksums: npt.NDArray[np.uint32] = self._section("checksums", np.dtype("<u4"))
+        self._unseen = np.ones(len(self._checksums) if verify != "off" else 0, bool)
+        if verify != "off" and zlib.crc32(self._checksums.data) != self.header.checksums_crc32:
+            raise DataError(f"{self.path}: its checksum table is not the one written: {REMEDY}")
+        if verify == "start":
+            self.verify()
+
+    def __len__(self) -> int:
+        return self.header.tokens
+
+    def verify(
+        self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
+    ) -> float:
+        """Check every block not yet checked, on all cores; the rate in bytes per second.
+
+        Of several ranks that read the file each checks its ``share``, and trusts the others'.
+        ``go_on`` is asked after each block whether anybody still wants to know.
+        """
+        blocks, start = np.flatnonzero(self._unseen)[share::of], time.perf_counter()
+        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+            for _ in pool.map(self._check, blocks.tolist()):
+                if go_on and not go_on():
+                    pool.shutdown(cancel_futures=True)
+                    return 0.0
+        self._unseen[:] = False
+        return len(blocks) * BLOCK_BYTES / (time.perf_counter() - start)
+
+    @property
+    def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
+        """Where documents begin, ascending, and how many of its units a token is."""
+        return self.documents, 1
+
+    @property
+    def masked(self) -> bool:
+        """Whether the file says which tokens count."""
+        return self._counted is not None
+
+    def counted(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether the tokens at ``places`` (any shape) are to be learnt."""
+        if self._counted is None:
+            return np.ones(places.shape, bool)
+        bits: npt.NDArray[np.bool_] = (self._counted[places >> 3] >> (places & 7)) & 1 == 1
+        return bits
+
+    def touch(
+        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
+    ) -> None:
+        """Check what must be checked before elements starts[i]:stops[i] of a section are used."""
+        if not np.count_nonzero(self._unseen):
+            return
+        offset, _ = self.header.sections[section]
+        bits = {"documents": 64, "counted": 1}.get(section, 8 * self.header.dtype.itemsize)
+        first = (starts * bits // 8 + offset - HEADER_BYTES) // BLOCK_BYTES
+        last = ((stops * bits - 1) // 8 + offset - HEADER_BYTES) // BLOCK_BYTES
+        for one, other in zip(first.tolist(), last.tolist(), strict=True):
+            for block in range(one, other + 1):
+                if self._unseen[block]:
+                    self._check(block)
+
+    def _section(self, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        offset, size = self.header.sections[name]
+        return np.frombuffer(self._map, dtype, size // dtype.itemsize, offset)
+
+    def _check(self, block: int) -> None:
+        start = HEADER_BYTES + block * BLOCK_BYTES
+        stop = min(start + BLOCK_BYTES, self.header.sections["checksums"][0])
+        if zlib.crc32(memoryview(self._map)[start:stop]) != self._checksums[block]:
+            offset, size = self.header.sections["tokens"]
+            place = "tokens" if start < offset + size else "document offsets or counted bits"
+            raise DataError(
+                f"{self.path}: bytes {start} to {stop} ({place}) do not match their checksum: "
+                f"{REMEDY}"
+            )
+        self._unseen[block] = False
+
+
+class TokenWriter:
+    """Writes a token file as documents come, in memory that does not grow with their number.
+
+    Use it as a context: the file appears under its name, complete and on disk, when the block
+    ends without an error, and not at all otherwise.
+    """
+
+    def __init__(self, path: str | Path, header: Header) -> None:
+        self.path = Path(path)
+        self.header = header
+        self._partial = self.path.with_name(f".{self.path.name}.partial")
+        self._offsets_path = self.path.with_name(f".{self.path.name}.offsets")
+        self._bits_path = self.path.with_name(f".{self.path.name}.bits")
+        self._tokens = self._documents = self._text_bytes = self._counted = 0
+        self._odd_bits = np.zeros(0, bool)  # fewer than 8, not yet written
+        self._masked = False
+
+    def __enter__(self) -> TokenWriter:
+        self._file = open(self._partial, "wb")
+        self._offsets = open(self._offsets_path, "w+b")
+        self._bits = open(self._bits_path, "w+b")
+        self._file.write(bytes(HEADER_BYTES))
+        self._body = _Blocks(self._file)
+        self._offsets.write(np.zeros(1, "<u8").tobytes())
+        return self
+
+    def add(
+        self,
+        tokens: npt.NDArray[Any],
+        lengths: npt.NDArray[Any],
+        text_bytes: int,
+        counted: npt.NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Append documents: their tokens end to end, the length of each, their size as text.
+
+        ``counted`` says for each token whether it is to be learnt; for all documents or for none.
+        """
+        if len(tokens) and int(tokens.max()) >= self.header.vocab_size:
+            raise DataError(
+                f"{self.path}: token {int(tokens.max())} is outside the vocabulary of "
+                f"{self.header.vocab_size}; the tokenizer contradicts itself, use another"
+            )
+        self._body.write(np.ascontiguousarray(tokens, self.header.dtype).view(np.uint8).data)
+        self._offsets.write((self._tokens + np.cumsum(lengths, dtype="<u8")).tobytes())
+        if counted is not None:
+            bits = np.concatenate([self._odd_bits, counted])
+            whole = len(bits) // 8 * 8
+            self._bits.write(np.packbits(bits[:whole], bitorder="little").tobytes())
+            self._odd_bits = bits[whole:]
+            self._counted += int(counted.sum())
+            self._masked = True
+        self._tokens += len(tokens)
+        self._documents += len(lengths)
+        self._text_bytes += text_bytes
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            with self._file, self._offsets, self._bits:
+                if error is None:
+                    self._finish()
+            if error is None:
+                os.replace(self._partial, self.path)
+                sync_folder(self.path.parent)
+        finally:
+            self._partial.unlink(missing_ok=True)
+            self._offsets_path.unlink(missing_ok=True)
+            self._bits_path.unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        sections = {"tokens": (HEADER_BYTES, self._tokens * self.header.dtype.itemsize)}
+        self._body.pad()
+        sections["documents"] = (self._body.position, 8 * (self._documents + 1))
+        self._append(self._offsets)
+        if self._masked:
+            self._bits.write(np.packbits(self._odd_bits, bitorder="little").tobytes())
+            sections["counted"] = (self._body.position, -(-self._tokens // 8))
+            self._append(self._bits)
+        table = np.array(self._body.checksums(), "<u4")
+        sections["checksums"] = (self._body.position, table.nbytes)
+        self._file.write(table.tobytes())
+        self.header = Header(
+            self.header.tokenizer,
+            self.header.vocab_size,
+            self.header.bos_id,
+            self.header.eos_id,
+            self._tokens,
+            self._documents,
+            self._text_bytes,
+            zlib.crc32(table.data),
+            sections,
+            self._counted if self._masked else None,
+        )
+        self._file.seek(0)
+        self._file.write(self.header.to_bytes())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _append(self, scratch: IO[bytes]) -> None:
+        """Copy a section that was collected in its own file, then align what follows."""
+        scratch.seek(0)
+        while piece := scratch.read(BLOCK_BYTES):
+            self._body.write(memoryview(piece))
+        self._body.pad()
+
+
+class _Blocks:
+    """Writes bytes after the header and keeps the crc32 of every block of them."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._done: list[int] = []
+        self._crc = self._filled = 0
+
+    @property
+    def position(self) -> int:
+        return HEADER_BYTES + len(self._done) * BLOCK_BYTES + self._filled
+
+    def write(self, data: memoryview) -> None:
+        self._file.write(data)
+        for piece in self._cut(data):
+            self._crc = zlib.crc32(piece, self._crc)
+            self._filled += len(piece)
+            if self._filled == BLOCK_BYTES:
+                self._done.append(self._crc)
+                self._crc = self._filled = 0
+
+    def pad(self) -> None:
+        self.write(memoryview(bytes(-self.position % ALIGN_BYTES)))
+
+    def checksums(self) -> list[int]:
+        return [*self._done, self._crc] if self._filled else self._done
+
+    def _cut(self, data: memoryview) -> Iterator[memoryview]:
+        start = 0
+        while start < len(data):
+            stop = min(len(data), start + BLOCK_BYTES - self._filled)
+            yield data[start:stop]
+            start = stop

@@ -1,0 +1,179 @@
+"""A tokenizer as a Hugging Face folder holds it, giving the ids that the original gives.
+
+``tokenizer.json`` is the file transformers reads; beside it go the original, a
+``tokenizer_config.json`` and a ``special_tokens_map.json``.
+
+From sentencepiece: the model is the BPE of ``tokenizers`` without a pre-tokenizer.  A piece may be
+merged from any two pieces, so all its splits are merges, in the order of the pieces' scores.
+Where sentencepiece gives several pieces one score (Mistral's runs of spaces) it merges leftmost
+first, which makes the left run grow; longest result first does the same to ``tokenizers``.
+
+From tiktoken: a token's merge is the last one that tiktoken would make on the way to it.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from llamax.data.tokenizer.sentencepiece_model import (
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    SentencePieceModel,
+)
+from llamax.data.tokenizer.tokenizer import (
+    LLAMA3_PATTERN,
+    HuggingFace,
+    SentencePiece,
+    TikToken,
+    Tokenizer,
+)
+from llamax.runtime.files import write_atomic
+
+
+def export_tokenizer(
+    tokenizer: Tokenizer, folder: str | Path, max_length: int | None = None
+) -> None:
+    """Write a tokenizer's files into a Hugging Face folder.
+
+    ``max_length`` is the model's context in tokens.  A sentencepiece model that ``tokenizers``
+    cannot follow exactly is there as ``tokenizer.model`` alone.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = tokenizer.path.read_bytes()
+    if isinstance(tokenizer, HuggingFace):
+        engine = tokenizer.engine
+        write_atomic(folder / "tokenizer.json", raw)
+    else:
+        if isinstance(tokenizer, SentencePiece):
+            write_atomic(folder / "tokenizer.model", raw)
+            if not has_twin(tokenizer.model):
+                return
+            engine = from_sentencepiece(tokenizer)
+        else:
+            assert isinstance(tokenizer, TikToken)
+            engine = from_tiktoken(tokenizer)
+            write_atomic(folder / "tokenizer.tiktoken", raw)
+        write_atomic(folder / "tokenizer.json", engine.to_str(pretty=False).encode())
+    special = {
+        key: engine.id_to_token(number)
+        for key, number in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
+        if number is not None
+    }
+    if isinstance(tokenizer, SentencePiece):
+        special["unk_token"] = engine.model.unk_token
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        **({"model_max_length": max_length} if max_length else {}),
+        **special,
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+    _write_json(folder / "special_tokens_map.json", special)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomic(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def has_twin(model: SentencePieceModel) -> bool:
+    """Whether ``tokenizers`` gives this model's ids: a BPE with bytes that takes text as it is."""
+    kinds = [kind for _, _, kind in model.pieces]
+    plain = {*kinds} <= {NORMAL, UNKNOWN, CONTROL, BYTE} and kinds.count(BYTE) == 256
+    rewrites = model.rewrites or model.drops_spaces or model.spaces_behind
+    return model.kind == BPE and plain and not rewrites
+
+
+def from_sentencepiece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
+    """The same BPE in ``tokenizers``; see ``has_twin``."""
+    model = tokenizer.model
+    vocabulary = {text: number for number, (text, _, _) in enumerate(model.pieces)}
+    pieces = [(text, score) for text, score, kind in model.pieces if kind == NORMAL]
+    known = {text for text, _ in pieces}
+    merges = [
+        (text[:cut], text[cut:])
+        for text, _ in sorted(pieces, key=lambda piece: (-piece[1], -len(piece[0])))
+        for cut in range(1, len(text))
+        if text[:cut] in known and text[cut:] in known
+    ]
+    unknown = next(text for text, _, kind in model.pieces if kind == UNKNOWN)
+    engine = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prepend = [normalizers.Prepend("▁")] if model.dummy_prefix else []
+    engine.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+    strip = [decoders.Strip(" ", 1, 0)] if model.dummy_prefix else []
+    engine.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    names = [text for text, _, kind in model.pieces if kind in (CONTROL, UNKNOWN)]
+    engine.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    return _with_bos(engine, tokenizer.bos_id)
+
+
+def from_tiktoken(tokenizer: TikToken) -> tokenizers.Tokenizer:
+    """The same byte-level BPE in ``tokenizers``."""
+    ranks = tokenizer.ranks
+    letters = _byte_letters()
+
+    def spell(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        if len(token) > 1 and len(parts := _last_merge(token, ranks)) == 2:
+            merges.append((spell(parts[0]), spell(parts[1])))
+    engine = tokenizers.Tokenizer(
+        models.BPE({spell(t): rank for t, rank in ranks.items()}, merges, ignore_merges=True)
+    )
+    engine.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    engine.decoder = decoders.ByteLevel()
+    engine.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in tokenizer.special]
+    )
+    return _with_bos(engine, tokenizer.bos_id)
+
+
+def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The parts left of a token when every merge before its own is made."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while True:
+        rank, at = min(
+            (ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(pairwise(parts))
+        )
+        if rank >= ranks[token]:
+            return parts
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+
+
+def _byte_letters() -> list[str]:
+    """The letter that stands for each byte in byte-level vocabularies (GPT-2's table)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [letters[byte] for byte in range(256)]
+
+
+def _with_bos(engine: tokenizers.Tokenizer, bos: int | None) -> tokenizers.Tokenizer:
+    """Put BOS before every text that is encoded with special tokens."""
+    if bos is not None:
+        name = engine.id_to_token(bos)
+        engine.post_processor = processors.TemplateProcessing(
+            single=f"{name} $A", pair=f"{name} $A {name}:1 $B:1", special_tokens=[(name, bos)]
+        )
+    return engine

@@ -1,0 +1,100 @@
+"""What a sentencepiece ``tokenizer.model`` says: its pieces and how text is treated before them.
+
+The file is a protocol buffer; sentencepiece's Python module does not tell all that is in it
+without the protobuf package, and the few fields needed here are read in thirty lines.
+Field numbers: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+BPE = 2
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    """A tokenizer.model: ``pieces`` are (text, score, kind) by id."""
+
+    raw: bytes
+    pieces: list[tuple[str, float, int]]
+    kind: int
+    rewrites: bool
+    drops_spaces: bool
+    spaces_behind: bool
+    dummy_prefix: bool
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> SentencePieceModel:
+        """The model in these bytes; IndexError, ValueError or struct.error where it is none."""
+        pieces: list[tuple[str, float, int]] = []
+        trainer: dict[int, int | bytes] = {}
+        normalizer: dict[int, int | bytes] = {}
+        for number, value in _fields(raw):
+            if not isinstance(value, bytes):
+                continue
+            if number == 1:
+                piece = dict(_fields(value))
+                text, score, kind = piece.get(1, b""), piece.get(2, bytes(4)), piece.get(3, NORMAL)
+                if not (isinstance(text, bytes) and isinstance(score, bytes)):
+                    raise ValueError("a piece without text")
+                pieces.append((text.decode(), struct.unpack("<f", score)[0], int(kind)))
+            elif number == 2:
+                trainer.update(_fields(value))
+            elif number == 3:
+                normalizer.update(_fields(value))
+        if not pieces:
+            raise ValueError("it holds no pieces")
+        return cls(
+            raw,
+            pieces,
+            kind=int(trainer.get(3, 1)),
+            rewrites=bool(normalizer.get(2)) or not normalizer.get(5, 1),
+            drops_spaces=bool(normalizer.get(4, 1)),
+            spaces_behind=bool(trainer.get(24, 0)),
+            dummy_prefix=bool(normalizer.get(3, 1)),
+        )
+
+    def without_prefix(self) -> bytes:
+        """The same model, but it puts no space before a text.
+
+        A message that occurs twice is merged, later fields winning, so that an appended
+        ``normalizer_spec { add_dummy_prefix: false }`` is enough.
+        """
+        return self.raw + b"\x1a\x02\x18\x00"
+
+
+def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a message: an int for a varint, the bytes for anything else."""
+    at = 0
+    while at < len(raw):
+        key, at = _varint(raw, at)
+        wire = key & 7
+        if wire == 0:
+            value, at = _varint(raw, at)
+            yield key >> 3, value
+            continue
+        if wire == 2:
+            size, at = _varint(raw, at)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"wire type {wire}")
+        if at + size > len(raw):
+            raise ValueError("cut short")
+        yield key >> 3, raw[at : at + size]
+        at += size
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = raw[at]
+        at += 1
+        value |= (byte & 127) << shift
+        shift += 7
+        if byte < 128:
+            return value, at

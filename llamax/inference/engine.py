@@ -1,0 +1,203 @@
+"""A model that answers: opened from files of any kind, built on a rank, asked in batches.
+
+::
+
+    Hugging Face folder  ─┐                        ┌─ Llama on this rank
+    run, checkpoint      ─┼─ open_given ─> Given ──┤                       ──> Speaker ──> text
+    adapters and a base  ─┘                        └─ its tokenizer
+
+Adapters stay beside their base, unmerged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from llamax.checkpoint.build_model import load_tuned
+from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.hf_writer import dataset_of
+from llamax.checkpoint.load import load_weights
+from llamax.checkpoint.peft import CONFIG, AdapterInfo, adapter_info, open_adapter
+from llamax.checkpoint.reader import Checkpoint
+from llamax.checkpoint.source import Source
+from llamax.config.model import ModelConfig
+from llamax.data.tokenizer.streaming import Detokenizer
+from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llamax.inference.sampling import Sampling, generate
+from llamax.model.llama import DTYPES, Llama
+from llamax.parallel.collectives import Axis
+from llamax.runtime.errors import DataError
+
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in files: whole weights and, perhaps, the folder of adapters beside them."""
+
+    source: Source
+    model: ModelConfig
+    tokenizer: Tokenizer
+    adapter: Path | None = None
+
+    def build(self, tp: Axis, device: torch.device, dtype: str = "") -> Llama:
+        """The model on this tensor-parallel rank; ``dtype`` is that of its files where empty."""
+        if self.adapter is not None:
+            kind = DTYPES[dtype] if dtype else None
+            return load_tuned(self.adapter, self.source.folder, tp, device, kind)
+        narrow = self.source.dtype("model.embed_tokens.weight") == torch.bfloat16
+        kind = DTYPES[dtype] if dtype else torch.bfloat16 if narrow else torch.float32
+        model = Llama(self.model, tp, dtype=kind, device=device)
+        parameters = dict(model.named_parameters())
+        load_weights(self.source, parameters, model.shards, tp.size, tp.rank, convert=True)
+        return model
+
+
+def open_model(path: Path, tokenizer: str = "", base: str = "") -> LoadedModel:
+    """The model in a Hugging Face folder, a run, a checkpoint or a folder of adapters.
+
+    ``tokenizer``: instead of its own.  ``base``: where an adapter's base is, instead of where the
+    adapter says.  Raises CheckpointError or DataError for what is missing or does not fit.
+    """
+    adapter: Source | None = None
+    about: AdapterInfo | None
+    if (path / CONFIG).is_file():
+        adapter, about = open_adapter(path)
+    else:
+        source = open_source(path)
+        about = adapter_info(source)
+        adapter = source if about is not None else None
+    if adapter is not None and about is not None:
+        source = open_source(base or about.base or "(no base is named)")
+    elif base:
+        raise DataError(f"{path} is a whole model and needs no --base; leave it out")
+    model = ModelConfig.from_hub(source.model)
+    own = adapter if isinstance(adapter, Checkpoint) else source
+    return LoadedModel(
+        source,
+        model,
+        tokenizer_of(own, model.vocab_size, tokenizer),
+        None if adapter is None else path,
+    )
+
+
+def tokenizer_of(source: Source, vocab_size: int, given: str = "") -> Tokenizer:
+    """The tokenizer given, else that of the model's folder or of the dataset it was trained on.
+
+    Raises DataError where there is none, where it is not the one the model was trained with, and
+    where it has more ids than the model.
+    """
+    place: Path | None = Path(given or source.folder)
+    if isinstance(source, Checkpoint) and not given:
+        place = dataset_of(source.folder)
+    if place is None:
+        raise DataError(
+            f"{source.folder} does not say what it was trained on; use --tokenizer PATH"
+        )
+    if not (given or place.is_dir()):
+        raise DataError(
+            f"{source.folder} was trained on the dataset {place}, which is not here to lend its "
+            "tokenizer; use --tokenizer PATH"
+        )
+    tokenizer = load_tokenizer(place)
+    expected = source.state.get("tokenizer") if isinstance(source, Checkpoint) else None
+    if expected and not given and expected != tokenizer.fingerprint:
+        raise DataError(
+            f"{tokenizer.path} is not the tokenizer that {source.folder} was trained with: its "
+            f"sha256 is {tokenizer.fingerprint[:12]}, not {expected[:12]}; use --tokenizer PATH"
+        )
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} ids but the model {vocab_size}; "
+            "use --tokenizer with the model's own"
+        )
+    return tokenizer
+
+
+@dataclass
+class Completion:
+    """What became of a prompt: a line of ``--out``; ``ended`` by "stop" or by "length"."""
+
+    prompt: str
+    prompt_tokens: int
+    new_tokens: int = 0
+    text: str = ""
+    ended: str = "length"
+
+
+@dataclass
+class Speed:
+    """Tokens and seconds, of prefill (up to the first new token) and of decoding after it."""
+
+    prompt_tokens: int = 0
+    prefill_s: float = 0.0
+    new_tokens: int = 0
+    decode_s: float = 0.0
+
+    def __str__(self) -> str:
+        text = f"{self.prompt_tokens} prompt tokens in {self.prefill_s:.2f} s"
+        if not self.new_tokens:
+            return text
+        rate = self.new_tokens / max(self.decode_s, 1e-9)
+        return f"{text}, {self.new_tokens} more in {self.decode_s:.2f} s: {rate:.1f} tokens/s"
+
+
+@dataclass
+class Engine:
+    """Continues prompts with one model; ``speed`` adds up over all of them."""
+
+    model: Llama
+    tokenizer: Tokenizer
+    sampling: Sampling
+    max_new_tokens: int = 100
+    stops: Sequence[str] = ()
+    stop_ids: Collection[int] = ()
+    speed: Speed = field(default_factory=Speed)
+
+    def speak(
+        self, prompts: Sequence[str], ids: Sequence[Sequence[int]], number: int, show: Show
+    ) -> list[Completion]:
+        """The completions of a batch whose first prompt is the ``number``-th, counted from 0.
+
+        ``show`` gets the text of that one as it is made, in whole characters.
+        """
+        done = [Completion(*each) for each in zip(prompts, map(len, ids), strict=True)]
+        writers = [Detokenizer(self.tokenizer.decode, prompt, self.stops) for prompt in ids]
+        steps = generate(
+            self.model,
+            ids,
+            max_new_tokens=self.max_new_tokens,
+            sampling=replace(self.sampling, seed=self.sampling.seed + number),
+            stop_ids=self.stop_ids,
+            vocab_size=self.tokenizer.vocab_size,
+        )
+        began = first = time.perf_counter()
+        for step, tokens in enumerate(steps):
+            first = first if step else time.perf_counter()
+            for completion, writer, token in zip(done, writers, tokens, strict=True):
+                if token is None or completion.ended == "stop":
+                    continue
+                stop = token in self.stop_ids
+                text = writer.finish() if stop else writer.feed(token)
+                completion.new_tokens += 1
+                completion.ended = "stop" if stop or writer.stopped else "length"
+                completion.text += text
+                if completion is done[0]:
+                    show(text)
+            if all(completion.ended == "stop" for completion in done):
+                break
+        for completion, writer in zip(done, writers, strict=True):
+            text = writer.finish()
+            completion.text += text
+            if completion is done[0]:
+                show(text)
+        self.speed.prompt_tokens += sum(map(len, ids))
+        self.speed.prefill_s += first - began
+        self.speed.new_tokens += sum(completion.new_tokens - 1 for completion in done)
+        self.speed.decode_s += time.perf_counter() - first
+        return done

@@ -1,0 +1,59 @@
+"""Keys and values of every token seen so far, so that a new token costs one row of work.
+
+A slot is a position: token ``p`` of a prompt lies in slot ``p``, whatever else is in the batch.
+Prompts are padded on the right, so in a causal prefill no token ever sees padding, and a new token
+takes the place of the first pad::
+
+    slot        0   1   2   3   4   5          after prefill        after one step
+    prompt 0    a   b   c   d   .   .          last = 3             slot 4 written
+    prompt 1    a   b  pad pad  .   .          last = 1             slot 2 written, 3 unseen
+
+A token at position ``p`` sees slots 0 to p.  No position is shifted, no mask knows about padding,
+and each prompt computes what it would compute alone.
+
+Memory per token and layer: 2 x key/value heads of this rank x head dim elements.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llamax import ops
+from llamax.model.llama import Attend
+
+
+class KVCache:
+    """Room for ``length`` positions of each sequence of a batch, [B, k, length, E] per layer.
+
+    ``prefill`` and ``decode(...)`` are what ``Llama`` takes as ``attend``.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def prefill(self, q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
+        """Causal attention to the prompts themselves, which fill the first slots."""
+        B, S, k, E = k_BSkE.shape
+        empty = k_BSkE.new_zeros(2, B, k, self.length, E)
+        self._layers[layer] = keys, values = empty[0], empty[1]
+        keys[:, :, :S] = k_BSkE.transpose(1, 2)
+        values[:, :, :S] = v_BSkE.transpose(1, 2)
+        return ops.attention(q_BShE, k_BSkE, v_BSkE)
+
+    def decode(self, positions_B1: Tensor, width: int) -> Attend:
+        """Attention of one new token per sequence at its position; all lie below ``width``."""
+        device = positions_B1.device
+        B, k, T, E = next(iter(self._layers.values()))[0].shape
+        rows_Bk = torch.arange(0, B * k * T, T, device=device).view(B, k) + positions_B1
+        mask_B1T = torch.arange(width, device=device) <= positions_B1[:, None]
+
+        def attend(q_B1hE: Tensor, k_B1kE: Tensor, v_B1kE: Tensor, layer: int) -> Tensor:
+            keys, values = self._layers[layer]
+            keys.view(-1, E).index_copy_(0, rows_Bk.view(-1), k_B1kE.reshape(-1, E))
+            values.view(-1, E).index_copy_(0, rows_Bk.view(-1), v_B1kE.reshape(-1, E))
+            k_BTkE, v_BTkE = (x[:, :, :width].transpose(1, 2) for x in (keys, values))
+            return ops.attention_cached(q_B1hE, k_BTkE, v_BTkE, mask_B1T)
+
+        return attend

@@ -1,0 +1,1 @@
+"""The network: Llama whole, its adapters, its quantised base, and recomputation."""

@@ -1,0 +1,386 @@
+"""Llama, whole: rotary embedding, norm, attention, feed-forward, block, model.
+
+Parameters are named as Llama checkpoints on the Hugging Face Hub name them
+(``model.layers.3.mlp.down_proj.weight``), with two fusions: ``self_attn.qkv_proj`` stacks q, k, v
+and ``mlp.gate_up_proj`` stacks gate, up, so each is one matmul.  ``Llama.shards`` says how every
+parameter is cut, and that is all the rest of llamax needs to know about the network.
+
+Shapes are suffixes.  A capital is the whole dimension, lower case is this rank's share:
+
+    B batch    S sequence      D hidden_size       F intermediate_size    V vocab_size
+    H query heads              K key/value heads   E head_dim
+
+``x_BsD`` lies inside the sequence-parallel region, ``q_BShE`` has my heads, ``logits_BSv`` my
+share of the vocabulary.  Without sequence parallelism s is S; on one rank every share is whole.
+
+Sources: Llama (Touvron et al. 2023), Llama 3 (Grattafiori et al. 2024); the arithmetic follows
+transformers' LlamaForCausalLM.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from llamax import ops
+from llamax.config import validate
+from llamax.config.model import ModelConfig
+from llamax.config.schema import Config, DataConfig, ParallelConfig, RunConfig
+from llamax.model import recompute
+from llamax.model.dropout import Dropout
+from llamax.model.recompute import Recompute
+from llamax.parallel import regions
+from llamax.parallel.collectives import Axis, Solo
+from llamax.parallel.cross_entropy import vocab_parallel_loss
+from llamax.parallel.sharding import Block as Rows
+from llamax.parallel.sharding import Cut, Replica, cut, parts
+from llamax.parallel.tensor_parallel import (
+    ColumnLinear,
+    RowLinear,
+    VocabEmbedding,
+    check_ids,
+    column_matmul,
+)
+from llamax.runtime.errors import DataError, refuse
+
+# What a model may be held in, by its name in configurations.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# (q_BShE, k_BSkE, v_BSkE, layer) -> o_BShE.  Context parallelism and decoding replace this.
+Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+
+
+class Norm(nn.Module):
+    """RMSNorm: x_BsD -> x_BsD.  Its weight is whole on every rank."""
+
+    def __init__(self, hidden_size: int, eps: float, like: Tensor) -> None:
+        super().__init__()
+        self.eps, self.shard = eps, Replica()
+        self.weight = nn.Parameter(like.new_empty(hidden_size))
+
+    def forward(self, x_BsD: Tensor) -> Tensor:
+        return ops.rms_norm(x_BsD, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions: x_BsD -> x_BsD."""
+
+    def __init__(
+        self, model: ModelConfig, layer: int, tp: Axis, sequence: bool, like: Tensor
+    ) -> None:
+        super().__init__()
+        D, E = model.hidden_size, model.head_dim
+        H, K = model.num_attention_heads, model.num_key_value_heads
+        self.layer, self.head_dim, self.num_heads = layer, E, H // tp.size
+        query, key, value = (
+            Rows(heads * E, unit=E, name=name)
+            for name, heads in (("q_proj", H), ("k_proj", K), ("v_proj", K))
+        )
+        self.qkv_proj = ColumnLinear((query, key, value), D, tp, sequence, like)
+        self.o_proj = RowLinear(Rows(H * E, unit=E), D, tp, sequence, like)
+
+    def forward(
+        self, x_BsD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, attend: Attend, rerun: bool
+    ) -> Tensor:
+        def core(qkv_BSf: Tensor) -> Tensor:
+            heads_BShE = qkv_BSf.unflatten(-1, (-1, self.head_dim))
+            kv_heads = (heads_BShE.shape[2] - self.num_heads) // 2
+            q_BShE, k_BSkE, v_BSkE = heads_BShE.split((self.num_heads, kv_heads, kv_heads), dim=2)
+            q_BShE = ops.rotate(q_BShE, cos_BSE, sin_BSE)
+            k_BSkE = ops.rotate(k_BSkE, cos_BSE, sin_BSE)
+            return attend(q_BShE, k_BSkE, v_BSkE, self.layer).flatten(-2)
+
+        run = recompute.again if rerun else recompute.plain
+        y_BsD: Tensor = self.o_proj(run(core, self.qkv_proj(x_BsD)))
+        return y_BsD
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: x_BsD -> x_BsD."""
+
+    def __init__(self, model: ModelConfig, tp: Axis, sequence: bool, like: Tensor) -> None:
+        super().__init__()
+        D, F = model.hidden_size, model.intermediate_size
+        self.gate_up_proj = ColumnLinear(
+            (Rows(F, name="gate_proj"), Rows(F, name="up_proj")), D, tp, sequence, like
+        )
+        self.down_proj = RowLinear(Rows(F), D, tp, sequence, like)
+
+    def forward(self, x_BsD: Tensor) -> Tensor:
+        y_BsD: Tensor = self.down_proj(ops.swiglu(self.gate_up_proj(x_BsD)))
+        return y_BsD
+
+    def partial(self, x_BsD: Tensor) -> Tensor:
+        """All but the sum over ranks: x_BsD -> z_BSD."""
+        z_BSD: Tensor = self.down_proj.partial(ops.swiglu(self.gate_up_proj(x_BsD)))
+        return z_BSD
+
+
+class DecoderLayer(nn.Module):
+    """One block: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(
+        self, model: ModelConfig, layer: int, tp: Axis, sequence: bool, like: Tensor
+    ) -> None:
+        super().__init__()
+        self.input_layernorm = Norm(model.hidden_size, model.rms_norm_eps, like)
+        self.self_attn = Attention(model, layer, tp, sequence, like)
+        self.post_attention_layernorm = Norm(model.hidden_size, model.rms_norm_eps, like)
+        self.mlp = FeedForward(model, tp, sequence, like)
+
+    def forward(
+        self, x_BsD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, attend: Attend, mode: Recompute
+    ) -> Tensor:
+        def attended(x_BsD: Tensor) -> Tensor:
+            normed_BsD = self.input_layernorm(x_BsD)
+            rerun = mode == "selective"
+            y_BsD: Tensor = self.self_attn(normed_BsD, cos_BSE, sin_BSE, attend, rerun)
+            return x_BsD + y_BsD
+
+        def block(x_BsD: Tensor) -> tuple[Tensor, Tensor]:
+            x_BsD = attended(x_BsD)
+            return x_BsD, self.mlp.partial(self.post_attention_layernorm(x_BsD))
+
+        y_BsD: Tensor
+        if mode == "full":
+            # Backward reads nothing of the last sum, so it stays outside and is not done again.
+            x_BsD, z_BSD = recompute.again(block, x_BsD)
+            y_BsD = self.mlp.down_proj.reduced(z_BSD)
+        else:
+            x_BsD = attended(x_BsD)
+            y_BsD = self.mlp(self.post_attention_layernorm(x_BsD))
+        return x_BsD + y_BsD
+
+
+class Decoder(nn.Module):
+    """The trunk: ids_BS -> x_BsD after the last norm.
+
+    ``stage`` is the run of layers held here, ``range(num_hidden_layers)`` on one stage.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tp: Axis,
+        sequence: bool,
+        like: Tensor,
+        stage: range,
+        mode: Recompute,
+    ) -> None:
+        super().__init__()
+        self.model, self.mode = model, mode
+        self.embed_tokens = VocabEmbedding(model.vocab_size, model.hidden_size, tp, sequence, like)
+        self.layers = nn.ModuleDict(
+            {str(layer): DecoderLayer(model, layer, tp, sequence, like) for layer in stage}
+        )
+        self.norm = Norm(model.hidden_size, model.rms_norm_eps, like)
+        self.inverse_frequencies: Tensor
+        self.register_buffer("inverse_frequencies", None, persistent=False)
+        self._set_frequencies(tp.rank_index.device)
+
+    def _set_frequencies(self, device: torch.device) -> None:
+        model = self.model
+        frequencies = ops.inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+        self.inverse_frequencies = frequencies.to(device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        """Whatever moves or narrows a model (``to``, ``to_empty``): angles stay exact, in fp32."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._set_frequencies(self.inverse_frequencies.device)
+        return self
+
+    def forward(self, ids_BS: Tensor, positions_BS: Tensor, attend: Attend) -> Tensor:
+        cos_BSE, sin_BSE = ops.rope_tables(positions_BS, self.inverse_frequencies)
+        x_BsD: Tensor = self.embed_tokens(ids_BS)
+        mode: Recompute = self.mode if torch.is_grad_enabled() else "none"
+        for layer in self.layers.values():
+            x_BsD = layer(x_BsD, cos_BSE, sin_BSE, attend, mode)
+        normed_BsD: Tensor = self.norm(x_BsD)
+        return normed_BsD
+
+
+class Llama(nn.Module):
+    """A Llama on one rank of a tensor-parallel axis.
+
+    ``sequence_parallel`` cuts activations between the parallel layers along the sequence, whose
+    length the axis must then divide.  Weights are uninitialised: call ``init`` or load them.
+    Raises ConfigError where there is no such model, or ``tp`` does not divide it.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tp: Axis | None = None,
+        *,
+        sequence_parallel: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        recompute: Recompute = "none",
+        stage: range | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.tp = model, tp or Solo("tp", device)
+        _check(model, self.tp.size, recompute)
+        self.sequence_parallel = sequence_parallel and self.tp.size > 1
+        self.dropout: Dropout | None = None  # of the adapters, where there are some
+        like = torch.empty(0, dtype=dtype, device=device)
+        stage = range(model.num_hidden_layers) if stage is None else stage
+        self.model = Decoder(model, self.tp, self.sequence_parallel, like, stage, recompute)
+        self.lm_head: ColumnLinear | None = None
+        if not model.tie_word_embeddings:
+            rows = (Rows(model.vocab_size, pad=True),)
+            self.lm_head = ColumnLinear(
+                rows, model.hidden_size, self.tp, self.sequence_parallel, like
+            )
+
+    @property
+    def shards(self) -> Mapping[str, Cut]:
+        """How each parameter is cut over the tensor-parallel axis, by name."""
+        owners = dict(self.named_modules())
+        return {name: owners[name.rpartition(".")[0]].shard for name, _ in self.named_parameters()}
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The weight of the output projection, [v, D]: the embedding's where they are tied."""
+        head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        return head.weight
+
+    @torch.no_grad()
+    def init(self, seed: int) -> Llama:
+        """Draw every weight from N(0, initializer_range), norms from 1; the same on every mesh.
+
+        Each Hub tensor is drawn whole from a generator seeded by (seed, its name), then cut.
+        """
+        shards = self.shards
+        for name, parameter in self.named_parameters():
+            how = shards[name]
+            if isinstance(how, Replica):
+                parameter.fill_(1.0)
+                continue
+            for part in parts(name, how, self.tp.size):
+                assert not isinstance(part.how, Replica)
+                shape = list(parameter.shape)
+                shape[part.how.dim] = part.how.blocks[0].size
+                whole = torch.empty(shape).normal_(
+                    0.0, self.config.initializer_range, generator=generator(seed, part.name)
+                )
+                share = cut(whole, part.how, self.tp.size, self.tp.rank)
+                parameter.narrow(part.how.dim, part.start, part.length).copy_(share)
+        return self
+
+    def forward(
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        *,
+        documents_BS: Tensor | None = None,
+        attend: Attend | None = None,
+        last_B: Tensor | None = None,
+    ) -> Tensor:
+        """Logits over the whole vocabulary, the same on every rank: [B,S] -> [B,S,V].
+
+        ``documents_BS`` keeps packed documents apart: a token attends to earlier tokens with its
+        number.  ``positions_BS`` defaults to 0, 1, 2, ...; ``attend`` replaces attention.  With
+        ``last_B`` only that place of each sequence is projected, [B,1,V]; it is for sampling and
+        needs the whole sequence on every rank.
+        """
+        x_BsD = self._trunk(ids_BS, positions_BS, documents_BS, attend)
+        if last_B is not None:
+            assert not self.sequence_parallel, "last_B indexes whole sequences"
+            x_BsD = x_BsD.take_along_dim(last_B[:, None, None], dim=1)
+        logits_BSv = column_matmul(x_BsD, self.output_weight, self.tp, self.sequence_parallel)
+        return regions.join(logits_BSv, self.tp, 2)[..., : self.config.vocab_size]
+
+    def loss(
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        *,
+        documents_BS: Tensor | None = None,
+        attend: Attend | None = None,
+        chunk_tokens: int | None = None,
+        keys_B: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Summed cross-entropy in nats and the count of labels that are not -100, both 0-d.
+
+        ``labels_BS`` are the tokens to predict at each place: shifted, unlike transformers'.
+        Adapters drop features where ``keys_B`` tells the samples apart (``llamax.model.dropout``).
+        """
+        check_ids(labels_BS, self.config.vocab_size, labels=True)
+        if labels_BS.shape != ids_BS.shape:
+            raise DataError(
+                f"labels are {list(labels_BS.shape)}, and ids {list(ids_BS.shape)}; give a label "
+                "for every id"
+            )
+        x_BsD = self._trunk(ids_BS, positions_BS, documents_BS, attend, keys_B)
+        return vocab_parallel_loss(
+            x_BsD,
+            self.output_weight,
+            labels_BS,
+            self.tp,
+            self.config.vocab_size,
+            self.sequence_parallel,
+            chunk_tokens,
+        )
+
+    def _trunk(
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor | None,
+        documents_BS: Tensor | None,
+        attend: Attend | None,
+        keys_B: Tensor | None = None,
+    ) -> Tensor:
+        check_ids(ids_BS, self.config.vocab_size)
+        if self.sequence_parallel and ids_BS.shape[1] % self.tp.size:
+            raise DataError(
+                f"{ids_BS.shape[1]} places are not divided by {self.tp.size} tensor ranks, as "
+                "sequence parallelism needs; pad them, or use a model without it"
+            )
+        if self.dropout is not None:
+            self.dropout.begin(keys_B, ids_BS.shape[1])
+        if positions_BS is None:
+            positions_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).unsqueeze(0)
+        elif positions_BS.shape not in (ids_BS.shape, (1, ids_BS.shape[1])):
+            raise DataError(
+                f"positions are {list(positions_BS.shape)}, and ids {list(ids_BS.shape)}; give one "
+                "for every id, or [1, sequence] for all samples"
+            )
+        if documents_BS is not None and documents_BS.shape != ids_BS.shape:
+            raise DataError(
+                f"documents are {list(documents_BS.shape)}, and ids {list(ids_BS.shape)}; give a "
+                "number for every id"
+            )
+
+        def causal(q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
+            return ops.attention(q_BShE, k_BSkE, v_BSkE, documents_BS)
+
+        x_BsD: Tensor = self.model(ids_BS, positions_BS, attend or causal)
+        return x_BsD
+
+    def hub_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and whole shape of every Hub tensor of the model."""
+        shards = self.shards
+        for name, parameter in self.named_parameters():
+            for part in parts(name, shards[name], self.tp.size):
+                shape = list(parameter.shape)
+                if not isinstance(part.how, Replica):
+                    shape[part.how.dim] = part.how.blocks[0].size
+                yield part.name, tuple(shape)
+
+
+def _check(model: ModelConfig, tensor: int, recompute: Recompute) -> None:
+    """ConfigError with all that forbids such a model on ``tensor`` ranks, by the rules of a run."""
+    parallel, data = ParallelConfig(tensor=tensor, sequence=False), DataConfig(sequence_length=1)
+    config = Config(model, parallel, data=data, run=RunConfig(recompute=recompute))
+    refuse(list(validate.problems(config)), "configuration")
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """The stream of random numbers that a tensor of this name is drawn from."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,0 +1,140 @@
+"""Rank <-> (pp, dp, cp, tp), and the replica groups of every axis: integers, nothing else.
+
+One grid of shape [pp, dp, cp, tp] in row-major order explains every group: tensor-parallel ranks
+are neighbours (they talk most and share a node), pipeline stages are far apart.  With dp 2, tp 4::
+
+    dp 0:  0 1 2 3        groups("tp") = (0 1 2 3) (4 5 6 7)
+    dp 1:  4 5 6 7        groups("dp") = (0 4) (1 5) (2 6) (3 7)
+
+Every call returns *all* groups of an axis, because XLA wants them all, not only mine.
+The order is that of neuronx-distributed's ``parallel_state``, so both can share one process.
+
+``order`` says which rank sits on which place of the grid, where that is not rank 0 on place 0.  On
+a trn1.32xlarge the cores r, r + 8, r + 16, r + 24 are linked to each other, and with tp 4 they are
+one tensor group: ``Mesh.on_trn1``.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+from llamax.runtime.errors import ConfigError
+
+AXES = ("pp", "dp", "cp", "tp")
+
+Groups = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """Where one global rank sits: its rank in each axis."""
+
+    pp: int
+    dp: int
+    cp: int
+    tp: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The degree of every axis; ``order``: the rank on every place of the grid, () for 0, 1, ..."""
+
+    tp: int = 1
+    dp: int = 1
+    cp: int = 1
+    pp: int = 1
+    order: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for axis in AXES:
+            if self.degree(axis) < 1:
+                raise ConfigError(
+                    f"mesh degree {axis}={self.degree(axis)} is below 1; use 1 or more"
+                )
+        if self.order and sorted(self.order) != [*range(self.world_size)]:
+            raise ValueError(f"order {self.order} does not place {self.world_size} ranks")
+
+    @classmethod
+    def fill(cls, world_size: int, tp: int = 1, cp: int = 1, pp: int = 1) -> Mesh:
+        """The mesh of ``world_size`` ranks whose data axis takes what the other axes leave."""
+        rest, over = divmod(world_size, tp * cp * pp)
+        if over or not rest:
+            raise ConfigError(
+                f"a world of {world_size} ranks is not divided by tensor {tp} x context {cp} x "
+                f"pipeline {pp} = {tp * cp * pp}; start a multiple of {tp * cp * pp} ranks"
+            )
+        return cls(tp=tp, dp=rest, cp=cp, pp=pp)
+
+    def on_trn1(self, cores: int = 32) -> Mesh:
+        """This mesh where trn1 wants it, on nodes with ``cores`` ranks each.
+
+        Four tensor ranks are cores r, r + 8, r + 16, r + 24 of one node; other degrees stay.
+        """
+        if self.tp != 4 or self.world_size % cores or cores % 4:
+            return self
+        far = cores // 4
+        nodes, near = range(0, self.world_size, cores), range(far)
+        return replace(
+            self, order=tuple(node + r + k * far for node in nodes for r in near for k in range(4))
+        )
+
+    @property
+    def world_size(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    def degree(self, axis: str) -> int:
+        """The number of ranks along ``axis`` (pp, dp, cp or tp)."""
+        return {"pp": self.pp, "dp": self.dp, "cp": self.cp, "tp": self.tp}[axis]
+
+    def coordinate(self, rank: int) -> Coordinate:
+        """The place of global ``rank``; ValueError outside the world."""
+        if not 0 <= rank < self.world_size:
+            raise ValueError(f"rank {rank} is outside a world of {self.world_size}")
+        place, tp = divmod(self.order.index(rank) if self.order else rank, self.tp)
+        place, cp = divmod(place, self.cp)
+        pp, dp = divmod(place, self.dp)
+        return Coordinate(pp=pp, dp=dp, cp=cp, tp=tp)
+
+    def rank(self, at: Coordinate) -> int:
+        """The global rank at a coordinate: the inverse of ``coordinate``."""
+        place = ((at.pp * self.dp + at.dp) * self.cp + at.cp) * self.tp + at.tp
+        return self.order[place] if self.order else place
+
+    def groups(self, *axes: str) -> Groups:
+        """All groups of ranks that differ only along ``axes``, in the grid's order.
+
+        Several axes make one larger axis: ``groups("dp", "cp")`` is where gradients are summed.
+        """
+        fixed = [axis for axis in AXES if axis not in axes]
+        if len(fixed) != len(AXES) - len(set(axes)):
+            raise ValueError(f"axes {axes} are not among {AXES}")
+        found: dict[tuple[int, ...], list[int]] = {}
+        for rank in self.order or range(self.world_size):
+            at = self.coordinate(rank)
+            found.setdefault(tuple(getattr(at, axis) for axis in fixed), []).append(rank)
+        return tuple(tuple(ranks) for ranks in found.values())
+
+    def axes(self, kv: int) -> dict[str, Groups]:
+        """The groups of every axis that ranks reduce over, by its name in ``collectives.Axes``.
+
+        ``kv`` tensor neighbours hold one key/value head: ``Model.kv_replicas``.
+        """
+        return {
+            "tp": self.groups("tp"),
+            "data": self.groups("dp", "cp"),
+            "kv": self.replicas("tp", kv),
+            "world": (tuple(range(self.world_size)),),
+        }
+
+    def replicas(self, axis: str, size: int) -> Groups:
+        """The groups of ``axis`` broken into runs of ``size`` neighbours.
+
+        With more tensor ranks than key/value heads, ``size = tp / heads`` neighbours hold one head.
+        """
+        if self.degree(axis) % size:
+            raise ValueError(f"runs of {size} do not tile {axis}={self.degree(axis)}")
+        return tuple(
+            group[i : i + size]
+            for group, i in itertools.product(self.groups(axis), range(0, self.degree(axis), size))
+        )

@@ -1,0 +1,197 @@
+"""How one parameter is cut over tensor-parallel ranks: pure arithmetic, on plain integers.
+
+A parameter is a ``Replica`` (every rank holds it whole) or a ``Shard``: cut along one dim, made of
+*blocks*.  A plain weight is one block; a fused one stacks several, each cut for itself, so a
+rank's share of a fused query-key-value weight is again [its queries, its keys, its values]::
+
+    whole  [ q0 q1 q2 q3 | k0 k1 | v0 v1 ]      blocks q (4 heads), k (2), v (2)
+    rank 0 [ q0 q1       | k0    | v0    ]      degree 2
+    rank 1 [ q2 q3       | k1    | v1    ]
+
+A block counts in *units* that never part (a head, a row).  Three cases, for n units over p ranks:
+
+* p divides n: each rank holds n / p units;
+* n divides p: p / n neighbouring ranks hold one unit together (more ranks than key/value heads);
+* ``pad`` (the vocabulary): n is rounded up to a multiple of p with rows of zeros that no file ever
+  sees, so ``join`` gives the unpadded whole again.
+
+Because all of this is arithmetic on (block, degree, rank), any degree can be turned into any other:
+``reshard`` says which rows to copy from where, and checkpoints need no topology.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llamax.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Block:
+    """``size`` rows of the whole, cut in multiples of ``unit``; ``name`` is its Hub projection."""
+
+    size: int
+    unit: int = 1
+    name: str = ""
+    pad: bool = False
+
+
+class Span(NamedTuple):
+    """Rows [start, start + length) of a whole block, then ``pad`` rows of zeros."""
+
+    start: int
+    length: int
+    pad: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Replica:
+    """Held whole by every rank of the axis.
+
+    ``partial``: each rank sees a part of its gradient, however activations are cut.
+    """
+
+    partial: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Cut along ``dim``, block by block."""
+
+    dim: int
+    blocks: tuple[Block, ...]
+
+
+Cut = Shard | Replica
+
+
+class Copy(NamedTuple):
+    """Rows to move for a reshard: from a source rank's share into mine, both counted in rows."""
+
+    source_rank: int
+    source_start: int
+    start: int
+    length: int
+
+
+def span(block: Block, degree: int, rank: int) -> Span:
+    """The rows of ``block`` that ``rank`` of ``degree`` holds.
+
+    Raises ConfigError where neither of the three cases fits.
+    """
+    units = block.size // block.unit
+    if units % degree == 0:
+        each = units // degree * block.unit
+        return Span(rank * each, each, 0)
+    if block.pad:
+        each = -(-units // degree) * block.unit
+        start = min(rank * each, block.size)
+        stop = min(start + each, block.size)
+        return Span(start, stop - start, each - (stop - start))
+    if degree % units == 0:
+        return Span(rank * units // degree * block.unit, block.unit, 0)
+    raise ConfigError(
+        f"tensor degree {degree} neither divides nor is a multiple of the {units} units of "
+        f"{block.name or 'this parameter'}; use a divisor of {units}"
+    )
+
+
+def replicas(block: Block, degree: int) -> int:
+    """How many neighbouring ranks hold the same rows of ``block``: 1 unless degree > units."""
+    units = block.size // block.unit
+    return degree // units if degree > units and not block.pad else 1
+
+
+def cut(whole: Tensor, how: Cut, degree: int, rank: int) -> Tensor:
+    """This rank's share of a whole tensor, as a new contiguous tensor."""
+    if isinstance(how, Replica):
+        return whole.clone()
+    pieces, offset = [], 0
+    for block in how.blocks:
+        start, length, pad = span(block, degree, rank)
+        pieces.append(whole.narrow(how.dim, offset + start, length))
+        if pad:
+            shape = list(whole.shape)
+            shape[how.dim] = pad
+            pieces.append(whole.new_zeros(shape))
+        offset += block.size
+    return torch.cat(pieces, how.dim)
+
+
+def join(shares: Sequence[Tensor], how: Cut) -> Tensor:
+    """The whole tensor from the shares of all ranks, in rank order: the inverse of ``cut``."""
+    if isinstance(how, Replica):
+        return shares[0].clone()
+    degree, pieces, offset = len(shares), [], 0
+    for block in how.blocks:
+        for rank in range(0, degree, replicas(block, degree)):
+            pieces.append(shares[rank].narrow(how.dim, offset, span(block, degree, rank).length))
+        offset += sum(span(block, degree, 0)[1:])
+    return torch.cat(pieces, how.dim)
+
+
+def local_shape(whole: Sequence[int], how: Cut, degree: int) -> tuple[int, ...]:
+    """The shape of one rank's share of a tensor of shape ``whole`` (the same on every rank)."""
+    shape = list(whole)
+    if isinstance(how, Shard):
+        shape[how.dim] = sum(sum(span(block, degree, 0)[1:]) for block in how.blocks)
+    return tuple(shape)
+
+
+def reshard(block: Block, source_degree: int, degree: int, rank: int) -> list[Copy]:
+    """What ``rank`` of ``degree`` copies from the shares of ``source_degree`` ranks, for one block.
+
+    Of several source ranks that hold the same rows the first is named; padding is never copied.
+    """
+    mine, copies = span(block, degree, rank), []
+    for source in range(0, source_degree, replicas(block, source_degree)):
+        theirs = span(block, source_degree, source)
+        start, stop = max(mine.start, theirs.start), min(mine.stop, theirs.stop)
+        if start < stop:
+            copies.append(Copy(source, start - theirs.start, start - mine.start, stop - start))
+    return copies
+
+
+class Part(NamedTuple):
+    """One Hub tensor inside a (possibly fused) parameter, and where its rows lie in my share."""
+
+    name: str
+    how: Cut
+    start: int
+    length: int
+
+
+def parts(name: str, how: Cut, degree: int) -> Iterator[Part]:
+    """The Hub tensors that a parameter holds: itself, or the blocks of a fused projection.
+
+    ``model.layers.0.self_attn.qkv_proj.weight`` gives ``...q_proj.weight``, ``...k_proj.weight``
+    and ``...v_proj.weight``; ``start`` and ``length`` count rows of a rank's share along the cut
+    dim (-1 for a replica, which has no cut dim).
+    """
+    if isinstance(how, Replica):
+        yield Part(name, how, 0, -1)
+        return
+    offset = 0
+    for block in how.blocks:
+        length = sum(span(block, degree, 0)[1:])
+        owner, _, leaf = name.rpartition(".")
+        hub = f"{owner.rpartition('.')[0]}.{block.name}.{leaf}" if block.name else name
+        yield Part(hub, Shard(how.dim, (block,)), offset, length)
+        offset += length
+
+
+def whole_shape(how: Cut, shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of a Hub tensor, given how it is cut and the shape of any rank's share."""
+    if isinstance(how, Replica):
+        return tuple(shape)
+    (block,) = how.blocks
+    return (*shape[: how.dim], block.size, *shape[how.dim + 1 :])

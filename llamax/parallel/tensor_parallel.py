@@ -1,0 +1,154 @@
+"""Column-, row- and vocabulary-parallel layers (Shoeybi et al. 2019; Korthikanti et al. 2022).
+
+A feed-forward or attention block is a column-parallel layer, something local to the rank, and a
+row-parallel layer; two collectives forward, two backward::
+
+                 column                          row
+    x_BsD ──gather──> x_BSD W^T ──> y_BSf ──> y_BSf W^T ──reduce-scatter──> z_BsD
+
+Without sequence parallelism the input is already whole (gather is the identity, its gradient is
+all-reduced) and the output is all-reduced.  Each layer knows its ``Shard``: how its weight is cut.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from llamax import ops
+from llamax.parallel import regions
+from llamax.parallel.collectives import Axis
+from llamax.parallel.sharding import Block, Shard, local_shape
+from llamax.runtime.errors import DataError
+
+
+class _ColumnMatmul(torch.autograd.Function):
+    """gather(x) @ W^T that saves only the sharded x and gathers it again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
+        return ops.linear(axis.all_gather(x, 1) if sequence_parallel else x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        axis, dx, dw = ctx.axis, None, None
+        if ctx.needs_input_grad[0]:
+            dx = ops.matmul_grad_input(dy, weight)
+            dx = axis.reduce_scatter(dx, 1) if ctx.sequence_parallel else axis.all_reduce(dx)
+        if ctx.needs_input_grad[1]:
+            dw = ops.matmul_grad_weight(dy, axis.all_gather(x, 1) if ctx.sequence_parallel else x)
+        return dx, dw, None, None
+
+
+def column_matmul(x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
+    """A column-parallel product: [B,s,D] (or [B,S,D]), [f,D] -> [B,S,f]."""
+    if axis.size == 1:
+        return ops.linear(x, weight)
+    return regions.apply(_ColumnMatmul, x, weight, axis, sequence_parallel)
+
+
+class ColumnLinear(nn.Module):
+    """Rows of the weight cut over ranks: x_BsD -> y_BSf, one matmul for all blocks.
+
+    ``blocks`` are the projections stacked in the weight, for example q, k and v.
+    """
+
+    def __init__(
+        self,
+        blocks: tuple[Block, ...],
+        in_features: int,
+        tp: Axis,
+        sequence_parallel: bool,
+        like: Tensor,
+    ) -> None:
+        super().__init__()
+        self.tp, self.sequence_parallel, self.shard = tp, sequence_parallel, Shard(0, blocks)
+        whole = (sum(block.size for block in blocks), in_features)
+        self.weight = nn.Parameter(like.new_empty(local_shape(whole, self.shard, tp.size)))
+
+    def forward(self, x_BsD: Tensor) -> Tensor:
+        return column_matmul(x_BsD, self.weight, self.tp, self.sequence_parallel)
+
+
+class RowLinear(nn.Module):
+    """Columns of the weight cut over ranks: x_BSf -> y_BsD, summed over ranks."""
+
+    def __init__(
+        self, block: Block, out_features: int, tp: Axis, sequence_parallel: bool, like: Tensor
+    ) -> None:
+        super().__init__()
+        self.tp, self.sequence_parallel, self.shard = tp, sequence_parallel, Shard(1, (block,))
+        whole = (out_features, block.size)
+        self.weight = nn.Parameter(like.new_empty(local_shape(whole, self.shard, tp.size)))
+
+    def forward(self, x_BSf: Tensor) -> Tensor:
+        return self.reduced(self.partial(x_BSf))
+
+    def partial(self, x_BSf: Tensor) -> Tensor:
+        """This rank's part of the sum: x_BSf -> z_BSD."""
+        return ops.linear(x_BSf, self.weight)
+
+    def reduced(self, z_BSD: Tensor) -> Tensor:
+        """The sum over ranks: z_BSD -> y_BsD."""
+        return regions.leave(z_BSD, self.tp, self.sequence_parallel)
+
+
+class VocabEmbedding(nn.Module):
+    """Rows of the vocabulary cut over ranks: ids_BS -> x_BsD.
+
+    A rank looks up its own run of ids and leaves zeros elsewhere; the sum over ranks is the whole.
+    The vocabulary is padded with zero rows to a multiple of the degree.
+    """
+
+    def __init__(
+        self, vocab_size: int, hidden_size: int, tp: Axis, sequence_parallel: bool, like: Tensor
+    ) -> None:
+        super().__init__()
+        self.tp, self.sequence_parallel = tp, sequence_parallel
+        self.shard = Shard(0, (Block(vocab_size, pad=True),))
+        shape = local_shape((vocab_size, hidden_size), self.shard, tp.size)
+        self.weight = nn.Parameter(like.new_empty(shape))
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            return ops.embedding(ids_BS, self.weight)
+        mine_BS, elsewhere_BS = local_ids(ids_BS, self.weight.shape[0], self.tp)
+        x_BSD = ops.embedding(mine_BS, self.weight) * ~elsewhere_BS.unsqueeze(-1)
+        return regions.leave(x_BSD, self.tp, self.sequence_parallel)
+
+
+def local_ids(ids: Tensor, rows: int, axis: Axis) -> tuple[Tensor, Tensor]:
+    """Ids counted from this rank's first row, and where they belong to another rank (there 0)."""
+    local = ids - axis.rank_index * rows
+    first = torch.zeros_like(local)
+    elsewhere = (local < first) | (local >= first + rows)
+    return torch.where(elsewhere, first, local), elsewhere
+
+
+def check_ids(ids_BS: Tensor, vocab_size: int, labels: bool = False) -> None:
+    """DataError where ids, or labels that count, are not of the vocabulary.
+
+    On a rank that holds a part of it such an id would pass for another rank's.  Devices are not
+    waited for: only ids on the host are looked at.
+    """
+    what = "labels" if labels else "ids"
+    if ids_BS.dim() != 2 or not ids_BS.numel():
+        raise DataError(f"{what} are {list(ids_BS.shape)}; a model takes [batch, sequence]")
+    if ids_BS.dtype not in (torch.int32, torch.int64):
+        raise DataError(f"{what} are {ids_BS.dtype}; a model takes int32 or int64")
+    if ids_BS.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    counted = ids_BS.masked_fill(ids_BS == ops.IGNORE_INDEX, 0) if labels else ids_BS
+    for found in map(int, counted.aminmax()):
+        if not 0 <= found < vocab_size:
+            use = f"{ops.IGNORE_INDEX} where none counts" if labels else "the model's tokenizer"
+            raise DataError(
+                f"{what} hold {found}, and the model has ids 0 to {vocab_size - 1}; use {use}"
+            )

@@ -1,0 +1,101 @@
+"""How every program ends, and how a long one begins.
+
+The end is the one place where an error becomes a line on stderr and an exit code: ``llamax:
+message``, no traceback; ``llamax.runtime.errors`` lists the codes.  Whatever else escapes is a
+defect of llamax and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Sequence
+
+from llamax.runtime.errors import LlamaxError, NoRoom
+from llamax.runtime.files import NO_ROOM
+
+NO_CACHE = "glibc.malloc.tcache_count=0"
+
+# A path that is not what a run needs it to be is the user's to mend; a missing file is a defect.
+REFUSALS = (
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+
+Main = Callable[[Sequence[str]], int]
+
+
+def run_main(main: Main, argv: Sequence[str] | None = None) -> int:
+    """The exit code of ``main(argv)``; ``argv`` is the command line where it is None."""
+    try:
+        code = main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return code
+    except LlamaxError as error:
+        print(f"llamax: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno in NO_ROOM:
+            where = f" for {error.filename}" if error.filename else ""
+            print(f"llamax: no room{where}: {error.strerror}; make some", file=sys.stderr)
+            return NoRoom.exit_code
+        if error.errno not in REFUSALS or error.filename is None:
+            raise
+        print(f"llamax: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        return LlamaxError.exit_code
+    except KeyboardInterrupt:
+        print("llamax: interrupted", file=sys.stderr)
+        return 130
+
+
+def summary(doc: str) -> str:
+    """The first paragraph of a program's docstring, as ``--help`` prints it."""
+    return doc.split("\n\n")[0].replace("``", "")
+
+
+def steady_heap() -> None:
+    """Start this program again with glibc's per-thread cache off, where that keeps memory flat.
+
+    torch asks for aligned blocks.  glibc before 2.38 cuts one out of a slightly larger block and
+    gives the ends back; its per-thread cache hands those to small requests and never joins them
+    again, so that what torch frees is a few bytes short of its next request of the same size, and
+    the heap grows by it.  The setting is read when a process begins: hence ``exec``, with the same
+    process id and command line, some 20 ms into it.  SIGTERM and SIGUSR1 wait meanwhile; whoever
+    listens to them lets them in.  A GLIBC_TUNABLES that names the cache is left as it is.
+    """
+    library, _, version = (
+        os.confstr("CS_GNU_LIBC_VERSION") or "" if sys.platform == "linux" else ""
+    ).partition(" ")
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if library != "glibc" or "tcache_count" in tunables or not sys.executable:
+        return
+    if tuple(int(part) for part in version.split(".")[:2]) >= (2, 38):
+        return
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, NO_CACHE)))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def leave_with_parent() -> None:
+    """Let a worker whose parent was killed end too, instead of waiting for work for ever."""
+
+    from multiprocessing import parent_process
+
+    def watch() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

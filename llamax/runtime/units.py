@@ -1,0 +1,60 @@
+"""Quantities in words, and the few figures that every program derives: pure functions."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    pass
+
+
+def tokens_per_s(tokens: int, seconds: float) -> float:
+    """Tokens a second over an interval; 0 for an empty one."""
+    return tokens / seconds if seconds > 0 else 0.0
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats per token; infinite rather than an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def eta(step: int, steps: int, step_s: float) -> float:
+    """Seconds until ``steps`` when ``step`` steps are done and each takes ``step_s``."""
+    return max(steps - step, 0) * step_s
+
+
+# ---- words
+
+
+def show_number(n: float) -> str:
+    """Three significant digits and a suffix: 6.74B, 512, 4.19M."""
+    return _scaled(n, 1000, ("", "K", "M", "B", "T"))
+
+
+def show_bytes(n: float) -> str:
+    """Three significant digits in binary units: 1.50 GiB, 512 B."""
+    return _scaled(n, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+
+
+def _scaled(n: float, base: int, suffixes: tuple[str, ...]) -> str:
+    for suffix in suffixes:
+        digits = 0 if n >= 99.95 or float(n).is_integer() else 1 if n >= 9.995 else 2
+        if float(f"{n:.{digits}f}") < base or suffix == suffixes[-1]:
+            break
+        n /= base
+    return f"{n:.{digits}f}{suffix}"
+
+
+def show_time(seconds: float) -> str:
+    """0.25s, 42s, 3m05s, 2h07m, 5d03h."""
+    if seconds < 9.995:
+        return f"{seconds:.2f}s"
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d{h:02}h"
+    if hours:
+        return f"{hours}h{m:02}m"
+    return f"{m}m{s:02}s" if minutes else f"{s}s"

@@ -1,0 +1,265 @@
+"""``llamax audit --config llama2-7b --nodes 4``: what a cluster would compile, on any laptop.
+
+Traces the run without devices and without weights, one rank after the other in one process: every
+kind of step on rank 0, each program on the ranks at the corners of the mesh, and, with few layers,
+each program on every rank of the world (with all layers: ``--ranks deep``).  On Trainium a program
+of its own costs a rank 25 to 40 minutes of compilation while all others wait; here it costs a line
+that says where it comes from.
+
+The exit code is 0 only if the whole cluster would compile each program once, else 7.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from llamax.backends.tracing import Tracer
+from llamax.config.flops import flops_per_token
+from llamax.config.hardware import Machine
+from llamax.config.schema import Config
+from llamax.model.lora import num_parameters
+from llamax.model.qlora import held
+from llamax.parallel.cross_entropy import tokens_a_chunk
+from llamax.parallel.mesh import Coordinate, Mesh
+from llamax.parallel.rendezvous import rendezvous
+from llamax.runtime.errors import ConfigError
+from llamax.tools.audit import census, formulas, hlo
+from llamax.tools.audit.census import Traffic
+from llamax.tools.audit.diff import difference
+from llamax.tools.audit.formulas import GroupShape
+from llamax.tools.audit.report import (
+    AuditReport,
+    Divergence,
+    Kind,
+    Memory,
+    sort_kinds,
+)
+from llamax.tools.audit.trace import MICROSTEP, VALIDATION, TracedRun, made_up_tokens
+
+Ranks = Literal["all", "corners", "deep"]
+DIFFERS = 7
+FEW_LAYERS = 2
+KERNEL_TOKENS = 2048  # neuronx_distributed.kernels.flash_attn wants a multiple
+
+
+def audit(config: Config, mesh: Mesh, machine: Machine, headline: str, which: Ranks) -> AuditReport:
+    """Trace the run and count."""
+    whole = config.model.num_hidden_layers
+    tracer = Tracer(rendezvous({}))
+    with made_up_tokens(config, mesh) as data:
+        kinds, memory, found = rank_0(config, mesh, machine, tracer, data)
+        normal = {kind.name: kind.program.normal for kind in kinds}
+        ranks = []
+        if not found and which == "deep":
+            found += agree(config, mesh, tracer, data, range(1, mesh.world_size), normal, whole)
+            ranks.append(f"all {mesh.world_size} trace one program of each kind")
+        elif not found:
+            corners = [rank for rank in corner_ranks(mesh) if rank]
+            found += agree(config, mesh, tracer, data, corners, normal, whole)
+            ranks.append(
+                f"{len(corners) + 1} at the corners of the mesh trace one program of each kind "
+                f"({', '.join(map(str, [0, *corners]))})"
+            )
+        if not found and which == "all":
+            layers = min(FEW_LAYERS, whole)
+            found += agree(config, mesh, tracer, data, range(mesh.world_size), {}, layers)
+            ranks.append(f"all {mesh.world_size} do with {layers} layers")
+    return AuditReport(
+        headline,
+        kinds,
+        tuple(ranks),
+        whole,
+        memory,
+        tuple(found),
+        tuple(tracer.fallbacks()),
+        tuple(notes(config)),
+    )
+
+
+def rank_0(
+    config: Config, mesh: Mesh, machine: Machine, tracer: Tracer, data: Path
+) -> tuple[tuple[Kind, ...], Memory, list[Divergence]]:
+    """What every kind of step of the first rank is made of, and where a kind has two programs."""
+    first = TracedRun(config, mesh, 0, tracer, data)
+    seconds: dict[str, float] = {}
+
+    def traced() -> Iterator[tuple[str, str, str]]:
+        for each in first.whole():
+            seconds.setdefault(each.kind, each.trace_s)
+            yield each.kind, f"rank 0, {each.when}", each.text
+
+    programs, when, found = sort_kinds(traced())
+    kinds = tuple(
+        Kind(
+            name,
+            each,
+            tuple(when[name]),
+            tuple(census.collectives(each, mesh.axes(first.kv))),
+            by_hand(first, name),
+            model_flops(config, mesh, name),
+            seconds[name],
+        )
+        for name, each in programs.items()
+    )
+    return kinds, measure(first, programs, machine), found
+
+
+def agree(
+    config: Config,
+    mesh: Mesh,
+    tracer: Tracer,
+    data: Path,
+    ranks: Sequence[int],
+    expected: dict[str, str],
+    layers: int,
+) -> list[Divergence]:
+    """The first program of these ranks that is not the ``expected`` of its kind.
+
+    Where nothing is expected yet, the first rank sets it.  Python lines are traced only for the
+    two that differ.
+    """
+    config = replace(config, model=replace(config.model, num_hidden_layers=layers))
+    expected, first = dict(expected), 0 if expected else ranks[0]
+    tracer.debug(False)
+    try:
+        for rank in tqdm(ranks, desc=f"{layers} layers", unit="rank", disable=None, leave=False):
+            for boundary in TracedRun(config, mesh, rank, tracer, data).brief():
+                text = hlo.normal(boundary.text)
+                if expected.setdefault(boundary.kind, text) != text:
+                    return [explain(config, mesh, tracer, data, first, rank, boundary.kind)]
+    finally:
+        tracer.debug(True)
+    return []
+
+
+def explain(
+    config: Config, mesh: Mesh, tracer: Tracer, data: Path, rank: int, other: int, kind: str
+) -> Divergence:
+    """How the programs of two ranks differ, with Python lines."""
+    tracer.debug(True)
+    mine, theirs = (
+        next(
+            hlo.read(boundary.text)
+            for boundary in TracedRun(config, mesh, each, tracer, data).brief()
+            if boundary.kind == kind
+        )
+        for each in (rank, other)
+    )
+    how = difference(mine, theirs)
+    assert how is not None
+    return Divergence(kind, f"rank {other}", f"rank {rank}", how)
+
+
+def corner_ranks(mesh: Mesh) -> list[int]:
+    """The first and the last tensor rank of the first and the last data rank."""
+    corners = itertools.product((0, mesh.dp - 1), (0, mesh.tp - 1))
+    return sorted({mesh.rank(Coordinate(0, dp, 0, tp)) for dp, tp in corners})
+
+
+def by_hand(run: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
+    """The collectives of a kind by formula; None where there is none: adapters."""
+    config, mesh = run.config, run.mesh
+    if config.finetune.method != "full":
+        return None
+    rows = run.model.output_weight.shape[0]
+    tokens = config.data.micro_batch * config.data.sequence_length
+    chunks = -(-tokens // tokens_a_chunk(rows))
+    if kind == MICROSTEP:
+        found = formulas.microstep(config, mesh, chunks)
+    elif kind == VALIDATION:
+        found = formulas.forward(config, mesh, chunks)
+    else:
+        found = formulas.update(mesh, group_shapes(run), config.parallel.zero1, run.kv)
+    names, groups = {}, mesh.axes(run.kv)
+    for axis, known in groups.items():  # axes that are one and the same have one name
+        names[axis] = next(name for name, each in groups.items() if set(each) == set(known))
+    total: dict[tuple[str, str], Traffic] = {}
+    for each in found:
+        key = names[each.axis], each.kind
+        before = total.get(key, Traffic(each.kind, key[0], 0, 0))
+        total[key] = replace(
+            before,
+            count=before.count + each.count,
+            sent_bytes=before.sent_bytes + each.sent_bytes,
+        )
+    return tuple(total.values())
+
+
+def group_shapes(run: TracedRun) -> list[GroupShape]:
+    """What the formula of the update wants to know of the optimizer's groups."""
+    return [
+        GroupShape(
+            group.length,
+            group.key.dtype.itemsize,
+            len(group.buckets),
+            group.key.partial,
+            sum(stop - start for bucket in group.buckets for start, stop in bucket.shared),
+            sum(bool(bucket.shared) for bucket in group.buckets),
+        )
+        for group in run.optimizer.groups
+    ]
+
+
+def model_flops(config: Config, mesh: Mesh, kind: str) -> float:
+    """6N + attention of a rank's share of a microbatch; a third of it in forward alone."""
+    length = config.data.sequence_length
+    tokens = config.data.micro_batch * length
+    adapters = 0
+    if config.finetune.method != "full":
+        adapters = num_parameters(config.model, config.finetune)
+    a_token = {
+        MICROSTEP: flops_per_token(config.model, length, adapters),
+        VALIDATION: flops_per_token(config.model, length) / 3,
+    }
+    return a_token.get(kind, 0.0) * tokens / mesh.tp
+
+
+def measure(run: TracedRun, programs: dict[str, hlo.Program], machine: Machine) -> Memory:
+    """The bytes of a core."""
+    groups = run.optimizer.groups
+    weights = sum(each.nbytes for each in run.model.parameters()) + held(run.model)[0]
+    gradients = sum(4 * sum(group.lengths) for group in groups)
+    moved = sum(group.key.dtype.itemsize * group.length for group in groups)
+    state = run.optimizer.state_bytes() - moved - sum(4 * group.length for group in groups)
+    live = {name: census.live(each) for name, each in programs.items()}
+    return Memory(weights, gradients, state, live, machine.memory_bytes())
+
+
+def notes(config: Config) -> Iterator[str]:
+    """What else a user would want to know."""
+    length = config.data.sequence_length
+    if length % KERNEL_TOKENS:
+        near = max(1, round(length / KERNEL_TOKENS)) * KERNEL_TOKENS
+        yield (
+            f"data.sequence_length={length} is not a multiple of {KERNEL_TOKENS}, so Neuron's "
+            "flash attention kernel refuses it and attention computes every pair of tokens; "
+            f"use {near}"
+        )
+    else:
+        yield (
+            "attention is traced as llamax's own operations; on NeuronCores the flash kernel "
+            "takes their place, and holds less"
+        )
+
+
+def layout(config: Config, machine: Machine, nodes: int) -> Mesh:
+    """The mesh of the world; ConfigError where it does not fit the machine."""
+    if machine.backend != "xla":
+        raise ConfigError(
+            f"--instance {machine.name} trains with run.backend={machine.backend}, which compiles "
+            "no XLA programs; use trn1.32xlarge, trn1n.32xlarge or trn1.2xlarge"
+        )
+    tensor, cores = config.parallel.tensor, machine.ranks
+    if cores % tensor:
+        fitting = [str(degree) for degree in range(1, cores + 1) if cores % degree == 0]
+        raise ConfigError(
+            f"parallel.tensor={tensor} does not fit {machine.name}, whose nodes have {cores} "
+            f"NeuronCores: tensor ranks share a node; use {', '.join(fitting)}"
+        )
+    return Mesh.fill(nodes * cores, tp=tensor).on_trn1(cores)

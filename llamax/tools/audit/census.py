@@ -1,0 +1,249 @@
+"""What a program costs: collectives, FLOPs, bytes that live at once, and what compilers dislike.
+
+Bytes of collectives are those one rank sends over links when rings are used, as in
+``llamax.parallel.collectives``.  A matrix product of contracted length k counts 2 k FLOPs an
+element of its result; every other operation one FLOP an element.
+
+**Live bytes** are an estimate, for the compiler orders and fuses as it likes.  Ours: operations run
+in program order, except that one that frees more than it makes runs at once; element-wise work is
+fused into its only user; an input whose shape an output has lends it its memory (donation).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+
+from llamax.tools.audit.hlo import Instruction, Program
+
+COLLECTIVES = {
+    "all-reduce": 2.0,
+    "all-gather": 1.0,
+    "reduce-scatter": 1.0,
+    "all-to-all": 1.0,
+    "collective-permute": 1.0,
+}
+NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "reshape", "broadcast", "iota"}
+NO_WORK |= {"transpose", "slice", "convert", "bitcast", "copy", "opt-barrier", "concatenate"}
+VIEWS = {"reshape", "get-tuple-element", "bitcast", "tuple", "opt-barrier"}
+OWN_MEMORY = {"dot", "gather", "scatter", "reduce", "concatenate", "custom-call", "sort", "while"}
+OWN_MEMORY |= {"dynamic-update-slice", "convolution", "conditional", "parameter"} | set(COLLECTIVES)
+
+DYNAMIC = "a shape that depends on values"
+Groups = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind on one axis: how many, and the bytes a rank sends."""
+
+    kind: str
+    axis: str
+    count: int
+    sent_bytes: int
+
+
+def collectives(program: Program, axes: Mapping[str, Groups]) -> list[Traffic]:
+    """The program's collectives; ``axes`` names replica groups, the first that fits is told."""
+    count: Counter[tuple[str, str]] = Counter()
+    sent: Counter[tuple[str, str]] = Counter()
+    for each in program.instructions:
+        if each.opcode not in COLLECTIVES:
+            continue
+        groups = set(each.groups)
+        axis = next((name for name, known in axes.items() if set(known) == groups), "other")
+        key = (axis, each.opcode)
+        count[key] += 1
+        sent[key] += round(_sent(each, program))
+    return [Traffic(kind, axis, count[axis, kind], sent[axis, kind]) for axis, kind in count]
+
+
+def _sent(each: Instruction, program: Program) -> float:
+    size = max(map(len, each.groups), default=1)
+    if each.opcode == "collective-permute":
+        return each.shape.nbytes
+    whole = _payload(each) * (size if each.opcode == "reduce-scatter" else 1)
+    return COLLECTIVES[each.opcode] * whole * (size - 1) / size
+
+
+def _payload(each: Instruction) -> int:
+    """Bytes of the result, without the token that torch-xla sends along in a tuple."""
+    shapes = each.shapes if len(each.shapes) == 1 else each.shapes[:-1]
+    return sum(shape.nbytes for shape in shapes)
+
+
+@dataclass(frozen=True)
+class Work:
+    """FLOPs of matrix products, and of everything else."""
+
+    matmul_flops: int
+    other_flops: int
+
+    @property
+    def matmul_share(self) -> float:
+        total = self.matmul_flops + self.other_flops
+        return self.matmul_flops / total if total else 0.0
+
+
+def work(program: Program) -> Work:
+    """What the program computes."""
+    matmul = other = 0
+    for each in program.instructions:
+        if each.opcode == "dot":
+            left = program.by_name[each.operands[0]].shape
+            contracted = prod(left.dims[dim] for dim in each.ints("lhs_contracting_dims"))
+            matmul += 2 * contracted * each.shape.elements
+        elif each.opcode == "reduce":
+            other += program.by_name[each.operands[0]].shape.elements
+        elif each.opcode not in NO_WORK and each.opcode not in COLLECTIVES:
+            other += sum(shape.elements for shape in each.shapes)
+    return Work(matmul, other)
+
+
+@dataclass(frozen=True)
+class Live:
+    """Bytes of inputs, outputs that need memory of their own, and the most that lives between."""
+
+    input_bytes: int
+    output_bytes: int
+    between_bytes: int
+
+
+def live(program: Program) -> Live:
+    """The memory a run of the program takes, by the rules above."""
+    by_name = program.by_name
+    users: dict[str, list[str]] = {each.name: [] for each in program.instructions}
+    for each in program.instructions:
+        for operand in dict.fromkeys(each.operands):
+            users[operand].append(each.name)
+    outputs = set(program.outputs)
+    size = {each.name: _held(each, users, outputs) for each in program.instructions}
+    needs = {each.name: _roots(each, by_name, size) for each in program.instructions}
+    waiting = Counter[str]()
+    for name, roots in needs.items():
+        if size[name] is not None:
+            waiting.update(roots)
+    for name in outputs:
+        waiting.update([name] if size[name] is not None else needs[name])
+
+    order = [each.name for each in program.instructions if size[each.name] is not None]
+    makers = [name for name in order if by_name[name].opcode != "parameter"]
+    lent = Counter(str(each.shape) for each in program.parameters)
+    given = Counter(str(by_name[name].shape) for name in outputs)
+    donated = {shape: min(lent[shape], given[shape]) for shape in given}
+    own = dict(donated)
+
+    consumers: dict[str, list[str]] = {}
+    for name in makers:
+        for root in needs[name]:
+            consumers.setdefault(root, []).append(name)
+    missing = {
+        name: sum(by_name[root].opcode != "parameter" for root in needs[name]) for name in makers
+    }
+    now = peak = output = 0
+    left = dict(waiting)
+    done: set[str] = set()
+
+    def bytes_of(name: str) -> int:
+        held = size[name]
+        return 0 if held is None or by_name[name].opcode == "parameter" else held
+
+    def frees(name: str) -> int:
+        return sum(bytes_of(root) for root in needs[name] if left[root] == 1)
+
+    def run(name: str) -> None:
+        nonlocal now, peak, output
+        shape = str(by_name[name].shape)
+        if name in outputs and own.get(shape, 0) > 0:
+            own[shape] -= 1
+        else:
+            now += bytes_of(name)
+            output += bytes_of(name) if name in outputs else 0
+        peak = max(peak, now)
+        done.add(name)
+        for root in needs[name]:
+            left[root] -= 1
+            if not left[root]:
+                now -= bytes_of(root)
+
+    for first in makers:
+        stack = [first]
+        while stack:
+            name = stack.pop()
+            if name in done or missing[name]:
+                continue
+            run(name)
+            for user in consumers.get(name, ()):
+                missing[user] -= 1
+            last = [user for root in needs[name] if left[root] == 1 for user in consumers[root]]
+            stack += [
+                user
+                for user in (*last, *consumers.get(name, ()))
+                if user not in done and not missing[user]
+                if user in outputs or frees(user) >= bytes_of(user)
+            ]
+    inputs = sum(each.nbytes for each in program.parameters)
+    return Live(inputs, output, peak - output)
+
+
+def _held(each: Instruction, users: Mapping[str, list[str]], outputs: set[str]) -> int | None:
+    """Bytes that the result takes in memory; None where it is fused away or is another's."""
+    if each.opcode in VIEWS or each.opcode in ("constant", "iota", "broadcast"):
+        return None
+    if each.opcode in OWN_MEMORY or each.name in outputs or len(users[each.name]) > 1:
+        return each.nbytes
+    return None
+
+
+def _roots(
+    each: Instruction, by_name: Mapping[str, Instruction], size: Mapping[str, int | None]
+) -> tuple[str, ...]:
+    """The results in memory that an instruction reads, through what is fused into it."""
+    found: dict[str, None] = {}
+    stack, seen = list(each.operands), set(each.operands)
+    while stack:
+        name = stack.pop()
+        if size[name] is not None:
+            found[name] = None
+            continue
+        fresh = [operand for operand in by_name[name].operands if operand not in seen]
+        seen.update(fresh)
+        stack += fresh
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something in the program that a compiler for Trainium refuses, or does badly."""
+
+    fatal: bool
+    what: str
+    count: int
+    source: str
+
+
+def remarks(program: Program) -> list[Remark]:
+    """What stands out, worst first; ``source`` is the first line that made it."""
+    found: dict[tuple[bool, str], list[str]] = {}
+    for fatal, what, source in _remarks(program.instructions):
+        found.setdefault((fatal, what), []).append(source)
+    rows = [
+        Remark(fatal, what, len(sources), next(filter(None, sources), ""))
+        for (fatal, what), sources in found.items()
+    ]
+    return sorted(rows, key=lambda row: (not row.fatal, -row.count))
+
+
+def _remarks(instructions: Iterable[Instruction]) -> Iterator[tuple[bool, str, str]]:
+    for each in instructions:
+        dtypes = {shape.dtype for shape in each.shapes}
+        if any(shape.dynamic for shape in each.shapes):
+            yield True, DYNAMIC, each.source
+        if "f64" in dtypes:
+            yield True, "float64, which NeuronCores do not have", each.source
+        if "s64" in dtypes and each.shape.dims:
+            yield False, "int64 arrays, twice the bytes of int32", each.source
+        if any(shape.elements == 0 for shape in each.shapes):
+            yield False, "arrays without elements", each.source

@@ -1,0 +1,110 @@
+"""The collectives that the parallel layers and ZeRO-1 should make, by hand, to set beside a trace.
+
+With T tokens a microbatch, D features of w bytes, t tensor ranks and L layers, a collective between
+the layers sends T D w (t - 1) / t bytes a rank, twice that for an all-reduce.  Under sequence
+parallelism (Korthikanti et al. 2022, figure 5):
+
+=================  ================  =================  ==================
+of a microstep     all-gather        reduce-scatter     all-reduce
+=================  ================  =================  ==================
+a layer, forward   qkv, gate-up      o, down
+a layer, backward  qkv twice, ...    qkv, gate-up
+embedding          its gradient      its output
+loss               its input         input's gradient   2 a chunk of tokens
+=================  ================  =================  ==================
+
+Backward gathers the input of qkv and gate-up again, and the gradient of o and down: a layer has 6
+and 4.  Recomputing whole layers runs the forward ones again, but for that of down, whose result
+backward does not read.  Without sequence parallelism a layer has 4 all-reduces.  An optimizer step
+has one reduce-scatter and one all-gather a bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llamax.config.schema import Config
+from llamax.parallel.mesh import Mesh
+from llamax.tools.audit.census import Traffic
+
+WIDTH_BYTES = {"float32": 4, "bfloat16": 2}
+SCALARS_BYTES = 3 * 4  # loss, count, wish to stop
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """A group of ZeRO-1: elements with padding, of ``width_bytes``, in ``buckets``.
+
+    ``partial``: its gradients are summed over tp; ``shared``: elements that kv ranks sum.
+    """
+
+    elements: int
+    width_bytes: int
+    buckets: int
+    partial: bool
+    shared: int
+    shared_buckets: int
+
+
+def microstep(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:
+    """The collectives of a forward and a backward pass; the loss takes tokens in ``chunks``."""
+    again = config.run.recompute == "full"
+    return _passes(config, mesh, chunks, (6 + 2 * again, 4 + again, 4 + again), 2)
+
+
+def forward(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:
+    """The collectives of a forward pass, and of the mean over the world."""
+    found = _passes(config, mesh, chunks, (2, 2, 2), 1)
+    return [*found, *_scalars(mesh, 1, 2 * 4)]
+
+
+def _passes(
+    config: Config, mesh: Mesh, chunks: int, a_layer: tuple[int, int, int], around: int
+) -> list[Traffic]:
+    """``a_layer``: gathers, reduce-scatters, else all-reduces; ``around``: beside the layers."""
+    t, layers = mesh.tp, config.model.num_hidden_layers
+    if t == 1:
+        return []
+    tokens = config.data.micro_batch * config.data.sequence_length
+    part = (t - 1) / t
+    sent = tokens * config.model.hidden_size * WIDTH_BYTES[config.run.dtype] * part
+    loss = round(2 * part * tokens * 3 * 4)  # maximum; sum of exponentials and the label's logit
+    if not config.parallel.sequence:
+        count = a_layer[2] * layers + around
+        return [Traffic("all-reduce", "tp", count + 2 * chunks, round(2 * sent * count) + loss)]
+    gathers, scatters = a_layer[0] * layers + around, a_layer[1] * layers + around
+    return [
+        Traffic("all-gather", "tp", gathers, round(sent * gathers)),
+        Traffic("reduce-scatter", "tp", scatters, round(sent * scatters)),
+        Traffic("all-reduce", "tp", 2 * chunks, loss),
+    ]
+
+
+def update(mesh: Mesh, groups: Sequence[GroupShape], zero1: bool, kv: int) -> list[Traffic]:
+    """The collectives of an optimizer step."""
+    d, found = mesh.dp, []
+    buckets = sum(group.buckets for group in groups)
+    if d > 1:
+        part = (d - 1) / d
+        gradients = round(sum(4 * group.elements for group in groups) * part)
+        weights = round(sum(group.width_bytes * group.elements for group in groups) * part)
+        if zero1:
+            found += [Traffic("reduce-scatter", "data", buckets, gradients)]
+            found += [Traffic("all-gather", "data", buckets, weights)]
+        else:
+            found += [Traffic("all-reduce", "data", buckets, 2 * gradients)]
+    if partial := [group for group in groups if group.partial]:
+        run = sum(4 * group.elements for group in partial) // (d if zero1 else 1)
+        count = sum(group.buckets for group in partial)
+        found += [Traffic("all-reduce", "tp", count, round(2 * run * (mesh.tp - 1) / mesh.tp))]
+    if shared := sum(group.shared for group in groups):
+        count = sum(group.shared_buckets for group in groups)
+        found += [Traffic("all-reduce", "kv", count, round(2 * 4 * shared * (kv - 1) / kv))]
+    return [*found, *_scalars(mesh, 2, SCALARS_BYTES + 4)]
+
+
+def _scalars(mesh: Mesh, count: int, nbytes: int) -> list[Traffic]:
+    world = mesh.world_size
+    sent = round(2 * nbytes * (world - 1) / world)
+    return [Traffic("all-reduce", "world", count, sent)] if world > 1 else []

@@ -1,0 +1,91 @@
+"""``llamax train --precompile``: every program of a run, and nothing else.
+
+``neuron_parallel_compile torchrun ... -m llamax.train --config X --precompile`` runs the training
+program with NEURON_EXTRACT_GRAPHS_ONLY=1: programs are collected and every result is zero.  So no
+weights are loaded or drawn, no checkpoint is read, written or removed, no loss is judged, and the
+run folder stays as it is; what remains are two steps and two batches of validation, which trace all
+programs of the run.  Then the collected programs are compiled, many at once, into the cache, where
+rank 0 has left a note of each: ``llamax.tools.audit.compile_cache``.
+
+Source: AWS Neuron, "PyTorch NeuronX neuron_parallel_compile CLI".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llamax.backends import choose
+from llamax.config.schema import Config
+from llamax.optim.schedule import lr_at
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous, first_to_speak
+from llamax.runtime.errors import BackendError
+from llamax.runtime.logging import logger
+from llamax.tools.audit import compile_cache
+from llamax.training.inputs import open_inputs
+from llamax.training.setup import loaders, prepare, resolve
+from llamax.training.step import train_step, validation_loss
+
+EXTRACT, CACHE = "NEURON_EXTRACT_GRAPHS_ONLY", "NEURON_COMPILE_CACHE_URL"
+STEPS, BATCHES = 2, 2
+
+
+def asked(environ: Mapping[str, str]) -> bool:
+    """Whether neuron_parallel_compile started this process."""
+    return environ.get(EXTRACT) == "1"
+
+
+def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) -> None:
+    """Trace and compile every program of ``config`` on this rank of the world ``where``."""
+    run = config.run
+    mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
+    kv = config.model.kv_replicas(mesh.tp)
+    base = config.checkpoint.init_from if config.finetune.method != "full" else ""
+    with TemporaryDirectory(prefix="llamax-") as folder:
+        config = replace(
+            config,
+            run=replace(config.run, folder=folder),
+            checkpoint=replace(config.checkpoint, resume="never", init_from=base),
+        )
+        with first_to_speak(where):
+            backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
+            inputs = replace(open_inputs(config), first=None)  # only names of the base are read
+            config = resolve(config, inputs.training.samples)
+        with backend.joined(mesh, config.run.timeout_s, kv) as axes:
+            job = prepare(config, mesh, backend, axes, inputs, draw=False)
+            training, validation = loaders(job)
+            tokens = config.data.global_batch * config.data.sequence_length
+            for step in range(1, STEPS + 1):
+                lr = lr_at(step, config.optim, config.run.steps)
+                train_step(
+                    job.model,
+                    job.optimizer,
+                    axes,
+                    training.step(),
+                    tokens,
+                    lr,
+                    step,
+                    boundary=backend.step_boundary,
+                )
+            if validation is not None and config.run.validates:
+                validation_loss(job.model, axes, validation, BATCHES, backend.step_boundary)
+            backend.synchronize()
+        if where.rank == 0 and config.run.backend == "xla":
+            _note(config, where, environ)
+    logger.info("precompiled: all programs of the run were traced; nothing was saved")
+
+
+def _note(config: Config, where: Rendezvous, environ: Mapping[str, str]) -> None:
+    """Leave a note of each program in the compile cache, where that is a folder."""
+    cache = environ.get(CACHE, "")
+    if not cache or "://" in cache:
+        return
+    try:
+        found = compile_cache.hashes(config, where.world_size, where.local_world_size, environ)
+    except BackendError as error:  # what was traced is compiled all the same
+        logger.warning("%s; llamax doctor will not know what is in %s", error, cache)
+        return
+    compile_cache.note(Path(cache), found)

@@ -1,0 +1,230 @@
+"""What an audit found, as text and for programs: pure, every printed number is made here.
+
+An audit *passes* where the run would compile each program once for the whole cluster: every rank
+and every step of a kind trace one program, and nothing in it is what the compiler refuses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+
+from llamax.runtime.units import show_bytes, show_number
+from llamax.tools.audit import census, hlo
+from llamax.tools.audit.census import Live, Remark, Traffic, Work
+from llamax.tools.audit.diff import Difference, describe, difference
+from llamax.tools.audit.hlo import Program
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of program: ``model_flops`` by the formula, ``formula`` its collectives by hand."""
+
+    name: str
+    program: Program
+    traced: tuple[str, ...]
+    collectives: tuple[Traffic, ...]
+    formula: tuple[Traffic, ...] | None
+    model_flops: float
+    trace_s: float
+
+    @cached_property
+    def work(self) -> Work:
+        return census.work(self.program)
+
+    @cached_property
+    def remarks(self) -> list[Remark]:
+        return census.remarks(self.program)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A program that should be another one: where it was traced, and how it differs."""
+
+    kind: str
+    where: str
+    expected: str
+    how: Difference
+
+    def __str__(self) -> str:
+        return (
+            f"the {self.kind} program of {self.where} differs from that of {self.expected}: "
+            f"{describe(self.how.theirs)} instead of {describe(self.how.mine)}; what depends on "
+            "the rank or the step must enter as a tensor"
+        )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a core: what stays, what lives during a program, and what there is."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    live: dict[str, Live]
+    available: float
+
+    @property
+    def resident(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        most = (live.between_bytes + live.output_bytes for live in self.live.values())
+        return self.resident + max(most, default=0)
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """Everything an audit found."""
+
+    headline: str
+    kinds: tuple[Kind, ...]
+    ranks: tuple[str, ...]
+    layers: int
+    memory: Memory
+    divergences: tuple[Divergence, ...] = ()
+    fallbacks: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> list[str]:
+        """Why the run would not compile each program once; empty where it would."""
+        found = [str(each) for each in self.divergences]
+        found += [
+            f"{name} runs on the host: torch-xla cannot compile it" for name in self.fallbacks
+        ]
+        for kind in self.kinds:
+            found += [
+                f"the {kind.name} program has {remark.what}: {remark.count} instructions, the "
+                f"first at {remark.source or 'a line that the trace does not say'}"
+                for remark in kind.remarks
+                if remark.fatal
+            ]
+        return found
+
+    @property
+    def passes(self) -> bool:
+        return not self.problems
+
+
+def sort_kinds(
+    traced: Iterable[tuple[str, str, str]],
+) -> tuple[dict[str, Program], dict[str, list[str]], list[Divergence]]:
+    """Of (kind, when, HLO text): the first program of each kind, when it was traced, and what came
+    later and differs."""
+    first: dict[str, Program] = {}
+    when: dict[str, list[str]] = {}
+    found: list[Divergence] = []
+    for kind, at, text in traced:
+        when.setdefault(kind, []).append(at)
+        if kind not in first:
+            first[kind] = hlo.read(text)
+        elif hlo.normal(text) != first[kind].normal:
+            how = difference(first[kind], hlo.read(text))
+            assert how is not None
+            found.append(Divergence(kind, at, when[kind][0], how))
+    return first, when, found
+
+
+def show(audit: AuditReport) -> Iterator[str]:
+    """The audit as lines of text."""
+    yield audit.headline
+    yield ""
+    yield "programs          instructions  a layer   trace   same at"
+    for kind in audit.kinds:
+        count = len(kind.program.instructions)
+        yield (
+            f"  {kind.name:<16}{count:>12,}{count // audit.layers:>9,}{kind.trace_s:>7.1f}s   "
+            f"{kind.traced[0]}" + (f" and {len(kind.traced) - 1} more" if kind.traced[1:] else "")
+        )
+    yield ""
+    yield from (f"ranks: {line}" for line in audit.ranks)
+    for kind in audit.kinds:
+        yield from _show_collectives(kind)
+    yield ""
+    yield "work of a rank      matmul FLOPs   share of all   6N + attention   ratio"
+    for kind in audit.kinds:
+        if kind.model_flops:
+            work = kind.work
+            yield (
+                f"  {kind.name:<17}{show_number(work.matmul_flops):>13}"
+                f"{work.matmul_share:>14.2%}{show_number(kind.model_flops):>16}"
+                f"{work.matmul_flops / kind.model_flops:>10.2f}"
+            )
+    yield from _show_memory(audit.memory)
+    yield ""
+    yield f"operations on the host: {', '.join(audit.fallbacks) or 'none'}"
+    remarks = [(kind.name, remark) for kind in audit.kinds for remark in kind.remarks]
+    for name, remark in remarks:
+        yield f"{name}: {remark.count} x {remark.what} ({remark.source or 'no line known'})"
+    if not any(remark.what == census.DYNAMIC for _, remark in remarks):
+        yield "dynamic shapes: none"
+    yield from (f"note: {note}" for note in audit.notes)
+
+
+def _show_collectives(kind: Kind) -> Iterator[str]:
+    yield ""
+    yield f"collectives of a {kind.name:<22} count   sent by a rank   by hand"
+    by_hand = {(each.axis, each.kind): each for each in kind.formula or ()}
+    traced = {(each.axis, each.kind): each for each in kind.collectives}
+    for key in dict.fromkeys([*traced, *by_hand]):
+        axis, name = key
+        here, there = traced.get(key), by_hand.get(key)
+        same = here and there and (here.count, here.sent_bytes) == (there.count, there.sent_bytes)
+        hand = "-" if kind.formula is None else "the same" if same else _counted(there)
+        yield (
+            f"  {axis:<6} {name:<28}{here.count if here else 0:>7,}"
+            f"{show_bytes(here.sent_bytes if here else 0):>17}   {hand}"
+        )
+
+
+def _counted(traffic: Traffic | None) -> str:
+    return f"{traffic.count:,} of {show_bytes(traffic.sent_bytes)}" if traffic else "none"
+
+
+def _show_memory(memory: Memory) -> Iterator[str]:
+    yield ""
+    available = show_bytes(memory.available)
+    fits = "fits" if memory.peak <= memory.available else "DOES NOT FIT"
+    yield f"memory of a core: {show_bytes(memory.peak)} of {available}, estimated: {fits}"
+    for name in ("weights", "gradients", "optimizer"):
+        yield f"  {name:<24}{show_bytes(getattr(memory, name)):>10}"
+    for name, live in memory.live.items():
+        total = live.between_bytes + live.output_bytes
+        yield f"  {'live in a ' + name:<24}{show_bytes(total):>10}"
+
+
+def as_json(audit: AuditReport) -> dict[str, object]:
+    """The audit for programs; ``sha256`` is of the normal text: equal programs have equal ones."""
+    return {
+        "passes": audit.passes,
+        "problems": audit.problems,
+        "programs": {
+            kind.name: {
+                "sha256": hlo.digest(kind.program.normal),
+                "instructions": len(kind.program.instructions),
+                "traced": list(kind.traced),
+                "trace_s": kind.trace_s,
+                "collectives": [asdict(each) for each in kind.collectives],
+                "by_hand": kind.formula and [asdict(each) for each in kind.formula],
+                "matmul_flops": kind.work.matmul_flops,
+                "matmul_share": kind.work.matmul_share,
+                "model_flops": kind.model_flops,
+                "remarks": [asdict(each) for each in kind.remarks],
+            }
+            for kind in audit.kinds
+        },
+        "ranks": list(audit.ranks),
+        "memory_bytes": {
+            "weights": audit.memory.weights,
+            "gradients": audit.memory.gradients,
+            "optimizer": audit.memory.optimizer,
+            "live": {name: asdict(live) for name, live in audit.memory.live.items()},
+            "peak": audit.memory.peak,
+            "available": audit.memory.available,
+        },
+        "fallbacks": list(audit.fallbacks),
+        "notes": list(audit.notes),
+    }

@@ -1,0 +1,165 @@
+"""Versions that must fit: torch, torch-xla, torch-neuronx, the compiler, NxD, the drivers.
+
+Source: AWS Neuron documentation, "Release content" of Neuron 2.28.0 and 2.29.0, the last ones that
+train with torch-xla on trn1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from llamax.tools.doctor.finding import Finding, Host, ok, unseen
+
+TORCH_XLA = "2.9"
+
+
+class Release(NamedTuple):
+    """Beginnings of the versions that one Neuron SDK brings together."""
+
+    compiler: str
+    nxd: str
+    driver: str
+
+
+RELEASES = {"2.28": Release("2.23", "0.17", "2.26"), "2.29": Release("2.24", "0.18", "2.27")}
+INSTALL = "with AWS Neuron's package index: python3 -m pip install"
+
+
+def check(host: Host, backend: str) -> Iterator[Finding]:
+    """Findings about what ``run.backend`` needs."""
+    torch = host.version("torch")
+    if torch is None:
+        yield Finding(
+            "error",
+            "torch",
+            "torch is not installed",
+            "nothing trains without it",
+            "python3 -m pip install torch",
+        )
+        return
+    if _numbers(torch) < (2, 9):
+        yield Finding(
+            "error",
+            "torch",
+            f"torch {torch} is older than 2.9",
+            "llamax is tested with 2.9 and later",
+            "python3 -m pip install --upgrade torch",
+        )
+    else:
+        yield ok("torch", f"torch {torch}")
+    if backend == "xla":
+        yield from _xla(host, torch)
+        yield from _neuron(host, torch)
+    if backend == "cuda":
+        yield from _cuda(host, torch)
+
+
+def _cuda(host: Host, torch: str) -> Iterator[Finding]:
+    if torch.endswith("+cpu") and host.gpus:
+        yield Finding(
+            "error",
+            "torch",
+            f"torch {torch} is built without CUDA",
+            "run.backend=cuda would find no GPU",
+            "python3 -m pip install --force-reinstall torch, from an index with CUDA builds",
+        )
+    told = re.search(
+        r"Module(?: for \S+)?\s+(\d[\d.]+)", host.read("proc/driver/nvidia/version") or ""
+    )
+    if told is None:
+        yield unseen("driver", "the NVIDIA driver is not loaded here", "run doctor on a node")
+    else:
+        yield ok("driver", f"NVIDIA driver {told[1]}")
+
+
+def _xla(host: Host, torch: str) -> Iterator[Finding]:
+    found = host.version("torch-xla")
+    if found is None and not host.neuron_devices:
+        yield unseen("torch-xla", "torch-xla is not installed here", "run doctor on a node")
+        return
+    pair = f"torch=={TORCH_XLA}.0 torch-xla=={TORCH_XLA}.0"
+    if found is None:
+        yield Finding(
+            "error",
+            "torch-xla",
+            "torch-xla is not installed",
+            "run.backend=xla records operations with it",
+            f"python3 -m pip install {pair}",
+        )
+    elif _numbers(found)[:2] != _numbers(TORCH_XLA) or _numbers(torch)[:2] != _numbers(TORCH_XLA):
+        yield Finding(
+            "error",
+            "torch-xla",
+            f"torch {torch} with torch-xla {found}",
+            f"torch-xla is built for one torch, and Neuron's last for trn1 is {TORCH_XLA}",
+            f"python3 -m pip install {pair}",
+        )
+    else:
+        yield ok("torch-xla", f"torch-xla {found}")
+
+
+def _neuron(host: Host, torch: str) -> Iterator[Finding]:
+    neuronx, compiler = host.version("torch-neuronx"), host.version("neuronx-cc")
+    if neuronx is None or compiler is None:
+        absent = "torch-neuronx" if neuronx is None else "neuronx-cc"
+        yield unseen("neuron", f"{absent} is not installed here", "run doctor on a node")
+        return
+    if _numbers(neuronx)[:2] != _numbers(torch)[:2]:
+        yield Finding(
+            "error",
+            "torch-neuronx",
+            f"torch-neuronx {neuronx} with torch {torch}",
+            "its first numbers are those of the torch it is built for",
+            f"{INSTALL} 'torch-neuronx=={'.'.join(map(str, _numbers(torch)[:2]))}.*'",
+        )
+    else:
+        yield ok("torch-neuronx", f"torch-neuronx {neuronx}")
+    sdk = next((name for name, each in RELEASES.items() if _begins(compiler, each.compiler)), None)
+    if sdk is None:
+        known = " or ".join(f"{each.compiler} (SDK {name})" for name, each in RELEASES.items())
+        yield Finding(
+            "warning",
+            "neuronx-cc",
+            f"neuronx-cc {compiler} is of no SDK that is known to train here",
+            f"trn1 trains with torch-xla up to SDK 2.29; known are {known}",
+            f"{INSTALL} 'neuronx-cc=={RELEASES['2.28'].compiler}.*'",
+        )
+        return
+    yield ok("neuronx-cc", f"neuronx-cc {compiler} (SDK {sdk})")
+    release, nxd = RELEASES[sdk], host.version("neuronx-distributed")
+    if nxd is None:
+        yield ok("nxd", "neuronx-distributed is not installed; llamax does not need it")
+    elif not _begins(nxd, release.nxd):
+        yield Finding(
+            "error",
+            "nxd",
+            f"neuronx-distributed {nxd} with SDK {sdk}",
+            f"kernels are compiled by neuronx-cc; SDK {sdk} brings {release.nxd}",
+            f"{INSTALL} 'neuronx-distributed=={release.nxd}.*'",
+        )
+    else:
+        yield ok("nxd", f"neuronx-distributed {nxd}")
+    driver = host.read("sys/module/neuron/version")
+    if driver is None:
+        yield unseen("driver", "the Neuron driver is not loaded here", "run doctor on a node")
+    elif _numbers(driver) < _numbers(release.driver):
+        yield Finding(
+            "error",
+            "driver",
+            f"Neuron driver {driver} with SDK {sdk}",
+            f"the runtime speaks to driver {release.driver} or later",
+            "sudo apt-get install --yes aws-neuronx-dkms && sudo modprobe --remove neuron "
+            "&& sudo modprobe neuron",
+        )
+    else:
+        yield ok("driver", f"Neuron driver {driver}")
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0]))
+
+
+def _begins(version: str, start: str) -> bool:
+    return version == start or version.startswith(f"{start}.")

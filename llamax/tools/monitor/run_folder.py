@@ -1,0 +1,273 @@
+"""What a run's folder says, read from outside: while it trains, when it is over, or dead.
+
+::
+
+    config.toml          the resolved configuration           llamax.training.setup
+    environment.json     where it runs, and with what         llamax.training.run_metadata
+    metrics.jsonl        a record per reported step           llamax.training.metrics
+    heartbeats/rank-N    a rank's last sign of life           llamax.training.heartbeat
+    checkpoints/step-N   what a resume needs                  llamax.checkpoint
+    neuron-monitor*.json what the devices do, if somebody writes it there
+
+Nothing here needs the run's cooperation, its machine or torch; files that are not there yet are
+simply not shown.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import socket
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llamax.config.load import load_config
+from llamax.config.schema import Config
+from llamax.runtime.errors import ConfigError, DataError
+from llamax.training.heartbeat import DONE, LOST, Beat
+from llamax.training.metrics import Log, Record
+
+METRICS = "metrics.jsonl"
+NUMBERS = ("ranks", "nodes", "dollars_per_hour")  # of environment.json; edited into words: unknown
+LOCK = "lock"  # as checkpoint/lock.py names it
+SILENT_S = 30.0  # a rank writes its heartbeat every few seconds
+TAIL_BYTES = 2**20  # of a monitor's log that are looked at
+WINDOW = 50  # records that percentiles and rates are of
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A rank's last heartbeat, and how long ago it was."""
+
+    number: int
+    beat: Beat
+    silent_s: float
+
+    @property
+    def state(self) -> str:
+        """In a word: alive, silent, done, or why it ended."""
+        if self.beat.left:
+            return "done" if self.beat.left == DONE else self.beat.left.removeprefix(LOST)
+        return "alive" if self.silent_s < SILENT_S else "silent"
+
+
+@dataclass(frozen=True)
+class SavedCheckpoint:
+    """A checkpoint: its step, size, and when it was finished."""
+
+    step: int
+    size_bytes: int
+    time: float
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """All that a folder says at one moment; ``now`` is that moment."""
+
+    folder: Path
+    now: float
+    config: Config | None = None
+    environment: dict[str, Any] = field(default_factory=dict)
+    records: tuple[Record, ...] = ()
+    written: float = 0.0  # when the last record was
+    ranks: tuple[Rank, ...] = ()
+    saved: tuple[SavedCheckpoint, ...] = ()
+    cores: dict[str, float] = field(default_factory=dict)  # use of each device core, 0 to 1
+    label: str = ""  # its name, if not the folder's
+    locked: bool | None = None  # whether a process of this machine writes here; None: not known
+
+    @property
+    def name(self) -> str:
+        """The folder's name, with its parent's where that alone says little."""
+        if self.label:
+            return self.label
+        plain = self.folder.name in ("run", "runs", "out", "output")
+        return (
+            f"{self.folder.absolute().parent.name}/{self.folder.name}"
+            if plain
+            else str(self.folder.name)
+        )
+
+    @property
+    def last(self) -> Record | None:
+        return self.records[-1] if self.records else None
+
+    @property
+    def steps(self) -> int:
+        return self.config.run.steps if self.config else self.last.step if self.last else 0
+
+    @property
+    def state(self) -> str:
+        """starting, running, stuck (a rank waits for a silent one), finished, stopped or dead."""
+        if self.last is not None and self.last.step >= self.steps:
+            return "finished"
+        if self.ranks:
+            states = {rank.state for rank in self.ranks}
+            if states <= {"alive"}:
+                return "running"
+            if states == {"alive", "silent"}:
+                return "stuck"
+            return "stopped" if states <= {"done"} else "dead"
+        if self.locked is False:
+            return "stopped"
+        if self.last is None:
+            return "starting"
+        if self.locked:
+            return "running"
+        usual_s = max(record.step_s for record in self.records[-WINDOW:])
+        every = self.config.run.log_every if self.config else 1
+        return "running" if self.now - self.written < SILENT_S + 5 * every * usual_s else "dead"
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the last step, at the median pace of the last records."""
+        if self.last is None:
+            return 0.0
+        pace = statistics.median(record.step_s for record in self.records[-WINDOW:])
+        return max(self.steps - self.last.step, 0) * pace
+
+    @property
+    def spent_s(self) -> float:
+        """Seconds of training so far; a resumed run begins to count again, so all starts add up."""
+        total = before = 0.0
+        for record in self.records:
+            total += before if record.seconds < before else 0.0
+            before = record.seconds
+        return total + before
+
+    @property
+    def dollars_per_hour(self) -> float:
+        """What all nodes cost; 0 where the price is not known."""
+        return float(self.environment.get("dollars_per_hour", 0.0))
+
+
+def read_run(folder: Path, now: float | None = None, log: Log | None = None) -> RunFolder:
+    """Everything that ``folder`` says now; ``log`` of its metrics.jsonl, if it was read before.
+
+    Raises DataError where it is no run's folder.
+    """
+    metrics = folder / METRICS
+    if not any((folder / name).exists() for name in ("config.toml", METRICS)):
+        raise DataError(
+            f"{folder}: is no run's folder (has neither config.toml nor metrics.jsonl); give the "
+            "run.folder of a training run"
+        )
+    now = time.time() if now is None else now
+    environment = {
+        name: value
+        for name, value in _json(folder / "environment.json").items()
+        if name not in NUMBERS or type(value) in (int, float)
+    }
+    return RunFolder(
+        folder=folder,
+        now=now,
+        config=_config(folder / "config.toml"),
+        environment=environment,
+        records=tuple((log or Log(metrics)).read()),
+        written=metrics.stat().st_mtime if metrics.exists() else 0.0,
+        ranks=tuple(ranks(folder / "heartbeats", now, environment.get("ranks"))),
+        saved=tuple(checkpoints(folder / "checkpoints")),
+        cores=cores(sorted(folder.glob("neuron-monitor*.json*"))),
+        locked=locked(folder / LOCK),
+    )
+
+
+def _config(path: Path) -> Config | None:
+    try:
+        return load_config(str(path)) if path.is_file() else None
+    except ConfigError:  # of another version; what can be shown is shown
+        return None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def locked(path: Path) -> bool | None:
+    """Whether the run's process holds its lock; None where that process was on another machine."""
+    try:
+        with open(path, "rb") as file:
+            if f" on {socket.gethostname()} since" not in file.read().decode(errors="replace"):
+                return None
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+
+
+def ranks(folder: Path, now: float, count: object) -> Iterable[Rank]:
+    """The heartbeats in a folder, by rank.
+
+    Of ``count`` ranks, where that is a number: files of a start with more of them may be left, and
+    a rank that is alone writes none.
+    """
+    known = count if isinstance(count, int) and count > 1 else 0 if count == 1 else None
+    for path in sorted(folder.glob("rank-*"))[:known]:
+        try:
+            beat, age = Beat(**json.loads(path.read_bytes())), now - path.stat().st_mtime
+        except (OSError, ValueError, TypeError):
+            continue
+        yield Rank(int(path.name.removeprefix("rank-")), beat, max(age, 0.0))
+
+
+def checkpoints(folder: Path) -> Iterable[SavedCheckpoint]:
+    """The complete checkpoints in a folder, oldest first."""
+    for path in sorted(folder.glob("step-*")):
+        step, done = path.name.removeprefix("step-"), path / "done"
+        try:
+            if not (step.isdecimal() and done.is_file()):
+                continue
+            size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+            saved = SavedCheckpoint(int(step), size, done.stat().st_mtime)
+        except FileNotFoundError:  # the run deletes it at this moment
+            continue
+        yield saved
+
+
+def cores(paths: Sequence[Path]) -> dict[str, float]:
+    """The use of every NeuronCore, 0 to 1, from the last report in each file.
+
+    The files are what ``neuron-monitor > RUN/neuron-monitor-HOST.json`` writes: a report a line.
+    """
+    found: dict[str, float] = {}
+    for path in paths:
+        host = path.name.partition(".")[0].removeprefix("neuron-monitor").strip("-")
+        for line in reversed(_tail(path)):
+            if used := _used(line):
+                found |= {f"{host}:{core}" if host else core: use for core, use in used.items()}
+                break
+    return found
+
+
+def _used(line: str) -> dict[str, float]:
+    try:
+        report = json.loads(line)
+        return {
+            core: float(each["neuroncore_utilization"]) / 100
+            for runtime in report["neuron_runtime_data"]
+            for core, each in runtime["report"]["neuroncore_counters"]["neuroncores_in_use"].items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):  # cut short, or of another kind
+        return {}
+
+
+def _tail(path: Path) -> list[str]:
+    with open(path, "rb") as file:
+        file.seek(max(path.stat().st_size - TAIL_BYTES, 0))
+        return file.read().decode(errors="replace").splitlines()
+
+
+def percentiles(values: Sequence[float], of: Sequence[int]) -> list[float]:
+    """Nearest-rank percentiles, each one of the values."""
+    ordered = sorted(values)
+    return [ordered[max(-(-len(ordered) * p // 100) - 1, 0)] for p in of]

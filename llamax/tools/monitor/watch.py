@@ -1,0 +1,230 @@
+"""``llamax watch RUN``: a run at a glance, again every few seconds.
+
+::
+
+    llama2-7b  6.74B bfloat16, tensor 8 x data 16 on xla  running              15:10:52
+    ━━━━━━━━━━━━━━━━━━━━━─────────  70%  step 420/600  left 1h57m  $399.26 spent, $168.42 to go
+
+    loss             2.1051  █▅▄▃▂▂▁▁▁▁  validation 2.1159, perplexity 8.3
+    tokens/s           104K  ▆▇█▇▇▇▆▁▆▇  813 a rank
+    step time           39s  median of 50 reports, p90 40s, p99 41s
+    ranks           128/128  alive, on 4 hosts; steps 420 to 420
+
+It reads the run's folder and nothing else, so it works from any machine that sees the folder, on a
+run that trains, is over, or died.  Ctrl-C ends it.  Into a pipe, or with ``--once``, it writes the
+same lines once, without colours.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Sequence
+
+from llamax.runtime.units import perplexity, show_bytes, show_number, show_time
+from llamax.tools.monitor.run_folder import WINDOW, RunFolder, percentiles
+from llamax.training.metrics import Record
+
+BLOCKS = " ▁▂▃▄▅▆▇█"
+COLOURS = {"green": 32, "yellow": 33, "red": 31, "cyan": 36, "bold": 1, "dim": 2}
+STATES = {
+    "running": "green",
+    "finished": "cyan",
+    "starting": "yellow",
+    "stopped": "yellow",
+    "stuck": "red",
+    "dead": "red",
+}
+LEFT, SPARK = 13, 26  # columns of labels and of small curves
+SHORTEST, PERCENT = 10, 7  # columns of the bar at least, and of the share behind it
+SHOWN = 6  # ranks with trouble, or cores, that are named
+
+
+class Paint:
+    """Colours for a terminal, nothing elsewhere."""
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+
+    def __call__(self, text: str, *names: str) -> str:
+        if not self.on or not text:
+            return text
+        codes = ";".join(str(COLOURS[name]) for name in names)
+        return f"\x1b[{codes}m{text}\x1b[0m"
+
+
+def render(run: RunFolder, width: int = 80, colour: bool = False, price: float = 0.0) -> list[str]:
+    """The view of a run as lines; ``price`` in dollars an hour replaces the folder's own."""
+    paint = Paint(colour)
+    lines = [
+        *_head(run, width, paint, price or run.dollars_per_hour),
+        "",
+        *_curves(run, paint),
+        "",
+        *_pace(run, paint),
+        *_ranks(run, paint),
+        *_cores(run, paint),
+        *_saved(run, paint),
+    ]
+    return [clip(line, width) for line in lines]
+
+
+def clip(line: str, width: int) -> str:
+    """A line of at most ``width`` columns, with all its colours; … where it was longer."""
+    pieces = re.split(r"(\x1b\[[\d;]*m)", line)  # text, code, text, code, ..., text
+    if sum(map(len, pieces[::2])) <= width:
+        return line
+    room = width - 1
+    for place in range(0, len(pieces), 2):
+        pieces[place], room = pieces[place][:room], max(room - len(pieces[place]), 0)
+    return "".join(pieces) + "…"
+
+
+def _head(run: RunFolder, width: int, paint: Paint, price: float) -> Iterator[str]:
+    clock = time.strftime("%H:%M:%S", time.localtime(run.now))
+    wordings = [""]
+    if run.config:
+        mesh = f"tensor {run.config.parallel.tensor}"
+        ranks = int(run.environment.get("ranks", 0)) // run.config.parallel.tensor
+        mesh += f" x data {ranks}" if ranks else ""
+        size = show_number(run.config.model.num_parameters())
+        short = f"{size} {run.config.run.dtype}"
+        wordings = [f"{short}, {mesh} on {run.config.run.backend}", short, size, ""]
+    room = width - len(run.name) - len(run.state) - len(clock) - 6
+    about = next((each for each in wordings if len(each) < room), "")
+    gap = max(room - len(about), 1)
+    yield (
+        f"{paint(run.name, 'bold')}  {paint(about, 'dim')}  "
+        f"{paint(run.state, 'bold', STATES[run.state])}{' ' * gap}{paint(clock, 'dim')}"
+    )
+    step = run.last.step if run.last else 0
+    done = step / run.steps if run.steps else 0.0
+    told = [f"step {step:,}/{run.steps:,}"]
+    if run.state == "running":
+        told.append(f"  left {show_time(run.left_s)}")
+    elif run.last:
+        told.append(f"  after {show_time(run.spent_s)}")
+    if price and run.last:
+        spent, left = (s / 3600 * price for s in (run.spent_s, run.left_s))
+        told += [f"  ${spent:,.2f} spent", f", ${left:,.2f} to go" if left else ""]
+    while len(told) > 1 and len("".join(told)) > width - SHORTEST - PERCENT:
+        told.pop()
+    text = "".join(told)
+    bar = max(min(width - 50, width - len(text) - PERCENT), SHORTEST)
+    full = round(done * bar)
+    drawn = paint("━" * full, STATES[run.state]) + paint("─" * (bar - full), "dim")
+    yield f"{drawn} {done:4.0%}  {text}"
+
+
+def _curves(run: RunFolder, paint: Paint) -> Iterator[str]:
+    last = run.last
+    if last is None:
+        yield paint("no step has been reported yet", "dim")
+        return
+    validated = [r.validation_loss for r in run.records if r.validation_loss is not None]
+    more = ""
+    if validated:
+        more = f"validation {validated[-1]:.4f}, perplexity {perplexity(validated[-1]):.1f}"
+    yield _row(paint, "loss", f"{last.loss:.4f}", run.records, "loss", more)
+    yield _row(paint, "grad norm", f"{last.grad_norm:.3f}", run.records, "grad_norm")
+    rank = int(run.environment.get("ranks", 0))
+    each = f"{show_number(last.tokens_per_s / rank)} a rank" if rank > 1 else ""
+    shown = show_number(last.tokens_per_s)
+    yield _row(paint, "tokens/s", shown, run.records, "tokens_per_s", each)
+    if last.mfu:
+        yield _row(paint, "MFU", f"{last.mfu:.1%}", run.records, "mfu")
+    yield _row(paint, "learning rate", f"{last.lr:.2e}", run.records, "lr")
+
+
+def _row(
+    paint: Paint, name: str, value: str, records: Sequence[Record], field: str, more: str = ""
+) -> str:
+    curve = spark([getattr(record, field) for record in records], SPARK)
+    return f"{paint(f'{name:<{LEFT}}', 'dim')} {value:>9}  {paint(curve, 'cyan')}  {more}".rstrip()
+
+
+def spark(values: Sequence[float], width: int) -> str:
+    """A curve of block characters, each the mean of its share of the values; gaps where none."""
+    width = min(width, len(values))
+    cells = []
+    for cell in range(width):
+        part = values[cell * len(values) // width : (cell + 1) * len(values) // width]
+        part = [value for value in part if abs(value) < float("inf")]
+        cells.append(sum(part) / len(part) if part else None)
+    known = [cell for cell in cells if cell is not None]
+    if not known:
+        return " " * width
+    low, high = min(known), max(known)
+    scale = (len(BLOCKS) - 2) / (high - low) if high > low else 0.0
+    return "".join(
+        BLOCKS[0] if cell is None else BLOCKS[1 + round((cell - low) * scale)] for cell in cells
+    )
+
+
+def _pace(run: RunFolder, paint: Paint) -> Iterator[str]:
+    if run.last is None:
+        return
+    recent = [record.step_s for record in run.records[-WINDOW:]]
+    half, most, worst = percentiles(recent, (50, 90, 99))
+    label = paint(f"{'step time':<{LEFT}}", "dim")
+    many = f"{len(recent)} reports" if len(recent) > 1 else "1 report"
+    yield (
+        f"{label} {show_time(half):>9}  median of {many}, "
+        f"p90 {show_time(most)}, p99 {show_time(worst)}"
+    )
+    label = paint(f"{'tokens':<{LEFT}}", "dim")
+    tokens = show_number(run.last.consumed_tokens)
+    ago = show_time(max(run.now - run.written, 0))
+    yield f"{label} {tokens:>9}  memory {show_bytes(run.last.memory_bytes)}; last report {ago} ago"
+
+
+def _ranks(run: RunFolder, paint: Paint) -> Iterator[str]:
+    if not run.ranks:
+        return
+    good = [rank for rank in run.ranks if rank.state in ("alive", "done")]
+    word = "done" if run.state in ("finished", "stopped") else "alive"
+    label = paint(f"{'ranks':<{LEFT}}", "dim")
+    hosts = len({rank.beat.host for rank in run.ranks})
+    told = f"{len(good)}/{len(run.ranks)}"
+    yield (
+        f"{label} {told:>9}  {word}, on {hosts} host{'s' if hosts > 1 else ''}; "
+        f"steps {min(r.beat.step for r in run.ranks)} to {max(r.beat.step for r in run.ranks)}"
+    )
+    bad = [rank for rank in run.ranks if rank not in good]
+    for rank in bad[:SHOWN]:
+        what = (
+            f"silent for {show_time(rank.silent_s)}" if rank.state == "silent" else rank.state[:60]
+        )
+        yield paint(
+            f"{'':<{LEFT}} {rank.number:>9}  on {rank.beat.host}, last step {rank.beat.step}: "
+            f"{what}",
+            "red",
+        )
+    if len(bad) > SHOWN:
+        yield paint(f"{'':<{LEFT}} {'':>9}  and {len(bad) - SHOWN} more", "red")
+
+
+def _cores(run: RunFolder, paint: Paint) -> Iterator[str]:
+    if not run.cores:
+        return
+    label = paint(f"{'device use':<{LEFT}}", "dim")
+    mean = sum(run.cores.values()) / len(run.cores)
+    cells = "".join(BLOCKS[round(min(use, 1.0) * (len(BLOCKS) - 1))] for use in run.cores.values())
+    yield f"{label} {mean:>9.0%}  {paint(cells[:64], 'cyan')}  {len(run.cores)} cores"
+    low = sorted(run.cores.items(), key=lambda item: item[1])[:SHOWN]
+    idle = [f"{core} {use:.0%}" for core, use in low if use < mean / 2]
+    if idle:
+        yield paint(
+            f"{'':<{LEFT}} {'':>9}  less than half of the others: {', '.join(idle)}", "yellow"
+        )
+
+
+def _saved(run: RunFolder, paint: Paint) -> Iterator[str]:
+    label = paint(f"{'checkpoint':<{LEFT}}", "dim")
+    if not run.saved:
+        yield f"{label} {'none':>9}"
+        return
+    last = run.saved[-1]
+    ago = show_time(max(run.now - last.time, 0))
+    size = show_bytes(last.size_bytes)
+    yield f"{label} {last.step:>9,}  {size}, {ago} ago; {len(run.saved)} kept"

@@ -1,0 +1,168 @@
+"""What one rank has of a run: the sizes from which bytes and seconds follow.
+
+Letters are those of ``model.py`` (capital: whole, lower case: this rank's share); T = B S tokens of
+a microbatch, and s = S / tp tokens of each sequence between the tensor-parallel layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llamax.config.model import ModelConfig
+from llamax.config.schema import Config
+from llamax.config.validate import target_names
+from llamax.parallel.mesh import Mesh
+
+WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of an element
+NF4_BITS = {True: 4.127, False: 4.5}  # of a weight, its scales included: see quant.py
+CHUNK_BYTES, EVEN = 64 * 2**20, 128  # of the loss: see parallel/loss.py
+
+
+class Group(NamedTuple):
+    """Weights in one flat vector; ``uneven``: their weight in the norm differs from element to
+    element; ``summed``: other tensor ranks have parts of their gradient."""
+
+    elements: int
+    uneven: bool = False
+    summed: bool = False
+
+
+@dataclass(frozen=True)
+class Share:
+    """Sizes on one rank; ``layers`` are those of its stage."""
+
+    config: Config
+    mesh: Mesh
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.model
+
+    @property
+    def width(self) -> int:
+        """Bytes of an element of a weight or an activation."""
+        return WIDTH[self.config.run.dtype]
+
+    @property
+    def layers(self) -> int:
+        return -(-self.model.num_hidden_layers // self.mesh.pp)
+
+    @property
+    def sequence(self) -> bool:
+        return self.config.parallel.sequence and self.mesh.tp > 1
+
+    @property
+    def tokens(self) -> int:
+        """T: tokens of a microbatch."""
+        data = self.config.data
+        return data.micro_batch * data.sequence_length // self.mesh.cp
+
+    @property
+    def tokens_between(self) -> int:
+        """Tokens of a microbatch that lie on this rank between tensor-parallel layers."""
+        return self.tokens // self.mesh.tp if self.sequence else self.tokens
+
+    @property
+    def accumulation(self) -> int:
+        """Microsteps in a step."""
+        data = self.config.data
+        return data.global_batch // (data.micro_batch * self.mesh.dp)
+
+    @property
+    def heads(self) -> int:
+        return self.model.num_attention_heads // self.mesh.tp
+
+    @property
+    def kv_heads(self) -> int:
+        """At least one: with more tensor ranks than key/value heads, neighbours share a head."""
+        return max(self.model.num_key_value_heads // self.mesh.tp, 1)
+
+    @property
+    def kv_shared(self) -> bool:
+        return self.mesh.tp > self.model.num_key_value_heads
+
+    @property
+    def query(self) -> int:
+        """Features of my query heads."""
+        return self.heads * self.model.head_dim
+
+    @property
+    def key(self) -> int:
+        """Features of my key heads."""
+        return self.kv_heads * self.model.head_dim
+
+    @property
+    def feed_forward(self) -> int:
+        return self.model.intermediate_size // self.mesh.tp
+
+    @property
+    def vocabulary(self) -> int:
+        """My rows of the vocabulary, padding included."""
+        return -(-self.model.vocab_size // self.mesh.tp)
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of a layer's matrices."""
+        D = self.model.hidden_size
+        return D * (2 * self.query + 2 * self.key) + 3 * D * self.feed_forward
+
+    @property
+    def head_weights(self) -> int:
+        """Elements of one matrix over the vocabulary."""
+        return self.vocabulary * self.model.hidden_size
+
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens whose logits live at once."""
+        return max(1, CHUNK_BYTES // (4 * self.vocabulary) // EVEN * EVEN)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether adapters are trained beside a frozen base."""
+        return self.config.finetune.method != "full"
+
+    @property
+    def adapters(self) -> int:
+        """Elements of my adapters: of A [r, in] and B [out, r], one is whole and one is cut."""
+        D, q, k, F = self.model.hidden_size, self.query, self.key, self.feed_forward
+        both = {"q_proj": D + q, "k_proj": D + k, "v_proj": D + k, "o_proj": q + D}
+        both |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), D + F)
+        finetune = self.config.finetune
+        return self.layers * finetune.r * sum(both[n] for n in set(target_names(finetune.targets)))
+
+    @property
+    def base(self) -> tuple[int, float]:
+        """Bytes of a frozen base: what stays as it is, and its linear layers, perhaps quantised."""
+        finetune, D = self.config.finetune, self.model.hidden_size
+        heads = 1 if self.model.tie_word_embeddings else 2
+        plain = (heads * self.head_weights + (2 * self.layers + 1) * D) * self.width
+        bits = 8.0 * self.width
+        if finetune.method == "qlora":
+            bits = 8.0 if finetune.quant == "int8" else NF4_BITS[finetune.double_quant]
+        ranks = self.mesh.dp * self.mesh.cp if self.spread else 1
+        return plain, self.layers * self.layer_weights * bits / 8 / ranks
+
+    @property
+    def spread(self) -> bool:
+        """Whether a quantised base is cut over the data ranks, and gathered when it is used."""
+        return self.config.finetune.method == "qlora" and self.config.finetune.shard_base
+
+    def groups(self) -> list[Group]:
+        """The flat groups that optim/zero1.py makes of my weights."""
+        if self.tuned:
+            return [Group(self.adapters, summed=self.sequence)]
+        model = self.model
+        heads = 1 if model.tie_word_embeddings or self.mesh.pp > 1 else 2
+        vocabulary = heads * self.head_weights
+        qkv = self.layers * model.hidden_size * (self.query + 2 * self.key)
+        padded = model.vocab_size % self.mesh.tp != 0
+        uneven = (qkv if self.kv_shared else 0) + (vocabulary if padded else 0)
+        plain = vocabulary + self.layers * self.layer_weights - uneven
+        norms = (2 * self.layers + 1) * model.hidden_size
+        found = (
+            Group(plain),
+            Group(uneven, uneven=True, summed=self.kv_shared),
+            Group(norms, summed=self.sequence),
+        )
+        return [group for group in found if group.elements]

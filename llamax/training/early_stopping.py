@@ -1,0 +1,55 @@
+"""Early stopping: a run ends when its validation loss has not fallen for so many validations.
+
+::
+
+    validation   2.1  1.9  1.8  1.82  1.85        patience 2: the run ends here
+    waited        0    0    0    1     2
+
+All ranks hold the same loss, so they conclude alike; what has been waited goes into every
+checkpoint, so a resumed run ends where an unbroken one would.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+class EarlyStopping:
+    """Counts validations without improvement.
+
+    ``most``: how many end the run, 0: never.  ``fetch``: device values to floats.  ``state``: what
+    ``state()`` gave when the run was left.
+    """
+
+    def __init__(
+        self,
+        most: int,
+        fetch: Callable[[Sequence[Tensor]], list[float]],
+        state: Mapping[str, Any],
+    ) -> None:
+        self.most, self.fetch = most, fetch
+        self.best = float(state.get("best_validation_loss", math.inf))
+        self.waited = int(state.get("validations_waited", 0))
+
+    @property
+    def over(self) -> bool:
+        """Whether the run should end."""
+        return 0 < self.most <= self.waited
+
+    def add(self, validated: Tensor) -> None:
+        """Take a validation loss, 0-d; it waits for the device, as nothing else in the loop."""
+        if not self.most:
+            return
+        (loss,) = self.fetch([validated])
+        better = loss < self.best
+        self.best, self.waited = min(self.best, loss), 0 if better else self.waited + 1
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        if not self.most or math.isinf(self.best):
+            return {}
+        return {"best_validation_loss": self.best, "validations_waited": self.waited}

@@ -1,0 +1,196 @@
+"""Which rank is gone: every rank keeps a small file beating, and silence has a name.
+
+::
+
+    run/heartbeats/rank-00003    {"beat": 41, "step": 17, "host": "node1", "pid": 812, "left": ""}
+
+A thread rewrites the file every few seconds; it stops when the process is killed or frozen, and
+goes on while the rank merely waits for another.  A rank that leaves by itself says why in ``left``.
+
+When a collective fails, a rank compares two readings of all files and names those that fell silent.
+Where no collective ever fails (a device runtime may wait for good), the threads act: rank 0 watches
+all, all watch rank 0, and silence of ``timeout_s`` + ``PATIENCE_S`` ends the process.  Time is
+counted in readings, so neither clocks of other machines nor a suspended job mislead.  What a file
+said before this rank began may be of the job before, whose ``left`` is no reason to hurry.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from llamax.runtime.errors import LlamaxError, LostRank, Stopped
+from llamax.runtime.logging import logger
+
+PATIENCE_S = 15.0
+TURN_S, LAST_TURN_S = 0.1, 5.0
+MOST_WORDS = 400  # characters, of up to four bytes each
+RECORD_BYTES = 2048
+LOST, DONE = "lost ", "done"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank's file says."""
+
+    beat: int = 0
+    step: int = 0
+    host: str = ""
+    pid: int = 0
+    left: str = ""
+
+    def gone(self) -> bool:
+        """Whether this process is certainly dead or stopped: known for those of this machine."""
+        if self.host != socket.gethostname():
+            return False
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            return True
+        return state in "TZX"
+
+
+class Heartbeat:
+    """This rank's file, and its view of the others'."""
+
+    def __init__(self, folder: Path, rank: int, world_size: int, timeout_s: float) -> None:
+        self.folder, self.rank, self.world_size = folder, rank, world_size
+        self.interval_s = min(5.0, max(0.2, timeout_s / 20))
+        self.most_silent_s = timeout_s + PATIENCE_S
+        self.me = Beat(host=socket.gethostname(), pid=os.getpid())
+        self._stop, self._writing = threading.Event(), threading.Lock()
+        self._file = -1
+
+    def start(self) -> None:
+        """Begin to beat, and to watch."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(self._path(self.rank), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._write()
+        threading.Thread(target=self._run, name="llamax-heartbeat", daemon=True).start()
+
+    def stop(self, why: str) -> None:
+        """Beat no more; the file keeps saying why."""
+        self._stop.set()
+        self._write(left=why[:MOST_WORDS])
+        with self._writing:
+            os.close(self._file)
+            self._file = -1
+
+    def at(self, step: int) -> None:
+        """This rank begins a step."""
+        self._write(step=step)
+
+    def silent(self) -> str:
+        """Who is gone, and their last steps, as the start of a sentence; takes some intervals."""
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        before = {rank: self._read(rank) for rank in others}
+        for _ in range(8):
+            now = {rank: self._read(rank) for rank in others}
+            ended = [r for r in others if now[r].left and not now[r].left.startswith((LOST, DONE))]
+            if ended:
+                lowest = {now[r].left: r for r in reversed(ended)}  # for several may say the same
+                told = sorted((r, why) for why, r in lowest.items())[:4]
+                return "; ".join(f"{_at(r, now[r])} ended: {why}" for r, why in told)
+            gone = [r for r in others if not now[r].left and now[r].gone()]
+            if gone:
+                return _names(gone, now) + " died or froze"
+            time.sleep(self.interval_s / 2)
+        quiet = [r for r in others if now[r] == before[r] and not now[r].left]
+        if quiet:
+            return _names(quiet, now) + " fell silent"
+        return "every rank is alive, but they do not reach each other"
+
+    def told(self, why: str) -> bool:
+        """Whether a lower rank has left with the same words; ranks look one after another."""
+        time.sleep(min(self.rank * TURN_S, LAST_TURN_S))
+        return any(self._read(rank).left == why[:MOST_WORDS] for rank in range(self.rank))
+
+    def _run(self) -> None:
+        watched = [r for r in (range(self.world_size) if self.rank == 0 else [0]) if r != self.rank]
+        first = {rank: self._read(rank) for rank in watched}
+        last = dict(first)
+        silent_s = dict.fromkeys(watched, 0.0)
+        while not self._stop.wait(self.interval_s):
+            self._write()
+            for rank in watched:
+                now = self._read(rank)
+                still = now == last[rank] and now.left != DONE
+                silent_s[rank] = silent_s[rank] + self.interval_s if still else 0.0
+                last[rank] = now
+                left = now.left and now != first[rank]
+                limit_s = PATIENCE_S if left else self.most_silent_s
+                if silent_s[rank] > limit_s and not self._stop.is_set():
+                    why = f"ended: {now.left}" if now.left else f"silent for {silent_s[rank]:.0f} s"
+                    logger.error("%s %s; start the job again", _at(rank, now), why)
+                    self._write(left=LOST + _at(rank, now))
+                    os._exit(LostRank.exit_code)
+
+    def _write(self, step: int | None = None, left: str = "") -> None:
+        with self._writing:
+            if self._file < 0:  # alone in the world, or gone
+                return
+            step = self.me.step if step is None else step
+            self.me = replace(self.me, beat=self.me.beat + 1, step=step, left=left or self.me.left)
+            text = json.dumps(asdict(self.me), ensure_ascii=False).encode(errors="replace")
+            try:
+                os.pwrite(self._file, text.ljust(RECORD_BYTES), 0)
+            except OSError as error:  # a full disk must not end a run that can go on
+                logger.warning("cannot write %s: %s", self._path(self.rank), error.strerror)
+
+    def _read(self, rank: int) -> Beat:
+        try:
+            return Beat(**json.loads(self._path(rank).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return Beat()
+
+    def _path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank:05d}"
+
+
+def _at(rank: int, beat: Beat) -> str:
+    return f"rank {rank} (last step {beat.step})"
+
+
+def _names(ranks: list[int], beats: dict[int, Beat]) -> str:
+    named = ", ".join(_at(rank, beats[rank]) for rank in ranks[:8])
+    return named if len(ranks) <= 8 else f"{named} and {len(ranks) - 8} more"
+
+
+@contextmanager
+def beating(folder: Path, rank: int, world_size: int, timeout_s: float) -> Iterator[Heartbeat]:
+    """This rank's heartbeat while it is part of the world.
+
+    LostRank from inside is raised again with the name of who was lost.  A mistake that several
+    ranks found, as damage that each has read, is told by the lowest; the others leave silently.
+    """
+    heart = Heartbeat(folder, rank, world_size, timeout_s)
+    if world_size == 1:
+        yield heart
+        return
+    heart.start()
+    try:
+        yield heart
+    except (Stopped, SystemExit):  # all ranks leave together, some a save later than others
+        heart.stop(DONE)
+        raise
+    except LostRank as error:
+        who = heart.silent()
+        heart.stop(LOST + who)
+        raise LostRank(f"{who}: {error}") from error
+    except BaseException as error:
+        mistake = error if isinstance(error, LlamaxError) else None
+        line = str(mistake).partition("; ")[0] if mistake else repr(error)  # without the remedy
+        why = line.splitlines()[0] if line else type(error).__name__
+        told = mistake is not None and heart.told(why)
+        heart.stop(why)
+        if mistake and told:
+            raise SystemExit(mistake.exit_code) from None
+        raise
+    heart.stop(DONE)

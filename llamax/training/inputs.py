@@ -1,0 +1,157 @@
+"""What a run reads before it starts: its data, and the weights or the checkpoint it goes on from.
+
+All of it is opened and checked against the configuration before any process group exists, so that
+a mistake is told at once, by one rank, in one line.  Checksums come second: each rank verifies what
+it reads of a checkpoint and its share of the data, and whoever finds damage says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+
+from llamax.checkpoint.build_model import check_resumed, finetune_info
+from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.manifest import CONFIG, find, newest, newest_intact
+from llamax.checkpoint.peft import AdapterInfo
+from llamax.checkpoint.reader import Checkpoint
+from llamax.checkpoint.source import Source
+from llamax.config.load import load_config, toml
+from llamax.config.model import ModelConfig
+from llamax.config.schema import Config, sections
+from llamax.data.dataset import Dataset, open_dataset
+from llamax.data.samples import Samples
+from llamax.data.token_file import GoOn, Verify
+from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.runtime.errors import CheckpointError, ConfigError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """``resumed``: the checkpoint to go on from; else ``first``: where the first weights are.
+
+    With ``adapters`` ``first`` is their base, and there beside ``resumed``.  ``newest`` is what
+    this rank found to be the newest checkpoint.
+    """
+
+    dataset: Dataset
+    training: Samples
+    validation: Samples | None
+    resumed: Checkpoint | None
+    first: Source | None
+    adapters: AdapterInfo | None = None
+    newest: Path | None = None
+
+    def check_newest(self, config: Config) -> None:
+        """Called when all ranks have met and the folder is ours: CheckpointError where a job before
+        saved once more after this rank had looked, as ranks would then differ in what they resume.
+        """
+        if config.checkpoint.resume in ("auto", "intact"):
+            now = newest(Path(config.run.folder) / "checkpoints")
+            if now != self.newest:
+                raise CheckpointError(f"{now} was saved while this job started; start it again")
+
+    def verify(self, config: Config, share: int, of: int, go_on: GoOn) -> None:
+        """Check the ``share``-th of ``of`` parts of what loading does not check as it reads.
+
+        ``go_on`` is asked now and then whether anybody still wants to know.
+        Raises DataError or CheckpointError that names the damaged file.
+        """
+        if self.resumed is not None:
+            self.resumed.check_rng(share, of)
+        if config.data.verify == "start":
+            self.dataset.verify(share, of, go_on)
+
+    def changed(self, config: Config) -> list[str]:
+        """What decides samples and updates and is not as it was when the checkpoint was saved."""
+        if self.resumed is None or not (self.resumed.folder / CONFIG).is_file():
+            return []
+        try:
+            then = load_config(str(self.resumed.folder / CONFIG))
+        except ConfigError:  # of another llamax
+            return []
+        now = dict(sections(config))
+        return [
+            f"{section}.{field.name} {toml(before)} -> {toml(after)}"
+            for section, theirs in sections(then)
+            if section in ("data", "optim", "run")
+            for field in fields(theirs)
+            if section != "run" or field.name == "seed"
+            if (before := getattr(theirs, field.name))
+            != (after := getattr(now[section], field.name))
+        ]
+
+
+def open_inputs(config: Config) -> Inputs:
+    """Open what ``config`` names.
+
+    Raises DataError, CheckpointError or ConfigError for what is missing or does not fit.
+    """
+    data, checkpoint = config.data, config.checkpoint
+    verify: Verify = "off" if data.verify == "off" else "read"
+    dataset = open_dataset(data.path, verify, config.model.vocab_size)
+    if data.validation:
+        held_out = open_dataset(data.validation, verify, config.model.vocab_size)
+        held_out.check_tokenizer(dataset.fingerprint, data.path)
+        dataset = replace(dataset, validation=held_out.train)
+    dataset.check_vocabulary(config.model.vocab_size)
+    if checkpoint.also_hf and Path(data.path).is_dir():
+        load_tokenizer(Path(data.path))  # every save writes it: refused now, not after the first
+    resumed = first = latest = None
+    if checkpoint.resume in ("auto", "intact"):
+        folder = Path(config.run.folder) / "checkpoints"
+        found = latest = newest(folder)
+        if checkpoint.resume == "intact":
+            found = newest_intact(folder)
+        resumed = None if found is None else Checkpoint(found)
+    elif checkpoint.resume != "never":
+        resumed = Checkpoint(find(Path(checkpoint.resume)))
+    if resumed is not None:
+        _check_position(resumed)
+        _same_network(config, resumed)
+        if fingerprint := resumed.state.get("tokenizer"):  # an imported checkpoint has none
+            dataset.check_tokenizer(fingerprint, str(resumed.folder))
+    if checkpoint.init_from and (resumed is None or config.finetune.method != "full"):
+        first = open_source(checkpoint.init_from)
+        _same_network(config, first)
+    adapters = finetune_info(config.finetune, first)
+    if resumed is not None:
+        check_resumed(config.finetune, resumed, first)
+    training, validation = (
+        None if file is None else Samples(file, data, config.run.seed)
+        for file in (dataset.train, dataset.validation)
+    )
+    assert training is not None
+    return Inputs(dataset, training, validation, resumed, first, adapters, latest)
+
+
+def _check_position(resumed: Checkpoint) -> None:
+    consumed = resumed.state.get("consumed_sequences")
+    if type(consumed) is not int or consumed < 0:
+        raise CheckpointError(
+            f"{resumed.folder} does not say how much its training has seen; start from its weights "
+            f"with --checkpoint.init_from={resumed.folder} --checkpoint.resume=never"
+        )
+
+
+def _same_network(config: Config, source: Source) -> None:
+    theirs = ModelConfig.from_hub(source.model)
+    if names := config.model.differences(theirs):
+        options = " ".join(_options(theirs, names, "--model."))
+        raise ConfigError(
+            f"model.{names[0]}={getattr(config.model, names[0])} but {source.folder} has "
+            f"{getattr(theirs, names[0])}; use the configuration that belongs to these weights"
+            + (f", or {options}" if options else "")
+        )
+
+
+def _options(section: object, names: Iterable[str], prefix: str) -> Iterator[str]:
+    """The options that set these fields to what a section has."""
+    for name in names:
+        value = getattr(section, name)
+        if is_dataclass(value):
+            inside = [field.name for field in fields(value)]
+            yield from _options(value, inside, f"{prefix}{name}.")
+        elif value is not None:
+            yield f"{prefix}{name}={toml(value)}"

@@ -1,0 +1,289 @@
+"""What a run reports: every printed number comes from a pure function here.
+
+One ``Record`` per log step is the truth, kept as a line of JSON; everything else is a view of it::
+
+    Record ──┬─> metrics.jsonl   each step once, floats to the last bit, also after a resume
+             ├─> console         one aligned line, and a progress bar on a terminal
+             └─> TensorBoard     loss, reduced_train_loss, grad_norm, throughput, lr, mfu, ...
+
+Model FLOPs follow PaLM (Chowdhery et al. 2022, appendix B), with causal attention counted once: a
+matmul weight costs 2 FLOPs a token forward and 4 backward, and a token attends to half the sequence
+on average.  Recomputation does not count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+from llamax.runtime.errors import BackendError, DataError
+from llamax.runtime.logging import logger, show_line
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+from llamax.runtime.units import eta, show_bytes, show_number, show_time
+
+# ---- the record
+
+
+@dataclass(frozen=True)
+class Record:
+    """One reported step of a run."""
+
+    step: int
+    consumed_tokens: int
+    seconds: float  # since the start of the run
+    step_s: float
+    loss: float  # nats per token, mean over the global batch
+    grad_norm: float
+    lr: float
+    tokens_per_s: float
+    mfu: float
+    memory_bytes: int  # peak of this rank
+    validation_loss: float | None = None
+
+    def to_json(self) -> str:
+        """One line of JSON; Python's repr keeps every bit of a float."""
+        return json.dumps({k: v for k, v in asdict(self).items() if v is not None})
+
+    @classmethod
+    def from_json(cls, line: str | bytes) -> Record:
+        """The record of a line; ValueError or TypeError where it is none."""
+        values = json.loads(line)
+        record = cls(**values)
+        if not all(isinstance(value, (int, float)) for value in values.values()):
+            raise TypeError("a record holds numbers alone")
+        return record
+
+
+# ---- the views
+
+
+class Writer(Protocol):
+    """A view of a run's records."""
+
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Writers:
+    """Several views as one; a context manager that closes them all."""
+
+    def __init__(self, writers: Iterable[Writer]) -> None:
+        self.writers = tuple(writers)
+
+    def write(self, record: Record) -> None:
+        for writer in self.writers:
+            writer.write(record)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+    def __enter__(self) -> Writers:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        at: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_jsonl(path: Path) -> list[Record]:
+    """All records of a log; a last line cut short is left out, any other raises DataError."""
+    return Log(path).read()
+
+
+class Log:
+    """A log that grows: what was read is not read again, unless the file was written anew."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.records = path, list[Record]()
+        self.file, self.end = 0, 0  # its inode, and where the whole lines read so far end
+
+    def read(self) -> list[Record]:
+        """All records so far, as ``read_jsonl``."""
+        if not self.path.exists():
+            return []
+        with open(self.path, "rb") as file:
+            about = os.fstat(file.fileno())
+            if about.st_ino != self.file or about.st_size < self.end:
+                self.records, self.file, self.end = [], about.st_ino, 0
+            file.seek(self.end)
+            lines = file.read().splitlines(keepends=True)
+        for number, line in enumerate(lines, 1):
+            try:
+                record = Record.from_json(line)
+            except (ValueError, TypeError):
+                if number == len(lines):
+                    break
+                where = f"{self.path}:{len(self.records) + 1}"
+                raise DataError(f"{where}: not a record; remove this line") from None
+            if not line.endswith(b"\n"):  # its end will come, and is read with it
+                return [*self.records, record]
+            self.records.append(record)
+            self.end += len(line)
+        return list(self.records)
+
+
+class JsonlWriter:
+    """Appends a line of JSON per record, on disk before ``write`` returns.
+
+    Records that find no room there wait for it: a full disk must not end a run that can go on.
+    A run resumed at ``resumed_step`` keeps the records up to that step and drops later ones, which
+    the run will make again: the log holds each step once.  The rewrite is atomic.
+    """
+
+    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [r for r in read_jsonl(path) if r.step <= resumed_step] if resumed_step else []
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text("".join(f"{r.to_json()}\n" for r in kept), encoding="utf-8")
+        os.replace(partial, path)
+        self.path, self.waiting, self.told = path, b"", False
+        self.fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+
+    def write(self, record: Record) -> None:
+        self.waiting += f"{record.to_json()}\n".encode()
+        try:
+            while self.waiting:
+                self.waiting = self.waiting[os.write(self.fd, self.waiting) :]
+            self.told = False
+        except OSError as error:
+            if not self.told:
+                logger.warning("cannot write %s: %s; records wait", self.path, error.strerror)
+            self.told = True
+
+    def close(self) -> None:
+        if self.waiting:
+            logger.warning("%s lacks its last %d bytes", self.path, len(self.waiting))
+        os.close(self.fd)
+
+
+def line(record: Record, steps: int) -> str:
+    """The console line of a record, aligned from step to step."""
+    validation = record.validation_loss
+    parts = [
+        f"step {record.step:>{len(str(steps))}}/{steps}",
+        f"loss {record.loss:8.4f}",
+        "" if validation is None else f"validation {validation:8.4f}",
+        f"grad {record.grad_norm:8.3f}",
+        f"lr {record.lr:.2e}",
+        f"{show_number(record.tokens_per_s):>6} tokens/s",
+        f"mfu {record.mfu:6.1%}" if record.mfu else "",
+        f"{show_bytes(record.memory_bytes):>8}",
+        f"left {show_time(eta(record.step, steps, record.step_s))}",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+class ConsoleWriter:
+    """One line per record on ``stream``, and below it a bar with the time left if ``bar``."""
+
+    def __init__(
+        self, steps: int, step: int = 0, bar: bool = False, stream: TextIO = sys.stderr
+    ) -> None:
+        self.steps, self.stream = steps, stream
+        self.bar: Any = None
+        if bar:
+            from tqdm import tqdm
+
+            self.bar = tqdm(
+                total=steps, initial=step, file=stream, unit="step", dynamic_ncols=True, leave=False
+            )
+
+    def write(self, record: Record) -> None:
+        text = line(record, self.steps)
+        if self.bar is None:
+            show_line(text, self.stream)
+            return
+        self.bar.write(text, file=self.stream)
+        self.bar.set_postfix_str(
+            f"loss {record.loss:.4f}, {show_number(record.tokens_per_s)} tokens/s", refresh=False
+        )
+        self.bar.update(record.step - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class TensorBoardWriter:
+    """Events for TensorBoard in ``folder``, under the tags other Llama trainers use."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise BackendError(
+                "run.tensorboard=true needs the package tensorboard, which is not installed; "
+                "pip install 'llamax[watch]', or use run.tensorboard=false"
+            ) from None
+        self.events: SummaryWriter = SummaryWriter(str(folder))
+
+    def write(self, record: Record) -> None:
+        for tag, value in tagged(record).items():
+            self.events.add_scalar(tag, value, record.step)
+
+    def close(self) -> None:
+        self.events.close()
+
+
+def tagged(record: Record) -> dict[str, float]:
+    """What of a record the other views show, under the tags other Llama trainers use."""
+    tags = {
+        "loss": record.loss,
+        "reduced_train_loss": record.loss,
+        "grad_norm": record.grad_norm,
+        "throughput": record.tokens_per_s,
+        "lr": record.lr,
+        "mfu": record.mfu,
+        "consumed_tokens": record.consumed_tokens,
+        "validation_loss": record.validation_loss,
+    }
+    return {tag: value for tag, value in tags.items() if value is not None}
+
+
+class WandbWriter:
+    """A run of W&B named after the folder; ``mode`` offline or online, ``settings`` its config.
+
+    A run that is resumed goes on under the same id, which the folder keeps.
+    """
+
+    def __init__(self, folder: Path, project: str, mode: str, settings: dict[str, Any]) -> None:
+        try:
+            import wandb  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        except ImportError:
+            raise BackendError(
+                f"run.wandb={mode} needs the package wandb, which is not installed; "
+                "pip install wandb, or use run.wandb=off"
+            ) from None
+        kept = folder / "wandb-id"
+        run_id = kept.read_text() if kept.exists() else secrets.token_hex(4)
+        kept.write_text(run_id)
+        self.run: Any = wandb.init(
+            project=project,
+            name=folder.name,
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            dir=str(folder),
+            mode=mode,
+            config=settings,
+        )
+
+    def write(self, record: Record) -> None:
+        self.run.log(tagged(record), step=record.step)
+
+    def close(self) -> None:
+        self.run.finish()

@@ -1,0 +1,57 @@
+"""Where the time of a step goes: torch's profiler over a window of steps.
+
+``--run.profile_at=10 --run.profile_steps=3`` records steps 10, 11 and 12 on rank 0 and leaves in
+the run's folder::
+
+    profile/rank-00000-steps-10-12.json   a trace: chrome://tracing or ui.perfetto.dev show it
+    profile/rank-00000-steps-10-12.txt    operations by their own time, longest first
+
+The steps before are the warm-up.  A lazy device (XLA) computes where the profiler cannot see: there
+the trace shows the host, and Neuron's own inspector shows the device.  Start the job with
+NEURON_RT_INSPECT_ENABLE=1 and NEURON_RT_INSPECT_OUTPUT_DIR=FOLDER in its environment, and look at
+it with ``neuron-profile view``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch.profiler import ProfilerActivity, profile, supported_activities
+
+from llamax.config.schema import RunConfig
+from llamax.runtime.logging import logger
+
+LONGEST = 40  # operations in the table
+
+
+class Profiler:
+    """Records the configured window of steps; call ``at`` when a step begins, ``stop`` at last."""
+
+    def __init__(self, run: RunConfig, folder: Path, rank: int) -> None:
+        self.first, self.last = run.profile_at, run.profile_at + run.profile_steps - 1
+        self.folder, self.rank = folder / "profile", rank
+        self.on = bool(run.profile_at) and rank == 0
+        self.profiler: profile | None = None
+
+    def at(self, step: int) -> None:
+        """Step ``step`` begins: the window opens or closes with it."""
+        if self.on and step == self.first:
+            wanted = {ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()
+            self.profiler = profile(activities=sorted(wanted, key=str), profile_memory=True)
+            self.profiler.__enter__()
+        elif step == self.last + 1:
+            self.stop()
+
+    def stop(self) -> None:
+        """Close the window, if it is open, and write what was seen."""
+        found, self.profiler = self.profiler, None
+        if found is None:
+            return
+        found.__exit__(None, None, None)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"rank-{self.rank:05d}-steps-{self.first}-{self.last}"
+        found.export_chrome_trace(str(self.folder / f"{name}.json"))
+        device = "cuda" if ProfilerActivity.CUDA in found.activities else "cpu"
+        table = found.key_averages().table(f"self_{device}_time_total", row_limit=LONGEST)
+        (self.folder / f"{name}.txt").write_text(table + "\n", encoding="utf-8")
+        logger.info("profiled steps %d to %d: %s", self.first, self.last, self.folder / name)

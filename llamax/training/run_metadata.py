@@ -1,0 +1,74 @@
+"""Where a run takes place and with what: ``environment.json`` in its folder.
+
+For whoever reads the run later: the machine, its price, versions, the job's name at its launcher.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from llamax import __version__
+from llamax.config.hardware import load_machine
+from llamax.runtime.errors import ConfigError
+
+PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2 the instance type
+PACKAGES = ("torch", "torch-xla", "torch-neuronx", "neuronx-cc", "neuronx-distributed", "numpy")
+
+
+def describe(world_size: int, local_world_size: int, job: str) -> dict[str, Any]:
+    """All of it, ready for JSON; the price is that of the machine's instance type, if known."""
+    nodes = -(-world_size // local_world_size)
+    instance = _instance()
+    return {
+        "job": job,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "host": socket.gethostname(),
+        "nodes": nodes,
+        "ranks": world_size,
+        "instance": instance,
+        "dollars_per_hour": nodes * _price(instance),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        "python": platform.python_version(),
+        "llamax": __version__,
+        **dict(_versions()),
+        "command": " ".join(sys.argv),
+    }
+
+
+def write(folder: Path, world_size: int, local_world_size: int, job: str) -> None:
+    """Leave it in a run's folder."""
+    text = json.dumps(describe(world_size, local_world_size, job), indent=2)
+    (folder / "environment.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _versions() -> list[tuple[str, str]]:
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append((package, importlib.metadata.version(package)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _instance() -> str:
+    try:
+        return PRODUCT.read_text(encoding="utf-8").strip()
+    except OSError:
+        return ""
+
+
+def _price(instance: str) -> float:
+    try:
+        return load_machine(instance).dollars_per_hour if instance else 0.0
+    except ConfigError:
+        return 0.0

@@ -1,0 +1,267 @@
+"""The pieces of a run on one rank, and how they are built: new, or as a checkpoint left them."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from llamax.backends.base import Backend
+from llamax.backends.transfer import move_parameter, moved
+from llamax.checkpoint.build_model import build_model, describe_finetune
+from llamax.checkpoint.load import load_owned, load_weights
+from llamax.checkpoint.peft import AdapterInfo
+from llamax.checkpoint.safetensors_io import write_text
+from llamax.checkpoint.save import Saver
+from llamax.config.flops import flops_per_token
+from llamax.config.load import dump_config
+from llamax.config.schema import Config
+from llamax.data.dataset import Dataset
+from llamax.data.loader import Batches
+from llamax.data.samples import Samples
+from llamax.model.llama import DTYPES, Llama
+from llamax.model.lora import num_parameters, trained
+from llamax.model.qlora import stores
+from llamax.optim.zero1 import Zero1
+from llamax.parallel.collectives import Axes
+from llamax.parallel.mesh import Mesh
+from llamax.runtime.errors import CheckpointError
+from llamax.runtime.logging import logger
+from llamax.runtime.units import show_number
+from llamax.training.early_stopping import EarlyStopping
+from llamax.training.inputs import Inputs
+from llamax.training.metrics import (
+    ConsoleWriter,
+    JsonlWriter,
+    TensorBoardWriter,
+    WandbWriter,
+    Writer,
+)
+from llamax.training.recorder import Measures
+
+
+@dataclass(frozen=True)
+class Job:
+    """The pieces of a run on one rank, ready to go on after ``step`` steps."""
+
+    config: Config
+    mesh: Mesh
+    backend: Backend
+    axes: Axes
+    dataset: Dataset
+    model: Llama
+    optimizer: Zero1
+    saver: Saver
+    step: int
+    consumed_sequences: int
+    adapters: AdapterInfo | None
+    training: Samples
+    validation: Samples | None
+    patience: EarlyStopping
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.folder)
+
+    @property
+    def main(self) -> bool:
+        return self.axes.world.rank == 0
+
+
+def prepare(
+    config: Config,
+    mesh: Mesh,
+    backend: Backend,
+    axes: Axes,
+    inputs: Inputs,
+    draw: bool = True,
+) -> Job:
+    """Model, optimizer and saver, as the checkpoint to resume left them, or new.
+
+    Without ``draw`` new weights are whatever memory holds.
+    """
+    resumed, tp = inputs.resumed, axes.tp
+    torch.manual_seed(config.run.seed)
+    home = torch.device("cpu") if backend.traces else backend.device
+    model = build_model(config, inputs.first, draw and resumed is None, axes, home)
+    parameters = trained(model)
+    shards = {name: model.shards[name] for name in parameters}
+    optimizer = Zero1(
+        parameters,
+        shards,
+        config.optim,
+        axes,
+        sequence_parallel=model.sequence_parallel,
+        zero1=config.parallel.zero1,
+        bucket_bytes=config.parallel.bucket_bytes,
+    )
+    step = consumed = 0
+    if resumed is not None:
+        load_owned(resumed, optimizer.owned(), shards, tp.size, tp.rank)
+        if backend.traces:  # which has no program yet to gather with
+            load_weights(resumed, parameters, shards, tp.size, tp.rank)
+        else:
+            optimizer.gather_parameters()
+        rng = resumed.rng(tp.rank, axes.data.rank)
+        if rng is not None:
+            try:
+                torch.set_rng_state(rng)
+            except (RuntimeError, TypeError):
+                raise CheckpointError(
+                    f"{resumed.folder} holds a random state that is none of torch "
+                    f"{torch.__version__}'s; resume it with torch {resumed.manifest.torch!r:.40}"
+                ) from None
+        step, consumed = resumed.step, int(resumed.state["consumed_sequences"])
+        logger.info("resuming from %s, after step %d", resumed.folder, step)
+    elif config.checkpoint.resume != "never":
+        logger.info("starting fresh: %s has no complete checkpoint", config.run.folder)
+    if backend.traces:
+        optimizer.to(backend.device)
+        move_rest(model, backend.device)
+    saver = Saver(
+        Path(config.run.folder) / "checkpoints",
+        axes,
+        parameters,
+        shards,
+        zero1=config.parallel.zero1,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        keep_best=config.checkpoint.keep_best,
+        also_hf=config.checkpoint.also_hf,
+        background=config.checkpoint.background,
+        timeout_s=config.run.timeout_s,
+        barrier=backend.barrier,
+    )
+    return Job(
+        config,
+        mesh,
+        backend,
+        axes,
+        inputs.dataset,
+        model,
+        optimizer,
+        saver,
+        step,
+        consumed,
+        inputs.adapters,
+        inputs.training,
+        inputs.validation,
+        EarlyStopping(config.run.patience, backend.fetch, resumed.state if resumed else {}),
+    )
+
+
+def introduce(job: Job) -> None:
+    """Say what will run, and write the resolved configuration into the run folder."""
+    config, mesh = job.config, job.mesh
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_text(job.folder / "config.toml", dump_config(config))
+    logger.info(
+        "%s parameters in %s on %d ranks (%s): tensor %d%s x data %d%s",
+        show_number(config.model.num_parameters()),
+        config.run.dtype,
+        mesh.world_size,
+        config.run.backend,
+        mesh.tp,
+        " with sequence parallelism" if job.model.sequence_parallel else "",
+        mesh.dp,
+        " with ZeRO-1" if config.parallel.zero1 and mesh.dp > 1 else "",
+    )
+    logger.info(
+        "%s: %s tokens, %s a step in %d microsteps, %s",
+        config.data.path,
+        show_number(len(job.dataset.train)),
+        show_number(config.data.global_batch * config.data.sequence_length),
+        config.accumulation(mesh.dp),
+        f"steps {job.step + 1} to {config.run.steps}"
+        if job.step < config.run.steps
+        else f"nothing left of run.steps={config.run.steps}",
+    )
+    logger.info("samples: %s", job.training)
+    if job.validation is None and config.run.validates:
+        logger.warning(
+            "nothing will be validated: %s holds no validation text; prepare it with a larger "
+            "--validation, or name a dataset in data.validation",
+            config.data.path,
+        )
+    if job.adapters is not None:
+        logger.info("%s", describe_finetune(config, mesh.tp, job.axes.data.size))
+    begins, prompted = job.dataset.train.header.bos_id, config.model.bos_token_id
+    if begins != prompted:
+        logger.warning(
+            "documents of %s begin with %s, but the model will be prompted with %s; set "
+            "model.bos_token_id",
+            config.data.path,
+            *("no BOS token" if bos is None else f"BOS token {bos}" for bos in (begins, prompted)),
+        )
+
+
+def loaders(job: Job) -> tuple[Batches, Batches | None]:
+    """Training samples from where the run stands, and validation samples in their fixed order."""
+    axis, validation = job.axes.data, job.validation
+    return (
+        job.training.loader(axis, job.consumed_sequences, shuffle=True),
+        None if validation is None else validation.loader(axis, 0, shuffle=False),
+    )
+
+
+def writers(job: Job) -> list[Writer]:
+    """The views of the run's records; rank 0 alone writes."""
+    run = job.config.run
+    if not job.main:
+        return []
+    bar = run.progress == "on" or (run.progress == "auto" and sys.stderr.isatty())
+    views: list[Writer] = [
+        JsonlWriter(job.folder / "metrics.jsonl", job.step),
+        ConsoleWriter(run.steps, job.step, bar),
+    ]
+    if run.tensorboard:
+        views.append(TensorBoardWriter(job.folder / "tensorboard"))
+    if run.wandb != "off":
+        views.append(WandbWriter(job.folder, run.wandb_project, run.wandb, asdict(job.config)))
+    return views
+
+
+def measures(job: Job) -> Measures:
+    """What throughput is counted in."""
+    data, peak = job.config.data, job.backend.peak_flops(DTYPES[job.config.run.dtype])
+    adapters = num_parameters(job.config.model, job.config.finetune) if job.adapters else 0
+    return Measures(
+        fetch=job.backend.fetch,
+        memory=job.backend.memory,
+        step_tokens=data.global_batch * data.sequence_length,
+        flops_per_token=flops_per_token(job.config.model, data.sequence_length, adapters),
+        peak_flops=(peak or 0.0) * job.mesh.world_size,
+    )
+
+
+def move_rest(model: Llama, device: torch.device) -> None:
+    """Move what the optimizer has not: frozen weights, whole or quantised, and buffers."""
+    for parameter in model.parameters():
+        if parameter.device != device:
+            move_parameter(parameter, device)
+    for each in stores(model):
+        each.to(device)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, moved(buffer, device))
+
+
+def resolve(config: Config, samples: int) -> Config:
+    """The configuration with its epochs and its warm-up ratio in steps; checked once more.
+
+    The last step of the last epoch is whole: it takes what it lacks from the next pass.
+    Raises ConfigError where the schedule does not fit.
+    """
+    run, optim = config.run, config.optim
+    if run.epochs:
+        run = replace(run, steps=-(-run.epochs * samples // config.data.global_batch), epochs=0)
+    if optim.warmup_ratio:
+        warmup = math.ceil(optim.warmup_ratio * run.steps)
+        optim = replace(optim, warmup_steps=warmup, warmup_ratio=0.0)
+    if (run, optim) != (config.run, config.optim):
+        config = replace(config, run=run, optim=optim)
+        config.check()
+    return config

@@ -1,0 +1,186 @@
+"""Ranks as threads of one process on torch-xla's CPU client, whose collectives really execute.
+
+torch-xla's CPU client joins the devices of one process, not processes.  So ``run(4, fn, *args)``
+starts a process with four CPU devices, and in it four threads, each the only user of its device,
+that call ``fn(rank, *args)``.  Nothing in llamax knows: a thread sees its own device, ordinal and
+world as a process on trn1 does.
+
+Replicas meet only inside the *same* executable.  So at every ``torch_xla.sync`` they line up::
+
+    rank 0   trace ... | compile, start |          | trace ...
+    rank 1   trace ..... | wait         | start    | trace ...
+    rank 2   trace ...   | wait           | start  | trace ...
+
+and every rank after the first must find its program in the compilation cache: one that traced
+another graph has its own, which is what would happen on Trainium, and is reported at once.  Between
+these points nothing may execute, so a value that is read in the middle of a step is an error, not a
+rank that waits for ever in a collective.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from support.world import _module
+
+os.environ["PJRT_DEVICE"] = "CPU"  # or torch_xla says on import that it chose so
+PRELOAD = ["torch", "torch_xla", "pytest", "llamax.train", "support.world"]
+
+
+class ReplicaError(AssertionError):
+    """A replica failed, hung, or traced a graph of its own."""
+
+
+def run(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 500.0) -> list[Any]:
+    """What ``fn(rank, *args)`` returns on ``size`` replicas, in rank order.
+
+    ``fn`` is a function at the top level of a test module; arguments and results travel pickled.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    here, there = context.Pipe()
+    job = fn.__module__, os.path.abspath(fn.__code__.co_filename), fn.__qualname__, args, sys.path
+    stacks = tempfile.NamedTemporaryFile("r", prefix="stacks-")  # noqa: SIM115
+    work = (size, there, pickle.dumps(job), stacks.name, timeout_s)
+    process = context.Process(target=_serve, args=work, daemon=True)
+    process.start()
+    there.close()
+    try:
+        if not here.poll(timeout_s + 5):
+            where = f"hung for {timeout_s:g} s in {fn.__qualname__}"
+            raise ReplicaError(f"{size} replicas {where}\n{stacks.read()}")
+        good, value = pickle.loads(here.recv_bytes())
+    except EOFError:
+        process.join(5)
+        raise ReplicaError(f"the replicas died, exit code {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+        here.close()
+        stacks.close()
+    if not good:
+        raise ReplicaError(value)
+    return list(value)
+
+
+Answer = Callable[[bool, Any], None]
+
+
+class Lockstep:
+    """Lines replicas up where they hand a graph to the device."""
+
+    def __init__(self, size: int, answer: Answer) -> None:
+        self.size, self.answer = size, answer
+        self.everybody = threading.Barrier(size)
+        self.turn, self.changed = 0, threading.Condition()
+        self.compiled: int | None = None  # all there should be, while a later rank has its turn
+
+    def sync(self, wait: bool = False, reset_scope: bool = True) -> None:
+        """What ``torch_xla.sync`` does, rank by rank."""
+        import torch_xla
+        import torch_xla.core.xla_model as xm
+        import torch_xla.runtime as xr
+
+        rank, device = xr.global_ordinal(), torch_xla._XLAC._xla_get_default_device()
+        self.everybody.wait()
+        with self.changed:
+            self.changed.wait_for(lambda: self.turn == rank)
+            torch_xla._XLAC._set_allow_execution(True)
+            self.compiled = compilations() if rank else None
+            torch_xla._XLAC._xla_step_marker(device, [], wait=False, reset_scope=reset_scope)
+            torch_xla._XLAC._set_all_reduce_token(device, None)
+            self.check()
+            self.compiled = None
+            self.turn = (rank + 1) % self.size
+            torch_xla._XLAC._set_allow_execution(self.turn > 0 or self.size == 1)
+            self.changed.notify_all()
+        self.everybody.wait()  # every rank has started: its collectives can end
+        if wait:
+            xm.wait_device_ops([device])
+        xm._run_step_closures()
+
+    def check(self) -> None:
+        """End where a later rank compiles: those before it wait in collectives that never end."""
+        allowed = self.compiled
+        if allowed is not None and compilations() > allowed:
+            self.answer(False, f"rank {self.turn} traced another graph than rank 0")
+
+    def watch(self) -> None:
+        """Check also while that rank compiles, which can outlast the others' patience of 10 s."""
+        while True:
+            time.sleep(0.05)
+            self.check()
+
+    def run(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        """``fn`` on every device; ``answer`` is told the first failure, or the results."""
+        import torch_xla
+        import torch_xla.core.xla_model as xm
+        import torch_xla.runtime as xr
+        from torch_xla._internal import pjrt
+
+        from llamax.backends.xla import Xla
+
+        torch_xla.sync = self.sync
+        torch_xla._XLAC._set_allow_execution(self.size == 1)
+        Xla.barrier = lambda _: self.everybody.wait()  # type: ignore[assignment, method-assign]
+        threading.Thread(target=self.watch, daemon=True).start()
+        results: dict[int, Any] = {}
+
+        def replica() -> None:
+            rank = xr.global_ordinal()
+            try:
+                results[rank] = fn(rank, *args)
+            except BaseException:
+                self.answer(False, f"--- rank {rank} of {self.size}\n{traceback.format_exc()}")
+
+        pjrt._run_thread_per_device(
+            0,
+            1,
+            replica,
+            lambda *_: xm.set_replication(torch_xla.device(), xm.get_xla_supported_devices()),
+        )
+        self.answer(True, [results[rank] for rank in range(self.size)])
+
+
+def compilations() -> int:
+    """Programs that were not found in the cache; torch-xla counts before it compiles."""
+    import torch_xla.debug.metrics as met
+
+    return int(met.counter_value("UncachedCompile") or 0)
+
+
+def _serve(size: int, pipe: Connection, job: bytes, stacks: str, timeout_s: float) -> None:
+    """The life of the process: its environment, its replicas, their results."""
+    faulthandler.dump_traceback_later(timeout_s, file=open(stacks, "w"))  # noqa: SIM115
+    threads = str(2 * size + 2)  # fewer than replicas and their collectives never meet
+    os.environ |= {
+        "PJRT_DEVICE": "CPU",
+        "CPU_NUM_DEVICES": str(size),
+        "PJRT_CPU_ASYNC_CLIENT": "0",
+        "XLA_THREAD_POOL_SIZE": threads,
+        "NPROC": threads,
+    }
+    first = threading.Lock()
+
+    def answer(good: bool, value: Any) -> None:
+        """Say how it went, and end: after a failure other replicas are stuck in a collective."""
+        first.acquire()
+        pipe.send_bytes(pickle.dumps((good, value)))
+        os._exit(0)
+
+    module, path, name, args, sys.path[:] = pickle.loads(job)
+    try:
+        Lockstep(size, answer).run(getattr(_module(module, path), name), args)
+    except BaseException:
+        answer(False, traceback.format_exc())

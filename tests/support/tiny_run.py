@@ -1,0 +1,106 @@
+"""A run small enough for seconds: its dataset, its configuration, what it leaves, how it starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llamax.config.load import dump_config
+from llamax.config.model import ModelConfig
+from llamax.config.schema import CheckpointConfig, Config, DataConfig, OptimConfig, RunConfig
+from llamax.data.token_file import Header, TokenWriter
+
+MODEL = ModelConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=61,
+    max_position_embeddings=64,
+)
+STEPS = 6
+
+
+def make_dataset(folder: Path, tokenizer: bytes = b"a tokenizer") -> Path:
+    """Documents of a noisy counting language; small enough that a run enters its second epoch."""
+    fingerprint = describe(folder, tokenizer)
+    random = np.random.default_rng(0)
+    for name, documents in (("train", 9), ("validation", 4)):
+        with TokenWriter(
+            folder / f"{name}.tokens", Header(fingerprint, MODEL.vocab_size)
+        ) as writer:
+            for _ in range(documents):
+                length = int(random.integers(20, 80))
+                start = random.integers(MODEL.vocab_size)
+                tokens = (start + np.arange(length) + random.integers(0, 2, length)) % 61
+                writer.add(tokens.astype(np.uint16), np.array([length]), length)
+    return folder
+
+
+def describe(folder: Path, tokenizer: bytes) -> str:
+    """Make a folder look like a dataset of this tokenizer; its fingerprint."""
+    (folder / "tokenizer.model").write_bytes(tokenizer)
+    (folder / "dataset.json").write_text(json.dumps({"tokenizer_file": "tokenizer.model"}))
+    return hashlib.sha256(tokenizer).hexdigest()
+
+
+def config(dataset: Path, folder: Path, **run: Any) -> Config:
+    return Config(
+        model=MODEL,
+        optim=OptimConfig(lr=3e-3, warmup_steps=2),
+        data=DataConfig(path=str(dataset), sequence_length=32, global_batch=4, micro_batch=1),
+        checkpoint=CheckpointConfig(every=1, keep=0),
+        run=RunConfig(
+            folder=str(folder), steps=STEPS, validate_every=2, progress="off", threads=1, **run
+        ),
+    )
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """What a run found, without its clock and memory."""
+    clock = ("seconds", "step_s", "tokens_per_s", "mfu", "memory_bytes")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: r[key] for key in r if key not in clock} for r in records]
+
+
+def hashes(folder: Path, step: int) -> dict[str, str]:
+    manifest = json.loads((folder / f"checkpoints/step-{step:08d}/manifest.json").read_text())
+    return {file["name"]: file["sha256"] for file in manifest["files"]}
+
+
+def forget(folder: Path, step: int) -> None:
+    """Leave the run as if it had been killed after the checkpoint of ``step``."""
+    for later in range(step + 1, STEPS + 1):
+        shutil.rmtree(folder / f"checkpoints/step-{later:08d}")
+
+
+def torchrun(ranks: int, path: Path, *overrides: str) -> subprocess.Popen[str]:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-port", str(free_port())]  # other tests may start jobs at the same time
+    return subprocess.Popen(
+        [sys.executable, *command, "-m", "llamax.train", "--config", str(path), *overrides],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def write(cfg: Config, path: Path) -> Path:
+    path.write_text(dump_config(cfg))
+    return path
