@@ -32,8 +32,8 @@ from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.runs import Run, whole
 from llamax.checkpoint.safetensors_io import Entry, building, read_header, write, writing
 from llamax.checkpoint.source import Piece, Source
+from llamax.config.rules.finetune import LINEAR
 from llamax.config.schema import FinetuneConfig
-from llamax.config.validate import LINEAR
 from llamax.runtime.errors import CheckpointError
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"

@@ -26,6 +26,7 @@ from llamax.backends import choose
 from llamax.backends.base import EAGER
 from llamax.cli.generate import TIMEOUT_S, new_file
 from llamax.config.schema import Config, DataConfig, ParallelConfig
+from llamax.config.validate import check
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.instruction_rows import FIELDS, column
 from llamax.data.samples import Samples
@@ -132,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
         packing=options.packing,
         labels=options.labels,
     )
-    Config(given.model, ParallelConfig(tensor=tp, sequence=False), data=data).check(tp)
+    check(Config(given.model, ParallelConfig(tensor=tp, sequence=False), data=data), tp)
     feed, ends = None, set(given.model.eos_token_ids)
     asked: list[Prompt] = []
     references: list[str] = []

@@ -29,6 +29,7 @@ from llamax.backends import choose
 from llamax.backends.base import EAGER
 from llamax.checkpoint.peft import is_adapter
 from llamax.config.schema import Config, DataConfig, ParallelConfig
+from llamax.config.validate import check
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.instruction_rows import FIELDS, column
 from llamax.data.prepare.tables import Row
@@ -204,7 +205,9 @@ def main(argv: Sequence[str]) -> int:
     asked: list[list[Prompt]] = []
     ends: list[set[int]] = []
     for each in models:
-        Config(each.model, ParallelConfig(tensor=tp), data=DataConfig(sequence_length=tp)).check(tp)
+        check(
+            Config(each.model, ParallelConfig(tensor=tp), data=DataConfig(sequence_length=tp)), tp
+        )
         wording = PromptFormat(
             each.tokenizer,
             None if options.no_bos else each.model.bos_token_id,

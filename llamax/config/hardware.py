@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llamax.config.load import nearest
-from llamax.config.validate import either
+from llamax.config.rules import either
 from llamax.runtime.errors import ConfigError
 
 if sys.version_info >= (3, 11):

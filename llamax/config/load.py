@@ -22,8 +22,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from llamax.config.rules import either
 from llamax.config.schema import Config, sections
-from llamax.config.validate import either
+from llamax.config.validate import problems
 from llamax.runtime.errors import ConfigError, refuse
 
 if sys.version_info >= (3, 11):
@@ -85,7 +86,7 @@ def parse_config(
     for key, text in _pairs(overrides, unknown):
         _override(tables, key, text, unknown)
     config: Config = build(Config, tables, "", wrong, unknown)
-    refuse([*unknown, *wrong.values(), *config.problems(world_size, wrong)], where)
+    refuse([*unknown, *wrong.values(), *problems(config, world_size, wrong)], where)
     return config
 
 

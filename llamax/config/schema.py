@@ -17,14 +17,13 @@ Every field carries its unit, one line of help and the range it lives in (``llam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from llamax.config.fields import COUNT, FRACTION, NATURAL, POSITIVE, about
 from llamax.config.model import ModelConfig as Model
 from llamax.config.model import RopeScaling as RopeScaling
-from llamax.runtime.errors import ConfigError, refuse
 
 
 @dataclass(frozen=True)
@@ -292,30 +291,6 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     run: RunConfig = RunConfig()
-
-    def accumulation(self, data_degree: int) -> int:
-        """Microsteps in one optimizer step, on ``data_degree`` data ranks.
-
-        Raises ConfigError where the global batch is not a whole number of them.
-        """
-        from llamax.config.validate import batch_divides
-
-        for problem in batch_divides(self.data, data_degree):
-            raise ConfigError(problem)
-        return self.data.global_batch // (self.data.micro_batch * data_degree)
-
-    def problems(self, world_size: int | None = None, unusable: Iterable[str] = ()) -> list[str]:
-        """Everything that is wrong, a line each; ``world_size`` in ranks, None: not known yet.
-
-        ``unusable``: keys and sections that were given no value to judge.
-        """
-        from llamax.config.validate import problems
-
-        return list(problems(self, world_size, unusable))
-
-    def check(self, world_size: int | None = None) -> None:
-        """Raise one ConfigError that lists all problems, a line each, if there are any."""
-        refuse(self.problems(world_size), "configuration")
 
 
 def sections(config: Config) -> Iterator[tuple[str, Any]]:

@@ -44,7 +44,7 @@ from llamax.parallel.tensor_parallel import (
     check_ids,
     column_matmul,
 )
-from llamax.runtime.errors import DataError, refuse
+from llamax.runtime.errors import DataError
 
 # What a model may be held in, by its name in configurations.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -377,7 +377,7 @@ def _check(model: ModelConfig, tensor: int, recompute: Recompute) -> None:
     """ConfigError with all that forbids such a model on ``tensor`` ranks, by the rules of a run."""
     parallel, data = ParallelConfig(tensor=tensor, sequence=False), DataConfig(sequence_length=1)
     config = Config(model, parallel, data=data, run=RunConfig(recompute=recompute))
-    refuse(list(validate.problems(config)), "configuration")
+    validate.check(config)
 
 
 def generator(seed: int, name: str) -> torch.Generator:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from llamax.config.model import ModelConfig
+from llamax.config.rules.finetune import LINEAR, target_names
 from llamax.config.schema import FinetuneConfig
-from llamax.config.validate import LINEAR, target_names
 from llamax.model.dropout import Dropout
 from llamax.model.llama import Llama, generator
 from llamax.model.lora_linear import Adapter, Factor, FrozenLinear, Store

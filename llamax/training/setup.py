@@ -19,6 +19,7 @@ from llamax.checkpoint.save import Saver
 from llamax.config.flops import flops_per_token
 from llamax.config.load import dump_config
 from llamax.config.schema import Config
+from llamax.config.validate import accumulation, check
 from llamax.data.dataset import Dataset
 from llamax.data.loader import Batches
 from llamax.data.samples import Samples
@@ -174,7 +175,7 @@ def introduce(job: Job) -> None:
         config.data.path,
         show_number(len(job.dataset.train)),
         show_number(config.data.global_batch * config.data.sequence_length),
-        config.accumulation(mesh.dp),
+        accumulation(config, mesh.dp),
         f"steps {job.step + 1} to {config.run.steps}"
         if job.step < config.run.steps
         else f"nothing left of run.steps={config.run.steps}",
@@ -263,5 +264,5 @@ def resolve(config: Config, samples: int) -> Config:
         optim = replace(optim, warmup_steps=warmup, warmup_ratio=0.0)
     if (run, optim) != (config.run, config.optim):
         config = replace(config, run=run, optim=optim)
-        config.check()
+        check(config)
     return config

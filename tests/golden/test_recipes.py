@@ -14,6 +14,7 @@ import pytest
 
 from llamax.cli.plan import main
 from llamax.config.load import RECIPES, dump_config, load_config, recipes
+from llamax.config.validate import accumulation
 
 GOLDEN = Path(__file__).parent / "recipes"
 
@@ -74,7 +75,7 @@ def test_the_comments_of_a_recipe_tell_the_truth(name: str) -> None:
     assert started
     assert int(started[1] or 1) * int(started[2]) == world
     if counted := re.search(r"(\d+) microsteps", text):
-        assert int(counted[1]) == config.accumulation(data)
+        assert int(counted[1]) == accumulation(config, data)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -19,7 +19,7 @@ from llamax.config.schema import (
     RunConfig,
     sections,
 )
-from llamax.config.validate import RULES
+from llamax.config.validate import RULES, accumulation, check, problems
 from llamax.runtime.errors import ConfigError
 
 MODEL = ModelConfig(
@@ -408,8 +408,8 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
 
 
 def test_a_good_configuration_has_no_problems() -> None:
-    assert GOOD.problems() == GOOD.problems(2) == GOOD.problems(8) == []
-    GOOD.check(4)
+    assert problems(GOOD) == problems(GOOD, 2) == problems(GOOD, 8) == []
+    check(GOOD, 4)
 
 
 def test_every_rule_has_a_case() -> None:
@@ -420,10 +420,10 @@ def test_every_rule_has_a_case() -> None:
 def test_rule_is_tripped_alone_and_kept_on_the_edge(name: str) -> None:
     bad, good = CASES[name]
     for changes, world, problem in bad:
-        assert changed(changes).problems(world) == [problem]
+        assert problems(changed(changes), world) == [problem]
         assert "\n" not in problem
     for changes in good:
-        found = changed(changes).problems(4 if "parallel.data" in changes else None)
+        found = problems(changed(changes), 4 if "parallel.data" in changes else None)
         assert found == []
 
 
@@ -438,12 +438,12 @@ def test_every_number_has_a_range_and_leaving_it_is_told() -> None:
                 numbers += 1
                 for bad in (-1, math.nan, math.inf):
                     key = f"{prefix}.{each.name}"
-                    found = changed({key: bad}).problems(4)
+                    found = problems(changed({key: bad}), 4)
                     assert f"{key}={bad} is out of range; use {allowed.words}" in found
     assert numbers > 25
     for key in ("model.bos_token_id", "model.eos_token_id"):
-        assert f"{key}=-1 is out of range; use 0 or more" in changed({key: -1}).problems()
-    assert changed({"model.eos_token_id": (2, -1)}).problems() == [
+        assert f"{key}=-1 is out of range; use 0 or more" in problems(changed({key: -1}))
+    assert problems(changed({"model.eos_token_id": (2, -1)})) == [
         "model.eos_token_id=(2, -1) is out of range; use 0 or more"
     ]
 
@@ -463,10 +463,10 @@ def test_every_number_has_a_range_and_leaving_it_is_told() -> None:
 def test_ranges_end_where_they_should(key: str, below: Any, edge: Any) -> None:
     assert any(
         line.startswith(f"{key}={below} is out of range")
-        for line in changed({key: below}).problems()
+        for line in problems(changed({key: below}))
     )
     kept = {key: edge, "optim.min_lr": 0.0}
-    assert changed(kept).problems() == []
+    assert problems(changed(kept)) == []
 
 
 @pytest.mark.parametrize(
@@ -481,22 +481,22 @@ def test_ranges_end_where_they_should(key: str, below: Any, edge: Any) -> None:
     ],
 )
 def test_unknown_choices_are_told(key: str, use: str) -> None:
-    assert changed({key: "fast"}).problems() == [f"{key}='fast' is unknown; use {use}"]
+    assert problems(changed({key: "fast"})) == [f"{key}='fast' is unknown; use {use}"]
 
 
 def test_all_problems_come_at_once_and_a_broken_field_is_told_once() -> None:
     bad = changed(
         {"parallel.tensor": 0, "optim.min_lr": 1.0, "data.micro_batch": 3, "run.steps": 0}
     )
-    assert [line.split("=")[0] for line in bad.problems(4)] == [
+    assert [line.split("=")[0] for line in problems(bad, 4)] == [
         "parallel.tensor",
         "run.steps",
         "optim.min_lr",
     ]
     with pytest.raises(ConfigError, match=r"^configuration: 3 problems\n  parallel.tensor=0 is"):
-        bad.check(4)
+        check(bad, 4)
     with pytest.raises(ConfigError, match=r"^configuration: optim.min_lr=1.0 is above .*less$"):
-        changed({"optim.min_lr": 1.0}).check()
+        check(changed({"optim.min_lr": 1.0}))
 
 
 @given(st.integers(1, 64), st.integers(1, 16), st.integers(1, 16))
@@ -504,9 +504,9 @@ def test_accumulation_divides_exactly_or_is_refused(batch: int, micro: int, degr
     config = changed({"data.global_batch": batch, "data.micro_batch": micro})
     if batch % (micro * degree):
         with pytest.raises(ConfigError, match=f"data.global_batch={batch} is not a multiple"):
-            config.accumulation(degree)
+            accumulation(config, degree)
     else:
-        assert config.accumulation(degree) * micro * degree == batch
+        assert accumulation(config, degree) * micro * degree == batch
 
 
 @given(st.integers(1, 16), st.integers(1, 24), st.integers(1, 24))
@@ -529,7 +529,7 @@ def test_what_the_rules_let_through_can_be_cut(tensor: int, heads: int, kv: int)
         fits = heads % tensor == 0 and heads % kv == 0
     except ConfigError:
         fits = False
-    assert (config.problems() == []) == fits
+    assert (problems(config) == []) == fits
 
 
 def test_heads_take_their_width_from_the_hidden_size() -> None:
@@ -761,5 +761,5 @@ def test_both_generations_of_keys_are_written() -> None:
 
 
 def test_a_run_has_sensible_defaults() -> None:
-    assert Config(MODEL).problems(1) == []
+    assert problems(Config(MODEL), 1) == []
     assert RunConfig().backend == "cpu"

@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llamax.config.schema import Config
+from llamax.config.validate import accumulation
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.units import show_number
 
@@ -34,6 +35,6 @@ def headline(config: Config, mesh: Mesh, machines: str) -> str:
     return (
         f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
         f"{machines}: tensor {mesh.tp} x data {mesh.dp}, "
-        f"{config.accumulation(mesh.dp)} microsteps of {data.micro_batch} x "
+        f"{accumulation(config, mesh.dp)} microsteps of {data.micro_batch} x "
         f"{data.sequence_length} tokens, recompute {config.run.recompute}"
     )

@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from llamax.config.hardware import Machine
+from llamax.config.rules import divisors
 from llamax.config.schema import Config
-from llamax.config.validate import divisors
+from llamax.config.validate import problems
 from llamax.parallel.mesh import Mesh
 from llamax.tools.plan.memory import Memory, Recompute, memory
 from llamax.tools.plan.roofline import Time, time
@@ -63,9 +64,9 @@ def search(config: Config, machine: Machine, nodes: int) -> tuple[list[Plan], li
     """Plans of all candidates, those that fit first and fastest first; and those refused."""
     plans, refused = [], []
     for candidate in candidates(config, nodes * machine.ranks):
-        problems = candidate.problems(nodes * machine.ranks)
-        if problems:
-            refused.append(Refused(candidate, problems[0]))
+        found = problems(candidate, nodes * machine.ranks)
+        if found:
+            refused.append(Refused(candidate, found[0]))
         else:
             plans.append(plan(candidate, machine, nodes))
     plans.sort(key=lambda each: (not each.memory.fits, -each.time.tokens_per_s))

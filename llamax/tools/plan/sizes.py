@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from llamax.config.model import ModelConfig
+from llamax.config.rules.finetune import target_names
 from llamax.config.schema import Config
-from llamax.config.validate import target_names
 from llamax.parallel.mesh import Mesh
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of an element

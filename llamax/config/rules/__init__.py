@@ -1,0 +1,45 @@
+"""Rules between fields, one module per part of a run; ``llamax.config.validate`` applies them.
+
+A rule is a function that yields one line per problem.  It is registered with the keys it reads, so
+that it is skipped where one of them holds no usable value: each mistake is reported once, and no
+rule divides by zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from llamax.config.schema import Config
+
+Rule = Callable[[Config, "int | None"], Iterator[str]]
+
+
+class Rules(list[tuple[tuple[str, ...], Rule]]):
+    """The rules of one module, each with the keys that it reads."""
+
+    def reading(self, *keys: str) -> Callable[[Rule], Rule]:
+        """Register the decorated function as a rule that reads ``keys``."""
+
+        def register(function: Rule) -> Rule:
+            self.append((keys, function))
+            return function
+
+        return register
+
+
+def either(choices: Sequence[object]) -> str:
+    """``a, b or c``."""
+    *most, last = map(str, choices)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def divisors(n: int) -> list[int]:
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return low + [n // d for d in reversed(low) if d * d < n]
+
+
+def multiples_near(n: int, step: int) -> list[int]:
+    """The multiples of ``step`` on both sides of ``n``, without 0."""
+    below = n - n % step
+    return [m for m in (below, below + step) if m]

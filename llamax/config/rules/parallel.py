@@ -1,0 +1,86 @@
+"""Rules on how the model and the batch are divided over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llamax.config.rules import Rules, divisors, either, multiples_near
+from llamax.config.schema import Config, DataConfig
+
+RULES = Rules()
+
+
+@RULES.reading("parallel.tensor", "model.num_attention_heads")
+def tensor_divides_heads(c: Config, world: int | None) -> Iterator[str]:
+    tensor, heads = c.parallel.tensor, c.model.num_attention_heads
+    if heads % tensor:
+        yield (
+            f"parallel.tensor={tensor} does not divide model.num_attention_heads={heads}; "
+            f"use {either(divisors(heads))}"
+        )
+
+
+@RULES.reading("parallel.tensor", "model.num_key_value_heads", "model.num_attention_heads")
+def tensor_fits_kv_heads(c: Config, world: int | None) -> Iterator[str]:
+    tensor, heads, kv = c.parallel.tensor, c.model.num_attention_heads, c.model.num_key_value_heads
+    if heads % tensor == 0 and kv % tensor and tensor % kv:
+        fitting = [d for d in divisors(heads) if kv % d == 0 or d % kv == 0]
+        yield (
+            f"parallel.tensor={tensor} is neither a divisor nor a multiple of "
+            f"model.num_key_value_heads={kv}; use {either(fitting)}"
+        )
+
+
+@RULES.reading("parallel.tensor", "model.intermediate_size")
+def tensor_divides_feed_forward(c: Config, world: int | None) -> Iterator[str]:
+    tensor, width = c.parallel.tensor, c.model.intermediate_size
+    if width % tensor:
+        yield (
+            f"parallel.tensor={tensor} does not divide model.intermediate_size={width}; "
+            f"use {either([d for d in divisors(width) if d <= 2 * tensor])}"
+        )
+
+
+@RULES.reading("parallel.tensor", "parallel.sequence", "data.sequence_length")
+def tensor_divides_sequence(c: Config, world: int | None) -> Iterator[str]:
+    tensor, length = c.parallel.tensor, c.data.sequence_length
+    if c.parallel.sequence and length % tensor:
+        yield (
+            f"parallel.tensor={tensor} does not divide data.sequence_length={length}, which "
+            f"parallel.sequence=true cuts; use {either(multiples_near(length, tensor))}, "
+            f"or parallel.sequence=false"
+        )
+
+
+@RULES.reading("parallel.tensor", "parallel.data")
+def mesh_fills_world(c: Config, world: int | None) -> Iterator[str]:
+    tensor, data = c.parallel.tensor, c.parallel.data
+    if world is None:
+        return
+    if world % tensor:
+        yield (
+            f"parallel.tensor={tensor} does not divide the world of {world} ranks; "
+            f"start a multiple of {tensor} ranks, or use {either(divisors(world))}"
+        )
+    elif data and tensor * data != world:
+        yield (
+            f"parallel.tensor={tensor} x parallel.data={data} is {tensor * data} ranks, but the "
+            f"world has {world}; use parallel.data={world // tensor}, or 0 to take what is there"
+        )
+
+
+def batch_divides(data: DataConfig, data_degree: int) -> Iterator[str]:
+    """``data_degree`` ranks share the global batch in whole microsteps."""
+    microstep = data.micro_batch * data_degree
+    if data.global_batch % microstep:
+        yield (
+            f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch="
+            f"{data.micro_batch} x {data_degree} data ranks = {microstep}; "
+            f"use {either(multiples_near(data.global_batch, microstep))}"
+        )
+
+
+@RULES.reading("data.global_batch", "data.micro_batch", "parallel.tensor", "parallel.data")
+def batch_divides_over_mesh(c: Config, world: int | None) -> Iterator[str]:
+    left = (world or 1) // c.parallel.tensor  # 0 where tensor exceeds the world: told elsewhere
+    yield from batch_divides(c.data, c.parallel.data or left or 1)

@@ -1,0 +1,101 @@
+"""Rules on samples, the schedule, validation, precision and folders."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llamax.config.rules import Rules
+from llamax.config.schema import Config
+
+RULES = Rules()
+
+
+@RULES.reading("data.sequence_length", "model.max_position_embeddings")
+def sequence_fits_model(c: Config, world: int | None) -> Iterator[str]:
+    length, longest = c.data.sequence_length, c.model.max_position_embeddings
+    if length > longest:
+        yield (
+            f"data.sequence_length={length} is above model.max_position_embeddings={longest}; "
+            f"use {longest} or less, or raise the model's"
+        )
+
+
+@RULES.reading("optim.lr", "optim.min_lr", "optim.schedule")
+def learning_rate_falls(c: Config, world: int | None) -> Iterator[str]:
+    if c.optim.schedule != "constant" and c.optim.min_lr > c.optim.lr:
+        yield (
+            f"optim.min_lr={c.optim.min_lr} is above optim.lr={c.optim.lr}; "
+            f"use {c.optim.lr} or less"
+        )
+
+
+@RULES.reading("optim.warmup_steps", "optim.warmup_ratio")
+def warmup_is_said_once(c: Config, world: int | None) -> Iterator[str]:
+    if c.optim.warmup_steps and c.optim.warmup_ratio:
+        yield (
+            f"optim.warmup_steps={c.optim.warmup_steps} and optim.warmup_ratio="
+            f"{c.optim.warmup_ratio} both say how long warm-up is; use one of them"
+        )
+
+
+@RULES.reading("run.stochastic_rounding", "run.backend", "run.dtype")
+def neuron_cores_round(c: Config, world: int | None) -> Iterator[str]:
+    if c.run.stochastic_rounding and (c.run.backend, c.run.dtype) != ("xla", "bfloat16"):
+        yield (
+            f"run.stochastic_rounding is what NeuronCores do to bfloat16, but run.backend="
+            f"{c.run.backend} and run.dtype={c.run.dtype}; use xla and bfloat16, or leave it off"
+        )
+
+
+@RULES.reading("run.patience", "run.validate_every", "run.validate_each_epoch")
+def patience_needs_validation(c: Config, world: int | None) -> Iterator[str]:
+    if c.run.patience and not c.run.validates:
+        yield (
+            f"run.patience={c.run.patience} but nothing is validated; set run.validate_every or "
+            "run.validate_each_epoch=true"
+        )
+
+
+@RULES.reading("checkpoint.keep_best", "run.validate_every", "run.validate_each_epoch")
+def best_needs_validation(c: Config, world: int | None) -> Iterator[str]:
+    if c.checkpoint.keep_best and not c.run.validates:
+        yield (
+            "checkpoint.keep_best=true but nothing is validated; set run.validate_every or "
+            "run.validate_each_epoch=true"
+        )
+
+
+@RULES.reading("optim.decay_steps", "optim.schedule", "run.steps")
+def decay_belongs_to_wsd(c: Config, world: int | None) -> Iterator[str]:
+    schedule, decay = c.optim.schedule, c.optim.decay_steps
+    if schedule == "wsd" and not decay:
+        yield (
+            f"optim.decay_steps=0 with optim.schedule=wsd; "
+            f"use 1 to {c.run.steps}, the last fifth of the run for example"
+        )
+    if schedule != "wsd" and decay:
+        yield (
+            f"optim.decay_steps={decay} means nothing to optim.schedule={schedule}; "
+            f"use 0, or optim.schedule=wsd"
+        )
+
+
+@RULES.reading("optim.warmup_steps", "optim.decay_steps", "run.steps", "run.epochs")
+def schedule_fits_run(c: Config, world: int | None) -> Iterator[str]:
+    warmup, decay, steps = c.optim.warmup_steps, c.optim.decay_steps, c.run.steps
+    if warmup + decay > steps and not c.run.epochs:  # then asked again, when steps are known
+        yield (
+            f"optim.warmup_steps={warmup} + optim.decay_steps={decay} is above run.steps={steps}; "
+            f"use at most {steps} together"
+        )
+
+
+@RULES.reading()
+def folders_are_named(c: Config, world: int | None) -> Iterator[str]:
+    for key, value, use in (
+        ("data.path", c.data.path, "the folder that llamax prepare wrote"),
+        ("run.folder", c.run.folder, "a folder for this run"),
+        ("checkpoint.resume", c.checkpoint.resume, "auto, never or a checkpoint folder"),
+    ):
+        if not value.strip():
+            yield f"{key} is empty; use {use}"
