@@ -12,7 +12,6 @@ from __future__ import annotations
 from shlex import quote
 
 from llamax.launch.jobfile import JobFile
-from llamax.launch.script import SHEBANG
 
 NEURON = "public.ecr.aws/neuron/pytorch-training-neuronx:2.9.0-neuronx-py312-sdk2.28.0-ubuntu24.04"
 BASE_IMAGES = {
@@ -20,10 +19,6 @@ BASE_IMAGES = {
     "2.9.0-gpu-py312-cu130-ubuntu22.04-ec2"
 }
 PACKAGES = "openmpi-bin openssh-client openssh-server procps"
-PYTHON = (
-    "numpy safetensors pydantic sentencepiece tokenizers tiktoken tqdm tensorboard "
-    "'tomli; python_version < \"3.11\"'"
-)
 
 
 def dockerfile(job: JobFile) -> str:
@@ -42,18 +37,7 @@ RUN printf 'StrictHostKeyChecking no\\nUserKnownHostsFile /dev/null\\nLogLevel E
         >/etc/ssh/ssh_config.d/llamax.conf \\
     && printf 'StrictModes no\\n' >/etc/ssh/sshd_config.d/llamax.conf
 
-# torch stays as the base has it
+# pip keeps every installed package that satisfies pyproject.toml, such as torch
 COPY . /opt/llamax
-RUN python3 -m pip install --no-cache-dir {PYTHON} \\
-    && python3 -m pip install --no-cache-dir --no-deps --editable /opt/llamax
-"""
-
-
-def build(job: JobFile, repository: str) -> str:
-    """The script that builds and pushes the image."""
-    return f"""{SHEBANG}
-set -euo pipefail
-docker build --tag {quote(job.image)} --file - {quote(repository)} <<'DOCKERFILE'
-{dockerfile(job)}DOCKERFILE
-docker push {quote(job.image)}
+RUN python3 -m pip install --no-cache-dir --editable /opt/llamax tensorboard
 """

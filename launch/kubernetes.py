@@ -16,17 +16,22 @@ NVIDIA and EFA.
 
 from __future__ import annotations
 
+import math
 import re
 from shlex import quote
 from typing import Any
 
-from llamax.launch import mpirun, yaml
+import yaml
+
+from llamax.launch import mpirun
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import SHEBANG, head, prepare, title
 
 GRACE_S = 300  # a checkpoint is written in this time after the order to stop
 OBJECTS = ("shell", "tensorboard", "prepare", "precompile", "train")
 READ = re.compile(r"\$\$|\$\([A-Za-z_][A-Za-z0-9_.-]*\)")
+WORD = re.compile(r"[A-Za-z/][A-Za-z0-9./_-]*")
+NOT_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
 SAVE = """pkill -TERM -f '[l]lamax.train' || exit 0
 while pgrep -f '[l]lamax.train' >/dev/null; do sleep 1; done
 """
@@ -40,7 +45,35 @@ def name(job: JobFile, phase: str) -> str:
 def render(job: JobFile, phase: str) -> str:
     """The manifest of a phase."""
     make = {"shell": _shell, "tensorboard": _tensorboard, "prepare": _prepare}
-    return yaml.dump(make[phase](job) if phase in make else _mpijob(job, phase))
+    return dump(make[phase](job) if phase in make else _mpijob(job, phase))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style with indented lists, and every repeated value written in full."""
+
+    def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
+        super().increase_indent(flow, indentless=False)
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+    def text(self, text: str) -> yaml.ScalarNode:
+        """A script as a literal block; any other text in double quotes, unless it is a plain word.
+
+        PyYAML writes YAML 1.1 and leaves plain what Kubernetes reads as a number (``1e3``).
+        """
+        plain = WORD.fullmatch(text) and text.lower() not in NOT_WORDS
+        style = "|" if "\n" in text.rstrip("\n") else None if plain else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.text)
+
+
+def dump(manifest: dict[str, Any]) -> str:
+    """A manifest as YAML, its keys in the order of the dictionary."""
+    text: str = yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=math.inf)
+    return text
 
 
 def _metadata(job: JobFile, phase: str) -> dict[str, Any]:

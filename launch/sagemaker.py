@@ -18,14 +18,14 @@ from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import SHEBANG
 
-TRAIN = '''"""What SageMaker starts on every rank."""
+TRAIN = '''"""The training program of one rank, started by SageMaker."""
 
 import sys
 
-from llamax import program
+from llamax.runtime.process import run_main
 from llamax.train import main
 
-sys.exit(program.run(main))
+sys.exit(run_main(main))
 '''
 CHECKPOINTS = "/opt/ml/checkpoints"  # copied to sagemaker.output while the job runs
 DATA = "/opt/ml/input/data/training"

@@ -18,7 +18,7 @@ from llamax.cli.launch import main
 from llamax.config.hardware import load_machine, machine_names
 from llamax.config.load import toml
 from llamax.launch import jobfile
-from llamax.launch import yaml as emitter
+from llamax.launch import kubernetes
 from llamax.launch.checks import problems
 from llamax.launch.instances import INSTANCES
 from llamax.launch.render import PHASES, render
@@ -362,8 +362,8 @@ DOCUMENTS = st.recursive(
 
 @settings(max_examples=60)
 @given(st.dictionaries(TEXT, DOCUMENTS, min_size=1, max_size=4))
-def test_yaml_reads_back_what_was_written(document: dict[str, Any]) -> None:
-    assert yaml.safe_load(emitter.dump(document)) == document
+def test_a_manifest_reads_back_as_it_was_written(document: dict[str, Any]) -> None:
+    assert yaml.safe_load(kubernetes.dump(document)) == document
 
 
 @pytest.mark.parametrize(
@@ -382,6 +382,21 @@ def test_yaml_reads_back_what_was_written(document: dict[str, Any]) -> None:
         "-",
     ],
 )
-def test_yaml_keeps_text_of_several_lines(text: str) -> None:
-    assert yaml.safe_load(emitter.dump({"a": [{"b": text}, text]})) == {"a": [{"b": text}, text]}
-    assert list(yaml.safe_load_all(emitter.dump({"a": text}, ["b"]))) == [{"a": text}, ["b"]]
+def test_a_manifest_keeps_any_text(text: str) -> None:
+    manifest = {"b": [{"a": text}, text], "a": text}
+    assert yaml.safe_load(kubernetes.dump(manifest)) == manifest
+    assert list(yaml.safe_load(kubernetes.dump(manifest))) == ["b", "a"]
+
+
+@pytest.mark.parametrize("text", ["1e3", "0o7", "12", "1_0", "y", "No", "on", "null", "~", ""])
+def test_text_that_a_yaml_version_reads_as_another_type_is_quoted(text: str) -> None:
+    assert kubernetes.dump({"a": text}) == f'a: "{text}"\n'
+
+
+def test_a_manifest_is_block_style_without_anchors_and_scripts_are_literal_blocks() -> None:
+    shared = {"gpu": "8"}
+    manifest = {"limits": shared, "requests": shared, "command": ["bash", "cd x\n\nls\n"], "e": {}}
+    assert kubernetes.dump(manifest) == (
+        'limits:\n  gpu: "8"\nrequests:\n  gpu: "8"\n'
+        "command:\n  - bash\n  - |\n    cd x\n\n    ls\ne: {}\n"
+    )
