@@ -48,7 +48,7 @@ def render(job: JobFile, phase: str) -> str:
     return dump(make[phase](job) if phase in make else _mpijob(job, phase))
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc, unused-ignore]  # no stubs
     """Block style with indented lists, and every repeated value written in full."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:

@@ -17,8 +17,7 @@ from support.launch_jobs import job, tables
 from llamax.cli.launch import main
 from llamax.config.hardware import load_machine, machine_names
 from llamax.config.load import toml
-from llamax.launch import jobfile
-from llamax.launch import kubernetes
+from llamax.launch import jobfile, kubernetes
 from llamax.launch.checks import problems
 from llamax.launch.instances import INSTANCES
 from llamax.launch.render import PHASES, render
