@@ -237,7 +237,7 @@ def test_a_hugging_face_folder_that_finds_no_room(
 ) -> None:
     ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
     first, second = (saver(tmp_path, rank, also_hf=True) for rank in ranks)
-    monkeypatch.setattr(hf_beside.assemble, "fill", no_quota)
+    monkeypatch.setattr(hf_beside.hf_writer, "fill", no_quota)
     for mine, rank in ((second, ranks[1]), (first, ranks[0])):
         take(mine, rank, 1)
     for mine in (second, first):

@@ -203,8 +203,9 @@ def test_one_rank_alone_writes_no_heartbeat(tmp_path: Path) -> None:
 WATCH = """
 import sys, time
 from pathlib import Path
-from llamax import heartbeat, log
-log.setup()
+from llamax.runtime.logging import setup_logging
+from llamax.training import heartbeat
+setup_logging()
 heartbeat.PATIENCE_S = 0.5
 heart = heartbeat.Heartbeat(Path(sys.argv[1]), 1, 2, float(sys.argv[2]))
 heart.start()
@@ -323,7 +324,7 @@ def test_a_folder_that_cannot_be_locked(
 
 LISTEN = """
 import sys, time
-from llamax import signals
+from llamax.runtime import signals
 signals.install("quiet" not in sys.argv)
 signals.COMPILE_GRACE_S = 0.2
 if sys.argv[1] != "import":

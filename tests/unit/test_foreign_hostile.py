@@ -36,10 +36,11 @@ from llamax.runtime.process import run_main
 GUARD = """
 import os, sys
 allowed, secret = os.path.realpath(sys.argv[1]), os.path.realpath(sys.argv[2])
-from llamax.checkpoint.formats import archive, exporter, importer, meta, nemo, nxd, optimum
+from llamax.checkpoint.formats import torch_zip, meta, nemo, nxd, optimum
+from llamax.cli import export, import_
 from llamax.checkpoint.hf_folder import HubFolder
-from llamax.config.schema import Model
-from llamax.runtime.process import run
+from llamax.config.model import ModelConfig
+from llamax.runtime.process import run_main
 import torch
 EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec",
             "compile", "pickle.find_class", "socket.connect", "ctypes.dlopen", "shutil.rmtree",
@@ -65,8 +66,8 @@ def attempt(argv):
     watching = True
     try:
         if argv[0] == "hub":
-            return run(lambda _: Model.from_hub(HubFolder(argv[1]).model) and 0, [])
-        return run(importer.main, argv)
+            return run_main(lambda _: ModelConfig.from_hub(HubFolder(argv[1]).model) and 0, [])
+        return run_main(import_.main, argv)
     finally:
         watching = False
 for line in sys.stdin:

@@ -30,8 +30,8 @@ OLD = (
 CODE = """
 import os, sys
 print("begins", os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES", ""), flush=True)
-from llamax import program, signals
-program.steady_heap()
+from llamax.runtime import process, signals
+process.steady_heap()
 signals.install()
 print("goes on", os.getpid(), flush=True)
 """
@@ -75,11 +75,11 @@ def test_a_cache_that_was_chosen_stays() -> None:
 def test_signals_wait_for_the_program_to_listen() -> None:
     code = """
 import os, signal, sys
-from llamax import program, signals
+from llamax.runtime import process, signals
 if "GLIBC_TUNABLES" in os.environ:  # started again: they are held back until someone listens
     os.kill(os.getpid(), signal.SIGTERM)
     print("held", flush=True)
-program.steady_heap()
+process.steady_heap()
 signals.install()
 import time; time.sleep(10)
 print("never reached")
