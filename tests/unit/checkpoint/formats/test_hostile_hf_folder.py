@@ -1,0 +1,273 @@
+"""Hugging Face folders from outside: crafted headers, indexes and links are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support.checkpoints as worlds
+import support.foreign as foreign
+import torch
+from safetensors.torch import save_file
+
+from llamax.checkpoint.hf_folder import HubFolder
+from llamax.cli.import_ import main as import_main
+from llamax.runtime.errors import LlamaxError
+from llamax.runtime.process import run_main
+
+GUARD = """
+import os, sys
+allowed, secret = os.path.realpath(sys.argv[1]), os.path.realpath(sys.argv[2])
+from llamax.checkpoint.formats import torch_zip, meta, nemo, nxd, optimum
+from llamax.cli import export, import_
+from llamax.checkpoint.hf_folder import HubFolder
+from llamax.config.model import ModelConfig
+from llamax.runtime.process import run_main
+import torch
+EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec",
+            "compile", "pickle.find_class", "socket.connect", "ctypes.dlopen", "shutil.rmtree",
+            "os.remove", "os.rename", "os.kill")
+PYTHON = (sys.prefix, sys.base_prefix, os.path.dirname(os.path.realpath(torch.__file__)),
+          os.path.dirname(os.path.realpath(nxd.__file__)), "/usr/lib", "/proc/self")
+watching = False
+def hook(event, args):
+    if not watching:
+        return
+    if event in EXECUTES and not (event in ("os.remove", "os.rename", "shutil.rmtree")
+                                  and allowed in str(args[0])):
+        os.write(2, f"EXECUTED {event} {args!r:.200}\\n".encode())
+        os._exit(99)
+    if event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
+        path = os.path.realpath(os.fsdecode(args[0]))
+        if path.startswith(secret) or not path.startswith((allowed, *PYTHON)):
+            os.write(2, f"OPENED {path}\\n".encode())
+            os._exit(98)
+sys.addaudithook(hook)
+def attempt(argv):
+    global watching
+    watching = True
+    try:
+        if argv[0] == "hub":
+            return run_main(lambda _: ModelConfig.from_hub(HubFolder(argv[1]).model) and 0, [])
+        return run_main(import_.main, argv)
+    finally:
+        watching = False
+for line in sys.stdin:
+    print("code", attempt(line.rstrip("\\n").split("\\t")), flush=True)
+    print("end", file=sys.stderr, flush=True)
+"""
+
+
+class Watched:
+    """A process that reads hostile folders one after another."""
+
+    def __init__(self, home: Path) -> None:
+        self.secret = home / "secret-outside"
+        self.secret.mkdir()
+        (self.secret / "key").write_text("do not read")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", GUARD, str(home), str(self.secret)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def read(self, *argv: object) -> str:
+        """The one line that refuses."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self.process.stdin.write("\t".join(map(str, argv)) + "\n")
+        self.process.stdin.flush()
+        code = self.process.stdout.readline().split()
+        assert code, f"died: {self.process.stderr.read()}"
+        lines = []
+        while (line := self.process.stderr.readline()) != "end\n":
+            lines.append(line)
+        assert code == ["code", "2"], (code, lines)
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("llamax: ")
+        return lines[0]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    guard = Watched(tmp_path_factory.getbasetemp())
+    yield guard
+    assert guard.process.stdin is not None
+    guard.process.stdin.close()
+    assert guard.process.wait(30) == 0
+
+
+MODEL = worlds.llama(kv=2, vocabulary=40)
+
+
+def meta_folder(tmp_path: Path) -> Path:
+    """A sound folder to spoil; its config is beside it."""
+    folder = foreign.meta(tmp_path / "in", worlds.wholes(MODEL, torch.bfloat16), MODEL)
+    (tmp_path / "config.json").write_text(json.dumps(MODEL.to_hub("bfloat16")))
+    return folder
+
+
+def argv_of(folder: Path) -> list[object]:
+    out = folder.parent / "out"
+    return [folder, "--out", out, "--config", folder.parent / "config.json"]
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def hub_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    weights = {n: v for (n, kind), v in worlds.wholes(MODEL).items() if kind == "weight"}
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(MODEL.to_hub("float32")))
+    return folder
+
+
+def with_index(folder: Path, file: object) -> None:
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    weight_map = {name: file for name in ("model.norm.weight",)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def header(folder: Path, text: bytes, claim: int | None = None) -> None:
+    claimed = len(text) if claim is None else claim
+    (folder / "model.safetensors").write_bytes(claimed.to_bytes(8, "little") + text)
+
+
+def config(folder: Path, **changes: object) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def linked(folder: Path, name: str, to: Path) -> None:
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(to)
+
+
+def one(**entry: object) -> bytes:
+    return json.dumps(
+        {"x": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4], **entry}}
+    ).encode()
+
+
+HUBS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "index to the parent": (lambda f, s: with_index(f, "../secret/key"), "is no file beside it"),
+    "index to an absolute path": (
+        lambda f, s: with_index(f, str(s / "key")), "is no file beside it"),
+    "index to a folder": (lambda f, s: with_index(f, ".."), "is no file beside it|link out"),
+    "index to a number": (lambda f, s: with_index(f, 7), "is no file beside it"),
+    "weights linked": (lambda f, s: linked(f, "model.safetensors", s / "key"), "link out of"),
+    "config linked": (lambda f, s: linked(f, "config.json", s / "key"), "link out of"),
+    "index linked": (
+        lambda f, s: linked(f, "model.safetensors.index.json", s / "key"), "link out of"),
+    "tokenizer linked": (lambda f, s: linked(f, "tokenizer.json", s / "key"), "link out of"),
+    "folder linked inside": (lambda f, s: linked(f, "tokenizer.model", s), "link out of"),
+    "a pipe": (lambda f, s: (os.remove(f / "config.json"), os.mkfifo(f / "config.json")),
+               "no plain file"),
+    "weights a pipe": (
+        lambda f, s: (os.remove(f / "model.safetensors"), os.mkfifo(f / "model.safetensors")),
+        "no plain file"),
+    "weights a folder": (
+        lambda f, s: (os.remove(f / "model.safetensors"), os.mkdir(f / "model.safetensors")),
+        "no plain file"),
+    "header bomb": (lambda f, s: header(f, b"{}", 1 << 40), "its header claims"),
+    "header of 64 bits": (lambda f, s: header(f, b"{}", (1 << 64) - 1), "its header claims"),
+    "large header": (lambda f, s: header(f, b" " * (17 << 20)), "its header claims"),
+    "deep header": (lambda f, s: header(f, b"[" * 100_000), "not JSON"),
+    "long number": (lambda f, s: header(f, b'{"a": ' + b"9" * 100_000 + b"}"), "not JSON"),
+    "many dims": (lambda f, s: header(f, one(shape=[2] * 100_000)), "has shape"),
+    "huge shape": (lambda f, s: header(f, one(shape=[10**30, 10**30])), "has shape"),
+    "negative": (lambda f, s: header(f, one(shape=[-1, -1])), "has shape"),
+    "unknown dtype": (lambda f, s: header(f, one(dtype="F8_E4M3")), "has dtype F8_E4M3"),
+    "dtype of two lines": (lambda f, s: header(f, one(dtype="F32\nF")), r"has dtype 'F32\\nF'"),
+    "name of two lines": (
+        lambda f, s: header(f, one(dtype="F9").replace(b'"x"', b'"x\\ny"')), r"'x\\ny' has dtype"),
+    "code in the config": (
+        lambda f, s: config(f, auto_map={"AutoModel": "evil.Evil"}), "auto_map asks for code"),
+    "remote code": (lambda f, s: config(f, trust_remote_code=True), "asks for code"),
+    "layers without end": (lambda f, s: config(f, num_hidden_layers=10**12), "from 1 to 16384"),
+    "a width without end": (lambda f, s: config(f, hidden_size=10**15), "from 1 to 268435456"),
+    "only a pickle": (
+        lambda f, s: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickle"),
+    "deep config": (lambda f, s: (f / "config.json").write_text("[" * 100_000), "is not JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HUBS)
+def test_hugging_face_folders(tmp_path: Path, watched: Watched, name: str) -> None:
+    folder = hub_folder(tmp_path)
+    spoil, told = HUBS[name]
+    spoil(folder, watched.secret)
+    line = watched.read("hub", folder)
+    assert re.search(told, line), line
+    assert len(line) < 700
+
+
+def test_a_sound_folder_is_opened(tmp_path: Path) -> None:
+    folder = hub_folder(tmp_path)
+    assert len(HubFolder(folder).names()) == 21
+    snapshot = tmp_path / "cache" / "snapshots" / "abc"
+    blobs = tmp_path / "cache" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).rename(blobs / name)
+        (snapshot / name).symlink_to(blobs / name)
+    assert len(HubFolder(snapshot).names()) == 21
+
+
+@pytest.mark.parametrize(
+    "what", ["rank", "tensor", "info", "metadata", "meta", "nemo", "tokenizer"]
+)
+def test_links_out_of_a_foreign_folder(tmp_path: Path, watched: Watched, what: str) -> None:
+    values = worlds.wholes(MODEL, torch.bfloat16)
+    (tmp_path / "config.json").write_text(json.dumps(MODEL.to_hub("bfloat16")))
+    folder = tmp_path / "in"
+    if what == "meta":
+        folder = meta_folder(tmp_path)
+        path = folder / "consolidated.00.pth"
+    elif what == "nemo":
+        path = foreign.nemo(folder, values, MODEL) / "model_weights.ckpt"
+    elif what == "metadata":
+        path = (
+            foreign.optimum(folder, values, MODEL, 2, 1) / "shards" / "mp_metadata_pp_rank_0.json"
+        )
+    else:
+        tag = foreign.nxd(folder, values, MODEL, xser=True)
+        rank = tag / "model" / "dp_rank_00_tp_rank_00_pp_rank_00.pt"
+        path = {
+            "rank": rank,
+            "tensor": rank.with_name(rank.name + ".tensors") / "tensor_3.pt",
+            "info": rank.with_name(rank.name + ".info.pt"),
+            "tokenizer": tag / "tokenizer.json",
+        }[what]
+    path.unlink(missing_ok=True)
+    path.symlink_to(watched.secret / "key")
+    if what == "tokenizer":  # is none of the model: it is left where it is
+        assert run_main(import_main, [str(arg) for arg in argv_of(folder)]) == 0
+        assert not (tmp_path / "out" / "tokenizer.json").exists()
+        return
+    assert "is a link out of its folder" in watched.read(*argv_of(folder))
+
+
+def test_integers_are_no_weights(tmp_path: Path) -> None:
+    folder = meta_folder(tmp_path)
+    path = folder / "consolidated.00.pth"
+    held = torch.load(path)
+    held["norm.weight"] = held["norm.weight"].long()
+    torch.save(held, path)
+    with pytest.raises(
+        LlamaxError, match=r"model.norm.weight \(weight\) is torch.int64; llamax reads"
+    ):
+        import_main([str(arg) for arg in argv_of(folder)])

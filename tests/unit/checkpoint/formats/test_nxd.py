@@ -1,0 +1,324 @@
+"""Checkpoints of neuronx-distributed, read and written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support.checkpoints as worlds
+import support.foreign as foreign
+import torch
+
+from llamax.checkpoint import Checkpoint, load_owned
+from llamax.checkpoint.formats.convert import open_folder
+from llamax.checkpoint.hf_folder import HubFolder
+from llamax.cli.export import main as export_main
+from llamax.cli.import_ import main as import_main
+from llamax.config.load import dump_config
+from llamax.config.model import ModelConfig
+from llamax.config.schema import Config, RunConfig
+from llamax.runtime.errors import CheckpointError
+
+
+def llama(kv: int = 2, tied: bool = False, layers: int = 2, **fields: Any) -> ModelConfig:
+    """Heads as wide as Meta's, a vocabulary that 8 ranks divide."""
+    return ModelConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=kv,
+        vocab_size=40,
+        tie_word_embeddings=tied,
+        **{"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, **fields},
+    )
+
+
+def config_of(tmp_path: Path, model: ModelConfig) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(model.to_hub("bfloat16")))
+    return str(path)
+
+
+def saved(
+    tmp_path: Path,
+    model: ModelConfig,
+    values: worlds.Wholes,
+    tp: int = 2,
+    dp: int = 1,
+    step: int = 3,
+) -> str:
+    """A run's folder with one checkpoint."""
+    ranks = worlds.world(model, tp, dp, True, values, values["model.norm.weight", "weight"].dtype)
+    text = dump_config(Config(model=model, run=RunConfig(steps=9)))
+    worlds.save(tmp_path / "run" / "checkpoints", model, ranks, step, config_text=text)
+    return str(tmp_path / "run")
+
+
+def check_hub(folder: Path, values: worlds.Wholes) -> None:
+    source = HubFolder(folder)
+    wanted = {name: value for (name, kind), value in values.items() if kind == "weight"}
+    assert set(source.names()) == set(wanted)
+    for name, value in wanted.items():
+        found = source.read(name)
+        assert found.dtype == value.dtype
+        assert torch.equal(found, value), name
+
+
+def check_all(checkpoint: Checkpoint, values: worlds.Wholes, skip: tuple[str, ...] = ()) -> None:
+    for (name, kind), value in values.items():
+        if kind not in skip:
+            assert torch.equal(checkpoint.read(name, kind), value), (name, kind)
+    kept = {kind for _, kind in values} - {*skip}
+    assert {*checkpoint.kinds("model.norm.weight")} == kept
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kv", "tied", "options"),
+    [
+        (8, False, {"tp": 2, "style": "stacked"}),
+        (8, True, {"tp": 4, "style": "separate"}),
+        (2, False, {"tp": 2, "style": "gqa", "pp": 2}),
+        (2, True, {"tp": 8, "style": "gqa-fused", "copies": 4}),
+        (4, False, {"tp": 8, "style": "gqa", "copies": 2, "xser": True}),
+        (4, False, {"tp": 4, "style": "gqa", "copies": 2}),
+        (2, False, {"tp": 1, "style": "separate"}),
+    ],
+    ids=str,
+)
+def test_nxd_weights(tmp_path: Path, kv: int, tied: bool, options: dict[str, Any]) -> None:
+    model = llama(kv, tied)
+    values = worlds.wholes(model, torch.bfloat16)
+    foreign.nxd(tmp_path / "in", values, model, **options)
+    config = config_of(tmp_path, model)
+    assert (
+        import_main([str(tmp_path / "in"), "--out", str(tmp_path / "hub"), "--config", config]) == 0
+    )
+    check_hub(tmp_path / "hub", values)
+    assert ModelConfig.from_hub(json.loads((tmp_path / "hub" / "config.json").read_text())) == model
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tp": 2, "dp": 2},
+        {"tp": 2, "dp": 3, "pp": 2, "groups": 1},
+        {"tp": 8, "dp": 2, "copies": 4, "style": "gqa-fused"},
+        {"tp": 2, "dp": 2, "xser": True},
+        {"tp": 2, "dp": 2, "xser": True, "drop_weights": True},
+        {"tp": 2, "dp": 1, "masters": False},
+        {"tp": 2, "dp": 2, "masters": False, "zero1": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_nxd_optimizer(tmp_path: Path, options: dict[str, Any], tied: bool) -> None:
+    model = llama(2, tied)
+    values = worlds.wholes(model, torch.bfloat16)
+    if options.get("drop_weights"):  # NxD rounds the masters then
+        for (name, kind), value in [*values.items()]:
+            if kind == "master":
+                values[name, "weight"] = value.bfloat16()
+    tag = foreign.nxd(tmp_path / "in", values, model, **options)
+    config, out = config_of(tmp_path, model), tmp_path / "step-00000007"
+    assert import_main([str(tag), "--to", "llamax", "--out", str(out), "--config", config]) == 0
+    checkpoint = Checkpoint(out)
+    checkpoint.verify()
+    assert checkpoint.step == 7
+    check_all(checkpoint, values, () if options.get("masters", True) else ("master",))
+
+
+def test_an_imported_optimizer_is_resumed_on_any_mesh(tmp_path: Path) -> None:
+    model = llama(2)
+    values = worlds.wholes(model, torch.bfloat16)
+    tag = foreign.nxd(tmp_path / "in", values, model, 4, dp=2, copies=2)
+    out = tmp_path / "out"
+    import_main(
+        [str(tag), "--to", "llamax", "--out", str(out), "--config", config_of(tmp_path, model)]
+    )
+    empty = worlds.world(model, 2, 2, True, None, torch.bfloat16)
+    for rank in empty:
+        load_owned(Checkpoint(out), rank.owned, rank.shards, 2, rank.axes.tp.rank)
+    wanted = worlds.world(model, 2, 2, True, values, torch.bfloat16)
+    for mine, theirs in zip(empty, wanted, strict=True):
+        for a, b in zip(mine.owned, theirs.owned, strict=True):
+            assert torch.equal(a.tensor, b.tensor), (a.name, a.kind)
+
+
+def test_weights_only_leaves_the_optimizer_out(tmp_path: Path) -> None:
+    model = llama(2)
+    values = worlds.wholes(model, torch.bfloat16)
+    tag = foreign.nxd(tmp_path / "in", values, model, dp=2)
+    config = config_of(tmp_path, model)
+    argv = [str(tag), "--to", "llamax", "--out", str(tmp_path / "out"), "--config", config]
+    assert import_main([*argv, "--weights-only"]) == 0
+    assert Checkpoint(tmp_path / "out").kinds("model.norm.weight") == ("weight",)
+
+
+def test_the_newest_finished_tag_is_read(tmp_path: Path) -> None:
+    model = llama(2)
+    config = config_of(tmp_path, model)
+    for step, seed in ((1, 1), (2, 2), (3, 3)):
+        values = worlds.wholes(model, torch.bfloat16, seed)
+        tag = foreign.nxd(tmp_path / "in", values, model, step=step)
+        os.utime(tag / "done", (step, step))
+    (tag / "done").unlink()
+    source = open_folder(tmp_path / "in", "auto", config)
+    assert source.folder.name == "step_2"
+    with pytest.raises(CheckpointError, match="step_3 has no file 'done'"):
+        open_folder(tag, "nxd", config)
+
+
+# --- writing, and back ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kv", "tied", "argv"),
+    [
+        (8, False, ["--tensor", "4"]),
+        (2, True, ["--tensor", "8", "--data", "2"]),
+        (2, False, ["--tensor", "2", "--pipeline", "2", "--data", "3", "--qkv", "separate"]),
+        (4, False, ["--tensor", "4", "--kv-multiplier", "2", "--qkv", "gqa-fused", "--data", "2"]),
+        (2, False, ["--tensor", "2", "--optimizer", "zero1"]),
+    ],
+    ids=str,
+)
+def test_nxd_and_back(tmp_path: Path, kv: int, tied: bool, argv: list[str]) -> None:
+    """checkpoint -> NxD -> checkpoint: every bit of weights, masters and moments."""
+    model = llama(kv, tied)
+    values = worlds.wholes(model, torch.bfloat16)
+    run = saved(tmp_path, model, values, dp=2)
+    there, back = str(tmp_path / "nxd"), str(tmp_path / "back")
+    assert export_main([run, "--to", "nxd", "--out", there, *argv]) == 0
+    config = config_of(tmp_path, model)
+    assert import_main([there, "--to", "llamax", "--out", back, "--config", config]) == 0
+    checkpoint = Checkpoint(back)
+    assert checkpoint.step == 3
+    check_all(checkpoint, values, ("master",) if "zero1" in argv else ())
+
+
+@pytest.mark.parametrize(
+    ("kv", "copies", "style"), [(8, 1, "stacked"), (2, 2, "gqa"), (2, 2, "gqa-fused")]
+)
+def test_what_is_written_is_what_nxd_writes(
+    tmp_path: Path, kv: int, copies: int, style: str
+) -> None:
+    """File by file, tensor by tensor and number by number."""
+    model, data, tensor = llama(kv), 3, 4
+    values = worlds.wholes(model, torch.bfloat16)
+    run = saved(tmp_path, model, values, step=7)
+    argv = ["--to", "nxd", "--tensor", "4", "--data", "3", "--qkv", style]
+    out = tmp_path / "ours"
+    export_main([run, "--out", str(out), *argv, "--kv-multiplier", str(copies)])
+    theirs = foreign.nxd(tmp_path / "theirs", values, model, tensor, 1, data, style, copies)
+    files = [*theirs.glob("*/dp_rank*.pt"), theirs / "done", theirs / "checkpoint"]
+    assert len(files) == 4 + 12 + 2
+    for path in files:
+        mine = out / "step_7" / path.relative_to(theirs)
+        if path.suffix != ".pt":
+            assert mine.read_text() == path.read_text()
+            continue
+        a, b = (torch.load(one, weights_only=False) for one in (mine, path))
+        if path.parent.name == "model":
+            b = {name: value for name, value in b.items() if not name.endswith("inv_freq")}
+            assert [*a] == [*b], "in the order of NxD's own parameters"
+        else:
+            numbers = [group["params"] for group in b.pop("param_groups")]
+            groups = a.pop("param_groups")
+            assert [group["params"] for group in groups] == numbers
+            assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+        same(a, b)
+
+
+def same(a: Any, b: Any) -> None:
+    if isinstance(a, dict):
+        assert set(a) == set(b)
+        for key in a:
+            same(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+def test_float32_weights_are_their_own_masters(tmp_path: Path) -> None:
+    model = llama(2)
+    values = worlds.wholes(model)
+    run = saved(tmp_path, model, values)
+    export_main([run, "--to", "nxd", "--out", str(tmp_path / "nxd"), "--data", "2"])
+    source = open_folder(tmp_path / "nxd", "auto", config_of(tmp_path, model))
+    for name in source.shapes:
+        assert torch.equal(source.whole(name, "master"), values[name, "weight"])
+
+
+def damaged_nxd(tmp_path: Path, kind: str) -> tuple[Path, str]:
+    model = llama(2)
+    values = worlds.wholes(model, torch.bfloat16)
+    tag = foreign.nxd(tmp_path / "in", values, model, 2, dp=0 if kind == "extra" else 2)
+    weight = tag / "model" / "dp_rank_00_tp_rank_01_pp_rank_00.pt"
+    optim = tag / "optim" / "dp_rank_01_tp_rank_00_pp_rank_00.pt"
+    held = torch.load(weight)
+    state = torch.load(optim, weights_only=False) if optim.exists() else {}
+    if kind == "rank":
+        weight.unlink()
+        (tag / "model" / "dp_rank_00_tp_rank_02_pp_rank_00.pt").write_bytes(b"")
+    if kind == "tensor":
+        del held["model.layers.1.mlp.down_proj.weight"]
+    if kind == "shape":
+        held["model.layers.1.mlp.down_proj.weight"] = torch.ones(3, 4)
+    if kind == "extra":
+        other = tag / "model" / "dp_rank_00_tp_rank_00_pp_rank_00.pt"
+        torch.save(torch.load(other) | {"model.vision.weight": torch.ones(2)}, other)
+    if kind == "dtype":
+        held["model.layers.1.mlp.down_proj.weight"] = held[
+            "model.layers.1.mlp.down_proj.weight"
+        ].float()
+    if kind in ("tensor", "shape", "dtype"):
+        torch.save(held, weight)
+    if kind == "step":
+        optim = tag / "optim" / "dp_rank_00_tp_rank_00_pp_rank_00.pt"
+        state = torch.load(optim, weights_only=False)
+        state["base_state"][0]["step"] = torch.ones(3)
+        torch.save(state, optim)
+    if kind == "moment":
+        del state["base_state"][3]["exp_avg"]
+        torch.save(state, optim)
+    if kind in ("groups", "order"):
+        optim = tag / "optim" / "dp_rank_00_tp_rank_00_pp_rank_00.pt"
+        state = torch.load(optim, weights_only=False)
+        if kind == "groups":
+            state["param_groups"][0]["params"].pop()
+        else:
+            info = state["shape_info"]
+            info[0], info[1] = info[1], info[0]
+        torch.save(state, optim)
+    return tag, config_of(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        ("rank", "has 2 rank files, data 1 x tensor 3 x pipeline 1 are 3"),
+        ("tensor", "rank 1 of stage 0 has no model.layers.1.mlp.down_proj.weight"),
+        ("shape", "is no part of this model"),
+        ("dtype", "is torch.float32 on some rank and torch.bfloat16 on the first"),
+        ("step", "its optimizer state is none of NxD's"),
+        ("extra", "has model.vision.weight, which llamax does not know"),
+        ("moment", "the optimizer has no exp_avg of"),
+        ("groups", "2 groups of 18 parameters, not one, or .* of 19"),
+        ("order", "state 0 of the optimizer is"),
+    ],
+)
+def test_damaged_nxd(tmp_path: Path, kind: str, told: str) -> None:
+    tag, config = damaged_nxd(tmp_path, kind)
+    argv = [str(tag), "--to", "llamax", "--out", str(tmp_path / "out"), "--config", config]
+    with pytest.raises(CheckpointError, match=told):
+        import_main(argv)
+    assert not (tmp_path / "out").exists()

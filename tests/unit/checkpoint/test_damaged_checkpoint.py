@@ -1,0 +1,197 @@
+"""Damaged checkpoints: flipped bits, cut files, broken manifests, each refused in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support.checkpoints as worlds
+
+from llamax.checkpoint import Checkpoint, find
+from llamax.checkpoint.safetensors_io import read_header
+from llamax.runtime.errors import CheckpointError
+
+MODEL = worlds.llama()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    for step in (1, 2):
+        ranks = worlds.world(MODEL, 2, 1, True, worlds.wholes(MODEL))
+        worlds.save(folder, MODEL, ranks, step)
+    return folder
+
+
+@pytest.fixture
+def folder(run: Path, tmp_path: Path) -> Path:
+    """Step 2 of a run that holds an intact step 1 as well."""
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "run" / "step-00000002"
+
+
+def refused(match: str, act: Callable[[], Any]) -> None:
+    with pytest.raises(CheckpointError, match=match) as caught:
+        act()
+    assert "\n" not in str(caught.value)
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+INTACT = "; the newest intact checkpoint is .*step-00000001"
+
+
+def test_an_intact_one_is_not_refused(folder: Path) -> None:
+    Checkpoint(folder).verify()
+    worlds.load(Checkpoint(folder), worlds.world(MODEL, 2, 1, True, None))
+
+
+def test_without_done(folder: Path) -> None:
+    (folder / "done").unlink()
+    refused("has no file 'done': saving it never finished" + INTACT, lambda: Checkpoint(folder))
+    refused("has no file 'done'", lambda: Checkpoint(find(folder)))
+    assert find(folder.parent) == folder.with_name("step-00000001")
+    (folder.with_name("step-00000001") / "done").unlink()
+    refused("holds no other that is intact", lambda: Checkpoint(folder))
+    refused("no complete checkpoint in", lambda: find(folder.parent))
+    refused("there is no checkpoint folder", lambda: find(folder / "nowhere"))
+
+
+@pytest.mark.parametrize("share", [0, 1, 2, 3])
+def test_one_flipped_bit_in_any_file(folder: Path, share: int) -> None:
+    path = sorted(folder.glob("*.safetensors"))[share]
+    expected = sha256(path.read_bytes()).hexdigest()
+    flip(path, path.stat().st_size // 2)
+    found = sha256(path.read_bytes()).hexdigest()
+    line = rf"{path.name} changed .* its sha256 is {found}, the manifest says {expected}" + INTACT
+    refused(line, lambda: Checkpoint(folder).verify())
+    line = rf"{path.name} changed .* its bytes \d+ to \d+ is \w{{16}}, the manifest says \w{{16}}"
+    for tp in (1, 2):
+        ranks = worlds.world(MODEL, tp, 1, True, None)
+        refused(line + INTACT, lambda ranks=ranks: worlds.load(Checkpoint(folder), ranks))
+    Checkpoint(folder, verify=False).read("model.norm.weight")
+
+
+def test_the_random_state_of_a_rank_that_is_no_more(folder: Path) -> None:
+    path = folder / "optimizer-tp01-dp00.safetensors"
+    flip(path, read_header(path)["rng"].offset + 7)
+    number = [file.name for file in Checkpoint(folder).manifest.files].index(path.name)
+    for share in range(3):
+        if share == number % 3:
+            refused(
+                path.name + " changed .*" + INTACT,
+                lambda: Checkpoint(folder).check_rng(number % 3, 3),
+            )
+        else:
+            Checkpoint(folder).check_rng(share, 3)
+
+
+def test_what_was_refused_is_refused_again(folder: Path) -> None:
+    flip(folder / "weights-tp00-dp00.safetensors", -1)
+    source, ranks = Checkpoint(folder), worlds.world(MODEL, 1, 1, True, None)
+    for _ in range(2):
+        refused("weights-tp00-dp00", lambda: worlds.load(source, ranks))
+
+
+def test_a_configuration_that_changed_or_vanished(folder: Path) -> None:
+    flip(folder / "config.toml", 1)
+    refused("config.toml changed after it was saved.*" + INTACT, lambda: Checkpoint(folder))
+    (folder / "config.toml").unlink()
+    refused("cannot read .*config.toml: No such file" + ".*" + INTACT, lambda: Checkpoint(folder))
+
+
+def test_a_header_that_is_damaged_is_refused_by_its_checksum(folder: Path) -> None:
+    path = folder / "weights-tp00-dp00.safetensors"
+    flip(path, 8)
+    line = r"weights-tp00-dp00.safetensors changed .* the manifest says .*" + INTACT
+    for verify in (True, False):
+        refused(line, lambda verify=verify: Checkpoint(folder, verify).read("lm_head.weight"))
+
+
+def test_weights_alone_do_not_wait_for_the_optimizer(folder: Path) -> None:
+    flip(folder / "optimizer-tp00-dp00.safetensors", -1)
+    Checkpoint(folder).read("lm_head.weight")
+    refused("optimizer-tp00", lambda: Checkpoint(folder).rng(0, 0))
+
+
+def test_a_file_cut_short_or_missing(folder: Path) -> None:
+    path = folder / "weights-tp01-dp00.safetensors"
+    size = path.stat().st_size
+    os.truncate(path, size - 1)
+    refused(f"has {size - 1} bytes, {size} were saved" + INTACT, lambda: Checkpoint(folder))
+    path.unlink()
+    refused("weights-tp01-dp00.safetensors is missing" + INTACT, lambda: Checkpoint(folder))
+    shutil.copy(folder / "weights-tp00-dp00.safetensors", folder.parent / "elsewhere")
+    path.symlink_to(folder.parent / "elsewhere")
+    refused("is a link out of its folder", lambda: Checkpoint(folder))
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """A manifest changed by someone who fixed ``done`` as well."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    change(manifest)
+    text = json.dumps(manifest)
+    (folder / "manifest.json").write_text(text)
+    (folder / "done").write_text(sha256(text.encode()).hexdigest())
+
+
+@pytest.mark.parametrize(
+    ("match", "change"),
+    [
+        ("has format 1, this llamax .* reads 2", lambda m: m.update(format=1, files={})),
+        (
+            r"has 1 checksums for its \d\d blocks" + INTACT,
+            lambda m: m["files"][0].update(sums="0" * 16),
+        ),
+        (r"dp00.safetensors has no checksums", lambda m: m["files"][0].update(sums="0" * 15)),
+        (r"dp00.safetensors has no checksums", lambda m: m["files"][1].update(sums="\n" * 16)),
+        (r"dp00.safetensors has no checksums", lambda m: m["files"][0].update(sha256="0\n")),
+        ("config.toml has no checksum", lambda m: m.update(config_sha256="\n" * 64)),
+        (r"'a\\nb' is no name of a tensor", lambda m: m["tensors"].update({"a\nb": whole(m)})),
+        (r"tensors.a\\nb.shape: Field required", lambda m: m["tensors"].update({"a\nb": {}})),
+        ("holds step 400; rename it to step-00000400", lambda m: m.update(step=400)),
+        ("step -1 is below 0", lambda m: m.update(step=-1)),
+        (r"step: Field required", lambda m: m.pop("step")),
+        ("no name of a checkpoint's file", lambda m: m["files"][0].update(name="../../etc/passwd")),
+        ("has shape", lambda m: m["tensors"]["lm_head.weight"].update(shape=[])),
+        ("has shape", lambda m: m["tensors"]["lm_head.weight"].update(shape=[0, 24])),
+        ("do not make", lambda m: m["tensors"]["lm_head.weight"].update(shape=[38, 24])),
+        ("has dtype F8", lambda m: kept(m).update(dtype="F8")),
+        ("not listed", lambda m: kept(m)["runs"][0].__setitem__(0, 99)),
+        ("not listed", lambda m: kept(m)["runs"][0].__setitem__(0, -1)),
+        ("do not make", lambda m: kept(m)["runs"].pop()),
+        ("do not make", lambda m: kept(m)["runs"][0].__setitem__(2, 0)),
+        ("does not hold", lambda m: kept(m).update(dtype="F16")),
+        ("does not hold", lambda m: kept(m)["runs"][0].__setitem__(0, 1)),
+    ],
+)
+def test_a_broken_manifest(
+    folder: Path, match: str, change: Callable[[dict[str, Any]], object]
+) -> None:
+    rewrite(folder, change)
+    refused(match, lambda: Checkpoint(folder).read("lm_head.weight"))
+
+
+def whole(manifest: dict[str, Any]) -> Any:
+    return manifest["tensors"]["lm_head.weight"]
+
+
+def kept(manifest: dict[str, Any]) -> Any:
+    return whole(manifest)["kinds"]["weight"]
+
+
+def test_a_manifest_that_changed_or_vanished(folder: Path) -> None:
+    flip(folder / "manifest.json", 100)
+    refused("manifest.json changed after it was saved.*" + INTACT, lambda: Checkpoint(folder))
+    (folder / "manifest.json").unlink()
+    refused("cannot read .*manifest.json: No such file", lambda: Checkpoint(folder))

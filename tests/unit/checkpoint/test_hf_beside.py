@@ -1,0 +1,107 @@
+"""The Hugging Face folder that is written with each checkpoint."""
+
+from __future__ import annotations
+
+import errno
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support.checkpoints as worlds
+import torch
+
+from llamax.checkpoint import (
+    Checkpoint,
+    Saver,
+    hf_beside,
+    safetensors_io,
+)
+from llamax.checkpoint import manifest as files
+from llamax.checkpoint.hf_folder import HubFolder
+from llamax.config.model import ModelConfig
+from llamax.runtime.errors import CheckpointError, NoRoom
+
+MODEL = worlds.llama()
+
+
+@pytest.fixture
+def rank() -> worlds.Rank:
+    return worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
+
+
+def saver(folder: Path, rank: worlds.Rank, **options: Any) -> Saver:
+    return Saver(folder, rank.axes, rank.parameters, rank.shards, **options)
+
+
+def take(saver: Saver, rank: worlds.Rank, step: int, model: ModelConfig = MODEL) -> None:
+    saver.save(step, rank.owned, {"seed": 3}, model.to_hub("float32"), "[run]\nsteps = 9\n")
+
+
+def test_a_hugging_face_folder_in_every_checkpoint(tmp_path: Path) -> None:
+    ranks = worlds.world(MODEL, 2, 2, True, worlds.wholes(MODEL))
+    folder = worlds.save(tmp_path, MODEL, ranks, also_hf=True)
+    assert not (folder / "hub.part").exists()
+    assert len([*(folder / "hub").glob("model-*.safetensors")]) >= 4, "a file a rank"
+    assert not list((folder / "hub").glob("rank-*"))
+    found = HubFolder(folder / "hub")
+    for name in Checkpoint(folder).names():
+        assert torch.equal(found.read(name), worlds.wholes(MODEL)[name, "weight"])
+    (folder / "hub.part").mkdir()
+    saver(tmp_path, ranks[0])
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["hub"]
+
+
+def test_a_hugging_face_folder_that_finds_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
+    first, second = (saver(tmp_path, rank, also_hf=True) for rank in ranks)
+    monkeypatch.setattr(hf_beside.hf_writer, "fill", no_quota)
+    for mine, rank in ((second, ranks[1]), (first, ranks[0])):
+        take(mine, rank, 1)
+    for mine in (second, first):
+        with pytest.raises(NoRoom, match=r"step 1 is saved, but without a Hugging Face folder"):
+            mine.wait()
+    monkeypatch.undo()
+    Checkpoint(tmp_path / "step-00000001").verify()
+    assert not (tmp_path / "step-00000001" / "hub").exists()
+
+
+def test_rank_0_tells_whose_share_of_the_folder_is_missing(tmp_path: Path) -> None:
+    rank = worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
+    folder = worlds.save(tmp_path, MODEL, [rank])
+    with pytest.raises(CheckpointError, match=r"hub.part: no files from rank 1, 2"):
+        hf_beside.leave(folder, tmp_path / "gone", 0, 3, 0.2)
+    (folder / "hub.part" / "rank-00001.json").write_text('{"why": "full", "no_room": true}')
+    (folder / "hub.part" / "rank-00002.json").write_text("null")
+    with pytest.raises(NoRoom, match=r"rank 1 could not write .*hub.part: full"):
+        hf_beside.leave(folder, tmp_path / "gone", 0, 3, 0.2)
+    hf_beside.leave(folder, folder, 1, 3, 0.1)  # never complete: rank 0 says why
+
+
+def test_nobody_waits_for_a_checkpoint_that_was_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 1 has written its files; rank 0 finds no room: training may go on at once."""
+    monkeypatch.setattr(hf_beside, "RENAMED_S", 0.1)
+    ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
+    first, second = (saver(tmp_path, rank, also_hf=True, timeout_s=30) for rank in ranks)
+    monkeypatch.setattr(files, "finish", full)
+    take(second, ranks[1], 1)
+    take(first, ranks[0], 1)
+    began = time.monotonic()
+    with pytest.raises(NoRoom):
+        first.wait()
+    second.wait()
+    assert time.monotonic() - began < 10
+
+
+def no_quota(source: Checkpoint, part: Path, one: Any, *args: Any) -> int:
+    with safetensors_io.writing(part / one.file, one.size_bytes):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    return 0
+
+
+def full(*args: Any, **options: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")

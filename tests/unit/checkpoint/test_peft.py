@@ -1,0 +1,338 @@
+"""LoRA adapters in PEFT's format, both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.tiny_run import config, make_dataset
+
+from llamax.checkpoint.build_model import load_tuned
+from llamax.checkpoint.load import load_weights
+from llamax.checkpoint.manifest import newest
+from llamax.checkpoint.peft import (
+    CONFIG,
+    WEIGHTS,
+    PeftFolder,
+    adapter_info,
+    export_adapter,
+    fingerprint,
+    is_adapter,
+    open_adapter,
+)
+from llamax.checkpoint.reader import Checkpoint
+from llamax.config.model import ModelConfig, RopeScaling
+from llamax.config.schema import FinetuneConfig
+from llamax.model import lora
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.train import train
+
+peft = pytest.importorskip("peft", reason="peft, the judge of LoRA, is not installed")
+
+
+LLAMA2 = ModelConfig(
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    vocab_size=61,
+    initializer_range=0.1,
+    max_position_embeddings=64,
+)
+
+
+LLAMA3 = dataclasses.replace(
+    LLAMA2,
+    num_key_value_heads=2,
+    rope_theta=500_000.0,
+    rope_scaling=RopeScaling(original_max_position_embeddings=16),
+    tie_word_embeddings=True,
+)
+
+
+TOLERANCE = 1e-5
+
+
+def hub_folder(folder: Path, model: ModelConfig, seed: int = 0) -> Path:
+    transformers.set_seed(seed)
+    hub = transformers.LlamaConfig(**model.to_hub("float32"))
+    transformers.LlamaForCausalLM(hub).save_pretrained(folder)
+    return folder
+
+
+def reference(folder: Path, finetune: FinetuneConfig, seed: int = 1) -> Any:
+    """A peft model whose factors are all random."""
+    targets = finetune.targets
+    settings = peft.LoraConfig(
+        r=finetune.r,
+        lora_alpha=finetune.alpha,
+        target_modules=targets if targets == "all-linear" else targets.split(","),
+        use_rslora=finetune.rslora,
+        task_type="CAUSAL_LM",
+    )
+    base = transformers.LlamaForCausalLM.from_pretrained(folder)
+    tuned = peft.get_peft_model(base, settings)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.2, generator=generator)
+    return tuned
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(61, (3, 24), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.mark.parametrize(
+    "finetune",
+    [
+        FinetuneConfig(r=4, alpha=6.0),
+        FinetuneConfig(r=3, alpha=2.0, rslora=True, targets="q_proj,down_proj"),
+    ],
+    ids=["all-linear", "rslora-some"],
+)
+@pytest.mark.parametrize("model", [LLAMA2, LLAMA3], ids=["llama2", "llama3"])
+def test_we_load_what_peft_saved_and_compute_the_same(
+    tmp_path: Path, model: ModelConfig, finetune: FinetuneConfig
+) -> None:
+    base = hub_folder(tmp_path / "base", model)
+    theirs = reference(base, finetune)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = load_tuned(tmp_path / "adapter")
+
+    labels = ids().masked_fill(ids() % 5 == 0, -100)
+    found = theirs(ids(), labels=labels)
+    assert (ours(ids()) - found.logits).abs().max() <= TOLERANCE * found.logits.abs().max()
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    total, count = ours.loss(ids(), shifted)
+    assert abs(total / count - found.loss) <= TOLERANCE * found.loss
+    (total / count).backward()
+    found.loss.backward()
+    expected = {
+        name.removeprefix("base_model.model.").replace(".default", ""): parameter.grad
+        for name, parameter in theirs.named_parameters()
+        if "lora_" in name
+    }
+    assert expected.keys() == lora.trained(ours).keys()
+    for name, parameter in lora.trained(ours).items():
+        error = (parameter.grad - expected[name]).abs().max() / expected[name].abs().max()
+        assert error <= TOLERANCE, name
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, and the run of its adapters."""
+    folder = tmp_path_factory.mktemp("lora")
+    (folder / "data").mkdir()
+    cfg = config(make_dataset(folder / "data"), folder / "run")
+    base = hub_folder(folder / "base", cfg.model)
+    cfg = dataclasses.replace(
+        cfg,
+        checkpoint=dataclasses.replace(cfg.checkpoint, init_from=str(base), every=0),
+        finetune=FinetuneConfig(method="lora", r=4, dropout=0.1),
+        optim=dataclasses.replace(cfg.optim, lr=3e-2),
+    )
+    train(cfg, Rendezvous())
+    return folder
+
+
+def test_peft_loads_what_we_trained_and_computes_the_same(run: Path, tmp_path: Path) -> None:
+    checkpoint = Checkpoint(newest(run / "run") or "")
+    export_adapter(checkpoint, tmp_path / "adapter")
+    base = transformers.LlamaForCausalLM.from_pretrained(run / "base")
+    plain = base(ids()).logits
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    expected = theirs(ids()).logits
+    assert (expected - plain).abs().max() > 0.01
+    for adapter in (run / "run", tmp_path / "adapter"):
+        found = load_tuned(adapter)(ids())
+        assert (found - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert theirs.peft_config["default"].r == 4
+    assert theirs.peft_config["default"].lora_dropout == 0.1
+
+
+def test_a_checkpoint_of_adapters_holds_nothing_else(run: Path) -> None:
+    checkpoint = Checkpoint(newest(run / "run") or "")
+    assert len(checkpoint.names()) == 2 * 7 * 2
+    assert all(".lora_A." in name or ".lora_B." in name for name in checkpoint.names())
+    found = adapter_info(checkpoint)
+    assert found is not None
+    assert (found.finetune.r, found.base) == (4, str(run / "base"))
+
+
+# --- what is refused -----------------------------------------------------------------------------
+
+
+def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path) -> None:
+    other = hub_folder(tmp_path / "other", LLAMA3, seed=5)
+    with pytest.raises(CheckpointError, match=r"is an adapter of another base: .*other has") as e:
+        load_tuned(run / "run", other)
+    assert f"use {run / 'base'}" in str(e.value)
+    load_tuned(run / "run", run / "base")
+
+
+def test_an_adapter_whose_base_is_gone_says_which_it_was(tmp_path: Path) -> None:
+    base = hub_folder(tmp_path / "base", LLAMA2)
+    reference(base, FinetuneConfig(r=2)).save_pretrained(tmp_path / "adapter")
+    shutil.move(base, tmp_path / "moved")
+    with pytest.raises(CheckpointError, match=r"is an adapter of .*base, which is not here"):
+        load_tuned(tmp_path / "adapter")
+    load_tuned(tmp_path / "adapter", tmp_path / "moved")
+
+
+def test_adapters_are_no_base(run: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds adapters, not a model; merge them"):
+        load_tuned(run / "run", run / "run")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"use_dora": True}, "use_dora=True is not supported; llamax computes False only"),
+        ({"bias": "all"}, "bias='all' is not supported; llamax computes 'none' only"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
+        ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens=\[5\] is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base that the"),
+        ({"init_lora_weights": "loftq"}, "'loftq' changes the base that the adapter belongs to"),
+        ({"peft_type": "IA3"}, "peft_type='IA3' is not supported; llamax reads LORA"),
+        ({"r": "four"}, "r='four' is no number above 0; save the adapter anew"),
+        ({"lora_alpha": 0}, "lora_alpha=0 is no number above 0; save the adapter anew"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_peft_does_and_llamax_does_not_is_refused(
+    run: Path, tmp_path: Path, changes: dict[str, Any], line: str
+) -> None:
+    folder = export_adapter(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
+    PeftFolder(folder)
+    path = folder / CONFIG
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(CheckpointError, match=line):
+        load_tuned(folder)
+
+
+@pytest.mark.parametrize(
+    ("rename", "line"),
+    [
+        (("self_attn.q_proj", "self_attn.query"), "is no LoRA factor of a Llama's projection"),
+        (("layers.1.self_attn.q_proj", "layers.1.self_attn.lm"), "is no LoRA factor"),
+        (("0.self_attn.q_proj", None), "other projections in one layer than in another"),
+        (("layers.0.", None), "other projections in one layer than in another"),
+        (("lora_A", "lora_magnitude"), "is no LoRA factor of a Llama's projection"),
+    ],
+    ids=["module", "one-layer", "missing", "layer", "factor"],
+)
+def test_tensors_that_fit_no_projection_are_refused(
+    run: Path, tmp_path: Path, rename: tuple[str, str | None], line: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = export_adapter(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
+    old, new = rename
+    tensors = load_file(folder / WEIGHTS)
+    changed = {
+        name.replace(old, new or ""): tensor
+        for name, tensor in tensors.items()
+        if new is not None or old not in name
+    }
+    save_file(changed, folder / WEIGHTS)
+    with pytest.raises(CheckpointError, match=line):
+        load_tuned(folder)
+
+
+def test_a_model_is_no_adapter_and_a_folder_must_be_there(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        CheckpointError, match=r"there is no folder .*; give a folder with adapters"
+    ):
+        open_adapter(tmp_path / "nothing")
+    assert is_adapter(run / "run")
+    assert not is_adapter(run / "base")
+    (tmp_path / "run").mkdir()
+    cfg = config(run / "data", tmp_path / "run")
+    train(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, steps=1)), Rendezvous())
+    for whole in (tmp_path / "run", run / "base"):
+        with pytest.raises(CheckpointError, match="holds a whole model, not adapters"):
+            open_adapter(whole)
+    assert not is_adapter(tmp_path / "run")
+
+    tuned = dataclasses.replace(cfg, finetune=FinetuneConfig(method="lora"))
+    tuned = dataclasses.replace(
+        tuned, checkpoint=dataclasses.replace(cfg.checkpoint, init_from=str(run / "base"))
+    )
+    with pytest.raises(ConfigError, match=r"method=lora but .*step-0+1 was trained with full"):
+        train(tuned, Rendezvous())
+
+
+@pytest.mark.parametrize(
+    ("finetune", "line"),
+    [
+        (
+            FinetuneConfig(method="full"),
+            "finetune.method=full but .* was trained with lora; use that",
+        ),
+        (FinetuneConfig(method="lora", r=8), "finetune.r=8 but .* was trained with 4; use that"),
+        (FinetuneConfig(method="lora", r=4, targets="q_proj"), "finetune.targets=q_proj but .*"),
+    ],
+    ids=["method", "r", "targets"],
+)
+def test_a_run_goes_on_with_its_own_adapters_only(
+    run: Path, finetune: FinetuneConfig, line: str
+) -> None:
+    cfg = config(run / "data", run / "run")
+    start = "" if finetune.method == "full" else str(run / "base")
+    cfg = dataclasses.replace(
+        cfg, finetune=finetune, checkpoint=dataclasses.replace(cfg.checkpoint, init_from=start)
+    )
+    with pytest.raises(ConfigError, match=line):
+        train(cfg, Rendezvous())
+
+
+def test_a_run_does_not_go_on_with_another_base(run: Path, tmp_path: Path) -> None:
+    cfg = config(run / "data", run / "run")
+    other = hub_folder(tmp_path / "other", cfg.model, seed=9)
+    cfg = dataclasses.replace(
+        cfg,
+        finetune=FinetuneConfig(method="lora", r=4),
+        checkpoint=dataclasses.replace(cfg.checkpoint, init_from=str(other)),
+    )
+    with pytest.raises(CheckpointError, match="is an adapter of another base"):
+        train(cfg, Rendezvous())
+
+
+def test_a_fingerprint_survives_precision_and_a_changed_weight_does_not(tmp_path: Path) -> None:
+    base = hub_folder(tmp_path / "base", LLAMA3)
+    model = transformers.LlamaForCausalLM.from_pretrained(base)
+    expected = fingerprint(adapters_source(base))
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "narrow")
+    assert fingerprint(adapters_source(tmp_path / "narrow")) == expected
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1.1)
+    model.save_pretrained(tmp_path / "tuned")
+    assert fingerprint(adapters_source(tmp_path / "tuned")) != expected
+
+
+def adapters_source(folder: Path) -> Any:
+    from llamax.checkpoint.hf_folder import open_source
+
+    return open_source(folder)
+
+
+def test_factors_are_drawn_alike_on_every_mesh(tmp_path: Path) -> None:
+    """A is uniform within 1/sqrt(in), as PEFT draws it, and B zero."""
+    base = hub_folder(tmp_path / "base", LLAMA2)
+    from llamax.model.llama import Llama
+
+    model = Llama(LLAMA2)
+    load_weights(adapters_source(base), dict(model.named_parameters()), model.shards)
+    lora.adapt(model, FinetuneConfig(r=8), torch.empty(0))
+    lora.init(model, 3)
+    a = model.get_parameter("model.layers.0.mlp.down_proj.lora_A.weight")
+    assert 0.9 / 48**0.5 < a.abs().max() <= 1 / 48**0.5
+    assert not model.get_parameter("model.layers.0.mlp.down_proj.lora_B.weight").any()

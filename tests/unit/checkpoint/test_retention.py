@@ -1,0 +1,143 @@
+"""Which checkpoints are kept and which are deleted."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support.checkpoints as worlds
+
+from llamax.checkpoint import (
+    Checkpoint,
+    Saver,
+    newest,
+)
+from llamax.checkpoint import manifest as files
+from llamax.config.model import ModelConfig
+
+MODEL = worlds.llama()
+
+
+@pytest.fixture
+def rank() -> worlds.Rank:
+    return worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
+
+
+def saver(folder: Path, rank: worlds.Rank, **options: Any) -> Saver:
+    return Saver(folder, rank.axes, rank.parameters, rank.shards, **options)
+
+
+def take(saver: Saver, rank: worlds.Rank, step: int, model: ModelConfig = MODEL) -> None:
+    saver.save(step, rank.owned, {"seed": 3}, model.to_hub("float32"), "[run]\nsteps = 9\n")
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_the_last_ones_stay(tmp_path: Path, rank: worlds.Rank, background: bool) -> None:
+    mine = saver(tmp_path / "checkpoints", rank, keep=2, background=background)
+    for step in (9, 10, 100):
+        take(mine, rank, step)
+    mine.wait()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000010",
+        "step-00000100",
+    ]
+    assert newest(tmp_path) == tmp_path / "checkpoints" / "step-00000100"
+
+
+def test_after_going_back_the_newest_is_the_one_saved_last(
+    tmp_path: Path, rank: worlds.Rank
+) -> None:
+    """What the run went back behind is kept, but nothing resumes from it unless it is told to."""
+    mine = saver(tmp_path, rank, keep=3, keep_every=2, keep_best=True)
+    for step, score in ((4, 3.0), (6, 1.0), (8, 2.0)):
+        mine.save(step, rank.owned, {}, MODEL.to_hub("float32"), "", score=score)
+    mine.wait()
+    for _ in range(2):
+        again = saver(tmp_path, rank, keep=1, keep_best=True)
+        take(again, rank, 5)
+        again.wait()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [
+            "step-00000004",
+            "step-00000005",
+            "step-00000006.past",
+            "step-00000008.past",
+        ], "4 is the best of those that count"
+        shutil.copytree(tmp_path / "step-00000008.past", tmp_path / "step-00000008")
+    assert Checkpoint(tmp_path / "step-00000008.past").step == 8
+
+
+def test_a_checkpoint_that_lies_elsewhere_stays_there(tmp_path: Path, rank: worlds.Rank) -> None:
+    """Of one that was moved to another disk and linked, retention removes the link alone."""
+    mine = saver(tmp_path / "run", rank, keep=1)
+    for step in (1, 2, 3):
+        take(mine, rank, step)
+        mine.wait()
+        shutil.move(newest(tmp_path / "run") or "", tmp_path / f"moved{step}")
+        (tmp_path / "run" / f"step-{step:08d}").symlink_to(tmp_path / f"moved{step}")
+    assert steps_in(tmp_path / "run") == [3]
+    take(mine, rank, 3)
+    mine.wait()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "run" / "step-00000004").symlink_to(tmp_path / "empty")
+    take(saver(tmp_path / "run", rank), rank, 4)
+    for step in (1, 2, 3):
+        Checkpoint(tmp_path / f"moved{step}").verify()
+
+
+def test_what_cannot_be_deleted_does_not_fail_a_save(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network file system keeps the files that others still read, and so their folder."""
+
+    def busy(path: Path, ignore_errors: bool = False) -> None:
+        if not ignore_errors:
+            raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    mine = saver(tmp_path, rank, keep=1)
+    take(mine, rank, 1)
+    mine.wait()
+    monkeypatch.setattr(files.shutil, "rmtree", busy)
+    take(mine, rank, 2)
+    mine.wait()
+    assert steps_in(tmp_path) == [2]
+    monkeypatch.undo()
+    saver(tmp_path, rank)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000002"]
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [files.step_of(path) for path in files.steps(folder)]
+
+
+def test_some_stay_for_good(tmp_path: Path, rank: worlds.Rank) -> None:
+    mine = saver(tmp_path, rank, keep=1, keep_every=4)
+    for step in range(1, 11):
+        take(mine, rank, step)
+    mine.wait()
+    assert steps_in(tmp_path) == [4, 8, 10]
+
+
+def test_the_best_stays_also_after_a_restart(tmp_path: Path, rank: worlds.Rank) -> None:
+    def scored(mine: Saver, step: int, score: float | None) -> None:
+        mine.save(step, rank.owned, {}, MODEL.to_hub("float32"), "", score=score)
+        mine.wait()
+
+    mine = saver(tmp_path, rank, keep=1, keep_best=True)
+    for step, score in ((1, 3.0), (2, 2.0), (3, 2.5), (4, None), (5, float("nan"))):
+        scored(mine, step, score)
+    assert steps_in(tmp_path) == [2, 5]
+    again = saver(tmp_path, rank, keep=1, keep_best=True)
+    scored(again, 6, 2.25)
+    assert steps_in(tmp_path) == [2, 6]
+    scored(again, 7, 1.5)
+    assert steps_in(tmp_path) == [7]
+    scored(again, 7, 4.0)  # taken back and done again: the old score is no more
+    scored(again, 8, 3.5)
+    assert steps_in(tmp_path) == [8]
+    without = saver(tmp_path, rank, keep=1)
+    scored(without, 9, 9.0)
+    assert steps_in(tmp_path) == [9]

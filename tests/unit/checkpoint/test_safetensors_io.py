@@ -1,0 +1,67 @@
+"""safetensors headers: sound files are read, damaged headers are refused."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llamax.checkpoint.runs import Copy
+from llamax.checkpoint.safetensors_io import Entry, read, read_header
+from llamax.runtime.errors import CheckpointError
+
+
+def refused(match: str, act: Callable[[], Any]) -> None:
+    with pytest.raises(CheckpointError, match=match) as caught:
+        act()
+    assert "\n" not in str(caught.value)
+
+
+def header(path: Path, text: bytes, data: bytes = b"", length: int | None = None) -> Path:
+    claimed = len(text) if length is None else length
+    path.write_bytes(struct.pack("<Q", claimed) + text + data)
+    return path
+
+
+def one(dtype: Any = "F32", shape: Any = (2,), extent: Any = (0, 8), **more: Any) -> bytes:
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": extent}
+    return json.dumps({"a": entry, **more}).encode()
+
+
+@pytest.mark.parametrize(
+    ("match", "text", "length"),
+    [
+        (r"claims \d+ of", one(), 1 << 62),
+        ("claims 99 of", one(), 99),
+        ("not JSON", b"{" * 40, None),
+        ("not JSON", b"[" * 100_000, None),
+        ("not a JSON object", b"[]", None),
+        ("entry of a is malformed", b'{"a": 3}', None),
+        ("entry of a is malformed", one(extent=(0,)), None),
+        ("has dtype F8_E4M3", one(dtype="F8_E4M3"), None),
+        (r"has dtype \['F32'\]", one(dtype=["F32"]), None),
+        ("has shape", one(shape=(-2,)), None),
+        ("has shape", one(shape=("2",)), None),
+        ("does not fit its 8 bytes", one(shape=(1 << 40, 1 << 40)), None),
+        ("a hole or overlap at byte 8", one(b=json.loads(one())["a"]), None),
+        ("a hole or overlap at byte 0", one(extent=(8, 16)), None),
+        (r"end at byte \d+, the file has", one(shape=(1,), extent=(0, 4)), None),
+    ],
+)
+def test_safetensors_headers(tmp_path: Path, match: str, text: bytes, length: int | None) -> None:
+    path = header(tmp_path / "x.safetensors", text, bytes(8), length)
+    refused(match, lambda: read_header(path))
+
+
+def test_a_whole_container_is_read(tmp_path: Path) -> None:
+    path = header(tmp_path / "x.safetensors", one(), bytes(8))
+    assert read_header(path) == {"a": Entry(torch.float32, (2,), 8 + len(one()))}
+    refused("cannot read .*nothing", lambda: read_header(tmp_path / "nothing"))
+    into, copy = torch.zeros(4), Copy(1, 4, 0, 4, 0, 4)
+    refused("ends at byte .*: cut short", lambda: read(path, 8 + len(one()), [copy], into))
+    refused("cannot read .*nothing", lambda: read(tmp_path / "nothing", 0, [copy], into))

@@ -1,0 +1,161 @@
+"""Saving: what a checkpoint holds, snapshots, the order of writing."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support.checkpoints as worlds
+import torch
+
+from llamax.checkpoint import (
+    Checkpoint,
+    Saver,
+    load_weights,
+    newest,
+    save,
+)
+from llamax.checkpoint import manifest as files
+from llamax.config.model import ModelConfig
+
+MODEL = worlds.llama()
+
+
+@pytest.fixture
+def rank() -> worlds.Rank:
+    return worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
+
+
+def saver(folder: Path, rank: worlds.Rank, **options: Any) -> Saver:
+    return Saver(folder, rank.axes, rank.parameters, rank.shards, **options)
+
+
+def take(saver: Saver, rank: worlds.Rank, step: int, model: ModelConfig = MODEL) -> None:
+    saver.save(step, rank.owned, {"seed": 3}, model.to_hub("float32"), "[run]\nsteps = 9\n")
+
+
+def test_a_checkpoint_says_what_it_is(tmp_path: Path, rank: worlds.Rank) -> None:
+    folder = worlds.save(tmp_path, MODEL, worlds.world(MODEL, 2, 2, True, worlds.wholes(MODEL)), 7)
+    found = Checkpoint(folder)
+    assert (found.step, found.state) == (7, {"consumed_sequences": 56})
+    assert ModelConfig.from_hub(found.model) == MODEL
+    assert found.manifest.mesh == {"tensor": 2, "data": 2, "zero1": 1}
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        ["config.toml", "done", "manifest.json"]
+        + [f"{role}-tp0{t}-dp0{d}.safetensors" for role in ("weights", "optimizer")
+           for t in (0, 1) for d in (0, 1)]
+    )  # fmt: skip
+    assert [found.rng(t, d) for t, d in ((2, 0), (0, 2))] == [None, None]
+    for index, (d, t) in enumerate(((0, 0), (0, 1), (1, 0), (1, 1))):
+        state = found.rng(t, d)
+        assert state is not None
+        assert state.tolist() == [index] * 8
+
+
+def test_no_element_is_written_twice(tmp_path: Path) -> None:
+    model = worlds.llama(kv=1)
+    ranks = worlds.world(model, 4, 2, False, worlds.wholes(model))
+    folder = worlds.save(tmp_path, model, ranks, zero1=False)
+    elements = sum(tensor.numel() for tensor in worlds.wholes(model).values())
+    written = sum(run[4] for t in Checkpoint(folder).manifest.tensors.values()
+                  for kept in t.kinds.values() for run in kept.runs)  # fmt: skip
+    assert written == elements
+    sizes = [path.stat().st_size for path in sorted(folder.glob("optimizer-*"))]
+    assert max(sizes) < 0.3 * sum(sizes), "every data rank takes a share"
+
+
+def test_the_snapshot_is_of_the_moment(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training changes weights while the files are written: none of that is in them."""
+    release = threading.Event()
+    real = save.write
+
+    def late(*args: Any, **options: Any) -> Any:
+        release.wait(30)
+        return real(*args, **options)
+
+    monkeypatch.setattr(save, "write", late)
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    assert newest(tmp_path) is None
+    for share in rank.parameters.values():
+        share.zero_()
+    release.set()
+    mine.wait()
+    values = worlds.wholes(MODEL)
+    for name in Checkpoint(tmp_path / "step-00000001").names():
+        assert torch.equal(
+            Checkpoint(tmp_path / "step-00000001").read(name), values[name, "weight"]
+        )
+
+
+def test_at_most_one_save_is_in_flight(tmp_path: Path, rank: worlds.Rank) -> None:
+    mine = saver(tmp_path, rank, keep=0)
+    for step in (1, 2, 3):
+        take(mine, rank, step)
+        assert sum(t.name == "llamax-checkpoint" for t in threading.enumerate()) <= 1
+    mine.wait()
+    assert [path.name for path in files.steps(tmp_path)] == [f"step-0000000{n}" for n in (1, 2, 3)]
+
+
+def test_done_is_written_last_and_removed_first(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    finish, rmtree = files.finish, files.shutil.rmtree
+
+    def check_before(folder: Path) -> None:
+        seen.append("done")
+        assert folder.name == "step-00000001"
+        assert {path.name for path in folder.iterdir()} == {
+            "config.toml",
+            "manifest.json",
+            "weights-tp00-dp00.safetensors",
+            "optimizer-tp00-dp00.safetensors",
+        }
+        finish(folder)
+
+    def check_gone(folder: Path, *args: Any, **options: Any) -> None:
+        seen.append("deleted")
+        assert not (folder / "done").exists()
+        rmtree(folder, *args, **options)
+
+    monkeypatch.setattr(files, "finish", check_before)
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    mine.wait()
+    monkeypatch.setattr(files.shutil, "rmtree", check_gone)
+    files.delete(tmp_path / "step-00000001")
+    assert seen == ["done", "deleted"]
+
+
+def test_a_step_saved_again_replaces_the_old(tmp_path: Path, rank: worlds.Rank) -> None:
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    mine.wait()
+    for share in rank.parameters.values():
+        share.fill_(5)
+    take(mine, rank, 1)
+    mine.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert (Checkpoint(tmp_path / "step-00000001").read("model.norm.weight") == 5).all()
+
+
+@pytest.mark.parametrize("zero1", [True, False])
+def test_frozen_weights_are_kept_without_state(tmp_path: Path, zero1: bool) -> None:
+    values, frozen = worlds.wholes(MODEL), "model.embed_tokens.weight"
+    ranks = worlds.world(MODEL, 2, 2, zero1, values)
+    for rank in ranks:
+        weight = rank.parameters[frozen]
+        rank.parameters[frozen] = torch.nn.Parameter(weight, requires_grad=False)
+        rank.owned = [run for run in rank.owned if run.name != frozen]
+    found = Checkpoint(worlds.save(tmp_path, MODEL, ranks, zero1=zero1))
+    assert found.kinds(frozen) == ("weight",)
+    assert torch.equal(found.read(frozen), values[frozen, "weight"])
+    assert set(found.kinds("lm_head.weight")) == {"weight", "exp_avg", "exp_avg_sq"}
+    empty = worlds.world(MODEL, 1, 1, True, None)[0]
+    load_weights(found, empty.parameters, empty.shards)
+    assert torch.equal(empty.parameters[frozen], values[frozen, "weight"])

@@ -1,0 +1,222 @@
+"""Saving where a disk is full, a rank is missing, or an earlier process died half way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support.checkpoints as worlds
+import torch
+
+from llamax.checkpoint import (
+    Checkpoint,
+    Saver,
+    newest,
+    safetensors_io,
+    save,
+)
+from llamax.checkpoint import manifest as files
+from llamax.config.model import ModelConfig
+from llamax.runtime.errors import CheckpointError, NoRoom
+
+MODEL = worlds.llama()
+
+
+@pytest.fixture
+def rank() -> worlds.Rank:
+    return worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
+
+
+def saver(folder: Path, rank: worlds.Rank, **options: Any) -> Saver:
+    return Saver(folder, rank.axes, rank.parameters, rank.shards, **options)
+
+
+def take(saver: Saver, rank: worlds.Rank, step: int, model: ModelConfig = MODEL) -> None:
+    saver.save(step, rank.owned, {"seed": 3}, model.to_hub("float32"), "[run]\nsteps = 9\n")
+
+
+def test_a_replacement_that_dies_half_way_is_undone(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    mine.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "finish", full)
+        take(mine, rank, 1)
+        with pytest.raises(CheckpointError, match="no room"):
+            mine.wait()
+        take(mine, rank, 2)
+        with pytest.raises(CheckpointError, match=r"no room.*step-00000001 stays"):
+            mine.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    Checkpoint(tmp_path / "step-00000001").verify()
+
+
+def test_leftovers_are_swept_at_the_start(tmp_path: Path, rank: worlds.Rank) -> None:
+    mine = saver(tmp_path, rank)
+    for step in (1, 2):
+        take(mine, rank, step)
+    mine.wait()
+    (tmp_path / "step-00000003.tmp").mkdir()
+    (tmp_path / "step-00000003.tmp" / "rank-tp00-dp00.json").write_text("[]")
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / "notes").mkdir()
+    # killed between the two renames of a replacement: the old one is still whole
+    os.rename(tmp_path / "step-00000002", tmp_path / "step-00000002.old")
+    saver(tmp_path, rank)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "notes",
+        "step-00000001",
+        "step-00000002",
+    ]
+    Checkpoint(tmp_path / "step-00000002").verify()
+
+
+def full(*args: Any, **options: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    mine.wait()
+    monkeypatch.setattr("llamax.checkpoint.safetensors_io.os.pwrite", full)
+    take(mine, rank, 2)
+    with pytest.raises(
+        NoRoom,
+        match=r"no room for .*: \d{5} bytes needed, \d+ free; .*step 2 is not saved, .*1 stays",
+    ) as caught:
+        mine.wait()
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    monkeypatch.undo()
+    mine.check()  # said once
+    take(mine, rank, 3)
+    mine.wait()
+    assert newest(tmp_path) == tmp_path / "step-00000003"
+
+
+def test_an_error_surfaces_at_the_next_check(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*args: Any, **options: Any) -> Any:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("llamax.checkpoint.safetensors_io.os.pwrite", denied)
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    for thread in threading.enumerate():
+        if thread.name == "llamax-checkpoint":
+            thread.join()
+    with pytest.raises(CheckpointError, match=r"cannot write .*Permission denied; step 1 is not"):
+        mine.check()
+
+
+def test_a_defect_is_not_dressed_up(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save, "write", lambda *args: 1 / 0)
+    mine = saver(tmp_path, rank)
+    take(mine, rank, 1)
+    with pytest.raises(ZeroDivisionError):
+        mine.wait()
+
+
+def test_the_missing_rank_is_named(tmp_path: Path) -> None:
+    ranks = worlds.world(MODEL, 1, 3, True, worlds.wholes(MODEL))
+    first, _, third = (saver(tmp_path, rank, timeout_s=0.1) for rank in ranks)
+    take(third, ranks[2], 1)
+    take(first, ranks[0], 1)
+    with pytest.raises(CheckpointError, match=r"no files from rank tp00-dp01 within 0 s"):
+        first.wait()
+    third.wait()
+
+
+def test_the_first_may_be_done_before_another_returns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once a rank has shown its note, its folder may take its name: the rank needs it no more."""
+    ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
+    first, second = (saver(tmp_path, rank) for rank in ranks)
+    real = os.replace
+
+    def slowly(source: Path, target: Path) -> None:
+        real(source, target)
+        if Path(target).name == "rank-tp00-dp01.json":
+            first.wait()  # all of rank 0's part happens within this call
+
+    monkeypatch.setattr(safetensors_io.os, "replace", slowly)
+    take(first, ranks[0], 1)
+    take(second, ranks[1], 1)
+    second.wait()
+    Checkpoint(tmp_path / "step-00000001").verify()
+
+
+def test_a_rank_that_cannot_write_tells_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
+    first, second = (saver(tmp_path, rank) for rank in ranks)
+    real = save.write
+    monkeypatch.setattr(
+        save, "write", lambda path, tensors: full() if "dp01" in path.name else real(path, tensors)
+    )
+    take(second, ranks[1], 1)
+    with pytest.raises(OSError, match="No space"):
+        second.wait()
+    take(first, ranks[0], 1)
+    with pytest.raises(CheckpointError, match=r"rank tp00-dp01 could not save: .*No space left"):
+        first.wait()
+    assert newest(tmp_path) is None
+
+
+def test_an_error_is_kept_where_the_whole_file_system_is_gone(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = saver(tmp_path, rank)
+    for module in (save, files):
+        monkeypatch.setattr(module, "write" if module == save else "newest", stale)
+    take(mine, rank, 1)
+    with pytest.raises(CheckpointError, match="Stale file handle"):
+        mine.wait()
+
+
+def stale(*args: Any, **options: Any) -> Any:
+    with safetensors_io.writing(Path("/checkpoints"), 0):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+
+@pytest.mark.parametrize(
+    ("lost", "match"),
+    [
+        (
+            {("self_attn.o_proj", "weight", 0)},
+            "was not saved: the pieces of .*o_proj.* do not make",
+        ),
+        ({("self_attn.qkv_proj", "weight", 576)}, "was not saved: .*k_proj.weight has no weight"),
+        ({("mlp.gate_up_proj", "exp_avg", n) for n in (0, 960)}, "gate_proj.weight has no exp_avg"),
+        (
+            {("mlp.down_proj", kind, n) for kind in worlds.kinds(torch.float32) for n in (0, 480)},
+            "no rank owns any of model.layers.1.mlp.down_proj.weight",
+        ),
+    ],
+)
+def test_a_piece_too_few_is_no_checkpoint(
+    tmp_path: Path, lost: set[tuple[str, str, int]], match: str
+) -> None:
+    """Ranks that do not own all of the model: refused when saving, not when resuming."""
+    ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
+    named = {(f"model.layers.1.{name}.weight", kind, start) for name, kind, start in lost}
+    before = len(ranks[1].owned)
+    ranks[1].owned = [r for r in ranks[1].owned if (r.name, r.kind, r.start) not in named]
+    assert len(ranks[1].owned) == before - len(lost)
+    with pytest.raises(CheckpointError, match=match):
+        worlds.save(tmp_path, MODEL, ranks)
+    assert newest(tmp_path) is None

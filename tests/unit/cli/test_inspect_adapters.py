@@ -1,0 +1,74 @@
+"""``llamax inspect`` of LoRA checkpoints and adapter folders."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import transformers
+from support.tiny_run import config, make_dataset
+
+from llamax.checkpoint.manifest import newest
+from llamax.checkpoint.peft import (
+    BASE,
+    PeftFolder,
+    adapter_info,
+    export_adapter,
+)
+from llamax.checkpoint.reader import Checkpoint
+from llamax.cli import inspect
+from llamax.config.model import ModelConfig
+from llamax.config.schema import FinetuneConfig
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.units import show_number
+from llamax.train import train
+
+
+def hub_folder(folder: Path, model: ModelConfig, seed: int = 0) -> Path:
+    transformers.set_seed(seed)
+    hub = transformers.LlamaConfig(**model.to_hub("float32"))
+    transformers.LlamaForCausalLM(hub).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base, and the run of its adapters."""
+    folder = tmp_path_factory.mktemp("lora")
+    (folder / "data").mkdir()
+    cfg = config(make_dataset(folder / "data"), folder / "run")
+    base = hub_folder(folder / "base", cfg.model)
+    cfg = dataclasses.replace(
+        cfg,
+        checkpoint=dataclasses.replace(cfg.checkpoint, init_from=str(base), every=0),
+        finetune=FinetuneConfig(method="lora", r=4, dropout=0.1),
+        optim=dataclasses.replace(cfg.optim, lr=3e-2),
+    )
+    train(cfg, Rendezvous())
+    return folder
+
+
+def test_inspect_says_what_an_adapter_checkpoint_is(run: Path) -> None:
+    saved = Checkpoint(newest(run / "run") or "")
+    found = {label: str(value) for label, value in inspect.describe(saved.folder)}
+    whole = ModelConfig.from_hub(saved.model).num_parameters()
+    assert found["model"].startswith(f"Llama of {show_number(whole)} parameters")
+    about = adapter_info(saved)
+    assert about is not None
+    assert found["base"] == f"{about.base}, fingerprint {about.fingerprint[:12]}"
+    assert found["adapters"].startswith(f"LoRA of rank {about.finetune.r}, alpha ")
+
+
+def test_inspect_says_what_an_adapter_folder_is(run: Path, tmp_path: Path) -> None:
+    folder = export_adapter(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
+    found = {label: str(value) for label, value in inspect.describe(folder, verify=True)}
+    about = PeftFolder(folder).about
+    assert found["PEFT adapter"] == str(folder)
+    assert found["base"] == f"{about.base}, fingerprint {about.fingerprint[:12]}"
+    assert found["adapters"].startswith(f"LoRA of rank {about.finetune.r}, alpha ")
+    assert found["adapters"].endswith(f" on {about.finetune.targets}")
+    assert found["files"].startswith("1, ")
+    assert found["verified"].startswith("nothing: ")
+    (folder / BASE).unlink()
+    assert dict(inspect.describe(folder))["base"] == about.base

@@ -1,0 +1,66 @@
+"""``llamax inspect`` of checkpoints and Hugging Face folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import support.checkpoints as worlds
+import torch
+
+from llamax.checkpoint.consolidate import consolidate
+from llamax.checkpoint.shard_hf import shard
+from llamax.cli import inspect as inspection
+from llamax.cli.inspect import describe
+from llamax.config.model import ModelConfig
+from llamax.runtime.errors import CheckpointError
+
+
+def saved(
+    folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32, tp: int = 4
+) -> Path:
+    ranks = worlds.world(model, tp, 2, True, worlds.wholes(model, dtype), dtype)
+    return worlds.save(folder / "checkpoints", model, ranks, 3)
+
+
+def rows(path: Path, verify: bool = False) -> dict[str, str]:
+    return {label: str(value) for label, value in describe(path, verify)}
+
+
+def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = saved(tmp_path, worlds.llama(), torch.bfloat16, 2)
+    hub = consolidate(tmp_path, tmp_path / "hub")
+    found = rows(folder, verify=True)
+    assert found["step"] == "3"
+    assert found["saved on"].startswith("tensor 2 x data 2, llamax ")
+    assert found["model"] == (
+        "Llama of 11.1K parameters: 2 layers, hidden 24, feed-forward 40, heads 4/2, vocabulary 37"
+    )
+    assert "master F32 x 21" in found["kept"]
+    assert found["consumed sequences"] == "24"
+    assert found["files"].startswith("8, ")
+    assert found["verified"] == "sha256 of all 8 files"
+    assert "verified" not in rows(folder)
+    assert rows(tmp_path)["checkpoints"] == "step-00000003"
+    assert rows(hub)["kept"] == "weight bfloat16 x 21"
+    assert rows(hub / "model.safetensors")["tensors"] == "21"
+    for one in (hub, hub / "model.safetensors"):
+        assert rows(one, verify=True)["verified"].startswith("nothing: ")
+        assert "verified" not in rows(one)
+    assert inspection.main([str(hub)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.index("  ") for line in lines if "Hugging Face" in line}) == 1
+    assert lines[0].startswith("Hugging Face  ")
+    with pytest.raises(CheckpointError, match=r"there is no .*nothing; check the path"):
+        describe(tmp_path / "nothing")
+    (tmp_path / "else").mkdir()
+    with pytest.raises(CheckpointError, match=r"is no checkpoint, run, .* read by llamax import"):
+        describe(tmp_path / "else")
+    with pytest.raises(CheckpointError, match=r"it is no Hugging Face folder; .* llamax consolid"):
+        shard(folder, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=r"no complete .*hub \(a Hugging Face folder\)"):
+        consolidate(hub, tmp_path / "out")
+    os.truncate(next(folder.glob("weights*")), 10)
+    with pytest.raises(CheckpointError, match="has 10 bytes"):
+        rows(folder)

@@ -1,0 +1,78 @@
+"""``llamax launch``: options and exit codes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.launch_jobs import tables
+
+from llamax.cli.launch import main
+from llamax.config.load import toml
+from llamax.runtime.errors import BackendError, ConfigError
+
+# ---- the command
+
+
+def write(folder: Path, **changes: Any) -> str:
+    """A job file in ``folder``."""
+
+    def lines(table: dict[str, Any], prefix: str = "") -> list[str]:
+        flat = [
+            f"{k} = {toml(tuple(v) if isinstance(v, list) else v)}"
+            for k, v in table.items()
+            if not isinstance(v, dict)
+        ]
+        for key, value in table.items():
+            if isinstance(value, dict):
+                flat += [f"[{prefix}{key}]", *lines(value, f"{prefix}{key}.")]
+        return flat
+
+    path = folder / "job.toml"
+    path.write_text("\n".join(lines(tables(**changes))) + "\n")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--on", "torchrn"], "--on torchrn: unknown here; did you mean torchrun?"),
+        (["--on", "lsf"], "--on lsf: unknown here; there are torchrun, mpirun, slurm, k8s, sagem"),
+        (["--on", "slurm", "--phase", "shell"], "--phase shell: unknown here; there are prepare"),
+        (["--on", "slurm", "--action", "kill"], "--action kill: unknown here; there are start, st"),
+        (
+            ["--on", "slurm", "--phase", "tensorboard", "--action", "stop"],
+            "--action stop: --phase tensorboard runs in the foreground; press Ctrl-C",
+        ),
+        (["--on", "torchrun", "--node", "4"], "--node=4 is out of range; use 0 to 3"),
+        (["--on", "torchrun", "--node", "-1"], "--node=-1 is out of range; use 0 to 3"),
+        (["--on", "torchrun"], "--node is missing: 4 nodes each run this command with their own"),
+    ],
+)
+def test_options_are_checked(tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        main(["--job", write(tmp_path, nodes=4), *options])
+
+
+def test_a_launcher_that_is_not_here_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BackendError, match="kubectl is not installed here; install it, or print"):
+        main(["--job", write(tmp_path), "--on", "k8s"])
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    with pytest.raises(BackendError, match="the SageMaker SDK is not installed here; python3 -m"):
+        main(["--job", write(tmp_path), "--on", "sagemaker"])
+
+
+def test_the_program_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
+    path = write(tmp_path, storage__claim="")
+    command = [sys.executable, "-m", "llamax", "launch", "--job", path, "--on", "k8s", "--render"]
+    done = subprocess.run(command, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"llamax: {path}: storage.claim is empty; name the Persistent")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,79 @@
+"""``llamax COMMAND``: version, help, commands and their nearest names."""
+
+from __future__ import annotations
+
+import importlib.util
+import statistics
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Sequence
+
+import pytest
+
+from llamax import __version__
+from llamax.__main__ import COMMANDS, dispatch
+
+
+def llamax(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "llamax", *argv], capture_output=True, text=True)
+
+
+def test_version_and_help() -> None:
+    assert llamax("--version").stdout == f"llamax {__version__}\n"
+    shown = llamax("--help")
+    assert shown.returncode == 0
+    for name, (_, about) in COMMANDS.items():
+        assert f"  {name:<12} {about}\n" in shown.stdout
+    bare = llamax()
+    assert (bare.returncode, bare.stdout) == (2, shown.stdout)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_plain_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        importlib.import_module(COMMANDS[name][0]).main(["--help"])
+    shown = capsys.readouterr().out
+    assert f"llamax {name}" in shown
+    assert "``" not in shown
+
+
+def test_unknown_commands_are_refused_with_the_nearest() -> None:
+    done = llamax("trian")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "llamax: 'trian' is not a command; did you mean train?\n"
+    assert llamax("zzz").stderr == (
+        f"llamax: 'zzz' is not a command; there are {', '.join(COMMANDS)}\n"
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_a_program(name: str) -> None:
+    assert importlib.util.find_spec(COMMANDS[name][0]) is not None
+
+
+def test_a_command_gets_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Sequence[str]] = []
+    module = types.ModuleType("llamax_test_program")
+    module.main = lambda argv: seen.append(argv) or 5  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(COMMANDS, "try", (module.__name__, "a program of this test"))
+    assert dispatch(["try", "--a", "b"]) == 5
+    assert seen == [["--a", "b"]]
+
+
+def test_help_is_answered_without_torch_and_at_once() -> None:
+    code = (
+        "import sys; from llamax.__main__ import dispatch; dispatch(['--help']); "
+        "print([m for m in ('torch', 'numpy', 'pydantic') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+    took, bare = [], []
+    for _ in range(5):
+        for command, times in ((["-m", "llamax", "--help"], took), (["-c", "pass"], bare)):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], capture_output=True, check=True)
+            times.append(time.perf_counter() - start)
+    assert min(took) - min(bare) < 0.15, (statistics.median(took), statistics.median(bare))

@@ -1,0 +1,100 @@
+"""``llamax plan``: text, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+from llamax.cli.plan import DOES_NOT_FIT, main
+from llamax.config.hardware import (
+    load_machine,
+    machine_names,
+)
+from llamax.runtime.errors import ConfigError
+
+# --- the program ---------------------------------------------------------------------------------
+
+
+def test_a_plan_is_printed_within_two_seconds_and_without_torch() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, "-X", "importtime", "-m", "llamax", "plan", "--config", "llama2-7b"]
+    done = subprocess.run([*command, "--nodes", "4"], capture_output=True, text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # the machine may be busy
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert done.returncode == 0, done.stderr
+    assert " torch" not in done.stderr
+    for words in (
+        "weights",
+        "gradients",
+        "masters",
+        "moments",
+        "activations",
+        "communication",
+        "matmuls",
+        "tensor collectives",
+        "AdamW",
+        "tokens/s",
+        "MFU",
+        "an hour",
+        "$",
+    ):
+        assert words in done.stdout
+
+
+def test_what_does_not_fit_has_an_exit_code_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["--config", "llama2-7b", "--parallel.tensor=1", "--parallel.sequence=false"])
+    assert code == DOES_NOT_FIT == 6
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_json_says_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", "llama2-7b", "--nodes", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    lines = {k: v for k, v in found["memory_bytes"].items() if k not in ("peak", "available")}
+    assert found["memory_bytes"]["peak"] == pytest.approx(sum(lines.values()))
+    steps = {k: v for k, v in found["step_s"].items() if k != "total"}
+    assert found["step_s"]["total"] == pytest.approx(sum(steps.values()))
+    assert found["parallel"] == {"tensor": 8, "data": 16}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--parallel.tensor=3"], "parallel.tensor=3 does not divide model.num_attention_heads=32"),
+        (["--parallel.tensor=3"], "and 2 more"),
+        (["--instance", "trn3"], "--instance trn3 is neither a TOML file nor a machine that is"),
+        (["--instance", "trn3"], "known; did you mean trn2?"),
+        (["--nodes", "0"], "--nodes=0 is out of range"),
+        (["--ranks", "-1"], "--ranks=-1 is out of range"),
+        (["--dollars-per-hour", "-3"], "--dollars-per-hour=-3 is out of range; use 0 or more"),
+        (["--dollars-per-hour", "nan"], "--dollars-per-hour=nan is out of range; use 0 or more"),
+        (["--ranks", "64"], "--ranks=64 is more than the 32 devices of trn1.32xlarge"),
+        (["--instance", "absent.toml"], "absent.toml: cannot be read as TOML"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        main(["--config", "llama2-7b", *arguments])
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_known_machine_plans(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in machine_names()[1:]:
+        assert load_machine(name).ranks >= 1
+        main(["--config", "llama3.2-1b", "--instance", name, "--parallel.tensor=2"])
+        assert name in capsys.readouterr().out
+    assert load_machine("h100").name == "p5.48xlarge"
+
+
+def test_notes_name_what_slows_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--config", "llama2-7b", "--nodes", "4", "--instance", "h100"])
+    assert "note: run.backend=xla, but p5.48xlarge wants --run.backend=cuda" in (
+        capsys.readouterr().out
+    )
+    main(["--config", "llama2-7b", "--nodes", "4", "--data.separate_documents=true"])
+    assert "note: attention computes every pair of tokens" in capsys.readouterr().out

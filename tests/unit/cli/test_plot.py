@@ -1,0 +1,26 @@
+"""``llamax plot``: the names of runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llamax.cli import plot
+from llamax.training.metrics import (
+    Record,
+)
+
+
+def test_runs_of_one_name_are_plotted_by_their_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = Record(1, 8, 1.0, 0.1, 2.0, 1.0, 1e-3, 80.0, 0.1, 0)
+    for each in ("a/run", "b/run", "c/other"):
+        (tmp_path / each).mkdir(parents=True)
+        (tmp_path / each / "metrics.jsonl").write_text(record.to_json() + "\n")
+    monkeypatch.chdir(tmp_path)
+    folders = [Path("a/run"), Path("b/run"), tmp_path / "c/other"]
+    assert list(plot.read(folders)) == ["a/run", "b/run", "other"]
+    monkeypatch.chdir(tmp_path / "a" / "run")
+    assert list(plot.read([Path()])) == ["run"]

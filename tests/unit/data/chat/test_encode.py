@@ -1,0 +1,138 @@
+"""Conversations as tokens, compared with transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from support.instruction import llama2_tokenizer, llama3_tokenizer
+
+from llamax.data.chat.encode import Encoder, Tokens
+from llamax.data.chat.templates import BUILT_IN, Sample, Template, sample, source_of
+from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.runtime.errors import DataError
+
+SPECIALS = ("<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+TALK = Sample(
+    [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Who?"},
+        {"role": "assistant", "content": "Nobody."},
+        {"role": "user", "content": "  Why? "},
+        {"role": "assistant", "content": "철수 <|eot_id|>"},
+    ]
+)
+
+
+def built_in(name: str) -> Template:
+    return Template(name, BUILT_IN[name], SPECIALS, "<s>", "</s>")
+
+
+def test_every_answer_of_a_conversation_is_one() -> None:
+    spans = built_in("human-assistant").spans(TALK)
+    assert [span.text for span in spans if span.answer] == [
+        " Nobody.</s>",
+        " 철수 <\ufdd2|eot_id|></s>",
+    ]
+
+
+def decoded(encoder: Encoder, tokens: Tokens, keep: bool) -> str:
+    return encoder.tokenizer.decode([int(i) for i in tokens.ids[tokens.counted == keep]])
+
+
+@pytest.mark.parametrize("name", [name for name in BUILT_IN if name != "llama3-chat"])
+def test_tokens_of_llama2_give_the_text_back(tmp_path: Path, name: str) -> None:
+    tokenizer = load_tokenizer(llama2_tokenizer(tmp_path))
+    encoder = Encoder(tokenizer)
+    template = encoder.template(name, BUILT_IN[name])
+    rows = [sample("이름?", "컨텍스트 ½", "철수 🙂 입니다\n", "sys"), sample("Q", "", "A"), TALK]
+    for row in rows if template.chat else rows[:2]:
+        (tokens,) = encoder.encode([template.spans(row)])
+        text = "".join(span.text for span in template.spans(row)).replace("\ufdd2", "")
+        turns = text.replace("</s><s>", " ")  # Llama 2 encodes each turn as a text of its own
+        plain = turns.replace("<s>", "").replace("</s>", "")
+        assert tokenizer.decode(tokens.ids.tolist()) == plain
+        assert tokens.ids[0] == tokenizer.bos_id
+        assert tokens.ids[-1] == tokenizer.eos_id
+        assert tokens.counted[-1]
+        assert not tokens.counted[0]
+        assert (tokens.ids == tokenizer.bos_id).sum() == max(1, text.count("<s>"))
+        (prompt,) = encoder.encode(
+            [template.prompt(row._replace(messages=row.messages[:-1]))], True
+        )
+        assert (tokens.ids[: len(prompt.ids)] == prompt.ids).all()
+        if len(row.messages) < 4:
+            assert not tokens.counted[: len(prompt.ids)].any()
+            assert tokens.counted[len(prompt.ids) :].all()
+
+
+@pytest.mark.parametrize("source", [CHATML, BUILT_IN["llama3-chat"]], ids=["chatml", "llama3"])
+def test_tokens_are_those_of_transformers(tmp_path: Path, source: str) -> None:
+    folder = llama3_tokenizer(tmp_path, source)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    encoder = Encoder(load_tokenizer(folder))
+    template = encoder.template("own", source_of(str(folder)))
+    talk = [*TALK.messages[:4], {"role": "assistant", "content": "Because: 1 + 1"}]
+    expected = theirs.apply_chat_template(talk, return_dict=True)["input_ids"]
+    (tokens,) = encoder.encode([template.spans(Sample(talk))])
+    mine = tokens.ids.tolist()
+    if source is CHATML:
+        assert mine[0] == encoder.bos  # the template writes none
+        mine = mine[1:]
+    assert mine == expected
+    answers = [span.text for span in template.spans(Sample(talk)) if span.answer]
+    end = "<|im_end|>\n" if source is CHATML else "<|eot_id|>"
+    assert answers == [f"Nobody.{end}", f"Because: 1 + 1{end}"]
+    prompt = theirs.apply_chat_template(talk[:-1], add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
+    (ours,) = encoder.encode([template.prompt(Sample(talk[:-1]))], prompts=True)
+    assert ours.ids.tolist()[source is CHATML :] == prompt
+
+
+def test_transformers_finds_the_same_answers(tmp_path: Path) -> None:
+    folder = llama3_tokenizer(tmp_path, BUILT_IN["llama3-chat"])
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    encoder = Encoder(load_tokenizer(folder))
+    talk = TALK.messages[:4] + [{"role": "assistant", "content": "Because."}]
+    found = theirs.apply_chat_template(talk, return_dict=True, return_assistant_tokens_mask=True)
+    (tokens,) = encoder.encode(
+        [encoder.template("llama3-chat", BUILT_IN["llama3-chat"]).spans(Sample(talk))]
+    )
+    assert tokens.counted.astype(int).tolist() == found["assistant_masks"]
+
+
+def test_a_special_token_in_a_field_stays_text(tmp_path: Path) -> None:
+    encoder = Encoder(load_tokenizer(llama3_tokenizer(tmp_path)))
+    template = encoder.template("llama3-chat", BUILT_IN["llama3-chat"])
+    (tokens,) = encoder.encode([template.spans(TALK)])
+    eot = encoder.tokenizer.special["<|eot_id|>"]
+    assert (tokens.ids == eot).sum() == 5
+    said = encoder.tokenizer.decode([int(i) for i in tokens.ids])
+    assert "철수 <|eot_id|>" in said
+
+
+def test_a_token_across_the_edge_belongs_to_the_answer(tmp_path: Path) -> None:
+    encoder = Encoder(load_tokenizer(llama2_tokenizer(tmp_path)), bos=False, eos=False)
+    template = encoder.template("own", "def {% generation %}{{ answer }}{% endgeneration %}")
+    (tokens,) = encoder.encode([template.spans(sample("Q", "", "self.x"))])
+    whole = encoder.tokenizer.encode("def self.x")
+    assert tokens.ids.tolist() == whole
+    assert decoded(encoder, tokens, True).strip() == "self.x"
+    assert np.flatnonzero(tokens.counted)[0] == 1
+
+
+def test_llama3_chat_needs_its_tokens() -> None:
+    with pytest.raises(DataError, match=r"needs the token <\|start_header_id\|>"):
+        Template("llama3-chat", BUILT_IN["llama3-chat"], ("<s>",))

@@ -1,0 +1,91 @@
+"""Chat templates from outside: hostile ones are refused."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import time
+from contextlib import suppress
+
+import pytest
+
+from llamax.data.chat import jinja_sandbox
+from llamax.data.chat.templates import Sample, Template, sample
+from llamax.runtime.errors import DataError
+
+# ---- what a template may do wrong
+
+
+def refused(words: str, source: str, row: Sample | None = None) -> None:
+    began = time.perf_counter()
+    with pytest.raises(DataError, match=words) as caught:
+        Template("bad", source).spans(row or sample("Q", "C", "A"))
+    assert "\n" not in str(caught.value)
+    assert time.perf_counter() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}{{ answer }}", "bad: is refused: access"),
+        ("{{ answer.__init__.__globals__ }}", "bad: is refused: access"),
+        ("{{ messages.append(1) }}{{ answer }}", "bad: is refused"),
+        ("{{ 'a' * 10**9 }}{{ answer }}", "bad: is refused"),
+        ("{{ [0] * 9999999 }}{{ answer }}", "bad: is refused: a sequence of 1"),
+        ("{{ 9 ** 9 ** 9 }}{{ answer }}", "bad: is refused"),
+        ("{{ 3 ** 99 }}{{ answer }}", "bad: is refused: .* too large"),
+        ("{{ 9999999 * 9999999 * 9999999 }}{{ answer }}", "bad: is refused: a number is above"),
+        ("{% for i in range(999999) %}{% endfor %}{{ answer }}", "Range too big|refused"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+            "{{ answer }}",
+            "bad: is refused: it computed for",
+        ),
+        (
+            "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+            "{% endfor %}{{ answer }}",
+            "bad: is refused: it (wants too much|computed)",
+        ),
+        ("{{ 'a' | center(2000000000) }}{{ answer }}", "bad: is refused: it (wants|computed)"),
+        ("{{ 'ab' | center(20000000) }}{{ answer }}", "bad: is refused: it (wrote|computed)"),
+        ("{{ messages | tojson(indent=99) }}", "bad: is refused: tojson"),
+        (
+            "{% include '/etc/passwd' %}{{ answer }}",
+            "bad: the template fails: TypeError: no loader",
+        ),
+        ("{{ raise_exception('not\nthis') }}{{ answer }}", "bad: the template says: not this"),
+        ("{% if %}", r"bad: the template says \(line 1\)"),
+        ("{{ answer.nothing.more }}", "bad: the template says: .*nothing"),
+        ("{{ answer + 1 }}", "bad: the template fails: TypeError"),
+        ("just text", "bad: yields nothing of a row"),
+        ("{% if answer == '' %}{{ answer }}{% endif %}x", "bad: yields no answer|otherwise"),
+        ("{% generation %}{% endgeneration %}{{ answer }}", "bad: yields no answer"),
+        ("{{ messages | length }}", "otherwise once it goes on"),
+        ("x" * 1_000_001, "has 1000001 characters"),
+    ],
+)
+def test_bad_templates_are_one_line(
+    source: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jinja_sandbox, "CPU_S", 0.2)
+    refused(words, source)
+
+
+def test_a_good_template_survives_the_walls() -> None:
+    source = "{% for i in range(3) %}{{ i * 2 }}{% endfor %}{{ strftime_now('%Y') | length }}"
+    assert Template("good", source + "{{ answer }}").spans(sample("Q", "", "A"))[0].text == "0244"
+
+
+def test_an_alarm_at_any_moment_leaves_the_limits_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+    monkeypatch.setattr(jinja_sandbox, "CPU_S", 0.001)
+    for turns in range(0, 60_000, 400):
+        with suppress(DataError):
+            jinja_sandbox.Program(f"{{% for i in range({turns}) %}}{{% endfor %}}x", "here").render(
+                {}
+            )
+        now = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
+        assert now == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)

@@ -1,0 +1,94 @@
+"""Packing: which documents share a sample."""
+
+from __future__ import annotations
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamax.data import packing
+from llamax.data.packing import Packs, best_fit
+from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.runtime.errors import DataError
+
+
+def write(path: Path, lengths: list[int], answers: int | None = 2) -> TokenFile:
+    """Documents of these lengths; the last ``answers`` tokens of each count (None: no mask)."""
+    random = np.random.default_rng(1)
+    with TokenWriter(path, Header("", 600, eos_id=2)) as writer:
+        for length in lengths:
+            tokens = random.integers(3, 600, length).astype(np.uint16)
+            counted = None if answers is None else np.arange(length) >= length - answers
+            writer.add(tokens, np.array([length]), length, counted)
+    return TokenFile(path)
+
+
+@given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 70))
+def test_best_fit_places_every_document_once(sizes: list[int], room: int) -> None:
+    sizes = sorted(sizes, reverse=True)
+    samples = best_fit(sizes, room)
+    assert sorted(i for sample in samples for i in sample) == list(range(len(sizes)))
+    filled = [sum(sizes[i] for i in sample) for sample in samples]
+    assert all(total <= room for total in filled)
+    lowest = -(-sum(sizes) // room)
+    assert len(samples) <= 11 / 9 * lowest + 1 + len(sizes) * (max(sizes, default=0) > room // 2)
+
+
+def test_best_fit_takes_the_fullest_that_fits() -> None:
+    assert best_fit([7, 6, 3, 3, 1], 10) == [[0, 2], [1, 3, 4]]
+    assert best_fit([10, 9, 1], 10) == [[0], [1, 2]]
+    assert best_fit([], 10) == []
+
+
+def test_windows_bound_the_work_and_every_document_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "WINDOW", 64)
+    lengths = np.random.default_rng(0).integers(2, 40, 500).tolist()
+    file = write(tmp_path / "f.tokens", lengths)
+    packs = Packs(file, 64)
+    members = np.concatenate([packs.documents(i) for i in range(len(packs))])
+    assert sorted(members.tolist()) == list(range(500))
+    assert packs.places == sum(lengths) - 500
+    assert packs.fill == packs.places / (64 * len(packs)) > 0.9
+    again, other = Packs(file, 64), Packs(file, 64, seed=1)
+    assert all((again.documents(i) == packs.documents(i)).all() for i in range(len(packs)))
+    assert any((other.documents(i)[:1] != packs.documents(i)[:1]).any() for i in range(len(other)))
+
+
+def test_long_documents_are_counted_and_treated_as_told(tmp_path: Path) -> None:
+    file = write(tmp_path / "f.tokens", [5, 12, 30, 1, 9], answers=4)
+    packs = Packs(file, 10)
+    assert (packs.longer, packs.answerless) == (2, 1)
+    assert "2 longer: 1 truncated (1 dropped: cut before the answer)" in str(packs)
+    kept = sorted(d for i in range(len(packs)) for d in packs.documents(i).tolist())
+    assert kept == [0, 1, 4], "document 3 has nothing to predict, document 2 no answer left"
+    drop = Packs(file, 10, "drop")
+    assert "2 longer: 2 dropped" in str(drop)
+    assert sorted(d for i in range(len(drop)) for d in drop.documents(i).tolist()) == [0, 4]
+    with pytest.raises(DataError, match=r"document 3 has 30 tokens, and 2 of these are longer"):
+        Packs(file, 10, "refuse")
+    everything = Packs(file, 10, answers=False)
+    assert (everything.longer, everything.answerless) == (2, 0)
+    with pytest.raises(DataError, match="no document is left for samples of 3 tokens"):
+        Packs(file, 3, "drop")
+    assert len(Packs(file, 10, way="padded")) == 3
+
+
+def test_memory_does_not_grow_with_the_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing, "WINDOW", 256)
+    lengths = np.random.default_rng(0).integers(2, 60, 6000)
+    peaks = []
+    for documents in (1500, 6000):
+        file = write(tmp_path / f"{documents}.tokens", lengths[:documents].tolist())
+        tracemalloc.start()
+        Packs(file, 256)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.2 * peaks[0]

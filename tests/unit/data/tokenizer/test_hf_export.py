@@ -1,0 +1,151 @@
+"""Tokenizers exported to Hugging Face's format give equal ids."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+import tokenizers
+from support.corpora import mistral, python_sources, train_unlike_llama
+
+from llamax.cli.prepare import main as prepare
+from llamax.data.tokenizer.hf_export import _byte_letters, export_tokenizer
+from llamax.data.tokenizer.tokenizer import HuggingFace, SentencePiece, TikToken, load_tokenizer
+from llamax.data.tokenizer.tokenizer import train_sentencepiece as train
+
+TEXTS = [
+    "",
+    " ",
+    "hello",
+    "  two  spaces ",
+    "tab\tand\n\n\nbreaks\r\n",
+    "x = {'a': 1234}\n        return",
+    "안녕하세요, 반갑습니다!",
+    "日本語 é ß 😀 \u200b",
+    "-----=====#####",
+    "\n" + " " * 37 + "x",
+    "a" * 300,
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def spm(folder: Path) -> Path:
+    return train(python_sources(10), 700, folder / "spm" / "tokenizer.model")
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> Path:
+    """A small byte-level BPE, its ranks in a tiktoken file."""
+    engine = tokenizers.ByteLevelBPETokenizer()
+    engine.train_from_iterator(python_sources(10), vocab_size=600, show_progress=False)
+    letters = {c: b for b, c in enumerate(_byte_letters())}
+    tokens = [bytes(letters[c] for c in t) for t in engine.get_vocab()]
+    order = sorted(tokens, key=lambda t: (len(t) > 1, engine.get_vocab()[
+        "".join(list(letters)[b] for b in t)]))  # fmt: skip
+    path = folder / "small.tiktoken"
+    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(order)]
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _folders(folder: Path) -> None:
+    (folder / "spm").mkdir()
+
+
+def test_exported_sentencepiece_gives_equal_ids(spm: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for path, texts in ((spm, TEXTS + python_sources(20)), (mistral(), TEXTS + python_sources(20))):
+        own = load_tokenizer(path)
+        export_tokenizer(own, tmp_path / path.name, max_length=512)
+        for kind in (transformers.AutoTokenizer, transformers.PreTrainedTokenizerFast):
+            hub = kind.from_pretrained(tmp_path / path.name)
+            for text in texts:
+                assert hub(text, add_special_tokens=False)["input_ids"] == own.encode(text)
+                assert hub.decode(own.encode(text)) == own.decode(own.encode(text))
+            assert (hub.bos_token_id, hub.eos_token_id) == (own.bos_id, own.eos_id)
+            assert hub("x")["input_ids"] == [own.bos_id, *own.encode("x")]
+            assert hub.model_max_length == 512
+        assert load_tokenizer(tmp_path / path.name).fingerprint == own.fingerprint
+
+
+def test_exported_sentencepiece_on_real_text(tmp_path: Path, shared_data: Path) -> None:
+    own = load_tokenizer(mistral())
+    export_tokenizer(own, tmp_path)
+    hub = load_tokenizer(tmp_path / "tokenizer.json")
+    korean = (shared_data / "korean_chatbot/ChatbotData.csv").read_text(encoding="utf-8")
+    plays = (shared_data / "tinyshakespeare/input.txt").read_text(encoding="utf-8")
+    for text in [plays[:50_000], *korean.splitlines()[:2000]]:
+        assert hub.encode(text) == own.encode(text)
+
+
+def test_exported_tiktoken_gives_equal_ids(ranks: Path, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    own = load_tokenizer(ranks)
+    export_tokenizer(own, tmp_path)
+    hub = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in TEXTS + python_sources(20):
+        assert hub(text, add_special_tokens=False)["input_ids"] == own.encode(text)
+        assert hub.decode(own.encode(text)) == text
+    assert (hub.bos_token_id, hub.eos_token_id) == (own.bos_id, own.eos_id)
+
+
+def test_exported_tokenizer_json_is_the_same_file(ranks: Path, tmp_path: Path) -> None:
+    export_tokenizer(load_tokenizer(ranks), tmp_path / "a")
+    own = load_tokenizer(tmp_path / "a" / "tokenizer.json")
+    assert isinstance(own, HuggingFace)
+    assert (own.bos_id, own.eos_id) == (load_tokenizer(ranks).bos_id, load_tokenizer(ranks).eos_id)
+    export_tokenizer(own, tmp_path / "b")
+    assert own.fingerprint == load_tokenizer(tmp_path / "b").fingerprint
+
+
+def test_bos_and_eos_as_the_files_beside_say(ranks: Path, tmp_path: Path) -> None:
+    export_tokenizer(load_tokenizer(ranks), tmp_path)
+    config = {"bos_token": {"content": "<|step_id|>"}, "eos_token": "<|eot_id|>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "special_tokens_map.json").unlink()
+    own, first = load_tokenizer(tmp_path / "tokenizer.json"), load_tokenizer(ranks)
+    assert own.bos_id == first.special["<|step_id|>"]
+    assert own.eos_id == first.special["<|eot_id|>"]
+    (tmp_path / "a.txt").write_text("one two three")
+    text, out = str(tmp_path / "a.txt"), tmp_path / "out"
+    prepare([text, "--tokenizer", str(tmp_path), "--out", str(out), "--validation", "0"])
+    kept = load_tokenizer(out)
+    assert (kept.bos_id, kept.eos_id) == (own.bos_id, own.eos_id)
+
+
+@pytest.mark.parametrize(
+    "unlike",
+    [
+        {"model_type": "unigram"},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"treat_whitespace_as_suffix": True},
+        {"user_defined_symbols": ["return self"]},
+        {"byte_fallback": False},
+    ],
+)
+def test_a_model_without_an_exact_twin_is_exported_alone(
+    tmp_path: Path, unlike: dict[str, object]
+) -> None:
+    own = load_tokenizer(train_unlike_llama(tmp_path, **unlike))
+    export_tokenizer(own, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.model"]
+    assert load_tokenizer(tmp_path / "out").fingerprint == own.fingerprint
+
+
+def test_the_model_comes_before_its_conversions(spm: Path, ranks: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.tiktoken").write_bytes(ranks.read_bytes())
+    assert isinstance(load_tokenizer(tmp_path), TikToken)
+    export_tokenizer(load_tokenizer(ranks), tmp_path / "x")
+    (tmp_path / "tokenizer.json").write_bytes((tmp_path / "x/tokenizer.json").read_bytes())
+    assert isinstance(load_tokenizer(tmp_path), HuggingFace)
+    (tmp_path / "tokenizer.model").write_bytes(spm.read_bytes())
+    assert isinstance(load_tokenizer(tmp_path), SentencePiece)

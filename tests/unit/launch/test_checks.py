@@ -1,0 +1,203 @@
+"""What is checked of a job before anything is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.launch_jobs import job
+
+from llamax.launch import kubernetes
+from llamax.launch.checks import problems
+from llamax.launch.render import PHASES
+from llamax.runtime.errors import ConfigError
+
+
+def refusals(launcher: str = "k8s", phase: str = "train", **changes: Any) -> list[str]:
+    return problems(job(**changes), launcher, phase)
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        job(nods=4, slurm__signal_s="x", environment__A={})
+    assert len(str(refused.value).splitlines()) == 4
+
+
+# ---- what launchers refuse
+
+
+@pytest.mark.parametrize(
+    ("launcher", "changes", "message"),
+    [
+        (
+            "torchrun",
+            {"ranks_per_node": 64},
+            "ranks_per_node=64 but trn1.32xlarge has 32 NeuronCores; use 32 or less, or more nodes",
+        ),
+        ("torchrun", {"instance": "trn1.32xlage"}, "unknown; did you mean trn1.32xlarge?"),
+        ("torchrun", {"instance": "local"}, "ranks_per_node=0: instance=local does not say how"),
+        ("torchrun", {"overrides__parallel__tensor": 64}, "1 x trn1.32xlarge = 32 ranks: "),
+        (
+            "torchrun",
+            {"overrides__parallel__tensor": 6},
+            "parallel.tensor=6 does not divide model.num_attention_heads=32; use 1, 2, 4, 8, 16 or "
+            "32; and 4 more",
+        ),
+        ("torchrun", {"overrides__optim__lrr": 1}, "--optim.lrr is an unknown option; did you"),
+        ("torchrun", {"recipe": "llama2-7c"}, "no recipe is named 'llama2-7c'; did you mean"),
+        ("torchrun", {"overrides__run__backend": "cpu"}, "leaves its NeuronCores idle; use"),
+        (
+            "slurm",
+            {"instance": "p5.48xlarge"},
+            "run.backend=xla on p5.48xlarge leaves its GPUs idle; use overrides run.backend=cuda",
+        ),
+        (
+            "slurm",
+            {"instance": "p4d.24xlarge", "ranks_per_node": 16, "overrides__run__backend": "cuda"},
+            "ranks_per_node=16 but p4d.24xlarge has 8 GPUs; use 8 or less, or more nodes",
+        ),
+        ("slurm", {"instance": "trn1n.2xlarge"}, "instance='trn1n.2xlarge' is unknown; did you"),
+        ("torchrun", {"name": "a b"}, "name='a b' names files and objects; use up to 63"),
+        ("torchrun", {"environment__RANK": 1}, "environment.RANK is set for each rank by its"),
+        ("torchrun", {"nodes": 2, "torchrun__master": ""}, "torchrun.master is empty; with nod"),
+        ("mpirun", {"nodes": 2, "mpirun__hostfile": ""}, "mpirun.hostfile is empty; with nodes=2"),
+        ("slurm", {"slurm__partition": "a b"}, "slurm.partition='a b' is no name of Slurm's"),
+        ("slurm", {"slurm__account": "$(x)"}, "slurm.account='$(x)' is no name of Slurm's"),
+        ("slurm", {"slurm__time_limit": "2 days"}, "slurm.time_limit='2 days' is no time; use 2-"),
+        ("slurm", {"storage__folder": "/fsx/a b"}, "storage.folder='/fsx/a b' holds what #SBATCH"),
+        ("slurm", {"storage__mount": "fsx"}, "storage.mount='fsx' is no absolute path; use the"),
+        ("slurm", {"storage__folder": "/efs"}, "storage.folder=/efs is not below storage.mount="),
+        (
+            "slurm",
+            {"overrides__run__folder": "/tmp/run"},
+            "run.folder=/tmp/run is not below storage.mount=/fsx: each node would have its own; "
+            "use overrides run.folder=/fsx/run",
+        ),
+        ("slurm", {"overrides__data__path": "../../data"}, "data.path=../../data is not below"),
+        ("k8s", {"storage__claim": ""}, "storage.claim is empty; name the PersistentVolumeClaim"),
+        ("k8s", {"storage__claim": "My_Claim"}, "storage.claim='My_Claim' is refused by Kuber"),
+        ("k8s", {"storage__claim": "a..b"}, "storage.claim='a..b' is refused by Kubernetes; use"),
+        ("k8s", {"kubernetes__namespace": "a.b"}, "kubernetes.namespace='a.b' is refused by K"),
+        ("k8s", {"kubernetes__service_account": "A"}, "kubernetes.service_account='A' is refused"),
+        ("k8s", {"image": ""}, "image is empty; name the image that --phase image builds"),
+        ("k8s", {"image": "a b"}, "image='a b' is no image name; use registry/repository:tag"),
+        ("k8s", {"name": "Llama_7B"}, "name='Llama_7B' is refused by Kubernetes; use lower-case"),
+        ("k8s", {"image": "ecr.aws/Llamax:1"}, "image='ecr.aws/Llamax:1' is no image name; use"),
+        ("k8s", {"name": "lläma"}, "name='lläma' is refused by Kubernetes; use lower-case"),
+        ("k8s", {"name": "7b"}, "name='7b' is refused by Kubernetes"),
+        (
+            "k8s",
+            {"name": "a" * 44, "nodes": 64},
+            "a-precompile-worker-63 has 65 characters, Kubernetes allows 63; use 42 or less",
+        ),
+        ("k8s", {"name": "a" * 44, "nodes": 8}, "-worker-7 has 64 characters, Kubernetes allows"),
+        ("sagemaker", {"name": "a.b"}, "name='a.b' is refused by SageMaker; use letters, digits"),
+        ("sagemaker", {"image": ""}, "image='' is no image name; name the image that --phase im"),
+        ("sagemaker", {"sagemaker__role": ""}, "sagemaker.role is empty; name the IAM role that"),
+        ("sagemaker", {"sagemaker__data": ""}, "sagemaker.data is empty; name the s3:// or file"),
+        ("sagemaker", {"sagemaker__output": "/x"}, "sagemaker.output='/x' is no s3:// folder;"),
+        ("sagemaker", {"sagemaker__local": True}, "sagemaker.local=true runs on this machine's"),
+        (
+            "sagemaker",
+            {"recipe": "demo", "instance": "local", "ranks_per_node": 4, "overrides": {}},
+            "instance=local but sagemaker.local=false; use an instance such as trn1.32xlarge",
+        ),
+    ],
+)
+def test_each_mistake_is_one_line(launcher: str, changes: dict[str, Any], message: str) -> None:
+    found = refusals(launcher, **changes)
+    assert len(found) == 1
+    assert message in found[0]
+    assert "\n" not in found[0]
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        "llamax",
+        "llamax:1",
+        "localhost/llamax",
+        "localhost:5000/team/llamax:v1.0_x",
+        "Registry.example.com:443/a/b__c/d-e",
+        f"public.ecr.aws/neuron/x@sha256:{'0a' * 32}",
+    ],
+)
+def test_names_of_images_that_docker_takes(image: str) -> None:
+    assert refusals("k8s", image=image) == []
+
+
+@pytest.mark.parametrize("key", ["storage__claim", "kubernetes__service_account"])
+def test_objects_of_kubernetes_have_subdomains_as_names(key: str) -> None:
+    long = ".".join(["a" * 63] * 3)
+    assert refusals("k8s", **{key: "fsx.team-1"}) == refusals("k8s", **{key: long}) == []
+    assert "is refused by Kubernetes; use" in refusals("k8s", **{key: f"{long}.{long}"})[0]
+
+
+def test_prepare_wants_inputs_and_a_tokenizer() -> None:
+    found = refusals("slurm", "prepare", prepare={})
+    assert [line.split(" is ")[0] for line in found] == ["prepare.inputs", "prepare.tokenizer"]
+
+
+@pytest.mark.parametrize("launcher", PHASES)
+def test_a_right_job_is_not_refused(launcher: str) -> None:
+    for nodes in (1, 4, 16, 64):
+        assert refusals(launcher, nodes=nodes) == []
+    assert refusals("k8s", name="a" * 43, nodes=8) == []
+    small = {"recipe": "demo", "instance": "local", "ranks_per_node": 4, "overrides": {}}
+    assert refusals(launcher, **small, sagemaker__local=True) == []
+
+
+TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=6)
+
+
+SCALARS = st.one_of(TEXT, st.integers(), st.booleans())
+
+
+DOCUMENTS = st.recursive(
+    SCALARS, lambda inner: st.one_of(st.lists(inner), st.dictionaries(TEXT, inner)), max_leaves=6
+)
+
+
+@settings(max_examples=60)
+@given(st.dictionaries(TEXT, DOCUMENTS, min_size=1, max_size=4))
+def test_a_manifest_reads_back_as_it_was_written(document: dict[str, Any]) -> None:
+    assert yaml.safe_load(kubernetes.dump(document)) == document
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\nb\n",
+        "a\nb\n\n",
+        "a\n\n b\n",
+        " a\nb\n",
+        "a\nb",
+        "\na\n",
+        "a\n\n",
+        "no",
+        "1e3",
+        "é\nb\n",
+        "-",
+    ],
+)
+def test_a_manifest_keeps_any_text(text: str) -> None:
+    manifest = {"b": [{"a": text}, text], "a": text}
+    assert yaml.safe_load(kubernetes.dump(manifest)) == manifest
+    assert list(yaml.safe_load(kubernetes.dump(manifest))) == ["b", "a"]
+
+
+@pytest.mark.parametrize("text", ["1e3", "0o7", "12", "1_0", "y", "No", "on", "null", "~", ""])
+def test_text_that_a_yaml_version_reads_as_another_type_is_quoted(text: str) -> None:
+    assert kubernetes.dump({"a": text}) == f'a: "{text}"\n'
+
+
+def test_a_manifest_is_block_style_without_anchors_and_scripts_are_literal_blocks() -> None:
+    shared = {"gpu": "8"}
+    manifest = {"limits": shared, "requests": shared, "command": ["bash", "cd x\n\nls\n"], "e": {}}
+    assert kubernetes.dump(manifest) == (
+        'limits:\n  gpu: "8"\nrequests:\n  gpu: "8"\n'
+        "command:\n  - bash\n  - |\n    cd x\n\n    ls\ne: {}\n"
+    )

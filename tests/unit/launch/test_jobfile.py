@@ -1,0 +1,76 @@
+"""Job files: read strictly, every key explained."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.launch_jobs import job, tables
+
+from llamax.launch import jobfile
+from llamax.runtime.errors import ConfigError
+
+# ---- the file
+
+
+def test_overrides_are_written_as_toml_writes_tables() -> None:
+    found = jobfile.parse(
+        tables(overrides={"optim": {"lr": 1e-4}, "run.steps": 5000, "run": {"tensorboard": False}})
+    )
+    assert found.arguments == [
+        "--config",
+        "llama2-7b",
+        "--optim.lr=0.0001",
+        "--run.steps=5000",
+        "--run.tensorboard=false",
+    ]
+    assert found.config.optim.lr == 1e-4
+    assert found.config.run.tensorboard is False
+    assert job(environment={"A": 1, "B": "two"}).environment == (("A", "1"), ("B", "two"))
+    assert jobfile.parse(tables(overrides={"model": {"eos_token_id": [2, 3]}})).arguments[-1] == (
+        "--model.eos_token_id=[2, 3]"
+    )
+
+
+def test_a_file_is_read_and_a_broken_one_refused(tmp_path: Path) -> None:
+    path = tmp_path / "job.toml"
+    path.write_text('name = "a"\nrecipe = "demo"\n')
+    assert jobfile.load(path).recipe == "demo"
+    path.write_text("name = ")
+    with pytest.raises(ConfigError, match=r"job.toml: cannot be read as TOML"):
+        jobfile.load(path)
+    with pytest.raises(ConfigError, match=r"none.toml: cannot be read as TOML"):
+        jobfile.load(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nods": 4}, "job: nods is an unknown key; did you mean nodes?"),
+        ({"slurm__partitoin": "x"}, "slurm.partitoin is an unknown key; did you mean partition?"),
+        ({"nodes": "4"}, 'nodes="4" is a string; write an integer'),
+        ({"nodes": 0}, "nodes=0 is out of range; use 1 or more"),
+        ({"port": 80}, "port=80 is out of range; use 1024 to 65535"),
+        ({"mpirun__per": "socket"}, 'mpirun.per="socket" is unknown; write node or core'),
+        ({"prepare__inputs": "books"}, 'prepare.inputs="books" is a string; write a list of str'),
+        ({"overrides": 3}, "overrides is not a table; write [overrides] and lines of key = value"),
+        ({"environment__A": {"x": 1}}, "environment.A={'x': 1} is no text or number; put it in"),
+        ({"environment__A-B": 1}, "environment.A-B is no name of a variable; use letters, digits"),
+        ({"name": "a\nb"}, r"name='a\nb' holds a control character; use plain text on one line"),
+        ({"overrides__data__path": "a\nb"}, r"overrides.data.path='a\nb' holds a control char"),
+        ({"environment__A": "\x7f"}, r"environment.A='\x7f' holds a control character"),
+        ({"prepare__inputs": ["a\tb"]}, "prepare.inputs='a\\tb' holds a control character"),
+    ],
+)
+def test_a_file_is_strict(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as refused:
+        job(**changes)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_key_is_explained() -> None:
+    text = jobfile.help_text()
+    for key in ("name ", "storage.claim ", "slurm.signal_s ", "sagemaker.role ", "environment "):
+        assert f"  {key}" in text

@@ -1,0 +1,83 @@
+"""Scripts and manifests: no value escapes its quotes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.launch_jobs import job
+
+from llamax.config.hardware import load_machine, machine_names
+from llamax.launch.instances import INSTANCES
+from llamax.launch.render import render
+
+TRICKS = "'; touch pwned; '\"$(touch pwned)`touch pwned` \\ #|&<>!* $$ $(PATH) {{x}} é漢\U0001f600"
+
+
+def read_by_kubernetes(word: str) -> str:
+    """A word of a command as a pod gets it: $$ is $, and $(PATH) a value."""
+    known = {"$$": "$", "$(PATH)": "/bin"}
+    return re.sub(r"\$(?:\$|\([^)]*\))", lambda found: known.get(found[0], found[0]), word)
+
+
+def test_what_can_be_planned_can_be_launched() -> None:
+    assert set(INSTANCES) - {"local"} == set(machine_names()) - {"cpu"}
+    for name in set(INSTANCES) - {"local"}:
+        this = INSTANCES[name]
+        assert (this.cores, this.backend) == (load_machine(name).ranks, load_machine(name).backend)
+        assert this.devices > 0 < this.memory_gib
+
+
+# ---- quotes
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun", "slurm", "k8s"])
+@pytest.mark.parametrize("phase", ["prepare", "train"])
+def test_no_value_escapes_its_quotes(tmp_path: Path, launcher: str, phase: str) -> None:
+    """The rendered script runs with every command replaced by one that writes its arguments."""
+    this = job(
+        environment={"TRICK": TRICKS},
+        overrides={"data": {"path": f"/fsx/{TRICKS}"}, "run": {"folder": f"run {TRICKS}"}},
+        prepare={"inputs": [TRICKS], "tokenizer": TRICKS},
+        venv="" if launcher == "k8s" else f"/opt/{TRICKS}",
+        mpirun__hostfile="" if launcher != "k8s" else "x",
+    )
+    text = render(this, launcher, phase)
+    if launcher == "k8s":
+        spec = yaml.safe_load(text)["spec"]
+        spec = spec["mpiReplicaSpecs"]["Launcher"] if phase == "train" else spec
+        (container,) = spec["template"]["spec"]["containers"]
+        text = read_by_kubernetes(container["command"][2]).replace("/etc/mpi/hostfile", "hosts")
+    (tmp_path / "hosts").write_text("localhost\n")
+    (tmp_path / "said").write_text("")
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    for name in ("torchrun", "mpirun", "srun", "python3"):
+        body = f'#!/bin/bash\nprintf "%s\\0" "$TRICK" "$@" >{tmp_path}/said\n'
+        (fake / name).write_text(body)
+        (fake / name).chmod(0o755)
+    text = text.replace("cd -- /fsx/llama", f"cd -- {tmp_path}\nPATH={fake}:$PATH")
+    done = subprocess.run(["bash", "-c", text], cwd=tmp_path, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    trick, *said = (tmp_path / "said").read_text().split("\0")
+    assert trick == TRICKS
+    if phase == "prepare":
+        assert TRICKS in said
+        assert f"/fsx/{TRICKS}" in said
+    else:
+        assert f"--data.path=/fsx/{TRICKS}" in said
+        assert f"--run.folder=run {TRICKS}" in said
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_sagemakers_file_keeps_values_as_they_are() -> None:
+    this = job(environment={"TRICK": TRICKS + '"""'}, sagemaker__data="s3://" + TRICKS)
+    module: dict[str, Any] = {}
+    text = render(this, "sagemaker", "train").split("source = Path")[0]
+    exec(compile(text.replace("from sagemaker.pytorch import PyTorch", ""), "x", "exec"), module)
+    assert module["ARGUMENTS"]["environment"]["TRICK"] == TRICKS + '"""'
+    assert module["INPUTS"] == {"training": "s3://" + TRICKS}

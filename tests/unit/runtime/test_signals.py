@@ -1,0 +1,101 @@
+"""Signals before, while and after a program listens to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+# --- signals -------------------------------------------------------------------------------------
+
+LISTEN = """
+import sys, time
+from llamax.runtime import signals
+signals.install("quiet" not in sys.argv)
+signals.COMPILE_GRACE_S = 0.2
+if sys.argv[1] != "import":
+    signals.hold()
+if sys.argv[1] == "step":
+    signals.stepped()
+print("ready", flush=True)
+while not signals.requested():
+    time.sleep(0.01)
+time.sleep(1.0)
+signals.rest()
+print("heard", signals.requested(), flush=True)
+time.sleep(0.5)
+sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("phase", "code", "said"),
+    [
+        ("import", 75, "before training began; nothing new to save"),
+        ("compile", 75, "in the first step; nothing new to save"),
+        ("step", 7, ""),
+    ],
+)
+def test_signals_by_phase(phase: str, code: int, said: str, signum: int) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", LISTEN, phase],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.readline()
+    process.send_signal(signum)
+    if phase == "step":
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)  # a second one changes nothing
+        assert process.stdout.readline() == f"heard {signal.Signals(signum).name}\n"
+        process.send_signal(signum)  # nor does one at the very end
+    assert process.wait(30) == code
+    assert said in process.stderr.read()
+
+
+def test_a_library_installs_no_handlers() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    import llamax.train  # noqa: F401
+
+    assert signal.getsignal(signal.SIGTERM) is before
+    from llamax.runtime import signals
+
+    signals.rest()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+OLD = (
+    sys.platform == "linux"
+    and (os.confstr("CS_GNU_LIBC_VERSION") or "").startswith("glibc 2.")
+    and int((os.confstr("CS_GNU_LIBC_VERSION") or "").split(".")[1]) < 38
+)
+
+
+@pytest.mark.skipif(not OLD, reason="this C library keeps its heap flat by itself")
+def test_signals_wait_for_the_program_to_listen() -> None:
+    code = """
+import os, signal, sys
+from llamax.runtime import process, signals
+if "GLIBC_TUNABLES" in os.environ:  # started again: they are held back until someone listens
+    os.kill(os.getpid(), signal.SIGTERM)
+    print("held", flush=True)
+process.steady_heap()
+signals.install()
+import time; time.sleep(10)
+print("never reached")
+"""
+    environ = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "held\n"
+    assert "stopped by SIGTERM" in done.stderr
+    assert done.returncode not in (0, -signal.SIGTERM)

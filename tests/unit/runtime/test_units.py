@@ -1,0 +1,72 @@
+"""Numbers, bytes, times and rates in words."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from llamax.config.flops import mfu
+from llamax.runtime.units import eta, perplexity, show_bytes, show_number, show_time, tokens_per_s
+
+
+def test_rates() -> None:
+    assert mfu(10.0, 3.0, 60.0) == 0.5
+    assert mfu(10.0, 3.0, 0.0) == 0.0
+    assert tokens_per_s(100, 0.5) == 200.0
+    assert tokens_per_s(100, 0.0) == 0.0
+    assert eta(3, 10, 2.0) == 14.0
+    assert eta(12, 10, 2.0) == 0.0
+    assert perplexity(0.0) == 1.0
+    assert perplexity(math.log(32.0)) == pytest.approx(32.0)
+    assert perplexity(1e4) == math.inf
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "0"),
+        (7, "7"),
+        (0.5, "0.50"),
+        (999, "999"),
+        (999.7, "1.00K"),
+        (1000, "1K"),
+        (1234, "1.23K"),
+        (12_345, "12.3K"),
+        (123_456, "123K"),
+        (999_999, "1.00M"),
+        (6_738_415_616, "6.74B"),
+        (2.0e12, "2T"),
+        (5e16, "50000T"),
+    ],
+)
+def test_numbers_in_words(n: float, text: str) -> None:
+    assert show_number(n) == text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(512, "512 B"), (1024, "1 KiB"), (1536, "1.50 KiB"), (3 * 2**29, "1.50 GiB")],
+)
+def test_bytes_in_words(n: float, text: str) -> None:
+    assert show_bytes(n) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0.00s"),
+        (0.254, "0.25s"),
+        (9.994, "9.99s"),
+        (9.999, "10s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (185, "3m05s"),
+        (3599.9, "1h00m"),
+        (7620, "2h07m"),
+        (86399.9, "1d00h"),
+        (5 * 86400 + 3 * 3600, "5d03h"),
+    ],
+)
+def test_times_in_words(seconds: float, text: str) -> None:
+    assert show_time(seconds) == text

@@ -1,0 +1,47 @@
+"""The difference of two programs."""
+
+from __future__ import annotations
+
+from llamax.tools.audit import diff, hlo
+
+
+def entry(*lines: str) -> hlo.Program:
+    """A program of these lines; its root is the last."""
+    *rest, last = lines
+    return hlo.read(
+        "\n".join(["HloModule m", "", "ENTRY %m () -> f32[] {", *rest, f"ROOT {last}", "}"])
+    )
+
+
+def test_the_difference_is_the_instruction_that_the_other_lacks() -> None:
+    ours = entry(
+        "%p.1 = s32[4]{0} parameter(0)",
+        '%c.2 = s32[] constant(0), metadata={source_file="/a/tensor.py" source_line=120}',
+        "%b.3 = s32[4]{0} broadcast(s32[] %c.2), dimensions={}",
+        "%s.4 = s32[4]{0} subtract(s32[4]{0} %p.1, s32[4]{0} %b.3)",
+    )
+    theirs = entry(
+        "%p.1 = s32[4]{0} parameter(0)",
+        '%c.2 = s32[] constant(4000), metadata={source_file="/a/tensor.py" source_line=120}',
+        "%b.3 = s32[4]{0} broadcast(s32[] %c.2), dimensions={}",
+        "%s.4 = s32[4]{0} subtract(s32[4]{0} %p.1, s32[4]{0} %b.3)",
+    )
+    how = diff.difference(ours, theirs)
+    assert how is not None
+    assert diff.describe(how.mine) == "s32[] constant(0) at /a/tensor.py:120"
+    assert diff.describe(how.theirs) == "s32[] constant(4000) at /a/tensor.py:120"
+    assert diff.difference(ours, ours) is None
+    assert diff.describe(None) == "nothing"
+
+
+def test_wiring_alone_is_a_difference_too() -> None:
+    lines = [
+        "%p.1 = f32[] parameter(0)",
+        "%p.2 = f32[] parameter(1)",
+        "%s.3 = f32[] subtract(f32[] %p.1, f32[] %p.2)",
+    ]
+    swapped = "%s.3 = f32[] subtract(f32[] %p.2, f32[] %p.1)"
+    how = diff.difference(entry(*lines), entry(*lines[:2], swapped))
+    assert how is not None
+    assert how.mine is not None
+    assert how.mine.opcode == "subtract"

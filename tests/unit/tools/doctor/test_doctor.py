@@ -1,0 +1,142 @@
+"""The doctor on whole jobs, and its program."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.launch_jobs import job
+
+from llamax.cli.doctor import NOT_READY, main
+from llamax.runtime.errors import BackendError, ConfigError
+from llamax.tools.audit import compile_cache
+from llamax.tools.doctor import Finding, Host
+from llamax.tools.doctor.doctor import _seen_from, count, examine, here
+
+SDK = {
+    "torch": "2.9.0+cpu",
+    "torch-xla": "2.9.0",
+    "torch-neuronx": "2.9.0.2.12.1",
+    "neuronx-cc": "2.23.6484.0",
+    "neuronx-distributed": "0.17.26814",
+}
+
+
+def lay(root: Path, **files: str) -> Host:
+    """A machine with these files; ``__`` in a name is ``/``."""
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Host(root)
+
+
+def trainium(root: Path, devices: int = 16, driver: str = "2.26.5.0") -> Host:
+    names = {f"dev__neuron{n}": "" for n in range(devices)}
+    return lay(root, **names, sys__module__neuron__version=driver + "\n")
+
+
+def levels(found: Iterable[Finding]) -> dict[str, str]:
+    found = list(found)
+    for each in found:
+        assert each.what
+        assert bool(each.why) == (each.level in ("warning", "error")), each
+        assert bool(each.mend) == (each.level != "ok"), each
+    return {each.name: each.level for each in found}
+
+
+def test_programs_are_not_traced_without_torch_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compile_cache, "installed", lambda _: None)
+    with pytest.raises(BackendError, match="the run's own cannot be traced without torch-xla"):
+        compile_cache.hashes(job().config, 32, 32, {})
+
+
+def test_programs_of_a_run() -> None:
+    config = job(nodes=4).config
+    silent = replace(config, run=replace(config.run, validate_every=0, validate_each_epoch=False))
+    assert count(replace(config, run=replace(config.run, validate_every=9))) == 3
+    assert count(silent) == 2
+
+
+# ---- the program
+
+
+def test_without_a_job_a_machine_is_held_against_itself(tmp_path: Path) -> None:
+    node = Host(trainium(tmp_path).root, packages=SDK)
+    for n in range(8):
+        lay(tmp_path, **{f"sys__class__infiniband__rdmap{n}__device__vendor": "0x1d0f\n"})
+    lay(tmp_path, sys__class__infiniband__mlx5__device__vendor="0x15b3\n")
+    lay(tmp_path, proc__sys__net__ipv4__ip_local_reserved_ports="29500")
+    lay(tmp_path, proc__sys__net__ipv4__ip_local_port_range="1024 65000")
+    found = list(examine(node, None, 0))
+    assert Finding("ok", "devices", "16 Neuron devices") in found
+    assert [each.level for each in found if each.name == "ports"] == ["ok", "warning"]
+    assert (here(node).backend, here(node).efa) == ("xla", 8)
+    assert here(Host(tmp_path, packages={"torch": "2.11.0"})).backend == "neuron"
+    box = lay(tmp_path / "gpus", dev__nvidia0="", dev__nvidia1="")
+    found = list(examine(Host(box.root, packages=SDK), None, 0))
+    assert Finding("ok", "devices", "2 GPUs") in found
+    assert [each.what for each in found if each.level == "error"] == [
+        "torch 2.9.0+cpu is built without CUDA"
+    ]
+    laptop = Host(tmp_path / "no", packages=SDK)
+    found = list(examine(laptop, None, 0))
+    assert Finding("ok", "devices", "no Neuron device, none asked") in found
+    assert len([each for each in found if each.name == "ports"]) == 1
+
+
+def test_a_job_is_examined_on_a_laptop() -> None:
+    found = levels(examine(Host(packages={"torch": "2.13.0"}), job(nodes=4), 0))
+    assert found["plan"] == "ok"
+    for name in ("devices", "EFA", "storage", "disk", "dataset", "neuron"):
+        assert found[name] == "unseen"
+    too_much = job(nodes=4, overrides={"data": {"micro_batch": 32}, "run": {"recompute": "none"}})
+    assert levels(examine(Host(packages=SDK), too_much, 0))["plan"] == "error"
+    unknown = job(recipe="demo", instance="local", ranks_per_node=4, overrides={})
+    assert "plan" not in levels(examine(Host(packages=SDK), unknown, 0))
+
+
+def test_the_datasets_of_a_blend_are_seen_from_the_jobs_folder(tmp_path: Path) -> None:
+    seen = {path: _seen_from(tmp_path, path) for path in ("my data", "0.7 web .3 /fsx/b")}
+    assert seen["my data"] == f"{tmp_path}/my data"
+    assert seen["0.7 web .3 /fsx/b"] == f"0.7 {tmp_path}/web .3 /fsx/b"
+
+
+def test_a_missing_dataset_is_an_error(tmp_path: Path) -> None:
+    small = job(
+        recipe="demo",
+        instance="local",
+        ranks_per_node=4,
+        overrides={},
+        storage={"mount": str(tmp_path)},
+    )
+    found = {each.name: each for each in examine(Host(packages=SDK), small, 0)}
+    assert found["dataset"].level == "error"
+    assert "llamax launch --phase prepare" in found["dataset"].mend
+
+
+def test_the_program_says_it_all_and_how_it_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llamax", "doctor"], text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "ok       torch" in done.stdout
+    assert done.stdout.endswith("0 errors\n")
+    path = tmp_path / "job.toml"
+    path.write_text(
+        f'name = "a"\nrecipe = "demo"\ninstance = "local"\nranks_per_node = 4\n'
+        f'storage.mount = "{tmp_path}"\n'
+    )
+    assert main(["--job", str(path)]) == NOT_READY
+    said = capsys.readouterr().out
+    assert "ERROR    dataset" in said
+    assert "         mend          llamax launch --phase prepare" in said
+    path.write_text('name = "a"\nrecipe = "demo"\nstorage.mount = "x"\n')
+    with pytest.raises(ConfigError, match=r"job.toml: 1 x trn1\.32xlarge = 32 ranks: "):
+        main(["--job", str(path)])

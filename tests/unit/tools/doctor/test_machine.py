@@ -1,0 +1,132 @@
+"""The doctor on devices, memory, limits, ports and EFA."""
+
+from __future__ import annotations
+
+import resource
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+from llamax.launch.instances import INSTANCES
+from llamax.tools.doctor import Finding, Host, machine, versions
+
+TRN1, LOCAL = INSTANCES["trn1.32xlarge"], INSTANCES["local"]
+
+
+def lay(root: Path, **files: str) -> Host:
+    """A machine with these files; ``__`` in a name is ``/``."""
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Host(root)
+
+
+def trainium(root: Path, devices: int = 16, driver: str = "2.26.5.0") -> Host:
+    names = {f"dev__neuron{n}": "" for n in range(devices)}
+    return lay(root, **names, sys__module__neuron__version=driver + "\n")
+
+
+def levels(found: Iterable[Finding]) -> dict[str, str]:
+    found = list(found)
+    for each in found:
+        assert each.what
+        assert bool(each.why) == (each.level in ("warning", "error")), each
+        assert bool(each.mend) == (each.level != "ok"), each
+    return {each.name: each.level for each in found}
+
+
+def test_a_machine_with_gpus(tmp_path: Path) -> None:
+    p5 = INSTANCES["p5.48xlarge"]
+    assert levels(machine.devices(Host(tmp_path), p5)) == {"devices": "unseen"}
+    for n in range(8):
+        lay(tmp_path, **{f"dev__nvidia{n}": ""})
+    lay(tmp_path, dev__nvidiactl="")
+    assert levels(machine.devices(Host(tmp_path), p5)) == {"devices": "ok"}
+    for line in ("Kernel Module  570.133.20  Wed", "Open Kernel Module for x86_64  570.133.20  R"):
+        host = Host(tmp_path, packages={"torch": "2.9.0+cpu"})
+        assert levels(versions.check(host, "cuda"))["torch"] == "error"
+        lay(tmp_path, proc__driver__nvidia__version=f"NVRM version: NVIDIA UNIX {line}\n")
+        host = Host(tmp_path, packages={"torch": "2.9.0+cu130"})
+        torch, driver = versions.check(host, "cuda")
+        assert (torch.level, driver.what) == ("ok", "NVIDIA driver 570.133.20")
+    (tmp_path / "dev" / "nvidia3").unlink()
+    assert levels(machine.devices(host, p5)) == {"devices": "error"}
+
+
+def test_devices_and_memory(tmp_path: Path) -> None:
+    host = trainium(tmp_path)
+    assert levels(machine.devices(host, TRN1)) == {"devices": "ok"}
+    assert levels(machine.devices(Host(tmp_path / "no"), TRN1)) == {"devices": "unseen"}
+    assert levels(machine.devices(Host(tmp_path / "no"), LOCAL)) == {"devices": "ok"}
+    (tmp_path / "dev" / "neuron3").unlink()
+    assert levels(machine.devices(host, TRN1)) == {"devices": "error"}
+    assert levels(machine.memory(host, TRN1)) == {"memory": "unseen"}
+    lay(tmp_path, proc__meminfo=f"MemTotal: {510 * 2**20} kB\n")
+    assert levels(machine.memory(host, TRN1)) == {"memory": "ok"}
+    lay(tmp_path, **{"sys__fs__cgroup__memory.max": str(64 * 2**30)})
+    assert levels(machine.memory(host, TRN1)) == {"memory": "warning"}
+
+
+def test_limits() -> None:
+    assert levels(machine.open_files(1024)) == {"open files": "warning"}
+    assert levels(machine.open_files(65535)) == {"open files": "ok"}
+    assert levels(machine.open_files(resource.RLIM_INFINITY)) == {"open files": "ok"}
+    assert levels(machine.arenas(Host(), 128)) == {"malloc": "warning"}
+    assert levels(machine.arenas(Host(environ={"MALLOC_ARENA_MAX": "64"}), 128)) == {"malloc": "ok"}
+    assert levels(machine.arenas(Host(), 4)) == {"malloc": "ok"}
+    assert levels(machine.clock(5)) == {"clock": "warning"}
+    assert levels(machine.clock(0)) == {"clock": "ok"}
+    assert levels(machine.clock(None)) == {"clock": "unseen"}
+
+
+@pytest.mark.parametrize(
+    ("kept", "span", "level"),
+    [
+        ("", "32768\t60999", "ok"),
+        ("", "1024\t65000", "warning"),
+        ("29000-29600,62182", "1024\t65000", "ok"),
+        ("29501", "1024\t65000", "warning"),
+    ],
+)
+def test_ports_that_the_kernel_hands_out(tmp_path: Path, kept: str, span: str, level: str) -> None:
+    host = lay(
+        tmp_path,
+        proc__sys__net__ipv4__ip_local_reserved_ports=kept,
+        proc__sys__net__ipv4__ip_local_port_range=span,
+    )
+    (found,) = machine.reserved(host, 29500)
+    assert found.level == level
+    if kept == "29501":
+        assert found.mend.endswith("=29501,29500")
+    assert levels(machine.reserved(Host(tmp_path / "no"), 29500)) == {"ports": "unseen"}
+
+
+def test_a_port_in_use_is_found() -> None:
+    with socket.socket() as held:
+        held.bind(("", 0))
+        held.listen()
+        port = held.getsockname()[1]
+        assert levels(machine.free(port)) == {"port in use": "warning"}
+    assert levels(machine.free(port)) == {"port in use": "ok"}
+
+
+def test_efa(tmp_path: Path) -> None:
+    unlimited = resource.RLIM_INFINITY
+    assert levels(machine.network(Host(tmp_path), LOCAL, 0)) == {"EFA": "ok"}
+    assert levels(machine.network(Host(tmp_path), TRN1, unlimited)) == {"EFA": "unseen"}
+    for n in range(8):
+        path = tmp_path / f"sys/class/infiniband/rdmap{n}/ports/1/hw_counters/tx_bytes"
+        path.parent.mkdir(parents=True)
+        path.write_text("0\n")
+    host = Host(tmp_path, environ={"FI_PROVIDER": "efa"})
+    found = levels(machine.network(host, TRN1, unlimited))
+    assert found == {"EFA": "ok", "EFA traffic": "unseen"}
+    path.write_text("12345\n")
+    assert levels(machine.network(host, TRN1, unlimited))["EFA traffic"] == "ok"
+    tcp = Host(tmp_path, environ={"FI_PROVIDER": "tcp"})
+    found = levels(machine.network(tcp, TRN1, 65536))
+    assert (found["libfabric"], found["memlock"]) == ("error", "error")
+    assert levels(machine.network(host, INSTANCES["trn1n.32xlarge"], unlimited))["EFA"] == "error"

@@ -1,0 +1,169 @@
+"""The doctor on storage: shared folders, disk space, the compilation cache."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from llamax.config.load import load_config
+from llamax.model import lora
+from llamax.runtime.errors import BackendError
+from llamax.tools.audit import compile_cache
+from llamax.tools.doctor import Finding, Host, storage
+
+
+def lay(root: Path, **files: str) -> Host:
+    """A machine with these files; ``__`` in a name is ``/``."""
+    for name, text in files.items():
+        path = root / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return Host(root)
+
+
+def levels(found: Iterable[Finding]) -> dict[str, str]:
+    found = list(found)
+    for each in found:
+        assert each.what
+        assert bool(each.why) == (each.level in ("warning", "error")), each
+        assert bool(each.mend) == (each.level != "ok"), each
+    return {each.name: each.level for each in found}
+
+
+# ---- storage
+
+
+def mounts(root: Path, kind: str, place: Path) -> Host:
+    return lay(root, proc__mounts=f"/dev/root / ext4 rw 0 0\nfs {place} {kind} rw 0 0\n")
+
+
+def test_storage_is_shared_or_not(tmp_path: Path) -> None:
+    folder = tmp_path / "fsx"
+    folder.mkdir()
+    assert levels(storage.check(Host(), tmp_path / "none", 4, 0)) == {"storage": "unseen"}
+    lustre = mounts(tmp_path, "lustre", folder)
+    assert storage.file_system(lustre, folder) == "lustre"
+    assert storage.file_system(lustre, tmp_path) == "ext4"
+    assert levels(storage.check(lustre, folder, 1, 0)) == {"storage": "ok"}
+    assert levels(storage.check(lustre, folder, 2, 0)) == {"storage": "ok", "shared": "unseen"}
+    private = mounts(tmp_path, "xfs", folder)
+    assert levels(storage.check(private, folder, 2, 0))["storage"] == "error"
+    if os.geteuid() != 0:
+        folder.chmod(0o500)
+        assert levels(storage.check(private, folder, 1, 0)) == {"storage": "error"}
+
+
+@pytest.mark.parametrize(("ahead", "level"), [(0.0, "ok"), (30.0, "warning"), (-30.0, "warning")])
+def test_nodes_meet_in_the_folder(tmp_path: Path, ahead: float, level: str) -> None:
+    place = tmp_path / storage.BEACONS
+    place.mkdir()
+    told = {"node": "other", "time": time.time() + ahead}
+    (place / "other.json").write_text(json.dumps(told))
+    found = levels(storage._beacons(tmp_path, 2, 1.0, "me"))
+    assert found == {"shared": "ok", "clock skew": level}
+    (place / "other.json").write_text(json.dumps({"node": "other", "time": 0}))
+    assert levels(storage._beacons(tmp_path, 2, 0.0, "me")) == {"shared": "unseen"}
+
+
+def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = load_config("demo", ["--checkpoint.every=40", "--checkpoint.keep=0"])
+    assert levels(storage.disk(tmp_path, small, None)) == {"disk": "ok"}
+    found = list(storage.disk(tmp_path, small, 10.0))
+    assert levels(found) == {"disk": "ok", "write rate": "ok"}
+    assert found[0].what.startswith("4 checkpoints of 36.6 MiB")  # 160 steps
+    huge = load_config("llama3.1-70b", ["--run.dtype=float32"])
+    assert levels(storage.disk(tmp_path, huge, 10.0))["disk"] == "error"
+    assert levels(storage.disk(tmp_path / "none", huge, 10.0)) == {"disk": "unseen"}
+    monkeypatch.setattr(storage, "_write_rate", lambda folder: 1e3)
+    assert levels(storage.disk(tmp_path, small, 0.1))["write rate"] == "warning"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "fullest"),
+    [
+        ("every=0", 1),  # at the end alone
+        ("every=160 keep_best=true", 1),
+        ("every=100", 2),
+        ("every=10", 3),
+        ("every=10 keep=0", 16),
+        ("every=10 keep=15", 16),
+        ("every=10 keep=20", 16),
+        ("every=10 keep_best=true", 4),
+        ("every=10 keep_every=40", 6),
+        ("every=10 keep_every=40 keep=13", 14),
+        ("every=0 each_epoch=true", 3),
+        ("every=0 each_epoch=true keep_best=true", 4),
+    ],
+)
+def test_checkpoints_that_are_there_at_once(keys: str, fullest: int) -> None:
+    settings = [f"--checkpoint.{key}" for key in keys.split()]
+    config = load_config("demo", settings)
+    assert config.run.steps == 160
+    validating = replace(config, run=replace(config.run, validate_every=10))
+    assert storage.at_once(validating) == fullest
+
+
+@pytest.mark.parametrize(("keep", "fullest"), [(1, 2), (2, 3), (3, 3), (0, 3)])
+def test_checkpoints_of_epochs_that_are_there_at_once(keep: int, fullest: int) -> None:
+    tuned = load_config("gsm8k-lora", [f"--checkpoint.keep={keep}"])
+    assert storage.at_once(tuned) == fullest
+    often = replace(tuned.checkpoint, every=100, each_epoch=False)
+    assert storage.at_once(replace(tuned, checkpoint=often)) == (keep + 1 if keep else 1)
+
+
+def test_bytes_of_a_checkpoint() -> None:
+    demo = load_config("demo", [])
+    weights = demo.model.num_parameters()
+    assert storage.size(demo) == weights * 12  # its weights are their own masters
+    assert storage.size(replace(demo, run=replace(demo.run, backend="xla"))) == weights * 16
+    half = replace(demo, run=replace(demo.run, dtype="bfloat16"))
+    assert storage.size(half) == weights * 14
+    hub = replace(half, checkpoint=replace(half.checkpoint, also_hf=True))
+    assert storage.size(hub) == weights * 16
+    tuned = load_config("gsm8k-lora", [])
+    assert storage.size(tuned) == 14 * lora.num_parameters(tuned.model, tuned.finetune)
+
+
+def test_compile_cache(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    traced = {"microstep": "a1", "update": "b2"}
+
+    def cache(url: Path | str = folder, count: int = 1) -> tuple[str, str, str]:
+        (found,) = storage.cache(str(url), count, lambda: traced)
+        return found.level, found.what, found.mend
+
+    def nowhere() -> dict[str, str]:
+        raise BackendError("torch-xla is absent")
+
+    assert cache("s3://bucket/cache")[0] == cache(folder / "deep")[0] == "unseen"
+    assert cache()[0] == "warning"
+    folder.mkdir()
+    assert cache(count=2)[1] == f"no compiled programs in {folder}, where the run has 2"
+    module = folder / "neuronxcc-2.23" / "MODULE_1+2"
+    module.mkdir(parents=True)
+    level, _, mend = cache()
+    assert (level, mend) == (
+        "warning",
+        f"cat {module}/*.log; then rm -r {module} and precompile again",
+    )
+    (module / "model.neff").touch()
+    level, what, _ = cache(count=2)
+    told = f"1 compiled program in {folder}"
+    assert (level, what) == ("warning", f"{told}, where the run has 2")
+    assert cache()[:2] == ("unseen", f"{told}, without a note of which run they are")
+    compile_cache.note(folder, {"microstep": "a1"})
+    level, what, mend = cache()
+    assert level == "warning"
+    assert what == f"{told}, but not the run's update: it has changed since precompile"
+    assert mend == storage.PRECOMPILE
+    compile_cache.note(folder, traced)
+    assert cache()[:2] == ("ok", f"{told}, among them the run's own microstep, update")
+    (found,) = storage.cache(str(folder), 1, nowhere)
+    assert (found.level, found.what) == ("unseen", f"{told}; torch-xla is absent")

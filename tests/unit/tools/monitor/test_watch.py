@@ -1,0 +1,153 @@
+"""The view of a run in a terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llamax.cli import watch
+from llamax.config.load import dump_config, load_config
+from llamax.runtime.errors import ConfigError, DataError
+from llamax.tools.monitor.run_folder import percentiles, read_run
+from llamax.tools.monitor.watch import COLOURS, clip, render, spark
+from llamax.training.metrics import Record
+
+NOW = 1_800_000_000.0
+
+
+STEPS = 40
+
+
+def record(step: int, **more: float) -> Record:
+    values: dict[str, float] = {"seconds": step * 2.0, "step_s": 2.0, "loss": 5.0 - step / 20}
+    values |= {"grad_norm": 0.5, "lr": 1e-3, "tokens_per_s": 512.0, "mfu": 0.4} | more
+    tokens = {"consumed_tokens": step * 1024, "memory_bytes": 2**30}
+    return Record(step=step, **tokens, **values)  # type: ignore[arg-type]
+
+
+def make(folder: Path, done: int, ranks: int = 0, silent: int = -1, left: str = "") -> Path:
+    """A run's folder after ``done`` of 40 steps, written at NOW."""
+    overrides = [f"--run.steps={STEPS}", f"--run.folder={folder}", "--optim.warmup_steps=2"]
+    folder.mkdir(parents=True)
+    text = dump_config(load_config("demo", overrides))
+    (folder / "config.toml").write_text(text)
+    metrics = folder / "metrics.jsonl"
+    lines = [record(s, validation_loss=4.0) if s == 8 else record(s) for s in range(1, done + 1)]
+    metrics.write_text("".join(f"{each.to_json()}\n" for each in lines))
+    os.utime(metrics, (NOW, NOW))
+    (folder / "heartbeats").mkdir()
+    for rank in range(ranks):
+        path = folder / "heartbeats" / f"rank-{rank:05d}"
+        beat = {"beat": 3, "step": done, "host": f"node{rank // 2}", "pid": 1, "left": left}
+        path.write_text(json.dumps(beat).ljust(512))
+        age = 100 if rank == silent else 1
+        os.utime(path, (NOW - age, NOW - age))
+    step = folder / "checkpoints" / "step-00000008"
+    step.mkdir(parents=True)
+    (step / "manifest.json").write_text("{}")
+    (step / "done").touch()
+    for other in ("step-00000016", "step-00000017.tmp", "step-00000018.past"):
+        (step.parent / other).mkdir()
+        (step.parent / other / "manifest.json").write_text("{}")
+    (step.parent / "step-00000018.past" / "done").touch()
+    told = {"ranks": 4, "dollars_per_hour": 36.0, "instance": "trn1.32xlarge"}
+    (folder / "environment.json").write_text(json.dumps(told))
+    return folder
+
+
+def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
+    run = read_run(make(tmp_path / "night", 12, 4, 2), NOW + 5)
+    text = "\n".join(render(run, 100))
+    for words in (
+        "night",
+        "3.20M float32, tensor 2 x data 2 on cpu",
+        "stuck",
+        "30%",
+        "step 12/40",
+        "$0.24 spent, $0.56 to go",  # 24 s and 56 s at $36 an hour
+        "loss             4.4000",
+        "validation 4.0000, perplexity 54.6",
+        "grad norm",
+        "0.500",
+        "128 a rank",
+        "40.0%",
+        f"{'step time':<13} {'2.00s':>9}",
+        "median of 12 reports, p90 2.00s, p99 2.00s",
+        "memory 1 GiB",
+        "last report 5.00s ago",
+        "3/4",
+        "2  on node1, last step 12: silent for 1m45s",
+        f"{'checkpoint':<13} {'8':>9}",
+    ):
+        assert words in text, words
+    assert "\x1b" not in text
+    coloured = "\n".join(render(run, 100, colour=True))
+    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == text
+    assert f"\x1b[1;{COLOURS['red']}mstuck" in coloured
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 140])
+def test_no_line_is_wider_than_the_terminal(tmp_path: Path, width: int) -> None:
+    run = read_run(make(tmp_path / "night", 12, 4, 2), NOW + 5)
+    for colour in (False, True):
+        lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in render(run, width, colour, 3.6e6)]
+        assert max(map(len, lines)) <= width
+        assert ("$24,000.00 spent" in "\n".join(lines)) == (
+            width >= 60
+        )  # dollars go before steps do
+        assert "step 12/40" in lines[1] or width < 40
+        if width == 140:
+            assert lines[0].endswith(time.strftime("%H:%M:%S", time.localtime(run.now)))
+            assert len(lines[0]) == width - 2
+    assert clip("\x1b[1mabcdef\x1b[0m", 4) == "\x1b[1mabc\x1b[0m…"
+    assert clip("\x1b[1mabcd\x1b[0m", 4) == "\x1b[1mabcd\x1b[0m"
+
+
+def test_ctrl_c_leaves_the_last_view_on_the_screen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(time, "sleep", interrupted)
+    assert watch.main([str(make(tmp_path / "r", 12, 2))]) == 0
+    screen, after = capsys.readouterr().out.split("\x1b[?1049l")
+    assert screen.startswith("\x1b[?1049h")
+    assert "step 12/40" in after
+
+
+def test_a_running_view_says_what_is_left(tmp_path: Path) -> None:
+    text = "\n".join(render(read_run(make(tmp_path / "r", 12), NOW + 5), price=3600.0))
+    assert "left 56s" in text
+    assert "$24.00 spent, $56.00 to go" in text
+    once = "\n".join(render(read_run(make(tmp_path / "t", 1), NOW)))
+    assert "median of 1 report, p90" in once
+    early = "\n".join(render(read_run(make(tmp_path / "s", 0), NOW)))
+    assert "no step has been reported yet" in early
+
+
+def test_watch_prints_once_into_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert watch.main([str(make(tmp_path / "r", 12))]) == 0
+    assert "step 12/40" in capsys.readouterr().out
+    assert watch.main([str(tmp_path / "r"), "--once", "--instance", "trn1.2xlarge"]) == 0
+    assert "$" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--every=0 is not above 0"):
+        watch.main([str(tmp_path / "r"), "--every", "0"])
+    with pytest.raises(DataError, match="is no run's folder"):
+        watch.main([str(tmp_path)])
+
+
+def test_sparks_and_percentiles() -> None:
+    assert spark([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert spark([1, 1, 9, 9], 2) == "▁█"
+    assert spark([5.0], 4) == "▁"
+    assert spark([float("nan"), 1.0, 2.0], 3) == " ▁█"
+    assert percentiles(range(1, 101), (1, 50, 99)) == [1, 50, 99]
+    assert percentiles([3.0, 1.0], (50, 90)) == [1.0, 3.0]

@@ -1,0 +1,74 @@
+"""The time of a step by formula."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from llamax.config.hardware import (
+    load_machine,
+)
+from llamax.config.load import load_config
+from llamax.config.schema import Config
+from llamax.parallel.mesh import Mesh
+from llamax.tools.plan.roofline import time as step_time
+from llamax.tools.plan.roofline import wire
+from llamax.tools.plan.search import plan as planned
+from llamax.tools.plan.sizes import Share
+
+TRN1 = load_machine("trn1.32xlarge")
+
+
+ONE = [f"--{key}" for key in ("data.separate_documents=false",)]
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    return load_config(name, overrides)
+
+
+def test_a_group_within_a_node_uses_links_and_a_wider_one_the_network() -> None:
+    assert wire(TRN1, 8, 1).name == "links"
+    assert wire(TRN1, 4, 8).name == "links"
+    across = wire(TRN1, 16, 8)
+    assert across.name == "network"
+    assert across.bytes_per_s == pytest.approx(100e9 * 0.7 / 8)  # eight rings share the node's
+    # A ring of 8 moves 7/8 of the whole, and waits 7 times.
+    assert wire(TRN1, 8, 1).ring(8e9) == pytest.approx(7 * (1e9 / (192e9 * 0.43) + 5e-6))
+    assert wire(TRN1, 1, 1).ring(8e9) == 0
+
+
+def test_time_of_matmuls_by_hand() -> None:
+    config = recipe("llama2-7b", *ONE)
+    found = {
+        line.name: line.value for line in step_time(Share(config, Mesh(tp=8, dp=16)), TRN1, 4).lines
+    }
+    weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 8 + 32000 * 4096 // 8
+    assert found["matmuls"] == pytest.approx(64 * 6 * 4096 * weights / (95e12 * 0.56))
+    attention = 64 * 4.5 * 2 * 4096 * 4096 * 512 * 32  # the causal half, backward 2.5 times, again
+    assert found["attention"] == pytest.approx(attention / (95e12 * 0.40))
+
+
+def test_full_recomputation_costs_time_and_saves_memory() -> None:
+    config = recipe("llama2-7b", *ONE)
+    plans = {
+        mode: planned(replace(config, run=replace(config.run, recompute=mode)), TRN1, 4)
+        for mode in ("none", "selective", "full")
+    }
+    seconds = [plans[mode].time.step_s for mode in ("none", "selective", "full")]
+    peaks = [plans[mode].memory.peak for mode in ("none", "selective", "full")]
+    assert seconds == sorted(seconds)
+    assert peaks[2] < peaks[1] <= peaks[0]
+
+
+def test_a_longer_pipeline_waits_longer() -> None:
+    config = recipe("llama2-13b", *ONE, "--parallel.tensor=8")
+    times = [step_time(Share(config, Mesh(tp=8, dp=128 // pp, pp=pp)), TRN1, 32) for pp in (1, 4)]
+    assert times[1].step_s > times[0].step_s
+
+
+@pytest.mark.parametrize(("zero1", "said"), [(True, "4 B + 2 B x "), (False, "2 x 4 B x ")])
+def test_what_data_ranks_send_is_what_is_counted(zero1: bool, said: str) -> None:
+    config = recipe("llama3.2-1b", "--parallel.tensor=8", f"--parallel.zero1={str(zero1).lower()}")
+    lines = planned(config, TRN1, 1).time.lines
+    assert next(line for line in lines if line.name == "data collectives").formula.startswith(said)

@@ -1,0 +1,44 @@
+"""The search for a mesh that fits."""
+
+from __future__ import annotations
+
+import pytest
+
+from llamax.cli.plan import main
+from llamax.config.hardware import (
+    load_machine,
+)
+from llamax.config.load import load_config
+from llamax.config.schema import Config
+from llamax.tools.plan.report import show_search
+from llamax.tools.plan.search import search
+
+TRN1 = load_machine("trn1.32xlarge")
+
+
+ONE = [f"--{key}" for key in ("data.separate_documents=false",)]
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    return load_config(name, overrides)
+
+
+def test_a_search_that_finds_nothing_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--config", "llama2-7b", "--ranks", "24", "--search"]) == 6
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first == "none of 144 layouts fits"
+    assert rest[0] == "not these:"
+    assert "  tensor 1: data.global_batch=1024 is not a multiple of" in rest[1]
+    assert main(["--config", "llama2-7b", "--ranks", "1", "--search"]) == 6
+    assert "tensor 1: 18 layouts do not fit; the smallest" in capsys.readouterr().out
+
+
+def test_search_ranks_what_fits_and_tells_the_rest() -> None:
+    plans, refused = search(recipe("llama2-7b", *ONE), TRN1, 4)
+    fitting = [each for each in plans if each.memory.fits]
+    assert fitting == plans[: len(fitting)]
+    speeds = [each.time.tokens_per_s for each in fitting]
+    assert speeds == sorted(speeds, reverse=True)
+    text = "\n".join(show_search(plans, refused))
+    assert "tensor 1: 12 layouts do not fit" in text
+    assert "parallel.tensor=64 does not divide model.num_attention_heads=32" in text

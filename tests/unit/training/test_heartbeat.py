@@ -1,0 +1,238 @@
+"""Heartbeats: silent, dead and departed ranks are named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llamax.runtime.errors import CheckpointError, ConfigError, LostRank, Stopped
+from llamax.training import heartbeat
+from llamax.training.heartbeat import Beat, Heartbeat, beating
+
+# --- heartbeats ----------------------------------------------------------------------------------
+
+
+def hearts(folder: Path, ranks: int, timeout_s: float = 4.0) -> list[Heartbeat]:
+    found = [Heartbeat(folder, rank, ranks, timeout_s) for rank in range(ranks)]
+    for heart in found:
+        heart.start()
+    return found
+
+
+def test_the_silent_one_is_named(tmp_path: Path) -> None:
+    first, second, third, fourth = hearts(tmp_path, 4)
+    second.at(17)
+    second._stop.set()  # its thread ends, as a frozen process' would; the process lives
+    assert first.silent() == "rank 1 (last step 17) fell silent"
+    third.stop("out of memory")
+    assert first.silent() == "rank 2 (last step 0) ended: out of memory"
+    fourth.stop("out of memory")
+    assert first.silent() == "rank 2 (last step 0) ended: out of memory"
+    first.stop(heartbeat.DONE)
+
+
+def test_the_dead_one_is_named_at_once(tmp_path: Path) -> None:
+    first, _ = hearts(tmp_path, 2, timeout_s=600.0)
+    child = os.fork()
+    if child == 0:
+        signal.pause()
+    try:
+        beat = Beat(step=5, host=first.me.host, pid=child)
+        assert not beat.gone()
+        os.kill(child, signal.SIGSTOP)
+        while not beat.gone():
+            time.sleep(0.01)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert beat.gone()
+    assert not Beat(host="another machine", pid=child).gone()
+    other = Heartbeat(tmp_path, 1, 2, 600.0)
+    other.me = Beat(step=4, host=first.me.host, pid=child)
+    other._file = os.open(tmp_path / "rank-00001", os.O_RDWR)
+    other.at(5)
+    began = time.monotonic()
+    assert first.silent() == "rank 1 (last step 5) died or froze"
+    assert time.monotonic() - began < 2
+    first.stop(heartbeat.DONE)
+
+
+def test_all_alive_is_said_as_well(tmp_path: Path) -> None:
+    first, second = hearts(tmp_path, 2)
+    assert first.silent() == "every rank is alive, but they do not reach each other"
+    (tmp_path / "rank-00001").write_text("{")
+    assert first._read(1) == Beat()
+    for heart in (first, second):
+        heart.stop(heartbeat.DONE)
+
+
+def test_what_several_ranks_find_is_told_by_the_lowest(tmp_path: Path) -> None:
+    def end(rank: int, words: str) -> BaseException:
+        with pytest.raises(BaseException) as caught, beating(tmp_path, rank, 4, 4.0):
+            raise CheckpointError(words)
+        left = json.loads((tmp_path / f"rank-{rank:05d}").read_text())["left"]
+        assert left == words.partition(";")[0]
+        return caught.value
+
+    said = [end(rank, words) for rank, words in ((1, "A: 1; x"), (0, "A: 1; x"), (3, "A: 1; y"))]
+    assert [type(error) for error in said] == [CheckpointError, CheckpointError, SystemExit]
+    assert isinstance(said[2], SystemExit)
+    assert said[2].code == 2
+    assert str(end(2, "A: 2; x")) == "A: 2; x"
+
+
+def test_a_lost_rank_is_named_and_the_name_passed_on(tmp_path: Path) -> None:
+    other = Heartbeat(tmp_path, 1, 2, 4.0)
+    other.start()
+    other.stop("boom")
+
+    def lose() -> None:
+        with beating(tmp_path, 0, 2, 4.0):
+            raise LostRank("gloo says no")
+
+    with pytest.raises(LostRank, match=r"^rank 1 \(last step 0\) ended: boom: gloo says no"):
+        lose()
+    assert other._read(0).left == "lost rank 1 (last step 0) ended: boom"
+
+
+@pytest.mark.parametrize(
+    ("error", "left"),
+    [
+        (ConfigError("a is b"), "a is b"),
+        (ValueError("x"), "ValueError('x')"),
+        (ConfigError("𝕩" * 999), "𝕩" * 400),
+        (ConfigError("/data/\udce9/run"), "/data/?/run"),
+        (Stopped("after step 3"), "done"),
+        (SystemExit(75), "done"),
+        (None, "done"),
+    ],
+)
+def test_a_rank_says_why_it_leaves(tmp_path: Path, error: BaseException | None, left: str) -> None:
+    def leave() -> None:
+        with beating(tmp_path, 0, 2, 4.0) as heart:
+            heart.at(3)
+            if error:
+                raise error
+
+    with pytest.raises(type(error)) if error else nullcontext():
+        leave()
+    found = Heartbeat(tmp_path, 1, 2, 4.0)._read(0)
+    assert (found.step, found.left) == (3, left)
+
+
+def test_one_rank_alone_writes_no_heartbeat(tmp_path: Path) -> None:
+    with beating(tmp_path / "heartbeats", 0, 1, 4.0) as heart:
+        heart.at(1)
+    assert not (tmp_path / "heartbeats").exists()
+
+
+WATCH = """
+import sys, time
+from pathlib import Path
+from llamax.runtime.logging import setup_logging
+from llamax.training import heartbeat
+setup_logging()
+heartbeat.PATIENCE_S = 0.5
+heart = heartbeat.Heartbeat(Path(sys.argv[1]), 1, 2, float(sys.argv[2]))
+heart.start()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(
+    ("left", "said"), [("", "silent for"), ("lost rank 3", "ended: lost rank 3"), ("done", "")]
+)
+def test_where_no_collective_fails_the_thread_ends_the_process(
+    tmp_path: Path, left: str, said: str
+) -> None:
+    first = Heartbeat(tmp_path, 0, 2, 4.0)
+    first.start()
+    first.at(9)
+    first.stop(left)
+    watch = [sys.executable, "-c", WATCH, str(tmp_path), "0.5"]
+    process = subprocess.Popen(watch, stderr=subprocess.PIPE, text=True)
+    if said:
+        assert process.wait(60) == LostRank.exit_code
+        assert process.stderr is not None
+        assert f"rank 0 (last step 9) {said}" in process.stderr.read()
+        assert first._read(1).left.startswith("lost rank 0 (last step 9)")
+    else:
+        time.sleep(3)
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+
+
+def test_what_a_job_before_said_ends_no_process(tmp_path: Path) -> None:
+    (before,) = hearts(tmp_path, 1)
+    before.stop("lost rank 3")
+    watch = [sys.executable, "-c", WATCH, str(tmp_path), "20"]
+    process = subprocess.Popen(watch, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "rank-00001").exists():
+        time.sleep(0.01)
+    time.sleep(3)  # its patience is over after 1.5
+    assert process.poll() is None
+    (now,) = hearts(tmp_path, 1)
+    time.sleep(2)
+    now.stop("out of memory")
+    assert process.wait(30) == LostRank.exit_code
+    assert process.stderr is not None
+    assert "rank 0 (last step 0) ended: out of memory" in process.stderr.read()
+
+
+def test_a_disk_that_is_full_does_not_end_a_heartbeat(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (heart,) = hearts(tmp_path, 1)
+    logging.getLogger("llamax").propagate = True
+    monkeypatch.setattr(heartbeat.os, "pwrite", full)
+    heart.at(3)
+    assert "cannot write" in caplog.text
+    heart.stop(heartbeat.DONE)
+
+
+# --- signals -------------------------------------------------------------------------------------
+
+LISTEN = """
+import sys, time
+from llamax.runtime import signals
+signals.install("quiet" not in sys.argv)
+signals.COMPILE_GRACE_S = 0.2
+if sys.argv[1] != "import":
+    signals.hold()
+if sys.argv[1] == "step":
+    signals.stepped()
+print("ready", flush=True)
+while not signals.requested():
+    time.sleep(0.01)
+time.sleep(1.0)
+signals.rest()
+print("heard", signals.requested(), flush=True)
+time.sleep(0.5)
+sys.exit(7)
+"""
+
+
+def test_of_ranks_ended_together_one_speaks() -> None:
+    listen = subprocess.Popen(
+        [sys.executable, "-c", LISTEN, "import", "quiet"], stdout=-1, stderr=-1
+    )
+    assert listen.stdout is not None
+    listen.stdout.readline()
+    listen.send_signal(signal.SIGTERM)
+    assert listen.communicate(timeout=30) == (b"", b"")
+    assert listen.returncode == 75

@@ -1,0 +1,246 @@
+"""Records of a step, their log and its views."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import re
+import resource
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llamax.runtime.errors import BackendError, DataError
+from llamax.training.metrics import (
+    ConsoleWriter,
+    JsonlWriter,
+    Record,
+    TensorBoardWriter,
+    WandbWriter,
+    Writers,
+    read_jsonl,
+)
+
+RECORD = Record(
+    step=7,
+    consumed_tokens=28672,
+    seconds=3.5,
+    step_s=0.5,
+    loss=2.25,
+    grad_norm=1.5,
+    lr=3e-4,
+    tokens_per_s=8192.0,
+    mfu=0.375,
+    memory_bytes=3 * 2**29,
+)
+
+
+# ---- the log
+
+
+@given(st.floats(allow_nan=False), st.floats(allow_nan=False), st.none() | st.floats(0, 9))
+def test_a_record_keeps_every_bit(loss: float, norm: float, validation: float | None) -> None:
+    record = replace(RECORD, loss=loss, grad_norm=norm, validation_loss=validation)
+    text = record.to_json()
+    assert Record.from_json(text) == record
+    assert "\n" not in text
+    assert ("validation_loss" in text) == (validation is not None)
+
+
+def steps(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_the_log_holds_each_step_once_after_a_resume(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "metrics.jsonl"
+    first = JsonlWriter(path)
+    for step in (1, 2, 3, 4):
+        first.write(replace(RECORD, step=step, loss=float(step)))
+        assert steps(path)[-1] == step  # on disk at once
+    with path.open("a") as torn:
+        torn.write('{"step": 5, "los')  # the machine stopped here
+    first.close()
+
+    second = JsonlWriter(path, resumed_step=2)
+    assert steps(path) == [1, 2]
+    second.write(replace(RECORD, step=3, loss=30.0))
+    second.close()
+    assert steps(path) == [1, 2, 3]
+    assert [record.loss for record in read_jsonl(path)] == [1.0, 2.0, 30.0]
+    assert list(path.parent.iterdir()) == [path]
+
+    path.write_text(f"{replace(RECORD, step=0).to_json()}\n")
+    JsonlWriter(path).close()  # a run from the start, which reports step 0 again
+    assert steps(path) == []
+
+
+def test_records_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Under a limit on the file's size, as a full disk: a part of a line is written, then none."""
+    logging.getLogger("llamax").propagate = True
+    path = tmp_path / "metrics.jsonl"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = JsonlWriter(path)
+    writer.write(replace(RECORD, step=1))
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+        for step in (2, 3):
+            writer.write(replace(RECORD, step=step))
+        assert "metrics.jsonl: File too large; records wait" in caplog.text
+        assert len({record.created for record in caplog.records}) == 1, "told once"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [record.step for record in read_jsonl(path)] == [1]
+    writer.write(replace(RECORD, step=4))
+    writer.close()
+    assert steps(path) == [1, 2, 3, 4]
+
+
+TEXT = RECORD.to_json().replace("1", '"1"', 1)
+
+
+NULL = re.sub('"seconds": [0-9.e+-]+', '"seconds": null', RECORD.to_json())
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", "3", '{"step": 1}', '{"foo": 1}', TEXT, NULL])
+def test_a_log_with_a_strange_line_is_refused(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{RECORD.to_json()}\n{line}\n{RECORD.to_json()}\n")
+    with pytest.raises(DataError, match=r"metrics.jsonl:2: not a record; remove this line"):
+        read_jsonl(path)
+    path.write_text(f"{RECORD.to_json()}\n{line}")
+    assert read_jsonl(path) == [RECORD]
+    assert read_jsonl(tmp_path / "none") == []
+
+
+# ---- the views
+
+
+def test_console_lines_are_aligned_and_complete() -> None:
+    stream = io.StringIO()
+    console = ConsoleWriter(steps=100, stream=stream)
+    console.write(RECORD)
+    console.write(replace(RECORD, step=99, loss=10.5, mfu=0.0, validation_loss=2.5))
+    console.write(replace(RECORD, step=100))
+    console.close()
+    first, second, third = stream.getvalue().splitlines()
+    assert first == (
+        "step   7/100  loss   2.2500  grad    1.500  lr 3.00e-04   8.19K tokens/s  "
+        "mfu  37.5%  1.50 GiB  left 46s"
+    )
+    assert "validation   2.5000" in second
+    assert "mfu" not in second
+    assert "left 0.50s" in second
+    assert third == first.replace("  7/", "100/").replace("left 46s", "left 0.00s")
+
+
+def test_the_bar_shows_loss_and_rate_and_starts_where_the_run_resumes() -> None:
+    stream = io.StringIO()
+    console = ConsoleWriter(steps=10, step=6, bar=True, stream=stream)
+    assert console.bar.n == console.bar.initial == 6
+    console.write(RECORD)
+    assert console.bar.n == 7
+    console.write(replace(RECORD, step=9))
+    assert console.bar.n == 9
+    console.bar.refresh()
+    console.close()
+    text = stream.getvalue()
+    assert "9/10" in text
+    assert "loss 2.2500, 8.19K tokens/s" in text
+    assert text.count("step  7/10  loss") == 1
+
+
+def test_tensorboard_has_the_tags_of_other_trainers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoardWriter(tmp_path)
+    board.write(RECORD)
+    board.write(replace(RECORD, step=8, loss=2.0, validation_loss=2.5))
+    board.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == {
+        "loss",
+        "reduced_train_loss",
+        "grad_norm",
+        "throughput",
+        "lr",
+        "mfu",
+        "consumed_tokens",
+        "validation_loss",
+    }
+    for tag in ("loss", "reduced_train_loss"):
+        assert [(e.step, e.value) for e in events.Scalars(tag)] == [(7, 2.25), (8, 2.0)]
+    assert [e.value for e in events.Scalars("lr")] == pytest.approx([3e-4, 3e-4])
+    assert [(e.step, e.value) for e in events.Scalars("validation_loss")] == [(8, 2.5)]
+    assert events.Scalars("throughput")[0].value == 8192.0
+    assert events.Scalars("consumed_tokens")[0].value == 28672.0
+    assert events.Scalars("grad_norm")[0].value == 1.5
+    assert events.Scalars("mfu")[0].value == 0.375
+
+
+def history(path: Path) -> dict[int, float]:
+    """Step -> loss in a W&B file: a log of LevelDB's format (32 KiB blocks) with protobuf in it."""
+    from wandb.proto import wandb_internal_pb2
+
+    raw, at, held, found = path.read_bytes(), 7, b"", {}
+    while at + 7 <= len(raw):
+        if 2**15 - at % 2**15 < 7:
+            at += 2**15 - at % 2**15
+            continue
+        size, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+        held += raw[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or its last piece
+            record, held = wandb_internal_pb2.Record.FromString(held), b""
+            items = {i.key or i.nested_key[0]: i.value_json for i in record.history.item}
+            if "loss" in items:
+                found[int(items["_step"])] = float(items["loss"])
+    return found
+
+
+def test_wandb_offline_has_what_tensorboard_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for first in (1, 3):  # a run, and its resumption
+        board = WandbWriter(tmp_path, "tests", "offline", {"run": {"steps": 4}})
+        for step in (first, first + 1):
+            board.write(replace(RECORD, step=step, loss=1 / step))
+        board.close()
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert {path.stem for path in files} == {f"run-{(tmp_path / 'wandb-id').read_text()}"}
+    found = {step: loss for path in files for step, loss in history(path).items()}
+    assert found == {1: 1.0, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4}
+
+
+def test_wandb_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(BackendError, match=r"run\.wandb=offline needs the package wandb"):
+        WandbWriter(tmp_path, "tests", "offline", {})
+
+
+def test_tensorboard_that_is_missing_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(BackendError, match=r"run.tensorboard=true needs the package tensorboard"):
+        TensorBoardWriter(tmp_path)
+
+
+def test_writers_pass_on_and_close_also_after_an_error(tmp_path: Path) -> None:
+    one, two = JsonlWriter(tmp_path / "one"), JsonlWriter(tmp_path / "two")
+    writers = Writers([one, two])
+    writers.write(RECORD)
+    with pytest.raises(RuntimeError), writers:
+        raise RuntimeError
+    assert steps(tmp_path / "one") == steps(tmp_path / "two") == [7]
+    for writer in (one, two):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(writer.fd)

@@ -1,0 +1,26 @@
+"""What a run writes down of its environment."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from llamax.training import run_metadata
+
+
+def test_the_environment_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    product = tmp_path / "product"
+    product.write_text("trn1.32xlarge\n")
+    monkeypatch.setattr(run_metadata, "PRODUCT", product)
+    run_metadata.write(tmp_path, 128, 32, "4711")
+    found = json.loads((tmp_path / "environment.json").read_text())
+    assert found["nodes"] == 4
+    assert found["dollars_per_hour"] == pytest.approx(4 * 21.50)
+    assert found["host"] == socket.gethostname()
+    assert found["job"] == "4711"
+    assert "torch" in found
+    product.write_text("Standard PC")
+    assert run_metadata.describe(2, 2, "x")["dollars_per_hour"] == 0.0
