@@ -7,14 +7,16 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # tests are small, and several ranks share the machine
+if TYPE_CHECKING:
+    from support.world import Worlds
 
 TESTS = Path(__file__).resolve().parent
-from support.world import Worlds  # noqa: E402
+os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: here nothing may import it
 
 hypothesis.settings.register_profile("llamax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("llamax")
@@ -25,20 +27,21 @@ DRILL = "drill"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="drills at their full counts")
+    parser.addoption("--write-golden", action="store_true", help="golden files written anew")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     ended = terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
-    told = [property for report in ended for property in report.user_properties]
-    if lines := [line for name, line in told if name == DRILL]:
+    properties = [item for report in ended for item in report.user_properties]
+    if lines := [line for name, line in properties if name == DRILL]:
         terminalreporter.section("drills")
         for line in lines:
             terminalreporter.line(line)
 
 
 @pytest.fixture
-def tell(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """``tell(line)``: a drill's result, printed when all tests are done."""
+def report(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """``report(line)``: a line of a drill's result, printed when all tests have ended."""
     return partial(record_property, DRILL)
 
 
@@ -47,6 +50,18 @@ def full(request: pytest.FixtureRequest) -> bool:
     """Whether drills run at their full counts (``make drills``)."""
     chosen: bool = request.config.getoption("--full")
     return chosen
+
+
+@pytest.fixture
+def compare_golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None]:
+    """``compare_golden(path, text)``: the text is the reviewed file's (or becomes it, if asked)."""
+
+    def compare(path: Path, text: str) -> None:
+        if request.config.getoption("--write-golden"):
+            path.write_text(text)
+        assert text == path.read_text()
+
+    return compare
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +75,10 @@ def _same_numbers() -> None:
 def worlds() -> Iterator[Worlds]:
     """``worlds(n).run(fn, *args)``: fn on n gloo ranks, results in rank order.
 
-    Of this module only, since the threads of gloo's groups are never quite idle.
+    The ranks end with the module, since the threads of gloo's groups are never quite idle.
     """
+    from support.world import Worlds
+
     pool = Worlds()
     yield pool
     pool.close()
@@ -69,7 +86,7 @@ def worlds() -> Iterator[Worlds]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real corpora that lies beside the repository; skips where there is none."""
+    """The folder of real corpora beside the repository; the test is skipped without it."""
     folder = TESTS.parents[1] / "shared" / "data"
     if not folder.is_dir():
         pytest.skip(f"no corpora at {folder}")

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import jobs
 from support import tiny_run
+from support.training_jobs import Job
 
 
 @pytest.fixture(scope="session")
@@ -23,5 +19,5 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nothing_stays() -> Iterator[None]:
     """A drill that fails leaves no job behind."""
     yield
-    while jobs.Job.started:
-        jobs.Job.started.pop().kill()
+    while Job.started:
+        Job.started.pop().kill()

@@ -8,17 +8,17 @@ import re
 import resource
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import jobs
 import pytest
 import support.checkpoints as worlds
 from support import tiny_run
+from support import training_jobs as jobs
 from support.adapters import MODEL as TUNED
 from support.adapters import base_folder
+from support.scripts import run_script
 
 from llamax.checkpoint import Checkpoint, newest
 from llamax.config.schema import Config
@@ -29,30 +29,20 @@ from llamax.runtime.logging import logger
 from llamax.runtime.process import run_main
 from llamax.train import main, train
 
-HERE = Path(__file__).parent
-
-
-def script(name: str, *argv: str, timeout_s: float = 3600) -> str:
-    """What a drill of its own process says; it must find nothing."""
-    command = [sys.executable, str(HERE / name), *argv]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
 
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_killed_while_saving(ranks: int, full: bool, tell: Callable[[str], None]) -> None:
+def test_killed_while_saving(ranks: int, full: bool, report: Callable[[str], None]) -> None:
     kills = 200 if full else 4
     memory = ["--folder", "/dev/shm"] if Path("/dev/shm").is_dir() else []
-    said = script("kill_saving.py", "--ranks", str(ranks), "--kills", str(kills), *memory)
-    tell(f"SIGKILL while saving and rotating: {said.strip()}")
+    said = run_script("kill_saving", "--ranks", str(ranks), "--kills", str(kills), *memory)
+    report(f"SIGKILL while saving and rotating: {said.strip()}")
 
 
 @pytest.mark.timeout(3600)
-def test_mutations(full: bool, tell: Callable[[str], None]) -> None:
-    for line in script("mutations.py", "--each", "1000" if full else "15").splitlines():
-        tell(line)
+def test_mutations(full: bool, report: Callable[[str], None]) -> None:
+    for line in run_script("mutations", "--each", "1000" if full else "15").splitlines():
+        report(line)
 
 
 def damages(path: Path, flips: int, chance: random.Random) -> Iterator[str]:
@@ -70,7 +60,7 @@ def damages(path: Path, flips: int, chance: random.Random) -> Iterator[str]:
 
 @pytest.mark.timeout(3600)
 def test_every_damage_is_refused_and_named(
-    dataset: Path, tmp_path: Path, full: bool, tell: Callable[[str], None]
+    dataset: Path, tmp_path: Path, full: bool, report: Callable[[str], None]
 ) -> None:
     chance, model, number = random.Random(0), worlds.llama(), 0
     ranks = worlds.world(model, 2, 2, True, worlds.wholes(model))
@@ -95,7 +85,7 @@ def test_every_damage_is_refused_and_named(
                     assert "the newest intact checkpoint is" in line, f"{damage}: {line}"
                     assert "step-00000001" in line
         act()
-    tell(f"flipped, cut: {number} damages of every file, all refused with the file's name: ok")
+    report(f"flipped, cut: {number} damages of every file, all refused with the file's name: ok")
 
 
 def variants(dataset: Path, base: Path) -> dict[str, tuple[int, Config]]:
@@ -130,7 +120,7 @@ def variants(dataset: Path, base: Path) -> dict[str, tuple[int, Config]]:
 
 @pytest.mark.timeout(3600)
 def test_resuming_at_every_step(
-    dataset: Path, tmp_path: Path, full: bool, tell: Callable[[str], None]
+    dataset: Path, tmp_path: Path, full: bool, report: Callable[[str], None]
 ) -> None:
     """The log and the last checkpoint of a resumed run are those of one that never stopped."""
     steps, base = 12, tmp_path / "base"
@@ -159,7 +149,7 @@ def test_resuming_at_every_step(
             run()
             found = tiny_run.log_of(folder), tiny_run.hashes(folder, steps)
             assert found == expected, f"{name}, resumed after step {stopped}"
-        tell(f"resumed after {len(stops)} steps of {steps}, {name}: bytes equal: ok")
+        report(f"resumed after {len(stops)} steps of {steps}, {name}: bytes equal: ok")
 
 
 def run_in(folder: Path, dataset: Path, steps: int, **checkpoint: object) -> list[str]:
@@ -168,7 +158,10 @@ def run_in(folder: Path, dataset: Path, steps: int, **checkpoint: object) -> lis
 
 
 def test_a_limit_on_file_sizes(
-    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tell: Callable[[str], None]
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    report: Callable[[str], None],
 ) -> None:
     """The first checkpoint fits; then the limit comes, as a quota does."""
     assert run_main(main, run_in(tmp_path, dataset, 2)) == 0
@@ -193,11 +186,14 @@ def test_a_limit_on_file_sizes(
     assert newest(tmp_path) == first
     assert first is not None
     Checkpoint(first).verify()
-    tell("RLIMIT_FSIZE: previous checkpoint loads, bytes told, exit 3, stops or goes on: ok")
+    report("RLIMIT_FSIZE: previous checkpoint loads, bytes told, exit 3, stops or goes on: ok")
 
 
 def test_a_full_disk(
-    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tell: Callable[[str], None]
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    report: Callable[[str], None],
 ) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -218,4 +214,4 @@ def test_a_full_disk(
         logger.handlers.clear()
         os.sync()
         subprocess.run(["umount", "-l", str(disk)], check=True)
-    tell(f"8 MB tmpfs full after {last.name}: it loads, bytes told, exit 3: ok")
+    report(f"8 MB tmpfs full after {last.name}: it loads, bytes told, exit 3: ok")

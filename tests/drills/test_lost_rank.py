@@ -9,9 +9,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import jobs
 import pytest
 from support import tiny_run
+from support import training_jobs as jobs
 
 TIMEOUT_S = 8  # of the jobs
 
@@ -40,7 +40,7 @@ def test_the_others_end_and_name_it(
     victim: int,
     launcher: str,
     full: bool,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
     if (victim == 0 or how == signal.SIGKILL or launcher == "mpirun") and not full:
         pytest.skip("runs with --full; the restart below kills as well")
@@ -55,7 +55,7 @@ def test_the_others_end_and_name_it(
     os.kill(pids[victim], how)
     others = [pid for pid in pids if pid != pids[victim]]
     took_s = the_others_name(victim, job, others, time.monotonic())
-    tell(
+    report(
         f"{launcher}, {how.name} of rank {victim}: all {len(others)} others ended and named it "
         f"after {took_s:.1f} s: ok"
     )
@@ -64,7 +64,11 @@ def test_the_others_end_and_name_it(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_node_is_lost_with_what_the_ranks_met_at(
-    dataset: Path, tmp_path: Path, how: signal.Signals, full: bool, tell: Callable[[str], None]
+    dataset: Path,
+    tmp_path: Path,
+    how: signal.Signals,
+    full: bool,
+    report: Callable[[str], None],
 ) -> None:
     """Node 0 has rank 0, and an agent that serves the store of all ranks."""
     if not full:
@@ -77,7 +81,7 @@ def test_a_node_is_lost_with_what_the_ranks_met_at(
     for pid in (lost.process.pid, first):
         os.kill(pid, how)
     took_s = the_others_name(0, stays, [other], time.monotonic())
-    tell(
+    report(
         f"{how.name} of node 0, agent and rank: the other ended and named it "
         f"after {took_s:.1f} s: ok"
     )
@@ -85,7 +89,7 @@ def test_a_node_is_lost_with_what_the_ranks_met_at(
 
 @pytest.mark.timeout(900)
 def test_a_restart_continues_the_same_curve(
-    dataset: Path, tmp_path: Path, full: bool, tell: Callable[[str], None]
+    dataset: Path, tmp_path: Path, full: bool, report: Callable[[str], None]
 ) -> None:
     steps, logs = 14, {}
     for name in ("whole", "killed"):
@@ -105,4 +109,4 @@ def test_a_restart_continues_the_same_curve(
             assert "resuming from" in job.said()
     assert logs["whole"] == logs["killed"]
     assert [record["step"] for record in logs["whole"]] == [*range(1, steps + 1)]
-    tell(f"restart by torchrun after SIGKILL: all {steps} records byte-equal: ok")
+    report(f"restart by torchrun after SIGKILL: all {steps} records byte-equal: ok")

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import jobs
 import pytest
 from support import tiny_run
+from support import training_jobs as jobs
 
 from llamax.checkpoint import Checkpoint
 from llamax.parallel.rendezvous import Rendezvous
@@ -35,7 +35,7 @@ CHAINS = {
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("chain", CHAINS)
 def test_handed_from_mesh_to_mesh(
-    dataset: Path, tmp_path: Path, chain: str, full: bool, tell: Callable[[str], None]
+    dataset: Path, tmp_path: Path, chain: str, full: bool, report: Callable[[str], None]
 ) -> None:
     if not full:
         pytest.skip("runs with --full; tests/program/test_train.py hands a run on as well")
@@ -61,4 +61,4 @@ def test_handed_from_mesh_to_mesh(
             state = Checkpoint(run / f"checkpoints/step-{mine['step']:08d}", verify=False).state
             assert state["consumed_sequences"] == cfg.data.global_batch * mine["step"]
     assert furthest < 1e-5
-    tell(f"{chain}: {STEPS} losses within {furthest:.0e} of one rank's, same samples: ok")
+    report(f"{chain}: {STEPS} losses within {furthest:.0e} of one rank's, same samples: ok")

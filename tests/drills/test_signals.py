@@ -11,9 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-import jobs
 import pytest
 from support import tiny_run
+from support import training_jobs as jobs
 
 from llamax.checkpoint import Checkpoint, newest
 from llamax.runtime.errors import Stopped
@@ -30,7 +30,7 @@ def begin(launcher: str, path: Path, folder: Path) -> jobs.Job:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_signals_at_random_moments(
-    dataset: Path, tmp_path: Path, launcher: str, full: bool, tell: Callable[[str], None]
+    dataset: Path, tmp_path: Path, launcher: str, full: bool, report: Callable[[str], None]
 ) -> None:
     if launcher == "mpirun" and not jobs.has_mpirun():
         pytest.skip("mpirun is not installed")
@@ -76,4 +76,6 @@ def test_signals_at_random_moments(
         job.stderr.unlink()
         when = f"after step {max(steps)}" if steps else "before the first step"
         print(f"{launcher} {number}: {signal.Signals(signum).name}, stopped {when}", flush=True)
-    tell(f"SIGTERM/SIGUSR1 under {launcher}: {moments} moments, {early} before the first step: ok")
+    report(
+        f"SIGTERM/SIGUSR1 under {launcher}: {moments} moments, {early} before the first step: ok"
+    )

@@ -2,7 +2,7 @@
 
 After a wanted change write the texts anew, and read the difference:
 
-    python tests/golden/test_launch_text.py
+    pytest tests/golden/test_launch_text.py --write-golden
 """
 
 from __future__ import annotations
@@ -12,15 +12,12 @@ import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from support.launch_jobs import job
 from support.mpijob_schema import MPIJOB
 
@@ -86,8 +83,10 @@ def scripts() -> Iterator[tuple[str, str]]:
 
 @pytest.mark.parametrize("nodes", NODES)
 @pytest.mark.parametrize("name", RUNS)
-def test_what_is_rendered_is_the_reviewed_text(name: str, nodes: int) -> None:
-    assert golden(name, nodes) == (GOLDEN / f"{name}-{nodes}.txt").read_text()
+def test_what_is_rendered_is_the_reviewed_text(
+    name: str, nodes: int, compare_golden: Callable[[Path, str], None]
+) -> None:
+    compare_golden(GOLDEN / f"{name}-{nodes}.txt", golden(name, nodes))
 
 
 def test_bash_reads_every_script(tmp_path: Path) -> None:
@@ -287,10 +286,3 @@ def test_sagemaker_runs_here_first() -> None:
     arguments = sagemaker.estimator(small)
     assert (arguments["instance_type"], arguments["instance_count"]) == ("local", 1)
     assert "checkpoint_s3_uri" not in arguments
-
-
-if __name__ == "__main__":
-    GOLDEN.mkdir(exist_ok=True)
-    for name in RUNS:
-        for nodes in NODES:
-            (GOLDEN / f"{name}-{nodes}.txt").write_text(golden(name, nodes))

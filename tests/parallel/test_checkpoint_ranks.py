@@ -87,7 +87,7 @@ def state(folder: Path) -> dict[tuple[str, str], Any]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chain", CHAINS)
 def test_save_reshard_resume(
-    worlds: Worlds, tmp_path: Path, dtype: torch.dtype, chain: str, tell: Callable[[str], None]
+    worlds: Worlds, tmp_path: Path, dtype: torch.dtype, chain: str, report: Callable[[str], None]
 ) -> None:
     """A trains and saves; B loads that and saves, C loads that and saves: all hold the same."""
     source, expected = "", {}
@@ -104,7 +104,7 @@ def test_save_reshard_resume(
     assert {kind for _, kind in expected} >= {"weight", "exp_avg", "exp_avg_sq"}
     assert (("model.norm.weight", "master") in expected) == (dtype == torch.bfloat16)
     assert expected["model.embed_tokens.weight", "exp_avg"].any()
-    tell(f"{chain} changes {len(CHAINS[chain]) - 1} times, {dtype}: state bit-equal: ok")
+    report(f"{chain} changes {len(CHAINS[chain]) - 1} times, {dtype}: state bit-equal: ok")
 
 
 def test_resuming_on_the_same_mesh_is_bitwise(worlds: Worlds, tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def curve(
 
 @pytest.mark.parametrize("model", [LLAMA2, LLAMA3], ids=["llama2", "llama3"])
 def test_every_mesh_has_the_same_curve(
-    model: ModelConfig, tokens: Path, worlds: Worlds, full: bool, tell: Callable[[str], None]
+    model: ModelConfig, tokens: Path, worlds: Worlds, full: bool, report: Callable[[str], None]
 ) -> None:
     (whole,) = worlds(1).run(curve, model, 1, 1, tokens, "best-fit")
     counts = [step[2] for step in whole[:-1]]
@@ -119,17 +119,17 @@ def test_every_mesh_has_the_same_curve(
     assert max(counts) < BATCH * LENGTH
     told = same(worlds, GRID if full else MESHES[model], whole, model, tokens)
     if full:
-        tell(f"all weights: {told}")
+        report(f"all weights: {told}")
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_adapters_have_the_same_curve_on_every_mesh(
-    way: str, tokens: Path, base: Path, worlds: Worlds, full: bool, tell: Callable[[str], None]
+    way: str, tokens: Path, base: Path, worlds: Worlds, full: bool, report: Callable[[str], None]
 ) -> None:
     (whole,) = worlds(1).run(curve, MODEL, 1, 1, tokens, "best-fit", way, base)
     told = same(worlds, GRID if full else [(2, 4)], whole, MODEL, tokens, way, base)
     if full:
-        tell(f"{way}: {told}")
+        report(f"{way}: {told}")
 
 
 def same(

@@ -16,12 +16,22 @@ from unittest import mock
 
 import pytest
 import torch
+from support.step_reference import (
+    GLOBAL_BATCH,
+    MODEL,
+    OPTIM,
+    SEQUENCE,
+    TIED,
+    batch,
+    build,
+    gradients,
+    rows,
+    share,
+)
 from support.world import Worlds, axes
 from torch import Tensor
 
 from llamax.config.model import ModelConfig
-from llamax.config.schema import OptimConfig
-from llamax.data.loader import Batch
 from llamax.model.llama import Llama, Norm
 from llamax.optim.zero1 import Zero1
 from llamax.parallel import cross_entropy, regions, sharding, tensor_parallel
@@ -29,80 +39,7 @@ from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.mesh import Mesh
 from llamax.training.step import train_step
 
-MODEL = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=61,
-    initializer_range=0.1,
-)
-TIED = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=1,
-    vocab_size=61,
-    initializer_range=0.1,
-    tie_word_embeddings=True,
-)
-# With the usual eps AdamW would turn the rounding of a gradient near 0 into a whole step.
-OPTIM = OptimConfig(lr=1e-3, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
-SEQUENCE, GLOBAL_BATCH = 16, 8
 TOLERANCE = 1e-6
-
-
-def batch() -> Batch:
-    """The global batch: two documents per sequence, a quarter of the labels ignored."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (GLOBAL_BATCH, SEQUENCE)
-    ids = torch.randint(MODEL.vocab_size, shape, generator=generator)
-    labels = torch.randint(MODEL.vocab_size, shape, generator=generator)
-    labels = labels.masked_fill(torch.rand(shape, generator=generator) < 0.25, -100)
-    first = 3 + torch.arange(GLOBAL_BATCH).unsqueeze(1)
-    places = torch.arange(SEQUENCE).expand(shape)
-    documents = (places >= first).int()
-    return Batch(ids, labels, torch.where(documents > 0, places - first, places), documents)
-
-
-def rows(whole: Batch, start: int, stop: int) -> Batch:
-    return Batch(*(part[start:stop] for part in whole))
-
-
-def share(axes: Axes, accumulation: int) -> list[Batch]:
-    """This data rank's microbatches."""
-    each = GLOBAL_BATCH // axes.data.size // accumulation
-    first = axes.data.rank * each * accumulation
-    return [rows(batch(), first + i * each, first + (i + 1) * each) for i in range(accumulation)]
-
-
-def build(model: ModelConfig, axes: Axes, sequence: bool) -> Llama:
-    llama = Llama(model, axes.tp, sequence_parallel=sequence).init(0)
-    with torch.no_grad():
-        for name, parameter in llama.named_parameters():
-            if (
-                "norm" in name
-            ):  # not the ones that init leaves: a gradient must not look right by luck
-                parameter.copy_(1 + torch.arange(len(parameter)) / 50)
-    return llama
-
-
-def gradients(llama: Llama, axes: Axes) -> dict[str, Tensor]:
-    """Every gradient, summed as the optimizer must sum it."""
-    grads = {name: p.grad.clone() for name, p in llama.named_parameters()}
-    for name, grad in grads.items():
-        how = llama.shards[name]
-        if isinstance(how, sharding.Replica):
-            grad = axes.tp.all_reduce(grad) if llama.sequence_parallel else grad
-        else:
-            for part in sharding.parts(name, how, axes.tp.size):
-                if sharding.replicas(part.how.blocks[0], axes.tp.size) > 1:
-                    rows_ = grad.narrow(part.how.dim, part.start, part.length)
-                    rows_.copy_(axes.kv.all_reduce(rows_))
-        grads[name] = axes.data.all_reduce(grad)
-    return grads
 
 
 def step(

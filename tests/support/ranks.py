@@ -23,7 +23,6 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
-import sys
 import tempfile
 import threading
 import time
@@ -50,7 +49,7 @@ def run(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 500.0)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     here, there = context.Pipe()
-    job = fn.__module__, os.path.abspath(fn.__code__.co_filename), fn.__qualname__, args, sys.path
+    job = fn.__module__, os.path.abspath(fn.__code__.co_filename), fn.__qualname__, args
     stacks = tempfile.NamedTemporaryFile("r", prefix="stacks-")  # noqa: SIM115
     work = (size, there, pickle.dumps(job), stacks.name, timeout_s)
     process = context.Process(target=_serve, args=work, daemon=True)
@@ -179,7 +178,7 @@ def _serve(size: int, pipe: Connection, job: bytes, stacks: str, timeout_s: floa
         pipe.send_bytes(pickle.dumps((good, value)))
         os._exit(0)
 
-    module, path, name, args, sys.path[:] = pickle.loads(job)
+    module, path, name, args = pickle.loads(job)
     try:
         Lockstep(size, answer).run(getattr(_module(module, path), name), args)
     except BaseException:

@@ -78,7 +78,7 @@ class World:
         are still running after ``timeout_s``.
         """
         path = os.path.abspath(fn.__code__.co_filename)
-        job = pickle.dumps((fn.__module__, path, fn.__qualname__, args, sys.path))
+        job = pickle.dumps((fn.__module__, path, fn.__qualname__, args))
         for pipe in self.pipes:
             pipe.send_bytes(job)
         done: dict[int, Any] = {}
@@ -194,7 +194,7 @@ def _serve(rank: int, size: int, pipe: Connection, stacks: str) -> None:
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
         while job := pipe.recv_bytes():
             try:
-                module, path, name, args, sys.path[:] = pickle.loads(job)
+                module, path, name, args = pickle.loads(job)
                 torch.manual_seed(0)
                 result = pickle.dumps((True, getattr(_module(module, path), name)(*args)))
             except BaseException:

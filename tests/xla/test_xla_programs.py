@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
 import torch
-from parallel.test_step import GLOBAL_BATCH, MODEL, OPTIM, SEQUENCE, build, share
 from support import ranks
+from support.step_reference import GLOBAL_BATCH, MODEL, OPTIM, SEQUENCE, build, share
 
 from llamax.model.recompute import Recompute
 from llamax.optim.zero1 import Zero1

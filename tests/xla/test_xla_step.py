@@ -18,8 +18,8 @@ import pytest
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
 import torch
-from parallel.test_step import GLOBAL_BATCH, MODEL, OPTIM, SEQUENCE, TIED, build, share
 from support import ranks
+from support.step_reference import GLOBAL_BATCH, MODEL, OPTIM, SEQUENCE, TIED, build, share
 from torch import Tensor
 
 from llamax.backends import choose

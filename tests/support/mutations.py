@@ -1,6 +1,6 @@
 """Damage files in a thousand ways, and read each: a clean refusal or a clean success, never else.
 
-    python tests/drills/mutations.py --each 1000
+    PYTHONPATH=tests python -m support.mutations --each 1000
 
 Kinds: configuration, dataset index, tokenizers, safetensors, manifest.  Where a checksum guards a
 file it is made to fit again, so that the parser behind it is reached too.  The reading goes on in a
@@ -29,22 +29,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
+from tokenizers import Tokenizer, models, pre_tokenizers
 
-import support.checkpoints as worlds  # noqa: E402
-from support import tiny_run  # noqa: E402
-from support.corpora import train_unlike_llama  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
-
-from llamax.checkpoint import Checkpoint  # noqa: E402
-from llamax.checkpoint.safetensors_io import read_header  # noqa: E402
-from llamax.config.load import load_config  # noqa: E402
-from llamax.data.dataset import open_dataset  # noqa: E402
-from llamax.data.loader import Loader  # noqa: E402
-from llamax.data.token_file import HEADER_BYTES, MAGIC  # noqa: E402
-from llamax.data.tokenizer.tokenizer import load_tokenizer  # noqa: E402
-from llamax.runtime.errors import LlamaxError  # noqa: E402
+import support.checkpoints as worlds
+from llamax.checkpoint import Checkpoint
+from llamax.checkpoint.safetensors_io import read_header
+from llamax.config.load import load_config
+from llamax.data.dataset import open_dataset
+from llamax.data.loader import Loader
+from llamax.data.token_file import HEADER_BYTES, MAGIC
+from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.runtime.errors import LlamaxError
+from support import tiny_run
+from support.corpora import train_unlike_llama
 
 MOST_S = 10.0
 STRANGE = [b"null", b"[]", b"{}", b'""', b"-1", b"1e999", b"NaN", b"true", b"99999999999999999999"]

@@ -1,6 +1,6 @@
 """Kill ranks with SIGKILL while they save and rotate checkpoints; look at what is left.
 
-    python tests/drills/kill_saving.py --ranks 4 --kills 200
+    PYTHONPATH=tests python -m support.kill_saving --ranks 4 --kills 200
 
 Every rank is a fork of this process that saves step after step, each full of its own number.  A
 kill comes after a random time, or at a random one of the calls that change the disk.  Afterwards
@@ -24,13 +24,9 @@ from typing import Any
 
 import torch
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(TESTS))
-
-import support.checkpoints as worlds  # noqa: E402
-
-from llamax.checkpoint import Checkpoint, Saver  # noqa: E402
-from llamax.checkpoint import manifest as files  # noqa: E402
+import support.checkpoints as worlds
+from llamax.checkpoint import Checkpoint, Saver
+from llamax.checkpoint import manifest as files
 
 MODEL = worlds.llama(layers=1)
 MESHES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}

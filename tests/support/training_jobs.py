@@ -14,9 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from support import tiny_run
-
 from llamax.config.schema import CheckpointConfig, Config
+from support import tiny_run
 
 TRAIN = [sys.executable, "-m", "llamax.train", "--config"]
 
