@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from llamax.backends.base import Backend
@@ -174,3 +175,10 @@ def differences(
             if not abs(a - b) <= 2 * tolerance * abs(b):
                 found.append(f"{what} of step {number}: {a!r} {b!r}")
     return found
+
+
+def hub_folder(folder: Path, model: ModelConfig, seed: int = 0) -> Path:
+    transformers.set_seed(seed)
+    hub = transformers.LlamaConfig(**model.to_hub("float32"))
+    transformers.LlamaForCausalLM(hub).save_pretrained(folder)
+    return folder

@@ -40,3 +40,18 @@ def train_unlike_llama(folder: Path, **settings: Any) -> Path:
         **given,
     )
     return folder / "m.model"
+
+
+TEXTS = [
+    "",
+    " ",
+    "hello",
+    "  two  spaces ",
+    "tab\tand\n\n\nbreaks\r\n",
+    "x = {'a': 1234}\n        return",
+    "안녕하세요, 반갑습니다!",
+    "日本語 é ß 😀 \u200b",
+    "-----=====#####",
+    "\n" + " " * 37 + "x",
+    "a" * 300,
+]

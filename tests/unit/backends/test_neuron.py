@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.machinery
-import sys
-from types import ModuleType, SimpleNamespace
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support.stand_ins import install_module
 
 from llamax.backends import choose
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
-
-
-def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> ModuleType:
-    """A module that can be found and imported under ``name``, and the packages above it."""
-    parent, _, leaf = name.rpartition(".")
-    if parent and parent not in sys.modules:
-        install(monkeypatch, parent)
-    module = ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-    module.__path__ = []
-    for member, value in members.items():
-        setattr(module, member, value)
-    monkeypatch.setitem(sys.modules, name, module)
-    if parent:
-        monkeypatch.setattr(sys.modules[parent], leaf, module, raising=False)
-    return module
-
 
 # --- TorchNeuron ---------------------------------------------------------------------------------
 
@@ -40,7 +21,7 @@ def test_native_neuron_is_refused_in_one_line_where_it_is_absent() -> None:
 
 
 def test_the_xla_package_of_that_name_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "torch_neuronx")
+    install_module(monkeypatch, "torch_neuronx")
     with pytest.raises(BackendError, match="needs TorchNeuron"):
         choose("neuron", Rendezvous())
 
@@ -49,7 +30,7 @@ def test_native_neuron_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contract: torch_neuronx registers device and process group "neuron"; torch.accelerator rules
     the cores."""
     calls: list[object] = []
-    install(monkeypatch, "torch_neuronx")
+    install_module(monkeypatch, "torch_neuronx")
     monkeypatch.setattr(torch, "neuron", SimpleNamespace(), raising=False)
     monkeypatch.setattr(torch, "device", lambda *name: name)  # "neuron" is unknown to this torch
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import inspect
 import logging
-import sys
-from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
+from support.stand_ins import install_module
 
 from llamax.backends import nxd
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import BackendError
-
-
-def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> ModuleType:
-    """A module that can be found and imported under ``name``, and the packages above it."""
-    parent, _, leaf = name.rpartition(".")
-    if parent and parent not in sys.modules:
-        install(monkeypatch, parent)
-    module = ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-    module.__path__ = []
-    for member, value in members.items():
-        setattr(module, member, value)
-    monkeypatch.setitem(sys.modules, name, module)
-    if parent:
-        monkeypatch.setattr(sys.modules[parent], leaf, module, raising=False)
-    return module
-
 
 # --- groups --------------------------------------------------------------------------------------
 
@@ -83,7 +63,7 @@ class ParallelState:
 
 def install_nxd(monkeypatch: pytest.MonkeyPatch, state: ParallelState) -> None:
     members = {n: getattr(state, n) for n, _ in inspect.getmembers(state, inspect.ismethod)}
-    install(monkeypatch, "neuronx_distributed.parallel_layers.parallel_state", **members)
+    install_module(monkeypatch, "neuronx_distributed.parallel_layers.parallel_state", **members)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +116,7 @@ def test_a_placeholder_is_not_nxd(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
-    install(monkeypatch, "neuronx_distributed")
+    install_module(monkeypatch, "neuronx_distributed")
     with nxd.beside(Mesh(tp=2)) as same:
         assert same == Mesh(tp=2)
     assert "installed but does not load" in caplog.text

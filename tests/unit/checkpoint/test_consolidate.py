@@ -18,6 +18,7 @@ import support.checkpoints as worlds
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.saving import saved
 
 from llamax.checkpoint import Checkpoint, Saver, hf_writer
 from llamax.checkpoint.consolidate import consolidate, size
@@ -27,13 +28,6 @@ from llamax.cli.consolidate import main as consolidate_main
 from llamax.config.model import ModelConfig
 from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
 from llamax.runtime.errors import CheckpointError, ConfigError, Terminated
-
-
-def saved(
-    folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32, tp: int = 4
-) -> Path:
-    ranks = worlds.world(model, tp, 2, True, worlds.wholes(model, dtype), dtype)
-    return worlds.save(folder / "checkpoints", model, ranks, 3)
 
 
 @pytest.mark.parametrize(

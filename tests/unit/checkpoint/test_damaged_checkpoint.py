@@ -12,34 +12,12 @@ from typing import Any
 
 import pytest
 import support.checkpoints as worlds
+from support.saving import refused
 
 from llamax.checkpoint import Checkpoint, find
 from llamax.checkpoint.safetensors_io import read_header
-from llamax.runtime.errors import CheckpointError
 
 MODEL = worlds.llama()
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    for step in (1, 2):
-        ranks = worlds.world(MODEL, 2, 1, True, worlds.wholes(MODEL))
-        worlds.save(folder, MODEL, ranks, step)
-    return folder
-
-
-@pytest.fixture
-def folder(run: Path, tmp_path: Path) -> Path:
-    """Step 2 of a run that holds an intact step 1 as well."""
-    shutil.copytree(run, tmp_path / "run")
-    return tmp_path / "run" / "step-00000002"
-
-
-def refused(match: str, act: Callable[[], Any]) -> None:
-    with pytest.raises(CheckpointError, match=match) as caught:
-        act()
-    assert "\n" not in str(caught.value)
 
 
 def flip(path: Path, at: int) -> None:

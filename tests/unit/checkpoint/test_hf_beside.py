@@ -10,32 +10,18 @@ from typing import Any
 import pytest
 import support.checkpoints as worlds
 import torch
+from support.saving import disk_full, save_step, saver
 
 from llamax.checkpoint import (
     Checkpoint,
-    Saver,
     hf_beside,
     safetensors_io,
 )
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.hf_folder import HubFolder
-from llamax.config.model import ModelConfig
 from llamax.runtime.errors import CheckpointError, NoRoom
 
 MODEL = worlds.llama()
-
-
-@pytest.fixture
-def rank() -> worlds.Rank:
-    return worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
-
-
-def saver(folder: Path, rank: worlds.Rank, **options: Any) -> Saver:
-    return Saver(folder, rank.axes, rank.parameters, rank.shards, **options)
-
-
-def take(saver: Saver, rank: worlds.Rank, step: int, model: ModelConfig = MODEL) -> None:
-    saver.save(step, rank.owned, {"seed": 3}, model.to_hub("float32"), "[run]\nsteps = 9\n")
 
 
 def test_a_hugging_face_folder_in_every_checkpoint(tmp_path: Path) -> None:
@@ -59,7 +45,7 @@ def test_a_hugging_face_folder_that_finds_no_room(
     first, second = (saver(tmp_path, rank, also_hf=True) for rank in ranks)
     monkeypatch.setattr(hf_beside.hf_writer, "fill", no_quota)
     for mine, rank in ((second, ranks[1]), (first, ranks[0])):
-        take(mine, rank, 1)
+        save_step(mine, rank, 1)
     for mine in (second, first):
         with pytest.raises(NoRoom, match=r"step 1 is saved, but without a Hugging Face folder"):
             mine.wait()
@@ -87,9 +73,9 @@ def test_nobody_waits_for_a_checkpoint_that_was_given_up(
     monkeypatch.setattr(hf_beside, "RENAMED_S", 0.1)
     ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
     first, second = (saver(tmp_path, rank, also_hf=True, timeout_s=30) for rank in ranks)
-    monkeypatch.setattr(files, "finish", full)
-    take(second, ranks[1], 1)
-    take(first, ranks[0], 1)
+    monkeypatch.setattr(files, "finish", disk_full)
+    save_step(second, ranks[1], 1)
+    save_step(first, ranks[0], 1)
     began = time.monotonic()
     with pytest.raises(NoRoom):
         first.wait()
@@ -101,7 +87,3 @@ def no_quota(source: Checkpoint, part: Path, one: Any, *args: Any) -> int:
     with safetensors_io.writing(part / one.file, one.size_bytes):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
     return 0
-
-
-def full(*args: Any, **options: Any) -> Any:
-    raise OSError(errno.ENOSPC, "No space left on device")

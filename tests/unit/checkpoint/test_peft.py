@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.adapters import hub_folder
 from support.tiny_run import config, make_dataset
 
 from llamax.checkpoint.build_model import load_tuned
@@ -59,13 +60,6 @@ LLAMA3 = dataclasses.replace(
 
 
 TOLERANCE = 1e-5
-
-
-def hub_folder(folder: Path, model: ModelConfig, seed: int = 0) -> Path:
-    transformers.set_seed(seed)
-    hub = transformers.LlamaConfig(**model.to_hub("float32"))
-    transformers.LlamaForCausalLM(hub).save_pretrained(folder)
-    return folder
 
 
 def reference(folder: Path, finetune: FinetuneConfig, seed: int = 1) -> Any:

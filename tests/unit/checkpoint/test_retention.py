@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import support.checkpoints as worlds
+from support.saving import save_step, saver
 
 from llamax.checkpoint import (
     Checkpoint,
@@ -16,29 +16,15 @@ from llamax.checkpoint import (
     newest,
 )
 from llamax.checkpoint import manifest as files
-from llamax.config.model import ModelConfig
 
 MODEL = worlds.llama()
-
-
-@pytest.fixture
-def rank() -> worlds.Rank:
-    return worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
-
-
-def saver(folder: Path, rank: worlds.Rank, **options: Any) -> Saver:
-    return Saver(folder, rank.axes, rank.parameters, rank.shards, **options)
-
-
-def take(saver: Saver, rank: worlds.Rank, step: int, model: ModelConfig = MODEL) -> None:
-    saver.save(step, rank.owned, {"seed": 3}, model.to_hub("float32"), "[run]\nsteps = 9\n")
 
 
 @pytest.mark.parametrize("background", [True, False])
 def test_the_last_ones_stay(tmp_path: Path, rank: worlds.Rank, background: bool) -> None:
     mine = saver(tmp_path / "checkpoints", rank, keep=2, background=background)
     for step in (9, 10, 100):
-        take(mine, rank, step)
+        save_step(mine, rank, step)
     mine.wait()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
         "step-00000010",
@@ -57,7 +43,7 @@ def test_after_going_back_the_newest_is_the_one_saved_last(
     mine.wait()
     for _ in range(2):
         again = saver(tmp_path, rank, keep=1, keep_best=True)
-        take(again, rank, 5)
+        save_step(again, rank, 5)
         again.wait()
         assert sorted(path.name for path in tmp_path.iterdir()) == [
             "step-00000004",
@@ -73,17 +59,17 @@ def test_a_checkpoint_that_lies_elsewhere_stays_there(tmp_path: Path, rank: worl
     """Of one that was moved to another disk and linked, retention removes the link alone."""
     mine = saver(tmp_path / "run", rank, keep=1)
     for step in (1, 2, 3):
-        take(mine, rank, step)
+        save_step(mine, rank, step)
         mine.wait()
         shutil.move(newest(tmp_path / "run") or "", tmp_path / f"moved{step}")
         (tmp_path / "run" / f"step-{step:08d}").symlink_to(tmp_path / f"moved{step}")
     assert steps_in(tmp_path / "run") == [3]
-    take(mine, rank, 3)
+    save_step(mine, rank, 3)
     mine.wait()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000003"]
     (tmp_path / "empty").mkdir()
     (tmp_path / "run" / "step-00000004").symlink_to(tmp_path / "empty")
-    take(saver(tmp_path / "run", rank), rank, 4)
+    save_step(saver(tmp_path / "run", rank), rank, 4)
     for step in (1, 2, 3):
         Checkpoint(tmp_path / f"moved{step}").verify()
 
@@ -98,10 +84,10 @@ def test_what_cannot_be_deleted_does_not_fail_a_save(
             raise OSError(errno.ENOTEMPTY, "Directory not empty")
 
     mine = saver(tmp_path, rank, keep=1)
-    take(mine, rank, 1)
+    save_step(mine, rank, 1)
     mine.wait()
     monkeypatch.setattr(files.shutil, "rmtree", busy)
-    take(mine, rank, 2)
+    save_step(mine, rank, 2)
     mine.wait()
     assert steps_in(tmp_path) == [2]
     monkeypatch.undo()
@@ -116,7 +102,7 @@ def steps_in(folder: Path) -> list[int]:
 def test_some_stay_for_good(tmp_path: Path, rank: worlds.Rank) -> None:
     mine = saver(tmp_path, rank, keep=1, keep_every=4)
     for step in range(1, 11):
-        take(mine, rank, step)
+        save_step(mine, rank, step)
     mine.wait()
     assert steps_in(tmp_path) == [4, 8, 10]
 

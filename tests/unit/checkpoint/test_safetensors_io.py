@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.saving import refused
 
 from llamax.checkpoint.runs import Copy
 from llamax.checkpoint.safetensors_io import Entry, read, read_header
-from llamax.runtime.errors import CheckpointError
-
-
-def refused(match: str, act: Callable[[], Any]) -> None:
-    with pytest.raises(CheckpointError, match=match) as caught:
-        act()
-    assert "\n" not in str(caught.value)
 
 
 def header(path: Path, text: bytes, data: bytes = b"", length: int | None = None) -> Path:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import support.checkpoints as worlds
 import torch
+from support.saving import save_step, saver
 
 from llamax.checkpoint import (
     Checkpoint,
-    Saver,
     load_weights,
     newest,
     save,
@@ -21,19 +21,6 @@ from llamax.checkpoint import manifest as files
 from llamax.config.model import ModelConfig
 
 MODEL = worlds.llama()
-
-
-@pytest.fixture
-def rank() -> worlds.Rank:
-    return worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
-
-
-def saver(folder: Path, rank: worlds.Rank, **options: Any) -> Saver:
-    return Saver(folder, rank.axes, rank.parameters, rank.shards, **options)
-
-
-def take(saver: Saver, rank: worlds.Rank, step: int, model: ModelConfig = MODEL) -> None:
-    saver.save(step, rank.owned, {"seed": 3}, model.to_hub("float32"), "[run]\nsteps = 9\n")
 
 
 def test_a_checkpoint_says_what_it_is(tmp_path: Path, rank: worlds.Rank) -> None:
@@ -79,7 +66,7 @@ def test_the_snapshot_is_of_the_moment(
 
     monkeypatch.setattr(save, "write", late)
     mine = saver(tmp_path, rank)
-    take(mine, rank, 1)
+    save_step(mine, rank, 1)
     assert newest(tmp_path) is None
     for share in rank.parameters.values():
         share.zero_()
@@ -95,7 +82,7 @@ def test_the_snapshot_is_of_the_moment(
 def test_at_most_one_save_is_in_flight(tmp_path: Path, rank: worlds.Rank) -> None:
     mine = saver(tmp_path, rank, keep=0)
     for step in (1, 2, 3):
-        take(mine, rank, step)
+        save_step(mine, rank, step)
         assert sum(t.name == "llamax-checkpoint" for t in threading.enumerate()) <= 1
     mine.wait()
     assert [path.name for path in files.steps(tmp_path)] == [f"step-0000000{n}" for n in (1, 2, 3)]
@@ -125,7 +112,7 @@ def test_done_is_written_last_and_removed_first(
 
     monkeypatch.setattr(files, "finish", check_before)
     mine = saver(tmp_path, rank)
-    take(mine, rank, 1)
+    save_step(mine, rank, 1)
     mine.wait()
     monkeypatch.setattr(files.shutil, "rmtree", check_gone)
     files.delete(tmp_path / "step-00000001")
@@ -134,11 +121,11 @@ def test_done_is_written_last_and_removed_first(
 
 def test_a_step_saved_again_replaces_the_old(tmp_path: Path, rank: worlds.Rank) -> None:
     mine = saver(tmp_path, rank)
-    take(mine, rank, 1)
+    save_step(mine, rank, 1)
     mine.wait()
     for share in rank.parameters.values():
         share.fill_(5)
-    take(mine, rank, 1)
+    save_step(mine, rank, 1)
     mine.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert (Checkpoint(tmp_path / "step-00000001").read("model.norm.weight") == 5).all()

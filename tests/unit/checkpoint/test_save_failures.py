@@ -11,46 +11,32 @@ from typing import Any
 import pytest
 import support.checkpoints as worlds
 import torch
+from support.saving import disk_full, save_step, saver
 
 from llamax.checkpoint import (
     Checkpoint,
-    Saver,
     newest,
     safetensors_io,
     save,
 )
 from llamax.checkpoint import manifest as files
-from llamax.config.model import ModelConfig
 from llamax.runtime.errors import CheckpointError, NoRoom
 
 MODEL = worlds.llama()
-
-
-@pytest.fixture
-def rank() -> worlds.Rank:
-    return worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
-
-
-def saver(folder: Path, rank: worlds.Rank, **options: Any) -> Saver:
-    return Saver(folder, rank.axes, rank.parameters, rank.shards, **options)
-
-
-def take(saver: Saver, rank: worlds.Rank, step: int, model: ModelConfig = MODEL) -> None:
-    saver.save(step, rank.owned, {"seed": 3}, model.to_hub("float32"), "[run]\nsteps = 9\n")
 
 
 def test_a_replacement_that_dies_half_way_is_undone(
     tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = saver(tmp_path, rank)
-    take(mine, rank, 1)
+    save_step(mine, rank, 1)
     mine.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(files, "finish", full)
-        take(mine, rank, 1)
+        patch.setattr(files, "finish", disk_full)
+        save_step(mine, rank, 1)
         with pytest.raises(CheckpointError, match="no room"):
             mine.wait()
-        take(mine, rank, 2)
+        save_step(mine, rank, 2)
         with pytest.raises(CheckpointError, match=r"no room.*step-00000001 stays"):
             mine.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
@@ -60,7 +46,7 @@ def test_a_replacement_that_dies_half_way_is_undone(
 def test_leftovers_are_swept_at_the_start(tmp_path: Path, rank: worlds.Rank) -> None:
     mine = saver(tmp_path, rank)
     for step in (1, 2):
-        take(mine, rank, step)
+        save_step(mine, rank, step)
     mine.wait()
     (tmp_path / "step-00000003.tmp").mkdir()
     (tmp_path / "step-00000003.tmp" / "rank-tp00-dp00.json").write_text("[]")
@@ -77,18 +63,14 @@ def test_leftovers_are_swept_at_the_start(tmp_path: Path, rank: worlds.Rank) -> 
     Checkpoint(tmp_path / "step-00000002").verify()
 
 
-def full(*args: Any, **options: Any) -> Any:
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
 def test_a_full_disk_leaves_the_last_checkpoint(
     tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = saver(tmp_path, rank)
-    take(mine, rank, 1)
+    save_step(mine, rank, 1)
     mine.wait()
-    monkeypatch.setattr("llamax.checkpoint.safetensors_io.os.pwrite", full)
-    take(mine, rank, 2)
+    monkeypatch.setattr("llamax.checkpoint.safetensors_io.os.pwrite", disk_full)
+    save_step(mine, rank, 2)
     with pytest.raises(
         NoRoom,
         match=r"no room for .*: \d{5} bytes needed, \d+ free; .*step 2 is not saved, .*1 stays",
@@ -98,7 +80,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     monkeypatch.undo()
     mine.check()  # said once
-    take(mine, rank, 3)
+    save_step(mine, rank, 3)
     mine.wait()
     assert newest(tmp_path) == tmp_path / "step-00000003"
 
@@ -111,7 +93,7 @@ def test_an_error_surfaces_at_the_next_check(
 
     monkeypatch.setattr("llamax.checkpoint.safetensors_io.os.pwrite", denied)
     mine = saver(tmp_path, rank)
-    take(mine, rank, 1)
+    save_step(mine, rank, 1)
     for thread in threading.enumerate():
         if thread.name == "llamax-checkpoint":
             thread.join()
@@ -124,7 +106,7 @@ def test_a_defect_is_not_dressed_up(
 ) -> None:
     monkeypatch.setattr(save, "write", lambda *args: 1 / 0)
     mine = saver(tmp_path, rank)
-    take(mine, rank, 1)
+    save_step(mine, rank, 1)
     with pytest.raises(ZeroDivisionError):
         mine.wait()
 
@@ -132,8 +114,8 @@ def test_a_defect_is_not_dressed_up(
 def test_the_missing_rank_is_named(tmp_path: Path) -> None:
     ranks = worlds.world(MODEL, 1, 3, True, worlds.wholes(MODEL))
     first, _, third = (saver(tmp_path, rank, timeout_s=0.1) for rank in ranks)
-    take(third, ranks[2], 1)
-    take(first, ranks[0], 1)
+    save_step(third, ranks[2], 1)
+    save_step(first, ranks[0], 1)
     with pytest.raises(CheckpointError, match=r"no files from rank tp00-dp01 within 0 s"):
         first.wait()
     third.wait()
@@ -153,8 +135,8 @@ def test_the_first_may_be_done_before_another_returns(
             first.wait()  # all of rank 0's part happens within this call
 
     monkeypatch.setattr(safetensors_io.os, "replace", slowly)
-    take(first, ranks[0], 1)
-    take(second, ranks[1], 1)
+    save_step(first, ranks[0], 1)
+    save_step(second, ranks[1], 1)
     second.wait()
     Checkpoint(tmp_path / "step-00000001").verify()
 
@@ -166,12 +148,14 @@ def test_a_rank_that_cannot_write_tells_the_first(
     first, second = (saver(tmp_path, rank) for rank in ranks)
     real = save.write
     monkeypatch.setattr(
-        save, "write", lambda path, tensors: full() if "dp01" in path.name else real(path, tensors)
+        save,
+        "write",
+        lambda path, tensors: disk_full() if "dp01" in path.name else real(path, tensors),
     )
-    take(second, ranks[1], 1)
+    save_step(second, ranks[1], 1)
     with pytest.raises(OSError, match="No space"):
         second.wait()
-    take(first, ranks[0], 1)
+    save_step(first, ranks[0], 1)
     with pytest.raises(CheckpointError, match=r"rank tp00-dp01 could not save: .*No space left"):
         first.wait()
     assert newest(tmp_path) is None
@@ -183,7 +167,7 @@ def test_an_error_is_kept_where_the_whole_file_system_is_gone(
     mine = saver(tmp_path, rank)
     for module in (save, files):
         monkeypatch.setattr(module, "write" if module == save else "newest", stale)
-    take(mine, rank, 1)
+    save_step(mine, rank, 1)
     with pytest.raises(CheckpointError, match="Stale file handle"):
         mine.wait()
 

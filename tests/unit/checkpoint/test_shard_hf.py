@@ -9,6 +9,7 @@ import pytest
 import support.checkpoints as worlds
 import torch
 import transformers
+from support.saving import saved
 
 from llamax.checkpoint import Checkpoint, load_weights
 from llamax.checkpoint.consolidate import consolidate
@@ -17,13 +18,6 @@ from llamax.checkpoint.shard_hf import shard
 from llamax.cli.shard import main as shard_main
 from llamax.config.model import ModelConfig
 from llamax.runtime.errors import CheckpointError, ConfigError
-
-
-def saved(
-    folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32, tp: int = 4
-) -> Path:
-    ranks = worlds.world(model, tp, 2, True, worlds.wholes(model, dtype), dtype)
-    return worlds.save(folder / "checkpoints", model, ranks, 3)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4])

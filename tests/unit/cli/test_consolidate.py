@@ -6,19 +6,11 @@ from pathlib import Path
 
 import pytest
 import support.checkpoints as worlds
-import torch
 from support.corpora import train_unlike_llama
+from support.saving import saved
 
 from llamax.cli.consolidate import main as consolidate_main
 from llamax.cli.shard import main as shard_main
-from llamax.config.model import ModelConfig
-
-
-def saved(
-    folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32, tp: int = 4
-) -> Path:
-    ranks = worlds.world(model, tp, 2, True, worlds.wholes(model, dtype), dtype)
-    return worlds.save(folder / "checkpoints", model, ranks, 3)
 
 
 def test_programs_say_what_they_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

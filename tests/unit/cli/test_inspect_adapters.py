@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-import transformers
+from support.adapters import hub_folder
 from support.tiny_run import config, make_dataset
 
 from llamax.checkpoint.manifest import newest
@@ -23,13 +23,6 @@ from llamax.config.schema import FinetuneConfig
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.units import show_number
 from llamax.train import train
-
-
-def hub_folder(folder: Path, model: ModelConfig, seed: int = 0) -> Path:
-    transformers.set_seed(seed)
-    hub = transformers.LlamaConfig(**model.to_hub("float32"))
-    transformers.LlamaForCausalLM(hub).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

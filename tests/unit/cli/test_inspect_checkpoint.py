@@ -8,20 +8,13 @@ from pathlib import Path
 import pytest
 import support.checkpoints as worlds
 import torch
+from support.saving import saved
 
 from llamax.checkpoint.consolidate import consolidate
 from llamax.checkpoint.shard_hf import shard
 from llamax.cli import inspect as inspection
 from llamax.cli.inspect import describe
-from llamax.config.model import ModelConfig
 from llamax.runtime.errors import CheckpointError
-
-
-def saved(
-    folder: Path, model: ModelConfig, dtype: torch.dtype = torch.float32, tp: int = 4
-) -> Path:
-    ranks = worlds.world(model, tp, 2, True, worlds.wholes(model, dtype), dtype)
-    return worlds.save(folder / "checkpoints", model, ranks, 3)
 
 
 def rows(path: Path, verify: bool = False) -> dict[str, str]:

@@ -8,19 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.configs import MODEL
 
 from llamax.config.model import ModelConfig, RopeScaling
 from llamax.runtime.errors import ConfigError
-
-MODEL = ModelConfig(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    vocab_size=101,
-    rope_scaling=RopeScaling(),
-)
 
 
 def test_heads_take_their_width_from_the_hidden_size() -> None:

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.megatron import DOCUMENTS, write_dataset
 
 from llamax.data.blended_loader import PERIOD, Blend, turns
 from llamax.data.dataset import Mixture, open_dataset
 from llamax.data.loader import Loader
-from llamax.data.megatron import DTYPES, IndexedFile
+from llamax.data.megatron import IndexedFile
 from llamax.runtime.errors import DataError
-
-DOCUMENTS = [[1, 5, 9, 2], [1, 7], [1, 300, 8, 8, 2]]
-
-
-def index(lengths: list[int], width: int, code: int, marks: list[int] | None = None) -> bytes:
-    """An .idx file, spelled out."""
-    marks = list(range(len(lengths) + 1)) if marks is None else marks
-    pointers = np.cumsum([0, *lengths])[:-1] * width
-    return (
-        b"MMIDIDX\x00\x00"
-        + struct.pack("<QBQQ", 1, code, len(lengths), len(marks))
-        + np.array(lengths, "<i4").tobytes()
-        + pointers.astype("<i8").tobytes()
-        + np.array(marks, "<i8").tobytes()
-    )
-
-
-def write(prefix: Path, documents: list[list[int]], code: int = 4, modes: bytes = b"") -> Path:
-    """A dataset of one sequence a document."""
-    dtype = np.dtype(DTYPES[code])
-    lengths = [len(document) for document in documents]
-    flat = np.array([token for document in documents for token in document])
-    prefix.with_name(f"{prefix.name}.bin").write_bytes(flat.astype(dtype).tobytes())
-    idx = index(lengths, dtype.itemsize, code) + modes
-    prefix.with_name(f"{prefix.name}.idx").write_bytes(idx)
-    return prefix
 
 
 @pytest.mark.parametrize(
@@ -53,7 +27,7 @@ def write(prefix: Path, documents: list[list[int]], code: int = 4, modes: bytes 
     ],
 )
 def test_a_blend_that_cannot_be_is_one_line(tmp_path: Path, words: str, said: str) -> None:
-    prefix = write(tmp_path / "d", DOCUMENTS)
+    prefix = write_dataset(tmp_path / "d", DOCUMENTS)
     with pytest.raises(DataError) as error:
         open_dataset(words.format(d=prefix))
     assert said in str(error.value)
@@ -61,7 +35,7 @@ def test_a_blend_that_cannot_be_is_one_line(tmp_path: Path, words: str, said: st
 
 
 def test_a_blend_opens_its_parts(tmp_path: Path) -> None:
-    one, other = (write(tmp_path / name, DOCUMENTS) for name in "de")
+    one, other = (write_dataset(tmp_path / name, DOCUMENTS) for name in "de")
     split = open_dataset(f"3 {one} 1 {other}").train
     assert isinstance(split, Mixture)
     assert split.weights == (3.0, 1.0)
@@ -78,7 +52,7 @@ def blend(tmp_path: Path, weights: list[float], rank: int = 0, of: int = 1, **mo
     for number, size in ((1, 41), (2, 101)):
         path = tmp_path / f"p{number}"
         if not path.with_name(f"{path.name}.idx").exists():
-            write(path, [list(range(1000 * number, 1000 * number + size))])
+            write_dataset(path, [list(range(1000 * number, 1000 * number + size))])
         file = IndexedFile(path)
         parts.append(Loader(file, 5, 2, 8, 8 // of, rank, of, separate_documents=False))
     return Blend(parts, weights, 8 // of, rank, of, more.get("consumed", 0))
@@ -135,7 +109,14 @@ def test_periods_follow_each_other(tmp_path: Path) -> None:
 
 def test_validation_goes_through_one_part_after_the_other(tmp_path: Path) -> None:
     parts = [
-        Loader(IndexedFile(write(tmp_path / f"v{n}", [list(range(9))])), 0, 2, 4, 4, shuffle=False)
+        Loader(
+            IndexedFile(write_dataset(tmp_path / f"v{n}", [list(range(9))])),
+            0,
+            2,
+            4,
+            4,
+            shuffle=False,
+        )
         for n in range(2)
     ]
     mixed = Blend(parts, [0.9, 0.1], 4, 0, 1, 0)

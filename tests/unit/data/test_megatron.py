@@ -7,43 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.megatron import DOCUMENTS, index_bytes, write_dataset
 
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
-from llamax.data.megatron import DTYPES, SAMPLED, IndexedFile, write_indexed
+from llamax.data.megatron import SAMPLED, IndexedFile, write_indexed
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.runtime.errors import DataError
-
-DOCUMENTS = [[1, 5, 9, 2], [1, 7], [1, 300, 8, 8, 2]]
-
-
-def index(lengths: list[int], width: int, code: int, marks: list[int] | None = None) -> bytes:
-    """An .idx file, spelled out."""
-    marks = list(range(len(lengths) + 1)) if marks is None else marks
-    pointers = np.cumsum([0, *lengths])[:-1] * width
-    return (
-        b"MMIDIDX\x00\x00"
-        + struct.pack("<QBQQ", 1, code, len(lengths), len(marks))
-        + np.array(lengths, "<i4").tobytes()
-        + pointers.astype("<i8").tobytes()
-        + np.array(marks, "<i8").tobytes()
-    )
 
 
 def put(raw: bytes, place: int, value: int) -> bytes:
     """``raw`` with another int64 at a place."""
     return raw[:place] + struct.pack("<q", value) + raw[place + 8 :]
-
-
-def write(prefix: Path, documents: list[list[int]], code: int = 4, modes: bytes = b"") -> Path:
-    """A dataset of one sequence a document."""
-    dtype = np.dtype(DTYPES[code])
-    lengths = [len(document) for document in documents]
-    flat = np.array([token for document in documents for token in document])
-    prefix.with_name(f"{prefix.name}.bin").write_bytes(flat.astype(dtype).tobytes())
-    idx = index(lengths, dtype.itemsize, code) + modes
-    prefix.with_name(f"{prefix.name}.idx").write_bytes(idx)
-    return prefix
 
 
 def token_file(path: Path, documents: list[list[int]], vocab_size: int) -> TokenFile:
@@ -55,7 +30,7 @@ def token_file(path: Path, documents: list[list[int]], vocab_size: int) -> Token
 
 @pytest.mark.parametrize("code", [3, 4, 5, 8])
 def test_every_integer_type_reads_as_written(tmp_path: Path, code: int) -> None:
-    file = IndexedFile(write(tmp_path / "d", DOCUMENTS, code))
+    file = IndexedFile(write_dataset(tmp_path / "d", DOCUMENTS, code))
     assert [file.sequence(i).tolist() for i in range(3)] == DOCUMENTS
     assert file.documents.tolist() == [0, 4, 6, 11]
     assert len(file) == 11
@@ -66,7 +41,7 @@ def test_every_integer_type_reads_as_written(tmp_path: Path, code: int) -> None:
 
 @pytest.mark.parametrize("code", [1, 2])
 def test_bytes_read_too(tmp_path: Path, code: int) -> None:
-    file = IndexedFile(write(tmp_path / "d", [[3, 4], [5]], code, modes=b"\x00\x00"))
+    file = IndexedFile(write_dataset(tmp_path / "d", [[3, 4], [5]], code, modes=b"\x00\x00"))
     assert file.tokens.tolist() == [3, 4, 5]
     assert file.header.bos_id is None
 
@@ -74,12 +49,12 @@ def test_bytes_read_too(tmp_path: Path, code: int) -> None:
 def test_documents_of_several_sequences(tmp_path: Path) -> None:
     flat = np.arange(10, dtype="<u2")
     (tmp_path / "d.bin").write_bytes(flat.tobytes())
-    (tmp_path / "d.idx").write_bytes(index([2, 3, 4, 1], 2, 8, [0, 2, 2, 4]))
+    (tmp_path / "d.idx").write_bytes(index_bytes([2, 3, 4, 1], 2, 8, [0, 2, 2, 4]))
     file = IndexedFile(tmp_path / "d")
     assert file.documents.tolist() == [0, 5, 5, 10]
     assert file.boundaries == (file.documents, 1)
     for marks in ([0, 3, 2, 4], [0, 9, 2, 4], [0, -3, 2, 4]):
-        (tmp_path / "d.idx").write_bytes(index([2, 3, 4, 1], 2, 8, marks))
+        (tmp_path / "d.idx").write_bytes(index_bytes([2, 3, 4, 1], 2, 8, marks))
         damaged = IndexedFile(tmp_path / "d")
         with pytest.raises(DataError, match=r"document \d ends before it begins, at sequence"):
             damaged.boundaries  # noqa: B018
@@ -93,7 +68,7 @@ def test_what_is_written_is_the_layout(tmp_path: Path) -> None:
     assert write_indexed(tmp_path / "d", parts, 400) == 3
     flat = np.array([token for document in DOCUMENTS for token in document], "<u2")
     assert (tmp_path / "d.bin").read_bytes() == flat.tobytes()
-    assert (tmp_path / "d.idx").read_bytes() == index([4, 2, 5], 2, 8)
+    assert (tmp_path / "d.idx").read_bytes() == index_bytes([4, 2, 5], 2, 8)
     assert not list(tmp_path.glob(".*partial"))
 
 
@@ -130,10 +105,10 @@ def test_a_loader_cuts_the_same_samples_from_either_format(tmp_path: Path) -> No
         (lambda i, b: (i[:17] + b"\x63" + i[18:], b), "dtype code 99"),
         (lambda i, b: (i[:-8] + struct.pack("<q", 2), b), "documents are sequences 0 to 2, but"),
         (
-            lambda _, b: (index([4, 2, 5], 4, 4, []), b),
+            lambda _, b: (index_bytes([4, 2, 5], 4, 4, []), b),
             "its documents are not marked, but it has 3",
         ),
-        (lambda _, b: (index([4, -2, 9], 4, 4), b), "a sequence has -2 tokens"),
+        (lambda _, b: (index_bytes([4, -2, 9], 4, 4), b), "a sequence has -2 tokens"),
         (lambda i, b: (put(i, 46, 4), b), "sequence 0 does not begin where the one before it ends"),
         (lambda i, b: (put(i, 54, 2**40), b), "sequence 1 does not begin where the one before it"),
         (lambda i, b: (i[:17] + b"\x07" + i[18:], b), "holds float32 numbers, not tokens"),
@@ -141,7 +116,7 @@ def test_a_loader_cuts_the_same_samples_from_either_format(tmp_path: Path) -> No
     ],
 )
 def test_files_that_disagree_are_one_line(tmp_path: Path, spoil: object, said: str) -> None:
-    write(tmp_path / "d", DOCUMENTS)
+    write_dataset(tmp_path / "d", DOCUMENTS)
     paths = [tmp_path / "d.idx", tmp_path / "d.bin"]
     for path, raw in zip(paths, spoil(*(p.read_bytes() for p in paths)), strict=True):  # type: ignore[operator]
         path.write_bytes(raw)
@@ -153,7 +128,7 @@ def test_files_that_disagree_are_one_line(tmp_path: Path, spoil: object, said: s
 
 
 def test_a_missing_half_is_named(tmp_path: Path) -> None:
-    write(tmp_path / "d", DOCUMENTS)
+    write_dataset(tmp_path / "d", DOCUMENTS)
     (tmp_path / "d.bin").unlink()
     with pytest.raises(DataError, match=r"d\.bin: cannot be opened .* named by its prefix"):
         open_dataset(tmp_path / "d")
@@ -161,7 +136,7 @@ def test_a_missing_half_is_named(tmp_path: Path) -> None:
 
 def test_sequences_must_lie_end_to_end(tmp_path: Path) -> None:
     count = SAMPLED + 9  # the first ones are looked at when the files are opened
-    write(tmp_path / "d", [[1, 2]] * count)
+    write_dataset(tmp_path / "d", [[1, 2]] * count)
     raw = (tmp_path / "d.idx").read_bytes()
     (tmp_path / "d.idx").write_bytes(put(raw, 34 + 4 * count + 8 * (SAMPLED + 2), 20))
     file = IndexedFile(tmp_path / "d", "read")
@@ -171,7 +146,7 @@ def test_sequences_must_lie_end_to_end(tmp_path: Path) -> None:
 
 
 def test_tokens_outside_the_vocabulary_are_found_when_asked(tmp_path: Path) -> None:
-    write(tmp_path / "d", DOCUMENTS)
+    write_dataset(tmp_path / "d", DOCUMENTS)
     with pytest.raises(DataError, match=r"token 300 near place 0 is outside model.vocab_size=256"):
         IndexedFile(tmp_path / "d", "read", 256).verify()
     IndexedFile(tmp_path / "d", "read", 301).verify()
@@ -181,7 +156,7 @@ def test_tokens_outside_the_vocabulary_are_found_when_asked(tmp_path: Path) -> N
     with pytest.raises(DataError, match="token 300"):
         late.touch(np.array([4]), np.array([8]))
     IndexedFile(tmp_path / "d", "off", 256).touch(np.array([4]), np.array([8]))
-    write(tmp_path / "n", [[1, -5], [1, 2]])
+    write_dataset(tmp_path / "n", [[1, -5], [1, 2]])
     with pytest.raises(DataError, match="token -5"):
         IndexedFile(tmp_path / "n", "read", 256).verify()
 
@@ -190,7 +165,7 @@ def test_tokens_outside_the_vocabulary_are_found_when_asked(tmp_path: Path) -> N
 
 
 def test_a_prefix_is_a_dataset_without_tokenizer(tmp_path: Path) -> None:
-    dataset = open_dataset(write(tmp_path / "d", DOCUMENTS), vocab_size=400)
+    dataset = open_dataset(write_dataset(tmp_path / "d", DOCUMENTS), vocab_size=400)
     assert dataset.fingerprint is None
     dataset.check_tokenizer("a" * 64, "other")
     dataset.check_vocabulary(400)

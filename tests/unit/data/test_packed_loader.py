@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from support.instruction import llama2_tokenizer, prepare, sums, write_rows
+from support.token_files import write_token_file
 
 from llamax.config.model import ModelConfig
 from llamax.config.schema import DataConfig
@@ -18,7 +19,6 @@ from llamax.data.loader import Batch, Loader
 from llamax.data.packed_loader import PackedLoader
 from llamax.data.packing import Packs
 from llamax.data.samples import Samples
-from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel.collectives import Solo
@@ -33,17 +33,6 @@ MODEL = ModelConfig(
     vocab_size=600,
     initializer_range=0.2,
 )
-
-
-def write(path: Path, lengths: list[int], answers: int | None = 2) -> TokenFile:
-    """Documents of these lengths; the last ``answers`` tokens of each count (None: no mask)."""
-    random = np.random.default_rng(1)
-    with TokenWriter(path, Header("", 600, eos_id=2)) as writer:
-        for length in lengths:
-            tokens = random.integers(3, 600, length).astype(np.uint16)
-            counted = None if answers is None else np.arange(length) >= length - answers
-            writer.add(tokens, np.array([length]), length, counted)
-    return TokenFile(path)
 
 
 def rows_of(batch: Batch, row: int) -> list[tuple[list[int], list[int], list[int]]]:
@@ -61,7 +50,7 @@ def rows_of(batch: Batch, row: int) -> list[tuple[list[int], list[int], list[int
 
 
 def test_a_sample_holds_its_documents_and_their_answers(tmp_path: Path) -> None:
-    file = write(tmp_path / "f.tokens", [5, 7, 4, 12, 3])
+    file = write_token_file(tmp_path / "f.tokens", [5, 7, 4, 12, 3])
     loader = PackedLoader(Packs(file, 8), 0, 3, 3, shuffle=False)
     seen = []
     for (batch,) in loader.epoch():
@@ -82,7 +71,9 @@ def test_a_sample_holds_its_documents_and_their_answers(tmp_path: Path) -> None:
 
 
 def test_ranks_share_every_step_alike(tmp_path: Path) -> None:
-    file = write(tmp_path / "f.tokens", np.random.default_rng(0).integers(3, 30, 90).tolist())
+    file = write_token_file(
+        tmp_path / "f.tokens", np.random.default_rng(0).integers(3, 30, 90).tolist()
+    )
     packs = Packs(file, 32)
     whole = PackedLoader(packs, 7, 8, 8)
     for _ in range(len(packs) // 8 + 2):
@@ -97,7 +88,7 @@ def test_ranks_share_every_step_alike(tmp_path: Path) -> None:
 
 
 def test_padded_and_concat_see_the_same_answers(tmp_path: Path) -> None:
-    file = write(tmp_path / "f.tokens", [5, 9, 4, 6])
+    file = write_token_file(tmp_path / "f.tokens", [5, 9, 4, 6])
     data = DataConfig(sequence_length=8, global_batch=4)
     told = {}
     for way in ("best-fit", "padded", "concat"):
@@ -112,7 +103,7 @@ def test_padded_and_concat_see_the_same_answers(tmp_path: Path) -> None:
     assert told["best-fit"] == told["padded"] == told["concat"]
     assert len(told["concat"]) == 8
     assert Samples(file, data, 0).packs is not None, "auto packs what has answers"
-    plain = write(tmp_path / "p.tokens", [5, 9, 4, 6], answers=None)
+    plain = write_token_file(tmp_path / "p.tokens", [5, 9, 4, 6], answers=None)
     assert Samples(plain, data, 0).packs is None, "and cuts what is text"
     asked = Samples(file, DataConfig(sequence_length=8, labels="all"), 0).loader(
         Solo("data"), 0, False
@@ -121,7 +112,7 @@ def test_padded_and_concat_see_the_same_answers(tmp_path: Path) -> None:
 
 
 def test_concat_counts_only_answers_of_its_own_document(tmp_path: Path) -> None:
-    file = write(tmp_path / "f.tokens", [5, 6], answers=6)
+    file = write_token_file(tmp_path / "f.tokens", [5, 6], answers=6)
     (batch,) = Loader(file, 0, 10, 1, 1, shuffle=False).step()
     assert (batch.labels[0] != IGNORE_INDEX).tolist() == [True] * 4 + [False] + [True] * 5
 

@@ -9,22 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.token_files import write_token_file
 
 from llamax.data import packing
 from llamax.data.packing import Packs, best_fit
-from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.runtime.errors import DataError
-
-
-def write(path: Path, lengths: list[int], answers: int | None = 2) -> TokenFile:
-    """Documents of these lengths; the last ``answers`` tokens of each count (None: no mask)."""
-    random = np.random.default_rng(1)
-    with TokenWriter(path, Header("", 600, eos_id=2)) as writer:
-        for length in lengths:
-            tokens = random.integers(3, 600, length).astype(np.uint16)
-            counted = None if answers is None else np.arange(length) >= length - answers
-            writer.add(tokens, np.array([length]), length, counted)
-    return TokenFile(path)
 
 
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 70))
@@ -49,7 +38,7 @@ def test_windows_bound_the_work_and_every_document_is_there(
 ) -> None:
     monkeypatch.setattr(packing, "WINDOW", 64)
     lengths = np.random.default_rng(0).integers(2, 40, 500).tolist()
-    file = write(tmp_path / "f.tokens", lengths)
+    file = write_token_file(tmp_path / "f.tokens", lengths)
     packs = Packs(file, 64)
     members = np.concatenate([packs.documents(i) for i in range(len(packs))])
     assert sorted(members.tolist()) == list(range(500))
@@ -61,7 +50,7 @@ def test_windows_bound_the_work_and_every_document_is_there(
 
 
 def test_long_documents_are_counted_and_treated_as_told(tmp_path: Path) -> None:
-    file = write(tmp_path / "f.tokens", [5, 12, 30, 1, 9], answers=4)
+    file = write_token_file(tmp_path / "f.tokens", [5, 12, 30, 1, 9], answers=4)
     packs = Packs(file, 10)
     assert (packs.longer, packs.answerless) == (2, 1)
     assert "2 longer: 1 truncated (1 dropped: cut before the answer)" in str(packs)
@@ -86,7 +75,7 @@ def test_memory_does_not_grow_with_the_corpus(
     lengths = np.random.default_rng(0).integers(2, 60, 6000)
     peaks = []
     for documents in (1500, 6000):
-        file = write(tmp_path / f"{documents}.tokens", lengths[:documents].tolist())
+        file = write_token_file(tmp_path / f"{documents}.tokens", lengths[:documents].tolist())
         tracemalloc.start()
         Packs(file, 256)
         peaks.append(tracemalloc.get_traced_memory()[1])

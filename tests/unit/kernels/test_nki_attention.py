@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.machinery
 import logging
 import math
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from support.stand_ins import install_module
 from torch import Tensor
 
 from llamax import ops
 from llamax.backends import nxd
 from llamax.kernels.attention import nki_kernel
 from llamax.parallel.mesh import Mesh
-
-
-def install(monkeypatch: pytest.MonkeyPatch, name: str, **members: Any) -> ModuleType:
-    """A module that can be found and imported under ``name``, and the packages above it."""
-    parent, _, leaf = name.rpartition(".")
-    if parent and parent not in sys.modules:
-        install(monkeypatch, parent)
-    module = ModuleType(name)
-    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
-    module.__path__ = []
-    for member, value in members.items():
-        setattr(module, member, value)
-    monkeypatch.setitem(sys.modules, name, module)
-    if parent:
-        monkeypatch.setattr(sys.modules[parent], leaf, module, raising=False)
-    return module
-
 
 # --- attention -----------------------------------------------------------------------------------
 
@@ -66,8 +49,8 @@ def nki_flash_attn_func(
 
 @pytest.fixture
 def neuron_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "torch_xla.runtime", device_type=lambda: "NEURON")
-    install(
+    install_module(monkeypatch, "torch_xla.runtime", device_type=lambda: "NEURON")
+    install_module(
         monkeypatch,
         "neuronx_distributed.kernels.flash_attn",
         nki_flash_attn_func=nki_flash_attn_func,
@@ -133,7 +116,7 @@ def test_nothing_changes_without_nxd(caplog: pytest.LogCaptureFixture) -> None:
 
 @pytest.mark.usefixtures("neuron_core")
 def test_flash_attention_is_for_neuron_cores_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, "torch_xla.runtime", device_type=lambda: "CPU")
+    install_module(monkeypatch, "torch_xla.runtime", device_type=lambda: "CPU")
     nki_kernel.available.cache_clear()
     x = on_xla(4096)
     assert ops.kernel("attention", x, x, x, None) is ops.traced_attention

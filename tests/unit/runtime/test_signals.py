@@ -10,8 +10,6 @@ import time
 
 import pytest
 
-# --- signals -------------------------------------------------------------------------------------
-
 LISTEN = """
 import sys, time
 from llamax.runtime import signals
@@ -59,6 +57,17 @@ def test_signals_by_phase(phase: str, code: int, said: str, signum: int) -> None
         process.send_signal(signum)  # nor does one at the very end
     assert process.wait(30) == code
     assert said in process.stderr.read()
+
+
+def test_of_ranks_ended_together_one_speaks() -> None:
+    listen = subprocess.Popen(
+        [sys.executable, "-c", LISTEN, "import", "quiet"], stdout=-1, stderr=-1
+    )
+    assert listen.stdout is not None
+    listen.stdout.readline()
+    listen.send_signal(signal.SIGTERM)
+    assert listen.communicate(timeout=30) == (b"", b"")
+    assert listen.returncode == 75
 
 
 def test_a_library_installs_no_handlers() -> None:

@@ -203,36 +203,3 @@ def test_a_disk_that_is_full_does_not_end_a_heartbeat(
     heart.at(3)
     assert "cannot write" in caplog.text
     heart.stop(heartbeat.DONE)
-
-
-# --- signals -------------------------------------------------------------------------------------
-
-LISTEN = """
-import sys, time
-from llamax.runtime import signals
-signals.install("quiet" not in sys.argv)
-signals.COMPILE_GRACE_S = 0.2
-if sys.argv[1] != "import":
-    signals.hold()
-if sys.argv[1] == "step":
-    signals.stepped()
-print("ready", flush=True)
-while not signals.requested():
-    time.sleep(0.01)
-time.sleep(1.0)
-signals.rest()
-print("heard", signals.requested(), flush=True)
-time.sleep(0.5)
-sys.exit(7)
-"""
-
-
-def test_of_ranks_ended_together_one_speaks() -> None:
-    listen = subprocess.Popen(
-        [sys.executable, "-c", LISTEN, "import", "quiet"], stdout=-1, stderr=-1
-    )
-    assert listen.stdout is not None
-    listen.stdout.readline()
-    listen.send_signal(signal.SIGTERM)
-    assert listen.communicate(timeout=30) == (b"", b"")
-    assert listen.returncode == 75

@@ -2,68 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import support.checkpoints as worlds
 import support.foreign as foreign
 import torch
+from support.format_checks import check_hub, config_of, llama, saved
 
 from llamax.checkpoint.formats.base import model_of
-from llamax.checkpoint.hf_folder import HubFolder
 from llamax.cli.export import main as export_main
 from llamax.cli.import_ import main as import_main
-from llamax.config.load import dump_config, load_config
-from llamax.config.model import ModelConfig
-from llamax.config.schema import Config, RunConfig
+from llamax.config.load import load_config
 from llamax.runtime.errors import CheckpointError, ConfigError
-
-
-def llama(kv: int = 2, tied: bool = False, layers: int = 2, **fields: Any) -> ModelConfig:
-    """Heads as wide as Meta's, a vocabulary that 8 ranks divide."""
-    return ModelConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=kv,
-        vocab_size=40,
-        tie_word_embeddings=tied,
-        **{"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, **fields},
-    )
-
-
-def config_of(tmp_path: Path, model: ModelConfig) -> str:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(model.to_hub("bfloat16")))
-    return str(path)
-
-
-def saved(
-    tmp_path: Path,
-    model: ModelConfig,
-    values: worlds.Wholes,
-    tp: int = 2,
-    dp: int = 1,
-    step: int = 3,
-) -> str:
-    """A run's folder with one checkpoint."""
-    ranks = worlds.world(model, tp, dp, True, values, values["model.norm.weight", "weight"].dtype)
-    text = dump_config(Config(model=model, run=RunConfig(steps=9)))
-    worlds.save(tmp_path / "run" / "checkpoints", model, ranks, step, config_text=text)
-    return str(tmp_path / "run")
-
-
-def check_hub(folder: Path, values: worlds.Wholes) -> None:
-    source = HubFolder(folder)
-    wanted = {name: value for (name, kind), value in values.items() if kind == "weight"}
-    assert set(source.names()) == set(wanted)
-    for name, value in wanted.items():
-        found = source.read(name)
-        assert found.dtype == value.dtype
-        assert torch.equal(found, value), name
 
 
 def test_export_hf_is_consolidate(tmp_path: Path) -> None:

@@ -10,61 +10,14 @@ import pytest
 import support.checkpoints as worlds
 import support.foreign as foreign
 import torch
+from support.format_checks import assert_same, check_hub, config_of, llama, saved
 
 from llamax.__main__ import dispatch
 from llamax.checkpoint.formats.meta_writer import feed_forward
-from llamax.checkpoint.hf_folder import HubFolder
 from llamax.cli.export import main as export_main
 from llamax.cli.import_ import main as import_main
-from llamax.config.load import dump_config
 from llamax.config.model import ModelConfig, RopeScaling
-from llamax.config.schema import Config, RunConfig
 from llamax.runtime.errors import CheckpointError, ConfigError
-
-
-def llama(kv: int = 2, tied: bool = False, layers: int = 2, **fields: Any) -> ModelConfig:
-    """Heads as wide as Meta's, a vocabulary that 8 ranks divide."""
-    return ModelConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=kv,
-        vocab_size=40,
-        tie_word_embeddings=tied,
-        **{"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, **fields},
-    )
-
-
-def config_of(tmp_path: Path, model: ModelConfig) -> str:
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(model.to_hub("bfloat16")))
-    return str(path)
-
-
-def saved(
-    tmp_path: Path,
-    model: ModelConfig,
-    values: worlds.Wholes,
-    tp: int = 2,
-    dp: int = 1,
-    step: int = 3,
-) -> str:
-    """A run's folder with one checkpoint."""
-    ranks = worlds.world(model, tp, dp, True, values, values["model.norm.weight", "weight"].dtype)
-    text = dump_config(Config(model=model, run=RunConfig(steps=9)))
-    worlds.save(tmp_path / "run" / "checkpoints", model, ranks, step, config_text=text)
-    return str(tmp_path / "run")
-
-
-def check_hub(folder: Path, values: worlds.Wholes) -> None:
-    source = HubFolder(folder)
-    wanted = {name: value for (name, kind), value in values.items() if kind == "weight"}
-    assert set(source.names()) == set(wanted)
-    for name, value in wanted.items():
-        found = source.read(name)
-        assert found.dtype == value.dtype
-        assert torch.equal(found, value), name
 
 
 @pytest.mark.parametrize(("kv", "ranks", "dim"), [(8, 1, 1), (8, 4, 1), (2, 2, 1), (2, 2, 0)])
@@ -99,18 +52,6 @@ def test_meta_rows_turn_as_ours_do() -> None:
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)  # the tables are float32
 
 
-def same(a: Any, b: Any) -> None:
-    if isinstance(a, dict):
-        assert set(a) == set(b)
-        for key in a:
-            same(a[key], b[key])
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    else:
-        assert a == b
-
-
 @pytest.mark.parametrize(("kv", "ranks", "tied"), [(8, 1, False), (8, 8, False), (2, 2, True)])
 def test_meta_and_back(tmp_path: Path, kv: int, ranks: int, tied: bool) -> None:
     model = llama(kv, tied)
@@ -126,7 +67,7 @@ def test_meta_and_back(tmp_path: Path, kv: int, ranks: int, tied: bool) -> None:
         for path in theirs.glob("*.pth"):
             a, b = (torch.load(folder / path.name) for folder in (tmp_path / "meta", theirs))
             b.pop("rope.freqs")
-            same(a, b)
+            assert_same(a, b)
 
 
 @pytest.mark.parametrize("width", [32, 2048, 4096, 5120, 8192])

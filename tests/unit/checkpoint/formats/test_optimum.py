@@ -4,42 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import support.checkpoints as worlds
 import support.foreign as foreign
 import torch
+from support.format_checks import check_hub, llama
 
 from llamax.checkpoint.formats.convert import open_folder
-from llamax.checkpoint.hf_folder import HubFolder
 from llamax.cli.import_ import main as import_main
-from llamax.config.model import ModelConfig
 from llamax.runtime.errors import CheckpointError
-
-
-def llama(kv: int = 2, tied: bool = False, layers: int = 2, **fields: Any) -> ModelConfig:
-    """Heads as wide as Meta's, a vocabulary that 8 ranks divide."""
-    return ModelConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=8,
-        num_key_value_heads=kv,
-        vocab_size=40,
-        tie_word_embeddings=tied,
-        **{"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, **fields},
-    )
-
-
-def check_hub(folder: Path, values: worlds.Wholes) -> None:
-    source = HubFolder(folder)
-    wanted = {name: value for (name, kind), value in values.items() if kind == "weight"}
-    assert set(source.names()) == set(wanted)
-    for name, value in wanted.items():
-        found = source.read(name)
-        assert found.dtype == value.dtype
-        assert torch.equal(found, value), name
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from support.chat import built_in
 from support.instruction import llama2_tokenizer, llama3_tokenizer
 
 from llamax.data.chat.encode import Encoder, Tokens
 from llamax.data.chat.templates import BUILT_IN, Sample, Template, sample, source_of
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import DataError
-
-SPECIALS = ("<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
@@ -33,10 +31,6 @@ TALK = Sample(
         {"role": "assistant", "content": "철수 <|eot_id|>"},
     ]
 )
-
-
-def built_in(name: str) -> Template:
-    return Template(name, BUILT_IN[name], SPECIALS, "<s>", "</s>")
 
 
 def test_every_answer_of_a_conversation_is_one() -> None:

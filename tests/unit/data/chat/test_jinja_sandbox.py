@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import resource
 import signal
-import time
 from contextlib import suppress
 
 import pytest
+from support.chat import refused
 
 from llamax.data.chat import jinja_sandbox
-from llamax.data.chat.templates import Sample, Template, sample
+from llamax.data.chat.templates import Template, sample
 from llamax.runtime.errors import DataError
-
-# ---- what a template may do wrong
-
-
-def refused(words: str, source: str, row: Sample | None = None) -> None:
-    began = time.perf_counter()
-    with pytest.raises(DataError, match=words) as caught:
-        Template("bad", source).spans(row or sample("Q", "C", "A"))
-    assert "\n" not in str(caught.value)
-    assert time.perf_counter() - began < 60
 
 
 @pytest.mark.parametrize(

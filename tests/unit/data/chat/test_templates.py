@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
+from support.chat import built_in, refused
 
-from llamax.data.chat.templates import BUILT_IN, Sample, Template, sample, source_of
+from llamax.data.chat.templates import Template, sample, source_of
 from llamax.runtime.errors import DataError
-
-SPECIALS = ("<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-
-
-def built_in(name: str) -> Template:
-    return Template(name, BUILT_IN[name], SPECIALS, "<s>", "</s>")
 
 
 @pytest.mark.parametrize(
@@ -64,17 +58,6 @@ def test_a_template_without_marks_is_asked_twice(marked: bool) -> None:
     template = Template("own", source)
     assert template.spans(sample("Q", "", "A")) == [("Q -> ", False), ("A!", True)]
     assert template.prompt(sample("Q"))[0].text == "Q -> "
-
-
-# ---- what a template may do wrong
-
-
-def refused(words: str, source: str, row: Sample | None = None) -> None:
-    began = time.perf_counter()
-    with pytest.raises(DataError, match=words) as caught:
-        Template("bad", source).spans(row or sample("Q", "C", "A"))
-    assert "\n" not in str(caught.value)
-    assert time.perf_counter() - began < 60
 
 
 def test_a_mark_in_a_field_is_refused() -> None:

@@ -2,62 +2,15 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from pathlib import Path
 
 import pytest
-import tokenizers
-from support.corpora import mistral, python_sources, train_unlike_llama
+from support.corpora import TEXTS, mistral, python_sources, train_unlike_llama
 
 from llamax.cli.prepare import main as prepare
-from llamax.data.tokenizer.hf_export import _byte_letters, export_tokenizer
+from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.tokenizer import HuggingFace, SentencePiece, TikToken, load_tokenizer
-from llamax.data.tokenizer.tokenizer import train_sentencepiece as train
-
-TEXTS = [
-    "",
-    " ",
-    "hello",
-    "  two  spaces ",
-    "tab\tand\n\n\nbreaks\r\n",
-    "x = {'a': 1234}\n        return",
-    "안녕하세요, 반갑습니다!",
-    "日本語 é ß 😀 \u200b",
-    "-----=====#####",
-    "\n" + " " * 37 + "x",
-    "a" * 300,
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tokenizers")
-
-
-@pytest.fixture(scope="module")
-def spm(folder: Path) -> Path:
-    return train(python_sources(10), 700, folder / "spm" / "tokenizer.model")
-
-
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> Path:
-    """A small byte-level BPE, its ranks in a tiktoken file."""
-    engine = tokenizers.ByteLevelBPETokenizer()
-    engine.train_from_iterator(python_sources(10), vocab_size=600, show_progress=False)
-    letters = {c: b for b, c in enumerate(_byte_letters())}
-    tokens = [bytes(letters[c] for c in t) for t in engine.get_vocab()]
-    order = sorted(tokens, key=lambda t: (len(t) > 1, engine.get_vocab()[
-        "".join(list(letters)[b] for b in t)]))  # fmt: skip
-    path = folder / "small.tiktoken"
-    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(order)]
-    path.write_bytes(b"".join(lines))
-    return path
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _folders(folder: Path) -> None:
-    (folder / "spm").mkdir()
 
 
 def test_exported_sentencepiece_gives_equal_ids(spm: Path, tmp_path: Path) -> None:

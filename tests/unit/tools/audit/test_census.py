@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
+from support.hlo_text import MATMUL, program_of
+
 from llamax.tools.audit import census, hlo
 from llamax.tools.audit.census import Live, Traffic
-
-MATMUL = """HloModule IrToHlo.9, entry_computation_layout={(f32[8,2]{1,0}, f32[2,4]{1,0})->(f32[4]{0})}
-
-%Add.4 (x.5: f32[], y.6: f32[]) -> f32[] {
-  %x.5 = f32[] parameter(0)
-  %y.6 = f32[] parameter(1)
-  ROOT %add.7 = f32[] add(f32[] %x.5, f32[] %y.6)
-}
-
-ENTRY %IrToHlo.9 (p0.1: f32[8,2], p1.2: f32[2,4]) -> (f32[4]) {
-  %p1.2 = f32[2,4]{1,0} parameter(1), metadata={op_type="xla__device_data" op_name="x" source_file="/a/model.py" source_line=3}
-  %p0.1 = f32[8,2]{1,0} parameter(0)
-  %dot.3 = f32[8,4]{1,0} dot(f32[8,2]{1,0} %p0.1, f32[2,4]{1,0} %p1.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}, metadata={op_type="aten__mm" op_name="m" source_file="/a/model.py" source_line=7}
-  %constant.1 = f32[] constant(0)
-  %reduce.8 = f32[4]{0} reduce(f32[8,4]{1,0} %dot.3, f32[] %constant.1), dimensions={0}, to_apply=%Add.4
-  ROOT %tuple.8 = (f32[4]{0}) tuple(f32[4]{0} %reduce.8)
-}
-"""  # noqa: E501
-
 
 COLLECTIVES = """HloModule m
 
@@ -40,14 +23,6 @@ ENTRY %m (p0.1: f32[4,6]) -> f32[8,6] {
 
 
 AXES = {"tp": ((0, 1), (2, 3)), "data": ((0, 2), (1, 3)), "world": ((0, 1, 2, 3),)}
-
-
-def entry(*lines: str) -> hlo.Program:
-    """A program of these lines; its root is the last."""
-    *rest, last = lines
-    return hlo.read(
-        "\n".join(["HloModule m", "", "ENTRY %m () -> f32[] {", *rest, f"ROOT {last}", "}"])
-    )
 
 
 def test_collectives_by_axis_with_the_bytes_of_rings() -> None:
@@ -72,7 +47,7 @@ def test_flops() -> None:
 def test_live_bytes_of_a_chain() -> None:
     """a and b overlap; c takes a's place; the element-wise step between is fused."""
     n = 4 * 100
-    program = entry(
+    program = program_of(
         "%p.1 = f32[100]{0} parameter(0)",
         "%a.2 = f32[10,100]{1,0} dot(f32[100]{0} %p.1, f32[100]{0} %p.1)",
         "%e.3 = f32[10,100]{1,0} exponential(f32[10,100]{1,0} %a.2)",
@@ -84,7 +59,7 @@ def test_live_bytes_of_a_chain() -> None:
 
 
 def test_an_input_lends_its_memory_to_an_output_of_its_shape() -> None:
-    program = entry(
+    program = program_of(
         "%p.1 = f32[100]{0} parameter(0)",
         "%q.2 = f32[100]{0} parameter(1)",
         "%a.3 = f32[100]{0} add(f32[100]{0} %p.1, f32[100]{0} %q.2)",
@@ -99,7 +74,7 @@ def test_what_frees_more_than_it_makes_runs_at_once() -> None:
     lines += [f"%g.{k} = {big} dot(f32[100]{{0}} %p.1, f32[100]{{0}} %p.1)" for k in (3, 4, 5)]
     lines += [f"%r.{k + 3} = f32[] reduce({big} %g.{k}, f32[] %z.2)" for k in (3, 4, 5)]
     lines += ["%t.9 = (f32[], f32[], f32[]) tuple(f32[] %r.6, f32[] %r.7, f32[] %r.8)"]
-    assert census.live(entry(*lines)).between_bytes < 2 * 50 * 100 * 4
+    assert census.live(program_of(*lines)).between_bytes < 2 * 50 * 100 * 4
 
 
 def test_the_last_of_two_users_runs_at_once() -> None:
@@ -110,11 +85,11 @@ def test_the_last_of_two_users_runs_at_once() -> None:
     lines += [f"%g.{k} = {big} dot({big} %g.{k - 1}, f32[100]{{0}} %p.1)" for k in (4, 5, 6)]
     lines += [f"%r.{k + 4} = f32[] reduce({big} %g.{k}, f32[] %z.2)" for k in (3, 4, 5, 6)]
     lines += ["%c.11 = f32[4]{0} concatenate(%r.7, %r.8, %r.9, %r.10)"]
-    assert census.live(entry(*lines)).between_bytes < 3 * 50 * 100 * 4
+    assert census.live(program_of(*lines)).between_bytes < 3 * 50 * 100 * 4
 
 
 def test_remarks_name_the_first_line() -> None:
-    program = entry(
+    program = program_of(
         '%p.1 = s64[4]{0} parameter(0), metadata={source_file="/a/b.py" source_line=1}',
         "%p.2 = s64[] parameter(1)",
         "%f.3 = f64[] constant(0.5)",

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from llamax.tools.audit import diff, hlo
+from support.hlo_text import program_of
 
-
-def entry(*lines: str) -> hlo.Program:
-    """A program of these lines; its root is the last."""
-    *rest, last = lines
-    return hlo.read(
-        "\n".join(["HloModule m", "", "ENTRY %m () -> f32[] {", *rest, f"ROOT {last}", "}"])
-    )
+from llamax.tools.audit import diff
 
 
 def test_the_difference_is_the_instruction_that_the_other_lacks() -> None:
-    ours = entry(
+    ours = program_of(
         "%p.1 = s32[4]{0} parameter(0)",
         '%c.2 = s32[] constant(0), metadata={source_file="/a/tensor.py" source_line=120}',
         "%b.3 = s32[4]{0} broadcast(s32[] %c.2), dimensions={}",
         "%s.4 = s32[4]{0} subtract(s32[4]{0} %p.1, s32[4]{0} %b.3)",
     )
-    theirs = entry(
+    theirs = program_of(
         "%p.1 = s32[4]{0} parameter(0)",
         '%c.2 = s32[] constant(4000), metadata={source_file="/a/tensor.py" source_line=120}',
         "%b.3 = s32[4]{0} broadcast(s32[] %c.2), dimensions={}",
@@ -41,7 +35,7 @@ def test_wiring_alone_is_a_difference_too() -> None:
         "%s.3 = f32[] subtract(f32[] %p.1, f32[] %p.2)",
     ]
     swapped = "%s.3 = f32[] subtract(f32[] %p.2, f32[] %p.1)"
-    how = diff.difference(entry(*lines), entry(*lines[:2], swapped))
+    how = diff.difference(program_of(*lines), program_of(*lines[:2], swapped))
     assert how is not None
     assert how.mine is not None
     assert how.mine.opcode == "subtract"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.hosts import SDK, host_with, levels, trainium
 from support.launch_jobs import job
 
 from llamax.cli.doctor import NOT_READY, main
@@ -16,37 +16,6 @@ from llamax.runtime.errors import BackendError, ConfigError
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Finding, Host
 from llamax.tools.doctor.doctor import _seen_from, count, examine, here
-
-SDK = {
-    "torch": "2.9.0+cpu",
-    "torch-xla": "2.9.0",
-    "torch-neuronx": "2.9.0.2.12.1",
-    "neuronx-cc": "2.23.6484.0",
-    "neuronx-distributed": "0.17.26814",
-}
-
-
-def lay(root: Path, **files: str) -> Host:
-    """A machine with these files; ``__`` in a name is ``/``."""
-    for name, text in files.items():
-        path = root / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return Host(root)
-
-
-def trainium(root: Path, devices: int = 16, driver: str = "2.26.5.0") -> Host:
-    names = {f"dev__neuron{n}": "" for n in range(devices)}
-    return lay(root, **names, sys__module__neuron__version=driver + "\n")
-
-
-def levels(found: Iterable[Finding]) -> dict[str, str]:
-    found = list(found)
-    for each in found:
-        assert each.what
-        assert bool(each.why) == (each.level in ("warning", "error")), each
-        assert bool(each.mend) == (each.level != "ok"), each
-    return {each.name: each.level for each in found}
 
 
 def test_programs_are_not_traced_without_torch_xla(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,16 +37,16 @@ def test_programs_of_a_run() -> None:
 def test_without_a_job_a_machine_is_held_against_itself(tmp_path: Path) -> None:
     node = Host(trainium(tmp_path).root, packages=SDK)
     for n in range(8):
-        lay(tmp_path, **{f"sys__class__infiniband__rdmap{n}__device__vendor": "0x1d0f\n"})
-    lay(tmp_path, sys__class__infiniband__mlx5__device__vendor="0x15b3\n")
-    lay(tmp_path, proc__sys__net__ipv4__ip_local_reserved_ports="29500")
-    lay(tmp_path, proc__sys__net__ipv4__ip_local_port_range="1024 65000")
+        host_with(tmp_path, **{f"sys__class__infiniband__rdmap{n}__device__vendor": "0x1d0f\n"})
+    host_with(tmp_path, sys__class__infiniband__mlx5__device__vendor="0x15b3\n")
+    host_with(tmp_path, proc__sys__net__ipv4__ip_local_reserved_ports="29500")
+    host_with(tmp_path, proc__sys__net__ipv4__ip_local_port_range="1024 65000")
     found = list(examine(node, None, 0))
     assert Finding("ok", "devices", "16 Neuron devices") in found
     assert [each.level for each in found if each.name == "ports"] == ["ok", "warning"]
     assert (here(node).backend, here(node).efa) == ("xla", 8)
     assert here(Host(tmp_path, packages={"torch": "2.11.0"})).backend == "neuron"
-    box = lay(tmp_path / "gpus", dev__nvidia0="", dev__nvidia1="")
+    box = host_with(tmp_path / "gpus", dev__nvidia0="", dev__nvidia1="")
     found = list(examine(Host(box.root, packages=SDK), None, 0))
     assert Finding("ok", "devices", "2 GPUs") in found
     assert [each.what for each in found if each.level == "error"] == [

@@ -4,51 +4,28 @@ from __future__ import annotations
 
 import resource
 import socket
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from support.hosts import host_with, levels, trainium
 
 from llamax.launch.instances import INSTANCES
-from llamax.tools.doctor import Finding, Host, machine, versions
+from llamax.tools.doctor import Host, machine, versions
 
 TRN1, LOCAL = INSTANCES["trn1.32xlarge"], INSTANCES["local"]
-
-
-def lay(root: Path, **files: str) -> Host:
-    """A machine with these files; ``__`` in a name is ``/``."""
-    for name, text in files.items():
-        path = root / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return Host(root)
-
-
-def trainium(root: Path, devices: int = 16, driver: str = "2.26.5.0") -> Host:
-    names = {f"dev__neuron{n}": "" for n in range(devices)}
-    return lay(root, **names, sys__module__neuron__version=driver + "\n")
-
-
-def levels(found: Iterable[Finding]) -> dict[str, str]:
-    found = list(found)
-    for each in found:
-        assert each.what
-        assert bool(each.why) == (each.level in ("warning", "error")), each
-        assert bool(each.mend) == (each.level != "ok"), each
-    return {each.name: each.level for each in found}
 
 
 def test_a_machine_with_gpus(tmp_path: Path) -> None:
     p5 = INSTANCES["p5.48xlarge"]
     assert levels(machine.devices(Host(tmp_path), p5)) == {"devices": "unseen"}
     for n in range(8):
-        lay(tmp_path, **{f"dev__nvidia{n}": ""})
-    lay(tmp_path, dev__nvidiactl="")
+        host_with(tmp_path, **{f"dev__nvidia{n}": ""})
+    host_with(tmp_path, dev__nvidiactl="")
     assert levels(machine.devices(Host(tmp_path), p5)) == {"devices": "ok"}
     for line in ("Kernel Module  570.133.20  Wed", "Open Kernel Module for x86_64  570.133.20  R"):
         host = Host(tmp_path, packages={"torch": "2.9.0+cpu"})
         assert levels(versions.check(host, "cuda"))["torch"] == "error"
-        lay(tmp_path, proc__driver__nvidia__version=f"NVRM version: NVIDIA UNIX {line}\n")
+        host_with(tmp_path, proc__driver__nvidia__version=f"NVRM version: NVIDIA UNIX {line}\n")
         host = Host(tmp_path, packages={"torch": "2.9.0+cu130"})
         torch, driver = versions.check(host, "cuda")
         assert (torch.level, driver.what) == ("ok", "NVIDIA driver 570.133.20")
@@ -64,9 +41,9 @@ def test_devices_and_memory(tmp_path: Path) -> None:
     (tmp_path / "dev" / "neuron3").unlink()
     assert levels(machine.devices(host, TRN1)) == {"devices": "error"}
     assert levels(machine.memory(host, TRN1)) == {"memory": "unseen"}
-    lay(tmp_path, proc__meminfo=f"MemTotal: {510 * 2**20} kB\n")
+    host_with(tmp_path, proc__meminfo=f"MemTotal: {510 * 2**20} kB\n")
     assert levels(machine.memory(host, TRN1)) == {"memory": "ok"}
-    lay(tmp_path, **{"sys__fs__cgroup__memory.max": str(64 * 2**30)})
+    host_with(tmp_path, **{"sys__fs__cgroup__memory.max": str(64 * 2**30)})
     assert levels(machine.memory(host, TRN1)) == {"memory": "warning"}
 
 
@@ -92,7 +69,7 @@ def test_limits() -> None:
     ],
 )
 def test_ports_that_the_kernel_hands_out(tmp_path: Path, kept: str, span: str, level: str) -> None:
-    host = lay(
+    host = host_with(
         tmp_path,
         proc__sys__net__ipv4__ip_local_reserved_ports=kept,
         proc__sys__net__ipv4__ip_local_port_range=span,

@@ -5,42 +5,23 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.hosts import host_with, levels
 
 from llamax.config.load import load_config
 from llamax.model import lora
 from llamax.runtime.errors import BackendError
 from llamax.tools.audit import compile_cache
-from llamax.tools.doctor import Finding, Host, storage
-
-
-def lay(root: Path, **files: str) -> Host:
-    """A machine with these files; ``__`` in a name is ``/``."""
-    for name, text in files.items():
-        path = root / name.replace("__", "/")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return Host(root)
-
-
-def levels(found: Iterable[Finding]) -> dict[str, str]:
-    found = list(found)
-    for each in found:
-        assert each.what
-        assert bool(each.why) == (each.level in ("warning", "error")), each
-        assert bool(each.mend) == (each.level != "ok"), each
-    return {each.name: each.level for each in found}
-
+from llamax.tools.doctor import Host, storage
 
 # ---- storage
 
 
 def mounts(root: Path, kind: str, place: Path) -> Host:
-    return lay(root, proc__mounts=f"/dev/root / ext4 rw 0 0\nfs {place} {kind} rw 0 0\n")
+    return host_with(root, proc__mounts=f"/dev/root / ext4 rw 0 0\nfs {place} {kind} rw 0 0\n")
 
 
 def test_storage_is_shared_or_not(tmp_path: Path) -> None:

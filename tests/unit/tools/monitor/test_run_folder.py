@@ -3,59 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.run_folders import NOW, make_run, record
 
-from llamax.config.load import dump_config, load_config
 from llamax.tools.monitor.html_report import page
 from llamax.tools.monitor.run_folder import cores, read_run
 from llamax.tools.monitor.watch import render
-from llamax.training.metrics import Log, Record
-
-NOW = 1_800_000_000.0
-
-
-STEPS = 40
-
-
-def record(step: int, **more: float) -> Record:
-    values: dict[str, float] = {"seconds": step * 2.0, "step_s": 2.0, "loss": 5.0 - step / 20}
-    values |= {"grad_norm": 0.5, "lr": 1e-3, "tokens_per_s": 512.0, "mfu": 0.4} | more
-    tokens = {"consumed_tokens": step * 1024, "memory_bytes": 2**30}
-    return Record(step=step, **tokens, **values)  # type: ignore[arg-type]
-
-
-def make(folder: Path, done: int, ranks: int = 0, silent: int = -1, left: str = "") -> Path:
-    """A run's folder after ``done`` of 40 steps, written at NOW."""
-    overrides = [f"--run.steps={STEPS}", f"--run.folder={folder}", "--optim.warmup_steps=2"]
-    folder.mkdir(parents=True)
-    text = dump_config(load_config("demo", overrides))
-    (folder / "config.toml").write_text(text)
-    metrics = folder / "metrics.jsonl"
-    lines = [record(s, validation_loss=4.0) if s == 8 else record(s) for s in range(1, done + 1)]
-    metrics.write_text("".join(f"{each.to_json()}\n" for each in lines))
-    os.utime(metrics, (NOW, NOW))
-    (folder / "heartbeats").mkdir()
-    for rank in range(ranks):
-        path = folder / "heartbeats" / f"rank-{rank:05d}"
-        beat = {"beat": 3, "step": done, "host": f"node{rank // 2}", "pid": 1, "left": left}
-        path.write_text(json.dumps(beat).ljust(512))
-        age = 100 if rank == silent else 1
-        os.utime(path, (NOW - age, NOW - age))
-    step = folder / "checkpoints" / "step-00000008"
-    step.mkdir(parents=True)
-    (step / "manifest.json").write_text("{}")
-    (step / "done").touch()
-    for other in ("step-00000016", "step-00000017.tmp", "step-00000018.past"):
-        (step.parent / other).mkdir()
-        (step.parent / other / "manifest.json").write_text("{}")
-    (step.parent / "step-00000018.past" / "done").touch()
-    told = {"ranks": 4, "dollars_per_hour": 36.0, "instance": "trn1.32xlarge"}
-    (folder / "environment.json").write_text(json.dumps(told))
-    return folder
+from llamax.training.metrics import Log
 
 
 @pytest.mark.parametrize(
@@ -76,13 +33,13 @@ def make(folder: Path, done: int, ranks: int = 0, silent: int = -1, left: str = 
 def test_the_state_of_a_run(
     tmp_path: Path, done: int, ranks: int, silent: int, left: str, age: float, state: str
 ) -> None:
-    run = read_run(make(tmp_path / "r", done, ranks, silent, left), NOW + age)
+    run = read_run(make_run(tmp_path / "r", done, ranks, silent, left), NOW + age)
     assert run.state == state
 
 
 @pytest.mark.parametrize(("now_there", "state"), [(4, "dead"), (2, "running"), (1, "running")])
 def test_ranks_of_an_earlier_start_do_not_count(tmp_path: Path, now_there: int, state: str) -> None:
-    folder = make(tmp_path / "r", 12, 4)
+    folder = make_run(tmp_path / "r", 12, 4)
     for rank in (2, 3):
         beat = {"beat": 3, "step": 4, "host": "node0", "pid": 1, "left": "done"}
         (folder / "heartbeats" / f"rank-{rank:05d}").write_text(json.dumps(beat))
@@ -91,7 +48,7 @@ def test_ranks_of_an_earlier_start_do_not_count(tmp_path: Path, now_there: int, 
 
 
 def test_an_environment_of_words_is_not_known(tmp_path: Path) -> None:
-    folder = make(tmp_path / "r", 12, 4)
+    folder = make_run(tmp_path / "r", 12, 4)
     words = {"ranks": "four", "dollars_per_hour": None, "instance": 7}
     (folder / "environment.json").write_text(json.dumps(words))
     run = read_run(folder, NOW + 5)
@@ -106,7 +63,7 @@ def test_device_use_comes_from_neuron_monitor(tmp_path: Path) -> None:
         counters = {"neuroncore_counters": {"neuroncores_in_use": inner}}
         return json.dumps({"neuron_runtime_data": [{"pid": 1, "report": counters}]})
 
-    folder = make(tmp_path / "r", 12)
+    folder = make_run(tmp_path / "r", 12)
     lines = [line({"0": 5.0}), line({"0": 90.0, "1": 95.0}), line({"0": 1.0})[:-9]]
     (folder / "neuron-monitor-node0.json").write_text("\n".join(lines))
     (folder / "neuron-monitor-node1.json").write_text(line({"0": 20.0}) + "\nnot json\n")
@@ -119,7 +76,7 @@ def test_device_use_comes_from_neuron_monitor(tmp_path: Path) -> None:
 
 
 def test_time_spent_adds_up_over_resumes(tmp_path: Path) -> None:
-    folder = make(tmp_path / "r", 3)
+    folder = make_run(tmp_path / "r", 3)
     again = [record(4, seconds=1.0), record(5, seconds=3.5)]
     with (folder / "metrics.jsonl").open("a") as file:
         file.write("".join(f"{each.to_json()}\n" for each in again))
@@ -127,7 +84,7 @@ def test_time_spent_adds_up_over_resumes(tmp_path: Path) -> None:
 
 
 def test_a_record_that_comes_while_one_watches_is_all_that_is_read(tmp_path: Path) -> None:
-    path = make(tmp_path / "r", 12) / "metrics.jsonl"
+    path = make_run(tmp_path / "r", 12) / "metrics.jsonl"
     log, text = Log(path), path.read_bytes()
     first, *_, last = log.read()
     line = text.splitlines(keepends=True)[-1]

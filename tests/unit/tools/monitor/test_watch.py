@@ -2,67 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from support.run_folders import NOW, make_run
 
 from llamax.cli import watch
-from llamax.config.load import dump_config, load_config
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.tools.monitor.run_folder import percentiles, read_run
 from llamax.tools.monitor.watch import COLOURS, clip, render, spark
-from llamax.training.metrics import Record
-
-NOW = 1_800_000_000.0
-
-
-STEPS = 40
-
-
-def record(step: int, **more: float) -> Record:
-    values: dict[str, float] = {"seconds": step * 2.0, "step_s": 2.0, "loss": 5.0 - step / 20}
-    values |= {"grad_norm": 0.5, "lr": 1e-3, "tokens_per_s": 512.0, "mfu": 0.4} | more
-    tokens = {"consumed_tokens": step * 1024, "memory_bytes": 2**30}
-    return Record(step=step, **tokens, **values)  # type: ignore[arg-type]
-
-
-def make(folder: Path, done: int, ranks: int = 0, silent: int = -1, left: str = "") -> Path:
-    """A run's folder after ``done`` of 40 steps, written at NOW."""
-    overrides = [f"--run.steps={STEPS}", f"--run.folder={folder}", "--optim.warmup_steps=2"]
-    folder.mkdir(parents=True)
-    text = dump_config(load_config("demo", overrides))
-    (folder / "config.toml").write_text(text)
-    metrics = folder / "metrics.jsonl"
-    lines = [record(s, validation_loss=4.0) if s == 8 else record(s) for s in range(1, done + 1)]
-    metrics.write_text("".join(f"{each.to_json()}\n" for each in lines))
-    os.utime(metrics, (NOW, NOW))
-    (folder / "heartbeats").mkdir()
-    for rank in range(ranks):
-        path = folder / "heartbeats" / f"rank-{rank:05d}"
-        beat = {"beat": 3, "step": done, "host": f"node{rank // 2}", "pid": 1, "left": left}
-        path.write_text(json.dumps(beat).ljust(512))
-        age = 100 if rank == silent else 1
-        os.utime(path, (NOW - age, NOW - age))
-    step = folder / "checkpoints" / "step-00000008"
-    step.mkdir(parents=True)
-    (step / "manifest.json").write_text("{}")
-    (step / "done").touch()
-    for other in ("step-00000016", "step-00000017.tmp", "step-00000018.past"):
-        (step.parent / other).mkdir()
-        (step.parent / other / "manifest.json").write_text("{}")
-    (step.parent / "step-00000018.past" / "done").touch()
-    told = {"ranks": 4, "dollars_per_hour": 36.0, "instance": "trn1.32xlarge"}
-    (folder / "environment.json").write_text(json.dumps(told))
-    return folder
 
 
 def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
-    run = read_run(make(tmp_path / "night", 12, 4, 2), NOW + 5)
+    run = read_run(make_run(tmp_path / "night", 12, 4, 2), NOW + 5)
     text = "\n".join(render(run, 100))
     for words in (
         "night",
@@ -94,7 +49,7 @@ def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 140])
 def test_no_line_is_wider_than_the_terminal(tmp_path: Path, width: int) -> None:
-    run = read_run(make(tmp_path / "night", 12, 4, 2), NOW + 5)
+    run = read_run(make_run(tmp_path / "night", 12, 4, 2), NOW + 5)
     for colour in (False, True):
         lines = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in render(run, width, colour, 3.6e6)]
         assert max(map(len, lines)) <= width
@@ -117,24 +72,24 @@ def test_ctrl_c_leaves_the_last_view_on_the_screen(
 
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(time, "sleep", interrupted)
-    assert watch.main([str(make(tmp_path / "r", 12, 2))]) == 0
+    assert watch.main([str(make_run(tmp_path / "r", 12, 2))]) == 0
     screen, after = capsys.readouterr().out.split("\x1b[?1049l")
     assert screen.startswith("\x1b[?1049h")
     assert "step 12/40" in after
 
 
 def test_a_running_view_says_what_is_left(tmp_path: Path) -> None:
-    text = "\n".join(render(read_run(make(tmp_path / "r", 12), NOW + 5), price=3600.0))
+    text = "\n".join(render(read_run(make_run(tmp_path / "r", 12), NOW + 5), price=3600.0))
     assert "left 56s" in text
     assert "$24.00 spent, $56.00 to go" in text
-    once = "\n".join(render(read_run(make(tmp_path / "t", 1), NOW)))
+    once = "\n".join(render(read_run(make_run(tmp_path / "t", 1), NOW)))
     assert "median of 1 report, p90" in once
-    early = "\n".join(render(read_run(make(tmp_path / "s", 0), NOW)))
+    early = "\n".join(render(read_run(make_run(tmp_path / "s", 0), NOW)))
     assert "no step has been reported yet" in early
 
 
 def test_watch_prints_once_into_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert watch.main([str(make(tmp_path / "r", 12))]) == 0
+    assert watch.main([str(make_run(tmp_path / "r", 12))]) == 0
     assert "step 12/40" in capsys.readouterr().out
     assert watch.main([str(tmp_path / "r"), "--once", "--instance", "trn1.2xlarge"]) == 0
     assert "$" in capsys.readouterr().out
