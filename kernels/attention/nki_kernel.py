@@ -1,4 +1,4 @@
-"""Causal attention on a NeuronCore by the NKI flash kernel that neuronx-distributed brings.
+"""Causal attention on a NeuronCore by the NKI flash kernel of neuronx-distributed.
 
 ::
 
@@ -6,11 +6,12 @@
     k [B, S, K, E] -> each head G times -> [B, H, E, S] -+-> nki_flash_attn_func -> [B, H, S, E]
     v [B, S, K, E] -> each head G times -> [B, H, E, S] -+        -> [B, S, H, E]
 
-The kernel is causal, knows no documents, takes sequences in multiples of 2048 and heads of at most
-128, and differentiates itself; the copies of a key/value head sum their gradients in ``expand``.
+The kernel is causal, does not separate documents, accepts sequence lengths that are multiples of
+2048 and head dims up to 128, and has a backward; autograd sums the gradients of the copies of a
+key/value head (``expand``).
 
-Never executed on Trainium by this project: what is tested is this adapter, against a stand-in with
-the documented signature.
+This project has not executed the kernel on Trainium.  The tests run this adapter against a stand-in
+with the documented signature.
 Source: neuronx_distributed 0.17, ``kernels/flash_attn.py`` (whose docstring gives other layouts
 than its code) and its Llama example.
 """
@@ -25,43 +26,32 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-MULTIPLE, MOST_WIDTH = 2048, 128
+from llamax.config.constants import flash_refusal
 
 
 def supported(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> bool:
-    """Whether the kernel is here and takes these shapes; where only shapes speak against it, says
-    so once."""
+    """Whether the kernel is available and accepts these inputs; warns once why it does not."""
     if not available():
         return False
-    if why := refusal(q.shape[1], q.shape[3], documents is not None):
-        tell(why)
+    if why := flash_refusal(q.shape[1], q.shape[3], documents is not None):
+        warn(why)
         return False
     return True
 
 
-def refusal(length: int, width: int, documents: bool) -> str:
-    """Why the kernel does not take such sequences, or nothing."""
-    if length % MULTIPLE:
-        return f"the sequence of {length} is not a multiple of {MULTIPLE}"
-    if width > MOST_WIDTH:
-        return f"head_dim={width} is over {MOST_WIDTH}"
-    if documents:
-        return "documents are kept apart (data.separate_documents)"
-    return ""
-
-
 @cache
-def tell(why: str) -> None:
+def warn(why: str) -> None:
+    """Log the warning once for each reason."""
     logging.getLogger("llamax").warning(
-        "attention runs without the NKI flash kernel: %s; the plain one is slower and needs memory "
-        "for every pair of tokens",
+        "attention runs without the NKI flash kernel, because %s; plain attention is slower and "
+        "needs memory for every pair of tokens",
         why,
     )
 
 
 @cache
 def available() -> bool:
-    """Whether this process computes on NeuronCores and has neuronx-distributed."""
+    """Whether this process runs on NeuronCores and neuronx-distributed is installed."""
     if find_spec("neuronx_distributed") is None:
         return False
     runtime = import_module("torch_xla.runtime")
@@ -79,7 +69,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) 
 
 
 def _repeat(x: Tensor, group: int) -> Tensor:
-    """[B, S, K, E] -> [B, S, K * group, E], every head followed by its copies."""
+    """[B, S, K, E] -> [B, S, K * group, E]: each head followed by its copies."""
     batch, length, heads, width = x.shape
     return x[:, :, :, None].expand(batch, length, heads, group, width).flatten(2, 3)
 

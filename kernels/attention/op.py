@@ -31,8 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-BLOCK = 128  # queries: fewer waste less above the diagonal, more multiply faster
-SCORES_BYTES = 8 << 20  # scores of several sequences at once, while a last-level cache holds them
+from llamax.config.constants import ATTENTION_BLOCK_QUERIES, ATTENTION_SCORES_BYTES
 
 
 class Block(NamedTuple):
@@ -110,7 +109,8 @@ def _sequences(q: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Itera
     batch, length, heads, _ = q.shape
     together = 1
     if documents is None:
-        together = max(1, SCORES_BYTES // (dtype.itemsize * heads * BLOCK * length))
+        block_bytes = dtype.itemsize * heads * ATTENTION_BLOCK_QUERIES * length
+        together = max(1, ATTENTION_SCORES_BYTES // block_bytes)
     for start in range(0, batch, together):
         yield slice(start, start + together)
 
@@ -119,12 +119,12 @@ def _blocks(
     length: int, documents: Tensor | None, rows: slice, dtype: torch.dtype
 ) -> Iterator[Block]:
     """The blocks of queries of one sequence (or several alike), first to last."""
-    causal = torch.full((BLOCK, BLOCK), -math.inf, dtype=dtype).triu_(1)
+    causal = torch.full((ATTENTION_BLOCK_QUERIES,) * 2, -math.inf, dtype=dtype).triu_(1)
     if documents is not None:
         numbers = documents[rows.start]
         first = _first_of_document(numbers)
-    for start in range(0, length, BLOCK):
-        stop = min(start + BLOCK, length)
+    for start in range(0, length, ATTENTION_BLOCK_QUERIES):
+        stop = min(start + ATTENTION_BLOCK_QUERIES, length)
         low, bias = 0, causal[: stop - start, : stop - start]
         if documents is not None:
             low = int(first[start:stop].min())

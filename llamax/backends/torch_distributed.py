@@ -28,12 +28,12 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from llamax.backends import cpu
+from llamax.config.constants import STAGED_BYTES
 from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
 from llamax.parallel.mesh import Groups, Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError, LostRank
 
-STAGED_BYTES = 8 * 2**20
 NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # of host and of device
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 

@@ -26,7 +26,7 @@ from llamax.tools.audit.report import (
     as_json,
     show,
 )
-from llamax.tools.plan import headline
+from llamax.tools.plan.report import headline
 
 
 def parser() -> argparse.ArgumentParser:

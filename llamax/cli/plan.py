@@ -28,8 +28,8 @@ from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import run_main
+from llamax.tools.plan import plan, search
 from llamax.tools.plan.report import as_json, show, show_search
-from llamax.tools.plan.search import plan, search
 
 DOES_NOT_FIT = 6
 INSTANCES = {"xla": "trn1.32xlarge", "neuron": "trn2.48xlarge", "cuda": "p5.48xlarge"}

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from llamax.backends.transfer import moved
+from llamax.config.constants import NF4_BLOCK_SCALES, NF4_BLOCK_WEIGHTS
 from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig
 from llamax.model import quantize
@@ -91,7 +92,7 @@ class Share(NamedTuple):
     @property
     def grain(self) -> int:
         """Columns that share a scale on every rank."""
-        return gcd(self.columns, quantize.BLOCK)
+        return gcd(self.columns, NF4_BLOCK_WEIGHTS)
 
 
 def share_of(part: Part, shape: tuple[int, ...], degree: int, rank: int) -> Share:
@@ -130,7 +131,7 @@ class Nf4:
                 mean = mean.view(1)  # tracing devices make a constant of a scalar that is 0 or 1
                 self.scale_of_scales.append((above.to(like.device), mean.to(like.device)))
             block = torch.arange(share.column, share.column + share.columns, share.grain)
-            scales.append(kept[share.row : share.row + share.rows][:, block // quantize.BLOCK])
+            scales.append(kept[share.row : share.row + share.rows][:, block // NF4_BLOCK_WEIGHTS])
             self.shares.append(share)
             self.blocks_in_row.append(whole.shape[1])
         self.codes = Spread(codes, data, like.device)
@@ -165,9 +166,9 @@ class Nf4:
         rows = row + torch.arange(share.rows, dtype=torch.int32, device=index.device)
         within = torch.arange(0, share.columns, share.grain, dtype=torch.int32, device=index.device)
         blocks = (
-            rows.unsqueeze(1) * self.blocks_in_row[number] + (column + within) // quantize.BLOCK
+            rows.unsqueeze(1) * self.blocks_in_row[number] + (column + within) // NF4_BLOCK_WEIGHTS
         )
-        return blocks // quantize.NESTED
+        return blocks // NF4_BLOCK_SCALES
 
     def to(self, device: torch.device) -> None:
         """Move all that this rank holds."""
@@ -287,12 +288,14 @@ def expected(
         if finetune.quant == "int8":
             quantised += ceil(weights / data) + 4 * sum(rows for (rows, _), _ in layer)
             continue
-        scales = sum(rows * columns // gcd(columns, quantize.BLOCK) for (rows, columns), _ in layer)
+        scales = sum(
+            rows * columns // gcd(columns, NF4_BLOCK_WEIGHTS) for (rows, columns), _ in layer
+        )
         quantised += ceil(weights // 2 / data)
         quantised += ceil(scales / data) * (1 if finetune.double_quant else 4)
         if finetune.double_quant:
-            blocks = [rows * columns // quantize.BLOCK for _, (rows, columns) in layer]
-            quantised += sum(4 * ceil(n / quantize.NESTED) + 4 for n in blocks)
+            blocks = [rows * columns // NF4_BLOCK_WEIGHTS for _, (rows, columns) in layer]
+            quantised += sum(4 * ceil(n / NF4_BLOCK_SCALES) + 4 for n in blocks)
     rows = ceil(model.vocab_size / tensor) * (1 if model.tie_word_embeddings else 2)
     norms = 2 * model.num_hidden_layers + 1
     return Bytes(model.num_hidden_layers * quantised, (rows + norms) * D * itemsize, dense)

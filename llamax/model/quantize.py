@@ -23,8 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK = 64  # weights that share a scale
-NESTED = 256  # scales that share a scale
+from llamax.config.constants import NF4_BLOCK_SCALES, NF4_BLOCK_WEIGHTS
+
 LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -88,12 +88,12 @@ def nearest(x: Tensor, sorted_levels: Tensor) -> Tensor:
 
 def block_scales(weight: Tensor) -> Tensor:
     """The largest magnitude of each block of a row: [R, C] -> [R, C / 64], fp32."""
-    return weight.float().view(len(weight), -1, BLOCK).abs().amax(-1)
+    return weight.float().view(len(weight), -1, NF4_BLOCK_WEIGHTS).abs().amax(-1)
 
 
 def to_levels(weight: Tensor, scales: Tensor) -> Tensor:
     """The level of every weight: [R, C], [R, C / 64] -> uint8 [R, C]."""
-    blocks = weight.float().view(len(weight), -1, BLOCK)
+    blocks = weight.float().view(len(weight), -1, NF4_BLOCK_WEIGHTS)
     unit = (blocks * scales.clamp(min=SMALLEST).reciprocal().unsqueeze(-1)).clamp(-1, 1)
     return nearest(unit, levels(weight.device)).flatten(-2)
 
@@ -107,8 +107,8 @@ def nest(scales: Tensor) -> Nested:
     """Scales in 8 bits: [R, n] -> codes [R, n], [ceil(R n / 256)], []."""
     mean = scales.mean()
     flat = (scales - mean).flatten()
-    short = -len(flat) % NESTED
-    blocks = torch.nn.functional.pad(flat, (0, short)).view(-1, NESTED)
+    short = -len(flat) % NF4_BLOCK_SCALES
+    blocks = torch.nn.functional.pad(flat, (0, short)).view(-1, NF4_BLOCK_SCALES)
     largest = blocks.abs().amax(1)
     unit = (blocks * largest.clamp(min=SMALLEST).reciprocal().unsqueeze(1)).clamp(-1, 1)
     codes = nearest(unit, dynamic(scales.device)).flatten()[: len(flat)]

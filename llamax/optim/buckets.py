@@ -19,9 +19,8 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
+from llamax.config.constants import GRADIENT_BYTES
 from llamax.parallel.sharding import Cut, Replica, replicas, span
-
-GRADIENT_BYTES = 4  # gradients are reduced in float32
 
 
 class Segment(NamedTuple):

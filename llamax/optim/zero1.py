@@ -39,6 +39,12 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from llamax.config.constants import (
+    GRADIENT_BYTES,
+    MASTER_BYTES,
+    MOMENTS_BYTES,
+    NORM_WEIGHT_BYTES,
+)
 from llamax.config.schema import OptimConfig
 from llamax.optim import adamw
 from llamax.optim.buckets import segments, weight
@@ -215,7 +221,8 @@ class Zero1:
         """Bytes of weights and state on this rank, by the formula above."""
         total, ranks = 0, self.axes.data.size if self.sharded else 1
         for group in self.groups:
-            whole = group.key.dtype.itemsize + (4 if group.accumulates else 0)
-            run = 8 + (4 if group.separate else 0) + (4 if group.key.weight is None else 0)
+            whole = group.key.dtype.itemsize + (GRADIENT_BYTES if group.accumulates else 0)
+            run = MOMENTS_BYTES + (MASTER_BYTES if group.separate else 0)
+            run += NORM_WEIGHT_BYTES if group.key.weight is None else 0
             total += whole * group.length + run * group.length // ranks
         return total

@@ -21,13 +21,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llamax import ops
+from llamax.config.constants import loss_chunk_tokens
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
 from llamax.parallel.tensor_parallel import local_ids
-
-CHUNK_BYTES = 64 * 2**20
-EVEN = 128  # tokens: what matmuls are tiled in, so that no chunk has a ragged edge
 
 
 class _VocabParallelLoss(torch.autograd.Function):
@@ -121,11 +119,6 @@ def _padding(rows: int, vocab_size: int, axis: Axis) -> Tensor | None:
     return row_v >= torch.full_like(row_v, vocab_size)
 
 
-def tokens_a_chunk(rows: int) -> int:
-    """Tokens whose fp32 logits over ``rows`` of the vocabulary take about 64 MiB."""
-    return max(1, CHUNK_BYTES // (4 * rows) // EVEN * EVEN)
-
-
 def vocab_parallel_loss(
     x: Tensor,
     weight_vD: Tensor,
@@ -141,7 +134,7 @@ def vocab_parallel_loss(
     ``IGNORE_INDEX`` count for nothing.  ``chunk_tokens`` defaults to about 64 MiB of fp32 logits.
     """
     if chunk_tokens is None:
-        chunk_tokens = tokens_a_chunk(weight_vD.shape[0])
+        chunk_tokens = loss_chunk_tokens(weight_vD.shape[0])
     total = regions.apply(
         _VocabParallelLoss,
         x,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from llamax.config.constants import NF4_BLOCK_WEIGHTS
 from llamax.config.rules import Rules
 from llamax.config.schema import Config
 
@@ -38,9 +39,6 @@ def adapters_have_a_base(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
-NF4_BLOCK = 64  # weights that share a scale
-
-
 @RULES.reading(
     "finetune.method",
     "finetune.quant",
@@ -63,10 +61,10 @@ def blocks_fit_shares(c: Config, world: int | None) -> Iterator[str]:
         ),
     }
     for key, (width, cut) in inputs.items():
-        if width % NF4_BLOCK:
+        if width % NF4_BLOCK_WEIGHTS:
             yield (
-                f"{key}={width} is not a multiple of {NF4_BLOCK}, the block of finetune.quant=nf4; "
-                f"use finetune.quant=int8 or finetune.method=lora"
+                f"{key}={width} is not a multiple of {NF4_BLOCK_WEIGHTS}, the block of "
+                f"finetune.quant=nf4; use finetune.quant=int8 or finetune.method=lora"
             )
         elif width % (2 * cut):
             yield (

@@ -20,12 +20,12 @@ from typing import Literal
 from tqdm import tqdm
 
 from llamax.backends.tracing import Tracer
+from llamax.config.constants import FLASH_MULTIPLE, GRADIENT_BYTES, loss_chunk_tokens
 from llamax.config.flops import flops_per_token
 from llamax.config.hardware import Machine
 from llamax.config.schema import Config
 from llamax.model.lora import num_parameters
 from llamax.model.qlora import held
-from llamax.parallel.cross_entropy import tokens_a_chunk
 from llamax.parallel.mesh import Coordinate, Mesh
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.errors import ConfigError
@@ -45,7 +45,6 @@ from llamax.tools.audit.trace import MICROSTEP, VALIDATION, TracedRun, made_up_t
 Ranks = Literal["all", "corners", "deep"]
 DIFFERS = 7
 FEW_LAYERS = 2
-KERNEL_TOKENS = 2048  # neuronx_distributed.kernels.flash_attn wants a multiple
 
 
 def audit(config: Config, mesh: Mesh, machine: Machine, headline: str, which: Ranks) -> AuditReport:
@@ -169,7 +168,7 @@ def by_hand(run: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
         return None
     rows = run.model.output_weight.shape[0]
     tokens = config.data.micro_batch * config.data.sequence_length
-    chunks = -(-tokens // tokens_a_chunk(rows))
+    chunks = -(-tokens // loss_chunk_tokens(rows))
     if kind == MICROSTEP:
         found = formulas.microstep(config, mesh, chunks)
     elif kind == VALIDATION:
@@ -224,9 +223,11 @@ def measure(run: TracedRun, programs: dict[str, hlo.Program], machine: Machine) 
     """The bytes of a core."""
     groups = run.optimizer.groups
     weights = sum(each.nbytes for each in run.model.parameters()) + held(run.model)[0]
-    gradients = sum(4 * sum(group.lengths) for group in groups)
+    gradients = sum(GRADIENT_BYTES * sum(group.lengths) for group in groups)
     moved = sum(group.key.dtype.itemsize * group.length for group in groups)
-    state = run.optimizer.state_bytes() - moved - sum(4 * group.length for group in groups)
+    state = (
+        run.optimizer.state_bytes() - moved - sum(GRADIENT_BYTES * group.length for group in groups)
+    )
     live = {name: census.live(each) for name, each in programs.items()}
     return Memory(weights, gradients, state, live, machine.memory_bytes())
 
@@ -234,10 +235,10 @@ def measure(run: TracedRun, programs: dict[str, hlo.Program], machine: Machine) 
 def notes(config: Config) -> Iterator[str]:
     """What else a user would want to know."""
     length = config.data.sequence_length
-    if length % KERNEL_TOKENS:
-        near = max(1, round(length / KERNEL_TOKENS)) * KERNEL_TOKENS
+    if length % FLASH_MULTIPLE:
+        near = max(1, round(length / FLASH_MULTIPLE)) * FLASH_MULTIPLE
         yield (
-            f"data.sequence_length={length} is not a multiple of {KERNEL_TOKENS}, so Neuron's "
+            f"data.sequence_length={length} is not a multiple of {FLASH_MULTIPLE}, so Neuron's "
             "flash attention kernel refuses it and attention computes every pair of tokens; "
             f"use {near}"
         )

@@ -24,11 +24,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from llamax.config.constants import DTYPE_BYTES, GRADIENT_BYTES
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
 from llamax.tools.audit.census import Traffic
 
-WIDTH_BYTES = {"float32": 4, "bfloat16": 2}
 SCALARS_BYTES = 3 * 4  # loss, count, wish to stop
 
 
@@ -68,7 +68,7 @@ def _passes(
         return []
     tokens = config.data.micro_batch * config.data.sequence_length
     part = (t - 1) / t
-    sent = tokens * config.model.hidden_size * WIDTH_BYTES[config.run.dtype] * part
+    sent = tokens * config.model.hidden_size * DTYPE_BYTES[config.run.dtype] * part
     loss = round(2 * part * tokens * 3 * 4)  # maximum; sum of exponentials and the label's logit
     if not config.parallel.sequence:
         count = a_layer[2] * layers + around
@@ -87,7 +87,7 @@ def update(mesh: Mesh, groups: Sequence[GroupShape], zero1: bool, kv: int) -> li
     buckets = sum(group.buckets for group in groups)
     if d > 1:
         part = (d - 1) / d
-        gradients = round(sum(4 * group.elements for group in groups) * part)
+        gradients = round(sum(GRADIENT_BYTES * group.elements for group in groups) * part)
         weights = round(sum(group.width_bytes * group.elements for group in groups) * part)
         if zero1:
             found += [Traffic("reduce-scatter", "data", buckets, gradients)]
@@ -95,12 +95,14 @@ def update(mesh: Mesh, groups: Sequence[GroupShape], zero1: bool, kv: int) -> li
         else:
             found += [Traffic("all-reduce", "data", buckets, 2 * gradients)]
     if partial := [group for group in groups if group.partial]:
-        run = sum(4 * group.elements for group in partial) // (d if zero1 else 1)
+        run = sum(GRADIENT_BYTES * group.elements for group in partial) // (d if zero1 else 1)
         count = sum(group.buckets for group in partial)
         found += [Traffic("all-reduce", "tp", count, round(2 * run * (mesh.tp - 1) / mesh.tp))]
     if shared := sum(group.shared for group in groups):
         count = sum(group.shared_buckets for group in groups)
-        found += [Traffic("all-reduce", "kv", count, round(2 * 4 * shared * (kv - 1) / kv))]
+        found += [
+            Traffic("all-reduce", "kv", count, round(2 * GRADIENT_BYTES * shared * (kv - 1) / kv))
+        ]
     return [*found, *_scalars(mesh, 2, SCALARS_BYTES + 4)]
 
 

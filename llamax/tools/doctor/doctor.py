@@ -29,7 +29,7 @@ from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Finding, Host, machine, storage, versions
 from llamax.tools.doctor.finding import ok, unseen
-from llamax.tools.plan.search import Plan, plan
+from llamax.tools.plan import Plan, plan
 from llamax.training.compile_guard import PROGRAMS
 
 

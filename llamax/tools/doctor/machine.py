@@ -12,12 +12,11 @@ import resource
 import socket
 from collections.abc import Iterator
 
-from llamax.config.hardware import memory_share
+from llamax.config.hardware import GIB, memory_share
 from llamax.launch.instances import Instance
 from llamax.runtime.units import show_bytes
 from llamax.tools.doctor.finding import Finding, Host, ok, unseen
 
-GIB = 2**30
 OPEN_FILES = 65535
 ARENAS_A_CPU = 8  # glibc's own limit on 64-bit machines
 MANY_CPUS = 16

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from llamax.config.constants import MASTER_BYTES, MOMENTS_BYTES
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import BackendError
@@ -28,7 +29,6 @@ Hashes = Callable[[], Mapping[str, str]]
 BEACONS = ".llamax-doctor"
 FRESH_S = 600
 SKEW_S = 5.0
-MOMENTS_BYTES, MASTER_BYTES = 8, 4  # of a parameter, in float32
 PROBE_BYTES = 32 * 2**20
 COMPILES = "each node would compile for 25 to 40 minutes a program while training waits"
 PRECOMPILE = "llamax launch --phase precompile, before --phase train"

@@ -1,19 +1,19 @@
-"""Bytes that one rank holds at the fullest moment of a step, by purpose.
+"""Bytes on one rank at the peak of a step, by purpose.
 
-Between steps a rank holds its state; a microstep fills and empties the rest, as in this drawing::
+Between steps a rank holds its state.  A microstep fills and empties the rest::
 
-    bytes         . kept + loss
+    bytes         . activations + loss
                 ./|\\.
-             ../  |  \\.. kept + backward of one layer, gradients growing
+             ../  |  \\.. activations + backward of one layer, gradients growing
           ../     |     \\..
     state ________|_________\\________
-          forward | backward  optimizer's step
+          forward | backward  optimizer step
 
-The fullest moment is one of: forward has just ended and the loss works; the last layer goes
-backward while all others wait; the first layer goes backward, when all gradients are there.  Terms
-follow the modules they count (optim/zero1.py, recompute.py, parallel/loss.py, ops.py) and are
-exact where operations run one by one.  A graph compiler may fuse or reorder; ``reserve`` is an
-allowance for what is not counted.
+The peak is at one of three moments: forward has just ended and the loss is computed; the last layer
+goes backward while the activations of all others wait; the first layer goes backward, when all
+gradients exist.  The terms follow the modules that they count (optim/zero1.py, model/recompute.py,
+parallel/cross_entropy.py, ops.py) and are exact where operations run one by one.  A graph compiler
+may fuse or reorder; ``reserve`` is an allowance for what is not counted.
 """
 
 from __future__ import annotations
@@ -21,23 +21,42 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from llamax.config.constants import (
+    ATTENTION_BLOCK_QUERIES,
+    ATTENTION_SCORES_BYTES,
+    GRADIENT_BYTES,
+    MASTER_BYTES,
+    MOMENTS_BYTES,
+    NORM_WEIGHT_BYTES,
+    STAGED_BYTES,
+    flash_refusal,
+)
 from llamax.config.hardware import GIB, Machine
 from llamax.runtime.units import show_bytes, show_number
-from llamax.tools.plan import Line
+from llamax.tools.plan.line import Line
 from llamax.tools.plan.sizes import Group, Share
 
 Recompute = Literal["none", "selective", "full"]
-BLOCK, SCORES_BYTES = 128, 8 * 2**20  # of kernels/attention/op.py
-STAGED_BYTES = 8 * 2**20  # of backends/torch.py: longer messages pass through no buffer
+MODES: tuple[Recompute, ...] = ("none", "selective", "full")
+STATE = (  # lines printed first, in this order
+    "base",
+    "dense layer",
+    "weights",
+    "gradients",
+    "masters",
+    "moments",
+    "norm weights",
+    "activations",
+)
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by purpose at the fullest moment; their sum must fit into ``available``."""
+    """Bytes by purpose at the peak; their sum must fit into ``available``."""
 
     lines: tuple[Line, ...]
-    moment: str
-    modes: tuple[Line, ...]  # what each recompute mode would keep
+    moment: str  # when the peak is
+    modes: tuple[Line, ...]  # activations in each recompute mode
     cache: Line
     available: float
 
@@ -51,108 +70,104 @@ class Memory:
 
 
 def memory(share: Share, machine: Machine) -> Memory:
-    """What ``share`` of a run fills of a rank of ``machine``."""
+    """The memory of one rank of ``machine`` that holds ``share`` of a run."""
     mode: Recompute = share.config.run.recompute
-    fixed = [
+    always = [
         *state(share, machine),
         communication(share, machine),
-        tokens(share, machine),
+        batch(share, machine),
         Line("reserve", machine.reserve_gib * GIB, f"runtime and programs, {machine.name}"),
     ]
-    all_kept, one_kept = kept(share, machine, mode), last_kept(share, machine, mode)
-    working, total = backward(share, machine, mode), gradients(share)
+    activations, last_layer = kept(share, machine, mode), last_kept(share, machine, mode)
+    working, all_gradients = backward(share, machine, mode), gradients(share)
     early = early_gradients(share, machine)
-    head = _gradients(0 if share.tuned else share.head_weights, "the head's, the first to be there")
+    head = _gradients(0 if share.tuned else share.head_weights, "the head's, which come first")
     moments = {
-        "forward has ended": [early, all_kept, loss(share, machine)],
-        "the last layer goes backward": [max(early, head, key=_bytes), all_kept, working],
-        "the first layer goes backward": [total, one_kept, working],
+        "forward has ended": [early, activations, loss(share, machine)],
+        "the last layer goes backward": [
+            max(early, head, key=lambda line: line.value),
+            activations,
+            working,
+        ],
+        "the first layer goes backward": [all_gradients, last_layer, working],
     }
-    chosen = {
-        moment: [line for line in (*fixed, *lines) if line.value]
+    nonzero = {
+        moment: [line for line in (*always, *lines) if line.value]
         for moment, lines in moments.items()
     }
-    moment = max(chosen, key=lambda each: sum(line.value for line in chosen[each]))
-    order = (
-        "base",
-        "dense layer",
-        "weights",
-        "gradients",
-        "masters",
-        "moments",
-        "norm weights",
-        "activations",
-    )
-    ranked = {name: place for place, name in enumerate(order)}
-    lines = sorted(chosen[moment], key=lambda line: ranked.get(line.name, len(order)))
-    modes: tuple[Recompute, ...] = ("none", "selective", "full")
+    moment = max(nonzero, key=lambda name: sum(line.value for line in nonzero[name]))
+    places = {name: place for place, name in enumerate(STATE)}
     return Memory(
-        lines=tuple(lines),
+        lines=tuple(sorted(nonzero[moment], key=lambda line: places.get(line.name, len(STATE)))),
         moment=moment,
-        modes=tuple(
-            Line(each, *_value(kept(share, machine, each)))  # the name is the mode's
-            for each in modes
-        ),
+        modes=tuple(_named(name, kept(share, machine, name)) for name in MODES),
         cache=cache(share),
         available=machine.memory_bytes(),
     )
 
 
-def _bytes(line: Line) -> float:
-    return line.value
-
-
-def _value(line: Line) -> tuple[float, str]:
-    return line.value, line.formula
+def _named(name: str, line: Line) -> Line:
+    return Line(name, line.value, line.formula)
 
 
 # --- between steps -------------------------------------------------------------------------------
 
 
 def owners(share: Share) -> int:
-    """How many data ranks share the optimizer's state."""
+    """The number of data ranks that share the optimizer state."""
     return share.mesh.dp * share.mesh.cp if share.config.parallel.zero1 else 1
 
 
-def padded(share: Share) -> list[Group]:
-    """The groups, each a multiple of the owners long."""
+def padded_groups(share: Share) -> list[Group]:
+    """The groups of weights, each padded to a multiple of the owners."""
     ranks = owners(share)
-    return [each._replace(elements=-(-each.elements // ranks) * ranks) for each in share.groups()]
+    return [
+        group._replace(elements=-(-group.elements // ranks) * ranks) for group in share.groups()
+    ]
 
 
 def state(share: Share, machine: Machine) -> list[Line]:
     """Weights and optimizer state, by the formulas in optim/zero1.py and optim/lazy.py."""
-    ranks, groups = owners(share), padded(share)
-    n, w = sum(group.elements for group in groups), share.width
+    ranks, groups, width = owners(share), padded_groups(share), share.width
+    elements = sum(group.elements for group in groups)
     uneven = sum(group.elements for group in groups if group.uneven)
-    apart = w < 4 or compiled(machine)  # else weights are their own masters
-    said, cut = show_number(n), f" / {ranks} data ranks" if ranks > 1 else ""
+    has_masters = width < 4 or compiled(machine)  # else the weights are their own masters
+    count, per_rank = show_number(elements), f" / {ranks} data ranks" if ranks > 1 else ""
     return [
-        *base(share),
-        Line("weights", n * w, f"{w} B x {said} elements"),
-        Line("masters", 4 * n // ranks if apart else 0, f"4 B x {said} elements{cut}"),
-        Line("moments", 8 * n // ranks, f"2 x 4 B x {said} elements{cut}"),
+        *frozen_base(share),
+        Line("weights", elements * width, f"{width} B x {count} elements"),
+        Line(
+            "masters",
+            MASTER_BYTES * elements // ranks if has_masters else 0,
+            f"{MASTER_BYTES} B x {count} elements{per_rank}",
+        ),
+        Line(
+            "moments",
+            MOMENTS_BYTES * elements // ranks,
+            f"2 x {MOMENTS_BYTES // 2} B x {count} elements{per_rank}",
+        ),
         Line(
             "norm weights",
-            4 * uneven // ranks,
-            f"4 B x {show_number(uneven)} elements that ranks hold unequally{cut}",
+            NORM_WEIGHT_BYTES * uneven // ranks,
+            f"{NORM_WEIGHT_BYTES} B x {show_number(uneven)} elements that ranks hold unequally"
+            f"{per_rank}",
         ),
     ]
 
 
-def base(share: Share) -> list[Line]:
-    """A frozen base: whole, or quantised and then one layer of it dense while it is used."""
+def frozen_base(share: Share) -> list[Line]:
+    """The frozen base of a finetuning; where it is quantised, also one dense layer in use."""
     if not share.tuned:
         return []
     finetune, (plain, linear) = share.config.finetune, share.base
     kind = finetune.quant if finetune.method == "qlora" else f"{8 * share.width} bits"
-    cut = ", cut over the data ranks" if share.spread else ""
+    spread = ", cut over the data ranks" if share.spread else ""
     dense = share.width * share.model.hidden_size * 2 * share.feed_forward
     lines = [
         Line(
             "base",
             plain + linear,
-            f"{show_number(share.layers * share.layer_weights)} frozen elements in {kind}{cut}, "
+            f"{show_number(share.layers * share.layer_weights)} frozen elements in {kind}{spread}, "
             f"{show_bytes(plain)} of embeddings and norms",
         )
     ]
@@ -163,205 +178,204 @@ def base(share: Share) -> list[Line]:
 
 def gradients(share: Share) -> Line:
     """All gradients, summed in float32 over microsteps."""
-    return _gradients(sum(group.elements for group in padded(share)), "summed in float32")
+    return _gradients(sum(group.elements for group in padded_groups(share)), "summed in float32")
 
 
 def early_gradients(share: Share, machine: Machine) -> Line:
-    """Those there during forward too: in flat vectors, or of an earlier microstep.
+    """The gradients that exist during forward too: in flat vectors, or of an earlier microstep.
 
-    Only float32 gradients that no other rank has a part of come and go with backward.
+    Only float32 gradients that are never reduced appear and go within backward.
     """
-    sent = share.mesh.dp * share.mesh.cp > 1 or share.width < 4 or share.accumulation > 1
-    stay = sent or machine.backend not in ("cpu", "cuda")
+    reduced = share.mesh.dp * share.mesh.cp > 1 or share.width < 4 or share.accumulation > 1
+    stay = reduced or machine.backend not in ("cpu", "cuda")
     return _gradients(
-        sum(group.elements for group in padded(share) if stay or group.summed),
-        "summed in float32" if stay else "that ranks have parts of",
+        sum(group.elements for group in padded_groups(share) if stay or group.summed),
+        "summed in float32" if stay else "summed over tensor ranks",
     )
 
 
 def _gradients(elements: int, why: str) -> Line:
-    return Line("gradients", 4 * elements, f"4 B x {show_number(elements)} elements, {why}")
+    formula = f"{GRADIENT_BYTES} B x {show_number(elements)} elements, {why}"
+    return Line("gradients", GRADIENT_BYTES * elements, formula)
 
 
 def communication(share: Share, machine: Machine) -> Line:
-    """Messages on their way: what is sent and what arrives, of each axis."""
+    """The largest messages in flight on each axis, sent and received."""
     hidden = float(share.tokens * share.model.hidden_size * share.width)
     hidden = hidden if share.mesh.tp > 1 else 0.0
     ranks = share.mesh.dp * share.mesh.cp
-    whole = gradients(share).value
-    bucket = min(share.config.parallel.bucket_bytes, whole) if ranks > 1 else 0.0
-    if machine.backend == "cpu":  # gloo's buffers stay
+    bucket = min(share.config.parallel.bucket_bytes, gradients(share).value) if ranks > 1 else 0.0
+    if machine.backend == "cpu":  # the buffers for gloo stay; longer messages use none
         hidden, bucket = (size if size <= STAGED_BYTES else 0 for size in (hidden, bucket))
     ways = 2 if share.sequence else 1  # an all-reduce works in place
     return Line(
         "communication",
         ways * hidden + 2 * bucket,
         f"{ways} x {show_bytes(hidden)} hidden state, 2 x {show_bytes(bucket)} bucket: sent and "
-        "arriving",
+        "received",
     )
 
 
-def tokens(share: Share, machine: Machine) -> Line:
-    """Ids, labels and positions, and documents where they are kept apart."""
-    each = 28 if share.config.data.separate_documents else 24
+def batch(share: Share, machine: Machine) -> Line:
+    """Token ids, labels and positions, and document numbers where documents are kept apart."""
+    width = 28 if share.config.data.separate_documents else 24
     steps = share.accumulation if machine.backend == "cpu" else 1
-    text = f"{each} B x {share.tokens} tokens" + (f" x {steps} microsteps" if steps > 1 else "")
-    return Line("batch", each * share.tokens * steps, text)
+    formula = f"{width} B x {share.tokens} tokens" + (f" x {steps} microsteps" if steps > 1 else "")
+    return Line("batch", width * share.tokens * steps, formula)
 
 
 # --- forward -------------------------------------------------------------------------------------
 
 
-def lean(machine: Machine) -> bool:
-    """Whether norm and SwiGLU save their inputs alone (the CPU's kernels in ops.TABLE)."""
+def saves_inputs(machine: Machine) -> bool:
+    """Whether norm and SwiGLU save only their inputs, as the CPU kernels in ops.TABLE do."""
     return machine.backend == "cpu"
 
 
 def compiled(machine: Machine) -> bool:
-    """Whether a step is a program, in which what is computed element by element is fused."""
+    """Whether a step is a compiled program, in which element-wise operations are fused."""
     return machine.backend == "xla"
 
 
-def flash(share: Share, machine: Machine) -> str:
+def plain_attention(share: Share, machine: Machine) -> str:
     """Why attention needs memory for every pair of tokens; empty where it does not."""
-    data = share.config.data
     if machine.backend in ("cpu", "cuda"):
         return ""
-    if data.sequence_length % 2048:
-        return f"data.sequence_length={data.sequence_length} is no multiple of 2048"
-    if share.model.head_dim > 128:
-        return f"model.head_dim={share.model.head_dim} is above 128"
-    if data.separate_documents:
-        return "data.separate_documents=true"
-    return ""
+    data = share.config.data
+    return flash_refusal(data.sequence_length, share.model.head_dim, data.separate_documents)
 
 
 def pairs(share: Share) -> int:
-    """Scores of a microbatch and layer on this rank, where all of them exist."""
+    """The elements of the attention scores of one microbatch and layer on this rank."""
     return share.tokens * share.config.data.sequence_length * share.heads
 
 
-def inside(share: Share, machine: Machine) -> float:
-    """Bytes that the inside of attention keeps, beside its input and output."""
-    T, q, k, w = share.tokens, share.query, share.key, share.width
-    if flash(share, machine):  # wide q, repeated k and v, softmax, mask
+def attention_kept(share: Share, machine: Machine) -> float:
+    """Bytes kept inside attention, beside its input and output."""
+    T, q, k, width = share.tokens, share.query, share.key, share.width
+    if plain_attention(share, machine):  # float32 q, repeated k and v, softmax, mask
         mask = 0 if compiled(machine) else pairs(share) // share.heads
         return 12 * T * q + 4 * pairs(share) + mask
     if machine.backend in ("xla", "neuron"):  # copies with repeated heads; one number a row
-        return 3 * T * q * w + 4 * T * share.heads - T * (q + 2 * k) * w
-    return T * (q + k) * w + 4 * T * share.heads
+        return 3 * T * q * width + 4 * T * share.heads - T * (q + 2 * k) * width
+    return T * (q + k) * width + 4 * T * share.heads
 
 
 def swiglu(share: Share, machine: Machine) -> int:
-    """Bytes that SwiGLU keeps for each of its outputs."""
-    return 3 * share.width if lean(machine) else 12 + share.width
+    """Bytes that SwiGLU keeps for each element of its output."""
+    return 3 * share.width if saves_inputs(machine) else 12 + share.width
 
 
 def layer_kept(share: Share, machine: Machine, mode: Recompute) -> tuple[float, str]:
-    """Bytes that one layer's forward keeps for its backward, and the formula."""
-    D, w, T, q, k = share.model.hidden_size, share.width, share.tokens, share.query, share.key
+    """Bytes that the forward of one layer keeps for its backward, and the formula."""
+    D, width, T, q, k = share.model.hidden_size, share.width, share.tokens, share.query, share.key
     F, between = share.feed_forward, share.tokens_between
     if mode == "full":
-        return between * D * w, f"{between} tokens x {w} B x {D}"
-    norm = 2 * w if lean(machine) else 4 + 2 * w
-    each = swiglu(share, machine)
-    heads = T * (2 * q + 2 * k) * w
-    total = float(between * (2 * D * norm + 8) + heads + T * F * each)
-    text = (
+        return between * D * width, f"{between} tokens x {width} B x {D}"
+    norm = 2 * width if saves_inputs(machine) else 4 + 2 * width
+    per_output = swiglu(share, machine)
+    heads = T * (2 * q + 2 * k) * width
+    total = float(between * (2 * D * norm + 8) + heads + T * F * per_output)
+    formula = (
         f"{between} tokens x {2 * norm} B x {D} + "
-        f"{T} tokens x ({w} B x {2 * q + 2 * k} + {each} B x {F})"
+        f"{T} tokens x ({width} B x {2 * q + 2 * k} + {per_output} B x {F})"
     )
     if mode == "none":
-        total += inside(share, machine)
-        text += f" + {show_bytes(inside(share, machine))} inside attention"
-    return total, text
+        total += attention_kept(share, machine)
+        formula += f" + {show_bytes(attention_kept(share, machine))} inside attention"
+    return total, formula
 
 
-def around(share: Share, machine: Machine) -> float:
-    """What is kept beside the layers: the last norm's input, and rope's tables."""
-    norm = share.width if lean(machine) else 4 + share.width
+def outside_layers_kept(share: Share, machine: Machine) -> float:
+    """Bytes kept outside the layers: the input of the last norm, and the rope tables."""
+    norm = share.width if saves_inputs(machine) else 4 + share.width
     last = share.tokens_between * (share.model.hidden_size * norm + 4)
     return last + 2 * 4 * share.tokens * share.model.head_dim
 
 
 def kept(share: Share, machine: Machine, mode: Recompute) -> Line:
-    """What forward keeps of all layers, and of what is around them."""
-    each, formula = layer_kept(share, machine, mode)
+    """The activations that forward keeps, of all layers and outside them."""
+    layer, formula = layer_kept(share, machine, mode)
     flying = min(share.mesh.pp, share.accumulation)
     stages = f" x {flying} microbatches in flight" if flying > 1 else ""
-    rest = around(share, machine)
-    text = f"{share.layers} layers x ({formula}){stages}, {show_bytes(rest)} around them"
-    value = share.layers * each * flying + rest
-    return Line("activations", value, f"recompute {mode}: {text}")
+    outside = outside_layers_kept(share, machine)
+    return Line(
+        "activations",
+        share.layers * layer * flying + outside,
+        f"recompute {mode}: {share.layers} layers x ({formula}){stages}, "
+        f"{show_bytes(outside)} outside them",
+    )
 
 
 def last_kept(share: Share, machine: Machine, mode: Recompute) -> Line:
-    """What is left of it when the first layer goes backward."""
-    each, formula = layer_kept(share, machine, mode)
-    return Line("activations", each, f"recompute {mode}, one layer is left: {formula}")
+    """The activations that are left when the first layer goes backward."""
+    layer, formula = layer_kept(share, machine, mode)
+    return Line("activations", layer, f"recompute {mode}, one layer is left: {formula}")
 
 
 # --- loss and backward ---------------------------------------------------------------------------
 
 
 def loss(share: Share, machine: Machine) -> Line:
-    """The head at work: one chunk of logits, and the gradients of head and hidden state."""
-    D, w, T, v = share.model.hidden_size, share.width, share.tokens, share.vocabulary
-    t, wide = min(share.chunk_tokens, T), not machine.bfloat16_products and w < 4
-    hidden = (share.tokens_between + T) * D * w + (T * D * w if share.sequence else 0)
+    """The loss: one chunk of logits, and the gradients of head and hidden state."""
+    D, width, T, v = share.model.hidden_size, share.width, share.tokens, share.vocabulary
+    t, widened = min(share.chunk_tokens, T), not machine.bfloat16_products and width < 4
+    hidden = (share.tokens_between + T) * D * width + (T * D * width if share.sequence else 0)
     logits = 4 * t * v
-    if wide:  # products in float32: copies of the weight and of the chunk
-        work = 4 * v * D + 2 * 4 * t * D
+    if widened:  # products in float32: copies of the weight and of the chunk
+        products = 4 * v * D + 2 * 4 * t * D
     else:
-        work = t * D * w + (t * v * w + v * D * w if w < 4 else 0)
-    head = 0 if share.tuned else 4 * v * D
+        products = t * D * width + (t * v * width + v * D * width if width < 4 else 0)
+    head = 0 if share.tuned else GRADIENT_BYTES * v * D
     return Line(
         "loss",
-        hidden + logits + work + head,
+        hidden + logits + products + head,
         f"{t} tokens x 4 B x {v} logits, {show_bytes(head)} gradient of the head, "
-        f"{show_bytes(work)} products, {show_bytes(hidden)} hidden state and its gradient",
+        f"{show_bytes(products)} products, {show_bytes(hidden)} hidden state and its gradient",
     )
 
 
 def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
-    """One layer at work: what it computes again, and the feed-forward's gradients."""
-    D, w, T, F = share.model.hidden_size, share.width, share.tokens, share.feed_forward
+    """The backward of one layer: its recomputed activations, and the largest temporary."""
+    D, width, T, F = share.model.hidden_size, share.width, share.tokens, share.feed_forward
     whole = layer_kept(share, machine, "none")[0]
     again = 0.0 if mode == "none" else whole - layer_kept(share, machine, mode)[0]
     if machine.backend in ("cpu", "cuda"):  # SwiGLU in float32, operation by operation
-        width = 8 if w == 4 else 24
-        products = float(T * F * width + share.tokens_between * D * w)
-        text = f"{T} tokens x {width} B x {F}"
-        attention = blocks(share) - T * F * 3 * w
-        if machine.backend == "cpu" and attention > products:
-            products, text = attention, "scores of a block of queries less the feed-forward's"
+        element = 8 if width == 4 else 24
+        largest = float(T * F * element + share.tokens_between * D * width)
+        formula = f"{T} tokens x {element} B x {F}"
+        attention = attention_blocks(share) - T * F * 3 * width
+        if machine.backend == "cpu" and attention > largest:
+            largest, formula = attention, "scores of a block of queries less the feed-forward's"
     else:
-        products = 2 * T * F * w + T * D * w + 8 * F * D
-        text = f"{T} x {w} B x {2 * F + D} + 4 B x {2 * F} x {D}"
-    if flash(share, machine):
-        each = 6 if compiled(machine) else 12
-        scores = each * pairs(share) - T * F * swiglu(share, machine)
-        if scores > products:
-            products = scores
-            text = f"{each} B x {show_number(pairs(share))} pairs of tokens less the feed-forward's"
-    return Line("backward", again + products, f"{show_bytes(again)} computed again, {text}")
+        largest = 2 * T * F * width + T * D * width + 8 * F * D
+        formula = f"{T} x {width} B x {2 * F + D} + 4 B x {2 * F} x {D}"
+    if plain_attention(share, machine):
+        element = 6 if compiled(machine) else 12
+        scores = element * pairs(share) - T * F * swiglu(share, machine)
+        if scores > largest:
+            largest = scores
+            formula = (
+                f"{element} B x {show_number(pairs(share))} pairs of tokens less the feed-forward's"
+            )
+    return Line("backward", again + largest, f"{show_bytes(again)} computed again, {formula}")
 
 
-def blocks(share: Share) -> float:
-    """What the CPU's attention needs backward: three blocks of scores, gradients of q, k and v."""
+def attention_blocks(share: Share) -> float:
+    """Bytes of the CPU attention in backward: three blocks of scores, gradients of q, k and v."""
     data = share.config.data
-    row = 4 * share.heads * BLOCK * data.sequence_length
-    together = 1 if data.separate_documents else max(1, SCORES_BYTES // row)
+    block = 4 * share.heads * ATTENTION_BLOCK_QUERIES * data.sequence_length
+    together = 1 if data.separate_documents else max(1, ATTENTION_SCORES_BYTES // block)
     gradient = share.tokens * (share.query + 2 * share.key) * share.width
-    return 3 * row * min(together, data.micro_batch) + gradient
+    return 3 * block * min(together, data.micro_batch) + gradient
 
 
 def cache(share: Share) -> Line:
-    """What one sequence of generated text would keep."""
+    """The key/value cache of one sequence while text is generated."""
     length = share.config.data.sequence_length
-    each = 2 * share.layers * share.key * share.width
+    token = 2 * share.layers * share.key * share.width
     return Line(
         "key/value cache",
-        each * length,
+        token * length,
         f"2 x {share.layers} layers x {share.key} x {share.width} B x {length} tokens",
     )

@@ -1,4 +1,4 @@
-"""``llamax plan --config llama2-7b --nodes 16``: bytes, seconds and dollars before paying for them.
+"""A plan and a search as text and as JSON.
 
 ::
 
@@ -11,27 +11,42 @@
     389K tokens/s (760 a rank), MFU 34.3%
     2.01T tokens in 480,000 steps: 59d20h, $494,146 at $344.00 an hour
 
-Each line says where it comes from.  The exit code is 0 if the plan fits into memory and 6 if not.
+Each line ends with the formula of its quantity.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+from llamax.config.schema import Config
+from llamax.config.validate import accumulation
+from llamax.parallel.mesh import Mesh
 from llamax.runtime.units import show_bytes, show_number, show_time
-from llamax.tools.plan import Line, headline
-from llamax.tools.plan.memory import flash
-from llamax.tools.plan.search import Plan, Refused
+from llamax.tools.plan.line import Line
+from llamax.tools.plan.memory import plain_attention
+from llamax.tools.plan.planner import Plan
+from llamax.tools.plan.search import Refused
 from llamax.tools.plan.sizes import Share
 
-BEST = 10  # rows of a search
+BEST = 10  # rows of a search that are shown
 
 
-def show(found: Plan) -> Iterator[str]:
+def headline(config: Config, mesh: Mesh, machines: str) -> str:
+    """One line about a run: model, dtype, layout and batch; ``machines``: count and kind."""
+    data = config.data
+    return (
+        f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
+        f"{machines}: tensor {mesh.tp} x data {mesh.dp}, "
+        f"{accumulation(config, mesh.dp)} microsteps of {data.micro_batch} x "
+        f"{data.sequence_length} tokens, recompute {config.run.recompute}"
+    )
+
+
+def show(plan: Plan) -> Iterator[str]:
     """The plan as lines of text."""
-    config, mesh, machine = found.config, found.mesh, found.machine
-    memory, time = found.memory, found.time
-    yield headline(config, mesh, f"{found.nodes} x {machine.name}")
+    config, mesh, machine = plan.config, plan.mesh, plan.machine
+    memory, time = plan.memory, plan.time
+    yield headline(config, mesh, f"{plan.nodes} x {machine.name}")
     yield ""
     yield (
         f"memory of a rank: {show_bytes(memory.peak)} of {show_bytes(memory.available)}, "
@@ -56,30 +71,29 @@ def show(found: Plan) -> Iterator[str]:
         f"{show_number(budget)} tokens in {time.steps:,} steps: {show_time(time.total_s)}, "
         f"${time.dollars:,.0f} at ${time.dollars_per_hour:,.2f} an hour"
     )
-    yield from (f"note: {note}" for note in notes(found))
+    yield from (f"note: {note}" for note in notes(plan))
 
 
-def notes(found: Plan) -> Iterator[str]:
-    """What a user would want to change."""
-    config, machine = found.config, found.machine
-    if why := flash(Share(config, found.mesh), machine):
+def notes(plan: Plan) -> Iterator[str]:
+    """Settings that slow the run or do not match the machine."""
+    config, machine = plan.config, plan.machine
+    if why := plain_attention(Share(config, plan.mesh), machine):
         yield f"attention computes every pair of tokens, because {why}: the flash kernel cannot run"
     if config.run.backend != machine.backend:
         yield (
-            f"run.backend={config.run.backend}, but {machine.name} wants "
+            f"run.backend={config.run.backend}, but {machine.name} needs "
             f"--run.backend={machine.backend}"
         )
 
 
-def rows(lines: Sequence[Line], words: object) -> Iterator[str]:
+def rows(lines: Sequence[Line], show_value: Callable[[float], str]) -> Iterator[str]:
     """Aligned lines: name, quantity, formula."""
-    assert callable(words)
     for line in lines:
-        yield f"  {line.name:<34} {words(line.value):>9}   {line.formula}"
+        yield f"  {line.name:<34} {show_value(line.value):>9}   {line.formula}"
 
 
 def show_search(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
-    """What fits, best first; then what does not, and why."""
+    """The layouts that fit, fastest first; then why the others do not."""
     fitting = [each for each in plans if each.memory.fits]
     if not fitting:
         yield f"none of {len(plans) + len(refused)} layouts fits"
@@ -100,13 +114,13 @@ def show_search(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[s
 
 
 def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
-    """One line per tensor degree without room, and per rule that refuses layouts."""
+    """One line for each tensor degree that does not fit, and for each that is refused."""
     over: dict[int, list[Plan]] = {}
     for each in plans:
         if not each.memory.fits:
             over.setdefault(each.mesh.tp, []).append(each)
     if over or refused:
-        yield "not these:"
+        yield "the others:"
     for tensor, layouts in sorted(over.items()):
         least = min(layouts, key=lambda each: each.memory.peak)
         largest = max(least.memory.lines, key=lambda line: line.value)
@@ -125,15 +139,15 @@ def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]
         yield f"  tensor {tensor}{of}: {refusal.reason}"
 
 
-def as_json(found: Plan) -> dict[str, object]:
-    """The plan for programs: bytes, seconds, dollars."""
-    memory, time = found.memory, found.time
+def as_json(plan: Plan) -> dict[str, object]:
+    """The plan for programs, in bytes, seconds and dollars."""
+    memory, time = plan.memory, plan.time
     return {
-        "instance": found.machine.name,
-        "nodes": found.nodes,
-        "parallel": {"tensor": found.mesh.tp, "data": found.mesh.dp},
-        "micro_batch": found.config.data.micro_batch,
-        "recompute": found.config.run.recompute,
+        "instance": plan.machine.name,
+        "nodes": plan.nodes,
+        "parallel": {"tensor": plan.mesh.tp, "data": plan.mesh.dp},
+        "micro_batch": plan.config.data.micro_batch,
+        "recompute": plan.config.run.recompute,
         "fits": memory.fits,
         "memory_bytes": {
             "peak": memory.peak,

@@ -1,16 +1,16 @@
-"""Seconds of a step from a roofline: each part of the work against what bounds it.
+"""Seconds of a step by a roofline model: each part of the work against the resource that bounds it.
 
 ::
 
     microstep   matmuls       FLOPs / (peak x efficiency), or their bytes / memory bandwidth
-                attention     FLOPs of the causal half, backward computing scores again; without a
-                              flash kernel all pairs of tokens, and their bytes
+                attention     FLOPs of the causal half, with scores computed again in backward;
+                              without a flash kernel all pairs of tokens, and their bytes
                 element-wise  bytes / memory bandwidth: norms, rope, SwiGLU, residuals
                 tensor        bytes / link bandwidth + steps x latency: gathers and scatters
     step        accumulate, AdamW: bytes / memory bandwidth; data: gradients out, weights in
 
-The parts are added: nothing is assumed to overlap.  Bytes of collectives are those of rings
-(collectives.py).  What a published run reaches beyond this is in the fitted efficiencies.
+The parts are added up: nothing is assumed to overlap.  Bytes of collectives are those of rings
+(parallel/collectives.py).  The fitted efficiencies of a machine absorb what runs do better.
 Sources: Williams et al. 2009 (roofline); Korthikanti et al. 2022 (bytes of sequence parallelism);
 Dao 2023, FlashAttention-2, section 4.1 (FLOPs of backward).
 """
@@ -23,16 +23,16 @@ from llamax.config.flops import flops_per_token, mfu
 from llamax.config.hardware import Machine
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.units import show_bytes, show_number
-from llamax.tools.plan import Line
-from llamax.tools.plan.memory import flash, pairs
+from llamax.tools.plan.line import Line
+from llamax.tools.plan.memory import pairs, plain_attention
 from llamax.tools.plan.sizes import Share
 
-PLAIN_BYTES = 24  # of a score without a flash kernel: written and read three times in float32
+SCORE_TRAFFIC_BYTES = 24  # of a score without a flash kernel: float32, written and read 3 times
 
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds of a step by purpose, and what follows from their sum."""
+    """Seconds of a step by purpose, with throughput, MFU and cost."""
 
     lines: tuple[Line, ...]
     step_tokens: int
@@ -59,7 +59,7 @@ class Time:
 
 @dataclass(frozen=True)
 class Wire:
-    """What an axis is connected by: bytes/s of a rank one way, and seconds a step of its ring."""
+    """The connection of an axis: bytes/s of a rank one way, latency of a ring step in s."""
 
     size: int
     bytes_per_s: float
@@ -67,7 +67,7 @@ class Wire:
     name: str
 
     def ring(self, whole_bytes: float, passes: int = 1) -> float:
-        """Seconds to gather or scatter ``whole_bytes`` (all-reduce: two passes)."""
+        """Seconds to gather or scatter ``whole_bytes`` in a ring (all-reduce: two passes)."""
         if self.size == 1:
             return 0.0
         step_s = whole_bytes / self.size / self.bytes_per_s + self.latency_s
@@ -77,8 +77,8 @@ class Wire:
 def wire(machine: Machine, size: int, stride: int) -> Wire:
     """The ring of an axis whose neighbours are ``stride`` ranks apart.
 
-    Within a node it runs over links.  Beyond, each of the ``stride`` rings of a node leaves it
-    once, so a ring has that share of the node's network.
+    Within a node it runs over the node's links.  Across nodes each of the ``stride`` rings leaves
+    the node once, so the rings share the node's network equally.
     """
     if size * stride <= machine.ranks or size == 1:
         return Wire(
@@ -93,7 +93,7 @@ def wire(machine: Machine, size: int, stride: int) -> Wire:
 
 
 def forward_flops(share: Share) -> tuple[float, float, float]:
-    """FLOPs of one microbatch forward on this rank: layers' matmuls, the head's, attention's."""
+    """Forward FLOPs of one microbatch on one rank: layer matmuls, head matmul, attention."""
     T = share.tokens
     layers = 2.0 * T * share.layers * share.layer_weights
     head = 2.0 * T * share.head_weights / share.mesh.pp
@@ -103,19 +103,19 @@ def forward_flops(share: Share) -> tuple[float, float, float]:
 
 
 def element_bytes(share: Share) -> float:
-    """Bytes that element-wise operations of one layer read and write, forward."""
+    """Bytes that the element-wise operations of one layer read and write in forward."""
     between = share.tokens_between * share.model.hidden_size
     inside = 2 * (share.query + share.key) + 3 * share.feed_forward
     return float((2 * 2 + 2 * 3) * between + share.tokens * inside) * share.width
 
 
 def turns(share: Share) -> int:
-    """How often a whole hidden state goes around the tensor ring in a microbatch.
+    """The number of times a whole hidden state goes around the tensor ring in a microbatch.
 
-    With sequence parallelism a layer gathers and scatters twice forward, as often backward, and
-    gathers its two inputs once more for the gradients of weights; embedding and head add five.
-    Without, each of four all-reduces goes around twice.  A layer that is computed again leaves out
-    its last product and the sum of it, which nothing in backward reads.
+    With sequence parallelism a layer gathers and scatters twice in forward and twice in backward,
+    and gathers its two inputs once more for the gradients of weights; embedding and head add five.
+    Without it, each of four all-reduces goes around twice.  A recomputed layer leaves out its last
+    product and the sum of it, which backward does not need.
     """
     again = share.config.run.recompute == "full"
     if share.sequence:
@@ -124,43 +124,42 @@ def turns(share: Share) -> int:
 
 
 def time(share: Share, machine: Machine, nodes: int) -> Time:
-    """Seconds of a step of ``share``, by purpose."""
+    """The time of a step of ``share`` on ``nodes`` machines."""
     config, mesh = share.config, share.mesh
     mode, w = config.run.recompute, share.width
     peak = machine.peak_flops(config.run.dtype)
     bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
-    # Stages of a pipeline wait for each other while it fills and drains.
     n = share.accumulation
-    microsteps = n + mesh.pp - 1
+    microsteps = n + mesh.pp - 1  # stages wait while the pipeline fills and drains
 
     layers, head, attention = forward_flops(share)
     again = 1 if mode == "full" else 0
-    passes = 2 if share.tuned else 3  # a frozen weight has no gradient of its own
+    passes = 2 if share.tuned else 3  # a frozen weight needs no gradient
     down = 2.0 * share.tokens * share.layers * share.model.hidden_size * share.feed_forward
     matmul = (passes + again) * layers + passes * head - again * down
     matmul += 6.0 * share.tokens * share.adapters if share.tuned else 0.0
     weights = (passes + again) * (share.layers * share.layer_weights + share.head_weights) * w
     matmul_s = max(matmul / (peak * machine.matmul_efficiency), weights / bandwidth)
-    plain = flash(share, machine)
+    plain = plain_attention(share, machine)
     rounds = 1 + (2 if plain else 2.5) + (0 if mode == "none" else 1)
     attention_s = rounds * attention / (peak * machine.attention_efficiency)
     scores = 0.0
-    if plain:  # no half is left out, and scores go through memory
+    if plain:  # both halves are computed, and scores go through memory
         attention_s *= 2
-        scores = rounds * PLAIN_BYTES * pairs(share) * share.layers
+        scores = rounds * SCORE_TRAFFIC_BYTES * pairs(share) * share.layers
         attention_s += scores / bandwidth
-    moved = (3 + again) * share.layers * element_bytes(share)
+    element_traffic = (3 + again) * share.layers * element_bytes(share)
 
     tp = wire(machine, mesh.tp, 1)
     hidden = share.tokens * share.model.hidden_size * w
-    turned = turns(share)
-    tensor_s = turned * tp.ring(hidden)
+    rings = turns(share)
+    tensor_s = rings * tp.ring(hidden)
 
     elements = sum(group.elements for group in share.groups())
     owners = mesh.dp * mesh.cp
-    own = elements / owners if config.parallel.zero1 else elements
+    updated = elements / owners if config.parallel.zero1 else elements
     accumulate = (8 + w) * elements
-    adamw = 28 * own + (4 + w) * own
+    adamw = 28 * updated + (4 + w) * updated
     data = wire(machine, owners, mesh.tp)
     whole = share.base[1] * owners if share.spread else 0.0
     gathered_s = 2 * n * data.ring(whole) if whole else 0.0
@@ -170,30 +169,30 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         data_s, sent = data.ring(4 * elements, passes=2), "2 x 4 B"
 
     rate = f"{machine.matmul_efficiency:.0%} of {show_number(peak)}FLOP/s"
-    each = f"{n} microsteps" + (f" + {mesh.pp - 1} of pipeline" if mesh.pp > 1 else "")
+    times = f"{n} microsteps" + (f" + {mesh.pp - 1} of pipeline" if mesh.pp > 1 else "")
     memory = f"{bandwidth / 1e9:.0f} GB/s"
     lines = (
         Line(
             "matmuls",
             microsteps * matmul_s,
-            f"{each} x {show_number(matmul)}FLOP / ({rate})",
+            f"{times} x {show_number(matmul)}FLOP / ({rate})",
         ),
         Line(
             "attention",
             microsteps * attention_s,
-            f"{each} x {rounds:g} x {show_number(attention)}FLOP / "
+            f"{times} x {rounds:g} x {show_number(attention)}FLOP / "
             f"({machine.attention_efficiency:.0%} of it)"
             + (f", twice, + {show_bytes(scores)} of scores / {memory}" if plain else ""),
         ),
         Line(
             "element-wise",
-            microsteps * moved / bandwidth,
-            f"{each} x {show_bytes(moved)} / {memory}",
+            microsteps * element_traffic / bandwidth,
+            f"{times} x {show_bytes(element_traffic)} / {memory}",
         ),
         Line(
             "tensor collectives",
             microsteps * tensor_s,
-            f"{each} x {turned} turns of {show_bytes(hidden)} over {tp.name} at "
+            f"{times} x {rings} turns of {show_bytes(hidden)} over {tp.name} at "
             f"{tp.bytes_per_s / 1e9:.0f} GB/s",
         ),
         Line(
@@ -207,7 +206,9 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
             f"{n} microsteps x 2 x {show_bytes(whole)} over {data.name} at "
             f"{data.bytes_per_s / 1e9:.1f} GB/s",
         ),
-        Line("AdamW", adamw / bandwidth, f"{32 + w} B x {show_number(own)} elements / {memory}"),
+        Line(
+            "AdamW", adamw / bandwidth, f"{32 + w} B x {show_number(updated)} elements / {memory}"
+        ),
         Line(
             "data collectives",
             data_s,

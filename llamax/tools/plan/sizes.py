@@ -1,7 +1,8 @@
-"""What one rank has of a run: the sizes from which bytes and seconds follow.
+"""The sizes on one rank of a run, from which bytes and seconds follow.
 
-Letters are those of ``model.py`` (capital: whole, lower case: this rank's share); T = B S tokens of
-a microbatch, and s = S / tp tokens of each sequence between the tensor-parallel layers.
+Letters are those of ``model/llama.py`` (capital: whole, lower case: this rank's share); T = B S is
+the tokens of a microbatch, and s = S / tp the tokens of each sequence between the tensor-parallel
+layers.
 """
 
 from __future__ import annotations
@@ -9,19 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from llamax.config.constants import DTYPE_BYTES, loss_chunk_tokens, nf4_bits
 from llamax.config.model import ModelConfig
 from llamax.config.rules.finetune import target_names
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
 
-WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of an element
-NF4_BITS = {True: 4.127, False: 4.5}  # of a weight, its scales included: see quant.py
-CHUNK_BYTES, EVEN = 64 * 2**20, 128  # of the loss: see parallel/loss.py
-
 
 class Group(NamedTuple):
-    """Weights in one flat vector; ``uneven``: their weight in the norm differs from element to
-    element; ``summed``: other tensor ranks have parts of their gradient."""
+    """Weights in one flat vector.
+
+    ``uneven``: the elements count differently in the gradient norm.  ``summed``: their gradient is
+    summed over tensor ranks.
+    """
 
     elements: int
     uneven: bool = False
@@ -30,7 +31,7 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """Sizes on one rank; ``layers`` are those of its stage."""
+    """The sizes on one rank of ``mesh``."""
 
     config: Config
     mesh: Mesh
@@ -42,89 +43,94 @@ class Share:
     @property
     def width(self) -> int:
         """Bytes of an element of a weight or an activation."""
-        return WIDTH[self.config.run.dtype]
+        return DTYPE_BYTES[self.config.run.dtype]
 
     @property
     def layers(self) -> int:
+        """Layers of a pipeline stage."""
         return -(-self.model.num_hidden_layers // self.mesh.pp)
 
     @property
     def sequence(self) -> bool:
+        """Whether the run is sequence-parallel."""
         return self.config.parallel.sequence and self.mesh.tp > 1
 
     @property
     def tokens(self) -> int:
-        """T: tokens of a microbatch."""
+        """T, the tokens of a microbatch."""
         data = self.config.data
         return data.micro_batch * data.sequence_length // self.mesh.cp
 
     @property
     def tokens_between(self) -> int:
-        """Tokens of a microbatch that lie on this rank between tensor-parallel layers."""
+        """Tokens of a microbatch on this rank between the tensor-parallel layers."""
         return self.tokens // self.mesh.tp if self.sequence else self.tokens
 
     @property
     def accumulation(self) -> int:
-        """Microsteps in a step."""
+        """Microsteps in one optimizer step."""
         data = self.config.data
         return data.global_batch // (data.micro_batch * self.mesh.dp)
 
     @property
     def heads(self) -> int:
+        """Query heads."""
         return self.model.num_attention_heads // self.mesh.tp
 
     @property
     def kv_heads(self) -> int:
-        """At least one: with more tensor ranks than key/value heads, neighbours share a head."""
+        """Key/value heads, at least one: neighbours share a head if there are more tensor ranks."""
         return max(self.model.num_key_value_heads // self.mesh.tp, 1)
 
     @property
     def kv_shared(self) -> bool:
+        """Whether several tensor ranks hold the same key/value head."""
         return self.mesh.tp > self.model.num_key_value_heads
 
     @property
     def query(self) -> int:
-        """Features of my query heads."""
+        """Features of the query heads."""
         return self.heads * self.model.head_dim
 
     @property
     def key(self) -> int:
-        """Features of my key heads."""
+        """Features of the key heads."""
         return self.kv_heads * self.model.head_dim
 
     @property
     def feed_forward(self) -> int:
+        """Features between the up and down projections."""
         return self.model.intermediate_size // self.mesh.tp
 
     @property
     def vocabulary(self) -> int:
-        """My rows of the vocabulary, padding included."""
+        """Rows of the vocabulary, with padding."""
         return -(-self.model.vocab_size // self.mesh.tp)
 
     @property
     def layer_weights(self) -> int:
-        """Elements of a layer's matrices."""
+        """Elements of the matrices of one layer."""
         D = self.model.hidden_size
         return D * (2 * self.query + 2 * self.key) + 3 * D * self.feed_forward
 
     @property
     def head_weights(self) -> int:
-        """Elements of one matrix over the vocabulary."""
+        """Elements of the embedding or of the output matrix."""
         return self.vocabulary * self.model.hidden_size
 
     @property
     def chunk_tokens(self) -> int:
-        """Tokens whose logits live at once."""
-        return max(1, CHUNK_BYTES // (4 * self.vocabulary) // EVEN * EVEN)
+        """Tokens whose logits exist at the same time."""
+        return loss_chunk_tokens(self.vocabulary)
 
     @property
     def tuned(self) -> bool:
-        """Whether adapters are trained beside a frozen base."""
+        """Whether adapters are trained and the base is frozen."""
         return self.config.finetune.method != "full"
 
     @property
     def adapters(self) -> int:
-        """Elements of my adapters: of A [r, in] and B [out, r], one is whole and one is cut."""
+        """Elements of the adapters: of A [r, in] and B [out, r], one is whole and one is cut."""
         D, q, k, F = self.model.hidden_size, self.query, self.key, self.feed_forward
         both = {"q_proj": D + q, "k_proj": D + k, "v_proj": D + k, "o_proj": q + D}
         both |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), D + F)
@@ -133,23 +139,23 @@ class Share:
 
     @property
     def base(self) -> tuple[int, float]:
-        """Bytes of a frozen base: what stays as it is, and its linear layers, perhaps quantised."""
+        """Bytes of a frozen base: embeddings and norms; the linear layers, perhaps quantised."""
         finetune, D = self.config.finetune, self.model.hidden_size
         heads = 1 if self.model.tie_word_embeddings else 2
         plain = (heads * self.head_weights + (2 * self.layers + 1) * D) * self.width
         bits = 8.0 * self.width
         if finetune.method == "qlora":
-            bits = 8.0 if finetune.quant == "int8" else NF4_BITS[finetune.double_quant]
+            bits = 8.0 if finetune.quant == "int8" else nf4_bits(finetune.double_quant)
         ranks = self.mesh.dp * self.mesh.cp if self.spread else 1
         return plain, self.layers * self.layer_weights * bits / 8 / ranks
 
     @property
     def spread(self) -> bool:
-        """Whether a quantised base is cut over the data ranks, and gathered when it is used."""
+        """Whether a quantised base is cut over the data ranks and gathered in use."""
         return self.config.finetune.method == "qlora" and self.config.finetune.shard_base
 
     def groups(self) -> list[Group]:
-        """The flat groups that optim/zero1.py makes of my weights."""
+        """The flat groups that optim/zero1.py makes of the weights."""
         if self.tuned:
             return [Group(self.adapters, summed=self.sequence)]
         model = self.model
@@ -160,9 +166,9 @@ class Share:
         uneven = (qkv if self.kv_shared else 0) + (vocabulary if padded else 0)
         plain = vocabulary + self.layers * self.layer_weights - uneven
         norms = (2 * self.layers + 1) * model.hidden_size
-        found = (
+        groups = (
             Group(plain),
             Group(uneven, uneven=True, summed=self.kv_shared),
             Group(norms, summed=self.sequence),
         )
-        return [group for group in found if group.elements]
+        return [group for group in groups if group.elements]

@@ -93,7 +93,7 @@ def test_every_known_machine_plans(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_notes_name_what_slows_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--config", "llama2-7b", "--nodes", "4", "--instance", "h100"])
-    assert "note: run.backend=xla, but p5.48xlarge wants --run.backend=cuda" in (
+    assert "note: run.backend=xla, but p5.48xlarge needs --run.backend=cuda" in (
         capsys.readouterr().out
     )
     main(["--config", "llama2-7b", "--nodes", "4", "--data.separate_documents=true"])

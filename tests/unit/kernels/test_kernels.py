@@ -201,8 +201,8 @@ class TestAttention:
         if data.draw(st.booleans()):  # in any order: numbers may come back later
             documents = torch.randint(0, size(1, 5), (batch, length), dtype=torch.int32)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(attention_op, "BLOCK", size(1, 17))
-            patch.setattr(attention_op, "SCORES_BYTES", size(1, 10_000))
+            patch.setattr(attention_op, "ATTENTION_BLOCK_QUERIES", size(1, 17))
+            patch.setattr(attention_op, "ATTENTION_SCORES_BYTES", size(1, 10_000))
             self.check(torch.float64, documents, batch, length, kv * group, kv, size(1, 9))
 
     def test_large_scores_do_not_overflow(self) -> None:
@@ -212,7 +212,7 @@ class TestAttention:
         assert all(grad.isfinite().all() for grad in grads)
 
     def test_skips_keys_of_other_documents(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(attention_op, "BLOCK", 4)
+        monkeypatch.setattr(attention_op, "ATTENTION_BLOCK_QUERIES", 4)
         documents = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]])
         blocks = list(attention_op._blocks(12, documents, slice(0, 1), torch.float32))
         assert [(b.start, b.stop, b.low) for b in blocks] == [(0, 4, 0), (4, 8, 0), (8, 12, 8)]
@@ -232,7 +232,7 @@ class TestAttention:
 
         with Watch():
             attention_op.attention(q, k, v).sum().backward()
-        assert largest <= 2 * 4 * attention_op.BLOCK * 4096
+        assert largest <= 2 * 4 * attention_op.ATTENTION_BLOCK_QUERIES * 4096
 
 
 class TestReferences:

@@ -56,7 +56,7 @@ def neuron_core(monkeypatch: pytest.MonkeyPatch) -> None:
         nki_flash_attn_func=nki_flash_attn_func,
     )
     nki_kernel.available.cache_clear()
-    nki_kernel.tell.cache_clear()
+    nki_kernel.warn.cache_clear()
     yield
     nki_kernel.available.cache_clear()
 
@@ -93,14 +93,14 @@ def test_flash_attention_is_chosen_by_shape_and_refused_loudly(
     assert ops.kernel("attention", x, x, x, None) is nki_kernel.attention
     assert not caplog.records
     for q, documents, why in (
-        (on_xla(2047), None, "sequence of 2047 is not a multiple of 2048"),
-        (on_xla(2048, 256), None, "head_dim=256 is over 128"),
+        (on_xla(2047), None, "the sequence length 2047 is not a multiple of 2048"),
+        (on_xla(2048, 256), None, "head_dim=256 is above 128"),
         (x, x, "documents are kept apart"),
     ):
         for _ in range(2):
             assert ops.kernel("attention", q, q, q, documents) is ops.traced_attention
         assert why in caplog.messages[-1]
-    assert nki_kernel.tell.cache_info().misses == 3, "one line for each reason"
+    assert nki_kernel.warn.cache_info().misses == 3, "one line for each reason"
 
 
 def test_nothing_changes_without_nxd(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from llamax.checkpoint.build_model import load_base
 from llamax.checkpoint.hf_folder import open_source
+from llamax.config.constants import NF4_BLOCK_SCALES
 from llamax.config.schema import FinetuneConfig
 from llamax.model import quantize
 from llamax.model.llama import Llama
@@ -77,7 +78,7 @@ def test_double_quantisation_has_the_bits_and_values_of_bitsandbytes(
     other = nested.codes.flatten() != state.absmax
     assert other.float().mean() < 0.01
     nested = nested._replace(codes=state.absmax.view(scales.shape))
-    places = torch.arange(scales.numel()).view(scales.shape) // quantize.NESTED
+    places = torch.arange(scales.numel()).view(scales.shape) // NF4_BLOCK_SCALES
     found = quantize.unnest(nested.codes, nested.scales[places], nested.mean)
     mine = quantize.from_levels(
         quantize.pack(quantize.to_levels(weight, scales)), found, weight.dtype

@@ -12,9 +12,9 @@ from llamax.config.hardware import (
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
-from llamax.tools.plan.memory import early_gradients, flash, gradients, kept, memory, state
+from llamax.tools.plan.memory import early_gradients, plain_attention, gradients, kept, memory, state
 from llamax.tools.plan.roofline import time as step_time
-from llamax.tools.plan.search import plan as planned
+from llamax.tools.plan.planner import plan as planned
 from llamax.tools.plan.sizes import Share
 
 TRN1 = load_machine("trn1.32xlarge")
@@ -118,13 +118,15 @@ def test_activations_of_llama2_7b_by_hand(mode: str, each: int) -> None:
 
 def test_documents_kept_apart_cost_every_pair_of_tokens_where_flash_knows_none() -> None:
     share = Share(recipe("llama2-7b", "--run.recompute=none", APART), Mesh(tp=8, dp=16))
-    assert flash(share, TRN1) == "data.separate_documents=true"
+    assert plain_attention(share, TRN1) == (
+        "documents are kept apart (data.separate_documents=true)"
+    )
     whole = Share(recipe("llama2-7b", "--run.recompute=none", *ONE), Mesh(tp=8, dp=16))
-    assert flash(whole, TRN1) == ""
+    assert plain_attention(whole, TRN1) == ""
     more = kept(share, TRN1, "none").value - kept(whole, TRN1, "none").value
     assert more > 32 * 4 * 4 * 4096**2  # layers x heads x 4 B x pairs
     assert step_time(share, TRN1, 4).step_s > 1.5 * step_time(whole, TRN1, 4).step_s
-    assert "2048" in flash(
+    assert "2048" in plain_attention(
         Share(
             recipe("llama2-7b", *ONE, "--data.sequence_length=1000", "--parallel.sequence=false"),
             Mesh(tp=8),

@@ -27,7 +27,7 @@ def test_a_search_that_finds_nothing_says_why(capsys: pytest.CaptureFixture[str]
     assert main(["--config", "llama2-7b", "--ranks", "24", "--search"]) == 6
     first, *rest = capsys.readouterr().out.splitlines()
     assert first == "none of 144 layouts fits"
-    assert rest[0] == "not these:"
+    assert rest[0] == "the others:"
     assert "  tensor 1: data.global_batch=1024 is not a multiple of" in rest[1]
     assert main(["--config", "llama2-7b", "--ranks", "1", "--search"]) == 6
     assert "tensor 1: 18 layouts do not fit; the smallest" in capsys.readouterr().out

@@ -1,0 +1,54 @@
+"""Sizes that the code fixes and that the planner and the audit compute with: each is stated here.
+
+Names end in the unit.  ``_MULTIPLE``: sizes are rounded to a multiple of it.
+"""
+
+from __future__ import annotations
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}  # one element, by run.dtype
+
+# Optimizer state of one element, in float32 (llamax.optim).
+GRADIENT_BYTES = 4  # the sum over microsteps, which ranks reduce
+MASTER_BYTES = 4  # the copy of a narrower weight that AdamW updates
+MOMENTS_BYTES = 8  # AdamW's two moments
+NORM_WEIGHT_BYTES = 4  # the weight in the gradient norm, where it differs between elements
+
+# Cross-entropy (llamax.parallel.cross_entropy): float32 logits are computed in chunks of tokens.
+LOSS_CHUNK_BYTES = 64 * 2**20
+LOSS_CHUNK_MULTIPLE = 128  # tokens: the tile of a matrix product, so that no chunk has a rest
+
+# Attention (kernels/attention): op.py on a CPU, nki_kernel.py on a NeuronCore.
+ATTENTION_BLOCK_QUERIES = 128  # fewer waste less above the diagonal, more multiply faster
+ATTENTION_SCORES_BYTES = 8 * 2**20  # of the sequences processed together; fits a last-level cache
+FLASH_MULTIPLE = 2048  # tokens of a sequence
+FLASH_MAX_HEAD_DIM = 128
+
+# nf4 (llamax.model.quantize).
+NF4_BLOCK_WEIGHTS = 64  # weights that share a scale
+NF4_BLOCK_SCALES = 256  # scales that share a scale of their own, with finetune.double_quant
+
+# Collectives over gloo (llamax.backends.torch_distributed): larger messages are not copied.
+STAGED_BYTES = 8 * 2**20
+
+
+def loss_chunk_tokens(rows: int) -> int:
+    """The tokens of a chunk whose float32 logits over ``rows`` of the vocabulary take 64 MiB."""
+    fitting = LOSS_CHUNK_BYTES // (DTYPE_BYTES["float32"] * rows)
+    return max(1, fitting // LOSS_CHUNK_MULTIPLE * LOSS_CHUNK_MULTIPLE)
+
+
+def nf4_bits(double_quant: bool) -> float:
+    """The bits of one weight in nf4, with its share of the scales."""
+    scale_bits = 8 + 32 / NF4_BLOCK_SCALES if double_quant else 32
+    return 4 + scale_bits / NF4_BLOCK_WEIGHTS
+
+
+def flash_refusal(sequence_length: int, head_dim: int, separate_documents: bool) -> str:
+    """Why the NKI flash kernel cannot compute such an attention; empty where it can."""
+    if sequence_length % FLASH_MULTIPLE:
+        return f"the sequence length {sequence_length} is not a multiple of {FLASH_MULTIPLE}"
+    if head_dim > FLASH_MAX_HEAD_DIM:
+        return f"head_dim={head_dim} is above {FLASH_MAX_HEAD_DIM}"
+    if separate_documents:
+        return "documents are kept apart (data.separate_documents=true)"
+    return ""
