@@ -12,9 +12,9 @@ from llamax.config.hardware import (
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
+from llamax.tools.plan.planner import plan as planned
 from llamax.tools.plan.roofline import time as step_time
 from llamax.tools.plan.roofline import wire
-from llamax.tools.plan.planner import plan as planned
 from llamax.tools.plan.sizes import Share
 
 TRN1 = load_machine("trn1.32xlarge")
