@@ -137,12 +137,12 @@ def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, fold
     if given is None and trained_with not in (None, tokenizer.fingerprint):
         raise CheckpointError(
             f"{path} holds another tokenizer (sha256 {tokenizer.fingerprint}) than the model was "
-            f"trained with ({trained_with}); give that one with --tokenizer"
+            f"trained with ({trained_with}); give that one with `tokenizer`"
         )
     if tokenizer.vocab_size > model.vocab_size:
         raise CheckpointError(
             f"{path} has {tokenizer.vocab_size} tokens, the model's vocabulary is "
-            f"{model.vocab_size}; give the model's tokenizer with --tokenizer"
+            f"{model.vocab_size}; give the model's tokenizer with `tokenizer`"
         )
     if path.is_dir() and (path / "tokenizer_config.json").is_file():
         for name in hf_folder.TOKENIZER_FILES:

@@ -1,7 +1,7 @@
-"""``llamax merge [BASE] ADAPTER --out DIR``: a base and its adapters become a Hugging Face folder.
+"""A base model and its LoRA adapters, merged into a Hugging Face folder.
 
-A merge is a source whose weights are W + s B A, in the dtype of the base: whatever reads a model
-from files can read it, and here it is read into new files a slab of rows at a time.  The sum is
+``Merged`` is a source with the weights W + s B A, in the dtype of the base: whatever reads a model
+from files can read it.  ``merge`` reads it into new files, a slab of rows at a time.  The sum is
 taken in fp32 and rounded once.
 """
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llamax.checkpoint import hf_folder, hf_writer, slabs
 from llamax.checkpoint.build_model import finetune_info
+from llamax.checkpoint.consolidate import dtype_of, size
 from llamax.checkpoint.peft import AdapterInfo, base_of, open_adapter
 from llamax.checkpoint.runs import Run
 from llamax.checkpoint.safetensors_io import Progress, building, silent
@@ -25,32 +26,28 @@ from llamax.config.schema import FinetuneConfig
 from llamax.model import lora
 from llamax.runtime.errors import CheckpointError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 class Merged(Source):
-    """A base plus its adapters.
+    """A base plus its adapters; ``info`` describes the adapters.
 
-    Raises CheckpointError where they do not belong together.
+    Raises CheckpointError if they do not belong together.
     """
 
-    def __init__(self, base: Source, adapter: Source, found: AdapterInfo) -> None:
-        found.check(adapter.folder, base)
-        ModelConfig.from_hub(
-            base.model
-        )  # refuses what llamax does not compute, quantised bases too
-        self.base, self.adapter, self.scale = base, adapter, lora.scale(found.finetune)
+    def __init__(self, base: Source, adapter: Source, info: AdapterInfo) -> None:
+        info.check(adapter.folder, base)
+        ModelConfig.from_hub(base.model)  # refuses models that llamax cannot compute
+        self.base, self.adapter, self.scale = base, adapter, lora.scale(info.finetune)
         self.folder, self.model = base.folder, base.model
         self._factors: tuple[str, Tensor, Tensor] | None = None
         for name in adapter.names():
-            into, own = name.split(".lora_")[0] + ".weight", adapter.shape(name)
-            there = base.shape(into) if into in base.names() else None
-            r = found.finetune.r
-            if there and own == ((r, there[1]) if ".lora_A." in name else (there[0], r)):
+            target, shape = name.split(".lora_")[0] + ".weight", adapter.shape(name)
+            whole = base.shape(target) if target in base.names() else None
+            r = info.finetune.r
+            if whole and shape == ((r, whole[1]) if ".lora_A." in name else (whole[0], r)):
                 continue
             raise CheckpointError(
-                f"{adapter.folder}: {name} is {list(own)}, but {into} of {base.folder} is "
-                f"{list(there) if there else 'missing'}; use the base it was trained on"
+                f"{adapter.folder}: {name} is {list(shape)}, but {target} of {base.folder} is "
+                f"{list(whole) if whole else 'missing'}; use the base it was trained on"
             )
 
     @property
@@ -73,7 +70,7 @@ class Merged(Source):
         return self.base.pieces(name, kind)
 
     def fill(self, name: str, kind: str, run: Run, into: Tensor, convert: bool = False) -> None:
-        """Write whole rows of a merged weight, or any run of another; see ``Source.fill``."""
+        """Write whole rows of a merged weight, or any run of other weights; see ``Source.fill``."""
         stem = name.removesuffix("weight")
         if f"{stem}lora_A.weight" not in self.adapter.names():
             self.base.fill(name, kind, run, into, convert)
@@ -92,27 +89,40 @@ class Merged(Source):
 
 
 def merge(
-    base: Path | str | None,
     adapter: Path | str,
     out: Path | str,
-    dtype: torch.dtype | None = None,
-    max_shard_bytes: int = hf_writer.FILE_BYTES,
+    *,
+    base: Path | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str = hf_writer.FILE_BYTES,
     progress: Progress = silent,
 ) -> Path:
-    """Write a base with its adapters as a Hugging Face folder, in the base's dtype unless given.
+    """Write a base model with its adapters merged as the folder ``out``; return that folder.
 
-    Without ``base`` it is the one that the adapter names.
-    Raises CheckpointError where they do not belong together, ``out`` is in use or the disk is full.
+    Args:
+        adapter: PEFT folder, or a run or checkpoint of adapters.
+        out: Hugging Face folder to make.
+        base: Hugging Face folder, run or checkpoint; by default the one that the adapter names.
+        dtype: Type of the written weights, "float32", "bfloat16" or "float16"; by default that of
+            the base.
+        max_shard_size: Largest size of a weights file: bytes, or text such as "5GB" or "500MB".
+        progress: Called with the bytes written, tensor by tensor.
+
+    Raises:
+        ConfigError: For a parameter out of range.
+        CheckpointError: If base and adapter do not belong together, ``out`` exists or the disk is
+            full.
     """
-    source, found = open_adapter(adapter)
-    first = hf_folder.open_source(base or base_of(source.folder, found))
-    finetune_info(FinetuneConfig(), first)
-    merged = Merged(first, source, found)
-    planned, buffers = hf_writer.plan(merged, dtype, max_shard_bytes), slabs.new_buffers()
-    own = any((merged.folder / name).is_file() for name in hf_folder.TOKENIZER_FILES[:2])
+    weight_dtype, file_bytes = dtype_of(dtype), size(max_shard_size)
+    adapters, info = open_adapter(adapter)
+    base_model = hf_folder.open_source(base or base_of(adapters.folder, info))
+    finetune_info(FinetuneConfig(), base_model)
+    merged = Merged(base_model, adapters, info)
+    planned, buffers = hf_writer.plan(merged, weight_dtype, file_bytes), slabs.new_buffers()
+    has_tokenizer = any((merged.folder / name).is_file() for name in hf_folder.TOKENIZER_FILES[:2])
     with building(Path(out)) as folder:
-        hf_writer.write_rest(merged, planned, folder, merged.folder if own else None)
+        hf_writer.write_rest(merged, planned, folder, merged.folder if has_tokenizer else None)
         offsets = hf_writer.lay_out(folder, planned)
-        for one in planned:
-            progress(hf_writer.fill(merged, folder, one, offsets[one.name], buffers))
+        for tensor in planned:
+            progress(hf_writer.fill(merged, folder, tensor, offsets[tensor.name], buffers))
     return Path(out)

@@ -287,7 +287,7 @@ def building(out: Path) -> Iterator[Path]:
     It is this process' alone.  SIGTERM ends the filling with Terminated.
     """
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already; remove it or choose another --out")
+        raise CheckpointError(f"{out} exists already; remove it or choose another `out`")
     out = out.resolve()  # a link to an empty folder stays one
     part = out.with_name(out.name + ".part")
     with held(part, patience_s=0), _terminable(out):

@@ -1,7 +1,8 @@
-"""``llamax shard HUB_FOLDER --out DIR --tensor 8``: a Hugging Face Llama becomes a checkpoint.
+"""A Hugging Face Llama, cut into a checkpoint for a number of tensor-parallel ranks.
 
-The reverse of ``consolidate``: each tensor rank's file takes its strips of every tensor, two files
-at a time, each through a slab of 16 MiB.  The checkpoint has weights only, in the folder's dtype.
+The reverse of ``consolidate``: the file of each tensor rank gets its part of every tensor; two
+files are written at a time, each through a buffer of 16 MiB.  The checkpoint has weights only, in
+the folder's dtype.
 """
 
 from __future__ import annotations
@@ -34,13 +35,23 @@ from llamax.runtime.errors import ConfigError
 
 
 def shard(
-    folder: Path | str, out: Path | str, tensor: int = 1, progress: Progress = silent
+    folder: Path | str, out: Path | str, tensor: int = 1, *, progress: Progress = silent
 ) -> Path:
-    """Cut the model of a Hugging Face folder over ``tensor`` ranks, as the checkpoint ``out``.
+    """Write the model of a Hugging Face folder as the checkpoint ``out``; return that folder.
 
-    Raises CheckpointError where the folder does not hold the Llama its config.json describes, and
-    ConfigError where ``tensor`` does not cut it.
+    Args:
+        folder: Hugging Face folder with a Llama in safetensors files.
+        out: Checkpoint folder to make.
+        tensor: Tensor-parallel degree: the number of ranks over which the weights are cut.
+        progress: Called with the bytes written.
+
+    Raises:
+        ConfigError: If ``tensor`` is below 1 or does not divide the weights.
+        CheckpointError: If the folder does not hold the Llama that its config.json describes,
+            ``out`` exists or the disk is full.
     """
+    if tensor < 1:
+        raise ConfigError(f"`tensor={tensor}` is below 1; use 1 or more")
     source = hf_folder.HubFolder(folder)
     model = Llama(ModelConfig.from_hub(source.model), Solo("tp"), device="meta")
     check_shapes(source, dict(model.named_parameters()), model.shards)
@@ -49,7 +60,7 @@ def shard(
     except ConfigError:
         fit = [str(degree) for degree in range(1, 2 * tensor) if _fits(source, model, degree)]
         raise ConfigError(
-            f"--tensor={tensor} does not cut the weights of {folder} into equal parts; use "
+            f"`tensor={tensor}` does not cut the weights of {folder} into equal parts; use "
             f"{' or '.join(fit)}"
         ) from None
     manifest = files.Manifest(
@@ -58,18 +69,18 @@ def shard(
         llamax=llamax.__version__,
         torch=torch.__version__,
         mesh={"tensor": tensor, "data": 1, "zero1": 0},
-        model=model.config.to_hub(_word(source)),
+        model=model.config.to_hub(_dtype_name(source)),
         state={},
         files=[],
     )
     buffers = new_buffers()
     with building(Path(out)) as part, ThreadPoolExecutor(max_workers=2) as pool:
 
-        def one(rank: int) -> Written:
+        def write_rank(rank: int) -> Written:
             path = part / files.file_name("weights", rank, 0)
             return write(path, _share(source, cuts, tensor, rank, buffers), progress=progress)
 
-        for rank, written in enumerate(pool.map(one, range(tensor))):
+        for rank, written in enumerate(pool.map(write_rank, range(tensor))):
             manifest.files.append(files.File(files.file_name("weights", rank, 0), *written))
             for name, run in _runs(source, cuts, tensor, rank):
                 tag = TAGS[source.dtype(name)]
@@ -81,7 +92,7 @@ def shard(
 
 
 def _cuts(source: hf_folder.HubFolder, model: Llama, tensor: int) -> dict[str, Cut]:
-    """How each tensor of the folder is cut; ConfigError where ``tensor`` does not."""
+    """How each tensor of the folder is cut; ConfigError if ``tensor`` does not divide it."""
     cuts = {
         part.name: part.how
         for name, how in model.shards.items()
@@ -102,7 +113,7 @@ def _fits(source: hf_folder.HubFolder, model: Llama, tensor: int) -> bool:
 def _runs(
     source: hf_folder.HubFolder, cuts: dict[str, Cut], tensor: int, rank: int
 ) -> list[tuple[str, Run]]:
-    """What a tensor rank writes: of every tensor the run it is the first to hold, if any."""
+    """The runs of each tensor that a rank writes: those that no lower rank holds too."""
     found = []
     for name, how in cuts.items():
         if writes(how, tensor, rank):
@@ -127,5 +138,5 @@ def _share(
     ]
 
 
-def _word(source: hf_folder.HubFolder) -> str:
+def _dtype_name(source: hf_folder.HubFolder) -> str:
     return str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")

@@ -1,9 +1,7 @@
-"""``llamax consolidate CHECKPOINT --out DIR``: a checkpoint becomes a Hugging Face folder.
+"""``llamax consolidate CHECKPOINT --out DIR``: join a checkpoint to a Hugging Face folder.
 
-What goes where is planned first; then processes stream tensors from the ranks' files to their
-places in ``model.safetensors`` (or numbered files and an index), each through one slab of 16 MiB,
-so memory does not grow with the model.  What is read is checked; the folder gets its name when all
-is written.
+Processes stream tensors from the ranks' files to ``model.safetensors`` (or numbered files and an
+index), so memory does not grow with the model.  What is read is checked against its hashes.
 """
 
 from __future__ import annotations
@@ -15,54 +13,60 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
-from llamax.checkpoint import hf_writer
-from llamax.checkpoint.consolidate import DTYPES, consolidate, size
-from llamax.checkpoint.manifest import find
-from llamax.checkpoint.peft import adapter_info
-from llamax.checkpoint.reader import Checkpoint
-from llamax.runtime.errors import ConfigError
+from llamax.cli.options import byte_bar, command
+from llamax.config.choices import WEIGHT_DTYPES
 from llamax.runtime.process import summary
 from llamax.runtime.units import show_bytes, show_number, show_time
 
 
-def main(argv: Sequence[str]) -> int:
+def parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser("llamax consolidate", description=summary(__doc__))
-    parser.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest)")
-    parser.add_argument("--out", required=True, help="folder to make")
-    parser.add_argument("--dtype", choices=DTYPES, help="default: that of the weights")
-    parser.add_argument("--max-shard-size", default="5GB", help="bytes per file (default 5GB)")
-    parser.add_argument("--tokenizer", help="tokenizer file or folder; default: the dataset's")
-    parser.add_argument(
-        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one a core"
+    p = argparse.ArgumentParser("llamax consolidate", description=summary(__doc__))
+    p.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest)")
+    p.add_argument("--out", required=True, help="folder to make")
+    p.add_argument("--dtype", choices=WEIGHT_DTYPES, help="default: that of the weights")
+    p.add_argument("--max-shard-size", default="5GB", help="bytes per file (default 5GB)")
+    p.add_argument("--tokenizer", help="tokenizer file or folder; default: the dataset's")
+    p.add_argument(
+        "--processes",
+        type=int,
+        default=len(os.sched_getaffinity(0)),
+        help="default: one per core",
     )
-    parser.add_argument("--no-verify", action="store_true", help="do not check what is read")
-    args = parser.parse_args(argv)
-    if args.processes < 1:
-        raise ConfigError(f"--processes={args.processes} is below 1; use 1 or more")
-    source = Checkpoint(find(Path(args.checkpoint)), verify=False)
-    dtype = DTYPES[args.dtype] if args.dtype else None
+    p.add_argument("--no-verify", action="store_true", help="do not check what is read")
+    return p
+
+
+@command
+def main(argv: Sequence[str]) -> int:
+    """Write the folder."""
+    options = parser().parse_args(argv)
+
+    from llamax.checkpoint import hf_writer
+    from llamax.checkpoint.consolidate import consolidate, dtype_of
+    from llamax.checkpoint.manifest import find
+    from llamax.checkpoint.peft import adapter_info
+    from llamax.checkpoint.reader import Checkpoint
+
     began = time.perf_counter()
-    if adapter_info(source) is not None:
-        out = consolidate(source.folder, args.out, verify=not args.no_verify)
-        print(f"{out}: the adapters of step {source.step}, as PEFT loads them; see llamax merge")
-        return 0
-    total = sum(one.size_bytes for one in hf_writer.plan(source, dtype))
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="consolidate", disable=None, leave=False
-    ) as bar:
+    source = Checkpoint(find(Path(options.checkpoint)), verify=False)
+    adapters = adapter_info(source) is not None
+    planned = [] if adapters else hf_writer.plan(source, dtype_of(options.dtype))
+    total = sum(tensor.size_bytes for tensor in planned)
+    with byte_bar("consolidate", total) as bar:
         out = consolidate(
             source.folder,
-            args.out,
-            dtype,
-            size(args.max_shard_size),
-            args.tokenizer,
-            not args.no_verify,
-            bar.update,
-            args.processes,
+            options.out,
+            dtype=options.dtype,
+            max_shard_size=options.max_shard_size,
+            tokenizer=options.tokenizer,
+            verify=not options.no_verify,
+            processes=options.processes,
+            progress=bar.update,
         )
+    if adapters:
+        print(f"{out}: the adapters of step {source.step}, as PEFT loads them; see llamax merge")
+        return 0
     parameters = sum(math.prod(source.shape(name)) for name in source.names())
     print(
         f"{out}: {show_number(parameters)} parameters of step {source.step}, {show_bytes(total)}, "

@@ -42,7 +42,7 @@ class Foreign(ABC):
         if tuple(joined.shape) != shape:
             raise CheckpointError(
                 f"{self.folder}: {name} ({kind}) is {list(joined.shape)}, the model's is "
-                f"{list(shape)}; give the configuration of this very model with --config"
+                f"{list(shape)}; give the configuration of this very model with `config`"
             )
         if joined.dtype != (dtype := self.dtype(name, kind)):
             raise CheckpointError(
@@ -63,7 +63,7 @@ class Foreign(ABC):
 
     def missing(self, name: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.folder} has no {name}; give the configuration of this very model with --config"
+            f"{self.folder} has no {name}; give the configuration of this very model with `config`"
         )
 
 
@@ -86,7 +86,7 @@ def model_of(folder: Path, config: str) -> ModelConfig:
             if (home / hf_folder.CONFIG).is_file():
                 return ModelConfig.from_hub(read_object(home, home / hf_folder.CONFIG))
         raise ConfigError(
-            f"{folder} does not say what model it holds; add --config with its config.json or the "
+            f"{folder} does not say what model it holds; add `config` with its config.json or the "
             "name of a recipe"
         )
     if config in recipes():

@@ -1,5 +1,4 @@
-"""``llamax import FOLDER --from nxd|optimum|nemo|meta|auto --out DIR``: another trainer's
-checkpoint becomes a Hugging Face folder, or one of ours.
+"""Another trainer's checkpoint, converted to a Hugging Face folder or to a llamax checkpoint.
 
 ::
 
@@ -7,22 +6,25 @@ checkpoint becomes a Hugging Face folder, or one of ours.
                                                             ->  llamax   weights, and the optimizer
                                                                          where it was kept
 
-Numbers are copied bit by bit, in the dtype they have.  The pickles are read by ``pickles``, which
-executes nothing, and only here.
+Numbers are copied bit by bit, in the dtype they have.  Pickles are read by ``torch_pickle``, which
+executes nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 import llamax
-from llamax.checkpoint import hf_folder
+from llamax.checkpoint import hf_folder, hf_writer
 from llamax.checkpoint import manifest as files
+from llamax.checkpoint.consolidate import size
 from llamax.checkpoint.formats.base import Foreign
 from llamax.checkpoint.formats.meta import FILE as META_FILE
 from llamax.checkpoint.formats.meta import Meta
@@ -32,7 +34,8 @@ from llamax.checkpoint.formats.optimum import METADATA, SHARDS, Optimum
 from llamax.checkpoint.hf_writer import write_json
 from llamax.checkpoint.runs import whole
 from llamax.checkpoint.safetensors_io import TAGS, Outgoing, Progress, building, silent, write
-from llamax.runtime.errors import CheckpointError
+from llamax.config.choices import FOREIGN_FORMATS
+from llamax.runtime.errors import CheckpointError, ConfigError
 
 FORMATS: dict[str, Callable[[Path, str, bool], Foreign]] = {
     "nxd": Nxd,
@@ -42,8 +45,100 @@ FORMATS: dict[str, Callable[[Path, str, bool], Foreign]] = {
 }
 
 
+assert tuple(FORMATS) == FOREIGN_FORMATS
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What ``write_imported`` wrote: kinds are weight and, perhaps, optimizer states."""
+
+    folder: Path
+    step: int
+    tensors: int
+    kinds: tuple[str, ...]
+    size_bytes: int
+
+
+def import_checkpoint(
+    folder: Path | str,
+    out: Path | str,
+    *,
+    format: str = "auto",
+    to: Literal["hub", "llamax"] = "hub",
+    config: str = "",
+    weights_only: bool = False,
+    consumed_sequences: int = 0,
+    max_shard_size: int | str = hf_writer.FILE_BYTES,
+    progress: Progress = silent,
+) -> Imported:
+    """Convert another trainer's checkpoint.
+
+    Args:
+        folder: The checkpoint's folder.
+        out: Folder to make.
+        format: "nxd", "optimum", "nemo" or "meta"; "auto" looks at the files.
+        to: "hub" writes a Hugging Face folder of the weights, "llamax" a checkpoint that training
+            resumes from, with the optimizer's state where there is one.
+        config: config.json, TOML file or recipe of the model, where the checkpoint has none.
+        weights_only: Leave out the optimizer's state.
+        consumed_sequences: Samples that the training had seen; only for "llamax".
+        max_shard_size: Largest size of a weights file: bytes, or text such as "5GB"; only for
+            "hub".
+        progress: Called with the bytes written.
+
+    Raises:
+        ConfigError: For a parameter out of range.
+        CheckpointError: If the checkpoint is damaged, is of no known format or does not match
+            ``config``, ``out`` exists or the disk is full.
+    """
+    source = open_folder(folder, format, config, not weights_only)
+    return write_imported(
+        source,
+        out,
+        to=to,
+        consumed_sequences=consumed_sequences,
+        max_shard_size=max_shard_size,
+        progress=progress,
+    )
+
+
+def write_imported(
+    source: Foreign,
+    out: Path | str,
+    *,
+    to: Literal["hub", "llamax"] = "hub",
+    consumed_sequences: int = 0,
+    max_shard_size: int | str = hf_writer.FILE_BYTES,
+    progress: Progress = silent,
+) -> Imported:
+    """Write an opened checkpoint of another trainer as ``out``; see ``import_checkpoint``."""
+    if consumed_sequences < 0:
+        raise ConfigError(f"`consumed_sequences={consumed_sequences}` is below 0")
+    shard_bytes = size(max_shard_size)
+    if to == "hub":
+        to_hub(source, Path(out), shard_bytes, progress)
+    elif to == "llamax":
+        to_llamax(source, Path(out), consumed_sequences, progress)
+    else:
+        raise ConfigError(f"`to={to}` is not known; use hub or llamax")
+    kinds = kinds_of(source, to)
+    return Imported(Path(out), source.step, len(source.shapes), kinds, total_bytes(source, to))
+
+
+def kinds_of(source: Foreign, to: str) -> tuple[str, ...]:
+    """The kinds of tensors that are written: of a Hugging Face folder the weights alone."""
+    return tuple(source.kinds) if to == "llamax" else ("weight",)
+
+
+def total_bytes(source: Foreign, to: str) -> int:
+    """The size of all that is written, in bytes."""
+    return sum(
+        size_bytes(source, name, kind) for name in source.shapes for kind in kinds_of(source, to)
+    )
+
+
 class Lazy:
-    """One Hub tensor, joined when the writer asks for it."""
+    """One tensor, joined from its parts when the writer asks for it."""
 
     def __init__(self, source: Foreign, name: str, kind: str) -> None:
         self.source, self.name, self.kind = source, name, kind
@@ -53,7 +148,7 @@ class Lazy:
 
 
 def guess(folder: Path) -> str:
-    """The format of a folder by the files in it; CheckpointError where none is known."""
+    """The format of a folder, by the files in it; CheckpointError if it is none of them."""
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; check the path")
     shards = folder / SHARDS if (folder / SHARDS).is_dir() else folder
@@ -70,36 +165,47 @@ def guess(folder: Path) -> str:
     ):
         return "nemo"
     raise CheckpointError(
-        f"{folder} is no checkpoint of {', '.join(FORMATS)}; a Hugging Face folder needs no import"
+        f"{folder} is not a checkpoint of {', '.join(FORMATS)}; a Hugging Face folder needs no "
+        "import"
     )
 
 
-def open_folder(folder: Path, form: str, config: str, optimizer: bool = True) -> Foreign:
-    """The model in a folder; ``form`` may be auto."""
-    form = guess(folder) if form == "auto" else form
+def open_folder(
+    folder: Path | str, format: str = "auto", config: str = "", optimizer: bool = True
+) -> Foreign:
+    """Another trainer's checkpoint, opened for reading; see ``import_checkpoint``.
+
+    ``optimizer``: whether to read the optimizer's state too.  Raises CheckpointError if the folder
+    is missing, damaged or of no known format, and ConfigError for an unknown ``format``.
+    """
+    folder = Path(folder)
+    if format not in ("auto", *FORMATS):
+        raise ConfigError(f"format={format} is not known; use auto, {', '.join(FORMATS)}")
+    format = guess(folder) if format == "auto" else format
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; check the path")
-    return FORMATS[form](folder, config, optimizer)
+    return FORMATS[format](folder, config, optimizer)
 
 
 def outgoing(source: Foreign, name: str, kind: str, key: str, flat: bool = False) -> Outgoing:
-    """A Hub tensor on its way into a file, under ``key``."""
+    """A tensor to write into a file, under ``key``; ``flat``: as one dimension."""
     shape = source.shapes[name]
     shape = (math.prod(shape),) if flat else shape
     return Outgoing(key, source.dtype(name, kind), shape, Lazy(source, name, kind))
 
 
 def size_bytes(source: Foreign, name: str, kind: str = "weight") -> int:
+    """The size of a tensor in bytes."""
     return math.prod(source.shapes[name]) * source.dtype(name, kind).itemsize
 
 
-def word(source: Foreign) -> str:
+def dtype_name(source: Foreign) -> str:
     """The dtype of the weights, as configurations spell it."""
     return str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")
 
 
 def check_dtypes(source: Foreign) -> None:
-    """Refuse what no file of ours holds, before anything is written."""
+    """Refuse types that llamax does not write, before anything is written."""
     for name in source.shapes:
         for kind in source.kinds:
             dtype = source.dtype(name, kind)
@@ -111,9 +217,12 @@ def check_dtypes(source: Foreign) -> None:
 
 
 def to_hub(
-    source: Foreign, out: Path, max_shard_bytes: int = 5 * 10**9, progress: Progress = silent
+    source: Foreign,
+    out: Path,
+    max_shard_bytes: int = hf_writer.FILE_BYTES,
+    progress: Progress = silent,
 ) -> None:
-    """Write the weights as a Hugging Face folder."""
+    """Write the weights as a Hugging Face folder, in files of at most ``max_shard_bytes``."""
     check_dtypes(source)
     packed: list[list[str]] = [[]]
     room = max_shard_bytes
@@ -138,7 +247,7 @@ def to_hub(
                 part / hf_folder.INDEX,
                 {"metadata": {"total_size": total}, "weight_map": sorted_map},
             )
-        write_json(part / hf_folder.CONFIG, source.model.to_hub(word(source)))
+        write_json(part / hf_folder.CONFIG, source.model.to_hub(dtype_name(source)))
         for name in hf_folder.TOKENIZER_FILES:
             found = source.folder / name
             if found.is_file() and found.resolve().parent == source.folder.resolve():
@@ -146,9 +255,9 @@ def to_hub(
 
 
 def to_llamax(source: Foreign, out: Path, consumed: int = 0, progress: Progress = silent) -> None:
-    """Write weights and optimizer as a checkpoint of ours, at the step they are from.
+    """Write weights and optimizer state as a llamax checkpoint of the source's step.
 
-    Training that resumes from it goes on after ``consumed`` sequences of its data.
+    Training that resumes from it skips the first ``consumed`` sequences of its data.
     """
     check_dtypes(source)
     manifest = files.Manifest(
@@ -157,7 +266,7 @@ def to_llamax(source: Foreign, out: Path, consumed: int = 0, progress: Progress 
         llamax=llamax.__version__,
         torch=torch.__version__,
         mesh={"tensor": 1, "data": 1, "zero1": 0},
-        model=source.model.to_hub(word(source)),
+        model=source.model.to_hub(dtype_name(source)),
         state={"consumed_sequences": consumed},
         files=[],
     )

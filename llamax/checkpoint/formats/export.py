@@ -1,67 +1,119 @@
-"""``llamax export RUN_OR_FOLDER --to hf|nxd|meta --out DIR``: a model leaves for another trainer.
-
-hf is what ``llamax consolidate`` makes; nxd and meta are the formats that ``llamax import`` reads.
-"""
+"""A model written for another trainer: a Hugging Face folder, or NxD's or Meta's format."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Literal
 
+from llamax.checkpoint.consolidate import consolidate
+from llamax.checkpoint.formats.meta_writer import write_meta
 from llamax.checkpoint.formats.nxd_writer import Target, Writer
+from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.manifest import CONFIG
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.safetensors_io import building
 from llamax.checkpoint.source import Source
+from llamax.config.choices import EXPORT_FORMATS, NXD_ATTENTION, NXD_OPTIMIZERS
 from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
 from llamax.config.schema import OptimConfig
 from llamax.optim.schedule import lr_at
 from llamax.runtime.errors import ConfigError
 
-OPTIMIZERS = ("auto", "none", "zero1", "zero1-masters")
+
+def export(
+    source: Path | str,
+    out: Path | str,
+    *,
+    to: Literal["hf", "nxd", "meta"],
+    tensor: int = 1,
+    pipeline: int = 1,
+    data: int = 1,
+    qkv: str = "",
+    kv_multiplier: int = 0,
+    optimizer: str = "auto",
+) -> Path:
+    """Write a model for another trainer; return the folder that was written.
+
+    Args:
+        source: A run, a checkpoint or a Hugging Face folder.
+        out: Folder to make.
+        to: "hf" is what ``consolidate`` writes; "nxd" and "meta" are formats that
+            ``import_checkpoint`` reads.
+        tensor: Tensor-parallel ranks; for "nxd" and "meta".
+        pipeline: Pipeline stages; for "nxd".
+        data: Data-parallel ranks that share the optimizer's state by ZeRO-1; for "nxd".
+        qkv: Layout of the attention weights: "stacked", "gqa", "gqa-fused" or "separate"; by
+            default what the model's heads need; for "nxd".
+        kv_multiplier: Copies of each key/value head; 0: as many as ``tensor`` needs; for "nxd".
+        optimizer: "none", "zero1" or "zero1-masters"; "auto": what the source has; for "nxd".
+
+    Raises:
+        ConfigError: For a parameter that is out of range or has no meaning for the format.
+        CheckpointError: If the source holds no model, ``out`` exists or the disk is full.
+    """
+    if to not in EXPORT_FORMATS:
+        raise ConfigError(f"`to={to}` is not known; use {', '.join(EXPORT_FORMATS)}")
+    for name, value, choices in (
+        ("qkv", qkv, ("", *NXD_ATTENTION)),
+        ("optimizer", optimizer, NXD_OPTIMIZERS),
+    ):
+        if value not in choices:
+            known = ", ".join(filter(None, choices))
+            raise ConfigError(f"`{name}={value}` is not known; use {known}")
+    changed = {
+        "tensor": tensor != 1,
+        "pipeline": pipeline != 1,
+        "data": data != 1,
+        "qkv": qkv != "",
+        "kv_multiplier": kv_multiplier != 0,
+        "optimizer": optimizer != "auto",
+    }
+    meaningful = {"nxd": changed.keys(), "meta": {"tensor"}, "hf": set[str]()}[to]
+    for name, is_changed in changed.items():
+        if is_changed and name not in meaningful:
+            raise ConfigError(f"`{name}` has no meaning for `to={to}`; leave it out")
+    opened, folder = open_source(source), Path(out)
+    model = ModelConfig.from_hub(opened.model)
+    if to == "hf":
+        if not isinstance(opened, Checkpoint):
+            raise ConfigError(f"{source} is a Hugging Face folder already; copy it")
+        return consolidate(opened.folder, folder)
+    if to == "meta":
+        with building(folder) as part:
+            write_meta(opened, model, part, tensor)
+        return folder
+    if optimizer == "auto":
+        has_state = "exp_avg" in opened.kinds("model.norm.weight")
+        optimizer = "zero1-masters" if has_state else "none"
+    copies = kv_multiplier or model.kv_replicas(tensor)
+    equal_heads = model.num_attention_heads == model.num_key_value_heads
+    target = Target(
+        model,
+        tensor,
+        pipeline,
+        data,
+        qkv or ("stacked" if equal_heads and copies == 1 else "gqa"),
+        copies,
+        moments=optimizer != "none",
+        masters=optimizer == "zero1-masters",
+    )
+    return to_nxd(opened, folder, target)
 
 
-def to_nxd(source: Source, out: Path, target: Target, tag: str = "") -> Path:
-    """Write a tag's folder into ``out``; its optimizer has the run's own hyper-parameters."""
+def to_nxd(source: Source, out: Path, target: Target) -> Path:
+    """Write a checkpoint for NxD into ``out``; return its tag's folder, ``out/step_N``.
+
+    The optimizer has the hyper-parameters of the run that the source is from.
+    """
     optim, lr, step = OptimConfig(), OptimConfig().lr, 0
     if isinstance(source, Checkpoint):
         step = source.step
         if (source.folder / CONFIG).is_file():
             run = load_config(str(source.folder / CONFIG))
             optim, lr = run.optim, lr_at(max(step, 1), run.optim, max(run.run.steps, step, 1))
-    tag = tag or f"step_{step}"
+    tag = f"step_{step}"
     writer = Writer(source, target, optim, lr, step)
     with building(out) as part:
         writer.write(part / tag)
     return out / tag
-
-
-def target_of(args: argparse.Namespace, source: Source, model: ModelConfig) -> Target:
-    """What the options ask for, with what they leave to the source."""
-    kinds = source.kinds("model.norm.weight")
-    optimizer = args.optimizer
-    if optimizer == "auto":
-        optimizer = "zero1-masters" if "exp_avg" in kinds else "none"
-    alike = model.num_attention_heads == model.num_key_value_heads
-    copies = args.kv_multiplier or model.kv_replicas(args.tensor)
-    style = args.qkv or ("stacked" if alike and copies == 1 else "gqa")
-    return Target(
-        model,
-        args.tensor,
-        args.pipeline,
-        args.data,
-        style,
-        copies,
-        optimizer != "none",
-        optimizer == "zero1-masters",
-    )
-
-
-def _check_options(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """ConfigError for an option that the format has no use for."""
-    of_nxd = ("pipeline", "data", "qkv", "kv_multiplier", "optimizer")
-    for name in {"nxd": (), "meta": of_nxd, "hf": ("tensor", *of_nxd)}[args.to]:
-        if getattr(args, name) != parser.get_default(name):
-            option = f"--{name.replace('_', '-')}"
-            raise ConfigError(f"{option} has no meaning for --to {args.to}; leave it out")

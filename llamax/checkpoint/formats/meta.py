@@ -88,7 +88,7 @@ class Meta(Grid):
                 )
         if params.get("use_scaled_rope"):
             raise ConfigError(
-                f"{self.folder / PARAMS} says use_scaled_rope, but not by how much; add --config "
+                f"{self.folder / PARAMS} says use_scaled_rope, but not by how much; add `config` "
                 "with the model's recipe (llama3.1-8b, llama3.2-1b, ...) or config.json"
             )
         ranks, first = len(self.states[0]), self.states[0][0]

@@ -31,7 +31,7 @@ def write_meta(source: Source, model: ModelConfig, folder: Path, tensor: int = 1
         (model.vocab_size, "vocab_size"),
     ):
         if tensor < 1 or size % tensor:
-            raise ConfigError(f"--tensor={tensor} does not divide {what}={size}")
+            raise ConfigError(f"`tensor={tensor}` does not divide {what}={size}")
     llama = Llama(model, device="meta")
     for rank in range(tensor):
         state: dict[str, Any] = {}

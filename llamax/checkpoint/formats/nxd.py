@@ -139,7 +139,7 @@ class Nxd(Grid):
             self.step = int(step.load().item() if isinstance(step, Stored) else step)
         except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
             raise CheckpointError(
-                f"{self.folder}: its optimizer state is none of NxD's; --weights-only leaves it out"
+                f"{self.folder}: its optimizer state is not NxD's; `weights_only=True` leaves it out"
             ) from None
 
     def _numbers(self, stage: int) -> dict[str, int]:
@@ -156,14 +156,14 @@ class Nxd(Grid):
             raise CheckpointError(
                 f"{self.folder}: its optimizer has {len(groups)} groups of "
                 f"{len(numbers)} parameters, not one, or one with decay and one without, of "
-                f"{len(names)}; --weights-only leaves it out"
+                f"{len(names)}; `weights_only=True` leaves it out"
             )
         for number, name in enumerate(ordered):
             shape = held.get("shape_info", {}).get(number, state[name].shape)
             if tuple(shape) != state[name].shape:
                 raise CheckpointError(
                     f"{self.folder}: state {number} of the optimizer is {list(shape)}, "
-                    f"{name} is {list(state[name].shape)}; --weights-only leaves it out"
+                    f"{name} is {list(state[name].shape)}; `weights_only=True` leaves it out"
                 )
         return {name: number for number, name in enumerate(ordered)}
 
@@ -178,8 +178,8 @@ class Nxd(Grid):
                 piece = entry(held, _states(held), number).get(kind)
             if not isinstance(piece, Stored) or not piece.shape:
                 raise CheckpointError(
-                    f"{self.folder}: the optimizer has no {kind} of {name}; --weights-only leaves "
-                    "it out"
+                    f"{self.folder}: the optimizer has no {kind} of {name}; "
+                    "`weights_only=True` leaves it out"
                 )
             found.append(piece)
         return found

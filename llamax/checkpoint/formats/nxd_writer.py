@@ -34,8 +34,6 @@ from llamax.model.llama import Llama
 from llamax.parallel.sharding import Replica, Shard, parts
 from llamax.runtime.errors import CheckpointError, ConfigError
 
-STYLES = ("stacked", "gqa", "gqa-fused", "separate")
-
 
 @dataclass(frozen=True)
 class Target:
@@ -53,32 +51,32 @@ class Target:
     def __post_init__(self) -> None:
         model, heads = self.model, self.model.num_key_value_heads * self.copies
         if min(self.tensor, self.pipeline, self.data, self.copies) < 1:
-            raise ConfigError("--tensor, --pipeline, --data and --kv-multiplier are 1 or more")
+            raise ConfigError("`tensor`, `pipeline`, `data` and `kv_multiplier` are 1 or more")
         for size, what in (
             (model.num_attention_heads, "num_attention_heads"),
-            (heads, f"num_key_value_heads x --kv-multiplier={self.copies}"),
+            (heads, f"num_key_value_heads x `kv_multiplier={self.copies}`"),
             (model.intermediate_size, "intermediate_size"),
             (model.vocab_size, "vocab_size"),
         ):
             if size % self.tensor:
                 raise ConfigError(
-                    f"--tensor={self.tensor} does not divide {what}={size}, which NxD needs"
+                    f"`tensor={self.tensor}` does not divide {what}={size}, which NxD needs"
                 )
         if model.num_attention_heads % heads:
             raise ConfigError(
-                f"--kv-multiplier={self.copies} makes {heads} key/value heads, which do not divide "
+                f"`kv_multiplier={self.copies}` makes {heads} key/value heads, which do not divide "
                 f"num_attention_heads={model.num_attention_heads}"
             )
         if model.num_hidden_layers % self.pipeline:
             raise ConfigError(
-                f"--pipeline={self.pipeline} does not divide num_hidden_layers="
+                f"`pipeline={self.pipeline}` does not divide num_hidden_layers="
                 f"{model.num_hidden_layers}"
             )
         if self.style == "stacked" and model.num_attention_heads != model.num_key_value_heads:
-            raise ConfigError("--qkv=stacked is for models with as many key/value heads; use gqa")
+            raise ConfigError("`qkv=stacked` is for models with as many key/value heads; use gqa")
         if self.copies > 1 and not self.style.startswith("gqa"):
             raise ConfigError(
-                f"--kv-multiplier={self.copies} (by default what --tensor needs) needs --qkv=gqa "
+                f"`kv_multiplier={self.copies}` (by default what `tensor` needs) needs `qkv=gqa` "
                 f"or gqa-fused, not {self.style}"
             )
 
@@ -139,7 +137,7 @@ class Writer:
         }
         if target.moments and not all({*MOMENTS} <= {*source.kinds(n)} for n in source.names()):
             raise CheckpointError(
-                f"{source.folder} holds no optimizer state of all weights; use --optimizer none"
+                f"{source.folder} holds no optimizer state of all weights; use `optimizer=none`"
             )
 
     def write(self, folder: Path) -> None:

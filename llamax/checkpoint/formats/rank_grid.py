@@ -146,7 +146,7 @@ class Grid(Foreign):
         return CheckpointError(
             f"{self.folder}: {name} of shape {', '.join(dict.fromkeys(shapes))} on "
             f"{self.tensor_degree} tensor ranks is no part of this model; give the configuration "
-            "of this very model with --config"
+            "of this very model with `config`"
         )
 
     def nothing_left(self) -> None:

@@ -60,7 +60,7 @@ def test_merged_equals_unmerged(
 ) -> None:
     """Also where a slab holds a few rows of a weight, and fewer than a row is a whole one."""
     monkeypatch.setattr("llamax.checkpoint.slabs.SLAB_BYTES", slab)
-    out = merge(folder / "base", folder / "adapter", tmp_path / "merged")
+    out = merge(folder / "adapter", tmp_path / "merged", base=folder / "base")
     expected = logits_of(load_tuned(folder / "adapter"))
     theirs = transformers.LlamaForCausalLM.from_pretrained(out)
     assert (logits_of(theirs) - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -72,7 +72,7 @@ def test_merged_equals_what_peft_merges(folder: Path, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft, the judge of merging, is not installed")
     base = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
     theirs = peft.PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
-    out = merge(folder / "base", folder / "adapter", tmp_path / "merged")
+    out = merge(folder / "adapter", tmp_path / "merged", base=folder / "base")
     source = open_source(out)
     for name, weight in theirs.state_dict().items():
         assert torch.allclose(source.read(name), weight, rtol=1e-6, atol=1e-6), name
@@ -82,8 +82,8 @@ def test_a_narrow_base_is_rounded_once(folder: Path, tmp_path: Path) -> None:
     narrow = tmp_path / "narrow"
     base = transformers.LlamaForCausalLM.from_pretrained(folder / "base")
     base.to(torch.bfloat16).save_pretrained(narrow)
-    merged = open_source(merge(narrow, folder / "adapter", tmp_path / "merged"))
-    wide = merge(narrow, folder / "adapter", tmp_path / "wide", torch.float32)
+    merged = open_source(merge(folder / "adapter", tmp_path / "merged", base=narrow))
+    wide = merge(folder / "adapter", tmp_path / "wide", base=narrow, dtype=torch.float32)
     exact = open_source(wide)
     for name in merged.names():
         assert merged.dtype(name) == torch.bfloat16
@@ -110,7 +110,7 @@ def test_merging_into_another_base_is_refused(folder: Path, tmp_path: Path) -> N
     model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
     model.save_pretrained(other)
     with pytest.raises(CheckpointError, match="is an adapter of another base"):
-        merge(other, folder / "adapter", tmp_path / "out")
+        merge(folder / "adapter", tmp_path / "out", base=other)
     assert not (tmp_path / "out").exists()
 
 
@@ -122,11 +122,11 @@ def test_merging_into_another_shape_is_refused_without_a_fingerprint(
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / BASE).unlink()
     with pytest.raises(CheckpointError, match=r"is \[128, 128\]; use the base it was trained on"):
-        merge(tmp_path / "thin", tmp_path / "adapter", tmp_path / "out")
+        merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "thin")
     config = transformers.LlamaConfig(**{**MODEL.to_hub("float32"), "num_hidden_layers": 1})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "short")
     with pytest.raises(CheckpointError, match="is missing; use the base it was trained on"):
-        merge(tmp_path / "short", tmp_path / "adapter", tmp_path / "out")
+        merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "short")
 
 
 def test_a_quantised_base_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -138,6 +138,6 @@ def test_a_quantised_base_is_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter" / BASE).unlink()
     line = "quantization_config is not supported; use the unquantized model"
     with pytest.raises(ConfigError, match=line):
-        merge(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+        merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
     with pytest.raises(ConfigError, match=line):
         load_tuned(tmp_path / "adapter", tmp_path / "base")

@@ -1,0 +1,70 @@
+"""What the commands share: option names in messages, FIELD=COLUMN, a progress bar in bytes."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llamax.runtime.errors import LlamaxError
+
+Main = Callable[[Sequence[str]], int]
+
+PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)(=[^`]*)?`")
+IRREGULAR = {"fields": "field", "validation_files": "validation-file", "test_files": "test-file"}
+
+
+def command(main: Main) -> Main:
+    """Decorate a command's ``main``: messages name its options.
+
+    The library names its parameters, in backticks: "choose another `out`".  A command says the
+    same of its options: "choose another --out".
+    """
+
+    @functools.wraps(main)
+    def named(argv: Sequence[str]) -> int:
+        try:
+            return main(argv)
+        except LlamaxError as error:
+            error.args = (with_options(str(error)),)
+            raise
+
+    return named
+
+
+def with_options(message: str) -> str:
+    """A message in which each `parameter` is the option of that name.
+
+    `max_new_tokens=8` becomes --max-new-tokens=8, `drop_empty=True` --drop-empty and
+    `verify=False` --no-verify.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match[1], match[2] or ""
+        name = IRREGULAR.get(name, name.replace("_", "-"))
+        if value == "=False":
+            return f"--no-{name}"
+        return f"--{name}{'' if value == '=True' else value}"
+
+    return PARAMETER.sub(option, message)
+
+
+def column(text: str) -> tuple[str, str]:
+    """FIELD=COLUMN as a pair; the type of an option, so it raises what argparse reports."""
+    from llamax.data.prepare.instruction_rows import FIELDS
+
+    field, equals, name = text.partition("=")
+    if field not in FIELDS or not equals or not name:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not FIELD=COLUMN with a field of {', '.join(FIELDS)}"
+        )
+    return field, name
+
+
+def byte_bar(name: str, total: int | None = None) -> Any:
+    """A progress bar that counts bytes; on a terminal only, and gone at the end."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=None, leave=False)

@@ -1,0 +1,24 @@
+"""Names that options of several programs accept: one list each, readable without torch."""
+
+from __future__ import annotations
+
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
+"""Types in which a Hugging Face folder can be written."""
+
+MODEL_DTYPES = ("float32", "bfloat16")
+"""Types in which a model computes."""
+
+EAGER_BACKENDS = ("cpu", "cuda", "neuron")
+"""Backends that run each operation at once, and so read values as they go."""
+
+FOREIGN_FORMATS = ("nxd", "optimum", "nemo", "meta")
+"""Checkpoint formats of other trainers that ``llamax import`` reads."""
+
+EXPORT_FORMATS = ("hf", "nxd", "meta")
+"""Formats that ``llamax export`` writes."""
+
+NXD_ATTENTION = ("stacked", "gqa", "gqa-fused", "separate")
+"""Layouts of the attention weights in NxD's checkpoints."""
+
+NXD_OPTIMIZERS = ("auto", "none", "zero1", "zero1-masters")
+"""What ``llamax export --to nxd`` writes of the optimizer state."""
