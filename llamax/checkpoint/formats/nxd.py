@@ -139,7 +139,7 @@ class Nxd(Grid):
             self.step = int(step.load().item() if isinstance(step, Stored) else step)
         except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
             raise CheckpointError(
-                f"{self.folder}: its optimizer state is not NxD's; `weights_only=True` leaves it out"
+                f"{self.folder}: its optimizer state is not NxD's; use `weights_only=True`"
             ) from None
 
     def _numbers(self, stage: int) -> dict[str, int]:

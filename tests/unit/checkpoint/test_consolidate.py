@@ -57,7 +57,7 @@ def test_dtypes_and_file_sizes(tmp_path: Path) -> None:
     model = worlds.llama()
     saved(tmp_path, model, torch.bfloat16)
     values = worlds.wholes(model, torch.bfloat16)
-    wide = HubFolder(consolidate(tmp_path, tmp_path / "wide", torch.float32, 5000))
+    wide = HubFolder(consolidate(tmp_path, tmp_path / "wide", dtype=torch.float32, max_shard_size=5000))
     assert wide.model["dtype"] == "float32"
     for name in wide.names():
         assert torch.equal(wide.read(name), values[name, "master"])
@@ -68,7 +68,7 @@ def test_dtypes_and_file_sizes(tmp_path: Path) -> None:
         tensors = load_file(path)
         assert sum(t.nbytes for t in tensors.values()) <= 5000 or len(tensors) == 1
         assert {index["weight_map"][name] for name in tensors} == {path.name}
-    half = HubFolder(consolidate(tmp_path, tmp_path / "half", torch.float16))
+    half = HubFolder(consolidate(tmp_path, tmp_path / "half", dtype=torch.float16))
     assert torch.equal(
         half.read("model.norm.weight"), values["model.norm.weight", "weight"].to(torch.float16)
     )
@@ -90,8 +90,8 @@ def test_processes_write_the_same_bytes(tmp_path: Path) -> None:
     saved(tmp_path, worlds.llama(), torch.bfloat16)
     done: list[int] = []
     for folder, processes in (("one", 1), ("three", 3)):
-        options = {"max_shard_bytes": 5000, "progress": done.append, "processes": processes}
-        consolidate(tmp_path, tmp_path / folder, torch.float32, **options)
+        options = {"max_shard_size": 5000, "progress": done.append, "processes": processes}
+        consolidate(tmp_path, tmp_path / folder, dtype=torch.float32, **options)
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert len(files) > 5
     for name in files:
@@ -103,7 +103,7 @@ def test_processes_write_the_same_bytes(tmp_path: Path) -> None:
 def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, worlds.llama())
     monkeypatch.setattr(hf_writer, "fill", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(CheckpointError, match="was killed; is there memory for --processes 2"):
+    with pytest.raises(CheckpointError, match="was killed; is there memory for `processes=2`"):
         consolidate(tmp_path, tmp_path / "hub", processes=2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 

@@ -24,7 +24,7 @@ from llamax.runtime.errors import CheckpointError, ConfigError
 def test_shard_is_the_reverse_of_consolidate(tmp_path: Path, tensor: int) -> None:
     model = worlds.llama(kv=2)
     saved(tmp_path, model, torch.bfloat16, 2)
-    hub = consolidate(tmp_path, tmp_path / "hub", max_shard_bytes=4000)
+    hub = consolidate(tmp_path, tmp_path / "hub", max_shard_size=4000)
     again = Checkpoint(shard(hub, tmp_path / "again", tensor))
     again.verify()
     assert again.manifest.mesh["tensor"] == tensor
@@ -93,7 +93,7 @@ def test_a_source_of_either_kind(tmp_path: Path) -> None:
 def test_a_degree_that_does_not_cut_the_model(tmp_path: Path) -> None:
     saved(tmp_path, worlds.llama())
     hub = consolidate(tmp_path, tmp_path / "hub")
-    with pytest.raises(ConfigError, match=r"^--tensor=3 does not cut .* parts; use 1( or \d)+$"):
+    with pytest.raises(ConfigError, match=r"^`tensor=3` does not cut .* parts; use 1( or \d)+$"):
         shard(hub, tmp_path / "out", 3)
     with pytest.raises(ConfigError, match="--tensor=0 is below 1"):
         shard_main([str(hub), "--out", str(tmp_path / "out"), "--tensor", "0"])

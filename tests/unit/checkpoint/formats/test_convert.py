@@ -43,8 +43,8 @@ def test_export_hf_is_consolidate(tmp_path: Path) -> None:
             "=2 .by default .* needs --qkv=gqa",
         ),
         (["--to", "nxd", "--optimizer", "zero1"], "holds no optimizer state of all weights"),
-        (["--to", "hf", "--tensor", "2"], "--tensor has no meaning for --to hf"),
-        (["--to", "meta", "--kv-multiplier", "2"], "--kv-multiplier has no meaning for --to meta"),
+        (["--to", "hf", "--tensor", "2"], "--tensor has no meaning for --to=hf"),
+        (["--to", "meta", "--kv-multiplier", "2"], "--kv-multiplier has no meaning for --to=meta"),
         (["--to", "meta", "--tensor", "4"], "--tensor=4 does not divide num_key_value_heads=2"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
@@ -98,7 +98,7 @@ def test_folders_of_no_known_kind(tmp_path: Path) -> None:
         import_main([str(tmp_path / "nowhere"), *out])
     with pytest.raises(CheckpointError, match="there is no folder"):
         import_main([str(tmp_path / "nowhere"), "--from", "meta", *out])
-    with pytest.raises(CheckpointError, match="is no checkpoint of nxd, optimum, nemo, meta"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint of nxd, optimum, nemo, meta"):
         import_main([str(tmp_path), *out])
     with pytest.raises(CheckpointError, match="has 0 files"):
         import_main([str(tmp_path), "--from", "nemo", *out])

@@ -250,7 +250,7 @@ def damaged_nxd(tmp_path: Path, kind: str) -> tuple[Path, str]:
         ("tensor", "rank 1 of stage 0 has no model.layers.1.mlp.down_proj.weight"),
         ("shape", "is no part of this model"),
         ("dtype", "is torch.float32 on some rank and torch.bfloat16 on the first"),
-        ("step", "its optimizer state is none of NxD's"),
+        ("step", "its optimizer state is not NxD's"),
         ("extra", "has model.vision.weight, which llamax does not know"),
         ("moment", "the optimizer has no exp_avg of"),
         ("groups", "2 groups of 18 parameters, not one, or .* of 19"),
