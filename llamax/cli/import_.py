@@ -40,19 +40,20 @@ def main(argv: Sequence[str]) -> int:
     """Write the folder or checkpoint."""
     options = parser().parse_args(argv)
 
-    from llamax.checkpoint.formats.convert import open_folder, total_bytes, write_imported
+    from llamax.checkpoint.formats.convert import import_checkpoint
 
     began = time.perf_counter()
-    source = open_folder(
-        options.folder, options.format, options.config, optimizer=not options.weights_only
-    )
-    with byte_bar("import", total_bytes(source, options.to)) as bar:
-        made = write_imported(
-            source,
+    with byte_bar("import") as bar:
+        made = import_checkpoint(
+            options.folder,
             options.out,
+            format=options.format,
             to=options.to,
+            config=options.config,
+            weights_only=options.weights_only,
             consumed_sequences=options.consumed_sequences,
             max_shard_size=options.max_shard_size,
+            started=bar.reset,
             progress=bar.update,
         )
     print(

@@ -47,7 +47,10 @@ def test_a_run_that_came_back_from_nxd_goes_on_alike(
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for argv, told in (
-        (["import", str(tmp_path), "--out", "x"], "is not a checkpoint of nxd, optimum, nemo, meta"),
+        (
+            ["import", str(tmp_path), "--out", "x"],
+            "is not a checkpoint of nxd, optimum, nemo, meta",
+        ),
         (["import", str(tmp_path), "--out", "x", "--consumed-sequences", "-1"], "is below 0"),
         (["export", str(tmp_path), "--to", "nxd", "--out", "x"], "holds no model"),
     ):

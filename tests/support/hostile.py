@@ -17,7 +17,8 @@ import support.foreign as foreign
 GUARD = """
 import os, sys
 allowed, secret = os.path.realpath(sys.argv[1]), os.path.realpath(sys.argv[2])
-from llamax.checkpoint.formats import torch_zip, meta, nemo, nxd, optimum
+import tqdm
+from llamax.checkpoint.formats import convert, torch_zip, meta, nemo, nxd, optimum
 from llamax.cli import export, import_
 from llamax.checkpoint.hf_folder import HubFolder
 from llamax.config.model import ModelConfig

@@ -50,7 +50,7 @@ assert tuple(FORMATS) == FOREIGN_FORMATS
 
 @dataclass(frozen=True)
 class Imported:
-    """What ``write_imported`` wrote: kinds are weight and, perhaps, optimizer states."""
+    """What ``import_checkpoint`` wrote; ``kinds`` are "weight" and the optimizer's states."""
 
     folder: Path
     step: int
@@ -69,6 +69,7 @@ def import_checkpoint(
     weights_only: bool = False,
     consumed_sequences: int = 0,
     max_shard_size: int | str = hf_writer.FILE_BYTES,
+    started: Progress = silent,
     progress: Progress = silent,
 ) -> Imported:
     """Convert another trainer's checkpoint.
@@ -84,6 +85,7 @@ def import_checkpoint(
         consumed_sequences: Samples that the training had seen; only for "llamax".
         max_shard_size: Largest size of a weights file: bytes, or text such as "5GB"; only for
             "hub".
+        started: Called once, with the bytes to write in all.
         progress: Called with the bytes written.
 
     Raises:
@@ -91,50 +93,20 @@ def import_checkpoint(
         CheckpointError: If the checkpoint is damaged, is of no known format or does not match
             ``config``, ``out`` exists or the disk is full.
     """
-    source = open_folder(folder, format, config, not weights_only)
-    return write_imported(
-        source,
-        out,
-        to=to,
-        consumed_sequences=consumed_sequences,
-        max_shard_size=max_shard_size,
-        progress=progress,
-    )
-
-
-def write_imported(
-    source: Foreign,
-    out: Path | str,
-    *,
-    to: Literal["hub", "llamax"] = "hub",
-    consumed_sequences: int = 0,
-    max_shard_size: int | str = hf_writer.FILE_BYTES,
-    progress: Progress = silent,
-) -> Imported:
-    """Write an opened checkpoint of another trainer as ``out``; see ``import_checkpoint``."""
     if consumed_sequences < 0:
         raise ConfigError(f"`consumed_sequences={consumed_sequences}` is below 0")
-    shard_bytes = size(max_shard_size)
-    if to == "hub":
-        to_hub(source, Path(out), shard_bytes, progress)
-    elif to == "llamax":
-        to_llamax(source, Path(out), consumed_sequences, progress)
-    else:
+    if to not in ("hub", "llamax"):
         raise ConfigError(f"`to={to}` is not known; use hub or llamax")
-    kinds = kinds_of(source, to)
-    return Imported(Path(out), source.step, len(source.shapes), kinds, total_bytes(source, to))
-
-
-def kinds_of(source: Foreign, to: str) -> tuple[str, ...]:
-    """The kinds of tensors that are written: of a Hugging Face folder the weights alone."""
-    return tuple(source.kinds) if to == "llamax" else ("weight",)
-
-
-def total_bytes(source: Foreign, to: str) -> int:
-    """The size of all that is written, in bytes."""
-    return sum(
-        size_bytes(source, name, kind) for name in source.shapes for kind in kinds_of(source, to)
-    )
+    shard_bytes, out = size(max_shard_size), Path(out)
+    source = open_folder(folder, format, config, not weights_only)
+    kinds = tuple(source.kinds) if to == "llamax" else ("weight",)
+    total = sum(size_bytes(source, name, kind) for name in source.shapes for kind in kinds)
+    started(total)
+    if to == "hub":
+        to_hub(source, out, shard_bytes, progress)
+    else:
+        to_llamax(source, out, consumed_sequences, progress)
+    return Imported(out, source.step, len(source.shapes), kinds, total)
 
 
 class Lazy:

@@ -57,7 +57,9 @@ def test_dtypes_and_file_sizes(tmp_path: Path) -> None:
     model = worlds.llama()
     saved(tmp_path, model, torch.bfloat16)
     values = worlds.wholes(model, torch.bfloat16)
-    wide = HubFolder(consolidate(tmp_path, tmp_path / "wide", dtype=torch.float32, max_shard_size=5000))
+    wide = HubFolder(
+        consolidate(tmp_path, tmp_path / "wide", dtype=torch.float32, max_shard_size=5000)
+    )
     assert wide.model["dtype"] == "float32"
     for name in wide.names():
         assert torch.equal(wide.read(name), values[name, "master"])
