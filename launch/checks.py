@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 
 from llamax.launch.environment import RESERVED
-from llamax.launch.instances import LOCAL
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.errors import ConfigError
 
@@ -51,13 +50,13 @@ def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
 
 def _job(job: JobFile) -> Iterator[str]:
     try:
-        cores, unit = job.hardware.cores, job.hardware.unit
+        cores, unit = job.machine.ranks, job.machine.unit
     except ConfigError as error:
         yield str(error)
         return
-    if job.instance == LOCAL and not job.ranks_per_node:
+    if job.local and not job.ranks_per_node:
         yield "ranks_per_node=0: instance=local does not say how many ranks; use 1 or more"
-    elif job.instance != LOCAL and job.ranks_per_node > cores:
+    elif not job.local and job.ranks_per_node > cores:
         yield (
             f"ranks_per_node={job.ranks_per_node} but {job.instance} has {cores} {unit}; "
             f"use {cores} or less, or more nodes"
@@ -78,7 +77,7 @@ def _run(job: JobFile) -> Iterator[str]:
             head = f"{head.rpartition(':')[0]}: {several[0]}; and {len(several) - 1} more"
         yield f"{where}: {head}"
         return
-    machine = job.hardware
+    machine = job.machine
     if machine.devices and config.run.backend not in machine.backends:
         yield (
             f"run.backend={config.run.backend} on {job.instance} leaves its {machine.unit} idle; "
@@ -101,7 +100,7 @@ def _shared(job: JobFile) -> Iterator[str]:
     except ConfigError:
         return  # told above
     for key, value in (("data.path", config.data.path), ("run.folder", config.run.folder)):
-        if job.instance != LOCAL and not _inside(os.path.join(folder, value), mount):
+        if not job.local and not _inside(os.path.join(folder, value), mount):
             yield (
                 f"{key}={value} is not below storage.mount={mount}: each node would have its own; "
                 f"use overrides {key}={mount.rstrip('/')}/{os.path.basename(value)}"
@@ -186,13 +185,13 @@ def _sagemaker(job: JobFile) -> Iterator[str]:
     if not job.sagemaker.data:
         yield "sagemaker.data is empty; name the s3:// or file:// folder of the dataset"
     if job.sagemaker.local:
-        if job.instance != LOCAL or job.nodes > 1:
+        if not job.local or job.nodes > 1:
             yield (
                 f"sagemaker.local=true runs on this machine's CPU, not on {job.nodes} x "
                 f"{job.instance}; try with instance=local and a small recipe, or use "
                 "sagemaker.local=false"
             )
-    elif job.instance == LOCAL:
+    elif job.local:
         yield "instance=local but sagemaker.local=false; use an instance such as trn1.32xlarge"
     elif not job.sagemaker.output.startswith("s3://"):
         yield f"sagemaker.output={job.sagemaker.output!r} is no s3:// folder; checkpoints go there"

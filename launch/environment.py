@@ -46,7 +46,7 @@ def variables(job: JobFile, container: bool = False) -> list[Variable]:
 
 
 def _table(job: JobFile, container: bool) -> Iterator[Variable]:
-    machine = job.hardware
+    machine = job.machine
     yield Variable("PYTHONUNBUFFERED", "1", "log lines appear when they are written")
     yield Variable("OMP_NUM_THREADS", "1", "the host only feeds devices; torchrun's own default")
     yield Variable(

@@ -24,7 +24,7 @@ PACKAGES = "openmpi-bin openssh-client openssh-server procps"
 def dockerfile(job: JobFile) -> str:
     """The Dockerfile, to be built in llamax's folder."""
     return f"""# {job.name}: docker build --tag {quote(job.image)} --file - . <Dockerfile
-FROM {job.base_image or BASE_IMAGES.get(job.hardware.backend, NEURON)}
+FROM {job.base_image or BASE_IMAGES.get(job.machine.backend, NEURON)}
 
 # what the MPI operator needs of an image; a base that has its own mpirun keeps it
 RUN command -v mpirun >/dev/null && packages="openssh-client openssh-server procps" \\

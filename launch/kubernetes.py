@@ -86,7 +86,7 @@ def _metadata(job: JobFile, phase: str) -> dict[str, Any]:
 
 def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
     launch = mpirun.render(job, phase, container=True)
-    machine = job.hardware
+    machine = job.machine
     counts = {machine.resource: machine.devices, "vpc.amazonaws.com/efa": machine.efa}
     devices = {resource: str(count) for resource, count in counts.items() if count}
     node = {"node.kubernetes.io/instance-type": job.instance} if machine.devices else {}
@@ -225,7 +225,7 @@ def action(job: JobFile, phase: str, what: str) -> str:
             "status": f"{kubectl} get {kind}/{me}\n{kubectl} get pods {pods} --output wide\n",
             "logs": f"exec {kubectl} logs --follow --tail 100 {source}\n",
             "utilization": f"exec {kubectl} exec --stdin --tty {me}-worker-0 -- "
-            f"{job.hardware.monitor}\n",
+            f"{job.machine.monitor}\n",
             "clean": f"{kubectl} delete --ignore-not-found "
             + " ".join(
                 f"{kind}/{quote(name(job, each))}"

@@ -46,7 +46,7 @@ def program(job: JobFile, phase: str) -> list[str]:
 
 def compiler(job: JobFile, phase: str) -> str:
     """What stands before torchrun: the tool that compiles what a run of it traces."""
-    return "neuron_parallel_compile " if phase == "precompile" and job.hardware.neuron else ""
+    return "neuron_parallel_compile " if phase == "precompile" and job.machine.neuron else ""
 
 
 def torchrun(job: JobFile) -> list[str]:
@@ -82,7 +82,7 @@ def title(job: JobFile, phase: str, launcher: str) -> str:
     """One line about a script."""
     if phase == "prepare":
         return f"tokenize with {job.prepare.workers} processes"
-    first = "compile every graph of the run" if job.hardware.neuron else "rehearse two steps"
+    first = "compile every graph of the run" if job.machine.neuron else "rehearse two steps"
     what = first if phase == "precompile" else "train"
     return f"{what} on {job.nodes} x {job.instance}, {job.nodes * job.ranks} ranks, {launcher}"
 
@@ -137,7 +137,7 @@ fi
             "stop": process + stop,
             "status": process + 'ps -ww -o pid,etime,args -p "$(<"$pid")"\n',
             "logs": run + newest,
-            "utilization": f"exec {job.hardware.monitor}\n",
+            "utilization": f"exec {job.machine.monitor}\n",
             "clean": f'{run}rm -rf -- "$run/logs/{phase}" "$run/logs/{phase}-$(uname -n).pid"\n',
         }[what]
     )

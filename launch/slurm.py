@@ -76,7 +76,7 @@ def render(job: JobFile, phase: str) -> str:
         "time": job.slurm.time_limit,
     }
     lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value]
-    lines += ["#SBATCH --exclusive"] if job.hardware.devices else []
+    lines += ["#SBATCH --exclusive"] if job.machine.devices else []
     if phase == "prepare":
         text = head(job, title(job, phase, "Slurm"), [*lines, "#SBATCH --requeue"])
         return text + prepare(job, "exec srun")
@@ -93,7 +93,7 @@ def action(job: JobFile, phase: str, what: str) -> str:
     """Stop, status, logs, utilization or clean."""
     named = f"--name={quote(name(job, phase))}"
     pattern = quote(f"./{name(job, phase)}-[0-9]+\\.log")
-    monitor = job.hardware.monitor
+    monitor = job.machine.monitor
     return (
         f"{SHEBANG}\nset -euo pipefail\ncd -- {quote(job.folder)}\n"
         + {

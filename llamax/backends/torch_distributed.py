@@ -29,6 +29,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from llamax.backends import cpu
 from llamax.config.constants import STAGED_BYTES
+from llamax.config.hardware import gpu_peak_flops
 from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
 from llamax.parallel.mesh import Groups, Mesh
 from llamax.parallel.rendezvous import Rendezvous
@@ -36,9 +37,6 @@ from llamax.runtime.errors import BackendError, LostRank
 
 NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # of host and of device
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-
-# Dense bf16 peaks in FLOP/s, from NVIDIA's data sheets.
-CUDA_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A10G": 70e12}
 
 
 class TorchAxis:
@@ -279,8 +277,8 @@ class Cuda(_TorchBackend):
         return torch.cuda.max_memory_allocated(self.device)
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
-        device = torch.cuda.get_device_name(self.device)
-        return next((peak for name, peak in CUDA_PEAK_FLOPS.items() if name in device), None)
+        name = torch.cuda.get_device_name(self.device)
+        return gpu_peak_flops(name, str(dtype).removeprefix("torch."))
 
 
 class Neuron(_TorchBackend):

@@ -31,13 +31,11 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
 from llamax.backends import nxd, xla_install
+from llamax.config.hardware import default_machine, load_machine
 from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
 from llamax.parallel.mesh import Groups, Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
-
-# FLOP/s of one NeuronCore-v2 (trn1), from AWS's architecture pages.
-PEAK_FLOPS = {torch.bfloat16: 92e12, torch.float32: 23e12}
 
 
 class XlaAxis:
@@ -218,7 +216,11 @@ class Xla:
         return int(info.get("peak_bytes_used", info["bytes_used"]))
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
-        return PEAK_FLOPS.get(dtype) if self.neuron else None
+        if not self.neuron:
+            return None
+        return load_machine(default_machine(self.name)).peak_flops(
+            str(dtype).removeprefix("torch.")
+        )
 
     def compilations(self) -> int:
         """Programs compiled in this process so far."""

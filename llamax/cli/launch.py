@@ -19,12 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from llamax.config.load import nearest
 from llamax.launch import jobfile
 from llamax.launch.checks import problems
 from llamax.launch.jobfile import JobFile
 from llamax.launch.render import ACTIONS, PHASES, action, render, starter
-from llamax.runtime.errors import BackendError, ConfigError, refuse
+from llamax.runtime.errors import BackendError, ConfigError, did_you_mean, refuse
 
 EPILOG = "Keys of a job file, a [section] for what is before the dot:\n\n"
 
@@ -71,7 +70,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 def _known(option: str, value: str, values: Sequence[str] | dict[str, tuple[str, ...]]) -> None:
     if value not in values:
-        raise ConfigError(f"{option} {value}: unknown here{nearest(value, values)}")
+        raise ConfigError(f"{option} {value}: unknown here{did_you_mean(value, values)}")
 
 
 def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: int | None) -> int:

@@ -23,7 +23,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from llamax.config.hardware import THIS, load_machine, machine_names
+from llamax.config.hardware import default_machine, load_machine, machine_names
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import ConfigError
@@ -32,7 +32,6 @@ from llamax.tools.plan import plan, search
 from llamax.tools.plan.report import as_json, show, show_search
 
 DOES_NOT_FIT = 6
-INSTANCES = {"xla": "trn1.32xlarge", "neuron": "trn2.48xlarge", "cuda": "p5.48xlarge"}
 
 
 def read(name: str, overrides: Sequence[str], world: int | None) -> Config:
@@ -80,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
     if dollars is not None and not 0 <= dollars < math.inf:
         raise ConfigError(f"--dollars-per-hour={dollars:g} is out of range; use 0 or more")
     backend = read(options.config, overrides, None).run.backend
-    machine = load_machine(options.instance or INSTANCES.get(backend, THIS))
+    machine = load_machine(options.instance or default_machine(backend))
     if options.ranks:
         machine = machine.with_ranks(options.ranks)
     if dollars is not None:

@@ -1,85 +1,128 @@
-"""A machine as the planner sees it: what a rank computes, holds and sends in a second.
+"""The table of machines: what a node computes, holds, sends and costs.
 
-``machines.toml`` names the known ones with their sources; a user's own TOML file has one table of
-the same form.  ``cpu`` is this machine, measured when asked for: a matrix product and a copy.
+``hardware.toml`` lists the known machines with their sources; backends, planner, launcher, doctor
+and run metadata read it here.  A user's TOML file describes one machine in the same form.  ``cpu``
+is this machine, measured when it is asked for with a matrix product and a copy.
 """
 
 from __future__ import annotations
 
-import math
 import os
-import sys
 import time
-from dataclasses import MISSING, dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from llamax.config.load import nearest
-from llamax.config.rules import either
-from llamax.runtime.errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # type: ignore[import-not-found, unused-ignore]
+from llamax.config.toml import Problems, build, read_toml
+from llamax.config.types import Count, Efficiency, Natural, NonNegative, Positive
+from llamax.runtime.errors import ConfigError, did_you_mean, refuse
 
 KNOWN = Path(__file__).with_name("hardware.toml")
 THIS = "cpu"
+UNSHARED = ("description", "also", "gpu_names", "like")  # what a machine does not take from another
 GIB = 2**30
 CGROUP_LIMITS = (  # of version 2, and of version 1
     "sys/fs/cgroup/memory.max",
     "sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
-BACKENDS = ("cpu", "cuda", "xla", "neuron")
-KINDS: dict[str, Any] = {"str": str, "bool": bool, "int": int}
-WORDS = {
-    "str": "a string",
-    "bool": "true or false",
-    "int": "a whole number of 0 or more",
-    "float": "a number of 0 or more",
-}
+
+BackendName = Literal["cpu", "cuda", "xla", "neuron"]
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One node; the units are in the names, the meanings at the top of ``machines.toml``."""
+    """One node; the quantities of computing, memory and links are those of one rank."""
 
     name: str
-    backend: str
-    ranks: int
-    memory_gib: float
-    bfloat16_tflops: float
-    float32_tflops: float
-    memory_gbps: float
-    link_gbps: float
-    dollars_per_hour: float
-    about: str = ""
-    reserve_gib: float = 0.0
+    """Name of the machine, on AWS its instance type."""
+    backend: BackendName
+    """Value of run.backend there."""
+    ranks: Count
+    """NeuronCores (logical ones on trn2), GPUs or processes of a node [ranks]."""
+    memory_gib: Positive
+    """Device memory of a rank [GiB]."""
+    bfloat16_tflops: Positive
+    """Dense matrix peak of a rank in bfloat16, as the vendor states it [TFLOP/s]."""
+    float32_tflops: Positive
+    """Dense matrix peak of a rank in float32, without TF32 [TFLOP/s]."""
+    memory_gbps: Positive
+    """Device memory bandwidth of a rank [1e9 bytes/s]."""
+    link_gbps: NonNegative
+    """What a rank sends to the others of its node, one way; 0: a node of one rank [1e9 bytes/s]."""
+    dollars_per_hour: NonNegative
+    """Price of a node on demand [$/h]."""
+    description: str = ""
+    """The machine in words, with the source of its figures."""
+    also: tuple[str, ...] = ()
+    """Other names of the machine."""
+    gpu_names: tuple[str, ...] = ()
+    """GPUs with these peaks, as torch.cuda.get_device_name calls them, without NVIDIA."""
+    reserve_gib: NonNegative = 0.0
+    """Device memory of a rank kept for the runtime, programs and fragments [GiB]."""
     bfloat16_products: bool = True
-    link_latency_us: float = 0.0
-    network_gbps: float = 0.0
-    network_latency_us: float = 0.0
-    matmul_efficiency: float = 1.0
-    attention_efficiency: float = 1.0
-    memory_efficiency: float = 1.0
-    link_efficiency: float = 1.0
-    network_efficiency: float = 1.0
-    devices: int = 0
-    efa: int = 0
-    host_memory_gib: float = 0.0
+    """Multiplies in bfloat16; otherwise llamax multiplies in float32."""
+    link_latency_us: NonNegative = 0.0
+    """Time of one step of a ring in a node [us]."""
+    network_gbps: NonNegative = 0.0
+    """What a node sends to the network, one way [1e9 bytes/s]."""
+    network_latency_us: NonNegative = 0.0
+    """Time of one step of a ring between nodes [us]."""
+    matmul_efficiency: Efficiency = 1.0
+    """Share of the peak that matrix products reach."""
+    attention_efficiency: Efficiency = 1.0
+    """Share of the peak that attention reaches."""
+    memory_efficiency: Efficiency = 1.0
+    """Share of the memory bandwidth that training reaches."""
+    link_efficiency: Efficiency = 1.0
+    """Share of the links that collectives reach."""
+    network_efficiency: Efficiency = 1.0
+    """Share of the network that collectives reach."""
+    devices: Natural = 0
+    """Chips of Trainium or GPUs of a node, as Kubernetes counts them [devices]."""
+    efa: Natural = 0
+    """EFA adapters of a node [adapters]."""
+    host_memory_gib: NonNegative = 0.0
+    """Memory of the host [GiB]."""
 
     def peak_flops(self, dtype: str) -> float:
-        """FLOP/s of a rank's dense matrix products in ``dtype``."""
-        return 1e12 * (self.bfloat16_tflops if dtype == "bfloat16" else self.float32_tflops)
+        """FLOP/s of a rank's dense matrix products in ``dtype``, bfloat16 or float32."""
+        return 1e12 * {"bfloat16": self.bfloat16_tflops, "float32": self.float32_tflops}[dtype]
 
     def memory_bytes(self) -> float:
-        """Bytes of device memory that a rank may fill."""
+        """Bytes of device memory of a rank."""
         return self.memory_gib * GIB
+
+    @property
+    def neuron(self) -> bool:
+        """Whether its devices are Trainium chips."""
+        return self.backend in ("xla", "neuron")
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Values of run.backend that use the devices."""
+        return ("xla", "neuron") if self.neuron else (self.backend,)
+
+    @property
+    def unit(self) -> str:
+        """What a rank runs on, in the plural."""
+        return {"cuda": "GPUs", "cpu": "cores"}.get(self.backend, "NeuronCores")
+
+    @property
+    def resource(self) -> str:
+        """The name of the devices in Kubernetes."""
+        return "aws.amazon.com/neuron" if self.neuron else "nvidia.com/gpu"
+
+    @property
+    def monitor(self) -> str:
+        """The program that shows how busy the devices are."""
+        return {"cuda": "nvidia-smi dmon", "cpu": "top"}.get(self.backend, "neuron-top")
 
     def with_ranks(self, ranks: int) -> Machine:
         """The same node with ``ranks`` of its devices in use, or with its cores cut into so many.
 
-        Raises ConfigError where there are fewer devices.
+        Raises ConfigError if there are fewer devices.
         """
         if self.backend != "cpu":
             if ranks > self.ranks:
@@ -100,40 +143,81 @@ class Machine:
         )
 
 
-def load_machine(name_or_path: str) -> Machine:
-    """The machine of a name in ``machines.toml``, of a user's TOML file, or this one (``cpu``).
+# The machine that a job is started on: no device, as many ranks as the job says.
+LOCAL = Machine("local", "cpu", 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
-    Raises ConfigError where there is none, or a file does not describe one.
+
+def load_machine(name_or_path: str) -> Machine:
+    """The machine of a name in ``hardware.toml``, of a user's TOML file, or this one (``cpu``).
+
+    Names are compared without case.  Raises ConfigError if there is no such machine, and one that
+    lists every problem if a file does not describe a machine.
     """
-    if name_or_path == THIS:
+    if name_or_path.lower() == THIS:
         return measure_machine()
     path = Path(name_or_path)
     if path.suffix == ".toml":
         return _one(path)
-    machines = _read(KNOWN)
-    also = {alias: name for name, table in machines.items() for alias in table.get("also", ())}
-    name = also.get(name_or_path, name_or_path)
-    if name not in machines:
-        spellings = [THIS, *machines, *also]
+    machine = find_machine(name_or_path)
+    if machine is None:
+        spellings = [THIS, *_by_name()]
         raise ConfigError(
             f"--instance {name_or_path} is neither a TOML file nor a machine that is known"
-            f"{nearest(name_or_path, spellings)}"
+            f"{did_you_mean(name_or_path, spellings)}"
         )
-    return _machine(name, machines[name], KNOWN)
+    return machine
 
 
+def find_machine(name: str) -> Machine | None:
+    """The known machine of a name, in any case; None if there is none."""
+    return _by_name().get(name.lower())
+
+
+def gpu_peak_flops(name: str, dtype: str) -> float | None:
+    """FLOP/s of dense matrix products in ``dtype`` of a GPU; None if the GPU is not known.
+
+    ``name`` is what torch.cuda.get_device_name returns.  Only whole names are compared: variants of
+    a GPU, and parts of one, have other peaks.
+    """
+    name = name.lower().removeprefix("nvidia ")
+    for machine in known_machines().values():
+        if name in map(str.lower, machine.gpu_names):
+            return machine.peak_flops(dtype)
+    return None
+
+
+@cache
 def known_machines() -> dict[str, Machine]:
-    """The machines of ``machines.toml`` by name."""
-    return {name: _machine(name, table, KNOWN) for name, table in _read(KNOWN).items()}
+    """The machines of ``hardware.toml`` by name."""
+    return {name: _machine(name, table, KNOWN) for name, table in _known_tables().items()}
 
 
 def machine_names() -> list[str]:
-    """The machines that have a name."""
-    return [THIS, *_read(KNOWN)]
+    """The names of machines that ``load_machine`` takes, without their other names."""
+    return [THIS, *_known_tables()]
+
+
+def default_machine(backend: str) -> str:
+    """The name of the machine that a run on ``backend`` is planned for: the first in the table."""
+    matching = (name for name, machine in known_machines().items() if machine.backend == backend)
+    return next(matching, THIS)
+
+
+def _by_name() -> dict[str, Machine]:
+    """The known machines by every name that they have."""
+    machines = known_machines().items()
+    also = {other: machine for _, machine in machines for other in machine.also}
+    return {**dict(machines), **also}
+
+
+@cache
+def _known_tables() -> dict[str, dict[str, Any]]:
+    return _tables(KNOWN)
 
 
 def _one(path: Path) -> Machine:
-    tables = _read(path)
+    """The machine of a user's file."""
+    tables = _tables(path)
     if len(tables) != 1:
         raise ConfigError(
             f"{path}: has {len(tables)} tables; a machine is one, such as [my-node] with ranks = 8"
@@ -142,11 +226,8 @@ def _one(path: Path) -> Machine:
     return _machine(name, table, path)
 
 
-def _read(path: Path) -> dict[str, dict[str, Any]]:
-    try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+def _tables(path: Path) -> dict[str, dict[str, Any]]:
+    tables = read_toml(path)
     for name, table in tables.items():
         if not isinstance(table, dict):
             raise ConfigError(f"{path}: {name} stands outside a table; begin with [my-node]")
@@ -154,28 +235,33 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _machine(name: str, table: dict[str, Any], path: Path) -> Machine:
-    allowed = {each.name: each for each in fields(Machine) if each.name != "name"}
-    values = {key: value for key, value in table.items() if key != "also"}
-    for key, value in values.items():
-        if key not in allowed:
-            raise ConfigError(f"{path}: {name}.{key} is an unknown key{nearest(key, allowed)}")
-        wanted = str(allowed[key].type)
-        kind = KINDS.get(wanted, (int, float))
-        right = isinstance(value, kind) and isinstance(value, bool) == (wanted == "bool")
-        if not right or (not isinstance(value, str) and not 0 <= value < math.inf):
-            raise ConfigError(f"{path}: {name}.{key}={value!r} is not {WORDS[wanted]}")
-        if key.endswith("_efficiency") and not 0 < value <= 1:
-            raise ConfigError(f"{path}: {name}.{key}={value!r} is no share; use above 0, 1 at most")
-    if (backend := values.get("backend")) is not None and backend not in BACKENDS:
-        raise ConfigError(f"{path}: {name}.backend={backend!r} is unknown; use {either(BACKENDS)}")
-    for key, each in allowed.items():
-        if each.default is MISSING and not values.get(key):
-            if key in values and (
-                key == "dollars_per_hour" or (key == "link_gbps" and values["ranks"] == 1)
-            ):
-                continue  # a node of one rank has no links, and one's own costs nothing
-            raise ConfigError(f"{path}: {name}.{key} is missing or 0; write what one rank has")
-    return Machine(name, **values)
+    """The machine of a table; ``like`` names a known one whose figures it shares."""
+    problems = Problems()
+    if like := table.get("like"):
+        table = {**_shared(f"{name}.like", like, problems), **table}
+    values = {key: value for key, value in table.items() if key != "like"}
+    machine = build(Machine, values, problems, name, {"name": name})
+    lines = problems.lines(machine, name)
+    refuse([*lines, *(_linked(machine, name) if not lines else ())], str(path))
+    return machine
+
+
+def _shared(key: str, like: Any, problems: Problems) -> dict[str, Any]:
+    """The figures of the known machine that ``like`` names."""
+    tables = _known_tables()
+    if not isinstance(like, str) or like not in tables:
+        near = did_you_mean(str(like), tables)
+        problems.unusable[key] = f"{key}={like!r} is not a machine that is known{near}"
+        return {}
+    table = tables[like]
+    if "like" in table:
+        table = {**_shared(key, table["like"], problems), **table}
+    return {key: value for key, value in table.items() if key not in UNSHARED}
+
+
+def _linked(machine: Machine, name: str) -> Iterator[str]:
+    if machine.ranks > 1 and not machine.link_gbps:
+        yield f"{name}.link_gbps=0 with {machine.ranks} ranks; write what one rank sends"
 
 
 def memory_share(whole: int, root: Path = Path("/")) -> int:
@@ -207,7 +293,7 @@ def measure_machine(root: Path = Path("/")) -> Machine:
         name=THIS,
         backend="cpu",
         bfloat16_products=_multiplies_bfloat16(),
-        about="this machine, measured now",
+        description="this machine, measured now",
         ranks=1,
         memory_gib=memory / GIB,
         reserve_gib=0.3,  # Python and torch

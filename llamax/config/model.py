@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from llamax.config.fields import COUNT, NATURAL, POSITIVE, about
+from llamax.config.types import Count, Natural, Positive
 from llamax.runtime.errors import refuse
 
 SHAPE = (
@@ -49,64 +49,50 @@ SCALING = (
 class RopeScaling:
     """Llama 3.1's stretching of low rotary frequencies (rope type "llama3")."""
 
-    factor: float = field(
-        default=8.0, metadata=about("how far low frequencies are stretched", "times", POSITIVE)
-    )
-    low_freq_factor: float = field(
-        default=1.0,
-        metadata=about(
-            "stretch in full where fewer turns fit the original context", "turns", POSITIVE
-        ),
-    )
-    high_freq_factor: float = field(
-        default=4.0,
-        metadata=about("keep where more turns fit the original context", "turns", POSITIVE),
-    )
-    original_max_position_embeddings: int = field(
-        default=8192, metadata=about("context length before stretching", "tokens", COUNT)
-    )
+    factor: Positive = 8.0
+    """Stretching of low frequencies [times]."""
+    low_freq_factor: Positive = 1.0
+    """Turns in the original context below which a frequency is stretched in full [turns]."""
+    high_freq_factor: Positive = 4.0
+    """Turns in the original context above which a frequency is kept [turns]."""
+    original_max_position_embeddings: Count = 8192
+    """Context length before stretching [tokens]."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The network's shape; ``head_dim`` 0 becomes hidden_size / num_attention_heads."""
 
-    hidden_size: int = field(metadata=about("width of the residual stream", "features", COUNT))
-    intermediate_size: int = field(metadata=about("width of the feed-forward", "features", COUNT))
-    num_hidden_layers: int = field(metadata=about("depth", "layers", COUNT))
-    num_attention_heads: int = field(metadata=about("query heads", "heads", COUNT))
-    num_key_value_heads: int = field(
-        metadata=about("key/value heads, shared by query heads", "heads", COUNT)
-    )
-    vocab_size: int = field(metadata=about("vocabulary of the tokenizer", "tokens", COUNT))
-    head_dim: int = field(
-        default=0,
-        metadata=about("width of a head; 0: hidden_size / num_attention_heads", "features", COUNT),
-    )
-    max_position_embeddings: int = field(
-        default=2048, metadata=about("longest context the model is meant for", "tokens", COUNT)
-    )
-    rope_theta: float = field(
-        default=10_000.0, metadata=about("base of the rotary frequencies", "", POSITIVE)
-    )
-    rope_scaling: RopeScaling | None = field(
-        default=None, metadata=about("Llama 3.1's rotary scaling; absent: none")
-    )
-    rms_norm_eps: float = field(
-        default=1e-5, metadata=about("added to the mean square in norms", "", POSITIVE)
-    )
-    tie_word_embeddings: bool = field(
-        default=False, metadata=about("one matrix for embedding and output")
-    )
-    initializer_range: float = field(
-        default=0.02, metadata=about("standard deviation of initial weights", "", POSITIVE)
-    )
-    bos_token_id: int | None = field(
-        default=None, metadata=about("token that starts a text; absent: none", "id", NATURAL)
-    )
-    eos_token_id: int | tuple[int, ...] | None = field(
-        default=None, metadata=about("token or tokens that end a text; absent: none", "id", NATURAL)
-    )
+    hidden_size: Count
+    """Width of the residual stream [features]."""
+    intermediate_size: Count
+    """Width of the feed-forward [features]."""
+    num_hidden_layers: Count
+    """Depth [layers]."""
+    num_attention_heads: Count
+    """Query heads [heads]."""
+    num_key_value_heads: Count
+    """Key/value heads, shared by query heads [heads]."""
+    vocab_size: Count
+    """Vocabulary of the tokenizer [tokens]."""
+    head_dim: Count = 0
+    """Width of a head; 0: hidden_size / num_attention_heads [features]."""
+    max_position_embeddings: Count = 2048
+    """Longest context that the model is meant for [tokens]."""
+    rope_theta: Positive = 10_000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3.1's rotary scaling; absent: none."""
+    rms_norm_eps: Positive = 1e-5
+    """Term added to the mean square in norms."""
+    tie_word_embeddings: bool = False
+    """One matrix for embedding and output."""
+    initializer_range: Positive = 0.02
+    """Standard deviation of initial weights."""
+    bos_token_id: Natural | None = None
+    """Token that starts a text; absent: none [id]."""
+    eos_token_id: Natural | tuple[Natural, ...] | None = None
+    """Token or tokens that end a text; absent: none [id]."""
 
     def __post_init__(self) -> None:
         if not self.head_dim and self.num_attention_heads > 0:
@@ -133,8 +119,8 @@ class ModelConfig:
 
     def differences(self, other: ModelConfig) -> list[str]:
         """The fields in which ``other`` computes something else with the same weights."""
-        told = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id")
-        names = (field.name for field in fields(self) if field.name not in told)
+        harmless = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id")
+        names = [each.name for each in fields(self) if each.name not in harmless]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
 
     @classmethod

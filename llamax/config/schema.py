@@ -1,244 +1,181 @@
-"""What a run is: plain frozen dataclasses, one per section of the TOML file.
+"""The configuration of a run: one frozen dataclass for each section of the TOML file.
 
 ::
 
-    Config ── model       the network: spelled as config.json on the Hugging Face Hub spells it
-           ├─ parallel    how it lies on the ranks
+    Config ── model       shape of the network, spelled as in config.json on the Hugging Face Hub
+           ├─ parallel    division of the model and of the work over the ranks
            ├─ optim       AdamW and its schedule
            ├─ data        tokens, and how many of them make a step
-           ├─ checkpoint  what is kept of the run, and what it starts from
-           ├─ finetune    what of it is trained: all, or adapters
-           └─ run         folder, length, device, precision, what is reported
+           ├─ checkpoint  which checkpoints are kept, and where the run starts from
+           ├─ finetune    which weights are trained: all, or adapters
+           └─ run         folder, length, device, precision, reports
 
-Every field carries its unit, one line of help and the range it lives in (``llamax.config.fields``);
-``llamax.config.load`` reads, writes and explains them.  What must hold *between* fields is in
-``llamax.config.validate``.
+A field is a line with its type, range and default, and a sentence that ends in its unit.
+``llamax.config.load`` reads and writes configurations; rules between fields are in
+``llamax.config.rules``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from llamax.config.fields import COUNT, FRACTION, NATURAL, POSITIVE, about
 from llamax.config.model import ModelConfig as Model
 from llamax.config.model import RopeScaling as RopeScaling
+from llamax.config.types import Count, Fraction, Natural, NonNegative, Positive, walk
 
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How the model lies on the ranks."""
+    """Division of the model and of the work over the ranks."""
 
-    tensor: int = field(default=1, metadata=about("tensor-parallel degree", "ranks", COUNT))
-    data: int = field(
-        default=0,
-        metadata=about("data-parallel degree; 0: what the world leaves", "ranks", NATURAL),
-    )
-    sequence: bool = field(
-        default=True, metadata=about("cut activations between layers over the tensor ranks")
-    )
-    zero1: bool = field(
-        default=True, metadata=about("cut optimizer state over the data ranks (ZeRO-1)")
-    )
-    bucket_bytes: int = field(
-        default=16 * 2**20, metadata=about("gradients reduced in one collective", "bytes", COUNT)
-    )
+    tensor: Count = 1
+    """Tensor-parallel degree [ranks]."""
+    data: Natural = 0
+    """Data-parallel degree; 0: all ranks that the tensor degree leaves [ranks]."""
+    sequence: bool = True
+    """Cut activations between layers over the tensor ranks."""
+    zero1: bool = True
+    """Cut optimizer state over the data ranks (ZeRO-1)."""
+    bucket_bytes: Count = 16 * 2**20
+    """Size of the gradients reduced in one collective [bytes]."""
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, clipping, and the learning rate over the run."""
+    """AdamW, clipping and the learning rate over the run."""
 
-    lr: float = field(default=3e-4, metadata=about("highest learning rate", "", POSITIVE))
-    min_lr: float = field(
-        default=3e-5, metadata=about("learning rate at the end of the schedule", "", NATURAL)
-    )
-    beta1: float = field(
-        default=0.9, metadata=about("decay of the mean of gradients", "per step", FRACTION)
-    )
-    beta2: float = field(
-        default=0.95, metadata=about("decay of the mean of their squares", "per step", FRACTION)
-    )
-    eps: float = field(
-        default=1e-8, metadata=about("added to the root of the squares", "", POSITIVE)
-    )
-    weight_decay: float = field(
-        default=0.1, metadata=about("decoupled decay of matrices", "per lr and step", NATURAL)
-    )
-    max_grad_norm: float = field(
-        default=1.0, metadata=about("clip the global gradient norm; 0: never", "", NATURAL)
-    )
-    most_skipped: int = field(
-        default=8,
-        metadata=about(
-            "steps in a row that are skipped for a loss or gradient not finite before the run ends",
-            "steps",
-            NATURAL,
-        ),
-    )
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = field(
-        default="cosine", metadata=about("shape after warm-up; wsd: warmup, stable, decay")
-    )
-    warmup_steps: int = field(
-        default=0, metadata=about("rise from 0 to lr at the start", "steps", NATURAL)
-    )
-    warmup_ratio: float = field(
-        default=0.0, metadata=about("the same as a share of the run", "of all steps", FRACTION)
-    )
-    decay_steps: int = field(
-        default=0, metadata=about("fall to min_lr at the end; schedule wsd only", "steps", NATURAL)
-    )
+    lr: Positive = 3e-4
+    """Highest learning rate."""
+    min_lr: NonNegative = 3e-5
+    """Learning rate at the end of the schedule."""
+    beta1: Fraction = 0.9
+    """Decay of the mean of gradients [per step]."""
+    beta2: Fraction = 0.95
+    """Decay of the mean of squared gradients [per step]."""
+    eps: Positive = 1e-8
+    """Term added to the root of the mean of squares."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled decay of matrices [per lr and step]."""
+    max_grad_norm: NonNegative = 1.0
+    """Limit of the global gradient norm; 0: no clipping."""
+    most_skipped: Natural = 8
+    """Steps in a row with a loss or gradient that is not finite, and so skipped, before the run
+    ends [steps]."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """Shape of the learning rate after warm-up; wsd: warmup, stable, decay."""
+    warmup_steps: Natural = 0
+    """Length of the rise from 0 to lr at the start [steps]."""
+    warmup_ratio: Fraction = 0.0
+    """The same as a share of the run [of all steps]."""
+    decay_steps: Natural = 0
+    """Length of the fall to min_lr at the end; schedule wsd only [steps]."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which tokens, and how many of them make a step."""
 
-    path: str = field(
-        default="data",
-        metadata=about(
-            "dataset folder of llamax prepare, prefix of Megatron's .bin and .idx, or a blend: "
-            "weight, dataset, weight, dataset"
-        ),
-    )
-    validation: str = field(
-        default="", metadata=about("dataset to validate on; empty: what data.path holds out")
-    )
-    sequence_length: int = field(default=2048, metadata=about("one sample", "tokens", COUNT))
-    global_batch: int = field(
-        default=1, metadata=about("samples in one optimizer step", "sequences", COUNT)
-    )
-    micro_batch: int = field(
-        default=1, metadata=about("samples a rank computes at once", "sequences", COUNT)
-    )
-    separate_documents: bool = field(
-        default=True, metadata=about("no attention or positions across documents in a sample")
-    )
-    packing: Literal["auto", "best-fit", "concat", "padded"] = field(
-        default="auto",
-        metadata=about(
-            "whole documents tightly, the stream cut, one document each; auto: best-fit for "
-            "instruction data, concat for text"
-        ),
-    )
-    labels: Literal["answers", "all"] = field(
-        default="answers", metadata=about("what of instruction data is learnt")
-    )
-    too_long: Literal["truncate", "drop", "refuse"] = field(
-        default="truncate",
-        metadata=about("documents longer than a sample, unless packing is concat"),
-    )
-    verify: Literal["start", "read", "off"] = field(
-        default="start", metadata=about("when checksums of the token file are checked")
-    )
+    path: str = "data"
+    """Dataset folder of llamax prepare, prefix of Megatron's .bin and .idx, or a blend: weight,
+    dataset, weight, dataset."""
+    validation: str = ""
+    """Dataset to validate on; empty: the part of data.path that was held out."""
+    sequence_length: Count = 2048
+    """Length of a sample [tokens]."""
+    global_batch: Count = 1
+    """Samples in one optimizer step [sequences]."""
+    micro_batch: Count = 1
+    """Samples that a rank computes at once [sequences]."""
+    separate_documents: bool = True
+    """No attention or positions across documents in a sample."""
+    packing: Literal["auto", "best-fit", "concat", "padded"] = "auto"
+    """Whole documents tightly, the stream cut, or one document each; auto: best-fit for
+    instruction data, concat for text."""
+    labels: Literal["answers", "all"] = "answers"
+    """Part of instruction data that is learnt."""
+    too_long: Literal["truncate", "drop", "refuse"] = "truncate"
+    """Treatment of documents longer than a sample, unless packing is concat."""
+    verify: Literal["start", "read", "off"] = "start"
+    """When checksums of the token file are checked."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """What is kept of the run, and what it starts from."""
+    """Which checkpoints are kept, and where the run starts from."""
 
-    every: int = field(
-        default=0, metadata=about("save interval; 0: only at the end", "steps", NATURAL)
-    )
-    each_epoch: bool = field(default=False, metadata=about("also save when an epoch ends"))
-    keep: int = field(
-        default=2, metadata=about("newest checkpoints kept; 0: all", "checkpoints", NATURAL)
-    )
-    keep_every: int = field(
-        default=0,
-        metadata=about(
-            "checkpoints of every so many steps stay for good; 0: none", "steps", NATURAL
-        ),
-    )
-    keep_best: bool = field(
-        default=False, metadata=about("the one of the lowest validation loss stays as well")
-    )
-    resume: str = field(
-        default="auto",
-        metadata=about(
-            "auto: newest of this run; intact: newest whose hashes hold; never; or a checkpoint "
-            "folder; later ones are renamed to .past once the run saves"
-        ),
-    )
-    on_failure: Literal["stop", "continue"] = field(
-        default="stop", metadata=about("what training does when a checkpoint cannot be written")
-    )
-    also_hf: bool = field(
-        default=False, metadata=about("leave a Hugging Face folder hub/ in every checkpoint")
-    )
-    background: bool = field(default=True, metadata=about("write files while training goes on"))
-    init_from: str = field(
-        default="",
-        metadata=about("Hugging Face or llamax folder to start from; empty: random"),
-    )
+    every: Natural = 0
+    """Save interval; 0: only at the end [steps]."""
+    each_epoch: bool = False
+    """Also save when an epoch ends."""
+    keep: Natural = 2
+    """Newest checkpoints kept; 0: all [checkpoints]."""
+    keep_every: Natural = 0
+    """Interval of checkpoints that are kept for good; 0: none [steps]."""
+    keep_best: bool = False
+    """Also keep the checkpoint with the lowest validation loss."""
+    resume: str = "auto"
+    """auto: newest of this run; intact: newest whose hashes match; never; or a checkpoint folder;
+    later ones are renamed to .past once the run saves."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """What training does when a checkpoint cannot be written."""
+    also_hf: bool = False
+    """Leave a Hugging Face folder hub/ in every checkpoint."""
+    background: bool = True
+    """Write files while training goes on."""
+    init_from: str = ""
+    """Hugging Face or llamax folder to start from; empty: random weights."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Folder, length, device, precision, and what is reported."""
+    """Folder, length, device, precision and reports."""
 
-    folder: str = field(default="run", metadata=about("where the run writes everything"))
-    steps: int = field(default=1000, metadata=about("length of the run", "steps", COUNT))
-    epochs: int = field(
-        default=0, metadata=about("length of the run instead of steps; 0: steps", "epochs", NATURAL)
-    )
-    seed: int = field(default=0, metadata=about("first weights and order of samples", "", NATURAL))
-    backend: Literal["cpu", "cuda", "xla", "neuron"] = field(
-        default="cpu", metadata=about("device and its collectives")
-    )
-    dtype: Literal["float32", "bfloat16"] = field(
-        default="float32", metadata=about("weights and activations; masters are float32")
-    )
-    stochastic_rounding: bool = field(
-        default=False,
-        metadata=about("NeuronCores round to bfloat16 up or down by chance, in proportion"),
-    )
-    recompute: Literal["none", "selective", "full"] = field(
-        default="none", metadata=about("computed again in backward: nothing, attention, layers")
-    )
-    log_every: int = field(default=1, metadata=about("report interval", "steps", COUNT))
-    validate_every: int = field(
-        default=0, metadata=about("validation interval; 0: never", "steps", NATURAL)
-    )
-    validate_each_epoch: bool = field(
-        default=False, metadata=about("also validate when an epoch ends")
-    )
-    patience: int = field(
-        default=0,
-        metadata=about(
-            "end when the validation loss has not fallen for so long; 0: never",
-            "validations",
-            NATURAL,
-        ),
-    )
-    validate_batches: int = field(
-        default=8, metadata=about("length of a validation", "global batches", COUNT)
-    )
-    compile_guard: Literal["warn", "stop", "off"] = field(
-        default="warn",
-        metadata=about("a program compiled after the first step: say so, end the run, or nothing"),
-    )
-    tensorboard: bool = field(default=False, metadata=about("also write TensorBoard events"))
-    wandb: Literal["off", "offline", "online"] = field(
-        default="off", metadata=about("also write to W&B; offline: into the run folder alone")
-    )
-    wandb_project: str = field(default="llamax", metadata=about("project of W&B"))
-    profile_at: int = field(
-        default=0, metadata=about("first step that rank 0 profiles; 0: none", "step", NATURAL)
-    )
-    profile_steps: int = field(
-        default=3, metadata=about("length of the profiled window", "steps", COUNT)
-    )
-    progress: Literal["auto", "on", "off"] = field(
-        default="auto", metadata=about("progress bar; auto: when stderr is a terminal")
-    )
-    timeout_s: int = field(
-        default=600, metadata=about("a collective that takes longer has failed", "s", COUNT)
-    )
-    threads: int = field(
-        default=0, metadata=about("CPU threads of a rank; 0: as torch finds", "threads", NATURAL)
-    )
+    folder: str = "run"
+    """Folder that the run writes everything into."""
+    steps: Count = 1000
+    """Length of the run [steps]."""
+    epochs: Natural = 0
+    """Length of the run instead of steps; 0: steps [epochs]."""
+    seed: Natural = 0
+    """Seed of initial weights and of the order of samples."""
+    backend: Literal["cpu", "cuda", "xla", "neuron"] = "cpu"
+    """Device and its collectives."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of weights and activations; masters are float32."""
+    stochastic_rounding: bool = False
+    """NeuronCores round to bfloat16 up or down by chance, in proportion."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Computed again in backward: nothing, attention, or layers."""
+    log_every: Count = 1
+    """Report interval [steps]."""
+    validate_every: Natural = 0
+    """Validation interval; 0: never [steps]."""
+    validate_each_epoch: bool = False
+    """Also validate when an epoch ends."""
+    patience: Natural = 0
+    """Validations without a lower loss before the run ends; 0: no limit [validations]."""
+    validate_batches: Count = 8
+    """Length of a validation [global batches]."""
+    compile_guard: Literal["warn", "stop", "off"] = "warn"
+    """Response to a program compiled after the first step: a warning, the end, or nothing."""
+    tensorboard: bool = False
+    """Also write TensorBoard events."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Also write to W&B; offline: into the run folder only."""
+    wandb_project: str = "llamax"
+    """Project of W&B."""
+    profile_at: Natural = 0
+    """First step that rank 0 profiles; 0: none [step]."""
+    profile_steps: Count = 3
+    """Length of the profiled window [steps]."""
+    progress: Literal["auto", "on", "off"] = "auto"
+    """Progress bar; auto: when stderr is a terminal."""
+    timeout_s: Count = 600
+    """Longest duration of a collective, after which it has failed [s]."""
+    threads: Natural = 0
+    """CPU threads of a rank; 0: an equal share of the cores [threads]."""
 
     @property
     def validates(self) -> bool:
@@ -248,41 +185,31 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What of the model is trained: all of it, or low-rank adapters beside a frozen base."""
+    """Which weights are trained: all, or low-rank adapters beside a frozen base."""
 
-    method: Literal["full", "lora", "qlora"] = field(
-        default="full",
-        metadata=about("full: all weights; lora: adapters; qlora: adapters, quantised base"),
-    )
-    r: int = field(default=8, metadata=about("rank of the adapters", "", COUNT))
-    alpha: float = field(
-        default=16.0, metadata=about("adapters are scaled by alpha / r", "", POSITIVE)
-    )
-    dropout: float = field(
-        default=0.0, metadata=about("share of an adapter's inputs dropped", "", FRACTION)
-    )
-    targets: str = field(
-        default="all-linear",
-        metadata=about("projections with adapters: q_proj,v_proj for example, or all-linear"),
-    )
-    rslora: bool = field(
-        default=False, metadata=about("scale by alpha / sqrt(r) instead of alpha / r")
-    )
-    quant: Literal["nf4", "int8"] = field(
-        default="nf4", metadata=about("how qlora stores the base: 4 bits in blocks, 8 by row")
-    )
-    double_quant: bool = field(
-        default=True, metadata=about("store the scales of nf4 in 8 bits as well")
-    )
-    shard_base: bool = field(
-        default=True,
-        metadata=about("cut qlora's base over the data ranks, gathered when it is used"),
-    )
+    method: Literal["full", "lora", "qlora"] = "full"
+    """full: all weights; lora: adapters; qlora: adapters, quantised base."""
+    r: Count = 8
+    """Rank of the adapters."""
+    alpha: Positive = 16.0
+    """Numerator of the scale alpha / r of adapters."""
+    dropout: Fraction = 0.0
+    """Share of an adapter's inputs that is dropped."""
+    targets: str = "all-linear"
+    """Projections with adapters: q_proj,v_proj for example, or all-linear."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r."""
+    quant: Literal["nf4", "int8"] = "nf4"
+    """Storage of qlora's base: 4 bits in blocks, or 8 bits by row."""
+    double_quant: bool = True
+    """Store the scales of nf4 in 8 bits as well."""
+    shard_base: bool = True
+    """Cut qlora's base over the data ranks and gather it where it is used."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A whole run."""
+    """The configuration of a run, as written."""
 
     model: Model
     parallel: ParallelConfig = ParallelConfig()
@@ -294,9 +221,5 @@ class Config:
 
 
 def sections(config: Config) -> Iterator[tuple[str, Any]]:
-    """(prefix, dataclass) of every section, nested ones after their owner."""
-    for part in fields(config):
-        name, section = part.name, getattr(config, part.name)
-        yield name, section
-        if isinstance(section, Model) and section.rope_scaling:
-            yield "model.rope_scaling", section.rope_scaling
+    """(prefix, dataclass) of every section; a section inside another follows it."""
+    return ((prefix, section) for prefix, section in walk(config) if prefix)

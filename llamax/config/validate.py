@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import fields
-from typing import Literal, get_args, get_origin, get_type_hints
+from collections.abc import Iterable
 
-from llamax.config.model import RopeScaling
-from llamax.config.rules import either, finetune, model, parallel, training
+from llamax.config.rules import finetune, model, parallel, training
 from llamax.config.rules.parallel import batch_divides
-from llamax.config.schema import Config, sections
+from llamax.config.schema import Config
+from llamax.config.types import out_of_range
 from llamax.runtime.errors import ConfigError, refuse
 
 RULES = [*model.RULES, *parallel.RULES, *training.RULES, *finetune.RULES]
-HINTS = {kind: get_type_hints(kind) for kind in (RopeScaling, *get_type_hints(Config).values())}
 
 
 def problems(
@@ -32,7 +29,7 @@ def problems(
         section, _, _ = key.rpartition(".")
         return key not in unusable and (not section or usable(section))
 
-    broken = {key: line for key, line in _out_of_range(config) if usable(key)}
+    broken = {key: line for key, line in out_of_range(config) if usable(key)}
     found = list(broken.values())
     for keys, holds in RULES:
         if broken.keys().isdisjoint(keys) and all(map(usable, keys)):
@@ -53,19 +50,3 @@ def accumulation(config: Config, data_degree: int) -> int:
     for problem in batch_divides(config.data, data_degree):
         raise ConfigError(problem)
     return config.data.global_batch // (config.data.micro_batch * data_degree)
-
-
-def _out_of_range(config: Config) -> Iterator[tuple[str, str]]:
-    for prefix, section in sections(config):
-        hints = HINTS[type(section)]
-        for each in fields(section):
-            key, value = f"{prefix}.{each.name}", getattr(section, each.name)
-            allowed = each.metadata["range"]
-            if get_origin(hints[each.name]) is Literal:
-                choices = get_args(hints[each.name])
-                if value not in choices:
-                    yield key, f"{key}={value!r} is unknown; use {either(choices)}"
-            elif allowed and value is not None:
-                numbers = value if isinstance(value, tuple) else (value,)
-                if not all(allowed.holds(number) for number in numbers):
-                    yield key, f"{key}={value} is out of range; use {allowed.words}"

@@ -21,6 +21,9 @@ Anything else that escapes is a defect of llamax, keeps its traceback and exits 
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 
 class LlamaxError(Exception):
     """A mistake the user can mend; the message is one line."""
@@ -74,9 +77,27 @@ class Terminated(LlamaxError):
     exit_code = 143
 
 
-def refuse(found: list[str], where: str) -> None:
-    """Raise one ConfigError that names ``where`` and tells every line of ``found``, if any."""
-    if len(found) == 1:
-        raise ConfigError(f"{where}: {found[0]}")
-    if found:
-        raise ConfigError("\n  ".join([f"{where}: {len(found)} problems", *found]))
+def refuse(problems: list[str], where: str) -> None:
+    """Raise one ConfigError that names ``where`` and lists every problem, if there are any."""
+    if len(problems) == 1:
+        raise ConfigError(f"{where}: {problems[0]}")
+    if problems:
+        raise ConfigError("\n  ".join([f"{where}: {len(problems)} problems", *problems]))
+
+
+# ---- wording
+
+
+def join_or(choices: Sequence[object]) -> str:
+    """``a, b or c``."""
+    *most, last = map(str, choices)
+    return f"{', '.join(most)} or {last}" if most else last
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """``; did you mean ...?``, or the list of ``names`` where none is near."""
+    names = list(names)
+    same_leaf = [known for known in names if known.rpartition(".")[2] == name]
+    if close := same_leaf or difflib.get_close_matches(name.lower(), names, n=1):
+        return f"; did you mean {close[0]}?"
+    return f"; there are {', '.join(names)}" if len(names) <= 16 else "; see --help"

@@ -17,9 +17,10 @@ from llamax.checkpoint.manifest import CONFIG, find, newest, newest_intact
 from llamax.checkpoint.peft import AdapterInfo
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
-from llamax.config.load import load_config, toml
+from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, sections
+from llamax.config.toml import to_toml
 from llamax.data.dataset import Dataset, open_dataset
 from llamax.data.samples import Samples
 from llamax.data.token_file import GoOn, Verify
@@ -73,7 +74,7 @@ class Inputs:
             return []
         now = dict(sections(config))
         return [
-            f"{section}.{field.name} {toml(before)} -> {toml(after)}"
+            f"{section}.{field.name} {to_toml(before)} -> {to_toml(after)}"
             for section, theirs in sections(then)
             if section in ("data", "optim", "run")
             for field in fields(theirs)
@@ -154,4 +155,4 @@ def _options(section: object, names: Iterable[str], prefix: str) -> Iterator[str
             inside = [field.name for field in fields(value)]
             yield from _options(value, inside, f"{prefix}{name}.")
         elif value is not None:
-            yield f"{prefix}{name}={toml(value)}"
+            yield f"{prefix}{name}={to_toml(value)}"

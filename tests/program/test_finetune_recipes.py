@@ -13,8 +13,9 @@ from support.instruction import llama2_tokenizer, llama3_tokenizer, prepare, sum
 from llamax.cli.evaluate import main as evaluate
 from llamax.cli.finetune_demo import rows
 from llamax.cli.generate import main as generate
-from llamax.config.load import dump_config, load_config, parse_config, tomllib
+from llamax.config.load import dump_config, load_config, parse_config
 from llamax.config.schema import Config
+from llamax.config.toml import tomllib
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.process import run_main
 from llamax.train import train

@@ -8,7 +8,7 @@ rule divides by zero.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from llamax.config.schema import Config
 
@@ -28,13 +28,8 @@ class Rules(list[tuple[tuple[str, ...], Rule]]):
         return register
 
 
-def either(choices: Sequence[object]) -> str:
-    """``a, b or c``."""
-    *most, last = map(str, choices)
-    return f"{', '.join(most)} or {last}" if most else last
-
-
 def divisors(n: int) -> list[int]:
+    """The divisors of ``n`` in ascending order."""
     low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return low + [n // d for d in reversed(low) if d * d < n]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llamax.config.rules import Rules, divisors, either
+from llamax.config.rules import Rules, divisors
 from llamax.config.schema import Config
+from llamax.runtime.errors import join_or
 
 RULES = Rules()
 
@@ -35,7 +36,7 @@ def queries_share_keys(c: Config, world: int | None) -> Iterator[str]:
     if heads % kv:
         yield (
             f"model.num_key_value_heads={kv} does not divide model.num_attention_heads={heads}; "
-            f"use {either(divisors(heads))}"
+            f"use {join_or(divisors(heads))}"
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llamax.config.rules import Rules, divisors, either, multiples_near
+from llamax.config.rules import Rules, divisors, multiples_near
 from llamax.config.schema import Config, DataConfig
+from llamax.runtime.errors import join_or
 
 RULES = Rules()
 
@@ -16,7 +17,7 @@ def tensor_divides_heads(c: Config, world: int | None) -> Iterator[str]:
     if heads % tensor:
         yield (
             f"parallel.tensor={tensor} does not divide model.num_attention_heads={heads}; "
-            f"use {either(divisors(heads))}"
+            f"use {join_or(divisors(heads))}"
         )
 
 
@@ -27,7 +28,7 @@ def tensor_fits_kv_heads(c: Config, world: int | None) -> Iterator[str]:
         fitting = [d for d in divisors(heads) if kv % d == 0 or d % kv == 0]
         yield (
             f"parallel.tensor={tensor} is neither a divisor nor a multiple of "
-            f"model.num_key_value_heads={kv}; use {either(fitting)}"
+            f"model.num_key_value_heads={kv}; use {join_or(fitting)}"
         )
 
 
@@ -37,7 +38,7 @@ def tensor_divides_feed_forward(c: Config, world: int | None) -> Iterator[str]:
     if width % tensor:
         yield (
             f"parallel.tensor={tensor} does not divide model.intermediate_size={width}; "
-            f"use {either([d for d in divisors(width) if d <= 2 * tensor])}"
+            f"use {join_or([d for d in divisors(width) if d <= 2 * tensor])}"
         )
 
 
@@ -47,7 +48,7 @@ def tensor_divides_sequence(c: Config, world: int | None) -> Iterator[str]:
     if c.parallel.sequence and length % tensor:
         yield (
             f"parallel.tensor={tensor} does not divide data.sequence_length={length}, which "
-            f"parallel.sequence=true cuts; use {either(multiples_near(length, tensor))}, "
+            f"parallel.sequence=true cuts; use {join_or(multiples_near(length, tensor))}, "
             f"or parallel.sequence=false"
         )
 
@@ -60,7 +61,7 @@ def mesh_fills_world(c: Config, world: int | None) -> Iterator[str]:
     if world % tensor:
         yield (
             f"parallel.tensor={tensor} does not divide the world of {world} ranks; "
-            f"start a multiple of {tensor} ranks, or use {either(divisors(world))}"
+            f"start a multiple of {tensor} ranks, or use {join_or(divisors(world))}"
         )
     elif data and tensor * data != world:
         yield (
@@ -76,7 +77,7 @@ def batch_divides(data: DataConfig, data_degree: int) -> Iterator[str]:
         yield (
             f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch="
             f"{data.micro_batch} x {data_degree} data ranks = {microstep}; "
-            f"use {either(multiples_near(data.global_batch, microstep))}"
+            f"use {join_or(multiples_near(data.global_batch, microstep))}"
         )
 
 

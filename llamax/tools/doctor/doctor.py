@@ -15,13 +15,13 @@ Without a job it looks at the machine alone.  The exit code is 8 if there is an 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from llamax.config.hardware import load_machine, machine_names
+from llamax.config.hardware import LOCAL, BackendName, Machine
 from llamax.config.schema import Config
 from llamax.data.dataset import blend_words, open_dataset
-from llamax.launch.instances import INSTANCES, Instance
 from llamax.launch.jobfile import JobFile
 from llamax.parallel.rendezvous import NEURON_PORT, PORT
 from llamax.runtime.errors import DataError
@@ -35,7 +35,7 @@ from llamax.training.compile_guard import PROGRAMS
 
 def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]:
     """All findings about a machine, and about a job on it."""
-    wanted = INSTANCES[job.instance] if job else here(host)
+    wanted = job.machine if job else here(host)
     yield from versions.check(host, job.config.run.backend if job else wanted.backend)
     neuron = wanted.neuron and wanted.devices
     ports = [job.port if job else PORT] + ([NEURON_PORT] if neuron else [])
@@ -55,17 +55,13 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
         yield from storage.cache(cache, count(job.config), hashes)
 
 
-def here(host: Host) -> Instance:
+def here(host: Host) -> Machine:
     """What a machine shows of itself: without a job there is nothing else to hold it against."""
-    xla = host.version("torch-xla") is not None
-    other = "neuron" if host.neuron_devices else "cpu"
-    return Instance(
-        backend="cuda" if host.gpus else "xla" if xla else other,
-        cores=0,
-        devices=host.neuron_devices or host.gpus,
-        efa=host.efa_adapters,
-        memory_gib=0,
-    )
+    backend: BackendName = "neuron" if host.neuron_devices else "cpu"
+    if host.gpus or host.version("torch-xla") is not None:
+        backend = "cuda" if host.gpus else "xla"
+    devices = host.neuron_devices or host.gpus
+    return replace(LOCAL, backend=backend, devices=devices, efa=host.efa_adapters)
 
 
 def count(config: Config) -> int:
@@ -75,10 +71,9 @@ def count(config: Config) -> int:
 
 def _plan(job: JobFile) -> Plan | None:
     """The plan of a job on an instance that the planner knows."""
-    if job.instance not in machine_names():
+    if job.machine is LOCAL:
         return None
-    known = load_machine(job.instance)
-    return plan(job.config, known.with_ranks(job.ranks), job.nodes)
+    return plan(job.config, job.machine.with_ranks(job.ranks), job.nodes)
 
 
 def _fits(found: Plan) -> Iterator[Finding]:

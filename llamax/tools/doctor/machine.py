@@ -12,8 +12,7 @@ import resource
 import socket
 from collections.abc import Iterator
 
-from llamax.config.hardware import GIB, memory_share
-from llamax.launch.instances import Instance
+from llamax.config.hardware import GIB, Machine, memory_share
 from llamax.runtime.units import show_bytes
 from llamax.tools.doctor.finding import Finding, Host, ok, unseen
 
@@ -23,7 +22,7 @@ MANY_CPUS = 16
 TIME_ERROR = 5  # <sys/timex.h>: the clock is not synchronized
 
 
-def check(host: Host, wanted: Instance, ports: list[int]) -> Iterator[Finding]:
+def check(host: Host, wanted: Machine, ports: list[int]) -> Iterator[Finding]:
     """Findings about this machine; ``wanted`` is what the job takes it for."""
     yield from devices(host, wanted)
     yield from memory(host, wanted)
@@ -37,7 +36,7 @@ def check(host: Host, wanted: Instance, ports: list[int]) -> Iterator[Finding]:
     yield from clock(_clock_state())
 
 
-def devices(host: Host, wanted: Instance) -> Iterator[Finding]:
+def devices(host: Host, wanted: Machine) -> Iterator[Finding]:
     gpus = wanted.backend == "cuda"
     found, kind = (host.gpus, "GPU") if gpus else (host.neuron_devices, "Neuron device")
     if found == wanted.devices:
@@ -59,18 +58,19 @@ def devices(host: Host, wanted: Instance) -> Iterator[Finding]:
         )
 
 
-def memory(host: Host, wanted: Instance) -> Iterator[Finding]:
+def memory(host: Host, wanted: Machine) -> Iterator[Finding]:
     """Host memory: the machine's, or its control group's share of it."""
     words = (host.read("proc/meminfo") or "").split()
     if "MemTotal:" not in words:
         yield unseen("memory", "/proc/meminfo is not readable here", "run doctor on a node")
         return
     found = memory_share(1024 * int(words[words.index("MemTotal:") + 1]), host.root)
-    if (host.neuron_devices or host.gpus) and found < 0.9 * wanted.memory_gib * GIB:
+    if (host.neuron_devices or host.gpus) and found < 0.9 * wanted.host_memory_gib * GIB:
         yield Finding(
             "warning",
             "memory",
-            f"{show_bytes(found)} of host memory, where it should have {wanted.memory_gib:.0f} GiB",
+            f"{show_bytes(found)} of host memory, where it should have "
+            f"{wanted.host_memory_gib:.0f} GiB",
             "tracing, compiling and saving take host memory on every rank at once",
             "free it, or raise the container's memory limit",
         )
@@ -143,7 +143,7 @@ def free(port: int) -> Iterator[Finding]:
             yield ok("port in use", f"port {port} is free")
 
 
-def network(host: Host, wanted: Instance, memlock: int) -> Iterator[Finding]:
+def network(host: Host, wanted: Machine, memlock: int) -> Iterator[Finding]:
     """EFA adapters: there, allowed to pin memory, and chosen by libfabric."""
     adapters = host.find("sys/class/infiniband", "*")
     if not wanted.efa:

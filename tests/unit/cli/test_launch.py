@@ -12,7 +12,7 @@ import pytest
 from support.launch_jobs import tables
 
 from llamax.cli.launch import main
-from llamax.config.load import toml
+from llamax.config.toml import to_toml
 from llamax.runtime.errors import BackendError, ConfigError
 
 # ---- the command
@@ -23,7 +23,7 @@ def write(folder: Path, **changes: Any) -> str:
 
     def lines(table: dict[str, Any], prefix: str = "") -> list[str]:
         flat = [
-            f"{k} = {toml(tuple(v) if isinstance(v, list) else v)}"
+            f"{k} = {to_toml(tuple(v) if isinstance(v, list) else v)}"
             for k, v in table.items()
             if not isinstance(v, dict)
         ]

@@ -14,6 +14,7 @@ from support.configs import GOOD, changed
 from llamax.config.schema import (
     sections,
 )
+from llamax.config.types import descriptions, range_of, type_hints
 from llamax.config.validate import RULES, check, problems
 from llamax.runtime.errors import ConfigError
 
@@ -399,8 +400,8 @@ def test_every_number_has_a_range_and_leaving_it_is_told() -> None:
     for prefix, section in sections(GOOD):
         for each in fields(section):
             value = getattr(section, each.name)
-            allowed = each.metadata["range"]
-            assert each.metadata["help"], each.name
+            allowed = range_of(type_hints(type(section))[each.name])
+            assert descriptions(type(section))[each.name].endswith("."), each.name
             if type(value) in (int, float):
                 numbers += 1
                 for bad in (-1, math.nan, math.inf):

@@ -12,7 +12,7 @@ import yaml
 from support.launch_jobs import job
 
 from llamax.config.hardware import load_machine, machine_names
-from llamax.launch.instances import INSTANCES
+from llamax.launch import jobfile
 from llamax.launch.render import render
 
 TRICKS = "'; touch pwned; '\"$(touch pwned)`touch pwned` \\ #|&<>!* $$ $(PATH) {{x}} é漢\U0001f600"
@@ -25,11 +25,12 @@ def read_by_kubernetes(word: str) -> str:
 
 
 def test_what_can_be_planned_can_be_launched() -> None:
-    assert set(INSTANCES) - {"local"} == set(machine_names()) - {"cpu"}
-    for name in set(INSTANCES) - {"local"}:
-        this = INSTANCES[name]
-        assert (this.cores, this.backend) == (load_machine(name).ranks, load_machine(name).backend)
-        assert this.devices > 0 < this.memory_gib
+    assert set(jobfile.instances()) - {"local"} == set(machine_names()) - {"cpu"}
+    for name in set(jobfile.instances()) - {"local"}:
+        this = job(instance=name.upper())
+        assert this.machine == load_machine(name)
+        assert this.ranks == this.machine.ranks
+        assert this.machine.devices > 0 < this.machine.host_memory_gib
 
 
 # ---- quotes

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from support.hosts import host_with, levels, trainium
 
-from llamax.launch.instances import INSTANCES
+from llamax.config.hardware import LOCAL, load_machine
 from llamax.tools.doctor import Host, machine, versions
 
-TRN1, LOCAL = INSTANCES["trn1.32xlarge"], INSTANCES["local"]
+TRN1 = load_machine("trn1.32xlarge")
 
 
 def test_a_machine_with_gpus(tmp_path: Path) -> None:
-    p5 = INSTANCES["p5.48xlarge"]
+    p5 = load_machine("p5.48xlarge")
     assert levels(machine.devices(Host(tmp_path), p5)) == {"devices": "unseen"}
     for n in range(8):
         host_with(tmp_path, **{f"dev__nvidia{n}": ""})
@@ -106,4 +106,5 @@ def test_efa(tmp_path: Path) -> None:
     tcp = Host(tmp_path, environ={"FI_PROVIDER": "tcp"})
     found = levels(machine.network(tcp, TRN1, 65536))
     assert (found["libfabric"], found["memlock"]) == ("error", "error")
-    assert levels(machine.network(host, INSTANCES["trn1n.32xlarge"], unlimited))["EFA"] == "error"
+    more = load_machine("trn1n.32xlarge")
+    assert levels(machine.network(host, more, unlimited))["EFA"] == "error"
