@@ -18,7 +18,7 @@ from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.units import show_bytes
-from llamax.tools.audit.audit import audit
+from llamax.tools.audit.auditor import audit_mesh
 from llamax.tools.audit.report import AuditReport, Kind
 
 MESH = Mesh(tp=2, dp=2)
@@ -39,7 +39,7 @@ def traced(layers: int) -> AuditReport:
         run=replace(config.run, dtype="bfloat16"),
         data=replace(config.data, micro_batch=4),
     )
-    return audit(config, MESH, load_machine("trn1.32xlarge"), "", "all")
+    return audit_mesh(config, MESH, load_machine("trn1.32xlarge"))
 
 
 def count(kind: Kind, verb: str) -> int:

@@ -21,12 +21,11 @@ from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import run_main
-from llamax.tools.audit.audit import DIFFERS, Ranks, audit, layout
+from llamax.tools.audit.auditor import DIFFERS, Ranks, audit, layout
 from llamax.tools.audit.report import (
     as_json,
     show,
 )
-from llamax.tools.plan.report import headline
 
 
 def parser() -> argparse.ArgumentParser:
@@ -62,9 +61,7 @@ def main(argv: Sequence[str]) -> int:
     layout(load_config(options.config, overrides), machine, options.nodes)
     world = options.nodes * machine.ranks
     config = load_config(options.config, overrides, world)
-    mesh = layout(config, machine, options.nodes)
-    about = headline(config, mesh, f"{options.nodes} x {machine.name}")
-    found = audit(config, mesh, machine, about, options.ranks)
+    found = audit(config, machine, options.nodes, options.ranks)
     if options.json:
         print(json.dumps(as_json(found), indent=2))
     else:

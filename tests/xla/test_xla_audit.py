@@ -31,7 +31,7 @@ from llamax.parallel import tensor_parallel
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import compile_cache, hlo
-from llamax.tools.audit.audit import audit, rank_0
+from llamax.tools.audit.auditor import audit_mesh, rank_0
 from llamax.tools.audit.report import AuditReport
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
 
@@ -45,7 +45,7 @@ def tiny(folder: Path, **run: Any) -> Config:
 
 
 def audited(cfg: Config, mesh: Mesh = TP2_DP2) -> AuditReport:
-    return audit(cfg, mesh, load_machine("trn1.32xlarge"), "", "all")
+    return audit_mesh(cfg, mesh, load_machine("trn1.32xlarge"))
 
 
 # --- the same programs as a run

@@ -21,7 +21,7 @@ from llamax.config.schema import Config, ParallelConfig
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import hlo
-from llamax.tools.audit.audit import measure
+from llamax.tools.audit.auditor import measure
 from llamax.tools.audit.report import Memory
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
 from llamax.tools.plan.memory import layer_kept, memory

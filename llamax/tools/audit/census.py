@@ -1,12 +1,13 @@
-"""What a program costs: collectives, FLOPs, bytes that live at once, and what compilers dislike.
+"""The cost of a program: collectives, FLOPs, live bytes, and what a compiler refuses or does badly.
 
-Bytes of collectives are those one rank sends over links when rings are used, as in
-``llamax.parallel.collectives``.  A matrix product of contracted length k counts 2 k FLOPs an
-element of its result; every other operation one FLOP an element.
+Bytes of collectives are those that one rank sends over links in a ring, as in
+``llamax.parallel.collectives``.  A matrix product over k elements counts 2 k FLOPs for each element
+of its result, every other operation one FLOP for each element.
 
-**Live bytes** are an estimate, for the compiler orders and fuses as it likes.  Ours: operations run
-in program order, except that one that frees more than it makes runs at once; element-wise work is
-fused into its only user; an input whose shape an output has lends it its memory (donation).
+**Live bytes** are an estimate, because the compiler chooses the order and the fusions.  Assumed:
+operations run in program order, except that one that frees more than it makes runs at once;
+element-wise work is fused into its only user; an output reuses the memory of an input of the same
+shape (donation).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ Groups = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind on one axis: how many, and the bytes a rank sends."""
+    """The collectives of one kind on one axis: their number, and the bytes that a rank sends."""
 
     kind: str
     axis: str
@@ -46,7 +47,7 @@ class Traffic:
 
 
 def collectives(program: Program, axes: Mapping[str, Groups]) -> list[Traffic]:
-    """The program's collectives; ``axes`` names replica groups, the first that fits is told."""
+    """The collectives of a program; ``axes``: axis name -> replica groups, first match."""
     count: Counter[tuple[str, str]] = Counter()
     sent: Counter[tuple[str, str]] = Counter()
     for each in program.instructions:
@@ -69,7 +70,7 @@ def _sent(each: Instruction, program: Program) -> float:
 
 
 def _payload(each: Instruction) -> int:
-    """Bytes of the result, without the token that torch-xla sends along in a tuple."""
+    """Bytes of the result, without the token that torch-xla adds in a tuple."""
     shapes = each.shapes if len(each.shapes) == 1 else each.shapes[:-1]
     return sum(shape.nbytes for shape in shapes)
 
@@ -88,7 +89,7 @@ class Work:
 
 
 def work(program: Program) -> Work:
-    """What the program computes."""
+    """The FLOPs of a program."""
     matmul = other = 0
     for each in program.instructions:
         if each.opcode == "dot":
@@ -104,7 +105,7 @@ def work(program: Program) -> Work:
 
 @dataclass(frozen=True)
 class Live:
-    """Bytes of inputs, outputs that need memory of their own, and the most that lives between."""
+    """Bytes of inputs, of outputs with new memory, and the peak of intermediate results."""
 
     input_bytes: int
     output_bytes: int
@@ -112,14 +113,14 @@ class Live:
 
 
 def live(program: Program) -> Live:
-    """The memory a run of the program takes, by the rules above."""
+    """The memory of one run of the program, by the assumptions above."""
     by_name = program.by_name
     users: dict[str, list[str]] = {each.name: [] for each in program.instructions}
     for each in program.instructions:
         for operand in dict.fromkeys(each.operands):
             users[operand].append(each.name)
     outputs = set(program.outputs)
-    size = {each.name: _held(each, users, outputs) for each in program.instructions}
+    size = {each.name: _allocated(each, users, outputs) for each in program.instructions}
     needs = {each.name: _roots(each, by_name, size) for each in program.instructions}
     waiting = Counter[str]()
     for name, roots in needs.items():
@@ -130,10 +131,9 @@ def live(program: Program) -> Live:
 
     order = [each.name for each in program.instructions if size[each.name] is not None]
     makers = [name for name in order if by_name[name].opcode != "parameter"]
-    lent = Counter(str(each.shape) for each in program.parameters)
-    given = Counter(str(by_name[name].shape) for name in outputs)
-    donated = {shape: min(lent[shape], given[shape]) for shape in given}
-    own = dict(donated)
+    available = Counter(str(each.shape) for each in program.parameters)
+    wanted = Counter(str(by_name[name].shape) for name in outputs)
+    donated = {shape: min(available[shape], wanted[shape]) for shape in wanted}
 
     consumers: dict[str, list[str]] = {}
     for name in makers:
@@ -147,8 +147,9 @@ def live(program: Program) -> Live:
     done: set[str] = set()
 
     def bytes_of(name: str) -> int:
-        held = size[name]
-        return 0 if held is None or by_name[name].opcode == "parameter" else held
+        allocated = size[name]
+        is_input = by_name[name].opcode == "parameter"
+        return 0 if allocated is None or is_input else allocated
 
     def frees(name: str) -> int:
         return sum(bytes_of(root) for root in needs[name] if left[root] == 1)
@@ -156,8 +157,8 @@ def live(program: Program) -> Live:
     def run(name: str) -> None:
         nonlocal now, peak, output
         shape = str(by_name[name].shape)
-        if name in outputs and own.get(shape, 0) > 0:
-            own[shape] -= 1
+        if name in outputs and donated.get(shape, 0) > 0:
+            donated[shape] -= 1
         else:
             now += bytes_of(name)
             output += bytes_of(name) if name in outputs else 0
@@ -188,8 +189,8 @@ def live(program: Program) -> Live:
     return Live(inputs, output, peak - output)
 
 
-def _held(each: Instruction, users: Mapping[str, list[str]], outputs: set[str]) -> int | None:
-    """Bytes that the result takes in memory; None where it is fused away or is another's."""
+def _allocated(each: Instruction, users: Mapping[str, list[str]], outputs: set[str]) -> int | None:
+    """Bytes allocated for a result; None where it is fused away or a view."""
     if each.opcode in VIEWS or each.opcode in ("constant", "iota", "broadcast"):
         return None
     if each.opcode in OWN_MEMORY or each.name in outputs or len(users[each.name]) > 1:
@@ -200,7 +201,7 @@ def _held(each: Instruction, users: Mapping[str, list[str]], outputs: set[str]) 
 def _roots(
     each: Instruction, by_name: Mapping[str, Instruction], size: Mapping[str, int | None]
 ) -> tuple[str, ...]:
-    """The results in memory that an instruction reads, through what is fused into it."""
+    """The allocated results that an instruction reads, through the operations fused into it."""
     found: dict[str, None] = {}
     stack, seen = list(each.operands), set(each.operands)
     while stack:
@@ -216,7 +217,7 @@ def _roots(
 
 @dataclass(frozen=True)
 class Remark:
-    """Something in the program that a compiler for Trainium refuses, or does badly."""
+    """Something in a program that the compiler for Trainium refuses (``fatal``) or does badly."""
 
     fatal: bool
     what: str
@@ -225,7 +226,7 @@ class Remark:
 
 
 def remarks(program: Program) -> list[Remark]:
-    """What stands out, worst first; ``source`` is the first line that made it."""
+    """The remarks on a program, worst first; ``source`` is the first Python line that made it."""
     found: dict[tuple[bool, str], list[str]] = {}
     for fatal, what, source in _remarks(program.instructions):
         found.setdefault((fatal, what), []).append(source)
@@ -242,7 +243,7 @@ def _remarks(instructions: Iterable[Instruction]) -> Iterator[tuple[bool, str, s
         if any(shape.dynamic for shape in each.shapes):
             yield True, DYNAMIC, each.source
         if "f64" in dtypes:
-            yield True, "float64, which NeuronCores do not have", each.source
+            yield True, "float64, which NeuronCores do not support", each.source
         if "s64" in dtypes and each.shape.dims:
             yield False, "int64 arrays, twice the bytes of int32", each.source
         if any(shape.elements == 0 for shape in each.shapes):

@@ -1,8 +1,8 @@
-"""Where two programs part, and the Python line that made them.
+"""The difference between two programs, and the Python line that made it.
 
-Two ranks, or two steps, that trace different programs do so because one instruction is there that
-should not be: a constant that should be an input, state that is made in the first step.  It is the
-first instruction of one program, by what it does and where it comes from, that the other lacks.
+Two ranks, or two steps, trace different programs because of one instruction: a constant that should
+be an input, or state that is made in the first step.  The difference is the first instruction of
+each program, by what it does and where it comes from, that the other program lacks.
 """
 
 from __future__ import annotations
@@ -16,51 +16,56 @@ from llamax.tools.audit.hlo import Instruction, Program
 
 @dataclass(frozen=True)
 class Difference:
-    """The first instruction of each program that the other lacks; None where it lacks none."""
+    """The first instruction of each program that the other lacks; None where there is none."""
 
-    mine: Instruction | None
-    theirs: Instruction | None
+    expected: Instruction | None
+    found: Instruction | None
 
 
-def difference(mine: Program, theirs: Program) -> Difference | None:
-    """How ``theirs`` differs from ``mine``; None where they are the same program."""
-    if mine.normal == theirs.normal:
+def difference(expected: Program, found: Program) -> Difference | None:
+    """The difference of ``found`` from ``expected``; None where they are the same program."""
+    if expected.normal == found.normal:
         return None
-    here, there = _lacking(mine, theirs), _lacking(theirs, mine)
-    if here is None and there is None:  # the same instructions, wired otherwise
-        pairs = zip_longest(_lines(mine), _lines(theirs))
+    removed, added = _only_in(expected, found), _only_in(found, expected)
+    if removed is None and added is None:  # the same instructions with other operands
+        pairs = zip_longest(_lines(expected), _lines(found))
         at = next((n for n, (a, b) in enumerate(pairs) if a != b), 0)
-        here, there = (
-            each.instructions[at] if at < len(each.instructions) else None
-            for each in (mine, theirs)
+        removed, added = (
+            program.instructions[at] if at < len(program.instructions) else None
+            for program in (expected, found)
         )
-    return Difference(here, there)
+    return Difference(removed, added)
 
 
-def describe(each: Instruction | None) -> str:
-    """``f32[] constant(3) at model.py:7``: what an instruction is, and the line that made it."""
-    if each is None:
+def describe(instruction: Instruction | None) -> str:
+    """``f32[] constant(3) at model.py:7``: shape, operation, and the line that made it."""
+    if instruction is None:
         return "nothing"
-    literal = f"({each.literal[:40]})" if each.opcode == "constant" else ""
-    what = f"{each.shape} {each.opcode}{literal}" if each.shapes else each.opcode
-    return f"{what} at {each.source}" if each.source else what
+    literal = f"({instruction.literal[:40]})" if instruction.opcode == "constant" else ""
+    text = (
+        f"{instruction.shape} {instruction.opcode}{literal}"
+        if instruction.shapes
+        else instruction.opcode
+    )
+    return f"{text} at {instruction.source}" if instruction.source else text
 
 
-def _lacking(program: Program, other: Program) -> Instruction | None:
+def _only_in(program: Program, other: Program) -> Instruction | None:
+    """The first instruction of ``program`` that ``other`` lacks."""
     left = Counter(map(_signature, other.instructions))
-    for each in program.instructions:
-        if each.opcode == "tuple":  # the list of outputs follows from the rest
+    for instruction in program.instructions:
+        if instruction.opcode == "tuple":  # the list of outputs follows from the rest
             continue
-        if not left[_signature(each)]:
-            return each
-        left[_signature(each)] -= 1
+        if not left[_signature(instruction)]:
+            return instruction
+        left[_signature(instruction)] -= 1
     return None
 
 
-def _signature(each: Instruction) -> tuple[object, ...]:
-    literal = each.literal if each.opcode == "constant" else ""
-    attributes = each.attributes.partition("to_apply")[0]
-    return each.opcode, each.shapes, attributes, literal, each.source
+def _signature(instruction: Instruction) -> tuple[object, ...]:
+    literal = instruction.literal if instruction.opcode == "constant" else ""
+    attributes = instruction.attributes.partition("to_apply")[0]
+    return instruction.opcode, instruction.shapes, attributes, literal, instruction.source
 
 
 def _lines(program: Program) -> list[str]:

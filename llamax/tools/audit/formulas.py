@@ -1,11 +1,11 @@
-"""The collectives that the parallel layers and ZeRO-1 should make, by hand, to set beside a trace.
+"""The collectives of the parallel layers and of ZeRO-1 by formula, to compare with a trace.
 
-With T tokens a microbatch, D features of w bytes, t tensor ranks and L layers, a collective between
-the layers sends T D w (t - 1) / t bytes a rank, twice that for an all-reduce.  Under sequence
-parallelism (Korthikanti et al. 2022, figure 5):
+With T tokens in a microbatch, D features of w bytes, t tensor ranks and L layers, a collective
+between the layers sends T D w (t - 1) / t bytes from each rank, an all-reduce twice as many.  With
+sequence parallelism (Korthikanti et al. 2022, figure 5):
 
 =================  ================  =================  ==================
-of a microstep     all-gather        reduce-scatter     all-reduce
+in a microstep     all-gather        reduce-scatter     all-reduce
 =================  ================  =================  ==================
 a layer, forward   qkv, gate-up      o, down
 a layer, backward  qkv twice, ...    qkv, gate-up
@@ -13,10 +13,10 @@ embedding          its gradient      its output
 loss               its input         input's gradient   2 a chunk of tokens
 =================  ================  =================  ==================
 
-Backward gathers the input of qkv and gate-up again, and the gradient of o and down: a layer has 6
-and 4.  Recomputing whole layers runs the forward ones again, but for that of down, whose result
-backward does not read.  Without sequence parallelism a layer has 4 all-reduces.  An optimizer step
-has one reduce-scatter and one all-gather a bucket.
+Backward gathers the inputs of qkv and gate-up again, and the gradients of o and down: a layer has 6
+all-gathers and 4 reduce-scatters.  Recomputing whole layers repeats those of forward, except that
+of down, whose result backward does not need.  Without sequence parallelism a layer has 4
+all-reduces.  An optimizer step has one reduce-scatter and one all-gather for each bucket.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
 from llamax.tools.audit.census import Traffic
 
-SCALARS_BYTES = 3 * 4  # loss, count, wish to stop
+SCALARS_BYTES = 3 * 4  # loss, token count, request to stop
 
 
 @dataclass(frozen=True)
 class GroupShape:
-    """A group of ZeRO-1: elements with padding, of ``width_bytes``, in ``buckets``.
+    """A group of ZeRO-1: padded elements of ``width_bytes`` in ``buckets``.
 
-    ``partial``: its gradients are summed over tp; ``shared``: elements that kv ranks sum.
+    ``partial``: its gradients are summed over tp; ``shared``: elements summed over kv ranks.
     """
 
     elements: int
@@ -48,13 +48,13 @@ class GroupShape:
 
 
 def microstep(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:
-    """The collectives of a forward and a backward pass; the loss takes tokens in ``chunks``."""
+    """The collectives of a forward and a backward pass; the loss has ``chunks`` chunks."""
     again = config.run.recompute == "full"
     return _passes(config, mesh, chunks, (6 + 2 * again, 4 + again, 4 + again), 2)
 
 
 def forward(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:
-    """The collectives of a forward pass, and of the mean over the world."""
+    """The collectives of a forward pass and of the mean of the loss over the world."""
     found = _passes(config, mesh, chunks, (2, 2, 2), 1)
     return [*found, *_scalars(mesh, 1, 2 * 4)]
 
@@ -62,7 +62,7 @@ def forward(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:
 def _passes(
     config: Config, mesh: Mesh, chunks: int, a_layer: tuple[int, int, int], around: int
 ) -> list[Traffic]:
-    """``a_layer``: gathers, reduce-scatters, else all-reduces; ``around``: beside the layers."""
+    """``a_layer``: gathers, scatters, or all-reduces in a layer; ``around``: outside layers."""
     t, layers = mesh.tp, config.model.num_hidden_layers
     if t == 1:
         return []

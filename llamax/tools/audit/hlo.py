@@ -1,12 +1,12 @@
-"""HLO text -> instructions: what they compute, from what, and which Python line asked for it.
+"""Parses HLO text into instructions: operation, operands, and the Python line that made it.
 
 An HLO module is a list of computations; the one named ENTRY is the program.  An instruction is a
 line ``%name = shape opcode(operands), attributes, metadata={... source_file= source_line=}``::
 
     %dot.7 = f32[8,4]{1,0} dot(f32[8,2]{1,0} %p0.1, f32[2,4]{1,0} %p1.2), lhs_contracting_dims={1}
 
-Names are counters, and differ between two traces of one program; ``normal`` numbers them anew, so
-that two programs are the same where their normal texts are.
+Names are counters that differ between two traces of one program.  ``normal`` renumbers them: two
+programs are the same if and only if their normal texts are equal.
 
 Source: OpenXLA, "HLO text format" and "Operation semantics".
 """
@@ -33,7 +33,7 @@ _CALLED = re.compile(r"(?:to_apply|body|condition|calls)=(%[\w.-]+)")
 
 @dataclass(frozen=True)
 class Shape:
-    """An array's element type and dims; ``dynamic`` where a dim is only bounded."""
+    """Element type and dims of an array; ``dynamic``: a dim is only bounded."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -53,15 +53,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a program; a tuple has several ``shapes``."""
+    """One line of a program; the result of a tuple has several ``shapes``."""
 
     name: str
     opcode: str
     shapes: tuple[Shape, ...]
     operands: tuple[str, ...]
     attributes: str
-    source: str  # "path:line", or "" where the trace does not say
-    literal: str  # what stands in the parentheses of a constant or a parameter
+    source: str  # "path:line", or "" where it is unknown
+    literal: str  # the text in the parentheses of a constant or a parameter
     root: bool
 
     @property
@@ -104,13 +104,13 @@ class Program:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Names of what the program gives back."""
+        """Names of the results."""
         root = next(each for each in self.instructions if each.root)
         return root.operands if root.opcode == "tuple" else (root.name,)
 
 
 def read(text: str) -> Program:
-    """The program of an HLO module; ValueError where ``text`` is none."""
+    """The program of an HLO module; raises ValueError for any other text."""
     _, found, entry = text.partition("\nENTRY ")
     if not found:
         raise ValueError("this text has no ENTRY computation: it is not an HLO module")
@@ -119,12 +119,12 @@ def read(text: str) -> Program:
 
 
 def normal(text: str) -> str:
-    """``text`` without names, metadata and comments: equal for equal programs."""
+    """``text`` with renumbered names, without metadata and comments: equal for equal programs."""
     lines = []
     for line in _COMMENT.sub("", text).splitlines():
         if line.startswith("HloModule") or not line.strip():
             continue
-        if line.rstrip().endswith("{"):  # a computation's head repeats its parameters
+        if line.rstrip().endswith("{"):  # the head of a computation repeats its parameters
             line = ("ENTRY " if line.startswith("ENTRY") else "") + _NAME.findall(line)[0] + " {"
         lines.append(_METADATA.sub("", line))
     numbers: dict[str, str] = {}
@@ -134,7 +134,7 @@ def normal(text: str) -> str:
 
 
 def digest(normal_text: str) -> str:
-    """The sha256 by which a program is known: equal for equal programs."""
+    """The sha256 of a normal text: equal for equal programs."""
     return sha256(normal_text.encode()).hexdigest()
 
 
@@ -150,7 +150,7 @@ def shapes(text: str) -> tuple[Shape, ...]:
 def _instruction(line: str) -> Instruction:
     found = _LINE.match(_COMMENT.sub("", line))
     if found is None:
-        raise ValueError(f"this line is no HLO instruction: {line.strip()[:80]}")
+        raise ValueError(f"this line is not an HLO instruction: {line.strip()[:80]}")
     root, name, shape, opcode, rest = found.groups()
     inside, attributes = _closed(rest)
     source = _SOURCE.search(attributes)
@@ -167,7 +167,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closed(rest: str) -> tuple[str, str]:
-    """What stands before the bracket that closes an open one, and what after."""
+    """The text before and after the bracket that closes an open one."""
     depth, at = 1, -1
     while depth:
         opened, at = rest.find("(", at + 1), rest.find(")", at + 1)

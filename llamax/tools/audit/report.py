@@ -1,7 +1,7 @@
-"""What an audit found, as text and for programs: pure, every printed number is made here.
+"""The result of an audit, as text and as JSON.
 
 An audit *passes* where the run would compile each program once for the whole cluster: every rank
-and every step of a kind trace one program, and nothing in it is what the compiler refuses.
+and every step of a kind trace one program, and the compiler refuses nothing in it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,11 @@ from llamax.tools.audit.hlo import Program
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of program: ``model_flops`` by the formula, ``formula`` its collectives by hand."""
+    """One kind of program, such as the microstep.
+
+    ``traced``: where it was traced; ``formula``: its collectives by formula; ``model_flops``: its
+    FLOPs by formula.
+    """
 
     name: str
     program: Program
@@ -40,7 +44,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Divergence:
-    """A program that should be another one: where it was traced, and how it differs."""
+    """A program that differs from the first of its kind, and where it was traced."""
 
     kind: str
     where: str
@@ -50,14 +54,14 @@ class Divergence:
     def __str__(self) -> str:
         return (
             f"the {self.kind} program of {self.where} differs from that of {self.expected}: "
-            f"{describe(self.how.theirs)} instead of {describe(self.how.mine)}; what depends on "
+            f"{describe(self.how.found)} instead of {describe(self.how.expected)}; what depends on "
             "the rank or the step must enter as a tensor"
         )
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a core: what stays, what lives during a program, and what there is."""
+    """Bytes of one core: resident, live during each program, and available."""
 
     weights: int
     gradients: int
@@ -77,7 +81,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Everything an audit found."""
+    """The result of an audit."""
 
     headline: str
     kinds: tuple[Kind, ...]
@@ -90,7 +94,7 @@ class AuditReport:
 
     @property
     def problems(self) -> list[str]:
-        """Why the run would not compile each program once; empty where it would."""
+        """The reasons why a program would be compiled more than once or not at all."""
         found = [str(each) for each in self.divergences]
         found += [
             f"{name} runs on the host: torch-xla cannot compile it" for name in self.fallbacks
@@ -98,7 +102,7 @@ class AuditReport:
         for kind in self.kinds:
             found += [
                 f"the {kind.name} program has {remark.what}: {remark.count} instructions, the "
-                f"first at {remark.source or 'a line that the trace does not say'}"
+                f"first at {remark.source or 'an unknown line'}"
                 for remark in kind.remarks
                 if remark.fatal
             ]
@@ -112,11 +116,11 @@ class AuditReport:
 def sort_kinds(
     traced: Iterable[tuple[str, str, str]],
 ) -> tuple[dict[str, Program], dict[str, list[str]], list[Divergence]]:
-    """Of (kind, when, HLO text): the first program of each kind, when it was traced, and what came
-    later and differs."""
+    """Sort (kind, when, HLO text): the first program of each kind, the times when a kind was
+    traced, and the later programs that differ from the first."""
     first: dict[str, Program] = {}
     when: dict[str, list[str]] = {}
-    found: list[Divergence] = []
+    divergences: list[Divergence] = []
     for kind, at, text in traced:
         when.setdefault(kind, []).append(at)
         if kind not in first:
@@ -124,8 +128,8 @@ def sort_kinds(
         elif hlo.normal(text) != first[kind].normal:
             how = difference(first[kind], hlo.read(text))
             assert how is not None
-            found.append(Divergence(kind, at, when[kind][0], how))
-    return first, when, found
+            divergences.append(Divergence(kind, at, when[kind][0], how))
+    return first, when, divergences
 
 
 def show(audit: AuditReport) -> Iterator[str]:
@@ -158,7 +162,7 @@ def show(audit: AuditReport) -> Iterator[str]:
     yield f"operations on the host: {', '.join(audit.fallbacks) or 'none'}"
     remarks = [(kind.name, remark) for kind in audit.kinds for remark in kind.remarks]
     for name, remark in remarks:
-        yield f"{name}: {remark.count} x {remark.what} ({remark.source or 'no line known'})"
+        yield f"{name}: {remark.count} x {remark.what} ({remark.source or 'unknown line'})"
     if not any(remark.what == census.DYNAMIC for _, remark in remarks):
         yield "dynamic shapes: none"
     yield from (f"note: {note}" for note in audit.notes)
@@ -166,22 +170,21 @@ def show(audit: AuditReport) -> Iterator[str]:
 
 def _show_collectives(kind: Kind) -> Iterator[str]:
     yield ""
-    yield f"collectives of a {kind.name:<22} count   sent by a rank   by hand"
-    by_hand = {(each.axis, each.kind): each for each in kind.formula or ()}
-    traced = {(each.axis, each.kind): each for each in kind.collectives}
-    for key in dict.fromkeys([*traced, *by_hand]):
-        axis, name = key
-        here, there = traced.get(key), by_hand.get(key)
-        same = here and there and (here.count, here.sent_bytes) == (there.count, there.sent_bytes)
-        hand = "-" if kind.formula is None else "the same" if same else _counted(there)
+    yield f"collectives of a {kind.name:<22} count   sent by a rank   by formula"
+    expected = {(traffic.axis, traffic.kind): traffic for traffic in kind.formula or ()}
+    traced = {(traffic.axis, traffic.kind): traffic for traffic in kind.collectives}
+    for axis, verb in dict.fromkeys([*traced, *expected]):
+        none = Traffic(verb, axis, 0, 0)
+        measured, computed = traced.get((axis, verb), none), expected.get((axis, verb), none)
+        formula = "-" if kind.formula is None else _counted(computed)
         yield (
-            f"  {axis:<6} {name:<28}{here.count if here else 0:>7,}"
-            f"{show_bytes(here.sent_bytes if here else 0):>17}   {hand}"
+            f"  {axis:<6} {verb:<28}{measured.count:>7,}{show_bytes(measured.sent_bytes):>17}   "
+            f"{'the same' if measured == computed else formula}"
         )
 
 
-def _counted(traffic: Traffic | None) -> str:
-    return f"{traffic.count:,} of {show_bytes(traffic.sent_bytes)}" if traffic else "none"
+def _counted(traffic: Traffic) -> str:
+    return f"{traffic.count:,}, {show_bytes(traffic.sent_bytes)}" if traffic.count else "none"
 
 
 def _show_memory(memory: Memory) -> Iterator[str]:
@@ -197,7 +200,7 @@ def _show_memory(memory: Memory) -> Iterator[str]:
 
 
 def as_json(audit: AuditReport) -> dict[str, object]:
-    """The audit for programs; ``sha256`` is of the normal text: equal programs have equal ones."""
+    """The audit for programs; ``sha256`` is the hash of a program's normal text."""
     return {
         "passes": audit.passes,
         "problems": audit.problems,
@@ -208,7 +211,7 @@ def as_json(audit: AuditReport) -> dict[str, object]:
                 "traced": list(kind.traced),
                 "trace_s": kind.trace_s,
                 "collectives": [asdict(each) for each in kind.collectives],
-                "by_hand": kind.formula and [asdict(each) for each in kind.formula],
+                "by_formula": kind.formula and [asdict(each) for each in kind.formula],
                 "matmul_flops": kind.work.matmul_flops,
                 "matmul_share": kind.work.matmul_share,
                 "model_flops": kind.model_flops,

@@ -239,7 +239,7 @@ def cache(url: str, count: int, hashes: Hashes) -> Iterator[Finding]:
 def _own(folder: Path, done: int, hashes: Hashes) -> Iterator[Finding]:
     """Whether what was precompiled into the cache is what the run will compile."""
     told = f"{_programs(done)} in {folder}"
-    if not compile_cache.noted(folder):
+    if not compile_cache.has_notes(folder):
         yield unseen(
             "compile cache",
             f"{told}, without a note of which run they are",

@@ -8,7 +8,7 @@ from pathlib import Path
 from llamax.cli.doctor import NOT_READY
 from llamax.cli.plan import DOES_NOT_FIT
 from llamax.runtime import errors
-from llamax.tools.audit.audit import DIFFERS
+from llamax.tools.audit.auditor import DIFFERS
 
 
 def test_every_exit_code_means_one_thing_and_is_listed() -> None:

@@ -14,7 +14,7 @@ from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import BackendError, ConfigError
-from llamax.tools.audit.audit import corner_ranks, layout, notes
+from llamax.tools.audit.auditor import corner_ranks, layout, notes
 from llamax.tools.audit.precompile import asked
 
 TRN1 = load_machine("trn1.32xlarge")
@@ -47,7 +47,7 @@ def test_a_length_that_the_flash_kernel_refuses(length: int, use: int) -> None:
     assert note.startswith(f"data.sequence_length={length} is not a multiple of 2048")
     assert note.endswith(f"; use {use}")
     (note,) = notes(config)
-    assert "the flash kernel takes their place" in note
+    assert "the flash kernel replaces them" in note
 
 
 def test_corners() -> None:
@@ -86,3 +86,14 @@ def test_neuron_parallel_compile_asks_by_its_variable() -> None:
     assert asked({"NEURON_EXTRACT_GRAPHS_ONLY": "1"})
     assert not asked({"NEURON_EXTRACT_GRAPHS_ONLY": "0"})
     assert not asked({})
+
+
+def test_the_library_function_is_exported_by_the_package() -> None:
+    from llamax.tools import audit
+    from llamax.tools.audit import auditor
+
+    assert audit.audit is auditor.audit
+    with pytest.raises(AttributeError, match="has no attribute 'audits'"):
+        audit.audits  # noqa: B018
+    code = "import sys, llamax.tools.audit.compile_cache; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

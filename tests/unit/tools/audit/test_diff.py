@@ -22,8 +22,8 @@ def test_the_difference_is_the_instruction_that_the_other_lacks() -> None:
     )
     how = diff.difference(ours, theirs)
     assert how is not None
-    assert diff.describe(how.mine) == "s32[] constant(0) at /a/tensor.py:120"
-    assert diff.describe(how.theirs) == "s32[] constant(4000) at /a/tensor.py:120"
+    assert diff.describe(how.expected) == "s32[] constant(0) at /a/tensor.py:120"
+    assert diff.describe(how.found) == "s32[] constant(4000) at /a/tensor.py:120"
     assert diff.difference(ours, ours) is None
     assert diff.describe(None) == "nothing"
 
@@ -37,5 +37,5 @@ def test_wiring_alone_is_a_difference_too() -> None:
     swapped = "%s.3 = f32[] subtract(f32[] %p.2, f32[] %p.1)"
     how = diff.difference(program_of(*lines), program_of(*lines[:2], swapped))
     assert how is not None
-    assert how.mine is not None
-    assert how.mine.opcode == "subtract"
+    assert how.expected is not None
+    assert how.expected.opcode == "subtract"

@@ -68,7 +68,7 @@ def test_anything_else_does(old: str, new: str) -> None:
 def test_text_that_is_no_program_is_refused() -> None:
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.read("HloModule m\n")
-    with pytest.raises(ValueError, match="no HLO instruction: %a = nonsense"):
+    with pytest.raises(ValueError, match="not an HLO instruction: %a = nonsense"):
         program_of("%a = nonsense", "%b = f32[] constant(0)")
     with pytest.raises(ValueError, match="does not close its operands"):
         program_of("%a = f32[] add(f32[] %b, (f32[] %c)", "%b = f32[] constant(0)")

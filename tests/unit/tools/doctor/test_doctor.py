@@ -20,7 +20,9 @@ from llamax.tools.doctor.doctor import _seen_from, count, examine, here
 
 def test_programs_are_not_traced_without_torch_xla(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_cache, "installed", lambda _: None)
-    with pytest.raises(BackendError, match="the run's own cannot be traced without torch-xla"):
+    with pytest.raises(
+        BackendError, match="the programs of the run cannot be traced without torch-xla"
+    ):
         compile_cache.hashes(job().config, 32, 32, {})
 
 

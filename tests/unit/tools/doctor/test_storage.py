@@ -139,12 +139,12 @@ def test_compile_cache(tmp_path: Path) -> None:
     told = f"1 compiled program in {folder}"
     assert (level, what) == ("warning", f"{told}, where the run has 2")
     assert cache()[:2] == ("unseen", f"{told}, without a note of which run they are")
-    compile_cache.note(folder, {"microstep": "a1"})
+    compile_cache.write_notes(folder, {"microstep": "a1"})
     level, what, mend = cache()
     assert level == "warning"
     assert what == f"{told}, but not the run's update: it has changed since precompile"
     assert mend == storage.PRECOMPILE
-    compile_cache.note(folder, traced)
+    compile_cache.write_notes(folder, traced)
     assert cache()[:2] == ("ok", f"{told}, among them the run's own microstep, update")
     (found,) = storage.cache(str(folder), 1, nowhere)
     assert (found.level, found.what) == ("unseen", f"{told}; torch-xla is absent")

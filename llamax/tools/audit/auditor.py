@@ -1,12 +1,9 @@
-"""``llamax audit --config llama2-7b --nodes 4``: what a cluster would compile, on any laptop.
+"""Traces and compares the programs that a cluster would compile, on any machine with torch-xla.
 
-Traces the run without devices and without weights, one rank after the other in one process: every
-kind of step on rank 0, each program on the ranks at the corners of the mesh, and, with few layers,
-each program on every rank of the world (with all layers: ``--ranks deep``).  On Trainium a program
-of its own costs a rank 25 to 40 minutes of compilation while all others wait; here it costs a line
-that says where it comes from.
-
-The exit code is 0 only if the whole cluster would compile each program once, else 7.
+The run is traced without devices and without weights, one rank after the other in one process:
+every kind of step on rank 0, each program on the ranks at the corners of the mesh and, with few
+layers, each program on every rank of the world.  On Trainium a rank whose program differs compiles
+for 25 to 40 minutes while all others wait; the audit names the Python line that makes it differ.
 """
 
 from __future__ import annotations
@@ -41,41 +38,57 @@ from llamax.tools.audit.report import (
     sort_kinds,
 )
 from llamax.tools.audit.trace import MICROSTEP, VALIDATION, TracedRun, made_up_tokens
+from llamax.tools.plan.report import headline
 
 Ranks = Literal["all", "corners", "deep"]
-DIFFERS = 7
+DIFFERS = 7  # exit code of ``llamax audit``
 FEW_LAYERS = 2
 
 
-def audit(config: Config, mesh: Mesh, machine: Machine, headline: str, which: Ranks) -> AuditReport:
-    """Trace the run and count."""
-    whole = config.model.num_hidden_layers
+def audit(config: Config, machine: Machine, nodes: int, ranks: Ranks = "all") -> AuditReport:
+    """The audit of ``config`` on ``nodes`` machines.
+
+    ``ranks``: beside those at the corners of the mesh trace every rank with few layers ("all") or
+    none ("corners"), or every rank with all layers ("deep").
+    Raises ConfigError where the layout does not fit the machine, BackendError without torch-xla.
+    """
+    mesh = layout(config, machine, nodes)
+    return audit_mesh(config, mesh, machine, ranks, f"{nodes} x {machine.name}")
+
+
+def audit_mesh(
+    config: Config, mesh: Mesh, machine: Machine, ranks: Ranks = "all", machines: str = ""
+) -> AuditReport:
+    """The audit of ``config`` on ``mesh``; ``machines`` describes them in the headline."""
+    layers = config.model.num_hidden_layers
     tracer = Tracer(rendezvous({}))
     with made_up_tokens(config, mesh) as data:
-        kinds, memory, found = rank_0(config, mesh, machine, tracer, data)
+        kinds, memory, divergences = rank_0(config, mesh, machine, tracer, data)
         normal = {kind.name: kind.program.normal for kind in kinds}
-        ranks = []
-        if not found and which == "deep":
-            found += agree(config, mesh, tracer, data, range(1, mesh.world_size), normal, whole)
-            ranks.append(f"all {mesh.world_size} trace one program of each kind")
-        elif not found:
+        compared = []
+        if not divergences and ranks == "deep":
+            others = range(1, mesh.world_size)
+            divergences += compare(config, mesh, tracer, data, others, normal, layers)
+            compared.append(f"all {mesh.world_size} trace one program of each kind")
+        elif not divergences:
             corners = [rank for rank in corner_ranks(mesh) if rank]
-            found += agree(config, mesh, tracer, data, corners, normal, whole)
-            ranks.append(
+            divergences += compare(config, mesh, tracer, data, corners, normal, layers)
+            compared.append(
                 f"{len(corners) + 1} at the corners of the mesh trace one program of each kind "
                 f"({', '.join(map(str, [0, *corners]))})"
             )
-        if not found and which == "all":
-            layers = min(FEW_LAYERS, whole)
-            found += agree(config, mesh, tracer, data, range(mesh.world_size), {}, layers)
-            ranks.append(f"all {mesh.world_size} do with {layers} layers")
+        if not divergences and ranks == "all":
+            few = min(FEW_LAYERS, layers)
+            world = range(mesh.world_size)
+            divergences += compare(config, mesh, tracer, data, world, {}, few)
+            compared.append(f"all {mesh.world_size} do so with {few} layers")
     return AuditReport(
-        headline,
+        headline(config, mesh, machines),
         kinds,
-        tuple(ranks),
-        whole,
+        tuple(compared),
+        layers,
         memory,
-        tuple(found),
+        tuple(divergences),
         tuple(tracer.fallbacks()),
         tuple(notes(config)),
     )
@@ -84,32 +97,32 @@ def audit(config: Config, mesh: Mesh, machine: Machine, headline: str, which: Ra
 def rank_0(
     config: Config, mesh: Mesh, machine: Machine, tracer: Tracer, data: Path
 ) -> tuple[tuple[Kind, ...], Memory, list[Divergence]]:
-    """What every kind of step of the first rank is made of, and where a kind has two programs."""
+    """The programs of rank 0 by kind, its memory, and the kinds that have more than one program."""
     first = TracedRun(config, mesh, 0, tracer, data)
     seconds: dict[str, float] = {}
 
     def traced() -> Iterator[tuple[str, str, str]]:
-        for each in first.whole():
-            seconds.setdefault(each.kind, each.trace_s)
-            yield each.kind, f"rank 0, {each.when}", each.text
+        for boundary in first.whole():
+            seconds.setdefault(boundary.kind, boundary.trace_s)
+            yield boundary.kind, f"rank 0, {boundary.when}", boundary.text
 
-    programs, when, found = sort_kinds(traced())
+    programs, when, divergences = sort_kinds(traced())
     kinds = tuple(
         Kind(
             name,
-            each,
+            program,
             tuple(when[name]),
-            tuple(census.collectives(each, mesh.axes(first.kv))),
-            by_hand(first, name),
+            tuple(census.collectives(program, mesh.axes(first.kv))),
+            by_formula(first, name),
             model_flops(config, mesh, name),
             seconds[name],
         )
-        for name, each in programs.items()
+        for name, program in programs.items()
     )
-    return kinds, measure(first, programs, machine), found
+    return kinds, measure(first, programs, machine), divergences
 
 
-def agree(
+def compare(
     config: Config,
     mesh: Mesh,
     tracer: Tracer,
@@ -118,10 +131,10 @@ def agree(
     expected: dict[str, str],
     layers: int,
 ) -> list[Divergence]:
-    """The first program of these ranks that is not the ``expected`` of its kind.
+    """The first program of ``ranks`` that differs from the ``expected`` text of its kind, if any.
 
-    Where nothing is expected yet, the first rank sets it.  Python lines are traced only for the
-    two that differ.
+    Without an expected text the first rank sets it.  Python lines are traced only for the two
+    programs that differ.
     """
     config = replace(config, model=replace(config.model, num_hidden_layers=layers))
     expected, first = dict(expected), 0 if expected else ranks[0]
@@ -140,9 +153,9 @@ def agree(
 def explain(
     config: Config, mesh: Mesh, tracer: Tracer, data: Path, rank: int, other: int, kind: str
 ) -> Divergence:
-    """How the programs of two ranks differ, with Python lines."""
+    """The difference between the programs of two ranks, with Python lines."""
     tracer.debug(True)
-    mine, theirs = (
+    expected, found = (
         next(
             hlo.read(boundary.text)
             for boundary in TracedRun(config, mesh, each, tracer, data).brief()
@@ -150,19 +163,19 @@ def explain(
         )
         for each in (rank, other)
     )
-    how = difference(mine, theirs)
+    how = difference(expected, found)
     assert how is not None
     return Divergence(kind, f"rank {other}", f"rank {rank}", how)
 
 
 def corner_ranks(mesh: Mesh) -> list[int]:
-    """The first and the last tensor rank of the first and the last data rank."""
+    """The first and last tensor ranks of the first and last data ranks."""
     corners = itertools.product((0, mesh.dp - 1), (0, mesh.tp - 1))
     return sorted({mesh.rank(Coordinate(0, dp, 0, tp)) for dp, tp in corners})
 
 
-def by_hand(run: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
-    """The collectives of a kind by formula; None where there is none: adapters."""
+def by_formula(run: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
+    """The collectives of a kind of program by formula; None for adapters, which have no formula."""
     config, mesh = run.config, run.mesh
     if config.finetune.method != "full":
         return None
@@ -176,7 +189,7 @@ def by_hand(run: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
     else:
         found = formulas.update(mesh, group_shapes(run), config.parallel.zero1, run.kv)
     names, groups = {}, mesh.axes(run.kv)
-    for axis, known in groups.items():  # axes that are one and the same have one name
+    for axis, known in groups.items():  # axes with the same groups share one name
         names[axis] = next(name for name, each in groups.items() if set(each) == set(known))
     total: dict[tuple[str, str], Traffic] = {}
     for each in found:
@@ -191,7 +204,7 @@ def by_hand(run: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
 
 
 def group_shapes(run: TracedRun) -> list[GroupShape]:
-    """What the formula of the update wants to know of the optimizer's groups."""
+    """The groups of the optimizer, as the formula of the update needs them."""
     return [
         GroupShape(
             group.length,
@@ -206,7 +219,7 @@ def group_shapes(run: TracedRun) -> list[GroupShape]:
 
 
 def model_flops(config: Config, mesh: Mesh, kind: str) -> float:
-    """6N + attention of a rank's share of a microbatch; a third of it in forward alone."""
+    """6N + attention FLOPs of one rank in a microbatch; a third of it in forward alone."""
     length = config.data.sequence_length
     tokens = config.data.micro_batch * length
     adapters = 0
@@ -220,7 +233,7 @@ def model_flops(config: Config, mesh: Mesh, kind: str) -> float:
 
 
 def measure(run: TracedRun, programs: dict[str, hlo.Program], machine: Machine) -> Memory:
-    """The bytes of a core."""
+    """The memory of one core."""
     groups = run.optimizer.groups
     weights = sum(each.nbytes for each in run.model.parameters()) + held(run.model)[0]
     gradients = sum(GRADIENT_BYTES * sum(group.lengths) for group in groups)
@@ -233,24 +246,24 @@ def measure(run: TracedRun, programs: dict[str, hlo.Program], machine: Machine) 
 
 
 def notes(config: Config) -> Iterator[str]:
-    """What else a user would want to know."""
+    """Notes on the attention kernel."""
     length = config.data.sequence_length
     if length % FLASH_MULTIPLE:
         near = max(1, round(length / FLASH_MULTIPLE)) * FLASH_MULTIPLE
         yield (
             f"data.sequence_length={length} is not a multiple of {FLASH_MULTIPLE}, so Neuron's "
-            "flash attention kernel refuses it and attention computes every pair of tokens; "
+            "flash attention kernel cannot run and attention computes every pair of tokens; "
             f"use {near}"
         )
     else:
         yield (
-            "attention is traced as llamax's own operations; on NeuronCores the flash kernel "
-            "takes their place, and holds less"
+            "attention is traced as plain operations of llamax; on NeuronCores the flash kernel "
+            "replaces them and needs less memory"
         )
 
 
 def layout(config: Config, machine: Machine, nodes: int) -> Mesh:
-    """The mesh of the world; ConfigError where it does not fit the machine."""
+    """The mesh of the world; raises ConfigError where it does not fit the machine."""
     if machine.backend != "xla":
         raise ConfigError(
             f"--instance {machine.name} trains with run.backend={machine.backend}, which compiles "
