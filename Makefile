@@ -5,6 +5,8 @@
 # make launchers   install Open MPI, MPICH and Slurm with apt-get, as root, and run jobs under them
 # make drills  kill, freeze, damage and fill up real runs, at full counts: some hours on two cores
 # make check  lint, then test
+# make docs   build the documentation into build/docs; any warning is an error
+# make lock   write uv.lock anew, at the versions of requirements.txt
 #
 # PYTHON: any CPython >= 3.10.  Everything is installed into VENV and XLA_VENV, nowhere else.
 
@@ -13,10 +15,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 XLA_VENV ?= .venv-xla
 XLA_BIN := $(XLA_VENV)/bin
+DOCS_VENV ?= .venv-docs
 PIP := -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash
 
-.PHONY: demo finetune-demo test test-xla launchers drills lint check format clean
+.PHONY: demo finetune-demo test test-xla launchers drills lint check format docs lock clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python -m llamax.cli.demo
@@ -52,6 +55,13 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(DOCS_VENV)/installed
+	$(DOCS_VENV)/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html is the first page"
+
+lock:
+	uv lock $$(grep -oE '^[A-Za-z0-9_.-]+==[^; ]+' requirements.txt | sed 's/^/--upgrade-package /')
+
 # The pins are in requirements.txt; a finished installation is remembered by a stamp.
 $(VENV)/installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -61,6 +71,14 @@ $(VENV)/installed: requirements.txt pyproject.toml
 	$(BIN)/python $(PIP) --no-deps -e .
 	@touch $@
 
+# Sphinx alone; llamax and what it needs are seen in VENV, which stays as it is.
+$(DOCS_VENV)/installed: requirements-docs.txt $(VENV)/installed
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python $(PIP) -r requirements-docs.txt
+	@$(BIN)/python -c 'import sys; print("\n".join(path for path in sys.path if path.endswith("-packages")))' \
+	  > $$($(DOCS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/main.pth
+	@touch $@
+
 # torch-xla has wheels for Linux on x86-64 and CPython 3.10 to 3.13 alone.
 $(XLA_VENV)/installed: requirements-xla.txt pyproject.toml
 	$(PYTHON) -m venv $(XLA_VENV)
@@ -68,4 +86,4 @@ $(XLA_VENV)/installed: requirements-xla.txt pyproject.toml
 	  $(XLA_BIN)/python $(PIP) --no-deps -e . && touch $@ || rm -f $@
 
 clean:
-	rm -rf $(VENV) $(XLA_VENV) demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(XLA_VENV) $(DOCS_VENV) demo build docs/generated *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
