@@ -30,7 +30,8 @@ html_show_sphinx = False
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-autodoc_default_options = {"members": True, "show-inheritance": True}
+autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True}
 autodoc_preserve_defaults = True
+autodoc_mock_imports = ["lm_eval"]  # an optional package
 # Several classes share a member's name; a page links to modules, not to every such name.
 suppress_warnings = ["ref.python"]

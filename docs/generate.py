@@ -10,9 +10,10 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+
+import tomllib
 
 from llamax.__main__ import COMMANDS
 from llamax.config.load import find_config, help_text, recipes
@@ -118,8 +119,8 @@ def machines() -> str:
     }
     tables = tomllib.loads((ROOT / "llamax" / "config" / "hardware.toml").read_text())
     lines = ["# Machines", "", "The table in `llamax/config/hardware.toml`, which `llamax plan`,"]
-    lines += ["`audit`, `launch` and `doctor` read; its comments give the sources. Links are within"]
-    lines += ["a machine, the network is between machines; both one way.", ""]
+    lines += ["`audit`, `launch` and `doctor` read; its comments give the sources. Links are"]
+    lines += ["within a machine, the network is between machines; both one way.", ""]
     lines.append(f"| machine | {' | '.join(columns.values())} |")
     lines.append("|---|" + "---|" * len(columns))
     for name, machine in tables.items():

@@ -3,12 +3,14 @@
 Everything above this package is the same on every backend; only modules in here name
 ``torch.distributed``, ``torch.cuda`` or a vendor.
 
-| name   | device                    | collectives               |
-|--------|---------------------------|---------------------------|
-| cpu    | torch CPU                 | torch.distributed, gloo   |
-| cuda   | NVIDIA                    | torch.distributed, nccl   |
-| xla    | trn1, or torch-xla's CPU  | xm, with replica groups   |
-| neuron | trn2, trn3 by TorchNeuron | torch.distributed, neuron |
+======  =========================  =========================
+name    device                     collectives
+======  =========================  =========================
+cpu     torch CPU                  torch.distributed, gloo
+cuda    NVIDIA                     torch.distributed, nccl
+xla     trn1, or torch-xla's CPU   xm, with replica groups
+neuron  trn2, trn3 by TorchNeuron  torch.distributed, neuron
+======  =========================  =========================
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
 """Recompute activations in backward instead of keeping them (Chen et al. 2016).
 
-| mode      | kept per block                     | done again in backward                       |
-|-----------|------------------------------------|----------------------------------------------|
-| none      | everything backward reads          | nothing                                      |
-| selective | all but the inside of attention    | rotary embedding and attention               |
-| full      | the block's input x_BsD            | the block, but for its last sum over ranks   |
+=========  ===============================  ==========================================
+mode       kept per block                   done again in backward
+=========  ===============================  ==========================================
+none       everything backward reads        nothing
+selective  all but the inside of attention  rotary embedding and attention
+full       the block's input x_BsD          the block, but for its last sum over ranks
+=========  ===============================  ==========================================
 
 "Selective" is Korthikanti et al. 2022, section 5: attention holds much memory for few FLOPs.  The
 collectives inside a recomputed block run again too.

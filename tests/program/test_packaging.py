@@ -99,7 +99,7 @@ def test_an_installed_wheel_works_outside_the_clone(
             check=True,
         ).stdout.strip()
     )
-    # The dependencies of these tests serve; a .pth beside them, an editable llamax, is not followed.
+    # The dependencies of these tests serve; an editable llamax beside them is not followed.
     dependencies = [folder for folder in sys.path if folder.endswith("site-packages")]
     (site / "dependencies.pth").write_text("\n".join(dependencies))
     install = ["-m", "pip", "--python", str(venv / "bin/python"), "install", "--quiet", "--no-deps"]

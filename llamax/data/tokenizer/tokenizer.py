@@ -1,12 +1,12 @@
 """Three kinds of tokenizer file behind one protocol.
 
-=====================  ===================================================  =====================
-file                   what                                                 engine
-=====================  ===================================================  =====================
-``tokenizer.model``    sentencepiece (Llama 2, Mistral)                     segments, or its own
-``tokenizer.json``     Hugging Face tokenizers (any Llama on the Hub)       tokenizers
+=====================  =====================================================  =====================
+file                   what                                                   engine
+=====================  =====================================================  =====================
+``tokenizer.model``    sentencepiece (Llama 2, Mistral)                       segments, or its own
+``tokenizer.json``     Hugging Face tokenizers (any Llama on the Hub)         tokenizers
 ``NAME.tiktoken``      base64 ranks (Llama 3's original ``tokenizer.model``)  tiktoken
-=====================  ===================================================  =====================
+=====================  =====================================================  =====================
 
 The kind is told by the content, not the name.  Of a folder the first of ``tokenizer.model``,
 ``tokenizer.json``, ``*.tiktoken`` is taken: conversions between them are known to differ (on runs
