@@ -33,7 +33,7 @@ test: $(VENV)/installed
 
 test-xla: $(XLA_VENV)/installed
 	@if [ -e $< ]; then $(XLA_BIN)/python -m pytest tests/xla --numprocesses 2 --dist loadgroup --timeout 600; \
-	else echo "SKIPPED tests/xla: torch 2.9.0 and torch-xla 2.9.0 cannot be installed here (above: why)"; fi
+	else echo "SKIPPED tests/xla: requirements-xla.txt cannot be installed here (above: why)"; fi
 
 launchers: $(VENV)/installed
 	apt-get install --yes --no-install-recommends openmpi-bin mpich slurm-wlm munge

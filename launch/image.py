@@ -12,11 +12,15 @@ from __future__ import annotations
 from shlex import quote
 
 from llamax.launch.jobfile import JobFile
+from llamax.runtime.versions import IMAGE_SDK, OLDEST_TORCH, TORCH_XLA
 
-NEURON = "public.ecr.aws/neuron/pytorch-training-neuronx:2.9.0-neuronx-py312-sdk2.28.0-ubuntu24.04"
+NEURON = (
+    "public.ecr.aws/neuron/pytorch-training-neuronx:"
+    f"{TORCH_XLA}.0-neuronx-py312-sdk{IMAGE_SDK}.0-ubuntu24.04"
+)
 BASE_IMAGES = {
     "cuda": "public.ecr.aws/deep-learning-containers/pytorch-training:"
-    "2.9.0-gpu-py312-cu130-ubuntu22.04-ec2"
+    f"{OLDEST_TORCH}.0-gpu-py312-cu130-ubuntu22.04-ec2"
 }
 PACKAGES = "openmpi-bin openssh-client openssh-server procps"
 

@@ -34,6 +34,7 @@ from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
 from llamax.parallel.mesh import Groups, Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError, LostRank
+from llamax.runtime.versions import TORCHNEURON_SDK
 
 NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # of host and of device
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
@@ -297,8 +298,8 @@ class Neuron(_TorchBackend):
             import_module("torch_neuronx")
         if not hasattr(torch, "neuron"):
             raise BackendError(
-                "run.backend=neuron needs TorchNeuron (Neuron SDK 2.33 or newer, on trn2 or trn3), "
-                "which is not installed; on trn1 use run.backend=xla"
+                f"run.backend=neuron needs TorchNeuron (Neuron SDK {TORCHNEURON_SDK} or newer, on "
+                "trn2 or trn3), which is not installed; on trn1 use run.backend=xla"
             )
         cores = torch.accelerator.device_count()
         if cores != 1:  # else the launcher has given this process its own

@@ -5,32 +5,31 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import MutableMapping
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from llamax.parallel.rendezvous import Rendezvous, neuron_variables
 from llamax.runtime.errors import BackendError
+from llamax.runtime.versions import TORCH_XLA, XLA_REQUIREMENTS, installed
 
-RELEASE = "2.9"  # the last that AWS Neuron trains with on trn1
 NEURON_DEVICE = Path("/dev/neuron0")
 DEPRECATED = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
 
 
 def check(torch_xla: str | None, torch_version: str) -> None:
     """BackendError, with the remedy, unless these installed versions fit each other and us."""
-    remedy = f"install torch=={RELEASE}.0 and torch-xla=={RELEASE}.0, or use run.backend=cpu"
+    remedy = f"install {' and '.join(XLA_REQUIREMENTS)}, or use run.backend=cpu"
     if torch_xla is None:
         raise BackendError(f"run.backend=xla needs torch-xla, which is not installed; {remedy}")
-    if not torch_xla.startswith(f"{RELEASE}."):
+    if not torch_xla.startswith(f"{TORCH_XLA}."):
         raise BackendError(
-            f"run.backend=xla is written to torch-xla {RELEASE} but {torch_xla} is installed; "
+            f"run.backend=xla is written to torch-xla {TORCH_XLA} but {torch_xla} is installed; "
             f"{remedy}"
         )
-    if not torch_version.startswith(f"{RELEASE}."):
+    if not torch_version.startswith(f"{TORCH_XLA}."):
         raise BackendError(
-            f"torch-xla {torch_xla} needs torch {RELEASE} but {torch_version} is installed; "
+            f"torch-xla {torch_xla} needs torch {TORCH_XLA} but {torch_version} is installed; "
             f"{remedy}"
         )
 
@@ -60,17 +59,9 @@ def configure(
             importlib.import_module(package)
     except (ImportError, OSError) as error:
         raise BackendError(
-            f"{package} cannot be imported ({error}); install it again beside torch=={RELEASE}.0"
+            f"{package} cannot be imported ({error}); install it again beside {XLA_REQUIREMENTS[0]}"
         ) from error
     return neuron
-
-
-def installed(package: str) -> str | None:
-    """The version of an installed distribution."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _device() -> str:
@@ -79,6 +70,6 @@ def _device() -> str:
     if NEURON_DEVICE.exists():
         raise BackendError(
             f"{NEURON_DEVICE} is a Neuron device, but torch-neuronx, which drives it, is not "
-            "installed; install AWS Neuron's torch-neuronx 2.9, or set PJRT_DEVICE=CPU"
+            f"installed; install AWS Neuron's torch-neuronx {TORCH_XLA}, or set PJRT_DEVICE=CPU"
         )
     return "CPU"

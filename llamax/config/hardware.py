@@ -237,8 +237,8 @@ def _tables(path: Path) -> dict[str, dict[str, Any]]:
 def _machine(name: str, table: dict[str, Any], path: Path) -> Machine:
     """The machine of a table; ``like`` names a known one whose figures it shares."""
     problems = Problems()
-    if like := table.get("like"):
-        table = {**_shared(f"{name}.like", like, problems), **table}
+    if "like" in table:
+        table = {**_shared(f"{name}.like", table["like"], problems), **table}
     values = {key: value for key, value in table.items() if key != "like"}
     machine = build(Machine, values, problems, name, {"name": name})
     lines = problems.lines(machine, name)
@@ -248,12 +248,16 @@ def _machine(name: str, table: dict[str, Any], path: Path) -> Machine:
 
 def _shared(key: str, like: Any, problems: Problems) -> dict[str, Any]:
     """The figures of the known machine that ``like`` names."""
-    tables = _known_tables()
-    if not isinstance(like, str) or like not in tables:
-        near = did_you_mean(str(like), tables)
+    tables = {
+        spelling: table
+        for name, table in _known_tables().items()
+        for spelling in (name, *table.get("also", ()))
+    }
+    if (spelling := str(like).lower()) not in tables:
+        near = did_you_mean(spelling, tables)
         problems.unusable[key] = f"{key}={like!r} is not a machine that is known{near}"
         return {}
-    table = tables[like]
+    table = tables[spelling]
     if "like" in table:
         table = {**_shared(key, table["like"], problems), **table}
     return {key: value for key, value in table.items() if key not in UNSHARED}

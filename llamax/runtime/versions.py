@@ -1,12 +1,38 @@
-"""Versions of installed packages."""
+"""Versions: of installed packages, and those that llamax and the Neuron SDKs need.
+
+``pyproject.toml`` and ``requirements*.txt`` cannot read this file; ``tests/unit/runtime`` compares
+them with it.
+"""
 
 from __future__ import annotations
 
 from importlib import metadata
+from typing import NamedTuple
+
+OLDEST_TORCH = "2.9"
+TORCH_XLA = "2.9"  # of torch and torch-xla: the last that AWS Neuron trains with on trn1
+XLA_REQUIREMENTS = (f"torch=={TORCH_XLA}.0", f"torch-xla=={TORCH_XLA}.0")
+TORCHNEURON_SDK = "2.33"  # the first Neuron SDK with the native device of trn2 and trn3
+
+
+class NeuronSdk(NamedTuple):
+    """Beginnings of the versions that one Neuron SDK brings together."""
+
+    compiler: str
+    nxd: str
+    driver: str
+
+
+# The SDKs that train with torch-xla on trn1, by their versions.
+NEURON_SDKS = {
+    "2.28": NeuronSdk(compiler="2.23", nxd="0.17", driver="2.26"),
+    "2.29": NeuronSdk(compiler="2.24", nxd="0.18", driver="2.27"),
+}
+IMAGE_SDK = "2.28"  # of the container image
 
 
 def installed(package: str) -> str | None:
-    """The version of an installed distribution."""
+    """The version of an installed distribution; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -5,7 +5,6 @@ For whoever reads the run later: the machine, its price, versions, the job's nam
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llamax import __version__
-from llamax.config.hardware import load_machine
-from llamax.runtime.errors import ConfigError
+from llamax.config.hardware import find_machine
+from llamax.runtime.versions import installed
 
 PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2 the instance type
 PACKAGES = ("torch", "torch-xla", "torch-neuronx", "neuronx-cc", "neuronx-distributed", "numpy")
@@ -51,13 +50,8 @@ def write(folder: Path, world_size: int, local_world_size: int, job: str) -> Non
 
 
 def _versions() -> list[tuple[str, str]]:
-    found = []
-    for package in PACKAGES:
-        try:
-            found.append((package, importlib.metadata.version(package)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    versions = [(package, installed(package)) for package in PACKAGES]
+    return [(package, version) for package, version in versions if version is not None]
 
 
 def _instance() -> str:
@@ -68,7 +62,5 @@ def _instance() -> str:
 
 
 def _price(instance: str) -> float:
-    try:
-        return load_machine(instance).dollars_per_hour if instance else 0.0
-    except ConfigError:
-        return 0.0
+    machine = find_machine(instance)
+    return machine.dollars_per_hour if machine else 0.0

@@ -1,29 +1,23 @@
 """Versions that must fit: torch, torch-xla, torch-neuronx, the compiler, NxD, the drivers.
 
-Source: AWS Neuron documentation, "Release content" of Neuron 2.28.0 and 2.29.0, the last ones that
-train with torch-xla on trn1.
+The versions themselves are in ``llamax.runtime.versions``.  Source: AWS Neuron documentation,
+"Release content" of Neuron 2.28.0 and 2.29.0, the last ones that train with torch-xla on trn1.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
 
+from llamax.runtime.versions import (
+    IMAGE_SDK,
+    NEURON_SDKS,
+    OLDEST_TORCH,
+    TORCH_XLA,
+    XLA_REQUIREMENTS,
+)
 from llamax.tools.doctor.finding import Finding, Host, ok, unseen
 
-TORCH_XLA = "2.9"
-
-
-class Release(NamedTuple):
-    """Beginnings of the versions that one Neuron SDK brings together."""
-
-    compiler: str
-    nxd: str
-    driver: str
-
-
-RELEASES = {"2.28": Release("2.23", "0.17", "2.26"), "2.29": Release("2.24", "0.18", "2.27")}
 INSTALL = "with AWS Neuron's package index: python3 -m pip install"
 
 
@@ -39,12 +33,12 @@ def check(host: Host, backend: str) -> Iterator[Finding]:
             "python3 -m pip install torch",
         )
         return
-    if _numbers(torch) < (2, 9):
+    if _numbers(torch) < _numbers(OLDEST_TORCH):
         yield Finding(
             "error",
             "torch",
-            f"torch {torch} is older than 2.9",
-            "llamax is tested with 2.9 and later",
+            f"torch {torch} is older than {OLDEST_TORCH}",
+            f"llamax is tested with {OLDEST_TORCH} and later",
             "python3 -m pip install --upgrade torch",
         )
     else:
@@ -79,7 +73,7 @@ def _xla(host: Host, torch: str) -> Iterator[Finding]:
     if found is None and not host.neuron_devices:
         yield unseen("torch-xla", "torch-xla is not installed here", "run doctor on a node")
         return
-    pair = f"torch=={TORCH_XLA}.0 torch-xla=={TORCH_XLA}.0"
+    pair = " ".join(XLA_REQUIREMENTS)
     if found is None:
         yield Finding(
             "error",
@@ -116,19 +110,21 @@ def _neuron(host: Host, torch: str) -> Iterator[Finding]:
         )
     else:
         yield ok("torch-neuronx", f"torch-neuronx {neuronx}")
-    sdk = next((name for name, each in RELEASES.items() if _begins(compiler, each.compiler)), None)
+    sdk = next(
+        (name for name, each in NEURON_SDKS.items() if _begins(compiler, each.compiler)), None
+    )
     if sdk is None:
-        known = " or ".join(f"{each.compiler} (SDK {name})" for name, each in RELEASES.items())
+        known = " or ".join(f"{each.compiler} (SDK {name})" for name, each in NEURON_SDKS.items())
         yield Finding(
             "warning",
             "neuronx-cc",
             f"neuronx-cc {compiler} is of no SDK that is known to train here",
-            f"trn1 trains with torch-xla up to SDK 2.29; known are {known}",
-            f"{INSTALL} 'neuronx-cc=={RELEASES['2.28'].compiler}.*'",
+            f"trn1 trains with torch-xla up to SDK {max(NEURON_SDKS)}; known are {known}",
+            f"{INSTALL} 'neuronx-cc=={NEURON_SDKS[IMAGE_SDK].compiler}.*'",
         )
         return
     yield ok("neuronx-cc", f"neuronx-cc {compiler} (SDK {sdk})")
-    release, nxd = RELEASES[sdk], host.version("neuronx-distributed")
+    release, nxd = NEURON_SDKS[sdk], host.version("neuronx-distributed")
     if nxd is None:
         yield ok("nxd", "neuronx-distributed is not installed; llamax does not need it")
     elif not _begins(nxd, release.nxd):

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from llamax.backends import choose, xla, xla_install
+from llamax.config.hardware import load_machine
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
 
@@ -103,3 +104,13 @@ def test_ranks_meet_on_the_host() -> None:
     xla.meet(store, "here", 2)
     thread.join(10)
     assert late.is_set()
+
+
+def test_neuron_cores_are_rated_by_the_table_and_the_cpu_client_is_not() -> None:
+    backend = object.__new__(xla.Xla)
+    backend.neuron = True
+    trn1 = load_machine("trn1.32xlarge")
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float32, "float32")):
+        assert backend.peak_flops(dtype) == trn1.peak_flops(name)
+    backend.neuron = False
+    assert backend.peak_flops(torch.bfloat16) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,15 @@ import pytest
 from llamax.cli.plan import main
 from llamax.config.hardware import (
     GIB,
+    KNOWN,
+    LOCAL,
     Machine,
+    default_machine,
+    find_machine,
+    gpu_peak_flops,
+    known_machines,
     load_machine,
+    machine_names,
     measure_machine,
     memory_share,
 )
@@ -57,6 +65,9 @@ def test_a_machine_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("ranks = 4", "ranks = true", "lab.ranks=true is a truth value; write an integer"),
         ("[lab]", "[lab]\nlink_efficiency = 1.5", "lab.link_efficiency=1.5 is out of range"),
         ("[lab]", "[lab]\ndescription = 3", "lab.description=3 is an integer; write a"),
+        ("ranks = 4", "like = 'p5'", "lab.like='p5' is not a machine that is known; did you mean"),
+        ("ranks = 4", "like = 3", "lab.like=3 is not a machine that is known"),
+        ("[lab]", "[lab]\nname = 'x'", "lab.name is an unknown key"),
         ("[lab]", "top = 1\n[lab]", "top stands outside a table"),
         ("[lab]", "[other]\nranks = 1\n[lab]", "has 2 tables"),
     ],
@@ -89,3 +100,89 @@ def test_this_machine_has_its_control_groups_share_of_memory(tmp_path: Path) -> 
         assert memory_share(8 * GIB, tmp_path) == GIB // 4
         assert measure_machine(tmp_path).memory_gib == 0.25
         limit.unlink()
+
+
+def test_all_mistakes_of_a_machine_come_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "lab.toml"
+    path.write_text("[lab]\nlike = 'p4d.24xlarge'\nranks = 0\nmemory = 3\nlink_gbps = 'x'\n")
+    with pytest.raises(ConfigError) as error:
+        load_machine(str(path))
+    assert str(error.value).splitlines() == [
+        f"{path}: 3 problems",
+        "  lab.memory is an unknown key; did you mean memory_gib?",
+        '  lab.link_gbps="x" is a string; write a number',
+        "  lab.ranks=0 is out of range; use 1 or more",
+    ]
+
+
+def test_a_machine_like_another_shares_its_figures_alone(tmp_path: Path) -> None:
+    path = tmp_path / "lab.toml"
+    path.write_text('[lab]\nlike = "p5en.48xlarge"\nranks = 4\n')
+    lab, p5 = load_machine(str(path)), load_machine("p5.48xlarge")
+    assert (lab.name, lab.ranks, lab.memory_gib, lab.efa) == ("lab", 4, 139.0, 16)
+    assert lab.bfloat16_tflops == p5.bfloat16_tflops
+    assert (lab.description, lab.also, lab.gpu_names) == ("", (), ())
+
+
+def test_names_are_taken_in_any_case() -> None:
+    assert load_machine("TRN1.32xlarge") is TRN1
+    assert find_machine("H100") is find_machine("p5.48xlarge") is not None
+    assert find_machine("p6.48xlarge") is None
+    assert load_machine("CPU").name == "cpu"
+    names = [
+        name for machine in known_machines().values() for name in (machine.name, *machine.also)
+    ]
+    assert len({name.lower() for name in names}) == len(names)
+    with pytest.raises(
+        ConfigError, match="--instance trn1.32xlage is neither .* did you mean trn1"
+    ):
+        load_machine("trn1.32xlage")
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bfloat16", "float32"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12, 67e12),
+        ("NVIDIA H200", 989e12, 67e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12, 19.5e12),
+        ("NVIDIA A100 80GB PCIe", 312e12, 19.5e12),
+        ("nvidia l40s", 362e12, 91.6e12),
+        ("NVIDIA A10G", 70e12, 35e12),
+        ("NVIDIA H100 PCIe", None, None),  # slower than the one on SXM
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),  # a seventh of one
+        ("NVIDIA GeForce RTX 4090", None, None),
+    ],
+)
+def test_a_gpu_is_rated_by_its_whole_name_and_type(
+    gpu: str, bfloat16: float | None, float32: float | None
+) -> None:
+    assert gpu_peak_flops(gpu, "bfloat16") == bfloat16
+    assert gpu_peak_flops(gpu, "float32") == float32
+
+
+def test_a_machine_has_a_peak_for_each_type() -> None:
+    assert (TRN1.peak_flops("bfloat16"), TRN1.peak_flops("float32")) == (95e12, 23.75e12)
+    with pytest.raises(KeyError):
+        TRN1.peak_flops("float16")
+
+
+def test_each_backend_has_a_machine_that_it_is_planned_for() -> None:
+    backends = ("cpu", "xla", "neuron", "cuda")
+    names = ["cpu", "trn1.32xlarge", "trn2.48xlarge", "p5.48xlarge"]
+    assert [default_machine(backend) for backend in backends] == names
+    assert set(names) <= set(machine_names())
+
+
+def test_what_a_machine_is_called_at_its_launchers() -> None:
+    p5, trn2 = load_machine("p5.48xlarge"), load_machine("trn2")
+    told = [(m.unit, m.resource, m.monitor, m.backends) for m in (TRN1, trn2, p5)]
+    neuron = ("NeuronCores", "aws.amazon.com/neuron", "neuron-top", ("xla", "neuron"))
+    assert told == [neuron, neuron, ("GPUs", "nvidia.com/gpu", "nvidia-smi dmon", ("cuda",))]
+    assert (LOCAL.unit, LOCAL.monitor, LOCAL.neuron) == ("cores", "top", False)
+
+
+def test_no_other_file_states_the_peak_of_a_device() -> None:
+    root = KNOWN.parents[2]
+    for path in (*(root / "llamax").rglob("*.py"), *(root / "launch").rglob("*.py")):
+        text = path.read_text()
+        assert not re.search(r"\b\d+(\.\d+)?e12\b", text.replace("1e12", "")), path
