@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 from llamax.checkpoint import Checkpoint, load_weights
 from llamax.checkpoint.consolidate import consolidate
-from llamax.checkpoint.hf_folder import HubFolder
+from llamax.checkpoint.hf_folder import HfFolder
 from llamax.checkpoint.shard_hf import shard
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama
@@ -130,7 +130,7 @@ def one_rank() -> Llama:
 
 def load_hub(folder: Path, out: Path) -> None:
     model = one_rank()
-    source = HubFolder(folder / "hub")
+    source = HfFolder(folder / "hub")
     load_weights(source, dict(model.named_parameters()), model.shards, TENSOR, RANK)
 
 

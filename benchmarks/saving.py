@@ -28,8 +28,8 @@ from torch import Tensor
 
 from llamax.checkpoint import Checkpoint, Saver, hf_writer, load_owned
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.runs import Run, slices, writes
-from llamax.checkpoint.safetensors_io import TAGS, head, sha256
+from llamax.checkpoint.runs import Run, is_writer, slices
+from llamax.checkpoint.safetensors_io import TAGS, build_header, sha256
 from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama
@@ -162,8 +162,8 @@ def build(folder: Path, tensor: int = 32, data: int = 32, bucket: int = 1 << 22)
     model = load_config("llama2-70b").model
     llama = Llama(model, device="meta")
     shapes = {name: tuple(p.shape) for name, p in llama.named_parameters()}
-    listed: list[files.File] = []
-    tensors: dict[str, files.Whole] = {}
+    listed: list[files.FileRecord] = []
+    tensors: dict[str, files.TensorRecord] = {}
     kinds = {"weight": torch.bfloat16, **dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), None)}
     count, piece = 0, bucket // data
     for tp in range(tensor):
@@ -177,10 +177,10 @@ def build(folder: Path, tensor: int = 32, data: int = 32, bucket: int = 1 << 22)
                 rank = (at + start) // piece % data
                 length = min(size - start, piece - (at + start) % piece)
                 for one in slices(name, how, local, tensor, tp, start, length):
-                    if writes(how_of[one.name], tensor, tp):
+                    if is_writer(how_of[one.name], tensor, tp):
                         inside[rank].append((one.name, one.run))
                         shape = whole_shape(how_of[one.name], local)
-                        tensors.setdefault(one.name, files.Whole(shape, {}))
+                        tensors.setdefault(one.name, files.TensorRecord(shape, {}))
                 start += length
             at += size
         for rank, runs in inside.items():
@@ -190,25 +190,27 @@ def build(folder: Path, tensor: int = 32, data: int = 32, bucket: int = 1 << 22)
                     if (kind == "weight") == (role == "weights"):
                         stored = dtype or torch.float32
                         for name, run in runs:
-                            entries.append((files.key(name, kind, run), stored, (run.length,)))
-                            kept = files.Kept(TAGS[stored], [])
+                            entries.append((files.run_key(name, kind, run), stored, (run.length,)))
+                            kept = files.KindRecord(TAGS[stored], [])
                             kept = tensors[name].kinds.setdefault(kind, kept)
                             kept.runs.append((len(listed), *run))
                             count += 1
-                start_bytes, _, size_bytes = head(entries)
+                start_bytes, _, size_bytes = build_header(entries)
                 path = folder / files.file_name(role, tp, rank)
                 path.write_bytes(start_bytes)
                 os.truncate(path, size_bytes)
-                listed.append(files.File(path.name, size_bytes, "0" * 64, "0" * (size_bytes >> 16)))
+                listed.append(
+                    files.FileRecord(path.name, size_bytes, "0" * 64, "0" * (size_bytes >> 16))
+                )
     mesh = {"tensor": tensor, "data": data, "zero1": 1}
     hub = model.to_hub("bfloat16")
     manifest = files.Manifest(
-        files.FORMAT, 1, "", torch.__version__, mesh, hub, {}, listed, tensors
+        files.FORMAT_VERSION, 1, "", torch.__version__, mesh, hub, {}, listed, tensors
     )
     cpu = time.process_time()
-    files.commit(folder, manifest, "")
+    files.write_manifest(folder, manifest, "")
     print(f"checked and written in {time.process_time() - cpu:.1f} CPU s")
-    files.finish(folder)
+    files.write_done(folder)
     return count
 
 
@@ -228,7 +230,7 @@ def planning(folder: Path) -> None:
     cpu, began = time.process_time(), time.perf_counter()
     source = Checkpoint(folder, verify=False)
     opened = time.process_time() - cpu
-    planned = hf_writer.plan(source)
+    planned = hf_writer.plan_files(source)
     pieces = {piece.path for one in planned for piece in source.pieces(one.name, one.kind)}
     cpu, seconds = time.process_time() - cpu, time.perf_counter() - began
     names = {one.file for one in planned}

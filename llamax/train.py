@@ -32,7 +32,7 @@ from torch import Tensor
 
 from llamax.backends import choose
 from llamax.checkpoint import lock
-from llamax.checkpoint.manifest import newest
+from llamax.checkpoint.listing import newest_checkpoint
 from llamax.config.load import dump_config, help_text, load_config
 from llamax.config.schema import Config
 from llamax.optim.schedule import lr_at
@@ -72,7 +72,7 @@ def train(config: Config, where: Rendezvous) -> None:
             inputs.verify, config, where.rank, where.world_size, lambda: not over.is_set()
         )
         with (
-            lock.held(folder) if where.rank == 0 else nullcontext(),
+            lock.lock_folder(folder) if where.rank == 0 else nullcontext(),
             log_to_file(folder, where.job, where.rank),
             beating(folder / "heartbeats", where.rank, where.world_size, timeout_s) as heart,
             backend.joined(mesh, timeout_s, kv) as axes,
@@ -153,7 +153,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             raise SystemExit(Stopped.exit_code)
         raise Stopped(
             f"stopped after step {step} by {signals.requested() or 'a signal to another rank'}: "
-            f"{newest(job.folder / 'checkpoints')} is saved; start again to go on"
+            f"{newest_checkpoint(job.folder / 'checkpoints')} is saved; start again to go on"
         )
     if job.main and patience.over:
         logger.info(
@@ -167,7 +167,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             "done in %s: %s holds the newest checkpoint; llamax consolidate %s makes a %s folder "
             "of it",
             show_time(time.perf_counter() - began),
-            newest(job.folder / "checkpoints"),
+            newest_checkpoint(job.folder / "checkpoints"),
             job.folder,
             "PEFT" if job.adapters else "Hugging Face",
         )

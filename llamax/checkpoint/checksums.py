@@ -1,15 +1,15 @@
-"""Checksums of the blocks of a file: who reads a part of it checks that part, while reading.
+"""Checksums of file blocks: whoever reads part of a file verifies that part while reading.
 
-The header of a safetensors file is a block, and each tensor is cut into blocks of 1 MiB.  What is
-wanted is read block by block, each hashed while it lies in a cache of the processor; of a block
-that is wanted in part all is read, which no rank of the mesh that saved ever needs::
+The header of a safetensors file is one block; each tensor is split into blocks of 1 MiB.  A read
+goes block by block, and each block is hashed while it is still in the processor's cache.  A block
+that is wanted only in part is read whole; the mesh that saved the file never needs that::
 
     file      [ header ][ a: block 0 ][ block 1 ][ rest ][ b: block 0 ]...
     wanted                     <------------------->
-                           aside      in place    in place
+                         via a copy   in place    in place
 
-XXH3 finds accidents, at ten times the speed of sha256, which manifests keep for files as a whole.
-Source: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
+XXH3 detects accidental damage, ten times faster than sha256, which the manifest keeps for whole
+files.  Source: https://github.com/Cyan4973/xxHash/blob/dev/doc/xxhash_spec.md
 """
 
 from __future__ import annotations
@@ -27,43 +27,44 @@ from xxhash import xxh3_64, xxh3_64_hexdigest
 from llamax.runtime.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 20
-DIGITS = 16  # of one checksum, hexadecimal
+CHECKSUM_DIGITS = 16  # hexadecimal digits of one checksum
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class Sums:
-    """The checksums of a file whose bytes come by in order."""
+class BlockHasher:
+    """Computes the block checksums of a file from its bytes in order."""
 
     def __init__(self) -> None:
-        self._done: list[str] = []
+        self._checksums: list[str] = []
         self._block, self._size = xxh3_64(), 0
 
     def update(self, data: memoryview) -> None:
-        """Take the next bytes of the header or a tensor."""
+        """Hash the next bytes of the header or of a tensor."""
         while data:
             taken = data[: BLOCK_BYTES - self._size]
             self._block.update(taken)
             self._size += len(taken)
             data = data[len(taken) :]
             if self._size == BLOCK_BYTES:
-                self.cut()
+                self.end_block()
 
-    def cut(self) -> None:
-        """A tensor ends here: a block does too."""
+    def end_block(self) -> None:
+        """End the current block; call it at the end of the header and of every tensor."""
         if self._size:
-            self._done.append(self._block.hexdigest())
+            self._checksums.append(self._block.hexdigest())
             self._block, self._size = xxh3_64(), 0
 
-    def text(self) -> str:
-        """All of them, one after another."""
-        return "".join(self._done)
+    def hexdigests(self) -> str:
+        """The checksums of all blocks, concatenated."""
+        return "".join(self._checksums)
 
 
-class Blocks:
-    """A file, where its header and tensors end (from first to last), and its checksums.
+class BlockVerifier:
+    """Reads a file and compares every block it touches with the saved checksum.
 
-    Raises CheckpointError where these are of another file.
+    ``ends``: the bytes at which the header and the tensors end, ascending; ``sums``: the block
+    checksums, concatenated.  Raises CheckpointError if their number does not fit the file.
     """
 
     def __init__(self, path: Path, ends: Iterable[int], sums: str) -> None:
@@ -73,16 +74,16 @@ class Blocks:
             self._starts += range(self._starts[-1] + BLOCK_BYTES, end, BLOCK_BYTES)
             if end > self._starts[-1]:
                 self._starts.append(end)
-        if len(sums) != DIGITS * (len(self._starts) - 1):
+        if len(sums) != CHECKSUM_DIGITS * (len(self._starts) - 1):
             raise CheckpointError(
-                f"{path}: the manifest has {len(sums) // DIGITS} checksums for its "
+                f"{path}: the manifest has {len(sums) // CHECKSUM_DIGITS} checksums for its "
                 f"{len(self._starts) - 1} blocks"
             )
 
     def read(self, fd: int, start: int, into: Bytes) -> None:
         """Fill ``into`` with the bytes of the file from ``start`` on.
 
-        Raises CheckpointError where a block that they lie in is not what was saved.
+        Raises CheckpointError if a block that contains any of them has changed.
         """
         number, done = bisect_right(self._starts, start) - 1, 0
         while done < len(into):
@@ -90,28 +91,28 @@ class Blocks:
             skipped = start + done - first
             taken = into[done : done + end - first - skipped]
             if len(taken) == end - first:
-                self._check(fd, number, taken)
+                self._read_block(fd, number, taken)
             else:
                 block = np.empty(end - first, np.uint8)
-                self._check(fd, number, block)
+                self._read_block(fd, number, block)
                 taken[:] = block[skipped:][: len(taken)]
             number, done = number + 1, done + len(taken)
 
-    def _check(self, fd: int, number: int, into: Bytes) -> None:
-        """Read a whole block and compare it with what was saved."""
-        start, at = self._starts[number], number * DIGITS
+    def _read_block(self, fd: int, number: int, into: Bytes) -> None:
+        """Read a whole block and compare it with its checksum."""
+        start, at = self._starts[number], number * CHECKSUM_DIGITS
         read_exactly(fd, self.path, start, into)
-        found, expected = xxh3_64_hexdigest(into.data), self.sums[at : at + DIGITS]
-        if found != expected:
+        actual, expected = xxh3_64_hexdigest(into.data), self.sums[at : at + CHECKSUM_DIGITS]
+        if actual != expected:
             raise CheckpointError(
                 f"{self.path} changed after it was saved: the checksum of its bytes {start} to "
-                f"{start + len(into) - 1} is {found}, the manifest says {expected}"
+                f"{start + len(into) - 1} is {actual}, the manifest says {expected}"
             )
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A file to read from; CheckpointError where it cannot be, also later."""
+def open_to_read(path: Path) -> Iterator[int]:
+    """Yield a file descriptor; raise OSErrors from opening and reading as CheckpointError."""
     try:
         fd = os.open(path, os.O_RDONLY)
         try:
@@ -123,10 +124,10 @@ def opened(path: Path) -> Iterator[int]:
 
 
 def read_exactly(fd: int, path: Path, offset: int, into: Bytes) -> None:
-    """Fill ``into`` with the bytes from ``offset`` on; CheckpointError where the file ends."""
+    """Fill ``into`` with the bytes from ``offset`` on; CheckpointError if the file ends before."""
     done = 0
     while done < len(into):
-        got = os.preadv(fd, [into[done : done + (1 << 30)].data], offset + done)
-        if not got:
-            raise CheckpointError(f"{path} ends at byte {offset + done}: cut short; copy it anew")
-        done += got
+        count = os.preadv(fd, [into[done : done + (1 << 30)].data], offset + done)
+        if not count:
+            raise CheckpointError(f"{path} ends at byte {offset + done}: cut short; copy it again")
+        done += count

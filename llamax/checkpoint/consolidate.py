@@ -20,11 +20,15 @@ from typing import NamedTuple
 import torch
 
 from llamax.checkpoint import hf_writer, slabs
-from llamax.checkpoint.hf_writer import Planned
-from llamax.checkpoint.manifest import find
+from llamax.checkpoint.atomic import new_folder
+from llamax.checkpoint.hf_writer import PlannedTensor
+from llamax.checkpoint.listing import find_checkpoint
 from llamax.checkpoint.peft import adapter_info, export_adapter
 from llamax.checkpoint.reader import Checkpoint
-from llamax.checkpoint.safetensors_io import Progress, building, silent
+from llamax.checkpoint.safetensors_io import (
+    Progress,
+    no_progress,
+)
 from llamax.config.choices import WEIGHT_DTYPES
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.process import leave_with_parent
@@ -40,10 +44,10 @@ class Work(NamedTuple):
     offsets: dict[str, int]
     buffers: slabs.Buffers
 
-    def fill(self, planned: Planned) -> int:
+    def fill(self, planned: PlannedTensor) -> int:
         """Write one tensor; its size in bytes."""
         offset = self.offsets[planned.name]
-        return hf_writer.fill(self.source, self.folder, planned, offset, self.buffers)
+        return hf_writer.write_tensor(self.source, self.folder, planned, offset, self.buffers)
 
 
 def consolidate(
@@ -55,7 +59,7 @@ def consolidate(
     tokenizer: Path | str | None = None,
     verify: bool = True,
     processes: int = 1,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Path:
     """Write a checkpoint as the Hugging Face folder ``out``; return that folder.
 
@@ -79,15 +83,15 @@ def consolidate(
     if processes < 1:
         raise ConfigError(f"`processes={processes}` is below 1; use 1 or more")
     weight_dtype, file_bytes = dtype_of(dtype), size(max_shard_size)
-    source = Checkpoint(find(Path(checkpoint)), verify)
+    source = Checkpoint(find_checkpoint(Path(checkpoint)), verify)
     if adapter_info(source) is not None:
         return export_adapter(source, out)
-    planned = hf_writer.plan(source, weight_dtype, file_bytes)
-    with building(Path(out)) as folder:
-        hf_writer.write_rest(
+    planned = hf_writer.plan_files(source, weight_dtype, file_bytes)
+    with new_folder(Path(out)) as folder:
+        hf_writer.write_metadata(
             source, planned, folder, None if tokenizer is None else Path(tokenizer)
         )
-        work = Work(source, folder, hf_writer.lay_out(folder, planned), slabs.new_buffers(2))
+        work = Work(source, folder, hf_writer.allocate_files(folder, planned), slabs.new_buffers(2))
         processes = min(processes, len(planned))
         filling = _forked(work, planned, processes) if processes > 1 else _threaded(work, planned)
         with closing(filling) as sizes:  # workers end before an unfinished folder is removed
@@ -96,13 +100,15 @@ def consolidate(
     return Path(out)
 
 
-def _threaded(work: Work, planned: Sequence[Planned]) -> Generator[int, None, None]:
+def _threaded(work: Work, planned: Sequence[PlannedTensor]) -> Generator[int, None, None]:
     """Read one tensor while another is written."""
     with ThreadPoolExecutor(max_workers=2) as pool:
         yield from pool.map(work.fill, planned)
 
 
-def _forked(work: Work, planned: Sequence[Planned], processes: int) -> Generator[int, None, None]:
+def _forked(
+    work: Work, planned: Sequence[PlannedTensor], processes: int
+) -> Generator[int, None, None]:
     """Distribute tensors over processes, the largest first; yield their sizes when written."""
     largest_first = sorted(planned, key=lambda tensor: -tensor.size_bytes)
     context = multiprocessing.get_context("fork")  # forks share the manifest that was read
@@ -128,7 +134,7 @@ def _begin(work: Work) -> None:
     _work = work
 
 
-def _fill(planned: Planned) -> int:
+def _fill(planned: PlannedTensor) -> int:
     return _work.fill(planned)
 
 

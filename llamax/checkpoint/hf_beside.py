@@ -18,17 +18,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llamax.checkpoint import hf_writer, slabs
+from llamax.checkpoint.atomic import write_note
 from llamax.checkpoint.manifest import DONE
 from llamax.checkpoint.reader import Checkpoint
-from llamax.checkpoint.safetensors_io import write_note
 from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
 from llamax.runtime.files import sync_folder
 
-HUB, PART = "hub", "hub.part"
+HUB, HUB_PART = "hub", "hub.part"
 RENAMED_S = 60.0  # between a save's last name and its ``done``, and for both to be seen
 
 
-def leave(checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s: float) -> None:
+def write_hf_folder_beside(
+    checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s: float
+) -> None:
     """Write this rank's share of ``checkpoint``/hub, once ``saving`` has become ``checkpoint``.
 
     Raises CheckpointError or NoRoom on a rank that cannot write its share, and on rank 0.
@@ -38,17 +40,19 @@ def leave(checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s:
         (checkpoint / DONE).exists, min(deadline, time.monotonic() + RENAMED_S)
     ):
         return  # rank 0 says why there is no checkpoint
-    part = checkpoint / PART
+    part = checkpoint / HUB_PART
     part.mkdir(exist_ok=True)
     try:
         source = Checkpoint(checkpoint)
-        planned = hf_writer.plan(source)
+        planned = hf_writer.plan_files(source)
         total = sum(one.size_bytes for one in planned)
-        planned = hf_writer.plan(source, None, min(hf_writer.FILE_BYTES, -(-total // world_size)))
+        planned = hf_writer.plan_files(
+            source, None, min(hf_writer.FILE_BYTES, -(-total // world_size))
+        )
         mine = list(hf_writer.share(planned, rank, world_size))
-        offsets, buffers = hf_writer.lay_out(part, mine), slabs.new_buffers(1)
+        offsets, buffers = hf_writer.allocate_files(part, mine), slabs.new_buffers(1)
         for one in mine:
-            hf_writer.fill(source, part, one, offsets[one.name], buffers)
+            hf_writer.write_tensor(source, part, one, offsets[one.name], buffers)
         for file in {one.file for one in mine}:
             fd = os.open(part / file, os.O_RDONLY)
             os.fsync(fd)
@@ -57,7 +61,7 @@ def leave(checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s:
         write_note(part / f"rank-{rank:05d}.json", "null")
         if rank == 0:
             _gather(part, world_size, deadline)
-            hf_writer.write_rest(source, planned, part)
+            hf_writer.write_metadata(source, planned, part)
             sync_folder(part)
             os.rename(part, checkpoint / HUB)
             sync_folder(checkpoint)

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from llamax.checkpoint import manifest
+from llamax.checkpoint.listing import find_checkpoint, newest_checkpoint
 from llamax.checkpoint.reader import Checkpoint
-from llamax.checkpoint.runs import whole
-from llamax.checkpoint.safetensors_io import Entry, read_header
+from llamax.checkpoint.runs import whole_run
+from llamax.checkpoint.safetensors_io import TensorEntry, read_header
 from llamax.checkpoint.source import Piece, Source
 from llamax.runtime.errors import CheckpointError
 
@@ -35,7 +36,7 @@ TOKENIZER_FILES = (
 MOST_JSON_BYTES = 64 << 20
 
 
-class HubFolder(Source):
+class HfFolder(Source):
     """The weights of a causal Llama that transformers saved.
 
     Raises CheckpointError where files are missing, lead out of the folder, or hold no Llama.
@@ -50,11 +51,12 @@ class HubFolder(Source):
                 self._inside(self.folder / name)
         if not (self.folder / CONFIG).exists():
             ours = (
-                manifest.STEP.match(self.folder.name) or (self.folder / manifest.MANIFEST).exists()
+                manifest.STEP_FOLDER.match(self.folder.name)
+                or (self.folder / manifest.MANIFEST).exists()
             )
             remedy = (
                 "it is a checkpoint of llamax: make one of it with llamax consolidate"
-                if ours or manifest.newest(self.folder)
+                if ours or newest_checkpoint(self.folder)
                 else "give a folder that save_pretrained or llamax consolidate wrote"
             )
             raise CheckpointError(
@@ -66,7 +68,7 @@ class HubFolder(Source):
                 f"{self.folder} holds a {self.model.get('model_type')!r} model, not a Llama; "
                 "llamax reads model_type 'llama'"
             )
-        self._entries: dict[str, tuple[Path, Entry]] = {}
+        self._entries: dict[str, tuple[Path, TensorEntry]] = {}
         for path in self._paths():
             for name, entry in read_header(path).items():
                 self._entries[name] = (path, entry)
@@ -99,7 +101,7 @@ class HubFolder(Source):
 
     def pieces(self, name: str, kind: str) -> list[Piece]:
         path, entry = self._entries[name]
-        return [Piece(path, entry.offset, whole(entry.shape))]
+        return [Piece(path, entry.offset, whole_run(entry.shape))]
 
     def total_bytes(self) -> int:
         """The bytes of all weights."""
@@ -145,13 +147,13 @@ def open_source(path: Path | str) -> Source:
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}; give a folder with a model in it")
     if (path / CONFIG).is_file():
-        return HubFolder(path)
-    if not (path / manifest.MANIFEST).exists() and manifest.newest(path) is None:
+        return HfFolder(path)
+    if not (path / manifest.MANIFEST).exists() and newest_checkpoint(path) is None:
         raise CheckpointError(
             f"{path} holds no model: give a Hugging Face folder (with {CONFIG}), a step's folder "
             "of a checkpoint, or a run's folder with a complete one"
         )
-    return Checkpoint(manifest.find(path))
+    return Checkpoint(find_checkpoint(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from typing import NamedTuple
 import torch
 
 from llamax.checkpoint import hf_folder, slabs
-from llamax.checkpoint.manifest import CONFIG
-from llamax.checkpoint.safetensors_io import head, put, writing
+from llamax.checkpoint.atomic import explain_write_errors
+from llamax.checkpoint.manifest import CONFIG_TOML
+from llamax.checkpoint.safetensors_io import build_header, write_tensor_at
 from llamax.checkpoint.source import Source
 from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
@@ -35,7 +36,7 @@ from llamax.runtime.errors import CheckpointError, ConfigError
 FILE_BYTES = 5 * 10**9
 
 
-class Planned(NamedTuple):
+class PlannedTensor(NamedTuple):
     """One tensor to write: what it is made of, and the file it goes into."""
 
     name: str
@@ -49,10 +50,10 @@ class Planned(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def plan(
-    source: Source, dtype: torch.dtype | None = None, most_bytes: int = FILE_BYTES
-) -> list[Planned]:
-    """All tensors in the order of their files; a new file where the next would pass ``most_bytes``.
+def plan_files(
+    source: Source, dtype: torch.dtype | None = None, max_shard_bytes: int = FILE_BYTES
+) -> list[PlannedTensor]:
+    """The file of every tensor; a new file begins where ``max_shard_bytes`` would be exceeded.
 
     ``dtype`` defaults to that of the weights; float32 takes the masters where there are some.
     Raises CheckpointError for a checkpoint of adapters, which is no model by itself.
@@ -66,8 +67,10 @@ def plan(
     for name in source.names():
         masters = dtype == torch.float32 and "master" in source.kinds(name)
         as_dtype = dtype or source.dtype(name)
-        one = Planned(name, "master" if masters else "weight", as_dtype, source.shape(name), "")
-        if files[-1] and files[-1] + one.size_bytes > most_bytes:
+        one = PlannedTensor(
+            name, "master" if masters else "weight", as_dtype, source.shape(name), ""
+        )
+        if files[-1] and files[-1] + one.size_bytes > max_shard_bytes:
             files.append(0)
         files[-1] += one.size_bytes
         chosen.append((len(files), one))
@@ -80,28 +83,30 @@ def plan(
     ]
 
 
-def lay_out(folder: Path, planned: Sequence[Planned]) -> dict[str, int]:
+def allocate_files(folder: Path, planned: Sequence[PlannedTensor]) -> dict[str, int]:
     """Make the files, headers written, all room in them still empty: name -> byte of its data."""
     offsets: dict[str, int] = {}
     for file in dict.fromkeys(one.file for one in planned):
         mine = [(one.name, one.dtype, one.shape) for one in planned if one.file == file]
-        start, places, size_bytes = head(mine)
-        with writing(folder / file, size_bytes), open(folder / file, "wb") as out:
+        start, places, size_bytes = build_header(mine)
+        with explain_write_errors(folder / file, size_bytes), open(folder / file, "wb") as out:
             out.write(start)
             out.truncate(size_bytes)
         offsets |= places
     return offsets
 
 
-def fill(source: Source, folder: Path, one: Planned, offset: int, buffers: slabs.Buffers) -> int:
+def write_tensor(
+    source: Source, folder: Path, one: PlannedTensor, offset: int, buffers: slabs.Buffers
+) -> int:
     """Write one tensor to its place in its file; how many bytes."""
-    outgoing = slabs.whole(source, one.name, one.kind, one.dtype, buffers)
-    put(folder / one.file, offset, outgoing.chunks, one.size_bytes)
+    outgoing = slabs.stream_tensor(source, one.name, one.kind, one.dtype, buffers)
+    write_tensor_at(folder / one.file, offset, outgoing.chunks, one.size_bytes)
     return one.size_bytes
 
 
-def write_rest(
-    source: Source, planned: Sequence[Planned], folder: Path, tokenizer: Path | None = None
+def write_metadata(
+    source: Source, planned: Sequence[PlannedTensor], folder: Path, tokenizer: Path | None = None
 ) -> None:
     """All of a Hugging Face folder but the weights."""
     model = ModelConfig.from_hub(source.model)
@@ -119,7 +124,7 @@ def write_rest(
     write_tokenizer(source, model, tokenizer, folder)
 
 
-def share(planned: Sequence[Planned], rank: int, world_size: int) -> Iterator[Planned]:
+def share(planned: Sequence[PlannedTensor], rank: int, world_size: int) -> Iterator[PlannedTensor]:
     """The tensors of every ``world_size``-th file, from file ``rank`` on."""
     files = list(dict.fromkeys(one.file for one in planned))[rank::world_size]
     return (one for one in planned if one.file in files)
@@ -154,7 +159,7 @@ def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, fold
 
 def dataset_of(checkpoint: Path) -> Path | None:
     """The dataset folder that a checkpoint's configuration names; of a blend one that is here."""
-    path = checkpoint / CONFIG
+    path = checkpoint / CONFIG_TOML
     if not path.is_file():
         return None
     try:
@@ -168,5 +173,5 @@ def dataset_of(checkpoint: Path) -> Path | None:
 def write_json(path: Path, value: dict[str, object]) -> None:
     """A JSON file as people like to read it."""
     text = json.dumps(value, indent=2) + "\n"
-    with writing(path, len(text)):
+    with explain_write_errors(path, len(text)):
         path.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""One run, one folder: who writes into a folder holds the lock in it, and the lock says who.
+"""A lock on a folder: one process at a time writes into it.
 
-The lock is the kernel's (``flock`` on the file ``lock``), so it ends with the process that holds
-it, however that ends: there are no stale locks to remove.  The file's text names the owner.
+It is the kernel's lock (``flock`` on the file ``lock``), which ends with the process that holds it,
+even when that is killed: there are no stale locks to remove.  The file's text names the owner.
 """
 
 from __future__ import annotations
@@ -18,36 +18,38 @@ from pathlib import Path
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger
 
-LOCK = "lock"
-PATIENCE_S = 5.0  # a killed owner may take a moment to be gone
+LOCK_FILE = "lock"
+TIMEOUT_S = 5.0  # a killed owner may take a moment to end
 
 
 @contextmanager
-def held(folder: Path, patience_s: float = PATIENCE_S) -> Iterator[None]:
-    """Own ``folder`` meanwhile.
+def lock_folder(folder: Path, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
+    """Hold the lock of ``folder``, which is created if needed; wait up to ``timeout_s`` for it.
 
-    Raises CheckpointError that names the owner where another process has it.
+    Raises CheckpointError that names the owner if another process holds it.  On a file system
+    without locks it only logs a warning.
     """
-    path = folder / LOCK
+    path = folder / LOCK_FILE
     if os.path.lexists(folder) and not folder.is_dir():
-        raise CheckpointError(f"{folder} is no folder; remove it or choose another")
+        raise CheckpointError(f"{folder} is not a folder; remove it or choose another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
     try:
-        if _lock(file, folder, patience_s):
-            about = f"pid {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n"
+        if _acquire(file, folder, timeout_s):
+            owner = f"pid {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n"
             os.ftruncate(file, 0)
-            os.pwrite(file, about.encode(), 0)
+            os.pwrite(file, owner.encode(), 0)
         yield
     finally:
         os.close(file)
 
 
-def _lock(file: int, folder: Path, patience_s: float) -> bool:
-    deadline = time.monotonic() + patience_s
+def _acquire(file: int, folder: Path, timeout_s: float) -> bool:
+    """Whether the lock was acquired; False if the file system has no locks."""
+    deadline = time.monotonic() + timeout_s
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What a checkpoint folder says of itself, and the names of everything in it.
+"""The manifest of a checkpoint: which runs of which tensors lie in which file, with checksums.
 
 ::
 
@@ -6,21 +6,19 @@
         weights-tp00-dp00.safetensors     runs of weights, one file per rank
         optimizer-tp00-dp00.safetensors   runs of masters and moments, and the random state
         config.toml                       the resolved configuration
-        manifest.json                     what is where; sha256 and checksums of every file
+        manifest.json                     what is where; sha256 and block checksums of every file
         done                              the sha256 of the manifest: written last, deleted first
 
-A folder without ``done`` is no checkpoint.  The manifest names no topology that a reader would have
-to share: it lists, per tensor, the runs (see ``layout``) and the files they lie in.
+A folder without ``done`` is not a checkpoint.  The manifest describes no mesh that a reader would
+have to rebuild: for every tensor it lists the runs (see ``runs``) and the file that holds each.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,24 +26,25 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 import llamax
-from llamax.checkpoint.checksums import DIGITS
-from llamax.checkpoint.runs import Run, tiled
-from llamax.checkpoint.safetensors_io import DTYPES, Progress, silent, write_text
+from llamax.checkpoint.atomic import write_durable
+from llamax.checkpoint.checksums import CHECKSUM_DIGITS
+from llamax.checkpoint.runs import Run, is_tiling
+from llamax.checkpoint.safetensors_io import DTYPES, Progress, no_progress
 from llamax.runtime.errors import CheckpointError
-from llamax.runtime.files import sha256, sync_folder
-from llamax.runtime.logging import logger
+from llamax.runtime.files import sha256
 
-FORMAT = 2
-MANIFEST, DONE, CONFIG = "manifest.json", "done", "config.toml"
-STEP = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
-FILE = re.compile(r"(weights|optimizer)-tp\d{2,}-dp\d{2,}\.safetensors")
-SHA256, SUMS = re.compile(r"[0-9a-f]{64}"), re.compile(rf"(?:[0-9a-f]{{{DIGITS}}})*")
-RNG = "rng"
+FORMAT_VERSION = 2
+MANIFEST, DONE, CONFIG_TOML = "manifest.json", "done", "config.toml"
+STEP_FOLDER = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
+RANK_FILE = re.compile(r"(weights|optimizer)-tp\d{2,}-dp\d{2,}\.safetensors")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+CHECKSUMS = re.compile(rf"(?:[0-9a-f]{{{CHECKSUM_DIGITS}}})*")
+RNG = "rng"  # the name of the random state inside an optimizer file
 
 
 @dataclass(frozen=True)
-class File:
-    """One rank's file, as it was when it was written; ``sums``: see ``blocks``."""
+class FileRecord:
+    """The file of one rank as it was written; ``sums`` are its block checksums (``checksums``)."""
 
     name: str
     size_bytes: int
@@ -54,28 +53,31 @@ class File:
 
 
 @dataclass(frozen=True)
-class Kept:
-    """One kind of a tensor (weight, master, exp_avg, exp_avg_sq): its runs as
-    [file index, left, width, start, length]."""
+class KindRecord:
+    """One kind of a tensor (weight, master, exp_avg or exp_avg_sq): its dtype and its runs.
+
+    A run is [file index, left, width, start, length].
+    """
 
     dtype: str
     runs: list[tuple[int, int, int, int, int]]
 
 
 @dataclass(frozen=True)
-class Whole:
-    """A Hub tensor, and what is kept of it."""
+class TensorRecord:
+    """A Hub tensor: the shape of the whole, and the kinds that were saved."""
 
     shape: tuple[int, ...]
-    kinds: dict[str, Kept]
+    kinds: dict[str, KindRecord]
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint holds; ``model`` is the Hub's config.json, ``state`` the program's.
+    """The contents of a checkpoint, as ``manifest.json`` holds them.
 
-    ``score``: the validation loss, where it was taken at this step.  ``config_sha256``: of
-    config.toml, where there is one.
+    ``model`` is the Hub's config.json, ``state`` the state of the training program, ``score`` the
+    validation loss if one was computed at this step, ``config_sha256`` that of config.toml if there
+    is one.
     """
 
     format: int
@@ -85,35 +87,38 @@ class Manifest:
     mesh: dict[str, int]
     model: dict[str, Any]
     state: dict[str, Any]
-    files: list[File]
-    tensors: dict[str, Whole] = field(default_factory=dict)
+    files: list[FileRecord]
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
     score: float | None = None
     config_sha256: str = ""
 
     def problem(self) -> str:
-        """What does not hold together, or nothing."""
+        """The first inconsistency found, or an empty string."""
         if self.step < 0:
             return f"step {self.step} is below 0"
         for file in self.files:
-            if not FILE.fullmatch(file.name):
-                return f"{file.name!r:.80} is no name of a checkpoint's file"
-            if not SHA256.fullmatch(file.sha256) or not SUMS.fullmatch(file.sums):
-                return f"{file.name} has no checksums"
+            if not RANK_FILE.fullmatch(file.name):
+                return f"{file.name!r:.80} is not the name of a checkpoint file"
+            if not SHA256.fullmatch(file.sha256) or not CHECKSUMS.fullmatch(file.sums):
+                return f"{file.name} has no valid checksums"
         if self.config_sha256 and not SHA256.fullmatch(self.config_sha256):
-            return f"{CONFIG} has no checksum"
+            return f"{CONFIG_TOML} has no valid checksum"
         usual = {kind for tensor in self.tensors.values() for kind in tensor.kinds} - {"master"}
         for name, tensor in self.tensors.items():
             if not name.isprintable():
-                return f"{name!r:.80} is no name of a tensor"
+                return f"{name!r:.80} is not the name of a tensor"
             if not tensor.shape or min(tensor.shape) < 1:
-                return f"{name} has shape {list(tensor.shape)}"
-            for kind, kept in tensor.kinds.items():
-                if kept.dtype not in DTYPES:
-                    return f"{name} ({kind}) has dtype {kept.dtype}"
-                if not all(0 <= run[0] < len(self.files) for run in kept.runs):
-                    return f"{name} ({kind}) lies in a file that is not listed"
-                if not tiled(tensor.shape, [Run(*run[1:]) for run in kept.runs]):
-                    return f"the pieces of {name} ({kind}) do not make {list(tensor.shape)}"
+                return f"{name} has the impossible shape {list(tensor.shape)}"
+            for kind, record in tensor.kinds.items():
+                if record.dtype not in DTYPES:
+                    return f"{name} ({kind}) has the unknown dtype {record.dtype}"
+                if not all(0 <= run[0] < len(self.files) for run in record.runs):
+                    return f"{name} ({kind}) refers to a file that is not listed"
+                if not is_tiling(tensor.shape, [Run(*run[1:]) for run in record.runs]):
+                    return (
+                        f"the runs of {name} ({kind}) do not cover its shape "
+                        f"{list(tensor.shape)} exactly once"
+                    )
             if set(tensor.kinds) == {"weight"}:  # frozen
                 continue
             if missing := {"weight", *usual} - set(tensor.kinds):
@@ -122,50 +127,60 @@ class Manifest:
 
 
 @dataclass(frozen=True)
-class _Format:
-    """What the manifests of all formats have."""
+class _Version:
+    """The one field that manifests of every version have."""
 
     format: int
 
 
-_SCHEMA, _FORMAT = TypeAdapter(Manifest), TypeAdapter(_Format)
+_SCHEMA, _VERSION = TypeAdapter(Manifest), TypeAdapter(_Version)
 
 
 def step_name(step: int) -> str:
-    """The folder of a step."""
+    """The folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
+def step_of(folder: Path) -> int:
+    """The step in the name of a checkpoint folder."""
+    return int(folder.name.removeprefix("step-"))
+
+
 def file_name(role: str, tp_rank: int, data_rank: int) -> str:
-    """The file of one rank; ``role`` is weights or optimizer."""
+    """The file name of one rank; ``role`` is weights or optimizer."""
     return f"{role}-tp{tp_rank:02d}-dp{data_rank:02d}.safetensors"
 
 
-def key(name: str, kind: str, run: Run) -> str:
-    """What a run is called inside its file."""
+def run_key(name: str, kind: str, run: Run) -> str:
+    """The name of a run inside its file."""
     return f"{name}:{kind}@{run.start}"
 
 
-def commit(folder: Path, manifest: Manifest, config_text: str) -> None:
-    """Write what names the files of a folder; it becomes a checkpoint with ``finish``."""
+def write_manifest(folder: Path, manifest: Manifest, config_text: str) -> None:
+    """Write config.toml and manifest.json; ``write_done`` then makes the folder a checkpoint.
+
+    Raises CheckpointError if the manifest is inconsistent, or the disk refuses it.
+    """
     if problem := manifest.problem():
         raise CheckpointError(f"{folder} was not saved: {problem}")
     if config_text:
-        write_text(folder / CONFIG, config_text)
+        write_durable(folder / CONFIG_TOML, config_text)
         manifest = replace(manifest, config_sha256=hashlib.sha256(config_text.encode()).hexdigest())
-    write_text(folder / MANIFEST, _SCHEMA.dump_json(manifest).decode())
+    write_durable(folder / MANIFEST, _SCHEMA.dump_json(manifest).decode())
 
 
-def finish(folder: Path) -> None:
-    """Declare a folder complete: its last act."""
-    write_text(folder / DONE, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() + "\n")
+def write_done(folder: Path) -> None:
+    """Declare a checkpoint complete; nothing is written into its folder afterwards."""
+    write_durable(
+        folder / DONE, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() + "\n"
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a complete checkpoint, every claim checked that costs no reading of files.
+    """The manifest of a complete checkpoint, with every check that reads no tensor file.
 
-    Raises CheckpointError without ``done``, where the manifest was changed or does not hold
-    together, and where a file is missing, lies elsewhere or has another size.
+    Raises CheckpointError if ``done`` is missing, the manifest was changed or is inconsistent, or a
+    file is missing, lies outside the folder or has another size.
     """
     if not (folder / DONE).is_file():
         raise CheckpointError(f"{folder} has no file 'done': saving it never finished")
@@ -175,18 +190,18 @@ def read_manifest(folder: Path) -> Manifest:
         expected = (folder / DONE).read_text(errors="replace").strip()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    found = hashlib.sha256(text).hexdigest()
-    if found != expected:
+    actual = hashlib.sha256(text).hexdigest()
+    if actual != expected:
         raise CheckpointError(
-            f"{path} changed after it was saved: its sha256 is {found}, "
+            f"{path} changed after it was saved: its sha256 is {actual}, "
             f"the file 'done' says {expected[:64]!r}"
         )
     try:
-        form = _FORMAT.validate_json(text).format
-        if form != FORMAT:
+        version = _VERSION.validate_json(text).format
+        if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format {form}, this llamax {llamax.__version__} reads {FORMAT}; "
-                "read it with the llamax that wrote it"
+                f"{path} has format {version}, this llamax {llamax.__version__} reads "
+                f"{FORMAT_VERSION}; read it with the version of llamax that wrote it"
             )
         manifest = _SCHEMA.validate_json(text)
         problem = manifest.problem()
@@ -195,40 +210,43 @@ def read_manifest(folder: Path) -> Manifest:
         problem = f"{ascii('.'.join(map(str, first['loc'])))[1:-1]:.80}: {first['msg']}"
     if problem:
         raise CheckpointError(f"{path} is broken: {problem}")
-    if STEP.fullmatch(folder.name) and step_of(folder) != manifest.step:
+    if STEP_FOLDER.fullmatch(folder.name) and step_of(folder) != manifest.step:
         raise CheckpointError(
             f"{folder} holds step {manifest.step}; rename it to {step_name(manifest.step)}"
         )
     if manifest.config_sha256:
-        verify(folder, [File(CONFIG, 0, manifest.config_sha256)])
-    for listed in manifest.files:
-        file = folder / listed.name
+        verify_files(folder, [FileRecord(CONFIG_TOML, 0, manifest.config_sha256)])
+    for record in manifest.files:
+        file = folder / record.name
         if not file.is_file():
             raise CheckpointError(f"{file} is missing")
         if file.resolve().parent != folder.resolve():
             raise CheckpointError(f"{file} is a link out of its folder; put the file itself there")
         size = file.stat().st_size
-        if size != listed.size_bytes:
-            raise CheckpointError(f"{file} has {size} bytes, {listed.size_bytes} were saved")
+        if size != record.size_bytes:
+            raise CheckpointError(f"{file} has {size} bytes, {record.size_bytes} were saved")
     return manifest
 
 
-def verify(folder: Path, files: Sequence[File], progress: Progress = silent) -> None:
-    """Hash files and compare with the manifest, on two threads; ``progress`` takes bytes.
+def verify_files(
+    folder: Path, records: Sequence[FileRecord], progress: Progress = no_progress
+) -> None:
+    """Hash whole files on two threads and compare with the manifest.
 
-    Raises CheckpointError that names the first file whose bytes are not those saved.
+    Calls ``progress`` with the bytes of each file.  Raises CheckpointError that names the first
+    file that differs.
     """
     with ThreadPoolExecutor(max_workers=2) as pool:
-        hashes = pool.map(lambda file: _hash(folder / file.name), files)
+        hashes = pool.map(lambda record: _hash(folder / record.name), records)
         try:
-            for file, found in zip(files, hashes, strict=True):
-                if found != file.sha256:
+            for record, actual in zip(records, hashes, strict=True):
+                if actual != record.sha256:
                     raise CheckpointError(
-                        f"{folder / file.name} changed after it was saved: its sha256 is {found}, "
-                        f"the manifest says {file.sha256}"
+                        f"{folder / record.name} changed after it was saved: its sha256 is "
+                        f"{actual}, the manifest says {record.sha256}"
                     )
-                progress(file.size_bytes)
-        finally:  # the rest need not be looked at
+                progress(record.size_bytes)
+        finally:  # after a failure the remaining files are not hashed
             pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -237,108 +255,3 @@ def _hash(path: Path) -> str:
         return sha256(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-
-
-@contextmanager
-def advice(folder: Path) -> Iterator[None]:
-    """End a complaint about a checkpoint with the newest other one of its run that is intact."""
-    try:
-        yield
-    except CheckpointError as error:
-        for other in reversed(steps(folder.parent)):
-            if other.resolve() != folder.resolve() and intact(other):
-                raise CheckpointError(f"{error}; the newest intact checkpoint is {other}") from None
-        raise CheckpointError(f"{error}; {folder.parent} holds no other that is intact") from None
-
-
-def intact(folder: Path) -> bool:
-    """Whether every file of a checkpoint is what was saved."""
-    try:
-        verify(folder, read_manifest(folder).files)
-    except CheckpointError:
-        return False
-    return True
-
-
-def steps(folder: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first; a run folder or its ``checkpoints``."""
-    inner = folder / "checkpoints"
-    folder = inner if inner.is_dir() else folder
-    if not folder.is_dir():
-        return []
-    found = [path for path in folder.iterdir() if STEP.fullmatch(path.name)]
-    return sorted((path for path in found if (path / DONE).is_file()), key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """The step that a checkpoint's folder is named after."""
-    return int(folder.name.removeprefix("step-"))
-
-
-def scores(folder: Path) -> dict[int, float]:
-    """The validation losses of a run's checkpoints that have one, by step."""
-    found = {}
-    for path in steps(folder):
-        try:
-            manifest = read_manifest(path)
-        except CheckpointError:
-            continue  # resuming from it will say what is wrong
-        if manifest.score is not None:
-            found[manifest.step] = manifest.score
-    return found
-
-
-def newest_intact(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that is what was saved; those passed over are told of.
-
-    None where there are none; CheckpointError where all are damaged.
-    """
-    found = steps(folder)
-    for path in reversed(found):
-        try:
-            verify(path, read_manifest(path).files)
-        except CheckpointError as error:
-            logger.warning("passing over %s: %s", path.name, error)
-        else:
-            return path
-    if found:
-        raise CheckpointError(
-            f"no checkpoint in {folder} is intact; put one back from a copy, or start from nothing "
-            "with --checkpoint.resume=never"
-        )
-    return None
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    found = steps(Path(folder))
-    return found[-1] if found else None
-
-
-def find(path: Path) -> Path:
-    """The checkpoint that a user means: a step's folder, or the newest of a run's."""
-    path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError(f"there is no checkpoint folder {path}; check the path")
-    if (path / MANIFEST).exists() or STEP.match(path.name):
-        return path
-    found = newest(path)
-    if found is None:
-        hub = " (a Hugging Face folder)" if (path / "config.json").is_file() else ""
-        raise CheckpointError(
-            f"no complete checkpoint in {path}{hub}; give a step folder or a run's"
-        )
-    return found
-
-
-def delete(folder: Path) -> None:
-    """Remove a checkpoint: ``done`` goes first, so that no half of it is ever taken for one.
-
-    Of one that lies elsewhere the link alone goes.
-    """
-    if folder.is_symlink():
-        folder.unlink()
-        return
-    (folder / DONE).unlink(missing_ok=True)
-    sync_folder(folder)
-    shutil.rmtree(folder)

@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from llamax.checkpoint import hf_folder, hf_writer, slabs
+from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.build_model import finetune_info
 from llamax.checkpoint.consolidate import dtype_of, size
 from llamax.checkpoint.peft import AdapterInfo, base_of, open_adapter
 from llamax.checkpoint.runs import Run
-from llamax.checkpoint.safetensors_io import Progress, building, silent
+from llamax.checkpoint.safetensors_io import (
+    Progress,
+    no_progress,
+)
 from llamax.checkpoint.source import Piece, Source
 from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig
@@ -95,7 +99,7 @@ def merge(
     base: Path | str | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = hf_writer.FILE_BYTES,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> Path:
     """Write a base model with its adapters merged as the folder ``out``; return that folder.
 
@@ -118,11 +122,11 @@ def merge(
     base_model = hf_folder.open_source(base or base_of(adapters.folder, info))
     finetune_info(FinetuneConfig(), base_model)
     merged = Merged(base_model, adapters, info)
-    planned, buffers = hf_writer.plan(merged, weight_dtype, file_bytes), slabs.new_buffers()
+    planned, buffers = hf_writer.plan_files(merged, weight_dtype, file_bytes), slabs.new_buffers()
     has_tokenizer = any((merged.folder / name).is_file() for name in hf_folder.TOKENIZER_FILES[:2])
-    with building(Path(out)) as folder:
-        hf_writer.write_rest(merged, planned, folder, merged.folder if has_tokenizer else None)
-        offsets = hf_writer.lay_out(folder, planned)
+    with new_folder(Path(out)) as folder:
+        hf_writer.write_metadata(merged, planned, folder, merged.folder if has_tokenizer else None)
+        offsets = hf_writer.allocate_files(folder, planned)
         for tensor in planned:
-            progress(hf_writer.fill(merged, folder, tensor, offsets[tensor.name], buffers))
+            progress(hf_writer.write_tensor(merged, folder, tensor, offsets[tensor.name], buffers))
     return Path(out)

@@ -26,11 +26,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llamax.checkpoint import manifest, slabs
+from llamax.checkpoint import slabs
+from llamax.checkpoint.atomic import explain_write_errors, new_folder
 from llamax.checkpoint.hf_folder import read_json
+from llamax.checkpoint.listing import find_checkpoint
 from llamax.checkpoint.reader import Checkpoint
-from llamax.checkpoint.runs import Run, whole
-from llamax.checkpoint.safetensors_io import Entry, building, read_header, write, writing
+from llamax.checkpoint.runs import Run, whole_run
+from llamax.checkpoint.safetensors_io import TensorEntry, read_header, write_safetensors
 from llamax.checkpoint.source import Piece, Source
 from llamax.config.rules.finetune import LINEAR
 from llamax.config.schema import FinetuneConfig
@@ -126,7 +128,7 @@ class PeftFolder(Source):
         for line in _problems(config):
             raise CheckpointError(f"{self.folder / CONFIG}: {line}")
         self._path = self.folder / WEIGHTS
-        self._entries: dict[str, Entry] = {}
+        self._entries: dict[str, TensorEntry] = {}
         for name, entry in read_header(self._path).items():
             self._entries[name.removeprefix(PREFIX)] = entry
         base: Mapping[str, Any] = {}
@@ -157,7 +159,7 @@ class PeftFolder(Source):
 
     def pieces(self, name: str, kind: str) -> list[Piece]:
         entry = self._entries[name]
-        return [Piece(self._path, entry.offset, whole(entry.shape))]
+        return [Piece(self._path, entry.offset, whole_run(entry.shape))]
 
 
 def _problems(config: Mapping[str, Any]) -> list[str]:
@@ -178,7 +180,7 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _targets(folder: Path, names: Mapping[str, Entry]) -> str:
+def _targets(folder: Path, names: Mapping[str, TensorEntry]) -> str:
     """The projections that have adapters, the same in every layer."""
     layers: dict[str, set[str]] = {}
     for name in names:
@@ -204,7 +206,7 @@ def is_adapter(path: Path) -> bool:
     if (path / CONFIG).is_file():
         return True
     try:
-        return adapter_info(Checkpoint(manifest.find(path), verify=False)) is not None
+        return adapter_info(Checkpoint(find_checkpoint(path), verify=False)) is not None
     except CheckpointError:
         return False
 
@@ -221,7 +223,7 @@ def open_adapter(path: Path | str) -> tuple[Source, AdapterInfo]:
     if (path / CONFIG).is_file():
         source = PeftFolder(path)
     elif not (path / "config.json").is_file():
-        source = Checkpoint(manifest.find(path))
+        source = Checkpoint(find_checkpoint(path))
     found = None if source is None else adapter_info(source)
     if source is None or found is None:
         raise CheckpointError(
@@ -261,14 +263,14 @@ def export_adapter(adapter: Checkpoint, out: Path | str) -> Path:
         "bias": "none",
         "inference_mode": True,
     }
-    with building(Path(out)) as folder:
+    with new_folder(Path(out)) as folder:
         outgoing = []
         for name in adapter.names():
-            one = slabs.whole(adapter, name, "weight", adapter.dtype(name), buffers)
+            one = slabs.stream_tensor(adapter, name, "weight", adapter.dtype(name), buffers)
             outgoing.append(one._replace(name=PREFIX + name))
-        write(folder / WEIGHTS, outgoing)
+        write_safetensors(folder / WEIGHTS, outgoing)
         for name, value in ((CONFIG, config), (BASE, found.state()["base"])):
             text = json.dumps(value, indent=2) + "\n"
-            with writing(folder / name, len(text)):
+            with explain_write_errors(folder / name, len(text)):
                 (folder / name).write_text(text, encoding="utf-8")
     return Path(out)

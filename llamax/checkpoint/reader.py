@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.checksums import Blocks, opened
-from llamax.checkpoint.runs import Copy, Run, overlaps
-from llamax.checkpoint.runs import whole as whole_run
+from llamax.checkpoint.checksums import BlockVerifier, open_to_read
+from llamax.checkpoint.listing import suggest_intact
+from llamax.checkpoint.runs import Run, StridedCopy, overlaps, whole_run
 from llamax.checkpoint.safetensors_io import (
     DTYPES,
-    Entry,
     Progress,
-    read,
+    TensorEntry,
+    no_progress,
+    read_elements,
     read_header,
-    silent,
 )
 from llamax.checkpoint.source import Piece, Source
 from llamax.runtime.errors import CheckpointError
@@ -31,13 +31,13 @@ class Checkpoint(Source):
 
     def __init__(self, folder: Path | str, verify: bool = True) -> None:
         self.folder = Path(folder)
-        with files.advice(self.folder):
+        with suggest_intact(self.folder):
             self.manifest = files.read_manifest(self.folder)
         self.model = self.manifest.model
         self._paths = [self.folder / file.name for file in self.manifest.files]
         self._files = dict(zip(self._paths, self.manifest.files, strict=True))
-        self._headers: dict[Path, dict[str, Entry]] = {}
-        self._blocks: dict[Path, Blocks] = {}  # of the files whose header was read
+        self._headers: dict[Path, dict[str, TensorEntry]] = {}
+        self._blocks: dict[Path, BlockVerifier] = {}  # of the files whose header was read
         self._verify = verify
 
     @property
@@ -66,16 +66,16 @@ class Checkpoint(Source):
         kept = self.manifest.tensors[name].kinds[kind]
         for file, *numbers in kept.runs:
             path, run = self._paths[file], Run(*numbers)
-            entry = self._header(path).get(files.key(name, kind, run))
+            entry = self._header(path).get(files.run_key(name, kind, run))
             if entry is None or entry[:2] != (DTYPES[kept.dtype], (run.length,)):
                 raise CheckpointError(f"{path} does not hold {name} ({kind}) as the manifest says")
             found.append(Piece(path, entry.offset, run))
         return found
 
-    def read_run(self, piece: Piece, copies: Iterable[Copy], into: Tensor) -> None:
-        with files.advice(self.folder):
+    def read_run(self, piece: Piece, copies: Iterable[StridedCopy], into: Tensor) -> None:
+        with suggest_intact(self.folder):
             blocks = self._blocks[piece.path] if self._verify else None
-            read(piece.path, piece.offset, copies, into, blocks)
+            read_elements(piece.path, piece.offset, copies, into, blocks)
 
     def rng(self, tp_rank: int, data_rank: int) -> Tensor | None:
         """The random state that this rank saved, or None where the mesh had no such rank."""
@@ -90,13 +90,13 @@ class Checkpoint(Source):
         for path in self._paths[share::of]:
             self._rng(path)
 
-    def verify(self, progress: Progress = silent) -> None:
+    def verify(self, progress: Progress = no_progress) -> None:
         """Hash all files as a whole; ``progress`` takes bytes.
 
         Raises CheckpointError that names a changed file, both hashes and what to use instead.
         """
-        with files.advice(self.folder):
-            files.verify(self.folder, self.manifest.files, progress)
+        with suggest_intact(self.folder):
+            files.verify_files(self.folder, self.manifest.files, progress)
 
     def _rng(self, path: Path) -> Tensor | None:
         entry = self._header(path).get(files.RNG)
@@ -106,24 +106,24 @@ class Checkpoint(Source):
         self.read_run(Piece(path, entry.offset, run), overlaps(run, run), state)
         return state
 
-    def _header(self, path: Path) -> dict[str, Entry]:
+    def _header(self, path: Path) -> dict[str, TensorEntry]:
         if path not in self._headers:
-            with files.advice(self.folder):
+            with suggest_intact(self.folder):
                 try:
                     header = read_header(path)
                     if self._verify:
                         self._blocks[path] = self._checked(path, header)
                 except CheckpointError:
-                    files.verify(self.folder, [self._files[path]])  # says more: both hashes
+                    files.verify_files(self.folder, [self._files[path]])  # says more: both hashes
                     raise
             self._headers[path] = header
         return self._headers[path]
 
-    def _checked(self, path: Path, header: Mapping[str, Entry]) -> Blocks:
+    def _checked(self, path: Path, header: Mapping[str, TensorEntry]) -> BlockVerifier:
         """The blocks of a file whose header is what was saved."""
         file = self._files[path]
         ends = [*sorted({entry.offset for entry in header.values()}), file.size_bytes]
-        blocks = Blocks(path, ends, file.sums)
-        with opened(path) as fd:
+        blocks = BlockVerifier(path, ends, file.sums)
+        with open_to_read(path) as fd:
             blocks.read(fd, 0, np.empty(ends[0], np.uint8))
         return blocks

@@ -1,11 +1,11 @@
-"""The names of checkpoint folders: given, taken back, set aside, deleted, swept.
+"""Publishing, renaming and deleting checkpoint folders, so that a crash never leaves half of one.
 
 ::
 
-    step-00000100.tmp     a save that has not ended               swept at the next start
-    step-00000100         committed, once it holds ``done``
-    step-00000100.old     what bore the name until then           put back, or swept
-    step-00000100.past    what the run has gone back behind       stays until removed by hand
+    step-00000100.tmp     a save in progress                        removed at the next start
+    step-00000100         published; complete once it holds ``done``
+    step-00000100.old     the previous checkpoint of this step      restored or removed
+    step-00000100.past    later than the step a run went back to    kept until removed by hand
 """
 
 from __future__ import annotations
@@ -14,70 +14,86 @@ import os
 import shutil
 from pathlib import Path
 
-from llamax.checkpoint import manifest as files
-from llamax.checkpoint.hf_beside import PART
-from llamax.checkpoint.safetensors_io import writing
+from llamax.checkpoint import manifest
+from llamax.checkpoint.atomic import explain_write_errors
+from llamax.checkpoint.hf_beside import HUB_PART
 from llamax.runtime.files import sync_folder
 from llamax.runtime.logging import logger
 
 
-def place(folder: Path, final: Path) -> None:
-    """Give a committed folder its name, then ``done``; what bore the name before goes last."""
+def publish(folder: Path, final: Path) -> None:
+    """Rename a complete folder to ``final`` and write ``done``; replace what ``final`` was before.
+
+    Raises CheckpointError or NoRoom if the disk refuses; the previous checkpoint is then restored.
+    """
     old = final.with_name(final.name + ".old")
-    with writing(final, 0):
+    with explain_write_errors(final, 0):
         if os.path.lexists(final):
             os.rename(final, old)
         try:
             os.rename(folder, final)
             sync_folder(final.parent)
-            files.finish(final)
+            manifest.write_done(final)
         except BaseException:
-            undo(old, final)
+            restore_previous(old, final)
             raise
-        discard(old)
+        delete_or_warn(old)
 
 
-def undo(old: Path, final: Path) -> None:
-    """Take a replacement back that did not come to its end."""
+def restore_previous(old: Path, final: Path) -> None:
+    """Undo an unfinished ``publish``: remove ``final`` and rename ``old`` back to it."""
     if os.path.lexists(final):
-        files.delete(final)
+        delete_checkpoint(final)
     if os.path.lexists(old):
         os.rename(old, final)
 
 
-def set_aside(folder: Path) -> None:
-    """Rename a checkpoint that the run went back behind, so that no resume takes it by itself."""
-    aside = folder.with_name(folder.name + ".past")
-    discard(aside)
+def move_to_past(folder: Path) -> None:
+    """Rename a checkpoint later than the step that a run went back to; no run resumes from it."""
+    past = folder.with_name(folder.name + ".past")
+    delete_or_warn(past)
     try:
-        os.rename(folder, aside)
+        os.rename(folder, past)
     except OSError as error:
         logger.warning("cannot rename %s: %s; remove it", folder, error.strerror)
         return
-    logger.info("%s is later than what was saved now: it is %s from here on", folder, aside)
+    logger.info("%s is later than the checkpoint just saved; renamed to %s", folder, past)
 
 
-def discard(folder: Path) -> None:
-    """Delete a checkpoint; where the file system will not, the next start sweeps what is left."""
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint, ``done`` first, so that a half-deleted one never counts as complete.
+
+    If ``folder`` is a link, only the link is deleted.
+    """
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    (folder / manifest.DONE).unlink(missing_ok=True)
+    sync_folder(folder)
+    shutil.rmtree(folder)
+
+
+def delete_or_warn(folder: Path) -> None:
+    """Delete a checkpoint if it exists; if the file system refuses, the next start removes it."""
     try:
         if os.path.lexists(folder):
-            files.delete(folder)
+            delete_checkpoint(folder)
     except OSError as error:
         logger.warning("cannot remove all of %s: %s", folder, error.strerror)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what an interrupted save or deletion left behind, and finish a replacement."""
+def clean_up(folder: Path) -> None:
+    """Remove what interrupted saves and deletions left in ``folder``; finish a replacement."""
     for path in sorted(folder.glob("step-*")):
         name = path.name.removesuffix(".tmp").removesuffix(".old")
-        if not path.is_dir() or not files.STEP.fullmatch(name):
+        if not path.is_dir() or not manifest.STEP_FOLDER.fullmatch(name):
             continue
         final = folder / name
-        if path.name.endswith(".old") and not (final / files.DONE).exists():
+        if path.name.endswith(".old") and not (final / manifest.DONE).exists():
             shutil.rmtree(final, ignore_errors=True)
-            if (path / files.DONE).exists():
+            if (path / manifest.DONE).exists():
                 os.rename(path, final)
-        elif path.name != name or not (path / files.DONE).exists():
-            files.delete(path)
-        elif (path / PART).exists():
-            shutil.rmtree(path / PART)
+        elif path.name != name or not (path / manifest.DONE).exists():
+            delete_checkpoint(path)
+        elif (path / HUB_PART).exists():
+            shutil.rmtree(path / HUB_PART)

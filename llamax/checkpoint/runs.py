@@ -1,18 +1,18 @@
-"""Where the elements of a tensor lie in files, whoever wrote them: pure arithmetic.
+"""Runs: which elements of a tensor a file or a rank holds, as plain integers.
 
-Seen as a matrix (its first dim by all others), a tensor is cut into *strips* of columns, and a
-strip into *runs* of elements in row-major order.  That describes every owner there is::
+A tensor counts as a matrix (its first dim by all others).  It is cut into *strips* of columns, and
+a strip into *runs* of elements in row-major order.  This describes every way to share a tensor::
 
     cut along dim 0, tp 2          cut along dim 1, tp 2         and over data ranks (ZeRO-1)
-    +-----------+                  +-----+-----+                 each strip's elements are dealt
-    | tp 0      |  one strip,      |     |     |  two strips     out in runs, wherever a bucket
-    +-----------+  two runs        |tp 0 | tp 1|                 happens to end
+    +-----------+                  +-----+-----+                 each strip is split further
+    | tp 0      |  one strip,      |     |     |  two strips     into runs that end where
+    +-----------+  two runs        |tp 0 | tp 1|                 optimizer buckets end
     | tp 1      |                  |     |     |
     +-----------+                  +-----+-----+
 
-A run needs no topology to be understood, so to reshard is to intersect two runs: ``overlaps`` says
-which elements of a stored run go where in a wanted one.  Weights, masters and moments, tensor and
-data ranks, whole Hub tensors: all are runs.
+A run means the same on every mesh, so resharding is intersecting runs: ``overlaps`` lists which
+elements of a stored run go where in a wanted run.  Weights, masters and moments, the shares of
+tensor and data ranks, and whole Hub tensors are all described by runs.
 """
 
 from __future__ import annotations
@@ -37,8 +37,11 @@ class Run(NamedTuple):
         return self.start + self.length
 
 
-class Copy(NamedTuple):
-    """``rows`` x ``columns`` elements: offset and stride in the source run, then in the target."""
+class StridedCopy(NamedTuple):
+    """A copy of ``rows`` x ``columns`` elements; offsets and strides count elements.
+
+    ``source`` and ``target`` are offsets from the start of the source and of the target run.
+    """
 
     rows: int
     columns: int
@@ -49,7 +52,7 @@ class Copy(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A rectangle of the matrix, and where its first element lies in the run it is a part of."""
+    """A rectangle of the matrix; ``offset``: of its first element from the start of the run."""
 
     top: int
     bottom: int
@@ -59,25 +62,25 @@ class Box(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """Part of a rank's flat piece of a parameter: ``run`` of Hub tensor ``name``, at ``offset``."""
+    """A run of Hub tensor ``name``, found at ``offset`` of a rank's flat range of elements."""
 
     name: str
     run: Run
     offset: int
 
 
-def columns(shape: Sequence[int]) -> int:
-    """The width of a tensor seen as a matrix."""
+def row_width(shape: Sequence[int]) -> int:
+    """The number of columns of a tensor as a matrix: the product of all dims but the first."""
     return math.prod(shape[1:])
 
 
-def whole(shape: Sequence[int]) -> Run:
-    """All elements of a tensor."""
-    return Run(0, columns(shape), 0, math.prod(shape))
+def whole_run(shape: Sequence[int]) -> Run:
+    """The run of all elements of a tensor."""
+    return Run(0, row_width(shape), 0, math.prod(shape))
 
 
 def boxes(run: Run) -> Iterator[Box]:
-    """A run as at most three rectangles: the rest of a row, full rows, the start of a row."""
+    """A run as at most three rectangles: the end of a row, full rows, the start of a row."""
     at = run.start
     while at < run.stop:
         top, column = divmod(at, run.width)
@@ -89,13 +92,13 @@ def boxes(run: Run) -> Iterator[Box]:
         at += (bottom - top - 1) * run.width + right - column
 
 
-def overlaps(source: Run, target: Run) -> Iterator[Copy]:
-    """The elements that two runs share, as copies from the source into the target."""
+def overlaps(source: Run, target: Run) -> Iterator[StridedCopy]:
+    """The copies from a source run to a target run of all elements that both contain."""
     if (source.left, source.width) == (target.left, target.width):
         start, stop = max(source.start, target.start), min(source.stop, target.stop)
         if start < stop:
             n = stop - start
-            yield Copy(1, n, start - source.start, n, start - target.start, n)
+            yield StridedCopy(1, n, start - source.start, n, start - target.start, n)
         return
     if source.left >= target.left + target.width or target.left >= source.left + source.width:
         return
@@ -104,7 +107,7 @@ def overlaps(source: Run, target: Run) -> Iterator[Copy]:
             top, bottom = max(a.top, b.top), min(a.bottom, b.bottom)
             left, right = max(a.left, b.left), min(a.right, b.right)
             if top < bottom and left < right:
-                yield Copy(
+                yield StridedCopy(
                     bottom - top,
                     right - left,
                     a.offset + (top - a.top) * source.width + left - a.left,
@@ -114,52 +117,52 @@ def overlaps(source: Run, target: Run) -> Iterator[Copy]:
                 )
 
 
-def tiled(shape: Sequence[int], runs: Sequence[Run]) -> bool:
+def is_tiling(shape: Sequence[int], runs: Sequence[Run]) -> bool:
     """Whether runs cover every element of a tensor exactly once."""
     strips: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
         strips.setdefault((run.left, run.width), []).append(run)
     right = 0
-    for (left, width), dealt in sorted(strips.items()):
+    for (left, width), strip in sorted(strips.items()):
         at = 0
-        for run in sorted(dealt):
+        for run in sorted(strip):
             if run.start != at or run.length < 1:
                 return False
             at = run.stop
         if left != right or width < 1 or at != shape[0] * width:
             return False
         right += width
-    return right == columns(shape)
+    return right == row_width(shape)
 
 
 def slices(
     name: str, how: Cut, shape: Sequence[int], degree: int, rank: int, start: int, length: int
 ) -> Iterator[Slice]:
-    """What elements [start, start + length) of a rank's share of a parameter are, as Hub tensors.
+    """The Hub runs behind elements [start, start + length) of a rank's flat share of a parameter.
 
-    ``shape`` may be that of the share or of the whole: only its dims after the first count, and
-    these differ for a cut along dim 1 alone, where the cut itself says the width.  Padding is no
-    part of any Hub tensor and left out.
+    ``shape`` may be that of the share or of the whole tensor: only dims after the first are used,
+    and these differ only for a cut along dim 1, where the cut gives the width.  Padding belongs to
+    no Hub tensor and is left out.
     """
     for part in parts(name, how, degree):
         if isinstance(part.how, Shard):
             (block,) = part.how.blocks
-            mine = span(block, degree, rank)
+            rows = span(block, degree, rank)
             if part.how.dim == 1:
-                strip, first, here, elements = (mine.start, mine.length), 0, 0, start + length
+                strip, first, begin, elements = (rows.start, rows.length), 0, 0, start + length
             else:
-                width = columns(shape)
-                strip, first = (0, width), mine.start * width
-                here, elements = part.start * width, mine.length * width
+                width = row_width(shape)
+                strip, first = (0, width), rows.start * width
+                begin, elements = part.start * width, rows.length * width
         else:
-            strip, first, here, elements = (0, columns(shape)), 0, 0, start + length
-        low, high = max(start, here), min(start + length, here + elements)
+            strip, first, begin, elements = (0, row_width(shape)), 0, 0, start + length
+        low, high = max(start, begin), min(start + length, begin + elements)
         if low < high:
-            yield Slice(part.name, Run(*strip, first + low - here, high - low), low - start)
+            yield Slice(part.name, Run(*strip, first + low - begin, high - low), low - start)
 
 
-def writes(how: Cut, degree: int, rank: int) -> bool:
-    """Whether this tensor rank is the first of those that hold the same elements."""
+def is_writer(how: Cut, degree: int, rank: int) -> bool:
+    """Whether this tensor rank writes its share: the first rank of those with the same elements."""
     if isinstance(how, Replica):
         return rank == 0
     (block,) = how.blocks

@@ -1,12 +1,13 @@
-"""The safetensors container, read and written by hand: a length, a JSON header, raw bytes.
+"""Reading and writing safetensors files: a length, a JSON header, raw bytes.
 
 ::
 
     [8 bytes: n][n bytes: {"name": {"dtype", "shape", "data_offsets": [from, to]}, ...}][data]
 
-Writing by hand lets a file stream through a small buffer and be hashed on its way; reading by hand
-lets any run of any tensor be fetched without touching the rest, and checks a header before a byte
-is allocated for what it promises.  Format: https://github.com/huggingface/safetensors (Format).
+The safetensors library is not used, because a checkpoint needs three things more: a file is hashed
+while it streams through a small buffer; any run of a tensor is read without the rest; and a header
+is checked before memory is allocated for what it claims.
+Format: https://github.com/huggingface/safetensors (Format).
 """
 
 from __future__ import annotations
@@ -16,11 +17,7 @@ import json
 import math
 import mmap
 import os
-import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,11 +25,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llamax.checkpoint.checksums import Blocks, Bytes, Sums, opened, read_exactly
-from llamax.checkpoint.lock import LOCK, held
-from llamax.checkpoint.runs import Copy
-from llamax.runtime.errors import CheckpointError, NoRoom, Terminated
-from llamax.runtime.files import NO_ROOM, write_atomic
+from llamax.checkpoint.atomic import explain_write_errors
+from llamax.checkpoint.checksums import (
+    BlockHasher,
+    BlockVerifier,
+    Bytes,
+    open_to_read,
+    read_exactly,
+)
+from llamax.checkpoint.runs import StridedCopy
+from llamax.runtime.errors import CheckpointError
 
 DTYPES = {
     "F64": torch.float64,
@@ -46,28 +48,28 @@ DTYPES = {
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 SLAB_BYTES = 16 << 20
 WINDOW_BYTES = 4 << 20
-WRITE_BYTES = 1 << 20  # ext4 takes 16 MiB at once up to ten times slower
-MOST_HEADER_BYTES = 16 << 20  # of 405B parameters it takes one
-MOST_DIMS = 16
+WRITE_BYTES = 1 << 20  # ext4 is up to ten times slower with writes of 16 MiB
+MAX_HEADER_BYTES = 16 << 20  # the header of a model of 405B parameters takes 1 MiB
+MAX_DIMS = 16
 
 
-Progress = Callable[[int], object]
+Progress = Callable[[int], object]  # called with the number of bytes just done
 
 
-def silent(size_bytes: int) -> None:
-    """Progress that nobody watches."""
+def no_progress(size_bytes: int) -> None:
+    """The ``Progress`` that reports nothing."""
 
 
-class Entry(NamedTuple):
-    """One tensor of a file; ``offset`` counts bytes from the start of the file."""
+class TensorEntry(NamedTuple):
+    """A tensor in a file; ``offset`` counts bytes from the start of the file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
 
 
-class Outgoing(NamedTuple):
-    """One tensor on its way into a file: its bytes come in chunks, when they are asked for."""
+class TensorStream(NamedTuple):
+    """A tensor to write: its elements come in flat chunks, made when they are asked for."""
 
     name: str
     dtype: torch.dtype
@@ -79,33 +81,33 @@ class Outgoing(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class Written(NamedTuple):
-    """A file as it was written."""
+class WrittenFile(NamedTuple):
+    """The size and checksums of a file just written; ``sums``: of its blocks (``checksums``)."""
 
     size_bytes: int
     sha256: str
-    sums: str  # of its blocks
+    sums: str
 
 
-def raw(tensor: Tensor) -> Bytes:
+def as_bytes(tensor: Tensor) -> Bytes:
     """The bytes of a contiguous host tensor, sharing its memory."""
     return tensor.detach().reshape(-1).view(torch.uint8).numpy()
 
 
-def read_header(path: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file, checked against its size.
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """The tensors of a safetensors file by name, checked against the file's size.
 
-    Raises CheckpointError where the file is missing, cut short, or its header contradicts itself.
+    Raises CheckpointError if the file is missing or cut short, or its header is inconsistent.
     """
 
     def broken(why: str) -> CheckpointError:
-        return CheckpointError(f"{path} is not a whole safetensors file: {why}; copy it anew")
+        return CheckpointError(f"{path} is not a complete safetensors file: {why}; copy it again")
 
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise broken(f"its header claims {length} of {size} bytes")
             header = json.loads(file.read(length))
     except OSError as error:
@@ -116,43 +118,48 @@ def read_header(path: Path) -> dict[str, Entry]:
         raise broken("its header is not a JSON object")
     header.pop("__metadata__", None)
     found, extents = {}, []
-    for name, about in header.items():
-        name_told = name if name.isprintable() and len(name) < 100 else f"{name!r:.80}"
+    for name, entry in header.items():
+        label = name if name.isprintable() and len(name) < 100 else f"{name!r:.80}"
         try:
-            tag, shape, (start, stop) = about["dtype"], about["shape"], about["data_offsets"]
+            tag, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
             numbers = [*shape, start, stop]
         except (TypeError, KeyError, ValueError):
-            raise broken(f"the entry of {name_told} is malformed") from None
+            raise broken(f"the entry of {label} is malformed") from None
         if not isinstance(tag, str) or tag not in DTYPES:
-            told = tag if isinstance(tag, str) and tag.isidentifier() else f"{tag!r:.40}"
-            raise broken(f"{name_told} has dtype {told:.40}, none of {', '.join(DTYPES)}")
-        if len(shape) > MOST_DIMS or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
-            raise broken(f"{name_told} has shape {shape!s:.80} at {[start, stop]!s:.80}")
+            dtype = tag if isinstance(tag, str) and tag.isidentifier() else f"{tag!r:.40}"
+            raise broken(f"{label} has dtype {dtype:.40}, not one of {', '.join(DTYPES)}")
+        if len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
+            raise broken(f"{label} has the invalid shape {shape!s:.80} at {[start, stop]!s:.80}")
         if stop - start != math.prod(shape) * DTYPES[tag].itemsize:
-            raise broken(f"{name_told} {tag}{shape!s:.80} does not fit its {stop - start} bytes")
-        found[name] = Entry(DTYPES[tag], tuple(shape), 8 + length + start)
+            raise broken(f"{label} {tag}{shape!s:.80} does not fit its {stop - start} bytes")
+        found[name] = TensorEntry(DTYPES[tag], tuple(shape), 8 + length + start)
         extents.append((start, stop))
     at = 0
     for start, stop in sorted(extents):
         if start != at:
-            raise broken(f"its tensors leave a hole or overlap at byte {at}")
+            raise broken(f"its tensors leave a gap or overlap at byte {at}")
         at = stop
     if at != size - 8 - length:
         raise broken(f"its tensors end at byte {8 + length + at}, the file has {size}")
     return found
 
 
-def read(
-    path: Path, offset: int, copies: Iterable[Copy], into: Tensor, blocks: Blocks | None = None
+def read_elements(
+    path: Path,
+    offset: int,
+    copies: Iterable[StridedCopy],
+    into: Tensor,
+    blocks: BlockVerifier | None = None,
 ) -> None:
     """Copy elements of the run that starts at byte ``offset`` of a file into a flat host tensor.
 
-    Contiguous elements are read straight into place, strided ones through a window of the file:
-    one that is read and checked with ``blocks``, else one that is mapped for the moment, so that
-    only the pages they lie in are touched.
+    Contiguous elements are read directly into place.  Strided ones go through a window of the file:
+    with ``blocks`` it is read and verified; without, it is memory-mapped, so that only the pages
+    with wanted elements are touched.  Raises CheckpointError if the file is short, unreadable or
+    changed.
     """
-    item, bytes_into = into.itemsize, raw(into)
-    with opened(path) as fd:
+    item, bytes_into = into.itemsize, as_bytes(into)
+    with open_to_read(path) as fd:
         for copy in copies:
             start, width = offset + copy.source * item, copy.columns * item
             target = bytes_into[copy.target * item :]
@@ -165,7 +172,13 @@ def read(
 
 
 def _read_strided(
-    fd: int, path: Path, offset: int, copy: Copy, item: int, into: Bytes, blocks: Blocks | None
+    fd: int,
+    path: Path,
+    offset: int,
+    copy: StridedCopy,
+    item: int,
+    into: Bytes,
+    blocks: BlockVerifier | None,
 ) -> None:
     step, width = copy.source_stride * item, copy.columns * item
     target_step = copy.target_stride * item
@@ -183,63 +196,68 @@ def _read_strided(
             ) as window:
                 target[:] = np.ndarray((rows, width), np.uint8, window, skip, (step, 1))
         else:
-            held = np.empty(length, np.uint8)
-            blocks.read(fd, start, held)
-            target[:] = np.ndarray((rows, width), np.uint8, held.data, 0, (step, 1))
+            buffer = np.empty(length, np.uint8)
+            blocks.read(fd, start, buffer)
+            target[:] = np.ndarray((rows, width), np.uint8, buffer.data, 0, (step, 1))
 
 
-def write(
-    path: Path,
-    tensors: Sequence[Outgoing],
-    progress: Progress = silent,
-) -> Written:
-    """Write a safetensors file, chunk by chunk, hashed on its way and durable.
+def write_safetensors(
+    path: Path, tensors: Sequence[TensorStream], progress: Progress = no_progress
+) -> WrittenFile:
+    """Write a safetensors file chunk by chunk, hash it meanwhile, and sync it to disk.
 
-    ``progress`` takes bytes.
-    Raises NoRoom where the disk is full, or a quota or limit reached.
+    Calls ``progress`` with the bytes of each chunk.  Raises NoRoom if the disk is full or a quota
+    or file size limit is reached, CheckpointError if the disk refuses otherwise.
     """
-    start, places, size = head([(t.name, t.dtype, t.shape) for t in tensors])
-    digest, sums = hashlib.sha256(start), Sums()
-    sums.update(memoryview(start))
-    sums.cut()
-    with writing(path, size), open(path, "wb", buffering=0) as file:
-        _write_at(file.fileno(), memoryview(start), 0)
-        for tensor in sorted(tensors, key=lambda tensor: places[tensor.name]):
-            at = places[tensor.name]
+    header, offsets, size = build_header([(t.name, t.dtype, t.shape) for t in tensors])
+    digest, blocks = hashlib.sha256(header), BlockHasher()
+    blocks.update(memoryview(header))
+    blocks.end_block()
+    with explain_write_errors(path, size), open(path, "wb", buffering=0) as file:
+        _write_at(file.fileno(), memoryview(header), 0)
+        for tensor in sorted(tensors, key=lambda tensor: offsets[tensor.name]):
+            at = offsets[tensor.name]
             for chunk in tensor.chunks:
-                view = raw(chunk).data
+                view = as_bytes(chunk).data
                 digest.update(view)
-                sums.update(view)
+                blocks.update(view)
                 _write_at(file.fileno(), view, at)
                 at += len(view)
                 progress(len(view))
-            sums.cut()
+            blocks.end_block()
         os.fsync(file.fileno())
-    return Written(size, digest.hexdigest(), sums.text())
+    return WrittenFile(size, digest.hexdigest(), blocks.hexdigests())
 
 
-def head(
+def build_header(
     tensors: Iterable[tuple[str, torch.dtype, Sequence[int]]],
 ) -> tuple[bytes, dict[str, int], int]:
-    """The start of a file for tensors (name, dtype, shape), where each one's bytes go, its size."""
+    """The first bytes of a file for tensors (name, dtype, shape), the byte offset of each, and the
+    size of the file.
+
+    Wide dtypes come first, so that every tensor is aligned.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, dtype, shape in sorted(tensors, key=lambda one: -one[1].itemsize):  # all aligned
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: -tensor[1].itemsize):
         extent = [at, at := at + math.prod(shape) * dtype.itemsize]
         header[name] = {"dtype": TAGS[dtype], "shape": list(shape), "data_offsets": extent}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     start = len(text).to_bytes(8, "little") + text
     del header["__metadata__"]
-    places = {name: len(start) + about["data_offsets"][0] for name, about in header.items()}
-    return start, places, len(start) + at
+    offsets = {name: len(start) + entry["data_offsets"][0] for name, entry in header.items()}
+    return start, offsets, len(start) + at
 
 
-def put(path: Path, offset: int, chunks: Iterable[Tensor], size_bytes: int) -> None:
-    """Write the ``size_bytes`` of one tensor to its place in a file that is laid out."""
-    with writing(path, size_bytes), open(path, "r+b", buffering=0) as file:
+def write_tensor_at(path: Path, offset: int, chunks: Iterable[Tensor], size_bytes: int) -> None:
+    """Write one tensor of ``size_bytes`` at byte ``offset`` of a file that exists already.
+
+    Raises NoRoom or CheckpointError if the disk refuses.
+    """
+    with explain_write_errors(path, size_bytes), open(path, "r+b", buffering=0) as file:
         for chunk in chunks:
-            view = raw(chunk).data
+            view = as_bytes(chunk).data
             _write_at(file.fileno(), view, offset)
             offset += len(view)
 
@@ -248,79 +266,3 @@ def _write_at(fd: int, data: memoryview, offset: int) -> None:
     while data:
         done = os.pwrite(fd, data[:WRITE_BYTES], offset)
         data, offset = data[done:], offset + done
-
-
-def write_note(path: Path, text: str) -> None:
-    """Show other ranks a small file, at once; what it makes them do may move its folder away."""
-    with writing(path, len(text)):
-        beside = path.with_name(path.name + ".part")
-        beside.write_text(text)
-        os.replace(beside, path)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file at once, durably: it has the old text or the new, never a part."""
-    data = text.encode()
-    with writing(path, len(data)):
-        write_atomic(path, data)
-
-
-@contextmanager
-def writing(path: Path, needed_bytes: int) -> Iterator[None]:
-    """Turn what the disk refuses into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_ROOM:
-            raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
-        free = shutil.disk_usage(path.parent).free
-        raise NoRoom(
-            f"no room for {path} ({error.strerror}): {needed_bytes} bytes needed, {free} free; "
-            "make room or write elsewhere"
-        ) from None
-
-
-@contextmanager
-def building(out: Path) -> Iterator[Path]:
-    """A folder to fill that takes the name ``out`` when all went well, and vanishes otherwise.
-
-    It is this process' alone.  SIGTERM ends the filling with Terminated.
-    """
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already; remove it or choose another `out`")
-    out = out.resolve()  # a link to an empty folder stays one
-    part = out.with_name(out.name + ".part")
-    with held(part, patience_s=0), _terminable(out):
-        try:
-            with writing(part, 0):
-                for leftover in part.iterdir():
-                    if leftover.is_dir():
-                        shutil.rmtree(leftover)
-                    elif leftover.name != LOCK:
-                        leftover.unlink()
-            yield part
-            with writing(out, 0):
-                (part / LOCK).unlink()
-                os.rename(part, out)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-
-
-@contextmanager
-def _terminable(out: Path) -> Iterator[None]:
-    """Let SIGTERM raise Terminated, where nobody else listens to it."""
-
-    def leave(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # what follows takes a moment
-        raise Terminated(f"stopped by SIGTERM: {out} was not written")
-
-    mine = threading.current_thread() is threading.main_thread()
-    if not mine or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -31,12 +31,14 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import llamax
+from llamax.checkpoint import listing
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.hf_beside import leave
+from llamax.checkpoint.atomic import explain_write_errors, write_note
+from llamax.checkpoint.hf_beside import write_hf_folder_beside
 from llamax.checkpoint.load import Owned, Whole
-from llamax.checkpoint.retention import discard, place, set_aside, sweep
-from llamax.checkpoint.runs import Run, slices, writes
-from llamax.checkpoint.safetensors_io import TAGS, Outgoing, Written, write, write_note, writing
+from llamax.checkpoint.retention import clean_up, delete_or_warn, move_to_past, publish
+from llamax.checkpoint.runs import Run, is_writer, slices
+from llamax.checkpoint.safetensors_io import TAGS, TensorStream, WrittenFile, write_safetensors
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Cut, parts, whole_shape
 from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
@@ -106,10 +108,10 @@ class Saver:
         self._error: BaseException | None = None
         self._scores: dict[int, float] = {}
         if self._first:
-            with writing(self.folder, 0):
+            with explain_write_errors(self.folder, 0):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                sweep(self.folder)
-                self._scores = files.scores(self.folder) if keep_best else {}
+                clean_up(self.folder)
+                self._scores = listing.validation_losses(self.folder) if keep_best else {}
         if barrier is None:
             axes.world.all_reduce(torch.zeros(1, device=axes.world.rank_index.device)).cpu()
         else:
@@ -137,7 +139,7 @@ class Saver:
         kept = self._snapshot([*owned, *whole])
         rng = None if rng is None else rng.detach().to("cpu", copy=True)
         manifest = files.Manifest(
-            format=files.FORMAT,
+            format=files.FORMAT_VERSION,
             step=step,
             llamax=llamax.__version__,
             torch=torch.__version__,
@@ -182,7 +184,7 @@ class Saver:
             for name, run, at in slices(
                 mine.name, how, shape, self.tp.size, self.tp.rank, mine.start + low, high - low
             ):
-                if writes(part_of[name], self.tp.size, self.tp.rank):
+                if is_writer(part_of[name], self.tp.size, self.tp.rank):
                     tensor = flat[low + at : low + at + run.length]
                     whole = whole_shape(part_of[name], shape)
                     kept.append(Kept(name, mine.kind, whole, run, tensor))
@@ -195,7 +197,7 @@ class Saver:
         folder = self.folder / (files.step_name(manifest.step) + ".tmp")
         mine = f"tp{self.tp.rank:02d}-dp{self.data.rank:02d}"
         try:
-            with writing(folder, 0):
+            with explain_write_errors(folder, 0):
                 if self._first:
                     for leftover in self.folder.glob("step-*.tmp"):  # of saves that failed
                         if leftover.name < folder.name:
@@ -216,7 +218,9 @@ class Saver:
             self.tp.size * self.data.size,
         )
         try:
-            leave(self.folder / files.step_name(step), folder, rank, world_size, self.timeout_s)
+            write_hf_folder_beside(
+                self.folder / files.step_name(step), folder, rank, world_size, self.timeout_s
+            )
         except LlamaxError as error:
             kind = NoRoom if isinstance(error, NoRoom) else CheckpointError
             self._error = kind(f"{error}; step {step} is saved, but without a Hugging Face folder")
@@ -229,8 +233,8 @@ class Saver:
         for role in ("weights", "optimizer"):
             chosen = [one for one in kept if (one.kind == "weight") == (role == "weights")]
             tensors = [
-                Outgoing(
-                    files.key(one.name, one.kind, one.run),
+                TensorStream(
+                    files.run_key(one.name, one.kind, one.run),
                     one.tensor.dtype,
                     (one.run.length,),
                     [one.tensor],
@@ -238,10 +242,10 @@ class Saver:
                 for one in chosen
             ]
             if role == "optimizer" and rng is not None:
-                tensors.append(Outgoing(files.RNG, rng.dtype, rng.shape, [rng]))
+                tensors.append(TensorStream(files.RNG, rng.dtype, rng.shape, [rng]))
             if tensors:
                 name = files.file_name(role, self.tp.rank, self.data.rank)
-                written = write(folder / name, tensors)
+                written = write_safetensors(folder / name, tensors)
                 runs = [
                     [one.name, one.kind, TAGS[one.tensor.dtype], one.shape, one.run]
                     for one in chosen
@@ -261,7 +265,7 @@ class Saver:
                 line = str(error) if isinstance(error, LlamaxError) else repr(error)
                 note = {"why": line, "no_room": isinstance(error, NoRoom)}
                 write_note(folder / f"failed-{mine}.json", json.dumps(note))
-            last = files.newest(self.folder)
+            last = listing.newest_checkpoint(self.folder)
         except (OSError, CheckpointError):
             return error  # the disk is beyond help: rank 0 will miss this rank
         if not isinstance(error, CheckpointError):
@@ -273,18 +277,22 @@ class Saver:
         for note in self._notes(folder):
             for one in note:
                 index = len(manifest.files)
-                manifest.files.append(files.File(one["file"][0], *Written(*one["file"][1:])))
+                manifest.files.append(
+                    files.FileRecord(one["file"][0], *WrittenFile(*one["file"][1:]))
+                )
                 for name, kind, tag, shape, run in one["runs"]:
-                    whole = manifest.tensors.setdefault(name, files.Whole(tuple(shape), {}))
-                    whole.kinds.setdefault(kind, files.Kept(tag, [])).runs.append((index, *run))
+                    whole = manifest.tensors.setdefault(name, files.TensorRecord(tuple(shape), {}))
+                    whole.kinds.setdefault(kind, files.KindRecord(tag, [])).runs.append(
+                        (index, *run)
+                    )
         for name, how in self.shards.items():
             for part in parts(name, how, self.tp.size):
                 if part.name not in manifest.tensors:
                     raise CheckpointError(f"no rank owns any of {part.name}")
         for path in folder.glob("rank-*.json"):
             path.unlink()
-        files.commit(folder, manifest, config_text)
-        place(folder, self.folder / files.step_name(manifest.step))
+        files.write_manifest(folder, manifest, config_text)
+        publish(folder, self.folder / files.step_name(manifest.step))
         self._retire(manifest)
 
     def _retire(self, manifest: files.Manifest) -> None:
@@ -292,16 +300,16 @@ class Saver:
         self._scores.pop(manifest.step, None)  # of a run that was taken back before this step
         if self.keep_best and manifest.score is not None and math.isfinite(manifest.score):
             self._scores[manifest.step] = manifest.score
-        for later in files.steps(self.folder):  # the run has gone back behind these
+        for later in listing.list_checkpoints(self.folder):  # the run has gone back behind these
             if (step := files.step_of(later)) > manifest.step:
                 self._scores.pop(step, None)
-                set_aside(later)
+                move_to_past(later)
         best = min(self._scores, key=self._scores.__getitem__, default=None)
-        for old in files.steps(self.folder)[: -self.keep] if self.keep else []:
+        for old in listing.list_checkpoints(self.folder)[: -self.keep] if self.keep else []:
             step = files.step_of(old)
             for_good = self.keep_every and step % self.keep_every == 0
             if step not in (manifest.step, best) and not for_good:
-                discard(old)
+                delete_or_warn(old)
                 self._scores.pop(step, None)
 
     def _notes(self, folder: Path) -> list[list[dict[str, Any]]]:

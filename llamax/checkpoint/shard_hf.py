@@ -15,16 +15,20 @@ import torch
 import llamax
 from llamax.checkpoint import hf_folder
 from llamax.checkpoint import manifest as files
+from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.load import check_shapes
-from llamax.checkpoint.runs import Run, slices, writes
+from llamax.checkpoint.runs import (
+    Run,
+    is_writer,
+    slices,
+)
 from llamax.checkpoint.safetensors_io import (
     TAGS,
-    Outgoing,
     Progress,
-    Written,
-    building,
-    silent,
-    write,
+    TensorStream,
+    WrittenFile,
+    no_progress,
+    write_safetensors,
 )
 from llamax.checkpoint.slabs import Buffers, Slabs, new_buffers
 from llamax.config.model import ModelConfig
@@ -35,7 +39,7 @@ from llamax.runtime.errors import ConfigError
 
 
 def shard(
-    folder: Path | str, out: Path | str, tensor: int = 1, *, progress: Progress = silent
+    folder: Path | str, out: Path | str, tensor: int = 1, *, progress: Progress = no_progress
 ) -> Path:
     """Write the model of a Hugging Face folder as the checkpoint ``out``; return that folder.
 
@@ -52,7 +56,7 @@ def shard(
     """
     if tensor < 1:
         raise ConfigError(f"`tensor={tensor}` is below 1; use 1 or more")
-    source = hf_folder.HubFolder(folder)
+    source = hf_folder.HfFolder(folder)
     model = Llama(ModelConfig.from_hub(source.model), Solo("tp"), device="meta")
     check_shapes(source, dict(model.named_parameters()), model.shards)
     try:
@@ -64,7 +68,7 @@ def shard(
             f"{' or '.join(fit)}"
         ) from None
     manifest = files.Manifest(
-        format=files.FORMAT,
+        format=files.FORMAT_VERSION,
         step=0,
         llamax=llamax.__version__,
         torch=torch.__version__,
@@ -74,24 +78,28 @@ def shard(
         files=[],
     )
     buffers = new_buffers()
-    with building(Path(out)) as part, ThreadPoolExecutor(max_workers=2) as pool:
+    with new_folder(Path(out)) as part, ThreadPoolExecutor(max_workers=2) as pool:
 
-        def write_rank(rank: int) -> Written:
+        def write_rank(rank: int) -> WrittenFile:
             path = part / files.file_name("weights", rank, 0)
-            return write(path, _share(source, cuts, tensor, rank, buffers), progress=progress)
+            return write_safetensors(
+                path, _share(source, cuts, tensor, rank, buffers), progress=progress
+            )
 
         for rank, written in enumerate(pool.map(write_rank, range(tensor))):
-            manifest.files.append(files.File(files.file_name("weights", rank, 0), *written))
+            manifest.files.append(files.FileRecord(files.file_name("weights", rank, 0), *written))
             for name, run in _runs(source, cuts, tensor, rank):
                 tag = TAGS[source.dtype(name)]
-                whole = files.Whole(source.shape(name), {"weight": files.Kept(tag, [])})
+                whole = files.TensorRecord(
+                    source.shape(name), {"weight": files.KindRecord(tag, [])}
+                )
                 manifest.tensors.setdefault(name, whole).kinds["weight"].runs.append((rank, *run))
-        files.commit(part, manifest, "")
-        files.finish(part)
+        files.write_manifest(part, manifest, "")
+        files.write_done(part)
     return Path(out)
 
 
-def _cuts(source: hf_folder.HubFolder, model: Llama, tensor: int) -> dict[str, Cut]:
+def _cuts(source: hf_folder.HfFolder, model: Llama, tensor: int) -> dict[str, Cut]:
     """How each tensor of the folder is cut; ConfigError if ``tensor`` does not divide it."""
     cuts = {
         part.name: part.how
@@ -103,7 +111,7 @@ def _cuts(source: hf_folder.HubFolder, model: Llama, tensor: int) -> dict[str, C
     return cuts
 
 
-def _fits(source: hf_folder.HubFolder, model: Llama, tensor: int) -> bool:
+def _fits(source: hf_folder.HfFolder, model: Llama, tensor: int) -> bool:
     try:
         return bool(_cuts(source, model, tensor))
     except ConfigError:
@@ -111,12 +119,12 @@ def _fits(source: hf_folder.HubFolder, model: Llama, tensor: int) -> bool:
 
 
 def _runs(
-    source: hf_folder.HubFolder, cuts: dict[str, Cut], tensor: int, rank: int
+    source: hf_folder.HfFolder, cuts: dict[str, Cut], tensor: int, rank: int
 ) -> list[tuple[str, Run]]:
     """The runs of each tensor that a rank writes: those that no lower rank holds too."""
     found = []
     for name, how in cuts.items():
-        if writes(how, tensor, rank):
+        if is_writer(how, tensor, rank):
             shape = source.shape(name)
             elements = torch.Size(local_shape(shape, how, tensor)).numel()
             for cut in slices(name, how, shape, tensor, rank, 0, elements):
@@ -125,11 +133,11 @@ def _runs(
 
 
 def _share(
-    source: hf_folder.HubFolder, cuts: dict[str, Cut], tensor: int, rank: int, buffers: Buffers
-) -> list[Outgoing]:
+    source: hf_folder.HfFolder, cuts: dict[str, Cut], tensor: int, rank: int, buffers: Buffers
+) -> list[TensorStream]:
     return [
-        Outgoing(
-            files.key(name, "weight", run),
+        TensorStream(
+            files.run_key(name, "weight", run),
             source.dtype(name),
             (run.length,),
             Slabs(source, name, "weight", run, source.dtype(name), buffers),
@@ -138,5 +146,5 @@ def _share(
     ]
 
 
-def _dtype_name(source: hf_folder.HubFolder) -> str:
+def _dtype_name(source: hf_folder.HfFolder) -> str:
     return str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")

@@ -1,23 +1,25 @@
-"""A source's tensors on their way into new files, a slab of at most 16 MiB at a time."""
+"""Streams of tensors from a source into new files, at most 16 MiB at a time."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from queue import SimpleQueue
 
 import torch
 from torch import Tensor
 
-from llamax.checkpoint.runs import Run
-from llamax.checkpoint.safetensors_io import SLAB_BYTES, Outgoing
+from llamax.checkpoint.runs import Run, whole_run
+from llamax.checkpoint.safetensors_io import SLAB_BYTES, TensorStream
 from llamax.checkpoint.source import Source
 
 Buffers = SimpleQueue[Tensor]
 
 
 class Slabs:
-    """Chunks of one run of a source, read when the writer asks into a borrowed buffer."""
+    """The elements of one run of a source, in chunks that are read when they are asked for.
+
+    Each chunk lies in a buffer borrowed from ``buffers`` and is valid until the next one.
+    """
 
     def __init__(
         self, source: Source, name: str, kind: str, run: Run, dtype: torch.dtype, buffers: Buffers
@@ -30,7 +32,7 @@ class Slabs:
         try:
             slab = buffer.view(self.dtype)
             rows = max(1, len(slab) // self.run.width)
-            most = min(len(slab), rows * self.run.width)  # whole rows, where a row fits
+            most = min(len(slab), rows * self.run.width)  # whole rows, if a row fits
             for start in range(self.run.start, self.run.stop, most):
                 length = min(most, self.run.stop - start)
                 run = Run(self.run.left, self.run.width, start, length)
@@ -41,15 +43,18 @@ class Slabs:
 
 
 def new_buffers(count: int = 2) -> Buffers:
-    """Room for as many slabs as there are threads; who borrows one puts it back."""
+    """``count`` buffers of 16 MiB: one per thread that iterates over slabs at the same time."""
     buffers: Buffers = SimpleQueue()
     for _ in range(count):
         buffers.put(torch.empty(SLAB_BYTES, dtype=torch.uint8))
     return buffers
 
 
-def whole(source: Source, name: str, kind: str, dtype: torch.dtype, buffers: Buffers) -> Outgoing:
-    """A whole Hub tensor as it goes into a file."""
+def stream_tensor(
+    source: Source, name: str, kind: str, dtype: torch.dtype, buffers: Buffers
+) -> TensorStream:
+    """A whole Hub tensor as a stream into a file, converted to ``dtype``."""
     shape = source.shape(name)
-    run = Run(0, math.prod(shape[1:]), 0, math.prod(shape))
-    return Outgoing(name, dtype, shape, Slabs(source, name, kind, run, dtype, buffers))
+    return TensorStream(
+        name, dtype, shape, Slabs(source, name, kind, whole_run(shape), dtype, buffers)
+    )

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from llamax.checkpoint.runs import Copy, Run, overlaps
-from llamax.checkpoint.runs import whole as whole_run
+from llamax.checkpoint.runs import Run, StridedCopy, overlaps, whole_run
 from llamax.checkpoint.safetensors_io import (
     SLAB_BYTES,
-    read,
+    read_elements,
 )
 from llamax.runtime.errors import CheckpointError
 
@@ -109,9 +108,9 @@ class Source(ABC):
             if copies := list(overlaps(piece.run, run)):
                 self.read_run(piece, copies, into)
 
-    def read_run(self, piece: Piece, copies: Iterable[Copy], into: Tensor) -> None:
-        """Copy elements of a run into a flat host tensor; a source that knows checksums checks."""
-        read(piece.path, piece.offset, copies, into)
+    def read_run(self, piece: Piece, copies: Iterable[StridedCopy], into: Tensor) -> None:
+        """Copy elements of a piece into a flat host tensor; sources with checksums verify them."""
+        read_elements(piece.path, piece.offset, copies, into)
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -44,14 +44,14 @@ def main(argv: Sequence[str]) -> int:
 
     from llamax.checkpoint import hf_writer
     from llamax.checkpoint.consolidate import consolidate, dtype_of
-    from llamax.checkpoint.manifest import find
+    from llamax.checkpoint.listing import find_checkpoint
     from llamax.checkpoint.peft import adapter_info
     from llamax.checkpoint.reader import Checkpoint
 
     began = time.perf_counter()
-    source = Checkpoint(find(Path(options.checkpoint)), verify=False)
+    source = Checkpoint(find_checkpoint(Path(options.checkpoint)), verify=False)
     adapters = adapter_info(source) is not None
-    planned = [] if adapters else hf_writer.plan(source, dtype_of(options.dtype))
+    planned = [] if adapters else hf_writer.plan_files(source, dtype_of(options.dtype))
     total = sum(tensor.size_bytes for tensor in planned)
     with byte_bar("consolidate", total) as bar:
         out = consolidate(

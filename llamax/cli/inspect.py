@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from llamax.checkpoint import hf_folder
 from llamax.checkpoint import manifest as files
+from llamax.checkpoint.listing import list_checkpoints
 from llamax.checkpoint.peft import CONFIG, AdapterInfo, PeftFolder, adapter_info
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.safetensors_io import read_header
@@ -38,13 +39,13 @@ def describe(path: Path, verify: bool = False) -> Rows:
         return _megatron(prefix, verify)
     if path.suffix == ".safetensors":
         return _container(path, verify)
-    if (path / files.MANIFEST).exists() or files.STEP.match(path.name):
+    if (path / files.MANIFEST).exists() or files.STEP_FOLDER.match(path.name):
         return _checkpoint(path, verify)
     if (path / CONFIG).is_file():
         return _adapter(path, verify)
     if (path / hf_folder.CONFIG).is_file():
         return _hub(path, verify)
-    if files.steps(path):
+    if list_checkpoints(path):
         return _run(path, verify)
     if not path.exists():
         raise CheckpointError(f"there is no {path}; check the path")
@@ -81,14 +82,14 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
 
 
 def _run(path: Path, verify: bool) -> Rows:
-    found = files.steps(path)
+    found = list_checkpoints(path)
     yield "run", path
     yield "checkpoints", ", ".join(one.name for one in found)
     yield from _checkpoint(found[-1], verify)
 
 
 def _hub(path: Path, verify: bool) -> Rows:
-    source = hf_folder.HubFolder(path)
+    source = hf_folder.HfFolder(path)
     yield "Hugging Face", path
     yield from _model(source)
     yield from _weights(source)
@@ -115,7 +116,7 @@ def _lora(about: AdapterInfo) -> Rows:
     )
 
 
-def _weights(source: hf_folder.HubFolder | PeftFolder) -> Rows:
+def _weights(source: hf_folder.HfFolder | PeftFolder) -> Rows:
     dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in source.names())
     yield "kept", ", ".join(f"weight {dtype} x {n}" for dtype, n in dtypes.items())
     yield "files", _files(file.stat().st_size for file in source.folder.glob("*.safetensors"))

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     """Write the merged folder."""
     options = parser().parse_args(argv)
 
-    from llamax.checkpoint.hf_folder import HubFolder
+    from llamax.checkpoint.hf_folder import HfFolder
     from llamax.checkpoint.merge import merge
 
     began = time.perf_counter()
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
             dtype=options.dtype,
             progress=bar.update,
         )
-    folder = HubFolder(out)
+    folder = HfFolder(out)
     parameters = sum(math.prod(folder.shape(name)) for name in folder.names())
     print(
         f"{out}: {show_number(parameters)} parameters, {show_bytes(folder.total_bytes())}, in "

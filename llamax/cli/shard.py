@@ -28,10 +28,10 @@ def main(argv: Sequence[str]) -> int:
     """Write the checkpoint."""
     options = parser().parse_args(argv)
 
-    from llamax.checkpoint.hf_folder import HubFolder
+    from llamax.checkpoint.hf_folder import HfFolder
     from llamax.checkpoint.shard_hf import shard
 
-    total, began = HubFolder(options.folder).total_bytes(), time.perf_counter()
+    total, began = HfFolder(options.folder).total_bytes(), time.perf_counter()
     with byte_bar("shard", total) as bar:
         out = shard(options.folder, options.out, options.tensor, progress=bar.update)
     print(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from llamax.checkpoint.build_model import check_resumed, finetune_info
 from llamax.checkpoint.hf_folder import open_source
-from llamax.checkpoint.manifest import CONFIG, find, newest, newest_intact
+from llamax.checkpoint.listing import find_checkpoint, newest_checkpoint, newest_intact
+from llamax.checkpoint.manifest import CONFIG_TOML
 from llamax.checkpoint.peft import AdapterInfo
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
@@ -49,7 +50,7 @@ class Inputs:
         saved once more after this rank had looked, as ranks would then differ in what they resume.
         """
         if config.checkpoint.resume in ("auto", "intact"):
-            now = newest(Path(config.run.folder) / "checkpoints")
+            now = newest_checkpoint(Path(config.run.folder) / "checkpoints")
             if now != self.newest:
                 raise CheckpointError(f"{now} was saved while this job started; start it again")
 
@@ -66,10 +67,10 @@ class Inputs:
 
     def changed(self, config: Config) -> list[str]:
         """What decides samples and updates and is not as it was when the checkpoint was saved."""
-        if self.resumed is None or not (self.resumed.folder / CONFIG).is_file():
+        if self.resumed is None or not (self.resumed.folder / CONFIG_TOML).is_file():
             return []
         try:
-            then = load_config(str(self.resumed.folder / CONFIG))
+            then = load_config(str(self.resumed.folder / CONFIG_TOML))
         except ConfigError:  # of another llamax
             return []
         now = dict(sections(config))
@@ -102,12 +103,12 @@ def open_inputs(config: Config) -> Inputs:
     resumed = first = latest = None
     if checkpoint.resume in ("auto", "intact"):
         folder = Path(config.run.folder) / "checkpoints"
-        found = latest = newest(folder)
+        found = latest = newest_checkpoint(folder)
         if checkpoint.resume == "intact":
             found = newest_intact(folder)
         resumed = None if found is None else Checkpoint(found)
     elif checkpoint.resume != "never":
-        resumed = Checkpoint(find(Path(checkpoint.resume)))
+        resumed = Checkpoint(find_checkpoint(Path(checkpoint.resume)))
     if resumed is not None:
         _check_position(resumed)
         _same_network(config, resumed)

@@ -11,10 +11,10 @@ import torch
 
 from llamax.backends.base import Backend
 from llamax.backends.transfer import move_parameter, moved
+from llamax.checkpoint.atomic import write_durable
 from llamax.checkpoint.build_model import build_model, describe_finetune
 from llamax.checkpoint.load import load_owned, load_weights
 from llamax.checkpoint.peft import AdapterInfo
-from llamax.checkpoint.safetensors_io import write_text
 from llamax.checkpoint.save import Saver
 from llamax.config.flops import flops_per_token
 from llamax.config.load import dump_config
@@ -158,7 +158,7 @@ def introduce(job: Job) -> None:
     """Say what will run, and write the resolved configuration into the run folder."""
     config, mesh = job.config, job.mesh
     job.folder.mkdir(parents=True, exist_ok=True)
-    write_text(job.folder / "config.toml", dump_config(config))
+    write_durable(job.folder / "config.toml", dump_config(config))
     logger.info(
         "%s parameters in %s on %d ranks (%s): tensor %d%s x data %d%s",
         show_number(config.model.num_parameters()),

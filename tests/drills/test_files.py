@@ -20,7 +20,7 @@ from support.adapters import MODEL as TUNED
 from support.adapters import base_folder
 from support.scripts import run_script
 
-from llamax.checkpoint import Checkpoint, newest
+from llamax.checkpoint import Checkpoint, newest_checkpoint
 from llamax.config.schema import Config
 from llamax.data.dataset import open_dataset
 from llamax.parallel.rendezvous import Rendezvous
@@ -165,7 +165,7 @@ def test_a_limit_on_file_sizes(
 ) -> None:
     """The first checkpoint fits; then the limit comes, as a quota does."""
     assert run_main(main, run_in(tmp_path, dataset, 2)) == 0
-    first = newest(tmp_path)
+    first = newest_checkpoint(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     capsys.readouterr()
     try:
@@ -183,7 +183,7 @@ def test_a_limit_on_file_sizes(
     assert re.search(line, stopped), stopped
     assert "training goes on" in went_on
     assert tiny_run.log_of(tmp_path)[-1]["step"] == 6
-    assert newest(tmp_path) == first
+    assert newest_checkpoint(tmp_path) == first
     assert first is not None
     Checkpoint(first).verify()
     report("RLIMIT_FSIZE: previous checkpoint loads, bytes told, exit 3, stops or goes on: ok")
@@ -205,7 +205,7 @@ def test_a_full_disk(
         assert run_main(main, argv) == NoRoom.exit_code
         said = capsys.readouterr().err
         assert re.search(r"\(No space left on device\): \d+ bytes needed, \d+ free", said), said
-        last = newest(disk)
+        last = newest_checkpoint(disk)
         assert last is not None
         Checkpoint(last).verify()
         assert f"{last} stays" in said

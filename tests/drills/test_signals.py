@@ -15,7 +15,7 @@ import pytest
 from support import tiny_run
 from support import training_jobs as jobs
 
-from llamax.checkpoint import Checkpoint, newest
+from llamax.checkpoint import Checkpoint, newest_checkpoint
 from llamax.runtime.errors import Stopped
 
 RANKS = 2
@@ -39,7 +39,7 @@ def test_signals_at_random_moments(
     chance, early = random.Random(launcher), 0
     moments, first = (20, 0) if full else (1, LAUNCHERS.index(launcher))
     for number in range(first, first + moments):
-        before = newest(folder)
+        before = newest_checkpoint(folder)
         signum = (signal.SIGTERM, signal.SIGUSR1)[number % 2]
         job = begin(launcher, path, folder)
         ranks = job.wait_for_ranks(RANKS)
@@ -63,7 +63,7 @@ def test_signals_at_random_moments(
         codes |= {int(found) for found in re.findall(r"exitcode\s*: (-?\d+)", job.said())}
         if directly:
             assert codes == {Stopped.exit_code}, job.said()
-        after = newest(folder)
+        after = newest_checkpoint(folder)
         steps = {int(step) for _, step in said if step}
         if steps:
             assert after is not None

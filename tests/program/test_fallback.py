@@ -13,7 +13,7 @@ import torch
 import transformers
 from support import tiny_run
 
-from llamax.checkpoint import newest
+from llamax.checkpoint import newest_checkpoint
 from llamax.checkpoint.reader import Checkpoint
 from llamax.config.schema import CheckpointConfig, Config
 from llamax.data.dataset import Dataset
@@ -85,7 +85,7 @@ def test_a_tokenizer_that_no_save_could_write_is_refused_at_the_start(
 def test_damage_is_refused_and_falling_back_is_a_choice(
     run: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    last = newest(Path(run.run.folder))
+    last = newest_checkpoint(Path(run.run.folder))
     assert last is not None
     damaged = next(last.glob("weights-*"))
     data = bytearray(damaged.read_bytes())
@@ -102,14 +102,14 @@ def test_damage_is_refused_and_falling_back_is_a_choice(
         fallback = (*longer, "--checkpoint.resume=intact")
         assert run_main(main, argv(run, tmp_path, *fallback)) == 0
         said = capsys.readouterr().err
-        assert "passing over step-00000003: " in said
+        assert "skipping step-00000003: " in said
         assert f"resuming from {last.parent / 'step-00000002'}, after step 2" in said
         kept = {path: path.read_bytes() for path in last.parent.glob("step-*/done")}
         for path in kept:
             path.write_bytes(b"")
         assert run_main(main, argv(run, tmp_path, *fallback)) == 2
         line = capsys.readouterr().err.strip().splitlines()[-1]
-        assert line.startswith(f"llamax: no checkpoint in {last.parent} is intact; put one back")
+        assert line.startswith(f"llamax: no checkpoint in {last.parent} is intact; restore one")
         for path, text in kept.items():  # nothing was set aside
             path.write_bytes(text)
     finally:
@@ -130,7 +130,7 @@ def test_a_refusal_does_not_wait_for_all_data_to_be_checked(
         found.append(go_on())
 
     monkeypatch.setattr(Dataset, "verify", verify)
-    last = newest(Path(run.run.folder))
+    last = newest_checkpoint(Path(run.run.folder))
     assert last is not None
     path = next(last.glob("weights-*"))
     whole = path.read_bytes()
@@ -156,7 +156,10 @@ def test_a_random_state_of_another_torch(
         assert run_main(main, argv(run, tmp_path, "--run.steps=4")) == 2
     finally:
         logger.handlers.clear()
-    line, last = capsys.readouterr().err.strip().splitlines()[-1], newest(Path(run.run.folder))
+    line, last = (
+        capsys.readouterr().err.strip().splitlines()[-1],
+        newest_checkpoint(Path(run.run.folder)),
+    )
     assert f"{last} holds a random state that is none of torch " in line
 
 

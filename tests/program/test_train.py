@@ -159,7 +159,7 @@ def test_a_checkpoint_of_a_job_that_was_still_ending_is_refused(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = iter([None, tmp_path / "step-00000009"])
-    monkeypatch.setattr(inputs, "newest", lambda folder: next(found))
+    monkeypatch.setattr(inputs, "newest_checkpoint", lambda folder: next(found))
     with pytest.raises(CheckpointError, match="step-00000009 was saved while this job started"):
         train(config(dataset, tmp_path / "run"), Rendezvous())
 

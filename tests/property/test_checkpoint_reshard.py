@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamax.checkpoint import Checkpoint, load_weights
-from llamax.checkpoint.runs import Run, overlaps, tiled
+from llamax.checkpoint.runs import Run, is_tiling, overlaps
 
 MESHES = [*itertools.product((1, 2, 4), (1, 2, 4), (True, False))]
 
@@ -94,7 +94,7 @@ def test_runs_reshard_into_any_other_runs(
     drawn: tuple[tuple[int, int], list[Run], list[Run]],
 ) -> None:
     shape, sources, targets = drawn
-    assert tiled(shape, sources)
+    assert is_tiling(shape, sources)
     values = torch.arange(shape[0] * shape[1]).view(shape)
     for target in targets:
         into = torch.full((target.length,), -1)
@@ -115,5 +115,5 @@ def test_a_tiling_without_a_run_or_with_one_twice_is_none(
 ) -> None:
     shape, runs, _ = drawn
     run = data.draw(st.sampled_from(runs))
-    assert not tiled(shape, [other for other in runs if other is not run])
-    assert not tiled(shape, [*runs, run])
+    assert not is_tiling(shape, [other for other in runs if other is not run])
+    assert not is_tiling(shape, [*runs, run])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import support.checkpoints as worlds
-from llamax.checkpoint.hf_folder import HubFolder
+from llamax.checkpoint.hf_folder import HfFolder
 from llamax.config.load import dump_config
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, RunConfig
@@ -51,7 +51,7 @@ def saved(
 
 
 def check_hub(folder: Path, values: worlds.Wholes) -> None:
-    source = HubFolder(folder)
+    source = HfFolder(folder)
     wanted = {name: value for (name, kind), value in values.items() if kind == "weight"}
     assert set(source.names()) == set(wanted)
     for name, value in wanted.items():

@@ -20,7 +20,7 @@ allowed, secret = os.path.realpath(sys.argv[1]), os.path.realpath(sys.argv[2])
 import tqdm
 from llamax.checkpoint.formats import convert, torch_zip, meta, nemo, nxd, optimum
 from llamax.cli import export, import_
-from llamax.checkpoint.hf_folder import HubFolder
+from llamax.checkpoint.hf_folder import HfFolder
 from llamax.config.model import ModelConfig
 from llamax.runtime.process import run_main
 import torch
@@ -48,7 +48,7 @@ def attempt(argv):
     watching = True
     try:
         if argv[0] == "hub":
-            return run_main(lambda _: ModelConfig.from_hub(HubFolder(argv[1]).model) and 0, [])
+            return run_main(lambda _: ModelConfig.from_hub(HfFolder(argv[1]).model) and 0, [])
         return run_main(import_.main, argv)
     finally:
         watching = False

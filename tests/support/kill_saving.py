@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 import support.checkpoints as worlds
-from llamax.checkpoint import Checkpoint, Saver
+from llamax.checkpoint import Checkpoint, Saver, listing
 from llamax.checkpoint import manifest as files
 
 MODEL = worlds.llama(layers=1)
@@ -120,12 +120,12 @@ def look(folder: Path, rank: worlds.Rank) -> str:
         if swept:
             saver(folder, rank)
             names = {path.name for path in folder.glob("step-*")}
-            if names != {path.name for path in files.steps(folder)}:
+            if names != {path.name for path in listing.list_checkpoints(folder)}:
                 return f"leftovers after the sweep: {sorted(names)}"
-        newest = files.newest(folder)
+        newest = listing.newest_checkpoint(folder)
         if at_least and (newest is None or files.step_of(newest) < at_least):
             return f"step {at_least} was committed, the newest is {newest}"
-        for path in files.steps(folder):
+        for path in listing.list_checkpoints(folder):
             source = Checkpoint(path)
             source.verify()
             for name in source.names():
@@ -151,7 +151,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="kill-saving-", dir=args.folder) as temporary:
         folder = Path(temporary)
         for kill in range(args.kills):
-            newest = files.newest(folder)
+            newest = listing.newest_checkpoint(folder)
             first = files.step_of(newest) + 1 if newest else 1
             report(folder, first - 1)
             calls = chance.randint(1, CALLS) if kill % 2 else 0
@@ -173,7 +173,7 @@ def main() -> int:
             if found:
                 bad += 1
                 print(f"kill {kill}: {found}", flush=True)
-            last = files.newest(folder)
+            last = listing.newest_checkpoint(folder)
             saved += files.step_of(last) - first + 1 if last else 0
     print(f"{args.kills} kills, {args.ranks} ranks, {saved} checkpoints committed: {bad} bad")
     return 1 if bad else 0

@@ -24,6 +24,7 @@ from torch import Tensor
 import llamax
 from llamax.checkpoint import hf_folder, hf_writer
 from llamax.checkpoint import manifest as files
+from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.consolidate import size
 from llamax.checkpoint.formats.base import Foreign
 from llamax.checkpoint.formats.meta import FILE as META_FILE
@@ -32,8 +33,14 @@ from llamax.checkpoint.formats.nemo import Nemo
 from llamax.checkpoint.formats.nxd import Nxd
 from llamax.checkpoint.formats.optimum import METADATA, SHARDS, Optimum
 from llamax.checkpoint.hf_writer import write_json
-from llamax.checkpoint.runs import whole
-from llamax.checkpoint.safetensors_io import TAGS, Outgoing, Progress, building, silent, write
+from llamax.checkpoint.runs import whole_run
+from llamax.checkpoint.safetensors_io import (
+    TAGS,
+    Progress,
+    TensorStream,
+    no_progress,
+    write_safetensors,
+)
 from llamax.config.choices import FOREIGN_FORMATS
 from llamax.runtime.errors import CheckpointError, ConfigError
 
@@ -69,8 +76,8 @@ def import_checkpoint(
     weights_only: bool = False,
     consumed_sequences: int = 0,
     max_shard_size: int | str = hf_writer.FILE_BYTES,
-    started: Progress = silent,
-    progress: Progress = silent,
+    started: Progress = no_progress,
+    progress: Progress = no_progress,
 ) -> Imported:
     """Convert another trainer's checkpoint.
 
@@ -159,11 +166,11 @@ def open_folder(
     return FORMATS[format](folder, config, optimizer)
 
 
-def outgoing(source: Foreign, name: str, kind: str, key: str, flat: bool = False) -> Outgoing:
+def outgoing(source: Foreign, name: str, kind: str, key: str, flat: bool = False) -> TensorStream:
     """A tensor to write into a file, under ``key``; ``flat``: as one dimension."""
     shape = source.shapes[name]
     shape = (math.prod(shape),) if flat else shape
-    return Outgoing(key, source.dtype(name, kind), shape, Lazy(source, name, kind))
+    return TensorStream(key, source.dtype(name, kind), shape, Lazy(source, name, kind))
 
 
 def size_bytes(source: Foreign, name: str, kind: str = "weight") -> int:
@@ -192,7 +199,7 @@ def to_hub(
     source: Foreign,
     out: Path,
     max_shard_bytes: int = hf_writer.FILE_BYTES,
-    progress: Progress = silent,
+    progress: Progress = no_progress,
 ) -> None:
     """Write the weights as a Hugging Face folder, in files of at most ``max_shard_bytes``."""
     check_dtypes(source)
@@ -205,12 +212,12 @@ def to_hub(
         packed[-1].append(name)
         room -= size_bytes(source, name)
     weight_map: dict[str, str] = {}
-    with building(out) as part:
+    with new_folder(out) as part:
         for number, names in enumerate(packed, start=1):
             file = f"model-{number:05d}-of-{len(packed):05d}.safetensors"
             file = hf_folder.SINGLE if len(packed) == 1 else file
             tensors = [outgoing(source, name, "weight", name) for name in names]
-            write(part / file, tensors, progress=progress)
+            write_safetensors(part / file, tensors, progress=progress)
             weight_map |= dict.fromkeys(names, file)
         if len(packed) > 1:
             total = sum(size_bytes(source, name) for name in source.shapes)
@@ -226,14 +233,16 @@ def to_hub(
                 (part / name).write_bytes(found.read_bytes())
 
 
-def to_llamax(source: Foreign, out: Path, consumed: int = 0, progress: Progress = silent) -> None:
+def to_llamax(
+    source: Foreign, out: Path, consumed: int = 0, progress: Progress = no_progress
+) -> None:
     """Write weights and optimizer state as a llamax checkpoint of the source's step.
 
     Training that resumes from it skips the first ``consumed`` sequences of its data.
     """
     check_dtypes(source)
     manifest = files.Manifest(
-        format=files.FORMAT,
+        format=files.FORMAT_VERSION,
         step=source.step,
         llamax=llamax.__version__,
         torch=torch.__version__,
@@ -242,21 +251,21 @@ def to_llamax(source: Foreign, out: Path, consumed: int = 0, progress: Progress 
         state={"consumed_sequences": consumed},
         files=[],
     )
-    with building(out) as part:
+    with new_folder(out) as part:
         for role in ("weights", "optimizer"):
             kinds = [kind for kind in source.kinds if (kind == "weight") == (role == "weights")]
             if not kinds:
                 continue
             file, tensors = files.file_name(role, 0, 0), []
             for name, shape in source.shapes.items():
-                run = whole(shape)
-                kept = manifest.tensors.setdefault(name, files.Whole(shape, {})).kinds
+                run = whole_run(shape)
+                kept = manifest.tensors.setdefault(name, files.TensorRecord(shape, {})).kinds
                 for kind in kinds:
                     tag = TAGS[source.dtype(name, kind)]
-                    kept[kind] = files.Kept(tag, [(len(manifest.files), *run)])
-                    key = files.key(name, kind, run)
+                    kept[kind] = files.KindRecord(tag, [(len(manifest.files), *run)])
+                    key = files.run_key(name, kind, run)
                     tensors.append(outgoing(source, name, kind, key, flat=True))
-            written = write(part / file, tensors, progress=progress)
-            manifest.files.append(files.File(file, *written))
-        files.commit(part, manifest, "")
-        files.finish(part)
+            written = write_safetensors(part / file, tensors, progress=progress)
+            manifest.files.append(files.FileRecord(file, *written))
+        files.write_manifest(part, manifest, "")
+        files.write_done(part)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.consolidate import consolidate
 from llamax.checkpoint.formats.meta_writer import write_meta
 from llamax.checkpoint.formats.nxd_writer import Target, Writer
 from llamax.checkpoint.hf_folder import open_source
-from llamax.checkpoint.manifest import CONFIG
+from llamax.checkpoint.manifest import CONFIG_TOML
 from llamax.checkpoint.reader import Checkpoint
-from llamax.checkpoint.safetensors_io import building
 from llamax.checkpoint.source import Source
 from llamax.config.choices import EXPORT_FORMATS, NXD_ATTENTION, NXD_OPTIMIZERS
 from llamax.config.load import load_config
@@ -80,7 +80,7 @@ def export(
             raise ConfigError(f"{source} is a Hugging Face folder already; copy it")
         return consolidate(opened.folder, folder)
     if to == "meta":
-        with building(folder) as part:
+        with new_folder(folder) as part:
             write_meta(opened, model, part, tensor)
         return folder
     if optimizer == "auto":
@@ -109,11 +109,11 @@ def to_nxd(source: Source, out: Path, target: Target) -> Path:
     optim, lr, step = OptimConfig(), OptimConfig().lr, 0
     if isinstance(source, Checkpoint):
         step = source.step
-        if (source.folder / CONFIG).is_file():
-            run = load_config(str(source.folder / CONFIG))
+        if (source.folder / CONFIG_TOML).is_file():
+            run = load_config(str(source.folder / CONFIG_TOML))
             optim, lr = run.optim, lr_at(max(step, 1), run.optim, max(run.run.steps, step, 1))
     tag = f"step_{step}"
     writer = Writer(source, target, optim, lr, step)
-    with building(out) as part:
+    with new_folder(out) as part:
         writer.write(part / tag)
     return out / tag

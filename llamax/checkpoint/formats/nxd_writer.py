@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamax.checkpoint.atomic import explain_write_errors
 from llamax.checkpoint.formats.nxd import MOMENTS
 from llamax.checkpoint.formats.rank_grid import query_order
-from llamax.checkpoint.safetensors_io import writing
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.config.schema import OptimConfig
@@ -222,13 +222,13 @@ def rows_of(whole: Tensor, rank: int, degree: int) -> Tensor:
 def save(path: Path, held: dict[str, Any]) -> None:
     """torch.save, with a full disk told in one line."""
     needed = sum(value.nbytes for value in held.values() if isinstance(value, Tensor))
-    with writing(path, needed):
+    with explain_write_errors(path, needed):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb") as file:
             torch.save(held, file)
 
 
 def save_text(path: Path, text: str) -> None:
-    with writing(path, len(text)):
+    with explain_write_errors(path, len(text)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

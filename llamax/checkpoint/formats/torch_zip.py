@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llamax.checkpoint import safetensors_io
 from llamax.checkpoint.formats import torch_pickle
-from llamax.checkpoint.runs import Copy
+from llamax.checkpoint.runs import StridedCopy
 from llamax.runtime.errors import CheckpointError
 
 MOST_DIRECTORY_BYTES = 64 << 20
@@ -54,11 +54,13 @@ class Stored(NamedTuple):
         extent = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
         flat = torch.empty(extent, dtype=self.dtype)
         at = self.offset + self.start * self.dtype.itemsize
-        safetensors_io.read(self.path, at, [Copy(1, extent, 0, extent, 0, extent)], flat)
+        safetensors_io.read_elements(
+            self.path, at, [StridedCopy(1, extent, 0, extent, 0, extent)], flat
+        )
         return flat.as_strided(self.shape, self.strides).contiguous()
 
 
-class Entry(NamedTuple):
+class ZipEntry(NamedTuple):
     """A file inside the zip: where its own header lies, its size and checksum."""
 
     header: int
@@ -149,14 +151,14 @@ def mapping(held: Any, path: Path) -> Mapping[Any, Any]:
 # --- the zip -------------------------------------------------------------------------------------
 
 
-def _entries(file: BinaryIO, size: int) -> dict[str, Entry]:
+def _entries(file: BinaryIO, size: int) -> dict[str, ZipEntry]:
     """The directory of a zip: plainly stored files only, that fit into it together."""
     count, length, offset = _directory(file, size)
     if length > MOST_DIRECTORY_BYTES or offset + length > size:
         raise Broken(f"its directory claims {length} bytes")
     file.seek(offset)
     data, at = file.read(length), 0
-    found: dict[str, Entry] = {}
+    found: dict[str, ZipEntry] = {}
     for _ in range(count):
         magic, _, _, flags, method, _, _, crc, packed, plain, *lengths, _, _, _, header = (
             struct.unpack_from("<4s6H3I5H2I", data, at)
@@ -169,7 +171,7 @@ def _entries(file: BinaryIO, size: int) -> dict[str, Entry]:
             raise Broken(f"its directory is damaged at {name[:40]!r}")
         if method or flags & 1 or plain != packed:
             raise Broken(f"{name[:40]!r} is compressed")
-        found[name] = Entry(header, plain, crc)
+        found[name] = ZipEntry(header, plain, crc)
         at += 46 + name_bytes + extra_bytes + comment_bytes
     if sum(entry.size_bytes for entry in found.values()) > size:
         raise Broken("its entries overlap")
@@ -206,7 +208,7 @@ def _wide(extra: bytes, numbers: list[int]) -> list[int]:
     return numbers
 
 
-def _start(file: BinaryIO, size: int, entry: Entry) -> int:
+def _start(file: BinaryIO, size: int, entry: ZipEntry) -> int:
     """Where an entry's bytes begin, after its own header."""
     file.seek(min(entry.header, size))
     magic, name_bytes, extra_bytes = struct.unpack("<4s22xHH", file.read(30))
@@ -216,7 +218,7 @@ def _start(file: BinaryIO, size: int, entry: Entry) -> int:
     return start
 
 
-def _read(file: BinaryIO, size: int, entry: Entry, most_bytes: int) -> bytes:
+def _read(file: BinaryIO, size: int, entry: ZipEntry, most_bytes: int) -> bytes:
     if entry.size_bytes > most_bytes:
         raise Broken(f"its structure has {entry.size_bytes} bytes")
     file.seek(_start(file, size, entry))

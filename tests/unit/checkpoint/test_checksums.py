@@ -11,9 +11,9 @@ import pytest
 import torch
 from xxhash import xxh3_64_hexdigest
 
-from llamax.checkpoint.checksums import BLOCK_BYTES, Blocks, Sums, opened
-from llamax.checkpoint.runs import Copy
-from llamax.checkpoint.safetensors_io import read
+from llamax.checkpoint.checksums import BLOCK_BYTES, BlockHasher, BlockVerifier, open_to_read
+from llamax.checkpoint.runs import StridedCopy
+from llamax.checkpoint.safetensors_io import read_elements
 from llamax.runtime.errors import CheckpointError
 
 # Where a header and five tensors end, one of them empty; and so where blocks do.
@@ -26,12 +26,12 @@ SUMS = "".join(xxh3_64_hexdigest(DATA[a:b]) for a, b in pairwise(EDGES))
 
 @pytest.mark.parametrize("piece", [1 << 30, BLOCK_BYTES, 99_991])
 def test_sums_are_those_of_the_blocks_however_the_bytes_come(piece: int) -> None:
-    found = Sums()
+    found = BlockHasher()
     for start, stop in pairwise([0, *ENDS]):
         for at in range(start, stop, piece):
             found.update(memoryview(DATA)[at : min(stop, at + piece)])
-        found.cut()
-    assert found.text() == SUMS
+        found.end_block()
+    assert found.hexdigests() == SUMS
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def path(tmp_path: Path) -> Path:
 
 def part(path: Path, start: int, stop: int) -> bytes:
     into = np.zeros(stop - start, np.uint8)
-    with opened(path) as fd:
-        Blocks(path, ENDS, SUMS).read(fd, start, into)
+    with open_to_read(path) as fd:
+        BlockVerifier(path, ENDS, SUMS).read(fd, start, into)
     return into.tobytes()
 
 
@@ -89,18 +89,18 @@ def test_a_file_that_was_cut_or_is_gone_and_sums_of_another(path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"cannot read .*file: Is a directory"):
         part(path, 0, 5)
     with pytest.raises(CheckpointError, match="the manifest has 6 checksums for its 7 blocks"):
-        Blocks(path, ENDS, SUMS[:-1])
+        BlockVerifier(path, ENDS, SUMS[:-1])
 
 
 def test_strided_elements_with_and_without_checksums(path: Path) -> None:
     """Columns of a matrix that is wider than what is read, over several windows."""
-    whole, copy = torch.zeros(700, 100), Copy(700, 100, 50, 1001, 0, 100)
+    whole, copy = torch.zeros(700, 100), StridedCopy(700, 100, 50, 1001, 0, 100)
     matrix = np.frombuffer(DATA[100:], "<f4", 700 * 1001).reshape(700, 1001)[:, 50:150]
-    for known in (None, Blocks(path, ENDS, SUMS)):
-        read(path, 100, [copy], whole.zero_().view(-1), known)
+    for known in (None, BlockVerifier(path, ENDS, SUMS)):
+        read_elements(path, 100, [copy], whole.zero_().view(-1), known)
         assert whole.numpy().tobytes() == matrix.tobytes()
     changed = bytearray(DATA)
     changed[100 + 4 * 1001 * 600] ^= 1
     path.write_bytes(changed)
     with pytest.raises(CheckpointError, match="changed after it was saved"):
-        read(path, 100, [copy], whole.view(-1), Blocks(path, ENDS, SUMS))
+        read_elements(path, 100, [copy], whole.view(-1), BlockVerifier(path, ENDS, SUMS))

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 from support.saving import saved
 
 from llamax.checkpoint import Checkpoint, Saver, hf_writer
+from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.consolidate import consolidate, size
-from llamax.checkpoint.hf_folder import HubFolder
-from llamax.checkpoint.safetensors_io import building
+from llamax.checkpoint.hf_folder import HfFolder
 from llamax.cli.consolidate import main as consolidate_main
 from llamax.config.model import ModelConfig
 from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
@@ -57,7 +57,7 @@ def test_dtypes_and_file_sizes(tmp_path: Path) -> None:
     model = worlds.llama()
     saved(tmp_path, model, torch.bfloat16)
     values = worlds.wholes(model, torch.bfloat16)
-    wide = HubFolder(
+    wide = HfFolder(
         consolidate(tmp_path, tmp_path / "wide", dtype=torch.float32, max_shard_size=5000)
     )
     assert wide.model["dtype"] == "float32"
@@ -70,7 +70,7 @@ def test_dtypes_and_file_sizes(tmp_path: Path) -> None:
         tensors = load_file(path)
         assert sum(t.nbytes for t in tensors.values()) <= 5000 or len(tensors) == 1
         assert {index["weight_map"][name] for name in tensors} == {path.name}
-    half = HubFolder(consolidate(tmp_path, tmp_path / "half", dtype=torch.float16))
+    half = HfFolder(consolidate(tmp_path, tmp_path / "half", dtype=torch.float16))
     assert torch.equal(
         half.read("model.norm.weight"), values["model.norm.weight", "weight"].to(torch.float16)
     )
@@ -104,7 +104,9 @@ def test_processes_write_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_process_that_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, worlds.llama())
-    monkeypatch.setattr(hf_writer, "fill", lambda *args: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(
+        hf_writer, "write_tensor", lambda *args: os.kill(os.getpid(), signal.SIGKILL)
+    )
     with pytest.raises(CheckpointError, match="was killed; is there memory for `processes=2`"):
         consolidate(tmp_path, tmp_path / "hub", processes=2)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
@@ -115,7 +117,7 @@ def test_adapters_are_no_model(tmp_path: Path) -> None:
     source = Checkpoint(folder)
     del source.manifest.tensors["model.embed_tokens.weight"]
     with pytest.raises(CheckpointError, match="holds adapters, not a whole model"):
-        hf_writer.plan(source)
+        hf_writer.plan_files(source)
     with pytest.raises(ConfigError, match="--processes=0 is below 1"):
         consolidate_main([str(folder), "--out", str(tmp_path / "out"), "--processes", "0"])
 
@@ -156,29 +158,29 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     out, real, link = (tmp_path / name for name in ("hub", "real", "link"))
     (tmp_path / "hub.part" / "of" / "one").mkdir(parents=True)
     (tmp_path / "hub.part" / "that was killed").write_text("x")
-    with building(out) as part:
+    with new_folder(out) as part:
         (part / "mine").write_text("x")
         other = r"hub.part is in use by pid \d+ on .*; wait for it"
-        with pytest.raises(CheckpointError, match=other), building(out):
+        with pytest.raises(CheckpointError, match=other), new_folder(out):
             pass
     assert [path.name for path in out.iterdir()] == ["mine"]
     link.symlink_to(real)
-    with pytest.raises(CheckpointError, match="link exists already"), building(link):
+    with pytest.raises(CheckpointError, match="link exists already"), new_folder(link):
         pass
     real.mkdir()
-    with building(link) as part:
+    with new_folder(link) as part:
         (part / "mine").write_text("x")
     assert link.is_symlink()
     assert (real / "mine").exists()
     late = tmp_path / "late"
-    with pytest.raises(CheckpointError, match=r"cannot write .*late"), building(late):
+    with pytest.raises(CheckpointError, match=r"cannot write .*late"), new_folder(late):
         late.write_text("made meanwhile")
     assert not list(tmp_path.glob("*.part"))
 
 
 def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
     told = r"stopped by SIGTERM: .*hub was not written"
-    with pytest.raises(Terminated, match=told) as caught, building(tmp_path / "hub"):
+    with pytest.raises(Terminated, match=told) as caught, new_folder(tmp_path / "hub"):
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.exit_code == 143
     assert not list(tmp_path.iterdir())
@@ -280,6 +282,6 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     )
     grown = [int(line) for line in done.stdout.split()]
     assert max(grown) <= 64 << 20, grown
-    first, last = HubFolder(tmp_path / "hub"), HubFolder(tmp_path / "joined")
+    first, last = HfFolder(tmp_path / "hub"), HfFolder(tmp_path / "joined")
     for name in first.names():
         assert torch.equal(first.read(name), last.read(name))

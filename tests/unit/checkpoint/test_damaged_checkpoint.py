@@ -14,7 +14,10 @@ import pytest
 import support.checkpoints as worlds
 from support.saving import refused
 
-from llamax.checkpoint import Checkpoint, find
+from llamax.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+)
 from llamax.checkpoint.safetensors_io import read_header
 
 MODEL = worlds.llama()
@@ -37,12 +40,12 @@ def test_an_intact_one_is_not_refused(folder: Path) -> None:
 def test_without_done(folder: Path) -> None:
     (folder / "done").unlink()
     refused("has no file 'done': saving it never finished" + INTACT, lambda: Checkpoint(folder))
-    refused("has no file 'done'", lambda: Checkpoint(find(folder)))
-    assert find(folder.parent) == folder.with_name("step-00000001")
+    refused("has no file 'done'", lambda: Checkpoint(find_checkpoint(folder)))
+    assert find_checkpoint(folder.parent) == folder.with_name("step-00000001")
     (folder.with_name("step-00000001") / "done").unlink()
-    refused("holds no other that is intact", lambda: Checkpoint(folder))
-    refused("no complete checkpoint in", lambda: find(folder.parent))
-    refused("there is no checkpoint folder", lambda: find(folder / "nowhere"))
+    refused("holds no other intact checkpoint", lambda: Checkpoint(folder))
+    refused("no complete checkpoint in", lambda: find_checkpoint(folder.parent))
+    refused("there is no checkpoint folder", lambda: find_checkpoint(folder / "nowhere"))
 
 
 @pytest.mark.parametrize("share", [0, 1, 2, 3])
@@ -131,24 +134,36 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
             r"has 1 checksums for its \d\d blocks" + INTACT,
             lambda m: m["files"][0].update(sums="0" * 16),
         ),
-        (r"dp00.safetensors has no checksums", lambda m: m["files"][0].update(sums="0" * 15)),
-        (r"dp00.safetensors has no checksums", lambda m: m["files"][1].update(sums="\n" * 16)),
-        (r"dp00.safetensors has no checksums", lambda m: m["files"][0].update(sha256="0\n")),
-        ("config.toml has no checksum", lambda m: m.update(config_sha256="\n" * 64)),
-        (r"'a\\nb' is no name of a tensor", lambda m: m["tensors"].update({"a\nb": whole(m)})),
+        (r"dp00.safetensors has no valid checksums", lambda m: m["files"][0].update(sums="0" * 15)),
+        (
+            r"dp00.safetensors has no valid checksums",
+            lambda m: m["files"][1].update(sums="\n" * 16),
+        ),
+        (r"dp00.safetensors has no valid checksums", lambda m: m["files"][0].update(sha256="0\n")),
+        ("config.toml has no valid checksum", lambda m: m.update(config_sha256="\n" * 64)),
+        (r"'a\\nb' is not the name of a tensor", lambda m: m["tensors"].update({"a\nb": whole(m)})),
         (r"tensors.a\\nb.shape: Field required", lambda m: m["tensors"].update({"a\nb": {}})),
         ("holds step 400; rename it to step-00000400", lambda m: m.update(step=400)),
         ("step -1 is below 0", lambda m: m.update(step=-1)),
         (r"step: Field required", lambda m: m.pop("step")),
-        ("no name of a checkpoint's file", lambda m: m["files"][0].update(name="../../etc/passwd")),
-        ("has shape", lambda m: m["tensors"]["lm_head.weight"].update(shape=[])),
-        ("has shape", lambda m: m["tensors"]["lm_head.weight"].update(shape=[0, 24])),
-        ("do not make", lambda m: m["tensors"]["lm_head.weight"].update(shape=[38, 24])),
-        ("has dtype F8", lambda m: kept(m).update(dtype="F8")),
-        ("not listed", lambda m: kept(m)["runs"][0].__setitem__(0, 99)),
-        ("not listed", lambda m: kept(m)["runs"][0].__setitem__(0, -1)),
-        ("do not make", lambda m: kept(m)["runs"].pop()),
-        ("do not make", lambda m: kept(m)["runs"][0].__setitem__(2, 0)),
+        (
+            "is not the name of a checkpoint file",
+            lambda m: m["files"][0].update(name="../../etc/passwd"),
+        ),
+        ("has the impossible shape", lambda m: m["tensors"]["lm_head.weight"].update(shape=[])),
+        (
+            "has the impossible shape",
+            lambda m: m["tensors"]["lm_head.weight"].update(shape=[0, 24]),
+        ),
+        (
+            "do not cover its shape .* exactly once",
+            lambda m: m["tensors"]["lm_head.weight"].update(shape=[38, 24]),
+        ),
+        ("has the unknown dtype F8", lambda m: kept(m).update(dtype="F8")),
+        ("refers to a file that is not listed", lambda m: kept(m)["runs"][0].__setitem__(0, 99)),
+        ("refers to a file that is not listed", lambda m: kept(m)["runs"][0].__setitem__(0, -1)),
+        ("do not cover its shape .* exactly once", lambda m: kept(m)["runs"].pop()),
+        ("do not cover its shape .* exactly once", lambda m: kept(m)["runs"][0].__setitem__(2, 0)),
         ("does not hold", lambda m: kept(m).update(dtype="F16")),
         ("does not hold", lambda m: kept(m)["runs"][0].__setitem__(0, 1)),
     ],

@@ -14,11 +14,11 @@ from support.saving import disk_full, save_step, saver
 
 from llamax.checkpoint import (
     Checkpoint,
+    atomic,
     hf_beside,
-    safetensors_io,
 )
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.hf_folder import HubFolder
+from llamax.checkpoint.hf_folder import HfFolder
 from llamax.runtime.errors import CheckpointError, NoRoom
 
 MODEL = worlds.llama()
@@ -30,7 +30,7 @@ def test_a_hugging_face_folder_in_every_checkpoint(tmp_path: Path) -> None:
     assert not (folder / "hub.part").exists()
     assert len([*(folder / "hub").glob("model-*.safetensors")]) >= 4, "a file a rank"
     assert not list((folder / "hub").glob("rank-*"))
-    found = HubFolder(folder / "hub")
+    found = HfFolder(folder / "hub")
     for name in Checkpoint(folder).names():
         assert torch.equal(found.read(name), worlds.wholes(MODEL)[name, "weight"])
     (folder / "hub.part").mkdir()
@@ -43,7 +43,7 @@ def test_a_hugging_face_folder_that_finds_no_room(
 ) -> None:
     ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
     first, second = (saver(tmp_path, rank, also_hf=True) for rank in ranks)
-    monkeypatch.setattr(hf_beside.hf_writer, "fill", no_quota)
+    monkeypatch.setattr(hf_beside.hf_writer, "write_tensor", no_quota)
     for mine, rank in ((second, ranks[1]), (first, ranks[0])):
         save_step(mine, rank, 1)
     for mine in (second, first):
@@ -58,12 +58,12 @@ def test_rank_0_tells_whose_share_of_the_folder_is_missing(tmp_path: Path) -> No
     rank = worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
     folder = worlds.save(tmp_path, MODEL, [rank])
     with pytest.raises(CheckpointError, match=r"hub.part: no files from rank 1, 2"):
-        hf_beside.leave(folder, tmp_path / "gone", 0, 3, 0.2)
+        hf_beside.write_hf_folder_beside(folder, tmp_path / "gone", 0, 3, 0.2)
     (folder / "hub.part" / "rank-00001.json").write_text('{"why": "full", "no_room": true}')
     (folder / "hub.part" / "rank-00002.json").write_text("null")
     with pytest.raises(NoRoom, match=r"rank 1 could not write .*hub.part: full"):
-        hf_beside.leave(folder, tmp_path / "gone", 0, 3, 0.2)
-    hf_beside.leave(folder, folder, 1, 3, 0.1)  # never complete: rank 0 says why
+        hf_beside.write_hf_folder_beside(folder, tmp_path / "gone", 0, 3, 0.2)
+    hf_beside.write_hf_folder_beside(folder, folder, 1, 3, 0.1)  # never complete: rank 0 says why
 
 
 def test_nobody_waits_for_a_checkpoint_that_was_given_up(
@@ -73,7 +73,7 @@ def test_nobody_waits_for_a_checkpoint_that_was_given_up(
     monkeypatch.setattr(hf_beside, "RENAMED_S", 0.1)
     ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
     first, second = (saver(tmp_path, rank, also_hf=True, timeout_s=30) for rank in ranks)
-    monkeypatch.setattr(files, "finish", disk_full)
+    monkeypatch.setattr(files, "write_done", disk_full)
     save_step(second, ranks[1], 1)
     save_step(first, ranks[0], 1)
     began = time.monotonic()
@@ -84,6 +84,6 @@ def test_nobody_waits_for_a_checkpoint_that_was_given_up(
 
 
 def no_quota(source: Checkpoint, part: Path, one: Any, *args: Any) -> int:
-    with safetensors_io.writing(part / one.file, one.size_bytes):
+    with atomic.explain_write_errors(part / one.file, one.size_bytes):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
     return 0

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from support.saving import refused
 
 from llamax.checkpoint import load_owned
-from llamax.checkpoint.hf_folder import HubFolder
+from llamax.checkpoint.hf_folder import HfFolder
 
 MODEL = worlds.llama()
 
@@ -30,41 +30,41 @@ def hub(folder: Path, **change: Any) -> Path:
 
 def test_hub_folders(tmp_path: Path) -> None:
     embedding = "model.embed_tokens.weight"
-    assert sorted(HubFolder(hub(tmp_path / "a")).names()) == ["lm_head.weight", embedding]
-    assert HubFolder(hub(tmp_path / "b", tie_word_embeddings=True)).names() == [embedding]
-    refused("holds a 'mistral' model", lambda: HubFolder(hub(tmp_path / "c", model_type="mistral")))
-    refused("there is no folder", lambda: HubFolder(tmp_path / "nowhere"))
+    assert sorted(HfFolder(hub(tmp_path / "a")).names()) == ["lm_head.weight", embedding]
+    assert HfFolder(hub(tmp_path / "b", tie_word_embeddings=True)).names() == [embedding]
+    refused("holds a 'mistral' model", lambda: HfFolder(hub(tmp_path / "c", model_type="mistral")))
+    refused("there is no folder", lambda: HfFolder(tmp_path / "nowhere"))
 
     folder = hub(tmp_path / "d")
     for text, match in (("[]", "not a JSON object"), ("{", "is not JSON")):
         (folder / "config.json").write_text(text)
-        refused(match, lambda folder=folder: HubFolder(folder))
+        refused(match, lambda folder=folder: HfFolder(folder))
     with open(folder / "config.json", "wb") as file:
         file.truncate(65 << 20)
-    refused("is over 64 MiB", lambda: HubFolder(folder))
+    refused("is over 64 MiB", lambda: HfFolder(folder))
     (folder / "config.json").unlink()
-    refused("has no config.json: it is no Hugging Face", lambda: HubFolder(folder))
+    refused("has no config.json: it is no Hugging Face", lambda: HfFolder(folder))
 
 
 def test_hub_weights_from_outside_the_folder(tmp_path: Path) -> None:
     folder = hub(tmp_path / "a")
     os.rename(folder / "model.safetensors", tmp_path / "real")
-    refused("has no weights; model.safetensors or", lambda: HubFolder(folder))
+    refused("has no weights; model.safetensors or", lambda: HfFolder(folder))
     (folder / "pytorch_model.bin").write_bytes(b"")
-    refused("has only pytorch_model.bin, a pickle", lambda: HubFolder(folder))
+    refused("has only pytorch_model.bin, a pickle", lambda: HfFolder(folder))
     (folder / "model.safetensors").symlink_to(tmp_path / "real")
-    refused("is a link out of its folder", lambda: HubFolder(folder))
+    refused("is a link out of its folder", lambda: HfFolder(folder))
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
     for name in ("../real", str(tmp_path / "real"), 3):
         index.write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": name}}))
-        refused("which is no file beside it", lambda: HubFolder(folder))
+        refused("which is no file beside it", lambda: HfFolder(folder))
     index.write_text("{}")
-    refused("has no weight_map", lambda: HubFolder(folder))
+    refused("has no weight_map", lambda: HfFolder(folder))
     save_file({"encoder.weight": torch.zeros(2)}, folder / "model.safetensors")
-    refused("is not a LlamaForCausalLM", lambda: HubFolder(folder))
+    refused("is not a LlamaForCausalLM", lambda: HfFolder(folder))
     save_file({"model.embed_tokens.weight": torch.zeros(2)}, folder / "model.safetensors")
-    refused("has no lm_head.weight, and its config.json does not tie", lambda: HubFolder(folder))
+    refused("has no lm_head.weight, and its config.json does not tie", lambda: HfFolder(folder))
 
 
 def test_the_hubs_own_cache_is_made_of_links(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_the_hubs_own_cache_is_made_of_links(tmp_path: Path) -> None:
     blobs.mkdir()
     os.rename(folder / "model.safetensors", blobs / "abcd")
     (folder / "model.safetensors").symlink_to("../../blobs/abcd")
-    assert HubFolder(folder).shape("lm_head.weight") == (2, 2)
+    assert HfFolder(folder).shape("lm_head.weight") == (2, 2)
 
 
 def test_a_hub_folder_has_no_moments(tmp_path: Path) -> None:
@@ -86,5 +86,5 @@ def test_a_hub_folder_has_no_moments(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     refused(
         "holds no exp_avg of model.* it has weights only",
-        lambda: load_owned(HubFolder(folder), rank.owned, rank.shards),
+        lambda: load_owned(HfFolder(folder), rank.owned, rank.shards),
     )

@@ -23,18 +23,18 @@ from llamax.tools.monitor.run_folder import read_run
 
 
 def test_a_lock_names_its_owner_and_ends_with_it(tmp_path: Path) -> None:
-    with lock.held(tmp_path / "run"):
+    with lock.lock_folder(tmp_path / "run"):
         owner = rf"run is in use by pid {os.getpid()} on .* since "
-        with pytest.raises(CheckpointError, match=owner), lock.held(tmp_path / "run", 0.2):
+        with pytest.raises(CheckpointError, match=owner), lock.lock_folder(tmp_path / "run", 0.2):
             pass
-    with lock.held(tmp_path / "run", 0.0):
+    with lock.lock_folder(tmp_path / "run", 0.0):
         pass
     child = os.fork()
     if child == 0:
-        with lock.held(tmp_path / "run"):
+        with lock.lock_folder(tmp_path / "run"):
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
-    with lock.held(tmp_path / "run", 0.0):
+    with lock.lock_folder(tmp_path / "run", 0.0):
         assert f"pid {os.getpid()}" in (tmp_path / "run" / "lock").read_text()
 
 
@@ -43,8 +43,8 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("run", "link"):
         with (
-            pytest.raises(CheckpointError, match=f"{name} is no folder; remove it or choose"),
-            lock.held(tmp_path / name),
+            pytest.raises(CheckpointError, match=f"{name} is not a folder; remove it or choose"),
+            lock.lock_folder(tmp_path / name),
         ):
             pass
 
@@ -59,21 +59,21 @@ def test_a_folder_that_cannot_be_locked(
         raise OSError(next(codes), "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", cannot)
-    with lock.held(tmp_path):
+    with lock.lock_folder(tmp_path):
         assert "cannot lock files" in caplog.text
-    with pytest.raises(OSError, match="No locks"), lock.held(tmp_path):
+    with pytest.raises(OSError, match="No locks"), lock.lock_folder(tmp_path):
         pass
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(CheckpointError, match=r"cannot write .*below/lock: Not a directory"),
-        lock.held(tmp_path / "file" / "below"),
+        lock.lock_folder(tmp_path / "file" / "below"),
     ):
         pass
 
 
 def test_a_lock_tells_whether_a_run_of_this_machine_lives(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", 12)
-    with lock.held(folder):
+    with lock.lock_folder(folder):
         assert read_run(folder, NOW + 9999).state == "running"
     assert read_run(folder, NOW + 5).state == "stopped"
     (folder / "lock").write_text("pid 1 on elsewhere since then\n")

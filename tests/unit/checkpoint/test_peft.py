@@ -15,8 +15,8 @@ from support.adapters import hub_folder
 from support.tiny_run import config, make_dataset
 
 from llamax.checkpoint.build_model import load_tuned
+from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.load import load_weights
-from llamax.checkpoint.manifest import newest
 from llamax.checkpoint.peft import (
     CONFIG,
     WEIGHTS,
@@ -139,7 +139,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_peft_loads_what_we_trained_and_computes_the_same(run: Path, tmp_path: Path) -> None:
-    checkpoint = Checkpoint(newest(run / "run") or "")
+    checkpoint = Checkpoint(newest_checkpoint(run / "run") or "")
     export_adapter(checkpoint, tmp_path / "adapter")
     base = transformers.LlamaForCausalLM.from_pretrained(run / "base")
     plain = base(ids()).logits
@@ -154,7 +154,7 @@ def test_peft_loads_what_we_trained_and_computes_the_same(run: Path, tmp_path: P
 
 
 def test_a_checkpoint_of_adapters_holds_nothing_else(run: Path) -> None:
-    checkpoint = Checkpoint(newest(run / "run") or "")
+    checkpoint = Checkpoint(newest_checkpoint(run / "run") or "")
     assert len(checkpoint.names()) == 2 * 7 * 2
     assert all(".lora_A." in name or ".lora_B." in name for name in checkpoint.names())
     found = adapter_info(checkpoint)
@@ -205,7 +205,7 @@ def test_adapters_are_no_base(run: Path) -> None:
 def test_what_peft_does_and_llamax_does_not_is_refused(
     run: Path, tmp_path: Path, changes: dict[str, Any], line: str
 ) -> None:
-    folder = export_adapter(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
+    folder = export_adapter(Checkpoint(newest_checkpoint(run / "run") or ""), tmp_path / "adapter")
     PeftFolder(folder)
     path = folder / CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -229,7 +229,7 @@ def test_tensors_that_fit_no_projection_are_refused(
 ) -> None:
     from safetensors.torch import load_file, save_file
 
-    folder = export_adapter(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
+    folder = export_adapter(Checkpoint(newest_checkpoint(run / "run") or ""), tmp_path / "adapter")
     old, new = rename
     tensors = load_file(folder / WEIGHTS)
     changed = {

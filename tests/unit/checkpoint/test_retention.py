@@ -13,7 +13,9 @@ from support.saving import save_step, saver
 from llamax.checkpoint import (
     Checkpoint,
     Saver,
-    newest,
+    listing,
+    newest_checkpoint,
+    retention,
 )
 from llamax.checkpoint import manifest as files
 
@@ -30,7 +32,7 @@ def test_the_last_ones_stay(tmp_path: Path, rank: worlds.Rank, background: bool)
         "step-00000010",
         "step-00000100",
     ]
-    assert newest(tmp_path) == tmp_path / "checkpoints" / "step-00000100"
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "step-00000100"
 
 
 def test_after_going_back_the_newest_is_the_one_saved_last(
@@ -61,7 +63,7 @@ def test_a_checkpoint_that_lies_elsewhere_stays_there(tmp_path: Path, rank: worl
     for step in (1, 2, 3):
         save_step(mine, rank, step)
         mine.wait()
-        shutil.move(newest(tmp_path / "run") or "", tmp_path / f"moved{step}")
+        shutil.move(newest_checkpoint(tmp_path / "run") or "", tmp_path / f"moved{step}")
         (tmp_path / "run" / f"step-{step:08d}").symlink_to(tmp_path / f"moved{step}")
     assert steps_in(tmp_path / "run") == [3]
     save_step(mine, rank, 3)
@@ -86,7 +88,7 @@ def test_what_cannot_be_deleted_does_not_fail_a_save(
     mine = saver(tmp_path, rank, keep=1)
     save_step(mine, rank, 1)
     mine.wait()
-    monkeypatch.setattr(files.shutil, "rmtree", busy)
+    monkeypatch.setattr(retention.shutil, "rmtree", busy)
     save_step(mine, rank, 2)
     mine.wait()
     assert steps_in(tmp_path) == [2]
@@ -96,7 +98,7 @@ def test_what_cannot_be_deleted_does_not_fail_a_save(
 
 
 def steps_in(folder: Path) -> list[int]:
-    return [files.step_of(path) for path in files.steps(folder)]
+    return [files.step_of(path) for path in listing.list_checkpoints(folder)]
 
 
 def test_some_stay_for_good(tmp_path: Path, rank: worlds.Rank) -> None:

@@ -11,8 +11,12 @@ import pytest
 import torch
 from support.saving import refused
 
-from llamax.checkpoint.runs import Copy
-from llamax.checkpoint.safetensors_io import Entry, read, read_header
+from llamax.checkpoint.runs import StridedCopy
+from llamax.checkpoint.safetensors_io import (
+    TensorEntry,
+    read_elements,
+    read_header,
+)
 
 
 def header(path: Path, text: bytes, data: bytes = b"", length: int | None = None) -> Path:
@@ -38,11 +42,11 @@ def one(dtype: Any = "F32", shape: Any = (2,), extent: Any = (0, 8), **more: Any
         ("entry of a is malformed", one(extent=(0,)), None),
         ("has dtype F8_E4M3", one(dtype="F8_E4M3"), None),
         (r"has dtype \['F32'\]", one(dtype=["F32"]), None),
-        ("has shape", one(shape=(-2,)), None),
-        ("has shape", one(shape=("2",)), None),
+        ("has the invalid shape", one(shape=(-2,)), None),
+        ("has the invalid shape", one(shape=("2",)), None),
         ("does not fit its 8 bytes", one(shape=(1 << 40, 1 << 40)), None),
-        ("a hole or overlap at byte 8", one(b=json.loads(one())["a"]), None),
-        ("a hole or overlap at byte 0", one(extent=(8, 16)), None),
+        ("a gap or overlap at byte 8", one(b=json.loads(one())["a"]), None),
+        ("a gap or overlap at byte 0", one(extent=(8, 16)), None),
         (r"end at byte \d+, the file has", one(shape=(1,), extent=(0, 4)), None),
     ],
 )
@@ -53,8 +57,8 @@ def test_safetensors_headers(tmp_path: Path, match: str, text: bytes, length: in
 
 def test_a_whole_container_is_read(tmp_path: Path) -> None:
     path = header(tmp_path / "x.safetensors", one(), bytes(8))
-    assert read_header(path) == {"a": Entry(torch.float32, (2,), 8 + len(one()))}
+    assert read_header(path) == {"a": TensorEntry(torch.float32, (2,), 8 + len(one()))}
     refused("cannot read .*nothing", lambda: read_header(tmp_path / "nothing"))
-    into, copy = torch.zeros(4), Copy(1, 4, 0, 4, 0, 4)
-    refused("ends at byte .*: cut short", lambda: read(path, 8 + len(one()), [copy], into))
-    refused("cannot read .*nothing", lambda: read(tmp_path / "nothing", 0, [copy], into))
+    into, copy = torch.zeros(4), StridedCopy(1, 4, 0, 4, 0, 4)
+    refused("ends at byte .*: cut short", lambda: read_elements(path, 8 + len(one()), [copy], into))
+    refused("cannot read .*nothing", lambda: read_elements(tmp_path / "nothing", 0, [copy], into))

@@ -13,8 +13,10 @@ from support.saving import save_step, saver
 
 from llamax.checkpoint import (
     Checkpoint,
+    listing,
     load_weights,
-    newest,
+    newest_checkpoint,
+    retention,
     save,
 )
 from llamax.checkpoint import manifest as files
@@ -58,16 +60,16 @@ def test_the_snapshot_is_of_the_moment(
 ) -> None:
     """Training changes weights while the files are written: none of that is in them."""
     release = threading.Event()
-    real = save.write
+    real = save.write_safetensors
 
     def late(*args: Any, **options: Any) -> Any:
         release.wait(30)
         return real(*args, **options)
 
-    monkeypatch.setattr(save, "write", late)
+    monkeypatch.setattr(save, "write_safetensors", late)
     mine = saver(tmp_path, rank)
     save_step(mine, rank, 1)
-    assert newest(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
     for share in rank.parameters.values():
         share.zero_()
     release.set()
@@ -85,14 +87,16 @@ def test_at_most_one_save_is_in_flight(tmp_path: Path, rank: worlds.Rank) -> Non
         save_step(mine, rank, step)
         assert sum(t.name == "llamax-checkpoint" for t in threading.enumerate()) <= 1
     mine.wait()
-    assert [path.name for path in files.steps(tmp_path)] == [f"step-0000000{n}" for n in (1, 2, 3)]
+    assert [path.name for path in listing.list_checkpoints(tmp_path)] == [
+        f"step-0000000{n}" for n in (1, 2, 3)
+    ]
 
 
 def test_done_is_written_last_and_removed_first(
     tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    finish, rmtree = files.finish, files.shutil.rmtree
+    finish, rmtree = files.write_done, retention.shutil.rmtree
 
     def check_before(folder: Path) -> None:
         seen.append("done")
@@ -110,12 +114,12 @@ def test_done_is_written_last_and_removed_first(
         assert not (folder / "done").exists()
         rmtree(folder, *args, **options)
 
-    monkeypatch.setattr(files, "finish", check_before)
+    monkeypatch.setattr(files, "write_done", check_before)
     mine = saver(tmp_path, rank)
     save_step(mine, rank, 1)
     mine.wait()
-    monkeypatch.setattr(files.shutil, "rmtree", check_gone)
-    files.delete(tmp_path / "step-00000001")
+    monkeypatch.setattr(retention.shutil, "rmtree", check_gone)
+    retention.delete_checkpoint(tmp_path / "step-00000001")
     assert seen == ["done", "deleted"]
 
 

@@ -15,8 +15,9 @@ from support.saving import disk_full, save_step, saver
 
 from llamax.checkpoint import (
     Checkpoint,
-    newest,
-    safetensors_io,
+    atomic,
+    listing,
+    newest_checkpoint,
     save,
 )
 from llamax.checkpoint import manifest as files
@@ -32,7 +33,7 @@ def test_a_replacement_that_dies_half_way_is_undone(
     save_step(mine, rank, 1)
     mine.wait()
     with monkeypatch.context() as patch:
-        patch.setattr(files, "finish", disk_full)
+        patch.setattr(files, "write_done", disk_full)
         save_step(mine, rank, 1)
         with pytest.raises(CheckpointError, match="no room"):
             mine.wait()
@@ -82,7 +83,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     mine.check()  # said once
     save_step(mine, rank, 3)
     mine.wait()
-    assert newest(tmp_path) == tmp_path / "step-00000003"
+    assert newest_checkpoint(tmp_path) == tmp_path / "step-00000003"
 
 
 def test_an_error_surfaces_at_the_next_check(
@@ -104,7 +105,7 @@ def test_an_error_surfaces_at_the_next_check(
 def test_a_defect_is_not_dressed_up(
     tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(save, "write", lambda *args: 1 / 0)
+    monkeypatch.setattr(save, "write_safetensors", lambda *args: 1 / 0)
     mine = saver(tmp_path, rank)
     save_step(mine, rank, 1)
     with pytest.raises(ZeroDivisionError):
@@ -134,7 +135,7 @@ def test_the_first_may_be_done_before_another_returns(
         if Path(target).name == "rank-tp00-dp01.json":
             first.wait()  # all of rank 0's part happens within this call
 
-    monkeypatch.setattr(safetensors_io.os, "replace", slowly)
+    monkeypatch.setattr(atomic.os, "replace", slowly)
     save_step(first, ranks[0], 1)
     save_step(second, ranks[1], 1)
     second.wait()
@@ -146,7 +147,7 @@ def test_a_rank_that_cannot_write_tells_the_first(
 ) -> None:
     ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
     first, second = (saver(tmp_path, rank) for rank in ranks)
-    real = save.write
+    real = save.write_safetensors
     monkeypatch.setattr(
         save,
         "write",
@@ -158,22 +159,22 @@ def test_a_rank_that_cannot_write_tells_the_first(
     save_step(first, ranks[0], 1)
     with pytest.raises(CheckpointError, match=r"rank tp00-dp01 could not save: .*No space left"):
         first.wait()
-    assert newest(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None
 
 
 def test_an_error_is_kept_where_the_whole_file_system_is_gone(
     tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = saver(tmp_path, rank)
-    for module in (save, files):
-        monkeypatch.setattr(module, "write" if module == save else "newest", stale)
+    for module, name in ((save, "write_safetensors"), (listing, "newest_checkpoint")):
+        monkeypatch.setattr(module, name, stale)
     save_step(mine, rank, 1)
     with pytest.raises(CheckpointError, match="Stale file handle"):
         mine.wait()
 
 
 def stale(*args: Any, **options: Any) -> Any:
-    with safetensors_io.writing(Path("/checkpoints"), 0):
+    with atomic.explain_write_errors(Path("/checkpoints"), 0):
         raise OSError(errno.ESTALE, "Stale file handle")
 
 
@@ -182,7 +183,7 @@ def stale(*args: Any, **options: Any) -> Any:
     [
         (
             {("self_attn.o_proj", "weight", 0)},
-            "was not saved: the pieces of .*o_proj.* do not make",
+            "was not saved: the runs of .*o_proj.* do not cover its shape",
         ),
         ({("self_attn.qkv_proj", "weight", 576)}, "was not saved: .*k_proj.weight has no weight"),
         ({("mlp.gate_up_proj", "exp_avg", n) for n in (0, 960)}, "gate_proj.weight has no exp_avg"),
@@ -203,4 +204,4 @@ def test_a_piece_too_few_is_no_checkpoint(
     assert len(ranks[1].owned) == before - len(lost)
     with pytest.raises(CheckpointError, match=match):
         worlds.save(tmp_path, MODEL, ranks)
-    assert newest(tmp_path) is None
+    assert newest_checkpoint(tmp_path) is None

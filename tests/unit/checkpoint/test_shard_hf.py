@@ -13,7 +13,10 @@ from support.saving import saved
 
 from llamax.checkpoint import Checkpoint, load_weights
 from llamax.checkpoint.consolidate import consolidate
-from llamax.checkpoint.hf_folder import HubFolder, open_source
+from llamax.checkpoint.hf_folder import (
+    HfFolder,
+    open_source,
+)
 from llamax.checkpoint.shard_hf import shard
 from llamax.cli.shard import main as shard_main
 from llamax.config.model import ModelConfig
@@ -30,10 +33,10 @@ def test_shard_is_the_reverse_of_consolidate(tmp_path: Path, tensor: int) -> Non
     assert again.manifest.mesh["tensor"] == tensor
     assert len(again.manifest.files) == tensor
     twice = consolidate(tmp_path / "again", tmp_path / "twice")
-    first = HubFolder(hub)
-    assert sorted(first.names()) == sorted(HubFolder(twice).names())
+    first = HfFolder(hub)
+    assert sorted(first.names()) == sorted(HfFolder(twice).names())
     for name in first.names():
-        assert torch.equal(first.read(name), HubFolder(twice).read(name))
+        assert torch.equal(first.read(name), HfFolder(twice).read(name))
         assert torch.equal(first.read(name), worlds.wholes(model, torch.bfloat16)[name, "weight"])
     for rank in range(4):
         mine = worlds.world(model, 4, 1, True, None, torch.bfloat16)[rank]
@@ -69,7 +72,7 @@ def test_folders_that_transformers_saved(
 def test_boxes_of_a_source(tmp_path: Path) -> None:
     model = worlds.llama()
     source = Checkpoint(saved(tmp_path, model))
-    hub = HubFolder(consolidate(tmp_path, tmp_path / "hub"))
+    hub = HfFolder(consolidate(tmp_path, tmp_path / "hub"))
     for name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight"):
         value = worlds.wholes(model)[name, "weight"]
         for reader in (source, hub):
@@ -83,7 +86,7 @@ def test_boxes_of_a_source(tmp_path: Path) -> None:
 def test_a_source_of_either_kind(tmp_path: Path) -> None:
     folder = saved(tmp_path, worlds.llama())
     hub = consolidate(tmp_path, tmp_path / "hub")
-    assert isinstance(open_source(hub), HubFolder)
+    assert isinstance(open_source(hub), HfFolder)
     assert [open_source(path).folder for path in (folder, tmp_path)] == [folder, folder]
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty"):

@@ -9,7 +9,7 @@ import pytest
 from support.adapters import hub_folder
 from support.tiny_run import config, make_dataset
 
-from llamax.checkpoint.manifest import newest
+from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.peft import (
     BASE,
     PeftFolder,
@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_inspect_says_what_an_adapter_checkpoint_is(run: Path) -> None:
-    saved = Checkpoint(newest(run / "run") or "")
+    saved = Checkpoint(newest_checkpoint(run / "run") or "")
     found = {label: str(value) for label, value in inspect.describe(saved.folder)}
     whole = ModelConfig.from_hub(saved.model).num_parameters()
     assert found["model"].startswith(f"Llama of {show_number(whole)} parameters")
@@ -54,7 +54,7 @@ def test_inspect_says_what_an_adapter_checkpoint_is(run: Path) -> None:
 
 
 def test_inspect_says_what_an_adapter_folder_is(run: Path, tmp_path: Path) -> None:
-    folder = export_adapter(Checkpoint(newest(run / "run") or ""), tmp_path / "adapter")
+    folder = export_adapter(Checkpoint(newest_checkpoint(run / "run") or ""), tmp_path / "adapter")
     found = {label: str(value) for label, value in inspect.describe(folder, verify=True)}
     about = PeftFolder(folder).about
     assert found["PEFT adapter"] == str(folder)

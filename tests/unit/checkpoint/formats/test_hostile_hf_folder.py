@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from support.hostile import MODEL, Watched, argv_of, meta_folder
 
-from llamax.checkpoint.hf_folder import HubFolder
+from llamax.checkpoint.hf_folder import HfFolder
 from llamax.cli.import_ import main as import_main
 from llamax.runtime.errors import LlamaxError
 from llamax.runtime.process import run_main
@@ -84,9 +84,9 @@ HUBS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "large header": (lambda f, s: header(f, b" " * (17 << 20)), "its header claims"),
     "deep header": (lambda f, s: header(f, b"[" * 100_000), "not JSON"),
     "long number": (lambda f, s: header(f, b'{"a": ' + b"9" * 100_000 + b"}"), "not JSON"),
-    "many dims": (lambda f, s: header(f, one(shape=[2] * 100_000)), "has shape"),
-    "huge shape": (lambda f, s: header(f, one(shape=[10**30, 10**30])), "has shape"),
-    "negative": (lambda f, s: header(f, one(shape=[-1, -1])), "has shape"),
+    "many dims": (lambda f, s: header(f, one(shape=[2] * 100_000)), "has the invalid shape"),
+    "huge shape": (lambda f, s: header(f, one(shape=[10**30, 10**30])), "has the invalid shape"),
+    "negative": (lambda f, s: header(f, one(shape=[-1, -1])), "has the invalid shape"),
     "unknown dtype": (lambda f, s: header(f, one(dtype="F8_E4M3")), "has dtype F8_E4M3"),
     "dtype of two lines": (lambda f, s: header(f, one(dtype="F32\nF")), r"has dtype 'F32\\nF'"),
     "name of two lines": (
@@ -114,7 +114,7 @@ def test_hugging_face_folders(tmp_path: Path, watched: Watched, name: str) -> No
 
 def test_a_sound_folder_is_opened(tmp_path: Path) -> None:
     folder = hub_folder(tmp_path)
-    assert len(HubFolder(folder).names()) == 21
+    assert len(HfFolder(folder).names()) == 21
     snapshot = tmp_path / "cache" / "snapshots" / "abc"
     blobs = tmp_path / "cache" / "blobs"
     snapshot.mkdir(parents=True)
@@ -122,7 +122,7 @@ def test_a_sound_folder_is_opened(tmp_path: Path) -> None:
     for name in ("model.safetensors", "config.json"):
         (folder / name).rename(blobs / name)
         (snapshot / name).symlink_to(blobs / name)
-    assert len(HubFolder(snapshot).names()) == 21
+    assert len(HfFolder(snapshot).names()) == 21
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,117 @@
+"""The checkpoints of a run: list them, and find the newest, the newest intact, or a given one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llamax.checkpoint.manifest import (
+    DONE,
+    MANIFEST,
+    STEP_FOLDER,
+    read_manifest,
+    step_of,
+    verify_files,
+)
+from llamax.runtime.errors import CheckpointError
+from llamax.runtime.logging import logger
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first.
+
+    ``folder`` is the run's folder or its ``checkpoints``.
+    """
+    inner = folder / "checkpoints"
+    folder = inner if inner.is_dir() else folder
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if STEP_FOLDER.fullmatch(path.name)]
+    return sorted((path for path in found if (path / DONE).is_file()), key=step_of)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = list_checkpoints(Path(folder))
+    return found[-1] if found else None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint at ``path``: the folder of a step, or the newest one of a run's folder.
+
+    Raises CheckpointError if there is none.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"there is no checkpoint folder {path}; check the path")
+    if (path / MANIFEST).exists() or STEP_FOLDER.match(path.name):
+        return path
+    found = newest_checkpoint(path)
+    if found is None:
+        hub = " (a Hugging Face folder)" if (path / "config.json").is_file() else ""
+        raise CheckpointError(
+            f"no complete checkpoint in {path}{hub}; give the folder of a step or of a run"
+        )
+    return found
+
+
+def newest_intact(folder: Path) -> Path | None:
+    """The newest checkpoint of a run with unchanged files, or None if the run has no checkpoint.
+
+    Logs a warning for every damaged checkpoint it skips.  Raises CheckpointError if all are
+    damaged.
+    """
+    found = list_checkpoints(folder)
+    for path in reversed(found):
+        try:
+            verify_files(path, read_manifest(path).files)
+        except CheckpointError as error:
+            logger.warning("skipping %s: %s", path.name, error)
+        else:
+            return path
+    if found:
+        raise CheckpointError(
+            f"no checkpoint in {folder} is intact; restore one from a copy, or start from the "
+            "beginning with --checkpoint.resume=never"
+        )
+    return None
+
+
+def is_intact(folder: Path) -> bool:
+    """Whether every file of a checkpoint is unchanged."""
+    try:
+        verify_files(folder, read_manifest(folder).files)
+    except CheckpointError:
+        return False
+    return True
+
+
+def validation_losses(folder: Path) -> dict[int, float]:
+    """The validation losses of a run's checkpoints, by step; only of those that have one."""
+    losses = {}
+    for path in list_checkpoints(folder):
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError:
+            continue  # resuming from it will report the damage
+        if manifest.score is not None:
+            losses[manifest.step] = manifest.score
+    return losses
+
+
+@contextmanager
+def suggest_intact(folder: Path) -> Iterator[None]:
+    """Complete the message of a CheckpointError with the newest other intact checkpoint of the run.
+
+    ``folder`` is the checkpoint in question.
+    """
+    try:
+        yield
+    except CheckpointError as error:
+        for other in reversed(list_checkpoints(folder.parent)):
+            if other.resolve() != folder.resolve() and is_intact(other):
+                raise CheckpointError(f"{error}; the newest intact checkpoint is {other}") from None
+        raise CheckpointError(
+            f"{error}; {folder.parent} holds no other intact checkpoint"
+        ) from None
