@@ -8,7 +8,7 @@ import pytest
 from support.hostile import Watched
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Any:
     guard = Watched(tmp_path_factory.getbasetemp())
     yield guard
