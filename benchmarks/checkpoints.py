@@ -1,6 +1,6 @@
 """How fast checkpoints are merged, split and loaded, and with how much memory.
 
-    python benchmarks/checkpoints.py [--rounds 3] [--folder DIR]
+    python benchmarks/checkpoints.py [--rounds 3] [--folder DIR] [--smallest]
 
 A Llama of 0.8 G parameters in bfloat16 (1.6 GB), tensor 8, random weights.  Each contender does the
 whole job in a fresh process with one torch thread; contenders take turns, times are medians,
@@ -13,6 +13,7 @@ the disk has it all; the others do neither, and "unverified" is the like-for-lik
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shutil
 import statistics
@@ -36,13 +37,16 @@ from llamax.parallel.collectives import Solo
 from llamax.parallel.sharding import cut, join, parts
 
 TENSOR, RANK = 8, 3
-MODEL = ModelConfig(
+LARGE = ModelConfig(
     hidden_size=2048,
     intermediate_size=5632,
     num_hidden_layers=15,
     num_attention_heads=32,
     num_key_value_heads=8,
     vocab_size=32000,
+)
+SMALL = dataclasses.replace(
+    LARGE, hidden_size=64, intermediate_size=128, num_hidden_layers=1, vocab_size=256
 )
 
 
@@ -61,27 +65,34 @@ def cuts(model: ModelConfig) -> dict[str, tuple[object, tuple[int, ...]]]:
     return {name: (how[name], shape) for name, shape in llama.hub_shapes()}
 
 
-def build(folder: Path) -> None:
+def build(folder: Path, model: ModelConfig) -> None:
     """A Hugging Face folder, our checkpoint of it, and plain per-rank files."""
     hub = folder / "hub"
     hub.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-        for name, (_, shape) in cuts(MODEL).items()
+        for name, (_, shape) in cuts(model).items()
     }
     save_file(tensors, hub / "model.safetensors", {"format": "pt"})
-    (hub / "config.json").write_text(json.dumps(MODEL.to_hub("bfloat16")))
+    (hub / "config.json").write_text(json.dumps(model.to_hub("bfloat16")))
     shard(hub, folder / "checkpoint", TENSOR)
     (folder / "plain").mkdir()
     for rank in range(TENSOR):
-        mine = {n: cut(tensors[n], how, TENSOR, rank) for n, (how, _) in cuts(MODEL).items()}
+        mine = {n: cut(tensors[n], how, TENSOR, rank) for n, (how, _) in cuts(model).items()}
         save_file(mine, folder / "plain" / f"rank{rank}.safetensors")
+
+
+def shape(folder: Path) -> ModelConfig:
+    """The model of the folder that ``build`` has made."""
+    return ModelConfig.from_hub(json.loads((folder / "hub" / "config.json").read_text()))
 
 
 def merge_everything(folder: Path, out: Path) -> None:
     ranks = [load_file(folder / "plain" / f"rank{r}.safetensors") for r in range(TENSOR)]
-    whole = {n: join([rank[n] for rank in ranks], how) for n, (how, _) in cuts(MODEL).items()}
+    whole = {
+        n: join([rank[n] for rank in ranks], how) for n, (how, _) in cuts(shape(folder)).items()
+    }
     out.mkdir()
     save_file(whole, out / "model.safetensors", {"format": "pt"})
 
@@ -109,7 +120,7 @@ def split_everything(folder: Path, out: Path) -> None:
     whole = load_file(folder / "hub" / "model.safetensors")
     out.mkdir()
     for rank in range(TENSOR):
-        mine = {n: cut(whole[n], how, TENSOR, rank) for n, (how, _) in cuts(MODEL).items()}
+        mine = {n: cut(whole[n], how, TENSOR, rank) for n, (how, _) in cuts(shape(folder)).items()}
         save_file(mine, out / f"rank{rank}.safetensors")
 
 
@@ -120,22 +131,22 @@ def split_streamed(folder: Path, out: Path) -> None:
 def load_whole(folder: Path, out: Path) -> None:
     """Every tensor in memory, then this rank's share of each."""
     whole = {n: t.clone() for n, t in load_file(folder / "hub" / "model.safetensors").items()}
-    for name, (how, _) in cuts(MODEL).items():
+    for name, (how, _) in cuts(shape(folder)).items():
         cut(whole[name], how, TENSOR, RANK)
 
 
-def one_rank() -> Llama:
-    return Llama(MODEL, Place(TENSOR, RANK), dtype=torch.bfloat16)
+def one_rank(folder: Path) -> Llama:
+    return Llama(shape(folder), Place(TENSOR, RANK), dtype=torch.bfloat16)
 
 
 def load_hub(folder: Path, out: Path) -> None:
-    model = one_rank()
+    model = one_rank(folder)
     source = HfFolder(folder / "hub")
     load_weights(source, dict(model.named_parameters()), model.shards, TENSOR, RANK)
 
 
 def load_checkpoint(folder: Path, out: Path, verify: bool = True) -> None:
-    model = one_rank()
+    model = one_rank(folder)
     source = Checkpoint(folder / "checkpoint", verify)
     load_weights(source, dict(model.named_parameters()), model.shards, TENSOR, RANK)
 
@@ -168,16 +179,25 @@ def status_bytes(key: str) -> int:
     return int(text.split(f"{key}:")[1].split()[0]) * 1024
 
 
-def alone(name: str, folder: Path) -> None:
-    """Do one job in this process; print seconds, CPU seconds, growth of the resident peak."""
+def measure(name: str, folder: Path) -> tuple[float, float, int]:
+    """Do one job in this process: seconds, CPU seconds, growth of the resident peak."""
     torch.set_num_threads(1)
     out = folder / "out"
     Path("/proc/self/clear_refs").write_text("5")
     before, start, cpu = status_bytes("VmRSS"), time.perf_counter(), time.process_time()
     JOBS[name](folder, out)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    print(json.dumps([seconds, cpu, status_bytes("VmHWM") - before]))
+    growth = status_bytes("VmHWM") - before
     shutil.rmtree(out, ignore_errors=True)
+    return seconds, cpu, growth
+
+
+def alone(name: str, folder: Path) -> tuple[float, float, int]:
+    """The same in a fresh process."""
+    command = [sys.executable, __file__, "--alone", name, "--folder", str(folder)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds, cpu, growth = json.loads(done.stdout)
+    return seconds, cpu, growth
 
 
 def main() -> None:
@@ -185,13 +205,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--alone", choices=JOBS, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--smallest", action="store_true", help="smallest size, in one process, only to try it"
+    )
     args = parser.parse_args()
     if args.alone:
-        alone(args.alone, args.folder)
+        print(json.dumps(measure(args.alone, args.folder)))
         return
+    run = measure if args.smallest else alone
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="checkpoints-") as temporary:
         folder = Path(temporary)
-        build(folder)
+        build(folder, SMALL if args.smallest else LARGE)
         size_bytes = (folder / "hub" / "model.safetensors").stat().st_size
         print(f"{size_bytes / 1e9:.2f} GB, medians of {args.rounds} rounds\n")
         print("| question | way | s | times faster | CPU s | memory growth, MB |")
@@ -200,10 +224,7 @@ def main() -> None:
             found: dict[str, list[tuple[float, float, int]]] = {job.__name__: [] for job in jobs}
             for _ in range(args.rounds):
                 for job in jobs:
-                    command = [sys.executable, __file__, "--alone", job.__name__]
-                    command += ["--folder", str(folder)]
-                    done = subprocess.run(command, check=True, capture_output=True, text=True)
-                    found[job.__name__].append(tuple(json.loads(done.stdout)))
+                    found[job.__name__].append(run(job.__name__, folder))
             base = statistics.median(run[0] for run in found[jobs[0].__name__])
             for name, runs in found.items():
                 seconds, cpu = (statistics.median(run[i] for run in runs) for i in (0, 1))

@@ -1,6 +1,6 @@
 """Samples of 2049 tokens a CPU-second, beside memmap slices and items of an HF dataset.
 
-    python benchmarks/gather.py [--rounds 7]
+    python benchmarks/gather.py [--rounds 7] [--tokens 67108864]
 
 All read the same tokens at the same random places of a file in the page cache, on one core.
 ``rows`` are the stored tokens of a sample; ``int64`` what a training step takes, ids and labels.
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ BATCH = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tokens", type=int, default=2**26)
+    parser.add_argument("--tokens", type=int, default=2**26, help="at least 262144")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cpu.keep_heap()
@@ -93,7 +94,7 @@ def main() -> None:
                 times[name].append((time.process_time() - begin) / repeats / BATCH)
         verify = TokenFile(path, "read").verify(threads=1)
     median = {name: statistics.median(taken) for name, taken in times.items()}
-    names = ("numpy", "torch", "datasets")
+    names = [n for n in ("numpy", "torch", "datasets") if find_spec(n)]
     print(f"Python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in names))
     print("\n| contender | samples a CPU-second | M tokens/s | llamax, rows | llamax, int64 |")
     print("|---|---|---|---|---|")

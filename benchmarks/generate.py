@@ -10,6 +10,7 @@ must make the same tokens.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from llamax.inference.sampling import Sampling, complete, generate
 from llamax.model.llama import Llama
 from llamax.parallel.sharding import parts
 
-MODEL = ModelConfig(
+LARGE = ModelConfig(
     hidden_size=512,
     intermediate_size=1408,
     num_hidden_layers=8,
@@ -30,12 +31,13 @@ MODEL = ModelConfig(
     num_key_value_heads=4,
     vocab_size=32000,
 )
+SMALL = dataclasses.replace(LARGE, hidden_size=64, intermediate_size=96, num_hidden_layers=1)
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 Tokens = list[list[int]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, default=2, help="torch threads")
     parser.add_argument("--prompt-tokens", type=int, default=64, help="length of every prompt")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens made per prompt")
@@ -49,10 +51,12 @@ def main() -> None:
         default="wall",
         help="cpu: processor seconds, for one thread on a machine that others use too",
     )
+    parser.add_argument("--smallest", action="store_true", help="smallest size, only to try it")
     options = parser.parse_args()
+    model = SMALL if options.smallest else LARGE
     torch.set_num_threads(options.threads)
-    mine = Llama(MODEL).init(0)
-    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL.to_hub("float32")))
+    mine = Llama(model).init(0)
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**model.to_hub("float32")))
     copy_weights(mine, theirs)
     sampling = Sampling(options.temperature, top_p=options.top_p)
     greedy = sampling.temperature == 0

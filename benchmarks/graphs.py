@@ -11,7 +11,9 @@ table is of tracing itself, for layers alike: what is between 2 and 4 layers, ha
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
+from importlib.util import find_spec
 
 from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
@@ -51,6 +53,8 @@ def sent(kind: Kind, verb: str) -> int:
 
 
 def main() -> None:
+    if find_spec("torch_xla") is None:
+        sys.exit("benchmarks/graphs.py: torch-xla is not installed, and nothing is traced without")
     two, four = traced(2), traced(4)
     print("| program | collective | NxD | llamax | sent by a rank |\n|---|---|---|---|---|")
     for kind in two.kinds:

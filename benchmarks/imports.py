@@ -35,11 +35,11 @@ def timed(statement: str) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=9, help="turns after the first; 0: only that")
     rounds = parser.parse_args().rounds
     taken = [
         {name: timed(statement) for name, statement in WANTED.items()} for _ in range(rounds + 1)
-    ][1:]
+    ][min(1, rounds) :]
     python, torch = (
         [median(turn[name][clock] for turn in taken) for clock in (0, 1)]
         for name in ("python", "torch")

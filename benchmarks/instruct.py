@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +39,10 @@ from llamax.parallel.collectives import Axes, Solo
 from llamax.training.step import train_step
 
 LENGTH, BATCH, TURNS = 2048, 2, 2
+DOCUMENTS = [250_000, 1_000_000, 4_000_000]
 
 
-def packing(rows: Path, tokenizer: Path, folder: Path) -> None:
+def packing(rows: Path, tokenizer: Path, folder: Path, length: int) -> None:
     """Steps of a small model on packed and on padded samples of the same rows."""
     prepare([str(rows), "--template", "dolly", "--tokenizer", str(tokenizer), "--validation", "0",
              "--limit", "200", "--out", str(folder / "data"), "--workers", "1"])  # fmt: skip
@@ -53,7 +55,7 @@ def packing(rows: Path, tokenizer: Path, folder: Path) -> None:
     loaders = {}
     for way in ("best-fit", "padded"):
         data = replace(
-            config.data, sequence_length=LENGTH, global_batch=BATCH, micro_batch=1, packing=way
+            config.data, sequence_length=length, global_batch=BATCH, micro_batch=1, packing=way
         )
         loaders[way] = Samples(file, data, 0).loader(axes.data, 0, shuffle=True)
         print(f"{way}: {Samples(file, data, 0)}")
@@ -64,7 +66,7 @@ def packing(rows: Path, tokenizer: Path, folder: Path) -> None:
             useful = sum(int((b.documents < b.documents[:, -1:]).sum()) for b in batches)
             answers = sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches)
             began = time.process_time()
-            train_step(model, optimizer, axes, batches, BATCH * LENGTH, 1e-4, turn + 1)
+            train_step(model, optimizer, axes, batches, BATCH * length, 1e-4, turn + 1)
             seconds = time.process_time() - began
             if turn:
                 rates[way].append(useful / seconds)
@@ -77,6 +79,9 @@ def packing(rows: Path, tokenizer: Path, folder: Path) -> None:
 
 def against_map(rows: Path, tokenizer: Path, folder: Path) -> None:
     """llamax prepare, whole program, against datasets.map with a fast tokenizer: rows to ids."""
+    if find_spec("datasets") is None:
+        print("skipped: datasets is not installed")
+        return
     import datasets
     import transformers
 
@@ -114,9 +119,9 @@ def against_map(rows: Path, tokenizer: Path, folder: Path) -> None:
     print(f"prepare / map: {statistics.median(ratios):.2f} (ours also finds the answers' tokens)")
 
 
-def memory(folder: Path) -> None:
+def memory(folder: Path, counts: list[int]) -> None:
     """Peak memory and seconds of packing, each number of documents in a process of its own."""
-    for documents in (250_000, 1_000_000, 4_000_000):
+    for documents in counts:
         path = folder / f"{documents}.tokens"
         random = np.random.default_rng(0)
         with TokenWriter(path, Header("", 256)) as writer:
@@ -155,9 +160,12 @@ def pack(path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("packing", "prepare", "memory", "pack"))
     parser.add_argument("paths", nargs="*", type=Path)
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens a sample (packing)")
+    parser.add_argument("--documents", type=int, nargs="+", default=DOCUMENTS, metavar="COUNT",
+                        help="documents of a file, in steps of 50,000 (memory)")  # fmt: skip
     options = parser.parse_args()
     torch.set_num_threads(1)
     print(json.dumps({"torch": torch.__version__, "numpy": np.__version__}))
@@ -166,10 +174,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         if options.what == "memory":
-            memory(Path(folder))
+            memory(Path(folder), options.documents)
+        elif options.what == "packing":
+            packing(*options.paths, Path(folder), options.length)
         else:
-            run = {"packing": packing, "prepare": against_map}[options.what]
-            run(*options.paths, Path(folder))
+            against_map(*options.paths, Path(folder))
 
 
 if __name__ == "__main__":

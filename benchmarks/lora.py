@@ -1,8 +1,8 @@
 """What tuning costs: ``steps`` beside a full step, ``memory`` of a quantised base by rank, and of
 ``loading`` a Hugging Face folder.
 
-    python benchmarks/lora.py steps [--rounds 5] [--tokens 512] [--batch 4]
-    torchrun --nproc-per-node 4 benchmarks/lora.py memory|loading
+    python benchmarks/lora.py steps [--rounds 5] [--tokens 512] [--batch 4] [--smallest]
+    torchrun --nproc-per-node 4 benchmarks/lora.py memory|loading [--smallest]
 
 ``steps`` times one training step of each method in turn, in one process of one thread, in CPU
 seconds, and says which share of a QLoRA step makes weights dense again.  ``memory`` loads a base of
@@ -45,7 +45,7 @@ from llamax.parallel.sharding import Replica, parts
 from llamax.runtime.units import show_bytes
 from llamax.training.step import train_step
 
-MODEL = ModelConfig(
+LARGE = ModelConfig(
     hidden_size=512,
     intermediate_size=1408,
     num_hidden_layers=8,
@@ -54,12 +54,15 @@ MODEL = ModelConfig(
     vocab_size=32000,
 )
 DEEP = dataclasses.replace(  # nearly all of it is quantised
-    MODEL,
+    LARGE,
     hidden_size=1024,
     intermediate_size=2816,
     num_attention_heads=16,
     num_key_value_heads=8,
     vocab_size=512,
+)
+SMALL = dataclasses.replace(
+    LARGE, hidden_size=128, intermediate_size=192, num_hidden_layers=1, vocab_size=512
 )
 METHODS = {
     "full": FinetuneConfig(),
@@ -93,7 +96,7 @@ def build(source: Source, finetune: FinetuneConfig, axes: Axes) -> Llama:
     return model
 
 
-def steps(rounds: int, tokens: int, rows: int) -> None:
+def steps(shape: ModelConfig, rounds: int, tokens: int, rows: int) -> None:
     """Time every method's step in turn."""
     torch.set_num_threads(1)
     axes, dense = Axes.solo(), {"s": 0.0}
@@ -107,7 +110,7 @@ def steps(rounds: int, tokens: int, rows: int) -> None:
 
     Nf4.weight = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as place:
-        source = folder(Path(place), MODEL)
+        source = folder(Path(place), shape)
         teams = {}
         for name, finetune in METHODS.items():
             model = build(source, finetune, axes)
@@ -115,7 +118,7 @@ def steps(rounds: int, tokens: int, rows: int) -> None:
                 lora.trained(model), model.shards, OptimConfig(), axes, sequence_parallel=False
             )
             teams[name] = model, optimizer
-    ids = torch.randint(MODEL.vocab_size, (rows, tokens))
+    ids = torch.randint(shape.vocab_size, (rows, tokens))
     batch = Batch(ids, ids.roll(-1, 1), torch.arange(tokens).expand_as(ids), None)
     seconds: dict[str, list[float]] = {name: [] for name in teams}
     share: dict[str, list[float]] = {name: [] for name in teams}
@@ -142,7 +145,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def memory() -> None:
+def memory(shape: ModelConfig) -> None:
     """What loading a base adds to each rank, beside the formula."""
     where = rendezvous(os.environ)
     mesh = Mesh(dp=where.world_size)
@@ -150,7 +153,7 @@ def memory() -> None:
     with choose("cpu", where, 1).joined(mesh, 600.0) as axes:
         if where.rank == 0:
             place.mkdir()
-            folder(place, DEEP)
+            folder(place, shape)
         axes.world.all_reduce(torch.zeros(1))
         source = open_source(place)
         build(source, METHODS["qlora nf4"], Axes.solo())  # what a first call allocates for good
@@ -164,11 +167,11 @@ def memory() -> None:
                 finetune = METHODS[name]
                 data = axes.data if spread else Solo("data")
                 before = resident()
-                model = Llama(DEEP, device="meta")
+                model = Llama(shape, device="meta")
                 load_base(model, source, finetune, torch.empty(0), data)
                 grown = resident() - before
                 adapters = sum(p.nbytes for p in lora.trained(model).values())
-                formula = expected(DEEP, finetune, 1, data.size, 4)
+                formula = expected(shape, finetune, 1, data.size, 4)
                 bytes_ = torch.tensor([float(grown - adapters)])
                 most = float(axes.world.all_reduce(bytes_, "max"))
                 total = formula.quantised + formula.plain
@@ -192,9 +195,9 @@ def status_bytes(key: str) -> int:
     return int(text.split(f"{key}:")[1].split()[0]) * 1024
 
 
-def loading() -> None:
+def loading(shape: ModelConfig) -> None:
     """How far the resident peak of a rank grows while it loads its share of a folder."""
-    where, shape = rendezvous(os.environ), dataclasses.replace(DEEP, vocab_size=32000)
+    where = rendezvous(os.environ)
     mesh = Mesh(tp=where.world_size)
     place = Path(tempfile.gettempdir()) / f"llamax-base-{where.port}"
     with choose("cpu", where, 1).joined(mesh, 600.0) as axes:
@@ -233,13 +236,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--smallest", action="store_true", help="smallest size, only to try it")
     options = parser.parse_args()
+    small = SMALL if options.smallest else None
     if options.what == "steps":
-        steps(options.rounds, options.tokens, options.batch)
+        steps(small or LARGE, options.rounds, options.tokens, options.batch)
     elif options.what == "memory":
-        memory()
+        memory(small or DEEP)
     else:
-        loading()
+        loading(small or dataclasses.replace(DEEP, vocab_size=32000))
 
 
 if __name__ == "__main__":

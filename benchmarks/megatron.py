@@ -1,11 +1,12 @@
 """Are our .bin and .idx Megatron's?  Its own code beside ours, on the same documents.
 
-    python benchmarks/megatron.py MEGATRON_LM [--documents 300]
+    python benchmarks/megatron.py [MEGATRON_LM] [--documents 300]
 
 MEGATRON_LM is a clone of Megatron-LM.  Random documents of each vocabulary go through Megatron's
 ``IndexedDatasetBuilder`` and through ours, and the files are compared byte by byte; then each side
 reads what the other wrote, sequence by sequence.  Files of every dtype, of documents of several
-sequences, and merged by ``add_index`` are read by both as well.
+sequences, and merged by ``add_index`` are read by both as well.  Without a clone llamax alone
+writes and reads its files.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import torch
 
 from llamax.data.megatron import IndexedFile, write_indexed
 from llamax.data.token_file import Header, TokenFile, TokenWriter
+
+VOCABULARIES = (600, 32_000, 65_499, 65_500, 128_256)
 
 
 def megatron(repository: Path) -> Any:
@@ -92,13 +95,29 @@ def agree(module: Any, prefix: Path) -> int:
     return len(other)
 
 
+def alone(count: int) -> None:
+    """Our own files, written and read by us."""
+    print("Megatron-LM is not given: nothing is compared with its files")
+    for vocab_size in VOCABULARIES:
+        with tempfile.TemporaryDirectory() as name:
+            docs = documents(count, vocab_size)
+            file = IndexedFile(ours(Path(name), docs, vocab_size))
+            file.verify()
+            for number, document in enumerate(docs):
+                assert np.array_equal(file.sequence(number), document)
+        print(f"vocabulary {vocab_size}: {len(docs)} sequences written and read by llamax")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("megatron", type=Path, help="a clone of Megatron-LM")
+    parser.add_argument("megatron", type=Path, nargs="?", help="a clone of Megatron-LM")
     parser.add_argument("--documents", type=int, default=300)
     options = parser.parse_args()
+    if options.megatron is None:
+        alone(options.documents)
+        return
     module = megatron(options.megatron)
-    for vocab_size in (600, 32_000, 65_499, 65_500, 128_256):
+    for vocab_size in VOCABULARIES:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             docs = documents(options.documents, vocab_size)

@@ -1,6 +1,7 @@
 """How fast each operation is, forward and backward, beside what its peers do.
 
-    python benchmarks/ops.py [attention rms_norm ...] [--rounds 15] [--threads 2] [--length 512]
+    python benchmarks/ops.py [attention rms_norm ...] [--rounds 15] [--threads 2]
+        [--length 512] [--tokens 2048]
 
 Shapes are those of the 57 M Llama (hidden 512, 8 heads, 4 key/value heads, ffn 1408), 2048 tokens.
 Contenders take turns within a round; times are medians in milliseconds, ratios are of the sums.
@@ -23,13 +24,13 @@ from transformers.models.llama import modeling_llama as hub
 from llamax import ops
 from llamax.backends import cpu
 
-TOKENS, HIDDEN, HEADS, KV, WIDTH, FFN = 2048, 512, 8, 4, 64, 1408
+HIDDEN, HEADS, KV, WIDTH, FFN = 512, 8, 4, 64, 1408
 Function = Callable[..., Tensor]
 
 
-def cases(length: int) -> dict[str, tuple[dict[str, Function], Sequence[Tensor]]]:
+def cases(tokens: int, length: int) -> dict[str, tuple[dict[str, Function], Sequence[Tensor]]]:
     """Contenders and inputs of every operation; ours first."""
-    batch = TOKENS // length
+    batch = tokens // length
     x = torch.randn(batch, length, HIDDEN)
     weight = torch.randn(FFN, HIDDEN) * 0.05
     norm = torch.randn(HIDDEN)
@@ -128,7 +129,8 @@ def main() -> None:
     parser.add_argument("operations", nargs="*", help="parts of their names; all if none is given")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--length", type=int, default=512, help="sequence length; divides 2048")
+    parser.add_argument("--length", type=int, default=512, help="sequence length; divides --tokens")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of all sequences")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cpu.keep_heap()
@@ -137,7 +139,7 @@ def main() -> None:
         f"fp32 matmul {cpu.measure_peak_flops(torch.float32) / 1e9:.0f} GFLOP/s"
     )
     print(f"{'operation':24}{'contender':24}{'forward':>9}{'backward':>9}{'ratio':>7}{'kept':>7}")
-    for operation, (contenders, inputs) in cases(arguments.length).items():
+    for operation, (contenders, inputs) in cases(arguments.tokens, arguments.length).items():
         if arguments.operations and not any(part in operation for part in arguments.operations):
             continue
         rounds = [

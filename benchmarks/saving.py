@@ -1,7 +1,7 @@
 """What do checkpoints cost: the stall of training, the disk's time, the hashes; and 70B to plan?
 
-    python benchmarks/saving.py --rounds 3
-    python benchmarks/saving.py --plan
+    python benchmarks/saving.py [--rounds 3] [--folder DIR] [--smallest]
+    python benchmarks/saving.py --plan [--folder DIR] [--smallest]
 
 Saving and loading are held against copying the same files with their bytes made durable, and
 against reading them; both in rounds, one after the other.  ``--plan`` builds the manifest and the
@@ -16,9 +16,11 @@ import os
 import resource
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -28,15 +30,17 @@ from torch import Tensor
 
 from llamax.checkpoint import Checkpoint, Saver, hf_writer, load_owned
 from llamax.checkpoint import manifest as files
+from llamax.checkpoint.checksums import BLOCK_BYTES, DIGITS
 from llamax.checkpoint.runs import Run, is_writer, slices
-from llamax.checkpoint.safetensors_io import TAGS, build_header, sha256
+from llamax.checkpoint.safetensors_io import TAGS, build_header
 from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import local_shape, parts, whole_shape
+from llamax.runtime.files import sha256
 
-MODEL = ModelConfig(
+LARGE = ModelConfig(
     hidden_size=1024,
     intermediate_size=2816,
     num_hidden_layers=6,
@@ -44,6 +48,8 @@ MODEL = ModelConfig(
     num_key_value_heads=8,
     vocab_size=16000,
 )
+SMALL = replace(LARGE, hidden_size=64, intermediate_size=96, num_hidden_layers=1, vocab_size=256)
+PLANS = {"70B": ("llama2-70b", 32, 32), "smallest": ("demo", 2, 2)}  # recipe, tensor, data
 
 
 class Run1(NamedTuple):
@@ -105,8 +111,8 @@ def forget(folder: Path) -> None:
         os.close(fd)
 
 
-def rounds(count: int, folder: Path) -> None:
-    model = Llama(MODEL).init(0)
+def rounds(count: int, folder: Path, shape: ModelConfig) -> None:
+    model = Llama(shape).init(0)
     parameters = dict(model.named_parameters())
     owned = [
         Run1(name, kind, 0, p.detach().view(-1) if kind == "weight" else torch.rand(p.numel()))
@@ -121,7 +127,7 @@ def rounds(count: int, folder: Path) -> None:
 
     for step in range(1, count + 1):
         began = now()
-        saver.save(step, owned, {}, MODEL.to_hub("float32"), "")
+        saver.save(step, owned, {}, shape.to_hub("float32"), "")
         note("save: training waits", since(began))
         saver.wait()
         note("save: until committed", since(began))
@@ -157,9 +163,15 @@ def load(checkpoint: Path, owned: list[Run1], model: Llama, verify: bool, anew: 
     load_owned(Checkpoint(checkpoint, verify), owned, model.shards)
 
 
-def build(folder: Path, tensor: int = 32, data: int = 32, bucket: int = 1 << 22) -> int:
-    """A checkpoint of Llama-2-70B whose files hold headers and holes; how many runs it has."""
-    model = load_config("llama2-70b").model
+def blank_sums(header: bytes, sizes_bytes: list[int]) -> str:
+    """As many checksums as a file has blocks: the header's and each tensor's."""
+    blocks = sum(-(-size // BLOCK_BYTES) for size in (len(header), *sizes_bytes))
+    return "0" * (blocks * DIGITS)
+
+
+def build(folder: Path, recipe: str, tensor: int, data: int, bucket: int = 1 << 22) -> int:
+    """A checkpoint of a recipe whose files hold headers and holes; how many runs it has."""
+    model = load_config(recipe).model
     llama = Llama(model, device="meta")
     shapes = {name: tuple(p.shape) for name, p in llama.named_parameters()}
     listed: list[files.FileRecord] = []
@@ -199,9 +211,9 @@ def build(folder: Path, tensor: int = 32, data: int = 32, bucket: int = 1 << 22)
                 path = folder / files.file_name(role, tp, rank)
                 path.write_bytes(start_bytes)
                 os.truncate(path, size_bytes)
-                listed.append(
-                    files.FileRecord(path.name, size_bytes, "0" * 64, "0" * (size_bytes >> 16))
-                )
+                sizes = [shape[0] * dtype.itemsize for _, dtype, shape in entries]
+                sums = blank_sums(start_bytes, sizes)
+                listed.append(files.FileRecord(path.name, size_bytes, "0" * 64, sums))
     mesh = {"tensor": tensor, "data": data, "zero1": 1}
     hub = model.to_hub("bfloat16")
     manifest = files.Manifest(
@@ -214,10 +226,10 @@ def build(folder: Path, tensor: int = 32, data: int = 32, bucket: int = 1 << 22)
     return count
 
 
-def planning(folder: Path) -> None:
+def planning(folder: Path, recipe: str, tensor: int, data: int) -> None:
     folder = folder / files.step_name(1)
     folder.mkdir()
-    count = build(folder)
+    count = build(folder, recipe, tensor, data)
     text = (folder / files.MANIFEST).stat().st_size
     apparent = sum(path.stat().st_size for path in folder.iterdir())
     print(
@@ -225,7 +237,9 @@ def planning(folder: Path) -> None:
     )
     child = os.fork()
     if child:
-        os.waitpid(child, 0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"planning ended with status {status}")
         return
     cpu, began = time.process_time(), time.perf_counter()
     source = Checkpoint(folder, verify=False)
@@ -248,10 +262,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plan", action="store_true", help="plan from a 70B manifest instead")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    parser.add_argument("--smallest", action="store_true", help="smallest size, only to try it")
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=args.folder, prefix="saving-") as temporary:
-        planning(Path(temporary)) if args.plan else rounds(args.rounds, Path(temporary))
+        if args.plan:
+            planning(Path(temporary), *PLANS["smallest" if args.smallest else "70B"])
+        else:
+            rounds(args.rounds, Path(temporary), SMALL if args.smallest else LARGE)
 
 
 if __name__ == "__main__":

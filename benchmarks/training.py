@@ -1,7 +1,7 @@
 """How fast is a training step, and in how much memory?  llamax beside its peers.
 
     python benchmarks/training.py [one tp dp bf16 recompute loss documents] [--steps 10]
-        [--peers FOLDER ...] [--only PART] [--clock wall|cpu]
+        [--peers FOLDER ...] [--only PART] [--clock wall|cpu] [--smallest]
 
 The 57 M Llama (hidden 512, 8 layers, 8 heads, 4 key/value heads, feed-forward 1408, vocabulary
 32000) from the same weights on the same data.  Every contender runs in processes of its own; they
@@ -9,8 +9,8 @@ take turns, one step each, a few at a time so that memory suffices, with llamax 
 Ratios are of llamax's median to the peer's, over the steps that they took in turn.  ``matmul`` is
 the share of the rate of large fp32 products, measured between the steps (wall clock only).  Peak
 memory is VmHWM, of the largest rank.  ``--peers`` are folders where litgpt, torchtitan and
-picotron can be imported from (``pip install --no-deps --target``, or a clone); those not found
-are said.
+picotron can be imported from (``pip install --no-deps --target``, or a clone); a line on stderr
+names each that is not found.
 
     one         one process of two threads
     tp          two ranks of one thread, tensor parallel, with sequence parallelism where there is
@@ -34,12 +34,13 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from peers.job import Job
-from race import HERE, Team, TeamError
+from peers.race import BENCHMARKS, Team, TeamError
 
 from llamax.config.flops import flops_per_token
 
 WARM = 2  # steps that count for nothing
 OURS = "llamax"
+SMALLEST = {"batch": 2, "length": 16, "layers": 1}
 Contenders = dict[str, Job]
 
 
@@ -118,6 +119,7 @@ class Result:
 
 def race(
     section: str,
+    smallest: bool,
     only: str,
     steps: int,
     together: int,
@@ -126,7 +128,10 @@ def race(
     limit_s: float,
 ) -> Iterator[Result | str]:
     """All results of a section, as they come in; a string says why a contender is missing."""
-    (name, job), *others = contenders(section).items()
+    chosen = contenders(section)
+    if smallest:
+        chosen = {label: replace(job, **SMALLEST) for label, job in chosen.items()}
+    (name, job), *others = chosen.items()
     others = [(label, peer) for label, peer in others if only in label]
     tokens = job.batch * job.length
     flops = flops_per_token(job.model, job.length)
@@ -139,9 +144,11 @@ def race(
                 rivals.append(Team(label, peer, paths))
             except TeamError as error:
                 yield f"{label}: skipped ({error})"
+        if not rivals:
+            continue
         begun = len(ours.seconds)
         started = time.monotonic()
-        for number in range(steps if rivals else 0):
+        for number in range(steps):
             if number > warm and time.monotonic() - started > limit_s:
                 break
             for team in (ours, *rivals):
@@ -164,6 +171,10 @@ def race(
                 max(gaps),
             )
             team.stop()
+    if not rates:  # no peer is here: llamax alone
+        for _ in range(steps):
+            ours.step()
+            rates.append(ours.matmul_flops())
     mine = ours.typical(clock, warm)
     peak = max(ours.peak_bytes())
     rate = median(rates)
@@ -191,6 +202,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="*", default=[], help="folders to import peers from")
     parser.add_argument("--limit-s", type=float, default=600, help="of one group of peers, about")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--smallest", action="store_true", help="smallest size, only to try it")
     options = parser.parse_args()
     print(f"`{' '.join(['python', 'benchmarks/training.py', *sys.argv[1:]])}`, {where()}\n")
     for section in options.sections or sections:
@@ -199,6 +211,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|")
         for found in race(
             section,
+            options.smallest,
             options.only,
             options.steps,
             options.together,
@@ -222,7 +235,7 @@ def main() -> None:
 def where() -> str:
     """Commit, versions and machine."""
     described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"], cwd=BENCHMARKS, capture_output=True, text=True
     )
     packages = ("torch", "transformers")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)

@@ -3,7 +3,7 @@
     team = Team(Job("ours:train"))        one process per rank
     team.step()                           one step of all its ranks: seconds, loss
 
-A worker is this file run as a program: it reads commands from stdin and answers in JSON.
+A worker is ``python -m peers.race``: it reads commands from stdin and answers in JSON.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from llamax.runtime.process import NO_CACHE
 
-HERE = Path(__file__).parent
+BENCHMARKS = Path(__file__).resolve().parents[1]
 
 
 class TeamError(Exception):
@@ -40,14 +40,14 @@ class Team:
         self.cpu_seconds: list[float] = []
         self.losses: list[float] = []
         port = free_port()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(HERE)])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, str(BENCHMARKS)])}
         environment["OMP_NUM_THREADS"] = str(job.threads)
         if job.keep_heap or job.contender.startswith("ours"):  # as the training program starts
             environment["GLIBC_TUNABLES"] = NO_CACHE
         self.said = tempfile.TemporaryFile("w+")  # noqa: SIM115  as long as the team
         self.workers = [
             subprocess.Popen(
-                [sys.executable, __file__, json.dumps(dataclasses.asdict(mine))],
+                [sys.executable, "-m", "peers.race", json.dumps(dataclasses.asdict(mine))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self.said,
@@ -117,9 +117,9 @@ def work(options: dict[str, Any]) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     import torch
-    from peers.job import Job
 
     from llamax.backends import cpu
+    from peers.job import Job
 
     job = Job(**options)
     torch.set_num_threads(job.threads)
