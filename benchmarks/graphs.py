@@ -20,8 +20,9 @@ from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.units import show_bytes
-from llamax.tools.audit.auditor import audit_mesh
+from llamax.tools.audit.auditor import audit_run
 from llamax.tools.audit.report import AuditReport, Kind
+from llamax.training.resolve import resolve
 
 MESH = Mesh(tp=2, dp=2)
 NXD = {  # collectives traced from NxD's example at this mesh
@@ -41,7 +42,7 @@ def traced(layers: int) -> AuditReport:
         run=replace(config.run, dtype="bfloat16"),
         data=replace(config.data, micro_batch=4),
     )
-    return audit_mesh(config, MESH, load_machine("trn1.32xlarge"))
+    return audit_run(resolve(config, MESH.world_size), load_machine("trn1.32xlarge"))
 
 
 def count(kind: Kind, verb: str) -> int:

@@ -24,6 +24,7 @@ from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
 from llamax.tools.plan.roofline import time
 from llamax.tools.plan.sizes import Share
+from llamax.training.resolve import resolve
 
 NEURON = "aws-neuron-sdk, benchmarks/trn1/training_data_decoder.csv"
 
@@ -295,7 +296,9 @@ MOSAIC = (
 
 def planned(run: Run, machine: Machine) -> float:
     """The planner's tokens/s for a published run."""
-    return time(Share(run.config(), run.mesh), machine, run.nodes).tokens_per_s
+    mesh = run.mesh
+    resolved = resolve(run.config(), mesh.world_size, pipeline=mesh.pp)
+    return time(Share(resolved), machine, run.nodes).tokens_per_s
 
 
 def error(run: Run, machine: Machine) -> float:

@@ -36,7 +36,6 @@ from llamax.checkpoint.listing import newest_checkpoint
 from llamax.config.load import dump_config, help_text, load_config
 from llamax.config.schema import Config
 from llamax.optim.schedule import lr_at
-from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous, first_to_speak, rendezvous
 from llamax.runtime.errors import CheckpointError, Stopped
 from llamax.runtime.logging import log_to_file, logger, setup_logging
@@ -48,7 +47,8 @@ from llamax.training.heartbeat import Heartbeat, beating
 from llamax.training.inputs import open_inputs
 from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
-from llamax.training.setup import Job, introduce, loaders, measures, prepare, resolve, writers
+from llamax.training.resolve import resolve
+from llamax.training.setup import Job, introduce, loaders, measures, prepare, writers
 from llamax.training.step import train_step, validation_loss
 from llamax.training.step_check import StepCheck
 
@@ -57,13 +57,11 @@ def train(config: Config, where: Rendezvous) -> None:
     """Run ``config`` on this rank of the world ``where``; the run folder holds what comes of it."""
     began = time.perf_counter()
     with first_to_speak(where):
-        mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
         run = config.run
         backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
         inputs = open_inputs(config)
-        config = resolve(config, inputs.training.samples)
-    kv = config.model.kv_replicas(mesh.tp)
-    folder, timeout_s = Path(config.run.folder), config.run.timeout_s
+        resolved = resolve(config, where.world_size, len(inputs.training))
+    config, folder, timeout_s = resolved.config, Path(run.folder), run.timeout_s
     signals.hold()
     over = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as pool, ExitStack() as ending:
@@ -75,10 +73,10 @@ def train(config: Config, where: Rendezvous) -> None:
             lock.lock_folder(folder) if where.rank == 0 else nullcontext(),
             log_to_file(folder, where.job, where.rank),
             beating(folder / "heartbeats", where.rank, where.world_size, timeout_s) as heart,
-            backend.joined(mesh, timeout_s, kv) as axes,
+            backend.joined(resolved.mesh, timeout_s) as axes,
         ):
             inputs.check_newest(config)
-            job = prepare(config, mesh, backend, axes, inputs)
+            job = prepare(resolved, backend, axes, inputs)
             verified.result()
             if changed := inputs.changed(config):
                 logger.info("changed since then: %s", ", ".join(changed))
@@ -92,7 +90,6 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
     """Train from ``job.step`` to the end, or until patience is over or a rank asked to stop."""
     config, step, stop, patience = job.config, job.step, False, job.patience
     training, validation = loaders(job)
-    nominal_tokens = config.data.global_batch * config.data.sequence_length
 
     def samples(step: int) -> list[int]:
         before = (step - job.step - 1) * config.data.global_batch
@@ -116,7 +113,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
                     job.optimizer,
                     job.axes,
                     guard.seen(training.step()),
-                    nominal_tokens,
+                    job.run.step_tokens,
                     lr,
                     step,
                     bool(signals.requested()),

@@ -24,8 +24,8 @@ class Backend(Protocol):
     traces: bool
     """Whether operations are recorded into programs: state is made on the host and sent."""
 
-    def joined(self, mesh: Mesh, timeout_s: float, kv: int = 1) -> AbstractContextManager[Axes]:
-        """The axes of ``mesh`` while the block runs; ``kv`` tensor ranks share one KV head."""
+    def joined(self, mesh: Mesh, timeout_s: float) -> AbstractContextManager[Axes]:
+        """The axes of ``mesh`` while the block runs."""
         ...
 
     def fetch(self, tensors: Sequence[Tensor]) -> list[float]:

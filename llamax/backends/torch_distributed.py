@@ -159,14 +159,14 @@ class _TorchBackend:
         self.rendezvous = rendezvous
 
     @contextmanager
-    def joined(self, mesh: Mesh, timeout_s: float, kv: int = 1) -> Iterator[Axes]:
+    def joined(self, mesh: Mesh, timeout_s: float) -> Iterator[Axes]:
         """The axes of ``mesh``, for as long as this rank is part of the world.
 
         Raises BackendError where the port is taken, the other ranks do not come in time or memory
         does not suffice, and LostRank where a rank is lost later.
         """
         try:
-            yield self._join(mesh, timeout_s, kv)
+            yield self._join(mesh, timeout_s)
         except (dist.DistError, RuntimeError) as error:
             if refused := NO_MEMORY.search(str(error)):
                 raise BackendError(
@@ -185,7 +185,7 @@ class _TorchBackend:
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    def _join(self, mesh: Mesh, timeout_s: float, kv: int) -> Axes:
+    def _join(self, mesh: Mesh, timeout_s: float) -> Axes:
         rendezvous = self.rendezvous
         if rendezvous.world_size == 1:
             return Axes.solo(self.device)
@@ -206,7 +206,7 @@ class _TorchBackend:
                 f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank, "
                 "or raise run.timeout_s"
             ) from error
-        named = mesh.axes(kv).items()
+        named = mesh.axes().items()
         return Axes(**{name: self._axis(name, groups, timeout) for name, groups in named})
 
     def _axis(self, name: str, groups: Groups, timeout: timedelta) -> Axis:

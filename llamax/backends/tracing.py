@@ -68,10 +68,10 @@ class Tracer:
         """Whether programs say the Python line of each instruction."""
         self.lazy._set_ir_debug(on)
 
-    def axes(self, mesh: Mesh, kv: int, rank: int) -> Axes:
+    def axes(self, mesh: Mesh, rank: int) -> Axes:
         """The axes of ``mesh`` as global ``rank`` sees them; this process is that rank now."""
         self.runtime._WORLD_SIZE, self.runtime._ORDINAL = mesh.world_size, rank
-        return xla.axes(mesh, kv, rank, self.device)
+        return xla.axes(mesh, rank, self.device)
 
     def record(self) -> str:
         """The program that a step boundary would compile here; "" where nothing is pending.

@@ -107,7 +107,7 @@ class XlaAxis:
         return dim
 
 
-def axes(mesh: Mesh, kv: int, rank: int, device: torch.device, widen: bool = False) -> Axes:
+def axes(mesh: Mesh, rank: int, device: torch.device, widen: bool = False) -> Axes:
     """The axes of ``mesh`` as global ``rank`` sees them: any rank, also one that is only traced."""
 
     def axis(name: str, groups: Groups) -> Axis:
@@ -115,7 +115,7 @@ def axes(mesh: Mesh, kv: int, rank: int, device: torch.device, widen: bool = Fal
             return Solo(name, device)
         return XlaAxis(name, groups, rank, device, widen)
 
-    return Axes(**{name: axis(name, groups) for name, groups in mesh.axes(kv).items()})
+    return Axes(**{name: axis(name, groups) for name, groups in mesh.axes().items()})
 
 
 def again(function: Callable[..., Any], *tensors: Tensor) -> Any:
@@ -166,7 +166,7 @@ class Xla:
         self._fallbacks = set(metrics.executed_fallback_ops())
 
     @contextmanager
-    def joined(self, mesh: Mesh, timeout_s: float, kv: int = 1) -> Iterator[Axes]:
+    def joined(self, mesh: Mesh, timeout_s: float) -> Iterator[Axes]:
         """The axes of ``mesh``; the collectives' time limit is NEURON_RT_EXEC_TIMEOUT.
 
         On NeuronCores the ranks sit where trn1 wants them, and where neuronx-distributed, if it is
@@ -175,10 +175,10 @@ class Xla:
         try:
             if self.neuron and self.rendezvous.world_size > 1:
                 with nxd.beside(mesh.on_trn1(self.rendezvous.local_world_size)) as placed:
-                    yield axes(placed, kv, self.rendezvous.rank, self.device)
+                    yield axes(placed, self.rendezvous.rank, self.device)
             else:
                 widen = not self.neuron
-                yield axes(mesh, kv, self.rendezvous.rank, self.device, widen)
+                yield axes(mesh, self.rendezvous.rank, self.device, widen)
         finally:
             if self.neuron and dist.is_initialized():
                 dist.destroy_process_group()

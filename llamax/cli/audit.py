@@ -21,7 +21,7 @@ from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import run_main
-from llamax.tools.audit.auditor import DIFFERS, Ranks, audit, layout
+from llamax.tools.audit.auditor import DIFFERS, Ranks, audit, check_machine
 from llamax.tools.audit.report import (
     as_json,
     show,
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     if options.nodes < 1:
         raise ConfigError(f"--nodes={options.nodes} is out of range; use 1 or more")
     machine = load_machine(options.instance)
-    layout(load_config(options.config, overrides), machine, options.nodes)
+    check_machine(load_config(options.config, overrides), machine)
     world = options.nodes * machine.ranks
     config = load_config(options.config, overrides, world)
     found = audit(config, machine, options.nodes, options.ranks)

@@ -153,7 +153,7 @@ def main(argv: Sequence[str]) -> int:
     kv = given.model.kv_replicas(tp)
     with ExitStack() as stack:
         out = stack.enter_context(new_file(options.out)) if options.out and main_rank else None
-        axis: Axis = stack.enter_context(backend.joined(Mesh(tp=tp), TIMEOUT_S, kv)).tp
+        axis: Axis = stack.enter_context(backend.joined(Mesh(tp=tp, kv=kv), TIMEOUT_S)).tp
         model = given.build(axis, backend.device, options.dtype)
         if feed is not None:
             found = loss_of(model, feed, options.batches, bar=main_rank)

@@ -225,7 +225,7 @@ def main(argv: Sequence[str]) -> int:
     with ExitStack() as stack:
         speaks = where.rank == 0
         out = stack.enter_context(new_file(options.out)) if options.out and speaks else None
-        axes = stack.enter_context(backend.joined(Mesh(tp=tp), TIMEOUT_S, kv))
+        axes = stack.enter_context(backend.joined(Mesh(tp=tp, kv=kv), TIMEOUT_S))
 
         def speaker(number: int) -> Engine:
             given: LoadedModel = models[number]

@@ -1,4 +1,4 @@
-"""What a run eats: the samples of a split, in one of three ways, and how long the run is with them.
+"""The samples of a split: how many an epoch has, and this rank's batches of them.
 
 ==========  ======================================================================================
 best-fit    whole documents packed tightly (``data.packing``); the default for instruction data
@@ -6,26 +6,26 @@ concat      the stream of all documents, cut where a sample is full; the default
 padded      one document in each sample
 ==========  ======================================================================================
 
-A run is as long as ``run.steps`` says or, where ``run.epochs`` is given, as many passes as that;
-its warm-up as long as ``optim.warmup_steps`` or ``optim.warmup_ratio``.  ``resolve`` turns the
-second way of saying it into the first, and from there on nothing else exists.
+Counting needs no torch, so that the planner counts as training does; only ``loader`` imports it.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from llamax.config.schema import DataConfig
-from llamax.data.blended_loader import Blend
 from llamax.data.dataset import Mixture, Split
-from llamax.data.loader import Batches, Loader
-from llamax.data.packed_loader import PackedLoader
 from llamax.data.packing import Packs
-from llamax.parallel.collectives import Axis
+
+if TYPE_CHECKING:
+    from llamax.data.loader import Batches
+    from llamax.parallel.collectives import Axis
 
 
 class Samples:
     """The samples of one split; ``packs`` is None where they are windows of the stream.
 
-    A blend has a feed of each of its ``parts``.
+    A blend has samples of each of its ``parts``.
     """
 
     def __init__(self, split: Split, data: DataConfig, seed: int) -> None:
@@ -42,17 +42,20 @@ class Samples:
         if way != "concat":
             self.packs = Packs(file, data.sequence_length, data.too_long, way, seed, self.answers)
 
-    @property
-    def samples(self) -> int:
-        """How many samples one pass has."""
+    def __len__(self) -> int:
+        """The number of samples in an epoch."""
         if self.parts:
-            return sum(part.samples for part in self.parts)
+            return sum(map(len, self.parts))
         if self.packs is not None:
             return len(self.packs)
         return max(1, -(-(len(self.file) - 1) // self.data.sequence_length))
 
     def loader(self, axis: Axis, consumed: int, shuffle: bool) -> Batches:
         """This data rank's batches, after ``consumed`` samples of the run."""
+        from llamax.data.blended_loader import Blend
+        from llamax.data.loader import Loader
+        from llamax.data.packed_loader import PackedLoader
+
         data = self.data
         if self.parts:
             return Blend(
@@ -99,4 +102,4 @@ class Samples:
             return "a blend of " + " and ".join(shares)
         if self.packs is not None:
             return str(self.packs)
-        return f"concat at {self.data.sequence_length}: {self.samples:,} samples"
+        return f"concat at {self.data.sequence_length}: {len(self):,} samples"

@@ -60,7 +60,7 @@ def loss_of(model: Llama, feed: Samples, batches: int = 0, bar: bool = False) ->
         "loss": loss,
         "perplexity": perplexity(loss),
         "tokens": counted,
-        "samples": min(steps * feed.data.global_batch, feed.samples),
+        "samples": min(steps * feed.data.global_batch, len(feed)),
     }
 
 

@@ -106,7 +106,7 @@ class Zero1:
                 if found != axes.kv.size:
                     raise ConfigError(
                         f"{found} tensor ranks hold each key/value head, and axes.kv joins "
-                        f"{axes.kv.size}; give kv={found} to the backend's joined()"
+                        f"{axes.kv.size}; give the mesh kv={found}"
                     )
             self.groups.append(Group(key, named, counted, axes, self.sharded, bucket_bytes))
 

@@ -38,13 +38,18 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The degree of every axis; ``order``: the rank on every place of the grid, () for 0, 1, ..."""
+    """The degree of every axis.
+
+    ``order`` is the rank on every place of the grid, () for 0, 1, ...  ``kv`` tensor neighbours
+    hold the same key/value head: ``ModelConfig.kv_replicas``.
+    """
 
     tp: int = 1
     dp: int = 1
     cp: int = 1
     pp: int = 1
     order: tuple[int, ...] = ()
+    kv: int = 1
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -56,7 +61,7 @@ class Mesh:
             raise ValueError(f"order {self.order} does not place {self.world_size} ranks")
 
     @classmethod
-    def fill(cls, world_size: int, tp: int = 1, cp: int = 1, pp: int = 1) -> Mesh:
+    def fill(cls, world_size: int, tp: int = 1, cp: int = 1, pp: int = 1, kv: int = 1) -> Mesh:
         """The mesh of ``world_size`` ranks whose data axis takes what the other axes leave."""
         rest, over = divmod(world_size, tp * cp * pp)
         if over or not rest:
@@ -64,7 +69,7 @@ class Mesh:
                 f"a world of {world_size} ranks is not divided by tensor {tp} x context {cp} x "
                 f"pipeline {pp} = {tp * cp * pp}; start a multiple of {tp * cp * pp} ranks"
             )
-        return cls(tp=tp, dp=rest, cp=cp, pp=pp)
+        return cls(tp=tp, dp=rest, cp=cp, pp=pp, kv=kv)
 
     def on_trn1(self, cores: int = 32) -> Mesh:
         """This mesh where trn1 wants it, on nodes with ``cores`` ranks each.
@@ -115,15 +120,12 @@ class Mesh:
             found.setdefault(tuple(getattr(at, axis) for axis in fixed), []).append(rank)
         return tuple(tuple(ranks) for ranks in found.values())
 
-    def axes(self, kv: int) -> dict[str, Groups]:
-        """The groups of every axis that ranks reduce over, by its name in ``collectives.Axes``.
-
-        ``kv`` tensor neighbours hold one key/value head: ``Model.kv_replicas``.
-        """
+    def axes(self) -> dict[str, Groups]:
+        """The groups of every axis that ranks reduce over, by its name in ``collectives.Axes``."""
         return {
             "tp": self.groups("tp"),
             "data": self.groups("dp", "cp"),
-            "kv": self.replicas("tp", kv),
+            "kv": self.replicas("tp", self.kv),
             "world": (tuple(range(self.world_size)),),
         }
 

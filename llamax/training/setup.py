@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from llamax.checkpoint.save import Saver
 from llamax.config.flops import flops_per_token
 from llamax.config.load import dump_config
 from llamax.config.schema import Config
-from llamax.config.validate import accumulation, check
 from llamax.data.dataset import Dataset
 from llamax.data.loader import Batches
 from llamax.data.samples import Samples
@@ -28,7 +26,6 @@ from llamax.model.lora import num_parameters, trained
 from llamax.model.qlora import stores
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Axes
-from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger
 from llamax.runtime.units import show_number
@@ -42,14 +39,14 @@ from llamax.training.metrics import (
     Writer,
 )
 from llamax.training.recorder import Measures
+from llamax.training.resolve import ResolvedRun
 
 
 @dataclass(frozen=True)
 class Job:
     """The pieces of a run on one rank, ready to go on after ``step`` steps."""
 
-    config: Config
-    mesh: Mesh
+    run: ResolvedRun
     backend: Backend
     axes: Axes
     dataset: Dataset
@@ -64,6 +61,10 @@ class Job:
     patience: EarlyStopping
 
     @property
+    def config(self) -> Config:
+        return self.run.config
+
+    @property
     def folder(self) -> Path:
         return Path(self.config.run.folder)
 
@@ -73,8 +74,7 @@ class Job:
 
 
 def prepare(
-    config: Config,
-    mesh: Mesh,
+    run: ResolvedRun,
     backend: Backend,
     axes: Axes,
     inputs: Inputs,
@@ -84,7 +84,7 @@ def prepare(
 
     Without ``draw`` new weights are whatever memory holds.
     """
-    resumed, tp = inputs.resumed, axes.tp
+    config, resumed, tp = run.config, inputs.resumed, axes.tp
     torch.manual_seed(config.run.seed)
     home = torch.device("cpu") if backend.traces else backend.device
     model = build_model(config, inputs.first, draw and resumed is None, axes, home)
@@ -137,8 +137,7 @@ def prepare(
         barrier=backend.barrier,
     )
     return Job(
-        config,
-        mesh,
+        run,
         backend,
         axes,
         inputs.dataset,
@@ -156,7 +155,7 @@ def prepare(
 
 def introduce(job: Job) -> None:
     """Say what will run, and write the resolved configuration into the run folder."""
-    config, mesh = job.config, job.mesh
+    run, config, mesh = job.run, job.config, job.run.mesh
     job.folder.mkdir(parents=True, exist_ok=True)
     write_durable(job.folder / "config.toml", dump_config(config))
     logger.info(
@@ -174,11 +173,11 @@ def introduce(job: Job) -> None:
         "%s: %s tokens, %s a step in %d microsteps, %s",
         config.data.path,
         show_number(len(job.dataset.train)),
-        show_number(config.data.global_batch * config.data.sequence_length),
-        accumulation(config, mesh.dp),
-        f"steps {job.step + 1} to {config.run.steps}"
-        if job.step < config.run.steps
-        else f"nothing left of run.steps={config.run.steps}",
+        show_number(run.step_tokens),
+        run.accumulation,
+        f"steps {job.step + 1} to {run.steps}"
+        if job.step < run.steps
+        else f"nothing left of run.steps={run.steps}",
     )
     logger.info("samples: %s", job.training)
     if job.validation is None and config.run.validates:
@@ -227,14 +226,15 @@ def writers(job: Job) -> list[Writer]:
 
 def measures(job: Job) -> Measures:
     """What throughput is counted in."""
-    data, peak = job.config.data, job.backend.peak_flops(DTYPES[job.config.run.dtype])
-    adapters = num_parameters(job.config.model, job.config.finetune) if job.adapters else 0
+    config = job.config
+    peak = job.backend.peak_flops(DTYPES[config.run.dtype])
+    adapters = num_parameters(config.model, config.finetune) if job.adapters else 0
     return Measures(
         fetch=job.backend.fetch,
         memory=job.backend.memory,
-        step_tokens=data.global_batch * data.sequence_length,
-        flops_per_token=flops_per_token(job.config.model, data.sequence_length, adapters),
-        peak_flops=(peak or 0.0) * job.mesh.world_size,
+        step_tokens=job.run.step_tokens,
+        flops_per_token=flops_per_token(config.model, config.data.sequence_length, adapters),
+        peak_flops=(peak or 0.0) * job.run.mesh.world_size,
     )
 
 
@@ -248,21 +248,3 @@ def move_rest(model: Llama, device: torch.device) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, moved(buffer, device))
-
-
-def resolve(config: Config, samples: int) -> Config:
-    """The configuration with its epochs and its warm-up ratio in steps; checked once more.
-
-    The last step of the last epoch is whole: it takes what it lacks from the next pass.
-    Raises ConfigError where the schedule does not fit.
-    """
-    run, optim = config.run, config.optim
-    if run.epochs:
-        run = replace(run, steps=-(-run.epochs * samples // config.data.global_batch), epochs=0)
-    if optim.warmup_ratio:
-        warmup = math.ceil(optim.warmup_ratio * run.steps)
-        optim = replace(optim, warmup_steps=warmup, warmup_ratio=0.0)
-    if (run, optim) != (config.run, config.optim):
-        config = replace(config, run=run, optim=optim)
-        check(config)
-    return config

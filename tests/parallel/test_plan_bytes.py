@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.runs import share as share_of
 from support.world import Worlds, axes
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -26,7 +27,6 @@ from llamax.parallel.collectives import Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.mesh import Mesh
 from llamax.tools.plan.memory import communication, early_gradients, kept, loss, memory, state
-from llamax.tools.plan.sizes import Share
 
 MODEL = ModelConfig(
     hidden_size=128,
@@ -159,7 +159,7 @@ def test_planned_bytes_are_measured_bytes(
 ) -> None:
     wanted = config(mesh, mode, dtype, sequence)
     found = worlds(mesh.world_size).run(measure, wanted, mesh, timeout_s=240)[0]
-    share = Share(wanted, mesh)
+    share = share_of(wanted, mesh)
     lasting = sum(line.value for line in (*state(share, CPU), early_gradients(share, CPU)))
     assert lasting == pytest.approx(found["state"], rel=0.001)
     # After the loss its gradients of the head and of the hidden state wait for backward.

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.runs import share as share_of
 from support.world import Worlds, axes
 
 from llamax.config.model import ModelConfig
@@ -15,7 +16,6 @@ from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh
 from llamax.tools.plan.roofline import turns
-from llamax.tools.plan.sizes import Share
 
 MODEL = ModelConfig(
     hidden_size=64,
@@ -63,7 +63,7 @@ def test_planned_traffic_is_what_is_sent(worlds: Worlds, sequence: bool, mode: s
         run=RunConfig(dtype="bfloat16"),
     )
     config = replace(config, run=replace(config.run, recompute=mode))
-    found, share = worlds(4).run(sent, config, mesh)[0], Share(config, mesh)
+    found, share = worlds(4).run(sent, config, mesh)[0], share_of(config, mesh)
     hidden = share.tokens * MODEL.hidden_size * share.width
     tensor = sum(size for (axis, _), size in found.items() if axis == "tp")
     # Beside hidden states a few numbers a token cross: the loss's maxima, sums and labels.

@@ -19,6 +19,7 @@ from llamax.config.toml import tomllib
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.process import run_main
 from llamax.train import train
+from llamax.training.resolve import resolve, visible_samples
 
 RECIPES = {
     "dolly-llama2-7b": "dolly",
@@ -122,6 +123,7 @@ def test_epochs_are_steps_and_a_run_may_end_early(tmp_path: Path) -> None:
     train(hopeless, Rendezvous())
     resolved = load_config(str(tmp_path / "run" / "config.toml"))
     assert resolved.run.epochs == 0
+    assert resolve(hopeless, 1, *visible_samples(hopeless)).config == resolved, "as plan sees it"
     assert resolved.optim.warmup_steps == -(-3 * resolved.run.steps // 100)
     records = (tmp_path / "run" / "metrics.jsonl").read_text()
     steps = [json.loads(line)["step"] for line in records.splitlines()]

@@ -28,6 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -155,8 +156,9 @@ class Worlds:
 
 
 @functools.cache
-def axes(mesh: Mesh, kv: int = 1) -> Axes:
-    """In a rank: the axes of ``mesh``, which fills the world; ``kv`` ranks share a KV head."""
+def axes(mesh: Mesh, kv: int = 0) -> Axes:
+    """In a rank: the axes of ``mesh``, which fills the world; ``kv`` ranks, instead of the mesh's
+    own number, share a key/value head."""
     import torch
     import torch.distributed as dist
 
@@ -169,7 +171,12 @@ def axes(mesh: Mesh, kv: int = 1) -> Axes:
         ranks = next(group for group in groups if dist.get_rank() in group)
         return Solo(name) if len(ranks) == 1 else GlooAxis(name, ranks, cpu, _group(ranks))
 
-    return Axes(**{name: axis(name, groups) for name, groups in mesh.axes(kv).items()})
+    return Axes(
+        **{
+            name: axis(name, groups)
+            for name, groups in replace(mesh, kv=kv or mesh.kv).axes().items()
+        }
+    )
 
 
 @functools.cache

@@ -19,6 +19,7 @@ pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this 
 
 import torch
 from support import adapters
+from support.runs import on_mesh
 from support.tiny_run import config, make_dataset, write
 from torch import Tensor
 
@@ -31,9 +32,10 @@ from llamax.parallel import tensor_parallel
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import compile_cache, hlo
-from llamax.tools.audit.auditor import audit_mesh, rank_0
+from llamax.tools.audit.auditor import audit_run, rank_0
 from llamax.tools.audit.report import AuditReport
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
+from llamax.training.resolve import resolve
 
 TP2_DP2 = Mesh(tp=2, dp=2)
 HERE = Path(__file__).name
@@ -45,7 +47,7 @@ def tiny(folder: Path, **run: Any) -> Config:
 
 
 def audited(cfg: Config, mesh: Mesh = TP2_DP2) -> AuditReport:
-    return audit_mesh(cfg, mesh, load_machine("trn1.32xlarge"))
+    return audit_run(on_mesh(cfg, mesh), load_machine("trn1.32xlarge"))
 
 
 # --- the same programs as a run
@@ -90,8 +92,9 @@ def test_audit_precompile_and_a_run_see_the_same_programs(
     )
     assert not (tmp_path / "untouched").exists()
     tracer = Tracer(Rendezvous())
-    with made_up_tokens(cfg, Mesh()) as data:
-        traced = {hlo.normal(each.text) for each in TracedRun(cfg, Mesh(), 0, tracer, data).whole()}
+    resolved = resolve(cfg, 1)
+    with made_up_tokens(resolved) as data:
+        traced = {hlo.normal(each.text) for each in TracedRun(resolved, 0, tracer, data).whole()}
     assert traced == ran
 
 
@@ -103,8 +106,9 @@ def test_precompile_notes_what_doctor_asks_for(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llamax.train", "--config", str(path), "--precompile"]
     subprocess.run(command, check=True, env=environ, timeout=300)
     tracer = Tracer(Rendezvous())
-    with made_up_tokens(cfg, Mesh()) as data:
-        kinds, _, _ = rank_0(cfg, Mesh(), load_machine("trn1.32xlarge"), tracer, data)
+    resolved = resolve(cfg, 1)
+    with made_up_tokens(resolved) as data:
+        kinds, _, _ = rank_0(resolved, load_machine("trn1.32xlarge"), tracer, data)
     audited = {kind.name: hlo.digest(kind.program.normal) for kind in kinds}
     assert sorted(audited.values()) == sorted(note.stem for note in cache.glob("*/*.json"))
 

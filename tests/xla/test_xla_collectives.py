@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
@@ -40,7 +42,7 @@ def verbs(rank: int, dtype: torch.dtype) -> dict[str, Tensor]:
 
     from llamax.backends import xla
 
-    axes = xla.axes(MESH, 2, rank, torch_xla.device(), widen=True)
+    axes = xla.axes(replace(MESH, kv=2), rank, torch_xla.device(), widen=True)
     x = whole()[rank].to(dtype).to(torch_xla.device())
     found: dict[str, Tensor] = {}
     for axis in (axes.tp, axes.data, axes.kv, axes.world):
@@ -96,7 +98,7 @@ def uneven(rank: int) -> list[str]:
 
     from llamax.backends import xla
 
-    axis: Axis = xla.axes(MESH, 1, rank, torch_xla.device()).tp
+    axis: Axis = xla.axes(MESH, rank, torch_xla.device()).tp
     x = torch.zeros(3, 4).to(torch_xla.device())
     found = []
     for call in (lambda: axis.reduce_scatter(x, 0), lambda: axis.all_to_all(x, -2, 1)):

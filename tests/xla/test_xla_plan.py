@@ -11,6 +11,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from support.runs import on_mesh
+from support.runs import share as share_of
 
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
@@ -25,7 +27,6 @@ from llamax.tools.audit.auditor import measure
 from llamax.tools.audit.report import Memory
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
 from llamax.tools.plan.memory import layer_kept, memory
-from llamax.tools.plan.sizes import Share
 
 MESH, TRN1 = Mesh(tp=2, dp=2), load_machine("trn1.2xlarge")
 FEW, MORE = 3, 6
@@ -45,8 +46,9 @@ def small(layers: int, mode: Any, dtype: Any) -> Config:
 
 
 def traced(cfg: Config, tracer: Tracer) -> Memory:
-    with made_up_tokens(cfg, MESH) as data:
-        run = TracedRun(cfg, MESH, 0, tracer, data)
+    resolved = on_mesh(cfg, MESH)
+    with made_up_tokens(resolved) as data:
+        run = TracedRun(resolved, 0, tracer, data)
         programs = {each.kind: hlo.read(each.text) for each in run.step(1, (0,))}
     return measure(run, programs, TRN1)
 
@@ -63,7 +65,7 @@ def traced(cfg: Config, tracer: Tracer) -> Memory:
 def test_planned_bytes_are_those_of_the_programs(mode: Any, dtype: Any) -> None:
     tracer = Tracer(Rendezvous(), debug=False)
     few, more = (traced(small(layers, mode, dtype), tracer) for layers in (FEW, MORE))
-    share = Share(small(MORE, mode, dtype), MESH)
+    share = share_of(small(MORE, mode, dtype), MESH)
     planned = memory(share, TRN1)
     lines = {line.name: line.value for line in planned.lines}
     assert lines["weights"] == more.weights

@@ -30,7 +30,7 @@ def programs(_: int, modes: list[Recompute], dtype: torch.dtype) -> dict[str, li
     tracer = Tracer(Rendezvous(), debug=False)
     texts: dict[str, list[str]] = {}
     for mode in modes:
-        axes = tracer.axes(MESH, 1, 3)
+        axes = tracer.axes(MESH, 3)
         model = build(MODEL, axes, True).to(dtype)
         model.model.mode = mode
         optimizer = Zero1(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -102,7 +103,7 @@ def on_replicas(rank: int, cases: list[Case], mutation: str) -> list[dict[str, A
             kv = max(1, case.mesh.tp // case.model.num_key_value_heads)
             backend.barrier()
             before = backend.compilations()  # type: ignore[attr-defined]
-            with backend.joined(case.mesh, 60.0, kv) as axes:
+            with backend.joined(replace(case.mesh, kv=kv), 60.0) as axes:
                 result = steps(case, axes, backend)
             backend.barrier()
             result["compiled"] = backend.compilations() - before  # type: ignore[attr-defined]

@@ -8,6 +8,7 @@ update, the same on every rank.
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -81,7 +82,7 @@ def on_replicas(rank: int, folder: Path, cases: list[Case], mutation: str) -> li
             kv = max(1, case.mesh.tp // MODEL.num_key_value_heads)
             backend.barrier()
             before = backend.compilations()  # type: ignore[attr-defined]
-            with backend.joined(case.mesh, 60.0, kv) as axes:
+            with backend.joined(replace(case.mesh, kv=kv), 60.0) as axes:
                 model = build(folder, axes, case.finetune, case.sequence, case.recompute)
                 result = steps(model, axes, 2, backend, case.packed)
             backend.barrier()

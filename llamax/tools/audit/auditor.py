@@ -39,6 +39,7 @@ from llamax.tools.audit.report import (
 )
 from llamax.tools.audit.trace import MICROSTEP, VALIDATION, TracedRun, made_up_tokens
 from llamax.tools.plan.report import headline
+from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 
 Ranks = Literal["all", "corners", "deep"]
 DIFFERS = 7  # exit code of ``llamax audit``
@@ -52,27 +53,28 @@ def audit(config: Config, machine: Machine, nodes: int, ranks: Ranks = "all") ->
     none ("corners"), or every rank with all layers ("deep").
     Raises ConfigError where the layout does not fit the machine, BackendError without torch-xla.
     """
-    mesh = layout(config, machine, nodes)
-    return audit_mesh(config, mesh, machine, ranks, f"{nodes} x {machine.name}")
+    check_machine(config, machine)
+    run = resolve(config, nodes * machine.ranks, *visible_samples(config))
+    return audit_run(run.on_trn1(machine.ranks), machine, ranks, f"{nodes} x {machine.name}")
 
 
-def audit_mesh(
-    config: Config, mesh: Mesh, machine: Machine, ranks: Ranks = "all", machines: str = ""
+def audit_run(
+    run: ResolvedRun, machine: Machine, ranks: Ranks = "all", machines: str = ""
 ) -> AuditReport:
-    """The audit of ``config`` on ``mesh``; ``machines`` describes them in the headline."""
-    layers = config.model.num_hidden_layers
+    """The audit of a run; ``machines`` describes them in the headline."""
+    mesh, layers = run.mesh, run.config.model.num_hidden_layers
     tracer = Tracer(rendezvous({}))
-    with made_up_tokens(config, mesh) as data:
-        kinds, memory, divergences = rank_0(config, mesh, machine, tracer, data)
+    with made_up_tokens(run) as data:
+        kinds, memory, divergences = rank_0(run, machine, tracer, data)
         normal = {kind.name: kind.program.normal for kind in kinds}
         compared = []
         if not divergences and ranks == "deep":
             others = range(1, mesh.world_size)
-            divergences += compare(config, mesh, tracer, data, others, normal, layers)
+            divergences += compare(run, tracer, data, others, normal)
             compared.append(f"all {mesh.world_size} trace one program of each kind")
         elif not divergences:
             corners = [rank for rank in corner_ranks(mesh) if rank]
-            divergences += compare(config, mesh, tracer, data, corners, normal, layers)
+            divergences += compare(run, tracer, data, corners, normal)
             compared.append(
                 f"{len(corners) + 1} at the corners of the mesh trace one program of each kind "
                 f"({', '.join(map(str, [0, *corners]))})"
@@ -80,25 +82,25 @@ def audit_mesh(
         if not divergences and ranks == "all":
             few = min(FEW_LAYERS, layers)
             world = range(mesh.world_size)
-            divergences += compare(config, mesh, tracer, data, world, {}, few)
+            divergences += compare(run.with_layers(few), tracer, data, world, {})
             compared.append(f"all {mesh.world_size} do so with {few} layers")
     return AuditReport(
-        headline(config, mesh, machines),
+        headline(run, machines),
         kinds,
         tuple(compared),
         layers,
         memory,
         tuple(divergences),
         tuple(tracer.fallbacks()),
-        tuple(notes(config)),
+        tuple(notes(run.config)),
     )
 
 
 def rank_0(
-    config: Config, mesh: Mesh, machine: Machine, tracer: Tracer, data: Path
+    run: ResolvedRun, machine: Machine, tracer: Tracer, data: Path
 ) -> tuple[tuple[Kind, ...], Memory, list[Divergence]]:
     """The programs of rank 0 by kind, its memory, and the kinds that have more than one program."""
-    first = TracedRun(config, mesh, 0, tracer, data)
+    first = TracedRun(run, 0, tracer, data)
     seconds: dict[str, float] = {}
 
     def traced() -> Iterator[tuple[str, str, str]]:
@@ -112,9 +114,9 @@ def rank_0(
             name,
             program,
             tuple(when[name]),
-            tuple(census.collectives(program, mesh.axes(first.kv))),
+            tuple(census.collectives(program, run.mesh.axes())),
             by_formula(first, name),
-            model_flops(config, mesh, name),
+            model_flops(run, name),
             seconds[name],
         )
         for name, program in programs.items()
@@ -123,42 +125,40 @@ def rank_0(
 
 
 def compare(
-    config: Config,
-    mesh: Mesh,
+    run: ResolvedRun,
     tracer: Tracer,
     data: Path,
     ranks: Sequence[int],
     expected: dict[str, str],
-    layers: int,
 ) -> list[Divergence]:
     """The first program of ``ranks`` that differs from the ``expected`` text of its kind, if any.
 
     Without an expected text the first rank sets it.  Python lines are traced only for the two
     programs that differ.
     """
-    config = replace(config, model=replace(config.model, num_hidden_layers=layers))
+    layers = run.config.model.num_hidden_layers
     expected, first = dict(expected), 0 if expected else ranks[0]
     tracer.debug(False)
     try:
         for rank in tqdm(ranks, desc=f"{layers} layers", unit="rank", disable=None, leave=False):
-            for boundary in TracedRun(config, mesh, rank, tracer, data).brief():
+            for boundary in TracedRun(run, rank, tracer, data).brief():
                 text = hlo.normal(boundary.text)
                 if expected.setdefault(boundary.kind, text) != text:
-                    return [explain(config, mesh, tracer, data, first, rank, boundary.kind)]
+                    return [explain(run, tracer, data, first, rank, boundary.kind)]
     finally:
         tracer.debug(True)
     return []
 
 
 def explain(
-    config: Config, mesh: Mesh, tracer: Tracer, data: Path, rank: int, other: int, kind: str
+    run: ResolvedRun, tracer: Tracer, data: Path, rank: int, other: int, kind: str
 ) -> Divergence:
     """The difference between the programs of two ranks, with Python lines."""
     tracer.debug(True)
     expected, found = (
         next(
             hlo.read(boundary.text)
-            for boundary in TracedRun(config, mesh, each, tracer, data).brief()
+            for boundary in TracedRun(run, each, tracer, data).brief()
             if boundary.kind == kind
         )
         for each in (rank, other)
@@ -174,12 +174,12 @@ def corner_ranks(mesh: Mesh) -> list[int]:
     return sorted({mesh.rank(Coordinate(0, dp, 0, tp)) for dp, tp in corners})
 
 
-def by_formula(run: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
+def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
     """The collectives of a kind of program by formula; None for adapters, which have no formula."""
-    config, mesh = run.config, run.mesh
+    config, mesh = traced.run.config, traced.run.mesh
     if config.finetune.method != "full":
         return None
-    rows = run.model.output_weight.shape[0]
+    rows = traced.model.output_weight.shape[0]
     tokens = config.data.micro_batch * config.data.sequence_length
     chunks = -(-tokens // loss_chunk_tokens(rows))
     if kind == MICROSTEP:
@@ -187,8 +187,8 @@ def by_formula(run: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
     elif kind == VALIDATION:
         found = formulas.forward(config, mesh, chunks)
     else:
-        found = formulas.update(mesh, group_shapes(run), config.parallel.zero1, run.kv)
-    names, groups = {}, mesh.axes(run.kv)
+        found = formulas.update(mesh, group_shapes(traced), config.parallel.zero1, mesh.kv)
+    names, groups = {}, mesh.axes()
     for axis, known in groups.items():  # axes with the same groups share one name
         names[axis] = next(name for name, each in groups.items() if set(each) == set(known))
     total: dict[tuple[str, str], Traffic] = {}
@@ -218,8 +218,9 @@ def group_shapes(run: TracedRun) -> list[GroupShape]:
     ]
 
 
-def model_flops(config: Config, mesh: Mesh, kind: str) -> float:
+def model_flops(run: ResolvedRun, kind: str) -> float:
     """6N + attention FLOPs of one rank in a microbatch; a third of it in forward alone."""
+    config = run.config
     length = config.data.sequence_length
     tokens = config.data.micro_batch * length
     adapters = 0
@@ -229,7 +230,7 @@ def model_flops(config: Config, mesh: Mesh, kind: str) -> float:
         MICROSTEP: flops_per_token(config.model, length, adapters),
         VALIDATION: flops_per_token(config.model, length) / 3,
     }
-    return a_token.get(kind, 0.0) * tokens / mesh.tp
+    return a_token.get(kind, 0.0) * tokens / run.mesh.tp
 
 
 def measure(run: TracedRun, programs: dict[str, hlo.Program], machine: Machine) -> Memory:
@@ -262,8 +263,8 @@ def notes(config: Config) -> Iterator[str]:
         )
 
 
-def layout(config: Config, machine: Machine, nodes: int) -> Mesh:
-    """The mesh of the world; raises ConfigError where it does not fit the machine."""
+def check_machine(config: Config, machine: Machine) -> None:
+    """Raise ConfigError if the machine does not trace programs or its nodes do not fit the mesh."""
     if machine.backend != "xla":
         raise ConfigError(
             f"--instance {machine.name} trains with run.backend={machine.backend}, which compiles "
@@ -276,4 +277,3 @@ def layout(config: Config, machine: Machine, nodes: int) -> Mesh:
             f"parallel.tensor={tensor} does not fit {machine.name}, whose nodes have {cores} "
             f"NeuronCores: tensor ranks share a node; use {', '.join(fitting)}"
         )
-    return Mesh.fill(nodes * cores, tp=tensor).on_trn1(cores)

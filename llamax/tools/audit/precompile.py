@@ -20,13 +20,13 @@ from tempfile import TemporaryDirectory
 from llamax.backends import choose
 from llamax.config.schema import Config
 from llamax.optim.schedule import lr_at
-from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous, first_to_speak
 from llamax.runtime.errors import BackendError
 from llamax.runtime.logging import logger
 from llamax.tools.audit import compile_cache
 from llamax.training.inputs import open_inputs
-from llamax.training.setup import loaders, prepare, resolve
+from llamax.training.resolve import resolve
+from llamax.training.setup import loaders, prepare
 from llamax.training.step import train_step, validation_loss
 
 EXTRACT, CACHE = "NEURON_EXTRACT_GRAPHS_ONLY", "NEURON_COMPILE_CACHE_URL"
@@ -41,8 +41,6 @@ def asked(environ: Mapping[str, str]) -> bool:
 def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) -> None:
     """Trace and compile every program of ``config`` on this rank of the world ``where``."""
     run = config.run
-    mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
-    kv = config.model.kv_replicas(mesh.tp)
     base = config.checkpoint.init_from if config.finetune.method != "full" else ""
     with TemporaryDirectory(prefix="llamax-") as folder:
         config = replace(
@@ -53,19 +51,18 @@ def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) ->
         with first_to_speak(where):
             backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
             inputs = replace(open_inputs(config), first=None)  # only names of the base are read
-            config = resolve(config, inputs.training.samples)
-        with backend.joined(mesh, config.run.timeout_s, kv) as axes:
-            job = prepare(config, mesh, backend, axes, inputs, draw=False)
+            resolved = resolve(config, where.world_size, len(inputs.training))
+        with backend.joined(resolved.mesh, run.timeout_s) as axes:
+            job = prepare(resolved, backend, axes, inputs, draw=False)
             training, validation = loaders(job)
-            tokens = config.data.global_batch * config.data.sequence_length
             for step in range(1, STEPS + 1):
-                lr = lr_at(step, config.optim, config.run.steps)
+                lr = lr_at(step, resolved.config.optim, resolved.steps)
                 train_step(
                     job.model,
                     job.optimizer,
                     axes,
                     training.step(),
-                    tokens,
+                    resolved.step_tokens,
                     lr,
                     step,
                     boundary=backend.step_boundary,
@@ -74,7 +71,7 @@ def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) ->
                 validation_loss(job.model, axes, validation, BATCHES, backend.step_boundary)
             backend.synchronize()
         if where.rank == 0 and config.run.backend == "xla":
-            _note(config, where, environ)
+            _note(resolved.config, where, environ)
     logger.info("precompiled: all programs of the run were traced; nothing was saved")
 
 

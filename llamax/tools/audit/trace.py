@@ -31,17 +31,16 @@ import torch
 from llamax.backends.tracing import Tracer
 from llamax.checkpoint.build_model import build_model
 from llamax.config.load import load_config
-from llamax.config.schema import Config
 from llamax.data.loader import Batch, Batches
 from llamax.data.samples import Samples
 from llamax.data.shuffle import Integers
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.model.lora import trained
 from llamax.optim import Zero1, lr_at
-from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.process import run_main
 from llamax.tools.audit import hlo
+from llamax.training.resolve import ResolvedRun, resolve
 from llamax.training.setup import move_rest
 from llamax.training.step import train_step, validation_loss
 
@@ -59,12 +58,12 @@ class Boundary:
 
 
 class TracedRun:
-    """The pieces of a run on global ``rank`` of ``mesh``, as shapes."""
+    """The pieces of a run on global ``rank``, as shapes."""
 
-    def __init__(self, config: Config, mesh: Mesh, rank: int, tracer: Tracer, data: Path) -> None:
-        self.config, self.mesh, self.tracer = config, mesh, tracer
-        self.kv = config.model.kv_replicas(mesh.tp)
-        self.axes = axes = tracer.axes(mesh, self.kv, rank)
+    def __init__(self, run: ResolvedRun, rank: int, tracer: Tracer, data: Path) -> None:
+        self.run, self.tracer = run, tracer
+        self.config = config = run.config
+        self.axes = axes = tracer.axes(run.mesh, rank)
         self.model = build_model(config, None, False, axes, torch.device("meta"))
         parameters = trained(self.model)
         self.optimizer = Zero1(
@@ -88,7 +87,7 @@ class TracedRun:
 
     def whole(self) -> Iterator[Boundary]:
         """Every kind of step of the run."""
-        last = self.config.run.steps
+        last = self.run.steps
         yield from self.step(1, (0, 1, -1))
         yield from self.validate(2)
         yield from self.checkpoint()
@@ -120,8 +119,8 @@ class TracedRun:
                 self.optimizer,
                 self.axes,
                 (batches[place] for place in chosen),
-                config.data.global_batch * config.data.sequence_length,
-                lr_at(step, config.optim, config.run.steps),
+                self.run.step_tokens,
+                lr_at(step, config.optim, self.run.steps),
                 step,
                 boundary=boundary,
             )
@@ -179,27 +178,27 @@ class _Few(Batches):
 
 
 @contextmanager
-def made_up_tokens(config: Config, mesh: Mesh) -> Iterator[Path]:
+def made_up_tokens(run: ResolvedRun) -> Iterator[Path]:
     """A token file that fills a microbatch of every data rank, and half of the next."""
-    data = config.data
-    samples = 3 * data.micro_batch * mesh.dp // 2 + 1
+    data = run.config.data
+    samples = 3 * data.micro_batch * run.mesh.dp // 2 + 1
     tokens = np.zeros(samples * data.sequence_length - data.sequence_length // 2, np.uint16)
     with tempfile.TemporaryDirectory(prefix="llamax-") as folder:
         path = Path(folder, "train.tokens")
-        with TokenWriter(path, Header("", config.model.vocab_size)) as writer:
+        with TokenWriter(path, Header("", run.config.model.vocab_size)) as writer:
             writer.add(tokens, np.array([len(tokens)]), 0)
         yield path
 
 
-def hashes(config: Config, mesh: Mesh) -> dict[str, str]:
+def hashes(run: ResolvedRun) -> dict[str, str]:
     """Kind of program -> sha256 of its normal text, of rank 0, of those that the run compiles."""
     tracer = Tracer(rendezvous({}), debug=False)
-    with made_up_tokens(config, mesh) as data:
+    with made_up_tokens(run) as data:
         found = {
             boundary.kind: hlo.digest(hlo.normal(boundary.text))
-            for boundary in TracedRun(config, mesh, 0, tracer, data).brief()
+            for boundary in TracedRun(run, 0, tracer, data).brief()
         }
-    if not config.run.validates:
+    if not run.config.run.validates:
         del found[VALIDATION]
     return found
 
@@ -207,8 +206,7 @@ def hashes(config: Config, mesh: Mesh) -> dict[str, str]:
 def main(argv: Sequence[str]) -> int:
     path, world, cores = argv
     config = load_config(path, (), int(world))
-    mesh = Mesh.fill(int(world), tp=config.parallel.tensor).on_trn1(int(cores))
-    print(json.dumps(hashes(config, mesh)))
+    print(json.dumps(hashes(resolve(config, int(world)).on_trn1(int(cores)))))
     return 0
 
 

@@ -29,8 +29,9 @@ from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Finding, Host, machine, storage, versions
 from llamax.tools.doctor.finding import ok, unseen
-from llamax.tools.plan import Plan, plan
+from llamax.tools.plan import Plan, plan_run
 from llamax.training.compile_guard import PROGRAMS
+from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 
 
 def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]:
@@ -44,11 +45,13 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
         return
     folder = Path(job.folder)
     yield from storage.check(host, folder, job.nodes, wait_s)
-    found = _plan(job)
+    path = _seen_from(folder, job.config.data.path)
+    run = resolve(job.config, job.nodes * job.ranks, *visible_samples(job.config, path))
+    found = _plan(run, job)
     if found is not None:
         yield from _fits(found)
-    yield from storage.disk(folder, job.config, found.time.step_s if found else None)
-    yield from _dataset(_seen_from(folder, job.config.data.path), folder.is_dir())
+    yield from storage.disk(folder, run, found.time.step_s if found else None)
+    yield from _dataset(path, folder.is_dir())
     if cache := host.environ.get("NEURON_COMPILE_CACHE_URL"):
         world = job.nodes * job.ranks
         hashes = partial(compile_cache.hashes, job.config, world, job.ranks, host.environ)
@@ -69,11 +72,11 @@ def count(config: Config) -> int:
     return PROGRAMS["training"] + (PROGRAMS["validation"] if config.run.validates else 0)
 
 
-def _plan(job: JobFile) -> Plan | None:
-    """The plan of a job on an instance that the planner knows."""
+def _plan(run: ResolvedRun, job: JobFile) -> Plan | None:
+    """The plan of a job's run on an instance that the planner knows."""
     if job.machine is LOCAL:
         return None
-    return plan(job.config, job.machine.with_ranks(job.ranks), job.nodes)
+    return plan_run(run, job.machine.with_ranks(job.ranks), job.nodes)
 
 
 def _fits(found: Plan) -> Iterator[Finding]:

@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from llamax.config.constants import MASTER_BYTES, MOMENTS_BYTES
+from llamax.config.constants import DTYPE_BYTES, MASTER_BYTES, MOMENTS_BYTES
 from llamax.config.schema import Config
-from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import BackendError
 from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor.finding import Finding, Host, ok, unseen
-from llamax.tools.plan.sizes import Share
+from llamax.tools.plan.sizes import adapter_elements
+from llamax.training.resolve import ResolvedRun
 
 Hashes = Callable[[], Mapping[str, str]]
 BEACONS = ".llamax-doctor"
@@ -115,36 +115,37 @@ def _beacons(folder: Path, nodes: int, wait_s: float, me: str) -> Iterator[Findi
 
 def size(config: Config) -> int:
     """Bytes of a checkpoint: of all that is trained the weight, its moments, and its master."""
-    whole, share = config.model.num_parameters(), Share(config, Mesh())
-    apart = share.width < 4 or config.run.backend == "xla"  # else weights are their own masters
-    trained = share.adapters if share.tuned else whole
-    hub = whole * share.width if config.checkpoint.also_hf else 0
-    return trained * (share.width + MOMENTS_BYTES + (MASTER_BYTES if apart else 0)) + hub
+    whole, width = config.model.num_parameters(), DTYPE_BYTES[config.run.dtype]
+    apart = width < 4 or config.run.backend == "xla"  # else weights are their own masters
+    trained = adapter_elements(config) if config.finetune.method != "full" else whole
+    hub = whole * width if config.checkpoint.also_hf else 0
+    return trained * (width + MOMENTS_BYTES + (MASTER_BYTES if apart else 0)) + hub
 
 
-def at_once(config: Config) -> int:
+def at_once(run: ResolvedRun) -> int:
     """The most checkpoints that are there at one moment: when the last is just whole.
 
-    How many steps an epoch has is in the dataset: where that decides, the run counts as long.
+    Where the length of an epoch decides and the data set was not seen, the run counts as long.
     """
-    run, saved = config.run, config.checkpoint
-    if run.epochs:
+    saved = run.config.checkpoint
+    if run.assumption:  # epochs, but not how many steps each has
         saves, unknown = [*range(1, run.epochs * saved.each_epoch), run.epochs], saved.every > 0
     else:
-        saves = [*range(saved.every, run.steps, saved.every)] if saved.every else []
-        saves, unknown = [*saves, run.steps], saved.each_epoch
+        ends = run.epoch_ends if saved.each_epoch else ()
+        every = range(saved.every, run.steps, saved.every) if saved.every else ()
+        saves, unknown = sorted({*every, *(ends or ()), run.steps}), ends is None
     newest = saved.keep + 1 if saved.keep else len(saves)
     older = saves[:-newest]
     best = saved.keep_best and bool(older or unknown)
     for_good = 0
-    if saved.keep_every and not run.epochs:
+    if saved.keep_every and not run.assumption:
         for_good = sum(step % saved.keep_every == 0 for step in older)
     return (newest if unknown else min(newest, len(saves))) + best + for_good
 
 
-def disk(folder: Path, config: Config, step_s: float | None) -> Iterator[Finding]:
+def disk(folder: Path, run: ResolvedRun, step_s: float | None) -> Iterator[Finding]:
     """Room for the checkpoints that the run keeps, and the rate at which it writes them."""
-    one, kept, every = size(config), at_once(config), config.checkpoint.every
+    one, kept, every = size(run.config), at_once(run), run.config.checkpoint.every
     if not folder.is_dir():
         yield unseen(
             "disk",

@@ -2,7 +2,7 @@
 
 ::
 
-    Config + Machine + nodes ── sizes ────> elements of every matrix on one rank
+    ResolvedRun + Machine   ── sizes ────> elements of every matrix on one rank
                                 ├─ memory ──> bytes by purpose, against the device's memory
                                 └─ roofline ─> seconds by purpose, tokens/s, MFU
                                 search ──> every layout: those that fit, best first, and why the
@@ -11,7 +11,7 @@
 Every quantity is a ``Line``: a number and its formula.
 """
 
-from llamax.tools.plan.planner import Plan, plan
+from llamax.tools.plan.planner import Plan, plan, plan_run
 from llamax.tools.plan.search import Refused, search
 
-__all__ = ["Plan", "Refused", "plan", "search"]
+__all__ = ["Plan", "Refused", "plan", "plan_run", "search"]

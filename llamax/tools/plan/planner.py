@@ -1,4 +1,4 @@
-"""The plan of one configuration on one kind of machine."""
+"""The plan of one run on one kind of machine."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from dataclasses import dataclass
 
 from llamax.config.hardware import Machine
 from llamax.config.schema import Config
-from llamax.parallel.mesh import Mesh
 from llamax.tools.plan.memory import Memory, memory
 from llamax.tools.plan.roofline import Time, time
 from llamax.tools.plan.sizes import Share
+from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory and time of a configuration on ``nodes`` machines."""
+    """Memory and time of a run on ``nodes`` machines."""
 
-    config: Config
-    mesh: Mesh
+    run: ResolvedRun
     machine: Machine
     nodes: int
     memory: Memory
@@ -25,7 +24,16 @@ class Plan:
 
 
 def plan(config: Config, machine: Machine, nodes: int) -> Plan:
-    """The plan of ``config``, which must be valid for a world of ``nodes`` x ``machine.ranks``."""
-    mesh = Mesh.fill(nodes * machine.ranks, tp=config.parallel.tensor)
-    share = Share(config, mesh)
-    return Plan(config, mesh, machine, nodes, memory(share, machine), time(share, machine, nodes))
+    """The plan of ``config`` on ``nodes`` machines, with the data set if it is there.
+
+    Raises ConfigError if the configuration is not valid for a world of ``nodes`` x
+    ``machine.ranks`` ranks.
+    """
+    run = resolve(config, nodes * machine.ranks, *visible_samples(config))
+    return plan_run(run, machine, nodes)
+
+
+def plan_run(run: ResolvedRun, machine: Machine, nodes: int) -> Plan:
+    """The plan of a run on ``nodes`` machines."""
+    share = Share(run)
+    return Plan(run, machine, nodes, memory(share, machine), time(share, machine, nodes))

@@ -18,35 +18,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from llamax.config.schema import Config
-from llamax.config.validate import accumulation
-from llamax.parallel.mesh import Mesh
 from llamax.runtime.units import show_bytes, show_number, show_time
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import plain_attention
 from llamax.tools.plan.planner import Plan
 from llamax.tools.plan.search import Refused
 from llamax.tools.plan.sizes import Share
+from llamax.training.resolve import ResolvedRun
 
 BEST = 10  # rows of a search that are shown
 
 
-def headline(config: Config, mesh: Mesh, machines: str) -> str:
+def headline(run: ResolvedRun, machines: str) -> str:
     """One line about a run: model, dtype, layout and batch; ``machines``: count and kind."""
-    data = config.data
+    config, mesh, data = run.config, run.mesh, run.config.data
     return (
         f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
         f"{machines}: tensor {mesh.tp} x data {mesh.dp}, "
-        f"{accumulation(config, mesh.dp)} microsteps of {data.micro_batch} x "
+        f"{run.accumulation} microsteps of {data.micro_batch} x "
         f"{data.sequence_length} tokens, recompute {config.run.recompute}"
     )
 
 
 def show(plan: Plan) -> Iterator[str]:
     """The plan as lines of text."""
-    config, mesh, machine = plan.config, plan.mesh, plan.machine
-    memory, time = plan.memory, plan.time
-    yield headline(config, mesh, f"{plan.nodes} x {machine.name}")
+    run, machine, memory, time = plan.run, plan.machine, plan.memory, plan.time
+    yield headline(run, f"{plan.nodes} x {machine.name}")
     yield ""
     yield (
         f"memory of a rank: {show_bytes(memory.peak)} of {show_bytes(memory.available)}, "
@@ -64,20 +61,25 @@ def show(plan: Plan) -> Iterator[str]:
     yield ""
     yield (
         f"{show_number(time.tokens_per_s)} tokens/s "
-        f"({show_number(time.tokens_per_s / mesh.world_size)} a rank), MFU {time.mfu:.1%}"
+        f"({show_number(time.tokens_per_s / run.mesh.world_size)} a rank), MFU {time.mfu:.1%}"
     )
-    budget = time.steps * time.step_tokens
+    epochs = ""
+    if run.epochs and run.training_samples is not None:
+        epochs = f" ({run.epochs} x {run.training_samples:,} samples)"
     yield (
-        f"{show_number(budget)} tokens in {time.steps:,} steps: {show_time(time.total_s)}, "
+        f"{show_number(run.total_tokens)} tokens in {run.steps:,} steps{epochs}: "
+        f"{show_time(time.total_s)}, "
         f"${time.dollars:,.0f} at ${time.dollars_per_hour:,.2f} an hour"
     )
     yield from (f"note: {note}" for note in notes(plan))
 
 
 def notes(plan: Plan) -> Iterator[str]:
-    """Settings that slow the run or do not match the machine."""
-    config, machine = plan.config, plan.machine
-    if why := plain_attention(Share(config, plan.mesh), machine):
+    """Assumptions, and settings that slow the run or do not match the machine."""
+    config, machine = plan.run.config, plan.machine
+    if plan.run.assumption:
+        yield plan.run.assumption
+    if why := plain_attention(Share(plan.run), machine):
         yield f"attention computes every pair of tokens, because {why}: the flash kernel cannot run"
     if config.run.backend != machine.backend:
         yield (
@@ -99,14 +101,17 @@ def show_search(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[s
         yield f"none of {len(plans) + len(refused)} layouts fits"
         yield from _reasons(plans, refused)
         return
+    if fitting[0].run.assumption:
+        yield f"note: {fitting[0].run.assumption}"
     yield f"{len(fitting)} of {len(plans) + len(refused)} layouts fit; the fastest:"
     yield f"  {'tensor':>6} {'data':>5} {'micro':>5} {'recompute':<9} {'memory':>9} {'MFU':>6} " + (
         f"{'tokens/s':>9} {'dollars':>10}"
     )
     for each in fitting[:BEST]:
+        mesh, config = each.run.mesh, each.run.config
         yield (
-            f"  {each.mesh.tp:>6} {each.mesh.dp:>5} {each.config.data.micro_batch:>5} "
-            f"{each.config.run.recompute:<9} {show_bytes(each.memory.peak):>9} "
+            f"  {mesh.tp:>6} {mesh.dp:>5} {config.data.micro_batch:>5} "
+            f"{config.run.recompute:<9} {show_bytes(each.memory.peak):>9} "
             f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
             f"{each.time.dollars:>10,.0f}"
         )
@@ -118,15 +123,16 @@ def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]
     over: dict[int, list[Plan]] = {}
     for each in plans:
         if not each.memory.fits:
-            over.setdefault(each.mesh.tp, []).append(each)
+            over.setdefault(each.run.mesh.tp, []).append(each)
     if over or refused:
         yield "the others:"
     for tensor, layouts in sorted(over.items()):
         least = min(layouts, key=lambda each: each.memory.peak)
         largest = max(least.memory.lines, key=lambda line: line.value)
+        config = least.run.config
         yield (
             f"  tensor {tensor}: {len(layouts)} layouts do not fit; the smallest (micro-batch "
-            f"{least.config.data.micro_batch}, recompute {least.config.run.recompute}) needs "
+            f"{config.data.micro_batch}, recompute {config.run.recompute}) needs "
             f"{show_bytes(least.memory.peak)} of {show_bytes(least.memory.available)}, "
             f"{show_bytes(largest.value)} of it {largest.name}"
         )
@@ -141,13 +147,16 @@ def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]
 
 def as_json(plan: Plan) -> dict[str, object]:
     """The plan for programs, in bytes, seconds and dollars."""
-    memory, time = plan.memory, plan.time
+    run, memory, time = plan.run, plan.memory, plan.time
     return {
         "instance": plan.machine.name,
         "nodes": plan.nodes,
-        "parallel": {"tensor": plan.mesh.tp, "data": plan.mesh.dp},
-        "micro_batch": plan.config.data.micro_batch,
-        "recompute": plan.config.run.recompute,
+        "parallel": {"tensor": run.mesh.tp, "data": run.mesh.dp},
+        "micro_batch": run.config.data.micro_batch,
+        "recompute": run.config.run.recompute,
+        "steps": run.steps,
+        "tokens": run.total_tokens,
+        "assumption": run.assumption,
         "fits": memory.fits,
         "memory_bytes": {
             "peak": memory.peak,

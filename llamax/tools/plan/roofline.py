@@ -21,11 +21,10 @@ from dataclasses import dataclass
 
 from llamax.config.flops import flops_per_token, mfu
 from llamax.config.hardware import Machine
-from llamax.parallel.mesh import Mesh
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import pairs, plain_attention
-from llamax.tools.plan.sizes import Share
+from llamax.tools.plan.sizes import Share, adapter_elements
 
 SCORE_TRAFFIC_BYTES = 24  # of a score without a flash kernel: float32, written and read 3 times
 
@@ -216,13 +215,13 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
             f"{data.bytes_per_s / 1e9:.1f} GB/s",
         ),
     )
-    trained = Share(config, Mesh()).adapters if share.tuned else 0
-    step_tokens = config.data.global_batch * config.data.sequence_length
+    trained = adapter_elements(config) if share.tuned else 0
+    step_tokens = share.run.step_tokens
     step_s = sum(line.value for line in lines)
     return Time(
         lines=tuple(line for line in lines if line.value),
         step_tokens=step_tokens,
-        steps=config.run.steps,
+        steps=share.run.steps,
         mfu=mfu(
             step_tokens / step_s,
             flops_per_token(share.model, config.data.sequence_length, trained),

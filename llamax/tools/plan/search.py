@@ -15,7 +15,8 @@ from llamax.config.rules import divisors
 from llamax.config.schema import Config
 from llamax.config.validate import problems
 from llamax.tools.plan.memory import Recompute
-from llamax.tools.plan.planner import Plan, plan
+from llamax.tools.plan.planner import Plan, plan_run
+from llamax.training.resolve import resolve, visible_samples
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,12 @@ def candidates(config: Config, world: int) -> Iterator[Config]:
 def search(config: Config, machine: Machine, nodes: int) -> tuple[list[Plan], list[Refused]]:
     """The plans of all valid candidates, fitting ones first and fastest first; and the refused."""
     world = nodes * machine.ranks
+    samples = visible_samples(config)  # the same for all
     plans, refused = [], []
     for candidate in candidates(config, world):
         if reasons := problems(candidate, world):
             refused.append(Refused(candidate, reasons[0]))
         else:
-            plans.append(plan(candidate, machine, nodes))
+            plans.append(plan_run(resolve(candidate, world, *samples), machine, nodes))
     plans.sort(key=lambda each: (not each.memory.fits, -each.time.tokens_per_s))
     return plans, refused

@@ -13,8 +13,9 @@ from typing import NamedTuple
 from llamax.config.constants import DTYPE_BYTES, loss_chunk_tokens, nf4_bits
 from llamax.config.model import ModelConfig
 from llamax.config.rules.finetune import target_names
-from llamax.config.schema import Config
+from llamax.config.schema import Config, FinetuneConfig
 from llamax.parallel.mesh import Mesh
+from llamax.training.resolve import ResolvedRun
 
 
 class Group(NamedTuple):
@@ -31,10 +32,17 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """The sizes on one rank of ``mesh``."""
+    """The sizes on one rank of a run."""
 
-    config: Config
-    mesh: Mesh
+    run: ResolvedRun
+
+    @property
+    def config(self) -> Config:
+        return self.run.config
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.run.mesh
 
     @property
     def model(self) -> ModelConfig:
@@ -69,8 +77,7 @@ class Share:
     @property
     def accumulation(self) -> int:
         """Microsteps in one optimizer step."""
-        data = self.config.data
-        return data.global_batch // (data.micro_batch * self.mesh.dp)
+        return self.run.accumulation
 
     @property
     def heads(self) -> int:
@@ -131,11 +138,8 @@ class Share:
     @property
     def adapters(self) -> int:
         """Elements of the adapters: of A [r, in] and B [out, r], one is whole and one is cut."""
-        D, q, k, F = self.model.hidden_size, self.query, self.key, self.feed_forward
-        both = {"q_proj": D + q, "k_proj": D + k, "v_proj": D + k, "o_proj": q + D}
-        both |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), D + F)
-        finetune = self.config.finetune
-        return self.layers * finetune.r * sum(both[n] for n in set(target_names(finetune.targets)))
+        widths = self.model.hidden_size, self.query, self.key, self.feed_forward
+        return self.layers * adapter_width(self.config.finetune, *widths)
 
     @property
     def base(self) -> tuple[int, float]:
@@ -172,3 +176,19 @@ class Share:
             Group(norms, summed=self.sequence),
         )
         return [group for group in groups if group.elements]
+
+
+def adapter_width(finetune: FinetuneConfig, hidden: int, query: int, key: int, inner: int) -> int:
+    """Elements of the adapters of one layer, from the widths of its projections."""
+    both = dict.fromkeys(("q_proj", "o_proj"), hidden + query)
+    both |= dict.fromkeys(("k_proj", "v_proj"), hidden + key)
+    both |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), hidden + inner)
+    return finetune.r * sum(both[name] for name in set(target_names(finetune.targets)))
+
+
+def adapter_elements(config: Config) -> int:
+    """Elements of the adapters of a whole model."""
+    model, E = config.model, config.model.head_dim
+    heads = model.num_attention_heads * E, model.num_key_value_heads * E
+    widths = model.hidden_size, *heads, model.intermediate_size
+    return model.num_hidden_layers * adapter_width(config.finetune, *widths)

@@ -331,5 +331,5 @@ def test_key_value_heads_that_the_axes_do_not_join() -> None:
 
     axes = dataclasses.replace(Axes.solo(), tp=Four("tp"))
     llama = Llama(model, axes.tp)
-    with pytest.raises(ConfigError, match=r"4 tensor ranks hold each .* give kv=4 to"):
+    with pytest.raises(ConfigError, match=r"4 tensor ranks hold each .* give the mesh kv=4"):
         Zero1(dict(llama.named_parameters()), llama.shards, OPTIM, axes, sequence_parallel=False)

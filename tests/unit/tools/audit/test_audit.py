@@ -14,17 +14,19 @@ from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import BackendError, ConfigError
-from llamax.tools.audit.auditor import corner_ranks, layout, notes
+from llamax.tools.audit.auditor import check_machine, corner_ranks, notes
 from llamax.tools.audit.precompile import asked
+from llamax.training.resolve import resolve
 
 TRN1 = load_machine("trn1.32xlarge")
 
 
 def test_the_mesh_of_a_cluster() -> None:
     config = load_config("llama2-7b")
-    assert layout(config, TRN1, 4) == Mesh(tp=8, dp=16)
+    check_machine(config, TRN1)
+    assert resolve(config, 128).on_trn1(32).mesh == Mesh(tp=8, dp=16)
     four = replace(config, parallel=replace(config.parallel, tensor=4))
-    assert layout(four, TRN1, 1).groups("tp")[0] == (0, 8, 16, 24)
+    assert resolve(four, 32).on_trn1(32).mesh.groups("tp")[0] == (0, 8, 16, 24)
 
 
 @pytest.mark.parametrize("tensor", [3, 12, 64])
@@ -32,12 +34,12 @@ def test_a_mesh_that_does_not_fit_a_node(tensor: int) -> None:
     config = load_config("llama2-7b")
     config = replace(config, parallel=replace(config.parallel, tensor=tensor))
     with pytest.raises(ConfigError, match=f"parallel.tensor={tensor} does not fit trn1.32xlarge"):
-        layout(config, TRN1, 4)
+        check_machine(config, TRN1)
 
 
 def test_a_machine_without_xla() -> None:
     with pytest.raises(ConfigError, match="compiles no XLA programs"):
-        layout(load_config("llama2-7b"), load_machine("trn2.48xlarge"), 1)
+        check_machine(load_config("llama2-7b"), load_machine("trn2.48xlarge"))
 
 
 @pytest.mark.parametrize(("length", "use"), [(1000, 2048), (3000, 2048), (4000, 4096)])

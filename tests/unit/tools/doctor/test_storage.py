@@ -16,6 +16,7 @@ from llamax.model import lora
 from llamax.runtime.errors import BackendError
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Host, storage
+from llamax.training.resolve import resolve
 
 # ---- storage
 
@@ -54,15 +55,15 @@ def test_nodes_meet_in_the_folder(tmp_path: Path, ahead: float, level: str) -> N
 
 def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = load_config("demo", ["--checkpoint.every=40", "--checkpoint.keep=0"])
-    assert levels(storage.disk(tmp_path, small, None)) == {"disk": "ok"}
-    found = list(storage.disk(tmp_path, small, 10.0))
+    assert levels(storage.disk(tmp_path, resolve(small, 4), None)) == {"disk": "ok"}
+    found = list(storage.disk(tmp_path, resolve(small, 4), 10.0))
     assert levels(found) == {"disk": "ok", "write rate": "ok"}
     assert found[0].what.startswith("4 checkpoints of 36.6 MiB")  # 160 steps
     huge = load_config("llama3.1-70b", ["--run.dtype=float32"])
-    assert levels(storage.disk(tmp_path, huge, 10.0))["disk"] == "error"
-    assert levels(storage.disk(tmp_path / "none", huge, 10.0)) == {"disk": "unseen"}
+    assert levels(storage.disk(tmp_path, resolve(huge, 512), 10.0))["disk"] == "error"
+    assert levels(storage.disk(tmp_path / "none", resolve(huge, 512), 10.0)) == {"disk": "unseen"}
     monkeypatch.setattr(storage, "_write_rate", lambda folder: 1e3)
-    assert levels(storage.disk(tmp_path, small, 0.1))["write rate"] == "warning"
+    assert levels(storage.disk(tmp_path, resolve(small, 4), 0.1))["write rate"] == "warning"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -88,15 +89,17 @@ def test_checkpoints_that_are_there_at_once(keys: str, fullest: int) -> None:
     config = load_config("demo", settings)
     assert config.run.steps == 160
     validating = replace(config, run=replace(config.run, validate_every=10))
-    assert storage.at_once(validating) == fullest
+    assert storage.at_once(resolve(validating, 4)) == fullest
 
 
 @pytest.mark.parametrize(("keep", "fullest"), [(1, 2), (2, 3), (3, 3), (0, 3)])
 def test_checkpoints_of_epochs_that_are_there_at_once(keep: int, fullest: int) -> None:
     tuned = load_config("gsm8k-lora", [f"--checkpoint.keep={keep}"])
-    assert storage.at_once(tuned) == fullest
+    assert storage.at_once(resolve(tuned, 32)) == fullest
     often = replace(tuned.checkpoint, every=100, each_epoch=False)
-    assert storage.at_once(replace(tuned, checkpoint=often)) == (keep + 1 if keep else 1)
+    assert storage.at_once(resolve(replace(tuned, checkpoint=often), 32)) == (
+        keep + 1 if keep else 1
+    )
 
 
 def test_bytes_of_a_checkpoint() -> None:

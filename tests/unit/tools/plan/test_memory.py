@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from support.runs import share as share_of
 
 from llamax.config.hardware import (
     load_machine,
@@ -22,7 +23,7 @@ from llamax.tools.plan.memory import (
 )
 from llamax.tools.plan.planner import plan as planned
 from llamax.tools.plan.roofline import time as step_time
-from llamax.tools.plan.sizes import Share
+from llamax.tools.plan.sizes import adapter_elements
 
 TRN1 = load_machine("trn1.32xlarge")
 
@@ -41,7 +42,7 @@ def test_state_of_llama2_7b_at_tensor_8_data_16_by_hand() -> None:
     # 6,738,415,616 parameters, of which 65 norms of 4096 are whole on every rank.
     norms = 65 * 4096
     elements = (6_738_415_616 - norms) // 8 + norms
-    share = Share(recipe("llama2-7b"), Mesh(tp=8, dp=16))
+    share = share_of(recipe("llama2-7b"), Mesh(tp=8, dp=16))
     found = {line.name: line.value for line in state(share, TRN1) if line.value}
     assert found == {
         "weights": 2 * elements,
@@ -53,7 +54,7 @@ def test_state_of_llama2_7b_at_tensor_8_data_16_by_hand() -> None:
 
 
 def test_float32_weights_are_their_own_masters_but_where_steps_are_programs() -> None:
-    share = Share(recipe("llama2-7b", "--run.dtype=float32"), Mesh(tp=8, dp=16))
+    share = share_of(recipe("llama2-7b", "--run.dtype=float32"), Mesh(tp=8, dp=16))
     programs, alone = (
         {line.name: line.value for line in state(share, machine)}
         for machine in (TRN1, load_machine("p4d.24xlarge"))
@@ -68,7 +69,7 @@ def test_state_of_llama31_70b_at_tensor_32_by_hand() -> None:
     layer = attention + 3 * 8192 * 28672 // 32
     elements = 80 * layer + 2 * 8192 * 128256 // 32 + 161 * 8192
     assert elements == 2_331_910_144
-    share = Share(recipe("llama3.1-70b"), Mesh(tp=32, dp=32))
+    share = share_of(recipe("llama3.1-70b"), Mesh(tp=32, dp=32))
     found = {line.name: line.value for line in state(share, TRN1) if line.value}
     assert found["weights"] == 2 * elements
     assert found["masters"] == 4 * elements // 32
@@ -77,7 +78,7 @@ def test_state_of_llama31_70b_at_tensor_32_by_hand() -> None:
 
 
 def test_a_quantised_llama3_8b_spread_over_8_ranks_by_hand() -> None:
-    share = Share(recipe("news-llama3-8b-qlora"), Mesh(dp=8))
+    share = share_of(recipe("news-llama3-8b-qlora"), Mesh(dp=8))
     linear = 32 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
     rest = 2 * (2 * 128256 * 4096 + 65 * 4096)
     found = {line.name: line.value for line in state(share, TRN1)}
@@ -91,14 +92,14 @@ def test_a_quantised_llama3_8b_spread_over_8_ranks_by_hand() -> None:
 
 def test_without_zero1_every_rank_keeps_all_state() -> None:
     config = recipe("llama2-7b", "--parallel.zero1=false")
-    found = {line.name: line.value for line in state(Share(config, Mesh(tp=8, dp=16)), TRN1)}
+    found = {line.name: line.value for line in state(share_of(config, Mesh(tp=8, dp=16)), TRN1)}
     assert found["moments"] == 8 * found["weights"] // 2
 
 
 def test_shared_heads_and_padded_vocabulary_cost_what_they_cost() -> None:
     # tensor 16 over 8 key/value heads: two ranks hold each; 128256 rows divide, 128257 do not.
     config = recipe("llama3.1-8b", "--parallel.tensor=16", "--model.vocab_size=128257")
-    share = Share(config, Mesh(tp=16))
+    share = share_of(config, Mesh(tp=16))
     assert share.kv_heads == 1
     assert share.vocabulary == 8017
     groups = {group.uneven: group for group in share.groups() if group.elements > 10**7}
@@ -118,23 +119,23 @@ def test_shared_heads_and_padded_vocabulary_cost_what_they_cost() -> None:
 )
 def test_activations_of_llama2_7b_by_hand(mode: str, each: int) -> None:
     config = recipe("llama2-7b", *ONE)
-    share = Share(config, Mesh(tp=8, dp=16))
+    share = share_of(config, Mesh(tp=8, dp=16))
     last, tables = 512 * (4096 * 6 + 4), 2 * 4 * 4096 * 128
     assert kept(share, TRN1, mode).value == 32 * each + last + tables  # type: ignore[arg-type]
 
 
 def test_documents_kept_apart_cost_every_pair_of_tokens_where_flash_knows_none() -> None:
-    share = Share(recipe("llama2-7b", "--run.recompute=none", APART), Mesh(tp=8, dp=16))
+    share = share_of(recipe("llama2-7b", "--run.recompute=none", APART), Mesh(tp=8, dp=16))
     assert plain_attention(share, TRN1) == (
         "documents are kept apart (data.separate_documents=true)"
     )
-    whole = Share(recipe("llama2-7b", "--run.recompute=none", *ONE), Mesh(tp=8, dp=16))
+    whole = share_of(recipe("llama2-7b", "--run.recompute=none", *ONE), Mesh(tp=8, dp=16))
     assert plain_attention(whole, TRN1) == ""
     more = kept(share, TRN1, "none").value - kept(whole, TRN1, "none").value
     assert more > 32 * 4 * 4 * 4096**2  # layers x heads x 4 B x pairs
     assert step_time(share, TRN1, 4).step_s > 1.5 * step_time(whole, TRN1, 4).step_s
     assert "2048" in plain_attention(
-        Share(
+        share_of(
             recipe("llama2-7b", *ONE, "--data.sequence_length=1000", "--parallel.sequence=false"),
             Mesh(tp=8),
         ),
@@ -143,7 +144,7 @@ def test_documents_kept_apart_cost_every_pair_of_tokens_where_flash_knows_none()
 
 
 def test_memory_names_the_fullest_moment() -> None:
-    share = Share(recipe("llama2-7b", *ONE), Mesh(tp=8, dp=16))
+    share = share_of(recipe("llama2-7b", *ONE), Mesh(tp=8, dp=16))
     found = memory(share, TRN1)
     assert found.moment == "forward has ended"
     assert [line.name for line in found.modes] == ["none", "selective", "full"]
@@ -162,12 +163,12 @@ def test_a_quantised_base_takes_what_it_takes(quant: str) -> None:
     config = recipe(
         "news-llama3-8b-qlora", f"--finetune.quant={quant}", "--finetune.targets=q_proj,down_proj"
     )
-    share = Share(config, Mesh(tp=4, dp=2))
+    share = share_of(config, Mesh(tp=4, dp=2))
     wanted = expected(config.model, config.finetune, tensor=4, data=2, itemsize=2)
     plain, linear = share.base
     assert plain == wanted.plain
     assert linear == pytest.approx(wanted.quantised, rel=0.01)
-    assert Share(config, Mesh()).adapters == lora.num_parameters(config.model, config.finetune)
+    assert adapter_elements(config) == lora.num_parameters(config.model, config.finetune)
     told = {line.name: line.value for line in state(share, TRN1)}
     assert told["dense layer"] == wanted.dense
     assert told["weights"] == 2 * share.adapters
@@ -175,7 +176,7 @@ def test_a_quantised_base_takes_what_it_takes(quant: str) -> None:
 
 
 def test_a_frozen_base_saves_gradients_state_and_a_third_of_the_matmuls() -> None:
-    whole = recipe("llama2-7b", *ONE)
+    whole = recipe("llama2-7b", *ONE, "--checkpoint.init_from=base")
     tuned = replace(whole, finetune=replace(whole.finetune, method="lora", r=8))
     one, other = (planned(config, TRN1, 1) for config in (whole, tuned))
     assert other.memory.peak < one.memory.peak - 4e9

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from support.runs import share as share_of
 
 from llamax.config.hardware import (
     load_machine,
@@ -15,7 +16,6 @@ from llamax.parallel.mesh import Mesh
 from llamax.tools.plan.planner import plan as planned
 from llamax.tools.plan.roofline import time as step_time
 from llamax.tools.plan.roofline import wire
-from llamax.tools.plan.sizes import Share
 
 TRN1 = load_machine("trn1.32xlarge")
 
@@ -41,7 +41,8 @@ def test_a_group_within_a_node_uses_links_and_a_wider_one_the_network() -> None:
 def test_time_of_matmuls_by_hand() -> None:
     config = recipe("llama2-7b", *ONE)
     found = {
-        line.name: line.value for line in step_time(Share(config, Mesh(tp=8, dp=16)), TRN1, 4).lines
+        line.name: line.value
+        for line in step_time(share_of(config, Mesh(tp=8, dp=16)), TRN1, 4).lines
     }
     weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 8 + 32000 * 4096 // 8
     assert found["matmuls"] == pytest.approx(64 * 6 * 4096 * weights / (95e12 * 0.56))
@@ -63,7 +64,9 @@ def test_full_recomputation_costs_time_and_saves_memory() -> None:
 
 def test_a_longer_pipeline_waits_longer() -> None:
     config = recipe("llama2-13b", *ONE, "--parallel.tensor=8")
-    times = [step_time(Share(config, Mesh(tp=8, dp=128 // pp, pp=pp)), TRN1, 32) for pp in (1, 4)]
+    times = [
+        step_time(share_of(config, Mesh(tp=8, dp=128 // pp, pp=pp)), TRN1, 32) for pp in (1, 4)
+    ]
     assert times[1].step_s > times[0].step_s
 
 

@@ -1,0 +1,151 @@
+"""What a run means on a given world and data set: the numbers behind its configuration.
+
+::
+
+    Config: as written, epochs, ratios ─┐
+    ranks of the world                 ─┼─ resolve ──> ResolvedRun: mesh, microsteps, steps, tokens
+    samples of the data set            ─┘
+
+Training, the planner, the audit and the doctor all take the second, so none of them computes a mesh
+or a number of steps by itself.  A program that does not see the data set gets an assumption, which
+it must state.  Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from llamax.config import validate
+from llamax.config.schema import Config
+from llamax.data.dataset import open_dataset
+from llamax.data.samples import Samples
+from llamax.parallel.mesh import Mesh
+from llamax.runtime.errors import DataError
+
+
+@dataclass(frozen=True)
+class ResolvedRun:
+    """A run on a given world and data set; ``resolve`` is the only maker.
+
+    ``config`` holds the length of the run and of its warm-up in steps, never in epochs or as a
+    ratio: this is what a run folder and a checkpoint keep.  ``epochs`` is run.epochs as written.
+    ``training_samples`` is the number of samples in an epoch, None if the data set was not seen;
+    ``assumption`` then says what was taken instead, and is empty if nothing was.
+    """
+
+    config: Config
+    mesh: Mesh
+    accumulation: int
+    epochs: int
+    training_samples: int | None
+    assumption: str
+
+    @property
+    def kv_replicas(self) -> int:
+        """The number of neighbouring tensor ranks that hold the same key/value head."""
+        return self.mesh.kv
+
+    @property
+    def steps(self) -> int:
+        """The length of the run in optimizer steps."""
+        return self.config.run.steps
+
+    @property
+    def warmup_steps(self) -> int:
+        """The length of the warm-up in optimizer steps."""
+        return self.config.optim.warmup_steps
+
+    @property
+    def step_tokens(self) -> int:
+        """The tokens of one global batch."""
+        return self.config.data.global_batch * self.config.data.sequence_length
+
+    @property
+    def total_tokens(self) -> int:
+        """The tokens of the whole run."""
+        return self.steps * self.step_tokens
+
+    @property
+    def epoch_ends(self) -> tuple[int, ...] | None:
+        """The steps that take the last sample of an epoch; None if the data set was not seen."""
+        if self.training_samples is None:
+            return None
+        batch = self.config.data.global_batch
+        epochs = self.steps * batch // self.training_samples
+        ends = (-(-epoch * self.training_samples // batch) for epoch in range(1, epochs + 1))
+        return tuple(dict.fromkeys(ends))
+
+    def on_trn1(self, cores: int) -> ResolvedRun:
+        """The same run with its ranks where trn1 wants them, ``cores`` on each node."""
+        return replace(self, mesh=self.mesh.on_trn1(cores))
+
+    def with_layers(self, layers: int) -> ResolvedRun:
+        """The same run of a model with ``layers`` layers."""
+        model = replace(self.config.model, num_hidden_layers=layers)
+        return replace(self, config=replace(self.config, model=model))
+
+
+def resolve(
+    config: Config,
+    world_size: int,
+    training_samples: int | None = None,
+    reason: str = "",
+    *,
+    pipeline: int = 1,
+) -> ResolvedRun:
+    """The run that ``config`` describes on ``world_size`` ranks.
+
+    ``training_samples`` is the number of samples in an epoch.  Without it, a length in epochs is
+    taken as run.steps, and ``reason`` says why the samples were not counted.  The last step of the
+    last epoch is whole: it takes what it lacks from the next pass.  ``pipeline`` is the number of
+    stages, of which training has one and the planner any.
+
+    Raises ConfigError if the configuration does not hold on that world or with that many steps.
+    """
+    ranks = world_size // pipeline
+    validate.check(config, ranks)
+    run, optim, assumption = config.run, config.optim, ""
+    if run.epochs and training_samples is None:
+        epochs = f"{run.epochs} epochs are" if run.epochs > 1 else "1 epoch is"
+        assumption = (
+            f"{epochs} taken as run.steps={run.steps:,} because no samples could be counted"
+            f"{reason and f': {reason}'}; give the length with --run.steps, or the data set with "
+            "--data.path"
+        )
+        run = replace(run, epochs=0)
+    elif run.epochs and training_samples is not None:
+        steps = -(-run.epochs * training_samples // config.data.global_batch)
+        run = replace(run, steps=steps, epochs=0)
+    if optim.warmup_ratio:
+        warmup = math.ceil(optim.warmup_ratio * run.steps)
+        optim = replace(optim, warmup_steps=warmup, warmup_ratio=0.0)
+    resolved = replace(config, run=run, optim=optim)
+    if not assumption:
+        validate.check(resolved, ranks)
+    tensor = config.parallel.tensor
+    mesh = Mesh.fill(world_size, tp=tensor, pp=pipeline, kv=config.model.kv_replicas(tensor))
+    return ResolvedRun(
+        resolved,
+        mesh,
+        validate.accumulation(config, mesh.dp),
+        config.run.epochs,
+        training_samples,
+        assumption,
+    )
+
+
+def visible_samples(config: Config, path: str = "") -> tuple[int | None, str]:
+    """The number of samples in an epoch, as training counts them, and why there is none.
+
+    The data set at ``path``, by default data.path, is opened if the length of an epoch decides
+    anything.  The result goes to ``resolve``: ``resolve(config, world, *visible_samples(config))``.
+    """
+    saved, run = config.checkpoint, config.run
+    if not (run.epochs or saved.each_epoch or run.validate_each_epoch):
+        return None, ""
+    try:
+        dataset = open_dataset(path or config.data.path, "off", config.model.vocab_size)
+        return len(Samples(dataset.train, config.data, run.seed)), ""
+    except DataError as error:
+        return None, str(error).partition("; ")[0]

@@ -1,0 +1,23 @@
+"""Runs on meshes that a test chooses, without a data set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from llamax.config.schema import Config
+from llamax.parallel.mesh import Mesh
+from llamax.tools.plan.sizes import Share
+from llamax.training.resolve import ResolvedRun, resolve
+
+
+def on_mesh(config: Config, mesh: Mesh) -> ResolvedRun:
+    """The run of ``config`` on the degrees of ``mesh``."""
+    config = replace(config, parallel=replace(config.parallel, tensor=mesh.tp, data=0))
+    run = resolve(config, mesh.world_size, pipeline=mesh.pp)
+    assert replace(run.mesh, kv=mesh.kv) == mesh
+    return run
+
+
+def share(config: Config, mesh: Mesh) -> Share:
+    """What a rank of ``mesh`` has of the run of ``config``."""
+    return Share(on_mesh(config, mesh))
