@@ -30,7 +30,7 @@ from torch import Tensor
 
 from llamax.checkpoint import Checkpoint, Saver, hf_writer, load_owned
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.checksums import BLOCK_BYTES, DIGITS
+from llamax.checkpoint.checksums import BLOCK_BYTES, CHECKSUM_DIGITS
 from llamax.checkpoint.runs import Run, is_writer, slices
 from llamax.checkpoint.safetensors_io import TAGS, build_header
 from llamax.config.load import load_config
@@ -166,7 +166,7 @@ def load(checkpoint: Path, owned: list[Run1], model: Llama, verify: bool, anew: 
 def blank_sums(header: bytes, sizes_bytes: list[int]) -> str:
     """As many checksums as a file has blocks: the header's and each tensor's."""
     blocks = sum(-(-size // BLOCK_BYTES) for size in (len(header), *sizes_bytes))
-    return "0" * (blocks * DIGITS)
+    return "0" * (blocks * CHECKSUM_DIGITS)
 
 
 def build(folder: Path, recipe: str, tensor: int, data: int, bucket: int = 1 << 22) -> int:

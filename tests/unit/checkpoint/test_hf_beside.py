@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +65,20 @@ def test_rank_0_tells_whose_share_of_the_folder_is_missing(tmp_path: Path) -> No
     hf_beside.write_hf_folder_beside(folder, folder, 1, 3, 0.1)  # never complete: rank 0 says why
 
 
+@pytest.mark.timeout(60)  # savers wait for each other for up to 600 s
 def test_nobody_waits_for_a_checkpoint_that_was_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1 has written its files; rank 0 finds no room: training may go on at once."""
     monkeypatch.setattr(hf_beside, "RENAMED_S", 0.1)
     ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
-    first, second = (saver(tmp_path, rank, also_hf=True, timeout_s=30) for rank in ranks)
+    first, second = (saver(tmp_path, rank, also_hf=True, timeout_s=600) for rank in ranks)
     monkeypatch.setattr(files, "write_done", disk_full)
     save_step(second, ranks[1], 1)
     save_step(first, ranks[0], 1)
-    began = time.monotonic()
     with pytest.raises(NoRoom):
         first.wait()
     second.wait()
-    assert time.monotonic() - began < 10
 
 
 def no_quota(source: Checkpoint, part: Path, one: Any, *args: Any) -> int:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-import statistics
 import subprocess
 import sys
-import time
 import types
 from collections.abc import Sequence
 
@@ -63,17 +61,11 @@ def test_a_command_gets_the_rest_of_the_line(monkeypatch: pytest.MonkeyPatch) ->
     assert seen == [["--a", "b"]]
 
 
-def test_help_is_answered_without_torch_and_at_once() -> None:
+def test_help_imports_the_standard_library_alone() -> None:
     code = (
-        "import sys; from llamax.__main__ import dispatch; dispatch(['--help']); "
-        "print([m for m in ('torch', 'numpy', 'pydantic') if m in sys.modules])"
+        "import sys; before = set(sys.modules); from llamax.__main__ import dispatch; "
+        "dispatch(['--help']); new = {m.split('.')[0] for m in set(sys.modules) - before}; "
+        "print(sorted(new - sys.stdlib_module_names))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.endswith("[]\n")
-    took, bare = [], []
-    for _ in range(5):
-        for command, times in ((["-m", "llamax", "--help"], took), (["-c", "pass"], bare)):
-            start = time.perf_counter()
-            subprocess.run([sys.executable, *command], capture_output=True, check=True)
-            times.append(time.perf_counter() - start)
-    assert min(took) - min(bare) < 0.15, (statistics.median(took), statistics.median(bare))
+    assert done.stdout.splitlines()[-1] == "['llamax']"

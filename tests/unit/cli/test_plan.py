@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 
@@ -19,14 +18,13 @@ from llamax.runtime.errors import ConfigError
 # --- the program ---------------------------------------------------------------------------------
 
 
-def test_a_plan_is_printed_within_two_seconds_and_without_torch() -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def test_a_plan_is_printed_without_torch() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "llamax", "plan", "--config", "llama2-7b"]
     done = subprocess.run([*command, "--nodes", "4"], capture_output=True, text=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # the machine may be busy
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     assert done.returncode == 0, done.stderr
-    assert " torch" not in done.stderr
+    imported = {line.rpartition("|")[2].split(".")[0].strip() for line in done.stderr.splitlines()}
+    assert "llamax" in imported
+    assert not imported & {"torch", "transformers"}
     for words in (
         "weights",
         "gradients",

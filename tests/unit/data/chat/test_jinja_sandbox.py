@@ -13,6 +13,8 @@ from llamax.data.chat import jinja_sandbox
 from llamax.data.chat.templates import Template, sample
 from llamax.runtime.errors import DataError
 
+pytestmark = pytest.mark.timeout(60)  # a template that does not end is a failure
+
 
 @pytest.mark.parametrize(
     ("source", "words"),
