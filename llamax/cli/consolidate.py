@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamax.cli.options import byte_bar, command
+from llamax.cli.options import ByteBar, command
 from llamax.config.choices import WEIGHT_DTYPES
 from llamax.runtime.process import summary
 from llamax.runtime.units import show_bytes, show_number, show_time
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     adapters = adapter_info(source) is not None
     planned = [] if adapters else hf_writer.plan_files(source, dtype_of(options.dtype))
     total = sum(tensor.size_bytes for tensor in planned)
-    with byte_bar("consolidate", total) as bar:
+    with ByteBar("consolidate", total) as bar:
         out = consolidate(
             source.folder,
             options.out,

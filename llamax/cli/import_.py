@@ -10,7 +10,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from llamax.cli.options import byte_bar, command
+from llamax.cli.options import ByteBar, command
 from llamax.config.choices import FOREIGN_FORMATS
 from llamax.runtime.process import summary
 from llamax.runtime.units import show_bytes, show_time
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     from llamax.checkpoint.formats.convert import import_checkpoint
 
     began = time.perf_counter()
-    with byte_bar("import") as bar:
+    with ByteBar("import") as bar:
         made = import_checkpoint(
             options.folder,
             options.out,
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
             weights_only=options.weights_only,
             consumed_sequences=options.consumed_sequences,
             max_shard_size=options.max_shard_size,
-            started=bar.reset,
+            started=bar.start,
             progress=bar.update,
         )
     print(

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from llamax.cli.options import byte_bar, command
+from llamax.cli.options import ByteBar, command
 from llamax.config.choices import WEIGHT_DTYPES
 from llamax.runtime.process import summary
 from llamax.runtime.units import show_bytes, show_number, show_time
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
     from llamax.checkpoint.merge import merge
 
     began = time.perf_counter()
-    with byte_bar("merge") as bar:
+    with ByteBar("merge") as bar:
         out = merge(
             options.adapter,
             options.out,

@@ -63,8 +63,30 @@ def column(text: str) -> tuple[str, str]:
     return field, name
 
 
-def byte_bar(name: str, total: int | None = None) -> Any:
-    """A progress bar that counts bytes; on a terminal only, and gone at the end."""
-    from tqdm import tqdm
+class ByteBar:
+    """A progress bar that counts bytes: on a terminal only, from the first byte, gone at the end."""
 
-    return tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=None, leave=False)
+    def __init__(self, name: str, total: int | None = None) -> None:
+        self.name, self.total = name, total
+        self._bar: Any = None
+
+    def start(self, total: int | None) -> None:
+        """Show the bar; ``total``: the bytes at its end."""
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=total, unit="B", unit_scale=True, desc=self.name, disable=None, leave=False
+        )
+
+    def update(self, size_bytes: int) -> None:
+        """Move on by so many bytes."""
+        if self._bar is None:
+            self.start(self.total)
+        self._bar.update(size_bytes)
+
+    def __enter__(self) -> ByteBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -9,7 +9,7 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from llamax.cli.options import byte_bar, command
+from llamax.cli.options import ByteBar, command
 from llamax.runtime.process import summary
 from llamax.runtime.units import show_bytes, show_time
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
     from llamax.checkpoint.shard_hf import shard
 
     total, began = HfFolder(options.folder).total_bytes(), time.perf_counter()
-    with byte_bar("shard", total) as bar:
+    with ByteBar("shard", total) as bar:
         out = shard(options.folder, options.out, options.tensor, progress=bar.update)
     print(
         f"{out}: {show_bytes(total)} of weights for tensor {options.tensor}, in "
