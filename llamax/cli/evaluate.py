@@ -25,10 +25,11 @@ from typing import Any
 from llamax.backends import choose
 from llamax.backends.base import EAGER
 from llamax.cli.generate import TIMEOUT_S, new_file
+from llamax.cli.options import column
 from llamax.config.schema import Config, DataConfig, ParallelConfig
 from llamax.config.validate import check
 from llamax.data.chat.templates import BUILT_IN
-from llamax.data.prepare.instruction_rows import FIELDS, column
+from llamax.data.prepare.instruction_rows import FIELDS
 from llamax.data.samples import Samples
 from llamax.inference.engine import Engine, open_model
 from llamax.inference.evaluate import answers_of, loss_of, open_split, read_test

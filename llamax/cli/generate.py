@@ -28,10 +28,11 @@ from typing import IO
 from llamax.backends import choose
 from llamax.backends.base import EAGER
 from llamax.checkpoint.peft import is_adapter
+from llamax.cli.options import column
 from llamax.config.schema import Config, DataConfig, ParallelConfig
 from llamax.config.validate import check
 from llamax.data.chat.templates import BUILT_IN
-from llamax.data.prepare.instruction_rows import FIELDS, column
+from llamax.data.prepare.instruction_rows import FIELDS
 from llamax.data.prepare.tables import Row
 from llamax.inference.engine import Completion, Engine, LoadedModel, Show, open_model
 from llamax.inference.prompts import Prompt, PromptFormat, read_file

@@ -64,7 +64,7 @@ def column(text: str) -> tuple[str, str]:
 
 
 class ByteBar:
-    """A progress bar that counts bytes: on a terminal only, from the first byte, gone at the end."""
+    """A progress bar in bytes: on a terminal only, from the first byte, gone at the end."""
 
     def __init__(self, name: str, total: int | None = None) -> None:
         self.name, self.total = name, total

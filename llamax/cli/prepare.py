@@ -1,17 +1,4 @@
-"""``llamax prepare``: text to a dataset folder, in parallel, and again from where it was killed.
-
-::
-
-    inputs ──plan──> chunks ──workers──> OUT/.parts/*.tokens ──merge──> OUT/train.tokens
-                                                                        OUT/validation.tokens
-                                                                        OUT/tokenizer.model
-                                                                        OUT/dataset.json, last
-
-With ``--format megatron`` the splits become Megatron's .bin and .idx, see ``llamax.data.megatron``.
-With ``--template`` the inputs are rows of questions and answers, see
-``llamax.data.prepare.instruction_rows``.
-Killed, it goes on when the same command is given again; ``llamax.data.prepare.chunks`` says how.
-"""
+"""``llamax prepare INPUT... --out DIR``: make a dataset of tokens from text or rows."""
 
 from __future__ import annotations
 
@@ -19,9 +6,12 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from llamax.cli.options import column, command
 from llamax.data.chat.templates import BUILT_IN
-from llamax.data.prepare.instruction_rows import FIELDS, column
+from llamax.data.prepare.instruction_rows import FIELDS
 from llamax.data.prepare.pipeline import prepare
+from llamax.data.prepare.summary import describe, describe_rows
+from llamax.runtime.logging import setup_logging
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,20 +32,24 @@ def parser() -> argparse.ArgumentParser:
     which = p.add_mutually_exclusive_group(required=True)
     which.add_argument("--tokenizer", help="tokenizer.model, tokenizer.json, .tiktoken or a folder")
     which.add_argument(
-        "--train-tokenizer", type=_count, metavar="VOCAB", help="train one of so many pieces"
+        "--train-tokenizer",
+        type=_count,
+        default=0,
+        metavar="VOCAB",
+        help="number of pieces of a tokenizer to train on the inputs",
     )
-    p.add_argument("--key", default="text", help="JSONL: which key holds the text (%(default)s)")
+    p.add_argument("--key", default="text", help="JSONL: key of the text (%(default)s)")
     p.add_argument(
         "--glob", action="append", metavar="PATTERN", help="folders: names to take, e.g. '*.py'"
     )
     p.add_argument(
-        "--exclude", action="append", default=[], metavar="PATTERN", help="folders: names to leave"
+        "--exclude", action="append", default=[], metavar="PATTERN", help="folders: names to skip"
     )
     p.add_argument(
         "--validation",
         type=_fraction,
         default=0.01,
-        help="share of documents held out (%(default)s)",
+        help="share of documents for validation (%(default)s)",
     )
     p.add_argument(
         "--bos",
@@ -71,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         choices=("llamax", "megatron"),
         default="llamax",
-        help="of the dataset: one file that proves itself, or Megatron's .bin and .idx",
+        help="one checked file for each split, or Megatron's .bin and .idx",
     )
     p.add_argument(
         "--append-eod",
@@ -88,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         type=_count,
         default=0,
         metavar="TOKENS",
-        help="also say how well the documents pack into samples of so many tokens",
+        help="also report how well documents pack into samples of this many tokens",
     )
     _add_row_options(p.add_argument_group("rows of questions and answers"))
     return p
@@ -97,6 +91,7 @@ def parser() -> argparse.ArgumentParser:
 def _add_row_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--template",
+        default="",
         metavar="NAME|FILE",
         help=f"{', '.join(BUILT_IN)}, a Jinja file, a tokenizer_config.json or a folder with one",
     )
@@ -106,15 +101,23 @@ def _add_row_options(group: argparse._ArgumentGroup) -> None:
         type=column,
         default=[],
         metavar="FIELD=COLUMN",
-        help=f"which column is the {', '.join(FIELDS)}; default: the usual names",
+        help=f"column of the {', '.join(FIELDS)}; default: the usual names",
     )
-    group.add_argument("--system", default="", metavar="TEXT", help="what every sample begins with")
-    group.add_argument("--split", default="", metavar="TRAIN[:10%]", help="a slice of the rows")
-    group.add_argument("--limit", type=_count, default=0, metavar="N", help="the first N rows")
-    group.add_argument("--validation-file", action="append", default=[], metavar="FILE")
-    group.add_argument("--test-file", action="append", default=[], metavar="FILE")
     group.add_argument(
-        "--drop-empty", action="store_true", help="leave out rows with an empty answer, and count"
+        "--system", default="", metavar="TEXT", help="system prompt of samples without one"
+    )
+    group.add_argument("--split", default="", metavar="TRAIN[:10%]", help="slice of the rows")
+    group.add_argument(
+        "--limit", type=_count, default=0, metavar="N", help="number of rows, from the first"
+    )
+    group.add_argument(
+        "--validation-file", action="append", default=[], metavar="FILE", help="rows to validate on"
+    )
+    group.add_argument(
+        "--test-file", action="append", default=[], metavar="FILE", help="rows of the test split"
+    )
+    group.add_argument(
+        "--drop-empty", action="store_true", help="skip rows with an empty answer, and count them"
     )
 
 
@@ -133,7 +136,34 @@ def _fraction(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more and below 1")
 
 
+@command
 def main(argv: Sequence[str]) -> int:
-    """Run the program; 0 if the dataset is there.  Mistakes are raised as LlamaxError."""
-    prepare(parser().parse_args(argv))
+    """Make the dataset and print its summary."""
+    options = parser().parse_args(argv)
+    setup_logging()
+    made = prepare(
+        options.inputs,
+        options.out,
+        tokenizer=options.tokenizer,
+        train_tokenizer=options.train_tokenizer,
+        key=options.key,
+        glob=options.glob or ["*"],
+        exclude=options.exclude,
+        validation=options.validation,
+        bos=options.bos,
+        eos=options.eos,
+        format=options.format,
+        workers=options.workers,
+        template=options.template,
+        fields=dict(options.field),
+        system=options.system,
+        split=options.split,
+        limit=options.limit,
+        validation_files=options.validation_file,
+        test_files=options.test_file,
+        drop_empty=options.drop_empty,
+    )
+    print(describe(made.folder, options.length))
+    if options.template:
+        print(describe_rows(made))
     return 0

@@ -1,10 +1,10 @@
-"""From text to batches.
+"""Data: from text to batches.
 
 ::
 
     text ──prepare──> NAME.tokens ──loader──> Batch(ids, labels, positions, documents)
               │            │
-          tokenizer     tokens (the packed file), dataset (the folder that holds it)
+          tokenizer     token_file (the packed tokens), dataset (the folder that holds it)
 
-Nothing here but ``loader`` needs torch, so this package imports none of its modules.
+Only the loaders need torch, so this package imports none of its modules.
 """

@@ -1,4 +1,4 @@
-"""A dataset as ``data.path`` names it: a folder, a Megatron prefix, or a blend of several.
+"""The dataset that ``data.path`` names: a folder, a Megatron prefix, or a blend of several.
 
 =============================================  ===================================================
 ``data``                                       a folder that ``llamax prepare`` made
@@ -22,7 +22,7 @@ from llamax.runtime.files import sha256
 
 @dataclass(frozen=True)
 class Mixture:
-    """Several streams, and the share of samples that each gives."""
+    """A blend of streams: ``weights`` are the shares of samples that come from each."""
 
     parts: tuple[Stream, ...]
     weights: tuple[float, ...]
@@ -33,7 +33,7 @@ class Mixture:
 
     @property
     def header(self) -> Header:
-        """What the first says of itself, with the largest vocabulary of all."""
+        """The header of the first stream, with the largest vocabulary of all."""
         return replace(
             self.parts[0].header, vocab_size=max(part.header.vocab_size for part in self.parts)
         )
@@ -44,7 +44,7 @@ class Mixture:
     def verify(
         self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
     ) -> None:
-        """Check the ``share``-th of ``of`` parts of all; DataError where one is wrong."""
+        """Check part ``share`` of ``of`` of each stream; see ``Dataset.verify``."""
         for part in self.parts:
             part.verify(threads, share, of, go_on)
 
@@ -54,16 +54,16 @@ Split = Stream | Mixture
 
 @dataclass(frozen=True)
 class Dataset:
-    """An open dataset; ``validation`` is None if no document fell into it."""
+    """An open dataset; ``validation`` is None if there are no documents for it."""
 
     folder: Path
     train: Split
     validation: Split | None
-    tokenizer_path: Path | None = None  # a blend's is its first part's that has one
+    tokenizer_path: Path | None = None  # of a blend: that of the first part that has one
 
     @property
     def fingerprint(self) -> str | None:
-        """sha256 of the tokenizer that made the tokens; None where the files do not say."""
+        """sha256 of the tokenizer that made the tokens; None if the files do not name it."""
         parts = self.train.parts if isinstance(self.train, Mixture) else (self.train,)
         return next((part.header.tokenizer for part in parts if part.header.tokenizer), None)
 
@@ -76,9 +76,10 @@ class Dataset:
             )
 
     def verify(self, share: int = 0, of: int = 1, go_on: GoOn | None = None) -> None:
-        """Check the ``share``-th of ``of`` parts of the checksums; DataError where one is wrong.
+        """Check part ``share`` of ``of`` of the data, so that ranks can divide the work.
 
-        ``go_on`` is asked now and then whether anybody still wants to know.
+        ``go_on`` is called now and then; checking ends early when it returns False.  Raises
+        DataError for damaged data.
         """
         for file in (self.train, self.validation):
             if file is not None:
@@ -86,25 +87,26 @@ class Dataset:
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if a model of ``vocab_size`` cannot embed every token."""
-        own = self.train.header.vocab_size
-        if own > vocab_size:
+        tokens = self.train.header.vocab_size
+        if tokens > vocab_size:
             raise DataError(
-                f"{self.folder}: its tokenizer has {own} tokens, and model.vocab_size={vocab_size} "
-                f"is fewer; set model.vocab_size={own} or more, or prepare with another tokenizer"
+                f"{self.folder}: its tokenizer has {tokens} tokens, and model.vocab_size="
+                f"{vocab_size} is fewer; set model.vocab_size={tokens} or more, or prepare with "
+                "another tokenizer"
             )
 
 
 def blend_words(path: str) -> list[str]:
-    """Weight, dataset, weight, dataset, ... of a path that is a blend; nothing of another."""
+    """Weight, dataset, weight, dataset, ... in a path that is a blend; empty for another path."""
     words = path.split()
     return words if len(words) > 1 and _weight(words[0]) is not None else []
 
 
 def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0) -> Dataset:
-    """The dataset that ``path`` names; see above.
+    """Open the dataset that ``path`` names, as in the table above.
 
-    ``vocab_size``: the model's, where the files do not know theirs.  Raises DataError where it is
-    missing, unfinished or damaged, or where its parts do not belong together.
+    ``vocab_size``: the model's, for files that do not name theirs.  Raises DataError if the dataset
+    is missing, unfinished or damaged, or if the parts of a blend have different tokenizers.
     """
     if blend := blend_words(str(path)):
         return _open_blend(str(path), blend, verify, vocab_size)
@@ -117,7 +119,7 @@ def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0
         raise DataError(
             f"{folder}: name a Megatron dataset by its prefix, {folder.with_suffix('')}"
         )
-    what = "is not finished" if (folder / ".parts").is_dir() else "is no dataset"
+    what = "is not finished" if (folder / ".parts").is_dir() else "is not a dataset"
     raise DataError(
         f"{folder}: {what} (has no dataset.json, and there is no {folder.name}.idx); "
         f"run llamax prepare --out {folder}"
@@ -125,15 +127,15 @@ def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0
 
 
 def _open_folder(folder: Path, verify: Verify, vocab_size: int) -> Dataset:
-    said = _read_index(folder / "dataset.json")
-    tokenizer = folder / str(said["tokenizer_file"])
+    index = _read_index(folder / "dataset.json")
+    tokenizer = folder / str(index["tokenizer_file"])
     if not tokenizer.is_file():
         raise DataError(
             f"{tokenizer}: is missing, and dataset.json names it; copy it back, or run llamax "
             "prepare again"
         )
     splits: dict[str, Split] = {}
-    for split, stream in _streams(folder, said, verify, vocab_size):
+    for split, stream in _streams(folder, index, verify, vocab_size):
         splits[split] = stream
         if stream.header.tokenizer != sha256(tokenizer):
             raise DataError(
@@ -145,29 +147,29 @@ def _open_folder(folder: Path, verify: Verify, vocab_size: int) -> Dataset:
 
 
 def _read_index(path: Path) -> dict[str, object]:
-    """What dataset.json says; DataError where it is not what llamax prepare wrote."""
+    """The content of dataset.json; DataError if llamax prepare did not write it."""
     try:
-        said = json.loads(path.read_bytes())
+        index = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):
-        said = None
-    name = said.get("tokenizer_file") if isinstance(said, dict) else None
+        index = None
+    name = index.get("tokenizer_file") if isinstance(index, dict) else None
     if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
         raise DataError(
             f"{path}: names no tokenizer beside it; copy it again, or run llamax prepare again"
         )
-    return dict(said)
+    return dict(index)
 
 
 def _streams(
-    folder: Path, said: dict[str, object], verify: Verify, vocab_size: int
+    folder: Path, index: dict[str, object], verify: Verify, vocab_size: int
 ) -> Iterator[tuple[str, Stream]]:
     """The splits of a folder of either format."""
     for split in ("train", "validation"):
-        if indexed := said.get("indexed"):
+        if indexed := index.get("indexed"):
             assert isinstance(indexed, dict)
-            prefix = indexed_prefix(folder, split, str(said["key"]))
+            prefix = indexed_prefix(folder, split, str(index["key"]))
             if split == "train" or is_prefix(prefix):
-                header = Header(str(said["tokenizer"]), **indexed)
+                header = Header(str(index["tokenizer"]), **indexed)
                 yield split, IndexedFile(prefix, verify, vocab_size, header)
         elif split == "train" or (folder / f"{split}.tokens").exists():
             yield split, TokenFile(folder / f"{split}.tokens", verify)
@@ -177,9 +179,11 @@ def _open_blend(path: str, words: list[str], verify: Verify, vocab_size: int) ->
     weights = [_weight(word) for word in words[::2]]
     wrong = next((w for w, weight in zip(words[::2], weights, strict=True) if not weight), None)
     if len(words) % 2 or wrong is not None:
-        told = f"{wrong!r} is no weight above 0" if wrong is not None else "a weight has no dataset"
+        problem = (
+            "a weight has no dataset" if wrong is None else f"{wrong!r} is not a weight above 0"
+        )
         raise DataError(
-            f"data.path={path!r}: {told}; write weights and datasets in turn: 0.7 web 0.3 books"
+            f"data.path={path!r}: {problem}; write weights and datasets in turn: 0.7 web 0.3 books"
         )
     places = [Path(word).resolve() for word in words[1::2]]
     if twice := [
@@ -189,14 +193,14 @@ def _open_blend(path: str, words: list[str], verify: Verify, vocab_size: int) ->
             f"data.path={path!r}: {twice[0]} is there twice, and would give each sample twice; "
             "write it once, with the sum of its weights"
         )
-    parts = [open_dataset(each, verify, vocab_size) for each in words[1::2]]
+    parts = [open_dataset(word, verify, vocab_size) for word in words[1::2]]
     known = {part.fingerprint: part for part in parts if part.fingerprint}
     if len(known) > 1:
-        one, other, *_ = known.values()
+        first, second, *_ = known.values()
         raise DataError(
-            f"{one.folder} and {other.folder} were made with different tokenizers "
-            f"({(one.fingerprint or '')[:12]} and {(other.fingerprint or '')[:12]}); prepare both "
-            "with one"
+            f"{first.folder} and {second.folder} were made with different tokenizers "
+            f"({(first.fingerprint or '')[:12]} and {(second.fingerprint or '')[:12]}); prepare "
+            "both with one"
         )
     pairs = [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
     held_out = [(part.validation, w) for part, w in pairs if part.validation is not None]
@@ -214,7 +218,7 @@ def _mixture(pairs: list[tuple[Split, float]]) -> Mixture:
 
 
 def _weight(word: str) -> float | None:
-    """A word as a weight; 0 for one that is not above 0, None for no number."""
+    """The weight in a word; 0 if it is not above 0, None if it is not a number."""
     try:
         weight = float(word)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Megatron's indexed datasets, ``PREFIX.bin`` and ``PREFIX.idx``, read where they lie and written.
+"""Megatron's indexed datasets, ``PREFIX.bin`` and ``PREFIX.idx``: read in place, and written.
 
 ::
 
@@ -10,12 +10,12 @@
                  modes (int8 x n), of multimodal data only
 
 All integers are little-endian.  These are the files of Megatron-LM, NeMo and NeMo Megatron on
-Neuron ("mmap").  Nothing is converted and nothing of the size of the corpus is held in memory: both
-files are mapped, and where every document is one sequence, as pretraining data is, the table of
-positions is searched as it lies in the file.
+Neuron ("mmap").  Nothing is converted and memory does not grow with the corpus: both files are
+mapped, and where every document is one sequence, as in pretraining data, the table of positions is
+searched in the file.
 
-The format has no checksums and names no tokenizer.  What can contradict does get checked: the sizes
-of both files, that sequences lie end to end, and that every token is in the model's vocabulary.
+The format has no checksums and names no tokenizer.  Checked are the sizes of both files, that
+sequences lie end to end, and that every token is in the model's vocabulary.
 
 Source: megatron/core/datasets/indexed_dataset.py of Megatron-LM, for the layout.
 """
@@ -40,9 +40,9 @@ MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 CODES = {np.dtype(name): code for code, name in DTYPES.items()}
 TABLES = 34  # bytes before the tables of an .idx file
-LARGEST_U2 = 65_500  # vocabularies from here on take int32
-CHUNK = 2**20  # elements looked at together
-SAMPLED = 1000  # documents that tell with what token all begin
+LARGEST_U2 = 65_500  # larger vocabularies take int32
+CHUNK = 2**20  # elements checked at a time
+SAMPLED = 1000  # documents looked at for the token with which all begin
 
 Integers = npt.NDArray[np.int64]
 
@@ -53,16 +53,16 @@ def is_prefix(path: str | Path) -> bool:
 
 
 def indexed_prefix(folder: Path, split: str, key: str) -> Path:
-    """Where ``llamax prepare`` writes a split, named as Megatron's own preparation names it."""
+    """The prefix of a split that ``llamax prepare`` writes, named as Megatron names it."""
     return folder / f"{split}_{key}_document"
 
 
 class IndexedFile:
-    """The dataset of a prefix, mapped: ``tokens`` [tokens] and ``documents`` [documents + 1].
+    """A mapped Megatron dataset: ``tokens`` [tokens] and ``documents`` [documents + 1].
 
-    Tokens are checked against ``vocab_size`` as ``verify`` says, 0: not known.  ``header`` is what
-    the dataset is known to be from elsewhere.  Raises DataError where a file is missing, is no such
-    file, or the two disagree.
+    ``verify`` says when tokens are checked against ``vocab_size`` (0: unknown); ``header`` is what
+    another file says about the dataset.  Raises DataError if a file is missing or of another
+    format, or if the two files disagree.
     """
 
     masked = False
@@ -103,12 +103,14 @@ class IndexedFile:
         end = int(self.pointers[-1]) + int(self.lengths[-1]) * width if n else 0
         if end != len(self._data):
             raise DataError(
-                f"{data}: has {len(self._data)} bytes, but {index} says {end}; they are not of "
-                "one dataset, or one is cut short: copy both again"
+                f"{data}: has {len(self._data)} bytes, but {index} says {end}; the files belong to "
+                "different datasets, or one is cut short: copy both again"
             )
         if n and (not d or self.marks[0] != 0 or self.marks[-1] != n):
-            said = f"sequences {self.marks[0]} to {self.marks[-1]}" if d else "not marked"
-            raise DataError(f"{index}: its documents are {said}, but it has {n}; prepare it again")
+            marked = f"sequences {self.marks[0]} to {self.marks[-1]}" if d else "not marked"
+            raise DataError(
+                f"{index}: its documents are {marked}, but it has {n}; prepare it again"
+            )
         if self.dtype.kind == "f":
             raise DataError(f"{data}: holds {self.dtype.name} numbers, not tokens; give token ids")
         self.tokens: npt.NDArray[Any] = np.frombuffer(self._data, self.dtype)
@@ -127,7 +129,7 @@ class IndexedFile:
 
     @property
     def documents(self) -> npt.NDArray[np.uint64]:
-        """Tokens [documents[i], documents[i + 1]) are document i; made in memory when asked for."""
+        """Tokens [documents[i], documents[i + 1]) are document i; computed at the first use."""
         if self._documents is None:
             wrong = np.flatnonzero(self.marks[1:] < self.marks[:-1]).tolist()
             if wrong:
@@ -137,27 +139,30 @@ class IndexedFile:
                 )
             starts = np.append(self.pointers, np.uint64(len(self._data)))
             found = starts[self.marks] // np.uint64(self.dtype.itemsize)
-            if (found[1:] < found[:-1]).any():  # tables of positions further on than was looked at
+            if (found[1:] < found[:-1]).any():  # damage beyond the sequences checked at opening
                 self._check_sequences(0, len(self.lengths))
             self._documents = found
         return self._documents
 
     @property
     def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
-        """Where documents begin, ascending, and in units of which part of a token.
+        """Where documents begin, ascending, and how many of its units a token takes.
 
-        Of plain pretraining data it is the mapped table itself, in bytes.
+        For plain pretraining data it is the mapped table itself, in bytes.
         """
         return (self.pointers, self.dtype.itemsize) if self._plain else (self.documents, 1)
 
     def counted(self, places: Integers) -> npt.NDArray[np.bool_]:
-        """Every token is to be learnt."""
+        """Every token counts in the loss."""
         return np.ones(places.shape, bool)
 
     def verify(
         self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
     ) -> None:
-        """Check the ``share``-th of ``of`` parts: sequences lie end to end, tokens are known."""
+        """Check part ``share`` of ``of``: sequences lie end to end, tokens are in the vocabulary.
+
+        ``go_on`` is called now and then; checking ends early when it returns False.
+        """
         for start in range(share * CHUNK, len(self.lengths), of * CHUNK):
             self._check_sequences(start, start + CHUNK)
         for start in range(share * CHUNK, len(self), of * CHUNK):
@@ -166,7 +171,7 @@ class IndexedFile:
             self._check(start, start + CHUNK)
 
     def touch(self, starts: Integers, stops: Integers, section: str = "tokens") -> None:
-        """Check the tokens starts[i]:stops[i] before their use, if that is when to check."""
+        """Check tokens starts[i]:stops[i] before their use, if ``verify`` is "read"."""
         if self.checks == "read" and section == "tokens":
             for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
                 self._check(start, stop)
@@ -197,7 +202,7 @@ class IndexedFile:
                 )
 
     def _first_token(self) -> int | None:
-        """With what token the first documents begin, if all with the same one."""
+        """The token with which the first documents begin; None if they differ."""
         starts = self.pointers[:SAMPLED] // np.uint64(self.dtype.itemsize)
         first = np.unique(self.tokens[starts[self.lengths[:SAMPLED] > 0]])
         return int(first[0]) if len(first) == 1 and len(starts) > 1 else None
@@ -217,7 +222,7 @@ def _map(path: Path) -> mmap.mmap | bytes:
 
 
 def _counts_up(marks: Integers) -> bool:
-    """Whether marks are 0, 1, 2, ...: every document is one sequence."""
+    """Whether marks are 0, 1, 2, ...: then every document is one sequence."""
     parts = (range(start, min(start + CHUNK, len(marks))) for start in range(0, len(marks), CHUNK))
     return all(np.array_equal(marks[part.start : part.stop], part) for part in parts)
 
@@ -226,11 +231,10 @@ def _counts_up(marks: Integers) -> bool:
 
 
 def write_indexed(prefix: Path, files: Sequence[TokenFile], vocab_size: int) -> int:
-    """Join token files into ``prefix.bin`` and ``prefix.idx``; how many documents there are.
+    """Join token files into ``prefix.bin`` and ``prefix.idx``; the number of documents written.
 
-    The same bytes as Megatron's builder writes for these documents: uint16 for vocabularies below
-    65,500, else int32; documents without tokens are left out.  Both files appear whole, the index
-    last, or not at all.
+    Writes the same bytes as Megatron's builder: uint16 for vocabularies below 65,500, else int32;
+    documents without tokens are left out.  Both files appear whole, the index last, or not at all.
     """
     dtype = np.dtype("<u2" if vocab_size < LARGEST_U2 else "<i4")
     index, data = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))

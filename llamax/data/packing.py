@@ -1,4 +1,4 @@
-"""Documents of any length in samples of one: best-fit packing, as an index and nothing else.
+"""Best-fit packing: an index of documents of any length in samples of one length.
 
 ::
 
@@ -7,14 +7,14 @@
                                                    sample 2   e . . . . .
 
 The longest document comes first; each goes into the fullest sample that still has room for it, or
-opens a new one (best-fit decreasing).  A document of n tokens takes n - 1 places, because its last
-token is only a label.  The samples with room are kept by how much they have; which amounts occur is
-one integer, a bit for each, so the best fit is its lowest bit from the document's size up.
+into a new sample (best-fit decreasing).  A document of n tokens takes n - 1 places, because its
+last token is only a label.  Samples with room are listed by the amount of room; one integer has a
+bit for each amount that occurs, so the best fit is its lowest bit at or above the document's size.
 
 Documents are taken in the order of a permutation by ``seed``, WINDOW of them at a time, and the
 index (which document lies in which sample) goes to an unnamed file that is mapped: memory does not
-grow with the corpus.  Samples depend on nothing but the dataset, the length and the seed; any of
-them can be read at once, and every epoch permutes them anew.
+grow with the corpus.  Samples depend only on the dataset, the length and the seed; any of them can
+be read directly, and every epoch permutes them anew.
 
 ``padded`` puts one document in each sample instead.
 
@@ -42,9 +42,9 @@ Way = Literal["best-fit", "padded"]
 class Packs:
     """Which documents of a token file lie in which sample of ``length`` places.
 
-    ``too_long`` says what becomes of documents that have more; of a dataset with answers, one that
-    is cut before its first answer is dropped.  ``len`` is the number of samples.  Raises DataError
-    for a document that is refused, and where no document is left.
+    ``too_long``: what to do with longer documents; with ``answers``, a document that is truncated
+    before its first answer is dropped.  ``len`` is the number of samples.  Raises DataError for a
+    document that is refused, and if no document is left.
     """
 
     def __init__(
@@ -103,16 +103,16 @@ class Packs:
 
     def __str__(self) -> str:
         kept = self.longer - self.answerless if self.too_long == "truncate" else 0
-        told = {"truncate": f"{kept:,} truncated", "drop": f"{self.longer:,} dropped"}
+        action = {"truncate": f"{kept:,} truncated", "drop": f"{self.longer:,} dropped"}
         lost = f" ({self.answerless:,} dropped: cut before the answer)" if self.answerless else ""
         return (
             f"{self.way} at {self.length}: {len(self._members):,} documents in {len(self):,} "
             f"samples, {self.fill:.2%} filled; {self.longer:,} longer"
-            + (f": {told[self.too_long]}{lost}" if self.longer else "")
+            + (f": {action[self.too_long]}{lost}" if self.longer else "")
         )
 
     def _measure(self, documents: Integers) -> tuple[Integers, Integers]:
-        """Documents that are kept, and the places each takes."""
+        """The documents that are kept, and the number of places that each takes."""
         starts = self.file.documents[documents].astype(np.int64)
         stops = self.file.documents[documents + 1].astype(np.int64)
         sizes = stops - starts - 1
@@ -138,7 +138,7 @@ class Packs:
 
 
 def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Samples as lists of numbers of documents, whose ``sizes`` (1 to ``room``) fall."""
+    """Samples as lists of document numbers; ``sizes``, 1 to ``room``, in descending order."""
     samples: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(room + 1)]
     amounts = 0  # bit r: some sample has room for r more

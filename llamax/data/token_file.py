@@ -1,21 +1,21 @@
-"""The packed-token file: every document of a corpus, end to end, in one file that proves itself.
+"""The packed-token file: all documents of a corpus, end to end, in one file with checksums.
 
 ::
 
     0      magic "llamax1\\n", crc32 of the header, JSON padded with spaces        4096 bytes
     4096   tokens of all documents, uint16 or uint32, little-endian
            document offsets, uint64: offsets[i]:offsets[i+1] are document i's tokens
-           counted, one bit per token, lowest first: whether a model is to learn it
+           counted, one bit per token, lowest first: whether it counts in the loss
              (instruction data only; without this section every token counts)
            checksums, uint32: crc32 of every 1 MiB block from byte 4096 up to here
 
-The header vouches for the checksums, the checksums for everything else, and the header for itself,
-so any flipped bit is found, and by the length any cut.  crc32 because it finds *every* error burst
-of up to 32 bits (a random hash only almost every one), comes with Python and runs outside the
-interpreter's lock, so all cores check at once.
+The header has a checksum of itself and of the table of checksums, so any flipped bit is found; a
+file that is cut short is found by its length.  crc32 finds *every* error burst of up to 32 bits (a
+random hash only almost every one), comes with Python and runs outside the interpreter's lock, so
+all cores check at once.
 
-A reader maps the file: opening costs neither time nor memory that grows with the corpus, but for
-its four bytes of checksum per MiB.
+A reader maps the file: the time and memory of opening do not grow with the corpus, but for four
+bytes of checksum per MiB.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ GoOn = Callable[[], bool]
 
 @dataclass(frozen=True)
 class Header:
-    """What a token file says of itself; ``tokenizer`` is a fingerprint, ids are None if unused.
+    """The header of a token file: tokenizer, counts and the places of its sections.
 
-    ``counted`` is the number of tokens to be learnt, None where that is all of them.
+    ``tokenizer`` is a sha256; ``bos_id`` and ``eos_id`` are None if documents do not begin or
+    end with them; ``counted`` is the number of tokens in the loss, None if all are.
     """
 
     tokenizer: str
@@ -69,7 +70,7 @@ class Header:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The narrowest type that holds the vocabulary."""
+        """The narrowest type for the vocabulary."""
         return np.dtype("<u2" if self.vocab_size <= 2**16 else "<u4")
 
     def to_bytes(self) -> bytes:
@@ -80,7 +81,7 @@ class Header:
 
     @classmethod
     def from_bytes(cls, raw: bytes, path: Path) -> Header:
-        """The header of the file ``path``; DataError where it is another file's or damaged."""
+        """The header of the file ``path``; DataError if it is damaged or not a token file's."""
         if raw[: len(MAGIC)] != MAGIC:
             raise DataError(
                 f"{path}: is not a token file (starts with {raw[: len(MAGIC)]!r}, not {MAGIC!r}); "
@@ -94,15 +95,15 @@ class Header:
             del found["dtype"]
             found["sections"] = {k: (start, size) for k, (start, size) in found["sections"].items()}
             header = cls(**found)
-            sound = header.sound()
+            consistent = header.is_consistent()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            sound = False
-        if not sound:
+            consistent = False
+        if not consistent:
             raise DataError(f"{path}: its header contradicts itself: {REMEDY}")
         return header
 
-    def sound(self) -> bool:
-        """Whether sections lie one after another and are as large as what is in them."""
+    def is_consistent(self) -> bool:
+        """Whether sections follow each other and have the sizes of their contents."""
         counts = (self.vocab_size, self.tokens, self.documents, self.text_bytes)
         ids = [n for n in (self.bos_id, self.eos_id, self.counted) if n is not None]
         numbers = [*counts, self.checksums_crc32, *ids, *sum(self.sections.values(), ())]
@@ -122,7 +123,7 @@ class Header:
 
 
 class Stream(Protocol):
-    """Documents end to end, as samples are cut from them: a token file, or a Megatron dataset."""
+    """Documents end to end, from which samples are cut: a token file or a Megatron dataset."""
 
     path: Path
     header: Header
@@ -135,7 +136,7 @@ class Stream(Protocol):
 
     @property
     def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
-        """Where documents begin, ascending, and how many of its units a token is."""
+        """Where documents begin, ascending, and how many of its units a token takes."""
         ...
 
     @property
@@ -153,10 +154,11 @@ class Stream(Protocol):
 
 
 class TokenFile:
-    """A token file, mapped: ``tokens`` [tokens], ``documents`` [documents + 1] and ``counted``.
+    """A mapped token file: ``tokens`` [tokens], ``documents`` [documents + 1] and ``counted``.
 
     ``verify`` says when checksums are checked: "start", all of them now; "read", each block
     before its first use through ``touch``; "off", never.  The header and the length always are.
+    Raises DataError for a file that is missing or damaged.
     """
 
     def __init__(self, path: str | Path, verify: Verify = "start") -> None:
@@ -194,8 +196,9 @@ class TokenFile:
     ) -> float:
         """Check every block not yet checked, on all cores; the rate in bytes per second.
 
-        Of several ranks that read the file each checks its ``share``, and trusts the others'.
-        ``go_on`` is asked after each block whether anybody still wants to know.
+        Ranks that read one file divide the work: each checks part ``share`` of ``of`` and relies on
+        the others for the rest.  ``go_on`` is called after each block; checking ends early when it
+        returns False.  Raises DataError for a damaged block.
         """
         blocks, start = np.flatnonzero(self._unseen)[share::of], time.perf_counter()
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
@@ -208,16 +211,16 @@ class TokenFile:
 
     @property
     def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
-        """Where documents begin, ascending, and how many of its units a token is."""
+        """Where documents begin, ascending, and how many of its units a token takes."""
         return self.documents, 1
 
     @property
     def masked(self) -> bool:
-        """Whether the file says which tokens count."""
+        """Whether the file says which tokens count in the loss."""
         return self._counted is not None
 
     def counted(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Whether the tokens at ``places`` (any shape) are to be learnt."""
+        """Whether the tokens at ``places`` (any shape) count in the loss."""
         if self._counted is None:
             return np.ones(places.shape, bool)
         bits: npt.NDArray[np.bool_] = (self._counted[places >> 3] >> (places & 7)) & 1 == 1
@@ -226,15 +229,15 @@ class TokenFile:
     def touch(
         self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
     ) -> None:
-        """Check what must be checked before elements starts[i]:stops[i] of a section are used."""
+        """Check the unchecked blocks with elements starts[i]:stops[i] of a section."""
         if not np.count_nonzero(self._unseen):
             return
         offset, _ = self.header.sections[section]
         bits = {"documents": 64, "counted": 1}.get(section, 8 * self.header.dtype.itemsize)
         first = (starts * bits // 8 + offset - HEADER_BYTES) // BLOCK_BYTES
         last = ((stops * bits - 1) // 8 + offset - HEADER_BYTES) // BLOCK_BYTES
-        for one, other in zip(first.tolist(), last.tolist(), strict=True):
-            for block in range(one, other + 1):
+        for start, stop in zip(first.tolist(), last.tolist(), strict=True):
+            for block in range(start, stop + 1):
                 if self._unseen[block]:
                     self._check(block)
 
@@ -256,10 +259,10 @@ class TokenFile:
 
 
 class TokenWriter:
-    """Writes a token file as documents come, in memory that does not grow with their number.
+    """Writes a token file document by document, in constant memory.
 
-    Use it as a context: the file appears under its name, complete and on disk, when the block
-    ends without an error, and not at all otherwise.
+    Use it in a ``with`` block: the file appears under its name, complete and on disk, when the
+    block ends without an error, and not at all otherwise.
     """
 
     def __init__(self, path: str | Path, header: Header) -> None:
@@ -288,9 +291,10 @@ class TokenWriter:
         text_bytes: int,
         counted: npt.NDArray[np.bool_] | None = None,
     ) -> None:
-        """Append documents: their tokens end to end, the length of each, their size as text.
+        """Append documents: tokens end to end, the length of each, and the bytes of their text.
 
-        ``counted`` says for each token whether it is to be learnt; for all documents or for none.
+        ``counted``: whether each token counts in the loss; given for all documents or for none.
+        Raises DataError for a token outside the vocabulary.
         """
         if len(tokens) and int(tokens.max()) >= self.header.vocab_size:
             raise DataError(
@@ -358,7 +362,7 @@ class TokenWriter:
         os.fsync(self._file.fileno())
 
     def _append(self, scratch: IO[bytes]) -> None:
-        """Copy a section that was collected in its own file, then align what follows."""
+        """Append a section that was collected in a file, then pad for the next section."""
         scratch.seek(0)
         while piece := scratch.read(BLOCK_BYTES):
             self._body.write(memoryview(piece))
@@ -366,7 +370,7 @@ class TokenWriter:
 
 
 class _Blocks:
-    """Writes bytes after the header and keeps the crc32 of every block of them."""
+    """Writes bytes after the header and collects the crc32 of every block."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from llamax.cli.generate import write_line
 from llamax.data.dataset import open_dataset
-from llamax.data.prepare.instruction_rows import read_conversation
+from llamax.data.prepare.instruction_rows import read_sample
 from llamax.data.prepare.tables import plan_tables, read_rows
 from llamax.data.samples import Samples
 from llamax.data.token_file import TokenFile
@@ -89,7 +89,7 @@ def read_test(
     for run in plan_tables([str(options.test_file)], limit=options.limit):
         for place, row in read_rows(run):
             try:
-                found = read_conversation(row, dict(options.field), options.system, wording.chat)
+                found = read_sample(row, dict(options.field), options.system, wording.chat)
                 if found is None:
                     raise DataError("has an empty answer; mend or remove it")
             except DataError as error:

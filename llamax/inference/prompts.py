@@ -19,8 +19,8 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from llamax.data.chat.encode import Encoder
-from llamax.data.chat.templates import Template, forgotten, sample, source_of
-from llamax.data.prepare.instruction_rows import read_conversation
+from llamax.data.chat.templates import Template, make_sample, source_of, unused
+from llamax.data.prepare.instruction_rows import read_sample
 from llamax.data.prepare.tables import Row, kind_of, plan_tables, read_rows
 from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.errors import DataError
@@ -58,7 +58,7 @@ class PromptFormat:
             self._template = self._encoder.template(template, source_of(template))
             for name, text in (("context", context), ("system", system)):
                 if text and not self._template.reads(name):
-                    raise forgotten(template, name)
+                    raise unused(template, name)
         elif context or system:
             raise DataError("--context and --system are put by a template; give --template too")
 
@@ -70,12 +70,12 @@ class PromptFormat:
         try:
             if self._template is None:
                 return self._plain(row)
-            found = read_conversation(
-                row, self.fields, self.system, self._template.chat, asked=True
+            found = read_sample(
+                row, self.fields, self.system, self._template.chat, prompt_only=True
             )
             assert found is not None
             if self.context and not found.context:
-                found = sample(found.instruction, self.context, system=found.system)
+                found = make_sample(found.instruction, self.context, system=found.system)
             spans = self._template.prompt(found)
             text = "".join(span.text for span in spans)
             _encodable(text)
@@ -94,7 +94,7 @@ class PromptFormat:
         """The special tokens with which the template ends an answer."""
         if self._template is None:
             return set()
-        (tokens,) = self._encoder.encode([self._template.spans(sample("Q", answer="A"))])
+        (tokens,) = self._encoder.encode([self._template.spans(make_sample("Q", answer="A"))])
         return {int(i) for i in tokens.ids[tokens.counted] if int(i) in self._encoder.names}
 
     def _plain(self, row: Row) -> Prompt:

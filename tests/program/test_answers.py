@@ -20,7 +20,7 @@ from llamax.cli.generate import columns, new_file, write_line
 from llamax.cli.generate import main as generate
 from llamax.config.model import ModelConfig
 from llamax.data.chat.encode import Encoder
-from llamax.data.chat.templates import BUILT_IN, sample
+from llamax.data.chat.templates import BUILT_IN, make_sample
 from llamax.data.dataset import open_dataset
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.process import Main, run_main
@@ -123,7 +123,7 @@ def test_prompts_are_those_of_training(folder: Path) -> None:
     for name in ("dolly", "alpaca", "usr-bot", "human-assistant", "llama2-chat"):
         encoder = Encoder(tokenizer)
         template = encoder.template(name, BUILT_IN[name])
-        (trained,) = encoder.encode([template.spans(sample("Who?", "A cat.", "It is I"))])
+        (trained,) = encoder.encode([template.spans(make_sample("Who?", "A cat.", "It is I"))])
         asked = PromptFormat(tokenizer, 1, name, context="A cat.").ask({"instruction": "Who?"})
         assert trained.ids[~trained.counted].tolist() == asked.ids
     assert PromptFormat(tokenizer, 1, "llama2-chat").ends == {2}

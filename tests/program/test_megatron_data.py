@@ -108,7 +108,7 @@ def test_a_model_with_too_small_a_vocabulary_is_refused(made: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--template", "alpaca"], "--format megatron has no place for which tokens are answers"),
+        (["--template", "alpaca"], "--format=megatron cannot store which tokens are answers"),
         (["--format", "llamax"], "in the other format"),
     ],
 )

@@ -333,7 +333,7 @@ def test_what_prepare_wrote_is_no_text(tokenizer: Path, text: Path) -> None:
     out = text / "deep" / "out"
     made = run(out, text, "--tokenizer", tokenizer)
     assert run(out, text, "--tokenizer", tokenizer) == made
-    with pytest.raises(DataError, match="is the text and --out at once; choose another --out"):
+    with pytest.raises(DataError, match="is both an input and --out; choose another --out"):
         run(text, text, "--tokenizer", tokenizer)
 
 
@@ -392,16 +392,16 @@ def test_impossible_arguments(
 def test_a_full_disk_is_told_in_bytes(tmp_path: Path) -> None:
     with (
         pytest.raises(DataError, match=r"no space left: about 12345 bytes needed, \d+ free"),
-        chunks.room_for(tmp_path, 12345),
+        chunks.disk_space(tmp_path, 12345),
         open("/dev/full", "wb", buffering=0) as file,
     ):
         file.write(b"x")
-    with pytest.raises(FileNotFoundError), chunks.room_for(tmp_path, 1):
+    with pytest.raises(FileNotFoundError), chunks.disk_space(tmp_path, 1):
         (tmp_path / "none").read_bytes()
 
 
 def test_datasets_that_cannot_be_opened(text: Path, tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is no dataset"):
+    with pytest.raises(DataError, match="is not a dataset"):
         open_dataset(tmp_path)
     out = tmp_path / "out"
     run(out, text / "00.py", "--tokenizer", tokenizer)

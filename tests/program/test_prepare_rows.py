@@ -277,7 +277,7 @@ def test_gsm8k_packs_to_98_percent(shared_data: Path, tmp_path: Path) -> None:
         ("a.csv", 'instruction,answer\nQ,A\n"Q,A\n', "row 2 is not CSV"),
         ("a.csv", "instruction,answer,answer\nQ,A,B\n", "row 1: .*head that names 'answer' twice"),
         ("a.csv", b"instruction,answer\nQ,\xff\n", "byte 21 is not UTF-8 .*to UTF-8, or leave"),
-        ("a.txt", "x", r"a\.txt: is no table of rows; give a \.jsonl"),
+        ("a.txt", "x", r"a\.txt: is not a table of rows; give a \.jsonl"),
         ("a.parquet", "x", "is not Parquet|needs the package pyarrow"),
         ("a.jsonl.gz", "x", "cannot be read"),
     ],

@@ -185,7 +185,7 @@ def test_mistakes_are_one_line(
     transformers.LlamaForCausalLM(shape).save_pretrained(hub)
     capsys.readouterr()
     for overrides, expected in {
-        ("--data.path=nowhere",): "nowhere: is no dataset",
+        ("--data.path=nowhere",): "nowhere: is not a dataset",
         ("--model.vocab_size=40",): "its tokenizer has 61 tokens, and model.vocab_size=40",
         ("--data.micro_batch=3",): "data.global_batch=4",
         ("--run.stps=3",): "did you mean run.steps?",

@@ -1,4 +1,4 @@
-"""Samples to token ids with a mark on each token that is learnt."""
+"""Samples as token ids, with a mark on each token that counts in the loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Bits = npt.NDArray[np.bool_]
 
 
 class Tokens(NamedTuple):
-    """Token ids of a sample or a prompt, and whether each is to be learnt."""
+    """Token ids of a sample or a prompt, and whether each counts in the loss."""
 
     ids: Ids
     counted: Bits
@@ -29,7 +29,10 @@ class Tokens(NamedTuple):
 
 
 class Encoder:
-    """Turns the spans of a template into tokens; ``bos`` and ``eos`` are added where wanted."""
+    """Encodes the spans of a template.
+
+    ``bos`` and ``eos``: whether samples begin and end with them, if the tokenizer has them.
+    """
 
     def __init__(self, tokenizer: Tokenizer, bos: bool = True, eos: bool = True) -> None:
         self.tokenizer = tokenizer
@@ -50,41 +53,41 @@ class Encoder:
         return Template(name, source, tuple(self.tokenizer.special), bos, eos)
 
     def encode(self, samples: Sequence[Sequence[Span]], prompts: bool = False) -> list[Tokens]:
-        """The tokens of each sample; of ``prompts`` without the EOS behind them."""
+        """The tokens of each sample; ``prompts`` have no EOS at their end."""
         pieces = [list(self._pieces(spans)) for spans in samples]
         texts: dict[bool, list[str]] = {False: [], True: []}
         for piece in chain.from_iterable(pieces):
             if not isinstance(piece, Special):
-                upto = [piece.text[:cut] for cut in piece.cuts]
-                texts[piece.goes_on] += [piece.text, *upto]
+                beginnings = [piece.text[:cut] for cut in piece.cuts]
+                texts[piece.after_special] += [piece.text, *beginnings]
         encoded = {
             False: iter(self.tokenizer.encode_documents(texts[False])),
             True: iter(self.tokenizer.encode_after(texts[True])),
         }
-        return [self._join(each, encoded, prompts) for each in pieces]
+        return [self._join(sample, encoded, prompts) for sample in pieces]
 
     def _pieces(self, spans: Sequence[Span]) -> Iterator[Special | Piece]:
-        """Special tokens, and the texts between them with the places where answers change."""
+        """Special tokens, and the texts between them with the places where answers begin or end."""
         whole = "".join(span.text for span in spans)
         edges, at = [], 0
         for span in spans:
             edges.append((at, span.answer))
             at += len(span.text)
-        goes_on = False
+        after_special = False
         for start, stop, token in self._split(whole):
             inside = [(max(at, start), answer) for at, answer in edges if at < stop]
             begun = max(i for i, (at, _) in enumerate(inside) if at <= start)
             if token is not None:
                 yield Special(token, inside[begun][1])
-                goes_on = token != self.tokenizer.bos_id
+                after_special = token != self.tokenizer.bos_id
                 continue
             kept = inside[begun:]
             text = whole[start:stop]
-            cuts = [len(_mended(whole[start:at])) for at, _ in kept[1:]]
-            yield Piece(_mended(text), cuts, [answer for _, answer in kept], goes_on)
+            cuts = [len(_unshielded(whole[start:at])) for at, _ in kept[1:]]
+            yield Piece(_unshielded(text), cuts, [answer for _, answer in kept], after_special)
 
     def _split(self, text: str) -> Iterator[tuple[int, int, int | None]]:
-        """(start, stop, id) of special tokens and (start, stop, None) of what is between."""
+        """(start, stop, id) of special tokens and (start, stop, None) of the texts between."""
         at = 0
         for match in self._special.finditer(text) if self.tokenizer.special else ():
             if match.start() > at:
@@ -117,12 +120,12 @@ class Encoder:
                 add(np.array([piece.id], np.uint32), piece.answer)
                 answer = piece.answer
                 continue
-            whole = next(encoded[piece.goes_on])
+            whole = next(encoded[piece.after_special])
             marks = np.zeros(len(whole), bool)
             at = 0
             for cut, now in zip([None, *piece.cuts], piece.answers, strict=True):
                 if cut is not None:
-                    at = self._within(whole, next(encoded[piece.goes_on]), piece.text[:cut])
+                    at = self._within(whole, next(encoded[piece.after_special]), piece.text[:cut])
                 marks[at:] = answer = now
             add(whole, marks)
         ended = next(
@@ -132,14 +135,14 @@ class Encoder:
             add(np.array([self.eos], np.uint32), answer)
         return Tokens(np.concatenate(ids), np.concatenate(counted))
 
-    def _within(self, whole: Ids, upto: Ids, text: str) -> int:
-        """How many tokens of a whole lie in its beginning ``text``, which alone is ``upto``.
+    def _within(self, whole: Ids, beginning: Ids, text: str) -> int:
+        """The number of tokens of ``whole`` that lie in its beginning ``text``.
 
-        Where the two begin differently (two line breaks may be one token only at an end), those
-        are counted that decode to a part of the beginning.
+        ``beginning`` are the tokens of ``text`` alone.  Where the two differ (two line breaks may
+        be one token only at the end of a text), tokens count that decode to a part of ``text``.
         """
-        at = _shared(whole, upto)
-        if at < len(upto):
+        at = _shared(whole, beginning)
+        if at < len(beginning):
             for longer in range(at + 1, min(len(whole), len(text.encode()) + 2) + 1):
                 if text.startswith(self.tokenizer.decode(whole[:longer].tolist())):
                     at = longer
@@ -147,27 +150,27 @@ class Encoder:
 
 
 class Special(NamedTuple):
-    """A special token that the template wrote."""
+    """A special token of the template."""
 
     id: int
     answer: bool
 
 
 class Piece(NamedTuple):
-    """A text, and the characters at which it turns from given to answer or back."""
+    """A text, and the characters at which an answer begins or ends in it."""
 
     text: str
     cuts: list[int]
     answers: list[bool]  # before the first cut, then after each
-    goes_on: bool  # after a special token that does not begin a text
+    after_special: bool  # follows a special token other than BOS
 
 
-def _mended(text: str) -> str:
+def _unshielded(text: str) -> str:
     return text.replace(SHIELD, "")
 
 
 def _shared(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> int:
-    """How many tokens two texts have in common at their beginnings."""
+    """The number of tokens that two texts have in common at their beginnings."""
     length = min(len(one), len(other))
     differ = np.flatnonzero(one[:length] != other[:length])
     return int(differ[0]) if len(differ) else length

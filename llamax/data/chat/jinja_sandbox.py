@@ -1,15 +1,15 @@
-"""Templates of strangers, rendered without trust.
+"""A sandbox for Jinja templates that come with downloaded models.
 
-A chat template comes with somebody's model and is a program.  Four walls stand around it:
+A chat template is a program.  It is rendered within four limits:
 
-* Jinja's immutable sandbox: no private attribute, no call of what is marked unsafe, nothing given
-  to the template is changed by it, and no loader, so no other file is read;
-* products and powers are bounded before they are computed (``"a" * 10**9``, ``9**9**9``);
-* a render has ``CPU_S`` seconds of this process (a virtual timer interrupts it), and the process
-  may grow by ``MEMORY_BYTES`` meanwhile (the address-space limit, on Linux);
-* the text that comes out has at most ``OUTPUT_CHARACTERS``.
+* Jinja's immutable sandbox: no private attributes, no calls that are marked unsafe, no changes to
+  the values, and no loader, so no other file is read;
+* products and powers are checked before they are computed (``"a" * 10**9``, ``9**9**9``);
+* rendering takes at most ``CPU_S`` seconds of this process (a virtual timer interrupts it), and the
+  process may grow by ``MEMORY_BYTES`` meanwhile (the address-space limit, on Linux);
+* the output has at most ``OUTPUT_CHARACTERS``.
 
-Whatever goes wrong inside becomes one DataError.  Syntax and helpers are those that transformers
+Every failure inside becomes one DataError.  Syntax and helpers are those that transformers
 documents for chat templates: trimmed blocks, ``{% break %}``, ``{% generation %}``, ``tojson``,
 ``raise_exception``, ``strftime_now``.
 
@@ -42,16 +42,16 @@ CPU_S = 2.0
 MEMORY_BYTES = 2**30
 OUTPUT_CHARACTERS = 10_000_000
 SOURCE_CHARACTERS = 1_000_000
-LARGEST = 2**53  # of a number that a template computes
-LONGEST = 1_000_000  # of a sequence that it repeats
+LARGEST = 2**53  # largest number that a template may compute
+LONGEST = 1_000_000  # longest sequence that it may repeat
 
-# What marks the beginning and the end of an answer in the output: noncharacters of Unicode, which
-# no text may hold (the Unicode Standard, section 23.7).
+# Marks of the beginning and the end of an answer in the output: noncharacters of Unicode, which no
+# text may hold (the Unicode Standard, section 23.7).
 START, STOP = "\ufdd0", "\ufdd1"
 
 
 class Generation(Extension):
-    """``{% generation %} ... {% endgeneration %}``: what the assistant says, between marks."""
+    """``{% generation %} ... {% endgeneration %}``: puts an answer between marks."""
 
     tags = {"generation"}
 
@@ -65,7 +65,7 @@ class Generation(Extension):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of all templates."""
+    """The Jinja environment of all templates."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -95,9 +95,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 class Program:
-    """A template, compiled; ``variables`` are the names it reads.
+    """A compiled template; ``variables`` are the names it reads, ``marks``: it marks answers.
 
-    Raises DataError where the source is not a template; ``where`` names it in messages.
+    ``where`` names it in messages.  Raises DataError if the source is not a template.
     """
 
     def __init__(self, source: str, where: str) -> None:
@@ -107,7 +107,7 @@ class Program:
         self.variables, self.marks, self._template = self._guarded(partial(_compile, source))
 
     def render(self, values: dict[str, Any]) -> str:
-        """The text for ``values``; DataError where the template fails or goes too far."""
+        """The text for ``values``; DataError if the template fails or exceeds a limit."""
         text = self._guarded(partial(self._template.render, values))
         if len(text) > OUTPUT_CHARACTERS:
             raise DataError(
@@ -128,7 +128,7 @@ class Program:
             ) from None
         except (MemoryError, RecursionError, OverflowError) as error:
             raise DataError(
-                f"{self.where}: is refused: it wants too much ({type(error).__name__})"
+                f"{self.where}: is refused: it needs too much memory ({type(error).__name__})"
             ) from None
         except TemplateError as error:
             line = getattr(error, "lineno", None)
@@ -141,7 +141,7 @@ class Program:
 
 
 class _TooLong(BaseException):
-    """Out of time; no template can catch it."""
+    """The time is over; a BaseException, so no template can catch it."""
 
 
 def _alarm(number: int, frame: FrameType | None) -> None:
@@ -149,7 +149,7 @@ def _alarm(number: int, frame: FrameType | None) -> None:
 
 
 def _compile(source: str) -> tuple[frozenset[str], bool, Template]:
-    """The names that a template reads, whether it marks answers, and the template."""
+    """The names that a template reads, whether it marks answers, and the compiled template."""
     environment = Sandbox()
     tree = environment.parse(source)
     names = frozenset(meta.find_undeclared_variables(tree))
@@ -158,9 +158,9 @@ def _compile(source: str) -> tuple[frozenset[str], bool, Template]:
 
 
 def _limited(work: Callable[[], Result]) -> Result:
-    """``work()`` with the CPU seconds and the growth of this process bounded.
+    """``work()`` with limits on the CPU seconds and the growth of this process.
 
-    The alarm rings once, at any instruction: also where the inner block ends, never later.
+    The timer fires at most once, at any instruction up to the end of the inner block.
     """
     before = signal.signal(signal.SIGVTALRM, _alarm)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
@@ -177,7 +177,7 @@ def _limited(work: Callable[[], Result]) -> Result:
 
 
 def _room(soft: int) -> int:
-    """The address space of this process and MEMORY_BYTES more, if that is below ``soft``."""
+    """The limit on the address space: its present size and MEMORY_BYTES, at most ``soft``."""
     statm = Path("/proc/self/statm")
     if not statm.exists():
         return soft

@@ -1,20 +1,21 @@
-"""From the fields of a row to the text a model learns: built-in templates and anybody's.
+"""Templates: from the fields of a row to the text that a model is trained on.
 
 A template is Jinja text.  It reads either the fields of a row or ``messages``, the same as a list
-of {"role", "content"}; and it says with ``{% generation %}`` what the model is to answer::
+of {"role", "content"}; ``{% generation %}`` marks what the model is to answer::
 
-    ### Instruction            spans:  "### Instruction\\nWho?\\n\\n### Answer\\n"    given
+    ### Instruction            spans:  "### Instruction\\nWho?\\n\\n### Answer\\n"    prompt
     Who?                               "Nobody."                               answer
-                               prompt: the spans before the answer
+
     ### Answer
     {% generation %}Nobody.{% endgeneration %}
 
-Templates that lack the tag are asked twice: what a conversation is up to an answer (with
-``add_generation_prompt``) must begin what it is with the answer; the rest is the answer.
+Templates without the tag are rendered twice: a conversation up to an answer (with
+``add_generation_prompt``) must be the beginning of the conversation with the answer; the rest is
+the answer.
 
-A special token's name in a field is text and must not become the token, so it is broken with a
-noncharacter (``shield``) before rendering, and mended after the template's own tokens were found.
-The space before an answer belongs to the answer: tokens do not cut there.
+The name of a special token inside a field is text and must not become the token.  So a noncharacter
+(``SHIELD``) is put into it before rendering, and removed after the template's own tokens were
+found.  The space before an answer belongs to the answer: tokens do not end there.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any, NamedTuple
 from llamax.data.chat.jinja_sandbox import START, STOP, Program
 from llamax.runtime.errors import DataError
 
-SHIELD, HERE = "\ufdd2", "\ufdd3"
+SHIELD, ANSWER = "\ufdd2", "\ufdd3"  # inside special tokens; in place of an answer
 
 BUILT_IN = {
     "dolly": (
@@ -97,14 +98,14 @@ Message = dict[str, str]
 
 
 class Span(NamedTuple):
-    """A piece of a sample's text, and whether it is to be learnt."""
+    """A piece of a sample's text, and whether it is part of an answer."""
 
     text: str
     answer: bool
 
 
 class Sample(NamedTuple):
-    """What a row says, whatever its columns are called; a prompt has no answer."""
+    """The fields of a row, whatever its columns are called; a prompt has no answer."""
 
     messages: Sequence[Message]
     instruction: str = ""
@@ -113,10 +114,10 @@ class Sample(NamedTuple):
     system: str = ""
 
 
-def sample(instruction: str, context: str = "", answer: str = "", system: str = "") -> Sample:
-    """A question and its answer as a sample, also spelled as messages."""
-    asked = f"{instruction}\n\n{context}" if context else instruction
-    messages = [{"role": "user", "content": asked}]
+def make_sample(instruction: str, context: str = "", answer: str = "", system: str = "") -> Sample:
+    """A question and its answer as a sample, with the same as messages."""
+    question = f"{instruction}\n\n{context}" if context else instruction
+    messages = [{"role": "user", "content": question}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
     if answer:
@@ -127,8 +128,9 @@ def sample(instruction: str, context: str = "", answer: str = "", system: str = 
 class Template:
     """Renders samples.
 
-    ``specials`` are the names of the tokenizer's special tokens; ``bos`` and ``eos`` two of them,
-    or empty.  Raises DataError where the source is no template or needs tokens that are not there.
+    ``specials`` are the names of the tokenizer's special tokens; ``bos`` and ``eos`` are two of
+    them, or empty.  Raises DataError if the source is not a template, or needs tokens that the
+    tokenizer lacks.
     """
 
     def __init__(
@@ -145,16 +147,16 @@ class Template:
         self.chat = "messages" in self._program.variables
         if not self.chat and "answer" not in self._program.variables:
             raise DataError(
-                f"template {name}: yields nothing of a row: it reads neither messages nor answer; "
+                f"template {name}: uses nothing of a row: it reads neither messages nor answer; "
                 "write one that does"
             )
 
     def reads(self, field: str) -> bool:
-        """Whether a field of a row, or what was given for it, comes into the text."""
+        """Whether the template puts a field into the text."""
         return self.chat or field in self._program.variables
 
     def spans(self, row: Sample) -> list[Span]:
-        """The text of a whole sample; DataError where the template yields no answer."""
+        """The text of a whole sample; DataError if the template yields no answer."""
         whole = self._render(row)
         if self._program.marks:
             found = list(_between_marks(whole))
@@ -163,24 +165,24 @@ class Template:
         found = [span for span in found if span.text]
         if not any(span.answer and span.text.strip() for span in found):
             raise DataError(
-                f"template {self.name}: yields no answer for this row; mend the template"
+                f"template {self.name}: yields no answer for this row; correct the template"
             )
         return found
 
     def prompt(self, row: Sample) -> list[Span]:
-        """The text that a model is given to answer: that of a sample up to its answer."""
+        """The text of a prompt: that of a sample up to its answer."""
         if self.chat:
             text = self._render(row, prompt=True)
         elif self._program.marks:
             text = self._render(row._replace(answer="")).rpartition(START)[0]
         else:
-            text = self._render(row, here=True).partition(HERE)[0]
+            text = self._render(row, mark_answer=True).partition(ANSWER)[0]
         return [Span(text.replace(START, "").replace(STOP, ""), False)]
 
     def _by_prompts(self, row: Sample, whole: str) -> Iterator[Span]:
         """The spans of a template without marks."""
         if not self.chat:
-            before = self._render(row, here=True).partition(HERE)[0]
+            before = self._render(row, mark_answer=True).partition(ANSWER)[0]
             cuts = [(before, whole)]
         else:
             cuts = [
@@ -192,8 +194,8 @@ class Template:
         for before, after in cuts:
             if not (whole.startswith(after) and after.startswith(before)):
                 raise DataError(
-                    f"template {self.name}: writes a conversation otherwise once it goes on, so "
-                    "its answers cannot be found; mark them with {% generation %}"
+                    f"template {self.name}: renders a conversation differently when more turns "
+                    "follow, so its answers cannot be found; mark them with {% generation %}"
                 )
             yield Span(whole[at : len(before)], False)
             yield Span(whole[len(before) : len(after)], True)
@@ -203,7 +205,7 @@ class Template:
     def _upto(self, row: Sample, count: int, prompt: bool) -> str:
         return self._render(row._replace(messages=row.messages[:count]), prompt)
 
-    def _render(self, row: Sample, prompt: bool = False, here: bool = False) -> str:
+    def _render(self, row: Sample, prompt: bool = False, mark_answer: bool = False) -> str:
         messages = [
             {"role": message["role"], "content": self._shielded(message["content"])}
             for message in row.messages
@@ -214,15 +216,18 @@ class Template:
                 "messages": messages,
                 "instruction": self._shielded(row.instruction),
                 "context": self._shielded(row.context),
-                "answer": HERE if here else self._shielded(row.answer),
+                "answer": ANSWER if mark_answer else self._shielded(row.answer),
                 "system": self._shielded(row.system),
                 "add_generation_prompt": prompt,
             }
         )
 
     def _shielded(self, text: str) -> str:
-        """A field in which no special token and no mark is found."""
-        for mark in (START, STOP, SHIELD, HERE):
+        """A field with a noncharacter inside the name of each special token.
+
+        Raises DataError for a field that holds one of the marks.
+        """
+        for mark in (START, STOP, SHIELD, ANSWER):
             if mark in text:
                 raise DataError(f"a field holds the noncharacter U+{ord(mark):04X}; remove it")
         for name in self.specials:
@@ -231,10 +236,10 @@ class Template:
         return text
 
 
-def forgotten(name: str, field: str) -> DataError:
-    """What to raise for an option that template ``name`` does not read."""
+def unused(name: str, field: str) -> DataError:
+    """The error for a parameter that template ``name`` does not use."""
     return DataError(
-        f"--{field}: template {name} reads neither messages nor {field} and would forget it; "
+        f"`{field}`: template {name} reads neither messages nor {field} and would not use it; "
         "leave it out, or use human-assistant or a chat template"
     )
 
@@ -248,22 +253,22 @@ def _between_marks(text: str) -> Iterator[Span]:
 
 
 def source_of(name_or_path: str) -> str:
-    """The text of a built-in template, of a Jinja file, or in a tokenizer's configuration.
+    """The text of a template: built in, a Jinja file, or part of a tokenizer's configuration.
 
-    Raises DataError where there is none.
+    Raises DataError if there is none.
     """
     if name_or_path in BUILT_IN:
         return BUILT_IN[name_or_path]
     path = Path(name_or_path)
     if path.is_dir():
         inside = (path / "chat_template.jinja", path / "tokenizer_config.json")
-        path = next((each for each in inside if each.is_file()), path / "tokenizer_config.json")
+        path = next((file for file in inside if file.is_file()), path / "tokenizer_config.json")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         raise DataError(
-            f"template {name_or_path} is neither built in ({', '.join(BUILT_IN)}) nor a file of "
-            "text; give a name, a Jinja file or a tokenizer_config.json"
+            f"template {name_or_path} is neither built in ({', '.join(BUILT_IN)}) nor a text "
+            "file; give a name, a Jinja file or a tokenizer_config.json"
         ) from None
     return _in_config(text, path) if path.suffix == ".json" else text
 
@@ -274,12 +279,14 @@ def _in_config(text: str, path: Path) -> str:
         found = json.loads(text)
     except ValueError as error:
         raise DataError(f"{path}: is not JSON ({error}); give a tokenizer_config.json") from None
-    given: Any = found.get("chat_template") if isinstance(found, Mapping) else None
-    if isinstance(given, list):
-        named = {each.get("name"): each.get("template") for each in given if isinstance(each, dict)}
-        given = named.get("default")
-    if not isinstance(given, str) or not given.strip():
+    template: Any = found.get("chat_template") if isinstance(found, Mapping) else None
+    if isinstance(template, list):
+        named = {
+            each.get("name"): each.get("template") for each in template if isinstance(each, dict)
+        }
+        template = named.get("default")
+    if not isinstance(template, str) or not template.strip():
         raise DataError(
             f"{path}: has no chat_template; give a Jinja file, or one of {', '.join(BUILT_IN)}"
         )
-    return given
+    return template

@@ -1,10 +1,10 @@
-"""The parts of a dataset: tokenised apart, in parallel, kept through a kill, joined in order.
+"""The parts of a dataset: tokenized in parallel, kept when the program is killed, joined in order.
 
-A part is named after everything that decides what is in it (the settings, the tokenizer, and the
-path, size and time of the text), and appears whole or not at all.  So a second run takes the parts
-it finds, whoever made them, and the result is the same bytes for any number of workers and after
-any kill.  A document goes to the validation split if the hash of its text says so: copies of one
-text never lie on both sides, and the order of the inputs does not matter.
+The name of a part is a hash of everything that decides its bytes (the settings, the tokenizer, and
+the path, size and time of the text), and a part appears whole or not at all.  So a second run uses
+the parts that it finds, and the result is the same bytes for any number of workers and after any
+kill.  The hash of a document's text decides its split: copies of one text never lie in both splits,
+and the order of the inputs does not matter.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ BATCH_CHARACTERS = 2**20
 
 
 class Encoded(NamedTuple):
-    """Documents of one split: ids of each, which of them count (None: all), their size as text."""
+    """Documents of one split: the ids of each, which of them count (None: all), bytes of text."""
 
     split: str
     ids: list[npt.NDArray[np.uint32]]
@@ -50,7 +50,7 @@ class Encoded(NamedTuple):
 
 
 class Chunk(Protocol):
-    """What becomes a part; ``size`` is counted in ``unit``."""
+    """The source of a part; ``size`` is in ``unit``, "B" or "row"."""
 
     @property
     def unit(self) -> str: ...
@@ -61,9 +61,9 @@ class Chunk(Protocol):
 
 
 class Settings(Protocol):
-    """What decides the bytes of a dataset, beside what it is made of.
+    """What decides the bytes of a dataset, besides its inputs.
 
-    ``tokenizer`` is a fingerprint; ``bos``, ``eos``: whether documents lie between them.
+    ``tokenizer`` is a fingerprint; ``bos`` and ``eos``: whether documents begin and end with them.
     """
 
     @property
@@ -80,14 +80,14 @@ class Settings(Protocol):
         """The documents of a chunk, some at a time."""
 
 
-def part_name(number: int, *told: object) -> str:
-    """The name of a part of which ``told``, plain values, is all that decides its bytes."""
-    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+def part_name(number: int, *values: object) -> str:
+    """The name of a part; ``values``, fit for JSON, are all that decides its bytes."""
+    digest = hashlib.sha256(json.dumps(values).encode()).hexdigest()
     return f"{number:06d}-{digest[:16]}"
 
 
 def header_of(settings: Settings, tokenizer: Tokenizer) -> Header:
-    """What the token files say of themselves."""
+    """The header of the token files, but for counts."""
     return Header(
         settings.tokenizer,
         tokenizer.vocab_size,
@@ -97,7 +97,7 @@ def header_of(settings: Settings, tokenizer: Tokenizer) -> Header:
 
 
 @dataclass(frozen=True)
-class Texts:
+class TextChunk:
     """A chunk of text files and rows of text."""
 
     sources: tuple[Source, ...]
@@ -115,7 +115,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """What decides the bytes of a dataset of text; ``tokenizer`` is a fingerprint."""
+    """What decides the bytes of a dataset of text, besides the text."""
 
     tokenizer: str
     key: str
@@ -123,22 +123,23 @@ class TextSettings:
     bos: bool
     eos: bool
 
-    def name(self, number: int, chunk: Texts) -> str:
+    def name(self, number: int, chunk: TextChunk) -> str:
         """The name of a part: equal names, equal bytes."""
         return part_name(number, asdict(self), [asdict(source) for source in chunk.sources])
 
-    def encode(self, chunk: Texts, tokenizer: Tokenizer) -> Iterator[Encoded]:
+    def encode(self, chunk: TextChunk, tokenizer: Tokenizer) -> Iterator[Encoded]:
         """The documents of a chunk, about BATCH_CHARACTERS at a time, each between BOS and EOS."""
         header = header_of(self, tokenizer)
         bos = np.array([] if header.bos_id is None else [header.bos_id], np.uint32)
         eos = np.array([] if header.eos_id is None else [header.eos_id], np.uint32)
         for texts in _batches(documents(chunk.sources, self.key)):
             raw = [text.encode() for text in texts]
-            held_out = [is_validation(each, self.validation) for each in raw]
-            ids = [np.concatenate([bos, each, eos]) for each in tokenizer.encode_documents(texts)]
-            for split, side in (("train", False), ("validation", True)):
-                mine = [i for i, where in enumerate(held_out) if where is side]
-                yield Encoded(split, [ids[i] for i in mine], None, sum(len(raw[i]) for i in mine))
+            held_out = [is_validation(text, self.validation) for text in raw]
+            ids = [np.concatenate([bos, body, eos]) for body in tokenizer.encode_documents(texts)]
+            for split, wanted in (("train", False), ("validation", True)):
+                chosen = [i for i, held in enumerate(held_out) if held is wanted]
+                text_bytes = sum(len(raw[i]) for i in chosen)
+                yield Encoded(split, [ids[i] for i in chosen], None, text_bytes)
 
 
 def is_validation(text: bytes, fraction: float) -> bool:
@@ -150,13 +151,16 @@ def is_validation(text: bytes, fraction: float) -> bool:
 def make_part(
     folder: Path, name: str, chunk: Chunk, settings: Settings, tokenizer_path: Path
 ) -> int:
-    """Tokenise a chunk into ``folder/name.SPLIT.tokens``, unless they are there: tokens made."""
+    """Tokenize a chunk into ``folder/name.SPLIT.tokens``; the number of tokens made.
+
+    Files that are there and pass their checksums are kept: then 0.
+    """
     paths = [folder / f"{name}.{split}.tokens" for split in SPLITS]
-    if all(map(_sound, paths)):
+    if all(map(_is_complete, paths)):
         return 0
     tokenizer = tokenizer_in(tokenizer_path)
     header = header_of(settings, tokenizer)
-    with room_for(folder, chunk.size_bytes * header.dtype.itemsize), ExitStack() as stack:
+    with disk_space(folder, chunk.size_bytes * header.dtype.itemsize), ExitStack() as stack:
         writers = {
             split: stack.enter_context(TokenWriter(path, header))
             for split, path in zip(SPLITS, paths, strict=True)
@@ -188,7 +192,7 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
     yield batch
 
 
-def _sound(path: Path) -> bool:
+def _is_complete(path: Path) -> bool:
     try:
         TokenFile(path)
     except DataError:
@@ -209,7 +213,11 @@ def make_parts(
     tokenizer_path: Path,
     workers: int,
 ) -> list[Path]:
-    """All parts in order, made by ``workers`` processes, with a progress bar on a terminal."""
+    """Make all parts with ``workers`` processes; their paths, without ``.SPLIT.tokens``, in order.
+
+    Shows a progress bar on a terminal.  Raises DataError for a mistake in a chunk, a full disk or a
+    worker that died.
+    """
     jobs = [
         (folder, settings.name(i, chunk), chunk, settings, tokenizer_path)
         for i, chunk in enumerate(chunks)
@@ -218,7 +226,7 @@ def make_parts(
     parts = [folder / name for _, name, *_ in jobs]
     tokens, start = 0, time.perf_counter()
     with tqdm(
-        total=sum(sizes), unit=chunks[0].unit, unit_scale=True, disable=None, desc="tokenising"
+        total=sum(sizes), unit=chunks[0].unit, unit_scale=True, disable=None, desc="tokenizing"
     ) as bar:
 
         def done(i: int, made: int) -> None:
@@ -237,32 +245,32 @@ def make_parts(
             min(workers, len(jobs)), context, initializer=leave_with_parent
         ) as pool:
             try:
-                # Ctrl-C reaches every process of a terminal: workers leave it to this one.
-                answer = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
+                # Ctrl-C reaches every process of a terminal: workers ignore it, this one acts.
+                handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
                 try:
                     futures: dict[Future[int], int] = {
                         pool.submit(make_part, *job): i for i, job in enumerate(jobs)
                     }
                 finally:
-                    signal.signal(signal.SIGINT, answer)
+                    signal.signal(signal.SIGINT, handler)
                 for future in as_completed(futures):
                     done(futures[future], future.result())
             except (BrokenProcessPool, BrokenPipeError, KeyboardInterrupt) as error:
-                # A worker that was still starting escapes the pool's own clearing up.
+                # The pool does not end a worker that was still starting.
                 for child in multiprocessing.active_children():
                     child.kill()
                 if isinstance(error, KeyboardInterrupt):
                     raise
-                raise DataError(  # dead while it worked, or as it started
-                    f"a worker of {workers} died, perhaps for want of memory; run the same "
-                    "command again with fewer --workers: finished parts are kept"
+                raise DataError(
+                    f"a worker of {workers} died, perhaps because memory ran out; do the same "
+                    "again with fewer `workers`: finished parts are kept"
                 ) from None
             finally:
                 pool.shutdown(cancel_futures=True)
     return parts
 
 
-def merge(parts: Sequence[Path], split: str, out: Path) -> TokenFile | None:
+def join_parts(parts: Sequence[Path], split: str, out: Path) -> TokenFile | None:
     """Join the parts of a split into ``out/split.tokens``; None, and no file, if it is empty."""
     files = [TokenFile(part.with_name(f"{part.name}.{split}.tokens"), "off") for part in parts]
     path = out / f"{split}.tokens"
@@ -270,7 +278,7 @@ def merge(parts: Sequence[Path], split: str, out: Path) -> TokenFile | None:
         path.unlink(missing_ok=True)
         return None
     size = sum(sum(file.header.sections["checksums"]) for file in files)
-    with room_for(out, size), TokenWriter(path, files[0].header) as writer:
+    with disk_space(out, size), TokenWriter(path, files[0].header) as writer:
         for part in parts:
             file = TokenFile(part.with_name(f"{part.name}.{split}.tokens"))
             lengths = np.diff(file.documents.astype(np.int64))
@@ -279,27 +287,30 @@ def merge(parts: Sequence[Path], split: str, out: Path) -> TokenFile | None:
     return TokenFile(path, "off")
 
 
-def merge_indexed(parts: Sequence[Path], split: str, out: Path, key: str) -> bool:
-    """Join the parts of a split to Megatron's two files; whether it has any document."""
+def join_parts_to_megatron(parts: Sequence[Path], split: str, out: Path, key: str) -> bool:
+    """Join the parts of a split into Megatron's two files; whether it has any document."""
     files = [TokenFile(part.with_name(f"{part.name}.{split}.tokens")) for part in parts]
     if not any(map(len, files)):
         return False
     size = sum(8 * len(file.documents) + 4 * len(file) for file in files)
-    with room_for(out, size):
+    with disk_space(out, size):
         write_indexed(indexed_prefix(out, split, key), files, files[0].header.vocab_size)
     return True
 
 
 @contextmanager
-def room_for(folder: Path, needed_bytes: int) -> Iterator[None]:
-    """Turn a disk that fills up in the block into a DataError with ``needed_bytes``."""
+def disk_space(folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Turn a disk that fills up inside the block into a DataError that names ``needed_bytes``."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a limit on sizes is no lack of space
+        if error.errno not in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+        ):  # EFBIG is a limit on sizes, not a full disk
             raise
         free = shutil.disk_usage(folder).free
         raise DataError(
             f"{folder}: no space left: about {needed_bytes} bytes needed, {free} free; make room "
-            "or choose another --out, then run the same command again: finished parts are kept"
+            "or choose another `out`, then do the same again: finished parts are kept"
         ) from None

@@ -1,50 +1,53 @@
-"""``llamax prepare``: text to a dataset folder, in parallel, and again from where it was killed.
+"""``prepare``: text or rows to a dataset folder, in parallel, resumed where it was killed.
 
 ::
 
-    inputs ──plan──> chunks ──workers──> OUT/.parts/*.tokens ──merge──> OUT/train.tokens
-                                                                        OUT/validation.tokens
-                                                                        OUT/tokenizer.model
-                                                                        OUT/dataset.json, last
+    inputs ──plan──> chunks ──workers──> OUT/.parts/*.tokens ──join──> OUT/train.tokens
+                                                                       OUT/validation.tokens
+                                                                       OUT/tokenizer.model
+                                                                       OUT/dataset.json, last
 
-With ``--format megatron`` the splits become Megatron's .bin and .idx, see ``llamax.data.megatron``.
-With ``--template`` the inputs are rows of questions and answers, see
-``llamax.data.prepare.instruction_rows``.
-Killed, it goes on when the same command is given again; ``llamax.data.prepare.chunks`` says how.
+In the Megatron format the splits become .bin and .idx files, see ``llamax.data.megatron``.  With a
+template the inputs are rows of questions and answers, see ``llamax.data.prepare.instruction_rows``.
+How a killed preparation resumes: ``llamax.data.prepare.chunks``.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import shutil
-import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
 
 from llamax.data.chat.jinja_sandbox import Program
-from llamax.data.chat.templates import forgotten, source_of
+from llamax.data.chat.templates import source_of, unused
 from llamax.data.prepare.chunks import (
     SPLITS,
     Chunk,
     Settings,
-    Texts,
+    TextChunk,
     TextSettings,
+    disk_space,
     header_of,
     is_validation,
+    join_parts,
+    join_parts_to_megatron,
     make_parts,
-    merge,
-    merge_indexed,
-    room_for,
     tokenizer_in,
 )
-from llamax.data.prepare.instruction_rows import InstructSettings, SplitRun, texts
-from llamax.data.prepare.summary import describe
-from llamax.data.prepare.tables import is_hub, plan_tables
+from llamax.data.prepare.instruction_rows import (
+    InstructSettings,
+    RowChunk,
+    check_fields,
+    training_texts,
+)
+from llamax.data.prepare.tables import is_hub_name, plan_tables
 from llamax.data.prepare.text_files import documents, plan
 from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.tokenizer import (
@@ -55,138 +58,228 @@ from llamax.data.tokenizer.tokenizer import (
 )
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import write_atomic
+from llamax.runtime.logging import logger
+
+PathLike = str | Path
+Format = Literal["llamax", "megatron"]
 
 
-def prepare(args: argparse.Namespace) -> None:
-    """Make the dataset that the parsed command line describes, and say what was made."""
-    out, began = Path(args.out), time.perf_counter()
-    _check_options(args)
-    folder = out / ".parts"
-    chunks = _runs(args, folder) if args.template else _texts(args)
-    _make_folder(folder)
-    if args.train_tokenizer:
-        path = _train(chunks, args, folder)
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset that ``prepare`` made: its folder, what went in, what came out, in what time."""
+
+    folder: Path
+    inputs: int
+    unit: str  # of ``inputs``: "B" or "row"
+    documents: int
+    seconds: float
+
+
+def prepare(
+    inputs: PathLike | Sequence[PathLike],
+    out: PathLike,
+    *,
+    tokenizer: PathLike | None = None,
+    train_tokenizer: int = 0,
+    key: str = "text",
+    glob: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    validation: float = 0.01,
+    bos: bool | None = None,
+    eos: bool | None = None,
+    format: Format = "llamax",
+    workers: int = 1,
+    template: str = "",
+    fields: Mapping[str, str] = MappingProxyType({}),
+    system: str = "",
+    split: str = "",
+    limit: int = 0,
+    validation_files: Sequence[PathLike] = (),
+    test_files: Sequence[PathLike] = (),
+    drop_empty: bool = False,
+) -> Prepared:
+    """Make a dataset folder of tokens from text, or from rows of questions and answers.
+
+    The same call resumes what a kill interrupted, and returns at once where it is done.
+
+    Args:
+        inputs: Text or JSONL files, plain or .gz, or folders of them; with ``template`` JSONL,
+            JSON, CSV, TSV or Parquet files, or the name of a Hugging Face dataset.
+        out: Dataset folder to make.
+        tokenizer: Tokenizer file, or a folder with one.
+        train_tokenizer: Instead: the number of pieces of a tokenizer to train on the inputs.
+        key: Key of the text in JSONL rows.
+        glob: Patterns of file names to take from folders.
+        exclude: Patterns of file and folder names to skip in folders.
+        validation: Share of documents for validation, 0 or more and below 1.
+        bos: Whether documents begin with BOS, if the tokenizer has one; by default they do, but not
+            in the Megatron format.
+        eos: Whether documents end with EOS; default as for ``bos``.
+        format: "llamax", one checked file for each split, or "megatron", .bin and .idx files.
+        workers: Number of processes.  More than 1 are spawned: a script that calls this needs
+            ``if __name__ == "__main__":``.
+        template: Name of a built-in template, a Jinja file, a tokenizer_config.json or a folder
+            with one.  The parameters below are for rows, which a template asks for.
+        fields: Columns of the fields instruction, context, answer, system and messages, where they
+            have other than the usual names.
+        system: System prompt of samples that have none.
+        split: Slice of the rows, such as "train[:10%]"; of a folder or a Hugging Face dataset the
+            name chooses files.
+        limit: Number of rows to take, the first ones; 0: all.
+        validation_files: Files of rows for validation, instead of a share of ``inputs``.
+        test_files: Files of rows for the test split.
+        drop_empty: Whether to skip rows with an empty answer instead of refusing them.
+
+    Raises:
+        DataError: For a parameter out of range, an input that is missing or damaged, a tokenizer
+            or template that cannot be used, a full disk, or a folder ``out`` that holds another
+            dataset.
+    """
+    began = time.perf_counter()
+    sources = [inputs] if isinstance(inputs, str | Path) else [*inputs]
+    _check_paths(out, tokenizer, train_tokenizer)
+    _check_ranges(validation, train_tokenizer, workers, limit)
+    if template and format == "megatron":
+        raise DataError(
+            "`format=megatron` cannot store which tokens are answers; leave out `template` or "
+            "`format`"
+        )
+    only_text = {"glob": [*glob] != ["*"], "exclude": exclude}
+    only_rows = {
+        "fields": fields,
+        "system": system,
+        "split": split,
+        "limit": limit,
+        "validation_files": validation_files,
+        "test_files": test_files,
+        "drop_empty": drop_empty,
+    }
+    for name, value in (only_text if template else only_rows).items():
+        if value:
+            purpose = "text" if template else "rows, which `template` asks for"
+            raise DataError(f"`{name}` is for {purpose}; leave it out")
+    out, parts_folder = Path(out), Path(out) / ".parts"
+    chunks: list[Chunk]
+    draft: Settings
+    special = format == "llamax"  # the Megatron format adds no special tokens by default
+    bos, eos = (special if chosen is None else chosen for chosen in (bos, eos))
+    if template:
+        check_fields(fields)
+        if any(is_hub_name(str(source)) for source in sources):
+            _make_folder(parts_folder)
+        tables = [("train", sources, split)]
+        tables += [("validation", [path], "") for path in validation_files]
+        tables += [("test", [path], "") for path in test_files]
+        chunks = [
+            RowChunk(rows, split_name)
+            for split_name, paths, chosen in tables
+            for rows in plan_tables([str(path) for path in paths], chosen, limit, parts_folder)
+        ]
+        source = _template_source(template, system)
+        columns = tuple(sorted(fields.items()))
+        share = 0.0 if validation_files else validation
+        draft = InstructSettings("", template, source, columns, system, share, bos, eos, drop_empty)
     else:
-        path = Path(args.tokenizer)
-    tokenizer = tokenizer_in(tokenizer_file(path))
-    settings = _settings(args, tokenizer)
-    names = [settings.name(i, chunk) for i, chunk in enumerate(chunks)]
+        files = plan(sources, [*glob] or ["*"], exclude, out.resolve())
+        chunks = [TextChunk(chunk) for chunk in files]
+        draft = TextSettings("", key, validation, bos, eos)
+    _make_folder(parts_folder)
+    path = (
+        _train(chunks, draft, train_tokenizer, parts_folder)
+        if train_tokenizer
+        else Path(str(tokenizer))
+    )
+    opened = tokenizer_in(tokenizer_file(path))
+    settings = _for_tokenizer(draft, opened)
+    names = [settings.name(number, chunk) for number, chunk in enumerate(chunks)]
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
-    if not _already(out, settings, identity, args.format):
-        parts = make_parts(chunks, folder, settings, tokenizer.path, args.workers)
-        if args.format == "megatron":
-            found = {split: merge_indexed(parts, split, out, args.key) for split in SPLITS}
+    if not _already_made(out, settings, identity, format):
+        parts = make_parts(chunks, parts_folder, settings, opened.path, workers)
+        if format == "megatron":
+            made = {name: join_parts_to_megatron(parts, name, out, key) for name in SPLITS}
         else:
-            found = {split: merge(parts, split, out) is not None for split in SPLITS}
-        if not found["train"]:
-            smaller = f", or a smaller --validation than {args.validation}"
+            made = {name: join_parts(parts, name, out) is not None for name in SPLITS}
+        if not made["train"]:
+            smaller = f", or a smaller `validation` than {validation}"
             raise DataError(
-                f"{', '.join(args.inputs)}: no document is left for training; give more text"
-                f"{smaller if found['validation'] else ''}"
+                f"{', '.join(map(str, sources))}: no document is left for training; give more text"
+                f"{smaller if made['validation'] else ''}"
             )
-        shutil.copyfile(tokenizer.path, out / tokenizer_name(tokenizer))
-        for path in tokenizer.beside if isinstance(tokenizer, HuggingFace) else ():
-            shutil.copyfile(path, out / path.name)
-        said = {
-            "identity": identity,
-            **_plain(settings),
-            "tokenizer_file": tokenizer_name(tokenizer),
-            "trained": path.stem if args.train_tokenizer else None,
-            "indexed": _indexed(settings, tokenizer) if args.format == "megatron" else None,
-        }
-        write_atomic(out / "dataset.json", (json.dumps(said, indent=2) + "\n").encode())
-    shutil.rmtree(folder)
-    print(describe(out, args.length))
-    if args.template:
-        print(_told(chunks, out, time.perf_counter() - began))
+        trained = path.stem if train_tokenizer else None
+        _write_index(out, settings, opened, identity, trained, format)
+    shutil.rmtree(parts_folder)
+    size = sum(chunk.size for chunk in chunks)
+    return Prepared(out, size, chunks[0].unit, _count(out), time.perf_counter() - began)
 
 
-def _indexed(settings: Settings, tokenizer: Tokenizer) -> dict[str, object]:
-    """What a Megatron dataset does not say of itself: fields of a Header."""
-    header = header_of(settings, tokenizer)
-    return {name: getattr(header, name) for name in ("vocab_size", "bos_id", "eos_id")}
+def _check_paths(out: PathLike, tokenizer: PathLike | None, train_tokenizer: int) -> None:
+    for name, path in (("out", out), ("tokenizer", tokenizer)):
+        if path == "":
+            raise DataError(f"`{name}` is empty; give a path")
+    if (tokenizer is None) == (train_tokenizer == 0):
+        raise DataError("give either `tokenizer`, a path, or `train_tokenizer`, a size")
 
 
-def _texts(args: argparse.Namespace) -> list[Chunk]:
-    out = Path(args.out).resolve()
-    return [Texts(sources) for sources in plan(args.inputs, args.glob or ["*"], args.exclude, out)]
+def _check_ranges(validation: float, train_tokenizer: int, workers: int, limit: int) -> None:
+    if not 0 <= validation < 1:
+        raise DataError(f"`validation={validation}` is not a number of 0 or more and below 1")
+    for name, value, least in (
+        ("train_tokenizer", train_tokenizer, 0),
+        ("workers", workers, 1),
+        ("limit", limit, 0),
+    ):
+        if value < least:
+            raise DataError(f"`{name}={value}` is below {least}; use {least} or more")
 
 
-def _runs(args: argparse.Namespace, scratch: Path) -> list[Chunk]:
-    """The runs of rows of every split."""
-    if any(is_hub(given) for given in args.inputs):
-        _make_folder(scratch)
-    given = [("train", args.inputs, args.split)]
-    given += [("validation", [path], "") for path in args.validation_file]
-    given += [("test", [path], "") for path in args.test_file]
-    return [
-        SplitRun(run, split)
-        for split, inputs, chosen in given
-        for run in plan_tables(inputs, chosen, args.limit, scratch)
-    ]
+def _template_source(template: str, system: str) -> str:
+    """The text of a template; DataError if it would not use the system prompt."""
+    source = source_of(template)
+    variables = Program(source, f"template {template}").variables
+    if system and variables.isdisjoint(("messages", "system")):
+        raise unused(template, "system")
+    return source
 
 
-def _settings(args: argparse.Namespace, tokenizer: Tokenizer | None) -> Settings:
-    """What decides the dataset's bytes; None: its tokenizer is still to be trained."""
-    fingerprint = "" if tokenizer is None else tokenizer.fingerprint
-    plain = args.format == "megatron"  # which adds nothing unless asked to
-    bos, eos = (not plain if given is None else given for given in (args.bos, args.eos))
-    bos = bos and (tokenizer is None or tokenizer.bos_id is not None)
-    eos = eos and (tokenizer is None or tokenizer.eos_id is not None)
-    if not args.template:
-        return TextSettings(fingerprint, args.key, args.validation, bos, eos)
-    source = source_of(args.template)
-    reads = Program(source, f"template {args.template}").variables
-    if args.system and reads.isdisjoint(("messages", "system")):
-        raise forgotten(args.template, "system")
-    fields = tuple(sorted(args.field))
-    validation = 0.0 if args.validation_file else args.validation
-    return InstructSettings(
-        fingerprint,
-        args.template,
-        source,
-        fields,
-        args.system,
-        validation,
-        bos,
-        eos,
-        args.drop_empty,
+def _for_tokenizer(draft: Settings, tokenizer: Tokenizer) -> Settings:
+    """Settings for a tokenizer: its fingerprint, and only those special tokens that it has."""
+    assert isinstance(draft, TextSettings | InstructSettings)
+    return replace(
+        draft,
+        tokenizer=tokenizer.fingerprint,
+        bos=draft.bos and tokenizer.bos_id is not None,
+        eos=draft.eos and tokenizer.eos_id is not None,
     )
 
 
-def _check_options(args: argparse.Namespace) -> None:
-    """DataError for options of text with rows, and of rows with text."""
-    for name in ("out", "tokenizer"):
-        if getattr(args, name) == "":
-            raise DataError(f"--{name} is empty; give a path")
-    if args.template and args.format == "megatron":
-        raise DataError(
-            "--format megatron has no place for which tokens are answers; leave out --template or "
-            "--format"
-        )
-    text = {"--glob": args.glob, "--exclude": args.exclude}
-    table = {
-        "--field": args.field,
-        "--system": args.system,
-        "--split": args.split,
-        "--limit": args.limit,
-        "--validation-file": args.validation_file,
-        "--test-file": args.test_file,
-        "--drop-empty": args.drop_empty,
+def _write_index(
+    out: Path,
+    settings: Settings,
+    tokenizer: Tokenizer,
+    identity: str,
+    trained: str | None,
+    format: Format,
+) -> None:
+    """Write the tokenizer's files and, last, dataset.json."""
+    shutil.copyfile(tokenizer.path, out / tokenizer_name(tokenizer))
+    for path in tokenizer.beside if isinstance(tokenizer, HuggingFace) else ():
+        shutil.copyfile(path, out / path.name)
+    header = header_of(settings, tokenizer)
+    fields = {name: getattr(header, name) for name in ("vocab_size", "bos_id", "eos_id")}
+    index = {
+        "identity": identity,
+        **_plain(settings),
+        "tokenizer_file": tokenizer_name(tokenizer),
+        "trained": trained,
+        "indexed": fields if format == "megatron" else None,
     }
-    for name, value in (text if args.template else table).items():
-        if value:
-            only = "text" if args.template else "rows, which --template asks for"
-            raise DataError(f"{name} is for {only}; leave it out")
+    write_atomic(out / "dataset.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _told(chunks: Sequence[Chunk], out: Path, seconds: float) -> str:
-    """How many rows became how many samples, and how fast."""
-    given = sum(chunk.size for chunk in chunks)
+def _count(out: Path) -> int:
+    """The documents of all splits; 0 in the Megatron format, where nobody asks."""
     paths = [out / f"{split}.tokens" for split in SPLITS]
-    made = sum(TokenFile(path, "off").header.documents for path in paths if path.exists())
-    dropped = f", {given - made:,} with an empty answer dropped" if given > made else ""
-    return f"{given:,} rows{dropped}, in {seconds:.1f} s: {given / seconds:,.0f} rows/s"
+    return sum(TokenFile(path, "off").header.documents for path in paths if path.exists())
 
 
 def tokenizer_name(tokenizer: Tokenizer) -> str:
@@ -202,31 +295,31 @@ def _make_folder(parts: Path) -> None:
         parts.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"{parts.parent}: cannot be made ({error.strerror}); choose another --out"
+            f"{parts.parent}: cannot be made ({error.strerror}); choose another `out`"
         ) from None
 
 
-def _already(out: Path, settings: Settings, identity: str, form: str) -> bool:
+def _already_made(out: Path, settings: Settings, identity: str, format: Format) -> bool:
     """Whether ``out`` holds this very dataset; DataError if it holds another."""
     marker = out / "dataset.json"
     if not marker.exists():
         return False
-    said = json.loads(marker.read_text())
-    if ("megatron" if said.get("indexed") else "llamax") != form:
+    index = json.loads(marker.read_text())
+    if ("megatron" if index.get("indexed") else "llamax") != format:
         raise DataError(
-            f"{out}: holds this or another dataset in the other format; choose another --out, or "
+            f"{out}: holds this or another dataset in the other format; choose another `out`, or "
             "remove that folder"
         )
     for key, value in _plain(settings).items():
-        if (other := said.get(key)) != value:
+        if (other := index.get(key)) != value:
             raise DataError(
                 f"{out}: holds another dataset, with {key}={_short(other)} instead of "
-                f"{_short(value)}; choose another --out, or remove that folder"
+                f"{_short(value)}; choose another `out`, or remove that folder"
             )
-    if said["identity"] != identity:
+    if index["identity"] != identity:
         raise DataError(
             f"{out}: holds a dataset of other text, or of an earlier state of this text; choose "
-            "another --out, or remove that folder"
+            "another `out`, or remove that folder"
         )
     return True
 
@@ -242,33 +335,31 @@ def _short(value: object) -> str:
     return text if len(text := str(value)) <= 40 else f"{text[:37]!r}..."
 
 
-def _train(chunks: Sequence[Chunk], args: argparse.Namespace, folder: Path) -> Path:
-    """A tokenizer trained on the training split; the one in ``folder`` if it was made before."""
-    settings = _settings(args, None)
-    told = [settings.name(args.train_tokenizer, chunk) for chunk in chunks]
-    name = hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+def _train(chunks: Sequence[Chunk], settings: Settings, pieces: int, folder: Path) -> Path:
+    """The path of a tokenizer trained on the training split, in ``folder`` or made before."""
+    names = [settings.name(pieces, chunk) for chunk in chunks]
+    name = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     out, path = folder.parent, folder / f"{name}.model"
     if (out / "dataset.json").exists():
         if json.loads((out / "dataset.json").read_text()).get("trained") == name:
             return out / "tokenizer.model"
         raise DataError(
-            f"{out}: holds another dataset, with another tokenizer; choose another --out, or "
+            f"{out}: holds another dataset, with another tokenizer; choose another `out`, or "
             "remove that folder"
         )
     if not path.exists():
-        print(f"training a tokenizer of {args.train_tokenizer} pieces", file=sys.stderr)
-        own = _own_texts(chunks, settings)
-        with room_for(folder, 2**20):
-            train_sentencepiece(own, args.train_tokenizer, path)
+        logger.info("training a tokenizer of %d pieces", pieces)
+        with disk_space(folder, 2**20):
+            train_sentencepiece(_training_texts(chunks, settings), pieces, path)
     return path
 
 
-def _own_texts(chunks: Sequence[Chunk], settings: Settings) -> Iterable[str]:
+def _training_texts(chunks: Sequence[Chunk], settings: Settings) -> Iterable[str]:
     """The texts of the training split."""
     if isinstance(settings, InstructSettings):
-        runs = (chunk for chunk in chunks if isinstance(chunk, SplitRun))
-        return chain.from_iterable(texts(run, settings) for run in runs)
+        rows = (chunk for chunk in chunks if isinstance(chunk, RowChunk))
+        return chain.from_iterable(training_texts(chunk, settings) for chunk in rows)
     assert isinstance(settings, TextSettings)
-    read = (chunk for chunk in chunks if isinstance(chunk, Texts))
-    found = chain.from_iterable(documents(chunk.sources, settings.key) for chunk in read)
+    text_chunks = (chunk for chunk in chunks if isinstance(chunk, TextChunk))
+    found = chain.from_iterable(documents(chunk.sources, settings.key) for chunk in text_chunks)
     return (text for text in found if not is_validation(text.encode(), settings.validation))

@@ -1,4 +1,4 @@
-"""What a dataset folder holds, in a few lines."""
+"""A summary of a dataset folder, in a few lines of text."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ import numpy as np
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.packing import Packs
 from llamax.data.prepare.chunks import SPLITS
+from llamax.data.prepare.pipeline import Prepared
 from llamax.data.token_file import Stream, TokenFile
+from llamax.runtime.errors import DataError
 
 
 def unigram_entropy(file: Stream) -> tuple[float, int]:
-    """Entropy of the split's tokens taken one by one, in nats, and how many kinds occur."""
+    """Entropy of the split's single tokens, in nats, and the number of different tokens in it."""
     counts = np.zeros(file.header.vocab_size, np.int64)
     for start in range(0, len(file), 2**22):
         counts += np.bincount(file.tokens[start : start + 2**22], minlength=len(counts))
@@ -25,11 +27,17 @@ def unigram_entropy(file: Stream) -> tuple[float, int]:
 
 
 def describe(out: Path, length: int = 0) -> str:
-    """What a dataset folder holds, in a few lines; ``length``: what it is packed at, in tokens."""
+    """A summary of the dataset in ``out``.
+
+    With ``length``, a number of tokens, also how well documents pack into samples of that length.
+    Raises DataError for a length below 0.
+    """
+    if length < 0:
+        raise DataError(f"`length={length}` is below 0; use 0 (no packing) or more")
     lines = [f"made {out}"]
-    said = json.loads((out / "dataset.json").read_text())
-    if said.get("indexed"):
-        return "\n".join([*lines, *_describe_indexed(out, str(said["key"]))])
+    index = json.loads((out / "dataset.json").read_text())
+    if index.get("indexed"):
+        return "\n".join([*lines, *_describe_indexed(out, str(index["key"]))])
     for split in SPLITS:
         path = out / f"{split}.tokens"
         if path.exists():
@@ -50,6 +58,14 @@ def describe(out: Path, length: int = 0) -> str:
         elif split != "test":
             lines.append(f"  {split}.tokens: none, no document fell into it")
     return "\n".join(lines)
+
+
+def describe_rows(made: Prepared) -> str:
+    """How many rows became how many samples, and how fast."""
+    dropped = made.inputs - made.documents
+    note = f", {dropped:,} with an empty answer dropped" if dropped > 0 else ""
+    rate = made.inputs / made.seconds
+    return f"{made.inputs:,} rows{note}, in {made.seconds:.1f} s: {rate:,.0f} rows/s"
 
 
 def _describe_indexed(out: Path, key: str) -> Iterator[str]:

@@ -1,17 +1,17 @@
-"""Rows of tables: JSONL, JSON, CSV and Parquet files, cut into runs that workers read apart.
+"""Rows of JSONL, JSON, CSV and Parquet files, cut into ranges that workers read in parallel.
 
-``plan`` reads each file once, only to find where rows begin and how many there are, so a slice of
-the rows (``train[:10%]``, a limit) is exact and a mistake can name its row::
+``plan_tables`` reads each file once, only to find where rows begin and how many there are, so a
+slice of the rows (``train[:10%]``, a limit) is exact and a mistake can name its row::
 
-    rows.jsonl   row 1  row 2  row 3 | row 4  row 5        runs of about CHUNK_BYTES, each
+    rows.jsonl   row 1  row 2  row 3 | row 4  row 5        ranges of about CHUNK_BYTES, each
     rows.csv     head | row 1  "row                        beginning where a row begins; a quoted
                  2" | row 3                                line break is inside its row
 
-The fields of a CSV are cut where those of its head are: at commas, or where it has none at
-semicolons, tabs or bars.  A byte order mark before a file's text is no part of it.
+A CSV is separated by commas, or by semicolons, tabs or bars if its head has no comma.  A byte order
+mark at the start of a file is skipped.
 
-A name that is no file is one of the Hugging Face Hub, read by ``datasets`` where that is installed,
-and kept as JSONL beside the parts.  Local JSONL, JSON and CSV need nothing but Python.
+A name that is not a file is looked up on the Hugging Face Hub with ``datasets``, and its rows are
+kept as JSONL beside the parts.  Local JSONL, JSON and CSV need only Python.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ HUB = re.compile(r"[\w.-]+/[\w.-]+")
 class RowRange:
     """Rows ``first`` to ``first + count`` (from 0) of a file.
 
-    They lie in its bytes start:stop (of Parquet: row groups), after ``skip`` rows that are not
-    meant.  ``version`` changes when the file does.
+    They lie in its bytes start:stop (in row groups, for Parquet), after ``skip`` rows that do not
+    belong to the range.  ``version`` changes when the file does.
     """
 
     path: str
@@ -63,7 +63,7 @@ class RowRange:
     skip: int = 0
 
     def slice(self, start: int, stop: int) -> RowRange | None:
-        """The rows of this run that are among rows start:stop of the file."""
+        """The rows of this range that are among rows start:stop of the file; None if none are."""
         low, high = max(self.first, start), min(self.first + self.count, stop)
         if low >= high:
             return None
@@ -73,16 +73,17 @@ class RowRange:
 def plan_tables(
     inputs: Sequence[str], split: str = "", limit: int = 0, scratch: Path = Path()
 ) -> list[RowRange]:
-    """The runs of all inputs, in the order given; of a folder its files with rows, sorted.
+    """The ranges of rows of all inputs, in the order given; the files of a folder are sorted.
 
-    ``split`` is a name and perhaps a slice of all rows together (``train[:10%]``); of a folder the
-    name chooses files.  ``limit`` keeps the first so many.  Hub rows are kept in ``scratch``.
-    Raises DataError for what is not there, cannot be read or leaves no row.
+    ``split``: a name and perhaps a slice of all rows (``train[:10%]``); in a folder it chooses
+    files by name.  ``limit``: the number of rows to take; 0: all.  ``scratch``: folder for rows
+    from the Hub.  Raises DataError for an input that is missing or cannot be read, and if no row is
+    left.
     """
     name, bounds = parse_split(split)
-    runs: list[RowRange] = []
-    for given in inputs:
-        path = Path(given)
+    ranges: list[RowRange] = []
+    for source in inputs:
+        path = Path(source)
         if path.is_dir():
             paths = [each for each in sorted(path.rglob("*")) if kind_of(each)]
             chosen = [each for each in paths if name in each.name.split(".")[0]] if name else paths
@@ -95,43 +96,43 @@ def plan_tables(
         elif path.is_file():
             if not kind_of(path):
                 raise DataError(
-                    f"{path}: is no table of rows; give a .jsonl, .json, .csv, .tsv or .parquet"
+                    f"{path}: is not a table of rows; give a .jsonl, .json, .csv, .tsv or .parquet"
                 )
             chosen = [path]
-        elif is_hub(given):
-            chosen = [from_hub(given, name or "train", scratch)]
+        elif is_hub_name(source):
+            chosen = [from_hub(source, name or "train", scratch)]
         else:
             raise DataError(f"{path}: no such file or folder; check the path")
-        for each in chosen:
-            runs += scan(each)
-    total = sum(run.count for run in runs)
+        for table in chosen:
+            ranges += scan(table)
+    total = sum(rows.count for rows in ranges)
     start, stop = bounds(total)
     stop = min(stop, start + limit) if limit else stop
     kept, before = [], 0
-    for run in runs:
-        offset = run.first - before
-        part = run.slice(start + offset, stop + offset)
-        before += run.count
+    for rows in ranges:
+        offset = rows.first - before
+        part = rows.slice(start + offset, stop + offset)
+        before += rows.count
         if part is not None:
             kept.append(part)
     if not kept:
         raise DataError(
-            f"{', '.join(inputs)}: {split or 'this'} leaves no row of {total}; choose others"
+            f"{', '.join(inputs)}: {split or 'this'} leaves no row of {total}; choose other rows"
         )
     return kept
 
 
-def is_hub(given: str) -> bool:
+def is_hub_name(source: str) -> bool:
     """Whether an input looks like the name of a dataset on the Hugging Face Hub."""
-    return bool(HUB.fullmatch(given)) and not given.startswith(".") and not Path(given).exists()
+    return bool(HUB.fullmatch(source)) and not source.startswith(".") and not Path(source).exists()
 
 
 def parse_split(text: str) -> tuple[str, Callable[[int], tuple[int, int]]]:
-    """The name in ``train[:10%]``, and from a number of rows to where the slice begins and ends."""
+    """The name in ``train[:10%]``, and a function from the number of rows to the slice's bounds."""
     match = SLICE.fullmatch(text) if text else None
     if text and match is None:
         raise DataError(
-            f"--split={text} is not understood; write a name and perhaps a slice: train, "
+            f"`split={text}` is not understood; write a name and perhaps a slice: train, "
             "train[:10%], train[100:200]"
         )
 
@@ -151,24 +152,24 @@ def parse_split(text: str) -> tuple[str, Callable[[int], tuple[int, int]]]:
 
 
 def kind_of(path: Path) -> str:
-    """The kind of table that a file's name promises; empty if none."""
+    """The kind of table, by the file's name; empty if it is not a table."""
     return KINDS.get(Path(path.name.removesuffix(".gz")).suffix.lower(), "")
 
 
 def from_hub(name: str, split: str, scratch: Path) -> Path:
-    """The rows of a Hub dataset as a JSONL file; DataError where they cannot be had."""
+    """Download the rows of a Hub dataset into a JSONL file; DataError if that fails."""
     try:
         import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
     except ImportError:
         raise DataError(
-            f"{name} is no file, and the Hugging Face Hub needs the package datasets, which is not "
-            "installed; pip install datasets, or give local files"
+            f"{name} is not a file, and the Hugging Face Hub needs the package datasets, which is "
+            "not installed; pip install 'llamax[hub]', or give local files"
         ) from None
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the network, the Hub and every builder raise what they like
         raise DataError(
-            f"{name} is no file, and not to be had from the Hugging Face Hub "
+            f"{name} is not a file, and cannot be read from the Hugging Face Hub "
             f"({' '.join(str(error).split())[:160]}); give local files"
         ) from None
     path = scratch / f"{name.replace('/', '--')}-{split}-{rows._fingerprint}.jsonl"
@@ -217,14 +218,14 @@ def scan(path: Path) -> Iterator[RowRange]:
         raise unreadable(str(path), error) from None
     except csv.Error as error:
         raise DataError(
-            f"{path}: row {first + count + 1} is not CSV ({error}); mend its quotes"
+            f"{path}: row {first + count + 1} is not CSV ({error}); correct its quotes"
         ) from None
     if count:
         yield RowRange(str(path), kind, start, stop, first, count, version)
 
 
 def _edges(file: IO[bytes], kind: str) -> Iterator[tuple[int, int]]:
-    """Where each row begins and stops, the head of a CSV too; blank lines are none."""
+    """(begin, stop) of each row in bytes, the head of a CSV too; blank lines are skipped."""
     at = begin = 0
 
     def lines() -> Iterator[str]:
@@ -246,14 +247,14 @@ def _edges(file: IO[bytes], kind: str) -> Iterator[tuple[int, int]]:
 
 
 def _separator(path: Path) -> str:
-    """What the head of a CSV has between its fields in place of commas; empty where it has them."""
+    """The separator in the head of a CSV if it is not a comma; otherwise empty."""
     with _open(path) as file:
         head = next((line for line in file if line.strip()), b"")
     return "" if b"," in head else next((mark for mark in ";\t|" if mark.encode() in head), "")
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether a .json file has an object per line, as many that are called so."""
+    """Whether a .json file has an object per line, as JSONL has."""
     with _open(path) as file:
         lines = [
             line for line, _ in zip((line for line in file if line.strip()), "ab", strict=False)
@@ -268,70 +269,70 @@ def _is_lines(path: Path) -> bool:
 # ---- the rows
 
 
-def read_rows(run: RowRange) -> Iterator[tuple[str, Row]]:
-    """(place for messages, row) for each row of a run; DataError names the place of a mistake."""
-    read = {"jsonl": _lines, "json": _array, "parquet": _groups}.get(run.kind, _csv)
+def read_rows(rows: RowRange) -> Iterator[tuple[str, Row]]:
+    """(place for messages, row) of each row of a range; DataError names the place of a mistake."""
+    reader = {"jsonl": _lines, "json": _array, "parquet": _groups}.get(rows.kind, _csv)
     try:
-        for number, row in enumerate(read(run)):
-            if number >= run.skip + run.count:
+        for number, row in enumerate(reader(rows)):
+            if number >= rows.skip + rows.count:
                 return
-            if number >= run.skip:
-                place = f"{run.path}: row {run.first + number - run.skip + 1}"
+            if number >= rows.skip:
+                place = f"{rows.path}: row {rows.first + number - rows.skip + 1}"
                 if isinstance(row, DataError):
                     raise DataError(f"{place}: {row}")
                 if not isinstance(row, dict):
-                    raise DataError(f"{place}: is {type(row).__name__}, not an object; mend it")
+                    raise DataError(f"{place}: is {type(row).__name__}, not an object; correct it")
                 yield place, row
     except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(run.path, error) from None
+        raise unreadable(rows.path, error) from None
 
 
-def _lines(run: RowRange) -> Iterator[Any]:
-    with _open(Path(run.path)) as file:
-        file.seek(run.start)
-        at = run.start
+def _lines(rows: RowRange) -> Iterator[Any]:
+    with _open(Path(rows.path)) as file:
+        file.seek(rows.start)
+        at = rows.start
         for line in file:
             if line.strip():
                 try:
-                    yield json.loads(decode(line, run.path, at))
+                    yield json.loads(decode(line, rows.path, at))
                 except (ValueError, RecursionError) as error:
-                    yield DataError(f"is not JSON ({error}); mend or remove it")
+                    yield DataError(f"is not JSON ({error}); correct or remove it")
             at += len(line)
 
 
-def _array(run: RowRange) -> Iterator[Any]:
-    yield from _table(Path(run.path))
+def _array(rows: RowRange) -> Iterator[Any]:
+    yield from _table(Path(rows.path))
 
 
-def _csv(run: RowRange) -> Iterator[Any]:
+def _csv(rows: RowRange) -> Iterator[Any]:
     csv.field_size_limit(2**31 - 1)
-    delimiter = DELIMITERS[run.kind]
+    delimiter = DELIMITERS[rows.kind]
 
     def records(raw: bytes, start: int) -> Iterator[list[str]]:
-        text = decode(raw, run.path, start)
+        text = decode(raw, rows.path, start)
         yield from csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
 
-    with _open(Path(run.path)) as file:
-        begin, stop = next(_edges(file, run.kind))
+    with _open(Path(rows.path)) as file:
+        begin, stop = next(_edges(file, rows.kind))
         file.seek(begin)
         head = next(records(file.read(stop - begin), begin))
         if twice := [name for number, name in enumerate(head) if name in head[:number]]:
-            yield DataError(f"lies under a head that names {twice[0]!r} twice; rename one of them")
+            yield DataError(f"has a head that names {twice[0]!r} twice; rename one of them")
             return
-        file.seek(run.start)
-        body = file.read(run.stop - run.start)
-    for fields in records(body, run.start):
+        file.seek(rows.start)
+        body = file.read(rows.stop - rows.start)
+    for fields in records(body, rows.start):
         if len(fields) == len(head):
             yield dict(zip(head, fields, strict=True))
         elif fields:
             yield DataError(
                 f"has {len(fields)} fields where the head names {len(head)} "
-                f"({', '.join(head)[:80]}); mend its commas and quotes"
+                f"({', '.join(head)[:80]}); correct its commas and quotes"
             )
 
 
-def _groups(run: RowRange) -> Iterator[Any]:
-    yield from _parquet(Path(run.path)).read_row_group(run.start).to_pylist()
+def _groups(rows: RowRange) -> Iterator[Any]:
+    yield from _parquet(Path(rows.path)).read_row_group(rows.start).to_pylist()
 
 
 def _parquet(path: Path) -> Any:
@@ -341,7 +342,7 @@ def _parquet(path: Path) -> Any:
     except ImportError:
         raise DataError(
             f"{path}: Parquet needs the package pyarrow, which is not installed; pip install "
-            "pyarrow, or give JSONL or CSV"
+            "'llamax[parquet]', or give JSONL or CSV"
         ) from None
     try:
         return parquet.ParquetFile(path)
@@ -355,7 +356,7 @@ def _table(path: Path) -> list[Any]:
         with _open(path) as file:
             found = json.loads(decode(file.read(), str(path), 0))
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not JSON ({error}); mend it") from None
+        raise DataError(f"{path}: is not JSON ({error}); correct it") from None
     if isinstance(found, dict):
         found = _one_list(found)
     if not isinstance(found, list):
@@ -364,7 +365,7 @@ def _table(path: Path) -> list[Any]:
 
 
 def _one_list(table: Row) -> list[Any] | None:
-    """The only list among the values of a table that is no row itself."""
+    """The only list among the values of a JSON object; None if there is none, or if it is a row."""
     if "messages" in table or "conversations" in table:
         return None
     lists = [value for value in table.values() if isinstance(value, list)]

@@ -1,9 +1,9 @@
-"""Where documents come from: files, folders and JSONL rows, cut into chunks of like size.
+"""Documents in files, folders and JSONL rows, cut into chunks of similar size.
 
 A text file is one document; a JSONL file has one per row.  ``plan`` lists the chunks without
-reading: whole files together up to a chunk's size, a larger JSONL in runs of bytes.  A row is of
-the chunk in which it begins, so chunks can be read apart, in any order, and together give every
-row once::
+reading: small files share a chunk, a larger JSONL is cut into ranges of bytes.  A row belongs to
+the chunk in which it begins, so chunks can be read independently, in any order, and together give
+every row once::
 
     row 1 \\n row 2 \\n row | 3 \\n row 4 \\n        chunk 0: rows 1 2 3, chunk 1: row 4
 """
@@ -56,9 +56,9 @@ def plan(
 ) -> list[Chunk]:
     """The chunks of all inputs, in the order given, folders sorted.
 
-    ``glob`` selects file names in folders; ``exclude`` drops those of which any part of the path
-    below the folder matches; what lies in ``out``, a resolved path, is no text.  Raises DataError
-    for what is not there.
+    ``glob``: patterns of file names to take from folders; ``exclude``: patterns of file and folder
+    names to skip in folders; ``out``: a resolved path below which nothing is read.  Raises
+    DataError for an input that is missing or cannot be read, and if there is no text.
     """
     files = [(path, path.stat()) for path in _files(inputs, glob, exclude, out)]
     size = max(CHUNK_BYTES, sum(stat.st_size for _, stat in files) // MOST_CHUNKS)
@@ -91,14 +91,14 @@ def plan(
 def _files(
     inputs: Sequence[str | Path], glob: Sequence[str], exclude: Sequence[str], out: Path | None
 ) -> Iterator[Path]:
-    for given in inputs:
-        path = Path(given)
-        if not str(given):
+    for source in inputs:
+        path = Path(source)
+        if not str(source):
             raise DataError("an input is empty; name a file or a folder ('.' is this one)")
         if path.is_file():
             yield path
         elif out is not None and path.is_dir() and path.resolve() == out:
-            raise DataError(f"{path}: is the text and --out at once; choose another --out")
+            raise DataError(f"{path}: is both an input and `out`; choose another `out`")
         elif path.is_dir():
             found = _below(path, exclude, out)
             yield from sorted(
@@ -111,12 +111,12 @@ def _files(
 
 
 def _below(folder: Path, exclude: Sequence[str], out: Path | None) -> Iterator[Path]:
-    """The files at any depth; a folder that cannot be listed is told, not left out.
+    """The files at any depth; DataError for a folder that cannot be listed.
 
-    Links to folders are not followed, so that no file comes twice and no loop has to be found.
+    Links to folders are not followed, so no file comes twice and there are no loops.
     """
 
-    def meant(name: str) -> bool:
+    def wanted(name: str) -> bool:
         hidden = name.startswith(".") or name == "__pycache__"
         return not hidden and not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
 
@@ -124,16 +124,16 @@ def _below(folder: Path, exclude: Sequence[str], out: Path | None) -> Iterator[P
         raise unreadable(str(error.filename), error)
 
     for base, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = filter(meant, folders)
+        folders[:] = filter(wanted, folders)
         if out is not None and out.name in folders and Path(base, out.name).resolve() == out:
             folders.remove(out.name)
         yield from (
-            path for path in (Path(base, name) for name in names if meant(name)) if path.is_file()
+            path for path in (Path(base, name) for name in names if wanted(name)) if path.is_file()
         )
 
 
 def documents(chunk: Chunk, key: str) -> Iterator[str]:
-    """The texts of a chunk; DataError names the file and the place of what is not text."""
+    """The texts of a chunk; DataError names the file and the place of a mistake."""
     for source in chunk:
         yield from _rows(source, key) if source.rows else [_text(source)]
 
@@ -147,7 +147,7 @@ def _text(source: Source) -> str:
 
 
 def _rows(source: Source, key: str) -> Iterator[str]:
-    """The rows that begin in start:stop, and how many lines came before for messages."""
+    """The texts of the rows that begin in start:stop."""
     try:
         with gzip.open(source.path) if source.packed else open(source.path, "rb") as file:
             at = source.start
@@ -176,7 +176,7 @@ def _row(line: bytes, key: str, source: Source, at: int, number: int) -> str:
         problem = f"is not JSON ({error})"
     if not problem and not isinstance(row.get(key), str):
         found = f"is {type(row[key]).__name__}" if key in row else f"is not among {sorted(row)}"
-        problem = f"has no text under key {key!r} (it {found}); set --key"
+        problem = f"has no text under key {key!r} (it {found}); set `key`"
     if not problem:
         try:
             row[key].encode()
@@ -184,11 +184,11 @@ def _row(line: bytes, key: str, source: Source, at: int, number: int) -> str:
         except UnicodeEncodeError as error:
             problem = f"holds half a character (\\u{ord(row[key][error.start]):04x})"
     line_number = number + _lines_before(source)
-    raise DataError(f"{source.path}:{line_number}: the row {problem}; mend or remove it")
+    raise DataError(f"{source.path}:{line_number}: the row {problem}; correct or remove it")
 
 
 def _lines_before(source: Source) -> int:
-    """Rows that belong to the chunks before this one; read only to tell where a mistake is."""
+    """The number of lines in the chunks before this one; read only for a message."""
     if not source.start:
         return 0
     lines = left = 0
@@ -201,9 +201,9 @@ def _lines_before(source: Source) -> int:
 
 
 def decode(raw: bytes, path: str, at: int) -> str:
-    """The text of bytes that lie at ``at`` in a file; DataError where they are none.
+    """The text of bytes at offset ``at`` of a file; DataError if they are not UTF-8 text.
 
-    A byte order mark at the start of a file is no part of it.
+    A byte order mark at the start of the file is removed.
     """
     try:
         text = raw.decode("utf-8")
@@ -219,6 +219,6 @@ def decode(raw: bytes, path: str, at: int) -> str:
 
 
 def unreadable(path: str, error: Exception) -> DataError:
-    """What to raise for a file that the system or a decompressor cannot read."""
+    """The error for a file that the system or a decompressor cannot read."""
     reason = getattr(error, "strerror", None) or error
-    return DataError(f"{path}: cannot be read ({reason}); mend it or leave it out")
+    return DataError(f"{path}: cannot be read ({reason}); repair it or leave it out")

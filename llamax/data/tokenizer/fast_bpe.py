@@ -1,25 +1,25 @@
-"""Sentencepiece's own ids, several times faster, by another engine and a proof that it may.
+"""The ids of a sentencepiece BPE model, computed several times faster by tiktoken.
 
 tiktoken merges byte pairs by rank, sentencepiece's BPE merges characters by score; both always
-take the best pair, leftmost first.  They agree on every text when
+take the best pair, leftmost first.  They agree on every text if
 
-* ranks follow scores, and no two scores are equal.  Runs of spaces may be, as in Mistral's
-  vocabulary, if everything else merges before them: then spaces are left single and each run of
-  them that remains is looked up at the end;
-* bytes first join to characters: a rank below all others for every beginning of every character
-  of the vocabulary.  What is left of a character that the vocabulary lacks becomes the bytes that
-  sentencepiece falls back to;
-* the text is cut only where no merge could cross: nowhere inside two characters that some piece
-  holds side by side.  Such characters are put in one group (union-find), and a segment is a run of
-  one group with the spaces before it.  In Llama's vocabulary this finds the scripts by itself:
-  letters, punctuation, Greek never mix, and digits and line breaks stand alone::
+* ranks follow scores, and no two scores are equal.  Runs of spaces may have equal scores, as in
+  Mistral's vocabulary, if everything else merges before them: then spaces stay single, and each run
+  that remains is looked up at the end;
+* bytes first join to characters: every beginning of every character of the vocabulary has a rank
+  below all pieces.  A character that the vocabulary lacks becomes the bytes to which sentencepiece
+  falls back;
+* the text is cut only where no merge could cross: never between two characters that are neighbours
+  in some piece.  Such characters are put in one group (union-find), and a segment is a run of
+  one group with the spaces before it.  In Llama's vocabulary the groups are the scripts:
+  letters, punctuation and Greek never mix, and digits and line breaks stand alone::
 
       "\\n    return self.x_1"  ->  "\\n", "    return", " self", ".", "x", "_", "1"
 
-* a segment that is a piece is also what merging it gives (tiktoken asks the dictionary first).
+* merging a segment that is a piece gives that piece (tiktoken looks it up first).
 
-``Segments.of`` checks each point and returns None for a model that fails one; the caller then asks
-sentencepiece itself.
+``Segments.of`` checks each condition and returns None for a model that fails one; the caller then
+uses sentencepiece.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ Ids = npt.NDArray[np.uint32]
 
 
 class Segments:
-    """Encodes texts as one sentencepiece model does."""
+    """Encodes texts with the ids of a sentencepiece model."""
 
     @classmethod
     def of(cls, model: SentencePieceModel) -> Segments | None:
-        """The encoder of ``model``, or None where it could differ from sentencepiece.
+        """The encoder of ``model``; None if it could differ from sentencepiece.
 
-        Beside the points above, exact needs: no character rewritten before encoding (identity);
+        Besides the conditions above it needs: no character rewritten before encoding (identity);
         byte fallback, as unknown characters would fuse across a cut; no pieces that are matched
         before merging (user defined) or split again after it (unused).
         """
@@ -101,19 +101,19 @@ class Segments:
             mergeable_ranks=ranks,
             special_tokens={},
         )
-        # What a token of the engine stands for: a piece, or the bytes it falls back to.
+        # The ids of each token of the engine: a piece, or the bytes of the fallback.
         ids = [
             [spelled[token]] if token in spelled else [numbers[f"<0x{b:02X}>"] for b in token]
             for token in ranks
         ]
-        self._end = len(ids)  # ends a text, stands for nothing
+        self._end = len(ids)  # the token that ends a text; it has no ids
         self._space = ord(" ") if runs_last else self._end
-        self._runs: dict[int, int] = {}  # what stands for a run of so many spaces
+        self._runs: dict[int, int] = {}  # token of a run of spaces, by its length
         self._ids, self._lengths = np.zeros(0, np.uint32), np.zeros(0, np.int64)
         self._add([*ids, []])
 
     def _add(self, ids: list[list[int]]) -> None:
-        """Give meanings to the next tokens."""
+        """Append the ids of the next tokens."""
         self._ids = np.concatenate([self._ids, np.array([i for each in ids for i in each], "u4")])
         self._lengths = np.concatenate([self._lengths, [len(each) for each in ids]])
         self._starts = np.cumsum(self._lengths) - self._lengths
@@ -121,7 +121,7 @@ class Segments:
     def encode(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
         """The ids of each text."""
         spaced = [self._prefix + text.replace("▁", " ") if text else "" for text in texts]
-        # Python's integers are freed text by text; only numpy's, a tenth the size, pile up.
+        # Python's integers are freed text by text; numpy's, which stay, take a tenth of the memory.
         if threads > 1:
             with ThreadPoolExecutor(threads) as pool:
                 found = list(pool.map(self._tokens, spaced))
@@ -137,13 +137,13 @@ class Segments:
         return np.split(ids, ends[tokens == self._end][:-1]) if texts else []
 
     def _tokens(self, text: str) -> npt.NDArray[np.int32]:
-        """The engine's tokens for a text, and the one that ends it."""
+        """The engine's tokens of a text, and the one that ends it."""
         tokens = self._engine.encode_ordinary(text)
         tokens.append(self._end)
         return np.array(tokens, np.int32)
 
     def _join_runs(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """Put the token of a run of that size in the place of every run of spaces."""
+        """Replace every run of spaces by the token of a run of that length."""
         space = np.concatenate([[False], tokens == self._space, [False]])
         edges = np.flatnonzero(space[1:] != space[:-1])
         starts, stops = edges[::2], edges[1::2]
@@ -160,7 +160,7 @@ class Segments:
 
 
 def _ranks(spelled: Iterable[bytes], characters: Iterable[str]) -> dict[bytes, int]:
-    """Rank of every token: single bytes, beginnings of characters, then pieces as they come."""
+    """Rank of every token: single bytes, beginnings of characters, then pieces in order."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     encoded = sorted(character.encode() for character in characters if character != "▁")
     for size in (2, 3, 4):
@@ -173,9 +173,9 @@ def _ranks(spelled: Iterable[bytes], characters: Iterable[str]) -> dict[bytes, i
 
 
 def pattern(pieces: Sequence[str], runs_last: bool = False) -> str:
-    """The regular expression whose matches are the segments under a vocabulary of ``pieces``.
+    """The regular expression that matches the segments under a vocabulary of ``pieces``.
 
-    With ``runs_last`` only the last of several spaces belongs to what follows.
+    With ``runs_last`` only the last of several spaces belongs to the segment after it.
     """
     leader: dict[str, str] = {}
 
@@ -190,7 +190,7 @@ def pattern(pieces: Sequence[str], runs_last: bool = False) -> str:
             if a != "▁":
                 leader[lead(a)] = lead(b)
             elif b != "▁":
-                lead(b)  # clings to a space before it: a group, perhaps of its own
+                lead(b)  # joins a space before it: a group, perhaps of one character
     groups: dict[str, list[str]] = {}
     for character in leader:
         groups.setdefault(lead(character), []).append(character)

@@ -1,14 +1,14 @@
-"""A tokenizer as a Hugging Face folder holds it, giving the ids that the original gives.
+"""Export a tokenizer to a Hugging Face folder, with the ids of the original.
 
-``tokenizer.json`` is the file transformers reads; beside it go the original, a
-``tokenizer_config.json`` and a ``special_tokens_map.json``.
+``tokenizer.json`` is the file that transformers reads; the original, a ``tokenizer_config.json``
+and a ``special_tokens_map.json`` are written beside it.
 
 From sentencepiece: the model is the BPE of ``tokenizers`` without a pre-tokenizer.  A piece may be
 merged from any two pieces, so all its splits are merges, in the order of the pieces' scores.
-Where sentencepiece gives several pieces one score (Mistral's runs of spaces) it merges leftmost
-first, which makes the left run grow; longest result first does the same to ``tokenizers``.
+Where several pieces have one score (Mistral's runs of spaces), sentencepiece merges leftmost first,
+so the left run grows; in ``tokenizers`` the longest result first has the same effect.
 
-From tiktoken: a token's merge is the last one that tiktoken would make on the way to it.
+From tiktoken: a token's merge is the last merge by which tiktoken makes it.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def export_tokenizer(
 ) -> None:
     """Write a tokenizer's files into a Hugging Face folder.
 
-    ``max_length`` is the model's context in tokens.  A sentencepiece model that ``tokenizers``
-    cannot follow exactly is there as ``tokenizer.model`` alone.
+    ``max_length`` is the model's context in tokens.  For a sentencepiece model that ``tokenizers``
+    cannot reproduce exactly, only ``tokenizer.model`` is written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def has_twin(model: SentencePieceModel) -> bool:
-    """Whether ``tokenizers`` gives this model's ids: a BPE with bytes that takes text as it is."""
+    """Whether ``tokenizers`` gives this model's ids: a BPE with bytes, without normalization."""
     kinds = [kind for _, _, kind in model.pieces]
     plain = {*kinds} <= {NORMAL, UNKNOWN, CONTROL, BYTE} and kinds.count(BYTE) == 256
     rewrites = model.rewrites or model.drops_spaces or model.spaces_behind
@@ -149,7 +149,7 @@ def from_tiktoken(tokenizer: TikToken) -> tokenizers.Tokenizer:
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The parts left of a token when every merge before its own is made."""
+    """The parts of a token after every merge of a lower rank."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while True:
         rank, at = min(

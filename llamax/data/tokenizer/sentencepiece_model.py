@@ -1,7 +1,7 @@
-"""What a sentencepiece ``tokenizer.model`` says: its pieces and how text is treated before them.
+"""A reader of sentencepiece's ``tokenizer.model``: its pieces and settings.
 
-The file is a protocol buffer; sentencepiece's Python module does not tell all that is in it
-without the protobuf package, and the few fields needed here are read in thirty lines.
+The file is a protocol buffer.  sentencepiece's Python module does not expose all of it without the
+protobuf package, and the few fields needed here are read in thirty lines.
 Field numbers: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 """
 
@@ -17,7 +17,12 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """A tokenizer.model: ``pieces`` are (text, score, kind) by id."""
+    """The content of a tokenizer.model: ``pieces`` are (text, score, kind) by id.
+
+    ``rewrites``: text is normalized before encoding; ``drops_spaces``: extra spaces are removed;
+    ``spaces_behind``: a space ends a piece instead of beginning it; ``dummy_prefix``: a space is
+    put before every text.
+    """
 
     raw: bytes
     pieces: list[tuple[str, float, int]]
@@ -29,7 +34,7 @@ class SentencePieceModel:
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> SentencePieceModel:
-        """The model in these bytes; IndexError, ValueError or struct.error where it is none."""
+        """The model in these bytes; IndexError, ValueError or struct.error if they are not one."""
         pieces: list[tuple[str, float, int]] = []
         trainer: dict[int, int | bytes] = {}
         normalizer: dict[int, int | bytes] = {}
@@ -59,10 +64,10 @@ class SentencePieceModel:
         )
 
     def without_prefix(self) -> bytes:
-        """The same model, but it puts no space before a text.
+        """The bytes of the same model that puts no space before a text.
 
-        A message that occurs twice is merged, later fields winning, so that an appended
-        ``normalizer_spec { add_dummy_prefix: false }`` is enough.
+        A message that occurs twice is merged and later fields win, so it is enough to append
+        ``normalizer_spec { add_dummy_prefix: false }``.
         """
         return self.raw + b"\x1a\x02\x18\x00"
 

@@ -1,25 +1,25 @@
-"""Ids that come one at a time -> text that can be shown at once: whole characters only.
+"""Decoding while tokens are generated: ids one at a time, text in whole characters.
 
-A character may be several ids (bytes), and how an id is spelled may depend on the one before it
-(a leading space).  So a short window of ids is decoded twice, without and with the new ones; what
-the second adds is new text, unless it ends within a character::
+A character may take several ids (bytes), and the text of an id may depend on the one before it
+(a leading space).  So a short window of ids is decoded twice, without and with the new ones; the
+difference is the new text, unless it ends within a character::
 
     ids     ...  [already shown | shown last | new]
     before       decode(         shown last       )
     now          decode(         shown last | new )     new text = now[len(before):]
 
-Text that may turn out to be the start of a stop text is held back until it is or is not.
+Text that may be the beginning of a stop text is held back until that is decided.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-BROKEN = "\ufffd"  # what decoders write for half a character
+BROKEN = "\ufffd"  # decoders write it for half a character
 
 
 class Detokenizer:
-    """The text that continues ``prompt``, up to a stop text, after which ``stopped`` is true."""
+    """Decodes the text after ``prompt``, up to one of ``stops``; then ``stopped`` is true."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Detokenizer:
         self._held = ""
 
     def feed(self, token: int) -> str:
-        """The text that one more token makes certain, perhaps none."""
+        """The new text that is certain after one more token; may be empty."""
         self._ids.append(token)
         text = self._new_text()
         if not text or text.endswith(BROKEN):
@@ -53,7 +53,7 @@ class Detokenizer:
         return self._decode(self._ids[self._window :])[len(before) :]
 
     def _release(self, text: str) -> str:
-        """All that is certain of the text held back and ``text``."""
+        """The certain part of the text held back and ``text``."""
         text = self._held + text
         if met := [at for stop in self._stops if (at := text.find(stop)) >= 0]:
             self.stopped, self._held = True, ""

@@ -1,18 +1,18 @@
-"""Three kinds of tokenizer file behind one protocol.
+"""Tokenizers: three kinds of file behind one protocol.
 
 =====================  =====================================================  =====================
 file                   what                                                   engine
 =====================  =====================================================  =====================
-``tokenizer.model``    sentencepiece (Llama 2, Mistral)                       segments, or its own
+``tokenizer.model``    sentencepiece (Llama 2, Mistral)                       fast_bpe or its own
 ``tokenizer.json``     Hugging Face tokenizers (any Llama on the Hub)         tokenizers
 ``NAME.tiktoken``      base64 ranks (Llama 3's original ``tokenizer.model``)  tiktoken
 =====================  =====================================================  =====================
 
-The kind is told by the content, not the name.  Of a folder the first of ``tokenizer.model``,
-``tokenizer.json``, ``*.tiktoken`` is taken: conversions between them are known to differ (on runs
-of spaces, for one), so what a model was trained with comes first.
+The content decides the kind, not the name.  In a folder the first of ``tokenizer.model``,
+``tokenizer.json``, ``*.tiktoken`` is taken: conversions between them may differ (on runs of spaces,
+for example), so the original of a model comes first.
 
-Text is text: the name of a special token inside a document is encoded letter by letter.
+The name of a special token inside a document is text: it is encoded letter by letter.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ LLAMA3_SPECIAL = (
 )
 BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
-SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")  # say which tokens are BOS and EOS
+SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")  # name BOS and EOS
 
 
 class Tokenizer(Protocol):
@@ -66,7 +66,7 @@ class Tokenizer(Protocol):
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
-    special: dict[str, int]  # the names of special tokens, which text never becomes
+    special: dict[str, int]  # ids of special tokens by name; no text is encoded to them
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -75,14 +75,14 @@ class Tokenizer(Protocol):
         """The text of ids."""
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
-        """``encode`` of many texts, as fast as the engine goes."""
+        """``encode`` of many texts, with ``threads`` threads."""
 
     def encode_after(self, texts: Sequence[str]) -> list[Ids]:
-        """The ids of texts that go on after a special token: no space comes in between."""
+        """The ids of texts that follow a special token: no space is put before them."""
 
 
 class SentencePiece:
-    """A sentencepiece ``tokenizer.model``; ids are sentencepiece's own on every text."""
+    """A sentencepiece ``tokenizer.model``; the ids are those of sentencepiece on every text."""
 
     def __init__(self, path: Path, raw: bytes) -> None:
         import sentencepiece
@@ -105,7 +105,7 @@ class SentencePiece:
 
     @property
     def fast(self) -> bool:
-        """Whether ``encode_documents`` may use the faster engine."""
+        """Whether ``encode_documents`` uses the faster engine."""
         return self._segments is not None
 
     def encode(self, text: str) -> list[int]:
@@ -125,14 +125,14 @@ class SentencePiece:
 
     @cached_property
     def _bare(self) -> Any:
-        """The same model without the space that it puts before every text."""
+        """The same model without the space before every text."""
         import sentencepiece
 
         return sentencepiece.SentencePieceProcessor(model_proto=self.model.without_prefix())
 
 
 class HuggingFace:
-    """A Hugging Face ``tokenizer.json``; BOS and EOS as the files beside it say, or by name."""
+    """A Hugging Face ``tokenizer.json``; BOS and EOS by the files beside it, or by name."""
 
     def __init__(self, path: Path, raw: bytes) -> None:
         import tokenizers
@@ -150,7 +150,7 @@ class HuggingFace:
 
     @property
     def beside(self) -> list[Path]:
-        """The files that belong to it and lie beside it."""
+        """The files beside it that belong to it."""
         names = (*SPECIAL, "chat_template.jinja")
         return [path for path in map(self.path.with_name, names) if path.is_file()]
 
@@ -158,9 +158,9 @@ class HuggingFace:
         names = list(usual)
         for config in self.beside:
             if config.name in SPECIAL:
-                said = json.loads(config.read_text(encoding="utf-8")).get(key)
-                if said := said.get("content") if isinstance(said, dict) else said:
-                    names.insert(0, said)
+                value = json.loads(config.read_text(encoding="utf-8")).get(key)
+                if name := value.get("content") if isinstance(value, dict) else value:
+                    names.insert(0, name)
         ids = (self.engine.token_to_id(name) for name in names)
         return next((i for i in ids if i is not None), None)
 
@@ -191,7 +191,7 @@ class HuggingFace:
 
 
 class TikToken:
-    """A file of base64 ranks with Llama 3's split pattern and special tokens behind the ranks."""
+    """A file of base64 ranks, with Llama 3's split pattern and special tokens."""
 
     def __init__(self, path: Path, raw: bytes) -> None:
         import tiktoken
@@ -229,9 +229,9 @@ class TikToken:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a file, or in a folder that holds one.
+    """Load a tokenizer from a file, or from a folder with one.
 
-    Raises DataError where there is none, or none that can be read.
+    Raises DataError if there is none, or if it cannot be read.
     """
     path = tokenizer_file(Path(path))
     raw = path.read_bytes()
@@ -241,7 +241,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw):
             return TikToken(path, raw)
         return SentencePiece(path, raw)
-    except Exception as error:  # each engine raises what it likes, one of them bare Exception
+    except Exception as error:  # engines raise various types, one of them bare Exception
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{path}: is not a tokenizer ({reason}); give a sentencepiece tokenizer.model, "
@@ -250,7 +250,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def tokenizer_file(path: Path) -> Path:
-    """The tokenizer file that ``path`` is or, for a folder, holds."""
+    """``path``, or the tokenizer file in that folder; DataError if there is none."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -265,10 +265,10 @@ def tokenizer_file(path: Path) -> Path:
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) -> Path:
-    """Train a tokenizer as Llama 2's was made, and write it to ``out``.
+    """Train a tokenizer with the settings of Llama 2's, and write it to ``out``.
 
-    BPE with byte fallback, digits apart, text taken as it is (identity), runs of spaces kept.
-    Long texts are fed line by line.  Raises DataError where the text is too little for the size.
+    BPE with byte fallback, single digits, no normalization (identity), runs of spaces kept.
+    Texts are fed line by line.  Raises DataError if there is too little text for ``vocab_size``.
     """
     import sentencepiece
 
@@ -301,7 +301,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
             minloglevel=2,
         )
     except (RuntimeError, OSError) as error:
-        # The engine's words come after its file, line and condition, and end in its own remedies.
+        # The reason stands between the engine's file, line and condition, and its advice.
         reason = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0]
         raise DataError(
             f"no tokenizer of {vocab_size} pieces can be trained on this text ({reason}); "

@@ -19,10 +19,10 @@ from llamax.runtime.errors import DataError
     ("words", "said"),
     [
         ("0.5 {d} 0.5", "a weight has no dataset"),
-        ("0.5 {d} half {d}", "'half' is no weight above 0"),
-        ("0.5 {d} -1 {d}", "'-1' is no weight above 0"),
-        ("0.5 {d} 0.5 {d}x", "is no dataset"),
-        ("0 {d} 1 {d}x", "'0' is no weight above 0"),
+        ("0.5 {d} half {d}", "'half' is not a weight above 0"),
+        ("0.5 {d} -1 {d}", "'-1' is not a weight above 0"),
+        ("0.5 {d} 0.5 {d}x", "is not a dataset"),
+        ("0 {d} 1 {d}x", "'0' is not a weight above 0"),
         ("0.2 {d} 0.3 {d}", "d is there twice, and would give each sample twice; write it once"),
     ],
 )

@@ -171,5 +171,5 @@ def test_a_prefix_is_a_dataset_without_tokenizer(tmp_path: Path) -> None:
     dataset.check_vocabulary(400)
     with pytest.raises(DataError, match=r"name a Megatron dataset by its prefix, .*/d$"):
         open_dataset(tmp_path / "d.idx")
-    with pytest.raises(DataError, match=r"is no dataset .* there is no e.idx"):
+    with pytest.raises(DataError, match=r"is not a dataset .* there is no e.idx"):
         open_dataset(tmp_path / "e")

@@ -11,7 +11,7 @@ from support.chat import built_in
 from support.instruction import llama2_tokenizer, llama3_tokenizer
 
 from llamax.data.chat.encode import Encoder, Tokens
-from llamax.data.chat.templates import BUILT_IN, Sample, Template, sample, source_of
+from llamax.data.chat.templates import BUILT_IN, Sample, Template, make_sample, source_of
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import DataError
 
@@ -50,7 +50,11 @@ def test_tokens_of_llama2_give_the_text_back(tmp_path: Path, name: str) -> None:
     tokenizer = load_tokenizer(llama2_tokenizer(tmp_path))
     encoder = Encoder(tokenizer)
     template = encoder.template(name, BUILT_IN[name])
-    rows = [sample("이름?", "컨텍스트 ½", "철수 🙂 입니다\n", "sys"), sample("Q", "", "A"), TALK]
+    rows = [
+        make_sample("이름?", "컨텍스트 ½", "철수 🙂 입니다\n", "sys"),
+        make_sample("Q", "", "A"),
+        TALK,
+    ]
     for row in rows if template.chat else rows[:2]:
         (tokens,) = encoder.encode([template.spans(row)])
         text = "".join(span.text for span in template.spans(row)).replace("\ufdd2", "")
@@ -120,7 +124,7 @@ def test_a_special_token_in_a_field_stays_text(tmp_path: Path) -> None:
 def test_a_token_across_the_edge_belongs_to_the_answer(tmp_path: Path) -> None:
     encoder = Encoder(load_tokenizer(llama2_tokenizer(tmp_path)), bos=False, eos=False)
     template = encoder.template("own", "def {% generation %}{{ answer }}{% endgeneration %}")
-    (tokens,) = encoder.encode([template.spans(sample("Q", "", "self.x"))])
+    (tokens,) = encoder.encode([template.spans(make_sample("Q", "", "self.x"))])
     whole = encoder.tokenizer.encode("def self.x")
     assert tokens.ids.tolist() == whole
     assert decoded(encoder, tokens, True).strip() == "self.x"

@@ -10,7 +10,7 @@ import pytest
 from support.chat import refused
 
 from llamax.data.chat import jinja_sandbox
-from llamax.data.chat.templates import Template, sample
+from llamax.data.chat.templates import Template, make_sample
 from llamax.runtime.errors import DataError
 
 pytestmark = pytest.mark.timeout(60)  # a template that does not end is a failure
@@ -36,9 +36,9 @@ pytestmark = pytest.mark.timeout(60)  # a template that does not end is a failur
         (
             "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
             "{% endfor %}{{ answer }}",
-            "bad: is refused: it (wants too much|computed)",
+            "bad: is refused: it (needs too much|computed)",
         ),
-        ("{{ 'a' | center(2000000000) }}{{ answer }}", "bad: is refused: it (wants|computed)"),
+        ("{{ 'a' | center(2000000000) }}{{ answer }}", "bad: is refused: it (needs|computed)"),
         ("{{ 'ab' | center(20000000) }}{{ answer }}", "bad: is refused: it (wrote|computed)"),
         ("{{ messages | tojson(indent=99) }}", "bad: is refused: tojson"),
         (
@@ -49,10 +49,10 @@ pytestmark = pytest.mark.timeout(60)  # a template that does not end is a failur
         ("{% if %}", r"bad: the template says \(line 1\)"),
         ("{{ answer.nothing.more }}", "bad: the template says: .*nothing"),
         ("{{ answer + 1 }}", "bad: the template fails: TypeError"),
-        ("just text", "bad: yields nothing of a row"),
+        ("just text", "bad: uses nothing of a row"),
         ("{% if answer == '' %}{{ answer }}{% endif %}x", "bad: yields no answer|otherwise"),
         ("{% generation %}{% endgeneration %}{{ answer }}", "bad: yields no answer"),
-        ("{{ messages | length }}", "otherwise once it goes on"),
+        ("{{ messages | length }}", "differently when more turns follow"),
         ("x" * 1_000_001, "has 1000001 characters"),
     ],
 )
@@ -65,7 +65,9 @@ def test_bad_templates_are_one_line(
 
 def test_a_good_template_survives_the_walls() -> None:
     source = "{% for i in range(3) %}{{ i * 2 }}{% endfor %}{{ strftime_now('%Y') | length }}"
-    assert Template("good", source + "{{ answer }}").spans(sample("Q", "", "A"))[0].text == "0244"
+    assert (
+        Template("good", source + "{{ answer }}").spans(make_sample("Q", "", "A"))[0].text == "0244"
+    )
 
 
 def test_an_alarm_at_any_moment_leaves_the_limits_as_they_were(

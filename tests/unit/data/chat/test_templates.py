@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.chat import built_in, refused
 
-from llamax.data.chat.templates import Template, sample, source_of
+from llamax.data.chat.templates import Template, make_sample, source_of
 from llamax.runtime.errors import DataError
 
 
@@ -36,18 +36,20 @@ from llamax.runtime.errors import DataError
 )
 def test_built_in_templates(name: str, prompt: str, answer: str) -> None:
     template = built_in(name)
-    row = sample("Q", "C", "A", "S")
+    row = make_sample("Q", "C", "A", "S")
     assert [(span.text, span.answer) for span in template.spans(row)] == [
         (prompt, False),
         (answer, True),
     ]
-    assert template.prompt(sample("Q", "C", system="S"))[0].text == prompt
+    assert template.prompt(make_sample("Q", "C", system="S"))[0].text == prompt
 
 
 def test_context_appears_only_where_there_is_one() -> None:
-    assert built_in("dolly").prompt(sample("Q"))[0].text == "### Instruction\nQ\n\n### Answer\n"
-    assert "Input" not in built_in("alpaca").prompt(sample("Q"))[0].text
-    assert built_in("human-assistant").prompt(sample("Q"))[0].text == "Human: Q\n\nAssistant:"
+    assert (
+        built_in("dolly").prompt(make_sample("Q"))[0].text == "### Instruction\nQ\n\n### Answer\n"
+    )
+    assert "Input" not in built_in("alpaca").prompt(make_sample("Q"))[0].text
+    assert built_in("human-assistant").prompt(make_sample("Q"))[0].text == "Human: Q\n\nAssistant:"
 
 
 @pytest.mark.parametrize("marked", [True, False])
@@ -56,12 +58,12 @@ def test_a_template_without_marks_is_asked_twice(marked: bool) -> None:
     if marked:
         source = "{{ instruction }} -> {% generation %}{{ answer }}!{% endgeneration %}"
     template = Template("own", source)
-    assert template.spans(sample("Q", "", "A")) == [("Q -> ", False), ("A!", True)]
-    assert template.prompt(sample("Q"))[0].text == "Q -> "
+    assert template.spans(make_sample("Q", "", "A")) == [("Q -> ", False), ("A!", True)]
+    assert template.prompt(make_sample("Q"))[0].text == "Q -> "
 
 
 def test_a_mark_in_a_field_is_refused() -> None:
-    refused(r"U\+FDD0", "{{ answer }}", sample("Q", "", "A\ufdd0"))
+    refused(r"U\+FDD0", "{{ answer }}", make_sample("Q", "", "A\ufdd0"))
 
 
 def test_where_templates_come_from(tmp_path: Path) -> None:
