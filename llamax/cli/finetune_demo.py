@@ -125,7 +125,8 @@ Next:
 --context "The dog is green." --greedy
   llamax inspect {data} --verify
   llamax evaluate {hub} --test-file {test} --template {TEMPLATE}
-(the commands are in {Path(sys.executable).parent}; larger recipes: llamax/recipes/README.md)"""
+(the commands are in {Path(sys.executable).parent};
+larger recipes: llamax/config/recipes/README.md)"""
     )
     return 0
 

@@ -1,8 +1,12 @@
-"""What a user writes as text, without torch: runs, models, machines.
+"""Configuration without torch: runs, models, machines.
 
 ::
 
-    recipe or TOML file + --section.key=value ──load──> Config ──resolve──> ResolvedRun
+    recipe or TOML file + --section.key=value ──load──> Config ──> ResolvedRun (llamax.training)
                                                    │
-                                               validate: what must hold
+                                     validate: ranges of fields, rules between them
+
+``schema`` and ``model`` hold the fields of a run, ``types`` their ranges, ``rules`` what must hold
+between them, ``toml`` the strict reader, ``hardware`` the table of machines and ``constants`` sizes
+that the code fixes.
 """

@@ -269,7 +269,7 @@ def _linked(machine: Machine, name: str) -> Iterator[str]:
 
 
 def memory_share(whole: int, root: Path = Path("/")) -> int:
-    """Bytes that this control group may hold of a machine with ``whole``."""
+    """Bytes of memory that this control group may use, on a machine with ``whole`` bytes."""
     for limit in CGROUP_LIMITS:
         try:
             whole = min(whole, int((root / limit).read_text()))
@@ -279,9 +279,10 @@ def memory_share(whole: int, root: Path = Path("/")) -> int:
 
 
 def measure_machine(root: Path = Path("/")) -> Machine:
-    """This machine: a product of 1024 x 1024 float32 matrices, a copy of 64 MB, its memory.
+    """This machine, measured: a product of 1024 x 1024 float32 matrices and a copy of 64 MB.
 
-    One rank has all cores.  Links are memory: a message is copied three times on its way.
+    One rank has all cores.  Links are memory: a message is copied three times on its way.  Memory
+    limits of the control group are read below ``root``.
     """
     import numpy as np
 
@@ -314,7 +315,7 @@ def measure_machine(root: Path = Path("/")) -> Machine:
 
 
 def _multiplies_bfloat16() -> bool:
-    """Whether this CPU has units for bf16 products; without, llamax multiplies in float32."""
+    """Whether this CPU has units for products in bfloat16."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:

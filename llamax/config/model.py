@@ -1,9 +1,9 @@
-"""The network's shape, spelled as ``config.json`` on the Hugging Face Hub spells it; both ways.
+"""The shape of a network, and its conversion from and to ``config.json`` of Hugging Face.
 
-transformers 4 spells rotary positions ``rope_theta`` + ``rope_scaling`` and the precision
-``torch_dtype``; transformers 5 spells them ``rope_parameters`` and ``dtype``.  Both are read; both
-are written, because version 4 ignores the new keys without a word.  What is absent has the value
-that transformers' ``LlamaConfig`` gives it.
+transformers 4 writes rotary positions as ``rope_theta`` and ``rope_scaling`` and the precision as
+``torch_dtype``; transformers 5 writes ``rope_parameters`` and ``dtype``.  Both spellings are read
+and written, because version 4 silently ignores the new keys.  An absent key has the value that
+transformers' ``LlamaConfig`` gives it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
-PLAIN = {
+FIXED = {
     "model_type": "llama",
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
 }
-MOST, MOST_LAYERS = 1 << 28, 1 << 14  # a hundred times any model there is
-CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
+MAX_SIZE, MAX_LAYERS = 1 << 28, 1 << 14  # a hundred times those of any model
+CODE_KEYS = ("auto_map", "trust_remote_code", "custom_pipelines")
 SCALING = (
     "factor",
     "low_freq_factor",
@@ -106,7 +106,7 @@ class ModelConfig:
         return () if self.eos_token_id is None else (self.eos_token_id,)
 
     def kv_replicas(self, tp: int) -> int:
-        """How many of ``tp`` tensor ranks hold the same key/value head."""
+        """The number of ranks, of ``tp`` tensor ranks, that hold the same key/value head."""
         return max(1, tp // self.num_key_value_heads)
 
     def num_parameters(self) -> int:
@@ -118,7 +118,7 @@ class ModelConfig:
         return embeddings + self.num_hidden_layers * layer + D
 
     def differences(self, other: ModelConfig) -> list[str]:
-        """The fields in which ``other`` computes something else with the same weights."""
+        """The fields that make ``other`` compute something else with the same weights."""
         harmless = ("max_position_embeddings", "initializer_range", "bos_token_id", "eos_token_id")
         names = [each.name for each in fields(self) if each.name not in harmless]
         return [name for name in names if getattr(self, name) != getattr(other, name)]
@@ -127,77 +127,68 @@ class ModelConfig:
     def from_hub(cls, hub: Mapping[str, Any]) -> ModelConfig:
         """The model that a Hugging Face ``config.json`` describes.
 
-        Raises one ConfigError that lists all that is not a Llama or that llamax does not compute.
+        The file may come from anyone, so sizes beyond any model and requests to run code are
+        refused before anything is allocated.  Raises one ConfigError that lists everything that is
+        not a Llama or that llamax does not compute.
         """
-        return read(hub)
+        rope = _rope(hub)
+        refuse(list(_problems(hub, rope)), "config.json")
+        eos = hub.get("eos_token_id", 2)
+        scaling = {name: rope[name] for name in SCALING} if rope["rope_type"] == "llama3" else None
+        return cls(
+            **{name: hub[name] for name in SHAPE},
+            **{name: _value(hub, name, default) for name, default in DEFAULTS.items()},
+            num_key_value_heads=hub.get("num_key_value_heads") or hub["num_attention_heads"],
+            head_dim=hub.get("head_dim") or 0,
+            rope_theta=float(rope["rope_theta"]),
+            rope_scaling=RopeScaling(**scaling) if scaling else None,
+            bos_token_id=hub.get("bos_token_id", 1),
+            eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+        )
 
     def to_hub(self, dtype: str) -> dict[str, Any]:
-        """The ``config.json`` of this model; ``dtype`` is float32 or bfloat16."""
-        return write(self, dtype)
+        """The ``config.json`` of this model, for transformers 4 and 5.
+
+        ``dtype`` is float32 or bfloat16.
+        """
+        shape = asdict(self)
+        theta, scaling = shape.pop("rope_theta"), shape.pop("rope_scaling")
+        typed = scaling and {"rope_type": "llama3", **scaling}
+        if isinstance(self.eos_token_id, tuple):
+            shape["eos_token_id"] = list(self.eos_token_id)
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            **FIXED,
+            **shape,
+            "rope_theta": theta,
+            "rope_scaling": typed,
+            "rope_parameters": {"rope_theta": theta, **(typed or {"rope_type": "default"})},
+            "dtype": dtype,
+            "torch_dtype": dtype,
+            "use_cache": True,
+        }
 
 
-def read(hub: Mapping[str, Any]) -> ModelConfig:
-    """The model of a ``config.json``; raises one ConfigError that lists all that does not fit.
-
-    The file may come from anyone: sizes that no model has are refused before they are laid out,
-    and so is a file that asks for code of its own.
-    """
-    rope = _rope(hub)
-    refuse(list(_problems(hub, rope)), "config.json")
-    eos = hub.get("eos_token_id", 2)
-    scaling = {name: rope[name] for name in SCALING} if rope["rope_type"] == "llama3" else None
-    return ModelConfig(
-        **{name: hub[name] for name in SHAPE},
-        **{name: _given(hub, name, default) for name, default in DEFAULTS.items()},
-        num_key_value_heads=hub.get("num_key_value_heads") or hub["num_attention_heads"],
-        head_dim=hub.get("head_dim") or 0,
-        rope_theta=float(rope["rope_theta"]),
-        rope_scaling=RopeScaling(**scaling) if scaling else None,
-        bos_token_id=hub.get("bos_token_id", 1),
-        eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
-    )
-
-
-def write(model: ModelConfig, dtype: str) -> dict[str, Any]:
-    """The ``config.json`` of a model, as transformers 4 and 5 both read it."""
-    shape = asdict(model)
-    theta, scaling = shape.pop("rope_theta"), shape.pop("rope_scaling")
-    typed = scaling and {"rope_type": "llama3", **scaling}
-    if isinstance(model.eos_token_id, tuple):
-        shape["eos_token_id"] = list(model.eos_token_id)
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        **PLAIN,
-        **shape,
-        "rope_theta": theta,
-        "rope_scaling": typed,
-        "rope_parameters": {"rope_theta": theta, **(typed or {"rope_type": "default"})},
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "use_cache": True,
-    }
-
-
-def _given(hub: Mapping[str, Any], name: str, default: Any) -> Any:
+def _value(hub: Mapping[str, Any], name: str, default: Any) -> Any:
     """The value of a key; the default where it is absent or null."""
     value = hub.get(name)
     return default if value is None else value
 
 
 def _rope(hub: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary settings in the new spelling, from either."""
+    """Rotary settings in the spelling of transformers 5, from either spelling."""
     given = hub.get("rope_parameters") or hub.get("rope_scaling") or {}
     rope = dict(given) if isinstance(given, dict) else {"rope_type": given}
     rope.setdefault("rope_type", rope.get("type", "default"))
-    rope.setdefault("rope_theta", _given(hub, "rope_theta", 10_000.0))
+    rope.setdefault("rope_theta", _value(hub, "rope_theta", 10_000.0))
     return rope
 
 
 def _problems(hub: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
-    for name in CODE:
+    for name in CODE_KEYS:
         if hub.get(name):
             yield f"{name} asks for code that comes with the model; llamax runs none: remove it"
-    for name, only in PLAIN.items():
+    for name, only in FIXED.items():
         if (found := hub.get(name, only)) != only:
             yield f"{name}={found!r} is not supported; llamax computes {only!r} only"
     if hub.get("quantization_config"):
@@ -210,16 +201,16 @@ def _problems(hub: Mapping[str, Any], rope: Mapping[str, Any]) -> Iterator[str]:
             sizes[name] = hub[name]
     wrong = False
     for name, found in sizes.items():
-        most = MOST_LAYERS if name == "num_hidden_layers" else MOST
+        most = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
         if type(found) is not int or not 1 <= found <= most:
             wrong = True
             yield f"{name} is {found!r:.40}; a Llama needs a whole number from 1 to {most} there"
     if not wrong:
         yield from _heads(sizes)
     for name in ("rms_norm_eps", "initializer_range"):
-        if not _positive(found := _given(hub, name, DEFAULTS[name])):
+        if not _positive(found := _value(hub, name, DEFAULTS[name])):
             yield f"{name} is {found!r:.40}; it must be a number above 0"
-    if not isinstance(found := _given(hub, "tie_word_embeddings", False), bool):
+    if not isinstance(found := _value(hub, "tie_word_embeddings", False), bool):
         yield f"tie_word_embeddings is {found!r:.40}; it must be true or false"
     for name in ("bos_token_id", "eos_token_id"):
         found = hub.get(name)

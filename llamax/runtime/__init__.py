@@ -1,4 +1,4 @@
-"""What every program of llamax stands on: errors and exit codes, logging, signals, files, units.
+"""The foundation of every program: errors, exit codes, logging, signals, files, units, versions.
 
 Nothing here imports torch or another part of llamax.
 """

@@ -1,22 +1,22 @@
-"""What can go wrong by a user's hand: each error is one line that names the thing and the remedy.
+"""Errors that a user can correct, their exit codes and the wording of their messages.
 
-Programs print the message on stderr and leave with ``exit_code``; no traceback is shown for these.
-Anything else that escapes is a defect of llamax, keeps its traceback and exits with 1.
+A program prints the message on stderr, without a traceback, and ends with ``exit_code``.  Any other
+exception is a defect of llamax, keeps its traceback and ends with 1.
 
 ::
 
     0     done
-    2     a mistake to mend: configuration, data, checkpoint, device
+    2     a mistake to correct: configuration, data, checkpoint, device
     3     no room for a checkpoint (disk, quota or file size limit); the previous one stays
     4     loss or gradients were not finite for longer than the run allows
-    5     another rank died, froze or was lost: the message names it and its last step
+    5     another rank died, froze or was lost; the message names it and its last step
     6     llamax plan: the run does not fit into memory
-    7     llamax audit: the cluster would compile a program more than once, or one that is refused
+    7     llamax audit: the cluster would compile a program more than once, or refuse one
     8     llamax doctor: something on this machine, or in the job for it, would end a run
-    75    stopped by SIGTERM or SIGUSR1 and saved: start the run again to go on
+    75    stopped by SIGTERM or SIGUSR1 and saved: start the run again to continue it
     130   interrupted from the keyboard
-    141   the reader of our output went away (as ``head`` does)
-    143   ended by SIGTERM while it wrote a folder, of which nothing is left
+    141   the reader of the output closed it, as ``head`` does
+    143   ended by SIGTERM while it wrote a folder, which was removed
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 
 
 class LlamaxError(Exception):
-    """A mistake the user can mend; the message is one line."""
+    """A mistake that the user can correct; the message is one line."""
 
     exit_code = 2
 
@@ -44,35 +44,35 @@ class CheckpointError(LlamaxError):
 
 
 class NoRoom(CheckpointError):
-    """A disk, quota or limit that a checkpoint does not fit; what was saved before is untouched."""
+    """A checkpoint that does not fit a disk, quota or file size limit; older ones are untouched."""
 
     exit_code = 3
 
 
 class BackendError(LlamaxError):
-    """A device, process group or rendezvous that is not there."""
+    """A device, process group or rendezvous that is not available."""
 
 
 class NotFinite(LlamaxError):
-    """Loss or gradients that stay infinite or NaN; no such update was made."""
+    """Loss or gradients that stayed infinite or NaN; none of them reached the weights."""
 
     exit_code = 4
 
 
 class LostRank(BackendError):
-    """A rank that died, froze or is out of reach, so that the others cannot go on."""
+    """A rank that died, froze or cannot be reached, so that the others cannot continue."""
 
     exit_code = 5
 
 
 class Stopped(LlamaxError):
-    """No error: the run was asked to stop, and stands saved (75 is sysexits' EX_TEMPFAIL)."""
+    """The run was asked to stop and has saved: no error (75 is EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
 
 
 class Terminated(LlamaxError):
-    """No error: SIGTERM came while a folder was written, and nothing of it is left."""
+    """SIGTERM arrived while a folder was written, and the folder was removed: no error."""
 
     exit_code = 143
 

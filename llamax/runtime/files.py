@@ -1,4 +1,4 @@
-"""Files that are either there, whole and durable, or not there."""
+"""Atomic writes to disk, and checksums of files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import hashlib
 import os
 from pathlib import Path
 
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk, a quota, a limit say
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a file size limit
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Put a file on disk under another name, then give it its own: old bytes or new, no part."""
+    """Write a file so that a crash leaves its old content or the new, never a part."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with open(partial, "wb") as file:
@@ -25,7 +25,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last through a power cut."""
+    """Make the names in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -38,6 +38,6 @@ def sha256(path: Path) -> str:
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
     view = memoryview(buffer)
     with open(path, "rb", buffering=0) as file:
-        while got := file.readinto(buffer):
-            digest.update(view[:got])
+        while size := file.readinto(buffer):
+            digest.update(view[:size])
     return digest.hexdigest()

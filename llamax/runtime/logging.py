@@ -1,11 +1,12 @@
-"""One logger for the whole library; rank 0 speaks, the others only when something is wrong.
+"""The logger of the library: rank 0 reports everything, other ranks only what is wrong.
 
 ::
 
     llamax: resuming from runs/demo, after step 200   rank 0, from INFO
     llamax: [rank 3] cannot write heartbeats/rank-3   any other rank, from WARNING
 
-A run keeps what every rank says, from INFO, and what ended it, in ``logs/JOB/rank-NNNNN.log``.
+A run keeps the messages of every rank, from INFO, and the error that ended it, in
+``logs/JOB/rank-NNNNN.log``.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ logger = logging.getLogger("llamax")
 
 
 class _Stderr(logging.Handler):
-    """Writes to whatever stderr is at that moment."""
+    """A handler that writes to the stderr of the moment, which tests and progress bars replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         show_line(self.format(record), sys.stderr)
 
 
 class _File(logging.FileHandler):
-    """A file that nothing depends on: a full disk is not told of once per line."""
+    """A log file that may fail to be written, without a complaint for every line."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -43,7 +44,7 @@ class _File(logging.FileHandler):
 
 
 def show_line(text: str, stream: TextIO) -> None:
-    """Print a line; where a full disk is behind ``stream``, that must not end a run."""
+    """Print a line; a full disk behind ``stream`` is ignored, for it must not end a run."""
     try:
         print(text, file=stream, flush=True)
     except BrokenPipeError:
@@ -52,13 +53,13 @@ def show_line(text: str, stream: TextIO) -> None:
         pass
 
 
-def setup_logging(who: str = "", main: bool = True) -> None:
-    """Send this rank's messages to stderr: all as ``main``, else warnings behind ``[who]``.
+def setup_logging(name: str = "", main: bool = True) -> None:
+    """Send this process's messages to stderr: all if ``main``, else warnings behind ``[name]``.
 
-    Calling it again replaces what an earlier call set.
+    A second call replaces the first.
     """
     handler = _Stderr(logging.INFO if main else logging.WARNING)
-    prefix = "" if main else f"[{who}] ".replace("%", "%%")
+    prefix = "" if main else f"[{name}] ".replace("%", "%%")
     handler.setFormatter(logging.Formatter(f"llamax: {prefix}%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
@@ -67,10 +68,10 @@ def setup_logging(who: str = "", main: bool = True) -> None:
 
 @contextmanager
 def log_to_file(folder: Path, job: str, rank: int) -> Iterator[None]:
-    """Keep this rank's messages in the run's ``folder``, and the error that leaves the block."""
-    place = folder / "logs" / job
-    place.mkdir(parents=True, exist_ok=True)
-    handler = _File(place / f"rank-{rank:05d}.log", encoding="utf-8")
+    """Write this rank's messages, and an error that leaves the block, to a file in ``folder``."""
+    logs = folder / "logs" / job
+    logs.mkdir(parents=True, exist_ok=True)
+    handler = _File(logs / f"rank-{rank:05d}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.INFO)
     logger.addHandler(handler)
@@ -79,8 +80,8 @@ def log_to_file(folder: Path, job: str, rank: int) -> Iterator[None]:
     except BaseException as error:
         if not isinstance(error, SystemExit):
             mistake = isinstance(error, LlamaxError)
-            told = str(error) if mistake else "".join(traceback.format_exception(error))
-            handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": told}))
+            text = str(error) if mistake else "".join(traceback.format_exception(error))
+            handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": text}))
         raise
     finally:
         logger.removeHandler(handler)

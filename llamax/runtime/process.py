@@ -1,8 +1,7 @@
-"""How every program ends, and how a long one begins.
+"""The wrapper of every program, and settings of processes.
 
-The end is the one place where an error becomes a line on stderr and an exit code: ``llamax:
-message``, no traceback; ``llamax.runtime.errors`` lists the codes.  Whatever else escapes is a
-defect of llamax and keeps its traceback.
+``run_main`` is the one place where an error becomes a line on stderr, ``llamax: message``, and an
+exit code; ``llamax.runtime.errors`` lists the codes.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from llamax.runtime.files import NO_ROOM
 
 NO_CACHE = "glibc.malloc.tcache_count=0"
 
-# A path that is not what a run needs it to be is the user's to mend; a missing file is a defect.
+# Errors of a path that the user can correct; a missing file, in contrast, is a defect of llamax.
 REFUSALS = (
     errno.EACCES,
     errno.EEXIST,
@@ -34,7 +33,7 @@ Main = Callable[[Sequence[str]], int]
 
 
 def run_main(main: Main, argv: Sequence[str] | None = None) -> int:
-    """The exit code of ``main(argv)``; ``argv`` is the command line where it is None."""
+    """Run ``main(argv)`` and return the exit code; None stands for the command line."""
     try:
         code = main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
@@ -65,14 +64,14 @@ def summary(doc: str) -> str:
 
 
 def steady_heap() -> None:
-    """Start this program again with glibc's per-thread cache off, where that keeps memory flat.
+    """Restart this program without glibc's per-thread cache, where the cache makes memory grow.
 
     torch asks for aligned blocks.  glibc before 2.38 cuts one out of a slightly larger block and
-    gives the ends back; its per-thread cache hands those to small requests and never joins them
-    again, so that what torch frees is a few bytes short of its next request of the same size, and
-    the heap grows by it.  The setting is read when a process begins: hence ``exec``, with the same
-    process id and command line, some 20 ms into it.  SIGTERM and SIGUSR1 wait meanwhile; whoever
-    listens to them lets them in.  A GLIBC_TUNABLES that names the cache is left as it is.
+    frees the ends; its per-thread cache gives those to small requests and never joins them again.
+    So a block that torch frees is a few bytes too short for its next request of the same size, and
+    the heap grows.  glibc reads the setting when a process starts: hence ``exec``, with the same
+    process id and command line, after some 20 ms.  SIGTERM and SIGUSR1 are blocked meanwhile;
+    ``llamax.runtime.signals`` unblocks them.  A GLIBC_TUNABLES that names the cache is kept.
     """
     library, _, version = (
         os.confstr("CS_GNU_LIBC_VERSION") or "" if sys.platform == "linux" else ""
@@ -88,8 +87,7 @@ def steady_heap() -> None:
 
 
 def leave_with_parent() -> None:
-    """Let a worker whose parent was killed end too, instead of waiting for work for ever."""
-
+    """End this worker process when its parent is killed, instead of waiting for work for ever."""
     from multiprocessing import parent_process
 
     def watch() -> None:

@@ -1,16 +1,12 @@
-"""Quantities in words, and the few figures that every program derives: pure functions."""
+"""Quantities as text, and figures that several programs derive: pure functions."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def tokens_per_s(tokens: int, seconds: float) -> float:
-    """Tokens a second over an interval; 0 for an empty one."""
+    """Tokens per second over an interval; 0 for an empty interval."""
     return tokens / seconds if seconds > 0 else 0.0
 
 
@@ -20,20 +16,17 @@ def perplexity(loss: float) -> float:
 
 
 def eta(step: int, steps: int, step_s: float) -> float:
-    """Seconds until ``steps`` when ``step`` steps are done and each takes ``step_s``."""
+    """Seconds until step ``steps``, after ``step`` steps of ``step_s`` seconds each."""
     return max(steps - step, 0) * step_s
 
 
-# ---- words
-
-
 def show_number(n: float) -> str:
-    """Three significant digits and a suffix: 6.74B, 512, 4.19M."""
+    """A number with three significant digits and a suffix: 6.74B, 512, 4.19M."""
     return _scaled(n, 1000, ("", "K", "M", "B", "T"))
 
 
 def show_bytes(n: float) -> str:
-    """Three significant digits in binary units: 1.50 GiB, 512 B."""
+    """A size with three significant digits in binary units: 1.50 GiB, 512 B."""
     return _scaled(n, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
 
 
@@ -47,7 +40,7 @@ def _scaled(n: float, base: int, suffixes: tuple[str, ...]) -> str:
 
 
 def show_time(seconds: float) -> str:
-    """0.25s, 42s, 3m05s, 2h07m, 5d03h."""
+    """A duration: 0.25s, 42s, 3m05s, 2h07m, 5d03h."""
     if seconds < 9.995:
         return f"{seconds:.2f}s"
     minutes, s = divmod(round(seconds), 60)

@@ -30,11 +30,11 @@ def learning_rate_falls(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("optim.warmup_steps", "optim.warmup_ratio")
-def warmup_is_said_once(c: Config, world: int | None) -> Iterator[str]:
+def warmup_is_given_once(c: Config, world: int | None) -> Iterator[str]:
     if c.optim.warmup_steps and c.optim.warmup_ratio:
         yield (
             f"optim.warmup_steps={c.optim.warmup_steps} and optim.warmup_ratio="
-            f"{c.optim.warmup_ratio} both say how long warm-up is; use one of them"
+            f"{c.optim.warmup_ratio} both set the length of warm-up; use one of them"
         )
 
 
@@ -42,7 +42,7 @@ def warmup_is_said_once(c: Config, world: int | None) -> Iterator[str]:
 def neuron_cores_round(c: Config, world: int | None) -> Iterator[str]:
     if c.run.stochastic_rounding and (c.run.backend, c.run.dtype) != ("xla", "bfloat16"):
         yield (
-            f"run.stochastic_rounding is what NeuronCores do to bfloat16, but run.backend="
+            f"run.stochastic_rounding is for bfloat16 on NeuronCores, but run.backend="
             f"{c.run.backend} and run.dtype={c.run.dtype}; use xla and bfloat16, or leave it off"
         )
 
@@ -75,7 +75,7 @@ def decay_belongs_to_wsd(c: Config, world: int | None) -> Iterator[str]:
         )
     if schedule != "wsd" and decay:
         yield (
-            f"optim.decay_steps={decay} means nothing to optim.schedule={schedule}; "
+            f"optim.decay_steps={decay} has no effect with optim.schedule={schedule}; "
             f"use 0, or optim.schedule=wsd"
         )
 
@@ -83,7 +83,7 @@ def decay_belongs_to_wsd(c: Config, world: int | None) -> Iterator[str]:
 @RULES.reading("optim.warmup_steps", "optim.decay_steps", "run.steps", "run.epochs")
 def schedule_fits_run(c: Config, world: int | None) -> Iterator[str]:
     warmup, decay, steps = c.optim.warmup_steps, c.optim.decay_steps, c.run.steps
-    if warmup + decay > steps and not c.run.epochs:  # then asked again, when steps are known
+    if warmup + decay > steps and not c.run.epochs:  # checked again when the steps are known
         yield (
             f"optim.warmup_steps={warmup} + optim.decay_steps={decay} is above run.steps={steps}; "
             f"use at most {steps} together"

@@ -163,7 +163,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
                 {"parallel.data": 4},
                 4,
                 "parallel.tensor=2 x parallel.data=4 is 8 ranks, but the world has 4; "
-                "use parallel.data=2, or 0 to take what is there",
+                "use parallel.data=2, or 0 for all ranks that are left",
             ),
         ],
         [{"parallel.data": 2}, {"parallel.data": 0}],
@@ -212,12 +212,12 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
         ],
         [{"optim.min_lr": 3e-4}, {"optim.min_lr": 1e-3, "optim.schedule": "constant"}],
     ),
-    "warmup_is_said_once": (
+    "warmup_is_given_once": (
         [
             (
                 {"optim.warmup_ratio": 0.1},
                 None,
-                "optim.warmup_steps=10 and optim.warmup_ratio=0.1 both say how long warm-up is; "
+                "optim.warmup_steps=10 and optim.warmup_ratio=0.1 both set the length of warm-up; "
                 "use one of them",
             )
         ],
@@ -228,13 +228,13 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
             (
                 {"run.stochastic_rounding": True, "run.dtype": "bfloat16"},
                 None,
-                "run.stochastic_rounding is what NeuronCores do to bfloat16, but run.backend=cpu "
+                "run.stochastic_rounding is for bfloat16 on NeuronCores, but run.backend=cpu "
                 "and run.dtype=bfloat16; use xla and bfloat16, or leave it off",
             ),
             (
                 {"run.stochastic_rounding": True, "run.backend": "xla"},
                 None,
-                "run.stochastic_rounding is what NeuronCores do to bfloat16, but run.backend=xla "
+                "run.stochastic_rounding is for bfloat16 on NeuronCores, but run.backend=xla "
                 "and run.dtype=float32; use xla and bfloat16, or leave it off",
             ),
         ],
@@ -285,7 +285,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
             (
                 {"optim.decay_steps": 5},
                 None,
-                "optim.decay_steps=5 means nothing to optim.schedule=cosine; "
+                "optim.decay_steps=5 has no effect with optim.schedule=cosine; "
                 "use 0, or optim.schedule=wsd",
             ),
         ],
