@@ -66,7 +66,8 @@ def mesh_fills_world(c: Config, world: int | None) -> Iterator[str]:
     elif data and tensor * data != world:
         yield (
             f"parallel.tensor={tensor} x parallel.data={data} is {tensor * data} ranks, but the "
-            f"world has {world}; use parallel.data={world // tensor}, or 0 for all ranks that are left"
+            f"world has {world}; use parallel.data={world // tensor}, or 0 for all ranks that are "
+            "left"
         )
 
 
@@ -83,7 +84,7 @@ def batch_divides(data: DataConfig, data_degree: int) -> Iterator[str]:
 
 @RULES.reading("data.global_batch", "data.micro_batch", "parallel.tensor", "parallel.data")
 def batch_divides_over_mesh(c: Config, world: int | None) -> Iterator[str]:
-    left = (
+    left = (world or 1) // c.parallel.tensor  # 0 if tensor exceeds the world: see mesh_fills_world
         world or 1
     ) // c.parallel.tensor  # 0 where tensor exceeds the world, which another rule reports
     yield from batch_divides(c.data, c.parallel.data or left or 1)

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamax.config.load import (
+    RECIPES,
     dump_config,
     find_config,
     help_text,
@@ -371,3 +372,8 @@ def test_reading_a_configuration_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_page_of_recipes_names_each_of_them() -> None:
+    page = (RECIPES / "README.md").read_text()
+    assert [name for name in recipes() if f"`{name}`" not in page] == []
