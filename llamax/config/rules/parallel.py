@@ -85,6 +85,4 @@ def batch_divides(data: DataConfig, data_degree: int) -> Iterator[str]:
 @RULES.reading("data.global_batch", "data.micro_batch", "parallel.tensor", "parallel.data")
 def batch_divides_over_mesh(c: Config, world: int | None) -> Iterator[str]:
     left = (world or 1) // c.parallel.tensor  # 0 if tensor exceeds the world: see mesh_fills_world
-        world or 1
-    ) // c.parallel.tensor  # 0 where tensor exceeds the world, which another rule reports
     yield from batch_divides(c.data, c.parallel.data or left or 1)
