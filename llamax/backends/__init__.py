@@ -1,7 +1,7 @@
-"""Where a run takes place: one device, its process groups, and the few things only a machine knows.
+"""The device of a run and its process groups, one backend for each kind of machine.
 
-Everything above this package is the same on every backend; only modules in here name
-``torch.distributed``, ``torch.cuda`` or a vendor.
+All other code is the same on every backend: only modules in here import ``torch.distributed``,
+``torch.cuda`` or a vendor's packages.
 
 ======  =========================  =========================
 name    device                     collectives
@@ -23,11 +23,10 @@ from llamax.runtime.errors import BackendError
 def choose(
     name: str, rendezvous: Rendezvous, threads: int = 0, stochastic_rounding: bool = False
 ) -> Backend:
-    """The backend called ``name``; ``threads`` per CPU rank, 0 for an equal share of the cores.
+    """The backend of a name.
 
-    ``stochastic_rounding`` is for NeuronCores (``xla``) alone.
-
-    Raises BackendError for a backend that is unknown or has no device here.
+    ``threads``: of a rank on ``cpu``, 0 for an equal share of the cores.  ``stochastic_rounding``:
+    of NeuronCores (``xla``).  Raises BackendError for an unknown backend or one without a device.
     """
     from llamax.backends.torch_distributed import Cpu, Cuda, Neuron
 

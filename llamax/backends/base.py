@@ -1,4 +1,4 @@
-"""What a backend gives a run: a device, its process groups, and what only a machine knows."""
+"""The interface of a backend: a device, its process groups, memory and peak."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 
-EAGER = ("cpu", "cuda", "neuron")  # run each operation at once: what reads values as it goes
+EAGER = ("cpu", "cuda", "neuron")  # run each operation immediately, so values can be read
 NAMES = (*EAGER, "xla")
 
 
 class Backend(Protocol):
-    """What a run asks of its machine."""
+    """The machine of one rank, as a run uses it."""
 
     name: str
     device: torch.device
     traces: bool
-    """Whether operations are recorded into programs: state is made on the host and sent."""
+    """Whether operations are recorded into programs; state is then made on the host and copied."""
 
     def joined(self, mesh: Mesh, timeout_s: float) -> AbstractContextManager[Axes]:
         """The axes of ``mesh`` while the block runs."""
         ...
 
     def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
-        """Device scalars as Python floats: the one place where the host waits for the device."""
+        """Device scalars as Python floats; the only place where the host waits for the device."""
         ...
 
     def step_boundary(self) -> None:
-        """The end of a traced step: where a lazy device runs what was recorded."""
+        """End a traced step: a lazy device starts the recorded program."""
         ...
 
     def synchronize(self) -> None:
@@ -41,15 +41,15 @@ class Backend(Protocol):
         ...
 
     def barrier(self) -> None:
-        """Wait until every rank of the world is here."""
+        """Wait for all ranks of the world."""
         ...
 
     def compilations(self) -> int:
-        """Programs compiled so far; 0 where none are."""
+        """Programs compiled so far; 0 on eager devices."""
         ...
 
     def host_reads(self) -> int:
-        """Copies from a tracing device to the host so far."""
+        """Copies from a lazy device to the host so far."""
         ...
 
     def memory(self) -> int:
@@ -57,5 +57,5 @@ class Backend(Protocol):
         ...
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
-        """Matrix-multiplication peak of this rank's share of the device, FLOP/s; None: unknown."""
+        """Peak FLOP/s of matrix products on the device of this rank; None where it is unknown."""
         ...

@@ -1,4 +1,4 @@
-"""What only a CPU knows: its heap and its matrix-multiplication rate."""
+"""Settings and measurements of a CPU: its heap, and its rate of matrix products."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 from llamax import ops
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
-HEAP_BYTES = (1 << 31) - 1, 32 << 20  # all a C int can say; the most that older glibc accepts
+HEAP_BYTES = (1 << 31) - 1, 32 << 20  # the largest C int; the largest that older glibc accepts
 
 
 def keep_heap() -> bool:
-    """Keep freed memory in the process: whether glibc was there and took the setting.
+    """Keep freed memory in the process; returns whether glibc accepted the setting.
 
-    glibc maps every block above a threshold afresh and gives it back when freed, so each
-    activation of each step is faulted in page by page and zeroed by the kernel again: about 96,000
-    faults a step on a 57 M parameter model, a sixth of its time.  With both thresholds out of the
-    way a step reuses the pages of the step before.  Other C libraries are left as they are.
+    By default glibc maps every block above a threshold anew and unmaps it when it is freed, so the
+    kernel faults in and zeroes the pages of every activation in every step: about 96,000 faults in
+    a step of a 57 M parameter model, a sixth of its time.  Without the two thresholds a step reuses
+    the pages of the previous one.  Other C libraries are not changed.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -31,7 +31,7 @@ def keep_heap() -> bool:
 
 
 def measure_peak_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product with the threads torch uses now, as ``ops.linear`` runs it.
+    """FLOP/s of a large matrix product, as ``ops.linear`` computes it with torch's current threads.
 
     The best of a few products of 1024 x 1024 matrices, measured once for each number of threads.
     """

@@ -1,13 +1,13 @@
-"""torch.distributed: gloo on CPUs, nccl on GPUs, TorchNeuron's own on trn2 and trn3.
+"""Backends on torch.distributed: gloo on CPUs, nccl on GPUs, neuron on trn2 and trn3.
 
-gloo's own all-gather and reduce-scatter take up to 2.4 times as long as its all-to-all for the
-same bytes (``benchmarks/collectives.py``); its reduce-scatter adds in the tensor's dtype.  So on
-gloo both verbs are one all-to-all: a reduce-scatter sends share j to rank j and adds what arrives,
-in rank order and in float32, so that the result is the same bits on every run.
+The all-gather and reduce-scatter of gloo take up to 2.4 times as long as its all-to-all for the
+same bytes (``benchmarks/collectives.py``), and its reduce-scatter adds in the dtype of the tensor.
+So on gloo both verbs are one all-to-all: a reduce-scatter sends share j to rank j and adds the
+received shares in rank order and in float32, which gives the same bits in every run.
 
-gloo works in a thread of its own, which lets go of tensors some time after a call has returned.
-Activations handed to it would be freed late and out of order, and the heap would grow.  Messages of
-up to ``STAGED_BYTES`` therefore pass through two buffers that stay; most are copied there anyway.
+gloo works in a thread, which releases tensors some time after a call has returned.  Activations
+passed to it would be freed late and out of order, and the heap would grow.  Messages of up to
+``STAGED_BYTES`` therefore pass through two permanent buffers; most need a copy anyway.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError, LostRank
 from llamax.runtime.versions import TORCHNEURON_SDK
 
-NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # of host and of device
+NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # host and device memory
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
 class TorchAxis:
-    """One axis over a process group; ``ranks`` are its global ranks in axis order."""
+    """An axis over a process group; ``ranks``: its global ranks in the order of the axis."""
 
     def __init__(
         self, name: str, ranks: Sequence[int], device: torch.device, group: dist.ProcessGroup
@@ -90,14 +90,14 @@ class TorchAxis:
         dim %= x.dim()
         if x.shape[dim] % self.size:
             raise ValueError(
-                f"{self.name}: dim {dim} of {tuple(x.shape)} does not part {self.size}"
+                f"{self.name}: dim {dim} of {tuple(x.shape)} is not divisible by {self.size}"
             )
         parts: Tensor = x.unflatten(dim, (self.size, -1)).movedim(dim, 0)
         return parts
 
 
 class GlooAxis(TorchAxis):
-    """An axis over gloo, whose messages pass through two buffers that stay."""
+    """An axis over gloo, with two permanent buffers for messages."""
 
     def __init__(
         self, name: str, ranks: Sequence[int], device: torch.device, group: dist.ProcessGroup
@@ -125,7 +125,7 @@ class GlooAxis(TorchAxis):
         return _join(self._exchange(self._split(x, split)), concat)
 
     def _exchange(self, parts: Tensor) -> Tensor:
-        """Part j goes to rank j; the result's part j came from there, and is lent, not given."""
+        """Send part j to rank j and receive part j from it; may return the permanent buffer."""
         arrived, small = self._buffer("in", parts), parts.nbytes <= STAGED_BYTES
         out = self._buffer("out", parts).copy_(parts) if small else parts.contiguous()
         dist.all_to_all_single(arrived, out, group=self.group)
@@ -147,7 +147,7 @@ def _join(parts: Tensor, dim: int) -> Tensor:
 
 
 class _TorchBackend:
-    """What the CPU and CUDA backends share: the process group and its axes."""
+    """The process group and its axes, shared by all backends on torch.distributed."""
 
     name: str
     device: torch.device
@@ -162,8 +162,8 @@ class _TorchBackend:
     def joined(self, mesh: Mesh, timeout_s: float) -> Iterator[Axes]:
         """The axes of ``mesh``, for as long as this rank is part of the world.
 
-        Raises BackendError where the port is taken, the other ranks do not come in time or memory
-        does not suffice, and LostRank where a rank is lost later.
+        Raises BackendError where the port is in use, other ranks do not join in time or memory runs
+        out, and LostRank where a rank is lost later.
         """
         try:
             yield self._join(mesh, timeout_s)
@@ -172,12 +172,12 @@ class _TorchBackend:
                 raise BackendError(
                     f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} was refused "
                     f"{refused[1]} of memory; use more ranks, a smaller data.micro_batch or "
-                    "run.recompute=full (llamax plan tells what a rank takes)"
+                    "run.recompute=full (llamax plan shows the memory of a rank)"
                 ) from error
             if isinstance(error, dist.DistError) or "gloo" in str(error):
                 raise LostRank(
-                    f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} lost touch with "
-                    f"another rank ({_first_line(error)}); see that rank's own message, and start "
+                    f"rank {self.rendezvous.rank} of {self.rendezvous.world_size} lost the "
+                    f"connection to another rank ({_first_line(error)}); see its message; start "
                     "the job again to resume from its newest checkpoint"
                 ) from error
             raise
@@ -189,7 +189,7 @@ class _TorchBackend:
         rendezvous = self.rendezvous
         if rendezvous.world_size == 1:
             return Axes.solo(self.device)
-        if rendezvous.one_machine:  # nothing of ours listens beyond this machine
+        if rendezvous.one_machine:  # listen on the loopback only
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         timeout = timedelta(seconds=timeout_s)
         try:
@@ -221,7 +221,7 @@ class _TorchBackend:
         return [float(tensor) for tensor in tensors]
 
     def step_boundary(self) -> None:
-        """Eager devices have nothing to flush."""
+        """Does nothing: eager devices run each operation immediately."""
 
     def compilations(self) -> int:
         return 0
@@ -235,7 +235,7 @@ class _TorchBackend:
 
 
 class Cpu(_TorchBackend):
-    """torch on CPUs; a rank takes an equal share of the machine's cores unless told otherwise."""
+    """torch on CPUs; ``threads``: of a rank, 0 for an equal share of the cores of the machine."""
 
     name, collectives, axis = "cpu", "gloo", GlooAxis
     device = torch.device("cpu")
@@ -247,7 +247,7 @@ class Cpu(_TorchBackend):
         cpu.keep_heap()
 
     def synchronize(self) -> None:
-        """A CPU is never behind."""
+        """Does nothing: a CPU has no pending work."""
 
     def memory(self) -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -257,7 +257,7 @@ class Cpu(_TorchBackend):
 
 
 class Cuda(_TorchBackend):
-    """torch on NVIDIA GPUs, one per rank."""
+    """torch on NVIDIA GPUs, one for each rank."""
 
     name, collectives = "cuda", "nccl"
 
@@ -283,10 +283,10 @@ class Cuda(_TorchBackend):
 
 
 class Neuron(_TorchBackend):
-    """torch on trn2 and trn3 by TorchNeuron: device and process group are both called neuron.
+    """torch on trn2 and trn3 by TorchNeuron, with a device and a process group named neuron.
 
-    Importing ``torch_neuronx`` registers them; the package of that name for trn1 knows XLA only.
-    Not executed on such a machine yet; source: AWS Neuron documentation, "How to use
+    Importing ``torch_neuronx`` registers them; the package of the same name for trn1 has only XLA.
+    Not yet executed on such a machine.  Source: AWS Neuron documentation, "How to use
     torch.distributed on Neuron" and "Guidelines for memory management" (SDK 2.33).
     """
 
@@ -302,7 +302,7 @@ class Neuron(_TorchBackend):
                 "trn2 or trn3), which is not installed; on trn1 use run.backend=xla"
             )
         cores = torch.accelerator.device_count()
-        if cores != 1:  # else the launcher has given this process its own
+        if cores != 1:  # 1: the launcher has assigned one to this process
             if rendezvous.local_world_size > cores:
                 raise BackendError(
                     f"run.backend=neuron: {rendezvous.local_world_size} ranks on this machine need "
@@ -315,7 +315,7 @@ class Neuron(_TorchBackend):
         torch.accelerator.synchronize()
 
     def memory(self) -> int:
-        self.synchronize()  # the allocator counts what the device has done so far
+        self.synchronize()  # the allocator counts completed work only
         return torch.accelerator.max_memory_allocated()
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
@@ -323,7 +323,7 @@ class Neuron(_TorchBackend):
 
 
 def _store(rendezvous: Rendezvous, timeout: timedelta) -> Store:
-    """The key-value store where ranks meet; served by rank 0 unless the launcher serves it."""
+    """The key-value store for the rendezvous; rank 0 serves it unless the launcher does."""
     port, world_size = rendezvous.port, rendezvous.world_size
     if rendezvous.agent_store or rendezvous.rank > 0:
         address = "127.0.0.1" if rendezvous.one_machine else rendezvous.address

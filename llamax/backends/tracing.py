@@ -1,13 +1,13 @@
-"""torch-xla without a device: what every rank of any world would compile, in one process.
+"""Traces the programs of every rank of any world in one process, with torch-xla and no device.
 
-Operations are recorded as always, but at a step boundary the recorded program is written down
-instead of compiled, and every tensor becomes a placeholder that has a shape and no memory::
+Operations are recorded as usual, but at a step boundary the recorded program is returned as text
+instead of compiled, and every tensor becomes a placeholder with a shape and no memory::
 
     rank r of the world   trace ... | boundary: HLO text, placeholders | trace ... | boundary ...
 
-So a model of any size costs what its graph costs, and a world of hundreds of ranks is one process
-that takes the place of one rank after the other.  Nothing is compiled and nothing is run; a value
-that the host wants to read in the middle of a trace is an error that names the line.
+So a model of any size costs only its graph, and one process acts as each rank of a world in turn.
+Nothing is compiled or run.  Reading a value on the host in the middle of a trace is an error that
+names the line.
 
 Source: torch-xla 2.9, ``_XLAC``: ``_get_xla_tensors_hlo``, ``_clear_pending_irs``.
 """
@@ -34,7 +34,7 @@ READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "
 
 
 class HostRead(BackendError):
-    """A step that needs a value on the host; ``source`` is the Python line."""
+    """A step reads a device value on the host; ``source``: "path:line"."""
 
     def __init__(self, source: str) -> None:
         super().__init__(
@@ -45,9 +45,9 @@ class HostRead(BackendError):
 
 
 class Tracer:
-    """One process in the place of any rank; ``debug`` lets programs say their Python lines.
+    """A process that traces as any rank; ``debug``: record the Python line of each instruction.
 
-    Raises BackendError where torch-xla is absent or does not fit torch.
+    Raises BackendError where torch-xla is not installed or does not match torch.
     """
 
     def __init__(self, alone: Rendezvous, debug: bool = True) -> None:
@@ -62,29 +62,29 @@ class Tracer:
         self.debug(debug)
         self._fallbacks = set(metrics.executed_fallback_ops())
         gc.collect()
-        gc.freeze()  # so that looking for tensors passes over what imports have made
+        gc.freeze()  # the search for tensors then skips all objects made by imports
 
     def debug(self, on: bool) -> None:
-        """Whether programs say the Python line of each instruction."""
+        """Switch the recording of Python lines on or off."""
         self.lazy._set_ir_debug(on)
 
     def axes(self, mesh: Mesh, rank: int) -> Axes:
-        """The axes of ``mesh`` as global ``rank`` sees them; this process is that rank now."""
+        """The axes of ``mesh`` of global ``rank``; this process acts as that rank from now on."""
         self.runtime._WORLD_SIZE, self.runtime._ORDINAL = mesh.world_size, rank
         return xla.axes(mesh, rank, self.device)
 
     def record(self) -> str:
-        """The program that a step boundary would compile here; "" where nothing is pending.
+        """The HLO text that a step boundary would compile here; "" where nothing is pending.
 
-        Afterwards all tensors are as if it had run.
+        Afterwards all tensors are placeholders, as if the program had run.
         """
         roots = self.pending()
         text: str = self.lazy._get_xla_tensors_hlo(roots) if roots else ""
-        self.settle()
+        self.clear_pending()
         return text
 
     def pending(self) -> list[Tensor]:
-        """The tensors that the device would have to compute now, oldest first."""
+        """The tensors with pending operations, oldest first."""
         found = [
             each
             for each in gc.get_objects()
@@ -95,57 +95,57 @@ class Tracer:
         ]
         return sorted(pending, key=self.lazy._xla_get_tensor_id)
 
-    def settle(self) -> None:
-        """Make placeholders of all tensors."""
+    def clear_pending(self) -> None:
+        """Turn all tensors into placeholders."""
         self.lazy._clear_pending_irs(str(self.device))
         self.lazy._set_all_reduce_token(str(self.device), None)
 
     def fallbacks(self) -> list[str]:
-        """Operations that torch ran on the host, because torch-xla has no program for them."""
+        """Operations that torch ran on the host because torch-xla cannot compile them."""
         return sorted(set(self.metrics.executed_fallback_ops()) - self._fallbacks)
 
     @contextmanager
-    def no_reads(self) -> Iterator[None]:
-        """HostRead where the block reads a device value."""
+    def forbid_reads(self) -> Iterator[None]:
+        """Raise HostRead where the block reads a device value."""
 
         def refuse(x: Tensor) -> Any:
-            raise HostRead(_line())
+            raise HostRead(_caller_caller_line())
 
         with ExitStack() as stack:
             for name in READS:
-                stack.enter_context(_instead(name, refuse))
+                stack.enter_context(_patched(name, refuse))
             yield
 
     @contextmanager
-    def reads(self) -> Iterator[None]:
-        """Copies to the host, between steps, are zeros; HostRead where one would compile."""
+    def zero_reads(self) -> Iterator[None]:
+        """Copies to the host return zeros; raise HostRead where one would compile a program."""
 
         def copy(x: Tensor) -> Tensor:
             if self.lazy._check_tensor_need_materialization([x])[0]:
-                raise HostRead(_line())
+                raise HostRead(_caller_caller_line())
             return torch.zeros(x.shape, dtype=x.dtype)
 
-        with _instead("cpu", copy):
+        with _patched("cpu", copy):
             yield
 
 
 @contextmanager
-def _instead(name: str, function: Callable[[Tensor], Any]) -> Iterator[None]:
-    """``function`` in the place of a method of device tensors."""
-    kept = getattr(Tensor, name)
+def _patched(name: str, function: Callable[[Tensor], Any]) -> Iterator[None]:
+    """Replace a method of device tensors by ``function`` while the block runs."""
+    original = getattr(Tensor, name)
 
     def method(x: Tensor, *args: Any, **options: Any) -> Any:
-        return function(x) if x.device.type == "xla" else kept(x, *args, **options)
+        return function(x) if x.device.type == "xla" else original(x, *args, **options)
 
     setattr(Tensor, name, method)
     try:
         yield
     finally:
-        setattr(Tensor, name, kept)
+        setattr(Tensor, name, original)
 
 
-def _line() -> str:
-    """The innermost line that is neither torch's nor this file's: "path:line"."""
+def _caller_caller_line() -> str:
+    """The innermost line outside torch and this file: "path:line"."""
     frame = sys._getframe()
     while frame.f_back and frame.f_code.co_filename.startswith((__file__, *torch.__path__)):
         frame = frame.f_back

@@ -1,4 +1,4 @@
-"""Moves tensors and parameters between the host and a device."""
+"""Copies tensors and parameters between the host and a device."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch.nn import Parameter
 
 
 def moved(x: Tensor, device: torch.device | str) -> Tensor:
-    """``x`` on ``device``; zeros for a meta tensor, which is but a shape."""
-    if x.is_meta:  # cloned, because zeros are written in place, and see put
+    """A copy of ``x`` on ``device``; zeros for a meta tensor, which has only a shape."""
+    if x.is_meta:  # cloned, because state is written in place
         return torch.zeros(x.shape, dtype=x.dtype, device=device).clone()
     return x.to(device, copy=True)
 
 
 def move_parameter(parameter: Parameter, device: torch.device | str) -> None:
-    """Move ``parameter`` in place, without its hooks, so that whoever holds it has it there."""
+    """Move ``parameter`` in place, without its hooks: every reference to it follows."""
     there = Parameter(moved(parameter.detach(), device), parameter.requires_grad)
     torch.utils.swap_tensors(parameter, there)
-    parameter._post_accumulate_grad_hooks = OrderedDict()  # torch keeps those of the old tensor
+    parameter._post_accumulate_grad_hooks = OrderedDict()  # torch keeps the old ones

@@ -1,14 +1,14 @@
-"""torch-xla: operations are recorded, and a step runs as one compiled program.
+"""The backend on torch-xla: operations are recorded, and a step runs as one compiled program.
 
 ::
 
     trace  --step_boundary()-->  HLO  --compile once-->  program  --run, while the host traces on
 
-On trn1 the program runs through torch-neuronx (PJRT device NEURON); everywhere else torch-xla's CPU
-client runs the same HLO, where several ranks are threads of one process (tests/xla/replicas.py).
+On trn1 the program runs through torch-neuronx (PJRT device NEURON).  Elsewhere the CPU client of
+torch-xla runs the same HLO, where ranks are threads of one process (tests/support/ranks.py).
 
-XLA wants every group of an axis, not only mine.  All verbs are functional.  Layouts are pinned in
-all-reduce alone, as neuronx-distributed does: pinned, ``xm.all_gather`` turns into a pad at a
+XLA needs all groups of an axis, not only that of this rank.  All verbs are functional.  Layouts are
+pinned in all-reduce only, as in neuronx-distributed: pinned, ``xm.all_gather`` becomes a pad at a
 rank-dependent place and an all-reduce, and a graph that mixes pinned and free all-reduces is
 refused.
 
@@ -39,9 +39,9 @@ from llamax.runtime.errors import BackendError
 
 
 class XlaAxis:
-    """One axis over ``xm``'s collectives, as global ``rank`` sees it.
+    """An axis over the collectives of ``xm``, for global ``rank``.
 
-    ``widen``: all-reduce bfloat16 in float32, for the CPU client, which has no such program.
+    ``widen``: all-reduce bfloat16 in float32; the CPU client has no all-reduce in bfloat16.
     """
 
     def __init__(
@@ -51,8 +51,8 @@ class XlaAxis:
 
         self.name, self.xm, self.widen = name, xm, widen
         self.groups = [list(group) for group in groups]
-        mine = next(group for group in self.groups if rank in group)
-        self.size, self.rank = len(mine), mine.index(rank)
+        group = next(group for group in self.groups if rank in group)
+        self.size, self.rank = len(group), group.index(rank)
         self.rank_index = torch.tensor([self.rank], dtype=torch.int32).to(device)
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
@@ -70,7 +70,7 @@ class XlaAxis:
             "sum",
             x,
             scale=1.0,
-            scatter_dim=self._parted(x, dim),
+            scatter_dim=self._divisible(x, dim),
             shard_count=self.size,
             groups=self.groups,
             pin_layout=False,
@@ -80,7 +80,7 @@ class XlaAxis:
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         y: Tensor = self.xm.all_to_all(
             x,
-            self._parted(x, split),
+            self._divisible(x, split),
             concat % x.dim(),
             self.size,
             groups=self.groups,
@@ -97,18 +97,18 @@ class XlaAxis:
         y: Tensor = self.xm.collective_permute(x, pairs)
         return y
 
-    def _parted(self, x: Tensor, dim: int) -> int:
-        """``dim``, counted from the front; ValueError where it does not part."""
+    def _divisible(self, x: Tensor, dim: int) -> int:
+        """``dim`` counted from the front; raises ValueError where its size is not divisible."""
         dim %= x.dim()
         if x.shape[dim] % self.size:
             raise ValueError(
-                f"{self.name}: dim {dim} of {tuple(x.shape)} does not part {self.size}"
+                f"{self.name}: dim {dim} of {tuple(x.shape)} is not divisible by {self.size}"
             )
         return dim
 
 
 def axes(mesh: Mesh, rank: int, device: torch.device, widen: bool = False) -> Axes:
-    """The axes of ``mesh`` as global ``rank`` sees them: any rank, also one that is only traced."""
+    """The axes of ``mesh`` for global ``rank``, which may be a rank that is only traced."""
 
     def axis(name: str, groups: Groups) -> Axis:
         if len(groups[0]) == 1:
@@ -118,11 +118,11 @@ def axes(mesh: Mesh, rank: int, device: torch.device, widen: bool = False) -> Ax
     return Axes(**{name: axis(name, groups) for name, groups in mesh.axes().items()})
 
 
-def again(function: Callable[..., Any], *tensors: Tensor) -> Any:
-    """``function(*tensors)`` that runs again in backward, behind a barrier.
+def recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:
+    """``function(*tensors)``, computed again in backward behind a barrier.
 
-    Without the barrier the compiler would find the two runs alike and keep the values of the first.
-    torch-xla's checkpoint wants an input that requires a gradient.
+    Without the barrier the compiler would merge the two computations and keep the first values.
+    torch-xla's checkpoint needs an input that requires a gradient.
     """
     from torch_xla.utils.checkpoint import checkpoint
 
@@ -134,9 +134,9 @@ def again(function: Callable[..., Any], *tensors: Tensor) -> Any:
 class Xla:
     """One NeuronCore, or one device of the CPU client.
 
-    ``stochastic_rounding``: NeuronCores round float32 to bfloat16 up or down by chance, in
-    proportion, instead of to the nearest (NEURON_RT_STOCHASTIC_ROUNDING_EN).
-    Raises BackendError where torch-xla is absent, does not fit torch, or has no device for us.
+    ``stochastic_rounding``: NeuronCores round float32 to bfloat16 up or down at random, with
+    proportional probability, instead of to nearest (NEURON_RT_STOCHASTIC_ROUNDING_EN).
+    Raises BackendError where torch-xla is not installed, does not match torch, or has no device.
     """
 
     name = "xla"
@@ -157,9 +157,9 @@ class Xla:
             dist.init_process_group("xla", init_method="xla://")
         if runtime.world_size() != rendezvous.world_size:
             raise BackendError(
-                f"run.backend=xla: torch-xla sees a world of {runtime.world_size()}, the launcher "
-                f"one of {rendezvous.world_size}; without NeuronCores a process is a world of its "
-                "own: start one rank, or use run.backend=cpu"
+                f"run.backend=xla: torch-xla has a world of {runtime.world_size()}, the launcher "
+                f"one of {rendezvous.world_size}; without NeuronCores every process is a world of "
+                "one: start one rank, or use run.backend=cpu"
             )
         self.device: torch.device = torch_xla.device()
         self._barriers = 0
@@ -169,12 +169,12 @@ class Xla:
     def joined(self, mesh: Mesh, timeout_s: float) -> Iterator[Axes]:
         """The axes of ``mesh``; the collectives' time limit is NEURON_RT_EXEC_TIMEOUT.
 
-        On NeuronCores the ranks sit where trn1 wants them, and where neuronx-distributed, if it is
-        installed, has them too.
+        On NeuronCores the ranks are placed as trn1 requires, which is also the placement of
+        neuronx-distributed, if that is installed.
         """
         try:
             if self.neuron and self.rendezvous.world_size > 1:
-                with nxd.beside(mesh.on_trn1(self.rendezvous.local_world_size)) as placed:
+                with nxd.shared_groups(mesh.on_trn1(self.rendezvous.local_world_size)) as placed:
                     yield axes(placed, self.rendezvous.rank, self.device)
             else:
                 widen = not self.neuron
@@ -184,30 +184,31 @@ class Xla:
                 dist.destroy_process_group()
 
     def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
-        """Waits for the step that made the tensors, not for the one that runs after it."""
+        """Waits for the step that computed the tensors, not for later ones."""
         return [float(tensor.cpu()) for tensor in tensors]
 
     def step_boundary(self) -> None:
-        """Compile what was recorded, unless it is known, and start it; does not wait.
+        """Compile the recorded program, unless it is cached, and start it; does not wait.
 
-        Raises BackendError where a part of the step ran on the host: it has no XLA program, and
-        breaks the step into pieces.
+        Raises BackendError where an operation ran on the host because torch-xla cannot compile it.
         """
         self.torch_xla.sync()
         if found := set(self.metrics.executed_fallback_ops()) - self._fallbacks:
             raise BackendError(
                 f"run.backend=xla: {', '.join(sorted(found))} ran on the host in a step; use "
-                "operations that torch-xla compiles, and fetch for what is read, instead of .item()"
+                "operations that torch-xla compiles, and backend.fetch instead of .item()"
             )
 
     def synchronize(self) -> None:
         self.xm.wait_device_ops()
 
     def barrier(self) -> None:
-        """On the host: a collective would be one more program to compile."""
+        """Wait on the host: a collective would be another program to compile."""
         if self.rendezvous.world_size > 1:
             self._barriers += 1
-            meet(_get_default_store(), f"llamax/{self._barriers}", self.rendezvous.world_size)
+            wait_for_all(
+                _get_default_store(), f"llamax/{self._barriers}", self.rendezvous.world_size
+            )
 
     def memory(self) -> int:
         if not self.neuron:
@@ -231,8 +232,8 @@ class Xla:
         return int((self.metrics.metric_data("TransferFromDeviceTime") or (0,))[0])
 
 
-def meet(store: Store, name: str, size: int) -> None:
+def wait_for_all(store: Store, name: str, size: int) -> None:
     """Wait until ``size`` ranks have called this with ``name``."""
     if store.add(name, 1) == size:
-        store.set(f"{name}/all", "here")
+        store.set(f"{name}/all", "")
     store.wait([f"{name}/all"])

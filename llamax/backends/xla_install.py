@@ -1,4 +1,4 @@
-"""Whether torch-xla here can be used, and the environment that it reads when it is imported."""
+"""Checks the installed torch-xla, sets the environment that it reads on import, and imports it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ DEPRECATED = ("XLA_USE_BF16", "XLA_DOWNCAST_BF16")
 
 
 def check(torch_xla: str | None, torch_version: str) -> None:
-    """BackendError, with the remedy, unless these installed versions fit each other and us."""
+    """Raise BackendError unless the installed versions match each other and llamax."""
     remedy = f"install {' and '.join(XLA_REQUIREMENTS)}, or use run.backend=cpu"
     if torch_xla is None:
         raise BackendError(f"run.backend=xla needs torch-xla, which is not installed; {remedy}")
     if not torch_xla.startswith(f"{TORCH_XLA}."):
         raise BackendError(
-            f"run.backend=xla is written to torch-xla {TORCH_XLA} but {torch_xla} is installed; "
-            f"{remedy}"
+            f"run.backend=xla needs torch-xla {TORCH_XLA} but {torch_xla} is installed; {remedy}"
         )
     if not torch_version.startswith(f"{TORCH_XLA}."):
         raise BackendError(
@@ -37,9 +36,9 @@ def check(torch_xla: str | None, torch_version: str) -> None:
 def configure(
     environ: MutableMapping[str, str], rendezvous: Rendezvous, stochastic_rounding: bool
 ) -> bool:
-    """Set what torch-xla reads on import, and import it; whether the device is a NeuronCore.
+    """Set the variables that torch-xla reads on import, and import it.
 
-    Raises BackendError where it cannot be used.
+    Returns whether the device is a NeuronCore.  Raises BackendError where it cannot be used.
     """
     check(installed("torch-xla"), torch.__version__)
     for name in DEPRECATED:
@@ -59,7 +58,7 @@ def configure(
             importlib.import_module(package)
     except (ImportError, OSError) as error:
         raise BackendError(
-            f"{package} cannot be imported ({error}); install it again beside {XLA_REQUIREMENTS[0]}"
+            f"{package} cannot be imported ({error}); reinstall it with {XLA_REQUIREMENTS[0]}"
         ) from error
     return neuron
 
@@ -69,7 +68,7 @@ def _device() -> str:
         return "NEURON"
     if NEURON_DEVICE.exists():
         raise BackendError(
-            f"{NEURON_DEVICE} is a Neuron device, but torch-neuronx, which drives it, is not "
-            f"installed; install AWS Neuron's torch-neuronx {TORCH_XLA}, or set PJRT_DEVICE=CPU"
+            f"{NEURON_DEVICE} is a Neuron device, but torch-neuronx, which it needs, is not "
+            f"installed; install torch-neuronx {TORCH_XLA} from AWS Neuron, or set PJRT_DEVICE=CPU"
         )
     return "CPU"

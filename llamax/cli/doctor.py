@@ -1,15 +1,15 @@
-"""``llamax doctor [--job job.toml]``: is this machine ready, and does the plan fit it?
+"""``llamax doctor [--job job.toml]``: checks of this machine, and of a job on it.
 
 ::
 
     ok       torch        torch 2.9.0
-    WARNING  ports        port 29500 lies in 1024-60999, which the kernel hands out
-             why          any outgoing connection may hold it when ranks want to meet there
-             mend         sudo sysctl -w net.ipv4.ip_local_reserved_ports=29500
-    unseen   devices      no Neuron device here, where the job asks for 16 a node
+    WARNING  ports        port 29500 lies in 1024-60999, which the kernel assigns to connections
+             why          an outgoing connection may use it when the ranks rendezvous there
+             fix          sudo sysctl -w net.ipv4.ip_local_reserved_ports=29500
+    unknown  devices      no Neuron device here; the job needs 16 on each node
              see          run doctor on a node
 
-Without a job it looks at the machine alone.  The exit code is 8 if there is an error, else 0.
+Without a job only the machine is checked.  The exit code is 8 if there is an error, else 0.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def show(finding: Finding) -> Iterator[str]:
     yield f"{label:<8} {finding.name:<13} {finding.what}"
     if finding.why:
         yield f"{'':<8} {'why':<13} {finding.why}"
-    if finding.mend:
-        yield f"{'':<8} {'see' if finding.level == 'unseen' else 'mend':<13} {finding.mend}"
+    if finding.fix:
+        yield f"{'':<8} {'see' if finding.level == 'unknown' else 'fix':<13} {finding.fix}"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         counts[finding.level] += 1
         print("\n".join(show(finding)), flush=True)
     print(
-        f"\n{counts['ok']} fine, {counts['unseen']} not seen from here, "
+        f"\n{counts['ok']} fine, {counts['unknown']} unknown, "
         f"{counts['warning']} warnings, {counts['error']} errors"
     )
     return NOT_READY if counts["error"] else 0

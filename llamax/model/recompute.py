@@ -29,7 +29,7 @@ Result = TypeVar("Result", Tensor, tuple[Tensor, Tensor])
 def again(function: Callable[..., Result], *tensors: Tensor) -> Result:
     """``function(*tensors)`` that keeps only ``tensors`` and runs again in backward."""
     if tensors[0].device.type == "xla":
-        return cast(Result, xla.again(function, *tensors))
+        return cast(Result, xla.recomputed(function, *tensors))
     result = torch.utils.checkpoint.checkpoint(
         function, *tensors, use_reentrant=False, preserve_rng_state=False
     )

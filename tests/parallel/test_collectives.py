@@ -80,7 +80,7 @@ def uneven(mesh: Mesh) -> str:
 
 
 def test_what_does_not_part_evenly_is_refused(worlds: Worlds) -> None:
-    assert set(worlds(2).run(uneven, Mesh(tp=2))) == {"tp: dim 0 of (3,) does not part 2"}
+    assert set(worlds(2).run(uneven, Mesh(tp=2))) == {"tp: dim 0 of (3,) is not divisible by 2"}
 
 
 def test_an_axis_of_one_is_the_identity() -> None:

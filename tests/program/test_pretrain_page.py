@@ -85,7 +85,7 @@ def test_names_on_the_page_are_those_of_the_manifests(folder: Path) -> None:
 def test_the_plan_and_the_doctor_answer(folder: Path) -> None:
     done = run("llamax plan --config llama2-7b --nodes 4 && llamax doctor --job job.toml", folder)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "unseen   devices" in done.stdout
+    assert "unknown  devices" in done.stdout
 
 
 def test_the_laptop_part_runs(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_rank_that_dies_ends_the_job(dataset: Path, tmp_path: Path) -> None:
     _, stderr = job.communicate(timeout=60)
     assert job.returncode != 0
     ours = [line for line in stderr.splitlines() if line.startswith("llamax: rank")]
-    assert all("lost touch with another rank" in line for line in ours)
+    assert all("lost the connection to another rank" in line for line in ours)
     assert "llamax/train.py" not in stderr, "torchrun tells its own story, but not with ours"
     newest = sorted((tmp_path / "run/checkpoints").glob("*/done"))
     assert newest

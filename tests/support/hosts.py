@@ -35,5 +35,5 @@ def levels(found: Iterable[Finding]) -> dict[str, str]:
     for each in found:
         assert each.what
         assert bool(each.why) == (each.level in ("warning", "error")), each
-        assert bool(each.mend) == (each.level != "ok"), each
+        assert bool(each.fix) == (each.level != "ok"), each
     return {each.name: each.level for each in found}

@@ -110,4 +110,4 @@ def uneven(rank: int) -> list[str]:
 
 def test_what_does_not_part_is_refused() -> None:
     for found in ranks.run(4, uneven):
-        assert found == ["tp: dim 0 of (3, 4) does not part 2"] * 2
+        assert found == ["tp: dim 0 of (3, 4) is not divisible by 2"] * 2

@@ -77,7 +77,7 @@ class TracedRun:
         )
         self.optimizer.to(tracer.device)
         move_rest(self.model, tracer.device)
-        tracer.settle()
+        tracer.clear_pending()
         self.training = Samples(TokenFile(data, "off"), config.data, config.run.seed).loader(
             axes.data, 0, shuffle=True
         )
@@ -113,7 +113,7 @@ class TracedRun:
             else:
                 found.add(UPDATE, f"step {step}, update")
 
-        with self.tracer.no_reads():
+        with self.tracer.forbid_reads():
             train_step(
                 self.model,
                 self.optimizer,
@@ -134,7 +134,7 @@ class TracedRun:
         def boundary() -> None:
             found.add(VALIDATION, f"{'ragged' if found.boundaries else 'full'} batch")
 
-        with self.tracer.no_reads():
+        with self.tracer.forbid_reads():
             validation_loss(
                 self.model, self.axes, _Few([[full], [ragged]][:batches]), batches, boundary
             )
@@ -142,7 +142,7 @@ class TracedRun:
 
     def checkpoint(self) -> Iterator[Boundary]:
         """Everything that saving reads; a program only where it needs one."""
-        with self.tracer.reads():
+        with self.tracer.zero_reads():
             for _ in self.optimizer.owned():
                 pass
         found = _Found(self.tracer)

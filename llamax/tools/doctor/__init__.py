@@ -1,7 +1,7 @@
-"""What ``llamax doctor`` looks at, a module each: versions, machine, storage.
+"""The checks of ``llamax doctor``, one module each for versions, machine and storage.
 
 A check is a function that yields findings about a ``Host``.  A host is read below a root folder, so
-that a test gives it a machine of its own.
+that a test can describe any machine.
 """
 
 from llamax.tools.doctor.finding import Finding, Host

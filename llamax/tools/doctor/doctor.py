@@ -1,15 +1,15 @@
-"""``llamax doctor [--job job.toml]``: is this machine ready, and does the plan fit it?
+"""All checks of a machine and of a job on it, in order.
 
 ::
 
     ok       torch        torch 2.9.0
     WARNING  ports        port 29500 lies in 1024-60999, which the kernel hands out
              why          any outgoing connection may hold it when ranks want to meet there
-             mend         sudo sysctl -w net.ipv4.ip_local_reserved_ports=29500
-    unseen   devices      no Neuron device here, where the job asks for 16 a node
+             fix          sudo sysctl -w net.ipv4.ip_local_reserved_ports=29500
+    unknown  devices      no Neuron device here; the job needs 16 on each node
              see          run doctor on a node
 
-Without a job it looks at the machine alone.  The exit code is 8 if there is an error, else 0.
+Without a job only the machine is checked.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from llamax.runtime.errors import DataError
 from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Finding, Host, machine, storage, versions
-from llamax.tools.doctor.finding import ok, unseen
+from llamax.tools.doctor.finding import passed, unknown
 from llamax.tools.plan import Plan, plan_run
 from llamax.training.compile_guard import PROGRAMS
 from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 
 
 def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]:
-    """All findings about a machine, and about a job on it."""
-    wanted = job.machine if job else here(host)
-    yield from versions.check(host, job.config.run.backend if job else wanted.backend)
-    neuron = wanted.neuron and wanted.devices
+    """The findings about a machine, and about a job on it; waits ``wait_s`` for the other nodes."""
+    expected = job.machine if job else observed(host)
+    yield from versions.check(host, job.config.run.backend if job else expected.backend)
+    neuron = expected.neuron and expected.devices
     ports = [job.port if job else PORT] + ([NEURON_PORT] if neuron else [])
-    yield from machine.check(host, wanted, ports)
+    yield from machine.check(host, expected, ports)
     if job is None:
         return
     folder = Path(job.folder)
     yield from storage.check(host, folder, job.nodes, wait_s)
-    path = _seen_from(folder, job.config.data.path)
+    path = _below(folder, job.config.data.path)
     run = resolve(job.config, job.nodes * job.ranks, *visible_samples(job.config, path))
     found = _plan(run, job)
     if found is not None:
@@ -55,11 +55,11 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     if cache := host.environ.get("NEURON_COMPILE_CACHE_URL"):
         world = job.nodes * job.ranks
         hashes = partial(compile_cache.hashes, job.config, world, job.ranks, host.environ)
-        yield from storage.cache(cache, count(job.config), hashes)
+        yield from storage.cache(cache, programs(job.config), hashes)
 
 
-def here(host: Host) -> Machine:
-    """What a machine shows of itself: without a job there is nothing else to hold it against."""
+def observed(host: Host) -> Machine:
+    """The machine as it presents itself, which is expected of it where there is no job."""
     backend: BackendName = "neuron" if host.neuron_devices else "cpu"
     if host.gpus or host.version("torch-xla") is not None:
         backend = "cuda" if host.gpus else "xla"
@@ -67,8 +67,8 @@ def here(host: Host) -> Machine:
     return replace(LOCAL, backend=backend, devices=devices, efa=host.efa_adapters)
 
 
-def count(config: Config) -> int:
-    """How many programs a run compiles, as the audit counts and the guard allows."""
+def programs(config: Config) -> int:
+    """The number of programs that a run compiles, as the audit and the compile guard count them."""
     return PROGRAMS["training"] + (PROGRAMS["validation"] if config.run.validates else 0)
 
 
@@ -79,32 +79,32 @@ def _plan(run: ResolvedRun, job: JobFile) -> Plan | None:
     return plan_run(run, job.machine.with_ranks(job.ranks), job.nodes)
 
 
-def _fits(found: Plan) -> Iterator[Finding]:
-    memory, time = found.memory, found.time
-    told = f"{show_bytes(memory.peak)} of {show_bytes(memory.available)} on a core"
+def _fits(planned: Plan) -> Iterator[Finding]:
+    memory, time = planned.memory, planned.time
+    used = f"{show_bytes(memory.peak)} of {show_bytes(memory.available)} on each core"
     if memory.fits:
-        yield ok("plan", f"{told}; a step takes about {show_time(time.step_s)}")
+        yield passed("plan", f"{used}; a step takes about {show_time(time.step_s)}")
     else:
         yield Finding(
             "error",
             "plan",
-            f"{told}, when {memory.moment}",
-            "the run would end at its first step, after it was compiled",
-            "llamax plan --search with the same configuration lists what fits",
+            f"{used}, when {memory.moment}",
+            "the run would end in its first step, after compilation",
+            "llamax plan --search with the same configuration lists the layouts that fit",
         )
 
 
-def _seen_from(folder: Path, path: str) -> str:
-    """``data.path``, or every dataset of a blend, seen from a folder."""
+def _below(folder: Path, path: str) -> str:
+    """``data.path``, or every dataset of a blend, relative to a folder."""
     words = enumerate(blend_words(path))
     return " ".join(str(folder / word) if i % 2 else word for i, word in words) or str(
         folder / path
     )
 
 
-def _dataset(path: str, storage_there: bool) -> Iterator[Finding]:
-    if not storage_there:
-        yield unseen("dataset", f"{path} is not here", "run doctor where it is")
+def _dataset(path: str, has_storage: bool) -> Iterator[Finding]:
+    if not has_storage:
+        yield unknown("dataset", f"{path} is not here", "run doctor where it is")
         return
     try:
         dataset = open_dataset(path, "off")
@@ -113,8 +113,8 @@ def _dataset(path: str, storage_there: bool) -> Iterator[Finding]:
             "error",
             "dataset",
             str(error),
-            "training reads it before anything else",
+            "training reads it first",
             "llamax launch --phase prepare",
         )
     else:
-        yield ok("dataset", f"{len(dataset.train):,} tokens in {path}")
+        yield passed("dataset", f"{len(dataset.train):,} tokens in {path}")

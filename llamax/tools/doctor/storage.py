@@ -1,7 +1,7 @@
-"""The shared storage: shared in fact, large and fast enough for the checkpoints, with its graphs.
+"""Checks of the shared storage: seen by all nodes, large and fast enough, with compiled programs.
 
-A node that runs doctor leaves a beacon, a small file with its name and the time by its clock, and
-looks for those of the others: who sees them all shares the folder with all.
+Each node that runs doctor writes a beacon, a small file with its name and the time of its clock,
+and reads the others: a node that sees all beacons shares the folder with all nodes.
 
 Source: AWS Neuron, "Neuron persistent cache" (``neuronxcc-VERSION/MODULE_HASH/model.neff``).
 """
@@ -21,24 +21,24 @@ from llamax.config.schema import Config
 from llamax.runtime.errors import BackendError
 from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
-from llamax.tools.doctor.finding import Finding, Host, ok, unseen
+from llamax.tools.doctor.finding import Finding, Host, passed, unknown
 from llamax.tools.plan.sizes import adapter_elements
 from llamax.training.resolve import ResolvedRun
 
 Hashes = Callable[[], Mapping[str, str]]
 BEACONS = ".llamax-doctor"
-FRESH_S = 600
-SKEW_S = 5.0
+FRESH_S = 600  # age of a beacon that counts
+SKEW_S = 5.0  # difference between clocks that is a warning
 PROBE_BYTES = 32 * 2**20
-COMPILES = "each node would compile for 25 to 40 minutes a program while training waits"
+COMPILES = "each node would compile each program for 25 to 40 minutes while training waits"
 PRECOMPILE = "llamax launch --phase precompile, before --phase train"
-PRIVATE = ("ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
+LOCAL_KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
 
 
 def check(host: Host, folder: Path, nodes: int, wait_s: float) -> Iterator[Finding]:
     """Whether ``folder`` can be written and is the same one on ``nodes`` machines."""
     if not folder.is_dir():
-        yield unseen("storage", f"{folder} is not here", "run doctor where it is mounted")
+        yield unknown("storage", f"{folder} is not here", "run doctor where it is mounted")
         return
     if not os.access(folder, os.W_OK):
         yield Finding(
@@ -50,31 +50,31 @@ def check(host: Host, folder: Path, nodes: int, wait_s: float) -> Iterator[Findi
         )
         return
     kind = file_system(host, folder)
-    if nodes > 1 and kind in PRIVATE:
+    if nodes > 1 and kind in LOCAL_KINDS:
         yield Finding(
             "error",
             "storage",
-            f"{folder} is on {kind}, which no other machine sees",
+            f"{folder} is on {kind}, which other machines do not see",
             f"{nodes} nodes read one dataset and write one checkpoint",
-            "mount FSx for Lustre or EFS on all nodes, and name it in storage.mount",
+            "mount FSx for Lustre or EFS on all nodes and set storage.mount to it",
         )
     else:
-        yield ok("storage", f"{folder} is on {kind or 'a file system of unknown kind'}")
+        yield passed("storage", f"{folder} is on {kind or 'a file system of unknown kind'}")
     yield from _beacons(folder, nodes, wait_s, socket.gethostname())
 
 
 def file_system(host: Host, folder: Path) -> str:
-    """The type of the file system that ``folder`` lies on, or nothing."""
-    here, found = str(folder.resolve()), ("", "")
+    """The type of the file system of ``folder``; empty where it is not known."""
+    path, found = str(folder.resolve()), ("", "")
     for line in (host.read("proc/mounts") or "").splitlines():
         _, place, kind, *_ = line.split()
-        inside = place == "/" or here == place or here.startswith(place + "/")
+        inside = place == "/" or path == place or path.startswith(place + "/")
         found = max(found, (place, kind)) if inside else found
     return found[1]
 
 
 def _beacons(folder: Path, nodes: int, wait_s: float, me: str) -> Iterator[Finding]:
-    """Meet the other nodes in the folder; how far their clocks are from mine."""
+    """Wait for the beacons of the other nodes; compare their clocks with this one."""
     place = folder / BEACONS
     place.mkdir(exist_ok=True)
     limit = time.monotonic() + wait_s
@@ -84,105 +84,107 @@ def _beacons(folder: Path, nodes: int, wait_s: float, me: str) -> Iterator[Findi
         beacon.write_text(json.dumps({"node": me, "time": time.time()}))
         beacon.replace(place / f"{me}.json")
         for path in place.glob("*.json"):
-            told = json.loads(path.read_text())
-            if abs(away := told["time"] - time.time()) < FRESH_S and told["node"] != me:
-                known = skew.get(told["node"], away)
-                skew[told["node"]] = min(known, away, key=abs)
+            other = json.loads(path.read_text())
+            if abs(away := other["time"] - time.time()) < FRESH_S and other["node"] != me:
+                known = skew.get(other["node"], away)
+                skew[other["node"]] = min(known, away, key=abs)
         if len(skew) >= nodes - 1 or time.monotonic() >= limit:
             break
         time.sleep(0.5)
     if len(skew) < nodes - 1:
-        yield unseen(
+        yield unknown(
             "shared",
             f"{1 + len(skew)} of {nodes} nodes were seen in {folder}",
-            "run doctor --wait 60 on all nodes at once, as srun or mpirun would",
+            "run doctor --wait 60 on all nodes at the same time, with srun or mpirun",
         )
     elif nodes > 1:
-        yield ok("shared", f"all {nodes} nodes see {folder}")
+        yield passed("shared", f"all {nodes} nodes see {folder}")
     late = {node: away for node, away in skew.items() if abs(away) > SKEW_S}
     if late and wait_s:
         worst = max(late, key=lambda node: abs(late[node]))
         yield Finding(
             "warning",
             "clock skew",
-            f"{worst}'s clock is {late[worst]:+.1f} s away from this one's",
-            "logs of nodes cannot be laid side by side",
+            f"the clock of {worst} differs from this one by {late[worst]:+.1f} s",
+            "the times in the logs of nodes cannot be compared",
             f"ssh {worst} sudo systemctl restart chrony",
         )
     elif skew and wait_s:
-        yield ok("clock skew", f"below {SKEW_S:.0f} s")
+        yield passed("clock skew", f"below {SKEW_S:.0f} s")
 
 
-def size(config: Config) -> int:
-    """Bytes of a checkpoint: of all that is trained the weight, its moments, and its master."""
+def checkpoint_bytes(config: Config) -> int:
+    """Bytes of one checkpoint: trained weights, their moments and masters; a Hugging Face copy."""
     whole, width = config.model.num_parameters(), DTYPE_BYTES[config.run.dtype]
-    apart = width < 4 or config.run.backend == "xla"  # else weights are their own masters
+    has_masters = width < 4 or config.run.backend == "xla"
     trained = adapter_elements(config) if config.finetune.method != "full" else whole
-    hub = whole * width if config.checkpoint.also_hf else 0
-    return trained * (width + MOMENTS_BYTES + (MASTER_BYTES if apart else 0)) + hub
+    hugging_face = whole * width if config.checkpoint.also_hf else 0
+    element = width + MOMENTS_BYTES + (MASTER_BYTES if has_masters else 0)
+    return trained * element + hugging_face
 
 
-def at_once(run: ResolvedRun) -> int:
-    """The most checkpoints that are there at one moment: when the last is just whole.
+def most_checkpoints(run: ResolvedRun) -> int:
+    """The largest number of checkpoints that exist at one time: when the last is complete.
 
-    Where the length of an epoch decides and the data set was not seen, the run counts as long.
+    Where it depends on the length of an epoch and the data set was not read, a long run is assumed.
     """
     saved = run.config.checkpoint
-    if run.assumption:  # epochs, but not how many steps each has
-        saves, unknown = [*range(1, run.epochs * saved.each_epoch), run.epochs], saved.every > 0
+    if run.assumption:  # epochs of an unknown number of steps
+        saves, open_ended = [*range(1, run.epochs * saved.each_epoch), run.epochs], saved.every > 0
     else:
         ends = run.epoch_ends if saved.each_epoch else ()
         every = range(saved.every, run.steps, saved.every) if saved.every else ()
-        saves, unknown = sorted({*every, *(ends or ()), run.steps}), ends is None
+        saves, open_ended = sorted({*every, *(ends or ()), run.steps}), ends is None
     newest = saved.keep + 1 if saved.keep else len(saves)
     older = saves[:-newest]
-    best = saved.keep_best and bool(older or unknown)
-    for_good = 0
+    best = saved.keep_best and bool(older or open_ended)
+    kept_forever = 0
     if saved.keep_every and not run.assumption:
-        for_good = sum(step % saved.keep_every == 0 for step in older)
-    return (newest if unknown else min(newest, len(saves))) + best + for_good
+        kept_forever = sum(step % saved.keep_every == 0 for step in older)
+    return (newest if open_ended else min(newest, len(saves))) + best + kept_forever
 
 
 def disk(folder: Path, run: ResolvedRun, step_s: float | None) -> Iterator[Finding]:
-    """Room for the checkpoints that the run keeps, and the rate at which it writes them."""
-    one, kept, every = size(run.config), at_once(run), run.config.checkpoint.every
+    """Free space for the checkpoints that the run keeps, and the rate of writing them."""
+    size, kept = checkpoint_bytes(run.config), most_checkpoints(run)
+    every = run.config.checkpoint.every
     if not folder.is_dir():
-        yield unseen(
+        yield unknown(
             "disk",
-            f"{kept} checkpoints of {show_bytes(one)} will be there at once",
-            f"run doctor where {folder} is",
+            f"up to {kept} checkpoints of {show_bytes(size)} at the same time",
+            f"run doctor where {folder} is mounted",
         )
         return
     free = shutil.disk_usage(folder).free
-    told = f"{kept} checkpoints of {show_bytes(one)} in {show_bytes(free)} of {folder}"
-    if kept * one > free:
+    need = f"{kept} checkpoints of {show_bytes(size)}, {show_bytes(free)} free in {folder}"
+    if kept * size > free:
         yield Finding(
             "error",
             "disk",
-            told,
-            "a checkpoint that finds no room ends the run",
+            need,
+            "a checkpoint that cannot be written ends the run",
             "enlarge the file system, or lower checkpoint.keep",
         )
     else:
-        yield ok("disk", told)
+        yield passed("disk", need)
     if step_s is None or kept == 1 or not every:
         return
-    rate, needed = _write_rate(folder), one / (every * step_s)
-    told = f"{show_bytes(needed)}/s wanted on average, {show_bytes(rate)}/s written by one process"
+    rate, needed = _write_rate(folder), size / (every * step_s)
+    rates = f"{show_bytes(needed)}/s needed on average, one process writes {show_bytes(rate)}/s"
     if needed > rate:
         yield Finding(
             "warning",
             "write rate",
-            told,
-            "training waits for the checkpoint before, once the next is due",
+            rates,
+            "training waits until the previous checkpoint is written",
             f"raise checkpoint.every above {every}, or the file system's throughput",
         )
     else:
-        yield ok("write rate", f"{told}; a checkpoint every {show_time(every * step_s)}")
+        yield passed("write rate", f"{rates}; a checkpoint every {show_time(every * step_s)}")
 
 
 def _write_rate(folder: Path) -> float:
-    """Bytes/s that this process writes and flushes, on one file."""
+    """Bytes/s that this process writes to one file and flushes."""
     path, data = folder / f".llamax-probe-{os.getpid()}", os.urandom(2**20)
     start = time.perf_counter()
     try:
@@ -197,20 +199,22 @@ def _write_rate(folder: Path) -> float:
 
 
 def cache(url: str, count: int, hashes: Hashes) -> Iterator[Finding]:
-    """The compile cache: there, writable, and with the run's own programs.
+    """The compile cache: present, writable, and with the programs of the run.
 
-    ``count`` is how many the run has; ``hashes``, asked only where the cache has notes of what was
-    precompiled, makes theirs, or raises BackendError where that takes another machine.
+    ``count``: the number of programs of the run.  ``hashes`` returns their hashes, or raises
+    BackendError where they cannot be traced; it is called only if the cache has notes.
     """
     if "://" in url:
-        yield unseen("compile cache", f"{url} is not a folder", f"aws s3 ls --recursive {url}")
+        yield unknown("compile cache", f"{url} is not a folder", f"aws s3 ls --recursive {url}")
         return
     folder = Path(url)
     if not folder.is_dir():
         if folder.parent.is_dir():
             yield _compiles(f"{folder} is empty")
         else:
-            yield unseen("compile cache", f"{folder} is not here", "run doctor where it is")
+            yield unknown(
+                "compile cache", f"{folder} is not here", "run doctor where it is mounted"
+            )
         return
     modules = list(folder.glob("*/MODULE_*"))
     done = [path for path in modules if (path / "model.neff").exists()]
@@ -219,7 +223,7 @@ def cache(url: str, count: int, hashes: Hashes) -> Iterator[Finding]:
             "error",
             "compile cache",
             f"{folder} cannot be written",
-            "what is compiled would be lost",
+            "compiled programs would be lost",
             f"sudo chown -R $(id -u) {folder}",
         )
     elif len(done) < len(modules):
@@ -228,37 +232,37 @@ def cache(url: str, count: int, hashes: Hashes) -> Iterator[Finding]:
             "warning",
             "compile cache",
             f"{len(modules) - len(done)} of {len(modules)} programs have no model.neff",
-            "a failed compilation is remembered, and fails again at once",
+            "a failed compilation is cached and fails again immediately",
             f"cat {failed}/*.log; then rm -r {failed} and precompile again",
         )
     elif len(done) < count:
-        yield _compiles(f"{_programs(len(done))} in {folder}, where the run has {count}")
+        yield _compiles(f"{_programs(len(done))} in {folder}; the run has {count}")
     else:
-        yield from _own(folder, len(done), hashes)
+        yield from _precompiled(folder, len(done), hashes)
 
 
-def _own(folder: Path, done: int, hashes: Hashes) -> Iterator[Finding]:
-    """Whether what was precompiled into the cache is what the run will compile."""
-    told = f"{_programs(done)} in {folder}"
+def _precompiled(folder: Path, done: int, hashes: Hashes) -> Iterator[Finding]:
+    """Whether the programs in the cache are those of the run."""
+    compiled = f"{_programs(done)} in {folder}"
     if not compile_cache.has_notes(folder):
-        yield unseen(
+        yield unknown(
             "compile cache",
-            f"{told}, without a note of which run they are",
-            f"{PRECOMPILE}, leaves notes; what is there is not compiled again",
+            f"{compiled}, without notes about their run",
+            f"{PRECOMPILE}, writes notes; programs in the cache are not compiled again",
         )
         return
     try:
         found = hashes()
     except BackendError as error:
-        yield unseen(
-            "compile cache", f"{told}; {error}", "run doctor where torch-xla is, as on a node"
+        yield unknown(
+            "compile cache", f"{compiled}; {error}", "run doctor where torch-xla is installed"
         )
         return
-    if lacking := compile_cache.missing(folder, found):
-        names = " and ".join(lacking)
-        yield _compiles(f"{told}, but not the run's {names}: it has changed since precompile")
+    if missing := compile_cache.missing(folder, found):
+        names = " and ".join(missing)
+        yield _compiles(f"{compiled}, without {names} of this run: it changed since precompile")
     else:
-        yield ok("compile cache", f"{told}, among them the run's own {', '.join(found)}")
+        yield passed("compile cache", f"{compiled}, with {', '.join(found)} of this run")
 
 
 def _programs(count: int) -> str:

@@ -1,4 +1,4 @@
-"""Versions that must fit: torch, torch-xla, torch-neuronx, the compiler, NxD, the drivers.
+"""Checks of versions that must match: torch, torch-xla, torch-neuronx, compiler, NxD, drivers.
 
 The versions themselves are in ``llamax.runtime.versions``.  Source: AWS Neuron documentation,
 "Release content" of Neuron 2.28.0 and 2.29.0, the last ones that train with torch-xla on trn1.
@@ -16,20 +16,20 @@ from llamax.runtime.versions import (
     TORCH_XLA,
     XLA_REQUIREMENTS,
 )
-from llamax.tools.doctor.finding import Finding, Host, ok, unseen
+from llamax.tools.doctor.finding import Finding, Host, passed, unknown
 
-INSTALL = "with AWS Neuron's package index: python3 -m pip install"
+INSTALL = "from the package index of AWS Neuron: python3 -m pip install"
 
 
 def check(host: Host, backend: str) -> Iterator[Finding]:
-    """Findings about what ``run.backend`` needs."""
+    """The findings about the packages and drivers that ``run.backend`` needs."""
     torch = host.version("torch")
     if torch is None:
         yield Finding(
             "error",
             "torch",
             "torch is not installed",
-            "nothing trains without it",
+            "training needs it",
             "python3 -m pip install torch",
         )
         return
@@ -42,7 +42,7 @@ def check(host: Host, backend: str) -> Iterator[Finding]:
             "python3 -m pip install --upgrade torch",
         )
     else:
-        yield ok("torch", f"torch {torch}")
+        yield passed("torch", f"torch {torch}")
     if backend == "xla":
         yield from _xla(host, torch)
         yield from _neuron(host, torch)
@@ -59,19 +59,19 @@ def _cuda(host: Host, torch: str) -> Iterator[Finding]:
             "run.backend=cuda would find no GPU",
             "python3 -m pip install --force-reinstall torch, from an index with CUDA builds",
         )
-    told = re.search(
+    driver = re.search(
         r"Module(?: for \S+)?\s+(\d[\d.]+)", host.read("proc/driver/nvidia/version") or ""
     )
-    if told is None:
-        yield unseen("driver", "the NVIDIA driver is not loaded here", "run doctor on a node")
+    if driver is None:
+        yield unknown("driver", "the NVIDIA driver is not loaded here", "run doctor on a node")
     else:
-        yield ok("driver", f"NVIDIA driver {told[1]}")
+        yield passed("driver", f"NVIDIA driver {driver[1]}")
 
 
 def _xla(host: Host, torch: str) -> Iterator[Finding]:
     found = host.version("torch-xla")
     if found is None and not host.neuron_devices:
-        yield unseen("torch-xla", "torch-xla is not installed here", "run doctor on a node")
+        yield unknown("torch-xla", "torch-xla is not installed here", "run doctor on a node")
         return
     pair = " ".join(XLA_REQUIREMENTS)
     if found is None:
@@ -87,29 +87,29 @@ def _xla(host: Host, torch: str) -> Iterator[Finding]:
             "error",
             "torch-xla",
             f"torch {torch} with torch-xla {found}",
-            f"torch-xla is built for one torch, and Neuron's last for trn1 is {TORCH_XLA}",
+            f"torch-xla fits one release of torch, and the last for trn1 is {TORCH_XLA}",
             f"python3 -m pip install {pair}",
         )
     else:
-        yield ok("torch-xla", f"torch-xla {found}")
+        yield passed("torch-xla", f"torch-xla {found}")
 
 
 def _neuron(host: Host, torch: str) -> Iterator[Finding]:
     neuronx, compiler = host.version("torch-neuronx"), host.version("neuronx-cc")
     if neuronx is None or compiler is None:
         absent = "torch-neuronx" if neuronx is None else "neuronx-cc"
-        yield unseen("neuron", f"{absent} is not installed here", "run doctor on a node")
+        yield unknown("neuron", f"{absent} is not installed here", "run doctor on a node")
         return
     if _numbers(neuronx)[:2] != _numbers(torch)[:2]:
         yield Finding(
             "error",
             "torch-neuronx",
             f"torch-neuronx {neuronx} with torch {torch}",
-            "its first numbers are those of the torch it is built for",
+            "its first two numbers are those of the torch that it is built for",
             f"{INSTALL} 'torch-neuronx=={'.'.join(map(str, _numbers(torch)[:2]))}.*'",
         )
     else:
-        yield ok("torch-neuronx", f"torch-neuronx {neuronx}")
+        yield passed("torch-neuronx", f"torch-neuronx {neuronx}")
     sdk = next(
         (name for name, each in NEURON_SDKS.items() if _begins(compiler, each.compiler)), None
     )
@@ -118,39 +118,39 @@ def _neuron(host: Host, torch: str) -> Iterator[Finding]:
         yield Finding(
             "warning",
             "neuronx-cc",
-            f"neuronx-cc {compiler} is of no SDK that is known to train here",
+            f"neuronx-cc {compiler} belongs to no SDK that is known to train on trn1",
             f"trn1 trains with torch-xla up to SDK {max(NEURON_SDKS)}; known are {known}",
             f"{INSTALL} 'neuronx-cc=={NEURON_SDKS[IMAGE_SDK].compiler}.*'",
         )
         return
-    yield ok("neuronx-cc", f"neuronx-cc {compiler} (SDK {sdk})")
+    yield passed("neuronx-cc", f"neuronx-cc {compiler} (SDK {sdk})")
     release, nxd = NEURON_SDKS[sdk], host.version("neuronx-distributed")
     if nxd is None:
-        yield ok("nxd", "neuronx-distributed is not installed; llamax does not need it")
+        yield passed("nxd", "neuronx-distributed is not installed; llamax does not need it")
     elif not _begins(nxd, release.nxd):
         yield Finding(
             "error",
             "nxd",
             f"neuronx-distributed {nxd} with SDK {sdk}",
-            f"kernels are compiled by neuronx-cc; SDK {sdk} brings {release.nxd}",
+            f"its kernels are compiled by neuronx-cc; SDK {sdk} contains {release.nxd}",
             f"{INSTALL} 'neuronx-distributed=={release.nxd}.*'",
         )
     else:
-        yield ok("nxd", f"neuronx-distributed {nxd}")
+        yield passed("nxd", f"neuronx-distributed {nxd}")
     driver = host.read("sys/module/neuron/version")
     if driver is None:
-        yield unseen("driver", "the Neuron driver is not loaded here", "run doctor on a node")
+        yield unknown("driver", "the Neuron driver is not loaded here", "run doctor on a node")
     elif _numbers(driver) < _numbers(release.driver):
         yield Finding(
             "error",
             "driver",
             f"Neuron driver {driver} with SDK {sdk}",
-            f"the runtime speaks to driver {release.driver} or later",
+            f"the runtime needs driver {release.driver} or later",
             "sudo apt-get install --yes aws-neuronx-dkms && sudo modprobe --remove neuron "
             "&& sudo modprobe neuron",
         )
     else:
-        yield ok("driver", f"Neuron driver {driver}")
+        yield passed("driver", f"Neuron driver {driver}")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -75,7 +75,7 @@ def test_groups_contract(monkeypatch: pytest.MonkeyPatch, mesh: Mesh) -> None:
     """Contract: NxD gets the degrees by its names, holds the groups, and ours are the same."""
     state = ParallelState()
     install_nxd(monkeypatch, state)
-    with nxd.beside(mesh) as placed:
+    with nxd.shared_groups(mesh) as placed:
         for axis in ("tp", "dp", "pp", "cp"):
             assert {tuple(group) for group in state.groups[axis]} == set(mesh.groups(axis))
             assert placed.groups(axis) == mesh.groups(axis)
@@ -86,7 +86,7 @@ def test_groups_contract(monkeypatch: pytest.MonkeyPatch, mesh: Mesh) -> None:
 def test_four_tensor_ranks_on_trn1(monkeypatch: pytest.MonkeyPatch) -> None:
     """Contract: NxD's own example for 64 cores, tp 4."""
     install_nxd(monkeypatch, ParallelState())
-    with nxd.beside(Mesh(tp=4, dp=16)) as placed:
+    with nxd.shared_groups(Mesh(tp=4, dp=16)) as placed:
         tp, dp = placed.groups("tp"), placed.groups("dp", "cp")
     assert tp[:2] == ((0, 8, 16, 24), (1, 9, 17, 25))
     assert tp[8:10] == ((32, 40, 48, 56), (33, 41, 49, 57))
@@ -101,13 +101,13 @@ def test_groups_that_somebody_else_built(monkeypatch: pytest.MonkeyPatch) -> Non
     state = ParallelState()
     install_nxd(monkeypatch, state)
     state.initialize_model_parallel(8)
-    with nxd.beside(Mesh(tp=8, dp=8)) as placed:
+    with nxd.shared_groups(Mesh(tp=8, dp=8)) as placed:
         assert placed.groups("tp")[1] == tuple(range(8, 16))
     assert state.groups, "they stay"
     for other in (Mesh(tp=2, dp=32), Mesh(tp=8, dp=4)):
         with (
             pytest.raises(BackendError, match="initialize it with these degrees"),
-            nxd.beside(other),
+            nxd.shared_groups(other),
         ):
             pass
 
@@ -117,9 +117,9 @@ def test_a_placeholder_is_not_nxd(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
     install_module(monkeypatch, "neuronx_distributed")
-    with nxd.beside(Mesh(tp=2)) as same:
+    with nxd.shared_groups(Mesh(tp=2)) as same:
         assert same == Mesh(tp=2)
-    assert "installed but does not load" in caplog.text
+    assert "installed but cannot be imported" in caplog.text
 
 
 def test_on_trn1_leaves_other_meshes() -> None:

@@ -21,7 +21,7 @@ from llamax.runtime.errors import BackendError
     ("torch_xla", "torch_version", "message"),
     [
         (None, "2.9.0", "needs torch-xla, which is not installed"),
-        ("2.8.1", "2.8.0", "written to torch-xla 2.9 but 2.8.1 is installed"),
+        ("2.8.1", "2.8.0", "needs torch-xla 2.9 but 2.8.1 is installed"),
         ("2.9.0", "2.13.0+cpu", "torch-xla 2.9.0 needs torch 2.9 but 2.13.0+cpu is installed"),
     ],
 )
@@ -63,7 +63,7 @@ def test_a_neuron_device_without_its_driver_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(xla_install, "NEURON_DEVICE", tmp_path)
-    with pytest.raises(BackendError, match="torch-neuronx, which drives it, is not installed"):
+    with pytest.raises(BackendError, match="torch-neuronx, which it needs, is not installed"):
         xla_install.configure({}, Rendezvous(), False)
 
 
@@ -95,13 +95,13 @@ def test_ranks_meet_on_the_host() -> None:
     late = threading.Event()
 
     def first() -> None:
-        xla.meet(store, "here", 2)
+        xla.wait_for_all(store, "here", 2)
         late.set()
 
     thread = threading.Thread(target=first)
     thread.start()
     assert not late.wait(0.2), "it waits for the second"
-    xla.meet(store, "here", 2)
+    xla.wait_for_all(store, "here", 2)
     thread.join(10)
     assert late.is_set()
 

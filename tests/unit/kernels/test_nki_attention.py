@@ -108,7 +108,7 @@ def test_nothing_changes_without_nxd(caplog: pytest.LogCaptureFixture) -> None:
     x = on_xla(4096)
     assert ops.kernel("attention", x, x, x, None) is ops.traced_attention
     mesh = Mesh(tp=2, dp=2)
-    with nxd.beside(mesh) as same:
+    with nxd.shared_groups(mesh) as same:
         assert same is mesh
     assert not caplog.records
     assert "neuronx_distributed" not in sys.modules

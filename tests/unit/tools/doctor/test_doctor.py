@@ -15,7 +15,7 @@ from llamax.cli.doctor import NOT_READY, main
 from llamax.runtime.errors import BackendError, ConfigError
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Finding, Host
-from llamax.tools.doctor.doctor import _seen_from, count, examine, here
+from llamax.tools.doctor.doctor import _below, examine, observed, programs
 
 
 def test_programs_are_not_traced_without_torch_xla(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,8 +29,8 @@ def test_programs_are_not_traced_without_torch_xla(monkeypatch: pytest.MonkeyPat
 def test_programs_of_a_run() -> None:
     config = job(nodes=4).config
     silent = replace(config, run=replace(config.run, validate_every=0, validate_each_epoch=False))
-    assert count(replace(config, run=replace(config.run, validate_every=9))) == 3
-    assert count(silent) == 2
+    assert programs(replace(config, run=replace(config.run, validate_every=9))) == 3
+    assert programs(silent) == 2
 
 
 # ---- the program
@@ -46,8 +46,8 @@ def test_without_a_job_a_machine_is_held_against_itself(tmp_path: Path) -> None:
     found = list(examine(node, None, 0))
     assert Finding("ok", "devices", "16 Neuron devices") in found
     assert [each.level for each in found if each.name == "ports"] == ["ok", "warning"]
-    assert (here(node).backend, here(node).efa) == ("xla", 8)
-    assert here(Host(tmp_path, packages={"torch": "2.11.0"})).backend == "neuron"
+    assert (observed(node).backend, observed(node).efa) == ("xla", 8)
+    assert observed(Host(tmp_path, packages={"torch": "2.11.0"})).backend == "neuron"
     box = host_with(tmp_path / "gpus", dev__nvidia0="", dev__nvidia1="")
     found = list(examine(Host(box.root, packages=SDK), None, 0))
     assert Finding("ok", "devices", "2 GPUs") in found
@@ -56,7 +56,7 @@ def test_without_a_job_a_machine_is_held_against_itself(tmp_path: Path) -> None:
     ]
     laptop = Host(tmp_path / "no", packages=SDK)
     found = list(examine(laptop, None, 0))
-    assert Finding("ok", "devices", "no Neuron device, none asked") in found
+    assert Finding("ok", "devices", "no Neuron device, none needed") in found
     assert len([each for each in found if each.name == "ports"]) == 1
 
 
@@ -64,7 +64,7 @@ def test_a_job_is_examined_on_a_laptop() -> None:
     found = levels(examine(Host(packages={"torch": "2.13.0"}), job(nodes=4), 0))
     assert found["plan"] == "ok"
     for name in ("devices", "EFA", "storage", "disk", "dataset", "neuron"):
-        assert found[name] == "unseen"
+        assert found[name] == "unknown"
     too_much = job(nodes=4, overrides={"data": {"micro_batch": 32}, "run": {"recompute": "none"}})
     assert levels(examine(Host(packages=SDK), too_much, 0))["plan"] == "error"
     unknown = job(recipe="demo", instance="local", ranks_per_node=4, overrides={})
@@ -72,7 +72,7 @@ def test_a_job_is_examined_on_a_laptop() -> None:
 
 
 def test_the_datasets_of_a_blend_are_seen_from_the_jobs_folder(tmp_path: Path) -> None:
-    seen = {path: _seen_from(tmp_path, path) for path in ("my data", "0.7 web .3 /fsx/b")}
+    seen = {path: _below(tmp_path, path) for path in ("my data", "0.7 web .3 /fsx/b")}
     assert seen["my data"] == f"{tmp_path}/my data"
     assert seen["0.7 web .3 /fsx/b"] == f"0.7 {tmp_path}/web .3 /fsx/b"
 
@@ -87,7 +87,7 @@ def test_a_missing_dataset_is_an_error(tmp_path: Path) -> None:
     )
     found = {each.name: each for each in examine(Host(packages=SDK), small, 0)}
     assert found["dataset"].level == "error"
-    assert "llamax launch --phase prepare" in found["dataset"].mend
+    assert "llamax launch --phase prepare" in found["dataset"].fix
 
 
 def test_the_program_says_it_all_and_how_it_ends(
@@ -107,7 +107,7 @@ def test_the_program_says_it_all_and_how_it_ends(
     assert main(["--job", str(path)]) == NOT_READY
     said = capsys.readouterr().out
     assert "ERROR    dataset" in said
-    assert "         mend          llamax launch --phase prepare" in said
+    assert "         fix           llamax launch --phase prepare" in said
     path.write_text('name = "a"\nrecipe = "demo"\nstorage.mount = "x"\n')
     with pytest.raises(ConfigError, match=r"job.toml: 1 x trn1\.32xlarge = 32 ranks: "):
         main(["--job", str(path)])

@@ -17,7 +17,7 @@ TRN1 = load_machine("trn1.32xlarge")
 
 def test_a_machine_with_gpus(tmp_path: Path) -> None:
     p5 = load_machine("p5.48xlarge")
-    assert levels(machine.devices(Host(tmp_path), p5)) == {"devices": "unseen"}
+    assert levels(machine.devices(Host(tmp_path), p5)) == {"devices": "unknown"}
     for n in range(8):
         host_with(tmp_path, **{f"dev__nvidia{n}": ""})
     host_with(tmp_path, dev__nvidiactl="")
@@ -36,11 +36,11 @@ def test_a_machine_with_gpus(tmp_path: Path) -> None:
 def test_devices_and_memory(tmp_path: Path) -> None:
     host = trainium(tmp_path)
     assert levels(machine.devices(host, TRN1)) == {"devices": "ok"}
-    assert levels(machine.devices(Host(tmp_path / "no"), TRN1)) == {"devices": "unseen"}
+    assert levels(machine.devices(Host(tmp_path / "no"), TRN1)) == {"devices": "unknown"}
     assert levels(machine.devices(Host(tmp_path / "no"), LOCAL)) == {"devices": "ok"}
     (tmp_path / "dev" / "neuron3").unlink()
     assert levels(machine.devices(host, TRN1)) == {"devices": "error"}
-    assert levels(machine.memory(host, TRN1)) == {"memory": "unseen"}
+    assert levels(machine.memory(host, TRN1)) == {"memory": "unknown"}
     host_with(tmp_path, proc__meminfo=f"MemTotal: {510 * 2**20} kB\n")
     assert levels(machine.memory(host, TRN1)) == {"memory": "ok"}
     host_with(tmp_path, **{"sys__fs__cgroup__memory.max": str(64 * 2**30)})
@@ -56,7 +56,7 @@ def test_limits() -> None:
     assert levels(machine.arenas(Host(), 4)) == {"malloc": "ok"}
     assert levels(machine.clock(5)) == {"clock": "warning"}
     assert levels(machine.clock(0)) == {"clock": "ok"}
-    assert levels(machine.clock(None)) == {"clock": "unseen"}
+    assert levels(machine.clock(None)) == {"clock": "unknown"}
 
 
 @pytest.mark.parametrize(
@@ -74,11 +74,11 @@ def test_ports_that_the_kernel_hands_out(tmp_path: Path, kept: str, span: str, l
         proc__sys__net__ipv4__ip_local_reserved_ports=kept,
         proc__sys__net__ipv4__ip_local_port_range=span,
     )
-    (found,) = machine.reserved(host, 29500)
+    (found,) = machine.port_reserved(host, 29500)
     assert found.level == level
     if kept == "29501":
-        assert found.mend.endswith("=29501,29500")
-    assert levels(machine.reserved(Host(tmp_path / "no"), 29500)) == {"ports": "unseen"}
+        assert found.fix.endswith("=29501,29500")
+    assert levels(machine.port_reserved(Host(tmp_path / "no"), 29500)) == {"ports": "unknown"}
 
 
 def test_a_port_in_use_is_found() -> None:
@@ -86,21 +86,21 @@ def test_a_port_in_use_is_found() -> None:
         held.bind(("", 0))
         held.listen()
         port = held.getsockname()[1]
-        assert levels(machine.free(port)) == {"port in use": "warning"}
-    assert levels(machine.free(port)) == {"port in use": "ok"}
+        assert levels(machine.port_free(port)) == {"port in use": "warning"}
+    assert levels(machine.port_free(port)) == {"port in use": "ok"}
 
 
 def test_efa(tmp_path: Path) -> None:
     unlimited = resource.RLIM_INFINITY
     assert levels(machine.network(Host(tmp_path), LOCAL, 0)) == {"EFA": "ok"}
-    assert levels(machine.network(Host(tmp_path), TRN1, unlimited)) == {"EFA": "unseen"}
+    assert levels(machine.network(Host(tmp_path), TRN1, unlimited)) == {"EFA": "unknown"}
     for n in range(8):
         path = tmp_path / f"sys/class/infiniband/rdmap{n}/ports/1/hw_counters/tx_bytes"
         path.parent.mkdir(parents=True)
         path.write_text("0\n")
     host = Host(tmp_path, environ={"FI_PROVIDER": "efa"})
     found = levels(machine.network(host, TRN1, unlimited))
-    assert found == {"EFA": "ok", "EFA traffic": "unseen"}
+    assert found == {"EFA": "ok", "EFA traffic": "unknown"}
     path.write_text("12345\n")
     assert levels(machine.network(host, TRN1, unlimited))["EFA traffic"] == "ok"
     tcp = Host(tmp_path, environ={"FI_PROVIDER": "tcp"})

@@ -28,12 +28,12 @@ def mounts(root: Path, kind: str, place: Path) -> Host:
 def test_storage_is_shared_or_not(tmp_path: Path) -> None:
     folder = tmp_path / "fsx"
     folder.mkdir()
-    assert levels(storage.check(Host(), tmp_path / "none", 4, 0)) == {"storage": "unseen"}
+    assert levels(storage.check(Host(), tmp_path / "none", 4, 0)) == {"storage": "unknown"}
     lustre = mounts(tmp_path, "lustre", folder)
     assert storage.file_system(lustre, folder) == "lustre"
     assert storage.file_system(lustre, tmp_path) == "ext4"
     assert levels(storage.check(lustre, folder, 1, 0)) == {"storage": "ok"}
-    assert levels(storage.check(lustre, folder, 2, 0)) == {"storage": "ok", "shared": "unseen"}
+    assert levels(storage.check(lustre, folder, 2, 0)) == {"storage": "ok", "shared": "unknown"}
     private = mounts(tmp_path, "xfs", folder)
     assert levels(storage.check(private, folder, 2, 0))["storage"] == "error"
     if os.geteuid() != 0:
@@ -50,7 +50,7 @@ def test_nodes_meet_in_the_folder(tmp_path: Path, ahead: float, level: str) -> N
     found = levels(storage._beacons(tmp_path, 2, 1.0, "me"))
     assert found == {"shared": "ok", "clock skew": level}
     (place / "other.json").write_text(json.dumps({"node": "other", "time": 0}))
-    assert levels(storage._beacons(tmp_path, 2, 0.0, "me")) == {"shared": "unseen"}
+    assert levels(storage._beacons(tmp_path, 2, 0.0, "me")) == {"shared": "unknown"}
 
 
 def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,7 +61,7 @@ def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found[0].what.startswith("4 checkpoints of 36.6 MiB")  # 160 steps
     huge = load_config("llama3.1-70b", ["--run.dtype=float32"])
     assert levels(storage.disk(tmp_path, resolve(huge, 512), 10.0))["disk"] == "error"
-    assert levels(storage.disk(tmp_path / "none", resolve(huge, 512), 10.0)) == {"disk": "unseen"}
+    assert levels(storage.disk(tmp_path / "none", resolve(huge, 512), 10.0)) == {"disk": "unknown"}
     monkeypatch.setattr(storage, "_write_rate", lambda folder: 1e3)
     assert levels(storage.disk(tmp_path, resolve(small, 4), 0.1))["write rate"] == "warning"
     assert list(tmp_path.iterdir()) == []
@@ -89,15 +89,15 @@ def test_checkpoints_that_are_there_at_once(keys: str, fullest: int) -> None:
     config = load_config("demo", settings)
     assert config.run.steps == 160
     validating = replace(config, run=replace(config.run, validate_every=10))
-    assert storage.at_once(resolve(validating, 4)) == fullest
+    assert storage.most_checkpoints(resolve(validating, 4)) == fullest
 
 
 @pytest.mark.parametrize(("keep", "fullest"), [(1, 2), (2, 3), (3, 3), (0, 3)])
 def test_checkpoints_of_epochs_that_are_there_at_once(keep: int, fullest: int) -> None:
     tuned = load_config("gsm8k-lora", [f"--checkpoint.keep={keep}"])
-    assert storage.at_once(resolve(tuned, 32)) == fullest
+    assert storage.most_checkpoints(resolve(tuned, 32)) == fullest
     often = replace(tuned.checkpoint, every=100, each_epoch=False)
-    assert storage.at_once(resolve(replace(tuned, checkpoint=often), 32)) == (
+    assert storage.most_checkpoints(resolve(replace(tuned, checkpoint=often), 32)) == (
         keep + 1 if keep else 1
     )
 
@@ -105,14 +105,17 @@ def test_checkpoints_of_epochs_that_are_there_at_once(keep: int, fullest: int) -
 def test_bytes_of_a_checkpoint() -> None:
     demo = load_config("demo", [])
     weights = demo.model.num_parameters()
-    assert storage.size(demo) == weights * 12  # its weights are their own masters
-    assert storage.size(replace(demo, run=replace(demo.run, backend="xla"))) == weights * 16
+    assert storage.checkpoint_bytes(demo) == weights * 12  # its weights are their own masters
+    assert (
+        storage.checkpoint_bytes(replace(demo, run=replace(demo.run, backend="xla")))
+        == weights * 16
+    )
     half = replace(demo, run=replace(demo.run, dtype="bfloat16"))
-    assert storage.size(half) == weights * 14
+    assert storage.checkpoint_bytes(half) == weights * 14
     hub = replace(half, checkpoint=replace(half.checkpoint, also_hf=True))
-    assert storage.size(hub) == weights * 16
+    assert storage.checkpoint_bytes(hub) == weights * 16
     tuned = load_config("gsm8k-lora", [])
-    assert storage.size(tuned) == 14 * lora.num_parameters(tuned.model, tuned.finetune)
+    assert storage.checkpoint_bytes(tuned) == 14 * lora.num_parameters(tuned.model, tuned.finetune)
 
 
 def test_compile_cache(tmp_path: Path) -> None:
@@ -121,33 +124,33 @@ def test_compile_cache(tmp_path: Path) -> None:
 
     def cache(url: Path | str = folder, count: int = 1) -> tuple[str, str, str]:
         (found,) = storage.cache(str(url), count, lambda: traced)
-        return found.level, found.what, found.mend
+        return found.level, found.what, found.fix
 
     def nowhere() -> dict[str, str]:
         raise BackendError("torch-xla is absent")
 
-    assert cache("s3://bucket/cache")[0] == cache(folder / "deep")[0] == "unseen"
+    assert cache("s3://bucket/cache")[0] == cache(folder / "deep")[0] == "unknown"
     assert cache()[0] == "warning"
     folder.mkdir()
-    assert cache(count=2)[1] == f"no compiled programs in {folder}, where the run has 2"
+    assert cache(count=2)[1] == f"no compiled programs in {folder}; the run has 2"
     module = folder / "neuronxcc-2.23" / "MODULE_1+2"
     module.mkdir(parents=True)
-    level, _, mend = cache()
-    assert (level, mend) == (
+    level, _, fix = cache()
+    assert (level, fix) == (
         "warning",
         f"cat {module}/*.log; then rm -r {module} and precompile again",
     )
     (module / "model.neff").touch()
     level, what, _ = cache(count=2)
     told = f"1 compiled program in {folder}"
-    assert (level, what) == ("warning", f"{told}, where the run has 2")
-    assert cache()[:2] == ("unseen", f"{told}, without a note of which run they are")
+    assert (level, what) == ("warning", f"{told}; the run has 2")
+    assert cache()[:2] == ("unknown", f"{told}, without notes about their run")
     compile_cache.write_notes(folder, {"microstep": "a1"})
-    level, what, mend = cache()
+    level, what, fix = cache()
     assert level == "warning"
-    assert what == f"{told}, but not the run's update: it has changed since precompile"
-    assert mend == storage.PRECOMPILE
+    assert what == f"{told}, without update of this run: it changed since precompile"
+    assert fix == storage.PRECOMPILE
     compile_cache.write_notes(folder, traced)
-    assert cache()[:2] == ("ok", f"{told}, among them the run's own microstep, update")
+    assert cache()[:2] == ("ok", f"{told}, with microstep, update of this run")
     (found,) = storage.cache(str(folder), 1, nowhere)
-    assert (found.level, found.what) == ("unseen", f"{told}; torch-xla is absent")
+    assert (found.level, found.what) == ("unknown", f"{told}; torch-xla is absent")

@@ -28,7 +28,7 @@ def test_versions_of_an_sdk_fit(tmp_path: Path) -> None:
         ({"torch-xla": "2.8.0"}, "torch-xla", "error"),
         ({"torch-xla": None}, "torch-xla", "error"),
         ({"torch-neuronx": "2.8.0.1"}, "torch-neuronx", "error"),
-        ({"torch-neuronx": None}, "neuron", "unseen"),
+        ({"torch-neuronx": None}, "neuron", "unknown"),
         ({"neuronx-cc": "2.21.1"}, "neuronx-cc", "warning"),
         ({"neuronx-distributed": "0.18.1"}, "nxd", "error"),
         ({"neuronx-distributed": None}, "nxd", "ok"),
@@ -46,6 +46,6 @@ def test_versions_on_other_machines(tmp_path: Path) -> None:
     assert levels(versions.check(Host(tmp_path, packages={}), "cpu")) == {"torch": "error"}
     laptop = Host(tmp_path, packages={"torch": "2.13.0"})
     assert levels(versions.check(laptop, "cpu")) == {"torch": "ok"}
-    assert levels(versions.check(laptop, "xla"))["torch-xla"] == "unseen"
+    assert levels(versions.check(laptop, "xla"))["torch-xla"] == "unknown"
     bare = Host(tmp_path, packages=SDK)
-    assert levels(versions.check(bare, "xla"))["driver"] == "unseen"
+    assert levels(versions.check(bare, "xla"))["driver"] == "unknown"
