@@ -1,121 +1,90 @@
-"""Who may import whom: a file imports its own room and the rows below, and no circle anywhere."""
-
-from __future__ import annotations
+"""Who may import whom: a file imports its own room and the rows below it, without circles."""
 
 import ast
 import graphlib
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-ROWS = (  # the rooms of a row never import each other, but as BESIDE allows
-    ("train", "cli", "__main__"),
-    ("tools.doctor",),
-    ("tools.audit", "tools.monitor"),
-    ("tools.plan",),
-    ("training", "inference"),
-    ("checkpoint",),
-    ("optim", "model"),
-    ("backends", "data"),
-    ("parallel",),
-    ("ops", "launch"),
-    ("config",),
-    ("runtime", ""),
+LLAMAX = Path(__file__).resolve().parents[1] / "llamax"
+ROWS = (  # the rooms of a row do not import each other, except BESIDE
+    "__main__ train cli",
+    "tools.doctor",
+    "tools.audit tools.monitor",
+    "tools.plan",
+    "training inference",
+    "checkpoint",
+    "optim model",
+    "backends data",
+    "parallel",
+    "ops launch",
+    "config",
+    "runtime",
 )
+ROOMS = {room: number for number, row in enumerate(ROWS) for room in row.split()}
 BESIDE = {("cli", "train"), ("__main__", "cli")}
-LAUNCH_IS_FOR = ("cli", "tools.doctor", "launch")
-VENDORS = ("torch.distributed", "torch_xla", "torch_neuronx", "neuronx_distributed", "torch.cuda")
-TORCH_FREE = [
-    "runtime.process",
-    "config.load",
-    "config.validate",
-    "config.hardware",
-    "parallel.mesh",
-    "parallel.rendezvous",
-    "data.token_file",
-    "training.metrics",
-    "training.resolve",
-    "training.heartbeat",
-    "tools.plan.search",
-    "tools.monitor.watch",
-    "tools.monitor.html_report",
-    "launch.jobfile",
-]
-READS_ENVIRONMENT = ("cli", "train", "backends", "launch", "runtime")
-LONGEST = 400
-ROOMS = {room: row for row, rooms in enumerate(ROWS) for room in rooms}
-
-
-def name(path: Path) -> str:
-    inside = path.relative_to(ROOT / ("llamax" if path.is_relative_to(ROOT / "llamax") else "."))
-    return ".".join(inside.with_suffix("").parts).removesuffix("__init__").removesuffix(".")
-
-
-FILES = {
-    name(path): path
-    for folder in ("llamax", "launch")
-    for path in sorted((ROOT / folder).rglob("*.py"))
-    if (ROOT / "llamax" / "kernels") not in path.parents
-}
-KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
+VENDORS = "torch.distributed torch.cuda torch_xla torch_neuronx neuronx_distributed"
+ONLY_IN = {"argparse": "cli train", "kernels": "ops", "launch": "launch cli tools.doctor"}
+ONLY_IN |= dict.fromkeys(VENDORS.split(), "backends")
+TORCH_FREE = "runtime config launch tools.plan tools.monitor parallel.mesh parallel.rendezvous "
+TORCH_FREE += "data.token_file training.metrics training.resolve training.heartbeat"
+FILES, KERNELS = (
+    {str(path.relative_to(LLAMAX))[:-3].replace("/", ".").removesuffix(".__init__"): path
+     for pattern in patterns for path in sorted(LLAMAX.glob(pattern))}
+    for patterns in (("**/*.py", "launch/*.py"), ("kernels/*/*.py",))
+)  # fmt: skip
 
 
 def room(module: str) -> str:
-    """The room of a module: ``tools.plan`` of ``tools.plan.search``."""
-    while module not in ROOMS:
+    """The room of a module: ``tools.plan`` for ``tools.plan.search``."""
+    while module and module not in ROOMS:
         module = module.rpartition(".")[0]
-    return module
+    return module or "runtime"
 
 
-def imported(path: Path) -> Iterator[str]:
-    """What a file imports, also inside functions; of llamax, the module's own name."""
+def imported(path: Path) -> set[str]:
+    """What a file imports, also inside functions; the module's own name, if it is of llamax."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        targets = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            targets = [f"{node.module}.{alias.name}" for alias in node.names]
-        for target in targets:
-            inside = target.removeprefix("llamax.")
-            while target.startswith("llamax.") and inside and inside not in FILES:
-                if inside.startswith("kernels"):
-                    break
-                inside = inside.rpartition(".")[0]
-            yield inside if target.startswith("llamax") else target
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            names |= {(prefix + alias.name).removeprefix("llamax.") for alias in node.names}
+    owners = {name: name if name in FILES else name.rpartition(".")[0] for name in names}
+    return {owner if owner in FILES else name for name, owner in owners.items()}
 
 
 @pytest.mark.parametrize("module", FILES)
-def test_a_file_imports_only_its_room_and_the_rows_below(module: str) -> None:
-    mine = room(module)
+def test_a_file_imports_its_room_and_the_rows_below(module: str) -> None:
     for target in imported(FILES[module]):
-        assert not target.startswith("launch.") or mine in LAUNCH_IS_FOR, target
-        assert not target.startswith("kernels") or mine == "ops", "only ops chooses kernels"
-        assert not target.startswith(VENDORS) or mine == "backends", f"{target}: only in backends"
-        assert not target.startswith("argparse") or mine in ("cli", "train"), "only in cli"
-        if target in FILES and (theirs := room(target)) != mine and (mine, theirs) not in BESIDE:
-            assert ROOMS[theirs] > ROOMS[mine], f"{module} reaches up or sideways to {target}"
+        for name, rooms in ONLY_IN.items():
+            if f"{target}.".startswith(f"{name}."):
+                assert room(module) in rooms.split(), f"{target}: only in {rooms}"
+        pair = room(module), room(target)
+        if target in FILES and pair[0] != pair[1] and pair not in BESIDE:
+            assert ROOMS[pair[1]] > ROOMS[pair[0]], f"{module} reaches up or sideways to {target}"
 
 
-def test_no_circle() -> None:
-    graph = {module: {t for t in imported(path) if t in FILES} for module, path in FILES.items()}
-    graphlib.TopologicalSorter({m: t - {m, ""} for m, t in graph.items()}).prepare()
+def test_there_is_no_circle() -> None:
+    graph = {module: imported(path) & {*FILES} - {module} for module, path in FILES.items()}
+    graphlib.TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize("path", [*FILES.values(), *KERNELS], ids=lambda path: path.stem)
-def test_a_file_is_short_and_reads_no_environment(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= LONGEST
+@pytest.mark.parametrize("module", [*FILES, *KERNELS])
+def test_a_file_is_short_and_reads_no_environment(module: str) -> None:
+    text = (FILES | KERNELS)[module].read_text()
+    assert len(text.splitlines()) <= 400
     reads = "os.environ" in text or "os.getenv" in text
-    assert not reads or path in KERNELS or room(name(path)) in READS_ENVIRONMENT
+    assert not reads or room(module) in ("cli", "train", "backends", "runtime")
 
 
-def test_a_newcomer_finds_sixteen_names() -> None:
-    names = {path.name for path in (ROOT / "llamax").iterdir() if not path.name.startswith("__")}
+def test_the_package_has_at_most_sixteen_names() -> None:
+    names = {path.name for path in LLAMAX.iterdir() if not path.name.startswith("__")}
     assert len(names - {"py.typed"}) <= 16, "py.typed marks the package for type checkers"
 
 
-def test_what_needs_no_torch_loads_without_it() -> None:
-    code = f"import sys, {', '.join(f'llamax.{module}' for module in TORCH_FREE)}"
+def test_rooms_that_need_no_torch_load_without_it() -> None:
+    free = [name for name in FILES if {name, room(name)} & {*TORCH_FREE.split()}]
+    code = f"import sys, {', '.join(f'llamax.{name}' for name in free)}"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'torch' not in sys.modules"], check=True)
