@@ -13,9 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import tomllib
-
 from llamax.__main__ import COMMANDS
+from llamax.config.hardware import known_machines
 from llamax.config.load import find_config, help_text, recipes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,14 +116,13 @@ def machines() -> str:
         "network_gbps": "network, GB/s",
         "dollars_per_hour": "dollars an hour",
     }
-    tables = tomllib.loads((ROOT / "llamax" / "config" / "hardware.toml").read_text())
     lines = ["# Machines", "", "The table in `llamax/config/hardware.toml`, which `llamax plan`,"]
     lines += ["`audit`, `launch` and `doctor` read; its comments give the sources. Links are"]
     lines += ["within a machine, the network is between machines; both one way.", ""]
     lines.append(f"| machine | {' | '.join(columns.values())} |")
     lines.append("|---|" + "---|" * len(columns))
-    for name, machine in tables.items():
-        cells = (str(machine.get(column, "")) for column in columns)
+    for name, machine in known_machines().items():
+        cells = (str(getattr(machine, column)) for column in columns)
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

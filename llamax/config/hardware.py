@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from llamax.config.schema import BackendName
 from llamax.config.toml import Problems, build, read_toml
 from llamax.config.types import Count, Efficiency, Natural, NonNegative, Positive
 from llamax.runtime.errors import ConfigError, did_you_mean, refuse
@@ -27,8 +28,6 @@ CGROUP_LIMITS = (  # of version 2, and of version 1
     "sys/fs/cgroup/memory.max",
     "sys/fs/cgroup/memory/memory.limit_in_bytes",
 )
-
-BackendName = Literal["cpu", "cuda", "xla", "neuron"]
 
 
 @dataclass(frozen=True)

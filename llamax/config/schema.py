@@ -25,6 +25,8 @@ from llamax.config.model import ModelConfig as Model
 from llamax.config.model import RopeScaling as RopeScaling
 from llamax.config.types import Count, Fraction, Natural, NonNegative, Positive, walk
 
+BackendName = Literal["cpu", "cuda", "xla", "neuron"]
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -140,7 +142,7 @@ class RunConfig:
     """Length of the run instead of steps; 0: steps [epochs]."""
     seed: Natural = 0
     """Seed of initial weights and of the order of samples."""
-    backend: Literal["cpu", "cuda", "xla", "neuron"] = "cpu"
+    backend: BackendName = "cpu"
     """Device and its collectives."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of weights and activations; masters are float32."""

@@ -19,8 +19,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from llamax.config.hardware import LOCAL, BackendName, Machine
-from llamax.config.schema import Config
+from llamax.config.hardware import LOCAL, Machine
+from llamax.config.schema import BackendName, Config
 from llamax.data.dataset import blend_words, open_dataset
 from llamax.launch.jobfile import JobFile
 from llamax.parallel.rendezvous import NEURON_PORT, PORT
