@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
 from llamax.runtime import signals
 from llamax.runtime.process import run_main, steady_heap
 
@@ -72,7 +73,7 @@ def train(config: Config, where: Rendezvous) -> None:
         with (
             lock.lock_folder(folder) if where.rank == 0 else nullcontext(),
             log_to_file(folder, where.job, where.rank),
-            beating(folder / "heartbeats", where.rank, where.world_size, timeout_s) as heart,
+            beating(folder / HEARTBEATS_FOLDER, where.rank, where.world_size, timeout_s) as heart,
             backend.joined(resolved.mesh, timeout_s) as axes,
         ):
             inputs.check_newest(config)
@@ -150,7 +151,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             raise SystemExit(Stopped.exit_code)
         raise Stopped(
             f"stopped after step {step} by {signals.requested() or 'a signal to another rank'}: "
-            f"{newest_checkpoint(job.folder / 'checkpoints')} is saved; start again to go on"
+            f"{newest_checkpoint(job.folder / CHECKPOINTS_FOLDER)} is saved; start again to go on"
         )
     if job.main and patience.over:
         logger.info(
@@ -164,7 +165,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             "done in %s: %s holds the newest checkpoint; llamax consolidate %s makes a %s folder "
             "of it",
             show_time(time.perf_counter() - began),
-            newest_checkpoint(job.folder / "checkpoints"),
+            newest_checkpoint(job.folder / CHECKPOINTS_FOLDER),
             job.folder,
             "PEFT" if job.adapters else "Hugging Face",
         )

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llamax.checkpoint.lock import LOCK_FILE, lock_folder
+from llamax.checkpoint.lock import lock_folder
+from llamax.config.constants import LOCK_FILE
 from llamax.runtime.errors import CheckpointError, NoRoom, Terminated
 from llamax.runtime.files import NO_ROOM, write_atomic
 

@@ -14,6 +14,7 @@ from llamax.checkpoint.manifest import (
     step_of,
     verify_files,
 )
+from llamax.config.constants import CHECKPOINTS_FOLDER
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger
 
@@ -23,7 +24,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
     ``folder`` is the run's folder or its ``checkpoints``.
     """
-    inner = folder / "checkpoints"
+    inner = folder / CHECKPOINTS_FOLDER
     folder = inner if inner.is_dir() else folder
     if not folder.is_dir():
         return []

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from llamax.config.constants import LOCK_FILE
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger
 
-LOCK_FILE = "lock"
 TIMEOUT_S = 5.0  # a killed owner may take a moment to end
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from llamax.config.constants import METRICS_FILE
 from llamax.config.load import load_config
 from llamax.data.prepare.summary import unigram_entropy
 from llamax.data.token_file import TokenFile
@@ -86,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
         [*llamax, "plot", str(run), "--out", str(picture)]
         + ["--reference", f"{entropy:.4f}", "--reference-name", "unigram entropy"]
     )
-    last = [r for r in read_jsonl(run / "metrics.jsonl") if r.validation_loss is not None][-1]
+    last = [r for r in read_jsonl(run / METRICS_FILE) if r.validation_loss is not None][-1]
     assert last.validation_loss is not None
     print(
         f"""

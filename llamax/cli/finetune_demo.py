@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llamax.cli.demo import RANKS, shell, torchrun
+from llamax.config.constants import METRICS_FILE
 from llamax.config.load import load_config
 from llamax.runtime.process import run_main
 from llamax.runtime.units import show_number, show_time
@@ -107,7 +108,7 @@ def main(argv: Sequence[str]) -> int:
         if (base / "config.json").is_file()
         else [*llamax, "generate", str(hub), *said]
     )
-    losses = [r for r in read_jsonl(run / "metrics.jsonl") if r.validation_loss is not None]
+    losses = [r for r in read_jsonl(run / METRICS_FILE) if r.validation_loss is not None]
     print(
         f"""
 Done in {show_time(time.perf_counter() - began)}. Validation loss of the answers: \

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from llamax.config.constants import METRICS_FILE
 from llamax.runtime.errors import BackendError, DataError
 from llamax.runtime.process import run_main
 from llamax.training.metrics import Record, read_jsonl
@@ -72,7 +73,7 @@ def read(folders: Sequence[Path]) -> dict[str, list[Record]]:
     for folder in folders:
         name = folder.resolve().name
         label = name if names[name] == 1 else str(folder)
-        runs[label] = read_jsonl(folder / "metrics.jsonl")
+        runs[label] = read_jsonl(folder / METRICS_FILE)
         if not runs[label]:
             raise DataError(f"{folder}: has no records in metrics.jsonl; give a run's folder")
     return runs

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llamax.runtime.errors import DataError
 from llamax.runtime.process import run_main
-from llamax.tools.monitor.html_report import page, told_apart
+from llamax.tools.monitor.html_report import page, with_distinct_names
 from llamax.tools.monitor.run_folder import read_run
 
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
     options = parser.parse_args(list(argv))
-    runs = told_apart([read_run(folder) for folder in options.runs])
+    runs = with_distinct_names([read_run(folder) for folder in options.runs])
     try:
         options.out.write_text(page(runs), encoding="utf-8")
     except OSError as error:

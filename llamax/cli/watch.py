@@ -3,7 +3,7 @@
 ::
 
     llama2-7b  6.74B bfloat16, tensor 8 x data 16 on xla  running              15:10:52
-    ━━━━━━━━━━━━━━━━━━━━━─────────  70%  step 420/600  left 1h57m  $399.26 spent, $168.42 to go
+    ━━━━━━━━━━━━━━━━━━━━━─────────  70%  step 420/600  left 1h57m  $399.26 spent, $168.42 remaining
 
     loss             2.1051  █▅▄▃▂▂▁▁▁▁  validation 2.1159, perplexity 8.3
     tokens/s           104K  ▆▇█▇▇▇▆▁▆▇  813 a rank
@@ -24,10 +24,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from llamax.config.constants import METRICS_FILE
 from llamax.config.hardware import load_machine
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import run_main
-from llamax.tools.monitor.run_folder import METRICS, read_run
+from llamax.tools.monitor.run_folder import read_run
 from llamax.tools.monitor.watch import render
 from llamax.training.metrics import Log
 
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(list(argv))
     if options.every <= 0:
         raise ConfigError(f"--every={options.every:g} is not above 0; give seconds")
-    log, price = Log(options.run / METRICS), options.dollars_per_hour
+    log, price = Log(options.run / METRICS_FILE), options.dollars_per_hour
     run = read_run(options.run, log=log)
     if options.instance:
         machine = load_machine(options.instance)

@@ -27,6 +27,14 @@ FLASH_MAX_HEAD_DIM = 128
 NF4_BLOCK_WEIGHTS = 64  # weights that share a scale
 NF4_BLOCK_SCALES = 256  # scales that share a scale of their own, with finetune.double_quant
 
+# Names in the folder of a run, which training writes and the monitor reads.
+CONFIG_FILE = "config.toml"
+ENVIRONMENT_FILE = "environment.json"
+METRICS_FILE = "metrics.jsonl"
+LOCK_FILE = "lock"
+HEARTBEATS_FOLDER = "heartbeats"
+CHECKPOINTS_FOLDER = "checkpoints"
+
 # Collectives over gloo (llamax.backends.torch_distributed): larger messages are not copied.
 STAGED_BYTES = 8 * 2**20
 

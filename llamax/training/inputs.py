@@ -18,6 +18,7 @@ from llamax.checkpoint.manifest import CONFIG_TOML
 from llamax.checkpoint.peft import AdapterInfo
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
+from llamax.config.constants import CHECKPOINTS_FOLDER
 from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, sections
@@ -50,7 +51,7 @@ class Inputs:
         saved once more after this rank had looked, as ranks would then differ in what they resume.
         """
         if config.checkpoint.resume in ("auto", "intact"):
-            now = newest_checkpoint(Path(config.run.folder) / "checkpoints")
+            now = newest_checkpoint(Path(config.run.folder) / CHECKPOINTS_FOLDER)
             if now != self.newest:
                 raise CheckpointError(f"{now} was saved while this job started; start it again")
 
@@ -102,7 +103,7 @@ def open_inputs(config: Config) -> Inputs:
         load_tokenizer(Path(data.path))  # every save writes it: refused now, not after the first
     resumed = first = latest = None
     if checkpoint.resume in ("auto", "intact"):
-        folder = Path(config.run.folder) / "checkpoints"
+        folder = Path(config.run.folder) / CHECKPOINTS_FOLDER
         found = latest = newest_checkpoint(folder)
         if checkpoint.resume == "intact":
             found = newest_intact(folder)

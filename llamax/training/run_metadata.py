@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from llamax import __version__
+from llamax.config.constants import ENVIRONMENT_FILE
 from llamax.config.hardware import find_machine
 from llamax.runtime.versions import installed
 
@@ -46,7 +47,7 @@ def describe(world_size: int, local_world_size: int, job: str) -> dict[str, Any]
 def write(folder: Path, world_size: int, local_world_size: int, job: str) -> None:
     """Leave it in a run's folder."""
     text = json.dumps(describe(world_size, local_world_size, job), indent=2)
-    (folder / "environment.json").write_text(text + "\n", encoding="utf-8")
+    (folder / ENVIRONMENT_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _versions() -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from llamax.checkpoint.build_model import build_model, describe_finetune
 from llamax.checkpoint.load import load_owned, load_weights
 from llamax.checkpoint.peft import AdapterInfo
 from llamax.checkpoint.save import Saver
+from llamax.config.constants import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE
 from llamax.config.flops import flops_per_token
 from llamax.config.load import dump_config
 from llamax.config.schema import Config
@@ -123,7 +124,7 @@ def prepare(
         optimizer.to(backend.device)
         move_rest(model, backend.device)
     saver = Saver(
-        Path(config.run.folder) / "checkpoints",
+        Path(config.run.folder) / CHECKPOINTS_FOLDER,
         axes,
         parameters,
         shards,
@@ -157,7 +158,7 @@ def introduce(job: Job) -> None:
     """Say what will run, and write the resolved configuration into the run folder."""
     run, config, mesh = job.run, job.config, job.run.mesh
     job.folder.mkdir(parents=True, exist_ok=True)
-    write_durable(job.folder / "config.toml", dump_config(config))
+    write_durable(job.folder / CONFIG_FILE, dump_config(config))
     logger.info(
         "%s parameters in %s on %d ranks (%s): tensor %d%s x data %d%s",
         show_number(config.model.num_parameters()),
@@ -214,7 +215,7 @@ def writers(job: Job) -> list[Writer]:
         return []
     bar = run.progress == "on" or (run.progress == "auto" and sys.stderr.isatty())
     views: list[Writer] = [
-        JsonlWriter(job.folder / "metrics.jsonl", job.step),
+        JsonlWriter(job.folder / METRICS_FILE, job.step),
         ConsoleWriter(run.steps, job.step, bar),
     ]
     if run.tensorboard:

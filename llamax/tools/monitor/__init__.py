@@ -1,1 +1,1 @@
-"""A run seen from its folder: live in a terminal, or as a page."""
+"""Views of a run from its folder: live in a terminal, or as an HTML page."""

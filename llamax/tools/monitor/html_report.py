@@ -1,7 +1,8 @@
-"""``llamax report RUN [RUN...]``: one self-contained page of HTML about one or several runs.
+"""One self-contained HTML page about one or several runs.
 
-Curves, throughput, configuration (what differs between runs is marked), environment, checkpoints.
-Pictures are inline SVG, styles are inline, nothing is loaded from anywhere: the file can be mailed.
+It has curves, throughput, configuration (settings that differ are marked), environment and
+checkpoints.  Images are inline SVG, styles are inline, and nothing is loaded: the file can be sent
+by mail.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DASH = "–"
 
 
 def page(runs: Sequence[RunFolder]) -> str:
-    """The whole page."""
+    """The page as HTML."""
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     body = [
         *_header(runs),
@@ -43,8 +44,8 @@ def page(runs: Sequence[RunFolder]) -> str:
     )
 
 
-def told_apart(runs: Sequence[RunFolder]) -> list[RunFolder]:
-    """The runs, those of one name by their folders' paths."""
+def with_distinct_names(runs: Sequence[RunFolder]) -> list[RunFolder]:
+    """The runs; those that share a name are named by the paths of their folders."""
     names = Counter(run.name for run in runs)
     return [replace(run, label=str(run.folder)) if names[run.name] > 1 else run for run in runs]
 
@@ -52,24 +53,28 @@ def told_apart(runs: Sequence[RunFolder]) -> list[RunFolder]:
 def _header(runs: Sequence[RunFolder]) -> Iterator[str]:
     first = runs[0]
     if len(runs) > 1:
-        yield "<h1>Runs beside each other</h1>"
+        yield "<h1>Comparison of runs</h1>"
         rows = [
-            [_key(k, run.name), _pill(run), *(_words(value, run) for value in SUMMARY.values())]
+            [_key(k, run.name), _pill(run), *(_text(show, run) for show in SUMMARY.values())]
             for k, run in enumerate(runs)
         ]
         yield _table(["run", "state", *SUMMARY], rows)
         return
-    about = ""
+    description = ""
     if first.config:
         size = show_number(first.config.model.num_parameters())
         mesh = f"tensor {first.config.parallel.tensor}"
-        about = f"{size} parameters in {first.config.run.dtype}, {mesh}, {first.config.run.backend}"
-        about += f", {first.environment['ranks']} ranks" if "ranks" in first.environment else ""
-    yield f"<h1>{escape(first.name)} {_pill(first)}</h1><p class=about>{escape(about)}</p>"
+        description = (
+            f"{size} parameters in {first.config.run.dtype}, {mesh}, {first.config.run.backend}"
+        )
+        description += (
+            f", {first.environment['ranks']} ranks" if "ranks" in first.environment else ""
+        )
+    yield f"<h1>{escape(first.name)} {_pill(first)}</h1><p class=about>{escape(description)}</p>"
     cards = (
-        f"<div class=card><b>{_words(value, first)}</b><span>{escape(name)}</span></div>"
-        for name, value in SUMMARY.items()
-        if _words(value, first) != DASH
+        f"<div class=card><b>{_text(show, first)}</b><span>{escape(name)}</span></div>"
+        for name, show in SUMMARY.items()
+        if _text(show, first) != DASH
     )
     yield f"<div class=cards>{''.join(cards)}</div>"
 
@@ -82,8 +87,8 @@ def _key(number: int, name: str) -> str:
     return f'<i class=key style="background:var(--c{number % COLOURS})"></i>{escape(name)}'
 
 
-def _words(value: Callable[[RunFolder], str], run: RunFolder) -> str:
-    return escape(value(run)) if run.records else DASH
+def _text(show: Callable[[RunFolder], str], run: RunFolder) -> str:
+    return escape(show(run)) if run.records else DASH
 
 
 def _median_rate(run: RunFolder) -> float:
@@ -124,14 +129,14 @@ def _figures(runs: Sequence[RunFolder]) -> Iterator[str]:
         return lambda record: float(getattr(record, field))
 
     def over_tokens(
-        title: str, field: str, words: Callable[[float], str], smooth: bool, zero: bool
+        title: str, field: str, show: Callable[[float], str], smooth: bool, zero: bool
     ) -> str:
         value = tokens(field)
         curves = [
             Curve(run.name, [(r.consumed_tokens, value(r)) for r in run.records], k, smooth=smooth)
             for k, run in enumerate(runs)
         ]
-        return chart(title, curves, "tokens", show_number, words, zero)
+        return chart(title, curves, "tokens", show_number, show, zero)
 
     loss = [
         Curve(
@@ -195,7 +200,7 @@ def _figures(runs: Sequence[RunFolder]) -> Iterator[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[int] = ()) -> str:
-    """A table of cells that are HTML already; rows whose number is in ``marked`` stand out."""
+    """A table of cells in HTML; the rows with numbers in ``marked`` are highlighted."""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
     lines = (
         f"<tr{' class=marked' if number in marked else ''}>"
@@ -211,17 +216,17 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], marked: Sequence[
 
 
 def _throughput(runs: Sequence[RunFolder]) -> Iterator[str]:
-    of = (1, 10, 50, 90, 99)
+    percents = (1, 10, 50, 90, 99)
     rows = []
     for k, run in enumerate(runs):
         if run.records:
-            times = percentiles([record.step_s for record in run.records], of)
-            most = max(record.memory_bytes for record in run.records)
+            times = percentiles([record.step_s for record in run.records], percents)
+            peak = max(record.memory_bytes for record in run.records)
             ppl = perplexity(run.records[-1].loss)
-            cells = [*map(show_time, times), show_bytes(most), f"{ppl:.2f}"]
+            cells = [*map(show_time, times), show_bytes(peak), f"{ppl:.2f}"]
             rows.append([_key(k, run.name), *map(escape, cells)])
     if rows:
-        head = ["run", *(f"step time p{p}" for p in of), "peak memory", "perplexity, last"]
+        head = ["run", *(f"step time p{p}" for p in percents), "peak memory", "perplexity, last"]
         yield f"<h2>Throughput</h2>{_table(head, rows)}"
 
 

@@ -1,16 +1,15 @@
-"""What a run's folder says, read from outside: while it trains, when it is over, or dead.
+"""Reads the folder of a run: while it trains, after it has finished, or after it died.
 
 ::
 
     config.toml          the resolved configuration           llamax.training.setup
     environment.json     where it runs, and with what         llamax.training.run_metadata
     metrics.jsonl        a record per reported step           llamax.training.metrics
-    heartbeats/rank-N    a rank's last sign of life           llamax.training.heartbeat
-    checkpoints/step-N   what a resume needs                  llamax.checkpoint
-    neuron-monitor*.json what the devices do, if somebody writes it there
+    heartbeats/rank-N    the last heartbeat of a rank          llamax.training.heartbeat
+    checkpoints/step-N   complete checkpoints                  llamax.checkpoint
+    neuron-monitor*.json use of the devices, if neuron-monitor writes it there
 
-Nothing here needs the run's cooperation, its machine or torch; files that are not there yet are
-simply not shown.
+The run need not cooperate, and neither its machine nor torch is needed; missing files are skipped.
 """
 
 from __future__ import annotations
@@ -25,23 +24,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llamax.config.constants import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    HEARTBEATS_FOLDER,
+    LOCK_FILE,
+    METRICS_FILE,
+)
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.training.heartbeat import DONE, LOST, Beat
 from llamax.training.metrics import Log, Record
 
-METRICS = "metrics.jsonl"
-NUMBERS = ("ranks", "nodes", "dollars_per_hour")  # of environment.json; edited into words: unknown
-LOCK = "lock"  # as checkpoint/lock.py names it
+NUMBERS = ("ranks", "nodes", "dollars_per_hour")  # in environment.json; ignored unless numbers
 SILENT_S = 30.0  # a rank writes its heartbeat every few seconds
-TAIL_BYTES = 2**20  # of a monitor's log that are looked at
-WINDOW = 50  # records that percentiles and rates are of
+TAIL_BYTES = 2**20  # read from the end of a log of neuron-monitor
+WINDOW = 50  # last records, for percentiles and rates
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A rank's last heartbeat, and how long ago it was."""
+    """The last heartbeat of a rank, and its age."""
 
     number: int
     beat: Beat
@@ -49,7 +54,7 @@ class Rank:
 
     @property
     def state(self) -> str:
-        """In a word: alive, silent, done, or why it ended."""
+        """alive, silent, done, or the reason why it ended."""
         if self.beat.left:
             return "done" if self.beat.left == DONE else self.beat.left.removeprefix(LOST)
         return "alive" if self.silent_s < SILENT_S else "silent"
@@ -57,7 +62,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class SavedCheckpoint:
-    """A checkpoint: its step, size, and when it was finished."""
+    """A complete checkpoint: step, size, and time when it was finished."""
 
     step: int
     size_bytes: int
@@ -66,23 +71,23 @@ class SavedCheckpoint:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """All that a folder says at one moment; ``now`` is that moment."""
+    """The content of a folder at the time ``now``."""
 
     folder: Path
     now: float
     config: Config | None = None
     environment: dict[str, Any] = field(default_factory=dict)
     records: tuple[Record, ...] = ()
-    written: float = 0.0  # when the last record was
+    written: float = 0.0  # time of the last record
     ranks: tuple[Rank, ...] = ()
     saved: tuple[SavedCheckpoint, ...] = ()
     cores: dict[str, float] = field(default_factory=dict)  # use of each device core, 0 to 1
-    label: str = ""  # its name, if not the folder's
-    locked: bool | None = None  # whether a process of this machine writes here; None: not known
+    label: str = ""  # replaces the name of the folder
+    locked: bool | None = None  # a process of this machine writes here; None: unknown
 
     @property
     def name(self) -> str:
-        """The folder's name, with its parent's where that alone says little."""
+        """The label, or the name of the folder, with its parent for names like ``run``."""
         if self.label:
             return self.label
         plain = self.folder.name in ("run", "runs", "out", "output")
@@ -94,10 +99,12 @@ class RunFolder:
 
     @property
     def last(self) -> Record | None:
+        """The last record."""
         return self.records[-1] if self.records else None
 
     @property
     def steps(self) -> int:
+        """Steps of the whole run."""
         return self.config.run.steps if self.config else self.last.step if self.last else 0
 
     @property
@@ -123,8 +130,8 @@ class RunFolder:
         return "running" if self.now - self.written < SILENT_S + 5 * every * usual_s else "dead"
 
     @property
-    def left_s(self) -> float:
-        """Seconds until the last step, at the median pace of the last records."""
+    def remaining_s(self) -> float:
+        """Seconds until the last step, at the median rate of the last records."""
         if self.last is None:
             return 0.0
         pace = statistics.median(record.step_s for record in self.records[-WINDOW:])
@@ -132,7 +139,7 @@ class RunFolder:
 
     @property
     def spent_s(self) -> float:
-        """Seconds of training so far; a resumed run begins to count again, so all starts add up."""
+        """Seconds of training so far, summed over all starts of a resumed run."""
         total = before = 0.0
         for record in self.records:
             total += before if record.seconds < before else 0.0
@@ -141,45 +148,45 @@ class RunFolder:
 
     @property
     def dollars_per_hour(self) -> float:
-        """What all nodes cost; 0 where the price is not known."""
+        """Price of all nodes; 0 where it is not known."""
         return float(self.environment.get("dollars_per_hour", 0.0))
 
 
 def read_run(folder: Path, now: float | None = None, log: Log | None = None) -> RunFolder:
-    """Everything that ``folder`` says now; ``log`` of its metrics.jsonl, if it was read before.
+    """The content of ``folder``; ``log``: its metrics.jsonl, where that was read before.
 
-    Raises DataError where it is no run's folder.
+    Raises DataError where it is not the folder of a run.
     """
-    metrics = folder / METRICS
-    if not any((folder / name).exists() for name in ("config.toml", METRICS)):
+    metrics = folder / METRICS_FILE
+    if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE)):
         raise DataError(
-            f"{folder}: is no run's folder (has neither config.toml nor metrics.jsonl); give the "
-            "run.folder of a training run"
+            f"{folder}: is not the folder of a run (has neither {CONFIG_FILE} nor {METRICS_FILE}); "
+            "use the run.folder of a training run"
         )
     now = time.time() if now is None else now
     environment = {
         name: value
-        for name, value in _json(folder / "environment.json").items()
+        for name, value in _json(folder / ENVIRONMENT_FILE).items()
         if name not in NUMBERS or type(value) in (int, float)
     }
     return RunFolder(
         folder=folder,
         now=now,
-        config=_config(folder / "config.toml"),
+        config=_config(folder / CONFIG_FILE),
         environment=environment,
         records=tuple((log or Log(metrics)).read()),
         written=metrics.stat().st_mtime if metrics.exists() else 0.0,
-        ranks=tuple(ranks(folder / "heartbeats", now, environment.get("ranks"))),
-        saved=tuple(checkpoints(folder / "checkpoints")),
+        ranks=tuple(ranks(folder / HEARTBEATS_FOLDER, now, environment.get("ranks"))),
+        saved=tuple(checkpoints(folder / CHECKPOINTS_FOLDER)),
         cores=cores(sorted(folder.glob("neuron-monitor*.json*"))),
-        locked=locked(folder / LOCK),
+        locked=locked(folder / LOCK_FILE),
     )
 
 
 def _config(path: Path) -> Config | None:
     try:
         return load_config(str(path)) if path.is_file() else None
-    except ConfigError:  # of another version; what can be shown is shown
+    except ConfigError:  # written by another version
         return None
 
 
@@ -192,7 +199,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def locked(path: Path) -> bool | None:
-    """Whether the run's process holds its lock; None where that process was on another machine."""
+    """Whether the process of the run holds its lock; None where it was on another machine."""
     try:
         with open(path, "rb") as file:
             if f" on {socket.gethostname()} since" not in file.read().decode(errors="replace"):
@@ -208,8 +215,8 @@ def locked(path: Path) -> bool | None:
 def ranks(folder: Path, now: float, count: object) -> Iterable[Rank]:
     """The heartbeats in a folder, by rank.
 
-    Of ``count`` ranks, where that is a number: files of a start with more of them may be left, and
-    a rank that is alone writes none.
+    ``count``: the number of ranks, where it is known.  Files of an earlier start with more ranks
+    are skipped; a single rank writes none.
     """
     known = count if isinstance(count, int) and count > 1 else 0 if count == 1 else None
     for path in sorted(folder.glob("rank-*"))[:known]:
@@ -229,7 +236,7 @@ def checkpoints(folder: Path) -> Iterable[SavedCheckpoint]:
                 continue
             size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
             saved = SavedCheckpoint(int(step), size, done.stat().st_mtime)
-        except FileNotFoundError:  # the run deletes it at this moment
+        except FileNotFoundError:  # the run is deleting it
             continue
         yield saved
 
@@ -237,7 +244,7 @@ def checkpoints(folder: Path) -> Iterable[SavedCheckpoint]:
 def cores(paths: Sequence[Path]) -> dict[str, float]:
     """The use of every NeuronCore, 0 to 1, from the last report in each file.
 
-    The files are what ``neuron-monitor > RUN/neuron-monitor-HOST.json`` writes: a report a line.
+    ``neuron-monitor > RUN/neuron-monitor-HOST.json`` writes the files, one report in a line.
     """
     found: dict[str, float] = {}
     for path in paths:
@@ -257,7 +264,12 @@ def _used(line: str) -> dict[str, float]:
             for runtime in report["neuron_runtime_data"]
             for core, each in runtime["report"]["neuroncore_counters"]["neuroncores_in_use"].items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError):  # cut short, or of another kind
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+    ):  # incomplete, or of another kind
         return {}
 
 
@@ -268,6 +280,6 @@ def _tail(path: Path) -> list[str]:
 
 
 def percentiles(values: Sequence[float], of: Sequence[int]) -> list[float]:
-    """Nearest-rank percentiles, each one of the values."""
+    """Nearest-rank percentiles ``of`` (0 to 100) of the values."""
     ordered = sorted(values)
     return [ordered[max(-(-len(ordered) * p // 100) - 1, 0)] for p in of]

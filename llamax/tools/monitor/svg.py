@@ -1,8 +1,8 @@
-"""Line charts as inline SVG: no library, no script, one string.
+"""Line charts as inline SVG, without a library or a script.
 
-A chart has one or several curves over one axis, few ticks at round numbers, and faint raw values
-below a smoothed line where values jump.  Colours are CSS variables of the page (``--c0``, ...), so
-a page can be dark or light.
+A chart has one or several curves over one axis, a few ticks at round numbers, and for noisy values
+a smoothed line above faint raw ones.  Colours are CSS variables of the page (``--c0``, ...), so a
+page can be dark or light.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from itertools import pairwise
 
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
-POINTS = 400  # of a curve; more cannot be told apart
+POINTS = 400  # drawn for each curve
 COLOURS = 8
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Values over an axis; ``marked`` draws dots on it, for few values such as validation."""
+    """Values over an axis; ``marked``: with a dot for each value; ``smooth``: smoothed."""
 
     name: str
     points: Sequence[Point]
@@ -35,20 +35,21 @@ def chart(
     title: str,
     curves: Sequence[Curve],
     x_name: str,
-    x_words: Callable[[float], str],
-    y_words: Callable[[float], str],
+    show_x: Callable[[float], str],
+    show_y: Callable[[float], str],
     zero: bool = False,
 ) -> str:
-    """A figure of the curves that have any points; empty where none has.
+    """A figure of the curves that have points; empty where none has.
 
-    ``zero``: the y axis begins at 0.  Otherwise it leaves out the wildest hundredth of values.
+    ``show_x``, ``show_y``: the text of a value.  ``zero``: the y axis begins at 0; otherwise it
+    leaves out the most extreme hundredth of the values.
     """
     curves = [_finite(curve) for curve in curves]
     curves = [curve for curve in curves if curve.points]
     if not curves:
         return ""
     xs = [x for curve in curves for x, _ in curve.points]
-    low, high = span([y for curve in curves for _, y in curve.points], zero)
+    low, high = value_range([y for curve in curves for _, y in curve.points], zero)
     left, right = min(xs), max(max(xs), min(xs) + 1e-9)
 
     def place(point: Point) -> str:
@@ -56,9 +57,9 @@ def chart(
         y = min(max(point[1], low), high)
         return f"{x:.1f},{TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
 
-    parts = [*_grid(low, high, y_words, place, left, right), *_axis(left, right, x_words, x_name)]
+    parts = [*_grid(low, high, show_y, place, left, right), *_axis(left, right, show_x, x_name)]
     for curve in curves:
-        parts += _draw(curve, place, x_words, y_words)
+        parts += _draw(curve, place, show_x, show_y)
     label = escape(f"{title} over {x_name}", quote=True)
     return (
         f"<figure><figcaption>{escape(title)}</figcaption>"
@@ -72,19 +73,19 @@ def _finite(curve: Curve) -> Curve:
     return Curve(curve.name, points, curve.colour, curve.marked, curve.smooth)
 
 
-def span(values: Sequence[float], zero: bool) -> Point:
-    """The range a y axis shows: all but the wildest hundredth at either end, with some air."""
+def value_range(values: Sequence[float], zero: bool) -> Point:
+    """The range of a y axis: all but the most extreme hundredth at either end, with a margin."""
     ordered = sorted(values)
     cut = len(ordered) // 100
     low, high = ordered[cut], ordered[-1 - cut]
     low = 0.0 if zero else low
-    air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
-    return (low if zero else low - air), high + air
+    margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    return (low if zero else low - margin), high + margin
 
 
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers within a range, 1, 2 or 5 times a power of ten apart."""
-    raw = (high - low) / about
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About ``count`` round numbers in a range, 1, 2 or 5 times a power of ten apart."""
+    raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(step for step in (1, 2, 5, 10) if raw <= step * power) * power
     first = math.ceil(low / step - 1e-9)
@@ -94,7 +95,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 def _grid(
     low: float,
     high: float,
-    words: Callable[[float], str],
+    show: Callable[[float], str],
     place: Callable[[Point], str],
     left: float,
     right: float,
@@ -105,18 +106,18 @@ def _grid(
         found.append(
             f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>'
             f'<text class="tick" x="{LEFT - 7}" y="{y}" dy="0.32em" text-anchor="end">'
-            f"{escape(words(value))}</text>"
+            f"{escape(show(value))}</text>"
         )
     return found
 
 
-def _axis(left: float, right: float, words: Callable[[float], str], name: str) -> list[str]:
+def _axis(left: float, right: float, show: Callable[[float], str], name: str) -> list[str]:
     found = []
     for value in ticks(left, right):
         x = LEFT + (value - left) / (right - left) * (WIDTH - LEFT - RIGHT)
         found.append(
             f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 18}" text-anchor="middle">'
-            f"{escape(words(value))}</text>"
+            f"{escape(show(value))}</text>"
         )
     middle = (LEFT + WIDTH - RIGHT) / 2
     found.append(
@@ -129,8 +130,8 @@ def _axis(left: float, right: float, words: Callable[[float], str], name: str) -
 def _draw(
     curve: Curve,
     place: Callable[[Point], str],
-    x_words: Callable[[float], str],
-    y_words: Callable[[float], str],
+    show_x: Callable[[float], str],
+    show_y: Callable[[float], str],
 ) -> list[str]:
     points = thinned(curve.points)
     style = f'style="stroke:var(--c{curve.colour % COLOURS})"'
@@ -140,20 +141,22 @@ def _draw(
         found.append(f'<polyline class="raw" {style} points="{faint}"/>')
         points = smoothed(points)
     line = " ".join(map(place, points))
-    told = escape(f"{curve.name}: {y_words(curve.points[-1][1])} at {x_words(curve.points[-1][0])}")
-    found.append(f'<polyline class="line" {style} points="{line}"><title>{told}</title></polyline>')
+    title = escape(f"{curve.name}: {show_y(curve.points[-1][1])} at {show_x(curve.points[-1][0])}")
+    found.append(
+        f'<polyline class="line" {style} points="{line}"><title>{title}</title></polyline>'
+    )
     for point in points if curve.marked or len(points) == 1 else ():
         x, y = place(point).split(",")
-        told = escape(f"{curve.name}: {y_words(point[1])} at {x_words(point[0])}")
+        title = escape(f"{curve.name}: {show_y(point[1])} at {show_x(point[0])}")
         found.append(
             f'<circle cx="{x}" cy="{y}" r="2.6" style="fill:var(--c{curve.colour % COLOURS})">'
-            f"<title>{told}</title></circle>"
+            f"<title>{title}</title></circle>"
         )
     return found
 
 
 def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most ``POINTS`` of them, each the mean of its neighbours."""
+    """At most ``POINTS`` points, each the mean of consecutive ones."""
     if len(points) <= POINTS:
         return list(points)
     edges = [len(points) * k // POINTS for k in range(POINTS + 1)]
@@ -162,7 +165,7 @@ def thinned(points: Sequence[Point]) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:
-    """An exponential mean whose memory is a hundredth of the curve, without a bias at its start."""
+    """An exponential mean over a hundredth of the curve, without a bias at its start."""
     keep = 1 - 100 / max(len(points), 200)
     total = weight = 0.0
     found = []

@@ -1,18 +1,17 @@
-"""``llamax watch RUN``: a run at a glance, again every few seconds.
+"""The state of a run in a few lines of text, for a terminal.
 
 ::
 
     llama2-7b  6.74B bfloat16, tensor 8 x data 16 on xla  running              15:10:52
-    ━━━━━━━━━━━━━━━━━━━━━─────────  70%  step 420/600  left 1h57m  $399.26 spent, $168.42 to go
+    ━━━━━━━━━━━━━━━━━━━━━─────────  70%  step 420/600  left 1h57m  $399.26 spent, $168.42 remaining
 
     loss             2.1051  █▅▄▃▂▂▁▁▁▁  validation 2.1159, perplexity 8.3
     tokens/s           104K  ▆▇█▇▇▇▆▁▆▇  813 a rank
     step time           39s  median of 50 reports, p90 40s, p99 41s
     ranks           128/128  alive, on 4 hosts; steps 420 to 420
 
-It reads the run's folder and nothing else, so it works from any machine that sees the folder, on a
-run that trains, is over, or died.  Ctrl-C ends it.  Into a pipe, or with ``--once``, it writes the
-same lines once, without colours.
+The lines depend only on the folder of the run, so they can be made on any machine that sees the
+folder, while the run trains and afterwards.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ STATES = {
     "stuck": "red",
     "dead": "red",
 }
-LEFT, SPARK = 13, 26  # columns of labels and of small curves
-SHORTEST, PERCENT = 10, 7  # columns of the bar at least, and of the share behind it
-SHOWN = 6  # ranks with trouble, or cores, that are named
+LEFT, SPARK = 13, 26  # columns of labels and of sparklines
+SHORTEST, PERCENT = 10, 7  # columns of the shortest bar, and of the percentage after it
+SHOWN = 6  # ranks in trouble, or idle cores, that are named
 
 
 class Paint:
-    """Colours for a terminal, nothing elsewhere."""
+    """Wraps text in colour codes, or returns it unchanged where colours are off."""
 
     def __init__(self, on: bool) -> None:
         self.on = on
@@ -54,7 +53,7 @@ class Paint:
 
 
 def render(run: RunFolder, width: int = 80, colour: bool = False, price: float = 0.0) -> list[str]:
-    """The view of a run as lines; ``price`` in dollars an hour replaces the folder's own."""
+    """A run as lines of text; ``price`` in dollars an hour replaces that of the run."""
     paint = Paint(colour)
     lines = [
         *_head(run, width, paint, price or run.dollars_per_hour),
@@ -70,7 +69,7 @@ def render(run: RunFolder, width: int = 80, colour: bool = False, price: float =
 
 
 def clip(line: str, width: int) -> str:
-    """A line of at most ``width`` columns, with all its colours; … where it was longer."""
+    """A line cut to ``width`` columns, with all colour codes; … replaces the rest."""
     pieces = re.split(r"(\x1b\[[\d;]*m)", line)  # text, code, text, code, ..., text
     if sum(map(len, pieces[::2])) <= width:
         return line
@@ -91,25 +90,25 @@ def _head(run: RunFolder, width: int, paint: Paint, price: float) -> Iterator[st
         short = f"{size} {run.config.run.dtype}"
         wordings = [f"{short}, {mesh} on {run.config.run.backend}", short, size, ""]
     room = width - len(run.name) - len(run.state) - len(clock) - 6
-    about = next((each for each in wordings if len(each) < room), "")
-    gap = max(room - len(about), 1)
+    description = next((text for text in wordings if len(text) < room), "")
+    gap = max(room - len(description), 1)
     yield (
-        f"{paint(run.name, 'bold')}  {paint(about, 'dim')}  "
+        f"{paint(run.name, 'bold')}  {paint(description, 'dim')}  "
         f"{paint(run.state, 'bold', STATES[run.state])}{' ' * gap}{paint(clock, 'dim')}"
     )
     step = run.last.step if run.last else 0
     done = step / run.steps if run.steps else 0.0
-    told = [f"step {step:,}/{run.steps:,}"]
+    parts = [f"step {step:,}/{run.steps:,}"]
     if run.state == "running":
-        told.append(f"  left {show_time(run.left_s)}")
+        parts.append(f"  left {show_time(run.remaining_s)}")
     elif run.last:
-        told.append(f"  after {show_time(run.spent_s)}")
+        parts.append(f"  after {show_time(run.spent_s)}")
     if price and run.last:
-        spent, left = (s / 3600 * price for s in (run.spent_s, run.left_s))
-        told += [f"  ${spent:,.2f} spent", f", ${left:,.2f} to go" if left else ""]
-    while len(told) > 1 and len("".join(told)) > width - SHORTEST - PERCENT:
-        told.pop()
-    text = "".join(told)
+        spent, left = (s / 3600 * price for s in (run.spent_s, run.remaining_s))
+        parts += [f"  ${spent:,.2f} spent", f", ${left:,.2f} remaining" if left else ""]
+    while len(parts) > 1 and len("".join(parts)) > width - SHORTEST - PERCENT:
+        parts.pop()
+    text = "".join(parts)
     bar = max(min(width - 50, width - len(text) - PERCENT), SHORTEST)
     full = round(done * bar)
     drawn = paint("━" * full, STATES[run.state]) + paint("─" * (bar - full), "dim")
@@ -119,7 +118,7 @@ def _head(run: RunFolder, width: int, paint: Paint, price: float) -> Iterator[st
 def _curves(run: RunFolder, paint: Paint) -> Iterator[str]:
     last = run.last
     if last is None:
-        yield paint("no step has been reported yet", "dim")
+        yield paint("no step reported yet", "dim")
         return
     validated = [r.validation_loss for r in run.records if r.validation_loss is not None]
     more = ""
@@ -127,10 +126,10 @@ def _curves(run: RunFolder, paint: Paint) -> Iterator[str]:
         more = f"validation {validated[-1]:.4f}, perplexity {perplexity(validated[-1]):.1f}"
     yield _row(paint, "loss", f"{last.loss:.4f}", run.records, "loss", more)
     yield _row(paint, "grad norm", f"{last.grad_norm:.3f}", run.records, "grad_norm")
-    rank = int(run.environment.get("ranks", 0))
-    each = f"{show_number(last.tokens_per_s / rank)} a rank" if rank > 1 else ""
-    shown = show_number(last.tokens_per_s)
-    yield _row(paint, "tokens/s", shown, run.records, "tokens_per_s", each)
+    ranks = int(run.environment.get("ranks", 0))
+    per_rank = f"{show_number(last.tokens_per_s / ranks)} a rank" if ranks > 1 else ""
+    total = show_number(last.tokens_per_s)
+    yield _row(paint, "tokens/s", total, run.records, "tokens_per_s", per_rank)
     if last.mfu:
         yield _row(paint, "MFU", f"{last.mfu:.1%}", run.records, "mfu")
     yield _row(paint, "learning rate", f"{last.lr:.2e}", run.records, "lr")
@@ -139,12 +138,12 @@ def _curves(run: RunFolder, paint: Paint) -> Iterator[str]:
 def _row(
     paint: Paint, name: str, value: str, records: Sequence[Record], field: str, more: str = ""
 ) -> str:
-    curve = spark([getattr(record, field) for record in records], SPARK)
+    curve = sparkline([getattr(record, field) for record in records], SPARK)
     return f"{paint(f'{name:<{LEFT}}', 'dim')} {value:>9}  {paint(curve, 'cyan')}  {more}".rstrip()
 
 
-def spark(values: Sequence[float], width: int) -> str:
-    """A curve of block characters, each the mean of its share of the values; gaps where none."""
+def sparkline(values: Sequence[float], width: int) -> str:
+    """A curve of block characters, each the mean of consecutive values; blank where not finite."""
     width = min(width, len(values))
     cells = []
     for cell in range(width):
@@ -185,9 +184,9 @@ def _ranks(run: RunFolder, paint: Paint) -> Iterator[str]:
     word = "done" if run.state in ("finished", "stopped") else "alive"
     label = paint(f"{'ranks':<{LEFT}}", "dim")
     hosts = len({rank.beat.host for rank in run.ranks})
-    told = f"{len(good)}/{len(run.ranks)}"
+    count = f"{len(good)}/{len(run.ranks)}"
     yield (
-        f"{label} {told:>9}  {word}, on {hosts} host{'s' if hosts > 1 else ''}; "
+        f"{label} {count:>9}  {word}, on {hosts} host{'s' if hosts > 1 else ''}; "
         f"steps {min(r.beat.step for r in run.ranks)} to {max(r.beat.step for r in run.ranks)}"
     )
     bad = [rank for rank in run.ranks if rank not in good]

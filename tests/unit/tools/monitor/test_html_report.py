@@ -13,7 +13,7 @@ from support.run_folders import NOW, make_run
 
 from llamax.cli import report
 from llamax.runtime.errors import DataError
-from llamax.tools.monitor.html_report import page, told_apart
+from llamax.tools.monitor.html_report import page, with_distinct_names
 from llamax.tools.monitor.run_folder import read_run
 
 # --- the page ------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ def test_runs_that_differ_are_marked(tmp_path: Path) -> None:
 
 def test_runs_of_one_name_are_told_by_their_paths(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name, 12) for name in ("x/night", "y/night", "day")]
-    found = told_apart([read_run(folder, NOW) for folder in folders])
+    found = with_distinct_names([read_run(folder, NOW) for folder in folders])
     assert [run.name for run in found] == [str(folders[0]), str(folders[1]), "day"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llamax.tools.monitor.svg import Curve, chart, smoothed, span, thinned, ticks
+from llamax.tools.monitor.svg import Curve, chart, smoothed, thinned, ticks, value_range
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -17,9 +17,9 @@ def test_charts_leave_out_what_is_not_finite_and_the_wildest() -> None:
     assert chart("t", [Curve("c", [])], "x", str, str) == ""
     assert chart("t", [Curve("c", [(1, float("inf"))])], "x", str, str) == ""
     values = [*([1.0] * 198), 500.0, 900.0]
-    low, high = span(values, zero=False)
+    low, high = value_range(values, zero=False)
     assert high < 600
-    assert span([2.0, 4.0], zero=True)[0] == 0.0
+    assert value_range([2.0, 4.0], zero=True)[0] == 0.0
     assert low < 1.0 < high
 
 

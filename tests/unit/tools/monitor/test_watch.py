@@ -13,7 +13,7 @@ from support.run_folders import NOW, make_run
 from llamax.cli import watch
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.tools.monitor.run_folder import percentiles, read_run
-from llamax.tools.monitor.watch import COLOURS, clip, render, spark
+from llamax.tools.monitor.watch import COLOURS, clip, render, sparkline
 
 
 def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
@@ -25,7 +25,7 @@ def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
         "stuck",
         "30%",
         "step 12/40",
-        "$0.24 spent, $0.56 to go",  # 24 s and 56 s at $36 an hour
+        "$0.24 spent, $0.56 remaining",  # 24 s and 56 s at $36 an hour
         "loss             4.4000",
         "validation 4.0000, perplexity 54.6",
         "grad norm",
@@ -81,11 +81,11 @@ def test_ctrl_c_leaves_the_last_view_on_the_screen(
 def test_a_running_view_says_what_is_left(tmp_path: Path) -> None:
     text = "\n".join(render(read_run(make_run(tmp_path / "r", 12), NOW + 5), price=3600.0))
     assert "left 56s" in text
-    assert "$24.00 spent, $56.00 to go" in text
+    assert "$24.00 spent, $56.00 remaining" in text
     once = "\n".join(render(read_run(make_run(tmp_path / "t", 1), NOW)))
     assert "median of 1 report, p90" in once
     early = "\n".join(render(read_run(make_run(tmp_path / "s", 0), NOW)))
-    assert "no step has been reported yet" in early
+    assert "no step reported yet" in early
 
 
 def test_watch_prints_once_into_a_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,14 +95,14 @@ def test_watch_prints_once_into_a_pipe(tmp_path: Path, capsys: pytest.CaptureFix
     assert "$" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="--every=0 is not above 0"):
         watch.main([str(tmp_path / "r"), "--every", "0"])
-    with pytest.raises(DataError, match="is no run's folder"):
+    with pytest.raises(DataError, match="is not the folder of a run"):
         watch.main([str(tmp_path)])
 
 
 def test_sparks_and_percentiles() -> None:
-    assert spark([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
-    assert spark([1, 1, 9, 9], 2) == "▁█"
-    assert spark([5.0], 4) == "▁"
-    assert spark([float("nan"), 1.0, 2.0], 3) == " ▁█"
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([1, 1, 9, 9], 2) == "▁█"
+    assert sparkline([5.0], 4) == "▁"
+    assert sparkline([float("nan"), 1.0, 2.0], 3) == " ▁█"
     assert percentiles(range(1, 101), (1, 50, 99)) == [1, 50, 99]
     assert percentiles([3.0, 1.0], (50, 90)) == [1.0, 3.0]
