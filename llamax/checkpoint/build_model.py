@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.load import Whole, check_shapes, load_owned, load_weights
 from llamax.checkpoint.peft import (
-    SHAPE,
+    ADAPTER_FIELDS,
     AdapterInfo,
     adapter_info,
-    base_of,
+    find_base_folder,
     fingerprint,
     open_adapter,
 )
@@ -149,7 +149,7 @@ def check_resumed(finetune: FinetuneConfig, resumed: Checkpoint, first: Source |
         )
     if found is None:
         return
-    for name in SHAPE:
+    for name in ADAPTER_FIELDS:
         mine, theirs = getattr(finetune, name), getattr(found.finetune, name)
         if mine != theirs:
             raise ConfigError(
@@ -157,7 +157,7 @@ def check_resumed(finetune: FinetuneConfig, resumed: Checkpoint, first: Source |
                 "use that, or another run.folder"
             )
     assert first is not None, "rules.adapters_have_a_base"
-    found.check(resumed.folder, first)
+    found.check_base(resumed.folder, first)
 
 
 def load_tuned(
@@ -175,9 +175,9 @@ def load_tuned(
     Raises CheckpointError where they do not belong together.
     """
     source, found = open_adapter(adapter)
-    frozen = open_source(base_folder or base_of(source.folder, found))
+    frozen = open_source(base_folder or find_base_folder(source.folder, found))
     finetune_info(FinetuneConfig(), frozen)
-    found.check(source.folder, frozen)
+    found.check_base(source.folder, frozen)
     narrow = frozen.dtype("model.embed_tokens.weight") == torch.bfloat16
     kind = dtype or (torch.bfloat16 if narrow else torch.float32)
     tp = tp or Solo("tp", device)

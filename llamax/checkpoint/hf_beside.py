@@ -1,12 +1,12 @@
-"""A Hugging Face folder in every checkpoint, written by all ranks at once.
+"""A Hugging Face folder inside a checkpoint, written by all ranks in the background.
 
 ::
 
-    all ranks   wait for the checkpoint to be complete; fill every n-th file of hub.part from it
-    rank 0      waits for all, adds configuration, index and tokenizer -> rename to hub
+    all ranks   wait until the checkpoint is complete; write every n-th file of hub.part from it
+    rank 0      waits for the others, adds configuration, index and tokenizer, renames it to hub
 
-A file has one writer, so that a network file system needs no promises beyond a rank's own; what is
-read was written a moment ago.  Ranks meet over the file system: no collective runs beside training.
+Every file has one writer, which works on any network file system.  Ranks wait for each other over
+the file system, so that no collective runs beside those of training.
 """
 
 from __future__ import annotations
@@ -25,35 +25,36 @@ from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
 from llamax.runtime.files import sync_folder
 
 HUB, HUB_PART = "hub", "hub.part"
-RENAMED_S = 60.0  # between a save's last name and its ``done``, and for both to be seen
+DONE_WAIT_S = 60.0  # from the rename of a checkpoint until other ranks see its ``done``
 
 
 def write_hf_folder_beside(
     checkpoint: Path, saving: Path, rank: int, world_size: int, timeout_s: float
 ) -> None:
-    """Write this rank's share of ``checkpoint``/hub, once ``saving`` has become ``checkpoint``.
+    """Write this rank's share of ``checkpoint``/hub after ``saving`` was renamed to ``checkpoint``.
 
-    Raises CheckpointError or NoRoom on a rank that cannot write its share, and on rank 0.
+    Returns without writing if no checkpoint appears.  Raises CheckpointError or NoRoom on a rank
+    that cannot write its share and on rank 0, which waits ``timeout_s`` at most.
     """
     deadline = time.monotonic() + timeout_s
     if not _until(lambda: not saving.exists(), deadline) or not _until(
-        (checkpoint / DONE).exists, min(deadline, time.monotonic() + RENAMED_S)
+        (checkpoint / DONE).exists, min(deadline, time.monotonic() + DONE_WAIT_S)
     ):
-        return  # rank 0 says why there is no checkpoint
+        return  # rank 0 reports why there is no checkpoint
     part = checkpoint / HUB_PART
     part.mkdir(exist_ok=True)
     try:
         source = Checkpoint(checkpoint)
         planned = hf_writer.plan_files(source)
-        total = sum(one.size_bytes for one in planned)
+        total = sum(tensor.size_bytes for tensor in planned)
         planned = hf_writer.plan_files(
             source, None, min(hf_writer.FILE_BYTES, -(-total // world_size))
         )
-        mine = list(hf_writer.share(planned, rank, world_size))
-        offsets, buffers = hf_writer.allocate_files(part, mine), slabs.new_buffers(1)
-        for one in mine:
-            hf_writer.write_tensor(source, part, one, offsets[one.name], buffers)
-        for file in {one.file for one in mine}:
+        share = list(hf_writer.tensors_of_rank(planned, rank, world_size))
+        offsets, buffers = hf_writer.allocate_files(part, share), slabs.new_buffers(1)
+        for tensor in share:
+            hf_writer.write_tensor(source, part, tensor, offsets[tensor.name], buffers)
+        for file in {tensor.file for tensor in share}:
             fd = os.open(part / file, os.O_RDONLY)
             os.fsync(fd)
             os.close(fd)
@@ -72,7 +73,7 @@ def write_hf_folder_beside(
 
 
 def _gather(part: Path, world_size: int, deadline: float) -> None:
-    """Wait for the notes of all ranks, and remove them."""
+    """Wait for the notes of all ranks and remove them; raise the error that one of them reports."""
     notes = [part / f"rank-{rank:05d}.json" for rank in range(world_size)]
     if not _until(lambda: all(note.exists() for note in notes), deadline):
         missing = [str(rank) for rank, note in enumerate(notes) if not note.exists()]
@@ -84,8 +85,9 @@ def _gather(part: Path, world_size: int, deadline: float) -> None:
         note.unlink()
 
 
-def _until(true: Callable[[], bool], deadline: float) -> bool:
-    while not true():
+def _until(condition: Callable[[], bool], deadline: float) -> bool:
+    """Wait for a condition; False if it is not met before the deadline."""
+    while not condition():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.05)

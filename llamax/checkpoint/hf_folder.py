@@ -1,7 +1,7 @@
-"""A Hugging Face folder as a source: ``config.json`` and safetensors files, one or many.
+"""Hugging Face folders as a source of tensors: ``config.json`` and one or more safetensors files.
 
-Nothing outside the folder is opened and nothing in it is executed: the index may name plain files
-only, links must stay in the folder (or in the ``blobs`` of the Hub's own cache), and pickled
+Nothing outside the folder is opened and nothing in it is executed: the index may name only plain
+files, links must stay in the folder (or point into ``blobs`` of the Hub's cache), and pickled
 weights are refused.
 """
 
@@ -23,8 +23,8 @@ from llamax.checkpoint.safetensors_io import TensorEntry, read_header
 from llamax.checkpoint.source import Piece, Source
 from llamax.runtime.errors import CheckpointError
 
-CONFIG, GENERATION = "config.json", "generation_config.json"
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG_JSON, GENERATION_CONFIG = "config.json", "generation_config.json"
+SINGLE_FILE, INDEX_JSON = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -33,36 +33,36 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-MOST_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 64 << 20
 
 
 class HfFolder(Source):
-    """The weights of a causal Llama that transformers saved.
+    """A LlamaForCausalLM in the form in which transformers saves it.
 
-    Raises CheckpointError where files are missing, lead out of the folder, or hold no Llama.
+    Raises CheckpointError if files are missing, link out of the folder, or hold another model.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"there is no folder {self.folder}; check the path")
-        for name in (CONFIG, GENERATION, INDEX, *TOKENIZER_FILES):
+        for name in (CONFIG_JSON, GENERATION_CONFIG, INDEX_JSON, *TOKENIZER_FILES):
             if os.path.lexists(self.folder / name):
                 self._inside(self.folder / name)
-        if not (self.folder / CONFIG).exists():
+        if not (self.folder / CONFIG_JSON).exists():
             ours = (
                 manifest.STEP_FOLDER.match(self.folder.name)
                 or (self.folder / manifest.MANIFEST).exists()
             )
             remedy = (
-                "it is a checkpoint of llamax: make one of it with llamax consolidate"
+                "it is a checkpoint of llamax: convert it with llamax consolidate"
                 if ours or newest_checkpoint(self.folder)
                 else "give a folder that save_pretrained or llamax consolidate wrote"
             )
             raise CheckpointError(
-                f"{self.folder} has no {CONFIG}: it is no Hugging Face folder; {remedy}"
+                f"{self.folder} has no {CONFIG_JSON}: it is not a Hugging Face folder; {remedy}"
             )
-        self.model = read_json(self.folder / CONFIG)
+        self.model = read_json(self.folder / CONFIG_JSON)
         if self.model.get("model_type") != "llama":
             raise CheckpointError(
                 f"{self.folder} holds a {self.model.get('model_type')!r} model, not a Llama; "
@@ -83,8 +83,8 @@ class HfFolder(Source):
             )
         if "lm_head.weight" not in self._entries and not self.model.get("tie_word_embeddings"):
             raise CheckpointError(
-                f"{self.folder} has no lm_head.weight, and its {CONFIG} does not tie it to the "
-                "embedding; download it anew, or set tie_word_embeddings to true there if it is"
+                f"{self.folder} has no lm_head.weight, and its {CONFIG_JSON} does not tie it to "
+                "the embedding; download it again, or set tie_word_embeddings to true if it is tied"
             )
 
     def names(self) -> list[str]:
@@ -104,27 +104,27 @@ class HfFolder(Source):
         return [Piece(path, entry.offset, whole_run(entry.shape))]
 
     def total_bytes(self) -> int:
-        """The bytes of all weights."""
+        """The size of all weights in bytes."""
         return sum(math.prod(e.shape) * e.dtype.itemsize for _, e in self._entries.values())
 
     def _paths(self) -> list[Path]:
-        if (self.folder / SINGLE).exists():
-            names = {SINGLE}
-        elif (self.folder / INDEX).exists():
-            index = self.folder / INDEX
+        if (self.folder / SINGLE_FILE).exists():
+            names = {SINGLE_FILE}
+        elif (self.folder / INDEX_JSON).exists():
+            index = self.folder / INDEX_JSON
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{index} has no weight_map; download it anew")
+                raise CheckpointError(f"{index} has no weight_map; download it again")
             names = set()
             for file in weight_map.values():
                 if not isinstance(file, str) or Path(file).name != file:
-                    raise CheckpointError(f"{index} names {file!r}, which is no file beside it")
+                    raise CheckpointError(f"{index} names {file!r}, which is not a file beside it")
                 names.add(file)
         else:
             pickled = (*self.folder.glob("*.bin"), *self.folder.glob("*.pth"))
             found = f"only {pickled[0].name}, a pickle" if pickled else "no weights"
             raise CheckpointError(
-                f"{self.folder} has {found}; {SINGLE} or {INDEX} is needed: save it with "
+                f"{self.folder} has {found}; {SINGLE_FILE} or {INDEX_JSON} is needed: save it with "
                 "save_pretrained(safe_serialization=True)"
             )
         return [self._inside(self.folder / name) for name in sorted(names)]
@@ -134,42 +134,43 @@ class HfFolder(Source):
         if real.parent not in (home, home.parent.parent / "blobs"):
             raise CheckpointError(f"{path} is a link out of its folder; put the file itself there")
         if not real.is_file():
-            raise CheckpointError(f"{path} is missing or no plain file; download it anew")
+            raise CheckpointError(f"{path} is missing or not a plain file; download it again")
         return path
 
 
 def open_source(path: Path | str) -> Source:
-    """A Hugging Face folder, the step folder of a checkpoint, or the newest of a run folder.
+    """Open a model to read: a Hugging Face folder, a checkpoint, or the newest one of a run.
 
-    Raises CheckpointError where ``path`` is none of them.
+    Raises CheckpointError if ``path`` is none of these.
     """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}; give a folder with a model in it")
-    if (path / CONFIG).is_file():
+    if (path / CONFIG_JSON).is_file():
         return HfFolder(path)
     if not (path / manifest.MANIFEST).exists() and newest_checkpoint(path) is None:
         raise CheckpointError(
-            f"{path} holds no model: give a Hugging Face folder (with {CONFIG}), a step's folder "
-            "of a checkpoint, or a run's folder with a complete one"
+            f"{path} holds no model: give a Hugging Face folder (with {CONFIG_JSON}), the folder "
+            "of a checkpoint, or a run's folder with a complete checkpoint"
         )
     return Checkpoint(find_checkpoint(path))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of the folder; CheckpointError where it is none."""
+    """Read a JSON object from a file; CheckpointError if the file holds anything else."""
     try:
         if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} is no plain file; download it anew")
-        if path.stat().st_size > MOST_JSON_BYTES:
+            raise CheckpointError(f"{path} is not a plain file; download it again")
+        if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(
-                f"{path} is over {MOST_JSON_BYTES >> 20} MiB; it is no {path.name}"
+                f"{path} is over {MAX_JSON_BYTES >> 20} MiB, too large for {path.name}; "
+                "download it again"
             )
         found = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not JSON; download it anew") from None
+        raise CheckpointError(f"{path} is not JSON; download it again") from None
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not a JSON object; download it anew")
+        raise CheckpointError(f"{path} is not a JSON object; download it again")
     return found

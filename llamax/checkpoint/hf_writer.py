@@ -1,13 +1,14 @@
-"""From a checkpoint's runs to the files of a Hugging Face folder, by as many hands as there are.
+"""Writing Hugging Face folders, with any number of processes or ranks at work on one folder.
 
 ::
 
-    plan     which tensors go into which file, and at which byte: known before anything is read
-    fill     one tensor of one file, through a slab of 16 MiB, to its place      in any order
-    rest     config.json, generation_config.json, the index, the tokenizer, which may be refused
+    plan_files       the file of every tensor, known before anything is read
+    allocate_files   files of their final size, with headers; the byte offset of every tensor
+    write_tensor     one tensor to its offset, through a slab of 16 MiB; in any order
+    write_metadata   config.json, generation_config.json, the index and the tokenizer
 
-``consolidate`` fills with processes; ``Saver`` lets every rank fill its share of files while
-training goes on (``checkpoint.also_hf``).
+``consolidate`` writes tensors with processes; ``Saver`` lets every rank write its share of the
+files while training continues (``checkpoint.also_hf``).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ FILE_BYTES = 5 * 10**9
 
 
 class PlannedTensor(NamedTuple):
-    """One tensor to write: what it is made of, and the file it goes into."""
+    """A tensor to write: the kind to read it from, its dtype and shape, and its file."""
 
     name: str
     kind: str
@@ -53,10 +54,10 @@ class PlannedTensor(NamedTuple):
 def plan_files(
     source: Source, dtype: torch.dtype | None = None, max_shard_bytes: int = FILE_BYTES
 ) -> list[PlannedTensor]:
-    """The file of every tensor; a new file begins where ``max_shard_bytes`` would be exceeded.
+    """The tensors in the order of their files; a file has at most ``max_shard_bytes``.
 
-    ``dtype`` defaults to that of the weights; float32 takes the masters where there are some.
-    Raises CheckpointError for a checkpoint of adapters, which is no model by itself.
+    A larger tensor has a file for itself.  ``dtype`` defaults to that of the weights; float32 takes
+    the master weights where they exist.  Raises CheckpointError for a checkpoint of adapters.
     """
     if "model.embed_tokens.weight" not in source.names():
         raise CheckpointError(
@@ -77,63 +78,75 @@ def plan_files(
     several = len(files) > 1
     return [
         one._replace(
-            file=f"model-{n:05d}-of-{len(files):05d}.safetensors" if several else hf_folder.SINGLE
+            file=f"model-{n:05d}-of-{len(files):05d}.safetensors"
+            if several
+            else hf_folder.SINGLE_FILE
         )
         for n, one in chosen
     ]
 
 
 def allocate_files(folder: Path, planned: Sequence[PlannedTensor]) -> dict[str, int]:
-    """Make the files, headers written, all room in them still empty: name -> byte of its data."""
+    """Create the files with headers and room for the tensors; the byte offset of each, by name."""
     offsets: dict[str, int] = {}
     for file in dict.fromkeys(one.file for one in planned):
-        mine = [(one.name, one.dtype, one.shape) for one in planned if one.file == file]
-        start, places, size_bytes = build_header(mine)
+        tensors = [(one.name, one.dtype, one.shape) for one in planned if one.file == file]
+        header, file_offsets, size_bytes = build_header(tensors)
         with explain_write_errors(folder / file, size_bytes), open(folder / file, "wb") as out:
-            out.write(start)
+            out.write(header)
             out.truncate(size_bytes)
-        offsets |= places
+        offsets |= file_offsets
     return offsets
 
 
 def write_tensor(
     source: Source, folder: Path, one: PlannedTensor, offset: int, buffers: slabs.Buffers
 ) -> int:
-    """Write one tensor to its place in its file; how many bytes."""
-    outgoing = slabs.stream_tensor(source, one.name, one.kind, one.dtype, buffers)
-    write_tensor_at(folder / one.file, offset, outgoing.chunks, one.size_bytes)
+    """Write one tensor to its offset in its file; return its size in bytes."""
+    stream = slabs.stream_tensor(source, one.name, one.kind, one.dtype, buffers)
+    write_tensor_at(folder / one.file, offset, stream.chunks, one.size_bytes)
     return one.size_bytes
 
 
 def write_metadata(
     source: Source, planned: Sequence[PlannedTensor], folder: Path, tokenizer: Path | None = None
 ) -> None:
-    """All of a Hugging Face folder but the weights."""
+    """Write everything of a Hugging Face folder except the weights.
+
+    ``tokenizer``: a tokenizer file or folder; by default that of the dataset.  Raises
+    CheckpointError if the tokenizer does not belong to the model.
+    """
     model = ModelConfig.from_hub(source.model)
     write_json(
-        folder / hf_folder.CONFIG, model.to_hub(str(planned[0].dtype).removeprefix("torch."))
+        folder / hf_folder.CONFIG_JSON, model.to_hub(str(planned[0].dtype).removeprefix("torch."))
     )
     special = {"bos_token_id": model.bos_token_id, "eos_token_id": model.eos_token_id}
-    write_json(folder / hf_folder.GENERATION, {k: v for k, v in special.items() if v is not None})
-    if planned[-1].file != hf_folder.SINGLE:
+    write_json(
+        folder / hf_folder.GENERATION_CONFIG, {k: v for k, v in special.items() if v is not None}
+    )
+    if planned[-1].file != hf_folder.SINGLE_FILE:
         weight_map = {one.name: one.file for one in sorted(planned)}
         total = sum(one.size_bytes for one in planned)
         write_json(
-            folder / hf_folder.INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map}
+            folder / hf_folder.INDEX_JSON,
+            {"metadata": {"total_size": total}, "weight_map": weight_map},
         )
     write_tokenizer(source, model, tokenizer, folder)
 
 
-def share(planned: Sequence[PlannedTensor], rank: int, world_size: int) -> Iterator[PlannedTensor]:
-    """The tensors of every ``world_size``-th file, from file ``rank`` on."""
+def tensors_of_rank(
+    planned: Sequence[PlannedTensor], rank: int, world_size: int
+) -> Iterator[PlannedTensor]:
+    """The tensors that a rank writes: those of every ``world_size``-th file, from ``rank`` on."""
     files = list(dict.fromkeys(one.file for one in planned))[rank::world_size]
     return (one for one in planned if one.file in files)
 
 
 def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, folder: Path) -> None:
-    """Put the tokenizer beside the weights: the one given, or that of the dataset, if it is there.
+    """Write the tokenizer ``given``, or else that of the dataset if the dataset is present.
 
-    Raises CheckpointError where it is not the one the model was trained with.
+    Raises CheckpointError if it is not the one the model was trained with, or has more tokens than
+    the model's vocabulary.
     """
     path = given or dataset_of(source.folder)
     if path is None or not (given or path.is_dir()):
@@ -158,7 +171,7 @@ def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, fold
 
 
 def dataset_of(checkpoint: Path) -> Path | None:
-    """The dataset folder that a checkpoint's configuration names; of a blend one that is here."""
+    """The dataset folder in a checkpoint's configuration or None; of a blend, one that exists."""
     path = checkpoint / CONFIG_TOML
     if not path.is_file():
         return None
@@ -171,7 +184,7 @@ def dataset_of(checkpoint: Path) -> Path | None:
 
 
 def write_json(path: Path, value: dict[str, object]) -> None:
-    """A JSON file as people like to read it."""
+    """Write an indented JSON file; CheckpointError or NoRoom if the disk refuses."""
     text = json.dumps(value, indent=2) + "\n"
     with explain_write_errors(path, len(text)):
         path.write_text(text, encoding="utf-8")

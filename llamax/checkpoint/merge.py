@@ -18,7 +18,11 @@ from llamax.checkpoint import hf_folder, hf_writer, slabs
 from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.build_model import finetune_info
 from llamax.checkpoint.consolidate import dtype_of, size
-from llamax.checkpoint.peft import AdapterInfo, base_of, open_adapter
+from llamax.checkpoint.peft import (
+    AdapterInfo,
+    find_base_folder,
+    open_adapter,
+)
 from llamax.checkpoint.runs import Run
 from llamax.checkpoint.safetensors_io import (
     Progress,
@@ -38,7 +42,7 @@ class Merged(Source):
     """
 
     def __init__(self, base: Source, adapter: Source, info: AdapterInfo) -> None:
-        info.check(adapter.folder, base)
+        info.check_base(adapter.folder, base)
         ModelConfig.from_hub(base.model)  # refuses models that llamax cannot compute
         self.base, self.adapter, self.scale = base, adapter, lora.scale(info.finetune)
         self.folder, self.model = base.folder, base.model
@@ -119,7 +123,7 @@ def merge(
     """
     weight_dtype, file_bytes = dtype_of(dtype), size(max_shard_size)
     adapters, info = open_adapter(adapter)
-    base_model = hf_folder.open_source(base or base_of(adapters.folder, info))
+    base_model = hf_folder.open_source(base or find_base_folder(adapters.folder, info))
     finetune_info(FinetuneConfig(), base_model)
     merged = Merged(base_model, adapters, info)
     planned, buffers = hf_writer.plan_files(merged, weight_dtype, file_bytes), slabs.new_buffers()

@@ -1,17 +1,19 @@
-"""Adapters in files: checkpoints that hold nothing else, and the folders of PEFT.
+"""LoRA adapters in files: checkpoints of adapters, and PEFT folders.
 
 ::
 
-    checkpoint   step-00000100/   our manifest; its state says ``finetune`` and ``base``
-    PEFT folder  adapter_config.json, adapter_model.safetensors, and our base.json
+    checkpoint   step-00000100/   a llamax manifest with ``finetune`` and ``base`` in its state
+    PEFT folder  adapter_config.json, adapter_model.safetensors, and base.json of llamax
 
-An adapter means nothing without its base, so both name it: the folder it was loaded from, and a
-fingerprint, the sha256 of every tensor's name, shape and a few of its elements.  Elements count as
-bfloat16, so that a base saved again in another precision, or by other ranks, is the same base.  A
-PEFT folder from elsewhere has no fingerprint; then names and shapes must do.
+Adapters are useless without their base model, so both forms record it: the folder it was loaded
+from, and a fingerprint, the sha256 of every tensor's name, shape and a few of its elements.  The
+elements are hashed as bfloat16, so that a base saved again in another precision or on another mesh
+has the same fingerprint.  A PEFT folder from elsewhere has none; then only names and shapes are
+compared.
 
-PEFT spells our name ``model.layers.0.self_attn.q_proj.lora_A.weight`` with ``base_model.model.`` in
-front (https://huggingface.co/docs/peft/developer_guides/checkpoint).
+PEFT puts ``base_model.model.`` before a name such as
+``model.layers.0.self_attn.q_proj.lora_A.weight``
+(https://huggingface.co/docs/peft/developer_guides/checkpoint).
 """
 
 from __future__ import annotations
@@ -38,11 +40,15 @@ from llamax.config.rules.finetune import LINEAR
 from llamax.config.schema import FinetuneConfig
 from llamax.runtime.errors import CheckpointError
 
-CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
-PREFIX = "base_model.model."
-SAMPLED = 64  # elements of a tensor that its fingerprint reads at the start, middle and end
-# What PEFT can do to an adapter and llamax does not compute, with the value that means "not done".
-PLAIN = {
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_JSON = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "base.json",
+)
+PEFT_PREFIX = "base_model.model."
+SAMPLED_ELEMENTS = 64  # read for a fingerprint at the start, the middle and the end of a tensor
+# PEFT settings of which llamax computes only this value.
+SUPPORTED_VALUES = {
     "use_dora": False,
     "bias": "none",
     "modules_to_save": None,
@@ -61,52 +67,52 @@ PLAIN = {
     "kasa_config": None,
     "monteclora_config": None,
 }
-# First weights that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ, ... take a part out of it.
-FIRST = ("true", "false", "none", "gaussian", "eva", "orthogonal")
-# Fields of Finetune that make an adapter what it is.
-SHAPE = ("method", "r", "alpha", "targets", "rslora", "quant", "double_quant")
+# Initialisations that leave the base unchanged; PiSSA, OLoRA, CorDA, LoftQ, ... subtract from it.
+SUPPORTED_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal")
+# Fields of FinetuneConfig with which an adapter was trained and must be used.
+ADAPTER_FIELDS = ("method", "r", "alpha", "targets", "rslora", "quant", "double_quant")
 
 
 class AdapterInfo(NamedTuple):
-    """What an adapter says of itself; an empty ``fingerprint``: it does not say."""
+    """How adapters were trained, and the folder and fingerprint of their base ("" if unknown)."""
 
     finetune: FinetuneConfig
     base: str
     fingerprint: str
 
     def state(self) -> dict[str, Any]:
-        """Its part of a checkpoint's state."""
+        """The entries for a checkpoint's state."""
         base = {"folder": self.base, "fingerprint": self.fingerprint}
         return {"finetune": asdict(self.finetune), "base": base}
 
-    def check(self, folder: Path, base: Source) -> None:
-        """Refuse the adapter in ``folder`` for another base than its own."""
-        if self.fingerprint and self.fingerprint != (found := fingerprint(base)):
+    def check_base(self, folder: Path, base: Source) -> None:
+        """Raise CheckpointError unless the adapter in ``folder`` belongs to ``base``."""
+        if self.fingerprint and self.fingerprint != (actual := fingerprint(base)):
             raise CheckpointError(
                 f"{folder} is an adapter of another base: {base.folder} has the fingerprint "
-                f"{found[:12]}, the adapter's base {self.fingerprint[:12]}; use {self.base}"
+                f"{actual[:12]}, the adapter's base {self.fingerprint[:12]}; use {self.base}"
             )
 
 
 def fingerprint(source: Source) -> str:
-    """What tells a base from others, in hex."""
+    """A sha256 in hex of the names, shapes and sampled elements of a model's tensors."""
     digest = hashlib.sha256()
     for name in sorted(source.names()):
         shape = source.shape(name)
         size = math.prod(shape)
         digest.update(f"{name}{list(shape)}".encode())
-        count, width = min(SAMPLED, size), math.prod(shape[1:])
+        count, width = min(SAMPLED_ELEMENTS, size), math.prod(shape[1:])
         for start in (0, (size - count) // 2, size - count):
-            found = torch.empty(count, dtype=source.dtype(name))
-            source.fill(name, "weight", Run(0, width, start, count), found)
-            digest.update(found.bfloat16().view(torch.uint8).numpy().tobytes())
+            sample = torch.empty(count, dtype=source.dtype(name))
+            source.fill(name, "weight", Run(0, width, start, count), sample)
+            digest.update(sample.bfloat16().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
 def adapter_info(source: Source) -> AdapterInfo | None:
-    """What an adapter checkpoint says of itself; None for any other source."""
+    """The description of a source of adapters; None for any other source."""
     if isinstance(source, PeftFolder):
-        return source.about
+        return source.info
     if not isinstance(source, Checkpoint) or "finetune" not in source.state:
         return None
     known = {field.name for field in fields(FinetuneConfig)}
@@ -116,24 +122,24 @@ def adapter_info(source: Source) -> AdapterInfo | None:
 
 
 class PeftFolder(Source):
-    """The LoRA adapters that PEFT saved (or ``export``), under our names.
+    """The LoRA adapters in a PEFT folder, under llamax names.
 
-    Raises CheckpointError for files that are missing or broken, and for what llamax does not
-    compute.
+    Raises CheckpointError if files are missing or broken, or the adapter needs something that
+    llamax does not compute.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder, self.model = Path(folder), {}
-        config = read_json(self.folder / CONFIG)
+        config = read_json(self.folder / ADAPTER_CONFIG)
         for line in _problems(config):
-            raise CheckpointError(f"{self.folder / CONFIG}: {line}")
-        self._path = self.folder / WEIGHTS
+            raise CheckpointError(f"{self.folder / ADAPTER_CONFIG}: {line}")
+        self._path = self.folder / ADAPTER_WEIGHTS
         self._entries: dict[str, TensorEntry] = {}
         for name, entry in read_header(self._path).items():
-            self._entries[name.removeprefix(PREFIX)] = entry
+            self._entries[name.removeprefix(PEFT_PREFIX)] = entry
         base: Mapping[str, Any] = {}
-        if (self.folder / BASE).is_file():
-            base = read_json(self.folder / BASE)
+        if (self.folder / BASE_JSON).is_file():
+            base = read_json(self.folder / BASE_JSON)
         settings = FinetuneConfig(
             method="lora",
             r=config["r"],
@@ -143,7 +149,7 @@ class PeftFolder(Source):
             rslora=bool(config.get("use_rslora")),
         )
         named = str(base.get("folder") or config.get("base_model_name_or_path") or "")
-        self.about = AdapterInfo(settings, named, str(base.get("fingerprint", "")))
+        self.info = AdapterInfo(settings, named, str(base.get("fingerprint", "")))
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -163,47 +169,50 @@ class PeftFolder(Source):
 
 
 def _problems(config: Mapping[str, Any]) -> list[str]:
+    """Everything in an adapter_config.json that llamax does not support."""
     found = []
     if config.get("peft_type") != "LORA":
         found.append(f"peft_type={config.get('peft_type')!r} is not supported; llamax reads LORA")
-    for key, plain in PLAIN.items():
+    for key, plain in SUPPORTED_VALUES.items():
         if (value := config.get(key)) not in (plain, None, False) and value != {}:
             found.append(f"{key}={value!r} is not supported; llamax computes {plain!r} only")
-    if str(first := config.get("init_lora_weights")).lower() not in FIRST:
+    if str(first := config.get("init_lora_weights")).lower() not in SUPPORTED_INITS:
         found.append(
-            f"init_lora_weights={first!r} changes the base that the adapter belongs to; save it as "
-            "LoRA of the first base with PEFT's path_initial_model_for_weight_conversion"
+            f"init_lora_weights={first!r} changes the base of the adapter; save it as "
+            "LoRA of the original base with PEFT's path_initial_model_for_weight_conversion"
         )
     for key in ("r", "lora_alpha"):
         if type(config.get(key)) not in (int, float) or config[key] <= 0:
-            found.append(f"{key}={config.get(key)!r} is no number above 0; save the adapter anew")
+            found.append(
+                f"{key}={config.get(key)!r} is not a number above 0; save the adapter again"
+            )
     return found
 
 
 def _targets(folder: Path, names: Mapping[str, TensorEntry]) -> str:
-    """The projections that have adapters, the same in every layer."""
+    """The projections with adapters, comma-separated; CheckpointError if layers differ."""
     layers: dict[str, set[str]] = {}
     for name in names:
         pieces = name.split(".")
         known = name.startswith("model.layers.") and len(pieces) == 7 and pieces[4] in LINEAR
         if not known or pieces[5] not in ("lora_A", "lora_B"):
             raise CheckpointError(
-                f"{folder / WEIGHTS} has {name}, which is no LoRA factor of a Llama's projection; "
-                f"llamax adapts {', '.join(LINEAR)}"
+                f"{folder / ADAPTER_WEIGHTS} has {name}, which is not a LoRA factor of a Llama "
+                f"projection; llamax adapts {', '.join(LINEAR)}"
             )
         layers.setdefault(pieces[2], set()).add(pieces[4])
     kinds = {tuple(sorted(found, key=LINEAR.index)) for found in layers.values()}
     if len(kinds) != 1 or layers.keys() != {str(number) for number in range(len(layers))}:
         raise CheckpointError(
-            f"{folder / WEIGHTS} adapts other projections in one layer than in another; llamax "
-            "adapts the same in every layer"
+            f"{folder / ADAPTER_WEIGHTS} adapts different projections in different layers; llamax "
+            "adapts the same ones in every layer"
         )
     return ",".join(kinds.pop())
 
 
 def is_adapter(path: Path) -> bool:
     """Whether ``path`` is a PEFT folder, or a checkpoint or run of adapters."""
-    if (path / CONFIG).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         return True
     try:
         return adapter_info(Checkpoint(find_checkpoint(path), verify=False)) is not None
@@ -212,49 +221,49 @@ def is_adapter(path: Path) -> bool:
 
 
 def open_adapter(path: Path | str) -> tuple[Source, AdapterInfo]:
-    """A PEFT folder, or the newest checkpoint of a run of adapters, and what it says of itself.
+    """Open a PEFT folder, a checkpoint of adapters or a run's newest one; return its info too.
 
-    Raises CheckpointError where ``path`` holds no adapters.
+    Raises CheckpointError if ``path`` holds no adapters.
     """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}; give a folder with adapters in it")
     source: Source | None = None
-    if (path / CONFIG).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         source = PeftFolder(path)
     elif not (path / "config.json").is_file():
         source = Checkpoint(find_checkpoint(path))
-    found = None if source is None else adapter_info(source)
-    if source is None or found is None:
+    info = None if source is None else adapter_info(source)
+    if source is None or info is None:
         raise CheckpointError(
-            f"{path} holds a whole model, not adapters; give a PEFT folder or a run with "
+            f"{path} holds a complete model, not adapters; give a PEFT folder or a run with "
             "finetune.method=lora or qlora"
         )
-    return source, found
+    return source, info
 
 
-def base_of(folder: Path, found: AdapterInfo) -> Path:
-    """The folder of the base that an adapter names; CheckpointError where it is not here."""
-    if not found.base or not Path(found.base).is_dir():
+def find_base_folder(folder: Path, info: AdapterInfo) -> Path:
+    """The folder of the base that an adapter names; CheckpointError if it does not exist here."""
+    if not info.base or not Path(info.base).is_dir():
         raise CheckpointError(
-            f"{folder} is an adapter of {found.base or 'an unnamed base'}, which is not here; "
-            "give the base's folder"
+            f"{folder} is an adapter of {info.base or 'an unnamed base'}, which does not exist "
+            "here; give the folder of the base"
         )
-    return Path(found.base)
+    return Path(info.base)
 
 
 def export_adapter(adapter: Checkpoint, out: Path | str) -> Path:
-    """Write an adapter checkpoint as a folder that PEFT loads.
+    """Write a checkpoint of adapters as a folder that PEFT loads; return that folder.
 
-    Raises CheckpointError where ``out`` is in use or the disk is full.
+    Raises CheckpointError if ``out`` exists or the disk is full.
     """
-    found = adapter_info(adapter)
-    assert found is not None, "only adapters are exported"
-    finetune, buffers = found.finetune, slabs.new_buffers()
+    info = adapter_info(adapter)
+    assert info is not None, "only adapters are exported"
+    finetune, buffers = info.finetune, slabs.new_buffers()
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": found.base,
+        "base_model_name_or_path": info.base,
         "r": finetune.r,
         "lora_alpha": int(finetune.alpha) if finetune.alpha.is_integer() else finetune.alpha,
         "lora_dropout": finetune.dropout,
@@ -264,12 +273,12 @@ def export_adapter(adapter: Checkpoint, out: Path | str) -> Path:
         "inference_mode": True,
     }
     with new_folder(Path(out)) as folder:
-        outgoing = []
+        streams = []
         for name in adapter.names():
-            one = slabs.stream_tensor(adapter, name, "weight", adapter.dtype(name), buffers)
-            outgoing.append(one._replace(name=PREFIX + name))
-        write_safetensors(folder / WEIGHTS, outgoing)
-        for name, value in ((CONFIG, config), (BASE, found.state()["base"])):
+            stream = slabs.stream_tensor(adapter, name, "weight", adapter.dtype(name), buffers)
+            streams.append(stream._replace(name=PEFT_PREFIX + name))
+        write_safetensors(folder / ADAPTER_WEIGHTS, streams)
+        for name, value in ((ADAPTER_CONFIG, config), (BASE_JSON, info.state()["base"])):
             text = json.dumps(value, indent=2) + "\n"
             with explain_write_errors(folder / name, len(text)):
                 (folder / name).write_text(text, encoding="utf-8")

@@ -18,7 +18,12 @@ from tqdm import tqdm
 from llamax.checkpoint import hf_folder
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.listing import list_checkpoints
-from llamax.checkpoint.peft import CONFIG, AdapterInfo, PeftFolder, adapter_info
+from llamax.checkpoint.peft import (
+    ADAPTER_CONFIG,
+    AdapterInfo,
+    PeftFolder,
+    adapter_info,
+)
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.safetensors_io import read_header
 from llamax.checkpoint.source import Source
@@ -41,9 +46,9 @@ def describe(path: Path, verify: bool = False) -> Rows:
         return _container(path, verify)
     if (path / files.MANIFEST).exists() or files.STEP_FOLDER.match(path.name):
         return _checkpoint(path, verify)
-    if (path / CONFIG).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         return _adapter(path, verify)
-    if (path / hf_folder.CONFIG).is_file():
+    if (path / hf_folder.CONFIG_JSON).is_file():
         return _hub(path, verify)
     if list_checkpoints(path):
         return _run(path, verify)
@@ -101,7 +106,7 @@ def _hub(path: Path, verify: bool) -> Rows:
 def _adapter(path: Path, verify: bool) -> Rows:
     source = PeftFolder(path)
     yield "PEFT adapter", path
-    yield from _lora(source.about)
+    yield from _lora(source.info)
     yield from _weights(source)
     yield from _no_hashes(verify)
 

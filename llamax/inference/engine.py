@@ -22,7 +22,12 @@ from llamax.checkpoint.build_model import load_tuned
 from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.hf_writer import dataset_of
 from llamax.checkpoint.load import load_weights
-from llamax.checkpoint.peft import CONFIG, AdapterInfo, adapter_info, open_adapter
+from llamax.checkpoint.peft import (
+    ADAPTER_CONFIG,
+    AdapterInfo,
+    adapter_info,
+    open_adapter,
+)
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
@@ -66,7 +71,7 @@ def open_model(path: Path, tokenizer: str = "", base: str = "") -> LoadedModel:
     """
     adapter: Source | None = None
     about: AdapterInfo | None
-    if (path / CONFIG).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         adapter, about = open_adapter(path)
     else:
         source = open_source(path)

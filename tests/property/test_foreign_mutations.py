@@ -51,7 +51,7 @@ def read_all(folder: Path, config: str) -> None:
         check_dtypes(source)
         for name in source.shapes:
             for kind in source.kinds:
-                whole = source.whole(name, kind)
+                whole = source.read(name, kind)
                 assert tuple(whole.shape) == source.shapes[name]
                 assert whole.dtype == source.dtype(name, kind)
     except LlamaxError as error:

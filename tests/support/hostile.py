@@ -17,13 +17,17 @@ import support.foreign as foreign
 GUARD = """
 import os, sys
 allowed, secret = os.path.realpath(sys.argv[1]), os.path.realpath(sys.argv[2])
-import tqdm
+import multiprocessing.synchronize, tqdm
 from llamax.checkpoint.formats import convert, torch_zip, meta, nemo, nxd, optimum
 from llamax.cli import export, import_
 from llamax.checkpoint.hf_folder import HfFolder
 from llamax.config.model import ModelConfig
+from llamax.config.schema import Config
+from llamax.config.types import type_hints
 from llamax.runtime.process import run_main
 import torch
+for kind in (Config, *type_hints(Config).values()):  # these compile text, once
+    type_hints(kind)
 EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Popen", "exec",
             "compile", "pickle.find_class", "socket.connect", "ctypes.dlopen", "shutil.rmtree",
             "os.remove", "os.rename", "os.kill")
@@ -63,7 +67,7 @@ class Watched:
 
     def __init__(self, home: Path) -> None:
         self.secret = home / "secret-outside"
-        self.secret.mkdir()
+        self.secret.mkdir(exist_ok=True)
         (self.secret / "key").write_text("do not read")
         self.process = subprocess.Popen(
             [sys.executable, "-c", GUARD, str(home), str(self.secret)],

@@ -1,4 +1,4 @@
-"""A folder that another trainer wrote, as the Hub tensors in it."""
+"""The interface of all formats: a folder that another trainer wrote, as a set of Hub tensors."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from llamax.parallel.sharding import Cut, parts
 from llamax.runtime.errors import CheckpointError, ConfigError
 
 
-class Foreign(ABC):
-    """One model in a folder; tensors are joined and renamed when they are asked for.
+class ForeignCheckpoint(ABC):
+    """The model in a folder of another trainer; a tensor is joined and renamed when it is read.
 
-    ``step`` is 0 and ``kinds`` is weight alone where no optimizer state was kept.
+    Without optimizer state ``step`` is 0 and ``kinds`` is weight alone.
     """
 
     folder: Path
@@ -30,29 +30,29 @@ class Foreign(ABC):
 
     @abstractmethod
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
-        """The dtype in which one kind of a Hub tensor is kept."""
+        """The dtype of one kind of a Hub tensor in the files."""
 
     @abstractmethod
     def join(self, name: str, kind: str) -> Tensor:
-        """A Hub tensor from the pieces in the files."""
+        """One kind of a Hub tensor, joined from the files of all ranks."""
 
-    def whole(self, name: str, kind: str = "weight") -> Tensor:
-        """A Hub tensor, whole; CheckpointError where it is not of the shape the model has."""
+    def read(self, name: str, kind: str = "weight") -> Tensor:
+        """One kind of a whole Hub tensor; CheckpointError if it has not the model's shape."""
         joined, shape = self.join(name, kind), self.shapes[name]
         if tuple(joined.shape) != shape:
             raise CheckpointError(
                 f"{self.folder}: {name} ({kind}) is {list(joined.shape)}, the model's is "
-                f"{list(shape)}; give the configuration of this very model with `config`"
+                f"{list(shape)}; give the configuration of exactly this model with `config`"
             )
         if joined.dtype != (dtype := self.dtype(name, kind)):
             raise CheckpointError(
                 f"{self.folder}: {name} ({kind}) is {joined.dtype} on some rank and {dtype} on the "
-                "first; copy the folder anew"
+                "first; copy the folder again"
             )
         return joined.contiguous()
 
-    def lay_out(self, model: ModelConfig) -> None:
-        """Fix the model, and with it the names, shapes and cuts of its Hub tensors."""
+    def set_model(self, model: ModelConfig) -> None:
+        """Set the model, and with it the names, shapes and cuts of the Hub tensors."""
         self.model, llama = model, Llama(model, device="meta")
         self.shapes: Mapping[str, tuple[int, ...]] = dict(llama.hub_shapes())
         self.cuts: Mapping[str, Cut] = {
@@ -61,44 +61,48 @@ class Foreign(ABC):
             for part in parts(name, how, 1)
         }
 
-    def missing(self, name: str) -> CheckpointError:
+    def missing_error(self, name: str) -> CheckpointError:
+        """The error for a Hub tensor that the files do not hold."""
         return CheckpointError(
-            f"{self.folder} has no {name}; give the configuration of this very model with `config`"
+            f"{self.folder} has no {name}; give the configuration of exactly this model with "
+            "`config`"
         )
 
 
-def inside(folder: Path, path: Path) -> Path:
-    """``path``, a file of ``folder``; CheckpointError where it is missing or leads out of it."""
+def check_inside(folder: Path, path: Path) -> Path:
+    """Return ``path``, a file of ``folder``; CheckpointError if it is missing or links outside."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; copy the folder anew")
+        raise CheckpointError(f"{path} is missing; copy the folder again")
     if not path.resolve().is_relative_to(folder.resolve()):
         raise CheckpointError(f"{path} is a link out of its folder; put the file itself there")
     return path
 
 
-def model_of(folder: Path, config: str) -> ModelConfig:
-    """The model that ``config`` names, or that a config.json in or above ``folder`` describes.
+def find_model_config(folder: Path, config: str) -> ModelConfig:
+    """The model that ``config`` names, or else the config.json in or above ``folder``.
 
-    ``config`` is a recipe, a config.json, a folder with one, or a TOML file.
+    ``config`` is a recipe, a config.json, a folder with one, or a TOML file.  Raises ConfigError if
+    there is neither.
     """
     if not config:
-        for home in (folder, folder.parent):
-            if (home / hf_folder.CONFIG).is_file():
-                return ModelConfig.from_hub(read_object(home, home / hf_folder.CONFIG))
+        for candidate in (folder, folder.parent):
+            if (candidate / hf_folder.CONFIG_JSON).is_file():
+                path = candidate / hf_folder.CONFIG_JSON
+                return ModelConfig.from_hub(read_json_inside(candidate, path))
         raise ConfigError(
-            f"{folder} does not say what model it holds; add `config` with its config.json or the "
-            "name of a recipe"
+            f"{folder} does not describe its model; add `config` with its config.json or the name "
+            "of a recipe"
         )
     if config in recipes():
         return load_config(config).model
     path = Path(config)
-    path = path / hf_folder.CONFIG if path.is_dir() else path
+    path = path / hf_folder.CONFIG_JSON if path.is_dir() else path
     if path.suffix == ".json":
         return ModelConfig.from_hub(hf_folder.read_json(path))
     return load_config(config).model
 
 
-def read_object(folder: Path, path: Path) -> dict[str, object]:
-    """A JSON object in a file of ``folder``."""
-    found: dict[str, object] = hf_folder.read_json(inside(folder, path))
-    return found
+def read_json_inside(folder: Path, path: Path) -> dict[str, object]:
+    """The JSON object in a file of ``folder``; CheckpointError if the file links outside."""
+    value: dict[str, object] = hf_folder.read_json(check_inside(folder, path))
+    return value

@@ -26,12 +26,16 @@ from llamax.checkpoint import hf_folder, hf_writer
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.consolidate import size
-from llamax.checkpoint.formats.base import Foreign
-from llamax.checkpoint.formats.meta import FILE as META_FILE
-from llamax.checkpoint.formats.meta import Meta
-from llamax.checkpoint.formats.nemo import Nemo
-from llamax.checkpoint.formats.nxd import Nxd
-from llamax.checkpoint.formats.optimum import METADATA, SHARDS, Optimum
+from llamax.checkpoint.formats.base import ForeignCheckpoint
+from llamax.checkpoint.formats.meta import RANK_FILE as META_FILE
+from llamax.checkpoint.formats.meta import MetaCheckpoint
+from llamax.checkpoint.formats.nemo import NemoCheckpoint
+from llamax.checkpoint.formats.nxd import NxdCheckpoint
+from llamax.checkpoint.formats.optimum import (
+    METADATA,
+    SHARDS,
+    OptimumCheckpoint,
+)
 from llamax.checkpoint.hf_writer import write_json
 from llamax.checkpoint.runs import whole_run
 from llamax.checkpoint.safetensors_io import (
@@ -44,11 +48,11 @@ from llamax.checkpoint.safetensors_io import (
 from llamax.config.choices import FOREIGN_FORMATS
 from llamax.runtime.errors import CheckpointError, ConfigError
 
-FORMATS: dict[str, Callable[[Path, str, bool], Foreign]] = {
-    "nxd": Nxd,
-    "optimum": Optimum,
-    "nemo": Nemo,
-    "meta": Meta,
+FORMATS: dict[str, Callable[[Path, str, bool], ForeignCheckpoint]] = {
+    "nxd": NxdCheckpoint,
+    "optimum": OptimumCheckpoint,
+    "nemo": NemoCheckpoint,
+    "meta": MetaCheckpoint,
 }
 
 
@@ -119,11 +123,11 @@ def import_checkpoint(
 class Lazy:
     """One tensor, joined from its parts when the writer asks for it."""
 
-    def __init__(self, source: Foreign, name: str, kind: str) -> None:
+    def __init__(self, source: ForeignCheckpoint, name: str, kind: str) -> None:
         self.source, self.name, self.kind = source, name, kind
 
     def __iter__(self) -> Iterator[Tensor]:
-        yield self.source.whole(self.name, self.kind)
+        yield self.source.read(self.name, self.kind)
 
 
 def guess(folder: Path) -> str:
@@ -151,7 +155,7 @@ def guess(folder: Path) -> str:
 
 def open_folder(
     folder: Path | str, format: str = "auto", config: str = "", optimizer: bool = True
-) -> Foreign:
+) -> ForeignCheckpoint:
     """Another trainer's checkpoint, opened for reading; see ``import_checkpoint``.
 
     ``optimizer``: whether to read the optimizer's state too.  Raises CheckpointError if the folder
@@ -166,24 +170,26 @@ def open_folder(
     return FORMATS[format](folder, config, optimizer)
 
 
-def outgoing(source: Foreign, name: str, kind: str, key: str, flat: bool = False) -> TensorStream:
+def outgoing(
+    source: ForeignCheckpoint, name: str, kind: str, key: str, flat: bool = False
+) -> TensorStream:
     """A tensor to write into a file, under ``key``; ``flat``: as one dimension."""
     shape = source.shapes[name]
     shape = (math.prod(shape),) if flat else shape
     return TensorStream(key, source.dtype(name, kind), shape, Lazy(source, name, kind))
 
 
-def size_bytes(source: Foreign, name: str, kind: str = "weight") -> int:
+def size_bytes(source: ForeignCheckpoint, name: str, kind: str = "weight") -> int:
     """The size of a tensor in bytes."""
     return math.prod(source.shapes[name]) * source.dtype(name, kind).itemsize
 
 
-def dtype_name(source: Foreign) -> str:
+def dtype_name(source: ForeignCheckpoint) -> str:
     """The dtype of the weights, as configurations spell it."""
     return str(source.dtype("model.embed_tokens.weight")).removeprefix("torch.")
 
 
-def check_dtypes(source: Foreign) -> None:
+def check_dtypes(source: ForeignCheckpoint) -> None:
     """Refuse types that llamax does not write, before anything is written."""
     for name in source.shapes:
         for kind in source.kinds:
@@ -196,7 +202,7 @@ def check_dtypes(source: Foreign) -> None:
 
 
 def to_hub(
-    source: Foreign,
+    source: ForeignCheckpoint,
     out: Path,
     max_shard_bytes: int = hf_writer.FILE_BYTES,
     progress: Progress = no_progress,
@@ -215,7 +221,7 @@ def to_hub(
     with new_folder(out) as part:
         for number, names in enumerate(packed, start=1):
             file = f"model-{number:05d}-of-{len(packed):05d}.safetensors"
-            file = hf_folder.SINGLE if len(packed) == 1 else file
+            file = hf_folder.SINGLE_FILE if len(packed) == 1 else file
             tensors = [outgoing(source, name, "weight", name) for name in names]
             write_safetensors(part / file, tensors, progress=progress)
             weight_map |= dict.fromkeys(names, file)
@@ -223,10 +229,10 @@ def to_hub(
             total = sum(size_bytes(source, name) for name in source.shapes)
             sorted_map = dict(sorted(weight_map.items()))
             write_json(
-                part / hf_folder.INDEX,
+                part / hf_folder.INDEX_JSON,
                 {"metadata": {"total_size": total}, "weight_map": sorted_map},
             )
-        write_json(part / hf_folder.CONFIG, source.model.to_hub(dtype_name(source)))
+        write_json(part / hf_folder.CONFIG_JSON, source.model.to_hub(dtype_name(source)))
         for name in hf_folder.TOKENIZER_FILES:
             found = source.folder / name
             if found.is_file() and found.resolve().parent == source.folder.resolve():
@@ -234,7 +240,7 @@ def to_hub(
 
 
 def to_llamax(
-    source: Foreign, out: Path, consumed: int = 0, progress: Progress = no_progress
+    source: ForeignCheckpoint, out: Path, consumed: int = 0, progress: Progress = no_progress
 ) -> None:
     """Write weights and optimizer state as a llamax checkpoint of the source's step.
 

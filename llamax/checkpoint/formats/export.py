@@ -8,7 +8,10 @@ from typing import Literal
 from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.consolidate import consolidate
 from llamax.checkpoint.formats.meta_writer import write_meta
-from llamax.checkpoint.formats.nxd_writer import Target, Writer
+from llamax.checkpoint.formats.nxd_writer import (
+    NxdTarget,
+    NxdWriter,
+)
 from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.manifest import CONFIG_TOML
 from llamax.checkpoint.reader import Checkpoint
@@ -88,7 +91,7 @@ def export(
         optimizer = "zero1-masters" if has_state else "none"
     copies = kv_multiplier or model.kv_replicas(tensor)
     equal_heads = model.num_attention_heads == model.num_key_value_heads
-    target = Target(
+    target = NxdTarget(
         model,
         tensor,
         pipeline,
@@ -101,7 +104,7 @@ def export(
     return to_nxd(opened, folder, target)
 
 
-def to_nxd(source: Source, out: Path, target: Target) -> Path:
+def to_nxd(source: Source, out: Path, target: NxdTarget) -> Path:
     """Write a checkpoint for NxD into ``out``; return its tag's folder, ``out/step_N``.
 
     The optimizer has the hyper-parameters of the run that the source is from.
@@ -113,7 +116,7 @@ def to_nxd(source: Source, out: Path, target: Target) -> Path:
             run = load_config(str(source.folder / CONFIG_TOML))
             optim, lr = run.optim, lr_at(max(step, 1), run.optim, max(run.run.steps, step, 1))
     tag = f"step_{step}"
-    writer = Writer(source, target, optim, lr, step)
+    writer = NxdWriter(source, target, optim, lr, step)
     with new_folder(out) as part:
         writer.write(part / tag)
     return out / tag

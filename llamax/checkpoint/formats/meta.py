@@ -1,12 +1,14 @@
-"""Reading Meta's own releases: consolidated.XX.pth, one per tensor rank, and params.json.
+"""Reading the releases of Meta: consolidated.XX.pth, one per tensor rank, and params.json.
 
-The matrices are those of the Hub under other names, except queries and keys: Meta turns pairs of
-neighbouring features, the Hub turns feature i with i + E / 2.  So rows stand in another order::
+The matrices equal those of the Hub, under other names, except queries and keys: the rotary
+embedding of Meta rotates neighbouring features, that of the Hub features i and i + E / 2.  So the
+rows of a head are ordered differently::
 
     Meta   0 0' 1 1' 2 2' ...          head of E rows, pairs (i, i')
     Hub    0 1 2 ... 0' 1' 2' ...
 
-Llama 1 and 2 cut the embedding along its features, Llama 3 along the vocabulary; the shapes tell.
+Llama 1 and 2 cut the embedding along its features, Llama 3 along the vocabulary; the shapes show
+which.
 
 Source: meta-llama/llama, ``llama/model.py``; transformers, ``convert_llama_weights_to_hf.py``.
 """
@@ -20,21 +22,30 @@ from pathlib import Path
 from torch import Tensor
 
 from llamax.checkpoint.formats import torch_zip
-from llamax.checkpoint.formats.base import inside, model_of, read_object
-from llamax.checkpoint.formats.rank_grid import Grid, State, Where, all_rows
-from llamax.checkpoint.formats.torch_zip import Stored
+from llamax.checkpoint.formats.base import (
+    check_inside,
+    find_model_config,
+    read_json_inside,
+)
+from llamax.checkpoint.formats.rank_grid import (
+    Location,
+    RankGrid,
+    StateDict,
+    all_rows,
+)
+from llamax.checkpoint.formats.torch_zip import StoredTensor
 from llamax.config.model import ModelConfig
 from llamax.parallel.sharding import Shard
 from llamax.runtime.errors import CheckpointError, ConfigError
 
-PARAMS = "params.json"
-FILE = re.compile(r"consolidated\.(\d{2,})\.pth")
-PLAIN = {
+PARAMS_JSON = "params.json"
+RANK_FILE = re.compile(r"consolidated\.(\d{2,})\.pth")
+MODEL_NAMES = {
     "model.embed_tokens.weight": "tok_embeddings.weight",
     "model.norm.weight": "norm.weight",
     "lm_head.weight": "output.weight",
 }
-LEAVES = {
+LAYER_NAMES = {
     "self_attn.q_proj.weight": "attention.wq.weight",
     "self_attn.k_proj.weight": "attention.wk.weight",
     "self_attn.v_proj.weight": "attention.wv.weight",
@@ -45,26 +56,26 @@ LEAVES = {
     "input_layernorm.weight": "attention_norm.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
 }
-NEEDED = ("dim", "n_layers", "n_heads")
+REQUIRED_PARAMS = ("dim", "n_layers", "n_heads")
 
 
-class Meta(Grid):
+class MetaCheckpoint(RankGrid):
     """A folder with params.json and one or more consolidated.XX.pth."""
 
     def __init__(self, folder: Path, config: str, optimizer: bool = False) -> None:
         self.folder = folder
-        numbers = {int(m[1]): p for p in folder.iterdir() if (m := FILE.fullmatch(p.name))}
+        numbers = {int(m[1]): p for p in folder.iterdir() if (m := RANK_FILE.fullmatch(p.name))}
         if sorted(numbers) != [*range(len(numbers))] or not numbers:
             raise CheckpointError(
                 f"{folder} has the files consolidated.XX.pth of ranks {sorted(numbers)}; they must "
                 "count from 00 without a gap"
             )
-        self.states = [[weights(folder, numbers[rank]) for rank in sorted(numbers)]]
-        self.lay_out(model_of(folder, config) if config else self._model())
-        self.nothing_left()
+        self.states = [[load_state_dict(folder, numbers[rank]) for rank in sorted(numbers)]]
+        self.set_model(find_model_config(folder, config) if config else self._model())
+        self.check_all_used()
 
-    def places(self, name: str) -> Iterator[Where]:
-        yield Where(meta_name(name), all_rows)
+    def locations(self, name: str) -> Iterator[Location]:
+        yield Location(meta_name(name), all_rows)
 
     def cut_dim(self, name: str, how: Shard) -> int:
         by_features = (
@@ -80,21 +91,23 @@ class Meta(Grid):
         return joined
 
     def _model(self) -> ModelConfig:
-        params = read_object(self.folder, self.folder / PARAMS)
-        for key in NEEDED:
+        params = read_json_inside(self.folder, self.folder / PARAMS_JSON)
+        for key in REQUIRED_PARAMS:
             if type(params.get(key)) is not int:
                 raise ConfigError(
-                    f"{self.folder / PARAMS}: {key} is {params.get(key)!r}, no number"
+                    f"{self.folder / PARAMS_JSON}: {key} is {params.get(key)!r}, not a number"
                 )
         if params.get("use_scaled_rope"):
             raise ConfigError(
-                f"{self.folder / PARAMS} says use_scaled_rope, but not by how much; add `config` "
-                "with the model's recipe (llama3.1-8b, llama3.2-1b, ...) or config.json"
+                f"{self.folder / PARAMS_JSON} says use_scaled_rope, but not by how much; add "
+                "`config` with the model's recipe (llama3.1-8b, llama3.2-1b, ...) or config.json"
             )
         ranks, first = len(self.states[0]), self.states[0][0]
         for needed in ("output.weight", "layers.0.feed_forward.w1.weight"):
             if needed not in first or len(first[needed].shape) != 2:
-                raise CheckpointError(f"{self.folder} has no {needed}: it is no Llama of Meta's")
+                raise CheckpointError(
+                    f"{self.folder} has no {needed}: it is not a Llama released by Meta"
+                )
         vocabulary = first["output.weight"].shape[0] * ranks
         newer = vocabulary > 100_000
         eps = params.get("norm_eps", 1e-5)
@@ -118,21 +131,21 @@ class Meta(Grid):
 
 
 def meta_name(name: str) -> str:
-    """What Meta calls a Hub tensor."""
+    """The name of a Hub tensor in files of Meta."""
     _, _, rest = name.partition("model.layers.")
     number, _, leaf = rest.partition(".")
-    return f"layers.{number}.{LEAVES[leaf]}" if leaf else PLAIN[name]
+    return f"layers.{number}.{LAYER_NAMES[leaf]}" if leaf else MODEL_NAMES[name]
 
 
 def rotated_heads(model: ModelConfig, name: str) -> int:
-    """How many heads with rotary positions a tensor has: queries and keys, else none."""
+    """The number of heads of a query or key projection, which have rotary positions; else 0."""
     if name.endswith(".q_proj.weight"):
         return model.num_attention_heads
     return model.num_key_value_heads if name.endswith(".k_proj.weight") else 0
 
 
 def to_halves(rows: Tensor, heads: int) -> Tensor:
-    """From Meta's pairs of neighbours to the Hub's halves: [H * E, D] -> [H * E, D]."""
+    """Reorder rows from the pairs of Meta to the halves of the Hub: [H * E, D] -> [H * E, D]."""
     width = rows.shape[0] // heads
     return rows.reshape(heads, width // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
 
@@ -143,7 +156,9 @@ def to_pairs(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, 2, width // 2, -1).transpose(1, 2).reshape(rows.shape)
 
 
-def weights(folder: Path, path: Path) -> State:
-    """The tensors of a rank, by Meta's names."""
-    held: Mapping[object, object] = torch_zip.mapping(torch_zip.load(inside(folder, path)), path)
-    return {str(name): value for name, value in held.items() if isinstance(value, Stored)}
+def load_state_dict(folder: Path, path: Path) -> StateDict:
+    """The tensors of a rank by their names in files of Meta."""
+    held: Mapping[object, object] = torch_zip.as_dict(
+        torch_zip.load(check_inside(folder, path)), path
+    )
+    return {str(name): value for name, value in held.items() if isinstance(value, StoredTensor)}

@@ -1,4 +1,4 @@
-"""Writing as Meta releases: consolidated.XX.pth with rows in Meta's order, and params.json."""
+"""Writing in the format of Meta: consolidated.XX.pth with rows in Meta's order, and params.json."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from llamax.checkpoint.formats.meta import PARAMS, meta_name, rotated_heads, to_pairs
-from llamax.checkpoint.formats.nxd_writer import save, save_text
+from llamax.checkpoint.formats.meta import (
+    PARAMS_JSON,
+    meta_name,
+    rotated_heads,
+    to_pairs,
+)
+from llamax.checkpoint.formats.torch_save import save_text, save_torch
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig, RopeScaling
 from llamax.model.llama import Llama
@@ -20,11 +25,12 @@ SCALINGS = (RopeScaling(factor=8.0), RopeScaling(factor=32.0))
 
 
 def write_meta(source: Source, model: ModelConfig, folder: Path, tensor: int = 1) -> None:
-    """Fill a folder; ``tensor`` files, each with a rank's share of every tensor.
+    """Fill ``folder`` with ``tensor`` files, each with one rank's share of every tensor.
 
-    Raises ConfigError for what Meta's params.json cannot say, before anything is written.
+    Raises ConfigError, before anything is written, if ``tensor`` does not divide the model or
+    params.json cannot describe it.
     """
-    text = json.dumps(params(model), indent=2) + "\n"
+    text = json.dumps(params_of(model), indent=2) + "\n"
     for size, what in (
         (model.num_key_value_heads, "num_key_value_heads"),
         (model.intermediate_size, "intermediate_size"),
@@ -40,30 +46,31 @@ def write_meta(source: Source, model: ModelConfig, folder: Path, tensor: int = 1
                 dim = 0 if isinstance(part.how, Replica) else part.how.dim
                 if part.name == "model.embed_tokens.weight" and model.vocab_size < 100_000:
                     dim = 1  # Llama 1 and 2
-                whole = reordered(source.read(part.name), model, part.name)
+                whole = meta_row_order(source.read(part.name), model, part.name)
                 share = whole if isinstance(part.how, Replica) else whole.chunk(tensor, dim)[rank]
                 state[meta_name(part.name)] = share.clone()
         if model.tie_word_embeddings:
             state["output.weight"] = source.read("model.embed_tokens.weight").chunk(tensor)[rank]
-        save(folder / f"consolidated.{rank:02d}.pth", state)
-    save_text(folder / PARAMS, text)
+        save_torch(folder / f"consolidated.{rank:02d}.pth", state)
+    save_text(folder / PARAMS_JSON, text)
 
 
-def reordered(whole: Tensor, model: ModelConfig, name: str) -> Tensor:
-    """Queries and keys with pairs as neighbours; other tensors as they are."""
+def meta_row_order(whole: Tensor, model: ModelConfig, name: str) -> Tensor:
+    """A Hub tensor with the rows of queries and keys in Meta's order; others unchanged."""
     heads = rotated_heads(model, name)
     return to_pairs(whole, heads) if heads else whole
 
 
-def params(model: ModelConfig) -> dict[str, Any]:
-    """params.json of a model; ConfigError where Meta's code would build another one."""
+def params_of(model: ModelConfig) -> dict[str, Any]:
+    """The params.json of a model; ConfigError if Meta's code would build another model from it."""
     if model.head_dim * model.num_attention_heads != model.hidden_size:
         raise ConfigError(
-            f"Meta's Llama has head_dim = hidden_size / heads, the model has {model.head_dim}"
+            f"Meta's Llama needs head_dim = hidden_size / num_attention_heads, the model has "
+            f"head_dim={model.head_dim}"
         )
     if model.rope_scaling not in (None, *SCALINGS):
         raise ConfigError(f"Meta's Llama does not know this rope_scaling: {model.rope_scaling}")
-    multiple, factor = feed_forward(model.hidden_size, model.intermediate_size)
+    multiple, factor = feed_forward_params(model.hidden_size, model.intermediate_size)
     return {
         "dim": model.hidden_size,
         "n_layers": model.num_hidden_layers,
@@ -78,10 +85,10 @@ def params(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def feed_forward(width: int, wanted: int) -> tuple[int, float | None]:
+def feed_forward_params(width: int, wanted: int) -> tuple[int, float | None]:
     """(multiple_of, ffn_dim_multiplier) from which Meta's code computes ``wanted`` features.
 
-    It rounds ffn_dim_multiplier * (8 / 3 width) up to a multiple.
+    It computes ffn_dim_multiplier * 8 / 3 * width, rounded up to a multiple of multiple_of.
     """
     plain = int(8 * width / 3)
     for multiple in (256, 1024, 4096):

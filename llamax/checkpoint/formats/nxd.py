@@ -1,19 +1,19 @@
-"""Reading neuronx-distributed: what its ``save_checkpoint`` leaves in a folder.
+"""Reading checkpoints of neuronx-distributed, as its ``save_checkpoint`` writes them.
 
 ::
 
     tag/done                                            written last
     tag/model/dp_rank_00_tp_rank_TT_pp_rank_PP.pt       a rank's state dict
-    tag/optim/dp_rank_DD_tp_rank_TT_pp_rank_PP.pt       ZeRO-1: a data rank's rows of every state
+    tag/optim/dp_rank_DD_tp_rank_TT_pp_rank_PP.pt       ZeRO-1: one data rank's rows of all states
         base_state[i] = {step, exp_avg, exp_avg_sq}, sharded_master_weights[i], shape_info[i]
 
-With torch-xla's serialization ("xser") tensor i lies in ``X.pt.tensors/tensor_i.pt`` instead, and
-``X.pt.info.pt`` gives dtypes and shapes; weights may then be left out for the masters' sake.
+With torch-xla's serialization ("xser") tensor i is in ``X.pt.tensors/tensor_i.pt`` instead, and
+``X.pt.info.pt`` has dtypes and shapes; weights may then be left out, since the masters have them.
 
 A rank's share of a fused projection stacks its parts: ``qkv_proj.weight`` (or ``weight_qkv``) is
 [q_r; k_r; v_r], ``gate_up_proj`` is [gate_r; up_r].  States are numbered in the order of the
-optimizer's groups: all parameters, or first those with weight decay, then norms.  Each state is cut
-by rows over the data ranks, after rows of zeros that make them divide.
+optimizer's groups: all parameters, or those with weight decay and then the norms.  Each state is
+padded with rows of zeros and split by rows over the data ranks.
 
 Source: neuronx_distributed 0.17, ``trainer/checkpoint.py``, ``modules/qkv_linear.py``; torch_xla
 2.9, ``distributed/zero_redundancy_optimizer.py``, ``utils/serialization.py``.
@@ -30,72 +30,75 @@ import torch
 from torch import Tensor
 
 from llamax.checkpoint.formats import torch_pickle, torch_zip
-from llamax.checkpoint.formats.base import inside, model_of
-from llamax.checkpoint.formats.rank_grid import (
-    IGNORED,
-    Grid,
-    State,
-    Where,
-    all_rows,
-    halves,
-    stacked,
+from llamax.checkpoint.formats.base import (
+    check_inside,
+    find_model_config,
 )
-from llamax.checkpoint.formats.torch_zip import Stored
+from llamax.checkpoint.formats.rank_grid import (
+    IGNORED_SUFFIXES,
+    Location,
+    RankGrid,
+    StateDict,
+    all_rows,
+    stacked_rows,
+    two_halves,
+)
+from llamax.checkpoint.formats.torch_zip import StoredTensor
 from llamax.runtime.errors import CheckpointError
 
 RANK = re.compile(r"dp_rank_(\d{2,})_tp_rank_(\d{2,})_pp_rank_(\d{2,})\.pt")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-ABSENT = -1  # the offset of a weight that was left out
+LEFT_OUT = -1  # the offset of a weight that is not in its file
 
 
-class Nxd(Grid):
-    """A tag's folder, or a folder of tags: then the newest that was finished."""
+class NxdCheckpoint(RankGrid):
+    """The checkpoint of a tag; in a folder of tags, the newest one that is complete."""
 
     repeats_heads = True
 
     def __init__(self, folder: Path, config: str, optimizer: bool = True) -> None:
-        self.folder = tag_of(folder)
-        found = ranks_of(self.folder / "model")
+        self.folder = find_tag(folder)
+        found = find_rank_files(self.folder / "model")
         self.states = [
-            [weights(self.folder, found[0, rank, stage]) for rank in range(found.tensor)]
+            [load_state_dict(self.folder, found[0, rank, stage]) for rank in range(found.tensor)]
             for stage in range(found.stages)
         ]
-        self.lay_out(model_of(self.folder, config))
+        self.set_model(find_model_config(self.folder, config))
         self.optimizer: list[list[list[Mapping[Any, Any]]]] = []
         if optimizer and (self.folder / "optim").is_dir():
-            self._open_optimizer(ranks_of(self.folder / "optim"))
-        elif self._absent():
+            self._open_optimizer(find_rank_files(self.folder / "optim"))
+        elif self._weights_left_out():
             raise CheckpointError(
-                f"{self.folder} left its weights out for the masters of the optimizer; import it "
+                f"{self.folder} has its weights only as masters of the optimizer; import it "
                 "with its optim folder"
             )
-        self.nothing_left()
+        self.check_all_used()
 
-    def places(self, name: str) -> Iterator[Where]:
+    def locations(self, name: str) -> Iterator[Location]:
         layer, attention, leaf = name.partition(".self_attn.")
         part = leaf[0] if leaf.startswith(("q_", "k_", "v_")) else ""
         if part:
             fused = f"{layer}{attention}qkv_proj"
-            rows = stacked(self._qkv, "qkv".index(part))
-            yield Where(f"{fused}.weight_{part}", all_rows)
-            yield Where(f"{fused}.weight_qkv", rows)
-            yield Where(f"{fused}.weight", rows)
+            rows = stacked_rows(self._qkv, "qkv".index(part))
+            yield Location(f"{fused}.weight_{part}", all_rows)
+            yield Location(f"{fused}.weight_qkv", rows)
+            yield Location(f"{fused}.weight", rows)
         owner, _, leaf = name.rpartition(".mlp.")
         if leaf in ("gate_proj.weight", "up_proj.weight"):
             part = leaf.partition("_")[0]
-            rows = stacked(halves, ("gate", "up").index(part))
-            yield Where(f"{owner}.mlp.gate_up_proj.weight", rows)
-        yield Where(name, all_rows)
+            rows = stacked_rows(two_halves, ("gate", "up").index(part))
+            yield Location(f"{owner}.mlp.gate_up_proj.weight", rows)
+        yield Location(name, all_rows)
 
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
-        stage, where = self.find(name)
+        stage, location = self.locate(name)
         if kind == "weight":
-            return self.states[stage][0][where.name].dtype
-        return self._pieces(stage, 0, where.name, kind)[0].dtype
+            return self.states[stage][0][location.name].dtype
+        return self._pieces(stage, 0, location.name, kind)[0].dtype
 
     def share(self, stage: int, rank: int, name: str, kind: str) -> Tensor:
         weight = self.states[stage][rank][name]
-        if kind == "weight" and weight.offset != ABSENT:
+        if kind == "weight" and weight.offset != LEFT_OUT:
             return weight.load()
         pieces = self._pieces(stage, rank, name, "master" if kind == "weight" else kind)
         rows = torch.empty(0)
@@ -104,20 +107,20 @@ class Nxd(Grid):
         if tuple(rows.shape) != weight.shape:
             raise CheckpointError(
                 f"{self.folder}: {kind} of {name} is {list(rows.shape)} on tensor rank {rank}, "
-                f"its weight {list(weight.shape)}; copy the folder anew"
+                f"its weight {list(weight.shape)}; copy the folder again"
             )
         return rows.to(weight.dtype) if kind == "weight" else rows
 
     def _qkv(self, rows: int) -> list[int]:
         queries = self.model.num_attention_heads * self.model.head_dim // self.tensor_degree
-        return [queries, *halves(max(rows - queries, 0))]
+        return [queries, *two_halves(max(rows - queries, 0))]
 
-    def _absent(self) -> bool:
-        return any(s.offset == ABSENT for ranks in self.states for r in ranks for s in r.values())
+    def _weights_left_out(self) -> bool:
+        return any(s.offset == LEFT_OUT for ranks in self.states for r in ranks for s in r.values())
 
     # --- optimizer -------------------------------------------------------------------------------
 
-    def _open_optimizer(self, found: Ranks) -> None:
+    def _open_optimizer(self, found: RankFiles) -> None:
         if (found.tensor, found.stages) != (self.tensor_degree, len(self.states)):
             raise CheckpointError(
                 f"{self.folder}: its optimizer has {found.tensor} tensor ranks and "
@@ -125,7 +128,10 @@ class Nxd(Grid):
             )
         self.optimizer = [
             [
-                [opened(self.folder, found[data, rank, stage]) for data in range(found.data)]
+                [
+                    load_rank_file(self.folder, found[data, rank, stage])
+                    for data in range(found.data)
+                ]
                 for rank in range(found.tensor)
             ]
             for stage in range(found.stages)
@@ -135,17 +141,17 @@ class Nxd(Grid):
         self.kinds = ("weight", *(["master"] if masters else []), *MOMENTS)
         try:
             self.index = [self._numbers(stage) for stage in range(found.stages)]
-            step = entry(first, _states(first), 0).get("step", 0)
-            self.step = int(step.load().item() if isinstance(step, Stored) else step)
+            step = state_entry(first, _states(first), 0).get("step", 0)
+            self.step = int(step.load().item() if isinstance(step, StoredTensor) else step)
         except (TypeError, ValueError, AttributeError, RuntimeError, OverflowError):
             raise CheckpointError(
                 f"{self.folder}: its optimizer state is not NxD's; use `weights_only=True`"
             ) from None
 
     def _numbers(self, stage: int) -> dict[str, int]:
-        """The number of every parameter's state, checked against the shapes that are kept."""
+        """The state number of every parameter, checked against the shapes in the files."""
         held, state = self.optimizer[stage][0][0], self.states[stage][0]
-        names = [name for name in state if not name.endswith(IGNORED)]
+        names = [name for name in state if not name.endswith(IGNORED_SUFFIXES)]
         if self.model.tie_word_embeddings:
             names = [name for name in names if name != "lm_head.weight"]
         groups = [group.get("params") for group in held.get("param_groups", ())]
@@ -167,16 +173,16 @@ class Nxd(Grid):
                 )
         return {name: number for number, name in enumerate(ordered)}
 
-    def _pieces(self, stage: int, rank: int, name: str, kind: str) -> list[Stored]:
-        """One kind of a rank's parameter, by data rank."""
+    def _pieces(self, stage: int, rank: int, name: str, kind: str) -> list[StoredTensor]:
+        """The rows of one kind of a rank's parameter, from every data rank."""
         number, found = self.index[stage][name], []
         for held in self.optimizer[stage][rank]:
             if kind == "master":
                 masters = held.get("sharded_master_weights")
                 piece = masters.get(number) if isinstance(masters, dict) else None
             else:
-                piece = entry(held, _states(held), number).get(kind)
-            if not isinstance(piece, Stored) or not piece.shape:
+                piece = state_entry(held, _states(held), number).get(kind)
+            if not isinstance(piece, StoredTensor) or not piece.shape:
                 raise CheckpointError(
                     f"{self.folder}: the optimizer has no {kind} of {name}; "
                     "`weights_only=True` leaves it out"
@@ -185,15 +191,15 @@ class Nxd(Grid):
         return found
 
 
-class Ranks(dict[tuple[int, int, int], Path]):
-    """The file of every (data, tensor, pipeline) rank, and the degrees."""
+class RankFiles(dict[tuple[int, int, int], Path]):
+    """The file of every (data, tensor, pipeline) rank, and the three degrees."""
 
     data = tensor = stages = 0
 
 
-def ranks_of(folder: Path) -> Ranks:
-    """The rank files of a folder; CheckpointError where one is missing."""
-    found = Ranks()
+def find_rank_files(folder: Path) -> RankFiles:
+    """The rank files of a folder; CheckpointError if one is missing."""
+    found = RankFiles()
     for path in folder.iterdir() if folder.is_dir() else ():
         if match := RANK.fullmatch(path.name):
             found[int(match[1]), int(match[2]), int(match[3])] = path
@@ -211,55 +217,64 @@ def ranks_of(folder: Path) -> Ranks:
     return found
 
 
-def tag_of(folder: Path) -> Path:
-    """The folder of a tag: this, or the newest finished one in it."""
+def find_tag(folder: Path) -> Path:
+    """The folder of a tag: ``folder`` itself, or the newest complete tag in it.
+
+    Raises CheckpointError if there is none.
+    """
     tags = [folder] if (folder / "model").is_dir() else [p.parent for p in folder.glob("*/done")]
     if not tags:
-        raise CheckpointError(f"{folder} is no NxD checkpoint: it has no model folder and no tag")
+        raise CheckpointError(
+            f"{folder} is not an NxD checkpoint: it has no model folder and no complete tag"
+        )
     tag = max(tags, key=lambda path: (path / "done").stat().st_mtime if len(tags) > 1 else 0)
     if not (tag / "done").is_file():
         raise CheckpointError(f"{tag} has no file 'done': saving it never finished")
     return tag
 
 
-def opened(folder: Path, path: Path) -> Mapping[Any, Any]:
-    """A rank's dict, its tensors wherever they lie."""
-    held = torch_zip.mapping(torch_zip.load(inside(folder, path)), path)
+def load_rank_file(folder: Path, path: Path) -> Mapping[Any, Any]:
+    """The dict in a rank's file, with the tensors of both serializations."""
+    held = torch_zip.as_dict(torch_zip.load(check_inside(folder, path)), path)
     tensors = path.with_name(path.name + ".tensors")
     if not tensors.is_dir():
         return held
-    told = path.with_name(path.name + ".info.pt")
-    info = torch_zip.mapping(torch_zip.load(inside(folder, told)), told) if told.exists() else {}
+    info_path = path.with_name(path.name + ".info.pt")
+    info = (
+        torch_zip.as_dict(torch_zip.load(check_inside(folder, info_path)), info_path)
+        if info_path.exists()
+        else {}
+    )
 
-    def place(reference: torch_pickle.Reference) -> Stored:
+    def locate(reference: torch_pickle.XlaReference) -> StoredTensor:
         file = tensors / f"tensor_{reference.tid}.pt"
-        about = info.get(reference.tid)
-        if not file.exists() and isinstance(about, dict):
-            dtype, shape = about.get("dtype"), about.get("shape")
+        entry = info.get(reference.tid)
+        if not file.exists() and isinstance(entry, dict):
+            dtype, shape = entry.get("dtype"), entry.get("shape")
             sizes = shape if isinstance(shape, tuple) else ("none",)
             if isinstance(dtype, torch.dtype) and all(type(n) is int and n > 0 for n in sizes):
-                return Stored(file, ABSENT, dtype, 0, sizes, ())
-        tensor = torch_zip.load(inside(folder, file))
-        if not isinstance(tensor, Stored):
-            raise CheckpointError(f"{file} holds no tensor; copy it anew")
+                return StoredTensor(file, LEFT_OUT, dtype, 0, sizes, ())
+        tensor = torch_zip.load(check_inside(folder, file))
+        if not isinstance(tensor, StoredTensor):
+            raise CheckpointError(f"{file} holds no tensor; copy it again")
         return tensor
 
-    filled: Mapping[Any, Any] = torch_zip.replaced(held, torch_pickle.Reference, place)
+    filled: Mapping[Any, Any] = torch_zip.replace_values(held, torch_pickle.XlaReference, locate)
     return filled
 
 
-def weights(folder: Path, path: Path) -> State:
-    """The tensors of a rank's state dict, by name."""
-    held = opened(folder, path)
+def load_state_dict(folder: Path, path: Path) -> StateDict:
+    """The tensors of a rank's state dict by name, before any joining."""
+    held = load_rank_file(folder, path)
     held = held["model"] if isinstance(held.get("model"), dict) else held
-    return {name: value for name, value in held.items() if isinstance(value, Stored)}
+    return {name: value for name, value in held.items() if isinstance(value, StoredTensor)}
 
 
 def _states(held: Mapping[Any, Any]) -> str:
     return "base_state" if "base_state" in held else "state"
 
 
-def entry(held: Mapping[Any, Any], key: str, number: int) -> Mapping[Any, Any]:
+def state_entry(held: Mapping[Any, Any], key: str, number: int) -> Mapping[Any, Any]:
     """``held[key][number]``, or nothing."""
     outer = held.get(key)
     inner = outer.get(number) if isinstance(outer, dict) else None

@@ -1,12 +1,13 @@
-"""Writing for neuronx-distributed: a tag's folder that its ``load_checkpoint`` takes.
+"""Writing for neuronx-distributed: the folder of a tag, as its ``load_checkpoint`` reads it.
 
-The inverse of ``nxd``: each rank's file has its share of every tensor in the order of NxD's own
-Llama, queries beside the key/value heads they read, fused as asked; each data rank's file has its
-rows of every optimizer state.  A rank's dict is in memory at a time.
+The inverse of ``nxd``.  The file of each rank has its share of every tensor in the order of NxD's
+Llama, with queries next to the key/value heads they read; the file of each data rank has its rows
+of every optimizer state.  Memory holds the state dict of one rank at a time.
 
 ::
 
-    stacked     qkv_proj.weight                 fuse_qkv, heads all alike
+    ``qkv``     parameters                      NxD's options
+    stacked     qkv_proj.weight                 fuse_qkv, as many key/value heads as queries
     gqa         qkv_proj.weight_q, _k, _v       qkv_linear
     gqa-fused   qkv_proj.weight_qkv             qkv_linear and fuse_qkv
     separate    q_proj.weight, ...              neither
@@ -24,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamax.checkpoint.atomic import explain_write_errors
 from llamax.checkpoint.formats.nxd import MOMENTS
-from llamax.checkpoint.formats.rank_grid import query_order
+from llamax.checkpoint.formats.rank_grid import replicated_query_order
+from llamax.checkpoint.formats.torch_save import save_text, save_torch
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.config.schema import OptimConfig
@@ -36,25 +37,28 @@ from llamax.runtime.errors import CheckpointError, ConfigError
 
 
 @dataclass(frozen=True)
-class Target:
-    """The ranks that will load, how they hold attention, and what of the optimizer they want."""
+class NxdTarget:
+    """The mesh that will load a checkpoint, its layout of attention, and its optimizer state.
+
+    Raises ConfigError if NxD could not hold the model in this way.
+    """
 
     model: ModelConfig
     tensor: int = 1
     pipeline: int = 1
     data: int = 1
-    style: str = "stacked"
-    copies: int = 1
+    qkv: str = "stacked"
+    kv_multiplier: int = 1
     moments: bool = False
     masters: bool = False
 
     def __post_init__(self) -> None:
-        model, heads = self.model, self.model.num_key_value_heads * self.copies
-        if min(self.tensor, self.pipeline, self.data, self.copies) < 1:
+        model, heads = self.model, self.model.num_key_value_heads * self.kv_multiplier
+        if min(self.tensor, self.pipeline, self.data, self.kv_multiplier) < 1:
             raise ConfigError("`tensor`, `pipeline`, `data` and `kv_multiplier` are 1 or more")
         for size, what in (
             (model.num_attention_heads, "num_attention_heads"),
-            (heads, f"num_key_value_heads x `kv_multiplier={self.copies}`"),
+            (heads, f"num_key_value_heads x `kv_multiplier={self.kv_multiplier}`"),
             (model.intermediate_size, "intermediate_size"),
             (model.vocab_size, "vocab_size"),
         ):
@@ -64,24 +68,24 @@ class Target:
                 )
         if model.num_attention_heads % heads:
             raise ConfigError(
-                f"`kv_multiplier={self.copies}` makes {heads} key/value heads, which do not divide "
-                f"num_attention_heads={model.num_attention_heads}"
+                f"`kv_multiplier={self.kv_multiplier}` makes {heads} key/value heads, which do not "
+                f"divide num_attention_heads={model.num_attention_heads}"
             )
         if model.num_hidden_layers % self.pipeline:
             raise ConfigError(
                 f"`pipeline={self.pipeline}` does not divide num_hidden_layers="
                 f"{model.num_hidden_layers}"
             )
-        if self.style == "stacked" and model.num_attention_heads != model.num_key_value_heads:
+        if self.qkv == "stacked" and model.num_attention_heads != model.num_key_value_heads:
             raise ConfigError("`qkv=stacked` is for models with as many key/value heads; use gqa")
-        if self.copies > 1 and not self.style.startswith("gqa"):
+        if self.kv_multiplier > 1 and not self.qkv.startswith("gqa"):
             raise ConfigError(
-                f"`kv_multiplier={self.copies}` (by default what `tensor` needs) needs `qkv=gqa` "
-                f"or gqa-fused, not {self.style}"
+                f"`kv_multiplier={self.kv_multiplier}` (by default what `tensor` needs) needs "
+                f"`qkv=gqa` or gqa-fused, not {self.qkv}"
             )
 
-    def names(self, stage: int) -> Iterator[tuple[str, list[str]]]:
-        """A stage's parameters in NxD's order, each with the Hub tensors it stacks."""
+    def stage_parameters(self, stage: int) -> Iterator[tuple[str, list[str]]]:
+        """The parameters of a stage in NxD's order, each with the Hub tensors it stacks."""
         each = self.model.num_hidden_layers // self.pipeline
         if stage == 0:
             yield "model.embed_tokens.weight", ["model.embed_tokens.weight"]
@@ -89,13 +93,13 @@ class Target:
             home = f"model.layers.{layer}."
             q, k, v = (f"{home}self_attn.{part}_proj.weight" for part in "qkv")
             fused = f"{home}self_attn.qkv_proj.weight"
-            if self.style == "stacked":
+            if self.qkv == "stacked":
                 yield fused, [q, k, v]
-            elif self.style == "gqa-fused":
+            elif self.qkv == "gqa-fused":
                 yield f"{fused}_qkv", [q, k, v]
             else:
                 for part, name in zip("qkv", (q, k, v), strict=True):
-                    yield (f"{fused}_{part}" if self.style == "gqa" else name), [name]
+                    yield (f"{fused}_{part}" if self.qkv == "gqa" else name), [name]
             yield f"{home}self_attn.o_proj.weight", [f"{home}self_attn.o_proj.weight"]
             gate_up = [f"{home}mlp.{part}_proj.weight" for part in ("gate", "up")]
             yield f"{home}mlp.gate_up_proj.weight", gate_up
@@ -106,27 +110,29 @@ class Target:
             tied = self.model.tie_word_embeddings
             yield "lm_head.weight", ["model.embed_tokens.weight" if tied else "lm_head.weight"]
 
-    def ranges(self, name: str, rank: int) -> list[tuple[int, int]]:
-        """What a rank holds of a Hub tensor: runs [start, stop) of rows, or columns, in order."""
+    def shares(self, name: str, rank: int) -> list[tuple[int, int]]:
+        """A rank's share of a Hub tensor: ranges [start, stop) along its cut dim, in order."""
         model, E = self.model, self.model.head_dim
         leaf = name.rpartition("self_attn.")[2]
         if leaf.startswith(("q_", "o_")):
-            heads = query_order(model, self.copies)
+            heads = replicated_query_order(model, self.kv_multiplier)
         elif leaf.startswith(("k_", "v_")):
-            heads = [*range(model.num_key_value_heads)] * self.copies
+            heads = [*range(model.num_key_value_heads)] * self.kv_multiplier
         else:
             size = (model.intermediate_size if ".mlp." in name else model.vocab_size) // self.tensor
             return [(rank * size, (rank + 1) * size)]
         each = len(heads) // self.tensor
-        mine = heads[rank * each : (rank + 1) * each]
-        return [(head * E, (head + 1) * E) for head in mine]
+        return [(head * E, (head + 1) * E) for head in heads[rank * each : (rank + 1) * each]]
 
 
-class Writer:
-    """Writes one source for one target."""
+class NxdWriter:
+    """Writes a source for one target.
+
+    Raises CheckpointError if the target wants optimizer state that the source does not have.
+    """
 
     def __init__(
-        self, source: Source, target: Target, optim: OptimConfig, lr: float, step: int
+        self, source: Source, target: NxdTarget, optim: OptimConfig, lr: float, step: int
     ) -> None:
         self.source, self.target, self.optim, self.lr, self.step = source, target, optim, lr, step
         llama = Llama(target.model, device="meta")
@@ -137,27 +143,29 @@ class Writer:
         }
         if target.moments and not all({*MOMENTS} <= {*source.kinds(n)} for n in source.names()):
             raise CheckpointError(
-                f"{source.folder} holds no optimizer state of all weights; use `optimizer=none`"
+                f"{source.folder} does not hold the optimizer state of all weights; use "
+                "`optimizer=none`"
             )
 
     def write(self, folder: Path) -> None:
-        """Fill the folder of a tag; ``done`` comes last."""
+        """Write the folder of a tag, ``done`` last."""
         target = self.target
         save_text(folder / "checkpoint", "1")
         for stage in range(target.pipeline):
             for rank in range(target.tensor):
                 at = f"tp_rank_{rank:02d}_pp_rank_{stage:02d}.pt"
                 state = {
-                    name: self._share(hub, rank, "weight") for name, hub in target.names(stage)
+                    name: self._share(hub, rank, "weight")
+                    for name, hub in target.stage_parameters(stage)
                 }
-                save(folder / "model" / f"dp_rank_00_{at}", state)
+                save_torch(folder / "model" / f"dp_rank_00_{at}", state)
                 for data in range(target.data if target.moments else 0):
-                    held = self._optimizer(stage, rank, data)
-                    save(folder / "optim" / f"dp_rank_{data:02d}_{at}", held)
+                    held = self._optimizer_state(stage, rank, data)
+                    save_torch(folder / "optim" / f"dp_rank_{data:02d}_{at}", held)
         save_text(folder / "done", "1")
 
     def _share(self, hub: Sequence[str], rank: int, kind: str) -> Tensor:
-        """A rank's share of a parameter, of one kind."""
+        """One kind of a rank's share of a parameter: the parts of all its Hub tensors, stacked."""
         return torch.cat([self._part(name, rank, kind) for name in hub])
 
     def _part(self, name: str, rank: int, kind: str) -> Tensor:
@@ -169,15 +177,15 @@ class Writer:
         assert isinstance(how, Shard)
         runs = [
             self.source.read(name, kind, how.dim, start, stop)
-            for start, stop in self.target.ranges(name, rank)
+            for start, stop in self.target.shares(name, rank)
         ]
         return torch.cat(runs, how.dim)
 
-    def _optimizer(self, stage: int, rank: int, data: int) -> dict[str, Any]:
-        """A data rank's ZeRO-1 state: groups with and without decay, numbered through."""
+    def _optimizer_state(self, stage: int, rank: int, data: int) -> dict[str, Any]:
+        """The ZeRO-1 state of a data rank: first parameters with weight decay, then norms."""
         target = self.target
-        names = [*target.names(stage)]
-        if target.model.tie_word_embeddings:  # one parameter, counted where it comes first
+        names = [*target.stage_parameters(stage)]
+        if target.model.tie_word_embeddings:  # one parameter, counted at its first place
             names = [(name, hub) for name, hub in names if name != "lm_head.weight"]
         decayed = [one for one in names if "norm" not in one[0]]
         names = decayed + [one for one in names if "norm" in one[0]]
@@ -205,30 +213,20 @@ class Writer:
             held["shape_info"][number] = moments["exp_avg"].shape
             held["base_state"][number] = {
                 "step": torch.tensor(float(self.step)),
-                **{kind: rows_of(whole, data, target.data) for kind, whole in moments.items()},
+                **{
+                    kind: rows_of_data_rank(whole, data, target.data)
+                    for kind, whole in moments.items()
+                },
             }
             if target.masters:
-                masters[number] = rows_of(self._share(hub, rank, "master"), data, target.data)
+                masters[number] = rows_of_data_rank(
+                    self._share(hub, rank, "master"), data, target.data
+                )
         return held | ({"sharded_master_weights": masters} if target.masters else {})
 
 
-def rows_of(whole: Tensor, rank: int, degree: int) -> Tensor:
-    """A data rank's rows, after rows of zeros that make them divide."""
+def rows_of_data_rank(whole: Tensor, rank: int, degree: int) -> Tensor:
+    """A data rank's equal share of the rows of a state, padded with rows of zeros."""
     pad = -len(whole) % degree
     padded = torch.cat([whole, whole.new_zeros(pad, *whole.shape[1:])]) if pad else whole
     return padded.chunk(degree)[rank].clone()
-
-
-def save(path: Path, held: dict[str, Any]) -> None:
-    """torch.save, with a full disk told in one line."""
-    needed = sum(value.nbytes for value in held.values() if isinstance(value, Tensor))
-    with explain_write_errors(path, needed):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            torch.save(held, file)
-
-
-def save_text(path: Path, text: str) -> None:
-    with explain_write_errors(path, len(text)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)

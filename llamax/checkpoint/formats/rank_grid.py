@@ -3,18 +3,18 @@
 ::
 
               tp 0                      tp 1
-    pp 0   embed 0, layers 0..15     embed 1, layers 0..15        one dict of tensors per rank,
-    pp 1   layers 16..31, head 0     layers 16..31, head 1        each with its share of every one
+    pp 0   embed 0, layers 0..15     embed 1, layers 0..15        one state dict per rank, with
+    pp 1   layers 16..31, head 0     layers 16..31, head 1        its share of every tensor
 
-What differs between formats is how a tensor is called, and how a rank's share of a fused
-projection lies inside one: ``Where`` says both.  The rest is the same everywhere: shares are joined
-along the cut dim, rows that pad the vocabulary go, and so do copies of key/value heads.
+Formats differ in the names of tensors, and in how a rank's share of a fused projection is laid out:
+``Location`` describes both.  The rest is common: shares are joined along the cut dim, and padding
+rows of the vocabulary and replicas of key/value heads are dropped.
 
-Heads: where tensor ranks outnumber K key/value heads, these are repeated m times *as a block*, and
-the H query heads follow the key/value heads they read (neuronx-distributed on trn1)::
+Heads: with more tensor ranks than the K key/value heads, these are repeated m times *as a block*,
+and the H query heads are ordered like the key/value heads they read (neuronx-distributed on trn1)::
 
     H 8, K 2, m 2:    k0 k1 | k0 k1        q0 q1  q4 q5 | q2 q3  q6 q7
-    tensor 4:         rank r has replica r, whose H / (K m) queries stand beside it
+    tensor 4:         rank r has key/value replica r and the H / (K m) queries that read it
 
 Source: neuronx_distributed, ``modules/qkv_linear.py`` and ``scripts/checkpoint_converter.py``;
 optimum-neuron, ``transformations_utils.py``.
@@ -29,31 +29,32 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from llamax.checkpoint.formats.base import Foreign
-from llamax.checkpoint.formats.torch_zip import Stored
+from llamax.checkpoint.formats.base import ForeignCheckpoint
+from llamax.checkpoint.formats.torch_zip import StoredTensor
 from llamax.config.model import ModelConfig
 from llamax.parallel.sharding import Replica, Shard
 from llamax.runtime.errors import CheckpointError
 
-State = Mapping[str, Stored]
-IGNORED = (".inv_freq", "rope.freqs", "._extra_state")
+StateDict = Mapping[str, StoredTensor]
+IGNORED_SUFFIXES = (".inv_freq", "rope.freqs", "._extra_state")
 
 
-class Where(NamedTuple):
-    """The tensor in the files, and the rows of a rank's share of it that are wanted."""
+class Location(NamedTuple):
+    """A tensor in the files, and the function that selects rows from a rank's share of it."""
 
     name: str
     rows: Callable[[Tensor], Tensor]
 
 
 def all_rows(share: Tensor) -> Tensor:
+    """The ``Location.rows`` of a tensor that is not fused."""
     return share
 
 
-class Grid(Foreign):
-    """``states[pp][tp]``: the tensors of a rank."""
+class RankGrid(ForeignCheckpoint):
+    """A checkpoint with one state dict per rank; ``states[pp][tp]`` is that of a rank."""
 
-    states: list[list[State]]
+    states: list[list[StateDict]]
     repeats_heads: bool = False
 
     @property
@@ -61,82 +62,84 @@ class Grid(Foreign):
         return len(self.states[0])
 
     @abstractmethod
-    def places(self, name: str) -> Iterator[Where]:
-        """Where a Hub tensor may lie: the first place that exists counts."""
+    def locations(self, name: str) -> Iterator[Location]:
+        """Where a Hub tensor may be found, the most likely location first."""
 
     def share(self, stage: int, rank: int, name: str, kind: str) -> Tensor:
-        """A rank's share of a tensor of the files; formats with optimizer state know more kinds."""
+        """A rank's share of a tensor of the files; ``kind`` is weight without optimizer state."""
         return self.states[stage][rank][name].load()
 
-    def find(self, name: str) -> tuple[int, Where]:
-        """The stage and place of a Hub tensor; CheckpointError where there is none."""
-        for where in self.places(name):
+    def locate(self, name: str) -> tuple[int, Location]:
+        """The stage and location of a Hub tensor; CheckpointError if no file has it."""
+        for location in self.locations(name):
             for stage, ranks in enumerate(self.states):
-                if where.name in ranks[0]:
+                if location.name in ranks[0]:
                     for rank, state in enumerate(ranks):
-                        if where.name not in state:
+                        if location.name not in state:
                             raise CheckpointError(
-                                f"{self.folder}: rank {rank} of stage {stage} has no {where.name}, "
-                                "rank 0 has; copy the folder anew"
+                                f"{self.folder}: rank {rank} of stage {stage} has no "
+                                f"{location.name}, rank 0 has; copy the folder again"
                             )
-                    return stage, where
-        raise self.missing(name)
+                    return stage, location
+        raise self.missing_error(name)
 
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
-        stage, where = self.find(name)
-        return self.states[stage][0][where.name].dtype
+        stage, location = self.locate(name)
+        return self.states[stage][0][location.name].dtype
 
     def join(self, name: str, kind: str) -> Tensor:
-        stage, where = self.find(name)
+        stage, location = self.locate(name)
         how = self.cuts[name]
         if isinstance(how, Replica):
-            return where.rows(self.share(stage, 0, where.name, kind))
-        shares = [self.share(stage, rank, where.name, kind) for rank in range(self.tensor_degree)]
+            return location.rows(self.share(stage, 0, location.name, kind))
+        ranks = range(self.tensor_degree)
+        shares = [self.share(stage, rank, location.name, kind) for rank in ranks]
         (block,) = how.blocks
         try:
-            joined = torch.cat([where.rows(share) for share in shares], self.cut_dim(name, how))
+            joined = torch.cat([location.rows(share) for share in shares], self.cut_dim(name, how))
             if block.pad:
                 return joined[: block.size]
-            if ".self_attn." in name and (copies := self.copies(name)) > 1:
-                return self.without_copies(joined, name, how.dim, copies)
+            if ".self_attn." in name and (replicas := self.kv_replicas(name)) > 1:
+                return self.drop_replicas(joined, name, how.dim, replicas)
         except (RuntimeError, IndexError, TypeError):
-            raise self.unfit(where.name) from None
+            raise self.shape_error(location.name) from None
         return joined
 
     def cut_dim(self, name: str, how: Shard) -> int:
         """The dim along which the ranks' shares of a Hub tensor are joined."""
         return how.dim
 
-    def without_copies(self, joined: Tensor, name: str, dim: int, copies: int) -> Tensor:
-        """Heads in the model's order, each once."""
+    def drop_replicas(self, joined: Tensor, name: str, dim: int, replicas: int) -> Tensor:
+        """The heads of an attention weight in the model's order, each head once."""
         if name.endswith(("k_proj.weight", "v_proj.weight")):
-            return joined[: len(joined) // copies]
-        back = torch.tensor(query_order(self.model, copies)).argsort()
-        heads: Tensor = joined.unflatten(dim, (len(back), -1))
-        return heads.index_select(dim, back).flatten(dim, dim + 1)
+            return joined[: len(joined) // replicas]
+        order = torch.tensor(replicated_query_order(self.model, replicas)).argsort()
+        heads: Tensor = joined.unflatten(dim, (len(order), -1))
+        return heads.index_select(dim, order).flatten(dim, dim + 1)
 
-    def copies(self, name: str) -> int:
-        """How often the key/value heads of a tensor's layer are repeated over the ranks."""
+    def kv_replicas(self, name: str) -> int:
+        """How often the ranks repeat the key/value heads of the layer of an attention weight."""
         layer = name.rpartition(".self_attn.")[0]
-        stage, where = self.find(f"{layer}.self_attn.k_proj.weight")
-        shape = self.states[stage][0][where.name].shape
+        stage, location = self.locate(f"{layer}.self_attn.k_proj.weight")
+        shape = self.states[stage][0][location.name].shape
         try:
-            rows = len(where.rows(torch.empty(shape, device="meta"))) * self.tensor_degree
+            rows = len(location.rows(torch.empty(shape, device="meta"))) * self.tensor_degree
         except (RuntimeError, IndexError, TypeError):
-            raise self.unfit(where.name) from None
+            raise self.shape_error(location.name) from None
         model = self.model
-        copies, over = divmod(rows, model.num_key_value_heads * model.head_dim)
-        groups = model.num_key_value_heads * copies
-        if over or not copies or model.num_attention_heads % groups:
-            raise self.unfit(where.name)
-        if copies > 1 and not self.repeats_heads:
+        replicas, rest = divmod(rows, model.num_key_value_heads * model.head_dim)
+        groups = model.num_key_value_heads * replicas
+        if rest or not replicas or model.num_attention_heads % groups:
+            raise self.shape_error(location.name)
+        if replicas > 1 and not self.repeats_heads:
             raise CheckpointError(
-                f"{self.folder}: {where.name} repeats key/value heads {copies} times, in an order "
-                "that llamax does not know; save it with fewer tensor ranks"
+                f"{self.folder}: {location.name} repeats key/value heads {replicas} times, in an "
+                "order that llamax does not know; save it with fewer tensor ranks"
             )
-        return copies
+        return replicas
 
-    def unfit(self, name: str) -> CheckpointError:
+    def shape_error(self, name: str) -> CheckpointError:
+        """The error for a tensor of the files whose shape does not fit the model."""
         shapes = [
             str(list(state[name].shape))
             for ranks in self.states
@@ -145,42 +148,45 @@ class Grid(Foreign):
         ]
         return CheckpointError(
             f"{self.folder}: {name} of shape {', '.join(dict.fromkeys(shapes))} on "
-            f"{self.tensor_degree} tensor ranks is no part of this model; give the configuration "
-            "of this very model with `config`"
+            f"{self.tensor_degree} tensor ranks does not fit this model; give the configuration of "
+            "exactly this model with `config`"
         )
 
-    def nothing_left(self) -> None:
-        """Raise CheckpointError for a tensor in the files that no Hub tensor is made of."""
-        used = {self.find(name)[1].name for name in self.shapes}
+    def check_all_used(self) -> None:
+        """Raise CheckpointError for a tensor in the files that belongs to no Hub tensor."""
+        used = {self.locate(name)[1].name for name in self.shapes}
         if self.model.tie_word_embeddings:
-            used.update(where.name for where in self.places("lm_head.weight"))
+            used.update(location.name for location in self.locations("lm_head.weight"))
         for ranks in self.states:
             for name in ranks[0]:
-                if name not in used and not name.endswith(IGNORED):
+                if name not in used and not name.endswith(IGNORED_SUFFIXES):
                     raise CheckpointError(
                         f"{self.folder} has {name[:80]}, which llamax does not know; it reads "
-                        "Llamas, and needs the configuration of this very one"
+                        "Llamas, and needs the configuration of exactly this one"
                     )
 
 
-def query_order(model: ModelConfig, copies: int) -> list[int]:
-    """Which query head stands where, when key/value heads are repeated ``copies`` times."""
+def replicated_query_order(model: ModelConfig, replicas: int) -> list[int]:
+    """The order of the query heads when the key/value heads are repeated ``replicas`` times."""
     kv_heads = model.num_key_value_heads
     group = model.num_attention_heads // kv_heads
-    each = group // copies
+    queries = group // replicas
     return [
-        kv * group + copy * each + i
-        for copy in range(copies)
+        kv * group + replica * queries + i
+        for replica in range(replicas)
         for kv in range(kv_heads)
-        for i in range(each)
+        for i in range(queries)
     ]
 
 
-def stacked(sizes: Callable[[int], list[int]], part: int) -> Callable[[Tensor], Tensor]:
-    """Rows of one of several matrices that a share stacks; ``sizes``: their rows, of so many."""
+def stacked_rows(sizes: Callable[[int], list[int]], part: int) -> Callable[[Tensor], Tensor]:
+    """A function that selects one of the matrices stacked in a share.
+
+    ``sizes`` returns the row counts of all of them, given the rows of the share.
+    """
     return lambda share: share.split(sizes(len(share)))[part]
 
 
-def halves(rows: int) -> list[int]:
-    """Two matrices of the same height."""
+def two_halves(rows: int) -> list[int]:
+    """The row counts of two stacked matrices of the same height."""
     return [rows // 2, rows - rows // 2]

@@ -1,13 +1,13 @@
-"""A pickle as data: a machine for the few instructions that tensors and plain containers need.
+"""Reading pickles as data, without executing them.
 
-Python's own unpickler calls whatever a file names.  This one calls nothing of Python's: a name is
-looked up in ``NAMES``, an instruction outside ``run`` ends the reading, and tensors come out as
-``Tensor`` records that say which stored bytes they are.
+Python's unpickler calls every function that a file names.  This interpreter calls none of them: a
+name must be in ``ALLOWED_NAMES``, an instruction that ``_Machine.run`` does not know ends the
+reading, and tensors become ``PickledTensor`` records of the stored elements they consist of.
 
 ::
 
     GLOBAL torch._utils _rebuild_tensor_v2 | BINPERSID ('storage', FloatStorage, '0', 'cpu', 6)
-    ... REDUCE                             -> Tensor(storage '0', float32, shape (2, 3), ...)
+    ... REDUCE                             -> PickledTensor(storage '0', float32, shape (2, 3), ...)
     GLOBAL os system                       -> refused
 
 Source: Python's pickletools, torch.serialization (what torch.save writes: protocol 2).
@@ -23,7 +23,7 @@ import torch
 
 from llamax.runtime.errors import CheckpointError
 
-MOST_BYTES, MOST_DIMS = 64 << 20, 16
+MAX_BYTES, MAX_DIMS = 64 << 20, 16
 STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
@@ -39,71 +39,75 @@ STORAGES = {
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
 
 
-class Storage(NamedTuple):
-    """A run of ``length`` elements, called ``key`` in the archive."""
+class PickledStorage(NamedTuple):
+    """``length`` elements of one dtype, in the archive entry ``key``."""
 
     key: str
     dtype: torch.dtype
     length: int
 
 
-class Tensor(NamedTuple):
-    """A tensor as the pickle describes it: elements of a storage, ``start`` and strides counted in
-    them."""
+class PickledTensor(NamedTuple):
+    """A tensor in a pickle: a storage, and the shape of its elements in it.
 
-    storage: Storage
+    ``start`` and ``strides`` count elements.
+    """
+
+    storage: PickledStorage
     start: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
-class Reference:
-    """torch_xla's place-holder for tensor number ``tid``, which lies in a file of its own."""
+class XlaReference:
+    """The placeholder of torch_xla for tensor number ``tid``, which is in a separate file."""
 
     tid: int = -1
 
 
-class Refused(Exception):
-    """What a pickle asks for that no tensor needs."""
+class UnsupportedPickle(Exception):
+    """Something in a pickle that tensors and plain containers do not need."""
 
 
-class Call(NamedTuple):
-    """A function that REDUCE may apply, in our own words."""
+class AllowedCall(NamedTuple):
+    """A function of this module that REDUCE may call in place of the named one."""
 
     apply: Callable[..., Any]
 
 
 def _tensor(
     storage: Any, start: Any, shape: Any, strides: Any, _grad: Any = None, *_hooks: Any
-) -> Tensor:
-    if not isinstance(storage, Storage):
-        raise Refused("a tensor without a storage")
+) -> PickledTensor:
+    if not isinstance(storage, PickledStorage):
+        raise UnsupportedPickle("a tensor without a storage")
     for numbers in (shape, strides):
-        plain = isinstance(numbers, tuple) and len(numbers) <= MOST_DIMS
+        plain = isinstance(numbers, tuple) and len(numbers) <= MAX_DIMS
         if not plain or not all(_natural(n) for n in numbers):
-            raise Refused(f"a tensor with shape or strides {numbers!r:.80}")
+            raise UnsupportedPickle(f"a tensor with shape or strides {numbers!r:.80}")
     if not _natural(start) or len(shape) != len(strides):
-        raise Refused(f"a tensor of shape {shape!r:.80} at {start!r:.80}")
+        raise UnsupportedPickle(f"a tensor of shape {shape!r:.80} at {start!r:.80}")
     elements = 1
     last = start
     for length, stride in zip(shape, strides, strict=True):
         elements *= length
         last += (length - 1) * stride
     if elements and (last >= storage.length or elements > storage.length):
-        raise Refused(f"a tensor of shape {list(shape)!r:.80} in {storage.length} elements")
-    return Tensor(storage, start, shape, strides)
+        raise UnsupportedPickle(
+            f"a tensor of shape {list(shape)!r:.80} in {storage.length} elements"
+        )
+    return PickledTensor(storage, start, shape, strides)
 
 
-def _storage(kind: Any, dtype: Any, key: Any, _place: Any, length: Any) -> Storage:
-    if kind != "storage" or not isinstance(dtype, Kind) or not isinstance(key, str):
-        raise Refused(f"a persistent {kind!r:.80}")
+def _storage(kind: Any, dtype: Any, key: Any, _place: Any, length: Any) -> PickledStorage:
+    if kind != "storage" or not isinstance(dtype, StorageType) or not isinstance(key, str):
+        raise UnsupportedPickle(f"a persistent {kind!r:.80}")
     if not _natural(length):
-        raise Refused(f"a storage of {length!r:.80} elements")
-    return Storage(key, dtype.dtype, length)
+        raise UnsupportedPickle(f"a storage of {length!r:.80} elements")
+    return PickledStorage(key, dtype.dtype, length)
 
 
-class Kind(NamedTuple):
-    """The class of a storage, which says the dtype."""
+class StorageType(NamedTuple):
+    """A storage class such as torch.FloatStorage, by its dtype."""
 
     dtype: torch.dtype
 
@@ -112,31 +116,31 @@ def _natural(number: object) -> bool:
     return type(number) is int and 0 <= number < 1 << 62
 
 
-NAMES: dict[tuple[str, str], object] = {
-    ("torch._utils", "_rebuild_tensor_v2"): Call(_tensor),
-    ("torch._utils", "_rebuild_parameter"): Call(lambda data, _grad, _hooks: data),
-    ("torch", "Size"): Call(lambda sizes: tuple(sizes)),
-    ("collections", "OrderedDict"): Call(lambda: {}),
-    ("torch_xla.utils.serialization", "TensorReference"): Reference,
-    **{("torch", name): Kind(dtype) for name, dtype in STORAGES.items()},
+ALLOWED_NAMES: dict[tuple[str, str], object] = {
+    ("torch._utils", "_rebuild_tensor_v2"): AllowedCall(_tensor),
+    ("torch._utils", "_rebuild_parameter"): AllowedCall(lambda data, _grad, _hooks: data),
+    ("torch", "Size"): AllowedCall(lambda sizes: tuple(sizes)),
+    ("collections", "OrderedDict"): AllowedCall(lambda: {}),
+    ("torch_xla.utils.serialization", "TensorReference"): XlaReference,
+    **{("torch", name): StorageType(dtype) for name, dtype in STORAGES.items()},
     **{("torch", name): dtype for name, dtype in DTYPES.items()},
 }
 _MARK = object()
 
 
-def read(data: bytes, where: str) -> Any:
-    """What a pickle holds: containers, numbers, text, ``Tensor`` and ``Reference``.
+def read_pickle(data: bytes, where: str) -> Any:
+    """The contents of a pickle: containers, numbers, text, ``PickledTensor``, ``XlaReference``.
 
-    Raises CheckpointError that starts with ``where`` for anything else; nothing was executed.
+    Raises CheckpointError, which names ``where``, for anything else; nothing is executed.
     """
     try:
-        if len(data) > MOST_BYTES:
-            raise Refused(f"{len(data)} bytes of structure; {MOST_BYTES} are allowed")
+        if len(data) > MAX_BYTES:
+            raise UnsupportedPickle(f"{len(data)} bytes of structure; {MAX_BYTES} are allowed")
         return _Machine().run(data)
-    except Refused as error:
+    except UnsupportedPickle as error:
         why = str(error)
     except (ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError) as error:
-        why = f"no pickle that torch.save wrote ({type(error).__name__})"
+        why = f"a pickle that torch.save did not write ({type(error).__name__})"
     raise CheckpointError(
         f"{where} holds {why}; llamax reads tensors and plain containers only, and has executed "
         "nothing: save a state_dict"
@@ -144,7 +148,7 @@ def read(data: bytes, where: str) -> Any:
 
 
 class _Machine:
-    """A stack, and a memo of what was built."""
+    """The interpreter: a stack, and the memo of values that were built."""
 
     def __init__(self) -> None:
         self.stack: list[Any] = []
@@ -203,26 +207,26 @@ class _Machine:
                     push(_storage(*pop()))
                 case "REDUCE":
                     arguments, function = pop(), pop()
-                    if not isinstance(function, Call) or not isinstance(arguments, tuple):
-                        raise Refused(f"a call of {function!r:.80}")
+                    if not isinstance(function, AllowedCall) or not isinstance(arguments, tuple):
+                        raise UnsupportedPickle(f"a call of {function!r:.80}")
                     push(function.apply(*arguments))
                 case "NEWOBJ":
                     arguments, kind = pop(), pop()
-                    if kind is not Reference or arguments != ():
-                        raise Refused(f"an object of {kind!r:.80}")
-                    push(Reference())
+                    if kind is not XlaReference or arguments != ():
+                        raise UnsupportedPickle(f"an object of {kind!r:.80}")
+                    push(XlaReference())
                 case "BUILD":
                     self._build(pop())
                 case other:
-                    raise Refused(f"the instruction {other}")
-        raise Refused("no end")
+                    raise UnsupportedPickle(f"the instruction {other}")
+        raise UnsupportedPickle("a pickle without an end")
 
     def _marked(self) -> list[Any]:
         at = len(self.stack) - 1
         while self.stack[at] is not _MARK:
             at -= 1
             if at < 0:
-                raise Refused("a list without a beginning")
+                raise UnsupportedPickle("a list without a beginning")
         values = self.stack[at + 1 :]
         del self.stack[at:]
         return values
@@ -230,34 +234,36 @@ class _Machine:
     def _tuple(self, length: int) -> None:
         values = self.stack[-length:]
         if len(values) < length:
-            raise Refused("a tuple of nothing")
+            raise UnsupportedPickle("a tuple without elements")
         self.stack[-length:] = [tuple(values)]
 
     def _append(self, values: Sequence[Any]) -> None:
         if type(self.stack[-1]) is not list:
-            raise Refused("an append to what is no list")
+            raise UnsupportedPickle("an append to something that is not a list")
         self.stack[-1].extend(values)
 
     def _set(self, pairs: Sequence[Any]) -> None:
         if type(self.stack[-1]) is not dict or len(pairs) % 2:
-            raise Refused("an entry of what is no dict")
+            raise UnsupportedPickle("an entry of something that is not a dict")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
             if type(key) not in (str, int):  # nested tuples are hashed by recursion
-                raise Refused(f"a key of type {type(key).__name__}")
+                raise UnsupportedPickle(f"a key of type {type(key).__name__}")
             self.stack[-1][key] = value
 
     def _build(self, state: Any) -> None:
-        """State of an object: a reference's number; what a dict carries beside it is dropped."""
+        """Set the number of a reference; the attributes of a dict (``_metadata``) are dropped."""
         target = self.stack[-1]
-        if isinstance(target, Reference):
+        if isinstance(target, XlaReference):
             if not isinstance(state, dict) or not _natural(state.get("tid")):
-                raise Refused("a reference to no tensor")
+                raise UnsupportedPickle("a reference without a tensor number")
             target.tid = state["tid"]
         elif type(target) is not dict:
-            raise Refused(f"state for a {type(target).__name__}")
+            raise UnsupportedPickle(f"state for a {type(target).__name__}")
 
 
 def _named(module: Any, name: Any) -> object:
-    if not isinstance(module, str) or (module, name) not in NAMES:
-        raise Refused(f"{module!s:.80}.{name!s:.80}, which is neither tensor nor plain container")
-    return NAMES[module, name]
+    if not isinstance(module, str) or (module, name) not in ALLOWED_NAMES:
+        raise UnsupportedPickle(
+            f"{module!s:.80}.{name!s:.80}, which is neither a tensor nor a plain container"
+        )
+    return ALLOWED_NAMES[module, name]

@@ -70,7 +70,7 @@ def test_nobody_waits_for_a_checkpoint_that_was_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1 has written its files; rank 0 finds no room: training may go on at once."""
-    monkeypatch.setattr(hf_beside, "RENAMED_S", 0.1)
+    monkeypatch.setattr(hf_beside, "DONE_WAIT_S", 0.1)
     ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))
     first, second = (saver(tmp_path, rank, also_hf=True, timeout_s=600) for rank in ranks)
     monkeypatch.setattr(files, "write_done", disk_full)

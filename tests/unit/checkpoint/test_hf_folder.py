@@ -41,9 +41,9 @@ def test_hub_folders(tmp_path: Path) -> None:
         refused(match, lambda folder=folder: HfFolder(folder))
     with open(folder / "config.json", "wb") as file:
         file.truncate(65 << 20)
-    refused("is over 64 MiB", lambda: HfFolder(folder))
+    refused("is over 64 MiB, too large for config.json", lambda: HfFolder(folder))
     (folder / "config.json").unlink()
-    refused("has no config.json: it is no Hugging Face", lambda: HfFolder(folder))
+    refused("has no config.json: it is not a Hugging Face", lambda: HfFolder(folder))
 
 
 def test_hub_weights_from_outside_the_folder(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_hub_weights_from_outside_the_folder(tmp_path: Path) -> None:
     index = folder / "model.safetensors.index.json"
     for name in ("../real", str(tmp_path / "real"), 3):
         index.write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": name}}))
-        refused("which is no file beside it", lambda: HfFolder(folder))
+        refused("which is not a file beside it", lambda: HfFolder(folder))
     index.write_text("{}")
     refused("has no weight_map", lambda: HfFolder(folder))
     save_file({"encoder.weight": torch.zeros(2)}, folder / "model.safetensors")

@@ -16,7 +16,13 @@ from llamax.__main__ import dispatch
 from llamax.checkpoint.build_model import load_tuned
 from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.merge import merge
-from llamax.checkpoint.peft import BASE, CONFIG, PREFIX, WEIGHTS, fingerprint
+from llamax.checkpoint.peft import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    BASE_JSON,
+    PEFT_PREFIX,
+    fingerprint,
+)
 from llamax.checkpoint.slabs import SLAB_BYTES
 from llamax.config.schema import FinetuneConfig
 from llamax.model import lora
@@ -34,15 +40,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = lora.adapt(Llama(MODEL), FinetuneConfig(r=4), torch.empty(0))
     generator = torch.Generator().manual_seed(3)
     tensors = {
-        PREFIX + name: torch.randn(p.shape, generator=generator) / 5
+        PEFT_PREFIX + name: torch.randn(p.shape, generator=generator) / 5
         for name, p in lora.trained(model).items()
     }
     (folder / "adapter").mkdir()
-    save_file(tensors, folder / "adapter" / WEIGHTS)
+    save_file(tensors, folder / "adapter" / ADAPTER_WEIGHTS)
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 6, "target_modules": [*lora.LINEAR]}
-    (folder / "adapter" / CONFIG).write_text(json.dumps(settings))
+    (folder / "adapter" / ADAPTER_CONFIG).write_text(json.dumps(settings))
     about = {"folder": str(base), "fingerprint": fingerprint(open_source(base))}
-    (folder / "adapter" / BASE).write_text(json.dumps(about))
+    (folder / "adapter" / BASE_JSON).write_text(json.dumps(about))
     return folder
 
 
@@ -120,7 +126,7 @@ def test_merging_into_another_shape_is_refused_without_a_fingerprint(
     config = transformers.LlamaConfig(**{**MODEL.to_hub("float32"), "intermediate_size": 128})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "thin")
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
-    (tmp_path / "adapter" / BASE).unlink()
+    (tmp_path / "adapter" / BASE_JSON).unlink()
     with pytest.raises(CheckpointError, match=r"is \[128, 128\]; use the base it was trained on"):
         merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "thin")
     config = transformers.LlamaConfig(**{**MODEL.to_hub("float32"), "num_hidden_layers": 1})
@@ -135,7 +141,7 @@ def test_a_quantised_base_is_refused(folder: Path, tmp_path: Path) -> None:
     quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantised}))
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
-    (tmp_path / "adapter" / BASE).unlink()
+    (tmp_path / "adapter" / BASE_JSON).unlink()
     line = "quantization_config is not supported; use the unquantized model"
     with pytest.raises(ConfigError, match=line):
         merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")

@@ -18,8 +18,8 @@ from llamax.checkpoint.build_model import load_tuned
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.load import load_weights
 from llamax.checkpoint.peft import (
-    CONFIG,
-    WEIGHTS,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     PeftFolder,
     adapter_info,
     export_adapter,
@@ -177,7 +177,9 @@ def test_an_adapter_whose_base_is_gone_says_which_it_was(tmp_path: Path) -> None
     base = hub_folder(tmp_path / "base", LLAMA2)
     reference(base, FinetuneConfig(r=2)).save_pretrained(tmp_path / "adapter")
     shutil.move(base, tmp_path / "moved")
-    with pytest.raises(CheckpointError, match=r"is an adapter of .*base, which is not here"):
+    with pytest.raises(
+        CheckpointError, match=r"is an adapter of .*base, which does not exist here"
+    ):
         load_tuned(tmp_path / "adapter")
     load_tuned(tmp_path / "adapter", tmp_path / "moved")
 
@@ -194,11 +196,11 @@ def test_adapters_are_no_base(run: Path) -> None:
         ({"bias": "all"}, "bias='all' is not supported; llamax computes 'none' only"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
         ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens=\[5\] is not supported"),
-        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base that the"),
-        ({"init_lora_weights": "loftq"}, "'loftq' changes the base that the adapter belongs to"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base of the adapter"),
+        ({"init_lora_weights": "loftq"}, "'loftq' changes the base of the adapter"),
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported; llamax reads LORA"),
-        ({"r": "four"}, "r='four' is no number above 0; save the adapter anew"),
-        ({"lora_alpha": 0}, "lora_alpha=0 is no number above 0; save the adapter anew"),
+        ({"r": "four"}, "r='four' is not a number above 0; save the adapter again"),
+        ({"lora_alpha": 0}, "lora_alpha=0 is not a number above 0; save the adapter again"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -207,7 +209,7 @@ def test_what_peft_does_and_llamax_does_not_is_refused(
 ) -> None:
     folder = export_adapter(Checkpoint(newest_checkpoint(run / "run") or ""), tmp_path / "adapter")
     PeftFolder(folder)
-    path = folder / CONFIG
+    path = folder / ADAPTER_CONFIG
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(CheckpointError, match=line):
         load_tuned(folder)
@@ -216,11 +218,11 @@ def test_what_peft_does_and_llamax_does_not_is_refused(
 @pytest.mark.parametrize(
     ("rename", "line"),
     [
-        (("self_attn.q_proj", "self_attn.query"), "is no LoRA factor of a Llama's projection"),
-        (("layers.1.self_attn.q_proj", "layers.1.self_attn.lm"), "is no LoRA factor"),
-        (("0.self_attn.q_proj", None), "other projections in one layer than in another"),
-        (("layers.0.", None), "other projections in one layer than in another"),
-        (("lora_A", "lora_magnitude"), "is no LoRA factor of a Llama's projection"),
+        (("self_attn.q_proj", "self_attn.query"), "is not a LoRA factor of a Llama projection"),
+        (("layers.1.self_attn.q_proj", "layers.1.self_attn.lm"), "is not a LoRA factor"),
+        (("0.self_attn.q_proj", None), "adapts different projections in different layers"),
+        (("layers.0.", None), "adapts different projections in different layers"),
+        (("lora_A", "lora_magnitude"), "is not a LoRA factor of a Llama projection"),
     ],
     ids=["module", "one-layer", "missing", "layer", "factor"],
 )
@@ -231,13 +233,13 @@ def test_tensors_that_fit_no_projection_are_refused(
 
     folder = export_adapter(Checkpoint(newest_checkpoint(run / "run") or ""), tmp_path / "adapter")
     old, new = rename
-    tensors = load_file(folder / WEIGHTS)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     changed = {
         name.replace(old, new or ""): tensor
         for name, tensor in tensors.items()
         if new is not None or old not in name
     }
-    save_file(changed, folder / WEIGHTS)
+    save_file(changed, folder / ADAPTER_WEIGHTS)
     with pytest.raises(CheckpointError, match=line):
         load_tuned(folder)
 
@@ -253,7 +255,7 @@ def test_a_model_is_no_adapter_and_a_folder_must_be_there(run: Path, tmp_path: P
     cfg = config(run / "data", tmp_path / "run")
     train(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, steps=1)), Rendezvous())
     for whole in (tmp_path / "run", run / "base"):
-        with pytest.raises(CheckpointError, match="holds a whole model, not adapters"):
+        with pytest.raises(CheckpointError, match="holds a complete model, not adapters"):
             open_adapter(whole)
     assert not is_adapter(tmp_path / "run")
 

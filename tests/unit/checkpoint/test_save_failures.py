@@ -150,7 +150,7 @@ def test_a_rank_that_cannot_write_tells_the_first(
     real = save.write_safetensors
     monkeypatch.setattr(
         save,
-        "write",
+        "write_safetensors",
         lambda path, tensors: disk_full() if "dp01" in path.name else real(path, tensors),
     )
     save_step(second, ranks[1], 1)

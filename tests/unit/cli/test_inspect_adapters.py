@@ -11,7 +11,7 @@ from support.tiny_run import config, make_dataset
 
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.peft import (
-    BASE,
+    BASE_JSON,
     PeftFolder,
     adapter_info,
     export_adapter,
@@ -56,12 +56,12 @@ def test_inspect_says_what_an_adapter_checkpoint_is(run: Path) -> None:
 def test_inspect_says_what_an_adapter_folder_is(run: Path, tmp_path: Path) -> None:
     folder = export_adapter(Checkpoint(newest_checkpoint(run / "run") or ""), tmp_path / "adapter")
     found = {label: str(value) for label, value in inspect.describe(folder, verify=True)}
-    about = PeftFolder(folder).about
+    about = PeftFolder(folder).info
     assert found["PEFT adapter"] == str(folder)
     assert found["base"] == f"{about.base}, fingerprint {about.fingerprint[:12]}"
     assert found["adapters"].startswith(f"LoRA of rank {about.finetune.r}, alpha ")
     assert found["adapters"].endswith(f" on {about.finetune.targets}")
     assert found["files"].startswith("1, ")
     assert found["verified"].startswith("nothing: ")
-    (folder / BASE).unlink()
+    (folder / BASE_JSON).unlink()
     assert dict(inspect.describe(folder))["base"] == about.base

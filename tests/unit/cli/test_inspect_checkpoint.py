@@ -50,7 +50,9 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "else").mkdir()
     with pytest.raises(CheckpointError, match=r"is no checkpoint, run, .* read by llamax import"):
         describe(tmp_path / "else")
-    with pytest.raises(CheckpointError, match=r"it is no Hugging Face folder; .* llamax consolid"):
+    with pytest.raises(
+        CheckpointError, match=r"it is not a Hugging Face folder; .* llamax consolid"
+    ):
         shard(folder, tmp_path / "out")
     with pytest.raises(CheckpointError, match=r"no complete .*hub \(a Hugging Face folder\)"):
         consolidate(hub, tmp_path / "out")

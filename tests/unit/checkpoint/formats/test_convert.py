@@ -10,7 +10,7 @@ import support.foreign as foreign
 import torch
 from support.format_checks import check_hub, config_of, llama, saved
 
-from llamax.checkpoint.formats.base import model_of
+from llamax.checkpoint.formats.base import find_model_config
 from llamax.cli.export import main as export_main
 from llamax.cli.import_ import main as import_main
 from llamax.config.load import load_config
@@ -42,7 +42,10 @@ def test_export_hf_is_consolidate(tmp_path: Path) -> None:
             ["--to", "nxd", "--tensor", "4", "--qkv", "separate"],
             "=2 .by default .* needs --qkv=gqa",
         ),
-        (["--to", "nxd", "--optimizer", "zero1"], "holds no optimizer state of all weights"),
+        (
+            ["--to", "nxd", "--optimizer", "zero1"],
+            "does not hold the optimizer state of all weights",
+        ),
         (["--to", "hf", "--tensor", "2"], "--tensor has no meaning for --to=hf"),
         (["--to", "meta", "--kv-multiplier", "2"], "--kv-multiplier has no meaning for --to=meta"),
         (["--to", "meta", "--tensor", "4"], "--tensor=4 does not divide num_key_value_heads=2"),
@@ -65,9 +68,9 @@ def test_a_recipe_is_meant_although_a_folder_has_its_name(
     monkeypatch.chdir(tmp_path)
     Path("demo").mkdir()
     Path("other").mkdir()
-    assert model_of(tmp_path, "demo") == load_config("demo").model
+    assert find_model_config(tmp_path, "demo") == load_config("demo").model
     with pytest.raises(CheckpointError, match=r"cannot read other/config.json"):
-        model_of(tmp_path, "other")
+        find_model_config(tmp_path, "other")
 
 
 def test_the_wrong_configuration(tmp_path: Path) -> None:
@@ -76,11 +79,11 @@ def test_the_wrong_configuration(tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "out")]
     for other, told in (
         (llama(4, layers=3), "has no model.layers.2.input_layernorm.weight"),
-        (llama(2, head_dim=8), "is no part of this model|is .*, the model's is"),
+        (llama(2, head_dim=8), "does not fit this model|is .*, the model's is"),
     ):
         with pytest.raises(CheckpointError, match=told):
             import_main([str(tag), *out, "--config", config_of(tmp_path, other)])
-    with pytest.raises(ConfigError, match="does not say what model it holds; add --config"):
+    with pytest.raises(ConfigError, match="does not describe its model; add --config"):
         import_main([str(tag), *out])
     copied = foreign.nemo(tmp_path / "nemo", values, model, 1)
     state = torch.load(copied / "model_weights.ckpt")
@@ -102,7 +105,7 @@ def test_folders_of_no_known_kind(tmp_path: Path) -> None:
         import_main([str(tmp_path), *out])
     with pytest.raises(CheckpointError, match="has 0 files"):
         import_main([str(tmp_path), "--from", "nemo", *out])
-    with pytest.raises(CheckpointError, match="it has no model folder and no tag"):
+    with pytest.raises(CheckpointError, match="it has no model folder and no complete tag"):
         import_main([str(tmp_path), "--from", "nxd", *out])
     model = llama(2)
     nemo = foreign.nemo(tmp_path / "nemo", worlds.wholes(model), model, 2, 2)

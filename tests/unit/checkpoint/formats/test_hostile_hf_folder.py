@@ -60,11 +60,11 @@ def one(**entry: object) -> bytes:
 
 
 HUBS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
-    "index to the parent": (lambda f, s: with_index(f, "../secret/key"), "is no file beside it"),
+    "index to the parent": (lambda f, s: with_index(f, "../secret/key"), "is not a file beside it"),
     "index to an absolute path": (
-        lambda f, s: with_index(f, str(s / "key")), "is no file beside it"),
-    "index to a folder": (lambda f, s: with_index(f, ".."), "is no file beside it|link out"),
-    "index to a number": (lambda f, s: with_index(f, 7), "is no file beside it"),
+        lambda f, s: with_index(f, str(s / "key")), "is not a file beside it"),
+    "index to a folder": (lambda f, s: with_index(f, ".."), "is not a file beside it|link out"),
+    "index to a number": (lambda f, s: with_index(f, 7), "is not a file beside it"),
     "weights linked": (lambda f, s: linked(f, "model.safetensors", s / "key"), "link out of"),
     "config linked": (lambda f, s: linked(f, "config.json", s / "key"), "link out of"),
     "index linked": (
@@ -72,13 +72,13 @@ HUBS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "tokenizer linked": (lambda f, s: linked(f, "tokenizer.json", s / "key"), "link out of"),
     "folder linked inside": (lambda f, s: linked(f, "tokenizer.model", s), "link out of"),
     "a pipe": (lambda f, s: (os.remove(f / "config.json"), os.mkfifo(f / "config.json")),
-               "no plain file"),
+               "not a plain file"),
     "weights a pipe": (
         lambda f, s: (os.remove(f / "model.safetensors"), os.mkfifo(f / "model.safetensors")),
-        "no plain file"),
+        "not a plain file"),
     "weights a folder": (
         lambda f, s: (os.remove(f / "model.safetensors"), os.mkdir(f / "model.safetensors")),
-        "no plain file"),
+        "not a plain file"),
     "header bomb": (lambda f, s: header(f, b"{}", 1 << 40), "its header claims"),
     "header of 64 bits": (lambda f, s: header(f, b"{}", (1 << 64) - 1), "its header claims"),
     "large header": (lambda f, s: header(f, b" " * (17 << 20)), "its header claims"),

@@ -13,7 +13,7 @@ import torch
 from support.format_checks import assert_same, check_hub, config_of, llama, saved
 
 from llamax.__main__ import dispatch
-from llamax.checkpoint.formats.meta_writer import feed_forward
+from llamax.checkpoint.formats.meta_writer import feed_forward_params
 from llamax.cli.export import main as export_main
 from llamax.cli.import_ import main as import_main
 from llamax.config.model import ModelConfig, RopeScaling
@@ -73,7 +73,7 @@ def test_meta_and_back(tmp_path: Path, kv: int, ranks: int, tied: bool) -> None:
 @pytest.mark.parametrize("width", [32, 2048, 4096, 5120, 8192])
 @pytest.mark.parametrize("wanted", [86, 87, 11008, 13824, 14336, 28672, 8192])
 def test_feed_forward_as_meta_computes_it(width: int, wanted: int) -> None:
-    multiple, factor = feed_forward(width, wanted)
+    multiple, factor = feed_forward_params(width, wanted)
     hidden = int(2 * (4 * width) / 3)
     if factor is not None:
         hidden = int(factor * hidden)
@@ -83,7 +83,7 @@ def test_feed_forward_as_meta_computes_it(width: int, wanted: int) -> None:
 @pytest.mark.parametrize(
     ("fields", "told"),
     [
-        ({"head_dim": 8}, "head_dim = hidden_size / heads"),
+        ({"head_dim": 8}, "head_dim = hidden_size / num_attention_heads"),
         ({"rope_scaling": RopeScaling(factor=4.0)}, "does not know this rope_scaling"),
     ],
 )
@@ -103,7 +103,7 @@ def test_meta_folders_that_say_too_little(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="use_scaled_rope, but not by how much; add --config"):
         import_main([str(folder), *out])
     (folder / "params.json").write_text(json.dumps(params | {"dim": "32"}))
-    with pytest.raises(ConfigError, match="dim is '32', no number"):
+    with pytest.raises(ConfigError, match="dim is '32', not a number"):
         import_main([str(folder), *out])
     (folder / "consolidated.00.pth").rename(folder / "consolidated.02.pth")
     with pytest.raises(CheckpointError, match=r"of ranks \[1, 2\]; they must count from 00"):

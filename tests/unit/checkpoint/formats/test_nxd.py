@@ -196,7 +196,7 @@ def test_float32_weights_are_their_own_masters(tmp_path: Path) -> None:
     export_main([run, "--to", "nxd", "--out", str(tmp_path / "nxd"), "--data", "2"])
     source = open_folder(tmp_path / "nxd", "auto", config_of(tmp_path, model))
     for name in source.shapes:
-        assert torch.equal(source.whole(name, "master"), values[name, "weight"])
+        assert torch.equal(source.read(name, "master"), values[name, "weight"])
 
 
 def damaged_nxd(tmp_path: Path, kind: str) -> tuple[Path, str]:
@@ -248,7 +248,7 @@ def damaged_nxd(tmp_path: Path, kind: str) -> tuple[Path, str]:
     [
         ("rank", "has 2 rank files, data 1 x tensor 3 x pipeline 1 are 3"),
         ("tensor", "rank 1 of stage 0 has no model.layers.1.mlp.down_proj.weight"),
-        ("shape", "is no part of this model"),
+        ("shape", "does not fit this model"),
         ("dtype", "is torch.float32 on some rank and torch.bfloat16 on the first"),
         ("step", "its optimizer state is not NxD's"),
         ("extra", "has model.vision.weight, which llamax does not know"),

@@ -40,7 +40,7 @@ def test_optimum(tmp_path: Path, tp: int, copies: int, pp: int, xser: bool) -> N
             ("parameters", "model.norm.weight", "tensor_model_parallel"),
             "cut along dim None, .* no dim",
         ),
-        (("kv",), "repeated 3 times, the shards hold 4"),
+        (("kv",), "repeated 3 times, the shards repeat them 4 times"),
     ],
 )
 def test_optimum_metadata_that_disagrees(

@@ -72,10 +72,10 @@ def sound(path: Path, change: Callable[[bytes], bytes]) -> None:
 ARCHIVES: dict[str, tuple[Callable[[Path], object], str]] = {
     "deflated": (deflated, "is compressed"),
     "overlapping": (overlapping, "its entries overlap"),
-    "empty": (lambda path: path.write_bytes(b""), "it is no zip archive"),
+    "empty": (lambda path: path.write_bytes(b""), "it is not a zip archive"),
     "no zip": (
         lambda path: path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." * 9),
-        "it is no zip archive",
+        "it is not a zip archive",
     ),
     "big directory": (directory(9, 0xFFFFFFF0, 0), "its directory claims 4294967280 bytes"),
     "directory outside": (directory(9, 1 << 20, 1 << 30), "its directory claims 1048576 bytes"),
@@ -83,7 +83,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], object], str]] = {
         directory(0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF),
         "the end of its directory is missing",
     ),
-    "more entries than there are": (directory(9, 0, 0), "contradicts itself"),
+    "more entries than there are": (directory(9, 0, 0), "its archive is inconsistent"),
     "two of one name": (duplicated, "its directory is damaged"),
     "no data.pkl": (
         lambda path: sound(path, lambda b: b.replace(b"data.pkl", b"atad.pkl")),
@@ -101,7 +101,7 @@ ARCHIVES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda path: sound(path, lambda b: b.replace(b"little", b"big   ")),
         "its structure is damaged|byte order",
     ),
-    "cut": (lambda path: sound(path, lambda b: b[: len(b) // 2]), "it is no zip archive"),
+    "cut": (lambda path: sound(path, lambda b: b[: len(b) // 2]), "it is not a zip archive"),
     "local header gone": (
         lambda path: sound(path, lambda b: b.replace(b"PK\3\4", b"KP\3\4")),
         "lies outside the file",
@@ -121,7 +121,7 @@ def test_archives_that_are_not_what_torch_saves(
     write, told = ARCHIVES[name]
     write(folder / "consolidated.00.pth")
     line = watched.read(*argv_of(folder))
-    assert "consolidated.00.pth is no whole file of torch.save" in line
+    assert "consolidated.00.pth is not a complete file of torch.save" in line
     assert re.search(told, line), line
     assert not (tmp_path / "out").exists()
 

@@ -1,0 +1,27 @@
+"""Files of torch.save and small text files, with disk errors as one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamax.checkpoint.atomic import explain_write_errors
+
+
+def save_torch(path: Path, state: dict[str, Any]) -> None:
+    """torch.save a dict, creating its folder; NoRoom or CheckpointError if the disk refuses."""
+    needed_bytes = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+    with explain_write_errors(path, needed_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            torch.save(state, file)
+
+
+def save_text(path: Path, text: str) -> None:
+    """Write a text file, creating its folder; NoRoom or CheckpointError if the disk refuses."""
+    with explain_write_errors(path, len(text)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
