@@ -10,12 +10,9 @@
            checksums, uint32: crc32 of every 1 MiB block from byte 4096 up to here
 
 The header has a checksum of itself and of the table of checksums, so any flipped bit is found; a
-file that is cut short is found by its length.  crc32 finds *every* error burst of up to 32 bits (a
-random hash only almost every one), comes with Python and runs outside the interpreter's lock, so
-all cores check at once.
-
-A reader maps the file: the time and memory of opening do not grow with the corpus, but for four
-bytes of checksum per MiB.
+file that is cut short is found by its length.  crc32 finds *every* error burst of up to 32 bits,
+comes with Python and runs outside the interpreter's lock, so all cores check at once.  A reader
+maps the file: time and memory of opening grow only by four bytes of checksum per MiB.
 """
 
 from __future__ import annotations
@@ -156,9 +153,9 @@ class Stream(Protocol):
 class TokenFile:
     """A mapped token file: ``tokens`` [tokens], ``documents`` [documents + 1] and ``counted``.
 
-    ``verify`` says when checksums are checked: "start", all of them now; "read", each block
-    before its first use through ``touch``; "off", never.  The header and the length always are.
-    Raises DataError for a file that is missing or damaged.
+    ``verify`` says when checksums are checked: "start", all of them now; "read", each block before
+    its first use through ``touch``; "off", never.  Header and length always are.  Raises DataError
+    for a file that is missing or damaged.
     """
 
     def __init__(self, path: str | Path, verify: Verify = "start") -> None:
@@ -196,9 +193,8 @@ class TokenFile:
     ) -> float:
         """Check every block not yet checked, on all cores; the rate in bytes per second.
 
-        Ranks that read one file divide the work: each checks part ``share`` of ``of`` and relies on
-        the others for the rest.  ``go_on`` is called after each block; checking ends early when it
-        returns False.  Raises DataError for a damaged block.
+        Ranks divide the work: each checks part ``share`` of ``of``.  ``go_on`` is called after each
+        block; checking ends early when it returns False.  Raises DataError for a damaged block.
         """
         blocks, start = np.flatnonzero(self._unseen)[share::of], time.perf_counter()
         with ThreadPoolExecutor(threads or os.cpu_count()) as pool:

@@ -21,6 +21,7 @@ import multiprocessing.synchronize, tqdm
 from llamax.checkpoint.formats import convert, torch_zip, meta, nemo, nxd, optimum
 from llamax.cli import export, import_
 from llamax.checkpoint.hf_folder import HfFolder
+from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config
 from llamax.config.types import type_hints
@@ -33,6 +34,7 @@ EXECUTES = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "subprocess.Pop
             "os.remove", "os.rename", "os.kill")
 PYTHON = (sys.prefix, sys.base_prefix, os.path.dirname(os.path.realpath(torch.__file__)),
           os.path.dirname(os.path.realpath(nxd.__file__)), "/usr/lib", "/proc/self")
+load_config("demo")  # pydantic compiles its validators at their first use
 watching = False
 def hook(event, args):
     if not watching:
