@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from llamax.config.model import ModelConfig
-from llamax.inference.sampling import Sampling, complete, generate
+from llamax.inference.sampling import Sampling, generate_tokens, join_steps
 from llamax.model.llama import Llama
 from llamax.parallel.sharding import parts
 
@@ -69,7 +69,7 @@ def main() -> None:
         prompts, new = ids.tolist(), options.new_tokens
 
         def llamax(prompts: Tokens = prompts, new: int = new) -> Tokens:
-            return complete(generate(mine, prompts, max_new_tokens=new, sampling=sampling))
+            return join_steps(generate_tokens(mine, prompts, max_new_tokens=new, sampling=sampling))
 
         def hub(ids: torch.Tensor = ids, new: int = new) -> Tokens:
             whole = theirs.generate(

@@ -1,10 +1,10 @@
-"""A model that answers: opened from files of any kind, built on a rank, asked in batches.
+"""A model that continues prompts: opened from any kind of folder, built on a rank, run in batches.
 
 ::
 
-    Hugging Face folder  ─┐                        ┌─ Llama on this rank
-    run, checkpoint      ─┼─ open_given ─> Given ──┤                       ──> Speaker ──> text
-    adapters and a base  ─┘                        └─ its tokenizer
+    Hugging Face folder  ─┐                              ┌─ Llama on this rank ─┐
+    run, checkpoint      ─┼─ open_model ─> LoadedModel ──┤                      ├──> Engine ──> text
+    adapters and a base  ─┘                              └─ tokenizer ──────────┘
 
 Adapters stay beside their base, unmerged.
 """
@@ -33,7 +33,7 @@ from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.data.tokenizer.streaming import Detokenizer
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from llamax.inference.sampling import Sampling, generate
+from llamax.inference.sampling import Sampling, generate_tokens
 from llamax.model.llama import DTYPES, Llama
 from llamax.parallel.collectives import Axis
 from llamax.runtime.errors import DataError
@@ -43,7 +43,7 @@ Show = Callable[[str], None]
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model in files: whole weights and, perhaps, the folder of adapters beside them."""
+    """A model in files: its weights, its tokenizer and, perhaps, a folder of adapters."""
 
     source: Source
     model: ModelConfig
@@ -51,7 +51,7 @@ class LoadedModel:
     adapter: Path | None = None
 
     def build(self, tp: Axis, device: torch.device, dtype: str = "") -> Llama:
-        """The model on this tensor-parallel rank; ``dtype`` is that of its files where empty."""
+        """Build the model on this tensor-parallel rank; ``dtype`` by default that of the files."""
         if self.adapter is not None:
             kind = DTYPES[dtype] if dtype else None
             return load_tuned(self.adapter, self.source.folder, tp, device, kind)
@@ -64,69 +64,70 @@ class LoadedModel:
 
 
 def open_model(path: Path, tokenizer: str = "", base: str = "") -> LoadedModel:
-    """The model in a Hugging Face folder, a run, a checkpoint or a folder of adapters.
+    """Open the model in a Hugging Face folder, a run, a checkpoint or a folder of adapters.
 
-    ``tokenizer``: instead of its own.  ``base``: where an adapter's base is, instead of where the
-    adapter says.  Raises CheckpointError or DataError for what is missing or does not fit.
+    ``tokenizer``: tokenizer to use instead of the model's.  ``base``: folder of an adapter's base,
+    if it is not where the adapter says.  Raises CheckpointError or DataError if a part is missing
+    or does not fit.
     """
     adapter: Source | None = None
-    about: AdapterInfo | None
+    info: AdapterInfo | None
     if (path / ADAPTER_CONFIG).is_file():
-        adapter, about = open_adapter(path)
+        adapter, info = open_adapter(path)
     else:
         source = open_source(path)
-        about = adapter_info(source)
-        adapter = source if about is not None else None
-    if adapter is not None and about is not None:
-        source = open_source(base or about.base or "(no base is named)")
+        info = adapter_info(source)
+        adapter = source if info is not None else None
+    if adapter is not None and info is not None:
+        source = open_source(base or info.base or "(no base is named)")
     elif base:
-        raise DataError(f"{path} is a whole model and needs no --base; leave it out")
+        raise DataError(f"{path} is a whole model and needs no `base`; leave it out")
     model = ModelConfig.from_hub(source.model)
-    own = adapter if isinstance(adapter, Checkpoint) else source
+    trained = adapter if isinstance(adapter, Checkpoint) else source
     return LoadedModel(
         source,
         model,
-        tokenizer_of(own, model.vocab_size, tokenizer),
+        tokenizer_of(trained, model.vocab_size, tokenizer),
         None if adapter is None else path,
     )
 
 
-def tokenizer_of(source: Source, vocab_size: int, given: str = "") -> Tokenizer:
-    """The tokenizer given, else that of the model's folder or of the dataset it was trained on.
+def tokenizer_of(source: Source, vocab_size: int, chosen: str = "") -> Tokenizer:
+    """The tokenizer ``chosen``, or that of the model's folder or of the dataset it trained on.
 
-    Raises DataError where there is none, where it is not the one the model was trained with, and
-    where it has more ids than the model.
+    Raises DataError if there is none, if the model was trained with another one, and if it has more
+    ids than the model.
     """
-    place: Path | None = Path(given or source.folder)
-    if isinstance(source, Checkpoint) and not given:
+    place: Path | None = Path(chosen or source.folder)
+    if isinstance(source, Checkpoint) and not chosen:
         place = dataset_of(source.folder)
     if place is None:
         raise DataError(
-            f"{source.folder} does not say what it was trained on; use --tokenizer PATH"
+            f"{source.folder} does not say what it was trained on; use `tokenizer` PATH"
         )
-    if not (given or place.is_dir()):
+    if not (chosen or place.is_dir()):
         raise DataError(
-            f"{source.folder} was trained on the dataset {place}, which is not here to lend its "
-            "tokenizer; use --tokenizer PATH"
+            f"{source.folder} was trained on the dataset {place}, which is not here, so its "
+            "tokenizer cannot be read; use `tokenizer` PATH"
         )
     tokenizer = load_tokenizer(place)
     expected = source.state.get("tokenizer") if isinstance(source, Checkpoint) else None
-    if expected and not given and expected != tokenizer.fingerprint:
+    if expected and not chosen and expected != tokenizer.fingerprint:
         raise DataError(
             f"{tokenizer.path} is not the tokenizer that {source.folder} was trained with: its "
-            f"sha256 is {tokenizer.fingerprint[:12]}, not {expected[:12]}; use --tokenizer PATH"
+            f"sha256 is {tokenizer.fingerprint[:12]}, not {expected[:12]}; use `tokenizer` PATH"
         )
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"{tokenizer.path} has {tokenizer.vocab_size} ids but the model {vocab_size}; "
-            "use --tokenizer with the model's own"
+            "use `tokenizer` with the model's own"
         )
     return tokenizer
 
 
 @dataclass
 class Completion:
-    """What became of a prompt: a line of ``--out``; ``ended`` by "stop" or by "length"."""
+    """The continuation of a prompt; ``ended`` is "stop" or "length"."""
 
     prompt: str
     prompt_tokens: int
@@ -137,7 +138,7 @@ class Completion:
 
 @dataclass
 class Speed:
-    """Tokens and seconds, of prefill (up to the first new token) and of decoding after it."""
+    """Tokens and seconds of prefill (up to the first new token) and of decoding after it."""
 
     prompt_tokens: int = 0
     prefill_s: float = 0.0
@@ -154,7 +155,7 @@ class Speed:
 
 @dataclass
 class Engine:
-    """Continues prompts with one model; ``speed`` adds up over all of them."""
+    """Continues prompts with one model; ``speed`` is summed over all of them."""
 
     model: Llama
     tokenizer: Tokenizer
@@ -164,16 +165,18 @@ class Engine:
     stop_ids: Collection[int] = ()
     speed: Speed = field(default_factory=Speed)
 
-    def speak(
+    def complete(
         self, prompts: Sequence[str], ids: Sequence[Sequence[int]], number: int, show: Show
     ) -> list[Completion]:
-        """The completions of a batch whose first prompt is the ``number``-th, counted from 0.
+        """The completions of a batch of prompts, given as texts and as ids.
 
-        ``show`` gets the text of that one as it is made, in whole characters.
+        ``number`` is the position of the first among all prompts, from 0: it shifts the seed.
+        ``show`` is called with the text of the first completion as it is generated, in whole
+        characters.
         """
         done = [Completion(*each) for each in zip(prompts, map(len, ids), strict=True)]
         writers = [Detokenizer(self.tokenizer.decode, prompt, self.stops) for prompt in ids]
-        steps = generate(
+        steps = generate_tokens(
             self.model,
             ids,
             max_new_tokens=self.max_new_tokens,

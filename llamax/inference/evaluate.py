@@ -1,123 +1,259 @@
-"""The evaluating program: ``llamax evaluate MODEL --data DATASET`` or ``--test-file ROWS``.
+"""``evaluate``: the loss of a model on a dataset, or the scores of its answers to a test file.
 
 ::
 
-    --data       packed dataset ──> summed loss, counted tokens ──> loss, perplexity
-    --test-file  rows ──template──> prompts ──> answers ──> exact match, ROUGE-L
+    data       packed dataset ──> summed loss, counted tokens ──> loss, perplexity
+    test_file  rows ──template──> prompts ──> answers ──> exact match, ROUGE-L
 
-The loss is the mean over all counted tokens: of instruction data the answers alone.  MODEL is a
-Hugging Face folder, a run, a checkpoint or a folder of adapters.  Under torchrun the ranks are one
-tensor-parallel axis.
+The loss is the mean over all tokens that count: of instruction data those of answers alone.  On
+several ranks the model is cut over one tensor-parallel axis.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from types import MappingProxyType
+from typing import IO, Any, Literal
 
 import torch
 from tqdm import tqdm
 
-from llamax.cli.generate import write_line
+from llamax.backends import choose
+from llamax.config.schema import Config, DataConfig, ParallelConfig
+from llamax.config.validate import check
 from llamax.data.dataset import open_dataset
-from llamax.data.prepare.instruction_rows import read_sample
+from llamax.data.prepare.instruction_rows import check_fields, read_sample
 from llamax.data.prepare.tables import plan_tables, read_rows
 from llamax.data.samples import Samples
 from llamax.data.token_file import TokenFile
-from llamax.inference.engine import Engine, LoadedModel
+from llamax.inference.engine import Engine, LoadedModel, open_model
+from llamax.inference.generate import (
+    ALONE,
+    TIMEOUT_S,
+    check_computing,
+    check_stops,
+    new_file,
+    silent,
+    write_line,
+)
 from llamax.inference.prompts import Prompt, PromptFormat
+from llamax.inference.sampling import Sampling, check_prompts
 from llamax.inference.text_metrics import exact_match, rouge_l
 from llamax.model.llama import Llama
-from llamax.parallel.collectives import Solo
-from llamax.runtime.errors import DataError
+from llamax.parallel.collectives import Axis, Solo
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import ConfigError, DataError
+from llamax.runtime.logging import logger
 from llamax.runtime.units import perplexity
 
 
-@torch.no_grad()
-def loss_of(model: Llama, feed: Samples, batches: int = 0, bar: bool = False) -> dict[str, Any]:
-    """Mean loss in nats over the counted tokens of a split, of how many tokens and samples.
+def evaluate(
+    model: str | Path,
+    *,
+    data: str | Path | None = None,
+    split: str = "validation",
+    sequence_length: int = 0,
+    packing: Literal["auto", "best-fit", "concat", "padded"] = "auto",
+    labels: Literal["answers", "all"] = "answers",
+    batches: int = 0,
+    test_file: str | Path | None = None,
+    template: str = "",
+    system: str = "",
+    fields: Mapping[str, str] = MappingProxyType({}),
+    limit: int = 0,
+    max_new_tokens: int = 256,
+    stop: Sequence[str] = (),
+    extract: str | re.Pattern[str] | None = None,
+    out: str | Path | None = None,
+    tokenizer: str | Path = "",
+    base: str | Path = "",
+    dtype: str = "",
+    backend: str = "cpu",
+    threads: int = 0,
+    batch: int = 8,
+    rank: Rendezvous = ALONE,
+) -> dict[str, Any]:
+    """Evaluate a model: with ``data`` its loss, with ``test_file`` its answers.
 
-    ``batches``: only the first so many; 0: all.
+    Args:
+        model: Hugging Face folder, run, checkpoint or folder of adapters.
+        data: Dataset folder that ``prepare`` made.
+        split: Split of the dataset.
+        sequence_length: Tokens per sample; 0: the model's context.
+        packing: How documents are put into samples; see ``data.packing``.
+        labels: Whether all tokens count or, of instruction data, those of answers.
+        batches: Number of batches to evaluate, from the first; 0: all.
+        test_file: File of rows of questions and answers; needs ``template``.
+        template: Template of the questions, as in training.
+        system: System prompt of rows that have none.
+        fields: Columns of the fields of rows, where they have other than the usual names.
+        limit: Number of rows to answer, from the first; 0: all.
+        max_new_tokens: Largest number of tokens of an answer.
+        stop: Texts before which an answer ends.
+        extract: Regular expression: only its last match counts for the exact match.
+        out: New JSONL file: each row with its answer and scores.
+        tokenizer: Tokenizer file or folder; by default the model's or that of its dataset.
+        base: Base model of adapters, if it is not where they say.
+        dtype: Type of the weights, "float32" or "bfloat16"; by default that of the files.
+        backend: "cpu", "cuda" or "neuron".
+        threads: CPU threads per rank; 0: an equal share of the cores.
+        batch: Number of samples or prompts computed at once.
+        rank: This process among those that share the model; by default it is alone.
+
+    Returns:
+        With ``data``: loss (nats per token), perplexity, tokens, samples.  With ``test_file``:
+        rows, exact_match (share of rows), rouge_l (mean, 0 to 1).
+
+    Raises:
+        ConfigError: For a parameter out of range, or ranks that do not divide the model.
+        DataError: For data or rows that cannot be used, or an ``out`` that exists.
+        CheckpointError: For a model that is missing or damaged.
+    """
+    if (data is None) == (test_file is None):
+        raise ConfigError("give `data` DATASET for the loss, or `test_file` ROWS for answers")
+    if test_file is not None and not template:
+        raise ConfigError("`test_file` needs `template`, the format of the questions")
+    for name, value in (
+        ("batches", batches),
+        ("limit", limit),
+        ("sequence_length", sequence_length),
+    ):
+        if value < 0:
+            raise ConfigError(f"`{name}={value}` is out of range; use 0 or more")
+    check_computing(batch, threads, dtype, backend)
+    check_stops(stop)
+    check_fields(fields)
+    pattern = _pattern(extract)
+    loaded = open_model(Path(model), str(tokenizer), str(base))
+    ranks, main = rank.world_size, rank.rank == 0
+    data_config = DataConfig(
+        sequence_length=sequence_length or loaded.model.max_position_embeddings,
+        global_batch=batch,
+        micro_batch=batch,
+        packing=packing,
+        labels=labels,
+    )
+    parallel = ParallelConfig(tensor=ranks, sequence=False)
+    check(Config(loaded.model, parallel, data=data_config), ranks)
+    samples, prompts, references = None, list[Prompt](), list[str]()
+    stop_ids = set(loaded.model.eos_token_ids)
+    if data is not None:
+        samples = Samples(open_split(Path(data), split, loaded), data_config, seed=0)
+        if main:
+            logger.info("%s", samples)
+    else:
+        wording = PromptFormat(
+            loaded.tokenizer, loaded.model.bos_token_id, template, fields, system=system
+        )
+        prompts, references = read_test(str(test_file), wording, limit)
+        stop_ids |= wording.stop_ids
+        check_prompts(loaded.model, [prompt.ids for prompt in prompts], max_new_tokens)
+    opened = choose(backend, rank, threads)
+    with ExitStack() as stack:
+        file = stack.enter_context(new_file(Path(out))) if out is not None and main else None
+        kv = loaded.model.kv_replicas(ranks)
+        axis: Axis = stack.enter_context(opened.joined(Mesh(tp=ranks, kv=kv), TIMEOUT_S)).tp
+        llama = loaded.build(axis, opened.device, dtype)
+        if samples is not None:
+            return loss_of(llama, samples, batches, bar=main)
+        engine = Engine(llama, loaded.tokenizer, Sampling(), max_new_tokens, stop, stop_ids)
+        return score_answers(engine, prompts, references, batch, pattern, file)
+
+
+def _pattern(extract: str | re.Pattern[str] | None) -> re.Pattern[str] | None:
+    """A compiled regular expression; ConfigError if it is not one."""
+    try:
+        return None if extract is None else re.compile(extract)
+    except re.error as error:
+        raise ConfigError(f"`extract`: {extract!r} is not a regular expression: {error}") from None
+
+
+@torch.no_grad()
+def loss_of(model: Llama, samples: Samples, batches: int = 0, bar: bool = False) -> dict[str, Any]:
+    """Mean loss of a model in nats per counted token, with the numbers of tokens and samples.
+
+    ``batches``: number of batches, from the first; 0: all.  ``bar``: show a progress bar.  Raises
+    DataError if no token counts.
     """
     device = model.tp.rank_index.device
     total, counted = 0.0, 0
-    loader = feed.loader(Solo("data"), 0, shuffle=False)
+    loader = samples.loader(Solo("data"), 0, shuffle=False)
     steps = min(loader.steps, batches or loader.steps)
     shown = tqdm(loader.epoch(), total=steps, disable=None if bar else True, desc="evaluating")
     for _, (batch,) in zip(range(steps), shown, strict=False):
         ids, labels, positions = (part.to(device) for part in batch[:3])
         documents = None if batch.documents is None else batch.documents.to(device)
-        found, count = model.loss(ids, labels, positions, documents_BS=documents)
-        total, counted = total + float(found), counted + int(count)
+        loss_sum, count = model.loss(ids, labels, positions, documents_BS=documents)
+        total, counted = total + float(loss_sum), counted + int(count)
     if not counted:
-        raise DataError(f"{feed.file.path}: no token of it counts; use --labels all")
+        raise DataError(f"{samples.file.path}: none of its tokens counts; use `labels=all`")
     loss = total / counted
     return {
         "loss": loss,
         "perplexity": perplexity(loss),
         "tokens": counted,
-        "samples": min(steps * feed.data.global_batch, len(feed)),
+        "samples": min(steps * samples.data.global_batch, len(samples)),
     }
 
 
-def open_split(folder: Path, split: str, given: LoadedModel) -> TokenFile:
-    """The token file of a split; DataError where there is none, or of another tokenizer."""
+def open_split(folder: Path, split: str, model: LoadedModel) -> TokenFile:
+    """The token file of a split; DataError if there is none, or if another tokenizer made it."""
     dataset = open_dataset(folder)
-    dataset.check_vocabulary(given.model.vocab_size)
-    own = dataset.fingerprint
-    if own and own != given.tokenizer.fingerprint:
+    dataset.check_vocabulary(model.model.vocab_size)
+    fingerprint = dataset.fingerprint
+    if fingerprint and fingerprint != model.tokenizer.fingerprint:
         raise DataError(
-            f"{folder}: made with tokenizer {own[:12]}, but the model's is "
-            f"{given.tokenizer.fingerprint[:12]}; prepare the data with that one"
+            f"{folder}: made with tokenizer {fingerprint[:12]}, but the model's is "
+            f"{model.tokenizer.fingerprint[:12]}; prepare the data with that one"
         )
     path = folder / f"{split}.tokens"
     if not path.is_file():
-        found = ", ".join(each.stem for each in sorted(folder.glob("*.tokens")))
-        raise DataError(f"{folder}: has no split {split}; use --split {found}")
+        splits = ", ".join(file.stem for file in sorted(folder.glob("*.tokens")))
+        raise DataError(f"{folder}: has no split {split}; use `split` {splits}")
     return TokenFile(path)
 
 
-def read_test(
-    options: argparse.Namespace, given: LoadedModel, wording: PromptFormat
-) -> tuple[list[Prompt], list[str]]:
-    """The prompts of a test file, and the right answers."""
-    asked, answers = [], []
-    for run in plan_tables([str(options.test_file)], limit=options.limit):
-        for place, row in read_rows(run):
+def read_test(path: str, wording: PromptFormat, limit: int = 0) -> tuple[list[Prompt], list[str]]:
+    """The prompts of a test file, and the right answers; DataError names a row without one."""
+    prompts, answers = [], []
+    for rows in plan_tables([path], limit=limit):
+        for place, row in read_rows(rows):
             try:
-                found = read_sample(row, dict(options.field), options.system, wording.chat)
-                if found is None:
-                    raise DataError("has an empty answer; mend or remove it")
+                sample = read_sample(row, wording.fields, wording.system, wording.chat)
+                if sample is None:
+                    raise DataError("has an empty answer; correct or remove it")
             except DataError as error:
                 raise DataError(f"{place}: {error}") from None
-            asked.append(wording.ask(row, place))
-            answers.append(found.answer or found.messages[-1]["content"])
-    return asked, answers
+            prompts.append(wording.prompt(row, place))
+            answers.append(sample.answer or sample.messages[-1]["content"])
+    return prompts, answers
 
 
-def answers_of(
-    speaker: Engine,
-    asked: Sequence[Prompt],
+def score_answers(
+    engine: Engine,
+    prompts: Sequence[Prompt],
     references: Sequence[str],
     batch: int,
     extract: re.Pattern[str] | None,
-    out: IO[str] | None,
+    file: IO[str] | None,
 ) -> dict[str, Any]:
-    """Exact match and ROUGE-L of a model's answers to a test file."""
-    right, alike = 0, 0.0
-    for start in tqdm(range(0, len(asked), batch), disable=None, desc="answering"):
-        some = asked[start : start + batch]
-        texts, ids = [one.text for one in some], [one.ids for one in some]
-        done = speaker.speak(texts, ids, start, lambda text: None)
-        for one, completion, reference in zip(some, done, references[start:], strict=False):
+    """Exact match and ROUGE-L of a model's answers; each answer with its scores into ``file``."""
+    exact, overlap = 0, 0.0
+    for start in tqdm(range(0, len(prompts), batch), disable=None, desc="answering"):
+        some = prompts[start : start + batch]
+        texts, ids = [prompt.text for prompt in some], [prompt.ids for prompt in some]
+        done = engine.complete(texts, ids, start, silent)
+        for prompt, completion, reference in zip(some, done, references[start:], strict=False):
             same = exact_match(completion.text, reference, extract)
             score = rouge_l(completion.text, reference)
-            right, alike = right + same, alike + score
-            if out:
-                told = {"reference": reference, "exact_match": same, "rouge_l": score}
-                write_line(out, {**one.row, **asdict(completion), **told})
-    return {"rows": len(asked), "exact_match": right / len(asked), "rouge_l": alike / len(asked)}
+            exact, overlap = exact + same, overlap + score
+            if file:
+                scores = {"reference": reference, "exact_match": same, "rouge_l": score}
+                write_line(file, {**prompt.row, **asdict(completion), **scores})
+    rows = len(prompts)
+    return {"rows": rows, "exact_match": exact / rows, "rouge_l": overlap / rows}

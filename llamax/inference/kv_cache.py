@@ -1,15 +1,15 @@
-"""Keys and values of every token seen so far, so that a new token costs one row of work.
+"""The cache of keys and values: a new token costs one row of attention instead of all rows.
 
-A slot is a position: token ``p`` of a prompt lies in slot ``p``, whatever else is in the batch.
-Prompts are padded on the right, so in a causal prefill no token ever sees padding, and a new token
-takes the place of the first pad::
+Token ``p`` of a prompt lies in slot ``p``, whatever else is in the batch.  Prompts are padded on
+the right, so in a causal prefill no token attends to padding, and a new token takes the slot of the
+first pad::
 
     slot        0   1   2   3   4   5          after prefill        after one step
     prompt 0    a   b   c   d   .   .          last = 3             slot 4 written
     prompt 1    a   b  pad pad  .   .          last = 1             slot 2 written, 3 unseen
 
-A token at position ``p`` sees slots 0 to p.  No position is shifted, no mask knows about padding,
-and each prompt computes what it would compute alone.
+A token at position ``p`` attends to slots 0 to p.  Positions are not shifted, masks ignore padding,
+and each prompt gets the same result as alone.
 
 Memory per token and layer: 2 x key/value heads of this rank x head dim elements.
 """
@@ -24,9 +24,9 @@ from llamax.model.llama import Attend
 
 
 class KVCache:
-    """Room for ``length`` positions of each sequence of a batch, [B, k, length, E] per layer.
+    """Keys and values of up to ``length`` positions of a batch, [B, k, length, E] per layer.
 
-    ``prefill`` and ``decode(...)`` are what ``Llama`` takes as ``attend``.
+    ``prefill`` and ``decode(...)`` are arguments ``attend`` of ``Llama``.
     """
 
     def __init__(self, length: int) -> None:
@@ -34,7 +34,7 @@ class KVCache:
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def prefill(self, q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
-        """Causal attention to the prompts themselves, which fill the first slots."""
+        """Causal attention of the prompts, which also fill the first slots."""
         B, S, k, E = k_BSkE.shape
         empty = k_BSkE.new_zeros(2, B, k, self.length, E)
         self._layers[layer] = keys, values = empty[0], empty[1]

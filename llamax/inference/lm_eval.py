@@ -5,9 +5,10 @@
     from llamax.inference.lm_eval import Harness
     lm_eval.simple_evaluate(model=Harness("models/dolly"), tasks=["arc_easy"])
 
-The harness asks three things: how likely a text is after a context (``loglikelihood``), how likely
-a whole text is (``loglikelihood_rolling``), and what the model says (``generate_until``).  MODEL is
-whatever ``llamax generate`` takes: a Hugging Face folder, a run, a checkpoint, adapters.
+The harness asks for the likelihood of a text after a context (``loglikelihood``), the likelihood of
+a whole text (``loglikelihood_rolling``), and generated text (``generate_until``).  The model is a
+Hugging Face folder, a run, a checkpoint or adapters, as for ``llamax generate``.  The package comes
+with ``pip install 'llamax[eval]'``.
 
 Source: lm-evaluation-harness documentation, "New Model Guide" (docs/model_guide.md).
 """
@@ -41,28 +42,28 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
         self, folder: str | Path, batch: int = 8, tokenizer: str = "", base: str = ""
     ) -> None:
         super().__init__()
-        given = open_model(Path(folder), tokenizer, base)
-        self.folder, self.batch, self.tokenizer = Path(folder), batch, given.tokenizer
-        self.model = given.build(Solo("tp"), torch.device("cpu"))
-        self.ends = set(given.model.eos_token_ids)
-        self.longest = given.model.max_position_embeddings
-        self.prefix = given.model.bos_token_id
+        loaded = open_model(Path(folder), tokenizer, base)
+        self.folder, self.batch, self.tokenizer = Path(folder), batch, loaded.tokenizer
+        self.model = loaded.build(Solo("tp"), torch.device("cpu"))
+        self.stop_ids = set(loaded.model.eos_token_ids)
+        self.longest = loaded.model.max_position_embeddings
+        self.prefix = loaded.model.bos_token_id
         if self.prefix is None:
-            self.prefix = given.model.eos_token_ids[0]
+            self.prefix = loaded.model.eos_token_ids[0]
 
     @property
     def eot_token_id(self) -> int:
-        """What comes before a text that has no context."""
+        """The token before a text that has no context."""
         assert self.prefix is not None
         return self.prefix
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells cached prompts of one model from those of another."""
+        """The name under which the harness caches this model's prompts."""
         return str(self.folder).replace("/", "__")
 
     def tok_encode(self, string: str, **options: Any) -> list[int]:
-        """The ids of a text; the harness's own options change nothing here."""
+        """The ids of a text; the harness's options are ignored."""
         return [int(i) for i in self.tokenizer.encode(string)]
 
     def _loglikelihood_tokens(
@@ -117,32 +118,32 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
         for (ids, count), logits_SV in zip(texts, logits_BSV, strict=True):
             stop = len(ids) - 1
             start = max(stop - count, 0)
-            mine_SV = logits_SV[start:stop, : self.tokenizer.vocab_size].float().log_softmax(-1)
+            log_p_SV = logits_SV[start:stop, : self.tokenizer.vocab_size].float().log_softmax(-1)
             wanted_S = torch.tensor(ids[start + 1 :])
-            score = float(mine_SV.gather(1, wanted_S[:, None]).sum())
-            found.append((score, bool((mine_SV.argmax(-1) == wanted_S).all())))
+            score = float(log_p_SV.gather(1, wanted_S[:, None]).sum())
+            found.append((score, bool((log_p_SV.argmax(-1) == wanted_S).all())))
         return found
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The answer to each prompt, up to one of its stop texts.
 
-        Greedy, unless a task says ``do_sample``.  A prompt too long for the model's context loses
+        Greedy, unless a task sets ``do_sample``.  A prompt too long for the model's context loses
         its beginning.
         """
         found: list[str] = []
         for options, alike in groupby((request.args for request in requests), lambda each: each[1]):
-            speaker = self._speaker(options)
-            room = self.longest - speaker.max_new_tokens
+            engine = self._engine(options)
+            room = self.longest - engine.max_new_tokens
             texts = [text for text, _ in alike]
             for start in range(0, len(texts), self.batch):
                 some = texts[start : start + self.batch]
                 ids = [[self.eot_token_id, *self.tok_encode(text)][-room:] for text in some]
-                done = speaker.speak(some, ids, len(found), lambda text: None)
+                done = engine.complete(some, ids, len(found), lambda text: None)
                 found += [completion.text for completion in done]
         return found
 
-    def _speaker(self, options: dict[str, Any]) -> Engine:
-        """What speaks as a task's ``generation_kwargs`` say."""
+    def _engine(self, options: dict[str, Any]) -> Engine:
+        """An engine with a task's ``generation_kwargs``."""
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
         most = int(options.get("max_gen_toks", MOST_NEW_TOKENS))
@@ -158,4 +159,4 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
                 int(options.get("top_k", 0)),
                 float(options.get("top_p", 1.0)),
             )
-        return Engine(self.model, self.tokenizer, sampling, most, stops, self.ends)
+        return Engine(self.model, self.tokenizer, sampling, most, stops, self.stop_ids)

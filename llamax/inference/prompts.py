@@ -1,19 +1,19 @@
-"""What a model is asked: texts as they are, or questions in the words of a template.
+"""Prompts: plain texts, or questions formatted by a template.
 
 ::
 
-    --prompt TEXT                    plain: "TEXT"        template dolly:  ### Instruction
-    --prompts-file lines.txt                                               TEXT
-    --prompts-file rows.csv                                                ### Answer
+    text              plain: "TEXT"        template dolly:  ### Instruction
+    lines.txt                                               TEXT
+    rows.csv                                                ### Answer
 
-A template wraps a question exactly as ``llamax prepare --template`` wrapped it for training, so the
-tokens before the answer are those that the model has learnt to answer.
+A template formats a question exactly as ``prepare`` did for training, so the tokens before the
+answer are the same in training and in generation.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from llamax.data.chat.templates import Template, make_sample, source_of, unused
 from llamax.data.prepare.instruction_rows import read_sample
 from llamax.data.prepare.tables import Row, kind_of, plan_tables, read_rows
 from llamax.data.tokenizer.tokenizer import Tokenizer
-from llamax.runtime.errors import DataError
+from llamax.runtime.errors import ConfigError, DataError
 
 
 class Prompt(NamedTuple):
@@ -35,10 +35,11 @@ class Prompt(NamedTuple):
 
 
 class PromptFormat:
-    """How prompts are put: as they are, or with ``template`` (a name or a file).
+    """Formats prompts: plain, or with ``template`` (a name or a file).
 
-    ``bos_id``: the token to begin with.  ``fields``: what columns of rows are called.  ``context``
-    and ``system`` are for questions that bring none.  Raises DataError for a bad template.
+    ``bos_id``: token at the beginning; None: none.  ``fields``: columns of the fields of rows.
+    ``context`` and ``system`` are for questions that have none.  Raises DataError for a template
+    that cannot be used.
     """
 
     def __init__(
@@ -60,12 +61,12 @@ class PromptFormat:
                 if text and not self._template.reads(name):
                     raise unused(template, name)
         elif context or system:
-            raise DataError("--context and --system are put by a template; give --template too")
+            raise DataError("`context` and `system` need a template; give `template` too")
 
-    def ask(self, row: Row, where: str = "prompt") -> Prompt:
-        """The prompt that a row of a file makes; {"prompt": text} is one without a file.
+    def prompt(self, row: Row, place: str = "prompt") -> Prompt:
+        """The prompt of a row; without a template the row is {"prompt": text}.
 
-        Raises DataError that begins with ``where`` if the row makes none.
+        Raises DataError that begins with ``place`` if the row lacks a field.
         """
         try:
             if self._template is None:
@@ -80,7 +81,7 @@ class PromptFormat:
             text = "".join(span.text for span in spans)
             _encodable(text)
         except DataError as error:
-            raise DataError(f"{where}: {error}") from None
+            raise DataError(f"{place}: {error}") from None
         (tokens,) = self._encoder.encode([spans], prompts=True)
         return Prompt(text, [int(i) for i in tokens.ids], row)
 
@@ -90,7 +91,7 @@ class PromptFormat:
         return self._template is not None and self._template.chat
 
     @property
-    def ends(self) -> set[int]:
+    def stop_ids(self) -> set[int]:
         """The special tokens with which the template ends an answer."""
         if self._template is None:
             return set()
@@ -101,8 +102,8 @@ class PromptFormat:
         prompt = row.get("prompt")
         if not isinstance(prompt, str):
             raise DataError(
-                f'{json.dumps(row)[:60]} is not {{"prompt": "text"}}; mend that line, or use '
-                "--template for rows of questions"
+                f'{json.dumps(row)[:60]} is not {{"prompt": "text"}}; correct that line, or '
+                "use `template` for rows of questions"
             )
         _encodable(prompt)
         bos = [] if self.bos_id is None else [self.bos_id]
@@ -116,14 +117,34 @@ def _encodable(text: str) -> None:
         raise DataError(f"{ascii(text)[:60]} is not UTF-8; retype it") from None
 
 
-def read_file(path: Path) -> list[tuple[str, Row]]:
-    """(place for messages, row) for each row of a table, else {"prompt": line} of each line.
+def read_prompts(
+    prompts: str | Sequence[str | Row], file: str | Path | None = None, template: str = ""
+) -> list[tuple[str, Row]]:
+    """(place for messages, row) of each prompt: those given, then those of a file.
 
-    Blank lines are none.  Raises DataError where the file cannot be read, is not UTF-8, or holds
-    no prompts.
+    Without any there is one empty prompt; with a template that is a ConfigError.  Raises DataError
+    for a file that cannot be read or has no prompts.
+    """
+    rows: list[tuple[str, Row]] = []
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:
+        row = {"prompt": prompt, "instruction": prompt} if isinstance(prompt, str) else prompt
+        name = prompt if isinstance(prompt, str) else str(row)
+        rows.append((f"prompt {ascii(name)[:40]}", row))
+    if file is not None:
+        rows += read_file(Path(file))
+    if not rows and template:
+        raise ConfigError("`template` has no prompts to format; give `prompt` or `prompts_file`")
+    return rows or [("prompt", {"prompt": ""})]
+
+
+def read_file(path: Path) -> list[tuple[str, Row]]:
+    """(place for messages, row) of each row of a table, or {"prompt": line} of each line of text.
+
+    Blank lines are skipped.  Raises DataError if the file cannot be read, is not UTF-8, or has no
+    prompts.
     """
     if kind_of(path):
-        return [found for run in plan_tables([str(path)]) for found in read_rows(run)]
+        return [found for rows in plan_tables([str(path)]) for found in read_rows(rows)]
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -1,15 +1,15 @@
-"""From a model to its next tokens: the loop, and how one token is chosen.
+"""Sampling: the loop that generates tokens, and how one token is chosen.
 
 ::
 
-    prefill   prompts fill the cache; the last place of each is projected  ─┐
+    prefill   prompts fill the cache; logits of each one's last token       ─┐
     decode    one token per prompt attends to the cache  ─> logits <────────┘
                  ^                                            │
                  └── token <── draw <── top_p <── top_k <── / temperature
 
-Both filters are a lowest admissible logit; equals of it stay.  The draw inverts the cumulative
-distribution at one uniform number per sequence and token, so a choice depends on the logits and on
-that number alone: tensor-parallel ranks, whose logits are equal, agree without a word.
+Both filters are a threshold of the logits; logits equal to it stay.  The draw inverts the
+cumulative distribution at one uniform number per sequence and token, so a choice depends only on
+the logits and that number: tensor-parallel ranks have equal logits and agree without communication.
 
 Sources: top-k, Fan et al. 2018, section 5.1; top-p, Holtzman et al. 2020, section 3.1.
 """
@@ -30,15 +30,16 @@ from llamax.runtime.errors import CheckpointError, ConfigError
 
 Prompts = Sequence[Sequence[int]]
 
-FIRST_LOOK = 64
+FIRST_LOOK = 64  # most likely tokens that top_p looks at first
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen; ``temperature`` 0 takes the most likely one.
 
-    ``top_k`` 0 and ``top_p`` 1 admit the whole vocabulary.  Sequence i of a batch draws from the
-    stream of ``seed + i``: it says what it would say alone with that seed.
+    ``top_k`` 0 and ``top_p`` 1 admit the whole vocabulary.  Sequence i of a batch draws with
+    ``seed + i``: its text is the same as alone with that seed.  Raises ConfigError for a value out
+    of range.
     """
 
     temperature: float = 0.0
@@ -54,7 +55,7 @@ class Sampling:
             ("seed", self.seed, 0 <= self.seed < 2**62, "0 or more, below 2^62"),
         ):
             if not holds:
-                raise ConfigError(f"{name}={value} is out of range; use {use}")
+                raise ConfigError(f"`{name}={value}` is out of range; use {use}")
 
     def streams(self, batch: int) -> list[torch.Generator]:
         """One stream of uniform numbers per sequence."""
@@ -86,8 +87,8 @@ class Sampling:
 def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
     """The lowest logit of the fewest tokens that hold ``top_p`` of the probability: -> [B, 1].
 
-    Sorting a vocabulary costs as much as computing its logits, so the most likely few are looked at
-    first, and more only where those do not hold enough.
+    Sorting a vocabulary costs as much as computing its logits, so the most likely few are sorted
+    first, and more only if those do not hold enough.
     """
     V, look = logits_BV.shape[-1], FIRST_LOOK
     log_sum_B1 = logits_BV.logsumexp(-1, keepdim=True)
@@ -100,7 +101,7 @@ def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:
         look *= 8
 
 
-def generate(
+def generate_tokens(
     model: Llama,
     prompts: Prompts,
     *,
@@ -109,14 +110,14 @@ def generate(
     stop_ids: Collection[int] = (),
     vocab_size: int | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continue every prompt; each step yields its next token, or None where it has ended.
+    """Continue every prompt; each step yields the next token of each, or None if it has ended.
 
     A prompt ends with the first token in ``stop_ids``, which is yielded, or after
-    ``max_new_tokens``.  Only ids below ``vocab_size`` (the tokenizer's, say) are drawn; by default
-    all of the model's.  The model must not be sequence-parallel; one that is lends its weights:
+    ``max_new_tokens``.  Only ids below ``vocab_size`` (such as the tokenizer's) are drawn; by
+    default all of the model's.  A sequence-parallel model is refused; take its weights:
     ``whole = Llama(model.config, model.tp, device="meta")``, then
-    ``whole.load_state_dict(model.state_dict(), assign=True)``.  Raises ConfigError for prompts that
-    ``check_prompts`` refuses, CheckpointError where the model does not compute numbers.
+    ``whole.load_state_dict(model.state_dict(), assign=True)``.  Raises ConfigError for prompts
+    that ``check_prompts`` refuses, and CheckpointError if the model's logits are not finite.
     """
     check_prompts(model.config, prompts, max_new_tokens)
     if model.sequence_parallel:
@@ -127,15 +128,15 @@ def generate(
     return _steps(model, prompts, max_new_tokens, sampling, frozenset(stop_ids), vocab_size)
 
 
-def complete(steps: Iterator[list[int | None]]) -> list[list[int]]:
-    """All steps of ``generate``, joined: the new tokens of each prompt."""
+def join_steps(steps: Iterator[list[int | None]]) -> list[list[int]]:
+    """The new tokens of each prompt: all steps of ``generate_tokens``, joined."""
     return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
 
 def check_prompts(config: ModelConfig, prompts: Prompts, max_new_tokens: int) -> None:
-    """ConfigError where a prompt is empty, not of the vocabulary, or too long with what follows."""
+    """Raise ConfigError for a prompt that is empty, outside the vocabulary or too long."""
     if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens={max_new_tokens} makes no token; use 1 or more")
+        raise ConfigError(f"`max_new_tokens={max_new_tokens}` makes no token; use 1 or more")
     if not prompts:
         raise ConfigError("there are no prompts; give at least one")
     longest = config.max_position_embeddings
@@ -149,7 +150,7 @@ def check_prompts(config: ModelConfig, prompts: Prompts, max_new_tokens: int) ->
             )
         if len(prompt) + max_new_tokens > longest:
             left = longest - len(prompt)
-            use = f"use --max-new-tokens {left} or a" if left > 0 else "use a"
+            use = f"use `max_new_tokens={left}` or a" if left > 0 else "use a"
             raise ConfigError(
                 f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} more would pass "
                 f"max_position_embeddings={longest}; {use} shorter prompt"

@@ -1,4 +1,4 @@
-"""How alike an answer and the right one are: plain functions of two texts.
+"""Metrics of an answer against the right one: exact match and ROUGE-L.
 
 ROUGE-L is the F1 of the longest common subsequence of words: with l its length, precision l / words
 of the answer, recall l / words of the reference.  Words are runs of Unicode letters and digits in
@@ -17,8 +17,8 @@ WORDS = re.compile(r"\w+")
 def exact_match(answer: str, reference: str, extract: re.Pattern[str] | None = None) -> bool:
     """Whether two texts are equal but for white space around them.
 
-    ``extract`` is what counts in them: its last match, of that the first group if it has one; an
-    answer without a match is wrong.
+    With ``extract`` only its last match is compared, or the first group of that match if it has
+    one; an answer without a match is wrong.
     """
     if extract is None:
         return answer.strip() == reference.strip()
@@ -33,17 +33,17 @@ def _last(extract: re.Pattern[str], text: str) -> str | None:
 
 def rouge_l(answer: str, reference: str) -> float:
     """ROUGE-L of an answer, 0 to 1; 0 where either has no words."""
-    mine, theirs = (WORDS.findall(text.lower()) for text in (answer, reference))
-    common = longest_common(mine, theirs)
-    return 2 * common / (len(mine) + len(theirs)) if common else 0.0
+    words, expected = (WORDS.findall(text.lower()) for text in (answer, reference))
+    common = longest_common(words, expected)
+    return 2 * common / (len(words) + len(expected)) if common else 0.0
 
 
-def longest_common(one: list[str], other: list[str]) -> int:
+def longest_common(first: list[str], second: list[str]) -> int:
     """The length of the longest common subsequence."""
-    row = [0] * (len(other) + 1)
-    for item in one:
+    row = [0] * (len(second) + 1)
+    for item in first:
         diagonal = 0
-        for j, candidate in enumerate(other, 1):
+        for j, candidate in enumerate(second, 1):
             above = row[j]
             row[j] = diagonal + 1 if item == candidate else max(above, row[j - 1])
             diagonal = above

@@ -7,7 +7,7 @@ import torch
 from support.world import Worlds, axes
 
 from llamax.config.model import ModelConfig
-from llamax.inference.sampling import Sampling, complete, generate
+from llamax.inference.sampling import Sampling, generate_tokens, join_steps
 from llamax.model.llama import Llama
 from llamax.parallel.mesh import Mesh
 
@@ -31,7 +31,7 @@ def say(ranks: int, sampling: Sampling) -> list[list[int]]:
         rows = model.output_weight.shape[0]
         first = model.tp.rank * rows
         model.output_weight[max(0, MODEL.vocab_size - first) :] = 1e3
-    return complete(generate(model, PROMPTS, max_new_tokens=NEW, sampling=sampling))
+    return join_steps(generate_tokens(model, PROMPTS, max_new_tokens=NEW, sampling=sampling))
 
 
 @pytest.mark.parametrize("ranks", [2, 4])

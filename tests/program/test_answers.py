@@ -16,13 +16,14 @@ from safetensors.torch import save_file
 from support.instruction import llama2_tokenizer, prepare, sums, write_rows
 
 from llamax.cli.evaluate import main as evaluate
-from llamax.cli.generate import columns, new_file, write_line
 from llamax.cli.generate import main as generate
 from llamax.config.model import ModelConfig
 from llamax.data.chat.encode import Encoder
 from llamax.data.chat.templates import BUILT_IN, make_sample
 from llamax.data.dataset import open_dataset
 from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.inference.generate import new_file, write_line
+from llamax.inference.side_by_side import columns
 from llamax.runtime.process import Main, run_main
 
 MODEL = ModelConfig(
@@ -124,9 +125,9 @@ def test_prompts_are_those_of_training(folder: Path) -> None:
         encoder = Encoder(tokenizer)
         template = encoder.template(name, BUILT_IN[name])
         (trained,) = encoder.encode([template.spans(make_sample("Who?", "A cat.", "It is I"))])
-        asked = PromptFormat(tokenizer, 1, name, context="A cat.").ask({"instruction": "Who?"})
+        asked = PromptFormat(tokenizer, 1, name, context="A cat.").prompt({"instruction": "Who?"})
         assert trained.ids[~trained.counted].tolist() == asked.ids
-    assert PromptFormat(tokenizer, 1, "llama2-chat").ends == {2}
+    assert PromptFormat(tokenizer, 1, "llama2-chat").stop_ids == {2}
 
 
 def test_context_and_comparison(

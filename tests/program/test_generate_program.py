@@ -272,8 +272,8 @@ def test_options_out_of_range(
 ) -> None:
     assert "--batch=0" in refused(capsys, hub, "--batch", 0)
     assert "--stop is empty" in refused(capsys, hub, "--stop", "")
-    assert "top_p=2.0" in refused(capsys, hub, "--top-p", 2)
-    assert "max_new_tokens=0" in refused(capsys, hub, "--max-new-tokens", 0)
+    assert "--top-p=2.0" in refused(capsys, hub, "--top-p", 2)
+    assert "--max-new-tokens=0" in refused(capsys, hub, "--max-new-tokens", 0)
     common = [hub, "--max-new-tokens", 2, "--out"]
     (tmp_path / "there.jsonl").write_text("keep")
     assert "exists already" in refused(capsys, *common, tmp_path / "there.jsonl")

@@ -13,7 +13,7 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 
 from llamax.config.model import ModelConfig, RopeScaling
 from llamax.inference.kv_cache import KVCache
-from llamax.inference.sampling import Sampling, check_prompts, complete, generate, nucleus
+from llamax.inference.sampling import Sampling, check_prompts, generate_tokens, join_steps, nucleus
 from llamax.model.llama import Llama
 from llamax.parallel.sharding import parts
 from llamax.runtime.errors import CheckpointError, ConfigError
@@ -80,7 +80,7 @@ def test_greedy_equals_transformers_token_for_token_in_a_batch_of_unequal_prompt
 ) -> None:
     model = Llama(FAMILIES[family]).init(1)
     reference = theirs(model)
-    made = complete(generate(model, prompts(), max_new_tokens=NEW))
+    made = join_steps(generate_tokens(model, prompts(), max_new_tokens=NEW))
     for prompt, found in zip(prompts(), made, strict=True):
         whole = reference.generate(
             torch.tensor([prompt]),
@@ -124,45 +124,49 @@ def test_the_cache_is_allocated_once(model: Llama) -> None:
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=40, top_p=0.9, seed=5)])
 def test_a_prompt_says_in_a_batch_what_it_says_alone(model: Llama, sampling: Sampling) -> None:
-    together = complete(generate(model, prompts(), max_new_tokens=NEW, sampling=sampling))
+    together = join_steps(generate_tokens(model, prompts(), max_new_tokens=NEW, sampling=sampling))
     for row, prompt in enumerate(prompts()):
         seeded = dataclasses.replace(sampling, seed=sampling.seed + row)
-        [alone] = complete(generate(model, [prompt], max_new_tokens=NEW, sampling=seeded))
+        [alone] = join_steps(generate_tokens(model, [prompt], max_new_tokens=NEW, sampling=seeded))
         assert together[row] == alone
 
 
 def test_a_seed_repeats_and_another_differs(model: Llama) -> None:
     def say(seed: int) -> list[list[int]]:
         sampling = Sampling(1.0, seed=seed)
-        return complete(generate(model, prompts(), max_new_tokens=NEW, sampling=sampling))
+        return join_steps(generate_tokens(model, prompts(), max_new_tokens=NEW, sampling=sampling))
 
     assert say(3) == say(3)
     assert say(3) != say(4)
 
 
 def test_a_stop_token_is_the_last_of_its_prompt_and_of_no_other(model: Llama) -> None:
-    free = complete(generate(model, prompts(), max_new_tokens=NEW))
+    free = join_steps(generate_tokens(model, prompts(), max_new_tokens=NEW))
     stop = free[1][4]
     at = free[1].index(stop)
-    steps = list(generate(model, prompts(), max_new_tokens=NEW, stop_ids=[stop]))
+    steps = list(generate_tokens(model, prompts(), max_new_tokens=NEW, stop_ids=[stop]))
     for row, tokens in enumerate(free):
         end = tokens.index(stop) + 1 if stop in tokens else NEW
         found = [step[row] for step in steps]
         assert found == tokens[:end] + [None] * (len(steps) - end)
-    everything = list(generate(model, prompts((3,)), max_new_tokens=NEW, stop_ids=range(320)))
+    everything = list(
+        generate_tokens(model, prompts((3,)), max_new_tokens=NEW, stop_ids=range(320))
+    )
     assert len(everything) == 1, "no step is made when all have ended"
     assert at < NEW - 1
 
 
 def test_ids_past_the_tokenizer_are_never_drawn(model: Llama) -> None:
     sampling = Sampling(50.0)
-    made = complete(generate(model, prompts(), max_new_tokens=40, sampling=sampling, vocab_size=10))
+    made = join_steps(
+        generate_tokens(model, prompts(), max_new_tokens=40, sampling=sampling, vocab_size=10)
+    )
     assert {token for row in made for token in row} == set(range(10))
 
 
 def test_bfloat16_generates() -> None:
     model = Llama(LLAMA31, dtype=torch.bfloat16).init(0)
-    made = complete(generate(model, prompts(), max_new_tokens=4))
+    made = join_steps(generate_tokens(model, prompts(), max_new_tokens=4))
     assert [len(row) for row in made] == [4, 4, 4]
 
 
@@ -170,24 +174,24 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
     model = dataclasses.replace(LLAMA2, max_position_embeddings=16)
     check_prompts(model, [[1] * 6], 10)
     for wrong, new, said in (
-        ([[1]], 0, "max_new_tokens=0 makes no token"),
+        ([[1]], 0, "`max_new_tokens=0` makes no token"),
         ([], 4, "there are no prompts"),
         ([[1], []], 4, "prompt 2 has no tokens"),
         ([[1, 320]], 4, "prompt 1 has token 320, but the model has ids 0 to 319"),
         ([[1, -1]], 4, "prompt 1 has token -1"),
-        ([[1] * 7], 10, r"prompt 1 has 7 tokens and 10 more .*=16; use --max-new-tokens 9 or a"),
+        ([[1] * 7], 10, r"prompt 1 has 7 tokens and 10 more .*=16; use `max_new_tokens=9` or a"),
         ([[1] * 16], 1, "=16; use a shorter prompt"),
     ):
         with pytest.raises(ConfigError, match=said):
-            generate(Llama(model), wrong, max_new_tokens=new)
+            generate_tokens(Llama(model), wrong, max_new_tokens=new)
 
 
 def test_a_model_without_numbers_is_refused(model: Llama) -> None:
     broken = Llama(LLAMA31).init(0)
     broken.output_weight.data[3] = math.nan
     with pytest.raises(CheckpointError, match="not finite"):
-        next(generate(broken, [[1]], max_new_tokens=1))
-    next(generate(model, [[1]], max_new_tokens=1))
+        next(generate_tokens(broken, [[1]], max_new_tokens=1))
+    next(generate_tokens(model, [[1]], max_new_tokens=1))
 
 
 # --- sampling ------------------------------------------------------------------------------------

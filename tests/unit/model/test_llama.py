@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from llamax.config.model import ModelConfig, RopeScaling
-from llamax.inference.sampling import generate
+from llamax.inference.sampling import generate_tokens
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
 from llamax.parallel.sharding import parts
@@ -206,7 +206,7 @@ def test_sequence_parallelism_wants_even_places() -> None:
     with pytest.raises(DataError, match="5 places are not divided by 2 tensor ranks"):
         model(IDS[:, 1:])
     with pytest.raises(ConfigError, match="build it with sequence_parallel=False"):
-        generate(model, [[1, 2, 3, 4]])
+        generate_tokens(model, [[1, 2, 3, 4]])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,306 @@
+"""``generate`` and ``compare``: the answers of one model or of two to prompts.
+
+::
+
+    prompts ──PromptFormat──> ids ──Engine──> a token per prompt and step ──> text
+
+On several ranks the model is cut over one tensor-parallel axis: each rank computes the same logits
+and draws the same tokens; rank 0 writes and shows them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from llamax.backends import choose
+from llamax.checkpoint.peft import is_adapter
+from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
+from llamax.config.schema import Config, DataConfig, ParallelConfig
+from llamax.config.validate import check
+from llamax.data.prepare.instruction_rows import check_fields
+from llamax.data.prepare.tables import Row
+from llamax.inference.engine import Completion, Engine, LoadedModel, Show, open_model
+from llamax.inference.prompts import Prompt, PromptFormat, read_prompts
+from llamax.inference.sampling import Sampling, check_prompts
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import ConfigError, DataError
+from llamax.runtime.logging import logger
+
+TIMEOUT_S = 600.0  # longest wait of ranks for each other
+ALONE = Rendezvous()
+
+OnCompletion = Callable[[int, Prompt, Completion], None]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How prompts are formatted and continued.
+
+    Raises ConfigError or DataError for a value out of range.
+    """
+
+    max_new_tokens: int = 100
+    """Largest number of new tokens per prompt."""
+    temperature: float = 0.8
+    """Divisor of the logits; 0 takes the most likely token."""
+    top_k: int = 0
+    """Number of most likely tokens to draw among; 0: all."""
+    top_p: float = 1.0
+    """Probability that the tokens to draw among hold together, above 0 and at most 1."""
+    seed: int = 0
+    """Seed of the draws; prompt i draws with seed + i."""
+    stop: Sequence[str] = ()
+    """Texts before which an answer ends."""
+    stop_ids: Sequence[int] = ()
+    """Tokens at which an answer ends, besides the model's EOS."""
+    bos: bool = True
+    """Whether prompts begin with the model's BOS token, if it has one."""
+    template: str = ""
+    """Template of the prompts, as in training: a built-in name, a file or a folder with one."""
+    context: str = ""
+    """Context of questions that have none; needs a template."""
+    system: str = ""
+    """System prompt of questions that have none; needs a template."""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    """Columns of the fields of rows, where they have other than the usual names."""
+    batch: int = 8
+    """Number of prompts computed at once."""
+    dtype: str = ""
+    """Type of the weights, "float32" or "bfloat16"; by default that of the files."""
+    backend: str = "cpu"
+    """Backend: "cpu", "cuda" or "neuron"."""
+    threads: int = 0
+    """CPU threads per rank; 0: an equal share of the cores."""
+
+    def __post_init__(self) -> None:
+        check_computing(self.batch, self.threads, self.dtype, self.backend)
+        check_stops(self.stop)
+        check_fields(self.fields)
+        _ = self.sampling
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the next token is drawn."""
+        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+
+
+def check_computing(batch: int, threads: int, dtype: str, backend: str) -> None:
+    """Raise ConfigError for a batch, threads, dtype or backend that cannot be."""
+    for name, value, least in (("batch", batch, 1), ("threads", threads, 0)):
+        if value < least:
+            raise ConfigError(f"`{name}={value}` is out of range; use {least} or more")
+    for name, chosen, known in (
+        ("dtype", dtype, ("", *MODEL_DTYPES)),
+        ("backend", backend, EAGER_BACKENDS),
+    ):
+        if chosen not in known:
+            use = ", ".join(filter(None, known))
+            raise ConfigError(f"`{name}={chosen}` is not known; use {use}")
+
+
+def check_stops(stop: Sequence[str]) -> None:
+    """Raise ConfigError for an empty stop text."""
+    if "" in stop:
+        raise ConfigError("`stop` is empty; give the text to stop at")
+
+
+def silent(text: str) -> None:
+    """Show nothing."""
+
+
+def generate(
+    model: str | Path,
+    prompts: str | Sequence[str | Row] = (),
+    settings: GenerationSettings = GenerationSettings(),
+    *,
+    prompts_file: str | Path | None = None,
+    tokenizer: str | Path = "",
+    base: str | Path = "",
+    out: str | Path | None = None,
+    rank: Rendezvous = ALONE,
+    show: Show = silent,
+    on_completion: OnCompletion | None = None,
+) -> list[Completion]:
+    """Continue prompts with a trained model.
+
+    Args:
+        model: Hugging Face folder, run, checkpoint or folder of adapters.
+        prompts: Texts, or rows with the fields of a template.  Without any the model begins a text.
+        settings: How prompts are formatted and continued.
+        prompts_file: More prompts: one per line, or a table of rows (.jsonl, .json, .csv, .tsv,
+            .parquet).
+        tokenizer: Tokenizer file or folder; by default the model's or that of its dataset.
+        base: Base model of adapters, if it is not where they say.
+        out: New JSONL file: the row of each prompt and its completion.
+        rank: This process among those that share the model; by default it is alone.
+        show: Called with the text of a single prompt, then with its answer piece by piece.
+        on_completion: Called on rank 0 for each of several prompts, with its number from 1.
+
+    Raises:
+        ConfigError: For prompts that are too long, or ranks that do not divide the model.
+        DataError: For prompts that cannot be read, or an ``out`` that exists.
+        CheckpointError: For a model that is missing or damaged.
+    """
+    rows = read_prompts(prompts, prompts_file, settings.template)
+    opened = _open(Path(model), str(tokenizer), str(base), rows, settings, rank.world_size)
+    with _engines([opened], settings, rank, out) as (engine_of, file):
+        engine, main = engine_of(0), rank.rank == 0
+        alone = len(opened.prompts) == 1
+        done: list[Completion] = []
+        for batch, completions in _batches(
+            engine, opened.prompts, settings.batch, show if main and alone else silent
+        ):
+            for prompt, completion in zip(batch, completions, strict=True):
+                done.append(completion)
+                if main and not alone and on_completion:
+                    on_completion(len(done), prompt, completion)
+                if file:
+                    write_line(file, {**prompt.row, **asdict(completion)})
+        logger.info("%s", engine.speed)
+    return done
+
+
+class Comparison(NamedTuple):
+    """A prompt and the answers of two models to it."""
+
+    prompt: Prompt
+    base: Completion
+    tuned: Completion
+
+
+def compare(
+    models: tuple[str | Path, str | Path],
+    prompts: str | Sequence[str | Row] = (),
+    settings: GenerationSettings = GenerationSettings(),
+    *,
+    prompts_file: str | Path | None = None,
+    tokenizer: str | Path = "",
+    base: str | Path = "",
+    out: str | Path | None = None,
+    rank: Rendezvous = ALONE,
+) -> list[Comparison]:
+    """The answers of two models, such as a base and its tuned model, to the same prompts.
+
+    ``out`` gets a line per prompt with the fields "base" and "tuned".  Of two models only adapters
+    take ``base``.  For the other parameters and the errors see ``generate``.
+    """
+    rows = read_prompts(prompts, prompts_file, settings.template)
+    paths = [Path(model) for model in models]
+    adapters = [is_adapter(path) for path in paths]
+    bases = [str(base) if is_one or not any(adapters) else "" for is_one in adapters]
+    opened = [
+        _open(path, str(tokenizer), model_base, rows, settings, rank.world_size)
+        for path, model_base in zip(paths, bases, strict=True)
+    ]
+    with _engines(opened, settings, rank, out) as (engine_of, file):
+        answers: list[list[Completion]] = []
+        for number, model in enumerate(opened):
+            engine = engine_of(number)
+            batches = _batches(engine, model.prompts, settings.batch, silent)
+            answers.append([completion for _, done in batches for completion in done])
+            logger.info("%s", engine.speed)
+            del engine  # one model at a time is in memory
+        found = [Comparison(*parts) for parts in zip(opened[0].prompts, *answers, strict=True)]
+        for each in found if file else ():
+            assert file is not None
+            pair = {"base": asdict(each.base), "tuned": asdict(each.tuned)}
+            write_line(file, {**each.prompt.row, **pair})
+    return found
+
+
+class _Opened(NamedTuple):
+    """A model in files, its prompts, and the tokens that end its answers."""
+
+    model: LoadedModel
+    prompts: list[Prompt]
+    stop_ids: set[int]
+
+
+def _open(
+    path: Path,
+    tokenizer: str,
+    base: str,
+    rows: Sequence[tuple[str, Row]],
+    settings: GenerationSettings,
+    ranks: int,
+) -> _Opened:
+    """Open a model's files and format its prompts; raises what ``generate`` raises."""
+    loaded = open_model(path, tokenizer, base)
+    config = loaded.model
+    check(
+        Config(config, ParallelConfig(tensor=ranks), data=DataConfig(sequence_length=ranks)), ranks
+    )
+    wording = PromptFormat(
+        loaded.tokenizer,
+        config.bos_token_id if settings.bos else None,
+        settings.template,
+        settings.fields,
+        settings.context,
+        settings.system,
+    )
+    prompts = [wording.prompt(row, place) for place, row in rows]
+    check_prompts(config, [prompt.ids for prompt in prompts], settings.max_new_tokens)
+    return _Opened(loaded, prompts, {*config.eos_token_ids, *wording.stop_ids, *settings.stop_ids})
+
+
+@contextmanager
+def _engines(
+    models: Sequence[_Opened],
+    settings: GenerationSettings,
+    rank: Rendezvous,
+    out: str | Path | None,
+) -> Iterator[tuple[Callable[[int], Engine], IO[str] | None]]:
+    """A function that builds a model's engine, and the file ``out``, while ranks are joined."""
+    ranks = rank.world_size
+    kv = max(1, ranks // min(opened.model.model.num_key_value_heads for opened in models))
+    backend = choose(settings.backend, rank, settings.threads)
+    with ExitStack() as stack:
+        file = None
+        if out is not None and rank.rank == 0:
+            file = stack.enter_context(new_file(Path(out)))
+        axes = stack.enter_context(backend.joined(Mesh(tp=ranks, kv=kv), TIMEOUT_S))
+
+        def build(number: int) -> Engine:
+            opened = models[number]
+            return Engine(
+                opened.model.build(axes.tp, backend.device, settings.dtype),
+                opened.model.tokenizer,
+                settings.sampling,
+                settings.max_new_tokens,
+                settings.stop,
+                opened.stop_ids,
+            )
+
+        yield build, file
+
+
+def _batches(
+    engine: Engine, prompts: Sequence[Prompt], batch: int, show: Show
+) -> Iterator[tuple[Sequence[Prompt], list[Completion]]]:
+    """Batches of prompts and their completions, each when it is done."""
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        show(some[0].text)
+        texts, ids = [prompt.text for prompt in some], [prompt.ids for prompt in some]
+        yield some, engine.complete(texts, ids, start, show)
+
+
+def new_file(path: Path) -> IO[str]:
+    """Open a file that does not exist yet for writing; DataError if it exists or cannot be made."""
+    try:
+        return path.open("x", encoding="utf-8", errors="backslashreplace")
+    except FileExistsError:
+        raise DataError(f"{path} exists already; remove it or choose another `out`") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror}); check `out`") from None
+
+
+def write_line(file: IO[str], value: Mapping[str, object]) -> None:
+    """Write one line of JSON; values of other types, such as dates, become text."""
+    file.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
