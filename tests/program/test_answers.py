@@ -213,7 +213,7 @@ def test_mistakes_are_one_line(
     assert "prepare the data with that one" in line
     empty = write_rows(tmp_path / "empty.jsonl", [{"question": "Q", "answer": ""}])
     line = refused(capsys, evaluate, hub, "--test-file", empty, "--template", "dolly")
-    assert line.endswith("empty.jsonl: row 1: has an empty answer; mend or remove it")
+    assert line.endswith("empty.jsonl: row 1: has an empty answer; correct or remove it")
     assert "give one model" in refused(capsys, generate, "--prompt", "a")
     assert "names 1 models" in refused(capsys, generate, "--compare", hub)
     pair = ("--compare", f"{hub},{folder / 'other'}", "--base", hub)
