@@ -1,4 +1,4 @@
-"""What a launcher refuses, told before anything starts: each check yields a line per problem.
+"""Checks of a job against the rules of each launcher, before anything starts.
 
 Sources: Kubernetes, "Object Names and IDs" (RFC 1035 and 1123 labels); mpi-operator's validation
 (the last worker's host name is a label); the grammar of Docker's image references; sbatch(1);
@@ -31,11 +31,13 @@ SAGEMAKER_NAME = re.compile(r"[A-Za-z0-9](-*[A-Za-z0-9])*")
 
 
 def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
-    """Everything that is wrong with ``job`` for this launcher and phase, a line each."""
+    """All problems of ``job`` on a launcher and in a phase, one line each."""
     found = list(_job(job))
-    if launcher not in ("k8s", "sagemaker") and not NAME.fullmatch(job.name):  # stricter: below
+    # Kubernetes and SageMaker have stricter rules, below.
+    if launcher not in ("k8s", "sagemaker") and not NAME.fullmatch(job.name):
         found.append(
-            f"name={job.name!r} names files and objects; use up to 63 letters, digits, - _ and ."
+            f"name={job.name!r} cannot name files and objects; use up to 63 letters, digits, - _ "
+            "and ."
         )
     if not found:
         found += _run(job)
@@ -55,7 +57,7 @@ def _job(job: JobFile) -> Iterator[str]:
         yield str(error)
         return
     if job.local and not job.ranks_per_node:
-        yield "ranks_per_node=0: instance=local does not say how many ranks; use 1 or more"
+        yield "ranks_per_node=0: instance=local has no default number of ranks; use 1 or more"
     elif not job.local and job.ranks_per_node > cores:
         yield (
             f"ranks_per_node={job.ranks_per_node} but {job.instance} has {cores} {unit}; "
@@ -67,7 +69,7 @@ def _job(job: JobFile) -> Iterator[str]:
 
 
 def _run(job: JobFile) -> Iterator[str]:
-    """What the configuration refuses on the ranks that the job has."""
+    """Problems of the configuration on the ranks of the job."""
     try:
         config = job.config
     except ConfigError as error:
@@ -86,11 +88,14 @@ def _run(job: JobFile) -> Iterator[str]:
 
 
 def _shared(job: JobFile) -> Iterator[str]:
-    """The working folder, and what the run reads and writes, lie on the shared storage."""
+    """Problems of paths: working folder, dataset and run folder must be on the shared storage."""
     mount, folder = job.storage.mount, job.folder
     for key, value in (("storage.mount", mount), ("storage.folder", folder)):
         if not os.path.isabs(value):
-            yield f"{key}={value!r} is no absolute path; use the same one on every node, as /fsx"
+            yield (
+                f"{key}={value!r} is not an absolute path; use one that is the same on every node, "
+                "such as /fsx"
+            )
             return
     if not _inside(folder, mount):
         yield f"storage.folder={folder} is not below storage.mount={mount}; put it there"
@@ -98,12 +103,12 @@ def _shared(job: JobFile) -> Iterator[str]:
     try:
         config = job.config
     except ConfigError:
-        return  # told above
+        return  # reported by _run
     for key, value in (("data.path", config.data.path), ("run.folder", config.run.folder)):
         if not job.local and not _inside(os.path.join(folder, value), mount):
             yield (
-                f"{key}={value} is not below storage.mount={mount}: each node would have its own; "
-                f"use overrides {key}={mount.rstrip('/')}/{os.path.basename(value)}"
+                f"{key}={value} is not below storage.mount={mount}: each node would have a "
+                f"different one; use overrides {key}={mount.rstrip('/')}/{os.path.basename(value)}"
             )
 
 
@@ -114,31 +119,33 @@ def _inside(path: str, mount: str) -> bool:
 
 def _prepare(job: JobFile) -> Iterator[str]:
     if not job.prepare.inputs:
-        yield "prepare.inputs is empty; name the text files or folders"
+        yield "prepare.inputs is empty; set it to the text files or folders"
     if not job.prepare.tokenizer:
-        yield "prepare.tokenizer is empty; name a tokenizer.model, tokenizer.json or folder"
+        yield "prepare.tokenizer is empty; set it to a tokenizer.model, tokenizer.json or folder"
 
 
 def _torchrun(job: JobFile) -> Iterator[str]:
     if job.nodes > 1 and not job.torchrun.master:
-        yield f"torchrun.master is empty; with nodes={job.nodes} name the first of them"
+        yield f"torchrun.master is empty; with nodes={job.nodes} set it to the first node"
 
 
 def _mpirun(job: JobFile) -> Iterator[str]:
     if job.nodes > 1 and not job.mpirun.hostfile:
-        yield f"mpirun.hostfile is empty; with nodes={job.nodes} name a file that lists them"
+        yield f"mpirun.hostfile is empty; with nodes={job.nodes} set it to a file that lists them"
 
 
 def _slurm(job: JobFile) -> Iterator[str]:
     for key in ("partition", "account"):
         if not SLURM_WORD.fullmatch(value := getattr(job.slurm, key)):
-            yield f"slurm.{key}={value!r} is no name of Slurm's; use letters, digits, - _ . and ,"
+            yield f"slurm.{key}={value!r} is not a name in Slurm; use letters, digits, - _ . and ,"
     if not SLURM_TIME.fullmatch(job.slurm.time_limit):
-        yield f"slurm.time_limit={job.slurm.time_limit!r} is no time; use 2-00:00:00 for two days"
+        yield (
+            f"slurm.time_limit={job.slurm.time_limit!r} is not a time; use 2-00:00:00 for two days"
+        )
     if not SLURM_PATH.fullmatch(job.folder):
         yield (
-            f"storage.folder={job.folder!r} holds what #SBATCH lines cannot; use letters, digits "
-            "and ._/@+=,-"
+            f"storage.folder={job.folder!r} has characters that #SBATCH lines cannot have; use "
+            "letters, digits and ._/@+=,-"
         )
 
 
@@ -155,13 +162,13 @@ def _kubernetes(job: JobFile) -> Iterator[str]:
             f"Kubernetes allows 63; use {len(job.name) - len(last) + 63} or less"
         )
     if not job.image:
-        yield "image is empty; name the image that --phase image builds"
+        yield "image is empty; set it to the image that --phase image builds"
     elif not IMAGE.fullmatch(job.image):
-        yield f"image={job.image!r} is no image name; use registry/repository:tag in lower case"
+        yield f"image={job.image!r} is not an image name; use registry/repository:tag in lower case"
     if not job.storage.claim:
         yield (
-            "storage.claim is empty; name the PersistentVolumeClaim of the FSx for Lustre file "
-            "system, as kubectl get pvc lists it"
+            "storage.claim is empty; set it to the PersistentVolumeClaim of the FSx for Lustre "
+            "file system, as kubectl get pvc lists it"
         )
     names = (
         ("storage.claim", job.storage.claim, SUBDOMAIN, 253, ", - and ."),
@@ -179,19 +186,25 @@ def _sagemaker(job: JobFile) -> Iterator[str]:
     if not SAGEMAKER_NAME.fullmatch(job.name):
         yield f"name={job.name!r} is refused by SageMaker; use letters, digits and -"
     if not IMAGE.fullmatch(job.image):
-        yield f"image={job.image!r} is no image name; name the image that --phase image builds"
+        yield (
+            f"image={job.image!r} is not an image name; set it to the image that --phase image "
+            "builds"
+        )
     if not job.sagemaker.role:
-        yield "sagemaker.role is empty; name the IAM role that SageMaker takes on"
+        yield "sagemaker.role is empty; set it to the IAM role that SageMaker assumes"
     if not job.sagemaker.data:
-        yield "sagemaker.data is empty; name the s3:// or file:// folder of the dataset"
+        yield "sagemaker.data is empty; set it to the s3:// or file:// folder of the dataset"
     if job.sagemaker.local:
         if not job.local or job.nodes > 1:
             yield (
-                f"sagemaker.local=true runs on this machine's CPU, not on {job.nodes} x "
+                f"sagemaker.local=true runs on the CPU of this machine, not on {job.nodes} x "
                 f"{job.instance}; try with instance=local and a small recipe, or use "
                 "sagemaker.local=false"
             )
     elif job.local:
         yield "instance=local but sagemaker.local=false; use an instance such as trn1.32xlarge"
     elif not job.sagemaker.output.startswith("s3://"):
-        yield f"sagemaker.output={job.sagemaker.output!r} is no s3:// folder; checkpoints go there"
+        yield (
+            f"sagemaker.output={job.sagemaker.output!r} is not an s3:// folder; checkpoints are "
+            "written there"
+        )

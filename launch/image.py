@@ -1,8 +1,7 @@
-"""The container image: llamax on AWS's training container for Neuron, or for CUDA on GPUs.
+"""The Dockerfile of a job: llamax on the training container of AWS for Neuron or for CUDA.
 
-The base has torch and what it needs for its devices in versions that belong together, so nothing of
-those is installed again.  MPIJobs need an ssh server with keys for its host, an mpirun,
-and pkill for the order to save.
+The base image has torch and the packages for its devices in matching versions, which are kept.
+MPIJobs need an ssh server with host keys, mpirun, and pkill to tell the ranks to save.
 
 Sources: AWS Deep Learning Containers, of Neuron and of PyTorch; Kubeflow MPI Operator, base image.
 """
@@ -26,17 +25,17 @@ PACKAGES = "openmpi-bin openssh-client openssh-server procps"
 
 
 def dockerfile(job: JobFile) -> str:
-    """The Dockerfile, to be built in llamax's folder."""
+    """The Dockerfile; its context is the folder of the llamax repository."""
     return f"""# {job.name}: docker build --tag {quote(job.image)} --file - . <Dockerfile
 FROM {job.base_image or BASE_IMAGES.get(job.machine.backend, NEURON)}
 
-# what the MPI operator needs of an image; a base that has its own mpirun keeps it
+# packages for the MPI operator; a base image that has mpirun keeps it
 RUN command -v mpirun >/dev/null && packages="openssh-client openssh-server procps" \\
         || packages="{PACKAGES}"; \\
     apt-get update && apt-get install --yes --no-install-recommends $packages \\
     && rm -rf /var/lib/apt/lists/* && mkdir -p /run/sshd && ssh-keygen -A
 
-# the operator brings keys in a read-only folder, and pods have no known host
+# the operator mounts keys in a read-only folder, and pods have no known hosts
 RUN printf 'StrictHostKeyChecking no\\nUserKnownHostsFile /dev/null\\nLogLevel ERROR\\n' \\
         >/etc/ssh/ssh_config.d/llamax.conf \\
     && printf 'StrictModes no\\n' >/etc/ssh/sshd_config.d/llamax.conf

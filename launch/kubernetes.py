@@ -5,13 +5,13 @@
     MPIJob ── launcher: mpirun, started when all workers are ready
           └── workers: sshd; all devices and EFA of a node, /dev/shm in memory, FSx for Lustre
 
-Stopping deletes the MPIJob.  A worker's first process is sshd, with which everything would die at
-once; so a preStop hook asks the ranks to save and waits for them, and another one keeps the order
-from mpirun meanwhile, which would cut them short.
+Stopping deletes the MPIJob.  The first process of a worker is sshd, and all ranks would end with it
+immediately.  So a preStop hook of each worker tells the ranks to save and waits for them; one of
+the launcher delays SIGTERM, because mpirun would kill the ranks before they have saved.
 
-Sources: Kubeflow MPI Operator, API v2beta1; Kubernetes API v1 (1.25 and later), and its "Define
-Dependent Environment Variables" for what is read in a command; the device plugins of AWS Neuron,
-NVIDIA and EFA.
+Sources: Kubeflow MPI Operator, API v2beta1; Kubernetes API v1 (1.25 and later), "Define Dependent
+Environment Variables" for the expansion of commands; the device plugins of AWS Neuron, NVIDIA and
+EFA.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from llamax.launch import mpirun
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import SHEBANG, head, prepare, title
 
-GRACE_S = 300  # a checkpoint is written in this time after the order to stop
-OBJECTS = ("shell", "tensorboard", "prepare", "precompile", "train")
-READ = re.compile(r"\$\$|\$\([A-Za-z_][A-Za-z0-9_.-]*\)")
+GRACE_S = 300  # time to write a checkpoint when the job is stopped
+EXPANDED = re.compile(r"\$\$|\$\([A-Za-z_][A-Za-z0-9_.-]*\)")
 WORD = re.compile(r"[A-Za-z/][A-Za-z0-9./_-]*")
 NOT_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
 SAVE = """pkill -TERM -f '[l]lamax.train' || exit 0
@@ -38,7 +37,7 @@ while pgrep -f '[l]lamax.train' >/dev/null; do sleep 1; done
 
 
 def name(job: JobFile, phase: str) -> str:
-    """The name of a phase's object."""
+    """The name of the Kubernetes object of a phase."""
     return job.name if phase == "train" else f"{job.name}-{phase}"
 
 
@@ -91,7 +90,7 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
     devices = {resource: str(count) for resource, count in counts.items() if count}
     node = {"node.kubernetes.io/instance-type": job.instance} if machine.devices else {}
     save = ["/bin/bash", "-c", SAVE]
-    wait = ["sleep", str(GRACE_S - 2 * mpirun.PATIENCE_S)]  # ends with mpirun
+    wait = ["sleep", str(GRACE_S - 2 * mpirun.PATIENCE_S)]  # mpirun may end earlier
     return {
         "apiVersion": "kubeflow.org/v2beta1",
         "kind": "MPIJob",
@@ -127,7 +126,7 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
 
 
 def _before_stop(command: list[str]) -> dict[str, Any]:
-    """What a container runs before it is told to end."""
+    """A hook that a container runs before it gets SIGTERM."""
     return {"lifecycle": {"preStop": {"exec": {"command": command}}}}
 
 
@@ -181,7 +180,7 @@ def _pod(
             {
                 "name": "llamax",
                 "image": job.image,
-                "command": [_as_it_is(word) for word in command],
+                "command": [_escape(word) for word in command],
                 "workingDir": job.folder,
                 "resources": resources or {},
                 "volumeMounts": [
@@ -205,26 +204,26 @@ def _pod(
     return {key: value for key, value in spec.items() if value}
 
 
-def _as_it_is(word: str) -> str:
-    """A word of a command, for Kubernetes, which reads $$ as $ and puts a value for $(NAME)."""
-    return word.replace("$", "$$") if READ.search(word) else word
+def _escape(word: str) -> str:
+    """A word of a command with $ escaped where Kubernetes would expand $$ or $(NAME)."""
+    return word.replace("$", "$$") if EXPANDED.search(word) else word
 
 
 def action(job: JobFile, phase: str, what: str) -> str:
-    """Stop, status, logs, utilization or clean."""
+    """The script of an action on a phase: stop, status, logs, utilization or clean."""
     kubectl = f"kubectl --namespace {quote(job.kubernetes.namespace)}"
-    me = quote(name(job, phase))
+    this = quote(name(job, phase))
     kind = {"prepare": "job", "shell": "pod", "tensorboard": "pod"}.get(phase, "mpijob")
-    source = {"job": f"job/{me}", "pod": f"pod/{me}", "mpijob": f"job/{me}-launcher"}[kind]
-    chosen = f"--selector training.kubeflow.org/job-name={me}"
-    pods = {"job": f"--selector job-name={me}", "pod": me, "mpijob": chosen}[kind]
+    source = {"job": f"job/{this}", "pod": f"pod/{this}", "mpijob": f"job/{this}-launcher"}[kind]
+    chosen = f"--selector training.kubeflow.org/job-name={this}"
+    pods = {"job": f"--selector job-name={this}", "pod": this, "mpijob": chosen}[kind]
     return (
         f"{SHEBANG}\nset -euo pipefail\n"
         + {
-            "stop": f"{kubectl} delete {kind}/{me} --ignore-not-found  # ranks save, then end\n",
-            "status": f"{kubectl} get {kind}/{me}\n{kubectl} get pods {pods} --output wide\n",
+            "stop": f"{kubectl} delete {kind}/{this} --ignore-not-found  # ranks save, then end\n",
+            "status": f"{kubectl} get {kind}/{this}\n{kubectl} get pods {pods} --output wide\n",
             "logs": f"exec {kubectl} logs --follow --tail 100 {source}\n",
-            "utilization": f"exec {kubectl} exec --stdin --tty {me}-worker-0 -- "
+            "utilization": f"exec {kubectl} exec --stdin --tty {this}-worker-0 -- "
             f"{job.machine.monitor}\n",
             "clean": f"{kubectl} delete --ignore-not-found "
             + " ".join(

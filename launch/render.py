@@ -1,10 +1,10 @@
-"""``llamax launch``: one job file, on torchrun, mpirun, Slurm, Kubernetes or SageMaker.
+"""Renders a phase of a job for a launcher: a script, a manifest, a Dockerfile or a Python file.
 
 ::
 
-    job.toml ──> checks ──> a script or a manifest ──> --render: printed; else run
+    job.toml ──> checks ──> render(job, launcher, phase) ──> text ──> starter: the command to run it
 
-Phases come in the order of a project: image, shell, prepare, precompile, train, tensorboard.
+The phases of a project in order: image, shell, prepare, precompile, train, tensorboard.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ACTIONS = ("start", "status", "logs", "utilization", "stop", "clean")
 
 
 def render(job: JobFile, launcher: str, phase: str) -> str:
-    """The script or manifest that starts a phase."""
+    """The text that starts a phase."""
     if phase == "image":
         return image.dockerfile(job)
     if phase == "tensorboard" and launcher != "k8s":
@@ -42,7 +42,7 @@ def render(job: JobFile, launcher: str, phase: str) -> str:
 
 
 def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
-    """The script that stops a phase, or tells of it."""
+    """The script of an action on a phase: status, logs, utilization, stop or clean."""
     if launcher == "slurm":
         return slurm.action(job, phase, what)
     if launcher == "k8s":
@@ -55,7 +55,7 @@ def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
 
 
 def starter(job: JobFile, launcher: str, phase: str, file: str) -> list[str]:
-    """The command that runs what was rendered to ``file``."""
+    """The command that runs a rendered text in ``file``."""
     if phase == "image":
         return ["docker", "build", "--tag", job.image, "--file", file, str(REPOSITORY)]
     if launcher == "slurm" and phase != "tensorboard":

@@ -1,8 +1,8 @@
-"""SageMaker: a Python file that makes the estimator and starts it; on this machine first.
+"""A Python file that creates a SageMaker estimator and starts it.
 
-With ``sagemaker.local`` the same container runs here under docker, on the CPU: a job that starts
-there starts on the cluster.  SageMaker starts torchrun on every host by itself, and hands settings
-over as hyperparameters: ``--optim.lr 1e-4``.
+With ``sagemaker.local`` the same container runs on this machine under docker, on the CPU, to test
+the job before it runs on the cluster.  SageMaker starts torchrun on every host and passes settings
+as hyperparameters: ``--optim.lr 1e-4``.
 
 Sources: SageMaker Python SDK 2, ``sagemaker.pytorch.PyTorch`` and "Local Mode"; AWS, "Run
 distributed training on Trainium: torchrun"; sagemaker-training-toolkit (hyperparameters).
@@ -27,7 +27,7 @@ from llamax.train import main
 
 sys.exit(run_main(main))
 '''
-CHECKPOINTS = "/opt/ml/checkpoints"  # copied to sagemaker.output while the job runs
+CHECKPOINTS = "/opt/ml/checkpoints"  # SageMaker copies it to sagemaker.output during the job
 DATA = "/opt/ml/input/data/training"
 
 
@@ -35,10 +35,10 @@ def estimator(job: JobFile) -> dict[str, Any]:
     """The arguments of ``sagemaker.pytorch.PyTorch``."""
     local, settings = job.sagemaker.local, dict(job.overrides)
     settings |= {"data.path": DATA, "run.folder": CHECKPOINTS}
-    environ = {each.name: each.value for each in variables(job, container=True)}
-    if "NEURON_COMPILE_CACHE_URL" in environ:  # hosts share no folder; the cache takes s3:// too
+    environ = {variable.name: variable.value for variable in variables(job, container=True)}
+    if "NEURON_COMPILE_CACHE_URL" in environ:  # hosts share no folder; the cache may be on s3://
         environ["NEURON_COMPILE_CACHE_URL"] = f"{job.sagemaker.output.rstrip('/')}/neuron-cache"
-    found: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "entry_point": "train.py",
         "source_dir": f"sagemaker-{job.name}",
         "base_job_name": job.name,
@@ -51,14 +51,14 @@ def estimator(job: JobFile) -> dict[str, Any]:
         "environment": environ,
     }
     if not local:
-        found["max_run"] = job.sagemaker.max_run_s
-        found["checkpoint_s3_uri"] = job.sagemaker.output
-        found["checkpoint_local_path"] = CHECKPOINTS
-    return found
+        arguments["max_run"] = job.sagemaker.max_run_s
+        arguments["checkpoint_s3_uri"] = job.sagemaker.output
+        arguments["checkpoint_local_path"] = CHECKPOINTS
+    return arguments
 
 
 def render(job: JobFile) -> str:
-    """A Python file; it needs the SageMaker SDK and AWS credentials, local mode docker alone."""
+    """The Python file; it needs the SageMaker SDK and AWS credentials, or docker in local mode."""
     arguments = pprint.pformat(estimator(job), width=96, sort_dicts=False)
     inputs = {"training": job.sagemaker.data}
     where = "in a container on this machine" if job.sagemaker.local else "on SageMaker"
@@ -81,7 +81,7 @@ PyTorch(**ARGUMENTS).fit(INPUTS)
 
 
 def action(job: JobFile, what: str) -> str:
-    """Stop, status, logs, utilization or clean, for the newest job of this name."""
+    """The script of an action on the newest job of this name."""
     jobs = "aws sagemaker list-training-jobs --sort-by CreationTime --sort-order Descending"
     newest = f"""job=$({jobs} \\
     --name-contains {quote(job.name)} --max-results 1 \\

@@ -1,8 +1,8 @@
-"""Bash from a job: the head that every script shares, and the command that it is about.
+"""Parts of the bash scripts of all launchers: the head, commands as arrays, and actions.
 
-Values of the job file reach a script in two ways only: as one quoted word, or in a comment of one
-line (``llamax.launch.jobfile`` lets no line break in).  A script keeps the words of a command in
-arrays, so that what is handed through ``bash -c`` or ``mpirun`` is never quoted twice.
+Values of the job file appear in a script only as one quoted word or in a comment of one line
+(``llamax.launch.jobfile`` refuses line breaks).  The words of a command are in arrays, so that they
+are not quoted twice on their way through ``bash -c`` or ``mpirun``.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ SHEBANG = "#!/usr/bin/env bash"
 
 
 def head(job: JobFile, title: str, options: Iterable[str] = (), container: bool = False) -> str:
-    """Shebang, ``options`` (#SBATCH lines), working folder and environment."""
+    """Shebang, ``options`` (#SBATCH lines), working folder and environment variables."""
     lines = [SHEBANG, *options, f"# {job.name}: {title}", LITERAL, "set -euo pipefail"]
     lines += [f"cd -- {quote(job.folder)}"]
     if job.venv:
         lines += [f"PATH={quote(job.venv.rstrip('/') + '/bin')}:$PATH"]
-    for each in variables(job, container):
-        lines += [f"# {each.reason}", f"export {each.name}={quote(each.value)}"]
+    for name, value, reason in variables(job, container):
+        lines += [f"# {reason}", f"export {name}={quote(value)}"]
     return "\n".join([*lines, LIMIT, ""])
 
 
-LITERAL = "# shellcheck disable=SC2016  # what stands in single quotes is meant as it stands"
-LIMIT = """# shards, sockets and compiler workers need more open files than the usual 1024
+LITERAL = "# shellcheck disable=SC2016  # text in single quotes is meant literally"
+LIMIT = """# shards, sockets and compiler workers need more open files than the default 1024
 ulimit -S -n "$(ulimit -H -n)\""""
 
 
 def array(name: str, words: Sequence[str]) -> str:
-    """A bash array of quoted words, one a line."""
+    """A bash array of quoted words, one in a line."""
     return "\n".join([f"{name}=(", *(f"    {quote(word)}" for word in words), ")", ""])
 
 
 def program(job: JobFile, phase: str) -> list[str]:
-    """What each rank runs, after ``python3`` or torchrun's own options."""
-    early = ["--precompile"] if phase == "precompile" else []
-    return ["-m", "llamax.train", *job.arguments, *early]
+    """The words of the training program, after ``python3`` or the options of torchrun."""
+    flags = ["--precompile"] if phase == "precompile" else []
+    return ["-m", "llamax.train", *job.arguments, *flags]
 
 
 def compiler(job: JobFile, phase: str) -> str:
-    """What stands before torchrun: the tool that compiles what a run of it traces."""
+    """The prefix of torchrun that compiles all traced programs; empty without one."""
     return "neuron_parallel_compile " if phase == "precompile" and job.machine.neuron else ""
 
 
 def torchrun(job: JobFile) -> list[str]:
-    """torchrun's options that are the same on every node; rank 0 of a node is shown as well."""
-    each = ["--nproc-per-node", str(job.ranks), "--rdzv-id", job.name]
-    return [*each, "--tee", "3", "--local-ranks-filter", "0"]
+    """The options of torchrun that are the same on all nodes; the first rank of each is shown."""
+    options = ["--nproc-per-node", str(job.ranks), "--rdzv-id", job.name]
+    return [*options, "--tee", "3", "--local-ranks-filter", "0"]
 
 
 def logs(job: JobFile, phase: str) -> str:
-    """``logs=FOLDER``: torchrun gives each node a folder in it, and each rank a file in that."""
+    """``logs=FOLDER``: torchrun creates a folder for each node in it, with a file for each rank."""
     return f"logs={quote(f'{job.config.run.folder}/logs/{phase}')}\n"
 
 
 def on_each_node(job: JobFile, phase: str, options: str) -> str:
-    """The command of a node, for ``bash -c``; expanded there, so that each knows its own name."""
+    """The command of a node as a ``bash -c``, so that names are expanded on the node itself."""
     script = (
         f'ulimit -S -n "$(ulimit -H -n)"; exec {compiler(job, phase)}torchrun '
         f'--log-dir "$0/$(uname -n)" {options} "$@"'
@@ -70,16 +70,16 @@ def on_each_node(job: JobFile, phase: str, options: str) -> str:
 
 
 def prepare(job: JobFile, start: str = "exec") -> str:
-    """``llamax prepare`` on one node; ``start`` stands before it."""
-    wanted = job.prepare
-    options = ["--tokenizer", wanted.tokenizer, "--key", wanted.key]
-    options += ["--workers", str(wanted.workers), "--out", job.config.data.path]
-    words = ["python3", "-m", "llamax", "prepare", *wanted.inputs, *options]
+    """``llamax prepare`` on one node; ``start``: the command that starts it."""
+    settings = job.prepare
+    options = ["--tokenizer", settings.tokenizer, "--key", settings.key]
+    options += ["--workers", str(settings.workers), "--out", job.config.data.path]
+    words = ["python3", "-m", "llamax", "prepare", *settings.inputs, *options]
     return array("program", words) + f'{start} "${{program[@]}}"\n'
 
 
 def title(job: JobFile, phase: str, launcher: str) -> str:
-    """One line about a script."""
+    """One line that describes a script."""
     if phase == "prepare":
         return f"tokenize with {job.prepare.workers} processes"
     first = "compile every graph of the run" if job.machine.neuron else "rehearse two steps"
@@ -88,7 +88,7 @@ def title(job: JobFile, phase: str, launcher: str) -> str:
 
 
 def tensorboard(job: JobFile) -> str:
-    """TensorBoard on this machine's loopback; from elsewhere, through an ssh tunnel."""
+    """The script that serves TensorBoard on the loopback of this machine."""
     events = f"{job.config.run.folder}/tensorboard"
     path = f"PATH={quote(job.venv.rstrip('/') + '/bin')}:$PATH\n" if job.venv else ""
     return f"""{SHEBANG}
@@ -102,8 +102,8 @@ cd -- {quote(job.folder)}
 # ---- a process on this machine: torchrun and mpirun
 
 
-def remember(job: JobFile, phase: str) -> str:
-    """Leave the process id where ``stop`` and ``status`` find it; one run at a time."""
+def pid_file(job: JobFile, phase: str) -> str:
+    """Write the process id for ``stop`` and ``status``; refuse a second run of the phase."""
     return f"""run={quote(job.config.run.folder)}
 mkdir -p -- "$run/logs"
 pid="$run/logs/{phase}-$(uname -n).pid"
@@ -115,11 +115,11 @@ echo $$ >"$pid"
 """
 
 
-TERM = 'kill -TERM "$(<"$pid")"  # ranks save, then end\n'
+TERM = 'kill -TERM "$(<"$pid")"  # ranks save and end\n'
 
 
 def action(job: JobFile, phase: str, what: str, stop: str = TERM) -> str:
-    """Stop, status, logs, utilization or clean, on this machine."""
+    """The script of an action on a phase on this machine."""
     start = f"{SHEBANG}\nset -euo pipefail\ncd -- {quote(job.folder)}\n"
     run = f"run={quote(job.config.run.folder)}\n"
     process = f"""{run}pid="$run/logs/{phase}-$(uname -n).pid"

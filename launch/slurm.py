@@ -1,13 +1,13 @@
-"""An sbatch script: one task a node, torchrun inside; saved and requeued before the time limit.
+"""An sbatch script: one task on each node runs torchrun; saved and requeued before the time limit.
 
 ::
 
-    sbatch ── batch script ── srun, one task a node ── torchrun ── ranks
+    sbatch ── batch script ── srun, one task per node ── torchrun ── ranks
                  │ USR1, signal_s before the limit
-                 └─ SIGTERM to the tasks: ranks save, end; then the job is queued again
+                 └─ SIGTERM to the tasks: ranks save and end; then the job is requeued
 
-A node that fails requeues the job by itself (--requeue); the log goes on in the same file
-(--open-mode=append); a rank that dies ends all tasks (--kill-on-bad-exit).
+Slurm requeues the job when a node fails (--requeue); the log continues in the same file
+(--open-mode=append); a rank that fails ends all tasks (--kill-on-bad-exit).
 
 Source: sbatch(1), srun(1), scancel(1) of Slurm 22.05 and later.
 """
@@ -30,14 +30,14 @@ from llamax.launch.script import (
 )
 from llamax.launch.torchrun import FILE_OPTIONS, IN_A_FILE
 
-MASTER = """# the first node of the allocation; each rank resolves it to IPv4
+MASTER = """# the first node of the allocation; each rank resolves its name to IPv4
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk "NR == 1")
 export MASTER_ADDR
 """
 OPTIONS = (
     '--nnodes "$SLURM_STEP_NUM_NODES" --node-rank "$SLURM_NODEID" --master-addr "$MASTER_ADDR"'
 )
-RUN = """# before the time limit: ranks save and end, then the job is queued again and goes on
+RUN = """# before the time limit: ranks save and end, then the job is requeued and resumes
 limit=
 trap 'limit=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 srun --kill-on-bad-exit=1 --ntasks-per-node=1 --cpu-bind=none --export=ALL \\
@@ -54,11 +54,12 @@ exit "$code"
 
 
 def log(job: JobFile, phase: str, number: str) -> str:
+    """The path of a log; ``number``: the number of the Slurm job."""
     return f"{job.folder.rstrip('/')}/{name(job, phase)}-{number}.log"
 
 
 def name(job: JobFile, phase: str) -> str:
-    """The job's name in the queue."""
+    """The name of a phase in the queue."""
     return job.name if phase == "train" else f"{job.name}-{phase}"
 
 
@@ -84,28 +85,28 @@ def render(job: JobFile, phase: str) -> str:
     text = head(job, title(job, phase, "Slurm"), lines)
     text += (IN_A_FILE if nodes == 1 else MASTER) + logs(job, phase)
     text += array("options", torchrun(job)) + array("program", program(job, phase))
-    meet = FILE_OPTIONS if nodes == 1 else f"{OPTIONS} --master-port {job.port}"
-    command = on_each_node(job, phase, meet)
+    rendezvous = FILE_OPTIONS if nodes == 1 else f"{OPTIONS} --master-port {job.port}"
+    command = on_each_node(job, phase, rendezvous)
     return text + RUN.replace("{command}", command)
 
 
 def action(job: JobFile, phase: str, what: str) -> str:
-    """Stop, status, logs, utilization or clean."""
+    """The script of an action on a phase."""
     named = f"--name={quote(name(job, phase))}"
     pattern = quote(f"./{name(job, phase)}-[0-9]+\\.log")
     monitor = job.machine.monitor
     return (
         f"{SHEBANG}\nset -euo pipefail\ncd -- {quote(job.folder)}\n"
         + {
-            "stop": "# queued: forget it; running: ranks save, then end\n"
+            "stop": "# cancel a queued job; of a running one ranks save and end\n"
             f"scancel --state=PENDING {named}\nscancel --state=RUNNING --signal=TERM {named}\n",
             "status": f"squeue {named} --format='%i %T %M %l %D %R'\n",
             "logs": f"""newest=$(find . -maxdepth 1 -regex {pattern} -printf '%T@ %p\\n' |
     sort -n | tail -n 1 | cut -d ' ' -f 2-)
-exec tail -n 100 -F "${{newest:?there is no log yet}}"
+exec tail -n 100 -F "${{newest:?no log yet}}"
 """,
             "utilization": f"""number=$(squeue {named} --state=RUNNING --noheader --format=%i)
-exec srun --overlap --jobid="${{number:?the job does not run}}" --nodes=1 --pty {monitor}
+exec srun --overlap --jobid="${{number:?the job is not running}}" --nodes=1 --pty {monitor}
 """,
             "clean": f"find . -maxdepth 1 -regex {pattern} -delete\n",
         }[what]

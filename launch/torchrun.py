@@ -1,7 +1,8 @@
-"""torchrun on every node: a line each, told apart by its number.
+"""A script that runs torchrun: the same one on every node, with the number of the node.
 
-One machine meets in a file and listens on no network.  Several meet at the first node's port, which
-torchrun opens on all its interfaces without a password: keep nodes in a network of their own.
+The ranks of one machine rendezvous in a file and listen on no network.  Several nodes rendezvous at
+a port of the first node, which torchrun opens on all interfaces without a password: keep the nodes
+in a private network.
 
 Source: torchrun's documentation (torch.distributed.run), static rendezvous.
 """
@@ -16,14 +17,14 @@ from llamax.launch.script import (
     compiler,
     head,
     logs,
+    pid_file,
     prepare,
     program,
-    remember,
     title,
     torchrun,
 )
 
-IN_A_FILE = """# ranks of one machine meet in a file, and rank 0 listens on the loopback alone
+IN_A_FILE = """# ranks of one machine rendezvous in a file, and rank 0 listens on the loopback only
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 meeting=$(mktemp -u)
 export meeting
@@ -35,8 +36,8 @@ FILE_OPTIONS = (
 
 
 def render(job: JobFile, phase: str) -> str:
-    """The script of a node; with several nodes its first argument is the node's number."""
-    text = head(job, title(job, phase, "torchrun")) + remember(job, phase)
+    """The script of a node; with several nodes its first argument is the number of the node."""
+    text = head(job, title(job, phase, "torchrun")) + pid_file(job, phase)
     if phase == "prepare":
         return text + prepare(job)
     text += logs(job, phase)

@@ -106,7 +106,7 @@ def expected(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[f
 
 
 def test_torchrun_on_two_nodes_of_one_machine(folder: Path, expected: list[float]) -> None:
-    """Each node's own command, given at the same time; their ranks meet at the master's port."""
+    """Each node's own command, given at the same time; ranks rendezvous at the master's port."""
     job = write(folder, '[torchrun]\nmaster = "127.0.0.1"\n', nodes=2, ranks=1)
     lines = launch(job, "torchrun", "--render").splitlines()
     script = [line for line in lines if not line.startswith(("echo $$", "if [[ -e $pid"))]

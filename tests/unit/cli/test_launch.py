@@ -74,5 +74,7 @@ def test_the_program_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llamax", "launch", "--job", path, "--on", "k8s", "--render"]
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"llamax: {path}: storage.claim is empty; name the Persistent")
+    assert done.stderr.startswith(
+        f"llamax: {path}: storage.claim is empty; set it to the Persistent"
+    )
     assert done.stderr.count("\n") == 1
