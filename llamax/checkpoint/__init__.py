@@ -1,4 +1,4 @@
-"""Training checkpoints: saved by any mesh of ranks, loaded by any other.
+"""Training checkpoints: saved by any mesh of ranks, loaded by any other; and Hugging Face folders.
 
 A researcher needs five names::
 
@@ -8,6 +8,23 @@ A researcher needs five names::
     checkpoint = Checkpoint(newest_checkpoint(run))
     load_weights(checkpoint, dict(model.named_parameters()), model.shards, tp_degree, tp_rank)
     load_owned(checkpoint, optimizer.owned(), model.shards, tp_degree, tp_rank)
+
+Tensors have the names and shapes of the Hub.  Everything that can be read is a ``Source`` of them,
+so every writer works with every reader::
+
+    hf_folder.HfFolder ---+                  +--> load           parameters and optimizer state
+    reader.Checkpoint ----+--> source.Source +--> hf_writer      consolidate, merge, hf_beside
+    peft.PeftFolder ------+                  +--> shard_hf, peft.export_adapter
+    merge.Merged ---------+                  +--> formats        NxD and Meta
+    formats (other trainers) --> formats.convert --> a Hugging Face folder or a checkpoint
+
+    save.Saver   one file per rank --> manifest --> retention (publish, delete)
+    listing      the checkpoints of a run: newest, newest intact, a given one
+
+Read in this order: ``runs`` (which elements a file holds, the arithmetic behind resharding),
+``manifest`` (what is in a checkpoint folder), ``source`` and ``load``, ``save``.  Below them are
+``safetensors_io`` (files), ``checksums`` (of blocks), ``slabs`` (streaming), ``atomic`` (files and
+folders that appear complete) and ``lock``.
 """
 
 from llamax.checkpoint.listing import find_checkpoint, newest_checkpoint
