@@ -1,15 +1,23 @@
-"""Operations of a Llama: the reference in plain torch, and the fastest supported kernel by table.
+"""The operations of a Llama: each has a reference in plain torch and a table of faster kernels.
 
-Every public operation is looked up in ``TABLE``: rows of (name, supported, kernel), tried from the
-top, the reference last.  A kernel is a function here, or "module:function" below ``llamax.kernels``
-that is imported when it is first chosen, so that a machine never imports what it cannot run::
+Nothing else imports ``kernels/``: a model calls these functions, and ``TABLE`` chooses the kernel.
+Its rows (name, supported, kernel) are tried from the top, the reference last.  A kernel is a
+function here, or "module:function" below ``llamax.kernels``, imported when it is first chosen, so
+that a machine imports only what it can run::
 
-    rms_norm(x, weight, eps)  ->  cpu        rms_norm.op:rms_norm   if x lies on a CPU
-                                  reference  reference_rms_norm     anywhere
+    operation            kernels, the first that supports the tensors runs
+    linear, gradients    fp32 (bf16 on a CPU without bf16 units), reference
+    rms_norm, rotate,    cpu, reference
+      swiglu
+    attention            fused (torch), cpu, nki (Trainium), traced (XLA), reference
+    attention_cached     fused (torch), reference
+    embedding            selected (XLA), reference
+    at_columns,          compared (XLA), reference
+      add_at_columns
 
-Shapes are spelled as in ``model.py``: B batch, S sequence, D hidden, H query heads, K key/value
-heads, E head dim, F feed-forward; T is the length of a key/value cache.  bf16 tensors are stored;
-sums and products inside an operation are fp32, and the result has the input's dtype.
+Letters of shapes as in ``model/llama.py``: B batch, S sequence, D hidden, H query heads, K
+key/value heads, E head dim, F feed-forward; T is the length of a key/value cache.  Tensors may be
+bf16; sums and products inside an operation are fp32, and the result has the input's dtype.
 
 Sources: RMSNorm, Zhang and Sennrich 2019; rotary embedding, Su et al. 2021, section 3.4;
 SwiGLU, Shazeer 2020; grouped-query attention, Ainslie et al. 2023.
@@ -31,7 +39,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from llamax.config.model import RopeScaling
 
-IGNORE_INDEX = -100  # a label that says there is none: torch's own choice
+IGNORE_INDEX = -100  # the label of a position without loss, as in torch
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -40,15 +48,15 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def matmul_grad_input(dy: Tensor, weight: Tensor) -> Tensor:
-    """The gradient of ``linear`` by x: [..., out], [out, in] -> [..., in]."""
+    """The gradient of ``linear`` with respect to x: [..., out], [out, in] -> [..., in]."""
     return kernel("matmul_grad_input", dy, weight)(dy, weight)
 
 
 def matmul_grad_weight(dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient of ``linear`` by its weight: [..., out], [..., in] -> [out, in].
+    """The gradient of ``linear`` with respect to its weight: [..., out], [..., in] -> [out, in].
 
-    Of bf16 tensors it is fp32 where the product was computed in fp32: rounding would cost a pass
-    and the digits that a sum over microsteps wants.
+    For bf16 tensors it is fp32 if the product was computed in fp32: rounding would cost a pass over
+    memory, and digits that the sum over microsteps needs.
     """
     return kernel("matmul_grad_weight", dy, x)(dy, x)
 
@@ -59,7 +67,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, half-split: [B, S, H, E], [B or 1, S, E] twice -> [B, S, H, E]."""
+    """Apply the half-split rotary embedding: [B, S, H, E], 2 x [B or 1, S, E] -> [B, S, H, E]."""
     return kernel("rotate", x, cos, sin)(x, cos, sin)
 
 
@@ -69,42 +77,43 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Causal self-attention: [B, S, H, E], [B, S, K, E] twice, [B, S] or None -> [B, S, H, E].
+    """Causal self-attention: [B, S, H, E], 2 x [B, S, K, E], [B, S] or None -> [B, S, H, E].
 
-    Query head h reads key/value head ``h * K // H``.  With ``documents`` (integers) a token sees
-    only itself and the earlier tokens that have its number.
+    Query head h reads key/value head ``h * K // H``.  With ``documents`` (integers), a token
+    attends only to itself and to earlier tokens with the same number.
     """
     return kernel("attention", q, k, v, documents)(q, k, v, documents)
 
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention to a cache: [B, S, H, E], [B, T, K, E] twice, bool [B, S, T] -> [B, S, H, E].
+    """Attention to a cache: [B, S, H, E], 2 x [B, T, K, E], bool [B, S, T] -> [B, S, H, E].
 
-    A query sees the keys where ``mask`` is true: at least one.
+    A query attends to the keys at which ``mask`` is true; there must be at least one.
     """
     return kernel("attention_cached", q, k, v, mask)(q, k, v, mask)
 
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    """Row ``ids[...]`` of the weight: integers [...], [V, D] -> [..., D]."""
+    """The rows ``ids`` of the weight: integers [...], [V, D] -> [..., D]."""
     return kernel("embedding", weight)(ids, weight)
 
 
 def at_columns(x: Tensor, column: Tensor) -> Tensor:
-    """Element ``column[t]`` of every row: [T, V], integers [T] -> [T]."""
+    """Element ``column[t]`` of every row t: [T, V], integers [T] -> [T]."""
     return kernel("at_columns", x)(x, column)
 
 
 def add_at_columns(x: Tensor, column: Tensor, amount: Tensor) -> Tensor:
-    """``amount[t]`` added in place to element ``column[t]`` of every row: [T, V], [T], [T]."""
+    """Add ``amount[t]`` in place to element ``column[t]`` of every row t: [T, V], [T], [T]."""
     return kernel("add_at_columns", x)(x, column, amount)
 
 
 def inverse_frequencies(head_dim: int, rope_theta: float, scaling: RopeScaling | None) -> Tensor:
-    """Radians per position of every pair, slowed for long contexts by ``scaling``: [E / 2], fp32.
+    """The rotary frequency of every pair of features, in radians per position: [E / 2], fp32.
 
-    Llama-3 scaling keeps wavelengths below ``original / high``, divides the frequencies of those
-    above ``original / low`` by ``factor``, and blends in between ("rope_type": "llama3").
+    ``scaling`` stretches them for long contexts ("rope_type": "llama3"): wavelengths below
+    ``original / high`` stay, frequencies of wavelengths above ``original / low`` are divided by
+    ``factor``, and those in between are interpolated.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
     frequencies = 1.0 / rope_theta**exponents
@@ -117,9 +126,9 @@ def inverse_frequencies(head_dim: int, rope_theta: float, scaling: RopeScaling |
 
 
 def rope_tables(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle, both halves alike: [B, S], [E / 2] -> [B, S, E] twice, fp32.
+    """Cosine and sine of the rotary angles, repeated once: [B, S], [E / 2] -> 2 x [B, S, E], fp32.
 
-    Positions that all sequences share may be given once, as [1, S].
+    Positions that are the same for all sequences may be given once, as [1, S].
     """
     angles = positions[..., None].float() * inverse_frequencies
     angles = torch.cat((angles, angles), dim=-1)
@@ -142,7 +151,7 @@ def reference_grad_weight(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def reference_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    wide = _wide(x)  # once: backward keeps it
+    wide = _wide(x)  # only once, because the backward pass keeps it
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     y: Tensor = weight * (wide * scale).to(x.dtype)
     return y
@@ -188,9 +197,9 @@ def reference_add_at_columns(x: Tensor, column: Tensor, amount: Tensor) -> Tenso
     return x.scatter_add_(1, column.long().unsqueeze(1), amount.unsqueeze(1))
 
 
-# --- XLA: products in the stored dtype, no copies of key/value heads; comparisons, which fuse with
-# --- their neighbours, for gathers and scatters, which do not; no Python number meets a tensor in a
-# --- comparison or a choice, because torch-xla makes 64-bit numbers of both
+# --- XLA: products in the stored dtype, no copies of key/value heads; comparisons in place of
+# --- gathers and scatters, because XLA fuses only comparisons with their neighbours; tensors in
+# --- place of Python numbers in comparisons and torch.where, because torch-xla makes these 64 bits
 
 
 def traced_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
@@ -251,7 +260,7 @@ def fused_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Ten
 
 
 class Row(NamedTuple):
-    """A kernel, and the arguments (tensors, or None where left out) that it supports."""
+    """A kernel; ``supported`` takes the operation's tensors, or None for those left out."""
 
     name: str
     supported: Callable[..., bool]
@@ -357,13 +366,13 @@ def _load(path: str) -> Callable[..., Any]:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which products of tensors like x are computed: fp32 for bf16 without units."""
+    """The dtype in which products of x are computed: fp32 for bf16 on a CPU without bf16 units."""
     return torch.float32 if _cpu_without_bf16(x) else x.dtype
 
 
 @cache
 def has_bf16_units() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware, by torch's own queries."""
-    if platform.machine() in ("x86_64", "AMD64"):  # oneDNN's query is true for emulation here
+    """Whether this CPU multiplies bf16 matrices in hardware, according to torch."""
+    if platform.machine() in ("x86_64", "AMD64"):  # here oneDNN answers true for emulation too
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -15,9 +15,9 @@ from llamax.runtime.process import run_main, steady_heap
 
 if __name__ == "__main__":
     steady_heap()
-    from llamax.parallel.rendezvous import first_here
+    from llamax.parallel.rendezvous import is_first_local_rank
 
-    signals.install(first_here(os.environ))  # before torch is imported: that takes seconds
+    signals.install(is_first_local_rank(os.environ))  # before torch is imported: that takes seconds
 
 import argparse
 import sys
@@ -37,7 +37,7 @@ from llamax.checkpoint.listing import newest_checkpoint
 from llamax.config.load import dump_config, help_text, load_config
 from llamax.config.schema import Config
 from llamax.optim.schedule import lr_at
-from llamax.parallel.rendezvous import Rendezvous, first_to_speak, rendezvous
+from llamax.parallel.rendezvous import Rendezvous, report_errors_once, rendezvous
 from llamax.runtime.errors import CheckpointError, Stopped
 from llamax.runtime.logging import log_to_file, logger, setup_logging
 from llamax.runtime.units import show_time
@@ -57,7 +57,7 @@ from llamax.training.step_check import StepCheck
 def train(config: Config, where: Rendezvous) -> None:
     """Run ``config`` on this rank of the world ``where``; the run folder holds what comes of it."""
     began = time.perf_counter()
-    with first_to_speak(where):
+    with report_errors_once(where):
         run = config.run
         backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
         inputs = open_inputs(config)
@@ -233,7 +233,7 @@ def main(argv: Sequence[str]) -> int:
     options, overrides = parser.parse_known_args(list(argv))
     where = rendezvous(os.environ)
     setup_logging(f"rank {where.rank}", main=where.rank == 0)
-    with first_to_speak(where):
+    with report_errors_once(where):
         config = load_config(options.config, overrides, where.world_size)
     if options.precompile or precompile.asked(os.environ):
         precompile.precompile(config, where, os.environ)

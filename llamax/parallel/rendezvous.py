@@ -1,18 +1,19 @@
-"""The launcher's environment variables -> one ``Rendezvous``.
+"""From the environment variables of any launcher to one ``Rendezvous``: rank, world and address.
 
 ::
 
-    torchrun             RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; also inside any of these:
+    torchrun             RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; also inside the others:
     mpirun (Open MPI)    OMPI_COMM_WORLD_RANK, .._SIZE, .._LOCAL_RANK, .._LOCAL_SIZE
     mpiexec (Hydra)      PMI_RANK, PMI_SIZE, MPI_LOCALRANKID, MPI_LOCALNRANKS
     srun                 SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID, .._TASKS_PER_NODE
-    Kubernetes, indexed  JOB_COMPLETION_INDEX, WORLD_SIZE: one rank a pod
-    SageMaker            SM_CURRENT_HOST, SM_HOSTS: one rank a host
-    nothing              a world of one
+    Kubernetes, indexed  JOB_COMPLETION_INDEX, WORLD_SIZE: one rank per pod
+    SageMaker            SM_CURRENT_HOST, SM_HOSTS: one rank per host
+    no launcher          a world of one rank
 
-The first family that is present counts, for each is started inside those below it: torchrun by
-mpirun or srun, mpirun's ranks by srun's daemons.  SLURM_PROCID alone says nothing: a batch script
-has it too, where only srun's own steps have SLURM_STEP_NUM_TASKS.
+The first launcher in this list whose variables are set counts, because one may run inside another
+further down: torchrun inside mpirun or srun, the ranks of mpirun inside daemons of srun.
+SLURM_PROCID alone is no sign of srun, because a batch script has it too; only the steps of srun
+have SLURM_STEP_NUM_TASKS.
 
 Sources: "Environment variables set for MPI applications" (Open MPI), "Using the Hydra Process
 Manager" (MPICH), srun(1) OUTPUT ENVIRONMENT VARIABLES, "Indexed Job" (Kubernetes), ENVIRONMENT
@@ -32,6 +33,7 @@ from dataclasses import dataclass, replace
 
 from llamax.runtime.errors import BackendError, LlamaxError
 
+# The variables of a launcher: rank, world size, local rank, local world size.
 FAMILIES = {
     "torchrun": ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     "mpirun": (
@@ -46,22 +48,22 @@ FAMILIES = {
     "SageMaker": ("SM_CURRENT_HOST", "SM_HOSTS"),
 }
 ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
-# What launchers call a job: the scheduler before what it starts.
+# The job id of each launcher; a scheduler comes before the launchers it starts.
 JOBS = ("SLURM_JOB_ID", "TRAINING_JOB_NAME", "PMIX_NAMESPACE", "TORCHELASTIC_RUN_ID")
 IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"
 LOOPBACK = "127.0.0.1"
 PORT = 29500
-NEURON_PORT = 62182  # where torch-xla's Neuron plugin lets ranks meet unless told otherwise
-DNS_WAIT_S = 60  # a pod's name resolves some time after the pod runs
+NEURON_PORT = 62182  # the default port of torch-xla's Neuron plugin, at which ranks meet
+DNS_WAIT_S = 60  # the name of a pod may resolve only some time after the pod starts
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Who I am in the world, and where rank 0 waits for the others.
+    """This process' rank in the world, and the address at which rank 0 waits for the others.
 
-    ``agent_store``: the launcher itself serves the key-value store at ``address:port``;
+    ``agent_store``: whether the launcher serves the key-value store at ``address:port``;
     ``attempt``: how often it has restarted the job; ``launcher``: a key of ``FAMILIES`` or "";
-    ``job``: what the launcher calls the job, fit for a file's name.
+    ``job``: the launcher's job id, in characters that are valid in a file name.
     """
 
     rank: int = 0
@@ -77,18 +79,25 @@ class Rendezvous:
 
     @property
     def one_machine(self) -> bool:
+        """Whether all ranks run on this machine."""
         return self.local_world_size == self.world_size
 
 
-def first_here(environ: Mapping[str, str]) -> bool:
-    """Whether this is the first rank of its machine, as far as a launcher tells; reads no more."""
+def is_first_local_rank(environ: Mapping[str, str]) -> bool:
+    """Whether this is the first rank of its machine; true if no launcher sets a local rank.
+
+    Needs no complete rendezvous, so errors can be logged before there is one.
+    """
     keys = [keys[2] for keys in FAMILIES.values() if len(keys) == 4]
     return next((environ[key] for key in keys if key in environ), "0") == "0"
 
 
 @contextmanager
-def first_to_speak(where: Rendezvous) -> Iterator[None]:
-    """All ranks of a machine find the same mistakes here; its first one tells, the others wait."""
+def report_errors_once(where: Rendezvous) -> Iterator[None]:
+    """Let only the first rank of a machine report an error that all its ranks meet.
+
+    The others wait 2 s and exit with the same code.
+    """
     try:
         yield
     except LlamaxError as error:
@@ -99,10 +108,10 @@ def first_to_speak(where: Rendezvous) -> Iterator[None]:
 
 
 def ipv4(name: str, wait_s: float = 0.0) -> str:
-    """The IPv4 address of a machine; tries again for ``wait_s``.
+    """The IPv4 address of a machine, retried for ``wait_s`` seconds.
 
-    Raises BackendError for a name without one.  Neuron's runtime resolves no name above 63
-    characters, which a pod's full name has, and takes no IPv6.
+    Neuron's runtime accepts no IPv6 address and resolves no name above 63 characters, and the full
+    name of a pod may be longer.  Raises BackendError if the name has no IPv4 address.
     """
     limit = time.monotonic() + wait_s
     while True:
@@ -121,10 +130,10 @@ def ipv4(name: str, wait_s: float = 0.0) -> str:
 def rendezvous(
     environ: Mapping[str, str], resolve: Callable[[str, float], str] = ipv4
 ) -> Rendezvous:
-    """The rendezvous that ``environ`` describes, its address an IPv4 one.
+    """The rendezvous that the environment describes, with an IPv4 address.
 
-    Raises BackendError where a launcher's variables are incomplete, no number or contradict each
-    other.
+    Raises BackendError if the variables of a launcher are incomplete, are not numbers or contradict
+    each other.
     """
     present = [name for name in FAMILIES if _present(environ, name)]
     if not present:
@@ -133,7 +142,7 @@ def rendezvous(
     if launcher == "torchrun":
         where = _torchrun(environ)
         if starters := [name for name in present if name in ("mpirun", "mpiexec", "srun")]:
-            _spans(environ, where, starters[0])
+            _check_spans(environ, where, starters[0])
     elif launcher == "Kubernetes":
         rank, size = (_number(environ, key) for key in FAMILIES[launcher])
         where = Rendezvous(rank, size)
@@ -142,7 +151,7 @@ def rendezvous(
     else:
         where = _ranks(environ, launcher)
     where = replace(where, launcher=launcher, job=job_id(environ))
-    _consistent(where, FAMILIES[launcher])
+    _check_consistent(where, FAMILIES[launcher])
     if where.one_machine:
         address = environ.get("MASTER_ADDR", LOOPBACK)
         where = replace(where, address=address if _is_ipv4(address) else LOOPBACK)
@@ -158,18 +167,18 @@ def rendezvous(
 
 
 def job_id(environ: Mapping[str, str]) -> str:
-    """What the launcher calls this job, in characters fit for a file's name."""
+    """The launcher's job id, in characters that are valid in a file name; "local" without one."""
     named = (environ.get(name, "") for name in JOBS)
     found = next((name for name in named if name and name != "none"), "local")
     return re.sub(r"[^\w.-]", "-", found)
 
 
 def neuron_variables(environ: Mapping[str, str], where: Rendezvous) -> dict[str, str]:
-    """What must be set in a rank's environment before torch-xla is imported on Neuron.
+    """The environment variables to set before torch-xla is imported on Neuron.
 
-    torch-xla's Neuron plugin (``torch_xla/_internal/neuron.py``) makes one world of all processes
-    only where TORCHELASTIC_RUN_ID is set; it then reads torchrun's variables, which other
-    launchers leave to us.  Ranks meet at NEURON_RT_ROOT_COMM_ID, an IPv4 address and a port.
+    torch-xla's Neuron plugin (``torch_xla/_internal/neuron.py``) joins processes into one world
+    only if TORCHELASTIC_RUN_ID is set; it then reads the variables of torchrun, which other
+    launchers do not set.  Ranks meet at NEURON_RT_ROOT_COMM_ID, an IPv4 address and a port.
     """
     found = {
         "RANK": str(where.rank),
@@ -185,11 +194,11 @@ def neuron_variables(environ: Mapping[str, str], where: Rendezvous) -> dict[str,
     return {key: value for key, value in found.items() if key not in kept or key not in environ}
 
 
-# ---- one family each
+# ---- one function per launcher
 
 
 def _present(environ: Mapping[str, str], launcher: str) -> bool:
-    """Whether a family's variables are there; BackendError where some of them are missing."""
+    """Whether the variables of a launcher are set; BackendError if only some of them are."""
     keys = FAMILIES[launcher]
     rank, size = keys[:2]
     if launcher == "torchrun":
@@ -198,7 +207,7 @@ def _present(environ: Mapping[str, str], launcher: str) -> bool:
         )
         needed: tuple[str, ...] = (rank, size)
     elif launcher == "mpiexec":
-        # srun --mpi=pmi2 has Hydra's first two variables, and its own for the rest.
+        # srun --mpi=pmi2 sets the first two variables of Hydra too, and its own for the others.
         has, needed = rank in environ and FAMILIES["srun"][1] not in environ, keys
         has = has or keys[2] in environ
     elif launcher == "Kubernetes":
@@ -211,7 +220,7 @@ def _present(environ: Mapping[str, str], launcher: str) -> bool:
         raise BackendError(
             f"{next(key for key in keys if key in environ)} is set but {', '.join(missing)} "
             f"{'is' if len(missing) == 1 else 'are'} not: {launcher} sets all of "
-            f"{', '.join(needed)}; unset what is left over, or set the rest"
+            f"{', '.join(needed)}; unset what is left over, or set the others"
         )
     return has
 
@@ -224,7 +233,7 @@ def _torchrun(environ: Mapping[str, str]) -> Rendezvous:
         return Rendezvous(
             rank, size, local, _number(environ, local_size) if local_size in environ else size
         )
-    if IN_KUBERNETES in environ:  # the training operator starts one process a pod
+    if IN_KUBERNETES in environ:  # the training operator starts one process per pod
         return Rendezvous(rank, size)
     address = environ.get("MASTER_ADDR", LOOPBACK)
     if address not in (LOOPBACK, "localhost"):
@@ -236,7 +245,7 @@ def _torchrun(environ: Mapping[str, str]) -> Rendezvous:
 
 
 def _ranks(environ: Mapping[str, str], launcher: str) -> Rendezvous:
-    """mpirun, mpiexec or srun, each rank a process of theirs."""
+    """The rendezvous of mpirun, mpiexec or srun, which start one process per rank."""
     keys = FAMILIES[launcher]
     rank, size, local = (_number(environ, key) for key in keys[:3])
     if launcher != "srun":
@@ -245,20 +254,20 @@ def _ranks(environ: Mapping[str, str], launcher: str) -> Rendezvous:
     tasks = list(_tasks_per_node(environ[keys[3]]))
     if node >= len(tasks):
         raise BackendError(
-            f"SLURM_NODEID={node} but {keys[3]}={environ[keys[3]]!r} tells of {len(tasks)} nodes; "
+            f"SLURM_NODEID={node} but {keys[3]}={environ[keys[3]]!r} lists {len(tasks)} nodes; "
             "start ranks with srun"
         )
     return Rendezvous(rank, size, local, tasks[node])
 
 
 def _sagemaker(environ: Mapping[str, str]) -> Rendezvous:
-    me = environ["SM_CURRENT_HOST"]
+    host = environ["SM_CURRENT_HOST"]
     try:
         hosts = sorted(json.loads(environ["SM_HOSTS"]))
-        rank = hosts.index(me)
+        rank = hosts.index(host)
     except (ValueError, TypeError):
         raise BackendError(
-            f"SM_HOSTS={environ['SM_HOSTS']!r} is no JSON list that holds SM_CURRENT_HOST={me!r}; "
+            f"SM_HOSTS={environ['SM_HOSTS']!r} is not a JSON list with SM_CURRENT_HOST={host!r}; "
             "leave both as SageMaker sets them"
         ) from None
     for key in ("SM_NUM_NEURONS", "SM_NUM_GPUS"):
@@ -270,22 +279,23 @@ def _sagemaker(environ: Mapping[str, str]) -> Rendezvous:
     return Rendezvous(rank, len(hosts))
 
 
-# ---- what must hold
+# ---- consistency
 
 
-def _spans(environ: Mapping[str, str], where: Rendezvous, starter: str) -> None:
-    """Refuse a torchrun that does not span the processes of the launcher which started it."""
+def _check_spans(environ: Mapping[str, str], where: Rendezvous, starter: str) -> None:
+    """Raise BackendError if every process of another launcher started a torchrun of its own."""
     rank, size = (_number(environ, key) for key in FAMILIES[starter][:2])
     nodes = _number(environ, "GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in environ else 1
     if size > 1 and nodes == 1 and (where.rank, where.world_size) != (rank, size):
         raise BackendError(
-            f"{starter} started {size} processes, but number {rank} of them believes to be rank "
+            f"{starter} started {size} processes, but torchrun made process {rank} rank "
             f"{where.rank} of {where.world_size}; give torchrun --nnodes={size} "
             f"--node-rank=${FAMILIES[starter][0]}, or unset RANK and WORLD_SIZE"
         )
 
 
-def _consistent(where: Rendezvous, keys: tuple[str, ...]) -> None:
+def _check_consistent(where: Rendezvous, keys: tuple[str, ...]) -> None:
+    """Raise BackendError if the numbers contradict each other or ranks are dealt round-robin."""
     rank, size = where.rank, where.world_size
     local, local_size = where.local_rank, where.local_world_size
     if not 0 <= rank < size or not 0 <= local < local_size <= size:
@@ -295,8 +305,8 @@ def _consistent(where: Rendezvous, keys: tuple[str, ...]) -> None:
         )
     if size % local_size == 0 and rank % local_size != local:
         raise BackendError(
-            f"rank {rank} is number {local} of the {local_size} on its machine: ranks are dealt "
-            "round-robin, which puts tensor-parallel neighbours on different machines; use "
+            f"rank {rank} is local rank {local} of {local_size}: ranks are dealt round-robin, "
+            "which puts tensor-parallel neighbours on different machines; use "
             f"mpirun --map-by ppr:{local_size}:node or srun --distribution=block"
         )
 
@@ -304,7 +314,7 @@ def _consistent(where: Rendezvous, keys: tuple[str, ...]) -> None:
 def _master(
     environ: Mapping[str, str], where: Rendezvous, resolve: Callable[[str, float], str]
 ) -> str:
-    """The IPv4 address of rank 0's machine, for a world of several machines."""
+    """The IPv4 address of rank 0's machine, in a world of several machines."""
     name = environ.get("MASTER_ADDR")
     if name is None and where.launcher == "srun":
         nodes = environ.get("SLURM_STEP_NODELIST", environ.get("SLURM_JOB_NODELIST"))
@@ -319,16 +329,16 @@ def _master(
     return resolve(name, DNS_WAIT_S if IN_KUBERNETES in environ else 0.0)
 
 
-# ---- small readers
+# ---- parsing
 
 
 def first_host(nodelist: str) -> str:
-    """The first host of Slurm's notation: ``trn[07-09,12],head`` is ``trn07``."""
+    """The first host of a Slurm node list: ``trn[07-09,12],head`` gives ``trn07``."""
     return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", re.split(r",(?![^[]*\])", nodelist)[0])
 
 
 def _tasks_per_node(text: str) -> Iterator[int]:
-    """``32(x2),16`` is 32, 32, 16."""
+    """The tasks of every node, from Slurm's notation: ``32(x2),16`` gives 32, 32, 16."""
     for part in text.split(","):
         found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if found is None:
@@ -351,4 +361,4 @@ def _number(environ: Mapping[str, str], key: str) -> int:
     try:
         return int(environ[key])
     except ValueError:
-        raise BackendError(f"{key}={environ[key]!r} is not a number; unset or mend it") from None
+        raise BackendError(f"{key}={environ[key]!r} is not a number; unset or correct it") from None

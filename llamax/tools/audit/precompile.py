@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from llamax.backends import choose
 from llamax.config.schema import Config
 from llamax.optim.schedule import lr_at
-from llamax.parallel.rendezvous import Rendezvous, first_to_speak
+from llamax.parallel.rendezvous import Rendezvous, report_errors_once
 from llamax.runtime.errors import BackendError
 from llamax.runtime.logging import logger
 from llamax.tools.audit import compile_cache
@@ -48,7 +48,7 @@ def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) ->
             run=replace(config.run, folder=folder),
             checkpoint=replace(config.checkpoint, resume="never", init_from=base),
         )
-        with first_to_speak(where):
+        with report_errors_once(where):
             backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
             inputs = replace(open_inputs(config), first=None)  # only names of the base are read
             resolved = resolve(config, where.world_size, len(inputs.training))

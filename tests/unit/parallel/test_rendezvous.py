@@ -108,7 +108,7 @@ def test_every_launcher_is_understood(environ: dict[str, Any], expected: Rendezv
 CONTRADICTIONS = [
     ({"RANK": 1}, "RANK is set but WORLD_SIZE is not: torchrun sets all of RANK, WORLD_SIZE"),
     ({"WORLD_SIZE": 4}, "WORLD_SIZE is set but RANK is not"),
-    ({"RANK": "two", "WORLD_SIZE": 4}, "RANK='two' is not a number; unset or mend it"),
+    ({"RANK": "two", "WORLD_SIZE": 4}, "RANK='two' is not a number; unset or correct it"),
     (torchrun(4, 4, 0, 4), "torchrun says rank 4 of 4 and local rank 0 of 4"),
     (torchrun(0, 4, 0, 8), "contradict each other; check RANK, WORLD_SIZE"),
     (torchrun(0, 4, -1, 4), "local rank -1 of 4"),
@@ -120,18 +120,18 @@ CONTRADICTIONS = [
     ({"OMPI_COMM_WORLD_RANK": 1}, "OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_RANK, OMPI"),
     (openmpi(1, 64, 0, 32, MASTER_ADDR="trn1"), "dealt round-robin.*--map-by ppr:32:node"),
     ({"PMI_RANK": 1, "PMI_SIZE": 2}, "MPI_LOCALRANKID, MPI_LOCALNRANKS are not: mpiexec sets"),
-    (srun(0, 2, 0, "2", 1), "SLURM_NODEID=1 but SLURM_STEP_TASKS_PER_NODE='2' tells of 1 nodes"),
+    (srun(0, 2, 0, "2", 1), "SLURM_NODEID=1 but SLURM_STEP_TASKS_PER_NODE='2' lists 1 nodes"),
     (srun(0, 2, 0, "two", 0), "'two' is not Slurm's notation"),
     ({"JOB_COMPLETION_INDEX": 1}, "WORLD_SIZE is not: Kubernetes sets all of JOB_COMPLETION"),
-    ({"SM_HOSTS": "algo-1", "SM_CURRENT_HOST": "algo-1"}, "is no JSON list that holds"),
-    ({"SM_HOSTS": '["algo-1"]', "SM_CURRENT_HOST": "algo-2"}, "is no JSON list that holds"),
+    ({"SM_HOSTS": "algo-1", "SM_CURRENT_HOST": "algo-1"}, "is not a JSON list with"),
+    ({"SM_HOSTS": '["algo-1"]', "SM_CURRENT_HOST": "algo-2"}, "is not a JSON list with"),
     (
         {"SM_HOSTS": '["algo-1"]', "SM_CURRENT_HOST": "algo-1", "SM_NUM_NEURONS": 32},
         "SM_NUM_NEURONS=32; give the estimator distribution=",
     ),
     (
         {**openmpi(1, 2, 0, 1), **torchrun(1, 32, 1, 32, GROUP_WORLD_SIZE=1)},
-        r"mpirun started 2 processes, but number 1 of them believes to be rank 1 of 32; give "
+        r"mpirun started 2 processes, but torchrun made process 1 rank 1 of 32; give "
         r"torchrun --nnodes=2 --node-rank=\$OMPI_COMM_WORLD_RANK",
     ),
     ({**openmpi(1, 4, 1, 4), "RANK": 0, "WORLD_SIZE": 1}, "or unset RANK and WORLD_SIZE"),
