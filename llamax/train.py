@@ -37,7 +37,7 @@ from llamax.checkpoint.listing import newest_checkpoint
 from llamax.config.load import dump_config, help_text, load_config
 from llamax.config.schema import Config
 from llamax.optim.schedule import lr_at
-from llamax.parallel.rendezvous import Rendezvous, report_errors_once, rendezvous
+from llamax.parallel.rendezvous import Rendezvous, rendezvous, report_errors_once
 from llamax.runtime.errors import CheckpointError, Stopped
 from llamax.runtime.logging import log_to_file, logger, setup_logging
 from llamax.runtime.units import show_time
