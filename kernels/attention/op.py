@@ -1,22 +1,22 @@
 """Causal attention on a CPU by batched matrix products over blocks of queries.
 
-A block of queries meets all its keys at once, so its softmax is whole and needs no running sums;
-keys that no query of the block may see are not multiplied::
+A block of queries is multiplied with all its keys, so the softmax of a row needs no running sums.
+Keys that are masked for all queries of the block are skipped::
 
     queries   keys ->
-       |      [d]                d  diagonal block: hidden above the diagonal
+       |      [d]                d  diagonal block: masked above the diagonal
        v      [x][d]             x  whole block
               [x][x][d]
               [ ][x][x][d]       blank: only keys of other documents, skipped
 
 The queries of the G heads that share a key/value head are stacked into one matrix of G * block
-rows.  Exponentials are powers of two, about twice as fast here as powers of e, so log2(e) goes into
-the scale of the scores.  Saved: q, k, v, the output and one number a row, L = log2(sum 2^scores).
-Backward computes the weights p = 2^(scores - L) again::
+rows.  Exponentials are powers of two, which are about twice as fast on CPUs as powers of e, so the
+scale of the scores contains log2(e).  Saved for backward are q, k, v, the output and one number for
+each row, L = log2(sum 2^scores).  Backward computes the weights p = 2^(scores - L) again::
 
     dv = p^T dout      ds = p * (dout v^T - rowsum(dout * out))      dq = ds k      dk = ds^T q
 
-Memory is linear in S: the scores of one block of queries live at a time.
+Memory is linear in S: only the scores of one block of queries exist at a time.
 
 Source: Dao et al. 2022, "FlashAttention", sections 3.1 and B.4, without its blocks of keys.
 """
@@ -35,7 +35,7 @@ from llamax.config.constants import ATTENTION_BLOCK_QUERIES, ATTENTION_SCORES_BY
 
 
 class Block(NamedTuple):
-    """Queries [start, stop) and keys [low, stop) of one or several sequences.
+    """The queries [start, stop) and keys [low, stop) of one or several sequences.
 
     ``bias`` (0 or -inf, [stop - start, n]) is added to the scores of the last n keys.
     """
@@ -47,6 +47,8 @@ class Block(NamedTuple):
 
 
 class Attention(torch.autograd.Function):
+    """Causal self-attention with an explicit backward."""
+
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
         batch, length, heads, width = q.shape
@@ -105,7 +107,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) 
 
 
 def _sequences(q: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Iterator[slice]:
-    """Sequences taken together: with documents one, since each skips other keys."""
+    """The sequences computed together: one at a time with documents, which skip different keys."""
     batch, length, heads, _ = q.shape
     together = 1
     if documents is None:
@@ -118,7 +120,7 @@ def _sequences(q: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Itera
 def _blocks(
     length: int, documents: Tensor | None, rows: slice, dtype: torch.dtype
 ) -> Iterator[Block]:
-    """The blocks of queries of one sequence (or several alike), first to last."""
+    """The blocks of queries of the sequences ``rows``, in order."""
     causal = torch.full((ATTENTION_BLOCK_QUERIES,) * 2, -math.inf, dtype=dtype).triu_(1)
     if documents is not None:
         numbers = documents[rows.start]
@@ -137,7 +139,7 @@ def _blocks(
 
 
 def _first_of_document(numbers: Tensor) -> Tensor:
-    """Where the document of every token begins: [S] -> [S]."""
+    """The index of the first token of every token's document: [S] -> [S]."""
     length = len(numbers)
     unique, inverse = torch.unique(numbers, return_inverse=True)
     first = torch.full(unique.shape, length).scatter_reduce_(
@@ -152,7 +154,7 @@ def _by_head(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _stack(x: Tensor, kv: int, dtype: torch.dtype) -> Tensor:
-    """One matrix per key/value head, its G query heads below each other: -> [n * K, G * m, E]."""
+    """One matrix for each key/value head, its G query heads stacked: -> [n * K, G * m, E]."""
     n, m, heads, width = x.shape
     stacked = torch.empty((n, kv, heads // kv, m, width), dtype=dtype)
     stacked.copy_(x.unflatten(2, (kv, -1)).permute(0, 2, 3, 1, 4))
@@ -160,7 +162,7 @@ def _stack(x: Tensor, kv: int, dtype: torch.dtype) -> Tensor:
 
 
 def _unstack(stacked: Tensor, x: Tensor, kv: int) -> None:
-    """Write [n * K, G * m, E] where it belongs: into x [n, m, H, E]."""
+    """The inverse of ``_stack``: write [n * K, G * m, E] into x [n, m, H, E]."""
     n, m, heads, width = x.shape
     x.unflatten(2, (kv, -1)).copy_(
         stacked.view(n, kv, heads // kv, m, width).permute(0, 3, 1, 2, 4)
@@ -171,6 +173,6 @@ def _scores(queries: Tensor, keys: Tensor, bias: Tensor, scale: float) -> Tensor
     """Scaled products plus the bias: [n, G * m, E], [n, t, E], [m, c] -> [n, G * m, t]."""
     scores = queries.new_empty((*queries.shape[:2], keys.shape[1]))
     scores.baddbmm_(queries, keys.mT, beta=0, alpha=scale)
-    hidden, columns = bias.shape
-    scores.view(len(scores), -1, hidden, scores.shape[-1])[..., -columns:].add_(bias)
+    rows, columns = bias.shape
+    scores.view(len(scores), -1, rows, scores.shape[-1])[..., -columns:].add_(bias)
     return scores

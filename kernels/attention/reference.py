@@ -9,34 +9,34 @@ Array = NDArray[np.float64]
 
 
 def attention(q: Array, k: Array, v: Array, documents: NDArray[np.integer] | None = None) -> Array:
-    """[B, S, H, E], [B, S, K, E] twice, [B, S] or None -> [B, S, H, E]."""
+    """Causal self-attention: [B, S, H, E], [B, S, K, E] twice, [B, S] or None -> [B, S, H, E]."""
     out = np.empty_like(q)
     for b, s, h in np.ndindex(q.shape[:3]):
         head = h * k.shape[2] // q.shape[2]
-        seen = np.arange(s + 1)
+        visible = np.arange(s + 1)
         if documents is not None:
-            seen = seen[documents[b, seen] == documents[b, s]]
-        out[b, s, h] = _weights(q[b, s, h], k[b, seen, head]) @ v[b, seen, head]
+            visible = visible[documents[b, visible] == documents[b, s]]
+        out[b, s, h] = _weights(q[b, s, h], k[b, visible, head]) @ v[b, visible, head]
     return out
 
 
 def attention_backward(
     dout: Array, q: Array, k: Array, v: Array, documents: NDArray[np.integer] | None = None
 ) -> tuple[Array, Array, Array]:
-    """The gradients by q, k and v."""
+    """The gradients of q, k and v."""
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     scale = q.shape[-1] ** -0.5
     for b, s, h in np.ndindex(q.shape[:3]):
         head = h * k.shape[2] // q.shape[2]
-        seen = np.arange(s + 1)
+        visible = np.arange(s + 1)
         if documents is not None:
-            seen = seen[documents[b, seen] == documents[b, s]]
-        p = _weights(q[b, s, h], k[b, seen, head])
-        dp = v[b, seen, head] @ dout[b, s, h]
+            visible = visible[documents[b, visible] == documents[b, s]]
+        p = _weights(q[b, s, h], k[b, visible, head])
+        dp = v[b, visible, head] @ dout[b, s, h]
         ds = p * (dp - p @ dp) * scale
-        dq[b, s, h] = ds @ k[b, seen, head]
-        dk[b, seen, head] += np.outer(ds, q[b, s, h])
-        dv[b, seen, head] += np.outer(p, dout[b, s, h])
+        dq[b, s, h] = ds @ k[b, visible, head]
+        dk[b, visible, head] += np.outer(ds, q[b, s, h])
+        dv[b, visible, head] += np.outer(p, dout[b, s, h])
     return dq, dk, dv
 
 

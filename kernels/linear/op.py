@@ -1,9 +1,9 @@
-"""bf16 matrix products on a CPU without bf16 units: stored in bf16, multiplied in fp32.
+"""bfloat16 matrix products on a CPU without bfloat16 units, computed in float32.
 
-Without AVX512-BF16, AMX or their like, a bf16 product runs a scalar loop: about 1 GFLOP/s for the
-gradient of the input against 170 for fp32.  Widening the operands costs one pass over each and
-loses nothing, since every bf16 number is an fp32 number.  What lives from forward to backward stays
-bf16; the wide copies die with the product.
+Without AVX512-BF16, AMX or similar units a bfloat16 product runs a scalar loop: about 1 GFLOP/s for
+the gradient of the input, compared with 170 in float32.  Widening the operands costs one pass over
+each and is exact, as every bfloat16 number is a float32 number.  Tensors saved for backward stay in
+bfloat16; the wide copies are freed after the product.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 
 class Linear(torch.autograd.Function):
+    """A matrix product with operands in bfloat16 and arithmetic in float32."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
@@ -33,16 +35,16 @@ class Linear(torch.autograd.Function):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """``x @ weight.T``: [..., in], [out, in] -> [..., out], stored as x is."""
+    """``x @ weight.T``: [..., in], [out, in] -> [..., out], in the dtype of x."""
     y: Tensor = Linear.apply(x, weight)  # type: ignore[no-untyped-call]
     return y
 
 
 def grad_input(dy: Tensor, weight: Tensor) -> Tensor:
-    """[..., out], [out, in] -> [..., in], stored as dy is."""
+    """The gradient of the input: [..., out], [out, in] -> [..., in], in the dtype of dy."""
     return (dy.float() @ weight.float()).to(dy.dtype)
 
 
 def grad_weight(dy: Tensor, x: Tensor) -> Tensor:
-    """[..., out], [..., in] -> [out, in] in fp32: rounding the sum over rows only loses digits."""
+    """The gradient of the weight: [..., out], [..., in] -> [out, in], in float32."""
     return dy.float().flatten(0, -2).t() @ x.float().flatten(0, -2)

@@ -9,17 +9,17 @@ Array = NDArray[np.float64]
 
 
 def linear(x: Array, weight: Array) -> Array:
-    """[..., in], [out, in] -> [..., out]."""
+    """``x @ weight.T``: [..., in], [out, in] -> [..., out]."""
     y: Array = x @ weight.T
     return y
 
 
 def grad_input(dy: Array, weight: Array) -> Array:
-    """[..., out], [out, in] -> [..., in]."""
+    """The gradient of the input: [..., out], [out, in] -> [..., in]."""
     return dy @ weight
 
 
 def grad_weight(dy: Array, x: Array) -> Array:
-    """[..., out], [..., in] -> [out, in]."""
+    """The gradient of the weight: [..., out], [..., in] -> [out, in]."""
     dweight: Array = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
     return dweight

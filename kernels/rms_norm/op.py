@@ -1,12 +1,13 @@
-"""RMSNorm with a backward of six passes and one buffer.
+"""RMSNorm with a backward in six passes and one buffer.
 
 With r = rsqrt(mean(x^2) + eps) and g = dy * weight::
 
     dx      = r * (g - x * sum(g * x) * r^2 / D)
     dweight = sum over rows of dy * x * r
 
-Both sums come from the one product dy * x: a row of r times it gives dweight, it times weight
-gives sum(g * x).  The product's buffer then becomes dx.  Saved: x, weight and r (one number a row).
+Both sums come from one product dy * x: multiplied by r from the left it gives dweight, multiplied
+by weight from the right it gives sum(g * x).  Its buffer then becomes dx.  Saved are x, weight and
+r (one number for each row).
 
 Source: Zhang and Sennrich 2019, equation 4.
 """
@@ -21,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(torch.autograd.Function):
+    """RMSNorm with an explicit backward."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)

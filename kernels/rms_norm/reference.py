@@ -9,13 +9,13 @@ Array = NDArray[np.float64]
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """[..., D], [D] -> [..., D]."""
+    """``weight * x / sqrt(mean(x^2) + eps)``: [..., D], [D] -> [..., D]."""
     y: Array = weight * x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
     return y
 
 
 def rms_norm_backward(dy: Array, x: Array, weight: Array, eps: float) -> tuple[Array, Array]:
-    """The gradients by x and by weight."""
+    """The gradients of x and weight."""
     scale = 1 / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + eps)
     unit = x * scale
     g = dy * weight

@@ -1,12 +1,12 @@
-"""Rotary embedding, half-split, in three passes and no temporaries.
+"""Rotary embedding in the half-split layout, in three passes without temporaries.
 
-Pair i of a head is (x[i], x[i + E/2]) and turns by the angle of its position::
+Pair i of a head is (x[i], x[i + E/2]) and is rotated by the angle of its position::
 
     y[:E/2] = x[:E/2] * cos - x[E/2:] * sin
     y[E/2:] = x[E/2:] * cos + x[:E/2] * sin
 
-The transpose of a rotation turns the other way, so backward is the same code with the sign
-changed, and only the tables are saved.
+The transpose of a rotation is the rotation by the opposite angle, so backward is the same code with
+the opposite sign, and only the tables are saved.
 
 Source: Su et al. 2021, section 3.4.2.
 """
@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """x [B, S, H, E] turned by ``sign`` times the angles of the tables [B or 1, S, E]."""
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """``x`` [B, S, H, E] rotated by ``sign`` times the angles of the tables [B or 1, S, E]."""
     half = x.shape[-1] // 2
     cos, sin = cos[:, :, None], sin[:, :, None]
     y = torch.mul(x, cos)
@@ -31,16 +31,18 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 
 class Rotate(torch.autograd.Function):
+    """Rotary embedding with an explicit backward."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return turn(x, cos, sin, 1)
+        return rotated(x, cos, sin, 1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return turn(dy, cos, sin, -1), None, None
+        return rotated(dy, cos, sin, -1), None, None
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -9,7 +9,10 @@ Array = NDArray[np.float64]
 
 
 def rotate(x: Array, angles: Array) -> Array:
-    """[B, S, H, E], [B, S, E / 2] -> [B, S, H, E]; the transpose is ``rotate(x, -angles)``."""
+    """Rotary embedding: [B, S, H, E], [B, S, E / 2] -> [B, S, H, E].
+
+    The gradient of x is ``rotate(dy, -angles)``.
+    """
     first, second = np.split(x, 2, axis=-1)
-    turned = (first + 1j * second) * np.exp(1j * angles)[:, :, None]
-    return np.concatenate((turned.real, turned.imag), axis=-1)
+    rotated = (first + 1j * second) * np.exp(1j * angles)[:, :, None]
+    return np.concatenate((rotated.real, rotated.imag), axis=-1)

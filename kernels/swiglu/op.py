@@ -1,7 +1,7 @@
-"""SwiGLU that saves its input and nothing else.
+"""SwiGLU that saves only its input.
 
-Autograd would keep silu(gate) for backward and join the two gradients by a copy.  Here silu is
-computed again and both gradients are written into the halves of one buffer::
+Autograd would keep silu(gate) for backward and join the two gradients by a copy.  Here backward
+computes silu again and writes both gradients into the halves of one buffer::
 
     dgate = dy * up * silu'(gate)        dup = dy * silu(gate)
 
@@ -19,6 +19,8 @@ from torch.autograd.function import once_differentiable
 
 
 class SwiGLU(torch.autograd.Function):
+    """SwiGLU with an explicit backward."""
+
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
