@@ -188,3 +188,17 @@ def test_no_other_file_states_the_peak_of_a_device() -> None:
     for path in (*(root / "llamax").rglob("*.py"), *(root / "launch").rglob("*.py")):
         text = path.read_text()
         assert not re.search(r"\b\d+(\.\d+)?e12\b", text.replace("1e12", "")), path
+
+
+def test_a_node_of_one_rank_needs_no_links(tmp_path: Path) -> None:
+    path = tmp_path / "lab.toml"
+    path.write_text(
+        MINE.replace("ranks = 4", "ranks = 1").replace("link_gbps = 12", "link_gbps = 0")
+    )
+    assert load_machine(str(path)).link_gbps == 0.0
+
+
+def test_a_node_has_no_more_ranks_than_devices() -> None:
+    assert TRN1.with_ranks(32) == TRN1
+    with pytest.raises(ConfigError, match=r"--ranks=33 is more than the 32 devices of trn1\.32xl"):
+        TRN1.with_ranks(33)

@@ -15,8 +15,11 @@ from llamax.config.hardware import Machine
 from llamax.config.schema import Config
 from llamax.config.types import (
     Count,
+    Efficiency,
     Fraction,
     Natural,
+    NonNegative,
+    Port,
     Positive,
     descriptions,
     explain,
@@ -92,6 +95,27 @@ def test_a_number_is_finite(value: float) -> None:
 
     types._HINTS[One] = {"number": Positive}
     assert [key for key, _ in out_of_range(One())] == ["number"]
+
+
+@pytest.mark.parametrize(
+    ("hint", "inside", "outside"),
+    [
+        (Count, (1, 2**60), (0,)),
+        (Natural, (0,), (-1,)),
+        (Positive, (1e-300,), (0.0,)),
+        (NonNegative, (0.0,), (-1e-300,)),
+        (Fraction, (0.0, 0.999), (1.0, -0.1)),
+        (Efficiency, (1e-9, 1.0), (0.0, 1.001)),
+        (Port, (1024, 65535), (1023, 65536)),
+    ],
+)
+def test_ranges_end_where_their_words_say(
+    hint: Any, inside: tuple[float, ...], outside: tuple[float, ...]
+) -> None:
+    allowed = range_of(hint)
+    assert allowed is not None
+    assert [value for value in inside if not allowed.contains(value)] == []
+    assert [value for value in outside if allowed.contains(value)] == []
 
 
 @pytest.mark.parametrize("kind", [Config, JobFile, Machine])
