@@ -1,0 +1,118 @@
+"""Train on batches that a program makes: sums, written digit by digit.
+
+    torchrun --nproc-per-node 2 sums.py --config sums.toml
+
+A dataset is a class with one method, ``gather``: the rows of the samples with these numbers.  All
+else is inherited from ``Batches``: which rank takes which samples, the order of an epoch, and
+continuing after any number of samples.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from llamax.backends import choose
+from llamax.config.load import load_config
+from llamax.config.schema import Config
+from llamax.data.loader import Batch, Batches
+from llamax.data.shuffle import Integers
+from llamax.model.llama import Llama
+from llamax.ops import IGNORE_INDEX
+from llamax.optim import Zero1, lr_at
+from llamax.parallel.collectives import Axis
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous, rendezvous
+from llamax.training.step import train_step
+
+SYMBOLS = "0123456789+= "
+DIGITS = 3
+NUMBERS = 10**DIGITS
+PROMPT = 2 * DIGITS + 2  # "123+456="
+
+
+class Sums(Batches):
+    """Sample n is the sum of n // 1000 and n % 1000, its result with the last digit first."""
+
+    def __init__(self, config: Config, axis: Axis, consumed: int = 0) -> None:
+        data = config.data
+        super().__init__(
+            NUMBERS**2,
+            config.run.seed,
+            data.sequence_length,
+            data.global_batch,
+            data.micro_batch,
+            axis.rank,
+            axis.size,
+            consumed,
+            shuffle=True,
+        )
+
+    def gather(self, samples: Integers) -> Batch:
+        """ids, labels and positions [rows, sequence_length]; the result alone is learnt."""
+        rows = [self.text(number).ljust(self.sequence_length + 1) for number in samples.tolist()]
+        tokens = torch.tensor([[SYMBOLS.index(symbol) for symbol in row] for row in rows])
+        ids, labels = tokens[:, :-1], tokens[:, 1:].clone()
+        labels[:, : PROMPT - 1] = IGNORE_INDEX
+        labels[labels == SYMBOLS.index(" ")] = IGNORE_INDEX
+        positions = torch.arange(self.sequence_length).expand(ids.shape)
+        return Batch(ids, labels, positions, None)
+
+    @staticmethod
+    def text(number: int) -> str:
+        """``123+456=9750``: the result is reversed, so that carries come before their digits."""
+        left, right = divmod(number, NUMBERS)
+        result = f"{left + right:0{DIGITS + 1}}"[::-1]
+        return f"{left:0{DIGITS}}+{right:0{DIGITS}}={result}"
+
+
+def train(config: Config, where: Rendezvous) -> tuple[list[float], float]:
+    """Train on this rank; the loss of every step, and the share of right answers at the end."""
+    mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
+    backend = choose(config.run.backend, where, config.run.threads)
+    losses: list[float] = []
+    with backend.joined(mesh, config.run.timeout_s, config.model.kv_replicas(mesh.tp)) as axes:
+        model = Llama(config.model, axes.tp).init(config.run.seed)
+        optimizer = Zero1(
+            dict(model.named_parameters()),
+            model.shards,
+            config.optim,
+            axes,
+            sequence_parallel=model.sequence_parallel,
+        )
+        sums = Sums(config, axes.data)
+        step_tokens = config.data.global_batch * config.data.sequence_length
+        for step in range(1, config.run.steps + 1):
+            lr = lr_at(step, config.optim, config.run.steps)
+            result = train_step(model, optimizer, axes, sums.step(), step_tokens, lr, step)
+            losses += backend.fetch([result.loss])
+            if where.rank == 0 and step % config.run.log_every == 0:
+                print(f"step {step}/{config.run.steps}  loss {losses[-1]:.4f}", flush=True)
+        right = accuracy(model, sums)
+        if where.rank == 0:
+            print(f"right answers to sums it has not seen: {right:.1%}")
+    return losses, right
+
+
+@torch.no_grad()
+def accuracy(model: Llama, sums: Sums) -> float:
+    """The share of the sums of the next step, which are unseen, that are answered exactly."""
+    rows = sums.gather(np.array(sums.sample_ids(sums.consumed))).ids
+    asked, end = rows.clone(), PROMPT + DIGITS + 1
+    for place in range(PROMPT, end):
+        asked[:, place] = model(asked[:, :place])[:, -1].argmax(-1)
+    return float((asked == rows)[:, PROMPT:end].all(1).float().mean())
+
+
+def main(arguments: Sequence[str]) -> None:
+    where = rendezvous(os.environ)
+    assert arguments[:1] == ["--config"], "sums.py --config FILE [--section.key=value]"
+    train(load_config(arguments[1], arguments[2:], where.world_size), where)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
