@@ -259,9 +259,7 @@ def rooms() -> str:
     }
     parts, left, width, y = [], 24, 672, 20
     for row in rows:
-        names = [name for name in row if name in words]
-        if not names:
-            continue
+        names = [name for name in row.split() if name in words]
         each = (width - 12 * (len(names) - 1)) / len(names)
         for place, name in enumerate(names):
             x = left + place * (each + 12)
