@@ -82,11 +82,11 @@ class SlidingWindowLlama(Llama):
 
 def train(config: Config, where: Rendezvous) -> list[float]:
     """Train on this rank; the loss of every step."""
-    mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
+    tensor = config.parallel.tensor
+    mesh = Mesh.fill(where.world_size, tp=tensor, kv=config.model.kv_replicas(tensor))
     backend = choose(config.run.backend, where, config.run.threads)
     losses: list[float] = []
-    kv = config.model.kv_replicas(mesh.tp)
-    with backend.joined(mesh, config.run.timeout_s, kv) as axes:
+    with backend.joined(mesh, config.run.timeout_s) as axes:
         sequence = config.parallel.sequence
         model = SlidingWindowLlama(config.model, axes.tp, sequence_parallel=sequence)
         model.init(config.run.seed)

@@ -72,10 +72,11 @@ class Sums(Batches):
 
 def train(config: Config, where: Rendezvous) -> tuple[list[float], float]:
     """Train on this rank; the loss of every step, and the share of right answers at the end."""
-    mesh = Mesh.fill(where.world_size, tp=config.parallel.tensor)
+    tensor = config.parallel.tensor
+    mesh = Mesh.fill(where.world_size, tp=tensor, kv=config.model.kv_replicas(tensor))
     backend = choose(config.run.backend, where, config.run.threads)
     losses: list[float] = []
-    with backend.joined(mesh, config.run.timeout_s, config.model.kv_replicas(mesh.tp)) as axes:
+    with backend.joined(mesh, config.run.timeout_s) as axes:
         model = Llama(config.model, axes.tp).init(config.run.seed)
         optimizer = Zero1(
             dict(model.named_parameters()),
