@@ -17,7 +17,7 @@ generate.generate(DOCS / "generated")
 project = "llamax"
 author = "the llamax authors"
 release = version = llamax.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["drawings/*.md"]

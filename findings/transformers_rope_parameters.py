@@ -2,10 +2,10 @@
 
 Seen with transformers 5.23.0 (writer) and 4.57.1 (reader), without torch.
 
-transformers 5 keeps the rotary settings of a Llama in one table, ``rope_parameters``, and writes only
-that.  transformers 4 reads ``rope_theta`` and ``rope_scaling`` and does not know the table: it keeps
-it as an unknown attribute, takes the default base 10,000, and prints nothing.  A Llama 3.1 (base
-500,000, scaled frequencies) then computes wrong positions.
+transformers 5 keeps the rotary settings of a Llama in one table, ``rope_parameters``, and writes
+nothing else.  transformers 4 reads ``rope_theta`` and ``rope_scaling`` and does not know the table:
+it keeps it as an unknown attribute, takes the default base 10,000, and prints nothing.  A Llama 3.1
+(base 500,000, scaled frequencies) then computes wrong positions.
 
 llamax writes both spellings, see ``llamax/config/model.py``.
 

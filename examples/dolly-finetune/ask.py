@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-import torch
-
-from llamax.inference.engine import open_model
-from llamax.inference.prompts import PromptFormat
-from llamax.inference.sampling import Sampling, complete, generate
-from llamax.parallel.collectives import Solo
+from llamax.inference.generate import GenerationSettings, generate
 
 
-def ask(folder: str, question: str, context: str = "", tokens: int = 256) -> str:
-    """The answer of the model in ``folder``, to a question in the template of the training."""
-    loaded = open_model(Path(folder))
-    model = loaded.build(Solo("tp"), torch.device("cpu"))
-    prompts = PromptFormat(loaded.tokenizer, loaded.tokenizer.bos_id, "dolly", context=context)
-    prompt = prompts.ask({"prompt": question})
-    end = loaded.tokenizer.eos_id
-    steps = generate(
-        model,
-        [prompt.ids],
-        max_new_tokens=tokens,
-        sampling=Sampling(),  # the most likely token
-        stop_ids=[] if end is None else [end],
+def ask(model: str, question: str, context: str = "", tokens: int = 256) -> str:
+    """The answer of the model to a question, put in the template of the training."""
+    settings = GenerationSettings(
+        max_new_tokens=tokens, temperature=0.0, template="dolly", context=context
     )
-    (new,) = complete(steps)
-    return loaded.tokenizer.decode([token for token in new if token != end])
+    (completion,) = generate(model, question, settings)
+    return completion.text
 
 
 if __name__ == "__main__":
-    folder, question, *context = sys.argv[1:]
-    print(ask(folder, question, *context[:1]))
+    model, question, *context = sys.argv[1:]
+    print(ask(model, question, " ".join(context)))

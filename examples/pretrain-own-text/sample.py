@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-import torch
-
-from llamax.inference.engine import open_model
-from llamax.inference.sampling import Sampling, complete, generate
-from llamax.parallel.collectives import Solo
+from llamax.inference.generate import GenerationSettings, generate
 
 
-def sample(folder: str, prompt: str, tokens: int = 100, temperature: float = 0.8) -> str:
-    """The text that the model in ``folder`` (a Hugging Face folder or a run) continues with."""
-    loaded = open_model(Path(folder))
-    model = loaded.build(Solo("tp"), torch.device("cpu"))
-    ids = loaded.tokenizer.encode(prompt)
-    if loaded.model.bos_token_id is not None:
-        ids = [loaded.model.bos_token_id, *ids]
-    sampling = Sampling(temperature=temperature, top_p=0.95)
-    (new,) = complete(generate(model, [ids], max_new_tokens=tokens, sampling=sampling))
-    return loaded.tokenizer.decode(new)
+def sample(model: str, prompt: str, tokens: int = 100) -> str:
+    """The text with which the model of a folder (Hugging Face, or a run) continues a prompt."""
+    settings = GenerationSettings(max_new_tokens=tokens, temperature=0.8, top_p=0.95)
+    (completion,) = generate(model, prompt, settings)
+    return completion.text
 
 
 if __name__ == "__main__":

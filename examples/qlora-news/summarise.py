@@ -9,37 +9,31 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
-from llamax.inference.engine import open_model
-from llamax.inference.prompts import PromptFormat
-from llamax.inference.sampling import Sampling, complete, generate
+from llamax.inference.generate import GenerationSettings, generate
 from llamax.inference.text_metrics import rouge_l
-from llamax.parallel.collectives import Solo
 
 SYSTEM = "Summarise the article in one sentence."
 
 
-def summarise(folder: str, test_file: str, limit: int = 10, tokens: int = 200) -> float:
-    """Print summaries of the first ``limit`` articles; the mean ROUGE-L, 0 to 1."""
-    loaded = open_model(Path(folder))  # a run of adapters knows its base
-    model = loaded.build(Solo("tp"), torch.device("cpu"))
-    tokenizer = loaded.tokenizer
-    fields = {"instruction": "document"}
-    prompts = PromptFormat(
-        tokenizer, tokenizer.bos_id, "human-assistant", fields=fields, system=SYSTEM
+def summarise(model: str, test_file: str, limit: int = 10, tokens: int = 200) -> float:
+    """Print summaries of the first ``limit`` articles; the mean ROUGE-L, 0 to 1.
+
+    ``model`` may be a run of adapters: it knows its base.
+    """
+    settings = GenerationSettings(
+        max_new_tokens=tokens,
+        temperature=0.0,
+        template="human-assistant",
+        system=SYSTEM,
+        fields={"instruction": "document"},
     )
-    stops = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     lines = Path(test_file).read_text(encoding="utf-8").splitlines()[:limit]
+    rows = [json.loads(line) for line in lines]
     scores = []
-    for row in map(json.loads, lines):
-        ids = prompts.ask(row).ids
-        steps = generate(model, [ids], max_new_tokens=tokens, sampling=Sampling(), stop_ids=stops)
-        (new,) = complete(steps)
-        text = tokenizer.decode([token for token in new if token not in stops])
-        scores.append(rouge_l(text, row["summary"]))
-        print(f"{row['title']}\n  summary    {text.strip()}\n  reference  {row['summary']}")
-        print(f"  ROUGE-L    {scores[-1]:.3f}")
+    for row, completion in zip(rows, generate(model, rows, settings), strict=True):
+        scores.append(rouge_l(completion.text, row["summary"]))
+        print(f"{row['title']}\n  summary    {completion.text.strip()}")
+        print(f"  reference  {row['summary']}\n  ROUGE-L    {scores[-1]:.3f}")
     mean = sum(scores) / len(scores)
     print(f"mean ROUGE-L of {len(scores)} articles: {mean:.3f}")
     return mean
