@@ -10,9 +10,9 @@ import pytest
 
 LLAMAX = Path(__file__).resolve().parents[1] / "llamax"
 ROWS = (  # the rooms of a row do not import each other, except BESIDE
-    "__main__ train cli",
+    "__init__ __main__ train cli",
     "tools.doctor",
-    "tools.audit tools.monitor",
+    "tools.audit tools.monitor tools.inspect",
     "tools.plan",
     "training inference",
     "checkpoint",

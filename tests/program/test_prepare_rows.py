@@ -15,7 +15,7 @@ import pytest
 from support.corpora import mistral
 from support.instruction import ROWS, llama2_tokenizer, llama3_tokenizer, prepare, write_rows
 
-from llamax.cli.inspect import describe
+from llamax.tools.inspect import describe
 from llamax.cli.prepare import main
 from llamax.data.dataset import open_dataset
 from llamax.data.prepare import text_files

@@ -13,7 +13,7 @@ from support.saving import saved
 from llamax.checkpoint.consolidate import consolidate
 from llamax.checkpoint.shard_hf import shard
 from llamax.cli import inspect as inspection
-from llamax.cli.inspect import describe
+from llamax.tools.inspect import describe
 from llamax.runtime.errors import CheckpointError
 
 

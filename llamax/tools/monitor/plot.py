@@ -1,0 +1,79 @@
+"""Loss curves of runs as a picture: training and validation loss over consumed tokens.
+
+A reference line, such as the unigram entropy of the data, shows the loss of a model that has learnt
+only how frequent each token is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from llamax.config.constants import METRICS_FILE
+from llamax.runtime.errors import BackendError, DataError
+from llamax.training.metrics import Record, read_jsonl
+
+
+def draw(
+    runs: dict[str, list[Record]], out: Path, reference: tuple[str, float] | None = None
+) -> None:
+    """Draw the loss curves of named runs into ``out`` (PNG, SVG or PDF by its ending).
+
+    ``reference``: name and loss (nats per token) of a horizontal line.  Raises BackendError if
+    matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise BackendError(
+            "drawing needs the package matplotlib, which is not installed; "
+            "pip install 'llamax[plot]'"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    for name, records in runs.items():
+        tokens = [record.consumed_tokens / 1e6 for record in records]
+        (train,) = axes.plot(
+            tokens, [record.loss for record in records], linewidth=1, alpha=0.6, label=name
+        )
+        validated = [
+            (record.consumed_tokens / 1e6, record.validation_loss)
+            for record in records
+            if record.validation_loss is not None
+        ]
+        if validated:
+            axes.plot(
+                *zip(*validated, strict=True),
+                "o-",
+                color=train.get_color(),
+                markersize=4,
+                label=f"{name}, validation",
+            )
+    if reference is not None:
+        name, value = reference
+        axes.axhline(value, color="grey", linestyle="--", linewidth=1, label=f"{name} {value:.2f}")
+    axes.set_xlabel("consumed tokens, millions")
+    axes.set_ylabel("loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(out)
+    pyplot.close(figure)
+
+
+def read_runs(folders: Sequence[Path]) -> dict[str, list[Record]]:
+    """The records of runs by the names of their folders; by whole paths if names are equal.
+
+    Raises DataError for a folder without records.
+    """
+    names = Counter(folder.resolve().name for folder in folders)
+    runs = {}
+    for folder in folders:
+        name = folder.resolve().name
+        label = name if names[name] == 1 else str(folder)
+        runs[label] = read_jsonl(folder / METRICS_FILE)
+        if not runs[label]:
+            raise DataError(f"{folder}: has no records in metrics.jsonl; give a run's folder")
+    return runs
