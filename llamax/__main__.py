@@ -1,4 +1,4 @@
-"""``llamax COMMAND ...``: finds the program, imports only that one, and hands it the rest."""
+"""``llamax COMMAND ...``: import the program of the command and run it with the other arguments."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import run_main, steady_heap
 
 COMMANDS = {
-    "prepare": ("llamax.cli.prepare", "pack text into a dataset of tokens"),
+    "prepare": ("llamax.cli.prepare", "make a dataset of tokens from text or rows"),
     "train": ("llamax.train", "train a model; torchrun starts one per rank"),
     "generate": ("llamax.cli.generate", "continue prompts with a trained model"),
-    "evaluate": ("llamax.cli.evaluate", "loss, perplexity, or right answers of a model"),
+    "evaluate": (
+        "llamax.cli.evaluate",
+        "loss and perplexity of a model, or the scores of its answers",
+    ),
     "shard": ("llamax.cli.shard", "cut a Hugging Face folder into a checkpoint"),
     "consolidate": ("llamax.cli.consolidate", "join a checkpoint to a Hugging Face folder"),
-    "import": ("llamax.cli.import_", "read a checkpoint of NxD, NeMo or Meta"),
+    "import": ("llamax.cli.import_", "convert a checkpoint of NxD, NeMo or Meta"),
     "export": ("llamax.cli.export", "write a model for Hugging Face, NxD or Meta"),
-    "merge": ("llamax.cli.merge", "join a base and its adapters to a Hugging Face folder"),
-    "inspect": ("llamax.cli.inspect", "say what a checkpoint or a dataset is"),
+    "merge": ("llamax.cli.merge", "merge a base and its adapters to a Hugging Face folder"),
+    "inspect": ("llamax.cli.inspect", "describe a checkpoint, model or dataset"),
     "watch": (
         "llamax.cli.watch",
         "show a run live: loss, speed, time left, ranks, devices",
@@ -31,13 +34,13 @@ COMMANDS = {
         "llamax.cli.report",
         "write one page of HTML about one or several runs",
     ),
-    "plan": ("llamax.cli.plan", "say what a run needs, and how long and dear it will be"),
+    "plan": ("llamax.cli.plan", "memory, time and cost of a run, by arithmetic"),
     "doctor": (
         "llamax.cli.doctor",
         "check a machine, and a job on it, before it is launched",
     ),
     "launch": ("llamax.cli.launch", "start a job on torchrun, mpirun, Slurm, k8s or SageMaker"),
-    "audit": ("llamax.cli.audit", "trace what a cluster of Trainium would compile"),
+    "audit": ("llamax.cli.audit", "trace the programs that a Trainium cluster would compile"),
     "plot": ("llamax.cli.plot", "draw the loss curves of runs"),
 }
 
@@ -59,7 +62,7 @@ def usage() -> str:
 
 
 def dispatch(argv: Sequence[str]) -> int:
-    """Run the command that ``argv`` starts with; ConfigError with the nearest name if unknown."""
+    """Run the command that ``argv`` names; ConfigError with the nearest name if unknown."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0 if argv else 2

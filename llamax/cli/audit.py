@@ -1,10 +1,10 @@
-"""``llamax audit --config llama2-7b --nodes 4``: what a cluster would compile, on any laptop.
+"""``llamax audit --config llama2-7b --nodes 4``: the programs that a cluster would compile.
 
 Traces the run without devices and without weights, one rank after the other in one process: every
 kind of step on rank 0, each program on the ranks at the corners of the mesh, and, with few layers,
-each program on every rank of the world (with all layers: ``--ranks deep``).  On Trainium a program
-of its own costs a rank 25 to 40 minutes of compilation while all others wait; here it costs a line
-that says where it comes from.
+each program on every rank (with all layers: ``--ranks deep``).  On Trainium a program that only one
+rank has costs 25 to 40 minutes of compilation while all others wait; here it costs a line that says
+where it comes from.
 
 The exit code is 0 only if the whole cluster would compile each program once, else 7.
 """
@@ -15,17 +15,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from typing import get_args
 
-from llamax.config.hardware import load_machine
-from llamax.config.load import load_config
-from llamax.runtime.errors import ConfigError
+from llamax.cli.options import command
+from llamax.config.choices import AUDIT_RANKS
 from llamax.runtime.process import run_main
-from llamax.tools.audit.auditor import DIFFERS, Ranks, audit, check_machine
-from llamax.tools.audit.report import (
-    as_json,
-    show,
-)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,35 +36,36 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--instance", default="trn1.32xlarge", help="default trn1.32xlarge")
     p.add_argument(
         "--ranks",
-        choices=get_args(Ranks),
+        choices=AUDIT_RANKS,
         default="all",
         help="beside those at the corners of the mesh trace every rank with few layers (default) "
         "or none, or every rank with all layers: seconds a rank",
     )
-    p.add_argument("--json", action="store_true", help="numbers for programs")
+    p.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return p
 
 
+@command
 def main(argv: Sequence[str]) -> int:
-    """Print what was found; 0 if each program is compiled once, ``DIFFERS`` if not."""
+    """Print the report; 0 if each program is compiled once, ``DIFFERS`` if not."""
     options, overrides = parser().parse_known_args(list(argv))
-    if options.nodes < 1:
-        raise ConfigError(f"--nodes={options.nodes} is out of range; use 1 or more")
-    machine = load_machine(options.instance)
-    check_machine(load_config(options.config, overrides), machine)
-    world = options.nodes * machine.ranks
-    config = load_config(options.config, overrides, world)
-    found = audit(config, machine, options.nodes, options.ranks)
+
+    from llamax.tools.audit.auditor import DIFFERS, audit
+    from llamax.tools.audit.report import as_json, show
+
+    report = audit(
+        options.config, options.instance, options.nodes, options.ranks, overrides=overrides
+    )
     if options.json:
-        print(json.dumps(as_json(found), indent=2))
+        print(json.dumps(as_json(report), indent=2))
     else:
-        print("\n".join(show(found)))
+        print("\n".join(show(report)))
     sys.stdout.flush()
-    if found.passes:
+    if report.passes:
         if not options.json:
             print("each program compiles once for the whole cluster")
         return 0
-    for problem in found.problems:
+    for problem in report.problems:
         print(f"llamax: {problem}", file=sys.stderr)
     return DIFFERS
 

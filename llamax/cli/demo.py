@@ -57,7 +57,7 @@ def torchrun(ranks: int, store: Path, arguments: Sequence[str]) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m llamax.cli.demo", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="where everything goes")
+    parser.add_argument("--folder", type=Path, default=Path("demo"), help="folder for all files")
     parser.add_argument("overrides", nargs="*", help="--section.key=value for training, after --")
     options = parser.parse_args(argv)
     began, folder = time.perf_counter(), options.folder

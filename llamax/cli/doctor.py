@@ -51,7 +51,11 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--job", type=Path, help="the job file")
     parser.add_argument(
-        "--wait", type=float, default=0.0, metavar="S", help="wait for the other nodes so long (0)"
+        "--wait",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="seconds to wait for the other nodes (0)",
     )
     options = parser.parse_args(list(argv))
     job = None

@@ -5,8 +5,8 @@ Every step is a command that a user could type, shown before it runs:
     rows -> prepare --template dolly -> torchrun -m llamax.train -> consolidate
          -> evaluate -> generate with and without context, before and after
 
-The rows are written here.  The model is that of ``make demo`` where it lies in demo/hub, else one
-of the same shape with random weights and a tokenizer trained on the rows.
+The rows are generated.  The base model is that of ``make demo`` if demo/hub exists, else one of the
+same shape with random weights and a tokenizer trained on the rows.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ QUESTIONS = [
 
 
 def rows(count: int, seed: int = 0) -> Iterator[dict[str, str]]:
-    """Questions and answers: half of them about what everybody knows, half about a context."""
+    """Questions and answers: half of them about general knowledge, half about a context."""
     chosen = random.Random(seed)
     for number in range(count):
         if number % 2:
@@ -67,10 +67,10 @@ def write_rows(path: Path, count: int, seed: int = 0) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the demo; ``--help`` tells its options."""
+    """Run the demo."""
     parser = argparse.ArgumentParser(prog="python -m llamax.cli.finetune_demo", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(RECIPE), help="where everything goes")
-    parser.add_argument("--base", type=Path, default=Path("demo/hub"), help="model to start from")
+    parser.add_argument("--folder", type=Path, default=Path(RECIPE), help="folder for all files")
+    parser.add_argument("--base", type=Path, default=Path("demo/hub"), help="base model")
     parser.add_argument("overrides", nargs="*", help="--section.key=value for training, after --")
     options = parser.parse_args(argv)
     began, folder, base = time.perf_counter(), options.folder, options.base

@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="llamax launch",
-        description="Start a job, or tell of it, on any launcher; the job file says everything.",
+        description="Start a job, show its state or stop it, on any launcher; the job file "
+        "describes it.",
         epilog=EPILOG + jobfile.help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -62,9 +63,11 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--action", default="start", help=f"{', '.join(ACTIONS)} (start)")
     parser.add_argument(
-        "--node", type=int, metavar="N", help="torchrun: the number of this node, 0 on the master"
+        "--node", type=int, metavar="N", help="torchrun: number of this node, 0 on the master"
     )
-    parser.add_argument("--render", action="store_true", help="print what would be run, and end")
+    parser.add_argument(
+        "--render", action="store_true", help="print what would be run, without running it"
+    )
     return parser.parse_args(list(argv))
 
 

@@ -1,7 +1,7 @@
 """``llamax report RUN [RUN...]``: one self-contained page of HTML about one or several runs.
 
-Curves, throughput, configuration (what differs between runs is marked), environment, checkpoints.
-Pictures are inline SVG, styles are inline, nothing is loaded from anywhere: the file can be mailed.
+Curves, throughput, configuration (differences between runs are marked), environment, checkpoints.
+Pictures are inline SVG, styles are inline, nothing is loaded: the file can be sent by mail.
 """
 
 from __future__ import annotations

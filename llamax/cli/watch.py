@@ -1,4 +1,4 @@
-"""``llamax watch RUN``: a run at a glance, again every few seconds.
+"""``llamax watch RUN``: the state of a run, refreshed every few seconds.
 
 ::
 
@@ -10,9 +10,9 @@
     step time           39s  median of 50 reports, p90 40s, p99 41s
     ranks           128/128  alive, on 4 hosts; steps 420 to 420
 
-It reads the run's folder and nothing else, so it works from any machine that sees the folder, on a
-run that trains, is over, or died.  Ctrl-C ends it.  Into a pipe, or with ``--once``, it writes the
-same lines once, without colours.
+It reads only the run's folder, so it works from any machine that sees the folder, on a run that is
+training, finished or dead.  Ctrl-C ends it.  Into a pipe, or with ``--once``, it writes the same
+lines once, without colours.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from llamax.cli.options import command
 from llamax.config.constants import METRICS_FILE
 from llamax.config.hardware import load_machine
 from llamax.runtime.errors import ConfigError
@@ -41,12 +42,17 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     p.add_argument("--once", action="store_true", help="print one view, without colours")
-    p.add_argument("--every", type=float, default=2.0, metavar="S", help="seconds (default 2)")
-    p.add_argument("--instance", help="machine of a known price, if the run does not say")
-    p.add_argument("--dollars-per-hour", type=float, default=0.0, help="of all nodes together")
+    p.add_argument(
+        "--every", type=float, default=2.0, metavar="S", help="seconds between views (default 2)"
+    )
+    p.add_argument("--instance", help="machine, for its price, if the run does not name one")
+    p.add_argument(
+        "--dollars-per-hour", type=float, default=0.0, help="price of all nodes together"
+    )
     return p
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Show the run until it is over, or once."""
     options = parser().parse_args(list(argv))
@@ -65,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         while True:
             size = shutil.get_terminal_size()
-            # the last column stays free: the erasing that follows a line would take it
+            # the last column stays free: erasing after a line would clear it
             lines = render(run, size.columns - 1, True, price)[: size.lines - 1]
             sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
             sys.stdout.flush()
@@ -74,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
             time.sleep(options.every)
             run = read_run(options.run, log=log)
     except KeyboardInterrupt:
-        pass  # how one leaves a view; the run goes on
+        pass  # ends the view; the run goes on
     finally:
         sys.stdout.write("\x1b[?25h\x1b[?1049l")
     print("\n".join(render(run, shutil.get_terminal_size().columns, True, price)))

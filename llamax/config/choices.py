@@ -22,3 +22,6 @@ NXD_ATTENTION = ("stacked", "gqa", "gqa-fused", "separate")
 
 NXD_OPTIMIZERS = ("auto", "none", "zero1", "zero1-masters")
 """What ``llamax export --to nxd`` writes of the optimizer state."""
+
+AUDIT_RANKS = ("all", "corners", "deep")
+"""Ranks that ``llamax audit`` traces besides those at the corners of the mesh."""

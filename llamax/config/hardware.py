@@ -126,7 +126,7 @@ class Machine:
         if self.backend != "cpu":
             if ranks > self.ranks:
                 raise ConfigError(
-                    f"--ranks={ranks} is more than the {self.ranks} devices of {self.name}; use "
+                    f"`ranks={ranks}` is more than the {self.ranks} devices of {self.name}; use "
                     f"{self.ranks} or fewer"
                 )
             return replace(self, ranks=ranks)
@@ -161,7 +161,7 @@ def load_machine(name_or_path: str) -> Machine:
     if machine is None:
         spellings = [THIS, *_by_name()]
         raise ConfigError(
-            f"--instance {name_or_path} is neither a TOML file nor a machine that is known"
+            f"`instance` {name_or_path} is neither a TOML file nor a machine that is known"
             f"{did_you_mean(name_or_path, spellings)}"
         )
     return machine

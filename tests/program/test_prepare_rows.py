@@ -15,7 +15,6 @@ import pytest
 from support.corpora import mistral
 from support.instruction import ROWS, llama2_tokenizer, llama3_tokenizer, prepare, write_rows
 
-from llamax.tools.inspect import describe
 from llamax.cli.prepare import main
 from llamax.data.dataset import open_dataset
 from llamax.data.prepare import text_files
@@ -23,6 +22,7 @@ from llamax.data.prepare.tables import plan_tables
 from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import DataError
+from llamax.tools.inspect import describe
 
 
 @pytest.fixture(scope="module")

@@ -12,14 +12,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from tqdm import tqdm
 
 from llamax.backends.tracing import Tracer
 from llamax.config.constants import FLASH_MULTIPLE, GRADIENT_BYTES, loss_chunk_tokens
 from llamax.config.flops import flops_per_token
-from llamax.config.hardware import Machine
+from llamax.config.hardware import Machine, load_machine
+from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.model.lora import num_parameters
 from llamax.model.qlora import held
@@ -46,15 +47,39 @@ DIFFERS = 7  # exit code of ``llamax audit``
 FEW_LAYERS = 2
 
 
-def audit(config: Config, machine: Machine, nodes: int, ranks: Ranks = "all") -> AuditReport:
-    """The audit of ``config`` on ``nodes`` machines.
+def audit(
+    config: Config | str,
+    instance: Machine | str = "trn1.32xlarge",
+    nodes: int = 1,
+    ranks: Ranks = "all",
+    *,
+    overrides: Sequence[str] = (),
+) -> AuditReport:
+    """Trace the programs that a run compiles, compare them between ranks, and count their work.
 
-    ``ranks``: beside those at the corners of the mesh trace every rank with few layers ("all") or
-    none ("corners"), or every rank with all layers ("deep").
-    Raises ConfigError where the layout does not fit the machine, BackendError without torch-xla.
+    Args:
+        config: A configuration, a recipe's name or a TOML file.
+        instance: A machine, its name, or a TOML file that describes it.
+        nodes: Number of machines.
+        ranks: Ranks to trace besides those at the corners of the mesh: every rank with few layers
+            ("all"), none ("corners"), or every rank with all layers ("deep").
+        overrides: Changes of the configuration, as "--section.key=value".
+
+    Raises:
+        ConfigError: For a parameter out of range, an unknown machine, or a layout that does not fit
+            the machine.
+        BackendError: If torch-xla is not installed.
     """
-    check_machine(config, machine)
-    run = resolve(config, nodes * machine.ranks, *visible_samples(config))
+    if nodes < 1:
+        raise ConfigError(f"`nodes={nodes}` is out of range; use 1 or more")
+    if ranks not in get_args(Ranks):
+        raise ConfigError(f"`ranks={ranks}` is not known; use {', '.join(get_args(Ranks))}")
+    machine = instance if isinstance(instance, Machine) else load_machine(instance)
+    written = config if isinstance(config, Config) else load_config(config, overrides)
+    check_machine(written, machine)
+    if not isinstance(config, Config):
+        written = load_config(config, overrides, nodes * machine.ranks)
+    run = resolve(written, nodes * machine.ranks, *visible_samples(written))
     return audit_run(run.on_trn1(machine.ranks), machine, ranks, f"{nodes} x {machine.name}")
 
 
@@ -267,7 +292,7 @@ def check_machine(config: Config, machine: Machine) -> None:
     """Raise ConfigError if the machine does not trace programs or its nodes do not fit the mesh."""
     if machine.backend != "xla":
         raise ConfigError(
-            f"--instance {machine.name} trains with run.backend={machine.backend}, which compiles "
+            f"`instance` {machine.name} trains with run.backend={machine.backend}, which compiles "
             "no XLA programs; use trn1.32xlarge, trn1n.32xlarge or trn1.2xlarge"
         )
     tensor, cores = config.parallel.tensor, machine.ranks

@@ -11,7 +11,7 @@
 Every quantity is a ``Line``: a number and its formula.
 """
 
-from llamax.tools.plan.planner import Plan, plan, plan_run
+from llamax.tools.plan.planner import Plan, place, plan, plan_run
 from llamax.tools.plan.search import Refused, search
 
-__all__ = ["Plan", "Refused", "plan", "plan_run", "search"]
+__all__ = ["Plan", "Refused", "place", "plan", "plan_run", "search"]

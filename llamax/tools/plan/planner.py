@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from llamax.config.hardware import Machine
+from llamax.config.hardware import Machine, default_machine, load_machine
+from llamax.config.load import load_config
 from llamax.config.schema import Config
+from llamax.runtime.errors import ConfigError
 from llamax.tools.plan.memory import Memory, memory
 from llamax.tools.plan.roofline import Time, time
 from llamax.tools.plan.sizes import Share
@@ -23,14 +27,85 @@ class Plan:
     time: Time
 
 
-def plan(config: Config, machine: Machine, nodes: int) -> Plan:
-    """The plan of ``config`` on ``nodes`` machines, with the data set if it is there.
+def plan(
+    config: Config | str,
+    instance: Machine | str = "",
+    nodes: int = 1,
+    *,
+    ranks: int | None = None,
+    dollars_per_hour: float | None = None,
+    overrides: Sequence[str] = (),
+) -> Plan:
+    """The memory, time and cost of a run by arithmetic, with the data set if it is there.
 
-    Raises ConfigError if the configuration is not valid for a world of ``nodes`` x
-    ``machine.ranks`` ranks.
+    Args:
+        config: A configuration, a recipe's name or a TOML file.
+        instance: A machine, its name, or a TOML file that describes it; by default one for the
+            configuration's backend.
+        nodes: Number of machines.
+        ranks: Ranks per node; by default one for each device.
+        dollars_per_hour: Price of a node; by default that of the table of machines.
+        overrides: Changes of the configuration, as "--section.key=value".
+
+    Raises:
+        ConfigError: For a parameter out of range, an unknown machine, or a configuration that is
+            not valid for that number of ranks.
     """
+    config, machine = place(
+        config,
+        instance,
+        nodes,
+        ranks=ranks,
+        dollars_per_hour=dollars_per_hour,
+        overrides=overrides,
+    )
     run = resolve(config, nodes * machine.ranks, *visible_samples(config))
     return plan_run(run, machine, nodes)
+
+
+def place(
+    config: Config | str,
+    instance: Machine | str = "",
+    nodes: int = 1,
+    *,
+    ranks: int | None = None,
+    dollars_per_hour: float | None = None,
+    overrides: Sequence[str] = (),
+    any_layout: bool = False,
+) -> tuple[Config, Machine]:
+    """The configuration and the machine that the parameters of ``plan`` name.
+
+    Raises what ``plan`` raises; with ``any_layout`` the configuration need not be valid for that
+    number of ranks.
+    """
+    for name, value in (("nodes", nodes), ("ranks", ranks)):
+        if value is not None and value < 1:
+            raise ConfigError(f"`{name}={value}` is out of range; use 1 or more")
+    if dollars_per_hour is not None and not 0 <= dollars_per_hour < math.inf:
+        raise ConfigError(f"`dollars_per_hour={dollars_per_hour:g}` is out of range; use 0 or more")
+    written = config if isinstance(config, Config) else _load(config, overrides, None)
+    machine = instance
+    if not isinstance(machine, Machine):
+        machine = load_machine(machine or default_machine(written.run.backend))
+    if ranks:
+        machine = machine.with_ranks(ranks)
+    if dollars_per_hour is not None:
+        machine = replace(machine, dollars_per_hour=dollars_per_hour)
+    if not isinstance(config, Config):
+        written = _load(config, overrides, None if any_layout else nodes * machine.ranks)
+    return written, machine
+
+
+def _load(name: str, overrides: Sequence[str], world_size: int | None) -> Config:
+    """Load a configuration; ConfigError in one line, with the first problem and their number."""
+    try:
+        return load_config(name, overrides, world_size)
+    except ConfigError as error:
+        head, *problems = str(error).split("\n  ")
+        if not problems:
+            raise
+        file = head.rpartition(":")[0]
+        raise ConfigError(f"{file}: {problems[0]}; and {len(problems) - 1} more") from None
 
 
 def plan_run(run: ResolvedRun, machine: Machine, nodes: int) -> Plan:

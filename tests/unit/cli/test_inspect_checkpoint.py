@@ -13,8 +13,8 @@ from support.saving import saved
 from llamax.checkpoint.consolidate import consolidate
 from llamax.checkpoint.shard_hf import shard
 from llamax.cli import inspect as inspection
-from llamax.tools.inspect import describe
 from llamax.runtime.errors import CheckpointError
+from llamax.tools.inspect import describe
 
 
 def rows(path: Path, verify: bool = False) -> dict[str, str]:
@@ -48,7 +48,7 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CheckpointError, match=r"there is no .*nothing; check the path"):
         describe(tmp_path / "nothing")
     (tmp_path / "else").mkdir()
-    with pytest.raises(CheckpointError, match=r"is no checkpoint, run, .* read by llamax import"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint, run, .* read by llamax import"):
         describe(tmp_path / "else")
     with pytest.raises(
         CheckpointError, match=r"it is not a Hugging Face folder; .* llamax consolid"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llamax.cli import plot
+from llamax.tools.monitor import plot
 from llamax.training.metrics import (
     Record,
 )
@@ -21,6 +21,6 @@ def test_runs_of_one_name_are_plotted_by_their_folders(
         (tmp_path / each / "metrics.jsonl").write_text(record.to_json() + "\n")
     monkeypatch.chdir(tmp_path)
     folders = [Path("a/run"), Path("b/run"), tmp_path / "c/other"]
-    assert list(plot.read(folders)) == ["a/run", "b/run", "other"]
+    assert list(plot.read_runs(folders)) == ["a/run", "b/run", "other"]
     monkeypatch.chdir(tmp_path / "a" / "run")
-    assert list(plot.read([Path()])) == ["run"]
+    assert list(plot.read_runs([Path()])) == ["run"]

@@ -137,7 +137,7 @@ def test_names_are_taken_in_any_case() -> None:
         name for machine in known_machines().values() for name in (machine.name, *machine.also)
     ]
     assert len({name.lower() for name in names}) == len(names)
-    with pytest.raises(ConfigError, match=r"--instance trn1.32xlage is neither .* mean trn1"):
+    with pytest.raises(ConfigError, match=r"`instance` trn1.32xlage is neither .* mean trn1"):
         load_machine("trn1.32xlage")
 
 
