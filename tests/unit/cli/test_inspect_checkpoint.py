@@ -48,7 +48,9 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(CheckpointError, match=r"there is no .*nothing; check the path"):
         describe(tmp_path / "nothing")
     (tmp_path / "else").mkdir()
-    with pytest.raises(CheckpointError, match=r"is not a checkpoint, run, .* read by llamax import"):
+    with pytest.raises(
+        CheckpointError, match=r"is not a checkpoint, run, .* read by llamax import"
+    ):
         describe(tmp_path / "else")
     with pytest.raises(
         CheckpointError, match=r"it is not a Hugging Face folder; .* llamax consolid"
