@@ -68,29 +68,31 @@ def plan_files(
     for name in source.names():
         masters = dtype == torch.float32 and "master" in source.kinds(name)
         as_dtype = dtype or source.dtype(name)
-        one = PlannedTensor(
+        tensor = PlannedTensor(
             name, "master" if masters else "weight", as_dtype, source.shape(name), ""
         )
-        if files[-1] and files[-1] + one.size_bytes > max_shard_bytes:
+        if files[-1] and files[-1] + tensor.size_bytes > max_shard_bytes:
             files.append(0)
-        files[-1] += one.size_bytes
-        chosen.append((len(files), one))
+        files[-1] += tensor.size_bytes
+        chosen.append((len(files), tensor))
     several = len(files) > 1
     return [
-        one._replace(
+        tensor._replace(
             file=f"model-{n:05d}-of-{len(files):05d}.safetensors"
             if several
             else hf_folder.SINGLE_FILE
         )
-        for n, one in chosen
+        for n, tensor in chosen
     ]
 
 
 def allocate_files(folder: Path, planned: Sequence[PlannedTensor]) -> dict[str, int]:
     """Create the files with headers and room for the tensors; the byte offset of each, by name."""
     offsets: dict[str, int] = {}
-    for file in dict.fromkeys(one.file for one in planned):
-        tensors = [(one.name, one.dtype, one.shape) for one in planned if one.file == file]
+    for file in dict.fromkeys(tensor.file for tensor in planned):
+        tensors = [
+            (tensor.name, tensor.dtype, tensor.shape) for tensor in planned if tensor.file == file
+        ]
         header, file_offsets, size_bytes = build_header(tensors)
         with explain_write_errors(folder / file, size_bytes), open(folder / file, "wb") as out:
             out.write(header)
@@ -100,12 +102,12 @@ def allocate_files(folder: Path, planned: Sequence[PlannedTensor]) -> dict[str, 
 
 
 def write_tensor(
-    source: Source, folder: Path, one: PlannedTensor, offset: int, buffers: slabs.Buffers
+    source: Source, folder: Path, tensor: PlannedTensor, offset: int, buffers: slabs.Buffers
 ) -> int:
     """Write one tensor to its offset in its file; return its size in bytes."""
-    stream = slabs.stream_tensor(source, one.name, one.kind, one.dtype, buffers)
-    write_tensor_at(folder / one.file, offset, stream.chunks, one.size_bytes)
-    return one.size_bytes
+    stream = slabs.stream_tensor(source, tensor.name, tensor.kind, tensor.dtype, buffers)
+    write_tensor_at(folder / tensor.file, offset, stream.chunks, tensor.size_bytes)
+    return tensor.size_bytes
 
 
 def write_metadata(
@@ -125,8 +127,8 @@ def write_metadata(
         folder / hf_folder.GENERATION_CONFIG, {k: v for k, v in special.items() if v is not None}
     )
     if planned[-1].file != hf_folder.SINGLE_FILE:
-        weight_map = {one.name: one.file for one in sorted(planned)}
-        total = sum(one.size_bytes for one in planned)
+        weight_map = {tensor.name: tensor.file for tensor in sorted(planned)}
+        total = sum(tensor.size_bytes for tensor in planned)
         write_json(
             folder / hf_folder.INDEX_JSON,
             {"metadata": {"total_size": total}, "weight_map": weight_map},
@@ -138,8 +140,8 @@ def tensors_of_rank(
     planned: Sequence[PlannedTensor], rank: int, world_size: int
 ) -> Iterator[PlannedTensor]:
     """The tensors that a rank writes: those of every ``world_size``-th file, from ``rank`` on."""
-    files = list(dict.fromkeys(one.file for one in planned))[rank::world_size]
-    return (one for one in planned if one.file in files)
+    files = list(dict.fromkeys(tensor.file for tensor in planned))[rank::world_size]
+    return (tensor for tensor in planned if tensor.file in files)
 
 
 def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, folder: Path) -> None:

@@ -158,7 +158,7 @@ def to_pairs(rows: Tensor, heads: int) -> Tensor:
 
 def load_state_dict(folder: Path, path: Path) -> StateDict:
     """The tensors of a rank by their names in files of Meta."""
-    held: Mapping[object, object] = torch_zip.as_dict(
+    values: Mapping[object, object] = torch_zip.as_dict(
         torch_zip.load(check_inside(folder, path)), path
     )
-    return {str(name): value for name, value in held.items() if isinstance(value, StoredTensor)}
+    return {str(name): value for name, value in values.items() if isinstance(value, StoredTensor)}

@@ -145,13 +145,13 @@ def only_file(folder: Path) -> Path:
 
 def load_state_dict(folder: Path, path: Path, first: int) -> StateDict:
     """The tensors of a rank, without wrapper names; its layer 0 is layer ``first`` of the model."""
-    held: Mapping[Any, Any] = torch_zip.as_dict(torch_zip.load(check_inside(folder, path)), path)
+    values: Mapping[Any, Any] = torch_zip.as_dict(torch_zip.load(check_inside(folder, path)), path)
     for wrapper in ("state_dict", "model"):
-        if isinstance(held.get(wrapper), dict):
-            held = held[wrapper]
+        if isinstance(values.get(wrapper), dict):
+            values = values[wrapper]
             break
     found: dict[str, StoredTensor] = {}
-    for name, tensor in flatten_dicts(held):
+    for name, tensor in flatten_dicts(values):
         while name.partition(".")[0] in WRAPPERS:
             name = name.partition(".")[2]
         if match := LAYER_NAME.fullmatch(name):
@@ -163,9 +163,11 @@ def load_state_dict(folder: Path, path: Path, first: int) -> StateDict:
     return found
 
 
-def flatten_dicts(held: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, StoredTensor]]:
+def flatten_dicts(
+    values: Mapping[Any, Any], prefix: str = ""
+) -> Iterator[tuple[str, StoredTensor]]:
     """The tensors in nested dicts, with the keys joined by dots."""
-    for key, value in held.items():
+    for key, value in values.items():
         if isinstance(value, StoredTensor):
             yield f"{prefix}{key}", value
         elif isinstance(value, dict):

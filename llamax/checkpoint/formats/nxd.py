@@ -150,11 +150,11 @@ class NxdCheckpoint(RankGrid):
 
     def _numbers(self, stage: int) -> dict[str, int]:
         """The state number of every parameter, checked against the shapes in the files."""
-        held, state = self.optimizer[stage][0][0], self.states[stage][0]
+        values, state = self.optimizer[stage][0][0], self.states[stage][0]
         names = [name for name in state if not name.endswith(IGNORED_SUFFIXES)]
         if self.model.tie_word_embeddings:
             names = [name for name in names if name != "lm_head.weight"]
-        groups = [group.get("params") for group in held.get("param_groups", ())]
+        groups = [group.get("params") for group in values.get("param_groups", ())]
         norms = [name for name in names if "norm" in name]
         ordered = names if len(groups) < 2 else [n for n in names if n not in norms] + norms
         numbers = [number for group in groups for number in group]
@@ -165,7 +165,7 @@ class NxdCheckpoint(RankGrid):
                 f"{len(names)}; `weights_only=True` leaves it out"
             )
         for number, name in enumerate(ordered):
-            shape = held.get("shape_info", {}).get(number, state[name].shape)
+            shape = values.get("shape_info", {}).get(number, state[name].shape)
             if tuple(shape) != state[name].shape:
                 raise CheckpointError(
                     f"{self.folder}: state {number} of the optimizer is {list(shape)}, "
@@ -176,12 +176,12 @@ class NxdCheckpoint(RankGrid):
     def _pieces(self, stage: int, rank: int, name: str, kind: str) -> list[StoredTensor]:
         """The rows of one kind of a rank's parameter, from every data rank."""
         number, found = self.index[stage][name], []
-        for held in self.optimizer[stage][rank]:
+        for values in self.optimizer[stage][rank]:
             if kind == "master":
-                masters = held.get("sharded_master_weights")
+                masters = values.get("sharded_master_weights")
                 piece = masters.get(number) if isinstance(masters, dict) else None
             else:
-                piece = state_entry(held, _states(held), number).get(kind)
+                piece = state_entry(values, _states(values), number).get(kind)
             if not isinstance(piece, StoredTensor) or not piece.shape:
                 raise CheckpointError(
                     f"{self.folder}: the optimizer has no {kind} of {name}; "
@@ -235,10 +235,10 @@ def find_tag(folder: Path) -> Path:
 
 def load_rank_file(folder: Path, path: Path) -> Mapping[Any, Any]:
     """The dict in a rank's file, with the tensors of both serializations."""
-    held = torch_zip.as_dict(torch_zip.load(check_inside(folder, path)), path)
+    values = torch_zip.as_dict(torch_zip.load(check_inside(folder, path)), path)
     tensors = path.with_name(path.name + ".tensors")
     if not tensors.is_dir():
-        return held
+        return values
     info_path = path.with_name(path.name + ".info.pt")
     info = (
         torch_zip.as_dict(torch_zip.load(check_inside(folder, info_path)), info_path)
@@ -259,23 +259,23 @@ def load_rank_file(folder: Path, path: Path) -> Mapping[Any, Any]:
             raise CheckpointError(f"{file} holds no tensor; copy it again")
         return tensor
 
-    filled: Mapping[Any, Any] = torch_zip.replace_values(held, torch_pickle.XlaReference, locate)
+    filled: Mapping[Any, Any] = torch_zip.replace_values(values, torch_pickle.XlaReference, locate)
     return filled
 
 
 def load_state_dict(folder: Path, path: Path) -> StateDict:
     """The tensors of a rank's state dict by name, before any joining."""
-    held = load_rank_file(folder, path)
-    held = held["model"] if isinstance(held.get("model"), dict) else held
-    return {name: value for name, value in held.items() if isinstance(value, StoredTensor)}
+    values = load_rank_file(folder, path)
+    values = values["model"] if isinstance(values.get("model"), dict) else values
+    return {name: value for name, value in values.items() if isinstance(value, StoredTensor)}
 
 
-def _states(held: Mapping[Any, Any]) -> str:
-    return "base_state" if "base_state" in held else "state"
+def _states(values: Mapping[Any, Any]) -> str:
+    return "base_state" if "base_state" in values else "state"
 
 
-def state_entry(held: Mapping[Any, Any], key: str, number: int) -> Mapping[Any, Any]:
-    """``held[key][number]``, or nothing."""
-    outer = held.get(key)
+def state_entry(values: Mapping[Any, Any], key: str, number: int) -> Mapping[Any, Any]:
+    """``values[key][number]``, or nothing."""
+    outer = values.get(key)
     inner = outer.get(number) if isinstance(outer, dict) else None
     return inner if isinstance(inner, dict) else {}

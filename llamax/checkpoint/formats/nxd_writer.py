@@ -160,8 +160,8 @@ class NxdWriter:
                 }
                 save_torch(folder / "model" / f"dp_rank_00_{at}", state)
                 for data in range(target.data if target.moments else 0):
-                    held = self._optimizer_state(stage, rank, data)
-                    save_torch(folder / "optim" / f"dp_rank_{data:02d}_{at}", held)
+                    state = self._optimizer_state(stage, rank, data)
+                    save_torch(folder / "optim" / f"dp_rank_{data:02d}_{at}", state)
         save_text(folder / "done", "1")
 
     def _share(self, hub: Sequence[str], rank: int, kind: str) -> Tensor:
@@ -189,12 +189,17 @@ class NxdWriter:
             names = [(name, hub) for name, hub in names if name != "lm_head.weight"]
         decayed = [one for one in names if "norm" not in one[0]]
         names = decayed + [one for one in names if "norm" in one[0]]
-        held: dict[str, Any] = {"state": {}, "param_groups": [], "base_state": {}, "shape_info": {}}
+        state: dict[str, Any] = {
+            "state": {},
+            "param_groups": [],
+            "base_state": {},
+            "shape_info": {},
+        }
         for numbers, decay in (
             (range(len(decayed)), self.optim.weight_decay),
             (range(len(decayed), len(names)), 0.0),
         ):
-            held["param_groups"].append(
+            state["param_groups"].append(
                 {
                     "lr": self.lr,
                     "initial_lr": self.optim.lr,
@@ -210,8 +215,8 @@ class NxdWriter:
         masters: dict[int, Tensor] = {}
         for number, (_, hub) in enumerate(names):
             moments = {kind: self._share(hub, rank, kind) for kind in MOMENTS}
-            held["shape_info"][number] = moments["exp_avg"].shape
-            held["base_state"][number] = {
+            state["shape_info"][number] = moments["exp_avg"].shape
+            state["base_state"][number] = {
                 "step": torch.tensor(float(self.step)),
                 **{
                     kind: rows_of_data_rank(whole, data, target.data)
@@ -222,7 +227,7 @@ class NxdWriter:
                 masters[number] = rows_of_data_rank(
                     self._share(hub, rank, "master"), data, target.data
                 )
-        return held | ({"sharded_master_weights": masters} if target.masters else {})
+        return state | ({"sharded_master_weights": masters} if target.masters else {})
 
 
 def rows_of_data_rank(whole: Tensor, rank: int, degree: int) -> Tensor:

@@ -149,8 +149,8 @@ def test_contradictions_are_refused_in_one_line(environ: dict[str, Any], message
 def test_the_first_rank_of_a_machine_is_known_before_all_is_read() -> None:
     for start in (torchrun, openmpi):
         said = [{k: str(v) for k, v in start(8, 16, local, 8).items()} for local in (0, 1)]
-        assert [*map(env.first_here, said)] == [True, False]
-    assert env.first_here({})
+        assert [*map(env.is_first_local_rank, said)] == [True, False]
+    assert env.is_first_local_rank({})
 
 
 def test_the_master_becomes_an_ipv4_address() -> None:
