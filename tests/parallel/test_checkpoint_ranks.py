@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.models import TIED
 from support.world import Worlds, axes
 
 from llamax.checkpoint import Checkpoint, Saver, load_owned
-from llamax.config.model import ModelConfig
 from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.mesh import Mesh
 
-MODEL = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=1,
-    vocab_size=61,
-    tie_word_embeddings=True,
-)
+MODEL = replace(TIED, num_hidden_layers=2)
 
 
 class On(NamedTuple):

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.models import tiny
 from support.world import Worlds, axes
 
-from llamax.config.model import ModelConfig
 from llamax.inference.sampling import Sampling, generate_tokens, join_steps
 from llamax.model.llama import Llama
 from llamax.parallel.mesh import Mesh
 
-MODEL = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=61,  # 4 ranks pad it to 64
-    initializer_range=0.2,
-)
+MODEL = tiny(initializer_range=0.2)  # 4 ranks pad its vocabulary to 64
 PROMPTS = [[5, 9, 60], [7], [3, 1, 4, 1, 5, 9, 2, 6]]
 NEW = 40
 

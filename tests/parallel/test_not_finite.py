@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.models import TINY as MODEL
 from support.world import Worlds, axes
 
-from llamax.config.model import ModelConfig
 from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
@@ -18,15 +18,6 @@ from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import NotFinite
 from llamax.training.step import train_step
 from llamax.training.step_check import StepCheck
-
-MODEL = ModelConfig(
-    hidden_size=16,
-    intermediate_size=24,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=31,
-)
 
 
 def train(mesh: Mesh, victim: int, what: str, bad_step: int, zero1: bool) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.adapters import MODEL, base_folder, build
+from support.models import LLAMA2, tiny
 from support.world import Worlds, axes
 
 from llamax.config.model import ModelConfig
@@ -28,26 +29,7 @@ from llamax.parallel.collectives import Solo
 from llamax.parallel.mesh import Mesh
 from llamax.training.step import train_step, validation_loss
 
-LLAMA2 = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    vocab_size=61,
-    initializer_range=0.1,
-)
-LLAMA3 = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=61,
-    initializer_range=0.1,
-    rope_theta=500_000.0,
-    tie_word_embeddings=True,
-)
+LLAMA3 = tiny(rope_theta=500_000.0, tie_word_embeddings=True)
 LENGTH, BATCH, STEPS = 32, 8, 5
 MESHES = {LLAMA2: [(2, 1), (2, 2), (1, 4)], LLAMA3: [(1, 2), (4, 1), (4, 2)]}
 GRID = list(product((1, 2, 4), (1, 2, 4)))[1:]

@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import tiny
 from support.runs import share as share_of
 from support.world import Worlds, axes
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from llamax.config.hardware import Machine
-from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, DataConfig, OptimConfig, ParallelConfig, RunConfig
 from llamax.model.llama import DTYPES, Llama
 from llamax.ops import has_bf16_units
@@ -28,13 +28,13 @@ from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.mesh import Mesh
 from llamax.tools.plan.memory import communication, early_gradients, kept, loss, memory, state
 
-MODEL = ModelConfig(
+MODEL = tiny(  # large enough for its activations to stand out; padded wherever tensor > 1
     hidden_size=128,
     intermediate_size=352,
     num_hidden_layers=4,
     num_attention_heads=8,
-    num_key_value_heads=2,
-    vocab_size=2001,  # padded wherever tensor > 1
+    vocab_size=2001,
+    max_position_embeddings=512,
 )
 CPU = Machine(
     name="cpu",

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.models import tiny
 from support.runs import share as share_of
 from support.world import Worlds, axes
 
-from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, DataConfig, OptimConfig, ParallelConfig, RunConfig
 from llamax.model.llama import DTYPES, Llama
 from llamax.optim.zero1 import Zero1
@@ -17,14 +17,8 @@ from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh
 from llamax.tools.plan.roofline import turns
 
-MODEL = ModelConfig(
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=128,
-)
+# Wide enough for hidden states to outweigh the loss's numbers; a vocabulary without padding.
+MODEL = tiny(hidden_size=64, intermediate_size=96, num_hidden_layers=3, vocab_size=128)
 
 
 def sent(config: Config, mesh: Mesh) -> dict[tuple[str, str], int]:

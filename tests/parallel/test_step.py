@@ -16,12 +16,12 @@ from unittest import mock
 
 import pytest
 import torch
+from support.models import TIED
+from support.models import TINY as MODEL
 from support.step_reference import (
     GLOBAL_BATCH,
-    MODEL,
     OPTIM,
     SEQUENCE,
-    TIED,
     batch,
     build,
     gradients,

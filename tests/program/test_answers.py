@@ -14,10 +14,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from support.instruction import llama2_tokenizer, prepare, sums, write_rows
+from support.models import DECIDED as MODEL
 
 from llamax.cli.evaluate import main as evaluate
 from llamax.cli.generate import main as generate
-from llamax.config.model import ModelConfig
 from llamax.data.chat.encode import Encoder
 from llamax.data.chat.templates import BUILT_IN, make_sample
 from llamax.data.dataset import open_dataset
@@ -25,19 +25,6 @@ from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.inference.generate import new_file, write_line
 from llamax.inference.side_by_side import columns
 from llamax.runtime.process import Main, run_main
-
-MODEL = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=600,
-    max_position_embeddings=128,
-    initializer_range=0.5,
-    bos_token_id=1,
-    eos_token_id=2,
-)
 
 
 @pytest.fixture(scope="module")

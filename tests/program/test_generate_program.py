@@ -7,15 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from support.models import DECIDED
 
 from llamax.cli.generate import main
 from llamax.cli.prepare import main as prepare
-from llamax.config.model import ModelConfig
 from llamax.config.schema import CheckpointConfig, Config, DataConfig, RunConfig
 from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
 from llamax.inference.engine import Speed
@@ -24,18 +25,7 @@ from llamax.runtime.process import run_main
 from llamax.train import train
 
 VOCABULARY = 320
-MODEL = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=VOCABULARY,
-    max_position_embeddings=64,
-    initializer_range=0.5,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+MODEL = replace(DECIDED, num_hidden_layers=2, vocab_size=VOCABULARY, max_position_embeddings=64)
 TEXT = ["def main(argv):", "    return value + 1", "for each in range(10): print(each)"] * 20
 
 

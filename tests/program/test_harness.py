@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,26 +10,15 @@ from typing import Any
 import pytest
 import transformers
 from support.instruction import llama2_tokenizer, write_rows
+from support.models import DECIDED
 
-from llamax.config.model import ModelConfig
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import ConfigError
 
 lm_eval = pytest.importorskip("lm_eval")
 
-MODEL = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=600,
-    max_position_embeddings=64,
-    initializer_range=0.5,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+MODEL = replace(DECIDED, max_position_embeddings=64)  # shorter than some of the questions
 TASK = """
 task: {name}
 dataset_path: json

@@ -26,18 +26,11 @@ from llamax.parallel import sharding
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Cut
 from llamax.training.step import nothing, train_step
+from support.models import WIDE
 
 # Over 4 tensor ranks a key/value head has two, and blocks of 64 columns are cut through (192 / 4);
 # the scales of a feed-forward weight have two scales of their own.
-MODEL = ModelConfig(
-    hidden_size=128,
-    intermediate_size=192,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=61,
-    initializer_range=0.1,
-)
+MODEL = WIDE
 # With the usual eps AdamW would turn the rounding of a gradient near 0 into a whole step.
 OPTIM = OptimConfig(lr=1e-2, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
 SEQUENCE, GLOBAL_BATCH = 16, 8

@@ -16,6 +16,7 @@ from llamax.model.llama import Llama
 from llamax.optim.zero1 import Owned
 from llamax.parallel.collectives import Axes, Solo
 from llamax.parallel.sharding import Cut, cut, parts
+from support.models import tiny
 
 Wholes = dict[tuple[str, str], Tensor]  # (Hub name, kind) -> the whole tensor
 
@@ -30,15 +31,15 @@ class Place(Solo):
 
 def llama(tied: bool = False, kv: int = 2, vocabulary: int = 37, layers: int = 2) -> ModelConfig:
     """A small Llama whose vocabulary no degree divides."""
-    return ModelConfig(
+    return tiny(
         hidden_size=24,
         intermediate_size=40,
         num_hidden_layers=layers,
-        num_attention_heads=4,
         num_key_value_heads=kv,
-        head_dim=6,
         vocab_size=vocabulary,
         tie_word_embeddings=tied,
+        max_position_embeddings=2048,
+        initializer_range=0.02,
         bos_token_id=1,
         eos_token_id=2,
     )

@@ -5,21 +5,24 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from llamax.config.model import ModelConfig, RopeScaling
+from llamax.config.model import RopeScaling
 from llamax.config.schema import (
     Config,
     DataConfig,
     OptimConfig,
     ParallelConfig,
 )
+from support.models import tiny
 
-MODEL = ModelConfig(
+# Room for tensor degrees up to 8, and Llama 3.1's scaling.
+MODEL = tiny(
     hidden_size=64,
     intermediate_size=96,
-    num_hidden_layers=2,
     num_attention_heads=8,
     num_key_value_heads=4,
     vocab_size=101,
+    max_position_embeddings=2048,
+    initializer_range=0.02,
     rope_scaling=RopeScaling(),
 )
 

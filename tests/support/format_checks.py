@@ -13,18 +13,18 @@ from llamax.checkpoint.hf_folder import HfFolder
 from llamax.config.load import dump_config
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, RunConfig
+from support.models import tiny
 
 
 def llama(kv: int = 2, tied: bool = False, layers: int = 2, **fields: Any) -> ModelConfig:
     """Heads as wide as Meta's, a vocabulary that 8 ranks divide."""
-    return ModelConfig(
-        hidden_size=32,
-        intermediate_size=48,
+    return tiny(
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=kv,
         vocab_size=40,
         tie_word_embeddings=tied,
+        initializer_range=0.02,  # which no other format keeps
         **{"max_position_embeddings": 4096, "bos_token_id": 1, "eos_token_id": 2, **fields},
     )
 

@@ -11,26 +11,8 @@ from llamax.data.loader import Batch
 from llamax.model.llama import Llama
 from llamax.parallel import sharding
 from llamax.parallel.collectives import Axes
+from support.models import TINY as MODEL
 
-MODEL = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=61,
-    initializer_range=0.1,
-)
-TIED = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=1,
-    vocab_size=61,
-    initializer_range=0.1,
-    tie_word_embeddings=True,
-)
 # With the usual eps AdamW would turn the rounding of a gradient near 0 into a whole step.
 OPTIM = OptimConfig(lr=1e-3, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
 SEQUENCE, GLOBAL_BATCH = 16, 8

@@ -15,19 +15,10 @@ from typing import Any
 import numpy as np
 
 from llamax.config.load import dump_config
-from llamax.config.model import ModelConfig
 from llamax.config.schema import CheckpointConfig, Config, DataConfig, OptimConfig, RunConfig
 from llamax.data.token_file import Header, TokenWriter
+from support.models import TINY as MODEL
 
-MODEL = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=61,
-    max_position_embeddings=64,
-)
 STEPS = 6
 
 

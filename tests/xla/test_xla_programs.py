@@ -10,7 +10,8 @@ pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this 
 
 import torch
 from support import ranks
-from support.step_reference import GLOBAL_BATCH, MODEL, OPTIM, SEQUENCE, build, share
+from support.models import TINY as MODEL
+from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, build, share
 
 from llamax.model.recompute import Recompute
 from llamax.optim.zero1 import Zero1

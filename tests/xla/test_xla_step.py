@@ -20,7 +20,9 @@ pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this 
 
 import torch
 from support import ranks
-from support.step_reference import GLOBAL_BATCH, MODEL, OPTIM, SEQUENCE, TIED, build, share
+from support.models import TIED
+from support.models import TINY as MODEL
+from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, build, share
 from torch import Tensor
 
 from llamax.backends import choose

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from support.adapters import hub_folder
+from support.models import LLAMA2
 from support.tiny_run import config, make_dataset
 
 from llamax.checkpoint.build_model import load_tuned
@@ -36,18 +37,6 @@ from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.train import train
 
 peft = pytest.importorskip("peft", reason="peft, the judge of LoRA, is not installed")
-
-
-LLAMA2 = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=4,
-    vocab_size=61,
-    initializer_range=0.1,
-    max_position_embeddings=64,
-)
 
 
 LLAMA3 = dataclasses.replace(

@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 from support.instruction import llama2_tokenizer, prepare, sums, write_rows
+from support.models import tiny
 from support.token_files import write_token_file
 
-from llamax.config.model import ModelConfig
 from llamax.config.schema import DataConfig
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Batch, Loader
@@ -24,15 +24,7 @@ from llamax.ops import IGNORE_INDEX
 from llamax.parallel.collectives import Solo
 from llamax.parallel.sharding import Replica, parts
 
-MODEL = ModelConfig(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=600,
-    initializer_range=0.2,
-)
+MODEL = tiny(vocab_size=600, initializer_range=0.2, max_position_embeddings=2048)
 
 
 def rows_of(batch: Batch, row: int) -> list[tuple[list[int], list[int], list[int]]]:

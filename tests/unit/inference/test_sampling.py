@@ -9,20 +9,18 @@ from collections.abc import Sequence
 import pytest
 import torch
 import transformers
+from support.models import tiny
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from llamax.config.model import ModelConfig, RopeScaling
+from llamax.config.model import RopeScaling
 from llamax.inference.kv_cache import KVCache
 from llamax.inference.sampling import Sampling, check_prompts, generate_tokens, join_steps, nucleus
 from llamax.model.llama import Llama
 from llamax.parallel.sharding import parts
 from llamax.runtime.errors import CheckpointError, ConfigError
 
-LLAMA2 = ModelConfig(
+LLAMA2 = tiny(
     hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=4,
     num_key_value_heads=4,
     vocab_size=320,
     max_position_embeddings=96,

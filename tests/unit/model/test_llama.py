@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 import transformers
+from support.models import tiny
 
 from llamax.config.model import ModelConfig, RopeScaling
 from llamax.inference.sampling import generate_tokens
@@ -15,14 +16,12 @@ from llamax.parallel.collectives import Solo
 from llamax.parallel.sharding import parts
 from llamax.runtime.errors import ConfigError, DataError
 
-LLAMA2 = ModelConfig(
-    hidden_size=64,
-    intermediate_size=176,
+LLAMA2 = tiny(
     num_hidden_layers=3,
-    num_attention_heads=4,
     num_key_value_heads=4,
     vocab_size=320,
     max_position_embeddings=128,
+    initializer_range=0.02,
 )
 FAMILIES = {
     "llama2": LLAMA2,

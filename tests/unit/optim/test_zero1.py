@@ -9,10 +9,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.memory import held_bytes
+from support.models import TIED
 from torch import Tensor
 from torch.nn import Parameter
 
-from llamax.config.model import ModelConfig
 from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
 from llamax.optim import Owned, Zero1, adamw
@@ -317,19 +317,11 @@ def test_what_was_frozen_too_late_is_refused_not_decayed() -> None:
 
 
 def test_key_value_heads_that_the_axes_do_not_join() -> None:
-    model = ModelConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        vocab_size=8,
-    )
 
     class Four(Solo):
         size = 4
 
     axes = dataclasses.replace(Axes.solo(), tp=Four("tp"))
-    llama = Llama(model, axes.tp)
+    llama = Llama(TIED, axes.tp)
     with pytest.raises(ConfigError, match=r"4 tensor ranks hold each .* give the mesh kv=4"):
         Zero1(dict(llama.named_parameters()), llama.shards, OPTIM, axes, sequence_parallel=False)
