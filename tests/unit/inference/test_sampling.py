@@ -21,6 +21,7 @@ from llamax.runtime.errors import CheckpointError, ConfigError
 
 LLAMA2 = tiny(
     hidden_size=64,
+    intermediate_size=96,
     num_key_value_heads=4,
     vocab_size=320,
     max_position_embeddings=96,
