@@ -27,6 +27,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.config.hardware import LOCAL, Machine, find_machine, known_machines
 from llamax.config.load import load_config
 from llamax.config.schema import Config
@@ -143,7 +144,7 @@ class JobFile:
     """Image that the container image is built upon; empty: AWS's, by instance."""
     venv: str = ""
     """Virtual environment on the nodes; empty: PATH's Python."""
-    port: Port = 29500
+    port: Port = RENDEZVOUS_PORT
     """Port where rank 0 waits for the others."""
     storage: Storage = Storage()
     prepare: Prepare = Prepare()

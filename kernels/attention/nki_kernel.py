@@ -12,8 +12,8 @@ key/value head (``expand``).
 
 This project has not executed the kernel on Trainium.  The tests run this adapter against a stand-in
 with the documented signature.
-Source: neuronx_distributed 0.17, ``kernels/flash_attn.py`` (whose docstring gives other layouts
-than its code) and its Llama example.
+Source: neuronx_distributed 0.17, ``kernels/flash_attn.py`` (its docstring gives other layouts than
+its code) and its Llama example.
 """
 
 from __future__ import annotations

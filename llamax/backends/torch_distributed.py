@@ -62,9 +62,9 @@ class TorchAxis:
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         parts = self._split(x, dim).contiguous()
-        mine = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(mine.view(-1), parts.view(-1), group=self.group)
-        return mine
+        part = torch.empty_like(parts[0])
+        dist.reduce_scatter_tensor(part.view(-1), parts.view(-1), group=self.group)
+        return part
 
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         parts = self._split(x, split).contiguous()
@@ -74,12 +74,12 @@ class TorchAxis:
 
     def shift(self, x: Tensor, by: int = 1) -> Tensor:
         x, arrived = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        there, here = (self.ranks[(self.rank + step) % self.size] for step in (by, -by))
+        target, source = (self.ranks[(self.rank + step) % self.size] for step in (by, -by))
         if by % self.size == 0:
             return arrived.copy_(x)
         exchange = [
-            dist.P2POp(dist.isend, x, there, self.group),
-            dist.P2POp(dist.irecv, arrived, here, self.group),
+            dist.P2POp(dist.isend, x, target, self.group),
+            dist.P2POp(dist.irecv, arrived, source, self.group),
         ]
         for request in dist.batch_isend_irecv(exchange):
             request.wait()

@@ -50,9 +50,9 @@ class Tracer:
     Raises BackendError where torch-xla is not installed or does not match torch.
     """
 
-    def __init__(self, alone: Rendezvous, debug: bool = True) -> None:
+    def __init__(self, rendezvous: Rendezvous, debug: bool = True) -> None:
         os.environ["PJRT_DEVICE"] = "CPU"
-        xla_install.configure(os.environ, alone, stochastic_rounding=False)
+        xla_install.configure(os.environ, rendezvous, stochastic_rounding=False)
         import torch_xla
         import torch_xla.debug.metrics as metrics
         import torch_xla.runtime as runtime

@@ -27,6 +27,9 @@ FLASH_MAX_HEAD_DIM = 128
 NF4_BLOCK_WEIGHTS = 64  # weights that share a scale
 NF4_BLOCK_SCALES = 256  # scales that share a scale of their own, with finetune.double_quant
 
+# The default port at which the ranks of several nodes rendezvous.
+RENDEZVOUS_PORT = 29500
+
 # Names in the folder of a run, which training writes and the monitor reads.
 CONFIG_FILE = "config.toml"
 ENVIRONMENT_FILE = "environment.json"

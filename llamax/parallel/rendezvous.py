@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.runtime.errors import BackendError, LlamaxError
 
 # The variables of a launcher: rank, world size, local rank, local world size.
@@ -52,7 +53,6 @@ ATTEMPT = "TORCHELASTIC_RESTART_COUNT"
 JOBS = ("SLURM_JOB_ID", "TRAINING_JOB_NAME", "PMIX_NAMESPACE", "TORCHELASTIC_RUN_ID")
 IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"
 LOOPBACK = "127.0.0.1"
-PORT = 29500
 NEURON_PORT = 62182  # the default port of torch-xla's Neuron plugin, at which ranks meet
 DNS_WAIT_S = 60  # the name of a pod may resolve only some time after the pod starts
 
@@ -71,7 +71,7 @@ class Rendezvous:
     local_rank: int = 0
     local_world_size: int = 1
     address: str = LOOPBACK
-    port: int = PORT
+    port: int = RENDEZVOUS_PORT
     agent_store: bool = False
     attempt: int = 0
     launcher: str = ""

@@ -299,6 +299,6 @@ def check_machine(config: Config, machine: Machine) -> None:
     if cores % tensor:
         fitting = [str(degree) for degree in range(1, cores + 1) if cores % degree == 0]
         raise ConfigError(
-            f"parallel.tensor={tensor} does not fit {machine.name}, whose nodes have {cores} "
-            f"NeuronCores: tensor ranks share a node; use {', '.join(fitting)}"
+            f"parallel.tensor={tensor} does not fit {machine.name} with {cores} NeuronCores on "
+            f"each node: tensor ranks share a node; use {', '.join(fitting)}"
         )

@@ -1,8 +1,8 @@
 """Notes in the compile cache: the programs of a run that were precompiled, by hash.
 
 Neuron names a compiled MODULE by a hash that only a process with NeuronCores can compute.  So
-``--precompile`` leaves a note beside the MODULEs for each program of the run, named by the hash
-that ``llamax audit --json`` prints::
+``--precompile`` writes a note for each program of the run into the cache, named by the hash that
+``llamax audit --json`` prints::
 
     NEURON_COMPILE_CACHE_URL/llamax-programs/<sha256>.json   {"program": "microstep", ...}
 

@@ -3,8 +3,8 @@
 ::
 
     ok       torch        torch 2.9.0
-    WARNING  ports        port 29500 lies in 1024-60999, which the kernel hands out
-             why          any outgoing connection may hold it when ranks want to meet there
+    WARNING  ports        port 29500 lies in 1024-60999, which the kernel assigns to connections
+             why          an outgoing connection may use it when the ranks rendezvous there
              fix          sudo sysctl -w net.ipv4.ip_local_reserved_ports=29500
     unknown  devices      no Neuron device here; the job needs 16 on each node
              see          run doctor on a node
@@ -19,11 +19,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.config.hardware import LOCAL, Machine
 from llamax.config.schema import BackendName, Config
 from llamax.data.dataset import blend_words, open_dataset
 from llamax.launch.jobfile import JobFile
-from llamax.parallel.rendezvous import NEURON_PORT, PORT
+from llamax.parallel.rendezvous import NEURON_PORT
 from llamax.runtime.errors import DataError
 from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
@@ -39,7 +40,7 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     expected = job.machine if job else observed(host)
     yield from versions.check(host, job.config.run.backend if job else expected.backend)
     neuron = expected.neuron and expected.devices
-    ports = [job.port if job else PORT] + ([NEURON_PORT] if neuron else [])
+    ports = [job.port if job else RENDEZVOUS_PORT] + ([NEURON_PORT] if neuron else [])
     yield from machine.check(host, expected, ports)
     if job is None:
         return

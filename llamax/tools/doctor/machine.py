@@ -205,7 +205,9 @@ TX_BYTES = "ports/*/hw_counters/tx_bytes"
 
 def clock(state: int | None) -> Iterator[Finding]:
     if state is None:
-        yield unknown("clock", "the kernel does not tell of its clock here", "run doctor on a node")
+        yield unknown(
+            "clock", "the state of the clock is not readable here", "run doctor on a node"
+        )
     elif state == TIME_ERROR:
         yield Finding(
             "warning",
