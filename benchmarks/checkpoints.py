@@ -34,7 +34,7 @@ from llamax.checkpoint.shard_hf import shard
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
-from llamax.parallel.sharding import cut, join, parts
+from llamax.parallel.sharding import cut, join
 
 TENSOR, RANK = 8, 3
 LARGE = ModelConfig(
@@ -61,8 +61,9 @@ class Place(Solo):
 def cuts(model: ModelConfig) -> dict[str, tuple[object, tuple[int, ...]]]:
     """How each Hub tensor is cut, and its whole shape."""
     llama = Llama(model, device="meta")
-    how = {p.name: p.how for n, h in llama.shards.items() for p in parts(n, h, 1)}
-    return {name: (how[name], shape) for name, shape in llama.hub_shapes()}
+    parameters = llama.sharded_parameters()
+    how = parameters.hub_cuts()
+    return {name: (how[name], shape) for name, shape in parameters.hub_shapes().items()}
 
 
 def build(folder: Path, model: ModelConfig) -> None:
@@ -142,13 +143,13 @@ def one_rank(folder: Path) -> Llama:
 def load_hub(folder: Path, out: Path) -> None:
     model = one_rank(folder)
     source = HfFolder(folder / "hub")
-    load_weights(source, dict(model.named_parameters()), model.shards, TENSOR, RANK)
+    load_weights(source, model.sharded_parameters(), TENSOR, RANK)
 
 
 def load_checkpoint(folder: Path, out: Path, verify: bool = True) -> None:
     model = one_rank(folder)
     source = Checkpoint(folder / "checkpoint", verify)
-    load_weights(source, dict(model.named_parameters()), model.shards, TENSOR, RANK)
+    load_weights(source, model.sharded_parameters(), TENSOR, RANK)
 
 
 def load_unverified(folder: Path, out: Path) -> None:

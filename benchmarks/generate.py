@@ -21,7 +21,6 @@ import transformers
 from llamax.config.model import ModelConfig
 from llamax.inference.sampling import Sampling, generate_tokens, join_steps
 from llamax.model.llama import Llama
-from llamax.parallel.sharding import parts
 
 LARGE = ModelConfig(
     hidden_size=512,
@@ -108,7 +107,7 @@ def timed(run: Callable[[], Tokens], clock: Callable[[], float]) -> float:
 def copy_weights(mine: Llama, theirs: transformers.LlamaForCausalLM) -> None:
     weights = dict(theirs.named_parameters())
     for name, parameter in mine.named_parameters():
-        for part in parts(name, mine.shards[name], 1):
+        for part in mine.sharded_parameters().parts(name):
             whole = parameter
             if part.length >= 0:
                 whole = parameter.narrow(part.how.dim, part.start, part.length)

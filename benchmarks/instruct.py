@@ -50,8 +50,7 @@ def packing(rows: Path, tokenizer: Path, folder: Path, length: int) -> None:
     config = load_config("finetune-demo")
     model = Llama(replace(config.model, vocab_size=file.header.vocab_size)).init(0)
     axes = Axes(tp=Solo("tp"), data=Solo("data"), kv=Solo("kv"), world=Solo("world"))
-    parameters = dict(model.named_parameters())
-    optimizer = Zero1(parameters, model.shards, OptimConfig(), axes, sequence_parallel=False)
+    optimizer = Zero1(model.sharded_parameters(), OptimConfig(), axes, sequence_parallel=False)
     loaders = {}
     for way in ("best-fit", "padded"):
         data = replace(

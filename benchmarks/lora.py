@@ -34,14 +34,13 @@ from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig, OptimConfig
 from llamax.data.loader import Batch
-from llamax.model import lora
 from llamax.model.llama import Llama
 from llamax.model.qlora import Nf4, expected, held, stores
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Axes, Solo
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import rendezvous
-from llamax.parallel.sharding import Replica, parts
+from llamax.parallel.sharding import Replica
 from llamax.runtime.units import show_bytes
 from llamax.training.step import train_step
 
@@ -79,7 +78,7 @@ def folder(path: Path, shape: ModelConfig) -> Source:
     model = Llama(shape).init(0)
     tensors = {}
     for name, parameter in model.named_parameters():
-        for part in parts(name, model.shards[name], 1):
+        for part in model.sharded_parameters().parts(name):
             whole = isinstance(part.how, Replica)
             rows = parameter if whole else parameter.narrow(part.how.dim, part.start, part.length)
             tensors[part.name] = rows.detach().clone()
@@ -115,7 +114,7 @@ def steps(shape: ModelConfig, rounds: int, tokens: int, rows: int) -> None:
         for name, finetune in METHODS.items():
             model = build(source, finetune, axes)
             optimizer = Zero1(
-                lora.trained(model), model.shards, OptimConfig(), axes, sequence_parallel=False
+                model.sharded_parameters(), OptimConfig(), axes, sequence_parallel=False
             )
             teams[name] = model, optimizer
     ids = torch.randint(shape.vocab_size, (rows, tokens))
@@ -170,7 +169,9 @@ def memory(shape: ModelConfig) -> None:
                 model = Llama(shape, device="meta")
                 load_base(model, source, finetune, torch.empty(0), data)
                 grown = resident() - before
-                adapters = sum(p.nbytes for p in lora.trained(model).values())
+                adapters = sum(
+                    p.nbytes for p in model.sharded_parameters().trained().tensors.values()
+                )
                 formula = expected(shape, finetune, 1, data.size, 4)
                 bytes_ = torch.tensor([float(grown - adapters)])
                 most = float(axes.world.all_reduce(bytes_, "max"))

@@ -11,7 +11,6 @@ against reading them; both in rounds, one after the other.  ``--plan`` builds th
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import resource
 import shutil
@@ -35,9 +34,10 @@ from llamax.checkpoint.runs import Run, is_writer, slices
 from llamax.checkpoint.safetensors_io import TAGS, build_header
 from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
+from llamax.config.schema import CheckpointConfig
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Axes
-from llamax.parallel.sharding import local_shape, parts, whole_shape
+from llamax.parallel.sharding import ShardedParameter, ShardedParameters, local_shape, whole_shape
 from llamax.runtime.files import sha256
 
 LARGE = ModelConfig(
@@ -119,7 +119,7 @@ def rounds(count: int, folder: Path, shape: ModelConfig) -> None:
         for kind in ("weight", "exp_avg", "exp_avg_sq")
         for name, p in parameters.items()
     ]
-    saver = Saver(folder, Axes.solo(torch.device("cpu")), parameters, model.shards, keep=1)
+    saver = Saver(folder, Axes.solo("cpu"), model.sharded_parameters(), CheckpointConfig(keep=1))
     found: dict[str, list[Took]] = {}
 
     def note(what: str, took: Took) -> None:
@@ -160,7 +160,7 @@ def load(checkpoint: Path, owned: list[Run1], model: Llama, verify: bool, anew: 
     """Fill what a run owns, as training does: it is there already, or made ``anew``."""
     if anew:
         owned = [one._replace(tensor=torch.empty_like(one.tensor)) for one in owned]
-    load_owned(Checkpoint(checkpoint, verify), owned, model.shards)
+    load_owned(Checkpoint(checkpoint, verify), owned, model.sharded_parameters())
 
 
 def blank_sums(header: bytes, sizes_bytes: list[int]) -> str:
@@ -169,11 +169,19 @@ def blank_sums(header: bytes, sizes_bytes: list[int]) -> str:
     return "0" * (blocks * CHECKSUM_DIGITS)
 
 
+def share_of(llama: Llama, degree: int, rank: int) -> ShardedParameters:
+    """What a tensor rank would hold of a whole model."""
+    found = {
+        name: ShardedParameter(torch.empty(local_shape(p.shape, how, degree), device="meta"), how)
+        for name, (p, how) in llama.sharded_parameters().items()
+    }
+    return ShardedParameters(found, degree, rank)
+
+
 def build(folder: Path, recipe: str, tensor: int, data: int, bucket: int = 1 << 22) -> int:
     """A checkpoint of a recipe whose files hold headers and holes; how many runs it has."""
     model = load_config(recipe).model
     llama = Llama(model, device="meta")
-    shapes = {name: tuple(p.shape) for name, p in llama.named_parameters()}
     listed: list[files.FileRecord] = []
     tensors: dict[str, files.TensorRecord] = {}
     kinds = {"weight": torch.bfloat16, **dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), None)}
@@ -181,17 +189,17 @@ def build(folder: Path, recipe: str, tensor: int, data: int, bucket: int = 1 << 
     for tp in range(tensor):
         inside: dict[int, list[tuple[str, Run]]] = {rank: [] for rank in range(data)}
         at = 0
-        for name, how in llama.shards.items():
-            local = local_shape(shapes[name], how, tensor)
-            how_of = {part.name: part.how for part in parts(name, how, tensor)}
-            start, size = 0, math.prod(local)
+        share = share_of(llama, tensor, tp)
+        for name, (local, _) in share.items():
+            how_of = {part.name: part.how for part in share.parts(name)}
+            start, size = 0, local.numel()
             while start < size:
                 rank = (at + start) // piece % data
                 length = min(size - start, piece - (at + start) % piece)
-                for one in slices(name, how, local, tensor, tp, start, length):
+                for one in slices(share, name, start, length):
                     if is_writer(how_of[one.name], tensor, tp):
                         inside[rank].append((one.name, one.run))
-                        shape = whole_shape(how_of[one.name], local)
+                        shape = whole_shape(how_of[one.name], local.shape)
                         tensors.setdefault(one.name, files.TensorRecord(shape, {}))
                 start += length
             at += size

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama
-from llamax.parallel.sharding import parts
 
 LR, BETAS, EPS, DECAY = 3e-4, (0.9, 0.999), 1e-8, 0.01  # torch.optim.AdamW's, but for its lr
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -77,7 +76,7 @@ class Job:
         """The initial weights by their Hub names: llamax's, in fp32, unfused."""
         mine, found = Llama(self.model).init(0), {}
         for name, parameter in mine.state_dict().items():
-            for part in parts(name, mine.shards[name], 1):
+            for part in mine.sharded_parameters().parts(name):
                 whole = parameter
                 if part.length >= 0:
                     whole = parameter.narrow(part.how.dim, part.start, part.length)

@@ -34,8 +34,7 @@ def train(job: Job) -> Step:
         lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY, max_grad_norm=0.0
     )
     optimizer = Zero1(
-        dict(model.named_parameters()),
-        model.shards,
+        model.sharded_parameters(),
         optim,
         axes,
         sequence_parallel=model.sequence_parallel,

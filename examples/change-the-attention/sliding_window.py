@@ -91,8 +91,7 @@ def train(config: Config, where: Rendezvous) -> list[float]:
         model = SlidingWindowLlama(config.model, axes.tp, sequence_parallel=sequence)
         model.init(config.run.seed)
         optimizer = Zero1(
-            dict(model.named_parameters()),
-            model.shards,
+            model.sharded_parameters(),
             config.optim,
             axes,
             sequence_parallel=model.sequence_parallel,

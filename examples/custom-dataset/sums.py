@@ -79,8 +79,7 @@ def train(config: Config, where: Rendezvous) -> tuple[list[float], float]:
     with backend.joined(mesh, config.run.timeout_s) as axes:
         model = Llama(config.model, axes.tp).init(config.run.seed)
         optimizer = Zero1(
-            dict(model.named_parameters()),
-            model.shards,
+            model.sharded_parameters(),
             config.optim,
             axes,
             sequence_parallel=model.sequence_parallel,

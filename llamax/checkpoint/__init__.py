@@ -2,12 +2,12 @@
 
 A researcher needs five names::
 
-    saver = Saver(run / "checkpoints", axes, dict(model.named_parameters()), model.shards)
+    saver = Saver(run / "checkpoints", axes, model.sharded_parameters())
     saver.save(step, optimizer.owned(), state, model_hub, config_text)
 
     checkpoint = Checkpoint(newest_checkpoint(run))
-    load_weights(checkpoint, dict(model.named_parameters()), model.shards, tp_degree, tp_rank)
-    load_owned(checkpoint, optimizer.owned(), model.shards, tp_degree, tp_rank)
+    load_weights(checkpoint, model.sharded_parameters())
+    load_owned(checkpoint, optimizer.owned(), model.sharded_parameters())
 
 Tensors have the names and shapes of the Hub.  Everything that can be read is a ``Source`` of them,
 so every writer works with every reader::

@@ -74,18 +74,18 @@ def load_base(
     quantised form a tensor at a time: its model is built on the meta device.  Without a ``source``
     all is there but the base's values.
     """
-    parameters, shards, tp = dict(model.named_parameters()), model.shards, model.tp
+    parameters = model.sharded_parameters()
     if finetune.method != "qlora":
         if source is not None:
-            load_weights(source, parameters, shards, tp.size, tp.rank, convert=True)
+            load_weights(source, parameters, convert=True)
         if finetune.method == "lora":
             lora.adapt(model, finetune, like, seed)
             lora.init(model, seed)
         return
 
     if source is not None:
-        check_shapes(source, parameters, shards, tp.size)
-    weights = source or Shapes(parameters, shards, tp.size)
+        check_shapes(source, parameters)
+    weights = source or Shapes(parameters)
     quantised = like if source is not None else like.to("meta")
 
     def keep(name: str, layer: lora.Linear) -> Store:
@@ -96,14 +96,14 @@ def load_base(
     plain = [name for name in parameters if name in dict(model.named_parameters())]
     for name in plain:
         owner = model.get_submodule(name.rpartition(".")[0])
-        weight = torch.empty(parameters[name].shape, dtype=like.dtype, device=like.device)
+        weight = torch.empty(parameters[name].tensor.shape, dtype=like.dtype, device=like.device)
         owner.weight = nn.Parameter(weight, requires_grad=False)
     if source is None:
         for store in stores(model):
             store.to(like.device)
         return
     whole = [Whole(name, model.get_parameter(name).view(-1)) for name in plain]
-    load_owned(source, whole, shards, tp.size, tp.rank, convert=True)
+    load_owned(source, whole, parameters, convert=True)
 
 
 def finetune_info(finetune: FinetuneConfig, first: Source | None) -> AdapterInfo | None:
@@ -185,5 +185,5 @@ def load_tuned(
     model = Llama(ModelConfig.from_hub(frozen.model), tp, dtype=kind, device=at)
     like = torch.empty(0, dtype=kind, device=device)
     load_base(model, frozen, found.finetune, like, Solo("data", device))
-    load_weights(source, lora.trained(model), model.shards, tp.size, tp.rank, convert=True)
+    load_weights(source, model.sharded_parameters().trained(), convert=True)
     return model

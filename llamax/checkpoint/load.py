@@ -10,8 +10,7 @@ unless asked for.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from llamax.checkpoint.runs import slices
 from llamax.checkpoint.source import Source
-from llamax.parallel.sharding import Cut, local_shape, parts, whole_shape
+from llamax.parallel.sharding import ShardedParameters, whole_shape
 from llamax.runtime.errors import CheckpointError
 
 
@@ -45,61 +44,37 @@ class Whole(NamedTuple):
     start: int = 0
 
 
-def load_weights(
-    source: Source,
-    parameters: Mapping[str, Tensor],
-    shards: Mapping[str, Cut],
-    tp_degree: int = 1,
-    tp_rank: int = 0,
-    convert: bool = False,
-) -> None:
+def load_weights(source: Source, parameters: ShardedParameters, convert: bool = False) -> None:
     """Fill a model's parameters with this tensor rank's share of a source's weights.
 
     A float32 parameter takes the float32 master where the source keeps one.  ``convert`` allows
     rounding.  Raises CheckpointError where names or shapes differ: the first that does.
     """
-    check_shapes(source, parameters, shards, tp_degree)
+    check_shapes(source, parameters)
     for name, parameter in parameters.items():
-        flat = parameter.detach().view(-1)
-        _fill(source, name, "weight", flat, 0, shards[name], tp_degree, tp_rank, convert)
+        _fill(source, Whole(name, parameter.tensor.detach().view(-1)), parameters, convert)
 
 
 def load_owned(
     source: Source,
     owned: Iterable[Owned],
-    shards: Mapping[str, Cut],
-    tp_degree: int = 1,
-    tp_rank: int = 0,
+    parameters: ShardedParameters,
     convert: bool = False,
 ) -> None:
     """Fill what a rank owns (weights, masters, moments), whatever mesh the source was saved on.
 
     Masters missing from a float32 run are its weights.  Raises CheckpointError for what is absent.
     """
-    for mine in owned:
-        how, flat = shards[mine.name], mine.tensor.detach()
-        _fill(source, mine.name, mine.kind, flat, mine.start, how, tp_degree, tp_rank, convert)
+    for run in owned:
+        _fill(source, run, parameters, convert)
 
 
-def check_shapes(
-    source: Source, parameters: Mapping[str, Tensor], shards: Mapping[str, Cut], tp_degree: int = 1
-) -> None:
-    """Refuse a source whose tensors are not those of the model, naming the first that differs."""
-    expected = {
-        part.name: whole_shape(part.how, parameter.shape)
-        for name, parameter in parameters.items()
-        for part in parts(name, shards[name], tp_degree)
-    }
-    found = source.names()
+def check_shapes(source: Source, parameters: ShardedParameters) -> None:
+    """Raise CheckpointError for the first tensor that source and model do not have in common."""
+    expected, names = parameters.hub_shapes(), source.names()
     for name, shape in expected.items():
-        if name not in found:
-            raise CheckpointError(f"{source.folder} has no {name}, which the model has; {_REMEDY}")
-        if source.shape(name) != shape:
-            raise CheckpointError(
-                f"{source.folder}: {name} is {list(source.shape(name))}, the model's is "
-                f"{list(shape)}; {_REMEDY}"
-            )
-    for name in found:
+        _check_shape(source, name, shape)
+    for name in names:
         if name not in expected:
             raise CheckpointError(f"{source.folder} has {name}, which the model lacks; {_REMEDY}")
 
@@ -107,37 +82,27 @@ def check_shapes(
 _REMEDY = "give the model section the values of the folder's own configuration"
 
 
-def _fill(
-    source: Source,
-    name: str,
-    kind: str,
-    flat: Tensor,
-    start: int,
-    how: Cut,
-    tp_degree: int,
-    tp_rank: int,
-    convert: bool,
-) -> None:
-    for part in parts(name, how, tp_degree):
-        if part.name not in source.names():
-            raise CheckpointError(f"{source.folder} has no {part.name}; {_REMEDY}")
-        shape = source.shape(part.name)
-        if shape != whole_shape(part.how, shape):
-            raise CheckpointError(
-                f"{source.folder}: {part.name} is {list(shape)}, the model's is "
-                f"{list(whole_shape(part.how, shape))}; {_REMEDY}"
-            )
-    elements = math.prod(local_shape(shape, how, tp_degree))
-    if start + len(flat) > elements:
+def _check_shape(source: Source, name: str, shape: tuple[int, ...]) -> None:
+    if name not in source.names():
+        raise CheckpointError(f"{source.folder} has no {name}, which the model has; {_REMEDY}")
+    if source.shape(name) != shape:
         raise CheckpointError(
-            f"{source.folder}: a rank's share of {name} has {elements} elements, the model's has "
-            f"more; {_REMEDY}"
+            f"{source.folder}: {name} is {list(source.shape(name))}, the model's is "
+            f"{list(shape)}; {_REMEDY}"
         )
+
+
+def _fill(source: Source, wanted: Owned, parameters: ShardedParameters, convert: bool) -> None:
+    """Fill one run of this rank's share of a parameter, or of its state."""
+    shape, flat = parameters[wanted.name].tensor.shape, wanted.tensor.detach()
+    for part in parameters.parts(wanted.name):
+        _check_shape(source, part.name, whole_shape(part.how, shape))
     end = 0  # what lies between slices, and after the last, is padding
-    for hub, run, offset in slices(name, how, shape, tp_degree, tp_rank, start, len(flat)):
+    for name, run, offset in slices(parameters, wanted.name, wanted.start, len(flat)):
         flat[end:offset].zero_()
         end = offset + run.length
-        source.fill(hub, _kind(source, hub, kind, flat.dtype), run, flat[offset:end], convert)
+        kind = _kind(source, name, wanted.kind, flat.dtype)
+        source.fill(name, kind, run, flat[offset:end], convert)
     flat[end:].zero_()
 
 

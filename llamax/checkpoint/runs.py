@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from llamax.parallel.sharding import Cut, Replica, Shard, parts, replicas, span
+from llamax.parallel.sharding import Cut, Replica, Shard, ShardedParameters, replicas, span
 
 
 class Run(NamedTuple):
@@ -135,19 +135,16 @@ def is_tiling(shape: Sequence[int], runs: Sequence[Run]) -> bool:
     return right == row_width(shape)
 
 
-def slices(
-    name: str, how: Cut, shape: Sequence[int], degree: int, rank: int, start: int, length: int
-) -> Iterator[Slice]:
+def slices(parameters: ShardedParameters, name: str, start: int, length: int) -> Iterator[Slice]:
     """The Hub runs behind elements [start, start + length) of a rank's flat share of a parameter.
 
-    ``shape`` may be that of the share or of the whole tensor: only dims after the first are used,
-    and these differ only for a cut along dim 1, where the cut gives the width.  Padding belongs to
-    no Hub tensor and is left out.
+    Padding belongs to no Hub tensor and is left out.
     """
-    for part in parts(name, how, degree):
+    shape = parameters[name].tensor.shape
+    for part in parameters.parts(name):
         if isinstance(part.how, Shard):
             (block,) = part.how.blocks
-            rows = span(block, degree, rank)
+            rows = span(block, parameters.degree, parameters.rank)
             if part.how.dim == 1:
                 strip, first, begin, elements = (rows.start, rows.length), 0, 0, start + length
             else:

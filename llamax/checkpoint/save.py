@@ -39,12 +39,11 @@ from llamax.checkpoint.load import Owned, Whole
 from llamax.checkpoint.retention import clean_up, delete_or_warn, move_to_past, publish
 from llamax.checkpoint.runs import Run, is_writer, slices
 from llamax.checkpoint.safetensors_io import TAGS, TensorStream, WrittenFile, write_safetensors
+from llamax.config.schema import CheckpointConfig
 from llamax.parallel.collectives import Axes
-from llamax.parallel.sharding import Cut, parts, whole_shape
+from llamax.parallel.sharding import ShardedParameters, whole_shape
 from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
 from llamax.runtime.files import sync_folder
-
-ToHost = Callable[[Sequence[Tensor]], list[Tensor]]
 
 
 class Kept(NamedTuple):
@@ -65,13 +64,11 @@ def copy_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
 class Saver:
     """Saves checkpoints of one run into ``folder``; made by all ranks of ``axes`` together.
 
-    ``parameters`` and ``shards`` say what the names in ``Owned`` mean; Parameters that are frozen
-    by now, which nobody owns, are kept as weights alone.  ``zero1`` off: every data rank owns
-    everything, and writes an equal share.  ``keep``: how many stay, 0 for all; those of
-    every ``keep_every`` steps stay for good, and with ``keep_best`` that of the lowest score.
-    ``also_hf``: the ranks leave a Hugging Face folder ``hub`` in every checkpoint as well.
-    ``timeout_s``: how long rank 0 waits for the files of the others.  ``barrier``: how ranks meet,
-    unless by a collective.
+    ``parameters`` say what the names in ``Owned`` mean; Parameters that are frozen by now, which
+    nobody owns, are kept as weights alone.  ``config`` says which checkpoints stay and whether
+    files are written in the background.  Without ``zero1`` every data rank owns everything, and
+    writes an equal share.  ``timeout_s``: how long rank 0 waits for the files of the others.
+    ``barrier``: how ranks meet, unless by a collective.
     At most one save is in flight; what goes wrong in it is raised by the next call of any method.
     """
 
@@ -79,31 +76,22 @@ class Saver:
         self,
         folder: Path | str,
         axes: Axes,
-        parameters: Mapping[str, Tensor],
-        shards: Mapping[str, Cut],
+        parameters: ShardedParameters,
+        config: CheckpointConfig | None = None,
         *,
         zero1: bool = True,
-        keep: int = 2,
-        keep_every: int = 0,
-        keep_best: bool = False,
-        also_hf: bool = False,
-        background: bool = True,
         timeout_s: float = 1800.0,
-        to_host: ToHost = copy_to_host,
         barrier: Callable[[], None] | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
+        self.folder, self.parameters = Path(folder), parameters
+        self.config = config = config or CheckpointConfig()
         self.frozen = {
             name: tensor
-            for name, tensor in parameters.items()
+            for name, tensor in parameters.tensors.items()
             if isinstance(tensor, Parameter) and not tensor.requires_grad
         }
-        self.shards, self.zero1 = shards, zero1
-        self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
-        self.also_hf = also_hf
         self.tp, self.data = axes.tp, axes.data
-        self.background, self.timeout_s, self.to_host = background, timeout_s, to_host
+        self.zero1, self.timeout_s = zero1, timeout_s
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._scores: dict[int, float] = {}
@@ -111,7 +99,7 @@ class Saver:
             with explain_write_errors(self.folder, 0):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 clean_up(self.folder)
-                self._scores = listing.validation_losses(self.folder) if keep_best else {}
+                self._scores = listing.validation_losses(self.folder) if config.keep_best else {}
         if barrier is None:
             axes.world.all_reduce(torch.zeros(1, device=axes.world.rank_index.device)).cpu()
         else:
@@ -153,7 +141,7 @@ class Saver:
             target=self._guarded, args=(kept, rng, manifest, config_text), name="llamax-checkpoint"
         )
         self._thread.start()
-        if not self.background:
+        if not self.config.background:
             self.wait()
 
     def check(self) -> None:
@@ -176,19 +164,17 @@ class Saver:
     def _snapshot(self, owned: Iterable[Owned]) -> list[Kept]:
         kept = []
         for mine in owned:
-            how, shape, flat = self.shards[mine.name], self.shapes[mine.name], mine.tensor
+            shape, flat = self.parameters[mine.name].tensor.shape, mine.tensor
             low, high = 0, len(flat)
             if not self.zero1:
                 low, high = (len(flat) * (self.data.rank + i) // self.data.size for i in (0, 1))
-            part_of = {part.name: part.how for part in parts(mine.name, how, self.tp.size)}
-            for name, run, at in slices(
-                mine.name, how, shape, self.tp.size, self.tp.rank, mine.start + low, high - low
-            ):
-                if is_writer(part_of[name], self.tp.size, self.tp.rank):
+            cuts = {part.name: part.how for part in self.parameters.parts(mine.name)}
+            for name, run, at in slices(self.parameters, mine.name, mine.start + low, high - low):
+                if is_writer(cuts[name], self.tp.size, self.tp.rank):
                     tensor = flat[low + at : low + at + run.length]
-                    whole = whole_shape(part_of[name], shape)
+                    whole = whole_shape(cuts[name], shape)
                     kept.append(Kept(name, mine.kind, whole, run, tensor))
-        copies = self.to_host([one.tensor for one in kept])
+        copies = copy_to_host([one.tensor for one in kept])
         return [one._replace(tensor=copy) for one, copy in zip(kept, copies, strict=True)]
 
     def _guarded(
@@ -209,7 +195,7 @@ class Saver:
         except BaseException as error:
             self._error = self._withdraw(folder, mine, error, manifest.step)
             return
-        if self.also_hf:
+        if self.config.also_hf:
             self._also_hf(folder, manifest.step)
 
     def _also_hf(self, folder: Path, step: int) -> None:
@@ -285,10 +271,9 @@ class Saver:
                     whole.kinds.setdefault(kind, files.KindRecord(tag, [])).runs.append(
                         (index, *run)
                     )
-        for name, how in self.shards.items():
-            for part in parts(name, how, self.tp.size):
-                if part.name not in manifest.tensors:
-                    raise CheckpointError(f"no rank owns any of {part.name}")
+        for name in self.parameters.hub_cuts():
+            if name not in manifest.tensors:
+                raise CheckpointError(f"no rank owns any of {name}")
         for path in folder.glob("rank-*.json"):
             path.unlink()
         files.write_manifest(folder, manifest, config_text)
@@ -298,16 +283,17 @@ class Saver:
     def _retire(self, manifest: files.Manifest) -> None:
         """Delete the checkpoints that nothing keeps."""
         self._scores.pop(manifest.step, None)  # of a run that was taken back before this step
-        if self.keep_best and manifest.score is not None and math.isfinite(manifest.score):
+        if self.config.keep_best and manifest.score is not None and math.isfinite(manifest.score):
             self._scores[manifest.step] = manifest.score
         for later in listing.list_checkpoints(self.folder):  # the run has gone back behind these
             if (step := files.step_of(later)) > manifest.step:
                 self._scores.pop(step, None)
                 move_to_past(later)
         best = min(self._scores, key=self._scores.__getitem__, default=None)
-        for old in listing.list_checkpoints(self.folder)[: -self.keep] if self.keep else []:
+        keep, keep_every = self.config.keep, self.config.keep_every
+        for old in listing.list_checkpoints(self.folder)[:-keep] if keep else []:
             step = files.step_of(old)
-            for_good = self.keep_every and step % self.keep_every == 0
+            for_good = keep_every and step % keep_every == 0
             if step not in (manifest.step, best) and not for_good:
                 delete_or_warn(old)
                 self._scores.pop(step, None)

@@ -34,7 +34,7 @@ from llamax.checkpoint.slabs import Buffers, Slabs, new_buffers
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
-from llamax.parallel.sharding import Cut, local_shape, parts
+from llamax.parallel.sharding import ShardedParameter, ShardedParameters, local_shape
 from llamax.runtime.errors import ConfigError
 
 
@@ -58,9 +58,9 @@ def shard(
         raise ConfigError(f"`tensor={tensor}` is below 1; use 1 or more")
     source = hf_folder.HfFolder(folder)
     model = Llama(ModelConfig.from_hub(source.model), Solo("tp"), device="meta")
-    check_shapes(source, dict(model.named_parameters()), model.shards)
+    check_shapes(source, model.sharded_parameters())
     try:
-        cuts = _cuts(source, model, tensor)
+        ranks = [_share(source, model, tensor, rank) for rank in range(tensor)]
     except ConfigError:
         fit = [str(degree) for degree in range(1, 2 * tensor) if _fits(source, model, degree)]
         raise ConfigError(
@@ -83,12 +83,12 @@ def shard(
         def write_rank(rank: int) -> WrittenFile:
             path = part / files.file_name("weights", rank, 0)
             return write_safetensors(
-                path, _share(source, cuts, tensor, rank, buffers), progress=progress
+                path, _streams(source, ranks[rank], buffers), progress=progress
             )
 
         for rank, written in enumerate(pool.map(write_rank, range(tensor))):
             manifest.files.append(files.FileRecord(files.file_name("weights", rank, 0), *written))
-            for name, run in _runs(source, cuts, tensor, rank):
+            for name, run in _runs(ranks[rank]):
                 tag = TAGS[source.dtype(name)]
                 whole = files.TensorRecord(
                     source.shape(name), {"weight": files.KindRecord(tag, [])}
@@ -99,41 +99,37 @@ def shard(
     return Path(out)
 
 
-def _cuts(source: hf_folder.HfFolder, model: Llama, tensor: int) -> dict[str, Cut]:
-    """How each tensor of the folder is cut; ConfigError if ``tensor`` does not divide it."""
-    cuts = {
-        part.name: part.how
-        for name, how in model.shards.items()
-        for part in parts(name, how, tensor)
-    }
-    for name, how in cuts.items():
-        local_shape(source.shape(name), how, tensor)
-    return cuts
+def _share(source: hf_folder.HfFolder, model: Llama, degree: int, rank: int) -> ShardedParameters:
+    """A rank's share of each tensor of the folder, without memory.
+
+    Raises ConfigError if ``degree`` does not divide one of them.
+    """
+    shares = {}
+    for name, how in model.sharded_parameters().hub_cuts().items():
+        shape = local_shape(source.shape(name), how, degree)
+        shares[name] = ShardedParameter(torch.empty(shape, device="meta"), how)
+    return ShardedParameters(shares, degree, rank)
 
 
-def _fits(source: hf_folder.HfFolder, model: Llama, tensor: int) -> bool:
+def _fits(source: hf_folder.HfFolder, model: Llama, degree: int) -> bool:
     try:
-        return bool(_cuts(source, model, tensor))
+        return bool(_share(source, model, degree, 0))
     except ConfigError:
         return False
 
 
-def _runs(
-    source: hf_folder.HfFolder, cuts: dict[str, Cut], tensor: int, rank: int
-) -> list[tuple[str, Run]]:
+def _runs(share: ShardedParameters) -> list[tuple[str, Run]]:
     """The runs of each tensor that a rank writes: those that no lower rank holds too."""
-    found = []
-    for name, how in cuts.items():
-        if is_writer(how, tensor, rank):
-            shape = source.shape(name)
-            elements = torch.Size(local_shape(shape, how, tensor)).numel()
-            for cut in slices(name, how, shape, tensor, rank, 0, elements):
-                found.append((name, cut.run))
-    return found
+    return [
+        (name, piece.run)
+        for name, (tensor, how) in share.items()
+        if is_writer(how, share.degree, share.rank)
+        for piece in slices(share, name, 0, tensor.numel())
+    ]
 
 
-def _share(
-    source: hf_folder.HfFolder, cuts: dict[str, Cut], tensor: int, rank: int, buffers: Buffers
+def _streams(
+    source: hf_folder.HfFolder, share: ShardedParameters, buffers: Buffers
 ) -> list[TensorStream]:
     return [
         TensorStream(
@@ -142,7 +138,7 @@ def _share(
             (run.length,),
             Slabs(source, name, "weight", run, source.dtype(name), buffers),
         )
-        for name, run in _runs(source, cuts, tensor, rank)
+        for name, run in _runs(share)
     ]
 
 

@@ -58,8 +58,7 @@ class LoadedModel:
         narrow = self.source.dtype("model.embed_tokens.weight") == torch.bfloat16
         kind = DTYPES[dtype] if dtype else torch.bfloat16 if narrow else torch.float32
         model = Llama(self.model, tp, dtype=kind, device=device)
-        parameters = dict(model.named_parameters())
-        load_weights(self.source, parameters, model.shards, tp.size, tp.rank, convert=True)
+        load_weights(self.source, model.sharded_parameters(), convert=True)
         return model
 
 

@@ -2,8 +2,8 @@
 
 Parameters are named as Llama checkpoints on the Hugging Face Hub name them
 (``model.layers.3.mlp.down_proj.weight``), with two fusions: ``self_attn.qkv_proj`` stacks q, k, v
-and ``mlp.gate_up_proj`` stacks gate, up, so each is one matmul.  ``Llama.shards`` says how every
-parameter is cut, and that is all the rest of llamax needs to know about the network.
+and ``mlp.gate_up_proj`` stacks gate, up, so each is one matmul.  ``Llama.sharded_parameters``
+says how every parameter is cut: all the rest of llamax needs to know about the network.
 
 Shapes are suffixes.  A capital is the whole dimension, lower case is this rank's share:
 
@@ -20,7 +20,7 @@ transformers' LlamaForCausalLM.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from llamax.parallel import regions
 from llamax.parallel.collectives import Axis, Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.sharding import Block as Rows
-from llamax.parallel.sharding import Cut, Replica, cut, parts
+from llamax.parallel.sharding import Replica, ShardedParameter, ShardedParameters, cut
 from llamax.parallel.tensor_parallel import (
     ColumnLinear,
     RowLinear,
@@ -236,11 +236,12 @@ class Llama(nn.Module):
                 rows, model.hidden_size, self.tp, self.sequence_parallel, like
             )
 
-    @property
-    def shards(self) -> Mapping[str, Cut]:
-        """How each parameter is cut over the tensor-parallel axis, by name."""
+    def sharded_parameters(self) -> ShardedParameters:
+        """Every parameter of this rank with its cut over the tensor-parallel axis, by name."""
         owners = dict(self.named_modules())
-        return {name: owners[name.rpartition(".")[0]].shard for name, _ in self.named_parameters()}
+        cuts = {name: owners[name.rpartition(".")[0]].shard for name, _ in self.named_parameters()}
+        found = {name: ShardedParameter(p, cuts[name]) for name, p in self.named_parameters()}
+        return ShardedParameters(found, self.tp.size, self.tp.rank)
 
     @property
     def output_weight(self) -> Tensor:
@@ -254,13 +255,12 @@ class Llama(nn.Module):
 
         Each Hub tensor is drawn whole from a generator seeded by (seed, its name), then cut.
         """
-        shards = self.shards
-        for name, parameter in self.named_parameters():
-            how = shards[name]
+        parameters = self.sharded_parameters()
+        for name, (parameter, how) in parameters.items():
             if isinstance(how, Replica):
                 parameter.fill_(1.0)
                 continue
-            for part in parts(name, how, self.tp.size):
+            for part in parameters.parts(name):
                 assert not isinstance(part.how, Replica)
                 shape = list(parameter.shape)
                 shape[part.how.dim] = part.how.blocks[0].size
@@ -361,16 +361,6 @@ class Llama(nn.Module):
 
         x_BsD: Tensor = self.model(ids_BS, positions_BS, attend or causal)
         return x_BsD
-
-    def hub_shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Name and whole shape of every Hub tensor of the model."""
-        shards = self.shards
-        for name, parameter in self.named_parameters():
-            for part in parts(name, shards[name], self.tp.size):
-                shape = list(parameter.shape)
-                if not isinstance(part.how, Replica):
-                    shape[part.how.dim] = part.how.blocks[0].size
-                yield part.name, tuple(shape)
 
 
 def _check(model: ModelConfig, tensor: int, recompute: Recompute) -> None:

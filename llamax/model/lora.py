@@ -12,7 +12,7 @@ add to.  ``llamax.model.lora_linear`` computes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from math import sqrt
 
 import torch
@@ -102,11 +102,6 @@ def _factors(layer: Linear, part: Part, r: int, like: Tensor) -> tuple[Factor, F
     return Factor((r, into), cut_a, degree, like), Factor((out, r), cut_b, degree, like)
 
 
-def trained(model: Llama) -> dict[str, nn.Parameter]:
-    """What the optimizer updates and checkpoints hold: all that is not frozen."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
 def num_parameters(model: ModelConfig, finetune: FinetuneConfig) -> int:
     """The number of weights of all adapters of a model."""
     D, F = model.hidden_size, model.intermediate_size
@@ -120,12 +115,10 @@ def num_parameters(model: ModelConfig, finetune: FinetuneConfig) -> int:
 @torch.no_grad()
 def init(model: Llama, seed: int) -> None:
     """Draw A whole from a generator seeded by (seed, name), then cut it; B is zero."""
-    shards: Mapping[str, Cut] = model.shards
-    for name, parameter in trained(model).items():
+    for name, (parameter, how) in model.sharded_parameters().trained().items():
         if ".lora_B." in name:
             parameter.zero_()
             continue
-        how = shards[name]
         r, width = parameter.shape
         if isinstance(how, Shard):
             width = how.blocks[0].size

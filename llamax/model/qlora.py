@@ -24,7 +24,7 @@ Embeddings, norms and the output projection stay as they are, as in Dettmers et 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import ceil, gcd
 from typing import NamedTuple, Protocol
 
@@ -40,7 +40,7 @@ from llamax.model.llama import Llama
 from llamax.model.lora import Linear
 from llamax.model.lora_linear import FrozenLinear
 from llamax.parallel.collectives import Axis, Solo
-from llamax.parallel.sharding import Cut, Part, Shard, parts, span, whole_shape
+from llamax.parallel.sharding import Part, Shard, ShardedParameters, parts, span
 
 AT_ONCE = 4 * 2**20  # weights quantised at once: bounds the float32 copies
 
@@ -54,14 +54,8 @@ class Weights(Protocol):
 class Shapes:
     """The weights of a model without what is in them: meta tensors."""
 
-    def __init__(
-        self, parameters: Mapping[str, Tensor], shards: Mapping[str, Cut], tensor: int
-    ) -> None:
-        self.whole = {
-            part.name: whole_shape(part.how, parameter.shape)
-            for name, parameter in parameters.items()
-            for part in parts(name, shards[name], tensor)
-        }
+    def __init__(self, parameters: ShardedParameters) -> None:
+        self.whole = parameters.hub_shapes()
 
     def read(self, name: str) -> Tensor:
         return torch.empty(self.whole[name], device="meta")

@@ -33,7 +33,7 @@ No Python number that depends on the rank or the step enters a step: one graph s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -52,7 +52,7 @@ from llamax.optim.clip import clip_factor, sum_of_squares
 from llamax.optim.groups import Bucket, Group, Key, Owned, split_like
 from llamax.optim.lazy import LazyGroup
 from llamax.parallel.collectives import Axes
-from llamax.parallel.sharding import Cut, Replica
+from llamax.parallel.sharding import Replica, ShardedParameters
 from llamax.runtime.errors import ConfigError
 
 
@@ -62,15 +62,14 @@ class Zero1:
     ``parameters`` are this rank's shares and move into flat vectors: load into them in place from
     then on, and call ``adopt_parameters``; frozen ones are left alone.  After backward a gradient
     may be in the flat vector and ``parameter.grad`` None: see or change it in a hook that
-    ``parameter.register_hook`` takes.  ``shards`` says how each is cut over tp.
+    ``parameter.register_hook`` takes.
     ``sequence_parallel``: each tensor rank saw its own part of the sequence, so that gradients of
     replicas are partial.  ``bucket_bytes`` of float32 gradient travel at once.
     """
 
     def __init__(
         self,
-        parameters: Mapping[str, Parameter],
-        shards: Mapping[str, Cut],
+        parameters: ShardedParameters,
         optim: OptimConfig,
         axes: Axes,
         *,
@@ -78,17 +77,17 @@ class Zero1:
         zero1: bool = True,
         bucket_bytes: int = 64 * 2**20,
     ) -> None:
-        self.optim, self.axes, tp = optim, axes, axes.tp
+        self.optim, self.axes, degree = optim, axes, parameters.degree
         self.sharded = zero1 and axes.data.size > 1
         members: dict[Key, dict[str, Parameter]] = {}
         seen: set[int] = set()  # tied weights are one parameter with two names
-        for name, parameter in parameters.items():
-            if parameter.requires_grad and id(parameter) not in seen:
+        for name, (parameter, how) in parameters.trained().items():
+            if id(parameter) not in seen:
                 seen.add(id(parameter))
-                how = shards[name]
+                assert isinstance(parameter, Parameter)
                 partial = isinstance(how, Replica) and (sequence_parallel or how.partial)
-                counts = weight(how, tp.size)
-                key = Key(parameter.dtype, parameter.dim() > 1, counts, partial and tp.size > 1)
+                counts = weight(how, degree)
+                key = Key(parameter.dtype, parameter.dim() > 1, counts, partial and degree > 1)
                 members.setdefault(key, {})[name] = parameter
         if not members:
             raise ConfigError(
@@ -100,7 +99,9 @@ class Zero1:
             counted = [
                 segment
                 for name, parameter in named.items()
-                for segment in segments(parameter.shape, shards[name], tp.size, tp.rank)
+                for segment in segments(
+                    parameter.shape, parameters[name].cut, degree, parameters.rank
+                )
             ]
             for found in {round(1 / segment.weight) for segment in counted if segment.shared}:
                 if found != axes.kv.size:

@@ -21,7 +21,7 @@ Because all of this is arithmetic on (block, degree, rank), any degree can be tu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -195,3 +195,66 @@ def whole_shape(how: Cut, shape: Sequence[int]) -> tuple[int, ...]:
         return tuple(shape)
     (block,) = how.blocks
     return (*shape[: how.dim], block.size, *shape[how.dim + 1 :])
+
+
+# --- the parameters of a model -------------------------------------------------------------------
+
+
+class ShardedParameter(NamedTuple):
+    """A parameter's share on one rank, and how the whole is cut."""
+
+    tensor: Tensor
+    cut: Cut
+
+
+class ShardedParameters(Mapping[str, ShardedParameter]):
+    """The parameters that one tensor-parallel rank holds, by name, each with its cut.
+
+    ``degree`` and ``rank`` are those of the axis.  A model makes it once
+    (``Llama.sharded_parameters``); optimizer and checkpoints need to know no more about a model.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, ShardedParameter], degree: int = 1, rank: int = 0
+    ) -> None:
+        self._parameters, self.degree, self.rank = dict(parameters), degree, rank
+
+    def __getitem__(self, name: str) -> ShardedParameter:
+        return self._parameters[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parameters)
+
+    def __len__(self) -> int:
+        return len(self._parameters)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors alone, by name."""
+        return {name: parameter.tensor for name, parameter in self.items()}
+
+    @property
+    def cuts(self) -> dict[str, Cut]:
+        """The cuts alone, by name."""
+        return {name: parameter.cut for name, parameter in self.items()}
+
+    def trained(self) -> ShardedParameters:
+        """Those that require a gradient: what an optimizer updates and a checkpoint keeps."""
+        kept = {name: p for name, p in self.items() if p.tensor.requires_grad}
+        return ShardedParameters(kept, self.degree, self.rank)
+
+    def parts(self, name: str) -> Iterator[Part]:
+        """The Hub tensors that one parameter holds."""
+        yield from parts(name, self[name].cut, self.degree)
+
+    def hub_cuts(self) -> dict[str, Cut]:
+        """How each Hub tensor is cut, by its name on the Hub."""
+        return {part.name: part.how for name in self for part in self.parts(name)}
+
+    def hub_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The whole shape of each Hub tensor, by its name on the Hub."""
+        return {
+            part.name: whole_shape(part.how, parameter.tensor.shape)
+            for name, parameter in self.items()
+            for part in self.parts(name)
+        }

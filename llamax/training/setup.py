@@ -23,7 +23,7 @@ from llamax.data.dataset import Dataset
 from llamax.data.loader import Batches
 from llamax.data.samples import Samples
 from llamax.model.llama import DTYPES, Llama
-from llamax.model.lora import num_parameters, trained
+from llamax.model.lora import num_parameters
 from llamax.model.qlora import stores
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Axes
@@ -89,11 +89,9 @@ def prepare(
     torch.manual_seed(config.run.seed)
     home = torch.device("cpu") if backend.traces else backend.device
     model = build_model(config, inputs.first, draw and resumed is None, axes, home)
-    parameters = trained(model)
-    shards = {name: model.shards[name] for name in parameters}
+    parameters = model.sharded_parameters().trained()
     optimizer = Zero1(
         parameters,
-        shards,
         config.optim,
         axes,
         sequence_parallel=model.sequence_parallel,
@@ -102,9 +100,9 @@ def prepare(
     )
     step = consumed = 0
     if resumed is not None:
-        load_owned(resumed, optimizer.owned(), shards, tp.size, tp.rank)
+        load_owned(resumed, optimizer.owned(), parameters)
         if backend.traces:  # which has no program yet to gather with
-            load_weights(resumed, parameters, shards, tp.size, tp.rank)
+            load_weights(resumed, parameters)
         else:
             optimizer.gather_parameters()
         rng = resumed.rng(tp.rank, axes.data.rank)
@@ -127,13 +125,8 @@ def prepare(
         Path(config.run.folder) / CHECKPOINTS_FOLDER,
         axes,
         parameters,
-        shards,
+        config.checkpoint,
         zero1=config.parallel.zero1,
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        keep_best=config.checkpoint.keep_best,
-        also_hf=config.checkpoint.also_hf,
-        background=config.checkpoint.background,
         timeout_s=config.run.timeout_s,
         barrier=backend.barrier,
     )

@@ -43,10 +43,9 @@ def train_and_save(on: On, dtype: torch.dtype, source: str, out: str, steps: int
     """Some steps from ``source`` (or from scratch), then a checkpoint in ``out``."""
     mine = axes(Mesh(tp=on.tp, dp=on.dp), max(1, on.tp // MODEL.num_key_value_heads))
     model = Llama(MODEL, mine.tp, dtype=dtype, sequence_parallel=on.sequence_parallel).init(0)
-    parameters, shards = dict(model.named_parameters()), model.shards
+    parameters = model.sharded_parameters()
     optimizer = Zero1(
         parameters,
-        shards,
         OptimConfig(),
         mine,
         sequence_parallel=on.sequence_parallel,
@@ -56,7 +55,7 @@ def train_and_save(on: On, dtype: torch.dtype, source: str, out: str, steps: int
     if source:
         checkpoint = Checkpoint(source)
         checkpoint.check_rng(mine.world.rank, mine.world.size)
-        load_owned(checkpoint, optimizer.owned(), shards, mine.tp.size, mine.tp.rank)
+        load_owned(checkpoint, optimizer.owned(), parameters)
         optimizer.gather_parameters()
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
@@ -66,7 +65,7 @@ def train_and_save(on: On, dtype: torch.dtype, source: str, out: str, steps: int
         total, _ = model.loss(share[:, :-1], share[:, 1:])
         (total / 32).backward()
         optimizer.step(torch.tensor(1e-3), torch.tensor(float(step + 1)), torch.tensor(1.0))
-    saver = Saver(out, mine, parameters, shards, zero1=on.zero1, timeout_s=60)
+    saver = Saver(out, mine, parameters, zero1=on.zero1, timeout_s=60)
     saver.save(steps, optimizer.owned(), {}, MODEL.to_hub("float32"), "", torch.get_rng_state())
     saver.wait()
     mine.world.all_reduce(torch.zeros(1))

@@ -129,10 +129,8 @@ def sent(
         **{name: Metered(getattr(mine, name), meter) for name in ("tp", "data", "kv", "world")},
     )
     model = Llama(MODEL, mine.tp, sequence_parallel=sequence).init(0)
-    parameters = dict(model.named_parameters())
     optimizer = Zero1(
-        parameters,
-        model.shards,
+        model.sharded_parameters(),
         OptimConfig(),
         mine,
         sequence_parallel=sequence,

@@ -63,7 +63,9 @@ def on_mesh(
         with MUTATIONS[mutation]():
             model = build(folder, my_axes, finetune, sequence, recompute)
             mine = steps(model, my_axes, 2, packed=sequence)
-        found += differences(mine, whole, model.shards, mesh.tp, my_axes.tp.rank, TOLERANCE)
+        found += differences(
+            mine, whole, model.sharded_parameters().cuts, mesh.tp, my_axes.tp.rank, TOLERANCE
+        )
     return found
 
 

@@ -25,8 +25,7 @@ def train(mesh: Mesh, victim: int, what: str, bad_step: int, zero1: bool) -> lis
     mine = axes(mesh, max(1, mesh.tp // MODEL.num_key_value_heads))
     model = Llama(MODEL, mine.tp).init(0)
     optimizer = Zero1(
-        dict(model.named_parameters()),
-        model.shards,
+        model.sharded_parameters(),
         OptimConfig(),
         mine,
         sequence_parallel=False,

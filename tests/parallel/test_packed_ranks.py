@@ -21,7 +21,6 @@ from llamax.config.schema import DataConfig, FinetuneConfig, OptimConfig
 from llamax.data.samples import Samples
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.inference.evaluate import loss_of
-from llamax.model import lora
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
 from llamax.optim.zero1 import Zero1
@@ -74,8 +73,7 @@ def curve(
     else:
         llama = Llama(model, there.tp, sequence_parallel=True).init(0)
     optimizer = Zero1(
-        lora.trained(llama),
-        llama.shards,
+        llama.sharded_parameters(),
         OptimConfig(eps=1e-3),
         there,
         sequence_parallel=llama.sequence_parallel,

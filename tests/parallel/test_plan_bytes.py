@@ -104,8 +104,7 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
         MODEL, here.tp, sequence_parallel=sequence, dtype=dtype, recompute=config.run.recompute
     ).init(0)
     optimizer = Zero1(
-        dict(model.named_parameters()),
-        model.shards,
+        model.sharded_parameters(),
         OptimConfig(),
         here,
         sequence_parallel=model.sequence_parallel,

@@ -33,8 +33,7 @@ def sent(config: Config, mesh: Mesh) -> dict[tuple[str, str], int]:
         recompute=config.run.recompute,
     ).init(0)
     optimizer = Zero1(
-        dict(model.named_parameters()),
-        model.shards,
+        model.sharded_parameters(),
         OptimConfig(),
         counted,
         sequence_parallel=model.sequence_parallel,

@@ -57,8 +57,7 @@ def step(
 
     llama = build(model, axes, sequence)
     optimizer = Zero1(
-        dict(llama.named_parameters()),
-        llama.shards,
+        llama.sharded_parameters(),
         OPTIM,
         axes,
         sequence_parallel=llama.sequence_parallel,
@@ -87,7 +86,7 @@ def on_mesh(
     my_axes = axes(mesh, kv)
     with MUTATIONS[mutation]():
         mine = step(model, my_axes, sequence, zero1, accumulation)
-    shards = Llama(model, my_axes.tp).shards
+    shards = Llama(model, my_axes.tp).sharded_parameters().cuts
     found = []
     for what in ("grads", "weights"):
         for name, theirs in whole[what].items():
@@ -132,7 +131,7 @@ def of_logits(model: ModelConfig, mesh: Mesh, sequence: bool, mutation: str) -> 
         return gradients(llama, axes)
 
     my_axes = axes(mesh, model.kv_replicas(mesh.tp))
-    whole, shards = found(Axes.solo()), Llama(model, my_axes.tp).shards
+    whole, shards = found(Axes.solo()), Llama(model, my_axes.tp).sharded_parameters().cuts
     with MUTATIONS[mutation]():
         mine = found(my_axes)
     return [
@@ -221,11 +220,9 @@ def with_axes(**changed: Callable[[Axes], Axis]) -> Callable[..., Any]:
     """An optimizer that is given other axes than the step's."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def __init__(
-            self: Zero1, parameters: Any, shards: Any, optim: Any, axes: Axes, **more: Any
-        ):
+        def __init__(self: Zero1, parameters: Any, optim: Any, axes: Axes, **more: Any):
             others = {name: change(axes) for name, change in changed.items()}
-            original(self, parameters, shards, optim, dataclasses.replace(axes, **others), **more)
+            original(self, parameters, optim, dataclasses.replace(axes, **others), **more)
 
         return __init__
 

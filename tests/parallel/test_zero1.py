@@ -25,7 +25,18 @@ from llamax.config.schema import OptimConfig
 from llamax.optim import Zero1, adamw, groups, zero1
 from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh
-from llamax.parallel.sharding import Block, Cut, Replica, Shard, cut, join, replicas, span
+from llamax.parallel.sharding import (
+    Block,
+    Cut,
+    Replica,
+    Shard,
+    ShardedParameter,
+    ShardedParameters,
+    cut,
+    join,
+    replicas,
+    span,
+)
 
 OPTIM = OptimConfig(lr=1e-2, beta2=0.95, weight_decay=0.1, max_grad_norm=1.0)
 STEPS, MICROSTEPS, BUCKET_BYTES = 3, 2, 200
@@ -88,10 +99,10 @@ def train(
         for name, whole in draw(0).items()
     }
     parameters["head"] = parameters["embed"]
-    shards = {name: how for name, (_, how) in MODEL.items()} | {"head": MODEL["embed"][1]}
+    cuts = {name: how for name, (_, how) in MODEL.items()} | {"head": MODEL["embed"][1]}
+    sharded = {name: ShardedParameter(p, cuts[name]) for name, p in parameters.items()}
     optimizer = Zero1(
-        parameters,
-        shards,
+        ShardedParameters(sharded, tp, at.tp.rank),
         OPTIM,
         at,
         sequence_parallel=sequence,
@@ -271,8 +282,9 @@ def test_a_bad_number_on_one_rank_stops_all(worlds: Worlds) -> None:
 def poisoned() -> bool:
     at = axes(Mesh(tp=2, dp=2))
     parameter = Parameter(torch.ones(8))
-    optimizer = Zero1({"p": parameter}, {"p": Shard(0, (Block(16),))}, OPTIM, at,
-                      sequence_parallel=True)  # fmt: skip
+    sharded = {"p": ShardedParameter(parameter, Shard(0, (Block(16),)))}
+    parameters = ShardedParameters(sharded, at.tp.size, at.tp.rank)
+    optimizer = Zero1(parameters, OPTIM, at, sequence_parallel=True)
     bad = math.nan if at.world.rank == 2 else 1.0
     (parameter * bad).sum().backward()
     norm = optimizer.step(torch.tensor(0.1), torch.tensor(1.0), torch.tensor(1.0))

@@ -61,7 +61,7 @@ def test_weights_load_on_their_own(tmp_path: Path, tp: int) -> None:
     values = worlds.wholes(model)
     folder = worlds.save(tmp_path, model, worlds.world(model, 2, 2, True, values))
     for rank in worlds.world(model, tp, 1, True, None):
-        load_weights(Checkpoint(folder), rank.parameters, rank.shards, tp, rank.axes.tp.rank)
+        load_weights(Checkpoint(folder), rank.sharded)
         wanted = worlds.world(model, tp, 1, True, values)[rank.axes.tp.rank].parameters
         for name, value in rank.parameters.items():
             assert torch.equal(value, wanted[name]), name

@@ -14,7 +14,17 @@ from llamax.config.schema import OptimConfig
 from llamax.optim import Zero1
 from llamax.optim.buckets import buckets, padded, pieces, segments, shared_spans, weight
 from llamax.parallel.collectives import Axes, Solo
-from llamax.parallel.sharding import Block, Cut, Replica, Shard, cut, local_shape, replicas
+from llamax.parallel.sharding import (
+    Block,
+    Cut,
+    Replica,
+    Shard,
+    ShardedParameter,
+    ShardedParameters,
+    cut,
+    local_shape,
+    replicas,
+)
 
 DEGREES = st.sampled_from([1, 2, 3, 4, 6, 8])
 
@@ -121,8 +131,7 @@ def test_owned_runs_tile_every_parameter(
             for i, shape in enumerate(shapes)
         }
         optimizer = Zero1(
-            parameters,
-            dict.fromkeys(parameters, Replica()),
+            ShardedParameters({n: ShardedParameter(p, Replica()) for n, p in parameters.items()}),
             OptimConfig(),
             Axes(solo.tp, Seat("data", data, rank), solo.kv, Seat("world", data, rank)),
             sequence_parallel=False,

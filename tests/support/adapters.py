@@ -18,7 +18,6 @@ from llamax.checkpoint.hf_folder import open_source
 from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig, OptimConfig
 from llamax.data.loader import Batch
-from llamax.model import lora
 from llamax.model.llama import Llama
 from llamax.model.qlora import stores
 from llamax.optim.zero1 import Zero1
@@ -42,7 +41,7 @@ def base_folder(folder: Path, model: ModelConfig = MODEL) -> Path:
     drawn = Llama(model).init(0)
     tensors = {}
     for name, parameter in drawn.named_parameters():
-        for part in sharding.parts(name, drawn.shards[name], 1):
+        for part in drawn.sharded_parameters().parts(name):
             whole = isinstance(part.how, sharding.Replica)
             rows = parameter if whole else parameter.narrow(part.how.dim, part.start, part.length)
             noise = torch.arange(rows.numel()).view(rows.shape) / rows.numel() / 5
@@ -94,9 +93,9 @@ def build(
     )
     load_base(model, source, finetune, torch.empty(0), axes.data, seed=5)
     with torch.no_grad():
-        for name, parameter in lora.trained(model).items():
+        for name, parameter in model.sharded_parameters().trained().tensors.items():
             if "lora_B" in name:
-                how, shape = model.shards[name], list(parameter.shape)
+                how, shape = model.sharded_parameters()[name].cut, list(parameter.shape)
                 if isinstance(how, sharding.Shard):
                     shape[0] = how.blocks[0].size
                 whole = torch.randn(shape, generator=torch.Generator().manual_seed(len(name))) / 5
@@ -116,8 +115,7 @@ def steps(
     With ``backend`` the model moves to its device first, as ``job.prepare`` moves it.
     """
     optimizer = Zero1(
-        lora.trained(model),
-        model.shards,
+        model.sharded_parameters(),
         OPTIM,
         axes,
         sequence_parallel=model.sequence_parallel,
@@ -144,7 +142,10 @@ def steps(
     return {
         "loss": [float(each.loss.cpu()) for each in found],
         "norm": [float(each.grad_norm.cpu()) for each in found],
-        "adapters": {n: p.detach().cpu().clone() for n, p in lora.trained(model).items()},
+        "adapters": {
+            n: p.detach().cpu().clone()
+            for n, p in model.sharded_parameters().trained().tensors.items()
+        },
     }
 
 

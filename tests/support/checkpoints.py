@@ -12,10 +12,11 @@ from torch import Tensor
 
 from llamax.checkpoint import Checkpoint, Saver, load_owned
 from llamax.config.model import ModelConfig
+from llamax.config.schema import CheckpointConfig
 from llamax.model.llama import Llama
 from llamax.optim.zero1 import Owned
 from llamax.parallel.collectives import Axes, Solo
-from llamax.parallel.sharding import Cut, cut, parts
+from llamax.parallel.sharding import Cut, ShardedParameter, ShardedParameters, cut, parts
 from support.models import tiny
 
 Wholes = dict[tuple[str, str], Tensor]  # (Hub name, kind) -> the whole tensor
@@ -48,7 +49,7 @@ def llama(tied: bool = False, kv: int = 2, vocabulary: int = 37, layers: int = 2
 def wholes(model: ModelConfig, dtype: torch.dtype = torch.float32, seed: int = 0) -> Wholes:
     """Random weights and moments (and, below float32, masters) of every Hub tensor."""
     generator, found = torch.Generator().manual_seed(seed), {}
-    for name, shape in Llama(model, device="meta").hub_shapes():
+    for name, shape in Llama(model, device="meta").sharded_parameters().hub_shapes().items():
         for kind in kinds(dtype):
             drawn = torch.randn(shape, generator=generator)
             found[name, kind] = drawn.to(dtype) if kind == "weight" else drawn
@@ -65,13 +66,18 @@ class Rank:
     """One rank: its axes, its share of every kind of parameter, what it owns of it."""
 
     axes: Axes
-    shards: Mapping[str, Cut]
+    cuts: Mapping[str, Cut]
     shares: dict[str, dict[str, Tensor]]  # kind -> parameter name -> share
     owned: list[Owned]
 
     @property
     def parameters(self) -> dict[str, Tensor]:
         return self.shares["weight"]
+
+    @property
+    def sharded(self) -> ShardedParameters:
+        found = {n: ShardedParameter(p, self.cuts[n]) for n, p in self.parameters.items()}
+        return ShardedParameters(found, self.axes.tp.size, self.axes.tp.rank)
 
 
 def world(
@@ -99,7 +105,7 @@ def _rank(
     dtype: torch.dtype,
 ) -> Rank:
     llama = Llama(model, tp, device="meta")
-    shards, shares = llama.shards, {}
+    cuts, shares = llama.sharded_parameters().cuts, {}
     for kind in kinds(dtype):
         shares[kind] = {}
         for name, parameter in llama.named_parameters():
@@ -109,12 +115,12 @@ def _rank(
             else:
                 pieces = [
                     cut(values[part.name, kind], part.how, tp.size, tp.rank)
-                    for part in parts(name, shards[name], tp.size)
+                    for part in parts(name, cuts[name], tp.size)
                 ]
                 shares[kind][name] = torch.cat(pieces)
     axes = Axes(tp=tp, data=data, kv=Solo("kv"), world=Solo("world"))
     owned = [run for kind in kinds(dtype) for run in _dealt(kind, shares[kind], data, zero1)]
-    return Rank(axes, shards, shares, owned)
+    return Rank(axes, cuts, shares, owned)
 
 
 def _dealt(kind: Any, shares: dict[str, Tensor], data: Place, zero1: bool) -> Iterator[Owned]:
@@ -136,7 +142,14 @@ def save(
     """Save from all ranks into ``folder``; the new checkpoint."""
     zero1, config_text = options.pop("zero1", True), options.pop("config_text", "[run]\n")
     savers = [
-        Saver(folder, rank.axes, rank.parameters, rank.shards, zero1=zero1, timeout_s=60, **options)
+        Saver(
+            folder,
+            rank.axes,
+            rank.sharded,
+            CheckpointConfig(**options),
+            zero1=zero1,
+            timeout_s=60,
+        )
         for rank in ranks
     ]
     dtype = next(iter(ranks[0].parameters.values())).dtype
@@ -152,4 +165,4 @@ def save(
 def load(checkpoint: Checkpoint, ranks: list[Rank]) -> None:
     """Load what every rank owns."""
     for rank in ranks:
-        load_owned(checkpoint, rank.owned, rank.shards, rank.axes.tp.size, rank.axes.tp.rank)
+        load_owned(checkpoint, rank.owned, rank.sharded)

@@ -27,6 +27,7 @@ import torch
 import support.checkpoints as worlds
 from llamax.checkpoint import Checkpoint, Saver, listing
 from llamax.checkpoint import manifest as files
+from llamax.config.schema import CheckpointConfig
 
 MODEL = worlds.llama(layers=1)
 MESHES = {1: (1, 1), 2: (1, 2), 4: (2, 2)}
@@ -35,7 +36,7 @@ CALLS = 400  # a rank makes some 60 of them for a save
 
 
 def saver(folder: Path, rank: worlds.Rank) -> Saver:
-    return Saver(folder, rank.axes, rank.parameters, rank.shards, keep=2, timeout_s=60)
+    return Saver(folder, rank.axes, rank.sharded, CheckpointConfig(keep=2), timeout_s=60)
 
 
 def committed(folder: Path) -> int:

@@ -13,6 +13,7 @@ import torch
 import support.checkpoints as worlds
 from llamax.checkpoint import Saver
 from llamax.config.model import ModelConfig
+from llamax.config.schema import CheckpointConfig
 from llamax.runtime.errors import CheckpointError
 
 MODEL = worlds.llama()
@@ -27,7 +28,8 @@ def refused(match: str, act: Callable[[], Any]) -> None:
 
 def saver(folder: Path, rank: worlds.Rank, **options: Any) -> Saver:
     """The saver of a rank."""
-    return Saver(folder, rank.axes, rank.parameters, rank.shards, **options)
+    timing = {"timeout_s": options.pop("timeout_s")} if "timeout_s" in options else {}
+    return Saver(folder, rank.axes, rank.sharded, CheckpointConfig(**options), **timing)
 
 
 def save_step(saver: Saver, rank: worlds.Rank, step: int, model: ModelConfig = MODEL) -> None:

@@ -57,7 +57,7 @@ def gradients(llama: Llama, axes: Axes) -> dict[str, Tensor]:
     """Every gradient, summed as the optimizer must sum it."""
     grads = {name: p.grad.clone() for name, p in llama.named_parameters()}
     for name, grad in grads.items():
-        how = llama.shards[name]
+        how = llama.sharded_parameters()[name].cut
         if isinstance(how, sharding.Replica):
             grad = axes.tp.all_reduce(grad) if llama.sequence_parallel else grad
         else:

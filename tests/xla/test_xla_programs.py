@@ -34,9 +34,7 @@ def programs(_: int, modes: list[Recompute], dtype: torch.dtype) -> dict[str, li
         axes = tracer.axes(MESH, 3)
         model = build(MODEL, axes, True).to(dtype)
         model.model.mode = mode
-        optimizer = Zero1(
-            dict(model.named_parameters()), model.shards, OPTIM, axes, sequence_parallel=True
-        )
+        optimizer = Zero1(model.sharded_parameters(), OPTIM, axes, sequence_parallel=True)
         optimizer.to(axes.tp.rank_index.device)
         texts[mode] = found = []
         tokens, batches = GLOBAL_BATCH * SEQUENCE, share(axes, 1)

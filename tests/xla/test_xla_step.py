@@ -72,8 +72,7 @@ def steps(case: Case, axes: Axes, backend: Backend | None) -> dict[str, Any]:
     model = build(case.model, axes, case.sequence).to(case.dtype)
     model.model.mode = case.recompute
     optimizer = Zero1(
-        dict(model.named_parameters()),
-        model.shards,
+        model.sharded_parameters(),
         OPTIM,
         axes,
         sequence_parallel=model.sequence_parallel,
@@ -116,7 +115,7 @@ def on_replicas(rank: int, cases: list[Case], mutation: str) -> list[dict[str, A
 def differences(case: Case, results: list[dict[str, Any]], tolerance: float) -> list[str]:
     """What differs between the replicas' steps and the whole model's, a line each."""
     whole = steps(case._replace(mesh=Mesh(), accumulation=1, recompute="none"), Axes.solo(), None)
-    shards = build(case.model, Axes.solo(), False).shards
+    shards = build(case.model, Axes.solo(), False).sharded_parameters().cuts
     found = []
     for rank, mine in enumerate(results):
         tp_rank = case.mesh.coordinate(rank).tp

@@ -13,7 +13,7 @@ from llamax.checkpoint import hf_folder
 from llamax.config.load import load_config, recipes
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama
-from llamax.parallel.sharding import Cut, parts
+from llamax.parallel.sharding import Cut
 from llamax.runtime.errors import CheckpointError, ConfigError
 
 
@@ -54,12 +54,9 @@ class ForeignCheckpoint(ABC):
     def set_model(self, model: ModelConfig) -> None:
         """Set the model, and with it the names, shapes and cuts of the Hub tensors."""
         self.model, llama = model, Llama(model, device="meta")
-        self.shapes: Mapping[str, tuple[int, ...]] = dict(llama.hub_shapes())
-        self.cuts: Mapping[str, Cut] = {
-            part.name: part.how
-            for name, how in llama.shards.items()
-            for part in parts(name, how, 1)
-        }
+        parameters = llama.sharded_parameters()
+        self.shapes: Mapping[str, tuple[int, ...]] = parameters.hub_shapes()
+        self.cuts: Mapping[str, Cut] = parameters.hub_cuts()
 
     def missing_error(self, name: str) -> CheckpointError:
         """The error for a Hub tensor that the files do not hold."""

@@ -18,7 +18,7 @@ from llamax.checkpoint.formats.torch_save import save_text, save_torch
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig, RopeScaling
 from llamax.model.llama import Llama
-from llamax.parallel.sharding import Replica, parts
+from llamax.parallel.sharding import Replica
 from llamax.runtime.errors import ConfigError
 
 SCALINGS = (RopeScaling(factor=8.0), RopeScaling(factor=32.0))
@@ -41,14 +41,13 @@ def write_meta(source: Source, model: ModelConfig, folder: Path, tensor: int = 1
     llama = Llama(model, device="meta")
     for rank in range(tensor):
         state: dict[str, Any] = {}
-        for name, how in llama.shards.items():
-            for part in parts(name, how, 1):
-                dim = 0 if isinstance(part.how, Replica) else part.how.dim
-                if part.name == "model.embed_tokens.weight" and model.vocab_size < 100_000:
-                    dim = 1  # Llama 1 and 2
-                whole = meta_row_order(source.read(part.name), model, part.name)
-                share = whole if isinstance(part.how, Replica) else whole.chunk(tensor, dim)[rank]
-                state[meta_name(part.name)] = share.clone()
+        for name, how in llama.sharded_parameters().hub_cuts().items():
+            dim = 0 if isinstance(how, Replica) else how.dim
+            if name == "model.embed_tokens.weight" and model.vocab_size < 100_000:
+                dim = 1  # Llama 1 and 2
+            whole = meta_row_order(source.read(name), model, name)
+            share = whole if isinstance(how, Replica) else whole.chunk(tensor, dim)[rank]
+            state[meta_name(name)] = share.clone()
         if model.tie_word_embeddings:
             state["output.weight"] = source.read("model.embed_tokens.weight").chunk(tensor)[rank]
         save_torch(folder / f"consolidated.{rank:02d}.pth", state)

@@ -32,7 +32,7 @@ from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
-from llamax.parallel.sharding import Replica, Shard, parts
+from llamax.parallel.sharding import Replica, Shard
 from llamax.runtime.errors import CheckpointError, ConfigError
 
 
@@ -136,11 +136,7 @@ class NxdWriter:
     ) -> None:
         self.source, self.target, self.optim, self.lr, self.step = source, target, optim, lr, step
         llama = Llama(target.model, device="meta")
-        self.cuts = {
-            part.name: part.how
-            for name, how in llama.shards.items()
-            for part in parts(name, how, 1)
-        }
+        self.cuts = llama.sharded_parameters().hub_cuts()
         if target.moments and not all({*MOMENTS} <= {*source.kinds(n)} for n in source.names()):
             raise CheckpointError(
                 f"{source.folder} does not hold the optimizer state of all weights; use "

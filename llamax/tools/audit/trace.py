@@ -35,7 +35,6 @@ from llamax.data.loader import Batch, Batches
 from llamax.data.samples import Samples
 from llamax.data.shuffle import Integers
 from llamax.data.token_file import Header, TokenFile, TokenWriter
-from llamax.model.lora import trained
 from llamax.optim import Zero1, lr_at
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.process import run_main
@@ -65,10 +64,8 @@ class TracedRun:
         self.config = config = run.config
         self.axes = axes = tracer.axes(run.mesh, rank)
         self.model = build_model(config, None, False, axes, torch.device("meta"))
-        parameters = trained(self.model)
         self.optimizer = Zero1(
-            parameters,
-            {name: self.model.shards[name] for name in parameters},
+            self.model.sharded_parameters(),
             config.optim,
             axes,
             sequence_parallel=self.model.sequence_parallel,

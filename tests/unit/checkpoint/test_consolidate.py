@@ -26,6 +26,7 @@ from llamax.checkpoint.consolidate import consolidate, size
 from llamax.checkpoint.hf_folder import HfFolder
 from llamax.cli.consolidate import main as consolidate_main
 from llamax.config.model import ModelConfig
+from llamax.config.schema import CheckpointConfig
 from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
 from llamax.runtime.errors import CheckpointError, ConfigError, Terminated
 
@@ -206,7 +207,7 @@ def test_the_tokenizer_goes_with_the_model(tmp_path: Path, tokenizer: Path) -> N
     )
 
     def take(step: int, fingerprint: str) -> Path:
-        saver = Saver(tmp_path / "run", rank.axes, rank.parameters, rank.shards, keep=0)
+        saver = Saver(tmp_path / "run", rank.axes, rank.sharded, CheckpointConfig(keep=0))
         state: dict[str, Any] = {"tokenizer": fingerprint}
         saver.save(step, rank.owned, state, model.to_hub("float32"), config)
         saver.wait()

@@ -86,5 +86,5 @@ def test_a_hub_folder_has_no_moments(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     refused(
         "holds no exp_avg of model.* it has weights only",
-        lambda: load_owned(HfFolder(folder), rank.owned, rank.shards),
+        lambda: load_owned(HfFolder(folder), rank.owned, rank.sharded),
     )

@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(3)
     tensors = {
         PEFT_PREFIX + name: torch.randn(p.shape, generator=generator) / 5
-        for name, p in lora.trained(model).items()
+        for name, p in model.sharded_parameters().trained().tensors.items()
     }
     (folder / "adapter").mkdir()
     save_file(tensors, folder / "adapter" / ADAPTER_WEIGHTS)

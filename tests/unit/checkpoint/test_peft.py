@@ -104,8 +104,8 @@ def test_we_load_what_peft_saved_and_compute_the_same(
         for name, parameter in theirs.named_parameters()
         if "lora_" in name
     }
-    assert expected.keys() == lora.trained(ours).keys()
-    for name, parameter in lora.trained(ours).items():
+    assert expected.keys() == ours.sharded_parameters().trained().tensors.keys()
+    for name, parameter in ours.sharded_parameters().trained().tensors.items():
         error = (parameter.grad - expected[name]).abs().max() / expected[name].abs().max()
         assert error <= TOLERANCE, name
 
@@ -317,7 +317,7 @@ def test_factors_are_drawn_alike_on_every_mesh(tmp_path: Path) -> None:
     from llamax.model.llama import Llama
 
     model = Llama(LLAMA2)
-    load_weights(adapters_source(base), dict(model.named_parameters()), model.shards)
+    load_weights(adapters_source(base), model.sharded_parameters())
     lora.adapt(model, FinetuneConfig(r=8), torch.empty(0))
     lora.init(model, 3)
     a = model.get_parameter("model.layers.0.mlp.down_proj.lora_A.weight")

@@ -40,7 +40,7 @@ def test_shard_is_the_reverse_of_consolidate(tmp_path: Path, tensor: int) -> Non
         assert torch.equal(first.read(name), worlds.wholes(model, torch.bfloat16)[name, "weight"])
     for rank in range(4):
         mine = worlds.world(model, 4, 1, True, None, torch.bfloat16)[rank]
-        load_weights(again, mine.parameters, mine.shards, 4, rank)
+        load_weights(again, mine.sharded)
         wanted = worlds.world(model, 4, 1, True, worlds.wholes(model, torch.bfloat16),
                               torch.bfloat16)[rank]  # fmt: skip
         for name, value in mine.parameters.items():

@@ -22,7 +22,7 @@ from llamax.data.samples import Samples
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel.collectives import Solo
-from llamax.parallel.sharding import Replica, parts
+from llamax.parallel.sharding import Replica
 
 MODEL = tiny(vocab_size=600, initializer_range=0.2, max_position_embeddings=2048)
 
@@ -127,7 +127,7 @@ def test_loss_is_that_of_separate_sequences(dataset: Path) -> None:
     reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL.to_hub("float32")))
     state = {}
     for name, parameter in model.named_parameters():
-        for part in parts(name, model.shards[name], 1):
+        for part in model.sharded_parameters().parts(name):
             whole = parameter.detach()
             if not isinstance(part.how, Replica):
                 whole = whole.narrow(part.how.dim, part.start, part.length)

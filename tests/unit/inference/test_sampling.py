@@ -16,7 +16,6 @@ from llamax.config.model import RopeScaling
 from llamax.inference.kv_cache import KVCache
 from llamax.inference.sampling import Sampling, check_prompts, generate_tokens, join_steps, nucleus
 from llamax.model.llama import Llama
-from llamax.parallel.sharding import parts
 from llamax.runtime.errors import CheckpointError, ConfigError
 
 LLAMA2 = tiny(
@@ -67,7 +66,7 @@ def theirs(model: Llama) -> transformers.LlamaForCausalLM:
     weights = dict(reference.named_parameters())
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            for part in parts(name, model.shards[name], 1):
+            for part in model.sharded_parameters().parts(name):
                 rows = parameter if part.length < 0 else parameter[part.start :][: part.length]
                 weights[part.name].copy_(rows)
     return reference

@@ -13,7 +13,6 @@ from llamax.config.model import ModelConfig, RopeScaling
 from llamax.inference.sampling import generate_tokens
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
-from llamax.parallel.sharding import parts
 from llamax.runtime.errors import ConfigError, DataError
 
 LLAMA2 = tiny(
@@ -59,7 +58,7 @@ def judge(model: ModelConfig, seed: int = 0) -> transformers.LlamaForCausalLM:
 def copy_weights(reference: transformers.LlamaForCausalLM, mine: Llama) -> None:
     weights = dict(reference.named_parameters())
     for name, parameter in mine.named_parameters():
-        stacked = [weights[part.name] for part in parts(name, mine.shards[name], 1)]
+        stacked = [weights[part.name] for part in mine.sharded_parameters().parts(name)]
         parameter.copy_(torch.cat(stacked))
 
 
@@ -67,7 +66,7 @@ def gradients(mine: Llama) -> dict[str, torch.Tensor]:
     """My gradients under Hub names."""
     found = {}
     for name, parameter in mine.named_parameters():
-        for part in parts(name, mine.shards[name], 1):
+        for part in mine.sharded_parameters().parts(name):
             whole = parameter.grad if part.length < 0 else None
             if whole is None:
                 whole = parameter.grad.narrow(part.how.dim, part.start, part.length)
@@ -144,7 +143,7 @@ def test_hub_names_and_count_are_those_of_transformers() -> None:
     for model in FAMILIES.values():
         reference, mine = judge(model), Llama(model)
         expected = {name: tuple(p.shape) for name, p in reference.named_parameters()}
-        assert dict(mine.hub_shapes()) == expected
+        assert mine.sharded_parameters().hub_shapes() == expected
         assert sum(p.numel() for p in mine.parameters()) == model.num_parameters()
 
 

@@ -17,7 +17,7 @@ from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
 from llamax.optim import Owned, Zero1, adamw
 from llamax.parallel.collectives import Axes, Solo
-from llamax.parallel.sharding import Replica
+from llamax.parallel.sharding import Replica, ShardedParameter, ShardedParameters
 from llamax.runtime.errors import ConfigError
 
 OPTIM = OptimConfig(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, max_grad_norm=1.0)
@@ -48,8 +48,7 @@ def make(
     parameters: dict[str, Parameter], optim: OptimConfig = OPTIM, bucket_bytes: int = 80
 ) -> Zero1:
     return Zero1(
-        parameters,
-        dict.fromkeys(parameters, Replica()),
+        ShardedParameters({n: ShardedParameter(p, Replica()) for n, p in parameters.items()}),
         optim,
         Axes.solo(),
         sequence_parallel=False,
@@ -324,4 +323,4 @@ def test_key_value_heads_that_the_axes_do_not_join() -> None:
     axes = dataclasses.replace(Axes.solo(), tp=Four("tp"))
     llama = Llama(TIED, axes.tp)
     with pytest.raises(ConfigError, match=r"4 tensor ranks hold each .* give the mesh kv=4"):
-        Zero1(dict(llama.named_parameters()), llama.shards, OPTIM, axes, sequence_parallel=False)
+        Zero1(llama.sharded_parameters(), OPTIM, axes, sequence_parallel=False)

@@ -97,7 +97,7 @@ def test_an_imported_optimizer_is_resumed_on_any_mesh(tmp_path: Path) -> None:
     )
     empty = worlds.world(model, 2, 2, True, None, torch.bfloat16)
     for rank in empty:
-        load_owned(Checkpoint(out), rank.owned, rank.shards, 2, rank.axes.tp.rank)
+        load_owned(Checkpoint(out), rank.owned, rank.sharded)
     wanted = worlds.world(model, 2, 2, True, values, torch.bfloat16)
     for mine, theirs in zip(empty, wanted, strict=True):
         for a, b in zip(mine.owned, theirs.owned, strict=True):
