@@ -169,5 +169,6 @@ def test_a_run_says_that_it_starts_fresh(
     logging.getLogger("llamax").propagate = True
     caplog.set_level(logging.INFO, "llamax")
     fresh = dataclasses.replace(run.run, folder=str(tmp_path / "run"), steps=1)
-    train(dataclasses.replace(run, run=fresh), Rendezvous())
+    optim = dataclasses.replace(run.optim, warmup_steps=0)
+    train(dataclasses.replace(run, run=fresh, optim=optim), Rendezvous())
     assert f"starting fresh: {tmp_path / 'run'} has no complete checkpoint" in caplog.text
