@@ -88,8 +88,8 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
     starts_sdk = launcher == "sagemaker" and phase == "train" and what == "start"
     if starts_sdk and importlib.util.find_spec("sagemaker") is None:
         raise BackendError(
-            "the SageMaker SDK is not installed here; python3 -m pip install 'sagemaker<3', or "
-            "print what it would run with --render"
+            "the SageMaker SDK is not installed here; pip install 'llamax[sagemaker]', or print "
+            "what it would run with --render"
         )
     with tempfile.NamedTemporaryFile("w", suffix=f"-{job.name}-{phase}") as file:
         file.write(text)

@@ -21,13 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM  # type: ignore[import-not-found, import-untyped, unused-ignore]
 from torch import Tensor
 
 from llamax.inference.engine import Engine, open_model
 from llamax.inference.sampling import Sampling
 from llamax.parallel.collectives import Solo
-from llamax.runtime.errors import ConfigError
+from llamax.runtime.errors import BackendError, ConfigError
+
+try:
+    from lm_eval.api.model import TemplateLM  # type: ignore[import-not-found, import-untyped, unused-ignore]
+except ImportError:
+    raise BackendError(
+        "the harness needs the package lm-eval, which is not installed; pip install 'llamax[eval]'"
+    ) from None
 
 MOST_NEW_TOKENS = 256
 

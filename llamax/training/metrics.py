@@ -228,7 +228,7 @@ class TensorBoardWriter:
         except ImportError:
             raise BackendError(
                 "run.tensorboard=true needs the package tensorboard, which is not installed; "
-                "pip install 'llamax[watch]', or use run.tensorboard=false"
+                "pip install 'llamax[tensorboard]', or use run.tensorboard=false"
             ) from None
         self.events: SummaryWriter = SummaryWriter(str(folder))
 
@@ -267,7 +267,7 @@ class WandbWriter:
         except ImportError:
             raise BackendError(
                 f"run.wandb={mode} needs the package wandb, which is not installed; "
-                "pip install wandb, or use run.wandb=off"
+                "pip install 'llamax[wandb]', or use run.wandb=off"
             ) from None
         kept = folder / "wandb-id"
         run_id = kept.read_text() if kept.exists() else secrets.token_hex(4)

@@ -17,11 +17,11 @@ from llamax.checkpoint.peft import (
     export_adapter,
 )
 from llamax.checkpoint.reader import Checkpoint
-from llamax.cli import inspect
 from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.units import show_number
+from llamax.tools import inspect
 from llamax.train import train
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from support.megatron import DOCUMENTS, write_dataset
 
-from llamax.cli import inspect
 from llamax.data.megatron import indexed_prefix
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import sha256
+from llamax.tools import inspect
 
 
 def test_inspect_says_what_a_prefix_is(tmp_path: Path) -> None:
