@@ -11,10 +11,10 @@ The commands as functions, imported at their first use::
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # type checkers take it for true; typing would cost milliseconds
 if TYPE_CHECKING:
+    from typing import Any
+
     from llamax.checkpoint.consolidate import consolidate
     from llamax.checkpoint.formats.convert import import_checkpoint
     from llamax.checkpoint.formats.export import export
@@ -72,6 +72,8 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
     value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value

@@ -27,7 +27,6 @@ from llamax.launch.environment import variables
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import run_main
 from llamax.tools.doctor import Finding, Host
-from llamax.tools.doctor.doctor import examine
 
 NOT_READY = 8
 
@@ -43,6 +42,7 @@ def show(finding: Finding) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Print the findings; 0 if there is no error, ``NOT_READY`` if there is one."""
     parser = argparse.ArgumentParser(
         prog="llamax doctor",
         description="Check this machine, and a job on it, before it is launched. Exit code 8 if "
@@ -58,6 +58,9 @@ def main(argv: Sequence[str]) -> int:
         help="seconds to wait for the other nodes (0)",
     )
     options = parser.parse_args(list(argv))
+
+    from llamax.tools.doctor.doctor import examine
+
     job = None
     if options.job:
         job = jobfile.load(options.job)

@@ -1,6 +1,6 @@
-"""``llamax merge [BASE] ADAPTER --out DIR``: merge a base and its adapters into one model.
+"""``llamax merge [BASE] ADAPTER --out DIR``: merge a base and its adapters to a Hugging
+Face folder.
 
-Writes a Hugging Face folder.
 The merged weights are W + s B A, in the dtype of the base unless ``--dtype`` says otherwise; the
 sum is taken in fp32 and rounded once.
 """

@@ -24,8 +24,6 @@ from collections.abc import Sequence
 from llamax.cli.options import command
 from llamax.config.hardware import machine_names
 from llamax.runtime.process import run_main
-from llamax.tools.plan import place, plan, search
-from llamax.tools.plan.report import as_json, show, show_search
 
 DOES_NOT_FIT = 6
 
@@ -57,6 +55,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Print the plan; 0 if it fits, ``DOES_NOT_FIT`` if not."""
     options, overrides = parser().parse_known_args(list(argv))
+
+    from llamax.tools.plan import place, plan, search
+    from llamax.tools.plan.report import as_json, show, show_search
+
     config, machine = place(
         options.config,
         options.instance or "",

@@ -65,7 +65,10 @@ def test_a_launcher_that_is_not_here_is_named(
     with pytest.raises(BackendError, match="kubectl is not installed here; install it, or print"):
         main(["--job", write(tmp_path), "--on", "k8s"])
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    with pytest.raises(BackendError, match="the SageMaker SDK is not installed here; pip install 'llamax.sagemaker.'"):
+    with pytest.raises(
+        BackendError,
+        match=r"the SageMaker SDK is not installed here; pip install 'llamax\[sagemaker\]'",
+    ):
         main(["--job", write(tmp_path), "--on", "sagemaker"])
 
 

@@ -37,6 +37,21 @@ def test_help_is_plain_text(name: str, capsys: pytest.CaptureFixture[str]) -> No
     assert "``" not in shown
 
 
+def test_help_of_commands_needs_no_torch() -> None:
+    code = """
+import sys
+from llamax.__main__ import COMMANDS, dispatch
+for name in COMMANDS:
+    if name != "train":
+        try:
+            dispatch([name, "--help"])
+        except SystemExit as left:
+            assert left.code == 0, name
+        assert "torch" not in sys.modules, name
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_unknown_commands_are_refused_with_the_nearest() -> None:
     done = llamax("trian")
     assert (done.returncode, done.stdout) == (2, "")
