@@ -54,14 +54,14 @@ def test_recipe_resolves_to_the_reviewed_text(
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_recipe_is_as_large_as_published_and_says_so(name: str) -> None:
+def test_a_recipe_has_the_published_size(name: str) -> None:
     model = load_config(name).model
     assert model.num_parameters() == PUBLISHED[name][1]
     assert f"{model.num_parameters():,} parameters" in (RECIPES / f"{name}.toml").read_text()
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_the_comments_of_a_recipe_tell_the_truth(name: str) -> None:
+def test_the_comments_of_a_recipe_are_true(name: str) -> None:
     config, (world, _) = load_config(name), PUBLISHED[name]
     text = (RECIPES / f"{name}.toml").read_text()
     tensor = config.parallel.tensor

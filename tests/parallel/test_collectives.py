@@ -66,7 +66,7 @@ def verbs(mesh: Mesh, dtype: torch.dtype) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64], ids=str)
 @pytest.mark.parametrize("mesh", [Mesh(tp=2, dp=2), Mesh(tp=4)], ids=str)
-def test_every_verb_does_what_it_says(worlds: Worlds, mesh: Mesh, dtype: torch.dtype) -> None:
+def test_every_verb_computes_its_definition(worlds: Worlds, mesh: Mesh, dtype: torch.dtype) -> None:
     for found in worlds(4).run(verbs, mesh, dtype):
         assert found == []
 

@@ -30,7 +30,9 @@ def say(ranks: int, sampling: Sampling) -> list[list[int]]:
 @pytest.mark.parametrize(
     "sampling", [Sampling(), Sampling(1.0, seed=1), Sampling(1.0, top_k=20, top_p=0.9, seed=2)]
 )
-def test_ranks_say_what_one_says(worlds: Worlds, ranks: int, sampling: Sampling) -> None:
+def test_ranks_generate_the_tokens_of_one_rank(
+    worlds: Worlds, ranks: int, sampling: Sampling
+) -> None:
     one = say(1, sampling)
     assert worlds(ranks).run(say, ranks, sampling) == [one] * ranks
     assert len({token for row in one for token in row}) > 8

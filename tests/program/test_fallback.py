@@ -54,7 +54,7 @@ def test_every_checkpoint_holds_what_transformers_loads(run: Config) -> None:
         assert tokenizer.decode(tokenizer.encode("def name_3(x)", add_special_tokens=False))
 
 
-def test_a_run_without_validation_text_says_so(
+def test_a_run_without_validation_text_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "data").mkdir()
@@ -163,7 +163,7 @@ def test_a_random_state_of_another_torch(
     assert f"{last} holds a random state that is none of torch " in line
 
 
-def test_a_run_says_that_it_starts_fresh(
+def test_a_fresh_start_is_reported(
     run: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     logging.getLogger("llamax").propagate = True

@@ -157,7 +157,7 @@ def test_bfloat16_on_request(hub: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert llamax(*common, "--dtype", "bfloat16", "--threads", 1) == 0
 
 
-def test_ranks_under_torchrun_say_what_one_rank_says(
+def test_ranks_under_torchrun_generate_the_text_of_one_rank(
     hub: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [str(hub), "--prompt", "한 def", "--greedy", "--max-new-tokens", "20"]

@@ -54,7 +54,9 @@ def documents(file: TokenFile) -> list[list[int]]:
     return [part.tolist() for part in np.split(file.tokens, file.documents[1:-1].astype(int))]
 
 
-def test_documents_are_what_the_tokenizer_says(text: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_documents_are_encoded_by_the_tokenizer(
+    text: Path, tokenizer: Path, tmp_path: Path
+) -> None:
     made = run(tmp_path / "out", text, "--glob", "*.py", "--tokenizer", tokenizer,
                "--validation", "0.3", "--workers", "1")  # fmt: skip
     assert set(made) == {"dataset.json", "tokenizer.model", "train.tokens", "validation.tokens"}
@@ -168,7 +170,7 @@ def test_a_kill_loses_nothing(text: Path, tokenizer: Path, tmp_path: Path) -> No
     assert not (torn / ".parts").exists()
 
 
-def test_a_worker_that_dies_is_told(tokenizer: Path, text: Path, tmp_path: Path) -> None:
+def test_a_worker_that_dies_is_reported(tokenizer: Path, text: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "llamax", "prepare", text.parent, "--glob", "*.jsonl"]
     rows = "".join(json.dumps({"text": source}) + "\n" for source in python_sources(40)) * 8
     (tmp_path / "rows.jsonl").write_text(rows)
@@ -262,7 +264,7 @@ def test_a_row_far_into_a_file_has_its_line_number(
                 out=tmp_path / "out")  # fmt: skip
 
 
-def test_a_worker_tells_its_mistake(
+def test_a_worker_reports_a_mistake(
     tokenizer: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_files, "CHUNK_BYTES", 30_000)
@@ -389,7 +391,7 @@ def test_impossible_arguments(
     assert f"argument {arg}: {value!r} is not" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_told_in_bytes(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_bytes(tmp_path: Path) -> None:
     with (
         pytest.raises(DataError, match=r"no space left: about 12345 bytes needed, \d+ free"),
         chunks.disk_space(tmp_path, 12345),

@@ -163,7 +163,7 @@ def test_fields_system_and_conversations(tmp_path: Path) -> None:
     assert first.count(own.bos_id) == 1
 
 
-def test_it_says_what_was_made(
+def test_the_outputs_are_printed(
     tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = write_rows(tmp_path / "r.jsonl", [*ROWS, {"instruction": "?", "response": " "}])

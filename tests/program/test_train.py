@@ -201,7 +201,7 @@ def test_mistakes_are_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_resume_says_what_has_changed(
+def test_a_resume_reports_what_has_changed(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A run folder means its newest checkpoint; one that no training made is no place to go on."""

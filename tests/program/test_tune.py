@@ -137,7 +137,7 @@ def refused(capsys: pytest.CaptureFixture[str], cfg: Config, *overrides: str) ->
     return lines[-1]
 
 
-def test_mistakes_are_told_in_one_line(
+def test_mistakes_are_reported_in_one_line(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = tuning(inputs, tmp_path / "run", QLORA)

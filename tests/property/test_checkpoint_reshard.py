@@ -110,7 +110,7 @@ def test_runs_reshard_into_any_other_runs(
 
 
 @given(tilings(), st.data())
-def test_a_tiling_without_a_run_or_with_one_twice_is_none(
+def test_a_tiling_with_a_run_missing_or_repeated_is_refused(
     drawn: tuple[tuple[int, int], list[Run], list[Run]], data: st.DataObject
 ) -> None:
     shape, runs, _ = drawn

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import support.checkpoints as worlds
 import support.foreign as foreign
+import support.foreign_megatron as foreign_megatron
 import torch
 
 from llamax.checkpoint.formats.convert import check_dtypes, open_folder
@@ -67,7 +68,7 @@ def test_mutations(tmp_path: Path, what: str) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(MODEL.to_hub("bfloat16")))
     if what in ("params", "config"):
-        sound = foreign.meta(tmp_path / "sound", values, MODEL)
+        sound = foreign_megatron.meta(tmp_path / "sound", values, MODEL)
     elif what == "metadata":
         sound = foreign.optimum(tmp_path / "sound", values, MODEL, 2, 1)
     else:

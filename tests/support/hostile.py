@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import support.checkpoints as worlds
-import support.foreign as foreign
+import support.foreign_megatron as foreign_megatron
 
 GUARD = """
 import os, sys
@@ -102,7 +102,7 @@ MODEL = worlds.llama(kv=2, vocabulary=40)
 
 def meta_folder(tmp_path: Path) -> Path:
     """A sound folder to spoil; its config is beside it."""
-    folder = foreign.meta(tmp_path / "in", worlds.wholes(MODEL, torch.bfloat16), MODEL)
+    folder = foreign_megatron.meta(tmp_path / "in", worlds.wholes(MODEL, torch.bfloat16), MODEL)
     (tmp_path / "config.json").write_text(json.dumps(MODEL.to_hub("bfloat16")))
     return folder
 

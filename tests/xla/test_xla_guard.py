@@ -103,7 +103,7 @@ MORE = "training compiled 1 program more than it needs, "
         ("a short batch", "stop", 2, f"step 3: {MORE}{SHORT}"),
     ],
 )
-def test_a_late_program_is_told_once_with_its_cause(
+def test_a_late_program_is_reported_once_with_its_cause(
     tmp_path: Path, fault: str, answer: str, code: int, told: str
 ) -> None:
     cfg = config(make_dataset(tmp_path), tmp_path / "run", backend="xla", compile_guard=answer)

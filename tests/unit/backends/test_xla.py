@@ -79,9 +79,7 @@ def test_what_does_not_import_is_named(
 
 @pytest.mark.usefixtures("fitting")
 @pytest.mark.parametrize("rounding", [False, True])
-def test_a_neuron_core_is_told_how_to_round(
-    monkeypatch: pytest.MonkeyPatch, rounding: bool
-) -> None:
+def test_rounding_is_set_for_neuron_cores(monkeypatch: pytest.MonkeyPatch, rounding: bool) -> None:
     for package in ("torch_neuronx", "torch_xla"):
         monkeypatch.setitem(sys.modules, package, ModuleType(package))
     environ = {"PJRT_DEVICE": "NEURON"}

@@ -53,7 +53,7 @@ def test_a_hugging_face_folder_that_finds_no_room(
     assert not (tmp_path / "step-00000001" / "hub").exists()
 
 
-def test_rank_0_tells_whose_share_of_the_folder_is_missing(tmp_path: Path) -> None:
+def test_rank_0_names_the_rank_that_wrote_nothing(tmp_path: Path) -> None:
     rank = worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
     folder = worlds.save(tmp_path, MODEL, [rank])
     with pytest.raises(CheckpointError, match=r"hub.part: no files from rank 1, 2"):

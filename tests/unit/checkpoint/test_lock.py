@@ -71,7 +71,7 @@ def test_a_folder_that_cannot_be_locked(
         pass
 
 
-def test_a_lock_tells_whether_a_run_of_this_machine_lives(tmp_path: Path) -> None:
+def test_a_lock_shows_whether_a_run_on_this_machine_is_alive(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "r", 12)
     with lock.lock_folder(folder):
         assert read_run(folder, NOW + 9999).state == "running"

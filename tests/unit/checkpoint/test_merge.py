@@ -97,7 +97,7 @@ def test_a_narrow_base_is_rounded_once(folder: Path, tmp_path: Path) -> None:
     assert json.loads((wide / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_the_command_says_what_it_made(
+def test_the_command_prints_what_it_made(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, other = str(tmp_path / "out"), str(tmp_path / "other")

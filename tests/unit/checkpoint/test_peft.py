@@ -162,7 +162,7 @@ def test_an_adapter_of_another_base_is_refused(run: Path, tmp_path: Path) -> Non
     load_tuned(run / "run", run / "base")
 
 
-def test_an_adapter_whose_base_is_gone_says_which_it_was(tmp_path: Path) -> None:
+def test_a_missing_base_of_an_adapter_is_named(tmp_path: Path) -> None:
     base = hub_folder(tmp_path / "base", LLAMA2)
     reference(base, FinetuneConfig(r=2)).save_pretrained(tmp_path / "adapter")
     shutil.move(base, tmp_path / "moved")

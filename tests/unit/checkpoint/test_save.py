@@ -25,7 +25,7 @@ from llamax.config.model import ModelConfig
 MODEL = worlds.llama()
 
 
-def test_a_checkpoint_says_what_it_is(tmp_path: Path, rank: worlds.Rank) -> None:
+def test_a_checkpoint_describes_itself(tmp_path: Path, rank: worlds.Rank) -> None:
     folder = worlds.save(tmp_path, MODEL, worlds.world(MODEL, 2, 2, True, worlds.wholes(MODEL)), 7)
     found = Checkpoint(folder)
     assert (found.step, found.state) == (7, {"consumed_sequences": 56})

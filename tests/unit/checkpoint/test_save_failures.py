@@ -102,7 +102,7 @@ def test_an_error_surfaces_at_the_next_check(
         mine.check()
 
 
-def test_a_defect_is_not_dressed_up(
+def test_a_programming_error_keeps_its_traceback(
     tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(save, "write_safetensors", lambda *args: 1 / 0)
@@ -142,7 +142,7 @@ def test_the_first_may_be_done_before_another_returns(
     Checkpoint(tmp_path / "step-00000001").verify()
 
 
-def test_a_rank_that_cannot_write_tells_the_first(
+def test_a_rank_that_cannot_write_reports_to_rank_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ranks = worlds.world(MODEL, 1, 2, True, worlds.wholes(MODEL))

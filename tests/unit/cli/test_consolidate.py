@@ -13,7 +13,9 @@ from llamax.cli.consolidate import main as consolidate_main
 from llamax.cli.shard import main as shard_main
 
 
-def test_programs_say_what_they_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_print_what_they_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     saved(tmp_path, worlds.llama())
     out = tmp_path / "hub"
     assert consolidate_main([str(tmp_path), "--out", str(out), "--dtype", "bfloat16"]) == 0

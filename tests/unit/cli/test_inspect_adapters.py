@@ -42,7 +42,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_inspect_says_what_an_adapter_checkpoint_is(run: Path) -> None:
+def test_inspect_describes_an_adapter_checkpoint(run: Path) -> None:
     saved = Checkpoint(newest_checkpoint(run / "run") or "")
     found = {label: str(value) for label, value in inspect.describe(saved.folder)}
     whole = ModelConfig.from_hub(saved.model).num_parameters()
@@ -53,7 +53,7 @@ def test_inspect_says_what_an_adapter_checkpoint_is(run: Path) -> None:
     assert found["adapters"].startswith(f"LoRA of rank {about.finetune.r}, alpha ")
 
 
-def test_inspect_says_what_an_adapter_folder_is(run: Path, tmp_path: Path) -> None:
+def test_inspect_describes_an_adapter_folder(run: Path, tmp_path: Path) -> None:
     folder = export_adapter(Checkpoint(newest_checkpoint(run / "run") or ""), tmp_path / "adapter")
     found = {label: str(value) for label, value in inspect.describe(folder, verify=True)}
     about = PeftFolder(folder).info

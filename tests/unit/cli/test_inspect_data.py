@@ -14,7 +14,7 @@ from llamax.runtime.files import sha256
 from llamax.tools import inspect
 
 
-def test_inspect_says_what_a_prefix_is(tmp_path: Path) -> None:
+def test_inspect_describes_a_prefix(tmp_path: Path) -> None:
     prefix = write_dataset(tmp_path / "d.v1", DOCUMENTS)
     for path in (prefix, Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
         found = dict(inspect.describe(path))
@@ -26,7 +26,7 @@ def test_inspect_says_what_a_prefix_is(tmp_path: Path) -> None:
     assert found["verified"] == "that sequences lie end to end; the format keeps no checksums"
 
 
-def test_inspect_says_what_prepare_made(tmp_path: Path) -> None:
+def test_inspect_describes_a_dataset(tmp_path: Path) -> None:
     tokenizer, header = tmp_path / "tokenizer.model", {"vocab_size": 301}
     tokenizer.write_bytes(b"a tokenizer")
     said = {"tokenizer_file": tokenizer.name, "tokenizer": sha256(tokenizer), "key": "text"}

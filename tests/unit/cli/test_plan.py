@@ -49,7 +49,7 @@ def test_what_does_not_fit_has_an_exit_code_of_its_own(capsys: pytest.CaptureFix
     assert "DOES NOT FIT" in capsys.readouterr().out
 
 
-def test_json_says_what_the_text_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_holds_what_the_text_shows(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", "llama2-7b", "--nodes", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     lines = {k: v for k, v in found["memory_bytes"].items() if k not in ("peak", "available")}

@@ -226,7 +226,7 @@ KEYS = [option.key for option in options(Config)]
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_a_value_of_another_type_is_told_once(key: str) -> None:
+def test_a_value_of_another_type_is_reported_once(key: str) -> None:
     """What stands in for it breaks no rule, and hides no other mistake."""
     recipe = tomllib.loads(find_config("demo").read_text())
     section, name = key.rsplit(".", 1)
@@ -243,7 +243,7 @@ def test_a_value_of_another_type_is_told_once(key: str) -> None:
 
 
 @pytest.mark.parametrize("section", ["model", "parallel", "optim", "data", "checkpoint", "run"])
-def test_a_section_that_is_none_is_told_once(section: str) -> None:
+def test_a_section_without_a_value_is_reported_once(section: str) -> None:
     recipe = tomllib.loads(find_config("demo").read_text()) | {
         section: "x",
         "finetune": 3,

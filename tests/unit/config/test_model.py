@@ -185,7 +185,7 @@ def test_what_is_not_a_llama_is_refused(change: dict[str, Any], line: str) -> No
     assert str(error.value) == f"config.json: {line}"
 
 
-def test_all_that_is_refused_is_told_at_once() -> None:
+def test_all_refusals_are_reported_together() -> None:
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_hub({"model_type": "gpt2", "mlp_bias": True})
     assert str(error.value).startswith("config.json: 7 problems\n  model_type='gpt2'")

@@ -75,7 +75,7 @@ def test_a_blend_takes_each_part_in_its_own_order_without_repeats(tmp_path: Path
     assert first.tolist() == mixed.parts[0].order(np.arange(20)).tolist()
 
 
-def test_rows_come_from_where_the_order_says(tmp_path: Path) -> None:
+def test_rows_come_from_their_place_in_the_order(tmp_path: Path) -> None:
     mixed = blend(tmp_path, [0.5, 0.5])
     (batch,) = mixed.step()
     chosen = mixed.order(np.arange(8))

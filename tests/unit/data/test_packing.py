@@ -49,7 +49,7 @@ def test_windows_bound_the_work_and_every_document_is_there(
     assert any((other.documents(i)[:1] != packs.documents(i)[:1]).any() for i in range(len(other)))
 
 
-def test_long_documents_are_counted_and_treated_as_told(tmp_path: Path) -> None:
+def test_long_documents_are_counted_and_cut_as_configured(tmp_path: Path) -> None:
     file = write_token_file(tmp_path / "f.tokens", [5, 12, 30, 1, 9], answers=4)
     packs = Packs(file, 10)
     assert (packs.longer, packs.answerless) == (2, 1)

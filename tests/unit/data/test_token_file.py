@@ -91,7 +91,7 @@ def test_every_place_is_guarded(damaged) -> None:
         (-1, "checksum table"),
     ],
 )
-def test_damage_is_told_with_its_place(damaged, place: int, words: str) -> None:
+def test_damage_is_reported_with_its_place(damaged, place: int, words: str) -> None:
     with pytest.raises(DataError, match=words):
         TokenFile(damaged(place % damaged.size))
 
@@ -146,7 +146,7 @@ def test_off_checks_nothing_but_the_header(damaged) -> None:
     file.touch(np.array([0]), np.array([len(file)]))
 
 
-def test_verify_tells_its_rate(damaged) -> None:
+def test_verify_returns_its_rate(damaged) -> None:
     path = damaged(0)
     raw = bytearray(path.read_bytes())
     raw[0] ^= 1

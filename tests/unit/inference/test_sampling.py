@@ -121,7 +121,9 @@ def test_the_cache_is_allocated_once(model: Llama) -> None:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=40, top_p=0.9, seed=5)])
-def test_a_prompt_says_in_a_batch_what_it_says_alone(model: Llama, sampling: Sampling) -> None:
+def test_a_prompt_generates_the_same_text_in_a_batch_and_alone(
+    model: Llama, sampling: Sampling
+) -> None:
     together = join_steps(generate_tokens(model, prompts(), max_new_tokens=NEW, sampling=sampling))
     for row, prompt in enumerate(prompts()):
         seeded = dataclasses.replace(sampling, seed=sampling.seed + row)

@@ -20,7 +20,7 @@ def refusals(launcher: str = "k8s", phase: str = "train", **changes: Any) -> lis
     return problems(job(**changes), launcher, phase)
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_together() -> None:
     with pytest.raises(ConfigError) as refused:
         job(nods=4, slurm__signal_s="x", environment__A={})
     assert len(str(refused.value).splitlines()) == 4

@@ -14,7 +14,7 @@ from llamax.runtime.logging import log_to_file, logger, setup_logging
 # ---- the logger
 
 
-def test_rank_0_speaks_and_others_only_when_something_is_wrong(
+def test_rank_0_logs_information_and_other_ranks_warnings(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     before = logger.handlers[:], logger.level, logger.propagate

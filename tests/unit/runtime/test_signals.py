@@ -59,7 +59,7 @@ def test_signals_by_phase(phase: str, code: int, said: str, signum: int) -> None
     assert said in process.stderr.read()
 
 
-def test_of_ranks_ended_together_one_speaks() -> None:
+def test_only_rank_0_reports_a_signal_to_all_ranks() -> None:
     listen = subprocess.Popen(
         [sys.executable, "-c", LISTEN, "import", "quiet"], stdout=-1, stderr=-1
     )

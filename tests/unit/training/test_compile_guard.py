@@ -63,7 +63,7 @@ def test_two_programs_to_train_and_one_to_validate_are_fine(warnings: Any) -> No
         ({"compiled": 1, "part": "validation"}, "validation compiled 1 program more"),
     ],
 )
-def test_one_more_is_told_once_with_its_cause(
+def test_one_more_program_is_reported_once_with_its_cause(
     warnings: Any, extra: dict[str, Any], cause: str
 ) -> None:
     counted = Counted()
@@ -76,7 +76,7 @@ def test_one_more_is_told_once_with_its_cause(
         run(CompileGuard(counted, "stop"), counted, [*FINE, extra])
 
 
-def test_too_many_in_the_first_step_are_told_too(warnings: Any) -> None:
+def test_too_many_programs_in_the_first_step_are_reported(warnings: Any) -> None:
     counted = Counted()
     run(CompileGuard(counted, "warn"), counted, [{"compiled": 3}])
     assert "step 1: training compiled 1 program more than" in warnings.messages[0]

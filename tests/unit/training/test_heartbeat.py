@@ -67,7 +67,7 @@ def test_a_dead_rank_is_named_at_once(tmp_path: Path) -> None:
     first.stop(heartbeat.DONE)
 
 
-def test_all_alive_is_said_as_well(tmp_path: Path) -> None:
+def test_ranks_that_are_all_alive_are_reported(tmp_path: Path) -> None:
     first, second = hearts(tmp_path, 2)
     assert first.silent() == "every rank is alive, but they do not reach each other"
     (tmp_path / "rank-00001").write_text("{")
@@ -76,7 +76,7 @@ def test_all_alive_is_said_as_well(tmp_path: Path) -> None:
         heart.stop(heartbeat.DONE)
 
 
-def test_what_several_ranks_find_is_told_by_the_lowest(tmp_path: Path) -> None:
+def test_the_lowest_rank_reports_what_several_ranks_find(tmp_path: Path) -> None:
     def end(rank: int, words: str) -> BaseException:
         with pytest.raises(BaseException) as caught, beating(tmp_path, rank, 4, 4.0):
             raise CheckpointError(words)
@@ -117,7 +117,9 @@ def test_a_lost_rank_is_named_and_the_name_passed_on(tmp_path: Path) -> None:
         (None, "done"),
     ],
 )
-def test_a_rank_says_why_it_leaves(tmp_path: Path, error: BaseException | None, left: str) -> None:
+def test_a_rank_records_why_it_leaves(
+    tmp_path: Path, error: BaseException | None, left: str
+) -> None:
     def leave() -> None:
         with beating(tmp_path, 0, 2, 4.0) as heart:
             heart.at(3)
@@ -173,7 +175,7 @@ def test_where_no_collective_fails_the_thread_ends_the_process(
         process.wait()
 
 
-def test_what_a_job_before_said_ends_no_process(tmp_path: Path) -> None:
+def test_heartbeats_of_an_earlier_job_end_no_process(tmp_path: Path) -> None:
     (before,) = hearts(tmp_path, 1)
     before.stop("lost rank 3")
     watch = [sys.executable, "-c", WATCH, str(tmp_path), "20"]

@@ -220,15 +220,13 @@ def test_wandb_offline_has_what_tensorboard_has(
     assert found == {1: 1.0, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4}
 
 
-def test_wandb_that_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_wandb_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(BackendError, match=r"run\.wandb=offline needs the package wandb"):
         WandbWriter(tmp_path, "tests", "offline", {})
 
 
-def test_tensorboard_that_is_missing_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_tensorboard_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(BackendError, match=r"run.tensorboard=true needs the package tensorboard"):
         TensorBoardWriter(tmp_path)

@@ -30,7 +30,7 @@ def verdict(most_skipped: int) -> StepCheck:
     return StepCheck(fetch, most_skipped, lambda step: [10 * step, 10 * step + 1])
 
 
-def test_a_wish_to_stop_is_heard_one_step_late() -> None:
+def test_a_request_to_stop_is_seen_one_step_late() -> None:
     judge = verdict(0)
     assert not judge.add(1, step())
     assert not judge.add(2, step(stop=1.0))

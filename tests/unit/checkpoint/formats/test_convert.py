@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import support.checkpoints as worlds
 import support.foreign as foreign
+import support.foreign_megatron as foreign_megatron
 import torch
 from support.format_checks import check_hub, config_of, llama, saved
 
@@ -54,7 +55,7 @@ def test_export_hf_is_consolidate(tmp_path: Path) -> None:
 )
 def test_exports_that_cannot_be(tmp_path: Path, argv: list[str], told: str) -> None:
     model = llama(2)
-    folder = foreign.meta(tmp_path / "in", worlds.wholes(model), model)
+    folder = foreign_megatron.meta(tmp_path / "in", worlds.wholes(model), model)
     import_main([str(folder), "--out", str(tmp_path / "hub")])
     with pytest.raises((ConfigError, CheckpointError), match=told):
         export_main([str(tmp_path / "hub"), "--out", str(tmp_path / "out"), *argv])
@@ -85,7 +86,7 @@ def test_the_wrong_configuration(tmp_path: Path) -> None:
             import_main([str(tag), *out, "--config", config_of(tmp_path, other)])
     with pytest.raises(ConfigError, match="does not describe its model; add --config"):
         import_main([str(tag), *out])
-    copied = foreign.nemo(tmp_path / "nemo", values, model, 1)
+    copied = foreign_megatron.nemo(tmp_path / "nemo", values, model, 1)
     state = torch.load(copied / "model_weights.ckpt")
     for name in [*state]:
         if "query_key_value" in name:
@@ -108,7 +109,7 @@ def test_folders_of_no_known_kind(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="it has no model folder and no complete tag"):
         import_main([str(tmp_path), "--from", "nxd", *out])
     model = llama(2)
-    nemo = foreign.nemo(tmp_path / "nemo", worlds.wholes(model), model, 2, 2)
+    nemo = foreign_megatron.nemo(tmp_path / "nemo", worlds.wholes(model), model, 2, 2)
     (nemo / "tp_rank_01_pp_rank_001" / "model_weights.ckpt").unlink()
     (nemo / "tp_rank_01_pp_rank_001").rmdir()
     with pytest.raises(CheckpointError, match="no file of tensor rank 1, pipeline rank 1"):

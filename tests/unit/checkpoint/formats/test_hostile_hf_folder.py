@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import support.checkpoints as worlds
 import support.foreign as foreign
+import support.foreign_megatron as foreign_megatron
 import torch
 from safetensors.torch import save_file
 from support.hostile import MODEL, Watched, argv_of, meta_folder
@@ -136,7 +137,7 @@ def test_links_out_of_a_foreign_folder(tmp_path: Path, watched: Watched, what: s
         folder = meta_folder(tmp_path)
         path = folder / "consolidated.00.pth"
     elif what == "nemo":
-        path = foreign.nemo(folder, values, MODEL) / "model_weights.ckpt"
+        path = foreign_megatron.nemo(folder, values, MODEL) / "model_weights.ckpt"
     elif what == "metadata":
         path = (
             foreign.optimum(folder, values, MODEL, 2, 1) / "shards" / "mp_metadata_pp_rank_0.json"

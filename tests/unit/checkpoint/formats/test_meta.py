@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import support.checkpoints as worlds
-import support.foreign as foreign
+import support.foreign_megatron as foreign_megatron
 import torch
 from support.format_checks import assert_same, check_hub, config_of, llama, saved
 
@@ -24,7 +24,7 @@ from llamax.runtime.errors import CheckpointError, ConfigError
 def test_meta(tmp_path: Path, kv: int, ranks: int, dim: int) -> None:
     model = llama(kv)
     values = worlds.wholes(model, torch.bfloat16)
-    folder = foreign.meta(tmp_path / "in", values, model, ranks, dim)
+    folder = foreign_megatron.meta(tmp_path / "in", values, model, ranks, dim)
     assert import_main([str(folder), "--out", str(tmp_path / "hub")]) == 0
     check_hub(tmp_path / "hub", values)
     assert ModelConfig.from_hub(json.loads((tmp_path / "hub" / "config.json").read_text())) == model
@@ -46,7 +46,7 @@ def test_meta_rows_turn_as_ours_do() -> None:
     turn = torch.polar(torch.ones_like(angles), angles)[None, :, None]
     theirs = []
     for w in (q, k):
-        pairs = (x @ foreign.meta_rows(w, heads).t()).view(1, length, heads, width // 2, 2)
+        pairs = (x @ foreign_megatron.meta_rows(w, heads).t()).view(1, length, heads, width // 2, 2)
         theirs.append(torch.view_as_real(torch.view_as_complex(pairs) * turn).flatten(3))
     scores = [torch.einsum("bshe,bthe->bhst", *pair) for pair in (ours, theirs)]
     torch.testing.assert_close(*scores, rtol=1e-5, atol=1e-5)  # the tables are float32
@@ -63,7 +63,7 @@ def test_meta_and_back(tmp_path: Path, kv: int, ranks: int, tied: bool) -> None:
     assert dispatch([*back, *(["--config", config] if tied else [])]) == 0
     check_hub(tmp_path / "hub", values)
     if not tied:
-        theirs = foreign.meta(tmp_path / "theirs", values, model, ranks)
+        theirs = foreign_megatron.meta(tmp_path / "theirs", values, model, ranks)
         for path in theirs.glob("*.pth"):
             a, b = (torch.load(folder / path.name) for folder in (tmp_path / "meta", theirs))
             b.pop("rope.freqs")
@@ -96,7 +96,7 @@ def test_models_that_meta_does_not_have(tmp_path: Path, fields: dict[str, Any], 
 
 def test_meta_folders_that_say_too_little(tmp_path: Path) -> None:
     model, values = llama(2), worlds.wholes(llama(2), torch.bfloat16)
-    folder = foreign.meta(tmp_path / "in", values, model, 2)
+    folder = foreign_megatron.meta(tmp_path / "in", values, model, 2)
     params = json.loads((folder / "params.json").read_text())
     out = ["--out", str(tmp_path / "out")]
     (folder / "params.json").write_text(json.dumps(params | {"use_scaled_rope": True}))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import support.checkpoints as worlds
-import support.foreign as foreign
+import support.foreign_megatron as foreign_megatron
 import torch
 from support.format_checks import check_hub, config_of, llama
 
@@ -30,7 +30,7 @@ from llamax.cli.import_ import main as import_main
 def test_nemo(tmp_path: Path, kv: int, options: dict[str, Any]) -> None:
     model = llama(kv, layers=4)
     values = worlds.wholes(model, torch.bfloat16)
-    folder = foreign.nemo(tmp_path / "in", values, model, **options)
+    folder = foreign_megatron.nemo(tmp_path / "in", values, model, **options)
     config = config_of(tmp_path, model)
     assert import_main([str(folder), "--out", str(tmp_path / "hub"), "--config", config]) == 0
     check_hub(tmp_path / "hub", values)

@@ -67,7 +67,7 @@ def test_an_input_lends_its_memory_to_an_output_of_its_shape() -> None:
     assert census.live(program) == Live(800, 0, 0)
 
 
-def test_what_frees_more_than_it_makes_runs_at_once() -> None:
+def test_an_instruction_that_frees_more_than_it_allocates_runs_at_once() -> None:
     """Three gradients are reduced as they come, though the text lists the reductions last."""
     lines = ["%p.1 = f32[100]{0} parameter(0)", "%z.2 = f32[] constant(0)"]
     big = "f32[50,100]{1,0}"

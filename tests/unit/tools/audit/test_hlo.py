@@ -10,7 +10,7 @@ from support.hlo_text import MATMUL, program_of
 from llamax.tools.audit import diff, hlo
 
 
-def test_an_instruction_says_everything() -> None:
+def test_all_fields_of_an_instruction_are_read() -> None:
     program = hlo.read(MATMUL)
     assert [each.opcode for each in program.instructions] == [
         "parameter", "parameter", "dot", "constant", "reduce", "tuple",

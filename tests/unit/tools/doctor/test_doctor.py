@@ -90,7 +90,7 @@ def test_a_missing_dataset_is_an_error(tmp_path: Path) -> None:
     assert "llamax launch --phase prepare" in found["dataset"].fix
 
 
-def test_the_program_says_it_all_and_how_it_ends(
+def test_the_program_prints_all_findings_and_its_exit_code_says_the_worst(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     done = subprocess.run(

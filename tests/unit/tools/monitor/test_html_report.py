@@ -89,7 +89,7 @@ def test_runs_that_differ_are_marked(tmp_path: Path) -> None:
     assert "What differs</h2><p>no setting</p>" in page([read_run(one, NOW)] * 2)
 
 
-def test_runs_of_one_name_are_told_by_their_paths(tmp_path: Path) -> None:
+def test_runs_with_the_same_name_are_labelled_by_their_paths(tmp_path: Path) -> None:
     folders = [make_run(tmp_path / name, 12) for name in ("x/night", "y/night", "day")]
     found = with_distinct_names([read_run(folder, NOW) for folder in folders])
     assert [run.name for run in found] == [str(folders[0]), str(folders[1]), "day"]

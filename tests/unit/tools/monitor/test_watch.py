@@ -16,7 +16,7 @@ from llamax.tools.monitor.run_folder import percentiles, read_run
 from llamax.tools.monitor.watch import COLOURS, clip, render, sparkline
 
 
-def test_a_view_says_all_that_is_known(tmp_path: Path) -> None:
+def test_a_view_shows_all_that_is_known(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "night", 12, 4, 2), NOW + 5)
     text = "\n".join(render(run, 100))
     for words in (
@@ -78,7 +78,7 @@ def test_ctrl_c_leaves_the_last_view_on_the_screen(
     assert "step 12/40" in after
 
 
-def test_a_running_view_says_what_is_left(tmp_path: Path) -> None:
+def test_a_running_view_shows_the_time_left(tmp_path: Path) -> None:
     text = "\n".join(render(read_run(make_run(tmp_path / "r", 12), NOW + 5), price=3600.0))
     assert "left 56s" in text
     assert "$24.00 spent, $56.00 remaining" in text

@@ -23,7 +23,7 @@ def recipe(name: str, *overrides: str) -> Config:
     return load_config(name, overrides)
 
 
-def test_a_search_that_finds_nothing_says_why(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", "llama2-7b", "--ranks", "24", "--search"]) == 6
     first, *rest = capsys.readouterr().out.splitlines()
     assert first == "none of 144 layouts fits"
@@ -33,7 +33,7 @@ def test_a_search_that_finds_nothing_says_why(capsys: pytest.CaptureFixture[str]
     assert "tensor 1: 18 layouts do not fit; the smallest" in capsys.readouterr().out
 
 
-def test_search_ranks_what_fits_and_tells_the_rest() -> None:
+def test_search_ranks_meshes_that_fit_and_counts_the_others() -> None:
     plans, refused = search(recipe("llama2-7b", *ONE), TRN1, 4)
     fitting = [each for each in plans if each.memory.fits]
     assert fitting == plans[: len(fitting)]

@@ -1,0 +1,359 @@
+"""For each rule of a configuration: changes that trip it alone, and changes on its edge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+LORA = {"finetune.method": "lora", "checkpoint.init_from": "base"}
+
+THIN = {
+    "model.num_attention_heads": 64,
+    "model.num_key_value_heads": 64,
+    "model.head_dim": 2,
+    "model.intermediate_size": 64,
+    "parallel.tensor": 64,
+}
+
+# rule: (changes, world, problem) that trips it; then (changes, world) on the edge that keeps it
+CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[str, Any]]]] = {
+    "heads_divide_hidden": (
+        [
+            (
+                {"model.hidden_size": 66},
+                None,
+                "model.num_attention_heads=8 does not divide model.hidden_size=66; "
+                "use a divisor, or set model.head_dim",
+            )
+        ],
+        [{"model.hidden_size": 66, "model.head_dim": 16}],
+    ),
+    "heads_turn_pairs": (
+        [
+            (
+                {"model.head_dim": 7},
+                None,
+                "model.head_dim=7 is odd, and rotary positions turn pairs of features; use 8",
+            )
+        ],
+        [{"model.head_dim": 6}],
+    ),
+    "queries_share_keys": (
+        [
+            (
+                {"model.num_key_value_heads": 3, "parallel.tensor": 1},
+                None,
+                "model.num_key_value_heads=3 does not divide model.num_attention_heads=8; "
+                "use 1, 2, 4 or 8",
+            )
+        ],
+        [{"model.num_key_value_heads": n} for n in (1, 2, 4, 8)],
+    ),
+    "special_tokens_exist": (
+        [
+            (
+                {"model.bos_token_id": 101},
+                None,
+                "model.bos_token_id=101 is outside model.vocab_size=101; use 0 to 100",
+            ),
+            (
+                {"model.eos_token_id": (2, 101)},
+                None,
+                "model.eos_token_id=101 is outside model.vocab_size=101; use 0 to 100",
+            ),
+        ],
+        [{"model.bos_token_id": 100}, {"model.eos_token_id": 100}, {"model.eos_token_id": (0, 1)}],
+    ),
+    "rope_bands_in_order": (
+        [
+            (
+                {"model.rope_scaling.low_freq_factor": 4.0},
+                None,
+                "model.rope_scaling.low_freq_factor=4.0 is not below "
+                "model.rope_scaling.high_freq_factor=4.0; Llama 3 has 1.0 and 4.0",
+            )
+        ],
+        [{"model.rope_scaling.low_freq_factor": 3.9}],
+    ),
+    "rope_stretches": (
+        [
+            (
+                {"model.rope_scaling.factor": 0.5},
+                None,
+                "model.rope_scaling.factor=0.5 would shrink the context; "
+                "use 1.0 or more (Llama 3.1 has 8.0, Llama 3.2 has 32.0)",
+            )
+        ],
+        [{"model.rope_scaling.factor": 1.0}],
+    ),
+    "tensor_divides_heads": (
+        [
+            (
+                {"parallel.tensor": 3, "model.num_key_value_heads": 1, "data.sequence_length": 12},
+                None,
+                "parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8",
+            )
+        ],
+        [{"parallel.tensor": 8}],
+    ),
+    "tensor_fits_kv_heads": (
+        [
+            (
+                {
+                    "parallel.tensor": 4,
+                    "model.num_attention_heads": 12,
+                    "model.num_key_value_heads": 6,
+                },
+                None,
+                "parallel.tensor=4 is neither a divisor nor a multiple of "
+                "model.num_key_value_heads=6; use 1, 2, 3, 6 or 12",
+            )
+        ],
+        [{"parallel.tensor": 8, "model.num_key_value_heads": n} for n in (1, 2, 4, 8)],
+    ),
+    "tensor_divides_feed_forward": (
+        [
+            (
+                {"model.intermediate_size": 105},
+                None,
+                "parallel.tensor=2 does not divide model.intermediate_size=105; use 1 or 3",
+            )
+        ],
+        [{"model.intermediate_size": 98}],
+    ),
+    "tensor_divides_sequence": (
+        [
+            (
+                {"data.sequence_length": 101},
+                None,
+                "parallel.tensor=2 does not divide data.sequence_length=101, which "
+                "parallel.sequence=true cuts; use 100 or 102, or parallel.sequence=false",
+            )
+        ],
+        [
+            {"data.sequence_length": 102},
+            {"data.sequence_length": 101, "parallel.sequence": False},
+            {"data.sequence_length": 101, "parallel.tensor": 1},
+        ],
+    ),
+    "mesh_fills_world": (
+        [
+            (
+                {"data.global_batch": 2},
+                3,
+                "parallel.tensor=2 does not divide the world of 3 ranks; "
+                "start a multiple of 2 ranks, or use 1 or 3",
+            ),
+            (
+                {"parallel.data": 4},
+                4,
+                "parallel.tensor=2 x parallel.data=4 is 8 ranks, but the world has 4; "
+                "use parallel.data=2, or 0 for all ranks that are left",
+            ),
+        ],
+        [{"parallel.data": 2}, {"parallel.data": 0}],
+    ),
+    "batch_divides_over_mesh": (
+        [
+            (
+                {"data.global_batch": 10},
+                4,
+                "data.global_batch=10 is not a multiple of data.micro_batch=2 x 2 data ranks = 4; "
+                "use 8 or 12",
+            ),
+            (
+                {"data.global_batch": 3},
+                None,
+                "data.global_batch=3 is not a multiple of data.micro_batch=2 x 1 data ranks = 2; "
+                "use 2 or 4",
+            ),
+            (
+                {"data.global_batch": 4, "parallel.data": 3},
+                None,
+                "data.global_batch=4 is not a multiple of data.micro_batch=2 x 3 data ranks = 6; "
+                "use 6",
+            ),
+        ],
+        [{"data.global_batch": 4}, {"data.global_batch": 12}],
+    ),
+    "sequence_fits_model": (
+        [
+            (
+                {"model.max_position_embeddings": 126},
+                None,
+                "data.sequence_length=128 is above model.max_position_embeddings=126; "
+                "use 126 or less, or raise the model's",
+            )
+        ],
+        [{"model.max_position_embeddings": 128}],
+    ),
+    "learning_rate_falls": (
+        [
+            (
+                {"optim.min_lr": 1e-3},
+                None,
+                "optim.min_lr=0.001 is above optim.lr=0.0003; use 0.0003 or less",
+            )
+        ],
+        [{"optim.min_lr": 3e-4}, {"optim.min_lr": 1e-3, "optim.schedule": "constant"}],
+    ),
+    "warmup_is_given_once": (
+        [
+            (
+                {"optim.warmup_ratio": 0.1},
+                None,
+                "optim.warmup_steps=10 and optim.warmup_ratio=0.1 both set the length of warm-up; "
+                "use one of them",
+            )
+        ],
+        [{"optim.warmup_ratio": 0.1, "optim.warmup_steps": 0}],
+    ),
+    "neuron_cores_round": (
+        [
+            (
+                {"run.stochastic_rounding": True, "run.dtype": "bfloat16"},
+                None,
+                "run.stochastic_rounding is for bfloat16 on NeuronCores, but run.backend=cpu "
+                "and run.dtype=bfloat16; use xla and bfloat16, or leave it off",
+            ),
+            (
+                {"run.stochastic_rounding": True, "run.backend": "xla"},
+                None,
+                "run.stochastic_rounding is for bfloat16 on NeuronCores, but run.backend=xla "
+                "and run.dtype=float32; use xla and bfloat16, or leave it off",
+            ),
+        ],
+        [
+            {
+                "run.stochastic_rounding": True,
+                "run.backend": "xla",
+                "run.dtype": "bfloat16",
+            }
+        ],
+    ),
+    "patience_needs_validation": (
+        [
+            (
+                {"run.patience": 2},
+                None,
+                "run.patience=2 but nothing is validated; set run.validate_every or "
+                "run.validate_each_epoch=true",
+            )
+        ],
+        [
+            {"run.patience": 2, "run.validate_every": 5},
+            {"run.patience": 2, "run.validate_each_epoch": True},
+        ],
+    ),
+    "best_needs_validation": (
+        [
+            (
+                {"checkpoint.keep_best": True},
+                None,
+                "checkpoint.keep_best=true but nothing is validated; set run.validate_every or "
+                "run.validate_each_epoch=true",
+            )
+        ],
+        [
+            {"checkpoint.keep_best": True, "run.validate_every": 5},
+            {"checkpoint.keep_best": True, "run.validate_each_epoch": True},
+        ],
+    ),
+    "decay_belongs_to_wsd": (
+        [
+            (
+                {"optim.schedule": "wsd"},
+                None,
+                "optim.decay_steps=0 with optim.schedule=wsd; "
+                "use 1 to 1000, the last fifth of the run for example",
+            ),
+            (
+                {"optim.decay_steps": 5},
+                None,
+                "optim.decay_steps=5 has no effect with optim.schedule=cosine; "
+                "use 0, or optim.schedule=wsd",
+            ),
+        ],
+        [{"optim.schedule": "wsd", "optim.decay_steps": 990}],
+    ),
+    "schedule_fits_run": (
+        [
+            (
+                {"optim.schedule": "wsd", "optim.decay_steps": 991},
+                None,
+                "optim.warmup_steps=10 + optim.decay_steps=991 is above run.steps=1000; "
+                "use at most 1000 together",
+            )
+        ],
+        [{"optim.warmup_steps": 1000}, {"optim.warmup_steps": 2000, "run.epochs": 3}],
+    ),
+    "folders_are_named": (
+        [
+            (
+                {"data.path": ""},
+                None,
+                "data.path is empty; use the folder that llamax prepare wrote",
+            ),
+            ({"run.folder": " "}, None, "run.folder is empty; use a folder for this run"),
+            (
+                {"checkpoint.resume": ""},
+                None,
+                "checkpoint.resume is empty; use auto, never or a checkpoint folder",
+            ),
+        ],
+        [{"checkpoint.init_from": ""}],
+    ),
+    "targets_match_modules": (
+        [
+            (
+                {"finetune.targets": targets, **LORA},
+                None,
+                f"finetune.targets={targets!r}: {unknown!r} matches no module; use all-linear or "
+                "some of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj",
+            )
+            for targets, unknown in (("q_proj,query", "query"), ("", ""), ("lm_head", "lm_head"))
+        ],
+        [{"finetune.targets": "nothing"}, {"finetune.targets": "q_proj, down_proj", **LORA}],
+    ),
+    "adapters_have_a_base": (
+        [
+            (
+                {"finetune.method": "lora"},
+                None,
+                "finetune.method=lora trains adapters of a model, and checkpoint.init_from is "
+                "empty; use the folder of the base",
+            )
+        ],
+        [LORA],
+    ),
+    "blocks_fit_shares": (
+        [
+            (
+                {**LORA, "finetune.method": "qlora"},
+                None,
+                "model.intermediate_size=96 is not a multiple of 64, the block of "
+                "finetune.quant=nf4; use finetune.quant=int8 or finetune.method=lora",
+            ),
+            (
+                {**LORA, **THIN, "finetune.method": "qlora"},
+                None,
+                "parallel.tensor=64 leaves an odd share of model.intermediate_size=64, and "
+                "finetune.quant=nf4 packs weights in pairs; use finetune.quant=int8",
+            ),
+        ],
+        [
+            {**LORA, "finetune.method": "qlora", "finetune.quant": "int8"},
+            {**LORA, "finetune.method": "qlora", "model.intermediate_size": 128},
+        ],
+    ),
+    "adapters_are_no_model": (
+        [
+            (
+                {**LORA, "checkpoint.also_hf": True},
+                None,
+                "checkpoint.also_hf=true with finetune.method=lora: a checkpoint of adapters is no "
+                "whole model; use checkpoint.also_hf=false, and llamax merge afterwards",
+            )
+        ],
+        [LORA, {"checkpoint.also_hf": True}],
+    ),
+}
