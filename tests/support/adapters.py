@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save_file
 
 from llamax.backends.base import Backend
@@ -172,6 +171,8 @@ def differences(
 
 
 def hub_folder(folder: Path, model: ModelConfig, seed: int = 0) -> Path:
+    import transformers  # not installed beside torch-xla, where the rest of this module is used
+
     transformers.set_seed(seed)
     hub = transformers.LlamaConfig(**model.to_hub("float32"))
     transformers.LlamaForCausalLM(hub).save_pretrained(folder)
