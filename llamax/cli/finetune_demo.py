@@ -98,15 +98,15 @@ def main(argv: Sequence[str]) -> int:
         torchrun(RANKS, Path(scratch) / "rendezvous", ["--config", RECIPE, *overrides])
     shell([*llamax, "consolidate", str(run), "--out", str(hub)])
     shell([*llamax, "evaluate", str(hub), "--data", str(data), "--sequence-length", "256"])
-    asked = ["--template", TEMPLATE, "--max-new-tokens", "24"]
-    shell([*llamax, "evaluate", str(hub), "--test-file", str(test), *asked])
+    template_options = ["--template", TEMPLATE, "--max-new-tokens", "24"]
+    shell([*llamax, "evaluate", str(hub), "--test-file", str(test), *template_options])
     questions = folder / "questions.jsonl"
     questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
-    said = ["--prompts-file", str(questions), *asked, "--greedy"]
+    prompt_options = ["--prompts-file", str(questions), *template_options, "--greedy"]
     shell(
-        [*llamax, "generate", "--compare", f"{base},{hub}", *said]
+        [*llamax, "generate", "--compare", f"{base},{hub}", *prompt_options]
         if (base / "config.json").is_file()
-        else [*llamax, "generate", str(hub), *said]
+        else [*llamax, "generate", str(hub), *prompt_options]
     )
     losses = [r for r in read_jsonl(run / METRICS_FILE) if r.validation_loss is not None]
     print(

@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         "--compare", metavar="BASE,TUNED", help="two models instead of one, side by side"
     )
     p.add_argument(
-        "--base", default="", metavar="PATH", help="base of adapters, if not where they say"
+        "--base", default="", metavar="PATH", help="base of adapters, if not where they write"
     )
     p.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     p.add_argument(
@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> int:
     rows = read_prompts(options.prompt, options.prompts_file, options.template)
 
     def show_completion(number: int, prompt: Prompt, completion: Completion) -> None:
-        say(f"=== {number} of {len(rows)} ===\n{completion.prompt}{completion.text}\n")
+        write(f"=== {number} of {len(rows)} ===\n{completion.prompt}{completion.text}\n")
 
     if len(models) == 1:
         generate(
@@ -161,11 +161,11 @@ def main(argv: Sequence[str]) -> int:
             base=options.base,
             out=options.out,
             rank=rank,
-            show=say,
+            show=write,
             on_completion=show_completion,
         )
         if rank.rank == 0 and len(rows) == 1:
-            say("\n")
+            write("\n")
         return 0
     found = compare(
         (models[0], models[1]),
@@ -178,13 +178,13 @@ def main(argv: Sequence[str]) -> int:
         rank=rank,
     )
     for number, (prompt, base, tuned) in enumerate(found if rank.rank == 0 else [], 1):
-        say(f"=== {number} of {len(found)} ===\n{prompt.text}\n")
-        say(columns(f"[{models[0]}]\n{base.text}", f"[{models[1]}]\n{tuned.text}") + "\n")
+        write(f"=== {number} of {len(found)} ===\n{prompt.text}\n")
+        write(columns(f"[{models[0]}]\n{base.text}", f"[{models[1]}]\n{tuned.text}") + "\n")
     return 0
 
 
-def say(text: str) -> None:
-    """Print a piece of a line at once."""
+def write(text: str) -> None:
+    """Print text without a line break, at once."""
     print(text, end="", flush=True)
 
 

@@ -120,6 +120,10 @@ if __name__ == "__main__":
         [folder / "rows.jsonl"], out / "rows", tokenizer=str(tokenizer), template="dolly",
         validation=0.0, limit=3, fields={"answer": "response"},
     )
+    made = llamax.prepare(
+        folder / "text", out / "megatron", tokenizer=tokenizer, format="megatron", glob=["1*"]
+    )
+    assert (made.folder, made.documents, made.unit) == (out / "megatron", 1, "B"), made
     llamax.shard(folder / "hub", out / "cut", tensor=2)
     llamax.consolidate(out / "cut", out / "joined", dtype="bfloat16", max_shard_size="50KB")
     llamax.merge(folder / "adapter", out / "merged")
@@ -134,6 +138,8 @@ COMMANDS = """
 prepare {folder}/text --out {out}/text --tokenizer {folder}/tokenizer.model --validation 0.4
 prepare {folder}/rows.jsonl --out {out}/rows --tokenizer {folder}/tokenizer.model --template dolly \
  --validation 0 --limit 3 --field answer=response
+prepare {folder}/text --out {out}/megatron --tokenizer {folder}/tokenizer.model --format megatron \\
+ --glob 1*
 shard {folder}/hub --out {out}/cut --tensor 2
 consolidate {out}/cut --out {out}/joined --dtype bfloat16 --max-shard-size 50KB
 merge {folder}/adapter --out {out}/merged
@@ -151,7 +157,7 @@ def test_a_plain_program_writes_what_the_commands_write(folder: Path, tmp_path: 
     for line in COMMANDS.replace("\\\n", "").strip().splitlines():
         assert dispatch(line.format(folder=folder, out=typed).split()) == 0
     made = contents(called)
-    assert len({name.partition("/")[0] for name in made}) == 7
+    assert len({name.partition("/")[0] for name in made}) == 8
     assert made == contents(typed)
 
 
@@ -247,6 +253,8 @@ def test_a_description_has_labels_and_values(folder: Path) -> None:
         (lambda f: GenerationSettings(backend="xla"), "`backend=xla` is not known; use cpu, cuda"),
         (lambda f: GenerationSettings(top_p=2.0), "`top_p=2.0` is out of range"),
         (lambda f: GenerationSettings(stop=[""]), "`stop` is empty"),
+        (lambda f: llamax.audit("demo", nodes=0), "`nodes=0` is out of range; use 1 or more"),
+        (lambda f: llamax.audit("demo", ranks="x"), "`ranks=x` is not known; use all, corners"),
         (lambda f: llamax.plan("demo", nodes=0), "`nodes=0` is out of range; use 1 or more"),
         (lambda f: llamax.plan("demo", "trn3"), "`instance` trn3 is neither a TOML file nor"),
     ],

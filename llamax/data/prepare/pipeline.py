@@ -27,6 +27,7 @@ from typing import Literal
 
 from llamax.data.chat.jinja_sandbox import Program
 from llamax.data.chat.templates import source_of, unused
+from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.prepare.chunks import (
     SPLITS,
     Chunk,
@@ -119,7 +120,7 @@ def prepare(
         workers: Number of processes.  More than 1 are spawned: a script that calls this needs
             ``if __name__ == "__main__":``.
         template: Name of a built-in template, a Jinja file, a tokenizer_config.json or a folder
-            with one.  The parameters below are for rows, which a template asks for.
+            with one.  The parameters below need a template.
         fields: Columns of the fields instruction, context, answer, system and messages, where they
             have other than the usual names.
         system: System prompt of samples that have none.
@@ -209,7 +210,9 @@ def prepare(
         _write_index(out, settings, opened, identity, trained, format)
     shutil.rmtree(parts_folder)
     size = sum(chunk.size for chunk in chunks)
-    return Prepared(out, size, chunks[0].unit, _count(out), time.perf_counter() - began)
+    return Prepared(
+        out, size, chunks[0].unit, _count(out, key, format), time.perf_counter() - began
+    )
 
 
 def _check_paths(out: PathLike, tokenizer: PathLike | None, train_tokenizer: int) -> None:
@@ -276,8 +279,11 @@ def _write_index(
     write_atomic(out / "dataset.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _count(out: Path) -> int:
-    """The documents of all splits; 0 in the Megatron format, where nobody asks."""
+def _count(out: Path, key: str, format: Format) -> int:
+    """The documents of all splits."""
+    if format == "megatron":
+        prefixes = [indexed_prefix(out, split, key) for split in SPLITS]
+        return sum(len(IndexedFile(path, "off").marks) - 1 for path in prefixes if is_prefix(path))
     paths = [out / f"{split}.tokens" for split in SPLITS]
     return sum(TokenFile(path, "off").header.documents for path in paths if path.exists())
 
