@@ -90,7 +90,7 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
     devices = {resource: str(count) for resource, count in counts.items() if count}
     node = {"node.kubernetes.io/instance-type": job.instance} if machine.devices else {}
     save = ["/bin/bash", "-c", SAVE]
-    wait = ["sleep", str(GRACE_S - 2 * mpirun.PATIENCE_S)]  # mpirun may end earlier
+    wait = ["sleep", str(GRACE_S - 2 * mpirun.KILL_TIMEOUT_S)]  # mpirun may end earlier
     return {
         "apiVersion": "kubeflow.org/v2beta1",
         "kind": "MPIJob",

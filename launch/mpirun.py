@@ -36,7 +36,7 @@ from llamax.launch.script import (
 )
 from llamax.launch.torchrun import FILE_OPTIONS, IN_A_FILE
 
-PATIENCE_S = 30  # after the first process has ended, the others have twice this to save
+KILL_TIMEOUT_S = 30  # after the first process has ended, the others have twice this to save
 ROOT = """# containers run as root, which mpirun refuses without these two variables
 if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 """
@@ -94,7 +94,7 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
     text += array("program", program(job, phase))
     return f"""{text}{BY_PATH}exec "$(command -v mpirun)" --np {job.nodes * processes} {where} \\
     --map-by ppr:{processes}:node --bind-to none --wdir "$PWD" \\
-    --mca odls_base_sigkill_timeout {PATIENCE_S} "${{forward[@]}}" \\
+    --mca odls_base_sigkill_timeout {KILL_TIMEOUT_S} "${{forward[@]}}" \\
     {command}
 """
 

@@ -13,7 +13,6 @@ from shlex import quote
 from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
 
-PHASES = ("prepare", "precompile", "train")
 SHEBANG = "#!/usr/bin/env bash"
 
 
