@@ -143,13 +143,13 @@ def one_rank(folder: Path) -> Llama:
 def load_hub(folder: Path, out: Path) -> None:
     model = one_rank(folder)
     source = HfFolder(folder / "hub")
-    load_weights(source, model.sharded_parameters(), TENSOR, RANK)
+    load_weights(source, model.sharded_parameters())
 
 
 def load_checkpoint(folder: Path, out: Path, verify: bool = True) -> None:
     model = one_rank(folder)
     source = Checkpoint(folder / "checkpoint", verify)
-    load_weights(source, model.sharded_parameters(), TENSOR, RANK)
+    load_weights(source, model.sharded_parameters())
 
 
 def load_unverified(folder: Path, out: Path) -> None:
