@@ -66,6 +66,11 @@ def test_a_file_imports_its_room_and_the_rows_below(module: str) -> None:
             assert ROOMS[pair[1]] > ROOMS[pair[0]], f"{module} reaches up or sideways to {target}"
 
 
+@pytest.mark.parametrize("module", KERNELS)
+def test_a_kernel_imports_kernels_and_config_alone(module: str) -> None:
+    assert {room(name) for name in imported(KERNELS[module]) if name in FILES} <= {"config"}
+
+
 def test_there_is_no_circle() -> None:
     graph = {module: imported(path) & {*FILES} - {module} for module, path in FILES.items()}
     graphlib.TopologicalSorter(graph).prepare()
