@@ -36,7 +36,7 @@ from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Axes, Solo
-from llamax.training.step import train_step
+from llamax.training.step import TrainState
 
 LENGTH, BATCH, TURNS = 2048, 2, 2
 DOCUMENTS = [250_000, 1_000_000, 4_000_000]
@@ -51,6 +51,9 @@ def packing(rows: Path, tokenizer: Path, folder: Path, length: int) -> None:
     model = Llama(replace(config.model, vocab_size=file.header.vocab_size)).init(0)
     axes = Axes(tp=Solo("tp"), data=Solo("data"), kv=Solo("kv"), world=Solo("world"))
     optimizer = Zero1(model.sharded_parameters(), OptimConfig(), axes, sequence_parallel=False)
+    state = TrainState(
+        model, optimizer, axes, step_tokens=BATCH * length, learning_rate=lambda step: 1e-4
+    )
     loaders = {}
     for way in ("best-fit", "padded"):
         data = replace(
@@ -65,7 +68,7 @@ def packing(rows: Path, tokenizer: Path, folder: Path, length: int) -> None:
             useful = sum(int((b.documents < b.documents[:, -1:]).sum()) for b in batches)
             answers = sum(int((b.labels != IGNORE_INDEX).sum()) for b in batches)
             began = time.process_time()
-            train_step(model, optimizer, axes, batches, BATCH * length, 1e-4, turn + 1)
+            state.step(batches, turn + 1)
             seconds = time.process_time() - began
             if turn:
                 rates[way].append(useful / seconds)

@@ -42,7 +42,7 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import rendezvous
 from llamax.parallel.sharding import Replica
 from llamax.runtime.units import show_bytes
-from llamax.training.step import train_step
+from llamax.training.step import TrainState
 
 LARGE = ModelConfig(
     hidden_size=512,
@@ -116,15 +116,21 @@ def steps(shape: ModelConfig, rounds: int, tokens: int, rows: int) -> None:
             optimizer = Zero1(
                 model.sharded_parameters(), OptimConfig(), axes, sequence_parallel=False
             )
-            teams[name] = model, optimizer
+            teams[name] = TrainState(
+                model,
+                optimizer,
+                axes,
+                step_tokens=rows * tokens,
+                learning_rate=lambda step: 1e-4,
+            )
     ids = torch.randint(shape.vocab_size, (rows, tokens))
     batch = Batch(ids, ids.roll(-1, 1), torch.arange(tokens).expand_as(ids), None)
     seconds: dict[str, list[float]] = {name: [] for name in teams}
     share: dict[str, list[float]] = {name: [] for name in teams}
     for number in range(1, rounds + 2):
-        for name, (model, optimizer) in teams.items():
+        for name, state in teams.items():
             dense["s"], began = 0.0, time.process_time()
-            train_step(model, optimizer, axes, [batch], ids.numel(), 1e-4, number)
+            state.step([batch], number)
             took = time.process_time() - began
             if number > 1:  # the first one warms up
                 seconds[name].append(took)

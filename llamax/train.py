@@ -26,6 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -36,7 +37,6 @@ from llamax.checkpoint import lock
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.config.load import dump_config, help_text, load_config
 from llamax.config.schema import Config
-from llamax.optim.schedule import lr_at
 from llamax.parallel.rendezvous import Rendezvous, rendezvous, report_errors_once
 from llamax.runtime.errors import CheckpointError, Stopped
 from llamax.runtime.logging import log_to_file, logger, setup_logging
@@ -50,7 +50,6 @@ from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
 from llamax.training.resolve import resolve
 from llamax.training.setup import Job, introduce, loaders, measures, prepare, writers
-from llamax.training.step import train_step, validation_loss
 from llamax.training.step_check import StepCheck
 
 
@@ -98,7 +97,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
 
     guard = CompileGuard(job.backend if job.backend.traces else None, config.run.compile_guard)
     verdict = StepCheck(job.backend.fetch, config.optim.most_skipped, samples, job.main)
-    profile = Profiler(config.run, job.folder, job.axes.world.rank)
+    profile = Profiler(config.run, job.folder, job.state.axes.world.rank)
     with Recorder(writers(job), measures(job), began) as reporter:
         while step < config.run.steps and not stop and not patience.over:
             step += 1
@@ -107,19 +106,10 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             with tolerated(job):
                 job.saver.check()
             started = time.perf_counter()
-            lr = lr_at(step, config.optim, config.run.steps)
+            lr = job.state.learning_rate(step)
             with guard.watch("training", step):
-                found = train_step(
-                    job.model,
-                    job.optimizer,
-                    job.axes,
-                    guard.seen(training.step()),
-                    job.run.step_tokens,
-                    lr,
-                    step,
-                    bool(signals.requested()),
-                    job.backend.step_boundary,
-                )
+                batches = guard.seen(training.step())
+                found = job.state.step(batches, step, stop=bool(signals.requested()))
             stop = verdict.add(step, found)
             reporter.took(time.perf_counter() - started)
             signals.stepped()
@@ -130,11 +120,9 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
                 _due(step, config.run.validate_every, last)
                 or (epoch and config.run.validate_each_epoch)
             ):
-                batches = config.run.validate_batches
                 with guard.watch("validation", step):
-                    validated = validation_loss(
-                        job.model, job.axes, validation, batches, job.backend.step_boundary
-                    )
+                    held_out = islice(validation.epoch(), config.run.validate_batches)
+                    validated = job.state.validate(held_out)
                 patience.add(validated)
             if validated is not None or _due(step, config.run.log_every, last):
                 tokens = training.consumed * config.data.sequence_length
@@ -180,7 +168,7 @@ def save(job: Job, step: int, consumed: int, validated: Tensor | None) -> None:
     with tolerated(job):
         job.saver.save(
             step,
-            job.optimizer.owned(),
+            job.state.optimizer.owned(),
             state={
                 "consumed_sequences": consumed,
                 "seed": job.config.run.seed,

@@ -13,7 +13,7 @@ from llamax.model.llama import Llama
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
-from llamax.training.step import train_step
+from llamax.training.step import TrainState
 from peers.job import BETAS, DECAY, DTYPES, EPS, LR, Job, Step
 
 _open = ExitStack()  # the process group lives as long as the process
@@ -40,6 +40,14 @@ def train(job: Job) -> Step:
         sequence_parallel=model.sequence_parallel,
         **({"bucket_bytes": job.bucket_bytes} if job.bucket_bytes else {}),
     )
+    state = TrainState(
+        model,
+        optimizer,
+        axes,
+        backend,
+        step_tokens=job.batch * job.length,
+        learning_rate=lambda step: LR,
+    )
     each = -(-job.length // job.documents)
     place = torch.arange(job.length)
     positions = (place % each).unsqueeze(0)
@@ -57,7 +65,6 @@ def train(job: Job) -> Step:
         if job.documents > 1:
             documents = (place // each).expand(ids.shape)
         batch = Batch(ids, labels, positions, documents)
-        tokens = job.batch * job.length
-        return train_step(model, optimizer, axes, [batch], tokens, LR, number).loss.item()
+        return state.step([batch], number).loss.item()
 
     return step

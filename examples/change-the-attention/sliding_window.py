@@ -23,10 +23,9 @@ from llamax.config.schema import Config
 from llamax.data.dataset import open_dataset
 from llamax.data.samples import Samples
 from llamax.model.llama import Attend, Llama
-from llamax.optim import Zero1, lr_at
-from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous, rendezvous
-from llamax.training.step import train_step
+from llamax.training.resolve import resolve
+from llamax.training.step import TrainState
 
 WINDOW = 64
 
@@ -82,30 +81,22 @@ class SlidingWindowLlama(Llama):
 
 def train(config: Config, where: Rendezvous) -> list[float]:
     """Train on this rank; the loss of every step."""
-    tensor = config.parallel.tensor
-    mesh = Mesh.fill(where.world_size, tp=tensor, kv=config.model.kv_replicas(tensor))
+    run = resolve(config, where.world_size)
     backend = choose(config.run.backend, where, config.run.threads)
     losses: list[float] = []
-    with backend.joined(mesh, config.run.timeout_s) as axes:
+    with backend.joined(run.mesh, config.run.timeout_s) as axes:
         sequence = config.parallel.sequence
         model = SlidingWindowLlama(config.model, axes.tp, sequence_parallel=sequence)
         model.init(config.run.seed)
-        optimizer = Zero1(
-            model.sharded_parameters(),
-            config.optim,
-            axes,
-            sequence_parallel=model.sequence_parallel,
-        )
+        state = TrainState.build(run, model, axes, backend)
         dataset = open_dataset(config.data.path, "read", config.model.vocab_size)
         samples = Samples(dataset.train, config.data, config.run.seed)
         loader = samples.loader(axes.data, 0, shuffle=True)
-        step_tokens = config.data.global_batch * config.data.sequence_length
-        for step in range(1, config.run.steps + 1):
-            lr = lr_at(step, config.optim, config.run.steps)
-            result = train_step(model, optimizer, axes, loader.step(), step_tokens, lr, step)
+        for step in range(1, run.steps + 1):
+            result = state.step(loader.step(), step)
             losses += backend.fetch([result.loss])
             if where.rank == 0 and step % config.run.log_every == 0:
-                print(f"step {step}/{config.run.steps}  loss {losses[-1]:.4f}", flush=True)
+                print(f"step {step}/{run.steps}  loss {losses[-1]:.4f}", flush=True)
     return losses
 
 

@@ -23,11 +23,10 @@ from llamax.data.loader import Batch, Batches
 from llamax.data.shuffle import Integers
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
-from llamax.optim import Zero1, lr_at
 from llamax.parallel.collectives import Axis
-from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous, rendezvous
-from llamax.training.step import train_step
+from llamax.training.resolve import resolve
+from llamax.training.step import TrainState
 
 SYMBOLS = "0123456789+= "
 DIGITS = 3
@@ -72,26 +71,18 @@ class Sums(Batches):
 
 def train(config: Config, where: Rendezvous) -> tuple[list[float], float]:
     """Train on this rank; the loss of every step, and the share of right answers at the end."""
-    tensor = config.parallel.tensor
-    mesh = Mesh.fill(where.world_size, tp=tensor, kv=config.model.kv_replicas(tensor))
+    run = resolve(config, where.world_size)
     backend = choose(config.run.backend, where, config.run.threads)
     losses: list[float] = []
-    with backend.joined(mesh, config.run.timeout_s) as axes:
+    with backend.joined(run.mesh, config.run.timeout_s) as axes:
         model = Llama(config.model, axes.tp).init(config.run.seed)
-        optimizer = Zero1(
-            model.sharded_parameters(),
-            config.optim,
-            axes,
-            sequence_parallel=model.sequence_parallel,
-        )
+        state = TrainState.build(run, model, axes, backend)
         sums = Sums(config, axes.data)
-        step_tokens = config.data.global_batch * config.data.sequence_length
-        for step in range(1, config.run.steps + 1):
-            lr = lr_at(step, config.optim, config.run.steps)
-            result = train_step(model, optimizer, axes, sums.step(), step_tokens, lr, step)
+        for step in range(1, run.steps + 1):
+            result = state.step(sums.step(), step)
             losses += backend.fetch([result.loss])
             if where.rank == 0 and step % config.run.log_every == 0:
-                print(f"step {step}/{config.run.steps}  loss {losses[-1]:.4f}", flush=True)
+                print(f"step {step}/{run.steps}  loss {losses[-1]:.4f}", flush=True)
         right = accuracy(model, sums)
         if where.rank == 0:
             print(f"right answers to sums it has not seen: {right:.1%}")

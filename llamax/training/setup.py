@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from llamax.backends.base import Backend
-from llamax.backends.transfer import move_parameter, moved
 from llamax.checkpoint.atomic import write_durable
 from llamax.checkpoint.build_model import build_model, describe_finetune
 from llamax.checkpoint.load import load_owned, load_weights
@@ -22,10 +21,8 @@ from llamax.config.schema import Config
 from llamax.data.dataset import Dataset
 from llamax.data.loader import Batches
 from llamax.data.samples import Samples
-from llamax.model.llama import DTYPES, Llama
+from llamax.model.llama import DTYPES
 from llamax.model.lora import num_parameters
-from llamax.model.qlora import stores
-from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Axes
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger
@@ -41,6 +38,7 @@ from llamax.training.metrics import (
 )
 from llamax.training.recorder import Measures
 from llamax.training.resolve import ResolvedRun
+from llamax.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,8 @@ class Job:
 
     run: ResolvedRun
     backend: Backend
-    axes: Axes
+    state: TrainState
     dataset: Dataset
-    model: Llama
-    optimizer: Zero1
     saver: Saver
     step: int
     consumed_sequences: int
@@ -71,7 +67,7 @@ class Job:
 
     @property
     def main(self) -> bool:
-        return self.axes.world.rank == 0
+        return self.state.axes.world.rank == 0
 
 
 def prepare(
@@ -90,21 +86,14 @@ def prepare(
     home = torch.device("cpu") if backend.traces else backend.device
     model = build_model(config, inputs.first, draw and resumed is None, axes, home)
     parameters = model.sharded_parameters().trained()
-    optimizer = Zero1(
-        parameters,
-        config.optim,
-        axes,
-        sequence_parallel=model.sequence_parallel,
-        zero1=config.parallel.zero1,
-        bucket_bytes=config.parallel.bucket_bytes,
-    )
+    state = TrainState.build(run, model, axes, backend)
     step = consumed = 0
     if resumed is not None:
-        load_owned(resumed, optimizer.owned(), parameters)
+        load_owned(resumed, state.optimizer.owned(), parameters)
         if backend.traces:  # which has no program yet to gather with
             load_weights(resumed, parameters)
         else:
-            optimizer.gather_parameters()
+            state.optimizer.gather_parameters()
         rng = resumed.rng(tp.rank, axes.data.rank)
         if rng is not None:
             try:
@@ -119,8 +108,7 @@ def prepare(
     elif config.checkpoint.resume != "never":
         logger.info("starting fresh: %s has no complete checkpoint", config.run.folder)
     if backend.traces:
-        optimizer.to(backend.device)
-        move_rest(model, backend.device)
+        state.to(backend.device)
     saver = Saver(
         Path(config.run.folder) / CHECKPOINTS_FOLDER,
         axes,
@@ -133,10 +121,8 @@ def prepare(
     return Job(
         run,
         backend,
-        axes,
+        state,
         inputs.dataset,
-        model,
-        optimizer,
         saver,
         step,
         consumed,
@@ -159,7 +145,7 @@ def introduce(job: Job) -> None:
         mesh.world_size,
         config.run.backend,
         mesh.tp,
-        " with sequence parallelism" if job.model.sequence_parallel else "",
+        " with sequence parallelism" if job.state.model.sequence_parallel else "",
         mesh.dp,
         " with ZeRO-1" if config.parallel.zero1 and mesh.dp > 1 else "",
     )
@@ -181,7 +167,7 @@ def introduce(job: Job) -> None:
             config.data.path,
         )
     if job.adapters is not None:
-        logger.info("%s", describe_finetune(config, mesh.tp, job.axes.data.size))
+        logger.info("%s", describe_finetune(config, mesh.tp, job.state.axes.data.size))
     begins, prompted = job.dataset.train.header.bos_id, config.model.bos_token_id
     if begins != prompted:
         logger.warning(
@@ -194,7 +180,7 @@ def introduce(job: Job) -> None:
 
 def loaders(job: Job) -> tuple[Batches, Batches | None]:
     """Training samples from where the run stands, and validation samples in their fixed order."""
-    axis, validation = job.axes.data, job.validation
+    axis, validation = job.state.axes.data, job.validation
     return (
         job.training.loader(axis, job.consumed_sequences, shuffle=True),
         None if validation is None else validation.loader(axis, 0, shuffle=False),
@@ -230,15 +216,3 @@ def measures(job: Job) -> Measures:
         flops_per_token=flops_per_token(config.model, config.data.sequence_length, adapters),
         peak_flops=(peak or 0.0) * job.run.mesh.world_size,
     )
-
-
-def move_rest(model: Llama, device: torch.device) -> None:
-    """Move what the optimizer has not: frozen weights, whole or quantised, and buffers."""
-    for parameter in model.parameters():
-        if parameter.device != device:
-            move_parameter(parameter, device)
-    for each in stores(model):
-        each.to(device)
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, moved(buffer, device))

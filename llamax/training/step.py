@@ -1,33 +1,59 @@
 """One optimizer step, and the loss over held-out batches: training without the run around it.
 
+::
+
+    state = TrainState.build(run, model, axes, backend)
+    state.step(batches, number)     microsteps: forward, backward       one program each
+                                    update: reduce, clip, AdamW, gather one program
+    state.validate(batches)         forward alone
+
 Nothing in here waits for the device, and no Python number that differs between ranks or steps
-enters.  On a device that traces programs, ``boundary`` ends one: a step is as many runs of the same
-program as it has microsteps, and one of the optimizer's.
+enters.  On a device that traces programs, ``backend.step_boundary`` ends one: a step is as many
+runs of the same program as it has microsteps, and one of the optimizer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llamax.data.loader import Batch, Batches
+from llamax.backends.transfer import move_parameter, moved
+from llamax.data.loader import Batch
 from llamax.model.llama import Llama
+from llamax.model.qlora import stores
+from llamax.optim.schedule import lr_at
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Axes, Axis
+from llamax.training.resolve import ResolvedRun
 
 
-def nothing() -> None:
-    """The boundary of a device that runs each operation at once."""
+class Device(Protocol):
+    """What a step needs of a backend."""
+
+    def step_boundary(self) -> None:
+        """The end of a microstep, an update or a validation batch."""
+        ...
+
+
+class EagerDevice:
+    """A device that runs each operation at once, without a backend around it."""
+
+    def step_boundary(self) -> None:
+        """Nothing is pending."""
+
+
+EAGER_DEVICE = EagerDevice()
 
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer step found, 0-d on the device and the same on every rank.
+    """The numbers of one optimizer step, 0-d on the device and the same on every rank.
 
-    Mean loss in nats, norm of the gradient, counted tokens, how many ranks wish to stop.
+    Mean loss in nats, norm of the gradient, counted tokens, number of ranks that want to stop.
     Where loss or norm is not finite, the norm is not, and no rank has made an update.
     """
 
@@ -37,85 +63,120 @@ class Step:
     stop: Tensor
 
 
-def train_step(
-    model: Llama,
-    optimizer: Zero1,
-    axes: Axes,
-    microbatches: Iterable[Batch],
-    nominal_tokens: int,
-    lr: float,
-    step: int,
-    stop: bool = False,
-    boundary: Callable[[], None] = nothing,
-) -> Step:
-    """Accumulate this data rank's microbatches, then update once; ``step`` counts from 1.
+@dataclass(frozen=True)
+class TrainState:
+    """A model and its optimizer on one rank, with the axes and the device they work on.
 
-    ``stop``: this rank's wish to stop; the sum over all ranks comes back.  ``boundary`` is called
-    after each microstep and after the update.
-
-    The loss is the mean over all counted tokens of the global batch, the same on every rank:
-    microsteps sum ``loss / nominal_tokens``, and the optimizer scales gradients by nominal over
-    counted tokens, which is 1 where no label is ignored.
+    ``step_tokens`` is the number of tokens of a global batch; ``learning_rate`` gives the rate of a
+    step, counted from 1.
     """
-    device = axes.data.rank_index.device
-    found = torch.zeros(2).to(device)  # sent, so that the first microstep is like the others
-    for number, batch in enumerate(microbatches):
-        total, count = _loss(model, batch, _keys(model, axes, batch, step, number))
-        (total / nominal_tokens).backward()
-        found = found + torch.stack((total.detach(), count))
-        boundary()
-    # Tensor ranks hold the same loss: the first one's counts. NaN on any rank is NaN in the sum.
-    found = _of_first(axes.tp, found)
-    lr_now, step_now, wish = torch.tensor([lr, float(step), float(stop)]).to(device).split(1)
-    total, count, stops = axes.world.all_reduce(torch.cat((found, wish)))
-    grad_norm = optimizer.step(
-        lr_now.squeeze(0),
-        step_now.squeeze(0),
-        nominal_tokens / count + (total - total),  # NaN, which cancels the update, or 0
-    )
-    result = Step(total / count, grad_norm, count, stops)
-    boundary()
-    return result
 
+    model: Llama
+    optimizer: Zero1
+    axes: Axes
+    backend: Device = EAGER_DEVICE
+    _: KW_ONLY
+    step_tokens: int
+    learning_rate: Callable[[int], float]
 
-@torch.no_grad()
-def validation_loss(
-    model: Llama,
-    axes: Axes,
-    loader: Batches,
-    batches: int,
-    boundary: Callable[[], None] = nothing,
-) -> Tensor:
-    """Mean loss in nats over the counted tokens of the first ``batches`` global batches, 0-d.
+    @classmethod
+    def build(
+        cls, run: ResolvedRun, model: Llama, axes: Axes, backend: Device = EAGER_DEVICE
+    ) -> TrainState:
+        """The state of a new run: an optimizer, as configured, for all of ``model`` that trains."""
+        parallel, optim = run.config.parallel, run.config.optim
+        optimizer = Zero1(
+            model.sharded_parameters(),
+            optim,
+            axes,
+            sequence_parallel=model.sequence_parallel,
+            zero1=parallel.zero1,
+            bucket_bytes=parallel.bucket_bytes,
+        )
+        return cls(
+            model,
+            optimizer,
+            axes,
+            backend,
+            step_tokens=run.step_tokens,
+            learning_rate=lambda step: lr_at(step, optim, run.steps),
+        )
 
-    The same on every rank.  ``boundary`` is called after each microbatch.
-    """
-    found = torch.zeros(2).to(axes.data.rank_index.device)
-    for microbatches, _ in zip(loader.epoch(), range(batches), strict=False):
-        for batch in microbatches:
-            found = found + torch.stack(_loss(model, batch))
-            total, count = axes.world.all_reduce(_of_first(axes.tp, found))
-            mean: Tensor = total / count  # of all so far, so that every batch runs one program
-            boundary()
-    return mean
+    def to(self, device: torch.device) -> None:
+        """Move everything, once all is loaded, to a device that traces programs."""
+        self.optimizer.to(device)
+        for parameter in self.model.parameters():  # frozen weights
+            if parameter.device != device:
+                move_parameter(parameter, device)
+        for store in stores(self.model):
+            store.to(device)
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, moved(buffer, device))
+
+    def step(self, batches: Iterable[Batch], number: int, stop: bool = False) -> Step:
+        """Accumulate this data rank's microbatches, then update once; ``number`` counts from 1.
+
+        ``stop`` is this rank's wish to stop; the number of ranks that have it comes back.
+
+        The loss is the mean over all counted tokens of the global batch, the same on every rank:
+        microsteps sum ``loss / step_tokens``, and the optimizer scales gradients by step over
+        counted tokens, which is 1 where no label is ignored.
+        """
+        device = self.axes.data.rank_index.device
+        sums = torch.zeros(2).to(device)  # sent, so that the first microstep is like the others
+        for place, batch in enumerate(batches):
+            total, count = self._loss(batch, self._keys(batch, number, place))
+            (total / self.step_tokens).backward()
+            sums = sums + torch.stack((total.detach(), count))
+            self.backend.step_boundary()
+        # Tensor ranks hold the same loss: the first one's counts. NaN on any rank makes a sum NaN.
+        sums = _of_first(self.axes.tp, sums)
+        inputs = torch.tensor([self.learning_rate(number), float(number), float(stop)])
+        lr, step, wish = inputs.to(device).split(1)
+        total, count, stops = self.axes.world.all_reduce(torch.cat((sums, wish)))
+        grad_norm = self.optimizer.step(
+            lr.squeeze(0),
+            step.squeeze(0),
+            self.step_tokens / count + (total - total),  # NaN, which cancels the update, or 0
+        )
+        result = Step(total / count, grad_norm, count, stops)
+        self.backend.step_boundary()
+        return result
+
+    @torch.no_grad()
+    def validate(self, batches: Iterable[Sequence[Batch]]) -> Tensor:
+        """Mean loss in nats over the counted tokens of some global batches, 0-d on the device.
+
+        ``batches`` are this data rank's microbatches of each.  The result is the same on every
+        rank.
+        """
+        sums = torch.zeros(2).to(self.axes.data.rank_index.device)
+        for microbatches in batches:
+            for batch in microbatches:
+                sums = sums + torch.stack(self._loss(batch))
+                total, count = self.axes.world.all_reduce(_of_first(self.axes.tp, sums))
+                mean: Tensor = total / count  # of all so far: every batch runs the same program
+                self.backend.step_boundary()
+        return mean
+
+    def _keys(self, batch: Batch, number: int, place: int) -> Tensor | None:
+        """Numbers that tell the samples of a microbatch apart, the same on every mesh."""
+        if self.model.dropout is None:
+            return None
+        rows, data = batch.ids.shape[0], self.axes.data
+        return self.model.dropout.keys(number, (place * data.size + data.rank) * rows, rows)
+
+    def _loss(self, batch: Batch, keys_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        device = self.model.tp.rank_index.device
+        ids, labels, positions = (part.int().to(device, non_blocking=True) for part in batch[:3])
+        documents = None
+        if batch.documents is not None:
+            documents = batch.documents.to(device, non_blocking=True)
+        keys_B = None if keys_B is None else keys_B.to(device, non_blocking=True)
+        return self.model.loss(ids, labels, positions, documents_BS=documents, keys_B=keys_B)
 
 
 def _of_first(axis: Axis, x: Tensor) -> Tensor:
     """x on the axis's first rank, zeros elsewhere."""
     return x * (axis.rank_index == torch.zeros_like(axis.rank_index))
-
-
-def _keys(model: Llama, axes: Axes, batch: Batch, step: int, number: int) -> Tensor | None:
-    """What tells the samples of a step's microbatch apart, the same on every mesh."""
-    if model.dropout is None:
-        return None
-    rows, data = batch.ids.shape[0], axes.data
-    return model.dropout.keys(step, (number * data.size + data.rank) * rows, rows)
-
-
-def _loss(model: Llama, batch: Batch, keys_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    device = model.tp.rank_index.device
-    ids, labels, positions = (part.int().to(device, non_blocking=True) for part in batch[:3])
-    documents = None if batch.documents is None else batch.documents.to(device, non_blocking=True)
-    keys_B = None if keys_B is None else keys_B.to(device, non_blocking=True)
-    return model.loss(ids, labels, positions, documents_BS=documents, keys_B=keys_B)

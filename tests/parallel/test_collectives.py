@@ -16,7 +16,7 @@ from llamax.model.llama import Llama
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Axis, Meter, Metered, Solo
 from llamax.parallel.mesh import Mesh
-from llamax.training.step import train_step
+from llamax.training.step import TrainState
 
 SHAPE = (4, 8, 12)
 
@@ -139,7 +139,8 @@ def sent(
     ids = torch.zeros(B, S, dtype=torch.int64)
     batch = Batch(ids, ids, torch.arange(S).expand(B, S), None)
     meter.clear()
-    train_step(model, optimizer, mine, [batch], B * S, 1e-3, 1)
+    state = TrainState(model, optimizer, mine, step_tokens=B * S, learning_rate=lambda step: 1e-3)
+    state.step([batch], 1)
     return dict(meter.calls), dict(meter.sent_bytes)
 
 

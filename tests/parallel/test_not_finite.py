@@ -16,7 +16,7 @@ from llamax.model.llama import Llama
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import NotFinite
-from llamax.training.step import train_step
+from llamax.training.step import TrainState
 from llamax.training.step_check import StepCheck
 
 
@@ -31,6 +31,13 @@ def train(mesh: Mesh, victim: int, what: str, bad_step: int, zero1: bool) -> lis
         sequence_parallel=False,
         zero1=zero1,
         bucket_bytes=2048,
+    )
+    state = TrainState(
+        model,
+        optimizer,
+        mine,
+        step_tokens=8 * mine.data.size,
+        learning_rate=lambda step: 1e-2,
     )
     judge, said = StepCheck(lambda ts: [float(t) for t in ts], 0, lambda step: [step]), []
     loss, value = model.loss, math.nan if what.startswith("nan") else math.inf
@@ -51,7 +58,7 @@ def train(mesh: Mesh, victim: int, what: str, bad_step: int, zero1: bool) -> lis
         ids = torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(step))
         row = ids[mine.data.rank % 2 : mine.data.rank % 2 + 1]
         batch = Batch(row[:, :-1], row[:, 1:], torch.arange(8).expand(1, 8), None)
-        found = train_step(model, optimizer, mine, [batch], 8 * mine.data.size, 1e-2, step)
+        found = state.step([batch], step)
         parts = [*model.parameters(), *(run.tensor for run in optimizer.owned())]
         same = all(torch.equal(a, b) for a, b in zip(parts, [*before, *owned], strict=True))
         judge.add(step, found)

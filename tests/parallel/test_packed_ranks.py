@@ -26,7 +26,7 @@ from llamax.ops import IGNORE_INDEX
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Solo
 from llamax.parallel.mesh import Mesh
-from llamax.training.step import train_step, validation_loss
+from llamax.training.step import TrainState
 
 LLAMA3 = tiny(rope_theta=500_000.0, tie_word_embeddings=True)
 LENGTH, BATCH, STEPS = 32, 8, 5
@@ -81,12 +81,15 @@ def curve(
     data = DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=1, packing=packing)
     feed = Samples(TokenFile(path), data, seed=0)
     loader = feed.loader(there.data, 0, shuffle=True)
+    state = TrainState(
+        llama, optimizer, there, step_tokens=BATCH * LENGTH, learning_rate=lambda step: 3e-3
+    )
     found = []
     for step in range(1, STEPS + 1):
-        made = train_step(llama, optimizer, there, loader.step(), BATCH * LENGTH, 3e-3, step)
+        made = state.step(loader.step(), step)
         found.append((float(made.loss), float(made.grad_norm), float(made.tokens)))
     held = feed.loader(there.data, 0, shuffle=False)
-    return [*found, (float(validation_loss(llama, there, held, 99)),)]
+    return [*found, (float(state.validate(held.epoch())),)]
 
 
 @pytest.mark.parametrize("model", [LLAMA2, LLAMA3], ids=["llama2", "llama3"])

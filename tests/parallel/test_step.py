@@ -37,7 +37,7 @@ from llamax.optim.zero1 import Zero1
 from llamax.parallel import cross_entropy, regions, sharding, tensor_parallel
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.mesh import Mesh
-from llamax.training.step import train_step
+from llamax.training.step import TrainState
 
 TOLERANCE = 1e-6
 
@@ -64,11 +64,10 @@ def step(
         zero1=zero1,
         bucket_bytes=4096,
     )
-    results = []
-    for number in (1, 2):
-        results.append(
-            train_step(llama, optimizer, axes, share(axes, accumulation), tokens, OPTIM.lr, number)
-        )
+    state = TrainState(
+        llama, optimizer, axes, step_tokens=tokens, learning_rate=lambda step: OPTIM.lr
+    )
+    results = [state.step(share(axes, accumulation), number) for number in (1, 2)]
     return {
         "loss": [float(r.loss) for r in results],
         "norm": [float(r.grad_norm) for r in results],

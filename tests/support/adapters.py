@@ -11,19 +11,17 @@ import torch
 from safetensors.torch import save_file
 
 from llamax.backends.base import Backend
-from llamax.backends.transfer import move_parameter
 from llamax.checkpoint.build_model import load_base
 from llamax.checkpoint.hf_folder import open_source
 from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig, OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
-from llamax.model.qlora import stores
 from llamax.optim.zero1 import Zero1
 from llamax.parallel import sharding
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Cut
-from llamax.training.step import nothing, train_step
+from llamax.training.step import EAGER_DEVICE, TrainState
 from support.models import WIDE
 
 # Over 4 tensor ranks a key/value head has two, and blocks of 64 columns are cut through (192 / 4);
@@ -111,7 +109,7 @@ def steps(
 ) -> dict[str, Any]:
     """Losses and norms of two steps, and the adapters after them; the base stays as it was.
 
-    With ``backend`` the model moves to its device first, as ``job.prepare`` moves it.
+    With ``backend`` the model moves to its device first, as training moves it.
     """
     optimizer = Zero1(
         model.sharded_parameters(),
@@ -122,19 +120,18 @@ def steps(
     )
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     before = {name: parameter.detach().clone() for name, parameter in frozen.items()}
-    tokens, boundary = GLOBAL_BATCH * SEQUENCE, nothing
+    state = TrainState(
+        model,
+        optimizer,
+        axes,
+        backend or EAGER_DEVICE,
+        step_tokens=GLOBAL_BATCH * SEQUENCE,
+        learning_rate=lambda step: OPTIM.lr,
+    )
     if backend is not None:
-        optimizer.to(backend.device)
-        for parameter in frozen.values():
-            move_parameter(parameter, backend.device)
-        for store in stores(model):
-            store.to(backend.device)
-        boundary = backend.step_boundary
+        state.to(backend.device)
     batches = share(axes, accumulation, packed)
-    found = [
-        train_step(model, optimizer, axes, batches, tokens, OPTIM.lr, n, boundary=boundary)
-        for n in (1, 2)
-    ]
+    found = [state.step(batches, n) for n in (1, 2)]
     for name, parameter in frozen.items():
         assert torch.equal(parameter.cpu(), before[name]), f"{name} is frozen"
         assert parameter.grad is None

@@ -18,7 +18,8 @@ from llamax.optim.zero1 import Zero1
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import hlo
-from llamax.training.step import train_step
+from llamax.tools.audit.trace import Programs
+from llamax.training.step import TrainState
 
 MESH = Mesh(tp=2, dp=2)
 LAYERS = MODEL.num_hidden_layers
@@ -36,13 +37,18 @@ def programs(_: int, modes: list[Recompute], dtype: torch.dtype) -> dict[str, li
         model.model.mode = mode
         optimizer = Zero1(model.sharded_parameters(), OPTIM, axes, sequence_parallel=True)
         optimizer.to(axes.tp.rank_index.device)
-        texts[mode] = found = []
-        tokens, batches = GLOBAL_BATCH * SEQUENCE, share(axes, 1)
-
-        def note(found: list[str] = found) -> None:
-            found.append(tracer.record())
-
-        train_step(model, optimizer, axes, batches, tokens, OPTIM.lr, 1, boundary=note)
+        programs = Programs(tracer)
+        programs.expect([("microstep", ""), ("update", "")])
+        state = TrainState(
+            model,
+            optimizer,
+            axes,
+            programs,
+            step_tokens=GLOBAL_BATCH * SEQUENCE,
+            learning_rate=lambda step: OPTIM.lr,
+        )
+        state.step(share(axes, 1), 1)
+        texts[mode] = [boundary.text for boundary in programs.recorded]
     return texts
 
 

@@ -36,7 +36,7 @@ from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
-from llamax.training.step import train_step
+from llamax.training.step import EAGER_DEVICE, TrainState
 
 TOLERANCE = 1e-6
 STEPS = 2
@@ -79,15 +79,18 @@ def steps(case: Case, axes: Axes, backend: Backend | None) -> dict[str, Any]:
         zero1=case.zero1,
         bucket_bytes=4096,
     )
-    boundary: Callable[[], None] = lambda: None
     if backend is not None:
         optimizer.to(backend.device)
-        boundary = backend.step_boundary
-    batches, tokens = share(axes, case.accumulation), GLOBAL_BATCH * SEQUENCE
-    found = [
-        train_step(model, optimizer, axes, batches, tokens, OPTIM.lr, number, boundary=boundary)
-        for number in range(1, STEPS + 1)
-    ]
+    state = TrainState(
+        model,
+        optimizer,
+        axes,
+        backend or EAGER_DEVICE,
+        step_tokens=GLOBAL_BATCH * SEQUENCE,
+        learning_rate=lambda step: OPTIM.lr,
+    )
+    batches = share(axes, case.accumulation)
+    found = [state.step(batches, number) for number in range(1, STEPS + 1)]
     return {
         "loss": [float(step.loss.cpu()) for step in found],
         "norm": [float(step.grad_norm.cpu()) for step in found],

@@ -204,7 +204,7 @@ def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
     config, mesh = traced.run.config, traced.run.mesh
     if config.finetune.method != "full":
         return None
-    rows = traced.model.output_weight.shape[0]
+    rows = traced.state.model.output_weight.shape[0]
     tokens = config.data.micro_batch * config.data.sequence_length
     chunks = -(-tokens // loss_chunk_tokens(rows))
     if kind == MICROSTEP:
@@ -228,7 +228,7 @@ def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
     return tuple(total.values())
 
 
-def group_shapes(run: TracedRun) -> list[GroupShape]:
+def group_shapes(traced: TracedRun) -> list[GroupShape]:
     """The groups of the optimizer, as the formula of the update needs them."""
     return [
         GroupShape(
@@ -239,7 +239,7 @@ def group_shapes(run: TracedRun) -> list[GroupShape]:
             sum(stop - start for bucket in group.buckets for start, stop in bucket.shared),
             sum(bool(bucket.shared) for bucket in group.buckets),
         )
-        for group in run.optimizer.groups
+        for group in traced.state.optimizer.groups
     ]
 
 
@@ -258,14 +258,18 @@ def model_flops(run: ResolvedRun, kind: str) -> float:
     return a_token.get(kind, 0.0) * tokens / run.mesh.tp
 
 
-def measure(run: TracedRun, programs: dict[str, hlo.Program], machine: Machine) -> Memory:
+def measure(traced: TracedRun, programs: dict[str, hlo.Program], machine: Machine) -> Memory:
     """The memory of one core."""
-    groups = run.optimizer.groups
-    weights = sum(each.nbytes for each in run.model.parameters()) + held(run.model)[0]
+    groups = traced.state.optimizer.groups
+    weights = (
+        sum(each.nbytes for each in traced.state.model.parameters()) + held(traced.state.model)[0]
+    )
     gradients = sum(GRADIENT_BYTES * sum(group.lengths) for group in groups)
     moved = sum(group.key.dtype.itemsize * group.length for group in groups)
     state = (
-        run.optimizer.state_bytes() - moved - sum(GRADIENT_BYTES * group.length for group in groups)
+        traced.state.optimizer.state_bytes()
+        - moved
+        - sum(GRADIENT_BYTES * group.length for group in groups)
     )
     live = {name: census.live(each) for name, each in programs.items()}
     return Memory(weights, gradients, state, live, machine.memory_bytes())

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llamax.backends import choose
 from llamax.config.schema import Config
-from llamax.optim.schedule import lr_at
 from llamax.parallel.rendezvous import Rendezvous, report_errors_once
 from llamax.runtime.errors import BackendError
 from llamax.runtime.logging import logger
@@ -27,7 +27,6 @@ from llamax.tools.audit import compile_cache
 from llamax.training.inputs import open_inputs
 from llamax.training.resolve import resolve
 from llamax.training.setup import loaders, prepare
-from llamax.training.step import train_step, validation_loss
 
 EXTRACT, CACHE = "NEURON_EXTRACT_GRAPHS_ONLY", "NEURON_COMPILE_CACHE_URL"
 STEPS, BATCHES = 2, 2
@@ -56,19 +55,9 @@ def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) ->
             job = prepare(resolved, backend, axes, inputs, draw=False)
             training, validation = loaders(job)
             for step in range(1, STEPS + 1):
-                lr = lr_at(step, resolved.config.optim, resolved.steps)
-                train_step(
-                    job.model,
-                    job.optimizer,
-                    axes,
-                    training.step(),
-                    resolved.step_tokens,
-                    lr,
-                    step,
-                    boundary=backend.step_boundary,
-                )
+                job.state.step(training.step(), step)
             if validation is not None and config.run.validates:
-                validation_loss(job.model, axes, validation, BATCHES, backend.step_boundary)
+                job.state.validate(islice(validation.epoch(), BATCHES))
             backend.synchronize()
         if where.rank == 0 and config.run.backend == "xla":
             _note(resolved.config, where, environ)

@@ -1,7 +1,7 @@
 """What one rank of a run would compile, step by step, through the functions that training uses.
 
 A rehearsal takes the place of one rank: model and optimizer without memory, real batches of made-up
-tokens, ``llamax.training.step`` as it is.  It visits every kind of step that a run has::
+tokens, ``TrainState`` as training has it.  It visits every kind of step that a run has::
 
     step 1         first and second microstep, the last of the step, update
     validation     a full batch, and the ragged one that ends the file
@@ -31,17 +31,13 @@ import torch
 from llamax.backends.tracing import Tracer
 from llamax.checkpoint.build_model import build_model
 from llamax.config.load import load_config
-from llamax.data.loader import Batch, Batches
 from llamax.data.samples import Samples
-from llamax.data.shuffle import Integers
 from llamax.data.token_file import Header, TokenFile, TokenWriter
-from llamax.optim import Zero1, lr_at
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.process import run_main
 from llamax.tools.audit import hlo
 from llamax.training.resolve import ResolvedRun, resolve
-from llamax.training.setup import move_rest
-from llamax.training.step import train_step, validation_loss
+from llamax.training.step import TrainState
 
 MICROSTEP, UPDATE, VALIDATION, CHECKPOINT = "microstep", "update", "validation", "checkpoint"
 
@@ -60,20 +56,11 @@ class TracedRun:
     """The pieces of a run on global ``rank``, as shapes."""
 
     def __init__(self, run: ResolvedRun, rank: int, tracer: Tracer, data: Path) -> None:
-        self.run, self.tracer = run, tracer
-        self.config = config = run.config
-        self.axes = axes = tracer.axes(run.mesh, rank)
-        self.model = build_model(config, None, False, axes, torch.device("meta"))
-        self.optimizer = Zero1(
-            self.model.sharded_parameters(),
-            config.optim,
-            axes,
-            sequence_parallel=self.model.sequence_parallel,
-            zero1=config.parallel.zero1,
-            bucket_bytes=config.parallel.bucket_bytes,
-        )
-        self.optimizer.to(tracer.device)
-        move_rest(self.model, tracer.device)
+        self.run, self.tracer, config = run, tracer, run.config
+        axes, self.programs = tracer.axes(run.mesh, rank), Programs(tracer)
+        model = build_model(config, None, False, axes, torch.device("meta"))
+        self.state = TrainState.build(run, model, axes, self.programs)
+        self.state.to(tracer.device)
         tracer.clear_pending()
         self.training = Samples(TokenFile(data, "off"), config.data, config.run.seed).loader(
             axes.data, 0, shuffle=True
@@ -98,80 +85,53 @@ class TracedRun:
 
     def step(self, step: int, microsteps: Sequence[int]) -> Iterator[Boundary]:
         """An optimizer step of these microbatches of its batch."""
-        config = self.config
-        batches = self.training.at((step - 1) * config.data.global_batch)
+        batches = self.training.at((step - 1) * self.training.global_batch)
         chosen = sorted({place % len(batches) for place in microsteps})
         names = [f"step {step}, microstep {place + 1} of {len(batches)}" for place in chosen]
-        found = _Found(self.tracer)
-
-        def boundary() -> None:
-            if len(found.boundaries) < len(names):
-                found.add(MICROSTEP, names[len(found.boundaries)])
-            else:
-                found.add(UPDATE, f"step {step}, update")
-
+        self.programs.expect(
+            [*((MICROSTEP, name) for name in names), (UPDATE, f"step {step}, update")]
+        )
         with self.tracer.forbid_reads():
-            train_step(
-                self.model,
-                self.optimizer,
-                self.axes,
-                (batches[place] for place in chosen),
-                self.run.step_tokens,
-                lr_at(step, config.optim, self.run.steps),
-                step,
-                boundary=boundary,
-            )
-        yield from found.boundaries
+            self.state.step((batches[place] for place in chosen), step)
+        yield from self.programs.recorded
 
     def validate(self, batches: int) -> Iterator[Boundary]:
         """Validation of a full microbatch and, of two, the ragged one that ends the file."""
-        found = _Found(self.tracer)
         full, ragged = (self.validation.at(0) + self.validation.at(self.training.global_batch))[:2]
-
-        def boundary() -> None:
-            found.add(VALIDATION, f"{'ragged' if found.boundaries else 'full'} batch")
-
+        self.programs.expect([(VALIDATION, "full batch"), (VALIDATION, "ragged batch")])
         with self.tracer.forbid_reads():
-            validation_loss(
-                self.model, self.axes, _Few([[full], [ragged]][:batches]), batches, boundary
-            )
-        yield from found.boundaries
+            self.state.validate([[full], [ragged]][:batches])
+        yield from self.programs.recorded
 
     def checkpoint(self) -> Iterator[Boundary]:
         """Everything that saving reads; a program only where it needs one."""
         with self.tracer.zero_reads():
-            for _ in self.optimizer.owned():
+            for _ in self.state.optimizer.owned():
                 pass
-        found = _Found(self.tracer)
-        found.add(CHECKPOINT, "between steps")
-        yield from (each for each in found.boundaries if each.text)
+        self.programs.expect([(CHECKPOINT, "between steps")])
+        self.programs.step_boundary()
+        yield from (each for each in self.programs.recorded if each.text)
 
 
-class _Found:
-    """Boundaries as they come; a trace takes from one to the next."""
+class Programs:
+    """The device of a traced run: it records the program that each boundary would compile."""
 
     def __init__(self, tracer: Tracer) -> None:
-        self.tracer, self.boundaries = tracer, list[Boundary]()
+        self.tracer = tracer
+        self.expect(())
+
+    def expect(self, names: Sequence[tuple[str, str]]) -> None:
+        """Forget what is recorded; the next boundaries are these: (kind, when in the run)."""
+        self.names, self.recorded = iter(names), list[Boundary]()
         self.began = time.perf_counter()
 
-    def add(self, kind: str, when: str) -> None:
+    def step_boundary(self) -> None:
+        """Record a program; its trace took from the boundary before."""
+        kind, when = next(self.names)
         text = self.tracer.record()
         now = time.perf_counter()
-        self.boundaries.append(Boundary(kind, when, text, now - self.began))
+        self.recorded.append(Boundary(kind, when, text, now - self.began))
         self.began = now
-
-
-class _Few(Batches):
-    """An epoch of given batches."""
-
-    def __init__(self, batches: list[list[Batch]]) -> None:
-        self.batches = batches
-
-    def gather(self, samples: Integers) -> Batch:
-        raise AssertionError("its batches are given")
-
-    def epoch(self) -> Iterator[list[Batch]]:
-        yield from self.batches
 
 
 @contextmanager
