@@ -11,7 +11,10 @@ The commands as functions, imported at their first use::
 
 from __future__ import annotations
 
-TYPE_CHECKING = False  # type checkers take it for true; typing would cost milliseconds
+from typing import TYPE_CHECKING
+
+from llamax.runtime.versions import LLAMAX as __version__
+
 if TYPE_CHECKING:
     from typing import Any
 
@@ -29,7 +32,6 @@ if TYPE_CHECKING:
     from llamax.tools.inspect import describe
     from llamax.tools.plan.planner import plan
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Config",

@@ -7,10 +7,10 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from llamax import __version__
 from llamax.runtime import signals
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import run_main, steady_heap
+from llamax.runtime.versions import LLAMAX
 
 COMMANDS = {
     "prepare": ("llamax.cli.prepare", "make a dataset of tokens from text or rows"),
@@ -68,7 +68,7 @@ def dispatch(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     name, *rest = argv
     if name in ("-V", "--version"):
-        print(f"llamax {__version__}")
+        print(f"llamax {LLAMAX}")
         return 0
     if name not in COMMANDS:
         close = difflib.get_close_matches(name, COMMANDS, n=1)

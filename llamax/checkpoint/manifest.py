@@ -25,13 +25,13 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-import llamax
 from llamax.checkpoint.atomic import write_durable
 from llamax.checkpoint.checksums import CHECKSUM_DIGITS
 from llamax.checkpoint.runs import Run, is_tiling
 from llamax.checkpoint.safetensors_io import DTYPES, Progress, no_progress
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import sha256
+from llamax.runtime.versions import LLAMAX
 
 FORMAT_VERSION = 2
 MANIFEST, DONE, CONFIG_TOML = "manifest.json", "done", "config.toml"
@@ -200,7 +200,7 @@ def read_manifest(folder: Path) -> Manifest:
         version = _VERSION.validate_json(text).format
         if version != FORMAT_VERSION:
             raise CheckpointError(
-                f"{path} has format {version}, this llamax {llamax.__version__} reads "
+                f"{path} has format {version}, this llamax {LLAMAX} reads "
                 f"{FORMAT_VERSION}; read it with the version of llamax that wrote it"
             )
         manifest = _SCHEMA.validate_json(text)

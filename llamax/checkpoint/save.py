@@ -30,7 +30,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-import llamax
 from llamax.checkpoint import listing
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.atomic import explain_write_errors, write_note
@@ -44,6 +43,7 @@ from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import ShardedParameters, whole_shape
 from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
 from llamax.runtime.files import sync_folder
+from llamax.runtime.versions import LLAMAX
 
 
 class Kept(NamedTuple):
@@ -129,7 +129,7 @@ class Saver:
         manifest = files.Manifest(
             format=files.FORMAT_VERSION,
             step=step,
-            llamax=llamax.__version__,
+            llamax=LLAMAX,
             torch=torch.__version__,
             mesh={"tensor": self.tp.size, "data": self.data.size, "zero1": int(self.zero1)},
             model=dict(model),

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-import llamax
 from llamax.checkpoint import hf_folder
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.atomic import new_folder
@@ -36,6 +35,7 @@ from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
 from llamax.parallel.sharding import ShardedParameter, ShardedParameters, local_shape
 from llamax.runtime.errors import ConfigError
+from llamax.runtime.versions import LLAMAX
 
 
 def shard(
@@ -70,7 +70,7 @@ def shard(
     manifest = files.Manifest(
         format=files.FORMAT_VERSION,
         step=0,
-        llamax=llamax.__version__,
+        llamax=LLAMAX,
         torch=torch.__version__,
         mesh={"tensor": tensor, "data": 1, "zero1": 0},
         model=model.config.to_hub(_dtype_name(source)),

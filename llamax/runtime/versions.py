@@ -1,4 +1,4 @@
-"""Versions: of installed packages, and those that llamax and the Neuron SDKs need.
+"""Versions: of llamax, of installed packages, and those that llamax and the Neuron SDKs need.
 
 ``pyproject.toml`` and ``requirements*.txt`` cannot read this file; ``tests/unit/runtime`` compares
 them with it.
@@ -6,9 +6,9 @@ them with it.
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import NamedTuple
 
+LLAMAX = "0.1.0"
 OLDEST_TORCH = "2.9"
 TORCH_XLA = "2.9"  # of torch and torch-xla: the last that AWS Neuron trains with on trn1
 XLA_REQUIREMENTS = (f"torch=={TORCH_XLA}.0", f"torch-xla=={TORCH_XLA}.0")
@@ -33,6 +33,8 @@ IMAGE_SDK = "2.28"  # of the container image
 
 def installed(package: str) -> str | None:
     """The version of an installed distribution; None if it is not installed."""
+    from importlib import metadata  # takes milliseconds
+
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llamax import __version__
 from llamax.config.constants import ENVIRONMENT_FILE
 from llamax.config.hardware import find_machine
-from llamax.runtime.versions import installed
+from llamax.runtime.versions import LLAMAX, installed
 
 PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2 the instance type
 PACKAGES = ("torch", "torch-xla", "torch-neuronx", "neuronx-cc", "neuronx-distributed", "numpy")
@@ -38,7 +37,7 @@ def describe(world_size: int, local_world_size: int, job: str) -> dict[str, Any]
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
-        "llamax": __version__,
+        "llamax": LLAMAX,
         **dict(_versions()),
         "command": " ".join(sys.argv),
     }

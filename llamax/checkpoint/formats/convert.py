@@ -21,7 +21,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-import llamax
 from llamax.checkpoint import hf_folder, hf_writer
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.atomic import new_folder
@@ -47,6 +46,7 @@ from llamax.checkpoint.safetensors_io import (
 )
 from llamax.config.choices import FOREIGN_FORMATS
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.versions import LLAMAX
 
 FORMATS: dict[str, Callable[[Path, str, bool], ForeignCheckpoint]] = {
     "nxd": NxdCheckpoint,
@@ -250,7 +250,7 @@ def to_llamax(
     manifest = files.Manifest(
         format=files.FORMAT_VERSION,
         step=source.step,
-        llamax=llamax.__version__,
+        llamax=LLAMAX,
         torch=torch.__version__,
         mesh={"tensor": 1, "data": 1, "zero1": 0},
         model=source.model.to_hub(dtype_name(source)),

@@ -11,6 +11,7 @@ from llamax.config.toml import tomllib
 from llamax.launch import image
 from llamax.runtime.versions import (
     IMAGE_SDK,
+    LLAMAX,
     NEURON_SDKS,
     OLDEST_TORCH,
     TORCH_XLA,
@@ -26,6 +27,10 @@ def pins(name: str) -> set[str]:
     """The lines of a requirement file, without comments."""
     lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
     return set(filter(None, lines))
+
+
+def test_the_package_has_the_version_that_checkpoints_record() -> None:
+    assert PROJECT["project"]["version"] == LLAMAX
 
 
 def test_torch_xla_is_installed_in_the_version_that_the_backend_needs() -> None:
