@@ -2,9 +2,13 @@
 
 ::
 
-    with new_folder(out) as part:       OUT.part, locked by this process
-        ...                             filled; removed again after an error or SIGTERM
-                                        -> renamed to OUT
+    with new_folder(out) as folder:     OUT.part-0c5f.../OUT, new; OUT.part-0c5f.../lock, held
+        ...                             filled; removed again after an error, SIGTERM or Ctrl-C
+                                        synced to disk, renamed to OUT; OUT.part-0c5f... removed
+
+The lock lies beside the content, so it is held until after the rename and OUT never contains it.
+What a killed process left has a free lock and is removed by the next one that makes OUT; nothing
+else is deleted.
 
 ``write_durable`` replaces a small file and syncs it to disk; ``write_note`` only shows a small file
 to other ranks at once.
@@ -13,17 +17,22 @@ to other ranks at once.
 from __future__ import annotations
 
 import os
+import re
+import secrets
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from llamax.checkpoint.lock import lock_folder
+from llamax.checkpoint.lock import lock_abandoned, lock_folder
 from llamax.config.constants import LOCK_FILE
 from llamax.runtime.errors import CheckpointError, NoRoom, Terminated
-from llamax.runtime.files import NO_ROOM, write_atomic
+from llamax.runtime.files import NO_ROOM, sync_folder, sync_tree, write_atomic
+from llamax.runtime.logging import logger
+
+BUILDING = ".part-"  # OUT.part-0c5f...: the folder in which OUT is built
 
 
 @contextmanager
@@ -64,46 +73,102 @@ def write_durable(path: Path, text: str) -> None:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a folder to fill; rename it to ``out`` at the end, or remove it after an error.
+    """Yield a folder to fill; sync it and rename it to ``out`` at the end, or remove it after an
+    error.
 
-    Another process cannot fill the same folder meanwhile.  SIGTERM raises Terminated.
-    Raises CheckpointError if ``out`` exists and is not an empty folder.
+    SIGTERM raises Terminated.  Raises CheckpointError if ``out`` is a link or exists and is not an
+    empty folder, or if another process makes it; NoRoom if the disk is full.
     """
-    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already; remove it or choose another `out`")
-    out = out.resolve()  # a link to an empty folder stays a link
-    part = out.with_name(out.name + ".part")
-    with lock_folder(part, timeout_s=0), _terminable(out):
+    with explain_write_errors(out, 0):
+        if out.is_symlink():
+            raise CheckpointError(
+                f"{out} is a link to {os.readlink(out)}; remove it or choose another `out`"
+            )
+        out = Path(os.path.realpath(out))
+        _remove_abandoned(out)
+        if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+            raise CheckpointError(f"{out} exists already; remove it or choose another `out`")
+        parents = [folder for folder in out.parents if not folder.exists()]
+    building = out.with_name(f"{out.name}{BUILDING}{secrets.token_hex(8)}")
+    content, complete = building / out.name, False
+    with _terminable(out) as finishing:
         try:
-            with explain_write_errors(part, 0):
-                for leftover in part.iterdir():
-                    if leftover.is_dir():
-                        shutil.rmtree(leftover)
-                    elif leftover.name != LOCK_FILE:
-                        leftover.unlink()
-            yield part
-            with explain_write_errors(out, 0):
-                (part / LOCK_FILE).unlink()
-                os.rename(part, out)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
+            with explain_write_errors(building, 0):
+                out.parent.mkdir(parents=True, exist_ok=True)
+                building.mkdir(mode=0o700)
+            with lock_folder(building, timeout_s=0):
+                try:
+                    with explain_write_errors(content, 0):
+                        content.mkdir()
+                    with _explain_no_room(content):
+                        yield content
+                    with explain_write_errors(out, 0):
+                        sync_tree(content)
+                        finishing()
+                        os.rename(content, out)
+                        complete = True
+                        for folder in (out, *parents):
+                            sync_folder(folder.parent)
+                finally:
+                    shutil.rmtree(content, ignore_errors=True)
+        finally:  # the lock is closed by now: a network file system keeps a file that is open
+            shutil.rmtree(building, ignore_errors=True)
+            with suppress(OSError):  # a parent with something else in it stays
+                for folder in () if complete else parents:
+                    folder.rmdir()
+
+
+def _remove_abandoned(out: Path) -> None:
+    """Remove what killed processes left of ``out``; log a warning for what may not be theirs.
+
+    Raises CheckpointError if a living process makes ``out`` now.
+    """
+    if not out.parent.is_dir():
+        return
+    pattern = re.compile(re.escape(out.name + BUILDING) + "[0-9a-f]{16}")
+    for folder in [path for path in out.parent.iterdir() if pattern.fullmatch(path.name)]:
+        with lock_abandoned(folder) as abandoned:
+            if abandoned and (proven := {*os.listdir(folder)} <= {LOCK_FILE, out.name}):
+                shutil.rmtree(folder / out.name, ignore_errors=True)
+        if abandoned and proven:
+            shutil.rmtree(folder, ignore_errors=True)
+        if os.path.lexists(folder):
+            logger.warning("%s may be the rest of a killed process; remove it if so", folder)
+
+
+@contextmanager
+def _explain_no_room(path: Path) -> Iterator[None]:
+    """Raise an OSError of a full disk as NoRoom; no other, as it may be an error of reading."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        with explain_write_errors(Path(error.filename or path), 0):
             raise
 
 
 @contextmanager
-def _terminable(out: Path) -> Iterator[None]:
-    """Raise Terminated on SIGTERM, if this is the main thread and the signal has no handler yet."""
+def _terminable(out: Path) -> Iterator[Callable[[], None]]:
+    """Raise Terminated on SIGTERM, if this is the main thread and the signal has no handler yet.
+
+    Yields a function to call before the last step: from then on SIGTERM is ignored.
+    """
+
+    def ignore() -> None:
+        if signal.getsignal(signal.SIGTERM) == terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     def terminate(number: int, frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # removing the folder takes a moment
+        ignore()  # removing the folder takes a moment
         raise Terminated(f"stopped by SIGTERM: {out} was not written")
 
     in_main_thread = threading.current_thread() is threading.main_thread()
     if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield
+        yield lambda: None
         return
     signal.signal(signal.SIGTERM, terminate)
     try:
-        yield
+        yield ignore
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

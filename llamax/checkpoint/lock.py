@@ -9,7 +9,9 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import socket
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +45,32 @@ def lock_folder(folder: Path, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
             os.ftruncate(file, 0)
             os.pwrite(file, owner.encode(), 0)
         yield
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def lock_abandoned(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder that a killed process of this user and machine left; yield whether.
+
+    Raises CheckpointError that names the owner if a process holds the lock.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        if folder.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        file = os.open(folder / LOCK_FILE, flags)
+    except OSError:
+        yield False
+        return
+    try:
+        owner = re.compile(rf"pid \d+ on {re.escape(socket.gethostname())} since .*\n")
+        yield (
+            folder.stat().st_uid == os.geteuid()
+            and stat.S_ISREG(os.fstat(file).st_mode)
+            and _acquire(file, folder, 0)
+            and owner.fullmatch(os.pread(file, 200, 0).decode(errors="replace")) is not None
+        )
     finally:
         os.close(file)
 

@@ -33,6 +33,18 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make a folder and all its files and folders survive a power cut."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            handle = os.open(os.path.join(place, name), os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+        sync_folder(Path(place))
+
+
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hex."""
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)

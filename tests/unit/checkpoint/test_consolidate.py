@@ -21,14 +21,13 @@ from safetensors.torch import load_file, save_file
 from support.saving import saved
 
 from llamax.checkpoint import Checkpoint, Saver, hf_writer
-from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.consolidate import consolidate, size
 from llamax.checkpoint.hf_folder import HfFolder
 from llamax.cli.consolidate import main as consolidate_main
 from llamax.config.model import ModelConfig
 from llamax.config.schema import CheckpointConfig
 from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
-from llamax.runtime.errors import CheckpointError, ConfigError, Terminated
+from llamax.runtime.errors import CheckpointError, ConfigError
 
 
 @pytest.mark.parametrize(
@@ -153,39 +152,6 @@ def test_nobody_writes_on_when_writing_has_failed(tmp_path: Path, processes: int
     assert (threading.active_count(), multiprocessing.active_children()) == (threads, [])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert caught.tb  # which keeps all its frames alive
-
-
-def test_a_folder_has_one_writer(tmp_path: Path) -> None:
-    out, real, link = (tmp_path / name for name in ("hub", "real", "link"))
-    (tmp_path / "hub.part" / "of" / "one").mkdir(parents=True)
-    (tmp_path / "hub.part" / "that was killed").write_text("x")
-    with new_folder(out) as part:
-        (part / "mine").write_text("x")
-        other = r"hub.part is in use by pid \d+ on .*; wait for it"
-        with pytest.raises(CheckpointError, match=other), new_folder(out):
-            pass
-    assert [path.name for path in out.iterdir()] == ["mine"]
-    link.symlink_to(real)
-    with pytest.raises(CheckpointError, match="link exists already"), new_folder(link):
-        pass
-    real.mkdir()
-    with new_folder(link) as part:
-        (part / "mine").write_text("x")
-    assert link.is_symlink()
-    assert (real / "mine").exists()
-    late = tmp_path / "late"
-    with pytest.raises(CheckpointError, match=r"cannot write .*late"), new_folder(late):
-        late.write_text("made meanwhile")
-    assert not list(tmp_path.glob("*.part"))
-
-
-def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
-    told = r"stopped by SIGTERM: .*hub was not written"
-    with pytest.raises(Terminated, match=told) as caught, new_folder(tmp_path / "hub"):
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert caught.value.exit_code == 143
-    assert not list(tmp_path.iterdir())
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.fixture(scope="module")
