@@ -60,7 +60,7 @@ docs: $(DOCS_VENV)/installed
 	@echo "build/docs/index.html is the first page"
 
 lock:
-	uv lock $$(grep -oE '^[A-Za-z0-9_.-]+==[^; ]+' requirements.txt | sed 's/^/--upgrade-package /')
+	.ci/lock
 
 # The pins are in requirements.txt; a finished installation is remembered by a stamp.
 $(VENV)/installed: requirements.txt pyproject.toml

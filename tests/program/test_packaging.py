@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("llamax", "kernels", "launch", "pyproject.toml", "README.md", "LICENSE")
@@ -130,3 +136,45 @@ def test_an_installed_wheel_works_outside_the_clone(
         rendered = run("llamax", "launch", "--job", "job.toml", "--on", launcher, "--render")
         assert "llama2-7b" in rendered
     run("python", "-c", "import llamax.config.load as load; assert 'demo' in load.recipes()")
+
+
+# ---- the lock file of uv
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_the_lock_file_has_the_pinned_versions_from_the_public_index() -> None:
+    text = (ROOT / "uv.lock").read_text()
+    packages = tomllib.loads(text)["package"]
+    locked: dict[str, set[str]] = {}
+    for package in packages:
+        locked.setdefault(package["name"], set()).add(package.get("version", ""))
+    pins = re.findall(
+        r"^([\w.-]+)==([^;\s]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE
+    )
+    assert len(pins) > 20
+    for name, version in pins:
+        assert version in locked.get(normal(name), ()), f"{name}=={version}: run make lock"
+    allowed = {"https://pypi.org", "https://files.pythonhosted.org"}
+    assert set(re.findall(r"https?://[^/\"]+", text)) == allowed
+
+
+def test_the_lock_file_is_that_of_the_requirements_of_pyproject() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    (own,) = (package for package in packages if package["name"] == "llamax")
+    required = {("", line) for line in project["dependencies"]}
+    for extra, lines in project["optional-dependencies"].items():
+        required |= {(extra, line) for line in lines}
+    wanted = {
+        (extra, normal(found[1]), found[2])
+        for extra, line in required
+        if (found := re.match(r"([\w.-]+)([^;\s]*)", line))
+    }
+    locked = set()
+    for entry in own["metadata"]["requires-dist"]:
+        extra = re.search(r"extra == '([\w-]+)'", entry.get("marker", ""))
+        locked.add((extra[1] if extra else "", entry["name"], entry.get("specifier", "")))
+    assert wanted == locked, "run make lock"
