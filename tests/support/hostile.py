@@ -18,7 +18,7 @@ GUARD = """
 import os, sys
 allowed, secret = os.path.realpath(sys.argv[1]), os.path.realpath(sys.argv[2])
 import multiprocessing.synchronize, tqdm
-from llamax.checkpoint.formats import convert, torch_zip, meta, nemo, nxd, optimum
+from llamax.checkpoint.formats import convert, torch_zip, meta, nemo, nxd, optimum, xser
 from llamax.cli import export, import_
 from llamax.checkpoint.hf_folder import HfFolder
 from llamax.config.load import load_config

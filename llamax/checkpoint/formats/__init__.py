@@ -11,13 +11,14 @@
 
     convert (llamax import)  ->  nxd  optimum  nemo  meta  ->  rank_grid  ->  base
                                   |                              |
-    export  (llamax export)  ->  nxd_writer  meta_writer       torch_zip  ->  torch_pickle
+    export  (llamax export)  ->  nxd_writer  meta_writer       xser  ->  torch_zip  ->  torch_pickle
 
 Read first ``base``, the interface, and ``rank_grid``, which joins the shares of ranks.
 
 **Security boundary.**  These formats are pickles, and unpickling executes whatever a file asks for.
 llamax never unpickles: no module calls ``torch.load`` or ``pickle``.  ``torch_pickle`` interprets
-the few instructions that tensors and plain containers need and refuses every other one;
+the instructions itself, keeps tensors and plain containers, replaces every other object by an inert
+placeholder, and refuses a file that names functions which run code;
 ``torch_zip`` then finds the bytes of the tensors in the archive, with every size checked against
 the file before memory is allocated.  Links that lead out of the folder are refused.  Nothing but
 ``llamax import`` reads these formats; what it writes holds no pickle.

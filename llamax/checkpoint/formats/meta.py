@@ -16,14 +16,12 @@ Source: meta-llama/llama, ``llama/model.py``; transformers, ``convert_llama_weig
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from torch import Tensor
 
-from llamax.checkpoint.formats import torch_zip
 from llamax.checkpoint.formats.base import (
-    check_inside,
     find_model_config,
     read_json_inside,
 )
@@ -33,7 +31,7 @@ from llamax.checkpoint.formats.rank_grid import (
     StateDict,
     all_rows,
 )
-from llamax.checkpoint.formats.torch_zip import StoredTensor
+from llamax.checkpoint.formats.xser import load_file, stored_tensors
 from llamax.config.model import ModelConfig
 from llamax.parallel.sharding import Shard
 from llamax.runtime.errors import CheckpointError, ConfigError
@@ -158,7 +156,4 @@ def to_pairs(rows: Tensor, heads: int) -> Tensor:
 
 def load_state_dict(folder: Path, path: Path) -> StateDict:
     """The tensors of a rank by their names in files of Meta."""
-    values: Mapping[object, object] = torch_zip.as_dict(
-        torch_zip.load(check_inside(folder, path)), path
-    )
-    return {str(name): value for name, value in values.items() if isinstance(value, StoredTensor)}
+    return dict(stored_tensors(load_file(folder, path), path))

@@ -21,19 +21,13 @@ Source: NVIDIA NeMo, ``scripts/checkpoint_converters/convert_llama_hf_to_nemo.py
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from llamax.checkpoint.formats import torch_zip
-from llamax.checkpoint.formats.base import (
-    check_inside,
-    find_model_config,
-)
+from llamax.checkpoint.formats.base import find_model_config
 from llamax.checkpoint.formats.rank_grid import (
-    IGNORED_SUFFIXES,
     Location,
     RankGrid,
     StateDict,
@@ -42,6 +36,7 @@ from llamax.checkpoint.formats.rank_grid import (
     two_halves,
 )
 from llamax.checkpoint.formats.torch_zip import StoredTensor
+from llamax.checkpoint.formats.xser import IGNORED_SUFFIXES, load_file, stored_tensors
 from llamax.runtime.errors import CheckpointError
 
 RANK = re.compile(r"(?:mp_rank_(\d{2,})(?:_(\d{3,}))?|tp_rank_(\d{2,})_pp_rank_(\d{3,}))")
@@ -145,13 +140,13 @@ def only_file(folder: Path) -> Path:
 
 def load_state_dict(folder: Path, path: Path, first: int) -> StateDict:
     """The tensors of a rank, without wrapper names; its layer 0 is layer ``first`` of the model."""
-    values: Mapping[Any, Any] = torch_zip.as_dict(torch_zip.load(check_inside(folder, path)), path)
+    values = load_file(folder, path)
     for wrapper in ("state_dict", "model"):
         if isinstance(values.get(wrapper), dict):
             values = values[wrapper]
             break
     found: dict[str, StoredTensor] = {}
-    for name, tensor in flatten_dicts(values):
+    for name, tensor in stored_tensors(values, path):
         while name.partition(".")[0] in WRAPPERS:
             name = name.partition(".")[2]
         if match := LAYER_NAME.fullmatch(name):
@@ -161,14 +156,3 @@ def load_state_dict(folder: Path, path: Path, first: int) -> StateDict:
         if not name.endswith(IGNORED_SUFFIXES):
             found[name] = tensor
     return found
-
-
-def flatten_dicts(
-    values: Mapping[Any, Any], prefix: str = ""
-) -> Iterator[tuple[str, StoredTensor]]:
-    """The tensors in nested dicts, with the keys joined by dots."""
-    for key, value in values.items():
-        if isinstance(value, StoredTensor):
-            yield f"{prefix}{key}", value
-        elif isinstance(value, dict):
-            yield from flatten_dicts(value, f"{prefix}{key}.")

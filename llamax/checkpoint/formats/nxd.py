@@ -29,13 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llamax.checkpoint.formats import torch_pickle, torch_zip
-from llamax.checkpoint.formats.base import (
-    check_inside,
-    find_model_config,
-)
+from llamax.checkpoint.formats.base import find_model_config
 from llamax.checkpoint.formats.rank_grid import (
-    IGNORED_SUFFIXES,
     Location,
     RankGrid,
     StateDict,
@@ -44,11 +39,16 @@ from llamax.checkpoint.formats.rank_grid import (
     two_halves,
 )
 from llamax.checkpoint.formats.torch_zip import StoredTensor
+from llamax.checkpoint.formats.xser import (
+    IGNORED_SUFFIXES,
+    LEFT_OUT,
+    load_file,
+    stored_tensors,
+)
 from llamax.runtime.errors import CheckpointError
 
 RANK = re.compile(r"dp_rank_(\d{2,})_tp_rank_(\d{2,})_pp_rank_(\d{2,})\.pt")
 MOMENTS = ("exp_avg", "exp_avg_sq")
-LEFT_OUT = -1  # the offset of a weight that is not in its file
 
 
 class NxdCheckpoint(RankGrid):
@@ -128,10 +128,7 @@ class NxdCheckpoint(RankGrid):
             )
         self.optimizer = [
             [
-                [
-                    load_rank_file(self.folder, found[data, rank, stage])
-                    for data in range(found.data)
-                ]
+                [load_file(self.folder, found[data, rank, stage]) for data in range(found.data)]
                 for rank in range(found.tensor)
             ]
             for stage in range(found.stages)
@@ -233,41 +230,11 @@ def find_tag(folder: Path) -> Path:
     return tag
 
 
-def load_rank_file(folder: Path, path: Path) -> Mapping[Any, Any]:
-    """The dict in a rank's file, with the tensors of both serializations."""
-    values = torch_zip.as_dict(torch_zip.load(check_inside(folder, path)), path)
-    tensors = path.with_name(path.name + ".tensors")
-    if not tensors.is_dir():
-        return values
-    info_path = path.with_name(path.name + ".info.pt")
-    info = (
-        torch_zip.as_dict(torch_zip.load(check_inside(folder, info_path)), info_path)
-        if info_path.exists()
-        else {}
-    )
-
-    def locate(reference: torch_pickle.XlaReference) -> StoredTensor:
-        file = tensors / f"tensor_{reference.tid}.pt"
-        entry = info.get(reference.tid)
-        if not file.exists() and isinstance(entry, dict):
-            dtype, shape = entry.get("dtype"), entry.get("shape")
-            sizes = shape if isinstance(shape, tuple) else ("none",)
-            if isinstance(dtype, torch.dtype) and all(type(n) is int and n > 0 for n in sizes):
-                return StoredTensor(file, LEFT_OUT, dtype, 0, sizes, ())
-        tensor = torch_zip.load(check_inside(folder, file))
-        if not isinstance(tensor, StoredTensor):
-            raise CheckpointError(f"{file} holds no tensor; copy it again")
-        return tensor
-
-    filled: Mapping[Any, Any] = torch_zip.replace_values(values, torch_pickle.XlaReference, locate)
-    return filled
-
-
 def load_state_dict(folder: Path, path: Path) -> StateDict:
     """The tensors of a rank's state dict by name, before any joining."""
-    values = load_rank_file(folder, path)
+    values = load_file(folder, path)
     values = values["model"] if isinstance(values.get("model"), dict) else values
-    return {name: value for name, value in values.items() if isinstance(value, StoredTensor)}
+    return dict(stored_tensors(values, path))
 
 
 def _states(values: Mapping[Any, Any]) -> str:

@@ -31,19 +31,23 @@ from torch import Tensor
 
 from llamax.checkpoint.formats.base import ForeignCheckpoint
 from llamax.checkpoint.formats.torch_zip import StoredTensor
+from llamax.checkpoint.formats.xser import IGNORED_SUFFIXES
 from llamax.config.model import ModelConfig
 from llamax.parallel.sharding import Replica, Shard
 from llamax.runtime.errors import CheckpointError
 
 StateDict = Mapping[str, StoredTensor]
-IGNORED_SUFFIXES = (".inv_freq", "rope.freqs", "._extra_state")
 
 
 class Location(NamedTuple):
-    """A tensor in the files, and the function that selects rows from a rank's share of it."""
+    """A tensor in the files, and the function that selects rows from a rank's share of it.
+
+    ``joined``: it selects them from the shares of all ranks, joined.
+    """
 
     name: str
     rows: Callable[[Tensor], Tensor]
+    joined: bool = False
 
 
 def all_rows(share: Tensor) -> Tensor:
@@ -96,7 +100,10 @@ class RankGrid(ForeignCheckpoint):
         shares = [self.share(stage, rank, location.name, kind) for rank in ranks]
         (block,) = how.blocks
         try:
-            joined = torch.cat([location.rows(share) for share in shares], self.cut_dim(name, how))
+            rows = all_rows if location.joined else location.rows
+            joined = torch.cat([rows(share) for share in shares], self.cut_dim(name, how))
+            if location.joined:
+                joined = location.rows(joined)
             if block.pad:
                 return joined[: block.size]
             if ".self_attn." in name and (replicas := self.kv_replicas(name)) > 1:
@@ -121,9 +128,12 @@ class RankGrid(ForeignCheckpoint):
         """How often the ranks repeat the key/value heads of the layer of an attention weight."""
         layer = name.rpartition(".self_attn.")[0]
         stage, location = self.locate(f"{layer}.self_attn.k_proj.weight")
-        shape = self.states[stage][0][location.name].shape
+        first, *others = self.states[stage][0][location.name].shape
+        degree = self.tensor_degree
+        share = [first * degree if location.joined else first, *others]
         try:
-            rows = len(location.rows(torch.empty(shape, device="meta"))) * self.tensor_degree
+            rows = len(location.rows(torch.empty(share, device="meta")))
+            rows *= 1 if location.joined else degree
         except (RuntimeError, IndexError, TypeError):
             raise self.shape_error(location.name) from None
         model = self.model

@@ -8,7 +8,8 @@
 
 Opening a file reads its structure; a tensor's bytes are read when it is loaded.  Only uncompressed
 entries are accepted, and together they must fit into the file, so nothing can expand to more bytes
-than the file has.
+than the file has.  A file that torch reads and llamax does not (an older or compressed format, big
+endian) is reported as unsupported, not as damaged.
 
 Source: torch.serialization; the ZIP format (PKWARE's APPNOTE, sections 4.3.7, 4.3.12 to 4.3.16 and
 4.5.3).
@@ -29,12 +30,18 @@ from torch import Tensor
 
 from llamax.checkpoint import safetensors_io
 from llamax.checkpoint.formats import torch_pickle
+from llamax.checkpoint.formats.torch_pickle import InertObject
 from llamax.checkpoint.runs import StridedCopy
 from llamax.runtime.errors import CheckpointError
 
 MAX_DIRECTORY_BYTES = 64 << 20
 MAX_DEPTH = 6  # of nested dicts: {"model": {"language_model": {"embedding": {...}}}}
 MAX16, MAX32 = 0xFFFF, 0xFFFFFFFF
+OTHER_FORMATS = {  # by their first bytes
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": "a file in the format of torch before 1.6",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"\x1f\x8b": "a gzip file",
+}
 
 
 class StoredTensor(NamedTuple):
@@ -72,20 +79,29 @@ class ZipEntry(NamedTuple):
 
 
 class BrokenZip(Exception):
-    """The reason why an archive cannot be read."""
+    """The damage because of which an archive cannot be read."""
+
+
+class UnsupportedFile(Exception):
+    """The format of a file that is not damaged, but that llamax does not read."""
 
 
 def load(path: Path) -> Any:
     """The contents of a file: dicts, lists and tuples of numbers, text, None and ``StoredTensor``.
 
-    Raises CheckpointError if torch.save did not write the file, it is damaged, or it holds more
-    than tensors and plain containers.
+    Objects of other classes are ``InertObject``.  Raises CheckpointError if the file is damaged, of
+    a format that llamax does not read, or names functions that run code.
     """
     try:
         with open(path, "rb") as file:
             return _load(path, file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None
+    except UnsupportedFile as error:
+        raise CheckpointError(
+            f"{path} is {error}, which llamax does not read; load it with torch and torch.save its "
+            "state dict again"
+        ) from None
     except BrokenZip as error:
         why = str(error)
     except (struct.error, ValueError, OverflowError):
@@ -94,17 +110,20 @@ def load(path: Path) -> Any:
 
 
 def _load(path: Path, file: BinaryIO, size: int) -> Any:
+    file.seek(0)
+    for start, kind in OTHER_FORMATS.items():
+        if file.read(len(start)) == start:
+            raise UnsupportedFile(kind)
+        file.seek(0)
     entries = _entries(file, size)
     structures = [n for n in entries if n.count("/") == 1 and n.endswith("/data.pkl")]
     if len(structures) != 1:
         raise BrokenZip(f"it has {len(structures)} entries data.pkl")
     prefix = structures[0].removesuffix("data.pkl")
     order = entries.get(f"{prefix}byteorder")
-    if order and _read(file, size, order, 6) != b"little":
-        raise BrokenZip("its byte order is not little")
-    structure = torch_pickle.read_pickle(
-        _read(file, size, entries[structures[0]], torch_pickle.MAX_BYTES), str(path)
-    )
+    if order and _read(file, size, order) != b"little":
+        raise UnsupportedFile("a file of a big-endian machine")
+    structure = torch_pickle.read_pickle(_read(file, size, entries[structures[0]]), str(path))
     offsets: dict[str, int] = {}
 
     def locate(tensor: torch_pickle.PickledTensor) -> StoredTensor:
@@ -147,7 +166,8 @@ def replace_values(value: Any, kind: type, by: Callable[[Any], Any]) -> Any:
 def as_dict(value: Any, path: Path) -> Mapping[Any, Any]:
     """``value``, which must be a dict; CheckpointError otherwise."""
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, not a dict of tensors")
+        kind = value.name if isinstance(value, InertObject) else f"a {type(value).__name__}"
+        raise CheckpointError(f"{path} holds {kind}, not a dict of tensors; save a state_dict")
     return value
 
 
@@ -155,13 +175,14 @@ def as_dict(value: Any, path: Path) -> Mapping[Any, Any]:
 
 
 def _entries(file: BinaryIO, size: int) -> dict[str, ZipEntry]:
-    """The directory of a zip, by name; BrokenZip unless all entries are uncompressed and fit."""
+    """The directory of a zip, by name; all entries are uncompressed and fit into the file."""
     count, length, offset = _directory(file, size)
     if length > MAX_DIRECTORY_BYTES or offset + length > size:
         raise BrokenZip(f"its directory claims {length} bytes")
     file.seek(offset)
     data, at = file.read(length), 0
     found: dict[str, ZipEntry] = {}
+    kind = ""
     for _ in range(count):
         magic, _, _, flags, method, _, _, crc, packed, plain, *lengths, _, _, _, header = (
             struct.unpack_from("<4s6H3I5H2I", data, at)
@@ -172,10 +193,16 @@ def _entries(file: BinaryIO, size: int) -> dict[str, ZipEntry]:
         plain, packed, header = _wide(extra, [plain, packed, header])
         if magic != b"PK\1\2" or name in found:
             raise BrokenZip(f"its directory is damaged at {name[:40]!r}")
-        if method or flags & 1 or plain != packed:
-            raise BrokenZip(f"{name[:40]!r} is compressed")
+        if method or flags & 1:
+            kind = "an encrypted archive" if flags & 1 else "a compressed archive"
+        elif plain != packed:
+            raise BrokenZip(f"its directory is damaged at {name[:40]!r}")
         found[name] = ZipEntry(header, plain, crc)
         at += 46 + name_bytes + extra_bytes + comment_bytes
+    if any(name.endswith("/constants.pkl") for name in found):
+        kind = "a TorchScript program"
+    if kind:
+        raise UnsupportedFile(kind)
     if sum(entry.size_bytes for entry in found.values()) > size:
         raise BrokenZip("its entries overlap")
     return found
@@ -187,10 +214,7 @@ def _directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
     tail = file.read()
     at = len(tail) - 22 if tail[-22:].startswith(b"PK\5\6") else tail.rfind(b"PK\5\6")
     if at < 0:
-        raise BrokenZip(
-            "it is not a zip archive (torch before 1.6 wrote another format: load it there and "
-            "save it again)"
-        )
+        raise BrokenZip("it is not a zip archive")
     count, length, offset = struct.unpack_from("<HII", tail, at + 10)
     if count == MAX16 or MAX32 in (length, offset):
         magic, _, where = struct.unpack_from("<4sIQ", tail, at - 20) if at >= 20 else (b"", 0, 0)
@@ -224,11 +248,12 @@ def _start(file: BinaryIO, size: int, entry: ZipEntry) -> int:
     return start
 
 
-def _read(file: BinaryIO, size: int, entry: ZipEntry, most_bytes: int) -> bytes:
-    if entry.size_bytes > most_bytes:
-        raise BrokenZip(f"its structure has {entry.size_bytes} bytes")
+def _read(file: BinaryIO, size: int, entry: ZipEntry) -> bytes:
+    """The bytes of an entry; a CRC of 0 was not computed (``compute_crc32 = False`` in torch)."""
+    if entry.size_bytes > torch_pickle.MAX_BYTES:
+        raise UnsupportedFile(f"a file with {entry.size_bytes} bytes of structure")
     file.seek(_start(file, size, entry))
     data = file.read(entry.size_bytes)
-    if zlib.crc32(data) != entry.crc:
+    if entry.crc and zlib.crc32(data) != entry.crc:
         raise BrokenZip("its structure is damaged")
     return data

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime
+import enum
+import functools
+import io
 import os
 import pickle
+import random
 import re
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.hostile import (
@@ -22,6 +31,7 @@ from support.hostile import (
 
 from llamax.checkpoint.formats import torch_pickle
 from llamax.checkpoint.formats import torch_zip as archive
+from llamax.checkpoint.formats.xser import load_file, stored_tensors
 from llamax.config.model import ModelConfig
 from llamax.runtime.errors import CheckpointError
 
@@ -127,6 +137,125 @@ def test_old_protocols_too(protocol: int) -> None:
     data = pickle.dumps({"a": Calls(os.system, "id")}, protocol)
     with pytest.raises(CheckpointError, match="tensors and plain containers only"):
         torch_pickle.read_pickle(data, "file")
+
+
+HIDDEN = {
+    "os.system in args": {"args": argparse.Namespace(x=Calls(os.system, "touch /tmp/owned"))},
+    "subprocess in a list": {"rng_state": [Calls(subprocess.call, "id")]},
+    "eval as a value of a set": {"x": {Calls(eval, "1")}},
+    "exec as a key": {"x": {Calls(exec, "1"): 1}},
+    "open": {"x": Calls(open, "/etc/passwd")},
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_code_beside_tensors_ends_the_reading(tmp_path: Path, watched: Watched, name: str) -> None:
+    """Data is skipped, a name that runs code is not: the line names it."""
+    folder = meta_folder(tmp_path)
+    torch.save({"tok_embeddings.weight": torch.ones(2)} | HIDDEN[name], folder / "x.pth")
+    (folder / "x.pth").rename(folder / "consolidated.00.pth")
+    assert re.search(r"holds [a-z_.]+, which runs code", watched.read(*argv_of(folder)))
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+class ListOfOurs(list):  # type: ignore[type-arg]
+    pass
+
+
+class DictOfOurs(dict):  # type: ignore[type-arg]
+    pass
+
+
+class Slotted:
+    __slots__ = ("a",)
+
+    def __init__(self) -> None:
+        self.a = 1
+
+
+DATA = {
+    "namespace": argparse.Namespace(lr=0.1, kind=Color.RED, dtype=torch.bfloat16, act=len),
+    "enum": Color.RED,
+    "numpy": np.arange(6.0).reshape(2, 3),
+    "numpy number": np.float32(2),
+    "numpy state": np.random.default_rng(1).bit_generator.state,
+    "old numpy state": np.random.RandomState(1).get_state(),
+    "python state": random.Random(1).getstate(),
+    "bytes": b"abc",
+    "bytearray": bytearray(b"abc"),
+    "buffer": io.BytesIO(b"abc"),
+    "set": {1, "a"},
+    "frozenset": frozenset({2}),
+    "deque": collections.deque([1, 2]),
+    "counter": collections.Counter("aab"),
+    "list of ours": ListOfOurs([1]),
+    "dict of ours": DictOfOurs(a=1),
+    "slots": Slotted(),
+    "path": Path("/tmp"),
+    "partial": functools.partial(sorted, key=len),
+    "complex": 1 + 2j,
+    "slice": slice(1, 2),
+    "large": 1 << 4000,
+    "keys": {(1, "a"): 1, None: 2, 1.5: 3, b"x": 4, Color.RED: 5, True: 6, torch.float32: 7},
+    "type": Slotted,
+    "date": datetime.date(2026, 1, 1),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_objects_beside_tensors_are_skipped(tmp_path: Path, protocol: int) -> None:
+    """What argparse, numpy, random and a framework leave in a checkpoint is not built."""
+    loop: list[Any] = []
+    loop.append((loop,))
+    held = {"before": torch.ones(2), **DATA, "loop": loop, "after": torch.arange(3)}
+    torch.save(held, tmp_path / "x.pt", pickle_protocol=protocol)
+    read = archive.load(tmp_path / "x.pt")
+    assert set(read) == set(held)
+    assert torch.equal(read["before"].load(), held["before"])
+    assert torch.equal(read["after"].load(), held["after"])
+    for name in ("namespace", "enum", "numpy", "buffer", "set", "dict of ours", "slots", "path"):
+        assert isinstance(read[name], torch_pickle.InertObject), name
+    assert repr(read["namespace"]) == "argparse.Namespace"
+    assert protocol == 2 or read["bytes"] == b"abc"
+
+
+def test_default_dicts_and_tensors_with_attributes(tmp_path: Path) -> None:
+    """A defaultdict is a dict, and a parameter keeps its data beside its attributes."""
+    marked = torch.nn.Parameter(torch.arange(4.0))
+    marked.partition_dim = 0  # type: ignore[attr-defined]
+    tensor = torch.arange(5.0)
+    tensor.tensor_model_parallel = True  # type: ignore[attr-defined]
+    held = collections.defaultdict(int, {"a": marked, "b": tensor})
+    torch.save(held, tmp_path / "x.pt")
+    read = archive.load(tmp_path / "x.pt")
+    assert torch.equal(read["a"].load(), marked.detach())
+    assert torch.equal(read["b"].load(), tensor)
+
+
+UNREAD = {
+    "float8": torch.ones(4).to(torch.float8_e4m3fn),
+    "complex": torch.ones(4, dtype=torch.complex64),
+    "unsigned": torch.ones(4, dtype=torch.uint16),
+    "sparse": torch.eye(4).to_sparse(),
+    "meta": torch.ones(4, device="meta"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", UNREAD)
+def test_tensors_that_llamax_does_not_read_are_named(tmp_path: Path, name: str) -> None:
+    torch.save({"module": {"x.weight": UNREAD[name]}}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"module\.x\.weight is .*which llamax does not read"):
+        dict(stored_tensors(load_file(tmp_path, tmp_path / "x.pt"), tmp_path / "x.pt"))
+
+
+def test_whole_modules_are_named(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"holds torch\.nn\.modules\.linear\.Linear, not a"):
+        load_file(tmp_path, tmp_path / "x.pt")
 
 
 def test_structures_that_explode_do_not() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.serialization.config as torch_config
 from support.hostile import (
     Watched,
     argv_of,
@@ -21,6 +22,7 @@ from support.hostile import (
 )
 
 from llamax.checkpoint.formats import torch_zip as archive
+from llamax.runtime.errors import CheckpointError
 
 # --- archives ------------------------------------------------------------------------------------
 
@@ -70,13 +72,9 @@ def sound(path: Path, change: Callable[[bytes], bytes]) -> None:
 
 
 ARCHIVES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "deflated": (deflated, "is compressed"),
     "overlapping": (overlapping, "its entries overlap"),
     "empty": (lambda path: path.write_bytes(b""), "it is not a zip archive"),
-    "no zip": (
-        lambda path: path.write_bytes(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19." * 9),
-        "it is not a zip archive",
-    ),
+    "no zip": (lambda path: path.write_bytes(b"PK" * 99), "it is not a zip archive"),
     "big directory": (directory(9, 0xFFFFFFF0, 0), "its directory claims 4294967280 bytes"),
     "directory outside": (directory(9, 1 << 20, 1 << 30), "its directory claims 1048576 bytes"),
     "zip64 without its end": (
@@ -111,6 +109,71 @@ ARCHIVES: dict[str, tuple[Callable[[Path], object], str]] = {
         "missing or short",
     ),
 }
+
+
+def old_format(path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+
+
+def big_endian(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps({}, 2))
+        file.writestr("archive/byteorder", "big")
+
+
+def encrypted(path: Path) -> None:
+    file = io.BytesIO()
+    torch.save({"a": 1}, file)
+    data = bytearray(file.getvalue())
+    at = data.index(b"PK\1\2")
+    data[at + 8] |= 1
+    path.write_bytes(data)
+
+
+def large_structure(path: Path) -> None:
+    torch.save({"a": "x" * (65 << 20)}, path)
+
+
+UNSUPPORTED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "deflated": (deflated, "a compressed archive"),
+    "encrypted": (encrypted, "an encrypted archive"),
+    "before torch 1.6": (old_format, "a file in the format of torch before 1.6"),
+    "big endian": (big_endian, "a file of a big-endian machine"),
+    "torch.jit": (
+        lambda path: torch.jit.script(torch.nn.Linear(2, 2)).save(path),
+        "a TorchScript program",
+    ),
+    "large structure": (large_structure, "a file with 681.* bytes of structure"),
+    "gzip": (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(99)), "a gzip file"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_files_of_other_formats_are_unsupported_and_not_damaged(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.pt"
+    write, kind = UNSUPPORTED[name]
+    write(path)
+    with pytest.raises(CheckpointError, match=f"is {kind}, which llamax does not read; load") as e:
+        archive.load(path)
+    assert "damaged" not in str(e.value)
+    assert "complete" not in str(e.value)
+
+
+def test_files_without_checksums_are_read(tmp_path: Path) -> None:
+    """``compute_crc32 = False`` writes a CRC of 0 for every entry."""
+    whole = {"a": torch.arange(24.0).view(4, 6).bfloat16(), "step": 7}
+    before = torch_config.save.compute_crc32
+    torch_config.save.compute_crc32 = False
+    try:
+        torch.save(whole, tmp_path / "x.pt")
+    finally:
+        torch_config.save.compute_crc32 = before
+    with zipfile.ZipFile(tmp_path / "x.pt") as file:
+        assert {entry.CRC for entry in file.infolist()} == {0}
+    read = archive.load(tmp_path / "x.pt")
+    assert torch.equal(read["a"].load(), whole["a"])
+    assert read["step"] == 7
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
