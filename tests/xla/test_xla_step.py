@@ -161,8 +161,8 @@ def two_processes(_: int) -> str:
 
 def test_processes_that_nothing_joins_are_refused() -> None:
     assert ranks.run(1, two_processes) == [
-        "run.backend=xla: torch-xla sees a world of 1, the launcher one of 2; without NeuronCores "
-        "a process is a world of its own: start one rank, or use run.backend=cpu"
+        "run.backend=xla: torch-xla has a world of 1, the launcher one of 2; without NeuronCores "
+        "every process is a world of one: start one rank, or use run.backend=cpu"
     ]
 
 
