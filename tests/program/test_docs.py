@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import io
 import re
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,11 @@ from llamax.launch import jobfile
 from llamax.launch.checks import problems
 from llamax.launch.render import PHASES
 from llamax.runtime.units import show_number
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
@@ -167,6 +173,13 @@ def test_the_table_of_recipes_is_that_of_the_recipes() -> None:
         exact = show_number(config.model.num_parameters())
         assert float(size.split()[0]) == pytest.approx(float(exact[:-1]), rel=0.02)
         assert size[-1] == exact[-1]
+
+
+def test_the_table_of_extras_is_that_of_pyproject() -> None:
+    text = (DOCS / "how-to/install.md").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)
+    assert sorted(listed) == sorted(project["optional-dependencies"])
 
 
 def test_exit_codes_are_those_of_the_errors() -> None:
