@@ -213,7 +213,7 @@ def test_a_name_of_the_hub_is_read_by_datasets(
         raise ConnectionError("no\nnetwork")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"not to be had .* \(no network\); give local files"):
+    with pytest.raises(DataError, match=r"cannot be read .* \(no network\); give local files"):
         plan_tables(["someone/rows"])
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(DataError, match="needs the package datasets"):
