@@ -7,7 +7,7 @@
     metrics.jsonl        a record per reported step           llamax.training.metrics
     heartbeats/rank-N    the last heartbeat of a rank          llamax.training.heartbeat
     checkpoints/step-N   complete checkpoints                  llamax.checkpoint
-    neuron-monitor*.json use of the devices, if neuron-monitor writes it there
+    neuron-monitor*.json use of the devices              llamax.tools.monitor.neuron_monitor
 
 The run need not cooperate, and neither its machine nor torch is needed; missing files are skipped.
 """
@@ -35,12 +35,12 @@ from llamax.config.constants import (
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import ConfigError, DataError
+from llamax.tools.monitor.neuron_monitor import core_utilization
 from llamax.training.heartbeat import DONE, LOST, Beat
 from llamax.training.metrics import Log, Record
 
 NUMBERS = ("ranks", "nodes", "dollars_per_hour")  # in environment.json; ignored unless numbers
 SILENT_S = 30.0  # a rank writes its heartbeat every few seconds
-TAIL_BYTES = 2**20  # read from the end of a log of neuron-monitor
 WINDOW = 50  # last records, for percentiles and rates
 
 
@@ -178,7 +178,7 @@ def read_run(folder: Path, now: float | None = None, log: Log | None = None) -> 
         written=metrics.stat().st_mtime if metrics.exists() else 0.0,
         ranks=tuple(ranks(folder / HEARTBEATS_FOLDER, now, environment.get("ranks"))),
         saved=tuple(checkpoints(folder / CHECKPOINTS_FOLDER)),
-        cores=cores(sorted(folder.glob("neuron-monitor*.json*"))),
+        cores=core_utilization(sorted(folder.glob("neuron-monitor*.json*"))),
         locked=locked(folder / LOCK_FILE),
     )
 
@@ -239,44 +239,6 @@ def checkpoints(folder: Path) -> Iterable[SavedCheckpoint]:
         except FileNotFoundError:  # the run is deleting it
             continue
         yield saved
-
-
-def cores(paths: Sequence[Path]) -> dict[str, float]:
-    """The use of every NeuronCore, 0 to 1, from the last report in each file.
-
-    ``neuron-monitor > RUN/neuron-monitor-HOST.json`` writes the files, one report in a line.
-    """
-    found: dict[str, float] = {}
-    for path in paths:
-        host = path.name.partition(".")[0].removeprefix("neuron-monitor").strip("-")
-        for line in reversed(_tail(path)):
-            if used := _used(line):
-                found |= {f"{host}:{core}" if host else core: use for core, use in used.items()}
-                break
-    return found
-
-
-def _used(line: str) -> dict[str, float]:
-    try:
-        report = json.loads(line)
-        return {
-            core: float(each["neuroncore_utilization"]) / 100
-            for runtime in report["neuron_runtime_data"]
-            for core, each in runtime["report"]["neuroncore_counters"]["neuroncores_in_use"].items()
-        }
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-    ):  # incomplete, or of another kind
-        return {}
-
-
-def _tail(path: Path) -> list[str]:
-    with open(path, "rb") as file:
-        file.seek(max(path.stat().st_size - TAIL_BYTES, 0))
-        return file.read().decode(errors="replace").splitlines()
 
 
 def percentiles(values: Sequence[float], of: Sequence[int]) -> list[float]:

@@ -10,7 +10,8 @@ import pytest
 from support.run_folders import NOW, make_run, record
 
 from llamax.tools.monitor.html_report import page
-from llamax.tools.monitor.run_folder import cores, read_run
+from llamax.tools.monitor.neuron_monitor import core_utilization
+from llamax.tools.monitor.run_folder import read_run
 from llamax.tools.monitor.watch import render
 from llamax.training.metrics import Log
 
@@ -72,7 +73,7 @@ def test_device_use_comes_from_neuron_monitor(tmp_path: Path) -> None:
     text = "\n".join(render(run))
     assert "3 cores" in text
     assert "less than half of the others: node1:0 20%" in text
-    assert cores([]) == {}
+    assert core_utilization([]) == {}
 
 
 def test_time_spent_adds_up_over_resumes(tmp_path: Path) -> None:
