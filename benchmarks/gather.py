@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from llamax.backends import cpu
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.loader import Loader
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 
@@ -48,8 +49,8 @@ def main() -> None:
         file = TokenFile(path)
         start, size = file.header.sections["tokens"]
         mapped = np.memmap(path, np.uint16, "r", start, (size // 2,))
-        loader = Loader(file, 0, S, BATCH, BATCH)
-        plain = Loader(file, 0, S, BATCH, BATCH, separate_documents=False)
+        loader = Loader(file, BatchPlan(0, S, BATCH, BATCH))
+        plain = Loader(file, BatchPlan(0, S, BATCH, BATCH), separate_documents=False)
 
         drawn = itertools.cycle(rng.integers(0, loader.samples - 1, (997, BATCH)))
 

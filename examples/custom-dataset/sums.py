@@ -19,6 +19,7 @@ import torch
 from llamax.backends import choose
 from llamax.config.load import load_config
 from llamax.config.schema import Config
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.loader import Batch, Batches
 from llamax.data.shuffle import Integers
 from llamax.model.llama import Llama
@@ -38,18 +39,8 @@ class Sums(Batches):
     """Sample n is the sum of n // 1000 and n % 1000, its result with the last digit first."""
 
     def __init__(self, config: Config, axis: Axis, consumed: int = 0) -> None:
-        data = config.data
-        super().__init__(
-            NUMBERS**2,
-            config.run.seed,
-            data.sequence_length,
-            data.global_batch,
-            data.micro_batch,
-            axis.rank,
-            axis.size,
-            consumed,
-            shuffle=True,
-        )
+        plan = BatchPlan.of(config.data, config.run.seed, axis.rank, axis.size)
+        super().__init__(NUMBERS**2, plan, consumed, shuffle=True)
 
     def gather(self, samples: Integers) -> Batch:
         """ids, labels and positions [rows, sequence_length]; the result alone is learnt."""

@@ -22,13 +22,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.loader import Batch, Batches
 from llamax.data.shuffle import Integers
 
 PERIOD = 2**14
 
 
-class Blend(Batches):
+class BlendedLoader(Batches):
     """``parts`` in proportion to ``weights``; ``shuffle=False``: one part after the other.
 
     ``samples``, an epoch, is as many as all parts have together, whatever of each was seen.
@@ -38,23 +39,10 @@ class Blend(Batches):
         self,
         parts: Sequence[Batches],
         weights: Sequence[float],
-        micro_batch: int,
-        data_rank: int,
-        data_degree: int,
-        consumed: int,
+        plan: BatchPlan,
+        consumed: int = 0,
     ) -> None:
-        first = parts[0]
-        super().__init__(
-            sum(part.samples for part in parts),
-            first.seed,
-            first.sequence_length,
-            first.global_batch,
-            micro_batch,
-            data_rank,
-            data_degree,
-            consumed,
-            first.shuffle,
-        )
+        super().__init__(sum(part.samples for part in parts), plan, consumed, parts[0].shuffle)
         self.parts = tuple(parts)
         self._first: Integers = np.cumsum([0, *(part.samples for part in parts)])
         self._turns = turns(weights)

@@ -34,6 +34,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.shuffle import Integers, permute
 from llamax.data.token_file import Stream
 from llamax.ops import IGNORE_INDEX
@@ -59,22 +60,13 @@ class Batches(ABC):
     def __init__(
         self,
         samples: int,
-        seed: int,
-        sequence_length: int,
-        global_batch: int,
-        micro_batch: int,
-        data_rank: int,
-        data_degree: int,
-        consumed: int,
-        shuffle: bool,
+        plan: BatchPlan,
+        consumed: int = 0,
+        shuffle: bool = True,
     ) -> None:
-        assert 0 <= data_rank < data_degree
-        assert global_batch % (micro_batch * data_degree) == 0
-        self.samples, self.seed, self.consumed = samples, seed, consumed
-        self.sequence_length, self.global_batch = sequence_length, global_batch
-        self.shuffle = shuffle
-        mine = np.arange(global_batch).reshape(-1, data_degree, micro_batch)
-        self._mine: Integers = mine[:, data_rank, :]
+        self.samples, self.plan, self.consumed = samples, plan, consumed
+        self.sequence_length, self.global_batch = plan.sequence_length, plan.global_batch
+        self.shuffle, self._places = shuffle, plan.places()
 
     @property
     def steps(self) -> int:
@@ -100,8 +92,8 @@ class Batches(ABC):
 
     def at(self, consumed: int) -> list[Batch]:
         """The micro-batches of the step that begins after ``consumed`` samples."""
-        microsteps, rows = self._mine.shape
-        ids, labels, positions, documents = self.gather(self.order(consumed + self._mine.ravel()))
+        microsteps, rows = self._places.shape
+        ids, labels, positions, documents = self.gather(self.order(consumed + self._places.ravel()))
         return [
             Batch(
                 ids[start : start + rows],
@@ -120,7 +112,7 @@ class Batches(ABC):
         chosen = np.empty_like(k)
         for epoch in np.unique(epochs).tolist():
             of = epochs == epoch
-            chosen[of] = permute(places[of], self.samples, self.seed, epoch)
+            chosen[of] = permute(places[of], self.samples, self.plan.seed, epoch)
         return chosen
 
     def sample_ids(self, consumed: int) -> list[int]:
@@ -142,12 +134,7 @@ class Loader(Batches):
     def __init__(
         self,
         file: Stream,
-        seed: int,
-        sequence_length: int,
-        global_batch: int,
-        micro_batch: int,
-        data_rank: int = 0,
-        data_degree: int = 1,
+        plan: BatchPlan,
         consumed: int = 0,
         *,
         separate_documents: bool = True,
@@ -158,17 +145,8 @@ class Loader(Batches):
             raise DataError(
                 f"{file.path}: has {len(file)} tokens, and a sample needs 2; prepare more text"
             )
-        super().__init__(
-            -(-(len(file) - 1) // sequence_length),
-            seed,
-            sequence_length,
-            global_batch,
-            micro_batch,
-            data_rank,
-            data_degree,
-            consumed,
-            shuffle,
-        )
+        sequence_length = plan.sequence_length
+        super().__init__(-(-(len(file) - 1) // sequence_length), plan, consumed, shuffle)
         self.file, self.separate_documents = file, separate_documents
         self.answers = answers and file.masked
         # Every window that lies whole in the file, as rows of one overlapping view: no copy.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.loader import Batch, Batches
 from llamax.data.packing import Packs
 from llamax.data.shuffle import Integers
@@ -28,28 +29,15 @@ class PackedLoader(Batches):
     def __init__(
         self,
         packs: Packs,
-        seed: int,
-        global_batch: int,
-        micro_batch: int,
-        data_rank: int = 0,
-        data_degree: int = 1,
+        plan: BatchPlan,
         consumed: int = 0,
         *,
         separate_documents: bool = True,
         shuffle: bool = True,
         answers: bool = True,
     ) -> None:
-        super().__init__(
-            len(packs),
-            seed,
-            packs.length,
-            global_batch,
-            micro_batch,
-            data_rank,
-            data_degree,
-            consumed,
-            shuffle,
-        )
+        assert packs.length == plan.sequence_length
+        super().__init__(len(packs), plan, consumed, shuffle)
         self.packs, self.file = packs, packs.file
         self.separate_documents = separate_documents
         self.answers = answers and packs.file.masked

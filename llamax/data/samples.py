@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llamax.config.schema import DataConfig
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import Mixture, Split
 from llamax.data.packing import Packs
 
@@ -52,28 +53,19 @@ class Samples:
 
     def loader(self, axis: Axis, consumed: int, shuffle: bool) -> Batches:
         """This data rank's batches, after ``consumed`` samples of the run."""
-        from llamax.data.blended_loader import Blend
+        from llamax.data.blended_loader import BlendedLoader
         from llamax.data.loader import Loader
         from llamax.data.packed_loader import PackedLoader
 
         data = self.data
+        plan = BatchPlan.of(data, self.seed, axis.rank, axis.size)
         if self.parts:
-            return Blend(
-                [part.loader(axis, 0, shuffle) for part in self.parts],
-                self.weights,
-                data.micro_batch,
-                axis.rank,
-                axis.size,
-                consumed,
-            )
+            parts = [part.loader(axis, 0, shuffle) for part in self.parts]
+            return BlendedLoader(parts, self.weights, plan, consumed)
         if self.packs is not None:
             return PackedLoader(
                 self.packs,
-                self.seed,
-                data.global_batch,
-                data.micro_batch,
-                axis.rank,
-                axis.size,
+                plan,
                 consumed,
                 separate_documents=data.separate_documents,
                 shuffle=shuffle,
@@ -81,12 +73,7 @@ class Samples:
             )
         return Loader(
             self.file,
-            self.seed,
-            data.sequence_length,
-            data.global_batch,
-            data.micro_batch,
-            axis.rank,
-            axis.size,
+            plan,
             consumed,
             separate_documents=data.separate_documents,
             shuffle=shuffle,

@@ -18,6 +18,7 @@ import pytest
 from support.corpora import python_sources
 
 from llamax.cli.prepare import main
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
 from llamax.data.prepare import chunks, text_files
@@ -73,7 +74,7 @@ def test_documents_are_encoded_by_the_tokenizer(
     assert 3 < len(documents(data.validation)) < 25
     sizes = data.train.header.text_bytes + data.validation.header.text_bytes
     assert sizes == sum(len(source.encode()) for source in sources)
-    assert len(Loader(data.train, 0, 64, 4, 2).step()) == 2
+    assert len(Loader(data.train, BatchPlan(0, 64, 4, 2)).step()) == 2
 
 
 def test_workers_and_formats_change_no_byte(

@@ -30,6 +30,7 @@ from support.tiny_run import (
 
 from llamax.config.load import load_config
 from llamax.config.schema import CheckpointConfig
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
 from llamax.data.token_file import Header, TokenWriter
@@ -98,7 +99,7 @@ def test_a_run_starts_from_a_hugging_face_folder(dataset: Path, tmp_path: Path) 
     reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**MODEL.to_hub("float32")))
     reference.save_pretrained(tmp_path / "hub")
     cfg = config(dataset, tmp_path / "run")
-    first = Loader(open_dataset(dataset).train, cfg.run.seed, 32, 4, 4).step()[0]
+    first = Loader(open_dataset(dataset).train, BatchPlan(cfg.run.seed, 32, 4, 4)).step()[0]
     positions, documents = first.positions, first.documents
     assert documents is not None
     same = documents.unsqueeze(1) == documents.unsqueeze(2)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.loader import Batch, Loader, permute
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.ops import IGNORE_INDEX
@@ -73,11 +74,12 @@ def test_each_token_is_a_label_once_an_epoch(
     file = make(lengths)
     ranks = [
         Loader(
-            file, seed, sequence, micro * degree * accumulation, micro, rank, degree,
+            file,
+            BatchPlan(seed, sequence, micro * degree * accumulation, micro, rank, degree),
             separate_documents=False,
         )
         for rank in range(degree)
-    ]  # fmt: skip
+    ]
     seen: list[list[int]] = []
     while len(seen) < ranks[0].samples:
         steps = [rank.step() for rank in ranks]
@@ -92,7 +94,9 @@ def test_any_number_of_ranks_sees_the_same_order(make, lengths, seed, start) -> 
     file = make(lengths)
     orders = []
     for degree in (1, 2, 4):
-        ranks = [Loader(file, seed, 5, 8, 2, rank, degree, start) for rank in range(degree)]
+        ranks = [
+            Loader(file, BatchPlan(seed, 5, 8, 2, rank, degree), start) for rank in range(degree)
+        ]
         steps = [[rank.step() for rank in ranks] for _ in range(3)]
         orders.append(
             [
@@ -110,10 +114,10 @@ def test_any_number_of_ranks_sees_the_same_order(make, lengths, seed, start) -> 
 @settings(max_examples=20)
 def test_one_integer_resumes_the_run(make, k: int) -> None:
     file = make([7, 30, 1, 90, 4])
-    first = Loader(file, 3, 6, 4, 2)
+    first = Loader(file, BatchPlan(3, 6, 4, 2))
     for _ in range(k):
         first.consumed += first.global_batch
-    going, resumed = first, Loader(file, 3, 6, 4, 2, consumed=first.consumed)
+    going, resumed = first, Loader(file, first.plan, consumed=first.consumed)
     for _ in range(2):
         for one, other in zip(going.step(), resumed.step(), strict=True):
             for a, b in zip(one, other, strict=True):
@@ -142,9 +146,8 @@ def expected(lengths: list[int], sequence: int, sample: int, separate: bool) -> 
 @settings(max_examples=80)
 def test_windows_hold_what_they_should(make, lengths, sequence, separate) -> None:
     file = make(lengths)
-    loader = Loader(
-        file, 0, sequence, 3, 3, separate_documents=separate, shuffle=False
-    )  # fmt: skip
+    plan = BatchPlan(0, sequence, 3, 3)
+    loader = Loader(file, plan, separate_documents=separate, shuffle=False)
     sample = 0
     for (batch,) in loader.epoch():
         assert batch.ids.dtype == batch.labels.dtype == batch.positions.dtype == torch.int64
@@ -172,9 +175,8 @@ def test_validation_covers_the_file_once(make, lengths, degree) -> None:
     file = make(lengths)
     seen = []
     for rank in range(degree):
-        loader = Loader(
-            file, 0, 4, 4, 1, rank, degree, shuffle=False, separate_documents=False
-        )  # fmt: skip
+        plan = BatchPlan(0, 4, 4, 1, rank, degree)
+        loader = Loader(file, plan, shuffle=False, separate_documents=False)
         seen += [label for step in loader.epoch() for row in rows(step) for label in row]
     assert sorted(x for x in seen if x != IGNORE_INDEX) == list(range(1, sum(lengths)))
 
@@ -184,8 +186,8 @@ def test_gathering_checks_blocks_before_use(make, tmp_path: Path) -> None:
     raw = bytearray(whole.path.read_bytes())
     raw[-5000] ^= 1
     (tmp_path / "bad.tokens").write_bytes(raw)
-    loader = Loader(TokenFile(tmp_path / "bad.tokens", "read"), 0, 100, 1, 1, shuffle=False,
-                    separate_documents=False)  # fmt: skip
+    file = TokenFile(tmp_path / "bad.tokens", "read")
+    loader = Loader(file, BatchPlan(0, 100, 1, 1), shuffle=False, separate_documents=False)
     loader.at(0)
     with pytest.raises(DataError, match="do not match their checksum"):
         loader.at(loader.samples - 1)
@@ -193,4 +195,4 @@ def test_gathering_checks_blocks_before_use(make, tmp_path: Path) -> None:
 
 def test_too_few_tokens_are_refused(make) -> None:
     with pytest.raises(DataError, match="has 1 tokens, and a sample needs 2"):
-        Loader(make([1]), 0, 4, 1, 1)
+        Loader(make([1]), BatchPlan(0, 4, 1, 1))

@@ -35,6 +35,7 @@ import support.checkpoints as worlds
 from llamax.checkpoint import Checkpoint
 from llamax.checkpoint.safetensors_io import read_header
 from llamax.config.load import load_config
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
 from llamax.data.token_file import HEADER_BYTES, MAGIC
@@ -100,7 +101,7 @@ def kinds(folder: Path) -> list[Kind]:
 
     def read_dataset() -> None:
         found = open_dataset(dataset, "start")
-        Loader(found.train, 0, 32, 4, 4).step()
+        Loader(found.train, BatchPlan(0, 32, 4, 4)).step()
 
     def read_checkpoint() -> None:
         source = Checkpoint(checkpoint, verify=False)

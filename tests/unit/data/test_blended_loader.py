@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from support.megatron import DOCUMENTS, write_dataset
 
-from llamax.data.blended_loader import PERIOD, Blend, turns
+from llamax.data.batch_plan import BatchPlan
+from llamax.data.blended_loader import PERIOD, BlendedLoader, turns
 from llamax.data.dataset import Mixture, open_dataset
 from llamax.data.loader import Loader
 from llamax.data.megatron import IndexedFile
@@ -46,16 +47,18 @@ def test_a_blend_opens_its_parts(tmp_path: Path) -> None:
 # --- blends --------------------------------------------------------------------------------------
 
 
-def blend(tmp_path: Path, weights: list[float], rank: int = 0, of: int = 1, **more: int) -> Blend:
+def blend(
+    tmp_path: Path, weights: list[float], rank: int = 0, of: int = 1, **more: int
+) -> BlendedLoader:
     """Parts whose tokens are 1000, 1001, ... and 2000, 2001, ...; samples of 2 tokens."""
-    parts = []
+    parts, plan = [], BatchPlan(5, 2, 8, 8 // of, rank, of)
     for number, size in ((1, 41), (2, 101)):
         path = tmp_path / f"p{number}"
         if not path.with_name(f"{path.name}.idx").exists():
             write_dataset(path, [list(range(1000 * number, 1000 * number + size))])
         file = IndexedFile(path)
-        parts.append(Loader(file, 5, 2, 8, 8 // of, rank, of, separate_documents=False))
-    return Blend(parts, weights, 8 // of, rank, of, more.get("consumed", 0))
+        parts.append(Loader(file, plan, separate_documents=False))
+    return BlendedLoader(parts, weights, plan, more.get("consumed", 0))
 
 
 def test_turns_keep_every_stretch_in_proportion() -> None:
@@ -111,14 +114,11 @@ def test_validation_goes_through_one_part_after_the_other(tmp_path: Path) -> Non
     parts = [
         Loader(
             IndexedFile(write_dataset(tmp_path / f"v{n}", [list(range(9))])),
-            0,
-            2,
-            4,
-            4,
+            BatchPlan(0, 2, 4, 4),
             shuffle=False,
         )
         for n in range(2)
     ]
-    mixed = Blend(parts, [0.9, 0.1], 4, 0, 1, 0)
+    mixed = BlendedLoader(parts, [0.9, 0.1], BatchPlan(0, 2, 4, 4))
     assert mixed.order(np.arange(10)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, -1]
     assert sum(int((batch.labels >= 0).sum()) for (batch,) in mixed.epoch()) == 16

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.megatron import DOCUMENTS, index_bytes, write_dataset
 
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
 from llamax.data.megatron import SAMPLED, IndexedFile, write_indexed
@@ -86,7 +87,7 @@ def test_a_loader_cuts_the_same_samples_from_either_format(tmp_path: Path) -> No
     write_indexed(tmp_path / "d", [native], 400)
     for separate in (True, False):
         one, other = (
-            Loader(file, 1, 8, 4, 2, separate_documents=separate)
+            Loader(file, BatchPlan(1, 8, 4, 2), separate_documents=separate)
             for file in (native, IndexedFile(tmp_path / "d", vocab_size=400))
         )
         for _ in range(6):

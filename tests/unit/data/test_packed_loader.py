@@ -14,6 +14,7 @@ from support.models import tiny
 from support.token_files import write_token_file
 
 from llamax.config.schema import DataConfig
+from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Batch, Loader
 from llamax.data.packed_loader import PackedLoader
@@ -43,7 +44,7 @@ def rows_of(batch: Batch, row: int) -> list[tuple[list[int], list[int], list[int
 
 def test_a_sample_holds_its_documents_and_their_answers(tmp_path: Path) -> None:
     file = write_token_file(tmp_path / "f.tokens", [5, 7, 4, 12, 3])
-    loader = PackedLoader(Packs(file, 8), 0, 3, 3, shuffle=False)
+    loader = PackedLoader(Packs(file, 8), BatchPlan(0, 8, 3, 3), shuffle=False)
     seen = []
     for (batch,) in loader.epoch():
         for row in range(len(batch.ids)):
@@ -67,11 +68,12 @@ def test_ranks_share_every_step_alike(tmp_path: Path) -> None:
         tmp_path / "f.tokens", np.random.default_rng(0).integers(3, 30, 90).tolist()
     )
     packs = Packs(file, 32)
-    whole = PackedLoader(packs, 7, 8, 8)
+    whole = PackedLoader(packs, BatchPlan(7, packs.length, 8, 8))
     for _ in range(len(packs) // 8 + 2):
         at, (one,) = whole.consumed, whole.step()
         for degree, micro in ((2, 2), (4, 1)):
-            parts = [PackedLoader(packs, 7, 8, micro, r, degree, at).step() for r in range(degree)]
+            plans = [BatchPlan(7, packs.length, 8, micro, r, degree) for r in range(degree)]
+            parts = [PackedLoader(packs, plan, at).step() for plan in plans]
             ids = torch.cat(
                 [parts[r][m].ids for m in range(8 // micro // degree) for r in range(degree)]
             )
@@ -105,7 +107,7 @@ def test_padded_and_concat_see_the_same_answers(tmp_path: Path) -> None:
 
 def test_concat_counts_only_answers_of_its_own_document(tmp_path: Path) -> None:
     file = write_token_file(tmp_path / "f.tokens", [5, 6], answers=6)
-    (batch,) = Loader(file, 0, 10, 1, 1, shuffle=False).step()
+    (batch,) = Loader(file, BatchPlan(0, 10, 1, 1), shuffle=False).step()
     assert (batch.labels[0] != IGNORE_INDEX).tolist() == [True] * 4 + [False] + [True] * 5
 
 
@@ -136,7 +138,9 @@ def test_loss_is_that_of_separate_sequences(dataset: Path) -> None:
     file = open_dataset(dataset).train
     sums_, counts = [], []
     for way in ("best-fit", "padded"):
-        (batch,) = PackedLoader(Packs(file, 128, way=way), 0, 64, 64, shuffle=False).step()
+        (batch,) = PackedLoader(
+            Packs(file, 128, way=way), BatchPlan(0, 128, 64, 64), shuffle=False
+        ).step()
         total, count = model.loss(
             batch.ids, batch.labels, batch.positions, documents_BS=batch.documents
         )
@@ -166,7 +170,7 @@ def test_a_document_sees_no_other(dataset: Path) -> None:
     """Changing one document of a pack changes no logit of another, and its own it does."""
     model = Llama(MODEL).init(0)
     packs = Packs(open_dataset(dataset).train, 128)
-    (batch,) = PackedLoader(packs, 0, 4, 4).step()
+    (batch,) = PackedLoader(packs, BatchPlan(0, packs.length, 4, 4)).step()
     assert batch.documents is not None
     before = model(batch.ids, batch.positions, documents_BS=batch.documents)
     for number in range(int(batch.documents.max())):

@@ -84,7 +84,7 @@ def test_a_data_set_out_of_sight_is_an_assumption_that_is_stated(
         assert plan(["--config", "dolly-llama2-7b", "--data.path=nowhere", *options]) == 0
         said = capsys.readouterr().out
         assert "note: 3 epochs are taken as run.steps=1,000" in said
-        assert "nowhere: is no dataset" in said
+        assert "nowhere: is not a dataset" in said
         assert "--run.steps" in said
     assert plan(["--config", "dolly-llama2-7b", "--data.path=nowhere", "--json"]) == 0
     assert "run.steps=1,000" in json.loads(capsys.readouterr().out)["assumption"]
@@ -106,4 +106,4 @@ def test_the_doctor_knows_the_checkpoints_of_epochs_it_sees(tiny: Config) -> Non
     written = replace(epochs(tiny, 3), checkpoint=saved)
     batch = written.data.global_batch
     # 15 steps: saved at 4, 8, 12, at the ends 5, 10, 15
-    assert storage.at_once(resolve(written, 1, 5 * batch)) == 6
+    assert storage.most_checkpoints(resolve(written, 1, 5 * batch)) == 6
