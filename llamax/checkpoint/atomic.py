@@ -29,7 +29,7 @@ from pathlib import Path
 from llamax.checkpoint.lock import lock_abandoned, lock_folder
 from llamax.config.constants import LOCK_FILE
 from llamax.runtime.errors import CheckpointError, NoRoom, Terminated
-from llamax.runtime.files import NO_ROOM, sync_folder, sync_tree, write_atomic
+from llamax.runtime.files import NO_ROOM, new_file, sync_folder, sync_tree, write_atomic
 from llamax.runtime.logging import logger
 
 BUILDING = ".part-"  # OUT.part-0c5f...: the folder in which OUT is built
@@ -60,7 +60,8 @@ def write_note(path: Path, text: str) -> None:
     """
     with explain_write_errors(path, len(text)):
         partial = path.with_name(path.name + ".part")
-        partial.write_text(text)
+        with open(partial, "w", encoding="utf-8", opener=new_file) as file:
+            file.write(text)
         os.replace(partial, path)
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +32,7 @@ from llamax.data.dataset import blend_words
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.files import copy_file, new_file
 
 FILE_BYTES = 5 * 10**9
 
@@ -94,7 +94,10 @@ def allocate_files(folder: Path, planned: Sequence[PlannedTensor]) -> dict[str, 
             (tensor.name, tensor.dtype, tensor.shape) for tensor in planned if tensor.file == file
         ]
         header, file_offsets, size_bytes = build_header(tensors)
-        with explain_write_errors(folder / file, size_bytes), open(folder / file, "wb") as out:
+        with (
+            explain_write_errors(folder / file, size_bytes),
+            open(folder / file, "wb", opener=new_file) as out,
+        ):
             out.write(header)
             out.truncate(size_bytes)
         offsets |= file_offsets
@@ -167,9 +170,11 @@ def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, fold
     if path.is_dir() and (path / "tokenizer_config.json").is_file():
         for name in hf_folder.TOKENIZER_FILES:
             if (path / name).is_file():
-                shutil.copyfile(path / name, folder / name)
+                with explain_write_errors(folder / name, (path / name).stat().st_size):
+                    copy_file(path / name, folder / name)
         return
-    export_tokenizer(tokenizer, folder, model.max_position_embeddings)
+    with explain_write_errors(folder / "tokenizer.json", path.stat().st_size):
+        export_tokenizer(tokenizer, folder, model.max_position_embeddings)
 
 
 def dataset_of(checkpoint: Path) -> Path | None:
@@ -188,5 +193,8 @@ def dataset_of(checkpoint: Path) -> Path | None:
 def write_json(path: Path, value: dict[str, object]) -> None:
     """Write an indented JSON file; CheckpointError or NoRoom if the disk refuses."""
     text = json.dumps(value, indent=2) + "\n"
-    with explain_write_errors(path, len(text)):
-        path.write_text(text, encoding="utf-8")
+    with (
+        explain_write_errors(path, len(text)),
+        open(path, "w", encoding="utf-8", opener=new_file) as file,
+    ):
+        file.write(text)

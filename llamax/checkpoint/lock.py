@@ -11,14 +11,14 @@ import fcntl
 import os
 import re
 import socket
-import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from llamax.config.constants import LOCK_FILE
-from llamax.runtime.errors import CheckpointError
+from llamax.runtime.errors import CheckpointError, LinkError
+from llamax.runtime.files import same_file
 from llamax.runtime.logging import logger
 
 TIMEOUT_S = 5.0  # a killed owner may take a moment to end
@@ -36,7 +36,7 @@ def lock_folder(folder: Path, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
         raise CheckpointError(f"{folder} is not a folder; remove it or choose another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        file = same_file(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
     try:
@@ -55,19 +55,17 @@ def lock_abandoned(folder: Path) -> Iterator[bool]:
 
     Raises CheckpointError that names the owner if a process holds the lock.
     """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         if folder.is_symlink():
-            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
-        file = os.open(folder / LOCK_FILE, flags)
-    except OSError:
+            raise LinkError(f"{folder} is a link")
+        file = same_file(folder / LOCK_FILE, os.O_RDWR)
+    except (OSError, LinkError):
         yield False
         return
     try:
         owner = re.compile(rf"pid \d+ on {re.escape(socket.gethostname())} since .*\n")
         yield (
             folder.stat().st_uid == os.geteuid()
-            and stat.S_ISREG(os.fstat(file).st_mode)
             and _acquire(file, folder, 0)
             and owner.fullmatch(os.pread(file, 200, 0).decode(errors="replace")) is not None
         )

@@ -19,7 +19,6 @@ PEFT puts ``base_model.model.`` before a name such as
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, fields
@@ -29,8 +28,9 @@ from typing import Any, NamedTuple
 import torch
 
 from llamax.checkpoint import slabs
-from llamax.checkpoint.atomic import explain_write_errors, new_folder
+from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.hf_folder import read_json
+from llamax.checkpoint.hf_writer import write_json
 from llamax.checkpoint.listing import find_checkpoint
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.runs import Run, whole_run
@@ -279,7 +279,5 @@ def export_adapter(adapter: Checkpoint, out: Path | str) -> Path:
             streams.append(stream._replace(name=PEFT_PREFIX + name))
         write_safetensors(folder / ADAPTER_WEIGHTS, streams)
         for name, value in ((ADAPTER_CONFIG, config), (BASE_JSON, info.state()["base"])):
-            text = json.dumps(value, indent=2) + "\n"
-            with explain_write_errors(folder / name, len(text)):
-                (folder / name).write_text(text, encoding="utf-8")
+            write_json(folder / name, value)
     return Path(out)

@@ -35,6 +35,7 @@ from llamax.checkpoint.checksums import (
 )
 from llamax.checkpoint.runs import StridedCopy
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.files import new_file, same_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -213,7 +214,7 @@ def write_safetensors(
     digest, blocks = hashlib.sha256(header), BlockHasher()
     blocks.update(memoryview(header))
     blocks.end_block()
-    with explain_write_errors(path, size), open(path, "wb", buffering=0) as file:
+    with explain_write_errors(path, size), open(path, "wb", 0, opener=new_file) as file:
         _write_at(file.fileno(), memoryview(header), 0)
         for tensor in sorted(tensors, key=lambda tensor: offsets[tensor.name]):
             at = offsets[tensor.name]
@@ -255,7 +256,10 @@ def write_tensor_at(path: Path, offset: int, chunks: Iterable[Tensor], size_byte
 
     Raises NoRoom or CheckpointError if the disk refuses.
     """
-    with explain_write_errors(path, size_bytes), open(path, "r+b", buffering=0) as file:
+    with (
+        explain_write_errors(path, size_bytes),
+        open(path, "r+b", buffering=0, opener=same_file) as file,
+    ):
         for chunk in chunks:
             view = as_bytes(chunk).data
             _write_at(file.fileno(), view, offset)

@@ -42,7 +42,7 @@ from llamax.config.schema import CheckpointConfig
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import ShardedParameters, whole_shape
 from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
-from llamax.runtime.files import sync_folder
+from llamax.runtime.files import make_folder, sync_folder
 from llamax.runtime.versions import LLAMAX
 
 
@@ -188,7 +188,7 @@ class Saver:
                     for leftover in self.folder.glob("step-*.tmp"):  # of saves that failed
                         if leftover.name < folder.name:
                             shutil.rmtree(leftover, ignore_errors=True)
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
             self._write(folder, mine, kept, rng)
             if self._first:
                 self._commit(folder, manifest, config_text)
@@ -245,7 +245,7 @@ class Saver:
         try:
             if self._first:
                 shutil.rmtree(folder, ignore_errors=True)
-            else:
+            elif not folder.is_symlink():
                 for path in folder.glob(f"*-{mine}.*"):
                     path.unlink()
                 line = str(error) if isinstance(error, LlamaxError) else repr(error)

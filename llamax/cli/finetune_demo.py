@@ -23,6 +23,7 @@ from pathlib import Path
 from llamax.cli.demo import RANKS, shell, torchrun
 from llamax.config.constants import METRICS_FILE
 from llamax.config.load import load_config
+from llamax.runtime.files import new_file
 from llamax.runtime.process import run_main
 from llamax.runtime.units import show_number, show_time
 from llamax.training.metrics import read_jsonl
@@ -63,7 +64,8 @@ def rows(count: int, seed: int = 0) -> Iterator[dict[str, str]]:
 def write_rows(path: Path, count: int, seed: int = 0) -> None:
     """A JSONL file of ``count`` rows."""
     lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(count, seed))
-    path.write_text("".join(lines), encoding="utf-8")
+    with open(path, "w", encoding="utf-8", opener=new_file) as file:
+        file.writelines(lines)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,7 +103,8 @@ def main(argv: Sequence[str]) -> int:
     template_options = ["--template", TEMPLATE, "--max-new-tokens", "24"]
     shell([*llamax, "evaluate", str(hub), "--test-file", str(test), *template_options])
     questions = folder / "questions.jsonl"
-    questions.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS), encoding="utf-8")
+    with open(questions, "w", encoding="utf-8", opener=new_file) as file:
+        file.writelines(json.dumps(row) + "\n" for row in QUESTIONS)
     prompt_options = ["--prompts-file", str(questions), *template_options, "--greedy"]
     shell(
         [*llamax, "generate", "--compare", f"{base},{hub}", *prompt_options]

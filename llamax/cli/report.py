@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamax.runtime.errors import DataError
+from llamax.runtime.files import write_atomic
 from llamax.runtime.process import run_main
 from llamax.tools.monitor.html_report import page, with_distinct_names
 from llamax.tools.monitor.run_folder import read_run
@@ -28,7 +29,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     runs = with_distinct_names([read_run(folder) for folder in options.runs])
     try:
-        options.out.write_text(page(runs), encoding="utf-8")
+        write_atomic(options.out, page(runs).encode())
     except OSError as error:
         raise DataError(
             f"{options.out}: cannot be written ({error.strerror}); check --out"

@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from llamax.data.token_file import GoOn, Header, TokenFile, Verify
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import sync_folder
+from llamax.runtime.files import new_file, refuse_link, sync_folder
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
@@ -239,14 +239,16 @@ def write_indexed(prefix: Path, files: Sequence[TokenFile], vocab_size: int) -> 
     dtype = np.dtype("<u2" if vocab_size < LARGEST_U2 else "<i4")
     index, data = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
     partial = [path.with_name(f".{path.name}.partial") for path in (index, data)]
+    for path in (index, data, *partial):
+        refuse_link(path)
     try:
-        with open(partial[1], "wb") as body:
+        with open(partial[1], "wb", opener=new_file) as body:
             for file in files:
                 for start in range(0, len(file), CHUNK):
                     body.write(file.tokens[start : start + CHUNK].astype(dtype).tobytes())
             _sync(body)
         count = sum(int((_lengths(file) > 0).sum()) for file in files)
-        with open(partial[0], "wb") as head:
+        with open(partial[0], "wb", opener=new_file) as head:
             head.write(MAGIC + struct.pack("<QBQQ", VERSION, CODES[dtype], count, count + 1))
             for file in files:
                 head.write(_lengths(file)[_lengths(file) > 0].astype("<i4").tobytes())

@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import sync_folder
+from llamax.runtime.files import new_file, refuse_link, sync_folder
 
 MAGIC = b"llamax1\n"
 HEADER_BYTES = 4096
@@ -264,17 +264,18 @@ class TokenWriter:
     def __init__(self, path: str | Path, header: Header) -> None:
         self.path = Path(path)
         self.header = header
-        self._partial = self.path.with_name(f".{self.path.name}.partial")
-        self._offsets_path = self.path.with_name(f".{self.path.name}.offsets")
-        self._bits_path = self.path.with_name(f".{self.path.name}.bits")
+        kinds = ("partial", "offsets", "bits")
+        self._scratch = [self.path.with_name(f".{self.path.name}.{kind}") for kind in kinds]
         self._tokens = self._documents = self._text_bytes = self._counted = 0
         self._odd_bits = np.zeros(0, bool)  # fewer than 8, not yet written
         self._masked = False
 
     def __enter__(self) -> TokenWriter:
-        self._file = open(self._partial, "wb")
-        self._offsets = open(self._offsets_path, "w+b")
-        self._bits = open(self._bits_path, "w+b")
+        for path in (self.path, *self._scratch):
+            refuse_link(path)
+        self._file = open(self._scratch[0], "wb", opener=new_file)
+        self._offsets = open(self._scratch[1], "w+b", opener=new_file)
+        self._bits = open(self._scratch[2], "w+b", opener=new_file)
         self._file.write(bytes(HEADER_BYTES))
         self._body = _Blocks(self._file)
         self._offsets.write(np.zeros(1, "<u8").tobytes())
@@ -321,12 +322,11 @@ class TokenWriter:
                 if error is None:
                     self._finish()
             if error is None:
-                os.replace(self._partial, self.path)
+                os.replace(self._scratch[0], self.path)
                 sync_folder(self.path.parent)
         finally:
-            self._partial.unlink(missing_ok=True)
-            self._offsets_path.unlink(missing_ok=True)
-            self._bits_path.unlink(missing_ok=True)
+            for path in self._scratch:
+                path.unlink(missing_ok=True)
 
     def _finish(self) -> None:
         sections = {"tokens": (HEADER_BYTES, self._tokens * self.header.dtype.itemsize)}

@@ -43,6 +43,10 @@ class CheckpointError(LlamaxError):
     """A checkpoint or model folder that cannot be read or written."""
 
 
+class LinkError(CheckpointError):
+    """A link or special file in the place of a file or folder that llamax would use."""
+
+
 class NoRoom(CheckpointError):
     """A checkpoint that does not fit a disk, quota or file size limit; older ones are untouched."""
 

@@ -1,26 +1,99 @@
-"""Atomic writes to disk, and checksums of files."""
+"""Writing and reading files without following links, atomic writes, and checksums of files.
+
+Run and output folders may be writable by others, so nothing in them is trusted: a link there could
+lead a write to any file of the user.  ``new_file`` and ``same_file`` are openers::
+
+    open(path, "wb", opener=new_file)     a new file; a stale regular file of this name is removed
+    open(path, "ab", opener=same_file)    a file that may exist, to append, read or change
+
+Files and folders are created with the modes that the user's umask allows.
+"""
 
 from __future__ import annotations
 
 import errno
 import hashlib
 import os
+import shutil
+import stat
 from pathlib import Path
+
+from llamax.runtime.errors import LinkError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a file size limit
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves its old content or the new, never a part."""
-    partial = path.with_name(f".{path.name}.partial")
+def refuse_link(path: Path) -> None:
+    """Raise LinkError if ``path`` exists and is not a regular file."""
     try:
-        with open(partial, "wb") as file:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISLNK(mode):
+        raise LinkError(f"{path} is a link to {os.readlink(path)}; remove it")
+    if not stat.S_ISREG(mode):
+        raise LinkError(f"{path} is not a regular file; choose another name")
+
+
+def new_file(path: str | Path, flags: int) -> int:
+    """An opener that creates a file, after removing a regular file of this name.
+
+    Raises LinkError for a link or special file.
+    """
+    path = Path(path)
+    refuse_link(path)
+    path.unlink(missing_ok=True)
+    return os.open(path, flags | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def same_file(path: str | Path, flags: int) -> int:
+    """An opener of a regular file; LinkError for a link or special file, without waiting for it."""
+    path = Path(path)
+    try:
+        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError:
+        refuse_link(path)
+        raise
+    if not stat.S_ISREG(os.fstat(file).st_mode):
+        os.close(file)
+        raise LinkError(f"{path} is not a regular file; choose another name")
+    return file
+
+
+def read_file(path: Path, max_bytes: int = 2**20) -> bytes:
+    """The first ``max_bytes`` of a regular file; LinkError for a link or special file."""
+    with open(path, "rb", opener=same_file) as file:
+        return file.read(max_bytes)
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder unless it exists; LinkError if a link has its name."""
+    if folder.is_symlink():
+        raise LinkError(f"{folder} is a link to {os.readlink(folder)}; remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy the content of a file to ``target``; LinkError if that is a link or special file."""
+    with open(source, "rb") as file, open(target, "wb", opener=new_file) as copy:
+        shutil.copyfileobj(file, copy, 2**20)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves its old content or the new, never a part.
+
+    Raises LinkError if ``path`` is a link or special file.
+    """
+    refuse_link(path)
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb", opener=new_file) as file:
+        try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

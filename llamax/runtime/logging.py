@@ -16,10 +16,12 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
 
 from llamax.runtime.errors import LlamaxError
+from llamax.runtime.files import make_folder, same_file
 
 logger = logging.getLogger("llamax")
 
@@ -33,6 +35,9 @@ class _Stderr(logging.Handler):
 
 class _File(logging.FileHandler):
     """A log file that may fail to be written, without a complaint for every line."""
+
+    def _open(self) -> TextIOWrapper:
+        return open(self.baseFilename, "a", encoding=self.encoding, opener=same_file)
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):
@@ -70,7 +75,8 @@ def setup_logging(name: str = "", main: bool = True) -> None:
 def log_to_file(folder: Path, job: str, rank: int) -> Iterator[None]:
     """Write this rank's messages, and an error that leaves the block, to a file in ``folder``."""
     logs = folder / "logs" / job
-    logs.mkdir(parents=True, exist_ok=True)
+    for place in (logs.parent, logs):
+        make_folder(place)
     handler = _File(logs / f"rank-{rank:05d}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.setLevel(logging.INFO)

@@ -26,7 +26,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llamax.runtime.errors import LlamaxError, LostRank, Stopped
+from llamax.runtime.errors import LinkError, LlamaxError, LostRank, Stopped
+from llamax.runtime.files import make_folder, read_file, same_file
 from llamax.runtime.logging import logger
 
 PATIENCE_S = 15.0
@@ -70,8 +71,8 @@ class Heartbeat:
 
     def start(self) -> None:
         """Begin to beat, and to watch."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self._path(self.rank), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        make_folder(self.folder)
+        self._file = same_file(self._path(self.rank), os.O_RDWR | os.O_CREAT)
         self._write()
         threading.Thread(target=self._run, name="llamax-heartbeat", daemon=True).start()
 
@@ -146,8 +147,8 @@ class Heartbeat:
 
     def _read(self, rank: int) -> Beat:
         try:
-            return Beat(**json.loads(self._path(rank).read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return Beat(**json.loads(read_file(self._path(rank))))
+        except (OSError, LinkError, ValueError, TypeError):
             return Beat()
 
     def _path(self, rank: int) -> Path:

@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from llamax.runtime.errors import BackendError, DataError
+from llamax.runtime.files import read_file, same_file, write_atomic
 from llamax.runtime.logging import logger, show_line
 
 if TYPE_CHECKING:
@@ -148,11 +149,9 @@ class JsonlWriter:
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_jsonl(path) if r.step <= resumed_step] if resumed_step else []
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(f"{r.to_json()}\n" for r in kept), encoding="utf-8")
-        os.replace(partial, path)
+        write_atomic(path, "".join(f"{r.to_json()}\n" for r in kept).encode())
         self.path, self.waiting, self.told = path, b"", False
-        self.fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+        self.fd = same_file(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, record: Record) -> None:
         self.waiting += f"{record.to_json()}\n".encode()
@@ -270,8 +269,11 @@ class WandbWriter:
                 "pip install 'llamax[wandb]', or use run.wandb=off"
             ) from None
         kept = folder / "wandb-id"
-        run_id = kept.read_text() if kept.exists() else secrets.token_hex(4)
-        kept.write_text(run_id)
+        try:
+            run_id = read_file(kept).decode()
+        except FileNotFoundError:
+            run_id = secrets.token_hex(4)
+            write_atomic(kept, run_id.encode())
         self.run: Any = wandb.init(
             project=project,
             name=folder.name,

@@ -19,6 +19,7 @@ from pathlib import Path
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
 from llamax.config.schema import RunConfig
+from llamax.runtime.files import make_folder, refuse_link, write_atomic
 from llamax.runtime.logging import logger
 
 LONGEST = 40  # operations in the table
@@ -48,10 +49,11 @@ class Profiler:
         if found is None:
             return
         found.__exit__(None, None, None)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         name = f"rank-{self.rank:05d}-steps-{self.first}-{self.last}"
+        refuse_link(self.folder / f"{name}.json")
         found.export_chrome_trace(str(self.folder / f"{name}.json"))
         device = "cuda" if ProfilerActivity.CUDA in found.activities else "cpu"
         table = found.key_averages().table(f"self_{device}_time_total", row_limit=LONGEST)
-        (self.folder / f"{name}.txt").write_text(table + "\n", encoding="utf-8")
+        write_atomic(self.folder / f"{name}.txt", f"{table}\n".encode())
         logger.info("profiled steps %d to %d: %s", self.first, self.last, self.folder / name)

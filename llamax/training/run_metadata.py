@@ -16,6 +16,7 @@ from typing import Any
 
 from llamax.config.constants import ENVIRONMENT_FILE
 from llamax.config.hardware import find_machine
+from llamax.runtime.files import write_atomic
 from llamax.runtime.versions import LLAMAX, installed
 
 PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2 the instance type
@@ -46,7 +47,7 @@ def describe(world_size: int, local_world_size: int, job: str) -> dict[str, Any]
 def write(folder: Path, world_size: int, local_world_size: int, job: str) -> None:
     """Leave it in a run's folder."""
     text = json.dumps(describe(world_size, local_world_size, job), indent=2)
-    (folder / ENVIRONMENT_FILE).write_text(text + "\n", encoding="utf-8")
+    write_atomic(folder / ENVIRONMENT_FILE, f"{text}\n".encode())
 
 
 def _versions() -> list[tuple[str, str]]:

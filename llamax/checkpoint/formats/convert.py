@@ -23,7 +23,7 @@ from torch import Tensor
 
 from llamax.checkpoint import hf_folder, hf_writer
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.atomic import new_folder
+from llamax.checkpoint.atomic import explain_write_errors, new_folder
 from llamax.checkpoint.consolidate import size
 from llamax.checkpoint.formats.base import ForeignCheckpoint
 from llamax.checkpoint.formats.meta import RANK_FILE as META_FILE
@@ -46,6 +46,7 @@ from llamax.checkpoint.safetensors_io import (
 )
 from llamax.config.choices import FOREIGN_FORMATS
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.files import copy_file
 from llamax.runtime.versions import LLAMAX
 
 FORMATS: dict[str, Callable[[Path, str, bool], ForeignCheckpoint]] = {
@@ -236,7 +237,8 @@ def to_hub(
         for name in hf_folder.TOKENIZER_FILES:
             found = source.folder / name
             if found.is_file() and found.resolve().parent == source.folder.resolve():
-                (part / name).write_bytes(found.read_bytes())
+                with explain_write_errors(part / name, found.stat().st_size):
+                    copy_file(found, part / name)
 
 
 def to_llamax(

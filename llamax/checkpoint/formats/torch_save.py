@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from llamax.checkpoint.atomic import explain_write_errors
+from llamax.runtime.files import new_file
 
 
 def save_torch(path: Path, state: dict[str, Any]) -> None:
@@ -16,7 +17,7 @@ def save_torch(path: Path, state: dict[str, Any]) -> None:
     needed_bytes = sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
     with explain_write_errors(path, needed_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
+        with open(path, "wb", opener=new_file) as file:
             torch.save(state, file)
 
 
@@ -24,4 +25,5 @@ def save_text(path: Path, text: str) -> None:
     """Write a text file, creating its folder; NoRoom or CheckpointError if the disk refuses."""
     with explain_write_errors(path, len(text)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        with open(path, "w", opener=new_file) as file:
+            file.write(text)

@@ -58,7 +58,7 @@ from llamax.data.tokenizer.tokenizer import (
     train_sentencepiece,
 )
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import write_atomic
+from llamax.runtime.files import copy_file, make_folder, write_atomic
 from llamax.runtime.logging import logger
 
 PathLike = str | Path
@@ -264,9 +264,9 @@ def _write_index(
     format: Format,
 ) -> None:
     """Write the tokenizer's files and, last, dataset.json."""
-    shutil.copyfile(tokenizer.path, out / tokenizer_name(tokenizer))
+    copy_file(tokenizer.path, out / tokenizer_name(tokenizer))
     for path in tokenizer.beside if isinstance(tokenizer, HuggingFace) else ():
-        shutil.copyfile(path, out / path.name)
+        copy_file(path, out / path.name)
     header = header_of(settings, tokenizer)
     fields = {name: getattr(header, name) for name in ("vocab_size", "bos_id", "eos_id")}
     index = {
@@ -298,7 +298,7 @@ def tokenizer_name(tokenizer: Tokenizer) -> str:
 
 def _make_folder(parts: Path) -> None:
     try:
-        parts.mkdir(parents=True, exist_ok=True)
+        make_folder(parts)
     except OSError as error:
         raise DataError(
             f"{parts.parent}: cannot be made ({error.strerror}); choose another `out`"

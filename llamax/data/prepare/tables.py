@@ -30,6 +30,7 @@ from typing import IO, Any
 from llamax.data.prepare import text_files
 from llamax.data.prepare.text_files import MARK, decode, unreadable
 from llamax.runtime.errors import DataError
+from llamax.runtime.files import new_file
 
 Row = dict[str, Any]
 KINDS = {
@@ -175,7 +176,7 @@ def from_hub(name: str, split: str, scratch: Path) -> Path:
     path = scratch / f"{name.replace('/', '--')}-{split}-{rows._fingerprint}.jsonl"
     if not path.exists():
         partial = path.with_suffix(".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with open(partial, "w", encoding="utf-8", opener=new_file) as file:
             file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
         partial.replace(path)
     return path

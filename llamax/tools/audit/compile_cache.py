@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 from llamax.config.load import dump_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import BackendError
+from llamax.runtime.files import new_file
 from llamax.runtime.versions import installed
 
 NOTES = "llamax-programs"
@@ -61,7 +62,8 @@ def write_notes(cache: Path, hashes: Mapping[str, str]) -> None:
     for kind, digest in hashes.items():
         part = folder / f".{digest}.{os.getpid()}"
         content = {"program": kind} | {package: installed(package) for package in VERSIONS}
-        part.write_text(json.dumps(content) + "\n")
+        with open(part, "w", opener=new_file) as file:
+            file.write(json.dumps(content) + "\n")
         part.replace(folder / f"{digest}.json")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from llamax.config.constants import DTYPE_BYTES, MASTER_BYTES, MOMENTS_BYTES
 from llamax.config.schema import Config
 from llamax.runtime.errors import BackendError
+from llamax.runtime.files import make_folder, new_file, read_file
 from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor.finding import Finding, Host, passed, unknown
@@ -76,15 +77,16 @@ def file_system(host: Host, folder: Path) -> str:
 def _beacons(folder: Path, nodes: int, wait_s: float, me: str) -> Iterator[Finding]:
     """Wait for the beacons of the other nodes; compare their clocks with this one."""
     place = folder / BEACONS
-    place.mkdir(exist_ok=True)
+    make_folder(place)
     limit = time.monotonic() + wait_s
     skew: dict[str, float] = {}
     while True:
         beacon = place / f".{me}"
-        beacon.write_text(json.dumps({"node": me, "time": time.time()}))
+        with open(beacon, "w", opener=new_file) as file:
+            file.write(json.dumps({"node": me, "time": time.time()}))
         beacon.replace(place / f"{me}.json")
         for path in place.glob("*.json"):
-            other = json.loads(path.read_text())
+            other = json.loads(read_file(path))
             if abs(away := other["time"] - time.time()) < FRESH_S and other["node"] != me:
                 known = skew.get(other["node"], away)
                 skew[other["node"]] = min(known, away, key=abs)
@@ -188,7 +190,7 @@ def _write_rate(folder: Path) -> float:
     path, data = folder / f".llamax-probe-{os.getpid()}", os.urandom(2**20)
     start = time.perf_counter()
     try:
-        with path.open("wb") as file:
+        with open(path, "wb", opener=new_file) as file:
             for _ in range(PROBE_BYTES // len(data)):
                 file.write(data)
             file.flush()

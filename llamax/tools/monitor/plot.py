@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llamax.config.constants import METRICS_FILE
 from llamax.runtime.errors import BackendError, DataError
+from llamax.runtime.files import refuse_link
 from llamax.training.metrics import Record, read_jsonl
 
 
@@ -59,6 +60,7 @@ def draw(
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    refuse_link(out)
     figure.savefig(out)
     pyplot.close(figure)
 

@@ -34,7 +34,8 @@ from llamax.config.constants import (
 )
 from llamax.config.load import load_config
 from llamax.config.schema import Config
-from llamax.runtime.errors import ConfigError, DataError
+from llamax.runtime.errors import ConfigError, DataError, LinkError
+from llamax.runtime.files import read_file, same_file
 from llamax.tools.monitor.neuron_monitor import core_utilization
 from llamax.training.heartbeat import DONE, LOST, Beat
 from llamax.training.metrics import Log, Record
@@ -192,8 +193,8 @@ def _config(path: Path) -> Config | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = json.loads(read_file(path))
+    except (OSError, LinkError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -201,14 +202,14 @@ def _json(path: Path) -> dict[str, Any]:
 def locked(path: Path) -> bool | None:
     """Whether the process of the run holds its lock; None where it was on another machine."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=same_file) as file:
             if f" on {socket.gethostname()} since" not in file.read().decode(errors="replace"):
                 return None
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
     except BlockingIOError:
         return True
-    except OSError:
+    except (OSError, LinkError):
         return None
 
 
@@ -221,8 +222,8 @@ def ranks(folder: Path, now: float, count: object) -> Iterable[Rank]:
     known = count if isinstance(count, int) and count > 1 else 0 if count == 1 else None
     for path in sorted(folder.glob("rank-*"))[:known]:
         try:
-            beat, age = Beat(**json.loads(path.read_bytes())), now - path.stat().st_mtime
-        except (OSError, ValueError, TypeError):
+            beat, age = Beat(**json.loads(read_file(path))), now - path.stat().st_mtime
+        except (OSError, LinkError, ValueError, TypeError):
             continue
         yield Rank(int(path.name.removeprefix("rank-")), beat, max(age, 0.0))
 

@@ -14,7 +14,7 @@ from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
 from llamax.data.megatron import SAMPLED, IndexedFile, write_indexed
 from llamax.data.token_file import Header, TokenFile, TokenWriter
-from llamax.runtime.errors import DataError
+from llamax.runtime.errors import DataError, LinkError
 
 
 def put(raw: bytes, place: int, value: int) -> bytes:
@@ -174,3 +174,14 @@ def test_a_prefix_is_a_dataset_without_tokenizer(tmp_path: Path) -> None:
         open_dataset(tmp_path / "d.idx")
     with pytest.raises(DataError, match=r"is not a dataset .* there is no e.idx"):
         open_dataset(tmp_path / "e")
+
+
+@pytest.mark.parametrize("name", ["d.bin", ".d.bin.partial", ".d.idx.partial"])
+def test_a_link_is_not_followed(tmp_path: Path, name: str) -> None:
+    part = token_file(tmp_path / "a.tokens", DOCUMENTS, 400)
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / name).symlink_to("target")
+    with pytest.raises(LinkError, match=f"{name} is a link to target; remove it"):
+        write_indexed(tmp_path / "d", [part], 400)
+    assert (tmp_path / name).is_symlink()
+    assert (tmp_path / "target").read_text() == "precious"

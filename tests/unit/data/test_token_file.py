@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llamax.data.token_file import BLOCK_BYTES, HEADER_BYTES, Header, TokenFile, TokenWriter
-from llamax.runtime.errors import DataError
+from llamax.runtime.errors import DataError, LinkError
 
 
 def write(path: Path, lengths: list[int], vocab_size: int = 32000, seed: int = 0) -> np.ndarray:
@@ -185,3 +185,13 @@ def test_the_header_can_be_read_by_eye(tmp_path: Path) -> None:
     text = (tmp_path / "x.tokens").read_bytes()[:HEADER_BYTES]
     said = json.loads(re.search(rb"\{.*\}", text)[0])
     assert (said["dtype"], said["tokens"], said["vocab_size"]) == ("uint16", 9, 32000)
+
+
+@pytest.mark.parametrize("name", ["x.tokens", ".x.tokens.partial", ".x.tokens.offsets"])
+def test_a_link_is_not_followed(tmp_path: Path, name: str) -> None:
+    (tmp_path / "target").write_text("precious")
+    (tmp_path / name).symlink_to("target")
+    with pytest.raises(LinkError, match=f"{name} is a link to target; remove it"):
+        write(tmp_path / "x.tokens", [3])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([name, "target"])
+    assert (tmp_path / "target").read_text() == "precious"

@@ -37,11 +37,14 @@ def test_rank_0_logs_information_and_other_ranks_warnings(
 def test_messages_on_a_full_disk_end_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "logs" / "job").mkdir(parents=True)
-    (tmp_path / "logs" / "job" / "rank-00000.log").symlink_to("/dev/full")
     try:
         setup_logging()
         with log_to_file(tmp_path, "job", 0):
+            handler = logger.handlers[-1]
+            assert isinstance(handler, logging.FileHandler)
+            before = handler.setStream(open("/dev/full", "w"))  # type: ignore[arg-type]  # noqa: SIM115
+            assert before is not None
+            before.close()
             logger.info("told")
             with open("/dev/full", "wb", buffering=0) as full:
                 monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))

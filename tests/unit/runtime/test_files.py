@@ -1,0 +1,123 @@
+"""Files and folders are written and read without following a link."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llamax.runtime.errors import LinkError
+from llamax.runtime.files import (
+    copy_file,
+    make_folder,
+    new_file,
+    read_file,
+    refuse_link,
+    same_file,
+    sync_tree,
+    write_atomic,
+)
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "new_file": lambda path: open(path, "wb", opener=new_file).close(),
+    "same_file": lambda path: open(path, "ab", opener=same_file).close(),
+    "copy_file": lambda path: copy_file(path.with_name("target"), path),
+    "write_atomic": lambda path: write_atomic(path, b"new"),
+    "refuse_link": refuse_link,
+    "read_file": read_file,
+}
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    path = tmp_path / "target"
+    path.write_text("precious")
+    return path
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_link_is_not_followed_and_named(tmp_path: Path, target: Path, name: str) -> None:
+    for points_to in ("target", "missing"):
+        link = tmp_path / "link"
+        link.symlink_to(points_to)
+        with pytest.raises(LinkError, match=rf"link is a link to {points_to}; remove it"):
+            WRITERS[name](link)
+        assert os.readlink(link) == points_to
+        link.unlink()
+    assert target.read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+@pytest.mark.timeout(20)  # a pipe waits for its other end
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_special_file_is_refused(tmp_path: Path, target: Path, name: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for special in ("pipe", "folder"):
+        refused = rf"{special} is not a regular file; choose another name"
+        with pytest.raises(LinkError, match=refused):
+            WRITERS[name](tmp_path / special)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe", "target"]
+
+
+def test_a_stale_partial_file_is_replaced_and_a_linked_one_is_not(
+    tmp_path: Path, target: Path
+) -> None:
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    partial.write_text("half")
+    other = tmp_path / "other name of it"
+    os.link(partial, other)
+    write_atomic(out, b"new")
+    assert (out.read_text(), other.read_text()) == ("new", "half"), "the stale file is not reused"
+    partial.symlink_to(target)
+    with pytest.raises(LinkError, match=r"\.out\.partial is a link to .*target; remove it"):
+        write_atomic(out, b"newer")
+    assert partial.is_symlink()
+    assert (out.read_text(), target.read_text()) == ("new", "precious")
+
+
+def test_a_link_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("elsewhere")
+    with pytest.raises(LinkError, match="link is a link to elsewhere; remove it"):
+        make_folder(tmp_path / "link")
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    with pytest.raises(FileExistsError):
+        make_folder(make_file(tmp_path / "file"))
+
+
+def make_file(path: Path) -> Path:
+    path.write_text("x")
+    return path
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
+def test_modes_follow_the_umask(tmp_path: Path, target: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        for name in ("new_file", "same_file", "copy_file", "write_atomic"):
+            WRITERS[name](tmp_path / name)
+        make_folder(tmp_path / "folder")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert modes.pop("folder") == 0o777 & ~mask
+    del modes["target"]
+    assert set(modes.values()) == {0o666 & ~mask}
+    assert len(modes) == 4
+
+
+def test_files_that_are_no_link(tmp_path: Path, target: Path) -> None:
+    copy_file(target, tmp_path / "copy")
+    with open(tmp_path / "copy", "ab", opener=same_file) as file:
+        file.write(b"!")
+    assert read_file(tmp_path / "copy") == b"precious!"
+    assert read_file(tmp_path / "copy", 3) == b"pre"
+    with pytest.raises(FileNotFoundError):
+        read_file(tmp_path / "missing")
+    refuse_link(tmp_path / "missing")
+    sync_tree(tmp_path)
