@@ -21,6 +21,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 exclude_patterns = ["drawings/*.md"]
+highlight_language = "none"  # blocks in docstrings are drawings more often than code
 html_theme = "furo"
 html_title = f"llamax {release}"
 html_static_path = ["_static"]
