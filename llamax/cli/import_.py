@@ -31,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         help="samples the training had seen (default 0)",
     )
+    p.add_argument("--step", type=int, help="step to read, if there are several; default newest")
     p.add_argument("--max-shard-size", default="5GB", help="bytes per file (default 5GB)")
     return p
 
@@ -52,12 +53,15 @@ def main(argv: Sequence[str]) -> int:
             config=options.config,
             weights_only=options.weights_only,
             consumed_sequences=options.consumed_sequences,
+            step=options.step,
             max_shard_size=options.max_shard_size,
             started=bar.start,
             progress=bar.update,
         )
     print(
-        f"{made.folder}: {', '.join(made.kinds)} of {made.tensors} tensors, step {made.step}, "
+        f"{made.folder}: {', '.join(made.kinds)} of {made.tensors} tensors, "
         f"{show_bytes(made.size_bytes)}, in {show_time(time.perf_counter() - began)}"
+        + (f"; read {made.origin}" if made.origin else "")
+        + (f", step {made.step}" if made.step else "")
     )
     return 0

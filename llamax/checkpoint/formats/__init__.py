@@ -5,7 +5,7 @@
     format    trainer               files                                        read   written
     nxd       neuronx-distributed   save_checkpoint folders, ZeRO-1 state too    yes    yes
     optimum   optimum-neuron        the same, with mp_metadata files             yes    no
-    nemo      NeMo, Megatron        mp_rank_XX, tp_rank_XX_pp_rank_XXX folders   yes    no
+    nemo      NeMo, Megatron, NNM   mp_rank_XX, tp_rank_XX_pp_rank_XXX folders   yes    no
     meta      Meta                  consolidated.XX.pth and params.json          yes    yes
     hf        transformers          a Hugging Face folder: ``hf_folder`` above
 

@@ -20,12 +20,14 @@ from llamax.runtime.errors import CheckpointError, ConfigError
 class ForeignCheckpoint(ABC):
     """The model in a folder of another trainer; a tensor is joined and renamed when it is read.
 
-    Without optimizer state ``step`` is 0 and ``kinds`` is weight alone.
+    Without optimizer state ``step`` is 0 and ``kinds`` is weight alone.  ``origin`` names what was
+    taken of a folder with several checkpoints, such as "step 1000 (mp_rank_00/x.ckpt)".
     """
 
     folder: Path
     model: ModelConfig
     step: int = 0
+    origin: str = ""
     kinds: tuple[str, ...] = ("weight",)
 
     @abstractmethod

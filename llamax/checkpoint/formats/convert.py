@@ -49,7 +49,7 @@ from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.files import copy_file
 from llamax.runtime.versions import LLAMAX
 
-FORMATS: dict[str, Callable[[Path, str, bool], ForeignCheckpoint]] = {
+FORMATS: dict[str, Callable[[Path, str, bool, int | None], ForeignCheckpoint]] = {
     "nxd": NxdCheckpoint,
     "optimum": OptimumCheckpoint,
     "nemo": NemoCheckpoint,
@@ -57,15 +57,22 @@ FORMATS: dict[str, Callable[[Path, str, bool], ForeignCheckpoint]] = {
 }
 
 
+NEMO_PATTERNS = ("*mp_rank_*", "tp_rank_*", "*.ckpt", "iter_*", "latest_checkpoint*", "*.distcp")
+
 assert tuple(FORMATS) == FOREIGN_FORMATS
 
 
 @dataclass(frozen=True)
 class Imported:
-    """What ``import_checkpoint`` wrote; ``kinds`` are "weight" and the optimizer's states."""
+    """What ``import_checkpoint`` wrote.
+
+    ``origin`` names the tag, step or file that was read; ``kinds`` are "weight" and the optimizer's
+    states.
+    """
 
     folder: Path
     step: int
+    origin: str
     tensors: int
     kinds: tuple[str, ...]
     size_bytes: int
@@ -80,6 +87,7 @@ def import_checkpoint(
     config: str = "",
     weights_only: bool = False,
     consumed_sequences: int = 0,
+    step: int | None = None,
     max_shard_size: int | str = hf_writer.FILE_BYTES,
     started: Progress = no_progress,
     progress: Progress = no_progress,
@@ -95,6 +103,7 @@ def import_checkpoint(
         config: config.json, TOML file or recipe of the model, where the checkpoint has none.
         weights_only: Leave out the optimizer's state.
         consumed_sequences: Samples that the training had seen; only for "llamax".
+        step: The checkpoint to read in a folder of several; by default the newest.
         max_shard_size: Largest size of a weights file: bytes, or text such as "5GB"; only for
             "hub".
         started: Called once, with the bytes to write in all.
@@ -110,7 +119,7 @@ def import_checkpoint(
     if to not in ("hub", "llamax"):
         raise ConfigError(f"`to={to}` is not known; use hub or llamax")
     shard_bytes, out = size(max_shard_size), Path(out)
-    source = open_folder(folder, format, config, not weights_only)
+    source = open_folder(folder, format, config, not weights_only, step)
     kinds = tuple(source.kinds) if to == "llamax" else ("weight",)
     total = sum(size_bytes(source, name, kind) for name in source.shapes for kind in kinds)
     started(total)
@@ -118,7 +127,7 @@ def import_checkpoint(
         to_hub(source, out, shard_bytes, progress)
     else:
         to_llamax(source, out, consumed_sequences, progress)
-    return Imported(out, source.step, len(source.shapes), kinds, total)
+    return Imported(out, source.step, source.origin, len(source.shapes), kinds, total)
 
 
 class Lazy:
@@ -142,11 +151,7 @@ def guess(folder: Path) -> str:
         return "meta"
     if (folder / "model").is_dir() or any(folder.glob("*/model/dp_rank_*")):
         return "nxd"
-    if (
-        any(folder.glob("*mp_rank_*"))
-        or any(folder.glob("tp_rank_*"))
-        or any(folder.glob("*.ckpt"))
-    ):
+    if any(any(folder.glob(pattern)) for pattern in NEMO_PATTERNS):
         return "nemo"
     raise CheckpointError(
         f"{folder} is not a checkpoint of {', '.join(FORMATS)}; a Hugging Face folder needs no "
@@ -155,7 +160,11 @@ def guess(folder: Path) -> str:
 
 
 def open_folder(
-    folder: Path | str, format: str = "auto", config: str = "", optimizer: bool = True
+    folder: Path | str,
+    format: str = "auto",
+    config: str = "",
+    optimizer: bool = True,
+    step: int | None = None,
 ) -> ForeignCheckpoint:
     """Another trainer's checkpoint, opened for reading; see ``import_checkpoint``.
 
@@ -168,7 +177,7 @@ def open_folder(
     format = guess(folder) if format == "auto" else format
     if not folder.is_dir():
         raise CheckpointError(f"there is no folder {folder}; check the path")
-    return FORMATS[format](folder, config, optimizer)
+    return FORMATS[format](folder, config, optimizer, step)
 
 
 def outgoing(

@@ -60,7 +60,11 @@ REQUIRED_PARAMS = ("dim", "n_layers", "n_heads")
 class MetaCheckpoint(RankGrid):
     """A folder with params.json and one or more consolidated.XX.pth."""
 
-    def __init__(self, folder: Path, config: str, optimizer: bool = False) -> None:
+    def __init__(
+        self, folder: Path, config: str, optimizer: bool = False, step: int | None = None
+    ) -> None:
+        if step is not None:
+            raise ConfigError(f"`step={step}`: the format of Meta has no steps; leave it out")
         self.folder = folder
         numbers = {int(m[1]): p for p in folder.iterdir() if (m := RANK_FILE.fullmatch(p.name))}
         if sorted(numbers) != [*range(len(numbers))] or not numbers:

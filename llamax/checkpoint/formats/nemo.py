@@ -2,35 +2,42 @@
 
 ::
 
-    mp_rank_TT/  tp_rank_TT_pp_rank_PPP/  mp_rank_TT_PPP/      each with one .ckpt or .pt file;
+    mp_rank_TT/  tp_rank_TT_pp_rank_PPP/  mp_rank_TT_PPP/      each with a .ckpt or .pt file;
                                                                or only that file, for one rank
 
-Layers are numbered from 0 in every stage.  A rank's share of the fused attention projection is
-ordered by key/value head: the G query heads that read it, its key, its value::
+A rank's folder may hold files of several steps (``NAME--step=1000-....ckpt``); Megatron-LM keeps
+each step in a folder of its own (``iter_0001000``).  Layers are numbered from 0 in every stage, and
+in every chunk of a stage of an interleaved pipeline (``model0``, ``model1``).  A rank's share of
+the fused attention projection is ordered by key/value head: the G query heads that read it, its
+key, its value::
 
     query_key_value (linear_qkv)  =  q0 q1 k0 v0 | q2 q3 k1 v1 | ...
+    query, key_value              =  q0 q1 q2 q3 ...  and  k0 v0 | k1 v1 | ...
     dense_h_to_4h   (linear_fc1)  =  gate_r ; up_r          (or up in dense_h_to_4h_2)
 
-Both names are read, those of NeMo's layers and those of Megatron core.  A .nemo file is a tar
+Three sets of names are read: those of NeMo's layers, of Megatron core, and of
+neuronx-nemo-megatron, which cuts the projections of grouped heads anywhere.  A .nemo file is a tar
 archive: unpack it first.
 
 Source: NVIDIA NeMo, ``scripts/checkpoint_converters/convert_llama_hf_to_nemo.py``,
-``nemo/utils/model_utils.py`` (inject_model_parallel_rank), ``modules/common/megatron/mlp.py``.
+``nemo/utils/model_utils.py`` (inject_model_parallel_rank), ``modules/common/megatron/mlp.py``;
+Megatron-LM, ``megatron/training/checkpointing.py``; neuronx-nemo-megatron 2.21,
+``checkpoint_conversion/convert_nemo_checkpoint_to_hf_llama.py``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from llamax.checkpoint.formats.base import find_model_config
+from llamax.checkpoint.formats import torch_zip
+from llamax.checkpoint.formats.base import check_inside, find_model_config
 from llamax.checkpoint.formats.rank_grid import (
     Location,
     RankGrid,
-    StateDict,
     all_rows,
     stacked_rows,
     two_halves,
@@ -39,13 +46,20 @@ from llamax.checkpoint.formats.torch_zip import StoredTensor
 from llamax.checkpoint.formats.xser import IGNORED_SUFFIXES, load_file, stored_tensors
 from llamax.runtime.errors import CheckpointError
 
+TRACKER = "latest_checkpointed_iteration.txt"
+ITERATION = re.compile(r"iter_(\d{7,})")
+STEP = re.compile(r"step=(\d+)")
 RANK = re.compile(r"(?:mp_rank_(\d{2,})(?:_(\d{3,}))?|tp_rank_(\d{2,})_pp_rank_(\d{3,}))")
 WRAPPERS = ("model", "module", "language_model")
 LAYER_NAME = re.compile(r"(encoder|transformer|decoder)\.layers\.(\d+)\.(.+)")
 MODEL_NAMES = {
     "model.embed_tokens.weight": ["embedding.word_embeddings.weight"],
     "model.norm.weight": ["final_layernorm.weight"],
-    "lm_head.weight": ["output_layer.weight"],
+    "lm_head.weight": [
+        "output_layer.weight",
+        "word_embeddings.weight",
+        "word_embeddings_for_head.weight",
+    ],
 }
 LAYER_NAMES = {
     "self_attn.o_proj.weight": ["self_attention.dense.weight", "self_attention.linear_proj.weight"],
@@ -62,27 +76,51 @@ LAYER_NAMES = {
 
 
 class NemoCheckpoint(RankGrid):
-    """A folder of rank folders, or with the one file of a single rank."""
+    """A folder of rank folders, or with the one file of a single rank.
 
-    def __init__(self, folder: Path, config: str, optimizer: bool = False) -> None:
-        self.folder = folder
-        found = find_rank_files(folder)
-        stages = 1 + max(stage for _, stage in found)
-        tensor = 1 + max(rank for rank, _ in found)
+    ``step``: the one to read where there are several, by default the newest.
+    """
+
+    def __init__(
+        self, folder: Path, config: str, optimizer: bool = False, step: int | None = None
+    ) -> None:
+        self.folder = find_iteration(folder, step)
+        grid = find_rank_files(self.folder, step if self.folder == folder else None)
+        stages = 1 + max(stage for _, stage in grid)
+        tensor = 1 + max(rank for rank, _ in grid)
         for stage in range(stages):
             for rank in range(tensor):
-                if (rank, stage) not in found:
+                if (rank, stage) not in grid:
                     raise CheckpointError(
                         f"{folder} has no file of tensor rank {rank}, pipeline rank {stage}; copy "
                         "the missing ones"
                     )
-        self.states, first = [], 0
-        for stage in range(stages):
-            ranks = [load_state_dict(folder, found[rank, stage], first) for rank in range(tensor)]
-            self.states.append(ranks)
-            own = {int(name.split(".")[1]) for name in ranks[0] if name.startswith("layers.")}
-            first = max(own, default=first - 1) + 1
-        self.set_model(find_model_config(folder, config))
+        chunks = [
+            [load_chunks(self.folder, grid[rank, stage]) for rank in range(tensor)]
+            for stage in range(stages)
+        ]
+        self.origin = described(self.folder, grid[0, 0], step)
+        states: list[list[dict[str, StoredTensor]]] = [
+            [{} for _ in range(tensor)] for _ in range(stages)
+        ]
+        count = len(chunks[0][0])
+        for ranks in chunks:
+            for rank, values in enumerate(ranks):
+                if len(values) != count:
+                    raise CheckpointError(
+                        f"{self.folder}: {len(values)} chunks of layers on tensor rank {rank}, "
+                        f"{count} on rank 0; copy the folder again"
+                    )
+        first = 0
+        for chunk in range(count):
+            for stage, ranks in enumerate(chunks):
+                own = [numbered_from(first, values[chunk]) for values in ranks]
+                for state, more in zip(states[stage], own, strict=True):
+                    state.update(more)
+                layers = (int(n.split(".")[1]) for n in own[0] if n.startswith("layers."))
+                first = max(layers, default=first - 1) + 1
+        self.states = [[*ranks] for ranks in states]
+        self.set_model(find_model_config(self.folder, config))
         self.check_all_used()
 
     def locations(self, name: str) -> Iterator[Location]:
@@ -96,7 +134,10 @@ class NemoCheckpoint(RankGrid):
         part = leaf.removeprefix("self_attn.").removeprefix("mlp.").removesuffix("_proj.weight")
         if part in ("q", "k", "v"):
             for fused in ("query_key_value", "linear_qkv"):
-                yield Location(f"{layer}self_attention.{fused}.weight", self._rows_of_group(part))
+                rows = self._rows_of_group(part)
+                yield Location(f"{layer}self_attention.{fused}.weight", rows, joined=True)
+            apart = f"{layer}self_attention.{'query' if part == 'q' else 'key_value'}.weight"
+            yield Location(apart, all_rows if part == "q" else self._rows_of_pair(part), True)
         if part in ("gate", "up"):
             half = stacked_rows(two_halves, ("gate", "up").index(part))
             alone = f"{layer}mlp.dense_h_to_4h_2.weight"
@@ -116,37 +157,114 @@ class NemoCheckpoint(RankGrid):
 
         return rows
 
+    def _rows_of_pair(self, part: str) -> Callable[[Tensor], Tensor]:
+        return lambda joined: joined.unflatten(0, (-1, 2, self.model.head_dim))[
+            :, int(part == "v")
+        ].flatten(0, 1)
 
-def find_rank_files(folder: Path) -> dict[tuple[int, int], Path]:
-    """The file of every (tensor, pipeline) rank; CheckpointError if a folder has not one file."""
-    found = {}
+
+def find_iteration(folder: Path, step: int | None) -> Path:
+    """The folder of an iteration in a folder of Megatron-LM, or ``folder`` itself.
+
+    Without ``step`` it is the one that Megatron-LM's tracker file names, or else the newest.
+    """
+    iterations = {int(m[1]): p for p in folder.iterdir() if (m := ITERATION.fullmatch(p.name))}
+    if not iterations and not (folder / TRACKER).is_file():
+        return folder
+    name = f"iter_{step:07d}" if step is not None else ""
+    if not name and (folder / TRACKER).is_file():
+        text = check_inside(folder, folder / TRACKER).read_text(errors="replace")[:40].strip()
+        name = f"iter_{int(text):07d}" if re.fullmatch(r"[0-9]{1,18}", text) else "release"
+    if not name:
+        return iterations[max(iterations)]
+    if not (folder / name).is_dir():
+        steps = ", ".join(map(str, sorted(iterations))) or "none"
+        raise CheckpointError(f"{folder} has no folder {name}; its steps are {steps}")
+    return folder / name
+
+
+def find_rank_files(folder: Path, step: int | None = None) -> dict[tuple[int, int], Path]:
+    """The file of every (tensor, pipeline) rank, all of one step.
+
+    Raises CheckpointError if a folder has no such file, or several of which none is the right one.
+    """
+    if any(folder.glob("*.distcp")) or (folder / "weights").is_dir():
+        raise CheckpointError(
+            f"{folder} is in the format of torch.distributed.checkpoint, which llamax does not "
+            "read; convert it with Megatron-LM's --ckpt-convert-format torch, or with NeMo's "
+            "export to Hugging Face"
+        )
+    ranks = {}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and (match := RANK.fullmatch(path.name)):
             rank, stage = (int(n) for n in (match[1] or match[3], match[2] or match[4] or 0))
-            found[rank, stage] = only_file(path)
-    return found or {(0, 0): only_file(folder)}
-
-
-def only_file(folder: Path) -> Path:
-    """The only .ckpt or .pt file of a folder; CheckpointError if there is none or several."""
-    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".ckpt", ".pt")]
-    if len(files) != 1:
+            ranks[rank, stage] = files_by_step(path)
+    ranks = ranks or {(0, 0): files_by_step(folder)}
+    steps = set.intersection(*(set(files) for files in ranks.values()))
+    if len(steps) == 1 and None in steps:
+        return {rank: files[None] for rank, files in ranks.items()}
+    numbers = sorted(number for number in steps if number is not None)
+    wanted = step if step is not None else max(numbers, default=None)
+    if wanted is None or wanted not in numbers:
+        missing = "no step in common" if step is None else f"no step {step} on every rank"
         raise CheckpointError(
-            f"{folder} has {len(files)} files *.ckpt or *.pt, exactly one is needed"
-            + "".join(f"; {path.name}" for path in files[:4])
+            f"{folder} has {missing}; every rank has {', '.join(map(str, numbers)) or 'none'}"
         )
-    return files[0]
+    return {rank: files[wanted] for rank, files in ranks.items()}
 
 
-def load_state_dict(folder: Path, path: Path, first: int) -> StateDict:
-    """The tensors of a rank, without wrapper names; its layer 0 is layer ``first`` of the model."""
+def files_by_step(folder: Path) -> dict[int | None, Path]:
+    """The model's files in a rank's folder by step; the key is None for a file without a number."""
+    steps: dict[int | None, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".ckpt", ".pt") and path.name != "distrib_optim.pt":
+            number = STEP.search(path.name)
+            steps.setdefault(int(number[1]) if number else None, []).append(path)
+    if len(steps) > 1:
+        steps.pop(None, None)  # such as last.ckpt, the copy of a numbered file
+    chosen: dict[int | None, Path] = {}
+    for step, paths in steps.items():
+        others = [path for path in paths if not path.stem.endswith(("-last", "-optimizer_states"))]
+        if len(others or paths) > 1:
+            raise CheckpointError(
+                f"{folder} has {len(paths)} files *.ckpt or *.pt"
+                + ("" if step is None else f" of step {step}")
+                + ", exactly one is needed: "
+                + ", ".join(path.name for path in paths[:4])
+            )
+        chosen[step] = (others or paths)[0]
+    if not chosen:
+        raise CheckpointError(f"{folder} has 0 files *.ckpt or *.pt, exactly one is needed")
+    return chosen
+
+
+def described(folder: Path, path: Path, step: int | None) -> str:
+    """The step and file that were taken; CheckpointError if ``step`` is another one."""
+    number = STEP.search(path.name) or ITERATION.fullmatch(folder.name)
+    if step is not None and (number is None or int(number[1]) != step):
+        raise CheckpointError(
+            f"{path} is not of step {step} by its name; leave `step` out to take it"
+        )
+    relative = path.relative_to(folder.parent if ITERATION.fullmatch(folder.name) else folder)
+    return f"step {number[1].lstrip('0') or '0'} ({relative})" if number else str(relative)
+
+
+def load_chunks(folder: Path, path: Path) -> list[Mapping[str, StoredTensor]]:
+    """The tensors of a rank, one dict for each chunk of an interleaved pipeline."""
     values = load_file(folder, path)
-    for wrapper in ("state_dict", "model"):
-        if isinstance(values.get(wrapper), dict):
-            values = values[wrapper]
-            break
-    found: dict[str, StoredTensor] = {}
-    for name, tensor in stored_tensors(values, path):
+    names = [f"model{number}" for number in range(len(values)) if f"model{number}" in values]
+    if not names:
+        names = [name for name in ("state_dict", "model") if name in values][:1]
+    chunks = [values[name] for name in names] or [values]
+    if "model0" in names and isinstance(values.get("state_dict"), dict):
+        chunks[-1] = chunks[-1] | values["state_dict"]  # what belongs to no layer
+    return [dict(stored_tensors(torch_zip.as_dict(chunk, path), path)) for chunk in chunks]
+
+
+def numbered_from(first: int, values: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors without wrapper names; layer 0 of the chunk is layer ``first`` of the model."""
+    renamed: dict[str, StoredTensor] = {}
+    for name, tensor in values.items():
         while name.partition(".")[0] in WRAPPERS:
             name = name.partition(".")[2]
         if match := LAYER_NAME.fullmatch(name):
@@ -154,5 +272,5 @@ def load_state_dict(folder: Path, path: Path, first: int) -> StateDict:
         elif name.partition(".")[0] in ("encoder", "transformer", "decoder"):
             name = name.partition(".")[2]
         if not name.endswith(IGNORED_SUFFIXES):
-            found[name] = tensor
-    return found
+            renamed[name] = tensor
+    return renamed

@@ -52,12 +52,16 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class NxdCheckpoint(RankGrid):
-    """The checkpoint of a tag; in a folder of tags, the newest one that is complete."""
+    """The checkpoint of a tag; in a folder of tags, that of ``step`` or the newest complete one."""
 
     repeats_heads = True
 
-    def __init__(self, folder: Path, config: str, optimizer: bool = True) -> None:
-        self.folder = find_tag(folder)
+    def __init__(
+        self, folder: Path, config: str, optimizer: bool = True, step: int | None = None
+    ) -> None:
+        self.folder = find_tag(folder, step)
+        done = (self.folder / "done").is_file()
+        self.origin = f"tag {self.folder.name}{'' if done else ', which has no file done'}"
         found = find_rank_files(self.folder / "model")
         self.states = [
             [load_state_dict(self.folder, found[0, rank, stage]) for rank in range(found.tensor)]
@@ -214,20 +218,34 @@ def find_rank_files(folder: Path) -> RankFiles:
     return found
 
 
-def find_tag(folder: Path) -> Path:
-    """The folder of a tag: ``folder`` itself, or the newest complete tag in it.
+def find_tag(folder: Path, step: int | None = None) -> Path:
+    """The folder of a tag: ``folder`` itself, or the tag ``step_N`` or newest complete tag in it.
 
-    Raises CheckpointError if there is none.
+    A tag that is named needs no file ``done``: NxD asks for none, and its converter writes none.
+    So does the only tag of a folder.  Raises CheckpointError if there is no such tag.
     """
-    tags = [folder] if (folder / "model").is_dir() else [p.parent for p in folder.glob("*/done")]
+    if (folder / "model").is_dir():
+        number = re.search(r"\d+$", folder.name)
+        if step is not None and (number is None or int(number[0]) != step):
+            raise CheckpointError(f"{folder} is the tag {folder.name}, not step {step}")
+        return folder
+    tags = sorted(path.parent for path in folder.glob("*/model") if path.is_dir())
+    if step is not None:
+        if (tag := folder / f"step_{step}") not in tags:
+            names = ", ".join(tag.name for tag in tags) or "none"
+            raise CheckpointError(f"{folder} has no tag {tag.name}; its tags are {names}")
+        return tag
     if not tags:
         raise CheckpointError(
             f"{folder} is not an NxD checkpoint: it has no model folder and no complete tag"
         )
-    tag = max(tags, key=lambda path: (path / "done").stat().st_mtime if len(tags) > 1 else 0)
-    if not (tag / "done").is_file():
-        raise CheckpointError(f"{tag} has no file 'done': saving it never finished")
-    return tag
+    complete = [tag for tag in tags if (tag / "done").is_file()]
+    if not complete and len(tags) > 1:
+        raise CheckpointError(
+            f"{folder} has no complete tag (with a file 'done'); name the folder of one: "
+            + ", ".join(tag.name for tag in tags)
+        )
+    return max(complete or tags, key=lambda tag: (tag / "done").stat().st_mtime if complete else 0)
 
 
 def load_state_dict(folder: Path, path: Path) -> StateDict:

@@ -29,10 +29,11 @@ SHARDS, METADATA = "shards", "mp_metadata_pp_rank_{}.json"
 class OptimumCheckpoint(NxdCheckpoint):
     """A folder that save_pretrained wrote, or its ``shards``."""
 
-    def __init__(self, folder: Path, config: str, optimizer: bool = True) -> None:
-        super().__init__(
-            folder / SHARDS if (folder / SHARDS).is_dir() else folder, config, optimizer
-        )
+    def __init__(
+        self, folder: Path, config: str, optimizer: bool = True, step: int | None = None
+    ) -> None:
+        shards = folder / SHARDS if (folder / SHARDS).is_dir() else folder
+        super().__init__(shards, config, optimizer, step)
         self._metadata = [
             read_json_inside(self.folder, self.folder / METADATA.format(stage))
             for stage in range(len(self.states))

@@ -124,8 +124,37 @@ def test_the_newest_finished_tag_is_read(tmp_path: Path) -> None:
     (tag / "done").unlink()
     source = open_folder(tmp_path / "in", "auto", config)
     assert source.folder.name == "step_2"
-    with pytest.raises(CheckpointError, match="step_3 has no file 'done'"):
-        open_folder(tag, "nxd", config)
+    assert source.origin == "tag step_2"
+    assert open_folder(tmp_path / "in", "auto", config, step=1).folder.name == "step_1"
+    with pytest.raises(CheckpointError, match="no tag step_4; its tags are step_1, step_2, step_3"):
+        open_folder(tmp_path / "in", "nxd", config, step=4)
+
+
+def test_a_named_tag_needs_no_done(tmp_path: Path) -> None:
+    """NxD's converter writes none, and its loader asks for none when a tag is named."""
+    model = llama(2)
+    config = config_of(tmp_path, model)
+    values = worlds.wholes(model, torch.bfloat16)
+    for step in (1, 2):
+        tag = foreign.nxd(tmp_path / "in", values, model, step=step)
+        (tag / "done").unlink()
+    for folder, step in ((tag, None), (tmp_path / "in", 2)):
+        source = open_folder(folder, "auto", config, step=step)
+        assert source.origin == "tag step_2, which has no file done"
+        assert torch.equal(source.read("lm_head.weight"), values["lm_head.weight", "weight"])
+    with pytest.raises(CheckpointError, match=r"no complete tag .*: step_1, step_2"):
+        open_folder(tmp_path / "in", "nxd", config)
+    with pytest.raises(CheckpointError, match="is the tag step_2, not step 1"):
+        open_folder(tag, "nxd", config, step=1)
+    tag.rename(tag.with_name("pretrained_weight"))
+    (tmp_path / "in" / "step_1").rename(tmp_path / "elsewhere")
+    source = open_folder(tmp_path / "in", "auto", config)
+    assert source.origin == "tag pretrained_weight, which has no file done"
+    (
+        tmp_path / "in" / "pretrained_weight" / "model" / "dp_rank_00_tp_rank_01_pp_rank_00.pt"
+    ).unlink()
+    with pytest.raises(CheckpointError, match="give the configuration of exactly this model"):
+        open_folder(tmp_path / "in", "auto", config).read("lm_head.weight")
 
 
 # --- writing, and back ---------------------------------------------------------------------------
