@@ -145,7 +145,7 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_the_lock_file_has_the_pinned_versions_from_the_public_index() -> None:
+def test_the_lock_file_has_the_pinned_versions_from_one_index() -> None:
     text = (ROOT / "uv.lock").read_text()
     packages = tomllib.loads(text)["package"]
     locked: dict[str, set[str]] = {}
@@ -157,8 +157,12 @@ def test_the_lock_file_has_the_pinned_versions_from_the_public_index() -> None:
     assert len(pins) > 20
     for name, version in pins:
         assert version in locked.get(normal(name), ()), f"{name}=={version}: run make lock"
-    allowed = {"https://pypi.org", "https://files.pythonhosted.org"}
-    assert set(re.findall(r"https?://[^/\"]+", text)) == allowed
+    indexes = {package["source"].get("registry") for package in packages} - {None}
+    assert len(indexes) == 1, "one index, the default one"
+    assert len(set(re.findall(r'url = "(https://[^/]+)/', text))) == 1, (
+        "which keeps its files apart"
+    )
+    assert not re.search(r"(file|http)://", text)
 
 
 def test_the_lock_file_is_that_of_the_requirements_of_pyproject() -> None:
