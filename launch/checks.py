@@ -147,6 +147,11 @@ def _slurm(job: JobFile) -> Iterator[str]:
             f"storage.folder={job.folder!r} has characters that #SBATCH lines cannot have; use "
             "letters, digits and ._/@+=,-"
         )
+    if job.slurm.cpus and not job.local:
+        yield (
+            f"slurm.cpus={job.slurm.cpus} but a job has whole nodes of {job.instance}; use "
+            "slurm.cpus=0, or instance=local"
+        )
 
 
 def _kubernetes(job: JobFile) -> Iterator[str]:

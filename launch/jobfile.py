@@ -94,6 +94,12 @@ class Slurm:
     """Limit as days-hours:minutes:seconds; empty: none."""
     signal_s: Count = 600
     """Time before the limit at which the job saves and is requeued [s]."""
+    cpus: Natural = 0
+    """CPUs of a node, only of instance=local; 0: the whole node, for this job alone [CPUs]."""
+    memory_gib: Natural = 0
+    """Memory of a node; 0: all of it, or with slurm.cpus the cluster's default [GiB]."""
+    gres: bool = True
+    """Ask for the GPUs of a node; false: Slurm does not manage them."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ The phases of a project in order: image, shell, prepare, precompile, train, tens
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from llamax.launch import image, kubernetes, mpirun, sagemaker, script, slurm, torchrun
@@ -63,3 +65,10 @@ def starter(job: JobFile, launcher: str, phase: str, file: str) -> list[str]:
     if launcher == "k8s":
         return ["kubectl", "apply", "--filename", file]
     return [sys.executable if launcher == "sagemaker" else "bash", file]
+
+
+def environment(job: JobFile, launcher: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the command, with this Python's programs first, such as torchrun."""
+    path = {"PATH": f"{Path(sys.executable).parent}:{environ.get('PATH', os.defpath)}"}
+    found = slurm.outside(environ, job) if launcher == "slurm" else dict(environ)
+    return found | path

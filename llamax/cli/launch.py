@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,9 +23,10 @@ from shlex import quote
 from llamax.launch import jobfile
 from llamax.launch.checks import problems
 from llamax.launch.jobfile import JobFile
-from llamax.launch.render import ACTIONS, PHASES, action, render, starter
+from llamax.launch.render import ACTIONS, PHASES, action, environment, render, starter
 from llamax.runtime.errors import BackendError, ConfigError, did_you_mean, refuse
 
+FORWARDED = (signal.SIGTERM, signal.SIGHUP)
 EPILOG = "Keys of a job file, a [section] for what is before the dot:\n\n"
 
 
@@ -99,12 +101,32 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
         )
         command += [] if node is None else [str(node)]
         print(f"$ {' '.join(map(quote, command))}", file=sys.stderr)
-        # this Python's own programs first, as torchrun: what the job file calls venv goes before
-        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"
         try:
-            return subprocess.run(command, env={**os.environ, "PATH": path}, check=False).returncode
+            return _wait(command, environment(job, launcher, os.environ))
         except FileNotFoundError:
             raise BackendError(
                 f"{command[0]} is not installed here; install it, or print what it would run with "
                 "--render"
             ) from None
+
+
+def _wait(command: Sequence[str], environ: dict[str, str]) -> int:
+    """Run a command and return its exit code; signals are left to it, so that ranks can save.
+
+    The terminal sends SIGINT to the command too.
+    """
+    child: list[subprocess.Popen[bytes]] = []
+
+    def forward(number: int, frame: object) -> None:
+        if child:
+            child[0].send_signal(number)
+
+    previous = [signal.signal(number, forward) for number in FORWARDED]
+    previous.append(signal.signal(signal.SIGINT, lambda number, frame: None))
+    try:
+        child.append(subprocess.Popen(command, env=environ))
+        code = child[0].wait()
+    finally:
+        for number, handler in zip((*FORWARDED, signal.SIGINT), previous, strict=True):
+            signal.signal(number, handler)
+    return code if code >= 0 else 128 - code

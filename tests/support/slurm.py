@@ -1,5 +1,9 @@
 """A Slurm of one node on this machine, for as long as a block runs: its own keys, ports and folder.
 
+Two kinds: a node with 16 CPUs and 8 GPUs that do not exist, where memory is a resource of its own;
+and the node as it is, where tasks are bound to the CPUs that they asked for.  In both a job gets
+one CPU and no GPU unless it asks.
+
 Needs slurm-wlm and munge (``apt-get install slurm-wlm munge``) and root.
 """
 
@@ -7,6 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import subprocess
 import time
 from collections.abc import Iterator
@@ -29,12 +34,24 @@ SlurmdPidFile={folder}/slurmd.pid
 MailProg=/bin/true
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
 ReturnToService=2
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+SelectType=select/cons_tres
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+PRETENDED = """TaskPlugin=task/none
+SlurmdParameters=config_overrides
+SelectTypeParameters=CR_Core_Memory
+GresTypes=gpu
+DefMemPerNode=4096
+NodeName={host} NodeAddr=127.0.0.1 CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 \
+ThreadsPerCore=1 RealMemory=64000 Gres=gpu:8 State=UNKNOWN
+"""
+AS_IT_IS = """TaskPlugin=task/affinity
+SelectTypeParameters=CR_CPU
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+"""
+GPUS = "NodeName={host} Name=gpu File={folder}/gpu[0-7]\n"
 
 
 def missing() -> str:
@@ -46,7 +63,7 @@ def missing() -> str:
 
 
 @contextmanager
-def one_node(folder: Path) -> Iterator[dict[str, str]]:
+def one_node(folder: Path, pretended: bool = False) -> Iterator[dict[str, str]]:
     """The environment in which sbatch and squeue speak to it."""
     host = socket.gethostname().split(".")[0]
     for name in ("state", "spool"):
@@ -59,7 +76,12 @@ def one_node(folder: Path) -> Iterator[dict[str, str]]:
         two.bind(("127.0.0.1", 0))
         ports = one.getsockname()[1], two.getsockname()[1]
     cpus = os.cpu_count()
-    conf.write_text(CONF.format(host=host, folder=folder, ports=ports, cpus=cpus))
+    text = PRETENDED + CONF if pretended else AS_IT_IS + CONF
+    conf.write_text(text.format(host=host, folder=folder, ports=ports, cpus=cpus))
+    if pretended:
+        for number in range(8):
+            os.mknod(folder / f"gpu{number}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+        (folder / "gres.conf").write_text(GPUS.format(host=host, folder=folder))
     environ = {**os.environ, "SLURM_CONF": str(conf)}
     files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
     with ExitStack() as stack:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +84,32 @@ def test_the_program_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
         f"llamax: {path}: storage.claim is empty; set it to the Persistent"
     )
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_reaches_the_launcher_which_takes_its_time(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    """SIGINT as a terminal sends it: to the whole group of processes."""
+    programs = tmp_path / "venv" / "bin"
+    programs.mkdir(parents=True)
+    torchrun = programs / "torchrun"
+    torchrun.write_text(
+        '#!/bin/bash\ntrap "read -t 1 <>ready; touch saved; exit 75" TERM HUP INT\nmkfifo ready\n'
+        "read -r -t 60 <>ready\n"
+    )
+    torchrun.chmod(0o755)
+    changes: dict[str, Any] = {"instance": "local", "ranks_per_node": 2, "recipe": "demo"}
+    changes |= {"storage": {"mount": str(tmp_path)}, "venv": str(tmp_path / "venv")}
+    job = write(tmp_path, overrides={"run": {"folder": "run"}}, **changes)
+    command = [sys.executable, "-m", "llamax", "launch", "--job", job, "--on", "torchrun"]
+    launch = subprocess.Popen(command, start_new_session=True)
+    while not (tmp_path / "ready").exists():
+        assert launch.poll() is None
+        time.sleep(0.05)
+    if number == signal.SIGINT:
+        os.killpg(launch.pid, number)
+    else:
+        launch.send_signal(number)
+    assert launch.wait(30) == 75
+    assert (tmp_path / "saved").exists()

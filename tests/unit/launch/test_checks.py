@@ -76,6 +76,11 @@ def test_all_problems_are_reported_together() -> None:
             {"storage__folder": "/fsx/a b"},
             "storage.folder='/fsx/a b' has characters that #SBATCH",
         ),
+        (
+            "slurm",
+            {"slurm__cpus": 8},
+            "slurm.cpus=8 but a job has whole nodes of trn1.32xlarge; use slurm.cpus=0, or",
+        ),
         ("slurm", {"storage__mount": "fsx"}, "storage.mount='fsx' is not an absolute path; use"),
         ("slurm", {"storage__folder": "/efs"}, "storage.folder=/efs is not below storage.mount="),
         (
