@@ -145,8 +145,11 @@ def _explain_no_room(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
-        with explain_write_errors(Path(error.filename or path), 0):
-            raise
+        where, free = error.filename or path, shutil.disk_usage(path).free
+        raise NoRoom(
+            f"no room for {where} ({error.strerror}): {free} bytes free; make room or write "
+            "elsewhere"
+        ) from None
 
 
 @contextmanager

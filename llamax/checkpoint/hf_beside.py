@@ -15,14 +15,15 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from llamax.checkpoint import hf_writer, slabs
-from llamax.checkpoint.atomic import write_note
+from llamax.checkpoint.atomic import explain_write_errors, write_note
 from llamax.checkpoint.manifest import DONE
 from llamax.checkpoint.reader import Checkpoint
 from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
-from llamax.runtime.files import sync_folder
+from llamax.runtime.files import make_folder, new_file, read_file, same_file, sync_folder
 
 HUB, HUB_PART = "hub", "hub.part"
 DONE_WAIT_S = 60.0  # from the rename of a checkpoint until other ranks see its ``done``
@@ -36,53 +37,83 @@ def write_hf_folder_beside(
     Returns without writing if no checkpoint appears.  Raises CheckpointError or NoRoom on a rank
     that cannot write its share and on rank 0, which waits ``timeout_s`` at most.
     """
-    deadline = time.monotonic() + timeout_s
-    if not _until(lambda: not saving.exists(), deadline) or not _until(
-        (checkpoint / DONE).exists, min(deadline, time.monotonic() + DONE_WAIT_S)
-    ):
-        return  # rank 0 reports why there is no checkpoint
-    part = checkpoint / HUB_PART
-    part.mkdir(exist_ok=True)
+    deadline, part = time.monotonic() + timeout_s, checkpoint / HUB_PART
     try:
-        source = Checkpoint(checkpoint)
-        planned = hf_writer.plan_files(source)
-        total = sum(tensor.size_bytes for tensor in planned)
-        planned = hf_writer.plan_files(
-            source, None, min(hf_writer.FILE_BYTES, -(-total // world_size))
-        )
-        share = list(hf_writer.tensors_of_rank(planned, rank, world_size))
-        offsets, buffers = hf_writer.allocate_files(part, share), slabs.new_buffers(1)
-        for tensor in share:
-            hf_writer.write_tensor(source, part, tensor, offsets[tensor.name], buffers)
-        for file in {tensor.file for tensor in share}:
-            fd = os.open(part / file, os.O_RDONLY)
-            os.fsync(fd)
-            os.close(fd)
-        sync_folder(part)
-        write_note(part / f"rank-{rank:05d}.json", "null")
-        if rank == 0:
-            _gather(part, world_size, deadline)
-            hf_writer.write_metadata(source, planned, part)
-            sync_folder(part)
-            os.rename(part, checkpoint / HUB)
-            sync_folder(checkpoint)
-    except LlamaxError as error:
-        note = {"why": str(error), "no_room": isinstance(error, NoRoom)}
-        write_note(part / f"rank-{rank:05d}.json", json.dumps(note))
+        with explain_write_errors(part, 0):
+            if not _until(lambda: not saving.exists(), deadline) or not _until(
+                (checkpoint / DONE).exists, min(deadline, time.monotonic() + DONE_WAIT_S)
+            ):
+                return  # rank 0 reports why there is no checkpoint
+            make_folder(part)
+            source = Checkpoint(checkpoint)
+            planned = _write_share(source, part, rank, world_size)
+            write_note(part / _note(rank), "null")
+            if rank == 0:
+                _gather(part, world_size, deadline)
+                hf_writer.write_metadata(source, planned, part)
+                sync_folder(part)
+                os.rename(part, checkpoint / HUB)
+                sync_folder(checkpoint)
+    except BaseException as error:
+        _report(part, rank, error)
         raise
 
 
+def _write_share(
+    source: Checkpoint, part: Path, rank: int, world_size: int
+) -> list[hf_writer.PlannedTensor]:
+    """Write this rank's files, and sync them to disk; the tensors of all files."""
+    planned = hf_writer.plan_files(source)
+    total = sum(tensor.size_bytes for tensor in planned)
+    planned = hf_writer.plan_files(source, None, min(hf_writer.FILE_BYTES, -(-total // world_size)))
+    share = list(hf_writer.tensors_of_rank(planned, rank, world_size))
+    offsets, buffers = hf_writer.allocate_files(part, share), slabs.new_buffers(1)
+    for tensor in share:
+        hf_writer.write_tensor(source, part, tensor, offsets[tensor.name], buffers)
+    for file in {tensor.file for tensor in share}:
+        with open(part / file, "rb", opener=same_file) as written:
+            os.fsync(written.fileno())
+    sync_folder(part)
+    return planned
+
+
+def _note(rank: int) -> str:
+    """The name of the file in which a rank reports that it is done, or why it failed."""
+    return f"rank-{rank:05d}.json"
+
+
+def _report(part: Path, rank: int, error: BaseException) -> None:
+    """Tell rank 0 why this rank failed; where no text can be written, by an empty file."""
+    why = str(error) if isinstance(error, LlamaxError) else repr(error)
+    note = {"why": why, "no_room": isinstance(error, NoRoom)}
+    with suppress(OSError, LlamaxError):
+        make_folder(part)
+        try:
+            write_note(part / _note(rank), json.dumps(note))
+        except (OSError, LlamaxError):
+            open(part / _note(rank), "wb", opener=new_file).close()
+
+
 def _gather(part: Path, world_size: int, deadline: float) -> None:
-    """Wait for the notes of all ranks and remove them; raise the error that one of them reports."""
-    notes = [part / f"rank-{rank:05d}.json" for rank in range(world_size)]
-    if not _until(lambda: all(note.exists() for note in notes), deadline):
-        missing = [str(rank) for rank, note in enumerate(notes) if not note.exists()]
-        raise CheckpointError(f"{part}: no files from rank {', '.join(missing)}")
-    for rank, note in enumerate(notes):
-        if failed := json.loads(note.read_text()):
-            error = NoRoom if failed["no_room"] else CheckpointError
-            raise error(f"rank {rank} could not write {part}: {failed['why']}")
-        note.unlink()
+    """Wait for the notes of all ranks and remove them; raise the first error that one reports."""
+    waiting = set(range(world_size))
+
+    def all_done() -> bool:
+        for rank in sorted(waiting):
+            if not (part / _note(rank)).exists():
+                continue
+            text = read_file(part / _note(rank)).decode()
+            if failed := json.loads(text) if text else {"why": "see its log", "no_room": False}:
+                error = NoRoom if failed["no_room"] else CheckpointError
+                raise error(f"rank {rank} could not write {part}: {failed['why']}")
+            waiting.remove(rank)
+        return not waiting
+
+    if not _until(all_done, deadline):
+        missing = ", ".join(map(str, sorted(waiting)))
+        raise CheckpointError(f"{part}: no files from rank {missing}")
+    for rank in range(world_size):
+        (part / _note(rank)).unlink()
 
 
 def _until(condition: Callable[[], bool], deadline: float) -> bool:

@@ -18,6 +18,8 @@ from llamax.config.constants import CHECKPOINTS_FOLDER
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger
 
+SEARCH_BYTES = 2**29  # hashed at most in search of an intact checkpoint before an error is shown
+
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first.
@@ -79,15 +81,6 @@ def newest_intact(folder: Path) -> Path | None:
     return None
 
 
-def is_intact(folder: Path) -> bool:
-    """Whether every file of a checkpoint is unchanged."""
-    try:
-        verify_files(folder, read_manifest(folder).files)
-    except CheckpointError:
-        return False
-    return True
-
-
 def validation_losses(folder: Path) -> dict[int, float]:
     """The validation losses of a run's checkpoints, by step; only of those that have one."""
     losses = {}
@@ -110,9 +103,29 @@ def suggest_intact(folder: Path) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        for other in reversed(list_checkpoints(folder.parent)):
-            if other.resolve() != folder.resolve() and is_intact(other):
-                raise CheckpointError(f"{error}; the newest intact checkpoint is {other}") from None
-        raise CheckpointError(
-            f"{error}; {folder.parent} holds no other intact checkpoint"
-        ) from None
+        raise CheckpointError(f"{error}; {_alternative(folder)}") from None
+
+
+def _alternative(folder: Path) -> str:
+    """Where the run of a damaged checkpoint has another one, in words.
+
+    An error must not wait for terabytes: once ``SEARCH_BYTES`` are hashed, the manifest, the names
+    and the sizes of the files count, and the words say so.
+    """
+    left_bytes = SEARCH_BYTES
+    for other in reversed(list_checkpoints(folder.parent)):
+        if other.resolve() == folder.resolve():
+            continue
+        try:
+            records = read_manifest(other).files
+            left_bytes -= sum(record.size_bytes for record in records)
+            if left_bytes < 0:
+                return (
+                    f"the newest other checkpoint with all its files is {other}; check their "
+                    "content with llamax inspect --verify"
+                )
+            verify_files(other, records)
+        except CheckpointError:
+            continue
+        return f"the newest intact checkpoint is {other}"
+    return f"{folder.parent} holds no other intact checkpoint"

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llamax.config.constants import LOCK_FILE
-from llamax.runtime.errors import CheckpointError, LinkError
-from llamax.runtime.files import same_file
+from llamax.runtime.errors import CheckpointError, LinkError, NoRoom
+from llamax.runtime.files import NO_ROOM, same_file
 from llamax.runtime.logging import logger
 
 TIMEOUT_S = 5.0  # a killed owner may take a moment to end
@@ -41,9 +41,7 @@ def lock_folder(folder: Path, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
     try:
         if _acquire(file, folder, timeout_s):
-            owner = f"pid {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n"
-            os.ftruncate(file, 0)
-            os.pwrite(file, owner.encode(), 0)
+            _write_owner(file, path)
         yield
     finally:
         os.close(file)
@@ -71,6 +69,19 @@ def lock_abandoned(folder: Path) -> Iterator[bool]:
         )
     finally:
         os.close(file)
+
+
+def _write_owner(file: int, path: Path) -> None:
+    owner = f"pid {os.getpid()} on {socket.gethostname()} since {time.ctime()}\n"
+    try:
+        os.ftruncate(file, 0)
+        os.pwrite(file, owner.encode(), 0)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
+        raise NoRoom(
+            f"no room for {path} ({error.strerror}); make room or write elsewhere"
+        ) from None
 
 
 def _acquire(file: int, folder: Path, timeout_s: float) -> bool:

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ from llamax.checkpoint.safetensors_io import TensorEntry, read_header, write_saf
 from llamax.checkpoint.source import Piece, Source
 from llamax.config.rules.finetune import LINEAR
 from llamax.config.schema import FinetuneConfig
+from llamax.config.toml import Problems, build
 from llamax.runtime.errors import CheckpointError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_JSON = (
@@ -71,6 +73,27 @@ SUPPORTED_VALUES = {
 SUPPORTED_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal")
 # Fields of FinetuneConfig with which an adapter was trained and must be used.
 ADAPTER_FIELDS = ("method", "r", "alpha", "targets", "rslora", "quant", "double_quant")
+
+
+FINGERPRINT = re.compile("[0-9a-f]{64}")
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value < high  # type: ignore[operator]
+
+
+def _is_name(value: object) -> bool:
+    return value is None or (isinstance(value, str) and value.isprintable())
+
+
+# Settings of PEFT that llamax reads: what they must be, in words and as a test.
+SETTINGS: dict[str, tuple[str, Callable[[object], bool]]] = {
+    "r": ("a whole number above 0", lambda v: type(v) is int and 0 < v < 2**31),
+    "lora_alpha": ("a number above 0", lambda v: _is_number(v, 0, 1e30) and v != 0),
+    "lora_dropout": ("0 or more and below 1", lambda v: v is None or _is_number(v, 0, 1)),
+    "use_rslora": ("true or false", lambda v: v is None or isinstance(v, bool)),
+    "base_model_name_or_path": ("the name of a model", _is_name),
+}
 
 
 class AdapterInfo(NamedTuple):
@@ -115,10 +138,18 @@ def adapter_info(source: Source) -> AdapterInfo | None:
         return source.info
     if not isinstance(source, Checkpoint) or "finetune" not in source.state:
         return None
-    known = {field.name for field in fields(FinetuneConfig)}
-    settings = {k: v for k, v in source.state["finetune"].items() if k in known}
-    base = source.state["base"]
-    return AdapterInfo(FinetuneConfig(**settings), base["folder"], base["fingerprint"])
+    trained, base = source.state["finetune"], source.state.get("base")
+    if not isinstance(trained, dict) or not isinstance(base, dict):
+        missing = "base" if isinstance(trained, dict) else "finetune"
+        raise CheckpointError(
+            f"{source.folder}: its state has no table {missing}, as adapters need; save it again"
+        )
+    known, problems = {field.name for field in fields(FinetuneConfig)}, Problems()
+    table = {name: value for name, value in trained.items() if name in known}
+    finetune = build(FinetuneConfig, table, problems, "finetune")
+    for line in (*problems.lines(finetune, "finetune"), *_base_problems(base)):
+        raise CheckpointError(f"{source.folder}: {line}; save it again")
+    return AdapterInfo(finetune, base.get("folder") or "", base.get("fingerprint") or "")
 
 
 class PeftFolder(Source):
@@ -140,6 +171,8 @@ class PeftFolder(Source):
         base: Mapping[str, Any] = {}
         if (self.folder / BASE_JSON).is_file():
             base = read_json(self.folder / BASE_JSON)
+            for line in _base_problems(base):
+                raise CheckpointError(f"{self.folder / BASE_JSON}: {line}; save the adapter again")
         settings = FinetuneConfig(
             method="lora",
             r=config["r"],
@@ -148,8 +181,8 @@ class PeftFolder(Source):
             targets=_targets(self.folder, self._entries),
             rslora=bool(config.get("use_rslora")),
         )
-        named = str(base.get("folder") or config.get("base_model_name_or_path") or "")
-        self.info = AdapterInfo(settings, named, str(base.get("fingerprint", "")))
+        named = base.get("folder") or config.get("base_model_name_or_path") or ""
+        self.info = AdapterInfo(settings, named, base.get("fingerprint") or "")
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -172,21 +205,41 @@ def _problems(config: Mapping[str, Any]) -> list[str]:
     """Everything in an adapter_config.json that llamax does not support."""
     found = []
     if config.get("peft_type") != "LORA":
-        found.append(f"peft_type={config.get('peft_type')!r} is not supported; llamax reads LORA")
+        kind = _shown(config.get("peft_type"))
+        found.append(f"peft_type={kind} is not supported; llamax reads LORA")
     for key, plain in SUPPORTED_VALUES.items():
         if (value := config.get(key)) not in (plain, None, False) and value != {}:
-            found.append(f"{key}={value!r} is not supported; llamax computes {plain!r} only")
-    if str(first := config.get("init_lora_weights")).lower() not in SUPPORTED_INITS:
+            found.append(f"{key}={_shown(value)} is not supported; llamax computes {plain!r} only")
+    first = config.get("init_lora_weights")
+    if not isinstance(first, str | bool | None) or str(first).lower() not in SUPPORTED_INITS:
         found.append(
-            f"init_lora_weights={first!r} changes the base of the adapter; save it as "
+            f"init_lora_weights={_shown(first)} changes the base of the adapter; save it as "
             "LoRA of the original base with PEFT's path_initial_model_for_weight_conversion"
         )
-    for key in ("r", "lora_alpha"):
-        if type(config.get(key)) not in (int, float) or config[key] <= 0:
-            found.append(
-                f"{key}={config.get(key)!r} is not a number above 0; save the adapter again"
-            )
+    for key, (words, fits) in SETTINGS.items():
+        if not fits(value := config.get(key)):
+            found.append(f"{key}={_shown(value)} is not {words}; save the adapter again")
     return found
+
+
+def _base_problems(base: Mapping[str, Any]) -> list[str]:
+    """Everything in the description of a base that llamax did not write."""
+    found = []
+    if not _is_name(folder := base.get("folder")):
+        found.append(f"folder={_shown(folder)} is not the name of a folder")
+    printed = base.get("fingerprint")
+    if printed and not (isinstance(printed, str) and FINGERPRINT.fullmatch(printed)):
+        found.append(f"fingerprint={_shown(printed)} is not a sha256")
+    return found
+
+
+def _shown(value: object) -> str:
+    """A value from a file, for a message of one line."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _targets(folder: Path, names: Mapping[str, TensorEntry]) -> str:

@@ -6,12 +6,16 @@
     step-00000100         published; complete once it holds ``done``
     step-00000100.old     the previous checkpoint of this step      restored or removed
     step-00000100.past    later than the step a run went back to    kept until removed by hand
+                          (a second one of this step: .past-2)
+
+A step folder may be a link to another disk.  Deleting removes the link and nothing in its target.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+from itertools import chain, count
 from pathlib import Path
 
 from llamax.checkpoint import manifest
@@ -49,9 +53,12 @@ def restore_previous(old: Path, final: Path) -> None:
 
 
 def move_to_past(folder: Path) -> None:
-    """Rename a checkpoint later than the step that a run went back to; no run resumes from it."""
-    past = folder.with_name(folder.name + ".past")
-    delete_or_warn(past)
+    """Rename a checkpoint later than the step that a run went back to; no run resumes from it.
+
+    Earlier ones of the same step keep their names: the next is ``.past-2``.
+    """
+    names = chain([".past"], (f".past-{number}" for number in count(2)))
+    past = next(p for n in names if not os.path.lexists(p := folder.with_name(folder.name + n)))
     try:
         os.rename(folder, past)
     except OSError as error:
@@ -90,10 +97,12 @@ def clean_up(folder: Path) -> None:
             continue
         final = folder / name
         if path.name.endswith(".old") and not (final / manifest.DONE).exists():
-            shutil.rmtree(final, ignore_errors=True)
+            delete_or_warn(final)
             if (path / manifest.DONE).exists():
                 os.rename(path, final)
         elif path.name != name or not (path / manifest.DONE).exists():
             delete_checkpoint(path)
-        elif (path / HUB_PART).exists():
-            shutil.rmtree(path / HUB_PART)
+        elif not path.is_symlink():
+            part = path / HUB_PART
+            if part.is_dir() and not part.is_symlink():
+                shutil.rmtree(part)

@@ -18,7 +18,12 @@ def save_torch(path: Path, state: dict[str, Any]) -> None:
     with explain_write_errors(path, needed_bytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "wb", opener=new_file) as file:
-            torch.save(state, file)
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch's own, raised while it handles that of the disk
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None
+                raise
 
 
 def save_text(path: Path, text: str) -> None:

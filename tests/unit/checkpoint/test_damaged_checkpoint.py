@@ -17,6 +17,7 @@ from support.saving import refused
 from llamax.checkpoint import (
     Checkpoint,
     find_checkpoint,
+    listing,
 )
 from llamax.checkpoint.safetensors_io import read_header
 
@@ -46,6 +47,21 @@ def test_without_done(folder: Path) -> None:
     refused("holds no other intact checkpoint", lambda: Checkpoint(folder))
     refused("no complete checkpoint in", lambda: find_checkpoint(folder.parent))
     refused("there is no checkpoint folder", lambda: find_checkpoint(folder / "nowhere"))
+
+
+def test_an_error_waits_for_no_long_search(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond some bytes the other checkpoints are not read as a whole, and the message says so."""
+    (folder / "done").unlink()
+    other = folder.with_name("step-00000001")
+    size = sum(path.stat().st_size for path in other.glob("*.safetensors"))
+    monkeypatch.setattr(listing, "SEARCH_BYTES", size)
+    refused("the newest intact checkpoint is .*step-00000001$", lambda: Checkpoint(folder))
+    monkeypatch.setattr(listing, "SEARCH_BYTES", size - 1)
+    monkeypatch.setattr(listing, "verify_files", None)
+    line = "the newest other checkpoint with all its files is .*step-00000001; check their content"
+    refused(f"has no file 'done': .*; {line}", lambda: Checkpoint(folder))
+    next(other.glob("*.safetensors")).unlink()
+    refused("holds no other intact checkpoint", lambda: Checkpoint(folder))
 
 
 @pytest.mark.parametrize("share", [0, 1, 2, 3])

@@ -18,7 +18,7 @@ from llamax.checkpoint import (
 )
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.hf_folder import HfFolder
-from llamax.runtime.errors import CheckpointError, NoRoom
+from llamax.runtime.errors import CheckpointError, LinkError, NoRoom
 
 MODEL = worlds.llama()
 
@@ -85,3 +85,44 @@ def no_quota(source: Checkpoint, part: Path, one: Any, *args: Any) -> int:
     with atomic.explain_write_errors(part / one.file, one.size_bytes):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
     return 0
+
+
+@pytest.mark.timeout(60)  # rank 0 would wait for 600 s
+@pytest.mark.parametrize("note", ["a note", "no room for a note"])
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (OSError(errno.EIO, "Input/output error"), r"cannot write .*hub.part: Input/output error"),
+        (MemoryError("4 GB"), r"MemoryError\('4 GB'\)"),
+        (CheckpointError("changed"), "changed"),
+    ],
+    ids=["disk", "memory", "damage"],
+)
+def test_a_failure_of_any_kind_reaches_rank_0_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, why: str, note: str
+) -> None:
+    rank = worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
+    folder = worlds.save(tmp_path, MODEL, [rank])
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as broken:
+        broken.setattr(hf_beside.hf_writer, "allocate_files", fail)
+        if note != "a note":
+            broken.setattr(hf_beside, "write_note", disk_full)
+            why = "see its log"
+        with pytest.raises((CheckpointError, MemoryError)):
+            hf_beside.write_hf_folder_beside(folder, tmp_path / "gone", 2, 3, 600)
+    with pytest.raises(CheckpointError, match=rf"rank 2 could not write .*hub.part: {why}"):
+        hf_beside.write_hf_folder_beside(folder, tmp_path / "gone", 0, 3, 600)
+
+
+def test_a_hugging_face_folder_is_written_through_no_link(tmp_path: Path) -> None:
+    rank = worlds.world(MODEL, 1, 1, True, worlds.wholes(MODEL))[0]
+    folder, target = worlds.save(tmp_path, MODEL, [rank]), tmp_path / "target"
+    target.mkdir()
+    (folder / "hub.part").symlink_to(target)
+    with pytest.raises(LinkError, match=r"hub.part is a link to .*target; remove it"):
+        hf_beside.write_hf_folder_beside(folder, tmp_path / "gone", 0, 1, 600)
+    assert not list(target.iterdir())

@@ -14,9 +14,7 @@ import pytest
 from support.run_folders import NOW, make_run
 
 from llamax.checkpoint import lock
-from llamax.runtime.errors import (
-    CheckpointError,
-)
+from llamax.runtime.errors import CheckpointError, NoRoom
 from llamax.tools.monitor.run_folder import read_run
 
 # --- locks ---------------------------------------------------------------------------------------
@@ -79,3 +77,20 @@ def test_a_lock_shows_whether_a_run_on_this_machine_is_alive(tmp_path: Path) -> 
     (folder / "lock").write_text("pid 1 on elsewhere since then\n")
     assert read_run(folder, NOW + 5).state == "running"
     assert read_run(folder, NOW + 9999).state == "dead"
+
+
+def test_an_owner_that_cannot_be_written_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for code, line in (
+        (errno.ENOSPC, r"no room for .*lock \(No space left on device\); make room or"),
+        (errno.EIO, r"cannot write .*lock: Input/output error"),
+    ):
+
+        def fail(*args: Any, code: int = code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(os, "pwrite", fail)
+        with pytest.raises(CheckpointError, match=line) as caught, lock.lock_folder(tmp_path):
+            pass
+        assert isinstance(caught.value, NoRoom) == (code == errno.ENOSPC)

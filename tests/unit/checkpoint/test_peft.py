@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,20 @@ def test_adapters_are_no_base(run: Path) -> None:
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base of the adapter"),
         ({"init_lora_weights": "loftq"}, "'loftq' changes the base of the adapter"),
         ({"peft_type": "IA3"}, "peft_type='IA3' is not supported; llamax reads LORA"),
-        ({"r": "four"}, "r='four' is not a number above 0; save the adapter again"),
+        ({"r": "four"}, "r='four' is not a whole number above 0; save the adapter again"),
+        ({"r": 4.0}, r"r=4\.0 is not a whole number above 0; save the adapter again"),
+        ({"r": True}, "r=True is not a whole number above 0"),
+        ({"r": 10**99}, r"r=10{76}\.\.\. is not a whole number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan is not a number above 0"),
+        ({"lora_alpha": 10**400}, r"lora_alpha=10{76}\.\.\. is not a number above 0"),
+        ({"lora_dropout": "a"}, "lora_dropout='a' is not 0 or more and below 1"),
+        ({"lora_dropout": 1}, "lora_dropout=1 is not 0 or more and below 1"),
+        ({"lora_dropout": [0]}, r"lora_dropout=\[0\] is not 0 or more and below 1"),
+        ({"use_rslora": "no"}, "use_rslora='no' is not true or false"),
+        ({"base_model_name_or_path": ["x"]}, r"path=\['x'\] is not the name of a model"),
+        ({"base_model_name_or_path": "a\nb"}, r"path='a\\nb' is not the name of a model"),
+        ({"init_lora_weights": [True]}, r"init_lora_weights=\[True\] changes the base"),
+        ({"peft_type": {"a": []}}, r"peft_type=\{'a': \[\]\} is not supported"),
         ({"lora_alpha": 0}, "lora_alpha=0 is not a number above 0; save the adapter again"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -323,3 +337,47 @@ def test_factors_are_drawn_alike_on_every_mesh(tmp_path: Path) -> None:
     a = model.get_parameter("model.layers.0.mlp.down_proj.lora_A.weight")
     assert 0.9 / 48**0.5 < a.abs().max() <= 1 / 48**0.5
     assert not model.get_parameter("model.layers.0.mlp.down_proj.lora_B.weight").any()
+
+
+@pytest.mark.parametrize(
+    ("base", "line"),
+    [
+        ({"folder": ["x"]}, r"base.json: folder=\['x'\] is not the name of a folder; save the"),
+        ({"fingerprint": 7}, "base.json: fingerprint=7 is not a sha256; save the adapter again"),
+        ({"fingerprint": "f" * 65}, "is not a sha256"),
+        ([], "base.json is not a JSON object"),
+    ],
+)
+def test_a_broken_description_of_the_base_is_refused(
+    run: Path, tmp_path: Path, base: Any, line: str
+) -> None:
+    folder = export_adapter(Checkpoint(newest_checkpoint(run / "run") or ""), tmp_path / "adapter")
+    (folder / "base.json").write_text("{}")
+    assert PeftFolder(folder).info.fingerprint == ""
+    (folder / "base.json").write_text(json.dumps(base))
+    with pytest.raises(CheckpointError, match=line):
+        PeftFolder(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda state: state.pop("base"), "its state has no table base, as adapters need"),
+        (lambda state: state.update(base=[1]), "its state has no table base"),
+        (lambda state: state.update(finetune=3), "its state has no table finetune"),
+        (lambda state: state["finetune"].update(r="8"), 'finetune.r="8" is a string; write'),
+        (lambda state: state["finetune"].update(alpha=-1.0), "finetune.alpha=-1.0 is out of range"),
+        (lambda state: state["finetune"].update(method="x"), 'finetune.method="x" is unknown'),
+        (lambda state: state["base"].update(folder=1), "folder=1 is not the name of a folder"),
+    ],
+)
+def test_a_broken_state_of_adapters_is_refused(
+    run: Path, change: Callable[[dict[str, Any]], object], line: str
+) -> None:
+    source = Checkpoint(newest_checkpoint(run / "run") or "")
+    assert adapter_info(source) is not None
+    source.state["of a later version"] = source.state["finetune"]["of a later version"] = 1
+    assert adapter_info(source) is not None
+    change(source.state)
+    with pytest.raises(CheckpointError, match=line):
+        adapter_info(source)

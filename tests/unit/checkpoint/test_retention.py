@@ -13,11 +13,13 @@ from support.saving import save_step, saver
 from llamax.checkpoint import (
     Checkpoint,
     Saver,
+    find_checkpoint,
     listing,
     newest_checkpoint,
     retention,
 )
 from llamax.checkpoint import manifest as files
+from llamax.runtime.errors import LinkError
 
 MODEL = worlds.llama()
 
@@ -43,7 +45,7 @@ def test_after_going_back_the_newest_is_the_one_saved_last(
     for step, score in ((4, 3.0), (6, 1.0), (8, 2.0)):
         mine.save(step, rank.owned, {}, MODEL.to_hub("float32"), "", score=score)
     mine.wait()
-    for _ in range(2):
+    for past in ([], ["step-00000008.past-2"]):
         again = saver(tmp_path, rank, keep=1, keep_best=True)
         save_step(again, rank, 5)
         again.wait()
@@ -52,9 +54,16 @@ def test_after_going_back_the_newest_is_the_one_saved_last(
             "step-00000005",
             "step-00000006.past",
             "step-00000008.past",
+            *past,
         ], "4 is the best of those that count"
         shutil.copytree(tmp_path / "step-00000008.past", tmp_path / "step-00000008")
-    assert Checkpoint(tmp_path / "step-00000008.past").step == 8
+    for name in ("step-00000008.past", "step-00000008.past-2"):
+        assert Checkpoint(tmp_path / name).step == 8
+        assert find_checkpoint(tmp_path / name) == tmp_path / name
+    assert steps_in(tmp_path) == [4, 5, 8]
+    (tmp_path / "step-00000008.past-2" / "precious").write_text("x")
+    saver(tmp_path, rank)
+    assert (tmp_path / "step-00000008.past-2" / "precious").exists()
 
 
 def test_a_checkpoint_that_lies_elsewhere_stays_there(tmp_path: Path, rank: worlds.Rank) -> None:
@@ -129,3 +138,53 @@ def test_the_best_stays_also_after_a_restart(tmp_path: Path, rank: worlds.Rank) 
     without = saver(tmp_path, rank, keep=1)
     scored(without, 9, 9.0)
     assert steps_in(tmp_path) == [9]
+
+
+@pytest.mark.parametrize("state", ["complete", "incomplete"])
+@pytest.mark.parametrize(
+    "name", ["step-00000001", "step-00000001.old", "step-00000001.tmp", "step-00000001/hub.part"]
+)
+def test_clean_up_deletes_nothing_behind_a_link(tmp_path: Path, name: str, state: str) -> None:
+    run, target = tmp_path / "run", tmp_path / "target"
+    (target / "hub.part").mkdir(parents=True)
+    for path in (target / "hub.part" / "precious", target / "precious"):
+        path.write_text("x")
+    if state == "complete":
+        (target / files.DONE).write_text("x")
+    before = sorted(target.rglob("*"))
+    (run / name).parent.mkdir(parents=True)
+    if name.endswith("hub.part"):
+        (run / "step-00000001" / files.DONE).write_text("x")
+    (run / name).symlink_to(target)
+    retention.clean_up(run)
+    assert sorted(target.rglob("*")) == before
+    retention.restore_previous(run / "step-00000001.old", run / "step-00000001")
+    retention.delete_or_warn(run / "step-00000001")
+    assert sorted(target.rglob("*")) == before
+
+
+def test_a_linked_final_gives_way_to_the_previous_checkpoint(tmp_path: Path) -> None:
+    run, target = tmp_path / "run", tmp_path / "target"
+    for folder in (target, run / "step-00000001.old"):
+        folder.mkdir(parents=True)
+    (target / "precious").write_text("x")
+    (run / "step-00000001.old" / files.DONE).write_text("x")
+    (run / "step-00000001").symlink_to(target)
+    retention.clean_up(run)
+    assert [path.name for path in run.iterdir()] == ["step-00000001"]
+    assert (run / "step-00000001" / files.DONE).exists()
+    assert not (run / "step-00000001").is_symlink()
+    assert (target / "precious").exists()
+
+
+def test_a_save_in_progress_is_written_through_no_link(tmp_path: Path, rank: worlds.Rank) -> None:
+    run, target = tmp_path / "run", tmp_path / "target"
+    target.mkdir()
+    (target / "rank-tp00-dp00.json").write_text("precious")
+    mine = saver(run, rank)
+    (run / "step-00000001.tmp").symlink_to(target)
+    save_step(mine, rank, 1)
+    with pytest.raises(LinkError, match=r"step-00000001.tmp is a link to .*; remove it"):
+        mine.wait()
+    assert [path.name for path in target.iterdir()] == ["rank-tp00-dp00.json"]
+    assert (target / "rank-tp00-dp00.json").read_text() == "precious"
