@@ -42,6 +42,10 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="nxd: optimizer state to write; default: what there is",
     )
+    p.add_argument(
+        "--tag", default="", help="nxd: name of the checkpoint's folder (default step_N)"
+    )
+    p.add_argument("--xser", action="store_true", help="nxd: one file per tensor (use_xser)")
     return p
 
 
@@ -63,6 +67,8 @@ def main(argv: Sequence[str]) -> int:
         qkv=options.qkv,
         kv_multiplier=options.kv_multiplier,
         optimizer=options.optimizer,
+        tag=options.tag,
+        xser=options.xser,
     )
     print(f"{out}: written for {options.to} in {show_time(time.perf_counter() - began)}")
     return 0

@@ -35,6 +35,8 @@ def export(
     qkv: str = "",
     kv_multiplier: int = 0,
     optimizer: str = "auto",
+    tag: str = "",
+    xser: bool = False,
 ) -> Path:
     """Write a model for another trainer; return the folder that was written.
 
@@ -50,6 +52,9 @@ def export(
             default what the model's heads need; for "nxd".
         kv_multiplier: Copies of each key/value head; 0: as many as ``tensor`` needs; for "nxd".
         optimizer: "none", "zero1" or "zero1-masters"; "auto": what the source has; for "nxd".
+        tag: Name of the folder in ``out``, such as "pretrained_weight"; by default "step_N"; for
+            "nxd".
+        xser: One file per tensor, as torch_xla's serialization; for "nxd".
 
     Raises:
         ConfigError: For a parameter that is out of range or has no meaning for the format.
@@ -71,11 +76,15 @@ def export(
         "qkv": qkv != "",
         "kv_multiplier": kv_multiplier != 0,
         "optimizer": optimizer != "auto",
+        "tag": tag != "",
+        "xser": xser,
     }
     meaningful = {"nxd": changed.keys(), "meta": {"tensor"}, "hf": set[str]()}[to]
     for name, is_changed in changed.items():
         if is_changed and name not in meaningful:
             raise ConfigError(f"`{name}` has no meaning for `to={to}`; leave it out")
+    if tag and (Path(tag).name != tag or tag in (".", "..")):
+        raise ConfigError(f"`tag={tag}` is not the name of a folder; use one such as step_1000")
     opened, folder = open_source(source), Path(out)
     model = ModelConfig.from_hub(opened.model)
     if to == "hf":
@@ -100,12 +109,13 @@ def export(
         copies,
         moments=optimizer != "none",
         masters=optimizer == "zero1-masters",
+        xser=xser,
     )
-    return to_nxd(opened, folder, target)
+    return to_nxd(opened, folder, target, tag)
 
 
-def to_nxd(source: Source, out: Path, target: NxdTarget) -> Path:
-    """Write a checkpoint for NxD into ``out``; return its tag's folder, ``out/step_N``.
+def to_nxd(source: Source, out: Path, target: NxdTarget, tag: str = "") -> Path:
+    """Write a checkpoint for NxD into ``out``; return its tag's folder, by default ``out/step_N``.
 
     The optimizer has the hyper-parameters of the run that the source is from.
     """
@@ -114,8 +124,8 @@ def to_nxd(source: Source, out: Path, target: NxdTarget) -> Path:
         step = source.step
         if (source.folder / CONFIG_TOML).is_file():
             run = load_config(str(source.folder / CONFIG_TOML))
-            optim, lr = run.optim, lr_at(max(step, 1), run.optim, max(run.run.steps, step, 1))
-    tag = f"step_{step}"
+            optim, lr = run.optim, lr_at(step + 1, run.optim, max(run.run.steps, step + 1))
+    tag = tag or f"step_{step}"
     writer = NxdWriter(source, target, optim, lr, step)
     with new_folder(out) as part:
         writer.write(part / tag)

@@ -1,4 +1,8 @@
-"""Writing in the format of Meta: consolidated.XX.pth with rows in Meta's order, and params.json."""
+"""Writing in the format of Meta: consolidated.XX.pth with rows in Meta's order, and params.json.
+
+params.json says that the rotary embedding is scaled, not by how much: Meta's reference
+implementation fixes the factor at 8 (Llama 3.1), while the 1B and 3B models of Llama 3.2 have 32.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +24,18 @@ from llamax.config.model import ModelConfig, RopeScaling
 from llamax.model.llama import Llama
 from llamax.parallel.sharding import Replica
 from llamax.runtime.errors import ConfigError
+from llamax.runtime.logging import logger
 
-SCALINGS = (RopeScaling(factor=8.0), RopeScaling(factor=32.0))
+REFERENCE_FACTOR = 8.0  # of the rope scaling, a constant in Meta's llama/model.py
+SCALINGS = (RopeScaling(factor=REFERENCE_FACTOR), RopeScaling(factor=32.0))
 
 
 def write_meta(source: Source, model: ModelConfig, folder: Path, tensor: int = 1) -> None:
     """Fill ``folder`` with ``tensor`` files, each with one rank's share of every tensor.
 
-    Raises ConfigError, before anything is written, if ``tensor`` does not divide the model or
-    params.json cannot describe it.
+    Warns if Meta's reference implementation computes the model with another rope scaling.  Raises
+    ConfigError, before anything is written, if ``tensor`` does not divide the model or params.json
+    cannot describe it.
     """
     text = json.dumps(params_of(model), indent=2) + "\n"
     for size, what in (
@@ -38,6 +45,13 @@ def write_meta(source: Source, model: ModelConfig, folder: Path, tensor: int = 1
     ):
         if tensor < 1 or size % tensor:
             raise ConfigError(f"`tensor={tensor}` does not divide {what}={size}")
+    if model.rope_scaling and model.rope_scaling.factor != REFERENCE_FACTOR:
+        logger.warning(
+            "Meta's reference implementation fixes the rope scaling factor at %g, this model's is "
+            "%g, which params.json cannot state: change the factor in its code",
+            REFERENCE_FACTOR,
+            model.rope_scaling.factor,
+        )
     llama = Llama(model, device="meta")
     for rank in range(tensor):
         state: dict[str, Any] = {}

@@ -2,7 +2,9 @@
 
 The inverse of ``nxd``.  The file of each rank has its share of every tensor in the order of NxD's
 Llama, with queries next to the key/value heads they read; the file of each data rank has its rows
-of every optimizer state.  Memory holds the state dict of one rank at a time.
+of every optimizer state.  Memory holds the state dict of one rank at a time.  ``scheduler.pt`` and
+``user_content.pt`` have what both training programs of NxD's Llama example go on from: the step of
+the learning-rate schedule, and the epoch, step and batch.
 
 ::
 
@@ -27,7 +29,7 @@ from torch import Tensor
 
 from llamax.checkpoint.formats.nxd import MOMENTS
 from llamax.checkpoint.formats.rank_grid import replicated_query_order
-from llamax.checkpoint.formats.torch_save import save_text, save_torch
+from llamax.checkpoint.formats.torch_save import save_text, save_torch, save_xser
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.config.schema import OptimConfig
@@ -51,6 +53,7 @@ class NxdTarget:
     kv_multiplier: int = 1
     moments: bool = False
     masters: bool = False
+    xser: bool = False
 
     def __post_init__(self) -> None:
         model, heads = self.model, self.model.num_key_value_heads * self.kv_multiplier
@@ -126,7 +129,7 @@ class NxdTarget:
 
 
 class NxdWriter:
-    """Writes a source for one target.
+    """Writes a source for one target; ``lr`` is the learning rate of the step after ``step``.
 
     Raises CheckpointError if the target wants optimizer state that the source does not have.
     """
@@ -146,6 +149,7 @@ class NxdWriter:
     def write(self, folder: Path) -> None:
         """Write the folder of a tag, ``done`` last."""
         target = self.target
+        save = save_xser if target.xser else save_torch
         save_text(folder / "checkpoint", "1")
         for stage in range(target.pipeline):
             for rank in range(target.tensor):
@@ -154,11 +158,36 @@ class NxdWriter:
                     name: self._share(hub, rank, "weight")
                     for name, hub in target.stage_parameters(stage)
                 }
-                save_torch(folder / "model" / f"dp_rank_00_{at}", state)
+                save(folder / "model" / f"dp_rank_00_{at}", state)
                 for data in range(target.data if target.moments else 0):
                     state = self._optimizer_state(stage, rank, data)
-                    save_torch(folder / "optim" / f"dp_rank_{data:02d}_{at}", state)
+                    save(folder / "optim" / f"dp_rank_{data:02d}_{at}", state)
+        save_torch(folder / "scheduler.pt", self._scheduler_state())
+        save_torch(folder / "user_content.pt", self._user_content())
         save_text(folder / "done", "1")
+
+    def _scheduler_state(self) -> dict[str, Any]:
+        """The state of a scheduler of torch after ``step`` steps, with two groups of parameters.
+
+        It has no length or warm-up: those are arguments of the program that loads it.
+        """
+        return {
+            "base_lrs": [self.optim.lr] * 2,
+            "last_epoch": self.step,
+            "_step_count": self.step + 1,
+            "_get_lr_called_within_step": False,
+            "_last_lr": [self.lr] * 2,
+            "lr_lambdas": [None] * 2,
+        }
+
+    def _user_content(self) -> dict[str, int]:
+        """The progress under the names of both programs: every step is a batch of one epoch."""
+        return {
+            "epoch": 0,
+            "global_step": self.step,
+            "total_steps": self.step,
+            "batch_idx": self.step - 1,
+        }
 
     def _share(self, hub: Sequence[str], rank: int, kind: str) -> Tensor:
         """One kind of a rank's share of a parameter: the parts of all its Hub tensors, stacked."""

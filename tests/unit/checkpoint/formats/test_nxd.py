@@ -18,7 +18,9 @@ from llamax.checkpoint.formats.convert import open_folder
 from llamax.cli.export import main as export_main
 from llamax.cli.import_ import main as import_main
 from llamax.config.model import ModelConfig
-from llamax.runtime.errors import CheckpointError
+from llamax.config.schema import OptimConfig
+from llamax.optim.schedule import lr_at
+from llamax.runtime.errors import CheckpointError, ConfigError
 
 
 def check_all(checkpoint: Checkpoint, values: worlds.Wholes, skip: tuple[str, ...] = ()) -> None:
@@ -168,6 +170,7 @@ def test_a_named_tag_needs_no_done(tmp_path: Path) -> None:
         (2, False, ["--tensor", "2", "--pipeline", "2", "--data", "3", "--qkv", "separate"]),
         (4, False, ["--tensor", "4", "--kv-multiplier", "2", "--qkv", "gqa-fused", "--data", "2"]),
         (2, False, ["--tensor", "2", "--optimizer", "zero1"]),
+        (2, False, ["--tensor", "2", "--pipeline", "2", "--data", "2", "--xser"]),
     ],
     ids=str,
 )
@@ -216,6 +219,94 @@ def test_what_is_written_is_what_nxd_writes(
             assert [group["params"] for group in groups] == numbers
             assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
         assert_same(a, b)
+
+
+def test_xser_is_what_nxd_writes(tmp_path: Path) -> None:
+    """File by file: the same references, tensors and shapes."""
+    model = llama(2)
+    values = worlds.wholes(model, torch.bfloat16)
+    run = saved(tmp_path, model, values, step=7)
+    argv = ["--to", "nxd", "--tensor", "2", "--data", "2", "--qkv", "gqa", "--xser"]
+    export_main([run, "--out", str(tmp_path / "ours"), *argv])
+    theirs = foreign.nxd(tmp_path / "theirs", values, model, 2, 1, 2, "gqa", xser=True)
+    files = [*theirs.glob("*/dp_rank*.pt")]
+    assert len([path for path in files if not path.name.endswith(".info.pt")]) == 2 + 4
+    with foreign.torch_xla_serialization():
+
+        def loaded(path: Path, folder: Path) -> Any:
+            def filled(value: Any) -> Any:
+                if type(value).__name__ == "TensorReference":
+                    return torch.load(folder / f"tensor_{value.tid}.pt")
+                if isinstance(value, dict):
+                    return {key: filled(inner) for key, inner in value.items()}
+                return value
+
+            return filled(torch.load(path, weights_only=False))
+
+        for path in files:
+            if path.name.endswith(".info.pt"):
+                continue
+            ours = tmp_path / "ours" / "step_7" / path.relative_to(theirs)
+            a, b = (loaded(one, one.with_name(one.name + ".tensors")) for one in (ours, path))
+            for held in (a, b):
+                held.pop("param_groups", None)
+            b = {name: value for name, value in b.items() if not str(name).endswith("inv_freq")}
+            assert_same(a, b)
+            info = torch.load(ours.with_name(ours.name + ".info.pt"), weights_only=False)
+            for number, entry in info.items():
+                tensor = torch.load(ours.with_name(ours.name + ".tensors") / f"tensor_{number}.pt")
+                assert (tensor.dtype, tensor.shape) == (entry["dtype"], entry["shape"])
+                assert entry["expert_model_parallel"] is False
+
+
+def test_schedulers_of_the_example_go_on(tmp_path: Path) -> None:
+    """Both of its schedulers load scheduler.pt, and go on at the next step."""
+    model = llama(2)
+    run = saved(tmp_path, model, worlds.wholes(model, torch.bfloat16), step=7)
+    out = tmp_path / "nxd"
+    assert export_main([run, "--to", "nxd", "--out", str(out), "--tag", "pretrained_weight"]) == 0
+    tag = out / "pretrained_weight"
+    content = torch.load(tag / "user_content.pt")
+    assert content == {"epoch": 0, "global_step": 7, "total_steps": 7, "batch_idx": 6}
+    state = torch.load(tag / "scheduler.pt")
+    groups = torch.load(tag / "optim" / "dp_rank_00_tp_rank_00_pp_rank_00.pt", weights_only=False)[
+        "param_groups"
+    ]
+    optim = OptimConfig()
+    assert {group["lr"] for group in groups} == {lr_at(8, optim, 9)}
+    assert {group["initial_lr"] for group in groups} == {optim.lr}
+
+    class Annealing(torch.optim.lr_scheduler.LRScheduler):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.max_steps = 100
+            super().__init__(optimizer)
+
+        def get_lr(self) -> list[float]:  # type: ignore[override]
+            return [lr * (1 - self.last_epoch / self.max_steps) for lr in self.base_lrs]
+
+    def linear(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 100)
+
+    for make in (Annealing, linear):
+        two = [{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)]
+        optimizer = torch.optim.AdamW(two, lr=1.0)
+        scheduler = make(optimizer)
+        scheduler.load_state_dict(state)
+        optimizer.step()
+        scheduler.step()
+        assert scheduler.last_epoch == 8
+        assert scheduler.get_last_lr() == pytest.approx([optim.lr * 0.92] * 2)
+
+
+def test_options_of_nxd_are_checked(tmp_path: Path) -> None:
+    model = llama(2)
+    run = saved(tmp_path, model, worlds.wholes(model, torch.bfloat16))
+    for tag in ("a/b", "..", "/"):
+        with pytest.raises(ConfigError, match="is not the name of a folder"):
+            export_main([run, "--to", "nxd", "--out", str(tmp_path / "out"), "--tag", tag])
+    for option in (["--tag", "x"], ["--xser"]):
+        with pytest.raises(ConfigError, match="has no meaning for"):
+            export_main([run, "--to", "meta", "--out", str(tmp_path / "out"), *option])
 
 
 def test_float32_weights_are_their_own_masters(tmp_path: Path) -> None:
