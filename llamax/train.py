@@ -1,8 +1,8 @@
 """The training program: ``torchrun --nproc-per-node 4 -m llamax.train --config demo``.
 
-``loop`` is the run, readable top to bottom; ``llamax.training.step`` is what a step does,
-``llamax.training.setup`` what it is done with.  The loop never waits for the device inside a step:
-what step n - 1 found is fetched while step n runs.
+``loop`` is the run, readable top to bottom; ``llamax.training.step`` does a step, and
+``llamax.training.setup`` builds the parts.  The loop never waits for the device inside a step:
+the results of step n - 1 are fetched while step n runs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from llamax.backends import choose
 from llamax.checkpoint import lock
@@ -49,12 +48,13 @@ from llamax.training.inputs import open_inputs
 from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
 from llamax.training.resolve import resolve
-from llamax.training.setup import Job, introduce, loaders, measures, prepare, writers
+from llamax.training.setup import Job, loaders, log_start, prepare, throughput, writers
+from llamax.training.step import Step
 from llamax.training.step_check import StepCheck
 
 
 def train(config: Config, where: Rendezvous) -> None:
-    """Run ``config`` on this rank of the world ``where``; the run folder holds what comes of it."""
+    """Run ``config`` on this rank of the world ``where``; results go into the run folder."""
     began = time.perf_counter()
     with report_errors_once(where):
         run = config.run
@@ -65,7 +65,7 @@ def train(config: Config, where: Rendezvous) -> None:
     signals.hold()
     over = threading.Event()
     with ThreadPoolExecutor(max_workers=1) as pool, ExitStack() as ending:
-        ending.callback(over.set)  # a run that cannot be says so without a look at all its data
+        ending.callback(over.set)  # a run that fails does not wait for the checksums
         verified = pool.submit(  # while the ranks meet and load
             inputs.verify, config, where.rank, where.world_size, lambda: not over.is_set()
         )
@@ -81,72 +81,75 @@ def train(config: Config, where: Rendezvous) -> None:
             if changed := inputs.changed(config):
                 logger.info("changed since then: %s", ", ".join(changed))
             if job.main:
-                introduce(job)
+                log_start(job)
                 run_metadata.write(folder, where.world_size, where.local_world_size, where.job)
             loop(job, began, heart)
 
 
 def loop(job: Job, began: float, heart: Heartbeat) -> None:
-    """Train from ``job.step`` to the end, or until patience is over or a rank asked to stop."""
-    config, step, stop, patience = job.config, job.step, False, job.patience
+    """Train from ``job.step`` to the end, or until no validation improves or a rank wants to stop.
+
+    While the device works on a step, the results of the step before are fetched, once: ``check``
+    and ``recorder`` keep each step until then.
+    """
+    config, run, number, stop = job.config, job.config.run, job.step, False
     training, validation = loaders(job)
 
-    def samples(step: int) -> list[int]:
-        before = (step - job.step - 1) * config.data.global_batch
+    def samples(number: int) -> list[int]:
+        before = (number - job.step - 1) * config.data.global_batch
         return training.sample_ids(job.consumed_sequences + before)
 
-    guard = CompileGuard(job.backend if job.backend.traces else None, config.run.compile_guard)
-    verdict = StepCheck(job.backend.fetch, config.optim.most_skipped, samples, job.main)
-    profile = Profiler(config.run, job.folder, job.state.axes.world.rank)
-    with Recorder(writers(job), measures(job), began) as reporter:
-        while step < config.run.steps and not stop and not patience.over:
-            step += 1
-            heart.at(step)
-            profile.at(step)
+    guard = CompileGuard(job.backend if job.backend.traces else None, run.compile_guard)
+    check = StepCheck(config.optim.most_skipped, samples, job.main)
+    profiler = Profiler(run, job.folder, job.state.axes.world.rank)
+    with Recorder(writers(job), throughput(job), began) as recorder:
+        while number < run.steps and not stop and not job.early_stopping.over:
+            number += 1
+            heart.at(number)
+            profiler.at(number)
             with tolerated(job):
                 job.saver.check()
+
             started = time.perf_counter()
-            lr = job.state.learning_rate(step)
-            with guard.watch("training", step):
-                batches = guard.seen(training.step())
-                found = job.state.step(batches, step, stop=bool(signals.requested()))
-            stop = verdict.add(step, found)
-            reporter.took(time.perf_counter() - started)
+            with guard.watch("training", number):
+                batches = guard.note_shapes(training.step())
+                step = job.state.step(batches, number, stop=bool(signals.requested()))
+            stop = check.add(step)
+            recorder.took(time.perf_counter() - started)
             signals.stepped()
-            last = step == config.run.steps
-            epoch = training.ended_epoch
-            validated = None
-            if validation is not None and (
-                _due(step, config.run.validate_every, last)
-                or (epoch and config.run.validate_each_epoch)
-            ):
-                with guard.watch("validation", step):
-                    held_out = islice(validation.epoch(), config.run.validate_batches)
-                    validated = job.state.validate(held_out)
-                patience.add(validated)
-            if validated is not None or _due(step, config.run.log_every, last):
+            last, epoch = number == run.steps, training.ended_epoch
+
+            due = _due(number, run.validate_every, last) or (epoch and run.validate_each_epoch)
+            if validation is not None and due:
+                with guard.watch("validation", number):
+                    held_out = islice(validation.epoch(), run.validate_batches)
+                    step.validation_loss = job.state.validate(held_out)
+                job.early_stopping.add(step)
+
+            if step.validation_loss is not None or _due(number, run.log_every, last):
                 tokens = training.consumed * config.data.sequence_length
-                reporter.add(step, tokens, lr, [found.loss, found.grad_norm], validated)
-            due = _due(step, config.checkpoint.every) or (epoch and config.checkpoint.each_epoch)
-            if due or last or stop or patience.over:
-                reporter.flush()
-                save(job, step, training.consumed, validated)
-        profile.stop()
-        verdict.judge()
+                recorder.add(step, tokens, job.state.learning_rate(number))
+
+            due = _due(number, config.checkpoint.every) or (epoch and config.checkpoint.each_epoch)
+            if due or last or stop or job.early_stopping.over:
+                recorder.flush()
+                save(job, step, training.consumed)
+        profiler.stop()
+        check.check()
         job.saver.wait()
-    if stop and step < config.run.steps:
+    if stop and number < run.steps:
         if not job.main:
             raise SystemExit(Stopped.exit_code)
         raise Stopped(
-            f"stopped after step {step} by {signals.requested() or 'a signal to another rank'}: "
+            f"stopped after step {number} by {signals.requested() or 'a signal to another rank'}: "
             f"{newest_checkpoint(job.folder / CHECKPOINTS_FOLDER)} is saved; start again to go on"
         )
-    if job.main and patience.over:
+    if job.main and job.early_stopping.over:
         logger.info(
             "stopped early after step %d: %d validations in a row were not below %.4f",
-            step,
-            patience.waited,
-            patience.best,
+            number,
+            job.early_stopping.waited,
+            job.early_stopping.best,
         )
     if job.main:
         logger.info(
@@ -159,22 +162,22 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         )
 
 
-def save(job: Job, step: int, consumed: int, validated: Tensor | None) -> None:
-    """Begin a checkpoint of everything that a resume needs; its files are written meanwhile."""
+def save(job: Job, step: Step, consumed: int) -> None:
+    """Start a checkpoint of everything that a resume needs; files are written in the background."""
     with tolerated(job):
         job.saver.wait()
-    score = None if validated is None else job.backend.fetch([validated])[0]
+    score = step.result.validation_loss
     started = time.perf_counter()
     with tolerated(job):
         job.saver.save(
-            step,
+            step.number,
             job.state.optimizer.owned(),
             state={
                 "consumed_sequences": consumed,
                 "seed": job.config.run.seed,
                 "tokenizer": job.dataset.fingerprint,
                 **(job.adapters.state() if job.adapters else {}),
-                **job.patience.state(),
+                **job.early_stopping.state(),
             },
             model=job.config.model.to_hub(job.config.run.dtype),
             config_text=dump_config(job.config),
@@ -183,12 +186,12 @@ def save(job: Job, step: int, consumed: int, validated: Tensor | None) -> None:
         )
     if job.main:
         stall = show_time(time.perf_counter() - started)
-        logger.info("saving step %d; training waited %s", step, stall)
+        logger.info("saving step %d; training waited %s", step.number, stall)
 
 
 @contextmanager
 def tolerated(job: Job) -> Iterator[None]:
-    """Where a checkpoint cannot be written: end, or say so and train on, as configured."""
+    """If a checkpoint cannot be written, end or warn, as checkpoint.on_failure says."""
     try:
         yield
     except CheckpointError as error:

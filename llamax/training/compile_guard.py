@@ -1,4 +1,4 @@
-"""A run compiles its programs once; whatever is compiled after that is a mistake, and is told.
+"""Reports programs that are compiled after the first step, where all should be compiled once.
 
 On a device that traces programs a step is two of them, microstep and update, and a validation one.
 A third, or one in a later step, stalls every rank of the cluster: on Trainium for 25 to 40 minutes.
@@ -37,7 +37,7 @@ class CompileGuard:
 
     def __init__(self, counters: Counters | None, answer: Answer) -> None:
         self.counters = None if answer == "off" else counters
-        self.fatal, self.told = answer == "stop", False
+        self.fatal, self.reported = answer == "stop", False
         self.compiled: Counter[str] = Counter()
         self.shapes: dict[str, None] = {}
 
@@ -47,7 +47,7 @@ class CompileGuard:
 
         Raises BackendError where it is too much and run.compile_guard=stop.
         """
-        if self.counters is None or self.told:
+        if self.counters is None or self.reported:
             yield
             return
         compiled, reads = self.counters.compilations(), self.counters.host_reads()
@@ -70,12 +70,12 @@ class CompileGuard:
             )
         programs = f"{more} program{'s' * (more > 1)}"
         message = f"step {step}: {part} compiled {programs} more than it needs, because {cause}"
-        self.told = True
+        self.reported = True
         if self.fatal:
             raise BackendError(f"{message}; run.compile_guard=warn goes on")
         logger.warning("%s", message)
 
-    def seen(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def note_shapes(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches as they come, their shapes noted."""
         for batch in batches:
             shape = ", ".join(

@@ -5,33 +5,28 @@
     validation   2.1  1.9  1.8  1.82  1.85        patience 2: the run ends here
     waited        0    0    0    1     2
 
-All ranks hold the same loss, so they conclude alike; what has been waited goes into every
-checkpoint, so a resumed run ends where an unbroken one would.
+All ranks hold the same loss, so they end together.  The count goes into every checkpoint, so a
+resumed run ends where an unbroken one would.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from llamax.training.step import Step
 
 
 class EarlyStopping:
     """Counts validations without improvement.
 
-    ``most``: how many end the run, 0: never.  ``fetch``: device values to floats.  ``state``: what
-    ``state()`` gave when the run was left.
+    ``most`` validations end the run, 0: none.  ``state`` is the ``state()`` of an earlier part of
+    the run.
     """
 
-    def __init__(
-        self,
-        most: int,
-        fetch: Callable[[Sequence[Tensor]], list[float]],
-        state: Mapping[str, Any],
-    ) -> None:
-        self.most, self.fetch = most, fetch
+    def __init__(self, most: int, state: Mapping[str, Any]) -> None:
+        self.most = most
         self.best = float(state.get("best_validation_loss", math.inf))
         self.waited = int(state.get("validations_waited", 0))
 
@@ -40,11 +35,12 @@ class EarlyStopping:
         """Whether the run should end."""
         return 0 < self.most <= self.waited
 
-    def add(self, validated: Tensor) -> None:
-        """Take a validation loss, 0-d; it waits for the device, as nothing else in the loop."""
+    def add(self, step: Step) -> None:
+        """Count the validation of a step; waits for the device, as nothing else in the loop."""
         if not self.most:
             return
-        (loss,) = self.fetch([validated])
+        loss = step.result.validation_loss
+        assert loss is not None, "called after a validation"
         better = loss < self.best
         self.best, self.waited = min(self.best, loss), 0 if better else self.waited + 1
 

@@ -1,11 +1,11 @@
-"""Which rank is gone: every rank keeps a small file beating, and silence has a name.
+"""Names the rank that is lost: every rank rewrites a small file as long as it lives.
 
 ::
 
     run/heartbeats/rank-00003    {"beat": 41, "step": 17, "host": "node1", "pid": 812, "left": ""}
 
 A thread rewrites the file every few seconds; it stops when the process is killed or frozen, and
-goes on while the rank merely waits for another.  A rank that leaves by itself says why in ``left``.
+goes on while the rank waits for another.  A rank that ends by itself writes the reason to ``left``.
 
 When a collective fails, a rank compares two readings of all files and names those that fell silent.
 Where no collective ever fails (a device runtime may wait for good), the threads act: rank 0 watches
@@ -97,8 +97,8 @@ class Heartbeat:
             ended = [r for r in others if now[r].left and not now[r].left.startswith((LOST, DONE))]
             if ended:
                 lowest = {now[r].left: r for r in reversed(ended)}  # for several may say the same
-                told = sorted((r, why) for why, r in lowest.items())[:4]
-                return "; ".join(f"{_at(r, now[r])} ended: {why}" for r, why in told)
+                reasons = sorted((r, why) for why, r in lowest.items())[:4]
+                return "; ".join(f"{_at(r, now[r])} ended: {why}" for r, why in reasons)
             gone = [r for r in others if not now[r].left and now[r].gone()]
             if gone:
                 return _names(gone, now) + " died or froze"
@@ -108,8 +108,8 @@ class Heartbeat:
             return _names(quiet, now) + " fell silent"
         return "every rank is alive, but they do not reach each other"
 
-    def told(self, why: str) -> bool:
-        """Whether a lower rank has left with the same words; ranks look one after another."""
+    def reported_by_lower_rank(self, why: str) -> bool:
+        """Whether a lower rank has left for the same reason; ranks look one after another."""
         time.sleep(min(self.rank * TURN_S, LAST_TURN_S))
         return any(self._read(rank).left == why[:MOST_WORDS] for rank in range(self.rank))
 
@@ -168,8 +168,9 @@ def _names(ranks: list[int], beats: dict[int, Beat]) -> str:
 def beating(folder: Path, rank: int, world_size: int, timeout_s: float) -> Iterator[Heartbeat]:
     """This rank's heartbeat while it is part of the world.
 
-    LostRank from inside is raised again with the name of who was lost.  A mistake that several
-    ranks found, as damage that each has read, is told by the lowest; the others leave silently.
+    LostRank from inside is raised again with the name of the lost rank.  A mistake that several
+    ranks meet, such as a damaged file, is reported by the lowest of them; the others leave
+    silently.
     """
     heart = Heartbeat(folder, rank, world_size, timeout_s)
     if world_size == 1:
@@ -189,9 +190,9 @@ def beating(folder: Path, rank: int, world_size: int, timeout_s: float) -> Itera
         mistake = error if isinstance(error, LlamaxError) else None
         line = str(mistake).partition("; ")[0] if mistake else repr(error)  # without the remedy
         why = line.splitlines()[0] if line else type(error).__name__
-        told = mistake is not None and heart.told(why)
+        reported = mistake is not None and heart.reported_by_lower_rank(why)
         heart.stop(why)
-        if mistake and told:
+        if mistake and reported:
             raise SystemExit(mistake.exit_code) from None
         raise
     heart.stop(DONE)

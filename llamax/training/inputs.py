@@ -1,8 +1,8 @@
-"""What a run reads before it starts: its data, and the weights or the checkpoint it goes on from.
+"""The inputs of a run: its data, and the weights or the checkpoint it starts from.
 
-All of it is opened and checked against the configuration before any process group exists, so that
-a mistake is told at once, by one rank, in one line.  Checksums come second: each rank verifies what
-it reads of a checkpoint and its share of the data, and whoever finds damage says so.
+All of them are opened and checked against the configuration before any process group exists, so
+that one rank reports a mistake at once, in one line.  Checksums come second: each rank verifies
+what it reads of a checkpoint and its share of the data.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from llamax.runtime.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class Inputs:
-    """``resumed``: the checkpoint to go on from; else ``first``: where the first weights are.
+    """The open inputs of a run.
 
-    With ``adapters`` ``first`` is their base, and there beside ``resumed``.  ``newest`` is what
-    this rank found to be the newest checkpoint.
+    ``resumed`` is the checkpoint to continue, ``first`` the source of the first weights if there is
+    none.  With ``adapters``, ``first`` is their base, also beside ``resumed``.  ``newest`` is the
+    newest checkpoint when this rank looked.
     """
 
     dataset: Dataset
@@ -47,8 +48,9 @@ class Inputs:
     newest: Path | None = None
 
     def check_newest(self, config: Config) -> None:
-        """Called when all ranks have met and the folder is ours: CheckpointError where a job before
-        saved once more after this rank had looked, as ranks would then differ in what they resume.
+        """Raise CheckpointError if a newer checkpoint appeared since this rank looked.
+
+        Ranks would then differ in what they resume.  Call it with the lock held and all ranks met.
         """
         if config.checkpoint.resume in ("auto", "intact"):
             now = newest_checkpoint(Path(config.run.folder) / CHECKPOINTS_FOLDER)
@@ -58,7 +60,7 @@ class Inputs:
     def verify(self, config: Config, share: int, of: int, go_on: GoOn) -> None:
         """Check the ``share``-th of ``of`` parts of what loading does not check as it reads.
 
-        ``go_on`` is asked now and then whether anybody still wants to know.
+        ``go_on`` is called now and then; once it returns False the check ends.
         Raises DataError or CheckpointError that names the damaged file.
         """
         if self.resumed is not None:
@@ -67,7 +69,7 @@ class Inputs:
             self.dataset.verify(share, of, go_on)
 
     def changed(self, config: Config) -> list[str]:
-        """What decides samples and updates and is not as it was when the checkpoint was saved."""
+        """The settings of samples and updates that differ from those of the resumed checkpoint."""
         if self.resumed is None or not (self.resumed.folder / CONFIG_TOML).is_file():
             return []
         try:

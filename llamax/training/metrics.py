@@ -150,7 +150,7 @@ class JsonlWriter:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [r for r in read_jsonl(path) if r.step <= resumed_step] if resumed_step else []
         write_atomic(path, "".join(f"{r.to_json()}\n" for r in kept).encode())
-        self.path, self.waiting, self.told = path, b"", False
+        self.path, self.waiting, self.warned = path, b"", False
         self.fd = same_file(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, record: Record) -> None:
@@ -158,11 +158,11 @@ class JsonlWriter:
         try:
             while self.waiting:
                 self.waiting = self.waiting[os.write(self.fd, self.waiting) :]
-            self.told = False
+            self.warned = False
         except OSError as error:
-            if not self.told:
+            if not self.warned:
                 logger.warning("cannot write %s: %s; records wait", self.path, error.strerror)
-            self.told = True
+            self.warned = True
 
     def close(self) -> None:
         if self.waiting:

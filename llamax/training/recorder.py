@@ -1,31 +1,30 @@
 """Steps -> records, one step late.
 
-The device is never waited for: what step n found stays on it, and is fetched and written while
+The device is never waited for: the numbers of step n stay on it, and are fetched and written while
 step n + 1 runs.  Throughput counts training steps alone, not validation or saving between them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from llamax.config.flops import mfu
 from llamax.runtime.units import tokens_per_s
 from llamax.training.metrics import Record, Writer, Writers
+from llamax.training.step import Step
 
 
 @dataclass(frozen=True)
-class Measures:
-    """How device values reach the host, and what throughput is counted in.
+class Throughput:
+    """What throughput and memory are computed from.
 
-    ``step_tokens``: tokens of a global batch; ``flops_per_token``: forward and backward;
-    ``peak_flops``: FLOP/s of all ranks together, 0 where unknown.
+    ``memory`` gives the peak of this rank in bytes, ``step_tokens`` is the size of a global batch,
+    ``flops_per_token`` counts forward and backward, ``peak_flops`` is the FLOP/s of all ranks
+    together, 0 where unknown.
     """
 
-    fetch: Callable[[Sequence[Tensor]], list[float]]
     memory: Callable[[], int]
     step_tokens: int
     flops_per_token: int
@@ -38,8 +37,8 @@ class Recorder:
     ``began``: when the run started, in ``time.perf_counter`` seconds.
     """
 
-    def __init__(self, writers: Iterable[Writer], measures: Measures, began: float) -> None:
-        self.writers, self.measures, self.began = Writers(writers), measures, began
+    def __init__(self, writers: Iterable[Writer], throughput: Throughput, began: float) -> None:
+        self.writers, self.throughput, self.began = Writers(writers), throughput, began
         self.steps, self.busy_s = 0, 0.0  # since the last record
         self.pending: Callable[[], Record] | None = None
 
@@ -48,35 +47,27 @@ class Recorder:
         self.steps, self.busy_s = self.steps + 1, self.busy_s + seconds
         self.flush()
 
-    def add(
-        self,
-        step: int,
-        consumed_tokens: int,
-        lr: float,
-        found: Sequence[Tensor],
-        validated: Tensor | None,
-    ) -> None:
-        """Keep [loss, gradient norm] of step ``step``, and its validation loss, until the next."""
-        measures, step_s = self.measures, self.busy_s / self.steps
+    def add(self, step: Step, consumed_tokens: int, lr: float) -> None:
+        """Keep a step for its record, which is written when the next one runs."""
+        throughput, step_s = self.throughput, self.busy_s / self.steps
         seconds = time.perf_counter() - self.began
-        rate = tokens_per_s(measures.step_tokens, step_s)
+        rate = tokens_per_s(throughput.step_tokens, step_s)
         self.steps, self.busy_s = 0, 0.0
-        values = [*found, *([] if validated is None else [validated])]
 
         def record() -> Record:
-            loss, grad_norm, *rest = measures.fetch(values)
+            result = step.result
             return Record(
-                step=step,
+                step=result.number,
                 consumed_tokens=consumed_tokens,
                 seconds=seconds,
                 step_s=step_s,
-                loss=loss,
-                grad_norm=grad_norm,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
                 lr=lr,
                 tokens_per_s=rate,
-                mfu=mfu(rate, measures.flops_per_token, measures.peak_flops),
-                memory_bytes=measures.memory(),
-                validation_loss=rest[0] if rest else None,
+                mfu=mfu(rate, throughput.flops_per_token, throughput.peak_flops),
+                memory_bytes=throughput.memory(),
+                validation_loss=result.validation_loss,
             )
 
         self.pending = record

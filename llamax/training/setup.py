@@ -1,4 +1,4 @@
-"""The pieces of a run on one rank, and how they are built: new, or as a checkpoint left them."""
+"""Builds the parts of a run on one rank: new, or from the checkpoint to resume."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from llamax.training.metrics import (
     WandbWriter,
     Writer,
 )
-from llamax.training.recorder import Measures
+from llamax.training.recorder import Throughput
 from llamax.training.resolve import ResolvedRun
 from llamax.training.step import TrainState
 
 
 @dataclass(frozen=True)
 class Job:
-    """The pieces of a run on one rank, ready to go on after ``step`` steps."""
+    """The parts of a run on one rank, ready to continue after ``step`` steps."""
 
     run: ResolvedRun
     backend: Backend
@@ -55,7 +55,7 @@ class Job:
     adapters: AdapterInfo | None
     training: Samples
     validation: Samples | None
-    patience: EarlyStopping
+    early_stopping: EarlyStopping
 
     @property
     def config(self) -> Config:
@@ -77,9 +77,9 @@ def prepare(
     inputs: Inputs,
     draw: bool = True,
 ) -> Job:
-    """Model, optimizer and saver, as the checkpoint to resume left them, or new.
+    """Build model, optimizer and saver: new, or from the checkpoint to resume.
 
-    Without ``draw`` new weights are whatever memory holds.
+    Without ``draw`` new weights are not initialised.
     """
     config, resumed, tp = run.config, inputs.resumed, axes.tp
     torch.manual_seed(config.run.seed)
@@ -100,8 +100,9 @@ def prepare(
                 torch.set_rng_state(rng)
             except (RuntimeError, TypeError):
                 raise CheckpointError(
-                    f"{resumed.folder} holds a random state that is none of torch "
-                    f"{torch.__version__}'s; resume it with torch {resumed.manifest.torch!r:.40}"
+                    f"{resumed.folder} holds a random state that torch "
+                    f"{torch.__version__} cannot read; resume it with torch "
+                    f"{resumed.manifest.torch!r:.40}"
                 ) from None
         step, consumed = resumed.step, int(resumed.state["consumed_sequences"])
         logger.info("resuming from %s, after step %d", resumed.folder, step)
@@ -129,12 +130,12 @@ def prepare(
         inputs.adapters,
         inputs.training,
         inputs.validation,
-        EarlyStopping(config.run.patience, backend.fetch, resumed.state if resumed else {}),
+        EarlyStopping(config.run.patience, resumed.state if resumed else {}),
     )
 
 
-def introduce(job: Job) -> None:
-    """Say what will run, and write the resolved configuration into the run folder."""
+def log_start(job: Job) -> None:
+    """Log what will run, and write the resolved configuration into the run folder."""
     run, config, mesh = job.run, job.config, job.run.mesh
     job.folder.mkdir(parents=True, exist_ok=True)
     write_durable(job.folder / CONFIG_FILE, dump_config(config))
@@ -204,13 +205,12 @@ def writers(job: Job) -> list[Writer]:
     return views
 
 
-def measures(job: Job) -> Measures:
-    """What throughput is counted in."""
+def throughput(job: Job) -> Throughput:
+    """What the records' throughput and memory are computed from."""
     config = job.config
     peak = job.backend.peak_flops(DTYPES[config.run.dtype])
     adapters = num_parameters(config.model, config.finetune) if job.adapters else 0
-    return Measures(
-        fetch=job.backend.fetch,
+    return Throughput(
         memory=job.backend.memory,
         step_tokens=job.run.step_tokens,
         flops_per_token=flops_per_token(config.model, config.data.sequence_length, adapters),

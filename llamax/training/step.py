@@ -7,15 +7,17 @@
                                     update: reduce, clip, AdamW, gather one program
     state.validate(batches)         forward alone
 
-Nothing in here waits for the device, and no Python number that differs between ranks or steps
+Only ``Step.result`` waits for the device, and no Python number that differs between ranks or steps
 enters.  On a device that traces programs, ``backend.step_boundary`` ends one: a step is as many
 runs of the same program as it has microsteps, and one of the optimizer's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -38,6 +40,10 @@ class Device(Protocol):
         """The end of a microstep, an update or a validation batch."""
         ...
 
+    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
+        """Device scalars as Python floats; waits for the device."""
+        ...
+
 
 class EagerDevice:
     """A device that runs each operation at once, without a backend around it."""
@@ -45,22 +51,66 @@ class EagerDevice:
     def step_boundary(self) -> None:
         """Nothing is pending."""
 
+    def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
+        return [float(tensor) for tensor in tensors]
+
 
 EAGER_DEVICE = EagerDevice()
 
 
 @dataclass(frozen=True)
+class StepResult:
+    """The numbers of one optimizer step on the host, the same on every rank.
+
+    ``loss`` and ``validation_loss`` are means in nats; ``stop``: whether some rank wants to stop.
+    """
+
+    number: int
+    loss: float
+    grad_norm: float
+    stop: bool
+    validation_loss: float | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether the step has made an update."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+
 class Step:
-    """The numbers of one optimizer step, 0-d on the device and the same on every rank.
+    """One optimizer step; its numbers are on the device, 0-d, and the same on every rank.
 
     Mean loss in nats, norm of the gradient, counted tokens, number of ranks that want to stop.
     Where loss or norm is not finite, the norm is not, and no rank has made an update.
     """
 
-    loss: Tensor
-    grad_norm: Tensor
-    tokens: Tensor
-    stop: Tensor
+    def __init__(
+        self,
+        number: int,
+        loss: Tensor,
+        grad_norm: Tensor,
+        tokens: Tensor,
+        stop: Tensor,
+        device: Device = EAGER_DEVICE,
+    ) -> None:
+        self.number, self.loss, self.grad_norm = number, loss, grad_norm
+        self.tokens, self.stop, self.device = tokens, stop, device
+        self.validation_loss: Tensor | None = None
+
+    @cached_property
+    def result(self) -> StepResult:
+        """The numbers on the host: fetched when first read, all at once, and then kept.
+
+        Waits for the device: read it while the next step runs.  A ``validation_loss`` is set
+        before.
+        """
+        values = [self.loss, self.grad_norm, self.stop]
+        if self.validation_loss is not None:
+            values.append(self.validation_loss)
+        loss, grad_norm, stop, *validation = self.device.fetch(values)
+        return StepResult(
+            self.number, loss, grad_norm, stop > 0, validation[0] if validation else None
+        )
 
 
 @dataclass(frozen=True)
@@ -140,9 +190,9 @@ class TrainState:
             step.squeeze(0),
             self.step_tokens / count + (total - total),  # NaN, which cancels the update, or 0
         )
-        result = Step(total / count, grad_norm, count, stops)
+        done = Step(number, total / count, grad_norm, count, stops, self.backend)
         self.backend.step_boundary()
-        return result
+        return done
 
     @torch.no_grad()
     def validate(self, batches: Iterable[Sequence[Batch]]) -> Tensor:

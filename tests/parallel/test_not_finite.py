@@ -39,7 +39,7 @@ def train(mesh: Mesh, victim: int, what: str, bad_step: int, zero1: bool) -> lis
         step_tokens=8 * mine.data.size,
         learning_rate=lambda step: 1e-2,
     )
-    judge, said = StepCheck(lambda ts: [float(t) for t in ts], 0, lambda step: [step]), []
+    judge, said = StepCheck(0, lambda step: [step]), []
     loss, value = model.loss, math.nan if what.startswith("nan") else math.inf
     for step in (1, 2, 3):
         spoilt = step == bad_step and mine.world.rank == victim
@@ -61,9 +61,9 @@ def train(mesh: Mesh, victim: int, what: str, bad_step: int, zero1: bool) -> lis
         found = state.step([batch], step)
         parts = [*model.parameters(), *(run.tensor for run in optimizer.owned())]
         same = all(torch.equal(a, b) for a, b in zip(parts, [*before, *owned], strict=True))
-        judge.add(step, found)
+        judge.add(found)
         try:
-            judge.judge()
+            judge.check()
             verdict = "goes on"
         except NotFinite:
             verdict = "stops"

@@ -33,7 +33,7 @@ def batch(tokens: int) -> Batch:
 def run(guard: CompileGuard, counted: Counted, steps: list[dict[str, Any]]) -> None:
     for number, step in enumerate(steps, 1):
         with guard.watch(step.get("part", "training"), number):
-            for _ in guard.seen([batch(step.get("tokens", 8))]):
+            for _ in guard.note_shapes([batch(step.get("tokens", 8))]):
                 counted.compiled += step.get("compiled", 0)
                 counted.read += step.get("read", 0)
 
