@@ -12,7 +12,7 @@ SPECIALS = ("<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id
 
 def built_in(name: str) -> Template:
     """A built-in template over the special tokens above."""
-    return Template(name, BUILT_IN[name], SPECIALS, "<s>", "</s>")
+    return Template(name, BUILT_IN[name], SPECIALS, {"bos_token": "<s>", "eos_token": "</s>"})
 
 
 def refused(words: str, source: str, row: Sample | None = None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from llamax.cli.prepare import main
 from llamax.data.tokenizer.tokenizer import train_sentencepiece
@@ -58,6 +58,10 @@ def llama3_tokenizer(folder: Path, template: str = "") -> Path:
     trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
     engine.train_from_iterator(python_sources(5), trainer)
     engine.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    bos = (names[0], engine.token_to_id(names[0]))
+    engine.post_processor = processors.TemplateProcessing(
+        single=f"{names[0]} $A", pair=f"{names[0]} $A {names[0]}:1 $B:1", special_tokens=[bos]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     engine.save(str(folder / "tokenizer.json"))
     config = {

@@ -46,11 +46,9 @@ class Encoder:
 
     def template(self, name: str, source: str) -> Template:
         """A template that knows this tokenizer's special tokens."""
-        bos, eos = (
-            self.names.get(i, "") if i is not None else ""
-            for i in (self.tokenizer.bos_id, self.tokenizer.eos_id)
-        )
-        return Template(name, source, tuple(self.tokenizer.special), bos, eos)
+        named = (("bos_token", self.tokenizer.bos_id), ("eos_token", self.tokenizer.eos_id))
+        tokens = {key: self.names.get(i, "") for key, i in named if i is not None}
+        return Template(name, source, tuple(self.tokenizer.special), self.tokenizer.named | tokens)
 
     def encode(self, samples: Sequence[Sequence[Span]], prompts: bool = False) -> list[Tokens]:
         """The tokens of each sample; ``prompts`` have no EOS at their end."""
@@ -79,7 +77,8 @@ class Encoder:
             begun = max(i for i, (at, _) in enumerate(inside) if at <= start)
             if token is not None:
                 yield Special(token, inside[begun][1])
-                after_special = token != self.tokenizer.bos_id
+                at_begin = token == self.tokenizer.bos_id and self.tokenizer.space_after_bos
+                after_special = not at_begin
                 continue
             kept = inside[begun:]
             text = whole[start:stop]
@@ -92,7 +91,8 @@ class Encoder:
         for match in self._special.finditer(text) if self.tokenizer.special else ():
             if match.start() > at:
                 yield at, match.start(), None
-            yield match.start(), match.end(), self.tokenizer.special[match[0]]
+            name = match[match.lastgroup or 0]
+            yield match.start(), match.end(), self.tokenizer.special[name]
             at = match.end()
         if at < len(text):
             yield at, len(text), None
@@ -100,7 +100,15 @@ class Encoder:
     @cached_property
     def _special(self) -> Any:
         names = sorted(self.tokenizer.special, key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, names)))
+        return re.compile("|".join(self._pattern(i, name) for i, name in enumerate(names)))
+
+    def _pattern(self, number: int, name: str) -> str:
+        """The pattern of a special token, with the white space that it takes."""
+        before, after = self.tokenizer.strips.get(name, (False, False))
+        if not (before or after):
+            return re.escape(name)
+        left, right = (r"\s*" if takes else "" for takes in (before, after))
+        return f"{left}(?P<name{number}>{re.escape(name)}){right}"
 
     def _join(
         self, pieces: list[Special | Piece], encoded: Mapping[bool, Iterator[Any]], prompt: bool
@@ -162,7 +170,7 @@ class Piece(NamedTuple):
     text: str
     cuts: list[int]
     answers: list[bool]  # before the first cut, then after each
-    after_special: bool  # follows a special token other than BOS
+    after_special: bool  # follows a special token and does not begin the document
 
 
 def _unshielded(text: str) -> str:

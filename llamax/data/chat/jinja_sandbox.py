@@ -10,8 +10,8 @@ A chat template is a program.  It is rendered within four limits:
 * the output has at most ``OUTPUT_CHARACTERS``.
 
 Every failure inside becomes one DataError.  Syntax and helpers are those that transformers
-documents for chat templates: trimmed blocks, ``{% break %}``, ``{% generation %}``, ``tojson``,
-``raise_exception``, ``strftime_now``.
+documents for chat templates: trimmed blocks, ``{% break %}``, ``{% generation %}``, ``tojson`` with
+its arguments, ``raise_exception``, ``strftime_now``.
 
 Source: Jinja documentation, "Sandbox"; transformers documentation, "Writing a chat template".
 """
@@ -19,6 +19,7 @@ Source: Jinja documentation, "Sandbox"; transformers documentation, "Writing a c
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 from collections.abc import Callable
@@ -48,6 +49,10 @@ LONGEST = 1_000_000  # longest sequence that it may repeat
 # Marks of the beginning and the end of an answer in the output: noncharacters of Unicode, which no
 # text may hold (the Unicode Standard, section 23.7).
 START, STOP = "\ufdd0", "\ufdd1"
+
+# Marks (these two, and those of ``templates``) as ``tojson(ensure_ascii=true)`` would escape them.
+ESCAPED_MARK = re.compile(r"(?<!\\)((?:\\\\)*)\\u(fdd[0-3])")
+LARGEST_INDENT = 16  # characters
 
 
 class Generation(Extension):
@@ -185,10 +190,30 @@ def _room(soft: int) -> int:
     return room if soft == resource.RLIM_INFINITY else min(soft, room)
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
-    if indent is not None and not 0 <= indent <= 16:
-        raise SecurityError(f"tojson(indent={indent}) is out of range")
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """transformers' ``tojson``: the arguments of ``json.dumps``, without HTML escapes."""
+    size = len(indent) if isinstance(indent, str) else indent
+    if size is not None and size > LARGEST_INDENT:
+        raise SecurityError(f"tojson(indent={indent}) is above {LARGEST_INDENT}")
+    text = json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+    return ESCAPED_MARK.sub(_as_mark, text) if ensure_ascii else text
+
+
+def _as_mark(match: re.Match[str]) -> str:
+    """The mark that an escape of JSON stands for, after the escaped backslashes before it."""
+    return match[1] + chr(int(match[2], 16))
 
 
 def _refuse(message: str) -> str:

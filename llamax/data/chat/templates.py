@@ -23,6 +23,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from llamax.data.chat.jinja_sandbox import START, STOP, Program
@@ -128,13 +129,17 @@ def make_sample(instruction: str, context: str = "", answer: str = "", system: s
 class Template:
     """Renders samples.
 
-    ``specials`` are the names of the tokenizer's special tokens; ``bos`` and ``eos`` are two of
-    them, or empty.  Raises DataError if the source is not a template, or needs tokens that the
-    tokenizer lacks.
+    ``specials`` are the names of the tokenizer's special tokens; ``tokens`` are the texts of its
+    named tokens, such as bos_token and pad_token, which a template reads by these names.  Raises
+    DataError if the source is not a template, or needs tokens that the tokenizer lacks.
     """
 
     def __init__(
-        self, name: str, source: str, specials: Sequence[str] = (), bos: str = "", eos: str = ""
+        self,
+        name: str,
+        source: str,
+        specials: Sequence[str] = (),
+        tokens: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name, self.source, self.specials = name, source, tuple(specials)
         if missing := [token for token in NEEDS.get(name, ()) if token not in self.specials]:
@@ -143,7 +148,8 @@ class Template:
                 "tokenizer of a Llama 3 model, or another template"
             )
         self._program = Program(source, f"template {name}")
-        self._fixed = {"bos_token": bos, "eos_token": eos, "tools": None, "documents": None}
+        fixed = {"bos_token": "", "eos_token": "", "tools": None, "documents": None}
+        self._fixed = {**fixed, **tokens}
         self.chat = "messages" in self._program.variables
         if not self.chat and "answer" not in self._program.variables:
             raise DataError(

@@ -21,6 +21,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN
 from llamax.data.tokenizer.sentencepiece_model import (
     BPE,
     BYTE,
@@ -30,7 +31,6 @@ from llamax.data.tokenizer.sentencepiece_model import (
     SentencePieceModel,
 )
 from llamax.data.tokenizer.tokenizer import (
-    LLAMA3_PATTERN,
     HuggingFace,
     SentencePiece,
     TikToken,

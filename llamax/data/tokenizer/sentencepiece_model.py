@@ -7,9 +7,11 @@ Field numbers: https://github.com/google/sentencepiece/blob/master/src/sentencep
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 BPE = 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -70,6 +72,18 @@ class SentencePieceModel:
         ``normalizer_spec { add_dummy_prefix: false }``.
         """
         return self.raw + b"\x1a\x02\x18\x00"
+
+
+def extends(engine_file: Path, model_file: Path) -> bool:
+    """Whether a tokenizer.json has added tokens beyond the pieces of the tokenizer.model."""
+    if not (engine_file.is_file() and model_file.is_file()):
+        return False
+    try:
+        added = json.loads(engine_file.read_bytes())["added_tokens"]
+        pieces = len(SentencePieceModel.from_bytes(model_file.read_bytes()).pieces)
+        return any(token["id"] >= pieces for token in added)
+    except (ValueError, LookupError, TypeError, struct.error):
+        return False  # load_tokenizer reports a damaged file
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:

@@ -10,7 +10,8 @@ file                   what                                                   en
 
 The content decides the kind, not the name.  In a folder the first of ``tokenizer.model``,
 ``tokenizer.json``, ``*.tiktoken`` is taken: conversions between them may differ (on runs of spaces,
-for example), so the original of a model comes first.
+for example), so the original of a model comes first.  A ``tokenizer.json`` with added tokens that
+the ``tokenizer.model`` lacks comes before it.
 
 The name of a special token inside a document is text: it is encoded letter by letter.
 """
@@ -23,39 +24,22 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN, LLAMA3_SPECIAL
+from llamax.data.tokenizer.special_tokens import FILES, AddedToken, SpecialTokens, stripping
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import write_atomic
 
 Ids = npt.NDArray[np.uint32]
 
-# Llama 3's split pattern and special tokens, as in meta-llama/llama-models, llama3/tokenizer.py.
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_SPECIAL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|step_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(2, 247)),
-)
 BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
-SPECIAL = ("tokenizer_config.json", "special_tokens_map.json")  # name BOS and EOS
 
 
 class Tokenizer(Protocol):
@@ -67,6 +51,11 @@ class Tokenizer(Protocol):
     bos_id: int | None
     eos_id: int | None
     special: dict[str, int]  # ids of special tokens by name; no text is encoded to them
+    named: dict[str, str]  # texts of named tokens, such as pad_token, as the files name them
+    strips: dict[str, tuple[bool, bool]]  # special tokens that take the space before or after them
+    base_size: int  # the vocabulary without added tokens: ids that any text may have
+    adds_bos: bool  # whether a text by itself begins with BOS
+    space_after_bos: bool  # whether a text after BOS is encoded as one at the beginning
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -94,33 +83,74 @@ class SentencePiece:
         self.model = SentencePieceModel.from_bytes(raw)
         self._engine = sentencepiece.SentencePieceProcessor(model_proto=raw)
         self._segments = Segments.of(self.model)
-        self.vocab_size: int = self._engine.vocab_size()
-        self.bos_id = _id(self._engine.bos_id())
-        self.eos_id = _id(self._engine.eos_id())
+        self.base_size: int = self._engine.vocab_size()
         self.special = {
             text: number
             for number, (text, _, kind) in enumerate(self.model.pieces)
             if kind == CONTROL
         }
+        beside = SpecialTokens.beside(path)
+        self.added = {n: token for n, token in beside.added.items() if n >= self.base_size}
+        self.special |= {token.text: n for n, token in self.added.items() if token.special}
+        self._inline = {token.text: n for n, token in self.added.items() if not token.special}
+        self.vocab_size: int = max([self.base_size - 1, *self.added]) + 1
+        self.named, self.space_after_bos = beside.named, True
+        self.strips = stripping(self.added.values())
+        self.bos_id = self.special.get(self.named.get("bos_token", ""), _id(self._engine.bos_id()))
+        self.eos_id = self.special.get(self.named.get("eos_token", ""), _id(self._engine.eos_id()))
+        self.adds_bos = self.bos_id is not None and beside.add_bos is not False
 
     @property
     def fast(self) -> bool:
         """Whether ``encode_documents`` uses the faster engine."""
         return self._segments is not None
 
+    @property
+    def beside(self) -> list[Path]:
+        """The files beside it that belong to it."""
+        return [path for path in map(self.path.with_name, FILES) if path.is_file()]
+
     def encode(self, text: str) -> list[int]:
+        if self._inline:
+            return self._encode_around(text, self._engine)
         return list(self._engine.encode(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._engine.decode(list(ids)))
+        if not self.added:
+            return str(self._engine.decode(list(ids)))
+        text, engine = "", self._engine
+        for is_added, run in groupby(ids, lambda i: i >= self.base_size):
+            if is_added:
+                tokens = (self.added.get(i) for i in run)
+                text += "".join(token.text for token in tokens if token and not token.special)
+            else:
+                text += engine.decode(list(run))
+            engine = self._bare if text else engine
+        return text
+
+    def _encode_around(self, text: str, engine: Any) -> list[int]:
+        """The ids of a text in which added tokens that are not special stand as text."""
+        names = sorted(self._inline, key=len, reverse=True)
+        ids: list[int] = []
+        for piece in re.split(f"({'|'.join(map(re.escape, names))})", text):
+            if piece in self._inline:
+                ids.append(self._inline[piece])
+                engine = self._bare
+            elif piece:
+                ids += engine.encode(piece)
+        return ids
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
+        if self._inline:
+            return [np.array(self.encode(text), np.uint32) for text in texts]
         if self._segments is not None:
             return self._segments.encode(texts, threads)
         found = self._engine.encode(list(texts), num_threads=threads)
         return [np.array(ids, np.uint32) for ids in found]
 
     def encode_after(self, texts: Sequence[str]) -> list[Ids]:
+        if self._inline:
+            return [np.array(self._encode_around(text, self._bare), np.uint32) for text in texts]
         return [np.array(ids, np.uint32) for ids in self._bare.encode(list(texts))]
 
     @cached_property
@@ -139,29 +169,54 @@ class HuggingFace:
 
         self.path, self.fingerprint = path, hashlib.sha256(raw).hexdigest()
         self.engine = tokenizers.Tokenizer.from_str(raw.decode())
-        self.engine.encode_special_tokens = True
         self.engine.no_truncation()
         self.engine.no_padding()
+        beside = SpecialTokens.beside(path)
+        self._add(beside)
         self.vocab_size = max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
+        self.base_size = (
+            max(self.engine.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        )
+        self.named, self.space_after_bos = beside.named, False
         self.bos_id = self._special("bos_token", BOS)
         self.eos_id = self._special("eos_token", EOS)
+        self.adds_bos = self.bos_id is not None and (
+            self.engine.encode("a").ids[:1] == [self.bos_id]
+            if beside.add_bos is None
+            else beside.add_bos
+        )
         added = self.engine.get_added_tokens_decoder()
         self.special = {str(token): i for i, token in added.items() if token.special}
+        self.strips = stripping(
+            AddedToken(token.content, True, token.lstrip, token.rstrip)
+            for token in added.values()
+            if token.special
+        )
+        self.engine.encode_special_tokens = True
+
+    def _add(self, beside: SpecialTokens) -> None:
+        """Add the tokens that the files beside it name and it lacks, as transformers does."""
+        import tokenizers
+
+        known = {token.content for token in self.engine.get_added_tokens_decoder().values()}
+        tokens = [token for _, token in sorted(beside.added.items())]
+        names = (*beside.named.values(), *beside.extra)
+        tokens += [AddedToken(name, True) for name in names]
+        for token in tokens:
+            if token.text not in known:
+                known.add(token.text)
+                strips = {"lstrip": token.lstrip, "rstrip": token.rstrip}
+                kind = {"special": token.special, "normalized": not token.special}
+                self.engine.add_tokens([tokenizers.AddedToken(token.text, **strips, **kind)])
 
     @property
     def beside(self) -> list[Path]:
         """The files beside it that belong to it."""
-        names = (*SPECIAL, "chat_template.jinja")
-        return [path for path in map(self.path.with_name, names) if path.is_file()]
+        return [path for path in map(self.path.with_name, FILES) if path.is_file()]
 
     def _special(self, key: str, usual: Iterable[str]) -> int | None:
-        names = list(usual)
-        for config in self.beside:
-            if config.name in SPECIAL:
-                value = json.loads(config.read_text(encoding="utf-8")).get(key)
-                if name := value.get("content") if isinstance(value, dict) else value:
-                    names.insert(0, name)
-        ids = (self.engine.token_to_id(name) for name in names)
+        names = [self.named[key]] if key in self.named else []
+        ids = (self.engine.token_to_id(name) for name in (*names, *usual))
         return next((i for i in ids if i is not None), None)
 
     def encode(self, text: str) -> list[int]:
@@ -177,17 +232,29 @@ class HuggingFace:
         return [np.array(each.ids, np.uint32) for each in found]
 
     def encode_after(self, texts: Sequence[str]) -> list[Ids]:
-        return [np.array(self._after(text), np.uint32) for text in texts]
+        encode = self._inside.encode
+        return [np.array(encode(text, add_special_tokens=False).ids, np.uint32) for text in texts]
 
-    def _after(self, text: str) -> list[int]:
-        name = next(iter(self.special), "")
-        if not name or any(each in text for each in self.special):
-            return self.encode(text)
-        self.engine.encode_special_tokens = False
-        try:
-            return list(self.engine.encode(name + text, add_special_tokens=False).ids[1:])
-        finally:
-            self.engine.encode_special_tokens = True
+    @cached_property
+    def _inside(self) -> Any:
+        """The engine for a text that does not begin the document.
+
+        Only Metaspace's prepend_scheme "first" asks for the place of a text; the other ways to put
+        a space before texts put one before each text between special tokens.
+        """
+        import tokenizers
+
+        settings = json.loads(self.engine.to_str())
+        step = settings.get("pre_tokenizer") or {}
+        steps = [part for part in (step, *step.get("pretokenizers", ())) if isinstance(part, dict)]
+        first = [part for part in steps if part.get("prepend_scheme") == "first"]
+        if not first:
+            return self.engine
+        for part in first:
+            part["prepend_scheme"] = "never"
+        engine = tokenizers.Tokenizer.from_str(json.dumps(settings))
+        engine.encode_special_tokens = True
+        return engine
 
 
 class TikToken:
@@ -210,7 +277,10 @@ class TikToken:
             mergeable_ranks=self.ranks,
             special_tokens=self.special,
         )
-        self.vocab_size = len(self.ranks) + len(self.special)
+        self.base_size, self.vocab_size = len(self.ranks), len(self.ranks) + len(self.special)
+        self.named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+        self.strips: dict[str, tuple[bool, bool]] = {}
+        self.adds_bos, self.space_after_bos = True, False
         self.bos_id: int | None = self.special["<|begin_of_text|>"]
         self.eos_id: int | None = self.special["<|end_of_text|>"]
 
@@ -256,6 +326,10 @@ def tokenizer_file(path: Path) -> Path:
     if not path.is_dir():
         raise DataError(f"{path}: no such tokenizer; give a tokenizer file or a folder with one")
     ranked = [path / "tokenizer.model", path / "tokenizer.json", *sorted(path.glob("*.tiktoken"))]
+    from llamax.data.tokenizer.sentencepiece_model import extends
+
+    if extends(path / "tokenizer.json", path / "tokenizer.model"):
+        return path / "tokenizer.json"
     for candidate in ranked:
         if candidate.is_file():
             return candidate

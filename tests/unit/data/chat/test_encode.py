@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ from support.chat import built_in
 from support.instruction import llama2_tokenizer, llama3_tokenizer
 
 from llamax.data.chat.encode import Encoder, Tokens
-from llamax.data.chat.templates import BUILT_IN, Sample, Template, make_sample, source_of
+from llamax.data.chat.templates import BUILT_IN, Message, Sample, Template, make_sample, source_of
+from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import DataError
 
@@ -97,6 +99,67 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, source: str) -> None:
     ]
     (ours,) = encoder.encode([template.prompt(Sample(talk[:-1]))], prompts=True)
     assert ours.ids.tolist()[source is CHATML :] == prompt
+
+
+NAMED = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}: {{ message.content }}"
+    "{{ pad_token }}{{ mask_token }}{{ eos_token if message.role == 'assistant' }}{% endfor %}"
+)
+
+
+def same_ids(folder: Path, talk: list[Message]) -> None:
+    """Assert that a folder's template gives the ids of transformers."""
+    expected = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        talk, return_dict=False
+    )
+    encoder = Encoder(load_tokenizer(folder), bos=False, eos=False)
+    template = encoder.template("own", source_of(str(folder)))
+    (tokens,) = encoder.encode([template.spans(Sample(talk))])
+    assert tokens.ids.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"pad_token": "<|end_of_text|>"},
+        {"pad_token": {"content": "[PAD]", "special": True}, "mask_token": "<mask>"},
+        {
+            "pad_token": "<pad>",
+            "added_tokens_decoder": {
+                "507": {"content": "<pad>", "special": True, "rstrip": True, "lstrip": True}
+            },
+        },
+    ],
+    ids=["named", "added", "stripping"],
+)
+def test_named_tokens_are_those_of_transformers(tmp_path: Path, config: dict[str, object]) -> None:
+    folder = llama3_tokenizer(tmp_path, NAMED)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    same_ids(folder, [*TALK.messages[1:4], {"role": "assistant", "content": "  Because. "}])
+
+
+LLAMA2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token + '[INST] ' + m.content }}"
+    "{% else %}{{ ' ' + m.content + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("scheme", ["prepend", "first", "always", "never"])
+def test_spaces_after_special_tokens_are_those_of_transformers(tmp_path: Path, scheme: str) -> None:
+    export_tokenizer(load_tokenizer(llama2_tokenizer(tmp_path)), tmp_path / "hub")
+    path = tmp_path / "hub/tokenizer.json"
+    settings = json.loads(path.read_text())
+    if scheme != "prepend":
+        metaspace = {"type": "Metaspace", "replacement": "▁", "split": False}
+        settings |= {
+            "normalizer": None,
+            "pre_tokenizer": {**metaspace, "prepend_scheme": scheme},
+        }
+    path.write_text(json.dumps(settings))
+    (tmp_path / "hub/tokenizer.model").unlink()
+    (tmp_path / "hub/chat_template.jinja").write_text(LLAMA2)
+    same_ids(tmp_path / "hub", TALK.messages[1:4] + [{"role": "assistant", "content": "if x"}])
 
 
 def test_transformers_finds_the_same_answers(tmp_path: Path) -> None:

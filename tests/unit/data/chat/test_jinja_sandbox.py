@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 from support.chat import refused
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from llamax.data.chat import jinja_sandbox
 from llamax.data.chat.templates import Template, make_sample
@@ -68,6 +69,33 @@ def test_a_good_template_survives_the_walls() -> None:
     assert (
         Template("good", source + "{{ answer }}").spans(make_sample("Q", "", "A"))[0].text == "0244"
     )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ value | tojson }}",
+        "{{ value | tojson(ensure_ascii=true) }}",
+        "{{ value | tojson(indent=2, sort_keys=true) }}",
+        "{{ value | tojson(separators=(',', ':')) }}",
+        "{{ value | tojson(false, '\t') }}",
+        "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}"
+        "{% if i == 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+        "{% set ns = namespace(n=1) %}{% set ns.n = 2 %}{{ ns.n }}{{ dict(a=1) | tojson }}",
+        "{{ strftime_now('%Y') }}",
+        "{{ missing }}{{ missing is defined }}",
+    ],
+)
+def test_templates_render_as_in_transformers(source: str) -> None:
+    value = {"b": "Größe <&> \U0001f642 \\", "a": [1, None]}
+    (expected,), _ = render_jinja_template([[]], chat_template=source, value=value)
+    assert jinja_sandbox.Program(source, "here").render({"value": value}) == expected
+
+
+def test_marks_pass_through_escapes_of_json() -> None:
+    value = "\ufdd2 \\ufdd2 \\\ufdd0"
+    program = jinja_sandbox.Program("{{ value | tojson(ensure_ascii=true) }}", "here")
+    assert program.render({"value": value}) == '"\ufdd2 \\\\ufdd2 \\\\\ufdd0"'
 
 
 def test_an_alarm_at_any_moment_leaves_the_limits_as_they_were(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tokenizers
 from support.corpora import TEXTS, python_sources
 
 from llamax.data.tokenizer.hf_export import export_tokenizer
@@ -104,3 +107,54 @@ def test_no_tokenizer_there(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match="no such tokenizer"):
         load_tokenizer(tmp_path / "none")
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_added_tokens_beside_a_tokenizer_model(spm: Path, tmp_path: Path, special: bool) -> None:
+    shutil.copy(spm, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": 700, "<mark>": 701}))
+    names = {"eos_token": "<|im_end|>", **({"pad_token": "<mark>"} if special else {})}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(names))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == 700
+    assert (tokenizer.base_size, tokenizer.vocab_size) == (700, 702)
+    assert tokenizer.named == names
+    ids = tokenizer.encode("if x<mark>return<|im_end|>")
+    assert (701 in ids) is not special
+    assert 700 not in ids  # the name of a special token in a text is text
+    assert tokenizer.decode(ids) == "if x<mark>return<|im_end|>"
+    assert [list(part) for part in tokenizer.encode_documents(["if x<mark>return<|im_end|>"])] == [
+        ids
+    ]
+    assert tokenizer.decode([700, *tokenizer.encode("if x"), 700]) == "if x"
+
+
+def test_a_tokenizer_json_that_extends_the_model_comes_first(spm: Path, tmp_path: Path) -> None:
+    export_tokenizer(load_tokenizer(spm), tmp_path)
+    assert load_tokenizer(tmp_path).path.name == "tokenizer.model"
+    engine = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    engine.add_special_tokens(["<|im_end|>"])
+    engine.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.path.name == "tokenizer.json"
+    assert tokenizer.special["<|im_end|>"] == 700
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_file_beside_a_tokenizer(spm: Path, tmp_path: Path, text: str) -> None:
+    shutil.copy(spm, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is not"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "adds"),
+    [({}, True), ({"add_bos_token": False}, False), ({"add_bos_token": True}, True)],
+)
+def test_whether_a_tokenizer_adds_bos(
+    spm: Path, tmp_path: Path, config: dict[str, bool], adds: bool
+) -> None:
+    shutil.copy(spm, tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert load_tokenizer(tmp_path).adds_bos is adds
