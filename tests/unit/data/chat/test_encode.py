@@ -122,7 +122,7 @@ def same_ids(folder: Path, talk: list[Message]) -> None:
     "config",
     [
         {"pad_token": "<|end_of_text|>"},
-        {"pad_token": {"content": "[PAD]", "special": True}, "mask_token": "<mask>"},
+        {"pad_token": {"__type": "AddedToken", "content": "[PAD]"}, "mask_token": "<mask>"},
         {
             "pad_token": "<pad>",
             "added_tokens_decoder": {
