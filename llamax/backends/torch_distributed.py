@@ -32,6 +32,7 @@ from llamax.config.constants import STAGED_BYTES
 from llamax.config.hardware import gpu_peak_flops
 from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
 from llamax.parallel.mesh import Groups, Mesh
+from llamax.parallel.network import interface, is_loopback, source_address
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError, LostRank
 from llamax.runtime.versions import TORCHNEURON_SDK
@@ -193,9 +194,12 @@ class _TorchBackend:
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = "lo"
         timeout = timedelta(seconds=timeout_s)
         try:
+            store = PrefixStore(f"llamax/{rendezvous.attempt}", _store(rendezvous, timeout))
+            if self.collectives == "gloo" and (network := _interface(rendezvous, store)):
+                os.environ["GLOO_SOCKET_IFNAME"] = network
             dist.init_process_group(
                 self.collectives,
-                store=PrefixStore(f"llamax/{rendezvous.attempt}", _store(rendezvous, timeout)),
+                store=store,
                 rank=rendezvous.rank,
                 world_size=rendezvous.world_size,
                 timeout=timeout,
@@ -204,7 +208,7 @@ class _TorchBackend:
             raise BackendError(
                 f"rank {rendezvous.rank} of {rendezvous.world_size} could not join the others at "
                 f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank, "
-                "or raise run.timeout_s"
+                f"or raise run.timeout_s{_network_hint(error)}"
             ) from error
         named = mesh.axes().items()
         return Axes(**{name: self._axis(name, groups, timeout) for name, groups in named})
@@ -346,6 +350,37 @@ def _store(rendezvous: Rendezvous, timeout: timedelta) -> Store:
         timeout,
         wait_for_workers=False,
         master_listen_fd=listener.detach(),
+    )
+
+
+def _interface(rendezvous: Rendezvous, store: Store) -> str:
+    """The network interface for gloo: the one by which this machine and rank 0's reach each other.
+
+    gloo itself takes the address that the name of the machine resolves to, which Debian and Ubuntu
+    write as 127.0.1.1 into /etc/hosts.  Where rank 0's machine reaches MASTER_ADDR by the loopback,
+    for the same reason, it takes the interface by which it reaches another machine.  A variable
+    GLOO_SOCKET_IFNAME is kept.
+    """
+    if given := os.environ.get("GLOO_SOCKET_IFNAME"):
+        return given
+    address = source_address(rendezvous.address)
+    store.set(f"address/{rendezvous.rank}", address)
+    if address and is_loopback(address):
+        for rank in range(0, rendezvous.world_size, rendezvous.local_world_size):
+            other = store.get(f"address/{rank}").decode()
+            if other and not is_loopback(other):
+                address = source_address(other)
+                break
+    return interface(address)
+
+
+def _network_hint(error: BaseException) -> str:
+    """What to do where gloo tried to reach another machine by its loopback."""
+    if not re.search(r"remote=\[?127\.", str(error)):
+        return ""
+    return (
+        ", or export GLOO_SOCKET_IFNAME, the network interface between the machines, because the "
+        "name of a machine resolves to its loopback"
     )
 
 

@@ -10,7 +10,7 @@ import torch
 
 from llamax import ops
 from llamax.backends import cpu
-from llamax.backends.torch_distributed import Cpu
+from llamax.backends.torch_distributed import Cpu, _network_hint
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
@@ -86,3 +86,9 @@ def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -
         torch.empty(1 << 50)
     with pytest.raises(RuntimeError, match="shape"), Cpu(Rendezvous(), 1).joined(Mesh(), 1):
         torch.empty(3).view(2)
+
+
+def test_a_peer_on_the_loopback_is_explained() -> None:
+    refused = RuntimeError("SO_ERROR: Connection refused, remote=[127.0.1.1]:1942$1)")
+    assert "export GLOO_SOCKET_IFNAME, the network interface" in _network_hint(refused)
+    assert _network_hint(RuntimeError("Connection refused, remote=[10.0.0.1]:1942")) == ""
