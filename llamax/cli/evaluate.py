@@ -18,7 +18,7 @@ from typing import Any
 from llamax.cli.options import column, command
 from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
 from llamax.data.chat.templates import BUILT_IN
-from llamax.data.prepare.instruction_rows import FIELDS
+from llamax.data.prepare.row_samples import FIELDS
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import run_main

@@ -16,7 +16,7 @@ from pathlib import Path
 from llamax.cli.options import column, command
 from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
 from llamax.data.chat.templates import BUILT_IN
-from llamax.data.prepare.instruction_rows import FIELDS
+from llamax.data.prepare.row_samples import FIELDS
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.logging import setup_logging

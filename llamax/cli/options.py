@@ -53,7 +53,7 @@ def with_options(message: str) -> str:
 
 def column(text: str) -> tuple[str, str]:
     """FIELD=COLUMN as a pair; the type of an option, so it raises what argparse reports."""
-    from llamax.data.prepare.instruction_rows import FIELDS
+    from llamax.data.prepare.row_samples import FIELDS
 
     field, equals, name = text.partition("=")
     if field not in FIELDS or not equals or not name:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from llamax.cli.options import column, command
 from llamax.data.chat.templates import BUILT_IN
-from llamax.data.prepare.instruction_rows import FIELDS
 from llamax.data.prepare.pipeline import prepare
-from llamax.data.prepare.summary import describe, describe_rows
+from llamax.data.prepare.row_samples import FIELDS
+from llamax.data.prepare.summary import describe, describe_rows, describe_unread
 from llamax.runtime.logging import setup_logging
 
 
@@ -83,6 +83,11 @@ def parser() -> argparse.ArgumentParser:
         default=0,
         metavar="TOKENS",
         help="also report how well documents pack into samples of this many tokens",
+    )
+    p.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse rows with a column or key that is not read, instead of naming it",
     )
     _add_row_options(p.add_argument_group("rows of questions and answers"))
     return p
@@ -162,8 +167,11 @@ def main(argv: Sequence[str]) -> int:
         validation_files=options.validation_file,
         test_files=options.test_file,
         drop_empty=options.drop_empty,
+        strict=options.strict,
     )
     print(describe(made.folder, options.length))
     if options.template:
         print(describe_rows(made))
+    if made.unread:
+        print(describe_unread(made))
     return 0

@@ -26,7 +26,7 @@ from llamax.backends import choose
 from llamax.config.schema import Config, DataConfig, ParallelConfig
 from llamax.config.validate import check
 from llamax.data.dataset import open_dataset
-from llamax.data.prepare.instruction_rows import check_fields, read_sample
+from llamax.data.prepare.row_samples import EmptyAnswer, check_fields, read_sample
 from llamax.data.prepare.tables import plan_tables, read_rows
 from llamax.data.samples import Samples
 from llamax.data.token_file import TokenFile
@@ -224,13 +224,13 @@ def read_test(path: str, wording: PromptFormat, limit: int = 0) -> tuple[list[Pr
     for rows in plan_tables([path], limit=limit):
         for place, row in read_rows(rows):
             try:
-                sample = read_sample(row, wording.fields, wording.system, wording.chat)
-                if sample is None:
-                    raise DataError("has an empty answer; correct or remove it")
+                sample = read_sample(row, wording.fields, wording.system, wording.template)
+            except EmptyAnswer as error:
+                raise DataError(f"{place}: {error}; correct or remove it") from None
             except DataError as error:
                 raise DataError(f"{place}: {error}") from None
             prompts.append(wording.prompt(row, place))
-            answers.append(sample.answer or sample.messages[-1]["content"])
+            answers.append(sample.answer or sample.messages[-1].get("content") or "")
     return prompts, answers
 
 

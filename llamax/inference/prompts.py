@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from llamax.data.chat.encode import Encoder
 from llamax.data.chat.templates import Template, make_sample, source_of, unused
-from llamax.data.prepare.instruction_rows import read_sample
+from llamax.data.prepare.row_samples import read_sample
 from llamax.data.prepare.tables import Row, kind_of, plan_tables, read_rows
 from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.errors import ConfigError, DataError
@@ -71,10 +71,7 @@ class PromptFormat:
         try:
             if self._template is None:
                 return self._plain(row)
-            found = read_sample(
-                row, self.fields, self.system, self._template.chat, prompt_only=True
-            )
-            assert found is not None
+            found = read_sample(row, self.fields, self.system, self._template, prompt_only=True)
             if self.context and not found.context:
                 found = make_sample(found.instruction, self.context, system=found.system)
             spans = self._template.prompt(found)
@@ -84,6 +81,11 @@ class PromptFormat:
             raise DataError(f"{place}: {error}") from None
         (tokens,) = self._encoder.encode([spans], prompts=True)
         return Prompt(text, [int(i) for i in tokens.ids], row)
+
+    @property
+    def template(self) -> Template:
+        """The template; without one, the question and its answer."""
+        return self._template or Template("none", "{{ instruction }}{{ context }}{{ answer }}")
 
     @property
     def chat(self) -> bool:

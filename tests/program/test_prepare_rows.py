@@ -183,6 +183,24 @@ def test_the_outputs_are_printed(
         list(describe(out, verify=True))
 
 
+def test_what_is_not_read_is_named_or_refused(
+    tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{**row, "id": 7, "system": "Short." if i else None} for i, row in enumerate(ROWS)]
+    args = (write_rows(tmp_path / "r.jsonl", rows), "--template", "dolly", "--tokenizer", tokenizer,
+            "--validation", "0")  # fmt: skip
+    line = "not read: id (4 rows), system (3 rows)"
+    prepare(tmp_path / "out", *args)
+    assert line in capsys.readouterr().out
+    prepare(tmp_path / "out", *args)
+    assert line in capsys.readouterr().out, "a dataset that is there says it too"
+    for out in ("out", "other"):
+        with pytest.raises(DataError, match=r"not read: id .4 rows.*leave out --strict"):
+            prepare(tmp_path / out, *args, "--strict")
+    prepare(tmp_path / "short", write_rows(tmp_path / "s.jsonl", ROWS), *args[1:], "--strict")
+    assert "not read" not in capsys.readouterr().out
+
+
 def test_a_tokenizer_is_trained_on_the_samples(tmp_path: Path) -> None:
     table = write_rows(tmp_path / "r.jsonl", [
         {"question": f"Is {i} even?", "answer": f"{i} / 2 = {i / 2}, so {i % 2 == 0}"}

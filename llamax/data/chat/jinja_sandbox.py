@@ -102,14 +102,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
 class Program:
     """A compiled template; ``variables`` are the names it reads, ``marks``: it marks answers.
 
-    ``where`` names it in messages.  Raises DataError if the source is not a template.
+    ``keys``: names of attributes that it reads; ``texts``: its constant texts; ``where`` names it
+    in messages.  Raises DataError if the source is not a template.
     """
 
     def __init__(self, source: str, where: str) -> None:
         self.where = where
         if len(source) > SOURCE_CHARACTERS:
             raise DataError(f"{where}: has {len(source)} characters; a template is shorter")
-        self.variables, self.marks, self._template = self._guarded(partial(_compile, source))
+        self.variables, self.keys, self.texts, self.marks, self._template = self._guarded(
+            partial(_compile, source)
+        )
 
     def render(self, values: dict[str, Any]) -> str:
         """The text for ``values``; DataError if the template fails or exceeds a limit."""
@@ -153,13 +156,16 @@ def _alarm(number: int, frame: FrameType | None) -> None:
     raise _TooLong
 
 
-def _compile(source: str) -> tuple[frozenset[str], bool, Template]:
-    """The names that a template reads, whether it marks answers, and the compiled template."""
+def _compile(source: str) -> tuple[frozenset[str], frozenset[str], frozenset[str], bool, Template]:
+    """The names, keys and texts of a template, whether it marks answers, and the compiled one."""
     environment = Sandbox()
     tree = environment.parse(source)
     names = frozenset(meta.find_undeclared_variables(tree))
     marks = tree.find(nodes.ExtensionAttribute) is not None
-    return names, marks, Environment.from_string(environment, source)
+    constants = (node.value for node in tree.find_all(nodes.Const))
+    keys = frozenset(node.attr for node in tree.find_all(nodes.Getattr))
+    texts = frozenset(value for value in constants if isinstance(value, str))
+    return names, keys, texts, marks, Environment.from_string(environment, source)
 
 
 def _limited(work: Callable[[], Result]) -> Result:

@@ -95,7 +95,13 @@ BUILT_IN = {
 }
 NEEDS = {"llama3-chat": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")}
 
-Message = dict[str, str]
+# Variables of a template that no column of a row sets.
+RESERVED = frozenset(
+    ("messages", "instruction", "context", "answer", "system", "add_generation_prompt")
+    + ("bos_token", "eos_token", "pad_token", "unk_token", "raise_exception", "strftime_now")
+)
+
+Message = dict[str, Any]  # "role", "content" (text, or absent), and what else a template reads
 
 
 class Span(NamedTuple):
@@ -106,13 +112,19 @@ class Span(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The fields of a row, whatever its columns are called; a prompt has no answer."""
+    """The fields of a row, whatever its columns are called; a prompt has no answer.
+
+    ``variables``: further variables of the template, such as ``tools``; ``unread``: the names of
+    the other columns that hold something.
+    """
 
     messages: Sequence[Message]
     instruction: str = ""
     context: str = ""
     answer: str = ""
     system: str = ""
+    variables: Mapping[str, Any] = MappingProxyType({})
+    unread: Sequence[str] = ()
 
 
 def make_sample(instruction: str, context: str = "", answer: str = "", system: str = "") -> Sample:
@@ -160,6 +172,25 @@ class Template:
     def reads(self, field: str) -> bool:
         """Whether the template puts a field into the text."""
         return self.chat or field in self._program.variables
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names of the variables that the template reads."""
+        return self._program.variables
+
+    @property
+    def words(self) -> frozenset[str]:
+        """The keys that the template reads of objects, and its constant texts."""
+        return self._program.keys | self._program.texts
+
+    @property
+    def texts(self) -> frozenset[str]:
+        """The constant texts of the template, such as the roles that it knows."""
+        return self._program.texts
+
+    def text(self, row: Sample) -> str:
+        """The text of a whole sample, with marks; DataError if the template fails."""
+        return self._render(row)
 
     def spans(self, row: Sample) -> list[Span]:
         """The text of a whole sample; DataError if the template yields no answer."""
@@ -213,22 +244,22 @@ class Template:
 
     def _render(self, row: Sample, prompt: bool = False, mark_answer: bool = False) -> str:
         messages = [
-            {"role": message["role"], "content": self._shielded(message["content"])}
-            for message in row.messages
+            self._shielded_value(message) | {"role": message["role"]} for message in row.messages
         ]
         return self._program.render(
             {
                 **self._fixed,
+                **self._shielded_value(dict(row.variables)),
                 "messages": messages,
-                "instruction": self._shielded(row.instruction),
-                "context": self._shielded(row.context),
-                "answer": ANSWER if mark_answer else self._shielded(row.answer),
-                "system": self._shielded(row.system),
+                "instruction": self.shielded(row.instruction),
+                "context": self.shielded(row.context),
+                "answer": ANSWER if mark_answer else self.shielded(row.answer),
+                "system": self.shielded(row.system),
                 "add_generation_prompt": prompt,
             }
         )
 
-    def _shielded(self, text: str) -> str:
+    def shielded(self, text: str) -> str:
         """A field with a noncharacter inside the name of each special token.
 
         Raises DataError for a field that holds one of the marks.
@@ -240,6 +271,14 @@ class Template:
             if name in text:
                 text = text.replace(name, name[0] + SHIELD + name[1:])
         return text
+
+    def _shielded_value(self, value: Any) -> Any:
+        """A value of a row with all texts in it shielded."""
+        if isinstance(value, str):
+            return self.shielded(value)
+        if isinstance(value, Mapping):
+            return {self.shielded(str(k)): self._shielded_value(v) for k, v in value.items()}
+        return [self._shielded_value(v) for v in value] if isinstance(value, list) else value
 
 
 def unused(name: str, field: str) -> DataError:

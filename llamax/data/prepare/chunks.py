@@ -16,13 +16,15 @@ import multiprocessing
 import shutil
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -34,6 +36,7 @@ from llamax.data.prepare.text_files import Source, documents
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.runtime.errors import DataError
+from llamax.runtime.files import write_atomic
 from llamax.runtime.process import leave_with_parent
 
 SPLITS = ("train", "validation", "test")
@@ -41,12 +44,16 @@ BATCH_CHARACTERS = 2**20
 
 
 class Encoded(NamedTuple):
-    """Documents of one split: the ids of each, which of them count (None: all), bytes of text."""
+    """Documents of one split: the ids of each, which of them count (None: all), bytes of text.
+
+    ``unread``: names of columns and keys that are not in the text, with their numbers of rows.
+    """
 
     split: str
     ids: list[npt.NDArray[np.uint32]]
     counted: list[npt.NDArray[np.bool_]] | None
     text_bytes: int
+    unread: Mapping[str, int] = MappingProxyType({})
 
 
 class Chunk(Protocol):
@@ -153,10 +160,13 @@ def make_part(
 ) -> int:
     """Tokenize a chunk into ``folder/name.SPLIT.tokens``; the number of tokens made.
 
+    What was not read is written to ``folder/name.unread.json``.
+
     Files that are there and pass their checksums are kept: then 0.
     """
     paths = [folder / f"{name}.{split}.tokens" for split in SPLITS]
-    if all(map(_is_complete, paths)):
+    report = folder / f"{name}.unread.json"
+    if report.exists() and all(map(_is_complete, paths)):
         return 0
     tokenizer = tokenizer_in(tokenizer_path)
     header = header_of(settings, tokenizer)
@@ -166,16 +176,27 @@ def make_part(
             for split, path in zip(SPLITS, paths, strict=True)
         }
         made = 0
-        for split, ids, counted, text_bytes in settings.encode(chunk, tokenizer):
+        missed: Counter[str] = Counter()
+        for split, ids, counted, text_bytes, unread in settings.encode(chunk, tokenizer):
             lengths = np.array([len(each) for each in ids], np.int64)
             made += int(lengths.sum())
+            missed.update(unread)
             writers[split].add(
                 np.concatenate([*ids, np.array([], np.uint32)]),
                 lengths,
                 text_bytes,
                 None if counted is None else np.concatenate([*counted, np.array([], bool)]),
             )
+        write_atomic(report, json.dumps(missed).encode())
     return made
+
+
+def unread_in(parts: Sequence[Path]) -> Counter[str]:
+    """The names of what was not read in parts, with their numbers of rows."""
+    total: Counter[str] = Counter()
+    for part in parts:
+        total.update(json.loads(part.with_name(f"{part.name}.unread.json").read_bytes()))
+    return total
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:

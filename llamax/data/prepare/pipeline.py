@@ -18,6 +18,7 @@ import hashlib
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
@@ -41,15 +42,17 @@ from llamax.data.prepare.chunks import (
     join_parts_to_megatron,
     make_parts,
     tokenizer_in,
+    unread_in,
 )
 from llamax.data.prepare.instruction_rows import (
     InstructSettings,
     RowChunk,
-    check_fields,
     training_texts,
 )
+from llamax.data.prepare.row_samples import check_fields
 from llamax.data.prepare.tables import is_hub_name, plan_tables
 from llamax.data.prepare.text_files import documents, plan
+from llamax.data.prepare.unread import unread_error
 from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.tokenizer import (
     HuggingFace,
@@ -74,6 +77,7 @@ class Prepared:
     unit: str  # of ``inputs``: "B" or "row"
     documents: int
     seconds: float
+    unread: Mapping[str, int]  # columns and keys that are not in the text, with numbers of rows
 
 
 def prepare(
@@ -98,6 +102,7 @@ def prepare(
     validation_files: Sequence[PathLike] = (),
     test_files: Sequence[PathLike] = (),
     drop_empty: bool = False,
+    strict: bool = False,
 ) -> Prepared:
     """Make a dataset folder of tokens from text, or from rows of questions and answers.
 
@@ -130,6 +135,8 @@ def prepare(
         validation_files: Files of rows for validation, instead of a share of ``inputs``.
         test_files: Files of rows for the test split.
         drop_empty: Whether to skip rows with an empty answer instead of refusing them.
+        strict: Whether to refuse rows that hold a column or a key that is not read, instead of
+            reporting it.
 
     Raises:
         DataError: For a parameter out of range, an input that is missing or damaged, a tokenizer
@@ -196,6 +203,9 @@ def prepare(
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
     if not _already_made(out, settings, identity, format):
         parts = make_parts(chunks, parts_folder, settings, opened.path, workers)
+        unread = unread_in(parts)
+        if unread and strict:
+            raise unread_error(unread)
         if format == "megatron":
             made = {name: join_parts_to_megatron(parts, name, out, key) for name in SPLITS}
         else:
@@ -207,11 +217,15 @@ def prepare(
                 f"{smaller if made['validation'] else ''}"
             )
         trained = path.stem if train_tokenizer else None
-        _write_index(out, settings, opened, identity, trained, format)
+        _write_index(out, settings, opened, identity, trained, format, unread)
+    else:
+        unread = Counter(json.loads((out / "dataset.json").read_text()).get("unread", {}))
+        if unread and strict:
+            raise unread_error(unread)
     shutil.rmtree(parts_folder)
     size = sum(chunk.size for chunk in chunks)
     return Prepared(
-        out, size, chunks[0].unit, _count(out, key, format), time.perf_counter() - began
+        out, size, chunks[0].unit, _count(out, key, format), time.perf_counter() - began, unread
     )
 
 
@@ -262,6 +276,7 @@ def _write_index(
     identity: str,
     trained: str | None,
     format: Format,
+    unread: Mapping[str, int],
 ) -> None:
     """Write the tokenizer's files and, last, dataset.json."""
     copy_file(tokenizer.path, out / tokenizer_name(tokenizer))
@@ -275,6 +290,7 @@ def _write_index(
         "tokenizer_file": tokenizer_name(tokenizer),
         "trained": trained,
         "indexed": fields if format == "megatron" else None,
+        "unread": dict(unread),
     }
     write_atomic(out / "dataset.json", (json.dumps(index, indent=2) + "\n").encode())
 

@@ -12,6 +12,7 @@ from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.packing import Packs
 from llamax.data.prepare.chunks import SPLITS
 from llamax.data.prepare.pipeline import Prepared
+from llamax.data.prepare.unread import unread_names
 from llamax.data.token_file import Stream, TokenFile
 from llamax.runtime.errors import DataError
 
@@ -66,6 +67,11 @@ def describe_rows(made: Prepared) -> str:
     note = f", {dropped:,} with an empty answer dropped" if dropped > 0 else ""
     rate = made.inputs / made.seconds
     return f"{made.inputs:,} rows{note}, in {made.seconds:.1f} s: {rate:,.0f} rows/s"
+
+
+def describe_unread(made: Prepared) -> str:
+    """The columns and keys that were not read, in a line; empty if there are none."""
+    return f"not read: {unread_names(made.unread)}" if made.unread else ""
 
 
 def _describe_indexed(out: Path, key: str) -> Iterator[str]:

@@ -1,0 +1,72 @@
+"""What rows hold and the text of their samples does not: names of columns and keys, and counts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llamax.data.chat.templates import Sample, Template
+from llamax.runtime.errors import DataError
+
+MOST_NAMES = 20  # in a message
+
+
+class UnreadParts:
+    """Finds the parts of a sample that a template leaves out of the text."""
+
+    def __init__(self, template: Template) -> None:
+        self.template = template
+        self._ignored: dict[str, bool] = {}  # keys that the template does not name
+
+    def of(self, sample: Sample, text: str) -> list[str]:
+        """Names of the columns and keys that change nothing in ``text``, the sample's."""
+        found = list(sample.unread)
+        for name, value in sample.variables.items():
+            rest = {key: each for key, each in sample.variables.items() if key != name}
+            if value and self._same(sample, sample._replace(variables=rest)):
+                found.append(name)
+        if not self.template.chat:
+            return found
+        keys = dict.fromkeys(key for m in sample.messages for key, value in m.items() if value)
+        for key in keys:
+            if key not in ("role", "content") and self._ignores(key, sample):
+                found.append(f"messages[].{key}")
+        for number, message in enumerate(sample.messages):
+            content = (message.get("content") or "").strip()
+            if content and self.template.shielded(content) not in text:
+                other = [*sample.messages]
+                other[number] = {**message, "content": f"{message['content']}x"}
+                if self._same(sample, sample._replace(messages=other)):
+                    found.append(f"messages[].content of {message['role']}")
+        return list(dict.fromkeys(found))
+
+    def _ignores(self, key: str, sample: Sample) -> bool:
+        others = [{k: v for k, v in m.items() if k != key} for m in sample.messages]
+        if key in self.template.words:
+            return self._same(sample, sample._replace(messages=others))
+        if key not in self._ignored:
+            self._ignored[key] = self._same(sample, sample._replace(messages=others))
+        return self._ignored[key]
+
+    def _same(self, sample: Sample, other: Sample) -> bool:
+        """Whether two samples have the same text; False if the template refuses the other."""
+        text = self.template.text(sample)
+        try:
+            return self.template.text(other) == text
+        except DataError:
+            return False
+
+
+def unread_names(unread: Mapping[str, int]) -> str:
+    """The names of what was not read, the most frequent first, with their numbers of rows."""
+    ordered = sorted(unread.items(), key=lambda item: (-item[1], item[0]))
+    names = [f"{name} ({count:,} {'row' if count == 1 else 'rows'})" for name, count in ordered]
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+def unread_error(unread: Mapping[str, int]) -> DataError:
+    """The error for rows that hold something which is not read."""
+    return DataError(
+        f"not read: {unread_names(unread)}; remove these columns and keys, use a template that "
+        "reads them, or leave out `strict=True`"
+    )
