@@ -29,7 +29,7 @@ from pathlib import Path
 from llamax.checkpoint.lock import lock_abandoned, lock_folder
 from llamax.config.constants import LOCK_FILE
 from llamax.runtime.errors import CheckpointError, NoRoom, Terminated
-from llamax.runtime.files import NO_ROOM, new_file, sync_folder, sync_tree, write_atomic
+from llamax.runtime.files import NO_ROOM, new_file, show_free, sync_folder, sync_tree, write_atomic
 from llamax.runtime.logging import logger
 
 BUILDING = ".part-"  # OUT.part-0c5f...: the folder in which OUT is built
@@ -46,10 +46,9 @@ def explain_write_errors(path: Path, needed_bytes: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise CheckpointError(f"cannot write {path}: {error.strerror}") from None
-        free = shutil.disk_usage(path.parent).free
         raise NoRoom(
-            f"no room for {path} ({error.strerror}): {needed_bytes} bytes needed, {free} free; "
-            "make room or write elsewhere"
+            f"no room for {path} ({error.strerror}): {needed_bytes} bytes needed, "
+            f"{show_free(path.parent)}; make room or write elsewhere"
         ) from None
 
 

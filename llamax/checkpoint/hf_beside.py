@@ -23,7 +23,14 @@ from llamax.checkpoint.atomic import explain_write_errors, write_note
 from llamax.checkpoint.manifest import DONE
 from llamax.checkpoint.reader import Checkpoint
 from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
-from llamax.runtime.files import make_folder, new_file, read_file, same_file, sync_folder
+from llamax.runtime.files import (
+    make_folder,
+    new_file,
+    read_file,
+    same_file,
+    sync_folder,
+    sync_handle,
+)
 
 HUB, HUB_PART = "hub", "hub.part"
 DONE_WAIT_S = 60.0  # from the rename of a checkpoint until other ranks see its ``done``
@@ -72,7 +79,7 @@ def _write_share(
         hf_writer.write_tensor(source, part, tensor, offsets[tensor.name], buffers)
     for file in {tensor.file for tensor in share}:
         with open(part / file, "rb", opener=same_file) as written:
-            os.fsync(written.fileno())
+            sync_handle(written.fileno(), Path(written.name))
     sync_folder(part)
     return planned
 

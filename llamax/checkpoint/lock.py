@@ -21,6 +21,7 @@ from llamax.runtime.errors import CheckpointError, LinkError, NoRoom
 from llamax.runtime.files import NO_ROOM, same_file
 from llamax.runtime.logging import logger
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system
 TIMEOUT_S = 5.0  # a killed owner may take a moment to end
 
 
@@ -100,8 +101,10 @@ def _acquire(file: int, folder: Path, timeout_s: float) -> bool:
                 f"{folder} is in use by {owner}; wait for it, stop it, or choose another folder"
             ) from None
         except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
+            if error.errno not in NO_LOCKS:
+                raise CheckpointError(
+                    f"cannot lock {folder / LOCK_FILE}: {error.strerror}"
+                ) from None
             logger.warning(
                 "%s: the file system cannot lock files (%s); make sure that no other run writes "
                 "there",

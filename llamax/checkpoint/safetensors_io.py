@@ -35,7 +35,7 @@ from llamax.checkpoint.checksums import (
 )
 from llamax.checkpoint.runs import StridedCopy
 from llamax.runtime.errors import CheckpointError
-from llamax.runtime.files import new_file, same_file
+from llamax.runtime.files import new_file, same_file, sync_handle
 
 DTYPES = {
     "F64": torch.float64,
@@ -226,7 +226,7 @@ def write_safetensors(
                 at += len(view)
                 progress(len(view))
             blocks.end_block()
-        os.fsync(file.fileno())
+        sync_handle(file.fileno(), path)
     return WrittenFile(size, digest.hexdigest(), blocks.hexdigests())
 
 

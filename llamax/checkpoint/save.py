@@ -237,7 +237,8 @@ class Saver:
                     for one in chosen
                 ]
                 note.append({"file": [name, *written], "runs": runs})
-        sync_folder(folder)
+        with explain_write_errors(folder, 0):
+            sync_folder(folder)
         write_note(folder / f"rank-{mine}.json", json.dumps(note))
 
     def _withdraw(self, folder: Path, mine: str, error: BaseException, step: int) -> BaseException:

@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from llamax.data.token_file import GoOn, Header, TokenFile, Verify
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import new_file, refuse_link, sync_folder
+from llamax.runtime.files import new_file, refuse_link, sync_folder, sync_handle
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
@@ -275,4 +275,4 @@ def _lengths(file: TokenFile) -> Integers:
 
 def _sync(file: IO[bytes]) -> None:
     file.flush()
-    os.fsync(file.fileno())
+    sync_handle(file.fileno(), Path(file.name))

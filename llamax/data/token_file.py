@@ -33,7 +33,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import new_file, refuse_link, sync_folder
+from llamax.runtime.files import new_file, refuse_link, sync_folder, sync_handle
 
 MAGIC = b"llamax1\n"
 HEADER_BYTES = 4096
@@ -355,7 +355,7 @@ class TokenWriter:
         self._file.seek(0)
         self._file.write(self.header.to_bytes())
         self._file.flush()
-        os.fsync(self._file.fileno())
+        sync_handle(self._file.fileno(), Path(self._file.name))
 
     def _append(self, scratch: IO[bytes]) -> None:
         """Append a section that was collected in a file, then pad for the next section."""

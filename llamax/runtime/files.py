@@ -1,4 +1,4 @@
-"""Writing and reading files without following links, atomic writes, and checksums of files.
+"""Writing and reading files without following links, atomic writes, free space, and checksums.
 
 Run and output folders may be writable by others, so nothing in them is trusted: a link there could
 lead a write to any file of the user.  ``new_file`` and ``same_file`` are openers::
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import logging
+import multiprocessing
 import os
 import shutil
 import stat
@@ -21,6 +23,7 @@ from pathlib import Path
 from llamax.runtime.errors import LinkError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a file size limit
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without fsync
 
 
 def refuse_link(path: Path) -> None:
@@ -90,18 +93,48 @@ def write_atomic(path: Path, data: bytes) -> None:
         try:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync_handle(file.fileno(), partial)
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
+def sync_handle(handle: int, path: Path) -> None:
+    """Wait until the open file or folder ``path`` is on disk.
+
+    Where the file system cannot tell, a warning says so once.  Raises OSError with the path.
+    """
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        _warn_without_sync(os.fstat(handle).st_dev, f"{path}: {error.strerror}")
+
+
+_without_sync = set[int]()  # the devices of the file systems that the warning has named
+
+
+def _warn_without_sync(device: int, reason: str) -> None:
+    """Log once that a file system cannot sync: a warning of rank 0, an info line of other ranks."""
+    if device in _without_sync or multiprocessing.parent_process() is not None:
+        return
+    _without_sync.add(device)
+    logger = logging.getLogger("llamax")  # llamax.runtime.logging imports this module
+    quiet = any(handler.level > logging.INFO for handler in logger.handlers)
+    logger.log(
+        logging.INFO if quiet else logging.WARNING,
+        "cannot sync %s; what was just written there may be lost if the machine fails",
+        reason,
+    )
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(handle)
+        sync_handle(handle, folder)
     finally:
         os.close(handle)
 
@@ -110,12 +143,28 @@ def sync_tree(folder: Path) -> None:
     """Make a folder and all its files and folders survive a power cut."""
     for place, _, names in os.walk(folder):
         for name in names:
-            handle = os.open(os.path.join(place, name), os.O_RDONLY | os.O_NOFOLLOW)
+            path = Path(place, name)
+            handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
             try:
-                os.fsync(handle)
+                sync_handle(handle, path)
             finally:
                 os.close(handle)
         sync_folder(Path(place))
+
+
+def free_bytes(path: Path) -> int | None:
+    """The free bytes of a file system; None where it does not report them."""
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError:
+        return None
+    return usage.free if usage.total else None
+
+
+def show_free(path: Path) -> str:
+    """``123 free``, or ``free space unknown``."""
+    free = free_bytes(path)
+    return "free space unknown" if free is None else f"{free} free"
 
 
 def sha256(path: Path) -> str:

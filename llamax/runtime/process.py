@@ -23,11 +23,25 @@ REFUSALS = (
     errno.EACCES,
     errno.EEXIST,
     errno.EISDIR,
+    errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.ENOTDIR,
     errno.EPERM,
     errno.EROFS,
 )
+# Operations that a file system does not have.
+UNSUPPORTED = (errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV)
+# A file system, or a device, that fails or is gone.
+FAILURES = (
+    errno.EBUSY,
+    errno.EIO,
+    errno.ENOTCONN,
+    errno.EREMOTEIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+)
+# Those that an open file, which has no name here, may raise.
+UNNAMED = (errno.EIO, errno.ENOSYS, errno.EOPNOTSUPP, errno.EREMOTEIO, errno.ESTALE)
 
 Main = Callable[[Sequence[str]], int]
 
@@ -49,13 +63,31 @@ def run_main(main: Main, argv: Sequence[str] | None = None) -> int:
             where = f" for {error.filename}" if error.filename else ""
             print(f"llamax: no room{where}: {error.strerror}; make some", file=sys.stderr)
             return NoRoom.exit_code
-        if error.errno not in REFUSALS or error.filename is None:
+        text = describe_refusal(error)
+        if text is None:
             raise
-        print(f"llamax: cannot use {error.filename}: {error.strerror}", file=sys.stderr)
+        print(f"llamax: {text}", file=sys.stderr)
         return LlamaxError.exit_code
     except KeyboardInterrupt:
         print("llamax: interrupted", file=sys.stderr)
         return 130
+
+
+def describe_refusal(error: OSError) -> str | None:
+    """An error of the file system as a line; None for an error that is a defect of llamax."""
+    path = error.filename2 or error.filename
+    if path is None:
+        if error.errno not in UNNAMED:
+            return None
+        return f"a file or device failed: {error.strerror}; choose a folder on another file system"
+    if error.errno in UNSUPPORTED:
+        return (
+            f"cannot use {path}: {error.strerror}; its file system lacks an operation that llamax "
+            "needs, choose a folder on another one"
+        )
+    if error.errno in FAILURES:
+        return f"cannot use {path}: {error.strerror}; its file system or device failed"
+    return f"cannot use {path}: {error.strerror}" if error.errno in REFUSALS else None
 
 
 def summary(doc: str) -> str:

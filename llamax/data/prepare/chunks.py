@@ -13,7 +13,6 @@ import errno
 import hashlib
 import json
 import multiprocessing
-import shutil
 import signal
 import time
 from collections import Counter
@@ -36,7 +35,7 @@ from llamax.data.prepare.text_files import Source, documents
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import write_atomic
+from llamax.runtime.files import show_free, write_atomic
 from llamax.runtime.process import leave_with_parent
 
 SPLITS = ("train", "validation", "test")
@@ -330,8 +329,7 @@ def disk_space(folder: Path, needed_bytes: int) -> Iterator[None]:
             errno.EDQUOT,
         ):  # EFBIG is a limit on sizes, not a full disk
             raise
-        free = shutil.disk_usage(folder).free
         raise DataError(
-            f"{folder}: no space left: about {needed_bytes} bytes needed, {free} free; make room "
-            "or choose another `out`, then do the same again: finished parts are kept"
+            f"{folder}: no space left: about {needed_bytes} bytes needed, {show_free(folder)}; "
+            "make room or choose another `out`, then do the same again: finished parts are kept"
         ) from None

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from llamax.config.constants import DTYPE_BYTES, MASTER_BYTES, MOMENTS_BYTES
 from llamax.config.schema import Config
-from llamax.runtime.errors import BackendError
-from llamax.runtime.files import make_folder, new_file, read_file
+from llamax.runtime.errors import BackendError, LinkError
+from llamax.runtime.files import free_bytes, make_folder, new_file, read_file, sync_handle
 from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
+from llamax.tools.doctor.file_operations import check_operations
 from llamax.tools.doctor.finding import Finding, Host, passed, unknown
 from llamax.tools.plan.sizes import adapter_elements
 from llamax.training.resolve import ResolvedRun
@@ -38,7 +39,18 @@ LOCAL_KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs"
 
 def check(host: Host, folder: Path, nodes: int, wait_s: float) -> Iterator[Finding]:
     """Whether ``folder`` can be written and is the same one on ``nodes`` machines."""
-    if not folder.is_dir():
+    try:
+        is_here = folder.is_dir()
+    except OSError as error:  # a mount that is gone, a stale handle
+        yield Finding(
+            "error",
+            "storage",
+            f"{folder} cannot be read: {error.strerror}",
+            "checkpoints, logs and compiled programs go there",
+            f"mount it again: sudo umount -l {folder}, then sudo mount {folder}",
+        )
+        return
+    if not is_here:
         yield unknown("storage", f"{folder} is not here", "run doctor where it is mounted")
         return
     if not os.access(folder, os.W_OK):
@@ -61,6 +73,7 @@ def check(host: Host, folder: Path, nodes: int, wait_s: float) -> Iterator[Findi
         )
     else:
         yield passed("storage", f"{folder} is on {kind or 'a file system of unknown kind'}")
+    yield from check_operations(folder)
     yield from _beacons(folder, nodes, wait_s, socket.gethostname())
 
 
@@ -77,19 +90,26 @@ def file_system(host: Host, folder: Path) -> str:
 def _beacons(folder: Path, nodes: int, wait_s: float, me: str) -> Iterator[Finding]:
     """Wait for the beacons of the other nodes; compare their clocks with this one."""
     place = folder / BEACONS
-    make_folder(place)
+    beacon = place / f".{me}"
     limit = time.monotonic() + wait_s
     skew: dict[str, float] = {}
     while True:
-        beacon = place / f".{me}"
-        with open(beacon, "w", opener=new_file) as file:
-            file.write(json.dumps({"node": me, "time": time.time()}))
-        beacon.replace(place / f"{me}.json")
-        for path in place.glob("*.json"):
-            other = json.loads(read_file(path))
-            if abs(away := other["time"] - time.time()) < FRESH_S and other["node"] != me:
-                known = skew.get(other["node"], away)
-                skew[other["node"]] = min(known, away, key=abs)
+        try:
+            make_folder(place)
+            with open(beacon, "w", opener=new_file) as file:
+                file.write(json.dumps({"node": me, "time": time.time()}))
+            beacon.replace(place / f"{me}.json")
+        except OSError as error:
+            with suppress(OSError):
+                beacon.unlink()
+            yield unknown(
+                "shared",
+                f"{place} cannot be written: {error.strerror}",
+                "run doctor again when the file system allows it",
+            )
+            return
+        for node, away in _read_beacons(place, me):
+            skew[node] = min(skew.get(node, away), away, key=abs)
         if len(skew) >= nodes - 1 or time.monotonic() >= limit:
             break
         time.sleep(0.5)
@@ -113,6 +133,21 @@ def _beacons(folder: Path, nodes: int, wait_s: float, me: str) -> Iterator[Findi
         )
     elif skew and wait_s:
         yield passed("clock skew", f"below {SKEW_S:.0f} s")
+
+
+def _read_beacons(place: Path, me: str) -> Iterator[tuple[str, float]]:
+    """The fresh beacons of other nodes: the name of the node, and its clock minus this one in s.
+
+    A beacon that is empty, half written or not readable is skipped; its node writes it again.
+    """
+    for path in place.glob("*.json"):
+        try:
+            beacon = json.loads(read_file(path))
+            node, away = beacon["node"], float(beacon["time"]) - time.time()
+        except (OSError, LinkError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            continue
+        if isinstance(node, str) and node != me and abs(away) < FRESH_S:
+            yield node, away
 
 
 def checkpoint_bytes(config: Config) -> int:
@@ -149,6 +184,7 @@ def most_checkpoints(run: ResolvedRun) -> int:
 def disk(folder: Path, run: ResolvedRun, step_s: float | None) -> Iterator[Finding]:
     """Free space for the checkpoints that the run keeps, and the rate of writing them."""
     size, kept = checkpoint_bytes(run.config), most_checkpoints(run)
+    need = f"{kept} checkpoints of {show_bytes(size)}"
     every = run.config.checkpoint.every
     if not folder.is_dir():
         yield unknown(
@@ -157,21 +193,36 @@ def disk(folder: Path, run: ResolvedRun, step_s: float | None) -> Iterator[Findi
             f"run doctor where {folder} is mounted",
         )
         return
-    free = shutil.disk_usage(folder).free
-    need = f"{kept} checkpoints of {show_bytes(size)}, {show_bytes(free)} free in {folder}"
-    if kept * size > free:
+    free = free_bytes(folder)
+    if free is None:
+        yield Finding(
+            "warning",
+            "disk",
+            f"{need}; {folder} does not report its free space",
+            "a checkpoint that cannot be written ends the run",
+            "look up the quota of the storage, or lower checkpoint.keep",
+        )
+    elif kept * size > free:
         yield Finding(
             "error",
             "disk",
-            need,
+            f"{need}, {show_bytes(free)} free in {folder}",
             "a checkpoint that cannot be written ends the run",
             "enlarge the file system, or lower checkpoint.keep",
         )
     else:
-        yield passed("disk", need)
+        yield passed("disk", f"{need}, {show_bytes(free)} free in {folder}")
     if step_s is None or kept == 1 or not every:
         return
-    rate, needed = _write_rate(folder), size / (every * step_s)
+    try:
+        rate, needed = _write_rate(folder), size / (every * step_s)
+    except OSError as error:
+        yield unknown(
+            "write rate",
+            f"{folder} cannot be written: {error.strerror}",
+            "run doctor again when the file system allows it",
+        )
+        return
     rates = f"{show_bytes(needed)}/s needed on average, one process writes {show_bytes(rate)}/s"
     if needed > rate:
         yield Finding(
@@ -194,7 +245,7 @@ def _write_rate(folder: Path) -> float:
             for _ in range(PROBE_BYTES // len(data)):
                 file.write(data)
             file.flush()
-            os.fsync(file.fileno())
+            sync_handle(file.fileno(), path)
     finally:
         path.unlink(missing_ok=True)
     return PROBE_BYTES / (time.perf_counter() - start)

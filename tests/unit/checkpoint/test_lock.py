@@ -59,7 +59,10 @@ def test_a_folder_that_cannot_be_locked(
     monkeypatch.setattr(fcntl, "flock", cannot)
     with lock.lock_folder(tmp_path):
         assert "cannot lock files" in caplog.text
-    with pytest.raises(OSError, match="No locks"), lock.lock_folder(tmp_path):
+    with (
+        pytest.raises(CheckpointError, match=r"cannot lock .*: No locks"),
+        lock.lock_folder(tmp_path),
+    ):
         pass
     (tmp_path / "file").write_text("")
     with (

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.mounts import lack
 
 from llamax.checkpoint.atomic import new_folder
 from llamax.runtime.errors import CheckpointError, NoRoom, Terminated
@@ -25,6 +26,16 @@ def build(out: Path, name: str = "new") -> None:
 
 def names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM, errno.EIO])
+def test_a_file_system_that_cannot_rename_folders_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    lack(monkeypatch, "rename folders", tmp_path, code)
+    with pytest.raises(CheckpointError, match=f"cannot write .*out: {os.strerror(code)}"):
+        build(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def killed(out: Path) -> Path:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import support.checkpoints as worlds
 import torch
+from support.mounts import lack
 from support.saving import disk_full, save_step, saver
 
 from llamax.checkpoint import (
@@ -42,6 +43,32 @@ def test_a_replacement_that_dies_half_way_is_undone(
             mine.wait()
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     Checkpoint(tmp_path / "step-00000001").verify()
+
+
+@pytest.mark.parametrize("operation", ["rename folders", "rename"])
+def test_a_file_system_that_cannot_rename_is_one_line(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    mine = saver(tmp_path, rank)
+    lack(monkeypatch, operation, tmp_path)
+    save_step(mine, rank, 1)
+    with pytest.raises(CheckpointError, match=r"cannot write .*Function not implemented; step 1"):
+        mine.wait()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_without_sync_of_folders_is_whole(
+    tmp_path: Path, rank: worlds.Rank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lack(monkeypatch, "sync folders", tmp_path)
+    mine = saver(tmp_path, rank)
+    save_step(mine, rank, 1)
+    mine.wait()
+    Checkpoint(tmp_path / "step-00000001").verify()
+    lack(monkeypatch, "sync folders", tmp_path, errno.EIO)
+    save_step(mine, rank, 2)
+    with pytest.raises(CheckpointError, match=r"cannot write .*Input/output error; step 2 is not"):
+        mine.wait()
 
 
 def test_leftovers_are_swept_at_the_start(tmp_path: Path, rank: worlds.Rank) -> None:

@@ -1,14 +1,18 @@
-"""Files and folders are written and read without following a link."""
+"""Files and folders are written and read without following a link; file systems without sync."""
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.mounts import lack
 
+from llamax.runtime import files
 from llamax.runtime.errors import LinkError
 from llamax.runtime.files import (
     copy_file,
@@ -121,3 +125,37 @@ def test_files_that_are_no_link(tmp_path: Path, target: Path) -> None:
         read_file(tmp_path / "missing")
     refuse_link(tmp_path / "missing")
     sync_tree(tmp_path)
+
+
+@pytest.mark.parametrize("operation", ["sync folders", "sync"])
+def test_a_file_system_without_sync_is_named_once(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    operation: str,
+) -> None:
+    logging.getLogger("llamax").propagate = True
+    monkeypatch.setattr(files, "_without_sync", set())
+    lack(monkeypatch, operation, tmp_path)
+    for text in (b"first", b"second"):
+        files.write_atomic(tmp_path / "note", text)
+        assert (tmp_path / "note").read_bytes() == text
+    files.sync_tree(tmp_path)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert f"cannot sync {tmp_path}" in record.message
+
+
+def test_a_sync_that_fails_names_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lack(monkeypatch, "sync folders", tmp_path, errno.EIO)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        files.write_atomic(tmp_path / "note", b"text")
+    assert caught.value.filename == str(tmp_path)
+
+
+def test_free_space_that_is_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert files.show_free(tmp_path).split()[1:] == ["free"]
+    assert files.free_bytes(tmp_path / "none") is None
+    lack(monkeypatch, "report free space", tmp_path)
+    assert files.free_bytes(tmp_path) is None
+    assert files.show_free(tmp_path) == "free space unknown"

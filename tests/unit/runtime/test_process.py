@@ -119,3 +119,33 @@ def test_no_room_is_one_line(
     assert run_main(main, []) == NoRoom.exit_code
     line = f"llamax: no room{about}: No space left on device; make some\n"
     assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize(
+    ("code", "hint"),
+    [
+        *((code, "lacks an operation") for code in ("ENOSYS", "EINVAL", "EOPNOTSUPP", "EXDEV")),
+        *((code, "file system or device failed") for code in ("ESTALE", "EIO", "ENOTCONN")),
+    ],
+)
+def test_errors_of_a_file_system_are_one_line(
+    code: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    number = getattr(errno, code)
+    reason = os.strerror(number)
+    assert fails(OSError(number, reason, "run/.part", None, "run/config.toml")) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"llamax: cannot use run/config.toml: {reason}; ")
+    assert hint in line
+    assert line.count("\n") == 1
+
+
+@pytest.mark.parametrize("code", ["EIO", "ENOSYS", "ESTALE"])
+def test_an_open_file_that_fails_is_one_line(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    number = getattr(errno, code)
+    assert fails(OSError(number, os.strerror(number))) == 2
+    assert capsys.readouterr().err.startswith(
+        f"llamax: a file or device failed: {os.strerror(number)}; "
+    )
+    with pytest.raises(OSError, match="Invalid argument"):  # without a path: a defect
+        fails(OSError(errno.EINVAL, "Invalid argument"))

@@ -32,8 +32,12 @@ def test_storage_is_shared_or_not(tmp_path: Path) -> None:
     lustre = mounts(tmp_path, "lustre", folder)
     assert storage.file_system(lustre, folder) == "lustre"
     assert storage.file_system(lustre, tmp_path) == "ext4"
-    assert levels(storage.check(lustre, folder, 1, 0)) == {"storage": "ok"}
-    assert levels(storage.check(lustre, folder, 2, 0)) == {"storage": "ok", "shared": "unknown"}
+    assert levels(storage.check(lustre, folder, 1, 0)) == {"storage": "ok", "file system": "ok"}
+    assert levels(storage.check(lustre, folder, 2, 0)) == {
+        "storage": "ok",
+        "file system": "ok",
+        "shared": "unknown",
+    }
     private = mounts(tmp_path, "xfs", folder)
     assert levels(storage.check(private, folder, 2, 0))["storage"] == "error"
     if os.geteuid() != 0:
