@@ -10,7 +10,7 @@ from llamax.cli.options import column, command
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.pipeline import prepare
 from llamax.data.prepare.row_samples import FIELDS
-from llamax.data.prepare.summary import describe, describe_rows, describe_unread
+from llamax.data.prepare.summary import describe, describe_files, describe_rows, describe_unread
 from llamax.runtime.logging import setup_logging
 
 
@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="VOCAB",
         help="number of pieces of a tokenizer to train on the inputs",
     )
-    p.add_argument("--key", default="text", help="JSONL: key of the text (%(default)s)")
+    p.add_argument("--key", default="text", help="rows: key or column of the text (%(default)s)")
     p.add_argument(
         "--glob", action="append", metavar="PATTERN", help="folders: names to take, e.g. '*.py'"
     )
@@ -170,6 +170,7 @@ def main(argv: Sequence[str]) -> int:
         strict=options.strict,
     )
     print(describe(made.folder, options.length))
+    print(describe_files(made))
     if options.template:
         print(describe_rows(made))
     if made.unread:

@@ -22,8 +22,8 @@ from llamax.checkpoint.peft import is_adapter
 from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
 from llamax.config.schema import Config, DataConfig, ParallelConfig
 from llamax.config.validate import check
+from llamax.data.prepare.file_kinds import Row
 from llamax.data.prepare.row_samples import check_fields
-from llamax.data.prepare.tables import Row
 from llamax.inference.engine import Completion, Engine, LoadedModel, Show, open_model
 from llamax.inference.prompts import Prompt, PromptFormat, read_prompts
 from llamax.inference.sampling import Sampling, check_prompts

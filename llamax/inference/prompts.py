@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 from llamax.data.chat.encode import Encoder
 from llamax.data.chat.templates import Template, make_sample, source_of, unused
+from llamax.data.prepare.file_kinds import Row, kind_of
 from llamax.data.prepare.row_samples import read_sample
-from llamax.data.prepare.tables import Row, kind_of, plan_tables, read_rows
+from llamax.data.prepare.tables import plan_tables, read_rows
 from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.errors import ConfigError, DataError
 

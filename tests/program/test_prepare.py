@@ -21,7 +21,7 @@ from llamax.cli.prepare import main
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
-from llamax.data.prepare import chunks, text_files
+from llamax.data.prepare import chunks, file_kinds, text_files
 from llamax.data.prepare.summary import unigram_entropy
 from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
@@ -86,7 +86,7 @@ def test_workers_and_formats_change_no_byte(
         file.write("\n".join(rows))
     made = {}
     for name, size in (("rows.jsonl", 2**22), ("rows.jsonl", 50_000), ("packed.jsonl.gz", 2**22)):
-        monkeypatch.setattr(text_files, "CHUNK_BYTES", size)
+        monkeypatch.setattr(file_kinds, "CHUNK_BYTES", size)
         for workers in (1, 2):
             out = tmp_path / f"{name}-{size}-{workers}"
             made[out] = run(out, tmp_path / name, "--key", "body", "--tokenizer", tokenizer,
@@ -137,8 +137,8 @@ def test_it_trains_a_tokenizer_and_finds_it_again(
 def test_a_kill_loses_nothing(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     """Killed again and again, at any moment, it ends with the bytes of an undisturbed run."""
     code = (
-        "import sys; from llamax.cli import prepare; from llamax.data.prepare import text_files; "
-        "text_files.CHUNK_BYTES = 30_000\n"
+        "import sys; from llamax.cli import prepare; from llamax.data.prepare import file_kinds; "
+        "file_kinds.CHUNK_BYTES = 30_000\n"
         "if __name__ == '__main__': sys.exit(prepare.main(sys.argv[1:]))"
     )
     program = tmp_path / "program.py"
@@ -199,7 +199,7 @@ def test_a_worker_that_dies_is_reported(tokenizer: Path, text: Path, tmp_path: P
 def test_finished_parts_are_not_made_again(
     text: Path, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_files, "CHUNK_BYTES", 30_000)
+    monkeypatch.setattr(file_kinds, "CHUNK_BYTES", 30_000)
     (text / "zz.py").write_bytes(b"\xff")
     args = [text, "--glob", "*.py", "--tokenizer", tokenizer, "--workers", 1]
     with pytest.raises(DataError, match=r"zz\.py"):
@@ -255,7 +255,7 @@ def test_bad_text(tokenizer: Path, tmp_path: Path, name: str, content: bytes, wo
 def test_a_row_far_into_a_file_has_its_line_number(
     tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_files, "CHUNK_BYTES", 100)
+    monkeypatch.setattr(file_kinds, "CHUNK_BYTES", 100)
     for line in (1, 2, 7, 8, 50, 99, 100):
         rows = [ROW] * 100
         rows[line - 1] = "{bad}\n"
@@ -268,7 +268,7 @@ def test_a_row_far_into_a_file_has_its_line_number(
 def test_a_worker_reports_a_mistake(
     tokenizer: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text_files, "CHUNK_BYTES", 30_000)
+    monkeypatch.setattr(file_kinds, "CHUNK_BYTES", 30_000)
     refused(r"image\.png: byte 0 is not UTF-8", text, "--tokenizer", tokenizer, "--workers", 2,
             out=tmp_path / "out")  # fmt: skip
 

@@ -17,7 +17,7 @@ from support.instruction import ROWS, llama2_tokenizer, llama3_tokenizer, prepar
 
 from llamax.cli.prepare import main
 from llamax.data.dataset import open_dataset
-from llamax.data.prepare import text_files
+from llamax.data.prepare import file_kinds
 from llamax.data.prepare.tables import plan_tables
 from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.tokenizer import load_tokenizer
@@ -95,7 +95,7 @@ def test_every_kind_of_table_gives_the_same_bytes(
         pass
     made = {}
     for size in (2**20, 300):
-        monkeypatch.setattr(text_files, "CHUNK_BYTES", size)
+        monkeypatch.setattr(file_kinds, "CHUNK_BYTES", size)
         for name in names:
             out = prepare(tmp_path / f"{name}-{size}", tmp_path / name, "--template", "dolly",
                           "--tokenizer", tokenizer, "--validation", "0.2")  # fmt: skip

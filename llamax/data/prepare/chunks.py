@@ -31,6 +31,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from llamax.data.megatron import indexed_prefix, write_indexed
+from llamax.data.prepare.tables import RowRange
 from llamax.data.prepare.text_files import Source, documents
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -40,6 +41,7 @@ from llamax.runtime.process import leave_with_parent
 
 SPLITS = ("train", "validation", "test")
 BATCH_CHARACTERS = 2**20
+LEAST_HELD_OUT = 200  # characters, of an only text
 
 
 class Encoded(NamedTuple):
@@ -64,6 +66,9 @@ class Chunk(Protocol):
     def size(self) -> int: ...
     @property
     def size_bytes(self) -> int: ...
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The kind of each file, "rows" or "text", by its path."""
 
 
 class Settings(Protocol):
@@ -104,19 +109,27 @@ def header_of(settings: Settings, tokenizer: Tokenizer) -> Header:
 
 @dataclass(frozen=True)
 class TextChunk:
-    """A chunk of text files and rows of text."""
+    """A chunk of text files and rows of text; ``only``: one text, of which the end is held out."""
 
-    sources: tuple[Source, ...]
+    sources: tuple[Source | RowRange, ...]
+    only: bool = False
 
     unit = "B"
 
     @property
     def size(self) -> int:
-        return sum(source.stop - source.start for source in self.sources)
+        return sum(source.size_bytes for source in self.sources)
 
     @property
     def size_bytes(self) -> int:
         return self.size
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        return {
+            source.path: "rows" if isinstance(source, RowRange) or source.rows else "text"
+            for source in self.sources
+        }
 
 
 @dataclass(frozen=True)
@@ -131,21 +144,49 @@ class TextSettings:
 
     def name(self, number: int, chunk: TextChunk) -> str:
         """The name of a part: equal names, equal bytes."""
-        return part_name(number, asdict(self), [asdict(source) for source in chunk.sources])
+        return part_name(
+            number, asdict(self), [asdict(source) for source in chunk.sources], chunk.only
+        )
 
     def encode(self, chunk: TextChunk, tokenizer: Tokenizer) -> Iterator[Encoded]:
         """The documents of a chunk, about BATCH_CHARACTERS at a time, each between BOS and EOS."""
         header = header_of(self, tokenizer)
         bos = np.array([] if header.bos_id is None else [header.bos_id], np.uint32)
         eos = np.array([] if header.eos_id is None else [header.eos_id], np.uint32)
-        for texts in _batches(documents(chunk.sources, self.key)):
+        unread: Counter[str] = Counter()
+        for batch in _batches(split_documents(chunk, self, unread)):
+            texts = [text for text, _ in batch]
             raw = [text.encode() for text in texts]
-            held_out = [is_validation(text, self.validation) for text in raw]
+            held_out = [held for _, held in batch]
             ids = [np.concatenate([bos, body, eos]) for body in tokenizer.encode_documents(texts)]
             for split, wanted in (("train", False), ("validation", True)):
                 chosen = [i for i, held in enumerate(held_out) if held is wanted]
                 text_bytes = sum(len(raw[i]) for i in chosen)
                 yield Encoded(split, [ids[i] for i in chosen], None, text_bytes)
+        yield Encoded("train", [], None, 0, unread)
+
+
+def split_documents(
+    chunk: TextChunk, settings: TextSettings, unread: Counter[str]
+) -> Iterator[tuple[str, bool]]:
+    """The documents of a chunk, and whether each belongs to the validation split.
+
+    Of an only text the end is a document of the validation split, from a line break or a space on.
+    """
+    for text in documents(chunk.sources, settings.key, unread):
+        held = round(len(text) * settings.validation)
+        if not chunk.only:
+            yield text, is_validation(text.encode(), settings.validation)
+        elif held < LEAST_HELD_OUT:
+            yield text, False
+        else:
+            cut = len(text) - held
+            for mark in "\n ":
+                if (place := text.rfind(mark, max(0, cut - held), cut)) >= 0:
+                    cut = place + 1
+                    break
+            yield text[:cut], False
+            yield text[cut:], True
 
 
 def is_validation(text: bytes, fraction: float) -> bool:
@@ -190,6 +231,12 @@ def make_part(
     return made
 
 
+def files_by_kind(chunks: Sequence[Chunk]) -> Mapping[str, int]:
+    """The number of files of each kind that chunks are made of."""
+    kinds = {path: kind for chunk in chunks for path, kind in chunk.files.items()}
+    return Counter(kinds.values())
+
+
 def unread_in(parts: Sequence[Path]) -> Counter[str]:
     """The names of what was not read in parts, with their numbers of rows."""
     total: Counter[str] = Counter()
@@ -198,13 +245,13 @@ def unread_in(parts: Sequence[Path]) -> Counter[str]:
     return total
 
 
-def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
-    """Non-empty texts, about BATCH_CHARACTERS at a time."""
-    batch: list[str] = []
+def _batches(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    """Non-empty texts with their splits, about BATCH_CHARACTERS at a time."""
+    batch: list[tuple[str, bool]] = []
     held = 0
-    for text in texts:
+    for text, held_out in texts:
         if text:
-            batch.append(text)
+            batch.append((text, held_out))
             held += len(text)
         if held > BATCH_CHARACTERS:
             yield batch

@@ -18,7 +18,7 @@ special token).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from llamax.data.chat.encode import Encoder
@@ -133,4 +133,8 @@ class RowChunk:
 
     @property
     def size_bytes(self) -> int:
-        return 0 if self.rows.kind == "parquet" else self.rows.stop - self.rows.start
+        return self.rows.size_bytes
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        return {self.rows.path: "rows"}

@@ -36,11 +36,12 @@ from llamax.data.prepare.chunks import (
     TextChunk,
     TextSettings,
     disk_space,
+    files_by_kind,
     header_of,
-    is_validation,
     join_parts,
     join_parts_to_megatron,
     make_parts,
+    split_documents,
     tokenizer_in,
     unread_in,
 )
@@ -51,7 +52,7 @@ from llamax.data.prepare.instruction_rows import (
 )
 from llamax.data.prepare.row_samples import check_fields
 from llamax.data.prepare.tables import is_hub_name, plan_tables
-from llamax.data.prepare.text_files import documents, plan
+from llamax.data.prepare.text_files import is_only_text, plan
 from llamax.data.prepare.unread import unread_error
 from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.tokenizer import (
@@ -78,6 +79,8 @@ class Prepared:
     documents: int
     seconds: float
     unread: Mapping[str, int]  # columns and keys that are not in the text, with numbers of rows
+    taken: Mapping[str, int]  # numbers of files by kind, "rows" and "text"
+    left: Sequence[str]  # files that were not taken
 
 
 def prepare(
@@ -167,6 +170,7 @@ def prepare(
             purpose = "text" if template else "rows, which `template` asks for"
             raise DataError(f"`{name}` is for {purpose}; leave it out")
     out, parts_folder = Path(out), Path(out) / ".parts"
+    left: list[str] = []  # files that are not taken
     chunks: list[Chunk]
     draft: Settings
     special = format == "llamax"  # the Megatron format adds no special tokens by default
@@ -181,15 +185,17 @@ def prepare(
         chunks = [
             RowChunk(rows, split_name)
             for split_name, paths, chosen in tables
-            for rows in plan_tables([str(path) for path in paths], chosen, limit, parts_folder)
+            for rows in plan_tables(
+                [str(path) for path in paths], chosen, limit, parts_folder, left
+            )
         ]
         source = _template_source(template, system)
         columns = tuple(sorted(fields.items()))
         share = 0.0 if validation_files else validation
         draft = InstructSettings("", template, source, columns, system, share, bos, eos, drop_empty)
     else:
-        files = plan(sources, [*glob] or ["*"], exclude, out.resolve())
-        chunks = [TextChunk(chunk) for chunk in files]
+        files = plan(sources, [*glob] or ["*"], exclude, out.resolve(), key, left)
+        chunks = [TextChunk(chunk, is_only_text(files)) for chunk in files]
         draft = TextSettings("", key, validation, bos, eos)
     _make_folder(parts_folder)
     path = (
@@ -224,8 +230,9 @@ def prepare(
             raise unread_error(unread)
     shutil.rmtree(parts_folder)
     size = sum(chunk.size for chunk in chunks)
+    documents, seconds = _count(out, key, format), time.perf_counter() - began
     return Prepared(
-        out, size, chunks[0].unit, _count(out, key, format), time.perf_counter() - began, unread
+        out, size, chunks[0].unit, documents, seconds, unread, files_by_kind(chunks), left
     )
 
 
@@ -383,5 +390,7 @@ def _training_texts(chunks: Sequence[Chunk], settings: Settings) -> Iterable[str
         return chain.from_iterable(training_texts(chunk, settings) for chunk in rows)
     assert isinstance(settings, TextSettings)
     text_chunks = (chunk for chunk in chunks if isinstance(chunk, TextChunk))
-    found = chain.from_iterable(documents(chunk.sources, settings.key) for chunk in text_chunks)
-    return (text for text in found if not is_validation(text.encode(), settings.validation))
+    found = chain.from_iterable(
+        split_documents(chunk, settings, Counter()) for chunk in text_chunks
+    )
+    return (text for text, held_out in found if not held_out)

@@ -18,9 +18,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamax.data.chat.templates import RESERVED, Message, Sample, Template, make_sample
+from llamax.data.prepare.file_kinds import Row
 from llamax.runtime.errors import DataError
-
-Row = dict[str, Any]
 
 # A field is the first of these columns with a value, unless ``fields`` names another.
 FIELDS = {

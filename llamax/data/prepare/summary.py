@@ -12,7 +12,7 @@ from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.packing import Packs
 from llamax.data.prepare.chunks import SPLITS
 from llamax.data.prepare.pipeline import Prepared
-from llamax.data.prepare.unread import unread_names
+from llamax.data.prepare.unread import MOST_NAMES, unread_names
 from llamax.data.token_file import Stream, TokenFile
 from llamax.runtime.errors import DataError
 
@@ -67,6 +67,19 @@ def describe_rows(made: Prepared) -> str:
     note = f", {dropped:,} with an empty answer dropped" if dropped > 0 else ""
     rate = made.inputs / made.seconds
     return f"{made.inputs:,} rows{note}, in {made.seconds:.1f} s: {rate:,.0f} rows/s"
+
+
+def describe_files(made: Prepared) -> str:
+    """How many files were taken, and the names of those that were left."""
+    count = sum(made.taken.values())
+    kinds = ", ".join(f"{number:,} of {kind}" for kind, number in sorted(made.taken.items()))
+    line = f"took {count:,} {'file' if count == 1 else 'files'}"
+    line += f" ({kinds})" if len(made.taken) > 1 else ""
+    if made.left:
+        names = [Path(name).name + "/" * name.endswith("/") for name in made.left]
+        line += f", left {len(names):,}: {', '.join(names[:MOST_NAMES])}"
+        line += f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+    return line
 
 
 def describe_unread(made: Prepared) -> str:

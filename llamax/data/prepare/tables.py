@@ -17,7 +17,6 @@ kept as JSONL beside the parts.  Local JSONL, JSON and CSV need only Python.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import re
@@ -27,20 +26,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from llamax.data.prepare import text_files
-from llamax.data.prepare.text_files import MARK, decode, unreadable
+from llamax.data.prepare import file_kinds
+from llamax.data.prepare.file_kinds import (
+    Row,
+    decode,
+    has_row_per_line,
+    is_packed,
+    kind_of,
+    one_list,
+    open_file,
+    refuse_packed,
+    unreadable,
+)
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file
 
-Row = dict[str, Any]
-KINDS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
 DELIMITERS = {"csv": ",", "tsv": "\t", "csv;": ";", "csv\t": "\t", "csv|": "|"}
 SLICE = re.compile(r"(\w+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
@@ -63,6 +63,11 @@ class RowRange:
     version: str
     skip: int = 0
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the range; of row groups, whose size is not known, none."""
+        return 0 if self.kind == "parquet" else self.stop - self.start
+
     def slice(self, start: int, stop: int) -> RowRange | None:
         """The rows of this range that are among rows start:stop of the file; None if none are."""
         low, high = max(self.first, start), min(self.first + self.count, stop)
@@ -72,22 +77,33 @@ class RowRange:
 
 
 def plan_tables(
-    inputs: Sequence[str], split: str = "", limit: int = 0, scratch: Path = Path()
+    inputs: Sequence[str],
+    split: str = "",
+    limit: int = 0,
+    scratch: Path = Path(),
+    left: list[str] | None = None,
 ) -> list[RowRange]:
     """The ranges of rows of all inputs, in the order given; the files of a folder are sorted.
 
     ``split``: a name and perhaps a slice of all rows (``train[:10%]``); in a folder it chooses
     files by name.  ``limit``: the number of rows to take; 0: all.  ``scratch``: folder for rows
-    from the Hub.  Raises DataError for an input that is missing or cannot be read, and if no row is
-    left.
+    from the Hub; ``left``: receives the files of folders that are not taken.  Raises DataError for
+    an input that is missing or cannot be read, and if no row is left.
     """
     name, bounds = parse_split(split)
     ranges: list[RowRange] = []
     for source in inputs:
         path = Path(source)
         if path.is_dir():
-            paths = [each for each in sorted(path.rglob("*")) if kind_of(each)]
+            files = [
+                each
+                for each in sorted(path.rglob("*"))
+                if each.is_file() and not any(p[0] == "." for p in each.relative_to(path).parts)
+            ]
+            paths = [each for each in files if kind_of(each)]
             chosen = [each for each in paths if name in each.name.split(".")[0]] if name else paths
+            if left is not None:
+                left += [str(each) for each in files if each not in chosen]
             if not chosen:
                 found = ", ".join(each.name for each in paths[:8]) or "none"
                 raise DataError(
@@ -95,6 +111,7 @@ def plan_tables(
                     f"{found}); give JSONL, JSON, CSV or Parquet"
                 )
         elif path.is_file():
+            refuse_packed(path)
             if not kind_of(path):
                 raise DataError(
                     f"{path}: is not a table of rows; give a .jsonl, .json, .csv, .tsv or .parquet"
@@ -152,11 +169,6 @@ def parse_split(text: str) -> tuple[str, Callable[[int], tuple[int, int]]]:
     return match[1] if match else "", bounds
 
 
-def kind_of(path: Path) -> str:
-    """The kind of table, by the file's name; empty if it is not a table."""
-    return KINDS.get(Path(path.name.removesuffix(".gz")).suffix.lower(), "")
-
-
 def from_hub(name: str, split: str, scratch: Path) -> Path:
     """Download the rows of a Hub dataset into a JSONL file; DataError if that fails."""
     try:
@@ -190,7 +202,7 @@ def scan(path: Path) -> Iterator[RowRange]:
     kind, stat = kind_of(path), path.stat()
     version = f"{stat.st_size}-{stat.st_mtime_ns}"
     if kind == "json":
-        kind = "jsonl" if _is_lines(path) else kind
+        kind = "jsonl" if has_row_per_line(path) else kind
     if kind == "parquet":
         about, first = _parquet(path).metadata, 0
         for group in range(about.num_row_groups):
@@ -199,19 +211,19 @@ def scan(path: Path) -> Iterator[RowRange]:
             first += count
         return
     if kind == "json":
-        yield RowRange(str(path), kind, 0, stat.st_size, 0, len(_table(path)), version)
+        yield RowRange(str(path), kind, 0, stat.st_size, 0, len(json_rows(path)), version)
         return
-    whole = path.name.endswith(".gz")  # reading on from the middle would unpack all before it
+    whole = is_packed(path)  # reading on from the middle would unpack all before it
     start = stop = first = count = 0
     try:
         if kind == "csv":
             kind += _separator(path)
-        with _open(path) as file:
+        with open_file(path) as file:
             edges = _edges(file, kind)
             if kind != "jsonl":
                 _, start = next(edges, (0, 0))
             for begin, end in edges:
-                if count and begin - start >= text_files.CHUNK_BYTES and not whole:
+                if count and begin - start >= file_kinds.CHUNK_BYTES and not whole:
                     yield RowRange(str(path), kind, start, begin, first, count, version)
                     start, first, count = begin, first + count, 0
                 count, stop = count + 1, end
@@ -249,22 +261,9 @@ def _edges(file: IO[bytes], kind: str) -> Iterator[tuple[int, int]]:
 
 def _separator(path: Path) -> str:
     """The separator in the head of a CSV if it is not a comma; otherwise empty."""
-    with _open(path) as file:
+    with open_file(path) as file:
         head = next((line for line in file if line.strip()), b"")
     return "" if b"," in head else next((mark for mark in ";\t|" if mark.encode() in head), "")
-
-
-def _is_lines(path: Path) -> bool:
-    """Whether a .json file has an object per line, as JSONL has."""
-    with _open(path) as file:
-        lines = [
-            line for line, _ in zip((line for line in file if line.strip()), "ab", strict=False)
-        ]
-    try:
-        first = json.loads(lines[0].removeprefix(MARK.encode())) if lines else None
-    except (ValueError, RecursionError):
-        return False
-    return isinstance(first, dict) and (len(lines) > 1 or not _one_list(first))
 
 
 # ---- the rows
@@ -289,7 +288,7 @@ def read_rows(rows: RowRange) -> Iterator[tuple[str, Row]]:
 
 
 def _lines(rows: RowRange) -> Iterator[Any]:
-    with _open(Path(rows.path)) as file:
+    with open_file(Path(rows.path)) as file:
         file.seek(rows.start)
         at = rows.start
         for line in file:
@@ -302,7 +301,7 @@ def _lines(rows: RowRange) -> Iterator[Any]:
 
 
 def _array(rows: RowRange) -> Iterator[Any]:
-    yield from _table(Path(rows.path))
+    yield from json_rows(Path(rows.path))
 
 
 def _csv(rows: RowRange) -> Iterator[Any]:
@@ -313,7 +312,7 @@ def _csv(rows: RowRange) -> Iterator[Any]:
         text = decode(raw, rows.path, start)
         yield from csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
 
-    with _open(Path(rows.path)) as file:
+    with open_file(Path(rows.path)) as file:
         begin, stop = next(_edges(file, rows.kind))
         file.seek(begin)
         head = next(records(file.read(stop - begin), begin))
@@ -351,27 +350,15 @@ def _parquet(path: Path) -> Any:
         raise DataError(f"{path}: is not Parquet ({' '.join(str(error).split())[:120]})") from None
 
 
-def _table(path: Path) -> list[Any]:
+def json_rows(path: Path) -> list[Any]:
     """The rows of a JSON file: a list, or an object that holds one list."""
     try:
-        with _open(path) as file:
+        with open_file(path) as file:
             found = json.loads(decode(file.read(), str(path), 0))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: is not JSON ({error}); correct it") from None
     if isinstance(found, dict):
-        found = _one_list(found)
+        found = one_list(found)
     if not isinstance(found, list):
         raise DataError(f"{path}: is neither a list of rows nor an object with one; use JSONL")
     return found
-
-
-def _one_list(table: Row) -> list[Any] | None:
-    """The only list among the values of a JSON object; None if there is none, or if it is a row."""
-    if "messages" in table or "conversations" in table:
-        return None
-    lists = [value for value in table.values() if isinstance(value, list)]
-    return lists[0] if len(lists) == 1 else None
-
-
-def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.name.endswith(".gz") else path.open("rb")  # type: ignore[return-value]

@@ -1,7 +1,7 @@
-"""Documents in files, folders and JSONL rows, cut into chunks of similar size.
+"""Documents in files, folders and rows, cut into chunks of similar size.
 
-A text file is one document; a JSONL file has one per row.  ``plan`` lists the chunks without
-reading: small files share a chunk, a larger JSONL is cut into ranges of bytes.  A row belongs to
+A text file is one document; JSONL and tables have one per row.  ``plan`` lists the chunks: small
+files share a chunk, a larger JSONL is cut into ranges of bytes.  A row belongs to
 the chunk in which it begins, so chunks can be read independently, in any order, and together give
 every row once::
 
@@ -11,41 +11,55 @@ every row once::
 from __future__ import annotations
 
 import fnmatch
-import gzip
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from llamax.data.prepare import file_kinds
+from llamax.data.prepare.file_kinds import (
+    Row,
+    decode,
+    has_row_per_line,
+    is_packed,
+    kind_of,
+    open_file,
+    refuse_packed,
+    unreadable,
+)
+from llamax.data.prepare.tables import RowRange, json_rows, read_rows, scan
 from llamax.runtime.errors import DataError
 
-CHUNK_BYTES = 2**20  # at least
 MOST_CHUNKS = 4096
-ROWS = (".jsonl", ".ndjson")
-MARK = "\ufeff"  # byte order mark
 
 
 @dataclass(frozen=True)
 class Source:
-    """Bytes start:stop of a file; ``version`` changes when the file does."""
+    """Bytes start:stop of a file; ``version`` changes when the file does.
+
+    ``rows``: whether it has a JSON object per line.
+    """
 
     path: str
     start: int
     stop: int
     version: str
+    rows: bool = False
 
     @property
     def packed(self) -> bool:
-        return self.path.endswith(".gz")
+        return is_packed(Path(self.path))
 
     @property
-    def rows(self) -> bool:
-        return self.path.removesuffix(".gz").endswith(ROWS)
+    def size_bytes(self) -> int:
+        return self.stop - self.start
 
 
-Chunk = tuple[Source, ...]
+Chunk = tuple[Source | RowRange, ...]
 
 
 def plan(
@@ -53,103 +67,179 @@ def plan(
     glob: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     out: Path | None = None,
+    key: str = "text",
+    left: list[str] | None = None,
 ) -> list[Chunk]:
     """The chunks of all inputs, in the order given, folders sorted.
 
     ``glob``: patterns of file names to take from folders; ``exclude``: patterns of file and folder
-    names to skip in folders; ``out``: a resolved path below which nothing is read.  Raises
+    names to skip in folders; ``out``: a resolved path below which nothing is read; ``key``: column
+    of the text in tables; ``left``: receives the files of folders that are not taken.  Raises
     DataError for an input that is missing or cannot be read, and if there is no text.
     """
-    files = [(path, path.stat()) for path in _files(inputs, glob, exclude, out)]
-    size = max(CHUNK_BYTES, sum(stat.st_size for _, stat in files) // MOST_CHUNKS)
+    left = [] if left is None else left
+    found = [(path, path.stat(), named) for path, named in _files(inputs, glob, exclude, out, left)]
+    size = max(file_kinds.CHUNK_BYTES, sum(stat.st_size for _, stat, _ in found) // MOST_CHUNKS)
     chunks: list[Chunk] = []
     small: list[Source] = []
     held = 0
-    for path, stat in files:
+    for path, stat, named in found:
+        refuse_packed(path)
+        if not stat.st_size:
+            left.append(str(path))
+            continue
         version = f"{stat.st_size}-{stat.st_mtime_ns}"
-        whole = Source(str(path), 0, stat.st_size, version)
+        kind = kind_of(path)
+        if kind == "json":
+            kind = "jsonl" if has_row_per_line(path, key) else _table_in_json(path, key)
+        if kind not in ("", "jsonl"):
+            ranges = _table(path, key, named)
+            if not ranges:
+                left.append(str(path))
+            chunks += [(each,) for each in ranges]
+            continue
+        whole = Source(str(path), 0, stat.st_size, version, kind == "jsonl")
         if held + stat.st_size > size and small:
             chunks.append(tuple(small))
             small, held = [], 0
         if whole.rows and not whole.packed and stat.st_size > size:
             for start in range(0, stat.st_size, size):
                 stop = min(start + size, stat.st_size)
-                chunks.append((Source(str(path), start, stop, version),))
+                chunks.append((replace(whole, start=start, stop=stop),))
         else:
             small.append(whole)
             held += stat.st_size
     if small:
         chunks.append(tuple(small))
-    if not any(source.stop for chunk in chunks for source in chunk):
+    if not chunks:
+        tables = [name for name in left if kind_of(Path(name))]
+        why = f"; tables without a column {key!r}: {', '.join(tables[:8])}" if tables else ""
         raise DataError(
-            f"{', '.join(map(str, inputs))}: holds no text (files matching {', '.join(glob)}); "
-            "give text files, JSONL files or folders of them"
+            f"{', '.join(map(str, inputs))}: holds no text (files matching {', '.join(glob)}"
+            f"{why}); give text files, JSONL files or folders of them"
         )
     return chunks
 
 
+def is_only_text(chunks: Sequence[Chunk]) -> bool:
+    """Whether the chunks hold nothing but one text file."""
+    sources = [source for chunk in chunks for source in chunk]
+    return len(sources) == 1 and isinstance(sources[0], Source) and not sources[0].rows
+
+
+def _table_in_json(path: Path, key: str) -> str:
+    """The kind of a .json file with one value: "json" if it holds rows with ``key``, else text."""
+    try:
+        first = next(iter(json_rows(path)), None)
+    except DataError:
+        return ""
+    return "json" if isinstance(first, dict) and isinstance(first.get(key), str) else ""
+
+
+def _table(path: Path, key: str, named: bool) -> list[RowRange]:
+    """The ranges of a table; none if it lacks the column ``key``, DataError if it was ``named``."""
+    ranges = list(scan(path))
+    _, first = next(read_rows(ranges[0]), ("", {})) if ranges else ("", {})
+    if key in first:
+        return ranges
+    if named:
+        raise DataError(
+            f"{path}: is a table without a column {key!r} (columns: {', '.join(first) or 'none'}); "
+            "name the column of the text with `key`, or use `template` for rows of questions"
+        )
+    return []
+
+
 def _files(
-    inputs: Sequence[str | Path], glob: Sequence[str], exclude: Sequence[str], out: Path | None
-) -> Iterator[Path]:
+    inputs: Sequence[str | Path],
+    glob: Sequence[str],
+    exclude: Sequence[str],
+    out: Path | None,
+    left: list[str],
+) -> Iterator[tuple[Path, bool]]:
+    """The files of all inputs, and whether each was named itself rather than its folder."""
     for source in inputs:
         path = Path(source)
         if not str(source):
             raise DataError("an input is empty; name a file or a folder ('.' is this one)")
         if path.is_file():
-            yield path
+            yield path, True
         elif out is not None and path.is_dir() and path.resolve() == out:
             raise DataError(f"{path}: is both an input and `out`; choose another `out`")
         elif path.is_dir():
-            found = _below(path, exclude, out)
-            yield from sorted(
-                each for each in found if any(fnmatch.fnmatch(each.name, p) for p in glob)
-            )
+            for each in sorted(_below(path, exclude, out, left)):
+                if any(fnmatch.fnmatch(each.name, pattern) for pattern in glob):
+                    yield each, False
+                else:
+                    left.append(str(each))
         elif path.exists():
             raise DataError(f"{path}: is neither a file nor a folder; write its text to a file")
         else:
             raise DataError(f"{path}: no such file or folder; check the path")
 
 
-def _below(folder: Path, exclude: Sequence[str], out: Path | None) -> Iterator[Path]:
+def _below(
+    folder: Path, exclude: Sequence[str], out: Path | None, left: list[str]
+) -> Iterator[Path]:
     """The files at any depth; DataError for a folder that cannot be listed.
 
-    Links to folders are not followed, so no file comes twice and there are no loops.
+    Links to folders are not followed, so no file comes twice and there are no loops.  What
+    ``exclude`` names goes to ``left``.
     """
 
-    def wanted(name: str) -> bool:
-        hidden = name.startswith(".") or name == "__pycache__"
-        return not hidden and not any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
+    def wanted(name: str, base: str, end: str = "") -> bool:
+        if name.startswith(".") or name == "__pycache__":
+            return False
+        excluded = any(fnmatch.fnmatch(name, pattern) for pattern in exclude)
+        if excluded:
+            left.append(str(Path(base, name)) + end)
+        return not excluded
 
     def refuse(error: OSError) -> None:
         raise unreadable(str(error.filename), error)
 
     for base, folders, names in os.walk(folder, onerror=refuse):
-        folders[:] = filter(wanted, folders)
+        folders[:] = [name for name in sorted(folders) if wanted(name, base, "/")]
         if out is not None and out.name in folders and Path(base, out.name).resolve() == out:
             folders.remove(out.name)
-        yield from (
-            path for path in (Path(base, name) for name in names if wanted(name)) if path.is_file()
-        )
+        names = [name for name in names if wanted(name, base)]
+        yield from (path for path in (Path(base, name) for name in names) if path.is_file())
 
 
-def documents(chunk: Chunk, key: str) -> Iterator[str]:
-    """The texts of a chunk; DataError names the file and the place of a mistake."""
+def documents(chunk: Chunk, key: str, unread: Counter[str] | None = None) -> Iterator[str]:
+    """The texts of a chunk; DataError names the file and the place of a mistake.
+
+    ``unread`` counts the rows that hold something under other keys, by key.
+    """
+    unread = Counter() if unread is None else unread
     for source in chunk:
-        yield from _rows(source, key) if source.rows else [_text(source)]
+        if isinstance(source, RowRange):
+            for place, row in read_rows(source):
+                problem = _problem(row, key)
+                if problem:
+                    raise DataError(f"{place}: the row {problem}; correct or remove it")
+                _count_others(row, key, unread)
+                yield row[key]
+        else:
+            yield from _rows(source, key, unread) if source.rows else [_text(source)]
+
+
+def _count_others(row: Row, key: str, unread: Counter[str]) -> None:
+    unread.update(k for k, value in row.items() if k != key and value not in (None, "", [], {}))
 
 
 def _text(source: Source) -> str:
     try:
-        with gzip.open(source.path) if source.packed else open(source.path, "rb") as file:
+        with open_file(Path(source.path)) as file:
             return decode(file.read(), source.path, 0)
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(source.path, error) from None
 
 
-def _rows(source: Source, key: str) -> Iterator[str]:
+def _rows(source: Source, key: str, unread: Counter[str]) -> Iterator[str]:
     """The texts of the rows that begin in start:stop."""
     try:
-        with gzip.open(source.path) if source.packed else open(source.path, "rb") as file:
+        with open_file(Path(source.path)) as file:
             at = source.start
             if at:
                 file.seek(at - 1)
@@ -161,30 +251,40 @@ def _rows(source: Source, key: str) -> Iterator[str]:
                     return
                 number += 1
                 if line.strip():
-                    yield _row(line, key, source, at, number)
+                    row = _row(line, key, source, at, number)
+                    _count_others(row, key, unread)
+                    yield str(row[key])
                 at += len(line)
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(source.path, error) from None
 
 
-def _row(line: bytes, key: str, source: Source, at: int, number: int) -> str:
+def _row(line: bytes, key: str, source: Source, at: int, number: int) -> Row:
     text = decode(line, source.path, at)
+    row: Any = None
     try:
         row = json.loads(text)
-        problem = "" if isinstance(row, dict) else f"is {type(row).__name__}, not an object"
+        problem = _problem(row, key)
     except (ValueError, RecursionError) as error:
         problem = f"is not JSON ({error})"
-    if not problem and not isinstance(row.get(key), str):
+    if problem:
+        line_number = number + _lines_before(source)
+        raise DataError(f"{source.path}:{line_number}: the row {problem}; correct or remove it")
+    return dict(row)
+
+
+def _problem(row: Any, key: str) -> str:
+    """What is wrong with a row of text; empty if nothing is."""
+    if not isinstance(row, dict):
+        return f"is {type(row).__name__}, not an object"
+    if not isinstance(row.get(key), str):
         found = f"is {type(row[key]).__name__}" if key in row else f"is not among {sorted(row)}"
-        problem = f"has no text under key {key!r} (it {found}); set `key`"
-    if not problem:
-        try:
-            row[key].encode()
-            return str(row[key])
-        except UnicodeEncodeError as error:
-            problem = f"holds half a character (\\u{ord(row[key][error.start]):04x})"
-    line_number = number + _lines_before(source)
-    raise DataError(f"{source.path}:{line_number}: the row {problem}; correct or remove it")
+        return f"has no text under key {key!r} (it {found}); set `key`"
+    try:
+        row[key].encode()
+    except UnicodeEncodeError as error:
+        return f"holds half a character (\\u{ord(row[key][error.start]):04x})"
+    return ""
 
 
 def _lines_before(source: Source) -> int:
@@ -198,27 +298,3 @@ def _lines_before(source: Source) -> int:
             lines += piece.count(b"\n")
             left -= len(piece)
         return lines + (not piece.endswith(b"\n"))
-
-
-def decode(raw: bytes, path: str, at: int) -> str:
-    """The text of bytes at offset ``at`` of a file; DataError if they are not UTF-8 text.
-
-    A byte order mark at the start of the file is removed.
-    """
-    try:
-        text = raw.decode("utf-8")
-        place = raw.find(b"\0")
-    except UnicodeDecodeError as error:
-        place = error.start
-    if place < 0:
-        return text if at else text.removeprefix(MARK)
-    raise DataError(
-        f"{path}: byte {at + place} is not UTF-8 text (0x{raw[place]:02x}); convert the file to "
-        "UTF-8, or leave it out"
-    )
-
-
-def unreadable(path: str, error: Exception) -> DataError:
-    """The error for a file that the system or a decompressor cannot read."""
-    reason = getattr(error, "strerror", None) or error
-    return DataError(f"{path}: cannot be read ({reason}); repair it or leave it out")

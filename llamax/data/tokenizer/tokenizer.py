@@ -342,7 +342,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
     """Train a tokenizer with the settings of Llama 2's, and write it to ``out``.
 
     BPE with byte fallback, single digits, no normalization (identity), runs of spaces kept.
-    Texts are fed line by line.  Raises DataError if there is too little text for ``vocab_size``.
+    Texts are fed line by line.  Raises DataError if there is too little text for ``vocab_size``,
+    and whatever ``texts`` raises.
     """
     import sentencepiece
 
@@ -352,9 +353,16 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
         def write(self, raw: bytes) -> None:
             model.append(raw)
 
+    failed: list[BaseException] = []
+
     def lines() -> Iterator[str]:
-        for text in texts:
-            yield from (line for line in text.split("\n") if line)
+        # The engine swallows what its iterator raises, and goes on or fails with less text.
+        try:
+            for text in texts:
+                yield from (line for line in text.split("\n") if line)
+        except BaseException as error:
+            failed.append(error)
+            raise
 
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -374,13 +382,19 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
             num_threads=1,
             minloglevel=2,
         )
-    except (RuntimeError, OSError) as error:
+    except BaseException as error:
+        if failed:
+            raise failed[0] from None
+        if not isinstance(error, RuntimeError | OSError):
+            raise
         # The reason stands between the engine's file, line and condition, and its advice.
         reason = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0]
         raise DataError(
             f"no tokenizer of {vocab_size} pieces can be trained on this text ({reason}); "
             "use another size (300 or more), or more text"
         ) from None
+    if failed:
+        raise failed[0]
     write_atomic(Path(out), b"".join(model))
     return Path(out)
 
