@@ -4,7 +4,7 @@
 
 All read the same tokens at the same random places of a file in the page cache, on one core.
 ``rows`` are the stored tokens of a sample; ``int64`` what a training step takes, ids and labels.
-Rounds are interleaved; the median of CPU time is told with its ratio to each peer.
+Rounds are interleaved; the median of CPU time is reported with its ratio to each peer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Is decoding fast?  Greedy tokens/s of llamax and of transformers' ``generate``, side by side.
+"""Speed of decoding: greedy tokens/s of llamax and of transformers' ``generate``, side by side.
 
     python benchmarks/generate.py --threads 2
 

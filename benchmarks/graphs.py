@@ -1,4 +1,4 @@
-"""What does a step send and compile, beside neuronx-distributed's own Llama example?
+"""Collectives and programs of a step, beside those of neuronx-distributed's Llama example.
 
     .venv-xla/bin/python benchmarks/graphs.py
 

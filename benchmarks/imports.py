@@ -1,4 +1,4 @@
-"""How long do imports take, beside torch's own?
+"""Time of imports, beside torch's own.
 
     python benchmarks/imports.py [--rounds 9]
 

@@ -5,7 +5,7 @@
     python benchmarks/instruct.py memory                    # of the index, by number of documents
 
 ROWS is gsm8k's train.jsonl.  The sides of a race take turns in one process, one thread each, and
-the medians of the ratios of CPU seconds are told, because the machine may be busy.
+the medians of the ratios of CPU seconds are reported, because the machine may be busy.
 """
 
 from __future__ import annotations

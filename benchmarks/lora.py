@@ -1,12 +1,12 @@
-"""What tuning costs: ``steps`` beside a full step, ``memory`` of a quantised base by rank, and of
+"""Cost of tuning: ``steps`` beside a full step, ``memory`` of a quantised base by rank, and of
 ``loading`` a Hugging Face folder.
 
     python benchmarks/lora.py steps [--rounds 5] [--tokens 512] [--batch 4] [--smallest]
     torchrun --nproc-per-node 4 benchmarks/lora.py memory|loading [--smallest]
 
 ``steps`` times one training step of each method in turn, in one process of one thread, in CPU
-seconds, and says which share of a QLoRA step makes weights dense again.  ``memory`` loads a base of
-95 M weights and compares each rank's resident memory with the formula in ``llamax.model.qlora``.
+seconds, and reports which share of a QLoRA step makes weights dense again.  ``memory`` loads a base
+of 95 M weights and compares each rank's resident memory with the formula in ``llamax.model.qlora``.
 ``loading`` reads 158 M weights at tensor 4 (or as many ranks as there are) and compares the growth
 of each rank's resident peak with its share and one tensor.
 """

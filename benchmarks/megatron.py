@@ -1,4 +1,4 @@
-"""Are our .bin and .idx Megatron's?  Its own code beside ours, on the same documents.
+"""Compare our .bin and .idx files with those of Megatron's own code, on the same documents.
 
     python benchmarks/megatron.py [MEGATRON_LM] [--documents 300]
 

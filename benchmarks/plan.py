@@ -1,4 +1,4 @@
-"""How far is ``llamax plan`` from what others measured?  Its time model beside published runs.
+"""Error of the time model of ``llamax plan`` against published runs.
 
     python benchmarks/plan.py [--fit]
 

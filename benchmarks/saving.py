@@ -1,4 +1,4 @@
-"""What do checkpoints cost: the stall of training, the disk's time, the hashes; and 70B to plan?
+"""Cost of checkpoints: the stall of training, the disk's time, hashes, and the manifest of 70B.
 
     python benchmarks/saving.py [--rounds 3] [--folder DIR] [--smallest]
     python benchmarks/saving.py --plan [--folder DIR] [--smallest]

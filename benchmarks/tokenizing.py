@@ -1,10 +1,10 @@
-"""How fast text becomes sentencepiece's ids, beside its own encoder and a pool of HF tokenizers.
+"""Speed of encoding text to sentencepiece ids, beside its own encoder and HF tokenizers.
 
     python benchmarks/tokenizing.py TOKENIZER.model [--paths FOLDER_OR_FILE ...] [--rounds 5]
 
 Every contender encodes the same documents (by default the standard library's sources) on the same
 number of cores.  Pools are up before the clock starts, but nothing has been encoded, so nothing is
-cached.  Rounds are interleaved, A B C A B C, and the median is told with its ratio to each peer.
+cached.  Rounds are interleaved, A B C A B C; the median is reported with its ratio to each peer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How fast is a training step, and in how much memory?  llamax beside its peers.
+"""Time and memory of a training step: llamax beside its peers.
 
     python benchmarks/training.py [one tp dp bf16 recompute loss documents] [--steps 10]
         [--peers FOLDER ...] [--only PART] [--clock wall|cpu] [--smallest]

@@ -1,4 +1,4 @@
-"""What every contender of a race is given: shape, weights and data."""
+"""The input of every contender of a race: shape, weights and data."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Causal attention on a CPU by batched matrix products over blocks of queries.
 
 A block of queries is multiplied with all its keys, so the softmax of a row needs no running sums.
-Keys that are masked for all queries of the block are skipped::
+Keys masked for every query of the block are skipped::
 
     queries   keys ->
        |      [d]                d  diagonal block: masked above the diagonal

@@ -1,4 +1,4 @@
-"""Sizes that the code fixes and that the planner and the audit compute with: each is stated here.
+"""Sizes that the code fixes, for the planner and the audit to compute with.
 
 Names end in the unit.  ``_MULTIPLE``: sizes are rounded to a multiple of it.
 """

@@ -2,7 +2,7 @@
 
 ``hardware.toml`` lists the known machines with their sources; backends, planner, launcher, doctor
 and run metadata read it here.  A user's TOML file describes one machine in the same form.  ``cpu``
-is this machine, measured when it is asked for with a matrix product and a copy.
+is the machine at hand: loading it measures a matrix product and a copy.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Machine:
         )
 
 
-# The machine that a job is started on: no device, as many ranks as the job says.
+# The machine that a job is started on: no device, any number of ranks.
 LOCAL = Machine("local", "cpu", 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
@@ -234,7 +234,7 @@ def _tables(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _machine(name: str, table: dict[str, Any], path: Path) -> Machine:
-    """The machine of a table; ``like`` names a known one whose figures it shares."""
+    """The machine that a table describes; ``like`` names a known one for the missing figures."""
     problems = Problems()
     if "like" in table:
         table = {**_shared(f"{name}.like", table["like"], problems), **table}

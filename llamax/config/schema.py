@@ -125,7 +125,7 @@ class CheckpointConfig:
     also_hf: bool = False
     """Leave a Hugging Face folder hub/ in every checkpoint."""
     background: bool = True
-    """Write files while training goes on."""
+    """Write the files of a checkpoint in the background while training continues."""
     init_from: str = ""
     """Hugging Face or llamax folder to start from; empty: random weights."""
 

@@ -43,7 +43,7 @@ class Problems:
     """What is wrong with a table."""
 
     unknown: list[str] = field(default_factory=list)
-    """A line for each name that nothing has."""
+    """A line for each unknown name."""
     unusable: dict[str, str] = field(default_factory=dict)
     """A line for each key that is missing or whose value has another type."""
 

@@ -147,5 +147,5 @@ def explain(option: Option) -> str:
     text, unit = re.fullmatch(r"(.*?)(?: \[(.*)\])?\.?", sentence).groups()  # type: ignore[union-attr]
     default = option.field.default
     words = {MISSING: "required", None: "default none", "": "default empty", (): "default empty"}
-    told = words.get(default, f"default {default}".lower())
-    return f"{text} ({unit}; {told})" if unit else f"{text} ({told})"
+    shown = words.get(default, f"default {default}".lower())
+    return f"{text} ({unit}; {shown})" if unit else f"{text} ({shown})"

@@ -1,4 +1,4 @@
-"""Several datasets as one, in given proportions: a pure function of how much was consumed.
+"""Batches from several datasets in given proportions; the state is the number of samples used.
 
 ``--data.path="0.7 web 0.3 books"`` takes seven samples in ten from ``web``.  Which dataset sample
 k of a run comes from is a table of ``PERIOD`` entries that repeats: at every place the dataset that
@@ -61,8 +61,8 @@ class BlendedLoader(Batches):
         nth = periods * self._counts[chosen] + self._before[places]
         found = np.empty_like(k)
         for number, part in enumerate(self.parts):
-            mine = chosen == number
-            found[mine] = self._first[number] + part.order(nth[mine])
+            members = chosen == number
+            found[members] = self._first[number] + part.order(nth[members])
         return found
 
     def gather(self, samples: Integers) -> Batch:
@@ -70,9 +70,9 @@ class BlendedLoader(Batches):
         owner = np.maximum(np.searchsorted(self._first, samples, "right") - 1, 0)
         rows, found = [], []
         for number in np.unique(owner).tolist():
-            mine = np.flatnonzero(owner == number)
-            local = np.where(samples[mine] < 0, -1, samples[mine] - self._first[number])
-            rows.append(mine)
+            members = np.flatnonzero(owner == number)
+            local = np.where(samples[members] < 0, -1, samples[members] - self._first[number])
+            rows.append(members)
             found.append(self.parts[number].gather(local))
         back = torch.from_numpy(np.argsort(np.concatenate(rows)))
         ids, labels, positions = (torch.cat([each[i] for each in found])[back] for i in range(3))

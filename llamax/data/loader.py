@@ -17,7 +17,7 @@ attention.  A label that belongs to another document than its position is then i
 loss of a packed sample should be what its documents would give alone; the first token of a text is
 learnt from the BOS before it.  Without separation the corpus is one stream and every label counts.
 
-In instruction data tokens that are given, not answered, are no labels either, unless asked for.
+In instruction data only the tokens of answers are labels, unless ``answers`` is False.
 
 The permutation is ``shuffle.permute``; packed and padded samples are in
 ``llamax.data.packed_loader``.

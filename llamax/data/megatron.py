@@ -60,8 +60,8 @@ def indexed_prefix(folder: Path, split: str, key: str) -> Path:
 class IndexedFile:
     """A mapped Megatron dataset: ``tokens`` [tokens] and ``documents`` [documents + 1].
 
-    ``verify`` says when tokens are checked against ``vocab_size`` (0: unknown); ``header`` is what
-    another file says about the dataset.  Raises DataError if a file is missing or of another
+    ``verify`` sets when tokens are checked against ``vocab_size`` (0: unknown); ``header`` is what
+    another file states about the dataset.  Raises DataError if a file is missing or of another
     format, or if the two files disagree.
     """
 

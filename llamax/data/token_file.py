@@ -153,7 +153,7 @@ class Stream(Protocol):
 class TokenFile:
     """A mapped token file: ``tokens`` [tokens], ``documents`` [documents + 1] and ``counted``.
 
-    ``verify`` says when checksums are checked: "start", all of them now; "read", each block before
+    ``verify`` sets when checksums are checked: "start", all of them now; "read", each block before
     its first use through ``touch``; "off", never.  Header and length always are.  Raises DataError
     for a file that is missing or damaged.
     """

@@ -1,4 +1,4 @@
-"""Dropout as a function: whether a feature is dropped is computed from what it belongs to.
+"""Dropout without random state: a feature is dropped by a hash of its step, sample and place.
 
 No random state exists, so nothing needs to be saved, restored or kept equal between ranks::
 

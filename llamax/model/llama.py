@@ -3,15 +3,16 @@
 Parameters are named as Llama checkpoints on the Hugging Face Hub name them
 (``model.layers.3.mlp.down_proj.weight``), with two fusions: ``self_attn.qkv_proj`` stacks q, k, v
 and ``mlp.gate_up_proj`` stacks gate, up, so each is one matmul.  ``Llama.sharded_parameters``
-says how every parameter is cut: all the rest of llamax needs to know about the network.
+lists every parameter with its cut, which is all that the rest of llamax needs to know.
 
 Shapes are suffixes.  A capital is the whole dimension, lower case is this rank's share:
 
     B batch    S sequence      D hidden_size       F intermediate_size    V vocab_size
     H query heads              K key/value heads   E head_dim
 
-``x_BsD`` lies inside the sequence-parallel region, ``q_BShE`` has my heads, ``logits_BSv`` my
-share of the vocabulary.  Without sequence parallelism s is S; on one rank every share is whole.
+``x_BsD`` lies inside the sequence-parallel region, ``q_BShE`` has this rank's heads and
+``logits_BSv`` its share of the vocabulary.  Without sequence parallelism s is S; on one
+rank every share is whole.
 
 Sources: Llama (Touvron et al. 2023), Llama 3 (Grattafiori et al. 2024); the arithmetic follows
 transformers' LlamaForCausalLM.
@@ -187,7 +188,7 @@ class Decoder(nn.Module):
         self.inverse_frequencies = frequencies.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
-        """Whatever moves or narrows a model (``to``, ``to_empty``): angles stay exact, in fp32."""
+        """Move or convert the model as ``to`` does, but keep the rotary angles exact, in fp32."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._set_frequencies(self.inverse_frequencies.device)
         return self
@@ -308,7 +309,7 @@ class Llama(nn.Module):
         """Summed cross-entropy in nats and the count of labels that are not -100, both 0-d.
 
         ``labels_BS`` are the tokens to predict at each place: shifted, unlike transformers'.
-        Adapters drop features where ``keys_B`` tells the samples apart (``llamax.model.dropout``).
+        Adapters drop features if ``keys_B`` gives each sample a key (``llamax.model.dropout``).
         """
         check_ids(labels_BS, self.config.vocab_size, labels=True)
         if labels_BS.shape != ids_BS.shape:
@@ -364,7 +365,7 @@ class Llama(nn.Module):
 
 
 def _check(model: ModelConfig, tensor: int, recompute: Recompute) -> None:
-    """ConfigError with all that forbids such a model on ``tensor`` ranks, by the rules of a run."""
+    """Raise one ConfigError with every reason why ``tensor`` ranks cannot hold such a model."""
     parallel, data = ParallelConfig(tensor=tensor, sequence=False), DataConfig(sequence_length=1)
     config = Config(model, parallel, data=data, run=RunConfig(recompute=recompute))
     validate.check(config)

@@ -6,8 +6,8 @@
 
 A starts uniform in +-1/sqrt(in) and B at zero, so that training begins at the base model.  s with
 the root is rsLoRA (Kalajdzievski 2023).  Names are PEFT's: factors hang where the Hub's projections
-would, ``model.layers.3.self_attn.q_proj.lora_A.weight``, beside the fused layer whose outputs they
-add to.  ``llamax.model.lora_linear`` computes them.
+would, ``model.layers.3.self_attn.q_proj.lora_A.weight``, beside the fused layer to which they add
+their outputs.  ``llamax.model.lora_linear`` computes them.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ LAYERS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.dow
 
 
 def scale(finetune: FinetuneConfig) -> float:
-    """What an adapter's output is multiplied by."""
+    """The factor on an adapter's output."""
     return finetune.alpha / (sqrt(finetune.r) if finetune.rslora else finetune.r)
 
 
-def as_it_is(name: str, layer: Linear) -> nn.Parameter:
+def keep_dense(name: str, layer: Linear) -> nn.Parameter:
     """The weight stays a parameter of its layer."""
     return layer.weight
 
 
 def adapt(
-    model: Llama, finetune: FinetuneConfig, like: Tensor, seed: int = 0, keep: Keep = as_it_is
+    model: Llama, finetune: FinetuneConfig, like: Tensor, seed: int = 0, keep: Keep = keep_dense
 ) -> Llama:
     """Freeze a model and give its target projections adapters, uninitialised.
 
-    ``like`` has the adapters' dtype and device, ``seed`` is that of dropout.  ``keep`` says where
-    the frozen weights of linear layers lie from now on.
+    ``like`` has the adapters' dtype and device, ``seed`` is that of dropout.  ``keep`` stores the
+    frozen weight of a linear layer: as a parameter, or quantised.
     """
     model.requires_grad_(False)
     model.dropout = Dropout(finetune.dropout, seed)
@@ -92,12 +92,12 @@ def _factors(layer: Linear, part: Part, r: int, like: Tensor) -> tuple[Factor, F
     """A and B of one projection, cut as its weight is."""
     assert isinstance(part.how, Shard)
     (block,) = part.how.blocks
-    mine = Block(block.size, unit=block.unit)  # without a name: factors are not fused
+    cut_block = Block(block.size, unit=block.unit)  # without a name: factors are not fused
     column = part.how.dim == 0
     out = block.size if column else layer.weight.shape[0]
     into = layer.weight.shape[1] if column else block.size
-    cut_a: Cut = Replica(partial=True) if column else Shard(1, (mine,))
-    cut_b: Cut = Shard(0, (mine,)) if column else Replica(partial=True)
+    cut_a: Cut = Replica(partial=True) if column else Shard(1, (cut_block,))
+    cut_b: Cut = Shard(0, (cut_block,)) if column else Replica(partial=True)
     degree = layer.tp.size
     return Factor((r, into), cut_a, degree, like), Factor((out, r), cut_b, degree, like)
 

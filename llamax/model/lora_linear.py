@@ -1,4 +1,4 @@
-"""A parallel layer whose weight is frozen, and the low-rank adapters beside it (Hu et al. 2021).
+"""A parallel layer with a frozen weight, and the low-rank adapters beside it (Hu et al. 2021).
 
 ::
 
@@ -56,7 +56,7 @@ class Factor(nn.Module):
 class Adapter(NamedTuple):
     """Factors A [r, in] and B [out, r] for the outputs [start, start + length) of a layer.
 
-    ``number`` tells the projections of a model apart.
+    ``number`` identifies the projection in its model.
     """
 
     a: Factor
@@ -79,8 +79,8 @@ class _FrozenMatmul(torch.autograd.Function):
         for adapter, a, b in layer.pairs(factors):
             stays = layer.stays(whole.shape[-1], adapter, ctx.tokens_BS)
             a_BSr = ops.linear(layer.dropout(whole, stays), a)
-            mine = y.narrow(-1, adapter.start, adapter.length)
-            mine.add_(ops.linear(a_BSr, b), alpha=adapter.scale)
+            outputs = y.narrow(-1, adapter.start, adapter.length)
+            outputs.add_(ops.linear(a_BSr, b), alpha=adapter.scale)
             narrow.append(a_BSr)
         ctx.save_for_backward(x, *factors, *narrow)
         return y
@@ -96,11 +96,11 @@ class _FrozenMatmul(torch.autograd.Function):
         dx = ops.matmul_grad_input(dy, layer.dense()) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor | None] = []
         for (adapter, a, b), a_BSr in zip(layer.pairs(factors), narrow, strict=True):
-            mine = dy.narrow(-1, adapter.start, adapter.length) * adapter.scale
-            da_BSr = ops.matmul_grad_input(mine, b)
+            d_outputs = dy.narrow(-1, adapter.start, adapter.length) * adapter.scale
+            da_BSr = ops.matmul_grad_input(d_outputs, b)
             stays = layer.stays(whole.shape[-1], adapter, tokens_BS)
             gradients.append(ops.matmul_grad_weight(da_BSr, layer.dropout(whole, stays)))
-            gradients.append(ops.matmul_grad_weight(mine, a_BSr))
+            gradients.append(ops.matmul_grad_weight(d_outputs, a_BSr))
             if dx is not None:
                 dx = dx + layer.dropout(ops.matmul_grad_input(da_BSr, a), stays)
         return None if dx is None else layer.scattered(dx), None, *gradients

@@ -2,7 +2,7 @@
 
 ::
 
-    file ── one tensor at a time ──> scales of the whole ──> my tensor rank's share, quantised
+    file ── one tensor at a time ──> scales of the whole ──> the tensor rank's share, quantised
                                                               │ its bytes in flat order
                                      data rank 0  [ run ]<────┼────>[ run ]  data rank 1
                                                               │
@@ -19,7 +19,7 @@ Bytes a rank holds for a projection of R x C weights, over t tensor and d data r
            R C / 4096      scales of scales, in fp32, where s is 1 byte (double) and not 4
     int8   R C / (t d)     integers        4 R               scales
 
-Embeddings, norms and the output projection stay as they are, as in Dettmers et al. 2023.
+Embeddings, norms and the output projection are not quantised, as in Dettmers et al. 2023.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Weights(Protocol):
 
 
 class Shapes:
-    """The weights of a model without what is in them: meta tensors."""
+    """The shapes of a model's weights, as tensors on the meta device."""
 
     def __init__(self, parameters: ShardedParameters) -> None:
         self.whole = parameters.hub_shapes()
@@ -62,17 +62,17 @@ class Shapes:
 
 
 class Spread:
-    """A flat tensor of which each data rank keeps a run; ``gather`` joins them."""
+    """A flat tensor cut over the data ranks, one run each; ``gather`` joins the runs."""
 
     def __init__(self, pieces: list[Tensor], data: Axis, device: torch.device) -> None:
         whole = torch.cat([piece.flatten() for piece in pieces])
         self.data, self.length = data, len(whole)
         run = ceil(self.length / data.size)
-        mine = whole[data.rank * run : (data.rank + 1) * run]
-        self.mine = torch.nn.functional.pad(mine, (0, run - len(mine))).to(device)
+        kept = whole[data.rank * run : (data.rank + 1) * run]
+        self.run = torch.nn.functional.pad(kept, (0, run - len(kept))).to(device)
 
     def gather(self) -> Tensor:
-        return self.data.all_gather(self.mine, 0)[: self.length]
+        return self.data.all_gather(self.run, 0)[: self.length]
 
 
 class Share(NamedTuple):
@@ -90,7 +90,7 @@ class Share(NamedTuple):
 
 
 def share_of(part: Part, shape: tuple[int, ...], degree: int, rank: int) -> Share:
-    """What tensor rank ``rank`` of ``degree`` holds of a projection of ``shape``."""
+    """The share of a projection of ``shape`` that tensor rank ``rank`` of ``degree`` holds."""
     assert isinstance(part.how, Shard)
     start, length, _ = span(part.how.blocks[0], degree, rank)
     if part.how.dim == 0:
@@ -137,12 +137,13 @@ class Nf4:
         for number, share in enumerate(self.shares):
             count = share.rows * share.columns
             packed, codes = codes[: count // 2], codes[count // 2 :]
-            mine, scales = scales[: count // share.grain], scales[count // share.grain :]
-            mine = mine.view(share.rows, -1)
+            part_scales, scales = scales[: count // share.grain], scales[count // share.grain :]
+            part_scales = part_scales.view(share.rows, -1)
             if self.nested:
                 above, mean = self.scale_of_scales[number]
-                mine = quantize.unnest(mine, above[self._places(number)], mean)
-            dense.append(quantize.from_levels(packed.view(share.rows, -1), mine, self.dtype))
+                part_scales = quantize.unnest(part_scales, above[self._places(number)], mean)
+            levels = packed.view(share.rows, -1)
+            dense.append(quantize.from_levels(levels, part_scales, self.dtype))
         return torch.cat(dense)
 
     def _places(self, number: int) -> Tensor:
@@ -165,17 +166,17 @@ class Nf4:
         return blocks // NF4_BLOCK_SCALES
 
     def to(self, device: torch.device) -> None:
-        """Move all that this rank holds."""
-        self.codes.mine, self.scales.mine = (
-            moved(each.mine, device) for each in (self.codes, self.scales)
+        """Move the tensors of this rank to ``device``."""
+        self.codes.run, self.scales.run = (
+            moved(spread.run, device) for spread in (self.codes, self.scales)
         )
         self.scale_of_scales = [
             (moved(above, device), moved(mean, device)) for above, mean in self.scale_of_scales
         ]
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that this rank holds."""
-        yield from (self.codes.mine, self.scales.mine)
+        """The tensors that this rank holds."""
+        yield from (self.codes.run, self.scales.run)
         for pair in self.scale_of_scales:
             yield from pair
 
@@ -193,8 +194,8 @@ class Int8:
             share = share_of(part, tuple(weight.shape), layer.tp.size, layer.tp.rank)
             rows = slice(share.row, share.row + share.rows)
             scales.append(quantize.row_scales(weight)[rows])
-            mine = weight[rows, share.column : share.column + share.columns]
-            codes.append(quantize.to_int8(mine, scales[-1]))
+            cut = weight[rows, share.column : share.column + share.columns]
+            codes.append(quantize.to_int8(cut, scales[-1]))
             self.columns = share.columns
         self.codes = Spread(codes, data, like.device)
         self.scales = torch.cat(scales).to(like.device)
@@ -205,13 +206,13 @@ class Int8:
         return quantize.from_int8(codes, self.scales, self.dtype)
 
     def to(self, device: torch.device) -> None:
-        """Move all that this rank holds."""
-        self.codes.mine = moved(self.codes.mine, device)
+        """Move the tensors of this rank to ``device``."""
+        self.codes.run = moved(self.codes.run, device)
         self.scales = moved(self.scales, device)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All that this rank holds."""
-        yield from (self.codes.mine, self.scales)
+        """The tensors that this rank holds."""
+        yield from (self.codes.run, self.scales)
 
 
 def _rows(weight: Tensor) -> int:
@@ -219,7 +220,7 @@ def _rows(weight: Tensor) -> int:
 
 
 def _packed(weight: Tensor, scales: Tensor, share: Share) -> Tensor:
-    """The levels of a share of a whole weight, packed: [rows, columns / 2]."""
+    """The 4-bit levels of a share of a whole weight, packed: [rows, columns / 2]."""
     rows = slice(share.row, share.row + share.rows)
     each = _rows(weight)
     found = [
@@ -232,7 +233,7 @@ def _packed(weight: Tensor, scales: Tensor, share: Share) -> Tensor:
 def store_weights(
     name: str, layer: Linear, source: Weights, finetune: FinetuneConfig, like: Tensor, data: Axis
 ) -> Nf4 | Int8:
-    """The weight ``name`` of a layer from a source, quantised; its share stays on ``data``'s ranks.
+    """Quantise the weight ``name`` of a layer from a source, cut over the ranks of ``data``.
 
     ``like`` has the dtype of computation, which weights are rounded to first, and the device.
     """
@@ -254,7 +255,7 @@ def stores(model: Llama) -> Iterator[Nf4 | Int8]:
 
 
 class Bytes(NamedTuple):
-    """What a base takes on one rank: quantised, as it is, and one dense layer while it is used."""
+    """Bytes of a base on one rank: quantised layers, other weights, and one dense layer in use."""
 
     quantised: int
     plain: int
@@ -264,7 +265,10 @@ class Bytes(NamedTuple):
 def expected(
     model: ModelConfig, finetune: FinetuneConfig, tensor: int, data: int, itemsize: int
 ) -> Bytes:
-    """By the formula above, padding included; ``itemsize`` is that of the dtype of computation."""
+    """The bytes of a base by the formula above, with padding.
+
+    ``itemsize`` is that of the dtype of computation.
+    """
     D, E, F = model.hidden_size, model.head_dim, model.intermediate_size
     H, K = model.num_attention_heads * E, model.num_key_value_heads * E
     kv, f = ((max(K // tensor, E), D), (K, D)), ((F // tensor, D), (F, D))
@@ -296,6 +300,6 @@ def expected(
 
 
 def held(model: Llama) -> tuple[int, int]:
-    """Bytes of the base on this rank, counted: quantised, and as they are."""
+    """The bytes of the base that this rank holds: quantised weights, and other frozen weights."""
     quantised = sum(tensor.nbytes for store in stores(model) for tensor in store.tensors())
     return quantised, sum(p.nbytes for p in model.parameters() if not p.requires_grad)

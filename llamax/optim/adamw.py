@@ -57,7 +57,7 @@ def fused(
     decay: float,
     optim: OptimConfig,
 ) -> None:
-    """``update`` by torch's kernel, which divides by a scale and leaves all alone on found_inf."""
+    """``update`` by torch's kernel, which divides by a scale and changes nothing on found_inf."""
     torch._fused_adamw_(
         p,
         g,

@@ -86,15 +86,18 @@ def padded(length: int, ranks: int) -> int:
 
 
 def buckets(length: int, ranks: int, bucket_bytes: int) -> Iterator[Bucket]:
-    """The buckets of a group of padded ``length``: each a multiple of ``ranks`` long, at most
-    ``bucket_bytes`` of gradient (at least one element a rank)."""
-    each = max(bucket_bytes // GRADIENT_BYTES // ranks, 1) * ranks
-    for start in range(0, length, each):
-        yield Bucket(start, min(start + each, length))
+    """The buckets of a group of padded ``length``.
+
+    Each is a multiple of ``ranks`` long, and its gradient takes at most ``bucket_bytes`` or has one
+    element per rank.
+    """
+    size = max(bucket_bytes // GRADIENT_BYTES // ranks, 1) * ranks
+    for start in range(0, length, size):
+        yield Bucket(start, min(start + size, length))
 
 
 def pieces(lengths: Sequence[int], start: int, stop: int) -> Iterator[Piece]:
-    """What lies at [start, stop) of a vector that concatenates parameters of ``lengths``."""
+    """The pieces of parameters at [start, stop) of a vector that concatenates ``lengths``."""
     offset = 0
     for member, length in enumerate(lengths):
         low, high = max(start - offset, 0), min(stop - offset, length)

@@ -1,4 +1,4 @@
-"""The global gradient norm, and how much of a gradient is kept (Pascanu et al. 2013, sec. 3.2).
+"""The global gradient norm, and the factor that clips it (Pascanu et al. 2013, sec. 3.2).
 
 Squares are summed in rows of 4096 and the rows then added: one float32 accumulator over tens of
 millions of squares, as a plain ``vector_norm`` or ``dot`` has on a CPU, loses the third digit.
@@ -31,7 +31,7 @@ def _sum_of_squares(x: Tensor) -> Tensor:
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What a gradient of norm ``norm`` is multiplied by to be no longer than ``max_norm``; 0: 1."""
+    """The factor, at most 1, that limits a norm to ``max_norm``; 1 if ``max_norm`` is 0."""
     if not max_norm:
         return torch.ones_like(norm)
     return (max_norm / (norm + 1e-6)).clamp(max=1.0)

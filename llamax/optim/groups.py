@@ -20,7 +20,7 @@ Kind = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 
 @dataclass(frozen=True)
 class Owned:
-    """A run of one parameter that this rank keeps: ``tensor`` is live, writing into it loads.
+    """A run of one parameter that this rank owns; writing into ``tensor`` changes the live state.
 
     ``start`` counts elements of this tensor rank's share of parameter ``name``, flattened.
     """
@@ -54,16 +54,16 @@ class Bucket:
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    root: Tensor | None  # of the weights in the norm, where they differ by element
+    root: Tensor | None  # square roots of the weights in the norm, where they differ by element
 
 
 @dataclass(frozen=True)
 class FlatBucket(Bucket):
-    """A bucket of flat vectors: ``weights`` and ``gradient`` are whole, ``mine`` is of my run."""
+    """A bucket of flat vectors: ``weights`` and ``gradient`` whole, ``owned`` this rank's run."""
 
     weights: Tensor
-    mine: Tensor  # the master itself where that is float32
-    gradient: Tensor | None  # where autograd's own does not do
+    owned: Tensor  # this rank's run of the weights; the master itself where they are float32
+    gradient: Tensor | None  # None: parameters keep the gradients of autograd
 
 
 class Group:
@@ -105,7 +105,7 @@ class Group:
         self.buckets: list[FlatBucket] = []
         for start, stop in buckets(self.length, ranks, bucket_bytes):
             run = (stop - start) // ranks
-            mine = self.weights[start + rank * run : start + (rank + 1) * run]
+            owned_run = self.weights[start + rank * run : start + (rank + 1) * run]
             root = roots[start + rank * run : start + (rank + 1) * run]
             self.buckets.append(
                 FlatBucket(
@@ -113,8 +113,8 @@ class Group:
                     pieces=tuple(pieces(self.lengths, start, stop)),
                     shared=tuple(shared_spans(counted, start, stop)) if shared else (),
                     weights=self.weights[start:stop],
-                    mine=mine,
-                    master=mine.to(torch.float32, copy=True) if self.separate else mine,
+                    owned=owned_run,
+                    master=owned_run.to(torch.float32, copy=True) if self.separate else owned_run,
                     exp_avg=torch.zeros(run, dtype=torch.float32, device=device),
                     exp_avg_sq=torch.zeros(run, dtype=torch.float32, device=device),
                     gradient=None if self.gradient is None else self.gradient[start:stop],
@@ -123,7 +123,7 @@ class Group:
             )
 
     def take_gradients(self, bucket: Bucket) -> list[Tensor]:
-        """The bucket's gradient as autograd holds it, in flat parts; autograd lets go of it."""
+        """Take the bucket's gradient from the parameters, in flat parts, and clear it there."""
         parts = []
         for member, start, stop in bucket.pieces:
             parameter = self.parameters[member]
@@ -136,51 +136,51 @@ class Group:
         return parts
 
     def gradient_of(self, bucket: Bucket) -> Tensor | None:
-        """The bucket's summed gradient; None where it is autograd's own."""
+        """The bucket's accumulated gradient; None where parameters keep autograd's gradients."""
         assert isinstance(bucket, FlatBucket)
         return bucket.gradient
 
     def keep(self, place: Tensor, value: Tensor) -> Tensor:
-        """``value`` in ``place``, the head of a spent gradient: no more memory."""
+        """Copy ``value`` into ``place``, the start of a used gradient, to save memory."""
         return place.copy_(value)
 
     def replace(
         self, gradient: Tensor, spans: Sequence[tuple[int, int]], parts: Sequence[Tensor]
     ) -> Tensor:
-        """``gradient`` with other ``parts`` at ``spans``, in place."""
+        """Write ``parts`` into ``gradient`` at ``spans``, in place."""
         torch._foreach_copy_([gradient[start:stop] for start, stop in spans], list(parts))
         return gradient
 
     def put(self, bucket: Bucket, weights: Tensor) -> None:
-        """Take the bucket's new weights."""
+        """Write new weights into the bucket's part of the flat vector."""
         assert isinstance(bucket, FlatBucket)
         bucket.weights.copy_(weights)
 
     def adopt(self) -> None:
-        """The masters from the weights."""
+        """Copy the weights into their float32 masters."""
         for bucket in self.buckets:
             if self.separate:
-                bucket.master.copy_(bucket.mine)
+                bucket.master.copy_(bucket.owned)
 
     def zero_grad(self) -> None:
-        """Forget the accumulated gradients."""
+        """Clear the accumulated gradients."""
         if self.gradient is not None:
             self.gradient.zero_()
         for parameter in self.parameters:
             parameter.grad = None
 
     def owned(self, rank: int) -> Iterator[Owned]:
-        """The runs that data rank ``rank``, this one, keeps."""
+        """The runs that this rank, ``rank`` of the data ranks, owns."""
         for bucket in self.buckets:
-            run = bucket.mine.numel()
+            run = bucket.owned.numel()
             first = bucket.start + rank * run
             offset = 0
             for member, start, stop in pieces(self.lengths, first, first + run):
                 part = slice(offset, offset + stop - start)
                 offset += stop - start
                 name = self.names[member]
-                yield Owned(name, "weight", start, bucket.mine[part])
-                if bucket.master is not bucket.mine:
+                yield Owned(name, "weight", start, bucket.owned[part])
+                if bucket.master is not bucket.owned:
                     yield Owned(name, "master", start, bucket.master[part])
                 yield Owned(name, "exp_avg", start, bucket.exp_avg[part])
                 yield Owned(name, "exp_avg_sq", start, bucket.exp_avg_sq[part])

@@ -56,13 +56,13 @@ class LazyGroup:
         return torch.cat(parts)
 
     def keep(self, place: Tensor, value: Tensor) -> Tensor:
-        """``value``: programs have no memory to be thrifty with."""
+        """Return ``value``: the compiler of a program reuses memory by itself."""
         return value
 
     def replace(
         self, gradient: Tensor, spans: Sequence[tuple[int, int]], parts: Sequence[Tensor]
     ) -> Tensor:
-        """``gradient`` with other ``parts`` at ``spans``, as a new vector."""
+        """A new vector: ``gradient`` with ``parts`` written at ``spans``."""
         pieces, done = [], 0
         for (start, stop), part in zip(spans, parts, strict=True):
             pieces += [gradient[done:start], part] if done < start else [part]
@@ -70,7 +70,7 @@ class LazyGroup:
         return torch.cat([*pieces, gradient[done:]] if done < len(gradient) else pieces)
 
     def put(self, bucket: Bucket, weights: Tensor) -> None:
-        """Take the bucket's new weights; buckets come in order."""
+        """Write the bucket's new weights; buckets come in order."""
         offset = 0
         for at, start, stop in bucket.pieces:
             self.arrived.append(weights[offset : offset + stop - start])
@@ -84,12 +84,12 @@ class LazyGroup:
                 self.arrived = []
 
     def zero_grad(self) -> None:
-        """Forget the accumulated gradients."""
+        """Clear the accumulated gradients."""
         for gradient in self.gradients:
             gradient.zero_()
 
     def owned(self, rank: int) -> Iterator[Owned]:
-        """Copies on the host of the runs that data rank ``rank``, this one, keeps: for saving."""
+        """Host copies of the runs that this rank, ``rank`` of the data ranks, owns: for saving."""
         for bucket in self.buckets:
             master, exp_avg, exp_avg_sq = (
                 tensor.cpu() for tensor in (bucket.master, bucket.exp_avg, bucket.exp_avg_sq)

@@ -149,7 +149,7 @@ class Zero1:
         return norm
 
     def _reduce(self, group: Group | LazyGroup, bucket: Bucket) -> list[Tensor]:
-        """My run of the bucket's gradient, summed over all ranks that have a part of it."""
+        """This rank's run of the bucket's gradient, summed over the ranks with a part of it."""
         kv, data, tp = self.axes.kv, self.axes.data, self.axes.tp
         gradient = group.gradient_of(bucket)
         if gradient is None:  # nothing is to be sent
@@ -168,7 +168,7 @@ class Zero1:
         return [run]
 
     def _squares(self, group: Group | LazyGroup, bucket: Bucket, run: list[Tensor]) -> Tensor:
-        """What my run adds to the squared norm; the sum over the world counts each element once."""
+        """This run's part of the squared norm; the sum over the world counts each element once."""
         held_by = 1 if self.sharded else self.axes.data.size
         if bucket.root is not None:
             weighted = torch._foreach_mul(run, split_like(bucket.root, run))
@@ -178,18 +178,18 @@ class Zero1:
 
     @torch.no_grad()
     def gather_parameters(self) -> None:
-        """The weights of every rank from all masters: the end of a step, and of loading state."""
+        """Set every rank's weights from the masters, at the end of a step or of loading state."""
         for group in self.groups:
             for bucket in group.buckets:
                 if self.sharded:
-                    mine = bucket.master.to(group.key.dtype)
-                    group.put(bucket, self.axes.data.all_gather(mine, 0))
+                    owned = bucket.master.to(group.key.dtype)
+                    group.put(bucket, self.axes.data.all_gather(owned, 0))
                 elif group.separate:
                     group.put(bucket, bucket.master)
 
     @torch.no_grad()
     def adopt_parameters(self) -> None:
-        """The masters from the weights: the end of loading parameters."""
+        """Set the masters from the weights, after parameters were loaded."""
         for group in self.groups:
             assert isinstance(group, Group), "load before the move to a lazy device"
             group.adopt()
@@ -197,7 +197,7 @@ class Zero1:
     def to(self, device: torch.device | str) -> None:
         """Move weights and state, once all is loaded, to a device that traces programs.
 
-        The Parameters stay the same objects; their gradients are forgotten.  From then on ``owned``
+        The Parameters stay the same objects; their gradients are cleared.  From then on ``owned``
         gives copies on the host: for saving, not for loading.
         """
         self.groups = [
@@ -205,12 +205,12 @@ class Zero1:
         ]
 
     def zero_grad(self) -> None:
-        """Forget the accumulated gradients."""
+        """Clear the accumulated gradients."""
         for group in self.groups:
             group.zero_grad()
 
     def owned(self) -> Iterator[Owned]:
-        """All runs that this rank keeps, possibly several of one parameter.
+        """All runs that this rank owns, possibly several of one parameter.
 
         Over the data ranks they tile each parameter exactly; without ``sharded`` every data rank
         owns everything.

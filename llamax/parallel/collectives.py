@@ -1,4 +1,4 @@
-"""The seam to the machine: five functional verbs on one axis of the mesh.
+"""Collectives: five functional operations (verbs) on one axis of the mesh.
 
 Every verb returns a new tensor and never writes its input: an in-place all-reduce inside an
 ``autograd.Function`` gives silently wrong gradients when the value was saved for backward.
@@ -44,7 +44,7 @@ class Axis(Protocol):
         ...
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
-        """My share along ``dim`` of the sum over ranks: [.., size * n, ..] -> [.., n, ..]."""
+        """This rank's share along ``dim`` of the sum: [.., size * n, ..] -> [.., n, ..]."""
         ...
 
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
@@ -52,7 +52,7 @@ class Axis(Protocol):
         ...
 
     def shift(self, x: Tensor, by: int = 1) -> Tensor:
-        """What rank ``rank - by`` held, around the ring: [...] -> [...]."""
+        """The tensor of rank ``rank - by``, around the ring: [...] -> [...]."""
         ...
 
 

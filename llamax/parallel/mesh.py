@@ -6,11 +6,11 @@ are neighbours (they talk most and share a node), pipeline stages are far apart.
     dp 0:  0 1 2 3        groups("tp") = (0 1 2 3) (4 5 6 7)
     dp 1:  4 5 6 7        groups("dp") = (0 4) (1 5) (2 6) (3 7)
 
-Every call returns *all* groups of an axis, because XLA wants them all, not only mine.
-The order is that of neuronx-distributed's ``parallel_state``, so both can share one process.
+Every call returns *all* groups of an axis, because XLA needs those of every rank.  The order is
+that of neuronx-distributed's ``parallel_state``, so both can share one process.
 
-``order`` says which rank sits on which place of the grid, where that is not rank 0 on place 0.  On
-a trn1.32xlarge the cores r, r + 8, r + 16, r + 24 are linked to each other, and with tp 4 they are
+``order`` lists the rank at every place of the grid, where that is not 0, 1, 2, ...  On a
+trn1.32xlarge the cores r, r + 8, r + 16, r + 24 are linked to each other, and with tp 4 they are
 one tensor group: ``Mesh.on_trn1``.
 """
 

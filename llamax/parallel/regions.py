@@ -9,13 +9,13 @@ region   forward                      backward                     changes
 ======== ============================ ============================ =======================
 reduce   all-reduce                   identity                     partial sums -> x_BSD
 scatter  reduce-scatter along S       all-gather along S           partial sums -> x_BsD
-join     all-gather along a dim       my share of the gradient     shares -> whole
-split    my share along a dim         all-gather                   whole -> shares
+join     all-gather along a dim       share of the gradient        shares -> whole
+split    share along a dim            all-gather                   whole -> shares
 ======== ============================ ============================ =======================
 
 The transposes of ``reduce`` and ``scatter`` (copy in, gather in) belong to the column-parallel
-layer, which fuses them with its matmul to save only the sharded input (``tensor.py``).  Verbs are
-functional: no tensor that autograd saved is ever written.
+layer, which fuses them with its matmul to save only the sharded input (``tensor_parallel.py``).
+Collectives are functional: no tensor that autograd saved is ever written.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class _Split(torch.autograd.Function):
 
 
 def share(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """My share of ``x`` along ``dim``; the rank enters as a tensor, so every rank traces alike."""
+    """This rank's share of ``x`` along ``dim``; the rank is a tensor: every rank traces alike."""
     parts: Tensor = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0)
     return parts.index_select(0, axis.rank_index).squeeze(0)
 
@@ -90,12 +90,12 @@ def leave(x: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
 
 
 def join(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """All shares along ``dim``, for a consumer that is the same on every rank."""
+    """The whole tensor from all shares along ``dim``, for computation that every rank repeats."""
     return x if axis.size == 1 else apply(_Join, x, axis, dim)
 
 
 def split(x: Tensor, axis: Axis, dim: int) -> Tensor:
-    """My share along ``dim`` of what is the same on every rank."""
+    """This rank's share along ``dim`` of a tensor that is the same on every rank."""
     return x if axis.size == 1 else apply(_Split, x, axis, dim)
 
 

@@ -16,7 +16,7 @@ A block counts in *units* that never part (a head, a row).  Three cases, for n u
   sees, so ``join`` gives the unpadded whole again.
 
 Because all of this is arithmetic on (block, degree, rank), any degree can be turned into any other:
-``reshard`` says which rows to copy from where, and checkpoints need no topology.
+``reshard`` lists which rows to copy from which rank, and checkpoints need no topology.
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ Cut = Shard | Replica
 
 
 class Copy(NamedTuple):
-    """Rows to move for a reshard: from a source rank's share into mine, both counted in rows."""
+    """Rows to copy in a reshard, from the share of ``source_rank`` into that of the new rank.
+
+    Both starts are counted in rows of a share.
+    """
 
     source_rank: int
     source_start: int
@@ -86,7 +89,7 @@ class Copy(NamedTuple):
 def span(block: Block, degree: int, rank: int) -> Span:
     """The rows of ``block`` that ``rank`` of ``degree`` holds.
 
-    Raises ConfigError where neither of the three cases fits.
+    Raises ConfigError where none of the three cases applies.
     """
     units = block.size // block.unit
     if units % degree == 0:
@@ -148,21 +151,21 @@ def local_shape(whole: Sequence[int], how: Cut, degree: int) -> tuple[int, ...]:
 
 
 def reshard(block: Block, source_degree: int, degree: int, rank: int) -> list[Copy]:
-    """What ``rank`` of ``degree`` copies from the shares of ``source_degree`` ranks, for one block.
+    """The rows that ``rank`` of ``degree`` copies from shares of ``source_degree`` ranks.
 
-    Of several source ranks that hold the same rows the first is named; padding is never copied.
+    Where several source ranks hold the same rows, the first is the source; padding is never copied.
     """
-    mine, copies = span(block, degree, rank), []
+    target, copies = span(block, degree, rank), []
     for source in range(0, source_degree, replicas(block, source_degree)):
-        theirs = span(block, source_degree, source)
-        start, stop = max(mine.start, theirs.start), min(mine.stop, theirs.stop)
+        held = span(block, source_degree, source)
+        start, stop = max(target.start, held.start), min(target.stop, held.stop)
         if start < stop:
-            copies.append(Copy(source, start - theirs.start, start - mine.start, stop - start))
+            copies.append(Copy(source, start - held.start, start - target.start, stop - start))
     return copies
 
 
 class Part(NamedTuple):
-    """One Hub tensor inside a (possibly fused) parameter, and where its rows lie in my share."""
+    """One Hub tensor in a (possibly fused) parameter, and where its rows lie in a rank's share."""
 
     name: str
     how: Cut

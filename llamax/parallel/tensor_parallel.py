@@ -119,8 +119,8 @@ class VocabEmbedding(nn.Module):
     def forward(self, ids_BS: Tensor) -> Tensor:
         if self.tp.size == 1:
             return ops.embedding(ids_BS, self.weight)
-        mine_BS, elsewhere_BS = local_ids(ids_BS, self.weight.shape[0], self.tp)
-        x_BSD = ops.embedding(mine_BS, self.weight) * ~elsewhere_BS.unsqueeze(-1)
+        local_BS, elsewhere_BS = local_ids(ids_BS, self.weight.shape[0], self.tp)
+        x_BSD = ops.embedding(local_BS, self.weight) * ~elsewhere_BS.unsqueeze(-1)
         return regions.leave(x_BSD, self.tp, self.sequence_parallel)
 
 

@@ -1,4 +1,4 @@
-"""A rank is killed or frozen: the others end in time and name it; a restart goes on alike."""
+"""A rank is killed or frozen: the others end in time and name it; a restart continues the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run is handed from mesh to mesh: it sees the same samples, and its loss is that of one rank."""
+"""A run resumed on other meshes sees the same samples, and its loss is that of one rank."""
 
 from __future__ import annotations
 

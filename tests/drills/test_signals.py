@@ -1,4 +1,4 @@
-"""SIGTERM and SIGUSR1 at random moments: one agreed step is saved, and the exit code says so."""
+"""SIGTERM and SIGUSR1 at random moments: all ranks save the same step and exit with its code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensor-parallel ranks say what one rank says, all of them the same."""
+"""Every tensor-parallel rank generates the text that one rank alone generates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One training step on a mesh of ranks equals the step of the whole model: the heart of the matter.
+"""One training step on a mesh of ranks equals the step of the whole model.
 
 Loss, every gradient and every updated weight, for tensor x data degrees with and without sequence
 parallelism, with grouped-query heads (more ranks than key/value heads at tp 4), a vocabulary that

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and what is said of it: the training program."""
+"""Which checkpoint the training program resumes from, and what it reports about it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run that leaves for NxD and comes back goes on as if it had stayed."""
+"""A run exported to NxD and imported again continues as if it had not been converted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Jobs that really run: under torchrun, Open MPI, MPICH and Slurm; stopped, and gone on with."""
+"""Jobs that really run: under torchrun, Open MPI, MPICH and Slurm; stopped and resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Foreign folders with anything in them: read, or refused with a LlamaxError; never a traceback."""
+"""Damaged folders of other trainers are read or refused with a LlamaxError, without a traceback."""
 
 from __future__ import annotations
 

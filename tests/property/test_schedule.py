@@ -1,4 +1,4 @@
-"""The learning rate stays in bounds, moves without jumps, starts and ends where it says."""
+"""The learning rate stays in bounds, has no jumps, and starts and ends as configured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tuning step in ranks: a base in a folder, adapters beside it, what two steps make of them."""
+"""Two tuning steps on ranks: a base in a folder, its adapters, and the results to compare."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an optimizer holds on to, counted and not computed."""
+"""The bytes that an optimizer holds, counted from its tensors."""
 
 from __future__ import annotations
 

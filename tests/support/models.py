@@ -1,4 +1,4 @@
-"""One tiny Llama for all tests, and its variations, each for a reason."""
+"""One tiny Llama for all tests, and variations of it."""
 
 from __future__ import annotations
 

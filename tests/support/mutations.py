@@ -1,4 +1,4 @@
-"""Damage files in a thousand ways, and read each: a clean refusal or a clean success, never else.
+"""Damage files in a thousand ways, and read each: it must be refused in one line or read correctly.
 
     PYTHONPATH=tests python -m support.mutations --each 1000
 

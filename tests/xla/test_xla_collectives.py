@@ -1,4 +1,4 @@
-"""The five verbs over ``xm``, executed: each against what it says, on every axis of a mesh."""
+"""The five verbs over ``xm``, executed: each against its definition, on every axis of a mesh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on torch-xla with a planted mistake: the guard tells it once, with its cause."""
+"""Training on torch-xla with a planted mistake: the guard reports it once, with its cause."""
 
 from __future__ import annotations
 

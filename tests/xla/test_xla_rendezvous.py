@@ -1,4 +1,4 @@
-"""torch-xla's own Neuron plugin reads what ``launch.env`` leaves for it, whoever started a rank."""
+"""torch-xla's own Neuron plugin reads the variables that ``parallel.rendezvous`` sets."""
 
 from __future__ import annotations
 

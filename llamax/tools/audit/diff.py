@@ -16,7 +16,7 @@ from llamax.tools.audit.hlo import Instruction, Program
 
 @dataclass(frozen=True)
 class Difference:
-    """The first instruction of each program that the other lacks; None where there is none."""
+    """The first instruction of each program that the other lacks; None if it lacks none."""
 
     expected: Instruction | None
     found: Instruction | None

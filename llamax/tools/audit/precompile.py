@@ -1,4 +1,4 @@
-"""``llamax train --precompile``: every program of a run, and nothing else.
+"""``llamax train --precompile``: compile every program of a run without training.
 
 ``neuron_parallel_compile torchrun ... -m llamax.train --config X --precompile`` runs the training
 program with NEURON_EXTRACT_GRAPHS_ONLY=1: programs are collected and every result is zero.  So no

@@ -200,5 +200,5 @@ def test_a_node_of_one_rank_needs_no_links(tmp_path: Path) -> None:
 
 def test_a_node_has_no_more_ranks_than_devices() -> None:
     assert TRN1.with_ranks(32) == TRN1
-    with pytest.raises(ConfigError, match=r"--ranks=33 is more than the 32 devices of trn1\.32xl"):
+    with pytest.raises(ConfigError, match=r"`ranks=33` is more than the 32 devices of trn1\.32xl"):
         TRN1.with_ranks(33)

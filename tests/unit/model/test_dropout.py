@@ -1,4 +1,4 @@
-"""Masks are a function of what they belong to, the same everywhere, and look random."""
+"""Dropout masks are a function of step, sample and place, equal on every mesh, and look random."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exit codes: one meaning each, listed in the README."""
+"""Exit codes: one meaning each, listed in the documentation."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from llamax.tools.audit.auditor import DIFFERS
 
 
 def test_every_exit_code_means_one_thing_and_is_listed() -> None:
-    readme = (Path(__file__).resolve().parents[3] / "README.md").read_text()
+    page = (Path(__file__).resolve().parents[3] / "docs/reference/exit-codes.md").read_text()
     lists = {
         "errors": re.findall(r"^    (\d+) ", errors.__doc__ or "", re.M),
-        "README": re.findall(r"^\| (\d+) \|", readme, re.M),
+        "documentation": re.findall(r"^\| (\d+) \|", page, re.M),
     }
     kinds = [each for each in vars(errors).values() if isinstance(each, type)]
     own = {each.exit_code for each in kinds if issubclass(each, errors.LlamaxError)}
     others = {DOES_NOT_FIT, DIFFERS, NOT_READY}
     assert len(others) == 3
     assert not own & others
-    for name, told in lists.items():
-        assert len(set(told)) == len(told), name
-        assert own | others <= set(map(int, told)), name
+    for name, listed in lists.items():
+        assert len(set(listed)) == len(listed), name
+        assert own | others <= set(map(int, listed)), name

@@ -1,4 +1,4 @@
-"""The pool of ranks itself: results, failures, deaths and hangs, each told by rank."""
+"""The pool of ranks itself: results, failures, deaths and hangs, each reported with its rank."""
 
 from __future__ import annotations
 

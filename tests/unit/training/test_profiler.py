@@ -1,4 +1,4 @@
-"""The profiled window: the steps asked for, on rank 0, in files that say so."""
+"""The profiled window: the configured steps, on rank 0, in files named after them."""
 
 from __future__ import annotations
 
