@@ -382,17 +382,14 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
             num_threads=1,
             minloglevel=2,
         )
-    except BaseException as error:
-        if failed:
-            raise failed[0] from None
-        if not isinstance(error, RuntimeError | OSError):
-            raise
-        # The reason stands between the engine's file, line and condition, and its advice.
-        reason = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0]
-        raise DataError(
-            f"no tokenizer of {vocab_size} pieces can be trained on this text ({reason}); "
-            "use another size (300 or more), or more text"
-        ) from None
+    except (RuntimeError, OSError) as error:
+        if not failed:
+            # The reason stands between the engine's file, line and condition, and its advice.
+            reason = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0]
+            raise DataError(
+                f"no tokenizer of {vocab_size} pieces can be trained on this text ({reason}); "
+                "use another size (300 or more), or more text"
+            ) from None
     if failed:
         raise failed[0]
     write_atomic(Path(out), b"".join(model))
