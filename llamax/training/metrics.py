@@ -17,14 +17,15 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from llamax.runtime.errors import BackendError, DataError
-from llamax.runtime.files import read_file, same_file, write_atomic
+from llamax.runtime.files import read_file, refuse_link, same_file, write_atomic
 from llamax.runtime.logging import logger, show_line
 
 if TYPE_CHECKING:
@@ -143,13 +144,22 @@ class JsonlWriter:
 
     Records that find no room there wait for it: a full disk must not end a run that can go on.
     A run resumed at ``resumed_step`` keeps the records up to that step and drops later ones, which
-    the run will make again: the log holds each step once.  The rewrite is atomic.
+    the run will make again: the log holds each step once.  The rewrite is atomic.  A run from the
+    start (0) renames an earlier log to ``metrics.jsonl.past``, ``.past-2``, ...
+
+    ``kept`` are the records kept; ``went_back`` is true if the earlier log had others.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_jsonl(path) if r.step <= resumed_step] if resumed_step else []
-        write_atomic(path, "".join(f"{r.to_json()}\n" for r in kept).encode())
+        self.kept = list[Record]()
+        if resumed_step:
+            records = read_jsonl(path)
+            self.kept = [record for record in records if record.step <= resumed_step]
+            self.went_back = len(self.kept) < len(records)
+        else:
+            self.went_back = _set_aside(path)
+        write_atomic(path, "".join(f"{record.to_json()}\n" for record in self.kept).encode())
         self.path, self.waiting, self.warned = path, b"", False
         self.fd = same_file(path, os.O_WRONLY | os.O_APPEND)
 
@@ -168,6 +178,18 @@ class JsonlWriter:
         if self.waiting:
             logger.warning("%s lacks its last %d bytes", self.path, len(self.waiting))
         os.close(self.fd)
+
+
+def _set_aside(path: Path) -> bool:
+    """Rename an earlier log, to a name that is free; whether there was one."""
+    refuse_link(path)
+    if not path.exists() or not path.stat().st_size:
+        return False
+    names = chain([".past"], (f".past-{number}" for number in count(2)))
+    past = next(p for n in names if not os.path.lexists(p := path.with_name(path.name + n)))
+    os.rename(path, past)
+    logger.info("this run starts anew; the earlier records are kept in %s", past)
+    return True
 
 
 def line(record: Record, steps: int) -> str:
@@ -219,9 +241,13 @@ class ConsoleWriter:
 
 
 class TensorBoardWriter:
-    """Events for TensorBoard in ``folder``, under the tags other Llama trainers use."""
+    """Events for TensorBoard in ``folder``, under the tags other Llama trainers use.
 
-    def __init__(self, folder: Path) -> None:
+    A run resumed at ``resumed_step`` makes readers drop the later events of earlier starts, so that
+    each step is shown once.  Some readers do so only if every start, also the first, asks for it.
+    """
+
+    def __init__(self, folder: Path, resumed_step: int = 0) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -229,7 +255,9 @@ class TensorBoardWriter:
                 "run.tensorboard=true needs the package tensorboard, which is not installed; "
                 "pip install 'llamax[tensorboard]', or use run.tensorboard=false"
             ) from None
-        self.events: SummaryWriter = SummaryWriter(str(folder))
+        self.events: SummaryWriter = SummaryWriter(
+            str(folder), purge_step=resumed_step + 1 if resumed_step else 0
+        )
 
     def write(self, record: Record) -> None:
         for tag, value in tagged(record).items():
@@ -257,10 +285,21 @@ def tagged(record: Record) -> dict[str, float]:
 class WandbWriter:
     """A run of W&B named after the folder; ``mode`` offline or online, ``settings`` its config.
 
-    A run that is resumed goes on under the same id, which the folder keeps.
+    A resumed run continues under the same id, which the folder keeps in ``wandb-id``.  W&B drops
+    steps at or below the last one that it has; so a run that went back (``went_back``) gets a new
+    id, in the group of the first, and its records so far (``kept``) are logged again.  Offline they
+    always are: each start writes a folder, and a later one replaces an earlier one of the same id.
     """
 
-    def __init__(self, folder: Path, project: str, mode: str, settings: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        project: str,
+        mode: str,
+        settings: dict[str, Any],
+        kept: Sequence[Record] = (),
+        went_back: bool = False,
+    ) -> None:
         try:
             import wandb  # type: ignore[import-not-found, import-untyped, unused-ignore]
         except ImportError:
@@ -268,24 +307,38 @@ class WandbWriter:
                 f"run.wandb={mode} needs the package wandb, which is not installed; "
                 "pip install 'llamax[wandb]', or use run.wandb=off"
             ) from None
-        kept = folder / "wandb-id"
-        try:
-            run_id = read_file(kept).decode()
-        except FileNotFoundError:
-            run_id = secrets.token_hex(4)
-            write_atomic(kept, run_id.encode())
+        first, run_id = _wandb_ids(folder / "wandb-id", went_back)
         self.run: Any = wandb.init(
             project=project,
             name=folder.name,
             id=run_id,
+            group=first,
             resume="allow" if mode == "online" else None,
             dir=str(folder),
             mode=mode,
             config=settings,
         )
+        self.next_step = int(self.run.step)  # W&B drops lower ones, with a message in its own log
+        for record in kept:
+            if record.step >= self.next_step:
+                self.write(record)
 
     def write(self, record: Record) -> None:
+        if record.step < self.next_step:
+            logger.warning("W&B already has later steps than %d and drops it", record.step)
         self.run.log(tagged(record), step=record.step)
 
     def close(self) -> None:
         self.run.finish()
+
+
+def _wandb_ids(path: Path, renew: bool) -> tuple[str, str]:
+    """The first id and the current id in ``path``, which holds one a line; ``renew`` adds one."""
+    try:
+        ids = read_file(path).decode().split()
+    except FileNotFoundError:
+        ids = []
+    if renew or not ids:
+        ids.append(secrets.token_hex(4))
+        write_atomic(path, "\n".join(ids).encode())
+    return ids[0], ids[-1]

@@ -194,14 +194,16 @@ def writers(job: Job) -> list[Writer]:
     if not job.main:
         return []
     bar = run.progress == "on" or (run.progress == "auto" and sys.stderr.isatty())
-    views: list[Writer] = [
-        JsonlWriter(job.folder / METRICS_FILE, job.step),
-        ConsoleWriter(run.steps, job.step, bar),
-    ]
+    log = JsonlWriter(job.folder / METRICS_FILE, job.step)
+    views: list[Writer] = [log, ConsoleWriter(run.steps, job.step, bar)]
     if run.tensorboard:
-        views.append(TensorBoardWriter(job.folder / "tensorboard"))
+        views.append(TensorBoardWriter(job.folder / "tensorboard", job.step))
     if run.wandb != "off":
-        views.append(WandbWriter(job.folder, run.wandb_project, run.wandb, asdict(job.config)))
+        settings = asdict(job.config)
+        board = WandbWriter(
+            job.folder, run.wandb_project, run.wandb, settings, log.kept, log.went_back
+        )
+        views.append(board)
     return views
 
 

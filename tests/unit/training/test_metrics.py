@@ -80,6 +80,36 @@ def test_the_log_holds_each_step_once_after_a_resume(tmp_path: Path) -> None:
     assert steps(path) == []
 
 
+def test_a_run_from_the_start_keeps_the_earlier_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("llamax").setLevel(logging.INFO)
+    logging.getLogger("llamax").propagate = True
+    path, texts = tmp_path / "metrics.jsonl", []
+    for start in (1, 2, 3):
+        log = JsonlWriter(path)
+        assert log.went_back == (start > 1)
+        assert steps(path) == []
+        log.write(replace(RECORD, step=start))
+        log.close()
+        texts.append(path.read_text())
+    names = ("metrics.jsonl.past", "metrics.jsonl.past-2", "metrics.jsonl")
+    assert [(tmp_path / name).read_text() for name in names] == texts
+    assert f"the earlier records are kept in {path}.past-2" in caplog.text
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_the_log_knows_what_it_kept_and_whether_the_run_went_back(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert not JsonlWriter(path).went_back
+    path.write_text("".join(f"{replace(RECORD, step=step).to_json()}\n" for step in (1, 2, 3)))
+    log = JsonlWriter(path, resumed_step=3)
+    assert ([record.step for record in log.kept], log.went_back) == ([1, 2, 3], False)
+    log = JsonlWriter(path, resumed_step=2)
+    assert ([record.step for record in log.kept], log.went_back) == ([1, 2], True)
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
 def test_records_wait_for_room(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Under a limit on the file's size, as a full disk: a part of a line is written, then none."""
     logging.getLogger("llamax").propagate = True
@@ -184,6 +214,33 @@ def test_tensorboard_has_the_tags_of_other_trainers(tmp_path: Path) -> None:
     assert events.Scalars("mfu")[0].value == 0.375
 
 
+def test_tensorboard_shows_each_step_once_after_kills(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing import event_accumulator, plugin_event_accumulator
+
+    shown: dict[int, float] = {}
+    old, new = (
+        module.EventAccumulator(str(tmp_path))
+        for module in (event_accumulator, plugin_event_accumulator)
+    )
+    starts = [(0, 8), (5, 12), (10, 11), (10, 14), (0, 1)]  # the last from the start again
+    for start, (resumed, last) in enumerate(starts):
+        shown = {step: loss for step, loss in shown.items() if step <= resumed}
+        board = TensorBoardWriter(tmp_path, resumed)
+        for step in range(resumed + 1, last + 1):
+            shown[step] = start + step / 64
+            board.write(replace(RECORD, step=step, loss=shown[step]))
+        board.events.flush()
+        for path in tmp_path.glob("events.*"):  # readers take the files in the order of their names
+            if not path.name.endswith(".start"):
+                path.rename(tmp_path / f"events.out.tfevents.{start}.start")
+        old.Reload()
+        new.Reload()
+        assert sorted(shown) == [*range(1, last + 1)]
+        assert [(each.step, each.value) for each in old.Scalars("loss")] == [*shown.items()]
+        tensors = [(each.step, each.tensor_proto.float_val[0]) for each in new.Tensors("loss")]
+        assert tensors == [*shown.items()]
+
+
 def history(path: Path) -> dict[int, float]:
     """Step -> loss in a W&B file: a log of LevelDB's format (32 KiB blocks) with protobuf in it."""
     from wandb.proto import wandb_internal_pb2
@@ -218,6 +275,62 @@ def test_wandb_offline_has_what_tensorboard_has(
     assert {path.stem for path in files} == {f"run-{(tmp_path / 'wandb-id').read_text()}"}
     found = {step: loss for path in files for step, loss in history(path).items()}
     assert found == {1: 1.0, 2: 1 / 2, 3: 1 / 3, 4: 1 / 4}
+
+
+def wandb_start(folder: Path, resumed: int, last: int, factor: float) -> None:
+    """A start of a run that ends after step ``last``."""
+    import wandb  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    log = JsonlWriter(folder / "metrics.jsonl", resumed)
+    board = WandbWriter(folder, "tests", "offline", {}, log.kept, log.went_back)
+    for step in range(resumed + 1, last + 1):
+        for writer in (log, board):
+            writer.write(replace(RECORD, step=step, loss=factor / step))
+    log.close()
+    board.close()
+    wandb.teardown()  # waits until the file is written
+
+
+def wandb_runs(folder: Path) -> list[dict[int, float]]:
+    """The losses in W&B, of each id in turn; a later folder replaces an earlier one of its id."""
+    ids = (folder / "wandb-id").read_text().split()
+    newest = {
+        path.stem.removeprefix("run-"): path
+        for path in sorted(
+            folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns
+        )
+    }
+    assert set(newest) == set(ids)
+    return [history(newest[each]) for each in ids]
+
+
+def test_wandb_has_every_step_once_after_kills(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    wandb_start(tmp_path, 0, 4, 1.0)
+    wandb_start(tmp_path, 4, 8, 1.0)  # stopped and resumed: the same id
+    assert wandb_runs(tmp_path) == [{step: 1 / step for step in range(1, 9)}]
+    wandb_start(tmp_path, 5, 9, 2.0)  # killed after step 8, its last checkpoint is of step 5
+    first, second = wandb_runs(tmp_path)
+    assert first == {step: 1 / step for step in range(1, 9)}
+    assert second == {step: (1 if step < 6 else 2) / step for step in range(1, 10)}
+    wandb_start(tmp_path, 0, 2, 3.0)  # from the start
+    assert wandb_runs(tmp_path) == [first, second, {1: 3.0, 2: 1.5}]
+
+
+def test_a_step_that_wandb_drops_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logging.getLogger("llamax").propagate = True
+    board = WandbWriter(tmp_path, "tests", "offline", {})
+    board.next_step = 8  # as of a run that another machine continued
+    board.write(replace(RECORD, step=7))
+    board.close()
+    assert "W&B already has later steps than 7 and drops it" in caplog.text
 
 
 def test_missing_wandb_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
