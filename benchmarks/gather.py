@@ -101,8 +101,8 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name, taken in median.items():
         against = [taken / median[f"llamax, {k}"] for k in ("rows", "int64 ids and labels")]
-        told = " | ".join(f"{ratio:.1f} times" for ratio in against)
-        print(f"| {name} | {1 / taken:,.0f} | {(S + 1) / taken / 1e6:,.0f} | {told} |")
+        ratios = " | ".join(f"{ratio:.1f} times" for ratio in against)
+        print(f"| {name} | {1 / taken:,.0f} | {(S + 1) / taken / 1e6:,.0f} | {ratios} |")
     print(f"\nchecksums verified at {verify / 1e9:.1f} GB/s on one core")
 
 

@@ -214,7 +214,7 @@ def loading(shape: ModelConfig) -> None:
         axes.world.all_reduce(torch.zeros(1))
         source = open_source(place)
         largest = 4 * shape.vocab_size * shape.hidden_size
-        told = []
+        rows = []
         for name in ("full", "full", "lora", "qlora nf4", "qlora int8"):  # the first one warms up
             before = resident()
             Path("/proc/self/clear_refs").write_text("5")
@@ -224,14 +224,14 @@ def loading(shape: ModelConfig) -> None:
             share += sum(t.nbytes for each in stores(model) for t in each.tensors())
             found = torch.tensor([float(grown), grown / (share + largest)])
             most, ratio = axes.world.all_reduce(found, "max").tolist()
-            told.append(
+            rows.append(
                 f"| {name} | {show_bytes(share)} | {show_bytes(largest)} | "
                 f"{show_bytes(round(most))} | {ratio:.2f} |"
             )
             del model
         if where.rank == 0:
             print("| method | share of rank 0 | largest tensor | most growth of a peak | of both |")
-            print("\n".join(["|---|---|---|---|---|", *told[1:]]), flush=True)
+            print("\n".join(["|---|---|---|---|---|", *rows[1:]]), flush=True)
             for path in place.iterdir():
                 path.unlink()
             place.rmdir()

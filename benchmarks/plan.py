@@ -70,7 +70,7 @@ class Run:
 def neuron(
     name: str, model: str, nodes: int, mesh: Mesh, length: int, rates: str, fitted: bool = False
 ) -> Run:
-    """A row of AWS's tables: sequences/s of one or several releases, of which the mean counts."""
+    """A row of AWS's tables: sequences/s of one or several releases, compared by their mean."""
     found = [float(rate) for rate in rates.split("/")]
     mean = math.fsum(found) / len(found) * length
     return Run(

@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
             time.sleep(options.every)
             run = read_run(options.run, log=log)
     except KeyboardInterrupt:
-        pass  # ends the view; the run goes on
+        pass  # ends the view, not the run
     finally:
         sys.stdout.write("\x1b[?25h\x1b[?1049l")
     print("\n".join(render(run, shutil.get_terminal_size().columns, True, price)))

@@ -6,7 +6,7 @@ A step, the same on one rank as on thousands::
 
     1  key/value heads held by several tensor ranks: sum the parts of their gradient    (kv)
     2  bucket by bucket, sum gradients over the data ranks, each rank keeping its run   (data)
-    3  replicas of which each rank saw a part: sum the parts of their gradient          (tp)
+    3  replicas with a different gradient on each rank: sum those gradients             (tp)
     4  the norm of the whole model's gradient, every element counted once               (world)
     5  clip; where the norm is not finite, nothing below changes anything
     6  AdamW on the owned runs

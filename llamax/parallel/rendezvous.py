@@ -283,7 +283,7 @@ def _sagemaker(environ: Mapping[str, str]) -> Rendezvous:
 
 
 def _check_spans(environ: Mapping[str, str], where: Rendezvous, starter: str) -> None:
-    """Raise BackendError if every process of another launcher started a torchrun of its own."""
+    """Raise BackendError if every process of another launcher started a separate torchrun."""
     rank, size = (_number(environ, key) for key in FAMILIES[starter][:2])
     nodes = _number(environ, "GROUP_WORLD_SIZE") if "GROUP_WORLD_SIZE" in environ else 1
     if size > 1 and nodes == 1 and (where.rank, where.world_size) != (rank, size):

@@ -1,4 +1,4 @@
-"""What a run reports: every printed number comes from a pure function here.
+"""The records of a run and their writers: console and progress bar, JSONL, TensorBoard, W&B.
 
 One ``Record`` per log step is the truth, kept as a line of JSON; everything else is a view of it::
 
@@ -6,9 +6,7 @@ One ``Record`` per log step is the truth, kept as a line of JSON; everything els
              ├─> console         one aligned line, and a progress bar on a terminal
              └─> TensorBoard     loss, reduced_train_loss, grad_norm, throughput, lr, mfu, ...
 
-Model FLOPs follow PaLM (Chowdhery et al. 2022, appendix B), with causal attention counted once: a
-matmul weight costs 2 FLOPs a token forward and 4 backward, and a token attends to half the sequence
-on average.  Recomputation does not count.
+Model FLOPs and MFU are defined in ``llamax.config.flops``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Steps -> records, one step late.
+"""Makes the records of a run, each while the next step runs.
 
 The device is never waited for: the numbers of step n stay on it, and are fetched and written while
 step n + 1 runs.  Throughput counts training steps alone, not validation or saving between them.

@@ -1,4 +1,4 @@
-"""What a run means on a given world and data set: the numbers behind its configuration.
+"""A configuration resolved for a world and a data set: mesh, steps, warm-up, accumulation.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Where a run takes place and with what: ``environment.json`` in its folder.
+"""``environment.json`` in the folder of a run: its ranks, machine and versions.
 
 For whoever reads the run later: the machine, its price, versions, the job's name at its launcher.
 """

@@ -28,7 +28,7 @@ def held(rank: int, dtype: torch.dtype) -> Tensor:
 
 
 def verbs(mesh: Mesh, dtype: torch.dtype) -> list[str]:
-    """In a rank: what went wrong with the verbs of each axis, or left its input changed."""
+    """On a rank: the verbs of each axis with a wrong result or a changed input."""
     found = []
     for axis in (axes(mesh).tp, axes(mesh).data):
         if isinstance(axis, Solo):

@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_mesh(
     folder: Path, mesh: Mesh, sequence: bool, cases: list[tuple[FinetuneConfig, str]], mutation: str
 ) -> list[str]:
-    """In a rank: what differs from the whole model's steps, a line each.
+    """On a rank: the differences from the steps of the whole model, one line each.
 
     With sequence parallelism samples are packed, without they are one document each.
     """
@@ -202,7 +202,7 @@ def test_adapters_send_nothing_but_the_second_gather(worlds: Worlds, sequence: b
 
 
 def dense(folder: Path, mesh: Mesh, finetune: FinetuneConfig) -> list[str]:
-    """In a rank: layers whose share is not that of the whole, and bytes that are not expected."""
+    """On a rank: layers with a wrong share of the whole, and unexpected byte counts."""
     my_axes = axes(mesh, max(1, mesh.tp // MODEL.num_key_value_heads))
     mine, whole = build(folder, my_axes, finetune), build(folder, Axes.solo(), finetune)
     found = []

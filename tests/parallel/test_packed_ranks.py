@@ -123,7 +123,7 @@ def same(
     tokens: Path,
     *tuning: object,
 ) -> str:
-    """What to tell of curves that are those of one rank on all ``meshes``."""
+    """Check that the curves on all ``meshes`` equal that of one rank; a summary to print."""
     worst, last = 0.0, whole[-2][0]
     for tp, dp in meshes:
         for rank in worlds(tp * dp).run(
@@ -147,7 +147,7 @@ def test_other_ways_of_packing_too(tokens: Path, worlds: Worlds, packing: str) -
 
 
 def test_the_mean_of_ranks_would_be_another(tokens: Path) -> None:
-    """What the curves rest on: shares of a step count different numbers of tokens."""
+    """The data is a real test: shares of a step count different numbers of tokens."""
     data = DataConfig(sequence_length=LENGTH, global_batch=BATCH, micro_batch=1)
     loader = Samples(TokenFile(tokens), data, seed=0).loader(Solo("data"), 0, shuffle=True)
     counts = {int((batch.labels != IGNORE_INDEX).sum()) for batch in loader.step()}
@@ -155,7 +155,7 @@ def test_the_mean_of_ranks_would_be_another(tokens: Path) -> None:
 
 
 def evaluated(tp: int, way: str, path: Path, base: Path) -> dict[str, float]:
-    """What ``llamax evaluate`` finds with its ranks on one tensor axis."""
+    """The loss of ``llamax evaluate`` with all ranks on one tensor axis."""
     there = axes(Mesh(tp=tp), max(1, tp // MODEL.num_key_value_heads))
     data = DataConfig(sequence_length=LENGTH, global_batch=8, micro_batch=8)
     return loss_of(build(base, there, WAYS[way]), Samples(TokenFile(path), data, seed=0))

@@ -79,7 +79,7 @@ def step(
 def on_mesh(
     model: ModelConfig, mesh: Mesh, sequence: bool, zero1: bool, accumulation: int, mutation: str
 ) -> list[str]:
-    """In a rank: what differs from the whole model's step, a line each."""
+    """On a rank: the differences from the step of the whole model, one line each."""
     whole = step(model, Axes.solo(), False, True, 1)
     kv = max(1, mesh.tp // model.num_key_value_heads)
     my_axes = axes(mesh, kv)

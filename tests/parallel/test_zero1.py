@@ -66,7 +66,7 @@ def parts(whole: Tensor, count: int) -> list[Tensor]:
 
 
 def gradient(name: str, whole: Tensor, at: Axes, sequence: bool) -> Tensor:
-    """What backward leaves on this tensor rank, given the whole gradient of its data rank."""
+    """The gradient that backward leaves on this tensor rank, from that of its data rank."""
     how, tp = MODEL[name][1], at.tp
     if isinstance(how, Replica):
         return parts(whole, tp.size)[tp.rank] if sequence else whole
@@ -90,7 +90,7 @@ def train(
     scale: float = 1.0,
     lazy: bool = False,
 ) -> tuple[dict[str, Tensor], list[float], dict[str, Any]]:
-    """Some steps on my shares: (shares, norms, what else is checked)."""
+    """Some steps on this rank's shares: (shares, norms, other checked values)."""
     at = axes(Mesh(tp=tp, dp=dp), kv=max(tp // 2, 1))
     meter = Meter()
     at = Axes(*(Metered(axis, meter) for axis in (at.tp, at.data, at.kv, at.world)))

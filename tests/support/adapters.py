@@ -153,7 +153,7 @@ def differences(
     rank: int,
     tolerance: float,
 ) -> list[str]:
-    """What tensor rank ``rank`` found that is not its share of what one rank found, a line each."""
+    """The results of tensor rank ``rank`` that differ from its share of one rank's, a line each."""
     found = []
     for name, theirs in whole["adapters"].items():
         expected = sharding.cut(theirs, shards[name], degree, rank)

@@ -1,4 +1,4 @@
-"""Ranks of any mesh in one process: what each holds of a model, and the runs it owns of it."""
+"""Ranks of any mesh in one process: their shares of a model, and the runs that each owns."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Place(Solo):
 
 
 def llama(tied: bool = False, kv: int = 2, vocabulary: int = 37, layers: int = 2) -> ModelConfig:
-    """A small Llama whose vocabulary no degree divides."""
+    """A small Llama with a vocabulary size that no degree divides."""
     return tiny(
         hidden_size=24,
         intermediate_size=40,
@@ -63,7 +63,7 @@ def kinds(dtype: torch.dtype) -> tuple[str, ...]:
 
 @dataclass
 class Rank:
-    """One rank: its axes, its share of every kind of parameter, what it owns of it."""
+    """One rank: its axes, its shares by kind, and the runs that it owns."""
 
     axes: Axes
     cuts: Mapping[str, Cut]
@@ -163,6 +163,6 @@ def save(
 
 
 def load(checkpoint: Checkpoint, ranks: list[Rank]) -> None:
-    """Load what every rank owns."""
+    """Load the owned runs of every rank."""
     for rank in ranks:
         load_owned(checkpoint, rank.owned, rank.sharded)

@@ -115,7 +115,7 @@ def spawn(folder: Path, ranks: list[worlds.Rank], first: int, deadly: int, calls
 
 
 def look(folder: Path, rank: worlds.Rank) -> str:
-    """What is wrong with what the dead have left, or nothing."""
+    """Describe what is wrong with the files that killed ranks left; empty if nothing is."""
     at_least = committed(folder)
     for swept in (False, True):
         if swept:

@@ -52,7 +52,7 @@ TOKEN = re.compile(rb'-?\d+(?:\.\d+)?|"[^"]{0,60}"|true|false|[\[\]{},:=]')
 
 
 class Kind(NamedTuple):
-    """A file to damage: what reads it, and what mends the checksum that guards it."""
+    """A file to damage, the function that reads it, and one that corrects its checksum."""
 
     name: str
     path: Path

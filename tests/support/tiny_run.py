@@ -58,7 +58,7 @@ def config(dataset: Path, folder: Path, **run: Any) -> Config:
 
 
 def log_of(folder: Path) -> list[dict[str, Any]]:
-    """What a run found, without its clock and memory."""
+    """The records of a run without times and memory."""
     clock = ("seconds", "step_s", "tokens_per_s", "mfu", "memory_bytes")
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{key: r[key] for key in r if key not in clock} for r in records]

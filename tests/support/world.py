@@ -73,7 +73,7 @@ class World:
             pipe.send_bytes(pickle.dumps(port))
 
     def run(self, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
-        """What ``fn(*args)`` returns on every rank, in rank order.
+        """The results of ``fn(*args)`` on every rank, in rank order.
 
         Raises WorldError with the traceback of the ranks that failed, or the stack of those that
         are still running after ``timeout_s``.
@@ -212,7 +212,7 @@ def _serve(rank: int, size: int, pipe: Connection, stacks: str) -> None:
 
 
 def _meet(rank: int, size: int, pipe: Connection) -> Any:
-    """The store of the world, served by rank 0 on a loopback port that it says down the pipe."""
+    """The store of the world, served by rank 0 on a loopback port that it sends by pipe."""
     import torch.distributed as dist
 
     timeout = timedelta(seconds=60)

@@ -243,7 +243,7 @@ def test_ranks_beyond_the_heads_and_unknown_recompute_are_refused() -> None:
     ],
 )
 def test_positions_and_documents_are_of_the_ids(given: dict[str, torch.Tensor], says: str) -> None:
-    """Documents of another length would be read beyond their end, and the loss be wrong."""
+    """Documents of another length would be read beyond their end, with a wrong loss."""
     model = Llama(LLAMA2).init(seed=0)
     assert torch.equal(model(IDS, torch.arange(6)[None]), model(IDS))
     with pytest.raises(DataError, match=says):
