@@ -197,6 +197,14 @@ def test_what_is_not_read_is_named_or_refused(
     for out in ("out", "other"):
         with pytest.raises(DataError, match=r"not read: id .4 rows.*leave out --strict"):
             prepare(tmp_path / out, *args, "--strict")
+    calls = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    table = write_rows(
+        tmp_path / "c.jsonl", [{"messages": [{"role": "user", "content": "Q"}, calls]}]
+    )
+    with pytest.raises(
+        DataError, match=r"left for training.*read: messages\[\]\.tool_calls .1 row"
+    ):
+        prepare(tmp_path / "calls", table, "--template", "usr-bot", *args[3:], "--drop-empty")
     prepare(tmp_path / "short", write_rows(tmp_path / "s.jsonl", ROWS), *args[1:], "--strict")
     assert "not read" not in capsys.readouterr().out
 

@@ -53,7 +53,7 @@ from llamax.data.prepare.instruction_rows import (
 from llamax.data.prepare.row_samples import check_fields
 from llamax.data.prepare.tables import is_hub_name, plan_tables
 from llamax.data.prepare.text_files import is_only_text, plan
-from llamax.data.prepare.unread import unread_error
+from llamax.data.prepare.unread import unread_error, unread_names
 from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.tokenizer import (
     HuggingFace,
@@ -221,6 +221,7 @@ def prepare(
             raise DataError(
                 f"{', '.join(map(str, sources))}: no document is left for training; give more text"
                 f"{smaller if made['validation'] else ''}"
+                f"{f' (not read: {unread_names(unread)})' if unread else ''}"
             )
         trained = path.stem if train_tokenizer else None
         _write_index(out, settings, opened, identity, trained, format, unread)
