@@ -102,15 +102,20 @@ cd -- {quote(job.folder)}
 
 
 def pid_file(job: JobFile, phase: str) -> str:
-    """Write the process id for ``stop`` and ``status``; refuse a second run of the phase."""
+    """Write the process id for ``stop`` and ``status``; refuse a link and a second run."""
     return f"""run={quote(job.config.run.folder)}
 mkdir -p -- "$run/logs"
 pid="$run/logs/{phase}-$(uname -n).pid"
-if [[ -e $pid && $(ps -ww -o args= -p "$(<"$pid")") == *llamax* ]]; then
+if [[ -L $pid ]]; then
+    echo "$pid is a link to $(readlink -- "$pid"); remove it" >&2
+    exit 2
+fi
+if [[ -f $pid && $(ps -ww -o args= -p "$(<"$pid")") == *llamax* ]]; then
     echo "{phase} of $run already runs here as process $(<"$pid"); stop it first" >&2
     exit 2
 fi
-echo $$ >"$pid"
+rm -f -- "$pid"
+(set -o noclobber && echo $$ >"$pid")
 """
 
 
@@ -122,7 +127,7 @@ def action(job: JobFile, phase: str, what: str, stop: str = TERM) -> str:
     start = f"{SHEBANG}\nset -euo pipefail\ncd -- {quote(job.folder)}\n"
     run = f"run={quote(job.config.run.folder)}\n"
     process = f"""{run}pid="$run/logs/{phase}-$(uname -n).pid"
-if ! [[ -e $pid && $(ps -ww -o args= -p "$(<"$pid")") == *llamax* ]]; then
+if ! [[ -f $pid && ! -L $pid && $(ps -ww -o args= -p "$(<"$pid")") == *llamax* ]]; then
     echo "{phase} of $run does not run on $(uname -n)"
     exit 0
 fi

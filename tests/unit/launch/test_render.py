@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 import subprocess
 from pathlib import Path
@@ -13,7 +14,7 @@ from support.launch_jobs import job
 
 from llamax.config.hardware import load_machine, machine_names
 from llamax.launch import jobfile
-from llamax.launch.render import render
+from llamax.launch.render import action, render
 
 TRICKS = "'; touch pwned; '\"$(touch pwned)`touch pwned` \\ #|&<>!* $$ $(PATH) {{x}} é漢\U0001f600"
 
@@ -73,6 +74,41 @@ def test_no_value_escapes_its_quotes(tmp_path: Path, launcher: str, phase: str) 
         assert f"--data.path=/fsx/{TRICKS}" in said
         assert f"--run.folder=run {TRICKS}" in said
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+def test_a_linked_pid_file_is_named_and_not_followed(tmp_path: Path, launcher: str) -> None:
+    """Neither written when a job starts nor read to find a process to stop."""
+    this = job(
+        overrides={"data": {"path": "data"}, "run": {"folder": "run"}},
+        venv="",
+        mpirun__hostfile="",
+    )
+    (tmp_path / "hosts").write_text("localhost\n")
+    fake, pid = tmp_path / "bin", tmp_path / "run" / "logs" / f"train-{platform.node()}.pid"
+    fake.mkdir()
+    for name in (launcher, "python3"):
+        (fake / name).write_text("#!/bin/bash\ntouch started\n")
+        (fake / name).chmod(0o755)
+
+    def run(text: str) -> subprocess.CompletedProcess[str]:
+        text = text.replace("cd -- /fsx/llama", f"cd -- {tmp_path}\nPATH={fake}:$PATH")
+        return subprocess.run(["bash", "-c", text], cwd=tmp_path, text=True, capture_output=True)
+
+    for _ in range(2):
+        done = run(render(this, launcher, "train"))
+        assert done.returncode == 0, done.stderr
+        assert pid.read_text().strip().isdecimal()
+    (tmp_path / "started").unlink()
+    pid.unlink()
+    (tmp_path / "target").write_text("1\n")
+    pid.symlink_to(tmp_path / "target")
+    done = run(render(this, launcher, "train"))
+    assert done.returncode == 2
+    assert f"{pid.name} is a link to {tmp_path / 'target'}; remove it" in done.stderr
+    assert not (tmp_path / "started").exists()
+    assert (tmp_path / "target").read_text() == "1\n"
+    assert "does not run" in run(action(this, launcher, "train", "stop")).stdout
 
 
 def test_sagemakers_file_keeps_values_as_they_are() -> None:
