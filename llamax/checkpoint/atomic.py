@@ -25,6 +25,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from llamax.checkpoint.lock import lock_abandoned, lock_folder
 from llamax.config.constants import LOCK_FILE
@@ -110,8 +111,10 @@ def new_folder(out: Path) -> Iterator[Path]:
                         for folder in (out, *parents):
                             sync_folder(folder.parent)
                 finally:
+                    finishing()
                     shutil.rmtree(content, ignore_errors=True)
         finally:  # the lock is closed by now: a network file system keeps a file that is open
+            finishing()
             shutil.rmtree(building, ignore_errors=True)
             with suppress(OSError):  # a parent with something else in it stays
                 for folder in () if complete else parents:
@@ -155,23 +158,26 @@ def _explain_no_room(path: Path) -> Iterator[None]:
 def _terminable(out: Path) -> Iterator[Callable[[], None]]:
     """Raise Terminated on SIGTERM, if this is the main thread and the signal has no handler yet.
 
-    Yields a function to call before the last step: from then on SIGTERM is ignored.
+    Yields a function to call before the last steps, the rename or the removal: from then on SIGTERM
+    and Ctrl-C are ignored.
     """
 
-    def ignore() -> None:
-        if signal.getsignal(signal.SIGTERM) == terminate:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
     def terminate(number: int, frame: object) -> None:
-        ignore()  # removing the folder takes a moment
+        ignore()
         raise Terminated(f"stopped by SIGTERM: {out} was not written")
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield lambda: None
-        return
-    signal.signal(signal.SIGTERM, terminate)
+    def ignore() -> None:
+        for number in before:
+            signal.signal(number, signal.SIG_IGN)
+
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+        before = {n: handler for n, handler in usual.items() if signal.getsignal(n) == handler}
     try:
+        if signal.SIGTERM in before:
+            signal.signal(signal.SIGTERM, terminate)
         yield ignore
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)

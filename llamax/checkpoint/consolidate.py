@@ -31,7 +31,7 @@ from llamax.checkpoint.safetensors_io import (
 )
 from llamax.config.choices import WEIGHT_DTYPES
 from llamax.runtime.errors import CheckpointError, ConfigError
-from llamax.runtime.process import leave_with_parent
+from llamax.runtime.process import defer_signals, leave_with_parent
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -114,7 +114,9 @@ def _forked(
     context = multiprocessing.get_context("fork")  # forks share the manifest that was read
     try:
         with ProcessPoolExecutor(processes, context, _begin, (work,)) as pool:
-            yield from pool.map(_fill, largest_first)
+            with defer_signals():
+                sizes = pool.map(_fill, largest_first)
+            yield from sizes
     except BrokenProcessPool:
         raise CheckpointError(
             f"a process that wrote {work.folder} was killed; is there memory for "

@@ -11,7 +11,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from llamax.runtime.errors import LlamaxError, NoRoom
 from llamax.runtime.files import NO_ROOM
@@ -116,6 +118,29 @@ def steady_heap() -> None:
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, NO_CACHE)))
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+@contextmanager
+def defer_signals() -> Iterator[None]:
+    """Deliver SIGINT and SIGTERM after the block instead of inside it, in the main thread.
+
+    For starting a pool of processes: one that is interrupted meanwhile forgets its workers, and the
+    program would wait for them for ever when it ends.
+    """
+    arrived: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        both = (signal.SIGINT, signal.SIGTERM)
+        before = {n: h for n in both if (h := signal.getsignal(n)) is not None}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: arrived.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for arrival in arrived[:1]:
+            signal.raise_signal(arrival)
 
 
 def leave_with_parent() -> None:

@@ -27,7 +27,7 @@ from llamax.cli.consolidate import main as consolidate_main
 from llamax.config.model import ModelConfig
 from llamax.config.schema import CheckpointConfig
 from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
-from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.errors import CheckpointError, ConfigError, Terminated
 
 
 @pytest.mark.parametrize(
@@ -152,6 +152,29 @@ def test_nobody_writes_on_when_writing_has_failed(tmp_path: Path, processes: int
     assert (threading.active_count(), multiprocessing.active_children()) == (threads, [])
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert caught.tb  # which keeps all its frames alive
+
+
+@pytest.mark.timeout(60)
+def test_a_signal_while_processes_start_leaves_none_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pool that is interrupted while it starts would forget its first workers."""
+    saved(tmp_path, worlds.llama())
+    fork, forked = os.fork, []
+
+    def interrupted() -> int:
+        child = fork()
+        if child and not forked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        forked.append(child)
+        return child
+
+    monkeypatch.setattr(os, "fork", interrupted)
+    with pytest.raises(Terminated):
+        consolidate(tmp_path, tmp_path / "hub", processes=2)
+    assert len(forked) == 2
+    assert multiprocessing.active_children() == []
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
 @pytest.fixture(scope="module")

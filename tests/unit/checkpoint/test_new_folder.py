@@ -9,6 +9,7 @@ import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.mounts import lack
@@ -203,19 +204,26 @@ def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_sigterm_at_the_rename_comes_too_late(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("call", ["rename", "rmdir"])
+def test_a_signal_at_the_end_comes_too_late(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    interrupted: None,
+    call: str,
+    number: signal.Signals,
 ) -> None:
-    rename = os.rename
+    """During the rename and the removal of the folder around: all is done, and nothing is left."""
+    real, handler = getattr(os, call), signal.getsignal(number)
 
-    def terminated(source: Path, target: Path) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        rename(source, target)
+    def signalled(*args: Any, **options: Any) -> Any:
+        os.kill(os.getpid(), number)
+        return real(*args, **options)
 
-    monkeypatch.setattr(os, "rename", terminated)
+    monkeypatch.setattr(os, call, signalled)
     build(tmp_path / "hub")
     assert names(tmp_path) == ["hub", "hub/below", "hub/below/new"]
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == handler
 
 
 def test_a_full_disk_is_one_line_and_an_error_of_reading_stays_one(tmp_path: Path) -> None:

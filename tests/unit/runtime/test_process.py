@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from llamax.runtime.errors import DataError, NoRoom
-from llamax.runtime.process import run_main
+from llamax.runtime.process import defer_signals, run_main
 
 # ---- how programs end
 
@@ -149,3 +151,27 @@ def test_an_open_file_that_fails_is_one_line(code: str, capsys: pytest.CaptureFi
     )
     with pytest.raises(OSError, match="Invalid argument"):  # without a path: a defect
         fails(OSError(errno.EINVAL, "Invalid argument"))
+
+
+def defer_nothing() -> None:
+    with defer_signals():
+        pass
+
+
+def test_signals_are_deferred_until_a_pool_has_started() -> None:
+    seen: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(n, lambda number, frame: seen.append(number)) for n in numbers]
+    try:
+        with defer_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not seen
+        assert seen == [signal.SIGTERM], "the first one ends the program"
+        os.kill(os.getpid(), signal.SIGINT)
+        assert seen == [signal.SIGTERM, signal.SIGINT]
+        with ThreadPoolExecutor(1) as pool:  # only the main thread has handlers
+            pool.submit(defer_nothing).result()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
