@@ -78,7 +78,7 @@ def train(config: Config, where: Rendezvous) -> None:
             inputs.check_newest(config)
             job = prepare(resolved, backend, axes, inputs)
             verified.result()
-            if changed := inputs.changed(config):
+            if changed := inputs.changed(resolved):
                 logger.info("changed since then: %s", ", ".join(changed))
             if job.main:
                 log_start(job)

@@ -27,7 +27,25 @@ from llamax.data.dataset import Dataset, open_dataset
 from llamax.data.samples import Samples
 from llamax.data.token_file import GoOn, Verify
 from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.optim.schedule import lr_at
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.training.resolve import ResolvedRun
+
+# The sections, and their fields (empty: all), that decide samples, updates and mesh.
+COMPARED: dict[str, set[str]] = {
+    "parallel": {"tensor", "sequence", "zero1"},
+    "optim": set(),
+    "data": set(),
+    "finetune": set(),
+    "run": {"steps", "seed", "backend", "dtype", "stochastic_rounding", "patience"},
+}
+
+
+# The settings that decide the learning rate of a step.
+SCHEDULE = {
+    *(f"optim.{name}" for name in ("lr", "min_lr", "schedule", "warmup_steps", "decay_steps")),
+    "run.steps",
+}
 
 
 @dataclass(frozen=True)
@@ -68,24 +86,37 @@ class Inputs:
         if config.data.verify == "start":
             self.dataset.verify(share, of, go_on)
 
-    def changed(self, config: Config) -> list[str]:
-        """The settings of samples and updates that differ from those of the resumed checkpoint."""
+    def changed(self, run: ResolvedRun) -> list[str]:
+        """The settings of samples, updates and mesh that differ from the resumed checkpoint's.
+
+        Where the schedule may differ, the learning rate of the next step, before and after, is the
+        last item.
+        """
         if self.resumed is None or not (self.resumed.folder / CONFIG_TOML).is_file():
             return []
         try:
             then = load_config(str(self.resumed.folder / CONFIG_TOML))
         except ConfigError:  # of another llamax
             return []
-        now = dict(sections(config))
-        return [
+        now = dict(sections(run.config))
+        changes = [
             f"{section}.{field.name} {to_toml(before)} -> {to_toml(after)}"
-            for section, theirs in sections(then)
-            if section in ("data", "optim", "run")
-            for field in fields(theirs)
-            if section != "run" or field.name == "seed"
-            if (before := getattr(theirs, field.name))
+            for section, earlier in sections(then)
+            if section in COMPARED
+            for field in fields(earlier)
+            if field.name in (COMPARED[section] or {field.name})
+            if (before := getattr(earlier, field.name))
             != (after := getattr(now[section], field.name))
         ]
+        data = self.resumed.manifest.mesh.get("data", run.mesh.dp)
+        if data != run.mesh.dp:  # parallel.data=0 stands for any
+            changes.append(f"parallel.data {data} -> {run.mesh.dp}")
+        if any(change.partition(" ")[0] in SCHEDULE for change in changes):
+            step = self.resumed.step + 1
+            before = lr_at(step, then.optim, then.run.steps)
+            after = lr_at(step, run.config.optim, run.steps)
+            changes.append(f"learning rate of step {step} {before:.3e} -> {after:.3e}")
+        return changes
 
 
 def open_inputs(config: Config) -> Inputs:

@@ -160,6 +160,13 @@ def log_start(job: Job) -> None:
         if job.step < run.steps
         else f"nothing left of run.steps={run.steps}",
     )
+    if job.step >= run.steps:
+        logger.info(
+            "this run is finished; to go on, give --run.steps=N with N above %d%s; to start anew, "
+            "another --run.folder or --checkpoint.resume=never",
+            job.step,
+            f", or --run.epochs above {run.epochs}" if run.epochs else "",
+        )
     logger.info("samples: %s", job.training)
     if job.validation is None and config.run.validates:
         logger.warning(

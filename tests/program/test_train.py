@@ -34,11 +34,13 @@ from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
 from llamax.data.token_file import Header, TokenWriter
+from llamax.optim.schedule import lr_at
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.process import run_main
 from llamax.train import main, train
 from llamax.training import inputs
+from llamax.training.resolve import resolve
 
 
 @pytest.fixture(scope="session")
@@ -84,9 +86,62 @@ def test_a_finished_run_is_left_alone(
     for again, steps in ((cfg, 6), (shorter, 3)):
         train(again, Rendezvous())
         assert f"in 4 microsteps, nothing left of run.steps={steps}" in caplog.text
+        assert (
+            "this run is finished; to go on, give --run.steps=N with N above 6; to" in caplog.text
+        )
+        caplog.clear()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    again = dataclasses.replace(again, run=dataclasses.replace(again.run, steps=7))
+    train(again, Rendezvous())
+    assert "this run is finished" not in caplog.text
     says = "begin with no BOS token, but the model will be prompted with BOS token 1; set model.bos"
     assert says in caplog.text
+
+
+def test_what_changed_since_the_checkpoint_is_reported(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("llamax").propagate = True
+    caplog.set_level(logging.INFO, "llamax")
+    cfg = config(dataset, tmp_path)
+    train(cfg, Rendezvous())
+    forget(tmp_path, 3)
+    replaced = dataclasses.replace
+
+    def resumed(**sections: Any) -> list[str]:
+        """What is reported of a run with these sections, resumed after step 3."""
+        changed = replaced(cfg, **sections)
+        inputs_ = inputs.open_inputs(changed)
+        return inputs_.changed(resolve(changed, 1, len(inputs_.training)))
+
+    assert resumed() == []
+    before = lr_at(4, cfg.optim, STEPS)
+    for steps in (5, 60):
+        after = lr_at(4, cfg.optim, steps)
+        assert resumed(run=replaced(cfg.run, steps=steps)) == [
+            f"run.steps {STEPS} -> {steps}",
+            f"learning rate of step 4 {before:.3e} -> {after:.3e}",
+        ]
+    found = resumed(run=replaced(cfg.run, epochs=2))  # of 15 samples, in steps of 4
+    assert found[:1] == [f"run.steps {STEPS} -> 8"]
+    found = resumed(optim=replaced(cfg.optim, schedule="wsd", decay_steps=2))
+    assert found[:2] == ['optim.schedule "cosine" -> "wsd"', "optim.decay_steps 0 -> 2"]
+    assert found[2] == f"learning rate of step 4 {before:.3e} -> {cfg.optim.lr:.3e}"
+    found = resumed(parallel=replaced(cfg.parallel, zero1=False))
+    assert found == ["parallel.zero1 true -> false"]
+    changed = replaced(cfg, parallel=replaced(cfg.parallel, tensor=2))
+    open_inputs = inputs.open_inputs(changed)
+    assert open_inputs.changed(resolve(changed, 4, 15)) == [
+        "parallel.tensor 1 -> 2",
+        "parallel.data 1 -> 2",
+    ]
+    train(replaced(cfg, run=replaced(cfg.run, steps=5)), Rendezvous())
+    after = lr_at(4, cfg.optim, 5)
+    assert (
+        f"changed since then: run.steps {STEPS} -> 5, learning rate of step 4 "
+        f"{before:.3e} -> {after:.3e}"
+    ) in caplog.text
+    assert log_of(tmp_path)[3]["lr"] == pytest.approx(after)
 
 
 def test_the_run_folder_holds_the_resolved_configuration(dataset: Path, tmp_path: Path) -> None:
