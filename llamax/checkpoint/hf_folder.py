@@ -1,5 +1,8 @@
 """Hugging Face folders as a source of tensors: ``config.json`` and one or more safetensors files.
 
+``hf_files`` lists the files and finds the tensors in them; weights in bitsandbytes' 4 bits are made
+dense when they are read (``hf_quantized``).
+
 Nothing outside the folder is opened and nothing in it is executed: the index may name only plain
 files, links must stay in the folder (or point into ``blobs`` of the Hub's cache), and pickled
 weights are refused.
@@ -14,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llamax.checkpoint import manifest
+from llamax.checkpoint.hf_files import StoredWeight, names_without_index, read_weights
+from llamax.checkpoint.hf_quantized import check_quantization
 from llamax.checkpoint.listing import find_checkpoint, newest_checkpoint
 from llamax.checkpoint.reader import Checkpoint
-from llamax.checkpoint.runs import whole_run
-from llamax.checkpoint.safetensors_io import TensorEntry, read_header
+from llamax.checkpoint.runs import Run, boxes, row_width
 from llamax.checkpoint.source import Piece, Source
 from llamax.runtime.errors import CheckpointError
 
@@ -68,10 +73,14 @@ class HfFolder(Source):
                 f"{self.folder} holds a {self.model.get('model_type')!r} model, not a Llama; "
                 "llamax reads model_type 'llama'"
             )
-        self._entries: dict[str, tuple[Path, TensorEntry]] = {}
-        for path in self._paths():
-            for name, entry in read_header(path).items():
-                self._entries[name] = (path, entry)
+        check_quantization(self.folder, self.model)
+        self._entries: dict[str, StoredWeight] = read_weights(self._paths())
+        quantised = self.model.pop("quantization_config", None)  # reading makes weights dense
+        if quantised and not any(entry.packed for entry in self._entries.values()):
+            raise CheckpointError(
+                f"{self.folder / CONFIG_JSON} states weights in 4 bits, but the files hold none; "
+                "remove quantization_config if they are whole"
+            )
         for name in [*self._entries]:
             computed = name.endswith(".rotary_emb.inv_freq")
             tied = name == "lm_head.weight" and self.model.get("tie_word_embeddings") is True
@@ -91,21 +100,32 @@ class HfFolder(Source):
         return list(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._entries[name][1].shape
+        return self._entries[name].shape
 
     def kinds(self, name: str) -> tuple[str, ...]:
         return ("weight",)
 
     def dtype(self, name: str, kind: str = "weight") -> torch.dtype:
-        return self._entries[name][1].dtype
+        return self._entries[name].dtype
 
     def pieces(self, name: str, kind: str) -> list[Piece]:
-        path, entry = self._entries[name]
-        return [Piece(path, entry.offset, whole_run(entry.shape))]
+        return self._entries[name].pieces
+
+    def _fetch(self, name: str, kind: str, run: Run, into: Tensor) -> None:
+        packed = self._entries[name].packed
+        if packed is None:
+            super()._fetch(name, kind, run, into)
+            return
+        columns = row_width(packed.shape)
+        for box in boxes(run):
+            rows, width = box.bottom - box.top, box.right - box.left
+            dense = packed.dense(box.top * columns, box.bottom * columns).view(rows, columns)
+            part = into[box.offset : box.offset + rows * width].view(rows, width)
+            part.copy_(dense[:, box.left : box.right])
 
     def total_bytes(self) -> int:
         """The size of all weights in bytes."""
-        return sum(math.prod(e.shape) * e.dtype.itemsize for _, e in self._entries.values())
+        return sum(math.prod(e.shape) * e.dtype.itemsize for e in self._entries.values())
 
     def _paths(self) -> list[Path]:
         if (self.folder / SINGLE_FILE).exists():
@@ -120,7 +140,7 @@ class HfFolder(Source):
                 if not isinstance(file, str) or Path(file).name != file:
                     raise CheckpointError(f"{index} names {file!r}, which is not a file beside it")
                 names.add(file)
-        else:
+        elif not (names := set(names_without_index(self.folder))):
             pickled = (*self.folder.glob("*.bin"), *self.folder.glob("*.pth"))
             found = f"only {pickled[0].name}, a pickle" if pickled else "no weights"
             raise CheckpointError(

@@ -128,7 +128,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             raise broken(f"the entry of {label} is malformed") from None
         if not isinstance(tag, str) or tag not in DTYPES:
             dtype = tag if isinstance(tag, str) and tag.isidentifier() else f"{tag!r:.40}"
-            raise broken(f"{label} has dtype {dtype:.40}, not one of {', '.join(DTYPES)}")
+            raise CheckpointError(
+                f"{path}: {label} has dtype {dtype:.40}, which llamax does not read; it reads "
+                f"{', '.join(DTYPES)}"
+            )
         if len(shape) > MAX_DIMS or not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
             raise broken(f"{label} has the invalid shape {shape!s:.80} at {[start, stop]!s:.80}")
         if stop - start != math.prod(shape) * DTYPES[tag].itemsize:
@@ -143,6 +146,17 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if at != size - 8 - length:
         raise broken(f"its tensors end at byte {8 + length + at}, the file has {size}")
     return found
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts beside the tensors of a file that ``read_header`` accepts."""
+    with open(path, "rb") as file:
+        length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)
+        try:
+            metadata = json.loads(file.read(length)).get("__metadata__")
+        except (ValueError, RecursionError, AttributeError):
+            return {}
+    return metadata if isinstance(metadata, dict) else {}
 
 
 def read_elements(

@@ -27,7 +27,7 @@ from llamax.checkpoint.slabs import SLAB_BYTES
 from llamax.config.schema import FinetuneConfig
 from llamax.model import lora
 from llamax.model.llama import Llama
-from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.errors import CheckpointError
 
 
 @pytest.fixture(scope="module")
@@ -135,15 +135,23 @@ def test_merging_into_another_shape_is_refused_without_a_fingerprint(
         merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "short")
 
 
-def test_a_quantised_base_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("quantised", "line"),
+    [
+        ({"load_in_8bit": True}, r"quantised by bitsandbytes in 8 bits .* llamax does not read"),
+        ({"load_in_4bit": True}, "states weights in 4 bits, but the files hold none"),
+    ],
+)
+def test_a_quantised_base_is_refused(
+    folder: Path, tmp_path: Path, quantised: dict[str, Any], line: str
+) -> None:
     shutil.copytree(folder / "base", tmp_path / "base")
     path = tmp_path / "base" / "config.json"
-    quantised = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    quantised = {"quant_method": "bitsandbytes", **quantised}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantised}))
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / BASE_JSON).unlink()
-    line = "quantization_config is not supported; use the unquantized model"
-    with pytest.raises(ConfigError, match=line):
+    with pytest.raises(CheckpointError, match=line):
         merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
-    with pytest.raises(ConfigError, match=line):
+    with pytest.raises(CheckpointError, match=line):
         load_tuned(tmp_path / "adapter", tmp_path / "base")
