@@ -81,6 +81,13 @@ class HfFolder(Source):
                 f"{self.folder / CONFIG_JSON} states weights in 4 bits, but the files hold none; "
                 "remove quantization_config if they are whole"
             )
+        self._generation: dict[str, Any] = {}
+        if (self.folder / GENERATION_CONFIG).exists():
+            found = read_json(self.folder / GENERATION_CONFIG)
+            dropped = ("transformers_version", "_from_model_config")
+            self._generation = {k: v for k, v in found.items() if k not in dropped}
+        if (ends := self._generation.get("eos_token_id")) is not None:
+            self.model["eos_token_id"] = ends  # transformers stops at these, not at config.json's
         for name in [*self._entries]:
             computed = name.endswith(".rotary_emb.inv_freq")
             tied = name == "lm_head.weight" and self.model.get("tie_word_embeddings") is True
@@ -95,6 +102,10 @@ class HfFolder(Source):
                 f"{self.folder} has no lm_head.weight, and its {CONFIG_JSON} does not tie it to "
                 "the embedding; download it again, or set tie_word_embeddings to true if it is tied"
             )
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        return self._generation
 
     def names(self) -> list[str]:
         return list(self._entries)

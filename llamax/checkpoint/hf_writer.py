@@ -30,7 +30,7 @@ from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
 from llamax.data.dataset import blend_words
 from llamax.data.tokenizer.hf_export import export_tokenizer
-from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.data.tokenizer.tokenizer import HuggingFace, load_tokenizer
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.files import copy_file, new_file
 
@@ -125,10 +125,7 @@ def write_metadata(
     write_json(
         folder / hf_folder.CONFIG_JSON, model.to_hub(str(planned[0].dtype).removeprefix("torch."))
     )
-    special = {"bos_token_id": model.bos_token_id, "eos_token_id": model.eos_token_id}
-    write_json(
-        folder / hf_folder.GENERATION_CONFIG, {k: v for k, v in special.items() if v is not None}
-    )
+    write_json(folder / hf_folder.GENERATION_CONFIG, generation_config(source, model))
     if planned[-1].file != hf_folder.SINGLE_FILE:
         weight_map = {tensor.name: tensor.file for tensor in sorted(planned)}
         total = sum(tensor.size_bytes for tensor in planned)
@@ -137,6 +134,50 @@ def write_metadata(
             {"metadata": {"total_size": total}, "weight_map": weight_map},
         )
     write_tokenizer(source, model, tokenizer, folder)
+
+
+def generation_config(source: Source, model: ModelConfig) -> dict[str, object]:
+    """The content of generation_config.json: what the model's folder, or that of its base, says.
+
+    A text ends with the tokens that the model or the folder names, and with those that end an
+    answer of the dataset.
+    """
+    generation = dict(source.generation)
+    if not generation and (base := _base_folder(source.folder)):
+        generation = dict(hf_folder.HfFolder(base).generation)
+    ends = [*model.eos_token_ids, *_ids(generation.get("eos_token_id"))]
+    ends = list(dict.fromkeys([*ends, *turn_ends(source.trained_in)]))
+    special = {
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
+    }
+    return generation | {key: value for key, value in special.items() if value is not None}
+
+
+def turn_ends(checkpoint: Path) -> list[int]:
+    """The tokens that end an answer in the dataset of a checkpoint; none if it is not present."""
+    dataset = dataset_of(checkpoint)
+    if dataset is None or not (dataset / "dataset.json").is_file():
+        return []
+    return _ids(hf_folder.read_json(dataset / "dataset.json").get("turn_ends"))
+
+
+def _ids(value: object) -> list[int]:
+    """The ids in a number, a list or nothing."""
+    values = value if isinstance(value, list) else [value]
+    return [number for number in values if type(number) is int]
+
+
+def _base_folder(checkpoint: Path) -> Path | None:
+    """The Hugging Face folder from which a checkpoint's run started, if it is present."""
+    path = checkpoint / CONFIG_TOML
+    if not path.is_file():
+        return None
+    try:
+        folder = Path(load_config(str(path)).checkpoint.init_from)
+    except ConfigError:
+        return None
+    return folder if (folder / hf_folder.GENERATION_CONFIG).is_file() else None
 
 
 def tensors_of_rank(
@@ -162,12 +203,13 @@ def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, fold
             f"{path} holds another tokenizer (sha256 {tokenizer.fingerprint}) than the model was "
             f"trained with ({trained_with}); give that one with `tokenizer`"
         )
-    if tokenizer.vocab_size > model.vocab_size:
+    if tokenizer.base_size > model.vocab_size:
         raise CheckpointError(
-            f"{path} has {tokenizer.vocab_size} tokens, the model's vocabulary is "
+            f"{path} has {tokenizer.base_size} tokens, the model's vocabulary is "
             f"{model.vocab_size}; give the model's tokenizer with `tokenizer`"
         )
-    if path.is_dir() and (path / "tokenizer_config.json").is_file():
+    copied = isinstance(tokenizer, HuggingFace) or (given and (path / "tokenizer.json").is_file())
+    if copied and path.is_dir() and (path / "tokenizer_config.json").is_file():
         for name in hf_folder.TOKENIZER_FILES:
             if (path / name).is_file():
                 with explain_write_errors(folder / name, (path / name).stat().st_size):

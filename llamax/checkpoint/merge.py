@@ -31,6 +31,7 @@ from llamax.checkpoint.safetensors_io import (
 from llamax.checkpoint.source import Piece, Source
 from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig
+from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.model import lora
 from llamax.runtime.errors import CheckpointError
 
@@ -61,6 +62,20 @@ class Merged(Source):
     @property
     def state(self) -> dict[str, Any]:
         return self.base.state
+
+    @property
+    def trained_in(self) -> Path:
+        return self.adapter.folder
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        found = dict(self.base.generation)
+        if has_tokenizer(self.adapter.folder):
+            end = load_tokenizer(self.adapter.folder).eos_id
+            ends = found.get("eos_token_id", self.model.get("eos_token_id", 2))
+            ends = ends if isinstance(ends, list) else [ends]
+            found["eos_token_id"] = [i for i in dict.fromkeys([*ends, end]) if i is not None]
+        return found
 
     def names(self) -> list[str]:
         return self.base.names()
@@ -96,6 +111,11 @@ class Merged(Source):
         into.copy_(rows)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in hf_folder.TOKENIZER_FILES[:2])
+
+
 def merge(
     adapter: Path | str,
     out: Path | str,
@@ -127,9 +147,12 @@ def merge(
     finetune_info(FinetuneConfig(), base_model)
     merged = Merged(base_model, adapters, info)
     planned, buffers = hf_writer.plan_files(merged, weight_dtype, file_bytes), slabs.new_buffers()
-    has_tokenizer = any((merged.folder / name).is_file() for name in hf_folder.TOKENIZER_FILES[:2])
+    places = (folder for folder in (adapters.folder, merged.folder) if has_tokenizer(folder))
+    tokenizer = next(places, hf_writer.dataset_of(adapters.folder))
+    if tokenizer is not None and not tokenizer.is_dir():
+        tokenizer = None
     with new_folder(Path(out)) as folder:
-        hf_writer.write_metadata(merged, planned, folder, merged.folder if has_tokenizer else None)
+        hf_writer.write_metadata(merged, planned, folder, tokenizer)
         offsets = hf_writer.allocate_files(folder, planned)
         for tensor in planned:
             progress(hf_writer.write_tensor(merged, folder, tensor, offsets[tensor.name], buffers))

@@ -74,7 +74,7 @@ def shard(
         torch=torch.__version__,
         mesh={"tensor": tensor, "data": 1, "zero1": 0},
         model=model.config.to_hub(_dtype_name(source)),
-        state={},
+        state={"generation": source.generation} if source.generation else {},
         files=[],
     )
     buffers = new_buffers()

@@ -38,6 +38,16 @@ class Source(ABC):
         """What the program that wrote the files said beside them: nothing, where none did."""
         return {}
 
+    @property
+    def trained_in(self) -> Path:
+        """The folder that names what the model was trained on."""
+        return self.folder
+
+    @property
+    def generation(self) -> dict[str, Any]:
+        """The Hub's generation_config.json: tokens that end a text, and sampling settings."""
+        return dict(self.state.get("generation") or {})
+
     @abstractmethod
     def names(self) -> list[str]:
         """The Hub names of all weights."""

@@ -33,7 +33,9 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     p.add_argument("model", type=Path, help="Hugging Face folder, run, checkpoint or adapters")
-    p.add_argument("--data", type=Path, metavar="DATASET", help="folder that llamax prepare made")
+    p.add_argument(
+        "--data", type=Path, metavar="DATASET", help="folder of llamax prepare, or Megatron prefix"
+    )
     p.add_argument("--split", default="validation", help="split of the dataset (%(default)s)")
     p.add_argument(
         "--sequence-length", type=int, default=0, metavar="N", help="tokens; default: the model's"
@@ -56,6 +58,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(%(default)s)")
     p.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end answers before this text"
+    )
+    p.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="start prompts with the BOS token (default: if the tokenizer adds it)",
     )
     p.add_argument(
         "--extract",
@@ -115,6 +122,7 @@ def main(argv: Sequence[str]) -> int:
         limit=options.limit,
         max_new_tokens=options.max_new_tokens,
         stop=options.stop,
+        bos=options.bos,
         extract=options.extract,
         out=options.out,
         tokenizer=options.tokenizer,

@@ -1,7 +1,7 @@
 """``llamax generate MODEL --prompt "def "``: continue prompts with a trained model.
 
 Under torchrun the ranks are one tensor-parallel axis, and rank 0 prints.  A prompt starts with a
-BOS token if the model's configuration names one; ``--no-bos`` leaves it out.  ``--template``
+BOS token if the tokenizer adds one; ``--bos`` and ``--no-bos`` decide otherwise.  ``--template``
 formats questions as training did; ``--compare`` shows the answers of two models side by side.
 """
 
@@ -70,17 +70,19 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default 100")
     p.add_argument(
-        "--temperature", type=float, default=0.8, metavar="T", help="default 0.8; 0 is greedy"
+        "--temperature", type=float, metavar="T", help="default: the model's, or 0.8; 0 is greedy"
     )
     p.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw among the K most likely; 0: all"
+        "--top-k",
+        type=int,
+        metavar="K",
+        help="draw among the K most likely; 0: all (default: the model's, or all)",
     )
     p.add_argument(
         "--top-p",
         type=float,
-        default=1.0,
         metavar="P",
-        help="draw among the fewest that hold P of the probability",
+        help="draw among the fewest that hold P of the probability (default: the model's, or 1)",
     )
     p.add_argument("--seed", type=int, default=0, metavar="N", help="default 0; prompt i adds i")
     p.add_argument("--greedy", action="store_true", help="always take the most likely token")
@@ -89,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text; may be repeated",
+        help="end before this text, or at this special token; may be repeated",
     )
     p.add_argument(
         "--stop-id",
@@ -99,7 +101,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="ID",
         help="end at this token, besides the model's EOS; may be repeated",
     )
-    p.add_argument("--no-bos", action="store_true", help="start prompts without the BOS token")
+    p.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="start prompts with the BOS token (default: if the tokenizer adds it)",
+    )
     p.add_argument(
         "--tokenizer", default="", metavar="PATH", help="default: the model's or its dataset's"
     )
@@ -136,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
         seed=options.seed,
         stop=options.stop,
         stop_ids=options.stop_id,
-        bos=not options.no_bos,
+        bos=options.bos,
         template=options.template,
         context=options.context,
         system=options.system,

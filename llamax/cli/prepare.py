@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--bos",
         action=argparse.BooleanOptionalAction,
-        help="start documents with the BOS token, if there is one (default, but not of megatron)",
+        help="start documents with the BOS token (default: if the tokenizer adds it; megatron: no)",
     )
     p.add_argument(
         "--eos",

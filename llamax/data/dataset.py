@@ -19,6 +19,8 @@ from llamax.data.token_file import GoOn, Header, Stream, TokenFile, Verify
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import sha256
 
+SCANNED = 1 << 24  # tokens looked at together
+
 
 @dataclass(frozen=True)
 class Mixture:
@@ -85,15 +87,31 @@ class Dataset:
             if file is not None:
                 file.verify(share=share, of=of, go_on=go_on)
 
+    def _largest_id(self) -> int:
+        """The largest token in the data: a tokenizer may have tokens that no text contains."""
+        splits = [split for split in (self.train, self.validation) if split is not None]
+        streams = [
+            stream
+            for split in splits
+            for stream in (split.parts if isinstance(split, Mixture) else (split,))
+        ]
+        return max(map(largest_id, streams))
+
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise DataError if a model of ``vocab_size`` cannot embed every token."""
         tokens = self.train.header.vocab_size
-        if tokens > vocab_size:
+        if tokens > vocab_size and self._largest_id() >= vocab_size:
             raise DataError(
                 f"{self.folder}: its tokenizer has {tokens} tokens, and model.vocab_size="
                 f"{vocab_size} is fewer; set model.vocab_size={tokens} or more, or prepare with "
                 "another tokenizer"
             )
+
+
+def largest_id(stream: Stream) -> int:
+    """The largest token in a stream; -1 if there are none."""
+    starts = range(0, len(stream.tokens), SCANNED)
+    return max((int(stream.tokens[at : at + SCANNED].max()) for at in starts), default=-1)
 
 
 def blend_words(path: str) -> list[str]:

@@ -12,9 +12,10 @@ Adapters stay beside their base, unmerged.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -36,7 +37,7 @@ from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.inference.sampling import Sampling, generate_tokens
 from llamax.model.llama import DTYPES, Llama
 from llamax.parallel.collectives import Axis
-from llamax.runtime.errors import DataError
+from llamax.runtime.errors import ConfigError, DataError
 
 Show = Callable[[str], None]
 
@@ -49,6 +50,8 @@ class LoadedModel:
     model: ModelConfig
     tokenizer: Tokenizer
     adapter: Path | None = None
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """Content of generation_config.json."""
 
     def build(self, tp: Axis, device: torch.device, dtype: str = "") -> Llama:
         """Build the model on this tensor-parallel rank; ``dtype`` by default that of the files."""
@@ -88,6 +91,7 @@ def open_model(path: Path, tokenizer: str = "", base: str = "") -> LoadedModel:
         model,
         tokenizer_of(trained, model.vocab_size, tokenizer),
         None if adapter is None else path,
+        source.generation,
     )
 
 
@@ -116,12 +120,39 @@ def tokenizer_of(source: Source, vocab_size: int, chosen: str = "") -> Tokenizer
             f"{tokenizer.path} is not the tokenizer that {source.folder} was trained with: its "
             f"sha256 is {tokenizer.fingerprint[:12]}, not {expected[:12]}; use `tokenizer` PATH"
         )
-    if tokenizer.vocab_size > vocab_size:
+    if tokenizer.base_size > vocab_size:
         raise DataError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} ids but the model {vocab_size}; "
+            f"{tokenizer.path} has {tokenizer.base_size} ids but the model {vocab_size}; "
             "use `tokenizer` with the model's own"
         )
     return tokenizer
+
+
+def begin_id(loaded: LoadedModel, bos: bool | None) -> int | None:
+    """The token with which a prompt begins, or None.
+
+    ``bos``: whether there is one, if tokenizer or model have a BOS; None: as the tokenizer does.
+    """
+    tokenizer = loaded.tokenizer
+    if bos is False or (bos is None and not tokenizer.adds_bos):
+        return None
+    return loaded.model.bos_token_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+
+def split_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[list[str], set[int]]:
+    """The stop texts, and the ids of those that are special tokens, which texts do not contain.
+
+    Raises ConfigError for a stop text with a special token inside.
+    """
+    texts = [stop for stop in stops if stop not in tokenizer.special]
+    for stop in texts:
+        for name, number in tokenizer.special.items():
+            if name in stop:
+                raise ConfigError(
+                    f"`stop={stop}` has the special token {name} inside, and answers are text "
+                    f"without special tokens; use `stop={name}` (id {number}), or the text alone"
+                )
+    return texts, {tokenizer.special[stop] for stop in stops if stop in tokenizer.special}
 
 
 @dataclass
@@ -154,7 +185,11 @@ class Speed:
 
 @dataclass
 class Engine:
-    """Continues prompts with one model; ``speed`` is summed over all of them."""
+    """Continues prompts with one model; ``speed`` is summed over all of them.
+
+    An answer ends before a text in ``stops`` and at a token in ``stop_ids``.  Raises ConfigError
+    for a stop text with a special token inside.
+    """
 
     model: Llama
     tokenizer: Tokenizer
@@ -163,6 +198,10 @@ class Engine:
     stops: Sequence[str] = ()
     stop_ids: Collection[int] = ()
     speed: Speed = field(default_factory=Speed)
+
+    def __post_init__(self) -> None:
+        self.stops, named = split_stops(self.tokenizer, self.stops)
+        self.stop_ids = {*self.stop_ids, *named}
 
     def complete(
         self, prompts: Sequence[str], ids: Sequence[Sequence[int]], number: int, show: Show

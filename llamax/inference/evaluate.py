@@ -25,12 +25,12 @@ from tqdm import tqdm
 from llamax.backends import choose
 from llamax.config.schema import Config, DataConfig, ParallelConfig
 from llamax.config.validate import check
-from llamax.data.dataset import open_dataset
+from llamax.data.dataset import Mixture, open_dataset
 from llamax.data.prepare.row_samples import EmptyAnswer, check_fields, read_sample
 from llamax.data.prepare.tables import plan_tables, read_rows
 from llamax.data.samples import Samples
-from llamax.data.token_file import TokenFile
-from llamax.inference.engine import Engine, LoadedModel, open_model
+from llamax.data.token_file import Stream, TokenFile
+from llamax.inference.engine import Engine, LoadedModel, begin_id, open_model, split_stops
 from llamax.inference.generate import (
     ALONE,
     TIMEOUT_S,
@@ -68,6 +68,7 @@ def evaluate(
     limit: int = 0,
     max_new_tokens: int = 256,
     stop: Sequence[str] = (),
+    bos: bool | None = None,
     extract: str | re.Pattern[str] | None = None,
     out: str | Path | None = None,
     tokenizer: str | Path = "",
@@ -82,8 +83,8 @@ def evaluate(
 
     Args:
         model: Hugging Face folder, run, checkpoint or folder of adapters.
-        data: Dataset folder that ``prepare`` made.
-        split: Split of the dataset.
+        data: Dataset folder that ``prepare`` made, or the prefix of a Megatron dataset.
+        split: Split of the dataset; a Megatron prefix is all "train".
         sequence_length: Tokens per sample; 0: the model's context.
         packing: How documents are put into samples; see ``data.packing``.
         labels: Whether all tokens count or, of instruction data, those of answers.
@@ -95,6 +96,7 @@ def evaluate(
         limit: Number of rows to answer, from the first; 0: all.
         max_new_tokens: Largest number of tokens of an answer.
         stop: Texts before which an answer ends.
+        bos: Whether prompts begin with BOS, if there is one; by default as the tokenizer adds it.
         extract: Regular expression: only its last match counts for the exact match.
         out: New JSONL file: each row with its answer and scores.
         tokenizer: Tokenizer file or folder; by default the model's or that of its dataset.
@@ -130,6 +132,7 @@ def evaluate(
     check_fields(fields)
     pattern = _pattern(extract)
     loaded = open_model(Path(model), str(tokenizer), str(base))
+    split_stops(loaded.tokenizer, stop)
     ranks, main = rank.world_size, rank.rank == 0
     data_config = DataConfig(
         sequence_length=sequence_length or loaded.model.max_position_embeddings,
@@ -148,7 +151,7 @@ def evaluate(
             logger.info("%s", samples)
     else:
         wording = PromptFormat(
-            loaded.tokenizer, loaded.model.bos_token_id, template, fields, system=system
+            loaded.tokenizer, begin_id(loaded, bos), template, fields, system=system
         )
         prompts, references = read_test(str(test_file), wording, limit)
         stop_ids |= wording.stop_ids
@@ -201,9 +204,9 @@ def loss_of(model: Llama, samples: Samples, batches: int = 0, bar: bool = False)
     }
 
 
-def open_split(folder: Path, split: str, model: LoadedModel) -> TokenFile:
-    """The token file of a split; DataError if there is none, or if another tokenizer made it."""
-    dataset = open_dataset(folder)
+def open_split(folder: Path, split: str, model: LoadedModel) -> Stream:
+    """The tokens of a split; DataError if there is none, or if another tokenizer made it."""
+    dataset = open_dataset(folder, vocab_size=model.model.vocab_size)
     dataset.check_vocabulary(model.model.vocab_size)
     fingerprint = dataset.fingerprint
     if fingerprint and fingerprint != model.tokenizer.fingerprint:
@@ -211,10 +214,17 @@ def open_split(folder: Path, split: str, model: LoadedModel) -> TokenFile:
             f"{folder}: made with tokenizer {fingerprint[:12]}, but the model's is "
             f"{model.tokenizer.fingerprint[:12]}; prepare the data with that one"
         )
+    splits = {"train": dataset.train, "validation": dataset.validation}
+    found = splits.get(split)
+    if isinstance(found, Mixture):
+        raise DataError(f"{folder}: is a blend; evaluate its datasets one by one")
+    if found is not None:
+        return found
     path = folder / f"{split}.tokens"
     if not path.is_file():
-        splits = ", ".join(file.stem for file in sorted(folder.glob("*.tokens")))
-        raise DataError(f"{folder}: has no split {split}; use `split` {splits}")
+        names = [name for name, part in splits.items() if part is not None]
+        names += [file.stem for file in sorted(folder.glob("*.tokens")) if file.stem not in names]
+        raise DataError(f"{folder}: has no split {split}; use `split` {', '.join(names)}")
     return TokenFile(path)
 
 

@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from types import MappingProxyType
+from typing import IO, Any, NamedTuple
 
 from llamax.backends import choose
 from llamax.checkpoint.peft import is_adapter
@@ -24,9 +25,17 @@ from llamax.config.schema import Config, DataConfig, ParallelConfig
 from llamax.config.validate import check
 from llamax.data.prepare.file_kinds import Row
 from llamax.data.prepare.row_samples import check_fields
-from llamax.inference.engine import Completion, Engine, LoadedModel, Show, open_model
+from llamax.inference.engine import (
+    Completion,
+    Engine,
+    LoadedModel,
+    Show,
+    begin_id,
+    open_model,
+    split_stops,
+)
 from llamax.inference.prompts import Prompt, PromptFormat, read_prompts
-from llamax.inference.sampling import Sampling, check_prompts
+from llamax.inference.sampling import Sampling, check_prompts, sampling_of
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import ConfigError, DataError
@@ -47,20 +56,20 @@ class GenerationSettings:
 
     max_new_tokens: int = 100
     """Largest number of new tokens per prompt."""
-    temperature: float = 0.8
-    """Divisor of the logits; 0 takes the most likely token."""
-    top_k: int = 0
-    """Number of most likely tokens to draw among; 0: all."""
-    top_p: float = 1.0
-    """Probability that the tokens to draw among hold together, above 0 and at most 1."""
+    temperature: float | None = None
+    """Divisor of the logits; 0 takes the most likely token; None: the model's, or 0.8."""
+    top_k: int | None = None
+    """Number of most likely tokens to draw among; 0: all; None: the model's, or all."""
+    top_p: float | None = None
+    """Probability of the tokens to draw among, above 0, at most 1; None: the model's, or 1."""
     seed: int = 0
     """Seed of the draws; prompt i draws with seed + i."""
     stop: Sequence[str] = ()
     """Texts before which an answer ends."""
     stop_ids: Sequence[int] = ()
     """Tokens at which an answer ends, besides the model's EOS."""
-    bos: bool = True
-    """Whether prompts begin with the model's BOS token, if it has one."""
+    bos: bool | None = None
+    """Whether prompts begin with BOS, if there is one; None: as the tokenizer adds it."""
     template: str = ""
     """Template of the prompts, as in training: a built-in name, a file or a folder with one."""
     context: str = ""
@@ -82,12 +91,11 @@ class GenerationSettings:
         check_computing(self.batch, self.threads, self.dtype, self.backend)
         check_stops(self.stop)
         check_fields(self.fields)
-        _ = self.sampling
+        self.sampling()
 
-    @property
-    def sampling(self) -> Sampling:
-        """How the next token is drawn."""
-        return Sampling(self.temperature, self.top_k, self.top_p, self.seed)
+    def sampling(self, generation: Mapping[str, Any] = MappingProxyType({})) -> Sampling:
+        """How the next token is drawn: as set here, or else as a generation_config.json says."""
+        return sampling_of(generation, self.temperature, self.top_k, self.top_p, self.seed)
 
 
 def check_computing(batch: int, threads: int, dtype: str, backend: str) -> None:
@@ -238,7 +246,7 @@ def _open(
     )
     wording = PromptFormat(
         loaded.tokenizer,
-        config.bos_token_id if settings.bos else None,
+        begin_id(loaded, settings.bos),
         settings.template,
         settings.fields,
         settings.context,
@@ -246,6 +254,7 @@ def _open(
     )
     prompts = [wording.prompt(row, place) for place, row in rows]
     check_prompts(config, [prompt.ids for prompt in prompts], settings.max_new_tokens)
+    split_stops(loaded.tokenizer, settings.stop)
     return _Opened(loaded, prompts, {*config.eos_token_ids, *wording.stop_ids, *settings.stop_ids})
 
 
@@ -271,7 +280,7 @@ def _engines(
             return Engine(
                 opened.model.build(axes.tp, backend.device, settings.dtype),
                 opened.model.tokenizer,
-                settings.sampling,
+                settings.sampling(opened.model.generation),
                 settings.max_new_tokens,
                 settings.stop,
                 opened.stop_ids,

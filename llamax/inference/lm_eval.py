@@ -6,16 +6,18 @@
     lm_eval.simple_evaluate(model=Harness("models/dolly"), tasks=["arc_easy"])
 
 The harness asks for the likelihood of a text after a context (``loglikelihood``), the likelihood of
-a whole text (``loglikelihood_rolling``), and generated text (``generate_until``).  The model is a
-Hugging Face folder, a run, a checkpoint or adapters, as for ``llamax generate``.  The package comes
-with ``pip install 'llamax[eval]'``.
+a whole text (``loglikelihood_rolling``), and generated text (``generate_until``); ids and numbers
+are those of its own class for transformers, ``HFLM``.  The model is a Hugging Face folder, a run, a
+checkpoint or adapters, as for ``llamax generate``.  The package comes with
+``pip install 'llamax[eval]'``.
 
 Source: lm-evaluation-harness documentation, "New Model Guide" (docs/model_guide.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamax.data.chat.encode import Encoder
+from llamax.data.chat.templates import Span, Template, source_of
 from llamax.inference.engine import Engine, open_model
 from llamax.inference.sampling import Sampling
 from llamax.parallel.collectives import Solo
@@ -30,12 +34,17 @@ from llamax.runtime.errors import BackendError, ConfigError
 
 try:
     from lm_eval.api.model import TemplateLM  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    from lm_eval.utils import (  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        get_rolling_token_windows,
+        make_disjoint_window,
+    )
 except ImportError:
     raise BackendError(
         "the harness needs the package lm-eval, which is not installed; pip install 'llamax[eval]'"
     ) from None
 
 MOST_NEW_TOKENS = 256
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
 
 class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
@@ -53,14 +62,23 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
         self.model = loaded.build(Solo("tp"), torch.device("cpu"))
         self.stop_ids = set(loaded.model.eos_token_ids)
         self.longest = loaded.model.max_position_embeddings
-        self.prefix = loaded.model.bos_token_id
-        if self.prefix is None:
-            self.prefix = loaded.model.eos_token_ids[0]
+        own = (self.tokenizer.bos_id, self.tokenizer.eos_id)
+        of_model = (loaded.model.bos_token_id, *loaded.model.eos_token_ids)
+        self.prefix = next((i for i in (*own, *of_model) if i is not None), 0)
+        if self.tokenizer.eos_id is not None:
+            self.stop_ids.add(self.tokenizer.eos_id)
+        self._encoders = {
+            begin: Encoder(self.tokenizer, bos=begin, eos=False) for begin in (False, True)
+        }
 
     @property
     def eot_token_id(self) -> int:
         """The token before a text that has no context."""
-        assert self.prefix is not None
+        return self.prefix
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token before a text that has no context."""
         return self.prefix
 
     @property
@@ -68,24 +86,54 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
         """The name under which the harness caches this model's prompts."""
         return str(self.folder).replace("/", "__")
 
-    def tok_encode(self, string: str, **options: Any) -> list[int]:
-        """The ids of a text; the harness's options are ignored."""
-        return [int(i) for i in self.tokenizer.encode(string)]
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **options: Any
+    ) -> list[int]:
+        """The ids of a text, in which names of special tokens become these tokens.
+
+        ``add_special_tokens``: whether it begins with BOS; None: as the tokenizer adds it.
+        """
+        chosen = self.tokenizer.adds_bos if add_special_tokens is None else add_special_tokens
+        begins = bool(chosen) and self.tokenizer.bos_id is not None
+        if not string:
+            return [self.prefix] if begins else []
+        (tokens,) = self._encoders[begins].encode([[Span(string, False)]], prompts=True)
+        return [int(i) for i in tokens.ids]
+
+    @cached_property
+    def _template(self) -> Template:
+        """The chat template beside the tokenizer; DataError if there is none."""
+        folder = str(self.tokenizer.path.parent)
+        return self._encoders[False].template(folder, source_of(folder))
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The source of the chat template, if the harness asks for one."""
+        return self._template.source if chat_template else None
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a conversation, up to the beginning of the next answer.
+
+        Without ``add_generation_prompt`` it ends with the last message, which is to be continued.
+        """
+        return self._template.conversation(chat_history, add_generation_prompt)
 
     def _loglikelihood_tokens(
         self,
-        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]],
         disable_tqdm: bool = False,
         **options: Any,
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy) of each continuation after its context."""
         found: list[tuple[float, bool]] = []
         for start in range(0, len(requests), self.batch):
-            texts = []
-            for _, context, continuation in requests[start : start + self.batch]:
-                begun = [self.eot_token_id, *context] if context[:1] != [self.prefix] else context
-                texts.append(([*begun, *continuation][-self.longest - 1 :], len(continuation)))
-            found += self._score(texts)
+            found += self._score(
+                [
+                    ([*context, *continuation][-self.longest - 1 :], len(continuation))
+                    for _, context, continuation in requests[start : start + self.batch]
+                ]
+            )
         return found
 
     def loglikelihood_rolling(
@@ -93,26 +141,18 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
     ) -> list[float]:
         """The log-likelihood of each whole text, every token predicted once.
 
-        A text longer than the model's context is cut into pieces without overlap.
+        A text longer than the model's context is cut into windows; the last one begins earlier, so
+        that its tokens have as much context before them as there is room for.
         """
         found = []
         for request in requests:
             (text,) = request.args
-            ids = self.tok_encode(text)
-            pieces = list(self._pieces(ids))
-            scores = [
-                one
-                for start in range(0, len(pieces), self.batch)
-                for one in self._score(pieces[start : start + self.batch])
-            ]
-            found.append(sum(score for score, _ in scores))
+            windows = get_rolling_token_windows(
+                self.tok_encode(text), self.prefix, self.longest, context_len=1
+            )
+            parts = [(None, *make_disjoint_window(window)) for window in windows]
+            found.append(sum(score for score, _ in self._loglikelihood_tokens(parts)))
         return found
-
-    def _pieces(self, ids: list[int]) -> Iterator[tuple[list[int], int]]:
-        for start in range(0, len(ids), self.longest):
-            piece = ids[start : start + self.longest]
-            before = ids[start - 1] if start else self.eot_token_id
-            yield [before, *piece], len(piece)
 
     @torch.inference_mode()
     def _score(self, texts: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
@@ -124,7 +164,7 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
         for (ids, count), logits_SV in zip(texts, logits_BSV, strict=True):
             stop = len(ids) - 1
             start = max(stop - count, 0)
-            log_p_SV = logits_SV[start:stop, : self.tokenizer.vocab_size].float().log_softmax(-1)
+            log_p_SV = logits_SV[start:stop].float().log_softmax(-1)
             wanted_S = torch.tensor(ids[start + 1 :])
             score = float(log_p_SV.gather(1, wanted_S[:, None]).sum())
             found.append((score, bool((log_p_SV.argmax(-1) == wanted_S).all())))
@@ -143,7 +183,7 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
             texts = [text for text, _ in alike]
             for start in range(0, len(texts), self.batch):
                 some = texts[start : start + self.batch]
-                ids = [[self.eot_token_id, *self.tok_encode(text)][-room:] for text in some]
+                ids = [(self.tok_encode(text) or [self.prefix])[-room:] for text in some]
                 done = engine.complete(some, ids, len(found), lambda text: None)
                 found += [completion.text for completion in done]
         return found
@@ -152,7 +192,8 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
         """An engine with a task's ``generation_kwargs``."""
         until = options.get("until") or []
         stops = [until] if isinstance(until, str) else [stop for stop in until if stop]
-        most = int(options.get("max_gen_toks", MOST_NEW_TOKENS))
+        given = (options[name] for name in LENGTHS if options.get(name) is not None)
+        most = int(next(given, MOST_NEW_TOKENS))
         if not 0 < most < self.longest:
             raise ConfigError(
                 f"max_gen_toks={most} leaves no room for a prompt in max_position_embeddings="

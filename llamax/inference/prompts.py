@@ -98,8 +98,7 @@ class PromptFormat:
         """The special tokens with which the template ends an answer."""
         if self._template is None:
             return set()
-        (tokens,) = self._encoder.encode([self._template.spans(make_sample("Q", answer="A"))])
-        return {int(i) for i in tokens.ids[tokens.counted] if int(i) in self._encoder.names}
+        return set(self._encoder.turn_ends(self._template))
 
     def _plain(self, row: Row) -> Prompt:
         prompt = row.get("prompt")

@@ -17,8 +17,9 @@ Sources: top-k, Fan et al. 2018, section 5.1; top-p, Holtzman et al. 2020, secti
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,19 @@ from llamax.config.model import ModelConfig
 from llamax.inference.kv_cache import KVCache
 from llamax.model.llama import Llama
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.logging import logger
 
 Prompts = Sequence[Sequence[int]]
 
+# Settings of generation_config.json that are reported, unless they have one of these values.
+NOT_APPLIED: dict[str, tuple[object, ...]] = {
+    "repetition_penalty": (None, 1, 1.0),
+    "no_repeat_ngram_size": (None, 0),
+    "min_p": (None, 0, 0.0),
+    "typical_p": (None, 1, 1.0),
+    "num_beams": (None, 1),
+    "suppress_tokens": (None, []),
+}
 FIRST_LOOK = 64  # most likely tokens that top_p looks at first
 
 
@@ -82,6 +93,45 @@ class Sampling:
             lowest_B1 = nucleus(logits_BV, self.top_p)
             logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, -math.inf)
         return logits_BV
+
+
+def sampling_of(
+    generation: Mapping[str, Any],
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> Sampling:
+    """The sampling that a generation_config.json asks for; values that are given come first.
+
+    Without settings the temperature is 0.8 over the whole vocabulary.  ``do_sample`` true without
+    a temperature means 1, and false the most likely token, as in transformers.  Warns about
+    settings that llamax does not apply.  Raises ConfigError for values out of range.
+    """
+    sample = generation.get("do_sample")
+    for name in (name for name in NOT_APPLIED if generation.get(name) not in NOT_APPLIED[name]):
+        logger.warning(
+            "generation_config.json: %s=%s is not applied; llamax has temperature, top_k and top_p",
+            name,
+            generation[name],
+        )
+    found = {name: generation.get(name) for name in ("temperature", "top_k", "top_p")}
+    for name, value in found.items():
+        if value is not None and type(value) not in (int, float):
+            raise ConfigError(f"generation_config.json: {name} is {value!r:.40}; use a number")
+    usual = 0.8 if sample is None else 1.0
+    theirs = 0.0 if sample is False else _first(found["temperature"], usual)
+    return Sampling(
+        _first(temperature, theirs),
+        int(_first(top_k, found["top_k"], 0)),
+        _first(top_p, found["top_p"], 1.0),
+        seed,
+    )
+
+
+def _first(*values: float | None) -> float:
+    """The first value that is given."""
+    return next(value for value in values if value is not None)
 
 
 def nucleus(logits_BV: Tensor, top_p: float) -> Tensor:

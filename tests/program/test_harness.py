@@ -104,11 +104,15 @@ def test_the_harness_finds_what_it_finds_with_transformers(hub: Path, tmp_path: 
             for ((a, b),), ((c, d),) in zip(one["resps"], two["resps"], strict=True):
                 assert float(a) == pytest.approx(float(c), rel=1e-4)
                 assert bool(b) == bool(d)
-    # With add_bos_token theirs would also be asked to predict that token, after itself.
-    rolling = said(theirs(False), "own_rolling")["results"]["own_rolling"]
+    rolling = said(theirs(True), "own_rolling")["results"]["own_rolling"]
     assert results["own_rolling"]["bits_per_byte,none"] == pytest.approx(
         rolling["bits_per_byte,none"], rel=1e-4
     )
+    text = "import os\n" * 60  # longer than the context
+    ((one,), (two,)) = (
+        model.loglikelihood_rolling([asked(text)]) for model in (Harness(hub), theirs(True))
+    )
+    assert one == pytest.approx(two, rel=1e-4)
 
 
 def asked(*args: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from llamax.data.chat.templates import SHIELD, Span, Template
+from llamax.data.chat.templates import SHIELD, Span, Template, make_sample
 from llamax.data.tokenizer.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.uint32]
@@ -49,6 +49,12 @@ class Encoder:
         named = (("bos_token", self.tokenizer.bos_id), ("eos_token", self.tokenizer.eos_id))
         tokens = {key: self.names.get(i, "") for key, i in named if i is not None}
         return Template(name, source, tuple(self.tokenizer.special), self.tokenizer.named | tokens)
+
+    def turn_ends(self, template: Template) -> list[int]:
+        """The special tokens with which a template ends an answer."""
+        (tokens,) = self.encode([template.spans(make_sample("Q", answer="A"))])
+        ends = (int(i) for i in tokens.ids[tokens.counted])
+        return list(dict.fromkeys(i for i in ends if i in self.names))
 
     def encode(self, samples: Sequence[Sequence[Span]], prompts: bool = False) -> list[Tokens]:
         """The tokens of each sample; ``prompts`` have no EOS at their end."""

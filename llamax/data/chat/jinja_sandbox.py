@@ -51,7 +51,7 @@ LONGEST = 1_000_000  # longest sequence that it may repeat
 START, STOP = "\ufdd0", "\ufdd1"
 
 # Marks (these two, and those of ``templates``) as ``tojson(ensure_ascii=true)`` would escape them.
-ESCAPED_MARK = re.compile(r"(?<!\\)((?:\\\\)*)\\u(fdd[0-3])")
+ESCAPED_MARK = re.compile(r"(?<!\\)((?:\\\\)*)\\u(fdd[0-4])")
 LARGEST_INDENT = 16  # characters
 
 

@@ -30,6 +30,7 @@ from llamax.data.chat.jinja_sandbox import START, STOP, Program
 from llamax.runtime.errors import DataError
 
 SHIELD, ANSWER = "\ufdd2", "\ufdd3"  # inside special tokens; in place of an answer
+ANSWER_END = "\ufdd4"  # after a message to be continued
 
 BUILT_IN = {
     "dolly": (
@@ -215,6 +216,20 @@ class Template:
         else:
             text = self._render(row, mark_answer=True).partition(ANSWER)[0]
         return [Span(text.replace(START, "").replace(STOP, ""), False)]
+
+    def conversation(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        """The text of a conversation with the beginning of the next answer, or up to its end.
+
+        Without ``generation_prompt`` it ends where the text of the last message ends.
+        """
+        row = Sample(messages)
+        if not generation_prompt and messages:
+            last = {**messages[-1], "content": messages[-1]["content"] + ANSWER_END}
+            row = Sample([*messages[:-1], last])
+        text = self._render(row, generation_prompt).partition(ANSWER_END)[0]
+        for mark in (START, STOP, SHIELD):
+            text = text.replace(mark, "")
+        return text
 
     def _by_prompts(self, row: Sample, whole: str) -> Iterator[Span]:
         """The spans of a template without marks."""

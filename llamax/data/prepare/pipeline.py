@@ -52,11 +52,13 @@ from llamax.data.prepare.instruction_rows import (
 )
 from llamax.data.prepare.row_samples import check_fields
 from llamax.data.prepare.tables import is_hub_name, plan_tables
+from llamax.data.prepare.template_file import write_template
 from llamax.data.prepare.text_files import is_only_text, plan
 from llamax.data.prepare.unread import unread_error, unread_names
 from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.tokenizer import (
     HuggingFace,
+    SentencePiece,
     Tokenizer,
     tokenizer_file,
     train_sentencepiece,
@@ -121,8 +123,8 @@ def prepare(
         glob: Patterns of file names to take from folders.
         exclude: Patterns of file and folder names to skip in folders.
         validation: Share of documents for validation, 0 or more and below 1.
-        bos: Whether documents begin with BOS, if the tokenizer has one; by default they do, but not
-            in the Megatron format.
+        bos: Whether documents begin with BOS, if the tokenizer has one; by default as the tokenizer
+            adds it, but not in the Megatron format.
         eos: Whether documents end with EOS; default as for ``bos``.
         format: "llamax", one checked file for each split, or "megatron", .bin and .idx files.
         workers: Number of processes.  More than 1 are spawned: a script that calls this needs
@@ -174,7 +176,7 @@ def prepare(
     chunks: list[Chunk]
     draft: Settings
     special = format == "llamax"  # the Megatron format adds no special tokens by default
-    bos, eos = (special if chosen is None else chosen for chosen in (bos, eos))
+    default, bos, eos = bos is None, *(special if it is None else it for it in (bos, eos))
     if template:
         check_fields(fields)
         if any(is_hub_name(str(source)) for source in sources):
@@ -204,7 +206,7 @@ def prepare(
         else Path(str(tokenizer))
     )
     opened = tokenizer_in(tokenizer_file(path))
-    settings = _for_tokenizer(draft, opened)
+    settings = _for_tokenizer(draft, opened, default)
     names = [settings.name(number, chunk) for number, chunk in enumerate(chunks)]
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
     if not _already_made(out, settings, identity, format):
@@ -266,13 +268,14 @@ def _template_source(template: str, system: str) -> str:
     return source
 
 
-def _for_tokenizer(draft: Settings, tokenizer: Tokenizer) -> Settings:
-    """Settings for a tokenizer: its fingerprint, and only those special tokens that it has."""
+def _for_tokenizer(draft: Settings, tokenizer: Tokenizer, bos_by_tokenizer: bool) -> Settings:
+    """Settings for a tokenizer: its fingerprint, and those special tokens that it has or adds."""
     assert isinstance(draft, TextSettings | InstructSettings)
     return replace(
         draft,
         tokenizer=tokenizer.fingerprint,
-        bos=draft.bos and tokenizer.bos_id is not None,
+        bos=draft.bos
+        and (tokenizer.adds_bos if bos_by_tokenizer else tokenizer.bos_id is not None),
         eos=draft.eos and tokenizer.eos_id is not None,
     )
 
@@ -288,7 +291,7 @@ def _write_index(
 ) -> None:
     """Write the tokenizer's files and, last, dataset.json."""
     copy_file(tokenizer.path, out / tokenizer_name(tokenizer))
-    for path in tokenizer.beside if isinstance(tokenizer, HuggingFace) else ():
+    for path in tokenizer.beside if isinstance(tokenizer, HuggingFace | SentencePiece) else ():
         copy_file(path, out / path.name)
     header = header_of(settings, tokenizer)
     fields = {name: getattr(header, name) for name in ("vocab_size", "bos_id", "eos_id")}
@@ -299,6 +302,7 @@ def _write_index(
         "trained": trained,
         "indexed": fields if format == "megatron" else None,
         "unread": dict(unread),
+        "turn_ends": write_template(out, settings, tokenizer),
     }
     write_atomic(out / "dataset.json", (json.dumps(index, indent=2) + "\n").encode())
 

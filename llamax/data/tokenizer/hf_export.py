@@ -36,7 +36,9 @@ from llamax.data.tokenizer.tokenizer import (
     TikToken,
     Tokenizer,
 )
+from llamax.runtime.errors import DataError
 from llamax.runtime.files import write_atomic
+from llamax.runtime.logging import logger
 
 
 def export_tokenizer(
@@ -57,6 +59,13 @@ def export_tokenizer(
         if isinstance(tokenizer, SentencePiece):
             write_atomic(folder / "tokenizer.model", raw)
             if not has_twin(tokenizer.model):
+                for path in tokenizer.beside:
+                    write_atomic(folder / path.name, path.read_bytes())
+                logger.warning(
+                    "%s: tokenizers cannot reproduce this sentencepiece model exactly, so no "
+                    "tokenizer.json is written; use programs that read tokenizer.model",
+                    tokenizer.path,
+                )
                 return
             engine = from_sentencepiece(tokenizer)
         else:
@@ -64,21 +73,30 @@ def export_tokenizer(
             engine = from_tiktoken(tokenizer)
             write_atomic(folder / "tokenizer.tiktoken", raw)
         write_atomic(folder / "tokenizer.json", engine.to_str(pretty=False).encode())
-    special = {
-        key: engine.id_to_token(number)
-        for key, number in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id))
-        if number is not None
-    }
+    special = dict(tokenizer.named)
+    for key, number in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        if number is not None:
+            special[key] = str(engine.id_to_token(number))
     if isinstance(tokenizer, SentencePiece):
-        special["unk_token"] = engine.model.unk_token
+        special.setdefault("unk_token", engine.model.unk_token)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **({"model_max_length": max_length} if max_length else {}),
         **special,
+        **_chat_template(tokenizer.path.parent),
     }
+    if (template := tokenizer.path.with_name("chat_template.jinja")).is_file():
+        write_atomic(folder / template.name, template.read_bytes())
     _write_json(folder / "tokenizer_config.json", config)
     _write_json(folder / "special_tokens_map.json", special)
+
+
+def _chat_template(folder: Path) -> dict[str, Any]:
+    """The chat template in the tokenizer_config.json of a folder, if there is one."""
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {key: config[key] for key in ("chat_template",) if config.get(key)}
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -117,7 +135,15 @@ def from_sentencepiece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
     )
     names = [text for text, _, kind in model.pieces if kind in (CONTROL, UNKNOWN)]
     engine.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
-    return _with_bos(engine, tokenizer.bos_id)
+    for number, token in sorted(tokenizer.added.items()):
+        kind = {"special": token.special, "lstrip": token.lstrip, "rstrip": token.rstrip}
+        engine.add_tokens([AddedToken(token.text, normalized=not token.special, **kind)])
+        if engine.token_to_id(token.text) != number:
+            raise DataError(
+                f"{tokenizer.path}: the added token {token.text} has id {number}, which leaves a "
+                f"gap after {number - 1}; number added tokens from {tokenizer.base_size} on"
+            )
+    return _with_bos(engine, tokenizer.bos_id if tokenizer.adds_bos else None)
 
 
 def from_tiktoken(tokenizer: TikToken) -> tokenizers.Tokenizer:

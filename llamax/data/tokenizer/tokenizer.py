@@ -180,11 +180,9 @@ class HuggingFace:
         self.named, self.space_after_bos = beside.named, False
         self.bos_id = self._special("bos_token", BOS)
         self.eos_id = self._special("eos_token", EOS)
-        self.adds_bos = self.bos_id is not None and (
-            self.engine.encode("a").ids[:1] == [self.bos_id]
-            if beside.add_bos is None
-            else beside.add_bos
-        )
+        # As in transformers 5: beside a tokenizer.json its add_bos_token has no effect.
+        first = self.engine.encode("a").ids[:1]
+        self.adds_bos = self.bos_id is not None and first == [self.bos_id]
         added = self.engine.get_added_tokens_decoder()
         self.special = {str(token): i for i, token in added.items() if token.special}
         self.strips = stripping(
