@@ -4,7 +4,7 @@
 
     all ranks   copy what they own to the host            training stops for this alone
     thread      step-00000100.tmp/weights-tp00-dp00...    written, hashed, made durable
-                step-00000100.tmp/rank-tp00-dp00.json     "mine are there": what and where
+                step-00000100.tmp/rank-tp00-dp00.json     names its runs and their files
     rank 0      waits for the notes of all ranks -> manifest.json -> rename to step-00000100
                 -> done -> older checkpoints go, ``done`` first
     all ranks   with ``also_hf``: step-00000100/hub.part/model-00002-of-00008.safetensors ...
@@ -163,17 +163,17 @@ class Saver:
 
     def _snapshot(self, owned: Iterable[Owned]) -> list[Kept]:
         kept = []
-        for mine in owned:
-            shape, flat = self.parameters[mine.name].tensor.shape, mine.tensor
+        for owner in owned:
+            shape, flat = self.parameters[owner.name].tensor.shape, owner.tensor
             low, high = 0, len(flat)
             if not self.zero1:
                 low, high = (len(flat) * (self.data.rank + i) // self.data.size for i in (0, 1))
-            cuts = {part.name: part.how for part in self.parameters.parts(mine.name)}
-            for name, run, at in slices(self.parameters, mine.name, mine.start + low, high - low):
+            cuts = {part.name: part.how for part in self.parameters.parts(owner.name)}
+            for name, run, at in slices(self.parameters, owner.name, owner.start + low, high - low):
                 if is_writer(cuts[name], self.tp.size, self.tp.rank):
                     tensor = flat[low + at : low + at + run.length]
                     whole = whole_shape(cuts[name], shape)
-                    kept.append(Kept(name, mine.kind, whole, run, tensor))
+                    kept.append(Kept(name, owner.kind, whole, run, tensor))
         copies = copy_to_host([one.tensor for one in kept])
         return [one._replace(tensor=copy) for one, copy in zip(kept, copies, strict=True)]
 
@@ -181,7 +181,7 @@ class Saver:
         self, kept: list[Kept], rng: Tensor | None, manifest: files.Manifest, config_text: str
     ) -> None:
         folder = self.folder / (files.step_name(manifest.step) + ".tmp")
-        mine = f"tp{self.tp.rank:02d}-dp{self.data.rank:02d}"
+        rank_name = f"tp{self.tp.rank:02d}-dp{self.data.rank:02d}"
         try:
             with explain_write_errors(folder, 0):
                 if self._first:
@@ -189,11 +189,11 @@ class Saver:
                         if leftover.name < folder.name:
                             shutil.rmtree(leftover, ignore_errors=True)
                 make_folder(folder)
-            self._write(folder, mine, kept, rng)
+            self._write(folder, rank_name, kept, rng)
             if self._first:
                 self._commit(folder, manifest, config_text)
         except BaseException as error:
-            self._error = self._withdraw(folder, mine, error, manifest.step)
+            self._error = self._withdraw(folder, rank_name, error, manifest.step)
             return
         if self.config.also_hf:
             self._also_hf(folder, manifest.step)
@@ -213,7 +213,7 @@ class Saver:
         except BaseException as error:
             self._error = error
 
-    def _write(self, folder: Path, mine: str, kept: list[Kept], rng: Tensor | None) -> None:
+    def _write(self, folder: Path, rank_name: str, kept: list[Kept], rng: Tensor | None) -> None:
         """Write this rank's files, then the note that says what is in them."""
         note: list[dict[str, Any]] = []
         for role in ("weights", "optimizer"):
@@ -239,19 +239,21 @@ class Saver:
                 note.append({"file": [name, *written], "runs": runs})
         with explain_write_errors(folder, 0):
             sync_folder(folder)
-        write_note(folder / f"rank-{mine}.json", json.dumps(note))
+        write_note(folder / f"rank-{rank_name}.json", json.dumps(note))
 
-    def _withdraw(self, folder: Path, mine: str, error: BaseException, step: int) -> BaseException:
+    def _withdraw(
+        self, folder: Path, rank_name: str, error: BaseException, step: int
+    ) -> BaseException:
         """Make room again; what to raise.  A rank other than the first tells it what happened."""
         try:
             if self._first:
                 shutil.rmtree(folder, ignore_errors=True)
             elif not folder.is_symlink():
-                for path in folder.glob(f"*-{mine}.*"):
+                for path in folder.glob(f"*-{rank_name}.*"):
                     path.unlink()
                 line = str(error) if isinstance(error, LlamaxError) else repr(error)
                 note = {"why": line, "no_room": isinstance(error, NoRoom)}
-                write_note(folder / f"failed-{mine}.json", json.dumps(note))
+                write_note(folder / f"failed-{rank_name}.json", json.dumps(note))
             last = listing.newest_checkpoint(self.folder)
         except (OSError, CheckpointError):
             return error  # the disk is beyond help: rank 0 will miss this rank

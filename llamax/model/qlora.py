@@ -104,17 +104,17 @@ class Nf4:
     def __init__(
         self,
         layer: Linear,
-        found: list[Part],
+        hub_parts: list[Part],
         source: Weights,
         like: Tensor,
         data: Axis,
         nested: bool,
     ) -> None:
         self.tp, self.dtype, self.nested = layer.tp, like.dtype, nested
-        self.parts, self.shares, self.blocks_in_row = found, [], []
+        self.parts, self.shares, self.blocks_in_row = hub_parts, [], []
         self.scale_of_scales: list[tuple[Tensor, Tensor]] = []
         codes, scales = [], []
-        for part in found:
+        for part in hub_parts:
             weight = source.read(part.name).to(like.dtype)
             share = share_of(part, tuple(weight.shape), self.tp.size, self.tp.rank)
             whole = torch.cat([quantize.block_scales(rows) for rows in weight.split(_rows(weight))])
@@ -185,11 +185,11 @@ class Int8:
     """The projections of a layer in 8 bits; a ``Store`` of ``llamax.model.lora_linear``."""
 
     def __init__(
-        self, layer: Linear, found: list[Part], source: Weights, like: Tensor, data: Axis
+        self, layer: Linear, hub_parts: list[Part], source: Weights, like: Tensor, data: Axis
     ) -> None:
         self.dtype, self.columns = like.dtype, 0
         codes, scales = [], []
-        for part in found:
+        for part in hub_parts:
             weight = source.read(part.name).to(like.dtype)
             share = share_of(part, tuple(weight.shape), layer.tp.size, layer.tp.rank)
             rows = slice(share.row, share.row + share.rows)
@@ -238,10 +238,10 @@ def store_weights(
     ``like`` has the dtype of computation, which weights are rounded to first, and the device.
     """
     data = data if finetune.shard_base else Solo(data.name)
-    found = list(parts(name, layer.shard, layer.tp.size))
+    hub_parts = list(parts(name, layer.shard, layer.tp.size))
     if finetune.quant == "nf4":
-        return Nf4(layer, found, source, like, data, finetune.double_quant)
-    return Int8(layer, found, source, like, data)
+        return Nf4(layer, hub_parts, source, like, data, finetune.double_quant)
+    return Int8(layer, hub_parts, source, like, data)
 
 
 def stores(model: Llama) -> Iterator[Nf4 | Int8]:

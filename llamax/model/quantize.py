@@ -98,9 +98,9 @@ def to_levels(weight: Tensor, scales: Tensor) -> Tensor:
     return nearest(unit, levels(weight.device)).flatten(-2)
 
 
-def pack(found: Tensor) -> Tensor:
+def pack(codes: Tensor) -> Tensor:
     """Levels two to a byte, the first in the high bits: uint8 [R, C] -> [R, C / 2]."""
-    return found[..., ::2] << 4 | found[..., 1::2]
+    return codes[..., ::2] << 4 | codes[..., 1::2]
 
 
 def nest(scales: Tensor) -> Nested:

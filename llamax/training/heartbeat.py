@@ -11,7 +11,7 @@ When a collective fails, a rank compares two readings of all files and names tho
 Where no collective ever fails (a device runtime may wait for good), the threads act: rank 0 watches
 all, all watch rank 0, and silence of ``timeout_s`` + ``PATIENCE_S`` ends the process.  Time is
 counted in readings, so neither clocks of other machines nor a suspended job mislead.  What a file
-said before this rank began may be of the job before, whose ``left`` is no reason to hurry.
+held before this rank began may be of the job before, and its ``left`` shortens no time limit.
 """
 
 from __future__ import annotations

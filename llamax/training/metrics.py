@@ -55,7 +55,7 @@ class Record:
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Record:
-        """The record of a line; ValueError or TypeError where it is none."""
+        """The record of a line; ValueError or TypeError if it is not one."""
         values = json.loads(line)
         record = cls(**values)
         if not all(isinstance(value, (int, float)) for value in values.values()):

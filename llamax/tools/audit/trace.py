@@ -1,6 +1,6 @@
-"""What one rank of a run would compile, step by step, through the functions that training uses.
+"""Traces the programs that one rank of a run would compile, with the code that training runs.
 
-A rehearsal takes the place of one rank: model and optimizer without memory, real batches of made-up
+It takes the place of one rank: model and optimizer without memory, real batches of made-up
 tokens, ``TrainState`` as training has it.  It visits every kind of step that a run has::
 
     step 1         first and second microstep, the last of the step, update
