@@ -166,8 +166,9 @@ def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
     if not settings:
         return
     settings = settings if isinstance(settings, dict) else {}
-    method = settings.get("quant_method", "unknown")
     four = settings.get("load_in_4bit") or settings.get("_load_in_4bit")
+    eight = settings.get("load_in_8bit") or settings.get("_load_in_8bit")
+    method = settings.get("quant_method", "bitsandbytes" if four or eight else "unknown")
     if method == "bitsandbytes" and four:
         return
     detail = " in 8 bits (load_in_8bit)" if method == "bitsandbytes" else ""

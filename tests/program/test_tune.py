@@ -150,7 +150,7 @@ def test_mistakes_are_reported_in_one_line(
     path = tmp_path / "quantised/config.json"
     path.write_text(path.read_text()[:-1] + ', "quantization_config": {"load_in_4bit": true}}')
     line = refused(capsys, cfg, f"--checkpoint.init_from={tmp_path / 'quantised'}")
-    assert "quantization_config is not supported; use the unquantized model" in line
+    assert "states weights in 4 bits, but the files hold none" in line
     train(dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, steps=1)), Rendezvous())
     capsys.readouterr()
     line = refused(capsys, cfg, f"--checkpoint.init_from={tmp_path / 'run'}")

@@ -165,6 +165,7 @@ def test_large_weights_in_four_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("settings", "told"),
     [
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, r"bitsandbytes in 8 bits"),
+        ({"load_in_8bit": True}, "bitsandbytes in 8 bits"),
         ({"quant_method": "gptq", "bits": 4}, "quantised by gptq"),
         ({"quant_method": "fp8"}, "quantised by fp8"),
         ({"bits": 4}, "quantised by unknown"),
