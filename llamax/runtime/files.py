@@ -14,7 +14,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import logging
-import multiprocessing
 import os
 import shutil
 import stat
@@ -118,7 +117,9 @@ _without_sync = set[int]()  # the devices of the file systems that the warning h
 
 def _warn_without_sync(device: int, reason: str) -> None:
     """Log once that a file system cannot sync: a warning of rank 0, an info line of other ranks."""
-    if device in _without_sync or multiprocessing.parent_process() is not None:
+    from multiprocessing import parent_process  # takes milliseconds
+
+    if device in _without_sync or parent_process() is not None:
         return
     _without_sync.add(device)
     logger = logging.getLogger("llamax")  # llamax.runtime.logging imports this module

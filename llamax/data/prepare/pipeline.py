@@ -123,8 +123,7 @@ def prepare(
         glob: Patterns of file names to take from folders.
         exclude: Patterns of file and folder names to skip in folders.
         validation: Share of documents for validation, 0 or more and below 1.
-        bos: Whether documents begin with BOS, if the tokenizer has one; by default as the tokenizer
-            adds it, but not in the Megatron format.
+        bos: Whether documents begin with BOS; by default as the tokenizer adds it; Megatron: no.
         eos: Whether documents end with EOS; default as for ``bos``.
         format: "llamax", one checked file for each split, or "megatron", .bin and .idx files.
         workers: Number of processes.  More than 1 are spawned: a script that calls this needs

@@ -126,7 +126,9 @@ def test_a_linked_heartbeat_is_no_heartbeat(tmp_path: Path, kind: str) -> None:
 
 def test_a_linked_id_of_wandb_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[str] = []
-    wandb = SimpleNamespace(init=lambda **options: started.append(options["id"]))
+    wandb = SimpleNamespace(
+        init=lambda **options: started.append(options["id"]) or SimpleNamespace(step=0)
+    )
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     for _ in range(2):
         metrics.WandbWriter(tmp_path, "project", "offline", {})

@@ -101,4 +101,6 @@ def test_the_model_comes_before_its_conversions(spm: Path, ranks: Path, tmp_path
     (tmp_path / "tokenizer.json").write_bytes((tmp_path / "x/tokenizer.json").read_bytes())
     assert isinstance(load_tokenizer(tmp_path), HuggingFace)
     (tmp_path / "tokenizer.model").write_bytes(spm.read_bytes())
+    export_tokenizer(load_tokenizer(spm), tmp_path / "y")
+    (tmp_path / "tokenizer.json").write_bytes((tmp_path / "y/tokenizer.json").read_bytes())
     assert isinstance(load_tokenizer(tmp_path), SentencePiece)
