@@ -116,8 +116,10 @@ class Kubernetes:
 
 @dataclass(frozen=True)
 class SageMaker:
-    """Settings of the SageMaker estimator."""
+    """Settings of a SageMaker training job."""
 
+    sdk: Literal[0, 2, 3] = 0
+    """Major version of the SageMaker SDK; 0: the installed one, or 3."""
     local: bool = True
     """Run in a container on this machine first, on its CPU."""
     role: str = ""

@@ -28,6 +28,7 @@ from llamax.launch.jobfile import JobFile
 from llamax.launch.script import SHEBANG, head, prepare, title
 
 GRACE_S = 300  # time to write a checkpoint when the job is stopped
+WAIT_S = 60  # the rest of it, for mpirun
 EXPANDED = re.compile(r"\$\$|\$\([A-Za-z_][A-Za-z0-9_.-]*\)")
 WORD = re.compile(r"[A-Za-z/][A-Za-z0-9./_-]*")
 NOT_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
@@ -90,7 +91,7 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
     devices = {resource: str(count) for resource, count in counts.items() if count}
     node = {"node.kubernetes.io/instance-type": job.instance} if machine.devices else {}
     save = ["/bin/bash", "-c", SAVE]
-    wait = ["sleep", str(GRACE_S - 2 * mpirun.KILL_TIMEOUT_S)]  # mpirun may end earlier
+    wait = ["sleep", str(GRACE_S - WAIT_S)]  # mpirun may end earlier
     return {
         "apiVersion": "kubeflow.org/v2beta1",
         "kind": "MPIJob",

@@ -6,18 +6,18 @@
                           └── node 1: torchrun ── 32 ranks
     per = "core"    mpirun ── 64 ranks; ``llamax.parallel.rendezvous`` reads OMPI_COMM_WORLD_*
 
-By default mpirun binds a process to a core and kills it one second after SIGTERM; options change
-both.  With a longer timeout it waits that long before it forwards SIGTERM and again before it
-kills, and it does so whenever a process ends with an error, even the last one.  So it is short,
-and the signal to stop does not go through it: SIGTERM is sent to torchrun, or SIGUSR1 to mpirun,
-which forwards it immediately and which ranks treat like SIGTERM.
+By default mpirun binds a process to a core, which an option changes, and kills it soon after
+SIGTERM: ``llamax.launch.supervise`` starts mpirun and, on every node, the processes, and gives them
+the time to save.
 
-Source: mpirun(1) of Open MPI 4.1; the waits and the signals were measured on 4.1.4.
+Under a resource manager mpirun takes the machines and slots of the allocation.  With a hostfile it
+may start more processes than there are slots; a job on one machine ignores the allocation.
+
+Source: mpirun(1) of Open MPI 4.1 and 5.0; executed with 4.1.4 and 5.0.11.
 """
 
 from __future__ import annotations
 
-import re
 from shlex import quote
 
 from llamax.launch import script
@@ -36,7 +36,6 @@ from llamax.launch.script import (
 )
 from llamax.launch.torchrun import FILE_OPTIONS, IN_A_FILE
 
-KILL_TIMEOUT_S = 30  # after the first process has ended, the others have twice this to save
 ROOT = """# containers run as root, which mpirun refuses without these two variables
 if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
 """
@@ -47,12 +46,19 @@ OPTIONS = (
     '--nnodes "$OMPI_COMM_WORLD_SIZE" --node-rank "$OMPI_COMM_WORLD_RANK" '
     '--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"'
 )
-FIRST_HOST = """# the first node of the hostfile; each rank resolves its name to IPv4
-MASTER_ADDR=$(awk 'NF && $1 !~ /^#/ { print $1; exit }' "$hostfile")
+FIRST_HOST = r"""# the first node of the hostfile; each rank resolves its name to IPv4
+MASTER_ADDR=$(awk '{ gsub(/#.*|\/\/.*|["\r]/, "") } NF && !/^[ \t]*\^/ {
+    host = $1; sub(/^.*@/, "", host)
+    if (host ~ /^[^:]*:[0-9]+$/) sub(/:.*/, "", host)
+    print host; exit }' "$hostfile")
 export MASTER_ADDR
 """
-
-
+NO_ALLOCATION = """# the processes start on this machine, whatever allocation its shell is in
+for name in "${!SLURM_@}" "${!PBS_@}" "${!LSB_@}" "${!PMIX_SERVER_@}" PE_HOSTFILE \\
+    PMIX_NAMESPACE PMIX_RANK; do
+    unset "$name"
+done
+"""
 BY_HOSTFILE = '--hostfile "$hostfile"'
 
 
@@ -75,7 +81,7 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
         text += f"hostfile={quote(hostfile)}\n{FIRST_HOST}"
         where = BY_HOSTFILE
     else:
-        text += "export MASTER_ADDR=127.0.0.1\n"
+        text += f"{NO_ALLOCATION}export MASTER_ADDR=127.0.0.1\n"
         where = f"--host localhost:{processes}"
     text += f"export MASTER_PORT={job.port}\n"
     if has_torchrun and job.nodes == 1:
@@ -87,32 +93,23 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
     )
     text += "forward=(\n" + "".join(f"    -x {name}\n" for name in names) + ")\n"
     text += "if [[ -v LD_LIBRARY_PATH ]]; then forward+=(-x LD_LIBRARY_PATH); fi\n"
-    command = '"$(command -v python3)" "${program[@]}"'
+    command = '"$python" "${program[@]}"'
     if has_torchrun:
         text += logs(job, phase) + array("options", torchrun(job))
         command = on_each_node(job, phase, FILE_OPTIONS if job.nodes == 1 else OPTIONS)
     text += array("program", program(job, phase))
-    return f"""{text}{BY_PATH}exec "$(command -v mpirun)" --np {job.nodes * processes} {where} \\
-    --map-by ppr:{processes}:node --bind-to none --wdir "$PWD" \\
-    --mca odls_base_sigkill_timeout {KILL_TIMEOUT_S} "${{forward[@]}}" \\
+    role = "node" if has_torchrun else "rank"
+    folder = quote(f"{job.config.run.folder}/logs/{phase}-processes")
+    return f"""{text}{BY_PATH}python=$(command -v python3)
+processes={folder}
+exec "$python" -m llamax.launch.supervise start "$processes" \\
+    "$(command -v mpirun)" --np {job.nodes * processes} {where} \\
+    --map-by ppr:{processes}:node:OVERSUBSCRIBE --bind-to none --wdir "$PWD" "${{forward[@]}}" \\
+    "$python" -m llamax.launch.supervise {role} "$processes" \\
     {command}
 """
 
 
 def action(job: JobFile, phase: str, what: str) -> str:
     """The script of an action on a phase, for the node on which mpirun was started."""
-    if what != "stop" or phase == "prepare":
-        return script.action(job, phase, what)
-    if slots(job, phase) > 1:
-        return script.action(job, phase, what, 'kill -USR1 "$(<"$pid")"  # ranks save and end\n')
-    folder = f"{job.config.run.folder}/logs/{phase}/"
-    folder, name = (re.sub(r"([][\\.*+?^${}()|])", r"\\\1", text) for text in (folder, job.name))
-    pattern = f"[t]orchrun --log-dir {folder}[^ ]* .*--rdzv-id {name} "
-    end = f"# torchrun of every node; ranks save and end\npattern={quote(pattern)}\n"
-    if job.mpirun.hostfile:
-        end += f"{ROOT}hostfile={quote(job.mpirun.hostfile)}\n{script.LITERAL}\n"
-        end += f'exec "$(command -v mpirun)" {BY_HOSTFILE} --map-by ppr:1:node \\\n    '
-        end += """bash -c 'pkill -TERM -f -- "$0" || true' "$pattern"\n"""
-    else:
-        end += 'pkill -TERM -f -- "$pattern"\n'
-    return script.action(job, phase, what, end)
+    return script.action(job, phase, what)

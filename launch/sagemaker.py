@@ -1,10 +1,16 @@
-"""A Python file that creates a SageMaker estimator and starts it.
+"""A Python file that creates a SageMaker training job and starts it, for version 2 or 3 of the SDK.
+
+::
+
+    SDK 2    sagemaker.pytorch.PyTorch(**ARGUMENTS).fit(INPUTS)
+    SDK 3    sagemaker.train.ModelTrainer(**ARGUMENTS).train(INPUTS)      SDK 3 has no estimators
 
 With ``sagemaker.local`` the same container runs on this machine under docker, on the CPU, to test
 the job before it runs on the cluster.  SageMaker starts torchrun on every host and passes settings
 as hyperparameters: ``--optim.lr 1e-4``.
 
-Sources: SageMaker Python SDK 2, ``sagemaker.pytorch.PyTorch`` and "Local Mode"; AWS, "Run
+Sources: SageMaker Python SDK 2, ``sagemaker.pytorch.PyTorch`` and "Local Mode"; SDK 3,
+``sagemaker.train.ModelTrainer`` and its torchrun driver; AWS, "Run
 distributed training on Trainium: torchrun"; sagemaker-training-toolkit (hyperparameters).
 """
 
@@ -17,6 +23,7 @@ from typing import Any
 from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import SHEBANG
+from llamax.runtime.versions import installed
 
 TRAIN = '''"""The training program of one rank, started by SageMaker."""
 
@@ -31,13 +38,85 @@ CHECKPOINTS = "/opt/ml/checkpoints"  # SageMaker copies it to sagemaker.output d
 DATA = "/opt/ml/input/data/training"
 
 
+# Both kinds of file end with one line on what boto3 or the SDK refuses.
+GUARD = """import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+try:
+    found = version("sagemaker")
+except PackageNotFoundError:
+    found = "none"
+if not found.startswith("{sdk}."):
+    sys.exit(f"this file is for the SageMaker SDK {sdk}; found: {{found}}")
+
+from botocore.exceptions import BotoCoreError, ClientError
+{imports}
+TRAIN = {train!r}
+ARGUMENTS = {arguments}
+INPUTS = {inputs!r}
+
+source = Path("{source}")
+source.mkdir(exist_ok=True)
+(source / "train.py").write_text(TRAIN)
+try:
+{start}
+except (BotoCoreError, ClientError, ImportError, OSError, RuntimeError, ValueError) as error:
+    sys.exit(f"SageMaker: {{type(error).__name__}}: {{error}}")
+"""
+START = {
+    2: (
+        "from sagemaker.pytorch import PyTorch\n",
+        "    PyTorch(**ARGUMENTS).fit(INPUTS)",
+    ),
+    3: (
+        "from sagemaker.train import ModelTrainer\n"
+        "from sagemaker.train.configs import (\n"
+        "    CheckpointConfig,\n    Compute,\n    InputData,\n    SourceCode,\n"
+        "    StoppingCondition,\n)\n"
+        "from sagemaker.train.distributed import Torchrun\n"
+        "from sagemaker.train.model_trainer import Mode\n",
+        """    kinds = {
+        "training_mode": Mode,
+        "source_code": lambda fields: SourceCode(**fields),
+        "distributed": lambda fields: Torchrun(**fields),
+        "compute": lambda fields: Compute(**fields),
+        "stopping_condition": lambda fields: StoppingCondition(**fields),
+        "checkpoint_config": lambda fields: CheckpointConfig(**fields),
+    }
+    trainer = ModelTrainer(
+        **{key: kinds.get(key, lambda value: value)(value) for key, value in ARGUMENTS.items()}
+    )
+    trainer.train([InputData(channel_name=name, data_source=at) for name, at in INPUTS.items()])""",
+    ),
+}
+
+
+def sdk(job: JobFile) -> int:
+    """The major version of the SDK that the file is for."""
+    if job.sagemaker.sdk:
+        return job.sagemaker.sdk
+    found = installed("sagemaker")
+    return 2 if found and found.split(".")[0] == "2" else 3
+
+
+def hyperparameters(job: JobFile) -> dict[str, str]:
+    """The options of the training program."""
+    settings = dict(job.overrides) | {"data.path": DATA, "run.folder": CHECKPOINTS}
+    return {"config": job.recipe, **settings}
+
+
+def environ(job: JobFile) -> dict[str, str]:
+    """The environment variables of the container."""
+    found = {variable.name: variable.value for variable in variables(job, container=True)}
+    if "NEURON_COMPILE_CACHE_URL" in found:  # hosts share no folder; the cache may be on s3://
+        found["NEURON_COMPILE_CACHE_URL"] = f"{job.sagemaker.output.rstrip('/')}/neuron-cache"
+    return found
+
+
 def estimator(job: JobFile) -> dict[str, Any]:
-    """The arguments of ``sagemaker.pytorch.PyTorch``."""
-    local, settings = job.sagemaker.local, dict(job.overrides)
-    settings |= {"data.path": DATA, "run.folder": CHECKPOINTS}
-    environ = {variable.name: variable.value for variable in variables(job, container=True)}
-    if "NEURON_COMPILE_CACHE_URL" in environ:  # hosts share no folder; the cache may be on s3://
-        environ["NEURON_COMPILE_CACHE_URL"] = f"{job.sagemaker.output.rstrip('/')}/neuron-cache"
+    """The arguments of ``sagemaker.pytorch.PyTorch`` of SDK 2."""
+    local = job.sagemaker.local
     arguments: dict[str, Any] = {
         "entry_point": "train.py",
         "source_dir": f"sagemaker-{job.name}",
@@ -47,8 +126,8 @@ def estimator(job: JobFile) -> dict[str, Any]:
         "instance_type": "local" if local else f"ml.{job.instance}",
         "instance_count": 1 if local else job.nodes,
         "distribution": {"torch_distributed": {"enabled": True}},
-        "hyperparameters": {"config": job.recipe, **settings},
-        "environment": environ,
+        "hyperparameters": hyperparameters(job),
+        "environment": environ(job),
     }
     if not local:
         arguments["max_run"] = job.sagemaker.max_run_s
@@ -57,27 +136,54 @@ def estimator(job: JobFile) -> dict[str, Any]:
     return arguments
 
 
+def model_trainer(job: JobFile) -> dict[str, Any]:
+    """The arguments of ``sagemaker.train.ModelTrainer`` of SDK 3; a dictionary for each object."""
+    local = job.sagemaker.local
+    arguments: dict[str, Any] = {
+        "training_mode": "LOCAL_CONTAINER" if local else "SAGEMAKER_TRAINING_JOB",
+        "base_job_name": job.name,
+        "training_image": job.image,
+        "role": job.sagemaker.role,
+        "source_code": {"source_dir": f"sagemaker-{job.name}", "entry_script": "train.py"},
+        "distributed": {"process_count_per_node": job.ranks},
+        "compute": {
+            "instance_type": "local_cpu" if local else f"ml.{job.instance}",
+            "instance_count": 1 if local else job.nodes,
+        },
+        "hyperparameters": hyperparameters(job),
+        "environment": environ(job),
+    }
+    if not local:
+        arguments["stopping_condition"] = {"max_runtime_in_seconds": job.sagemaker.max_run_s}
+        arguments["checkpoint_config"] = {
+            "s3_uri": job.sagemaker.output,
+            "local_path": CHECKPOINTS,
+        }
+    return arguments
+
+
 def render(job: JobFile) -> str:
     """The Python file; it needs the SageMaker SDK and AWS credentials, or docker in local mode."""
-    arguments = pprint.pformat(estimator(job), width=96, sort_dicts=False)
-    inputs = {"training": job.sagemaker.data}
+    version = sdk(job)
+    data = job.sagemaker.data
+    if version == 3:
+        data = data.removeprefix("file://")
+    arguments = model_trainer(job) if version == 3 else estimator(job)
+    imports, start = START[version]
     where = "in a container on this machine" if job.sagemaker.local else "on SageMaker"
-    return f'''#!/usr/bin/env python3
-"""{job.name}: train on {job.nodes} x {job.instance}, {where}."""
+    head = f'''#!/usr/bin/env python3
+"""{job.name}: train on {job.nodes} x {job.instance}, {where}, by the SageMaker SDK {version}."""
 
-from pathlib import Path
-
-from sagemaker.pytorch import PyTorch
-
-TRAIN = {TRAIN!r}
-ARGUMENTS = {arguments}
-INPUTS = {inputs!r}
-
-source = Path(ARGUMENTS["source_dir"])
-source.mkdir(exist_ok=True)
-(source / ARGUMENTS["entry_point"]).write_text(TRAIN)
-PyTorch(**ARGUMENTS).fit(INPUTS)
 '''
+    return head + GUARD.format(
+        sdk=version,
+        imports=imports,
+        train=TRAIN,
+        arguments=pprint.pformat(arguments, width=96, sort_dicts=False),
+        inputs={"training": data},
+        source=f"sagemaker-{job.name}",
+        start=start,
+    )
 
 
 def action(job: JobFile, what: str) -> str:
@@ -86,6 +192,10 @@ def action(job: JobFile, what: str) -> str:
     newest = f"""job=$({jobs} \\
     --name-contains {quote(job.name)} --max-results 1 \\
     --query 'TrainingJobSummaries[0].TrainingJobName' --output text)
+if [[ $job == None ]]; then
+    echo "SageMaker has no job of this name"
+    exit 0
+fi
 """
     describe = 'aws sagemaker describe-training-job --training-job-name "$job"'
     tail = "aws logs tail /aws/sagemaker/TrainingJobs --follow"

@@ -10,7 +10,6 @@ Phases come in the order of a project: image, shell, prepare, precompile, train,
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import signal
 import subprocess
@@ -20,11 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from llamax.launch import jobfile
+from llamax.launch import jobfile, sagemaker
 from llamax.launch.checks import problems
 from llamax.launch.jobfile import JobFile
 from llamax.launch.render import ACTIONS, PHASES, action, environment, render, starter
 from llamax.runtime.errors import BackendError, ConfigError, did_you_mean, refuse
+from llamax.runtime.versions import installed
 
 FORWARDED = (signal.SIGTERM, signal.SIGHUP)
 EPILOG = "Keys of a job file, a [section] for what is before the dot:\n\n"
@@ -87,12 +87,8 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
         )
     if node is not None and not 0 <= node < job.nodes:
         raise ConfigError(f"--node={node} is out of range; use 0 to {job.nodes - 1}")
-    starts_sdk = launcher == "sagemaker" and phase == "train" and what == "start"
-    if starts_sdk and importlib.util.find_spec("sagemaker") is None:
-        raise BackendError(
-            "the SageMaker SDK is not installed here; pip install 'llamax[sagemaker]', or print "
-            "what it would run with --render"
-        )
+    if launcher == "sagemaker" and phase == "train" and what == "start":
+        _check_sdk(sagemaker.sdk(job))
     with tempfile.NamedTemporaryFile("w", suffix=f"-{job.name}-{phase}") as file:
         file.write(text)
         file.flush()
@@ -108,6 +104,21 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
                 f"{command[0]} is not installed here; install it, or print what it would run with "
                 "--render"
             ) from None
+
+
+def _check_sdk(wanted: int) -> None:
+    """Raise BackendError if the SageMaker SDK is not installed or has another major version."""
+    found = installed("sagemaker")
+    if found is None:
+        raise BackendError(
+            f"the SageMaker SDK is not installed here; pip install 'sagemaker>={wanted},"
+            f"<{wanted + 1}', or print what it would run with --render"
+        )
+    if found.split(".")[0] != str(wanted):
+        raise BackendError(
+            f"the SageMaker SDK found is {found}, but the job is for version {wanted}; set "
+            f"sagemaker.sdk, or pip install 'sagemaker>={wanted},<{wanted + 1}'"
+        )
 
 
 def _wait(command: Sequence[str], environ: dict[str, str]) -> int:

@@ -38,7 +38,8 @@ RUNS = {  # file's name: launcher, changes of the job
     "slurm-gpu": ("slurm", GPUS),
     "k8s": ("k8s", {}),
     "k8s-gpu": ("k8s", GPUS),
-    "sagemaker": ("sagemaker", {}),
+    "sagemaker-sdk2": ("sagemaker", {"sagemaker__sdk": 2}),
+    "sagemaker-sdk3": ("sagemaker", {"sagemaker__sdk": 3}),
 }
 # Kubernetes: the oldest that the manifests are written to, those in use, the newest known
 KUBERNETES = ("1.25", "1.31", "1.35")
@@ -252,16 +253,30 @@ def test_gpus_get_the_network_and_nothing_of_neuron() -> None:
     assert "FROM mine:1\n" in render(mine, "k8s", "image")
 
 
-def test_sagemakers_file_is_python_with_these_arguments() -> None:
-    text = sagemaker.render(job(nodes=4))
+def sagemaker_values(text: str) -> dict[str, Any]:
+    """The constants of SageMaker's file."""
     module = ast.parse(text)
-    values = {
+    return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in module.body
         if isinstance(node, ast.Assign)
         and isinstance(node.targets[0], ast.Name)
         and node.targets[0].id.isupper()
     }
+
+
+def check_program(text: str) -> None:
+    """The training program imports what there is."""
+    program = ast.parse(text)
+    for node in program.body:
+        if isinstance(node, ast.ImportFrom):
+            library = importlib.import_module(str(node.module))
+            assert all(hasattr(library, alias.name) for alias in node.names)
+    assert "run_main(main)" in ast.unparse(program)
+
+
+def test_sagemakers_file_is_python_with_these_arguments() -> None:
+    values = sagemaker_values(sagemaker.render(job(nodes=4, sagemaker__sdk=2)))
     arguments = values["ARGUMENTS"]
     assert arguments["instance_type"] == "ml.trn1.32xlarge"
     assert arguments["instance_count"] == 4
@@ -269,13 +284,41 @@ def test_sagemakers_file_is_python_with_these_arguments() -> None:
     assert arguments["hyperparameters"]["optim.lr"] == "0.0002"
     assert all(isinstance(value, str) for value in arguments["hyperparameters"].values())
     assert arguments["environment"]["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/run/neuron-cache"
-    program = ast.parse(values["TRAIN"])
-    for node in program.body:
-        if isinstance(node, ast.ImportFrom):
-            library = importlib.import_module(str(node.module))
-            assert all(hasattr(library, alias.name) for alias in node.names)
-    assert "run_main(main)" in ast.unparse(program)
+    check_program(values["TRAIN"])
     assert values["INPUTS"] == {"training": "s3://bucket/tokens"}
+
+
+def test_sdk_3_has_a_model_trainer() -> None:
+    values = sagemaker_values(sagemaker.render(job(nodes=4, sagemaker__sdk=3)))
+    arguments = values["ARGUMENTS"]
+    assert arguments["compute"] == {"instance_type": "ml.trn1.32xlarge", "instance_count": 4}
+    assert arguments["distributed"] == {"process_count_per_node": 32}
+    assert arguments["hyperparameters"]["optim.lr"] == "0.0002"
+    assert arguments["environment"]["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/run/neuron-cache"
+    assert arguments["checkpoint_config"]["s3_uri"] == "s3://bucket/run"
+    assert arguments["source_code"]["entry_script"] == "train.py"
+    check_program(values["TRAIN"])
+    assert values["INPUTS"] == {"training": "s3://bucket/tokens"}
+    small = {"recipe": "demo", "instance": "local", "ranks_per_node": 4, "overrides": {}}
+    here = job(**small, sagemaker__local=True, sagemaker__sdk=3, sagemaker__data="file:///data")
+    assert problems(here, "sagemaker", "train") == []
+    values = sagemaker_values(sagemaker.render(here))
+    assert values["INPUTS"] == {"training": "/data"}
+    assert values["ARGUMENTS"]["training_mode"] == "LOCAL_CONTAINER"
+    assert values["ARGUMENTS"]["compute"] == {"instance_type": "local_cpu", "instance_count": 1}
+    assert "checkpoint_config" not in values["ARGUMENTS"]
+
+
+@pytest.mark.parametrize(
+    ("version", "sdk"), [("2.257.7", 2), ("3.27.0", 3), ("4.0.0", 3), (None, 3)]
+)
+def test_the_file_is_for_the_installed_sdk(
+    monkeypatch: pytest.MonkeyPatch, version: str | None, sdk: int
+) -> None:
+    monkeypatch.setattr(sagemaker, "installed", lambda package: version)
+    assert sagemaker.sdk(job()) == sdk
+    assert f"by the SageMaker SDK {sdk}." in sagemaker.render(job())
+    assert sagemaker.sdk(job(sagemaker__sdk=2)) == 2
 
 
 def test_sagemaker_runs_here_first() -> None:

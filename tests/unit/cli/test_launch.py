@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from support.launch_jobs import tables
 
+from llamax.cli import launch
 from llamax.cli.launch import main
 from llamax.config.toml import to_toml
 from llamax.runtime.errors import BackendError, ConfigError
@@ -70,9 +71,21 @@ def test_a_launcher_that_is_not_here_is_named(
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     with pytest.raises(
         BackendError,
-        match=r"the SageMaker SDK is not installed here; pip install 'llamax\[sagemaker\]'",
+        match=r"the SageMaker SDK is not installed here; pip install 'sagemaker>=3,<4', or print",
     ):
         main(["--job", write(tmp_path), "--on", "sagemaker"])
+
+
+def test_another_sdk_than_the_jobs_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, sagemaker__sdk=2)
+    monkeypatch.setattr(launch, "installed", lambda package: "3.27.0")
+    with pytest.raises(
+        BackendError,
+        match=r"the SageMaker SDK found is 3.27.0, but the job is for version 2; set sagemaker.sdk",
+    ):
+        main(["--job", path, "--on", "sagemaker"])
 
 
 def test_the_program_ends_with_one_line_and_code_2(tmp_path: Path) -> None:
@@ -103,13 +116,13 @@ def test_a_signal_reaches_the_launcher_which_takes_its_time(
     changes |= {"storage": {"mount": str(tmp_path)}, "venv": str(tmp_path / "venv")}
     job = write(tmp_path, overrides={"run": {"folder": "run"}}, **changes)
     command = [sys.executable, "-m", "llamax", "launch", "--job", job, "--on", "torchrun"]
-    launch = subprocess.Popen(command, start_new_session=True)
+    started = subprocess.Popen(command, start_new_session=True)
     while not (tmp_path / "ready").exists():
-        assert launch.poll() is None
+        assert started.poll() is None
         time.sleep(0.05)
     if number == signal.SIGINT:
-        os.killpg(launch.pid, number)
+        os.killpg(started.pid, number)
     else:
-        launch.send_signal(number)
-    assert launch.wait(30) == 75
+        started.send_signal(number)
+    assert started.wait(30) == 75
     assert (tmp_path / "saved").exists()

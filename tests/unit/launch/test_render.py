@@ -14,6 +14,7 @@ from support.launch_jobs import job
 
 from llamax.config.hardware import load_machine, machine_names
 from llamax.launch import jobfile
+from llamax.launch.mpirun import FIRST_HOST
 from llamax.launch.render import action, render
 
 TRICKS = "'; touch pwned; '\"$(touch pwned)`touch pwned` \\ #|&<>!* $$ $(PATH) {{x}} é漢\U0001f600"
@@ -111,10 +112,34 @@ def test_a_linked_pid_file_is_named_and_not_followed(tmp_path: Path, launcher: s
     assert "does not run" in run(action(this, launcher, "train", "stop")).stdout
 
 
-def test_sagemakers_file_keeps_values_as_they_are() -> None:
-    this = job(environment={"TRICK": TRICKS + '"""'}, sagemaker__data="s3://" + TRICKS)
+@pytest.mark.parametrize(
+    ("text", "host"),
+    [
+        ("node-1\nnode-2\n", "node-1"),
+        ("# all\n\n  node-1 slots=32 max_slots=64\n", "node-1"),
+        ("// all\nnode-1\tslots = 2 # the first\nnode-2", "node-1"),
+        ("me@node-1.cluster:32\r\nme@node-2:32\r\n", "node-1.cluster"),
+        ('"node-1" slots=1\n', "node-1"),
+        ("^node-0\nnode-1\n", "node-1"),
+        ("user@10.0.0.1#comment\n", "10.0.0.1"),
+        ("fe80::1 slots=2\n", "fe80::1"),
+    ],
+)
+def test_the_master_is_the_first_host_of_a_file(tmp_path: Path, text: str, host: str) -> None:
+    (tmp_path / "hosts").write_text(text)
+    script = f"hostfile={tmp_path}/hosts\n{FIRST_HOST}echo $MASTER_ADDR"
+    done = subprocess.run(["bash", "-euc", script], text=True, capture_output=True, check=True)
+    assert done.stdout.strip() == host
+
+
+@pytest.mark.parametrize("sdk", [2, 3])
+def test_sagemakers_file_keeps_values_as_they_are(sdk: int) -> None:
+    this = job(
+        sagemaker__sdk=sdk, environment={"TRICK": TRICKS + '"""'}, sagemaker__data="s3://" + TRICKS
+    )
+    text = render(this, "sagemaker", "train")
     module: dict[str, Any] = {}
-    text = render(this, "sagemaker", "train").split("source = Path")[0]
-    exec(compile(text.replace("from sagemaker.pytorch import PyTorch", ""), "x", "exec"), module)
+    constants = text[text.index("TRAIN = ") : text.index("source = Path")]
+    exec(compile(constants, "x", "exec"), module)
     assert module["ARGUMENTS"]["environment"]["TRICK"] == TRICKS + '"""'
     assert module["INPUTS"] == {"training": "s3://" + TRICKS}

@@ -1,0 +1,199 @@
+"""Keeps the processes of mpirun alive until they have saved.
+
+::
+
+    start ── mpirun ── daemon ── rank ┊ keeper ── training program, or torchrun
+      │  SIGUSR1          ┊  SIGTERM, and SIGKILL soon after
+      └─ TERM, INT, HUP   └─ ends the left side of ┊ only
+
+mpirun ends all processes when it gets SIGTERM and when one of them ends with an error.  Open MPI 4
+waits for a second before SIGKILL, Open MPI 5 less, and no option of the latter changes that.  So
+each process runs in a session of its own, under a keeper that outlives mpirun: the first signal to
+stop becomes one SIGTERM to the process, which has the time to save.  What the process writes when
+mpirun is gone goes into a file.
+
+``start`` runs mpirun.  It turns its own signals into SIGUSR1, which mpirun forwards at once, then
+waits for the keepers, which report in a folder on shared storage, and shows the files.
+
+Sources: mpirun(1) of Open MPI 4.1 and 5.0, "Signal propagation"; prctl(2), PR_SET_PDEATHSIG.
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from llamax.runtime.errors import Stopped
+
+ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+WAIT_S = 180.0  # for keepers of other machines, of which only the files are seen
+PR_SET_PDEATHSIG = 1
+
+
+def main(argv: Sequence[str]) -> int:
+    """``start FOLDER COMMAND ..``, ``rank FOLDER COMMAND ..`` or ``node FOLDER COMMAND ..``."""
+    role, folder, *command = argv
+    if role == "start":
+        return start(Path(folder), command)
+    return supervise(Path(folder), command, group=role == "node")
+
+
+def start(folder: Path, command: Sequence[str]) -> int:
+    """Run mpirun until all that it started has ended; the exit code of the job."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    asked: list[int] = []
+    child: list[subprocess.Popen[bytes]] = []
+
+    def ask(number: int, frame: object) -> None:
+        if child and child[0].poll() is None and (not asked or number == signal.SIGINT):
+            child[0].send_signal(signal.SIGUSR2 if asked else signal.SIGUSR1)
+        asked.append(number)
+
+    for number in ASKS:
+        signal.signal(number, ask)
+    child.append(
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+    )
+    if asked:
+        child[0].send_signal(signal.SIGUSR1)
+    code = child[0].wait()
+    codes = wait_for_keepers(folder)
+    for lost in sorted(folder.glob("*.log")):
+        sys.stderr.write(lost.read_text(errors="replace"))
+    if code and Stopped.exit_code in codes and set(codes) <= {0, Stopped.exit_code}:
+        return Stopped.exit_code
+    return code if code >= 0 else 128 - code
+
+
+def wait_for_keepers(folder: Path, wait_s: float = WAIT_S) -> list[int]:
+    """The exit codes of the processes, when all of them have ended."""
+    limit = time.monotonic() + wait_s
+    host = socket.gethostname()
+    while True:
+        codes, running = [], 0
+        for report in folder.glob("*.process"):
+            machine, _, pid = report.stem.rpartition("-")
+            text = report.read_text()
+            if text:
+                codes.append(int(text))
+            elif machine != host:
+                running += time.monotonic() < limit
+            else:
+                running += Path(f"/proc/{pid}").exists()
+        if not running:
+            return codes
+        time.sleep(0.2)
+
+
+def supervise(folder: Path, command: Sequence[str], group: bool) -> int:
+    """Run a process under a keeper; its exit code.
+
+    ``group``: signals go to the group of processes of ``command``, not to its first alone.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [*ASKS, signal.SIGUSR2])
+    _end_with_parent()
+    parent = os.getpid()
+    keeper = os.fork()
+    if keeper == 0:
+        os.setsid()
+        code = 1
+        try:
+            code = keep(folder, command, parent, group)
+        finally:
+            os._exit(code)
+    _handle(lambda number: os.kill(keeper, number))
+    return os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1])
+
+
+def keep(folder: Path, command: Sequence[str], parent: int, group: bool) -> int:
+    """The keeper: run the process, pass on what it writes, and report its end."""
+    report = folder / f"{socket.gethostname()}-{os.getpid()}.process"
+    folder.mkdir(parents=True, exist_ok=True)
+    report.touch()
+    child: list[subprocess.Popen[bytes]] = []
+    asked: list[int] = []
+
+    def ask(number: int) -> None:
+        again = number == signal.SIGUSR2
+        if child and (not asked or again):
+            send = signal.SIGINT if again else signal.SIGTERM
+            with suppress(ProcessLookupError):
+                os.killpg(child[0].pid, send) if group else child[0].send_signal(send)
+        asked.append(number)
+
+    _handle(ask)
+    _end_with_parent()
+    if os.getppid() != parent:
+        return Stopped.exit_code
+    pipe = subprocess.PIPE
+    child.append(
+        subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+    )
+    if asked:
+        child[0].send_signal(signal.SIGTERM)
+    relays = [
+        threading.Thread(target=relay, args=(source.fileno(), to, report.with_suffix(".log")))
+        for source, to in ((child[0].stdout, 1), (child[0].stderr, 2))
+        if source
+    ]
+    for thread in relays:
+        thread.daemon = True
+        thread.start()
+    code = child[0].wait()
+    for thread in relays:
+        thread.join(5)  # a process that outlives its parent may hold the pipe
+    code = code if code >= 0 else 128 - code
+    report.write_text(str(code))
+    return code
+
+
+def relay(source: int, target: int, lost: Path) -> None:
+    """Copy from a pipe to a descriptor, or to a file when nobody reads the descriptor any more."""
+    while text := os.read(source, 1 << 16):
+        try:
+            while text:
+                text = text[os.write(target, text) :]
+        except OSError:
+            with lost.open("ab") as file:
+                file.write(text)
+
+
+def _handle(handler: Callable[[int], None]) -> None:
+    """Handle the signals from now on, those that came before included."""
+    for number in (*ASKS, signal.SIGUSR2):
+        signal.signal(number, lambda number, frame: handler(number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [*ASKS, signal.SIGUSR2])
+
+
+def _end_with_parent() -> None:
+    """Let the kernel send SIGTERM to this process when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,112 @@
+"""Processes outlive an mpirun that kills at once, and save."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from llamax.launch.supervise import relay, wait_for_keepers
+
+SUPERVISE = [sys.executable, "-m", "llamax.launch.supervise"]
+# Stands for mpirun: forwards SIGUSR1, and kills what it started when it gets SIGTERM.
+MPIRUN = """
+import os, signal, subprocess, sys
+child = subprocess.Popen(sys.argv[1:], start_new_session=True)
+def end(*_):
+    child.terminate()
+    child.kill()
+    os._exit(1)
+signal.signal(signal.SIGTERM, end)
+signal.signal(signal.SIGUSR1, lambda *_: child.send_signal(signal.SIGUSR1))
+open("started", "w").write(str(os.getpid()))
+sys.exit(child.wait())
+"""
+# Stands for a rank: saves after SIGTERM, and only after a second one would it not.
+RANK = """
+import os, signal, sys, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+print("step 1", flush=True)
+open("ready", "w").write(str(os.getpid()))
+while not asked and os.path.exists("ready"):
+    time.sleep(0.01)
+for _ in range(40):
+    time.sleep(0.01)
+assert len(asked) == 1
+open("saved", "w").close()
+print("saved it", file=sys.stderr, flush=True)
+sys.exit(75)
+"""
+
+
+@pytest.fixture(params=["rank", "node"])
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> subprocess.Popen[str]:
+    (tmp_path / "mpirun.py").write_text(MPIRUN)
+    (tmp_path / "rank.py").write_text(RANK)
+    inner = [*SUPERVISE, request.param, "processes", sys.executable, "rank.py"]
+    command = [*SUPERVISE, "start", "processes", sys.executable, "mpirun.py", *inner]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True)
+    while not ((tmp_path / "ready").exists() and (tmp_path / "started").read_text()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_mpirun_is_ended(
+    tmp_path: Path, run: subprocess.Popen[str], number: signal.Signals
+) -> None:
+    os.kill(int((tmp_path / "started").read_text()), number)
+    out, err = run.communicate(timeout=60)
+    assert (tmp_path / "saved").exists()
+    assert (run.returncode, out) == (75, "step 1\n")
+    assert err == "saved it\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_the_job_is_asked_to_stop(
+    tmp_path: Path, run: subprocess.Popen[str], number: signal.Signals
+) -> None:
+    run.send_signal(number)
+    out, err = run.communicate(timeout=60)
+    assert (tmp_path / "saved").exists()
+    assert (run.returncode, out, err) == (75, "step 1\n", "saved it\n")
+
+
+def test_the_job_is_killed(tmp_path: Path, run: subprocess.Popen[str]) -> None:
+    """Nobody waits for the ranks any more, but they save."""
+    run.kill()
+    run.communicate(timeout=60)
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_keeper_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    host = os.uname().nodename
+    (tmp_path / f"{host}-{ended.pid}.process").touch()
+    (tmp_path / f"{host}-1.process").write_text("75")
+    (tmp_path / "other-machine-7.process").touch()
+    assert wait_for_keepers(tmp_path, wait_s=0) == [75]
+
+
+def test_output_that_nobody_reads_goes_into_a_file(tmp_path: Path) -> None:
+    source, writer = os.pipe()
+    reader, target = os.pipe()
+    thread = threading.Thread(target=relay, args=(source, target, tmp_path / "lost"))
+    thread.start()
+    os.write(writer, b"first\n")
+    assert os.read(reader, 100) == b"first\n"
+    os.close(reader)
+    os.write(writer, b"second\n")
+    os.close(writer)
+    thread.join()
+    assert (tmp_path / "lost").read_bytes() == b"second\n"
