@@ -27,8 +27,9 @@ demo: $(VENV)/installed
 finetune-demo: $(VENV)/installed
 	@$(BIN)/python -m llamax.cli.finetune_demo
 
+# Three workers on two cores: many tests wait for processes that they start.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder --ignore tests/xla
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder --ignore tests/xla
 	@$(MAKE) --no-print-directory test-xla
 
 test-xla: $(XLA_VENV)/installed

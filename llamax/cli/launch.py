@@ -109,15 +109,16 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
 def _check_sdk(wanted: int) -> None:
     """Raise BackendError if the SageMaker SDK is not installed or has another major version."""
     found = installed("sagemaker")
+    package = "llamax[sagemaker]" if wanted == 2 else f"sagemaker>={wanted},<{wanted + 1}"
     if found is None:
         raise BackendError(
-            f"the SageMaker SDK is not installed here; pip install 'sagemaker>={wanted},"
-            f"<{wanted + 1}', or print what it would run with --render"
+            f"the SageMaker SDK is not installed here; pip install '{package}', or print what it "
+            "would run with --render"
         )
     if found.split(".")[0] != str(wanted):
         raise BackendError(
             f"the SageMaker SDK found is {found}, but the job is for version {wanted}; set "
-            f"sagemaker.sdk, or pip install 'sagemaker>={wanted},<{wanted + 1}'"
+            f"sagemaker.sdk, or pip install '{package}'"
         )
 
 
