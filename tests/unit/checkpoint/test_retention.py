@@ -40,7 +40,7 @@ def test_the_last_ones_stay(tmp_path: Path, rank: worlds.Rank, background: bool)
 def test_after_going_back_the_newest_is_the_one_saved_last(
     tmp_path: Path, rank: worlds.Rank
 ) -> None:
-    """What the run went back behind is kept, but nothing resumes from it unless it is told to."""
+    """Checkpoints after the one a run went back to are kept, and resumed only by their folder."""
     mine = saver(tmp_path, rank, keep=3, keep_every=2, keep_best=True)
     for step, score in ((4, 3.0), (6, 1.0), (8, 2.0)):
         mine.save(step, rank.owned, {}, MODEL.to_hub("float32"), "", score=score)
