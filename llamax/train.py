@@ -48,12 +48,21 @@ from llamax.training.inputs import open_inputs
 from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
 from llamax.training.resolve import resolve
-from llamax.training.setup import Job, loaders, log_start, prepare, throughput, writers
+from llamax.training.setup import (
+    LLAMAX,
+    Job,
+    Parts,
+    loaders,
+    log_start,
+    prepare,
+    throughput,
+    writers,
+)
 from llamax.training.step import Step
 from llamax.training.step_check import StepCheck
 
 
-def train(config: Config, where: Rendezvous) -> None:
+def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
     """Run ``config`` on this rank of the world ``where``; results go into the run folder."""
     began = time.perf_counter()
     with report_errors_once(where):
@@ -76,7 +85,7 @@ def train(config: Config, where: Rendezvous) -> None:
             backend.joined(resolved.mesh, timeout_s) as axes,
         ):
             inputs.check_newest(config)
-            job = prepare(resolved, backend, axes, inputs)
+            job = prepare(resolved, backend, axes, inputs, parts=parts)
             verified.result()
             if changed := inputs.changed(resolved):
                 logger.info("changed since then: %s", ", ".join(changed))
@@ -178,6 +187,7 @@ def save(job: Job, step: Step, consumed: int) -> None:
                 "tokenizer": job.dataset.fingerprint,
                 **(job.adapters.state() if job.adapters else {}),
                 **job.early_stopping.state(),
+                **job.model_class,
             },
             model=job.config.model.to_hub(job.config.run.dtype),
             config_text=dump_config(job.config),

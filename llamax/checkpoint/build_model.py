@@ -22,6 +22,7 @@ from llamax.checkpoint.peft import (
     fingerprint,
     open_adapter,
 )
+from llamax.checkpoint.plain_llama import own_names
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
@@ -31,20 +32,29 @@ from llamax.model.llama import DTYPES, Llama
 from llamax.model.lora_linear import Store
 from llamax.model.qlora import Shapes, expected, store_weights, stores
 from llamax.parallel.collectives import Axes, Axis, Solo
+from llamax.parallel.sharding import ShardedParameters
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.logging import logger
 from llamax.runtime.units import show_bytes, show_number
 
 
 def build_model(
-    config: Config, first: Source | None, fresh: bool, axes: Axes, device: torch.device
+    config: Config,
+    first: Source | None,
+    fresh: bool,
+    axes: Axes,
+    device: torch.device,
+    model_class: type[Llama] = Llama,
 ) -> Llama:
     """The model of a run on this rank, with the weights it starts from.
 
     ``first``: where first weights, or the frozen base, are.  ``fresh``: without them, draw some.
-    With neither, weights are whatever memory holds, or zeros.
+    With neither, weights are whatever memory holds, or zeros.  ``model_class``: a subclass of Llama
+    with modules of its own; they take the run's dtype and device.
+    Raises ConfigError for a class that cannot be trained, saved and resumed as configured.
     """
     finetune, tp, seed = config.finetune, axes.tp, config.run.seed
-    model = Llama(
+    model = model_class(
         config.model,
         tp,
         sequence_parallel=config.parallel.sequence,
@@ -52,12 +62,59 @@ def build_model(
         device="meta" if finetune.method == "qlora" else device,
         recompute=config.run.recompute,
     )
+    if model_class is not Llama:
+        check_model_class(model, config)
+        model.to(device, DTYPES[config.run.dtype])
     if first is not None or finetune.method != "full":
         like = torch.empty(0, dtype=DTYPES[config.run.dtype], device=device)
         load_base(model, first, finetune, like, axes.data, seed)
     elif fresh:
         model.init(seed)
     return model
+
+
+def check_model_class(model: Llama, config: Config) -> None:
+    """Raise ConfigError where a run could not train, keep or write all of such a model."""
+    name, plain = (
+        type(model).__qualname__,
+        not own_names(model.sharded_parameters().hub_shapes(), config.model),
+    )
+    if config.finetune.method != "full":
+        raise ConfigError(
+            f"finetune.method={config.finetune.method} freezes all of {name} but the adapters; use "
+            "finetune.method=full with a model class of your own"
+        )
+    if config.checkpoint.also_hf and not plain:
+        raise ConfigError(
+            f"checkpoint.also_hf=true, but a Hugging Face folder cannot describe the parameters "
+            f"that {name} adds to Llama; use checkpoint.also_hf=false"
+        )
+    kept = dict(model.named_parameters(remove_duplicate=False))
+    for key in model.state_dict():
+        if key not in kept:
+            raise ConfigError(
+                f"{key} of {name} is a buffer, and checkpoints keep parameters alone; register it "
+                "with persistent=False if it follows from the settings, or make it a parameter"
+            )
+    for key, parameter in kept.items():
+        if not parameter.requires_grad:
+            raise ConfigError(
+                f"{key} of {name} is frozen, and checkpoints keep trained parameters alone; leave "
+                "requires_grad=True"
+            )
+
+
+def load_first(source: Source, parameters: ShardedParameters, model: ModelConfig) -> None:
+    """Load first weights; parameters of a program's own that a source lacks keep their values."""
+    missing = {*own_names(parameters.hub_shapes(), model)} - {*source.names()}
+    kept = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if not missing.issuperset(part.name for part in parameters.parts(name))
+    }
+    if missing:
+        logger.info("%s keep their initial values: %s has none", ", ".join(missing), source.folder)
+    load_weights(source, ShardedParameters(kept, parameters.degree, parameters.rank), convert=True)
 
 
 def load_base(
@@ -77,7 +134,7 @@ def load_base(
     parameters = model.sharded_parameters()
     if finetune.method != "qlora":
         if source is not None:
-            load_weights(source, parameters, convert=True)
+            load_first(source, parameters, model.config)
         if finetune.method == "lora":
             lora.adapt(model, finetune, like, seed)
             lora.init(model, seed)

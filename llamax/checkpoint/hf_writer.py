@@ -24,6 +24,7 @@ import torch
 from llamax.checkpoint import hf_folder, slabs
 from llamax.checkpoint.atomic import explain_write_errors
 from llamax.checkpoint.manifest import CONFIG_TOML
+from llamax.checkpoint.plain_llama import check_plain
 from llamax.checkpoint.safetensors_io import build_header, write_tensor_at
 from llamax.checkpoint.source import Source
 from llamax.config.load import load_config
@@ -57,13 +58,15 @@ def plan_files(
     """The tensors in the order of their files; a file has at most ``max_shard_bytes``.
 
     A larger tensor has a file for itself.  ``dtype`` defaults to that of the weights; float32 takes
-    the master weights where they exist.  Raises CheckpointError for a checkpoint of adapters.
+    the master weights where they exist.  Raises CheckpointError for a checkpoint of adapters, and
+    for one with tensors that no Llama has.
     """
     if "model.embed_tokens.weight" not in source.names():
         raise CheckpointError(
             f"{source.folder} holds adapters, not a whole model; join them to their base with "
             "llamax merge"
         )
+    check_plain(source, "a Hugging Face folder")
     chosen, files = [], [0]
     for name in source.names():
         masters = dtype == torch.float32 and "master" in source.kinds(name)

@@ -10,6 +10,7 @@ unless asked for.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
@@ -76,15 +77,22 @@ def check_shapes(source: Source, parameters: ShardedParameters) -> None:
         _check_shape(source, name, shape)
     for name in names:
         if name not in expected:
-            raise CheckpointError(f"{source.folder} has {name}, which the model lacks; {_REMEDY}")
+            remedy = _REMEDY if _PLAIN.fullmatch(name) else _OWN
+            raise CheckpointError(f"{source.folder} has {name}, which the model lacks; {remedy}")
 
 
 _REMEDY = "give the model section the values of the folder's own configuration"
+_OWN = "it is not a tensor of Llama: give the class that was trained, `model_class`"
+_PLAIN = re.compile(
+    r"lm_head\.weight|model\.(embed_tokens|norm|layers\.\d+\.(\w+_layernorm|(self_attn|mlp)\."
+    r"(q|k|v|o|gate|up|down)_proj(\.lora_[AB])?))\.weight"
+)
 
 
 def _check_shape(source: Source, name: str, shape: tuple[int, ...]) -> None:
     if name not in source.names():
-        raise CheckpointError(f"{source.folder} has no {name}, which the model has; {_REMEDY}")
+        remedy = _REMEDY if _PLAIN.fullmatch(name) else "start a new run.folder with this model"
+        raise CheckpointError(f"{source.folder} has no {name}, which the model has; {remedy}")
     if source.shape(name) != shape:
         raise CheckpointError(
             f"{source.folder}: {name} is {list(source.shape(name))}, the model's is "

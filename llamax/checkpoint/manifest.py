@@ -107,7 +107,7 @@ class Manifest:
         for name, tensor in self.tensors.items():
             if not name.isprintable():
                 return f"{name!r:.80} is not the name of a tensor"
-            if not tensor.shape or min(tensor.shape) < 1:
+            if min(tensor.shape, default=1) < 1:
                 return f"{name} has the impossible shape {list(tensor.shape)}"
             for kind, record in tensor.kinds.items():
                 if record.dtype not in DTYPES:

@@ -1,7 +1,8 @@
 """Runs: which elements of a tensor a file or a rank holds, as plain integers.
 
-A tensor counts as a matrix (its first dim by all others).  It is cut into *strips* of columns, and
-a strip into *runs* of elements in row-major order.  This describes every way to share a tensor::
+A tensor counts as a matrix (its first dim by all others; a scalar is 1 by 1).  It is cut into
+*strips* of columns, and a strip into *runs* of elements in row-major order.  This describes every
+way to share a tensor::
 
     cut along dim 0, tp 2          cut along dim 1, tp 2         and over data ranks (ZeRO-1)
     +-----------+                  +-----+-----+                 each strip is split further
@@ -122,14 +123,14 @@ def is_tiling(shape: Sequence[int], runs: Sequence[Run]) -> bool:
     strips: dict[tuple[int, int], list[Run]] = {}
     for run in runs:
         strips.setdefault((run.left, run.width), []).append(run)
-    right = 0
+    right, rows = 0, shape[0] if shape else 1
     for (left, width), strip in sorted(strips.items()):
         at = 0
         for run in sorted(strip):
             if run.start != at or run.length < 1:
                 return False
             at = run.stop
-        if left != right or width < 1 or at != shape[0] * width:
+        if left != right or width < 1 or at != rows * width:
             return False
         right += width
     return right == row_width(shape)
@@ -146,7 +147,9 @@ def slices(parameters: ShardedParameters, name: str, start: int, length: int) ->
             (block,) = part.how.blocks
             rows = span(block, parameters.degree, parameters.rank)
             if part.how.dim == 1:
-                strip, first, begin, elements = (rows.start, rows.length), 0, 0, start + length
+                inner = math.prod(shape[2:])
+                strip, first = (rows.start * inner, rows.length * inner), 0
+                begin, elements = 0, start + length
             else:
                 width = row_width(shape)
                 strip, first = (0, width), rows.start * width

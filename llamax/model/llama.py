@@ -37,8 +37,15 @@ from llamax.parallel import regions
 from llamax.parallel.collectives import Axis, Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.sharding import Block as Rows
-from llamax.parallel.sharding import Replica, ShardedParameter, ShardedParameters, cut
+from llamax.parallel.sharding import (
+    Replica,
+    ShardedParameter,
+    ShardedParameters,
+    cut,
+    declared_cut,
+)
 from llamax.parallel.tensor_parallel import (
+    PARALLEL_LAYERS,
     ColumnLinear,
     RowLinear,
     VocabEmbedding,
@@ -60,7 +67,7 @@ class Norm(nn.Module):
     def __init__(self, hidden_size: int, eps: float, like: Tensor) -> None:
         super().__init__()
         self.eps, self.shard = eps, Replica()
-        self.weight = nn.Parameter(like.new_empty(hidden_size))
+        self.weight = nn.Parameter(like.new_ones(hidden_size))
 
     def forward(self, x_BsD: Tensor) -> Tensor:
         return ops.rms_norm(x_BsD, self.weight, self.eps)
@@ -238,11 +245,18 @@ class Llama(nn.Module):
             )
 
     def sharded_parameters(self) -> ShardedParameters:
-        """Every parameter of this rank with its cut over the tensor-parallel axis, by name."""
-        owners = dict(self.named_modules())
-        cuts = {name: owners[name.rpartition(".")[0]].shard for name, _ in self.named_parameters()}
-        found = {name: ShardedParameter(p, cuts[name]) for name, p in self.named_parameters()}
-        return ShardedParameters(found, self.tp.size, self.tp.rank)
+        """Every parameter of this rank with its cut over the tensor-parallel axis, by name.
+
+        Raises ConfigError for a parameter of another shape than its module's ``shard`` declares.
+        """
+        found: dict[str, ShardedParameter] = {}
+        for above, module in self.named_modules():
+            for leaf, tensor in module.named_parameters(recurse=False):
+                name, degree = f"{above}.{leaf}".lstrip("."), self.tp.size
+                how = declared_cut(module, name, leaf, tensor.shape, degree)
+                found.setdefault(name, ShardedParameter(tensor, how))
+        kept = dict(self.named_parameters())  # one name for each of tied parameters
+        return ShardedParameters({n: found[n] for n in kept}, self.tp.size, self.tp.rank)
 
     @property
     def output_weight(self) -> Tensor:
@@ -252,14 +266,17 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def init(self, seed: int) -> Llama:
-        """Draw every weight from N(0, initializer_range), norms from 1; the same on every mesh.
+        """Draw the weights of llamax's parallel layers from N(0, initializer_range); norms are 1.
 
-        Each Hub tensor is drawn whole from a generator seeded by (seed, its name), then cut.
+        The same on every mesh: each Hub tensor is drawn whole from a generator seeded by (seed, its
+        name), then cut.  A parameter of any other module keeps the value it was made with.
         """
-        parameters = self.sharded_parameters()
-        for name, (parameter, how) in parameters.items():
-            if isinstance(how, Replica):
+        parameters, owners = self.sharded_parameters(), dict(self.named_modules())
+        for name, (parameter, _) in parameters.items():
+            above, _, leaf = name.rpartition(".")
+            if type(owners[above]) is Norm:
                 parameter.fill_(1.0)
+            if leaf != "weight" or not isinstance(owners[above], PARALLEL_LAYERS):
                 continue
             for part in parameters.parts(name):
                 assert not isinstance(part.how, Replica)

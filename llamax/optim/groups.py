@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal, NamedTuple
@@ -155,6 +155,16 @@ class Group:
         """Write new weights into the bucket's part of the flat vector."""
         assert isinstance(bucket, FlatBucket)
         bucket.weights.copy_(weights)
+
+    def gradients_of(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The accumulated gradients of those of ``names`` that are in the group and have one."""
+        kept = (
+            [parameter.grad for parameter in self.parameters]
+            if self.gradient is None
+            else self._views(self.gradient)
+        )
+        named = zip(self.names, kept, strict=True)
+        return {name: grad for name, grad in named if name in names and grad is not None}
 
     def adopt(self) -> None:
         """Copy the weights into their float32 masters."""

@@ -33,7 +33,7 @@ No Python number that depends on the rank or the step enters a step: one graph s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -51,6 +51,7 @@ from llamax.optim.buckets import segments, weight
 from llamax.optim.clip import clip_factor, sum_of_squares
 from llamax.optim.groups import Bucket, Group, Key, Owned, split_like
 from llamax.optim.lazy import LazyGroup
+from llamax.optim.replicas import ReplicaCheck
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Replica, ShardedParameters
 from llamax.runtime.errors import ConfigError
@@ -64,7 +65,8 @@ class Zero1:
     may be in the flat vector and ``parameter.grad`` None: see or change it in a hook that
     ``parameter.register_hook`` takes.
     ``sequence_parallel``: each tensor rank saw its own part of the sequence, so that gradients of
-    replicas are partial.  ``bucket_bytes`` of float32 gradient travel at once.
+    replicas are partial.  ``bucket_bytes`` of float32 gradient travel at once.  ``undeclared``:
+    names of replicas that do not say whether their gradients are partial, to be checked.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Zero1:
         sequence_parallel: bool,
         zero1: bool = True,
         bucket_bytes: int = 64 * 2**20,
+        undeclared: Collection[str] = (),
     ) -> None:
         self.optim, self.axes, degree = optim, axes, parameters.degree
         self.sharded = zero1 and axes.data.size > 1
@@ -85,10 +88,14 @@ class Zero1:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 assert isinstance(parameter, Parameter)
-                partial = isinstance(how, Replica) and (sequence_parallel or how.partial)
+                partial = isinstance(how, Replica) and (
+                    sequence_parallel if how.partial is None else how.partial
+                )
                 counts = weight(how, degree)
                 key = Key(parameter.dtype, parameter.dim() > 1, counts, partial and degree > 1)
                 members.setdefault(key, {})[name] = parameter
+        unsure = {name: parameters[name].tensor for name in undeclared}
+        self.replicas = ReplicaCheck(unsure, axes, sequence_parallel)
         if not members:
             raise ConfigError(
                 "every parameter is frozen, so there is nothing to train; set requires_grad of "
@@ -125,6 +132,7 @@ class Zero1:
                         f"{name} was frozen after this optimizer was made, which would go on to "
                         "decay it; make a new Zero1"
                     )
+        self.replicas.check(self._gradients_of)
         every = [(group, bucket) for group in self.groups for bucket in group.buckets]
         runs = [self._reduce(group, bucket) for group, bucket in every]
         squares = [self._squares(*place, run) for place, run in zip(every, runs, strict=True)]
@@ -217,6 +225,14 @@ class Zero1:
         """
         for group in self.groups:
             yield from group.owned(self.axes.data.rank if self.sharded else 0)
+
+    def _gradients_of(self, names: Collection[str]) -> dict[str, Tensor]:
+        """The gradients that this rank has accumulated, of those parameters that have one."""
+        found: dict[str, Tensor] = {}
+        for group in self.groups:
+            if isinstance(group, Group):
+                found |= group.gradients_of(names)
+        return found
 
     def state_bytes(self) -> int:
         """Bytes of weights and state on this rank, by the formula above."""

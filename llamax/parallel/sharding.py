@@ -57,10 +57,11 @@ class Span(NamedTuple):
 class Replica:
     """Held whole by every rank of the axis.
 
-    ``partial``: each rank sees a part of its gradient, however activations are cut.
+    ``partial``: whether each rank sees a part of its gradient, so that these are summed; None: with
+    sequence parallelism, as for a parameter that acts on activations between parallel layers.
     """
 
-    partial: bool = False
+    partial: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,32 @@ def whole_shape(how: Cut, shape: Sequence[int]) -> tuple[int, ...]:
 
 
 # --- the parameters of a model -------------------------------------------------------------------
+
+
+def declared_cut(owner: object, name: str, leaf: str, shape: Sequence[int], degree: int) -> Cut:
+    """How parameter ``leaf`` of the module ``owner`` is cut, as the module's ``shard`` says.
+
+    ``shard`` is one cut for all parameters of the module or a mapping from their names; a parameter
+    without one is a replica.  ``name`` is the parameter's name in the model and ``shape`` that of
+    this rank's share.  Raises ConfigError for a shape that is no share of the cut.
+    """
+    declared = getattr(owner, "shard", None)
+    how = declared.get(leaf) if isinstance(declared, Mapping) else declared
+    if how is None or isinstance(how, Replica):
+        return how or Replica()
+    if not isinstance(how, Shard) or how.dim > 1 or (how.dim == 1 and len(how.blocks) > 1):
+        raise ConfigError(
+            f"the module of {name} has shard = {how!r:.200}; use Replica() or Shard(dim, blocks) "
+            "with dim 0, or with dim 1 and a single block"
+        )
+    length = sum(sum(span(block, degree, 0)[1:]) for block in how.blocks)
+    if len(shape) <= how.dim or shape[how.dim] != length:
+        raise ConfigError(
+            f"{name} is {list(shape)}, but its module declares {length} rows of dim {how.dim} on "
+            f"each of {degree} tensor ranks; give the module shard = "
+            f'{{"{leaf}": Replica(), ...}} with the cut of every parameter'
+        )
+    return how
 
 
 class ShardedParameter(NamedTuple):

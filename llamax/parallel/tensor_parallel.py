@@ -124,6 +124,10 @@ class VocabEmbedding(nn.Module):
         return regions.leave(x_BSD, self.tp, self.sequence_parallel)
 
 
+# Layers with a weight that ``Llama.init`` draws; other modules initialise their own parameters.
+PARALLEL_LAYERS = (ColumnLinear, RowLinear, VocabEmbedding)
+
+
 def local_ids(ids: Tensor, rows: int, axis: Axis) -> tuple[Tensor, Tensor]:
     """Ids counted from this rank's first row, and where they belong to another rank (there 0)."""
     local = ids - axis.rank_index * rows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from llamax.checkpoint.atomic import write_durable
 from llamax.checkpoint.build_model import build_model, describe_finetune
 from llamax.checkpoint.load import load_owned, load_weights
 from llamax.checkpoint.peft import AdapterInfo
+from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.save import Saver
 from llamax.config.constants import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE
 from llamax.config.flops import flops_per_token
@@ -21,7 +23,7 @@ from llamax.config.schema import Config
 from llamax.data.dataset import Dataset
 from llamax.data.loader import Batches
 from llamax.data.samples import Samples
-from llamax.model.llama import DTYPES
+from llamax.model.llama import DTYPES, Llama
 from llamax.model.lora import num_parameters
 from llamax.parallel.collectives import Axes
 from llamax.runtime.errors import CheckpointError
@@ -39,6 +41,20 @@ from llamax.training.metrics import (
 from llamax.training.recorder import Throughput
 from llamax.training.resolve import ResolvedRun
 from llamax.training.step import TrainState
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a program puts in the place of llamax's own parts.
+
+    ``model_class``: a subclass of Llama.  ``learning_rate``: the rate of a step, counted from 1.
+    """
+
+    model_class: type[Llama] = Llama
+    learning_rate: Callable[[int], float] | None = None
+
+
+LLAMAX = Parts()
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,12 @@ class Job:
         return Path(self.config.run.folder)
 
     @property
+    def model_class(self) -> dict[str, str]:
+        """What checkpoints say of the model's class: its name, if it is not llamax's own."""
+        kind = type(self.state.model)
+        return {} if kind is Llama else {MODEL_CLASS: f"{kind.__module__}.{kind.__qualname__}"}
+
+    @property
     def main(self) -> bool:
         return self.state.axes.world.rank == 0
 
@@ -76,6 +98,7 @@ def prepare(
     axes: Axes,
     inputs: Inputs,
     draw: bool = True,
+    parts: Parts = LLAMAX,
 ) -> Job:
     """Build model, optimizer and saver: new, or from the checkpoint to resume.
 
@@ -84,9 +107,12 @@ def prepare(
     config, resumed, tp = run.config, inputs.resumed, axes.tp
     torch.manual_seed(config.run.seed)
     home = torch.device("cpu") if backend.traces else backend.device
-    model = build_model(config, inputs.first, draw and resumed is None, axes, home)
+    fresh = draw and resumed is None
+    model = build_model(config, inputs.first, fresh, axes, home, parts.model_class)
     parameters = model.sharded_parameters().trained()
     state = TrainState.build(run, model, axes, backend)
+    if parts.learning_rate is not None:
+        state = replace(state, learning_rate=parts.learning_rate)
     step = consumed = 0
     if resumed is not None:
         load_owned(resumed, state.optimizer.owned(), parameters)

@@ -24,12 +24,15 @@ import torch
 from torch import Tensor
 
 from llamax.backends.transfer import move_parameter, moved
+from llamax.checkpoint.plain_llama import own_names
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
 from llamax.model.qlora import stores
+from llamax.optim.replicas import check_equal
 from llamax.optim.schedule import lr_at
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Axes, Axis
+from llamax.parallel.sharding import Replica
 from llamax.training.resolve import ResolvedRun
 
 
@@ -133,15 +136,24 @@ class TrainState:
     def build(
         cls, run: ResolvedRun, model: Llama, axes: Axes, backend: Device = EAGER_DEVICE
     ) -> TrainState:
-        """The state of a new run: an optimizer, as configured, for all of ``model`` that trains."""
+        """The state of a new run: an optimizer, as configured, for all of ``model`` that trains.
+
+        Raises ConfigError for a replica with other values on another rank.
+        """
         parallel, optim = run.config.parallel, run.config.optim
+        parameters = model.sharded_parameters()
+        own = own_names(parameters.hub_shapes(), model.config)
+        replicas = {n: p for n, p in parameters.trained().items() if isinstance(p.cut, Replica)}
+        own_replicas = {name: replicas[name] for name in own if name in replicas}
+        check_equal({name: p.tensor for name, p in own_replicas.items()}, axes)
         optimizer = Zero1(
-            model.sharded_parameters(),
+            parameters,
             optim,
             axes,
             sequence_parallel=model.sequence_parallel,
             zero1=parallel.zero1,
             bucket_bytes=parallel.bucket_bytes,
+            undeclared=[n for n, p in own_replicas.items() if p.cut == Replica()],
         )
         return cls(
             model,

@@ -14,6 +14,7 @@ from llamax.checkpoint.formats.nxd_writer import (
 )
 from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.manifest import CONFIG_TOML
+from llamax.checkpoint.plain_llama import check_plain
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
 from llamax.config.choices import EXPORT_FORMATS, NXD_ATTENTION, NXD_OPTIMIZERS
@@ -91,6 +92,7 @@ def export(
         if not isinstance(opened, Checkpoint):
             raise ConfigError(f"{source} is a Hugging Face folder already; copy it")
         return consolidate(opened.folder, folder)
+    check_plain(opened, "Meta's format" if to == "meta" else "NxD's format")
     if to == "meta":
         with new_folder(folder) as part:
             write_meta(opened, model, part, tensor)

@@ -1,0 +1,64 @@
+"""A program's own model classes: tensors that no Llama has, and formats that cannot hold them.
+
+llamax's checkpoints keep any parameter.  Hugging Face's LlamaForCausalLM and the formats of other
+trainers know those of Llama alone, so a model with more, or with fewer, is refused there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import cache
+
+from llamax.checkpoint.source import Source
+from llamax.config.model import ModelConfig
+from llamax.model.llama import Llama
+from llamax.runtime.errors import CheckpointError
+from llamax.runtime.logging import logger
+
+MODEL_CLASS = "model_class"  # in a checkpoint's state: the class of a program's own model
+
+
+@cache
+def plain_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each Hub tensor of a Llama without modules of a program's own."""
+    return Llama(model, device="meta").sharded_parameters().hub_shapes()
+
+
+def own_names(names: Collection[str], model: ModelConfig) -> list[str]:
+    """Those of ``names`` that are not Hub tensors of a plain Llama, in order."""
+    plain = plain_shapes(model)
+    return [name for name in names if name not in plain]
+
+
+def check_plain(source: Source, target: str) -> None:
+    """Raise CheckpointError if ``target`` could not hold all tensors of a source, or lacks some.
+
+    A model class without tensors of its own is written, with a warning: the reader computes Llama.
+    """
+    model = ModelConfig.from_hub(source.model)
+    plain, names = plain_shapes(model), source.names()
+    trained_as = str(source.state.get(MODEL_CLASS) or "a model class of your own")
+    wrong = own_names(names, model) or [name for name in plain if name not in {*names}]
+    if wrong:
+        has = "holds" if wrong[0] in names else "has no"
+        raise CheckpointError(
+            f"{source.folder} {has} {wrong[0]}{_more(wrong)}: {trained_as} was trained, which "
+            f"{target} cannot describe; use it with llamax.load(folder, model_class=...)"
+        )
+    for name, shape in plain.items():
+        if source.shape(name) != shape:
+            raise CheckpointError(
+                f"{source.folder}: {name} is {list(source.shape(name))}, and its configuration "
+                f"makes it {list(shape)}; {target} cannot describe it"
+            )
+    if source.state.get(MODEL_CLASS):
+        logger.warning(
+            "%s was trained as %s; a program that reads %s computes a plain Llama",
+            source.folder,
+            trained_as,
+            target,
+        )
+
+
+def _more(names: Collection[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""
