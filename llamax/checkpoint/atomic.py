@@ -30,7 +30,16 @@ from typing import Any
 from llamax.checkpoint.lock import lock_abandoned, lock_folder
 from llamax.config.constants import LOCK_FILE
 from llamax.runtime.errors import CheckpointError, NoRoom, Terminated
-from llamax.runtime.files import NO_ROOM, new_file, show_free, sync_folder, sync_tree, write_atomic
+from llamax.runtime.files import (
+    NO_ROOM,
+    new_file,
+    read_file,
+    show_free,
+    sync_folder,
+    sync_tree,
+    write_atomic,
+)
+from llamax.runtime.json_reader import MAX_BYTES, JsonError, parse_json
 from llamax.runtime.logging import logger
 
 BUILDING = ".part-"  # OUT.part-0c5f...: the folder in which OUT is built
@@ -63,6 +72,23 @@ def write_note(path: Path, text: str) -> None:
         with open(partial, "w", encoding="utf-8", opener=new_file) as file:
             file.write(text)
         os.replace(partial, path)
+
+
+def read_note(path: Path) -> Any:
+    """The value in a note that ``write_note`` wrote; CheckpointError if it is damaged or a link."""
+    try:
+        return parse_json(read_file(path, MAX_BYTES))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    except JsonError as error:
+        raise CheckpointError(f"{path} {error}; see the log of that rank") from None
+
+
+def failure_of(note: Any, what: str) -> CheckpointError:
+    """The error of another rank, from its note with ``why`` and ``no_room``."""
+    note = note if isinstance(note, dict) else {}
+    error = NoRoom if note.get("no_room") is True else CheckpointError
+    return error(f"{what}: {note.get('why', 'see its log')}")
 
 
 def write_durable(path: Path, text: str) -> None:

@@ -19,14 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 
 from llamax.checkpoint import hf_writer, slabs
-from llamax.checkpoint.atomic import explain_write_errors, write_note
+from llamax.checkpoint.atomic import explain_write_errors, failure_of, read_note, write_note
 from llamax.checkpoint.manifest import DONE
 from llamax.checkpoint.reader import Checkpoint
 from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
 from llamax.runtime.files import (
     make_folder,
     new_file,
-    read_file,
     same_file,
     sync_folder,
     sync_handle,
@@ -109,10 +108,9 @@ def _gather(part: Path, world_size: int, deadline: float) -> None:
         for rank in sorted(waiting):
             if not (part / _note(rank)).exists():
                 continue
-            text = read_file(part / _note(rank)).decode()
-            if failed := json.loads(text) if text else {"why": "see its log", "no_room": False}:
-                error = NoRoom if failed["no_room"] else CheckpointError
-                raise error(f"rank {rank} could not write {part}: {failed['why']}")
+            note = read_note(path) if (path := part / _note(rank)).stat().st_size else {}
+            if note is not None:
+                raise failure_of(note, f"rank {rank} could not write {part}")
             waiting.remove(rank)
         return not waiting
 

@@ -16,7 +16,6 @@ Source: torch 2.13, ``distributed/checkpoint/_hf_utils.py``; transformers 5.23,
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from llamax.checkpoint.runs import Run, is_tiling, whole_run
 from llamax.checkpoint.safetensors_io import TensorEntry, read_header, read_metadata
 from llamax.checkpoint.source import Piece
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.json_reader import parse_json
 
 NUMBERED = re.compile(r"(?!shard-)(.+)-(\d{5})-of-(\d{5})\.safetensors")
 SHARD = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
@@ -127,11 +127,11 @@ def _joined(name: str, parts: list[_Part]) -> StoredWeight:
 def _offsets(path: Path) -> Mapping[str, tuple[int, ...]]:
     """The offsets of a shard's tensors, from the text that torch keeps beside them."""
     try:
-        stated = json.loads(read_metadata(path)[OFFSETS])
+        stated = parse_json(read_metadata(path)[OFFSETS])
         offsets = {name: tuple(entry["saved_offsets"]) for name, entry in stated.items()}
         if all(type(n) is int and n >= 0 for at in offsets.values() for n in at):
             return offsets
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         pass
     raise CheckpointError(
         f"{path} is one rank's part of the weights, but does not state which: it has no "

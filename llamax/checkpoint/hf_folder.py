@@ -10,7 +10,6 @@ weights are refused.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from pathlib import Path
@@ -26,7 +25,9 @@ from llamax.checkpoint.listing import find_checkpoint, newest_checkpoint
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.runs import Run, boxes, row_width
 from llamax.checkpoint.source import Piece, Source
+from llamax.runtime import json_reader
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.json_reader import JsonError
 
 CONFIG_JSON, GENERATION_CONFIG = "config.json", "generation_config.json"
 SINGLE_FILE, INDEX_JSON = "model.safetensors", "model.safetensors.index.json"
@@ -190,18 +191,8 @@ def open_source(path: Path | str) -> Source:
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file; CheckpointError if the file holds anything else."""
     try:
-        if path.exists() and not path.is_file():
-            raise CheckpointError(f"{path} is not a plain file; download it again")
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(
-                f"{path} is over {MAX_JSON_BYTES >> 20} MiB, too large for {path.name}; "
-                "download it again"
-            )
-        found = json.loads(path.read_bytes())
+        return json_reader.read_object(path, MAX_JSON_BYTES, strict=False)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path} is not JSON; download it again") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is not a JSON object; download it again")
-    return found
+    except JsonError as error:
+        raise CheckpointError(f"{path} {error}; download it again") from None

@@ -16,7 +16,6 @@ Source: bitsandbytes 0.50, ``functional.py`` (QuantState.as_dict, dequantize_4bi
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from torch import Tensor
 from llamax.checkpoint.runs import StridedCopy
 from llamax.checkpoint.safetensors_io import TensorEntry, read_elements
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.json_reader import parse_object
 
 STATE = ".quant_state.bitsandbytes__"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -105,7 +105,7 @@ def _packed(
     if entry.dtype != torch.uint8 or math.prod(entry.shape) > MAX_STATE_BYTES:
         raise ValueError
     text = _read(path, entry.offset, torch.uint8, 0, math.prod(entry.shape))
-    state: dict[str, Any] = json.loads(bytes(text.tolist()))
+    state: dict[str, Any] = parse_object(bytes(text.tolist()))
     shape = tuple(_natural(n) for n in state["shape"])
     size, block = math.prod(shape), _natural(state["blocksize"])
     file, stored = entries[weight]

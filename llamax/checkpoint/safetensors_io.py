@@ -36,6 +36,7 @@ from llamax.checkpoint.checksums import (
 from llamax.checkpoint.runs import StridedCopy
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import new_file, same_file, sync_handle
+from llamax.runtime.json_reader import JsonError, parse_object
 
 DTYPES = {
     "F64": torch.float64,
@@ -110,13 +111,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise broken(f"its header claims {length} of {size} bytes")
-            header = json.loads(file.read(length))
+            header = parse_object(file.read(length))
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError):
-        raise broken("its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise broken("its header is not a JSON object")
+    except JsonError as error:
+        raise broken(f"its header {error}") from None
     header.pop("__metadata__", None)
     found, extents = {}, []
     for name, entry in header.items():
@@ -153,8 +152,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     with open(path, "rb") as file:
         length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)
         try:
-            metadata = json.loads(file.read(length)).get("__metadata__")
-        except (ValueError, RecursionError, AttributeError):
+            metadata = parse_object(file.read(length)).get("__metadata__")
+        except JsonError:
             return {}
     return metadata if isinstance(metadata, dict) else {}
 

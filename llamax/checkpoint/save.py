@@ -32,7 +32,7 @@ from torch.nn import Parameter
 
 from llamax.checkpoint import listing
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.atomic import explain_write_errors, write_note
+from llamax.checkpoint.atomic import explain_write_errors, failure_of, read_note, write_note
 from llamax.checkpoint.hf_beside import write_hf_folder_beside
 from llamax.checkpoint.load import Owned, Whole
 from llamax.checkpoint.retention import clean_up, delete_or_warn, move_to_past, publish
@@ -313,12 +313,11 @@ class Saver:
             present = set(os.listdir(folder))
             missing = [rank for rank in ranks if f"rank-{rank}.json" not in present]
             if not missing:
-                return [json.loads((folder / f"rank-{r}.json").read_text()) for r in ranks]
+                return [read_note(folder / f"rank-{r}.json") for r in ranks]
             for rank in missing:
                 if f"failed-{rank}.json" in present:
-                    note = json.loads((folder / f"failed-{rank}.json").read_text())
-                    error = NoRoom if note["no_room"] else CheckpointError
-                    raise error(f"rank {rank} could not save: {note['why']}")
+                    note = read_note(folder / f"failed-{rank}.json")
+                    raise failure_of(note, f"rank {rank} could not save")
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"{folder}: no files from rank {', '.join(missing)} within "

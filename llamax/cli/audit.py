@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from llamax.cli.options import command
 from llamax.config.choices import AUDIT_RANKS
 from llamax.runtime.process import run_main
+from llamax.runtime.text import print_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,16 +58,16 @@ def main(argv: Sequence[str]) -> int:
         options.config, options.instance, options.nodes, options.ranks, overrides=overrides
     )
     if options.json:
-        print(json.dumps(as_json(report), indent=2))
+        print_text(json.dumps(as_json(report), indent=2))
     else:
-        print("\n".join(show(report)))
+        print_text("\n".join(show(report)))
     sys.stdout.flush()
     if report.passes:
         if not options.json:
-            print("each program compiles once for the whole cluster")
+            print_text("each program compiles once for the whole cluster")
         return 0
     for problem in report.problems:
-        print(f"llamax: {problem}", file=sys.stderr)
+        print_text(f"llamax: {problem}", sys.stderr)
     return DIFFERS
 
 

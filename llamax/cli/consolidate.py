@@ -16,6 +16,7 @@ from pathlib import Path
 from llamax.cli.options import ByteBar, command
 from llamax.config.choices import WEIGHT_DTYPES
 from llamax.runtime.process import summary
+from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_number, show_time
 
 
@@ -65,15 +66,19 @@ def main(argv: Sequence[str]) -> int:
             progress=bar.update,
         )
     if adapters:
-        print(f"{out}: the adapters of step {source.step}, as PEFT loads them; see llamax merge")
+        print_text(
+            f"{out}: the adapters of step {source.step}, as PEFT loads them; see llamax merge"
+        )
         return 0
     parameters = sum(math.prod(source.shape(name)) for name in source.names())
-    print(
+    print_text(
         f"{out}: {show_number(parameters)} parameters of step {source.step}, {show_bytes(total)}, "
         f"in {show_time(time.perf_counter() - began)}"
     )
     if (out / "tokenizer.model").is_file() and not (out / "tokenizer.json").is_file():
-        print("its tokenizer.model has no exact tokenizer.json: in transformers ids may differ")
+        print_text(
+            "its tokenizer.model has no exact tokenizer.json: in transformers ids may differ"
+        )
     elif not (out / "tokenizer.json").is_file():
-        print("no tokenizer was found for it; --tokenizer adds one")
+        print_text("no tokenizer was found for it; --tokenizer adds one")
     return 0

@@ -24,6 +24,7 @@ from llamax.data.prepare.summary import unigram_entropy
 from llamax.data.token_file import TokenFile
 from llamax.runtime.errors import BackendError
 from llamax.runtime.process import run_main
+from llamax.runtime.text import print_text
 from llamax.runtime.units import perplexity, show_number, show_time
 from llamax.training.metrics import read_jsonl
 
@@ -38,7 +39,7 @@ def shell(command: Sequence[str], environ: Mapping[str, str] | None = None) -> N
     shown = [f"{key}={value}" for key, value in (environ or {}).items()]
     shown += ["llamax" if word == sys.executable else word for word in command]
     text = " ".join(shlex.quote(word) for word in shown).replace("llamax -m llamax", "llamax")
-    print(f"\n$ {text}", flush=True)
+    print_text(f"\n$ {text}")
     if subprocess.run(command, env={**os.environ, **(environ or {})}, check=False).returncode:
         raise BackendError(f"the demo stopped at: {text}; its own message stands above")
 
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     )
     last = [r for r in read_jsonl(run / METRICS_FILE) if r.validation_loss is not None][-1]
     assert last.validation_loss is not None
-    print(
+    print_text(
         f"""
 Done in {show_time(time.perf_counter() - began)}. Validation loss {last.validation_loss:.3f} nats \
 a token (perplexity {perplexity(last.validation_loss):.1f}),

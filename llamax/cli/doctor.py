@@ -26,6 +26,7 @@ from llamax.launch.checks import problems
 from llamax.launch.environment import variables
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import run_main
+from llamax.runtime.text import print_text
 from llamax.tools.doctor import Finding, Host
 
 NOT_READY = 8
@@ -70,8 +71,8 @@ def main(argv: Sequence[str]) -> int:
     sets = {each.name: each.value for each in variables(job)} if job else {}
     for finding in examine(Host(environ={**os.environ, **sets}), job, options.wait):
         counts[finding.level] += 1
-        print("\n".join(show(finding)), flush=True)
-    print(
+        print_text("\n".join(show(finding)))
+    print_text(
         f"\n{counts['ok']} fine, {counts['unknown']} unknown, "
         f"{counts['warning']} warnings, {counts['error']} errors"
     )

@@ -22,6 +22,7 @@ from llamax.data.prepare.row_samples import FIELDS
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import run_main
+from llamax.runtime.text import print_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -134,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
         rank=rank,
     )
     if rank.rank == 0:
-        print(json.dumps(numbers) if options.json else show(numbers))
+        print_text(json.dumps(numbers) if options.json else show(numbers))
     return 0
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from llamax.cli.options import command
 from llamax.config.choices import EXPORT_FORMATS, NXD_ATTENTION, NXD_OPTIMIZERS
 from llamax.runtime.process import summary
+from llamax.runtime.text import print_text
 from llamax.runtime.units import show_time
 
 
@@ -70,5 +71,5 @@ def main(argv: Sequence[str]) -> int:
         tag=options.tag,
         xser=options.xser,
     )
-    print(f"{out}: written for {options.to} in {show_time(time.perf_counter() - began)}")
+    print_text(f"{out}: written for {options.to} in {show_time(time.perf_counter() - began)}")
     return 0

@@ -25,6 +25,7 @@ from llamax.config.constants import METRICS_FILE
 from llamax.config.load import load_config
 from llamax.runtime.files import new_file
 from llamax.runtime.process import run_main
+from llamax.runtime.text import print_text
 from llamax.runtime.units import show_number, show_time
 from llamax.training.metrics import read_jsonl
 
@@ -112,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
         else [*llamax, "generate", str(hub), *prompt_options]
     )
     losses = [r for r in read_jsonl(run / METRICS_FILE) if r.validation_loss is not None]
-    print(
+    print_text(
         f"""
 Done in {show_time(time.perf_counter() - began)}. Validation loss of the answers: \
 {losses[0].validation_loss:.3f} nats a token after the first epoch,

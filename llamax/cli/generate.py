@@ -21,6 +21,7 @@ from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import run_main
+from llamax.runtime.text import print_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -191,7 +192,7 @@ def main(argv: Sequence[str]) -> int:
 
 def write(text: str) -> None:
     """Print text without a line break, at once."""
-    print(text, end="", flush=True)
+    print_text(text, end="")
 
 
 def _models(model: Path | None, pair: str | None) -> list[Path]:

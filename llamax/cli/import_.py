@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from llamax.cli.options import ByteBar, command
 from llamax.config.choices import FOREIGN_FORMATS
 from llamax.runtime.process import summary
+from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_time
 
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
             started=bar.start,
             progress=bar.update,
         )
-    print(
+    print_text(
         f"{made.folder}: {', '.join(made.kinds)} of {made.tensors} tensors, "
         f"{show_bytes(made.size_bytes)}, in {show_time(time.perf_counter() - began)}"
         + (f"; read {made.origin}" if made.origin else "")

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 
 from llamax.runtime.process import summary
+from llamax.runtime.text import print_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -25,5 +26,5 @@ def main(argv: Sequence[str]) -> int:
 
     from llamax.tools.inspect import describe, table
 
-    print(table([*describe(options.path, options.verify)]))
+    print_text(table([*describe(options.path, options.verify)]))
     return 0

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from llamax.cli.options import ByteBar, command
 from llamax.config.choices import WEIGHT_DTYPES
 from llamax.runtime.process import summary
+from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_number, show_time
 
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         )
     folder = HfFolder(out)
     parameters = sum(math.prod(folder.shape(name)) for name in folder.names())
-    print(
+    print_text(
         f"{out}: {show_number(parameters)} parameters, {show_bytes(folder.total_bytes())}, in "
         f"{show_time(time.perf_counter() - began)}"
     )

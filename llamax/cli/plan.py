@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from llamax.cli.options import command
 from llamax.config.hardware import machine_names
 from llamax.runtime.process import run_main
+from llamax.runtime.text import print_text
 
 DOES_NOT_FIT = 6
 
@@ -79,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
         found = plan(config, machine, options.nodes)
         fits = found.memory.fits
         text = json.dumps(as_json(found), indent=2) if options.json else "\n".join(show(found))
-    print(text)
+    print_text(text)
     return 0 if fits else DOES_NOT_FIT
 
 

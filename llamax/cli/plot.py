@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamax.runtime.process import run_main
+from llamax.runtime.text import print_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
     line = None if options.reference is None else (options.reference_name, options.reference)
     draw(read_runs(options.runs), options.out, line)
-    print(f"wrote {options.out}")
+    print_text(f"wrote {options.out}")
     return 0
 
 

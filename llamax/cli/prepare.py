@@ -12,6 +12,7 @@ from llamax.data.prepare.pipeline import prepare
 from llamax.data.prepare.row_samples import FIELDS
 from llamax.data.prepare.summary import describe, describe_files, describe_rows, describe_unread
 from llamax.runtime.logging import setup_logging
+from llamax.runtime.text import print_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -169,10 +170,10 @@ def main(argv: Sequence[str]) -> int:
         drop_empty=options.drop_empty,
         strict=options.strict,
     )
-    print(describe(made.folder, options.length))
-    print(describe_files(made))
+    print_text(describe(made.folder, options.length))
+    print_text(describe_files(made))
     if options.template:
-        print(describe_rows(made))
+        print_text(describe_rows(made))
     if made.unread:
-        print(describe_unread(made))
+        print_text(describe_unread(made))
     return 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import write_atomic
 from llamax.runtime.process import run_main
+from llamax.runtime.text import print_text
 from llamax.tools.monitor.html_report import page, with_distinct_names
 from llamax.tools.monitor.run_folder import read_run
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
         raise DataError(
             f"{options.out}: cannot be written ({error.strerror}); check --out"
         ) from None
-    print(f"wrote {options.out}")
+    print_text(f"wrote {options.out}")
     return 0
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from llamax.cli.options import ByteBar, command
 from llamax.runtime.process import summary
+from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_time
 
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     total, began = HfFolder(options.folder).total_bytes(), time.perf_counter()
     with ByteBar("shard", total) as bar:
         out = shard(options.folder, options.out, options.tensor, progress=bar.update)
-    print(
+    print_text(
         f"{out}: {show_bytes(total)} of weights for tensor {options.tensor}, in "
         f"{show_time(time.perf_counter() - began)}; train loads it on any mesh"
     )

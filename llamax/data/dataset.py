@@ -9,15 +9,16 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.token_file import GoOn, Header, Stream, TokenFile, Verify
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import sha256
+from llamax.runtime.json_reader import JsonError, read_object
 
 SCANNED = 1 << 24  # tokens looked at together
 
@@ -145,7 +146,7 @@ def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0
 
 
 def _open_folder(folder: Path, verify: Verify, vocab_size: int) -> Dataset:
-    index = _read_index(folder / "dataset.json")
+    index = read_index(folder / "dataset.json")
     tokenizer = folder / str(index["tokenizer_file"])
     if not tokenizer.is_file():
         raise DataError(
@@ -164,27 +165,57 @@ def _open_folder(folder: Path, verify: Verify, vocab_size: int) -> Dataset:
     return Dataset(folder, splits["train"], splits.get("validation"), tokenizer)
 
 
-def _read_index(path: Path) -> dict[str, object]:
+def read_index(path: Path) -> dict[str, Any]:
     """The content of dataset.json; DataError if llamax prepare did not write it."""
+    remedy = "copy it again, or run llamax prepare again"
     try:
-        index = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        index = None
-    name = index.get("tokenizer_file") if isinstance(index, dict) else None
+        index = read_object(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy}") from None
+    except JsonError as error:
+        raise DataError(f"{path}: {error}; {remedy}") from None
+    name = index.get("tokenizer_file")
     if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
-        raise DataError(
-            f"{path}: names no tokenizer beside it; copy it again, or run llamax prepare again"
-        )
-    return dict(index)
+        raise DataError(f"{path}: names no tokenizer beside it; {remedy}")
+    for key, fits in INDEX_FIELDS.items():
+        if (value := index.get(key)) is not None and not fits(value):
+            raise DataError(f"{path}: {key}={value!r:.60} was not written by llamax; {remedy}")
+    names = [index.get(name) for name in ("key", "tokenizer")]
+    if index.get("indexed") and not all(isinstance(name, str) for name in names):
+        raise DataError(f"{path}: names no key and tokenizer of its files; {remedy}")
+    return index
+
+
+def _is_indexed(value: object) -> bool:
+    """Whether a value has the fields of a header that files of Megatron lack."""
+    if not isinstance(value, dict) or not {"vocab_size"} <= {*value} <= HEADER_FIELDS:
+        return False
+    return all(
+        (number is None and name != "vocab_size") or (type(number) is int and 0 <= number < 2**32)
+        for name, number in value.items()
+    )
+
+
+def _is_counts(value: object) -> bool:
+    """Whether a value is a table of whole numbers."""
+    return isinstance(value, dict) and all(type(number) is int for number in value.values())
+
+
+HEADER_FIELDS = {"vocab_size", "bos_id", "eos_id"}
+INDEX_FIELDS: dict[str, Callable[[object], bool]] = {
+    "indexed": _is_indexed,
+    "unread": _is_counts,
+    "key": lambda value: isinstance(value, str),
+    "identity": lambda value: isinstance(value, str),
+}
 
 
 def _streams(
-    folder: Path, index: dict[str, object], verify: Verify, vocab_size: int
+    folder: Path, index: dict[str, Any], verify: Verify, vocab_size: int
 ) -> Iterator[tuple[str, Stream]]:
     """The splits of a folder of either format."""
     for split in ("train", "validation"):
         if indexed := index.get("indexed"):
-            assert isinstance(indexed, dict)
             prefix = indexed_prefix(folder, split, str(index["key"]))
             if split == "train" or is_prefix(prefix):
                 header = Header(str(index["tokenizer"]), **indexed)

@@ -34,6 +34,7 @@ import numpy.typing as npt
 
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file, refuse_link, sync_folder, sync_handle
+from llamax.runtime.json_reader import parse_object
 
 MAGIC = b"llamax1\n"
 HEADER_BYTES = 4096
@@ -88,12 +89,12 @@ class Header:
         if len(raw) != HEADER_BYTES or zlib.crc32(body) != int.from_bytes(crc, "little"):
             raise DataError(f"{path}: its header does not match its checksum: {REMEDY}")
         try:
-            found = json.loads(body)
+            found = parse_object(body)
             del found["dtype"]
             found["sections"] = {k: (start, size) for k, (start, size) in found["sections"].items()}
             header = cls(**found)
             consistent = header.is_consistent()
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             consistent = False
         if not consistent:
             raise DataError(f"{path}: its header contradicts itself: {REMEDY}")

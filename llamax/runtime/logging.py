@@ -22,6 +22,7 @@ from typing import TextIO
 
 from llamax.runtime.errors import LlamaxError
 from llamax.runtime.files import make_folder, same_file
+from llamax.runtime.text import print_text, printable
 
 logger = logging.getLogger("llamax")
 
@@ -35,6 +36,9 @@ class _Stderr(logging.Handler):
 
 class _File(logging.FileHandler):
     """A log file that may fail to be written, without a complaint for every line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
     def _open(self) -> TextIOWrapper:
         return open(self.baseFilename, "a", encoding=self.encoding, opener=same_file)
@@ -51,7 +55,7 @@ class _File(logging.FileHandler):
 def show_line(text: str, stream: TextIO) -> None:
     """Print a line; a full disk behind ``stream`` is ignored, for it must not end a run."""
     try:
-        print(text, file=stream, flush=True)
+        print_text(text, stream)
     except BrokenPipeError:
         raise
     except OSError:

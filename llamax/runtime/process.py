@@ -17,6 +17,7 @@ from typing import Any
 
 from llamax.runtime.errors import LlamaxError, NoRoom
 from llamax.runtime.files import NO_ROOM
+from llamax.runtime.text import print_text
 
 NO_CACHE = "glibc.malloc.tcache_count=0"
 
@@ -55,7 +56,7 @@ def run_main(main: Main, argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except LlamaxError as error:
-        print(f"llamax: {error}", file=sys.stderr)
+        print_text(f"llamax: {error}", sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -63,15 +64,15 @@ def run_main(main: Main, argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in NO_ROOM:
             where = f" for {error.filename}" if error.filename else ""
-            print(f"llamax: no room{where}: {error.strerror}; make some", file=sys.stderr)
+            print_text(f"llamax: no room{where}: {error.strerror}; make some", sys.stderr)
             return NoRoom.exit_code
         text = describe_refusal(error)
         if text is None:
             raise
-        print(f"llamax: {text}", file=sys.stderr)
+        print_text(f"llamax: {text}", sys.stderr)
         return LlamaxError.exit_code
     except KeyboardInterrupt:
-        print("llamax: interrupted", file=sys.stderr)
+        print_text("llamax: interrupted", sys.stderr)
         return 130
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+LONGEST_S = 1e11  # some 3,000 years; a longer time, or NaN, is shown as a plain number
+
 
 def tokens_per_s(tokens: int, seconds: float) -> float:
     """Tokens per second over an interval; 0 for an empty interval."""
@@ -31,6 +33,8 @@ def show_bytes(n: float) -> str:
 
 
 def _scaled(n: float, base: int, suffixes: tuple[str, ...]) -> str:
+    if not abs(n) < base ** (len(suffixes) + 1):  # also NaN
+        return f"{n / base ** (len(suffixes) - 1):.3g}{suffixes[-1]}"
     for suffix in suffixes:
         digits = 0 if n >= 99.95 or float(n).is_integer() else 1 if n >= 9.995 else 2
         if float(f"{n:.{digits}f}") < base or suffix == suffixes[-1]:
@@ -41,8 +45,8 @@ def _scaled(n: float, base: int, suffixes: tuple[str, ...]) -> str:
 
 def show_time(seconds: float) -> str:
     """A duration: 0.25s, 42s, 3m05s, 2h07m, 5d03h."""
-    if seconds < 9.995:
-        return f"{seconds:.2f}s"
+    if seconds < 9.995 or not seconds < LONGEST_S:
+        return f"{seconds:.2f}s" if abs(seconds) < LONGEST_S else f"{seconds:.3g}s"
     minutes, s = divmod(round(seconds), 60)
     hours, m = divmod(minutes, 60)
     days, h = divmod(hours, 24)

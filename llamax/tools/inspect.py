@@ -27,6 +27,7 @@ from llamax.checkpoint.safetensors_io import read_header
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.text import printable_line
 from llamax.runtime.units import show_bytes, show_number
 
 Rows = Iterator[tuple[str, object]]
@@ -207,4 +208,4 @@ def table(rows: Mapping[str, object] | Sequence[tuple[str, object]]) -> str:
     """Rows as aligned lines."""
     pairs = [*rows]
     width = max(len(label) for label, _ in pairs)
-    return "\n".join(f"{label:<{width}}  {value}" for label, value in pairs)
+    return "\n".join(f"{label:<{width}}  {printable_line(value)}" for label, value in pairs)

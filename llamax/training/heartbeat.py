@@ -2,7 +2,8 @@
 
 ::
 
-    run/heartbeats/rank-00003    {"beat": 41, "step": 17, "host": "node1", "pid": 812, "left": ""}
+    run/heartbeats/rank-00003    {"beat": 41, "step": 17, "host": "node1", "pid": 812,
+                                  "started": 90210, "job": "12345", "left": ""}
 
 A thread rewrites the file every few seconds; it stops when the process is killed or frozen, and
 goes on while the rank waits for another.  A rank that ends by itself writes the reason to ``left``.
@@ -10,8 +11,13 @@ goes on while the rank waits for another.  A rank that ends by itself writes the
 When a collective fails, a rank compares two readings of all files and names those that fell silent.
 Where no collective ever fails (a device runtime may wait for good), the threads act: rank 0 watches
 all, all watch rank 0, and silence of ``timeout_s`` + ``PATIENCE_S`` ends the process.  Time is
-counted in readings, so neither clocks of other machines nor a suspended job mislead.  What a file
-held before this rank began may be of the job before, and its ``left`` shortens no time limit.
+counted in readings, so neither clocks of other machines nor a suspended job mislead.
+
+Others may write to the folder.  The end of a rank of another ``job`` ends nothing here.  What a
+file held before this rank began may be of the job before, and its ``left`` shortens no time limit.
+A process is the one that wrote a heartbeat only if it started at the same time (``started``, in
+clock ticks since boot), as its id may be in use again.  A rank whose file was replaced or removed
+writes a new one.
 """
 
 from __future__ import annotations
@@ -22,13 +28,15 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llamax.runtime.errors import LinkError, LlamaxError, LostRank, Stopped
-from llamax.runtime.files import make_folder, read_file, same_file
+from llamax.runtime.files import make_folder, new_file, read_file, same_file
+from llamax.runtime.json_reader import parse_object
 from llamax.runtime.logging import logger
+from llamax.runtime.text import printable_line
 
 PATIENCE_S = 15.0
 TURN_S, LAST_TURN_S = 0.1, 5.0
@@ -45,27 +53,55 @@ class Beat:
     step: int = 0
     host: str = ""
     pid: int = 0
+    started: int = 0
+    job: str = ""
     left: str = ""
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Beat:
+        """The heartbeat in a file, its texts safe for a terminal; ValueError if it is not one."""
+        values = parse_object(data)
+        for name, default in asdict(cls()).items():
+            value = values.setdefault(name, default)
+            if type(value) is not type(default) or not _in_range(value):
+                raise ValueError(f"{name} is not of a heartbeat")
+            if isinstance(value, str):
+                values[name] = printable_line(value)
+        return cls(**values)
 
     def gone(self) -> bool:
         """Whether this process is certainly dead or stopped: known for those of this machine."""
         if self.host != socket.gethostname():
             return False
         try:
-            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
+            state, started = _process(self.pid)
+        except (OSError, ValueError, IndexError):
             return True
-        return state in "TZX"
+        return state in "TZX" or self.started not in (0, started)
+
+
+def _in_range(value: object) -> bool:
+    return not isinstance(value, int) or 0 <= value < 2**63
+
+
+def _process(pid: int | str) -> tuple[str, int]:
+    """The state of a process of this machine, and its start in clock ticks since boot (proc(5))."""
+    stat = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return stat[0], int(stat[19])
 
 
 class Heartbeat:
     """This rank's file, and its view of the others'."""
 
-    def __init__(self, folder: Path, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(
+        self, folder: Path, rank: int, world_size: int, timeout_s: float, job: str = ""
+    ) -> None:
         self.folder, self.rank, self.world_size = folder, rank, world_size
         self.interval_s = min(5.0, max(0.2, timeout_s / 20))
         self.most_silent_s = timeout_s + PATIENCE_S
-        self.me = Beat(host=socket.gethostname(), pid=os.getpid())
+        self.me = Beat(host=socket.gethostname(), pid=os.getpid(), job=printable_line(job))
+        with suppress(OSError, ValueError, IndexError):  # without /proc its start is not known
+            self.me = replace(self.me, started=_process(self.me.pid)[1])
         self._stop, self._writing = threading.Event(), threading.Lock()
         self._file = -1
 
@@ -79,7 +115,7 @@ class Heartbeat:
     def stop(self, why: str) -> None:
         """Beat no more; the file keeps saying why."""
         self._stop.set()
-        self._write(left=why[:MOST_WORDS])
+        self._write(left=printable_line(why)[:MOST_WORDS])
         with self._writing:
             os.close(self._file)
             self._file = -1
@@ -111,7 +147,8 @@ class Heartbeat:
     def reported_by_lower_rank(self, why: str) -> bool:
         """Whether a lower rank has left for the same reason; ranks look one after another."""
         time.sleep(min(self.rank * TURN_S, LAST_TURN_S))
-        return any(self._read(rank).left == why[:MOST_WORDS] for rank in range(self.rank))
+        why = printable_line(why)[:MOST_WORDS]
+        return any(self._read(rank).left == why for rank in range(self.rank))
 
     def _run(self) -> None:
         watched = [r for r in (range(self.world_size) if self.rank == 0 else [0]) if r != self.rank]
@@ -141,15 +178,34 @@ class Heartbeat:
             self.me = replace(self.me, beat=self.me.beat + 1, step=step, left=left or self.me.left)
             text = json.dumps(asdict(self.me), ensure_ascii=False).encode(errors="replace")
             try:
+                self._renew()
                 os.pwrite(self._file, text.ljust(RECORD_BYTES), 0)
-            except OSError as error:  # a full disk must not end a run that can go on
-                logger.warning("cannot write %s: %s", self._path(self.rank), error.strerror)
+            except (OSError, LinkError) as error:  # a full disk must not end a run that can go on
+                why = error.strerror if isinstance(error, OSError) else error
+                logger.warning("cannot write %s: %s", self._path(self.rank), why)
+
+    def _renew(self) -> None:
+        """Put a new file where another process removed or replaced this rank's."""
+        path, mine = self._path(self.rank), os.fstat(self._file)
+        try:
+            there = os.lstat(path)
+        except FileNotFoundError:
+            there = None
+        if there is not None and (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
+            return
+        partial = path.with_name(f".{path.name}.partial")
+        file = new_file(partial, os.O_RDWR)
+        os.replace(partial, path)  # replaces a link, and follows none
+        os.close(self._file)
+        self._file = file
 
     def _read(self, rank: int) -> Beat:
         try:
-            return Beat(**json.loads(read_file(self._path(rank))))
+            beat = Beat.from_json(read_file(self._path(rank)))
         except (OSError, LinkError, ValueError, TypeError):
             return Beat()
+        # of another job it only shows that somebody writes
+        return beat if beat.job == self.me.job else replace(beat, host="", left="")
 
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}"
@@ -165,14 +221,16 @@ def _names(ranks: list[int], beats: dict[int, Beat]) -> str:
 
 
 @contextmanager
-def beating(folder: Path, rank: int, world_size: int, timeout_s: float) -> Iterator[Heartbeat]:
-    """This rank's heartbeat while it is part of the world.
+def beating(
+    folder: Path, rank: int, world_size: int, timeout_s: float, job: str = ""
+) -> Iterator[Heartbeat]:
+    """This rank's heartbeat while it is part of the world; ``job`` names what started all ranks.
 
     LostRank from inside is raised again with the name of the lost rank.  A mistake that several
     ranks meet, such as a damaged file, is reported by the lowest of them; the others leave
     silently.
     """
-    heart = Heartbeat(folder, rank, world_size, timeout_s)
+    heart = Heartbeat(folder, rank, world_size, timeout_s, job)
     if world_size == 1:
         yield heart
         return

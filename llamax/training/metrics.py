@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from llamax.runtime.errors import BackendError, DataError
 from llamax.runtime.files import read_file, refuse_link, same_file, write_atomic
+from llamax.runtime.json_reader import parse_object
 from llamax.runtime.logging import logger, show_line
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 from llamax.runtime.units import eta, show_bytes, show_number, show_time
 
 # ---- the record
+
+WHOLE = ("step", "consumed_tokens", "memory_bytes")
+ANY_NUMBER = ("loss", "grad_norm", "validation_loss")
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,17 @@ class Record:
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Record:
-        """The record of a line; ValueError or TypeError if it is not one."""
-        values = json.loads(line)
-        record = cls(**values)
-        if not all(isinstance(value, (int, float)) for value in values.values()):
-            raise TypeError("a record holds numbers alone")
-        return record
+        """The record of a line; ValueError or TypeError if it is not one.
+
+        Only losses and gradients may be infinite or NaN; all other numbers are 0 or more.
+        """
+        values = parse_object(line, strict=False)
+        for name, value in values.items():
+            kinds = (int,) if name in WHOLE else (int, float)
+            if type(value) not in kinds or (name not in ANY_NUMBER and not 0 <= value < 2**63):
+                raise ValueError(f"{name} is not a number of a record")
+            float(value)
+        return cls(**values)
 
 
 # ---- the views
@@ -125,7 +134,7 @@ class Log:
         for number, line in enumerate(lines, 1):
             try:
                 record = Record.from_json(line)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 if number == len(lines):
                     break
                 where = f"{self.path}:{len(self.records) + 1}"

@@ -232,7 +232,7 @@ ROW = json.dumps({"text": "fine"}) + "\n"
         ("a.txt", b"good \0 bad", r"a\.txt: byte 5 is not UTF-8 text \(0x00\)"),
         ("a.txt", b"", "holds no text"),
         ("a.jsonl", (ROW * 2 + "{broken\n" + ROW).encode(), r"a\.jsonl:3: the row is not JSON"),
-        ("a.jsonl", (ROW + "[" * 100_000).encode(), r"a\.jsonl:2: the row is not JSON"),
+        ("a.jsonl", (ROW + "[" * 100_000).encode(), r"a\.jsonl:2: the row is nested more than 64"),
         ("a.jsonl", (ROW + '{"other": 1}\n').encode(), r"a\.jsonl:2: .*'text'.*\['other'\].*--key"),
         ("a.jsonl", (ROW + '{"text": 7}\n').encode(), r"a\.jsonl:2: .*it is int"),
         ("a.jsonl", (ROW + "[1]\n").encode(), r"a\.jsonl:2: the row is list, not an object"),

@@ -20,7 +20,6 @@ found.  The space before an answer belongs to the answer: tokens do not end ther
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 
 from llamax.data.chat.jinja_sandbox import START, STOP, Program
 from llamax.runtime.errors import DataError
+from llamax.runtime.json_reader import JsonError, parse_json
 
 SHIELD, ANSWER = "\ufdd2", "\ufdd3"  # inside special tokens; in place of an answer
 ANSWER_END = "\ufdd4"  # after a message to be continued
@@ -336,9 +336,9 @@ def source_of(name_or_path: str) -> str:
 def _in_config(text: str, path: Path) -> str:
     """The (default) chat template of a tokenizer's configuration."""
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{path}: is not JSON ({error}); give a tokenizer_config.json") from None
+        found = parse_json(text)
+    except JsonError as error:
+        raise DataError(f"{path}: {error}; give a tokenizer_config.json") from None
     template: Any = found.get("chat_template") if isinstance(found, Mapping) else None
     if isinstance(template, list):
         named = {

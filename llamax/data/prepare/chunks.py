@@ -37,6 +37,7 @@ from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import show_free, write_atomic
+from llamax.runtime.json_reader import read_object
 from llamax.runtime.process import leave_with_parent
 
 SPLITS = ("train", "validation", "test")
@@ -241,7 +242,7 @@ def unread_in(parts: Sequence[Path]) -> Counter[str]:
     """The names of what was not read in parts, with their numbers of rows."""
     total: Counter[str] = Counter()
     for part in parts:
-        total.update(json.loads(part.with_name(f"{part.name}.unread.json").read_bytes()))
+        total.update(read_object(part.with_name(f"{part.name}.unread.json")))
     return total
 
 

@@ -13,12 +13,12 @@ Names are read in any case, and ``.gz`` at their end is unpacked.
 from __future__ import annotations
 
 import gzip
-import json
 import zlib
 from pathlib import Path
 from typing import IO, Any
 
 from llamax.runtime.errors import DataError
+from llamax.runtime.json_reader import JsonError, parse_json
 
 Row = dict[str, Any]
 CHUNK_BYTES = 2**20  # of a file that is cut, at least
@@ -67,10 +67,10 @@ def has_row_per_line(path: Path, key: str = "") -> bool:
             lines = [
                 line for line, _ in zip((line for line in file if line.strip()), "ab", strict=False)
             ]
-        first = json.loads(lines[0].removeprefix(MARK.encode())) if lines else None
+        first = parse_json(lines[0].removeprefix(MARK.encode()), False) if lines else None
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(str(path), error) from None
-    except (ValueError, RecursionError):
+    except JsonError:
         return False
     if not isinstance(first, dict) or len(lines) > 1:
         return isinstance(first, dict)

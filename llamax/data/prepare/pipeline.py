@@ -28,6 +28,7 @@ from typing import Literal
 
 from llamax.data.chat.jinja_sandbox import Program
 from llamax.data.chat.templates import source_of, unused
+from llamax.data.dataset import read_index
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.prepare.chunks import (
     SPLITS,
@@ -227,7 +228,7 @@ def prepare(
         trained = path.stem if train_tokenizer else None
         _write_index(out, settings, opened, identity, trained, format, unread)
     else:
-        unread = Counter(json.loads((out / "dataset.json").read_text()).get("unread", {}))
+        unread = Counter(read_index(out / "dataset.json").get("unread") or {})
         if unread and strict:
             raise unread_error(unread)
     shutil.rmtree(parts_folder)
@@ -337,7 +338,7 @@ def _already_made(out: Path, settings: Settings, identity: str, format: Format) 
     marker = out / "dataset.json"
     if not marker.exists():
         return False
-    index = json.loads(marker.read_text())
+    index = read_index(marker)
     if ("megatron" if index.get("indexed") else "llamax") != format:
         raise DataError(
             f"{out}: holds this or another dataset in the other format; choose another `out`, or "
@@ -349,7 +350,7 @@ def _already_made(out: Path, settings: Settings, identity: str, format: Format) 
                 f"{out}: holds another dataset, with {key}={_short(other)} instead of "
                 f"{_short(value)}; choose another `out`, or remove that folder"
             )
-    if index["identity"] != identity:
+    if index.get("identity") != identity:
         raise DataError(
             f"{out}: holds a dataset of other text, or of an earlier state of this text; choose "
             "another `out`, or remove that folder"
@@ -374,7 +375,7 @@ def _train(chunks: Sequence[Chunk], settings: Settings, pieces: int, folder: Pat
     name = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
     out, path = folder.parent, folder / f"{name}.model"
     if (out / "dataset.json").exists():
-        if json.loads((out / "dataset.json").read_text()).get("trained") == name:
+        if read_index(out / "dataset.json").get("trained") == name:
             return out / "tokenizer.model"
         raise DataError(
             f"{out}: holds another dataset, with another tokenizer; choose another `out`, or "

@@ -12,7 +12,6 @@ else a row holds reaches the template if the template reads it by name, and is r
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 from llamax.data.chat.templates import RESERVED, Message, Sample, Template, make_sample
 from llamax.data.prepare.file_kinds import Row
 from llamax.runtime.errors import DataError
+from llamax.runtime.json_reader import JsonError, parse_json
 
 # A field is the first of these columns with a value, unless ``fields`` names another.
 FIELDS = {
@@ -345,8 +345,8 @@ def _parsed(value: Any) -> Any:
     """The object or the list in a JSON text; anything else as it is."""
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return parse_json(value, False)
+        except JsonError:
             pass
     return value
 

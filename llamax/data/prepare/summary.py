@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from llamax.data.dataset import read_index
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.packing import Packs
 from llamax.data.prepare.chunks import SPLITS
@@ -36,7 +36,7 @@ def describe(out: Path, length: int = 0) -> str:
     if length < 0:
         raise DataError(f"`length={length}` is below 0; use 0 (no packing) or more")
     lines = [f"made {out}"]
-    index = json.loads((out / "dataset.json").read_text())
+    index = read_index(out / "dataset.json")
     if index.get("indexed"):
         return "\n".join([*lines, *_describe_indexed(out, str(index["key"]))])
     for split in SPLITS:

@@ -40,6 +40,7 @@ from llamax.data.prepare.file_kinds import (
 )
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file
+from llamax.runtime.json_reader import JsonError, parse_json
 
 DELIMITERS = {"csv": ",", "tsv": "\t", "csv;": ";", "csv\t": "\t", "csv|": "|"}
 SLICE = re.compile(r"(\w+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
@@ -294,9 +295,9 @@ def _lines(rows: RowRange) -> Iterator[Any]:
         for line in file:
             if line.strip():
                 try:
-                    yield json.loads(decode(line, rows.path, at))
-                except (ValueError, RecursionError) as error:
-                    yield DataError(f"is not JSON ({error}); correct or remove it")
+                    yield parse_json(decode(line, rows.path, at), False)
+                except JsonError as error:
+                    yield DataError(f"{error}; correct or remove it")
             at += len(line)
 
 
@@ -354,9 +355,9 @@ def json_rows(path: Path) -> list[Any]:
     """The rows of a JSON file: a list, or an object that holds one list."""
     try:
         with open_file(path) as file:
-            found = json.loads(decode(file.read(), str(path), 0))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: is not JSON ({error}); correct it") from None
+            found = parse_json(decode(file.read(), str(path), 0), False)
+    except JsonError as error:
+        raise DataError(f"{path}: {error}; correct it") from None
     if isinstance(found, dict):
         found = one_list(found)
     if not isinstance(found, list):

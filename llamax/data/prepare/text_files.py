@@ -11,7 +11,6 @@ every row once::
 from __future__ import annotations
 
 import fnmatch
-import json
 import os
 import zlib
 from collections import Counter
@@ -33,6 +32,7 @@ from llamax.data.prepare.file_kinds import (
 )
 from llamax.data.prepare.tables import RowRange, json_rows, read_rows, scan
 from llamax.runtime.errors import DataError
+from llamax.runtime.json_reader import JsonError, parse_json
 
 MOST_CHUNKS = 4096
 
@@ -263,10 +263,10 @@ def _row(line: bytes, key: str, source: Source, at: int, number: int) -> Row:
     text = decode(line, source.path, at)
     row: Any = None
     try:
-        row = json.loads(text)
+        row = parse_json(text, False)
         problem = _problem(row, key)
-    except (ValueError, RecursionError) as error:
-        problem = f"is not JSON ({error})"
+    except JsonError as error:
+        problem = str(error)
     if problem:
         line_number = number + _lines_before(source)
         raise DataError(f"{source.path}:{line_number}: the row {problem}; correct or remove it")

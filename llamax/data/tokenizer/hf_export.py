@@ -38,6 +38,7 @@ from llamax.data.tokenizer.tokenizer import (
 )
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import write_atomic
+from llamax.runtime.json_reader import read_object
 from llamax.runtime.logging import logger
 
 
@@ -95,7 +96,7 @@ def export_tokenizer(
 def _chat_template(folder: Path) -> dict[str, Any]:
     """The chat template in the tokenizer_config.json of a folder, if there is one."""
     path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    config = read_object(path) if path.is_file() else {}
     return {key: config[key] for key in ("chat_template",) if config.get(key)}
 
 

@@ -7,11 +7,12 @@ Field numbers: https://github.com/google/sentencepiece/blob/master/src/sentencep
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from llamax.runtime.json_reader import read_object
 
 BPE = 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -79,7 +80,7 @@ def extends(engine_file: Path, model_file: Path) -> bool:
     if not (engine_file.is_file() and model_file.is_file()):
         return False
     try:
-        added = json.loads(engine_file.read_bytes())["added_tokens"]
+        added = read_object(engine_file)["added_tokens"]
         pieces = len(SentencePieceModel.from_bytes(model_file.read_bytes()).pieces)
         return any(token["id"] >= pieces for token in added)
     except (ValueError, LookupError, TypeError, struct.error):

@@ -12,11 +12,12 @@ Source: transformers 5, ``PreTrainedTokenizerBase._from_pretrained``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from llamax.runtime.json_reader import JsonError, read_object
 
 CONFIG, NAMED, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 FILES = (CONFIG, NAMED, ADDED, "chat_template.jinja")  # beside a tokenizer, and part of it
@@ -63,7 +64,7 @@ class SpecialTokens:
                 if isinstance(values, Mapping):
                     found.named |= dict(_named(values))
                     values = list(values.values())
-                texts = map(_text, values or [])
+                texts = map(_text, values if isinstance(values, list) else [])
                 found.extra += [text for text in texts if text and text not in found.extra]
         if isinstance(add_bos := config.get("add_bos_token"), bool):
             found.add_bos = add_bos
@@ -106,9 +107,6 @@ def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path.name} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} is not a JSON object")
-    return value
+        return read_object(path)
+    except JsonError as error:
+        raise ValueError(f"{path.name} {error}") from None

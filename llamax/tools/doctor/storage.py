@@ -20,6 +20,7 @@ from llamax.config.constants import DTYPE_BYTES, MASTER_BYTES, MOMENTS_BYTES
 from llamax.config.schema import Config
 from llamax.runtime.errors import BackendError, LinkError
 from llamax.runtime.files import free_bytes, make_folder, new_file, read_file, sync_handle
+from llamax.runtime.json_reader import parse_object
 from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor.file_operations import check_operations
@@ -142,9 +143,9 @@ def _read_beacons(place: Path, me: str) -> Iterator[tuple[str, float]]:
     """
     for path in place.glob("*.json"):
         try:
-            beacon = json.loads(read_file(path))
+            beacon = parse_object(read_file(path))
             node, away = beacon["node"], float(beacon["time"]) - time.time()
-        except (OSError, LinkError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+        except (OSError, LinkError, ValueError, TypeError, KeyError):
             continue
         if isinstance(node, str) and node != me and abs(away) < FRESH_S:
             yield node, away

@@ -16,11 +16,13 @@ Source: AWS Neuron, "Neuron Monitor User Guide" (JSON format of ``neuroncore_cou
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from llamax.runtime.json_reader import JsonError, parse_json
+from llamax.runtime.text import printable_line
 
 TAIL_BYTES = 2**20  # read from the end of a file
 
@@ -34,7 +36,7 @@ def core_utilization(paths: Sequence[Path]) -> dict[str, float]:
     for path in paths:
         host = path.name.partition(".")[0].removeprefix("neuron-monitor").strip("-")
         for core, share in _last_report(path).items():
-            cores[f"{host}:{core}" if host else core] = share
+            cores[printable_line(f"{host}:{core}" if host else core, 40)] = share
     return cores
 
 
@@ -56,8 +58,8 @@ def _last_report(path: Path) -> dict[str, float]:
 def parse_report(text: str) -> dict[str, float] | None:
     """The use of each core, 0 to 1: the sum over all processes; None if this is not a report."""
     try:
-        report = json.loads(text)
-    except (ValueError, RecursionError):
+        report = parse_json(text, strict=False)
+    except JsonError:
         return None
     if not isinstance(report, dict) or "neuron_runtime_data" not in report:
         return None

@@ -15,7 +15,6 @@ The run need not cooperate, and neither its machine nor torch is needed; missing
 from __future__ import annotations
 
 import fcntl
-import json
 import socket
 import statistics
 import time
@@ -36,10 +35,13 @@ from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import ConfigError, DataError, LinkError
 from llamax.runtime.files import read_file, same_file
+from llamax.runtime.json_reader import JsonError, parse_object
+from llamax.runtime.text import printable_line
 from llamax.tools.monitor.neuron_monitor import core_utilization
 from llamax.training.heartbeat import DONE, LOST, Beat
 from llamax.training.metrics import Log, Record
 
+MOST_TEXT = 2000  # characters of a value of environment.json
 NUMBERS = ("ranks", "nodes", "dollars_per_hour")  # in environment.json; ignored unless numbers
 SILENT_S = 30.0  # a rank writes its heartbeat every few seconds
 WINDOW = 50  # last records, for percentiles and rates
@@ -92,11 +94,8 @@ class RunFolder:
         if self.label:
             return self.label
         plain = self.folder.name in ("run", "runs", "out", "output")
-        return (
-            f"{self.folder.absolute().parent.name}/{self.folder.name}"
-            if plain
-            else str(self.folder.name)
-        )
+        parent = f"{self.folder.absolute().parent.name}/" if plain else ""
+        return printable_line(f"{parent}{self.folder.name}")
 
     @property
     def last(self) -> Record | None:
@@ -168,7 +167,7 @@ def read_run(folder: Path, now: float | None = None, log: Log | None = None) -> 
     environment = {
         name: value
         for name, value in _json(folder / ENVIRONMENT_FILE).items()
-        if name not in NUMBERS or type(value) in (int, float)
+        if name not in NUMBERS or (type(value) in (int, float) and 0 <= value < 2**31)
     }
     return RunFolder(
         folder=folder,
@@ -192,11 +191,16 @@ def _config(path: Path) -> Config | None:
 
 
 def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, with texts that are safe for a terminal; empty without one."""
     try:
-        found = json.loads(read_file(path))
-    except (OSError, LinkError, ValueError):
+        found = parse_object(read_file(path))
+    except (OSError, LinkError, JsonError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {printable_line(key, MOST_TEXT): _safe(value) for key, value in found.items()}
+
+
+def _safe(value: Any) -> Any:
+    return value if isinstance(value, bool | int | float) else printable_line(value, MOST_TEXT)
 
 
 def locked(path: Path) -> bool | None:
@@ -222,10 +226,11 @@ def ranks(folder: Path, now: float, count: object) -> Iterable[Rank]:
     known = count if isinstance(count, int) and count > 1 else 0 if count == 1 else None
     for path in sorted(folder.glob("rank-*"))[:known]:
         try:
-            beat, age = Beat(**json.loads(read_file(path))), now - path.stat().st_mtime
+            number = int(path.name.removeprefix("rank-"))
+            beat, age = Beat.from_json(read_file(path)), now - path.stat().st_mtime
         except (OSError, LinkError, ValueError, TypeError):
             continue
-        yield Rank(int(path.name.removeprefix("rank-")), beat, max(age, 0.0))
+        yield Rank(number, beat, max(age, 0.0))
 
 
 def checkpoints(folder: Path) -> Iterable[SavedCheckpoint]:

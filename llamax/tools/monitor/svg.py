@@ -17,6 +17,7 @@ WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
 POINTS = 400  # drawn for each curve
 COLOURS = 8
+LARGEST = 1e100  # sums and differences of larger values may be infinite
 Point = tuple[float, float]
 
 
@@ -69,7 +70,7 @@ def chart(
 
 
 def _finite(curve: Curve) -> Curve:
-    points = [(x, y) for x, y in curve.points if math.isfinite(x) and math.isfinite(y)]
+    points = [(x, y) for x, y in curve.points if abs(x) < LARGEST and abs(y) < LARGEST]
     return Curve(curve.name, points, curve.colour, curve.marked, curve.smooth)
 
 

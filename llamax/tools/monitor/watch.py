@@ -36,6 +36,7 @@ STATES = {
 }
 LEFT, SPARK = 13, 26  # columns of labels and of sparklines
 SHORTEST, PERCENT = 10, 7  # columns of the shortest bar, and of the percentage after it
+LARGEST = 1e100  # sums and differences of larger values may be infinite
 SHOWN = 6  # ranks in trouble, or idle cores, that are named
 
 
@@ -148,7 +149,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
     cells = []
     for cell in range(width):
         part = values[cell * len(values) // width : (cell + 1) * len(values) // width]
-        part = [value for value in part if abs(value) < float("inf")]
+        part = [value for value in part if abs(value) < LARGEST]
         cells.append(sum(part) / len(part) if part else None)
     known = [cell for cell in cells if cell is not None]
     if not known:

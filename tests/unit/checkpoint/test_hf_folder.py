@@ -41,7 +41,7 @@ def test_hub_folders(tmp_path: Path) -> None:
         refused(match, lambda folder=folder: HfFolder(folder))
     with open(folder / "config.json", "wb") as file:
         file.truncate(65 << 20)
-    refused("is over 64 MiB, too large for config.json", lambda: HfFolder(folder))
+    refused("is larger than 64 MiB", lambda: HfFolder(folder))
     (folder / "config.json").unlink()
     refused("has no config.json: it is not a Hugging Face", lambda: HfFolder(folder))
 

@@ -36,7 +36,7 @@ def one(dtype: Any = "F32", shape: Any = (2,), extent: Any = (0, 8), **more: Any
         (r"claims \d+ of", one(), 1 << 62),
         ("claims 99 of", one(), 99),
         ("not JSON", b"{" * 40, None),
-        ("not JSON", b"[" * 100_000, None),
+        ("nested more than 64 levels deep", b"[" * 100_000, None),
         ("not a JSON object", b"[]", None),
         ("entry of a is malformed", b'{"a": 3}', None),
         ("entry of a is malformed", one(extent=(0,)), None),

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
 from llamax.config.flops import mfu
+from llamax.runtime import units
 from llamax.runtime.units import eta, perplexity, show_bytes, show_number, show_time, tokens_per_s
 
 
@@ -70,3 +72,9 @@ def test_bytes_in_words(n: float, text: str) -> None:
 )
 def test_times_in_words(seconds: float, text: str) -> None:
     assert show_time(seconds) == text
+
+
+@pytest.mark.parametrize("show", [units.show_time, units.show_number, units.show_bytes])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, -1e300, -1.0, 0.0])
+def test_any_number_is_shown(show: Callable[[float], str], value: float) -> None:
+    assert 0 < len(show(value)) < 24

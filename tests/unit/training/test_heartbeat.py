@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,63 @@ def test_a_dead_rank_is_named_at_once(tmp_path: Path) -> None:
     first.stop(heartbeat.DONE)
 
 
+def test_another_process_with_the_same_id_is_not_the_one_that_wrote(tmp_path: Path) -> None:
+    (heart,) = hearts(tmp_path, 1)
+    me = Beat.from_json((tmp_path / "rank-00000").read_bytes())
+    assert me.started > 0
+    assert not me.gone()
+    assert replace(me, started=me.started - 1).gone()
+    heart.stop(heartbeat.DONE)
+
+
+def test_the_end_of_an_older_job_is_not_that_of_a_rank(tmp_path: Path) -> None:
+    old = [Heartbeat(tmp_path, rank, 2, 4.0, "job-1") for rank in range(2)]
+    old[1].start()
+    old[1].stop("out of memory")
+    first = Heartbeat(tmp_path, 0, 2, 4.0, "job-2")
+    first.start()
+    assert first.silent() == "rank 1 (last step 0) fell silent"
+    assert old[0].silent() == "rank 1 (last step 0) ended: out of memory"
+    first.stop(heartbeat.DONE)
+
+
+@pytest.mark.parametrize("how", ["removed", "replaced", "a link"])
+def test_a_rank_writes_a_new_file_where_its_own_is_gone(tmp_path: Path, how: str) -> None:
+    first, second = hearts(tmp_path, 2)
+    path, other = tmp_path / "rank-00001", tmp_path / "other"
+    other.write_text("unchanged")
+    path.unlink()
+    if how == "replaced":
+        path.write_text(json.dumps({"left": "an error", "beat": 10**6}))
+    elif how == "a link":
+        path.symlink_to(other)
+    second.at(9)
+    assert first._read(1).step == 9
+    assert not path.is_symlink()
+    assert other.read_text() == "unchanged"
+    for heart in (first, second):
+        heart.stop(heartbeat.DONE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("[" * 20_000, "[]", "null", '{"beat": NaN}', '{"step": 1e300}', '{"step": -1}'),
+        *('{"step": true}', '{"left": 3}', '{"host": null}', '{"pid": 99999999999999999999}'),
+        '{"other": 1}',
+    ],
+)
+def test_what_is_no_heartbeat_counts_as_none(tmp_path: Path, text: str) -> None:
+    heart = Heartbeat(tmp_path, 0, 2, 4.0)
+    (tmp_path / "rank-00001").write_text(text)
+    assert heart._read(1) == Beat()
+
+
+def test_texts_of_a_heartbeat_are_safe_for_a_terminal(tmp_path: Path) -> None:
+    beat = Beat.from_json(json.dumps({"left": "a\x1b[2J\n", "host": "h\x07"}).encode())
+    assert (beat.left, beat.host) == (r"a\x1b[2J\x0a", r"h\x07")
+
+
 def test_ranks_that_are_all_alive_are_reported(tmp_path: Path) -> None:
     first, second = hearts(tmp_path, 2)
     assert first.silent() == "every rank is alive, but they do not reach each other"
@@ -111,7 +169,7 @@ def test_a_lost_rank_is_named_and_the_name_passed_on(tmp_path: Path) -> None:
         (ConfigError("a is b"), "a is b"),
         (ValueError("x"), "ValueError('x')"),
         (ConfigError("𝕩" * 999), "𝕩" * 400),
-        (ConfigError("/data/\udce9/run"), "/data/?/run"),
+        (ConfigError("/data/\udce9/run"), "/data/\\udce9/run"),
         (Stopped("after step 3"), "done"),
         (SystemExit(75), "done"),
         (None, "done"),

@@ -83,8 +83,8 @@ HUBS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "header bomb": (lambda f, s: header(f, b"{}", 1 << 40), "its header claims"),
     "header of 64 bits": (lambda f, s: header(f, b"{}", (1 << 64) - 1), "its header claims"),
     "large header": (lambda f, s: header(f, b" " * (17 << 20)), "its header claims"),
-    "deep header": (lambda f, s: header(f, b"[" * 100_000), "not JSON"),
-    "long number": (lambda f, s: header(f, b'{"a": ' + b"9" * 100_000 + b"}"), "not JSON"),
+    "deep header": (lambda f, s: header(f, b"[" * 100_000), "nested more than 64 levels deep"),
+    "long number": (lambda f, s: header(f, b'{"a": ' + b"9" * 100_000 + b"}"), "100000 digits"),
     "many dims": (lambda f, s: header(f, one(shape=[2] * 100_000)), "has the invalid shape"),
     "huge shape": (lambda f, s: header(f, one(shape=[10**30, 10**30])), "has the invalid shape"),
     "negative": (lambda f, s: header(f, one(shape=[-1, -1])), "has the invalid shape"),
@@ -99,7 +99,7 @@ HUBS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "a width without end": (lambda f, s: config(f, hidden_size=10**15), "from 1 to 268435456"),
     "only a pickle": (
         lambda f, s: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickle"),
-    "deep config": (lambda f, s: (f / "config.json").write_text("[" * 100_000), "is not JSON"),
+    "deep config": (lambda f, s: (f / "config.json").write_text("[" * 100_000), "is nested more"),
 }  # fmt: skip
 
 
