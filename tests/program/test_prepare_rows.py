@@ -322,7 +322,15 @@ def test_bad_rows(
 def test_brackets_without_end(tokenizer: Path, tmp_path: Path, name: str, words: str) -> None:
     path = tmp_path / name
     path.write_text('{"x": ' + "[" * 10**5)
-    refused(f"{words} nested more than 64 levels", tmp_path, path, "--template", "dolly", "--tokenizer", tokenizer)
+    refused(
+        f"{words} nested more than 64 levels",
+        tmp_path,
+        path,
+        "--template",
+        "dolly",
+        "--tokenizer",
+        tokenizer,
+    )
 
 
 def refused(words: str, tmp_path: Path, *args: object) -> None:
