@@ -73,8 +73,8 @@ class Header:
 
     def to_bytes(self) -> bytes:
         """The first HEADER_BYTES of the file."""
-        text = json.dumps({"dtype": self.dtype.name, **asdict(self)}).encode()
-        body = text.ljust(HEADER_BYTES - len(MAGIC) - 4)
+        text = json.dumps({"dtype": self.dtype.name, **asdict(self)})
+        body = text.encode().ljust(HEADER_BYTES - len(MAGIC) - 4)
         return MAGIC + zlib.crc32(body).to_bytes(4, "little") + body
 
     @classmethod
@@ -89,8 +89,7 @@ class Header:
         if len(raw) != HEADER_BYTES or zlib.crc32(body) != int.from_bytes(crc, "little"):
             raise DataError(f"{path}: its header does not match its checksum: {REMEDY}")
         try:
-            found = parse_object(body)
-            del found["dtype"]
+            (found := parse_object(body)).pop("dtype")
             found["sections"] = {k: (start, size) for k, (start, size) in found["sections"].items()}
             header = cls(**found)
             consistent = header.is_consistent()

@@ -361,8 +361,7 @@ def _already_made(out: Path, settings: Settings, identity: str, format: Format) 
 def _plain(settings: Settings) -> dict[str, object]:
     """Settings as JSON gives them back."""
     assert isinstance(settings, TextSettings | InstructSettings)
-    plain: dict[str, object] = json.loads(json.dumps(asdict(settings)))
-    return plain
+    return dict(json.loads(json.dumps(asdict(settings))))
 
 
 def _short(value: object) -> str:
