@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The rooms of the package from the bottom up, as CONTRIBUTING.md explains them.
 ROOMS = ("runtime", "config", "ops", "launch", "parallel", "backends", "data", "optim", "model")
 ROOMS += ("checkpoint", "training", "inference", "tools", "train", "cli")
-OPTION = re.compile(r"  --(\S+)=(\S.*?)\s{2,}(\S.*) \(([^()]*)\)")
+OPTION = re.compile(r"  --(\S+?)=(INT\|\[INT, \.\.\]|\S+) (\S.*) \(([^()]*)\)")
 
 
 def generate(out: Path) -> None:
@@ -87,7 +87,7 @@ def settings() -> str:
     lines = ["# Settings", ""]
     lines += ["Every key of a configuration, as `llamax train --help` lists them. In a TOML file"]
     lines += ["`optim.lr = 1e-4`; on the command line `--optim.lr=1e-4`.", ""]
-    for line in help_text().splitlines():
+    for line in re.sub(r"\n {6}(?=\S)", " ", help_text()).splitlines():
         if found := OPTION.fullmatch(line):
             key, kind, text, rest = found.groups()
             unit, _, default = rest.rpartition("; ")

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cached_property
@@ -29,7 +30,7 @@ from typing import Any, Literal
 
 from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.config.hardware import LOCAL, Machine, find_machine, known_machines
-from llamax.config.load import load_config
+from llamax.config.load import describe, load_config
 from llamax.config.schema import Config
 from llamax.config.toml import Problems, build, read_toml, to_toml
 from llamax.config.types import Count, Natural, Port, explain, options, walk
@@ -198,7 +199,8 @@ class JobFile:
     @cached_property
     def config(self) -> Config:
         """The run that the job asks for, on its ranks; raises ConfigError if it is impossible."""
-        return load_config(self.recipe, self.arguments[2:], self.nodes * self.ranks)
+        world_size = self.nodes * self.ranks
+        return load_config(self.recipe, self.arguments[2:], world_size, "overrides")
 
 
 def instances() -> list[str]:
@@ -263,5 +265,6 @@ def _control_characters(job: JobFile) -> Iterator[str]:
 
 def help_text() -> str:
     """Every key of a job file with its sentence, unit and default, and the known instances."""
-    lines = [f"  {option.key:<27}  {explain(option)}" for option in options(JobFile)]
-    return "\n".join([*lines, "", f"instances: {', '.join(instances())}"]) + "\n"
+    lines = [line for o in options(JobFile) for line in (f"  {o.key}", *describe(explain(o)))]
+    names = textwrap.wrap(f"instances: {', '.join(instances())}", 79, subsequent_indent="  ")
+    return "\n".join([*lines, "", *names]) + "\n"

@@ -27,12 +27,9 @@ from llamax.runtime.versions import installed
 
 TRAIN = '''"""The training program of one rank, started by SageMaker."""
 
-import sys
+import runpy
 
-from llamax.runtime.process import run_main
-from llamax.train import main
-
-sys.exit(run_main(main))
+runpy.run_module("llamax.train", run_name="__main__")  # as python -m llamax.train
 '''
 CHECKPOINTS = "/opt/ml/checkpoints"  # SageMaker copies it to sagemaker.output during the job
 DATA = "/opt/ml/input/data/training"

@@ -33,7 +33,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from llamax.runtime.errors import Stopped
+from llamax.runtime.errors import Interrupted, Stopped
 
 ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 WAIT_S = 180.0  # for keepers of other machines, of which only the files are seen
@@ -78,7 +78,8 @@ def start(folder: Path, command: Sequence[str]) -> int:
     for lost in sorted(folder.glob("*.log")):
         sys.stderr.write(lost.read_text(errors="replace"))
     if code and Stopped.exit_code in codes and set(codes) <= {0, Stopped.exit_code}:
-        return Stopped.exit_code
+        by_keyboard = asked[:1] == [signal.SIGINT]
+        return Interrupted.exit_code if by_keyboard else Stopped.exit_code
     return code if code >= 0 else 128 - code
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
+from llamax.parallel.rendezvous import is_first_local_rank
 from llamax.runtime import signals
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import run_main, steady_heap
@@ -14,7 +16,7 @@ from llamax.runtime.versions import LLAMAX
 
 COMMANDS = {
     "prepare": ("llamax.cli.prepare", "make a dataset of tokens from text or rows"),
-    "train": ("llamax.train", "train a model; torchrun starts one per rank"),
+    "train": ("llamax.cli.train", "train a model; torchrun starts one per rank"),
     "generate": ("llamax.cli.generate", "continue prompts with a trained model"),
     "evaluate": (
         "llamax.cli.evaluate",
@@ -56,17 +58,20 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "llamax COMMAND --help explains a command; llamax --version prints the version.",
+            "llamax help COMMAND explains a command; llamax --version prints the version.",
         ]
     )
 
 
 def dispatch(argv: Sequence[str]) -> int:
     """Run the command that ``argv`` names; ConfigError with the nearest name if unknown."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    words = list(argv)
+    if words[:1] == ["help"] and len(words) > 1:
+        words = [words[1], "--help"]
+    if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
-        return 0 if argv else 2
-    name, *rest = argv
+        return 0 if words else 2
+    name, *rest = words
     if name in ("-V", "--version"):
         print(f"llamax {LLAMAX}")
         return 0
@@ -76,7 +81,7 @@ def dispatch(argv: Sequence[str]) -> int:
         raise ConfigError(f"{name!r} is not a command; {hint}")
     if name == "train":
         steady_heap()
-        signals.install()  # before torch is imported: that takes seconds
+        signals.install(is_first_local_rank(os.environ))  # before torch: its import takes seconds
     code: int = importlib.import_module(COMMANDS[name][0]).main(rest)
     return code
 

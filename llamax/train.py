@@ -8,22 +8,22 @@ the results of step n - 1 are fetched while step n runs.
 from __future__ import annotations
 
 import os
-
-from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
-from llamax.runtime import signals
-from llamax.runtime.process import run_main, steady_heap
-
-if __name__ == "__main__":
-    steady_heap()
-    from llamax.parallel.rendezvous import is_first_local_rank
-
-    signals.install(is_first_local_rank(os.environ))  # before torch is imported: that takes seconds
-
-import argparse
 import sys
+
+if __name__ == "__main__":  # the command line imports this module again, after --help
+    from importlib import import_module
+
+    from llamax.parallel.rendezvous import is_first_local_rank
+    from llamax.runtime import signals
+    from llamax.runtime.process import run_main, steady_heap
+
+    steady_heap()
+    signals.install(is_first_local_rank(os.environ))  # before torch is imported: that takes seconds
+    sys.exit(run_main(import_module("llamax.cli.train").main))
+
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
@@ -34,13 +34,14 @@ import torch
 from llamax.backends import choose
 from llamax.checkpoint import lock
 from llamax.checkpoint.listing import newest_checkpoint
-from llamax.config.load import dump_config, help_text, load_config
+from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
+from llamax.config.load import dump_config
 from llamax.config.schema import Config
-from llamax.parallel.rendezvous import Rendezvous, rendezvous, report_errors_once
-from llamax.runtime.errors import CheckpointError, Stopped
-from llamax.runtime.logging import log_to_file, logger, setup_logging
+from llamax.parallel.rendezvous import Rendezvous, report_errors_once
+from llamax.runtime import signals
+from llamax.runtime.errors import CheckpointError
+from llamax.runtime.logging import log_to_file, logger
 from llamax.runtime.units import show_time
-from llamax.tools.audit import precompile
 from llamax.training import run_metadata
 from llamax.training.compile_guard import CompileGuard
 from llamax.training.heartbeat import Heartbeat, beating
@@ -149,9 +150,10 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         check.check()
         job.saver.wait()
     if stop and number < run.steps:
+        stopped = signals.reason()
         if not job.main:
-            raise SystemExit(Stopped.exit_code)
-        raise Stopped(
+            raise SystemExit(stopped.exit_code)
+        raise stopped(
             f"stopped after step {number} by {signals.requested() or 'a signal to another rank'}: "
             f"{newest_checkpoint(job.folder / CHECKPOINTS_FOLDER)} is saved; start again to go on"
         )
@@ -214,39 +216,3 @@ def tolerated(job: Job) -> Iterator[None]:
 
 def _due(step: int, every: int, last: bool = False) -> bool:
     return every > 0 and (step % every == 0 or last)
-
-
-def main(argv: Sequence[str]) -> int:
-    """``--config NAME_OR_PATH [--section.key=value ...]``; ``--help`` lists every key."""
-    parser = argparse.ArgumentParser(
-        prog="llamax train",
-        usage="%(prog)s --config NAME_OR_PATH [--precompile] [--section.key=value ...]",
-        description="Train a Llama. Under torchrun, mpirun or srun every rank runs this program; "
-        "alone it is a world of one.",
-        epilog=help_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", required=True, help="a recipe's name or a TOML file")
-    parser.add_argument(
-        "--precompile",
-        action="store_true",
-        help="trace and compile the programs of the run and end; for neuron_parallel_compile",
-    )
-    options, overrides = parser.parse_known_args(list(argv))
-    where = rendezvous(os.environ)
-    setup_logging(f"rank {where.rank}", main=where.rank == 0)
-    with report_errors_once(where):
-        config = load_config(options.config, overrides, where.world_size)
-    if options.precompile or precompile.asked(os.environ):
-        precompile.precompile(config, where, os.environ)
-        return 0
-    try:
-        train(config, where)
-    finally:
-        signals.rest()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(run_main(main))

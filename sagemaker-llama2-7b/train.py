@@ -1,8 +1,5 @@
 """The training program of one rank, started by SageMaker."""
 
-import sys
+import runpy
 
-from llamax.runtime.process import run_main
-from llamax.train import main
-
-sys.exit(run_main(main))
+runpy.run_module("llamax.train", run_name="__main__")  # as python -m llamax.train

@@ -23,7 +23,7 @@ from llamax.launch import jobfile, sagemaker
 from llamax.launch.checks import problems
 from llamax.launch.jobfile import JobFile
 from llamax.launch.render import ACTIONS, PHASES, action, environment, render, starter
-from llamax.runtime.errors import BackendError, ConfigError, did_you_mean, refuse
+from llamax.runtime.errors import BackendError, ConfigError, Interrupted, did_you_mean, refuse
 from llamax.runtime.versions import installed
 
 FORWARDED = (signal.SIGTERM, signal.SIGHUP)
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="llamax launch",
-        description="Start a job, show its state or stop it, on any launcher; the job file "
+        description="Start a job, show its state or stop it, on any launcher; the job file\n"
         "describes it.",
         epilog=EPILOG + jobfile.help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -125,7 +125,7 @@ def _check_sdk(wanted: int) -> None:
 def _wait(command: Sequence[str], environ: dict[str, str]) -> int:
     """Run a command and return its exit code; signals are left to it, so that ranks can save.
 
-    The terminal sends SIGINT to the command too.
+    The terminal sends SIGINT to the command too; a command that it ends has the code 130.
     """
     child: list[subprocess.Popen[bytes]] = []
 
@@ -133,12 +133,15 @@ def _wait(command: Sequence[str], environ: dict[str, str]) -> int:
         if child:
             child[0].send_signal(number)
 
+    interrupts: list[int] = []
     previous = [signal.signal(number, forward) for number in FORWARDED]
-    previous.append(signal.signal(signal.SIGINT, lambda number, frame: None))
+    previous.append(signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number)))
     try:
         child.append(subprocess.Popen(command, env=environ))
         code = child[0].wait()
     finally:
         for number, handler in zip((*FORWARDED, signal.SIGINT), previous, strict=True):
             signal.signal(number, handler)
+    if code and interrupts:
+        return Interrupted.exit_code
     return code if code >= 0 else 128 - code

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 
 from llamax.cli.options import column, command
 from llamax.data.chat.templates import BUILT_IN
-from llamax.data.prepare.pipeline import prepare
 from llamax.data.prepare.row_samples import FIELDS
-from llamax.data.prepare.summary import describe, describe_files, describe_rows, describe_unread
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.text import print_text
 
@@ -147,6 +145,15 @@ def main(argv: Sequence[str]) -> int:
     """Make the dataset and print its summary."""
     options = parser().parse_args(argv)
     setup_logging()
+
+    from llamax.data.prepare.pipeline import prepare
+    from llamax.data.prepare.summary import (
+        describe,
+        describe_files,
+        describe_rows,
+        describe_unread,
+    )
+
     made = prepare(
         options.inputs,
         options.out,

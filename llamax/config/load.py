@@ -12,6 +12,8 @@ No environment variable and no Python file takes part.  All problems are reporte
 from __future__ import annotations
 
 import copy
+import re
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -25,6 +27,14 @@ from llamax.config.validate import problems
 from llamax.runtime.errors import ConfigError, did_you_mean, refuse
 
 RECIPES = Path(__file__).parent / "recipes"
+# An option of the command line takes the place of another key of the file.
+REPLACES = {
+    "run.steps": "run.epochs",
+    "optim.warmup_steps": "optim.warmup_ratio",
+    "optim.warmup_ratio": "optim.warmup_steps",
+}
+COMMAND_LINE = "command line"
+INDENT = " " * 6
 
 
 def recipes() -> list[str]:
@@ -33,17 +43,23 @@ def recipes() -> list[str]:
 
 
 def load_config(
-    name_or_path: str, overrides: Sequence[str] = (), world_size: int | None = None
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    world_size: int | None = None,
+    given_in: str = COMMAND_LINE,
 ) -> Config:
     """The configuration of a recipe or a TOML file with command-line overrides on top.
 
-    ``overrides`` are ``--section.key=value``, or ``--section.key`` and ``value`` as two items.
-    ``world_size`` is in ranks, None where it is not known yet.  Raises one ConfigError that lists
-    every unknown name, every wrong type and, between the values that can be used, every rule that
-    is broken.
+    ``overrides`` are ``--section.key=value``, or ``--section.key`` and ``value`` as two items.  A
+    length in steps replaces one in epochs, and a warm-up in steps one as a ratio.  ``given_in`` is
+    where they come from, for messages.  ``world_size`` is in ranks, None where it is not known yet.
+
+    Raises one ConfigError that lists every unknown name, every wrong type and, between the values
+    that can be used, every rule that is broken.
     """
     path = find_config(name_or_path)
-    return parse_config(read_toml(path), overrides, world_size, where=str(path))
+    where = f"recipe {path.stem}" if path.parent == RECIPES else str(path)
+    return parse_config(read_toml(path), overrides, world_size, where, given_in)
 
 
 def find_config(name_or_path: str) -> Path:
@@ -66,16 +82,44 @@ def parse_config(
     overrides: Sequence[str] = (),
     world_size: int | None = None,
     where: str = "configuration",
+    given_in: str = COMMAND_LINE,
 ) -> Config:
-    """The configuration of parsed TOML ``tables``; see ``load_config``."""
-    found = Problems()
+    """The configuration of parsed TOML ``tables``; see ``load_config``.
+
+    An error names its origin: ``where``, ``given_in``, or both.
+    """
+    found, typed = Problems(), list[str]()
     tables = copy.deepcopy(tables)
-    for key, text in _pairs(overrides, found.unknown):
-        _override(tables, key, text, found.unknown)
+    pairs = list(_pairs(overrides, typed))
+    given = dict(pairs)
+    for key, text in pairs:
+        _override(tables, key, text, typed)
+    for key, other in REPLACES.items():
+        section, _, name = other.partition(".")
+        if key in given and other not in given and isinstance(tables.get(section), dict):
+            tables[section].pop(name, None)
     config = build(Config, tables, found)
-    broken = problems(config, world_size, found.unusable)
-    refuse([*found.unknown, *found.unusable.values(), *broken], where)
+    broken = [
+        *found.unknown,
+        *found.unusable.values(),
+        *problems(config, world_size, found.unusable),
+    ]
+    origins = [(given_in, problem) for problem in typed]
+    origins += [(_origin(problem, given, where, given_in), problem) for problem in broken]
+    if len({origin for origin, _ in origins}) == 1:
+        refuse([problem for _, problem in origins], origins[0][0])
+    refuse([text if origin == where else f"{origin}: {text}" for origin, text in origins], where)
     return config
+
+
+def _origin(problem: str, given: dict[str, str], where: str, given_in: str) -> str:
+    """Where the values that a problem names come from: ``where``, ``given_in``, or both."""
+    what = problem.partition("; ")[0]  # without the remedy, which names other keys
+    keys = {o.key for o in options(Config) if re.search(rf"(?<![\w.]){o.key}(?![\w.])", what)}
+    if not keys & {*given}:
+        return where
+    named = [f"--{key}={given[key]}" for key in given if key in keys]
+    return given_in if keys <= {*given} else f"{where} with {' '.join(named)}"
 
 
 def _pairs(overrides: Sequence[str], wrong: list[str]) -> Iterator[tuple[str, str]]:
@@ -134,9 +178,14 @@ def help_text() -> str:
         if section != (section := option.key.rpartition(".")[0]):
             without = f" (--{section}=none: without)" if section in optional else ""
             lines += ["", f"{section}:{without}"]
-        left = f"--{option.key}={_placeholder(option.hint)}"
-        lines.append(f"  {left:<48}  {explain(option)}")
+        lines.append(f"  --{option.key}={_placeholder(option.hint)}")
+        lines += describe(explain(option))
     return "\n".join(lines[1:]) + "\n"
+
+
+def describe(text: str) -> list[str]:
+    """The text below an option, in lines that fit a terminal of 80 columns."""
+    return textwrap.wrap(text, 79, initial_indent=INDENT, subsequent_indent=INDENT)
 
 
 def _optional_sections(kind: Any = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:

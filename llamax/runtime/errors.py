@@ -13,8 +13,8 @@ exception is a defect of llamax, keeps its traceback and ends with 1.
     6     llamax plan: the run does not fit into memory
     7     llamax audit: the cluster would compile a program more than once, or refuse one
     8     llamax doctor: something on this machine, or in the job for it, would end a run
-    75    stopped by SIGTERM or SIGUSR1 and saved: start the run again to continue it
-    130   interrupted from the keyboard
+    75    stopped by SIGTERM, SIGHUP or SIGUSR1 and saved: start the run again to continue it
+    130   interrupted from the keyboard (Ctrl-C, SIGINT); a run has saved as at 75
     141   the reader of the output closed it, as ``head`` does
     143   ended by SIGTERM while it wrote a folder, which was removed
 """
@@ -73,6 +73,12 @@ class Stopped(LlamaxError):
     """The run was asked to stop and has saved: no error (75 is EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
+
+
+class Interrupted(Stopped):
+    """The run was stopped from the keyboard and has saved: no error (130 is that of SIGINT)."""
+
+    exit_code = 130
 
 
 class Terminated(LlamaxError):

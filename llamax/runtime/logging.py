@@ -89,8 +89,11 @@ def log_to_file(folder: Path, job: str, rank: int) -> Iterator[None]:
         yield
     except BaseException as error:
         if not isinstance(error, SystemExit):
-            mistake = isinstance(error, LlamaxError)
-            text = str(error) if mistake else "".join(traceback.format_exception(error))
+            text = str(error)
+            if isinstance(error, KeyboardInterrupt):
+                text = "interrupted from the keyboard"
+            elif not isinstance(error, LlamaxError):
+                text = "".join(traceback.format_exception(error))
             handler.handle(logging.makeLogRecord({"levelname": "ERROR", "msg": text}))
         raise
     finally:

@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from llamax.runtime.errors import LlamaxError, NoRoom
+from llamax.runtime.errors import Interrupted, LlamaxError, NoRoom
 from llamax.runtime.files import NO_ROOM
+from llamax.runtime.signals import SIGNALS
 from llamax.runtime.text import print_text
 
 NO_CACHE = "glibc.malloc.tcache_count=0"
@@ -72,8 +73,10 @@ def run_main(main: Main, argv: Sequence[str] | None = None) -> int:
         print_text(f"llamax: {text}", sys.stderr)
         return LlamaxError.exit_code
     except KeyboardInterrupt:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends what still cleans up
         print_text("llamax: interrupted", sys.stderr)
-        return 130
+        return Interrupted.exit_code
 
 
 def describe_refusal(error: OSError) -> str | None:
@@ -105,8 +108,8 @@ def steady_heap() -> None:
     frees the ends; its per-thread cache gives those to small requests and never joins them again.
     So a block that torch frees is a few bytes too short for its next request of the same size, and
     the heap grows.  glibc reads the setting when a process starts: hence ``exec``, with the same
-    process id and command line, after some 20 ms.  SIGTERM and SIGUSR1 are blocked meanwhile;
-    ``llamax.runtime.signals`` unblocks them.  A GLIBC_TUNABLES that names the cache is kept.
+    process id and command line, after some 20 ms.  The signals of ``llamax.runtime.signals`` are
+    blocked meanwhile; it unblocks them.  A GLIBC_TUNABLES that names the cache is kept.
     """
     library, _, version = (
         os.confstr("CS_GNU_LIBC_VERSION") or "" if sys.platform == "linux" else ""
@@ -117,7 +120,7 @@ def steady_heap() -> None:
     if tuple(int(part) for part in version.split(".")[:2]) >= (2, 38):
         return
     os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, NO_CACHE)))
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 

@@ -1,13 +1,16 @@
-"""SIGTERM and SIGUSR1 ask a run to save and stop; handlers are installed before torch is imported.
+"""Signals that ask a run to save and stop; handlers are installed before torch is imported.
 
-::
+SIGINT (Ctrl-C), SIGTERM, SIGHUP (the terminal is gone) and SIGUSR1 have the same effect::
 
     imports, opening files       nothing to lose        the process ends at once
     the first step               it may compile long    the process ends after COMPILE_GRACE_S
     every later step             the request enters the step's all-reduce as a number, so that all
                                  ranks see it together: they save after the same step and end
 
-In each case the exit code is that of ``errors.Stopped``.  A second signal changes nothing.
+In each case the exit code is that of ``errors.Stopped``, or of ``errors.Interrupted`` for SIGINT.
+A SIGINT after an earlier signal ends the process at once; any other second signal changes nothing.
+torchrun passes the second Ctrl-C on as SIGTERM, so that after a SIGINT this means the same there.
+SIGINT and SIGHUP stay ignored if they are ignored at the start, as ``nohup`` and ``&`` have it.
 
 Python runs handlers in the main thread between bytecodes, so a long call into C delays them.
 Therefore a second thread reads what the C handler writes to a pipe (``signal.set_wakeup_fd``) and
@@ -17,16 +20,22 @@ ends the process where nothing is lost.  Standard library only.
 from __future__ import annotations
 
 import os
+import select
 import signal
 import threading
+import time
 
-from llamax.runtime.errors import Stopped
+from llamax.runtime.errors import Interrupted, Stopped
+from llamax.runtime.logging import logger
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
 COMPILE_GRACE_S = 15.0
+REPEAT_S = 0.3  # a SIGINT sooner after the first is its copy: some wrappers pass on what a rank got
 
 _first = ""  # the name of the first signal
 _reports = True
+_handled: list[signal.Signals] = []
 _waiting = threading.Event()  # ranks wait for each other from here on
 _stepped = threading.Event()  # a step is done: there is something to save
 
@@ -41,7 +50,9 @@ def install(reports: bool = True) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in SIGNALS:
-        signal.signal(number, _note)
+        if number not in MAY_BE_IGNORED or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _note)
+            _handled.append(number)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=_listen, args=(reader,), name="llamax-signals", daemon=True).start()
@@ -50,6 +61,11 @@ def install(reports: bool = True) -> None:
 def requested() -> str:
     """The name of the signal that asked this rank to stop; empty if there was none."""
     return _first
+
+
+def reason() -> type[Stopped]:
+    """The error of a run that stops now, by the signal to this rank or to another one."""
+    return Interrupted if _first == signal.SIGINT.name else Stopped
 
 
 def hold() -> None:
@@ -64,9 +80,8 @@ def stepped() -> None:
 
 def rest() -> None:
     """Ignore further signals, so that the program ends with the exit code that it chose."""
-    if signal.getsignal(SIGNALS[0]) is _note:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+    for number in _handled:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _note(number: int, frame: object) -> None:
@@ -75,18 +90,49 @@ def _note(number: int, frame: object) -> None:
 
 
 def _listen(reader: int) -> None:
+    first_s = 0.0
+    limit_s: float | None = None
     while True:
+        wait_s = None if limit_s is None else max(limit_s - time.monotonic(), 0.0)
+        if not select.select([reader], [], [], wait_s)[0]:
+            if not _stepped.is_set():
+                _leave("in the first step; nothing new to save: start again to go on")
+            limit_s = None
+            continue
         for number in os.read(reader, 1):
-            if number in SIGNALS:
-                _note(number, None)
-                if not _waiting.is_set():
-                    _leave("before training began")
-                elif not _stepped.wait(COMPILE_GRACE_S):
-                    _leave("in the first step")
+            if number not in _handled:
+                continue
+            _note(number, None)
+            now_s = time.monotonic()
+            if not _waiting.is_set():
+                _leave("before training began; nothing new to save: start again to go on")
+            if not first_s:
+                first_s = now_s
+                _announce()
+                if not _stepped.is_set():
+                    limit_s = now_s + COMPILE_GRACE_S
+            elif _ends_at_once(number) and now_s > first_s + REPEAT_S:
+                _leave("and by Ctrl-C at once, without saving; earlier checkpoints stay", True)
 
 
-def _leave(when: str) -> None:
-    line = f"llamax: stopped by {_first} {when}; nothing new to save: start again to go on\n"
+def _ends_at_once(number: int) -> bool:
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    by_torchrun = under_torchrun and number == signal.SIGTERM and _first == signal.SIGINT.name
+    return number == signal.SIGINT or by_torchrun
+
+
+def _announce() -> None:
+    again = "; Ctrl-C again ends it at once" if _first == signal.SIGINT.name else ""
+    if _stepped.is_set():
+        logger.info("%s: the run saves after this step and ends%s", _first, again)
+    else:
+        logger.info(
+            "%s: the run ends after its first step, or in %.0f s%s", _first, COMPILE_GRACE_S, again
+        )
+
+
+def _leave(when: str, at_once: bool = False) -> None:
+    line = f"llamax: stopped by {_first} {when}\n"
     if _reports:
         os.write(2, line.encode())
-    os._exit(Stopped.exit_code)
+    os._exit(Interrupted.exit_code if at_once else reason().exit_code)

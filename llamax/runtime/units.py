@@ -22,6 +22,11 @@ def eta(step: int, steps: int, step_s: float) -> float:
     return max(steps - step, 0) * step_s
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """A number and its noun: 1 step, 2 steps, 1,000 steps."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def show_number(n: float) -> str:
     """A number with three significant digits and a suffix: 6.74B, 512, 4.19M."""
     return _scaled(n, 1000, ("", "K", "M", "B", "T"))

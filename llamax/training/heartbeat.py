@@ -244,6 +244,9 @@ def beating(
         who = heart.silent()
         heart.stop(LOST + who)
         raise LostRank(f"{who}: {error}") from error
+    except KeyboardInterrupt:
+        heart.stop("interrupted from the keyboard")
+        raise
     except BaseException as error:
         mistake = error if isinstance(error, LlamaxError) else None
         line = str(mistake).partition("; ")[0] if mistake else repr(error)  # without the remedy

@@ -17,11 +17,12 @@ import math
 from dataclasses import dataclass, replace
 
 from llamax.config import validate
-from llamax.config.schema import Config
+from llamax.config.schema import Config, OptimConfig
 from llamax.data.dataset import open_dataset
 from llamax.data.samples import Samples
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import DataError
+from llamax.runtime.units import count
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class ResolvedRun:
     ``config`` holds the length of the run and of its warm-up in steps, never in epochs or as a
     ratio: this is what a run folder and a checkpoint keep.  ``epochs`` is run.epochs as written.
     ``training_samples`` is the number of samples in an epoch, None if the data set was not seen;
-    ``assumption`` then says what was taken instead, and is empty if nothing was.
+    ``assumption`` then says what was taken instead, and is empty if nothing was.  ``shortened``
+    says that warm-up and decay were cut to the length of the run, and is empty if they were not.
     """
 
     config: Config
@@ -40,6 +42,7 @@ class ResolvedRun:
     epochs: int
     training_samples: int | None
     assumption: str
+    shortened: str = ""
 
     @property
     def kv_replicas(self) -> int:
@@ -98,7 +101,8 @@ def resolve(
 
     ``training_samples`` is the number of samples in an epoch.  Without it, a length in epochs is
     taken as run.steps, and ``reason`` says why the samples were not counted.  The last step of the
-    last epoch is whole: it takes what it lacks from the next pass.  ``pipeline`` is the number of
+    last epoch is whole: it takes what it lacks from the next pass.  Warm-up and the decay of wsd
+    are cut in proportion if together they are longer than the run.  ``pipeline`` is the number of
     stages, of which training has one and the planner any.
 
     Raises ConfigError if the configuration does not hold on that world or with that many steps.
@@ -120,6 +124,7 @@ def resolve(
     if optim.warmup_ratio:
         warmup = math.ceil(optim.warmup_ratio * run.steps)
         optim = replace(optim, warmup_steps=warmup, warmup_ratio=0.0)
+    optim, shortened = (optim, "") if assumption else _shorten(optim, run.steps)
     resolved = replace(config, run=run, optim=optim)
     if not assumption:
         validate.check(resolved, ranks)
@@ -132,7 +137,26 @@ def resolve(
         config.run.epochs,
         training_samples,
         assumption,
+        shortened,
     )
+
+
+def _shorten(optim: OptimConfig, steps: int) -> tuple[OptimConfig, str]:
+    """The schedule with warm-up and decay cut to ``steps``, and a sentence if they were cut."""
+    warmup, decay = optim.warmup_steps, optim.decay_steps
+    if warmup + decay <= steps:
+        return optim, ""
+    falls = max(decay * steps // (warmup + decay), 1) if decay else 0
+    cut = replace(optim, warmup_steps=steps - falls, decay_steps=falls)
+    changes = [
+        f"{name} from {before:,} to {after:,}"
+        for name, before, after in (
+            ("optim.warmup_steps", warmup, cut.warmup_steps),
+            ("optim.decay_steps", decay, cut.decay_steps),
+        )
+        if before != after
+    ]
+    return cut, f"the run has only {count(steps, 'step')}: cut {' and '.join(changes)}"
 
 
 def visible_samples(config: Config, path: str = "") -> tuple[int | None, str]:

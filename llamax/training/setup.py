@@ -186,6 +186,8 @@ def log_start(job: Job) -> None:
         if job.step < run.steps
         else f"nothing left of run.steps={run.steps}",
     )
+    if run.shortened and job.step < run.steps:
+        logger.info("%s", run.shortened)
     if job.step >= run.steps:
         logger.info(
             "this run is finished; to go on, give --run.steps=N with N above %d%s; to start anew, "

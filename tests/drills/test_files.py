@@ -21,13 +21,14 @@ from support.adapters import base_folder
 from support.scripts import run_script
 
 from llamax.checkpoint import Checkpoint, newest_checkpoint
+from llamax.cli.train import main
 from llamax.config.schema import Config
 from llamax.data.dataset import open_dataset
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import LlamaxError, NoRoom
 from llamax.runtime.logging import logger
 from llamax.runtime.process import run_main
-from llamax.train import main, train
+from llamax.train import train
 
 
 @pytest.mark.timeout(3600)

@@ -27,6 +27,50 @@ def begin(launcher: str, path: Path, folder: Path) -> jobs.Job:
     return start(RANKS, path, folder, "--parallel.tensor=2")
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("launcher", ["", *LAUNCHERS])
+def test_ctrl_c_and_a_lost_terminal_save(
+    dataset: Path, tmp_path: Path, launcher: str, signum: signal.Signals
+) -> None:
+    if launcher == "mpirun" and (not jobs.has_mpirun() or signum == signal.SIGHUP):
+        pytest.skip("mpirun is not installed, or ends without a word to its ranks")
+    folder = tmp_path / "run"
+    path = tiny_run.write(jobs.config(dataset, folder, 100_000, every=0), tmp_path / "c.toml")
+    job = begin(launcher, path, folder) if launcher else jobs.alone(path, folder)
+    job.wait_for_steps(3)
+    job.process.send_signal(signum)
+    code = job.end(240)
+    steps = re.findall(r"stopped after step (\d+)", job.said())
+    saved = newest_checkpoint(folder)
+    assert saved is not None, job.said()
+    assert steps == [str(Checkpoint(saved).step)], job.said()
+    if not launcher:
+        assert code == (130 if signum == signal.SIGINT else 75)
+    logs = [log.read_text() for log in folder.glob("logs/*/rank-*.log")]
+    assert logs
+    assert "Traceback" not in "".join([*logs, *job.ours()])
+
+
+@pytest.mark.timeout(600)
+def test_a_second_ctrl_c_ends_the_ranks_of_torchrun_at_once(dataset: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    path = tiny_run.write(jobs.config(dataset, folder, 100_000, every=0), tmp_path / "c.toml")
+    job = begin("torchrun", path, folder)
+    job.wait_for_steps(3)
+    rank, _ = job.ranks()
+    os.kill(rank, signal.SIGSTOP)  # the other rank waits for it in a collective
+    job.process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    job.process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(rank, signal.SIGCONT)
+    job.end(60)
+    assert newest_checkpoint(folder) is None
+    logs = [log.read_text() for log in folder.glob("logs/*/rank-*.log")]
+    assert "Traceback" not in "".join([*logs, *job.ours()])
+
+
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_signals_at_random_moments(

@@ -272,7 +272,7 @@ def check_program(text: str) -> None:
         if isinstance(node, ast.ImportFrom):
             library = importlib.import_module(str(node.module))
             assert all(hasattr(library, alias.name) for alias in node.names)
-    assert "run_main(main)" in ast.unparse(program)
+    assert "runpy.run_module('llamax.train', run_name='__main__')" in ast.unparse(program)
 
 
 def test_sagemakers_file_is_python_with_these_arguments() -> None:

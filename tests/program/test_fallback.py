@@ -15,13 +15,14 @@ from support import tiny_run
 
 from llamax.checkpoint import newest_checkpoint
 from llamax.checkpoint.reader import Checkpoint
+from llamax.cli.train import main
 from llamax.config.schema import CheckpointConfig, Config
 from llamax.data.dataset import Dataset
 from llamax.data.tokenizer.tokenizer import train_sentencepiece
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.logging import logger
 from llamax.runtime.process import run_main
-from llamax.train import main, train
+from llamax.train import train
 
 
 @pytest.fixture(scope="module")

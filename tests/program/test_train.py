@@ -28,6 +28,7 @@ from support.tiny_run import (
     write,
 )
 
+from llamax.cli.train import main
 from llamax.config.load import load_config
 from llamax.config.schema import CheckpointConfig
 from llamax.data.batch_plan import BatchPlan
@@ -38,7 +39,7 @@ from llamax.optim.schedule import lr_at
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.process import run_main
-from llamax.train import main, train
+from llamax.train import train
 from llamax.training import inputs
 from llamax.training.resolve import resolve
 

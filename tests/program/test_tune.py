@@ -15,6 +15,7 @@ from support.tiny_run import STEPS, config, forget, hashes, log_of, make_dataset
 
 from llamax.checkpoint.build_model import load_base
 from llamax.checkpoint.hf_folder import open_source
+from llamax.cli.train import main
 from llamax.config.schema import Config, FinetuneConfig
 from llamax.model import lora
 from llamax.model.llama import Llama
@@ -22,7 +23,7 @@ from llamax.model.qlora import held
 from llamax.parallel.collectives import Solo
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.process import run_main
-from llamax.train import main, train
+from llamax.train import train
 
 LORA = FinetuneConfig(method="lora", r=4, dropout=0.1)
 QLORA = FinetuneConfig(method="qlora", r=4, dropout=0.1)

@@ -275,17 +275,6 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
         ],
         [{"optim.schedule": "wsd", "optim.decay_steps": 990}],
     ),
-    "schedule_fits_run": (
-        [
-            (
-                {"optim.schedule": "wsd", "optim.decay_steps": 991},
-                None,
-                "optim.warmup_steps=10 + optim.decay_steps=991 is above run.steps=1000; "
-                "use at most 1000 together",
-            )
-        ],
-        [{"optim.warmup_steps": 1000}, {"optim.warmup_steps": 2000, "run.epochs": 3}],
-    ),
     "folders_are_named": (
         [
             (

@@ -78,7 +78,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
 
 def trained(_: int, path: Path, fault: str) -> int:
     """The exit code of the training program with a fault in it."""
-    from llamax import train
+    from llamax.cli import train
     from llamax.runtime.process import run_main
 
     threading.current_thread().name = "rank 0"

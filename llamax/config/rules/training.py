@@ -80,16 +80,6 @@ def decay_belongs_to_wsd(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
-@RULES.reading("optim.warmup_steps", "optim.decay_steps", "run.steps", "run.epochs")
-def schedule_fits_run(c: Config, world: int | None) -> Iterator[str]:
-    warmup, decay, steps = c.optim.warmup_steps, c.optim.decay_steps, c.run.steps
-    if warmup + decay > steps and not c.run.epochs:  # checked again when the steps are known
-        yield (
-            f"optim.warmup_steps={warmup} + optim.decay_steps={decay} is above run.steps={steps}; "
-            f"use at most {steps} together"
-        )
-
-
 @RULES.reading()
 def folders_are_named(c: Config, world: int | None) -> Iterator[str]:
     for key, value, use in (

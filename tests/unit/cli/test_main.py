@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import types
@@ -26,6 +27,18 @@ def test_version_and_help() -> None:
         assert f"  {name:<12} {about}\n" in shown.stdout
     bare = llamax()
     assert (bare.returncode, bare.stdout) == (2, shown.stdout)
+    assert llamax("help").stdout == llamax("help", "help").stdout == shown.stdout
+
+
+@pytest.mark.parametrize("name", ["train", "plot"])
+def test_help_with_a_command_is_the_help_of_the_command(name: str) -> None:
+    assert llamax("help", name).stdout == llamax(name, "--help").stdout != ""
+
+
+def test_help_with_an_unknown_command_is_refused() -> None:
+    done = llamax("help", "trian")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "did you mean train?" in done.stderr
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -42,14 +55,29 @@ def test_help_of_commands_needs_no_torch() -> None:
 import sys
 from llamax.__main__ import COMMANDS, dispatch
 for name in COMMANDS:
-    if name != "train":
-        try:
-            dispatch([name, "--help"])
-        except SystemExit as left:
-            assert left.code == 0, name
-        assert "torch" not in sys.modules, name
+    try:
+        dispatch([name, "--help"])
+    except SystemExit as left:
+        assert left.code == 0, name
+    heavy = {"torch", "numpy", "tokenizers", "transformers", "matplotlib"} & {*sys.modules}
+    assert not heavy, f"{name}: {heavy}"
 """
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    # the setting of steady_heap, so that train does not start again
+    environ = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environ)
+
+
+@pytest.mark.parametrize("options", [["--help"], ["--config", "no-such-recipe"]])
+def test_the_training_program_needs_no_torch_before_its_configuration(options: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "llamax.train", *options],
+        capture_output=True,
+        text=True,
+    )
+    names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == (0 if options == ["--help"] else 2)
+    assert "llamax.config.load" in names
+    assert not names & {"torch", "numpy"}
 
 
 def test_unknown_commands_are_refused_with_the_nearest() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
@@ -46,15 +47,18 @@ SHAPE = {
 }
 
 
+ORIGIN = re.compile(r"^(configuration( with (--[\w.]+=.*? ?)+)?|command line): (?=\S)", re.S)
+
+
 def refused(tables: dict[str, Any], *overrides: str) -> list[str]:
     """The lines of the one error that ``parse`` raises, without where it was."""
     with pytest.raises(ConfigError) as error:
         parse_config(tables, overrides)
     first, *rest = str(error.value).split("\n")
     if not rest:
-        return [first.removeprefix("configuration: ")]
-    assert first == f"configuration: {len(rest)} problems"
-    return [line.removeprefix("  ") for line in rest]
+        return [ORIGIN.sub("", first)]
+    assert re.fullmatch(rf"(configuration|command line): {len(rest)} problems", first)
+    return [ORIGIN.sub("", line.removeprefix("  ")) for line in rest]
 
 
 def test_a_section_that_is_absent_has_its_defaults() -> None:
@@ -192,6 +196,45 @@ def test_what_does_not_fit_is_named_with_the_remedy(
     assert refused({"model": SHAPE, **tables}, *overrides) == lines
 
 
+def message(name: str | Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_config(str(name), overrides)
+    return str(error.value)
+
+
+def test_an_error_names_where_its_values_come_from(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text((RECIPES / "demo.toml").read_text().replace("steps = 160", "stepz = 160"))
+    assert message(path).startswith(f"{path}: run.stepz is an unknown key")
+    path.write_text(re.sub(r"(?m)^min_lr = .*", "min_lr = 9", (RECIPES / "demo.toml").read_text()))
+    assert message(path).startswith(f"{path}: optim.min_lr=9.0 is above optim.lr=")
+    assert message(path, "--optim.lr=8").startswith(
+        f"{path} with --optim.lr=8: optim.min_lr=9.0 is above optim.lr=8.0; "
+    )
+    assert message("demo", "--optim.min_lr=9").startswith(
+        "recipe demo with --optim.min_lr=9: optim.min_lr=9.0 is above optim.lr="
+    )
+    assert message("demo", "--optim.lr=8", "--optim.min_lr=9").startswith("command line: optim.")
+    assert message("demo", "--run.sede=1").startswith("command line: --run.sede is an unknown")
+    assert message("demo", "--run.seed=x").startswith('command line: run.seed="x" is a string')
+    assert message("demo", "--run.seed=x", "--optim.min_lr=9").splitlines()[:2] == [
+        "recipe demo: 2 problems",
+        '  command line: run.seed="x" is a string; write an integer',
+    ]
+
+
+def test_a_length_of_the_command_line_replaces_that_of_the_file() -> None:
+    assert load_config("dolly-llama2-7b").run.epochs == 3
+    short = load_config("dolly-llama2-7b", ["--run.steps=10"])
+    assert (short.run.steps, short.run.epochs) == (10, 0)
+    both = load_config("dolly-llama2-7b", ["--run.steps=10", "--run.epochs=2"])
+    assert (both.run.steps, both.run.epochs) == (10, 2)
+    warm = load_config("dolly-llama2-7b", ["--optim.warmup_steps=7"]).optim
+    assert (warm.warmup_steps, warm.warmup_ratio) == (7, 0.0)
+    share = load_config("llama2-7b", ["--optim.warmup_ratio=0.5"]).optim
+    assert (share.warmup_steps, share.warmup_ratio) == (0, 0.5)
+
+
 def test_all_problems_come_at_once() -> None:
     tables = {"model": {**SHAPE, "vocab_size": "many"}, "dat": {}, "run": {"step": 3, "seed": -1}}
     assert refused(
@@ -239,7 +282,7 @@ def test_a_value_of_another_type_is_reported_once(key: str) -> None:
         parse_config(recipe, [f"--{broken}=-1"], 4)
     _, first, second = str(raised.value).splitlines()
     assert first.strip().startswith(f"{key}=[[1]] is a list; write ")
-    assert second.strip() == f"{broken}=-1 is out of range; use 1 or more"
+    assert second.strip() == f"command line: {broken}=-1 is out of range; use 1 or more"
 
 
 @pytest.mark.parametrize("section", ["model", "parallel", "optim", "data", "checkpoint", "run"])
@@ -347,20 +390,21 @@ def test_help_explains_every_field() -> None:
     for prefix, section in sections(config):
         for each in fields(section):
             if not is_dataclass(getattr(section, each.name)):
-                (line,) = [
-                    s for s in text.split("\n") if s.startswith(f"  --{prefix}.{each.name}=")
-                ]
+                option = f"--{prefix}.{each.name}="
+                (start,) = [s for s in re.split(r"\n  (?=--)", text) if s.startswith(option)]
+                line = " ".join(start.split())
                 sentence, _, unit = (
                     descriptions(type(section))[each.name].rstrip(".").partition(" [")
                 )
                 assert sentence in line
                 assert f"({unit.rstrip(']')}" in line
     assert (
-        "  --optim.warmup_steps=INT                          "
-        "Length of the rise from 0 to lr at the start (steps; default 0)\n"
+        "  --optim.warmup_steps=INT\n"
+        "      Length of the rise from 0 to lr at the start (steps; default 0)\n"
     ) in text
-    assert "--run.backend=cpu|cuda|xla|neuron " in text
-    assert "--model.eos_token_id=INT|[INT, ..] " in text
+    assert "--run.backend=cpu|cuda|xla|neuron\n" in text
+    assert "--model.eos_token_id=INT|[INT, ..]\n" in text
+    assert max(map(len, text.splitlines())) < 80
     assert "(features; required)" in text
     assert "(default empty)" in text
 

@@ -145,9 +145,9 @@ def test_without_source_options_are_listed_without_sentences(
     monkeypatch.setattr(inspect, "getsource", absent)
     descriptions.cache_clear()
     try:
-        assert "  --optim.lr=FLOAT " in load.help_text()
+        assert "  --optim.lr=FLOAT\n" in load.help_text()
         assert "(default 0.0003)" in load.help_text()
-        assert "  port " in jobfile.help_text()
+        assert "  port\n" in jobfile.help_text()
     finally:
         descriptions.cache_clear()
 

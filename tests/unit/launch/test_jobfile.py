@@ -72,5 +72,5 @@ def test_a_file_is_strict(changes: dict[str, Any], message: str) -> None:
 
 def test_every_key_is_explained() -> None:
     text = jobfile.help_text()
-    for key in ("name ", "storage.claim ", "slurm.signal_s ", "sagemaker.role ", "environment "):
-        assert f"  {key}" in text
+    for key in ("name", "storage.claim", "slurm.signal_s", "sagemaker.role", "environment"):
+        assert f"  {key}\n" in text

@@ -14,7 +14,7 @@ LISTEN = """
 import sys, time
 from llamax.runtime import signals
 signals.install("quiet" not in sys.argv)
-signals.COMPILE_GRACE_S = 0.2
+signals.COMPILE_GRACE_S = 60.0 if "long" in sys.argv else 0.2
 if sys.argv[1] != "import":
     signals.hold()
 if sys.argv[1] == "step":
@@ -22,7 +22,7 @@ if sys.argv[1] == "step":
 print("ready", flush=True)
 while not signals.requested():
     time.sleep(0.01)
-time.sleep(1.0)
+time.sleep(60.0 if 'long' in sys.argv else 1.0)
 signals.rest()
 print("heard", signals.requested(), flush=True)
 time.sleep(0.5)
@@ -30,7 +30,22 @@ sys.exit(7)
 """
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def listening(*words: str, ignored: bool = False) -> subprocess.Popen[str]:
+    """A program that listens, as ``nohup`` starts it if ``ignored``."""
+    quietly = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
+    quietly += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    process = subprocess.Popen(
+        [sys.executable, "-c", (quietly if ignored else "") + LISTEN, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize(
     ("phase", "code", "said"),
     [
@@ -40,16 +55,12 @@ sys.exit(7)
     ],
 )
 def test_signals_by_phase(phase: str, code: int, said: str, signum: int) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", LISTEN, phase],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = listening(phase)
     assert process.stdout is not None
     assert process.stderr is not None
-    process.stdout.readline()
     process.send_signal(signum)
+    if signum == signal.SIGINT and code == 75:
+        code = 130
     if phase == "step":
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)  # a second one changes nothing
@@ -57,6 +68,58 @@ def test_signals_by_phase(phase: str, code: int, said: str, signum: int) -> None
         process.send_signal(signum)  # nor does one at the very end
     assert process.wait(30) == code
     assert said in process.stderr.read()
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("phase", ["compile", "step"])
+def test_ctrl_c_after_a_signal_ends_at_once(phase: str, first: signal.Signals) -> None:
+    process = listening(phase, "long")
+    process.send_signal(first)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, said = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "")
+    assert said == (
+        f"llamax: stopped by {first.name} and by Ctrl-C at once, without saving; earlier "
+        "checkpoints stay\n"
+    )
+
+
+def test_torchrun_passes_the_second_ctrl_c_on_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    process = listening("step", "long")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 130
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    process = listening("step")
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 7
+
+
+def test_a_copy_of_ctrl_c_does_not_end_at_once() -> None:
+    process = listening("step")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "heard SIGINT\n"
+    assert process.wait(30) == 7
+
+
+def test_signals_ignored_at_the_start_stay_ignored() -> None:
+    process = listening("import", ignored=True)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        process.send_signal(number)
+        time.sleep(0.1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+    assert process.stderr is not None
+    assert "stopped by SIGTERM" in process.stderr.read()
 
 
 def test_only_rank_0_reports_a_signal_to_all_ranks() -> None:

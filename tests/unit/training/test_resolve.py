@@ -11,7 +11,7 @@ import pytest
 from support.tiny_run import config, make_dataset
 
 from llamax.cli.plan import main as plan
-from llamax.config.load import dump_config, load_config
+from llamax.config.load import dump_config, load_config, recipes
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import ConfigError
@@ -95,10 +95,43 @@ def test_a_data_set_out_of_sight_is_an_assumption_that_is_stated(
 def test_what_does_not_hold_is_refused(tiny: Config) -> None:
     with pytest.raises(ConfigError, match="does not divide the world of 3 ranks"):
         resolve(replace(tiny, parallel=replace(tiny.parallel, tensor=2)), 3)
-    long = epochs(replace(tiny, optim=replace(tiny.optim, warmup_steps=50)), 1)
-    with pytest.raises(ConfigError, match=r"optim.warmup_steps=50 .* is above run.steps=10"):
-        resolve(long, 1, 10 * long.data.global_batch)
-    assert resolve(long, 1).steps == long.run.steps, "nothing is refused for an assumption"
+
+
+def test_warmup_and_decay_are_cut_to_a_short_run(tiny: Config) -> None:
+    long = epochs(replace(tiny, optim=replace(tiny.optim, warmup_steps=2000)), 1)
+    run = resolve(long, 1, 10 * long.data.global_batch)
+    assert (run.steps, run.warmup_steps) == (10, 10)
+    assert run.shortened == "the run has only 10 steps: cut optim.warmup_steps from 2,000 to 10"
+    assert resolve(long, 1).warmup_steps == 2000, "nothing is cut for an assumption"
+    fits = replace(long, optim=replace(long.optim, warmup_steps=10))
+    assert resolve(fits, 1, 10 * long.data.global_batch).shortened == ""
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "decay", "cut"),
+    [
+        (1000, 800, 200, (800, 200)),
+        (100, 800, 200, (80, 20)),
+        (10, 2000, 1, (9, 1)),
+        (1, 2000, 500, (0, 1)),
+    ],
+)
+def test_wsd_keeps_its_proportions_in_a_short_run(
+    tiny: Config, steps: int, warmup: int, decay: int, cut: tuple[int, int]
+) -> None:
+    optim = replace(tiny.optim, schedule="wsd", warmup_steps=warmup, decay_steps=decay)
+    run = resolve(replace(tiny, optim=optim, run=replace(tiny.run, steps=steps)), 1)
+    assert (run.config.optim.warmup_steps, run.config.optim.decay_steps) == cut
+    assert bool(run.shortened) == (cut != (warmup, decay))
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_every_recipe_can_run_for_ten_steps(name: str) -> None:
+    written = load_config(name, ["--run.steps=10"])
+    run = resolve(written, written.parallel.tensor, written.data.global_batch * 100)
+    assert (run.steps, run.epochs) == (10, 0)
+    assert run.warmup_steps <= 10
+    assert bool(run.shortened) == (written.optim.warmup_steps > 10)
 
 
 def test_the_doctor_knows_the_checkpoints_of_epochs_it_sees(tiny: Config) -> None:

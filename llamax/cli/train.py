@@ -1,0 +1,57 @@
+"""``llamax train --config NAME_OR_PATH``: train a model; torchrun starts one program per rank.
+
+``llamax.train`` is the run itself.  It imports torch, so it is imported after the command line and
+the configuration are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from llamax.config.load import help_text, load_config
+from llamax.parallel.rendezvous import rendezvous, report_errors_once
+from llamax.runtime import signals
+from llamax.runtime.logging import setup_logging
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="llamax train",
+        usage="%(prog)s --config NAME_OR_PATH [--precompile] [--section.key=value ...]",
+        description="Train a Llama. Under torchrun, mpirun or srun every rank runs this program;\n"
+        "alone it is a world of one.",
+        epilog=help_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--config", required=True, help="a recipe's name or a TOML file")
+    p.add_argument(
+        "--precompile",
+        action="store_true",
+        help="trace and compile the programs of the run and end; for neuron_parallel_compile",
+    )
+    return p
+
+
+def main(argv: Sequence[str]) -> int:
+    """``--config NAME_OR_PATH [--section.key=value ...]``; ``--help`` lists every key."""
+    options, overrides = parser().parse_known_args(list(argv))
+    where = rendezvous(os.environ)
+    setup_logging(f"rank {where.rank}", main=where.rank == 0)
+    with report_errors_once(where):
+        config = load_config(options.config, overrides, where.world_size)
+
+    from llamax.tools.audit import precompile
+    from llamax.train import train
+
+    if options.precompile or precompile.asked(os.environ):
+        precompile.precompile(config, where, os.environ)
+        return 0
+    try:
+        train(config, where)
+    finally:
+        signals.rest()
+    return 0
