@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
-from llamax.parallel.rendezvous import is_first_local_rank
 from llamax.runtime import signals
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import run_main, steady_heap
@@ -81,7 +79,7 @@ def dispatch(argv: Sequence[str]) -> int:
         raise ConfigError(f"{name!r} is not a command; {hint}")
     if name == "train":
         steady_heap()
-        signals.install(is_first_local_rank(os.environ))  # before torch: its import takes seconds
+        signals.install()  # before torch is imported: that takes seconds
     code: int = importlib.import_module(COMMANDS[name][0]).main(rest)
     return code
 
