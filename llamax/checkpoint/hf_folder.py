@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from llamax.checkpoint.hf_quantized import check_quantization
 from llamax.checkpoint.listing import find_checkpoint, newest_checkpoint
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.runs import Run, boxes, row_width
+from llamax.checkpoint.safetensors_io import SLAB_BYTES
 from llamax.checkpoint.source import Piece, Source
 from llamax.runtime import json_reader
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.json_reader import JsonError
+from llamax.runtime.logging import logger
 
 CONFIG_JSON, GENERATION_CONFIG = "config.json", "generation_config.json"
 SINGLE_FILE, INDEX_JSON = "model.safetensors", "model.safetensors.index.json"
@@ -40,6 +43,11 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 MAX_JSON_BYTES = 64 << 20
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+OWN_HEAD = (
+    "%s ties lm_head to the embedding, but the files hold an lm_head with other values: it is "
+    "kept, and the model is not tied; set tie_word_embeddings to false there"
+)
 
 
 class HfFolder(Source):
@@ -90,15 +98,15 @@ class HfFolder(Source):
         if (ends := self._generation.get("eos_token_id")) is not None:
             self.model["eos_token_id"] = ends  # transformers stops at these, not at config.json's
         for name in [*self._entries]:
-            computed = name.endswith(".rotary_emb.inv_freq")
-            tied = name == "lm_head.weight" and self.model.get("tie_word_embeddings") is True
-            if computed or tied:
+            if name.endswith(".rotary_emb.inv_freq"):  # computed
                 del self._entries[name]
-        if "model.embed_tokens.weight" not in self._entries:
+        if self.model.get("tie_word_embeddings") is True and HEAD in self._entries:
+            self._tie()
+        if EMBEDDING not in self._entries:
             raise CheckpointError(
                 f"{self.folder} has no model.embed_tokens.weight: it is not a LlamaForCausalLM"
             )
-        if "lm_head.weight" not in self._entries and not self.model.get("tie_word_embeddings"):
+        if HEAD not in self._entries and not self.model.get("tie_word_embeddings"):
             raise CheckpointError(
                 f"{self.folder} has no lm_head.weight, and its {CONFIG_JSON} does not tie it to "
                 "the embedding; download it again, or set tie_word_embeddings to true if it is tied"
@@ -139,6 +147,37 @@ class HfFolder(Source):
         """The size of all weights in bytes."""
         return sum(math.prod(e.shape) * e.dtype.itemsize for e in self._entries.values())
 
+    def _tie(self) -> None:
+        """Make the head and the embedding one tensor, unless their values differ.
+
+        As transformers 5: a head with other values is kept, whatever config.json says, and a head
+        alone is the embedding too.
+        """
+        if EMBEDDING not in self._entries:
+            self._entries[EMBEDDING] = self._entries.pop(HEAD)
+        elif self._equal(HEAD, EMBEDDING):
+            del self._entries[HEAD]
+        else:
+            self.model["tie_word_embeddings"] = False
+            _warn_of_own_head(self.folder / CONFIG_JSON)
+
+    def _equal(self, name: str, other: str) -> bool:
+        """Whether two tensors have the same shape, dtype and values."""
+        first, second = self._entries[name], self._entries[other]
+        if first.shape != second.shape or first.dtype != second.dtype:
+            return False
+        size = math.prod(first.shape)
+        step = SLAB_BYTES // first.dtype.itemsize
+        slabs = [torch.empty(min(step, size), dtype=first.dtype) for _ in range(2)]
+        for start in range(0, size, step):
+            run = Run(0, row_width(first.shape), start, min(step, size - start))
+            parts = [slab[: run.length] for slab in slabs]
+            self.fill(name, "weight", run, parts[0])
+            self.fill(other, "weight", run, parts[1])
+            if not torch.equal(*parts):
+                return False
+        return True
+
     def _paths(self) -> list[Path]:
         if (self.folder / SINGLE_FILE).exists():
             names = {SINGLE_FILE}
@@ -168,6 +207,12 @@ class HfFolder(Source):
         if not real.is_file():
             raise CheckpointError(f"{path} is missing or not a plain file; download it again")
         return path
+
+
+@cache
+def _warn_of_own_head(path: Path) -> None:
+    """Warn of a head with other values, once for each folder."""
+    logger.warning(OWN_HEAD, path)
 
 
 def open_source(path: Path | str) -> Source:

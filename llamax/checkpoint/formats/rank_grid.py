@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -31,10 +32,12 @@ from torch import Tensor
 
 from llamax.checkpoint.formats.base import ForeignCheckpoint
 from llamax.checkpoint.formats.torch_zip import StoredTensor
-from llamax.checkpoint.formats.xser import IGNORED_SUFFIXES
+from llamax.checkpoint.formats.xser import IGNORED_SUFFIXES, LEFT_OUT
+from llamax.checkpoint.hf_folder import EMBEDDING, HEAD, OWN_HEAD
 from llamax.config.model import ModelConfig
 from llamax.parallel.sharding import Replica, Shard
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.logging import logger
 
 StateDict = Mapping[str, StoredTensor]
 
@@ -64,6 +67,22 @@ class RankGrid(ForeignCheckpoint):
     @property
     def tensor_degree(self) -> int:
         return len(self.states[0])
+
+    def set_model(self, model: ModelConfig) -> None:
+        """Set the model; one said to be tied, with a head of other values in the files, is not."""
+        super().set_model(model)
+        if model.tie_word_embeddings and (head := self._stored_head()) is not None:
+            super().set_model(replace(model, tie_word_embeddings=False))
+            if head.offset != LEFT_OUT and not torch.equal(self.read(HEAD), self.read(EMBEDDING)):
+                logger.warning(OWN_HEAD, "the configuration")
+            else:
+                super().set_model(model)
+
+    def _stored_head(self) -> StoredTensor | None:
+        """The first rank's share of the head, if the files have one."""
+        names = [location.name for location in self.locations(HEAD)]
+        shares = (ranks[0][name] for ranks in self.states for name in names if name in ranks[0])
+        return next(shares, None)
 
     @abstractmethod
     def locations(self, name: str) -> Iterator[Location]:
