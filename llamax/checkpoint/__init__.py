@@ -15,7 +15,7 @@ so every writer works with every reader::
     hf_folder.HfFolder ---+                  +--> load           parameters and optimizer state
     reader.Checkpoint ----+--> source.Source +--> hf_writer      consolidate, merge, hf_beside
     peft.PeftFolder ------+                  +--> shard_hf, peft.export_adapter
-    merge.Merged ---------+                  +--> formats        NxD and Meta
+    merged.Merged --------+                  +--> formats        NxD and Meta
     formats (other trainers) --> formats.convert --> a Hugging Face folder or a checkpoint
 
     save.Saver   one file per rank --> manifest --> retention (publish, delete)

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.load import Whole, check_shapes, load_owned, load_weights
+from llamax.checkpoint.merged import Merged
 from llamax.checkpoint.peft import (
     ADAPTER_FIELDS,
     AdapterInfo,
+    PeftFolder,
     adapter_info,
     find_base_folder,
     fingerprint,
@@ -228,7 +230,8 @@ def load_tuned(
 
     ``adapter``: a PEFT folder, or a run or checkpoint of adapters.  ``base_folder``: where the
     adapter says, unless given.  ``dtype``: that of the base's files unless given.  The base is
-    quantised as it was in training.
+    quantised as it was in training.  Adapters that differ from layer to layer, or that change more
+    than projections, are merged into the base as it is loaded.
     Raises CheckpointError where they do not belong together.
     """
     source, found = open_adapter(adapter)
@@ -238,6 +241,12 @@ def load_tuned(
     narrow = frozen.dtype("model.embed_tokens.weight") == torch.bfloat16
     kind = dtype or (torch.bfloat16 if narrow else torch.float32)
     tp = tp or Solo("tp", device)
+    layers = ModelConfig.from_hub(frozen.model).num_hidden_layers
+    if isinstance(source, PeftFolder) and not source.is_uniform(layers):
+        merged = Merged(frozen, source, found)
+        model = Llama(ModelConfig.from_hub(merged.model), tp, dtype=kind, device=device)
+        load_weights(merged, model.sharded_parameters(), convert=True)
+        return model
     at = "meta" if found.finetune.method == "qlora" else device
     model = Llama(ModelConfig.from_hub(frozen.model), tp, dtype=kind, device=at)
     like = torch.empty(0, dtype=kind, device=device)

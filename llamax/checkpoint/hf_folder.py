@@ -33,6 +33,8 @@ from llamax.runtime.json_reader import JsonError
 from llamax.runtime.logging import logger
 
 CONFIG_JSON, GENERATION_CONFIG = "config.json", "generation_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
 SINGLE_FILE, INDEX_JSON = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -60,6 +62,7 @@ class HfFolder(Source):
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"there is no folder {self.folder}; check the path")
+        _check_no_adapters(self.folder)
         for name in (CONFIG_JSON, GENERATION_CONFIG, INDEX_JSON, *TOKENIZER_FILES):
             if os.path.lexists(self.folder / name):
                 self._inside(self.folder / name)
@@ -209,6 +212,16 @@ class HfFolder(Source):
         return path
 
 
+def _check_no_adapters(folder: Path) -> None:
+    """Raise CheckpointError for a folder of PEFT, which has adapters and no weights of a model."""
+    adapters = any((folder / name).is_file() for name in (ADAPTER_WEIGHTS, PICKLED_WEIGHTS))
+    model = any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_JSON))
+    if (folder / ADAPTER_CONFIG).is_file() and adapters and not model:
+        raise CheckpointError(
+            f"{folder} holds adapters, not a model; merge them with llamax merge first"
+        )
+
+
 @cache
 def _warn_of_own_head(path: Path) -> None:
     """Warn of a head with other values, once for each folder."""
@@ -223,6 +236,7 @@ def open_source(path: Path | str) -> Source:
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}; give a folder with a model in it")
+    _check_no_adapters(path)
     if (path / CONFIG_JSON).is_file():
         return HfFolder(path)
     if not (path / manifest.MANIFEST).exists() and newest_checkpoint(path) is None:

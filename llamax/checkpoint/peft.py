@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,9 +30,10 @@ import torch
 
 from llamax.checkpoint import slabs
 from llamax.checkpoint.atomic import new_folder
-from llamax.checkpoint.hf_folder import read_json
+from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS, read_json
 from llamax.checkpoint.hf_writer import write_json
 from llamax.checkpoint.listing import find_checkpoint
+from llamax.checkpoint.peft_settings import PeftSettings, is_name, problems, shown
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.runs import Run, whole_run
 from llamax.checkpoint.safetensors_io import TensorEntry, read_header, write_safetensors
@@ -42,58 +43,22 @@ from llamax.config.schema import FinetuneConfig
 from llamax.config.toml import Problems, build
 from llamax.runtime.errors import CheckpointError
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_JSON = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "base.json",
-)
+BASE_JSON = "base.json"
 PEFT_PREFIX = "base_model.model."
 SAMPLED_ELEMENTS = 64  # read for a fingerprint at the start, the middle and the end of a tensor
-# PEFT settings of which llamax computes only this value.
-SUPPORTED_VALUES = {
-    "use_dora": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "layers_to_transform": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "fan_in_fan_out": False,
-    "target_parameters": None,
-    "lora_bias": False,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "alora_invocation_tokens": None,
-    "use_qalora": False,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-    "monteclora_config": None,
-}
-# Initialisations that leave the base unchanged; PiSSA, OLoRA, CorDA, LoftQ, ... subtract from it.
-SUPPORTED_INITS = ("true", "false", "none", "gaussian", "eva", "orthogonal")
+MLP = ("gate_proj", "up_proj", "down_proj")
+# The tensors of a PEFT folder: a module of a Llama, and what is kept of it.
+TENSOR = re.compile(
+    rf"(model\.layers\.\d+\.(self_attn|mlp)\.({'|'.join(LINEAR)})|lm_head|model\.embed_tokens"
+    r"|model\.norm|model\.layers\.\d+\.(input|post_attention)_layernorm)\.(weight"
+    r"|(token_adapter\.)?base_layer\.weight|token_adapter\.trainable_tokens_delta"
+    r"|lora_[AB]\.weight|lora_embedding_[AB]|lora_magnitude_vector)"
+)
 # Fields of FinetuneConfig with which an adapter was trained and must be used.
 ADAPTER_FIELDS = ("method", "r", "alpha", "targets", "rslora", "quant", "double_quant")
 
 
 FINGERPRINT = re.compile("[0-9a-f]{64}")
-
-
-def _is_number(value: object, low: float, high: float) -> bool:
-    return type(value) in (int, float) and low <= value < high  # type: ignore[operator]
-
-
-def _is_name(value: object) -> bool:
-    return value is None or (isinstance(value, str) and value.isprintable())
-
-
-# Settings of PEFT that llamax reads: what they must be, in words and as a test.
-SETTINGS: dict[str, tuple[str, Callable[[object], bool]]] = {
-    "r": ("a whole number above 0", lambda v: type(v) is int and 0 < v < 2**31),
-    "lora_alpha": ("a number above 0", lambda v: _is_number(v, 0, 1e30) and v != 0),
-    "lora_dropout": ("0 or more and below 1", lambda v: v is None or _is_number(v, 0, 1)),
-    "use_rslora": ("true or false", lambda v: v is None or isinstance(v, bool)),
-    "base_model_name_or_path": ("the name of a model", _is_name),
-}
 
 
 class AdapterInfo(NamedTuple):
@@ -162,27 +127,46 @@ class PeftFolder(Source):
     def __init__(self, folder: Path | str) -> None:
         self.folder, self.model = Path(folder), {}
         config = read_json(self.folder / ADAPTER_CONFIG)
-        for line in _problems(config):
+        for line in problems(config):
             raise CheckpointError(f"{self.folder / ADAPTER_CONFIG}: {line}")
+        self.settings = PeftSettings.of(config)
         self._path = self.folder / ADAPTER_WEIGHTS
+        if not self._path.exists() and (self.folder / PICKLED_WEIGHTS).exists():
+            raise CheckpointError(
+                f"{self.folder} has {PICKLED_WEIGHTS}, a pickle, and no {ADAPTER_WEIGHTS}; load it "
+                "with PEFT and save it with save_pretrained(safe_serialization=True)"
+            )
         self._entries: dict[str, TensorEntry] = {}
         for name, entry in read_header(self._path).items():
             self._entries[name.removeprefix(PEFT_PREFIX)] = entry
+        for name in self._entries:
+            if not TENSOR.fullmatch(name):
+                raise CheckpointError(
+                    f"{self._path} has {name[:80]}, which is not a LoRA factor of a Llama "
+                    "projection nor another tensor that llamax reads of an adapter; llamax adapts "
+                    f"{', '.join(LINEAR)}, embed_tokens and lm_head"
+                )
         base: Mapping[str, Any] = {}
         if (self.folder / BASE_JSON).is_file():
             base = read_json(self.folder / BASE_JSON)
             for line in _base_problems(base):
                 raise CheckpointError(f"{self.folder / BASE_JSON}: {line}; save the adapter again")
+        targets, self._alike = _adapted(self.settings, self._entries)
         settings = FinetuneConfig(
             method="lora",
-            r=config["r"],
-            alpha=float(config["lora_alpha"]),
+            r=self.settings.r,
+            alpha=self.settings.alpha,
             dropout=float(config.get("lora_dropout") or 0.0),
-            targets=_targets(self.folder, self._entries),
-            rslora=bool(config.get("use_rslora")),
+            targets=targets,
+            rslora=self.settings.rslora,
         )
         named = base.get("folder") or config.get("base_model_name_or_path") or ""
         self.info = AdapterInfo(settings, named, base.get("fingerprint") or "")
+
+    def is_uniform(self, layers: int) -> bool:
+        """Whether all of so many layers have factors of one scale in the same projections."""
+        numbers = {name.split(".")[2] for name in self._entries if name.startswith("model.layers.")}
+        return self._alike and len(numbers) == layers
 
     def names(self) -> list[str]:
         return list(self._entries)
@@ -201,66 +185,41 @@ class PeftFolder(Source):
         return [Piece(self._path, entry.offset, whole_run(entry.shape))]
 
 
-def _problems(config: Mapping[str, Any]) -> list[str]:
-    """Everything in an adapter_config.json that llamax does not support."""
-    found = []
-    if config.get("peft_type") != "LORA":
-        kind = _shown(config.get("peft_type"))
-        found.append(f"peft_type={kind} is not supported; llamax reads LORA")
-    for key, plain in SUPPORTED_VALUES.items():
-        if (value := config.get(key)) not in (plain, None, False) and value != {}:
-            found.append(f"{key}={_shown(value)} is not supported; llamax computes {plain!r} only")
-    first = config.get("init_lora_weights")
-    if not isinstance(first, str | bool | None) or str(first).lower() not in SUPPORTED_INITS:
-        found.append(
-            f"init_lora_weights={_shown(first)} changes the base of the adapter; save it as "
-            "LoRA of the original base with PEFT's path_initial_model_for_weight_conversion"
-        )
-    for key, (words, fits) in SETTINGS.items():
-        if not fits(value := config.get(key)):
-            found.append(f"{key}={_shown(value)} is not {words}; save the adapter again")
-    return found
-
-
 def _base_problems(base: Mapping[str, Any]) -> list[str]:
     """Everything in the description of a base that llamax did not write."""
     found = []
-    if not _is_name(folder := base.get("folder")):
-        found.append(f"folder={_shown(folder)} is not the name of a folder")
+    if not is_name(folder := base.get("folder")):
+        found.append(f"folder={shown(folder)} is not the name of a folder")
     printed = base.get("fingerprint")
     if printed and not (isinstance(printed, str) and FINGERPRINT.fullmatch(printed)):
-        found.append(f"fingerprint={_shown(printed)} is not a sha256")
+        found.append(f"fingerprint={shown(printed)} is not a sha256")
     return found
 
 
-def _shown(value: object) -> str:
-    """A value from a file, for a message of one line."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = f"a deeply nested {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _adapted(settings: PeftSettings, names: Iterable[str]) -> tuple[str, bool]:
+    """The projections with factors, comma-separated, and whether layers from 0 on have the same.
 
-
-def _targets(folder: Path, names: Mapping[str, TensorEntry]) -> str:
-    """The projections with adapters, comma-separated; CheckpointError if layers differ."""
+    They must also be the ones that the settings name.  Adapters that training makes are of this
+    kind; others are merged into the base to be used.
+    """
     layers: dict[str, set[str]] = {}
+    alike = not settings.special
     for name in names:
         pieces = name.split(".")
-        known = name.startswith("model.layers.") and len(pieces) == 7 and pieces[4] in LINEAR
-        if not known or pieces[5] not in ("lora_A", "lora_B"):
-            raise CheckpointError(
-                f"{folder / ADAPTER_WEIGHTS} has {name}, which is not a LoRA factor of a Llama "
-                f"projection; llamax adapts {', '.join(LINEAR)}"
-            )
-        layers.setdefault(pieces[2], set()).add(pieces[4])
+        known = len(pieces) == 7 and pieces[4] in LINEAR
+        alike &= known and pieces[5] in ("lora_A", "lora_B")
+        if known:
+            layers.setdefault(pieces[2], set()).add(pieces[4])
     kinds = {tuple(sorted(found, key=LINEAR.index)) for found in layers.values()}
-    if len(kinds) != 1 or layers.keys() != {str(number) for number in range(len(layers))}:
-        raise CheckpointError(
-            f"{folder / ADAPTER_WEIGHTS} adapts different projections in different layers; llamax "
-            "adapts the same ones in every layer"
-        )
-    return ",".join(kinds.pop())
+    alike &= len(kinds) == 1 and layers.keys() == {str(number) for number in range(len(layers))}
+    alike &= not any(map(settings.adapts, ("lm_head", "model.embed_tokens")))
+    for number, found in layers.items():
+        for projection in LINEAR:
+            owner = "mlp" if projection in MLP else "self_attn"
+            module = f"model.layers.{number}.{owner}.{projection}"
+            alike &= settings.adapts(module) == (projection in found)
+    adapted = set().union(*layers.values()) if layers else set()
+    return ",".join(sorted(adapted, key=LINEAR.index)), alike
 
 
 def is_adapter(path: Path) -> bool:

@@ -20,11 +20,10 @@ from typing import Any
 import torch
 
 from llamax.checkpoint.build_model import load_tuned
-from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, open_source
 from llamax.checkpoint.hf_writer import dataset_of
 from llamax.checkpoint.load import load_weights
 from llamax.checkpoint.peft import (
-    ADAPTER_CONFIG,
     AdapterInfo,
     adapter_info,
     open_adapter,

@@ -17,7 +17,6 @@ from llamax.checkpoint import hf_folder
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.listing import list_checkpoints
 from llamax.checkpoint.peft import (
-    ADAPTER_CONFIG,
     AdapterInfo,
     PeftFolder,
     adapter_info,
@@ -49,7 +48,7 @@ def describe(path: Path | str, verify: bool = False) -> Rows:
         return _container(path, verify)
     if (path / files.MANIFEST).exists() or files.STEP_FOLDER.match(path.name):
         return _checkpoint(path, verify)
-    if (path / ADAPTER_CONFIG).is_file():
+    if (path / hf_folder.ADAPTER_CONFIG).is_file():
         return _adapter(path, verify)
     if (path / hf_folder.CONFIG_JSON).is_file():
         return _hub(path, verify)
@@ -111,6 +110,8 @@ def _adapter(path: Path, verify: bool) -> Rows:
     source = PeftFolder(path)
     yield "PEFT adapter", path
     yield from _lora(source.info)
+    if source.settings.special:
+        yield "PEFT settings", ", ".join(source.settings.special)
     yield from _weights(source)
     yield from _no_hashes(verify)
 

@@ -14,11 +14,9 @@ from support.adapters import MODEL, base_folder
 
 from llamax.__main__ import dispatch
 from llamax.checkpoint.build_model import load_tuned
-from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, open_source
 from llamax.checkpoint.merge import merge
 from llamax.checkpoint.peft import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     BASE_JSON,
     PEFT_PREFIX,
     fingerprint,

@@ -61,7 +61,8 @@ def test_a_head_of_other_values_is_kept_by_every_reader(
     with caplog.at_level(logging.WARNING, "llamax"):
         source = HfFolder(base)
     assert "config.json ties lm_head to the embedding" in caplog.text
-    assert HEAD in source.names() and source.model["tie_word_embeddings"] is False
+    assert HEAD in source.names()
+    assert source.model["tie_word_embeddings"] is False
     model = Llama(ModelConfig.from_hub(source.model))
     load_weights(source, model.sharded_parameters())
     with torch.no_grad():
@@ -90,7 +91,8 @@ def test_equal_heads_are_tied_and_a_head_alone_is_the_embedding(
     save_file(equal, base / "model.safetensors", metadata={"format": "pt"})
     expected = logits(base)
     tied = HfFolder(base)
-    assert HEAD not in tied.names() and tied.model["tie_word_embeddings"] is True
+    assert HEAD not in tied.names()
+    assert tied.model["tie_word_embeddings"] is True
 
     # safetensors.torch.save_model keeps the first name of a shared tensor: lm_head.weight
     alone = shutil.copytree(base, tmp_path / "alone")

@@ -17,11 +17,10 @@ from support.models import LLAMA2
 from support.tiny_run import config, make_dataset
 
 from llamax.checkpoint.build_model import load_tuned
+from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.load import load_weights
 from llamax.checkpoint.peft import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
     PeftFolder,
     adapter_info,
     export_adapter,
@@ -182,9 +181,38 @@ def test_adapters_are_no_base(run: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({"use_dora": True}, "use_dora=True is not supported; llamax computes False only"),
-        ({"bias": "all"}, "bias='all' is not supported; llamax computes 'none' only"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save=\['lm_head'\] is not supported"),
+        (
+            {"use_dora": True},
+            "has no .*lora_magnitude_vector, which use_dora of its adapter_config",
+        ),
+        ({"lora_bias": True}, "lora_bias=True is not supported; llamax computes False only"),
+        ({"layer_replication": [[0, 2]]}, r"layer_replication=\[\[0, 2\]\] is not supported"),
+        ({"target_parameters": ["a"]}, r"target_parameters=\['a'\] is not supported"),
+        ({"of_peft_9": 1}, "'of_peft_9'=1 is a setting that llamax does not know; remove it"),
+        ({"modules_to_save": ["lm_head"]}, "has no lm_head.weight, which modules_to_save"),
+        ({"trainable_token_indices": [1]}, "has no .*trainable_tokens_delta, which trainable_tok"),
+        ({"target_modules": ["q_proj"]}, "has .*_proj.lora_A.weight, which is not a LoRA"),
+        ({"layers_to_transform": [1]}, "has .*layers.0.*lora_A.weight, which is not a LoRA factor"),
+        ({"target_modules": "("}, r"target_modules='\(' is not a list of names or a regular"),
+        ({"target_modules": [1]}, r"target_modules=\[1\] is not a list of names or a regular"),
+        (
+            {"exclude_modules": 3},
+            "exclude_modules=3 is not a list of names or a regular expression",
+        ),
+        (
+            {"layers_to_transform": "0"},
+            "layers_to_transform='0' is not a layer or a list of layers",
+        ),
+        ({"layers_pattern": [2]}, r"layers_pattern=\[2\] is not a name or a list of names"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern=\{'q_proj': 0\} is not an object of"),
+        (
+            {"rank_pattern": {"q_proj": 2}},
+            "lora_A.weight has rank 4, but r and rank_pattern state 2",
+        ),
+        ({"alpha_pattern": {"(": 2}}, r"alpha_pattern=\{'\(': 2\} is not an object of patterns"),
+        ({"modules_to_save": "norm"}, "modules_to_save='norm' is not a list of names; save"),
+        ({"trainable_token_indices": "all"}, "token_indices='all' is not a list of tokens, or one"),
+        ({"ensure_weight_tying": 1}, "ensure_weight_tying=1 is not true or false; save"),
         ({"alora_invocation_tokens": [5]}, r"alora_invocation_tokens=\[5\] is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4' changes the base of the adapter"),
         ({"init_lora_weights": "loftq"}, "'loftq' changes the base of the adapter"),
@@ -223,8 +251,8 @@ def test_what_peft_does_and_llamax_does_not_is_refused(
     [
         (("self_attn.q_proj", "self_attn.query"), "is not a LoRA factor of a Llama projection"),
         (("layers.1.self_attn.q_proj", "layers.1.self_attn.lm"), "is not a LoRA factor"),
-        (("0.self_attn.q_proj", None), "adapts different projections in different layers"),
-        (("layers.0.", None), "adapts different projections in different layers"),
+        (("0.self_attn.q_proj", None), "has no .*0.self_attn.q_proj.lora_A.weight, which target_m"),
+        (("layers.0.", None), "has no model.layers.0.*lora_A.weight, which target_modules of its"),
         (("lora_A", "lora_magnitude"), "is not a LoRA factor of a Llama projection"),
     ],
     ids=["module", "one-layer", "missing", "layer", "factor"],
@@ -245,6 +273,14 @@ def test_tensors_that_fit_no_projection_are_refused(
     save_file(changed, folder / ADAPTER_WEIGHTS)
     with pytest.raises(CheckpointError, match=line):
         load_tuned(folder)
+
+
+def test_a_pickled_adapter_is_refused_by_name(run: Path, tmp_path: Path) -> None:
+    folder = export_adapter(Checkpoint(newest_checkpoint(run / "run") or ""), tmp_path / "adapter")
+    (folder / ADAPTER_WEIGHTS).rename(folder / "adapter_model.bin")
+    for reader in (PeftFolder, load_tuned, open_adapter):
+        with pytest.raises(CheckpointError, match=r"has adapter_model.bin, a pickle, .*safe_ser"):
+            reader(folder)
 
 
 def test_a_model_is_no_adapter_and_a_folder_must_be_there(run: Path, tmp_path: Path) -> None:
