@@ -6,7 +6,8 @@ each program on every rank (with all layers: ``--ranks deep``).  On Trainium a p
 rank has costs 25 to 40 minutes of compilation while all others wait; here it costs a line that says
 where it comes from.
 
-The exit code is 0 only if the whole cluster would compile each program once, else 7.
+The exit code is 0 only if the whole cluster would compile each program once and has the memory for
+it, 7 if it would not compile each once, and 6 if it only lacks the memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Sequence
 
 from llamax.cli.options import command
+from llamax.cli.plan import DOES_NOT_FIT
 from llamax.config.choices import AUDIT_RANKS
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
@@ -29,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
         usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME] "
         "[--ranks all|corners|deep] [--json] [--section.key=value ...]",
         description="Trace a run without devices. Exit code 0 if the whole cluster would compile "
-        "each program once, 7 if not.",
+        "each program once, 7 if not, 6 if a program does not fit into memory.",
         allow_abbrev=False,
     )
     p.add_argument("--config", required=True, help="a recipe's name or a TOML file")
@@ -48,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Print the report; 0 if each program is compiled once, ``DIFFERS`` if not."""
+    """Print the report; 0 if it passes, ``DIFFERS`` or ``DOES_NOT_FIT`` if not."""
     options, overrides = parser().parse_known_args(list(argv))
 
     from llamax.tools.audit.auditor import DIFFERS, audit
@@ -66,9 +68,9 @@ def main(argv: Sequence[str]) -> int:
         if not options.json:
             print_text("each program compiles once for the whole cluster")
         return 0
-    for problem in report.problems:
+    for problem in filter(None, [*report.problems, report.does_not_fit]):
         print_text(f"llamax: {problem}", sys.stderr)
-    return DIFFERS
+    return DIFFERS if report.problems else DOES_NOT_FIT
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from llamax.runtime.errors import ConfigError
 
 AXES = ("pp", "dp", "cp", "tp")
+MISSING = {"pp": "pipeline", "cp": "context"}  # axes that no training step has yet
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -62,14 +63,28 @@ class Mesh:
 
     @classmethod
     def fill(cls, world_size: int, tp: int = 1, cp: int = 1, pp: int = 1, kv: int = 1) -> Mesh:
-        """The mesh of ``world_size`` ranks whose data axis takes what the other axes leave."""
+        """The mesh of ``world_size`` ranks whose data axis takes what the other axes leave.
+
+        Raises ConfigError if the axes do not divide the world, or for an axis that cannot train.
+        """
         rest, over = divmod(world_size, tp * cp * pp)
         if over or not rest:
             raise ConfigError(
                 f"a world of {world_size} ranks is not divided by tensor {tp} x context {cp} x "
                 f"pipeline {pp} = {tp * cp * pp}; start a multiple of {tp * cp * pp} ranks"
             )
-        return cls(tp=tp, dp=rest, cp=cp, pp=pp, kv=kv)
+        mesh = cls(tp=tp, dp=rest, cp=cp, pp=pp, kv=kv)
+        mesh.check_trains()
+        return mesh
+
+    def check_trains(self) -> None:
+        """Raise ConfigError for an axis that no training step has: layouts of it can be planned."""
+        for axis, kind in MISSING.items():
+            if self.degree(axis) > 1:
+                raise ConfigError(
+                    f"mesh degree {axis}={self.degree(axis)}: llamax does not have {kind} "
+                    f"parallelism yet; use {axis}=1, and tp and dp for the ranks"
+                )
 
     def on_trn1(self, cores: int = 32) -> Mesh:
         """This mesh where trn1 wants it, on nodes with ``cores`` ranks each.
@@ -121,7 +136,11 @@ class Mesh:
         return tuple(tuple(ranks) for ranks in found.values())
 
     def axes(self) -> dict[str, Groups]:
-        """The groups of every axis that ranks reduce over, by its name in ``collectives.Axes``."""
+        """The groups of every axis that ranks reduce over, by its name in ``collectives.Axes``.
+
+        Raises ConfigError for an axis that cannot train.
+        """
+        self.check_trains()
         return {
             "tp": self.groups("tp"),
             "data": self.groups("dp", "cp"),

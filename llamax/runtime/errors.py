@@ -10,7 +10,7 @@ exception is a defect of llamax, keeps its traceback and ends with 1.
     3     no room for a checkpoint (disk, quota or file size limit); the previous one stays
     4     loss or gradients were not finite for longer than the run allows
     5     another rank died, froze or was lost; the message names it and its last step
-    6     llamax plan: the run does not fit into memory
+    6     llamax plan, llamax audit: the run does not fit into memory
     7     llamax audit: the cluster would compile a program more than once, or refuse one
     8     llamax doctor: something on this machine, or in the job for it, would end a run
     75    stopped by SIGTERM, SIGHUP or SIGUSR1 and saved: start the run again to continue it

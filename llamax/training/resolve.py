@@ -129,7 +129,8 @@ def resolve(
     if not assumption:
         validate.check(resolved, ranks)
     tensor = config.parallel.tensor
-    mesh = Mesh.fill(world_size, tp=tensor, pp=pipeline, kv=config.model.kv_replicas(tensor))
+    stage = Mesh.fill(ranks, tp=tensor, kv=config.model.kv_replicas(tensor))
+    mesh = replace(stage, pp=pipeline)
     return ResolvedRun(
         resolved,
         mesh,

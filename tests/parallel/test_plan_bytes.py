@@ -26,7 +26,15 @@ from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.mesh import Mesh
-from llamax.tools.plan.memory import communication, early_gradients, kept, loss, memory, state
+from llamax.tools.plan.memory import (
+    communication,
+    early_gradients,
+    kept,
+    loss,
+    memory,
+    state,
+    update,
+)
 
 MODEL = tiny(  # large enough for its activations to stand out; padded wherever tensor > 1
     hidden_size=128,
@@ -125,6 +133,8 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
         total, _ = model.loss(batch[0], batch[1], positions)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as backward:
         total.backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as stepped:
+        optimizer.step(one, one, one)
     top, left = highest(changes(forward))
     later, _ = highest(changes(backward), left)
     buffers = [buffer for axis in (here.tp, here.data) for buffer in _staged(axis)]
@@ -134,6 +144,7 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
         "forward": top,
         "peak": max(top, later) + held(tensors),
         "buffers": held(buffers),
+        "update": highest(changes(stepped))[0],
     }
 
 
@@ -171,6 +182,9 @@ def test_planned_bytes_are_measured_bytes(
     beside = sum(told.get(name, 0) for name in ("communication", "batch", "reserve"))
     assert planned.peak - beside == pytest.approx(found["peak"], rel=0.05)
     assert communication(share, CPU).value == pytest.approx(found["buffers"], rel=0.01)
+    # The optimizer works in place: a bucket at most, and the numbers of a step.
+    bucket = wanted.parallel.bucket_bytes if mesh.dp > 1 or dtype == "bfloat16" else 0
+    assert update(share, CPU).value == 0 <= found["update"] <= bucket + 16384
 
 
 def test_the_logits_of_one_chunk_live_at_a_time() -> None:

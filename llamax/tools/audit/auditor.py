@@ -14,12 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
+import torch
 from tqdm import tqdm
 
 from llamax.backends.tracing import Tracer
-from llamax.config.constants import FLASH_MULTIPLE, GRADIENT_BYTES, loss_chunk_tokens
+from llamax.config.constants import (
+    FLASH_MULTIPLE,
+    GRADIENT_BYTES,
+    flash_refusal,
+    loss_chunk_tokens,
+)
 from llamax.config.flops import flops_per_token
-from llamax.config.hardware import Machine, load_machine
+from llamax.config.hardware import GIB, Machine, load_machine
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.model.lora import num_parameters
@@ -30,6 +36,7 @@ from llamax.runtime.errors import ConfigError
 from llamax.tools.audit import census, formulas, hlo
 from llamax.tools.audit.census import Traffic
 from llamax.tools.audit.diff import difference
+from llamax.tools.audit.flash import flash_stand_in
 from llamax.tools.audit.formulas import GroupShape
 from llamax.tools.audit.report import (
     AuditReport,
@@ -45,6 +52,7 @@ from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 Ranks = Literal["all", "corners", "deep"]
 DIFFERS = 7  # exit code of ``llamax audit``
 FEW_LAYERS = 2
+HLO_DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 def audit(
@@ -146,7 +154,17 @@ def rank_0(
         )
         for name, program in programs.items()
     )
-    return kinds, measure(first, programs, machine), divergences
+    return kinds, measure(first, {**programs, **with_flash(first)}, machine), divergences
+
+
+def with_flash(traced: TracedRun) -> dict[str, hlo.Program]:
+    """The programs of a step with the flash kernel's tensors, where the kernel can run."""
+    config = traced.run.config
+    length, head_dim = config.data.sequence_length, config.model.head_dim
+    if flash_refusal(length, head_dim, config.data.separate_documents):
+        return {}
+    with flash_stand_in(), traced.tracer.without_debug():
+        return {each.kind: hlo.read(each.text) for each in traced.brief()}
 
 
 def compare(
@@ -163,15 +181,12 @@ def compare(
     """
     layers = run.config.model.num_hidden_layers
     expected, first = dict(expected), 0 if expected else ranks[0]
-    tracer.debug(False)
-    try:
+    with tracer.without_debug():
         for rank in tqdm(ranks, desc=f"{layers} layers", unit="rank", disable=None, leave=False):
             for boundary in TracedRun(run, rank, tracer, data).brief():
                 text = hlo.normal(boundary.text)
                 if expected.setdefault(boundary.kind, text) != text:
                     return [explain(run, tracer, data, first, rank, boundary.kind)]
-    finally:
-        tracer.debug(True)
     return []
 
 
@@ -271,8 +286,13 @@ def measure(traced: TracedRun, programs: dict[str, hlo.Program], machine: Machin
         - moved
         - sum(GRADIENT_BYTES * group.length for group in groups)
     )
-    live = {name: census.live(each) for name, each in programs.items()}
-    return Memory(weights, gradients, state, live, machine.memory_bytes())
+    old = [
+        hlo.Shape(HLO_DTYPES[each.dtype], tuple(each.shape), False)
+        for each in traced.state.model.parameters()
+    ]
+    live = {name: census.live(each, old) for name, each in programs.items()}
+    reserve = round(machine.reserve_gib * GIB)
+    return Memory(weights, gradients, state, reserve, live, machine.memory_bytes())
 
 
 def notes(config: Config) -> Iterator[str]:
@@ -288,7 +308,7 @@ def notes(config: Config) -> Iterator[str]:
     else:
         yield (
             "attention is traced as plain operations of llamax; on NeuronCores the flash kernel "
-            "replaces them and needs less memory"
+            "replaces them, and memory is estimated with its tensors"
         )
 
 

@@ -7,17 +7,18 @@ of its result, every other operation one FLOP for each element.
 **Live bytes** are an estimate, because the compiler chooses the order and the fusions.  Assumed:
 operations run in program order, except that one that frees more than it makes runs at once;
 element-wise work is fused into its only user; an output reuses the memory of an input of the same
-shape (donation).
+shape (donation).  An output that takes the place of a tensor which the program does not read, as
+new weights do in the update, needs no memory beside it: the old tensor is released first.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from llamax.tools.audit.hlo import Instruction, Program
+from llamax.tools.audit.hlo import Instruction, Program, Shape
 
 COLLECTIVES = {
     "all-reduce": 2.0,
@@ -105,21 +106,33 @@ def work(program: Program) -> Work:
 
 @dataclass(frozen=True)
 class Live:
-    """Bytes of inputs, of outputs with new memory, and the peak of intermediate results."""
+    """Bytes of inputs, of outputs with new memory, and the peak of intermediate results.
+
+    ``replaced_bytes``: tensors that outputs replace, which are released before the program runs.
+    """
 
     input_bytes: int
     output_bytes: int
     between_bytes: int
+    replaced_bytes: int = 0
+
+    @property
+    def added_bytes(self) -> int:
+        """The bytes that a run of the program adds to what is held between programs."""
+        return max(self.output_bytes + self.between_bytes - self.replaced_bytes, 0)
 
 
-def live(program: Program) -> Live:
-    """The memory of one run of the program, by the assumptions above."""
+def live(program: Program, replaceable: Iterable[Shape] = ()) -> Live:
+    """The memory of one run of the program, by the assumptions above.
+
+    ``replaceable``: the tensors that are held between programs and that outputs may replace.
+    """
     by_name = program.by_name
     users: dict[str, list[str]] = {each.name: [] for each in program.instructions}
     for each in program.instructions:
         for operand in dict.fromkeys(each.operands):
             users[operand].append(each.name)
-    outputs = set(program.outputs)
+    outputs = {_whole(name, by_name): by_name[name].shape for name in program.outputs}
     size = {each.name: _allocated(each, users, outputs) for each in program.instructions}
     needs = {each.name: _roots(each, by_name, size) for each in program.instructions}
     waiting = Counter[str]()
@@ -132,8 +145,11 @@ def live(program: Program) -> Live:
     order = [each.name for each in program.instructions if size[each.name] is not None]
     makers = [name for name in order if by_name[name].opcode != "parameter"]
     available = Counter(str(each.shape) for each in program.parameters)
-    wanted = Counter(str(by_name[name].shape) for name in outputs)
+    wanted = Counter(map(str, outputs.values()))
     donated = {shape: min(available[shape], wanted[shape]) for shape in wanted}
+    for name, shape in outputs.items():  # constants, such as cleared gradients, are written in place
+        if size[name] is None and donated[str(shape)]:
+            donated[str(shape)] -= 1
 
     consumers: dict[str, list[str]] = {}
     for name in makers:
@@ -142,7 +158,8 @@ def live(program: Program) -> Live:
     missing = {
         name: sum(by_name[root].opcode != "parameter" for root in needs[name]) for name in makers
     }
-    now = peak = output = 0
+    old = Counter(map(str, replaceable))
+    now = peak = output = replaced = 0
     left = dict(waiting)
     done: set[str] = set()
 
@@ -155,13 +172,16 @@ def live(program: Program) -> Live:
         return sum(bytes_of(root) for root in needs[name] if left[root] == 1)
 
     def run(name: str) -> None:
-        nonlocal now, peak, output
-        shape = str(by_name[name].shape)
+        nonlocal now, peak, output, replaced
+        shape = str(outputs.get(name))
         if name in outputs and donated.get(shape, 0) > 0:
             donated[shape] -= 1
         else:
             now += bytes_of(name)
-            output += bytes_of(name) if name in outputs else 0
+            if name in outputs:
+                output += bytes_of(name)
+                replaced += bytes_of(name) if old[shape] > 0 else 0
+                old[shape] -= 1
         peak = max(peak, now)
         done.add(name)
         for root in needs[name]:
@@ -186,10 +206,19 @@ def live(program: Program) -> Live:
                 if user in outputs or frees(user) >= bytes_of(user)
             ]
     inputs = sum(each.nbytes for each in program.parameters)
-    return Live(inputs, output, peak - output)
+    return Live(inputs, output, peak - output, replaced)
 
 
-def _allocated(each: Instruction, users: Mapping[str, list[str]], outputs: set[str]) -> int | None:
+def _whole(name: str, by_name: Mapping[str, Instruction]) -> str:
+    """The instruction that a result is another shape of."""
+    while by_name[name].opcode in ("reshape", "bitcast"):
+        (name,) = by_name[name].operands
+    return name
+
+
+def _allocated(
+    each: Instruction, users: Mapping[str, list[str]], outputs: Container[str]
+) -> int | None:
     """Bytes allocated for a result; None where it is fused away or a view."""
     if each.opcode in VIEWS or each.opcode in ("constant", "iota", "broadcast"):
         return None

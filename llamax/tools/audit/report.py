@@ -1,7 +1,8 @@
 """The result of an audit, as text and as JSON.
 
 An audit *passes* where the run would compile each program once for the whole cluster: every rank
-and every step of a kind trace one program, and the compiler refuses nothing in it.
+and every step of a kind trace one program, the compiler refuses nothing in it, and a core has the memory
+for it.
 """
 
 from __future__ import annotations
@@ -61,11 +62,12 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one core: resident, live during each program, and available."""
+    """Bytes of one core: resident, reserved, live during each program, and available."""
 
     weights: int
     gradients: int
     optimizer: int
+    reserve: int  # for the runtime and programs, as the planner counts it
     live: dict[str, Live]
     available: float
 
@@ -74,9 +76,17 @@ class Memory:
         return self.weights + self.gradients + self.optimizer
 
     @property
+    def fullest(self) -> str:
+        """The kind of program that needs most."""
+        return max(self.live, key=lambda name: self.live[name].added_bytes)
+
+    @property
     def peak(self) -> int:
-        most = (live.between_bytes + live.output_bytes for live in self.live.values())
-        return self.resident + max(most, default=0)
+        return self.resident + self.reserve + self.live[self.fullest].added_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.peak <= self.available
 
 
 @dataclass(frozen=True)
@@ -110,7 +120,18 @@ class AuditReport:
 
     @property
     def passes(self) -> bool:
-        return not self.problems
+        return not self.problems and self.memory.fits
+
+    @property
+    def does_not_fit(self) -> str:
+        """What a core lacks, in one line; empty where the run fits."""
+        memory = self.memory
+        if memory.fits:
+            return ""
+        return (
+            f"a core needs {show_bytes(memory.peak)} of {show_bytes(memory.available)} in the "
+            f"{memory.fullest} program; llamax plan --search lists layouts that fit"
+        )
 
 
 def sort_kinds(
@@ -190,20 +211,23 @@ def _counted(traffic: Traffic) -> str:
 def _show_memory(memory: Memory) -> Iterator[str]:
     yield ""
     available = show_bytes(memory.available)
-    fits = "fits" if memory.peak <= memory.available else "DOES NOT FIT"
+    fits = "fits" if memory.fits else "DOES NOT FIT"
     yield f"memory of a core: {show_bytes(memory.peak)} of {available}, estimated: {fits}"
-    for name in ("weights", "gradients", "optimizer"):
+    for name in ("weights", "gradients", "optimizer", "reserve"):
         yield f"  {name:<24}{show_bytes(getattr(memory, name)):>10}"
     for name, live in memory.live.items():
-        total = live.between_bytes + live.output_bytes
-        yield f"  {'live in a ' + name:<24}{show_bytes(total):>10}"
+        in_place = f"   {show_bytes(live.replaced_bytes)} of new weights replace the old ones"
+        yield f"  {'live in a ' + name:<24}{show_bytes(live.added_bytes):>10}" + (
+            in_place if live.replaced_bytes else ""
+        )
 
 
 def as_json(audit: AuditReport) -> dict[str, object]:
     """The audit for programs; ``sha256`` is the hash of a program's normal text."""
     return {
         "passes": audit.passes,
-        "problems": audit.problems,
+        "fits": audit.memory.fits,
+        "problems": [*audit.problems, *filter(None, [audit.does_not_fit])],
         "programs": {
             kind.name: {
                 "sha256": hlo.digest(kind.program.normal),
@@ -224,7 +248,11 @@ def as_json(audit: AuditReport) -> dict[str, object]:
             "weights": audit.memory.weights,
             "gradients": audit.memory.gradients,
             "optimizer": audit.memory.optimizer,
-            "live": {name: asdict(live) for name, live in audit.memory.live.items()},
+            "reserve": audit.memory.reserve,
+            "live": {
+                name: {**asdict(live), "added_bytes": live.added_bytes}
+                for name, live in audit.memory.live.items()
+            },
             "peak": audit.memory.peak,
             "available": audit.memory.available,
         },

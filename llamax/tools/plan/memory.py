@@ -9,9 +9,9 @@ Between steps a rank holds its state.  A microstep fills and empties the rest::
     state ________|_________\\________
           forward | backward  optimizer step
 
-The peak is at one of three moments: forward has just ended and the loss is computed; the last layer
+The peak is at one of four moments: forward has just ended and the loss is computed; the last layer
 goes backward while the activations of all others wait; the first layer goes backward, when all
-gradients exist.  The terms follow the modules that they count (optim/zero1.py, model/recompute.py,
+gradients exist; the optimizer step, when the reduced gradients wait for their norm.  The terms follow the modules that they count (optim/zero1.py, model/recompute.py,
 parallel/cross_entropy.py, ops.py) and are exact where operations run one by one.  A graph compiler
 may fuse or reorder; ``reserve`` is an allowance for what is not counted.
 """
@@ -90,6 +90,7 @@ def memory(share: Share, machine: Machine) -> Memory:
             working,
         ],
         "the first layer goes backward": [all_gradients, last_layer, working],
+        "the weights are updated": [all_gradients, update(share, machine)],
     }
     nonzero = {
         moment: [line for line in (*always, *lines) if line.value]
@@ -197,6 +198,26 @@ def early_gradients(share: Share, machine: Machine) -> Line:
 def _gradients(elements: int, why: str) -> Line:
     formula = f"{GRADIENT_BYTES} B x {show_number(elements)} elements, {why}"
     return Line("gradients", GRADIENT_BYTES * elements, formula)
+
+
+def update(share: Share, machine: Machine) -> Line:
+    """What the optimizer step needs beside the state, the gradients and a bucket in flight.
+
+    A compiled step joins the gradients of a bucket in a new vector, and the reduced run of every
+    bucket waits for the norm.  The old weights are released before: the step reads the masters.
+    Elsewhere the runs lie in the gradients, and a bucket is updated in place.
+    """
+    if not compiled(machine):
+        return Line("update", 0.0, "in place")
+    ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
+    runs, weights = GRADIENT_BYTES * elements // ranks, share.width * elements
+    alone = share.mesh.dp * share.mesh.cp == 1  # else communication has these buckets
+    bucket = min(share.config.parallel.bucket_bytes, gradients(share).value) if alone else 0
+    return Line(
+        "update",
+        max(runs + 2 * bucket - weights, 0),
+        f"{show_bytes(runs)} of gradients wait for their norm, with the old weights released",
+    )
 
 
 def communication(share: Share, machine: Machine) -> Line:

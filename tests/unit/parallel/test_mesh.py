@@ -58,3 +58,12 @@ def test_impossible_meshes_and_ranks_are_refused() -> None:
         Mesh(dp=2).coordinate(2)
     with pytest.raises(ValueError, match="not among"):
         Mesh().groups("fsdp")
+
+
+@pytest.mark.parametrize(("axis", "kind"), [("pp", "pipeline"), ("cp", "context")])
+def test_an_axis_that_cannot_train_is_refused(axis: str, kind: str) -> None:
+    said = f"mesh degree {axis}=2: llamax does not have {kind} parallelism yet; use {axis}=1"
+    with pytest.raises(ConfigError, match=said):
+        Mesh.fill(4, **{axis: 2})
+    with pytest.raises(ConfigError, match=said):
+        Mesh(dp=2, **{axis: 2}).axes()

@@ -6,6 +6,7 @@ from support.hlo_text import MATMUL, program_of
 
 from llamax.tools.audit import census, hlo
 from llamax.tools.audit.census import Live, Traffic
+from llamax.tools.audit.hlo import Shape
 
 COLLECTIVES = """HloModule m
 
@@ -100,3 +101,25 @@ def test_remarks_name_the_first_line() -> None:
     found = [(each.fatal, each.count, each.source) for each in census.remarks(program)]
     assert found == [(True, 2, "/a/b.py:2"), (True, 1, "/a/b.py:3"), (False, 1, "/a/b.py:1"),
                      (False, 1, "")]  # fmt: skip
+
+
+def test_an_output_that_replaces_a_released_tensor_adds_nothing() -> None:
+    """The update reads a master, and makes a new weight and a cleared gradient."""
+    program = program_of(
+        "%master.1 = f32[60]{0} parameter(0)",
+        "%gradient.2 = f32[6,10]{1,0} parameter(1)",
+        "%zero.3 = f32[] constant(0)",
+        "%flat.4 = f32[60]{0} reshape(f32[6,10]{1,0} %gradient.2)",
+        "%new.5 = f32[60]{0} dot(f32[60]{0} %master.1, f32[60]{0} %flat.4)",
+        "%narrow.6 = bf16[60]{0} convert(f32[60]{0} %new.5)",
+        "%weight.7 = bf16[6,10]{1,0} reshape(bf16[60]{0} %narrow.6)",
+        "%cleared.8 = f32[6,10]{1,0} broadcast(f32[] %zero.3), dimensions={}",
+        "%all.9 = (f32[60]{0}, bf16[6,10]{1,0}, f32[6,10]{1,0}) "
+        "tuple(f32[60]{0} %new.5, bf16[6,10]{1,0} %weight.7, f32[6,10]{1,0} %cleared.8)",
+    )
+    alone = census.live(program)
+    assert alone == Live(480, 120, 0)
+    assert alone.added_bytes == 120
+    beside = census.live(program, [Shape("bf16", (6, 10)), Shape("bf16", (3,))])
+    assert beside == Live(480, 120, 0, 120)
+    assert beside.added_bytes == 0

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from support.hlo_text import MATMUL
 
-from llamax.tools.audit import census
+from llamax.cli.audit import main
+from llamax.tools.audit import auditor, census
 from llamax.tools.audit.report import AuditReport, Kind, Memory, as_json, show, sort_kinds
 
 
-def audited(*programs: tuple[str, str, str]) -> AuditReport:
+def audited(*programs: tuple[str, str, str], available: float = 16 * 2**30) -> AuditReport:
     first, _, found = sort_kinds(programs)
     kinds = tuple(
         Kind(name, each, ("step 1", "step 2"), (), None, 100.0, 0.5) for name, each in first.items()
     )
     live = {name: census.live(each) for name, each in first.items()}
-    memory = Memory(2**30, 2**30, 2**30, live, 16 * 2**30)
+    memory = Memory(2**30, 2**30, 2**30, 2**29, live, available)
     return AuditReport("a run", kinds, ("all 4 agree",), 2, memory, tuple(found))
 
 
@@ -25,12 +27,33 @@ def test_an_audit_passes_where_every_step_is_one_program() -> None:
     assert audit.passes
     text = "\n".join(show(audit))
     assert "microstep                  6        3    0.5s   step 1 and 1 more" in text
-    assert "memory of a core: 3.00 GiB of 16 GiB, estimated: fits" in text
+    assert "memory of a core: 3.50 GiB of 16 GiB, estimated: fits" in text
     assert "dynamic shapes: none" in text
     numbers = json.loads(json.dumps(as_json(audit)))
     assert numbers["passes"] is True
     assert numbers["programs"]["microstep"]["matmul_flops"] == 128
     assert numbers["memory_bytes"]["available"] == 16 * 2**30
+
+
+def test_an_audit_fails_where_a_program_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audit = audited(("microstep", "step 1", MATMUL), available=3 * 2**30)
+    assert not audit.passes
+    assert audit.problems == []
+    line = "memory of a core: 3.50 GiB of 3 GiB, estimated: DOES NOT FIT"
+    assert line in show(audit)
+    numbers = json.loads(json.dumps(as_json(audit)))
+    assert (numbers["passes"], numbers["fits"]) == (False, False)
+    assert numbers["problems"] == [audit.does_not_fit]
+    monkeypatch.setattr(auditor, "audit", lambda *_, **__: audit)
+    assert main(["--config", "llama2-7b"]) == 6
+    assert capsys.readouterr().err == (
+        "llamax: a core needs 3.50 GiB of 3 GiB in the microstep program; llamax plan --search "
+        "lists layouts that fit\n"
+    )
+    monkeypatch.setattr(auditor, "audit", lambda *_, **__: audited(("update", "1", MATMUL)))
+    assert main(["--config", "llama2-7b"]) == 0
 
 
 def test_an_audit_fails_with_the_line_where_a_step_differs() -> None:

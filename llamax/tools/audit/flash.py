@@ -1,0 +1,66 @@
+"""A stand-in for Neuron's flash attention kernel, with its tensors and without its arithmetic.
+
+A trace with it has what the kernel's adapter (kernels/attention/nki_kernel.py) holds: q, k and v
+with repeated heads, the output and one number for each row, kept for backward.  Such a program can
+be read for its memory, and not be run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamax import ops
+
+
+class Flash(torch.autograd.Function):
+    """[B, H, E, S] three times -> [B, H, S, E], as one opaque instruction each way."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        B, H, E, S = q.shape
+        out, row = _opaque([q, k, v], [(B, H, S, E), (B, H, S)], [q.dtype, torch.float32])
+        ctx.save_for_backward(q, k, v, out, row)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        q, *others = ctx.saved_tensors
+        return tuple(_opaque([q, *others, *grads], [tuple(q.shape)] * 3, [q.dtype] * 3))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+    """The shapes of ``ops.attention``: [B, S, H, E], 2 x [B, S, K, E], None -> [B, S, H, E]."""
+    B, S, H, E = q.shape
+    shape = B, S, k.shape[2], H // k.shape[2], E
+    repeated = (x[:, :, :, None].expand(shape).flatten(2, 3) for x in (k, v))
+    q_BHES, k_BHES, v_BHES = (x.permute(0, 2, 3, 1) for x in (q, *repeated))
+    out: Tensor = Flash.apply(q_BHES, k_BHES, v_BHES)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2)
+
+
+@contextmanager
+def flash_stand_in() -> Iterator[None]:
+    """Trace attention as the stand-in while the block runs."""
+    rows = ops.TABLE["attention"]
+    ops.TABLE["attention"] = (ops.Row("stand-in", lambda *_: True, attention), *rows)
+    try:
+        yield
+    finally:
+        ops.TABLE["attention"] = rows
+
+
+def _opaque(
+    inputs: list[Tensor], shapes: list[tuple[int, ...]], dtypes: list[torch.dtype]
+) -> list[Tensor]:
+    """One instruction that reads ``inputs`` and makes tensors of these shapes."""
+    import torch_xla
+
+    found: list[Tensor] = torch_xla._XLAC._xla_custom_call(
+        inputs, "flash_attention", [list(shape) for shape in shapes], dtypes, False, "", 1, {}
+    )
+    return found
