@@ -26,15 +26,8 @@ from llamax.optim.zero1 import Zero1
 from llamax.parallel.collectives import Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.mesh import Mesh
-from llamax.tools.plan.memory import (
-    communication,
-    early_gradients,
-    kept,
-    loss,
-    memory,
-    state,
-    update,
-)
+from llamax.tools.plan.memory import communication, kept, loss, memory
+from llamax.tools.plan.state import early_gradients, state, update
 
 MODEL = tiny(  # large enough for its activations to stand out; padded wherever tensor > 1
     hidden_size=128,

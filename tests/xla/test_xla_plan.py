@@ -26,7 +26,8 @@ from llamax.tools.audit import hlo
 from llamax.tools.audit.auditor import measure, with_flash
 from llamax.tools.audit.report import Memory
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
-from llamax.tools.plan.memory import layer_kept, memory, pairs, update
+from llamax.tools.plan.memory import layer_kept, memory, pairs
+from llamax.tools.plan.state import update
 
 MESH, TRN1 = Mesh(tp=2, dp=2), load_machine("trn1.2xlarge")
 FEW, MORE = 3, 6

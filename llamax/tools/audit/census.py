@@ -147,7 +147,10 @@ def live(program: Program, replaceable: Iterable[Shape] = ()) -> Live:
     available = Counter(str(each.shape) for each in program.parameters)
     wanted = Counter(map(str, outputs.values()))
     donated = {shape: min(available[shape], wanted[shape]) for shape in wanted}
-    for name, shape in outputs.items():  # constants, such as cleared gradients, are written in place
+    for (
+        name,
+        shape,
+    ) in outputs.items():  # constants, such as cleared gradients, are written in place
         if size[name] is None and donated[str(shape)]:
             donated[str(shape)] -= 1
 

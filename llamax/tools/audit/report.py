@@ -1,8 +1,8 @@
 """The result of an audit, as text and as JSON.
 
 An audit *passes* where the run would compile each program once for the whole cluster: every rank
-and every step of a kind trace one program, the compiler refuses nothing in it, and a core has the memory
-for it.
+and every step of a kind trace one program, the compiler refuses nothing in it, and a core has the
+memory for it.
 """
 
 from __future__ import annotations

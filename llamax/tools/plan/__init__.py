@@ -3,7 +3,7 @@
 ::
 
     ResolvedRun + Machine   ── sizes ────> elements of every matrix on one rank
-                                ├─ memory ──> bytes by purpose, against the device's memory
+                                ├─ state, memory ──> bytes by purpose, against the device's memory
                                 └─ roofline ─> seconds by purpose, tokens/s, MFU
                                 search ──> every layout: those that fit, best first, and why the
                                            others are refused

@@ -11,7 +11,8 @@ Between steps a rank holds its state.  A microstep fills and empties the rest::
 
 The peak is at one of four moments: forward has just ended and the loss is computed; the last layer
 goes backward while the activations of all others wait; the first layer goes backward, when all
-gradients exist; the optimizer step, when the reduced gradients wait for their norm.  The terms follow the modules that they count (optim/zero1.py, model/recompute.py,
+gradients exist; the optimizer step, when the reduced gradients wait for their norm.  The terms
+follow the modules that they count (optim/zero1.py, model/recompute.py,
 parallel/cross_entropy.py, ops.py) and are exact where operations run one by one.  A graph compiler
 may fuse or reorder; ``reserve`` is an allowance for what is not counted.
 """
@@ -25,16 +26,21 @@ from llamax.config.constants import (
     ATTENTION_BLOCK_QUERIES,
     ATTENTION_SCORES_BYTES,
     GRADIENT_BYTES,
-    MASTER_BYTES,
-    MOMENTS_BYTES,
-    NORM_WEIGHT_BYTES,
     STAGED_BYTES,
     flash_refusal,
 )
 from llamax.config.hardware import GIB, Machine
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.line import Line
-from llamax.tools.plan.sizes import Group, Share
+from llamax.tools.plan.sizes import Share
+from llamax.tools.plan.state import (
+    compiled,
+    early_gradients,
+    gradients,
+    gradients_of,
+    state,
+    update,
+)
 
 Recompute = Literal["none", "selective", "full"]
 MODES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -81,7 +87,7 @@ def memory(share: Share, machine: Machine) -> Memory:
     activations, last_layer = kept(share, machine, mode), last_kept(share, machine, mode)
     working, all_gradients = backward(share, machine, mode), gradients(share)
     early = early_gradients(share, machine)
-    head = _gradients(0 if share.tuned else share.head_weights, "the head's, which come first")
+    head = gradients_of(0 if share.tuned else share.head_weights, "the head's, which come first")
     moments = {
         "forward has ended": [early, activations, loss(share, machine)],
         "the last layer goes backward": [
@@ -111,113 +117,7 @@ def _named(name: str, line: Line) -> Line:
     return Line(name, line.value, line.formula)
 
 
-# --- between steps -------------------------------------------------------------------------------
-
-
-def owners(share: Share) -> int:
-    """The number of data ranks that share the optimizer state."""
-    return share.mesh.dp * share.mesh.cp if share.config.parallel.zero1 else 1
-
-
-def padded_groups(share: Share) -> list[Group]:
-    """The groups of weights, each padded to a multiple of the owners."""
-    ranks = owners(share)
-    return [
-        group._replace(elements=-(-group.elements // ranks) * ranks) for group in share.groups()
-    ]
-
-
-def state(share: Share, machine: Machine) -> list[Line]:
-    """Weights and optimizer state, by the formulas in optim/zero1.py and optim/lazy.py."""
-    ranks, groups, width = owners(share), padded_groups(share), share.width
-    elements = sum(group.elements for group in groups)
-    uneven = sum(group.elements for group in groups if group.uneven)
-    has_masters = width < 4 or compiled(machine)  # else the weights are their own masters
-    count, per_rank = show_number(elements), f" / {ranks} data ranks" if ranks > 1 else ""
-    return [
-        *frozen_base(share),
-        Line("weights", elements * width, f"{width} B x {count} elements"),
-        Line(
-            "masters",
-            MASTER_BYTES * elements // ranks if has_masters else 0,
-            f"{MASTER_BYTES} B x {count} elements{per_rank}",
-        ),
-        Line(
-            "moments",
-            MOMENTS_BYTES * elements // ranks,
-            f"2 x {MOMENTS_BYTES // 2} B x {count} elements{per_rank}",
-        ),
-        Line(
-            "norm weights",
-            NORM_WEIGHT_BYTES * uneven // ranks,
-            f"{NORM_WEIGHT_BYTES} B x {show_number(uneven)} elements that ranks hold unequally"
-            f"{per_rank}",
-        ),
-    ]
-
-
-def frozen_base(share: Share) -> list[Line]:
-    """The frozen base of a finetuning; where it is quantised, also one dense layer in use."""
-    if not share.tuned:
-        return []
-    finetune, (plain, linear) = share.config.finetune, share.base
-    kind = finetune.quant if finetune.method == "qlora" else f"{8 * share.width} bits"
-    spread = ", cut over the data ranks" if share.spread else ""
-    dense = share.width * share.model.hidden_size * 2 * share.feed_forward
-    lines = [
-        Line(
-            "base",
-            plain + linear,
-            f"{show_number(share.layers * share.layer_weights)} frozen elements in {kind}{spread}, "
-            f"{show_bytes(plain)} of embeddings and norms",
-        )
-    ]
-    if finetune.method == "qlora":
-        lines.append(Line("dense layer", dense, "the largest projection while it is used"))
-    return lines
-
-
-def gradients(share: Share) -> Line:
-    """All gradients, summed in float32 over microsteps."""
-    return _gradients(sum(group.elements for group in padded_groups(share)), "summed in float32")
-
-
-def early_gradients(share: Share, machine: Machine) -> Line:
-    """The gradients that exist during forward too: in flat vectors, or of an earlier microstep.
-
-    Only float32 gradients that are never reduced appear and go within backward.
-    """
-    reduced = share.mesh.dp * share.mesh.cp > 1 or share.width < 4 or share.accumulation > 1
-    stay = reduced or machine.backend not in ("cpu", "cuda")
-    return _gradients(
-        sum(group.elements for group in padded_groups(share) if stay or group.summed),
-        "summed in float32" if stay else "summed over tensor ranks",
-    )
-
-
-def _gradients(elements: int, why: str) -> Line:
-    formula = f"{GRADIENT_BYTES} B x {show_number(elements)} elements, {why}"
-    return Line("gradients", GRADIENT_BYTES * elements, formula)
-
-
-def update(share: Share, machine: Machine) -> Line:
-    """What the optimizer step needs beside the state, the gradients and a bucket in flight.
-
-    A compiled step joins the gradients of a bucket in a new vector, and the reduced run of every
-    bucket waits for the norm.  The old weights are released before: the step reads the masters.
-    Elsewhere the runs lie in the gradients, and a bucket is updated in place.
-    """
-    if not compiled(machine):
-        return Line("update", 0.0, "in place")
-    ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
-    runs, weights = GRADIENT_BYTES * elements // ranks, share.width * elements
-    alone = share.mesh.dp * share.mesh.cp == 1  # else communication has these buckets
-    bucket = min(share.config.parallel.bucket_bytes, gradients(share).value) if alone else 0
-    return Line(
-        "update",
-        max(runs + 2 * bucket - weights, 0),
-        f"{show_bytes(runs)} of gradients wait for their norm, with the old weights released",
-    )
+# --- messages and batches -------------------------------------------------------------------------
 
 
 def communication(share: Share, machine: Machine) -> Line:
@@ -251,11 +151,6 @@ def batch(share: Share, machine: Machine) -> Line:
 def saves_inputs(machine: Machine) -> bool:
     """Whether norm and SwiGLU save only their inputs, as the CPU kernels in ops.TABLE do."""
     return machine.backend == "cpu"
-
-
-def compiled(machine: Machine) -> bool:
-    """Whether a step is a compiled program, in which element-wise operations are fused."""
-    return machine.backend == "xla"
 
 
 def plain_attention(share: Share, machine: Machine) -> str:

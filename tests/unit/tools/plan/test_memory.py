@@ -13,17 +13,11 @@ from llamax.config.hardware import (
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
-from llamax.tools.plan.memory import (
-    early_gradients,
-    gradients,
-    kept,
-    memory,
-    plain_attention,
-    state,
-)
+from llamax.tools.plan.memory import kept, memory, plain_attention
 from llamax.tools.plan.planner import plan as planned
 from llamax.tools.plan.roofline import time as step_time
 from llamax.tools.plan.sizes import adapter_elements
+from llamax.tools.plan.state import early_gradients, gradients, state
 
 TRN1 = load_machine("trn1.32xlarge")
 

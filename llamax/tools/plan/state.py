@@ -1,0 +1,125 @@
+"""Bytes that a rank holds from step to step, and what the optimizer step adds to them."""
+
+from __future__ import annotations
+
+from llamax.config.constants import (
+    GRADIENT_BYTES,
+    MASTER_BYTES,
+    MOMENTS_BYTES,
+    NORM_WEIGHT_BYTES,
+)
+from llamax.config.hardware import Machine
+from llamax.runtime.units import show_bytes, show_number
+from llamax.tools.plan.line import Line
+from llamax.tools.plan.sizes import Group, Share
+
+
+def compiled(machine: Machine) -> bool:
+    """Whether a step is a compiled program, in which element-wise operations are fused."""
+    return machine.backend == "xla"
+
+
+def owners(share: Share) -> int:
+    """The number of data ranks that share the optimizer state."""
+    return share.mesh.dp * share.mesh.cp if share.config.parallel.zero1 else 1
+
+
+def padded_groups(share: Share) -> list[Group]:
+    """The groups of weights, each padded to a multiple of the owners."""
+    ranks = owners(share)
+    return [
+        group._replace(elements=-(-group.elements // ranks) * ranks) for group in share.groups()
+    ]
+
+
+def state(share: Share, machine: Machine) -> list[Line]:
+    """Weights and optimizer state, by the formulas in optim/zero1.py and optim/lazy.py."""
+    ranks, groups, width = owners(share), padded_groups(share), share.width
+    elements = sum(group.elements for group in groups)
+    uneven = sum(group.elements for group in groups if group.uneven)
+    has_masters = width < 4 or compiled(machine)  # else the weights are their own masters
+    count, per_rank = show_number(elements), f" / {ranks} data ranks" if ranks > 1 else ""
+    return [
+        *frozen_base(share),
+        Line("weights", elements * width, f"{width} B x {count} elements"),
+        Line(
+            "masters",
+            MASTER_BYTES * elements // ranks if has_masters else 0,
+            f"{MASTER_BYTES} B x {count} elements{per_rank}",
+        ),
+        Line(
+            "moments",
+            MOMENTS_BYTES * elements // ranks,
+            f"2 x {MOMENTS_BYTES // 2} B x {count} elements{per_rank}",
+        ),
+        Line(
+            "norm weights",
+            NORM_WEIGHT_BYTES * uneven // ranks,
+            f"{NORM_WEIGHT_BYTES} B x {show_number(uneven)} elements that ranks hold unequally"
+            f"{per_rank}",
+        ),
+    ]
+
+
+def frozen_base(share: Share) -> list[Line]:
+    """The frozen base of a finetuning; where it is quantised, also one dense layer in use."""
+    if not share.tuned:
+        return []
+    finetune, (plain, linear) = share.config.finetune, share.base
+    kind = finetune.quant if finetune.method == "qlora" else f"{8 * share.width} bits"
+    spread = ", cut over the data ranks" if share.spread else ""
+    dense = share.width * share.model.hidden_size * 2 * share.feed_forward
+    lines = [
+        Line(
+            "base",
+            plain + linear,
+            f"{show_number(share.layers * share.layer_weights)} frozen elements in {kind}{spread}, "
+            f"{show_bytes(plain)} of embeddings and norms",
+        )
+    ]
+    if finetune.method == "qlora":
+        lines.append(Line("dense layer", dense, "the largest projection while it is used"))
+    return lines
+
+
+def gradients(share: Share) -> Line:
+    """All gradients, summed in float32 over microsteps."""
+    return gradients_of(sum(group.elements for group in padded_groups(share)), "summed in float32")
+
+
+def early_gradients(share: Share, machine: Machine) -> Line:
+    """The gradients that exist during forward too: in flat vectors, or of an earlier microstep.
+
+    Only float32 gradients that are never reduced appear and go within backward.
+    """
+    reduced = share.mesh.dp * share.mesh.cp > 1 or share.width < 4 or share.accumulation > 1
+    stay = reduced or machine.backend not in ("cpu", "cuda")
+    return gradients_of(
+        sum(group.elements for group in padded_groups(share) if stay or group.summed),
+        "summed in float32" if stay else "summed over tensor ranks",
+    )
+
+
+def gradients_of(elements: int, why: str) -> Line:
+    formula = f"{GRADIENT_BYTES} B x {show_number(elements)} elements, {why}"
+    return Line("gradients", GRADIENT_BYTES * elements, formula)
+
+
+def update(share: Share, machine: Machine) -> Line:
+    """What the optimizer step needs beside the state, the gradients and a bucket in flight.
+
+    A compiled step joins the gradients of a bucket in a new vector, and the reduced run of every
+    bucket waits for the norm.  The old weights are released before: the step reads the masters.
+    Elsewhere the runs lie in the gradients, and a bucket is updated in place.
+    """
+    if not compiled(machine):
+        return Line("update", 0.0, "in place")
+    ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
+    runs, weights = GRADIENT_BYTES * elements // ranks, share.width * elements
+    alone = share.mesh.dp * share.mesh.cp == 1  # else communication has these buckets
+    bucket = min(share.config.parallel.bucket_bytes, gradients(share).value) if alone else 0
+    return Line(
+        "update",
+        max(runs + 2 * bucket - weights, 0),
+        f"{show_bytes(runs)} of gradients wait for their norm, with the old weights released",
+    )
