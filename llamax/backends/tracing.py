@@ -138,6 +138,21 @@ class Tracer:
             yield
 
 
+def opaque(
+    name: str,
+    inputs: list[Tensor],
+    shapes: list[tuple[int, ...]],
+    dtypes: list[torch.dtype],
+) -> list[Tensor]:
+    """Tensors of these shapes, made from ``inputs`` by one instruction that only has a name."""
+    import torch_xla
+
+    found: list[Tensor] = torch_xla._XLAC._xla_custom_call(
+        inputs, name, [list(shape) for shape in shapes], dtypes, False, "", 1, {}
+    )
+    return found
+
+
 @contextmanager
 def _patched(name: str, function: Callable[[Tensor], Any]) -> Iterator[None]:
     """Replace a method of device tensors by ``function`` while the block runs."""

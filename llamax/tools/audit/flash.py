@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llamax import ops
+from llamax.backends.tracing import opaque
 
 
 class Flash(torch.autograd.Function):
@@ -23,14 +24,14 @@ class Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, H, E, S = q.shape
-        out, row = _opaque([q, k, v], [(B, H, S, E), (B, H, S)], [q.dtype, torch.float32])
+        out, row = opaque("flash", [q, k, v], [(B, H, S, E), (B, H, S)], [q.dtype, torch.float32])
         ctx.save_for_backward(q, k, v, out, row)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         q, *others = ctx.saved_tensors
-        return tuple(_opaque([q, *others, *grads], [tuple(q.shape)] * 3, [q.dtype] * 3))
+        return tuple(opaque("flash", [q, *others, *grads], [tuple(q.shape)] * 3, [q.dtype] * 3))
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -52,15 +53,3 @@ def flash_stand_in() -> Iterator[None]:
         yield
     finally:
         ops.TABLE["attention"] = rows
-
-
-def _opaque(
-    inputs: list[Tensor], shapes: list[tuple[int, ...]], dtypes: list[torch.dtype]
-) -> list[Tensor]:
-    """One instruction that reads ``inputs`` and makes tensors of these shapes."""
-    import torch_xla
-
-    found: list[Tensor] = torch_xla._XLAC._xla_custom_call(
-        inputs, "flash_attention", [list(shape) for shape in shapes], dtypes, False, "", 1, {}
-    )
-    return found
