@@ -6,7 +6,9 @@ The commands as functions, imported at their first use::
 
     llamax.prepare("corpus/", "data", tokenizer="tokenizer.model")
     llamax.plan("llama2-7b", nodes=16).time.tokens_per_s
-    llamax.evaluate("runs/demo", data="data")["loss"]
+    llamax.train("demo", run={"steps": 100}, ranks=2).loss
+    llamax.load("demo/run").generate("def ", max_new_tokens=50)
+    llamax.evaluate("demo/run", data="demo/data")["loss"]
 """
 
 from __future__ import annotations
@@ -28,10 +30,11 @@ if TYPE_CHECKING:
     from llamax.data.prepare.pipeline import prepare
     from llamax.inference.evaluate import evaluate
     from llamax.inference.generate import GenerationSettings, compare, generate
+    from llamax.inference.language_model import load
     from llamax.tools.audit.auditor import audit
     from llamax.tools.inspect import describe
     from llamax.tools.plan.planner import plan
-
+    from llamax.train import start as train
 
 __all__ = [
     "Config",
@@ -45,11 +48,13 @@ __all__ = [
     "export",
     "generate",
     "import_checkpoint",
+    "load",
     "load_config",
     "merge",
     "plan",
     "prepare",
     "shard",
+    "train",
 ]
 
 _MODULES = {
@@ -63,11 +68,13 @@ _MODULES = {
     "export": "checkpoint.formats.export",
     "generate": "inference.generate",
     "import_checkpoint": "checkpoint.formats.convert",
+    "load": "inference.language_model",
     "load_config": "config.load",
     "merge": "checkpoint.merge",
     "plan": "tools.plan.planner",
     "prepare": "data.prepare.pipeline",
     "shard": "checkpoint.shard_hf",
+    "train": "train",
 }
 
 
@@ -76,7 +83,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    module = importlib.import_module(f"{__name__}.{_MODULES[name]}")
+    value = module if _MODULES[name] == name else getattr(module, name)  # llamax.train is callable
     globals()[name] = value
     return value
 

@@ -1,5 +1,6 @@
 """The training program: ``torchrun --nproc-per-node 4 -m llamax.train --config demo``.
 
+From Python, ``llamax.train("demo", run={"steps": 100}, ranks=4)`` is the function ``start``.
 ``loop`` is the run, readable top to bottom; ``llamax.training.step`` does a step, and
 ``llamax.training.setup`` builds the parts.  The loop never waits for the device inside a step:
 the results of step n - 1 are fetched while step n runs.
@@ -23,11 +24,13 @@ if __name__ == "__main__":  # the command line imports this module again, after 
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 import torch
 
@@ -37,15 +40,23 @@ from llamax.checkpoint.listing import newest_checkpoint
 from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
 from llamax.config.load import dump_config
 from llamax.config.schema import Config
-from llamax.parallel.rendezvous import Rendezvous, report_errors_once
+from llamax.model.llama import Llama
+from llamax.parallel.rendezvous import Rendezvous, rendezvous, report_errors_once
 from llamax.runtime import signals
-from llamax.runtime.errors import CheckpointError
+from llamax.runtime.errors import CheckpointError, ConfigError, Stopped
 from llamax.runtime.logging import log_to_file, logger
 from llamax.runtime.units import show_time
 from llamax.training import run_metadata
 from llamax.training.compile_guard import CompileGuard
 from llamax.training.heartbeat import Heartbeat, beating
 from llamax.training.inputs import open_inputs
+from llamax.training.library import (
+    STOPPED,
+    TrainedRun,
+    borrowed_process,
+    config_of,
+    run_ranks,
+)
 from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
 from llamax.training.resolve import resolve
@@ -96,6 +107,97 @@ def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
                 log_start(job)
                 run_metadata.write(folder, where.world_size, where.local_world_size, where.job)
             loop(job, began, heart)
+
+
+def start(
+    config: str | Path | Config | Mapping[str, Any],
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+    *,
+    ranks: int = 0,
+    model_class: type[Llama] = Llama,
+    learning_rate: Callable[[int], float] | None = None,
+    model: Mapping[str, Any] | None = None,
+    parallel: Mapping[str, Any] | None = None,
+    optim: Mapping[str, Any] | None = None,
+    data: Mapping[str, Any] | None = None,
+    checkpoint: Mapping[str, Any] | None = None,
+    finetune: Mapping[str, Any] | None = None,
+    run: Mapping[str, Any] | None = None,
+) -> TrainedRun:
+    """Train a model from a program or notebook; ``llamax.train(...)`` is this function.
+
+    It trains in this process, a world of one, or a rank of torchrun, mpirun or srun if the program
+    was started by one.  Afterwards the process is as it was.
+
+    Args:
+        config: Recipe name, path of a TOML file, a Config, or a dict of sections.
+        overrides: Settings on top: {"run.steps": 100}, or {"run": {"steps": 100}}.
+        ranks: Number of ranks to start on this machine, in programs of their own; 0: none.
+        model_class: Subclass of Llama to train instead.
+        learning_rate: Learning rate of a step, counted from 1, instead of that of ``optim``.
+        model: Settings of this section on top, as of the others: ``run={"steps": 100}``.
+        parallel: Settings of the ranks.
+        optim: Settings of the optimizer.
+        data: Settings of the data.
+        checkpoint: Settings of checkpoints.
+        finetune: Settings of adapters.
+        run: Settings of the run.
+
+    Returns:
+        The run: its folder, metrics and losses.  After Ctrl-C it was saved, and ``stopped`` is
+        true; before the first step Ctrl-C raises KeyboardInterrupt.
+
+    Raises:
+        LlamaxError: For a mistake that can be corrected, such as a ConfigError, in one line.
+    """
+    sections = {
+        "model": model,
+        "parallel": parallel,
+        "optim": optim,
+        "data": data,
+        "checkpoint": checkpoint,
+        "finetune": finetune,
+        "run": run,
+    }
+    changes = {**overrides}
+    for name, settings in sections.items():
+        changes |= {f"{name}.{key}": value for key, value in (settings or {}).items()}
+    where = rendezvous(os.environ)
+    if ranks and where.launcher:
+        raise ConfigError(
+            f"`ranks={ranks}` inside a program that {where.launcher} started; leave `ranks` out"
+        )
+    if ranks and (model_class is not Llama or learning_rate is not None):
+        raise ConfigError(
+            f"`ranks={ranks}` starts programs that know the configuration alone; with "
+            "`model_class` or `learning_rate` leave it out and start this program with torchrun "
+            f"--nproc-per-node {ranks}"
+        )
+    if ranks < 0:
+        raise ConfigError(f"`ranks={ranks}` is below 0; use 0 for none")
+    chosen = config_of(config, changes, ranks or where.world_size)
+    if ranks:
+        return TrainedRun.of(chosen, run_ranks(chosen, ranks))
+    stopped = False
+    with borrowed_process(where):
+        try:
+            train(chosen, where, Parts(model_class, learning_rate))
+        except Stopped:
+            stopped = True
+        except SystemExit as end:  # of a rank that is not the first
+            if end.code not in STOPPED:
+                raise
+            stopped = True
+    return TrainedRun.of(chosen, stopped)
+
+
+class _Function(ModuleType):
+    """This module as ``llamax.train``, which can be called."""
+
+    __call__ = staticmethod(start)
+
+
+sys.modules[__name__].__class__ = _Function
 
 
 def loop(job: Job, began: float, heart: Heartbeat) -> None:

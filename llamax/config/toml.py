@@ -67,6 +67,12 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     return tables
 
 
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a TOML text; raises tomllib's error if it is none."""
+    tables: dict[str, Any] = tomllib.loads(text)
+    return tables
+
+
 def build(
     kind: type[T],
     table: Any,

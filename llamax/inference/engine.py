@@ -12,7 +12,7 @@ Adapters stay beside their base, unmerged.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from llamax.checkpoint.peft import (
     adapter_info,
     open_adapter,
 )
+from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
@@ -37,6 +38,7 @@ from llamax.inference.sampling import Sampling, generate_tokens
 from llamax.model.llama import DTYPES, Llama
 from llamax.parallel.collectives import Axis
 from llamax.runtime.errors import ConfigError, DataError
+from llamax.runtime.logging import logger
 
 Show = Callable[[str], None]
 
@@ -52,14 +54,30 @@ class LoadedModel:
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Content of generation_config.json."""
 
-    def build(self, tp: Axis, device: torch.device, dtype: str = "") -> Llama:
-        """Build the model on this tensor-parallel rank; ``dtype`` by default that of the files."""
+    def build(
+        self, tp: Axis, device: torch.device, dtype: str = "", model_class: type[Llama] = Llama
+    ) -> Llama:
+        """Build the model on this tensor-parallel rank; ``dtype`` by default that of the files.
+
+        ``model_class``: the subclass of Llama that was trained.  Warns if another one was.
+        """
+        trained_as = self.source.state.get(MODEL_CLASS)
+        if trained_as and model_class is Llama:
+            logger.warning(
+                "%s was trained as %s and is loaded as a plain Llama; give `model_class`",
+                self.source.folder,
+                trained_as,
+            )
         if self.adapter is not None:
+            if model_class is not Llama:
+                raise ConfigError(f"{self.adapter} holds adapters, which take no `model_class`")
             kind = DTYPES[dtype] if dtype else None
             return load_tuned(self.adapter, self.source.folder, tp, device, kind)
         narrow = self.source.dtype("model.embed_tokens.weight") == torch.bfloat16
         kind = DTYPES[dtype] if dtype else torch.bfloat16 if narrow else torch.float32
-        model = Llama(self.model, tp, dtype=kind, device=device)
+        model = model_class(self.model, tp, dtype=kind, device=device)
+        if model_class is not Llama:
+            model.to(device, kind)
         load_weights(self.source, model.sharded_parameters(), convert=True)
         return model
 
@@ -212,6 +230,14 @@ class Engine:
         characters.
         """
         done = [Completion(*each) for each in zip(prompts, map(len, ids), strict=True)]
+        for text in self.stream(done, ids, number):
+            show(text)
+        return done
+
+    def stream(
+        self, done: Sequence[Completion], ids: Sequence[Sequence[int]], number: int = 0
+    ) -> Iterator[str]:
+        """Fill the completions of a batch while yielding the text of the first, as ``complete``."""
         writers = [Detokenizer(self.tokenizer.decode, prompt, self.stops) for prompt in ids]
         steps = generate_tokens(
             self.model,
@@ -232,17 +258,16 @@ class Engine:
                 completion.new_tokens += 1
                 completion.ended = "stop" if stop or writer.stopped else "length"
                 completion.text += text
-                if completion is done[0]:
-                    show(text)
+                if completion is done[0] and text:
+                    yield text
             if all(completion.ended == "stop" for completion in done):
                 break
         for completion, writer in zip(done, writers, strict=True):
             text = writer.finish()
             completion.text += text
-            if completion is done[0]:
-                show(text)
+            if completion is done[0] and text:
+                yield text
         self.speed.prompt_tokens += sum(map(len, ids))
         self.speed.prefill_s += first - began
         self.speed.new_tokens += sum(completion.new_tokens - 1 for completion in done)
         self.speed.decode_s += time.perf_counter() - first
-        return done

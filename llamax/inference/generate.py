@@ -222,7 +222,7 @@ def compare(
     return found
 
 
-class _Opened(NamedTuple):
+class Opened(NamedTuple):
     """A model in files, its prompts, and the tokens that end its answers."""
 
     model: LoadedModel
@@ -237,13 +237,21 @@ def _open(
     rows: Sequence[tuple[str, Row]],
     settings: GenerationSettings,
     ranks: int,
-) -> _Opened:
+) -> Opened:
     """Open a model's files and format its prompts; raises what ``generate`` raises."""
     loaded = open_model(path, tokenizer, base)
     config = loaded.model
     check(
         Config(config, ParallelConfig(tensor=ranks), data=DataConfig(sequence_length=ranks)), ranks
     )
+    return ask(loaded, rows, settings)
+
+
+def ask(
+    loaded: LoadedModel, rows: Sequence[tuple[str, Row]], settings: GenerationSettings
+) -> Opened:
+    """Format prompts for a model; raises what ``generate`` raises for them."""
+    config = loaded.model
     wording = PromptFormat(
         loaded.tokenizer,
         begin_id(loaded, settings.bos),
@@ -255,12 +263,12 @@ def _open(
     prompts = [wording.prompt(row, place) for place, row in rows]
     check_prompts(config, [prompt.ids for prompt in prompts], settings.max_new_tokens)
     split_stops(loaded.tokenizer, settings.stop)
-    return _Opened(loaded, prompts, {*config.eos_token_ids, *wording.stop_ids, *settings.stop_ids})
+    return Opened(loaded, prompts, {*config.eos_token_ids, *wording.stop_ids, *settings.stop_ids})
 
 
 @contextmanager
 def _engines(
-    models: Sequence[_Opened],
+    models: Sequence[Opened],
     settings: GenerationSettings,
     rank: Rendezvous,
     out: str | Path | None,

@@ -24,6 +24,8 @@ import select
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from llamax.runtime.errors import Interrupted, Stopped
 from llamax.runtime.logging import logger
@@ -82,6 +84,42 @@ def rest() -> None:
     """Ignore further signals, so that the program ends with the exit code that it chose."""
     for number in _handled:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def borrowed() -> Iterator[None]:
+    """Handle signals during a run inside a program that goes on; afterwards its handlers are back.
+
+    Ctrl-C and the other signals ask the run to save and stop.  Before a step is done, and at a
+    second time, they do what the program does with them: Ctrl-C raises KeyboardInterrupt.  Outside
+    the main thread, where Python allows no handlers, and where they are ignored, nothing changes.
+    """
+    global _first
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in SIGNALS if main}
+    before = {n: handler for n, handler in before.items() if handler is not signal.SIG_IGN}
+
+    def note(number: int, frame: object) -> None:
+        if _stepped.is_set() and not _first:
+            _note(number, frame)
+            return
+        signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
+        signal.raise_signal(number)
+
+    events = [(event, event.is_set()) for event in (_waiting, _stepped)]
+    first, _first = _first, ""
+    for event, _ in events:
+        event.clear()
+    try:
+        for number in before:
+            signal.signal(number, note)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        for event, was_set in events:
+            (event.set if was_set else event.clear)()
+        _first = first
 
 
 def _note(number: int, frame: object) -> None:

@@ -60,7 +60,7 @@ else:
 def test_type_checkers_see_what_is_imported() -> None:
     tree = ast.parse(Path(llamax.__file__).read_text())
     typed = {
-        alias.name: (node.module or "").removeprefix("llamax.")
+        alias.asname or alias.name: (node.module or "").removeprefix("llamax.")
         for branch in tree.body
         if isinstance(branch, ast.If)
         for node in branch.body
@@ -184,6 +184,18 @@ def test_a_model_answers_as_by_the_command(
     more = ["--template", "dolly", "--limit", "2", "--max-new-tokens", "4", "--json"]
     assert dispatch([*argv, *more]) == 0
     assert json.loads(capsys.readouterr().out) == scores
+
+
+def test_a_loaded_adapter_answers_as_by_the_command(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = llamax.load(folder / "adapter")
+    answer = model.generate("Who?", max_new_tokens=6, temperature=0, template="dolly")
+    argv = ["generate", str(folder / "adapter"), "--prompt", "Who?", "--template", "dolly"]
+    assert dispatch([*argv, "--greedy", "--max-new-tokens", "6"]) == 0
+    assert capsys.readouterr().out.endswith(f"### Answer\n{answer}\n")
+    plain = llamax.load(folder / "hub").generate("Who?", max_new_tokens=6, temperature=0)
+    assert answer != plain
 
 
 def test_a_plan_by_name_is_that_of_the_command(capsys: pytest.CaptureFixture[str]) -> None:

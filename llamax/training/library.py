@@ -1,0 +1,278 @@
+"""``llamax.train`` as a function of a program or notebook: its configuration, ranks and result.
+
+::
+
+    configuration ── tables_of ──> Config ──┬─ this process ─ borrowed_process ─> train
+                                            └─ ranks=N ────── run_ranks ───────> N programs
+    metrics.jsonl ── TrainedRun.of ──> the result
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import llamax
+from llamax.checkpoint.listing import newest_checkpoint
+from llamax.config.constants import CHECKPOINTS_FOLDER, METRICS_FILE
+from llamax.config.load import dump_config, find_config, parse_config
+from llamax.config.schema import Config
+from llamax.config.toml import parse_toml, read_toml
+from llamax.parallel.rendezvous import FAMILIES, LOOPBACK, Rendezvous
+from llamax.runtime import errors, signals
+from llamax.runtime.errors import ConfigError, Interrupted, LlamaxError, Stopped
+from llamax.runtime.logging import logger, setup_logging, show_line
+from llamax.training.metrics import read_jsonl
+
+STOPPED = (Stopped.exit_code, Interrupted.exit_code)
+ENDING_S = 60.0  # for the ranks that are left after one has failed
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run that ``llamax.train`` has ended.
+
+    ``folder``: the run folder, which ``llamax.load`` takes.  ``metrics``: the records of its
+    reported steps, those of earlier starts included.  ``stopped``: whether it was interrupted, and
+    saved, before its last step; call ``llamax.train`` again to go on.
+    """
+
+    folder: Path
+    config: Config = field(repr=False)
+    metrics: list[dict[str, Any]] = field(repr=False)
+    step: int
+    loss: float
+    """Training loss of the last reported step, in nats per token; NaN without a report."""
+    validation_loss: float | None
+    """Loss of the last validation, in nats per token; None without one."""
+    checkpoint: Path | None
+    """Newest complete checkpoint."""
+    stopped: bool = False
+
+    @classmethod
+    def of(cls, config: Config, stopped: bool = False) -> TrainedRun:
+        """The run of a configuration, as its folder describes it."""
+        folder = Path(config.run.folder)
+        records = read_jsonl(folder / METRICS_FILE)
+        validated = [r.validation_loss for r in records if r.validation_loss is not None]
+        return cls(
+            folder,
+            config,
+            [{k: v for k, v in asdict(record).items() if v is not None} for record in records],
+            records[-1].step if records else 0,
+            records[-1].loss if records else float("nan"),
+            validated[-1] if validated else None,
+            newest_checkpoint(folder / CHECKPOINTS_FOLDER),
+            stopped,
+        )
+
+
+def config_of(
+    config: str | Path | Config | Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    world_size: int,
+) -> Config:
+    """The configuration of a recipe's name, a file, a Config or tables, with overrides on top.
+
+    Keys are sections with a mapping inside, or "section.key".  Raises ConfigError that lists every
+    unknown name, wrong type and broken rule.
+    """
+    if isinstance(config, Config):
+        tables, where = parse_toml(dump_config(config)), "configuration"
+    elif isinstance(config, Mapping):
+        tables, where = {}, "configuration"
+        _merge(tables, config)
+    elif isinstance(config, str | Path):
+        path = find_config(str(config))
+        tables, where = read_toml(path), str(path)
+    else:
+        raise ConfigError(
+            f"a configuration is a recipe's name, a path, a Config or a dict, not {config!r:.60}"
+        )
+    _merge(tables, overrides)
+    found = parse_config(tables, (), None, where)
+    if world_size % found.parallel.tensor:
+        tensor = found.parallel.tensor
+        raise ConfigError(
+            f"{where}: parallel.tensor={tensor} does not divide the number of ranks, {world_size}; "
+            f'give `ranks={tensor}` or a multiple, or parallel={{"tensor": {world_size}}}'
+        )
+    return parse_config(tables, (), world_size, where)
+
+
+def _merge(tables: dict[str, Any], changes: Mapping[str, Any]) -> None:
+    """Put changes into tables, at any depth; "a.b" is b in a, and None takes a key away."""
+    for key, value in changes.items():
+        first, _, rest = str(key).partition(".")
+        if rest:
+            value, key = {rest: value}, first
+        if isinstance(value, Mapping):
+            inside = tables.setdefault(str(key), {})
+            if not isinstance(inside, dict):
+                raise ConfigError(f"{key} is {inside!r:.40} and no section; leave {key}.* out")
+            _merge(inside, value)
+        elif value is None:
+            tables.pop(str(key), None)
+        else:
+            tables[str(key)] = _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    """A value as TOML has it."""
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else copy.deepcopy(value)
+
+
+@contextmanager
+def borrowed_process(where: Rendezvous) -> Iterator[None]:
+    """Log and handle signals as the training program does; afterwards all is as it was.
+
+    That is: log handlers, signal handlers, torch's threads and random state, and the variables of
+    the environment that the backend sets.
+    """
+    handlers, level, propagate = [*logger.handlers], logger.level, logger.propagate
+    threads, random, environment = torch.get_num_threads(), torch.get_rng_state(), {**os.environ}
+    setup_logging(f"rank {where.rank}", main=where.rank == 0)
+    try:
+        with signals.borrowed():
+            yield
+    finally:
+        logger.handlers[:], logger.propagate = handlers, propagate
+        logger.setLevel(level)
+        torch.set_num_threads(threads)
+        torch.set_rng_state(random)
+        for name in {*os.environ} - {*environment}:
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+def run_ranks(config: Config, ranks: int) -> bool:
+    """Train with ``ranks`` programs on this machine; return whether they were stopped and saved.
+
+    Ctrl-C lets them save and stop, a second one ends them.  Raises the LlamaxError of the rank that
+    failed first, and KeyboardInterrupt if nothing was saved.
+    """
+    with tempfile.TemporaryDirectory(prefix="llamax-") as folder:
+        path = Path(folder) / "config.toml"
+        path.write_text(dump_config(config), encoding="utf-8")
+        port, launchers = _free_port(), {key for keys in FAMILIES.values() for key in keys}
+        kept = {key: value for key, value in os.environ.items() if key not in launchers}
+        found = [str(Path(llamax.__file__).parents[1]), *filter(None, [kept.get("PYTHONPATH")])]
+        kept |= {"PYTHONPATH": os.pathsep.join(found), "PYTHONUNBUFFERED": "1"}
+        programs = [
+            _Program(path, kept | _torchrun_variables(rank, ranks, port)) for rank in range(ranks)
+        ]
+        try:
+            return _wait(programs, Path(config.run.folder))
+        finally:
+            for program in programs:
+                program.kill()
+
+
+class _Program:
+    """The training program of one rank; its messages go to this process's stderr."""
+
+    def __init__(self, config: Path, environment: Mapping[str, str]) -> None:
+        self.lines: deque[str] = deque(maxlen=50)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llamax.train", "--config", str(config)],
+            env=dict(environment),
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            start_new_session=True,  # Ctrl-C reaches the caller alone, which decides
+        )
+        self.reader = threading.Thread(target=self._show, daemon=True)
+        self.reader.start()
+
+    def _show(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            show_line(line.rstrip("\n"), sys.stderr)
+
+    def kill(self) -> None:
+        """End the program if it still runs, and wait for its last messages."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        self.reader.join()
+
+    @property
+    def error(self) -> Exception:
+        """Why the program failed."""
+        self.reader.join()
+        code = self.process.returncode
+        own = [line.removeprefix("llamax: ") for line in self.lines if line.startswith("llamax: ")]
+        kinds = {
+            kind.exit_code: kind
+            for kind in reversed(list(vars(errors).values()))
+            if isinstance(kind, type) and issubclass(kind, LlamaxError)
+        }
+        if code in kinds and own:
+            return kinds[code](own[-1])
+        shown = "\n".join(self.lines)
+        return RuntimeError(f"a rank ended with exit code {code}:\n{shown}")
+
+
+def _wait(programs: list[_Program], folder: Path) -> bool:
+    interrupted, failed = False, None
+    left = list(programs)
+    while left:
+        try:
+            left[0].process.wait(0.1 if failed is None else ENDING_S)
+        except subprocess.TimeoutExpired:
+            if failed is not None:
+                break
+        except KeyboardInterrupt:
+            if interrupted:
+                raise
+            interrupted = True
+            for program in left:
+                program.process.send_signal(signal.SIGTERM)
+        for program in [one for one in left if one.process.poll() is not None]:
+            left.remove(program)
+            ended = program.process.returncode
+            if ended not in (0, *STOPPED) and failed is None:
+                failed = program
+        left = left[1:] + left[:1]
+    if failed is not None:
+        raise failed.error
+    stopped = any(program.process.returncode in STOPPED for program in programs)
+    if stopped and newest_checkpoint(folder / CHECKPOINTS_FOLDER) is None:
+        raise KeyboardInterrupt
+    return stopped
+
+
+def _torchrun_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The environment variables by which a program knows its rank."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(port),
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
