@@ -100,6 +100,7 @@ def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
         ):
             inputs.check_newest(config)
             job = prepare(resolved, backend, axes, inputs, parts=parts)
+            ending.callback(job.saver.close)
             verified.result()
             if changed := inputs.changed(resolved):
                 logger.info("changed since then: %s", ", ".join(changed))

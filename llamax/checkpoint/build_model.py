@@ -98,12 +98,6 @@ def check_model_class(model: Llama, config: Config) -> None:
                 f"{key} of {name} is a buffer, and checkpoints keep parameters alone; register it "
                 "with persistent=False if it follows from the settings, or make it a parameter"
             )
-    for key, parameter in kept.items():
-        if not parameter.requires_grad:
-            raise ConfigError(
-                f"{key} of {name} is frozen, and checkpoints keep trained parameters alone; leave "
-                "requires_grad=True"
-            )
 
 
 def load_first(source: Source, parameters: ShardedParameters, model: ModelConfig) -> None:

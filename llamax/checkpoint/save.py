@@ -157,6 +157,11 @@ class Saver:
             self._thread = None
         self.check()
 
+    def close(self) -> None:
+        """Return when the save in flight has ended, however it did."""
+        if self._thread is not None:
+            self._thread.join()
+
     @property
     def _first(self) -> bool:
         return self.tp.rank == 0 and self.data.rank == 0

@@ -12,7 +12,7 @@ import torch
 from llamax.backends.base import Backend
 from llamax.checkpoint.atomic import write_durable
 from llamax.checkpoint.build_model import build_model, describe_finetune
-from llamax.checkpoint.load import load_owned, load_weights
+from llamax.checkpoint.load import Whole, load_owned, load_weights
 from llamax.checkpoint.peft import AdapterInfo
 from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.save import Saver
@@ -109,13 +109,17 @@ def prepare(
     home = torch.device("cpu") if backend.traces else backend.device
     fresh = draw and resumed is None
     model = build_model(config, inputs.first, fresh, axes, home, parts.model_class)
-    parameters = model.sharded_parameters().trained()
+    parameters = model.sharded_parameters()
+    if config.finetune.method != "full":
+        parameters = parameters.trained()
     state = TrainState.build(run, model, axes, backend)
     if parts.learning_rate is not None:
         state = replace(state, learning_rate=parts.learning_rate)
     step = consumed = 0
     if resumed is not None:
         load_owned(resumed, state.optimizer.owned(), parameters)
+        frozen = {n: p.tensor for n, p in parameters.items() if not p.tensor.requires_grad}
+        load_owned(resumed, [Whole(n, t.detach().view(-1)) for n, t in frozen.items()], parameters)
         if backend.traces:  # which has no program yet to gather with
             load_weights(resumed, parameters)
         else:

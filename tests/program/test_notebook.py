@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -148,7 +149,9 @@ def test_ctrl_c_reaches_started_ranks(data: Path, tmp_path: Path) -> None:
     presser = threading.Thread(target=press)
     presser.start()
     try:
-        run = llamax.train(cfg, run={"steps": 100_000, "log_every": 1, "validate_every": 0}, ranks=2)
+        run = llamax.train(
+            cfg, run={"steps": 100_000, "log_every": 1, "validate_every": 0}, ranks=2
+        )
     finally:
         over.set()
         presser.join()
@@ -237,15 +240,15 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ).folder
 
 
-def printed(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
-    capsys.readouterr()
-    assert generate([str(word) for word in argv]) == 0
-    return capsys.readouterr().out.removesuffix("\n")
+def written(folder: Path, *argv: object) -> str:
+    """The answer of the command, which escapes control characters only where it prints."""
+    out = folder / f"{len([*folder.iterdir()])}.jsonl"
+    assert generate([str(word) for word in [*argv, "--out", out]]) == 0
+    text: str = json.loads(out.read_text(encoding="utf-8"))["text"]
+    return text
 
 
-def test_a_loaded_model_says_what_the_command_says(
-    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_loaded_model_says_what_the_command_says(run: Path, tmp_path: Path) -> None:
     hub = llamax.consolidate(run, tmp_path / "hub")
     exported = llamax.export(run, tmp_path / "exported", to="hf")
     for place in (run, run / "checkpoints/step-00000002", hub, str(exported)):
@@ -254,11 +257,11 @@ def test_a_loaded_model_says_what_the_command_says(
         text = model.generate("for", max_new_tokens=12, seed=3)
         assert process_state() == before
         argv = ["--prompt", "for", "--max-new-tokens", 12, "--seed", 3]
-        assert "for" + text == printed(capsys, place, *argv)
+        assert text == written(tmp_path, place, *argv)
         drawn = {"temperature": 1.4, "top_p": 0.9, "top_k": 40, "seed": 5, "max_new_tokens": 9}
         options = ["--temperature", 1.4, "--top-p", 0.9, "--top-k", 40, "--seed", 5]
         argv = ["--prompt", "def", *options, "--max-new-tokens", 9]
-        assert "def" + model.generate("def", **drawn) == printed(capsys, place, *argv)
+        assert model.generate("def", **drawn) == written(tmp_path, place, *argv)
         assert "float32 on cpu" in repr(model)
 
 
@@ -273,9 +276,10 @@ def test_several_prompts_and_a_stream(run: Path) -> None:
     pieces = list(model.generate("def", max_new_tokens=8, seed=1, stream=True))
     assert "".join(pieces) == texts[0]
     assert len(pieces) > 1
-    assert model.generate("def", max_new_tokens=8, seed=1, stop=texts[0][3]) == texts[0][:3].split(
-        texts[0][3]
-    )[0]
+    assert (
+        model.generate("def", max_new_tokens=8, seed=1, stop=texts[0][3])
+        == texts[0][:3].split(texts[0][3])[0]
+    )
     with pytest.raises(ConfigError, match="`stream=True` takes one prompt"):
         model.generate(prompts, stream=True)
     with pytest.raises(ConfigError, match="prompt 7 is neither a text"):
