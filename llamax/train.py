@@ -178,9 +178,9 @@ def start(
         raise ConfigError(f"`ranks={ranks}` is below 0; use 0 for none")
     chosen = config_of(config, changes, ranks or where.world_size)
     if ranks:
-        return TrainedRun.of(chosen, run_ranks(chosen, ranks))
+        return TrainedRun.of(chosen, run_ranks(chosen, ranks, os.environ))
     stopped = False
-    with borrowed_process(where):
+    with borrowed_process(where, os.environ):
         try:
             train(chosen, where, Parts(model_class, learning_rate))
         except Stopped:

@@ -24,7 +24,7 @@ ROWS = (  # the rooms of a row do not import each other, except BESIDE
     "runtime",
 )
 ROOMS = {room: number for number, row in enumerate(ROWS) for room in row.split()}
-BESIDE = {("cli", "train"), ("__main__", "cli")}
+BESIDE = {("cli", "train"), ("__main__", "cli"), ("__init__", "train")}
 VENDORS = "torch.distributed torch.cuda torch_xla torch_neuronx neuronx_distributed"
 ONLY_IN = {"argparse": "cli train", "kernels": "ops", "launch": "launch cli tools.doctor"}
 ONLY_IN |= dict.fromkeys(VENDORS.split(), "backends")

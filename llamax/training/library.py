@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-import llamax
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.config.constants import CHECKPOINTS_FOLDER, METRICS_FILE
 from llamax.config.load import dump_config, find_config, parse_config
@@ -139,14 +138,14 @@ def _plain(value: Any) -> Any:
 
 
 @contextmanager
-def borrowed_process(where: Rendezvous) -> Iterator[None]:
+def borrowed_process(where: Rendezvous, environ: MutableMapping[str, str]) -> Iterator[None]:
     """Log and handle signals as the training program does; afterwards all is as it was.
 
     That is: log handlers, signal handlers, torch's threads and random state, and the variables of
-    the environment that the backend sets.
+    the environment, ``environ``, that the backend sets.
     """
     handlers, level, propagate = [*logger.handlers], logger.level, logger.propagate
-    threads, random, environment = torch.get_num_threads(), torch.get_rng_state(), {**os.environ}
+    threads, random, environment = torch.get_num_threads(), torch.get_rng_state(), {**environ}
     setup_logging(f"rank {where.rank}", main=where.rank == 0)
     try:
         with signals.borrowed():
@@ -156,12 +155,12 @@ def borrowed_process(where: Rendezvous) -> Iterator[None]:
         logger.setLevel(level)
         torch.set_num_threads(threads)
         torch.set_rng_state(random)
-        for name in {*os.environ} - {*environment}:
-            del os.environ[name]
-        os.environ.update(environment)
+        for name in {*environ} - {*environment}:
+            del environ[name]
+        environ.update(environment)
 
 
-def run_ranks(config: Config, ranks: int) -> bool:
+def run_ranks(config: Config, ranks: int, environ: Mapping[str, str]) -> bool:
     """Train with ``ranks`` programs on this machine; return whether they were stopped and saved.
 
     Ctrl-C lets them save and stop, a second one ends them.  Raises the LlamaxError of the rank that
@@ -171,8 +170,8 @@ def run_ranks(config: Config, ranks: int) -> bool:
         path = Path(folder) / "config.toml"
         path.write_text(dump_config(config), encoding="utf-8")
         port, launchers = _free_port(), {key for keys in FAMILIES.values() for key in keys}
-        kept = {key: value for key, value in os.environ.items() if key not in launchers}
-        found = [str(Path(llamax.__file__).parents[1]), *filter(None, [kept.get("PYTHONPATH")])]
+        kept = {key: value for key, value in environ.items() if key not in launchers}
+        found = [str(Path(__file__).parents[2]), *filter(None, [kept.get("PYTHONPATH")])]
         kept |= {"PYTHONPATH": os.pathsep.join(found), "PYTHONUNBUFFERED": "1"}
         programs = [
             _Program(path, kept | _torchrun_variables(rank, ranks, port)) for rank in range(ranks)
