@@ -10,6 +10,7 @@ that a machine imports only what it can run::
     rms_norm, rotate,    cpu, reference
       swiglu
     attention            fused (torch), cpu, nki (Trainium), traced (XLA), reference
+    attention_by_blocks  nki (Trainium), reference
     attention_cached     fused (torch), reference
     embedding            selected (XLA), reference
     at_columns,          compared (XLA), reference
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 if TYPE_CHECKING:
     from llamax.config.model import RopeScaling
@@ -77,12 +79,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Causal self-attention: [B, S, H, E], 2 x [B, S, K, E], [B, S] or None -> [B, S, H, E].
+    """Causal self-attention: [B, S, H, E], 2 x [B, T, K, E], [B, T] or None -> [B, S, H, E].
 
-    Query head h reads key/value head ``h * K // H``.  With ``documents`` (integers), a token
-    attends only to itself and to earlier tokens with the same number.
+    The queries are those of the last S of T tokens.  Query head h reads key/value head
+    ``h * K // H``.  With ``documents`` (integers), a token attends only to itself and to earlier
+    tokens with the same number.
     """
     return kernel("attention", q, k, v, documents)(q, k, v, documents)
+
+
+def attention_by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, rank: Tensor
+) -> Tensor:
+    """Attention of a rank to the tokens of n that share sequences: ``kernels/attention/blocks``."""
+    return kernel("attention_by_blocks", q, k, v, documents)(q, k, v, documents, rank)
 
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -169,7 +179,7 @@ def reference_swiglu(gate_up: Tensor) -> Tensor:
 
 
 def reference_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-    return reference_attention_cached(q, k, v, _causal_mask(q, documents))
+    return reference_attention_cached(q, k, v, _causal_mask(q, k, documents))
 
 
 def reference_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -181,11 +191,12 @@ def reference_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) ->
     return (scores_BHST.softmax(-1) @ v_BHTE).transpose(1, 2).to(q.dtype)
 
 
-def _causal_mask(q: Tensor, documents: Tensor | None) -> Tensor:
-    position = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
-    mask_BST = (position[:, None] >= position)[None]
+def _causal_mask(q: Tensor, k: Tensor, documents: Tensor | None) -> Tensor:
+    past = k.shape[1] - q.shape[1]
+    position = torch.arange(k.shape[1], dtype=torch.int32, device=q.device)
+    mask_BST = (position[past:, None] >= position)[None]
     if documents is not None:
-        mask_BST = mask_BST & (documents[:, :, None] == documents[:, None, :])
+        mask_BST = mask_BST & (documents[:, past:, None] == documents[:, None, :])
     return mask_BST
 
 
@@ -208,7 +219,7 @@ def traced_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) 
     k_BKTE, v_BKTE = k.transpose(1, 2), v.transpose(1, 2)
     scores_BKgST = _wide(q_BKgsE @ k_BKTE.mT).unflatten(2, (groups[1], -1))
     hidden, seen = (torch.full((), x, device=q.device) for x in (-math.inf, 0.0))
-    bias_B11ST = torch.where(_causal_mask(q, documents)[:, None, None], seen, hidden)
+    bias_B11ST = torch.where(_causal_mask(q, k, documents)[:, None, None], seen, hidden)
     weights_BKgST = (scores_BKgST + bias_B11ST).softmax(-1).to(q.dtype)
     o_BKgsE = weights_BKgST.flatten(2, 3) @ v_BKTE
     o_BHSE: Tensor = o_BKgsE.unflatten(2, (groups[1], -1)).flatten(1, 2)
@@ -238,9 +249,15 @@ def selected_embedding(ids: Tensor, weight: Tensor) -> Tensor:
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
     if documents is not None:
-        return fused_attention_cached(q, k, v, _causal_mask(q, documents))
+        return fused_attention_cached(q, k, v, _causal_mask(q, k, documents))
+    whole = q.shape[1] == k.shape[1]
     out_BHSE = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=None if whole else causal_lower_right(q.shape[1], k.shape[1]),
+        is_causal=whole,
+        enable_gqa=True,
     )
     return out_BHSE.transpose(1, 2)
 
@@ -287,18 +304,25 @@ def _cpu_without_bf16(x: Tensor, *_: Tensor | None) -> bool:
     return _on_cpu(x) and x.dtype == torch.bfloat16 and not has_bf16_units()
 
 
-def _nki_flash(q: Tensor, *others: Tensor | None) -> bool:
-    return q.device.type == "xla" and bool(_load("attention.nki_kernel:supported")(q, *others))
+def _nki(name: str) -> Callable[..., bool]:
+    path = f"attention.nki_kernel:{name}"
+    return lambda q, *others: q.device.type == "xla" and bool(_load(path)(q, *others))
 
 
-def _fused_attention_is_faster(q: Tensor, _k: Tensor, _v: Tensor, documents: Tensor | None) -> bool:
-    if _on_cuda(q):
-        return True
-    return _on_cpu(q) and q.dtype == torch.float32 and documents is None and q.shape[1] >= 2048
+def _fused_attention_is_faster(q: Tensor, k: Tensor, _v: Tensor, documents: Tensor | None) -> bool:
+    long = documents is None and q.shape[1] == k.shape[1] >= 2048
+    return _on_cuda(q) or (_on_cpu(q) and q.dtype == torch.float32 and long)
 
 
 def _fused_cached_is_faster(q: Tensor, *_: Tensor | None) -> bool:
     return _on_cuda(q) or (_on_cpu(q) and not _cpu_without_bf16(q))
+
+
+@cache
+def _load(path: str) -> Callable[..., Any]:
+    module, _, function = path.partition(":")
+    loaded: Callable[..., Any] = getattr(import_module(f"llamax.kernels.{module}"), function)
+    return loaded
 
 
 TABLE: dict[str, tuple[Row, ...]] = {
@@ -329,9 +353,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention": (
         Row("fused", _fused_attention_is_faster, fused_attention),
         Row("cpu", _on_cpu, "attention.op:attention"),
-        Row("nki", _nki_flash, "attention.nki_kernel:attention"),
+        Row("nki", _nki("supported"), "attention.nki_kernel:attention"),
         Row("traced", _on_xla, traced_attention),
         Row("reference", _anywhere, reference_attention),
+    ),
+    "attention_by_blocks": (
+        Row("nki", _nki("takes_blocks"), "attention.nki_kernel:by_blocks"),
+        Row("reference", _anywhere, lambda *x: _load("attention.blocks:attention")(*x)),
     ),
     "embedding": (
         Row("selected", _on_xla, selected_embedding),
@@ -356,13 +384,6 @@ def kernel(operation: str, *arguments: Tensor | None) -> Callable[..., Tensor]:
     """The first kernel of ``TABLE[operation]`` that supports these tensors."""
     row = next(row for row in TABLE[operation] if row.supported(*arguments))
     return _load(row.kernel) if isinstance(row.kernel, str) else row.kernel
-
-
-@cache
-def _load(path: str) -> Callable[..., Any]:
-    module, _, function = path.partition(":")
-    loaded: Callable[..., Any] = getattr(import_module(f"llamax.kernels.{module}"), function)
-    return loaded
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

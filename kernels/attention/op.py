@@ -35,7 +35,7 @@ from llamax.config.constants import ATTENTION_BLOCK_QUERIES, ATTENTION_SCORES_BY
 
 
 class Block(NamedTuple):
-    """The queries [start, stop) and keys [low, stop) of one or several sequences.
+    """The queries [start, stop) and keys [low, high) of one or several sequences.
 
     ``bias`` (0 or -inf, [stop - start, n]) is added to the scores of the last n keys.
     """
@@ -43,6 +43,7 @@ class Block(NamedTuple):
     start: int
     stop: int
     low: int
+    high: int
     bias: Tensor
 
 
@@ -52,20 +53,20 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
         batch, length, heads, width = q.shape
-        kv = k.shape[2]
+        past, kv = k.shape[1] - length, k.shape[2]
         dtype = torch.promote_types(q.dtype, torch.float32)
         scale = width**-0.5 * math.log2(math.e)
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty((batch, kv, heads // kv, length), dtype=dtype)
-        for rows in _sequences(q, documents, dtype):
+        for rows in _sequences(q, k, documents, dtype):
             keys, values = _by_head(k[rows], dtype), _by_head(v[rows], dtype)
-            for start, stop, low, bias in _blocks(length, documents, rows, dtype):
+            for start, stop, low, high, bias in _blocks(length, documents, rows, dtype, past):
                 queries = _stack(q[rows, start:stop], kv, dtype)
-                scores = _scores(queries, keys[:, low:stop], bias, scale)
+                scores = _scores(queries, keys[:, low:high], bias, scale)
                 largest = scores.amax(-1, keepdim=True)
                 weights = scores.sub_(largest).exp2_()
                 total = weights.sum(-1, keepdim=True)
-                mixed = torch.bmm(weights, values[:, low:stop]).div_(total)
+                mixed = torch.bmm(weights, values[:, low:high]).div_(total)
                 _unstack(mixed, out[rows, start:stop], kv)
                 block_lse = lse[rows, :, :, start:stop]
                 block_lse.copy_(total.log2_().add_(largest).view(block_lse.shape))
@@ -77,23 +78,24 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse, documents = ctx.saved_tensors
         length, kv, dtype = q.shape[1], k.shape[2], lse.dtype
+        past = k.shape[1] - length
         scale = q.shape[-1] ** -0.5
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-        for rows in _sequences(q, documents, dtype):
+        for rows in _sequences(q, k, documents, dtype):
             keys, values = _by_head(k[rows], dtype), _by_head(v[rows], dtype)
             dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-            for start, stop, low, bias in _blocks(length, documents, rows, dtype):
+            for start, stop, low, high, bias in _blocks(length, documents, rows, dtype, past):
                 queries = _stack(q[rows, start:stop], kv, dtype)
                 dmixed = _stack(dout[rows, start:stop], kv, dtype)
                 mixed = _stack(out[rows, start:stop], kv, dtype)
                 along = mixed.mul_(dmixed).sum(-1, keepdim=True)
                 block_lse = lse[rows, :, :, start:stop].reshape(along.shape)
-                scores = _scores(queries, keys[:, low:stop], bias, scale * math.log2(math.e))
+                scores = _scores(queries, keys[:, low:high], bias, scale * math.log2(math.e))
                 weights = scores.sub_(block_lse).exp2_()
-                dvalues[:, low:stop].baddbmm_(weights.mT, dmixed)
-                dscores = torch.bmm(dmixed, values[:, low:stop].mT).sub_(along).mul_(weights)
-                dkeys[:, low:stop].baddbmm_(dscores.mT, queries, alpha=scale)
-                dqueries = torch.bmm(dscores, keys[:, low:stop]).mul_(scale)
+                dvalues[:, low:high].baddbmm_(weights.mT, dmixed)
+                dscores = torch.bmm(dmixed, values[:, low:high].mT).sub_(along).mul_(weights)
+                dkeys[:, low:high].baddbmm_(dscores.mT, queries, alpha=scale)
+                dqueries = torch.bmm(dscores, keys[:, low:high]).mul_(scale)
                 _unstack(dqueries, dq[rows, start:stop], kv)
             dk[rows] = dkeys.view(-1, kv, *dkeys.shape[1:]).transpose(1, 2)
             dv[rows] = dvalues.view(-1, kv, *dvalues.shape[1:]).transpose(1, 2)
@@ -101,41 +103,46 @@ class Attention(torch.autograd.Function):
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
-    """Causal self-attention: [B, S, H, E], [B, S, K, E] twice, [B, S] or None -> [B, S, H, E]."""
+    """Causal self-attention: [B, S, H, E], [B, T, K, E] twice, [B, T] or None -> [B, S, H, E].
+
+    The queries are those of the last S of T tokens.
+    """
     out: Tensor = Attention.apply(q, k, v, documents)  # type: ignore[no-untyped-call]
     return out
 
 
-def _sequences(q: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Iterator[slice]:
+def _sequences(
+    q: Tensor, k: Tensor, documents: Tensor | None, dtype: torch.dtype
+) -> Iterator[slice]:
     """The sequences computed together: one at a time with documents, which skip different keys."""
-    batch, length, heads, _ = q.shape
+    batch, _, heads, _ = q.shape
     together = 1
     if documents is None:
-        block_bytes = dtype.itemsize * heads * ATTENTION_BLOCK_QUERIES * length
+        block_bytes = dtype.itemsize * heads * ATTENTION_BLOCK_QUERIES * k.shape[1]
         together = max(1, ATTENTION_SCORES_BYTES // block_bytes)
     for start in range(0, batch, together):
         yield slice(start, start + together)
 
 
 def _blocks(
-    length: int, documents: Tensor | None, rows: slice, dtype: torch.dtype
+    length: int, documents: Tensor | None, rows: slice, dtype: torch.dtype, past: int = 0
 ) -> Iterator[Block]:
-    """The blocks of queries of the sequences ``rows``, in order."""
+    """The blocks of queries of the sequences ``rows``, in order, after ``past`` tokens."""
     causal = torch.full((ATTENTION_BLOCK_QUERIES,) * 2, -math.inf, dtype=dtype).triu_(1)
     if documents is not None:
         numbers = documents[rows.start]
         first = _first_of_document(numbers)
     for start in range(0, length, ATTENTION_BLOCK_QUERIES):
         stop = min(start + ATTENTION_BLOCK_QUERIES, length)
-        low, bias = 0, causal[: stop - start, : stop - start]
+        low, high, bias = 0, past + stop, causal[: stop - start, : stop - start]
         if documents is not None:
-            low = int(first[start:stop].min())
-            other = numbers[start:stop, None] != numbers[low:stop]
+            low = int(first[past + start : high].min())
+            other = numbers[past + start : high, None] != numbers[low:high]
             if other.any():
                 wide = torch.zeros(other.shape, dtype=dtype)
-                wide[:, start - low :] = bias
+                wide[:, past + start - low :] = bias
                 bias = wide.masked_fill_(other, -math.inf)
-        yield Block(start, stop, low, bias)
+        yield Block(start, stop, low, high, bias)
 
 
 def _first_of_document(numbers: Tensor) -> Tensor:

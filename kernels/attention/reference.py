@@ -9,13 +9,17 @@ Array = NDArray[np.float64]
 
 
 def attention(q: Array, k: Array, v: Array, documents: NDArray[np.integer] | None = None) -> Array:
-    """Causal self-attention: [B, S, H, E], [B, S, K, E] twice, [B, S] or None -> [B, S, H, E]."""
+    """Causal self-attention: [B, S, H, E], [B, T, K, E] twice, [B, T] or None -> [B, S, H, E].
+
+    The queries are those of the last S of T tokens.
+    """
+    past = k.shape[1] - q.shape[1]
     out = np.empty_like(q)
     for b, s, h in np.ndindex(q.shape[:3]):
         head = h * k.shape[2] // q.shape[2]
-        visible = np.arange(s + 1)
+        visible = np.arange(past + s + 1)
         if documents is not None:
-            visible = visible[documents[b, visible] == documents[b, s]]
+            visible = visible[documents[b, visible] == documents[b, past + s]]
         out[b, s, h] = _weights(q[b, s, h], k[b, visible, head]) @ v[b, visible, head]
     return out
 
@@ -24,13 +28,14 @@ def attention_backward(
     dout: Array, q: Array, k: Array, v: Array, documents: NDArray[np.integer] | None = None
 ) -> tuple[Array, Array, Array]:
     """The gradients of q, k and v."""
+    past = k.shape[1] - q.shape[1]
     dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
     scale = q.shape[-1] ** -0.5
     for b, s, h in np.ndindex(q.shape[:3]):
         head = h * k.shape[2] // q.shape[2]
-        visible = np.arange(s + 1)
+        visible = np.arange(past + s + 1)
         if documents is not None:
-            visible = visible[documents[b, visible] == documents[b, s]]
+            visible = visible[documents[b, visible] == documents[b, past + s]]
         p = _weights(q[b, s, h], k[b, visible, head])
         dp = v[b, visible, head] @ dout[b, s, h]
         ds = p * (dp - p @ dp) * scale

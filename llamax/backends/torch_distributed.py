@@ -210,16 +210,25 @@ class _TorchBackend:
                 f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank, "
                 f"or raise run.timeout_s{_network_hint(error)}"
             ) from error
+        made: dict[tuple[int, ...], dist.ProcessGroup] = {}  # axes of the same ranks share one
         named = mesh.axes().items()
-        return Axes(**{name: self._axis(name, groups, timeout) for name, groups in named})
+        return Axes(**{name: self._axis(name, groups, timeout, made) for name, groups in named})
 
-    def _axis(self, name: str, groups: Groups, timeout: timedelta) -> Axis:
+    def _axis(
+        self,
+        name: str,
+        groups: Groups,
+        timeout: timedelta,
+        made: dict[tuple[int, ...], dist.ProcessGroup],
+    ) -> Axis:
         ranks = next(group for group in groups if self.rendezvous.rank in group)
         if len(ranks) == 1:
             return Solo(name, self.device)
-        group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-        assert group is not None
-        return self.axis(name, ranks, self.device, group)
+        if ranks not in made:
+            group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+            assert group is not None
+            made[ranks] = group
+        return self.axis(name, ranks, self.device, made[ranks])
 
     def fetch(self, tensors: Sequence[Tensor]) -> list[float]:
         return [float(tensor) for tensor in tensors]

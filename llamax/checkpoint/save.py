@@ -90,7 +90,7 @@ class Saver:
             for name, tensor in parameters.tensors.items()
             if isinstance(tensor, Parameter) and not tensor.requires_grad
         }
-        self.tp, self.data = axes.tp, axes.data
+        self.axes, self.tp, self.data = axes, axes.tp, axes.data
         self.zero1, self.timeout_s = zero1, timeout_s
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -131,7 +131,7 @@ class Saver:
             step=step,
             llamax=LLAMAX,
             torch=torch.__version__,
-            mesh={"tensor": self.tp.size, "data": self.data.size, "zero1": int(self.zero1)},
+            mesh=self._mesh(),
             model=dict(model),
             state=dict(state),
             files=[],
@@ -165,6 +165,12 @@ class Saver:
     @property
     def _first(self) -> bool:
         return self.tp.rank == 0 and self.data.rank == 0
+
+    def _mesh(self) -> dict[str, int]:
+        """The degrees of the mesh, by their names in a configuration."""
+        context = {"context": self.axes.cp.size} if self.axes.cp.size > 1 else {}
+        data, zero1 = self.axes.dp.size, int(self.zero1)
+        return {"tensor": self.tp.size, **context, "data": data, "zero1": zero1}
 
     def _snapshot(self, owned: Iterable[Owned]) -> list[Kept]:
         kept = []

@@ -54,8 +54,18 @@ def nf4_bits(double_quant: bool) -> float:
     return 4 + scale_bits / NF4_BLOCK_WEIGHTS
 
 
-def flash_refusal(sequence_length: int, head_dim: int, separate_documents: bool) -> str:
-    """Why the NKI flash kernel cannot compute such an attention; empty where it can."""
+def flash_refusal(
+    sequence_length: int, head_dim: int, separate_documents: bool, context: int = 1
+) -> str:
+    """Why the NKI flash kernel cannot compute such an attention; empty where it can.
+
+    With ``context`` ranks it computes blocks of the 2 x ``context`` chunks of a sequence.
+    """
+    if context > 1 and sequence_length % (2 * context * FLASH_MULTIPLE):
+        return (
+            f"the {2 * context} chunks of {sequence_length} tokens that parallel.context={context} "
+            f"makes are not multiples of {FLASH_MULTIPLE}"
+        )
     if sequence_length % FLASH_MULTIPLE:
         return f"the sequence length {sequence_length} is not a multiple of {FLASH_MULTIPLE}"
     if head_dim > FLASH_MAX_HEAD_DIM:

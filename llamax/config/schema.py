@@ -35,7 +35,9 @@ class ParallelConfig:
     tensor: Count = 1
     """Tensor-parallel degree [ranks]."""
     data: Natural = 0
-    """Data-parallel degree; 0: all ranks that the tensor degree leaves [ranks]."""
+    """Data-parallel degree; 0: all ranks that tensor and context leave [ranks]."""
+    context: Count = 1
+    """Context-parallel degree: ranks that share each sequence, for long ones [ranks]."""
     sequence: bool = True
     """Cut activations between layers over the tensor ranks."""
     zero1: bool = True

@@ -7,6 +7,7 @@
     rank 1                       2 3         6 7
 
 Microsteps are outermost, so that the samples of a step do not depend on the number of data ranks.
+Context-parallel ranks take the same samples, and a part of each.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 
 from llamax.config.schema import DataConfig
 from llamax.data.shuffle import Integers
+from llamax.parallel.mesh import ALONE, Seat
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class BatchPlan:
     """The samples of each step for data rank ``rank`` of ``degree``.
 
     ``seed`` decides the order of samples, ``sequence_length`` is that of one in tokens;
-    ``global_batch`` and ``micro_batch`` count samples.
+    ``global_batch`` and ``micro_batch`` count samples; ``cp`` says which part of each sample.
     """
 
     seed: int
@@ -33,15 +35,17 @@ class BatchPlan:
     micro_batch: int
     rank: int = 0
     degree: int = 1
+    cp: Seat = ALONE
 
     def __post_init__(self) -> None:
         assert 0 <= self.rank < self.degree
         assert self.global_batch % (self.micro_batch * self.degree) == 0
 
     @classmethod
-    def of(cls, data: DataConfig, seed: int, rank: int, degree: int) -> BatchPlan:
+    def of(cls, data: DataConfig, seed: int, rank: int, degree: int, cp: Seat = ALONE) -> BatchPlan:
         """The plan of a run's data section."""
-        return cls(seed, data.sequence_length, data.global_batch, data.micro_batch, rank, degree)
+        batch = data.global_batch, data.micro_batch
+        return cls(seed, data.sequence_length, *batch, rank, degree, cp)
 
     def places(self) -> Integers:
         """The places of this rank's samples in a global batch: [microsteps, micro_batch]."""

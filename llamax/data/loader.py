@@ -38,11 +38,16 @@ from llamax.data.batch_plan import BatchPlan
 from llamax.data.shuffle import Integers, permute
 from llamax.data.token_file import Stream
 from llamax.ops import IGNORE_INDEX
+from llamax.parallel import context_parallel
 from llamax.runtime.errors import DataError
 
 
 class Batch(NamedTuple):
-    """Rows of samples: ids, labels (or IGNORE_INDEX), positions [B,S]; documents [B,S] or None."""
+    """Rows of samples: ids, labels (or IGNORE_INDEX), positions [B,S]; documents [B,S] or None.
+
+    With context parallelism these are a rank's share of each row, [B,s], and documents are those of
+    the whole rows, in rank order (``parallel.context_parallel``).
+    """
 
     ids: Tensor
     labels: Tensor
@@ -93,7 +98,9 @@ class Batches(ABC):
     def at(self, consumed: int) -> list[Batch]:
         """The micro-batches of the step that begins after ``consumed`` samples."""
         microsteps, rows = self._places.shape
-        ids, labels, positions, documents = self.gather(self.order(consumed + self._places.ravel()))
+        ids, labels, positions, documents = self._cut(
+            self.gather(self.order(consumed + self._places.ravel()))
+        )
         return [
             Batch(
                 ids[start : start + rows],
@@ -119,6 +126,17 @@ class Batches(ABC):
         """The samples of the global batch that begins after ``consumed`` samples."""
         ids: list[int] = self.order(consumed + np.arange(self.global_batch)).tolist()
         return ids
+
+    def _cut(self, whole: Batch) -> Batch:
+        """A context rank's share of rows; labels were shifted before, so none is lost at a cut."""
+        rank, size = self.plan.cp
+        if size == 1:
+            return whole
+        ids, labels, positions = (context_parallel.cut(x, rank, size) for x in whole[:3])
+        documents = whole.documents
+        if documents is not None:
+            documents = context_parallel.in_rank_order(documents, size)
+        return Batch(ids, labels, positions, documents)
 
     @abstractmethod
     def gather(self, samples: Integers) -> Batch:

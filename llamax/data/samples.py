@@ -17,6 +17,7 @@ from llamax.config.schema import DataConfig
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import Mixture, Split
 from llamax.data.packing import Packs
+from llamax.parallel.mesh import ALONE, Seat
 
 if TYPE_CHECKING:
     from llamax.data.loader import Batches
@@ -51,16 +52,16 @@ class Samples:
             return len(self.packs)
         return max(1, -(-(len(self.file) - 1) // self.data.sequence_length))
 
-    def loader(self, axis: Axis, consumed: int, shuffle: bool) -> Batches:
-        """This data rank's batches, after ``consumed`` samples of the run."""
+    def loader(self, dp: Axis | Seat, consumed: int, shuffle: bool, cp: Seat = ALONE) -> Batches:
+        """This data rank's batches, after ``consumed`` samples of the run, or its part of them."""
         from llamax.data.blended_loader import BlendedLoader
         from llamax.data.loader import Loader
         from llamax.data.packed_loader import PackedLoader
 
         data = self.data
-        plan = BatchPlan.of(data, self.seed, axis.rank, axis.size)
+        plan = BatchPlan.of(data, self.seed, dp.rank, dp.size, cp)
         if self.parts:
-            parts = [part.loader(axis, 0, shuffle) for part in self.parts]
+            parts = [part.loader(dp, 0, shuffle) for part in self.parts]
             return BlendedLoader(parts, self.weights, plan, consumed)
         if self.packs is not None:
             return PackedLoader(

@@ -44,11 +44,15 @@ class Dropout:
         keys = [_fold(_fold(_fold(self.seed) + step) + number) for number in samples]
         return torch.tensor([signed(key >> 32) for key in keys], dtype=torch.int32)
 
-    def begin(self, keys_B: Tensor | None, length: int) -> None:
-        """Samples with these keys follow, of ``length`` tokens: int32 [B]."""
+    def begin(self, keys_B: Tensor | None, length: int, places_S: Tensor | None = None) -> None:
+        """Samples with these keys follow, of ``length`` tokens: int32 [B].
+
+        ``places_S`` (int32) are the places of the tokens in their sequences, by default 0, 1, ...
+        """
         self.tokens_BS = None
         if keys_B is not None:
-            places_S = torch.arange(length, dtype=torch.int32, device=keys_B.device)
+            if places_S is None:
+                places_S = torch.arange(length, dtype=torch.int32, device=keys_B.device)
             self.tokens_BS = mix(keys_B.unsqueeze(1) + mix(places_S))
 
     def __call__(self, x: Tensor, stays: Tensor | None) -> Tensor:

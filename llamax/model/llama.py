@@ -322,11 +322,13 @@ class Llama(nn.Module):
         attend: Attend | None = None,
         chunk_tokens: int | None = None,
         keys_B: Tensor | None = None,
+        places_S: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy in nats and the count of labels that are not -100, both 0-d.
 
         ``labels_BS`` are the tokens to predict at each place: shifted, unlike transformers'.
-        Adapters drop features if ``keys_B`` gives each sample a key (``llamax.model.dropout``).
+        Adapters drop features if ``keys_B`` gives each sample a key (``llamax.model.dropout``), and
+        ``places_S`` the places of the tokens in their sequences, by default 0, 1, 2, ...
         """
         check_ids(labels_BS, self.config.vocab_size, labels=True)
         if labels_BS.shape != ids_BS.shape:
@@ -334,7 +336,7 @@ class Llama(nn.Module):
                 f"labels are {list(labels_BS.shape)}, and ids {list(ids_BS.shape)}; give a label "
                 "for every id"
             )
-        x_BsD = self._trunk(ids_BS, positions_BS, documents_BS, attend, keys_B)
+        x_BsD = self._trunk(ids_BS, positions_BS, documents_BS, attend, keys_B, places_S)
         return vocab_parallel_loss(
             x_BsD,
             self.output_weight,
@@ -352,6 +354,7 @@ class Llama(nn.Module):
         documents_BS: Tensor | None,
         attend: Attend | None,
         keys_B: Tensor | None = None,
+        places_S: Tensor | None = None,
     ) -> Tensor:
         check_ids(ids_BS, self.config.vocab_size)
         if self.sequence_parallel and ids_BS.shape[1] % self.tp.size:
@@ -360,7 +363,7 @@ class Llama(nn.Module):
                 "sequence parallelism needs; pad them, or use a model without it"
             )
         if self.dropout is not None:
-            self.dropout.begin(keys_B, ids_BS.shape[1])
+            self.dropout.begin(keys_B, ids_BS.shape[1], places_S)
         if positions_BS is None:
             positions_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).unsqueeze(0)
         elif positions_BS.shape not in (ids_BS.shape, (1, ids_BS.shape[1])):

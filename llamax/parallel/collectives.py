@@ -19,6 +19,8 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from llamax.parallel.mesh import Seat
+
 Reduction = Literal["sum", "max"]
 
 
@@ -87,18 +89,30 @@ class Axes:
     """The axes of a mesh as one rank sees them.
 
     ``data`` is where gradients are summed (dp x cp).  ``kv`` joins the neighbouring tensor ranks
-    that hold the same key/value head; it has size one unless tensor > num_key_value_heads.
+    that hold the same key/value head; it has size one unless tensor > num_key_value_heads.  The
+    ranks of ``cp`` hold parts of the same sequences.
     """
 
     tp: Axis
     data: Axis
     kv: Axis
     world: Axis
+    cp: Axis = field(default_factory=lambda: Solo("cp"))
 
     @classmethod
     def solo(cls, device: torch.device | str = "cpu") -> Axes:
         """The axes of a world of one."""
-        return cls(*(Solo(name, device) for name in ("tp", "data", "kv", "world")))
+        return cls(*(Solo(name, device) for name in ("tp", "data", "kv", "world", "cp")))
+
+    @property
+    def dp(self) -> Seat:
+        """This rank among those of ``data`` that take different samples."""
+        return Seat(self.data.rank // self.cp.size, self.data.size // self.cp.size)
+
+    @property
+    def part(self) -> Seat:
+        """This rank among those that take parts of the same samples."""
+        return Seat(self.cp.rank, self.cp.size)
 
 
 @dataclass

@@ -18,13 +18,24 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from llamax.runtime.errors import ConfigError
 
 AXES = ("pp", "dp", "cp", "tp")
-MISSING = {"pp": "pipeline", "cp": "context"}  # axes that no training step has yet
+MISSING = {"pp": "pipeline"}  # axes that no training step has yet
 
 Groups = tuple[tuple[int, ...], ...]
+
+
+class Seat(NamedTuple):
+    """The number of a rank among ``size`` ranks of an axis."""
+
+    rank: int
+    size: int
+
+
+ALONE = Seat(0, 1)
 
 
 @dataclass(frozen=True)
@@ -146,6 +157,7 @@ class Mesh:
             "data": self.groups("dp", "cp"),
             "kv": self.replicas("tp", self.kv),
             "world": (tuple(range(self.world_size)),),
+            "cp": self.groups("cp"),
         }
 
     def replicas(self, axis: str, size: int) -> Groups:

@@ -11,7 +11,11 @@ reduce   all-reduce                   identity                     partial sums 
 scatter  reduce-scatter along S       all-gather along S           partial sums -> x_BsD
 join     all-gather along a dim       share of the gradient        shares -> whole
 split    share along a dim            all-gather                   whole -> shares
+collect  all-gather along a dim       reduce-scatter               shares -> whole
 ======== ============================ ============================ =======================
+
+Ranks do the same with what was joined, and different things with what was collected, so that its
+gradient is the sum of theirs.
 
 The transposes of ``reduce`` and ``scatter`` (copy in, gather in) belong to the column-parallel
 layer, which fuses them with its matmul to save only the sharded input (``tensor_parallel.py``).
@@ -76,6 +80,18 @@ class _Split(torch.autograd.Function):
         return ctx.axis.all_gather(dy, ctx.dim), None, None
 
 
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, axis: Axis, dim: int) -> Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return axis.all_gather(x, dim)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.axis.reduce_scatter(dy, ctx.dim), None, None
+
+
 def share(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's share of ``x`` along ``dim``; the rank is a tensor: every rank traces alike."""
     parts: Tensor = x.unflatten(dim, (axis.size, -1)).movedim(dim, 0)
@@ -97,6 +113,11 @@ def join(x: Tensor, axis: Axis, dim: int) -> Tensor:
 def split(x: Tensor, axis: Axis, dim: int) -> Tensor:
     """This rank's share along ``dim`` of a tensor that is the same on every rank."""
     return x if axis.size == 1 else apply(_Split, x, axis, dim)
+
+
+def collect(x: Tensor, axis: Axis, dim: int) -> Tensor:
+    """The whole tensor from all shares along ``dim``, for a computation of each rank's own."""
+    return x if axis.size == 1 else apply(_Collect, x, axis, dim)
 
 
 def apply(region: type[torch.autograd.Function], *arguments: object) -> Tensor:

@@ -68,7 +68,8 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
     manifest = source.manifest
     yield "checkpoint", path
     yield "step", manifest.step
-    mesh = f"tensor {manifest.mesh.get('tensor')} x data {manifest.mesh.get('data')}"
+    degrees = {name: manifest.mesh.get(name) for name in ("tensor", "context", "data")}
+    mesh = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree)
     yield "saved on", f"{mesh}, llamax {manifest.llamax}, torch {manifest.torch}"
     yield from _model(source)
     if trained := adapter_info(source):

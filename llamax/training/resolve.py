@@ -128,8 +128,8 @@ def resolve(
     resolved = replace(config, run=run, optim=optim)
     if not assumption:
         validate.check(resolved, ranks)
-    tensor = config.parallel.tensor
-    stage = Mesh.fill(ranks, tp=tensor, kv=config.model.kv_replicas(tensor))
+    tensor, context = config.parallel.tensor, config.parallel.context
+    stage = Mesh.fill(ranks, tp=tensor, cp=context, kv=config.model.kv_replicas(tensor))
     mesh = replace(stage, pp=pipeline)
     return ResolvedRun(
         resolved,

@@ -170,15 +170,16 @@ def log_start(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     write_durable(job.folder / CONFIG_FILE, dump_config(config))
     logger.info(
-        "%s parameters in %s on %d ranks (%s): tensor %d%s x data %d%s",
+        "%s parameters in %s on %d ranks (%s): tensor %d%s%s x data %d%s",
         show_number(config.model.num_parameters()),
         config.run.dtype,
         mesh.world_size,
         config.run.backend,
         mesh.tp,
         " with sequence parallelism" if job.state.model.sequence_parallel else "",
+        f" x context {mesh.cp}" if mesh.cp > 1 else "",
         mesh.dp,
-        " with ZeRO-1" if config.parallel.zero1 and mesh.dp > 1 else "",
+        " with ZeRO-1" if config.parallel.zero1 and mesh.dp * mesh.cp > 1 else "",
     )
     logger.info(
         "%s: %s tokens, %s a step in %d microsteps, %s",
@@ -220,10 +221,10 @@ def log_start(job: Job) -> None:
 
 def loaders(job: Job) -> tuple[Batches, Batches | None]:
     """Training samples from where the run stands, and validation samples in their fixed order."""
-    axis, validation = job.state.axes.data, job.validation
+    axes, validation = job.state.axes, job.validation
     return (
-        job.training.loader(axis, job.consumed_sequences, shuffle=True),
-        None if validation is None else validation.loader(axis, 0, shuffle=False),
+        job.training.loader(axes.dp, job.consumed_sequences, shuffle=True, cp=axes.part),
+        None if validation is None else validation.loader(axes.dp, 0, shuffle=False, cp=axes.part),
     )
 
 

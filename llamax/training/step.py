@@ -31,6 +31,7 @@ from llamax.model.qlora import stores
 from llamax.optim.replicas import check_equal
 from llamax.optim.schedule import lr_at
 from llamax.optim.zero1 import Zero1
+from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.sharding import Replica
 from llamax.training.resolve import ResolvedRun
@@ -179,6 +180,8 @@ class TrainState:
     def step(self, batches: Iterable[Batch], number: int, stop: bool = False) -> Step:
         """Accumulate this data rank's microbatches, then update once; ``number`` counts from 1.
 
+        With context parallelism they are this rank's share of them (``llamax.data.loader``).
+
         ``stop`` is this rank's wish to stop; the number of ranks that have it comes back.
 
         The loss is the mean over all counted tokens of the global batch, the same on every rank:
@@ -226,8 +229,8 @@ class TrainState:
         """Numbers that tell the samples of a microbatch apart, the same on every mesh."""
         if self.model.dropout is None:
             return None
-        rows, data = batch.ids.shape[0], self.axes.data
-        return self.model.dropout.keys(number, (place * data.size + data.rank) * rows, rows)
+        rows, dp = batch.ids.shape[0], self.axes.dp
+        return self.model.dropout.keys(number, (place * dp.size + dp.rank) * rows, rows)
 
     def _loss(self, batch: Batch, keys_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
         device = self.model.tp.rank_index.device
@@ -236,7 +239,19 @@ class TrainState:
         if batch.documents is not None:
             documents = batch.documents.to(device, non_blocking=True)
         keys_B = None if keys_B is None else keys_B.to(device, non_blocking=True)
-        return self.model.loss(ids, labels, positions, documents_BS=documents, keys_B=keys_B)
+        cp, attend, places = self.axes.cp, None, None
+        if cp.size > 1:
+            attend, documents = context_parallel.across(cp, documents), None
+            places = context_parallel.places(cp, ids.shape[1])
+        return self.model.loss(
+            ids,
+            labels,
+            positions,
+            documents_BS=documents,
+            attend=attend,
+            keys_B=keys_B,
+            places_S=places,
+        )
 
 
 def _of_first(axis: Axis, x: Tensor) -> Tensor:

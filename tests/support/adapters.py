@@ -23,6 +23,7 @@ from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Cut
 from llamax.training.step import EAGER_DEVICE, TrainState
 from support.models import WIDE
+from support.step_reference import part_of
 
 # Over 4 tensor ranks a key/value head has two, and blocks of 64 columns are cut through (192 / 4);
 # the scales of a feed-forward weight have two scales of their own.
@@ -65,9 +66,9 @@ def batch(packed: bool = False) -> Batch:
 
 def share(axes: Axes, accumulation: int, packed: bool = False) -> list[Batch]:
     """This data rank's microbatches, dealt as the loader deals them: microsteps outermost."""
-    rows = GLOBAL_BATCH // axes.data.size // accumulation
-    firsts = [(i * axes.data.size + axes.data.rank) * rows for i in range(accumulation)]
-    whole = batch(packed)
+    rows = GLOBAL_BATCH // axes.dp.size // accumulation
+    firsts = [(i * axes.dp.size + axes.dp.rank) * rows for i in range(accumulation)]
+    whole = part_of(batch(packed), axes)
     return [Batch(*(p if p is None else p[f : f + rows] for p in whole)) for f in firsts]
 
 

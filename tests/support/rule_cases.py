@@ -135,8 +135,60 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
             {"data.sequence_length": 101, "parallel.tensor": 1},
         ],
     ),
+    "context_divides_sequence": (
+        [
+            (
+                {"parallel.context": 2, "data.sequence_length": 126, "parallel.sequence": False},
+                None,
+                "parallel.context=2 gives each rank 2 of 4 equal chunks of a sequence, but "
+                "data.sequence_length=126 is not a multiple of 4; use 124 or 128",
+            ),
+            (
+                {"parallel.context": 3, "data.sequence_length": 15},
+                None,
+                "parallel.context=3 gives each rank 2 of 6 equal chunks of a sequence, cut over 2 "
+                "tensor ranks (parallel.sequence=true), but data.sequence_length=15 is not a "
+                "multiple of 6; use 12 or 18",
+            ),
+            (
+                {"parallel.context": 2, "parallel.tensor": 8, "data.sequence_length": 120},
+                None,
+                "parallel.context=2 gives each rank 2 of 4 equal chunks of a sequence, cut over 8 "
+                "tensor ranks (parallel.sequence=true), but data.sequence_length=120 is not a "
+                "multiple of 16; use 112 or 128",
+            ),
+        ],
+        [
+            {"parallel.context": 2, "data.sequence_length": 124},
+            {"parallel.context": 2, "parallel.tensor": 8, "data.sequence_length": 112},
+            {
+                "parallel.context": 2,
+                "parallel.tensor": 8,
+                "data.sequence_length": 120,
+                "parallel.sequence": False,
+            },
+        ],
+    ),
     "mesh_fills_world": (
         [
+            (
+                {"parallel.context": 3, "data.sequence_length": 126, "data.global_batch": 2},
+                8,
+                "parallel.tensor=2 x parallel.context=3 does not divide the world of 8 ranks; "
+                "start a multiple of 6 ranks, or use parallel.context=1, 2 or 4",
+            ),
+            (
+                {"parallel.context": 2, "data.global_batch": 2},
+                5,
+                "parallel.tensor=2 x parallel.context=2 does not divide the world of 5 ranks; "
+                "start a multiple of 4 ranks, or use parallel.tensor=1 or 5 and parallel.context=1",
+            ),
+            (
+                {"parallel.context": 2, "parallel.data": 4},
+                8,
+                "parallel.tensor=2 x parallel.context=2 x parallel.data=4 is 16 ranks, but the "
+                "world has 8; use parallel.data=2, or 0 for all ranks that are left",
+            ),
             (
                 {"data.global_batch": 2},
                 3,

@@ -9,7 +9,7 @@ from llamax.config.model import ModelConfig
 from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
-from llamax.parallel import sharding
+from llamax.parallel import context_parallel, sharding
 from llamax.parallel.collectives import Axes
 from support.models import TINY as MODEL
 
@@ -36,10 +36,34 @@ def rows(whole: Batch, start: int, stop: int) -> Batch:
 
 
 def share(axes: Axes, accumulation: int) -> list[Batch]:
-    """This data rank's microbatches."""
-    each = GLOBAL_BATCH // axes.data.size // accumulation
-    first = axes.data.rank * each * accumulation
-    return [rows(batch(), first + i * each, first + (i + 1) * each) for i in range(accumulation)]
+    """This data rank's microbatches, or its part of their sequences."""
+    each = GLOBAL_BATCH // axes.dp.size // accumulation
+    first = axes.dp.rank * each * accumulation
+    whole = part_of(batch(), axes)
+    return [rows(whole, first + i * each, first + (i + 1) * each) for i in range(accumulation)]
+
+
+def part_of(whole: Batch, axes: Axes) -> Batch:
+    """A context rank's part of whole sequences, as a loader cuts them."""
+    if axes.cp.size == 1:
+        return whole
+    rank, size = axes.part
+    ids, labels, positions = (context_parallel.cut(x, rank, size) for x in whole[:3])
+    documents = whole.documents
+    if documents is not None:
+        documents = context_parallel.in_rank_order(documents, size)
+    return Batch(ids, labels, positions, documents)
+
+
+def loss(llama: Llama, micro: Batch, axes: Axes) -> Tensor:
+    """The summed loss of a microbatch, or of a rank's part of it."""
+    documents, attend = micro.documents, None
+    if axes.cp.size > 1:
+        documents, attend = None, context_parallel.across(axes.cp, documents)
+    total, _ = llama.loss(
+        micro.ids, micro.labels, micro.positions, documents_BS=documents, attend=attend
+    )
+    return total
 
 
 def build(model: ModelConfig, axes: Axes, sequence: bool) -> Llama:

@@ -1,8 +1,9 @@
 """One training step over replicas, compiled and executed, equals the whole model's in plain torch.
 
-Loss, norm and weights after two steps, for tensor and data degrees, with and without sequence
-parallelism and ZeRO-1, with clipping, two microsteps, packed documents, ignored labels, more tensor
-ranks than key/value heads, tied weights and full recompute; two programs are compiled for each.
+Loss, norm and weights after two steps, for tensor, context and data degrees, with and without
+sequence parallelism and ZeRO-1, with clipping, two microsteps, packed documents, ignored labels,
+more tensor ranks than key/value heads, tied weights and full recompute; two programs are compiled
+for each.
 Then defects that only a traced device shows: each must be caught.
 """
 
@@ -31,7 +32,7 @@ from llamax.backends.xla import XlaAxis
 from llamax.config.model import ModelConfig
 from llamax.model.recompute import Recompute
 from llamax.optim.zero1 import Zero1
-from llamax.parallel import sharding, tensor_parallel
+from llamax.parallel import context_parallel, regions, sharding, tensor_parallel
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
@@ -54,6 +55,7 @@ class Case(NamedTuple):
 
 
 TP2, TP4, TP2_DP2 = Mesh(tp=2), Mesh(tp=4), Mesh(tp=2, dp=2)
+TP2_CP2 = Mesh(tp=2, cp=2)
 CASES = [
     Case("tp 2", MODEL, TP2, False),
     Case("tp 2, sequence, recompute full", MODEL, TP2, True, recompute="full"),
@@ -64,6 +66,10 @@ CASES = [
     Case("tp 2, dp 2", MODEL, TP2_DP2, False),
     Case("tp 2, dp 2, sequence, recompute full", MODEL, TP2_DP2, True, recompute="full"),
     Case("tp 2, dp 2, sequence, without ZeRO-1", MODEL, TP2_DP2, True, False, 1),
+    Case("cp 2", MODEL, Mesh(cp=2), False),
+    Case("cp 4", MODEL, Mesh(cp=4), False, accumulation=4),
+    Case("cp 2, dp 2, selective", TIED, Mesh(cp=2, dp=2), False, recompute="selective"),
+    Case("tp 2, cp 2, sequence, recompute full", MODEL, TP2_CP2, True, recompute="full"),
 ]
 
 
@@ -141,7 +147,8 @@ def test_a_sharded_step_equals_the_whole_step(world_size: int) -> None:
     updates = set()
     for case, results in zip(cases, zip(*by_rank, strict=True), strict=True):
         assert differences(case, list(results), TOLERANCE) == [], case.name
-        update = (case.model, case.mesh, case.sequence, case.zero1)
+        mesh = case.mesh  # gradients are summed over dp and cp alike
+        update = (case.model, mesh.tp, mesh.dp * mesh.cp, case.sequence, case.zero1)
         programs = 1 if update in updates else 2  # recompute does not change the update's
         assert {result["compiled"] for result in results} == {programs}, case.name
         updates.add(update)
@@ -208,6 +215,14 @@ def twice(original: Callable[..., Any]) -> Callable[..., Any]:
     return reduce
 
 
+def cut_by_number(axis: Any, documents: Tensor | None = None) -> context_parallel.Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+        k, v = (regions.collect(x, axis, 1) for x in (k, v))
+        return context_parallel._by_chunks(q, k, v, documents, axis)
+
+    return attend
+
+
 def left_out(original: Callable[..., Any]) -> Callable[..., Any]:
     return lambda self, x, dim: original(self, x, dim) * 0 + x.chunk(self.size, dim)[0]
 
@@ -215,6 +230,9 @@ def left_out(original: Callable[..., Any]) -> Callable[..., Any]:
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "none": lambda: mock.patch.object(tensor_parallel, "local_ids", tensor_parallel.local_ids),
     "rank as a number": lambda: mock.patch.object(tensor_parallel, "local_ids", rank_number),
+    "context rank as a number": lambda: mock.patch.object(
+        context_parallel, "across", cut_by_number
+    ),
     "step as a number": lambda: mock.patch.object(Zero1, "step", step_number(Zero1.step)),
     "value read in a step": lambda: mock.patch.object(Zero1, "step", reads_the_norm(Zero1.step)),
     "operation on the host": lambda: mock.patch.object(Zero1, "step", falls_back(Zero1.step)),
@@ -224,6 +242,7 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     ),
 }
 SMALL = Case("small", TIED, Mesh(tp=2), True, accumulation=1)
+CUT = Case("cut", TIED, Mesh(cp=2), False, accumulation=1)
 ALONE = Case("alone", TIED, Mesh(), False, accumulation=1)
 
 
@@ -236,6 +255,11 @@ def test_wrong_numbers_are_caught(mutation: str) -> None:
 def test_a_rank_in_the_program_is_caught() -> None:
     with pytest.raises(ranks.ReplicaError, match="rank 1 traced another graph than rank 0"):
         ranks.run(2, on_replicas, [SMALL], "rank as a number")
+
+
+def test_a_context_rank_in_the_program_is_caught() -> None:
+    with pytest.raises(ranks.ReplicaError, match="rank 1 traced another graph than rank 0"):
+        ranks.run(2, on_replicas, [CUT], "context rank as a number")
 
 
 def test_a_step_in_the_program_is_caught() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from llamax.config.rules import Rules, divisors, multiples_near
@@ -42,10 +43,10 @@ def tensor_divides_feed_forward(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
-@RULES.reading("parallel.tensor", "parallel.sequence", "data.sequence_length")
+@RULES.reading("parallel.tensor", "parallel.sequence", "parallel.context", "data.sequence_length")
 def tensor_divides_sequence(c: Config, world: int | None) -> Iterator[str]:
     tensor, length = c.parallel.tensor, c.data.sequence_length
-    if c.parallel.sequence and length % tensor:
+    if c.parallel.sequence and c.parallel.context == 1 and length % tensor:
         yield (
             f"parallel.tensor={tensor} does not divide data.sequence_length={length}, which "
             f"parallel.sequence=true cuts; use {join_or(multiples_near(length, tensor))}, "
@@ -53,20 +54,44 @@ def tensor_divides_sequence(c: Config, world: int | None) -> Iterator[str]:
         )
 
 
-@RULES.reading("parallel.tensor", "parallel.data")
+@RULES.reading("parallel.tensor", "parallel.sequence", "parallel.context", "data.sequence_length")
+def context_divides_sequence(c: Config, world: int | None) -> Iterator[str]:
+    tensor, context, length = c.parallel.tensor, c.parallel.context, c.data.sequence_length
+    cuts_further = c.parallel.sequence and tensor > 1
+    unit = context * (math.lcm(2, tensor) if cuts_further else 2)
+    if context > 1 and length % unit:
+        over = f", cut over {tensor} tensor ranks (parallel.sequence=true)" if cuts_further else ""
+        yield (
+            f"parallel.context={context} gives each rank 2 of {2 * context} equal chunks of a "
+            f"sequence{over}, but data.sequence_length={length} is not a multiple of {unit}; "
+            f"use {join_or(multiples_near(length, unit))}"
+        )
+
+
+@RULES.reading("parallel.tensor", "parallel.context", "parallel.data")
 def mesh_fills_world(c: Config, world: int | None) -> Iterator[str]:
-    tensor, data = c.parallel.tensor, c.parallel.data
+    tensor, context, data = c.parallel.tensor, c.parallel.context, c.parallel.data
     if world is None:
         return
-    if world % tensor:
+    replica = tensor * context
+    degrees = f"parallel.tensor={tensor}"
+    if context > 1:
+        degrees += f" x parallel.context={context}"
+    if world % replica:
+        if context == 1:
+            instead = f"use {join_or(divisors(world))}"
+        elif world % tensor:
+            instead = f"use parallel.tensor={join_or(divisors(world))} and parallel.context=1"
+        else:
+            instead = f"use parallel.context={join_or(divisors(world // tensor))}"
         yield (
-            f"parallel.tensor={tensor} does not divide the world of {world} ranks; "
-            f"start a multiple of {tensor} ranks, or use {join_or(divisors(world))}"
+            f"{degrees} does not divide the world of {world} ranks; "
+            f"start a multiple of {replica} ranks, or {instead}"
         )
-    elif data and tensor * data != world:
+    elif data and replica * data != world:
         yield (
-            f"parallel.tensor={tensor} x parallel.data={data} is {tensor * data} ranks, but the "
-            f"world has {world}; use parallel.data={world // tensor}, or 0 for all ranks that are "
+            f"{degrees} x parallel.data={data} is {replica * data} ranks, but the "
+            f"world has {world}; use parallel.data={world // replica}, or 0 for all ranks that are "
             "left"
         )
 
@@ -82,7 +107,14 @@ def batch_divides(data: DataConfig, data_degree: int) -> Iterator[str]:
         )
 
 
-@RULES.reading("data.global_batch", "data.micro_batch", "parallel.tensor", "parallel.data")
+@RULES.reading(
+    "data.global_batch",
+    "data.micro_batch",
+    "parallel.tensor",
+    "parallel.context",
+    "parallel.data",
+)
 def batch_divides_over_mesh(c: Config, world: int | None) -> Iterator[str]:
-    left = (world or 1) // c.parallel.tensor  # 0 if tensor exceeds the world: see mesh_fills_world
+    # 0 if tensor x context exceeds the world: see mesh_fills_world
+    left = (world or 1) // (c.parallel.tensor * c.parallel.context)
     yield from batch_divides(c.data, c.parallel.data or left or 1)

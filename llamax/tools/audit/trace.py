@@ -64,10 +64,10 @@ class TracedRun:
         self.state.to(tracer.device)
         tracer.clear_pending()
         self.training = Samples(TokenFile(data, "off"), config.data, config.run.seed).loader(
-            axes.data, 0, shuffle=True
+            axes.dp, 0, shuffle=True, cp=axes.part
         )
         self.validation = Samples(TokenFile(data, "off"), config.data, config.run.seed).loader(
-            axes.data, 0, shuffle=False
+            axes.dp, 0, shuffle=False, cp=axes.part
         )
 
     def whole(self) -> Iterator[Boundary]:

@@ -60,10 +60,20 @@ def test_impossible_meshes_and_ranks_are_refused() -> None:
         Mesh().groups("fsdp")
 
 
-@pytest.mark.parametrize(("axis", "kind"), [("pp", "pipeline"), ("cp", "context")])
+@pytest.mark.parametrize(("axis", "kind"), [("pp", "pipeline")])
 def test_an_axis_that_cannot_train_is_refused(axis: str, kind: str) -> None:
     said = f"mesh degree {axis}=2: llamax does not have {kind} parallelism yet; use {axis}=1"
     with pytest.raises(ConfigError, match=said):
         Mesh.fill(4, **{axis: 2})
     with pytest.raises(ConfigError, match=said):
         Mesh(dp=2, **{axis: 2}).axes()
+
+
+def test_context_ranks_are_next_to_the_tensor_ranks() -> None:
+    mesh = Mesh.fill(8, tp=2, cp=2)
+    assert mesh == Mesh(tp=2, cp=2, dp=2)
+    groups = mesh.axes()
+    assert groups["cp"] == ((0, 2), (1, 3), (4, 6), (5, 7))
+    assert groups["data"] == ((0, 2, 4, 6), (1, 3, 5, 7)), "context ranks in data rank order"
+    placed = Mesh(tp=4, cp=2, dp=4).on_trn1()
+    assert placed.groups("cp")[0] == (0, 1), "in a node"
