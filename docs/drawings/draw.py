@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
+from llamax.parallel.context_parallel import chunks_of
 from llamax.parallel.mesh import Mesh
 from llamax.tools.monitor import svg
 from llamax.training.metrics import read_jsonl
@@ -196,6 +197,45 @@ def one_graph() -> str:
     return picture(920, 330, "One graph for every rank", parts)
 
 
+def context() -> str:
+    """A sequence of eight chunks over four ranks, and the pairs of chunks that each computes."""
+    ranks, parts = 4, [text(20, 28, "one sequence", 15, anchor="start", bold=True)]
+    owner = {chunk: rank for rank in range(ranks) for chunk in chunks_of(rank, ranks)}
+    for chunk, rank in owner.items():
+        x = 20 + chunk * 46
+        parts.append(labelled(x, 48, 40, 34, str(chunk), COLOURS[rank]))
+    for rank, colour in enumerate(COLOURS):
+        y = 112 + rank * 46
+        low, high = chunks_of(rank, ranks)
+        parts.append(labelled(20, y, 40, 34, str(low), colour))
+        parts.append(labelled(66, y, 40, 34, str(high), colour))
+        words = f"rank {rank} computes {low + 1} + {high + 1} of 16 pairs"
+        parts.append(text(122, y + 17, words, 14, colour, "start"))
+    parts.append(text(604, 28, "keys, gathered from all ranks", 15, bold=True))
+    for chunk, rank in owner.items():
+        parts.append(text(454 + chunk * 34 + 15, 52, str(chunk), 13, MUTED))
+        parts.append(text(440, 83 + chunk * 30, str(chunk), 13, COLOURS[rank], "end"))
+        for key in range(2 * ranks):
+            x, y = 454 + key * 34, 70 + chunk * 30
+            if key < chunk:
+                parts.append(box(x, y, 30, 26, COLOURS[rank]))
+            elif key == chunk:
+                parts.append(
+                    f'<path d="M{x} {y}V{y + 26}H{x + 30}Z" fill="{PALE[COLOURS[rank]]}" '
+                    f'stroke="{COLOURS[rank]}" stroke-width="1.5"/>'
+                )
+            else:
+                parts.append(
+                    f'<rect x="{x}" y="{y}" width="30" height="26" rx="6" fill="none" '
+                    f'stroke="{LINE}" stroke-dasharray="3 3"/>'
+                )
+    parts.append(
+        f'<text transform="translate(412 190) rotate(-90)" dy="0.35em" text-anchor="middle" '
+        f'font-size="15" fill="{INK}" font-weight="600">queries</text>'
+    )
+    return picture(746, 326, "A sequence over four context ranks", parts)
+
+
 def checkpoints() -> str:
     """Saved by one mesh, loaded by another."""
     parts = [
@@ -305,6 +345,7 @@ def main(arguments: list[str]) -> None:
     pictures = {
         "mesh": mesh(),
         "sharding": sharding(),
+        "context": context(),
         "one-graph": one_graph(),
         "checkpoints": checkpoints(),
         "rooms": rooms(),

@@ -25,6 +25,7 @@ from llamax.data.shuffle import Integers
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel.collectives import Axis
+from llamax.parallel.mesh import ALONE, Seat
 from llamax.parallel.rendezvous import Rendezvous, rendezvous
 from llamax.training.resolve import resolve
 from llamax.training.step import TrainState
@@ -38,8 +39,10 @@ PROMPT = 2 * DIGITS + 2  # "123+456="
 class Sums(Batches):
     """Sample n is the sum of n // 1000 and n % 1000, its result with the last digit first."""
 
-    def __init__(self, config: Config, axis: Axis, consumed: int = 0) -> None:
-        plan = BatchPlan.of(config.data, config.run.seed, axis.rank, axis.size)
+    def __init__(
+        self, config: Config, dp: Axis | Seat, consumed: int = 0, cp: Seat = ALONE
+    ) -> None:
+        plan = BatchPlan.of(config.data, config.run.seed, dp.rank, dp.size, cp)
         super().__init__(NUMBERS**2, plan, consumed, shuffle=True)
 
     def gather(self, samples: Integers) -> Batch:
@@ -68,7 +71,7 @@ def train(config: Config, where: Rendezvous) -> tuple[list[float], float]:
     with backend.joined(run.mesh, config.run.timeout_s) as axes:
         model = Llama(config.model, axes.tp).init(config.run.seed)
         state = TrainState.build(run, model, axes, backend)
-        sums = Sums(config, axes.data)
+        sums = Sums(config, axes.dp, cp=axes.part)
         for step in range(1, run.steps + 1):
             result = state.step(sums.step(), step)
             losses += backend.fetch([result.loss])

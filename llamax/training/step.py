@@ -239,18 +239,16 @@ class TrainState:
         if batch.documents is not None:
             documents = batch.documents.to(device, non_blocking=True)
         keys_B = None if keys_B is None else keys_B.to(device, non_blocking=True)
-        cp, attend, places = self.axes.cp, None, None
-        if cp.size > 1:
-            attend, documents = context_parallel.across(cp, documents), None
-            places = context_parallel.places(cp, ids.shape[1])
+        cp = self.axes.cp
+        if cp.size == 1:
+            return self.model.loss(ids, labels, positions, documents_BS=documents, keys_B=keys_B)
         return self.model.loss(
             ids,
             labels,
             positions,
-            documents_BS=documents,
-            attend=attend,
+            attend=context_parallel.across(cp, documents),
             keys_B=keys_B,
-            places_S=places,
+            places_S=context_parallel.places(cp, ids.shape[1]),
         )
 
 
