@@ -28,6 +28,7 @@ class On(NamedTuple):
     dp: int
     zero1: bool = True
     sequence_parallel: bool = False
+    cp: int = 1
 
 
 CHAINS = {
@@ -35,13 +36,14 @@ CHAINS = {
     "tensor": (On(2, 1), On(4, 1), On(1, 1)),
     "data": (On(1, 2), On(1, 4), On(1, 1)),
     "ZeRO": (On(2, 2), On(2, 2, zero1=False), On(2, 2)),
+    "context": (On(2, 1, cp=2), On(1, 2, cp=2), On(1, 1), On(1, 2, zero1=False, cp=2)),
     "sequence parallel": (On(2, 2, sequence_parallel=True), On(2, 2), On(2, 2, True, True)),
 }
 
 
 def train_and_save(on: On, dtype: torch.dtype, source: str, out: str, steps: int) -> None:
     """Some steps from ``source`` (or from scratch), then a checkpoint in ``out``."""
-    mine = axes(Mesh(tp=on.tp, dp=on.dp), max(1, on.tp // MODEL.num_key_value_heads))
+    mine = axes(Mesh(tp=on.tp, cp=on.cp, dp=on.dp), max(1, on.tp // MODEL.num_key_value_heads))
     model = Llama(MODEL, mine.tp, dtype=dtype, sequence_parallel=on.sequence_parallel).init(0)
     parameters = model.sharded_parameters()
     optimizer = Zero1(
@@ -86,7 +88,7 @@ def test_save_reshard_resume(
     for number, on in enumerate(CHAINS[chain]):
         steps = 0 if number else 2
         out = str(tmp_path / str(number))
-        worlds(on.tp * on.dp).run(train_and_save, on, dtype, source, out, steps)
+        worlds(on.tp * on.cp * on.dp).run(train_and_save, on, dtype, source, out, steps)
         source = f"{out}/step-{steps:08d}"
         found = state(Path(source))
         expected = expected or found

@@ -191,6 +191,27 @@ def test_meshes_agree_and_resume_from_each_other(dataset: Path, tmp_path: Path) 
                 assert value == pytest.approx(theirs[key], rel=1e-5), key
 
 
+def test_context_ranks_agree_and_resume_from_each_other(dataset: Path, tmp_path: Path) -> None:
+    """A run that goes on with context 2, with tensor 2 beside it, and alone again, is the same."""
+    train(config(dataset, tmp_path / "alone"), Rendezvous())
+    expected, log = log_of(tmp_path / "alone"), ""
+    path = write(config(dataset, tmp_path / "meshes"), tmp_path / "config.toml")
+    for stopped, tensor, context in ((0, 1, 1), (1, 1, 2), (3, 2, 2), (5, 1, 1)):
+        forget(tmp_path / "meshes", stopped) if stopped else None
+        degrees = f"--parallel.tensor={tensor}", f"--parallel.context={context}"
+        job = torchrun(tensor * context, path, *degrees)
+        _, stderr = job.communicate(timeout=120)
+        assert job.returncode == 0, stderr
+        log += stderr
+        for mine, theirs in zip(log_of(tmp_path / "meshes"), expected, strict=True):
+            assert mine.keys() == theirs.keys()
+            for key, value in mine.items():
+                assert value == pytest.approx(theirs[key], rel=1e-5), (mine["step"], key)
+    assert "parallel.context 1 -> 2" in log
+    assert "parallel.context 2 -> 1" in log
+    assert "tensor 2 with sequence parallelism x context 2 x data 1 with ZeRO-1" in log
+
+
 def test_a_rank_that_dies_ends_the_job(dataset: Path, tmp_path: Path) -> None:
     cfg = config(dataset, tmp_path / "run")
     cfg = dataclasses.replace(

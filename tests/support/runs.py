@@ -12,7 +12,8 @@ from llamax.training.resolve import ResolvedRun, resolve
 
 def on_mesh(config: Config, mesh: Mesh) -> ResolvedRun:
     """The run of ``config`` on the degrees of ``mesh``."""
-    config = replace(config, parallel=replace(config.parallel, tensor=mesh.tp, data=0))
+    parallel = replace(config.parallel, tensor=mesh.tp, context=mesh.cp, data=0)
+    config = replace(config, parallel=parallel)
     run = resolve(config, mesh.world_size, pipeline=mesh.pp)
     assert replace(run.mesh, kv=mesh.kv) == mesh
     return run
