@@ -109,12 +109,7 @@ def sampling_of(
     settings that llamax does not apply.  Raises ConfigError for values out of range.
     """
     sample = generation.get("do_sample")
-    for name in (name for name in NOT_APPLIED if generation.get(name) not in NOT_APPLIED[name]):
-        logger.warning(
-            "generation_config.json: %s=%s is not applied; llamax has temperature, top_k and top_p",
-            name,
-            generation[name],
-        )
+    warn_not_applied(generation)
     found = {name: generation.get(name) for name in ("temperature", "top_k", "top_p")}
     for name, value in found.items():
         if value is not None and type(value) not in (int, float):
@@ -127,6 +122,16 @@ def sampling_of(
         _first(top_p, found["top_p"], 1.0),
         seed,
     )
+
+
+def warn_not_applied(generation: Mapping[str, Any]) -> None:
+    """Warn about the settings of a generation_config.json that llamax does not apply."""
+    for name in (name for name in NOT_APPLIED if generation.get(name) not in NOT_APPLIED[name]):
+        logger.warning(
+            "generation_config.json: %s=%s is not applied; llamax has temperature, top_k and top_p",
+            name,
+            generation[name],
+        )
 
 
 def _first(*values: float | None) -> float:

@@ -25,7 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-from llamax.data.chat.jinja_sandbox import START, STOP, Program
+from llamax.data.chat.jinja_sandbox import START, STOP, Program, Sandbox
 from llamax.runtime.errors import DataError
 from llamax.runtime.json_reader import JsonError, parse_json
 
@@ -99,8 +99,12 @@ NEEDS = {"llama3-chat": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>
 # Variables of a template that no column of a row sets.
 RESERVED = frozenset(
     ("messages", "instruction", "context", "answer", "system", "add_generation_prompt")
-    + ("bos_token", "eos_token", "pad_token", "unk_token", "raise_exception", "strftime_now")
+    + tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+    + tuple(Sandbox().globals)
 )
+
+# Names of a message's reasoning.  As in transformers, a template finds it under the first two.
+REASONING = ("reasoning_content", "thinking", "reasoning")
 
 Message = dict[str, Any]  # "role", "content" (text, or absent), and what else a template reads
 
@@ -143,8 +147,9 @@ class Template:
     """Renders samples.
 
     ``specials`` are the names of the tokenizer's special tokens; ``tokens`` are the texts of its
-    named tokens, such as bos_token and pad_token, which a template reads by these names.  Raises
-    DataError if the source is not a template, or needs tokens that the tokenizer lacks.
+    named tokens, such as bos_token and pad_token, which a template reads by these names.
+    ``columns``: the variables of the template that columns of a row may set.  Raises DataError if
+    the source is not a template, or needs tokens that the tokenizer lacks.
     """
 
     def __init__(
@@ -163,6 +168,7 @@ class Template:
         self._program = Program(source, f"template {name}")
         fixed = {"bos_token": "", "eos_token": "", "tools": None, "documents": None}
         self._fixed = {**fixed, **tokens}
+        self.columns = self._program.variables - RESERVED - tokens.keys()
         self.chat = "messages" in self._program.variables
         if not self.chat and "answer" not in self._program.variables:
             raise DataError(
@@ -182,7 +188,8 @@ class Template:
     @property
     def words(self) -> frozenset[str]:
         """The keys that the template reads of objects, and its constant texts."""
-        return self._program.keys | self._program.texts
+        words = self._program.keys | self._program.texts
+        return words | {*REASONING} if words & {*REASONING[:2]} else words
 
     @property
     def texts(self) -> frozenset[str]:
@@ -217,17 +224,33 @@ class Template:
             text = self._render(row, mark_answer=True).partition(ANSWER)[0]
         return [Span(text.replace(START, "").replace(STOP, ""), False)]
 
-    def conversation(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        generation_prompt: bool,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """The text of a conversation with the beginning of the next answer, or up to its end.
 
-        Without ``generation_prompt`` it ends where the text of the last message ends.
+        Without ``generation_prompt`` it ends where the text of the last message ends, as with
+        ``continue_final_message`` of transformers.  ``variables``: further ones of the template,
+        such as ``tools``.  Raises DataError if the template fails or drops the last message.
         """
-        row = Sample(messages)
+        row = Sample(messages, variables=variables)
         if not generation_prompt and messages:
-            last = {**messages[-1], "content": messages[-1]["content"] + ANSWER_END}
-            row = Sample([*messages[:-1], last])
-        text = self._render(row, generation_prompt).partition(ANSWER_END)[0]
-        for mark in (START, STOP, SHIELD):
+            last = {**messages[-1], "content": _with_end(messages[-1]["content"])}
+            row = row._replace(messages=[*messages[:-1], last])
+        text = self._render(row, generation_prompt)
+        if not generation_prompt and messages:
+            text, end, after = text.rpartition(ANSWER_END)
+            if not end:
+                raise DataError(
+                    f"template {self.name}: leaves out the last message, which is to be "
+                    "continued; correct the template"
+                )
+            if not after.startswith(" "):  # the template trims messages
+                text = text.rstrip()
+        for mark in (f"{ANSWER_END} ", ANSWER_END, START, STOP, SHIELD):
             text = text.replace(mark, "")
         return text
 
@@ -259,7 +282,8 @@ class Template:
 
     def _render(self, row: Sample, prompt: bool = False, mark_answer: bool = False) -> str:
         messages = [
-            self._shielded_value(message) | {"role": message["role"]} for message in row.messages
+            self._shielded_value(_with_reasoning(message)) | {"role": message["role"]}
+            for message in row.messages
         ]
         return self._program.render(
             {
@@ -294,6 +318,27 @@ class Template:
         if isinstance(value, Mapping):
             return {self.shielded(str(k)): self._shielded_value(v) for k, v in value.items()}
         return [self._shielded_value(v) for v in value] if isinstance(value, list) else value
+
+
+def _with_reasoning(message: Message) -> Message:
+    """A message with its reasoning under the names that templates read."""
+    values = (message[key] for key in REASONING if message.get(key) is not None)
+    reasoning = next(values, None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+
+
+def _with_end(content: Any) -> Any:
+    """The content of a message with a mark after its (last) text."""
+    if isinstance(content, str):
+        return f"{content}{ANSWER_END} "
+    parts = list(content or ())
+    for i in reversed(range(len(parts))):
+        if isinstance(parts[i], Mapping) and isinstance(parts[i].get("text"), str):
+            parts[i] = {**parts[i], "text": _with_end(parts[i]["text"])}
+            return parts
+    raise DataError("the last message has no text that could be continued; give it one")
 
 
 def unused(name: str, field: str) -> DataError:

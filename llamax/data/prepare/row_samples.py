@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llamax.data.chat.templates import RESERVED, Message, Sample, Template, make_sample
+from llamax.data.chat.templates import Message, Sample, Template, make_sample
 from llamax.data.prepare.file_kinds import Row
 from llamax.runtime.errors import DataError
 from llamax.runtime.json_reader import JsonError, parse_json
@@ -320,11 +320,11 @@ def _with_variables(
     variables: dict[str, Any] = {}
     if isinstance(settings := rest.get("chat_template_kwargs"), dict):
         settings = {key: value for key, value in settings.items() if value is not None}
-        if settings.keys() <= template.variables - RESERVED:
+        if settings.keys() <= template.columns:
             variables |= settings
             del rest["chat_template_kwargs"]
     for key in [*rest]:
-        if key in template.variables - RESERVED:
+        if key in template.columns:
             value = rest.pop(key)
             variables[key] = _without_nulls(_list(value, key) if key == "tools" else value)
     unread = tuple(key for key, value in rest.items() if value not in ("", [], {}))

@@ -62,7 +62,7 @@ class SpecialTokens:
         for key in ("extra_special_tokens", "additional_special_tokens"):
             for values in (config.get(key), older.get(key)):
                 if isinstance(values, Mapping):
-                    found.named |= dict(_named(values))
+                    found.named |= {name: text for name in values if (text := _text(values[name]))}
                     values = list(values.values())
                 texts = map(_text, values if isinstance(values, list) else [])
                 found.extra += [text for text in texts if text and text not in found.extra]
