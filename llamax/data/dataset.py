@@ -16,8 +16,8 @@ from typing import Any
 
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.token_file import GoOn, Header, Stream, TokenFile, Verify
+from llamax.data.tokenizer.fingerprint import fingerprint_of_file
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import sha256
 from llamax.runtime.json_reader import JsonError, read_object
 
 SCANNED = 1 << 24  # tokens looked at together
@@ -154,12 +154,13 @@ def _open_folder(folder: Path, verify: Verify, vocab_size: int) -> Dataset:
             "prepare again"
         )
     splits: dict[str, Split] = {}
+    found = fingerprint_of_file(tokenizer)
     for split, stream in _streams(folder, index, verify, vocab_size):
         splits[split] = stream
-        if stream.header.tokenizer != sha256(tokenizer):
+        if stream.header.tokenizer != found:
             raise DataError(
                 f"{stream.path}: was not made with {tokenizer} (fingerprints "
-                f"{stream.header.tokenizer[:12]} and {sha256(tokenizer)[:12]}); copy the "
+                f"{stream.header.tokenizer[:12]} and {found[:12]}); copy the "
                 "tokenizer back, or run llamax prepare again"
             )
     return Dataset(folder, splits["train"], splits.get("validation"), tokenizer)

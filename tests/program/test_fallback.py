@@ -18,7 +18,7 @@ from llamax.checkpoint.reader import Checkpoint
 from llamax.cli.train import main
 from llamax.config.schema import CheckpointConfig, Config
 from llamax.data.dataset import Dataset
-from llamax.data.tokenizer.tokenizer import train_sentencepiece
+from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.logging import logger
 from llamax.runtime.process import run_main

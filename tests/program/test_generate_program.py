@@ -18,7 +18,8 @@ from support.models import DECIDED
 from llamax.cli.generate import main
 from llamax.cli.prepare import main as prepare
 from llamax.config.schema import CheckpointConfig, Config, DataConfig, RunConfig
-from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
+from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.inference.engine import Speed
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.process import run_main

@@ -22,7 +22,7 @@ import llamax
 from llamax.cli.generate import main as generate
 from llamax.config.load import dump_config
 from llamax.config.schema import Config
-from llamax.data.tokenizer.tokenizer import train_sentencepiece
+from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.inference.language_model import LanguageModel
 from llamax.runtime import signals
 from llamax.runtime.errors import (

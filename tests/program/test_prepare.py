@@ -24,7 +24,8 @@ from llamax.data.loader import Loader
 from llamax.data.prepare import chunks, file_kinds, text_files
 from llamax.data.prepare.summary import unigram_entropy
 from llamax.data.token_file import TokenFile
-from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
+from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.runtime.errors import DataError
 
 

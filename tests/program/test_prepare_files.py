@@ -16,7 +16,8 @@ from support.instruction import ROWS, llama2_tokenizer, prepare
 
 from llamax.cli.prepare import main
 from llamax.data.dataset import open_dataset
-from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.runtime.errors import DataError
 
 TABLE = [{"text": f"Document {i}, of rivers.", "url": f"https://example.org/{i}"} for i in range(6)]

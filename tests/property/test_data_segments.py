@@ -14,7 +14,8 @@ from support.corpora import mistral, python_sources, train_unlike_llama
 
 from llamax.data.tokenizer.fast_bpe import Segments, pattern
 from llamax.data.tokenizer.sentencepiece_model import SentencePieceModel
-from llamax.data.tokenizer.tokenizer import SentencePiece, train_sentencepiece
+from llamax.data.tokenizer.tokenizer import SentencePiece
+from llamax.data.tokenizer.train import train_sentencepiece
 
 
 @pytest.fixture(scope="module")

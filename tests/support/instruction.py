@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
 from llamax.cli.prepare import main
-from llamax.data.tokenizer.tokenizer import train_sentencepiece
+from llamax.data.tokenizer.train import train_sentencepiece
 from support.corpora import python_sources
 
 ROWS = [

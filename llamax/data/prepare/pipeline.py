@@ -62,8 +62,8 @@ from llamax.data.tokenizer.tokenizer import (
     SentencePiece,
     Tokenizer,
     tokenizer_file,
-    train_sentencepiece,
 )
+from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import copy_file, make_folder, write_atomic
 from llamax.runtime.logging import logger

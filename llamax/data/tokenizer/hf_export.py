@@ -84,6 +84,7 @@ def export_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         **({"model_max_length": max_length} if max_length else {}),
+        **({} if tokenizer.adds_bos else {"add_bos_token": False}),
         **special,
         **_chat_template(tokenizer.path.parent),
     }

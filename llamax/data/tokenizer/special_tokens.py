@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llamax.runtime.json_reader import JsonError, read_object
 
@@ -23,8 +23,7 @@ CONFIG, NAMED, ADDED = "tokenizer_config.json", "special_tokens_map.json", "adde
 FILES = (CONFIG, NAMED, ADDED, "chat_template.jinja")  # beside a tokenizer, and part of it
 
 
-@dataclass(frozen=True)
-class AddedToken:
+class AddedToken(NamedTuple):
     """A token outside the trained vocabulary; a special one is never made from a document's text.
 
     ``lstrip`` and ``rstrip``: white space before or after it belongs to it.

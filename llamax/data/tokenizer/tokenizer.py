@@ -19,10 +19,9 @@ The name of a special token inside a document is text: it is encoded letter by l
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -31,10 +30,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llamax.data.tokenizer.fingerprint import fingerprint
 from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN, LLAMA3_SPECIAL
 from llamax.data.tokenizer.special_tokens import FILES, AddedToken, SpecialTokens, stripping
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import write_atomic
 
 Ids = npt.NDArray[np.uint32]
 
@@ -43,7 +42,7 @@ EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back; ``fingerprint`` is the sha256 of the file at ``path``."""
+    """Text to token ids and back; ``fingerprint``: see ``llamax.data.tokenizer.fingerprint``."""
 
     path: Path
     fingerprint: str
@@ -79,7 +78,7 @@ class SentencePiece:
         from llamax.data.tokenizer.fast_bpe import Segments
         from llamax.data.tokenizer.sentencepiece_model import CONTROL, SentencePieceModel
 
-        self.path, self.fingerprint = path, hashlib.sha256(raw).hexdigest()
+        self.path = path
         self.model = SentencePieceModel.from_bytes(raw)
         self._engine = sentencepiece.SentencePieceProcessor(model_proto=raw)
         self._segments = Segments.of(self.model)
@@ -89,6 +88,9 @@ class SentencePiece:
             for number, (text, _, kind) in enumerate(self.model.pieces)
             if kind == CONTROL
         }
+        self.bos_id, self.eos_id = _id(self._engine.bos_id()), _id(self._engine.eos_id())
+        self.added, self.strips, self.adds_bos = {}, {}, self.bos_id is not None
+        alone = state_of(self)
         beside = SpecialTokens.beside(path)
         self.added = {n: token for n, token in beside.added.items() if n >= self.base_size}
         self.special |= {token.text: n for n, token in self.added.items() if token.special}
@@ -96,9 +98,10 @@ class SentencePiece:
         self.vocab_size: int = max([self.base_size - 1, *self.added]) + 1
         self.named, self.space_after_bos = beside.named, True
         self.strips = stripping(self.added.values())
-        self.bos_id = self.special.get(self.named.get("bos_token", ""), _id(self._engine.bos_id()))
-        self.eos_id = self.special.get(self.named.get("eos_token", ""), _id(self._engine.eos_id()))
+        self.bos_id = self.special.get(self.named.get("bos_token", ""), self.bos_id)
+        self.eos_id = self.special.get(self.named.get("eos_token", ""), self.eos_id)
         self.adds_bos = self.bos_id is not None and beside.add_bos is not False
+        self.fingerprint = fingerprint(raw, alone, state_of(self))
 
     @property
     def fast(self) -> bool:
@@ -167,10 +170,13 @@ class HuggingFace:
     def __init__(self, path: Path, raw: bytes) -> None:
         import tokenizers
 
-        self.path, self.fingerprint = path, hashlib.sha256(raw).hexdigest()
+        self.path = path
         self.engine = tokenizers.Tokenizer.from_str(raw.decode())
         self.engine.no_truncation()
         self.engine.no_padding()
+        self.named = {}
+        self._find_special()
+        alone = state_of(self)
         beside = SpecialTokens.beside(path)
         self._add(beside)
         self.vocab_size = max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
@@ -178,6 +184,12 @@ class HuggingFace:
             max(self.engine.get_vocab(with_added_tokens=False).values(), default=-1) + 1
         )
         self.named, self.space_after_bos = beside.named, False
+        self._find_special()
+        self.fingerprint = fingerprint(raw, alone, state_of(self))
+        self.engine.encode_special_tokens = True
+
+    def _find_special(self) -> None:
+        """Set the special tokens, and BOS and EOS among them, from the engine and the names."""
         self.bos_id = self._special("bos_token", BOS)
         self.eos_id = self._special("eos_token", EOS)
         # As in transformers 5: beside a tokenizer.json its add_bos_token has no effect.
@@ -185,12 +197,11 @@ class HuggingFace:
         self.adds_bos = self.bos_id is not None and first == [self.bos_id]
         added = self.engine.get_added_tokens_decoder()
         self.special = {str(token): i for i, token in added.items() if token.special}
-        self.strips = stripping(
-            AddedToken(token.content, True, token.lstrip, token.rstrip)
-            for token in added.values()
-            if token.special
-        )
-        self.engine.encode_special_tokens = True
+        self.added = {
+            i: AddedToken(token.content, token.special, token.lstrip, token.rstrip)
+            for i, token in added.items()
+        }
+        self.strips = stripping(self.added.values())
 
     def _add(self, beside: SpecialTokens) -> None:
         """Add the tokens that the files beside it name and it lacks, as transformers does."""
@@ -261,7 +272,7 @@ class TikToken:
     def __init__(self, path: Path, raw: bytes) -> None:
         import tiktoken
 
-        self.path, self.fingerprint = path, hashlib.sha256(raw).hexdigest()
+        self.path, self.fingerprint = path, fingerprint(raw, {}, {})
         lines = (line.split() for line in raw.splitlines() if line)
         self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
         if sorted(self.ranks.values()) != list(range(len(self.ranks))):
@@ -294,6 +305,17 @@ class TikToken:
 
     def encode_after(self, texts: Sequence[str]) -> list[Ids]:
         return self.encode_documents(texts)
+
+
+def state_of(tokenizer: SentencePiece | HuggingFace) -> dict[str, Any]:
+    """What decides ids besides the trained vocabulary."""
+    return {
+        "special": sorted(tokenizer.special.items()),
+        "added": sorted([number, *token] for number, token in tokenizer.added.items()),
+        "strips": sorted(tokenizer.strips.items()),
+        "bos": [tokenizer.bos_id, tokenizer.adds_bos],
+        "eos": tokenizer.eos_id,
+    }
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -334,64 +356,6 @@ def tokenizer_file(path: Path) -> Path:
     raise DataError(
         f"{path}: holds no tokenizer.model, tokenizer.json or *.tiktoken; give the tokenizer's path"
     )
-
-
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) -> Path:
-    """Train a tokenizer with the settings of Llama 2's, and write it to ``out``.
-
-    BPE with byte fallback, single digits, no normalization (identity), runs of spaces kept.
-    Texts are fed line by line.  Raises DataError if there is too little text for ``vocab_size``,
-    and whatever ``texts`` raises.
-    """
-    import sentencepiece
-
-    model: list[bytes] = []
-
-    class Sink:
-        def write(self, raw: bytes) -> None:
-            model.append(raw)
-
-    failed: list[BaseException] = []
-
-    def lines() -> Iterator[str]:
-        # The engine swallows what its iterator raises, and goes on or fails with less text.
-        try:
-            for text in texts:
-                yield from (line for line in text.split("\n") if line)
-        except BaseException as error:
-            failed.append(error)
-            raise
-
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=lines(),
-            model_writer=Sink(),
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            add_dummy_prefix=True,
-            character_coverage=0.9999,
-            max_sentence_length=16384,
-            input_sentence_size=1_000_000,
-            num_threads=1,
-            minloglevel=2,
-        )
-    except (RuntimeError, OSError) as error:
-        if not failed:
-            # The reason stands between the engine's file, line and condition, and its advice.
-            reason = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0]
-            raise DataError(
-                f"no tokenizer of {vocab_size} pieces can be trained on this text ({reason}); "
-                "use another size (300 or more), or more text"
-            ) from None
-    if failed:
-        raise failed[0]
-    write_atomic(Path(out), b"".join(model))
-    return Path(out)
 
 
 def _id(number: Any) -> int | None:

@@ -26,7 +26,8 @@ from llamax.checkpoint.hf_folder import HfFolder
 from llamax.cli.consolidate import main as consolidate_main
 from llamax.config.model import ModelConfig
 from llamax.config.schema import CheckpointConfig
-from llamax.data.tokenizer.tokenizer import load_tokenizer, train_sentencepiece
+from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.runtime.errors import CheckpointError, ConfigError, Terminated
 
 

@@ -18,7 +18,7 @@ from llamax.checkpoint.formats.convert import import_checkpoint
 from llamax.checkpoint.formats.export import export
 from llamax.checkpoint.formats.torch_save import save_torch
 from llamax.checkpoint.shard_hf import shard
-from llamax.data.tokenizer.tokenizer import train_sentencepiece
+from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.runtime.errors import CheckpointError, NoRoom
 
 Writer = Callable[[Path, Path], object]

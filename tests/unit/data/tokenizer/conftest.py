@@ -10,7 +10,7 @@ import tokenizers
 from support.corpora import python_sources
 
 from llamax.data.tokenizer.hf_export import _byte_letters
-from llamax.data.tokenizer.tokenizer import train_sentencepiece as train
+from llamax.data.tokenizer.train import train_sentencepiece as train
 
 
 @pytest.fixture(scope="module")
