@@ -37,6 +37,7 @@ import torch
 from llamax.backends import choose
 from llamax.checkpoint import lock
 from llamax.checkpoint.listing import newest_checkpoint
+from llamax.checkpoint.places import STARTED_IN
 from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
 from llamax.config.load import dump_config
 from llamax.config.schema import Config
@@ -292,6 +293,7 @@ def save(job: Job, step: Step, consumed: int) -> None:
                 "consumed_sequences": consumed,
                 "seed": job.config.run.seed,
                 "tokenizer": job.dataset.fingerprint,
+                STARTED_IN: str(Path.cwd()),
                 **(job.adapters.state() if job.adapters else {}),
                 **job.early_stopping.state(),
                 **job.model_class,

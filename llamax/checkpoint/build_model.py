@@ -171,7 +171,7 @@ def finetune_info(finetune: FinetuneConfig, first: Source | None) -> AdapterInfo
     if finetune.method == "full":
         return None
     assert first is not None, "rules.adapters_have_a_base"
-    return AdapterInfo(finetune, str(first.folder), fingerprint(first))
+    return AdapterInfo(finetune, str(first.folder.absolute()), fingerprint(first))
 
 
 def describe_finetune(config: Config, tensor: int, data: int) -> str:

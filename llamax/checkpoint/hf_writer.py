@@ -23,16 +23,14 @@ import torch
 
 from llamax.checkpoint import hf_folder, slabs
 from llamax.checkpoint.atomic import explain_write_errors
-from llamax.checkpoint.manifest import CONFIG_TOML
+from llamax.checkpoint.places import config_beside, dataset_of, find_folder
 from llamax.checkpoint.plain_llama import check_plain
 from llamax.checkpoint.safetensors_io import build_header, write_tensor_at
 from llamax.checkpoint.source import Source
-from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
-from llamax.data.dataset import blend_words
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.tokenizer import HuggingFace, load_tokenizer
-from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import copy_file, new_file
 
 FILE_BYTES = 5 * 10**9
@@ -146,7 +144,7 @@ def generation_config(source: Source, model: ModelConfig) -> dict[str, object]:
     answer of the dataset.
     """
     generation = dict(source.generation)
-    if not generation and (base := _base_folder(source.folder)):
+    if not generation and (base := _base_folder(source)):
         generation = dict(hf_folder.HfFolder(base).generation)
     ends = [*model.eos_token_ids, *_ids(generation.get("eos_token_id"))]
     ends = list(dict.fromkeys([*ends, *turn_ends(source.trained_in)]))
@@ -171,16 +169,13 @@ def _ids(value: object) -> list[int]:
     return [number for number in values if type(number) is int]
 
 
-def _base_folder(checkpoint: Path) -> Path | None:
+def _base_folder(source: Source) -> Path | None:
     """The Hugging Face folder from which a checkpoint's run started, if it is present."""
-    path = checkpoint / CONFIG_TOML
-    if not path.is_file():
+    config = config_beside(source.folder)
+    if config is None or not config.checkpoint.init_from:
         return None
-    try:
-        folder = Path(load_config(str(path)).checkpoint.init_from)
-    except ConfigError:
-        return None
-    return folder if (folder / hf_folder.GENERATION_CONFIG).is_file() else None
+    folder = find_folder(config.checkpoint.init_from, source.folder, source.state)
+    return folder if folder and (folder / hf_folder.GENERATION_CONFIG).is_file() else None
 
 
 def tensors_of_rank(
@@ -197,7 +192,7 @@ def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, fold
     Raises CheckpointError if it is not the one the model was trained with, or has more tokens than
     the model's vocabulary.
     """
-    path = given or dataset_of(source.folder)
+    path = given or dataset_of(source.folder, source.state)
     if path is None or not (given or path.is_dir()):
         return
     tokenizer, trained_with = load_tokenizer(path), source.state.get("tokenizer")
@@ -220,19 +215,6 @@ def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, fold
         return
     with explain_write_errors(folder / "tokenizer.json", path.stat().st_size):
         export_tokenizer(tokenizer, folder, model.max_position_embeddings)
-
-
-def dataset_of(checkpoint: Path) -> Path | None:
-    """The dataset folder in a checkpoint's configuration or None; of a blend, one that exists."""
-    path = checkpoint / CONFIG_TOML
-    if not path.is_file():
-        return None
-    try:
-        named = load_config(str(path)).data.path
-    except ConfigError:
-        return None
-    parts = [Path(word) for word in blend_words(named)[1::2] or [named]]
-    return next((part for part in parts if part.is_dir()), parts[0])
 
 
 def write_json(path: Path, value: dict[str, object]) -> None:

@@ -15,6 +15,7 @@ from llamax.checkpoint.build_model import finetune_info
 from llamax.checkpoint.consolidate import dtype_of, size
 from llamax.checkpoint.merged import Merged, has_tokenizer
 from llamax.checkpoint.peft import find_base_folder, open_adapter
+from llamax.checkpoint.places import dataset_of
 from llamax.checkpoint.safetensors_io import Progress, no_progress
 from llamax.config.schema import FinetuneConfig
 
@@ -51,7 +52,7 @@ def merge(
     merged = Merged(base_model, adapters, info)
     planned, buffers = hf_writer.plan_files(merged, weight_dtype, file_bytes), slabs.new_buffers()
     places = (folder for folder in (adapters.folder, merged.folder) if has_tokenizer(folder))
-    tokenizer = next(places, hf_writer.dataset_of(adapters.folder))
+    tokenizer = next(places, dataset_of(adapters.folder, adapters.state))
     if tokenizer is not None and not tokenizer.is_dir():
         tokenizer = None
     with new_folder(Path(out)) as folder:

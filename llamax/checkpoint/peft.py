@@ -34,6 +34,7 @@ from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED
 from llamax.checkpoint.hf_writer import write_json
 from llamax.checkpoint.listing import find_checkpoint
 from llamax.checkpoint.peft_settings import PeftSettings, is_name, problems, shown
+from llamax.checkpoint.places import find_folder
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.runs import Run, whole_run
 from llamax.checkpoint.safetensors_io import TensorEntry, read_header, write_safetensors
@@ -256,12 +257,13 @@ def open_adapter(path: Path | str) -> tuple[Source, AdapterInfo]:
 
 def find_base_folder(folder: Path, info: AdapterInfo) -> Path:
     """The folder of the base that an adapter names; CheckpointError if it does not exist here."""
-    if not info.base or not Path(info.base).is_dir():
+    found = find_folder(info.base, folder) if info.base else None
+    if found is None:
         raise CheckpointError(
             f"{folder} is an adapter of {info.base or 'an unnamed base'}, which does not exist "
             "here; give the folder of the base"
         )
-    return Path(info.base)
+    return found
 
 
 def export_adapter(adapter: Checkpoint, out: Path | str) -> Path:

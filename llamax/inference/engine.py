@@ -21,13 +21,14 @@ import torch
 
 from llamax.checkpoint.build_model import load_tuned
 from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, open_source
-from llamax.checkpoint.hf_writer import dataset_of
 from llamax.checkpoint.load import load_weights
 from llamax.checkpoint.peft import (
     AdapterInfo,
     adapter_info,
+    find_base_folder,
     open_adapter,
 )
+from llamax.checkpoint.places import dataset_of
 from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
@@ -98,7 +99,7 @@ def open_model(path: Path, tokenizer: str = "", base: str = "") -> LoadedModel:
         info = adapter_info(source)
         adapter = source if info is not None else None
     if adapter is not None and info is not None:
-        source = open_source(base or info.base or "(no base is named)")
+        source = open_source(base or find_base_folder(adapter.folder, info))
     elif base:
         raise DataError(f"{path} is a whole model and needs no `base`; leave it out")
     model = ModelConfig.from_hub(source.model)
@@ -120,7 +121,7 @@ def tokenizer_of(source: Source, vocab_size: int, chosen: str = "") -> Tokenizer
     """
     place: Path | None = Path(chosen or source.folder)
     if isinstance(source, Checkpoint) and not chosen:
-        place = dataset_of(source.folder)
+        place = dataset_of(source.folder, source.state)
     if place is None:
         raise DataError(
             f"{source.folder} does not say what it was trained on; use `tokenizer` PATH"

@@ -1,0 +1,65 @@
+"""Folders that a run names, found from wherever a command is started.
+
+A run writes paths as its user did, so a relative one counts from the folder in which training was
+started.  That folder is kept in every checkpoint (``STARTED_IN``); a tree that was moved as a whole
+is searched from the checkpoint upwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from llamax.checkpoint.manifest import CONFIG_TOML
+from llamax.config.load import load_config
+from llamax.config.schema import Config
+from llamax.data.dataset import blend_words
+from llamax.runtime.errors import ConfigError
+
+STARTED_IN = "started_in"
+
+
+def find_folder(named: str, beside: Path, state: Mapping[str, Any] | None = None) -> Path | None:
+    """The folder that a file in ``beside`` names; None if it is not present.
+
+    ``state`` is the state of a checkpoint.
+    """
+    return next((path for path in _candidates(named, beside, state or {}) if path.is_dir()), None)
+
+
+def _candidates(named: str, beside: Path, state: Mapping[str, Any]) -> Iterator[Path]:
+    path, home = Path(named), beside.absolute()
+    if path.is_absolute():
+        yield path
+        path = Path(path.name)
+    else:
+        started_in = state.get(STARTED_IN)
+        if isinstance(started_in, str):
+            yield Path(started_in) / path
+        yield path.absolute()
+    if path.name:
+        yield from (folder / path for folder in home.parents)
+
+
+def config_beside(checkpoint: Path) -> Config | None:
+    """The configuration in a checkpoint; None if it has none, or one of another llamax."""
+    path = checkpoint / CONFIG_TOML
+    try:
+        return load_config(str(path)) if path.is_file() else None
+    except ConfigError:
+        return None
+
+
+def dataset_of(checkpoint: Path, state: Mapping[str, Any] | None = None) -> Path | None:
+    """The dataset folder that a checkpoint's configuration names; of a blend one that exists.
+
+    None if it names none; a path that does not exist if the dataset is not present.
+    """
+    config = config_beside(checkpoint)
+    if config is None:
+        return None
+    named = config.data.path
+    parts = blend_words(named)[1::2] or [named]
+    found = (find_folder(part, checkpoint, state) for part in parts)
+    return next((path for path in found if path is not None), Path(parts[0]))
