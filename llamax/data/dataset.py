@@ -16,7 +16,7 @@ from typing import Any
 
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.token_file import GoOn, Header, Stream, TokenFile, Verify
-from llamax.data.tokenizer.fingerprint import fingerprint_of_file
+from llamax.data.tokenizer.tokenizer import fingerprint_of_file
 from llamax.runtime.errors import DataError
 from llamax.runtime.json_reader import JsonError, read_object
 

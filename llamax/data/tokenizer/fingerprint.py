@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from llamax.data.tokenizer.special_tokens import ADDED, CONFIG, NAMED
-from llamax.runtime.files import sha256
 
 BESIDE = (CONFIG, NAMED, ADDED)
 State = dict[str, Any]  # what decides ids besides the file
@@ -29,15 +27,3 @@ def fingerprint(raw: bytes, alone: State, together: State) -> str:
         return digest
     text = json.dumps(together, sort_keys=True)
     return hashlib.sha256(f"{digest} {text}".encode()).hexdigest()
-
-
-def fingerprint_of_file(path: Path) -> str:
-    """The fingerprint of the tokenizer in a file; DataError if it cannot be read.
-
-    The tokenizer is loaded only if there are files beside it.
-    """
-    if not any(path.with_name(name).is_file() for name in BESIDE):
-        return sha256(path)
-    from llamax.data.tokenizer.tokenizer import load_tokenizer
-
-    return load_tokenizer(path).fingerprint

@@ -30,10 +30,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from llamax.data.tokenizer.fingerprint import fingerprint
+from llamax.data.tokenizer.fingerprint import BESIDE, fingerprint
 from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN, LLAMA3_SPECIAL
 from llamax.data.tokenizer.special_tokens import FILES, AddedToken, SpecialTokens, stripping
 from llamax.runtime.errors import DataError
+from llamax.runtime.files import sha256
 
 Ids = npt.NDArray[np.uint32]
 
@@ -337,6 +338,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{path}: is not a tokenizer ({reason}); give a sentencepiece tokenizer.model, "
             "a Hugging Face tokenizer.json or a tiktoken file"
         ) from None
+
+
+def fingerprint_of_file(path: Path) -> str:
+    """The fingerprint of the tokenizer in a file; DataError if it cannot be read.
+
+    The tokenizer is loaded only if there are files beside it.
+    """
+    if any(path.with_name(name).is_file() for name in BESIDE):
+        return load_tokenizer(path).fingerprint
+    return sha256(path)
 
 
 def tokenizer_file(path: Path) -> Path:

@@ -13,9 +13,8 @@ import pytest
 from support.instruction import llama2_tokenizer, llama3_tokenizer, prepare, write_rows
 
 from llamax.data.dataset import open_dataset
-from llamax.data.tokenizer.fingerprint import fingerprint_of_file
 from llamax.data.tokenizer.hf_export import export_tokenizer
-from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.data.tokenizer.tokenizer import fingerprint_of_file, load_tokenizer
 from llamax.runtime.errors import DataError
 
 CONFIG = "tokenizer_config.json"
