@@ -33,6 +33,7 @@ PUBLISHED = {
     "llama2-70b": (32 * 32, 68_976_648_192),
     "llama3-8b": (8 * 32, 8_030_261_248),
     "llama3.1-8b": (32 * 32, 8_030_261_248),
+    "llama3.1-8b-128k": (32 * 32, 8_030_261_248),
     "llama3.1-70b": (32 * 32, 70_553_706_496),
     "llama3.2-1b": (32, 1_235_814_400),
     "llama3.2-3b": (4 * 32, 3_212_749_824),
@@ -65,8 +66,11 @@ def test_the_comments_of_a_recipe_are_true(name: str) -> None:
     config, (world, _) = load_config(name), PUBLISHED[name]
     text = (RECIPES / f"{name}.toml").read_text()
     tensor = config.parallel.tensor
-    data, length, batch = world // tensor, config.data.sequence_length, config.data.global_batch
-    assert f"Mesh:      tensor {tensor} x data {data}" in text
+    context = config.parallel.context
+    data = world // (tensor * context)
+    length, batch = config.data.sequence_length, config.data.global_batch
+    cut = f" x context {context}" if context > 1 else ""
+    assert f"Mesh:      tensor {tensor}{cut} x data {data}" in text
     assert f"Step:      {batch} x {length} = {batch * length:,} tokens" in text
     total = re.sub(r"e\+0?", "e", f"{config.run.steps * batch * length:.1e}")
     if config.run.epochs:

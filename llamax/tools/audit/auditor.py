@@ -161,7 +161,7 @@ def with_flash(traced: TracedRun) -> dict[str, hlo.Program]:
     """The programs of a step with the flash kernel's tensors, where the kernel can run."""
     config = traced.run.config
     length, head_dim = config.data.sequence_length, config.model.head_dim
-    if flash_refusal(length, head_dim, config.data.separate_documents):
+    if flash_refusal(length, head_dim, config.data.separate_documents, traced.run.mesh.cp):
         return {}
     with flash_stand_in(), traced.tracer.without_debug():
         return {each.kind: hlo.read(each.text) for each in traced.brief()}
@@ -209,9 +209,9 @@ def explain(
 
 
 def corner_ranks(mesh: Mesh) -> list[int]:
-    """The first and last tensor ranks of the first and last data ranks."""
-    corners = itertools.product((0, mesh.dp - 1), (0, mesh.tp - 1))
-    return sorted({mesh.rank(Coordinate(0, dp, 0, tp)) for dp, tp in corners})
+    """The first and last tensor ranks of the first and last context and data ranks."""
+    corners = itertools.product((0, mesh.dp - 1), (0, mesh.cp - 1), (0, mesh.tp - 1))
+    return sorted({mesh.rank(Coordinate(0, *corner)) for corner in corners})
 
 
 def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
@@ -220,7 +220,7 @@ def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
     if config.finetune.method != "full":
         return None
     rows = traced.state.model.output_weight.shape[0]
-    tokens = config.data.micro_batch * config.data.sequence_length
+    tokens = config.data.micro_batch * config.data.sequence_length // mesh.cp
     chunks = -(-tokens // loss_chunk_tokens(rows))
     if kind == MICROSTEP:
         found = formulas.microstep(config, mesh, chunks)
@@ -270,7 +270,7 @@ def model_flops(run: ResolvedRun, kind: str) -> float:
         MICROSTEP: flops_per_token(config.model, length, adapters),
         VALIDATION: flops_per_token(config.model, length) / 3,
     }
-    return a_token.get(kind, 0.0) * tokens / run.mesh.tp
+    return a_token.get(kind, 0.0) * tokens / (run.mesh.tp * run.mesh.cp)
 
 
 def measure(traced: TracedRun, programs: dict[str, hlo.Program], machine: Machine) -> Memory:
@@ -306,6 +306,10 @@ def notes(config: Config) -> Iterator[str]:
             f"use {near}"
         )
     else:
+        if config.parallel.context > 1 and length % (2 * config.parallel.context * FLASH_MULTIPLE):
+            why = flash_refusal(length, config.model.head_dim, False, config.parallel.context)
+            yield f"{why}, so Neuron's flash attention kernel cannot run; use fewer context ranks"
+            return
         yield (
             "attention is traced as plain operations of llamax; on NeuronCores the flash kernel "
             "replaces them, and memory is estimated with its tensors"

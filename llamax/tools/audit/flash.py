@@ -44,12 +44,37 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) 
     return out.transpose(1, 2)
 
 
+class Blocks(torch.autograd.Function):
+    """q [B, S / n, H, E], k and v [B, S, K, E] -> [B, S / n, H, E], opaque each way."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shapes = [tuple(q.shape), tuple(q.shape[:3])]
+        out, row = opaque("flash", [q, k, v], shapes, [q.dtype, torch.float32])
+        ctx.save_for_backward(q, k, v, out, row)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        saved = ctx.saved_tensors
+        shapes = [tuple(x.shape) for x in saved[:3]]
+        parts = opaque("flash", [*saved, *grads], shapes, [torch.float32] * 3)  # sums of blocks
+        return tuple(part.to(saved[0].dtype) for part in parts)
+
+
+def by_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, rank: Tensor) -> Tensor:
+    """The shapes of ``ops.attention_by_blocks``, without documents."""
+    out: Tensor = Blocks.apply(q, k, v)  # type: ignore[no-untyped-call]
+    return out
+
+
 @contextmanager
 def flash_stand_in() -> Iterator[None]:
     """Trace attention as the stand-in while the block runs."""
-    rows = ops.TABLE["attention"]
-    ops.TABLE["attention"] = (ops.Row("stand-in", lambda *_: True, attention), *rows)
+    table = dict(ops.TABLE)
+    for name, kernel in (("attention", attention), ("attention_by_blocks", by_blocks)):
+        ops.TABLE[name] = (ops.Row("stand-in", lambda *_: True, kernel), *table[name])
     try:
         yield
     finally:
-        ops.TABLE["attention"] = rows
+        ops.TABLE.update(table)

@@ -16,7 +16,9 @@ loss               its input         input's gradient   2 a chunk of tokens
 Backward gathers the inputs of qkv and gate-up again, and the gradients of o and down: a layer has 6
 all-gathers and 4 reduce-scatters.  Recomputing whole layers repeats those of forward, except that
 of down, whose result backward does not need.  Without sequence parallelism a layer has 4
-all-reduces.  An optimizer step has one reduce-scatter and one all-gather for each bucket.
+all-reduces.  Context ranks gather keys and values of whole sequences in every layer, again where
+attention is recomputed, and reduce-scatter their gradients.  An optimizer step has one
+reduce-scatter and one all-gather for each bucket.
 """
 
 from __future__ import annotations
@@ -50,13 +52,33 @@ class GroupShape:
 def microstep(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:
     """The collectives of a forward and a backward pass; the loss has ``chunks`` chunks."""
     again = config.run.recompute == "full"
-    return _passes(config, mesh, chunks, (6 + 2 * again, 4 + again, 4 + again), 2)
+    found = _passes(config, mesh, chunks, (6 + 2 * again, 4 + again, 4 + again), 2)
+    gathers = 1 if config.run.recompute == "none" else 2
+    return [*found, *_context(config, mesh, gathers, 1)]
 
 
 def forward(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:
     """The collectives of a forward pass and of the mean of the loss over the world."""
     found = _passes(config, mesh, chunks, (2, 2, 2), 1)
-    return [*found, *_scalars(mesh, 1, 2 * 4)]
+    return [*found, *_context(config, mesh, 1, 0), *_scalars(mesh, 1, 2 * 4)]
+
+
+def _context(config: Config, mesh: Mesh, gathers: int, scatters: int) -> list[Traffic]:
+    """Keys and values gathered, and their gradients scattered, so often in a layer."""
+    if mesh.cp == 1:
+        return []
+    model = config.model
+    heads = max(1, model.num_key_value_heads // mesh.tp)
+    tokens = config.data.micro_batch * config.data.sequence_length
+    whole = 2 * tokens * heads * model.head_dim * DTYPE_BYTES[config.run.dtype]
+    sent = whole * (mesh.cp - 1) // mesh.cp
+    kinds = {"all-gather": gathers, "reduce-scatter": scatters}
+    layers = model.num_hidden_layers
+    return [
+        Traffic(kind, "cp", count * layers, count * layers * sent)
+        for kind, count in kinds.items()
+        if count
+    ]
 
 
 def _passes(
@@ -66,7 +88,7 @@ def _passes(
     t, layers = mesh.tp, config.model.num_hidden_layers
     if t == 1:
         return []
-    tokens = config.data.micro_batch * config.data.sequence_length
+    tokens = config.data.micro_batch * config.data.sequence_length // mesh.cp
     part = (t - 1) / t
     sent = tokens * config.model.hidden_size * DTYPE_BYTES[config.run.dtype] * part
     loss = round(2 * part * tokens * 3 * 4)  # maximum; sum of exponentials and the label's logit
@@ -83,7 +105,7 @@ def _passes(
 
 def update(mesh: Mesh, groups: Sequence[GroupShape], zero1: bool, kv: int) -> list[Traffic]:
     """The collectives of an optimizer step."""
-    d, found = mesh.dp, []
+    d, found = mesh.dp * mesh.cp, []
     buckets = sum(group.buckets for group in groups)
     if d > 1:
         part = (d - 1) / d

@@ -158,23 +158,42 @@ def plain_attention(share: Share, machine: Machine) -> str:
     if machine.backend in ("cpu", "cuda"):
         return ""
     data = share.config.data
-    return flash_refusal(data.sequence_length, share.model.head_dim, data.separate_documents)
+    separate = data.separate_documents
+    return flash_refusal(data.sequence_length, share.model.head_dim, separate, share.mesh.cp)
 
 
 def pairs(share: Share) -> int:
-    """The elements of the attention scores of one microbatch and layer on this rank."""
-    return share.tokens * share.config.data.sequence_length * share.heads
+    """The elements of the attention scores of one microbatch and layer on this rank.
+
+    Context ranks skip chunks of keys that none of their queries sees.
+    """
+    whole, n = share.tokens * share.config.data.sequence_length * share.heads, share.mesh.cp
+    return whole if n == 1 else whole * (2 * n + 1) // (4 * n)
+
+
+def pairs_at_once(share: Share, machine: Machine) -> int:
+    """The scores that exist at the same time: with context ranks, of a block of two chunks."""
+    n = share.mesh.cp
+    return pairs(share) // (2 * n + 1) if n > 1 and compiled(machine) else pairs(share)
+
+
+def gathered_bytes(share: Share) -> int:
+    """Keys and values of whole sequences, of one layer, that a context rank gathers."""
+    n = share.mesh.cp
+    return 2 * share.tokens * n * share.key * share.width if n > 1 else 0
 
 
 def attention_kept(share: Share, machine: Machine) -> float:
     """Bytes kept inside attention, beside its input and output."""
     T, q, k, width = share.tokens, share.query, share.key, share.width
+    if share.mesh.cp > 1 and compiled(machine):
+        return gathered_bytes(share) + 4 * T * share.heads
     if plain_attention(share, machine):  # float32 q, repeated k and v, softmax, mask
         mask = 0 if compiled(machine) else pairs(share) // share.heads
-        return 12 * T * q + 4 * pairs(share) + mask
+        return 12 * T * q + 4 * pairs(share) + mask + gathered_bytes(share)
     if machine.backend in ("xla", "neuron"):  # copies with repeated heads; one number a row
         return 3 * T * q * width + 4 * T * share.heads - T * (q + 2 * k) * width
-    return T * (q + k) * width + 4 * T * share.heads
+    return T * (q + k) * width + 4 * T * share.heads + gathered_bytes(share)
 
 
 def swiglu(share: Share, machine: Machine) -> int:
@@ -268,13 +287,20 @@ def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
         formula = f"{T} x {width} B x {2 * F + D} + 4 B x {2 * F} x {D}"
     if plain_attention(share, machine):
         element = 6 if compiled(machine) else 12
-        scores = element * pairs(share) - T * F * swiglu(share, machine)
+        at_once = pairs_at_once(share, machine)
+        scores = element * at_once - T * F * swiglu(share, machine)
         if scores > largest:
             largest = scores
             formula = (
-                f"{element} B x {show_number(pairs(share))} pairs of tokens less the feed-forward's"
+                f"{element} B x {show_number(at_once)} pairs of tokens less the feed-forward's"
             )
-    return Line("backward", again + largest, f"{show_bytes(again)} computed again, {formula}")
+    # Keys and values in the order of the ring, and their gradients, summed in float32.
+    context = gathered_bytes(share) * (1 + 4 / width)
+    if context:
+        formula += f", {show_bytes(context)} of gathered keys and values and their gradients"
+    return Line(
+        "backward", again + largest + context, f"{show_bytes(again)} computed again, {formula}"
+    )
 
 
 def attention_blocks(share: Share) -> float:

@@ -32,9 +32,10 @@ BEST = 10  # rows of a search that are shown
 def headline(run: ResolvedRun, machines: str) -> str:
     """One line about a run: model, dtype, layout and batch; ``machines``: count and kind."""
     config, mesh, data = run.config, run.mesh, run.config.data
+    context = f" x context {mesh.cp}" if mesh.cp > 1 else ""
     return (
         f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
-        f"{machines}: tensor {mesh.tp} x data {mesh.dp}, "
+        f"{machines}: tensor {mesh.tp}{context} x data {mesh.dp}, "
         f"{run.accumulation} microsteps of {data.micro_batch} x "
         f"{data.sequence_length} tokens, recompute {config.run.recompute}"
     )
@@ -80,7 +81,10 @@ def notes(plan: Plan) -> Iterator[str]:
     if plan.run.assumption:
         yield plan.run.assumption
     if why := plain_attention(Share(plan.run), machine):
-        yield f"attention computes every pair of tokens, because {why}: the flash kernel cannot run"
+        computed = "every pair of tokens"
+        if plan.run.mesh.cp > 1:
+            computed += " of the chunks that a rank's tokens can see"
+        yield f"attention computes {computed}, because {why}: the flash kernel cannot run"
     if config.run.backend != machine.backend:
         yield (
             f"run.backend={config.run.backend}, but {machine.name} needs "
@@ -104,13 +108,13 @@ def show_search(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[s
     if fitting[0].run.assumption:
         yield f"note: {fitting[0].run.assumption}"
     yield f"{len(fitting)} of {len(plans) + len(refused)} layouts fit; the fastest:"
-    yield f"  {'tensor':>6} {'data':>5} {'micro':>5} {'recompute':<9} {'memory':>9} {'MFU':>6} " + (
-        f"{'tokens/s':>9} {'dollars':>10}"
+    yield f"  {'tensor':>6} {'context':>7} {'data':>5} {'micro':>5} {'recompute':<9} " + (
+        f"{'memory':>9} {'MFU':>6} {'tokens/s':>9} {'dollars':>10}"
     )
     for each in fitting[:BEST]:
         mesh, config = each.run.mesh, each.run.config
         yield (
-            f"  {mesh.tp:>6} {mesh.dp:>5} {config.data.micro_batch:>5} "
+            f"  {mesh.tp:>6} {mesh.cp:>7} {mesh.dp:>5} {config.data.micro_batch:>5} "
             f"{config.run.recompute:<9} {show_bytes(each.memory.peak):>9} "
             f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
             f"{each.time.dollars:>10,.0f}"
@@ -119,30 +123,36 @@ def show_search(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[s
 
 
 def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
-    """One line for each tensor degree that does not fit, and for each that is refused."""
-    over: dict[int, list[Plan]] = {}
+    """One line for each tensor and context degree that does not fit, or that is refused."""
+    over: dict[tuple[int, int], list[Plan]] = {}
     for each in plans:
         if not each.memory.fits:
-            over.setdefault(each.run.mesh.tp, []).append(each)
+            over.setdefault((each.run.mesh.tp, each.run.mesh.cp), []).append(each)
     if over or refused:
         yield "the others:"
-    for tensor, layouts in sorted(over.items()):
+    for degrees, layouts in sorted(over.items()):
         least = min(layouts, key=lambda each: each.memory.peak)
         largest = max(least.memory.lines, key=lambda line: line.value)
         config = least.run.config
         yield (
-            f"  tensor {tensor}: {len(layouts)} layouts do not fit; the smallest (micro-batch "
+            f"  {_named(degrees)}: {len(layouts)} layouts do not fit; the smallest (micro-batch "
             f"{config.data.micro_batch}, recompute {config.run.recompute}) needs "
             f"{show_bytes(least.memory.peak)} of {show_bytes(least.memory.available)}, "
             f"{show_bytes(largest.value)} of it {largest.name}"
         )
-    first: dict[int, Refused] = {}
+    first: dict[tuple[int, int], Refused] = {}
     for refusal in refused:
-        first.setdefault(refusal.config.parallel.tensor, refusal)
-    for tensor, refusal in sorted(first.items()):
+        parallel = refusal.config.parallel
+        first.setdefault((parallel.tensor, parallel.context), refusal)
+    for degrees, refusal in sorted(first.items()):
         batch = refusal.config.data.micro_batch
         of = f" with micro-batch {batch} and more" if batch > 1 else ""
-        yield f"  tensor {tensor}{of}: {refusal.reason}"
+        yield f"  {_named(degrees)}{of}: {refusal.reason}"
+
+
+def _named(degrees: tuple[int, int]) -> str:
+    tensor, context = degrees
+    return f"tensor {tensor} x context {context}" if context > 1 else f"tensor {tensor}"
 
 
 def as_json(plan: Plan) -> dict[str, object]:
@@ -151,7 +161,7 @@ def as_json(plan: Plan) -> dict[str, object]:
     return {
         "instance": plan.machine.name,
         "nodes": plan.nodes,
-        "parallel": {"tensor": run.mesh.tp, "data": run.mesh.dp},
+        "parallel": {"tensor": run.mesh.tp, "context": run.mesh.cp, "data": run.mesh.dp},
         "micro_batch": run.config.data.micro_batch,
         "recompute": run.config.run.recompute,
         "steps": run.steps,

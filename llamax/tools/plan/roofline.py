@@ -7,6 +7,7 @@
                               without a flash kernel all pairs of tokens, and their bytes
                 element-wise  bytes / memory bandwidth: norms, rope, SwiGLU, residuals
                 tensor        bytes / link bandwidth + steps x latency: gathers and scatters
+                context       the same for keys and values of whole sequences
     step        accumulate, AdamW: bytes / memory bandwidth; data: gradients out, weights in
 
 The parts are added up: nothing is assumed to overlap.  Bytes of collectives are those of rings
@@ -23,7 +24,7 @@ from llamax.config.flops import flops_per_token, mfu
 from llamax.config.hardware import Machine
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.line import Line
-from llamax.tools.plan.memory import pairs, plain_attention
+from llamax.tools.plan.memory import gathered_bytes, pairs, plain_attention
 from llamax.tools.plan.sizes import Share, adapter_elements
 
 SCORE_TRAFFIC_BYTES = 24  # of a score without a flash kernel: float32, written and read 3 times
@@ -144,7 +145,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     attention_s = rounds * attention / (peak * machine.attention_efficiency)
     scores = 0.0
     if plain:  # both halves are computed, and scores go through memory
-        attention_s *= 2
+        attention_s *= 2 * pairs(share) / (share.tokens * config.data.sequence_length * share.heads)
         scores = rounds * SCORE_TRAFFIC_BYTES * pairs(share) * share.layers
         attention_s += scores / bandwidth
     element_traffic = (3 + again) * share.layers * element_bytes(share)
@@ -153,6 +154,9 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     hidden = share.tokens * share.model.hidden_size * w
     rings = turns(share)
     tensor_s = rings * tp.ring(hidden)
+
+    cp = wire(machine, mesh.cp, mesh.tp)
+    keys, exchanges = gathered_bytes(share), share.layers * (2 if mode == "none" else 3)
 
     elements = sum(group.elements for group in share.groups())
     owners = mesh.dp * mesh.cp
@@ -193,6 +197,12 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
             microsteps * tensor_s,
             f"{times} x {rings} turns of {show_bytes(hidden)} over {tp.name} at "
             f"{tp.bytes_per_s / 1e9:.0f} GB/s",
+        ),
+        Line(
+            "context collectives",
+            microsteps * exchanges * cp.ring(keys),
+            f"{times} x {exchanges} turns of {show_bytes(keys)} keys and values over {cp.name} at "
+            f"{cp.bytes_per_s / 1e9:.0f} GB/s",
         ),
         Line(
             "accumulate gradients",

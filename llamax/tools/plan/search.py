@@ -1,7 +1,8 @@
 """Every layout of a run on its machines: those that fit, fastest first, and why others do not.
 
-Tried are all tensor degrees that divide the world, all recompute modes and micro-batches of powers
-of two; parallel.data is the rest of the world.  Every other setting stays as configured.
+Tried are all tensor degrees that divide the world, context degrees of powers of two that leave
+chunks of ``SHORTEST_CHUNK`` tokens or more, all recompute modes and micro-batches of powers of two;
+parallel.data is the rest of the world.  Every other setting stays as configured.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
+from llamax.config.constants import FLASH_MULTIPLE
 from llamax.config.hardware import Machine
 from llamax.config.rules import divisors
 from llamax.config.schema import Config
@@ -17,6 +19,8 @@ from llamax.config.validate import problems
 from llamax.tools.plan.memory import Recompute
 from llamax.tools.plan.planner import Plan, plan_run
 from llamax.training.resolve import resolve, visible_samples
+
+SHORTEST_CHUNK = FLASH_MULTIPLE  # tokens; shorter chunks are faster on more data ranks
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,20 @@ def candidates(config: Config, world: int) -> Iterator[Config]:
     """Every configuration that ``search`` tries in a world of ``world`` ranks."""
     batches = [2**k for k in range(6) if 2**k <= config.data.global_batch]
     for tensor in divisors(world):
-        parallel = replace(config.parallel, tensor=tensor, data=0)
-        for micro_batch in batches:
-            data = replace(config.data, micro_batch=micro_batch)
-            for mode in get_args(Recompute):
-                run = replace(config.run, recompute=mode)
-                yield replace(config, parallel=parallel, data=data, run=run)
+        for context in contexts(config, world // tensor):
+            parallel = replace(config.parallel, tensor=tensor, context=context, data=0)
+            for micro_batch in batches:
+                data = replace(config.data, micro_batch=micro_batch)
+                for mode in get_args(Recompute):
+                    run = replace(config.run, recompute=mode)
+                    yield replace(config, parallel=parallel, data=data, run=run)
+
+
+def contexts(config: Config, ranks: int) -> list[int]:
+    """The context degrees tried on ``ranks`` ranks; the configured one always."""
+    longest = min(ranks, config.data.sequence_length // (2 * SHORTEST_CHUNK))
+    tried = {1, config.parallel.context, *(2**k for k in range(1, longest.bit_length()))}
+    return sorted(degree for degree in tried if degree <= max(longest, config.parallel.context))
 
 
 def search(config: Config, machine: Machine, nodes: int) -> tuple[list[Plan], list[Refused]]:

@@ -1,0 +1,64 @@
+"""Context parallelism in the plan: pairs computed, keys and values, and the search over degrees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from support.runs import share
+
+from llamax.config.hardware import load_machine
+from llamax.config.load import load_config
+from llamax.parallel.mesh import Mesh
+from llamax.tools.plan.memory import gathered_bytes, memory, pairs, pairs_at_once
+from llamax.tools.plan.roofline import time
+from llamax.tools.plan.search import contexts, search
+
+RECIPE = load_config("llama3.1-8b-128k")
+TRN1 = load_machine("trn1.32xlarge")
+
+
+def test_128k_fits_32_nodes_with_context_ranks() -> None:
+    assert memory(share(RECIPE, Mesh(tp=8, cp=4, dp=32)), TRN1).fits
+    whole = replace(RECIPE, data=replace(RECIPE.data, global_batch=128))
+    assert not memory(share(whole, Mesh(tp=8, dp=128)), TRN1).fits
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_a_rank_computes_2n_plus_1_of_4n_pairs(n: int) -> None:
+    whole = replace(RECIPE, data=replace(RECIPE.data, global_batch=128))
+    rank = share(whole, Mesh(tp=8, cp=n, dp=128 // n))
+    dense = 131072 // n * 131072 * 4
+    assert pairs(rank) == dense * (2 * n + 1) // (4 * n)
+    assert pairs_at_once(rank, TRN1) == 4 * (131072 // (2 * n)) ** 2
+
+
+def test_keys_and_values_of_a_layer() -> None:
+    rank = share(RECIPE, Mesh(tp=8, cp=4, dp=32))
+    assert gathered_bytes(rank) == 64 * 2**20, "131,072 tokens x 2 x 128 features x 2 B"
+    assert gathered_bytes(share(RECIPE, Mesh(tp=32, dp=32))) == 0
+    lines = {line.name: line for line in time(rank, TRN1, 32).lines}
+    assert "96 turns of 64 MiB keys and values over links" in lines["context collectives"].formula
+
+
+def test_chunks_that_the_flash_kernel_refuses_cost_more() -> None:
+    flash = share(RECIPE, Mesh(tp=8, cp=32, dp=4))
+    plain = share(RECIPE, Mesh(tp=8, cp=64, dp=2))
+    attention = [
+        next(line.value for line in time(each, TRN1, 32).lines if line.name == "attention")
+        for each in (flash, plain)
+    ]
+    assert attention[1] > attention[0]
+
+
+def test_degrees_that_are_tried() -> None:
+    assert contexts(RECIPE, 128) == [1, 2, 4, 8, 16, 32], "chunks of 2,048 tokens at least"
+    assert contexts(RECIPE, 4) == [1, 2, 4]
+    short = replace(RECIPE, data=replace(RECIPE.data, sequence_length=2048))
+    assert contexts(replace(short, parallel=replace(short.parallel, context=1)), 128) == [1]
+
+
+def test_the_search_finds_the_recipe() -> None:
+    plans, _ = search(RECIPE, TRN1, 32)
+    best = [(each.run.mesh.tp, each.run.mesh.cp) for each in plans[:2]]
+    assert (8, 4) in best
