@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 
 TESTS = Path(__file__).resolve().parent
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: here nothing may import it
+# Programs inherit ignored signals, as under nohup, and llamax leaves them ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 hypothesis.settings.register_profile("llamax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("llamax")

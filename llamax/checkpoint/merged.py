@@ -316,6 +316,8 @@ class _Reader:
             if embedding
             else [f"{module}.lora_{factor}.weight" for factor in "AB"]
         )
+        if not self.settings.stated and self.names.isdisjoint(names):
+            return change
         a, b = (self._needed(name, why) for name in names)
         if (r := self.adapter.shape(a)[0]) != self.settings.rank(module):
             raise CheckpointError(

@@ -218,7 +218,9 @@ def _adapted(settings: PeftSettings, names: Iterable[str]) -> tuple[str, bool]:
         for projection in LINEAR:
             owner = "mlp" if projection in MLP else "self_attn"
             module = f"model.layers.{number}.{owner}.{projection}"
-            alike &= settings.adapts(module) == (projection in found)
+            adapts = settings.adapts(module)
+            alike &= adapts or projection not in found
+            alike &= projection in found or not (adapts and settings.stated)
     adapted = set().union(*layers.values()) if layers else set()
     return ",".join(sorted(adapted, key=LINEAR.index)), alike
 

@@ -1,13 +1,13 @@
 """adapter_config.json: what PEFT's settings say of each module of a Llama.
 
-======================================  ==========================================================
+=======================================  ==========================================================
 ``target_modules``, ``exclude_modules``  modules with LoRA factors: names, their ends, or a pattern
 ``layers_to_transform, layers_pattern``  only in these layers
 ``rank_pattern``, ``alpha_pattern``      other ranks and alphas in some modules
 ``use_rslora``, ``use_dora``             alpha / sqrt(r); rows of a given length
 ``modules_to_save``                      modules whose weights are replaced
 ``trainable_token_indices``              rows of an embedding that are replaced
-======================================  ==========================================================
+=======================================  ==========================================================
 
 A Llama has no biases, so ``bias`` changes nothing.  Every other setting that would is refused by
 its name.  Source: peft 0.21, ``tuners/tuners_utils.py`` (check_target_module_exists),
@@ -149,7 +149,10 @@ SETTINGS: dict[str, tuple[str, Callable[[object], bool]]] = {
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """The settings of an adapter_config.json that change what the model computes."""
+    """The settings of an adapter_config.json that change what the model computes.
+
+    ``stated``: whether it names target modules; only then each of them must have factors.
+    """
 
     r: int
     alpha: float
@@ -164,6 +167,7 @@ class PeftSettings:
     saved: Sequence[str] = ()
     tokens: Mapping[str, Sequence[int]] = field(default_factory=dict)
     tying: bool = False
+    stated: bool = True
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> PeftSettings:
@@ -186,6 +190,7 @@ class PeftSettings:
             config.get("modules_to_save") or (),
             tokens,
             bool(config.get("ensure_weight_tying")),
+            targets is not None,
         )
 
     @property

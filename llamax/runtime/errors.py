@@ -105,9 +105,16 @@ def join_or(choices: Sequence[object]) -> str:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """``; did you mean ...?``, or the list of ``names`` where none is near."""
-    names = list(names)
-    same_leaf = [known for known in names if known.rpartition(".")[2] == name]
-    if close := same_leaf or difflib.get_close_matches(name.lower(), names, n=1):
-        return f"; did you mean {close[0]}?"
-    return f"; there are {', '.join(names)}" if len(names) <= 16 else "; see --help"
+    """``; did you mean ...?``, or the list of ``names`` where none is near.
+
+    Of ``section.key`` the keys are compared: a near section does not make a key near.
+    """
+    leaves: dict[str, list[str]] = {}
+    for known in names:
+        leaves.setdefault(known.rpartition(".")[2].lower(), []).append(known)
+    wanted = name.lower()
+    if close := difflib.get_close_matches(wanted.rpartition(".")[2], leaves, n=1, cutoff=0.7):
+        alike = leaves[close[0]]
+        return f"; did you mean {difflib.get_close_matches(wanted, alike, n=1, cutoff=0)[0]}?"
+    every = [spelling for alike in leaves.values() for spelling in alike]
+    return f"; there are {', '.join(every)}" if len(every) <= 32 else "; see --help"

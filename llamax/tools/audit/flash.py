@@ -23,6 +23,7 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output, with the shapes that the kernel keeps for backward."""
         B, H, E, S = q.shape
         out, row = opaque("flash", [q, k, v], [(B, H, S, E), (B, H, S)], [q.dtype, torch.float32])
         ctx.save_for_backward(q, k, v, out, row)
@@ -30,6 +31,7 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of q, k and v."""
         q, *others = ctx.saved_tensors
         return tuple(opaque("flash", [q, *others, *grads], [tuple(q.shape)] * 3, [q.dtype] * 3))
 
@@ -49,6 +51,7 @@ class Blocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output, with the shapes that the kernel keeps for backward."""
         shapes = [tuple(q.shape), tuple(q.shape[:3])]
         out, row = opaque("flash", [q, k, v], shapes, [q.dtype, torch.float32])
         ctx.save_for_backward(q, k, v, out, row)
@@ -56,6 +59,7 @@ class Blocks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of q, k and v."""
         saved = ctx.saved_tensors
         shapes = [tuple(x.shape) for x in saved[:3]]
         parts = opaque("flash", [*saved, *grads], shapes, [torch.float32] * 3)  # sums of blocks
