@@ -73,12 +73,14 @@ def load_owned(
 def check_shapes(source: Source, parameters: ShardedParameters) -> None:
     """Raise CheckpointError for the first tensor that source and model do not have in common."""
     expected, names = parameters.hub_shapes(), source.names()
+    unknown = [name for name in names if name not in expected]
+    for name in unknown:
+        if not _PLAIN.fullmatch(name):
+            raise CheckpointError(f"{source.folder} has {name}, which the model lacks; {_OWN}")
     for name, shape in expected.items():
         _check_shape(source, name, shape)
-    for name in names:
-        if name not in expected:
-            remedy = _REMEDY if _PLAIN.fullmatch(name) else _OWN
-            raise CheckpointError(f"{source.folder} has {name}, which the model lacks; {remedy}")
+    for name in unknown:
+        raise CheckpointError(f"{source.folder} has {name}, which the model lacks; {_REMEDY}")
 
 
 _REMEDY = "give the model section the values of the folder's own configuration"

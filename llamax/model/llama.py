@@ -37,13 +37,7 @@ from llamax.parallel import regions
 from llamax.parallel.collectives import Axis, Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.sharding import Block as Rows
-from llamax.parallel.sharding import (
-    Replica,
-    ShardedParameter,
-    ShardedParameters,
-    cut,
-    declared_cut,
-)
+from llamax.parallel.sharding import Replica, ShardedParameters, cut
 from llamax.parallel.tensor_parallel import (
     PARALLEL_LAYERS,
     ColumnLinear,
@@ -51,6 +45,7 @@ from llamax.parallel.tensor_parallel import (
     VocabEmbedding,
     check_ids,
     column_matmul,
+    sharded_parameters,
 )
 from llamax.runtime.errors import DataError
 
@@ -150,13 +145,15 @@ class DecoderLayer(nn.Module):
 
         def block(x_BsD: Tensor) -> tuple[Tensor, Tensor]:
             x_BsD = attended(x_BsD)
-            return x_BsD, self.mlp.partial(self.post_attention_layernorm(x_BsD))
+            first_part = self.mlp.partial if splits else self.mlp
+            return x_BsD, first_part(self.post_attention_layernorm(x_BsD))
 
         y_BsD: Tensor
+        splits = mode == "full" and _splits(self.mlp)
         if mode == "full":
             # Backward reads nothing of the last sum, so it stays outside and is not done again.
-            x_BsD, z_BSD = recompute.again(block, x_BsD)
-            y_BsD = self.mlp.down_proj.reduced(z_BSD)
+            x_BsD, y_BsD = recompute.again(block, x_BsD)
+            y_BsD = self.mlp.down_proj.reduced(y_BsD) if splits else y_BsD
         else:
             x_BsD = attended(x_BsD)
             y_BsD = self.mlp(self.post_attention_layernorm(x_BsD))
@@ -249,14 +246,7 @@ class Llama(nn.Module):
 
         Raises ConfigError for a parameter of another shape than its module's ``shard`` declares.
         """
-        found: dict[str, ShardedParameter] = {}
-        for above, module in self.named_modules():
-            for leaf, tensor in module.named_parameters(recurse=False):
-                name, degree = f"{above}.{leaf}".lstrip("."), self.tp.size
-                how = declared_cut(module, name, leaf, tensor.shape, degree)
-                found.setdefault(name, ShardedParameter(tensor, how))
-        kept = dict(self.named_parameters())  # one name for each of tied parameters
-        return ShardedParameters({n: found[n] for n in kept}, self.tp.size, self.tp.rank)
+        return sharded_parameters(self, self.tp)
 
     @property
     def output_weight(self) -> Tensor:
@@ -382,6 +372,14 @@ class Llama(nn.Module):
 
         x_BsD: Tensor = self.model(ids_BS, positions_BS, attend or causal)
         return x_BsD
+
+
+def _splits(mlp: nn.Module) -> bool:
+    """Whether a feed-forward is ``partial``, then the sum over ranks: no forward replaces them."""
+    last = getattr(mlp, "down_proj", None)
+    if type(mlp).forward is not FeedForward.forward or not hasattr(last, "reduced"):
+        return False
+    return not isinstance(last, RowLinear) or type(last).forward is RowLinear.forward
 
 
 def _check(model: ModelConfig, tensor: int, recompute: Recompute) -> None:

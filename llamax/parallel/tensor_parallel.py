@@ -21,7 +21,14 @@ from torch.autograd.function import once_differentiable
 from llamax import ops
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
-from llamax.parallel.sharding import Block, Shard, local_shape
+from llamax.parallel.sharding import (
+    Block,
+    Shard,
+    ShardedParameter,
+    ShardedParameters,
+    declared_cut,
+    local_shape,
+)
 from llamax.runtime.errors import DataError
 
 
@@ -126,6 +133,21 @@ class VocabEmbedding(nn.Module):
 
 # Layers with a weight that ``Llama.init`` draws; other modules initialise their own parameters.
 PARALLEL_LAYERS = (ColumnLinear, RowLinear, VocabEmbedding)
+
+
+def sharded_parameters(model: nn.Module, tp: Axis) -> ShardedParameters:
+    """Every parameter of a module, each with the cut that its owner's ``shard`` declares.
+
+    Tied parameters have one name.  Raises ConfigError for a declaration that does not fit.
+    """
+    found: dict[str, ShardedParameter] = {}
+    for above, module in model.named_modules():
+        for leaf, tensor in module.named_parameters(recurse=False):
+            name = f"{above}.{leaf}".lstrip(".")
+            how = declared_cut(module, name, leaf, tensor.shape, tp.size)
+            found[name] = ShardedParameter(tensor, how)
+    once = dict(model.named_parameters())
+    return ShardedParameters({name: found[name] for name in once}, tp.size, tp.rank)
 
 
 def local_ids(ids: Tensor, rows: int, axis: Axis) -> tuple[Tensor, Tensor]:

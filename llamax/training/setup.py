@@ -12,7 +12,7 @@ import torch
 from llamax.backends.base import Backend
 from llamax.checkpoint.atomic import write_durable
 from llamax.checkpoint.build_model import build_model, describe_finetune
-from llamax.checkpoint.load import Whole, load_owned, load_weights
+from llamax.checkpoint.load import Whole, check_shapes, load_owned, load_weights
 from llamax.checkpoint.peft import AdapterInfo
 from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.save import Saver
@@ -117,6 +117,7 @@ def prepare(
         state = replace(state, learning_rate=parts.learning_rate)
     step = consumed = 0
     if resumed is not None:
+        check_shapes(resumed, parameters)
         load_owned(resumed, state.optimizer.owned(), parameters)
         frozen = {n: p.tensor for n, p in parameters.items() if not p.tensor.requires_grad}
         load_owned(resumed, [Whole(n, t.detach().view(-1)) for n, t in frozen.items()], parameters)

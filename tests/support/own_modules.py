@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llamax import ops
-from llamax.model.llama import Llama
+from llamax.model.llama import FeedForward, Llama
 from llamax.parallel.collectives import Axis
 from llamax.parallel.sharding import Replica
 from llamax.parallel.tensor_parallel import ColumnLinear
@@ -25,19 +25,19 @@ class CentredNorm(nn.Module):
         return ops.rms_norm(x, 1 + self.weight, 1e-5)
 
 
-class Gated(nn.Module):
+class Gated(FeedForward):
     """A feed-forward with a gate that is closed at first, and a bottleneck beside it."""
 
-    def __init__(self, inner: nn.Module, features: int) -> None:
-        super().__init__()
-        self.inner = inner
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        features = args[0].hidden_size
         self.gate = nn.Parameter(torch.zeros(()))
         self.down = nn.Linear(features, 4)
         self.up = nn.Linear(4, features)
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.inner(x) * (1 + self.gate) + self.up(torch.tanh(self.down(x)))
+        y: Tensor = super().forward(x) * (1 + self.gate) + self.up(torch.tanh(self.down(x)))
         return y
 
 
@@ -90,10 +90,11 @@ class OwnLlama(Llama):
         super().__init__(*args, **options)
         D = self.config.hidden_size
         torch.manual_seed(3)  # of the bottleneck
+        like = self.model.norm.weight
         for layer in self.model.layers.values():
             layer.post_attention_layernorm = CentredNorm(D)
             layer.self_attn.qkv_proj = BiasedColumn(layer.self_attn.qkv_proj, D)
-            layer.mlp = Gated(layer.mlp, D)
+            layer.mlp = Gated(self.config, self.tp, self.sequence_parallel, like)
         self.heads = HeadScale(self.config.num_attention_heads, self.tp, self.head_declared)
         self.logits = LogitScale(self.logits_declared)
 
