@@ -38,6 +38,7 @@ from llamax.backends import choose
 from llamax.checkpoint import lock
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.places import STARTED_IN
+from llamax.checkpoint.prompt_record import PROMPT
 from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
 from llamax.config.load import dump_config
 from llamax.config.schema import Config
@@ -294,6 +295,7 @@ def save(job: Job, step: Step, consumed: int) -> None:
                 "seed": job.config.run.seed,
                 "tokenizer": job.dataset.fingerprint,
                 STARTED_IN: str(Path.cwd()),
+                **({PROMPT: prompt.to_json()} if (prompt := job.dataset.prompt) else {}),
                 **(job.adapters.state() if job.adapters else {}),
                 **job.early_stopping.state(),
                 **job.model_class,

@@ -25,9 +25,11 @@ from llamax.checkpoint import hf_folder, slabs
 from llamax.checkpoint.atomic import explain_write_errors
 from llamax.checkpoint.places import config_beside, dataset_of, find_folder
 from llamax.checkpoint.plain_llama import check_plain
+from llamax.checkpoint.prompt_record import prompt_of, write_chat_template
 from llamax.checkpoint.safetensors_io import build_header, write_tensor_at
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
+from llamax.data.chat.record import FILE
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.tokenizer import HuggingFace, load_tokenizer
 from llamax.runtime.errors import CheckpointError
@@ -117,7 +119,7 @@ def write_tensor(
 def write_metadata(
     source: Source, planned: Sequence[PlannedTensor], folder: Path, tokenizer: Path | None = None
 ) -> None:
-    """Write everything of a Hugging Face folder except the weights.
+    """Write everything of a Hugging Face folder except the weights, and the prompt record.
 
     ``tokenizer``: a tokenizer file or folder; by default that of the dataset.  Raises
     CheckpointError if the tokenizer does not belong to the model.
@@ -135,6 +137,9 @@ def write_metadata(
             {"metadata": {"total_size": total}, "weight_map": weight_map},
         )
     write_tokenizer(source, model, tokenizer, folder)
+    if prompt := prompt_of(source):
+        write_json(folder / FILE, prompt.to_json())
+        write_chat_template(prompt, folder)
 
 
 def generation_config(source: Source, model: ModelConfig) -> dict[str, object]:
@@ -147,20 +152,13 @@ def generation_config(source: Source, model: ModelConfig) -> dict[str, object]:
     if not generation and (base := _base_folder(source)):
         generation = dict(hf_folder.HfFolder(base).generation)
     ends = [*model.eos_token_ids, *_ids(generation.get("eos_token_id"))]
-    ends = list(dict.fromkeys([*ends, *turn_ends(source.trained_in)]))
+    prompt = prompt_of(source)
+    ends = list(dict.fromkeys([*ends, *(prompt.turn_ends if prompt else ())]))
     special = {
         "bos_token_id": model.bos_token_id,
         "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
     }
     return generation | {key: value for key, value in special.items() if value is not None}
-
-
-def turn_ends(checkpoint: Path) -> list[int]:
-    """The tokens that end an answer in the dataset of a checkpoint; none if it is not present."""
-    dataset = dataset_of(checkpoint)
-    if dataset is None or not (dataset / "dataset.json").is_file():
-        return []
-    return _ids(hf_folder.read_json(dataset / "dataset.json").get("turn_ends"))
 
 
 def _ids(value: object) -> list[int]:

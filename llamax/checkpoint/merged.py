@@ -100,8 +100,12 @@ class Merged(Source):
         return self.base.state
 
     @property
-    def trained_in(self) -> Path:
-        return self.adapter.folder
+    def last_trained(self) -> Source:
+        return self.adapter
+
+    @property
+    def untrained(self) -> Source:
+        return self.base
 
     @property
     def generation(self) -> dict[str, Any]:

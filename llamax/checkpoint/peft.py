@@ -35,6 +35,7 @@ from llamax.checkpoint.hf_writer import write_json
 from llamax.checkpoint.listing import find_checkpoint
 from llamax.checkpoint.peft_settings import PeftSettings, is_name, problems, shown
 from llamax.checkpoint.places import find_folder
+from llamax.checkpoint.prompt_record import prompt_of, write_chat_template
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.runs import Run, whole_run
 from llamax.checkpoint.safetensors_io import TensorEntry, read_header, write_safetensors
@@ -42,6 +43,7 @@ from llamax.checkpoint.source import Piece, Source
 from llamax.config.rules.finetune import LINEAR
 from llamax.config.schema import FinetuneConfig
 from llamax.config.toml import Problems, build
+from llamax.data.chat.record import FILE
 from llamax.runtime.errors import CheckpointError
 
 BASE_JSON = "base.json"
@@ -296,4 +298,7 @@ def export_adapter(adapter: Checkpoint, out: Path | str) -> Path:
         write_safetensors(folder / ADAPTER_WEIGHTS, streams)
         for name, value in ((ADAPTER_CONFIG, config), (BASE_JSON, info.state()["base"])):
             write_json(folder / name, value)
+        if prompt := prompt_of(adapter):
+            write_json(folder / FILE, prompt.to_json())
+            write_chat_template(prompt, folder)
     return Path(out)

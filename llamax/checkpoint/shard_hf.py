@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,6 +17,7 @@ from llamax.checkpoint import hf_folder
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.load import check_shapes
+from llamax.checkpoint.prompt_record import PROMPT, prompt_of
 from llamax.checkpoint.runs import (
     Run,
     is_writer,
@@ -74,7 +76,7 @@ def shard(
         torch=torch.__version__,
         mesh={"tensor": tensor, "data": 1, "zero1": 0},
         model=model.config.to_hub(_dtype_name(source)),
-        state={"generation": source.generation} if source.generation else {},
+        state=_state(source),
         files=[],
     )
     buffers = new_buffers()
@@ -97,6 +99,13 @@ def shard(
         files.write_manifest(part, manifest, "")
         files.write_done(part)
     return Path(out)
+
+
+def _state(source: hf_folder.HfFolder) -> dict[str, Any]:
+    """What the folder says of generating and prompting, for a checkpoint's state."""
+    prompt = prompt_of(source)
+    found = {"generation": source.generation, PROMPT: prompt and prompt.to_json()}
+    return {name: value for name, value in found.items() if value}
 
 
 def _share(source: hf_folder.HfFolder, model: Llama, degree: int, rank: int) -> ShardedParameters:

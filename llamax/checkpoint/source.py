@@ -39,9 +39,14 @@ class Source(ABC):
         return {}
 
     @property
-    def trained_in(self) -> Path:
-        """The folder that names what the model was trained on."""
-        return self.folder
+    def last_trained(self) -> Source:
+        """What was trained last: the source itself, or the adapters that were merged into it."""
+        return self
+
+    @property
+    def untrained(self) -> Source:
+        """What adapters were merged into, or the source itself."""
+        return self
 
     @property
     def generation(self) -> dict[str, Any]:

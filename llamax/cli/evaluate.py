@@ -45,8 +45,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--labels", choices=("answers", "all"), default="answers")
     p.add_argument("--batches", type=int, default=0, metavar="N", help="only the first N; 0: all")
     p.add_argument("--test-file", type=Path, metavar="FILE", help="rows of questions and answers")
-    p.add_argument("--template", default="", help=f"{', '.join(BUILT_IN)}, or a file")
-    p.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    p.add_argument(
+        "--template",
+        default="",
+        help=f"{', '.join(BUILT_IN)}, or a file (default: that of training)",
+    )
+    p.add_argument("--system", metavar="TEXT", help="system prompt (default: that of training)")
     p.add_argument(
         "--field",
         action="append",

@@ -56,11 +56,11 @@ def parser() -> argparse.ArgumentParser:
         "--template",
         default="",
         metavar="NAME|FILE",
-        help=f"format of prompts, as in training: {', '.join(BUILT_IN)}, a file or a folder with "
-        "one",
+        help=f"format of prompts: {', '.join(BUILT_IN)}, a file or a folder with one, or none "
+        "(default: that of training)",
     )
     p.add_argument("--context", default="", metavar="TEXT", help="context of the questions")
-    p.add_argument("--system", default="", metavar="TEXT", help="system prompt")
+    p.add_argument("--system", metavar="TEXT", help="system prompt (default: that of training)")
     p.add_argument(
         "--field",
         action="append",

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llamax.data.chat.record import PromptRecord
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.token_file import GoOn, Header, Stream, TokenFile, Verify
 from llamax.data.tokenizer.tokenizer import fingerprint_of_file
@@ -63,6 +64,7 @@ class Dataset:
     train: Split
     validation: Split | None
     tokenizer_path: Path | None = None  # of a blend: that of the first part that has one
+    prompt: PromptRecord | None = None  # likewise; None for text
 
     @property
     def fingerprint(self) -> str | None:
@@ -163,7 +165,8 @@ def _open_folder(folder: Path, verify: Verify, vocab_size: int) -> Dataset:
                 f"{stream.header.tokenizer[:12]} and {found[:12]}); copy the "
                 "tokenizer back, or run llamax prepare again"
             )
-    return Dataset(folder, splits["train"], splits.get("validation"), tokenizer)
+    prompt = PromptRecord.of(index.get("prompt"))
+    return Dataset(folder, splits["train"], splits.get("validation"), tokenizer, prompt)
 
 
 def read_index(path: Path) -> dict[str, Any]:
@@ -259,6 +262,7 @@ def _open_blend(path: str, words: list[str], verify: Verify, vocab_size: int) ->
         _mixture([(part.train, weight) for part, weight in pairs]),
         _mixture(held_out) if held_out else None,
         next((part.tokenizer_path for part in parts if part.tokenizer_path), None),
+        next((part.prompt for part in parts if part.prompt), None),
     )
 
 

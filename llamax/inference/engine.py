@@ -22,6 +22,7 @@ import torch
 from llamax.checkpoint.build_model import load_tuned
 from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, open_source
 from llamax.checkpoint.load import load_weights
+from llamax.checkpoint.merged import has_tokenizer
 from llamax.checkpoint.peft import (
     AdapterInfo,
     adapter_info,
@@ -30,9 +31,11 @@ from llamax.checkpoint.peft import (
 )
 from llamax.checkpoint.places import dataset_of
 from llamax.checkpoint.plain_llama import MODEL_CLASS
+from llamax.checkpoint.prompt_record import prompt_of
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
+from llamax.data.chat.record import PromptRecord
 from llamax.data.tokenizer.streaming import Detokenizer
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.inference.sampling import Sampling, generate_tokens
@@ -54,6 +57,13 @@ class LoadedModel:
     adapter: Path | None = None
     generation: Mapping[str, Any] = field(default_factory=dict)
     """Content of generation_config.json."""
+    prompt: PromptRecord | None = None
+    """How training made text of rows; None if it did not, or if no file says so."""
+
+    @property
+    def ends(self) -> set[int]:
+        """The tokens that end an answer."""
+        return {*self.model.eos_token_ids, *(self.prompt.turn_ends if self.prompt else ())}
 
     def build(
         self, tp: Axis, device: torch.device, dtype: str = "", model_class: type[Llama] = Llama
@@ -103,13 +113,17 @@ def open_model(path: Path, tokenizer: str = "", base: str = "") -> LoadedModel:
     elif base:
         raise DataError(f"{path} is a whole model and needs no `base`; leave it out")
     model = ModelConfig.from_hub(source.model)
-    trained = adapter if isinstance(adapter, Checkpoint) else source
+    trained = source
+    if adapter is not None and (isinstance(adapter, Checkpoint) or has_tokenizer(adapter.folder)):
+        trained = adapter
+    prompt = None if adapter is None else prompt_of(adapter)
     return LoadedModel(
         source,
         model,
         tokenizer_of(trained, model.vocab_size, tokenizer),
         None if adapter is None else path,
         source.generation,
+        prompt or prompt_of(source),
     )
 
 

@@ -40,7 +40,7 @@ from llamax.inference.generate import (
     silent,
     write_line,
 )
-from llamax.inference.prompts import Prompt, PromptFormat
+from llamax.inference.prompts import PLAIN, Prompt, PromptFormat
 from llamax.inference.sampling import Sampling, check_prompts
 from llamax.inference.text_metrics import exact_match, rouge_l
 from llamax.model.llama import Llama
@@ -63,7 +63,7 @@ def evaluate(
     batches: int = 0,
     test_file: str | Path | None = None,
     template: str = "",
-    system: str = "",
+    system: str | None = None,
     fields: Mapping[str, str] = MappingProxyType({}),
     limit: int = 0,
     max_new_tokens: int = 256,
@@ -89,10 +89,10 @@ def evaluate(
         packing: How documents are put into samples; see ``data.packing``.
         labels: Whether all tokens count or, of instruction data, those of answers.
         batches: Number of batches to evaluate, from the first; 0: all.
-        test_file: File of rows of questions and answers; needs ``template``.
-        template: Template of the questions, as in training.
-        system: System prompt of rows that have none.
-        fields: Columns of the fields of rows, where they have other than the usual names.
+        test_file: File of rows of questions and answers; needs a template.
+        template: Template of the questions; by default that of training.
+        system: System prompt of rows that have none; by default that of training.
+        fields: Columns of the fields of rows, where they are not those of training or the usual.
         limit: Number of rows to answer, from the first; 0: all.
         max_new_tokens: Largest number of tokens of an answer.
         stop: Texts before which an answer ends.
@@ -118,8 +118,6 @@ def evaluate(
     """
     if (data is None) == (test_file is None):
         raise ConfigError("give `data` DATASET for the loss, or `test_file` ROWS for answers")
-    if test_file is not None and not template:
-        raise ConfigError("`test_file` needs `template`, the format of the questions")
     for name, value in (
         ("batches", batches),
         ("limit", limit),
@@ -144,14 +142,22 @@ def evaluate(
     parallel = ParallelConfig(tensor=ranks, sequence=False)
     check(Config(loaded.model, parallel, data=data_config), ranks)
     samples, prompts, references = None, list[Prompt](), list[str]()
-    stop_ids = set(loaded.model.eos_token_ids)
+    stop_ids = set(loaded.ends)
+    formatted = template or loaded.prompt
+    if test_file is not None and (not formatted or template == PLAIN):
+        raise ConfigError("`test_file` needs `template`, the format of the questions")
     if data is not None:
         samples = Samples(open_split(Path(data), split, loaded), data_config, seed=0)
         if main:
             logger.info("%s", samples)
     else:
         wording = PromptFormat(
-            loaded.tokenizer, begin_id(loaded, bos), template, fields, system=system
+            loaded.tokenizer,
+            begin_id(loaded, bos),
+            template,
+            fields,
+            system=system,
+            record=loaded.prompt,
         )
         prompts, references = read_test(str(test_file), wording, limit)
         stop_ids |= wording.stop_ids
@@ -234,7 +240,7 @@ def read_test(path: str, wording: PromptFormat, limit: int = 0) -> tuple[list[Pr
     for rows in plan_tables([path], limit=limit):
         for place, row in read_rows(rows):
             try:
-                sample = read_sample(row, wording.fields, wording.system, wording.template)
+                sample = read_sample(row, wording.fields_of(row), wording.system, wording.template)
             except EmptyAnswer as error:
                 raise DataError(f"{place}: {error}; correct or remove it") from None
             except DataError as error:

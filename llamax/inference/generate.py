@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple
@@ -71,13 +71,14 @@ class GenerationSettings:
     bos: bool | None = None
     """Whether prompts begin with BOS, if there is one; None: as the tokenizer adds it."""
     template: str = ""
-    """Template of the prompts, as in training: a built-in name, a file or a folder with one."""
+    """Template of the prompts: a built-in name, a file or a folder with one, "none" for plain text;
+    empty: that of training, if the model's files hold it."""
     context: str = ""
     """Context of questions that have none; needs a template."""
-    system: str = ""
-    """System prompt of questions that have none; needs a template."""
+    system: str | None = None
+    """System prompt of questions that have none; None: that of training with its template."""
     fields: Mapping[str, str] = field(default_factory=dict)
-    """Columns of the fields of rows, where they have other than the usual names."""
+    """Columns of the fields of rows, where they are not those of training or the usual names."""
     batch: int = 8
     """Number of prompts computed at once."""
     dtype: str = ""
@@ -156,7 +157,7 @@ def generate(
         CheckpointError: For a model that is missing or damaged.
     """
     rows = read_prompts(prompts, prompts_file, settings.template)
-    opened = _open(Path(model), str(tokenizer), str(base), rows, settings, rank.world_size)
+    opened = ask(_load(Path(model), str(tokenizer), str(base), rank.world_size), rows, settings)
     with _engines([opened], settings, rank, out) as (engine_of, file):
         engine, main = engine_of(0), rank.rank == 0
         alone = len(opened.prompts) == 1
@@ -202,10 +203,12 @@ def compare(
     paths = [Path(model) for model in models]
     adapters = [is_adapter(path) for path in paths]
     bases = [str(base) if is_one or not any(adapters) else "" for is_one in adapters]
-    opened = [
-        _open(path, str(tokenizer), model_base, rows, settings, rank.world_size)
+    loaded = [
+        _load(path, str(tokenizer), model_base, rank.world_size)
         for path, model_base in zip(paths, bases, strict=True)
     ]
+    record = next((model.prompt for model in reversed(loaded) if model.prompt), None)
+    opened = [ask(replace(model, prompt=record), rows, settings) for model in loaded]
     with _engines(opened, settings, rank, out) as (engine_of, file):
         answers: list[list[Completion]] = []
         for number, model in enumerate(opened):
@@ -230,21 +233,12 @@ class Opened(NamedTuple):
     stop_ids: set[int]
 
 
-def _open(
-    path: Path,
-    tokenizer: str,
-    base: str,
-    rows: Sequence[tuple[str, Row]],
-    settings: GenerationSettings,
-    ranks: int,
-) -> Opened:
-    """Open a model's files and format its prompts; raises what ``generate`` raises."""
+def _load(path: Path, tokenizer: str, base: str, ranks: int) -> LoadedModel:
+    """Open a model's files; raises what ``generate`` raises."""
     loaded = open_model(path, tokenizer, base)
-    config = loaded.model
-    check(
-        Config(config, ParallelConfig(tensor=ranks), data=DataConfig(sequence_length=ranks)), ranks
-    )
-    return ask(loaded, rows, settings)
+    data = DataConfig(sequence_length=ranks)
+    check(Config(loaded.model, ParallelConfig(tensor=ranks), data=data), ranks)
+    return loaded
 
 
 def ask(
@@ -252,6 +246,7 @@ def ask(
 ) -> Opened:
     """Format prompts for a model; raises what ``generate`` raises for them."""
     config = loaded.model
+    asked = any(row.get("prompt") != "" for _, row in rows)  # not to begin a text from nothing
     wording = PromptFormat(
         loaded.tokenizer,
         begin_id(loaded, settings.bos),
@@ -259,11 +254,12 @@ def ask(
         settings.fields,
         settings.context,
         settings.system,
+        loaded.prompt if asked else None,
     )
     prompts = [wording.prompt(row, place) for place, row in rows]
     check_prompts(config, [prompt.ids for prompt in prompts], settings.max_new_tokens)
     split_stops(loaded.tokenizer, settings.stop)
-    return Opened(loaded, prompts, {*config.eos_token_ids, *wording.stop_ids, *settings.stop_ids})
+    return Opened(loaded, prompts, {*loaded.ends, *wording.stop_ids, *settings.stop_ids})
 
 
 @contextmanager

@@ -104,7 +104,7 @@ class Harness(TemplateLM):  # type: ignore[misc, unused-ignore]
         self.add_bos_token = add_bos_token
         self.chat_template_args = dict(chat_template_args)
         self.text = HubTokenizer(loaded.tokenizer)
-        self.stop_ids = set(loaded.model.eos_token_ids)
+        self.stop_ids = set(loaded.ends)
         of_model = (loaded.model.bos_token_id, *loaded.model.eos_token_ids)
         possible = (prefix_token_id, self.text.bos_id, self.text.eos_id, *of_model)
         self.prefix = next((i for i in possible if i is not None), 0)

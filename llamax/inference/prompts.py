@@ -19,12 +19,15 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from llamax.data.chat.encode import Encoder
+from llamax.data.chat.record import PromptRecord
 from llamax.data.chat.templates import Template, make_sample, source_of, unused
 from llamax.data.prepare.file_kinds import Row, kind_of
 from llamax.data.prepare.row_samples import read_sample
 from llamax.data.prepare.tables import plan_tables, read_rows
 from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.errors import ConfigError, DataError
+
+PLAIN = "none"  # in place of a template: prompts are text
 
 
 class Prompt(NamedTuple):
@@ -39,8 +42,9 @@ class PromptFormat:
     """Formats prompts: plain, or with ``template`` (a name or a file).
 
     ``bos_id``: token at the beginning; None: none.  ``fields``: columns of the fields of rows.
-    ``context`` and ``system`` are for questions that have none.  Raises DataError for a template
-    that cannot be used.
+    ``context`` and ``system`` are for questions that have none.  What is not given, a template
+    included, is that of training (``record``), unless ``template`` is another one or "none".
+    Raises DataError for a template that cannot be used.
     """
 
     def __init__(
@@ -50,14 +54,22 @@ class PromptFormat:
         template: str = "",
         fields: Mapping[str, str] = MappingProxyType({}),
         context: str = "",
-        system: str = "",
+        system: str | None = None,
+        record: PromptRecord | None = None,
     ) -> None:
+        record, template = (None, "") if template == PLAIN else (record, template)
+        source = source_of(template) if template else record.source if record else ""
+        self._usual: Mapping[str, str] = {}
+        if record and source == record.source:
+            template, self._usual = template or record.template, record.fields
+            system = record.system if system is None else system
+        system = system or ""
         self.tokenizer, self.bos_id = tokenizer, bos_id
         self.fields, self.context, self.system = fields, context, system
         self._encoder = Encoder(tokenizer, bos=bos_id is not None)
         self._template: Template | None = None
         if template:
-            self._template = self._encoder.template(template, source_of(template))
+            self._template = self._encoder.template(template, source)
             for name, text in (("context", context), ("system", system)):
                 if text and not self._template.reads(name):
                     raise unused(template, name)
@@ -72,7 +84,8 @@ class PromptFormat:
         try:
             if self._template is None:
                 return self._plain(row)
-            found = read_sample(row, self.fields, self.system, self._template, prompt_only=True)
+            fields = self.fields_of(row)
+            found = read_sample(row, fields, self.system, self._template, prompt_only=True)
             if self.context and not found.context:
                 found = make_sample(found.instruction, self.context, system=found.system)
             spans = self._template.prompt(found)
@@ -82,6 +95,11 @@ class PromptFormat:
             raise DataError(f"{place}: {error}") from None
         (tokens,) = self._encoder.encode([spans], prompts=True)
         return Prompt(text, [int(i) for i in tokens.ids], row)
+
+    def fields_of(self, row: Row) -> Mapping[str, str]:
+        """The columns of fields: those given, and those of training that the row has."""
+        usual = {field: column for field, column in self._usual.items() if column in row}
+        return {**usual, **self.fields}
 
     @property
     def template(self) -> Template:
@@ -134,7 +152,7 @@ def read_prompts(
         rows.append((f"prompt {ascii(name)[:40]}", row))
     if file is not None:
         rows += read_file(Path(file))
-    if not rows and template:
+    if not rows and template not in ("", PLAIN):
         raise ConfigError("`template` has no prompts to format; give `prompt` or `prompts_file`")
     return rows or [("prompt", {"prompt": ""})]
 

@@ -302,7 +302,7 @@ def _write_index(
         "trained": trained,
         "indexed": fields if format == "megatron" else None,
         "unread": dict(unread),
-        "turn_ends": write_template(out, settings, tokenizer),
+        "prompt": write_template(out, settings, tokenizer),
     }
     write_atomic(out / "dataset.json", (json.dumps(index, indent=2) + "\n").encode())
 
