@@ -50,9 +50,10 @@ def variables(job: JobFile, container: bool = False) -> list[Variable]:
 def _table(job: JobFile, container: bool) -> Iterator[Variable]:
     machine = job.machine
     yield Variable("PYTHONUNBUFFERED", "1", "log lines appear immediately")
-    yield Variable(
-        "OMP_NUM_THREADS", "1", "the host only feeds devices; also the default of torchrun"
-    )
+    if job.config.run.backend != "cpu":
+        yield Variable(
+            "OMP_NUM_THREADS", "1", "the host only feeds devices; also the default of torchrun"
+        )
     yield Variable(
         "MALLOC_ARENA_MAX",
         "128" if job.config.model.num_parameters() > LARGE else "64",

@@ -238,7 +238,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
 
             due = _due(number, run.validate_every, last) or (epoch and run.validate_each_epoch)
             if validation is not None and due:
-                with guard.watch("validation", number):
+                with guard.watch("validation", number), recorder.doing("validating"):
                     held_out = islice(validation.epoch(), run.validate_batches)
                     step.validation_loss = job.state.validate(held_out)
                 job.early_stopping.add(step)

@@ -34,6 +34,7 @@ from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
 from llamax.parallel.mesh import Groups, Mesh
 from llamax.parallel.network import interface, is_loopback, source_address
 from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.cores import cores, requested_threads
 from llamax.runtime.errors import BackendError, LostRank
 from llamax.runtime.versions import TORCHNEURON_SDK
 
@@ -248,15 +249,15 @@ class _TorchBackend:
 
 
 class Cpu(_TorchBackend):
-    """torch on CPUs; ``threads``: of a rank, 0 for an equal share of the cores of the machine."""
+    """torch on CPUs; ``threads``: of a rank, 0 for OMP_NUM_THREADS or a share of the cores."""
 
     name, collectives, axis = "cpu", "gloo", GlooAxis
     device = torch.device("cpu")
 
     def __init__(self, rendezvous: Rendezvous, threads: int = 0) -> None:
         super().__init__(rendezvous)
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(threads or max(1, cores // rendezvous.local_world_size))
+        share = max(1, cores() // rendezvous.local_world_size)
+        torch.set_num_threads(threads or requested_threads() or share)
         cpu.keep_heap()
 
     def synchronize(self) -> None:
@@ -266,7 +267,7 @@ class Cpu(_TorchBackend):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def peak_flops(self, dtype: torch.dtype) -> float | None:
-        return cpu.measure_peak_flops(dtype)
+        return None  # a measurement varies with the load, so two runs could not be compared
 
 
 class Cuda(_TorchBackend):

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from llamax.cli.options import ByteBar, command
 from llamax.config.choices import WEIGHT_DTYPES
+from llamax.runtime.cores import workers
 from llamax.runtime.process import summary
 from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_number, show_time
@@ -31,8 +31,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--processes",
         type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="default: one per core",
+        default=workers(),
+        help="default: OMP_NUM_THREADS, or one per core",
     )
     p.add_argument("--no-verify", action="store_true", help="do not check what is read")
     return p

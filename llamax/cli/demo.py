@@ -22,6 +22,7 @@ from llamax.config.constants import METRICS_FILE
 from llamax.config.load import load_config
 from llamax.data.prepare.summary import unigram_entropy
 from llamax.data.token_file import TokenFile
+from llamax.runtime.cores import workers
 from llamax.runtime.errors import BackendError
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
@@ -49,10 +50,14 @@ def torchrun(ranks: int, store: Path, arguments: Sequence[str]) -> None:
     launcher = Path(sys.executable).with_name("torchrun")
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
     rendezvous += ["--rdzv-endpoint", str(store), "--local-addr", "127.0.0.1"]
+    threads = max(workers() // ranks, 1)
     shell(
         [str(launcher), "--nproc-per-node", str(ranks), *rendezvous, "-m", "llamax.train"]
         + list(arguments),
-        {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"},
+        {
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "OMP_NUM_THREADS": str(threads),
+        },
     )
 
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamax.cli.options import column, command
+from llamax.cli.options import THREADS, column, command
 from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.row_samples import FIELDS
@@ -113,7 +113,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", choices=MODEL_DTYPES, default="", help="default: that of the files")
     p.add_argument("--backend", choices=EAGER_BACKENDS, default="cpu", help="default cpu")
     p.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="per rank; 0: a share of the cores"
+        "--threads",
+        type=int,
+        default=0,
+        metavar="N",
+        help=THREADS,
     )
     p.add_argument(
         "--batch", type=int, default=8, metavar="N", help="prompts computed at once (default 8)"

@@ -12,6 +12,7 @@ from llamax.runtime.errors import LlamaxError
 
 Main = Callable[[Sequence[str]], int]
 
+THREADS = "per rank; default: OMP_NUM_THREADS, or a share of the cores"
 PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)(=[^`]*)?`")
 IRREGULAR = {"fields": "field", "validation_files": "validation-file", "test_files": "test-file"}
 

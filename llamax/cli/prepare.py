@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 
 from llamax.cli.options import column, command
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.row_samples import FIELDS
+from llamax.runtime.cores import workers
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.text import print_text
 
@@ -74,7 +74,10 @@ def parser() -> argparse.ArgumentParser:
         help="Megatron's name of --eos",
     )
     p.add_argument(
-        "--workers", type=_count, default=os.cpu_count() or 1, help="processes (%(default)s)"
+        "--workers",
+        type=_count,
+        default=workers(),
+        help="processes; default: OMP_NUM_THREADS, or one per core",
     )
     p.add_argument(
         "--length",

@@ -179,7 +179,7 @@ class RunConfig:
     timeout_s: Count = 600
     """Longest duration of a collective, after which it has failed [s]."""
     threads: Natural = 0
-    """CPU threads of a rank; 0: an equal share of the cores [threads]."""
+    """CPU threads of a rank; 0: OMP_NUM_THREADS, or an equal share of the cores [threads]."""
 
     @property
     def validates(self) -> bool:

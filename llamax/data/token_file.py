@@ -32,6 +32,7 @@ from typing import IO, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from llamax.runtime.cores import workers
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file, refuse_link, sync_folder, sync_handle
 from llamax.runtime.json_reader import parse_object
@@ -193,11 +194,10 @@ class TokenFile:
     ) -> float:
         """Check every block not yet checked, on all cores; the rate in bytes per second.
 
-        Ranks divide the work: each checks part ``share`` of ``of``.  ``go_on`` is called after each
-        block; checking ends early when it returns False.  Raises DataError for a damaged block.
+        A rank checks part ``share`` of ``of`` while ``go_on`` is true.  Raises DataError on damage.
         """
         blocks, start = np.flatnonzero(self._unseen)[share::of], time.perf_counter()
-        with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        with ThreadPoolExecutor(threads or workers()) as pool:
             for _ in pool.map(self._check, blocks.tolist()):
                 if go_on and not go_on():
                     pool.shutdown(cancel_futures=True)

@@ -12,10 +12,11 @@ A run keeps the messages of every rank, from INFO, and the error that ended it, 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
@@ -25,12 +26,15 @@ from llamax.runtime.files import make_folder, same_file
 from llamax.runtime.text import print_text, printable
 
 logger = logging.getLogger("llamax")
+CLEAR_LINE = "\r\x1b[K"
 
 
 class _Stderr(logging.Handler):
     """A handler that writes to the stderr of the moment, which tests and progress bars replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if self.level > logging.INFO and shows_bars(sys.stderr):
+            sys.stderr.write(CLEAR_LINE)  # the bar of rank 0 may be there
         show_line(self.format(record), sys.stderr)
 
 
@@ -53,13 +57,31 @@ class _File(logging.FileHandler):
 
 
 def show_line(text: str, stream: TextIO) -> None:
-    """Print a line; a full disk behind ``stream`` is ignored, for it must not end a run."""
+    """Print a line, above the progress bars of this process.
+
+    A full disk behind ``stream`` is ignored, for it must not end a run.
+    """
     try:
-        print_text(text, stream)
+        with _bars_aside(stream):
+            print_text(text, stream)
     except BrokenPipeError:
         raise
     except OSError:
         pass
+
+
+def shows_bars(stream: TextIO) -> bool:
+    """Whether ``stream`` is a terminal that can rewrite a line."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _bars_aside(stream: TextIO) -> AbstractContextManager[None]:
+    """Clear the progress bars of tqdm inside the block, and draw them again after it."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    if tqdm is None or not getattr(tqdm, "_instances", None):
+        return nullcontext()
+    aside: AbstractContextManager[None] = tqdm.external_write_mode(file=stream)
+    return aside
 
 
 def setup_logging(name: str = "", main: bool = True) -> None:

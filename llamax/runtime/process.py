@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from llamax.runtime.cores import limit_threads
 from llamax.runtime.errors import Interrupted, LlamaxError, NoRoom
 from llamax.runtime.files import NO_ROOM
 from llamax.runtime.signals import SIGNALS
@@ -52,6 +53,7 @@ Main = Callable[[Sequence[str]], int]
 
 def run_main(main: Main, argv: Sequence[str] | None = None) -> int:
     """Run ``main(argv)`` and return the exit code; None stands for the command line."""
+    limit_threads()
     try:
         code = main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

@@ -1,9 +1,9 @@
-"""The records of a run and their writers: console and progress bar, JSONL, TensorBoard, W&B.
+"""The records of a run and their writers: JSONL, TensorBoard, W&B.
 
 One ``Record`` per log step is the truth, kept as a line of JSON; everything else is a view of it::
 
     Record ──┬─> metrics.jsonl   each step once, floats to the last bit, also after a resume
-             ├─> console         one aligned line, and a progress bar on a terminal
+             ├─> console         one aligned line (llamax.training.console)
              └─> TensorBoard     loss, reduced_train_loss, grad_norm, throughput, lr, mfu, ...
 
 Model FLOPs and MFU are defined in ``llamax.config.flops``.
@@ -14,22 +14,20 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol
 
 from llamax.runtime.errors import BackendError, DataError
 from llamax.runtime.files import read_file, refuse_link, same_file, write_atomic
 from llamax.runtime.json_reader import parse_object
-from llamax.runtime.logging import logger, show_line
+from llamax.runtime.logging import logger
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-from llamax.runtime.units import eta, show_bytes, show_number, show_time
 
 # ---- the record
 
@@ -49,13 +47,16 @@ class Record:
     grad_norm: float
     lr: float
     tokens_per_s: float
-    mfu: float
     memory_bytes: int  # peak of this rank
+    mfu: float = 0.0  # 0 where the peak of the devices is not known, as on CPUs
     validation_loss: float | None = None
 
     def to_json(self) -> str:
-        """One line of JSON; Python's repr keeps every bit of a float."""
-        return json.dumps({k: v for k, v in asdict(self).items() if v is not None})
+        """One line of JSON without what is not known; repr keeps every bit of a float."""
+        known = {k: v for k, v in asdict(self).items() if v is not None}
+        if not self.mfu:
+            del known["mfu"]
+        return json.dumps(known)
 
     @classmethod
     def from_json(cls, line: str | bytes) -> Record:
@@ -199,54 +200,6 @@ def _set_aside(path: Path) -> bool:
     return True
 
 
-def line(record: Record, steps: int) -> str:
-    """The console line of a record, aligned from step to step."""
-    validation = record.validation_loss
-    parts = [
-        f"step {record.step:>{len(str(steps))}}/{steps}",
-        f"loss {record.loss:8.4f}",
-        "" if validation is None else f"validation {validation:8.4f}",
-        f"grad {record.grad_norm:8.3f}",
-        f"lr {record.lr:.2e}",
-        f"{show_number(record.tokens_per_s):>6} tokens/s",
-        f"mfu {record.mfu:6.1%}" if record.mfu else "",
-        f"{show_bytes(record.memory_bytes):>8}",
-        f"left {show_time(eta(record.step, steps, record.step_s))}",
-    ]
-    return "  ".join(part for part in parts if part)
-
-
-class ConsoleWriter:
-    """One line per record on ``stream``, and below it a bar with the time left if ``bar``."""
-
-    def __init__(
-        self, steps: int, step: int = 0, bar: bool = False, stream: TextIO = sys.stderr
-    ) -> None:
-        self.steps, self.stream = steps, stream
-        self.bar: Any = None
-        if bar:
-            from tqdm import tqdm
-
-            self.bar = tqdm(
-                total=steps, initial=step, file=stream, unit="step", dynamic_ncols=True, leave=False
-            )
-
-    def write(self, record: Record) -> None:
-        text = line(record, self.steps)
-        if self.bar is None:
-            show_line(text, self.stream)
-            return
-        self.bar.write(text, file=self.stream)
-        self.bar.set_postfix_str(
-            f"loss {record.loss:.4f}, {show_number(record.tokens_per_s)} tokens/s", refresh=False
-        )
-        self.bar.update(record.step - self.bar.n)
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-
 class TensorBoardWriter:
     """Events for TensorBoard in ``folder``, under the tags other Llama trainers use.
 
@@ -282,7 +235,7 @@ def tagged(record: Record) -> dict[str, float]:
         "grad_norm": record.grad_norm,
         "throughput": record.tokens_per_s,
         "lr": record.lr,
-        "mfu": record.mfu,
+        "mfu": record.mfu or None,
         "consumed_tokens": record.consumed_tokens,
         "validation_loss": record.validation_loss,
     }

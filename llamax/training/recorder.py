@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from llamax.config.flops import mfu
 from llamax.runtime.units import tokens_per_s
+from llamax.training.console import ConsoleWriter
 from llamax.training.metrics import Record, Writer, Writers
 from llamax.training.step import Step
 
@@ -39,6 +41,8 @@ class Recorder:
 
     def __init__(self, writers: Iterable[Writer], throughput: Throughput, began: float) -> None:
         self.writers, self.throughput, self.began = Writers(writers), throughput, began
+        consoles = (writer for writer in self.writers.writers if isinstance(writer, ConsoleWriter))
+        self.console = next(consoles, None)
         self.steps, self.busy_s = 0, 0.0  # since the last record
         self.pending: Callable[[], Record] | None = None
 
@@ -46,6 +50,8 @@ class Recorder:
         """Count a training step, and write the record that waits for it."""
         self.steps, self.busy_s = self.steps + 1, self.busy_s + seconds
         self.flush()
+        if self.console:
+            self.console.stepped()
 
     def add(self, step: Step, consumed_tokens: int, lr: float) -> None:
         """Keep a step for its record, which is written when the next one runs."""
@@ -71,6 +77,10 @@ class Recorder:
             )
 
         self.pending = record
+
+    def doing(self, what: str) -> AbstractContextManager[None]:
+        """Show on the console what happens between two steps."""
+        return self.console.doing(what) if self.console else nullcontext()
 
     def flush(self) -> None:
         """Write the pending record, if any."""

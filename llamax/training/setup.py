@@ -27,12 +27,12 @@ from llamax.model.llama import DTYPES, Llama
 from llamax.model.lora import num_parameters
 from llamax.parallel.collectives import Axes
 from llamax.runtime.errors import CheckpointError
-from llamax.runtime.logging import logger
-from llamax.runtime.units import show_number
+from llamax.runtime.logging import logger, shows_bars
+from llamax.runtime.units import count, show_number
+from llamax.training.console import ConsoleWriter
 from llamax.training.early_stopping import EarlyStopping
 from llamax.training.inputs import Inputs
 from llamax.training.metrics import (
-    ConsoleWriter,
     JsonlWriter,
     TensorBoardWriter,
     WandbWriter,
@@ -171,10 +171,10 @@ def log_start(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     write_durable(job.folder / CONFIG_FILE, dump_config(config))
     logger.info(
-        "%s parameters in %s on %d ranks (%s): tensor %d%s%s x data %d%s",
+        "%s parameters in %s on %s (%s): tensor %d%s%s x data %d%s",
         show_number(config.model.num_parameters()),
         config.run.dtype,
-        mesh.world_size,
+        count(mesh.world_size, "rank"),
         config.run.backend,
         mesh.tp,
         " with sequence parallelism" if job.state.model.sequence_parallel else "",
@@ -183,12 +183,12 @@ def log_start(job: Job) -> None:
         " with ZeRO-1" if config.parallel.zero1 and mesh.dp * mesh.cp > 1 else "",
     )
     logger.info(
-        "%s: %s tokens, %s a step in %d microsteps, %s",
+        "%s: %s tokens, %s a step in %s, %s",
         config.data.path,
         show_number(len(job.dataset.train)),
         show_number(run.step_tokens),
-        run.accumulation,
-        f"steps {job.step + 1} to {run.steps}"
+        count(run.accumulation, "microstep"),
+        f"steps {job.step + 1:,} to {run.steps:,}"
         if job.step < run.steps
         else f"nothing left of run.steps={run.steps}",
     )
@@ -234,7 +234,7 @@ def writers(job: Job) -> list[Writer]:
     run = job.config.run
     if not job.main:
         return []
-    bar = run.progress == "on" or (run.progress == "auto" and sys.stderr.isatty())
+    bar = run.progress == "on" or (run.progress == "auto" and shows_bars(sys.stderr))
     log = JsonlWriter(job.folder / METRICS_FILE, job.step)
     views: list[Writer] = [log, ConsoleWriter(run.steps, job.step, bar)]
     if run.tensorboard:

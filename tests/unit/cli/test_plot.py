@@ -17,7 +17,7 @@ from llamax.training.metrics import (
 def test_runs_of_one_name_are_plotted_by_their_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record = Record(1, 8, 1.0, 0.1, 2.0, 1.0, 1e-3, 80.0, 0.1, 0)
+    record = Record(1, 8, 1.0, 0.1, 2.0, 1.0, 1e-3, 80.0, 0, 0.1)
     for each in ("a/run", "b/run", "c/other"):
         (tmp_path / each).mkdir(parents=True)
         (tmp_path / each / "metrics.jsonl").write_text(record.to_json() + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import os
@@ -18,13 +17,13 @@ from hypothesis import strategies as st
 
 from llamax.runtime.errors import BackendError, DataError
 from llamax.training.metrics import (
-    ConsoleWriter,
     JsonlWriter,
     Record,
     TensorBoardWriter,
     WandbWriter,
     Writers,
     read_jsonl,
+    tagged,
 )
 
 RECORD = Record(
@@ -151,38 +150,12 @@ def test_a_log_with_a_strange_line_is_refused(tmp_path: Path, line: str) -> None
 # ---- the views
 
 
-def test_console_lines_are_aligned_and_complete() -> None:
-    stream = io.StringIO()
-    console = ConsoleWriter(steps=100, stream=stream)
-    console.write(RECORD)
-    console.write(replace(RECORD, step=99, loss=10.5, mfu=0.0, validation_loss=2.5))
-    console.write(replace(RECORD, step=100))
-    console.close()
-    first, second, third = stream.getvalue().splitlines()
-    assert first == (
-        "step   7/100  loss   2.2500  grad    1.500  lr 3.00e-04   8.19K tokens/s  "
-        "mfu  37.5%  1.50 GiB  left 46s"
-    )
-    assert "validation   2.5000" in second
-    assert "mfu" not in second
-    assert "left 0.50s" in second
-    assert third == first.replace("  7/", "100/").replace("left 46s", "left 0.00s")
-
-
-def test_the_bar_shows_loss_and_rate_and_starts_where_the_run_resumes() -> None:
-    stream = io.StringIO()
-    console = ConsoleWriter(steps=10, step=6, bar=True, stream=stream)
-    assert console.bar.n == console.bar.initial == 6
-    console.write(RECORD)
-    assert console.bar.n == 7
-    console.write(replace(RECORD, step=9))
-    assert console.bar.n == 9
-    console.bar.refresh()
-    console.close()
-    text = stream.getvalue()
-    assert "9/10" in text
-    assert "loss 2.2500, 8.19K tokens/s" in text
-    assert text.count("step  7/10  loss") == 1
+def test_what_is_not_known_is_not_written() -> None:
+    unknown = replace(RECORD, mfu=0.0)
+    assert "mfu" not in json.loads(unknown.to_json())
+    assert "mfu" not in tagged(unknown)
+    assert Record.from_json(unknown.to_json()) == unknown
+    assert json.loads(RECORD.to_json())["mfu"] == tagged(RECORD)["mfu"] == 0.375
 
 
 def test_tensorboard_has_the_tags_of_other_trainers(tmp_path: Path) -> None:
