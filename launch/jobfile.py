@@ -35,6 +35,7 @@ from llamax.config.schema import Config
 from llamax.config.toml import Problems, build, read_toml, to_toml
 from llamax.config.types import Count, Natural, Port, explain, options, walk
 from llamax.runtime.errors import ConfigError, did_you_mean, refuse
+from llamax.runtime.text import UNSAFE
 
 TABLES = ("overrides", "environment")
 
@@ -257,9 +258,7 @@ def _control_characters(job: JobFile) -> Iterator[str]:
     texts += [(f"environment.{key}", value) for key, value in job.environment]
     for key, value in texts:
         for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str) and any(
-                ord(letter) < 32 or letter == "\x7f" for letter in text
-            ):
+            if isinstance(text, str) and UNSAFE.search(text):
                 yield f"{key}={text!r} holds a control character; use plain text on one line"
 
 

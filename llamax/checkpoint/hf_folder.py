@@ -29,6 +29,7 @@ from llamax.checkpoint.safetensors_io import SLAB_BYTES
 from llamax.checkpoint.source import Piece, Source
 from llamax.runtime import json_reader
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.files import is_file_name
 from llamax.runtime.json_reader import JsonError
 from llamax.runtime.logging import logger
 
@@ -191,8 +192,10 @@ class HfFolder(Source):
                 raise CheckpointError(f"{index} has no weight_map; download it again")
             names = set()
             for file in weight_map.values():
-                if not isinstance(file, str) or Path(file).name != file:
-                    raise CheckpointError(f"{index} names {file!r}, which is not a file beside it")
+                if not is_file_name(file):
+                    raise CheckpointError(
+                        f"{index} names {file!r:.80}, which is not a file beside it"
+                    )
                 names.add(file)
         elif not (names := set(names_without_index(self.folder))):
             pickled = (*self.folder.glob("*.bin"), *self.folder.glob("*.pth"))

@@ -19,6 +19,7 @@ from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.token_file import GoOn, Header, Stream, TokenFile, Verify
 from llamax.data.tokenizer.tokenizer import fingerprint_of_file
 from llamax.runtime.errors import DataError
+from llamax.runtime.files import is_file_name
 from llamax.runtime.json_reader import JsonError, read_object
 
 SCANNED = 1 << 24  # tokens looked at together
@@ -179,7 +180,7 @@ def read_index(path: Path) -> dict[str, Any]:
     except JsonError as error:
         raise DataError(f"{path}: {error}; {remedy}") from None
     name = index.get("tokenizer_file")
-    if not isinstance(name, str) or not name or Path(name).name != name or "\0" in name:
+    if not is_file_name(name):
         raise DataError(f"{path}: names no tokenizer beside it; {remedy}")
     for key, fits in INDEX_FIELDS.items():
         if (value := index.get(key)) is not None and not fits(value):
@@ -209,7 +210,7 @@ HEADER_FIELDS = {"vocab_size", "bos_id", "eos_id"}
 INDEX_FIELDS: dict[str, Callable[[object], bool]] = {
     "indexed": _is_indexed,
     "unread": _is_counts,
-    "key": lambda value: isinstance(value, str),
+    "key": lambda value: isinstance(value, str) and is_file_name(f"{value}_document.idx"),
     "identity": lambda value: isinstance(value, str),
 }
 

@@ -112,7 +112,7 @@ def sampling_of(
     warn_not_applied(generation)
     found = {name: generation.get(name) for name in ("temperature", "top_k", "top_p")}
     for name, value in found.items():
-        if value is not None and type(value) not in (int, float):
+        if value is not None and not (type(value) in (int, float) and abs(value) < 2**31):
             raise ConfigError(f"generation_config.json: {name} is {value!r:.40}; use a number")
     usual = 0.8 if sample is None else 1.0
     theirs = 0.0 if sample is False else _first(found["temperature"], usual)

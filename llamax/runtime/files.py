@@ -18,6 +18,7 @@ import os
 import shutil
 import stat
 from pathlib import Path
+from typing import TypeGuard
 
 from llamax.runtime.errors import LinkError
 
@@ -60,6 +61,16 @@ def same_file(path: str | Path, flags: int) -> int:
         os.close(file)
         raise LinkError(f"{path} is not a regular file; choose another name")
     return file
+
+
+def is_file_name(name: object) -> TypeGuard[str]:
+    """Whether a value from a file names a file in a folder, without leading out of it."""
+    if not isinstance(name, str) or name in ("", "..") or Path(name).name != name or "\0" in name:
+        return False
+    try:
+        return len(os.fsencode(name)) <= 255  # the longest of Linux
+    except UnicodeEncodeError:  # half a character
+        return False
 
 
 def read_file(path: Path, max_bytes: int = 2**20) -> bytes:

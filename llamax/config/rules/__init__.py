@@ -28,9 +28,12 @@ class Rules(list[tuple[tuple[str, ...], Rule]]):
         return register
 
 
+LARGEST_FACTOR = 10**5  # looked for; a value in a file may have any size
+
+
 def divisors(n: int) -> list[int]:
-    """The divisors of ``n`` in ascending order."""
-    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    """The divisors of ``n`` in ascending order, those of very large ones in part."""
+    low = [d for d in range(1, min(math.isqrt(n), LARGEST_FACTOR) + 1) if n % d == 0]
     return low + [n // d for d in reversed(low) if d * d < n]
 
 

@@ -142,7 +142,7 @@ class Program:
             line = getattr(error, "lineno", None)
             at = f" (line {line})" if line else ""
             raise DataError(f"{self.where}: the template says{at}: {_line(error)}") from None
-        except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError) as error:
+        except Exception as error:  # of any type: filters and the compiler raise many
             raise DataError(
                 f"{self.where}: the template fails: {type(error).__name__}: {_line(error)}"
             ) from None

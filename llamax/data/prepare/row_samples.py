@@ -209,9 +209,11 @@ def _conversation(
     for message in answers:
         if not _answers(message, template):
             calls = tuple(key for key in CALLS if message.get(key))
-            reason = f" beside {calls[0]}, which template {template.name} does not read"
+            reason = "".join(
+                f" beside {key}, which template {template.name} does not read" for key in calls[:1]
+            )
             raise EmptyAnswer(
-                f"has an empty answer{reason if calls else ''}",
+                f"has an empty answer{reason}",
                 tuple(f"messages[].{key}" for key in calls),
             )
     if not answers:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from llamax.runtime.json_reader import JsonError, read_object
 
+MOST_TOKENS = 2**24  # engines need memory for all ids up to the largest
 CONFIG, NAMED, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 FILES = (CONFIG, NAMED, ADDED, "chat_template.jinja")  # beside a tokenizer, and part of it
 
@@ -70,12 +71,12 @@ class SpecialTokens:
         special = {*found.named.values(), *found.extra}
         if not decoder:
             for text, number in _object(path.with_name(ADDED)).items():
-                found.added.setdefault(int(number), AddedToken(text, text in special))
+                found.added.setdefault(token_id(number), AddedToken(text, text in special))
         for number, token in (decoder or {}).items():
             text = str(token["content"])
             strips = (bool(token.get("lstrip")), bool(token.get("rstrip")))
             is_special = bool(token.get("special")) or text in special
-            found.added[int(number)] = AddedToken(text, is_special, *strips)
+            found.added[token_id(number)] = AddedToken(text, is_special, *strips)
         return found
 
 
@@ -93,6 +94,14 @@ def _named(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in values.items():
         if key.endswith("_token") and (text := _text(value)):
             yield key, text
+
+
+def token_id(value: Any) -> int:
+    """The id of a token; ValueError if it is below 0 or not below MOST_TOKENS."""
+    number = int(value)
+    if not 0 <= number < MOST_TOKENS:
+        raise ValueError(f"{number} is not the id of a token")
+    return number
 
 
 def _text(value: Any) -> str:

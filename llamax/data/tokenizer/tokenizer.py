@@ -32,7 +32,13 @@ import numpy.typing as npt
 
 from llamax.data.tokenizer.fingerprint import BESIDE, fingerprint
 from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN, LLAMA3_SPECIAL
-from llamax.data.tokenizer.special_tokens import FILES, AddedToken, SpecialTokens, stripping
+from llamax.data.tokenizer.special_tokens import (
+    FILES,
+    AddedToken,
+    SpecialTokens,
+    stripping,
+    token_id,
+)
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import sha256
 
@@ -180,7 +186,8 @@ class HuggingFace:
         alone = state_of(self)
         beside = SpecialTokens.beside(path)
         self._add(beside)
-        self.vocab_size = max(self.engine.get_vocab(with_added_tokens=True).values()) + 1
+        ids = self.engine.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = token_id(max(ids)) + 1
         self.base_size = (
             max(self.engine.get_vocab(with_added_tokens=False).values(), default=-1) + 1
         )
@@ -332,7 +339,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw):
             return TikToken(path, raw)
         return SentencePiece(path, raw)
-    except Exception as error:  # engines raise various types, one of them bare Exception
+    except BaseException as error:  # engines raise various types, one of them bare Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # a panic of Rust is a BaseException that no module exports
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{path}: is not a tokenizer ({reason}); give a sentencepiece tokenizer.model, "

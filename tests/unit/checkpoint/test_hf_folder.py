@@ -58,7 +58,7 @@ def test_hub_weights_from_outside_the_folder(tmp_path: Path) -> None:
     refused("is a link out of its folder", lambda: HfFolder(folder))
     (folder / "model.safetensors").unlink()
     index = folder / "model.safetensors.index.json"
-    for name in ("../real", str(tmp_path / "real"), 3):
+    for name in ("../real", str(tmp_path / "real"), 3, "..", "", "a\0b", "\ud800", ["x"] * 9):
         index.write_text(json.dumps({"weight_map": {"model.embed_tokens.weight": name}}))
         refused("which is not a file beside it", lambda: HfFolder(folder))
     index.write_text("{}")

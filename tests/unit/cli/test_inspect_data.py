@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.megatron import DOCUMENTS, write_dataset
 
+from llamax.data.dataset import read_index
 from llamax.data.megatron import indexed_prefix
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import sha256
@@ -33,6 +34,15 @@ def test_inspect_describes_a_dataset(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text(json.dumps({**said, "indexed": header}))
     for split in ("train", "validation"):
         write_dataset(indexed_prefix(tmp_path, split, "text"), DOCUMENTS)
+    for wrong in (
+        {"key": "../text"},
+        {"key": "a\0"},
+        {"key": None},
+        {"indexed": {"vocab_size": -1}},
+    ):
+        (tmp_path / "other.json").write_text(json.dumps({**said, "indexed": header, **wrong}))
+        with pytest.raises(DataError, match=r"copy it again, or run llamax prepare again"):
+            read_index(tmp_path / "other.json")
     found = dict(inspect.describe(tmp_path, verify=True))
     assert found["train"] == found["validation"] == "11 tokens, 3 documents, int32"
     assert (found["vocabulary"], found["tokenizer"]) == (301, sha256(tokenizer))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from support.configs import GOOD, changed
 from support.rule_cases import CASES
 
+from llamax.config.rules import divisors
 from llamax.config.schema import (
     sections,
 )
@@ -133,3 +134,8 @@ def test_what_the_rules_let_through_can_be_cut(tensor: int, heads: int, kv: int)
     except ConfigError:
         fits = False
     assert (problems(config) == []) == fits
+
+
+def test_divisors_of_a_number_of_any_size() -> None:
+    assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
+    assert divisors(2**62)[:4] == [1, 2, 4, 8]  # at once

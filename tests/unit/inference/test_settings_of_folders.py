@@ -95,6 +95,13 @@ def test_sampling_that_is_no_number_is_refused() -> None:
         sampling_of({"top_p": "most"})
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 10**30, True])
+@pytest.mark.parametrize("name", ["top_k", "top_p", "temperature"])
+def test_sampling_by_a_number_out_of_range_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is .*; use a number"):
+        sampling_of({name: value})
+
+
 def test_a_stop_text_that_is_a_special_token(hub: Path) -> None:
     longest, stop = greedy(hub), fourth_token(hub)
     eot = load_tokenizer(hub).special["<|eot_id|>"]

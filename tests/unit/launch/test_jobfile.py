@@ -61,6 +61,7 @@ def test_a_file_is_read_and_a_broken_one_refused(tmp_path: Path) -> None:
         ({"name": "a\nb"}, r"name='a\nb' holds a control character; use plain text on one line"),
         ({"overrides__data__path": "a\nb"}, r"overrides.data.path='a\nb' holds a control char"),
         ({"environment__A": "\x7f"}, r"environment.A='\x7f' holds a control character"),
+        ({"environment__A": "\u202e"}, r"environment.A='\u202e' holds a control character"),
         ({"prepare__inputs": ["a\tb"]}, "prepare.inputs='a\\tb' holds a control character"),
     ],
 )

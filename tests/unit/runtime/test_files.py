@@ -159,3 +159,10 @@ def test_free_space_that_is_not_reported(tmp_path: Path, monkeypatch: pytest.Mon
     lack(monkeypatch, "report free space", tmp_path)
     assert files.free_bytes(tmp_path) is None
     assert files.show_free(tmp_path) == "free space unknown"
+
+
+def test_names_of_files_lead_nowhere() -> None:
+    for name in ("a.b", "é", ".hidden", "-x"):
+        assert files.is_file_name(name)
+    for other in ("", ".", "..", "a/b", "/a", "a/", "a\0", "\ud800", "é" * 128, 3, None, ["a"]):
+        assert not files.is_file_name(other)

@@ -111,3 +111,10 @@ def test_an_alarm_at_any_moment_leaves_the_limits_as_they_were(
         now = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGVTALRM)
         assert now == before
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+@pytest.mark.parametrize("source", ["{{ '{}'.format() }}", "{{ value | map('upper') | first.x }}"])
+def test_an_error_of_any_type_is_one_line(source: str) -> None:
+    with pytest.raises(DataError, match="here: the template") as caught:
+        jinja_sandbox.Program(source, "here").render({"value": [1]})
+    assert "\n" not in str(caught.value)

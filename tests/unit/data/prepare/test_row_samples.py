@@ -227,3 +227,11 @@ def test_contents_that_are_no_text() -> None:
             text_of({"messages": [turn, A]}, plain())
     pair = {"conversation": [{"system": "", "input": Q["content"], "output": A["content"]}]}
     assert text_of(pair, plain()) == text_of({"messages": [Q, A]}, plain())
+
+
+@pytest.mark.parametrize("answer", [{"content": ""}, {}, {"content": " ", "tool_calls": []}])
+def test_an_empty_answer_without_calls_is_one_line(answer: dict[str, Any]) -> None:
+    row = {"messages": [Q, {"role": "assistant", **answer}]}
+    with pytest.raises(EmptyAnswer, match=r"has an empty answer$") as caught:
+        read_sample(row, {}, "", Template("llama2-chat", BUILT_IN["llama2-chat"]))
+    assert caught.value.unread == ()

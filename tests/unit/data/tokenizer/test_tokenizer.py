@@ -12,6 +12,7 @@ import pytest
 import tokenizers
 from support.corpora import TEXTS, python_sources
 
+import llamax.data.tokenizer.tokenizer as tokenizer_module
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.sentencepiece_model import SentencePieceModel
 from llamax.data.tokenizer.tokenizer import SentencePiece, TikToken, load_tokenizer
@@ -146,6 +147,35 @@ def test_a_damaged_file_beside_a_tokenizer(spm: Path, tmp_path: Path, text: str)
     (tmp_path / "tokenizer_config.json").write_text(text)
     with pytest.raises(DataError, match=r"tokenizer_config\.json is not"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("number", [-1, 2**24, 10**30])
+def test_an_added_token_with_an_id_out_of_range(spm: Path, tmp_path: Path, number: int) -> None:
+    shutil.copy(spm, tmp_path / "tokenizer.model")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<mark>": number}))
+    with pytest.raises(DataError, match=f"{number} is not the id of a token"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_tokenizer_json_with_an_id_out_of_range(tmp_path: Path) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 2**24}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [], "model": model}))
+    with pytest.raises(DataError, match="16777216 is not the id of a token"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["PanicException", "KeyboardInterrupt"])
+def test_a_panic_of_an_engine_is_one_line_and_an_interrupt_is_not(
+    spm: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fail(*given: object) -> None:
+        raise type(name, (BaseException,), {})("range end index 50")
+
+    monkeypatch.setattr(tokenizer_module, "SentencePiece", fail)
+    kind = DataError if name == "PanicException" else BaseException
+    with pytest.raises(kind, match="range end index 50") as caught:
+        load_tokenizer(spm)
+    assert isinstance(caught.value, DataError) == (name == "PanicException")
 
 
 @pytest.mark.parametrize(
