@@ -32,6 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from llamax.config.constants import RENDEZVOUS_PORT
+from llamax.parallel.network import is_loopback, source_address
 from llamax.runtime.errors import BackendError, LlamaxError
 
 # The variables of a launcher: rank, world size, local rank, local world size.
@@ -54,6 +55,7 @@ JOBS = ("SLURM_JOB_ID", "TRAINING_JOB_NAME", "PMIX_NAMESPACE", "TORCHELASTIC_RUN
 IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"
 LOOPBACK = "127.0.0.1"
 NEURON_PORT = 62182  # the default port of torch-xla's Neuron plugin, at which ranks meet
+ANY_OTHER = "192.0.2.1"  # no machine has this address (RFC 5737); nothing is sent to it
 DNS_WAIT_S = 60  # the name of a pod may resolve only some time after the pod starts
 
 
@@ -188,10 +190,21 @@ def neuron_variables(environ: Mapping[str, str], where: Rendezvous) -> dict[str,
         "MASTER_ADDR": where.address,
         "MASTER_PORT": str(where.port),
         "TORCHELASTIC_RUN_ID": f"llamax-{where.launcher or 'alone'}",
-        "NEURON_RT_ROOT_COMM_ID": f"{where.address}:{NEURON_PORT}",
+        "NEURON_RT_ROOT_COMM_ID": f"{_address_for_others(where)}:{NEURON_PORT}",
     }
     kept = ("TORCHELASTIC_RUN_ID", "NEURON_RT_ROOT_COMM_ID")
     return {key: value for key, value in found.items() if key not in kept or key not in environ}
+
+
+def _address_for_others(where: Rendezvous) -> str:
+    """Rank 0's IPv4 address as other machines know it.
+
+    Debian and Ubuntu write a machine's own name as 127.0.1.1 into /etc/hosts.  On rank 0's machine
+    the address of the interface with the default route takes its place.
+    """
+    if where.world_size > where.local_world_size and is_loopback(where.address):
+        return source_address(ANY_OTHER) or where.address
+    return where.address
 
 
 # ---- one function per launcher

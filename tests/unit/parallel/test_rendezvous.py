@@ -205,3 +205,16 @@ def test_what_torch_xla_wants_before_its_import() -> None:
     kept = {"TORCHELASTIC_RUN_ID": "mine", "NEURON_RT_ROOT_COMM_ID": "10.0.0.9:1"}
     assert kept.keys().isdisjoint(neuron_variables(kept, Rendezvous()))
     assert neuron_variables({}, Rendezvous())["MASTER_ADDR"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "source", "root"),
+    [(64, "10.0.0.7", "10.0.0.7"), (64, "", "127.0.1.1"), (32, "10.0.0.7", "127.0.1.1")],
+    ids=["two machines", "no route", "one machine"],
+)
+def test_a_name_that_is_the_loopback_on_its_own_machine(
+    monkeypatch: pytest.MonkeyPatch, world_size: int, source: str, root: str
+) -> None:
+    monkeypatch.setattr("llamax.parallel.rendezvous.source_address", lambda target: source)
+    where = Rendezvous(0, world_size, 0, 32, "127.0.1.1")
+    assert neuron_variables({}, where)["NEURON_RT_ROOT_COMM_ID"] == f"{root}:62182"
