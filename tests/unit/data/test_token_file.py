@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -154,9 +156,24 @@ def test_verify_returns_its_rate(damaged) -> None:
     assert TokenFile(path, verify="read").verify(threads=2) > 1e6
 
 
-def test_a_check_that_nobody_waits_for_ends(tmp_path: Path) -> None:
+def test_a_check_that_nobody_waits_for_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path / "x.tokens", [2_000_000])
     file, asked = TokenFile(tmp_path / "x.tokens", verify="read"), []
+    check, shutdown, cancelled = file._check, ThreadPoolExecutor.shutdown, threading.Event()
+
+    def check_later(block: int) -> None:
+        assert block == 0 or cancelled.wait(60)
+        check(block)
+
+    def cancel(pool: ThreadPoolExecutor, wait: bool = True, cancel_futures: bool = False) -> None:
+        shutdown(pool, wait=False, cancel_futures=cancel_futures)
+        cancelled.set()
+        shutdown(pool, wait=wait)
+
+    monkeypatch.setattr(file, "_check", check_later)
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", cancel)
     file.verify(threads=1, go_on=lambda: bool(asked.append(1)))
     assert len(asked) == 1
     assert file._unseen.any(), "what was not checked is not trusted"
