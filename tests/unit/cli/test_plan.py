@@ -83,8 +83,8 @@ def test_a_mistake_is_one_line(arguments: list[str], said: str) -> None:
 
 def test_every_known_machine_plans(capsys: pytest.CaptureFixture[str]) -> None:
     for name in machine_names()[1:]:
-        assert load_machine(name).ranks >= 1
-        main(["--config", "llama3.2-1b", "--instance", name, "--parallel.tensor=2"])
+        tensor = min(load_machine(name).ranks, 2)
+        main(["--config", "llama3.2-1b", "--instance", name, f"--parallel.tensor={tensor}"])
         assert name in capsys.readouterr().out
     assert load_machine("h100").name == "p5.48xlarge"
 
