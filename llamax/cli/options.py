@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llamax.runtime.errors import LlamaxError
+from llamax.runtime.units import read_bytes
 
 Main = Callable[[Sequence[str]], int]
 
@@ -62,6 +63,16 @@ def column(text: str) -> tuple[str, str]:
             f"{text!r} is not FIELD=COLUMN with a field of {', '.join(FIELDS)}"
         )
     return field, name
+
+
+def size(text: str) -> int:
+    """A size in bytes, such as 64MiB; the type of an option."""
+    try:
+        if (number := read_bytes(text)) >= 1:
+            return number
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    raise argparse.ArgumentTypeError(f"{text!r} is below one byte")
 
 
 class ByteBar:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llamax.cli.options import column, command
+from llamax.cli.options import column, command, size
 from llamax.data.chat.templates import BUILT_IN
+from llamax.data.prepare.file_kinds import MAX_DOCUMENT
 from llamax.data.prepare.row_samples import FIELDS
 from llamax.runtime.cores import workers
 from llamax.runtime.logging import setup_logging
@@ -78,6 +79,14 @@ def parser() -> argparse.ArgumentParser:
         type=_count,
         default=workers(),
         help="processes; default: OMP_NUM_THREADS, or one per core",
+    )
+    p.add_argument(
+        "--max-document",
+        type=size,
+        default=MAX_DOCUMENT,
+        metavar="SIZE",
+        help="longest row, or longest text without a place to cut, such as 64MiB (default) or 2GB; "
+        "memory is at most 300 MB and 8 times this for each process",
     )
     p.add_argument(
         "--length",
@@ -179,6 +188,7 @@ def main(argv: Sequence[str]) -> int:
         test_files=options.test_file,
         drop_empty=options.drop_empty,
         strict=options.strict,
+        max_document=options.max_document,
     )
     print_text(describe(made.folder, options.length))
     print_text(describe_files(made))

@@ -246,6 +246,7 @@ def write_indexed(prefix: Path, files: Sequence[TokenFile], vocab_size: int) -> 
             for file in files:
                 for start in range(0, len(file), CHUNK):
                     body.write(file.tokens[start : start + CHUNK].astype(dtype).tobytes())
+                    file.release()
             _sync(body)
         count = sum(int((_lengths(file) > 0).sum()) for file in files)
         with open(partial[0], "wb", opener=new_file) as head:

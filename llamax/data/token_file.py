@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, Literal, Protocol
 
 import numpy as np
@@ -135,7 +134,6 @@ class Stream(Protocol):
     @property
     def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
         """Where documents begin, ascending, and how many of its units a token takes."""
-        ...
 
     @property
     def masked(self) -> bool: ...
@@ -198,11 +196,14 @@ class TokenFile:
         """
         blocks, start = np.flatnonzero(self._unseen)[share::of], time.perf_counter()
         with ThreadPoolExecutor(threads or workers()) as pool:
-            for _ in pool.map(self._check, blocks.tolist()):
+            for number, _ in enumerate(pool.map(self._check, blocks.tolist())):
                 if go_on and not go_on():
                     pool.shutdown(cancel_futures=True)
                     return 0.0
+                if number % 16 == 15:
+                    self.release()
         self._unseen[:] = False
+        self.release()
         return len(blocks) * BLOCK_BYTES / (time.perf_counter() - start)
 
     @property
@@ -221,6 +222,10 @@ class TokenFile:
             return np.ones(places.shape, bool)
         bits: npt.NDArray[np.bool_] = (self._counted[places >> 3] >> (places & 7)) & 1 == 1
         return bits
+
+    def release(self) -> None:
+        """Give back the memory of pages that were read; they are read again when needed."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def touch(
         self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
@@ -290,8 +295,8 @@ class TokenWriter:
     ) -> None:
         """Append documents: tokens end to end, the length of each, and the bytes of their text.
 
-        ``counted``: whether each token counts in the loss; given for all documents or for none.
-        Raises DataError for a token outside the vocabulary.
+        Tokens beyond the last length begin a document that the next call ends.  ``counted``: which
+        tokens count in the loss, if not all.  Raises DataError for one outside the vocabulary.
         """
         if len(tokens) and int(tokens.max()) >= self.header.vocab_size:
             raise DataError(
@@ -311,12 +316,7 @@ class TokenWriter:
         self._documents += len(lengths)
         self._text_bytes += text_bytes
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             with self._file, self._offsets, self._bits:
                 if error is None:

@@ -47,7 +47,7 @@ def parse_json(data: bytes | str, strict: bool = True) -> Any:
     except ValueError:  # an integer of more digits than Python converts
         raise JsonError("holds a number of thousands of digits") from None
     openers = (b"[", b"{") if isinstance(data, bytes | bytearray) else ("[", "{")
-    if sum(map(data.count, openers)) > MAX_DEPTH and _too_deep(value):  # type: ignore[arg-type]
+    if sum(map(data.count, openers)) > MAX_DEPTH and too_deep(value):  # type: ignore[arg-type]
         raise JsonError(f"is nested more than {MAX_DEPTH} levels deep")
     return value
 
@@ -99,7 +99,8 @@ def _integer(text: str) -> int:
     return int(text)
 
 
-def _too_deep(value: Any) -> bool:
+def too_deep(value: Any) -> bool:
+    """Whether a value of JSON is nested more than MAX_DEPTH levels deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         nested: list[Any] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 LONGEST_S = 1e11  # some 3,000 years; a longer time, or NaN, is shown as a plain number
 
@@ -35,6 +36,19 @@ def show_number(n: float) -> str:
 def show_bytes(n: float) -> str:
     """A size with three significant digits in binary units: 1.50 GiB, 512 B."""
     return _scaled(n, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
+
+
+def read_bytes(text: str) -> int:
+    """The size that a text states: 512, 64MiB, 64 MB or 1.5g; ValueError for any other text.
+
+    KiB, MiB and GiB are powers of 1024; K, M, G, KB, MB and GB powers of 1000.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?) ?(?:([kmg])(i?)b?|b)?", text.strip(), re.I)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 64MiB or 2GB")
+    number, prefix, binary = match.groups()
+    scale = "kmg".index(prefix.lower()) + 1 if prefix else 0
+    return round(float(number) * float(1024 if binary else 1000) ** scale)
 
 
 def _scaled(n: float, base: int, suffixes: tuple[str, ...]) -> str:

@@ -14,13 +14,11 @@ import hashlib
 import json
 import multiprocessing
 import signal
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -28,27 +26,24 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
 from llamax.data.megatron import indexed_prefix, write_indexed
-from llamax.data.prepare.tables import RowRange
-from llamax.data.prepare.text_files import Source, documents
+from llamax.data.prepare.progress import Progress, count_tokens, start_worker
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import show_free, write_atomic
 from llamax.runtime.json_reader import read_object
-from llamax.runtime.process import leave_with_parent
 
+COPIED = 2**20  # tokens copied at once
 SPLITS = ("train", "validation", "test")
-BATCH_CHARACTERS = 2**20
-LEAST_HELD_OUT = 200  # characters, of an only text
 
 
 class Encoded(NamedTuple):
     """Documents of one split: the ids of each, which of them count (None: all), bytes of text.
 
-    ``unread``: names of columns and keys that are not in the text, with their numbers of rows.
+    ``unread``: names of columns and keys that are not in the text, with their numbers of rows;
+    ``more``: the ids go on in the next documents of this split, which end the document.
     """
 
     split: str
@@ -56,6 +51,7 @@ class Encoded(NamedTuple):
     counted: list[npt.NDArray[np.bool_]] | None
     text_bytes: int
     unread: Mapping[str, int] = MappingProxyType({})
+    more: bool = False
 
 
 class Chunk(Protocol):
@@ -108,107 +104,24 @@ def header_of(settings: Settings, tokenizer: Tokenizer) -> Header:
     )
 
 
-@dataclass(frozen=True)
-class TextChunk:
-    """A chunk of text files and rows of text; ``only``: one text, of which the end is held out."""
-
-    sources: tuple[Source | RowRange, ...]
-    only: bool = False
-
-    unit = "B"
-
-    @property
-    def size(self) -> int:
-        return sum(source.size_bytes for source in self.sources)
-
-    @property
-    def size_bytes(self) -> int:
-        return self.size
-
-    @property
-    def files(self) -> Mapping[str, str]:
-        return {
-            source.path: "rows" if isinstance(source, RowRange) or source.rows else "text"
-            for source in self.sources
-        }
-
-
-@dataclass(frozen=True)
-class TextSettings:
-    """What decides the bytes of a dataset of text, besides the text."""
-
-    tokenizer: str
-    key: str
-    validation: float
-    bos: bool
-    eos: bool
-
-    def name(self, number: int, chunk: TextChunk) -> str:
-        """The name of a part: equal names, equal bytes."""
-        return part_name(
-            number, asdict(self), [asdict(source) for source in chunk.sources], chunk.only
-        )
-
-    def encode(self, chunk: TextChunk, tokenizer: Tokenizer) -> Iterator[Encoded]:
-        """The documents of a chunk, about BATCH_CHARACTERS at a time, each between BOS and EOS."""
-        header = header_of(self, tokenizer)
-        bos = np.array([] if header.bos_id is None else [header.bos_id], np.uint32)
-        eos = np.array([] if header.eos_id is None else [header.eos_id], np.uint32)
-        unread: Counter[str] = Counter()
-        for batch in _batches(split_documents(chunk, self, unread)):
-            texts = [text for text, _ in batch]
-            raw = [text.encode() for text in texts]
-            held_out = [held for _, held in batch]
-            ids = [np.concatenate([bos, body, eos]) for body in tokenizer.encode_documents(texts)]
-            for split, wanted in (("train", False), ("validation", True)):
-                chosen = [i for i, held in enumerate(held_out) if held is wanted]
-                text_bytes = sum(len(raw[i]) for i in chosen)
-                yield Encoded(split, [ids[i] for i in chosen], None, text_bytes)
-        yield Encoded("train", [], None, 0, unread)
-
-
-def split_documents(
-    chunk: TextChunk, settings: TextSettings, unread: Counter[str]
-) -> Iterator[tuple[str, bool]]:
-    """The documents of a chunk, and whether each belongs to the validation split.
-
-    Of an only text the end is a document of the validation split, from a line break or a space on.
-    """
-    for text in documents(chunk.sources, settings.key, unread):
-        held = round(len(text) * settings.validation)
-        if not chunk.only:
-            yield text, is_validation(text.encode(), settings.validation)
-        elif held < LEAST_HELD_OUT:
-            yield text, False
-        else:
-            cut = len(text) - held
-            for mark in "\n ":
-                if (place := text.rfind(mark, max(0, cut - held), cut)) >= 0:
-                    cut = place + 1
-                    break
-            yield text[:cut], False
-            yield text[cut:], True
-
-
-def is_validation(text: bytes, fraction: float) -> bool:
-    """Whether a document belongs to the validation split."""
-    number = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
-    return number < fraction * 2**64
-
-
 def make_part(
-    folder: Path, name: str, chunk: Chunk, settings: Settings, tokenizer_path: Path
-) -> int:
-    """Tokenize a chunk into ``folder/name.SPLIT.tokens``; the number of tokens made.
+    folder: Path,
+    name: str,
+    chunk: Chunk,
+    settings: Settings,
+    tokenizer_path: Path,
+    count: Callable[[int], None] = count_tokens,
+) -> None:
+    """Tokenize a chunk into ``folder/name.SPLIT.tokens``; ``count`` receives numbers of tokens.
 
     What was not read is written to ``folder/name.unread.json``.
 
-    Files that are there and pass their checksums are kept: then 0.
+    Files that are there and pass their checksums are kept.
     """
     paths = [folder / f"{name}.{split}.tokens" for split in SPLITS]
     report = folder / f"{name}.unread.json"
     if report.exists() and all(map(_is_complete, paths)):
-        return 0
+        return
     tokenizer = tokenizer_in(tokenizer_path)
     header = header_of(settings, tokenizer)
     with disk_space(folder, chunk.size_bytes * header.dtype.itemsize), ExitStack() as stack:
@@ -216,20 +129,18 @@ def make_part(
             split: stack.enter_context(TokenWriter(path, header))
             for split, path in zip(SPLITS, paths, strict=True)
         }
-        made = 0
         missed: Counter[str] = Counter()
-        for split, ids, counted, text_bytes, unread in settings.encode(chunk, tokenizer):
+        for split, ids, counted, text_bytes, unread, more in settings.encode(chunk, tokenizer):
             lengths = np.array([len(each) for each in ids], np.int64)
-            made += int(lengths.sum())
+            count(int(lengths.sum()))
             missed.update(unread)
             writers[split].add(
                 np.concatenate([*ids, np.array([], np.uint32)]),
-                lengths,
+                lengths[:0] if more else lengths,
                 text_bytes,
                 None if counted is None else np.concatenate([*counted, np.array([], bool)]),
             )
         write_atomic(report, json.dumps(missed).encode())
-    return made
 
 
 def files_by_kind(chunks: Sequence[Chunk]) -> Mapping[str, int]:
@@ -244,20 +155,6 @@ def unread_in(parts: Sequence[Path]) -> Counter[str]:
     for part in parts:
         total.update(read_object(part.with_name(f"{part.name}.unread.json")))
     return total
-
-
-def _batches(texts: Iterator[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
-    """Non-empty texts with their splits, about BATCH_CHARACTERS at a time."""
-    batch: list[tuple[str, bool]] = []
-    held = 0
-    for text, held_out in texts:
-        if text:
-            batch.append((text, held_out))
-            held += len(text)
-        if held > BATCH_CHARACTERS:
-            yield batch
-            batch, held = [], 0
-    yield batch
 
 
 def _is_complete(path: Path) -> bool:
@@ -280,11 +177,12 @@ def make_parts(
     settings: Settings,
     tokenizer_path: Path,
     workers: int,
+    began: float | None = None,
 ) -> list[Path]:
     """Make all parts with ``workers`` processes; their paths, without ``.SPLIT.tokens``, in order.
 
-    Shows a progress bar on a terminal.  Raises DataError for a mistake in a chunk, a full disk or a
-    worker that died.
+    Shows its progress; ``began``: when the program did, on time.perf_counter.  Raises DataError for
+    a mistake in a chunk, a full disk or a worker that died.
     """
     jobs = [
         (folder, settings.name(i, chunk), chunk, settings, tokenizer_path)
@@ -292,37 +190,29 @@ def make_parts(
     ]
     sizes = [chunk.size for chunk in chunks]
     parts = [folder / name for _, name, *_ in jobs]
-    tokens, start = 0, time.perf_counter()
-    with tqdm(
-        total=sum(sizes), unit=chunks[0].unit, unit_scale=True, disable=None, desc="tokenizing"
-    ) as bar:
-
-        def done(i: int, made: int) -> None:
-            nonlocal tokens
-            tokens += made
-            rate = tokens / (time.perf_counter() - start)
-            bar.set_postfix_str(f"{tokens:,} tokens, {rate:,.0f} tokens/s", refresh=False)
-            bar.update(sizes[i])
-
+    with Progress(sum(sizes), chunks[0].unit, len(jobs), began) as progress:
         if workers == 1 or len(jobs) == 1:
-            for i, job in enumerate(jobs):
-                done(i, make_part(*job))
+            for size, job in zip(sizes, jobs, strict=True):
+                make_part(*job, progress.count)
+                progress.finish(size)
             return parts
         context = multiprocessing.get_context("spawn")
+        progress.share(context)
         with ProcessPoolExecutor(
-            min(workers, len(jobs)), context, initializer=leave_with_parent
+            min(workers, len(jobs)), context, start_worker, (progress.shared,)
         ) as pool:
             try:
                 # Ctrl-C reaches every process of a terminal: workers ignore it, this one acts.
                 handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
                 try:
-                    futures: dict[Future[int], int] = {
+                    futures: dict[Future[None], int] = {
                         pool.submit(make_part, *job): i for i, job in enumerate(jobs)
                     }
                 finally:
                     signal.signal(signal.SIGINT, handler)
                 for future in as_completed(futures):
-                    done(futures[future], future.result())
+                    future.result()
+                    progress.finish(sizes[futures[future]])
             except (BrokenProcessPool, BrokenPipeError, KeyboardInterrupt) as error:
                 # The pool does not end a worker that was still starting.
                 for child in multiprocessing.active_children():
@@ -348,11 +238,22 @@ def join_parts(parts: Sequence[Path], split: str, out: Path) -> TokenFile | None
     size = sum(sum(file.header.sections["checksums"]) for file in files)
     with disk_space(out, size), TokenWriter(path, files[0].header) as writer:
         for part in parts:
-            file = TokenFile(part.with_name(f"{part.name}.{split}.tokens"))
-            lengths = np.diff(file.documents.astype(np.int64))
-            counted = file.counted(np.arange(len(file))) if file.masked else None
-            writer.add(file.tokens, lengths, file.header.text_bytes, counted)
+            _append(writer, TokenFile(part.with_name(f"{part.name}.{split}.tokens")))
     return TokenFile(path, "off")
+
+
+def _append(writer: TokenWriter, file: TokenFile) -> None:
+    """Append the documents of a file, COPIED tokens at a time."""
+    ends, done = file.documents[1:].astype(np.int64), 0
+    for start in range(0, len(file), COPIED):
+        stop = min(start + COPIED, len(file))
+        after = int(np.searchsorted(ends, stop, "right"))
+        lengths = np.diff(ends[done:after], prepend=start)
+        text_bytes = file.header.text_bytes if stop == len(file) else 0
+        counted = file.counted(np.arange(start, stop)) if file.masked else None
+        writer.add(file.tokens[start:stop], lengths, text_bytes, counted)
+        file.release()
+        done = after
 
 
 def join_parts_to_megatron(parts: Sequence[Path], split: str, out: Path, key: str) -> bool:

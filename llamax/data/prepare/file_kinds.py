@@ -12,16 +12,19 @@ Names are read in any case, and ``.gz`` at their end is unpacked.
 
 from __future__ import annotations
 
+import codecs
 import gzip
-import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from llamax.runtime.errors import DataError
-from llamax.runtime.json_reader import JsonError, parse_json
+from llamax.runtime.units import show_bytes
 
 Row = dict[str, Any]
 CHUNK_BYTES = 2**20  # of a file that is cut, at least
+BLOCK_BYTES = 2**18  # read from a file at once
+MAX_DOCUMENT = 2**26  # bytes of a row, or of a text without a place to cut
 MARK = "\ufeff"  # byte order mark
 KINDS = {
     ".jsonl": "jsonl",
@@ -57,32 +60,21 @@ def open_file(path: Path) -> IO[bytes]:
     return gzip.open(path) if is_packed(path) else path.open("rb")  # type: ignore[return-value]
 
 
-def has_row_per_line(path: Path, key: str = "") -> bool:
-    """Whether a .json file has an object per line, as JSONL has.
-
-    An only line is a row if it has ``key``; without one, if it does not hold one list of rows.
-    """
-    try:
-        with open_file(path) as file:
-            lines = [
-                line for line, _ in zip((line for line in file if line.strip()), "ab", strict=False)
-            ]
-        first = parse_json(lines[0].removeprefix(MARK.encode()), False) if lines else None
-    except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(str(path), error) from None
-    except JsonError:
-        return False
-    if not isinstance(first, dict) or len(lines) > 1:
-        return isinstance(first, dict)
-    return key in first if key else not one_list(first)
+def lines_in(file: IO[bytes], path: str, most: int) -> Iterator[bytes]:
+    """The lines of a file, each with its end; DataError for one of more than ``most`` bytes."""
+    number = 0
+    while line := file.readline(most + 1):
+        number += 1
+        if len(line) > most:
+            raise too_long(f"{path}: row {number}", most)
+        yield line
 
 
-def one_list(table: Row) -> list[Any] | None:
-    """The only list among the values of a JSON object; None if there is none, or if it is a row."""
-    if "messages" in table or "conversations" in table:
-        return None
-    lists = [value for value in table.values() if isinstance(value, list)]
-    return lists[0] if len(lists) == 1 else None
+def too_long(place: str, most: int) -> DataError:
+    """The error for a row that is longer than may be held."""
+    return DataError(
+        f"{place} has more than {show_bytes(most)}; split it, or use a larger `max_document`"
+    )
 
 
 def decode(raw: bytes, path: str, at: int) -> str:
@@ -97,7 +89,29 @@ def decode(raw: bytes, path: str, at: int) -> str:
         place = error.start
     if place < 0:
         return text if at else text.removeprefix(MARK)
-    raise DataError(
+    raise _not_text(raw, place, path, at)
+
+
+def decoded(file: IO[bytes], path: str) -> Iterator[str]:
+    """The text of a file in blocks; errors and the byte order mark as in ``decode``."""
+    at, rest = 0, b""
+    while block := file.read(BLOCK_BYTES):
+        raw = rest + block
+        try:
+            text, size = codecs.utf_8_decode(raw, "strict", False)
+            place = raw.find(b"\0", 0, size)
+        except UnicodeDecodeError as error:
+            place = error.start
+        if place >= 0:
+            raise _not_text(raw, place, path, at)
+        yield text if at else text.removeprefix(MARK)
+        at, rest = at + size, raw[size:]
+    if rest:
+        raise _not_text(rest, 0, path, at)
+
+
+def _not_text(raw: bytes, place: int, path: str, at: int) -> DataError:
+    return DataError(
         f"{path}: byte {at + place} is not UTF-8 text (0x{raw[place]:02x}); convert the file to "
         "UTF-8, or leave it out"
     )

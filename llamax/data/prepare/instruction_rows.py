@@ -23,12 +23,17 @@ from dataclasses import asdict, dataclass
 
 from llamax.data.chat.encode import Encoder
 from llamax.data.chat.templates import Span, Template
-from llamax.data.prepare.chunks import Encoded, is_validation, part_name
+from llamax.data.prepare.chunks import Encoded, part_name
+from llamax.data.prepare.file_kinds import MAX_DOCUMENT
+from llamax.data.prepare.row_range import RowRange
 from llamax.data.prepare.row_samples import EmptyAnswer, read_sample
-from llamax.data.prepare.tables import RowRange, read_rows
+from llamax.data.prepare.tables import read_rows
+from llamax.data.prepare.text_chunks import BATCH_CHARACTERS, is_validation
 from llamax.data.prepare.unread import UnreadParts
+from llamax.data.tokenizer.cuts import longest
 from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.errors import DataError
+from llamax.runtime.units import show_bytes
 
 BATCH_ROWS = 512
 
@@ -63,14 +68,18 @@ class InstructSettings:
         encoder = Encoder(tokenizer, self.bos, self.eos)
         template = encoder.template(self.template, self.source)
         batches: dict[str, list[list[Span]]] = {}
+        sizes: Counter[str] = Counter()
         unread: Counter[str] = Counter()
-        for spans, text in _spans(chunk, self, template, unread):
+        most = longest(tokenizer, chunk.most)
+        for spans, text in _spans(chunk, self, template, unread, most):
             split = chunk.split
-            if split == "train" and is_validation(text.encode(), self.validation):
+            if split == "train" and is_validation(text, self.validation):
                 split = "validation"
             batch = batches.setdefault(split, [])
             batch.append(spans)
-            if len(batch) == BATCH_ROWS:
+            sizes[split] += len(text)
+            if len(batch) == BATCH_ROWS or sizes[split] > BATCH_CHARACTERS:
+                del sizes[split]
                 yield self._batch(split, batches.pop(split), encoder)
         for split, batch in batches.items():
             yield self._batch(split, batch, encoder)
@@ -83,19 +92,28 @@ class InstructSettings:
 
 
 def _spans(
-    chunk: RowChunk, settings: InstructSettings, template: Template, unread: Counter[str]
+    chunk: RowChunk,
+    settings: InstructSettings,
+    template: Template,
+    unread: Counter[str],
+    most: int = MAX_DOCUMENT,
 ) -> Iterator[tuple[list[Span], str]]:
     """The spans and the text of each row; DataError names the place of a row without them.
 
-    Counts in ``unread`` the rows that hold something which is not in the text, by its name.
+    Counts in ``unread`` the rows that hold something which is not in the text, by its name;
+    ``most``: bytes of the longest sample.
     """
     parts = UnreadParts(template)
-    for place, row in read_rows(chunk.rows):
+    for place, row in read_rows(chunk.rows, chunk.most):
         try:
             sample = read_sample(row, dict(settings.fields), settings.system, template)
             spans = template.spans(sample)
             text = "".join(span.text for span in spans)
-            text.encode()
+            if len(text.encode()) > most:
+                raise DataError(
+                    f"is a sample of more than {show_bytes(most)}; shorten it, or use a larger "
+                    f"`max_document` than {show_bytes(chunk.most)}"
+                )
             unread.update(parts.of(sample, text))
             yield spans, text
         except EmptyAnswer as error:
@@ -114,16 +132,17 @@ def training_texts(chunk: RowChunk, settings: InstructSettings) -> Iterator[str]
     """The texts of a chunk that are in the training split, for training a tokenizer."""
     template = Template(settings.template, settings.source)
     for _, text in _spans(chunk, settings, template, Counter()):
-        if chunk.split == "train" and not is_validation(text.encode(), settings.validation):
+        if chunk.split == "train" and not is_validation(text, settings.validation):
             yield text
 
 
 @dataclass(frozen=True)
 class RowChunk:
-    """A range of rows, and the split that its file is for."""
+    """A range of rows, and the split that its file is for; ``most``: bytes of the longest row."""
 
     rows: RowRange
     split: str
+    most: int = MAX_DOCUMENT
 
     unit = "row"
 

@@ -19,9 +19,8 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
@@ -34,26 +33,25 @@ from llamax.data.prepare.chunks import (
     SPLITS,
     Chunk,
     Settings,
-    TextChunk,
-    TextSettings,
-    disk_space,
     files_by_kind,
     header_of,
     join_parts,
     join_parts_to_megatron,
     make_parts,
-    split_documents,
     tokenizer_in,
     unread_in,
 )
+from llamax.data.prepare.file_kinds import MAX_DOCUMENT
 from llamax.data.prepare.instruction_rows import (
     InstructSettings,
     RowChunk,
-    training_texts,
 )
+from llamax.data.prepare.own_tokenizer import own_tokenizer
+from llamax.data.prepare.progress import reported
 from llamax.data.prepare.row_samples import check_fields
 from llamax.data.prepare.tables import is_hub_name, plan_tables
 from llamax.data.prepare.template_file import write_template
+from llamax.data.prepare.text_chunks import TextChunk, TextSettings
 from llamax.data.prepare.text_files import is_only_text, plan
 from llamax.data.prepare.unread import unread_error, unread_names
 from llamax.data.token_file import TokenFile
@@ -63,10 +61,8 @@ from llamax.data.tokenizer.tokenizer import (
     Tokenizer,
     tokenizer_file,
 )
-from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import copy_file, make_folder, write_atomic
-from llamax.runtime.logging import logger
 
 PathLike = str | Path
 Format = Literal["llamax", "megatron"]
@@ -109,6 +105,7 @@ def prepare(
     test_files: Sequence[PathLike] = (),
     drop_empty: bool = False,
     strict: bool = False,
+    max_document: int = MAX_DOCUMENT,
 ) -> Prepared:
     """Make a dataset folder of tokens from text, or from rows of questions and answers.
 
@@ -142,6 +139,9 @@ def prepare(
         drop_empty: Whether to skip rows with an empty answer instead of refusing them.
         strict: Whether to refuse rows that hold a column or a key that is not read, instead of
             reporting it.
+        max_document: Bytes of the longest row, or of a text file between two places where the
+            tokenizer allows a cut; longer ones are refused.  Text files are read in pieces, so
+            memory is at most 300 MB and 8 times this for each worker.
 
     Raises:
         DataError: For a parameter out of range, an input that is missing or damaged, a tokenizer
@@ -151,7 +151,7 @@ def prepare(
     began = time.perf_counter()
     sources = [inputs] if isinstance(inputs, str | Path) else [*inputs]
     _check_paths(out, tokenizer, train_tokenizer)
-    _check_ranges(validation, train_tokenizer, workers, limit)
+    _check_ranges(validation, train_tokenizer, workers, limit, max_document)
     if template and format == "megatron":
         raise DataError(
             "`format=megatron` cannot store which tokens are answers; leave out `template` or "
@@ -184,40 +184,44 @@ def prepare(
         tables = [("train", sources, split)]
         tables += [("validation", [path], "") for path in validation_files]
         tables += [("test", [path], "") for path in test_files]
-        chunks = [
-            RowChunk(rows, split_name)
-            for split_name, paths, chosen in tables
-            for rows in plan_tables(
-                [str(path) for path in paths], chosen, limit, parts_folder, left
-            )
-        ]
+        with reported("looking for the rows", began):
+            chunks = [
+                RowChunk(rows, split_name, max_document)
+                for split_name, paths, chosen in tables
+                for rows in plan_tables(
+                    [str(path) for path in paths], chosen, limit, parts_folder, left, max_document
+                )
+            ]
         source = _template_source(template, system)
         columns = tuple(sorted(fields.items()))
         share = 0.0 if validation_files else validation
         draft = InstructSettings("", template, source, columns, system, share, bos, eos, drop_empty)
     else:
-        files = plan(sources, [*glob] or ["*"], exclude, out.resolve(), key, left)
-        chunks = [TextChunk(chunk, is_only_text(files)) for chunk in files]
+        with reported("looking for the text", began):
+            files = plan(sources, [*glob] or ["*"], exclude, out.resolve(), key, left, max_document)
+        chunks = [TextChunk(chunk, is_only_text(files), max_document) for chunk in files]
         draft = TextSettings("", key, validation, bos, eos)
     _make_folder(parts_folder)
     path = (
-        _train(chunks, draft, train_tokenizer, parts_folder)
+        own_tokenizer(chunks, draft, train_tokenizer, parts_folder)
         if train_tokenizer
         else Path(str(tokenizer))
     )
-    opened = tokenizer_in(tokenizer_file(path))
+    with reported("loading the tokenizer", began):
+        opened = tokenizer_in(tokenizer_file(path))
     settings = _for_tokenizer(draft, opened, default)
     names = [settings.name(number, chunk) for number, chunk in enumerate(chunks)]
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
     if not _already_made(out, settings, identity, format):
-        parts = make_parts(chunks, parts_folder, settings, opened.path, workers)
+        parts = make_parts(chunks, parts_folder, settings, opened.path, workers, began)
         unread = unread_in(parts)
         if unread and strict:
             raise unread_error(unread)
-        if format == "megatron":
-            made = {name: join_parts_to_megatron(parts, name, out, key) for name in SPLITS}
-        else:
-            made = {name: join_parts(parts, name, out) is not None for name in SPLITS}
+        with reported("joining the parts", began):
+            if format == "megatron":
+                made = {name: join_parts_to_megatron(parts, name, out, key) for name in SPLITS}
+            else:
+                made = {name: join_parts(parts, name, out) is not None for name in SPLITS}
         if not made["train"]:
             smaller = f", or a smaller `validation` than {validation}"
             raise DataError(
@@ -247,13 +251,16 @@ def _check_paths(out: PathLike, tokenizer: PathLike | None, train_tokenizer: int
         raise DataError("give either `tokenizer`, a path, or `train_tokenizer`, a size")
 
 
-def _check_ranges(validation: float, train_tokenizer: int, workers: int, limit: int) -> None:
+def _check_ranges(
+    validation: float, train_tokenizer: int, workers: int, limit: int, max_document: int
+) -> None:
     if not 0 <= validation < 1:
         raise DataError(f"`validation={validation}` is not a number of 0 or more and below 1")
     for name, value, least in (
         ("train_tokenizer", train_tokenizer, 0),
         ("workers", workers, 1),
         ("limit", limit, 0),
+        ("max_document", max_document, 1),
     ):
         if value < least:
             raise DataError(f"`{name}={value}` is below {least}; use {least} or more")
@@ -366,35 +373,3 @@ def _plain(settings: Settings) -> dict[str, object]:
 
 def _short(value: object) -> str:
     return text if len(text := str(value)) <= 40 else f"{text[:37]!r}..."
-
-
-def _train(chunks: Sequence[Chunk], settings: Settings, pieces: int, folder: Path) -> Path:
-    """The path of a tokenizer trained on the training split, in ``folder`` or made before."""
-    names = [settings.name(pieces, chunk) for chunk in chunks]
-    name = hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
-    out, path = folder.parent, folder / f"{name}.model"
-    if (out / "dataset.json").exists():
-        if read_index(out / "dataset.json").get("trained") == name:
-            return out / "tokenizer.model"
-        raise DataError(
-            f"{out}: holds another dataset, with another tokenizer; choose another `out`, or "
-            "remove that folder"
-        )
-    if not path.exists():
-        logger.info("training a tokenizer of %d pieces", pieces)
-        with disk_space(folder, 2**20):
-            train_sentencepiece(_training_texts(chunks, settings), pieces, path)
-    return path
-
-
-def _training_texts(chunks: Sequence[Chunk], settings: Settings) -> Iterable[str]:
-    """The texts of the training split."""
-    if isinstance(settings, InstructSettings):
-        rows = (chunk for chunk in chunks if isinstance(chunk, RowChunk))
-        return chain.from_iterable(training_texts(chunk, settings) for chunk in rows)
-    assert isinstance(settings, TextSettings)
-    text_chunks = (chunk for chunk in chunks if isinstance(chunk, TextChunk))
-    found = chain.from_iterable(
-        split_documents(chunk, settings, Counter()) for chunk in text_chunks
-    )
-    return (text for text, held_out in found if not held_out)

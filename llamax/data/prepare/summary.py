@@ -22,6 +22,8 @@ def unigram_entropy(file: Stream) -> tuple[float, int]:
     counts = np.zeros(file.header.vocab_size, np.int64)
     for start in range(0, len(file), 2**22):
         counts += np.bincount(file.tokens[start : start + 2**22], minlength=len(counts))
+        if isinstance(file, TokenFile):
+            file.release()
     seen = counts[counts > 0]
     p = seen / seen.sum()
     return float(-(p * np.log(p)).sum()), len(seen)

@@ -17,27 +17,30 @@ kept as JSONL beside the parts.  Local JSONL, JSON and CSV need only Python.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 from llamax.data.prepare import file_kinds
+from llamax.data.prepare.arrow_tables import parquet_ranges, parquet_rows
 from llamax.data.prepare.file_kinds import (
+    MARK,
+    MAX_DOCUMENT,
     Row,
     decode,
-    has_row_per_line,
     is_packed,
     kind_of,
-    one_list,
+    lines_in,
     open_file,
     refuse_packed,
+    too_long,
     unreadable,
 )
+from llamax.data.prepare.json_stream import json_rows, list_key, top_level_keys
+from llamax.data.prepare.row_range import RowRange
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file
 from llamax.runtime.json_reader import JsonError, parse_json
@@ -47,49 +50,21 @@ SLICE = re.compile(r"(\w+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@dataclass(frozen=True)
-class RowRange:
-    """Rows ``first`` to ``first + count`` (from 0) of a file.
-
-    They lie in its bytes start:stop (in row groups, for Parquet), after ``skip`` rows that do not
-    belong to the range.  ``version`` changes when the file does.
-    """
-
-    path: str
-    kind: str
-    start: int
-    stop: int
-    first: int
-    count: int
-    version: str
-    skip: int = 0
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the range; of row groups, whose size is not known, none."""
-        return 0 if self.kind == "parquet" else self.stop - self.start
-
-    def slice(self, start: int, stop: int) -> RowRange | None:
-        """The rows of this range that are among rows start:stop of the file; None if none are."""
-        low, high = max(self.first, start), min(self.first + self.count, stop)
-        if low >= high:
-            return None
-        return replace(self, first=low, count=high - low, skip=self.skip + low - self.first)
-
-
 def plan_tables(
     inputs: Sequence[str],
     split: str = "",
     limit: int = 0,
     scratch: Path = Path(),
     left: list[str] | None = None,
+    most: int = MAX_DOCUMENT,
 ) -> list[RowRange]:
     """The ranges of rows of all inputs, in the order given; the files of a folder are sorted.
 
     ``split``: a name and perhaps a slice of all rows (``train[:10%]``); in a folder it chooses
     files by name.  ``limit``: the number of rows to take; 0: all.  ``scratch``: folder for rows
-    from the Hub; ``left``: receives the files of folders that are not taken.  Raises DataError for
-    an input that is missing or cannot be read, and if no row is left.
+    from the Hub; ``left``: receives the files of folders that are not taken; ``most``: bytes of the
+    longest row.  Raises DataError for an input that is missing or cannot be read, and if no row is
+    left.
     """
     name, bounds = parse_split(split)
     ranges: list[RowRange] = []
@@ -123,7 +98,7 @@ def plan_tables(
         else:
             raise DataError(f"{path}: no such file or folder; check the path")
         for table in chosen:
-            ranges += scan(table)
+            ranges += scan(table, most)
     total = sum(rows.count for rows in ranges)
     start, stop = bounds(total)
     stop = min(stop, start + limit) if limit else stop
@@ -198,21 +173,18 @@ def from_hub(name: str, split: str, scratch: Path) -> Path:
 # ---- where rows begin
 
 
-def scan(path: Path) -> Iterator[RowRange]:
-    """The runs of one file."""
+def scan(path: Path, most: int = MAX_DOCUMENT) -> Iterator[RowRange]:
+    """The runs of one file; DataError for a row of more than ``most`` bytes."""
     kind, stat = kind_of(path), path.stat()
     version = f"{stat.st_size}-{stat.st_mtime_ns}"
     if kind == "json":
-        kind = "jsonl" if has_row_per_line(path) else kind
+        kind = "jsonl" if has_row_per_line(path, "", most) else kind
     if kind == "parquet":
-        about, first = _parquet(path).metadata, 0
-        for group in range(about.num_row_groups):
-            count = about.row_group(group).num_rows
-            yield RowRange(str(path), kind, group, group + 1, first, count, version)
-            first += count
+        yield from parquet_ranges(path, version)
         return
     if kind == "json":
-        yield RowRange(str(path), kind, 0, stat.st_size, 0, len(json_rows(path)), version)
+        rows = sum(1 for _ in json_rows(path, most))
+        yield RowRange(str(path), kind, 0, stat.st_size, 0, rows, version)
         return
     whole = is_packed(path)  # reading on from the middle would unpack all before it
     start = stop = first = count = 0
@@ -220,7 +192,7 @@ def scan(path: Path) -> Iterator[RowRange]:
         if kind == "csv":
             kind += _separator(path)
         with open_file(path) as file:
-            edges = _edges(file, kind)
+            edges = _edges(file, kind, str(path), most)
             if kind != "jsonl":
                 _, start = next(edges, (0, 0))
             for begin, end in edges:
@@ -238,14 +210,16 @@ def scan(path: Path) -> Iterator[RowRange]:
         yield RowRange(str(path), kind, start, stop, first, count, version)
 
 
-def _edges(file: IO[bytes], kind: str) -> Iterator[tuple[int, int]]:
+def _edges(file: IO[bytes], kind: str, path: str, most: int) -> Iterator[tuple[int, int]]:
     """(begin, stop) of each row in bytes, the head of a CSV too; blank lines are skipped."""
-    at = begin = 0
+    at = begin = number = 0
 
     def lines() -> Iterator[str]:
         nonlocal at
-        for line in file:
+        for line in lines_in(file, path, most):
             at += len(line)
+            if at - begin > most and kind != "jsonl":
+                raise too_long(f"{path}: row {number}", most)
             yield line.decode("latin-1")  # only commas, quotes and ends of lines matter here
 
     if kind == "jsonl":
@@ -257,7 +231,38 @@ def _edges(file: IO[bytes], kind: str) -> Iterator[tuple[int, int]]:
     for fields in csv.reader(lines(), delimiter=DELIMITERS[kind], strict=True):
         if fields:
             yield begin, at
+            number += 1
         begin = at
+
+
+def has_row_per_line(path: Path, key: str = "", most: int = MAX_DOCUMENT) -> bool:
+    """Whether a .json file has an object per line, as JSONL has.
+
+    An only line is a row if it has ``key``; without one, if it does not hold one list of rows.
+    """
+    first = second = b""
+    try:
+        with open_file(path) as file:
+            while not second and (line := file.readline(most + 1)):
+                if line.strip():
+                    first, second = (first, line) if first else (line, b"")
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(str(path), error) from None
+    first = first.removeprefix(MARK.encode())
+    if not first.lstrip().startswith(b"{"):
+        return False
+    if second and len(first) <= most:
+        try:
+            return isinstance(parse_json(first, False), dict)
+        except JsonError:
+            return False
+    try:
+        keys = top_level_keys(path, most)
+    except DataError:
+        if len(first) > most:
+            raise
+        return False
+    return key in keys if key else list_key(keys) is None
 
 
 def _separator(path: Path) -> str:
@@ -270,11 +275,14 @@ def _separator(path: Path) -> str:
 # ---- the rows
 
 
-def read_rows(rows: RowRange) -> Iterator[tuple[str, Row]]:
-    """(place for messages, row) of each row of a range; DataError names the place of a mistake."""
-    reader = {"jsonl": _lines, "json": _array, "parquet": _groups}.get(rows.kind, _csv)
+def read_rows(rows: RowRange, most: int = MAX_DOCUMENT) -> Iterator[tuple[str, Row]]:
+    """(place for messages, row) of each row of a range; DataError names the place of a mistake.
+
+    ``most``: bytes of the longest row.
+    """
+    reader = {"jsonl": _lines, "json": _array, "parquet": parquet_rows}.get(rows.kind, _csv)
     try:
-        for number, row in enumerate(reader(rows)):
+        for number, row in enumerate(reader(rows, most)):
             if number >= rows.skip + rows.count:
                 return
             if number >= rows.skip:
@@ -288,11 +296,11 @@ def read_rows(rows: RowRange) -> Iterator[tuple[str, Row]]:
         raise unreadable(rows.path, error) from None
 
 
-def _lines(rows: RowRange) -> Iterator[Any]:
+def _lines(rows: RowRange, most: int) -> Iterator[Any]:
     with open_file(Path(rows.path)) as file:
         file.seek(rows.start)
         at = rows.start
-        for line in file:
+        for line in lines_in(file, rows.path, most):
             if line.strip():
                 try:
                     yield parse_json(decode(line, rows.path, at), False)
@@ -301,65 +309,35 @@ def _lines(rows: RowRange) -> Iterator[Any]:
             at += len(line)
 
 
-def _array(rows: RowRange) -> Iterator[Any]:
-    yield from json_rows(Path(rows.path))
+def _array(rows: RowRange, most: int) -> Iterator[Any]:
+    yield from json_rows(Path(rows.path), most)
 
 
-def _csv(rows: RowRange) -> Iterator[Any]:
+def _csv(rows: RowRange, most: int) -> Iterator[Any]:
     csv.field_size_limit(2**31 - 1)
     delimiter = DELIMITERS[rows.kind]
-
-    def records(raw: bytes, start: int) -> Iterator[list[str]]:
-        text = decode(raw, rows.path, start)
-        yield from csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-
     with open_file(Path(rows.path)) as file:
-        begin, stop = next(_edges(file, rows.kind))
-        file.seek(begin)
-        head = next(records(file.read(stop - begin), begin))
+
+        def records(start: int, stop: int) -> Iterator[list[str]]:
+            def lines() -> Iterator[str]:
+                at = start
+                while at < stop and (line := file.readline(most + 1)):
+                    yield decode(line, rows.path, at)
+                    at += len(line)
+
+            file.seek(start)
+            yield from csv.reader(lines(), delimiter=delimiter)
+
+        begin, stop = next(_edges(file, rows.kind, rows.path, most))
+        head = next(records(begin, stop))
         if twice := [name for number, name in enumerate(head) if name in head[:number]]:
             yield DataError(f"has a head that names {twice[0]!r} twice; rename one of them")
             return
-        file.seek(rows.start)
-        body = file.read(rows.stop - rows.start)
-    for fields in records(body, rows.start):
-        if len(fields) == len(head):
-            yield dict(zip(head, fields, strict=True))
-        elif fields:
-            yield DataError(
-                f"has {len(fields)} fields where the head names {len(head)} "
-                f"({', '.join(head)[:80]}); correct its commas and quotes"
-            )
-
-
-def _groups(rows: RowRange) -> Iterator[Any]:
-    yield from _parquet(Path(rows.path)).read_row_group(rows.start).to_pylist()
-
-
-def _parquet(path: Path) -> Any:
-    try:
-        import pyarrow  # type: ignore[import-untyped, import-not-found, unused-ignore]
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(
-            f"{path}: Parquet needs the package pyarrow, which is not installed; pip install "
-            "'llamax[parquet]', or give JSONL or CSV"
-        ) from None
-    try:
-        return parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: is not Parquet ({' '.join(str(error).split())[:120]})") from None
-
-
-def json_rows(path: Path) -> list[Any]:
-    """The rows of a JSON file: a list, or an object that holds one list."""
-    try:
-        with open_file(path) as file:
-            found = parse_json(decode(file.read(), str(path), 0), False)
-    except JsonError as error:
-        raise DataError(f"{path}: {error}; correct it") from None
-    if isinstance(found, dict):
-        found = one_list(found)
-    if not isinstance(found, list):
-        raise DataError(f"{path}: is neither a list of rows nor an object with one; use JSONL")
-    return found
+        for fields in records(rows.start, rows.stop):
+            if len(fields) == len(head):
+                yield dict(zip(head, fields, strict=True))
+            elif fields:
+                yield DataError(
+                    f"has {len(fields)} fields where the head names {len(head)} "
+                    f"({', '.join(head)[:80]}); correct its commas and quotes"
+                )

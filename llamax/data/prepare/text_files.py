@@ -21,16 +21,21 @@ from typing import Any
 
 from llamax.data.prepare import file_kinds
 from llamax.data.prepare.file_kinds import (
+    BLOCK_BYTES,
+    MAX_DOCUMENT,
     Row,
     decode,
-    has_row_per_line,
     is_packed,
     kind_of,
     open_file,
     refuse_packed,
+    too_long,
     unreadable,
 )
-from llamax.data.prepare.tables import RowRange, json_rows, read_rows, scan
+from llamax.data.prepare.json_stream import json_rows
+from llamax.data.prepare.long_text import Text, read_text
+from llamax.data.prepare.row_range import RowRange
+from llamax.data.prepare.tables import has_row_per_line, read_rows, scan
 from llamax.runtime.errors import DataError
 from llamax.runtime.json_reader import JsonError, parse_json
 
@@ -69,13 +74,15 @@ def plan(
     out: Path | None = None,
     key: str = "text",
     left: list[str] | None = None,
+    most: int = MAX_DOCUMENT,
 ) -> list[Chunk]:
     """The chunks of all inputs, in the order given, folders sorted.
 
     ``glob``: patterns of file names to take from folders; ``exclude``: patterns of file and folder
     names to skip in folders; ``out``: a resolved path below which nothing is read; ``key``: column
-    of the text in tables; ``left``: receives the files of folders that are not taken.  Raises
-    DataError for an input that is missing or cannot be read, and if there is no text.
+    of the text in tables; ``left``: receives the files of folders that are not taken; ``most``:
+    bytes of the longest row.  Raises DataError for an input that is missing or cannot be read, and
+    if there is no text.
     """
     left = [] if left is None else left
     found = [(path, path.stat(), named) for path, named in _files(inputs, glob, exclude, out, left)]
@@ -91,9 +98,9 @@ def plan(
         version = f"{stat.st_size}-{stat.st_mtime_ns}"
         kind = kind_of(path)
         if kind == "json":
-            kind = "jsonl" if has_row_per_line(path, key) else _table_in_json(path, key)
+            kind = "jsonl" if has_row_per_line(path, key, most) else _table_in_json(path, key, most)
         if kind not in ("", "jsonl"):
-            ranges = _table(path, key, named)
+            ranges = _table(path, key, named, most)
             if not ranges:
                 left.append(str(path))
             chunks += [(each,) for each in ranges]
@@ -127,19 +134,19 @@ def is_only_text(chunks: Sequence[Chunk]) -> bool:
     return len(sources) == 1 and isinstance(sources[0], Source) and not sources[0].rows
 
 
-def _table_in_json(path: Path, key: str) -> str:
+def _table_in_json(path: Path, key: str, most: int) -> str:
     """The kind of a .json file with one value: "json" if it holds rows with ``key``, else text."""
     try:
-        first = next(iter(json_rows(path)), None)
+        first = next(json_rows(path, most), None)
     except DataError:
         return ""
     return "json" if isinstance(first, dict) and isinstance(first.get(key), str) else ""
 
 
-def _table(path: Path, key: str, named: bool) -> list[RowRange]:
+def _table(path: Path, key: str, named: bool, most: int) -> list[RowRange]:
     """The ranges of a table; none if it lacks the column ``key``, DataError if it was ``named``."""
-    ranges = list(scan(path))
-    _, first = next(read_rows(ranges[0]), ("", {})) if ranges else ("", {})
+    ranges = list(scan(path, most))
+    _, first = next(read_rows(ranges[0], most), ("", {})) if ranges else ("", {})
     if key in first:
         return ranges
     if named:
@@ -206,55 +213,61 @@ def _below(
         yield from (path for path in (Path(base, name) for name in names) if path.is_file())
 
 
-def documents(chunk: Chunk, key: str, unread: Counter[str] | None = None) -> Iterator[str]:
+def documents(
+    chunk: Chunk, key: str, unread: Counter[str] | None = None, most: int = MAX_DOCUMENT
+) -> Iterator[Text]:
     """The texts of a chunk; DataError names the file and the place of a mistake.
 
-    ``unread`` counts the rows that hold something under other keys, by key.
+    ``unread`` counts the rows that hold something under other keys, by key; ``most``: bytes of the
+    longest row.
     """
     unread = Counter() if unread is None else unread
     for source in chunk:
         if isinstance(source, RowRange):
-            for place, row in read_rows(source):
+            for place, row in read_rows(source, most):
                 problem = _problem(row, key)
                 if problem:
                     raise DataError(f"{place}: the row {problem}; correct or remove it")
                 _count_others(row, key, unread)
                 yield row[key]
         else:
-            yield from _rows(source, key, unread) if source.rows else [_text(source)]
+            if source.rows:
+                yield from _rows(source, key, unread, most)
+            else:
+                yield read_text(source.path)
 
 
 def _count_others(row: Row, key: str, unread: Counter[str]) -> None:
     unread.update(k for k, value in row.items() if k != key and value not in (None, "", [], {}))
 
 
-def _text(source: Source) -> str:
-    try:
-        with open_file(Path(source.path)) as file:
-            return decode(file.read(), source.path, 0)
-    except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(source.path, error) from None
-
-
-def _rows(source: Source, key: str, unread: Counter[str]) -> Iterator[str]:
+def _rows(source: Source, key: str, unread: Counter[str], most: int) -> Iterator[str]:
     """The texts of the rows that begin in start:stop."""
     try:
         with open_file(Path(source.path)) as file:
-            at = source.start
+            at, number = source.start, 0
             if at:
-                file.seek(at - 1)
-                at += len(file.readline()) - 1
-            number = 0
+                at -= 1
+                file.seek(at)
+                while piece := file.readline(BLOCK_BYTES):
+                    at += len(piece)
+                    if piece.endswith(b"\n"):
+                        break
             while source.packed or at < source.stop:
-                line = file.readline()
+                line = file.readline(most + 1)
                 if not line:
                     return
                 number += 1
+                if len(line) > most:
+                    place = f"{source.path}:{number + _lines_before(source)}: the row"
+                    raise too_long(place, most)
+                size = len(line)
                 if line.strip():
                     row = _row(line, key, source, at, number)
+                    line = b""  # a long one is not held while its text is encoded
                     _count_others(row, key, unread)
                     yield str(row[key])
-                at += len(line)
+                at += size
     except (OSError, EOFError, zlib.error) as error:
         raise unreadable(source.path, error) from None
 

@@ -118,9 +118,10 @@ class Segments:
         self._lengths = np.concatenate([self._lengths, [len(each) for each in ids]])
         self._starts = np.cumsum(self._lengths) - self._lengths
 
-    def encode(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
-        """The ids of each text."""
-        spaced = [self._prefix + text.replace("▁", " ") if text else "" for text in texts]
+    def encode(self, texts: Sequence[str], threads: int = 1, begin: bool = True) -> list[Ids]:
+        """The ids of each text; ``begin``: whether texts begin a document, perhaps with a space."""
+        prefix = self._prefix if begin else ""
+        spaced = [prefix + text.replace("▁", " ") if text else "" for text in texts]
         # Python's integers are freed text by text; numpy's, which stay, take a tenth of the memory.
         if threads > 1:
             with ThreadPoolExecutor(threads) as pool:

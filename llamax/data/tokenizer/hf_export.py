@@ -30,10 +30,10 @@ from llamax.data.tokenizer.sentencepiece_model import (
     UNKNOWN,
     SentencePieceModel,
 )
+from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.data.tokenizer.tokenizer import (
     HuggingFace,
     SentencePiece,
-    TikToken,
     Tokenizer,
 )
 from llamax.runtime.errors import DataError

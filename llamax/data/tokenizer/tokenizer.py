@@ -18,7 +18,6 @@ The name of a special token inside a document is text: it is encoded letter by l
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -28,10 +27,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from llamax.data.tokenizer.cuts import Ids, compiled, cuts_of_engine, cuts_of_sentencepiece
 from llamax.data.tokenizer.fingerprint import BESIDE, fingerprint
-from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN, LLAMA3_SPECIAL
 from llamax.data.tokenizer.special_tokens import (
     FILES,
     AddedToken,
@@ -39,10 +37,9 @@ from llamax.data.tokenizer.special_tokens import (
     stripping,
     token_id,
 )
+from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import sha256
-
-Ids = npt.NDArray[np.uint32]
 
 BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
@@ -62,6 +59,11 @@ class Tokenizer(Protocol):
     base_size: int  # the vocabulary without added tokens: ids that any text may have
     adds_bos: bool  # whether a text by itself begins with BOS
     space_after_bos: bool  # whether a text after BOS is encoded as one at the beginning
+    memory: int  # bytes that encoding takes for each byte of text, about
+
+    @property
+    def cuts(self) -> re.Pattern[str] | None:
+        """Where a long text can be cut; None: nowhere."""
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without special tokens."""
@@ -75,9 +77,14 @@ class Tokenizer(Protocol):
     def encode_after(self, texts: Sequence[str]) -> list[Ids]:
         """The ids of texts that follow a special token: no space is put before them."""
 
+    def encode_rest(self, text: str) -> Ids:
+        """The ids of a text that follows one of the ``cuts``."""
+
 
 class SentencePiece:
     """A sentencepiece ``tokenizer.model``; the ids are those of sentencepiece on every text."""
+
+    memory = 64
 
     def __init__(self, path: Path, raw: bytes) -> None:
         import sentencepiece
@@ -163,6 +170,15 @@ class SentencePiece:
             return [np.array(self._encode_around(text, self._bare), np.uint32) for text in texts]
         return [np.array(ids, np.uint32) for ids in self._bare.encode(list(texts))]
 
+    def encode_rest(self, text: str) -> Ids:
+        if self._inline or self._segments is None:
+            return self.encode_after([text])[0]
+        return self._segments.encode([text], begin=False)[0]
+
+    @cached_property
+    def cuts(self) -> re.Pattern[str] | None:
+        return compiled(cuts_of_sentencepiece(self.model, self._inline))
+
     @cached_property
     def _bare(self) -> Any:
         """The same model without the space before every text."""
@@ -173,6 +189,8 @@ class SentencePiece:
 
 class HuggingFace:
     """A Hugging Face ``tokenizer.json``; BOS and EOS by the files beside it, or by name."""
+
+    memory = 256
 
     def __init__(self, path: Path, raw: bytes) -> None:
         import tokenizers
@@ -252,6 +270,29 @@ class HuggingFace:
         encode = self._inside.encode
         return [np.array(encode(text, add_special_tokens=False).ids, np.uint32) for text in texts]
 
+    def encode_rest(self, text: str) -> Ids:
+        return np.array(self._rest[1].encode(text, add_special_tokens=False).ids, np.uint32)
+
+    @property
+    def cuts(self) -> re.Pattern[str] | None:
+        return self._rest[0]
+
+    @cached_property
+    def _rest(self) -> tuple[re.Pattern[str] | None, Any]:
+        """Where texts can be cut, and the engine for what follows."""
+        settings = json.loads(self.engine.to_str())
+        cuts, changed = cuts_of_engine(settings)
+        return compiled(cuts), self.engine if changed is settings else self._engine_of(changed)
+
+    @staticmethod
+    def _engine_of(settings: dict[str, Any]) -> Any:
+        """The engine with other settings; names of special tokens are text to it."""
+        import tokenizers
+
+        engine = tokenizers.Tokenizer.from_str(json.dumps(settings))
+        engine.encode_special_tokens = True
+        return engine
+
     @cached_property
     def _inside(self) -> Any:
         """The engine for a text that does not begin the document.
@@ -259,8 +300,6 @@ class HuggingFace:
         Only Metaspace's prepend_scheme "first" asks for the place of a text; the other ways to put
         a space before texts put one before each text between special tokens.
         """
-        import tokenizers
-
         settings = json.loads(self.engine.to_str())
         step = settings.get("pre_tokenizer") or {}
         steps = [part for part in (step, *step.get("pretokenizers", ())) if isinstance(part, dict)]
@@ -269,50 +308,7 @@ class HuggingFace:
             return self.engine
         for part in first:
             part["prepend_scheme"] = "never"
-        engine = tokenizers.Tokenizer.from_str(json.dumps(settings))
-        engine.encode_special_tokens = True
-        return engine
-
-
-class TikToken:
-    """A file of base64 ranks, with Llama 3's split pattern and special tokens."""
-
-    def __init__(self, path: Path, raw: bytes) -> None:
-        import tiktoken
-
-        self.path, self.fingerprint = path, fingerprint(raw, {}, {})
-        lines = (line.split() for line in raw.splitlines() if line)
-        self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-        if sorted(self.ranks.values()) != list(range(len(self.ranks))):
-            raise ValueError("its ranks do not count from 0")
-        if missing := sum(bytes([byte]) not in self.ranks for byte in range(256)):
-            raise ValueError(f"{missing} of the 256 bytes have no rank")
-        self.special = {name: len(self.ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
-        self.engine = tiktoken.Encoding(
-            path.name,
-            pat_str=LLAMA3_PATTERN,
-            mergeable_ranks=self.ranks,
-            special_tokens=self.special,
-        )
-        self.base_size, self.vocab_size = len(self.ranks), len(self.ranks) + len(self.special)
-        self.named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-        self.strips: dict[str, tuple[bool, bool]] = {}
-        self.adds_bos, self.space_after_bos = True, False
-        self.bos_id: int | None = self.special["<|begin_of_text|>"]
-        self.eos_id: int | None = self.special["<|end_of_text|>"]
-
-    def encode(self, text: str) -> list[int]:
-        return self.engine.encode_ordinary(text)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self.engine.decode([i for i in ids if i < len(self.ranks)])
-
-    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
-        found = self.engine.encode_ordinary_batch(list(texts), num_threads=threads)
-        return [np.array(ids, np.uint32) for ids in found]
-
-    def encode_after(self, texts: Sequence[str]) -> list[Ids]:
-        return self.encode_documents(texts)
+        return self._engine_of(settings)
 
 
 def state_of(tokenizer: SentencePiece | HuggingFace) -> dict[str, Any]:

@@ -9,7 +9,15 @@ import pytest
 
 from llamax.config.flops import mfu
 from llamax.runtime import units
-from llamax.runtime.units import eta, perplexity, show_bytes, show_number, show_time, tokens_per_s
+from llamax.runtime.units import (
+    eta,
+    perplexity,
+    read_bytes,
+    show_bytes,
+    show_number,
+    show_time,
+    tokens_per_s,
+)
 
 
 def test_rates() -> None:
@@ -78,3 +86,25 @@ def test_times_in_words(seconds: float, text: str) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300, -1e300, -1.0, 0.0])
 def test_any_number_is_shown(show: Callable[[float], str], value: float) -> None:
     assert 0 < len(show(value)) < 24
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512", 512),
+        ("512B", 512),
+        ("64MiB", 64 * 2**20),
+        ("64 MB", 64 * 10**6),
+        ("1.5g", 1_500_000_000),
+        ("2 GiB", 2**31),
+        ("3k", 3000),
+    ],
+)
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert read_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1e6", "64 bananas", "1 2", "9" * 40])
+def test_other_texts_are_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size such as 64MiB"):
+        read_bytes(text)

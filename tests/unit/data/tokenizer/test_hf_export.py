@@ -10,7 +10,8 @@ from support.corpora import TEXTS, mistral, python_sources, train_unlike_llama
 
 from llamax.cli.prepare import main as prepare
 from llamax.data.tokenizer.hf_export import export_tokenizer
-from llamax.data.tokenizer.tokenizer import HuggingFace, SentencePiece, TikToken, load_tokenizer
+from llamax.data.tokenizer.tiktoken_file import TikToken
+from llamax.data.tokenizer.tokenizer import HuggingFace, SentencePiece, load_tokenizer
 
 
 def test_exported_sentencepiece_gives_equal_ids(spm: Path, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from support.corpora import TEXTS, python_sources
 import llamax.data.tokenizer.tokenizer as tokenizer_module
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.sentencepiece_model import SentencePieceModel
-from llamax.data.tokenizer.tokenizer import SentencePiece, TikToken, load_tokenizer
+from llamax.data.tokenizer.tiktoken_file import TikToken
+from llamax.data.tokenizer.tokenizer import SentencePiece, load_tokenizer
 from llamax.data.tokenizer.train import train_sentencepiece as train
 from llamax.runtime.errors import DataError
 

@@ -1,0 +1,60 @@
+"""A tokenizer in tiktoken's form: base64 tokens with their ranks, as Llama 3 was published."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from llamax.data.tokenizer.cuts import PATTERNS, Ids, compiled
+from llamax.data.tokenizer.fingerprint import fingerprint
+from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN, LLAMA3_SPECIAL
+
+
+class TikToken:
+    """A file of base64 ranks, with Llama 3's split pattern and special tokens."""
+
+    memory = 64
+    cuts = compiled(PATTERNS[LLAMA3_PATTERN])
+
+    def __init__(self, path: Path, raw: bytes) -> None:
+        import tiktoken
+
+        self.path, self.fingerprint = path, fingerprint(raw, {}, {})
+        lines = (line.split() for line in raw.splitlines() if line)
+        self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        if sorted(self.ranks.values()) != list(range(len(self.ranks))):
+            raise ValueError("its ranks do not count from 0")
+        if missing := sum(bytes([byte]) not in self.ranks for byte in range(256)):
+            raise ValueError(f"{missing} of the 256 bytes have no rank")
+        self.special = {name: len(self.ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
+        self.engine = tiktoken.Encoding(
+            path.name,
+            pat_str=LLAMA3_PATTERN,
+            mergeable_ranks=self.ranks,
+            special_tokens=self.special,
+        )
+        self.base_size, self.vocab_size = len(self.ranks), len(self.ranks) + len(self.special)
+        self.named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
+        self.strips: dict[str, tuple[bool, bool]] = {}
+        self.adds_bos, self.space_after_bos = True, False
+        self.bos_id: int | None = self.special["<|begin_of_text|>"]
+        self.eos_id: int | None = self.special["<|end_of_text|>"]
+
+    def encode(self, text: str) -> list[int]:
+        return self.engine.encode_ordinary(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.engine.decode([i for i in ids if i < len(self.ranks)])
+
+    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
+        found = self.engine.encode_ordinary_batch(list(texts), num_threads=threads)
+        return [np.array(ids, np.uint32) for ids in found]
+
+    def encode_after(self, texts: Sequence[str]) -> list[Ids]:
+        return self.encode_documents(texts)
+
+    def encode_rest(self, text: str) -> Ids:
+        return self.encode_documents([text])[0]
