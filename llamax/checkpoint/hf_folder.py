@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.runs import Run, boxes, row_width
 from llamax.checkpoint.safetensors_io import SLAB_BYTES
 from llamax.checkpoint.source import Piece, Source
+from llamax.config.model import MAX_LAYERS
 from llamax.runtime import json_reader
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import is_file_name
@@ -45,6 +47,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 MAX_JSON_BYTES = 64 << 20
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 OWN_HEAD = (
@@ -115,6 +118,7 @@ class HfFolder(Source):
                 f"{self.folder} has no lm_head.weight, and its {CONFIG_JSON} does not tie it to "
                 "the embedding; download it again, or set tie_word_embeddings to true if it is tied"
             )
+        self._check_layers()
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -181,6 +185,16 @@ class HfFolder(Source):
             if not torch.equal(*parts):
                 return False
         return True
+
+    def _check_layers(self) -> None:
+        """Raise CheckpointError for more layers than there are, before a model of them is made."""
+        stated = self.model.get("num_hidden_layers")
+        held = max((int(m[1]) for m in map(_LAYER.match, self._entries) if m), default=-1) + 1
+        if isinstance(stated, int) and held < stated <= MAX_LAYERS:
+            raise CheckpointError(
+                f"{self.folder / CONFIG_JSON} states num_hidden_layers={stated}, but the files "
+                f"hold tensors of {held}; download the folder again"
+            )
 
     def _paths(self) -> list[Path]:
         if (self.folder / SINGLE_FILE).exists():

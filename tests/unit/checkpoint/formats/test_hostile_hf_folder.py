@@ -96,6 +96,8 @@ HUBS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         lambda f, s: config(f, auto_map={"AutoModel": "evil.Evil"}), "auto_map asks for code"),
     "remote code": (lambda f, s: config(f, trust_remote_code=True), "asks for code"),
     "layers without end": (lambda f, s: config(f, num_hidden_layers=10**12), "from 1 to 16384"),
+    "layers that are not there": (
+        lambda f, s: config(f, num_hidden_layers=16384), "states num_hidden_layers=16384, but"),
     "a width without end": (lambda f, s: config(f, hidden_size=10**15), "from 1 to 268435456"),
     "only a pickle": (
         lambda f, s: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "a pickle"),
