@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import sys
 from collections.abc import Sequence
 
 from llamax.runtime import signals
-from llamax.runtime.errors import ConfigError
+from llamax.runtime.errors import ConfigError, did_you_mean
 from llamax.runtime.process import run_main, steady_heap
 from llamax.runtime.versions import LLAMAX
 
@@ -74,9 +73,7 @@ def dispatch(argv: Sequence[str]) -> int:
         print(f"llamax {LLAMAX}")
         return 0
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(COMMANDS)}"
-        raise ConfigError(f"{name!r} is not a command; {hint}")
+        raise ConfigError(f"{name!r} is not a command{did_you_mean(name, COMMANDS)}")
     if name == "train":
         steady_heap()
         signals.install()  # before torch is imported: that takes seconds

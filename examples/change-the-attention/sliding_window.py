@@ -24,6 +24,7 @@ from llamax.data.dataset import open_dataset
 from llamax.data.samples import Samples
 from llamax.model.llama import Attend, Llama
 from llamax.parallel.rendezvous import Rendezvous, rendezvous
+from llamax.runtime.errors import ConfigError
 from llamax.training.resolve import resolve
 from llamax.training.step import TrainState
 
@@ -82,6 +83,8 @@ class SlidingWindowLlama(Llama):
 def train(config: Config, where: Rendezvous) -> list[float]:
     """Train on this rank; the loss of every step."""
     run = resolve(config, where.world_size)
+    if run.mesh.cp > 1:
+        raise ConfigError("the window needs whole sequences; leave parallel.context at 1")
     backend = choose(config.run.backend, where, config.run.threads)
     losses: list[float] = []
     with backend.joined(run.mesh, config.run.timeout_s) as axes:

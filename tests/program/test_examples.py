@@ -19,6 +19,7 @@ from llamax.__main__ import COMMANDS
 from llamax.config.load import load_config
 from llamax.parallel.collectives import Solo
 from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import ConfigError
 from llamax.train import train
 from llamax.training.metrics import read_jsonl
 
@@ -214,6 +215,14 @@ def test_a_window_sees_only_recent_tokens_of_its_document() -> None:
         expected[query, keys] = True
     assert torch.equal(seen, expected)
     assert torch.equal(attend(q, k, v, 0)[0, 3, 0] > 0, torch.arange(6) < 4), "a full layer"
+
+
+def test_a_window_is_refused_for_parts_of_sequences() -> None:
+    module = script("change-the-attention", "sliding_window")
+    path = str(EXAMPLES / "change-the-attention/sliding-window.toml")
+    config = load_config(path, ["--parallel.context=2", "--parallel.tensor=1"])
+    with pytest.raises(ConfigError, match="the window needs whole sequences"):
+        module.train(config, Rendezvous(world_size=2))
 
 
 def test_sums_are_right_and_only_their_results_are_learnt() -> None:
