@@ -62,6 +62,7 @@ from llamax.training.library import (
 from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
 from llamax.training.resolve import resolve
+from llamax.training.room import check_room
 from llamax.training.setup import (
     LLAMAX,
     Job,
@@ -109,6 +110,7 @@ def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
             if job.main:
                 log_start(job)
                 run_metadata.write(folder, where.world_size, where.local_world_size, where.job)
+            check_room(job.saver, job.state.optimizer, resolved, job.step, job.main)
             loop(job, began, heart)
 
 

@@ -79,6 +79,29 @@ class ResolvedRun:
         ends = (-(-epoch * self.training_samples // batch) for epoch in range(1, epochs + 1))
         return tuple(dict.fromkeys(ends))
 
+    @property
+    def most_checkpoints(self) -> int:
+        """The largest number of checkpoints that exist at one time: when the last is complete.
+
+        Where it depends on the length of an epoch and the data set was not read, a long run is
+        assumed.
+        """
+        saved = self.config.checkpoint
+        if self.assumption:  # epochs of an unknown number of steps
+            saves = [*range(1, self.epochs * saved.each_epoch), self.epochs]
+            open_ended = saved.every > 0
+        else:
+            ends = self.epoch_ends if saved.each_epoch else ()
+            every = range(saved.every, self.steps, saved.every) if saved.every else ()
+            saves, open_ended = sorted({*every, *(ends or ()), self.steps}), ends is None
+        newest = saved.keep + 1 if saved.keep else len(saves)
+        older = saves[:-newest]
+        best = saved.keep_best and bool(older or open_ended)
+        kept_forever = 0
+        if saved.keep_every and not self.assumption:
+            kept_forever = sum(step % saved.keep_every == 0 for step in older)
+        return (newest if open_ended else min(newest, len(saves))) + best + kept_forever
+
     def on_trn1(self, cores: int) -> ResolvedRun:
         """The same run with its ranks where trn1 wants them, ``cores`` on each node."""
         return replace(self, mesh=self.mesh.on_trn1(cores))

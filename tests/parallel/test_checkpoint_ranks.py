@@ -17,6 +17,7 @@ from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.mesh import Mesh
+from llamax.training.room import checkpoint_bytes
 
 MODEL = replace(TIED, num_hidden_layers=2)
 
@@ -71,6 +72,8 @@ def train_and_save(on: On, dtype: torch.dtype, source: str, out: str, steps: int
     saver.save(steps, optimizer.owned(), {}, MODEL.to_hub("float32"), "", torch.get_rng_state())
     saver.wait()
     mine.world.all_reduce(torch.zeros(1))
+    kept = state(Path(f"{out}/step-{steps:08d}"))
+    assert checkpoint_bytes(saver, optimizer) == sum(tensor.nbytes for tensor in kept.values())
 
 
 def state(folder: Path) -> dict[tuple[str, str], Any]:

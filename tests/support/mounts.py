@@ -9,14 +9,31 @@ import errno
 import fcntl
 import os
 import shutil
+import subprocess
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 Usage = namedtuple("Usage", "total used free")
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """Mount a tmpfs of ``size`` on a new ``folder``; the test is skipped where that is refused."""
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("this machine mounts no tmpfs for tests")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def lack(monkeypatch: pytest.MonkeyPatch, operation: str, folder: Path, code: int = 0) -> None:

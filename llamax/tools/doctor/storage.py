@@ -161,30 +161,9 @@ def checkpoint_bytes(config: Config) -> int:
     return trained * element + hugging_face
 
 
-def most_checkpoints(run: ResolvedRun) -> int:
-    """The largest number of checkpoints that exist at one time: when the last is complete.
-
-    Where it depends on the length of an epoch and the data set was not read, a long run is assumed.
-    """
-    saved = run.config.checkpoint
-    if run.assumption:  # epochs of an unknown number of steps
-        saves, open_ended = [*range(1, run.epochs * saved.each_epoch), run.epochs], saved.every > 0
-    else:
-        ends = run.epoch_ends if saved.each_epoch else ()
-        every = range(saved.every, run.steps, saved.every) if saved.every else ()
-        saves, open_ended = sorted({*every, *(ends or ()), run.steps}), ends is None
-    newest = saved.keep + 1 if saved.keep else len(saves)
-    older = saves[:-newest]
-    best = saved.keep_best and bool(older or open_ended)
-    kept_forever = 0
-    if saved.keep_every and not run.assumption:
-        kept_forever = sum(step % saved.keep_every == 0 for step in older)
-    return (newest if open_ended else min(newest, len(saves))) + best + kept_forever
-
-
 def disk(folder: Path, run: ResolvedRun, step_s: float | None) -> Iterator[Finding]:
     """Free space for the checkpoints that the run keeps, and the rate of writing them."""
-    size, kept = checkpoint_bytes(run.config), most_checkpoints(run)
+    size, kept = checkpoint_bytes(run.config), run.most_checkpoints
     need = f"{kept} checkpoints of {show_bytes(size)}"
     every = run.config.checkpoint.every
     if not folder.is_dir():

@@ -15,7 +15,6 @@ from llamax.config.load import dump_config, load_config, recipes
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import ConfigError
-from llamax.tools.doctor import storage
 from llamax.training.inputs import open_inputs
 from llamax.training.resolve import resolve, visible_samples
 
@@ -140,4 +139,4 @@ def test_the_doctor_knows_the_checkpoints_of_epochs_it_sees(tiny: Config) -> Non
     written = replace(epochs(tiny, 3), checkpoint=saved)
     batch = written.data.global_batch
     # 15 steps: saved at 4, 8, 12, at the ends 5, 10, 15
-    assert storage.most_checkpoints(resolve(written, 1, 5 * batch)) == 6
+    assert resolve(written, 1, 5 * batch).most_checkpoints == 6

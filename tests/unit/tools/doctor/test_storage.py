@@ -93,15 +93,15 @@ def test_checkpoints_that_are_there_at_once(keys: str, fullest: int) -> None:
     config = load_config("demo", settings)
     assert config.run.steps == 160
     validating = replace(config, run=replace(config.run, validate_every=10))
-    assert storage.most_checkpoints(resolve(validating, 4)) == fullest
+    assert resolve(validating, 4).most_checkpoints == fullest
 
 
 @pytest.mark.parametrize(("keep", "fullest"), [(1, 2), (2, 3), (3, 3), (0, 3)])
 def test_checkpoints_of_epochs_that_are_there_at_once(keep: int, fullest: int) -> None:
     tuned = load_config("gsm8k-lora", [f"--checkpoint.keep={keep}"])
-    assert storage.most_checkpoints(resolve(tuned, 32)) == fullest
+    assert resolve(tuned, 32).most_checkpoints == fullest
     often = replace(tuned.checkpoint, every=100, each_epoch=False)
-    assert storage.most_checkpoints(resolve(replace(tuned, checkpoint=often), 32)) == (
+    assert resolve(replace(tuned, checkpoint=often), 32).most_checkpoints == (
         keep + 1 if keep else 1
     )
 
