@@ -11,6 +11,7 @@ import os.path
 import re
 from collections.abc import Iterator
 
+from llamax.launch import prepare
 from llamax.launch.environment import RESERVED
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.errors import ConfigError
@@ -27,6 +28,7 @@ IMAGE = re.compile(
 SLURM_WORD = re.compile(r"[A-Za-z0-9_.,-]*")
 SLURM_TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})?")
 SLURM_PATH = re.compile(r"[A-Za-z0-9._/@+=,-]*")
+BLEND = re.compile(r"\s*\d*\.?\d+\s+\S")
 SAGEMAKER_NAME = re.compile(r"[A-Za-z0-9](-*[A-Za-z0-9])*")
 
 
@@ -43,7 +45,8 @@ def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
         found += _run(job)
     found += {"sagemaker": _sagemaker}.get(launcher, _shared)(job)
     if phase == "prepare":
-        found += _prepare(job)
+        found += prepare.problems(job.prepare)
+        found += [] if found else _blend(job)
     special = {"torchrun": _torchrun, "mpirun": _mpirun, "slurm": _slurm, "k8s": _kubernetes}
     if launcher in special:
         found += special[launcher](job)
@@ -117,11 +120,12 @@ def _inside(path: str, mount: str) -> bool:
     return path == mount or path.startswith(mount.rstrip("/") + "/")
 
 
-def _prepare(job: JobFile) -> Iterator[str]:
-    if not job.prepare.inputs:
-        yield "prepare.inputs is empty; set it to the text files or folders"
-    if not job.prepare.tokenizer:
-        yield "prepare.tokenizer is empty; set it to a tokenizer.model, tokenizer.json or folder"
+def _blend(job: JobFile) -> Iterator[str]:
+    if BLEND.match(path := job.config.data.path):
+        yield (
+            f"data.path={path!r} is a blend; prepare writes one dataset: use overrides data.path "
+            "with the folder of one, in a job file for each"
+        )
 
 
 def _torchrun(job: JobFile) -> Iterator[str]:

@@ -42,5 +42,5 @@ RUN printf 'StrictHostKeyChecking no\\nUserKnownHostsFile /dev/null\\nLogLevel E
 
 # pip keeps every installed package that satisfies pyproject.toml, such as torch
 COPY . /opt/llamax
-RUN python3 -m pip install --no-cache-dir --editable /opt/llamax tensorboard
+RUN python3 -m pip install --no-cache-dir --editable '/opt/llamax[parquet,tensorboard]'
 """

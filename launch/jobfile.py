@@ -34,8 +34,9 @@ from llamax.config.load import describe, load_config
 from llamax.config.schema import Config
 from llamax.config.toml import Problems, build, read_toml, to_toml
 from llamax.config.types import Count, Natural, Port, explain, options, walk
+from llamax.launch.prepare import Prepare
 from llamax.runtime.errors import ConfigError, did_you_mean, refuse
-from llamax.runtime.text import UNSAFE
+from llamax.runtime.text import BREAKS, printable
 
 TABLES = ("overrides", "environment")
 
@@ -50,20 +51,6 @@ class Storage:
     """Working folder of the job on the shared file system; empty: mount itself."""
     claim: str = ""
     """Kubernetes: PersistentVolumeClaim of the FSx file system."""
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """The phase before training: text to tokens, written to data.path."""
-
-    inputs: tuple[str, ...] = ()
-    """Text or JSONL files, or folders."""
-    tokenizer: str = ""
-    """File tokenizer.model or tokenizer.json, or a folder."""
-    key: str = "text"
-    """JSONL: the key that holds the text."""
-    workers: Count = 32
-    """Tokenizing processes [processes]."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +234,10 @@ def _pairs(prefix: str, table: Any, wrong: list[str]) -> Iterator[tuple[str, str
 
 
 def _control_characters(job: JobFile) -> Iterator[str]:
-    """No value may hold a line break: it would end a comment, an option line or a log line."""
+    """No value may hold a line break: it would end a comment, an option line or a log line.
+
+    A system prompt may: it appears only as one quoted word.
+    """
     texts = [
         (f"{prefix}.{each.name}" if prefix else each.name, value)
         for prefix, section in walk(job)
@@ -258,7 +248,8 @@ def _control_characters(job: JobFile) -> Iterator[str]:
     texts += [(f"environment.{key}", value) for key, value in job.environment]
     for key, value in texts:
         for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str) and UNSAFE.search(text):
+            kept = BREAKS if key == "prepare.system" else ""
+            if isinstance(text, str) and printable(text, kept) != text:
                 yield f"{key}={text!r} holds a control character; use plain text on one line"
 
 

@@ -12,6 +12,7 @@ from shlex import quote
 
 from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
+from llamax.launch.prepare import command_line
 
 SHEBANG = "#!/usr/bin/env bash"
 
@@ -70,10 +71,8 @@ def on_each_node(job: JobFile, phase: str, options: str) -> str:
 
 def prepare(job: JobFile, start: str = "exec") -> str:
     """``llamax prepare`` on one node; ``start``: the command that starts it."""
-    settings = job.prepare
-    options = ["--tokenizer", settings.tokenizer, "--key", settings.key]
-    options += ["--workers", str(settings.workers), "--out", job.config.data.path]
-    words = ["python3", "-m", "llamax", "prepare", *settings.inputs, *options]
+    words = ["python3", "-m", "llamax", "prepare"]
+    words += command_line(job.prepare, job.config.data.path)
     return array("program", words) + f'{start} "${{program[@]}}"\n'
 
 

@@ -30,14 +30,26 @@ from llamax.launch.render import ACTIONS, PHASES, action, render
 GOLDEN = Path(__file__).parent / "launch"
 NODES = (1, 4)
 GPUS = {"instance": "p5.48xlarge", "overrides__run__backend": "cuda"}
+ROWS = {  # instruction data
+    "inputs": ["rows.parquet"],
+    "tokenizer": "llama2",
+    "template": "usr-bot",
+    "system": "Be kind.\nBe brief.",
+    "fields": {"instruction": "question", "answer": "best_answer"},
+    "validation_files": ["held-out.jsonl"],
+    "drop_empty": True,
+    "bos": False,
+}
 RUNS = {  # file's name: launcher, changes of the job
     "torchrun": ("torchrun", {}),
+    "torchrun-rows": ("torchrun", {"prepare": ROWS}),
     "mpirun": ("mpirun", {}),
     "mpirun-core": ("mpirun", {"mpirun__per": "core"}),
     "slurm": ("slurm", {}),
     "slurm-gpu": ("slurm", GPUS),
     "k8s": ("k8s", {}),
     "k8s-gpu": ("k8s", GPUS),
+    "k8s-rows": ("k8s", {"prepare": ROWS}),
     "sagemaker-sdk2": ("sagemaker", {"sagemaker__sdk": 2}),
     "sagemaker-sdk3": ("sagemaker", {"sagemaker__sdk": 3}),
 }

@@ -150,12 +150,16 @@ def test_modules_that_pages_point_to_exist(page: Path) -> None:
 
 
 def test_the_job_of_the_launch_page_suits_every_launcher(tmp_path: Path) -> None:
-    (job_text,) = blocks(DOCS / "how-to/launch.md", "toml")
-    (tmp_path / "job.toml").write_text(job_text)
-    job = jobfile.load(tmp_path / "job.toml")
-    for launcher in PHASES:
-        for phase in PHASES[launcher]:
-            assert problems(job, launcher, phase) == []
+    job_text, rows = blocks(DOCS / "how-to/launch.md", "toml")
+    text = re.search(r"\[prepare\]\n.*?\n\n", job_text, re.DOTALL)
+    assert text
+    for section in (text[0], f"{rows}\n"):
+        (tmp_path / "job.toml").write_text(job_text.replace(text[0], section))
+        job = jobfile.load(tmp_path / "job.toml")
+        assert bool(job.prepare.template) == (section != text[0])
+        for launcher in PHASES:
+            for phase in PHASES[launcher]:
+                assert problems(job, launcher, phase) == []
 
 
 def test_the_table_of_recipes_is_that_of_the_recipes() -> None:

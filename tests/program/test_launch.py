@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 from support import slurm
 
+from llamax.data.dataset import open_dataset
+
 LLAMAX = [sys.executable, "-m", "llamax"]
 JOB = """
 name = "small"
@@ -62,6 +64,30 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(prepared: Path, tmp_path: Path) -> Path:
     shutil.copytree(prepared / "data", tmp_path / "data")
     return tmp_path
+
+
+def test_a_job_prepares_instruction_data(prepared: Path, tmp_path: Path) -> None:
+    rows = [{"q": f"What is {n}?", "best answer": f'It\'s "{n}".'} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "held out.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    shutil.copytree(prepared / "tokenizer", tmp_path / "tokenizer")
+    text = write(tmp_path).read_text().replace('inputs = ["text"]', 'inputs = ["rows.jsonl"]')
+    text += """template = "usr-bot"
+system = '''Don't "$(touch pwned)".
+Be `brief`.'''
+fields = { instruction = "q", answer = "best answer" }
+validation_files = ["held out.jsonl"]
+"""
+    (tmp_path / "job.toml").write_text(text)
+    launch(tmp_path / "job.toml", "torchrun", "--phase", "prepare")
+    record = json.loads((tmp_path / "data" / "dataset.json").read_text())["prompt"]
+    assert record["system"] == 'Don\'t "$(touch pwned)".\nBe `brief`.'
+    assert record["fields"] == {"instruction": "q", "answer": "best answer"}
+    made = open_dataset(tmp_path / "data")
+    assert made.train.header.documents == 20
+    assert made.validation is not None
+    assert made.validation.header.documents == 1
+    assert not (tmp_path / "pwned").exists()
 
 
 def write(folder: Path, more: str = "", nodes: int = 1, ranks: int = 2, steps: int = 3) -> Path:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 from llamax.launch.jobfile import JobFile, parse
+
+TRICKS = "'; touch pwned; '\"$(touch pwned)`touch pwned` \\ #|&<>!* $$ $(PATH) {{x}} é漢\U0001f600"
 
 JOB: dict[str, Any] = {
     "name": "llama2-7b",
@@ -42,3 +45,9 @@ def tables(**changes: Any) -> dict[str, Any]:
 
 def job(**changes: Any) -> JobFile:
     return parse(tables(**changes))
+
+
+def read_by_kubernetes(word: str) -> str:
+    """A word of a command as a pod gets it: $$ is $, and $(PATH) a value."""
+    known = {"$$": "$", "$(PATH)": "/bin"}
+    return re.sub(r"\$(?:\$|\([^)]*\))", lambda found: known.get(found[0], found[0]), word)

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import platform
-import re
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from support.launch_jobs import job
+from support.launch_jobs import TRICKS, job, read_by_kubernetes
 
 from llamax.config.hardware import load_machine, machine_names
 from llamax.launch import jobfile
 from llamax.launch.mpirun import FIRST_HOST
 from llamax.launch.render import action, render
-
-TRICKS = "'; touch pwned; '\"$(touch pwned)`touch pwned` \\ #|&<>!* $$ $(PATH) {{x}} é漢\U0001f600"
-
-
-def read_by_kubernetes(word: str) -> str:
-    """A word of a command as a pod gets it: $$ is $, and $(PATH) a value."""
-    known = {"$$": "$", "$(PATH)": "/bin"}
-    return re.sub(r"\$(?:\$|\([^)]*\))", lambda found: known.get(found[0], found[0]), word)
 
 
 def test_what_can_be_planned_can_be_launched() -> None:
@@ -70,7 +61,8 @@ def test_no_value_escapes_its_quotes(tmp_path: Path, launcher: str, phase: str) 
     assert trick == TRICKS
     if phase == "prepare":
         assert TRICKS in said
-        assert f"/fsx/{TRICKS}" in said
+        assert f"--out=/fsx/{TRICKS}" in said
+        assert f"--tokenizer={TRICKS}" in said
     else:
         assert f"--data.path=/fsx/{TRICKS}" in said
         assert f"--run.folder=run {TRICKS}" in said
