@@ -6,7 +6,7 @@
 # make drills  kill, freeze, damage and fill up real runs, at full counts: some hours on two cores
 # make check  lint, then test
 # make docs   build the documentation into build/docs; any warning is an error
-# make lock   write uv.lock anew, at the versions of requirements.txt
+# make lock   write uv.lock and requirements-image.txt anew, at the versions of requirements.txt
 #
 # PYTHON: any CPython >= 3.10.  Everything is installed into VENV and XLA_VENV, nowhere else.
 

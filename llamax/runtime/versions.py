@@ -31,6 +31,32 @@ NEURON_SDKS = {
 IMAGE_SDK = "2.28"  # of the container image
 
 
+class Fix(NamedTuple):
+    """The first version of a package without a published fault, and the name of the advisory."""
+
+    version: str
+    advisory: str
+
+
+# pyproject.toml allows no version with a known fault, except torch: torch-xla needs its 2.9.
+FIXES = {
+    "jinja2": Fix("3.1.6", "CVE-2025-27516"),
+    "numpy": Fix("1.22", "CVE-2021-41495"),
+    "pyarrow": Fix("23.0.1", "CVE-2026-25087"),
+    "pydantic": Fix("2.4", "CVE-2024-3772"),
+    "pytest": Fix("9.0.3", "CVE-2025-71176"),
+    "PyYAML": Fix("5.4", "CVE-2020-14343"),
+    "sagemaker": Fix("2.256", "CVE-2026-1777"),
+    "sentencepiece": Fix("0.2.1", "CVE-2026-1260"),
+    "setuptools": Fix("80.10.2", "CVE-2026-23949"),
+    "tqdm": Fix("4.66.3", "CVE-2024-34062"),
+    "transformers": Fix("5.10", "CVE-2026-9856"),
+}
+WEIGHTS_ONLY = Fix(
+    "2.10", "CVE-2026-24747"
+)  # torch.load(weights_only=True); llamax has no torch.load
+
+
 def installed(package: str) -> str | None:
     """The version of an installed distribution; None if it is not installed."""
     from importlib import metadata  # takes milliseconds

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from llamax.launch import image_pins
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -20,7 +22,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = ("llamax", "kernels", "launch", "pyproject.toml", "README.md", "LICENSE")
-SETUPTOOLS = 77  # the first that reads the licence field of pyproject.toml
+SETUPTOOLS = 80  # as in pyproject.toml
 
 JOB = """name = "llama2-7b"
 recipe = "llama2-7b"
@@ -182,3 +184,27 @@ def test_the_lock_file_is_that_of_the_requirements_of_pyproject() -> None:
         extra = re.search(r"extra == '([\w-]+)'", entry.get("marker", ""))
         locked.add((extra[1] if extra else "", entry["name"], entry.get("specifier", "")))
     assert wanted == locked, "run make lock"
+
+
+def test_the_image_installs_what_the_lock_file_has_with_its_hashes() -> None:
+    packages = tomllib.loads((ROOT / "uv.lock").read_text())["package"]
+    locked: dict[tuple[str, str], set[str]] = {}
+    for package in packages:
+        files = [*package.get("wheels", []), package.get("sdist", {})]
+        hashes = {file["hash"] for file in files if file}
+        locked[package["name"], package.get("version", "")] = hashes
+    entries = list(image_pins.pins((ROOT / "requirements-image.txt").read_text()))
+    for name, entry in entries:
+        version = re.match(r"[\w.-]+==([^\s;]+)", entry)
+        assert version
+        hashes = set(re.findall(r"--hash=(sha256:[0-9a-f]{64})", entry))
+        assert hashes, f"{name} has no hash: run make lock"
+        assert hashes <= locked[name, version[1]], f"{name}: run make lock"
+    names = {name for name, _ in entries}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    direct = {normal(re.split("[>;]", line)[0]) for line in project["dependencies"]}
+    assert direct - {"torch", "numpy"} <= names, "the base image has torch and numpy"
+    assert not {"torch", "numpy"} & names
+    assert {"pyarrow", "tensorboard", "setuptools"} <= names
+    (extras, _) = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["image"]
+    assert f'--editable "{extras.replace("llamax", ".")}"' in (ROOT / "launch/image.py").read_text()

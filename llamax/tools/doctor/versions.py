@@ -1,7 +1,8 @@
 """Checks of versions that must match: torch, torch-xla, torch-neuronx, compiler, NxD, drivers.
 
 The versions themselves are in ``llamax.runtime.versions``.  Source: AWS Neuron documentation,
-"Release content" of Neuron 2.28.0 and 2.29.0, the last ones that train with torch-xla on trn1.
+"Release content" of Neuron 2.28.0 and 2.29.0, the last ones that train with torch-xla on trn1;
+GitHub advisory GHSA-63cw-57p8-fm3p of PyTorch.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from llamax.runtime.versions import (
     NEURON_SDKS,
     OLDEST_TORCH,
     TORCH_XLA,
+    WEIGHTS_ONLY,
     XLA_REQUIREMENTS,
 )
 from llamax.tools.doctor.finding import Finding, Host, passed, unknown
 
+# Packages that read checkpoints with torch.load.
+LOADERS = ("neuronx-distributed", "optimum-neuron", "transformers", "accelerate", "lightning")
 INSTALL = "from the package index of AWS Neuron: python3 -m pip install"
 
 
@@ -43,11 +47,27 @@ def check(host: Host, backend: str) -> Iterator[Finding]:
         )
     else:
         yield passed("torch", f"torch {torch}")
+    yield from _advisory(host, torch)
     if backend == "xla":
         yield from _xla(host, torch)
         yield from _neuron(host, torch)
     if backend == "cuda":
         yield from _cuda(host, torch)
+
+
+def _advisory(host: Host, torch: str) -> Iterator[Finding]:
+    """A known fault in torch.load, which other programs of this environment may call."""
+    others = [name for name in LOADERS if host.version(name) is not None]
+    if _numbers(torch) < _numbers(WEIGHTS_ONLY.version) and others:
+        yield Finding(
+            "warning",
+            "torch.load",
+            f"torch {torch} has {WEIGHTS_ONLY.advisory}; {', '.join(others)} may call torch.load",
+            "a hostile file corrupts memory there and may run code, even with weights_only=True; "
+            "llamax never calls torch.load",
+            f"torch {WEIGHTS_ONLY.version} or later; with torch-xla, which needs {TORCH_XLA}, load "
+            "only files that you trust",
+        )
 
 
 def _cuda(host: Host, torch: str) -> Iterator[Finding]:

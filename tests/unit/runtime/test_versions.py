@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from llamax.config.toml import tomllib
-from llamax.launch import image
+from llamax.launch import image, image_pins
 from llamax.runtime.versions import (
+    FIXES,
     IMAGE_SDK,
     LLAMAX,
     NEURON_SDKS,
@@ -68,6 +69,35 @@ def test_no_other_module_states_them(room: str) -> None:
     for path in (ROOT / room).rglob("*.py"):
         if path.name != "versions.py" or "runtime" not in path.parts:
             assert not stated.search(path.read_text()), path
+
+
+# ---- known faults
+
+
+def floors() -> dict[str, list[str]]:
+    """The oldest versions that pyproject.toml allows, by package, of every group."""
+    project = PROJECT["project"]
+    lines = [*project["dependencies"], *PROJECT["build-system"]["requires"]]
+    lines += PROJECT["dependency-groups"]["image"][1:]
+    for extra in project["optional-dependencies"].values():
+        lines += extra
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if parts := re.match(r"([\w.-]+)>=([\d.]+)", line):
+            found.setdefault(parts[1], []).append(parts[2])
+    return found
+
+
+@pytest.mark.parametrize("package", FIXES)
+def test_no_version_with_a_known_fault_is_allowed(package: str) -> None:
+    fix = image_pins.numbers(FIXES[package].version)
+    assert floors()[package]
+    for oldest in floors()[package]:
+        assert image_pins.numbers(oldest) >= fix, FIXES[package].advisory
+    for name in ("requirements.txt", "requirements-xla.txt"):
+        for line in pins(name):
+            if line.startswith(f"{package}=="):
+                assert image_pins.numbers(line.partition("==")[2]) >= fix, (name, line)
 
 
 def test_what_is_not_installed_has_no_version() -> None:

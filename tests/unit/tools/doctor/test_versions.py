@@ -13,11 +13,32 @@ from llamax.tools.doctor import Host, versions
 def test_versions_of_an_sdk_fit(tmp_path: Path) -> None:
     host = trainium(tmp_path)
     found = levels(versions.check(Host(host.root, packages=SDK), "xla"))
+    assert found.pop("torch.load") == "warning"  # neuronx-distributed uses it, with torch 2.9
     assert set(found.values()) == {"ok"}
     assert len(found) == 6
     newer = {**SDK, "neuronx-cc": "2.24.5133.0", "neuronx-distributed": "0.18.27753"}
     found = levels(versions.check(Host(host.root, packages=newer), "xla"))
-    assert [name for name, level in found.items() if level != "ok"] == ["driver"]
+    assert [name for name, level in found.items() if level != "ok"] == ["torch.load", "driver"]
+
+
+@pytest.mark.parametrize(
+    ("packages", "warned"),
+    [
+        ({"torch": "2.9.0"}, False),
+        ({"torch": "2.9.1+cpu", "transformers": "5.23.0"}, True),
+        ({"torch": "2.10.0", "transformers": "5.23.0"}, False),
+        ({"torch": "2.13.0", "neuronx-distributed": "0.17.1"}, False),
+    ],
+)
+def test_other_programs_that_load_files_with_torch_2_9_are_named(
+    tmp_path: Path, packages: dict[str, str], warned: bool
+) -> None:
+    found = {f.name: f for f in versions.check(Host(tmp_path, packages=packages), "cpu")}
+    assert ("torch.load" in found) == warned
+    if warned:
+        assert "CVE-2026-24747" in found["torch.load"].what
+        assert "transformers" in found["torch.load"].what
+        assert "2.10" in found["torch.load"].fix
 
 
 @pytest.mark.parametrize(
