@@ -188,7 +188,8 @@ class JobFile:
     def config(self) -> Config:
         """The run that the job asks for, on its ranks; raises ConfigError if it is impossible."""
         world_size = self.nodes * self.ranks
-        return load_config(self.recipe, self.arguments[2:], world_size, "overrides")
+        arguments, folder = self.arguments[2:], Path(self.folder)
+        return load_config(self.recipe, arguments, world_size, "overrides", folder)
 
 
 def instances() -> list[str]:

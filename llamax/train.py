@@ -84,7 +84,7 @@ def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
         run = config.run
         backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
         inputs = open_inputs(config)
-        resolved = resolve(config, where.world_size, len(inputs.training))
+        resolved = resolve(inputs.config, where.world_size, len(inputs.training))
     config, folder, timeout_s = resolved.config, Path(run.folder), run.timeout_s
     signals.hold()
     over = threading.Event()

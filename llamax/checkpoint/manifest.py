@@ -29,13 +29,16 @@ from llamax.checkpoint.atomic import write_durable
 from llamax.checkpoint.checksums import CHECKSUM_DIGITS
 from llamax.checkpoint.runs import Run, is_tiling
 from llamax.checkpoint.safetensors_io import DTYPES, Progress, no_progress
+from llamax.config.base_model import DONE as DONE
+from llamax.config.base_model import MANIFEST as MANIFEST
+from llamax.config.base_model import STEP_FOLDER as STEP_FOLDER
+from llamax.config.constants import CONFIG_FILE
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import sha256
 from llamax.runtime.versions import LLAMAX
 
 FORMAT_VERSION = 2
-MANIFEST, DONE, CONFIG_TOML = "manifest.json", "done", "config.toml"
-STEP_FOLDER = re.compile(r"step-(\d{8}|[1-9]\d{8,})", re.ASCII)
+CONFIG_TOML = CONFIG_FILE
 RANK_FILE = re.compile(r"(weights|optimizer)-tp\d{2,}-dp\d{2,}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CHECKSUMS = re.compile(rf"(?:[0-9a-f]{{{CHECKSUM_DIGITS}}})*")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llamax.checkpoint.manifest import CONFIG_TOML
-from llamax.config.load import load_config
+from llamax.config.load import recorded_config
 from llamax.config.schema import Config
 from llamax.data.dataset import blend_words
 from llamax.runtime.errors import ConfigError
@@ -46,7 +46,7 @@ def config_beside(checkpoint: Path) -> Config | None:
     """The configuration in a checkpoint; None if it has none, or one of another llamax."""
     path = checkpoint / CONFIG_TOML
     try:
-        return load_config(str(path)) if path.is_file() else None
+        return recorded_config(path) if path.is_file() else None
     except ConfigError:
         return None
 

@@ -2,7 +2,8 @@
 
 ::
 
-    recipe name or path ──> tables ──┐
+    checkpoint.init_from ─> [model] ─┐
+    recipe name or path ──> tables ──┤
     --optim.lr=1e-4     ──> on top ──┴─> names and types ─> Config ─> ranges and rules
 
 No environment variable and no Python file takes part.  All problems are reported at once.
@@ -20,6 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
+from llamax.config.base_model import contradictions, supply_model
 from llamax.config.schema import Config, sections
 from llamax.config.toml import Problems, build, parse_value, read_toml, to_toml
 from llamax.config.types import bare, explain, options, section_of, type_hints
@@ -47,19 +49,34 @@ def load_config(
     overrides: Sequence[str] = (),
     world_size: int | None = None,
     given_in: str = COMMAND_LINE,
+    within: Path | None = Path(),
 ) -> Config:
     """The configuration of a recipe or a TOML file with command-line overrides on top.
 
     ``overrides`` are ``--section.key=value``, or ``--section.key`` and ``value`` as two items.  A
-    length in steps replaces one in epochs, and a warm-up in steps one as a ratio.  ``given_in`` is
-    where they come from, for messages.  ``world_size`` is in ranks, None where it is not known yet.
+    length in steps replaces one in epochs, and a warm-up in steps one as a ratio.  The model of
+    ``checkpoint.init_from`` takes the place of a recipe's, and fills that of a file.  ``given_in``
+    is where the overrides come from, for messages.  ``world_size`` is in ranks, None where it is
+    not known yet.  ``within`` is the folder of relative paths, None to open no folder: for the
+    configuration that a run has written.
 
     Raises one ConfigError that lists every unknown name, every wrong type and, between the values
     that can be used, every rule that is broken.
     """
     path = find_config(name_or_path)
-    where = f"recipe {path.stem}" if path.parent == RECIPES else str(path)
-    return parse_config(read_toml(path), overrides, world_size, where, given_in)
+    recipe = is_recipe(path)
+    where = f"recipe {path.stem}" if recipe else str(path)
+    return parse_config(read_toml(path), overrides, world_size, where, given_in, recipe, within)
+
+
+def recorded_config(path: str | Path) -> Config:
+    """The configuration that a run has written; it is whole, and no other folder is opened."""
+    return load_config(str(path), within=None)
+
+
+def is_recipe(path: Path) -> bool:
+    """Whether the file is a recipe that comes with llamax."""
+    return path.parent == RECIPES
 
 
 def find_config(name_or_path: str) -> Path:
@@ -83,6 +100,8 @@ def parse_config(
     world_size: int | None = None,
     where: str = "configuration",
     given_in: str = COMMAND_LINE,
+    recipe: bool = False,
+    within: Path | None = Path(),
 ) -> Config:
     """The configuration of parsed TOML ``tables``; see ``load_config``.
 
@@ -92,6 +111,11 @@ def parse_config(
     tables = copy.deepcopy(tables)
     pairs = list(_pairs(overrides, typed))
     given = dict(pairs)
+    if within is not None:
+        settings = copy.deepcopy(tables)
+        for key, text in pairs:
+            _override(settings, key, text, [])
+        supply_model(tables, settings, recipe, within)
     for key, text in pairs:
         _override(tables, key, text, typed)
     for key, other in REPLACES.items():
@@ -99,11 +123,9 @@ def parse_config(
         if key in given and other not in given and isinstance(tables.get(section), dict):
             tables[section].pop(name, None)
     config = build(Config, tables, found)
-    broken = [
-        *found.unknown,
-        *found.unusable.values(),
-        *problems(config, world_size, found.unusable),
-    ]
+    broken = [*found.unknown, *found.unusable.values()]
+    contradicting = [] if within is None or broken else [*contradictions(config, within)]
+    broken += contradicting or problems(config, world_size, found.unusable)
     origins = [(given_in, problem) for problem in typed]
     origins += [(_origin(problem, given, where, given_in), problem) for problem in broken]
     if len({origin for origin, _ in origins}) == 1:

@@ -7,7 +7,7 @@ what it reads of a checkpoint and its share of the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -18,8 +18,9 @@ from llamax.checkpoint.manifest import CONFIG_TOML
 from llamax.checkpoint.peft import AdapterInfo
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
+from llamax.config.base_model import ROPE
 from llamax.config.constants import CHECKPOINTS_FOLDER
-from llamax.config.load import load_config
+from llamax.config.load import recorded_config
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, sections
 from llamax.config.toml import to_toml
@@ -29,6 +30,7 @@ from llamax.data.token_file import GoOn, Verify
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.optim.schedule import lr_at
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.logging import logger
 from llamax.training.resolve import ResolvedRun
 
 # The sections, and their fields (empty: all), that decide samples, updates and mesh.
@@ -52,11 +54,13 @@ SCHEDULE = {
 class Inputs:
     """The open inputs of a run.
 
+    ``config`` is the configuration, with a head of its own where the weights have one.
     ``resumed`` is the checkpoint to continue, ``first`` the source of the first weights if there is
     none.  With ``adapters``, ``first`` is their base, also beside ``resumed``.  ``newest`` is the
     newest checkpoint when this rank looked.
     """
 
+    config: Config
     dataset: Dataset
     training: Samples
     validation: Samples | None
@@ -95,7 +99,7 @@ class Inputs:
         if self.resumed is None or not (self.resumed.folder / CONFIG_TOML).is_file():
             return []
         try:
-            then = load_config(str(self.resumed.folder / CONFIG_TOML))
+            then = recorded_config(self.resumed.folder / CONFIG_TOML)
         except ConfigError:  # of another llamax
             return []
         now = dict(sections(run.config))
@@ -145,12 +149,14 @@ def open_inputs(config: Config) -> Inputs:
         resumed = Checkpoint(find_checkpoint(Path(checkpoint.resume)))
     if resumed is not None:
         _check_position(resumed)
+        config = _untied(config, resumed)
         _same_network(config, resumed)
         if fingerprint := resumed.state.get("tokenizer"):  # an imported checkpoint has none
             dataset.check_tokenizer(fingerprint, str(resumed.folder))
     if checkpoint.init_from and (resumed is None or config.finetune.method != "full"):
         first = open_source(checkpoint.init_from)
-        _same_network(config, first)
+        config = _untied(config, first)
+        _same_network(config, first, ROPE if config.finetune.method == "full" else ())
     adapters = finetune_info(config.finetune, first)
     if resumed is not None:
         check_resumed(config.finetune, resumed, first)
@@ -159,7 +165,7 @@ def open_inputs(config: Config) -> Inputs:
         for file in (dataset.train, dataset.validation)
     )
     assert training is not None
-    return Inputs(dataset, training, validation, resumed, first, adapters, latest)
+    return Inputs(config, dataset, training, validation, resumed, first, adapters, latest)
 
 
 def _check_position(resumed: Checkpoint) -> None:
@@ -171,9 +177,20 @@ def _check_position(resumed: Checkpoint) -> None:
         )
 
 
-def _same_network(config: Config, source: Source) -> None:
+def _untied(config: Config, source: Source) -> Config:
+    """The configuration with a head beside the embedding, if a base that says tied has both."""
+    if not config.checkpoint.init_from or source.model.get("tie_word_embeddings"):
+        return config
+    return replace(config, model=replace(config.model, tie_word_embeddings=False))
+
+
+def _same_network(config: Config, source: Source, free: Sequence[str] = ()) -> None:
+    """Raise ConfigError if a source holds another network; fields in ``free`` may differ."""
     theirs = ModelConfig.from_hub(source.model)
-    if names := config.model.differences(theirs):
+    names = config.model.differences(theirs)
+    if changed := [name for name in names if name in free]:
+        logger.info("not as in %s: %s", source.folder, ", ".join(changed))
+    if names := [name for name in names if name not in free]:
         options = " ".join(_options(theirs, names, "--model."))
         raise ConfigError(
             f"model.{names[0]}={getattr(config.model, names[0])} but {source.folder} has "

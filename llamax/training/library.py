@@ -27,8 +27,9 @@ from typing import Any
 import torch
 
 from llamax.checkpoint.listing import newest_checkpoint
+from llamax.config.base_model import supply_model
 from llamax.config.constants import CHECKPOINTS_FOLDER, METRICS_FILE
-from llamax.config.load import dump_config, find_config, parse_config
+from llamax.config.load import dump_config, find_config, is_recipe, parse_config
 from llamax.config.schema import Config
 from llamax.config.toml import parse_toml, read_toml
 from llamax.parallel.rendezvous import FAMILIES, LOOPBACK, Rendezvous
@@ -90,6 +91,7 @@ def config_of(
     Keys are sections with a mapping inside, or "section.key".  Raises ConfigError that lists every
     unknown name, wrong type and broken rule.
     """
+    recipe = False
     if isinstance(config, Config):
         tables, where = parse_toml(dump_config(config)), "configuration"
     elif isinstance(config, Mapping):
@@ -97,11 +99,14 @@ def config_of(
         _merge(tables, config)
     elif isinstance(config, str | Path):
         path = find_config(str(config))
-        tables, where = read_toml(path), str(path)
+        tables, where, recipe = read_toml(path), str(path), is_recipe(path)
     else:
         raise ConfigError(
             f"a configuration is a recipe's name, a path, a Config or a dict, not {config!r:.60}"
         )
+    settings = copy.deepcopy(tables)
+    _merge(settings, overrides)
+    supply_model(tables, settings, recipe)
     _merge(tables, overrides)
     found = parse_config(tables, (), None, where)
     if world_size % found.parallel.tensor:

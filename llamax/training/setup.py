@@ -192,6 +192,8 @@ def log_start(job: Job) -> None:
         if job.step < run.steps
         else f"nothing left of run.steps={run.steps}",
     )
+    if config.checkpoint.init_from and not (job.step or job.adapters):
+        logger.info("model and first weights: %s", config.checkpoint.init_from)
     if run.shortened and job.step < run.steps:
         logger.info("%s", run.shortened)
     if job.step >= run.steps:

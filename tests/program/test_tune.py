@@ -145,7 +145,8 @@ def test_mistakes_are_reported_in_one_line(
     assert "'query' matches no module" in refused(capsys, cfg, "--finetune.targets=query")
     line = refused(capsys, cfg, "--model.hidden_size=64", "--model.rms_norm_eps=1e-6")
     assert "model.hidden_size=64 but " in line
-    assert line.endswith(" weights, or --model.hidden_size=128 --model.rms_norm_eps=1e-05")
+    assert f"has 128 (also model.rms_norm_eps=1e-06 but {inputs / 'base'} has 1e-05)" in line
+    assert line.endswith("; leave it out: checkpoint.init_from supplies the model")
     assert "checkpoint.init_from is empty" in refused(capsys, cfg, "--checkpoint.init_from=")
     shutil.copytree(inputs / "base", tmp_path / "quantised")
     path = tmp_path / "quantised/config.json"

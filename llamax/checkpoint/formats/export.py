@@ -18,7 +18,7 @@ from llamax.checkpoint.plain_llama import check_plain
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
 from llamax.config.choices import EXPORT_FORMATS, NXD_ATTENTION, NXD_OPTIMIZERS
-from llamax.config.load import load_config
+from llamax.config.load import recorded_config
 from llamax.config.model import ModelConfig
 from llamax.config.schema import OptimConfig
 from llamax.optim.schedule import lr_at
@@ -125,7 +125,7 @@ def to_nxd(source: Source, out: Path, target: NxdTarget, tag: str = "") -> Path:
     if isinstance(source, Checkpoint):
         step = source.step
         if (source.folder / CONFIG_TOML).is_file():
-            run = load_config(str(source.folder / CONFIG_TOML))
+            run = recorded_config(source.folder / CONFIG_TOML)
             optim, lr = run.optim, lr_at(step + 1, run.optim, max(run.run.steps, step + 1))
     tag = tag or f"step_{step}"
     writer = NxdWriter(source, target, optim, lr, step)

@@ -40,7 +40,9 @@ def asked(environ: Mapping[str, str]) -> bool:
 def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) -> None:
     """Trace and compile every program of ``config`` on this rank of the world ``where``."""
     run = config.run
-    base = config.checkpoint.init_from if config.finetune.method != "full" else ""
+    base = config.checkpoint.init_from
+    tied = config.model.tie_word_embeddings and Path(base).is_dir()  # or says so: see open_inputs
+    base = base if config.finetune.method != "full" or tied else ""
     with TemporaryDirectory(prefix="llamax-") as folder:
         config = replace(
             config,
@@ -50,7 +52,7 @@ def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) ->
         with report_errors_once(where):
             backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
             inputs = replace(open_inputs(config), first=None)  # only names of the base are read
-            resolved = resolve(config, where.world_size, len(inputs.training))
+            resolved = resolve(inputs.config, where.world_size, len(inputs.training))
         with backend.joined(resolved.mesh, run.timeout_s) as axes:
             job = prepare(resolved, backend, axes, inputs, draw=False)
             training, validation = loaders(job)

@@ -166,7 +166,7 @@ def hashes(run: ResolvedRun) -> dict[str, str]:
 
 def main(argv: Sequence[str]) -> int:
     path, world, cores = argv
-    config = load_config(path, (), int(world))
+    config = load_config(path, (), int(world), within=None)
     print(json.dumps(hashes(resolve(config, int(world)).on_trn1(int(cores)))))
     return 0
 

@@ -31,7 +31,7 @@ from llamax.config.constants import (
     LOCK_FILE,
     METRICS_FILE,
 )
-from llamax.config.load import load_config
+from llamax.config.load import recorded_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import ConfigError, DataError, LinkError
 from llamax.runtime.files import read_file, same_file
@@ -185,7 +185,7 @@ def read_run(folder: Path, now: float | None = None, log: Log | None = None) -> 
 
 def _config(path: Path) -> Config | None:
     try:
-        return load_config(str(path)) if path.is_file() else None
+        return recorded_config(path) if path.is_file() else None
     except ConfigError:  # written by another version
         return None
 
