@@ -31,6 +31,7 @@ from typing import Any, Literal
 from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.config.hardware import LOCAL, Machine, find_machine, known_machines
 from llamax.config.load import describe, load_config
+from llamax.config.rules.parallel import node_limit
 from llamax.config.schema import Config
 from llamax.config.toml import Problems, build, read_toml, to_toml
 from llamax.config.types import Count, Natural, Port, explain, options, walk
@@ -175,6 +176,11 @@ class JobFile:
         return self.ranks_per_node or self.machine.ranks
 
     @property
+    def node_limit(self) -> int | None:
+        """The ranks of a node where tensor and context ranks must share one, or None."""
+        return node_limit(self.machine.backend, self.ranks)
+
+    @property
     def folder(self) -> str:
         """The working folder of every process."""
         return self.storage.folder or self.storage.mount
@@ -189,7 +195,9 @@ class JobFile:
         """The run that the job asks for, on its ranks; raises ConfigError if it is impossible."""
         world_size = self.nodes * self.ranks
         arguments, folder = self.arguments[2:], Path(self.folder)
-        return load_config(self.recipe, arguments, world_size, "overrides", folder)
+        return load_config(
+            self.recipe, arguments, world_size, "overrides", folder, node_ranks=self.node_limit
+        )
 
 
 def instances() -> list[str]:

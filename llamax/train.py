@@ -41,6 +41,7 @@ from llamax.checkpoint.places import STARTED_IN
 from llamax.checkpoint.prompt_record import PROMPT
 from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
 from llamax.config.load import dump_config
+from llamax.config.rules.parallel import node_limit
 from llamax.config.schema import Config
 from llamax.model.llama import Llama
 from llamax.parallel.rendezvous import Rendezvous, rendezvous, report_errors_once
@@ -84,7 +85,9 @@ def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
         run = config.run
         backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
         inputs = open_inputs(config)
-        resolved = resolve(inputs.config, where.world_size, len(inputs.training))
+        node_ranks = node_limit(run.backend, where.local_world_size)
+        samples = len(inputs.training)
+        resolved = resolve(inputs.config, where.world_size, samples, node_ranks=node_ranks)
     config, folder, timeout_s = resolved.config, Path(run.folder), run.timeout_s
     signals.hold()
     over = threading.Event()

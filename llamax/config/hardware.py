@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from llamax.config.schema import BackendName
+from llamax.config.rules.parallel import node_limit
+from llamax.config.schema import NEURON_BACKENDS, BackendName
 from llamax.config.toml import Problems, build, read_toml
 from llamax.config.types import Count, Efficiency, Natural, NonNegative, Positive
 from llamax.runtime.errors import ConfigError, did_you_mean, refuse
@@ -96,12 +97,17 @@ class Machine:
     @property
     def neuron(self) -> bool:
         """Whether its devices are Trainium chips."""
-        return self.backend in ("xla", "neuron")
+        return self.backend in NEURON_BACKENDS
 
     @property
     def backends(self) -> tuple[str, ...]:
         """Values of run.backend that use the devices."""
-        return ("xla", "neuron") if self.neuron else (self.backend,)
+        return NEURON_BACKENDS if self.neuron else (self.backend,)
+
+    @property
+    def node_limit(self) -> int | None:
+        """The ranks of a node where tensor and context ranks must share one, or None."""
+        return node_limit(self.backend, self.ranks)
 
     @property
     def unit(self) -> str:

@@ -50,6 +50,7 @@ def load_config(
     world_size: int | None = None,
     given_in: str = COMMAND_LINE,
     within: Path | None = Path(),
+    node_ranks: int | None = None,
 ) -> Config:
     """The configuration of a recipe or a TOML file with command-line overrides on top.
 
@@ -59,6 +60,7 @@ def load_config(
     is where the overrides come from, for messages.  ``world_size`` is in ranks, None where it is
     not known yet.  ``within`` is the folder of relative paths, None to open no folder: for the
     configuration that a run has written.
+    ``node_ranks``: the ranks of a node, where tensor and context ranks must share one.
 
     Raises one ConfigError that lists every unknown name, every wrong type and, between the values
     that can be used, every rule that is broken.
@@ -66,7 +68,8 @@ def load_config(
     path = find_config(name_or_path)
     recipe = is_recipe(path)
     where = f"recipe {path.stem}" if recipe else str(path)
-    return parse_config(read_toml(path), overrides, world_size, where, given_in, recipe, within)
+    tables = read_toml(path)
+    return parse_config(tables, overrides, world_size, where, given_in, recipe, within, node_ranks)
 
 
 def recorded_config(path: str | Path) -> Config:
@@ -102,6 +105,7 @@ def parse_config(
     given_in: str = COMMAND_LINE,
     recipe: bool = False,
     within: Path | None = Path(),
+    node_ranks: int | None = None,
 ) -> Config:
     """The configuration of parsed TOML ``tables``; see ``load_config``.
 
@@ -125,7 +129,7 @@ def parse_config(
     config = build(Config, tables, found)
     broken = [*found.unknown, *found.unusable.values()]
     contradicting = [] if within is None or broken else [*contradictions(config, within)]
-    broken += contradicting or problems(config, world_size, found.unusable)
+    broken += contradicting or problems(config, world_size, found.unusable, node_ranks)
     origins = [(given_in, problem) for problem in typed]
     origins += [(_origin(problem, given, where, given_in), problem) for problem in broken]
     if len({origin for origin, _ in origins}) == 1:

@@ -26,6 +26,7 @@ from llamax.config.model import RopeScaling as RopeScaling
 from llamax.config.types import Count, Fraction, Natural, NonNegative, Positive, walk
 
 BackendName = Literal["cpu", "cuda", "xla", "neuron"]
+NEURON_BACKENDS: tuple[BackendName, ...] = ("xla", "neuron")  # those of Trainium
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llamax.config.rules import finetune, model, parallel, training
+from llamax.config.rules import World, finetune, model, parallel, training
 from llamax.config.rules.parallel import batch_divides
 from llamax.config.schema import Config
 from llamax.config.types import out_of_range
@@ -14,12 +14,16 @@ RULES = [*model.RULES, *parallel.RULES, *training.RULES, *finetune.RULES]
 
 
 def problems(
-    config: Config, world_size: int | None = None, unusable: Iterable[str] = ()
+    config: Config,
+    world_size: int | None = None,
+    unusable: Iterable[str] = (),
+    node_ranks: int | None = None,
 ) -> list[str]:
     """Everything that is wrong with a configuration, one line each, single fields first.
 
     ``world_size`` is in ranks, None where it is not known yet.  ``unusable`` names the keys and
-    sections that hold no value to judge; no rule that reads one of them runs.
+    sections that hold no value to judge; no rule that reads one of them runs.  ``node_ranks``: the
+    ranks of a node, where tensor and context ranks must share one.
     """
     unusable = set(unusable)
     if unusable & {"model.hidden_size", "model.num_attention_heads"}:
@@ -33,13 +37,13 @@ def problems(
     found = list(broken.values())
     for keys, holds in RULES:
         if broken.keys().isdisjoint(keys) and all(map(usable, keys)):
-            found += holds(config, world_size)
+            found += holds(config, World(world_size, node_ranks))
     return found
 
 
-def check(config: Config, world_size: int | None = None) -> None:
+def check(config: Config, world_size: int | None = None, node_ranks: int | None = None) -> None:
     """Raise one ConfigError that lists all problems of a configuration, if there are any."""
-    refuse(problems(config, world_size), "configuration")
+    refuse(problems(config, world_size, (), node_ranks), "configuration")
 
 
 def accumulation(config: Config, data_degree: int) -> int:

@@ -118,6 +118,7 @@ def resolve(
     training_samples: int | None = None,
     reason: str = "",
     *,
+    node_ranks: int | None = None,
     pipeline: int = 1,
 ) -> ResolvedRun:
     """The run that ``config`` describes on ``world_size`` ranks.
@@ -125,13 +126,14 @@ def resolve(
     ``training_samples`` is the number of samples in an epoch.  Without it, a length in epochs is
     taken as run.steps, and ``reason`` says why the samples were not counted.  The last step of the
     last epoch is whole: it takes what it lacks from the next pass.  Warm-up and the decay of wsd
-    are cut in proportion if together they are longer than the run.  ``pipeline`` is the number of
-    stages, of which training has one and the planner any.
+    are cut in proportion if together they are longer than the run.  ``node_ranks``: the ranks of a
+    node, where tensor and context ranks must share one (``config.rules.parallel.node_limit``).
+    ``pipeline`` is the number of stages, of which training has one and the planner any.
 
     Raises ConfigError if the configuration does not hold on that world or with that many steps.
     """
     ranks = world_size // pipeline
-    validate.check(config, ranks)
+    validate.check(config, ranks, node_ranks)
     run, optim, assumption = config.run, config.optim, ""
     if run.epochs and training_samples is None:
         epochs = f"{run.epochs} epochs are" if run.epochs > 1 else "1 epoch is"
@@ -150,7 +152,7 @@ def resolve(
     optim, shortened = (optim, "") if assumption else _shorten(optim, run.steps)
     resolved = replace(config, run=run, optim=optim)
     if not assumption:
-        validate.check(resolved, ranks)
+        validate.check(resolved, ranks, node_ranks)
     tensor, context = config.parallel.tensor, config.parallel.context
     stage = Mesh.fill(ranks, tp=tensor, cp=context, kv=config.model.kv_replicas(tensor))
     mesh = replace(stage, pp=pipeline)

@@ -175,7 +175,7 @@ def test_mpijobs_hold_to_the_strict_definition() -> None:
 def test_a_worker_has_a_whole_instance(
     instance: str, resource: str, devices: str, efa: str | None
 ) -> None:
-    this = job(nodes=16, instance=instance)
+    this = job(nodes=16, instance=instance, overrides__parallel__tensor=2)
     manifest = yaml.safe_load(kubernetes.render(this, "train"))
     worker = manifest["spec"]["mpiReplicaSpecs"]["Worker"]
     assert worker["replicas"] == 16

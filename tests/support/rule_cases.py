@@ -15,7 +15,9 @@ THIN = {
 }
 
 # rule: (changes, world, problem) that trips it; then (changes, world) on the edge that keeps it
-CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[str, Any]]]] = {
+# (world: ranks, or ranks and those of a node)
+Worlds = int | tuple[int, int] | None
+CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, Any]]]] = {
     "heads_divide_hidden": (
         [
             (
@@ -203,6 +205,36 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], int | None, str]], list[dict[s
             ),
         ],
         [{"parallel.data": 2}, {"parallel.data": 0}],
+    ),
+    "group_shares_node": (
+        [
+            (
+                {"parallel.tensor": 8},
+                (8, 4),
+                "parallel.tensor=8 does not divide a node of 4 ranks, and tensor ranks share one; "
+                "use parallel.tensor=1, 2 or 4",
+            ),
+            (
+                {"parallel.tensor": 4, "data.global_batch": 6},
+                (12, 6),
+                "parallel.tensor=4 does not divide a node of 6 ranks, and tensor ranks share one; "
+                "use parallel.tensor=1 or 2",
+            ),
+            (
+                {"parallel.context": 4, "data.global_batch": 2},
+                (8, 4),
+                "parallel.tensor=2 x parallel.context=4 does not divide a node of 4 ranks, "
+                "and tensor and context ranks share one; use parallel.context=1 or 2",
+            ),
+            (
+                {"parallel.context": 2, "data.global_batch": 2},
+                (4, 1),
+                "parallel.tensor=2 x parallel.context=2 does not divide a node of 1 rank, "
+                "and tensor and context ranks share one; "
+                "use parallel.tensor=1 and parallel.context=1",
+            ),
+        ],
+        [{"parallel.tensor": 8}, {"parallel.tensor": 4, "parallel.context": 4}],
     ),
     "batch_divides_over_mesh": (
         [

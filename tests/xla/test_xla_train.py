@@ -21,6 +21,7 @@ from support.tiny_run import config, log_of, torchrun, write
 from llamax.__main__ import dispatch
 from llamax.config.schema import CheckpointConfig, Config, ParallelConfig
 from llamax.parallel.rendezvous import Rendezvous
+from llamax.runtime.errors import ConfigError
 
 STEPS, SAVED = 20, 16
 TOLERANCE = 2e-6
@@ -101,3 +102,17 @@ def test_twenty_steps_as_on_gloo_and_on_from_each_others_checkpoints(
         cfg = meshed(dataset, folder, 1, backend=backend)
         run(dataclasses.replace(cfg, checkpoint=start))
         assert_alike(log_of(folder), whole[SAVED:])
+
+
+def refused(rank: int, cfg: Config) -> str:
+    """Why a rank on a node of its own does not train."""
+    from llamax.train import train
+
+    with pytest.raises(ConfigError) as error:
+        train(cfg, Rendezvous(rank=rank, world_size=2))
+    return str(error.value)
+
+
+def test_tensor_ranks_on_several_nodes_are_refused(dataset: Path, tmp_path: Path) -> None:
+    for said in ranks.run(2, refused, meshed(dataset, tmp_path / "run", 2, backend="xla")):
+        assert "parallel.tensor=2 does not divide a node of 1 rank" in said

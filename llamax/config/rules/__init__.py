@@ -9,10 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 from llamax.config.schema import Config
 
-Rule = Callable[[Config, "int | None"], Iterator[str]]
+
+class World(NamedTuple):
+    """The ranks of a run; None where a number is not known yet.
+
+    ``node_ranks``: the ranks of a node, given where a group of ranks must not span nodes.
+    """
+
+    ranks: int | None = None
+    node_ranks: int | None = None
+
+
+Rule = Callable[[Config, World], Iterator[str]]
 
 
 class Rules(list[tuple[tuple[str, ...], Rule]]):

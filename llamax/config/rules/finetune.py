@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llamax.config.constants import NF4_BLOCK_WEIGHTS
-from llamax.config.rules import Rules
+from llamax.config.rules import Rules, World
 from llamax.config.schema import Config
 
 RULES = Rules()
@@ -21,7 +21,7 @@ def target_names(targets: str) -> tuple[str, ...]:
 
 
 @RULES.reading("finetune.method", "finetune.targets")
-def targets_match_modules(c: Config, world: int | None) -> Iterator[str]:
+def targets_match_modules(c: Config, world: World) -> Iterator[str]:
     unknown = [name for name in target_names(c.finetune.targets) if name not in LINEAR]
     if c.finetune.method != "full" and unknown:
         yield (
@@ -31,7 +31,7 @@ def targets_match_modules(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("finetune.method", "checkpoint.init_from")
-def adapters_have_a_base(c: Config, world: int | None) -> Iterator[str]:
+def adapters_have_a_base(c: Config, world: World) -> Iterator[str]:
     if c.finetune.method != "full" and not c.checkpoint.init_from:
         yield (
             f"finetune.method={c.finetune.method} trains adapters of a model, and "
@@ -48,7 +48,7 @@ def adapters_have_a_base(c: Config, world: int | None) -> Iterator[str]:
     "model.num_attention_heads",
     "model.head_dim",
 )
-def blocks_fit_shares(c: Config, world: int | None) -> Iterator[str]:
+def blocks_fit_shares(c: Config, world: World) -> Iterator[str]:
     if (c.finetune.method, c.finetune.quant) != ("qlora", "nf4"):
         return
     model, tensor = c.model, c.parallel.tensor
@@ -74,7 +74,7 @@ def blocks_fit_shares(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("checkpoint.also_hf", "finetune.method")
-def adapters_are_no_model(c: Config, world: int | None) -> Iterator[str]:
+def adapters_are_no_model(c: Config, world: World) -> Iterator[str]:
     if c.checkpoint.also_hf and c.finetune.method != "full":
         yield (
             f"checkpoint.also_hf=true with finetune.method={c.finetune.method}: a checkpoint of "

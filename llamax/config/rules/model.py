@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llamax.config.rules import Rules, divisors
+from llamax.config.rules import Rules, World, divisors
 from llamax.config.schema import Config
 from llamax.runtime.errors import join_or
 
@@ -12,7 +12,7 @@ RULES = Rules()
 
 
 @RULES.reading("model.hidden_size", "model.num_attention_heads", "model.head_dim")
-def heads_divide_hidden(c: Config, world: int | None) -> Iterator[str]:
+def heads_divide_hidden(c: Config, world: World) -> Iterator[str]:
     whole, rest = divmod(c.model.hidden_size, c.model.num_attention_heads)
     if rest and c.model.head_dim == whole:
         yield (
@@ -22,7 +22,7 @@ def heads_divide_hidden(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("model.head_dim")
-def heads_turn_pairs(c: Config, world: int | None) -> Iterator[str]:
+def heads_turn_pairs(c: Config, world: World) -> Iterator[str]:
     if c.model.head_dim % 2:
         yield (
             f"model.head_dim={c.model.head_dim} is odd, and rotary positions turn pairs of "
@@ -31,7 +31,7 @@ def heads_turn_pairs(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("model.num_attention_heads", "model.num_key_value_heads")
-def queries_share_keys(c: Config, world: int | None) -> Iterator[str]:
+def queries_share_keys(c: Config, world: World) -> Iterator[str]:
     heads, kv = c.model.num_attention_heads, c.model.num_key_value_heads
     if heads % kv:
         yield (
@@ -41,7 +41,7 @@ def queries_share_keys(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("model.bos_token_id", "model.eos_token_id", "model.vocab_size")
-def special_tokens_exist(c: Config, world: int | None) -> Iterator[str]:
+def special_tokens_exist(c: Config, world: World) -> Iterator[str]:
     bos = c.model.bos_token_id
     named = [("bos_token_id", bos)] if bos is not None else []
     for name, token in named + [("eos_token_id", eos) for eos in c.model.eos_token_ids]:
@@ -53,7 +53,7 @@ def special_tokens_exist(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("model.rope_scaling.low_freq_factor", "model.rope_scaling.high_freq_factor")
-def rope_bands_in_order(c: Config, world: int | None) -> Iterator[str]:
+def rope_bands_in_order(c: Config, world: World) -> Iterator[str]:
     rope = c.model.rope_scaling
     if rope and rope.low_freq_factor >= rope.high_freq_factor:
         yield (
@@ -63,7 +63,7 @@ def rope_bands_in_order(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("model.rope_scaling.factor")
-def rope_stretches(c: Config, world: int | None) -> Iterator[str]:
+def rope_stretches(c: Config, world: World) -> Iterator[str]:
     rope = c.model.rope_scaling
     if rope and rope.factor < 1:
         yield (

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
-from llamax.config.rules import Rules, divisors, multiples_near
-from llamax.config.schema import Config, DataConfig
+from llamax.config.rules import Rules, World, divisors, multiples_near
+from llamax.config.schema import NEURON_BACKENDS, Config, DataConfig
 from llamax.runtime.errors import join_or
+from llamax.runtime.units import count
 
 RULES = Rules()
 
 
 @RULES.reading("parallel.tensor", "model.num_attention_heads")
-def tensor_divides_heads(c: Config, world: int | None) -> Iterator[str]:
+def tensor_divides_heads(c: Config, world: World) -> Iterator[str]:
     tensor, heads = c.parallel.tensor, c.model.num_attention_heads
     if heads % tensor:
         yield (
@@ -23,7 +25,7 @@ def tensor_divides_heads(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("parallel.tensor", "model.num_key_value_heads", "model.num_attention_heads")
-def tensor_fits_kv_heads(c: Config, world: int | None) -> Iterator[str]:
+def tensor_fits_kv_heads(c: Config, world: World) -> Iterator[str]:
     tensor, heads, kv = c.parallel.tensor, c.model.num_attention_heads, c.model.num_key_value_heads
     if heads % tensor == 0 and kv % tensor and tensor % kv:
         fitting = [d for d in divisors(heads) if kv % d == 0 or d % kv == 0]
@@ -34,7 +36,7 @@ def tensor_fits_kv_heads(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("parallel.tensor", "model.intermediate_size")
-def tensor_divides_feed_forward(c: Config, world: int | None) -> Iterator[str]:
+def tensor_divides_feed_forward(c: Config, world: World) -> Iterator[str]:
     tensor, width = c.parallel.tensor, c.model.intermediate_size
     if width % tensor:
         yield (
@@ -44,7 +46,7 @@ def tensor_divides_feed_forward(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("parallel.tensor", "parallel.sequence", "parallel.context", "data.sequence_length")
-def tensor_divides_sequence(c: Config, world: int | None) -> Iterator[str]:
+def tensor_divides_sequence(c: Config, world: World) -> Iterator[str]:
     tensor, length = c.parallel.tensor, c.data.sequence_length
     if c.parallel.sequence and c.parallel.context == 1 and length % tensor:
         yield (
@@ -55,7 +57,7 @@ def tensor_divides_sequence(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("parallel.tensor", "parallel.sequence", "parallel.context", "data.sequence_length")
-def context_divides_sequence(c: Config, world: int | None) -> Iterator[str]:
+def context_divides_sequence(c: Config, world: World) -> Iterator[str]:
     tensor, context, length = c.parallel.tensor, c.parallel.context, c.data.sequence_length
     cuts_further = c.parallel.sequence and tensor > 1
     unit = context * (math.lcm(2, tensor) if cuts_further else 2)
@@ -69,31 +71,89 @@ def context_divides_sequence(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("parallel.tensor", "parallel.context", "parallel.data")
-def mesh_fills_world(c: Config, world: int | None) -> Iterator[str]:
+def mesh_fills_world(c: Config, world: World) -> Iterator[str]:
     tensor, context, data = c.parallel.tensor, c.parallel.context, c.parallel.data
-    if world is None:
+    if world.ranks is None:
         return
-    replica = tensor * context
+    replica, node = tensor * context, world.node_ranks or world.ranks
     degrees = f"parallel.tensor={tensor}"
     if context > 1:
         degrees += f" x parallel.context={context}"
-    if world % replica:
+    if world.ranks % replica:
+        usable = math.gcd(world.ranks, node)
         if context == 1:
-            instead = f"use {join_or(divisors(world))}"
-        elif world % tensor:
-            instead = f"use parallel.tensor={join_or(divisors(world))} and parallel.context=1"
+            instead = f"use {join_or(divisors(usable))}"
+        elif usable % tensor:
+            instead = f"use parallel.tensor={join_or(divisors(usable))} and parallel.context=1"
         else:
-            instead = f"use parallel.context={join_or(divisors(world // tensor))}"
+            instead = f"use parallel.context={join_or(divisors(usable // tensor))}"
         yield (
-            f"{degrees} does not divide the world of {world} ranks; "
+            f"{degrees} does not divide the world of {world.ranks} ranks; "
             f"start a multiple of {replica} ranks, or {instead}"
         )
-    elif data and replica * data != world:
+    elif data and replica * data != world.ranks:
         yield (
             f"{degrees} x parallel.data={data} is {replica * data} ranks, but the "
-            f"world has {world}; use parallel.data={world // replica}, or 0 for all ranks that are "
-            "left"
+            f"world has {world.ranks}; use parallel.data={world.ranks // replica}, or 0 for all "
+            "ranks that are left"
         )
+
+
+@RULES.reading(
+    "parallel.tensor",
+    "parallel.context",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.intermediate_size",
+    "data.sequence_length",
+)
+def group_shares_node(c: Config, world: World) -> Iterator[str]:
+    tensor, context, node = c.parallel.tensor, c.parallel.context, world.node_ranks
+    if node is None or node % (tensor * context) == 0:
+        return
+    if context == 1:
+        degrees, kinds = f"parallel.tensor={tensor}", "tensor"
+    else:
+        degrees = f"parallel.tensor={tensor} x parallel.context={context}"
+        kinds = "tensor and context"
+    yield (
+        f"{degrees} does not divide a node of {count(node, 'rank')}, and {kinds} ranks share one; "
+        f"use {within_node(c, node)}"
+    )
+
+
+OF_THE_MODEL = (
+    tensor_divides_heads,
+    tensor_fits_kv_heads,
+    tensor_divides_feed_forward,
+    tensor_divides_sequence,
+    context_divides_sequence,
+)
+
+
+def within_node(c: Config, node_ranks: int) -> str:
+    """Tensor or context degrees that keep a group of ranks in a node of ``node_ranks`` ranks."""
+    tensor, context = c.parallel.tensor, c.parallel.context
+
+    def usable(tensor: int, context: int) -> bool:
+        cut = replace(c, parallel=replace(c.parallel, tensor=tensor, context=context))
+        return not any(line for rule in OF_THE_MODEL for line in rule(cut, World()))
+
+    if context > 1 and node_ranks % tensor == 0:
+        fitting = [d for d in divisors(node_ranks // tensor) if usable(tensor, d)]
+        return f"parallel.context={join_or(fitting or [1])}"
+    fitting = [d for d in divisors(node_ranks) if usable(d, 1)]
+    alone = " and parallel.context=1" if context > 1 else ""
+    return f"parallel.tensor={join_or(fitting or [1])}{alone}"
+
+
+def node_limit(backend: str, node_ranks: int) -> int | None:
+    """The ranks of a node where tensor and context ranks must share one; None where they need not.
+
+    NeuronLink ends at the node: groups that exchange activations in every layer stay inside on
+    Trainium.  NCCL and gloo let a group span nodes, slowly.
+    """
+    return node_ranks if backend in NEURON_BACKENDS else None
 
 
 def batch_divides(data: DataConfig, data_degree: int) -> Iterator[str]:
@@ -114,7 +174,7 @@ def batch_divides(data: DataConfig, data_degree: int) -> Iterator[str]:
     "parallel.context",
     "parallel.data",
 )
-def batch_divides_over_mesh(c: Config, world: int | None) -> Iterator[str]:
+def batch_divides_over_mesh(c: Config, world: World) -> Iterator[str]:
     # 0 if tensor x context exceeds the world: see mesh_fills_world
-    left = (world or 1) // (c.parallel.tensor * c.parallel.context)
+    left = (world.ranks or 1) // (c.parallel.tensor * c.parallel.context)
     yield from batch_divides(c.data, c.parallel.data or left or 1)

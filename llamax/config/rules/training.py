@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llamax.config.rules import Rules
+from llamax.config.rules import Rules, World
 from llamax.config.schema import Config
 
 RULES = Rules()
 
 
 @RULES.reading("data.sequence_length", "model.max_position_embeddings")
-def sequence_fits_model(c: Config, world: int | None) -> Iterator[str]:
+def sequence_fits_model(c: Config, world: World) -> Iterator[str]:
     length, longest = c.data.sequence_length, c.model.max_position_embeddings
     if length > longest:
         yield (
@@ -21,7 +21,7 @@ def sequence_fits_model(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("optim.lr", "optim.min_lr", "optim.schedule")
-def learning_rate_falls(c: Config, world: int | None) -> Iterator[str]:
+def learning_rate_falls(c: Config, world: World) -> Iterator[str]:
     if c.optim.schedule != "constant" and c.optim.min_lr > c.optim.lr:
         yield (
             f"optim.min_lr={c.optim.min_lr} is above optim.lr={c.optim.lr}; "
@@ -30,7 +30,7 @@ def learning_rate_falls(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("optim.warmup_steps", "optim.warmup_ratio")
-def warmup_is_given_once(c: Config, world: int | None) -> Iterator[str]:
+def warmup_is_given_once(c: Config, world: World) -> Iterator[str]:
     if c.optim.warmup_steps and c.optim.warmup_ratio:
         yield (
             f"optim.warmup_steps={c.optim.warmup_steps} and optim.warmup_ratio="
@@ -39,7 +39,7 @@ def warmup_is_given_once(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("run.stochastic_rounding", "run.backend", "run.dtype")
-def neuron_cores_round(c: Config, world: int | None) -> Iterator[str]:
+def neuron_cores_round(c: Config, world: World) -> Iterator[str]:
     if c.run.stochastic_rounding and (c.run.backend, c.run.dtype) != ("xla", "bfloat16"):
         yield (
             f"run.stochastic_rounding is for bfloat16 on NeuronCores, but run.backend="
@@ -48,7 +48,7 @@ def neuron_cores_round(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("run.patience", "run.validate_every", "run.validate_each_epoch")
-def patience_needs_validation(c: Config, world: int | None) -> Iterator[str]:
+def patience_needs_validation(c: Config, world: World) -> Iterator[str]:
     if c.run.patience and not c.run.validates:
         yield (
             f"run.patience={c.run.patience} but nothing is validated; set run.validate_every or "
@@ -57,7 +57,7 @@ def patience_needs_validation(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("checkpoint.keep_best", "run.validate_every", "run.validate_each_epoch")
-def best_needs_validation(c: Config, world: int | None) -> Iterator[str]:
+def best_needs_validation(c: Config, world: World) -> Iterator[str]:
     if c.checkpoint.keep_best and not c.run.validates:
         yield (
             "checkpoint.keep_best=true but nothing is validated; set run.validate_every or "
@@ -66,7 +66,7 @@ def best_needs_validation(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading("optim.decay_steps", "optim.schedule", "run.steps")
-def decay_belongs_to_wsd(c: Config, world: int | None) -> Iterator[str]:
+def decay_belongs_to_wsd(c: Config, world: World) -> Iterator[str]:
     schedule, decay = c.optim.schedule, c.optim.decay_steps
     if schedule == "wsd" and not decay:
         yield (
@@ -81,7 +81,7 @@ def decay_belongs_to_wsd(c: Config, world: int | None) -> Iterator[str]:
 
 
 @RULES.reading()
-def folders_are_named(c: Config, world: int | None) -> Iterator[str]:
+def folders_are_named(c: Config, world: World) -> Iterator[str]:
     for key, value, use in (
         ("data.path", c.data.path, "the folder that llamax prepare wrote"),
         ("run.folder", c.run.folder, "a folder for this run"),

@@ -84,10 +84,11 @@ def audit(
         raise ConfigError(f"`ranks={ranks}` is not known; use {', '.join(get_args(Ranks))}")
     machine = instance if isinstance(instance, Machine) else load_machine(instance)
     written = config if isinstance(config, Config) else load_config(config, overrides)
-    check_machine(written, machine)
+    check_machine(machine)
+    world_size, limit = nodes * machine.ranks, machine.node_limit
     if not isinstance(config, Config):
-        written = load_config(config, overrides, nodes * machine.ranks)
-    run = resolve(written, nodes * machine.ranks, *visible_samples(written))
+        written = load_config(config, overrides, world_size, node_ranks=limit)
+    run = resolve(written, world_size, *visible_samples(written), node_ranks=limit)
     return audit_run(run.on_trn1(machine.ranks), machine, ranks, f"{nodes} x {machine.name}")
 
 
@@ -316,17 +317,10 @@ def notes(config: Config) -> Iterator[str]:
         )
 
 
-def check_machine(config: Config, machine: Machine) -> None:
-    """Raise ConfigError if the machine does not trace programs or its nodes do not fit the mesh."""
+def check_machine(machine: Machine) -> None:
+    """Raise ConfigError if the machine does not trace programs."""
     if machine.backend != "xla":
         raise ConfigError(
             f"`instance` {machine.name} trains with run.backend={machine.backend}, which compiles "
             "no XLA programs; use trn1.32xlarge, trn1n.32xlarge or trn1.2xlarge"
-        )
-    tensor, cores = config.parallel.tensor, machine.ranks
-    if cores % tensor:
-        fitting = [str(degree) for degree in range(1, cores + 1) if cores % degree == 0]
-        raise ConfigError(
-            f"parallel.tensor={tensor} does not fit {machine.name} with {cores} NeuronCores on "
-            f"each node: tensor ranks share a node; use {', '.join(fitting)}"
         )

@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llamax.backends import choose
+from llamax.config.rules.parallel import node_limit
 from llamax.config.schema import Config
 from llamax.parallel.rendezvous import Rendezvous, report_errors_once
 from llamax.runtime.errors import BackendError
@@ -52,7 +53,9 @@ def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) ->
         with report_errors_once(where):
             backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
             inputs = replace(open_inputs(config), first=None)  # only names of the base are read
-            resolved = resolve(inputs.config, where.world_size, len(inputs.training))
+            node_ranks = node_limit(run.backend, where.local_world_size)
+            samples = len(inputs.training)
+            resolved = resolve(inputs.config, where.world_size, samples, node_ranks=node_ranks)
         with backend.joined(resolved.mesh, run.timeout_s) as axes:
             job = prepare(resolved, backend, axes, inputs, draw=False)
             training, validation = loaders(job)

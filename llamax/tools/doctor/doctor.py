@@ -47,7 +47,8 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     folder = Path(job.folder)
     yield from storage.check(host, folder, job.nodes, wait_s)
     path = _below(folder, job.config.data.path)
-    run = resolve(job.config, job.nodes * job.ranks, *visible_samples(job.config, path))
+    samples = visible_samples(job.config, path)
+    run = resolve(job.config, job.nodes * job.ranks, *samples, node_ranks=job.node_limit)
     found = _plan(run, job)
     if found is not None:
         yield from _fits(found)

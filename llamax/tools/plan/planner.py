@@ -59,7 +59,8 @@ def plan(
         dollars_per_hour=dollars_per_hour,
         overrides=overrides,
     )
-    run = resolve(config, nodes * machine.ranks, *visible_samples(config))
+    samples = visible_samples(config)
+    run = resolve(config, nodes * machine.ranks, *samples, node_ranks=machine.node_limit)
     return plan_run(run, machine, nodes)
 
 
@@ -83,7 +84,7 @@ def place(
             raise ConfigError(f"`{name}={value}` is out of range; use 1 or more")
     if dollars_per_hour is not None and not 0 <= dollars_per_hour < math.inf:
         raise ConfigError(f"`dollars_per_hour={dollars_per_hour:g}` is out of range; use 0 or more")
-    written = config if isinstance(config, Config) else _load(config, overrides, None)
+    written = config if isinstance(config, Config) else _load(config, overrides)
     machine = instance
     if not isinstance(machine, Machine):
         machine = load_machine(machine or default_machine(written.run.backend))
@@ -92,14 +93,20 @@ def place(
     if dollars_per_hour is not None:
         machine = replace(machine, dollars_per_hour=dollars_per_hour)
     if not isinstance(config, Config):
-        written = _load(config, overrides, None if any_layout else nodes * machine.ranks)
+        world = (None, None) if any_layout else (nodes * machine.ranks, machine.node_limit)
+        written = _load(config, overrides, *world)
     return written, machine
 
 
-def _load(name: str, overrides: Sequence[str], world_size: int | None) -> Config:
+def _load(
+    name: str,
+    overrides: Sequence[str],
+    world_size: int | None = None,
+    node_ranks: int | None = None,
+) -> Config:
     """Load a configuration; ConfigError in one line, with the first problem and their number."""
     try:
-        return load_config(name, overrides, world_size)
+        return load_config(name, overrides, world_size, node_ranks=node_ranks)
     except ConfigError as error:
         head, *problems = str(error).split("\n  ")
         if not problems:

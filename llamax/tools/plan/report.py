@@ -18,7 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from llamax.runtime.units import show_bytes, show_number, show_time
+from llamax.config.rules.parallel import within_node
+from llamax.runtime.units import count, show_bytes, show_number, show_time
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import plain_attention
 from llamax.tools.plan.planner import Plan
@@ -85,6 +86,14 @@ def notes(plan: Plan) -> Iterator[str]:
         if plan.run.mesh.cp > 1:
             computed += " of the chunks that a rank's tokens can see"
         yield f"attention computes {computed}, because {why}: the flash kernel cannot run"
+    parallel = config.parallel
+    group = parallel.tensor * parallel.context
+    if group > 1 and machine.ranks % group:
+        kinds = "tensor and context" if parallel.context > 1 else "tensor"
+        yield (
+            f"{kinds} ranks span nodes of {count(machine.ranks, 'rank')}, and the network carries "
+            f"their messages in every layer; {within_node(config, machine.ranks)} would not"
+        )
     if config.run.backend != machine.backend:
         yield (
             f"run.backend={config.run.backend}, but {machine.name} needs "

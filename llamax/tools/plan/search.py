@@ -2,7 +2,8 @@
 
 Tried are all tensor degrees that divide the world, context degrees of powers of two that leave
 chunks of ``SHORTEST_CHUNK`` tokens or more, all recompute modes and micro-batches of powers of two;
-parallel.data is the rest of the world.  Every other setting stays as configured.
+parallel.data is the rest of the world.  Every other setting stays as configured.  Tensor and
+context ranks share a node, on every machine.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def search(config: Config, machine: Machine, nodes: int) -> tuple[list[Plan], li
     samples = visible_samples(config)  # the same for all
     plans, refused = [], []
     for candidate in candidates(config, world):
-        if reasons := problems(candidate, world):
+        if reasons := problems(candidate, world, (), machine.ranks):
             refused.append(Refused(candidate, reasons[0]))
         else:
             plans.append(plan_run(resolve(candidate, world, *samples), machine, nodes))

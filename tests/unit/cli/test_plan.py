@@ -66,6 +66,11 @@ def test_json_holds_what_the_text_shows(capsys: pytest.CaptureFixture[str]) -> N
         (["--parallel.tensor=3"], "and 2 more"),
         (["--instance", "trn3"], "--instance trn3 is neither a TOML file nor a machine that is"),
         (["--instance", "trn3"], "known; did you mean trn2?"),
+        (
+            ["--nodes", "2", "--parallel.tensor=16", "--parallel.context=4"],
+            "parallel.tensor=16 x parallel.context=4 does not divide a node of 32 ranks",
+        ),
+        (["--nodes", "2", "--ranks", "4"], "parallel.tensor=8 does not divide a node of 4 ranks"),
         (["--nodes", "0"], "--nodes=0 is out of range"),
         (["--ranks", "-1"], "--ranks=-1 is out of range"),
         (["--dollars-per-hour", "-3"], "--dollars-per-hour=-3 is out of range; use 0 or more"),
@@ -96,3 +101,14 @@ def test_notes_name_what_slows_the_run(capsys: pytest.CaptureFixture[str]) -> No
     )
     main(["--config", "llama2-7b", "--nodes", "4", "--data.separate_documents=true"])
     assert "note: attention computes every pair of tokens" in capsys.readouterr().out
+
+
+def test_ranks_of_gpus_that_span_nodes_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    gpus = ["--config", "llama2-7b", "--instance", "p5.48xlarge", "--nodes", "2"]
+    assert main([*gpus, "--parallel.tensor=16"]) == 0
+    note = "note: tensor ranks span nodes of 8 ranks, and the network carries their messages"
+    said = capsys.readouterr().out
+    assert note in said
+    assert "parallel.tensor=1, 2, 4 or 8 would not" in said
+    assert main([*gpus, "--parallel.tensor=8"]) == 0
+    assert "span nodes" not in capsys.readouterr().out

@@ -34,10 +34,11 @@ def test_every_rule_has_a_case() -> None:
 def test_rule_is_tripped_alone_and_kept_on_the_edge(name: str) -> None:
     bad, good = CASES[name]
     for changes, world, problem in bad:
-        assert problems(changed(changes), world) == [problem]
+        ranks, node_ranks = world if isinstance(world, tuple) else (world, None)
+        assert problems(changed(changes), ranks, (), node_ranks) == [problem]
         assert "\n" not in problem
     for changes in good:
-        found = problems(changed(changes), 4 if "parallel.data" in changes else None)
+        found = problems(changed(changes), 4 if "parallel.data" in changes else None, (), 16)
         assert found == []
 
 

@@ -44,7 +44,19 @@ def test_all_problems_are_reported_together() -> None:
             "torchrun",
             {"overrides__parallel__tensor": 6},
             "parallel.tensor=6 does not divide model.num_attention_heads=32; use 1, 2, 4, 8, 16 or "
-            "32; and 4 more",
+            "32; and 5 more",
+        ),
+        (
+            "k8s",
+            {"nodes": 4, "recipe": "llama2-70b", "overrides__parallel__tensor": 64},
+            "4 x trn1.32xlarge = 128 ranks: overrides: parallel.tensor=64 does not divide a node "
+            "of 32 ranks, and tensor ranks share one; use parallel.tensor=1, 2, 4, 8, 16 or 32",
+        ),
+        (
+            "slurm",
+            {"nodes": 4, "ranks_per_node": 8, "overrides__parallel__context": 2},
+            "parallel.tensor=8 x parallel.context=2 does not divide a node of 8 ranks, and tensor "
+            "and context ranks share one; use parallel.context=1",
         ),
         ("torchrun", {"overrides__optim__lrr": 1}, "--optim.lrr is an unknown option; did you"),
         ("torchrun", {"recipe": "llama2-7c"}, "no recipe is named 'llama2-7c'; did you mean"),

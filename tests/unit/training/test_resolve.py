@@ -12,6 +12,7 @@ from support.tiny_run import config, make_dataset
 
 from llamax.cli.plan import main as plan
 from llamax.config.load import dump_config, load_config, recipes
+from llamax.config.rules.parallel import node_limit
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import ConfigError
@@ -140,3 +141,13 @@ def test_the_doctor_knows_the_checkpoints_of_epochs_it_sees(tiny: Config) -> Non
     batch = written.data.global_batch
     # 15 steps: saved at 4, 8, 12, at the ends 5, 10, 15
     assert resolve(written, 1, 5 * batch).most_checkpoints == 6
+
+
+def test_tensor_and_context_ranks_share_a_node_on_trainium(tiny: Config) -> None:
+    two = replace(tiny, parallel=replace(tiny.parallel, tensor=2))
+    for backend in ("xla", "neuron"):
+        with pytest.raises(ConfigError, match="does not divide a node of 1 rank, and tensor ranks"):
+            resolve(two, 2, node_ranks=node_limit(backend, 1))
+        assert resolve(two, 2, node_ranks=node_limit(backend, 2)).mesh.tp == 2
+    for backend in ("cpu", "cuda"):  # gloo and NCCL: slowly, but right
+        assert resolve(two, 2, node_ranks=node_limit(backend, 1)).mesh.tp == 2

@@ -14,7 +14,7 @@ from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import BackendError, ConfigError
-from llamax.tools.audit.auditor import check_machine, corner_ranks, notes
+from llamax.tools.audit.auditor import audit, check_machine, corner_ranks, notes
 from llamax.tools.audit.precompile import asked
 from llamax.training.resolve import resolve
 
@@ -23,7 +23,7 @@ TRN1 = load_machine("trn1.32xlarge")
 
 def test_the_mesh_of_a_cluster() -> None:
     config = load_config("llama2-7b")
-    check_machine(config, TRN1)
+    check_machine(TRN1)
     assert resolve(config, 128).on_trn1(32).mesh == Mesh(tp=8, dp=16)
     four = replace(config, parallel=replace(config.parallel, tensor=4))
     assert resolve(four, 32).on_trn1(32).mesh.groups("tp")[0] == (0, 8, 16, 24)
@@ -33,13 +33,15 @@ def test_the_mesh_of_a_cluster() -> None:
 def test_a_mesh_that_does_not_fit_a_node(tensor: int) -> None:
     config = load_config("llama2-7b")
     config = replace(config, parallel=replace(config.parallel, tensor=tensor))
-    with pytest.raises(ConfigError, match=f"parallel.tensor={tensor} does not fit trn1.32xlarge"):
-        check_machine(config, TRN1)
+    with pytest.raises(
+        ConfigError, match=f"parallel.tensor={tensor} does not divide a node of 32 ranks"
+    ):
+        audit(config, TRN1, 3)
 
 
 def test_a_machine_without_xla() -> None:
     with pytest.raises(ConfigError, match="compiles no XLA programs"):
-        check_machine(load_config("llama2-7b"), load_machine("trn2.48xlarge"))
+        check_machine(load_machine("trn2.48xlarge"))
 
 
 @pytest.mark.parametrize(("length", "use"), [(1000, 2048), (3000, 2048), (4000, 4096)])

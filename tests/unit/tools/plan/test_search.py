@@ -42,3 +42,21 @@ def test_search_ranks_meshes_that_fit_and_counts_the_others() -> None:
     text = "\n".join(show_search(plans, refused))
     assert "tensor 1: 12 layouts do not fit" in text
     assert "parallel.tensor=64 does not divide model.num_attention_heads=32" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "instance", "nodes"),
+    [
+        ("llama2-70b", "trn1.32xlarge", 32),
+        ("llama3.1-8b-128k", "trn1.32xlarge", 32),
+        ("llama2-70b", "p5.48xlarge", 8),
+        ("llama3.2-1b", "g5.12xlarge", 2),
+    ],
+)
+def test_tensor_and_context_ranks_share_a_node(name: str, instance: str, nodes: int) -> None:
+    machine = load_machine(instance)
+    plans, refused = search(recipe(name), machine, nodes)
+    assert plans
+    for each in plans:
+        assert machine.ranks % (each.run.mesh.tp * each.run.mesh.cp) == 0
+    assert any(f"a node of {machine.ranks} ranks" in each.reason for each in refused)
