@@ -1,15 +1,19 @@
 """``llamax inspect PATH``: describe a checkpoint, run, model or adapter folder or dataset.
 
 ``--verify`` reads everything and compares it with the hashes that are kept, if there are any.
+``--sample 3`` shows samples of a dataset as text, and which part of them is learnt.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 
+from llamax.cli.options import command
 from llamax.runtime.process import summary
-from llamax.runtime.text import print_text
+from llamax.runtime.text import encodable, print_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -17,14 +21,55 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("llamax inspect", description=summary(__doc__))
     p.add_argument("path", help="checkpoint, run, model or adapter folder, dataset or file")
     p.add_argument("--verify", action="store_true", help="read everything, check what can be")
+    p.add_argument("--sample", type=int, default=0, metavar="N", help="show N samples as text")
+    p.add_argument("--split", default="train", help="split of the samples (train)")
+    p.add_argument(
+        "--length",
+        type=int,
+        default=0,
+        metavar="L",
+        help="tokens per sample (default: that of a run, or 512)",
+    )
+    p.add_argument(
+        "--seed",
+        type=int,
+        metavar="S",
+        help="the first samples of a run with this run.seed (default: samples spread evenly)",
+    )
+    p.add_argument(
+        "--tokenizer", default="", help="tokenizer file or folder (default: that of the dataset)"
+    )
     return p
 
 
+@command
 def main(argv: Sequence[str]) -> int:
-    """Print the description."""
+    """Print the description, or samples."""
     options = parser().parse_args(argv)
+    if options.sample:
+        return show(options)
 
     from llamax.tools.inspect import describe, table
 
     print_text(table([*describe(options.path, options.verify)]))
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    """Print samples: in colour on a terminal, between marks elsewhere or with NO_COLOR."""
+    from llamax.tools.inspect import read_samples, show_samples
+    from llamax.tools.inspect.show import ASCII_MARKS, MARKS
+
+    samples = read_samples(
+        options.path,
+        options.sample,
+        split=options.split,
+        length=options.length,
+        seed=options.seed,
+        tokenizer=options.tokenizer,
+    )
+    wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    marks = MARKS if encodable(MARKS[0], sys.stdout) == MARKS[0] else ASCII_MARKS
+    text = show_samples(samples, colour=wanted and sys.stdout.isatty(), marks=marks)
+    print(encodable(text, sys.stdout), flush=True)  # its texts went through printable
     return 0

@@ -25,6 +25,7 @@ from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.safetensors_io import read_header
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
+from llamax.data.dataset import blend_words
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.text import printable_line
 from llamax.runtime.units import show_bytes, show_number
@@ -38,6 +39,8 @@ def describe(path: Path | str, verify: bool = False) -> Rows:
     Raises CheckpointError or DataError if it is damaged or of no known kind; also while the rows
     are read.
     """
+    if words := blend_words(str(path)):
+        return _blend(words, verify)
     path = Path(path)
     if path.suffix == ".tokens" or (path / "train.tokens").is_file():
         return _dataset(path, verify)
@@ -177,6 +180,12 @@ def _dataset(path: Path, verify: bool) -> Rows:
     yield "files", _files(one.stat().st_size for one in paths)
     if verify:
         yield "verified", f"checksums of all {len(paths)} files"
+
+
+def _blend(words: Sequence[str], verify: bool) -> Rows:
+    for weight, path in zip(words[::2], words[1::2], strict=False):
+        yield "weight", weight
+        yield from describe(path, verify)
 
 
 def _megatron(path: Path, verify: bool) -> Rows:
