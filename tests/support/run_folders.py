@@ -21,9 +21,11 @@ def record(step: int, **more: float) -> Record:
     return Record(step=step, **tokens, **values)  # type: ignore[arg-type]
 
 
-def make_run(folder: Path, done: int, ranks: int = 0, silent: int = -1, left: str = "") -> Path:
-    """A run's folder after ``done`` of 40 steps, written at NOW."""
-    overrides = [f"--run.steps={STEPS}", f"--run.folder={folder}", "--optim.warmup_steps=2"]
+def make_run(
+    folder: Path, done: int, ranks: int = 0, silent: int = -1, left: str = "", *more: str
+) -> Path:
+    """A run's folder after ``done`` of 40 steps, written at NOW; ``more`` is set on top."""
+    overrides = [f"--run.steps={STEPS}", f"--run.folder={folder}", "--optim.warmup_steps=2", *more]
     folder.mkdir(parents=True)
     text = dump_config(load_config("demo", overrides))
     (folder / "config.toml").write_text(text)

@@ -63,10 +63,8 @@ def _header(runs: Sequence[RunFolder]) -> Iterator[str]:
     description = ""
     if first.config:
         size = show_number(first.config.model.num_parameters())
-        mesh = f"tensor {first.config.parallel.tensor}"
-        description = (
-            f"{size} parameters in {first.config.run.dtype}, {mesh}, {first.config.run.backend}"
-        )
+        dtype, backend = first.config.run.dtype, first.config.run.backend
+        description = f"{size} parameters in {dtype}, {first.mesh}, {backend}"
         description += (
             f", {first.environment['ranks']} ranks" if "ranks" in first.environment else ""
         )

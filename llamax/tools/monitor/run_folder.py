@@ -98,6 +98,17 @@ class RunFolder:
         return printable_line(f"{parent}{self.folder.name}")
 
     @property
+    def mesh(self) -> str:
+        """The degrees of the mesh: tensor, context above 1, and data if the ranks are known."""
+        if self.config is None:
+            return ""
+        tensor, context = self.config.parallel.tensor, self.config.parallel.context
+        data = int(self.environment.get("ranks", 0)) // (tensor * context)
+        degrees = [f"tensor {tensor}"]
+        degrees += [f"context {context}"] if context > 1 else []
+        return " x ".join([*degrees, f"data {data}"] if data else degrees)
+
+    @property
     def last(self) -> Record | None:
         """The last record."""
         return self.records[-1] if self.records else None

@@ -84,12 +84,9 @@ def _head(run: RunFolder, width: int, paint: Paint, price: float) -> Iterator[st
     clock = time.strftime("%H:%M:%S", time.localtime(run.now))
     wordings = [""]
     if run.config:
-        mesh = f"tensor {run.config.parallel.tensor}"
-        ranks = int(run.environment.get("ranks", 0)) // run.config.parallel.tensor
-        mesh += f" x data {ranks}" if ranks else ""
         size = show_number(run.config.model.num_parameters())
         short = f"{size} {run.config.run.dtype}"
-        wordings = [f"{short}, {mesh} on {run.config.run.backend}", short, size, ""]
+        wordings = [f"{short}, {run.mesh} on {run.config.run.backend}", short, size, ""]
     room = width - len(run.name) - len(run.state) - len(clock) - 6
     description = next((text for text in wordings if len(text) < room), "")
     gap = max(room - len(description), 1)

@@ -12,6 +12,7 @@ from support.run_folders import NOW, make_run
 
 from llamax.cli import watch
 from llamax.runtime.errors import ConfigError, DataError
+from llamax.tools.monitor.html_report import page
 from llamax.tools.monitor.run_folder import percentiles, read_run
 from llamax.tools.monitor.watch import COLOURS, clip, render, sparkline
 
@@ -45,6 +46,16 @@ def test_a_view_shows_all_that_is_known(tmp_path: Path) -> None:
     coloured = "\n".join(render(run, 100, colour=True))
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == text
     assert f"\x1b[1;{COLOURS['red']}mstuck" in coloured
+
+
+def test_context_ranks_are_no_data_ranks(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "long", 12, 4, -1, "", "--parallel.context=2")
+    run = read_run(folder, NOW + 5)
+    assert run.mesh == "tensor 2 x context 2 x data 1"
+    assert "3.20M float32, tensor 2 x context 2 x data 1 on cpu" in render(run, 100)[0]
+    assert "tensor 2 x context 2 x data 1, cpu, 4 ranks" in page([run])
+    (folder / "environment.json").unlink()
+    assert read_run(folder, NOW + 5).mesh == "tensor 2 x context 2", "of unknown data degree"
 
 
 @pytest.mark.parametrize("width", [20, 40, 60, 80, 140])
