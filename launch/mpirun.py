@@ -24,6 +24,8 @@ from llamax.launch import script
 from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import (
+    IN_A_FILE,
+    PRIVATE,
     array,
     head,
     logs,
@@ -34,7 +36,6 @@ from llamax.launch.script import (
     title,
     torchrun,
 )
-from llamax.launch.torchrun import FILE_OPTIONS, IN_A_FILE
 
 ROOT = """# containers run as root, which mpirun refuses without these two variables
 if [[ $(id -u) == 0 ]]; then export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1; fi
@@ -84,19 +85,15 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
         text += f"{NO_ALLOCATION}export MASTER_ADDR=127.0.0.1\n"
         where = f"--host localhost:{processes}"
     text += f"export MASTER_PORT={job.port}\n"
-    if has_torchrun and job.nodes == 1:
-        text += IN_A_FILE
     names = ["PATH", "MASTER_ADDR", "MASTER_PORT"]
     names += [variable.name for variable in variables(job, container)]
-    names += (
-        ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "meeting"] if has_torchrun and job.nodes == 1 else []
-    )
     text += "forward=(\n" + "".join(f"    -x {name}\n" for name in names) + ")\n"
     text += "if [[ -v LD_LIBRARY_PATH ]]; then forward+=(-x LD_LIBRARY_PATH); fi\n"
     command = '"$python" "${program[@]}"'
     if has_torchrun:
+        text += PRIVATE if job.nodes == 1 else ""
         text += logs(job, phase) + array("options", torchrun(job))
-        command = on_each_node(job, phase, FILE_OPTIONS if job.nodes == 1 else OPTIONS)
+        command = on_each_node(job, phase, IN_A_FILE if job.nodes == 1 else OPTIONS)
     text += array("program", program(job, phase))
     role = "node" if has_torchrun else "rank"
     folder = quote(f"{job.config.run.folder}/logs/{phase}-processes")

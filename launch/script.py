@@ -60,12 +60,30 @@ def logs(job: JobFile, phase: str) -> str:
     return f"logs={quote(f'{job.config.run.folder}/logs/{phase}')}\n"
 
 
+PRIVATE = """# ranks of one machine rendezvous in a file of a private folder, and rank 0 listens on
+# the loopback only; the folder is removed when torchrun has ended, however it ends
+"""
+# A process removes the folder at the end of its input, which is file descriptor 9 of torchrun and
+# not of its ranks: so it is removed after SIGKILL too.
+PRIVATE_FOLDER = (
+    "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+    "meeting=$(mktemp -d) || exit",
+    'exec 9> >(exec &>/dev/null; trap "" HUP INT TERM USR1; cat; rm -rf -- "$meeting")',
+)
+IN_A_FILE = (
+    '--rdzv-backend c10d --rdzv-conf store_type=file --rdzv-endpoint "$meeting/store" '
+    "--local-addr 127.0.0.1"
+)
+
+
 def on_each_node(job: JobFile, phase: str, options: str) -> str:
     """The command of a node as a ``bash -c``, so that names are expanded on the node itself."""
-    script = (
-        f'ulimit -S -n "$(ulimit -H -n)"; exec {compiler(job, phase)}torchrun '
-        f'--log-dir "$0/$(uname -n)" {options} "$@"'
-    )
+    commands = ['ulimit -S -n "$(ulimit -H -n)"']
+    commands += PRIVATE_FOLDER if options == IN_A_FILE else ()
+    commands += [
+        f'exec {compiler(job, phase)}torchrun --log-dir "$0/$(uname -n)" {options} "$@"',
+    ]
+    script = "; ".join(commands)
     return f'bash -c {quote(script)} \\\n    "$logs" "${{options[@]}}" "${{program[@]}}"'
 
 

@@ -27,6 +27,8 @@ from shlex import quote
 
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import (
+    IN_A_FILE,
+    PRIVATE,
     SHEBANG,
     array,
     head,
@@ -37,7 +39,6 @@ from llamax.launch.script import (
     title,
     torchrun,
 )
-from llamax.launch.torchrun import FILE_OPTIONS, IN_A_FILE
 
 MASTER = """# the first node of the allocation; each rank resolves its name to IPv4
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | awk "NR == 1")
@@ -142,9 +143,9 @@ def render(job: JobFile, phase: str) -> str:
         return text + OWN + prepare(job, f"exec {srun(job, nodes)}")
     lines += ["#SBATCH --requeue", f"#SBATCH --signal=B:USR1@{job.slurm.signal_s}"]
     text = head(job, title(job, phase, "Slurm"), lines) + OWN
-    text += (IN_A_FILE if nodes == 1 else MASTER) + logs(job, phase)
+    text += (PRIVATE if nodes == 1 else MASTER) + logs(job, phase)
     text += array("options", torchrun(job)) + array("program", program(job, phase))
-    rendezvous = FILE_OPTIONS if nodes == 1 else f"{OPTIONS} --master-port {job.port}"
+    rendezvous = IN_A_FILE if nodes == 1 else f"{OPTIONS} --master-port {job.port}"
     command = on_each_node(job, phase, rendezvous)
     return text + RUN.replace("{srun}", srun(job, nodes)).replace("{command}", command)
 

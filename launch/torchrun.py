@@ -1,8 +1,8 @@
 """A script that runs torchrun: the same one on every node, with the number of the node.
 
-The ranks of one machine rendezvous in a file and listen on no network.  Several nodes rendezvous at
-a port of the first node, which torchrun opens on all interfaces without a password: keep the nodes
-in a private network.
+The ranks of one machine rendezvous in a file of a private folder and listen on no network.  Several
+nodes rendezvous at a port of the first node, which torchrun opens on all interfaces without a
+password: keep the nodes in a private network.
 
 Source: torchrun's documentation (torch.distributed.run), static rendezvous.
 """
@@ -13,6 +13,9 @@ from shlex import quote
 
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import (
+    IN_A_FILE,
+    PRIVATE,
+    PRIVATE_FOLDER,
     array,
     compiler,
     head,
@@ -22,16 +25,6 @@ from llamax.launch.script import (
     program,
     title,
     torchrun,
-)
-
-IN_A_FILE = """# ranks of one machine rendezvous in a file, and rank 0 listens on the loopback only
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-meeting=$(mktemp -u)
-export meeting
-"""
-FILE_OPTIONS = (
-    '--rdzv-backend c10d --rdzv-conf store_type=file --rdzv-endpoint "$meeting" '
-    "--local-addr 127.0.0.1"
 )
 
 
@@ -45,7 +38,8 @@ def render(job: JobFile, phase: str) -> str:
     run = f"exec {compiler(job, phase)}torchrun"
     rest = '--log-dir "$logs/$(uname -n)" "${options[@]}" "${program[@]}"'
     if job.nodes == 1:
-        return f"{text}{IN_A_FILE}{run} {FILE_OPTIONS} \\\n    {rest}\n"
+        lines = [*PRIVATE_FOLDER, f"{run} {IN_A_FILE} \\", f"    {rest}"]
+        return text + PRIVATE + "\n".join(lines) + "\n"
     where = f"--master-addr {quote(job.torchrun.master)} --master-port {job.port}"
     lines = [
         f"{node}) {run} --nnodes {job.nodes} --node-rank {node} {where} {rest} ;;"

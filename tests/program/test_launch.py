@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +59,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "first" / "tokenizer.model", folder / "tokenizer")
     launch(write(folder), "torchrun", "--phase", "prepare")
     return folder
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """The folder of temporary files of a job, in which nothing may be left; its path is short."""
+    with tempfile.TemporaryDirectory(prefix="l") as folder:
+        yield Path(folder)
+        limit = time.monotonic() + 30
+        while left := [path.name for path in Path(folder).glob("tmp.*")]:
+            assert time.monotonic() < limit, left
+            time.sleep(0.1)
 
 
 @pytest.fixture
@@ -154,8 +166,9 @@ def with_programs() -> dict[str, str]:
 
 @needs("mpirun", package="openmpi-bin")
 @pytest.mark.parametrize("per", ["node", "core"])
-def test_mpirun_trains(folder: Path, expected: list[float], per: str) -> None:
-    launch(write(folder, f'[mpirun]\nper = "{per}"\n'), "mpirun")
+def test_mpirun_trains(folder: Path, temporary: Path, expected: list[float], per: str) -> None:
+    environ = {**os.environ, "TMPDIR": str(temporary)}
+    launch(write(folder, f'[mpirun]\nper = "{per}"\n'), "mpirun", env=environ)
     trained(folder)
     assert losses(folder) == expected
 
@@ -169,12 +182,13 @@ def test_hydra_starts_ranks(folder: Path, expected: list[float]) -> None:
     assert losses(folder) == expected
 
 
-def test_a_run_is_found_stopped_and_gone_on_with(folder: Path) -> None:
+def test_a_run_is_found_stopped_and_gone_on_with(folder: Path, temporary: Path) -> None:
     job = write(folder, steps=100_000)
     assert "does not run" in launch(job, "torchrun", "--action", "status")
     command = [*LLAMAX, "launch", "--job", str(job), "--on", "torchrun"]
     with (folder / "said").open("w") as said:
-        run = subprocess.Popen(command, stderr=said, stdout=said)
+        environ = {**os.environ, "TMPDIR": str(temporary)}
+        run = subprocess.Popen(command, stderr=said, stdout=said, env=environ)
     try:
         metrics = folder / "run" / "metrics.jsonl"
         while run.poll() is None and not (metrics.exists() and metrics.read_text()):
@@ -246,9 +260,12 @@ def test_sbatch_takes_the_scripts(folder: Path, cluster: dict[str, str], tmp_pat
         assert "to start at" in done.stderr
 
 
-def test_slurm_trains(folder: Path, cluster: dict[str, str], expected: list[float]) -> None:
+def test_slurm_trains(
+    folder: Path, temporary: Path, cluster: dict[str, str], expected: list[float]
+) -> None:
     job = write(folder)
-    assert "Submitted batch job" in launch(job, "slurm", env=cluster)
+    environ = {**cluster, "TMPDIR": str(temporary)}
+    assert "Submitted batch job" in launch(job, "slurm", env=environ)
     for _ in range(300):
         told = launch(job, "slurm", "--action", "status", env=cluster)
         if not any(state in told for state in ("PENDING", "RUNNING", "COMPLETING")):
