@@ -68,6 +68,7 @@ class SlidingWindowLlama(Llama):
         attend: Attend | None = None,
         chunk_tokens: int | None = None,
         keys_B: Tensor | None = None,
+        places_S: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         return super().loss(
             ids_BS,
@@ -77,6 +78,7 @@ class SlidingWindowLlama(Llama):
             attend=attend or sliding_window(WINDOW, documents_BS),
             chunk_tokens=chunk_tokens,
             keys_B=keys_B,
+            places_S=places_S,
         )
 
 

@@ -34,6 +34,7 @@ from llamax.optim.zero1 import Zero1
 from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.sharding import Replica
+from llamax.training.model_checks import check_attended, check_loss, check_modules, noted
 from llamax.training.resolve import ResolvedRun
 
 
@@ -139,8 +140,11 @@ class TrainState:
     ) -> TrainState:
         """The state of a new run: an optimizer, as configured, for all of ``model`` that trains.
 
-        Raises ConfigError for a replica with other values on another rank.
+        Raises ConfigError for a replica with other values on another rank, and for a model class
+        that cannot be trained on such a mesh.
         """
+        check_loss(model, axes)
+        check_modules(model, axes)
         parallel, optim = run.config.parallel, run.config.optim
         parameters = model.sharded_parameters()
         own = own_names(parameters.hub_shapes(), model.config)
@@ -242,14 +246,17 @@ class TrainState:
         cp = self.axes.cp
         if cp.size == 1:
             return self.model.loss(ids, labels, positions, documents_BS=documents, keys_B=keys_B)
-        return self.model.loss(
+        called = set[int]()
+        found = self.model.loss(
             ids,
             labels,
             positions,
-            attend=context_parallel.across(cp, documents),
+            attend=noted(context_parallel.across(cp, documents), called),
             keys_B=keys_B,
             places_S=context_parallel.places(cp, ids.shape[1]),
         )
+        check_attended(self.model, called)
+        return found
 
 
 def _of_first(axis: Axis, x: Tensor) -> Tensor:

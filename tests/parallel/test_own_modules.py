@@ -15,14 +15,16 @@ from support.models import LLAMA2 as MODEL
 from support.own_modules import OwnLlama
 from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, share
 from support.world import WorldError, Worlds, axes
-from torch import Tensor
+from torch import Tensor, nn
 
+from llamax import ops
 from llamax.checkpoint import Checkpoint, Saver, load_owned
 from llamax.checkpoint.plain_llama import own_names
 from llamax.config.schema import Config, DataConfig, ParallelConfig, RunConfig
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.sharding import join
+from llamax.runtime.errors import ConfigError
 from llamax.training.resolve import ResolvedRun, resolve
 from llamax.training.step import TrainState
 
@@ -37,13 +39,57 @@ class NoLogits(OwnLlama):
     logits_declared = False
 
 
-CLASSES = {kind.__name__: kind for kind in (OwnLlama, NoHead, NoLogits)}
+class Deaf(OwnLlama):
+    """Its first layer attends to this rank's tokens alone."""
+
+    def loss(self, ids_BS: Tensor, labels_BS: Tensor, *args: Any, **options: Any) -> Any:
+        given = options.pop("attend")
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+            return given(q, k, v, layer) if layer else ops.attention(q, k, v)
+
+        return super().loss(ids_BS, labels_BS, *args, attend=attend, **options)
+
+
+class Narrow(OwnLlama):
+    """Its loss has no ``attend``."""
+
+    def loss(  # type: ignore[override]
+        self,
+        ids_BS: Tensor,
+        labels_BS: Tensor,
+        positions_BS: Tensor | None = None,
+        *,
+        documents_BS: Tensor | None = None,
+        keys_B: Tensor | None = None,
+    ) -> Any:
+        return super().loss(ids_BS, labels_BS, positions_BS, documents_BS=documents_BS)
+
+
+class Shifted(OwnLlama):
+    """A convolution over tokens beside the last norm; one over features alone is fine."""
+
+    kernel = 2
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        D = self.config.hidden_size
+        self.model.norm.conv = nn.Conv1d(D, D, self.kernel)
+        self.model.norm.conv.requires_grad_(False)
+
+
+class Pointwise(Shifted):
+    kernel = 1
+
+
+KINDS = (OwnLlama, NoHead, NoLogits, Deaf, Narrow, Shifted, Pointwise)
+CLASSES = {kind.__name__: kind for kind in KINDS}
 
 
 def settings(mesh: Mesh, sequence: bool, zero1: bool) -> ResolvedRun:
     config = Config(
         MODEL,
-        ParallelConfig(tensor=mesh.tp, sequence=sequence, zero1=zero1),
+        ParallelConfig(tensor=mesh.tp, context=mesh.cp, sequence=sequence, zero1=zero1),
         OPTIM,
         DataConfig(path="data", sequence_length=SEQUENCE, global_batch=GLOBAL_BATCH, micro_batch=2),
         run=RunConfig(steps=8),
@@ -69,8 +115,10 @@ def result(state: TrainState, steps: range) -> dict[str, Any]:
     }
 
 
-def on_mesh(tp: int, dp: int, sequence: bool, zero1: bool, kind: str = "OwnLlama") -> Any:
-    mesh = Mesh(tp=tp, dp=dp)
+def on_mesh(
+    tp: int, dp: int, sequence: bool, zero1: bool, kind: str = "OwnLlama", cp: int = 1
+) -> Any:
+    mesh = Mesh(tp=tp, dp=dp, cp=cp)
     return result(build(axes(mesh), mesh, sequence, zero1, kind), range(1, 3))
 
 
@@ -115,6 +163,68 @@ def test_a_step_on_a_mesh_equals_that_of_the_whole(
         assert not torch.equal(weight, started[name]), f"{name} is not trained"
         for one in results[tp::tp]:
             assert torch.equal(one["weights"][name], results[0]["weights"][name]), name
+
+
+@pytest.mark.parametrize("zero1", [True, False])
+@pytest.mark.parametrize(
+    ("tp", "dp", "cp", "sequence"),
+    [
+        (1, 1, 2, False),
+        (1, 2, 2, False),
+        (2, 1, 2, True),
+        (2, 1, 2, False),
+        (1, 1, 4, False),
+        (2, 2, 2, True),
+    ],
+)
+def test_ranks_that_share_sequences_step_as_the_whole(
+    worlds: Worlds, tp: int, dp: int, cp: int, sequence: bool, zero1: bool
+) -> None:
+    whole = result(build(Axes.solo(), Mesh()), range(1, 3))
+    results = worlds(tp * dp * cp).run(on_mesh, tp, dp, sequence, zero1, "OwnLlama", cp)
+    found = joined(results, tp)
+    for one in results:
+        assert one["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+        assert one["norm"] == pytest.approx(whole["norm"], rel=1e-5)
+    for name, weight in whole["weights"].items():
+        assert torch.allclose(found[name], weight, rtol=1e-5, atol=1e-6), name
+        for one in results[tp::tp]:
+            assert torch.equal(one["weights"][name], results[0]["weights"][name]), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "tp", "cp", "words"),
+    [
+        ("Deaf", 1, 2, "attention of Deaf in layers 0 does not call the `attend` that its loss"),
+        ("Narrow", 1, 2, "the loss of Narrow with parallel.context=2: .*'attend'.*; define loss"),
+        ("Shifted", 1, 2, r"model.norm.conv .Conv1d. computes over several tokens.*context=2 a ra"),
+        ("Shifted", 2, 1, r"several tokens, and with parallel.sequence=true a rank has a part"),
+    ],
+)
+def test_what_cannot_work_on_parts_of_sequences_is_refused(
+    worlds: Worlds, kind: str, tp: int, cp: int, words: str
+) -> None:
+    with pytest.raises(WorldError, match=words) as caught:
+        worlds(2).run(on_mesh, tp, 1, tp > 1, True, kind, cp)
+    assert "ConfigError" in str(caught.value)
+
+
+def test_what_works_on_parts_of_sequences_is_not(worlds: Worlds) -> None:
+    worlds(2).run(on_mesh, 1, 1, False, True, "Pointwise", 2)
+    worlds(2).run(on_mesh, 2, 1, True, True, "Pointwise")
+    worlds(2).run(on_mesh, 2, 1, False, True, "Shifted")
+    worlds(2).run(on_mesh, 1, 2, False, True, "Narrow")
+
+
+class Bare(OwnLlama):
+    def loss(self, ids_BS: Tensor, labels_BS: Tensor) -> Any:  # type: ignore[override]
+        return super().loss(ids_BS, labels_BS)
+
+
+def test_a_loss_that_no_step_can_call_is_refused() -> None:
+    mesh = Mesh()
+    with pytest.raises(ConfigError, match=r"cannot call the loss of Bare: too many positional"):
+        TrainState.build(settings(mesh, False, True), Bare(MODEL).init(0), Axes.solo())
 
 
 @pytest.mark.parametrize(

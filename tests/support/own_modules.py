@@ -99,10 +99,11 @@ class OwnLlama(Llama):
         self.logits = LogitScale(self.logits_declared)
 
     def loss(self, ids_BS: Tensor, labels_BS: Tensor, *args: Any, **options: Any) -> Any:
-        documents = options.get("documents_BS")
+        documents, given = options.get("documents_BS"), options.get("attend")
 
         def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-            scaled: Tensor = self.heads(ops.attention(q, k, v, documents))
+            o = given(q, k, v, layer) if given else ops.attention(q, k, v, documents)
+            scaled: Tensor = self.heads(o)
             return scaled
 
         logits = self(ids_BS, *args, documents_BS=documents, attend=attend) * self.logits.scale
