@@ -27,6 +27,7 @@ def merge(
     base: Path | str | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str = hf_writer.FILE_BYTES,
+    started: Progress = no_progress,
     progress: Progress = no_progress,
 ) -> Path:
     """Write a base model with its adapters merged as the folder ``out``; return that folder.
@@ -38,6 +39,7 @@ def merge(
         dtype: Type of the written weights, "float32", "bfloat16" or "float16"; by default that of
             the base.
         max_shard_size: Largest size of a weights file: bytes, or text such as "5GB" or "500MB".
+        started: Called once, with the bytes to write in all.
         progress: Called with the bytes written, tensor by tensor.
 
     Raises:
@@ -58,6 +60,7 @@ def merge(
     with new_folder(Path(out)) as folder:
         hf_writer.write_metadata(merged, planned, folder, tokenizer)
         offsets = hf_writer.allocate_files(folder, planned)
+        started(sum(tensor.size_bytes for tensor in planned))
         for tensor in planned:
             progress(hf_writer.write_tensor(merged, folder, tensor, offsets[tensor.name], buffers))
     return Path(out)

@@ -58,8 +58,15 @@ MAX_DIMS = 16
 Progress = Callable[[int], object]  # called with the number of bytes just done
 
 
+Started = Callable[[int, str], object]  # called with the amount of work and its unit
+
+
 def no_progress(size_bytes: int) -> None:
     """The ``Progress`` that reports nothing."""
+
+
+def no_start(amount: int, unit: str) -> None:
+    """The ``Started`` that reports nothing."""
 
 
 class TensorEntry(NamedTuple):

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from llamax.cli.options import command
 from llamax.cli.plan import DOES_NOT_FIT
 from llamax.config.choices import AUDIT_RANKS
+from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
 
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Print the report; 0 if it passes, ``DIFFERS`` or ``DOES_NOT_FIT`` if not."""
     options, overrides = parser().parse_known_args(list(argv))
+    setup_logging()
 
     from llamax.tools.audit.auditor import DIFFERS, audit
     from llamax.tools.audit.report import as_json, show

@@ -12,10 +12,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamax.cli.options import ByteBar, command
+from llamax.cli.options import command
 from llamax.config.choices import WEIGHT_DTYPES
 from llamax.runtime.cores import workers
+from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
+from llamax.runtime.progress import Progress
 from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_number, show_time
 
@@ -42,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Write the folder."""
     options = parser().parse_args(argv)
+    setup_logging()
 
     from llamax.checkpoint import hf_writer
     from llamax.checkpoint.consolidate import consolidate, dtype_of
@@ -54,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
     adapters = adapter_info(source) is not None
     planned = [] if adapters else hf_writer.plan_files(source, dtype_of(options.dtype))
     total = sum(tensor.size_bytes for tensor in planned)
-    with ByteBar("consolidate", total) as bar:
+    with Progress("consolidate", total) as bar:
         out = consolidate(
             source.folder,
             options.out,

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 
 from llamax.cli.options import command
 from llamax.config.choices import EXPORT_FORMATS, NXD_ATTENTION, NXD_OPTIMIZERS
+from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
+from llamax.runtime.progress import Progress
 from llamax.runtime.text import print_text
 from llamax.runtime.units import show_time
 
@@ -54,22 +56,26 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Write the model."""
     options = parser().parse_args(argv)
+    setup_logging()
 
     from llamax.checkpoint.formats.export import export
 
     began = time.perf_counter()
-    out = export(
-        options.source,
-        options.out,
-        to=options.to,
-        tensor=options.tensor,
-        pipeline=options.pipeline,
-        data=options.data,
-        qkv=options.qkv,
-        kv_multiplier=options.kv_multiplier,
-        optimizer=options.optimizer,
-        tag=options.tag,
-        xser=options.xser,
-    )
+    with Progress("export") as bar:
+        out = export(
+            options.source,
+            options.out,
+            to=options.to,
+            tensor=options.tensor,
+            pipeline=options.pipeline,
+            data=options.data,
+            qkv=options.qkv,
+            kv_multiplier=options.kv_multiplier,
+            optimizer=options.optimizer,
+            tag=options.tag,
+            xser=options.xser,
+            started=bar.start,
+            progress=bar.update,
+        )
     print_text(f"{out}: written for {options.to} in {show_time(time.perf_counter() - began)}")
     return 0

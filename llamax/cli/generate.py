@@ -19,7 +19,7 @@ from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.row_samples import FIELDS
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.errors import ConfigError
-from llamax.runtime.logging import setup_logging
+from llamax.runtime.logging import bars_aside, setup_logging
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
 
@@ -195,8 +195,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write(text: str) -> None:
-    """Print text without a line break, at once."""
-    print_text(text, end="")
+    """Print text without a line break, at once, above a progress bar."""
+    with bars_aside(sys.stdout):
+        print_text(text, end="")
 
 
 def _models(model: Path | None, pair: str | None) -> list[Path]:

@@ -10,9 +10,11 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from llamax.cli.options import ByteBar, command
+from llamax.cli.options import command
 from llamax.config.choices import FOREIGN_FORMATS
+from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
+from llamax.runtime.progress import Progress
 from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_time
 
@@ -41,11 +43,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Write the folder or checkpoint."""
     options = parser().parse_args(argv)
+    setup_logging()
 
     from llamax.checkpoint.formats.convert import import_checkpoint
 
     began = time.perf_counter()
-    with ByteBar("import") as bar:
+    with Progress("import") as bar:
         made = import_checkpoint(
             options.folder,
             options.out,

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from llamax.cli.options import command
+from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
 from llamax.runtime.text import encodable, print_text
 
@@ -46,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Print the description, or samples."""
     options = parser().parse_args(argv)
+    setup_logging()
     if options.sample:
         return show(options)
 

@@ -12,9 +12,11 @@ import math
 import time
 from collections.abc import Sequence
 
-from llamax.cli.options import ByteBar, command
+from llamax.cli.options import command
 from llamax.config.choices import WEIGHT_DTYPES
+from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
+from llamax.runtime.progress import Progress
 from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_number, show_time
 
@@ -35,17 +37,19 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Write the merged folder."""
     options = parser().parse_args(argv)
+    setup_logging()
 
     from llamax.checkpoint.hf_folder import HfFolder
     from llamax.checkpoint.merge import merge
 
     began = time.perf_counter()
-    with ByteBar("merge") as bar:
+    with Progress("merge") as bar:
         out = merge(
             options.adapter,
             options.out,
             base=options.base,
             dtype=options.dtype,
+            started=bar.start,
             progress=bar.update,
         )
     folder = HfFolder(out)

@@ -1,4 +1,4 @@
-"""What the commands share: option names in messages, FIELD=COLUMN, a progress bar in bytes."""
+"""What the commands share: option names in messages, FIELD=COLUMN, sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from llamax.runtime.errors import LlamaxError
 from llamax.runtime.units import read_bytes
@@ -73,32 +72,3 @@ def size(text: str) -> int:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     raise argparse.ArgumentTypeError(f"{text!r} is below one byte")
-
-
-class ByteBar:
-    """A progress bar in bytes: on a terminal only, from the first byte, gone at the end."""
-
-    def __init__(self, name: str, total: int | None = None) -> None:
-        self.name, self.total = name, total
-        self._bar: Any = None
-
-    def start(self, total: int | None) -> None:
-        """Show the bar; ``total``: the bytes at its end."""
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=total, unit="B", unit_scale=True, desc=self.name, disable=None, leave=False
-        )
-
-    def update(self, size_bytes: int) -> None:
-        """Move on by so many bytes."""
-        if self._bar is None:
-            self.start(self.total)
-        self._bar.update(size_bytes)
-
-    def __enter__(self) -> ByteBar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()

@@ -9,8 +9,10 @@ import argparse
 import time
 from collections.abc import Sequence
 
-from llamax.cli.options import ByteBar, command
+from llamax.cli.options import command
+from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
+from llamax.runtime.progress import Progress
 from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_time
 
@@ -28,12 +30,13 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Write the checkpoint."""
     options = parser().parse_args(argv)
+    setup_logging()
 
     from llamax.checkpoint.hf_folder import HfFolder
     from llamax.checkpoint.shard_hf import shard
 
     total, began = HfFolder(options.folder).total_bytes(), time.perf_counter()
-    with ByteBar("shard", total) as bar:
+    with Progress("shard", total) as bar:
         out = shard(options.folder, options.out, options.tensor, progress=bar.update)
     print_text(
         f"{out}: {show_bytes(total)} of weights for tensor {options.tensor}, in "

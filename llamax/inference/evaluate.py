@@ -20,7 +20,6 @@ from types import MappingProxyType
 from typing import IO, Any, Literal
 
 import torch
-from tqdm import tqdm
 
 from llamax.backends import choose
 from llamax.config.schema import Config, DataConfig, ParallelConfig
@@ -49,6 +48,7 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.runtime.logging import logger
+from llamax.runtime.progress import reported, tracked
 from llamax.runtime.units import perplexity
 
 
@@ -167,11 +167,12 @@ def evaluate(
         file = stack.enter_context(new_file(Path(out))) if out is not None and main else None
         kv = loaded.model.kv_replicas(ranks)
         axis: Axis = stack.enter_context(opened.joined(Mesh(tp=ranks, kv=kv), TIMEOUT_S)).tp
-        llama = loaded.build(axis, opened.device, dtype)
+        with reported("loading the model", show=main):
+            llama = loaded.build(axis, opened.device, dtype)
         if samples is not None:
             return loss_of(llama, samples, batches, bar=main)
         engine = Engine(llama, loaded.tokenizer, Sampling(), max_new_tokens, stop, stop_ids)
-        return score_answers(engine, prompts, references, batch, pattern, file)
+        return score_answers(engine, prompts, references, batch, pattern, file, bar=main)
 
 
 def _pattern(extract: str | re.Pattern[str] | None) -> re.Pattern[str] | None:
@@ -193,7 +194,7 @@ def loss_of(model: Llama, samples: Samples, batches: int = 0, bar: bool = False)
     total, counted = 0.0, 0
     loader = samples.loader(Solo("data"), 0, shuffle=False)
     steps = min(loader.steps, batches or loader.steps)
-    shown = tqdm(loader.epoch(), total=steps, disable=None if bar else True, desc="evaluating")
+    shown = tracked(loader.epoch(), "evaluating", steps, "batch", show=bar)
     for _, (batch,) in zip(range(steps), shown, strict=False):
         ids, labels, positions = (part.to(device) for part in batch[:3])
         documents = None if batch.documents is None else batch.documents.to(device)
@@ -257,10 +258,15 @@ def score_answers(
     batch: int,
     extract: re.Pattern[str] | None,
     file: IO[str] | None,
+    bar: bool = False,
 ) -> dict[str, Any]:
-    """Exact match and ROUGE-L of a model's answers; each answer with its scores into ``file``."""
+    """Exact match and ROUGE-L of a model's answers; each answer with its scores into ``file``.
+
+    ``bar``: show a progress bar.
+    """
     exact, overlap = 0, 0.0
-    for start in tqdm(range(0, len(prompts), batch), disable=None, desc="answering"):
+    starts = range(0, len(prompts), batch)
+    for start in tracked(starts, "answering", len(starts), "batch", show=bar):
         some = prompts[start : start + batch]
         texts, ids = [prompt.text for prompt in some], [prompt.ids for prompt in some]
         done = engine.complete(texts, ids, start, silent)

@@ -40,6 +40,7 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.runtime.logging import logger
+from llamax.runtime.progress import Progress, reported
 
 TIMEOUT_S = 600.0  # longest wait of ranks for each other
 ALONE = Rendezvous()
@@ -163,7 +164,7 @@ def generate(
         alone = len(opened.prompts) == 1
         done: list[Completion] = []
         for batch, completions in _batches(
-            engine, opened.prompts, settings.batch, show if main and alone else silent
+            engine, opened.prompts, settings.batch, show if main and alone else silent, main
         ):
             for prompt, completion in zip(batch, completions, strict=True):
                 done.append(completion)
@@ -213,7 +214,7 @@ def compare(
         answers: list[list[Completion]] = []
         for number, model in enumerate(opened):
             engine = engine_of(number)
-            batches = _batches(engine, model.prompts, settings.batch, silent)
+            batches = _batches(engine, model.prompts, settings.batch, silent, rank.rank == 0)
             answers.append([completion for _, done in batches for completion in done])
             logger.info("%s", engine.speed)
             del engine  # one model at a time is in memory
@@ -281,8 +282,10 @@ def _engines(
 
         def build(number: int) -> Engine:
             opened = models[number]
+            with reported("loading the model", show=rank.rank == 0):
+                model = opened.model.build(axes.tp, backend.device, settings.dtype)
             return Engine(
-                opened.model.build(axes.tp, backend.device, settings.dtype),
+                model,
                 opened.model.tokenizer,
                 settings.sampling(opened.model.generation),
                 settings.max_new_tokens,
@@ -294,14 +297,20 @@ def _engines(
 
 
 def _batches(
-    engine: Engine, prompts: Sequence[Prompt], batch: int, show: Show
+    engine: Engine, prompts: Sequence[Prompt], batch: int, show: Show, main: bool
 ) -> Iterator[tuple[Sequence[Prompt], list[Completion]]]:
-    """Batches of prompts and their completions, each when it is done."""
-    for start in range(0, len(prompts), batch):
-        some = prompts[start : start + batch]
-        show(some[0].text)
-        texts, ids = [prompt.text for prompt in some], [prompt.ids for prompt in some]
-        yield some, engine.complete(texts, ids, start, show)
+    """Batches of prompts and their completions, each when it is done.
+
+    ``main``: whether this rank shows the progress of several.
+    """
+    several = len(prompts) > 1
+    with Progress("answering", len(prompts), "prompt", show=main and several) as progress:
+        for start in range(0, len(prompts), batch):
+            some = prompts[start : start + batch]
+            show(some[0].text)
+            texts, ids = [prompt.text for prompt in some], [prompt.ids for prompt in some]
+            yield some, engine.complete(texts, ids, start, show)
+            progress.update(len(some))
 
 
 def new_file(path: Path) -> IO[str]:

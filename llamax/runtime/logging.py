@@ -62,7 +62,7 @@ def show_line(text: str, stream: TextIO) -> None:
     A full disk behind ``stream`` is ignored, for it must not end a run.
     """
     try:
-        with _bars_aside(stream):
+        with bars_aside(stream):
             print_text(text, stream)
     except BrokenPipeError:
         raise
@@ -75,7 +75,7 @@ def shows_bars(stream: TextIO) -> bool:
     return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
-def _bars_aside(stream: TextIO) -> AbstractContextManager[None]:
+def bars_aside(stream: TextIO) -> AbstractContextManager[None]:
     """Clear the progress bars of tqdm inside the block, and draw them again after it."""
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     if tqdm is None or not getattr(tqdm, "_instances", None):

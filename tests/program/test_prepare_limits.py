@@ -14,8 +14,8 @@ from support.instruction import llama2_tokenizer
 
 from llamax.cli.prepare import main
 from llamax.data.dataset import open_dataset
-from llamax.data.prepare import progress
 from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.runtime import progress
 from llamax.runtime.errors import DataError
 
 LIMIT = 64 * 1024

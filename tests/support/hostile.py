@@ -26,6 +26,8 @@ from llamax.config.model import ModelConfig
 from llamax.config.schema import Config
 from llamax.config.types import type_hints
 from llamax.runtime.process import run_main
+from llamax.runtime import progress
+progress.FIRST_S = 1e6  # no line but the one that refuses, however slow the machine is
 import torch
 for kind in (Config, *type_hints(Config).values()):  # these compile text, once
     type_hints(kind)

@@ -13,9 +13,12 @@ from llamax.checkpoint.formats.nxd_writer import (
     NxdWriter,
 )
 from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.hf_writer import plan_files
 from llamax.checkpoint.manifest import CONFIG_TOML
+from llamax.checkpoint.peft import adapter_info
 from llamax.checkpoint.plain_llama import check_plain
 from llamax.checkpoint.reader import Checkpoint
+from llamax.checkpoint.safetensors_io import Progress, Started, no_progress, no_start
 from llamax.checkpoint.source import Source
 from llamax.config.choices import EXPORT_FORMATS, NXD_ATTENTION, NXD_OPTIMIZERS
 from llamax.config.load import recorded_config
@@ -38,6 +41,8 @@ def export(
     optimizer: str = "auto",
     tag: str = "",
     xser: bool = False,
+    started: Started = no_start,
+    progress: Progress = no_progress,
 ) -> Path:
     """Write a model for another trainer; return the folder that was written.
 
@@ -56,6 +61,8 @@ def export(
         tag: Name of the folder in ``out``, such as "pretrained_weight"; by default "step_N"; for
             "nxd".
         xser: One file per tensor, as torch_xla's serialization; for "nxd".
+        started: Called once, with the amount of work and its unit, "tensor" or "B".
+        progress: Called with the amount of work that is done.
 
     Raises:
         ConfigError: For a parameter that is out of range or has no meaning for the format.
@@ -91,11 +98,13 @@ def export(
     if to == "hf":
         if not isinstance(opened, Checkpoint):
             raise ConfigError(f"{source} is a Hugging Face folder already; copy it")
-        return consolidate(opened.folder, folder)
+        if adapter_info(opened) is None:
+            started(sum(each.size_bytes for each in plan_files(opened)), "B")
+        return consolidate(opened.folder, folder, progress=progress)
     check_plain(opened, "Meta's format" if to == "meta" else "NxD's format")
     if to == "meta":
         with new_folder(folder) as part:
-            write_meta(opened, model, part, tensor)
+            write_meta(opened, model, part, tensor, started=started, progress=progress)
         return folder
     if optimizer == "auto":
         has_state = "exp_avg" in opened.kinds("model.norm.weight")
@@ -113,12 +122,21 @@ def export(
         masters=optimizer == "zero1-masters",
         xser=xser,
     )
-    return to_nxd(opened, folder, target, tag)
+    return to_nxd(opened, folder, target, tag, started=started, progress=progress)
 
 
-def to_nxd(source: Source, out: Path, target: NxdTarget, tag: str = "") -> Path:
+def to_nxd(
+    source: Source,
+    out: Path,
+    target: NxdTarget,
+    tag: str = "",
+    *,
+    started: Started = no_start,
+    progress: Progress = no_progress,
+) -> Path:
     """Write a checkpoint for NxD into ``out``; return its tag's folder, by default ``out/step_N``.
 
+    ``started`` is called with the number of shares of tensors, ``progress`` for each.
     The optimizer has the hyper-parameters of the run that the source is from.
     """
     optim, lr, step = OptimConfig(), OptimConfig().lr, 0
@@ -129,6 +147,7 @@ def to_nxd(source: Source, out: Path, target: NxdTarget, tag: str = "") -> Path:
             optim, lr = run.optim, lr_at(step + 1, run.optim, max(run.run.steps, step + 1))
     tag = tag or f"step_{step}"
     writer = NxdWriter(source, target, optim, lr, step)
+    started(writer.shares, "tensor")
     with new_folder(out) as part:
-        writer.write(part / tag)
+        writer.write(part / tag, progress)
     return out / tag

@@ -19,6 +19,7 @@ from llamax.checkpoint.formats.meta import (
     to_pairs,
 )
 from llamax.checkpoint.formats.torch_save import save_text, save_torch
+from llamax.checkpoint.safetensors_io import Progress, Started, no_progress, no_start
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig, RopeScaling
 from llamax.model.llama import Llama
@@ -30,8 +31,18 @@ REFERENCE_FACTOR = 8.0  # of the rope scaling, a constant in Meta's llama/model.
 SCALINGS = (RopeScaling(factor=REFERENCE_FACTOR), RopeScaling(factor=32.0))
 
 
-def write_meta(source: Source, model: ModelConfig, folder: Path, tensor: int = 1) -> None:
+def write_meta(
+    source: Source,
+    model: ModelConfig,
+    folder: Path,
+    tensor: int = 1,
+    *,
+    started: Started = no_start,
+    progress: Progress = no_progress,
+) -> None:
     """Fill ``folder`` with ``tensor`` files, each with one rank's share of every tensor.
+
+    ``started`` is called with the number of shares, ``progress`` for each.
 
     Warns if Meta's reference implementation computes the model with another rope scaling.  Raises
     ConfigError, before anything is written, if ``tensor`` does not divide the model or params.json
@@ -52,16 +63,18 @@ def write_meta(source: Source, model: ModelConfig, folder: Path, tensor: int = 1
             REFERENCE_FACTOR,
             model.rope_scaling.factor,
         )
-    llama = Llama(model, device="meta")
+    cuts = Llama(model, device="meta").sharded_parameters().hub_cuts()
+    started(len(cuts) * tensor, "tensor")
     for rank in range(tensor):
         state: dict[str, Any] = {}
-        for name, how in llama.sharded_parameters().hub_cuts().items():
+        for name, how in cuts.items():
             dim = 0 if isinstance(how, Replica) else how.dim
             if name == "model.embed_tokens.weight" and model.vocab_size < 100_000:
                 dim = 1  # Llama 1 and 2
             whole = meta_row_order(source.read(name), model, name)
             share = whole if isinstance(how, Replica) else whole.chunk(tensor, dim)[rank]
             state[meta_name(name)] = share.clone()
+            progress(1)
         if model.tie_word_embeddings:
             state["output.weight"] = source.read("model.embed_tokens.weight").chunk(tensor)[rank]
         save_torch(folder / f"consolidated.{rank:02d}.pth", state)

@@ -30,6 +30,7 @@ from torch import Tensor
 from llamax.checkpoint.formats.nxd import MOMENTS
 from llamax.checkpoint.formats.rank_grid import replicated_query_order
 from llamax.checkpoint.formats.torch_save import save_text, save_torch, save_xser
+from llamax.checkpoint.safetensors_io import Progress, no_progress
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.config.schema import OptimConfig
@@ -140,15 +141,28 @@ class NxdWriter:
         self.source, self.target, self.optim, self.lr, self.step = source, target, optim, lr, step
         llama = Llama(target.model, device="meta")
         self.cuts = llama.sharded_parameters().hub_cuts()
+        self.progress: Progress = no_progress
         if target.moments and not all({*MOMENTS} <= {*source.kinds(n)} for n in source.names()):
             raise CheckpointError(
                 f"{source.folder} does not hold the optimizer state of all weights; use "
                 "`optimizer=none`"
             )
 
-    def write(self, folder: Path) -> None:
-        """Write the folder of a tag, ``done`` last."""
-        target = self.target
+    @property
+    def shares(self) -> int:
+        """The number of shares of parameters and of their states that ``write`` reads."""
+        target, kinds = self.target, 0
+        if target.moments:
+            kinds = len(MOMENTS) + target.masters
+        weights, states = 0, 0
+        for stage in range(target.pipeline):
+            weights += len([*target.stage_parameters(stage)])
+            states += len(self._optimized(stage))
+        return target.tensor * (weights + states * kinds * target.data)
+
+    def write(self, folder: Path, progress: Progress = no_progress) -> None:
+        """Write the folder of a tag, ``done`` last; ``progress`` is called for each share."""
+        target, self.progress = self.target, progress
         save = save_xser if target.xser else save_torch
         save_text(folder / "checkpoint", "1")
         for stage in range(target.pipeline):
@@ -191,7 +205,9 @@ class NxdWriter:
 
     def _share(self, hub: Sequence[str], rank: int, kind: str) -> Tensor:
         """One kind of a rank's share of a parameter: the parts of all its Hub tensors, stacked."""
-        return torch.cat([self._part(name, rank, kind) for name in hub])
+        share = torch.cat([self._part(name, rank, kind) for name in hub])
+        self.progress(1)
+        return share
 
     def _part(self, name: str, rank: int, kind: str) -> Tensor:
         how = self.cuts[name]
@@ -206,12 +222,17 @@ class NxdWriter:
         ]
         return torch.cat(runs, how.dim)
 
+    def _optimized(self, stage: int) -> list[tuple[str, list[str]]]:
+        """The parameters of a stage that have a state."""
+        names = self.target.stage_parameters(stage)
+        if not self.target.model.tie_word_embeddings:
+            return [*names]
+        # one parameter, counted at its first place
+        return [(name, hub) for name, hub in names if name != "lm_head.weight"]
+
     def _optimizer_state(self, stage: int, rank: int, data: int) -> dict[str, Any]:
         """The ZeRO-1 state of a data rank: first parameters with weight decay, then norms."""
-        target = self.target
-        names = [*target.stage_parameters(stage)]
-        if target.model.tie_word_embeddings:  # one parameter, counted at its first place
-            names = [(name, hub) for name, hub in names if name != "lm_head.weight"]
+        target, names = self.target, self._optimized(stage)
         decayed = [one for one in names if "norm" not in one[0]]
         names = decayed + [one for one in names if "norm" in one[0]]
         state: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from itertools import chain
@@ -13,11 +12,11 @@ from llamax.data.dataset import read_index
 from llamax.data.prepare.chunks import Chunk, Settings, disk_space
 from llamax.data.prepare.instruction_rows import InstructSettings, RowChunk, training_texts
 from llamax.data.prepare.long_text import lines_of
-from llamax.data.prepare.progress import reported
 from llamax.data.prepare.text_chunks import TextChunk, TextSettings, split_documents
 from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.runtime.errors import DataError
 from llamax.runtime.logging import logger
+from llamax.runtime.progress import reported
 
 
 def own_tokenizer(chunks: Sequence[Chunk], settings: Settings, pieces: int, folder: Path) -> Path:
@@ -34,7 +33,7 @@ def own_tokenizer(chunks: Sequence[Chunk], settings: Settings, pieces: int, fold
         )
     if not path.exists():
         logger.info("training a tokenizer of %d pieces", pieces)
-        with disk_space(folder, 2**20), reported("training a tokenizer", time.perf_counter()):
+        with disk_space(folder, 2**20), reported("training a tokenizer"):
             train_sentencepiece(_training_texts(chunks, settings), pieces, path)
     return path
 

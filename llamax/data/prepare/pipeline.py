@@ -47,7 +47,6 @@ from llamax.data.prepare.instruction_rows import (
     RowChunk,
 )
 from llamax.data.prepare.own_tokenizer import own_tokenizer
-from llamax.data.prepare.progress import reported
 from llamax.data.prepare.row_samples import check_fields
 from llamax.data.prepare.tables import is_hub_name, plan_tables
 from llamax.data.prepare.template_file import write_template
@@ -63,6 +62,7 @@ from llamax.data.tokenizer.tokenizer import (
 )
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import copy_file, make_folder, write_atomic
+from llamax.runtime.progress import reported
 
 PathLike = str | Path
 Format = Literal["llamax", "megatron"]

@@ -1,24 +1,17 @@
-"""What ``prepare`` reports while it works: a bar on a terminal, otherwise a line now and then.
+"""The progress of tokenizing.
 
 Workers add the tokens that they make to a number in shared memory, so that a single long text is
-seen to go on.  Whatever takes more than FIRST_S seconds says so.
+seen to go on.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from multiprocessing.context import SpawnContext
 from typing import Any
 
-from tqdm import tqdm
-
-from llamax.runtime.logging import logger
+from llamax.runtime import progress
 from llamax.runtime.process import leave_with_parent
-
-FIRST_S, LEAST_S, EVERY_S = 0.8, 0.3, 10.0
 
 _shared: Any = None  # in a worker: the number of tokens that all of them made
 
@@ -37,53 +30,16 @@ def count_tokens(number: int) -> None:
             _shared.value += number
 
 
-@contextmanager
-def every_few_seconds(report: Callable[[], None], began: float) -> Iterator[None]:
-    """Call ``report`` in a thread, FIRST_S after ``began`` and then every EVERY_S seconds."""
-    done = threading.Event()
-
-    def watch() -> None:
-        wait = max(LEAST_S, FIRST_S - (time.perf_counter() - began))
-        while not done.wait(wait):
-            report()
-            wait = EVERY_S
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-@contextmanager
-def reported(stage: str, began: float) -> Iterator[None]:
-    """Log what is being done, where that takes long; ``began``: when the program did."""
-    with every_few_seconds(lambda: logger.info("%s", stage), began):
-        yield
-
-
-class Progress:
-    """The progress of tokenizing ``total`` ``unit`` (B or rows) in ``parts`` parts.
+class Progress(progress.Progress):
+    """The progress of tokenizing ``total`` ``unit`` (B or row) in ``parts`` parts.
 
     ``began``: when the program did, on time.perf_counter; None: now.
     """
 
     def __init__(self, total: int, unit: str, parts: int, began: float | None = None) -> None:
-        self._bar = tqdm(total=total, unit=unit, unit_scale=True, disable=None, desc="tokenizing")
-        self._parts, self._finished = parts, 0
-        self._tokens, self._start = 0, time.perf_counter()
+        super().__init__("tokenizing", total, unit, began=began)
+        self._parts, self._finished, self._tokens = parts, 0, 0
         self.shared: Any = None
-        self._watch = every_few_seconds(self._log, self._start if began is None else began)
-
-    def __enter__(self) -> Progress:
-        self._watch.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._watch.__exit__(None, None, None)
-        self._bar.close()
 
     def share(self, context: SpawnContext) -> None:
         """Count tokens in memory that is shared with workers."""
@@ -92,28 +48,18 @@ class Progress:
     def count(self, number: int) -> None:
         """Count tokens that this process made."""
         self._tokens += number
-        self._show()
 
     def finish(self, size: int) -> None:
         """Count a part of ``size`` as done."""
         self._finished += 1
-        self._bar.update(size)
-        self._show()
+        self.update(size)
 
-    def _line(self) -> str:
+    def detail(self) -> str:
+        """The tokens made so far, and their rate."""
         tokens = self._tokens + (self.shared.value if self.shared is not None else 0)
-        rate = tokens / (time.perf_counter() - self._start)
+        rate = tokens / max(time.perf_counter() - self._start, 1e-9)
         return f"{tokens:,} tokens, {rate:,.0f} tokens/s"
 
-    def _show(self) -> None:
-        self._bar.set_postfix_str(self._line(), refresh=False)
-        if self._parts == 1:
-            self._bar.refresh()
-
-    def _log(self) -> None:
-        if self._bar.disable:
-            done = f"part {self._finished + 1} of {self._parts}"
-            logger.info("tokenizing: %s, %s", done, self._line())
-        else:
-            self._show()
-            self._bar.refresh()
+    def line(self) -> str:
+        """The state as a line of a log."""
+        return f"tokenizing: part {self._finished + 1} of {self._parts}, {self.detail()}"

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
-from tqdm import tqdm
 
 from llamax.backends.tracing import Tracer
 from llamax.config.constants import (
@@ -33,6 +32,7 @@ from llamax.model.qlora import held
 from llamax.parallel.mesh import Coordinate, Mesh
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.errors import ConfigError
+from llamax.runtime.progress import reported, tracked
 from llamax.tools.audit import census, formulas, hlo
 from llamax.tools.audit.census import Traffic
 from llamax.tools.audit.diff import difference
@@ -99,7 +99,8 @@ def audit_run(
     mesh, layers = run.mesh, run.config.model.num_hidden_layers
     tracer = Tracer(rendezvous({}))
     with made_up_tokens(run) as data:
-        kinds, memory, divergences = rank_0(run, machine, tracer, data)
+        with reported("tracing every kind of step"):
+            kinds, memory, divergences = rank_0(run, machine, tracer, data)
         normal = {kind.name: kind.program.normal for kind in kinds}
         compared = []
         if not divergences and ranks == "deep":
@@ -183,7 +184,7 @@ def compare(
     layers = run.config.model.num_hidden_layers
     expected, first = dict(expected), 0 if expected else ranks[0]
     with tracer.without_debug():
-        for rank in tqdm(ranks, desc=f"{layers} layers", unit="rank", disable=None, leave=False):
+        for rank in tracked(ranks, f"tracing {layers} layers", len(ranks), "rank"):
             for boundary in TracedRun(run, rank, tracer, data).brief():
                 text = hlo.normal(boundary.text)
                 if expected.setdefault(boundary.kind, text) != text:

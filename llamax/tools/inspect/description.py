@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from llamax.checkpoint import hf_folder
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.listing import list_checkpoints
@@ -27,6 +25,7 @@ from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.data.dataset import blend_words
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.progress import Progress
 from llamax.runtime.text import printable_line
 from llamax.runtime.units import show_bytes, show_number
 
@@ -86,9 +85,7 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
     yield "files", _files(file.size_bytes for file in manifest.files)
     if verify:
         total = sum(file.size_bytes for file in manifest.files)
-        with tqdm(
-            total=total, unit="B", unit_scale=True, desc="verify", disable=None, leave=False
-        ) as bar:
+        with Progress("verifying", total) as bar:
             source.verify(progress=bar.update)
         yield "verified", f"sha256 of all {len(manifest.files)} files"
 

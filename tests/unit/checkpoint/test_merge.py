@@ -153,3 +153,10 @@ def test_a_quantised_base_is_refused(
         merge(tmp_path / "adapter", tmp_path / "out", base=tmp_path / "base")
     with pytest.raises(CheckpointError, match=line):
         load_tuned(tmp_path / "adapter", tmp_path / "base")
+
+
+def test_progress_reaches_the_bytes_that_it_began_with(folder: Path, tmp_path: Path) -> None:
+    totals, done = list[int](), list[int]()
+    merge(folder / "adapter", tmp_path / "out", started=totals.append, progress=done.append)
+    assert [sum(done)] == totals
+    assert len(done) > 10

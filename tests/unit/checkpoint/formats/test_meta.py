@@ -96,12 +96,12 @@ def test_models_that_meta_does_not_have(tmp_path: Path, fields: dict[str, Any], 
 
 @pytest.mark.parametrize("factor", [None, 8.0, 32.0])
 def test_the_rope_factor_of_the_reference_is_stated(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, factor: float | None
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], factor: float | None
 ) -> None:
     model = llama(2, rope_scaling=factor and RopeScaling(factor=factor))
     run = saved(tmp_path, model, worlds.wholes(model))
     assert export_main([run, "--to", "meta", "--out", str(tmp_path / "out")]) == 0
-    lines = [record.getMessage() for record in caplog.records]
+    lines = capsys.readouterr().err.splitlines()
     stated = [line for line in lines if "fixes the rope scaling factor at 8, this model" in line]
     assert len(stated) == (factor == 32.0)
     assert all("this model's is 32" in line for line in stated)
