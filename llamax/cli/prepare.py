@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         "inputs",
         nargs="+",
         help="text or JSONL files, plain or .gz, or folders; with --template JSONL, JSON, CSV, "
-        "TSV or Parquet, or the name of a Hugging Face dataset",
+        "TSV, Parquet or Arrow, a folder of save_to_disk, or the name of a Hugging Face dataset",
     )
     p.add_argument("--out", required=True, help="dataset folder to make")
     which = p.add_mutually_exclusive_group(required=True)

@@ -5,6 +5,7 @@ One place decides for text and for rows, and for every command::
     .jsonl .ndjson .jsonlines   an object a line: rows
     .json                       an object a line: rows; otherwise one value: a table, or a text
     .csv .tsv .parquet          a table
+    .arrow .ipc .feather        a table
     anything else               a text
 
 Names are read in any case, and ``.gz`` at their end is unpacked.
@@ -34,6 +35,9 @@ KINDS = {
     ".csv": "csv",
     ".tsv": "tsv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".ipc": "arrow",
+    ".feather": "arrow",
 }
 PACKED = (".zst", ".xz", ".bz2", ".lz4", ".zip", ".7z", ".tar", ".tgz")
 

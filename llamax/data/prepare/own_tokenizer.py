@@ -44,7 +44,9 @@ def _training_texts(chunks: Sequence[Chunk], settings: Settings) -> Iterable[str
         rows = (chunk for chunk in chunks if isinstance(chunk, RowChunk))
         return chain.from_iterable(training_texts(chunk, settings) for chunk in rows)
     assert isinstance(settings, TextSettings)
-    text_chunks = (chunk for chunk in chunks if isinstance(chunk, TextChunk))
+    text_chunks = (
+        chunk for chunk in chunks if isinstance(chunk, TextChunk) and chunk.split in ("", "train")
+    )
     found = chain.from_iterable(
         split_documents(chunk, settings, Counter()) for chunk in text_chunks
     )

@@ -48,6 +48,7 @@ from llamax.data.prepare.instruction_rows import (
 )
 from llamax.data.prepare.own_tokenizer import own_tokenizer
 from llamax.data.prepare.row_samples import check_fields
+from llamax.data.prepare.saved_dataset import held_out
 from llamax.data.prepare.tables import is_hub_name, plan_tables
 from llamax.data.prepare.template_file import write_template
 from llamax.data.prepare.text_chunks import TextChunk, TextSettings
@@ -181,6 +182,9 @@ def prepare(
         check_fields(fields)
         if any(is_hub_name(str(source)) for source in sources):
             _make_folder(parts_folder)
+        if not split:
+            validation_files = validation_files or held_out(sources, "validation")
+            test_files = test_files or held_out(sources, "test")
         tables = [("train", sources, split)]
         tables += [("validation", [path], "") for path in validation_files]
         tables += [("test", [path], "") for path in test_files]
@@ -192,6 +196,8 @@ def prepare(
                     [str(path) for path in paths], chosen, limit, parts_folder, left, max_document
                 )
             ]
+        taken = {f"{path}/" for path in (*validation_files, *test_files)}
+        left = [name for name in left if name not in taken]
         source = _template_source(template, system)
         columns = tuple(sorted(fields.items()))
         share = 0.0 if validation_files else validation
@@ -200,7 +206,8 @@ def prepare(
         with reported("looking for the text", began):
             files = plan(sources, [*glob] or ["*"], exclude, out.resolve(), key, left, max_document)
         chunks = [TextChunk(chunk, is_only_text(files), max_document) for chunk in files]
-        draft = TextSettings("", key, validation, bos, eos)
+        given = any(each.split == "validation" for each in chunks if isinstance(each, TextChunk))
+        draft = TextSettings("", key, 0.0 if given else validation, bos, eos)
     _make_folder(parts_folder)
     path = (
         own_tokenizer(chunks, draft, train_tokenizer, parts_folder)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 class RowRange:
     """Rows ``first`` to ``first + count`` (from 0) of a file.
 
-    They lie in its bytes start:stop (in row groups, for Parquet), after ``skip`` rows that do not
-    belong to the range.  ``version`` changes when the file does.
+    They lie in its bytes start:stop (in row groups of Parquet, in batches of Arrow), after ``skip``
+    rows that do not belong to the range.  ``version`` changes when the file does.  ``split``: the
+    one that the file is for; empty if the share for validation decides.
     """
 
     path: str
@@ -21,11 +22,12 @@ class RowRange:
     count: int
     version: str
     skip: int = 0
+    split: str = ""
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the range; of row groups, whose size is not known, none."""
-        return 0 if self.kind == "parquet" else self.stop - self.start
+        """Bytes of the range; of row groups and batches, whose size is not known, none."""
+        return 0 if self.kind in ("parquet", "arrow") else self.stop - self.start
 
     def slice(self, start: int, stop: int) -> RowRange | None:
         """The rows of this range that are among rows start:stop of the file; None if none are."""

@@ -182,7 +182,7 @@ def _conversation(
     prompt_only: bool,
     used: set[str],
 ) -> Sample:
-    turns = _parsed(row[name])
+    turns = _transposed(_parsed(row[name]))
     messages = [
         message
         for turn in (turns if isinstance(turns, list) else [None])
@@ -222,6 +222,16 @@ def _conversation(
     while messages[-1]["role"] != "assistant":
         messages.pop()  # turns without an answer
     return Sample(messages)
+
+
+def _transposed(turns: Any) -> Any:
+    """A list of turns that ``datasets`` holds as columns, {role: [...], content: [...]}."""
+    columns = list(turns.values()) if isinstance(turns, dict) else []
+    if not columns or not all(isinstance(column, list) for column in columns):
+        return turns
+    if len(set(map(len, columns))) > 1:
+        return turns
+    return [dict(zip(turns, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _answers(message: Message, template: Template) -> bool:

@@ -90,7 +90,7 @@ def describe_unread(made: Prepared) -> str:
 
 
 def _describe_indexed(out: Path, key: str) -> Iterator[str]:
-    for split in SPLITS[:2]:
+    for split in SPLITS:
         prefix = indexed_prefix(out, split, key)
         if is_prefix(prefix):
             file = IndexedFile(prefix, "off")
@@ -98,5 +98,5 @@ def _describe_indexed(out: Path, key: str) -> Iterator[str]:
                 f"  {prefix.name} .bin and .idx: {len(file.lengths):,} documents, "
                 f"{len(file):,} tokens in {file.dtype.name}"
             )
-        else:
+        elif split != "test":
             yield f"  {prefix.name}: none, no document fell into it"

@@ -1,4 +1,4 @@
-"""Rows of JSONL, JSON, CSV and Parquet files, cut into ranges that workers read in parallel.
+"""Rows of JSONL, JSON, CSV, Parquet and Arrow files, cut into ranges that workers read in parallel.
 
 ``plan_tables`` reads each file once, only to find where rows begin and how many there are, so a
 slice of the rows (``train[:10%]``, a limit) is exact and a mistake can name its row::
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llamax.data.prepare import file_kinds
-from llamax.data.prepare.arrow_tables import parquet_ranges, parquet_rows
+from llamax.data.prepare.arrow_tables import arrow_ranges, arrow_rows, parquet_ranges, parquet_rows
 from llamax.data.prepare.file_kinds import (
     MARK,
     MAX_DOCUMENT,
@@ -41,6 +41,7 @@ from llamax.data.prepare.file_kinds import (
 )
 from llamax.data.prepare.json_stream import json_rows, list_key, top_level_keys
 from llamax.data.prepare.row_range import RowRange
+from llamax.data.prepare.saved_dataset import files_of_split, is_saved
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file
 from llamax.runtime.json_reader import JsonError, parse_json
@@ -70,12 +71,16 @@ def plan_tables(
     ranges: list[RowRange] = []
     for source in inputs:
         path = Path(source)
-        if path.is_dir():
+        if path.is_dir() and is_saved(path):
+            chosen = files_of_split(path, name, left)
+        elif path.is_dir():
             files = [
                 each
                 for each in sorted(path.rglob("*"))
                 if each.is_file() and not any(p[0] == "." for p in each.relative_to(path).parts)
             ]
+            if saved := next((each.parent for each in files if is_saved(each.parent)), None):
+                raise DataError(f"{path}: holds the saved dataset {saved}; give that folder")
             paths = [each for each in files if kind_of(each)]
             chosen = [each for each in paths if name in each.name.split(".")[0]] if name else paths
             if left is not None:
@@ -90,7 +95,8 @@ def plan_tables(
             refuse_packed(path)
             if not kind_of(path):
                 raise DataError(
-                    f"{path}: is not a table of rows; give a .jsonl, .json, .csv, .tsv or .parquet"
+                    f"{path}: is not a table of rows; give a .jsonl, .json, .csv, .tsv, .parquet "
+                    "or .arrow"
                 )
             chosen = [path]
         elif is_hub_name(source):
@@ -179,8 +185,9 @@ def scan(path: Path, most: int = MAX_DOCUMENT) -> Iterator[RowRange]:
     version = f"{stat.st_size}-{stat.st_mtime_ns}"
     if kind == "json":
         kind = "jsonl" if has_row_per_line(path, "", most) else kind
-    if kind == "parquet":
-        yield from parquet_ranges(path, version)
+    if kind in ("parquet", "arrow"):
+        ranges = parquet_ranges if kind == "parquet" else arrow_ranges
+        yield from ranges(path, version)
         return
     if kind == "json":
         rows = sum(1 for _ in json_rows(path, most))
@@ -280,7 +287,12 @@ def read_rows(rows: RowRange, most: int = MAX_DOCUMENT) -> Iterator[tuple[str, R
 
     ``most``: bytes of the longest row.
     """
-    reader = {"jsonl": _lines, "json": _array, "parquet": parquet_rows}.get(rows.kind, _csv)
+    reader = {
+        "jsonl": _lines,
+        "json": _array,
+        "parquet": parquet_rows,
+        "arrow": arrow_rows,
+    }.get(rows.kind, _csv)
     try:
         for number, row in enumerate(reader(rows, most)):
             if number >= rows.skip + rows.count:

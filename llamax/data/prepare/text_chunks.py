@@ -47,6 +47,12 @@ class TextChunk:
         return self.size
 
     @property
+    def split(self) -> str:
+        """The split that the chunk is for; empty if the share for validation decides."""
+        source = self.sources[0]
+        return source.split if isinstance(source, RowRange) else ""
+
+    @property
     def files(self) -> Mapping[str, str]:
         return {
             source.path: "rows" if isinstance(source, RowRange) or source.rows else "text"
@@ -87,7 +93,7 @@ class TextSettings:
             raw = [text.encode() for text in texts]
             held_out = [held for _, held in batch]
             ids = [np.concatenate([bos, body, eos]) for body in tokenizer.encode_documents(texts)]
-            for split, wanted in (("train", False), ("validation", True)):
+            for split, wanted in ((chunk.split or "train", False), ("validation", True)):
                 chosen = [i for i, held in enumerate(held_out) if held is wanted]
                 text_bytes = sum(len(raw[i]) for i in chosen)
                 yield Encoded(split, [ids[i] for i in chosen], None, text_bytes)
@@ -98,7 +104,7 @@ def _in_pieces(
     text: Text, held_out: bool, chunk: TextChunk, tokenizer: Tokenizer, bos: Ids, eos: Ids
 ) -> Iterator[Encoded]:
     """A long document, piece by piece."""
-    split, begin = "validation" if held_out else "train", bos
+    split, begin = "validation" if held_out else chunk.split or "train", bos
     try:
         for piece in encode_in_pieces(tokenizer, pieces_of(text), chunk.most):
             end = eos if piece.last else eos[:0]
@@ -115,13 +121,13 @@ def _in_pieces(
 def split_documents(
     chunk: TextChunk, settings: TextSettings, unread: Counter[str]
 ) -> Iterator[tuple[Text, bool]]:
-    """The documents of a chunk, and whether each belongs to the validation split.
+    """The documents of a chunk, and whether each is held out of its split, for validation.
 
     Of an only text the end is a document of the validation split, from a line break or a space on.
     """
     for text in documents(chunk.sources, settings.key, unread, chunk.most):
         if not chunk.only:
-            yield text, is_validation(text, settings.validation)
+            yield text, not chunk.split and is_validation(text, settings.validation)
         elif isinstance(text, LongText):
             if parts := text.cut(settings.validation, LEAST_HELD_OUT):
                 yield from zip(parts, (False, True), strict=True)

@@ -35,6 +35,7 @@ from llamax.data.prepare.file_kinds import (
 from llamax.data.prepare.json_stream import json_rows
 from llamax.data.prepare.long_text import Text, read_text
 from llamax.data.prepare.row_range import RowRange
+from llamax.data.prepare.saved_dataset import files_by_purpose, is_saved
 from llamax.data.prepare.tables import has_row_per_line, read_rows, scan
 from llamax.runtime.errors import DataError
 from llamax.runtime.json_reader import JsonError, parse_json
@@ -85,12 +86,15 @@ def plan(
     if there is no text.
     """
     left = [] if left is None else left
-    found = [(path, path.stat(), named) for path, named in _files(inputs, glob, exclude, out, left)]
-    size = max(file_kinds.CHUNK_BYTES, sum(stat.st_size for _, stat, _ in found) // MOST_CHUNKS)
+    found = [
+        (path, path.stat(), named, split)
+        for path, named, split in _files(inputs, glob, exclude, out, left)
+    ]
+    size = max(file_kinds.CHUNK_BYTES, sum(stat.st_size for _, stat, *_ in found) // MOST_CHUNKS)
     chunks: list[Chunk] = []
     small: list[Source] = []
     held = 0
-    for path, stat, named in found:
+    for path, stat, named, split in found:
         refuse_packed(path)
         if not stat.st_size:
             left.append(str(path))
@@ -103,7 +107,7 @@ def plan(
             ranges = _table(path, key, named, most)
             if not ranges:
                 left.append(str(path))
-            chunks += [(each,) for each in ranges]
+            chunks += [(replace(each, split=split),) for each in ranges]
             continue
         whole = Source(str(path), 0, stat.st_size, version, kind == "jsonl")
         if held + stat.st_size > size and small:
@@ -120,7 +124,7 @@ def plan(
         chunks.append(tuple(small))
     if not chunks:
         tables = [name for name in left if kind_of(Path(name))]
-        why = f"; tables without a column {key!r}: {', '.join(tables[:8])}" if tables else ""
+        why = f"; no rows with a column {key!r} in {', '.join(tables[:8])}" if tables else ""
         raise DataError(
             f"{', '.join(map(str, inputs))}: holds no text (files matching {', '.join(glob)}"
             f"{why}); give text files, JSONL files or folders of them"
@@ -146,6 +150,8 @@ def _table_in_json(path: Path, key: str, most: int) -> str:
 def _table(path: Path, key: str, named: bool, most: int) -> list[RowRange]:
     """The ranges of a table; none if it lacks the column ``key``, DataError if it was ``named``."""
     ranges = list(scan(path, most))
+    if not ranges and kind_of(path) == "arrow":  # a saved dataset may have empty files
+        return []
     _, first = next(read_rows(ranges[0], most), ("", {})) if ranges else ("", {})
     if key in first:
         return ranges
@@ -163,20 +169,20 @@ def _files(
     exclude: Sequence[str],
     out: Path | None,
     left: list[str],
-) -> Iterator[tuple[Path, bool]]:
-    """The files of all inputs, and whether each was named itself rather than its folder."""
+) -> Iterator[tuple[Path, bool, str]]:
+    """The files of all inputs, whether each was named itself rather than its folder, its split."""
     for source in inputs:
         path = Path(source)
         if not str(source):
             raise DataError("an input is empty; name a file or a folder ('.' is this one)")
         if path.is_file():
-            yield path, True
+            yield path, True, ""
         elif out is not None and path.is_dir() and path.resolve() == out:
             raise DataError(f"{path}: is both an input and `out`; choose another `out`")
         elif path.is_dir():
-            for each in sorted(_below(path, exclude, out, left)):
+            for each, split in sorted(_below(path, exclude, out, left)):
                 if any(fnmatch.fnmatch(each.name, pattern) for pattern in glob):
-                    yield each, False
+                    yield each, is_saved(path), split
                 else:
                     left.append(str(each))
         elif path.exists():
@@ -187,8 +193,8 @@ def _files(
 
 def _below(
     folder: Path, exclude: Sequence[str], out: Path | None, left: list[str]
-) -> Iterator[Path]:
-    """The files at any depth; DataError for a folder that cannot be listed.
+) -> Iterator[tuple[Path, str]]:
+    """The files at any depth and their splits; DataError for a folder that cannot be listed.
 
     Links to folders are not followed, so no file comes twice and there are no loops.  What
     ``exclude`` names goes to ``left``.
@@ -206,11 +212,15 @@ def _below(
         raise unreadable(str(error.filename), error)
 
     for base, folders, names in os.walk(folder, onerror=refuse):
+        if is_saved(Path(base)):
+            folders.clear()
+            yield from files_by_purpose(Path(base), left)
+            continue
         folders[:] = [name for name in sorted(folders) if wanted(name, base, "/")]
         if out is not None and out.name in folders and Path(base, out.name).resolve() == out:
             folders.remove(out.name)
         names = [name for name in names if wanted(name, base)]
-        yield from (path for path in (Path(base, name) for name in names) if path.is_file())
+        yield from ((path, "") for path in (Path(base, name) for name in names) if path.is_file())
 
 
 def documents(
