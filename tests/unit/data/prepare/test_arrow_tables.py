@@ -205,5 +205,5 @@ def test_turns_that_datasets_holds_as_columns_are_turns(tmp_path: Path) -> None:
     sample = read_sample(row, {}, "", template)
     assert [message["content"] for message in sample.messages] == ["s", "q", "a"]
     for wrong in ({"from": ["human"], "value": []}, {"from": "human"}, {}):
-        with pytest.raises(DataError, match="not a list of {role, content}|no answer"):
+        with pytest.raises(DataError, match=r"not a list of {role, content}|no answer"):
             read_sample({"conversations": wrong}, {}, "", template)
