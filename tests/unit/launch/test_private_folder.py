@@ -16,11 +16,12 @@ from llamax.launch.render import render
 from llamax.launch.script import IN_A_FILE, array, on_each_node
 
 # Stands for torchrun: makes the file of the rendezvous and reports its folder, when the process that
-# will remove it (cat) is there.
+# will remove it ignores SIGTERM.
 TORCHRUN = """#!/bin/bash
 while [[ $1 != --rdzv-endpoint ]]; do shift; done
 touch "$2"
-until [[ $(ps -o comm= --ppid $$) == *cat* ]]; do sleep 0.01; done
+until grep -qsE '^SigIgn:.*[4-7c-f]...$' $(printf '/proc/%s/status ' $(</proc/$$/task/$$/children))
+do sleep 0.01; done
 stat -c "%a %n" "$(dirname "$2")" >"$REPORT.part" && mv "$REPORT.part" "$REPORT"
 [[ $TRY == exit ]] && exit 3
 exec sleep 60
