@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,16 +16,28 @@ from support.launch_jobs import job
 from llamax.launch.render import render
 from llamax.launch.script import IN_A_FILE, array, on_each_node
 
-# Stands for torchrun: makes the file of the rendezvous and reports its folder, when the process that
-# will remove it ignores SIGTERM.
-TORCHRUN = """#!/bin/bash
-while [[ $1 != --rdzv-endpoint ]]; do shift; done
-touch "$2"
-until grep -qsE '^SigIgn:.*[4-7c-f]...$' $(printf '/proc/%s/status ' $(</proc/$$/task/$$/children))
-do sleep 0.01; done
-stat -c "%a %n" "$(dirname "$2")" >"$REPORT.part" && mv "$REPORT.part" "$REPORT"
-[[ $TRY == exit ]] && exit 3
-exec sleep 60
+# Stands for torchrun: makes the file of the rendezvous and reports its folder, when the process
+# that will remove it ignores signals; its first line is that of this Python.
+TORCHRUN = """
+import os, signal, sys
+from pathlib import Path
+
+store, report = Path(sys.argv[sys.argv.index("--rdzv-endpoint") + 1]), Path(os.environ["REPORT"])
+store.touch()
+children = Path(f"/proc/self/task/{os.getpid()}/children")
+while not any(
+    int(line.split()[1], 16) >> signal.SIGTERM - 1 & 1
+    for child in children.read_text().split()
+    for line in Path(f"/proc/{child}/status").read_text().splitlines()
+    if line.startswith("SigIgn")
+):
+    pass
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+(part := Path(f"{report}.part")).write_text(f"{store.parent.stat().st_mode:o} {store.parent}")
+part.rename(report)
+if os.environ["TRY"] == "exit":
+    sys.exit(3)
+signal.pause()
 """
 
 
@@ -54,7 +67,7 @@ def test_the_folder_is_private_and_goes(
     fake.mkdir()
     temporary.mkdir()
     for name in ("torchrun", "neuron_parallel_compile"):
-        (fake / name).write_text(TORCHRUN)
+        (fake / name).write_text(f"#!{sys.executable} -S{TORCHRUN}")
         (fake / name).chmod(0o755)
     text = on_one_node(launcher).replace("cd -- /fsx/llama", f"cd -- {tmp_path}")
     path = f"{fake}:{os.environ['PATH']}"
@@ -71,7 +84,7 @@ def test_the_folder_is_private_and_goes(
     try:
         wait_until(lambda: report.exists() or process.poll() not in (None, 3))
         mode, folder = report.read_text().split()
-        assert mode == "700"
+        assert mode == "40700"
         assert Path(folder).parent == temporary
         if end == "SIGINT of the group":
             os.killpg(process.pid, signal.SIGINT)
@@ -79,8 +92,7 @@ def test_the_folder_is_private_and_goes(
             process.send_signal(getattr(signal, end))
         assert process.stdout is not None
         process.stdout.read()  # nothing that is left holds the output
-        codes = {"exit": [3], "SIGTERM": [-15], "SIGKILL": [-9]}.get(end, [-2, 130])
-        assert process.wait(60) in codes
+        assert process.wait(60) == {"exit": 3, "SIGTERM": -15, "SIGKILL": -9}.get(end, -2)
         wait_until(lambda: not [*temporary.iterdir()])
     finally:
         if process.poll() is None:
