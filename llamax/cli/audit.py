@@ -13,13 +13,13 @@ it, 7 if it would not compile each once, and 6 if it only lacks the memory.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
 from llamax.cli.options import command
 from llamax.cli.plan import DOES_NOT_FIT
 from llamax.config.choices import AUDIT_RANKS
+from llamax.runtime.json_writer import to_json
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         options.config, options.instance, options.nodes, options.ranks, overrides=overrides
     )
     if options.json:
-        print_text(json.dumps(as_json(report), indent=2))
+        print_text(to_json(as_json(report)))
     else:
         print_text("\n".join(show(report)))
     sys.stdout.flush()

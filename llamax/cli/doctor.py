@@ -19,15 +19,19 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import get_args
 
 from llamax.launch import jobfile
 from llamax.launch.checks import problems
 from llamax.launch.environment import variables
 from llamax.runtime.errors import ConfigError
+from llamax.runtime.json_writer import to_json
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
 from llamax.tools.doctor import Finding, Host
+from llamax.tools.doctor.finding import Level
 
 NOT_READY = 8
 
@@ -40,6 +44,16 @@ def show(finding: Finding) -> Iterator[str]:
         yield f"{'':<8} {'why':<13} {finding.why}"
     if finding.fix:
         yield f"{'':<8} {'see' if finding.level == 'unknown' else 'fix':<13} {finding.fix}"
+
+
+def as_json(findings: Sequence[Finding]) -> dict[str, object]:
+    """The findings for programs; ``ready``: no error is among them."""
+    counts = Counter(finding.level for finding in findings)
+    return {
+        "ready": not counts["error"],
+        "counts": {level: counts[level] for level in get_args(Level)},
+        "findings": [asdict(finding) for finding in findings],
+    }
 
 
 def main(argv: Sequence[str]) -> int:
@@ -58,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
         metavar="S",
         help="seconds to wait for the other nodes (0)",
     )
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     options = parser.parse_args(list(argv))
 
     from llamax.tools.doctor.doctor import examine
@@ -69,9 +84,15 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError(f"{options.job}: {wrong[0]}")
     counts = Counter[str]()
     sets = {each.name: each.value for each in variables(job)} if job else {}
+    findings = []
     for finding in examine(Host(environ={**os.environ, **sets}), job, options.wait):
         counts[finding.level] += 1
-        print_text("\n".join(show(finding)))
+        findings.append(finding)
+        if not options.json:
+            print_text("\n".join(show(finding)))
+    if options.json:
+        print_text(to_json(as_json(findings)))
+        return NOT_READY if counts["error"] else 0
     print_text(
         f"\n{counts['ok']} fine, {counts['unknown']} unknown, "
         f"{counts['warning']} warnings, {counts['error']} errors"

@@ -7,7 +7,6 @@ torchrun the ranks are one tensor-parallel axis.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -20,6 +19,7 @@ from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.row_samples import FIELDS
 from llamax.parallel.rendezvous import rendezvous
+from llamax.runtime.json_writer import to_json
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
@@ -145,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
         rank=rank,
     )
     if rank.rank == 0:
-        print_text(json.dumps(numbers) if options.json else show(numbers))
+        print_text(to_json(numbers, indent=None) if options.json else show(numbers))
     return 0
 
 

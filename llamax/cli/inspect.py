@@ -10,8 +10,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from llamax.cli.options import command
+from llamax.runtime.json_writer import to_json
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
 from llamax.runtime.text import encodable, print_text
@@ -22,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("llamax inspect", description=summary(__doc__))
     p.add_argument("path", help="checkpoint, run, model or adapter folder, dataset or file")
     p.add_argument("--verify", action="store_true", help="read everything, check what can be")
+    p.add_argument("--json", action="store_true", help="print it as JSON, for programs")
     p.add_argument("--sample", type=int, default=0, metavar="N", help="show N samples as text")
     p.add_argument("--split", default="train", help="split of the samples (train)")
     p.add_argument(
@@ -51,9 +54,10 @@ def main(argv: Sequence[str]) -> int:
     if options.sample:
         return show(options)
 
-    from llamax.tools.inspect import describe, table
+    from llamax.tools.inspect import as_json, describe, table
 
-    print_text(table([*describe(options.path, options.verify)]))
+    rows = [*describe(options.path, options.verify)]
+    print_text(to_json(as_json(rows)) if options.json else table(rows))
     return 0
 
 
@@ -70,6 +74,9 @@ def show(options: argparse.Namespace) -> int:
         seed=options.seed,
         tokenizer=options.tokenizer,
     )
+    if options.json:
+        print_text(to_json([asdict(sample) for sample in samples]))
+        return 0
     wanted = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     marks = MARKS if encodable(MARKS[0], sys.stdout) == MARKS[0] else ASCII_MARKS
     text = show_samples(samples, colour=wanted and sys.stdout.isatty(), marks=marks)

@@ -17,12 +17,12 @@ Each line has its formula.  The exit code is 0 if the plan fits into memory and 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
 from llamax.cli.options import command
 from llamax.config.hardware import machine_names
+from llamax.runtime.json_writer import to_json
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
 
@@ -73,13 +73,13 @@ def main(argv: Sequence[str]) -> int:
         plans, refused = search(config, machine, options.nodes)
         fits = bool(plans) and plans[0].memory.fits
         if options.json:
-            text = json.dumps([as_json(found) for found in plans], indent=2)
+            text = to_json([as_json(found) for found in plans])
         else:
             text = "\n".join(show_search(plans, refused))
     else:
         found = plan(config, machine, options.nodes)
         fits = found.memory.fits
-        text = json.dumps(as_json(found), indent=2) if options.json else "\n".join(show(found))
+        text = to_json(as_json(found)) if options.json else "\n".join(show(found))
     print_text(text)
     return 0 if fits else DOES_NOT_FIT
 

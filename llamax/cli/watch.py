@@ -28,9 +28,11 @@ from llamax.cli.options import command
 from llamax.config.constants import METRICS_FILE
 from llamax.config.hardware import load_machine
 from llamax.runtime.errors import ConfigError
+from llamax.runtime.json_writer import to_json
 from llamax.runtime.process import run_main
+from llamax.runtime.text import print_text
 from llamax.tools.monitor.run_folder import read_run
-from llamax.tools.monitor.watch import render
+from llamax.tools.monitor.watch import as_json, render
 from llamax.training.metrics import Log
 
 
@@ -42,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     p.add_argument("--once", action="store_true", help="print one view, without colours")
+    p.add_argument("--json", action="store_true", help="print one view as JSON, for programs")
     p.add_argument(
         "--every", type=float, default=2.0, metavar="S", help="seconds between views (default 2)"
     )
@@ -64,6 +67,9 @@ def main(argv: Sequence[str]) -> int:
         machine = load_machine(options.instance)
         nodes = -(-int(run.environment.get("ranks", 1)) // machine.ranks)
         price = price or machine.dollars_per_hour * nodes
+    if options.json:
+        print_text(to_json(as_json(run, price)))
+        return 0
     if options.once or not sys.stdout.isatty():
         print("\n".join(render(run, price=price)))
         return 0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,20 @@ from llamax.data.dataset import blend_words
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.progress import Progress
 from llamax.runtime.text import printable_line
-from llamax.runtime.units import show_bytes, show_number
+from llamax.runtime.units import count, show_bytes, show_number
 
 Rows = Iterator[tuple[str, object]]
+
+
+class Row(tuple[str, object]):
+    """A label and a value for readers, and the same as ``facts`` for programs (``as_json``)."""
+
+    facts: dict[str, Any]
+
+    def __new__(cls, label: str, value: object, **facts: Any) -> Row:
+        row = super().__new__(cls, (label, value))
+        row.facts = facts
+        return row
 
 
 def describe(path: Path | str, verify: bool = False) -> Rows:
@@ -68,79 +79,105 @@ def describe(path: Path | str, verify: bool = False) -> Rows:
 def _checkpoint(path: Path, verify: bool) -> Rows:
     source = Checkpoint(path, verify=False)
     manifest = source.manifest
-    yield "checkpoint", path
-    yield "step", manifest.step
+    yield Row("checkpoint", path, kind="checkpoint", path=path, checkpoint=path)
+    yield Row("step", manifest.step, step=manifest.step)
     degrees = {name: manifest.mesh.get(name) for name in ("tensor", "context", "data")}
     mesh = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree)
-    yield "saved on", f"{mesh}, llamax {manifest.llamax}, torch {manifest.torch}"
+    yield Row(
+        "saved on",
+        f"{mesh}, llamax {manifest.llamax}, torch {manifest.torch}",
+        mesh=manifest.mesh,
+        versions={"llamax": manifest.llamax, "torch": manifest.torch},
+    )
     yield from _model(source)
     if trained := adapter_info(source):
         yield from _lora(trained)
     kept = Counter((k, one.dtype) for t in manifest.tensors.values() for k, one in t.kinds.items())
-    yield "kept", ", ".join(f"{kind} {dtype} x {n}" for (kind, dtype), n in kept.items())
+    yield _kept([(*key, n) for key, n in kept.items()])
     shown = ("base", "finetune") if trained else ()
     for key, value in manifest.state.items():
         if key not in shown:
-            yield key.replace("_", " "), value
-    yield "files", _files(file.size_bytes for file in manifest.files)
+            yield Row(key.replace("_", " "), value, state={key: value})
+    yield _files(file.size_bytes for file in manifest.files)
     if verify:
         total = sum(file.size_bytes for file in manifest.files)
         with Progress("verifying", total) as bar:
             source.verify(progress=bar.update)
-        yield "verified", f"sha256 of all {len(manifest.files)} files"
+        yield Row("verified", f"sha256 of {_all_files(len(manifest.files))}", verified=True)
 
 
 def _run(path: Path, verify: bool) -> Rows:
     found = list_checkpoints(path)
-    yield "run", path
-    yield "checkpoints", ", ".join(one.name for one in found)
+    yield Row("run", path, kind="run", path=path)
+    names = [one.name for one in found]
+    yield Row("checkpoints", ", ".join(names), checkpoints=names)
     yield from _checkpoint(found[-1], verify)
 
 
 def _hub(path: Path, verify: bool) -> Rows:
     source = hf_folder.HfFolder(path)
-    yield "Hugging Face", path
+    yield Row("Hugging Face", path, kind="hugging-face", path=path)
     yield from _model(source)
     yield from _weights(source)
     tokenizer = [name for name in hf_folder.TOKENIZER_FILES if (path / name).is_file()]
-    yield "tokenizer", ", ".join(tokenizer) or "none"
+    yield Row("tokenizer", ", ".join(tokenizer) or "none", tokenizer_files=tokenizer)
     yield from _no_hashes(verify)
 
 
 def _adapter(path: Path, verify: bool) -> Rows:
     source = PeftFolder(path)
-    yield "PEFT adapter", path
+    yield Row("PEFT adapter", path, kind="peft-adapter", path=path)
     yield from _lora(source.info)
     if source.settings.special:
-        yield "PEFT settings", ", ".join(source.settings.special)
+        special = source.settings.special
+        yield Row("PEFT settings", ", ".join(special), peft_settings=[*special])
     yield from _weights(source)
     yield from _no_hashes(verify)
 
 
 def _lora(info: AdapterInfo) -> Rows:
     settings, base, fingerprint = info
-    yield "base", (base or "not named") + (f", fingerprint {fingerprint[:12]}" * bool(fingerprint))
-    yield (
+    yield Row(
+        "base",
+        (base or "not named") + (f", fingerprint {fingerprint[:12]}" * bool(fingerprint)),
+        base={"name": base or None, "fingerprint": fingerprint or None},
+    )
+    yield Row(
         "adapters",
         f"LoRA of rank {settings.r}, alpha {settings.alpha:g}, dropout {settings.dropout:g} "
         f"on {settings.targets}",
+        adapters={
+            "r": settings.r,
+            "alpha": settings.alpha,
+            "dropout": settings.dropout,
+            "targets": settings.targets,
+        },
     )
 
 
 def _weights(source: hf_folder.HfFolder | PeftFolder) -> Rows:
     dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in source.names())
-    yield "kept", ", ".join(f"weight {dtype} x {n}" for dtype, n in dtypes.items())
-    yield "files", _files(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+    yield _kept([("weight", dtype, n) for dtype, n in dtypes.items()])
+    yield _files(file.stat().st_size for file in source.folder.glob("*.safetensors"))
+
+
+def _kept(tensors: Sequence[tuple[str, str, int]]) -> Row:
+    """How many tensors there are of each kind and dtype."""
+    return Row(
+        "kept",
+        ", ".join(f"{kind} {dtype} x {n}" for kind, dtype, n in tensors),
+        tensors=[{"kind": kind, "dtype": dtype, "count": n} for kind, dtype, n in tensors],
+    )
 
 
 def _no_hashes(verify: bool) -> Rows:
     if verify:
-        yield "verified", "nothing: files of this kind keep no hashes"
+        yield Row("verified", "nothing: files of this kind keep no hashes", verified=False)
 
 
 def _model(source: Source) -> Rows:
     model = ModelConfig.from_hub(source.model)
-    yield (
+    yield Row(
         "model",
         f"Llama of {show_number(model.num_parameters())} parameters: "
         f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, "
@@ -148,15 +185,20 @@ def _model(source: Source) -> Rows:
         f"heads {model.num_attention_heads}/{model.num_key_value_heads}, "
         f"vocabulary {model.vocab_size}"
         f"{', tied' if model.tie_word_embeddings else ''}",
+        parameters=model.num_parameters(),
+        model=source.model,
     )
 
 
 def _container(path: Path, verify: bool) -> Rows:
     header = read_header(path)
-    yield "safetensors", path
-    yield "tensors", len(header)
-    yield "elements", show_number(sum(math.prod(entry.shape) for entry in header.values()))
-    yield "files", _files([path.stat().st_size])
+    yield Row("safetensors", path, kind="safetensors", path=path)
+    dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in header.values())
+    kept = [{"dtype": dtype, "count": n} for dtype, n in dtypes.items()]
+    yield Row("tensors", len(header), tensors=kept)
+    elements = sum(math.prod(entry.shape) for entry in header.values())
+    yield Row("elements", show_number(elements), elements=elements)
+    yield _files([path.stat().st_size])
     yield from _no_hashes(verify)
 
 
@@ -164,24 +206,31 @@ def _dataset(path: Path, verify: bool) -> Rows:
     from llamax.data.token_file import TokenFile
 
     paths = [path] if path.is_file() else sorted(path.glob("*.tokens"))
-    yield "dataset", path
+    yield Row("dataset", path, kind="dataset", path=path)
     for one in paths:
         header = TokenFile(one, "start" if verify else "off").header
-        yield (
+        counts = {"tokens": header.tokens, "documents": header.documents}
+        yield Row(
             one.stem,
-            f"{show_number(header.tokens)} tokens, {show_number(header.documents)} documents, "
-            f"{show_bytes(header.text_bytes)} of text, {header.dtype.name}",
+            f"{_tokens(**counts)}, {show_bytes(header.text_bytes)} of text, {header.dtype.name}",
+            splits={
+                one.stem: {
+                    **counts,
+                    "text_bytes": header.text_bytes,
+                    "dtype": header.dtype.name,
+                }
+            },
         )
-    yield "vocabulary", header.vocab_size
-    yield "tokenizer", header.tokenizer
-    yield "files", _files(one.stat().st_size for one in paths)
+    yield Row("vocabulary", header.vocab_size, vocab_size=header.vocab_size)
+    yield Row("tokenizer", header.tokenizer, tokenizer=header.tokenizer)
+    yield _files(one.stat().st_size for one in paths)
     if verify:
-        yield "verified", f"checksums of all {len(paths)} files"
+        yield Row("verified", f"checksums of {_all_files(len(paths))}", verified=True)
 
 
 def _blend(words: Sequence[str], verify: bool) -> Rows:
     for weight, path in zip(words[::2], words[1::2], strict=False):
-        yield "weight", weight
+        yield Row("weight", weight, weight=float(weight))
         yield from describe(path, verify)
 
 
@@ -193,23 +242,57 @@ def _megatron(path: Path, verify: bool) -> Rows:
     found = open_dataset(path, "off", header.vocab_size)
     splits = {"train" if path.is_dir() else path.name: found.train, "validation": found.validation}
     indexed = {name: one for name, one in splits.items() if isinstance(one, IndexedFile)}
-    yield "Megatron data", path
+    yield Row("Megatron data", path, kind="megatron", path=path)
     for name, one in indexed.items():
-        documents = show_number(len(one.marks) - 1)
-        yield name, f"{show_number(len(one))} tokens, {documents} documents, {one.dtype.name}"
-    yield "vocabulary", header.vocab_size or "not named"
-    yield "tokenizer", header.tokenizer or "not named"
+        counts = {"tokens": len(one), "documents": len(one.marks) - 1}
+        yield Row(
+            name,
+            f"{_tokens(**counts)}, {one.dtype.name}",
+            splits={name: {**counts, "dtype": one.dtype.name}},
+        )
+    vocabulary, tokenizer = header.vocab_size or None, header.tokenizer or None
+    yield Row("vocabulary", vocabulary or "not named", vocab_size=vocabulary)
+    yield Row("tokenizer", tokenizer or "not named", tokenizer=tokenizer)
     halves = (Path(f"{one.path}{half}") for one in indexed.values() for half in (".bin", ".idx"))
-    yield "files", _files(half.stat().st_size for half in halves)
+    yield _files(half.stat().st_size for half in halves)
     if verify:
         found.verify()
         known = " and tokens are in the vocabulary" if header.vocab_size else ""
-        yield "verified", f"that sequences lie end to end{known}; the format keeps no checksums"
+        what = f"that sequences lie end to end{known}; the format keeps no checksums"
+        yield Row("verified", what, verified=False)
 
 
-def _files(sizes: Any) -> str:
-    sizes = [*sizes]
-    return f"{len(sizes)}, {show_bytes(sum(sizes))}"
+def _all_files(number: int) -> str:
+    return f"{'all ' if number > 1 else ''}{count(number, 'file')}"
+
+
+def _tokens(tokens: int, documents: int) -> str:
+    words = (show_number(tokens), "token" if tokens == 1 else "tokens")
+    return f"{' '.join(words)}, {show_number(documents)} document{'' if documents == 1 else 's'}"
+
+
+def _files(sizes: Iterable[int]) -> Row:
+    each = [*sizes]
+    value = f"{len(each)}, {show_bytes(sum(each))}"
+    return Row("files", value, files={"count": len(each), "bytes": sum(each)})
+
+
+def as_json(rows: Iterable[tuple[str, object]]) -> dict[str, Any]:
+    """What ``describe`` found, for programs; a blend is a list of datasets with their weights."""
+    found: dict[str, Any] = {}
+    datasets: list[dict[str, Any]] = []
+    into = found
+    for row in rows:
+        facts = row.facts if isinstance(row, Row) else {row[0]: row[1]}
+        if "weight" in facts:
+            into = {}
+            datasets.append(into)
+        for key, value in facts.items():
+            if key not in into:
+                into[key] = value
+            elif isinstance(value, dict) and isinstance(into[key], dict):
+                into[key] = {**into[key], **value}
+    return {"kind": "blend", "datasets": datasets} if datasets else found
 
 
 def table(rows: Mapping[str, object] | Sequence[tuple[str, object]]) -> str:

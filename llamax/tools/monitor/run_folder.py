@@ -114,6 +114,11 @@ class RunFolder:
         return self.records[-1] if self.records else None
 
     @property
+    def step(self) -> int:
+        """The last step that was reported, or done before this start."""
+        return self.last.step if self.last else 0
+
+    @property
     def steps(self) -> int:
         """Steps of the whole run."""
         return self.config.run.steps if self.config else self.last.step if self.last else 0

@@ -19,6 +19,8 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from llamax.runtime.units import perplexity, show_bytes, show_number, show_time
 from llamax.tools.monitor.run_folder import WINDOW, RunFolder, percentiles
@@ -67,6 +69,41 @@ def render(run: RunFolder, width: int = 80, colour: bool = False, price: float =
         *_saved(run, paint),
     ]
     return [clip(line, width) for line in lines]
+
+
+def as_json(run: RunFolder, price: float = 0.0) -> dict[str, Any]:
+    """A run for programs; times in seconds, ``price`` in dollars an hour replaces that of the run.
+
+    ``last`` is the last record of metrics.jsonl; null: not known.
+    """
+    price = price or run.dollars_per_hour
+    return {
+        "name": run.name,
+        "folder": str(run.folder),
+        "state": run.state,
+        "time": run.now,
+        "step": run.step,
+        "steps": run.steps,
+        "remaining_s": run.remaining_s if run.last else None,
+        "spent_s": run.spent_s,
+        "dollars_per_hour": price or None,
+        "dollars_spent": run.spent_s / 3600 * price if price else None,
+        "last": asdict(run.last) if run.last else None,
+        "last_report_s": max(run.now - run.written, 0) if run.last else None,
+        "ranks": [
+            {
+                "rank": rank.number,
+                "state": rank.state,
+                "host": rank.beat.host,
+                "step": rank.beat.step,
+                "silent_s": rank.silent_s,
+            }
+            for rank in run.ranks
+        ],
+        "checkpoints": [asdict(saved) for saved in run.saved],
+        "cores": run.cores,
+        "environment": run.environment,
+    }
 
 
 def clip(line: str, width: int) -> str:
