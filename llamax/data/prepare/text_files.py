@@ -124,7 +124,7 @@ def plan(
         chunks.append(tuple(small))
     if not chunks:
         tables = [name for name in left if kind_of(Path(name))]
-        why = f"; no rows with a column {key!r} in {', '.join(tables[:8])}" if tables else ""
+        why = f"; tables without a column {key!r}: {', '.join(tables[:8])}" if tables else ""
         raise DataError(
             f"{', '.join(map(str, inputs))}: holds no text (files matching {', '.join(glob)}"
             f"{why}); give text files, JSONL files or folders of them"
