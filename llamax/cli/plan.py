@@ -17,11 +17,16 @@ Each line has its formula.  The exit code is 0 if the plan fits into memory and 
 from __future__ import annotations
 
 import argparse
+import re
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from llamax.cli.options import command
 from llamax.config.hardware import machine_names
+from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_writer import to_json
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
@@ -57,31 +62,75 @@ def main(argv: Sequence[str]) -> int:
     """Print the plan; 0 if it fits, ``DOES_NOT_FIT`` if not."""
     options, overrides = parser().parse_known_args(list(argv))
 
-    from llamax.tools.plan import place, plan, search
-    from llamax.tools.plan.report import as_json, show, show_search
+    from llamax.tools.plan import nearest, place, plan, search
+    from llamax.tools.plan.report import (
+        as_json,
+        nearest_as_json,
+        show,
+        show_nearest,
+        show_search,
+    )
 
-    config, machine = place(
+    chosen = partial(
+        place,
         options.config,
         options.instance or "",
         options.nodes,
         ranks=options.ranks,
         dollars_per_hour=options.dollars_per_hour,
         overrides=overrides,
-        any_layout=options.search,
     )
+    try:
+        config, machine = chosen(any_layout=options.search)
+    except ConfigError as error:
+        if options.search:
+            raise
+        near = nearest(*chosen(any_layout=True), options.nodes)
+        if near is None or not near.fits:
+            raise
+        use = " ".join(near.flags)
+        raise ConfigError(f"{error}; the nearest layout that fits is {use}") from None
     if options.search:
         plans, refused = search(config, machine, options.nodes)
-        fits = bool(plans) and plans[0].memory.fits
-        if options.json:
-            text = to_json([as_json(found) for found in plans])
-        else:
-            text = "\n".join(show_search(plans, refused))
+        numbers: object = [as_json(each) for each in plans]
+        lines = [*show_search(config, plans, refused)]
     else:
-        found = plan(config, machine, options.nodes)
-        fits = found.memory.fits
-        text = to_json(as_json(found)) if options.json else "\n".join(show(found))
-    print_text(text)
+        plans = [plan(config, machine, options.nodes)]
+        numbers, lines = as_json(plans[0]), [*show(plans[0])]
+    fits = bool(plans) and plans[0].memory.fits
+    if not fits:
+        near = nearest(config, machine, options.nodes)
+        lines += show_nearest(near)
+        if isinstance(numbers, dict):
+            numbers["nearest"] = nearest_as_json(near)
+    if options.json:
+        print_text(to_json(numbers))
+    else:
+        print_text("\n".join(folded(lines)))
     return 0 if fits else DOES_NOT_FIT
+
+
+def folded(lines: Iterable[str]) -> Iterator[str]:
+    """The lines, folded to the width of a terminal; as they are into a file or a pipe.
+
+    A line goes on below its formula, or four columns to the right of its start.
+    """
+    if not sys.stdout.isatty():
+        yield from lines
+        return
+    width = shutil.get_terminal_size().columns
+    for line in lines:
+        formula = re.match(r"  .{34} .{9}   ", line)
+        start = len(line) - len(line.lstrip()) + 4
+        indent = formula.end() if formula and formula.end() + 20 < width else start
+        yield from textwrap.wrap(
+            line,
+            width,
+            subsequent_indent=" " * indent,
+            drop_whitespace=True,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Finding, Host, machine, storage, versions
 from llamax.tools.doctor.finding import passed, unknown
-from llamax.tools.plan import Plan, plan_run
+from llamax.tools.plan import Plan, nearest, plan_run
 from llamax.training.compile_guard import PROGRAMS
 from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 
@@ -51,7 +51,7 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     run = resolve(job.config, job.nodes * job.ranks, *samples, node_ranks=job.node_limit)
     found = _plan(run, job)
     if found is not None:
-        yield from _fits(found)
+        yield from _fits(found, job)
     yield from storage.disk(folder, run, found.time.step_s if found else None)
     yield from _dataset(path, folder.is_dir())
     if cache := host.environ.get("NEURON_COMPILE_CACHE_URL"):
@@ -81,19 +81,26 @@ def _plan(run: ResolvedRun, job: JobFile) -> Plan | None:
     return plan_run(run, job.machine.with_ranks(job.ranks), job.nodes)
 
 
-def _fits(planned: Plan) -> Iterator[Finding]:
+def _fits(planned: Plan, job: JobFile) -> Iterator[Finding]:
     memory, time = planned.memory, planned.time
     used = f"{show_bytes(memory.peak)} of {show_bytes(memory.available)} on each core"
     if memory.fits:
         yield passed("plan", f"{used}; a step takes about {show_time(time.step_s)}")
+        return
+    near = nearest(job.config, planned.machine, job.nodes)
+    if near is None or not near.fits:
+        fix = "no layout of the model fits on this instance; take one with more memory"
     else:
-        yield Finding(
-            "error",
-            "plan",
-            f"{used}, when {memory.moment}",
-            "the run would end in its first step, after compilation",
-            "llamax plan --search with the same configuration lists the layouts that fit",
-        )
+        changes = [each.removeprefix("--") for each in near.flags]
+        named = [f"overrides {each}" if "." in each.partition("=")[0] else each for each in changes]
+        fix = f"in the job file use {', '.join(named)}: the nearest layout that fits"
+    yield Finding(
+        "error",
+        "plan",
+        f"{used}, when {memory.moment}",
+        "the run would end in its first step, after compilation",
+        fix,
+    )
 
 
 def _below(folder: Path, path: str) -> str:

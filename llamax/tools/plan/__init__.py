@@ -7,11 +7,13 @@
                                 └─ roofline ─> seconds by purpose, tokens/s, MFU
                                 search ──> every layout: those that fit, best first, and why the
                                            others are refused
+                                nearest ─> the layout with the fewest changes that fits
 
 Every quantity is a ``Line``: a number and its formula.
 """
 
+from llamax.tools.plan.nearest import Nearest, nearest
 from llamax.tools.plan.planner import Plan, place, plan, plan_run
 from llamax.tools.plan.search import Refused, search
 
-__all__ = ["Plan", "Refused", "place", "plan", "plan_run", "search"]
+__all__ = ["Nearest", "Plan", "Refused", "nearest", "place", "plan", "plan_run", "search"]

@@ -19,9 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from llamax.config.rules.parallel import within_node
+from llamax.config.schema import Config
 from llamax.runtime.units import count, show_bytes, show_number, show_time
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import plain_attention
+from llamax.tools.plan.nearest import Nearest, flags
 from llamax.tools.plan.planner import Plan
 from llamax.tools.plan.search import Refused
 from llamax.tools.plan.sizes import Share
@@ -107,8 +109,8 @@ def rows(lines: Sequence[Line], show_value: Callable[[float], str]) -> Iterator[
         yield f"  {line.name:<34} {show_value(line.value):>9}   {line.formula}"
 
 
-def show_search(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
-    """The layouts that fit, fastest first; then why the others do not."""
+def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
+    """The layouts of ``config`` that fit, fastest first; then why the others do not."""
     fitting = [each for each in plans if each.memory.fits]
     if not fitting:
         yield f"none of {len(plans) + len(refused)} layouts fits"
@@ -121,47 +123,80 @@ def show_search(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[s
         f"{'memory':>9} {'MFU':>6} {'tokens/s':>9} {'dollars':>10}"
     )
     for each in fitting[:BEST]:
-        mesh, config = each.run.mesh, each.run.config
+        mesh, there = each.run.mesh, each.run.config
         yield (
-            f"  {mesh.tp:>6} {mesh.cp:>7} {mesh.dp:>5} {config.data.micro_batch:>5} "
-            f"{config.run.recompute:<9} {show_bytes(each.memory.peak):>9} "
+            f"  {mesh.tp:>6} {mesh.cp:>7} {mesh.dp:>5} {there.data.micro_batch:>5} "
+            f"{there.run.recompute:<9} {show_bytes(each.memory.peak):>9} "
             f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
             f"{each.time.dollars:>10,.0f}"
         )
+    changes = flags(config, fitting[0].nodes, fitting[0])
+    yield f"the fastest is {' '.join(changes) or 'the layout as configured'}"
     yield from _reasons(plans, refused)
 
 
 def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
-    """One line for each tensor and context degree that does not fit, or that is refused."""
-    over: dict[tuple[int, int], list[Plan]] = {}
+    """One line for each tensor degree of which no layout fits, or no layout is valid."""
+    over: dict[int, list[Plan]] = {}
     for each in plans:
-        if not each.memory.fits:
-            over.setdefault((each.run.mesh.tp, each.run.mesh.cp), []).append(each)
-    if over or refused:
-        yield "the others:"
-    for degrees, layouts in sorted(over.items()):
-        least = min(layouts, key=lambda each: each.memory.peak)
-        largest = max(least.memory.lines, key=lambda line: line.value)
-        config = least.run.config
-        yield (
-            f"  {_named(degrees)}: {len(layouts)} layouts do not fit; the smallest (micro-batch "
-            f"{config.data.micro_batch}, recompute {config.run.recompute}) needs "
-            f"{show_bytes(least.memory.peak)} of {show_bytes(least.memory.available)}, "
-            f"{show_bytes(largest.value)} of it {largest.name}"
-        )
-    first: dict[tuple[int, int], Refused] = {}
+        over.setdefault(each.run.mesh.tp, []).append(each)
+    reasons: dict[str, list[int]] = {}
     for refusal in refused:
-        parallel = refusal.config.parallel
-        first.setdefault((parallel.tensor, parallel.context), refusal)
-    for degrees, refusal in sorted(first.items()):
-        batch = refusal.config.data.micro_batch
-        of = f" with micro-batch {batch} and more" if batch > 1 else ""
-        yield f"  {_named(degrees)}{of}: {refusal.reason}"
+        tensor = refusal.config.parallel.tensor
+        if tensor not in over:
+            alike = refusal.reason.replace(f"parallel.tensor={tensor} ", "parallel.tensor=N ")
+            degrees = reasons.setdefault(alike, [])
+            if all(tensor not in others for others in reasons.values()):
+                degrees.append(tensor)
+    over = {tensor: each for tensor, each in over.items() if not any(p.memory.fits for p in each)}
+    if over or any(reasons.values()):
+        yield "the others:"
+    for tensor, layouts in sorted(over.items()):
+        yield f"  tensor {tensor}: {len(layouts)} layouts do not fit; the smallest {needs(layouts)}"
+    for reason, degrees in reasons.items():
+        if degrees:
+            first, names = degrees[0], ", ".join(map(str, degrees))
+            yield f"  tensor {names}: " + reason.replace("tensor=N ", f"tensor={first} ")
 
 
-def _named(degrees: tuple[int, int]) -> str:
-    tensor, context = degrees
-    return f"tensor {tensor} x context {context}" if context > 1 else f"tensor {tensor}"
+def needs(plans: Sequence[Plan]) -> str:
+    """What the smallest of some layouts that do not fit needs, and its largest part."""
+    least = min(plans, key=lambda each: each.memory.peak)
+    largest = max(least.memory.lines, key=lambda line: line.value)
+    config, mesh = least.run.config, least.run.mesh
+    context = f"context {mesh.cp}, " if mesh.cp > 1 else ""
+    return (
+        f"({context}micro-batch {config.data.micro_batch}, recompute {config.run.recompute}) needs "
+        f"{show_bytes(least.memory.peak)} of {show_bytes(least.memory.available)}, "
+        f"{show_bytes(largest.value)} of it {largest.name}"
+    )
+
+
+def show_nearest(near: Nearest | None) -> Iterator[str]:
+    """The nearest layout that fits, as options to be pasted."""
+    if near is None:
+        yield "no layout is valid on any number of such nodes"
+    elif near.fits:
+        memory, time = near.plan.memory, near.plan.time
+        yield f"nearest layout that fits: {' '.join(near.flags)}"
+        yield (
+            f"  {show_bytes(memory.peak)} of {show_bytes(memory.available)}, "
+            f"{show_number(time.tokens_per_s)} tokens/s, "
+            f"${time.dollars:,.0f} at ${time.dollars_per_hour:,.2f} an hour"
+        )
+    else:
+        mesh = near.plan.run.mesh
+        yield (
+            f"no layout fits on any number of such nodes: the smallest, tensor {mesh.tp} on "
+            f"{count(near.plan.nodes, 'node')} {needs([near.plan])}"
+        )
+
+
+def nearest_as_json(near: Nearest | None) -> dict[str, object] | None:
+    """The nearest layout for programs; None where no layout fits."""
+    if near is None or not near.fits:
+        return None
+    return {"flags": near.flags, **as_json(near.plan)}
 
 
 def as_json(plan: Plan) -> dict[str, object]:

@@ -34,12 +34,13 @@ def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[s
 
 
 def test_search_ranks_meshes_that_fit_and_counts_the_others() -> None:
-    plans, refused = search(recipe("llama2-7b", *ONE), TRN1, 4)
+    config = recipe("llama2-7b", *ONE)
+    plans, refused = search(config, TRN1, 4)
     fitting = [each for each in plans if each.memory.fits]
     assert fitting == plans[: len(fitting)]
     speeds = [each.time.tokens_per_s for each in fitting]
     assert speeds == sorted(speeds, reverse=True)
-    text = "\n".join(show_search(plans, refused))
+    text = "\n".join(show_search(config, plans, refused))
     assert "tensor 1: 12 layouts do not fit" in text
     assert "parallel.tensor=64 does not divide model.num_attention_heads=32" in text
 
