@@ -31,7 +31,7 @@ from llamax.training.metrics import read_jsonl
 
 RECIPE = "demo"
 RANKS = 4
-PROMPTS = ("def __init__(self", "import ", "class Error(")
+PROMPTS = ("def __init__(self", "import os", "class Error(Exception")
 LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
 
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
         )
     shell([*llamax, "consolidate", str(run), "--out", str(hub)])
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    shell([*llamax, "generate", str(hub), *prompts, "--max-new-tokens", "80"])
+    shell([*llamax, "generate", str(hub), *prompts, "--max-new-tokens", "80", "--temperature", "0.6"])
 
     entropy, _ = unigram_entropy(TokenFile(data / "validation.tokens", "off"))
     picture = folder / "loss.png"

@@ -204,7 +204,7 @@ def message(name: str | Path, *overrides: str) -> str:
 
 def test_an_error_names_where_its_values_come_from(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text((RECIPES / "demo.toml").read_text().replace("steps = 160", "stepz = 160"))
+    path.write_text((RECIPES / "demo.toml").read_text().replace("\nsteps =", "\nstepz ="))
     assert message(path).startswith(f"{path}: run.stepz is an unknown key")
     path.write_text(re.sub(r"(?m)^min_lr = .*", "min_lr = 9", (RECIPES / "demo.toml").read_text()))
     assert message(path).startswith(f"{path}: optim.min_lr=9.0 is above optim.lr=")

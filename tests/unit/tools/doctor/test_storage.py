@@ -58,11 +58,13 @@ def test_nodes_meet_in_the_folder(tmp_path: Path, ahead: float, level: str) -> N
 
 
 def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = load_config("demo", ["--checkpoint.every=40", "--checkpoint.keep=0"])
+    small = load_config(
+        "demo", ["--run.steps=160", "--checkpoint.every=40", "--checkpoint.keep=0"]
+    )
     assert levels(storage.disk(tmp_path, resolve(small, 4), None)) == {"disk": "ok"}
     found = list(storage.disk(tmp_path, resolve(small, 4), 10.0))
     assert levels(found) == {"disk": "ok", "write rate": "ok"}
-    assert found[0].what.startswith("4 checkpoints of 36.6 MiB")  # 160 steps
+    assert found[0].what.startswith("4 checkpoints of 36.6 MiB")
     huge = load_config("llama3.1-70b", ["--run.dtype=float32"])
     assert levels(storage.disk(tmp_path, resolve(huge, 512), 10.0))["disk"] == "error"
     assert levels(storage.disk(tmp_path / "none", resolve(huge, 512), 10.0)) == {"disk": "unknown"}
@@ -89,9 +91,8 @@ def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_checkpoints_that_are_there_at_once(keys: str, fullest: int) -> None:
-    settings = [f"--checkpoint.{key}" for key in keys.split()]
+    settings = ["--run.steps=160", *(f"--checkpoint.{key}" for key in keys.split())]
     config = load_config("demo", settings)
-    assert config.run.steps == 160
     validating = replace(config, run=replace(config.run, validate_every=10))
     assert resolve(validating, 4).most_checkpoints == fullest
 
