@@ -85,7 +85,9 @@ def main(argv: Sequence[str]) -> int:
         )
     shell([*llamax, "consolidate", str(run), "--out", str(hub)])
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
-    shell([*llamax, "generate", str(hub), *prompts, "--max-new-tokens", "80", "--temperature", "0.6"])
+    shell(
+        [*llamax, "generate", str(hub), *prompts, "--max-new-tokens", "80", "--temperature", "0.6"]
+    )
 
     entropy, _ = unigram_entropy(TokenFile(data / "validation.tokens", "off"))
     picture = folder / "loss.png"

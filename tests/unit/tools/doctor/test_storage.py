@@ -58,9 +58,7 @@ def test_nodes_meet_in_the_folder(tmp_path: Path, ahead: float, level: str) -> N
 
 
 def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = load_config(
-        "demo", ["--run.steps=160", "--checkpoint.every=40", "--checkpoint.keep=0"]
-    )
+    small = load_config("demo", ["--run.steps=160", "--checkpoint.every=40", "--checkpoint.keep=0"])
     assert levels(storage.disk(tmp_path, resolve(small, 4), None)) == {"disk": "ok"}
     found = list(storage.disk(tmp_path, resolve(small, 4), 10.0))
     assert levels(found) == {"disk": "ok", "write rate": "ok"}
