@@ -108,7 +108,7 @@ def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
             job = prepare(resolved, backend, axes, inputs, parts=parts)
             ending.callback(job.saver.close)
             verified.result()
-            if changed := inputs.changed(resolved):
+            if changed := inputs.changed(resolved, parts.learning_rate is not None):
                 logger.info("changed since then: %s", ", ".join(changed))
             if job.main:
                 log_start(job)

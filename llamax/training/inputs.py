@@ -90,11 +90,11 @@ class Inputs:
         if config.data.verify == "start":
             self.dataset.verify(share, of, go_on)
 
-    def changed(self, run: ResolvedRun) -> list[str]:
+    def changed(self, run: ResolvedRun, own_schedule: bool = False) -> list[str]:
         """The settings of samples, updates and mesh that differ from the resumed checkpoint's.
 
         Where the schedule may differ, the learning rate of the next step, before and after, is the
-        last item.
+        last item; not with a schedule of the program's own, whose past is unknown.
         """
         if self.resumed is None or not (self.resumed.folder / CONFIG_TOML).is_file():
             return []
@@ -115,7 +115,8 @@ class Inputs:
         data = self.resumed.manifest.mesh.get("data", run.mesh.dp)
         if data != run.mesh.dp:  # parallel.data=0 stands for any
             changes.append(f"parallel.data {data} -> {run.mesh.dp}")
-        if any(change.partition(" ")[0] in SCHEDULE for change in changes):
+        scheduled = any(change.partition(" ")[0] in SCHEDULE for change in changes)
+        if scheduled and not own_schedule:
             step = self.resumed.step + 1
             before = lr_at(step, then.optim, then.run.steps)
             after = lr_at(step, run.config.optim, run.steps)

@@ -133,7 +133,10 @@ def test_python_blocks_compile_and_name_what_exists(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [DOCS / "how-to/extend.md", DOCS / "concepts/mesh.md"])
-def test_library_pages_run(page: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_library_pages_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks(page, "python")), {"__name__": "page"})
     printed = capsys.readouterr().out.splitlines()
     assert printed

@@ -143,16 +143,10 @@ def qlora_news(folder: Path) -> list[float]:
 
 
 def change_the_attention(folder: Path) -> list[float]:
-    (folder / "text").mkdir()
-    for number, text in enumerate(python_sources(3)):
-        (folder / "text" / f"{number}.txt").write_text(text[:8000])
-    prepare(folder / "data", folder / "text", "--train-tokenizer", 400, "--validation", "0")
     module = script("change-the-attention", "sliding_window")
     module.WINDOW = 8
-    config = load_config(
-        str(EXAMPLES / "change-the-attention/sliding-window.toml"),
-        [*TINY, "--model.vocab_size=400", f"--data.path={folder / 'data'}"],
-    )
+    path = EXAMPLES / "change-the-attention/sliding-window.toml"
+    config = load_config(str(path), small_text(folder))
     found: list[float] = module.train(config, Rendezvous())
     return found
 
@@ -169,11 +163,36 @@ def custom_dataset(folder: Path) -> list[float]:
     return list(found)
 
 
+def small_text(folder: Path) -> list[str]:
+    """A dataset of text, and the settings of a tiny run on it."""
+    (folder / "text").mkdir()
+    for number, text in enumerate(python_sources(3)):
+        (folder / "text" / f"{number}.txt").write_text(text[:8000])
+    prepare(folder / "data", folder / "text", "--train-tokenizer", 400, "--validation", "0")
+    paths = [f"--data.path={folder / 'data'}", f"--run.folder={folder / 'run'}"]
+    return [*TINY, "--model.vocab_size=400", *paths]
+
+
+def change_the_loss(folder: Path) -> list[float]:
+    path = EXAMPLES / "change-the-loss/z-loss.toml"
+    script("change-the-loss", "z_loss").main(["--config", str(path), *small_text(folder)])
+    return losses(folder / "run")
+
+
+def change_the_schedule(folder: Path) -> list[float]:
+    path = EXAMPLES / "change-the-schedule/inverse-root.toml"
+    settings = [*small_text(folder), "--optim.warmup_steps=5"]
+    script("change-the-schedule", "inverse_root").main(["--config", str(path), *settings])
+    return losses(folder / "run")
+
+
 RUNS: dict[str, Callable[[Path], list[float]]] = {
     "pretrain-own-text": pretrain_own_text,
     "dolly-finetune": dolly_finetune,
     "qlora-news": qlora_news,
     "change-the-attention": change_the_attention,
+    "change-the-loss": change_the_loss,
+    "change-the-schedule": change_the_schedule,
     "custom-dataset": custom_dataset,
 }
 
