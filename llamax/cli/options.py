@@ -6,6 +6,7 @@ import argparse
 import functools
 import re
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 from llamax.runtime.errors import LlamaxError
 from llamax.runtime.units import read_bytes
@@ -62,6 +63,18 @@ def column(text: str) -> tuple[str, str]:
             f"{text!r} is not FIELD=COLUMN with a field of {', '.join(FIELDS)}"
         )
     return field, name
+
+
+def number(text: str) -> int:
+    """A whole number, such as 300B, 1.5M, 3e11 or 15_000; the type of an option."""
+    match = re.fullmatch(r"([\d_]*\.?\d+)(?:e\+?(\d{1,2})|([kmbt]))?", text.strip(), re.IGNORECASE)
+    if match is not None:
+        digits, exponent, suffix = match.groups()
+        power = int(exponent or 0) + (3 * ("kmbt".index(suffix.lower()) + 1) if suffix else 0)
+        value = Decimal(digits.replace("_", "")).scaleb(power)
+        if value == int(value):
+            return int(value)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a whole number such as 2000, 300B or 3e11")
 
 
 def size(text: str) -> int:

@@ -24,7 +24,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 
-from llamax.cli.options import command
+from llamax.cli.options import command, number, with_options
 from llamax.config.hardware import machine_names
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_writer import to_json
@@ -52,6 +52,13 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--ranks", type=int, metavar="N", help="ranks per node (default: all devices)")
     p.add_argument("--dollars-per-hour", type=float, metavar="D", help="price of a node")
+    for name, what in (
+        ("steps", "length of the run in optimizer steps, instead of the configuration's"),
+        ("tokens", "the same in tokens, such as 300B or 3e11, rounded up to a whole step"),
+        ("epochs", "the same in passes over the data set"),
+        ("samples", "samples in an epoch, where the data set is not here; alone: one epoch"),
+    ):
+        p.add_argument(f"--{name}", type=number, metavar="N", help=what)
     p.add_argument("--search", action="store_true", help="list the layouts that fit, best first")
     p.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return p
@@ -62,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
     """Print the plan; 0 if it fits, ``DOES_NOT_FIT`` if not."""
     options, overrides = parser().parse_known_args(list(argv))
 
-    from llamax.tools.plan import nearest, place, plan, search
+    from llamax.tools.plan import GivenLength, length_of, nearest, place, plan_length, search
     from llamax.tools.plan.report import (
         as_json,
         nearest_as_json,
@@ -71,6 +78,8 @@ def main(argv: Sequence[str]) -> int:
         show_search,
     )
 
+    given = GivenLength(options.steps, options.tokens, options.epochs, options.samples)
+    given.check(overrides)
     chosen = partial(
         place,
         options.config,
@@ -90,23 +99,24 @@ def main(argv: Sequence[str]) -> int:
             raise
         use = " ".join(near.flags)
         raise ConfigError(f"{error}; the nearest layout that fits is {use}") from None
+    length = length_of(config, given)
     if options.search:
-        plans, refused = search(config, machine, options.nodes)
+        plans, refused = search(config, machine, options.nodes, length)
         numbers: object = [as_json(each) for each in plans]
         lines = [*show_search(config, plans, refused)]
     else:
-        plans = [plan(config, machine, options.nodes)]
+        plans = [plan_length(length, machine, options.nodes, machine.node_limit)]
         numbers, lines = as_json(plans[0]), [*show(plans[0])]
     fits = bool(plans) and plans[0].memory.fits
     if not fits:
-        near = nearest(config, machine, options.nodes)
+        near = nearest(config, machine, options.nodes, length)
         lines += show_nearest(near)
         if isinstance(numbers, dict):
             numbers["nearest"] = nearest_as_json(near)
     if options.json:
         print_text(to_json(numbers))
     else:
-        print_text("\n".join(folded(lines)))
+        print_text("\n".join(folded(map(with_options, lines))))
     return 0 if fits else DOES_NOT_FIT
 
 

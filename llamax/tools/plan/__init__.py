@@ -12,8 +12,21 @@
 Every quantity is a ``Line``: a number and its formula.
 """
 
+from llamax.tools.plan.length import GivenLength, length_of
 from llamax.tools.plan.nearest import Nearest, nearest
-from llamax.tools.plan.planner import Plan, place, plan, plan_run
+from llamax.tools.plan.planner import Plan, place, plan, plan_length, plan_run
 from llamax.tools.plan.search import Refused, search
 
-__all__ = ["Nearest", "Plan", "Refused", "nearest", "place", "plan", "plan_run", "search"]
+__all__ = [
+    "GivenLength",
+    "Nearest",
+    "Plan",
+    "Refused",
+    "length_of",
+    "nearest",
+    "place",
+    "plan",
+    "plan_length",
+    "plan_run",
+    "search",
+]

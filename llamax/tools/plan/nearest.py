@@ -16,6 +16,7 @@ from llamax.config.rules import divisors
 from llamax.config.schema import Config
 from llamax.config.toml import to_toml
 from llamax.config.validate import problems
+from llamax.tools.plan.length import Length, length_of
 from llamax.tools.plan.planner import Plan, plan_run
 from llamax.tools.plan.search import contexts, search
 from llamax.training.resolve import resolve
@@ -45,8 +46,14 @@ class Nearest:
         return self.plan.memory.fits
 
 
-def nearest(config: Config, machine: Machine, nodes: int) -> Nearest | None:
-    """The nearest layout of ``config`` that fits, else the smallest; None if none is valid."""
+def nearest(
+    config: Config, machine: Machine, nodes: int, length: Length | None = None
+) -> Nearest | None:
+    """The nearest layout of ``config`` that fits, else the smallest; None if none is valid.
+
+    It is priced at ``length``, by default that of ``config``.
+    """
+    length = length or length_of(config)
     smallest: Plan | None = None
     for number in node_counts(config, machine, nodes):
         found: list[Nearest] = []
@@ -55,7 +62,7 @@ def nearest(config: Config, machine: Machine, nodes: int) -> Nearest | None:
             if any(plan.memory.fits for plan in plans):
                 found += [
                     Nearest(plan, flags(config, nodes, plan))
-                    for plan in search(variant, machine, number)[0]
+                    for plan in search(variant, machine, number, length)[0]
                     if plan.memory.fits
                 ]
             for plan in plans:

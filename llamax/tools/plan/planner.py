@@ -10,21 +10,23 @@ from llamax.config.hardware import Machine, default_machine, load_machine
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import ConfigError
+from llamax.tools.plan.length import GivenLength, Length, length_of
 from llamax.tools.plan.memory import Memory, memory
 from llamax.tools.plan.roofline import Time, time
 from llamax.tools.plan.sizes import Share
-from llamax.training.resolve import ResolvedRun, resolve, visible_samples
+from llamax.training.resolve import ResolvedRun, resolve
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Memory and time of a run on ``nodes`` machines."""
+    """Memory and time of a run on ``nodes`` machines; ``length``: where its length comes from."""
 
     run: ResolvedRun
     machine: Machine
     nodes: int
     memory: Memory
     time: Time
+    length: str = ""
 
 
 def plan(
@@ -35,6 +37,10 @@ def plan(
     ranks: int | None = None,
     dollars_per_hour: float | None = None,
     overrides: Sequence[str] = (),
+    steps: int | None = None,
+    tokens: int | None = None,
+    epochs: int | None = None,
+    samples: int | None = None,
 ) -> Plan:
     """The memory, time and cost of a run by arithmetic, with the data set if it is there.
 
@@ -46,11 +52,17 @@ def plan(
         ranks: Ranks per node; by default one for each device.
         dollars_per_hour: Price of a node; by default that of the table of machines.
         overrides: Changes of the configuration, as "--section.key=value".
+        steps: Length of the run in optimizer steps, instead of the configuration's.
+        tokens: The same in tokens, rounded up to a whole step.
+        epochs: The same in passes over the data set.
+        samples: Samples in an epoch, where the data set is not there; without epochs, one epoch.
 
     Raises:
-        ConfigError: For a parameter out of range, an unknown machine, or a configuration that is
-            not valid for that number of ranks.
+        ConfigError: For a parameter out of range, an unknown machine, a length that is given twice,
+            or a configuration that is not valid for that number of ranks.
     """
+    given = GivenLength(steps, tokens, epochs, samples)
+    given.check(overrides)
     config, machine = place(
         config,
         instance,
@@ -59,9 +71,16 @@ def plan(
         dollars_per_hour=dollars_per_hour,
         overrides=overrides,
     )
-    samples = visible_samples(config)
-    run = resolve(config, nodes * machine.ranks, *samples, node_ranks=machine.node_limit)
-    return plan_run(run, machine, nodes)
+    return plan_length(length_of(config, given), machine, nodes, machine.node_limit)
+
+
+def plan_length(
+    length: Length, machine: Machine, nodes: int, node_ranks: int | None = None
+) -> Plan:
+    """The plan of a run of a known length; ``node_ranks`` as of ``resolve``."""
+    world_size = nodes * machine.ranks
+    run = resolve(length.config, world_size, length.samples, length.reason, node_ranks=node_ranks)
+    return replace(plan_run(run, machine, nodes), length=length.origin)
 
 
 def place(

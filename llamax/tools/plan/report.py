@@ -71,10 +71,11 @@ def show(plan: Plan) -> Iterator[str]:
     if run.epochs and run.training_samples is not None:
         epochs = f" ({run.epochs} x {run.training_samples:,} samples)"
     yield (
-        f"{show_number(run.total_tokens)} tokens in {run.steps:,} steps{epochs}: "
+        f"{show_number(run.total_tokens)} tokens in {count(run.steps, 'step')}{epochs}: "
         f"{show_time(time.total_s)}, "
         f"${time.dollars:,.0f} at ${time.dollars_per_hour:,.2f} an hour"
     )
+    yield f"length: {plan.length}"
     yield from (f"note: {note}" for note in notes(plan))
 
 
@@ -130,6 +131,11 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
             f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
             f"{each.time.dollars:>10,.0f}"
         )
+    run = fitting[0].run
+    yield (
+        f"dollars of {show_number(run.total_tokens)} tokens in {count(run.steps, 'step')}: "
+        f"{fitting[0].length}"
+    )
     changes = flags(config, fitting[0].nodes, fitting[0])
     yield f"the fastest is {' '.join(changes) or 'the layout as configured'}"
     yield from _reasons(plans, refused)
@@ -210,6 +216,7 @@ def as_json(plan: Plan) -> dict[str, object]:
         "recompute": run.config.run.recompute,
         "steps": run.steps,
         "tokens": run.total_tokens,
+        "length": plan.length,
         "assumption": run.assumption,
         "fits": memory.fits,
         "memory_bytes": {

@@ -17,9 +17,9 @@ from llamax.config.hardware import Machine
 from llamax.config.rules import divisors
 from llamax.config.schema import Config
 from llamax.config.validate import problems
+from llamax.tools.plan.length import Length, length_of
 from llamax.tools.plan.memory import Recompute
-from llamax.tools.plan.planner import Plan, plan_run
-from llamax.training.resolve import resolve, visible_samples
+from llamax.tools.plan.planner import Plan, plan_length
 
 SHORTEST_CHUNK = FLASH_MULTIPLE  # tokens; shorter chunks are faster on more data ranks
 
@@ -52,15 +52,20 @@ def contexts(config: Config, ranks: int) -> list[int]:
     return sorted(degree for degree in tried if degree <= max(longest, config.parallel.context))
 
 
-def search(config: Config, machine: Machine, nodes: int) -> tuple[list[Plan], list[Refused]]:
-    """The plans of all valid candidates, fitting ones first and fastest first; and the refused."""
+def search(
+    config: Config, machine: Machine, nodes: int, length: Length | None = None
+) -> tuple[list[Plan], list[Refused]]:
+    """The plans of all valid candidates, fitting ones first and fastest first; and the refused.
+
+    All have the same ``length``, by default that of ``config``.
+    """
     world = nodes * machine.ranks
-    samples = visible_samples(config)  # the same for all
+    length = length or length_of(config)
     plans, refused = [], []
-    for candidate in candidates(config, world):
+    for candidate in candidates(replace(config, run=length.config.run), world):
         if reasons := problems(candidate, world, (), machine.ranks):
             refused.append(Refused(candidate, reasons[0]))
         else:
-            plans.append(plan_run(resolve(candidate, world, *samples), machine, nodes))
+            plans.append(plan_length(replace(length, config=candidate), machine, nodes))
     plans.sort(key=lambda each: (not each.memory.fits, -each.time.tokens_per_s))
     return plans, refused
