@@ -112,7 +112,9 @@ def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
                 logger.info("changed since then: %s", ", ".join(changed))
             if job.main:
                 log_start(job)
-                run_metadata.write(folder, where.world_size, where.local_world_size, where.job)
+                run_metadata.write(
+                    folder, where.world_size, where.local_world_size, where.job, job.step
+                )
             check_room(job.saver, job.state.optimizer, resolved, job.step, job.main)
             loop(job, began, heart)
 

@@ -11,16 +11,16 @@
     ranks           128/128  alive, on 4 hosts; steps 420 to 420
 
 It reads only the run's folder, so it works from any machine that sees the folder, on a run that is
-training, finished or dead.  Ctrl-C ends it.  Into a pipe, or with ``--once``, it writes the same
-lines once, without colours.
+training, finished or dead.  The key q, or Ctrl-C, ends it.  Into a pipe, on a dumb terminal or with
+``--once``, it writes the same lines once, without colours; NO_COLOR takes the colours away.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,8 +29,10 @@ from llamax.config.constants import METRICS_FILE
 from llamax.config.hardware import load_machine
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_writer import to_json
+from llamax.runtime.logging import shows_bars
 from llamax.runtime.process import run_main
-from llamax.runtime.text import print_text
+from llamax.runtime.terminal import full_screen
+from llamax.runtime.text import encodable, print_text
 from llamax.tools.monitor.run_folder import read_run
 from llamax.tools.monitor.watch import as_json, render
 from llamax.training.metrics import Log
@@ -40,7 +42,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="llamax watch",
-        description="Show a run: loss, speed, time and dollars left, ranks, devices, checkpoints.",
+        description="Show a run: loss, speed, time and dollars left, ranks, devices, checkpoints. "
+        "The key q ends it.",
     )
     p.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
     p.add_argument("--once", action="store_true", help="print one view, without colours")
@@ -70,27 +73,31 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print_text(to_json(as_json(run, price)))
         return 0
-    if options.once or not sys.stdout.isatty():
-        print("\n".join(render(run, price=price)))
+    if options.once or not shows_bars(sys.stdout):
+        print_lines(render(run, price=price))
         return 0
-    sys.stdout.write("\x1b[?1049h\x1b[?25l")  # the terminal's second screen, without cursor
+    colour = not os.environ.get("NO_COLOR")
     try:
-        while True:
-            size = shutil.get_terminal_size()
-            # the last column stays free: erasing after a line would clear it
-            lines = render(run, size.columns - 1, True, price)[: size.lines - 1]
-            sys.stdout.write("\x1b[H" + "".join(f"{line}\x1b[K\n" for line in lines) + "\x1b[J")
-            sys.stdout.flush()
-            if run.state in ("finished", "stopped"):
-                break
-            time.sleep(options.every)
-            run = read_run(options.run, log=log)
+        with full_screen() as keys:
+            while True:
+                size = shutil.get_terminal_size()
+                # the last column stays free: erasing after a line would clear it
+                lines = render(run, size.columns - 1, colour, price)[: size.lines - 1]
+                text = "".join(f"{encodable(line, sys.stdout)}\x1b[K\n" for line in lines)
+                sys.stdout.write(f"\x1b[H{text}\x1b[J")
+                sys.stdout.flush()
+                if run.state in ("finished", "stopped") or "q" in keys(options.every).lower():
+                    break
+                run = read_run(options.run, log=log)
     except KeyboardInterrupt:
         pass  # ends the view, not the run
-    finally:
-        sys.stdout.write("\x1b[?25h\x1b[?1049l")
-    print("\n".join(render(run, shutil.get_terminal_size().columns, True, price)))
+    print_lines(render(run, shutil.get_terminal_size().columns, colour, price))
     return 0
+
+
+def print_lines(lines: Sequence[str]) -> None:
+    """Print lines that may have colours; their texts went through printable."""
+    print(encodable("\n".join(lines), sys.stdout))
 
 
 if __name__ == "__main__":

@@ -23,13 +23,17 @@ PRODUCT = Path("/sys/devices/virtual/dmi/id/product_name")  # on EC2 the instanc
 PACKAGES = ("torch", "torch-xla", "torch-neuronx", "neuronx-cc", "neuronx-distributed", "numpy")
 
 
-def describe(world_size: int, local_world_size: int, job: str) -> dict[str, Any]:
-    """All of it, ready for JSON; the price is that of the machine's instance type, if known."""
+def describe(world_size: int, local_world_size: int, job: str, step: int = 0) -> dict[str, Any]:
+    """All of it, ready for JSON; the price is that of the machine's instance type, if known.
+
+    ``step``: the last step done when the run started.
+    """
     nodes = -(-world_size // local_world_size)
     instance = _instance()
     return {
         "job": job,
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "step": step,
         "host": socket.gethostname(),
         "nodes": nodes,
         "ranks": world_size,
@@ -44,9 +48,9 @@ def describe(world_size: int, local_world_size: int, job: str) -> dict[str, Any]
     }
 
 
-def write(folder: Path, world_size: int, local_world_size: int, job: str) -> None:
+def write(folder: Path, world_size: int, local_world_size: int, job: str, step: int = 0) -> None:
     """Leave it in a run's folder."""
-    text = json.dumps(describe(world_size, local_world_size, job), indent=2)
+    text = json.dumps(describe(world_size, local_world_size, job, step), indent=2)
     write_atomic(folder / ENVIRONMENT_FILE, f"{text}\n".encode())
 
 

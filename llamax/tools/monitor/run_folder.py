@@ -42,7 +42,12 @@ from llamax.training.heartbeat import DONE, LOST, Beat
 from llamax.training.metrics import Log, Record
 
 MOST_TEXT = 2000  # characters of a value of environment.json
-NUMBERS = ("ranks", "nodes", "dollars_per_hour")  # in environment.json; ignored unless numbers
+NUMBERS = (
+    "ranks",
+    "nodes",
+    "step",
+    "dollars_per_hour",
+)  # in environment.json; ignored unless numbers
 SILENT_S = 30.0  # a rank writes its heartbeat every few seconds
 WINDOW = 50  # last records, for percentiles and rates
 
@@ -115,8 +120,10 @@ class RunFolder:
 
     @property
     def step(self) -> int:
-        """The last step that was reported, or done before this start."""
-        return self.last.step if self.last else 0
+        """The last step known to be done: by reports, by heartbeats, or before this start."""
+        reported = self.last.step if self.last else int(self.environment.get("step", 0))
+        at_work = min((rank.beat.step for rank in self.ranks), default=0)
+        return min(max(reported, at_work - 1), max(self.steps, reported))
 
     @property
     def steps(self) -> int:
@@ -151,7 +158,7 @@ class RunFolder:
         if self.last is None:
             return 0.0
         pace = statistics.median(record.step_s for record in self.records[-WINDOW:])
-        return max(self.steps - self.last.step, 0) * pace
+        return max(self.steps - self.step, 0) * pace
 
     @property
     def spent_s(self) -> float:

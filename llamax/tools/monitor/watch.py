@@ -131,10 +131,9 @@ def _head(run: RunFolder, width: int, paint: Paint, price: float) -> Iterator[st
         f"{paint(run.name, 'bold')}  {paint(description, 'dim')}  "
         f"{paint(run.state, 'bold', STATES[run.state])}{' ' * gap}{paint(clock, 'dim')}"
     )
-    step = run.last.step if run.last else 0
-    done = step / run.steps if run.steps else 0.0
-    parts = [f"step {step:,}/{run.steps:,}"]
-    if run.state == "running":
+    done = min(run.step / run.steps, 1.0) if run.steps else 0.0
+    parts = [f"step {run.step:,}/{run.steps:,}"]
+    if run.state == "running" and run.last:
         parts.append(f"  left {show_time(run.remaining_s)}")
     elif run.last:
         parts.append(f"  after {show_time(run.spent_s)}")
@@ -153,7 +152,7 @@ def _head(run: RunFolder, width: int, paint: Paint, price: float) -> Iterator[st
 def _curves(run: RunFolder, paint: Paint) -> Iterator[str]:
     last = run.last
     if last is None:
-        yield paint("no step reported yet", "dim")
+        yield paint(_no_report(run), "dim")
         return
     validated = [r.validation_loss for r in run.records if r.validation_loss is not None]
     more = ""
@@ -168,6 +167,18 @@ def _curves(run: RunFolder, paint: Paint) -> Iterator[str]:
     if last.mfu:
         yield _row(paint, "MFU", f"{last.mfu:.1%}", run.records, "mfu")
     yield _row(paint, "learning rate", f"{last.lr:.2e}", run.records, "lr")
+
+
+def _no_report(run: RunFolder) -> str:
+    """What is known before the first report."""
+    parts = ["no step reported yet"]
+    if run.config and run.state in ("starting", "running"):
+        every = run.config.run.log_every
+        first = min((run.step // every + 1) * every, run.steps)
+        parts.append(f"the first will be step {first:,}")
+    if started := run.environment.get("started"):
+        parts.append(f"started {str(started)[11:19]}")
+    return "; ".join(parts)
 
 
 def _row(

@@ -100,3 +100,20 @@ def test_a_record_that_comes_while_one_watches_is_all_that_is_read(tmp_path: Pat
     anew.replace(path)
     assert len(log.read()) == 24
     assert log.read()[0] == replace(first, step=9)
+
+
+def test_the_step_is_known_before_its_report(tmp_path: Path) -> None:
+    """By heartbeats, which carry the step in progress, and by where the start went on from."""
+    run = read_run(make_run(tmp_path / "ranks", 0, ranks=4), NOW)
+    assert run.step == 0
+    for rank, step in enumerate((18, 17, 18, 18)):
+        path = tmp_path / f"ranks/heartbeats/rank-{rank:05d}"
+        path.write_text(json.dumps({"step": step, "host": "node"}))
+    assert read_run(tmp_path / "ranks", NOW).step == 16
+    resumed = make_run(tmp_path / "resumed", 0)
+    (resumed / "environment.json").write_text(json.dumps({"ranks": 1, "step": 24}))
+    assert read_run(resumed, NOW).step == 24
+    (resumed / "environment.json").write_text(json.dumps({"ranks": 1, "step": "many"}))
+    assert read_run(resumed, NOW).step == 0
+    reported = make_run(tmp_path / "reported", 12, ranks=2)
+    assert read_run(reported, NOW).step == 12
