@@ -8,16 +8,22 @@ merged from any two pieces, so all its splits are merges, in the order of the pi
 Where several pieces have one score (Mistral's runs of spaces), sentencepiece merges leftmost first,
 so the left run grows; in ``tokenizers`` the longest result first has the same effect.
 
+User-defined pieces (Mistral v3 and v7) are cut out of the text before anything is merged, the
+longest first, and each is looked up whole; so is any other stretch between them that is one piece,
+which gives the same id where ``every_piece_is_itself``.
+
 From tiktoken: a token's merge is the last merge by which tiktoken makes it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import sentencepiece  # type: ignore[import-untyped, unused-ignore]
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -28,6 +34,8 @@ from llamax.data.tokenizer.sentencepiece_model import (
     CONTROL,
     NORMAL,
     UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
     SentencePieceModel,
 )
 from llamax.data.tokenizer.tiktoken_file import TikToken
@@ -59,13 +67,15 @@ def export_tokenizer(
     else:
         if isinstance(tokenizer, SentencePiece):
             write_atomic(folder / "tokenizer.model", raw)
-            if not has_twin(tokenizer.model):
+            if reason := why_alone(tokenizer.model):
                 for path in tokenizer.beside:
                     write_atomic(folder / path.name, path.read_bytes())
                 logger.warning(
-                    "%s: tokenizers cannot reproduce this sentencepiece model exactly, so no "
-                    "tokenizer.json is written; use programs that read tokenizer.model",
+                    "%s: %s, which a tokenizer.json cannot reproduce, so only the model is "
+                    "exported: the package sentencepiece and transformers 4 with use_fast=False "
+                    "make the ids of training, but transformers 5 and fast tokenizers other ones",
                     tokenizer.path,
+                    reason,
                 )
                 return
             engine = from_sentencepiece(tokenizer)
@@ -107,10 +117,40 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def has_twin(model: SentencePieceModel) -> bool:
     """Whether ``tokenizers`` gives this model's ids: a BPE with bytes, without normalization."""
+    return not why_alone(model)
+
+
+def why_alone(model: SentencePieceModel) -> str:
+    """What ``tokenizers`` cannot do as the model does; empty if it gives the same ids."""
     kinds = [kind for _, _, kind in model.pieces]
-    plain = {*kinds} <= {NORMAL, UNKNOWN, CONTROL, BYTE} and kinds.count(BYTE) == 256
-    rewrites = model.rewrites or model.drops_spaces or model.spaces_behind
-    return model.kind == BPE and plain and not rewrites
+    symbols = [text for text, _, kind in model.pieces if kind == USER_DEFINED]
+    if model.kind != BPE:
+        return "is not a BPE"
+    if model.rewrites:
+        return "normalizes text"
+    if model.drops_spaces:
+        return "removes extra spaces"
+    if model.spaces_behind:
+        return "puts spaces at the end of pieces"
+    if kinds.count(BYTE) != 256:
+        return "has no bytes to fall back on"
+    if UNUSED in kinds:
+        return "has unused pieces"
+    if any(set(" ▁") & set(text) for text in symbols):
+        return "has user-defined pieces with spaces"
+    if symbols and not every_piece_is_itself(model):
+        return "has user-defined pieces, and pieces that no text becomes"
+    return ""
+
+
+def every_piece_is_itself(model: SentencePieceModel) -> bool:
+    """Whether sentencepiece makes of each normal piece's text that piece alone."""
+    engine = sentencepiece.SentencePieceProcessor(model_proto=model.without_prefix())
+    normal = [
+        (number, text) for number, (text, _, kind) in enumerate(model.pieces) if kind == NORMAL
+    ]
+    found = engine.encode([text.replace("▁", " ") for _, text in normal])
+    return all(ids == [number] for ids, (number, _) in zip(found, normal, strict=True))
 
 
 def from_sentencepiece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
@@ -126,9 +166,14 @@ def from_sentencepiece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
         if text[:cut] in known and text[cut:] in known
     ]
     unknown = next(text for text, _, kind in model.pieces if kind == UNKNOWN)
+    symbols = [text for text, _, kind in model.pieces if kind == USER_DEFINED]
+    options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
     engine = tokenizers.Tokenizer(
-        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+        models.BPE(vocabulary, merges, ignore_merges=bool(symbols), **options)
     )
+    if symbols:
+        longest_first = "|".join(map(re.escape, sorted(symbols, key=len, reverse=True)))
+        engine.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), "isolated")
     prepend = [normalizers.Prepend("▁")] if model.dummy_prefix else []
     engine.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
     strip = [decoders.Strip(" ", 1, 0)] if model.dummy_prefix else []

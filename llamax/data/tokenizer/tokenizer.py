@@ -330,6 +330,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = tokenizer_file(Path(path))
     raw = path.read_bytes()
     try:
+        if raw.lstrip()[:1] == b"{" and b'"token_bytes"' in raw[:20_000]:
+            raise DataError("it is a Tekken file, which only mistral-common reads")
         if raw.lstrip()[:1] == b"{":
             return HuggingFace(path, raw)
         if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", raw):
@@ -366,7 +368,7 @@ def tokenizer_file(path: Path) -> Path:
 
     if extends(path / "tokenizer.json", path / "tokenizer.model"):
         return path / "tokenizer.json"
-    for candidate in ranked:
+    for candidate in (*ranked, path / "tekken.json"):
         if candidate.is_file():
             return candidate
     raise DataError(

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.corpora import TEXTS, mistral, python_sources, train_unlike_llama
 
 from llamax.cli.prepare import main as prepare
+from llamax.data.tokenizer import hf_export
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.data.tokenizer.tokenizer import HuggingFace, SentencePiece, load_tokenizer
+from llamax.runtime.errors import DataError
 
 
 def test_exported_sentencepiece_gives_equal_ids(spm: Path, tmp_path: Path) -> None:
@@ -76,21 +80,23 @@ def test_bos_and_eos_as_the_files_beside_say(ranks: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "unlike",
+    ("unlike", "reason"),
     [
-        {"model_type": "unigram"},
-        {"normalization_rule_name": "nmt_nfkc"},
-        {"remove_extra_whitespaces": True},
-        {"treat_whitespace_as_suffix": True},
-        {"user_defined_symbols": ["return self"]},
-        {"byte_fallback": False},
+        ({"model_type": "unigram"}, "is not a BPE"),
+        ({"normalization_rule_name": "nmt_nfkc"}, "normalizes text"),
+        ({"remove_extra_whitespaces": True}, "removes extra spaces"),
+        ({"treat_whitespace_as_suffix": True}, "puts spaces at the end of pieces"),
+        ({"user_defined_symbols": ["return self"]}, "has user-defined pieces with spaces"),
+        ({"byte_fallback": False}, "has no bytes to fall back on"),
     ],
 )
 def test_a_model_without_an_exact_twin_is_exported_alone(
-    tmp_path: Path, unlike: dict[str, object]
+    tmp_path: Path, unlike: dict[str, object], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = load_tokenizer(train_unlike_llama(tmp_path, **unlike))
     export_tokenizer(own, tmp_path / "out")
+    assert f"{own.path}: {reason}, which a tokenizer.json cannot reproduce, so only" in caplog.text
+    assert "transformers 4 with use_fast=False make the ids of training" in caplog.text
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer.model"]
     assert load_tokenizer(tmp_path / "out").fingerprint == own.fingerprint
 
@@ -105,3 +111,57 @@ def test_the_model_comes_before_its_conversions(spm: Path, ranks: Path, tmp_path
     export_tokenizer(load_tokenizer(spm), tmp_path / "y")
     (tmp_path / "tokenizer.json").write_bytes((tmp_path / "y/tokenizer.json").read_bytes())
     assert isinstance(load_tokenizer(tmp_path), SentencePiece)
+
+
+SYMBOLS = ["[REF]", "[/REF]", "[REFERENCE_DOC_1]", "[REFERENCE_DOC_10]"]
+PARTS = [*SYMBOLS, " ", "  ", "\n", "a", "the ", "Ünï", "漢", "[", "]", "REF", "_1", "return x"]
+
+
+@pytest.mark.parametrize("name", ["240323.model.v3", "241114.model.v7", "trained"])
+def test_user_defined_pieces_have_the_ids_of_sentencepiece(tmp_path: Path, name: str) -> None:
+    """Mistral's models by mistral-common, and one trained here by sentencepiece."""
+    transformers = pytest.importorskip("transformers")
+    if name == "trained":
+        import sentencepiece
+
+        path = train_unlike_llama(tmp_path, user_defined_symbols=SYMBOLS)
+        encode = sentencepiece.SentencePieceProcessor(model_file=str(path)).encode
+    else:
+        module = pytest.importorskip("mistral_common.tokens.tokenizers.sentencepiece")
+        path = mistral().with_name(f"mistral_instruct_tokenizer_{name}")
+        judge = module.SentencePieceTokenizer(str(path))
+        encode = lambda text: judge.encode(text, bos=False, eos=False)
+    own = load_tokenizer(path)
+    export_tokenizer(own, tmp_path / "out")
+    hub = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    draw = random.Random(0)
+    texts = ["".join(draw.choices(PARTS, k=draw.randint(1, 12))) for _ in range(500)]
+    for text in [*TEXTS, *SYMBOLS, *PARTS, *python_sources(2), *texts]:
+        assert own.encode(text) == encode(text), text
+        assert hub(text, add_special_tokens=False)["input_ids"] == encode(text), text
+    assert hub("x")["input_ids"] == [own.bos_id, *own.encode("x")]
+
+
+def test_a_tekken_file_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "tekken.json"
+    path.write_text('{"config": {"pattern": "a"}, "vocab": [{"rank": 0, "token_bytes": "AA=="}]}')
+    with pytest.raises(DataError, match=r"tekken.json: is not a tokenizer \(it is a Tekken file"):
+        load_tokenizer(path)
+    with pytest.raises(DataError, match="it is a Tekken file, which only mistral-common reads"):
+        load_tokenizer(tmp_path)
+
+
+def test_unreachable_pieces_beside_user_defined_ones_have_no_twin(
+    tmp_path: Path,
+) -> None:
+    own = load_tokenizer(train_unlike_llama(tmp_path, user_defined_symbols=SYMBOLS))
+    assert isinstance(own, SentencePiece)
+    model = own.model
+    assert hf_export.why_alone(model) == ""
+    last = max(n for n, (text, _, kind) in enumerate(model.pieces) if kind == 1 and len(text) > 2)
+    text, score, kind = model.pieces[last]
+    pieces = [*model.pieces]
+    pieces[last] = (f"{text}\u0416", score, kind)  # no merge makes it
+    assert hf_export.why_alone(replace(model, pieces=pieces)) == (
+        "has user-defined pieces, and pieces that no text becomes"
+    )
