@@ -66,9 +66,15 @@ def _job(job: JobFile) -> Iterator[str]:
             f"ranks_per_node={job.ranks_per_node} but {job.instance} has {cores} {unit}; "
             f"use {cores} or less, or more nodes"
         )
-    for key, _ in job.environment:
-        if key in RESERVED:
-            yield f"environment.{key} is set for each rank by its launcher; remove it"
+    for table, pairs in (("environment", job.environment), ("secrets", job.secrets)):
+        for key, _ in pairs:
+            if key in RESERVED:
+                yield f"{table}.{key} is set for each rank by its launcher; remove it"
+    for key, path in job.secrets:
+        if key in dict(job.environment):
+            yield f"secrets.{key} is in the table environment too; remove one of the two"
+        if not os.path.isabs(path):
+            yield f"secrets.{key}={path!r} is not an absolute path; name a file with the value"
 
 
 def _run(job: JobFile) -> Iterator[str]:
@@ -158,7 +164,22 @@ def _slurm(job: JobFile) -> Iterator[str]:
         )
 
 
+def _base_image(job: JobFile) -> Iterator[str]:
+    if job.base_image and not IMAGE.fullmatch(job.base_image):
+        yield (
+            f"base_image={job.base_image!r} is not an image name; use registry/repository:tag in "
+            "lower case"
+        )
+
+
 def _kubernetes(job: JobFile) -> Iterator[str]:
+    yield from _base_image(job)
+    if job.secrets and not job.kubernetes.secret:
+        names = "".join(f" --from-file={name}={path}" for name, path in job.secrets)
+        yield (
+            "kubernetes.secret is empty, but there are secrets; set it to a Secret with their "
+            f"names as keys: kubectl create secret generic NAME{names}"
+        )
     last = f"{job.name}-precompile-worker-{job.nodes - 1}"
     if not LABEL.fullmatch(job.name) or job.name[0].isdigit():
         yield (
@@ -182,6 +203,7 @@ def _kubernetes(job: JobFile) -> Iterator[str]:
     names = (
         ("storage.claim", job.storage.claim, SUBDOMAIN, 253, ", - and ."),
         ("kubernetes.namespace", job.kubernetes.namespace, LABEL, 63, " and -"),
+        ("kubernetes.secret", job.kubernetes.secret, SUBDOMAIN, 253, ", - and ."),
         ("kubernetes.service_account", job.kubernetes.service_account, SUBDOMAIN, 253, ", - and ."),
     )
     for key, value, allowed, longest, signs in names:
@@ -192,6 +214,12 @@ def _kubernetes(job: JobFile) -> Iterator[str]:
 
 
 def _sagemaker(job: JobFile) -> Iterator[str]:
+    yield from _base_image(job)
+    if job.secrets and not job.sagemaker.secret:
+        yield (
+            "sagemaker.secret is empty, but there are secrets; set it to the name or ARN of a JSON "
+            "object in AWS Secrets Manager that has their names"
+        )
     if not SAGEMAKER_NAME.fullmatch(job.name):
         yield f"name={job.name!r} is refused by SageMaker; use letters, digits and -"
     if not IMAGE.fullmatch(job.image):

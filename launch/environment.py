@@ -9,6 +9,7 @@ Sources: AWS Neuron documentation, "NeuronX runtime configuration", "Neuron pers
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -32,6 +33,10 @@ RESERVED = (
 )
 
 
+# A name that is probably a secret's, such as WANDB_API_KEY; not one such as NEURON_FUSE_SOFTMAX.
+SECRET = re.compile(r"(?:^|_)(?:KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)(?:$|_)", re.I)
+
+
 class Variable(NamedTuple):
     """An environment variable and the reason why it is set."""
 
@@ -47,9 +52,17 @@ def variables(job: JobFile, container: bool = False) -> list[Variable]:
     return table + [Variable(name, value, "from the job file") for name, value in custom.items()]
 
 
+def plain_text_secrets(job: JobFile) -> list[str]:
+    """The names in the table environment that sound like secrets."""
+    return [name for name, _ in job.environment if SECRET.search(name)]
+
+
 def _table(job: JobFile, container: bool) -> Iterator[Variable]:
     machine = job.machine
     yield Variable("PYTHONUNBUFFERED", "1", "log lines appear immediately")
+    yield Variable(
+        "PYTHONSAFEPATH", "1", "Python 3.11 and later import no module from the working folder"
+    )
     if job.config.run.backend != "cpu":
         yield Variable(
             "OMP_NUM_THREADS", "1", "the host only feeds devices; also the default of torchrun"

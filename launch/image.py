@@ -1,7 +1,7 @@
 """The Dockerfile of a job: llamax on the training container of AWS for Neuron or for CUDA.
 
 The base image has torch and the packages for its devices in matching versions, which are kept.
-MPIJobs need an ssh server with host keys, mpirun, and pkill to tell the ranks to save.
+MPIJobs need an ssh server, mpirun, and pkill to tell the ranks to save.
 
 Sources: AWS Deep Learning Containers, of Neuron and of PyTorch; Kubeflow MPI Operator, base image.
 """
@@ -29,11 +29,12 @@ def dockerfile(job: JobFile) -> str:
     return f"""# {job.name}: docker build --tag {quote(job.image)} --file - . <Dockerfile
 FROM {job.base_image or BASE_IMAGES.get(job.machine.backend, NEURON)}
 
-# packages for the MPI operator; a base image that has mpirun keeps it
+# packages for the MPI operator; a base image that has mpirun keeps it.  Host keys are made by each
+# worker when it starts: who can pull the image must not have them
 RUN command -v mpirun >/dev/null && packages="openssh-client openssh-server procps" \\
         || packages="{PACKAGES}"; \\
     apt-get update && apt-get install --yes --no-install-recommends $packages \\
-    && rm -rf /var/lib/apt/lists/* && mkdir -p /run/sshd && ssh-keygen -A
+    && rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* && mkdir -p /run/sshd
 
 # the operator mounts keys in a read-only folder, and pods have no known hosts
 RUN printf 'StrictHostKeyChecking no\\nUserKnownHostsFile /dev/null\\nLogLevel ERROR\\n' \\

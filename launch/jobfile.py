@@ -39,7 +39,7 @@ from llamax.launch.prepare import Prepare
 from llamax.runtime.errors import ConfigError, did_you_mean, refuse
 from llamax.runtime.text import BREAKS, printable
 
-TABLES = ("overrides", "environment")
+TABLES = ("overrides", "environment", "secrets")
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ class Kubernetes:
     """Namespace of all objects."""
     service_account: str = ""
     """Service account; empty: the default."""
+    secret: str = ""
+    """Secret with a key for each name in the table secrets."""
     shm_gib: Count = 64
     """Size of a worker's /dev/shm [GiB]."""
 
@@ -118,13 +120,15 @@ class SageMaker:
     """s3:// folder for checkpoints."""
     data: str = ""
     """s3:// or file:// folder of the dataset."""
+    secret: str = ""
+    """Name or ARN in AWS Secrets Manager of a JSON object with each name in the table secrets."""
     max_run_s: Count = 5 * 86400
     """Time after which the job is stopped [s]."""
 
 
 @dataclass(frozen=True)
 class JobFile:
-    """One job; ``overrides`` and ``environment`` are tables of the file, kept as pairs."""
+    """One job; ``overrides``, ``environment`` and ``secrets`` are tables, kept as pairs."""
 
     name: str
     """Name of the job, its logs and its objects."""
@@ -154,7 +158,9 @@ class JobFile:
     overrides: tuple[tuple[str, str], ...] = ()
     """Table of settings on top of the recipe."""
     environment: tuple[tuple[str, str], ...] = ()
-    """Table of environment variables on top of llamax's own."""
+    """Table of environment variables on top of llamax's own, stored in plain text with the job."""
+    secrets: tuple[tuple[str, str], ...] = ()
+    """Table of environment variables with a file that holds each, read on the nodes."""
 
     @property
     def local(self) -> bool:
@@ -214,11 +220,12 @@ def parse(tables: dict[str, Any], where: str = "job") -> JobFile:
     """The job of parsed TOML ``tables``; see ``load``."""
     problems = Problems()
     pairs = {name: tuple(_pairs(name, tables.get(name, {}), problems.unknown)) for name in TABLES}
-    for key, _ in pairs["environment"]:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
-            problems.unknown.append(
-                f"environment.{key} is not a name of a variable; use letters, digits and _"
-            )
+    for table in ("environment", "secrets"):
+        for key, _ in pairs[table]:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", key):
+                problems.unknown.append(
+                    f"{table}.{key} is not a name of a variable; use letters, digits and _"
+                )
     rest = {key: value for key, value in tables.items() if key not in TABLES}
     job = build(JobFile, rest, problems, given=pairs)
     refuse([*problems.lines(job), *_control_characters(job)], where)
@@ -255,6 +262,7 @@ def _control_characters(job: JobFile) -> Iterator[str]:
     ]
     texts += [(f"overrides.{key}", value) for key, value in job.overrides]
     texts += [(f"environment.{key}", value) for key, value in job.environment]
+    texts += [(f"secrets.{key}", value) for key, value in job.secrets]
     for key, value in texts:
         for text in value if isinstance(value, tuple) else (value,):
             kept = BREAKS if key == "prepare.system" else ""

@@ -32,6 +32,7 @@ WAIT_S = 60  # the rest of it, for mpirun
 EXPANDED = re.compile(r"\$\$|\$\([A-Za-z_][A-Za-z0-9_.-]*\)")
 WORD = re.compile(r"[A-Za-z/][A-Za-z0-9./_-]*")
 NOT_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
+SSHD = "ssh-keygen -A && exec /usr/sbin/sshd -De"  # host keys of this pod alone
 SAVE = """pkill -TERM -f '[l]lamax.train' || exit 0
 while pgrep -f '[l]lamax.train' >/dev/null; do sleep 1; done
 """
@@ -105,7 +106,11 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
                     "replicas": 1,
                     "restartPolicy": "OnFailure",
                     "template": {
-                        "spec": _pod(job, ["/bin/bash", "-c", launch], container=_before_stop(wait))
+                        "spec": _pod(
+                            job,
+                            ["/bin/bash", "-c", launch],
+                            container=_before_stop(wait) | _secrets(job),
+                        )
                     },
                 },
                 "Worker": {
@@ -114,7 +119,7 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
                     "template": {
                         "spec": _pod(
                             job,
-                            ["/usr/sbin/sshd", "-De"],
+                            ["/bin/bash", "-c", SSHD],
                             {"requests": devices, "limits": devices},
                             container=_before_stop(save),
                             pod={"nodeSelector": node},
@@ -124,6 +129,18 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
             },
         },
     }
+
+
+def _secrets(job: JobFile) -> dict[str, Any]:
+    """The variables of a container that hold keys of a Secret; mpirun passes them to workers."""
+    variables = [
+        {
+            "name": name,
+            "valueFrom": {"secretKeyRef": {"name": job.kubernetes.secret, "key": name}},
+        }
+        for name, _ in job.secrets
+    ]
+    return {"env": variables} if variables else {}
 
 
 def _before_stop(command: list[str]) -> dict[str, Any]:
@@ -142,7 +159,9 @@ def _prepare(job: JobFile) -> dict[str, Any]:
         "spec": {
             "backoffLimit": 4,
             "template": {
-                "spec": _pod(job, command, resources, pod={"restartPolicy": "OnFailure"}),
+                "spec": _pod(
+                    job, command, resources, _secrets(job), {"restartPolicy": "OnFailure"}
+                ),
             },
         },
     }

@@ -87,6 +87,7 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
     text += f"export MASTER_PORT={job.port}\n"
     names = ["PATH", "MASTER_ADDR", "MASTER_PORT"]
     names += [variable.name for variable in variables(job, container)]
+    names += [name for name, _ in job.secrets]
     text += "forward=(\n" + "".join(f"    -x {name}\n" for name in names) + ")\n"
     text += "if [[ -v LD_LIBRARY_PATH ]]; then forward+=(-x LD_LIBRARY_PATH); fi\n"
     command = '"$python" "${program[@]}"'

@@ -28,9 +28,22 @@ from llamax.runtime.versions import installed
 TRAIN = '''"""The training program of one rank, started by SageMaker."""
 
 import runpy
+import sys
 
-runpy.run_module("llamax.train", run_name="__main__")  # as python -m llamax.train
+del sys.path[0]  # the folder of this file: no module is imported from it
+{secrets}runpy.run_module("llamax.train", run_name="__main__")  # as python -m llamax.train
 '''
+SECRETS = """
+import json
+import os
+
+import boto3
+
+found = boto3.client("secretsmanager").get_secret_value(SecretId={secret!r})
+values = json.loads(found["SecretString"])
+os.environ.update({{name: values[name] for name in {names!r}}})
+
+"""
 CHECKPOINTS = "/opt/ml/checkpoints"  # SageMaker copies it to sagemaker.output during the job
 DATA = "/opt/ml/input/data/training"
 
@@ -106,6 +119,8 @@ def hyperparameters(job: JobFile) -> dict[str, str]:
 def environ(job: JobFile) -> dict[str, str]:
     """The environment variables of the container."""
     found = {variable.name: variable.value for variable in variables(job, container=True)}
+    # SageMaker's own programs import what lies beside them; train.py removes its own folder.
+    del found["PYTHONSAFEPATH"]
     if "NEURON_COMPILE_CACHE_URL" in found:  # hosts share no folder; the cache may be on s3://
         found["NEURON_COMPILE_CACHE_URL"] = f"{job.sagemaker.output.rstrip('/')}/neuron-cache"
     return found
@@ -175,12 +190,18 @@ def render(job: JobFile) -> str:
     return head + GUARD.format(
         sdk=version,
         imports=imports,
-        train=TRAIN,
+        train=TRAIN.format(secrets=_secrets(job)),
         arguments=pprint.pformat(arguments, width=96, sort_dicts=False),
         inputs={"training": data},
         source=f"sagemaker-{job.name}",
         start=start,
     )
+
+
+def _secrets(job: JobFile) -> str:
+    """The part of train.py that reads the secrets with the role of the job."""
+    names = [name for name, _ in job.secrets]
+    return SECRETS.format(secret=job.sagemaker.secret, names=names) if names else ""
 
 
 def action(job: JobFile, what: str) -> str:

@@ -7,7 +7,7 @@ are not quoted twice on their way through ``bash -c`` or ``mpirun``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from shlex import quote
 
 from llamax.launch.environment import variables
@@ -25,7 +25,19 @@ def head(job: JobFile, title: str, options: Iterable[str] = (), container: bool 
         lines += [f"PATH={quote(job.venv.rstrip('/') + '/bin')}:$PATH"]
     for name, value, reason in variables(job, container):
         lines += [f"# {reason}", f"export {name}={quote(value)}"]
+    lines += [] if container else _secrets(job)
     return "\n".join([*lines, LIMIT, ""])
+
+
+def _secrets(job: JobFile) -> Iterator[str]:
+    """Variables read from files on the node, so that no script, record or log has their values."""
+    for name, path in job.secrets:
+        problem = quote(f"secrets.{name}={path} cannot be read on this node")
+        yield "# from the table secrets of the job file"
+        yield f"if [[ ! -f {quote(path)} || ! -r {quote(path)} ]]; then"
+        yield f"    echo {problem} >&2\n    exit 2\nfi"
+        yield f"{name}=$(<{quote(path)})"
+        yield f"export {name}"
 
 
 LITERAL = "# shellcheck disable=SC2016  # text in single quotes is meant literally"

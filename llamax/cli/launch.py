@@ -21,6 +21,7 @@ from shlex import quote
 
 from llamax.launch import jobfile, sagemaker
 from llamax.launch.checks import problems
+from llamax.launch.environment import plain_text_secrets
 from llamax.launch.jobfile import JobFile
 from llamax.launch.render import ACTIONS, PHASES, action, environment, render, starter
 from llamax.runtime.errors import BackendError, ConfigError, Interrupted, did_you_mean, refuse
@@ -40,6 +41,12 @@ def main(argv: Sequence[str]) -> int:
         raise ConfigError(f"--action {what}: --phase {phase} runs in the foreground; press Ctrl-C")
     job = jobfile.load(options.job)
     refuse(problems(job, launcher, phase), str(options.job))
+    for name in plain_text_secrets(job) if what == "start" else ():
+        print(
+            f"llamax: environment.{name} is stored in plain text with the job; if it is a secret, "
+            "use the table secrets",
+            file=sys.stderr,
+        )
     text = render(job, launcher, phase) if what == "start" else action(job, launcher, phase, what)
     if options.render:
         print(text, end="")

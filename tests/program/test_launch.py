@@ -57,6 +57,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([*LLAMAX, *train], cwd=folder, check=True, capture_output=True)
     (folder / "tokenizer").mkdir()
     shutil.copy(folder / "first" / "tokenizer.model", folder / "tokenizer")
+    add_stray_modules(folder)
     launch(write(folder), "torchrun", "--phase", "prepare")
     return folder
 
@@ -76,6 +77,13 @@ def temporary() -> Iterator[Path]:
 def folder(prepared: Path, tmp_path: Path) -> Path:
     shutil.copytree(prepared / "data", tmp_path / "data")
     return tmp_path
+
+
+def add_stray_modules(folder: Path) -> None:
+    """Put modules that end a job into its working folder; Python 3.10 would import them."""
+    if sys.version_info >= (3, 11):
+        for name in ("random", "torch", "llamax", "json"):
+            (folder / f"{name}.py").write_text("raise SystemExit('a stray module was imported')")
 
 
 def test_a_job_prepares_instruction_data(prepared: Path, tmp_path: Path) -> None:
@@ -134,6 +142,7 @@ def expected(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> list[f
     """The losses under torchrun, which every launcher must meet."""
     folder = tmp_path_factory.mktemp("expected")
     shutil.copytree(prepared / "data", folder / "data")
+    add_stray_modules(folder)
     said = launch(write(folder), "torchrun")
     assert "[rank 0] step 3/3" in said
     trained(folder)
@@ -168,6 +177,7 @@ def with_programs() -> dict[str, str]:
 @pytest.mark.parametrize("per", ["node", "core"])
 def test_mpirun_trains(folder: Path, temporary: Path, expected: list[float], per: str) -> None:
     environ = {**os.environ, "TMPDIR": str(temporary)}
+    add_stray_modules(folder)
     launch(write(folder, f'[mpirun]\nper = "{per}"\n'), "mpirun", env=environ)
     trained(folder)
     assert losses(folder) == expected
@@ -264,6 +274,7 @@ def test_slurm_trains(
     folder: Path, temporary: Path, cluster: dict[str, str], expected: list[float]
 ) -> None:
     job = write(folder)
+    add_stray_modules(folder)
     environ = {**cluster, "TMPDIR": str(temporary)}
     assert "Submitted batch job" in launch(job, "slurm", env=environ)
     for _ in range(300):
