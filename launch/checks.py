@@ -10,6 +10,7 @@ from __future__ import annotations
 import os.path
 import re
 from collections.abc import Iterator
+from shlex import quote
 
 from llamax.launch import prepare
 from llamax.launch.environment import RESERVED
@@ -175,10 +176,10 @@ def _base_image(job: JobFile) -> Iterator[str]:
 def _kubernetes(job: JobFile) -> Iterator[str]:
     yield from _base_image(job)
     if job.secrets and not job.kubernetes.secret:
-        names = "".join(f" --from-file={name}={path}" for name, path in job.secrets)
+        files = "".join(f" --from-file={quote(f'{key}={path}')}" for key, path in job.secrets)
         yield (
             "kubernetes.secret is empty, but there are secrets; set it to a Secret with their "
-            f"names as keys: kubectl create secret generic NAME{names}"
+            f"names as keys: kubectl create secret generic NAME{files}"
         )
     last = f"{job.name}-precompile-worker-{job.nodes - 1}"
     if not LABEL.fullmatch(job.name) or job.name[0].isdigit():
