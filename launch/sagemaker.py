@@ -35,13 +35,13 @@ del sys.path[0]  # the folder of this file: no module is imported from it
 '''
 SECRETS = """
 import json
-import os
+from os import environ
 
 import boto3
 
 found = boto3.client("secretsmanager").get_secret_value(SecretId={secret!r})
 values = json.loads(found["SecretString"])
-os.environ.update({{name: values[name] for name in {names!r}}})
+environ.update({{name: values[name] for name in {names!r}}})
 
 """
 CHECKPOINTS = "/opt/ml/checkpoints"  # SageMaker copies it to sagemaker.output during the job
