@@ -19,6 +19,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -31,7 +32,7 @@ from llamax.backends import cpu
 from llamax.config.constants import STAGED_BYTES
 from llamax.config.hardware import gpu_peak_flops
 from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
-from llamax.parallel.mesh import Groups, Mesh
+from llamax.parallel.mesh import EDGES, Groups, Mesh
 from llamax.parallel.network import interface, is_loopback, source_address
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.cores import cores, requested_threads
@@ -39,6 +40,7 @@ from llamax.runtime.errors import BackendError, LostRank
 from llamax.runtime.versions import TORCHNEURON_SDK
 
 NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # host and device memory
+Made = dict[tuple[int, ...], dist.ProcessGroup]
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -211,19 +213,16 @@ class _TorchBackend:
                 f"{rendezvous.address}:{rendezvous.port} ({_first_line(error)}); start every rank, "
                 f"or raise run.timeout_s{_network_hint(error)}"
             ) from error
-        made: dict[tuple[int, ...], dist.ProcessGroup] = {}  # axes of the same ranks share one
-        named = mesh.axes().items()
-        return Axes(**{name: self._axis(name, groups, timeout, made) for name, groups in named})
+        made: Made = {}  # axes of the same ranks share one
+        return Axes.of(mesh, rendezvous.rank, partial(self._axis, timeout, made))
 
-    def _axis(
-        self,
-        name: str,
-        groups: Groups,
-        timeout: timedelta,
-        made: dict[tuple[int, ...], dist.ProcessGroup],
-    ) -> Axis:
-        ranks = next(group for group in groups if self.rendezvous.rank in group)
-        if len(ranks) == 1:
+    def _axis(self, timeout: timedelta, made: Made, name: str, groups: Groups) -> Axis:
+        ranks = next((group for group in groups if self.rendezvous.rank in group), ())
+        if (
+            name in EDGES
+        ):  # some ranks have none, so all make all: torch names groups by their count
+            made = {pair: dist.new_group(list(pair), timeout=timeout) for pair in groups}
+        if len(ranks) < 2:
             return Solo(name, self.device)
         if ranks not in made:
             group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)

@@ -33,7 +33,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from llamax.backends import nxd, xla_install
 from llamax.config.hardware import default_machine, load_machine
 from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
-from llamax.parallel.mesh import Groups, Mesh
+from llamax.parallel.mesh import EDGES, Groups, Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
 
@@ -111,11 +111,12 @@ def axes(mesh: Mesh, rank: int, device: torch.device, widen: bool = False) -> Ax
     """The axes of ``mesh`` for global ``rank``, which may be a rank that is only traced."""
 
     def axis(name: str, groups: Groups) -> Axis:
+        groups = mesh.completed(groups) if name in EDGES else groups
         if len(groups[0]) == 1:
             return Solo(name, device)
         return XlaAxis(name, groups, rank, device, widen)
 
-    return Axes(**{name: axis(name, groups) for name, groups in mesh.axes().items()})
+    return Axes.of(mesh, rank, axis)
 
 
 def recomputed(function: Callable[..., Any], *tensors: Tensor) -> Any:

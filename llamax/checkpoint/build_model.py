@@ -28,12 +28,14 @@ from llamax.checkpoint.plain_llama import own_names
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
+from llamax.config.rules.pipeline import stage_layers
 from llamax.config.schema import Config, FinetuneConfig
 from llamax.model import lora
 from llamax.model.llama import DTYPES, Llama
 from llamax.model.lora_linear import Store
 from llamax.model.qlora import Shapes, expected, store_weights, stores
 from llamax.parallel.collectives import Axes, Axis, Solo
+from llamax.parallel.pipeline import layers_of
 from llamax.parallel.sharding import ShardedParameters
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.logging import logger
@@ -56,6 +58,15 @@ def build_model(
     Raises ConfigError for a class that cannot be trained, saved and resumed as configured.
     """
     finetune, tp, seed = config.finetune, axes.tp, config.run.seed
+    stage: dict[str, range] = {}  # a class of a program's own need not take it
+    if axes.pp.size > 1:
+        if model_class is not Llama:
+            raise ConfigError(
+                f"parallel.pipeline={axes.pp.size} cuts the layers of Llama over stages; use "
+                f"parallel.pipeline=1 with {model_class.__qualname__}, a model class of your own"
+            )
+        counts = stage_layers(config.parallel, config.model.num_hidden_layers)
+        stage["stage"] = layers_of(axes.pp.rank, counts)
     model = model_class(
         config.model,
         tp,
@@ -63,6 +74,7 @@ def build_model(
         dtype=DTYPES[config.run.dtype],
         device="meta" if finetune.method == "qlora" else device,
         recompute=config.run.recompute,
+        **stage,
     )
     if model_class is not Llama:
         check_model_class(model, config)
@@ -103,14 +115,14 @@ def check_model_class(model: Llama, config: Config) -> None:
 def load_first(source: Source, parameters: ShardedParameters, model: ModelConfig) -> None:
     """Load first weights; parameters of a program's own that a source lacks keep their values."""
     missing = {*own_names(parameters.hub_shapes(), model)} - {*source.names()}
-    kept = {
-        name: parameter
-        for name, parameter in parameters.items()
+    kept = [
+        name
+        for name in parameters
         if not missing.issuperset(part.name for part in parameters.parts(name))
-    }
+    ]
     if missing:
         logger.info("%s keep their initial values: %s has none", ", ".join(missing), source.folder)
-    load_weights(source, ShardedParameters(kept, parameters.degree, parameters.rank), convert=True)
+    load_weights(source, parameters.only(kept), convert=True)
 
 
 def load_base(

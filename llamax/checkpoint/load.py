@@ -71,8 +71,11 @@ def load_owned(
 
 
 def check_shapes(source: Source, parameters: ShardedParameters) -> None:
-    """Raise CheckpointError for the first tensor that source and model do not have in common."""
-    expected, names = parameters.hub_shapes(), source.names()
+    """Raise CheckpointError for the first tensor that source and model do not have in common.
+
+    What other stages of a pipeline hold is not looked at.
+    """
+    expected, names = parameters.hub_shapes(), list(filter(parameters.holds, source.names()))
     unknown = [name for name in names if name not in expected]
     for name in unknown:
         if not _PLAIN.fullmatch(name):

@@ -36,9 +36,13 @@ class ParallelConfig:
     tensor: Count = 1
     """Tensor-parallel degree [ranks]."""
     data: Natural = 0
-    """Data-parallel degree; 0: all ranks that tensor and context leave [ranks]."""
+    """Data-parallel degree; 0: all ranks that the other degrees leave [ranks]."""
     context: Count = 1
     """Context-parallel degree: ranks that share each sequence, for long ones [ranks]."""
+    pipeline: Count = 1
+    """Pipeline-parallel degree: stages that the layers are cut into [stages]."""
+    layers_per_stage: str = ""
+    """Layers of each stage, first to last, as in 9,8,8,7; empty: equally many [layers]."""
     sequence: bool = True
     """Cut activations between layers over the tensor ranks."""
     zero1: bool = True

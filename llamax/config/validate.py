@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llamax.config.rules import World, finetune, model, parallel, training
+from llamax.config.rules import World, finetune, model, parallel, pipeline, training
 from llamax.config.rules.parallel import batch_divides
 from llamax.config.schema import Config
 from llamax.config.types import out_of_range
 from llamax.runtime.errors import ConfigError, refuse
 
-RULES = [*model.RULES, *parallel.RULES, *training.RULES, *finetune.RULES]
+RULES = [
+    *model.RULES,
+    *parallel.RULES,
+    *pipeline.RULES,
+    *training.RULES,
+    *finetune.RULES,
+]
 
 
 def problems(

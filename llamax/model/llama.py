@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from llamax.model.recompute import Recompute
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis, Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
+from llamax.parallel.pipeline import holds
 from llamax.parallel.sharding import Block as Rows
 from llamax.parallel.sharding import Replica, ShardedParameters, cut
 from llamax.parallel.tensor_parallel import (
@@ -44,6 +46,7 @@ from llamax.parallel.tensor_parallel import (
     RowLinear,
     VocabEmbedding,
     check_ids,
+    check_inputs,
     column_matmul,
     sharded_parameters,
 )
@@ -163,7 +166,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The trunk: ids_BS -> x_BsD after the last norm.
 
-    ``stage`` is the run of layers held here, ``range(num_hidden_layers)`` on one stage.
+    ``stage`` is the run of layers held here.  Only with the first layer is the embedding here too,
+    else ``x_BsD`` is the input; only with the last layer is the norm.
     """
 
     def __init__(
@@ -177,11 +181,16 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.mode = model, mode
-        self.embed_tokens = VocabEmbedding(model.vocab_size, model.hidden_size, tp, sequence, like)
+        self.embed_tokens: VocabEmbedding | None = None
+        if stage.start == 0:
+            rows = model.vocab_size
+            self.embed_tokens = VocabEmbedding(rows, model.hidden_size, tp, sequence, like)
         self.layers = nn.ModuleDict(
             {str(layer): DecoderLayer(model, layer, tp, sequence, like) for layer in stage}
         )
-        self.norm = Norm(model.hidden_size, model.rms_norm_eps, like)
+        self.norm: Norm | None = None
+        if stage.stop == model.num_hidden_layers:
+            self.norm = Norm(model.hidden_size, model.rms_norm_eps, like)
         self.inverse_frequencies: Tensor
         self.register_buffer("inverse_frequencies", None, persistent=False)
         self._set_frequencies(tp.rank_index.device)
@@ -197,18 +206,21 @@ class Decoder(nn.Module):
         self._set_frequencies(self.inverse_frequencies.device)
         return self
 
-    def forward(self, ids_BS: Tensor, positions_BS: Tensor, attend: Attend) -> Tensor:
+    def forward(
+        self, ids_BS: Tensor, positions_BS: Tensor, attend: Attend, x_BsD: Tensor | None = None
+    ) -> Tensor:
         cos_BSE, sin_BSE = ops.rope_tables(positions_BS, self.inverse_frequencies)
-        x_BsD: Tensor = self.embed_tokens(ids_BS)
+        if self.embed_tokens is not None:
+            x_BsD = self.embed_tokens(ids_BS)
         mode: Recompute = self.mode if torch.is_grad_enabled() else "none"
         for layer in self.layers.values():
             x_BsD = layer(x_BsD, cos_BSE, sin_BSE, attend, mode)
-        normed_BsD: Tensor = self.norm(x_BsD)
-        return normed_BsD
+        assert x_BsD is not None, "a stage without the embedding needs an input"
+        return x_BsD if self.norm is None else self.norm(x_BsD)
 
 
 class Llama(nn.Module):
-    """A Llama on one rank of a tensor-parallel axis.
+    """A Llama on one rank of a tensor-parallel axis, or the layers of a pipeline ``stage`` of one.
 
     ``sequence_parallel`` cuts activations between the parallel layers along the sequence, whose
     length the axis must then divide.  Weights are uninitialised: call ``init`` or load them.
@@ -232,10 +244,10 @@ class Llama(nn.Module):
         self.sequence_parallel = sequence_parallel and self.tp.size > 1
         self.dropout: Dropout | None = None  # of the adapters, where there are some
         like = torch.empty(0, dtype=dtype, device=device)
-        stage = range(model.num_hidden_layers) if stage is None else stage
+        self.stage = stage = range(model.num_hidden_layers) if stage is None else stage
         self.model = Decoder(model, self.tp, self.sequence_parallel, like, stage, recompute)
         self.lm_head: ColumnLinear | None = None
-        if not model.tie_word_embeddings:
+        if not model.tie_word_embeddings and self.model.norm is not None:
             rows = (Rows(model.vocab_size, pad=True),)
             self.lm_head = ColumnLinear(
                 rows, model.hidden_size, self.tp, self.sequence_parallel, like
@@ -246,12 +258,14 @@ class Llama(nn.Module):
 
         Raises ConfigError for a parameter of another shape than its module's ``shard`` declares.
         """
-        return sharded_parameters(self, self.tp)
+        whole = self.config.num_hidden_layers
+        return sharded_parameters(self, self.tp, partial(holds, self.stage, whole))
 
     @property
     def output_weight(self) -> Tensor:
         """The weight of the output projection, [v, D]: the embedding's where they are tied."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
+        assert head is not None, "only the last stage has the output projection"
         return head.weight
 
     @torch.no_grad()
@@ -295,7 +309,7 @@ class Llama(nn.Module):
         ``last_B`` only that place of each sequence is projected, [B,1,V]; it is for sampling and
         needs the whole sequence on every rank.
         """
-        x_BsD = self._trunk(ids_BS, positions_BS, documents_BS, attend)
+        x_BsD = self.hidden(ids_BS, positions_BS, documents_BS, attend)
         if last_B is not None:
             assert not self.sequence_parallel, "last_B indexes whole sequences"
             x_BsD = x_BsD.take_along_dim(last_B[:, None, None], dim=1)
@@ -313,12 +327,14 @@ class Llama(nn.Module):
         chunk_tokens: int | None = None,
         keys_B: Tensor | None = None,
         places_S: Tensor | None = None,
+        x_BsD: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy in nats and the count of labels that are not -100, both 0-d.
 
         ``labels_BS`` are the tokens to predict at each place: shifted, unlike transformers'.
         Adapters drop features if ``keys_B`` gives each sample a key (``llamax.model.dropout``), and
         ``places_S`` the places of the tokens in their sequences, by default 0, 1, 2, ...
+        The last stage of a pipeline takes ``x_BsD``, which left the stage before.
         """
         check_ids(labels_BS, self.config.vocab_size, labels=True)
         if labels_BS.shape != ids_BS.shape:
@@ -326,7 +342,7 @@ class Llama(nn.Module):
                 f"labels are {list(labels_BS.shape)}, and ids {list(ids_BS.shape)}; give a label "
                 "for every id"
             )
-        x_BsD = self._trunk(ids_BS, positions_BS, documents_BS, attend, keys_B, places_S)
+        x_BsD = self.hidden(ids_BS, positions_BS, documents_BS, attend, keys_B, places_S, x_BsD)
         return vocab_parallel_loss(
             x_BsD,
             self.output_weight,
@@ -337,41 +353,29 @@ class Llama(nn.Module):
             chunk_tokens,
         )
 
-    def _trunk(
+    def hidden(
         self,
         ids_BS: Tensor,
-        positions_BS: Tensor | None,
-        documents_BS: Tensor | None,
-        attend: Attend | None,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+        attend: Attend | None = None,
         keys_B: Tensor | None = None,
         places_S: Tensor | None = None,
+        x_BsD: Tensor | None = None,
     ) -> Tensor:
+        """Activations after the last norm, or at the end of a stage: [B,S] -> [B,s,D]."""
         check_ids(ids_BS, self.config.vocab_size)
-        if self.sequence_parallel and ids_BS.shape[1] % self.tp.size:
-            raise DataError(
-                f"{ids_BS.shape[1]} places are not divided by {self.tp.size} tensor ranks, as "
-                "sequence parallelism needs; pad them, or use a model without it"
-            )
+        check_inputs(ids_BS, positions_BS, documents_BS, self.tp.size, self.sequence_parallel)
         if self.dropout is not None:
             self.dropout.begin(keys_B, ids_BS.shape[1], places_S)
         if positions_BS is None:
             positions_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).unsqueeze(0)
-        elif positions_BS.shape not in (ids_BS.shape, (1, ids_BS.shape[1])):
-            raise DataError(
-                f"positions are {list(positions_BS.shape)}, and ids {list(ids_BS.shape)}; give one "
-                "for every id, or [1, sequence] for all samples"
-            )
-        if documents_BS is not None and documents_BS.shape != ids_BS.shape:
-            raise DataError(
-                f"documents are {list(documents_BS.shape)}, and ids {list(ids_BS.shape)}; give a "
-                "number for every id"
-            )
 
         def causal(q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
             return ops.attention(q_BShE, k_BSkE, v_BSkE, documents_BS)
 
-        x_BsD: Tensor = self.model(ids_BS, positions_BS, attend or causal)
-        return x_BsD
+        y_BsD: Tensor = self.model(ids_BS, positions_BS, attend or causal, x_BsD)
+        return y_BsD
 
 
 def _splits(mlp: nn.Module) -> bool:

@@ -13,13 +13,14 @@ all-gather and reduce-scatter move (p-1)/p of the whole, all-reduce twice that.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from llamax.parallel.mesh import Seat
+from llamax.parallel.mesh import ALONE, Groups, Mesh, Seat
 
 Reduction = Literal["sum", "max"]
 
@@ -90,7 +91,8 @@ class Axes:
 
     ``data`` is where gradients are summed (dp x cp).  ``kv`` joins the neighbouring tensor ranks
     that hold the same key/value head; it has size one unless tensor > num_key_value_heads.  The
-    ranks of ``cp`` hold parts of the same sequences.
+    ranks of ``cp`` hold parts of the same sequences.  ``pp`` is the stage of this rank; on ``even``
+    and ``odd`` it meets the ranks of the stages next to it, over the edges of that parity.
     """
 
     tp: Axis
@@ -98,16 +100,30 @@ class Axes:
     kv: Axis
     world: Axis
     cp: Axis = field(default_factory=lambda: Solo("cp"))
+    even: Axis = field(default_factory=lambda: Solo("even"))
+    odd: Axis = field(default_factory=lambda: Solo("odd"))
+    pp: Seat = ALONE
+
+    @classmethod
+    def of(cls, mesh: Mesh, rank: int, make: Callable[[str, Groups], Axis]) -> Axes:
+        """The axes of global ``rank`` of ``mesh``; ``make`` makes one from its name and groups."""
+        made = {name: make(name, groups) for name, groups in mesh.axes().items()}
+        return cls(**made, pp=Seat(mesh.coordinate(rank).pp, mesh.pp))
 
     @classmethod
     def solo(cls, device: torch.device | str = "cpu") -> Axes:
         """The axes of a world of one."""
-        return cls(*(Solo(name, device) for name in ("tp", "data", "kv", "world", "cp")))
+        tp, data, kv, world = (Solo(name, device) for name in ("tp", "data", "kv", "world"))
+        return cls(tp, data, kv, world, Solo("cp", device))
 
     @property
     def dp(self) -> Seat:
         """This rank among those of ``data`` that take different samples."""
         return Seat(self.data.rank // self.cp.size, self.data.size // self.cp.size)
+
+    def edge(self, number: int) -> Axis:
+        """The axis of two ranks between stages ``number`` and ``number`` + 1."""
+        return self.odd if number % 2 else self.even
 
     @property
     def part(self) -> Seat:

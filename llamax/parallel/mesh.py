@@ -23,7 +23,7 @@ from typing import NamedTuple
 from llamax.runtime.errors import ConfigError
 
 AXES = ("pp", "dp", "cp", "tp")
-MISSING = {"pp": "pipeline"}  # axes that no training step has yet
+EDGES = ("even", "odd")  # between stages s and s + 1, by the parity of s
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -76,7 +76,7 @@ class Mesh:
     def fill(cls, world_size: int, tp: int = 1, cp: int = 1, pp: int = 1, kv: int = 1) -> Mesh:
         """The mesh of ``world_size`` ranks whose data axis takes what the other axes leave.
 
-        Raises ConfigError if the axes do not divide the world, or for an axis that cannot train.
+        Raises ConfigError if the axes do not divide the world.
         """
         rest, over = divmod(world_size, tp * cp * pp)
         if over or not rest:
@@ -84,18 +84,7 @@ class Mesh:
                 f"a world of {world_size} ranks is not divided by tensor {tp} x context {cp} x "
                 f"pipeline {pp} = {tp * cp * pp}; start a multiple of {tp * cp * pp} ranks"
             )
-        mesh = cls(tp=tp, dp=rest, cp=cp, pp=pp, kv=kv)
-        mesh.check_trains()
-        return mesh
-
-    def check_trains(self) -> None:
-        """Raise ConfigError for an axis that no training step has: layouts of it can be planned."""
-        for axis, kind in MISSING.items():
-            if self.degree(axis) > 1:
-                raise ConfigError(
-                    f"mesh degree {axis}={self.degree(axis)}: llamax does not have {kind} "
-                    f"parallelism yet; use {axis}=1, and tp and dp for the ranks"
-                )
+        return cls(tp=tp, dp=rest, cp=cp, pp=pp, kv=kv)
 
     def on_trn1(self, cores: int = 32) -> Mesh:
         """This mesh where trn1 wants it, on nodes with ``cores`` ranks each.
@@ -147,18 +136,33 @@ class Mesh:
         return tuple(tuple(ranks) for ranks in found.values())
 
     def axes(self) -> dict[str, Groups]:
-        """The groups of every axis that ranks reduce over, by its name in ``collectives.Axes``.
-
-        Raises ConfigError for an axis that cannot train.
-        """
-        self.check_trains()
+        """The groups of every axis that ranks communicate on, by its name in ``Axes``."""
         return {
             "tp": self.groups("tp"),
             "data": self.groups("dp", "cp"),
             "kv": self.replicas("tp", self.kv),
             "world": (tuple(range(self.world_size)),),
             "cp": self.groups("cp"),
+            **{name: self.edges(first) for first, name in enumerate(EDGES[: self.pp - 1])},
         }
+
+    def edges(self, first: int) -> Groups:
+        """Pairs of ranks that swap between stages s and s + 1, for s = ``first``, ``first`` + 2 ...
+
+        Ranks of a stage without such an edge are in no pair.
+        """
+        stages = range(first, self.pp - 1, 2)
+        return tuple(line[s : s + 2] for s in stages for line in self.groups("pp"))
+
+    def completed(self, pairs: Groups) -> Groups:
+        """``pairs`` and more of them, of the ranks that are in none, for collectives that name all.
+
+        The ranks of these further pairs never meet.
+        """
+        paired = {rank for pair in pairs for rank in pair}
+        others = [rank for rank in self.order or range(self.world_size) if rank not in paired]
+        half = len(others) // 2
+        return (*pairs, *zip(others[:half], others[half:], strict=True))
 
     def replicas(self, axis: str, size: int) -> Groups:
         """The groups of ``axis`` broken into runs of ``size`` neighbours.

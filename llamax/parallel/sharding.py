@@ -21,7 +21,7 @@ Because all of this is arithmetic on (block, degree, rank), any degree can be tu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -242,12 +242,18 @@ class ShardedParameters(Mapping[str, ShardedParameter]):
 
     ``degree`` and ``rank`` are those of the axis.  A model makes it once
     (``Llama.sharded_parameters``); optimizer and checkpoints need to know no more about a model.
+    ``holds`` says which names of a whole model belong to this stage of a pipeline.
     """
 
     def __init__(
-        self, parameters: Mapping[str, ShardedParameter], degree: int = 1, rank: int = 0
+        self,
+        parameters: Mapping[str, ShardedParameter],
+        degree: int = 1,
+        rank: int = 0,
+        holds: Callable[[str], bool] = lambda name: True,
     ) -> None:
         self._parameters, self.degree, self.rank = dict(parameters), degree, rank
+        self.holds = holds
 
     def __getitem__(self, name: str) -> ShardedParameter:
         return self._parameters[name]
@@ -270,8 +276,12 @@ class ShardedParameters(Mapping[str, ShardedParameter]):
 
     def trained(self) -> ShardedParameters:
         """Those that require a gradient: what an optimizer updates and a checkpoint keeps."""
-        kept = {name: p for name, p in self.items() if p.tensor.requires_grad}
-        return ShardedParameters(kept, self.degree, self.rank)
+        return self.only([name for name, p in self.items() if p.tensor.requires_grad])
+
+    def only(self, names: Iterable[str]) -> ShardedParameters:
+        """Those of these names."""
+        kept = {name: self[name] for name in names}
+        return ShardedParameters(kept, self.degree, self.rank, self.holds)
 
     def parts(self, name: str) -> Iterator[Part]:
         """The Hub tensors that one parameter holds."""

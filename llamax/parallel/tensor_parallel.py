@@ -12,6 +12,7 @@ all-reduced) and the output is all-reduced.  Each layer knows its ``Shard``: how
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -135,10 +136,13 @@ class VocabEmbedding(nn.Module):
 PARALLEL_LAYERS = (ColumnLinear, RowLinear, VocabEmbedding)
 
 
-def sharded_parameters(model: nn.Module, tp: Axis) -> ShardedParameters:
+def sharded_parameters(
+    model: nn.Module, tp: Axis, holds: Callable[[str], bool]
+) -> ShardedParameters:
     """Every parameter of a module, each with the cut that its owner's ``shard`` declares.
 
-    Tied parameters have one name.  Raises ConfigError for a declaration that does not fit.
+    Tied parameters have one name.  ``holds`` says which names of a whole model belong here.
+    Raises ConfigError for a declaration that does not fit.
     """
     found: dict[str, ShardedParameter] = {}
     for above, module in model.named_modules():
@@ -147,7 +151,7 @@ def sharded_parameters(model: nn.Module, tp: Axis) -> ShardedParameters:
             how = declared_cut(module, name, leaf, tensor.shape, tp.size)
             found[name] = ShardedParameter(tensor, how)
     once = dict(model.named_parameters())
-    return ShardedParameters({name: found[name] for name in once}, tp.size, tp.rank)
+    return ShardedParameters({name: found[name] for name in once}, tp.size, tp.rank, holds)
 
 
 def local_ids(ids: Tensor, rows: int, axis: Axis) -> tuple[Tensor, Tensor]:
@@ -178,3 +182,28 @@ def check_ids(ids_BS: Tensor, vocab_size: int, labels: bool = False) -> None:
             raise DataError(
                 f"{what} hold {found}, and the model has ids 0 to {vocab_size - 1}; use {use}"
             )
+
+
+def check_inputs(
+    ids_BS: Tensor,
+    positions_BS: Tensor | None,
+    documents_BS: Tensor | None,
+    tensor: int,
+    sequence_parallel: bool,
+) -> None:
+    """DataError where a sequence cannot be cut, or positions or documents do not fit the ids."""
+    if sequence_parallel and ids_BS.shape[1] % tensor:
+        raise DataError(
+            f"{ids_BS.shape[1]} places are not divided by {tensor} tensor ranks, as "
+            "sequence parallelism needs; pad them, or use a model without it"
+        )
+    if positions_BS is not None and positions_BS.shape not in (ids_BS.shape, (1, ids_BS.shape[1])):
+        raise DataError(
+            f"positions are {list(positions_BS.shape)}, and ids {list(ids_BS.shape)}; give one "
+            "for every id, or [1, sequence] for all samples"
+        )
+    if documents_BS is not None and documents_BS.shape != ids_BS.shape:
+        raise DataError(
+            f"documents are {list(documents_BS.shape)}, and ids {list(ids_BS.shape)}; give a "
+            "number for every id"
+        )

@@ -119,7 +119,6 @@ def resolve(
     reason: str = "",
     *,
     node_ranks: int | None = None,
-    pipeline: int = 1,
 ) -> ResolvedRun:
     """The run that ``config`` describes on ``world_size`` ranks.
 
@@ -128,12 +127,10 @@ def resolve(
     last epoch is whole: it takes what it lacks from the next pass.  Warm-up and the decay of wsd
     are cut in proportion if together they are longer than the run.  ``node_ranks``: the ranks of a
     node, where tensor and context ranks must share one (``config.rules.parallel.node_limit``).
-    ``pipeline`` is the number of stages, of which training has one and the planner any.
 
     Raises ConfigError if the configuration does not hold on that world or with that many steps.
     """
-    ranks = world_size // pipeline
-    validate.check(config, ranks, node_ranks)
+    validate.check(config, world_size, node_ranks)
     run, optim, assumption = config.run, config.optim, ""
     if run.epochs and training_samples is None:
         epochs = f"{run.epochs} epochs are" if run.epochs > 1 else "1 epoch is"
@@ -152,10 +149,15 @@ def resolve(
     optim, shortened = (optim, "") if assumption else _shorten(optim, run.steps)
     resolved = replace(config, run=run, optim=optim)
     if not assumption:
-        validate.check(resolved, ranks, node_ranks)
-    tensor, context = config.parallel.tensor, config.parallel.context
-    stage = Mesh.fill(ranks, tp=tensor, cp=context, kv=config.model.kv_replicas(tensor))
-    mesh = replace(stage, pp=pipeline)
+        validate.check(resolved, world_size, node_ranks)
+    parallel = config.parallel
+    mesh = Mesh.fill(
+        world_size,
+        tp=parallel.tensor,
+        cp=parallel.context,
+        pp=parallel.pipeline,
+        kv=config.model.kv_replicas(parallel.tensor),
+    )
     return ResolvedRun(
         resolved,
         mesh,

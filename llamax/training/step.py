@@ -7,6 +7,8 @@
                                     update: reduce, clip, AdamW, gather one program
     state.validate(batches)         forward alone
 
+With a pipeline a rank does its stage's part of each microstep (``llamax.training.pipeline``).
+
 Only ``Step.result`` waits for the device, and no Python number that differs between ranks or steps
 enters.  On a device that traces programs, ``backend.step_boundary`` ends one: a step is as many
 runs of the same program as it has microsteps, and one of the optimizer's.
@@ -17,8 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
-from typing import Protocol
+from functools import cached_property, partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,8 +35,10 @@ from llamax.optim.schedule import lr_at
 from llamax.optim.zero1 import Zero1
 from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
+from llamax.parallel.pipeline import Schedule, forwards, schedule
 from llamax.parallel.sharding import Replica
 from llamax.training.model_checks import check_attended, check_loss, check_modules, noted
+from llamax.training.pipeline import Compute, Stage, apart
 from llamax.training.resolve import ResolvedRun
 
 
@@ -146,6 +150,7 @@ class TrainState:
         check_loss(model, axes)
         check_modules(model, axes)
         parallel, optim = run.config.parallel, run.config.optim
+        axes = apart(axes, backend.step_boundary)
         parameters = model.sharded_parameters()
         own = own_names(parameters.hub_shapes(), model.config)
         replicas = {n: p for n, p in parameters.trained().items() if isinstance(p.cut, Replica)}
@@ -192,13 +197,19 @@ class TrainState:
         microsteps sum ``loss / step_tokens``, and the optimizer scales gradients by step over
         counted tokens, which is 1 where no label is ignored.
         """
-        device = self.axes.data.rank_index.device
+        device, micros = self.axes.data.rank_index.device, [*batches]
         sums = torch.zeros(2).to(device)  # sent, so that the first microstep is like the others
-        for place, batch in enumerate(batches):
-            total, count = self._loss(batch, self._keys(batch, number, place))
-            (total / self.step_tokens).backward()
+
+        def compute(place: int, x_BsD: Tensor | None) -> Tensor:
+            nonlocal sums
+            keys_B = self._keys(micros[place], number, place)
+            if not self._stage.last:
+                return self._hidden(micros[place], keys_B, x_BsD)
+            total, count = self._loss(micros[place], keys_B, x_BsD)
             sums = sums + torch.stack((total.detach(), count))
-            self.backend.step_boundary()
+            return total / self.step_tokens
+
+        self._run(schedule, micros, compute)
         # Tensor ranks hold the same loss: the first one's counts. NaN on any rank makes a sum NaN.
         sums = _of_first(self.axes.tp, sums)
         inputs = torch.tensor([self.learning_rate(number), float(number), float(stop)])
@@ -220,13 +231,50 @@ class TrainState:
         ``batches`` are this data rank's microbatches of each.  The result is the same on every
         rank.
         """
-        sums = torch.zeros(2).to(self.axes.data.rank_index.device)
+        sums = mean = torch.zeros(2).to(self.axes.data.rank_index.device)
+        stage = self._stage
+
+        def compute(micros: Sequence[Batch], place: int, x_BsD: Tensor | None) -> Tensor:
+            nonlocal sums, mean
+            if not stage.last:
+                return self._hidden(micros[place], None, x_BsD)
+            sums = sums + torch.stack(self._loss(micros[place], None, x_BsD))
+            if stage.first:  # the mean of all so far: every batch runs the same program
+                mean = self._mean(sums)
+            return sums
+
         for microbatches in batches:
-            for batch in microbatches:
-                sums = sums + torch.stack(self._loss(batch))
-                total, count = self.axes.world.all_reduce(_of_first(self.axes.tp, sums))
-                mean: Tensor = total / count  # of all so far: every batch runs the same program
-                self.backend.step_boundary()
+            self._run(forwards, microbatches, partial(compute, microbatches))
+        if not (stage.first and stage.last):
+            mean = self._mean(sums)
+            self.backend.step_boundary()
+        return mean
+
+    @cached_property
+    def _stage(self) -> Stage:
+        return Stage(self.axes, self.backend.step_boundary, self.model.dropout)
+
+    def _run(
+        self,
+        works: Callable[[int, int, int], Schedule],
+        micros: Sequence[Batch],
+        compute: Compute,
+    ) -> None:
+        """This stage's part of the microbatches."""
+        rows, length = micros[0].ids.shape
+        if self.model.sequence_parallel:
+            length //= self.axes.tp.size
+        shape, dtype = (
+            (rows, length, self.model.config.hidden_size),
+            next(self.model.parameters()).dtype,
+        )
+        like = torch.empty(shape, dtype=dtype, device="meta")
+        self._stage.run(works(*self.axes.pp, len(micros)), compute, like)
+
+    def _mean(self, sums: Tensor) -> Tensor:
+        """The mean loss over the world, from this rank's sums of losses and counted tokens."""
+        total, count = self.axes.world.all_reduce(_of_first(self.axes.tp, sums))
+        mean: Tensor = total / count
         return mean
 
     def _keys(self, batch: Batch, number: int, place: int) -> Tensor | None:
@@ -236,27 +284,46 @@ class TrainState:
         rows, dp = batch.ids.shape[0], self.axes.dp
         return self.model.dropout.keys(number, (place * dp.size + dp.rank) * rows, rows)
 
-    def _loss(self, batch: Batch, keys_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        device = self.model.tp.rank_index.device
-        ids, labels, positions = (part.int().to(device, non_blocking=True) for part in batch[:3])
+    def _loss(
+        self, batch: Batch, keys_B: Tensor | None = None, x_BsD: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Summed loss and counted tokens of a microbatch; ``x_BsD`` comes from the stage before."""
+        labels = batch.labels.int().to(self.model.tp.rank_index.device, non_blocking=True)
+        ids, positions, more = self._inputs(batch, keys_B, x_BsD)
+        if self.axes.cp.size == 1:
+            return self.model.loss(ids, labels, positions, **more)
+        called = set[int]()
+        more["attend"] = noted(more["attend"], called)
+        found = self.model.loss(ids, labels, positions, **more)
+        check_attended(self.model, called)
+        return found
+
+    def _hidden(self, batch: Batch, keys_B: Tensor | None, x_BsD: Tensor | None) -> Tensor:
+        """What leaves this stage of a microbatch."""
+        ids, positions, more = self._inputs(batch, keys_B, x_BsD)
+        return self.model.hidden(ids, positions, **more)
+
+    def _inputs(
+        self, batch: Batch, keys_B: Tensor | None, x_BsD: Tensor | None
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Ids, positions and other arguments of the model, on its device."""
+        device, cp = self.model.tp.rank_index.device, self.axes.cp
+        ids, positions = (
+            part.int().to(device, non_blocking=True) for part in (batch.ids, batch.positions)
+        )
         documents = None
         if batch.documents is not None:
             documents = batch.documents.to(device, non_blocking=True)
-        keys_B = None if keys_B is None else keys_B.to(device, non_blocking=True)
-        cp = self.axes.cp
+        more: dict[str, Any] = {
+            "keys_B": None if keys_B is None else keys_B.to(device, non_blocking=True)
+        }
+        if x_BsD is not None:
+            more["x_BsD"] = x_BsD
         if cp.size == 1:
-            return self.model.loss(ids, labels, positions, documents_BS=documents, keys_B=keys_B)
-        called = set[int]()
-        found = self.model.loss(
-            ids,
-            labels,
-            positions,
-            attend=noted(context_parallel.across(cp, documents), called),
-            keys_B=keys_B,
-            places_S=context_parallel.places(cp, ids.shape[1]),
-        )
-        check_attended(self.model, called)
-        return found
+            return ids, positions, {**more, "documents_BS": documents}
+        more["attend"] = context_parallel.across(cp, documents)
+        more["places_S"] = context_parallel.places(cp, ids.shape[1])
+        return ids, positions, more
 
 
 def _of_first(axis: Axis, x: Tensor) -> Tensor:

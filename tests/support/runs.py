@@ -14,7 +14,8 @@ def on_mesh(config: Config, mesh: Mesh) -> ResolvedRun:
     """The run of ``config`` on the degrees of ``mesh``."""
     parallel = replace(config.parallel, tensor=mesh.tp, context=mesh.cp, data=0)
     config = replace(config, parallel=parallel)
-    run = resolve(config, mesh.world_size, pipeline=mesh.pp)
+    run = resolve(config, mesh.world_size // mesh.pp)  # as one stage: any recomputation
+    run = replace(run, mesh=replace(run.mesh, pp=mesh.pp))
     assert replace(run.mesh, kv=mesh.kv) == mesh
     return run
 

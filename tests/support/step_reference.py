@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from llamax.config.model import ModelConfig
+from llamax.config.rules.pipeline import evenly
 from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
-from llamax.parallel import context_parallel, sharding
+from llamax.parallel import context_parallel, pipeline, sharding
 from llamax.parallel.collectives import Axes
 from support.models import TINY as MODEL
 
@@ -66,8 +67,13 @@ def loss(llama: Llama, micro: Batch, axes: Axes) -> Tensor:
     return total
 
 
-def build(model: ModelConfig, axes: Axes, sequence: bool) -> Llama:
-    llama = Llama(model, axes.tp, sequence_parallel=sequence).init(0)
+def build(
+    model: ModelConfig, axes: Axes, sequence: bool, layers: tuple[int, ...] | None = None
+) -> Llama:
+    """This rank's share of the model; ``layers`` of each stage, by default equally many."""
+    counts = layers or evenly(model.num_hidden_layers, axes.pp.size)
+    stage = pipeline.layers_of(axes.pp.rank, counts)
+    llama = Llama(model, axes.tp, sequence_parallel=sequence, stage=stage).init(0)
     with torch.no_grad():
         for name, parameter in llama.named_parameters():
             if (

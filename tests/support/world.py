@@ -168,23 +168,22 @@ def axes(mesh: Mesh, kv: int = 0) -> Axes:
     cpu = torch.device("cpu")
 
     def axis(name: str, groups: Groups) -> Axis:
-        ranks = next(group for group in groups if dist.get_rank() in group)
-        return Solo(name) if len(ranks) == 1 else GlooAxis(name, ranks, cpu, _group(ranks))
+        ranks = next((group for group in groups if dist.get_rank() in group), ())
+        made = {group: _group(group) for group in groups if len(group) > 1}
+        return GlooAxis(name, ranks, cpu, made[ranks]) if len(ranks) > 1 else Solo(name)
 
-    return Axes(
-        **{
-            name: axis(name, groups)
-            for name, groups in replace(mesh, kv=kv or mesh.kv).axes().items()
-        }
-    )
+    return Axes.of(replace(mesh, kv=kv or mesh.kv), dist.get_rank(), axis)
 
 
 @functools.cache
 def _group(ranks: tuple[int, ...]) -> Any:
-    """A process group of these ranks, one for all meshes: its threads wake 100 times a second."""
+    """A process group of these ranks, one for all meshes: its threads wake 100 times a second.
+
+    All ranks of the world call this in the same order, or torch names it differently on some.
+    """
     import torch.distributed as dist
 
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+    return dist.new_group(list(ranks))
 
 
 def _serve(rank: int, size: int, pipe: Connection, stacks: str) -> None:

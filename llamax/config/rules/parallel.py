@@ -70,23 +70,28 @@ def context_divides_sequence(c: Config, world: World) -> Iterator[str]:
         )
 
 
-@RULES.reading("parallel.tensor", "parallel.context", "parallel.data")
+@RULES.reading("parallel.tensor", "parallel.context", "parallel.pipeline", "parallel.data")
 def mesh_fills_world(c: Config, world: World) -> Iterator[str]:
-    tensor, context, data = c.parallel.tensor, c.parallel.context, c.parallel.data
+    tensor, context, pipeline = c.parallel.tensor, c.parallel.context, c.parallel.pipeline
     if world.ranks is None:
         return
-    replica, node = tensor * context, world.node_ranks or world.ranks
+    node, data = world.node_ranks or world.ranks, c.parallel.data
+    group, replica = tensor * context, tensor * context * pipeline
     degrees = f"parallel.tensor={tensor}"
-    if context > 1:
-        degrees += f" x parallel.context={context}"
+    others = [(f"parallel.{name}", getattr(c.parallel, name)) for name in ("context", "pipeline")]
+    degrees += "".join(f" x {name}={degree}" for name, degree in others if degree > 1)
     if world.ranks % replica:
         usable = math.gcd(world.ranks, node)
-        if context == 1:
+        if pipeline > 1 and world.ranks % group == 0:
+            instead = f"use parallel.pipeline={join_or(divisors(world.ranks // group))}"
+        elif replica == tensor:
             instead = f"use {join_or(divisors(usable))}"
-        elif usable % tensor:
-            instead = f"use parallel.tensor={join_or(divisors(usable))} and parallel.context=1"
+        elif usable % tensor or context == 1:
+            instead = f"use parallel.tensor={join_or(divisors(usable))}"
+            instead += "".join(f" and {name}=1" for name, degree in others if degree > 1)
         else:
             instead = f"use parallel.context={join_or(divisors(usable // tensor))}"
+            instead += " and parallel.pipeline=1" if pipeline > 1 else ""
         yield (
             f"{degrees} does not divide the world of {world.ranks} ranks; "
             f"start a multiple of {replica} ranks, or {instead}"
@@ -172,9 +177,10 @@ def batch_divides(data: DataConfig, data_degree: int) -> Iterator[str]:
     "data.micro_batch",
     "parallel.tensor",
     "parallel.context",
+    "parallel.pipeline",
     "parallel.data",
 )
 def batch_divides_over_mesh(c: Config, world: World) -> Iterator[str]:
-    # 0 if tensor x context exceeds the world: see mesh_fills_world
-    left = (world.ranks or 1) // (c.parallel.tensor * c.parallel.context)
+    # 0 if the other degrees exceed the world: see mesh_fills_world
+    left = (world.ranks or 1) // (c.parallel.tensor * c.parallel.context * c.parallel.pipeline)
     yield from batch_divides(c.data, c.parallel.data or left or 1)

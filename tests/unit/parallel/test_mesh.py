@@ -60,13 +60,30 @@ def test_impossible_meshes_and_ranks_are_refused() -> None:
         Mesh().groups("fsdp")
 
 
-@pytest.mark.parametrize(("axis", "kind"), [("pp", "pipeline")])
-def test_an_axis_that_cannot_train_is_refused(axis: str, kind: str) -> None:
-    said = f"mesh degree {axis}=2: llamax does not have {kind} parallelism yet; use {axis}=1"
-    with pytest.raises(ConfigError, match=said):
-        Mesh.fill(4, **{axis: 2})
-    with pytest.raises(ConfigError, match=said):
-        Mesh(dp=2, **{axis: 2}).axes()
+def test_stages_swap_over_even_and_over_odd_edges() -> None:
+    mesh = Mesh.fill(8, tp=2, pp=4)
+    assert mesh == Mesh(tp=2, pp=4)
+    groups = mesh.axes()
+    assert groups["even"] == ((0, 2), (1, 3), (4, 6), (5, 7)), "stages 0 and 1, 2 and 3"
+    assert groups["odd"] == ((2, 4), (3, 5)), "stages 1 and 2"
+    assert groups["data"] == tuple((rank,) for rank in range(8)), "within a stage"
+
+
+@pytest.mark.parametrize("stages", [3, 4, 5])
+@pytest.mark.parametrize("axis", ["even", "odd"])
+def test_every_rank_is_in_a_completed_pair(stages: int, axis: str) -> None:
+    mesh = Mesh(tp=2, dp=2, pp=stages)
+    real = mesh.axes()[axis]
+    pairs = mesh.completed(real)
+    assert pairs[: len(real)] == real
+    assert sorted(rank for pair in pairs for rank in pair) == [*range(mesh.world_size)]
+    assert {len(pair) for pair in pairs} == {2}
+
+
+def test_two_stages_have_one_edge() -> None:
+    assert Mesh(pp=2).axes()["even"] == ((0, 1),)
+    assert "odd" not in Mesh(pp=2).axes()
+    assert not {"even", "odd"} & Mesh(dp=2).axes().keys()
 
 
 def test_context_ranks_are_next_to_the_tensor_ranks() -> None:

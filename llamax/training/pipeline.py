@@ -1,0 +1,167 @@
+"""Runs a stage's part of a schedule over the microbatches of a step; without a pipeline, all of it.
+
+::
+
+    forward     x from the stage below --> compute --> y, for the stage above    a program
+    backward    dy from the stage above --> autograd --> dx, for the stage below a program
+    swap        y and dx change places with the neighbours' dx and y             a program
+
+The last stage's forward ends in the loss, and its backward follows at once, in the same program.  A
+microbatch in flight is what autograd keeps of it.  The schedule is data that depends on the number
+of stages and microbatches alone (``llamax.parallel.pipeline``), so no value steers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llamax.backends.base import EAGER
+from llamax.model.dropout import Dropout
+from llamax.parallel.collectives import Axes, Axis, Reduction
+from llamax.parallel.pipeline import Schedule, Swap
+
+# (microbatch, x_BsD or None on the first stage) -> y_BsD, or the loss on the last stage
+Compute = Callable[[int, Tensor | None], Tensor]
+
+
+class InFlight(NamedTuple):
+    """A microbatch between its passes: input, output, and the tokens that dropout tells apart."""
+
+    x: Tensor | None
+    y: Tensor
+    dropout_tokens: Tensor | None
+
+
+class Stage:
+    """One rank's stage of a pipeline.
+
+    ``boundary`` ends a program.  ``dropout`` is the model's, which has to know the microbatch again
+    where backward computes layers again.
+    """
+
+    def __init__(
+        self, axes: Axes, boundary: Callable[[], None], dropout: Dropout | None = None
+    ) -> None:
+        self.axes, self.boundary, self.dropout = axes, boundary, dropout
+        self.number, stages = axes.pp
+        self.first, self.last = self.number == 0, self.number == stages - 1
+        self.most = 0  # microbatches in flight at the same time so far
+        self._flying: dict[int, InFlight] = {}
+        self._unused: dict[str, Tensor] = {}
+
+    def run(self, works: Schedule, compute: Compute, like: Tensor) -> None:
+        """Do ``works``; ``like`` has the shape and dtype of what travels, [B,s,D].
+
+        Without gradients the schedule has forward passes alone.
+        """
+        inputs: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
+        output_gradients: dict[int, Tensor] = {}
+        input_gradients: dict[int, Tensor] = {}
+        for work in works:
+            if isinstance(work, Swap):
+                if work.edge == self.number:
+                    leaving, sent, arriving, received = (
+                        outputs,
+                        work.up,
+                        output_gradients,
+                        work.down,
+                    )
+                else:
+                    leaving, sent, arriving, received = input_gradients, work.down, inputs, work.up
+                name = "up" if work.edge == self.number else "down"
+                x = self._nothing(name, like) if sent is None else leaving.pop(sent)
+                x = swap(self.axes.edge(work.edge), x)
+                if received is not None:
+                    arriving[received] = x
+                self.boundary()
+            elif work.kind == "forward":
+                x_BsD = None if self.first else inputs.pop(work.micro)
+                y = self._forward(work.micro, x_BsD, compute)
+                if not self.last:
+                    outputs[work.micro] = y.detach()
+                    self.boundary()
+                elif not torch.is_grad_enabled():
+                    self.boundary()
+            else:
+                dx = self._backward(work.micro, output_gradients.pop(work.micro, None))
+                if dx is not None:
+                    input_gradients[work.micro] = dx
+                self.boundary()
+
+    def _forward(self, micro: int, x_BsD: Tensor | None, compute: Compute) -> Tensor:
+        if not torch.is_grad_enabled():
+            return compute(micro, x_BsD)
+        x_BsD = None if x_BsD is None else x_BsD.detach().requires_grad_()
+        y = compute(micro, x_BsD)
+        tokens = None if self.dropout is None else self.dropout.tokens_BS
+        self._flying[micro] = InFlight(x_BsD, y, tokens)
+        self.most = max(self.most, len(self._flying))
+        return y
+
+    def _backward(self, micro: int, dy: Tensor | None) -> Tensor | None:
+        passed = self._flying.pop(micro)
+        if self.dropout is not None:
+            self.dropout.tokens_BS = passed.dropout_tokens
+        passed.y.backward(dy)
+        return None if passed.x is None else passed.x.grad
+
+    def _nothing(self, name: str, like: Tensor) -> Tensor:
+        """What travels where nothing is to be sent: a tensor for each way, or programs differ."""
+        kept = self._unused.get(name)
+        if kept is None or kept.shape != like.shape:
+            device = self.axes.world.rank_index.device
+            kept = torch.zeros(like.shape, dtype=like.dtype).to(device)
+            self._unused[name] = kept
+        return kept
+
+
+def swap(axis: Axis, x: Tensor) -> Tensor:
+    """What the other rank of an axis of two gives for ``x``: [...] -> [...].
+
+    Devices that trace programs gather both and pick by a tensor, so that both run one program.
+    """
+    if x.device.type in EAGER:
+        return axis.shift(x)
+    both = axis.all_gather(x.unsqueeze(0), 0)
+    return both.index_select(0, 1 - axis.rank_index).squeeze(0)
+
+
+class Apart:
+    """An axis with sums that are programs of their own, common to ranks whose programs differ."""
+
+    def __init__(self, axis: Axis, boundary: Callable[[], None]) -> None:
+        self.axis, self.boundary = axis, boundary
+        self.name, self.size, self.rank = axis.name, axis.size, axis.rank
+        self.rank_index = axis.rank_index
+
+    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
+        x = x.clone()
+        self.boundary()
+        y = self.axis.all_reduce(x, op)
+        self.boundary()
+        return y
+
+    def all_gather(self, x: Tensor, dim: int) -> Tensor:
+        return self.axis.all_gather(x, dim)
+
+    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
+        return self.axis.reduce_scatter(x, dim)
+
+    def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
+        return self.axis.all_to_all(x, split, concat)
+
+    def shift(self, x: Tensor, by: int = 1) -> Tensor:
+        return self.axis.shift(x, by)
+
+
+def apart(axes: Axes, boundary: Callable[[], None]) -> Axes:
+    """The axes of a stage: where its programs differ from other stages', world sums are apart."""
+    if axes.pp.size == 1 or axes.world.rank_index.device.type in EAGER:
+        return axes
+    return replace(axes, world=Apart(axes.world, boundary))

@@ -1,0 +1,459 @@
+"""Pipeline parallelism: one training step of stages equals the whole model's.
+
+Loss, every gradient, norm and updated weights, for pipeline x tensor x context x data degrees, with
+and without sequence parallelism, packed documents, ignored labels, one and four microbatches,
+uneven stages, all kinds of recomputation, more tensor ranks than key/value heads; adapters with
+dropout; then the same comparisons with a defect planted in the ranks: each must fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from support import adapters
+from support.models import tiny
+from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, build, loss, share
+from support.world import Worlds, axes
+from torch import Tensor
+
+from llamax.config.model import ModelConfig
+from llamax.config.schema import FinetuneConfig
+from llamax.model import lora
+from llamax.model.llama import Llama
+from llamax.model.recompute import Recompute
+from llamax.optim.zero1 import Zero1
+from llamax.parallel import pipeline as schedules
+from llamax.parallel import sharding
+from llamax.parallel.collectives import Axes
+from llamax.parallel.mesh import Mesh
+from llamax.training import pipeline
+from llamax.training import step as training_step
+from llamax.training.step import TrainState
+
+TOLERANCE = 1e-6
+MODEL = tiny(num_hidden_layers=4)
+FIVE = tiny(num_hidden_layers=5)
+LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, dropout=0.25)
+NF4 = FinetuneConfig(method="qlora", r=4, alpha=6.0, dropout=0.25)
+
+
+def training(model: Llama, axes: Axes, zero1: bool = True) -> TrainState:
+    optimizer = Zero1(
+        model.sharded_parameters(),
+        OPTIM,
+        axes,
+        sequence_parallel=model.sequence_parallel,
+        zero1=zero1,
+        bucket_bytes=4096,
+    )
+    tokens = GLOBAL_BATCH * SEQUENCE
+    return TrainState(model, optimizer, axes, step_tokens=tokens, learning_rate=lambda _: OPTIM.lr)
+
+
+def noted(model: Llama) -> dict[str, Tensor]:
+    """The sums of the gradients that come from now on, in float64."""
+    sums: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            sums[name] += gradient
+
+        sums[name] = torch.zeros(model.get_parameter(name).shape, dtype=torch.float64)
+        return add
+
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(note(name))
+    return sums
+
+
+def summed(model: Llama, axes: Axes, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every gradient, summed as the optimizer must sum it."""
+    found = {}
+    for name, grad in grads.items():
+        how = model.sharded_parameters()[name].cut
+        if isinstance(how, sharding.Replica):
+            grad = axes.tp.all_reduce(grad) if model.sequence_parallel else grad
+        else:
+            for part in sharding.parts(name, how, axes.tp.size):
+                if sharding.replicas(part.how.blocks[0], axes.tp.size) > 1:
+                    rows = grad.narrow(part.how.dim, part.start, part.length)
+                    rows.copy_(axes.kv.all_reduce(rows))
+        found[name] = axes.data.all_reduce(grad)
+    return found
+
+
+def step(
+    model: ModelConfig,
+    axes: Axes,
+    sequence: bool,
+    accumulation: int,
+    recompute: Recompute = "none",
+    zero1: bool = True,
+    layers: tuple[int, ...] | None = None,
+) -> dict[str, Any]:
+    """Loss, gradients, norm, validation loss, and weights after two steps.
+
+    The gradients of one rank are computed in float64; ``rounding`` is its own in float32.
+    """
+    exact: dict[str, Any] = {}
+    rounding = {}
+    if axes.world.size == 1:
+        llama = build(model, axes, sequence).double()
+        (loss(llama, share(axes, 1)[0], axes) / (GLOBAL_BATCH * SEQUENCE)).backward()
+        exact = {name: p.grad for name, p in llama.named_parameters()}
+    llama = build(model, axes, sequence, layers)
+    llama.model.mode = recompute
+    state = training(llama, axes, zero1)
+    sums = noted(llama)
+    results = [state.step(share(axes, accumulation), 1)]
+    grads = summed(llama, axes, {name: grad.clone() for name, grad in sums.items()})
+    for name, grad in exact.items():
+        rounding[name] = float((grads[name] - grad).abs().max() / grad.abs().max())
+    results.append(state.step(share(axes, accumulation), 2))
+    validation = state.validate([share(axes, 1), share(axes, 2)])
+    return {
+        "loss": [float(r.loss) for r in results] + [float(validation)],
+        "tokens": [float(r.tokens) for r in results],
+        "norm": [float(r.grad_norm) for r in results],
+        "grads": exact or grads,
+        "rounding": rounding,
+        "weights": {name: p.detach().clone() for name, p in llama.named_parameters()},
+        "most": state._stage.most,
+    }
+
+
+def on_mesh(
+    model: ModelConfig,
+    mesh: Mesh,
+    sequence: bool,
+    accumulation: int,
+    mutation: str = "none",
+    recompute: Recompute = "none",
+    zero1: bool = True,
+    layers: tuple[int, ...] | None = None,
+) -> tuple[list[str], set[str]]:
+    """On a rank: differences from the step of the whole model, one line each; and what it holds."""
+    whole = step(model, Axes.solo(), False, 1)
+    my_axes = axes(mesh, model.kv_replicas(mesh.tp))
+    with MUTATIONS[mutation]():
+        mine = step(model, my_axes, sequence, accumulation, recompute, zero1, layers)
+    cuts = Llama(model, my_axes.tp).sharded_parameters().cuts
+    found = [name for name in mine["weights"] if name not in mine["grads"]]
+    for what in ("grads", "weights"):
+        for name, ours in mine[what].items():
+            theirs = whole[what][name]
+            expected = sharding.cut(theirs, cuts[name], mesh.tp, my_axes.tp.rank)
+            error = (ours - expected).abs().max() / theirs.abs().max()
+            if not error <= TOLERANCE + whole["rounding"][name]:
+                found.append(f"{what} {name} {error:.1e}")
+    for what in ("loss", "norm"):
+        for n, (a, b) in enumerate(zip(mine[what], whole[what], strict=True), 1):
+            if not abs(a - b) <= 2 * TOLERANCE * abs(b):
+                found.append(f"{what} of step {n}: {a!r} {b!r}")
+    if mine["tokens"] != whole["tokens"]:
+        found.append(f"tokens {mine['tokens']} {whole['tokens']}")
+    if mine["most"] != schedules.in_flight(*my_axes.pp, accumulation):
+        found.append(f"{mine['most']} in flight")
+    return found, set(mine["weights"])
+
+
+def differences(results: list[tuple[list[str], set[str]]], model: ModelConfig) -> list[str]:
+    """What differs on any rank, and the parameters that no stage holds."""
+    held = set().union(*(names for _, names in results))
+    missing = {*Llama(model, device="meta").sharded_parameters()} - held
+    return [line for found, _ in results for line in found] + sorted(missing)
+
+
+MESHES = [
+    Mesh(pp=pp, tp=tp, cp=cp, dp=dp)
+    for pp, tp, cp, dp in (
+        (2, 1, 1, 1),
+        (3, 1, 1, 1),
+        (4, 1, 1, 1),
+        (2, 2, 1, 1),
+        (2, 1, 2, 1),
+        (2, 1, 1, 2),
+        (2, 4, 1, 1),
+        (4, 2, 1, 1),
+        (4, 1, 2, 1),
+        (4, 1, 1, 2),
+        (2, 2, 2, 1),
+        (2, 2, 1, 2),
+        (2, 1, 2, 2),
+    )
+]
+
+
+def named(mesh: Mesh) -> str:
+    return f"pp{mesh.pp}-tp{mesh.tp}-cp{mesh.cp}-dp{mesh.dp}"
+
+
+@pytest.mark.parametrize("sequence", [True, False], ids=["sequence", "plain"])
+@pytest.mark.parametrize("mesh", MESHES, ids=named)
+def test_stages_step_as_one(worlds: Worlds, mesh: Mesh, sequence: bool) -> None:
+    if sequence and mesh.tp == 1:
+        return  # nothing to cut
+    world = worlds(mesh.world_size)
+    for model, accumulation in ((MODEL, 4), (FIVE, 1)):
+        results = world.run(on_mesh, model, mesh, sequence, accumulation, timeout_s=25)
+        assert differences(results, model) == []
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_any_recomputation(worlds: Worlds, recompute: Recompute) -> None:
+    mesh = Mesh(pp=2, tp=2)
+    results = worlds(4).run(on_mesh, MODEL, mesh, True, 4, "none", recompute)
+    assert differences(results, MODEL) == []
+
+
+def test_without_zero1_too(worlds: Worlds) -> None:
+    mesh = Mesh(pp=2, dp=2)
+    results = worlds(4).run(on_mesh, MODEL, mesh, False, 2, "none", "none", False)
+    assert differences(results, MODEL) == []
+
+
+@pytest.mark.parametrize("layers", [(1, 3, 1), (1, 1, 3), (3, 1, 1)], ids=str)
+def test_stages_of_any_number_of_layers(worlds: Worlds, layers: tuple[int, ...]) -> None:
+    mesh = Mesh(pp=3)
+    results = worlds(3).run(on_mesh, FIVE, mesh, False, 4, "none", "full", True, layers)
+    assert differences(results, FIVE) == []
+
+
+# --- adapters ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapters.base_folder(tmp_path_factory.mktemp("base") / "hub", FOUR)
+
+
+FOUR = replace(adapters.MODEL, num_hidden_layers=4)
+
+
+def tuned(
+    folder: Path, mesh: Mesh, cases: list[tuple[FinetuneConfig, Recompute]], mutation: str
+) -> list[str]:
+    """On a rank: how adapters, dropout included, differ from one rank's."""
+    found, my_axes = [], axes(mesh, FOUR.kv_replicas(mesh.tp))
+    for finetune, recompute in cases:
+        solo = Axes.solo()
+        whole = adapters.steps(adapters.build(folder, solo, finetune), solo, 1, packed=True)
+        with MUTATIONS[mutation]():
+            model = adapters.build(folder, my_axes, finetune, mesh.tp > 1, recompute)
+            mine = adapters.steps(model, my_axes, 4, packed=True)
+        cuts, rank = model.sharded_parameters().cuts, my_axes.tp.rank
+        found += adapters.differences(mine, whole, cuts, mesh.tp, rank, 3 * TOLERANCE)
+    return found
+
+
+@pytest.mark.parametrize("mesh", [Mesh(pp=2), Mesh(pp=2, tp=2), Mesh(pp=2, dp=2), Mesh(pp=4)])
+def test_adapters_step_as_one_with_the_same_dropout(
+    worlds: Worlds, folder: Path, mesh: Mesh
+) -> None:
+    cases: list[tuple[FinetuneConfig, Recompute]] = [
+        (LORA, "none"),
+        (LORA, "selective"),
+        (LORA, "full"),
+        (NF4, "full"),
+    ]
+    for found in worlds(mesh.world_size).run(tuned, folder, mesh, cases, "none", timeout_s=240):
+        assert found == []
+
+
+# --- planted defects -----------------------------------------------------------------------------
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
+    with mock.patch.object(owner, name, value):
+        yield
+
+
+def defect(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], Any]:
+    return lambda: replaced(owner, name, make(getattr(owner, name)))
+
+
+def newest_first(original: Any) -> Any:
+    """The newest microbatch goes backward first."""
+    return lambda self, micro, dy: original(self, max(self._flying), dy)
+
+
+def labels_of_another(original: Any) -> Any:
+    def loss_of(self: TrainState, batch: Any, *more: Any) -> Any:
+        last = getattr(self, "last_labels", batch.labels)
+        object.__setattr__(self, "last_labels", batch.labels)
+        return original(self, batch._replace(labels=last), *more)
+
+    return loss_of
+
+
+def mean_of_each_micro(original: Any) -> Any:
+    def loss_of(self: TrainState, *arguments: Any) -> tuple[Tensor, Tensor]:
+        total, count = original(self, *arguments)
+        return total / count.clamp(min=1) * (self.step_tokens / 8), count
+
+    return loss_of
+
+
+def sent_comes_back(original: Any) -> Any:
+    def swap(axis: Any, x: Tensor) -> Tensor:
+        original(axis, x)
+        return x.clone()
+
+    return swap
+
+
+def without_gradients(original: Any) -> Any:
+    """The upper stage sends no gradient down."""
+
+    def backward(self: Any, *arguments: Any) -> Any:
+        dx = original(self, *arguments)
+        return None if dx is None else torch.zeros_like(dx)
+
+    return backward
+
+
+def doubled(original: Any) -> Any:
+    def backward(self: Any, *arguments: Any) -> Any:
+        dx = original(self, *arguments)
+        return None if dx is None else 2 * dx
+
+    return backward
+
+
+def one_left_out(original: Any) -> Any:
+    """The first stage leaves out the backward of microbatch 3."""
+
+    def backward(self: Any, micro: int, dy: Any) -> Any:
+        if micro == 3 and self.first:
+            return self._flying.pop(micro).x
+        return original(self, micro, dy)
+
+    return backward
+
+
+def positions_of_the_first(original: Any) -> Any:
+    def inputs(self: TrainState, batch: Any, keys: Any, x: Any) -> Any:
+        first = getattr(self, "first_positions", batch.positions)
+        object.__setattr__(self, "first_positions", first)
+        usable = x is not None and first.shape == batch.positions.shape
+        return original(self, batch._replace(positions=first) if usable else batch, keys, x)
+
+    return inputs
+
+
+def documents_of_the_first(original: Any) -> Any:
+    def inputs(self: TrainState, batch: Any, keys: Any, x: Any) -> Any:
+        first = getattr(self, "first_documents", batch.documents)
+        object.__setattr__(self, "first_documents", first)
+        usable = x is not None and first.shape == batch.documents.shape
+        return original(self, batch._replace(documents=first) if usable else batch, keys, x)
+
+    return inputs
+
+
+def norm_of_a_stage(original: Any) -> Any:
+    """The norm is of this stage alone: its sum leaves out other stages."""
+
+    def __init__(self: Zero1, parameters: Any, optim: Any, axes: Axes, **more: Any) -> None:
+        original(self, parameters, optim, replace(axes, world=axes.tp), **more)
+
+    return __init__
+
+
+def norms_not_summed(original: Any) -> Any:
+    def __init__(self: Zero1, *arguments: Any, sequence_parallel: bool, **more: Any) -> None:
+        original(self, *arguments, sequence_parallel=False, **more)
+
+    return __init__
+
+
+def counted_on_every_stage(original: Any) -> Any:
+    def of_first(axis: Any, x: Tensor) -> Tensor:
+        return original(axis, x) + (x.sum() == 0) * torch.tensor([0.0, 1.0])
+
+    return of_first
+
+
+def other_layers(original: Any) -> Any:
+    """The stages hold layers in the order of the ranks from the end."""
+
+    def holds(stage: int, counts: Any) -> range:
+        own = original(stage, counts)
+        return range(max(own.start - 1, 0), own.stop) if stage else own
+
+    return holds
+
+
+STEP: dict[str, Callable[[], Any]] = {
+    "newest microbatch goes backward first": defect(pipeline.Stage, "_backward", newest_first),
+    "labels of another microbatch": defect(TrainState, "_loss", labels_of_another),
+    "mean of each microbatch": defect(TrainState, "_loss", mean_of_each_micro),
+    "what was sent comes back": defect(pipeline, "swap", sent_comes_back),
+    "no gradients are sent": defect(pipeline.Stage, "_backward", without_gradients),
+    "gradients doubled": defect(pipeline.Stage, "_backward", doubled),
+    "a backward left out": defect(pipeline.Stage, "_backward", one_left_out),
+    "positions of the first microbatch": defect(TrainState, "_inputs", positions_of_the_first),
+    "documents of the first microbatch": defect(TrainState, "_inputs", documents_of_the_first),
+    "norm of one stage": defect(Zero1, "__init__", norm_of_a_stage),
+    "norms not summed over tensor ranks": defect(Zero1, "__init__", norms_not_summed),
+    "tokens counted on every stage": defect(training_step, "_of_first", counted_on_every_stage),
+    "a layer on two stages": defect(schedules, "layers_of", other_layers),
+}
+
+
+def dropout_forgets(original: Any) -> Any:
+    """Backward computes layers again with the tokens of the newest microbatch."""
+
+    def backward(self: Any, micro: int, dy: Any) -> Any:
+        dropout, self.dropout = self.dropout, None
+        try:
+            return original(self, micro, dy)
+        finally:
+            self.dropout = dropout
+
+    return backward
+
+
+def numbers_from_zero(original: Any) -> Any:
+    """Adapters are numbered from the first layer of their stage."""
+
+    def replace_layer(model: Llama, name: str, *more: Any) -> None:
+        original(model, name, *more)
+        layer = model.get_submodule(name)
+        layer.adapters = tuple(
+            each._replace(number=each.number - 7 * model.stage.start) for each in layer.adapters
+        )
+
+    return replace_layer
+
+
+DROPPED: dict[str, Callable[[], Any]] = {
+    "dropout of the newest microbatch": defect(pipeline.Stage, "_backward", dropout_forgets),
+    "adapters numbered by stage": defect(lora, "_replace", numbers_from_zero),
+}
+MUTATIONS: dict[str, Callable[[], Any]] = {
+    "none": lambda: replaced(pipeline, "swap", pipeline.swap),
+    **STEP,
+    **DROPPED,
+}
+
+
+@pytest.mark.parametrize("mutation", STEP)
+def test_a_defect_of_a_step_is_caught(worlds: Worlds, mutation: str) -> None:
+    mesh = Mesh(pp=2, tp=2)
+    results = worlds(4).run(on_mesh, MODEL, mesh, True, 4, mutation)
+    assert differences(results, MODEL)
+
+
+@pytest.mark.parametrize("mutation", DROPPED)
+def test_a_defect_of_dropout_is_caught(worlds: Worlds, folder: Path, mutation: str) -> None:
+    cases: list[tuple[FinetuneConfig, Recompute]] = [(LORA, "full")]
+    assert any(worlds(2).run(tuned, folder, Mesh(pp=2), cases, mutation))
