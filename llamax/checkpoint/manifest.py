@@ -5,6 +5,7 @@
     checkpoints/step-00000100/
         weights-tp00-dp00.safetensors     runs of weights, one file per rank
         optimizer-tp00-dp00.safetensors   runs of masters and moments, and the random state
+                                          (of a pipeline weights-pp00-tp00-dp00, ...)
         config.toml                       the resolved configuration
         manifest.json                     what is where; sha256 and block checksums of every file
         done                              the sha256 of the manifest: written last, deleted first
@@ -33,13 +34,14 @@ from llamax.config.base_model import DONE as DONE
 from llamax.config.base_model import MANIFEST as MANIFEST
 from llamax.config.base_model import STEP_FOLDER as STEP_FOLDER
 from llamax.config.constants import CONFIG_FILE
+from llamax.parallel.mesh import ALONE, Seat
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import sha256
 from llamax.runtime.versions import LLAMAX
 
 FORMAT_VERSION = 2
 CONFIG_TOML = CONFIG_FILE
-RANK_FILE = re.compile(r"(weights|optimizer)-tp\d{2,}-dp\d{2,}\.safetensors")
+RANK_FILE = re.compile(r"(weights|optimizer)-(pp\d{2,}-)?tp\d{2,}-dp\d{2,}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 CHECKSUMS = re.compile(rf"(?:[0-9a-f]{{{CHECKSUM_DIGITS}}})*")
 RNG = "rng"  # the name of the random state inside an optimizer file
@@ -149,9 +151,15 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def file_name(role: str, tp_rank: int, data_rank: int) -> str:
+def rank_name(tp_rank: int, data_rank: int, stage: Seat = ALONE) -> str:
+    """The name of one rank, with its stage where there are several."""
+    within = f"tp{tp_rank:02d}-dp{data_rank:02d}"
+    return f"pp{stage.rank:02d}-{within}" if stage.size > 1 else within
+
+
+def file_name(role: str, tp_rank: int, data_rank: int, stage: Seat = ALONE) -> str:
     """The file name of one rank; ``role`` is weights or optimizer."""
-    return f"{role}-tp{tp_rank:02d}-dp{data_rank:02d}.safetensors"
+    return f"{role}-{rank_name(tp_rank, data_rank, stage)}.safetensors"
 
 
 def run_key(name: str, kind: str, run: Run) -> str:

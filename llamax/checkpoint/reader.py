@@ -23,6 +23,7 @@ from llamax.checkpoint.safetensors_io import (
     read_header,
 )
 from llamax.checkpoint.source import Piece, Source
+from llamax.parallel.mesh import ALONE, Seat
 from llamax.runtime.errors import CheckpointError
 
 
@@ -77,9 +78,9 @@ class Checkpoint(Source):
             blocks = self._blocks[piece.path] if self._verify else None
             read_elements(piece.path, piece.offset, copies, into, blocks)
 
-    def rng(self, tp_rank: int, data_rank: int) -> Tensor | None:
+    def rng(self, tp_rank: int, data_rank: int, stage: Seat = ALONE) -> Tensor | None:
         """The random state that this rank saved, or None where the mesh had no such rank."""
-        path = self.folder / files.file_name("optimizer", tp_rank, data_rank)
+        path = self.folder / files.file_name("optimizer", tp_rank, data_rank, stage)
         return self._rng(path) if path in self._paths else None
 
     def check_rng(self, share: int, of: int) -> None:

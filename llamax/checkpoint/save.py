@@ -40,6 +40,7 @@ from llamax.checkpoint.runs import Run, is_writer, slices
 from llamax.checkpoint.safetensors_io import TAGS, TensorStream, WrittenFile, write_safetensors
 from llamax.config.schema import CheckpointConfig
 from llamax.parallel.collectives import Axes
+from llamax.parallel.mesh import Seat
 from llamax.parallel.sharding import ShardedParameters, whole_shape
 from llamax.runtime.errors import CheckpointError, LlamaxError, NoRoom
 from llamax.runtime.files import make_folder, sync_folder
@@ -90,7 +91,8 @@ class Saver:
             for name, tensor in parameters.tensors.items()
             if isinstance(tensor, Parameter) and not tensor.requires_grad
         }
-        self.axes, self.tp, self.data = axes, axes.tp, axes.data
+        self.axes, self.tp, self.data, self.pp = axes, axes.tp, axes.data, axes.pp
+        self.rank_name = files.rank_name(axes.tp.rank, axes.data.rank, axes.pp)
         self.zero1, self.timeout_s = zero1, timeout_s
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -164,13 +166,14 @@ class Saver:
 
     @property
     def _first(self) -> bool:
-        return self.tp.rank == 0 and self.data.rank == 0
+        return self.tp.rank == 0 and self.data.rank == 0 and self.pp.rank == 0
 
     def _mesh(self) -> dict[str, int]:
         """The degrees of the mesh, by their names in a configuration."""
         context = {"context": self.axes.cp.size} if self.axes.cp.size > 1 else {}
+        pipeline = {"pipeline": self.pp.size} if self.pp.size > 1 else {}
         data, zero1 = self.axes.dp.size, int(self.zero1)
-        return {"tensor": self.tp.size, **context, "data": data, "zero1": zero1}
+        return {"tensor": self.tp.size, **context, **pipeline, "data": data, "zero1": zero1}
 
     def _snapshot(self, owned: Iterable[Owned]) -> list[Kept]:
         kept = []
@@ -192,7 +195,6 @@ class Saver:
         self, kept: list[Kept], rng: Tensor | None, manifest: files.Manifest, config_text: str
     ) -> None:
         folder = self.folder / (files.step_name(manifest.step) + ".tmp")
-        rank_name = f"tp{self.tp.rank:02d}-dp{self.data.rank:02d}"
         try:
             with explain_write_errors(folder, 0):
                 if self._first:
@@ -200,20 +202,18 @@ class Saver:
                         if leftover.name < folder.name:
                             shutil.rmtree(leftover, ignore_errors=True)
                 make_folder(folder)
-            self._write(folder, rank_name, kept, rng)
+            self._write(folder, kept, rng)
             if self._first:
                 self._commit(folder, manifest, config_text)
         except BaseException as error:
-            self._error = self._withdraw(folder, rank_name, error, manifest.step)
+            self._error = self._withdraw(folder, error, manifest.step)
             return
         if self.config.also_hf:
             self._also_hf(folder, manifest.step)
 
     def _also_hf(self, folder: Path, step: int) -> None:
-        rank, world_size = (
-            self.data.rank * self.tp.size + self.tp.rank,
-            self.tp.size * self.data.size,
-        )
+        rank = (self.pp.rank * self.data.size + self.data.rank) * self.tp.size + self.tp.rank
+        world_size = self.pp.size * self.data.size * self.tp.size
         try:
             write_hf_folder_beside(
                 self.folder / files.step_name(step), folder, rank, world_size, self.timeout_s
@@ -224,7 +224,7 @@ class Saver:
         except BaseException as error:
             self._error = error
 
-    def _write(self, folder: Path, rank_name: str, kept: list[Kept], rng: Tensor | None) -> None:
+    def _write(self, folder: Path, kept: list[Kept], rng: Tensor | None) -> None:
         """Write this rank's files, then the note that says what is in them."""
         note: list[dict[str, Any]] = []
         for role in ("weights", "optimizer"):
@@ -241,30 +241,30 @@ class Saver:
             if role == "optimizer" and rng is not None:
                 tensors.append(TensorStream(files.RNG, rng.dtype, rng.shape, [rng]))
             if tensors:
-                name = files.file_name(role, self.tp.rank, self.data.rank)
+                name = files.file_name(role, self.tp.rank, self.data.rank, self.pp)
                 written = write_safetensors(folder / name, tensors)
                 runs = [
                     [one.name, one.kind, TAGS[one.tensor.dtype], one.shape, one.run]
                     for one in chosen
                 ]
                 note.append({"file": [name, *written], "runs": runs})
+        if self.pp.rank > 0 and self.tp.rank == self.data.rank == 0:
+            note.append({"names": [*self.parameters.hub_cuts()]})
         with explain_write_errors(folder, 0):
             sync_folder(folder)
-        write_note(folder / f"rank-{rank_name}.json", json.dumps(note))
+        write_note(folder / f"rank-{self.rank_name}.json", json.dumps(note))
 
-    def _withdraw(
-        self, folder: Path, rank_name: str, error: BaseException, step: int
-    ) -> BaseException:
+    def _withdraw(self, folder: Path, error: BaseException, step: int) -> BaseException:
         """Make room again; what to raise.  A rank other than the first tells it what happened."""
         try:
             if self._first:
                 shutil.rmtree(folder, ignore_errors=True)
             elif not folder.is_symlink():
-                for path in folder.glob(f"*-{rank_name}.*"):
+                for path in folder.glob(f"*-{self.rank_name}.*"):
                     path.unlink()
                 line = str(error) if isinstance(error, LlamaxError) else repr(error)
                 note = {"why": line, "no_room": isinstance(error, NoRoom)}
-                write_note(folder / f"failed-{rank_name}.json", json.dumps(note))
+                write_note(folder / f"failed-{self.rank_name}.json", json.dumps(note))
             last = listing.newest_checkpoint(self.folder)
         except (OSError, CheckpointError):
             return error  # the disk is beyond help: rank 0 will miss this rank
@@ -274,8 +274,12 @@ class Saver:
         return type(error)(f"{error}; step {step} is not saved, {stays}")
 
     def _commit(self, folder: Path, manifest: files.Manifest, config_text: str) -> None:
+        names = [*self.parameters.hub_cuts()]
         for note in self._notes(folder):
             for one in note:
+                if "names" in one:  # of another stage
+                    names += one["names"]
+                    continue
                 index = len(manifest.files)
                 manifest.files.append(
                     files.FileRecord(one["file"][0], *WrittenFile(*one["file"][1:]))
@@ -285,7 +289,7 @@ class Saver:
                     whole.kinds.setdefault(kind, files.KindRecord(tag, [])).runs.append(
                         (index, *run)
                     )
-        for name in self.parameters.hub_cuts():
+        for name in names:
             if name not in manifest.tensors:
                 raise CheckpointError(f"no rank owns any of {name}")
         for path in folder.glob("rank-*.json"):
@@ -315,7 +319,8 @@ class Saver:
     def _notes(self, folder: Path) -> list[list[dict[str, Any]]]:
         """The notes of all ranks, when the last has come."""
         ranks = [
-            f"tp{tp:02d}-dp{data:02d}"
+            files.rank_name(tp, data, Seat(stage, self.pp.size))
+            for stage in range(self.pp.size)
             for data in range(self.data.size)
             for tp in range(self.tp.size)
         ]

@@ -125,7 +125,7 @@ def prepare(
             load_weights(resumed, parameters)
         else:
             state.optimizer.gather_parameters()
-        rng = resumed.rng(tp.rank, axes.data.rank)
+        rng = resumed.rng(tp.rank, axes.data.rank, axes.pp)
         if rng is not None:
             try:
                 torch.set_rng_state(rng)
@@ -171,7 +171,7 @@ def log_start(job: Job) -> None:
     job.folder.mkdir(parents=True, exist_ok=True)
     write_durable(job.folder / CONFIG_FILE, dump_config(config))
     logger.info(
-        "%s parameters in %s on %s (%s): tensor %d%s%s x data %d%s",
+        "%s parameters in %s on %s (%s): tensor %d%s%s%s x data %d%s",
         show_number(config.model.num_parameters()),
         config.run.dtype,
         count(mesh.world_size, "rank"),
@@ -179,6 +179,7 @@ def log_start(job: Job) -> None:
         mesh.tp,
         " with sequence parallelism" if job.state.model.sequence_parallel else "",
         f" x context {mesh.cp}" if mesh.cp > 1 else "",
+        f" x pipeline {mesh.pp}" if mesh.pp > 1 else "",
         mesh.dp,
         " with ZeRO-1" if config.parallel.zero1 and mesh.dp * mesh.cp > 1 else "",
     )
