@@ -13,13 +13,18 @@ from support.models import TIED
 from support.world import Worlds, axes
 
 from llamax.checkpoint import Checkpoint, Saver, load_owned
+from llamax.checkpoint.load import check_shapes
+from llamax.config.model import ModelConfig
+from llamax.config.rules.pipeline import evenly
 from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
 from llamax.optim.zero1 import Zero1
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.pipeline import layers_of
 from llamax.training.room import checkpoint_bytes
 
 MODEL = replace(TIED, num_hidden_layers=2)
+DEEP = replace(MODEL, num_hidden_layers=4, tie_word_embeddings=False)
 
 
 class On(NamedTuple):
@@ -30,6 +35,8 @@ class On(NamedTuple):
     zero1: bool = True
     sequence_parallel: bool = False
     cp: int = 1
+    pp: int = 1
+    layers: tuple[int, ...] | None = None
 
 
 CHAINS = {
@@ -38,14 +45,32 @@ CHAINS = {
     "data": (On(1, 2), On(1, 4), On(1, 1)),
     "ZeRO": (On(2, 2), On(2, 2, zero1=False), On(2, 2)),
     "context": (On(2, 1, cp=2), On(1, 2, cp=2), On(1, 1), On(1, 2, zero1=False, cp=2)),
+    "pipeline": (On(1, 1), On(1, 1, pp=2), On(1, 1, pp=4), On(2, 1, pp=2), On(1, 1)),
+    "uneven stages": (
+        On(1, 1),
+        On(1, 2, pp=2, layers=(1, 3)),
+        On(1, 1, pp=3, layers=(1, 1, 2)),
+        On(1, 2, zero1=False, pp=2),
+    ),
     "sequence parallel": (On(2, 2, sequence_parallel=True), On(2, 2), On(2, 2, True, True)),
 }
 
 
-def train_and_save(on: On, dtype: torch.dtype, source: str, out: str, steps: int) -> None:
+def train_and_save(
+    on: On,
+    dtype: torch.dtype,
+    source: str,
+    out: str,
+    steps: int,
+    model_config: ModelConfig = MODEL,
+) -> None:
     """Some steps from ``source`` (or from scratch), then a checkpoint in ``out``."""
-    mine = axes(Mesh(tp=on.tp, cp=on.cp, dp=on.dp), max(1, on.tp // MODEL.num_key_value_heads))
-    model = Llama(MODEL, mine.tp, dtype=dtype, sequence_parallel=on.sequence_parallel).init(0)
+    mesh = Mesh(tp=on.tp, cp=on.cp, dp=on.dp, pp=on.pp)
+    mine = axes(mesh, max(1, on.tp // model_config.num_key_value_heads))
+    stage = layers_of(mine.pp.rank, on.layers or evenly(model_config.num_hidden_layers, on.pp))
+    model = Llama(
+        model_config, mine.tp, dtype=dtype, sequence_parallel=on.sequence_parallel, stage=stage
+    ).init(0)
     parameters = model.sharded_parameters()
     optimizer = Zero1(
         parameters,
@@ -57,6 +82,7 @@ def train_and_save(on: On, dtype: torch.dtype, source: str, out: str, steps: int
     )
     if source:
         checkpoint = Checkpoint(source)
+        check_shapes(checkpoint, parameters)
         checkpoint.check_rng(mine.world.rank, mine.world.size)
         load_owned(checkpoint, optimizer.owned(), parameters)
         optimizer.gather_parameters()
@@ -69,7 +95,9 @@ def train_and_save(on: On, dtype: torch.dtype, source: str, out: str, steps: int
         (total / 32).backward()
         optimizer.step(torch.tensor(1e-3), torch.tensor(float(step + 1)), torch.tensor(1.0))
     saver = Saver(out, mine, parameters, zero1=on.zero1, timeout_s=60)
-    saver.save(steps, optimizer.owned(), {}, MODEL.to_hub("float32"), "", torch.get_rng_state())
+    saver.save(
+        steps, optimizer.owned(), {}, model_config.to_hub("float32"), "", torch.get_rng_state()
+    )
     saver.wait()
     mine.world.all_reduce(torch.zeros(1))
     kept = state(Path(f"{out}/step-{steps:08d}"))
@@ -88,10 +116,13 @@ def test_save_reshard_resume(
 ) -> None:
     """A trains and saves; B loads that and saves, C loads that and saves: all hold the same."""
     source, expected = "", {}
+    model = DEEP if any(on.pp > 1 for on in CHAINS[chain]) else MODEL
     for number, on in enumerate(CHAINS[chain]):
         steps = 0 if number else 2
         out = str(tmp_path / str(number))
-        worlds(on.tp * on.cp * on.dp).run(train_and_save, on, dtype, source, out, steps)
+        worlds(on.tp * on.cp * on.dp * on.pp).run(
+            train_and_save, on, dtype, source, out, steps, model
+        )
         source = f"{out}/step-{steps:08d}"
         found = state(Path(source))
         expected = expected or found

@@ -28,6 +28,7 @@ from support.tiny_run import (
     write,
 )
 
+from llamax.checkpoint.reader import Checkpoint
 from llamax.cli.train import main
 from llamax.config.load import load_config
 from llamax.config.schema import CheckpointConfig
@@ -210,6 +211,38 @@ def test_context_ranks_agree_and_resume_from_each_other(dataset: Path, tmp_path:
     assert "parallel.context 1 -> 2" in log
     assert "parallel.context 2 -> 1" in log
     assert "tensor 2 with sequence parallelism x context 2 x data 1 with ZeRO-1" in log
+
+
+def test_stages_agree_and_resume_from_each_other(dataset: Path, tmp_path: Path) -> None:
+    """A run that goes on with 2 stages, with 4, with 2 beside tensor 2, and alone, is the same."""
+    deep = dataclasses.replace(MODEL, num_hidden_layers=4)
+    whole = dataclasses.replace(config(dataset, tmp_path / "alone"), model=deep)
+    train(whole, Rendezvous())
+    expected, log = log_of(tmp_path / "alone"), ""
+    run = dataclasses.replace(whole.run, folder=str(tmp_path / "meshes"))
+    path = write(dataclasses.replace(whole, run=run), tmp_path / "config.toml")
+    cases = ((0, 1, 1, ""), (1, 1, 2, ""), (2, 1, 4, ""), (4, 2, 2, "1,3"), (5, 1, 1, ""))
+    for stopped, tensor, stages, layers in cases:
+        forget(tmp_path / "meshes", stopped) if stopped else None
+        degrees = [f"--parallel.tensor={tensor}", f"--parallel.pipeline={stages}"]
+        degrees += [f"--parallel.layers_per_stage={layers}"] if layers else []
+        job = torchrun(tensor * stages, path, *degrees)
+        _, stderr = job.communicate(timeout=120)
+        assert job.returncode == 0, stderr
+        log += stderr
+        for mine, theirs in zip(log_of(tmp_path / "meshes"), expected, strict=True):
+            assert mine.keys() == theirs.keys()
+            for key, value in mine.items():
+                assert value == pytest.approx(theirs[key], rel=1e-5), (mine["step"], key)
+    assert "parallel.pipeline 1 -> 2" in log
+    assert 'parallel.pipeline 4 -> 2, parallel.layers_per_stage "" -> "1,3"' in log
+    assert "tensor 2 with sequence parallelism x pipeline 2 x data 1" in log
+    folders = [Checkpoint(tmp_path / name / "checkpoints/step-00000006") for name in
+               ("alone", "meshes")]  # fmt: skip
+    assert folders[0].names() == folders[1].names()
+    for name in folders[0].names():
+        mine, theirs = (folder.read(name, "weight") for folder in folders)
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max(), name
 
 
 def test_a_rank_that_dies_ends_the_job(dataset: Path, tmp_path: Path) -> None:
