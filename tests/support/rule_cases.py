@@ -174,6 +174,32 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
     "mesh_fills_world": (
         [
             (
+                {"parallel.pipeline": 2, "data.global_batch": 2},
+                6,
+                "parallel.tensor=2 x parallel.pipeline=2 does not divide the world of 6 ranks; "
+                "start a multiple of 4 ranks, or use parallel.pipeline=1 or 3",
+            ),
+            (
+                {"parallel.context": 2, "parallel.pipeline": 2, "data.global_batch": 2},
+                9,
+                "parallel.tensor=2 x parallel.context=2 x parallel.pipeline=2 does not divide the "
+                "world of 9 ranks; start a multiple of 8 ranks, or use parallel.tensor=1, 3 or 9 "
+                "and parallel.context=1 and parallel.pipeline=1",
+            ),
+            (
+                {"parallel.context": 2, "parallel.pipeline": 2, "data.global_batch": 2},
+                6,
+                "parallel.tensor=2 x parallel.context=2 x parallel.pipeline=2 does not divide the "
+                "world of 6 ranks; start a multiple of 8 ranks, or use parallel.context=1 or 3 "
+                "and parallel.pipeline=1",
+            ),
+            (
+                {"parallel.pipeline": 2, "parallel.data": 4},
+                8,
+                "parallel.tensor=2 x parallel.pipeline=2 x parallel.data=4 is 16 ranks, but the "
+                "world has 8; use parallel.data=2, or 0 for all ranks that are left",
+            ),
+            (
                 {"parallel.context": 3, "data.sequence_length": 126, "data.global_batch": 2},
                 8,
                 "parallel.tensor=2 x parallel.context=3 does not divide the world of 8 ranks; "
@@ -258,6 +284,115 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             ),
         ],
         [{"data.global_batch": 4}, {"data.global_batch": 12}],
+    ),
+    "stages_hold_layers": (
+        [
+            (
+                {"parallel.pipeline": 3, "model.num_hidden_layers": 8},
+                None,
+                "parallel.pipeline=3 does not divide model.num_hidden_layers=8; "
+                "use 1, 2, 4 or 8, or cut unevenly: parallel.layers_per_stage=3,3,2",
+            ),
+            (
+                {
+                    "parallel.pipeline": 4,
+                    "parallel.layers_per_stage": "1,1",
+                    "model.num_hidden_layers": 2,
+                },
+                None,
+                "parallel.pipeline=4 leaves stages without a layer: model.num_hidden_layers=2; "
+                "use 2 or less",
+            ),
+        ],
+        [
+            {"parallel.pipeline": 8, "model.num_hidden_layers": 8},
+            {
+                "parallel.pipeline": 3,
+                "parallel.layers_per_stage": "2,3,3",
+                "model.num_hidden_layers": 8,
+            },
+        ],
+    ),
+    "stages_are_listed": (
+        [
+            (
+                {
+                    "parallel.pipeline": 2,
+                    "parallel.layers_per_stage": "4,x",
+                    "model.num_hidden_layers": 8,
+                },
+                None,
+                "parallel.layers_per_stage='4,x' is not a list of numbers from 1 on; "
+                "use 4,4 for example",
+            ),
+            (
+                {
+                    "parallel.pipeline": 2,
+                    "parallel.layers_per_stage": "8,0",
+                    "model.num_hidden_layers": 8,
+                },
+                None,
+                "parallel.layers_per_stage='8,0' is not a list of numbers from 1 on; "
+                "use 4,4 for example",
+            ),
+            (
+                {
+                    "parallel.pipeline": 2,
+                    "parallel.layers_per_stage": "4,2,2",
+                    "model.num_hidden_layers": 8,
+                },
+                None,
+                "parallel.layers_per_stage=4,2,2 gives 8 layers to 3 stages, but "
+                "model.num_hidden_layers=8 and parallel.pipeline=2; use 4,4 for example",
+            ),
+            (
+                {"parallel.layers_per_stage": "4,4", "model.num_hidden_layers": 8},
+                None,
+                "parallel.layers_per_stage=4,4 gives 8 layers to 2 stages, but "
+                "model.num_hidden_layers=8 and parallel.pipeline=1; use 8 for example",
+            ),
+        ],
+        [
+            {
+                "parallel.pipeline": 2,
+                "parallel.layers_per_stage": " 5, 3",
+                "model.num_hidden_layers": 8,
+            },
+            {"parallel.layers_per_stage": "8", "model.num_hidden_layers": 8},
+        ],
+    ),
+    "embeddings_of_stages_are_untied": (
+        [
+            (
+                {
+                    "parallel.pipeline": 2,
+                    "model.tie_word_embeddings": True,
+                    "model.num_hidden_layers": 8,
+                },
+                None,
+                "parallel.pipeline=2 puts the embedding on the first stage and the output matrix "
+                "on the last, but model.tie_word_embeddings=true makes them one; use "
+                "parallel.pipeline=1",
+            )
+        ],
+        [
+            {"parallel.pipeline": 2, "model.num_hidden_layers": 8},
+            {"model.tie_word_embeddings": True},
+        ],
+    ),
+    "stages_run_eagerly": (
+        [
+            (
+                {
+                    "parallel.pipeline": 2,
+                    "run.backend": "xla",
+                    "model.num_hidden_layers": 8,
+                },
+                None,
+                "parallel.pipeline=2 does not run on run.backend=xla yet; use parallel.pipeline=1",
+            )
+        ],
+        [{"parallel.pipeline": 2, "model.num_hidden_layers": 8}, {"run.backend": "xla"}],
     ),
     "sequence_fits_model": (
         [
