@@ -100,7 +100,12 @@ def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
             lock.lock_folder(folder) if where.rank == 0 else nullcontext(),
             log_to_file(folder, where.job, where.rank),
             beating(
-                folder / HEARTBEATS_FOLDER, where.rank, where.world_size, timeout_s, where.job
+                folder / HEARTBEATS_FOLDER,
+                where.rank,
+                where.world_size,
+                timeout_s,
+                where.job,
+                resolved.mesh,
             ) as heart,
             backend.joined(resolved.mesh, timeout_s) as axes,
         ):

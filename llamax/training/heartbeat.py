@@ -32,6 +32,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import LinkError, LlamaxError, LostRank, Stopped
 from llamax.runtime.files import make_folder, new_file, read_file, same_file
 from llamax.runtime.json_reader import parse_object
@@ -94,9 +95,15 @@ class Heartbeat:
     """This rank's file, and its view of the others'."""
 
     def __init__(
-        self, folder: Path, rank: int, world_size: int, timeout_s: float, job: str = ""
+        self,
+        folder: Path,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        job: str = "",
+        mesh: Mesh = Mesh(),  # noqa: B008  (frozen)
     ) -> None:
-        self.folder, self.rank, self.world_size = folder, rank, world_size
+        self.folder, self.rank, self.world_size, self.mesh = folder, rank, world_size, mesh
         self.interval_s = min(5.0, max(0.2, timeout_s / 20))
         self.most_silent_s = timeout_s + PATIENCE_S
         self.me = Beat(host=socket.gethostname(), pid=os.getpid(), job=printable_line(job))
@@ -134,14 +141,14 @@ class Heartbeat:
             if ended:
                 lowest = {now[r].left: r for r in reversed(ended)}  # for several may say the same
                 reasons = sorted((r, why) for why, r in lowest.items())[:4]
-                return "; ".join(f"{_at(r, now[r])} ended: {why}" for r, why in reasons)
+                return "; ".join(f"{self._at(r, now[r])} ended: {why}" for r, why in reasons)
             gone = [r for r in others if not now[r].left and now[r].gone()]
             if gone:
-                return _names(gone, now) + " died or froze"
+                return self._names(gone, now) + " died or froze"
             time.sleep(self.interval_s / 2)
         quiet = [r for r in others if now[r] == before[r] and not now[r].left]
         if quiet:
-            return _names(quiet, now) + " fell silent"
+            return self._names(quiet, now) + " fell silent"
         return "every rank is alive, but they do not reach each other"
 
     def reported_by_lower_rank(self, why: str) -> bool:
@@ -166,8 +173,8 @@ class Heartbeat:
                 limit_s = PATIENCE_S if left else self.most_silent_s
                 if silent_s[rank] > limit_s and not self._stop.is_set():
                     why = f"ended: {now.left}" if now.left else f"silent for {silent_s[rank]:.0f} s"
-                    logger.error("%s %s; start the job again", _at(rank, now), why)
-                    self._write(left=LOST + _at(rank, now))
+                    logger.error("%s %s; start the job again", self._at(rank, now), why)
+                    self._write(left=LOST + self._at(rank, now))
                     os._exit(LostRank.exit_code)
 
     def _write(self, step: int | None = None, left: str = "") -> None:
@@ -210,27 +217,34 @@ class Heartbeat:
     def _path(self, rank: int) -> Path:
         return self.folder / f"rank-{rank:05d}"
 
+    def _at(self, rank: int, beat: Beat) -> str:
+        """A rank in words, with its stage in a pipeline."""
+        stage = f"stage {self.mesh.coordinate(rank).pp}, " if self.mesh.pp > 1 else ""
+        return f"rank {rank} ({stage}last step {beat.step})"
 
-def _at(rank: int, beat: Beat) -> str:
-    return f"rank {rank} (last step {beat.step})"
-
-
-def _names(ranks: list[int], beats: dict[int, Beat]) -> str:
-    named = ", ".join(_at(rank, beats[rank]) for rank in ranks[:8])
-    return named if len(ranks) <= 8 else f"{named} and {len(ranks) - 8} more"
+    def _names(self, ranks: list[int], beats: dict[int, Beat]) -> str:
+        named = ", ".join(self._at(rank, beats[rank]) for rank in ranks[:8])
+        return named if len(ranks) <= 8 else f"{named} and {len(ranks) - 8} more"
 
 
 @contextmanager
 def beating(
-    folder: Path, rank: int, world_size: int, timeout_s: float, job: str = ""
+    folder: Path,
+    rank: int,
+    world_size: int,
+    timeout_s: float,
+    job: str = "",
+    mesh: Mesh = Mesh(),  # noqa: B008  (frozen)
 ) -> Iterator[Heartbeat]:
     """This rank's heartbeat while it is part of the world; ``job`` names what started all ranks.
+
+    ``mesh`` says at which stage of a pipeline a lost rank was.
 
     LostRank from inside is raised again with the name of the lost rank.  A mistake that several
     ranks meet, such as a damaged file, is reported by the lowest of them; the others leave
     silently.
     """
-    heart = Heartbeat(folder, rank, world_size, timeout_s, job)
+    heart = Heartbeat(folder, rank, world_size, timeout_s, job, mesh)
     if world_size == 1:
         yield heart
         return

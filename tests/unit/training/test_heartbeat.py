@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import CheckpointError, ConfigError, LostRank, Stopped
 from llamax.training import heartbeat
 from llamax.training.heartbeat import Beat, Heartbeat, beating
@@ -161,6 +162,19 @@ def test_a_lost_rank_is_named_and_the_name_passed_on(tmp_path: Path) -> None:
     with pytest.raises(LostRank, match=r"^rank 1 \(last step 0\) ended: boom: gloo says no"):
         lose()
     assert other._read(0).left == "lost rank 1 (last step 0) ended: boom"
+
+
+def test_a_lost_rank_is_named_with_its_stage(tmp_path: Path) -> None:
+    other = Heartbeat(tmp_path, 3, 4, 4.0)
+    other.start()
+    other.stop("boom")
+
+    def lose() -> None:
+        with beating(tmp_path, 0, 4, 4.0, "", Mesh(pp=2, tp=2)):
+            raise LostRank("gloo says no")
+
+    with pytest.raises(LostRank, match=r"^rank 3 \(stage 1, last step 0\) ended: boom: gloo"):
+        lose()
 
 
 @pytest.mark.parametrize(
