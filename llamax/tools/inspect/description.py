@@ -81,7 +81,7 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
     manifest = source.manifest
     yield Row("checkpoint", path, kind="checkpoint", path=path, checkpoint=path)
     yield Row("step", manifest.step, step=manifest.step)
-    degrees = {name: manifest.mesh.get(name) for name in ("tensor", "context", "data")}
+    degrees = {name: manifest.mesh.get(name) for name in ("tensor", "context", "pipeline", "data")}
     mesh = " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree)
     yield Row(
         "saved on",
