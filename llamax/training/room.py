@@ -12,6 +12,7 @@ from llamax.checkpoint.listing import list_checkpoints
 from llamax.checkpoint.manifest import step_of
 from llamax.checkpoint.save import Saver
 from llamax.config.constants import MASTER_BYTES, MOMENTS_BYTES
+from llamax.model.lora import num_parameters
 from llamax.optim.zero1 import Zero1
 from llamax.runtime.errors import NoRoom
 from llamax.runtime.files import free_bytes
@@ -20,12 +21,14 @@ from llamax.runtime.units import show_bytes
 from llamax.training.resolve import ResolvedRun
 
 
-def checkpoint_bytes(saver: Saver, optimizer: Zero1) -> int:
+def checkpoint_bytes(saver: Saver, optimizer: Zero1, whole: int | None = None) -> int:
     """Bytes of the tensors of one checkpoint, over all ranks, with its Hugging Face folder.
 
-    Headers, the manifest and random states, some kilobytes a rank, are not counted.
+    ``whole`` is the number of trained weights over all stages of a pipeline, which keep equally
+    many bytes of each.  Headers, the manifest and random states, some kilobytes a rank, are not
+    counted.
     """
-    parameters, weights, state = saver.parameters, 0, 0
+    parameters, weights, state, ours = saver.parameters, 0, 0, 0
     shapes = parameters.hub_shapes()
 
     def elements(name: str) -> int:
@@ -34,11 +37,22 @@ def checkpoint_bytes(saver: Saver, optimizer: Zero1) -> int:
 
     for group in optimizer.groups:
         trained = sum(map(elements, group.names))
+        ours += trained
         weights += trained * group.key.dtype.itemsize
         state += trained * (MOMENTS_BYTES + (MASTER_BYTES if group.separate else 0))
     for name, tensor in saver.frozen.items():
         weights += elements(name) * tensor.dtype.itemsize
-    return weights * (2 if saver.config.also_hf else 1) + state
+    total = weights * (2 if saver.config.also_hf else 1) + state
+    return total if whole is None else total * whole // ours
+
+
+def trained_weights(run: ResolvedRun) -> int | None:
+    """The number of weights that all stages of a pipeline train together; None on one stage."""
+    model, finetune = run.config.model, run.config.finetune
+    if run.mesh.pp == 1:
+        return None
+    adapters = finetune.method != "full"
+    return num_parameters(model, finetune) if adapters else model.num_parameters()
 
 
 def check_room(
@@ -53,7 +67,8 @@ def check_room(
     free = free_bytes(saver.folder)
     if step >= run.steps or free is None:
         return
-    size, settings = checkpoint_bytes(saver, optimizer), run.config.checkpoint
+    size = checkpoint_bytes(saver, optimizer, trained_weights(run))
+    settings = run.config.checkpoint
     if size > free:
         problem = (  # the same on every rank up to the semicolon, so that one rank reports it
             f"{saver.folder} has no room for a checkpoint of this run ({show_bytes(size)}); "

@@ -101,7 +101,10 @@ def train_and_save(
     saver.wait()
     mine.world.all_reduce(torch.zeros(1))
     kept = state(Path(f"{out}/step-{steps:08d}"))
-    assert checkpoint_bytes(saver, optimizer) == sum(tensor.nbytes for tensor in kept.values())
+    whole = model_config.num_parameters() if on.pp > 1 else None
+    assert checkpoint_bytes(saver, optimizer, whole) == sum(
+        tensor.nbytes for tensor in kept.values()
+    )
 
 
 def state(folder: Path) -> dict[tuple[str, str], Any]:

@@ -15,7 +15,10 @@ def on_mesh(config: Config, mesh: Mesh) -> ResolvedRun:
     parallel = replace(config.parallel, tensor=mesh.tp, context=mesh.cp, data=0)
     config = replace(config, parallel=parallel)
     run = resolve(config, mesh.world_size // mesh.pp)  # as one stage: any recomputation
-    run = replace(run, mesh=replace(run.mesh, pp=mesh.pp))
+    parallel = replace(parallel, pipeline=mesh.pp)
+    run = replace(
+        run, mesh=replace(run.mesh, pp=mesh.pp), config=replace(config, parallel=parallel)
+    )
     assert replace(run.mesh, kv=mesh.kv) == mesh
     return run
 

@@ -104,13 +104,15 @@ class RunFolder:
 
     @property
     def mesh(self) -> str:
-        """The degrees of the mesh: tensor, context above 1, and data if the ranks are known."""
+        """The degrees of the mesh: tensor, others above 1, and data if the ranks are known."""
         if self.config is None:
             return ""
-        tensor, context = self.config.parallel.tensor, self.config.parallel.context
-        data = int(self.environment.get("ranks", 0)) // (tensor * context)
+        parallel = self.config.parallel
+        tensor, context, pipeline = parallel.tensor, parallel.context, parallel.pipeline
+        data = int(self.environment.get("ranks", 0)) // (tensor * context * pipeline)
         degrees = [f"tensor {tensor}"]
         degrees += [f"context {context}"] if context > 1 else []
+        degrees += [f"pipeline {pipeline}"] if pipeline > 1 else []
         return " x ".join([*degrees, f"data {data}"] if data else degrees)
 
     @property

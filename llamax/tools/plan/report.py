@@ -36,9 +36,10 @@ def headline(run: ResolvedRun, machines: str) -> str:
     """One line about a run: model, dtype, layout and batch; ``machines``: count and kind."""
     config, mesh, data = run.config, run.mesh, run.config.data
     context = f" x context {mesh.cp}" if mesh.cp > 1 else ""
+    pipeline = f" x pipeline {mesh.pp}" if mesh.pp > 1 else ""
     return (
         f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
-        f"{machines}: tensor {mesh.tp}{context} x data {mesh.dp}, "
+        f"{machines}: tensor {mesh.tp}{context}{pipeline} x data {mesh.dp}, "
         f"{run.accumulation} microsteps of {data.micro_batch} x "
         f"{data.sequence_length} tokens, recompute {config.run.recompute}"
     )
@@ -211,7 +212,12 @@ def as_json(plan: Plan) -> dict[str, object]:
     return {
         "instance": plan.machine.name,
         "nodes": plan.nodes,
-        "parallel": {"tensor": run.mesh.tp, "context": run.mesh.cp, "data": run.mesh.dp},
+        "parallel": {
+            "tensor": run.mesh.tp,
+            "context": run.mesh.cp,
+            "pipeline": run.mesh.pp,
+            "data": run.mesh.dp,
+        },
         "micro_batch": run.config.data.micro_batch,
         "recompute": run.config.run.recompute,
         "steps": run.steps,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from llamax.config.constants import DTYPE_BYTES, loss_chunk_tokens, nf4_bits
 from llamax.config.model import ModelConfig
 from llamax.config.rules.finetune import target_names
+from llamax.config.rules.pipeline import stage_layers
 from llamax.config.schema import Config, FinetuneConfig
 from llamax.parallel.mesh import Mesh
 from llamax.training.resolve import ResolvedRun
@@ -55,8 +56,8 @@ class Share:
 
     @property
     def layers(self) -> int:
-        """Layers of a pipeline stage."""
-        return -(-self.model.num_hidden_layers // self.mesh.pp)
+        """Layers of the pipeline stage with the most."""
+        return max(stage_layers(self.config.parallel, self.model.num_hidden_layers))
 
     @property
     def sequence(self) -> bool:

@@ -56,7 +56,7 @@ def test_json_holds_what_the_text_shows(capsys: pytest.CaptureFixture[str]) -> N
     assert found["memory_bytes"]["peak"] == pytest.approx(sum(lines.values()))
     steps = {k: v for k, v in found["step_s"].items() if k != "total"}
     assert found["step_s"]["total"] == pytest.approx(sum(steps.values()))
-    assert found["parallel"] == {"tensor": 8, "context": 1, "data": 16}
+    assert found["parallel"] == {"tensor": 8, "context": 1, "pipeline": 1, "data": 16}
 
 
 @pytest.mark.parametrize(
