@@ -48,6 +48,7 @@ from llamax.parallel.rendezvous import Rendezvous, rendezvous, report_errors_onc
 from llamax.runtime import signals
 from llamax.runtime.errors import CheckpointError, ConfigError, Stopped
 from llamax.runtime.logging import log_to_file, logger
+from llamax.runtime.text import in_shell
 from llamax.runtime.units import show_time
 from llamax.training import run_metadata
 from llamax.training.compile_guard import CompileGuard
@@ -283,11 +284,12 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         )
     if job.main:
         logger.info(
-            "done in %s: %s holds the newest checkpoint; llamax consolidate %s makes a %s folder "
-            "of it",
+            "done in %s: %s holds the newest checkpoint; llamax consolidate %s --out %s makes a %s "
+            "folder of it",
             show_time(time.perf_counter() - began),
             newest_checkpoint(job.folder / CHECKPOINTS_FOLDER),
-            job.folder,
+            in_shell(job.folder),
+            in_shell(job.folder / "hub"),
             "PEFT" if job.adapters else "Hugging Face",
         )
 

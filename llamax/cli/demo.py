@@ -25,7 +25,7 @@ from llamax.data.token_file import TokenFile
 from llamax.runtime.cores import workers
 from llamax.runtime.errors import BackendError
 from llamax.runtime.process import run_main
-from llamax.runtime.text import print_text
+from llamax.runtime.text import in_shell, print_text
 from llamax.runtime.units import perplexity, show_number, show_time
 from llamax.training.metrics import read_jsonl
 
@@ -110,10 +110,15 @@ learnt more than which words are frequent.
   {picture}    the loss curve
 
 Next:
-  llamax generate {hub} --prompt "for i in"            more samples
-  llamax inspect {run}                                 what the checkpoint holds
-  tensorboard --logdir {run}/tensorboard               the curves, live
-  torchrun --nproc-per-node 4 -m llamax.train --config demo --run.steps=2000 --run.folder=demo/long
+# more samples
+  llamax generate {in_shell(hub)} --prompt "for i in"
+# what the checkpoint holds
+  llamax inspect {in_shell(run)}
+# the curves, live
+  tensorboard --logdir {in_shell(run / "tensorboard")}
+# a longer run
+  torchrun --nproc-per-node 4 -m llamax.train --config demo --run.steps=2000 \\
+    --data.path={in_shell(data)} --run.folder={in_shell(folder / "long")}
 (the commands are in {Path(sys.executable).parent})"""
     )
     return 0

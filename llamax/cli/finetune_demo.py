@@ -25,7 +25,7 @@ from llamax.config.constants import METRICS_FILE
 from llamax.config.load import load_config
 from llamax.runtime.files import new_file
 from llamax.runtime.process import run_main
-from llamax.runtime.text import print_text
+from llamax.runtime.text import in_shell, print_text
 from llamax.runtime.units import show_number, show_time
 from llamax.training.metrics import read_jsonl
 
@@ -126,10 +126,11 @@ Done in {show_time(time.perf_counter() - began)}. Validation loss of the answers
 folder
 
 Next:
-  llamax generate {hub} --template {TEMPLATE} --prompt "What colour is the dog?" \
---context "The dog is green." --greedy
-  llamax inspect {data} --verify
-  llamax evaluate {hub} --test-file {test} --template {TEMPLATE}
+  llamax generate {in_shell(hub)} --template {TEMPLATE} --greedy \\
+    --prompt "What colour is the dog?" --context "The dog is green."
+  llamax inspect {in_shell(data)} --verify
+  llamax evaluate {in_shell(hub)} --template {TEMPLATE} \\
+    --test-file {in_shell(test)}
 (the commands are in {Path(sys.executable).parent};
 larger recipes: llamax/config/recipes/README.md)"""
     )

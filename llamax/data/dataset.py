@@ -21,6 +21,7 @@ from llamax.data.tokenizer.tokenizer import fingerprint_of_file
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import is_file_name
 from llamax.runtime.json_reader import JsonError, read_object
+from llamax.runtime.text import in_shell
 
 SCANNED = 1 << 24  # tokens looked at together
 
@@ -144,7 +145,7 @@ def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0
     what = "is not finished" if (folder / ".parts").is_dir() else "is not a dataset"
     raise DataError(
         f"{folder}: {what} (has no dataset.json, and there is no {folder.name}.idx); "
-        f"run llamax prepare --out {folder}"
+        f"run llamax prepare --out {in_shell(folder)}"
     )
 
 

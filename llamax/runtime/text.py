@@ -7,8 +7,11 @@ path, passes through ``printable`` on its way to a terminal or a log.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import sys
+from pathlib import Path
 from typing import TextIO
 
 # Control characters, halves of surrogate pairs, line and paragraph separators, and characters that
@@ -41,6 +44,11 @@ def encodable(text: str, stream: TextIO) -> str:
     """``text`` with characters that the encoding of ``stream`` lacks written as escapes."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def in_shell(path: str | Path) -> str:
+    """A path as a word of a shell command that works in any folder: absolute, and quoted."""
+    return shlex.quote(os.path.abspath(path))
 
 
 def _escape(character: str) -> str:

@@ -21,6 +21,7 @@ from llamax.config.schema import Config
 from llamax.runtime.errors import BackendError, LinkError
 from llamax.runtime.files import free_bytes, make_folder, new_file, read_file, sync_handle
 from llamax.runtime.json_reader import parse_object
+from llamax.runtime.text import in_shell
 from llamax.runtime.units import show_bytes, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor.file_operations import check_operations
@@ -48,7 +49,7 @@ def check(host: Host, folder: Path, nodes: int, wait_s: float) -> Iterator[Findi
             "storage",
             f"{folder} cannot be read: {error.strerror}",
             "checkpoints, logs and compiled programs go there",
-            f"mount it again: sudo umount -l {folder}, then sudo mount {folder}",
+            f"mount it again: sudo umount -l {(word := in_shell(folder))}, then sudo mount {word}",
         )
         return
     if not is_here:
@@ -60,7 +61,7 @@ def check(host: Host, folder: Path, nodes: int, wait_s: float) -> Iterator[Findi
             "storage",
             f"{folder} cannot be written",
             "checkpoints, logs and compiled programs go there",
-            f"sudo chown $(id -u) {folder}",
+            f"sudo chown $(id -u) {in_shell(folder)}",
         )
         return
     kind = file_system(host, folder)
@@ -257,7 +258,7 @@ def cache(url: str, count: int, hashes: Hashes) -> Iterator[Finding]:
             "compile cache",
             f"{folder} cannot be written",
             "compiled programs would be lost",
-            f"sudo chown -R $(id -u) {folder}",
+            f"sudo chown -R $(id -u) {in_shell(folder)}",
         )
     elif len(done) < len(modules):
         failed = next(path for path in modules if path not in done)
@@ -266,7 +267,7 @@ def cache(url: str, count: int, hashes: Hashes) -> Iterator[Finding]:
             "compile cache",
             f"{len(modules) - len(done)} of {len(modules)} programs have no model.neff",
             "a failed compilation is cached and fails again immediately",
-            f"cat {failed}/*.log; then rm -r {failed} and precompile again",
+            f"cat {in_shell(failed)}/*.log; then rm -r {in_shell(failed)} and precompile again",
         )
     elif len(done) < count:
         yield _compiles(f"{_programs(len(done))} in {folder}; the run has {count}")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import subprocess
 import unicodedata
+from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llamax.runtime.text import encodable, printable, printable_line
+from llamax.runtime.text import encodable, in_shell, printable, printable_line
 
 
 def test_controls_become_escapes_and_text_stays() -> None:
@@ -36,3 +39,14 @@ def test_a_stream_that_lacks_characters_gets_escapes() -> None:
     ascii_stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     assert encodable("naïve 안", ascii_stream) == "na\\xefve \\uc548"
     assert encodable("안", io.StringIO()) == "안"
+
+
+@pytest.mark.parametrize("name", ["run", "my run", "it's", "-rf", "a;b", "$HOME", "über"])
+def test_a_path_in_a_hint_works_in_a_shell_of_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    command = f"cd {in_shell(name)} && pwd"
+    done = subprocess.run(["sh", "-c", command], cwd="/", capture_output=True, text=True)
+    assert done.stdout == f"{tmp_path / name}\n"
