@@ -44,6 +44,8 @@ def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
         )
     if not found:
         found += _run(job)
+        if launcher == "sagemaker":
+            found += _instance_type(job)
     found += {"sagemaker": _sagemaker}.get(launcher, _shared)(job)
     if phase == "prepare":
         found += prepare.problems(job.prepare)
@@ -58,14 +60,20 @@ def _job(job: JobFile) -> Iterator[str]:
     try:
         cores, unit = job.machine.ranks, job.machine.unit
     except ConfigError as error:
-        yield str(error)
+        yield first_problem(error)
         return
     if job.local and not job.ranks_per_node:
         yield "ranks_per_node=0: instance=local has no default number of ranks; use 1 or more"
     elif not job.local and job.ranks_per_node > cores:
         yield (
-            f"ranks_per_node={job.ranks_per_node} but {job.instance} has {cores} {unit}; "
+            f"ranks_per_node={job.ranks_per_node} but {job.machine.name} has {cores} {unit}; "
             f"use {cores} or less, or more nodes"
+        )
+    machine = job.machine
+    if machine.backend != "cpu" and not machine.devices:
+        yield (
+            f"{job.instance}: {machine.name}.devices=0, but a job asks for its {machine.unit}; "
+            "write the number of chips or GPUs of a node"
         )
     for table, pairs in (("environment", job.environment), ("secrets", job.secrets)):
         for key, _ in pairs:
@@ -83,17 +91,30 @@ def _run(job: JobFile) -> Iterator[str]:
     try:
         config = job.config
     except ConfigError as error:
-        where = f"{job.nodes} x {job.instance} = {job.nodes * job.ranks} ranks"
-        head, *several = str(error).split("\n  ")
-        if several:
-            head = f"{head.rpartition(':')[0]}: {several[0]}; and {len(several) - 1} more"
-        yield f"{where}: {head}"
+        where = f"{job.nodes} x {job.machine.name} = {job.nodes * job.ranks} ranks"
+        yield f"{where}: {first_problem(error)}"
         return
     machine = job.machine
     if machine.devices and config.run.backend not in machine.backends:
         yield (
-            f"run.backend={config.run.backend} on {job.instance} leaves its {machine.unit} idle; "
+            f"run.backend={config.run.backend} on {machine.name} leaves its {machine.unit} idle; "
             f"use overrides run.backend={machine.backend}, or another instance"
+        )
+
+
+def first_problem(error: ConfigError) -> str:
+    """An error in one line: its first problem, and the number of the others."""
+    head, *several = str(error).split("\n  ")
+    if not several:
+        return head
+    return f"{head.rpartition(':')[0]}: {several[0]}; and {len(several) - 1} more"
+
+
+def _instance_type(job: JobFile) -> Iterator[str]:
+    if not job.local and not job.machine.instance_type:
+        yield (
+            f"instance={job.instance!r}: {job.machine.name} is no instance type of AWS; name the "
+            'table after the type, such as ["p5.4xlarge"]'
         )
 
 

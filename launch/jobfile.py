@@ -23,20 +23,28 @@ import datetime
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from llamax.config.constants import RENDEZVOUS_PORT
-from llamax.config.hardware import LOCAL, Machine, find_machine, known_machines
+from llamax.config.hardware import (
+    LOCAL,
+    Machine,
+    find_machine,
+    in_file,
+    known_machines,
+    load_machine,
+    near_machines,
+)
 from llamax.config.load import describe, load_config
 from llamax.config.rules.parallel import node_limit
 from llamax.config.schema import Config
 from llamax.config.toml import Problems, build, read_toml, to_toml
 from llamax.config.types import Count, Natural, Port, explain, options, walk
 from llamax.launch.prepare import Prepare
-from llamax.runtime.errors import ConfigError, did_you_mean, refuse
+from llamax.runtime.errors import ConfigError, refuse
 from llamax.runtime.text import BREAKS, printable
 
 TABLES = ("overrides", "environment", "secrets")
@@ -137,7 +145,8 @@ class JobFile:
     nodes: Count = 1
     """Machines [nodes]."""
     instance: str = "trn1.32xlarge"
-    """Machine of a node, or local: the machine that the command is given on."""
+    """Machine of a node; a TOML file that describes it, relative to the job file; or local: the
+    machine that the command is given on."""
     ranks_per_node: Natural = 0
     """Processes on a node; 0: one per NeuronCore or GPU [ranks]."""
     image: str = ""
@@ -167,12 +176,14 @@ class JobFile:
         """Whether the job runs on the machine that the command is given on."""
         return self.instance.lower() == LOCAL.name
 
-    @property
+    @cached_property
     def machine(self) -> Machine:
-        """The machine of a node; raises ConfigError with the nearest instance if it is unknown."""
+        """The machine of a node; raises ConfigError if it is unknown, or its file is wrong."""
+        if in_file(self.instance):
+            return load_machine(self.instance)
         machine = LOCAL if self.local else find_machine(self.instance)
         if machine is None:
-            near = did_you_mean(self.instance, instances())
+            near = near_machines(self.instance, instances())
             raise ConfigError(f"instance={self.instance!r} is unknown{near}")
         return machine
 
@@ -213,11 +224,11 @@ def instances() -> list[str]:
 
 def load(path: str | Path) -> JobFile:
     """The job of a TOML file; raises one ConfigError that lists everything wrong with it."""
-    return parse(read_toml(path), str(path))
+    return parse(read_toml(path), str(path), Path(path).parent)
 
 
-def parse(tables: dict[str, Any], where: str = "job") -> JobFile:
-    """The job of parsed TOML ``tables``; see ``load``."""
+def parse(tables: dict[str, Any], where: str = "job", folder: Path = Path()) -> JobFile:
+    """The job of parsed TOML ``tables``; the file of a machine is relative to ``folder``."""
     problems = Problems()
     pairs = {name: tuple(_pairs(name, tables.get(name, {}), problems.unknown)) for name in TABLES}
     for table in ("environment", "secrets"):
@@ -228,6 +239,8 @@ def parse(tables: dict[str, Any], where: str = "job") -> JobFile:
                 )
     rest = {key: value for key, value in tables.items() if key not in TABLES}
     job = build(JobFile, rest, problems, given=pairs)
+    if in_file(job.instance):
+        job = replace(job, instance=str(folder / job.instance))
     refuse([*problems.lines(job), *_control_characters(job)], where)
     return job
 

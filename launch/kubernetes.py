@@ -90,7 +90,8 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
     machine = job.machine
     counts = {machine.resource: machine.devices, "vpc.amazonaws.com/efa": machine.efa}
     devices = {resource: str(count) for resource, count in counts.items() if count}
-    node = {"node.kubernetes.io/instance-type": job.instance} if machine.devices else {}
+    kind = machine.instance_type if machine.devices else ""
+    node = {"node.kubernetes.io/instance-type": kind} if kind else {}
     save = ["/bin/bash", "-c", SAVE]
     wait = ["sleep", str(GRACE_S - WAIT_S)]  # mpirun may end earlier
     return {

@@ -135,7 +135,7 @@ def estimator(job: JobFile) -> dict[str, Any]:
         "base_job_name": job.name,
         "image_uri": job.image,
         "role": job.sagemaker.role,
-        "instance_type": "local" if local else f"ml.{job.instance}",
+        "instance_type": "local" if local else f"ml.{job.machine.name}",
         "instance_count": 1 if local else job.nodes,
         "distribution": {"torch_distributed": {"enabled": True}},
         "hyperparameters": hyperparameters(job),
@@ -159,7 +159,7 @@ def model_trainer(job: JobFile) -> dict[str, Any]:
         "source_code": {"source_dir": f"sagemaker-{job.name}", "entry_script": "train.py"},
         "distributed": {"process_count_per_node": job.ranks},
         "compute": {
-            "instance_type": "local_cpu" if local else f"ml.{job.instance}",
+            "instance_type": "local_cpu" if local else f"ml.{job.machine.name}",
             "instance_count": 1 if local else job.nodes,
         },
         "hyperparameters": hyperparameters(job),
@@ -183,8 +183,9 @@ def render(job: JobFile) -> str:
     arguments = model_trainer(job) if version == 3 else estimator(job)
     imports, start = START[version]
     where = "in a container on this machine" if job.sagemaker.local else "on SageMaker"
+    machine = job.machine.name
     head = f'''#!/usr/bin/env python3
-"""{job.name}: train on {job.nodes} x {job.instance}, {where}, by the SageMaker SDK {version}."""
+"""{job.name}: train on {job.nodes} x {machine}, {where}, by the SageMaker SDK {version}."""
 
 '''
     return head + GUARD.format(

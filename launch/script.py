@@ -112,7 +112,7 @@ def title(job: JobFile, phase: str, launcher: str) -> str:
         return f"tokenize with {job.prepare.workers} processes"
     first = "compile every graph of the run" if job.machine.neuron else "rehearse two steps"
     what = first if phase == "precompile" else "train"
-    return f"{what} on {job.nodes} x {job.instance}, {job.nodes * job.ranks} ranks, {launcher}"
+    return f"{what} on {job.nodes} x {job.machine.name}, {job.nodes * job.ranks} ranks, {launcher}"
 
 
 def tensorboard(job: JobFile) -> str:

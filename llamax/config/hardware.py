@@ -8,9 +8,10 @@ is the machine at hand: loading it measures a matrix product and a copy.
 from __future__ import annotations
 
 import os
+import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from llamax.config.rules.parallel import node_limit
 from llamax.config.schema import NEURON_BACKENDS, BackendName
 from llamax.config.toml import Problems, build, read_toml
 from llamax.config.types import Count, Efficiency, Natural, NonNegative, Positive
-from llamax.runtime.errors import ConfigError, did_you_mean, refuse
+from llamax.runtime.errors import ConfigError, did_you_mean, join_or, refuse
 
 KNOWN = Path(__file__).with_name("hardware.toml")
 THIS = "cpu"
@@ -110,6 +111,11 @@ class Machine:
         return node_limit(self.backend, self.ranks)
 
     @property
+    def instance_type(self) -> str:
+        """Its name where that has the form of an instance type of AWS, else empty."""
+        return self.name if re.fullmatch(r"[a-z][a-z0-9-]*\.[a-z0-9-]+", self.name) else ""
+
+    @property
     def unit(self) -> str:
         """What a rank runs on, in the plural."""
         return {"cuda": "GPUs", "cpu": "cores"}.get(self.backend, "NeuronCores")
@@ -148,6 +154,10 @@ class Machine:
         )
 
 
+REQUIRED = [
+    each.name for each in fields(Machine) if each.default is MISSING and each.name != "name"
+]
+
 # The machine that a job is started on: no device, any number of ranks.
 LOCAL = Machine("local", "cpu", 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 
@@ -155,22 +165,33 @@ LOCAL = Machine("local", "cpu", 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
 def load_machine(name_or_path: str) -> Machine:
     """The machine of a name in ``hardware.toml``, of a user's TOML file, or this one (``cpu``).
 
-    Names are compared without case.  Raises ConfigError if there is no such machine, and one that
-    lists every problem if a file does not describe a machine.
+    Names are compared without case.  A file of several machines is given as FILE.toml:NAME.  Raises
+    ConfigError if there is no such machine, and one that lists every problem if a file does not
+    describe a machine.
     """
     if name_or_path.lower() == THIS:
         return measure_machine()
-    path = Path(name_or_path)
-    if path.suffix == ".toml":
-        return _one(path)
+    if in_file(name_or_path):
+        file, _, table = name_or_path.partition(".toml:")
+        return _one(Path(f"{file}.toml" if table else name_or_path), table)
     machine = find_machine(name_or_path)
     if machine is None:
-        spellings = [THIS, *_by_name()]
         raise ConfigError(
             f"`instance` {name_or_path} is neither a TOML file nor a machine that is known"
-            f"{did_you_mean(name_or_path, spellings)}"
+            f"{near_machines(name_or_path, [THIS, *_by_name()])}"
         )
     return machine
+
+
+def near_machines(name: str, names: Iterable[str]) -> str:
+    """``; did you mean ...?`` for an unknown machine: sizes of its family, or near names."""
+    family = [each for each in names if name and each.startswith(name.lower())]
+    return f"; did you mean {join_or(family)}?" if family else did_you_mean(name, names)
+
+
+def in_file(name_or_path: str) -> bool:
+    """Whether a machine is named by a user's file: FILE.toml, or FILE.toml:NAME."""
+    return name_or_path.endswith(".toml") or ".toml:" in name_or_path
 
 
 def find_machine(name: str) -> Machine | None:
@@ -220,15 +241,20 @@ def _known_tables() -> dict[str, dict[str, Any]]:
     return _tables(KNOWN)
 
 
-def _one(path: Path) -> Machine:
-    """The machine of a user's file."""
+def _one(path: Path, name: str = "") -> Machine:
+    """The machine of a user's file; of several, the one of that name."""
     tables = _tables(path)
-    if len(tables) != 1:
+    if not tables:
+        raise ConfigError(f'{path}: has 0 tables; write one such as [my-node] with like = "h100"')
+    if not name and len(tables) > 1:
         raise ConfigError(
-            f"{path}: has {len(tables)} tables; a machine is one, such as [my-node] with ranks = 8"
+            f"{path}: has {len(tables)} tables, each a machine; add "
+            f"{join_or([f':{each}' for each in tables])} to the file's name"
         )
-    ((name, table),) = tables.items()
-    return _machine(name, table, path)
+    name = name or next(iter(tables))
+    if name not in tables:
+        raise ConfigError(f"{path}: has no table [{name}]{did_you_mean(name, tables)}")
+    return _machine(name, tables[name], path)
 
 
 def _tables(path: Path) -> dict[str, dict[str, Any]]:
@@ -245,8 +271,16 @@ def _machine(name: str, table: dict[str, Any], path: Path) -> Machine:
     if "like" in table:
         table = {**_shared(f"{name}.like", table["like"], problems), **table}
     values = {key: value for key, value in table.items() if key != "like"}
+    missing = [f"{name}.{key}" for key in REQUIRED if key not in values]
     machine = build(Machine, values, problems, name, {"name": name})
     lines = problems.lines(machine, name)
+    if len(missing) > 1:  # one line for all, and none where they hang on a wrong ``like``
+        lines = [line for line in lines if line not in map(problems.unusable.get, missing)]
+        if f"{name}.like" not in problems.unusable:
+            lines.append(
+                f"{', '.join(missing)} are missing; write them, or take those of a machine that is "
+                f'known, such as like = "{next(iter(_known_tables()))}"'
+            )
     refuse([*lines, *(_linked(machine, name) if not lines else ())], str(path))
     return machine
 
@@ -259,7 +293,7 @@ def _shared(key: str, like: Any, problems: Problems) -> dict[str, Any]:
         for spelling in (name, *table.get("also", ()))
     }
     if (spelling := str(like).lower()) not in tables:
-        near = did_you_mean(spelling, tables)
+        near = near_machines(spelling, tables)
         problems.unusable[key] = f"{key}={like!r} is not a machine that is known{near}"
         return {}
     table = tables[spelling]

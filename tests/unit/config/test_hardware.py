@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,8 @@ def test_a_machine_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ("[lab]", "[lab]\nname = 'x'", "lab.name is an unknown key"),
         ("[lab]", "top = 1\n[lab]", "top stands outside a table"),
         ("[lab]", "[other]\nranks = 1\n[lab]", "has 2 tables"),
+        ("[lab]", "[other]\nranks = 1\n[lab]", "add :other or :lab to the file's name"),
+        ("ranks = 4", "like = 'trn1'", "did you mean trn1.32xlarge, trn1n.32xlarge or trn1.2xlarg"),
     ],
 )
 def test_a_machine_file_is_checked(tmp_path: Path, before: str, after: str, said: str) -> None:
@@ -205,3 +208,55 @@ def test_a_node_has_no_more_ranks_than_devices() -> None:
     assert TRN1.with_ranks(32) == TRN1
     with pytest.raises(ConfigError, match=r"`ranks=33` is more than the 32 devices of trn1\.32xl"):
         TRN1.with_ranks(33)
+
+
+def test_figures_that_are_missing_come_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "lab.toml"
+    path.write_text("[lab]\nranks = 4\nlink_gbps = 12\n")
+    with pytest.raises(ConfigError) as error:
+        load_machine(str(path))
+    assert str(error.value) == (
+        f"{path}: lab.backend, lab.memory_gib, lab.bfloat16_tflops, lab.float32_tflops, "
+        "lab.memory_gbps, lab.dollars_per_hour are missing; write them, or take those of a machine "
+        'that is known, such as like = "trn1.32xlarge"'
+    )
+    path.write_text("[lab]\nlike = 'p9'\nmemory_gib = -1\n")
+    with pytest.raises(ConfigError) as error:
+        load_machine(str(path))
+    like, memory = str(error.value).splitlines()[1:]
+    assert like.startswith("  lab.like='p9' is not a machine that is known; there are trn1.32xl")
+    assert memory == "  lab.memory_gib=-1.0 is out of range; use a number above 0"
+
+
+def test_one_machine_of_several_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "machines.toml"
+    path.write_text("[small]\nlike = 'l4'\nranks = 2\n['p5.4xlarge']\nlike = 'h100'\nranks = 1\n")
+    assert load_machine(f"{path}:small").ranks == 2
+    big = load_machine(f"{path}:p5.4xlarge")
+    assert (big.ranks, big.memory_gib, big.instance_type) == (1, 79.6, "p5.4xlarge")
+    with pytest.raises(ConfigError, match=r"has no table \[smal\]; did you mean small\?"):
+        load_machine(f"{path}:smal")
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"has 0 tables; write one such as \[my-node\] with like"):
+        load_machine(str(path))
+
+
+def test_a_machine_of_a_file_in_plan_and_search(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures that differ are the file's, all others those of the machine that it is like."""
+    path = tmp_path / "lab.toml"
+    path.write_text('[lab]\nlike = "P4D.24xlarge"\nranks = 4\ndevices = 4\nmemory_gib = 79.2\n')
+    arguments = ["--config", "llama3.2-1b", "--run.backend=cuda", "--parallel.tensor=4", "--json"]
+    found = {}
+    for instance in (str(path), "p4d.24xlarge"):
+        ranks = [] if instance == str(path) else ["--ranks", "4"]
+        assert main([*arguments, *ranks, "--instance", instance]) == 0
+        found[instance] = json.loads(capsys.readouterr().out)
+    mine, known = found.values()
+    assert (mine["instance"], mine["memory_bytes"]["available"]) == ("lab", 79.2 * GIB)
+    assert mine["step_s"] == known["step_s"]
+    assert main([*arguments, "--search", "--instance", str(path)]) == 0
+    offered = json.loads(capsys.readouterr().out)
+    assert {each["instance"] for each in offered} == {"lab"}
+    assert max(each["parallel"]["tensor"] for each in offered) == 4

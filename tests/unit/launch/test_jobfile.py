@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from support.launch_jobs import job, tables
 
 from llamax.launch import jobfile
+from llamax.launch.checks import problems
+from llamax.launch.render import render
 from llamax.runtime.errors import ConfigError
 
 # ---- the file
@@ -75,3 +78,69 @@ def test_every_key_is_explained() -> None:
     text = jobfile.help_text()
     for key in ("name", "storage.claim", "slurm.signal_s", "sagemaker.role", "environment"):
         assert f"  {key}\n" in text
+
+
+MACHINES = """
+[lab]
+like = "p4d.24xlarge"
+ranks = 4
+devices = 4
+efa = 0
+["p5.4xlarge"]
+like = "p5.48xlarge"
+ranks = 1
+devices = 1
+[bare]
+like = "h100"
+devices = 0
+"""
+
+
+def write_job(folder: Path, instance: str) -> Path:
+    """A job file in folder/jobs beside folder/machines.toml, with an instance of that file."""
+    (folder / "jobs").mkdir(exist_ok=True)
+    (folder / "machines.toml").write_text(MACHINES)
+    path = folder / "jobs" / "job.toml"
+    overrides = {"run": {"backend": "cuda"}, "parallel": {"tensor": 1}}
+    job = tables(nodes=2, instance=instance, overrides=overrides)
+    lines = [f"{key} = {json.dumps(job.pop(key))}" for key in ("name", "recipe", "nodes", "image")]
+    lines.append(f"instance = {json.dumps(job.pop('instance'))}")
+    overridden = job.pop("overrides")
+    lines.append("[overrides]")
+    lines += [f"{s}.{k} = {json.dumps(v)}" for s, t in overridden.items() for k, v in t.items()]
+    for section, table in job.items():
+        lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_the_machine_of_a_job_is_a_file_relative_to_it(tmp_path: Path) -> None:
+    job = jobfile.load(write_job(tmp_path, "../machines.toml:lab"))
+    assert (job.machine.name, job.ranks, job.machine.bfloat16_tflops) == ("lab", 4, 312.0)
+    for launcher in ("torchrun", "mpirun", "slurm", "k8s"):
+        assert problems(job, launcher, "train") == []
+        text = render(job, launcher, "train")
+        assert "2 x lab, 8 ranks" in text
+        assert "instance-type" not in text, "no label of AWS"
+    (refused,) = problems(job, "sagemaker", "train")
+    assert "lab is no instance type of AWS; name the table after the type" in refused
+    job = jobfile.load(write_job(tmp_path, "../machines.toml:p5.4xlarge"))
+    assert problems(job, "sagemaker", "train") == []
+    assert "'instance_type': 'ml.p5.4xlarge'" in render(job, "sagemaker", "train")
+    assert "node.kubernetes.io/instance-type: p5.4xlarge" in render(job, "k8s", "train")
+
+
+@pytest.mark.parametrize(
+    ("instance", "said"),
+    [
+        ("../machines.toml", "has 3 tables, each a machine; add :lab, :p5.4xlarge or :bare to"),
+        ("../machines.toml:labs", "machines.toml: has no table [labs]; did you mean lab?"),
+        ("machines.toml:lab", "cannot be read as TOML: [Errno 2] No such file"),
+        ("../machines.toml:bare", "bare.devices=0, but a job asks for its GPUs; write the number"),
+        ("p4", "instance='p4' is unknown; did you mean p4d.24xlarge or p4de.24xlarge?"),
+    ],
+)
+def test_a_wrong_machine_of_a_job_is_one_line(tmp_path: Path, instance: str, said: str) -> None:
+    (refused,) = problems(jobfile.load(write_job(tmp_path, instance)), "slurm", "train")
+    assert said in refused
+    assert "\n" not in refused
