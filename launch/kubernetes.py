@@ -238,13 +238,26 @@ def action(job: JobFile, phase: str, what: str) -> str:
     source = {"job": f"job/{this}", "pod": f"pod/{this}", "mpijob": f"job/{this}-launcher"}[kind]
     chosen = f"--selector training.kubeflow.org/job-name={this}"
     pods = {"job": f"--selector job-name={this}", "pod": this, "mpijob": chosen}[kind]
+
+    def present(thing: str, what: str) -> str:
+        """End the script where an object is not there."""
+        return f"""found=$({kubectl} get {thing} --ignore-not-found --output name)
+if [[ -z $found ]]; then
+    echo {quote(f"{thing} is not there{what}")}
+    exit 0
+fi
+"""
+
     return (
         f"{SHEBANG}\nset -euo pipefail\n"
         + {
             "stop": f"{kubectl} delete {kind}/{this} --ignore-not-found  # ranks save, then end\n",
-            "status": f"{kubectl} get {kind}/{this}\n{kubectl} get pods {pods} --output wide\n",
-            "logs": f"exec {kubectl} logs --follow --tail 100 {source}\n",
-            "utilization": f"exec {kubectl} exec --stdin --tty {this}-worker-0 -- "
+            "status": present(f"{kind}/{this}", "")
+            + f"{kubectl} get {kind}/{this}\n{kubectl} get pods {pods} --output wide\n",
+            "logs": present(source, ": no log yet")
+            + f"exec {kubectl} logs --follow --tail 100 {source}\n",
+            "utilization": present(f"pod/{this}-worker-0", "")
+            + f"exec {kubectl} exec --stdin --tty {this}-worker-0 -- "
             f"{job.machine.monitor}\n",
             "clean": f"{kubectl} delete --ignore-not-found "
             + " ".join(

@@ -148,12 +148,24 @@ rm -f -- "$pid"
 """
 
 
+def enter_folder(job: JobFile) -> str:
+    """Go to the folder of a job, or end with a line that says that it is not here."""
+    folder = quote(job.folder)
+    missing = quote(f"there is no folder {job.folder} on this machine; use one that mounts it")
+    return f"""if ! [[ -d {folder} ]]; then
+    echo {missing} >&2
+    exit 2
+fi
+cd -- {folder}
+"""
+
+
 TERM = 'kill -TERM "$(<"$pid")"  # ranks save and end\n'
 
 
 def action(job: JobFile, phase: str, what: str, stop: str = TERM) -> str:
     """The script of an action on a phase on this machine."""
-    start = f"{SHEBANG}\nset -euo pipefail\ncd -- {quote(job.folder)}\n"
+    start = f"{SHEBANG}\nset -euo pipefail\n{enter_folder(job)}"
     run = f"run={quote(job.config.run.folder)}\n"
     process = f"""{run}pid="$run/logs/{phase}-$(uname -n).pid"
 if ! [[ -f $pid && ! -L $pid && $(ps -ww -o args= -p "$(<"$pid")") == *llamax* ]]; then
@@ -161,8 +173,14 @@ if ! [[ -f $pid && ! -L $pid && $(ps -ww -o args= -p "$(<"$pid")") == *llamax* ]
     exit 0
 fi
 """
-    newest = f"""find "$run/logs/{phase}/$(uname -n)" -path '*/0/std*.log' -printf '%T@ %p\\n' |
-    sort -n | tail -n 2 | cut -d ' ' -f 2- | tr '\\n' '\\0' | xargs -0 tail -n 100 -F
+    newest = f"""logs="$run/logs/{phase}/$(uname -n)"
+newest=$(if [[ -d $logs ]]; then find "$logs" -path '*/0/std*.log' -printf '%T@ %p\\n'; fi |
+    sort -n | tail -n 2 | cut -d ' ' -f 2-)
+if [[ -z $newest ]]; then
+    echo "no log yet in $(realpath -m -- "$logs")"
+    exit 0
+fi
+tr '\\n' '\\0' <<<"$newest" | xargs -0 tail -n 100 -F
 """
     return (
         start

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -85,7 +86,8 @@ def test_a_linked_pid_file_is_named_and_not_followed(tmp_path: Path, launcher: s
         (fake / name).chmod(0o755)
 
     def run(text: str) -> subprocess.CompletedProcess[str]:
-        text = text.replace("cd -- /fsx/llama", f"cd -- {tmp_path}\nPATH={fake}:$PATH")
+        text = text.replace("/fsx/llama", str(tmp_path))
+        text = text.replace(f"cd -- {tmp_path}", f"cd -- {tmp_path}\nPATH={fake}:$PATH")
         return subprocess.run(["bash", "-c", text], cwd=tmp_path, text=True, capture_output=True)
 
     for _ in range(2):
@@ -102,6 +104,52 @@ def test_a_linked_pid_file_is_named_and_not_followed(tmp_path: Path, launcher: s
     assert not (tmp_path / "started").exists()
     assert (tmp_path / "target").read_text() == "1\n"
     assert "does not run" in run(action(this, launcher, "train", "stop")).stdout
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
+@pytest.mark.parametrize("folder", ["run", "my run", "/elsewhere"])
+def test_actions_before_a_job_ran_end_well(tmp_path: Path, launcher: str, folder: str) -> None:
+    where, node = tmp_path / "it's shared", platform.node()
+    this = job(
+        overrides={"data": {"path": "data"}, "run": {"folder": folder}},
+        venv="",
+        mpirun__hostfile="",
+        storage__mount=str(tmp_path),
+        storage__folder=str(where),
+    )
+    said = {
+        "logs": f"no log yet in {where / folder / 'logs/train' / node}\n",
+        "status": f"train of {folder} does not run on {node}\n",
+        "stop": f"train of {folder} does not run on {node}\n",
+        "clean": "",
+    }
+    for what, out in said.items():
+        command = ["bash", "-c", action(this, launcher, "train", what)]
+        where.mkdir(exist_ok=True)
+        done = subprocess.run(command, text=True, capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (0, out, "")
+        where.rmdir()
+        done = subprocess.run(command, text=True, capture_output=True, timeout=60)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert (
+            done.stderr == f"there is no folder {where} on this machine; use one that mounts it\n"
+        )
+
+
+@pytest.mark.parametrize("what", ["logs", "status", "utilization", "stop"])
+def test_actions_on_a_kubernetes_job_that_is_not_there_end_well(tmp_path: Path, what: str) -> None:
+    """With --ignore-not-found kubectl answers nothing for it, and fails without a cluster."""
+    kubectl = tmp_path / "kubectl"
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", "-c", action(job(), "k8s", "train", what)]
+    kubectl.write_text("#!/bin/bash\n[[ $* == *--ignore-not-found* ]]\n")
+    kubectl.chmod(0o755)
+    done = subprocess.run(command, env=environ, text=True, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("is not there" in done.stdout) == (what != "stop")
+    kubectl.write_text("#!/bin/bash\necho no cluster >&2\nexit 1\n")
+    done = subprocess.run(command, env=environ, text=True, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", "no cluster\n")
 
 
 @pytest.mark.parametrize(
