@@ -255,7 +255,7 @@ def test_mpirun_is_stopped_past_its_own_patience(folder: Path, per: str, how: st
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     if reason := slurm.missing():
         pytest.skip(reason)
-    with slurm.one_node(tmp_path_factory.mktemp("slurm")) as environ:
+    with slurm.cluster(tmp_path_factory.mktemp("slurm")) as environ:
         yield environ
 
 
@@ -270,6 +270,36 @@ def test_sbatch_takes_the_scripts(folder: Path, cluster: dict[str, str], tmp_pat
         assert "to start at" in done.stderr
 
 
+@pytest.fixture
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    if reason := slurm.missing():
+        pytest.skip(reason)
+    with slurm.cluster(tmp_path_factory.mktemp("slurm"), nodes=2) as environ:
+        yield environ
+
+
+def test_slurm_trains_on_two_nodes(
+    folder: Path, temporary: Path, two_nodes: dict[str, str], expected: list[float]
+) -> None:
+    """srun starts a torchrun on each node; their ranks meet at the first one's port."""
+    job = write(folder, nodes=2, ranks=1)
+    launch(job, "slurm", env={**two_nodes, "TMPDIR": str(temporary)})
+    wait_until_gone(job, two_nodes)
+    (log,) = folder.glob("small-*.log")
+    assert losses(folder) == expected, log.read_text()
+    logs = list((folder / "run" / "logs" / "train").rglob("0/stderr.log"))
+    assert len(logs) == 2, "a torchrun on each node"
+
+
+def wait_until_gone(job: Path, environ: dict[str, str]) -> None:
+    for _ in range(300):
+        state = launch(job, "slurm", "--action", "status", env=environ)
+        if not any(name in state for name in ("PENDING", "RUNNING", "COMPLETING")):
+            return
+        time.sleep(0.5)
+    raise AssertionError(state)
+
+
 def test_slurm_trains(
     folder: Path, temporary: Path, cluster: dict[str, str], expected: list[float]
 ) -> None:
@@ -277,11 +307,6 @@ def test_slurm_trains(
     add_stray_modules(folder)
     environ = {**cluster, "TMPDIR": str(temporary)}
     assert "Submitted batch job" in launch(job, "slurm", env=environ)
-    for _ in range(300):
-        told = launch(job, "slurm", "--action", "status", env=cluster)
-        if not any(state in told for state in ("PENDING", "RUNNING", "COMPLETING")):
-            break
-        time.sleep(0.5)
+    wait_until_gone(job, cluster)
     (log,) = folder.glob("small-*.log")
-    assert "PENDING" not in told
     assert losses(folder) == expected, log.read_text()

@@ -44,7 +44,7 @@ def pretended(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, st
     """16 CPUs, 8 GPUs, and 4096 MiB for a job that asks for no memory."""
     if reason := slurm.missing():
         pytest.skip(reason)
-    with slurm.one_node(tmp_path_factory.mktemp("pretended"), pretended=True) as environ:
+    with slurm.cluster(tmp_path_factory.mktemp("pretended"), pretended=True) as environ:
         yield environ
 
 
@@ -53,7 +53,7 @@ def bound(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The CPUs of this machine, to which tasks are bound."""
     if reason := slurm.missing():
         pytest.skip(reason)
-    with slurm.one_node(tmp_path_factory.mktemp("bound")) as environ:
+    with slurm.cluster(tmp_path_factory.mktemp("bound")) as environ:
         yield environ
 
 

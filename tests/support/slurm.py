@@ -1,8 +1,8 @@
-"""A Slurm of one node on this machine, for as long as a block runs: its own keys, ports and folder.
+"""A Slurm on this machine, for as long as a block runs: its own keys, ports and folder.
 
-Two kinds: a node with 16 CPUs and 8 GPUs that do not exist, where memory is a resource of its own;
-and the node as it is, where tasks are bound to the CPUs that they asked for.  In both a job gets
-one CPU and no GPU unless it asks.
+Three kinds: a node with 16 CPUs and 8 GPUs that do not exist, where memory is a resource of its
+own; the node as it is, where tasks are bound to the CPUs that they asked for; and two nodes, each a
+slurmd of this machine under one of its names.  In all a job gets one CPU and no GPU unless it asks.
 
 Needs slurm-wlm and munge (``apt-get install slurm-wlm munge``) and root.
 """
@@ -26,11 +26,10 @@ AuthInfo=socket={folder}/munge.socket
 SlurmUser=root
 SlurmdUser=root
 SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 MailProg=/bin/true
 MpiDefault=none
 ProctrackType=proctrack/linuxproc
@@ -44,13 +43,17 @@ SlurmdParameters=config_overrides
 SelectTypeParameters=CR_Core_Memory
 GresTypes=gpu
 DefMemPerNode=4096
-NodeName={host} NodeAddr=127.0.0.1 CPUs=16 Boards=1 SocketsPerBoard=1 CoresPerSocket=16 \
+NodeName={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=16 \
+Boards=1 SocketsPerBoard=1 CoresPerSocket=16 \
 ThreadsPerCore=1 RealMemory=64000 Gres=gpu:8 State=UNKNOWN
 """
 AS_IT_IS = """TaskPlugin=task/affinity
 SelectTypeParameters=CR_CPU
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+{nodes}
 """
+NODE = (
+    "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} State=UNKNOWN"
+)
 GPUS = "NodeName={host} Name=gpu File={folder}/gpu[0-7]\n"
 
 
@@ -63,21 +66,26 @@ def missing() -> str:
 
 
 @contextmanager
-def one_node(folder: Path, pretended: bool = False) -> Iterator[dict[str, str]]:
+def cluster(folder: Path, pretended: bool = False, nodes: int = 1) -> Iterator[dict[str, str]]:
     """The environment in which sbatch and squeue speak to it."""
     host = socket.gethostname().split(".")[0]
-    for name in ("state", "spool"):
+    names = [host, "localhost"][:nodes]
+    for name in ("state", *(f"spool-{name}" for name in names)):
         (folder / name).mkdir(parents=True)
     key, conf = folder / "munge.key", folder / "slurm.conf"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    with socket.socket() as one, socket.socket() as two:
-        one.bind(("127.0.0.1", 0))
-        two.bind(("127.0.0.1", 0))
-        ports = one.getsockname()[1], two.getsockname()[1]
-    cpus = os.cpu_count()
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(1 + nodes)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in sockets]
+    lines = [
+        NODE.format(name=name, host=host, port=port, cpus=os.cpu_count())
+        for name, port in zip(names, ports[1:], strict=True)
+    ]
     text = PRETENDED + CONF if pretended else AS_IT_IS + CONF
-    conf.write_text(text.format(host=host, folder=folder, ports=ports, cpus=cpus))
+    conf.write_text(text.format(host=host, folder=folder, ports=ports, nodes="\n".join(lines)))
     if pretended:
         for number in range(8):
             os.mknod(folder / f"gpu{number}", 0o600 | stat.S_IFCHR, os.makedev(1, 3))
@@ -85,12 +93,13 @@ def one_node(folder: Path, pretended: bool = False) -> Iterator[dict[str, str]]:
     environ = {**os.environ, "SLURM_CONF": str(conf)}
     files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
     with ExitStack() as stack:
-        for command in (
+        commands = (
             ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files],
             ["slurmctld", "-D"],
-            ["slurmd", "-D"],
-        ):
-            log = stack.enter_context((folder / f"{command[0]}.out").open("w"))
+            *(["slurmd", "-D", "-N", name] for name in names),
+        )
+        for number, command in enumerate(commands):
+            log = stack.enter_context((folder / f"{command[0]}-{number}.out").open("w"))
             daemon = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
             stack.callback(daemon.wait, 30)
             stack.callback(daemon.terminate)
@@ -103,7 +112,7 @@ def _until_idle(environ: dict[str, str]) -> None:
     for _ in range(120):
         command = ["sinfo", "--noheader", "--format=%T"]
         done = subprocess.run(command, env=environ, text=True, capture_output=True, check=False)
-        if done.stdout.strip() == "idle":
+        if {*done.stdout.split()} == {"idle"}:
             return
         time.sleep(0.5)
     raise RuntimeError(f"Slurm's node never became idle: {done.stdout}{done.stderr}")
