@@ -14,8 +14,12 @@ from pathlib import Path
 import pytest
 
 from llamax.cli.plan import main
+from llamax.config.hardware import load_machine
 from llamax.config.load import RECIPES, dump_config, load_config, recipes
 from llamax.config.validate import accumulation
+from llamax.runtime.units import show_bytes, show_number
+from llamax.tools.plan import Plan, plan, search
+from llamax.tools.plan.nearest import flags
 
 GOLDEN = Path(__file__).parent / "recipes"
 
@@ -91,3 +95,34 @@ def test_a_recipe_fits_the_machine_it_names(name: str) -> None:
     if found is None:
         pytest.skip("it names no Trainium")
     assert main(["--config", name, "--nodes", found[1], "--instance", found[2]]) == 0
+
+
+def planned_comment(name: str) -> str | None:
+    """What a recipe for Trainium says of its plan and of the search, or None without a machine."""
+    text = (RECIPES / f"{name}.toml").read_text()
+    found = re.search(r"^# Mesh: .* on (\d+) (trn\w+\.\w+)", text, re.MULTILINE)
+    if found is None:
+        return None
+    config, machine, nodes = load_config(name), load_machine(found[2]), int(found[1])
+    as_it_is, (best, *_) = plan(config, machine, nodes), search(config, machine, nodes)[0]
+
+    def speed(planned: Plan) -> str:
+        return show_number(planned.time.tokens_per_s)
+
+    memory, whole = show_bytes(as_it_is.memory.peak), show_bytes(machine.memory_bytes())
+    said = f"{speed(as_it_is)} tokens/s with {memory} of {whole} a rank;"
+    if changes := " ".join(flags(config, nodes, best)):
+        more = f"{speed(best)} with {changes} ({show_bytes(best.memory.peak)})"
+        return f"{said} llamax plan --search finds {more}."
+    return f"{said} llamax plan --search finds no faster layout."
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_says_what_it_is_planned_at_and_what_would_be_faster(name: str) -> None:
+    wanted = planned_comment(name)
+    if wanted is None:
+        pytest.skip("it names no Trainium")
+    text = (RECIPES / f"{name}.toml").read_text()
+    found = re.search(r"^# Plan:  (.*?)(?=^# [A-Z]|^[^#])", text, re.MULTILINE | re.DOTALL)
+    assert found, f"add: {wanted}"
+    assert " ".join(found[1].replace("#", " ").split()) == wanted
