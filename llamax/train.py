@@ -198,7 +198,8 @@ def start(
     with borrowed_process(where, os.environ):
         try:
             train(chosen, where, Parts(model_class, learning_rate))
-        except Stopped:
+        except Stopped as stop:
+            logger.info("%s", stop)
             stopped = True
         except SystemExit as end:  # of a rank that is not the first
             if end.code not in STOPPED:

@@ -208,7 +208,7 @@ def load(
     path: str | Path,
     *,
     backend: str = "cpu",
-    dtype: str = "",
+    dtype: str | torch.dtype = "",
     tokenizer: str | Path = "",
     base: str | Path = "",
     model_class: type[Llama] = Llama,
@@ -219,7 +219,8 @@ def load(
     Args:
         path: Run (its newest step), step, Hugging Face folder, exported folder or adapter folder.
         backend: "cpu", "cuda" or "neuron".
-        dtype: Type of the weights, "float32" or "bfloat16"; by default that of the files.
+        dtype: Type of the weights, "float32" or "bfloat16", or torch's; by default that of the
+            files.
         tokenizer: Tokenizer file or folder; by default the model's or that of its dataset.
         base: Base model of adapters, if it is not where they say.
         model_class: Subclass of Llama that was trained, if one was.
@@ -233,6 +234,7 @@ def load(
         DataError: For a tokenizer that is missing or does not belong to the model.
         BackendError: For a backend without a device.
     """
+    dtype = str(dtype).removeprefix("torch.")
     check_computing(1, threads, dtype, backend)
     loaded = open_model(Path(path), str(tokenizer), str(base))
     with kept_threads():

@@ -30,6 +30,10 @@ class LlamaxError(Exception):
 
     exit_code = 2
 
+    def _render_traceback_(self) -> list[str]:
+        """The lines that IPython and Jupyter show in the place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class ConfigError(LlamaxError):
     """A configuration that is unknown, impossible or contradicts itself."""

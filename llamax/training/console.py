@@ -55,12 +55,12 @@ def _joined(parts: dict[str, str]) -> str:
 
 
 class ConsoleWriter:
-    """One line per record on ``stream``, and below it a bar with the time left if ``bar``."""
+    """One line per record on ``stream``, by default stderr, and below it a bar if ``bar``."""
 
     def __init__(
-        self, steps: int, step: int = 0, bar: bool = False, stream: TextIO = sys.stderr
+        self, steps: int, step: int = 0, bar: bool = False, stream: TextIO | None = None
     ) -> None:
-        self.steps, self.stream, self.loss = steps, stream, ""
+        self.steps, self.stream, self.loss = steps, stream or sys.stderr, ""
         self.bar: Any = None
         if bar:
             from tqdm import tqdm
@@ -68,7 +68,7 @@ class ConsoleWriter:
             self.bar = tqdm(
                 total=steps,
                 initial=step,
-                file=stream,
+                file=self.stream,
                 dynamic_ncols=True,
                 leave=False,
                 miniters=1,

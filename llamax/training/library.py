@@ -19,7 +19,7 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from llamax.runtime.errors import ConfigError, Interrupted, LlamaxError, Stopped
 from llamax.runtime.logging import logger, setup_logging, show_line
 from llamax.training.metrics import read_jsonl
 
+_TRAINING = threading.Lock()  # logging, signals and random state are one for the whole process
 STOPPED = (Stopped.exit_code, Interrupted.exit_code)
 ENDING_S = 60.0  # for the ranks that are left after one has failed
 
@@ -146,9 +147,41 @@ def _plain(value: Any) -> Any:
 def borrowed_process(where: Rendezvous, environ: MutableMapping[str, str]) -> Iterator[None]:
     """Log and handle signals as the training program does; afterwards all is as it was.
 
-    That is: log handlers, signal handlers, torch's threads and random state, and the variables of
-    the environment, ``environ``, that the backend sets.
+    That is: log handlers, signal handlers, torch's threads, random state and modes, and the
+    variables of the environment, ``environ``, that the backend sets.  Raises ConfigError while
+    another run trains in this process.
     """
+    if not _TRAINING.acquire(blocking=False):
+        raise ConfigError(
+            "another run is training in this process; wait for it, or give `ranks` to train in "
+            "programs of its own"
+        )
+    with ExitStack() as ending:
+        ending.callback(_TRAINING.release)
+        ending.enter_context(_usual_torch())
+        ending.enter_context(_restored(where, environ))
+        yield
+
+
+@contextmanager
+def _usual_torch() -> Iterator[None]:
+    """Gradients, float32 and the CPU as torch's defaults, whatever the program has set."""
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.device("cpu") if device.type != "cpu" else nullcontext(),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def _restored(where: Rendezvous, environ: MutableMapping[str, str]) -> Iterator[None]:
+    """Set up logging and signals; restore them, torch's state and the environment."""
     handlers, level, propagate = [*logger.handlers], logger.level, logger.propagate
     threads, random, environment = torch.get_num_threads(), torch.get_rng_state(), {**environ}
     setup_logging(f"rank {where.rank}", main=where.rank == 0)
@@ -217,6 +250,8 @@ class _Program:
             self.process.kill()
         self.process.wait()
         self.reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
 
     @property
     def error(self) -> Exception:
@@ -249,7 +284,7 @@ def _wait(programs: list[_Program], folder: Path) -> bool:
                 raise
             interrupted = True
             for program in left:
-                program.process.send_signal(signal.SIGTERM)
+                program.process.send_signal(signal.SIGINT)
         for program in [one for one in left if one.process.poll() is not None]:
             left.remove(program)
             ended = program.process.returncode

@@ -132,16 +132,17 @@ def test_python_blocks_compile_and_name_what_exists(page: Path) -> None:
                     importlib.import_module(f"{module}.{name}")
 
 
-@pytest.mark.parametrize("page", [DOCS / "how-to/extend.md", DOCS / "concepts/mesh.md"])
+@pytest.mark.parametrize("page", ["how-to/extend", "how-to/notebooks", "concepts/mesh"])
 def test_library_pages_run(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    path = DOCS / f"{page}.md"
     monkeypatch.chdir(tmp_path)
-    exec("\n".join(blocks(page, "python")), {"__name__": "page"})
+    exec("\n".join(blocks(path, "python")), {"__name__": "page"})
     printed = capsys.readouterr().out.splitlines()
     assert printed
-    if page.stem == "mesh":
-        assert printed == re.findall(r"# (\(\(.*)$", page.read_text(), re.MULTILINE)
+    if path.stem == "mesh":
+        assert printed == re.findall(r"# (\(\(.*)$", path.read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", EVERY)

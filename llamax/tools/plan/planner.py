@@ -10,6 +10,7 @@ from llamax.config.hardware import Machine, default_machine, load_machine
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import ConfigError
+from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.length import GivenLength, Length, length_of
 from llamax.tools.plan.memory import Memory, memory
 from llamax.tools.plan.roofline import Time, time
@@ -27,6 +28,15 @@ class Plan:
     memory: Memory
     time: Time
     length: str = ""
+
+    def __repr__(self) -> str:
+        held, available = show_bytes(self.memory.peak), show_bytes(self.memory.available)
+        return (
+            f"<llamax plan: {show_number(self.run.config.model.num_parameters())} parameters on "
+            f"{self.nodes} x {self.machine.name}, {held} of {available} on a rank "
+            f"({'fits' if self.memory.fits else 'DOES NOT FIT'}), "
+            f"{show_number(self.time.tokens_per_s)} tokens/s>"
+        )
 
 
 def plan(
