@@ -118,7 +118,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         parents = [folder for folder in out.parents if not folder.exists()]
     building = out.with_name(f"{out.name}{BUILDING}{secrets.token_hex(8)}")
     content, complete = building / out.name, False
-    with _terminable(out) as finishing:
+    with _terminable(out) as (finishing, terminated):
         try:
             with explain_write_errors(building, 0):
                 out.parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +132,8 @@ def new_folder(out: Path) -> Iterator[Path]:
                     with explain_write_errors(out, 0):
                         sync_tree(content)
                         finishing()
+                        if terminated:  # where Python drops exceptions, such as in a destructor
+                            raise terminated[0]
                         os.rename(content, out)
                         complete = True
                         for folder in (out, *parents):
@@ -181,16 +183,18 @@ def _explain_no_room(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _terminable(out: Path) -> Iterator[Callable[[], None]]:
+def _terminable(out: Path) -> Iterator[tuple[Callable[[], None], list[Terminated]]]:
     """Raise Terminated on SIGTERM, if this is the main thread and the signal has no handler yet.
 
     Yields a function to call before the last steps, the rename or the removal: from then on SIGTERM
-    and Ctrl-C are ignored.
+    and Ctrl-C are ignored; and a list of what SIGTERM has raised.
     """
+    asked: list[Terminated] = []
 
     def terminate(number: int, frame: object) -> None:
         ignore()
-        raise Terminated(f"stopped by SIGTERM: {out} was not written")
+        asked.append(Terminated(f"stopped by SIGTERM: {out} was not written"))
+        raise asked[0]
 
     def ignore() -> None:
         for number in before:
@@ -203,7 +207,7 @@ def _terminable(out: Path) -> Iterator[Callable[[], None]]:
     try:
         if signal.SIGTERM in before:
             signal.signal(signal.SIGTERM, terminate)
-        yield ignore
+        yield ignore, asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -85,10 +85,18 @@ class Interrupted(Stopped):
     exit_code = 130
 
 
-class Terminated(LlamaxError):
-    """SIGTERM arrived while a folder was written, and the folder was removed: no error."""
+class Terminated(SystemExit):
+    """SIGTERM arrived while a folder was written, and the folder was removed: no error.
+
+    Like KeyboardInterrupt it is no Exception, as it may arise in any line and is a mistake of none:
+    ``except Exception`` around that line does not take it for one.
+    """
 
     exit_code = 143
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.code = self.exit_code
 
 
 def refuse(problems: list[str], where: str) -> None:

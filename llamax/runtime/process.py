@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from llamax.runtime.cores import limit_threads
-from llamax.runtime.errors import Interrupted, LlamaxError, NoRoom
+from llamax.runtime.errors import Interrupted, LlamaxError, NoRoom, Terminated
 from llamax.runtime.files import NO_ROOM
 from llamax.runtime.signals import SIGNALS
 from llamax.runtime.text import print_text
@@ -58,7 +58,7 @@ def run_main(main: Main, argv: Sequence[str] | None = None) -> int:
         code = main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return code
-    except LlamaxError as error:
+    except (LlamaxError, Terminated) as error:
         print_text(f"llamax: {error}", sys.stderr)
         return error.exit_code
     except BrokenPipeError:

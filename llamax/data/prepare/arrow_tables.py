@@ -46,8 +46,9 @@ def parquet_rows(rows: RowRange, most: int) -> Iterator[Any]:
     group = file.metadata.row_group(rows.start)
     # Batches of about ``most`` bytes, however long rows are.
     size = max(1, min(BATCH_ROWS, most * group.num_rows // max(group.total_byte_size, 1)))
-    for batch in file.iter_batches(size, row_groups=[rows.start], use_threads=False):
-        yield from _short_rows(_plain(batch), most)
+    with _damage(Path(rows.path), "Parquet"):
+        for batch in file.iter_batches(size, row_groups=[rows.start], use_threads=False):
+            yield from _short_rows(_plain(batch), most)
 
 
 def _parquet(path: Path) -> Any:
@@ -129,13 +130,13 @@ def _batches(path: Path, start: int = 0) -> Iterator[Any]:
 
 
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def _damage(path: Path, format: str = "Arrow") -> Iterator[None]:
     """Turn what pyarrow raises inside the block into a DataError."""
-    pyarrow = _pyarrow(path, "Arrow")
+    pyarrow = _pyarrow(path, format)
     try:
         yield
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is not Arrow, or is damaged ({_short(error)})") from None
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        raise DataError(f"{path}: is not {format}, or is damaged ({_short(error)})") from None
 
 
 # ---- both

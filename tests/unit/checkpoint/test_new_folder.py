@@ -204,6 +204,33 @@ def test_sigterm_leaves_nothing(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_code_that_catches_every_error_takes_no_sigterm_for_one(tmp_path: Path) -> None:
+    """Such as a tokenizer's: whatever its engine raises means that the file is no tokenizer."""
+
+    def load() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except Exception:
+            raise CheckpointError("it is no tokenizer") from None
+
+    with pytest.raises(Terminated), new_folder(tmp_path / "hub"):
+        load()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_sigterm_in_a_destructor_is_not_lost(tmp_path: Path) -> None:
+    """Python prints what a destructor raises, and goes on."""
+
+    class Signals:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Terminated, match="was not written"), new_folder(tmp_path / "hub"):
+        Signals()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("call", ["rename", "rmdir"])
 def test_a_signal_at_the_end_comes_too_late(

@@ -160,6 +160,23 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, damage: Any, mess
     assert "\n" not in str(refused.value)
 
 
+def test_damaged_pages_of_parquet_are_refused_in_one_line(tmp_path: Path) -> None:
+    """The end of the file, which describes it, is sound."""
+    from pyarrow import parquet
+
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    sound, refused = path.read_bytes(), []
+    for at in range(4, 1000, 7):
+        path.write_bytes(sound[:at] + bytes([sound[at] ^ 0xFF]) + sound[at + 1 :])
+        try:
+            list(read_rows(plan_tables([str(path)])[0]))
+        except DataError as error:
+            refused.append(str(error))
+    assert len(refused) > 10
+    assert all(f"{path}: is not Parquet, or is damaged (" in message for message in refused)
+
+
 def test_a_row_above_the_limit_is_refused(tmp_path: Path) -> None:
     path = stream(tmp_path / "a.arrow", [{"text": "short"}, {"text": "x" * 1000}], batch=1)
     (rows,) = plan_tables([str(path)])
