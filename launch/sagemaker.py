@@ -60,7 +60,6 @@ except PackageNotFoundError:
 if not found.startswith("{sdk}."):
     sys.exit(f"this file is for the SageMaker SDK {sdk}; found: {{found}}")
 
-from botocore.exceptions import BotoCoreError, ClientError
 {imports}
 TRAIN = {train!r}
 ARGUMENTS = {arguments}
@@ -71,7 +70,7 @@ source.mkdir(exist_ok=True)
 (source / "train.py").write_text(TRAIN)
 try:
 {start}
-except (BotoCoreError, ClientError, ImportError, OSError, RuntimeError, ValueError) as error:
+except Exception as error:  # boto3, docker and the SDK raise what they like
     sys.exit(f"SageMaker: {{type(error).__name__}}: {{error}}")
 """
 START = {
