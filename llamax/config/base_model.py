@@ -19,9 +19,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llamax.config.constants import CHECKPOINTS_FOLDER
+from llamax.config.constants import CHECKPOINTS_FOLDER, CONFIG_FILE
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config
+from llamax.config.toml import Problems, build, read_toml
 from llamax.runtime import json_reader
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_reader import JsonError
@@ -89,6 +90,8 @@ def read_base(folder: Path) -> Base | None:
                 if not saved:
                     return None
                 folder = max(saved, key=lambda p: int(p.name.partition("-")[2]))
+            if (model := _recorded(folder / CONFIG_FILE)) is not None:
+                return Base(model, folder)
             path = folder / MANIFEST
             hub = json_reader.read_object(path, MAX_BYTES).get("model", {})
             if not isinstance(hub, dict):
@@ -100,6 +103,18 @@ def read_base(folder: Path) -> Base | None:
         raise ConfigError(f"{path} {error}; download or copy it again") from None
     except ConfigError as error:
         raise ConfigError(str(error).replace("config.json", str(path), 1)) from None
+
+
+def _recorded(path: Path) -> ModelConfig | None:
+    """The model in the configuration of a checkpoint, which is small; None without one."""
+    if not path.is_file():
+        return None
+    problems = Problems()
+    try:
+        model = build(ModelConfig, read_toml(path).get("model", {}), problems, "model")
+    except ConfigError:
+        return None
+    return None if problems.lines(model, "model") else model
 
 
 def supply_model(

@@ -19,14 +19,17 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.listing import list_checkpoints
 from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.config.hardware import LOCAL, Machine
+from llamax.config.model import ModelConfig
 from llamax.config.schema import BackendName, Config
 from llamax.data.dataset import blend_words, open_dataset
 from llamax.launch.jobfile import JobFile
 from llamax.parallel.rendezvous import NEURON_PORT
-from llamax.runtime.errors import DataError
-from llamax.runtime.units import show_bytes, show_time
+from llamax.runtime.errors import CheckpointError, ConfigError, DataError
+from llamax.runtime.units import show_bytes, show_number, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Finding, Host, machine, storage, versions
 from llamax.tools.doctor.finding import passed, unknown
@@ -54,6 +57,7 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
         yield from _fits(found, job)
     yield from storage.disk(folder, run, found.time.step_s if found else None)
     yield from _dataset(path, folder.is_dir())
+    yield from _base(folder, job.config)
     if cache := host.environ.get("NEURON_COMPILE_CACHE_URL"):
         world = job.nodes * job.ranks
         hashes = partial(compile_cache.hashes, job.config, world, job.ranks, host.environ)
@@ -109,6 +113,26 @@ def _below(folder: Path, path: str) -> str:
     return " ".join(str(folder / word) if i % 2 else word for i, word in words) or str(
         folder / path
     )
+
+
+def _base(folder: Path, config: Config) -> Iterator[Finding]:
+    """The finding about checkpoint.init_from, if the run would read it."""
+    start, full = config.checkpoint, config.finetune.method == "full"
+    if not start.init_from:
+        return
+    path = folder / start.init_from
+    if not folder.is_dir():
+        yield unknown("base", f"{path} is not here", "run doctor where it is")
+    elif full and start.resume != "never" and list_checkpoints(folder / config.run.folder):
+        yield passed("base", f"{path} is not read: the run goes on from its newest checkpoint")
+    else:
+        try:
+            model = ModelConfig.from_hub(open_source(path).model)
+        except (CheckpointError, ConfigError) as error:
+            yield Finding("error", "base", str(error), "training starts from its weights")
+        else:
+            size = show_number(model.num_parameters())
+            yield passed("base", f"a Llama of {size} parameters in {path}")
 
 
 def _dataset(path: str, has_storage: bool) -> Iterator[Finding]:

@@ -163,6 +163,19 @@ def test_runs_and_checkpoints_are_bases(folder: Path) -> None:
     assert line.startswith("run/checkpoints/step-00000012/manifest.json describes no model")
 
 
+def test_the_configuration_of_a_checkpoint_comes_before_its_large_manifest(folder: Path) -> None:
+    saved = folder / "run/checkpoints/step-00000004"
+    step(saved, tiny())
+    config = parse_config(tables())
+    (saved / "config.toml").write_text(dump_config(config))
+    (saved / "manifest.json").write_text("not read")
+    assert parse_config(tables(checkpoint={"init_from": "run"})).model == MIXED
+    for text in ("[model", "[model]\nhidden_size = 3", "model = 3", ""):  # of another llamax
+        (saved / "config.toml").write_text(text)
+        (saved / "manifest.json").write_text(json.dumps({"model": MIXED.to_hub("float32")}))
+        assert parse_config(tables(checkpoint={"init_from": "run"})).model == MIXED
+
+
 def test_a_run_goes_on_without_the_folder(folder: Path) -> None:
     run = {"folder": "tuned"}
     step(folder / "tuned/checkpoints/step-00000004", MIXED)

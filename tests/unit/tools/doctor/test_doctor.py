@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import transformers
 from support.hosts import SDK, host_with, levels, trainium
 from support.launch_jobs import job
+from support.models import tiny
 
 from llamax.cli.doctor import NOT_READY, main
 from llamax.runtime.errors import BackendError, ConfigError
@@ -88,6 +90,38 @@ def test_a_missing_dataset_is_an_error(tmp_path: Path) -> None:
     found = {each.name: each for each in examine(Host(packages=SDK), small, 0)}
     assert found["dataset"].level == "error"
     assert "llamax launch --phase prepare" in found["dataset"].fix
+
+
+def test_the_weights_that_a_run_starts_from_are_looked_at(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def base(folder: Path = tmp_path, **overrides: object) -> Finding:
+        asked = {"checkpoint.init_from": "base", "data.sequence_length": 64, **overrides}
+        small = job(
+            recipe="finetune-demo",
+            instance="local",
+            ranks_per_node=4,
+            overrides=asked,
+            storage={"mount": str(folder)},
+        )
+        assert (small.config.model.vocab_size == 61) == (folder / "base/config.json").is_file()
+        (found,) = [one for one in examine(Host(packages=SDK), small, 0) if one.name == "base"]
+        return found
+
+    missing = base()
+    assert (missing.level, missing.why) == ("error", "training starts from its weights")
+    assert "there is no folder" in missing.what
+    assert "base is not a folder on this machine" in caplog.text
+    assert base(tmp_path / "elsewhere").level == "unknown"
+    shape = transformers.LlamaConfig(**tiny().to_hub("float32"))
+    transformers.LlamaForCausalLM(shape).save_pretrained(tmp_path / "base")
+    assert base() == Finding("ok", "base", f"a Llama of 19.4K parameters in {tmp_path / 'base'}")
+    step = tmp_path / "finetune-demo/run/checkpoints/step-00000001"
+    step.mkdir(parents=True)
+    (step / "done").touch()
+    assert "goes on from its newest checkpoint" in base(**{"run.folder": str(step.parents[1])}).what
+    never = {"run.folder": str(step.parents[1]), "checkpoint.resume": "never"}
+    assert "a Llama of" in base(**never).what
 
 
 def test_the_program_prints_all_findings_and_its_exit_code_says_the_worst(
