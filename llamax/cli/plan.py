@@ -95,10 +95,11 @@ def main(argv: Sequence[str]) -> int:
         if options.search:
             raise
         near = nearest(*chosen(any_layout=True), options.nodes)
-        if near is None or not near.fits:
-            raise
-        use = " ".join(near.flags)
-        raise ConfigError(f"{error}; the nearest layout that fits is {use}") from None
+        if near is not None and near.fits:
+            hint = f"the nearest layout that fits is {' '.join(near.flags)}"
+        else:
+            (hint,) = show_nearest(near)
+        raise ConfigError(f"{error}; {hint}") from None
     length = length_of(config, given)
     if options.search:
         plans, refused = search(config, machine, options.nodes, length)

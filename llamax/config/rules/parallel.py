@@ -93,7 +93,7 @@ def mesh_fills_world(c: Config, world: World) -> Iterator[str]:
             instead = f"use parallel.context={join_or(divisors(usable // tensor))}"
             instead += " and parallel.pipeline=1" if pipeline > 1 else ""
         yield (
-            f"{degrees} does not divide the world of {world.ranks} ranks; "
+            f"{degrees} does not divide the world of {count(world.ranks, 'rank')}; "
             f"start a multiple of {replica} ranks, or {instead}"
         )
     elif data and replica * data != world.ranks:

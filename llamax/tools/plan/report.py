@@ -192,10 +192,11 @@ def show_nearest(near: Nearest | None) -> Iterator[str]:
             f"${time.dollars:,.0f} at ${time.dollars_per_hour:,.2f} an hour"
         )
     else:
-        mesh = near.plan.run.mesh
+        mesh, spans = near.plan.run.mesh, near.plan.machine.node_limit is None
+        within = " whose tensor ranks share a node" if spans else ""
         yield (
-            f"no layout fits on any number of such nodes: the smallest, tensor {mesh.tp} on "
-            f"{count(near.plan.nodes, 'node')} {needs([near.plan])}"
+            f"no layout{within} fits on any number of such nodes: the smallest, tensor {mesh.tp} "
+            f"on {count(near.plan.nodes, 'node')} {needs([near.plan])}"
         )
 
 

@@ -94,6 +94,16 @@ def test_where_no_layout_fits_on_any_number_of_nodes(capsys: pytest.CaptureFixtu
     assert last == "no layout is valid on any number of such nodes"
 
 
+def test_a_machine_that_is_too_small_for_any_layout_of_a_recipe() -> None:
+    with pytest.raises(ConfigError) as error:
+        main(["--config", "llama2-7b", "--instance", "rtx4090"])
+    assert str(error.value).endswith(
+        "; no layout whose tensor ranks share a node fits on any number of such nodes: the "
+        "smallest, tensor 1 on 1,024 nodes (micro-batch 1, recompute full) needs 42.9 GiB of "
+        "23.5 GiB, 25.1 GiB of it gradients"
+    )
+
+
 def test_fewer_nodes_where_more_cannot_share_the_batch() -> None:
     config = load_config("llama2-7b", ["--data.global_batch=4"])
     assert node_counts(config, TRN1, 5) == [4, 2, 1]
