@@ -16,6 +16,7 @@ from llamax.launch import prepare
 from llamax.launch.environment import RESERVED
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.errors import ConfigError
+from llamax.runtime.units import count
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
@@ -91,7 +92,7 @@ def _run(job: JobFile) -> Iterator[str]:
     try:
         config = job.config
     except ConfigError as error:
-        where = f"{job.nodes} x {job.machine.name} = {job.nodes * job.ranks} ranks"
+        where = f"{job.nodes} x {job.machine.name} = {count(job.nodes * job.ranks, 'rank')}"
         yield f"{where}: {first_problem(error)}"
         return
     machine = job.machine

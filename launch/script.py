@@ -13,6 +13,7 @@ from shlex import quote
 from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
 from llamax.launch.prepare import command_line
+from llamax.runtime.units import count
 
 SHEBANG = "#!/usr/bin/env bash"
 
@@ -109,10 +110,11 @@ def prepare(job: JobFile, start: str = "exec") -> str:
 def title(job: JobFile, phase: str, launcher: str) -> str:
     """One line that describes a script."""
     if phase == "prepare":
-        return f"tokenize with {job.prepare.workers} processes"
+        return f"tokenize with {count(job.prepare.workers, 'process', 'processes')}"
     first = "compile every graph of the run" if job.machine.neuron else "rehearse two steps"
     what = first if phase == "precompile" else "train"
-    return f"{what} on {job.nodes} x {job.machine.name}, {job.nodes * job.ranks} ranks, {launcher}"
+    ranks = count(job.nodes * job.ranks, "rank")
+    return f"{what} on {job.nodes} x {job.machine.name}, {ranks}, {launcher}"
 
 
 def tensorboard(job: JobFile) -> str:

@@ -37,6 +37,7 @@ from llamax.parallel.network import interface, is_loopback, source_address
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.cores import cores, requested_threads
 from llamax.runtime.errors import BackendError, LostRank
+from llamax.runtime.units import count
 from llamax.runtime.versions import TORCHNEURON_SDK
 
 NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # host and device memory
@@ -278,8 +279,9 @@ class Cuda(_TorchBackend):
         super().__init__(rendezvous)
         if rendezvous.local_world_size > (gpus := torch.cuda.device_count()):
             raise BackendError(
-                f"run.backend=cuda: {rendezvous.local_world_size} ranks on this machine need a GPU "
-                f"each but {gpus} are visible; start fewer ranks or use run.backend=cpu"
+                f"run.backend=cuda: {count(rendezvous.local_world_size, 'rank')} on this machine "
+                f"and {count(gpus, 'visible GPU')}, but every rank needs one; start fewer ranks or "
+                "use run.backend=cpu"
             )
         self.device = torch.device("cuda", rendezvous.local_rank)
         torch.cuda.set_device(self.device)
@@ -318,8 +320,9 @@ class Neuron(_TorchBackend):
         if cores != 1:  # 1: the launcher has assigned one to this process
             if rendezvous.local_world_size > cores:
                 raise BackendError(
-                    f"run.backend=neuron: {rendezvous.local_world_size} ranks on this machine need "
-                    f"a NeuronCore each but {cores} are visible; start fewer ranks"
+                    f"run.backend=neuron: {count(rendezvous.local_world_size, 'rank')} on this "
+                    f"machine and {count(cores, 'visible NeuronCore')}, but every rank needs one; "
+                    "start fewer ranks"
                 )
             torch.accelerator.set_device_index(rendezvous.local_rank)
         self.device = torch.device("neuron")

@@ -30,6 +30,7 @@ from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_writer import to_json
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
+from llamax.runtime.units import count
 from llamax.tools.doctor import Finding, Host
 from llamax.tools.doctor.finding import Level
 
@@ -95,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
         return NOT_READY if counts["error"] else 0
     print_text(
         f"\n{counts['ok']} fine, {counts['unknown']} unknown, "
-        f"{counts['warning']} warnings, {counts['error']} errors"
+        f"{count(counts['warning'], 'warning')}, {count(counts['error'], 'error')}"
     )
     return NOT_READY if counts["error"] else 0
 

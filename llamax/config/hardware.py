@@ -21,6 +21,7 @@ from llamax.config.schema import NEURON_BACKENDS, BackendName
 from llamax.config.toml import Problems, build, read_toml
 from llamax.config.types import Count, Efficiency, Natural, NonNegative, Positive
 from llamax.runtime.errors import ConfigError, did_you_mean, join_or, refuse
+from llamax.runtime.units import count
 
 KNOWN = Path(__file__).with_name("hardware.toml")
 THIS = "cpu"
@@ -138,8 +139,8 @@ class Machine:
         if self.backend != "cpu":
             if ranks > self.ranks:
                 raise ConfigError(
-                    f"`ranks={ranks}` is more than the {self.ranks} devices of {self.name}; use "
-                    f"{self.ranks} or fewer"
+                    f"`ranks={ranks}` is more than the {count(self.ranks, 'device')} of "
+                    f"{self.name}; use {self.ranks} or fewer"
                 )
             return replace(self, ranks=ranks)
         part = self.ranks / ranks

@@ -40,6 +40,7 @@ from llamax.data.token_file import Stream
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel import context_parallel
 from llamax.runtime.errors import DataError
+from llamax.runtime.units import count
 
 
 class Batch(NamedTuple):
@@ -161,7 +162,8 @@ class Loader(Batches):
     ) -> None:
         if len(file) < 2:
             raise DataError(
-                f"{file.path}: has {len(file)} tokens, and a sample needs 2; prepare more text"
+                f"{file.path}: has {count(len(file), 'token')}, and a sample needs 2; prepare "
+                "more text"
             )
         sequence_length = plan.sequence_length
         super().__init__(-(-(len(file) - 1) // sequence_length), plan, consumed, shuffle)

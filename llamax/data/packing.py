@@ -33,6 +33,7 @@ import numpy as np
 from llamax.data.shuffle import Integers, permute
 from llamax.data.token_file import Stream
 from llamax.runtime.errors import DataError
+from llamax.runtime.units import count
 
 WINDOW = 2**16  # documents that are packed together
 TooLong = Literal["truncate", "drop", "refuse"]
@@ -106,8 +107,8 @@ class Packs:
         action = {"truncate": f"{kept:,} truncated", "drop": f"{self.longer:,} dropped"}
         lost = f" ({self.answerless:,} dropped: cut before the answer)" if self.answerless else ""
         return (
-            f"{self.way} at {self.length}: {len(self._members):,} documents in {len(self):,} "
-            f"samples, {self.fill:.2%} filled; {self.longer:,} longer"
+            f"{self.way} at {self.length}: {count(len(self._members), 'document')} in "
+            f"{count(len(self), 'sample')}, {self.fill:.2%} filled; {self.longer:,} longer"
             + (f": {action[self.too_long]}{lost}" if self.longer else "")
         )
 
@@ -120,8 +121,9 @@ class Packs:
         self.longer += int(long.sum())
         if self.too_long == "refuse" and long.any():
             worst = int(documents[np.argmax(sizes)])
+            longest = count(int(sizes.max()) + 1, "token")
             raise DataError(
-                f"{self.file.path}: document {worst + 1} has {sizes.max() + 1} tokens, and "
+                f"{self.file.path}: document {worst + 1} has {longest}, and "
                 f"{int(long.sum())} of these are longer than data.sequence_length={self.length}; "
                 "use a greater one, or data.too_long=truncate or drop"
             )

@@ -18,6 +18,7 @@ from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import Mixture, Split
 from llamax.data.packing import Packs
 from llamax.parallel.mesh import ALONE, Seat
+from llamax.runtime.units import count
 
 if TYPE_CHECKING:
     from llamax.data.loader import Batches
@@ -90,4 +91,4 @@ class Samples:
             return "a blend of " + " and ".join(shares)
         if self.packs is not None:
             return str(self.packs)
-        return f"concat at {self.data.sequence_length}: {len(self):,} samples"
+        return f"concat at {self.data.sequence_length}: {count(len(self), 'sample')}"

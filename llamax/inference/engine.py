@@ -43,6 +43,7 @@ from llamax.model.llama import DTYPES, Llama
 from llamax.parallel.collectives import Axis
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.runtime.logging import logger
+from llamax.runtime.units import count
 
 Show = Callable[[str], None]
 
@@ -208,7 +209,7 @@ class Speed:
     decode_s: float = 0.0
 
     def __str__(self) -> str:
-        text = f"{self.prompt_tokens} prompt tokens in {self.prefill_s:.2f} s"
+        text = f"{count(self.prompt_tokens, 'prompt token')} in {self.prefill_s:.2f} s"
         if not self.new_tokens:
             return text
         rate = self.new_tokens / max(self.decode_s, 1e-9)

@@ -29,6 +29,7 @@ from llamax.inference.kv_cache import KVCache
 from llamax.model.llama import Llama
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.logging import logger
+from llamax.runtime.units import count
 
 Prompts = Sequence[Sequence[int]]
 
@@ -206,9 +207,10 @@ def check_prompts(config: ModelConfig, prompts: Prompts, max_new_tokens: int) ->
         if len(prompt) + max_new_tokens > longest:
             left = longest - len(prompt)
             use = f"use `max_new_tokens={left}` or a" if left > 0 else "use a"
+            tokens = count(len(prompt), "token")
             raise ConfigError(
-                f"prompt {number} has {len(prompt)} tokens and {max_new_tokens} more would pass "
-                f"max_position_embeddings={longest}; {use} shorter prompt"
+                f"prompt {number} has {tokens} and {max_new_tokens} more would "
+                f"pass max_position_embeddings={longest}; {use} shorter prompt"
             )
 
 

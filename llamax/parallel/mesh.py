@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from llamax.runtime.errors import ConfigError
+from llamax.runtime.units import count
 
 AXES = ("pp", "dp", "cp", "tp")
 EDGES = ("even", "odd")  # between stages s and s + 1, by the parity of s
@@ -81,8 +82,8 @@ class Mesh:
         rest, over = divmod(world_size, tp * cp * pp)
         if over or not rest:
             raise ConfigError(
-                f"a world of {world_size} ranks is not divided by tensor {tp} x context {cp} x "
-                f"pipeline {pp} = {tp * cp * pp}; start a multiple of {tp * cp * pp} ranks"
+                f"a world of {count(world_size, 'rank')} is not divided by tensor {tp} x context "
+                f"{cp} x pipeline {pp} = {tp * cp * pp}; start a multiple of {tp * cp * pp} ranks"
             )
         return cls(tp=tp, dp=rest, cp=cp, pp=pp, kv=kv)
 

@@ -34,6 +34,7 @@ from dataclasses import dataclass, replace
 from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.parallel.network import is_loopback, source_address
 from llamax.runtime.errors import BackendError, LlamaxError
+from llamax.runtime.units import count
 
 # The variables of a launcher: rank, world size, local rank, local world size.
 FAMILIES = {
@@ -267,8 +268,8 @@ def _ranks(environ: Mapping[str, str], launcher: str) -> Rendezvous:
     tasks = list(_tasks_per_node(environ[keys[3]]))
     if node >= len(tasks):
         raise BackendError(
-            f"SLURM_NODEID={node} but {keys[3]}={environ[keys[3]]!r} lists {len(tasks)} nodes; "
-            "start ranks with srun"
+            f"SLURM_NODEID={node} but {keys[3]}={environ[keys[3]]!r} lists "
+            f"{count(len(tasks), 'node')}; start ranks with srun"
         )
     return Rendezvous(rank, size, local, tasks[node])
 

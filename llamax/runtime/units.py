@@ -28,6 +28,11 @@ def count(number: int, noun: str, plural: str = "") -> str:
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
+def amount(number: float, noun: str) -> str:
+    """A large number and its noun: 1 token, 6.43K tokens."""
+    return f"{show_number(number)} {noun if number == 1 else noun + 's'}"
+
+
 def show_number(n: float) -> str:
     """A number with three significant digits and a suffix: 6.74B, 512, 4.19M."""
     return _scaled(n, 1000, ("", "K", "M", "B", "T"))

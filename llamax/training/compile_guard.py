@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 from llamax.data.loader import Batch
 from llamax.runtime.errors import BackendError
 from llamax.runtime.logging import logger
+from llamax.runtime.units import count
 
 Answer = Literal["warn", "stop", "off"]
 PROGRAMS = {"training": 2, "validation": 1}
@@ -68,7 +69,7 @@ class CompileGuard:
                 "a Python number or state differs between steps; llamax audit names the line, "
                 "make it a tensor"
             )
-        programs = f"{more} program{'s' * (more > 1)}"
+        programs = count(more, "program")
         message = f"step {step}: {part} compiled {programs} more than it needs, because {cause}"
         self.reported = True
         if self.fatal:

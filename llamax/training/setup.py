@@ -28,7 +28,7 @@ from llamax.model.lora import num_parameters
 from llamax.parallel.collectives import Axes
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger, shows_bars
-from llamax.runtime.units import count, show_number
+from llamax.runtime.units import amount, count, show_number
 from llamax.training.console import ConsoleWriter
 from llamax.training.early_stopping import EarlyStopping
 from llamax.training.inputs import Inputs
@@ -184,9 +184,9 @@ def log_start(job: Job) -> None:
         " with ZeRO-1" if config.parallel.zero1 and mesh.dp * mesh.cp > 1 else "",
     )
     logger.info(
-        "%s: %s tokens, %s a step in %s, %s",
+        "%s: %s, %s a step in %s, %s",
         config.data.path,
-        show_number(len(job.dataset.train)),
+        amount(len(job.dataset.train), "token"),
         show_number(run.step_tokens),
         count(run.accumulation, "microstep"),
         f"steps {job.step + 1:,} to {run.steps:,}"

@@ -174,7 +174,7 @@ def test_the_outputs_are_printed(
     assert " rows/s" in said
     assert "% of the tokens are answers" in said
     assert "best-fit at 256: 4 documents in " in said
-    assert dict(describe(out, verify=True))["verified"] == "checksums of all 1 files"
+    assert dict(describe(out, verify=True))["verified"] == "checksums of 1 file"
     raw = bytearray((out / "train.tokens").read_bytes())
     start, _ = TokenFile(out / "train.tokens").header.sections["counted"]
     raw[start] ^= 1

@@ -194,5 +194,5 @@ def test_gathering_checks_blocks_before_use(make, tmp_path: Path) -> None:
 
 
 def test_too_few_tokens_are_refused(make) -> None:
-    with pytest.raises(DataError, match="has 1 tokens, and a sample needs 2"):
+    with pytest.raises(DataError, match="has 1 token, and a sample needs 2"):
         Loader(make([1]), BatchPlan(0, 4, 1, 1))

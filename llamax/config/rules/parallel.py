@@ -94,11 +94,11 @@ def mesh_fills_world(c: Config, world: World) -> Iterator[str]:
             instead += " and parallel.pipeline=1" if pipeline > 1 else ""
         yield (
             f"{degrees} does not divide the world of {count(world.ranks, 'rank')}; "
-            f"start a multiple of {replica} ranks, or {instead}"
+            f"start a multiple of {count(replica, 'rank')}, or {instead}"
         )
     elif data and replica * data != world.ranks:
         yield (
-            f"{degrees} x parallel.data={data} is {replica * data} ranks, but the "
+            f"{degrees} x parallel.data={data} is {count(replica * data, 'rank')}, but the "
             f"world has {world.ranks}; use parallel.data={world.ranks // replica}, or 0 for all "
             "ranks that are left"
         )

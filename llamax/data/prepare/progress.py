@@ -12,6 +12,7 @@ from typing import Any
 
 from llamax.runtime import progress
 from llamax.runtime.process import leave_with_parent
+from llamax.runtime.units import count
 
 _shared: Any = None  # in a worker: the number of tokens that all of them made
 
@@ -58,7 +59,7 @@ class Progress(progress.Progress):
         """The tokens made so far, and their rate."""
         tokens = self._tokens + (self.shared.value if self.shared is not None else 0)
         rate = tokens / max(time.perf_counter() - self._start, 1e-9)
-        return f"{tokens:,} tokens, {rate:,.0f} tokens/s"
+        return f"{count(tokens, 'token')}, {rate:,.0f} tokens/s"
 
     def line(self) -> str:
         """The state as a line of a log."""

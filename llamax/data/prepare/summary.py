@@ -15,6 +15,7 @@ from llamax.data.prepare.pipeline import Prepared
 from llamax.data.prepare.unread import MOST_NAMES, unread_names
 from llamax.data.token_file import Stream, TokenFile
 from llamax.runtime.errors import DataError
+from llamax.runtime.units import count
 
 
 def unigram_entropy(file: Stream) -> tuple[float, int]:
@@ -48,9 +49,12 @@ def describe(out: Path, length: int = 0) -> str:
             entropy, kinds = unigram_entropy(file)
             head = file.header
             lines.append(
-                f"  {split + '.tokens':18} {head.documents:,} documents, {head.tokens:,} tokens, "
-                f"{head.text_bytes / head.tokens:.2f} bytes/token, unigram entropy {entropy:.3f} "
-                f"nats, {kinds / head.vocab_size:.1%} of the vocabulary"
+                f"  {split + '.tokens':18} {count(head.documents, 'document')}, "
+                f"{count(head.tokens, 'token')}, {head.text_bytes / head.tokens:.2f} bytes/token"
+            )
+            lines.append(
+                f"  {'':18} unigram entropy {entropy:.3f} nats, "
+                f"{kinds / head.vocab_size:.1%} of the vocabulary"
             )
             if head.counted is not None:
                 lines.append(
@@ -68,14 +72,13 @@ def describe_rows(made: Prepared) -> str:
     dropped = made.inputs - made.documents
     note = f", {dropped:,} with an empty answer dropped" if dropped > 0 else ""
     rate = made.inputs / made.seconds
-    return f"{made.inputs:,} rows{note}, in {made.seconds:.1f} s: {rate:,.0f} rows/s"
+    return f"{count(made.inputs, 'row')}{note}, in {made.seconds:.1f} s: {rate:,.0f} rows/s"
 
 
 def describe_files(made: Prepared) -> str:
     """How many files were taken, and the names of those that were left."""
-    count = sum(made.taken.values())
     kinds = ", ".join(f"{number:,} of {kind}" for kind, number in sorted(made.taken.items()))
-    line = f"took {count:,} {'file' if count == 1 else 'files'}"
+    line = f"took {count(sum(made.taken.values()), 'file')}"
     line += f" ({kinds})" if len(made.taken) > 1 else ""
     if made.left:
         names = [Path(name).name + "/" * name.endswith("/") for name in made.left]
@@ -95,8 +98,8 @@ def _describe_indexed(out: Path, key: str) -> Iterator[str]:
         if is_prefix(prefix):
             file = IndexedFile(prefix, "off")
             yield (
-                f"  {prefix.name} .bin and .idx: {len(file.lengths):,} documents, "
-                f"{len(file):,} tokens in {file.dtype.name}"
+                f"  {prefix.name} .bin and .idx: {count(len(file.lengths), 'document')}, "
+                f"{count(len(file), 'token')} in {file.dtype.name}"
             )
         elif split != "test":
             yield f"  {prefix.name}: none, no document fell into it"

@@ -33,6 +33,7 @@ from llamax.parallel.mesh import Coordinate, Mesh
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.progress import reported, tracked
+from llamax.runtime.units import count
 from llamax.tools.audit import census, formulas, hlo
 from llamax.tools.audit.census import Traffic
 from llamax.tools.audit.diff import difference
@@ -106,19 +107,19 @@ def audit_run(
         if not divergences and ranks == "deep":
             others = range(1, mesh.world_size)
             divergences += compare(run, tracer, data, others, normal)
-            compared.append(f"all {mesh.world_size} trace one program of each kind")
+            compared.append(f"{_all(mesh.world_size, 'trace')} one program of each kind")
         elif not divergences:
             corners = [rank for rank in corner_ranks(mesh) if rank]
             divergences += compare(run, tracer, data, corners, normal)
             compared.append(
-                f"{len(corners) + 1} at the corners of the mesh trace one program of each kind "
+                f"{_at_corners(len(corners) + 1)} one program of each kind "
                 f"({', '.join(map(str, [0, *corners]))})"
             )
         if not divergences and ranks == "all":
             few = min(FEW_LAYERS, layers)
             world = range(mesh.world_size)
             divergences += compare(run.with_layers(few), tracer, data, world, {})
-            compared.append(f"all {mesh.world_size} do so with {few} layers")
+            compared.append(f"{_all(mesh.world_size, 'do')} so with {count(few, 'layer')}")
     return AuditReport(
         headline(run, machines),
         kinds,
@@ -129,6 +130,15 @@ def audit_run(
         tuple(tracer.fallbacks()),
         tuple(notes(run.config)),
     )
+
+
+def _all(ranks: int, verb: str) -> str:
+    one = {"trace": "traces", "do": "does"}[verb]
+    return f"all {ranks} {verb}" if ranks > 1 else f"the only one {one}"
+
+
+def _at_corners(ranks: int) -> str:
+    return f"{ranks} at the corners of the mesh trace" if ranks > 1 else "the only one traces"
 
 
 def rank_0(
@@ -184,7 +194,7 @@ def compare(
     layers = run.config.model.num_hidden_layers
     expected, first = dict(expected), 0 if expected else ranks[0]
     with tracer.without_debug():
-        for rank in tracked(ranks, f"tracing {layers} layers", len(ranks), "rank"):
+        for rank in tracked(ranks, f"tracing {count(layers, 'layer')}", len(ranks), "rank"):
             for boundary in TracedRun(run, rank, tracer, data).brief():
                 text = hlo.normal(boundary.text)
                 if expected.setdefault(boundary.kind, text) != text:

@@ -29,7 +29,7 @@ from llamax.data.dataset import blend_words, open_dataset
 from llamax.launch.jobfile import JobFile
 from llamax.parallel.rendezvous import NEURON_PORT
 from llamax.runtime.errors import CheckpointError, ConfigError, DataError
-from llamax.runtime.units import show_bytes, show_number, show_time
+from llamax.runtime.units import count, show_bytes, show_number, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Finding, Host, machine, storage, versions
 from llamax.tools.doctor.finding import passed, unknown
@@ -150,4 +150,4 @@ def _dataset(path: str, has_storage: bool) -> Iterator[Finding]:
             "llamax launch --phase prepare",
         )
     else:
-        yield passed("dataset", f"{len(dataset.train):,} tokens in {path}")
+        yield passed("dataset", f"{count(len(dataset.train), 'token')} in {path}")

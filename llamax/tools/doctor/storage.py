@@ -22,7 +22,7 @@ from llamax.runtime.errors import BackendError, LinkError
 from llamax.runtime.files import free_bytes, make_folder, new_file, read_file, sync_handle
 from llamax.runtime.json_reader import parse_object
 from llamax.runtime.text import in_shell
-from llamax.runtime.units import show_bytes, show_time
+from llamax.runtime.units import count, show_bytes, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor.file_operations import check_operations
 from llamax.tools.doctor.finding import Finding, Host, passed, unknown
@@ -165,12 +165,12 @@ def checkpoint_bytes(config: Config) -> int:
 def disk(folder: Path, run: ResolvedRun, step_s: float | None) -> Iterator[Finding]:
     """Free space for the checkpoints that the run keeps, and the rate of writing them."""
     size, kept = checkpoint_bytes(run.config), run.most_checkpoints
-    need = f"{kept} checkpoints of {show_bytes(size)}"
+    need = f"{count(kept, 'checkpoint')} of {show_bytes(size)}"
     every = run.config.checkpoint.every
     if not folder.is_dir():
         yield unknown(
             "disk",
-            f"up to {kept} checkpoints of {show_bytes(size)} at the same time",
+            f"up to {need} at the same time",
             f"run doctor where {folder} is mounted",
         )
         return

@@ -27,7 +27,7 @@ from llamax.data.dataset import blend_words
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.progress import Progress
 from llamax.runtime.text import printable_line
-from llamax.runtime.units import count, show_bytes, show_number
+from llamax.runtime.units import amount, count, show_bytes, show_number
 
 Rows = Iterator[tuple[str, object]]
 
@@ -267,8 +267,7 @@ def _all_files(number: int) -> str:
 
 
 def _tokens(tokens: int, documents: int) -> str:
-    words = (show_number(tokens), "token" if tokens == 1 else "tokens")
-    return f"{' '.join(words)}, {show_number(documents)} document{'' if documents == 1 else 's'}"
+    return f"{amount(tokens, 'token')}, {amount(documents, 'document')}"
 
 
 def _files(sizes: Iterable[int]) -> Row:

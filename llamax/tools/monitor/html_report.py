@@ -15,7 +15,7 @@ from html import escape
 from pathlib import Path
 
 from llamax.config.schema import sections
-from llamax.runtime.units import perplexity, show_bytes, show_number, show_time
+from llamax.runtime.units import count, perplexity, show_bytes, show_number, show_time
 from llamax.tools.monitor.run_folder import RunFolder, percentiles
 from llamax.tools.monitor.svg import COLOURS, Curve, chart
 from llamax.training.metrics import Record
@@ -66,7 +66,9 @@ def _header(runs: Sequence[RunFolder]) -> Iterator[str]:
         dtype, backend = first.config.run.dtype, first.config.run.backend
         description = f"{size} parameters in {dtype}, {first.mesh}, {backend}"
         description += (
-            f", {first.environment['ranks']} ranks" if "ranks" in first.environment else ""
+            f", {count(int(first.environment['ranks']), 'rank')}"
+            if "ranks" in first.environment
+            else ""
         )
     yield f"<h1>{escape(first.name)} {_pill(first)}</h1><p class=about>{escape(description)}</p>"
     cards = (

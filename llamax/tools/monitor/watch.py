@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llamax.runtime.units import perplexity, show_bytes, show_number, show_time
+from llamax.runtime.units import count, perplexity, show_bytes, show_number, show_time
 from llamax.tools.monitor.run_folder import WINDOW, RunFolder, percentiles
 from llamax.training.metrics import Record
 
@@ -212,9 +212,8 @@ def _pace(run: RunFolder, paint: Paint) -> Iterator[str]:
     recent = [record.step_s for record in run.records[-WINDOW:]]
     half, most, worst = percentiles(recent, (50, 90, 99))
     label = paint(f"{'step time':<{LEFT}}", "dim")
-    many = f"{len(recent)} reports" if len(recent) > 1 else "1 report"
     yield (
-        f"{label} {show_time(half):>9}  median of {many}, "
+        f"{label} {show_time(half):>9}  median of {count(len(recent), 'report')}, "
         f"p90 {show_time(most)}, p99 {show_time(worst)}"
     )
     label = paint(f"{'tokens':<{LEFT}}", "dim")
@@ -229,10 +228,10 @@ def _ranks(run: RunFolder, paint: Paint) -> Iterator[str]:
     good = [rank for rank in run.ranks if rank.state in ("alive", "done")]
     word = "done" if run.state in ("finished", "stopped") else "alive"
     label = paint(f"{'ranks':<{LEFT}}", "dim")
-    hosts = len({rank.beat.host for rank in run.ranks})
-    count = f"{len(good)}/{len(run.ranks)}"
+    hosts = count(len({rank.beat.host for rank in run.ranks}), "host")
+    alive = f"{len(good)}/{len(run.ranks)}"
     yield (
-        f"{label} {count:>9}  {word}, on {hosts} host{'s' if hosts > 1 else ''}; "
+        f"{label} {alive:>9}  {word}, on {hosts}; "
         f"steps {min(r.beat.step for r in run.ranks)} to {max(r.beat.step for r in run.ranks)}"
     )
     bad = [rank for rank in run.ranks if rank not in good]
@@ -255,7 +254,7 @@ def _cores(run: RunFolder, paint: Paint) -> Iterator[str]:
     label = paint(f"{'device use':<{LEFT}}", "dim")
     mean = sum(run.cores.values()) / len(run.cores)
     cells = "".join(BLOCKS[round(min(use, 1.0) * (len(BLOCKS) - 1))] for use in run.cores.values())
-    yield f"{label} {mean:>9.0%}  {paint(cells[:64], 'cyan')}  {len(run.cores)} cores"
+    yield f"{label} {mean:>9.0%}  {paint(cells[:64], 'cyan')}  {count(len(run.cores), 'core')}"
     low = sorted(run.cores.items(), key=lambda item: item[1])[:SHOWN]
     idle = [f"{core} {use:.0%}" for core, use in low if use < mean / 2]
     if idle:

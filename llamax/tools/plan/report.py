@@ -40,7 +40,7 @@ def headline(run: ResolvedRun, machines: str) -> str:
     return (
         f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
         f"{machines}: tensor {mesh.tp}{context}{pipeline} x data {mesh.dp}, "
-        f"{run.accumulation} microsteps of {data.micro_batch} x "
+        f"{count(run.accumulation, 'microstep')} of {data.micro_batch} x "
         f"{data.sequence_length} tokens, recompute {config.run.recompute}"
     )
 
@@ -115,12 +115,12 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
     """The layouts of ``config`` that fit, fastest first; then why the others do not."""
     fitting = [each for each in plans if each.memory.fits]
     if not fitting:
-        yield f"none of {len(plans) + len(refused)} layouts fits"
+        yield f"none of {count(len(plans) + len(refused), 'layout')} fits"
         yield from _reasons(plans, refused)
         return
     if fitting[0].run.assumption:
         yield f"note: {fitting[0].run.assumption}"
-    yield f"{len(fitting)} of {len(plans) + len(refused)} layouts fit; the fastest:"
+    yield f"{len(fitting)} of {count(len(plans) + len(refused), 'layout')} fit; the fastest:"
     yield f"  {'tensor':>6} {'context':>7} {'data':>5} {'micro':>5} {'recompute':<9} " + (
         f"{'memory':>9} {'MFU':>6} {'tokens/s':>9} {'dollars':>10}"
     )
@@ -159,7 +159,8 @@ def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]
     if over or any(reasons.values()):
         yield "the others:"
     for tensor, layouts in sorted(over.items()):
-        yield f"  tensor {tensor}: {len(layouts)} layouts do not fit; the smallest {needs(layouts)}"
+        many = f"{len(layouts)} layouts do" if len(layouts) > 1 else "1 layout does"
+        yield f"  tensor {tensor}: {many} not fit; the smallest {needs(layouts)}"
     for reason, degrees in reasons.items():
         if degrees:
             first, names = degrees[0], ", ".join(map(str, degrees))

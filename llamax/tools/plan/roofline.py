@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from llamax.config.flops import flops_per_token, mfu
 from llamax.config.hardware import Machine
-from llamax.runtime.units import show_bytes, show_number
+from llamax.runtime.units import count, show_bytes, show_number
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import gathered_bytes, pairs, plain_attention
 from llamax.tools.plan.sizes import Share, adapter_elements
@@ -172,7 +172,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         data_s, sent = data.ring(4 * elements, passes=2), "2 x 4 B"
 
     rate = f"{machine.matmul_efficiency:.0%} of {show_number(peak)}FLOP/s"
-    times = f"{n} microsteps" + (f" + {mesh.pp - 1} of pipeline" if mesh.pp > 1 else "")
+    times = count(n, "microstep") + (f" + {mesh.pp - 1} of pipeline" if mesh.pp > 1 else "")
     memory = f"{bandwidth / 1e9:.0f} GB/s"
     lines = (
         Line(
@@ -212,7 +212,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         Line(
             "base gathered",
             gathered_s,
-            f"{n} microsteps x 2 x {show_bytes(whole)} over {data.name} at "
+            f"{count(n, 'microstep')} x 2 x {show_bytes(whole)} over {data.name} at "
             f"{data.bytes_per_s / 1e9:.1f} GB/s",
         ),
         Line(

@@ -44,7 +44,7 @@ def test_native_neuron_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [2, "synchronize"]
     assert backend.peak_flops(torch.bfloat16) is None
     with pytest.raises(
-        BackendError, match="5 ranks on this machine need a NeuronCore each but 4 are"
+        BackendError, match="5 ranks on this machine and 4 visible NeuronCores, but every"
     ):
         choose("neuron", Rendezvous(rank=4, world_size=5, local_rank=4, local_world_size=5))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)

@@ -120,7 +120,7 @@ CONTRADICTIONS = [
     ({"OMPI_COMM_WORLD_RANK": 1}, "OMPI_COMM_WORLD_SIZE, OMPI_COMM_WORLD_LOCAL_RANK, OMPI"),
     (openmpi(1, 64, 0, 32, MASTER_ADDR="trn1"), "dealt round-robin.*--map-by ppr:32:node"),
     ({"PMI_RANK": 1, "PMI_SIZE": 2}, "MPI_LOCALRANKID, MPI_LOCALNRANKS are not: mpiexec sets"),
-    (srun(0, 2, 0, "2", 1), "SLURM_NODEID=1 but SLURM_STEP_TASKS_PER_NODE='2' lists 1 nodes"),
+    (srun(0, 2, 0, "2", 1), "SLURM_NODEID=1 but SLURM_STEP_TASKS_PER_NODE='2' lists 1 node"),
     (srun(0, 2, 0, "two", 0), "'two' is not Slurm's notation"),
     ({"JOB_COMPLETION_INDEX": 1}, "WORLD_SIZE is not: Kubernetes sets all of JOB_COMPLETION"),
     ({"SM_HOSTS": "algo-1", "SM_CURRENT_HOST": "algo-1"}, "is not a JSON list with"),

@@ -10,6 +10,7 @@ import pytest
 from llamax.config.flops import mfu
 from llamax.runtime import units
 from llamax.runtime.units import (
+    amount,
     eta,
     perplexity,
     read_bytes,
@@ -108,3 +109,10 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_other_texts_are_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="is not a size such as 64MiB"):
         read_bytes(text)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0 tokens"), (1, "1 token"), (2, "2 tokens"), (6428, "6.43K tokens")]
+)
+def test_large_numbers_and_their_nouns(number: int, text: str) -> None:
+    assert amount(number, "token") == text
