@@ -38,8 +38,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="llamax plan",
-        usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME_OR_TOML] [--search] "
-        "[--json] [--section.key=value ...]",
+        usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME_OR_TOML] [--tokens N] "
+        "[--search] [--json] [--section.key=value ...]",
         description="Memory, time and cost of a run, by arithmetic. Exit code 0 if it fits into "
         "memory, 6 if not.",
         allow_abbrev=False,
@@ -48,7 +48,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
     p.add_argument(
         "--instance",
-        help=f"{', '.join(machine_names())} or a TOML file; default by run.backend",
+        help=f"{', '.join(machine_names())} or a TOML file (FILE.toml:NAME for one machine "
+        "of several); default by run.backend",
     )
     p.add_argument("--ranks", type=int, metavar="N", help="ranks per node (default: all devices)")
     p.add_argument("--dollars-per-hour", type=float, metavar="D", help="price of a node")

@@ -23,9 +23,10 @@ from llamax.config.schema import Config, ParallelConfig
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import hlo
-from llamax.tools.audit.auditor import measure, with_flash
+from llamax.tools.audit.auditor import audit, measure, with_flash
 from llamax.tools.audit.report import Memory
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
+from llamax.tools.plan import search
 from llamax.tools.plan.memory import layer_kept, memory, pairs
 from llamax.tools.plan.state import update
 
@@ -117,3 +118,18 @@ def test_the_flash_kernel_is_traced_by_its_tensors_alone() -> None:
     separate = replace(cfg, data=replace(cfg.data, separate_documents=True))
     with made_up_tokens(resolved) as data:
         assert with_flash(TracedRun(on_mesh(separate, MESH), 0, tracer, data)) == {}
+
+
+def test_the_audit_accepts_what_the_search_offers_and_counts_the_same() -> None:
+    """The fastest layout of each tensor degree, on two nodes; beside the reserve of both."""
+    offered, refused = search(small(2, "none", "bfloat16"), TRN1, 2)
+    assert any("a node of 2 ranks" in each.reason for each in refused)
+    fastest = {each.run.mesh.tp: each for each in reversed(offered)}
+    assert sorted(fastest) == [1, 2]
+    for each in fastest.values():
+        report = audit(each.run.config, TRN1, 2, "corners")
+        assert report.passes
+        planned, estimated = (
+            total - report.memory.reserve for total in (each.memory.peak, report.memory.peak)
+        )
+        assert estimated * 0.97 < planned < estimated * 1.15, each.run.mesh
