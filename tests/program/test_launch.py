@@ -183,6 +183,43 @@ def test_mpirun_trains(folder: Path, temporary: Path, expected: list[float], per
     assert losses(folder) == expected
 
 
+RSH = """#!/bin/bash
+# Stands for ssh: the command runs on this machine, whatever the host is called.
+echo "$1" >>{folder}/hosts-called
+shift
+exec bash -c "$*"
+"""
+HOSTS = {
+    "slots": "localhost slots=1\nanother slots=1\n",
+    "more slots than ranks": "localhost slots=8 max-slots=9\nanother slots=8\n",
+    "comments": "# all\n\nlocalhost # the first\n  another\n",
+    "users": "root@localhost\nroot@another slots=4\n",
+    "repeated": "localhost\nanother\nanother\n",
+    "addresses": "127.0.0.1\n10.99.0.1\n",
+}
+
+
+@needs("mpirun", package="openmpi-bin")
+@pytest.mark.parametrize(
+    ("form", "per"), [*((form, "core") for form in HOSTS), ("comments", "node")]
+)
+def test_mpirun_trains_on_the_hosts_of_a_file(
+    folder: Path, temporary: Path, expected: list[float], form: str, per: str
+) -> None:
+    """A rank on each of two hosts, which are both this machine."""
+    (folder / "rsh").write_text(RSH.format(folder=folder))
+    (folder / "rsh").chmod(0o755)
+    (folder / "hosts").write_text(HOSTS[form])
+    more = f'[mpirun]\nhostfile = "hosts"\nper = "{per}"\n'
+    environ = {**os.environ, "TMPDIR": str(temporary)}
+    environ["OMPI_MCA_plm_rsh_agent"] = str(folder / "rsh")
+    launch(write(folder, more, nodes=2, ranks=1), "mpirun", env=environ)
+    called = (folder / "hosts-called").read_text().split()
+    assert [name.removeprefix("root@") in HOSTS[form] for name in called] == [True]
+    trained(folder)
+    assert losses(folder) == expected
+
+
 @needs("mpiexec.hydra", package="mpich")
 def test_hydra_starts_ranks(folder: Path, expected: list[float]) -> None:
     arguments = launch(write(folder), "mpirun", "--render").partition("program=(")[2]
