@@ -176,11 +176,16 @@ def _missing(folder: Path) -> str:
     """Why a folder is no base, and what to do about it."""
     if (folder / "params.json").is_file():
         return f"checkpoint.init_from={folder} is in Meta's format; convert it with llamax import"
+    remedy = ""
+    if (folder / "adapter_config.json").is_file():
+        return f"checkpoint.init_from={folder} holds adapters; merge them with llamax merge first"
     if folder.is_dir():
         found = "has no config.json and no complete checkpoint"
     else:
         found = "is not a folder on this machine"
-    return f"checkpoint.init_from={folder} {found}; check the path"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            remedy = f", or download the model: hf download {folder} --local-dir {folder}"
+    return f"checkpoint.init_from={folder} {found}; check the path{remedy}"
 
 
 @cache

@@ -131,6 +131,11 @@ def test_a_folder_without_a_model_is_named(folder: Path) -> None:
     assert "nowhere is not a folder on this machine; check the path, or" in missing("nowhere")
     assert "empty has no config.json and no complete checkpoint" in missing("empty")
     assert "meta is in Meta's format; convert it with llamax import" in missing("meta")
+    (folder / "peft").mkdir()
+    (folder / "peft/adapter_config.json").write_text("{}")
+    assert "peft holds adapters; merge them with llamax merge first" in missing("peft")
+    hub = missing("meta-llama/Llama-3.2-1B")
+    assert "or download the model: hf download meta-llama/Llama-3.2-1B --local-dir meta-" in hub
     shape = {name: value for name, value in vars(tiny()).items() if value is not None}
     given = parse_config(tables(model=shape, checkpoint={"init_from": "nowhere"}))
     assert given.model == tiny(), "whoever writes all of it needs no folder to plan"
