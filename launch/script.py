@@ -132,21 +132,49 @@ cd -- {quote(job.folder)}
 # ---- a process on this machine: torchrun and mpirun
 
 
+# A process id may be in use again: a process is the one in a pid file if it also began then.
+FUNCTIONS = """began() {  # when a process began, in clock ticks since boot where the kernel says so
+    local stat
+    if [[ -r /proc/$1/stat ]]; then
+        stat=$(<"/proc/$1/stat")
+        cut -d ' ' -f 20 <<<"${stat##*) }"
+    else
+        ps -o lstart= -p "$1" | tr -s ' '
+    fi
+}
+runs() {  # whether the process in the pid file runs; its id becomes $number
+    local since
+    [[ -f $pid && ! -L $pid ]] && read -r number since <"$pid" &&
+        [[ $number =~ ^[1-9][0-9]*$ && $since && $since == "$(began "$number")" ]] &&
+        [[ $(ps -ww -o args= -p "$number") == *llamax* ]]
+}
+"""
+
+
 def pid_file(job: JobFile, phase: str) -> str:
     """Write the process id for ``stop`` and ``status``; refuse a link and a second run."""
     return f"""run={quote(job.config.run.folder)}
-mkdir -p -- "$run/logs"
 pid="$run/logs/{phase}-$(uname -n).pid"
-if [[ -L $pid ]]; then
-    echo "$pid is a link to $(readlink -- "$pid"); remove it" >&2
-    exit 2
-fi
-if [[ -f $pid && $(ps -ww -o args= -p "$(<"$pid")") == *llamax* ]]; then
-    echo "{phase} of $run already runs here as process $(<"$pid"); stop it first" >&2
+{FUNCTIONS}for path in "$run/logs" "$pid"; do
+    if [[ -L $path ]]; then
+        echo "$path is a link to $(readlink -- "$path"); remove it" >&2
+        exit 2
+    fi
+done
+mkdir -p -- "$run/logs"
+if runs; then
+    echo "{phase} of $run already runs here as process $number; stop it first" >&2
     exit 2
 fi
 rm -f -- "$pid"
-(set -o noclobber && echo $$ >"$pid")
+(set -o noclobber && echo "$$ $(began $$)" >"$pid")
+"""
+
+
+LINKED_LOGS = """if [[ -L $run/logs ]]; then
+    echo "$run/logs is a link to $(readlink -- "$run/logs"); remove it" >&2
+    exit 2
+fi
 """
 
 
@@ -162,7 +190,7 @@ cd -- {folder}
 """
 
 
-TERM = 'kill -TERM "$(<"$pid")"  # ranks save and end\n'
+TERM = 'kill -TERM "$number"  # ranks save and end\n'
 
 
 def action(job: JobFile, phase: str, what: str, stop: str = TERM) -> str:
@@ -170,9 +198,13 @@ def action(job: JobFile, phase: str, what: str, stop: str = TERM) -> str:
     start = f"{SHEBANG}\nset -euo pipefail\n{enter_folder(job)}"
     run = f"run={quote(job.config.run.folder)}\n"
     process = f"""{run}pid="$run/logs/{phase}-$(uname -n).pid"
-if ! [[ -f $pid && ! -L $pid && $(ps -ww -o args= -p "$(<"$pid")") == *llamax* ]]; then
+{FUNCTIONS}if ! runs; then
     echo "{phase} of $run does not run on $(uname -n)"
     exit 0
+fi
+if ! [[ -O $pid ]]; then
+    echo "$pid belongs to another user, who may have written any process into it" >&2
+    exit 2
 fi
 """
     newest = f"""logs="$run/logs/{phase}/$(uname -n)"
@@ -188,9 +220,10 @@ tr '\\n' '\\0' <<<"$newest" | xargs -0 tail -n 100 -F
         start
         + {
             "stop": process + stop,
-            "status": process + 'ps -ww -o pid,etime,args -p "$(<"$pid")"\n',
+            "status": process + 'ps -ww -o pid,etime,args -p "$number"\n',
             "logs": run + newest,
             "utilization": f"exec {job.machine.monitor}\n",
-            "clean": f'{run}rm -rf -- "$run/logs/{phase}" "$run/logs/{phase}-$(uname -n).pid"\n',
+            "clean": f"{run}{LINKED_LOGS}"
+            f'rm -rf -- "$run/logs/{phase}" "$run/logs/{phase}-$(uname -n).pid"\n',
         }[what]
     )

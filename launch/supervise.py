@@ -13,10 +13,11 @@ stop becomes one SIGTERM to the process, which has the time to save.  What the p
 mpirun is gone goes into a file.
 
 ``start`` runs mpirun.  It turns its own signals into SIGUSR1, which mpirun forwards at once, then
-waits for the keepers, which report in a folder on shared storage, and shows the files.
+waits for the keepers, which report in a folder on shared storage, and shows the files.  A report is
+a file HOST-PID.process with ``began TIME``, later ``ended CODE``.
 
 Sources: mpirun(1) of Open MPI 4.1 and 5.0, "Signal propagation"; prctl(2), PR_SET_PDEATHSIG.
-Standard library only.
+Standard library and ``llamax.runtime`` only.
 """
 
 from __future__ import annotations
@@ -33,25 +34,34 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from llamax.runtime.errors import Interrupted, Stopped
+from llamax.runtime.errors import Interrupted, LlamaxError, Stopped
+from llamax.runtime.files import make_folder, read_file, refuse_link, same_file, write_atomic
+from llamax.runtime.process import NO_PROCESS, process_state
+from llamax.runtime.text import print_text
 
 ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 WAIT_S = 180.0  # for keepers of other machines, of which only the files are seen
 PR_SET_PDEATHSIG = 1
+BEGAN, ENDED = "began", "ended"  # in the report of a keeper, with its start or its exit code
 
 
 def main(argv: Sequence[str]) -> int:
     """``start FOLDER COMMAND ..``, ``rank FOLDER COMMAND ..`` or ``node FOLDER COMMAND ..``."""
     role, folder, *command = argv
-    if role == "start":
-        return start(Path(folder), command)
-    return supervise(Path(folder), command, group=role == "node")
+    try:
+        if role == "start":
+            return start(Path(folder), command)
+        return supervise(Path(folder), command, group=role == "node")
+    except LlamaxError as error:
+        print_text(f"llamax: {error}", sys.stderr)
+        return error.exit_code
 
 
 def start(folder: Path, command: Sequence[str]) -> int:
     """Run mpirun until all that it started has ended; the exit code of the job."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
+    make_folder(folder)
+    for old in [*folder.glob("*.process"), *folder.glob("*.log")]:
+        refuse_link(old)
         old.unlink()
     asked: list[int] = []
     child: list[subprocess.Popen[bytes]] = []
@@ -76,7 +86,9 @@ def start(folder: Path, command: Sequence[str]) -> int:
     code = child[0].wait()
     codes = wait_for_keepers(folder)
     for lost in sorted(folder.glob("*.log")):
-        sys.stderr.write(lost.read_text(errors="replace"))
+        with open(lost, errors="replace", opener=same_file) as file:
+            for line in file:
+                print_text(line, sys.stderr, end="")
     if code and Stopped.exit_code in codes and set(codes) <= {0, Stopped.exit_code}:
         by_keyboard = asked[:1] == [signal.SIGINT]
         return Interrupted.exit_code if by_keyboard else Stopped.exit_code
@@ -84,23 +96,36 @@ def start(folder: Path, command: Sequence[str]) -> int:
 
 
 def wait_for_keepers(folder: Path, wait_s: float = WAIT_S) -> list[int]:
-    """The exit codes of the processes, when all of them have ended."""
+    """The exit codes of the processes, when all of them have ended.
+
+    A report counts as long as the keeper that began it lives, or ``wait_s`` where that cannot be
+    seen: on other machines, or without the time when it began.
+    """
     limit = time.monotonic() + wait_s
     host = socket.gethostname()
     while True:
         codes, running = [], 0
         for report in folder.glob("*.process"):
             machine, _, pid = report.stem.rpartition("-")
-            text = report.read_text()
-            if text:
-                codes.append(int(text))
-            elif machine != host:
+            state, _, number = read_file(report).decode(errors="replace").partition(" ")
+            known = number.isascii() and number.isdigit() and len(number) < 20
+            if state == ENDED and known:
+                codes.append(int(number))
+            elif machine != host or state != BEGAN or not known:
                 running += time.monotonic() < limit
             else:
-                running += Path(f"/proc/{pid}").exists()
+                running += _lives(pid, int(number))
         if not running:
             return codes
         time.sleep(0.2)
+
+
+def _lives(pid: str, began: int) -> bool:
+    """Whether a process of this machine lives that began then; its id may be in use again."""
+    try:
+        return process_state(int(pid))[1] == began
+    except NO_PROCESS:
+        return False
 
 
 def supervise(folder: Path, command: Sequence[str], group: bool) -> int:
@@ -117,6 +142,9 @@ def supervise(folder: Path, command: Sequence[str], group: bool) -> int:
         code = 1
         try:
             code = keep(folder, command, parent, group)
+        except LlamaxError as error:
+            print_text(f"llamax: {error}", sys.stderr)
+            code = error.exit_code
         finally:
             os._exit(code)
     _handle(lambda number: os.kill(keeper, number))
@@ -126,8 +154,8 @@ def supervise(folder: Path, command: Sequence[str], group: bool) -> int:
 def keep(folder: Path, command: Sequence[str], parent: int, group: bool) -> int:
     """The keeper: run the process, pass on what it writes, and report its end."""
     report = folder / f"{socket.gethostname()}-{os.getpid()}.process"
-    folder.mkdir(parents=True, exist_ok=True)
-    report.touch()
+    make_folder(folder)
+    write_atomic(report, f"{BEGAN} {process_state(os.getpid())[1]}".encode())
     child: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
 
@@ -168,7 +196,7 @@ def keep(folder: Path, command: Sequence[str], parent: int, group: bool) -> int:
     for thread in relays:
         thread.join(5)  # a process that outlives its parent may hold the pipe
     code = code if code >= 0 else 128 - code
-    report.write_text(str(code))
+    write_atomic(report, f"{ENDED} {code}".encode())
     return code
 
 
@@ -179,7 +207,7 @@ def relay(source: int, target: int, lost: Path) -> None:
             while text:
                 text = text[os.write(target, text) :]
         except OSError:
-            with lost.open("ab") as file:
+            with open(lost, "ab", opener=same_file) as file:
                 file.write(text)
 
 

@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from llamax.runtime.cores import limit_threads
@@ -21,6 +22,7 @@ from llamax.runtime.files import NO_ROOM
 from llamax.runtime.signals import SIGNALS
 from llamax.runtime.text import print_text
 
+PROC_SELF = Path("/proc/self/stat")  # absent on macOS
 NO_CACHE = "glibc.malloc.tcache_count=0"
 
 # Errors of a path that the user can correct; a missing file, in contrast, is a defect of llamax.
@@ -147,6 +149,23 @@ def defer_signals() -> Iterator[None]:
             signal.signal(number, handler)
         for arrival in arrived[:1]:
             signal.raise_signal(arrival)
+
+
+def process_state(pid: int) -> tuple[str, int]:
+    """The state of a process of this machine, and its start in clock ticks since boot (proc(5)).
+
+    Where there is no /proc the state of a living process is "?", and its start 0.  Raises OSError,
+    ValueError, IndexError or OverflowError if there is no such process.
+    """
+    if not PROC_SELF.exists():
+        with suppress(PermissionError):  # it is alive, and another user's
+            os.kill(pid, 0)
+        return "?", 0
+    stat = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return stat[0], int(stat[19])
+
+
+NO_PROCESS = (OSError, ValueError, IndexError, OverflowError)  # what ``process_state`` raises
 
 
 def leave_with_parent() -> None:

@@ -28,7 +28,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from llamax.runtime.errors import LinkError, LlamaxError, LostRank, Stopped
 from llamax.runtime.files import make_folder, new_file, read_file, same_file
 from llamax.runtime.json_reader import parse_object
 from llamax.runtime.logging import logger
+from llamax.runtime.process import NO_PROCESS, process_state
 from llamax.runtime.text import printable_line
 
 PATIENCE_S = 15.0
@@ -75,20 +76,14 @@ class Beat:
         if self.host != socket.gethostname():
             return False
         try:
-            state, started = _process(self.pid)
-        except (OSError, ValueError, IndexError):
+            state, started = process_state(self.pid)
+        except NO_PROCESS:
             return True
-        return state in "TZX" or self.started not in (0, started)
+        return state in "TZX" or (0 not in (self.started, started) and self.started != started)
 
 
 def _in_range(value: object) -> bool:
     return not isinstance(value, int) or 0 <= value < 2**63
-
-
-def _process(pid: int | str) -> tuple[str, int]:
-    """The state of a process of this machine, and its start in clock ticks since boot (proc(5))."""
-    stat = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    return stat[0], int(stat[19])
 
 
 class Heartbeat:
@@ -107,8 +102,7 @@ class Heartbeat:
         self.interval_s = min(5.0, max(0.2, timeout_s / 20))
         self.most_silent_s = timeout_s + PATIENCE_S
         self.me = Beat(host=socket.gethostname(), pid=os.getpid(), job=printable_line(job))
-        with suppress(OSError, ValueError, IndexError):  # without /proc its start is not known
-            self.me = replace(self.me, started=_process(self.me.pid)[1])
+        self.me = replace(self.me, started=process_state(self.me.pid)[1])
         self._stop, self._writing = threading.Event(), threading.Lock()
         self._file = -1
 

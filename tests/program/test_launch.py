@@ -268,7 +268,7 @@ def test_mpirun_is_stopped_past_its_own_patience(folder: Path, per: str, how: st
         time.sleep(0.2)
     assert run.poll() is None, (folder / "said").read_text()
     (process,) = (folder / "run" / "logs").glob("train-*.pid")
-    pid = process.read_text().strip()
+    pid = process.read_text().split()[0]
     if how == "stop":
         assert "llamax.train" in launch(job, "mpirun", "--action", "status")
         launch(job, "mpirun", "--action", "stop")

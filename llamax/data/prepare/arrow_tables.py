@@ -33,32 +33,30 @@ BATCH_ROWS = 512  # read at once, at most
 
 def parquet_ranges(path: Path, version: str) -> Iterator[RowRange]:
     """The row groups of a Parquet file."""
-    about, first = _parquet(path).metadata, 0
-    for group in range(about.num_row_groups):
-        count = about.row_group(group).num_rows
-        yield RowRange(str(path), "parquet", group, group + 1, first, count, version)
-        first += count
+    with _damage(path, "Parquet"):
+        about, first = _parquet(path).metadata, 0
+        for group in range(about.num_row_groups):
+            count = about.row_group(group).num_rows
+            yield RowRange(str(path), "parquet", group, group + 1, first, count, version)
+            first += count
 
 
 def parquet_rows(rows: RowRange, most: int) -> Iterator[Any]:
     """The rows of a row group, an error in the place of one of more than ``most`` characters."""
-    file = _parquet(Path(rows.path))
-    group = file.metadata.row_group(rows.start)
-    # Batches of about ``most`` bytes, however long rows are.
-    size = max(1, min(BATCH_ROWS, most * group.num_rows // max(group.total_byte_size, 1)))
     with _damage(Path(rows.path), "Parquet"):
+        file = _parquet(Path(rows.path))
+        group = file.metadata.row_group(rows.start)
+        # Batches of about ``most`` bytes, however long rows are.
+        size = max(1, min(BATCH_ROWS, most * group.num_rows // max(group.total_byte_size, 1)))
         for batch in file.iter_batches(size, row_groups=[rows.start], use_threads=False):
             yield from _short_rows(_plain(batch), most)
 
 
 def _parquet(path: Path) -> Any:
-    pyarrow = _pyarrow(path, "Parquet")
+    _pyarrow(path, "Parquet")
     from pyarrow import parquet  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-    try:
-        return parquet.ParquetFile(path, buffer_size=2**20)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: is not Parquet ({_short(error)})") from None
+    return parquet.ParquetFile(path, buffer_size=2**20)
 
 
 # ---- Arrow

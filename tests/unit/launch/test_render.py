@@ -93,7 +93,9 @@ def test_a_linked_pid_file_is_named_and_not_followed(tmp_path: Path, launcher: s
     for _ in range(2):
         done = run(render(this, launcher, "train"))
         assert done.returncode == 0, done.stderr
-        assert pid.read_text().strip().isdecimal()
+        number, began = pid.read_text().split()
+        assert number.isdecimal()
+        assert began.isdecimal()
     (tmp_path / "started").unlink()
     pid.unlink()
     (tmp_path / "target").write_text("1\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from llamax.launch.supervise import relay, wait_for_keepers
+from llamax.runtime.process import process_state
 
 SUPERVISE = [sys.executable, "-m", "llamax.launch.supervise"]
 # Stands for mpirun: forwards SIGUSR1, and kills what it started when it gets SIGTERM.
@@ -92,11 +93,60 @@ def test_the_job_is_killed(tmp_path: Path, run: subprocess.Popen[str]) -> None:
 def test_a_keeper_that_is_gone_is_not_waited_for(tmp_path: Path) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    host = os.uname().nodename
-    (tmp_path / f"{host}-{ended.pid}.process").touch()
-    (tmp_path / f"{host}-1.process").write_text("75")
-    (tmp_path / "other-machine-7.process").touch()
+    host, own = os.uname().nodename, process_state(os.getpid())[1]
+    (tmp_path / f"{host}-{ended.pid}.process").write_text("began 1")
+    (tmp_path / f"{host}-{os.getpid()}.process").write_text(f"began {own + 1}")  # an id used anew
+    (tmp_path / f"{host}-1.process").write_text("ended 75")
+    (tmp_path / f"{host}-x.process").write_text(f"began {own}")
+    (tmp_path / "other-machine-7.process").write_text("began 5")
     assert wait_for_keepers(tmp_path, wait_s=0) == [75]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "75", "ended x", "began", "ended \u0661", "began " + "9" * 999]
+)
+def test_a_report_of_something_else_is_waited_for_in_vain(tmp_path: Path, text: str) -> None:
+    (tmp_path / f"{os.uname().nodename}-1.process").write_text(text)
+    assert wait_for_keepers(tmp_path, wait_s=0) == []
+
+
+@pytest.mark.parametrize("role", ["start", "rank", "node"])
+def test_links_in_the_folder_are_not_followed(tmp_path: Path, role: str) -> None:
+    """Neither is what lies in the target removed."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "a.log").write_text("a file of the user")
+    (tmp_path / "processes").symlink_to(target)
+    command = [*SUPERVISE, role, "processes", "true"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr == f"llamax: processes is a link to {target}; remove it\n"
+    assert [path.name for path in target.iterdir()] == ["a.log"]
+
+
+def test_files_of_others_stay_in_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "processes"
+    folder.mkdir()
+    for name in ("notes.txt", "old-1.process", "old-1.log"):
+        (folder / name).write_text("x")
+    command = [*SUPERVISE, "start", "processes", *SUPERVISE, "rank", "processes", "false"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    (report,) = folder.glob("*.process")
+    assert report.read_text() == "ended 1"
+    assert sorted(path.name for path in folder.iterdir()) == sorted([report.name, "notes.txt"])
+
+
+def test_a_linked_log_ends_the_job_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "processes"
+    folder.mkdir()
+    (tmp_path / "target").write_text("x")
+    (folder / "a.log").symlink_to(tmp_path / "target")
+    command = [*SUPERVISE, "start", "processes", "true"]
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 2
+    assert "a.log is a link to" in done.stderr
+    assert (tmp_path / "target").read_text() == "x"
 
 
 def test_output_that_nobody_reads_goes_into_a_file(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from llamax.parallel.mesh import Mesh
+from llamax.runtime import process
 from llamax.runtime.errors import CheckpointError, ConfigError, LostRank, Stopped
 from llamax.training import heartbeat
 from llamax.training.heartbeat import Beat, Heartbeat, beating
@@ -76,6 +77,20 @@ def test_another_process_with_the_same_id_is_not_the_one_that_wrote(tmp_path: Pa
     assert not me.gone()
     assert replace(me, started=me.started - 1).gone()
     heart.stop(heartbeat.DONE)
+
+
+def test_without_proc_a_living_process_is_not_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on macOS."""
+    monkeypatch.setattr(process, "PROC_SELF", tmp_path / "absent")
+    me = Heartbeat(tmp_path, 0, 2, 4.0).me
+    assert me.started == 0
+    assert not me.gone()
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert replace(me, pid=ended.pid).gone()
+    assert replace(me, pid=2**62).gone()
 
 
 def test_the_end_of_an_older_job_is_not_that_of_a_rank(tmp_path: Path) -> None:
