@@ -25,6 +25,7 @@ SAVERS = ("parallel.sequence", "parallel.zero1", "finetune.shard_base")  # on, t
 CHANGED = (
     "parallel.tensor",
     "parallel.context",
+    "parallel.pipeline",
     "data.micro_batch",
     "run.recompute",
     *SAVERS,
@@ -57,7 +58,7 @@ def nearest(
     smallest: Plan | None = None
     for number in node_counts(config, machine, nodes):
         found: list[Nearest] = []
-        for variant in variants(config):
+        for variant in variants(config, machine):
             plans = [*small_layouts(variant, machine, number)]
             if any(plan.memory.fits for plan in plans):
                 found += [
@@ -79,15 +80,31 @@ def node_counts(config: Config, machine: Machine, nodes: int) -> list[int]:
     First ``nodes``, then the larger ones, then the smaller ones, from near to far.
     """
     worlds = {
-        group * data
+        group * data * pipeline
         for group in divisors(machine.ranks)
         for data in divisors(config.data.global_batch)
+        for pipeline in pipelines(config, machine)
     }
     counts = {world // machine.ranks for world in worlds if world % machine.ranks == 0}
     return sorted(counts, key=lambda number: (number < nodes, abs(number - nodes)))
 
 
-def variants(config: Config) -> Iterator[Config]:
+def pipelines(config: Config, machine: Machine) -> list[int]:
+    """The pipeline degrees tried: the configured one, and where stages run, those of equal ones."""
+    degrees = {config.parallel.pipeline}
+    if "xla" not in (config.run.backend, machine.backend):
+        degrees.update(divisors(config.model.num_hidden_layers))
+    return sorted(degrees)
+
+
+def variants(config: Config, machine: Machine) -> Iterator[Config]:
+    """The configuration on every pipeline degree, and with memory-saving settings on."""
+    for pipeline in pipelines(config, machine):
+        parallel = replace(config.parallel, pipeline=pipeline)
+        yield from savers_on(replace(config, parallel=parallel))
+
+
+def savers_on(config: Config) -> Iterator[Config]:
     """The configuration, and with each set of settings on that save memory and are off."""
     off = [key for key in SAVERS if not _value(config, key)]
     for size in range(len(off) + 1):

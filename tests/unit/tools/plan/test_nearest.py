@@ -30,6 +30,10 @@ TRN1 = load_machine("trn1.32xlarge")
             "--nodes=2 --parallel.tensor=4 --run.recompute=full",
         ),
         (
+            "--config llama2-70b --instance p4d.24xlarge --parallel.tensor=8 --run.backend=cuda",
+            "--nodes=5 --parallel.pipeline=5",
+        ),
+        (
             "--config llama2-7b --nodes 4 --parallel.tensor=2 --parallel.data=64",
             "--parallel.tensor=8 --parallel.data=0",
         ),
@@ -53,6 +57,10 @@ def test_the_nearest_layout_fits_when_pasted(
     [
         ("--config llama2-70b --instance p5.48xlarge", "--nodes=4 --parallel.tensor=8"),
         ("--config demo --instance rtx4090", "--parallel.tensor=1"),
+        (
+            "--config llama2-7b --instance rtx4090 --run.backend=cuda",
+            "--nodes=8 --parallel.tensor=1 --parallel.pipeline=8 --run.recompute=full",
+        ),
         ("--config korean-chat-lora --instance p5.48xlarge", "--data.micro_batch=2"),
         ("--config llama2-70b --nodes 32 --parallel.tensor=64", "--parallel.tensor=32"),
     ],
