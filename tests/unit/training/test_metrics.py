@@ -237,13 +237,14 @@ def history(path: Path) -> dict[int, float]:
 def test_wandb_offline_has_what_tensorboard_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_SILENT", "true")
     for first in (1, 3):  # a run, and its resumption
         board = WandbWriter(tmp_path, "tests", "offline", {"run": {"steps": 4}})
         for step in (first, first + 1):
             board.write(replace(RECORD, step=step, loss=1 / step))
         board.close()
+        wandb.teardown()  # waits until the file is written
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert {path.stem for path in files} == {f"run-{(tmp_path / 'wandb-id').read_text()}"}
     found = {step: loss for path in files for step, loss in history(path).items()}
