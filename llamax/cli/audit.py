@@ -16,7 +16,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from llamax.cli.options import command
+from llamax.cli.options import command, folded
 from llamax.cli.plan import DOES_NOT_FIT
 from llamax.config.choices import AUDIT_RANKS
 from llamax.runtime.json_writer import to_json
@@ -29,8 +29,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="llamax audit",
-        usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME] "
-        "[--ranks all|corners|deep] [--json] [--section.key=value ...]",
+        usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME]\n"
+        "                    [--ranks all|corners|deep] [--json]\n"
+        "                    [--section.key=value ...]",
         description="Trace a run without devices. Exit code 0 if the whole cluster would compile "
         "each program once, 7 if not, 6 if a program does not fit into memory.",
         allow_abbrev=False,
@@ -64,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print_text(to_json(as_json(report)))
     else:
-        print_text("\n".join(show(report)))
+        print_text("\n".join(folded(show(report))))
     sys.stdout.flush()
     if report.passes:
         if not options.json:

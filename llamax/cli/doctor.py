@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
+from llamax.cli.options import folded
 from llamax.launch import jobfile
 from llamax.launch.checks import problems
 from llamax.launch.environment import variables
@@ -35,6 +36,7 @@ from llamax.tools.doctor import Finding, Host
 from llamax.tools.doctor.finding import Level
 
 NOT_READY = 8
+COLUMNS = r".{8} .{13} "  # level and name, before the text
 
 
 def show(finding: Finding) -> Iterator[str]:
@@ -90,7 +92,10 @@ def main(argv: Sequence[str]) -> int:
         counts[finding.level] += 1
         findings.append(finding)
         if not options.json:
-            print_text("\n".join(show(finding)))
+            *lines, last = show(finding)
+            lines = [*folded(lines, COLUMNS)]
+            lines += [last] if finding.fix else folded([last], COLUMNS)  # a command stays whole
+            print_text("\n".join(lines))
     if options.json:
         print_text(to_json(as_json(findings)))
         return NOT_READY if counts["error"] else 0

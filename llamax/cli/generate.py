@@ -21,7 +21,7 @@ from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.logging import bars_aside, setup_logging
 from llamax.runtime.process import run_main
-from llamax.runtime.text import print_text
+from llamax.runtime.text import encodable, print_text
 
 
 def parser() -> argparse.ArgumentParser:
@@ -160,7 +160,10 @@ def main(argv: Sequence[str]) -> int:
     rows = read_prompts(options.prompt, options.prompts_file, options.template)
 
     def show_completion(number: int, prompt: Prompt, completion: Completion) -> None:
-        write(f"=== {number} of {len(rows)} ===\n{completion.prompt}{completion.text}\n")
+        if len(rows) == 1:  # shown piece by piece
+            write("\n")
+        else:
+            write(f"=== {number} of {len(rows)} ===\n{completion.prompt}{completion.text}\n")
 
     if len(models) == 1:
         generate(
@@ -175,8 +178,6 @@ def main(argv: Sequence[str]) -> int:
             show=write,
             on_completion=show_completion,
         )
-        if rank.rank == 0 and len(rows) == 1:
-            write("\n")
         return 0
     found = compare(
         (models[0], models[1]),
@@ -195,9 +196,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def write(text: str) -> None:
-    """Print text without a line break, at once, above a progress bar."""
-    with bars_aside(sys.stdout):
-        print_text(text, end="")
+    """Print a model's text without a line break, at once.
+
+    On a terminal characters that it would obey are escaped; a file or pipe gets the exact text.
+    """
+    if sys.stdout.isatty():
+        with bars_aside(sys.stdout):
+            print_text(text, end="")
+    else:
+        sys.stdout.write(encodable(text, sys.stdout))
+        sys.stdout.flush()
 
 
 def _models(model: Path | None, pair: str | None) -> list[Path]:

@@ -12,11 +12,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from llamax.cli.options import command
+from llamax.cli.options import command, folded
 from llamax.runtime.json_writer import to_json
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
 from llamax.runtime.text import encodable, print_text
+
+LABEL = r"\S+(?: \S+)* {2,}"  # what stands before a value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -57,7 +59,10 @@ def main(argv: Sequence[str]) -> int:
     from llamax.tools.inspect import as_json, describe, table
 
     rows = [*describe(options.path, options.verify)]
-    print_text(to_json(as_json(rows)) if options.json else table(rows))
+    if options.json:
+        print_text(to_json(as_json(rows)))
+    else:
+        print_text("\n".join(folded(table(rows).splitlines(), LABEL)))
     return 0
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import functools
 import re
-from collections.abc import Callable, Sequence
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 
 from llamax.runtime.errors import LlamaxError
@@ -85,3 +88,30 @@ def size(text: str) -> int:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
     raise argparse.ArgumentTypeError(f"{text!r} is below one byte")
+
+
+def folded(lines: Iterable[str], column: str = "") -> Iterator[str]:
+    """The lines, folded to the width of a terminal; as they are into a file or a pipe.
+
+    A line goes on below the end of ``column``, a regular expression for its start, or four columns
+    to the right of its start.
+    """
+    if not sys.stdout.isatty():
+        yield from lines
+        return
+    width = shutil.get_terminal_size().columns
+    for line in lines:
+        found = re.match(column, line) if column else None
+        left = len(line) - len(line.lstrip())
+        begin, indent = left, left + 4
+        if found and found.end() + 20 < width:
+            begin = indent = found.end()
+        yield from textwrap.wrap(
+            line[begin:],
+            width,
+            initial_indent=line[:begin],
+            subsequent_indent=" " * indent,
+            drop_whitespace=True,
+            break_long_words=False,
+            break_on_hyphens=False,
+        ) or [""]

@@ -17,14 +17,11 @@ Each line has its formula.  The exit code is 0 if the plan fits into memory and 
 from __future__ import annotations
 
 import argparse
-import re
-import shutil
 import sys
-import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 
-from llamax.cli.options import command, number, with_options
+from llamax.cli.options import command, folded, number, with_options
 from llamax.config.hardware import machine_names
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_writer import to_json
@@ -32,14 +29,15 @@ from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
 
 DOES_NOT_FIT = 6
+FORMULA = r"  .{34} .{9}   "  # what stands before a formula
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="llamax plan",
-        usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME_OR_TOML] [--tokens N] "
-        "[--search] [--json] [--section.key=value ...]",
+        usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME_OR_TOML]\n"
+        "                   [--tokens N] [--search] [--json] [--section.key=value ...]",
         description="Memory, time and cost of a run, by arithmetic. Exit code 0 if it fits into "
         "memory, 6 if not.",
         allow_abbrev=False,
@@ -118,31 +116,8 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print_text(to_json(numbers))
     else:
-        print_text("\n".join(folded(map(with_options, lines))))
+        print_text("\n".join(folded(map(with_options, lines), FORMULA)))
     return 0 if fits else DOES_NOT_FIT
-
-
-def folded(lines: Iterable[str]) -> Iterator[str]:
-    """The lines, folded to the width of a terminal; as they are into a file or a pipe.
-
-    A line goes on below its formula, or four columns to the right of its start.
-    """
-    if not sys.stdout.isatty():
-        yield from lines
-        return
-    width = shutil.get_terminal_size().columns
-    for line in lines:
-        formula = re.match(r"  .{34} .{9}   ", line)
-        start = len(line) - len(line.lstrip()) + 4
-        indent = formula.end() if formula and formula.end() + 20 < width else start
-        yield from textwrap.wrap(
-            line,
-            width,
-            subsequent_indent=" " * indent,
-            drop_whitespace=True,
-            break_long_words=False,
-            break_on_hyphens=False,
-        ) or [""]
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llamax.cli.options import column, command, size
+from llamax.cli.options import column, command, folded, size
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.file_kinds import MAX_DOCUMENT
 from llamax.data.prepare.row_samples import FIELDS
 from llamax.runtime.cores import workers
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.text import print_text
+
+SPLIT = r"  .{18} "  # the name of a file, before its numbers
 
 
 def parser() -> argparse.ArgumentParser:
@@ -190,10 +192,10 @@ def main(argv: Sequence[str]) -> int:
         strict=options.strict,
         max_document=options.max_document,
     )
-    print_text(describe(made.folder, options.length))
-    print_text(describe_files(made))
+    lines = [*describe(made.folder, options.length).splitlines(), describe_files(made)]
     if options.template:
-        print_text(describe_rows(made))
+        lines.append(describe_rows(made))
     if made.unread:
-        print_text(describe_unread(made))
+        lines.append(describe_unread(made))
+    print_text("\n".join(folded(lines, SPLIT)))
     return 0

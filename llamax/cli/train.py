@@ -20,7 +20,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(
         prog="llamax train",
-        usage="%(prog)s --config NAME_OR_PATH [--precompile] [--section.key=value ...]",
+        usage="%(prog)s --config NAME_OR_PATH [--precompile]\n"
+        "                    [--section.key=value ...]",
         description="Train a Llama. Under torchrun, mpirun or srun every rank runs this program;\n"
         "alone it is a world of one.",
         epilog=help_text(),

@@ -150,7 +150,7 @@ def generate(
         out: New JSONL file: the row of each prompt and its completion.
         rank: This process among those that share the model; by default it is alone.
         show: Called with the text of a single prompt, then with its answer piece by piece.
-        on_completion: Called on rank 0 for each of several prompts, with its number from 1.
+        on_completion: Called on rank 0 for each prompt, with its number from 1, when it is done.
 
     Raises:
         ConfigError: For prompts that are too long, or ranks that do not divide the model.
@@ -168,7 +168,7 @@ def generate(
         ):
             for prompt, completion in zip(batch, completions, strict=True):
                 done.append(completion)
-                if main and not alone and on_completion:
+                if main and on_completion:
                     on_completion(len(done), prompt, completion)
                 if file:
                     write_line(file, {**prompt.row, **asdict(completion)})

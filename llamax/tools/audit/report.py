@@ -191,7 +191,7 @@ def show(audit: AuditReport) -> Iterator[str]:
 
 def _show_collectives(kind: Kind) -> Iterator[str]:
     yield ""
-    yield f"collectives of a {kind.name:<22} count   sent by a rank   by formula"
+    yield f"collectives of {_a(kind.name):<24} count   sent by a rank   by formula"
     expected = {(traffic.axis, traffic.kind): traffic for traffic in kind.formula or ()}
     traced = {(traffic.axis, traffic.kind): traffic for traffic in kind.collectives}
     for axis, verb in dict.fromkeys([*traced, *expected]):
@@ -217,9 +217,14 @@ def _show_memory(memory: Memory) -> Iterator[str]:
         yield f"  {name:<24}{show_bytes(getattr(memory, name)):>10}"
     for name, live in memory.live.items():
         in_place = f"   {show_bytes(live.replaced_bytes)} of new weights replace the old ones"
-        yield f"  {'live in a ' + name:<24}{show_bytes(live.added_bytes):>10}" + (
+        yield f"  {'live in ' + _a(name):<24}{show_bytes(live.added_bytes):>10}" + (
             in_place if live.replaced_bytes else ""
         )
+
+
+def _a(kind: str) -> str:
+    """A kind of program with its article."""
+    return f"{'an' if kind[:1] in 'aeiou' else 'a'} {kind}"
 
 
 def as_json(audit: AuditReport) -> dict[str, object]:

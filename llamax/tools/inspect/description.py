@@ -180,7 +180,7 @@ def _model(source: Source) -> Rows:
     yield Row(
         "model",
         f"Llama of {show_number(model.num_parameters())} parameters: "
-        f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, "
+        f"{count(model.num_hidden_layers, 'layer')}, hidden {model.hidden_size}, "
         f"feed-forward {model.intermediate_size}, "
         f"heads {model.num_attention_heads}/{model.num_key_value_heads}, "
         f"vocabulary {model.vocab_size}"
