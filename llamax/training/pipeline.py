@@ -37,6 +37,15 @@ class InFlight(NamedTuple):
     dropout_tokens: Tensor | None
 
 
+class _Way:
+    """What travels up or down through the stages, by microbatch: at hand, and about to leave."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.arrived: dict[int, Tensor] = {}
+        self.leaving: dict[int, Tensor] = {}
+
+
 class Stage:
     """One rank's stage of a pipeline.
 
@@ -57,59 +66,63 @@ class Stage:
     def run(self, works: Schedule, compute: Compute, like: Tensor) -> None:
         """Do ``works``; ``like`` has the shape and dtype of what travels, [B,s,D].
 
-        Without gradients the schedule has forward passes alone.
+        Without gradients the schedule has forward passes alone.  No name here keeps a tensor from
+        one work to the next: what is alive is part of a program.
         """
-        inputs: dict[int, Tensor] = {}
-        outputs: dict[int, Tensor] = {}
-        output_gradients: dict[int, Tensor] = {}
-        input_gradients: dict[int, Tensor] = {}
+        up, down = _Way("up"), _Way("down")
         for work in works:
             if isinstance(work, Swap):
-                if work.edge == self.number:
-                    leaving, sent, arriving, received = (
-                        outputs,
-                        work.up,
-                        output_gradients,
-                        work.down,
-                    )
-                else:
-                    leaving, sent, arriving, received = input_gradients, work.down, inputs, work.up
-                name = "up" if work.edge == self.number else "down"
-                x = self._nothing(name, like) if sent is None else leaving.pop(sent)
-                x = swap(self.axes.edge(work.edge), x)
-                if received is not None:
-                    arriving[received] = x
+                above = work.edge == self.number
+                way, back = (up, down) if above else (down, up)
+                sent, received = (work.up, work.down) if above else (work.down, work.up)
+                result = self._swap(self.axes.edge(work.edge), way, sent, back, received, like)
                 self.boundary()
+                del result  # alive until here, or there would be no program where it is not used
             elif work.kind == "forward":
-                x_BsD = None if self.first else inputs.pop(work.micro)
-                y = self._forward(work.micro, x_BsD, compute)
-                if not self.last:
-                    outputs[work.micro] = y.detach()
-                    self.boundary()
-                elif not torch.is_grad_enabled():
+                self._forward(work.micro, up, compute)
+                if not self.last or not torch.is_grad_enabled():
                     self.boundary()
             else:
-                dx = self._backward(work.micro, output_gradients.pop(work.micro, None))
-                if dx is not None:
-                    input_gradients[work.micro] = dx
+                self._backward(work.micro, down)
                 self.boundary()
 
-    def _forward(self, micro: int, x_BsD: Tensor | None, compute: Compute) -> Tensor:
-        if not torch.is_grad_enabled():
-            return compute(micro, x_BsD)
-        x_BsD = None if x_BsD is None else x_BsD.detach().requires_grad_()
-        y = compute(micro, x_BsD)
-        tokens = None if self.dropout is None else self.dropout.tokens_BS
-        self._flying[micro] = InFlight(x_BsD, y, tokens)
-        self.most = max(self.most, len(self._flying))
-        return y
+    def _swap(
+        self,
+        axis: Axis,
+        way: _Way,
+        sent: int | None,
+        back: _Way,
+        received: int | None,
+        like: Tensor,
+    ) -> Tensor:
+        """Give what leaves on one way, and take what arrives on the other."""
+        x = self._nothing(way.name, like) if sent is None else way.leaving.pop(sent)
+        x = swap(axis, x)
+        if received is not None:
+            back.arrived[received] = x
+        return x
 
-    def _backward(self, micro: int, dy: Tensor | None) -> Tensor | None:
+    def _forward(self, micro: int, up: _Way, compute: Compute) -> None:
+        x_BsD = None if self.first else up.arrived.pop(micro)
+        if not torch.is_grad_enabled():
+            y = compute(micro, x_BsD)
+        else:
+            x_BsD = None if x_BsD is None else x_BsD.detach().requires_grad_()
+            y = compute(micro, x_BsD)
+            tokens = None if self.dropout is None else self.dropout.tokens_BS
+            self._flying[micro] = InFlight(x_BsD, y, tokens)
+            self.most = max(self.most, len(self._flying))
+        if not self.last:
+            up.leaving[micro] = y.detach()
+
+    def _backward(self, micro: int, down: _Way) -> None:
         passed = self._flying.pop(micro)
         if self.dropout is not None:
             self.dropout.tokens_BS = passed.dropout_tokens
-        passed.y.backward(dy)
-        return None if passed.x is None else passed.x.grad
+        passed.y.backward(None if self.last else down.arrived.pop(micro))
+        if passed.x is not None:
+            assert passed.x.grad is not None
+            down.leaving[micro] = passed.x.grad
 
     def _nothing(self, name: str, like: Tensor) -> Tensor:
         """What travels where nothing is to be sent: a tensor for each way, or programs differ."""

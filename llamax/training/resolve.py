@@ -107,9 +107,10 @@ class ResolvedRun:
         return replace(self, mesh=self.mesh.on_trn1(cores))
 
     def with_layers(self, layers: int) -> ResolvedRun:
-        """The same run of a model with ``layers`` layers."""
+        """The same run of a model with ``layers`` layers, equally many on each stage."""
         model = replace(self.config.model, num_hidden_layers=layers)
-        return replace(self, config=replace(self.config, model=model))
+        parallel = replace(self.config.parallel, layers_per_stage="")
+        return replace(self, config=replace(self.config, model=model, parallel=parallel))
 
 
 def resolve(

@@ -282,7 +282,13 @@ def defect(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], An
 
 def newest_first(original: Any) -> Any:
     """The newest microbatch goes backward first."""
-    return lambda self, micro, dy: original(self, max(self._flying), dy)
+
+    def backward(self: Any, micro: int, down: Any) -> None:
+        flying, newest = self._flying, max(self._flying)
+        flying[micro], flying[newest] = flying[newest], flying[micro]
+        original(self, micro, down)
+
+    return backward
 
 
 def labels_of_another(original: Any) -> Any:
@@ -311,31 +317,28 @@ def sent_comes_back(original: Any) -> Any:
     return swap
 
 
-def without_gradients(original: Any) -> Any:
-    """The upper stage sends no gradient down."""
+def times(factor: float) -> Any:
+    """The gradient that goes down is ``factor`` of what it should be."""
 
-    def backward(self: Any, *arguments: Any) -> Any:
-        dx = original(self, *arguments)
-        return None if dx is None else torch.zeros_like(dx)
+    def make(original: Any) -> Any:
+        def backward(self: Any, micro: int, down: Any) -> None:
+            original(self, micro, down)
+            if micro in down.leaving:
+                down.leaving[micro] = factor * down.leaving[micro]
 
-    return backward
+        return backward
 
-
-def doubled(original: Any) -> Any:
-    def backward(self: Any, *arguments: Any) -> Any:
-        dx = original(self, *arguments)
-        return None if dx is None else 2 * dx
-
-    return backward
+    return make
 
 
 def one_left_out(original: Any) -> Any:
     """The first stage leaves out the backward of microbatch 3."""
 
-    def backward(self: Any, micro: int, dy: Any) -> Any:
+    def backward(self: Any, micro: int, down: Any) -> None:
         if micro == 3 and self.first:
-            return self._flying.pop(micro).x
-        return original(self, micro, dy)
+            del self._flying[micro], down.arrived[micro]
+        else:
+            original(self, micro, down)
 
     return backward
 
@@ -398,8 +401,8 @@ STEP: dict[str, Callable[[], Any]] = {
     "labels of another microbatch": defect(TrainState, "_loss", labels_of_another),
     "mean of each microbatch": defect(TrainState, "_loss", mean_of_each_micro),
     "what was sent comes back": defect(pipeline, "swap", sent_comes_back),
-    "no gradients are sent": defect(pipeline.Stage, "_backward", without_gradients),
-    "gradients doubled": defect(pipeline.Stage, "_backward", doubled),
+    "no gradients are sent": defect(pipeline.Stage, "_backward", times(0.0)),
+    "gradients doubled": defect(pipeline.Stage, "_backward", times(2.0)),
     "a backward left out": defect(pipeline.Stage, "_backward", one_left_out),
     "positions of the first microbatch": defect(TrainState, "_inputs", positions_of_the_first),
     "documents of the first microbatch": defect(TrainState, "_inputs", documents_of_the_first),
@@ -413,10 +416,10 @@ STEP: dict[str, Callable[[], Any]] = {
 def dropout_forgets(original: Any) -> Any:
     """Backward computes layers again with the tokens of the newest microbatch."""
 
-    def backward(self: Any, micro: int, dy: Any) -> Any:
+    def backward(self: Any, micro: int, down: Any) -> None:
         dropout, self.dropout = self.dropout, None
         try:
-            return original(self, micro, dy)
+            original(self, micro, down)
         finally:
             self.dropout = dropout
 

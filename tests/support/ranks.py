@@ -41,17 +41,20 @@ class ReplicaError(AssertionError):
     """A replica failed, hung, or traced a graph of its own."""
 
 
-def run(size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 500.0) -> list[Any]:
+def run(
+    size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 500.0, stages: int = 1
+) -> list[Any]:
     """What ``fn(rank, *args)`` returns on ``size`` replicas, in rank order.
 
     ``fn`` is a function at the top level of a test module; arguments and results travel pickled.
+    Of ``stages`` of a pipeline each has programs of its own, which its replicas share.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     here, there = context.Pipe()
     job = fn.__module__, os.path.abspath(fn.__code__.co_filename), fn.__qualname__, args
     stacks = tempfile.NamedTemporaryFile("r", prefix="stacks-")  # noqa: SIM115
-    work = (size, there, pickle.dumps(job), stacks.name, timeout_s)
+    work = (size, there, pickle.dumps(job), stacks.name, timeout_s, stages)
     process = context.Process(target=_serve, args=work, daemon=True)
     process.start()
     there.close()
@@ -131,7 +134,7 @@ class Lockstep:
         from llamax.backends.xla import Xla
 
         torch_xla.sync = self.sync
-        torch_xla._XLAC._set_allow_execution(self.size == 1)
+        torch_xla._XLAC._set_allow_execution(self.size == 1 or isinstance(self, Lanes))
         Xla.barrier = lambda _: self.everybody.wait()  # type: ignore[assignment, method-assign]
         threading.Thread(target=self.watch, daemon=True).start()
         results: dict[int, Any] = {}
@@ -152,6 +155,58 @@ class Lockstep:
         self.answer(True, [results[rank] for rank in range(self.size)])
 
 
+LABEL = threading.local()  # ``now``: what a replica does, for those who count programs
+PROGRAMS: list[tuple[int, str]] = []  # (rank, label) of each that was compiled in lanes
+
+
+class Lanes(Lockstep):
+    """Lines up the replicas that share the next program: those of a stage, or of several.
+
+    ``LABEL.group`` is (name, ranks) of the replicas of stages that meet in a swap or a sum.
+    One after the other they compile and start it, while no other group does: the client gives up on
+    a collective after 10 s, so nobody may wait in one while its partner waits for a compilation.
+    """
+
+    def __init__(self, size: int, answer: Answer, stages: int) -> None:
+        super().__init__(size, answer)
+        self.each = size // stages
+        self.launching, self.making = threading.Lock(), threading.Lock()
+        self.barriers: dict[str, threading.Barrier] = {}
+
+    def sync(self, wait: bool = False, reset_scope: bool = True) -> None:
+        import torch_xla
+        import torch_xla.core.xla_model as xm
+        import torch_xla.runtime as xr
+
+        device, rank = torch_xla._XLAC._xla_get_default_device(), xr.global_ordinal()
+        first = rank - rank % self.each
+        own = f"stage {first}", tuple(range(first, first + self.each))
+        name, members = getattr(LABEL, "group", None) or own
+        LABEL.group = None
+        with self.making:
+            barrier = self.barriers.setdefault(name, threading.Barrier(len(members)))
+        xm.wait_device_ops(xm.xla_real_devices([device]))
+        barrier.wait()
+        if rank == members[0]:
+            self.launching.acquire()
+        for member in members:
+            barrier.wait()
+            if member != rank:
+                continue
+            before, self.turn = compilations(), rank
+            self.compiled = None if rank == members[0] else before
+            torch_xla._XLAC._xla_step_marker(device, [], wait=False, reset_scope=reset_scope)
+            torch_xla._XLAC._set_all_reduce_token(device, None)
+            self.check()
+            self.compiled = None
+            if compilations() > before:
+                PROGRAMS.append((rank, getattr(LABEL, "now", "")))
+        barrier.wait()
+        if rank == members[0]:
+            self.launching.release()
+        xm._run_step_closures()
+
+
 def compilations() -> int:
     """Programs that were not found in the cache; torch-xla counts before it compiles."""
     import torch_xla.debug.metrics as met
@@ -159,7 +214,9 @@ def compilations() -> int:
     return int(met.counter_value("UncachedCompile") or 0)
 
 
-def _serve(size: int, pipe: Connection, job: bytes, stacks: str, timeout_s: float) -> None:
+def _serve(
+    size: int, pipe: Connection, job: bytes, stacks: str, timeout_s: float, stages: int
+) -> None:
     """The life of the process: its environment, its replicas, their results."""
     faulthandler.dump_traceback_later(timeout_s, file=open(stacks, "w"))  # noqa: SIM115
     threads = str(2 * size + 2)  # fewer than replicas and their collectives never meet
@@ -180,6 +237,7 @@ def _serve(size: int, pipe: Connection, job: bytes, stacks: str, timeout_s: floa
 
     module, path, name, args = pickle.loads(job)
     try:
-        Lockstep(size, answer).run(getattr(_module(module, path), name), args)
+        lockstep = Lockstep(size, answer) if stages == 1 else Lanes(size, answer, stages)
+        lockstep.run(getattr(_module(module, path), name), args)
     except BaseException:
         answer(False, traceback.format_exc())

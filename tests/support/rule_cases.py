@@ -380,19 +380,57 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             {"model.tie_word_embeddings": True},
         ],
     ),
-    "stages_run_eagerly": (
+    "traced_stages_recompute": (
         [
             (
                 {
                     "parallel.pipeline": 2,
                     "run.backend": "xla",
+                    "run.recompute": mode,
                     "model.num_hidden_layers": 8,
                 },
                 None,
-                "parallel.pipeline=2 does not run on run.backend=xla yet; use parallel.pipeline=1",
+                f"run.recompute={mode} with parallel.pipeline=2 on run.backend=xla keeps copies of "
+                "weights for each microbatch in flight; use run.recompute=full",
+            )
+            for mode in ("none", "selective")
+        ],
+        [
+            {
+                "parallel.pipeline": 2,
+                "run.backend": "xla",
+                "run.recompute": "full",
+                "model.num_hidden_layers": 8,
+            },
+            {"parallel.pipeline": 2, "model.num_hidden_layers": 8},
+            {"run.backend": "xla"},
+        ],
+    ),
+    "traced_stages_pair": (
+        [
+            (
+                {
+                    "parallel.pipeline": 3,
+                    "parallel.tensor": 1,
+                    "run.backend": "xla",
+                    "run.recompute": "full",
+                    "model.num_hidden_layers": 9,
+                    "data.global_batch": 2,
+                },
+                3,
+                "parallel.pipeline=3 on run.backend=xla pairs all ranks in its swaps, and the "
+                "world of 3 ranks is odd; use an even number of ranks",
             )
         ],
-        [{"parallel.pipeline": 2, "model.num_hidden_layers": 8}, {"run.backend": "xla"}],
+        [
+            {
+                "parallel.pipeline": 2,
+                "parallel.tensor": 2,
+                "run.backend": "xla",
+                "run.recompute": "full",
+                "model.num_hidden_layers": 8,
+            }
+        ],
     ),
     "sequence_fits_model": (
         [

@@ -81,10 +81,21 @@ def embeddings_of_stages_are_untied(c: Config, world: World) -> Iterator[str]:
         )
 
 
-@RULES.reading("parallel.pipeline", "run.backend")
-def stages_run_eagerly(c: Config, world: World) -> Iterator[str]:
-    if c.parallel.pipeline > 1 and c.run.backend == "xla":
+@RULES.reading("parallel.pipeline", "run.backend", "run.recompute")
+def traced_stages_recompute(c: Config, world: World) -> Iterator[str]:
+    if c.parallel.pipeline > 1 and c.run.backend == "xla" and c.run.recompute != "full":
         yield (
-            f"parallel.pipeline={c.parallel.pipeline} does not run on run.backend=xla yet; "
-            "use parallel.pipeline=1"
+            f"run.recompute={c.run.recompute} with parallel.pipeline={c.parallel.pipeline} on "
+            "run.backend=xla keeps copies of weights for each microbatch in flight; use "
+            "run.recompute=full"
+        )
+
+
+@RULES.reading("parallel.pipeline", "run.backend")
+def traced_stages_pair(c: Config, world: World) -> Iterator[str]:
+    ranks, stages = world.ranks, c.parallel.pipeline
+    if stages > 1 and c.run.backend == "xla" and ranks is not None and ranks % 2:
+        yield (
+            f"parallel.pipeline={stages} on run.backend=xla pairs all ranks in its swaps, and the "
+            f"world of {ranks} ranks is odd; use an even number of ranks"
         )

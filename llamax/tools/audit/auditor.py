@@ -29,7 +29,8 @@ from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.model.lora import num_parameters
 from llamax.model.qlora import held
-from llamax.parallel.mesh import Coordinate, Mesh
+from llamax.parallel.mesh import EDGES, Coordinate, Groups, Mesh
+from llamax.parallel.pipeline import in_flight
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.progress import reported, tracked
@@ -46,8 +47,16 @@ from llamax.tools.audit.report import (
     Memory,
     sort_kinds,
 )
-from llamax.tools.audit.trace import MICROSTEP, VALIDATION, TracedRun, made_up_tokens
+from llamax.tools.audit.trace import (
+    MICROSTEP,
+    SWAP,
+    VALIDATION,
+    TracedRun,
+    first_ranks,
+    made_up_tokens,
+)
 from llamax.tools.plan.report import headline
+from llamax.tools.plan.sizes import Share
 from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 
 Ranks = Literal["all", "corners", "deep"]
@@ -101,7 +110,7 @@ def audit_run(
     tracer = Tracer(rendezvous({}))
     with made_up_tokens(run) as data:
         with reported("tracing every kind of step"):
-            kinds, memory, divergences = rank_0(run, machine, tracer, data)
+            kinds, memory, divergences = first_of_stages(run, machine, tracer, data)
         normal = {kind.name: kind.program.normal for kind in kinds}
         compared = []
         if not divergences and ranks == "deep":
@@ -109,14 +118,14 @@ def audit_run(
             divergences += compare(run, tracer, data, others, normal)
             compared.append(f"{_all(mesh.world_size, 'trace')} one program of each kind")
         elif not divergences:
-            corners = [rank for rank in corner_ranks(mesh) if rank]
+            corners = [rank for rank in corner_ranks(mesh) if rank not in first_ranks(run)]
             divergences += compare(run, tracer, data, corners, normal)
             compared.append(
-                f"{_at_corners(len(corners) + 1)} one program of each kind "
-                f"({', '.join(map(str, [0, *corners]))})"
+                f"{_at_corners(len({*first_ranks(run), *corners}))} one program of each kind "
+                f"({', '.join(map(str, [*first_ranks(run), *corners]))})"
             )
         if not divergences and ranks == "all":
-            few = min(FEW_LAYERS, layers)
+            few = min(max(FEW_LAYERS, mesh.pp), layers)
             world = range(mesh.world_size)
             divergences += compare(run.with_layers(few), tracer, data, world, {})
             compared.append(f"{_all(mesh.world_size, 'do')} so with {count(few, 'layer')}")
@@ -141,17 +150,34 @@ def _at_corners(ranks: int) -> str:
     return f"{ranks} at the corners of the mesh trace" if ranks > 1 else "the only one traces"
 
 
-def rank_0(
+def first_of_stages(
     run: ResolvedRun, machine: Machine, tracer: Tracer, data: Path
 ) -> tuple[tuple[Kind, ...], Memory, list[Divergence]]:
-    """The programs of rank 0 by kind, its memory, and the kinds that have more than one program."""
-    first = TracedRun(run, 0, tracer, data)
+    """The programs by kind, the memory of the fullest stage, and kinds with several programs."""
+    kinds: dict[str, Kind] = {}
+    memories, divergences = [], list[Divergence]()
+    for rank in first_ranks(run):
+        found, memory, more = programs_of(run, rank, machine, tracer, data)
+        for kind in found:
+            known = kinds.setdefault(kind.name, kind)
+            if how := difference(known.program, kind.program):
+                divergences.append(Divergence(kind.name, kind.traced[0], known.traced[0], how))
+        memories.append(memory)
+        divergences += more
+    return tuple(kinds.values()), max(memories, key=lambda memory: memory.peak), divergences
+
+
+def programs_of(
+    run: ResolvedRun, rank: int, machine: Machine, tracer: Tracer, data: Path
+) -> tuple[tuple[Kind, ...], Memory, list[Divergence]]:
+    """The programs of a rank by kind, its memory, and the kinds with more than one program."""
+    first = TracedRun(run, rank, tracer, data)
     seconds: dict[str, float] = {}
 
     def traced() -> Iterator[tuple[str, str, str]]:
         for boundary in first.whole():
             seconds.setdefault(boundary.kind, boundary.trace_s)
-            yield boundary.kind, f"rank 0, {boundary.when}", boundary.text
+            yield boundary.kind, f"rank {rank}, {boundary.when}", boundary.text
 
     programs, when, divergences = sort_kinds(traced())
     kinds = tuple(
@@ -159,7 +185,7 @@ def rank_0(
             name,
             program,
             tuple(when[name]),
-            tuple(census.collectives(program, run.mesh.axes())),
+            tuple(census.collectives(program, all_groups(run.mesh))),
             by_formula(first, name),
             model_flops(run, name),
             seconds[name],
@@ -221,15 +247,29 @@ def explain(
 
 
 def corner_ranks(mesh: Mesh) -> list[int]:
-    """The first and last tensor ranks of the first and last context and data ranks."""
-    corners = itertools.product((0, mesh.dp - 1), (0, mesh.cp - 1), (0, mesh.tp - 1))
-    return sorted({mesh.rank(Coordinate(0, *corner)) for corner in corners})
+    """The first and last tensor ranks of the first and last context, data ranks and stages."""
+    degrees = (mesh.pp, mesh.dp, mesh.cp, mesh.tp)
+    corners = itertools.product(*((0, degree - 1) for degree in degrees))
+    return sorted({mesh.rank(Coordinate(*corner)) for corner in corners})
+
+
+def all_groups(mesh: Mesh) -> dict[str, Groups]:
+    """The groups of every axis as programs name them: with all ranks."""
+    return {
+        name: mesh.completed(groups) if name in EDGES else groups
+        for name, groups in mesh.axes().items()
+    }
 
 
 def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
-    """The collectives of a kind of program by formula; None for adapters, which have no formula."""
+    """The collectives of a kind of program by formula; None for adapters, which have no formula.
+
+    Of a pipeline only swaps have one.
+    """
     config, mesh = traced.run.config, traced.run.mesh
-    if config.finetune.method != "full":
+    if kind.startswith(SWAP):
+        return tuple(formulas.swap(config, mesh, kind.removeprefix(SWAP)))
+    if config.finetune.method != "full" or mesh.pp > 1:
         return None
     rows = traced.state.model.output_weight.shape[0]
     tokens = config.data.micro_batch * config.data.sequence_length // mesh.cp
@@ -240,7 +280,7 @@ def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
         found = formulas.forward(config, mesh, chunks)
     else:
         found = formulas.update(mesh, group_shapes(traced), config.parallel.zero1, mesh.kv)
-    names, groups = {}, mesh.axes()
+    names, groups = {}, all_groups(mesh)
     for axis, known in groups.items():  # axes with the same groups share one name
         names[axis] = next(name for name, each in groups.items() if set(each) == set(known))
     total: dict[tuple[str, str], Traffic] = {}
@@ -303,8 +343,21 @@ def measure(traced: TracedRun, programs: dict[str, hlo.Program], machine: Machin
         for each in traced.state.model.parameters()
     ]
     live = {name: census.live(each, old) for name, each in programs.items()}
-    reserve = round(machine.reserve_gib * GIB)
-    return Memory(weights, gradients, state, reserve, live, machine.memory_bytes())
+    reserve, available = round(machine.reserve_gib * GIB), machine.memory_bytes()
+    return Memory(weights, gradients, state, reserve, live, available, in_flight_bytes(traced))
+
+
+def in_flight_bytes(traced: TracedRun) -> int:
+    """Bytes that the microbatches in flight keep on a stage: inputs of its layers, and its output.
+
+    Stages of a pipeline recompute their layers (``config.rules.pipeline``).
+    """
+    seat, model, share = traced.state.axes.pp, traced.state.model, Share(traced.run)
+    if seat.size == 1:
+        return 0
+    flying = in_flight(*seat, share.accumulation)
+    kept = share.tokens_between * share.model.hidden_size * share.width
+    return flying * (len(model.stage) + 1) * kept
 
 
 def notes(config: Config) -> Iterator[str]:

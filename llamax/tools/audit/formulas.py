@@ -63,6 +63,14 @@ def forward(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:
     return [*found, *_context(config, mesh, 1, 0), *_scalars(mesh, 1, 2 * 4)]
 
 
+def swap(config: Config, mesh: Mesh, axis: str) -> list[Traffic]:
+    """The exchange of an activation and its gradient between two stages, as a gather of both."""
+    tokens = config.data.micro_batch * config.data.sequence_length // mesh.cp
+    tokens //= mesh.tp if config.parallel.sequence else 1
+    sent = tokens * config.model.hidden_size * DTYPE_BYTES[config.run.dtype]
+    return [Traffic("all-gather", axis, 1, sent)]
+
+
 def _context(config: Config, mesh: Mesh, gathers: int, scatters: int) -> list[Traffic]:
     """Keys and values gathered, and their gradients scattered, so often in a layer."""
     if mesh.cp == 1:

@@ -70,10 +70,11 @@ class Memory:
     reserve: int  # for the runtime and programs, as the planner counts it
     live: dict[str, Live]
     available: float
+    in_flight: int = 0  # kept of the microbatches between their passes through a stage
 
     @property
     def resident(self) -> int:
-        return self.weights + self.gradients + self.optimizer
+        return self.weights + self.gradients + self.optimizer + self.in_flight
 
     @property
     def fullest(self) -> str:
@@ -215,6 +216,8 @@ def _show_memory(memory: Memory) -> Iterator[str]:
     yield f"memory of a core: {show_bytes(memory.peak)} of {available}, estimated: {fits}"
     for name in ("weights", "gradients", "optimizer", "reserve"):
         yield f"  {name:<24}{show_bytes(getattr(memory, name)):>10}"
+    if memory.in_flight:
+        yield f"  {'microbatches in flight':<24}{show_bytes(memory.in_flight):>10}"
     for name, live in memory.live.items():
         in_place = f"   {show_bytes(live.replaced_bytes)} of new weights replace the old ones"
         yield f"  {'live in ' + _a(name):<24}{show_bytes(live.added_bytes):>10}" + (

@@ -8,7 +8,9 @@ tokens, ``TrainState`` as training has it.  It visits every kind of step that a 
     checkpoint     everything that saving reads
     step 2, N      first and last microstep, update
 
-and gives, at each boundary, the program that would be compiled there.
+and gives, at each boundary, the program that would be compiled there.  A stage of a pipeline has
+a forward and a backward program instead of a microstep's, swaps, and the parts of an update between
+the sums over all stages.
 
 ``python -m llamax.tools.audit.trace RUN.toml WORLD CORES`` prints each kind of program and its
 hash, as JSON, for ``llamax.tools.audit.compile_cache``.
@@ -32,8 +34,11 @@ from torch import Tensor
 from llamax.backends.tracing import Tracer
 from llamax.checkpoint.build_model import build_model
 from llamax.config.load import load_config
+from llamax.config.rules.pipeline import stage_layers
 from llamax.data.samples import Samples
 from llamax.data.token_file import Header, TokenFile, TokenWriter
+from llamax.parallel.mesh import EDGES, Coordinate
+from llamax.parallel.pipeline import Schedule, Swap, forwards, schedule
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.process import run_main
 from llamax.tools.audit import hlo
@@ -41,6 +46,7 @@ from llamax.training.resolve import ResolvedRun, resolve
 from llamax.training.step import TrainState
 
 MICROSTEP, UPDATE, VALIDATION, CHECKPOINT = "microstep", "update", "validation", "checkpoint"
+SWAP = "swap, "  # then the axis
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,9 @@ class TracedRun:
         batches = self.training.at((step - 1) * self.training.global_batch)
         chosen = sorted({place % len(batches) for place in microsteps})
         names = [f"step {step}, microstep {place + 1} of {len(batches)}" for place in chosen]
+        works = schedule(*self.state.axes.pp, len(chosen))
         self.programs.expect(
-            [*((MICROSTEP, name) for name in names), (UPDATE, f"step {step}, update")]
+            [*self.passes(works, names, MICROSTEP), *self.parts(UPDATE, f"step {step}, update")]
         )
         with self.tracer.forbid_reads():
             self.state.step((batches[place] for place in chosen), step)
@@ -99,10 +106,46 @@ class TracedRun:
     def validate(self, batches: int) -> Iterator[Boundary]:
         """Validation of a full microbatch and, of two, the ragged one that ends the file."""
         full, ragged = (self.validation.at(0) + self.validation.at(self.training.global_batch))[:2]
-        self.programs.expect([(VALIDATION, "full batch"), (VALIDATION, "ragged batch")])
+        works, names = forwards(*self.state.axes.pp, 1), ("full batch", "ragged batch")[:batches]
+        expected = [each for name in names for each in self.passes(works, [name], VALIDATION)]
+        if self.run.mesh.pp > 1:
+            expected += self.parts(VALIDATION, "after the last batch")
+        self.programs.expect(expected)
         with self.tracer.forbid_reads():
             self.state.validate([[full], [ragged]][:batches])
         yield from self.programs.recorded
+
+    @property
+    def stage(self) -> str:
+        """The stages with the same programs as this one, in words."""
+        number, stages = self.state.axes.pp
+        layers = len(self.state.model.stage)
+        name = {0: "first", stages - 1: "last"}.get(number, "middle")
+        config = self.run.config
+        uneven = len({*stage_layers(config.parallel, config.model.num_hidden_layers)})
+        return f"{name} stage" + (f" of {layers} layers" if uneven > 1 else "")
+
+    def passes(self, works: Schedule, names: Sequence[str], kind: str) -> Iterator[tuple[str, str]]:
+        """The programs of a schedule: (kind, when in the run)."""
+        number, stages = self.state.axes.pp
+        for work in works:
+            if isinstance(work, Swap):
+                micro = work.down if work.up is None else work.up
+                yield SWAP + EDGES[work.edge % 2], names[micro or 0]
+            elif work.kind == "backward" or kind == VALIDATION or number < stages - 1:
+                pass_ = "validation" if kind == VALIDATION else work.kind
+                yield kind if stages == 1 else f"{pass_}, {self.stage}", names[work.micro]
+
+    def parts(self, kind: str, when: str) -> list[tuple[str, str]]:
+        """The programs of an update or of a validation's mean, cut where all stages sum."""
+        if self.run.mesh.pp == 1:
+            return [(kind, when)]
+        sums = ["loss", "norm"] if kind == UPDATE else ["validation"]
+        found = []
+        for name in sums:
+            found += [(f"{name} of the {self.stage}", when), (f"{name}, summed", when)]
+        end = f"update, {self.stage}" if kind == UPDATE else "validation's mean"
+        return [*found, (end, when)]
 
     def checkpoint(self) -> Iterator[Boundary]:
         """Everything that saving reads; a program only where it needs one."""
@@ -152,16 +195,26 @@ def made_up_tokens(run: ResolvedRun) -> Iterator[Path]:
 
 
 def hashes(run: ResolvedRun) -> dict[str, str]:
-    """Kind of program -> sha256 of its normal text, of rank 0, of those that the run compiles."""
+    """Kind of program -> sha256 of its normal text, of those that the run compiles."""
     tracer = Tracer(rendezvous({}), debug=False)
     with made_up_tokens(run) as data:
         found = {
             boundary.kind: hlo.digest(hlo.normal(boundary.text))
-            for boundary in TracedRun(run, 0, tracer, data).brief()
+            for rank in first_ranks(run)
+            for boundary in TracedRun(run, rank, tracer, data).brief()
         }
-    if not run.config.run.validates:
-        del found[VALIDATION]
-    return found
+    if run.config.run.validates:
+        return found
+    return {kind: each for kind, each in found.items() if not kind.startswith(VALIDATION)}
+
+
+def first_ranks(run: ResolvedRun) -> list[int]:
+    """The first rank of each stage that has programs of its own: of equal middle ones the first."""
+    counts = stage_layers(run.config.parallel, run.config.model.num_hidden_layers)
+    last, alike = len(counts) - 1, dict[tuple[bool, bool, int], int]()
+    for stage, layers in enumerate(counts):
+        alike.setdefault((stage == 0, stage == last, layers), stage)
+    return [run.mesh.rank(Coordinate(stage, 0, 0, 0)) for stage in alike.values()]
 
 
 def main(argv: Sequence[str]) -> int:
