@@ -230,7 +230,8 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         before = (number - job.step - 1) * config.data.global_batch
         return training.sample_ids(job.consumed_sequences + before)
 
-    guard = CompileGuard(job.backend if job.backend.traces else None, run.compile_guard)
+    counters = job.backend if job.backend.traces else None
+    guard = CompileGuard(counters, run.compile_guard, job.state.axes.pp)
     check = StepCheck(config.optim.most_skipped, samples, job.main)
     profiler = Profiler(run, job.folder, job.state.axes.world.rank)
     with Recorder(writers(job), throughput(job), began) as recorder:

@@ -21,12 +21,14 @@ from torch import Tensor
 
 from llamax.backends import choose
 from llamax.backends.base import Backend
+from llamax.config.rules.pipeline import evenly
 from llamax.optim.zero1 import Zero1
 from llamax.parallel import sharding
 from llamax.parallel.collectives import Axes, Axis, Meter, Metered
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.training import pipeline
+from llamax.training.compile_guard import all_programs
 from llamax.training.step import EAGER_DEVICE, TrainState
 
 MODEL = tiny(num_hidden_layers=4)
@@ -175,9 +177,10 @@ def test_traced_stages_step_as_one(case: Case) -> None:
     results = ranks.run(case.mesh.world_size, on_replicas, case, stages=case.mesh.pp, timeout_s=200)
     assert differences(case, results) == []
     stages, counted = case.mesh.pp, Counter(results[0]["programs"])
-    print(counted)
     passes = [name for name in counted if name.startswith(("forward", "backward"))]
     assert all(counted[name] == 1 for name in passes), "each is compiled once"
     assert len(passes) == (3 if stages == 2 else 5), "first, middle, last"
     swaps = [name for name in counted if "swap" in name]
     assert sum(counted[name] for name in swaps) == min(stages - 1, 2), "over even and odd edges"
+    layers = case.layers or evenly(MODEL.num_hidden_layers, stages)
+    assert counted.total() == all_programs(layers, True)

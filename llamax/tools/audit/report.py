@@ -158,11 +158,12 @@ def show(audit: AuditReport) -> Iterator[str]:
     """The audit as lines of text."""
     yield audit.headline
     yield ""
-    yield "programs          instructions  a layer   trace   same at"
+    width = max(16, *(len(kind.name) for kind in audit.kinds))
+    yield f"{'programs':<{width + 2}}instructions  a layer   trace   same at"
     for kind in audit.kinds:
         count = len(kind.program.instructions)
         yield (
-            f"  {kind.name:<16}{count:>12,}{count // audit.layers:>9,}{kind.trace_s:>7.1f}s   "
+            f"  {kind.name:<{width}}{count:>12,}{count // audit.layers:>9,}{kind.trace_s:>7.1f}s   "
             f"{kind.traced[0]}" + (f" and {len(kind.traced) - 1} more" if kind.traced[1:] else "")
         )
     yield ""
@@ -218,9 +219,10 @@ def _show_memory(memory: Memory) -> Iterator[str]:
         yield f"  {name:<24}{show_bytes(getattr(memory, name)):>10}"
     if memory.in_flight:
         yield f"  {'microbatches in flight':<24}{show_bytes(memory.in_flight):>10}"
+    width = max(24, *(len(f"live in {_a(name)}") for name in memory.live))
     for name, live in memory.live.items():
         in_place = f"   {show_bytes(live.replaced_bytes)} of new weights replace the old ones"
-        yield f"  {'live in ' + _a(name):<24}{show_bytes(live.added_bytes):>10}" + (
+        yield f"  {'live in ' + _a(name):<{width}}{show_bytes(live.added_bytes):>10}" + (
             in_place if live.replaced_bytes else ""
         )
 

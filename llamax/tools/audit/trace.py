@@ -140,12 +140,11 @@ class TracedRun:
         """The programs of an update or of a validation's mean, cut where all stages sum."""
         if self.run.mesh.pp == 1:
             return [(kind, when)]
-        sums = ["loss", "norm"] if kind == UPDATE else ["validation"]
-        found = []
-        for name in sums:
-            found += [(f"{name} of the {self.stage}", when), (f"{name}, summed", when)]
-        end = f"update, {self.stage}" if kind == UPDATE else "validation's mean"
-        return [*found, (end, when)]
+        names = ["loss of a rank", "loss, summed", f"norm, {self.stage}", "norm, summed"]
+        names.append(f"update, {self.stage}")
+        if kind == VALIDATION:
+            names = [f"{kind} of a rank", f"{kind}, summed", f"{kind}, mean"]
+        return [(name, when) for name in names]
 
     def checkpoint(self) -> Iterator[Boundary]:
         """Everything that saving reads; a program only where it needs one."""

@@ -24,6 +24,7 @@ from llamax.checkpoint.listing import list_checkpoints
 from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.config.hardware import LOCAL, Machine
 from llamax.config.model import ModelConfig
+from llamax.config.rules.pipeline import stage_layers
 from llamax.config.schema import BackendName, Config
 from llamax.data.dataset import blend_words, open_dataset
 from llamax.launch.jobfile import JobFile
@@ -34,7 +35,7 @@ from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Finding, Host, machine, storage, versions
 from llamax.tools.doctor.finding import passed, unknown
 from llamax.tools.plan import Plan, nearest, plan_run
-from llamax.training.compile_guard import PROGRAMS
+from llamax.training.compile_guard import all_programs
 from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 
 
@@ -75,7 +76,8 @@ def observed(host: Host) -> Machine:
 
 def programs(config: Config) -> int:
     """The number of programs that a run compiles, as the audit and the compile guard count them."""
-    return PROGRAMS["training"] + (PROGRAMS["validation"] if config.run.validates else 0)
+    layers = stage_layers(config.parallel, config.model.num_hidden_layers)
+    return all_programs(layers, config.run.validates)
 
 
 def _plan(run: ResolvedRun, job: JobFile) -> Plan | None:

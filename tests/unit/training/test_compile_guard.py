@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from llamax.data.loader import Batch
+from llamax.parallel.mesh import Seat
 from llamax.runtime.errors import BackendError
-from llamax.training.compile_guard import CompileGuard
+from llamax.training.compile_guard import CompileGuard, all_programs, programs
 
 
 class Counted:
@@ -91,3 +92,18 @@ def test_nothing_to_watch(guard: CompileGuard, warnings: Any) -> None:
     counted = Counted()
     run(CompileGuard(counted, "off"), counted, [{"compiled": 9}])
     assert not warnings.messages
+
+
+def test_a_stage_compiles_its_passes_swaps_and_the_parts_of_an_update() -> None:
+    assert programs() == {"training": 2, "validation": 1}
+    assert programs(Seat(0, 2)) == {"training": 8, "validation": 4}
+    assert programs(Seat(1, 2)) == {"training": 7, "validation": 4}
+    assert programs(Seat(1, 3)) == {"training": 9, "validation": 4}
+
+
+def test_all_ranks_compile_the_programs_of_each_kind_of_stage() -> None:
+    assert [all_programs([8], validates) for validates in (False, True)] == [2, 3]
+    assert all_programs([4, 4], True) == 3 + 1 + 7 + 5
+    assert all_programs([2, 2, 2, 2], True) == 5 + 2 + 9 + 6
+    assert all_programs([2, 2, 2, 2], False) == 5 + 2 + 9
+    assert all_programs([2, 3, 2, 2], False) == 7 + 2 + 11
