@@ -32,7 +32,7 @@ from llamax.parallel import tensor_parallel
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import compile_cache, hlo
-from llamax.tools.audit.auditor import audit_run, rank_0
+from llamax.tools.audit.auditor import audit_run, first_of_stages
 from llamax.tools.audit.report import AuditReport
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
 from llamax.training.resolve import resolve
@@ -108,7 +108,7 @@ def test_precompile_notes_what_doctor_asks_for(tmp_path: Path) -> None:
     tracer = Tracer(Rendezvous())
     resolved = resolve(cfg, 1)
     with made_up_tokens(resolved) as data:
-        kinds, _, _ = rank_0(resolved, load_machine("trn1.32xlarge"), tracer, data)
+        kinds, _, _ = first_of_stages(resolved, load_machine("trn1.32xlarge"), tracer, data)
     audited = {kind.name: hlo.digest(kind.program.normal) for kind in kinds}
     assert sorted(audited.values()) == sorted(note.stem for note in cache.glob("*/*.json"))
 
