@@ -154,7 +154,7 @@ def test_modules_that_pages_point_to_exist(page: Path) -> None:
 
 
 def test_the_job_of_the_launch_page_suits_every_launcher(tmp_path: Path) -> None:
-    job_text, rows = blocks(DOCS / "how-to/launch.md", "toml")
+    job_text, rows, secrets = blocks(DOCS / "how-to/launch.md", "toml")
     text = re.search(r"\[prepare\]\n.*?\n\n", job_text, re.DOTALL)
     assert text
     for section in (text[0], f"{rows}\n"):
@@ -164,6 +164,13 @@ def test_the_job_of_the_launch_page_suits_every_launcher(tmp_path: Path) -> None
         for launcher in PHASES:
             for phase in PHASES[launcher]:
                 assert problems(job, launcher, phase) == []
+    head = "[sagemaker]\n"
+    others, _, of_sagemaker = secrets.partition(head)
+    merged = job_text.replace(head, f"{head}{of_sagemaker}\n")
+    (tmp_path / "job.toml").write_text(f"{merged}\n{others}")
+    job = jobfile.load(tmp_path / "job.toml")
+    for launcher in PHASES:
+        assert problems(job, launcher, "train") == []
 
 
 def test_the_table_of_recipes_is_that_of_the_recipes() -> None:

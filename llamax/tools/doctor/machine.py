@@ -38,7 +38,6 @@ def check(host: Host, expected: Machine, ports: list[int]) -> Iterator[Finding]:
 
 def devices(host: Host, expected: Machine) -> Iterator[Finding]:
     """The number of accelerators."""
-    """The number of accelerators."""
     gpus = expected.backend == "cuda"
     found, kind = (host.gpus, "GPU") if gpus else (host.neuron_devices, "Neuron device")
     if found == expected.devices:
@@ -81,7 +80,6 @@ def memory(host: Host, expected: Machine) -> Iterator[Finding]:
 
 
 def open_files(limit: int) -> Iterator[Finding]:
-    """The limit on open files of a process."""
     """The limit on open files of a process."""
     if limit != resource.RLIM_INFINITY and limit < OPEN_FILES:
         yield Finding(
