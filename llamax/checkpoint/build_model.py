@@ -32,11 +32,11 @@ from llamax.config.rules.pipeline import stage_layers
 from llamax.config.schema import Config, FinetuneConfig
 from llamax.model import lora
 from llamax.model.llama import DTYPES, Llama
-from llamax.model.lora_linear import Store
 from llamax.model.qlora import Shapes, expected, store_weights, stores
 from llamax.parallel.collectives import Axes, Axis, Solo
 from llamax.parallel.pipeline import layers_of
 from llamax.parallel.sharding import ShardedParameters
+from llamax.parallel.spread import SpreadWeight, Store
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.logging import logger
 from llamax.runtime.units import show_bytes, show_number

@@ -266,7 +266,7 @@ class Llama(nn.Module):
         """The weight of the output projection, [v, D]: the embedding's where they are tied."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         assert head is not None, "only the last stage has the output projection"
-        return head.weight
+        return head.dense()
 
     @torch.no_grad()
     def init(self, seed: int) -> Llama:

@@ -23,8 +23,9 @@ from llamax.config.rules.finetune import LINEAR, target_names
 from llamax.config.schema import FinetuneConfig
 from llamax.model.dropout import Dropout
 from llamax.model.llama import Llama, generator
-from llamax.model.lora_linear import Adapter, Factor, FrozenLinear, Store
+from llamax.model.lora_linear import Adapter, Factor, FrozenLinear
 from llamax.parallel.sharding import Block, Cut, Part, Replica, Shard, cut, parts
+from llamax.parallel.spread import Store
 from llamax.parallel.tensor_parallel import ColumnLinear, RowLinear
 
 Linear = ColumnLinear | RowLinear

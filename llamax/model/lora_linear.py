@@ -23,7 +23,7 @@ when it is used, forward and backward, and not kept: it may be quantised, or lie
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,7 @@ from llamax.model.dropout import Dropout, feature_keys, kept
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
 from llamax.parallel.sharding import Cut, Shard, local_shape
-
-
-class Store(Protocol):
-    """A frozen weight that has to be made before it can be used."""
-
-    def weight(self) -> Tensor:
-        """This tensor rank's share, dense, in the dtype of computation: [f, D]."""
-        ...
+from llamax.parallel.spread import Store
 
 
 class Factor(nn.Module):

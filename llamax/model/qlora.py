@@ -41,6 +41,7 @@ from llamax.model.lora import Linear
 from llamax.model.lora_linear import FrozenLinear
 from llamax.parallel.collectives import Axis, Solo
 from llamax.parallel.sharding import Part, Shard, ShardedParameters, parts, span
+from llamax.parallel.spread import Spread
 
 AT_ONCE = 4 * 2**20  # weights quantised at once: bounds the float32 copies
 
@@ -59,20 +60,6 @@ class Shapes:
 
     def read(self, name: str) -> Tensor:
         return torch.empty(self.whole[name], device="meta")
-
-
-class Spread:
-    """A flat tensor cut over the data ranks, one run each; ``gather`` joins the runs."""
-
-    def __init__(self, pieces: list[Tensor], data: Axis, device: torch.device) -> None:
-        whole = torch.cat([piece.flatten() for piece in pieces])
-        self.data, self.length = data, len(whole)
-        run = ceil(self.length / data.size)
-        kept = whole[data.rank * run : (data.rank + 1) * run]
-        self.run = torch.nn.functional.pad(kept, (0, run - len(kept))).to(device)
-
-    def gather(self) -> Tensor:
-        return self.data.all_gather(self.run, 0)[: self.length]
 
 
 class Share(NamedTuple):

@@ -35,13 +35,16 @@ class Key(NamedTuple):
     """What the parameters of a group have in common.
 
     ``weight``: of every element in the norm, None where they differ; ``partial``: each tensor rank
-    has a part of the gradient.
+    has a part of the gradient; ``zero``: the ZeRO stage; ``alone``: the one member, where gathered
+    on its own.
     """
 
     dtype: torch.dtype
     decays: bool
     weight: float | None
     partial: bool
+    zero: int = 1
+    alone: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Bucket:
 
     start: int
     pieces: tuple[Piece, ...]
-    shared: tuple[tuple[int, int], ...]  # where kv replicas have parts of the gradient
+    shared: tuple[tuple[int, int], ...]  # where kv replicas have parts of the summed gradient
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -59,7 +62,10 @@ class Bucket:
 
 @dataclass(frozen=True)
 class FlatBucket(Bucket):
-    """A bucket of flat vectors: ``weights`` and ``gradient`` whole, ``owned`` this rank's run."""
+    """A bucket of flat vectors: ``weights`` and ``gradient`` whole, ``owned`` this rank's run.
+
+    From ZeRO-2 on the gradient is this rank's run, and so are the weights in ZeRO-3.
+    """
 
     weights: Tensor
     owned: Tensor  # this rank's run of the weights; the master itself where they are float32
@@ -68,6 +74,9 @@ class FlatBucket(Bucket):
 
 class Group:
     """Parameters that are treated alike, in one flat vector."""
+
+    reduced = False  # whether gradients are summed over the data ranks as backward makes them
+    spread = False  # whether weights are runs, gathered when they are used
 
     def __init__(
         self,
@@ -82,18 +91,12 @@ class Group:
         self.lengths = [parameter.numel() for parameter in self.parameters]
         ranks, rank = (axes.data.size, axes.data.rank) if sharded else (1, 0)
         self.length, device = padded(sum(self.lengths), ranks), self.parameters[0].device
-        self.weights = torch.zeros(self.length, dtype=key.dtype, device=device)
-        for parameter, view in zip(self.parameters, self._views(self.weights), strict=True):
-            view.copy_(parameter.data)
-            parameter.data = view
-
         self.separate = key.dtype != torch.float32 or device.type not in EAGER
+        self.weights = self._flat_weights(axes)
         shared = axes.kv.size > 1 and any(segment.shared for segment in counted)
         self.gradient: Tensor | None = None
         if self.separate or shared or key.partial or axes.data.size > 1:
-            self.gradient = torch.zeros(self.length, dtype=torch.float32, device=device)
-            for parameter, view in zip(self.parameters, self._views(self.gradient), strict=True):
-                parameter.register_post_accumulate_grad_hook(Accumulate(view))
+            self.gradient = self._flat_gradient(ranks)
 
         self.accumulates = self.gradient is not None
         roots = torch.zeros(self.length if key.weight is None else 0)
@@ -105,22 +108,48 @@ class Group:
         self.buckets: list[FlatBucket] = []
         for start, stop in buckets(self.length, ranks, bucket_bytes):
             run = (stop - start) // ranks
-            owned_run = self.weights[start + rank * run : start + (rank + 1) * run]
-            root = roots[start + rank * run : start + (rank + 1) * run]
+            own = slice(start + rank * run, start + (rank + 1) * run)
+            held = slice(start // ranks, stop // ranks)  # in vectors of this rank's runs
+            summed = own if self.reduced else slice(start, stop)
+            owned = self.weights[held if self.spread else own]
+            gradient = self.gradient
+            if gradient is not None:
+                gradient = gradient[held if self.reduced else summed]
             self.buckets.append(
                 FlatBucket(
                     start=start,
                     pieces=tuple(pieces(self.lengths, start, stop)),
-                    shared=tuple(shared_spans(counted, start, stop)) if shared else (),
-                    weights=self.weights[start:stop],
-                    owned=owned_run,
-                    master=owned_run.to(torch.float32, copy=True) if self.separate else owned_run,
+                    shared=tuple(shared_spans(counted, summed.start, summed.stop))
+                    if shared
+                    else (),
+                    weights=owned if self.spread else self.weights[start:stop],
+                    owned=owned,
+                    master=owned.to(torch.float32, copy=True) if self.separate else owned,
                     exp_avg=torch.zeros(run, dtype=torch.float32, device=device),
                     exp_avg_sq=torch.zeros(run, dtype=torch.float32, device=device),
-                    gradient=None if self.gradient is None else self.gradient[start:stop],
-                    root=root.to(device, copy=True) if key.weight is None else None,
+                    gradient=gradient,
+                    root=roots[own].to(device, copy=True) if key.weight is None else None,
                 )
             )
+
+    def _flat_weights(self, axes: Axes) -> Tensor:
+        """All weights end to end; parameters become views of them."""
+        flat = torch.zeros(self.length, dtype=self.key.dtype, device=self.parameters[0].device)
+        for parameter, view in zip(self.parameters, self._views(flat), strict=True):
+            view.copy_(parameter.data)
+            parameter.data = view
+        return flat
+
+    def _flat_gradient(self, ranks: int) -> Tensor:
+        """Where gradients are summed, in float32, and the hooks that do it."""
+        device = self.parameters[0].device
+        total = torch.zeros(self.length, dtype=torch.float32, device=device)
+        for parameter, view in zip(self.parameters, self._views(total), strict=True):
+            parameter.register_post_accumulate_grad_hook(Accumulate(view))
+        return total
+
+    def finish_gradients(self) -> None:
+        """Send what backward has left unsent, before an optimizer step."""
 
     def take_gradients(self, bucket: Bucket) -> list[Tensor]:
         """Take the bucket's gradient from the parameters, in flat parts, and clear it there."""
@@ -157,7 +186,12 @@ class Group:
         bucket.weights.copy_(weights)
 
     def gradients_of(self, names: Collection[str]) -> dict[str, Tensor]:
-        """The accumulated gradients of those of ``names`` that are in the group and have one."""
+        """The accumulated gradients of those of ``names`` that are in the group and have one.
+
+        Empty where only a run of them is kept.
+        """
+        if self.reduced:
+            return {}
         kept = (
             [parameter.grad for parameter in self.parameters]
             if self.gradient is None

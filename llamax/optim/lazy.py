@@ -24,6 +24,8 @@ from llamax.optim.groups import Accumulate, Bucket, Group, Owned
 class LazyGroup:
     """``group`` with its state, moved to ``device``; its Parameters lie there from now on."""
 
+    reduced = spread = False
+
     def __init__(self, group: Group, device: torch.device | str) -> None:
         self.key, self.names, self.parameters = group.key, group.names, group.parameters
         self.lengths, self.length, self.separate = group.lengths, group.length, True
@@ -54,6 +56,9 @@ class LazyGroup:
         if bucket is self.buckets[-1] and (pad := self.length - sum(self.lengths)):
             parts.append(parts[0].new_zeros(pad))
         return torch.cat(parts)
+
+    def finish_gradients(self) -> None:
+        """Nothing is left unsent."""
 
     def keep(self, place: Tensor, value: Tensor) -> Tensor:
         """Return ``value``: the compiler of a program reuses memory by itself."""

@@ -51,6 +51,7 @@ from llamax.optim.buckets import segments, weight
 from llamax.optim.clip import clip_factor, sum_of_squares
 from llamax.optim.groups import Bucket, Group, Key, Owned, split_like
 from llamax.optim.lazy import LazyGroup
+from llamax.optim.reduced_groups import ReducedGroup, SpreadGroup
 from llamax.optim.replicas import ReplicaCheck
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Replica, ShardedParameters
@@ -76,12 +77,12 @@ class Zero1:
         axes: Axes,
         *,
         sequence_parallel: bool,
-        zero1: bool = True,
+        zero: int = 1,
         bucket_bytes: int = 64 * 2**20,
         undeclared: Collection[str] = (),
     ) -> None:
         self.optim, self.axes, degree = optim, axes, parameters.degree
-        self.sharded = zero1 and axes.data.size > 1
+        self.sharded = zero > 0 and axes.data.size > 1
         members: dict[Key, dict[str, Parameter]] = {}
         seen: set[int] = set()  # tied weights are one parameter with two names
         for name, (parameter, how) in parameters.trained().items():
@@ -92,7 +93,17 @@ class Zero1:
                     sequence_parallel if how.partial is None else how.partial
                 )
                 counts = weight(how, degree)
-                key = Key(parameter.dtype, parameter.dim() > 1, counts, partial and degree > 1)
+                stage = min(zero, 1) if isinstance(how, Replica) or not self.sharded else zero
+                if stage == 3 and name not in parameters.layers:
+                    stage = 2
+                key = Key(
+                    parameter.dtype,
+                    parameter.dim() > 1,
+                    counts,
+                    partial and degree > 1,
+                    stage,
+                    name if stage == 3 else "",
+                )
                 members.setdefault(key, {})[name] = parameter
         unsure = {name: parameters[name].tensor for name in undeclared}
         self.replicas = ReplicaCheck(unsure, axes, sequence_parallel)
@@ -116,7 +127,14 @@ class Zero1:
                         f"{found} tensor ranks hold each key/value head, and axes.kv joins "
                         f"{axes.kv.size}; give the mesh kv={found}"
                     )
-            self.groups.append(Group(key, named, counted, axes, self.sharded, bucket_bytes))
+            if key.zero == 3:
+                (weight_of,) = named.values()
+                layer = parameters.layers[key.alone]
+                self.groups.append(SpreadGroup(key, key.alone, weight_of, layer, counted, axes))
+            elif key.zero == 2:
+                self.groups.append(ReducedGroup(key, named, counted, axes, bucket_bytes))
+            else:
+                self.groups.append(Group(key, named, counted, axes, self.sharded, bucket_bytes))
 
     @torch.no_grad()
     def step(self, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
@@ -126,6 +144,7 @@ class Zero1:
         not finite the step has changed nothing, on any rank.  Gradients are zero afterwards.
         """
         for group in self.groups:
+            group.finish_gradients()
             for name, parameter in zip(group.names, group.parameters, strict=True):
                 if not parameter.requires_grad:
                     raise ConfigError(
@@ -168,7 +187,7 @@ class Zero1:
             total = kv.all_reduce(torch.cat(places))
             gradient = group.replace(gradient, bucket.shared, split_like(total, places))
         run = gradient[: bucket.master.numel()]
-        if data.size > 1:
+        if data.size > 1 and not group.reduced:
             total = data.reduce_scatter(gradient, 0) if self.sharded else data.all_reduce(gradient)
             run = group.keep(run, total)
         if group.key.partial:
@@ -189,7 +208,10 @@ class Zero1:
         """Set every rank's weights from the masters, at the end of a step or of loading state."""
         for group in self.groups:
             for bucket in group.buckets:
-                if self.sharded:
+                if group.spread:
+                    if group.separate:
+                        group.put(bucket, bucket.master)
+                elif self.sharded:
                     owned = bucket.master.to(group.key.dtype)
                     group.put(bucket, self.axes.data.all_gather(owned, 0))
                 elif group.separate:
@@ -238,8 +260,10 @@ class Zero1:
         """Bytes of weights and state on this rank, by the formula above."""
         total, ranks = 0, self.axes.data.size if self.sharded else 1
         for group in self.groups:
-            whole = group.key.dtype.itemsize + (GRADIENT_BYTES if group.accumulates else 0)
-            run = MOMENTS_BYTES + (MASTER_BYTES if group.separate else 0)
+            weight, gradient = group.key.dtype.itemsize, GRADIENT_BYTES * group.accumulates
+            whole = weight * (not group.spread) + gradient * (not group.reduced)
+            run = weight * group.spread + gradient * group.reduced
+            run += MOMENTS_BYTES + (MASTER_BYTES if group.separate else 0)
             run += NORM_WEIGHT_BYTES if group.key.weight is None else 0
             total += whole * group.length + run * group.length // ranks
         return total

@@ -23,11 +23,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from llamax.parallel.spread import Store
 from llamax.runtime.errors import ConfigError
 
 
@@ -237,12 +239,19 @@ class ShardedParameter(NamedTuple):
     cut: Cut
 
 
+class Storing(Protocol):
+    """A layer that takes its weight from a store, where it has one."""
+
+    store: Store | None
+
+
 class ShardedParameters(Mapping[str, ShardedParameter]):
     """The parameters that one tensor-parallel rank holds, by name, each with its cut.
 
     ``degree`` and ``rank`` are those of the axis.  A model makes it once
     (``Llama.sharded_parameters``); optimizer and checkpoints need to know no more about a model.
-    ``holds`` says which names of a whole model belong to this stage of a pipeline.
+    ``holds`` says which names of a whole model belong to this stage of a pipeline; ``layers`` are
+    the layers, by the names of their weights, that can take these from a store.
     """
 
     def __init__(
@@ -251,9 +260,10 @@ class ShardedParameters(Mapping[str, ShardedParameter]):
         degree: int = 1,
         rank: int = 0,
         holds: Callable[[str], bool] = lambda name: True,
+        layers: Mapping[str, Storing] = MappingProxyType({}),
     ) -> None:
         self._parameters, self.degree, self.rank = dict(parameters), degree, rank
-        self.holds = holds
+        self.holds, self.layers = holds, layers
 
     def __getitem__(self, name: str) -> ShardedParameter:
         return self._parameters[name]
@@ -281,7 +291,7 @@ class ShardedParameters(Mapping[str, ShardedParameter]):
     def only(self, names: Iterable[str]) -> ShardedParameters:
         """Those of these names."""
         kept = {name: self[name] for name in names}
-        return ShardedParameters(kept, self.degree, self.rank, self.holds)
+        return ShardedParameters(kept, self.degree, self.rank, self.holds, self.layers)
 
     def parts(self, name: str) -> Iterator[Part]:
         """The Hub tensors that one parameter holds."""

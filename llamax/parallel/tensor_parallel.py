@@ -30,6 +30,7 @@ from llamax.parallel.sharding import (
     declared_cut,
     local_shape,
 )
+from llamax.parallel.spread import Store
 from llamax.runtime.errors import DataError
 
 
@@ -62,7 +63,21 @@ def column_matmul(x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool
     return regions.apply(_ColumnMatmul, x, weight, axis, sequence_parallel)
 
 
-class ColumnLinear(nn.Module):
+class ParallelLayer(nn.Module):
+    """A layer with a cut ``weight``: a parameter, or in a ``store`` that makes it when it is used.
+
+    With a store the parameter is on the meta device and stands for name, shape and dtype.
+    """
+
+    weight: nn.Parameter
+    store: Store | None = None
+
+    def dense(self) -> Tensor:
+        """The weight to compute with: [f, D]."""
+        return self.weight if self.store is None else self.store.weight()
+
+
+class ColumnLinear(ParallelLayer):
     """Rows of the weight cut over ranks: x_BsD -> y_BSf, one matmul for all blocks.
 
     ``blocks`` are the projections stacked in the weight, for example q, k and v.
@@ -82,10 +97,10 @@ class ColumnLinear(nn.Module):
         self.weight = nn.Parameter(like.new_empty(local_shape(whole, self.shard, tp.size)))
 
     def forward(self, x_BsD: Tensor) -> Tensor:
-        return column_matmul(x_BsD, self.weight, self.tp, self.sequence_parallel)
+        return column_matmul(x_BsD, self.dense(), self.tp, self.sequence_parallel)
 
 
-class RowLinear(nn.Module):
+class RowLinear(ParallelLayer):
     """Columns of the weight cut over ranks: x_BSf -> y_BsD, summed over ranks."""
 
     def __init__(
@@ -101,14 +116,14 @@ class RowLinear(nn.Module):
 
     def partial(self, x_BSf: Tensor) -> Tensor:
         """This rank's part of the sum: x_BSf -> z_BSD."""
-        return ops.linear(x_BSf, self.weight)
+        return ops.linear(x_BSf, self.dense())
 
     def reduced(self, z_BSD: Tensor) -> Tensor:
         """The sum over ranks: z_BSD -> y_BsD."""
         return regions.leave(z_BSD, self.tp, self.sequence_parallel)
 
 
-class VocabEmbedding(nn.Module):
+class VocabEmbedding(ParallelLayer):
     """Rows of the vocabulary cut over ranks: ids_BS -> x_BsD.
 
     A rank looks up its own run of ids and leaves zeros elsewhere; the sum over ranks is the whole.
@@ -126,9 +141,9 @@ class VocabEmbedding(nn.Module):
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return ops.embedding(ids_BS, self.weight)
+            return ops.embedding(ids_BS, self.dense())
         local_BS, elsewhere_BS = local_ids(ids_BS, self.weight.shape[0], self.tp)
-        x_BSD = ops.embedding(local_BS, self.weight) * ~elsewhere_BS.unsqueeze(-1)
+        x_BSD = ops.embedding(local_BS, self.dense()) * ~elsewhere_BS.unsqueeze(-1)
         return regions.leave(x_BSD, self.tp, self.sequence_parallel)
 
 
@@ -145,13 +160,19 @@ def sharded_parameters(
     Raises ConfigError for a declaration that does not fit.
     """
     found: dict[str, ShardedParameter] = {}
+    layers: dict[str, ParallelLayer] = {}
     for above, module in model.named_modules():
         for leaf, tensor in module.named_parameters(recurse=False):
             name = f"{above}.{leaf}".lstrip(".")
+            if leaf == "weight" and type(module) in PARALLEL_LAYERS:
+                assert isinstance(module, ParallelLayer)
+                layers[name] = module
             how = declared_cut(module, name, leaf, tensor.shape, tp.size)
             found[name] = ShardedParameter(tensor, how)
     once = dict(model.named_parameters())
-    return ShardedParameters({name: found[name] for name in once}, tp.size, tp.rank, holds)
+    return ShardedParameters(
+        {name: found[name] for name in once}, tp.size, tp.rank, holds, layers
+    )
 
 
 def local_ids(ids: Tensor, rows: int, axis: Axis) -> tuple[Tensor, Tensor]:

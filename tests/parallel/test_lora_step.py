@@ -32,10 +32,11 @@ from llamax.model import dropout, lora
 from llamax.model import qlora as base
 from llamax.model.llama import Llama
 from llamax.model.lora_linear import FrozenLinear
-from llamax.model.qlora import Nf4, Share, Spread, expected, held, share_of
+from llamax.model.qlora import Nf4, Share, expected, held, share_of
 from llamax.parallel import sharding
 from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.spread import Spread
 
 LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, dropout=0.25)
 SOME = FinetuneConfig(method="lora", r=2, alpha=3.0, rslora=True, targets="q_proj,v_proj,down_proj")

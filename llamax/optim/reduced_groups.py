@@ -1,0 +1,128 @@
+"""Groups that keep runs of more than the optimizer state: ZeRO-2 and ZeRO-3.
+
+::
+
+    ZeRO-2   backward ──> gradients of a bucket complete ── reduce-scatter ──> += [ run ], float32
+    ZeRO-3   the same, a layer's weight at a time, whose weights are a run too:
+             [ run ] ── gather ──> used in forward ── dropped, gathered again in backward
+
+Rajbhandari et al. 2020, sections 5.2 and 5.3.  Each microstep sends what ZeRO-1 sends once a step.
+``llamax.parallel.spread`` gathers the weights of ZeRO-3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from llamax.optim.buckets import Segment
+from llamax.optim.groups import Group, Key
+from llamax.parallel.collectives import Axes
+from llamax.parallel.sharding import Storing
+from llamax.parallel.spread import SpreadWeight
+
+
+class ReducedGroup(Group):
+    """A group whose gradients are summed over the data ranks in backward, each keeping its runs.
+
+    A bucket is sent when backward has made the gradients of all its members.  Until then they stay
+    in ``parameter.grad``, which holds what is not sent yet.
+    """
+
+    reduced = True
+
+    def __init__(
+        self,
+        key: Key,
+        members: Mapping[str, Parameter],
+        counted: list[Segment],
+        axes: Axes,
+        bucket_bytes: int,
+    ) -> None:
+        self.data = axes.data
+        super().__init__(key, members, counted, axes, True, bucket_bytes)
+        self._buckets_of: list[list[int]] = [[] for _ in self.parameters]
+        for number, bucket in enumerate(self.buckets):
+            for piece in bucket.pieces:
+                self._buckets_of[piece.member].append(number)
+        self._unsent: list[set[int]] = [set() for _ in self.buckets]  # members with a gradient
+
+    def _flat_gradient(self, ranks: int) -> Tensor:
+        for member, parameter in enumerate(self.parameters):
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, member))
+        device = self.parameters[0].device
+        return torch.zeros(self.length // ranks, dtype=torch.float32, device=device)
+
+    def _arrived(self, member: int, parameter: Tensor) -> None:
+        """Take note of a new gradient, and send the buckets that it completes."""
+        for number in self._buckets_of[member]:
+            self._unsent[number].add(member)
+        for number in self._buckets_of[member]:
+            if len(self._unsent[number]) == len(self.buckets[number].pieces):
+                self._send(number)
+
+    @torch.no_grad()
+    def _send(self, number: int) -> None:
+        """Add the bucket's run of the sum over the data ranks to the gradient."""
+        bucket, unsent = self.buckets[number], self._unsent[number]
+        assert bucket.gradient is not None
+        whole = bucket.gradient.new_zeros(len(bucket.gradient) * self.data.size)
+        offset = 0
+        for member, start, stop in bucket.pieces:
+            if member in unsent:
+                gradient = self.parameters[member].grad
+                assert gradient is not None
+                part = gradient.view(-1)[start:stop]
+                whole[offset : offset + stop - start].copy_(part)
+                part.zero_()  # the rest of it may stay, and take another microstep's
+            offset += stop - start
+        unsent_members = [*unsent]
+        unsent.clear()
+        bucket.gradient.add_(self.data.reduce_scatter(whole, 0))
+        for member in unsent_members:
+            if not any(member in self._unsent[other] for other in self._buckets_of[member]):
+                self.parameters[member].grad = None
+
+    def finish_gradients(self) -> None:
+        """Send the buckets of which some members had no gradient."""
+        for number, unsent in enumerate(self._unsent):
+            if unsent:
+                self._send(number)
+
+    def zero_grad(self) -> None:
+        super().zero_grad()
+        for unsent in self._unsent:
+            unsent.clear()
+
+
+class SpreadGroup(Group):
+    """The weight of one layer, a run on each data rank, which the layer gathers when it is used.
+
+    The parameter moves to the meta device, and stands for its name, shape and dtype.
+    """
+
+    reduced = spread = True
+
+    def __init__(
+        self, key: Key, name: str, weight: Parameter, layer: Storing, counted: list[Segment],
+        axes: Axes,
+    ) -> None:
+        self.store = SpreadWeight(weight, axes.data, trained=True)
+        whole_bytes = 4 * (weight.numel() + axes.data.size)  # one bucket
+        super().__init__(key, {name: weight}, counted, axes, True, whole_bytes)
+        layer.store = self.store
+        shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        torch.utils.swap_tensors(weight, Parameter(shape))
+
+    def _flat_weights(self, axes: Axes) -> Tensor:
+        return self.store.run
+
+    def _flat_gradient(self, ranks: int) -> Tensor:
+        assert self.store.gradient is not None
+        return self.store.gradient
+
+
