@@ -34,7 +34,7 @@ from llamax.data.samples import Samples
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Axes, Solo
 from llamax.training.step import TrainState
 
@@ -50,7 +50,7 @@ def packing(rows: Path, tokenizer: Path, folder: Path, length: int) -> None:
     config = load_config("finetune-demo")
     model = Llama(replace(config.model, vocab_size=file.header.vocab_size)).init(0)
     axes = Axes(tp=Solo("tp"), data=Solo("data"), kv=Solo("kv"), world=Solo("world"))
-    optimizer = Zero1(model.sharded_parameters(), OptimConfig(), axes, sequence_parallel=False)
+    optimizer = Zero(model.sharded_parameters(), OptimConfig(), axes, sequence_parallel=False)
     state = TrainState(
         model, optimizer, axes, step_tokens=BATCH * length, learning_rate=lambda step: 1e-4
     )

@@ -36,7 +36,7 @@ from llamax.config.schema import FinetuneConfig, OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
 from llamax.model.qlora import Nf4, expected, held, stores
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Axes, Solo
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import rendezvous
@@ -113,7 +113,7 @@ def steps(shape: ModelConfig, rounds: int, tokens: int, rows: int) -> None:
         teams = {}
         for name, finetune in METHODS.items():
             model = build(source, finetune, axes)
-            optimizer = Zero1(
+            optimizer = Zero(
                 model.sharded_parameters(), OptimConfig(), axes, sequence_parallel=False
             )
             teams[name] = TrainState(

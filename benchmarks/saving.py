@@ -222,7 +222,7 @@ def build(folder: Path, recipe: str, tensor: int, data: int, bucket: int = 1 << 
                 sizes = [shape[0] * dtype.itemsize for _, dtype, shape in entries]
                 sums = blank_sums(start_bytes, sizes)
                 listed.append(files.FileRecord(path.name, size_bytes, "0" * 64, sums))
-    mesh = {"tensor": tensor, "data": data, "zero1": 1}
+    mesh = {"tensor": tensor, "data": data, "zero": 1}
     hub = model.to_hub("bfloat16")
     manifest = files.Manifest(
         files.FORMAT_VERSION, 1, "", torch.__version__, mesh, hub, {}, listed, tensors

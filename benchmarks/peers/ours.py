@@ -10,7 +10,7 @@ from llamax.backends import choose
 from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.training.step import TrainState
@@ -33,7 +33,7 @@ def train(job: Job) -> Step:
     optim = OptimConfig(
         lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY, max_grad_norm=0.0
     )
-    optimizer = Zero1(
+    optimizer = Zero(
         model.sharded_parameters(),
         optim,
         axes,

@@ -81,7 +81,8 @@ def build_model(
         model.to(device, DTYPES[config.run.dtype])
     if first is not None or finetune.method != "full":
         like = torch.empty(0, dtype=DTYPES[config.run.dtype], device=device)
-        load_base(model, first, finetune, like, axes.data, seed)
+        spread = config.parallel.zero == 3
+        load_base(model, first, finetune, like, axes.data, seed, spread)
     elif fresh:
         model.init(seed)
     return model
@@ -132,11 +133,13 @@ def load_base(
     like: Tensor,
     data: Axis,
     seed: int = 0,
+    spread: bool = False,
 ) -> None:
     """Load a model's first weights, or its frozen base beside which new adapters are drawn.
 
     ``like`` has the dtype and device of the model.  The base of qlora goes from the files into its
-    quantised form a tensor at a time: its model is built on the meta device.  Without a ``source``
+    quantised form a tensor at a time: its model is built on the meta device.  With ``spread`` the
+    projections of a dense base are cut over the ranks of ``data`` as well.  Without a ``source``
     all is there but the base's values.
     """
     parameters = model.sharded_parameters()
@@ -144,7 +147,12 @@ def load_base(
         if source is not None:
             load_first(source, parameters, model.config)
         if finetune.method == "lora":
-            lora.adapt(model, finetune, like, seed)
+
+            def cut(name: str, layer: lora.Linear) -> Store:
+                return SpreadWeight(layer.weight, data, trained=False)
+
+            keep_base = cut if spread and data.size > 1 else lora.keep_dense
+            lora.adapt(model, finetune, like, seed, keep_base)
             lora.init(model, seed)
         return
 

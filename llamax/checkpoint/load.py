@@ -24,7 +24,7 @@ from llamax.runtime.errors import CheckpointError
 
 
 class Owned(Protocol):
-    """A flat run of a parameter (or of its state) that a rank owns; see ``llamax.optim.zero1``."""
+    """A flat run of a parameter (or of its state) that a rank owns; see ``llamax.optim.zero``."""
 
     @property
     def name(self) -> str: ...

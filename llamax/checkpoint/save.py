@@ -67,7 +67,7 @@ class Saver:
 
     ``parameters`` say what the names in ``Owned`` mean; Parameters that are frozen by now, which
     nobody owns, are kept as weights alone.  ``config`` says which checkpoints stay and whether
-    files are written in the background.  Without ``zero1`` every data rank owns everything, and
+    files are written in the background.  With ``zero`` 0 every data rank owns everything, and
     writes an equal share.  ``timeout_s``: how long rank 0 waits for the files of the others.
     ``barrier``: how ranks meet, unless by a collective.
     At most one save is in flight; what goes wrong in it is raised by the next call of any method.
@@ -80,7 +80,7 @@ class Saver:
         parameters: ShardedParameters,
         config: CheckpointConfig | None = None,
         *,
-        zero1: bool = True,
+        zero: int = 1,
         timeout_s: float = 1800.0,
         barrier: Callable[[], None] | None = None,
     ) -> None:
@@ -93,7 +93,7 @@ class Saver:
         }
         self.axes, self.tp, self.data, self.pp = axes, axes.tp, axes.data, axes.pp
         self.rank_name = files.rank_name(axes.tp.rank, axes.data.rank, axes.pp)
-        self.zero1, self.timeout_s = zero1, timeout_s
+        self.zero, self.timeout_s = zero, timeout_s
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._scores: dict[int, float] = {}
@@ -124,7 +124,7 @@ class Saver:
         ``score`` is the validation loss of this moment, where there is one.
         """
         self.wait()
-        frozen = self.frozen if self.data.rank == 0 or not self.zero1 else {}
+        frozen = self.frozen if self.data.rank == 0 or not self.zero else {}
         whole = (Whole(name, tensor.detach().view(-1)) for name, tensor in frozen.items())
         kept = self._snapshot([*owned, *whole])
         rng = None if rng is None else rng.detach().to("cpu", copy=True)
@@ -172,15 +172,15 @@ class Saver:
         """The degrees of the mesh, by their names in a configuration."""
         context = {"context": self.axes.cp.size} if self.axes.cp.size > 1 else {}
         pipeline = {"pipeline": self.pp.size} if self.pp.size > 1 else {}
-        data, zero1 = self.axes.dp.size, int(self.zero1)
-        return {"tensor": self.tp.size, **context, **pipeline, "data": data, "zero1": zero1}
+        data = self.axes.dp.size
+        return {"tensor": self.tp.size, **context, **pipeline, "data": data, "zero": self.zero}
 
     def _snapshot(self, owned: Iterable[Owned]) -> list[Kept]:
         kept = []
         for owner in owned:
             shape, flat = self.parameters[owner.name].tensor.shape, owner.tensor
             low, high = 0, len(flat)
-            if not self.zero1:
+            if not self.zero:
                 low, high = (len(flat) * (self.data.rank + i) // self.data.size for i in (0, 1))
             cuts = {part.name: part.how for part in self.parameters.parts(owner.name)}
             for name, run, at in slices(self.parameters, owner.name, owner.start + low, high - low):

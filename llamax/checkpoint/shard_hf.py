@@ -74,7 +74,7 @@ def shard(
         step=0,
         llamax=LLAMAX,
         torch=torch.__version__,
-        mesh={"tensor": tensor, "data": 1, "zero1": 0},
+        mesh={"tensor": tensor, "data": 1, "zero": 0},
         model=model.config.to_hub(_dtype_name(source)),
         state=_state(source),
         files=[],

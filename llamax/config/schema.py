@@ -23,7 +23,15 @@ from typing import Any, Literal
 
 from llamax.config.model import ModelConfig as Model
 from llamax.config.model import RopeScaling as RopeScaling
-from llamax.config.types import Count, Fraction, Natural, NonNegative, Positive, walk
+from llamax.config.types import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    ZeroStage,
+    walk,
+)
 
 BackendName = Literal["cpu", "cuda", "xla", "neuron"]
 NEURON_BACKENDS: tuple[BackendName, ...] = ("xla", "neuron")  # those of Trainium
@@ -45,8 +53,9 @@ class ParallelConfig:
     """Layers of each stage, first to last, as in 9,8,8,7; empty: equally many [layers]."""
     sequence: bool = True
     """Cut activations between layers over the tensor ranks."""
-    zero1: bool = True
-    """Cut optimizer state over the data ranks (ZeRO-1)."""
+    zero: ZeroStage = 1
+    """ZeRO stage, what is cut over the data ranks: 1 optimizer state, 2 also gradients, 3 also
+    weights; 0: nothing."""
     bucket_bytes: Count = 16 * 2**20
     """Size of the gradients reduced in one collective [bytes]."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llamax.config.rules import World, finetune, model, parallel, pipeline, training
+from llamax.config.rules import World, finetune, model, parallel, pipeline, training, zero
 from llamax.config.rules.parallel import batch_divides
 from llamax.config.schema import Config
 from llamax.config.types import out_of_range
@@ -14,6 +14,7 @@ RULES = [
     *model.RULES,
     *parallel.RULES,
     *pipeline.RULES,
+    *zero.RULES,
     *training.RULES,
     *finetune.RULES,
 ]

@@ -2,6 +2,6 @@
 
 from llamax.optim.groups import Owned
 from llamax.optim.schedule import lr_at
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 
-__all__ = ["Owned", "Zero1", "lr_at"]
+__all__ = ["Owned", "Zero", "lr_at"]

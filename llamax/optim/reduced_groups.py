@@ -108,7 +108,12 @@ class SpreadGroup(Group):
     reduced = spread = True
 
     def __init__(
-        self, key: Key, name: str, weight: Parameter, layer: Storing, counted: list[Segment],
+        self,
+        key: Key,
+        name: str,
+        weight: Parameter,
+        layer: Storing,
+        counted: list[Segment],
         axes: Axes,
     ) -> None:
         self.store = SpreadWeight(weight, axes.data, trained=True)
@@ -124,5 +129,3 @@ class SpreadGroup(Group):
     def _flat_gradient(self, ranks: int) -> Tensor:
         assert self.store.gradient is not None
         return self.store.gradient
-
-

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
 
 
@@ -89,8 +90,7 @@ class SpreadWeight:
         """The whole weight, gathered; its gradient arrives in ``gradient``."""
         if self.gradient is None:
             return self.dense()
-        whole: Tensor = _Gather.apply(self._leaf, self)
-        return whole
+        return regions.apply(_Gather, self._leaf, self)
 
     def dense(self) -> Tensor:
         """The whole weight, gathered, without a gradient."""

@@ -170,9 +170,7 @@ def sharded_parameters(
             how = declared_cut(module, name, leaf, tensor.shape, tp.size)
             found[name] = ShardedParameter(tensor, how)
     once = dict(model.named_parameters())
-    return ShardedParameters(
-        {name: found[name] for name in once}, tp.size, tp.rank, holds, layers
-    )
+    return ShardedParameters({name: found[name] for name in once}, tp.size, tp.rank, holds, layers)
 
 
 def local_ids(ids: Tensor, rows: int, axis: Axis) -> tuple[Tensor, Tensor]:

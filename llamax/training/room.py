@@ -13,7 +13,7 @@ from llamax.checkpoint.manifest import step_of
 from llamax.checkpoint.save import Saver
 from llamax.config.constants import MASTER_BYTES, MOMENTS_BYTES
 from llamax.model.lora import num_parameters
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.runtime.errors import NoRoom
 from llamax.runtime.files import free_bytes
 from llamax.runtime.logging import logger
@@ -21,7 +21,7 @@ from llamax.runtime.units import show_bytes
 from llamax.training.resolve import ResolvedRun
 
 
-def checkpoint_bytes(saver: Saver, optimizer: Zero1, whole: int | None = None) -> int:
+def checkpoint_bytes(saver: Saver, optimizer: Zero, whole: int | None = None) -> int:
     """Bytes of the tensors of one checkpoint, over all ranks, with its Hugging Face folder.
 
     ``whole`` is the number of trained weights over all stages of a pipeline, which keep equally
@@ -56,7 +56,7 @@ def trained_weights(run: ResolvedRun) -> int | None:
 
 
 def check_room(
-    saver: Saver, optimizer: Zero1, run: ResolvedRun, step: int, main: bool = True
+    saver: Saver, optimizer: Zero, run: ResolvedRun, step: int, main: bool = True
 ) -> None:
     """Raise NoRoom if the next checkpoint does not fit the disk; warn if a later one will not.
 

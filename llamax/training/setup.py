@@ -146,7 +146,7 @@ def prepare(
         axes,
         parameters,
         config.checkpoint,
-        zero1=config.parallel.zero1,
+        zero=config.parallel.zero,
         timeout_s=config.run.timeout_s,
         barrier=backend.barrier,
     )
@@ -181,7 +181,7 @@ def log_start(job: Job) -> None:
         f" x context {mesh.cp}" if mesh.cp > 1 else "",
         f" x pipeline {mesh.pp}" if mesh.pp > 1 else "",
         mesh.dp,
-        " with ZeRO-1" if config.parallel.zero1 and mesh.dp * mesh.cp > 1 else "",
+        f" with ZeRO-{zero}" if (zero := config.parallel.zero) and mesh.dp * mesh.cp > 1 else "",
     )
     logger.info(
         "%s: %s, %s a step in %s, %s",

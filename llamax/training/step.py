@@ -32,7 +32,7 @@ from llamax.model.llama import Llama
 from llamax.model.qlora import stores
 from llamax.optim.replicas import check_equal
 from llamax.optim.schedule import lr_at
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.pipeline import Schedule, forwards, schedule
@@ -131,7 +131,7 @@ class TrainState:
     """
 
     model: Llama
-    optimizer: Zero1
+    optimizer: Zero
     axes: Axes
     backend: Device = EAGER_DEVICE
     _: KW_ONLY
@@ -156,12 +156,12 @@ class TrainState:
         replicas = {n: p for n, p in parameters.trained().items() if isinstance(p.cut, Replica)}
         own_replicas = {name: replicas[name] for name in own if name in replicas}
         check_equal({name: p.tensor for name, p in own_replicas.items()}, axes)
-        optimizer = Zero1(
+        optimizer = Zero(
             parameters,
             optim,
             axes,
             sequence_parallel=model.sequence_parallel,
-            zero1=parallel.zero1,
+            zero=parallel.zero,
             bucket_bytes=parallel.bucket_bytes,
             undeclared=[n for n, p in own_replicas.items() if p.cut == Replica()],
         )

@@ -115,7 +115,7 @@ def variants(dataset: Path, base: Path) -> dict[str, tuple[int, Config]]:
         "qlora": (1, of(finetune={**lora, "method": "qlora"}, **tuned)),
         "tensor 2": (2, of(parallel={"tensor": 2})),
         "data 2, bfloat16": (2, of(run=narrow)),
-        "data 2, no ZeRO": (2, of(parallel={"zero1": False})),
+        "data 2, no ZeRO": (2, of(parallel={"zero": 0})),
     }
 
 

@@ -21,7 +21,7 @@ CHAINS = {
     "data 2 -> 4 -> 1": [(2, ""), (4, ""), (1, "")],
     "ZeRO on -> off -> on": [
         (4, "--parallel.tensor=2"),
-        (4, "--parallel.tensor=2 --parallel.zero1=false"),
+        (4, "--parallel.tensor=2 --parallel.zero=0"),
         (4, "--parallel.tensor=2"),
     ],
     "sequence parallel on -> off -> on": [

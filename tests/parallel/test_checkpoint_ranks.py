@@ -18,7 +18,7 @@ from llamax.config.model import ModelConfig
 from llamax.config.rules.pipeline import evenly
 from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.pipeline import layers_of
 from llamax.training.room import checkpoint_bytes
@@ -32,7 +32,7 @@ class On(NamedTuple):
 
     tp: int
     dp: int
-    zero1: bool = True
+    zero: int = 1
     sequence_parallel: bool = False
     cp: int = 1
     pp: int = 1
@@ -40,17 +40,17 @@ class On(NamedTuple):
 
 
 CHAINS = {
-    "all at once": (On(2, 2), On(1, 2, zero1=False), On(4, 1, sequence_parallel=True)),
+    "all at once": (On(2, 2), On(1, 2, zero=0), On(4, 1, sequence_parallel=True)),
     "tensor": (On(2, 1), On(4, 1), On(1, 1)),
     "data": (On(1, 2), On(1, 4), On(1, 1)),
-    "ZeRO": (On(2, 2), On(2, 2, zero1=False), On(2, 2)),
-    "context": (On(2, 1, cp=2), On(1, 2, cp=2), On(1, 1), On(1, 2, zero1=False, cp=2)),
+    "ZeRO": (On(2, 2), On(2, 2, zero=0), On(2, 2)),
+    "context": (On(2, 1, cp=2), On(1, 2, cp=2), On(1, 1), On(1, 2, zero=0, cp=2)),
     "pipeline": (On(1, 1), On(1, 1, pp=2), On(1, 1, pp=4), On(2, 1, pp=2), On(1, 1)),
     "uneven stages": (
         On(1, 1),
         On(1, 2, pp=2, layers=(1, 3)),
         On(1, 1, pp=3, layers=(1, 1, 2)),
-        On(1, 2, zero1=False, pp=2),
+        On(1, 2, zero=0, pp=2),
     ),
     "sequence parallel": (On(2, 2, sequence_parallel=True), On(2, 2), On(2, 2, True, True)),
 }
@@ -72,12 +72,12 @@ def train_and_save(
         model_config, mine.tp, dtype=dtype, sequence_parallel=on.sequence_parallel, stage=stage
     ).init(0)
     parameters = model.sharded_parameters()
-    optimizer = Zero1(
+    optimizer = Zero(
         parameters,
         OptimConfig(),
         mine,
         sequence_parallel=on.sequence_parallel,
-        zero1=on.zero1,
+        zero=on.zero,
         bucket_bytes=4096,
     )
     if source:
@@ -94,7 +94,7 @@ def train_and_save(
         total, _ = model.loss(share[:, :-1], share[:, 1:])
         (total / 32).backward()
         optimizer.step(torch.tensor(1e-3), torch.tensor(float(step + 1)), torch.tensor(1.0))
-    saver = Saver(out, mine, parameters, zero1=on.zero1, timeout_s=60)
+    saver = Saver(out, mine, parameters, zero=on.zero, timeout_s=60)
     saver.save(
         steps, optimizer.owned(), {}, model_config.to_hub("float32"), "", torch.get_rng_state()
     )

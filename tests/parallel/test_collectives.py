@@ -13,7 +13,7 @@ from torch import Tensor
 from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Axis, Meter, Metered, Solo
 from llamax.parallel.mesh import Mesh
 from llamax.training.step import TrainState
@@ -129,7 +129,7 @@ def sent(
         **{name: Metered(getattr(mine, name), meter) for name in ("tp", "data", "kv", "world")},
     )
     model = Llama(MODEL, mine.tp, sequence_parallel=sequence).init(0)
-    optimizer = Zero1(
+    optimizer = Zero(
         model.sharded_parameters(),
         OptimConfig(),
         mine,

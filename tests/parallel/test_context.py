@@ -44,7 +44,7 @@ from llamax.model.dropout import Dropout
 from llamax.model.llama import Llama
 from llamax.model.recompute import Recompute
 from llamax.ops import IGNORE_INDEX
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel import context_parallel, regions, sharding
 from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh, Seat
@@ -56,13 +56,13 @@ LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, dropout=0.25)
 NF4 = FinetuneConfig(method="qlora", r=4, alpha=6.0, dropout=0.25)
 
 
-def training(model: Llama, axes: Axes, zero1: bool = True) -> TrainState:
-    optimizer = Zero1(
+def training(model: Llama, axes: Axes, zero: int = 1) -> TrainState:
+    optimizer = Zero(
         model.sharded_parameters(),
         OPTIM,
         axes,
         sequence_parallel=model.sequence_parallel,
-        zero1=zero1,
+        zero=zero,
         bucket_bytes=4096,
     )
     tokens = GLOBAL_BATCH * SEQUENCE
@@ -75,7 +75,7 @@ def step(
     sequence: bool,
     accumulation: int,
     recompute: Recompute = "none",
-    zero1: bool = True,
+    zero: int = 1,
 ) -> dict[str, Any]:
     """Loss, gradients, norm, validation loss, and weights after two steps.
 
@@ -90,7 +90,7 @@ def step(
     grads = gradients(llama, axes)
     llama = build(model, axes, sequence)
     llama.model.mode = recompute
-    state = training(llama, axes, zero1)
+    state = training(llama, axes, zero)
     results = [state.step(share(axes, accumulation), number) for number in (1, 2)]
     return {
         "loss": [float(r.loss) for r in results] + [float(state.validate([share(axes, 1)]))],
@@ -107,13 +107,13 @@ def on_mesh(
     accumulation: int,
     mutation: str = "none",
     recompute: Recompute = "none",
-    zero1: bool = True,
+    zero: int = 1,
 ) -> list[str]:
     """On a rank: the differences from the step of the whole model, one line each."""
     whole = step(model, Axes.solo(), False, 1)
     my_axes = axes(mesh, model.kv_replicas(mesh.tp))
     with MUTATIONS[mutation]():
-        mine = step(model, my_axes, sequence, accumulation, recompute, zero1)
+        mine = step(model, my_axes, sequence, accumulation, recompute, zero)
     shards = Llama(model, my_axes.tp).sharded_parameters().cuts
     found = []
     for what in ("grads", "weights"):
@@ -152,7 +152,7 @@ def test_recomputed_attention_gathers_again(worlds: Worlds, recompute: Recompute
         assert found == []
 
 
-def test_without_zero1_too(worlds: Worlds) -> None:
+def test_without_zero_too(worlds: Worlds) -> None:
     mesh = Mesh(cp=2, dp=2)
     for found in worlds(4).run(on_mesh, MODEL, mesh, False, 2, "none", "none", False):
         assert found == []
@@ -424,7 +424,7 @@ def top_left(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def over_context_alone(original: Callable[..., Any]) -> Callable[..., Any]:
-    def __init__(self: Zero1, parameters: Any, optim: Any, axes: Axes, **more: Any) -> None:
+    def __init__(self: Zero, parameters: Any, optim: Any, axes: Axes, **more: Any) -> None:
         original(self, parameters, optim, replace(axes, data=axes.cp), **more)
 
     return __init__
@@ -454,7 +454,7 @@ STEP = {
         context_parallel, "across", lambda original: lambda axis, documents=None: original(axis)
     ),
     "queries at the begin of their keys": defect(ops, "attention", top_left),
-    "gradients summed over context ranks alone": defect(Zero1, "__init__", over_context_alone),
+    "gradients summed over context ranks alone": defect(Zero, "__init__", over_context_alone),
 }
 LOADED = {
     "labels shifted in the rank": defect(Batches, "_cut", shifted_in_the_rank),

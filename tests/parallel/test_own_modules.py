@@ -86,10 +86,10 @@ KINDS = (OwnLlama, NoHead, NoLogits, Deaf, Narrow, Shifted, Pointwise)
 CLASSES = {kind.__name__: kind for kind in KINDS}
 
 
-def settings(mesh: Mesh, sequence: bool, zero1: bool) -> ResolvedRun:
+def settings(mesh: Mesh, sequence: bool, zero: int) -> ResolvedRun:
     config = Config(
         MODEL,
-        ParallelConfig(tensor=mesh.tp, context=mesh.cp, sequence=sequence, zero1=zero1),
+        ParallelConfig(tensor=mesh.tp, context=mesh.cp, sequence=sequence, zero=zero),
         OPTIM,
         DataConfig(path="data", sequence_length=SEQUENCE, global_batch=GLOBAL_BATCH, micro_batch=2),
         run=RunConfig(steps=8),
@@ -98,10 +98,10 @@ def settings(mesh: Mesh, sequence: bool, zero1: bool) -> ResolvedRun:
 
 
 def build(
-    at: Axes, mesh: Mesh, sequence: bool = False, zero1: bool = True, kind: str = "OwnLlama"
+    at: Axes, mesh: Mesh, sequence: bool = False, zero: int = 1, kind: str = "OwnLlama"
 ) -> TrainState:
     model = CLASSES[kind](MODEL, at.tp, sequence_parallel=sequence).init(0)
-    return TrainState.build(settings(mesh, sequence, zero1), model, at)
+    return TrainState.build(settings(mesh, sequence, zero), model, at)
 
 
 def result(state: TrainState, steps: range) -> dict[str, Any]:
@@ -116,10 +116,10 @@ def result(state: TrainState, steps: range) -> dict[str, Any]:
 
 
 def on_mesh(
-    tp: int, dp: int, sequence: bool, zero1: bool, kind: str = "OwnLlama", cp: int = 1
+    tp: int, dp: int, sequence: bool, zero: int, kind: str = "OwnLlama", cp: int = 1
 ) -> Any:
     mesh = Mesh(tp=tp, dp=dp, cp=cp)
-    return result(build(axes(mesh), mesh, sequence, zero1, kind), range(1, 3))
+    return result(build(axes(mesh), mesh, sequence, zero, kind), range(1, 3))
 
 
 def joined(results: list[dict[str, Any]], tp: int) -> dict[str, Tensor]:
@@ -145,14 +145,14 @@ def test_init_keeps_what_a_module_was_made_with() -> None:
     assert f"{home}self_attn.q_proj.weight" not in own
 
 
-@pytest.mark.parametrize("zero1", [True, False])
+@pytest.mark.parametrize("zero", [1, 0])
 @pytest.mark.parametrize(("tp", "dp", "sequence"), MESHES)
 def test_a_step_on_a_mesh_equals_that_of_the_whole(
-    worlds: Worlds, tp: int, dp: int, sequence: bool, zero1: bool
+    worlds: Worlds, tp: int, dp: int, sequence: bool, zero: int
 ) -> None:
     mesh = Mesh()
     whole = result(build(Axes.solo(), mesh), range(1, 3))
-    results = worlds(tp * dp).run(on_mesh, tp, dp, sequence, zero1)
+    results = worlds(tp * dp).run(on_mesh, tp, dp, sequence, zero)
     found = joined(results, tp)
     for one in results:
         assert one["loss"] == pytest.approx(whole["loss"], rel=1e-6)
@@ -165,7 +165,7 @@ def test_a_step_on_a_mesh_equals_that_of_the_whole(
             assert torch.equal(one["weights"][name], results[0]["weights"][name]), name
 
 
-@pytest.mark.parametrize("zero1", [True, False])
+@pytest.mark.parametrize("zero", [1, 0])
 @pytest.mark.parametrize(
     ("tp", "dp", "cp", "sequence"),
     [
@@ -178,10 +178,10 @@ def test_a_step_on_a_mesh_equals_that_of_the_whole(
     ],
 )
 def test_ranks_that_share_sequences_step_as_the_whole(
-    worlds: Worlds, tp: int, dp: int, cp: int, sequence: bool, zero1: bool
+    worlds: Worlds, tp: int, dp: int, cp: int, sequence: bool, zero: int
 ) -> None:
     whole = result(build(Axes.solo(), Mesh()), range(1, 3))
-    results = worlds(tp * dp * cp).run(on_mesh, tp, dp, sequence, zero1, "OwnLlama", cp)
+    results = worlds(tp * dp * cp).run(on_mesh, tp, dp, sequence, zero, "OwnLlama", cp)
     found = joined(results, tp)
     for one in results:
         assert one["loss"] == pytest.approx(whole["loss"], rel=1e-6)
@@ -257,17 +257,17 @@ def test_a_replica_that_starts_unequal_is_refused(worlds: Worlds) -> None:
 
 
 def continued(
-    tp: int, dp: int, sequence: bool, zero1: bool, source: str, out: str, first: int, last: int
+    tp: int, dp: int, sequence: bool, zero: int, source: str, out: str, first: int, last: int
 ) -> Any:
     mesh = Mesh(tp=tp, dp=dp)
     at = axes(mesh) if mesh.world_size > 1 else Axes.solo()
-    state = build(at, mesh, sequence, zero1)
+    state = build(at, mesh, sequence, zero)
     parameters = state.model.sharded_parameters()
     if source:
         load_owned(Checkpoint(source), state.optimizer.owned(), parameters)
         state.optimizer.gather_parameters()
     found = result(state, range(first, last + 1))
-    saver = Saver(out, at, parameters, zero1=zero1, timeout_s=60)
+    saver = Saver(out, at, parameters, zero=zero, timeout_s=60)
     model, rng = MODEL.to_hub("float32"), torch.get_rng_state()
     saver.save(last, state.optimizer.owned(), {}, model, "", rng)
     saver.wait()
@@ -289,10 +289,10 @@ def test_a_run_goes_on_exactly_on_another_mesh(worlds: Worlds, tmp_path: Path) -
     assert same[0]["loss"] == uninterrupted[0]["loss"][2:], "bitwise on the same mesh"
     for one, other in zip(same, uninterrupted, strict=True):
         assert all(torch.equal(one["weights"][n], other["weights"][n]) for n in one["weights"])
-    for tp, dp, sequence, zero1 in ((4, 1, True, True), (1, 2, False, True), (1, 2, False, False)):
-        out = str(tmp_path / f"{tp}-{dp}-{zero1}")
+    for tp, dp, sequence, zero in ((4, 1, True, 1), (1, 2, False, 1), (1, 2, False, 0)):
+        out = str(tmp_path / f"{tp}-{dp}-{zero}")
         results = worlds(tp * dp).run(
-            continued, tp, dp, sequence, zero1, f"{first}/{step}", out, 3, 4
+            continued, tp, dp, sequence, zero, f"{first}/{step}", out, 3, 4
         )
         assert results[0]["loss"] == pytest.approx(whole[0]["loss"], rel=1e-6)
         found = joined(results, tp)

@@ -23,7 +23,7 @@ from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.inference.evaluate import loss_of
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Solo
 from llamax.parallel.mesh import Mesh
 from llamax.training.step import TrainState
@@ -72,7 +72,7 @@ def curve(
         llama = build(base, there, WAYS[way], sequence=True)
     else:
         llama = Llama(model, there.tp, sequence_parallel=True).init(0)
-    optimizer = Zero1(
+    optimizer = Zero(
         llama.sharded_parameters(),
         OptimConfig(eps=1e-3),
         there,

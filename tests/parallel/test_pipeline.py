@@ -28,7 +28,7 @@ from llamax.config.schema import FinetuneConfig
 from llamax.model import lora
 from llamax.model.llama import Llama
 from llamax.model.recompute import Recompute
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel import pipeline as schedules
 from llamax.parallel import sharding
 from llamax.parallel.collectives import Axes
@@ -44,13 +44,13 @@ LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, dropout=0.25)
 NF4 = FinetuneConfig(method="qlora", r=4, alpha=6.0, dropout=0.25)
 
 
-def training(model: Llama, axes: Axes, zero1: bool = True) -> TrainState:
-    optimizer = Zero1(
+def training(model: Llama, axes: Axes, zero: int = 1) -> TrainState:
+    optimizer = Zero(
         model.sharded_parameters(),
         OPTIM,
         axes,
         sequence_parallel=model.sequence_parallel,
-        zero1=zero1,
+        zero=zero,
         bucket_bytes=4096,
     )
     tokens = GLOBAL_BATCH * SEQUENCE
@@ -95,7 +95,7 @@ def step(
     sequence: bool,
     accumulation: int,
     recompute: Recompute = "none",
-    zero1: bool = True,
+    zero: int = 1,
     layers: tuple[int, ...] | None = None,
 ) -> dict[str, Any]:
     """Loss, gradients, norm, validation loss, and weights after two steps.
@@ -110,7 +110,7 @@ def step(
         exact = {name: p.grad for name, p in llama.named_parameters()}
     llama = build(model, axes, sequence, layers)
     llama.model.mode = recompute
-    state = training(llama, axes, zero1)
+    state = training(llama, axes, zero)
     sums = noted(llama)
     results = [state.step(share(axes, accumulation), 1)]
     grads = summed(llama, axes, {name: grad.clone() for name, grad in sums.items()})
@@ -136,14 +136,14 @@ def on_mesh(
     accumulation: int,
     mutation: str = "none",
     recompute: Recompute = "none",
-    zero1: bool = True,
+    zero: int = 1,
     layers: tuple[int, ...] | None = None,
 ) -> tuple[list[str], set[str]]:
     """On a rank: differences from the step of the whole model, one line each; and what it holds."""
     whole = step(model, Axes.solo(), False, 1)
     my_axes = axes(mesh, model.kv_replicas(mesh.tp))
     with MUTATIONS[mutation]():
-        mine = step(model, my_axes, sequence, accumulation, recompute, zero1, layers)
+        mine = step(model, my_axes, sequence, accumulation, recompute, zero, layers)
     cuts = Llama(model, my_axes.tp).sharded_parameters().cuts
     found = [name for name in mine["weights"] if name not in mine["grads"]]
     for what in ("grads", "weights"):
@@ -213,7 +213,7 @@ def test_any_recomputation(worlds: Worlds, recompute: Recompute) -> None:
     assert differences(results, MODEL) == []
 
 
-def test_without_zero1_too(worlds: Worlds) -> None:
+def test_without_zero_too(worlds: Worlds) -> None:
     mesh = Mesh(pp=2, dp=2)
     results = worlds(4).run(on_mesh, MODEL, mesh, False, 2, "none", "none", False)
     assert differences(results, MODEL) == []
@@ -366,14 +366,14 @@ def documents_of_the_first(original: Any) -> Any:
 def norm_of_a_stage(original: Any) -> Any:
     """The norm is of this stage alone: its sum leaves out other stages."""
 
-    def __init__(self: Zero1, parameters: Any, optim: Any, axes: Axes, **more: Any) -> None:
+    def __init__(self: Zero, parameters: Any, optim: Any, axes: Axes, **more: Any) -> None:
         original(self, parameters, optim, replace(axes, world=axes.tp), **more)
 
     return __init__
 
 
 def norms_not_summed(original: Any) -> Any:
-    def __init__(self: Zero1, *arguments: Any, sequence_parallel: bool, **more: Any) -> None:
+    def __init__(self: Zero, *arguments: Any, sequence_parallel: bool, **more: Any) -> None:
         original(self, *arguments, sequence_parallel=False, **more)
 
     return __init__
@@ -406,8 +406,8 @@ STEP: dict[str, Callable[[], Any]] = {
     "a backward left out": defect(pipeline.Stage, "_backward", one_left_out),
     "positions of the first microbatch": defect(TrainState, "_inputs", positions_of_the_first),
     "documents of the first microbatch": defect(TrainState, "_inputs", documents_of_the_first),
-    "norm of one stage": defect(Zero1, "__init__", norm_of_a_stage),
-    "norms not summed over tensor ranks": defect(Zero1, "__init__", norms_not_summed),
+    "norm of one stage": defect(Zero, "__init__", norm_of_a_stage),
+    "norms not summed over tensor ranks": defect(Zero, "__init__", norms_not_summed),
     "tokens counted on every stage": defect(training_step, "_of_first", counted_on_every_stage),
     "a layer on two stages": defect(schedules, "layers_of", other_layers),
 }

@@ -22,7 +22,7 @@ from llamax.config.hardware import Machine
 from llamax.config.schema import Config, DataConfig, OptimConfig, ParallelConfig, RunConfig
 from llamax.model.llama import DTYPES, Llama
 from llamax.ops import has_bf16_units
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.mesh import Mesh
@@ -104,7 +104,7 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
     model = Llama(
         MODEL, here.tp, sequence_parallel=sequence, dtype=dtype, recompute=config.run.recompute
     ).init(0)
-    optimizer = Zero1(
+    optimizer = Zero(
         model.sharded_parameters(),
         OptimConfig(),
         here,

@@ -12,7 +12,7 @@ from support.world import Worlds, axes
 
 from llamax.config.schema import Config, DataConfig, OptimConfig, ParallelConfig, RunConfig
 from llamax.model.llama import DTYPES, Llama
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh
 from llamax.tools.plan.roofline import turns
@@ -32,7 +32,7 @@ def sent(config: Config, mesh: Mesh) -> dict[tuple[str, str], int]:
         dtype=DTYPES[config.run.dtype],
         recompute=config.run.recompute,
     ).init(0)
-    optimizer = Zero1(
+    optimizer = Zero(
         model.sharded_parameters(),
         OptimConfig(),
         counted,

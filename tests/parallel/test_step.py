@@ -33,7 +33,7 @@ from torch import Tensor
 
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama, Norm
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel import cross_entropy, regions, sharding, tensor_parallel
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.mesh import Mesh
@@ -43,7 +43,7 @@ TOLERANCE = 1e-6
 
 
 def step(
-    model: ModelConfig, axes: Axes, sequence: bool, zero1: bool, accumulation: int
+    model: ModelConfig, axes: Axes, sequence: bool, zero: int, accumulation: int
 ) -> dict[str, Any]:
     """Loss, gradients, norm, and weights after two steps."""
     llama = build(model, axes, sequence)
@@ -56,12 +56,12 @@ def step(
     grads = gradients(llama, axes)
 
     llama = build(model, axes, sequence)
-    optimizer = Zero1(
+    optimizer = Zero(
         llama.sharded_parameters(),
         OPTIM,
         axes,
         sequence_parallel=llama.sequence_parallel,
-        zero1=zero1,
+        zero=zero,
         bucket_bytes=4096,
     )
     state = TrainState(
@@ -77,14 +77,14 @@ def step(
 
 
 def on_mesh(
-    model: ModelConfig, mesh: Mesh, sequence: bool, zero1: bool, accumulation: int, mutation: str
+    model: ModelConfig, mesh: Mesh, sequence: bool, zero: int, accumulation: int, mutation: str
 ) -> list[str]:
     """On a rank: the differences from the step of the whole model, one line each."""
     whole = step(model, Axes.solo(), False, True, 1)
     kv = max(1, mesh.tp // model.num_key_value_heads)
     my_axes = axes(mesh, kv)
     with MUTATIONS[mutation]():
-        mine = step(model, my_axes, sequence, zero1, accumulation)
+        mine = step(model, my_axes, sequence, zero, accumulation)
     shards = Llama(model, my_axes.tp).sharded_parameters().cuts
     found = []
     for what in ("grads", "weights"):
@@ -114,7 +114,7 @@ def test_a_sharded_step_equals_the_whole_step(worlds: Worlds, mesh: Mesh, sequen
             assert found == []
 
 
-def test_without_zero1_every_data_rank_holds_all_state(worlds: Worlds) -> None:
+def test_without_zero_every_data_rank_holds_all_state(worlds: Worlds) -> None:
     for found in worlds(4).run(on_mesh, MODEL, Mesh(tp=2, dp=2), True, False, 1, "none"):
         assert found == []
 
@@ -219,7 +219,7 @@ def with_axes(**changed: Callable[[Axes], Axis]) -> Callable[..., Any]:
     """An optimizer that is given other axes than the step's."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
-        def __init__(self: Zero1, parameters: Any, optim: Any, axes: Axes, **more: Any):
+        def __init__(self: Zero, parameters: Any, optim: Any, axes: Axes, **more: Any):
             others = {name: change(axes) for name, change in changed.items()}
             original(self, parameters, optim, dataclasses.replace(axes, **others), **more)
 
@@ -229,14 +229,14 @@ def with_axes(**changed: Callable[[Axes], Axis]) -> Callable[..., Any]:
 
 
 def mean_of_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
-    def step(self: Zero1, lr: Tensor, number: Tensor, scale: Tensor) -> Tensor:
+    def step(self: Zero, lr: Tensor, number: Tensor, scale: Tensor) -> Tensor:
         return original(self, lr, number, scale / 2)
 
     return step
 
 
 def flat_sequence(original: Callable[..., Any]) -> Callable[..., Any]:
-    def __init__(self: Zero1, *rest: Any, sequence_parallel: bool, **more: Any) -> None:
+    def __init__(self: Zero, *rest: Any, sequence_parallel: bool, **more: Any) -> None:
         original(self, *rest, sequence_parallel=False, **more)
 
     return __init__
@@ -281,14 +281,14 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
         cross_entropy, "_padding", lambda rows, vocab_size, axis: None
     ),
     "ignored labels counted": lambda: replaced(cross_entropy, "IGNORE_INDEX", -99),
-    "norm weights not summed under sequence parallelism": method(Zero1, "__init__", flat_sequence),
+    "norm weights not summed under sequence parallelism": method(Zero, "__init__", flat_sequence),
     "key/value replicas not summed": method(
-        Zero1, "__init__", with_axes(kv=lambda axes: Deaf(axes.kv, "sum"))
+        Zero, "__init__", with_axes(kv=lambda axes: Deaf(axes.kv, "sum"))
     ),
     "data ranks not summed": method(
-        Zero1, "__init__", with_axes(data=lambda axes: Axes.solo().data)
+        Zero, "__init__", with_axes(data=lambda axes: Axes.solo().data)
     ),
-    "gradients averaged over ranks": method(Zero1, "step", mean_of_ranks),
+    "gradients averaged over ranks": method(Zero, "step", mean_of_ranks),
     "norm epsilon dropped": method(
         Norm,
         "forward",

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from llamax.config.schema import OptimConfig
-from llamax.optim import Zero1, adamw, groups, zero1
+from llamax.optim import Zero, adamw, groups, zero
 from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.sharding import (
@@ -101,12 +101,12 @@ def train(
     parameters["head"] = parameters["embed"]
     cuts = {name: how for name, (_, how) in MODEL.items()} | {"head": MODEL["embed"][1]}
     sharded = {name: ShardedParameter(p, cuts[name]) for name, p in parameters.items()}
-    optimizer = Zero1(
+    optimizer = Zero(
         ShardedParameters(sharded, tp, at.tp.rank),
         OPTIM,
         at,
         sequence_parallel=sequence,
-        zero1=sharded,
+        zero=sharded,
         bucket_bytes=BUCKET_BYTES,
     )
     held = held_bytes(optimizer)
@@ -284,7 +284,7 @@ def poisoned() -> bool:
     parameter = Parameter(torch.ones(8))
     sharded = {"p": ShardedParameter(parameter, Shard(0, (Block(16),)))}
     parameters = ShardedParameters(sharded, at.tp.size, at.tp.rank)
-    optimizer = Zero1(parameters, OPTIM, at, sequence_parallel=True)
+    optimizer = Zero(parameters, OPTIM, at, sequence_parallel=True)
     bad = math.nan if at.world.rank == 2 else 1.0
     (parameter * bad).sum().backward()
     norm = optimizer.step(torch.tensor(0.1), torch.tensor(1.0), torch.tensor(1.0))
@@ -299,10 +299,10 @@ def poisoned() -> bool:
 
 @contextmanager
 def planted(name: str) -> Iterator[None]:
-    reduce, step, update = Zero1._reduce, Zero1.step, adamw.update
+    reduce, step, update = Zero._reduce, Zero.step, adamw.update
 
     def without(axis: str) -> Callable[..., Tensor]:
-        def patched(self: Zero1, *where: Any) -> Tensor:
+        def patched(self: Zero, *where: Any) -> Tensor:
             kept, solo = self.axes, getattr(Axes.solo(), axis)
             self.axes = dataclasses.replace(kept, **{axis: solo})
             try:
@@ -314,15 +314,15 @@ def planted(name: str) -> Iterator[None]:
 
     one = torch.ones(())
     patches: dict[str, tuple[Any, str, Any]] = {
-        "no sum over kv": (Zero1, "_reduce", without("kv")),
-        "no sum over tp": (Zero1, "_reduce", without("tp")),
-        "replicas counted by every rank": (zero1, "weight", lambda how, degree: 1.0),
+        "no sum over kv": (Zero, "_reduce", without("kv")),
+        "no sum over tp": (Zero, "_reduce", without("tp")),
+        "replicas counted by every rank": (zero, "weight", lambda how, degree: 1.0),
         "kv replicas and padding counted": (groups, "sqrt", lambda weight: 1.0),
-        "no scale": (Zero1, "step", lambda self, lr, at, scale: step(self, lr, at, one)),
-        "bias correction of step 1": (Zero1, "step", lambda self, lr, _, s: step(self, lr, one, s)),
-        "no clipping": (zero1, "clip_factor", lambda norm, limit: torch.ones_like(norm)),
+        "no scale": (Zero, "step", lambda self, lr, at, scale: step(self, lr, at, one)),
+        "bias correction of step 1": (Zero, "step", lambda self, lr, _, s: step(self, lr, one, s)),
+        "no clipping": (zero, "clip_factor", lambda norm, limit: torch.ones_like(norm)),
         "norm before scale": (
-            zero1,
+            zero,
             "clip_factor",
             lambda norm, limit: (limit / (norm / 4.0)).clamp(max=1.0),
         ),
@@ -331,7 +331,7 @@ def planted(name: str) -> Iterator[None]:
             "update",
             lambda *args, **kwargs: update(*args, **(kwargs | {"decay": OPTIM.weight_decay})),
         ),
-        "no gather": (Zero1, "gather_parameters", lambda self: None),
+        "no gather": (Zero, "gather_parameters", lambda self: None),
         "a microstep forgotten": (groups.Accumulate, "__call__", _last),
     }  # fmt: skip
     target, attribute, instead = patches[name]

@@ -8,7 +8,6 @@ sends; then the same comparison with a defect planted in the ranks: each must fa
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,16 +24,20 @@ from support.models import TINY as MODEL
 from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, build, gradients, loss, share
 from support.world import Worlds, axes
 from torch import Tensor
+from torch.nn import Parameter
 
 from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig
 from llamax.model.llama import Llama
+from llamax.model.lora_linear import FrozenLinear
+from llamax.optim import groups
 from llamax.optim.groups import Group
-from llamax.optim.reduced_groups import ReducedGroup, SpreadGroup
-from llamax.optim.zero1 import Zero1
+from llamax.optim.reduced_groups import ReducedGroup
+from llamax.optim.zero import Zero
 from llamax.parallel import sharding, spread
 from llamax.parallel.collectives import Axes, Axis, Meter, Metered
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.sharding import Block, Shard, ShardedParameter, ShardedParameters
 from llamax.parallel.spread import Spread, SpreadWeight
 from llamax.training.step import TrainState
 
@@ -43,7 +46,7 @@ TOKENS = GLOBAL_BATCH * SEQUENCE
 
 
 def training(model: Llama, axes: Axes, zero: int, bucket_bytes: int = 4096) -> TrainState:
-    optimizer = Zero1(
+    optimizer = Zero(
         model.sharded_parameters(),
         OPTIM,
         axes,
@@ -54,7 +57,7 @@ def training(model: Llama, axes: Axes, zero: int, bucket_bytes: int = 4096) -> T
     return TrainState(model, optimizer, axes, step_tokens=TOKENS, learning_rate=lambda _: OPTIM.lr)
 
 
-def joined(optimizer: Zero1, run_of: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:
+def joined(optimizer: Zero, run_of: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:
     """Whole tensors of this tensor rank by name, from a run of each bucket on each data rank."""
     found: dict[str, Tensor] = {}
     for group in optimizer.groups:
@@ -167,6 +170,118 @@ def test_a_step_equals_the_whole_step(worlds: Worlds, mesh: Mesh, zero: int) -> 
             assert found == []
 
 
+# --- adapters ------------------------------------------------------------------------------------
+
+LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, dropout=0.25)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return adapters.base_folder(tmp_path_factory.mktemp("base") / "hub")
+
+
+def tuned(folder: Path, mesh: Mesh, zero: int, recompute: str) -> list[str]:
+    """On a rank: how adapters with dropout differ from one rank's."""
+    solo, my_axes = Axes.solo(), axes(mesh, adapters.MODEL.kv_replicas(mesh.tp))
+    whole = adapters.steps(adapters.build(folder, solo, LORA), solo, 1, packed=True)
+    spread_base = zero == 3
+    model = adapters.build(folder, my_axes, LORA, mesh.tp > 1, recompute, spread_base)
+    layers = [m for m in model.modules() if isinstance(m, FrozenLinear)]
+    assert layers
+    assert all((layer.store is not None) == spread_base for layer in layers)
+    mine = adapters.steps(model, my_axes, 2, packed=True, zero=zero)
+    cuts, rank = model.sharded_parameters().cuts, my_axes.tp.rank
+    return adapters.differences(mine, whole, cuts, mesh.tp, rank, 3 * TOLERANCE)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("mesh", [Mesh(dp=2), Mesh(tp=2, dp=2), Mesh(cp=2, dp=2)], ids=str)
+def test_adapters_step_as_one(worlds: Worlds, folder: Path, mesh: Mesh, zero: int) -> None:
+    for recompute in ("none", "full"):
+        for found in worlds(mesh.world_size).run(tuned, folder, mesh, zero, recompute):
+            assert found == []
+
+
+# --- bytes ---------------------------------------------------------------------------------------
+
+
+def held(zero: int) -> tuple[int, int, int]:
+    """Bytes of weights and state: by the formula, as held, and of all weights in float32."""
+    there = axes(Mesh(dp=2))
+    llama = build(MODEL, there, False)
+    whole = sum(p.nbytes for p in llama.parameters())
+    optimizer = training(llama, there, zero).optimizer
+    return optimizer.state_bytes(), held_bytes(optimizer), whole
+
+
+def test_each_stage_holds_less(worlds: Worlds) -> None:
+    """Of 16 bytes a weight, two ranks halve moments (8), then gradients (4), then weights (4)."""
+    expected = {0: 16, 1: 12, 2: 10, 3: 8}
+    for zero, each in expected.items():
+        for formula, found, whole in worlds(2).run(held, zero):
+            assert formula == found
+            assert found == pytest.approx(each * whole / 4, rel=0.02)
+
+
+def sent(zero: int, microsteps: int) -> dict[tuple[str, str], int]:
+    """Bytes on the data axis in a step."""
+    meter, there = Meter(), axes(Mesh(dp=2))
+    counted = replace(there, data=Metered(there.data, meter))
+    llama = build(MODEL, counted, False)
+    llama.model.mode = "full"
+    state = training(llama, counted, zero, 2**20)
+    meter.clear()
+    state.step(share(there, microsteps), 1)
+    return dict(meter.sent_bytes)
+
+
+def test_each_stage_sends_what_the_plan_says(worlds: Worlds) -> None:
+    """ZeRO-2: gradients after each microstep; ZeRO-3: weights too, before forward and backward."""
+    llama = Llama(MODEL)
+    matrices = {n: p for n, p in llama.named_parameters() if p.dim() > 1}
+    whole = 4 * sum(p.numel() for p in matrices.values()) // 2
+    norms = 4 * sum(p.numel() for p in llama.parameters() if p.dim() == 1) // 2
+    once = 4 * sum(p.numel() for n, p in matrices.items() if ".layers." not in n) // 2
+    for zero, gathers in ((1, whole), (2, whole), (3, 4 * (2 * whole - once))):
+        scattered = whole if zero == 1 else 4 * whole
+        for found in worlds(2).run(sent, zero, 4):
+            assert found["data", "all_gather"] == pytest.approx(gathers + norms, rel=0.01)
+            assert found["data", "reduce_scatter"] == pytest.approx(scattered + norms, rel=0.01)
+
+
+# --- gradients that do not come ------------------------------------------------------------------
+
+
+def unused(zero: int) -> list[tuple[str, float]]:
+    """How gradients of two microsteps, one of which uses a part of the model, are summed."""
+    found = []
+    for there in (Axes.solo(), axes(Mesh(dp=2))):
+        torch.manual_seed(0)
+        weights = {name: Parameter(torch.randn(5, 3)) for name in "abc"}
+        cut = Shard(0, (Block(5),))
+        sharded = ShardedParameters({n: ShardedParameter(w, cut) for n, w in weights.items()})
+        optimizer = Zero(sharded, OPTIM, there, sequence_parallel=False, zero=zero, bucket_bytes=48)
+        scales = (1.0, 2.0) if there.data.size == 1 else (1.0 + there.data.rank,)
+        for used in ("ac", "abc"):
+            for scale in scales:
+                sum(scale * (weights[name] ** 2).sum() for name in used).backward()
+        one, lr = torch.tensor(1.0), torch.tensor(OPTIM.lr)
+        norm = optimizer.step(lr, one, one)
+        found.append((float(norm), {n: w.detach().clone() for n, w in weights.items()}))
+    (norm, whole), (mine, updated) = found
+    wrong = [] if mine == pytest.approx(norm, rel=1e-6) else [("norm", mine / norm)]
+    return wrong + [
+        (name, float((updated[name] - w).abs().max()))
+        for name, w in whole.items()
+        if not torch.allclose(updated[name], w, atol=1e-6)
+    ]
+
+
+def test_gradients_that_a_microstep_lacks_are_zero(worlds: Worlds) -> None:
+    for found in worlds(2).run(unused, 2):
+        assert found == []
+
+
 # --- planted defects -----------------------------------------------------------------------------
 
 
@@ -180,6 +295,115 @@ def defect(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], An
     return lambda: replaced(owner, name, make(getattr(owner, name)))
 
 
+def stale() -> Callable[[Any], Any]:
+    """A rank goes on with the weights that it gathered in the first step."""
+    kept: dict[int, Tensor] = {}
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda self: kept.setdefault(id(self), original(self))
+
+    return make
+
+
+def twice(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, dw: (original(self, dw), original(self, dw))[1]
+
+
+def of_own_rank(self: Spread, whole: Tensor) -> Tensor:
+    run, rank = len(self.run), self.data.rank
+    whole = torch.nn.functional.pad(whole, (0, run * self.data.size - len(whole)))
+    return whole[rank * run : (rank + 1) * run]
+
+
+def first_run(original: Callable[..., Any]) -> Callable[..., Any]:
+    def __init__(self: Spread, pieces: list[Tensor], data: Axis, device: Any) -> None:
+        original(self, pieces, data, device)
+        self.run.copy_(torch.cat([piece.flatten() for piece in pieces])[: len(self.run)])
+
+    return __init__
+
+
+def kept_gradients(original: Callable[..., Any]) -> Callable[..., Any]:
+    """What was sent stays, and is sent again with the next microstep's."""
+
+    def send(self: ReducedGroup, number: int) -> None:
+        members = {piece.member for piece in self.buckets[number].pieces}
+        parameters = [self.parameters[member] for member in members]
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]
+        original(self, number)
+        for parameter, gradient in zip(parameters, before, strict=True):
+            parameter.grad = gradient
+
+    return send
+
+
+def summed_again(original: Callable[..., Any]) -> Callable[..., Any]:
+    def reduce(self: Zero, group: Any, bucket: Any) -> list[Tensor]:
+        return [self.axes.data.all_reduce(run) for run in original(self, group, bucket)]
+
+    return reduce
+
+
+SPREAD = {
+    "gathered weights are stale": lambda: replaced(Spread, "gather", stale()(Spread.gather)),
+    "gradient added twice": defect(SpreadWeight, "add_gradient", twice),
+    "gradient averaged over ranks": defect(
+        Spread, "reduce", lambda original: lambda self, dw: original(self, dw) / self.data.size
+    ),
+    "gradient of this rank alone": lambda: replaced(Spread, "reduce", of_own_rank),
+    "gradient of another run": defect(
+        Spread, "reduce", lambda original: lambda self, dw: original(self, dw.roll(1))
+    ),
+    "every rank keeps the first run": defect(Spread, "__init__", first_run),
+    "weights not taken from the masters' rank": defect(
+        Spread, "gather", lambda original: lambda self: original(self).flip(0)
+    ),
+}
+REDUCED = {
+    "gradients summed again by the optimizer": defect(Zero, "_reduce", summed_again),
+    "sent gradients are sent again": defect(ReducedGroup, "_send", kept_gradients),
+    "gradients not sent in backward": lambda: replaced(
+        ReducedGroup, "_arrived", lambda self, member, parameter: None
+    ),
+    "runs of another rank": defect(
+        ReducedGroup,
+        "_send",
+        lambda original: (
+            lambda self, number: (
+                original(self, number),
+                self.buckets[number].gradient.copy_(self.data.shift(self.buckets[number].gradient)),
+            )
+        ),
+    ),
+}
+SHARED = {
+    "heads of several ranks summed in the wrong places": defect(
+        groups, "shared_spans", lambda original: lambda counted, a, b: original(counted, 0, b - a)
+    ),
+    "heads of several ranks not summed": defect(
+        groups, "shared_spans", lambda original: lambda counted, a, b: ()
+    ),
+}
 MUTATIONS: dict[str, Callable[[], Any]] = {
     "none": lambda: replaced(spread, "ceil", spread.ceil),
+    **SPREAD,
+    **REDUCED,
+    **SHARED,
 }
+
+
+@pytest.mark.parametrize("mutation", SPREAD)
+def test_a_defect_of_spread_weights_is_caught(worlds: Worlds, mutation: str) -> None:
+    assert any(worlds(2).run(on_mesh, MODEL, Mesh(dp=2), False, 2, 3, mutation))
+
+
+@pytest.mark.parametrize("mutation", REDUCED)
+def test_a_defect_of_reduced_gradients_is_caught(worlds: Worlds, mutation: str) -> None:
+    assert any(worlds(2).run(on_mesh, MODEL, Mesh(dp=2), False, 2, 2, mutation))
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("mutation", SHARED)
+def test_a_defect_of_shared_heads_is_caught(worlds: Worlds, mutation: str, zero: int) -> None:
+    found = worlds(8).run(on_mesh, MODEL, Mesh(tp=4, dp=2), True, 1, zero, mutation)
+    assert any(found)

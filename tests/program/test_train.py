@@ -129,8 +129,8 @@ def test_what_changed_since_the_checkpoint_is_reported(
     found = resumed(optim=replaced(cfg.optim, schedule="wsd", decay_steps=2))
     assert found[:2] == ['optim.schedule "cosine" -> "wsd"', "optim.decay_steps 0 -> 2"]
     assert found[2] == f"learning rate of step 4 {before:.3e} -> {cfg.optim.lr:.3e}"
-    found = resumed(parallel=replaced(cfg.parallel, zero1=False))
-    assert found == ["parallel.zero1 true -> false"]
+    found = resumed(parallel=replaced(cfg.parallel, zero=0))
+    assert found == ["parallel.zero 1 -> 0"]
     changed = replaced(cfg, parallel=replaced(cfg.parallel, tensor=2))
     open_inputs = inputs.open_inputs(changed)
     assert open_inputs.changed(resolve(changed, 4, 15)) == [

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llamax.config.schema import OptimConfig
-from llamax.optim import Zero1
+from llamax.optim import Zero
 from llamax.optim.buckets import buckets, padded, pieces, segments, shared_spans, weight
 from llamax.parallel.collectives import Axes, Solo
 from llamax.parallel.sharding import (
@@ -120,7 +120,7 @@ def test_buckets_and_pieces_tile(lengths: list[int], ranks: int, bucket_bytes: i
     st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def test_owned_runs_tile_every_parameter(
-    shapes: list[tuple[int, int]], data: int, bucket_bytes: int, zero1: bool, dtype: Any
+    shapes: list[tuple[int, int]], data: int, bucket_bytes: int, zero: int, dtype: Any
 ) -> None:
     """Over the data ranks, and each kind of state has the same runs."""
     spans: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -130,15 +130,15 @@ def test_owned_runs_tile_every_parameter(
             f"p{i}": torch.nn.Parameter(torch.full(shape[: 1 + i % 2], i, dtype=dtype))
             for i, shape in enumerate(shapes)
         }
-        optimizer = Zero1(
+        optimizer = Zero(
             ShardedParameters({n: ShardedParameter(p, Replica()) for n, p in parameters.items()}),
             OptimConfig(),
             Axes(solo.tp, Seat("data", data, rank), solo.kv, Seat("world", data, rank)),
             sequence_parallel=False,
-            zero1=zero1,
+            zero=zero,
             bucket_bytes=bucket_bytes,
         )
-        assert optimizer.sharded == (zero1 and data > 1)
+        assert optimizer.sharded == (zero and data > 1)
         for owned in optimizer.owned():
             run = owned.start, owned.start + owned.tensor.numel()
             if rank == 0 or optimizer.sharded:

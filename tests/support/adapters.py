@@ -18,7 +18,7 @@ from llamax.config.rules.pipeline import evenly
 from llamax.config.schema import FinetuneConfig, OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel import pipeline, sharding
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Cut
@@ -79,6 +79,7 @@ def build(
     finetune: FinetuneConfig,
     sequence: bool = False,
     recompute: Any = "none",
+    spread: bool = False,
 ) -> Llama:
     """A base with adapters whose B is not zero, so that every factor has a gradient."""
     device = "meta" if finetune.method == "qlora" else "cpu"
@@ -93,7 +94,7 @@ def build(
         recompute=recompute,
         device=device,
     )
-    load_base(model, source, finetune, torch.empty(0), axes.data, seed=5)
+    load_base(model, source, finetune, torch.empty(0), axes.data, 5, spread)
     with torch.no_grad():
         for name, parameter in model.sharded_parameters().trained().tensors.items():
             if "lora_B" in name:
@@ -111,16 +112,18 @@ def steps(
     accumulation: int,
     backend: Backend | None = None,
     packed: bool = False,
+    zero: int = 1,
 ) -> dict[str, Any]:
     """Losses and norms of two steps, and the adapters after them; the base stays as it was.
 
     With ``backend`` the model moves to its device first, as training moves it.
     """
-    optimizer = Zero1(
+    optimizer = Zero(
         model.sharded_parameters(),
         OPTIM,
         axes,
         sequence_parallel=model.sequence_parallel,
+        zero=zero,
         bucket_bytes=1024,
     )
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}

@@ -14,7 +14,7 @@ from llamax.checkpoint import Checkpoint, Saver, load_owned
 from llamax.config.model import ModelConfig
 from llamax.config.schema import CheckpointConfig
 from llamax.model.llama import Llama
-from llamax.optim.zero1 import Owned
+from llamax.optim.zero import Owned
 from llamax.parallel.collectives import Axes, Solo
 from llamax.parallel.sharding import Cut, ShardedParameter, ShardedParameters, cut, parts
 from support.models import tiny
@@ -84,13 +84,13 @@ def world(
     model: ModelConfig,
     tp: int,
     dp: int,
-    zero1: bool,
+    zero: int,
     values: Wholes | None,
     dtype: torch.dtype = torch.float32,
 ) -> list[Rank]:
     """All ranks, data rank by data rank; without values they hold NaN."""
     return [
-        _rank(model, Place("tp", tp, t), Place("data", dp, d), zero1, values, dtype)
+        _rank(model, Place("tp", tp, t), Place("data", dp, d), zero, values, dtype)
         for d in range(dp)
         for t in range(tp)
     ]
@@ -100,7 +100,7 @@ def _rank(
     model: ModelConfig,
     tp: Place,
     data: Place,
-    zero1: bool,
+    zero: int,
     values: Wholes | None,
     dtype: torch.dtype,
 ) -> Rank:
@@ -119,14 +119,14 @@ def _rank(
                 ]
                 shares[kind][name] = torch.cat(pieces)
     axes = Axes(tp=tp, data=data, kv=Solo("kv"), world=Solo("world"))
-    owned = [run for kind in kinds(dtype) for run in _dealt(kind, shares[kind], data, zero1)]
+    owned = [run for kind in kinds(dtype) for run in _dealt(kind, shares[kind], data, zero)]
     return Rank(axes, cuts, shares, owned)
 
 
-def _dealt(kind: Any, shares: dict[str, Tensor], data: Place, zero1: bool) -> Iterator[Owned]:
+def _dealt(kind: Any, shares: dict[str, Tensor], data: Place, zero: int) -> Iterator[Owned]:
     """As ZeRO deals a flat vector of all shares: runs end where they happen to."""
     total = sum(share.numel() for share in shares.values())
-    first, last = (total * (data.rank + i) // data.size for i in (0, 1)) if zero1 else (0, total)
+    first, last = (total * (data.rank + i) // data.size for i in (0, 1)) if zero else (0, total)
     at = 0
     for name, share in shares.items():
         start, stop = max(first - at, 0), min(last - at, share.numel())
@@ -140,14 +140,14 @@ def save(
     folder: Path, model: ModelConfig, ranks: list[Rank], step: int = 1, **options: Any
 ) -> Path:
     """Save from all ranks into ``folder``; the new checkpoint."""
-    zero1, config_text = options.pop("zero1", True), options.pop("config_text", "[run]\n")
+    zero, config_text = options.pop("zero", True), options.pop("config_text", "[run]\n")
     savers = [
         Saver(
             folder,
             rank.axes,
             rank.sharded,
             CheckpointConfig(**options),
-            zero1=zero1,
+            zero=zero,
             timeout_s=60,
         )
         for rank in ranks

@@ -27,7 +27,7 @@ from llamax.backends.tracing import HostRead, Tracer
 from llamax.config.hardware import load_machine
 from llamax.config.schema import Config, FinetuneConfig, ParallelConfig
 from llamax.optim.lazy import LazyGroup
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel import tensor_parallel
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
@@ -130,7 +130,7 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "sequence", "zero1", "recompute", "dtype"),
+    ("mesh", "sequence", "zero", "recompute", "dtype"),
     [
         (TP2_DP2, True, True, "full", "bfloat16"),
         (TP2_DP2, False, True, "selective", "float32"),
@@ -139,10 +139,10 @@ def data(tmp_path: Path) -> Path:
     ],
 )
 def test_every_rank_and_step_is_one_program(
-    data: Path, mesh: Mesh, sequence: bool, zero1: bool, recompute: Any, dtype: Any
+    data: Path, mesh: Mesh, sequence: bool, zero: int, recompute: Any, dtype: Any
 ) -> None:
     cfg = tiny(data, recompute=recompute, dtype=dtype)
-    parallel = ParallelConfig(tensor=mesh.tp, sequence=sequence, zero1=zero1, bucket_bytes=4096)
+    parallel = ParallelConfig(tensor=mesh.tp, sequence=sequence, zero=zero, bucket_bytes=4096)
     found = audited(replace(cfg, parallel=parallel), mesh)
     assert found.passes, found.problems
     assert [kind.name for kind in found.kinds] == ["microstep", "update", "validation"]
@@ -166,11 +166,11 @@ def rank_as_a_number(ids: Tensor, rows: int, axis: Any) -> Ids:
     return torch.where(outside, torch.zeros_like(local), local), outside
 
 
-STEP = Zero1.step
+STEP = Zero.step
 NUMBER = iter(range(1, 1000))
 
 
-def state_made_in_the_first_step(self: Zero1, *args: Tensor) -> Tensor:
+def state_made_in_the_first_step(self: Zero, *args: Tensor) -> Tensor:
     if not hasattr(self, "average"):
         self.average = torch.zeros((), device=args[0].device)  # planted: lazy state
     norm = STEP(self, *args)
@@ -178,15 +178,15 @@ def state_made_in_the_first_step(self: Zero1, *args: Tensor) -> Tensor:
     return norm
 
 
-def step_as_a_number(self: Zero1, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+def step_as_a_number(self: Zero, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
     return STEP(self, lr, torch.full_like(step, next(NUMBER)), scale)  # planted: step
 
 
-def read_in_the_step(self: Zero1, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+def read_in_the_step(self: Zero, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
     return STEP(self, lr, step, scale * 2 if scale.item() > 1 else scale)  # planted: read
 
 
-def in_double(self: Zero1, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+def in_double(self: Zero, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
     return STEP(self, lr, step, scale.double().float())  # planted: double
 
 
@@ -200,9 +200,9 @@ def line_of(mark: str) -> str:
     ("mark", "kind", "owner", "name", "instead"),
     [
         ("rank", "microstep", tensor_parallel, "local_ids", rank_as_a_number),
-        ("lazy state", "update", Zero1, "step", state_made_in_the_first_step),
-        ("step", "update", Zero1, "step", step_as_a_number),
-        ("double", "update", Zero1, "step", in_double),
+        ("lazy state", "update", Zero, "step", state_made_in_the_first_step),
+        ("step", "update", Zero, "step", step_as_a_number),
+        ("double", "update", Zero, "step", in_double),
     ],
 )
 def test_a_planted_defect_is_named_with_its_line(
@@ -218,7 +218,7 @@ def test_a_planted_defect_is_named_with_its_line(
 
 def test_a_value_read_in_the_step_is_named_with_its_line(data: Path) -> None:
     with (
-        mock.patch.object(Zero1, "step", read_in_the_step),
+        mock.patch.object(Zero, "step", read_in_the_step),
         pytest.raises(HostRead, match=f"{line_of('read')} reads a device value"),
     ):
         audited(tiny(data))

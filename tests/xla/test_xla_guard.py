@@ -21,7 +21,7 @@ from torch import Tensor
 
 from llamax.data.loader import Batch, Batches
 from llamax.model.llama import Llama
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 
 STEPS = 3
 
@@ -44,7 +44,7 @@ def number_in_the_update(step: Callable[..., Any]) -> Callable[..., Any]:
 
 def read_in_the_step(read: Callable[[Tensor], Any]) -> Callable[..., Any]:
     def plant(step: Callable[..., Any]) -> Callable[..., Any]:
-        def reads(self: Zero1, lr: Tensor, at: Tensor, scale: Tensor) -> Tensor:
+        def reads(self: Zero, lr: Tensor, at: Tensor, scale: Tensor) -> Tensor:
             norm: Tensor = step(self, lr, at, scale)
             read(norm)
             return norm
@@ -69,9 +69,9 @@ def third_batch_is_short(step: Callable[..., Any]) -> Callable[..., Any]:
 
 FAULTS: dict[str, tuple[Any, str, Callable[..., Any]]] = {
     "a number in the loss": (Llama, "loss", number_in_the_loss),
-    "a number in the update": (Zero1, "step", number_in_the_update),
-    "a copy": (Zero1, "step", read_in_the_step(lambda norm: norm.cpu())),
-    "an item": (Zero1, "step", read_in_the_step(lambda norm: norm.item())),
+    "a number in the update": (Zero, "step", number_in_the_update),
+    "a copy": (Zero, "step", read_in_the_step(lambda norm: norm.cpu())),
+    "an item": (Zero, "step", read_in_the_step(lambda norm: norm.item())),
     "a short batch": (Batches, "step", third_batch_is_short),
 }
 

@@ -14,7 +14,7 @@ from support.models import TINY as MODEL
 from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, build, share
 
 from llamax.model.recompute import Recompute
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import hlo
@@ -35,7 +35,7 @@ def programs(_: int, modes: list[Recompute], dtype: torch.dtype) -> dict[str, li
         axes = tracer.axes(MESH, 3)
         model = build(MODEL, axes, True).to(dtype)
         model.model.mode = mode
-        optimizer = Zero1(model.sharded_parameters(), OPTIM, axes, sequence_parallel=True)
+        optimizer = Zero(model.sharded_parameters(), OPTIM, axes, sequence_parallel=True)
         optimizer.to(axes.tp.rank_index.device)
         programs = Programs(tracer)
         programs.expect([("microstep", ""), ("update", "")])

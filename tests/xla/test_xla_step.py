@@ -31,7 +31,7 @@ from llamax.backends.base import Backend
 from llamax.backends.xla import XlaAxis
 from llamax.config.model import ModelConfig
 from llamax.model.recompute import Recompute
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel import context_parallel, regions, sharding, tensor_parallel
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
@@ -48,7 +48,7 @@ class Case(NamedTuple):
     model: ModelConfig
     mesh: Mesh
     sequence: bool
-    zero1: bool = True
+    zero: int = 1
     accumulation: int = 2
     recompute: Recompute = "none"
     dtype: torch.dtype = torch.float32
@@ -77,12 +77,12 @@ def steps(case: Case, axes: Axes, backend: Backend | None) -> dict[str, Any]:
     """Losses, norms and weights; on ``backend``'s device, or eagerly on this CPU."""
     model = build(case.model, axes, case.sequence).to(case.dtype)
     model.model.mode = case.recompute
-    optimizer = Zero1(
+    optimizer = Zero(
         model.sharded_parameters(),
         OPTIM,
         axes,
         sequence_parallel=model.sequence_parallel,
-        zero1=case.zero1,
+        zero=case.zero,
         bucket_bytes=4096,
     )
     if backend is not None:
@@ -148,7 +148,7 @@ def test_a_sharded_step_equals_the_whole_step(world_size: int) -> None:
     for case, results in zip(cases, zip(*by_rank, strict=True), strict=True):
         assert differences(case, list(results), TOLERANCE) == [], case.name
         mesh = case.mesh  # gradients are summed over dp and cp alike
-        update = (case.model, mesh.tp, mesh.dp * mesh.cp, case.sequence, case.zero1)
+        update = (case.model, mesh.tp, mesh.dp * mesh.cp, case.sequence, case.zero)
         programs = 1 if update in updates else 2  # recompute does not change the update's
         assert {result["compiled"] for result in results} == {programs}, case.name
         updates.add(update)
@@ -186,14 +186,14 @@ def rank_number(ids: Tensor, rows: int, axis: Any) -> Any:
 def step_number(original: Callable[..., Any]) -> Callable[..., Any]:
     calls = itertools.count(1)
 
-    def step(self: Zero1, lr: Tensor, number: Tensor, scale: Tensor) -> Tensor:
+    def step(self: Zero, lr: Tensor, number: Tensor, scale: Tensor) -> Tensor:
         return original(self, lr, torch.full_like(number, next(calls) // 2), scale)
 
     return step
 
 
 def reads_the_norm(original: Callable[..., Any]) -> Callable[..., Any]:
-    def step(self: Zero1, *arguments: Tensor) -> Tensor:
+    def step(self: Zero, *arguments: Tensor) -> Tensor:
         norm = original(self, *arguments)
         return norm if norm.item() >= 0 else norm * 0
 
@@ -201,7 +201,7 @@ def reads_the_norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def falls_back(original: Callable[..., Any]) -> Callable[..., Any]:
-    def step(self: Zero1, *arguments: Tensor) -> Tensor:
+    def step(self: Zero, *arguments: Tensor) -> Tensor:
         norm = original(self, *arguments)
         return norm + torch.linalg.eigvals(torch.eye(2, device=norm.device)).real.sum() * 0
 
@@ -209,7 +209,7 @@ def falls_back(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def twice(original: Callable[..., Any]) -> Callable[..., Any]:
-    def reduce(self: Zero1, group: Any, bucket: Any) -> list[Tensor]:
+    def reduce(self: Zero, group: Any, bucket: Any) -> list[Tensor]:
         return [part * 2 for part in original(self, group, bucket)]
 
     return reduce
@@ -233,10 +233,10 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "context rank as a number": lambda: mock.patch.object(
         context_parallel, "across", cut_by_number
     ),
-    "step as a number": lambda: mock.patch.object(Zero1, "step", step_number(Zero1.step)),
-    "value read in a step": lambda: mock.patch.object(Zero1, "step", reads_the_norm(Zero1.step)),
-    "operation on the host": lambda: mock.patch.object(Zero1, "step", falls_back(Zero1.step)),
-    "gradient counted twice": lambda: mock.patch.object(Zero1, "_reduce", twice(Zero1._reduce)),
+    "step as a number": lambda: mock.patch.object(Zero, "step", step_number(Zero.step)),
+    "value read in a step": lambda: mock.patch.object(Zero, "step", reads_the_norm(Zero.step)),
+    "operation on the host": lambda: mock.patch.object(Zero, "step", falls_back(Zero.step)),
+    "gradient counted twice": lambda: mock.patch.object(Zero, "_reduce", twice(Zero._reduce)),
     "reduce-scatter without a sum": lambda: mock.patch.object(
         XlaAxis, "reduce_scatter", left_out(XlaAxis.reduce_scatter)
     ),

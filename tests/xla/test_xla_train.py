@@ -44,7 +44,7 @@ def meshed(dataset: Path, folder: Path, tensor: int, **run: Any) -> Config:
     return dataclasses.replace(
         cfg,
         model=dataclasses.replace(cfg.model, vocab_size=VOCABULARY, bos_token_id=1),
-        parallel=ParallelConfig(tensor=tensor, sequence=True, zero1=True, bucket_bytes=8192),
+        parallel=ParallelConfig(tensor=tensor, sequence=True, zero=1, bucket_bytes=8192),
         checkpoint=CheckpointConfig(every=SAVED, keep=0),
         run=dataclasses.replace(cfg.run, steps=STEPS, validate_batches=2),
     )

@@ -263,7 +263,7 @@ def to_llamax(
         step=source.step,
         llamax=LLAMAX,
         torch=torch.__version__,
-        mesh={"tensor": 1, "data": 1, "zero1": 0},
+        mesh={"tensor": 1, "data": 1, "zero": 0},
         model=source.model.to_hub(dtype_name(source)),
         state={"consumed_sequences": consumed},
         files=[],

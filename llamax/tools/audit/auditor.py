@@ -279,7 +279,7 @@ def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
     elif kind == VALIDATION:
         found = formulas.forward(config, mesh, chunks)
     else:
-        found = formulas.update(mesh, group_shapes(traced), config.parallel.zero1, mesh.kv)
+        found = formulas.update(mesh, group_shapes(traced), config.parallel.zero, mesh.kv)
     names, groups = {}, all_groups(mesh)
     for axis, known in groups.items():  # axes with the same groups share one name
         names[axis] = next(name for name, each in groups.items() if set(each) == set(known))

@@ -111,7 +111,7 @@ def _passes(
     ]
 
 
-def update(mesh: Mesh, groups: Sequence[GroupShape], zero1: bool, kv: int) -> list[Traffic]:
+def update(mesh: Mesh, groups: Sequence[GroupShape], zero: int, kv: int) -> list[Traffic]:
     """The collectives of an optimizer step."""
     d, found = mesh.dp * mesh.cp, []
     buckets = sum(group.buckets for group in groups)
@@ -119,13 +119,13 @@ def update(mesh: Mesh, groups: Sequence[GroupShape], zero1: bool, kv: int) -> li
         part = (d - 1) / d
         gradients = round(sum(GRADIENT_BYTES * group.elements for group in groups) * part)
         weights = round(sum(group.width_bytes * group.elements for group in groups) * part)
-        if zero1:
+        if zero:
             found += [Traffic("reduce-scatter", "data", buckets, gradients)]
             found += [Traffic("all-gather", "data", buckets, weights)]
         else:
             found += [Traffic("all-reduce", "data", buckets, 2 * gradients)]
     if partial := [group for group in groups if group.partial]:
-        run = sum(GRADIENT_BYTES * group.elements for group in partial) // (d if zero1 else 1)
+        run = sum(GRADIENT_BYTES * group.elements for group in partial) // (d if zero else 1)
         count = sum(group.buckets for group in partial)
         found += [Traffic("all-reduce", "tp", count, round(2 * run * (mesh.tp - 1) / mesh.tp))]
     if shared := sum(group.shared for group in groups):

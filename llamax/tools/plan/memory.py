@@ -12,7 +12,7 @@ Between steps a rank holds its state.  A microstep fills and empties the rest::
 The peak is at one of four moments: forward has just ended and the loss is computed; the last layer
 goes backward while the activations of all others wait; the first layer goes backward, when all
 gradients exist; the optimizer step, when the reduced gradients wait for their norm.  The terms
-follow the modules that they count (optim/zero1.py, model/recompute.py,
+follow the modules that they count (optim/zero.py, model/recompute.py,
 parallel/cross_entropy.py, ops.py) and are exact where operations run one by one.  A graph compiler
 may fuse or reorder; ``reserve`` is an allowance for what is not counted.
 """

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from llamax.config.hardware import Machine
 from llamax.config.rules import divisors
@@ -21,7 +22,7 @@ from llamax.tools.plan.planner import Plan, plan_run
 from llamax.tools.plan.search import contexts, search
 from llamax.training.resolve import resolve
 
-SAVERS = ("parallel.sequence", "parallel.zero1", "finetune.shard_base")  # on, they save memory
+SAVERS = ("parallel.sequence", "parallel.zero", "finetune.shard_base")  # on, they save memory
 CHANGED = (
     "parallel.tensor",
     "parallel.context",
@@ -112,7 +113,8 @@ def savers_on(config: Config) -> Iterator[Config]:
             variant = config
             for key in keys:
                 section, _, name = key.partition(".")
-                changed = replace(getattr(variant, section), **{name: True})
+                on = type(_value(config, key))(1)
+                changed = replace(getattr(variant, section), **{name: on})
                 variant = replace(variant, **{section: changed})
             yield variant
 
@@ -146,6 +148,6 @@ def flags(config: Config, nodes: int, plan: Plan) -> tuple[str, ...]:
     return tuple(changes)
 
 
-def _value(config: Config, key: str) -> object:
+def _value(config: Config, key: str) -> Any:
     section, _, name = key.partition(".")
     return getattr(getattr(config, section), name)

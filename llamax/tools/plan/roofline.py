@@ -160,13 +160,13 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
 
     elements = sum(group.elements for group in share.groups())
     owners = mesh.dp * mesh.cp
-    updated = elements / owners if config.parallel.zero1 else elements
+    updated = elements / owners if config.parallel.zero else elements
     accumulate = (8 + w) * elements
     adamw = 28 * updated + (4 + w) * updated
     data = wire(machine, owners, mesh.tp)
     whole = share.base[1] * owners if share.spread else 0.0
     gathered_s = 2 * n * data.ring(whole) if whole else 0.0
-    if config.parallel.zero1:
+    if config.parallel.zero:
         data_s, sent = data.ring(4 * elements) + data.ring(w * elements), f"4 B + {w} B"
     else:
         data_s, sent = data.ring(4 * elements, passes=2), "2 x 4 B"

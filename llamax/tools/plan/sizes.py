@@ -160,7 +160,7 @@ class Share:
         return self.config.finetune.method == "qlora" and self.config.finetune.shard_base
 
     def groups(self) -> list[Group]:
-        """The flat groups that optim/zero1.py makes of the weights."""
+        """The flat groups that optim/zero.py makes of the weights."""
         if self.tuned:
             return [Group(self.adapters, summed=self.sequence)]
         model = self.model

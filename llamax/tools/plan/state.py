@@ -21,7 +21,7 @@ def compiled(machine: Machine) -> bool:
 
 def owners(share: Share) -> int:
     """The number of data ranks that share the optimizer state."""
-    return share.mesh.dp * share.mesh.cp if share.config.parallel.zero1 else 1
+    return share.mesh.dp * share.mesh.cp if share.config.parallel.zero else 1
 
 
 def padded_groups(share: Share) -> list[Group]:
@@ -33,7 +33,7 @@ def padded_groups(share: Share) -> list[Group]:
 
 
 def state(share: Share, machine: Machine) -> list[Line]:
-    """Weights and optimizer state, by the formulas in optim/zero1.py and optim/lazy.py."""
+    """Weights and optimizer state, by the formulas in optim/zero.py and optim/lazy.py."""
     ranks, groups, width = owners(share), padded_groups(share), share.width
     elements = sum(group.elements for group in groups)
     uneven = sum(group.elements for group in groups if group.uneven)

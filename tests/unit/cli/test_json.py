@@ -50,7 +50,7 @@ def test_inspect_a_run_a_checkpoint_and_a_folder(tmp_path: Path, printed: Print)
     assert (run["kind"], run["path"], run["checkpoint"]) == ("run", str(tmp_path), str(step))
     assert run["checkpoints"] == ["step-00000003"]
     assert run["step"] == 3
-    assert run["mesh"] == {"tensor": 2, "data": 2, "zero1": 1}
+    assert run["mesh"] == {"tensor": 2, "data": 2, "zero": 1}
     assert run["parameters"] == model.num_parameters()
     assert run["model"]["hidden_size"] == 24
     assert {"kind": "master", "dtype": "F32", "count": 21} in run["tensors"]

@@ -78,7 +78,7 @@ def test_overrides_in_both_spellings_come_on_top_in_order() -> None:
             "--optim.lr=2e-4",
             "--optim.min_lr",
             "0",
-            "--parallel.zero1=false",
+            "--parallel.zero=0",
             "--run.folder=2024",
             "--data.path=a=b",
             "--run.dtype=bfloat16",
@@ -88,7 +88,7 @@ def test_overrides_in_both_spellings_come_on_top_in_order() -> None:
     )
     assert (config.run.steps, config.optim.lr, config.optim.min_lr) == (20, 2e-4, 0.0)
     assert (config.run.folder, config.data.path, config.run.dtype) == ("2024", "a=b", "bfloat16")
-    assert config.parallel.zero1 is False
+    assert config.parallel.zero == 0
     assert config.model.eos_token_id == (2, 3)
     assert config.model.rope_scaling is not None
     assert config.model.rope_scaling.factor == 32.0
@@ -123,8 +123,13 @@ def test_overrides_in_both_spellings_come_on_top_in_order() -> None:
         ({}, ["--run.steps=true"], ["run.steps=true is a truth value; write an integer"]),
         ({}, ["--optim.lr=fast"], ['optim.lr="fast" is a string; write a number']),
         ({}, ["--optim.lr=true"], ["optim.lr=true is a truth value; write a number"]),
-        ({}, ["--parallel.zero1=1"], ["parallel.zero1=1 is an integer; write true or false"]),
-        ({}, ["--parallel.zero1=yes"], ['parallel.zero1="yes" is a string; write true or false']),
+        ({}, ["--parallel.sequence=1"], ["parallel.sequence=1 is an integer; write true or false"]),
+        (
+            {},
+            ["--parallel.sequence=yes"],
+            ['parallel.sequence="yes" is a string; write true or false'],
+        ),
+        ({}, ["--parallel.zero=true"], ["parallel.zero=true is a truth value; write an integer"]),
         (
             {},
             ["--run.backend=tpu"],

@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
-from llamax.optim import Owned, Zero1, adamw
+from llamax.optim import Owned, Zero, adamw
 from llamax.parallel.collectives import Axes, Solo
 from llamax.parallel.sharding import Replica, ShardedParameter, ShardedParameters
 from llamax.runtime.errors import ConfigError
@@ -46,8 +46,8 @@ def backward(parameters: dict[str, Parameter], wanted: dict[str, Tensor]) -> Non
 
 def make(
     parameters: dict[str, Parameter], optim: OptimConfig = OPTIM, bucket_bytes: int = 80
-) -> Zero1:
-    return Zero1(
+) -> Zero:
+    return Zero(
         ShardedParameters({n: ShardedParameter(p, Replica()) for n, p in parameters.items()}),
         optim,
         Axes.solo(),
@@ -56,18 +56,18 @@ def make(
     )
 
 
-def take(zero1: Zero1, step: int, scale: float = 1.0, lr: float = OPTIM.lr) -> float:
-    return float(zero1.step(torch.tensor(lr), torch.tensor(step), torch.tensor(scale)))
+def take(zero: Zero, step: int, scale: float = 1.0, lr: float = OPTIM.lr) -> float:
+    return float(zero.step(torch.tensor(lr), torch.tensor(step), torch.tensor(scale)))
 
 
-def state(zero1: Zero1) -> list[Tensor]:
-    return [owned.tensor.clone() for owned in zero1.owned()]
+def state(zero: Zero) -> list[Tensor]:
+    return [owned.tensor.clone() for owned in zero.owned()]
 
 
 def test_twenty_steps_equal_torch() -> None:
     """Two decay groups, changing lr, gradients that clipping shortens and that it leaves alone."""
     mine, theirs = draw(), draw()
-    zero1 = make(mine)
+    zero = make(mine)
     decay = [p for p in theirs.values() if p.dim() > 1]
     rest = [p for p in theirs.values() if p.dim() == 1]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
@@ -82,7 +82,7 @@ def test_twenty_steps_equal_torch() -> None:
             group["lr"] = lr
         torch_adamw.step()
         torch_adamw.zero_grad()
-        assert take(zero1, step, lr=lr) == pytest.approx(float(norm), rel=1e-6)
+        assert take(zero, step, lr=lr) == pytest.approx(float(norm), rel=1e-6)
         assert (float(norm) > 1) == bool(step % 2)
         for name in SHAPES:
             torch.testing.assert_close(mine[name], theirs[name], rtol=2e-6, atol=2e-7)
@@ -125,18 +125,18 @@ def test_update_without_finite_changes_nothing(change: Callable[..., None]) -> N
 @pytest.mark.parametrize("bad", [math.inf, math.nan])
 def test_a_norm_that_is_not_finite_changes_nothing(dtype: torch.dtype, bad: float) -> None:
     parameters = draw(dtype)
-    zero1 = make(parameters)
+    zero = make(parameters)
     backward(parameters, gradients(1))
-    take(zero1, 1)
-    before, weights = state(zero1), {n: p.detach().clone() for n, p in parameters.items()}
+    take(zero, 1)
+    before, weights = state(zero), {n: p.detach().clone() for n, p in parameters.items()}
     wanted = gradients(2)
     wanted["norm"][3] = bad
     backward(parameters, wanted)
-    assert not math.isfinite(take(zero1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(before, state(zero1), strict=True))
+    assert not math.isfinite(take(zero, 2))
+    assert all(torch.equal(a, b) for a, b in zip(before, state(zero), strict=True))
     assert all(torch.equal(weights[n], p) for n, p in parameters.items())
     backward(parameters, gradients(3))
-    assert math.isfinite(take(zero1, 3)), "and the bad gradient is forgotten"
+    assert math.isfinite(take(zero, 3)), "and the bad gradient is forgotten"
 
 
 def test_scale_multiplies_the_gradient_before_the_clip() -> None:
@@ -154,10 +154,10 @@ def test_scale_multiplies_the_gradient_before_the_clip() -> None:
 def test_max_grad_norm_reaches_the_update(max_norm: float) -> None:
     """With beta 0 the first moment is the clipped gradient itself."""
     parameters = draw()
-    zero1 = make(parameters, dataclasses.replace(OPTIM, beta1=0.0, max_grad_norm=max_norm))
+    zero = make(parameters, dataclasses.replace(OPTIM, beta1=0.0, max_grad_norm=max_norm))
     backward(parameters, gradients(1))
-    norm = take(zero1, 1)
-    kept = sum(float(o.tensor.square().sum()) for o in zero1.owned() if o.kind == "exp_avg")
+    norm = take(zero, 1)
+    kept = sum(float(o.tensor.square().sum()) for o in zero.owned() if o.kind == "exp_avg")
     assert math.sqrt(kept) == pytest.approx(min(norm, max_norm or math.inf), rel=1e-5)
 
 
@@ -165,11 +165,11 @@ def test_tied_weights_are_one_parameter() -> None:
     tied = draw()
     alone = make(draw())
     tied["head"] = tied["embed"]
-    zero1 = make(tied)
-    assert [o.name for o in zero1.owned()] == [o.name for o in alone.owned()]
+    zero = make(tied)
+    assert [o.name for o in zero.owned()] == [o.name for o in alone.owned()]
     backward(tied, gradients(1))
     whole = torch.cat([g.flatten() for g in gradients(1).values()])
-    assert take(zero1, 1) == pytest.approx(float(whole.norm()), rel=1e-6)
+    assert take(zero, 1) == pytest.approx(float(whole.norm()), rel=1e-6)
     assert tied["head"].data_ptr() == tied["embed"].data_ptr()
 
 
@@ -177,10 +177,10 @@ def test_frozen_parameters_are_left_alone_and_unused_ones_only_decay() -> None:
     parameters = draw()
     parameters["up"].requires_grad_(False)
     before = {name: p.detach().clone() for name, p in parameters.items()}
-    zero1 = make(parameters)
-    assert "up" not in {owned.name for owned in zero1.owned()}
+    zero = make(parameters)
+    assert "up" not in {owned.name for owned in zero.owned()}
     backward(parameters, {"embed": gradients(1)["embed"]})
-    take(zero1, 1)
+    take(zero, 1)
     assert torch.equal(parameters["up"], before["up"])
     assert torch.equal(parameters["norm"], before["norm"])
     decayed = before["down"] * (1 - OPTIM.lr * OPTIM.weight_decay)
@@ -191,12 +191,12 @@ def test_frozen_parameters_are_left_alone_and_unused_ones_only_decay() -> None:
 def test_microsteps_add_up_in_float32(dtype: torch.dtype) -> None:
     """A sum that bfloat16 cannot hold: 1 + 255 x 2^-9."""
     parameters = draw(dtype)
-    zero1 = make(parameters, dataclasses.replace(OPTIM, beta1=0.0, max_grad_norm=0.0))
+    zero = make(parameters, dataclasses.replace(OPTIM, beta1=0.0, max_grad_norm=0.0))
     for microstep in range(256):
         size = 2.0**-9 if microstep else 1.0
         backward(parameters, {n: torch.full(shape, size) for n, shape in SHAPES.items()})
-    take(zero1, 1)
-    for owned in zero1.owned():
+    take(zero, 1)
+    for owned in zero.owned():
         if owned.kind == "exp_avg":
             assert torch.equal(owned.tensor, torch.full_like(owned.tensor, 1 + 255 / 512))
 
@@ -204,10 +204,10 @@ def test_microsteps_add_up_in_float32(dtype: torch.dtype) -> None:
 def test_zero_grad_forgets() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         parameters = draw(dtype)
-        zero1 = make(parameters)
+        zero = make(parameters)
         backward(parameters, gradients(1))
-        zero1.zero_grad()
-        assert take(zero1, 1) == 0
+        zero.zero_grad()
+        assert take(zero, 1) == 0
 
 
 def test_bfloat16_follows_float32_masters() -> None:
@@ -216,13 +216,13 @@ def test_bfloat16_follows_float32_masters() -> None:
     masters = {name: p.detach().double() for name, p in parameters.items()}
     first = {name: torch.zeros_like(p) for name, p in masters.items()}
     second = {name: torch.zeros_like(p) for name, p in masters.items()}
-    zero1 = make(parameters, dataclasses.replace(OPTIM, lr=1e-4))
+    zero = make(parameters, dataclasses.replace(OPTIM, lr=1e-4))
     for step in range(1, 31):
         wanted = gradients(step)
         backward(parameters, wanted)
         rounded = {n: g.bfloat16().double() for n, g in wanted.items()}
         norm = math.sqrt(sum(float(g.square().sum()) for g in rounded.values()))
-        assert take(zero1, step, lr=1e-4) == pytest.approx(norm, rel=1e-6)
+        assert take(zero, step, lr=1e-4) == pytest.approx(norm, rel=1e-6)
         for name, g in rounded.items():
             g = g * min(1.0, 1.0 / norm)
             first[name] = 0.9 * first[name] + 0.1 * g
@@ -231,7 +231,7 @@ def test_bfloat16_follows_float32_masters() -> None:
             hat = first[name] / (1 - 0.9**step), second[name] / (1 - 0.95**step)
             masters[name] *= 1 - 1e-4 * decay
             masters[name] -= 1e-4 * hat[0] / (hat[1].sqrt() + 1e-8)
-    got = whole(zero1.owned(), "master")
+    got = whole(zero.owned(), "master")
     for name, master in masters.items():
         torch.testing.assert_close(got[name], master.float().flatten(), rtol=1e-5, atol=1e-6)
         assert torch.equal(parameters[name].flatten(), got[name].bfloat16())
@@ -251,37 +251,37 @@ def whole(owned: object, kind: str) -> dict[str, Tensor]:
 
 def test_parameters_and_masters_follow_each_other() -> None:
     parameters = draw(torch.bfloat16)
-    zero1 = make(parameters)
+    zero = make(parameters)
     with torch.no_grad():
         parameters["up"].fill_(3.0)
-    zero1.adopt_parameters()
-    assert torch.equal(whole(zero1.owned(), "master")["up"], torch.full((42,), 3.0))
-    for owned in zero1.owned():
+    zero.adopt_parameters()
+    assert torch.equal(whole(zero.owned(), "master")["up"], torch.full((42,), 3.0))
+    for owned in zero.owned():
         if owned.name == "norm" and owned.kind == "master":
             owned.tensor.fill_(1.2345)
-    zero1.gather_parameters()
+    zero.gather_parameters()
     assert torch.equal(parameters["norm"], torch.full((6,), 1.2345).bfloat16())
     assert torch.equal(parameters["up"], torch.full((7, 6), 3.0).bfloat16())
 
 
 def test_float32_weights_are_their_own_masters() -> None:
-    zero1 = make(draw())
-    assert {owned.kind for owned in zero1.owned()} == {"weight", "exp_avg", "exp_avg_sq"}
+    zero = make(draw())
+    assert {owned.kind for owned in zero.owned()} == {"weight", "exp_avg", "exp_avg_sq"}
 
 
 @pytest.mark.parametrize(("dtype", "each"), [(torch.float32, 12), (torch.bfloat16, 2 + 4 + 12)])
 def test_state_bytes_by_formula(dtype: torch.dtype, each: int) -> None:
     parameters = draw(dtype)
     n = sum(p.numel() for p in parameters.values())
-    zero1 = make(parameters)
-    assert zero1.state_bytes() == each * n
-    assert zero1.state_bytes() == held_bytes(zero1)
-    kinds = [id(owned.tensor.untyped_storage()) for owned in zero1.owned()]
+    zero = make(parameters)
+    assert zero.state_bytes() == each * n
+    assert zero.state_bytes() == held_bytes(zero)
+    kinds = [id(owned.tensor.untyped_storage()) for owned in zero.owned()]
     backward(parameters, gradients(1))
-    take(zero1, 1)
-    assert zero1.state_bytes() == held_bytes(zero1), "nothing is made by the first step"
+    take(zero, 1)
+    assert zero.state_bytes() == held_bytes(zero), "nothing is made by the first step"
     assert all(p.grad is None for p in parameters.values())
-    assert len(kinds) == len(list(zero1.owned()))
+    assert len(kinds) == len(list(zero.owned()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -289,10 +289,10 @@ def test_same_inputs_same_bits_and_buckets_do_not_matter(dtype: torch.dtype) -> 
     results = []
     for bucket_bytes in (80, 80, 1 << 20):
         parameters = draw(dtype)
-        zero1 = make(parameters, bucket_bytes=bucket_bytes)
+        zero = make(parameters, bucket_bytes=bucket_bytes)
         for step in range(1, 4):
             backward(parameters, gradients(step))
-            take(zero1, step)
+            take(zero, step)
         results.append({name: p.detach().float() for name, p in parameters.items()})
     for name in SHAPES:
         assert torch.equal(results[0][name], results[1][name])
@@ -323,4 +323,4 @@ def test_key_value_heads_that_the_axes_do_not_join() -> None:
     axes = dataclasses.replace(Axes.solo(), tp=Four("tp"))
     llama = Llama(TIED, axes.tp)
     with pytest.raises(ConfigError, match=r"4 tensor ranks hold each .* give the mesh kv=4"):
-        Zero1(llama.sharded_parameters(), OPTIM, axes, sequence_parallel=False)
+        Zero(llama.sharded_parameters(), OPTIM, axes, sequence_parallel=False)

@@ -84,8 +84,8 @@ def test_a_quantised_llama3_8b_spread_over_8_ranks_by_hand() -> None:
     assert found["weights"] == 2 * 32 * rank
 
 
-def test_without_zero1_every_rank_keeps_all_state() -> None:
-    config = recipe("llama2-7b", "--parallel.zero1=false")
+def test_without_zero_every_rank_keeps_all_state() -> None:
+    config = recipe("llama2-7b", "--parallel.zero=0")
     found = {line.name: line.value for line in state(share_of(config, Mesh(tp=8, dp=16)), TRN1)}
     assert found["moments"] == 8 * found["weights"] // 2
 

@@ -24,7 +24,7 @@ TRN1 = load_machine("trn1.32xlarge")
             "--config llama2-7b --parallel.tensor=1 --parallel.sequence=false",
             "--parallel.tensor=16",
         ),
-        ("--config llama2-7b --nodes 4 --parallel.zero1=false", "--parallel.zero1=true"),
+        ("--config llama2-7b --nodes 4 --parallel.zero=0", "--parallel.zero=1"),
         (
             "--config llama2-7b --instance g5.12xlarge --parallel.tensor=2",
             "--nodes=2 --parallel.tensor=4 --run.recompute=full",

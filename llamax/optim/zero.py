@@ -58,7 +58,7 @@ from llamax.parallel.sharding import Replica, ShardedParameters
 from llamax.runtime.errors import ConfigError
 
 
-class Zero1:
+class Zero:
     """AdamW over ``axes`` for a model's parameters; make one per model.
 
     ``parameters`` are this rank's shares and move into flat vectors: load into them in place from
@@ -110,7 +110,7 @@ class Zero1:
         if not members:
             raise ConfigError(
                 "every parameter is frozen, so there is nothing to train; set requires_grad of "
-                "some before Zero1 is made"
+                "some before Zero is made"
             )
         self.groups: list[Group | LazyGroup] = []
         for key, named in members.items():
@@ -149,7 +149,7 @@ class Zero1:
                 if not parameter.requires_grad:
                     raise ConfigError(
                         f"{name} was frozen after this optimizer was made, which would go on to "
-                        "decay it; make a new Zero1"
+                        "decay it; make a new Zero"
                     )
         self.replicas.check(self._gradients_of)
         every = [(group, bucket) for group in self.groups for bucket in group.buckets]
