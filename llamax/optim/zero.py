@@ -1,4 +1,4 @@
-"""ZeRO stage 1: AdamW with its state cut over the data ranks (Rajbhandari et al. 2020, sec. 5.1).
+"""ZeRO: AdamW with its state cut over the data ranks (Rajbhandari et al. 2020, section 5).
 
 Parameters live in flat vectors, cut into buckets; of each bucket a data rank owns one run of
 elements, and keeps AdamW's moments, and float32 masters of narrower weights, for its runs alone.
@@ -24,9 +24,12 @@ Bytes a rank holds for n elements of width w over d data ranks::
 
     n w + 4 n + 8 n / d      float32; without the 4 n where no gradient is sent
     n w + 4 n + 12 n / d     narrower: masters as well
+    n w / d + ...            ZeRO-3 cuts the weights of layers too, ZeRO-2 and 3 the 4 n
 
 where n is each group padded to a multiple of d; elements whose weight in the norm differs within a
-parameter cost 4 n / d more.  Without ZeRO-1 d is 1 and step 2 leaves all ranks the whole sum.
+parameter cost 4 n / d more.  Without ZeRO d is 1 and step 2 leaves all ranks the whole sum.  In
+ZeRO-2 and 3 step 2 happens in backward, and in ZeRO-3 layers gather their weights themselves, in
+place of step 7 (``llamax.optim.reduced_groups``).  Replicas are treated as in ZeRO-1.
 
 No Python number that depends on the rank or the step enters a step: one graph serves all.
 """
@@ -66,8 +69,10 @@ class Zero:
     may be in the flat vector and ``parameter.grad`` None: see or change it in a hook that
     ``parameter.register_hook`` takes.
     ``sequence_parallel``: each tensor rank saw its own part of the sequence, so that gradients of
-    replicas are partial.  ``bucket_bytes`` of float32 gradient travel at once.  ``undeclared``:
-    names of replicas that do not say whether their gradients are partial, to be checked.
+    replicas are partial.  ``zero``: the stage; in 3, weights of layers are on the meta device from
+    then on, so that they are loaded before, or through ``owned``.  ``bucket_bytes`` of float32
+    gradient travel at once.  ``undeclared``: names of replicas that do not say whether their
+    gradients are partial, to be checked.
     """
 
     def __init__(

@@ -27,6 +27,7 @@ GOLDEN = Path(__file__).parent / "recipes"
 PUBLISHED = {
     "demo": (4, 3_196_608),
     "dolly-llama2-7b": (32, 6_738_415_616),
+    "dolly-llama3.1-8b": (8, 8_030_261_248),
     "finetune-demo": (4, 3_196_608),
     "gsm8k-lora": (2, 1_235_814_400),
     "korean-chat-lora": (1, 6_738_415_616),

@@ -44,6 +44,8 @@ CHAINS = {
     "tensor": (On(2, 1), On(4, 1), On(1, 1)),
     "data": (On(1, 2), On(1, 4), On(1, 1)),
     "ZeRO": (On(2, 2), On(2, 2, zero=0), On(2, 2)),
+    "ZeRO-3": (On(2, 2, zero=3), On(2, 2), On(1, 2, zero=0), On(2, 2, zero=3)),
+    "ZeRO-3 on other ranks": (On(1, 4, zero=3), On(1, 2, zero=2), On(1, 2, zero=3), On(4, 1)),
     "context": (On(2, 1, cp=2), On(1, 2, cp=2), On(1, 1), On(1, 2, zero=0, cp=2)),
     "pipeline": (On(1, 1), On(1, 1, pp=2), On(1, 1, pp=4), On(2, 1, pp=2), On(1, 1)),
     "uneven stages": (

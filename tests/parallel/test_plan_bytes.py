@@ -8,6 +8,7 @@ moment.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -109,6 +110,7 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
         OptimConfig(),
         here,
         sequence_parallel=model.sequence_parallel,
+        zero=config.parallel.zero,
         bucket_bytes=config.parallel.bucket_bytes,
     )
     tensors: list[Tensor | None] = []
@@ -178,6 +180,23 @@ def test_planned_bytes_are_measured_bytes(
     # The optimizer works in place: a bucket at most, and the numbers of a step.
     bucket = wanted.parallel.bucket_bytes if mesh.world_size > 1 else 0
     assert update(share, CPU).value == 0 <= found["update"] <= bucket + 16384
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("mesh", "zero"), [(Mesh(dp=2), 2), (Mesh(dp=2), 3), (Mesh(2, 2), 3)])
+def test_planned_bytes_of_zero_stages_are_measured_bytes(
+    worlds: Worlds, mesh: Mesh, zero: int, dtype: str
+) -> None:
+    wanted = config(mesh, "full", dtype)
+    wanted = replace(wanted, parallel=replace(wanted.parallel, zero=zero))
+    found = worlds(mesh.world_size).run(measure, wanted, mesh, timeout_s=240)[0]
+    share = share_of(wanted, mesh)
+    lasting = sum(line.value for line in (*state(share, CPU), early_gradients(share, CPU)))
+    assert lasting == pytest.approx(found["state"], rel=0.005)
+    planned = memory(share, CPU)
+    told = {line.name: line.value for line in planned.lines}
+    beside = sum(told.get(name, 0) for name in ("communication", "batch", "reserve"))
+    assert planned.peak - beside == pytest.approx(found["peak"], rel=0.05)
 
 
 def test_the_logits_of_one_chunk_live_at_a_time() -> None:

@@ -100,13 +100,13 @@ def train(
     }
     parameters["head"] = parameters["embed"]
     cuts = {name: how for name, (_, how) in MODEL.items()} | {"head": MODEL["embed"][1]}
-    sharded = {name: ShardedParameter(p, cuts[name]) for name, p in parameters.items()}
+    mine = {name: ShardedParameter(p, cuts[name]) for name, p in parameters.items()}
     optimizer = Zero(
-        ShardedParameters(sharded, tp, at.tp.rank),
+        ShardedParameters(mine, tp, at.tp.rank),
         OPTIM,
         at,
         sequence_parallel=sequence,
-        zero=sharded,
+        zero=int(sharded),
         bucket_bytes=BUCKET_BYTES,
     )
     held = held_bytes(optimizer)

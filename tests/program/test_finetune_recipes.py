@@ -23,6 +23,7 @@ from llamax.training.resolve import resolve, visible_samples
 
 RECIPES = {
     "dolly-llama2-7b": "dolly",
+    "dolly-llama3.1-8b": "dolly",
     "korean-chat-lora": "usr-bot",
     "korean-chat-qlora": "usr-bot",
     "news-llama3-8b-qlora": "human-assistant",

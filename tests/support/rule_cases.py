@@ -432,6 +432,47 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             }
         ],
     ),
+    "zero_fits_pipeline": (
+        [
+            (
+                {"parallel.zero": 2, "parallel.pipeline": 2, "model.num_hidden_layers": 8},
+                None,
+                "parallel.zero=2 sums gradients over the data ranks after each of a pipeline's "
+                "many microbatches, and parallel.pipeline=2 divides them already; "
+                "use parallel.zero=1",
+            )
+        ],
+        [
+            {"parallel.zero": 1, "parallel.pipeline": 2, "model.num_hidden_layers": 8},
+            {"parallel.zero": 2},
+        ],
+    ),
+    "gathered_weights_are_dropped": (
+        [
+            (
+                {"parallel.zero": 3, "run.recompute": "selective"},
+                None,
+                "parallel.zero=3 gathers the weights of a layer when it is used, but "
+                "run.recompute=selective would keep them all for backward; use "
+                "run.recompute=full, or parallel.zero=2",
+            )
+        ],
+        [
+            {"parallel.zero": 3, "run.recompute": "full"},
+            {"parallel.zero": 2},
+            {"parallel.zero": 3, **LORA},
+        ],
+    ),
+    "reduced_in_backward": (
+        [
+            (
+                {"parallel.zero": 2, "run.backend": "xla"},
+                None,
+                "parallel.zero=2 does not run on run.backend=xla yet; use parallel.zero=1",
+            )
+        ],
+        [{"parallel.zero": 1, "run.backend": "xla"}, {"parallel.zero": 2, "run.backend": "neuron"}],
+    ),
     "sequence_fits_model": (
         [
             (

@@ -36,8 +36,10 @@ from llamax.tools.plan.sizes import Share
 from llamax.tools.plan.state import (
     compiled,
     early_gradients,
+    gathered_head,
     gradients,
     gradients_of,
+    in_flight,
     state,
     update,
 )
@@ -48,6 +50,7 @@ STATE = (  # lines printed first, in this order
     "base",
     "dense layer",
     "weights",
+    "gathered",
     "gradients",
     "masters",
     "moments",
@@ -89,13 +92,14 @@ def memory(share: Share, machine: Machine) -> Memory:
     early = early_gradients(share, machine)
     head = gradients_of(0 if share.tuned else share.head_weights, "the head's, which come first")
     moments = {
-        "forward has ended": [early, activations, loss(share, machine)],
+        "forward has ended": [early, activations, loss(share, machine), gathered_head(share)],
         "the last layer goes backward": [
             max(early, head, key=lambda line: line.value),
             activations,
             working,
+            in_flight(share),
         ],
-        "the first layer goes backward": [all_gradients, last_layer, working],
+        "the first layer goes backward": [all_gradients, last_layer, working, in_flight(share)],
         "the weights are updated": [all_gradients, update(share, machine)],
     }
     nonzero = {

@@ -17,6 +17,7 @@ Each line ends with the formula of its quantity.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from llamax.config.rules.parallel import within_node
 from llamax.config.schema import Config
@@ -24,7 +25,7 @@ from llamax.runtime.units import count, show_bytes, show_number, show_time
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import plain_attention
 from llamax.tools.plan.nearest import Nearest, flags
-from llamax.tools.plan.planner import Plan
+from llamax.tools.plan.planner import Plan, plan_run
 from llamax.tools.plan.search import Refused
 from llamax.tools.plan.sizes import Share
 from llamax.training.resolve import ResolvedRun
@@ -98,11 +99,35 @@ def notes(plan: Plan) -> Iterator[str]:
             f"{kinds} ranks span nodes of {count(machine.ranks, 'rank')}, and the network carries "
             f"their messages in every layer; {within_node(config, machine.ranks)} would not"
         )
+    yield from zero_notes(plan)
     if config.run.backend != machine.backend:
         yield (
             f"run.backend={config.run.backend}, but {machine.name} needs "
             f"--run.backend={machine.backend}"
         )
+
+
+def zero_notes(plan: Plan) -> Iterator[str]:
+    """Where ZeRO-2 or ZeRO-3 costs more than it saves."""
+    run, zero = plan.run, plan.run.config.parallel.zero
+    if zero < 2 or run.mesh.dp * run.mesh.cp == 1 or Share(run).tuned:
+        return
+    parallel = replace(run.config.parallel, zero=1)
+    config = replace(run.config, parallel=parallel)
+    other = plan_run(replace(run, config=config), plan.machine, plan.nodes)
+    saved, lost = other.memory.peak - plan.memory.peak, plan.time.step_s - other.time.step_s
+    if lost <= 0.02 * other.time.step_s:
+        return
+    text = (
+        f"parallel.zero={zero} sends after each microstep what parallel.zero=1 sends once a step: "
+        f"{show_time(lost)} of each step for {show_bytes(saved)} of memory"
+    )
+    if other.memory.fits:
+        yield f"{text}; parallel.zero=1 fits too"
+    elif run.accumulation > 1:
+        yield f"{text}; a larger data.micro_batch, parallel.tensor or parallel.pipeline sends less"
+    else:
+        yield text
 
 
 def rows(lines: Sequence[Line], show_value: Callable[[float], str]) -> Iterator[str]:

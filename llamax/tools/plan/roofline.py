@@ -123,6 +123,24 @@ def turns(share: Share) -> int:
     return 2 * ((4 + again) * share.layers + 2)
 
 
+def data_time(share: Share, data: Wire) -> tuple[float, str]:
+    """Seconds of a step in which gradients and weights go over the data ranks, and the formula."""
+    zero, w, n = share.config.parallel.zero, share.width, share.accumulation
+    elements = sum(group.elements for group in share.groups())
+    count = f"{show_number(elements)} elements"
+    if zero == 0:
+        return data.ring(4 * elements, passes=2), f"2 x 4 B x {count}"
+    if zero == 1 or share.tuned:
+        return data.ring(4 * elements) + data.ring(w * elements), f"4 B + {w} B x {count}"
+    seconds = n * data.ring(4 * elements)
+    if zero == 2:
+        return seconds + data.ring(w * elements), f"({n} microsteps x 4 B + {w} B) x {count}"
+    gathered = share.gathered
+    return seconds + n * data.ring(w * gathered), (
+        f"{n} microsteps x (4 B x {count} + {w} B x {show_number(gathered)} gathered)"
+    )
+
+
 def time(share: Share, machine: Machine, nodes: int) -> Time:
     """The time of a step of ``share`` on ``nodes`` machines."""
     config, mesh = share.config, share.mesh
@@ -166,10 +184,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     data = wire(machine, owners, mesh.tp)
     whole = share.base[1] * owners if share.spread else 0.0
     gathered_s = 2 * n * data.ring(whole) if whole else 0.0
-    if config.parallel.zero:
-        data_s, sent = data.ring(4 * elements) + data.ring(w * elements), f"4 B + {w} B"
-    else:
-        data_s, sent = data.ring(4 * elements, passes=2), "2 x 4 B"
+    data_s, sent = data_time(share, data)
 
     rate = f"{machine.matmul_efficiency:.0%} of {show_number(peak)}FLOP/s"
     times = count(n, "microstep") + (f" + {mesh.pp - 1} of pipeline" if mesh.pp > 1 else "")
@@ -221,8 +236,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         Line(
             "data collectives",
             data_s,
-            f"{sent} x {show_number(elements)} elements over {data.name} at "
-            f"{data.bytes_per_s / 1e9:.1f} GB/s",
+            f"{sent} over {data.name} at {data.bytes_per_s / 1e9:.1f} GB/s",
         ),
     )
     trained = adapter_elements(config) if share.tuned else 0

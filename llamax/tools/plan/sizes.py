@@ -23,12 +23,14 @@ class Group(NamedTuple):
     """Weights in one flat vector.
 
     ``uneven``: the elements count differently in the gradient norm.  ``summed``: their gradient is
-    summed over tensor ranks.
+    summed over tensor ranks.  ``whole``: every data rank keeps all gradients and weights, whatever
+    parallel.zero is.
     """
 
     elements: int
     uneven: bool = False
     summed: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,23 @@ class Share:
 
     @property
     def spread(self) -> bool:
-        """Whether a quantised base is cut over the data ranks and gathered in use."""
-        return self.config.finetune.method == "qlora" and self.config.finetune.shard_base
+        """Whether a frozen base is cut over the data ranks and gathered in use."""
+        finetune = self.config.finetune
+        if finetune.method == "qlora":
+            return finetune.shard_base
+        return finetune.method == "lora" and self.config.parallel.zero == 3
+
+    @property
+    def gathered(self) -> int:
+        """Elements of weights that ZeRO-3 gathers in a microstep: those of layers twice."""
+        if self.config.parallel.zero < 3 or self.tuned or self.mesh.dp * self.mesh.cp == 1:
+            return 0
+        return 2 * (self.layers * self.layer_weights + self.head_weights)  # embedding and head
 
     def groups(self) -> list[Group]:
         """The flat groups that optim/zero.py makes of the weights."""
         if self.tuned:
-            return [Group(self.adapters, summed=self.sequence)]
+            return [Group(self.adapters, summed=self.sequence, whole=True)]
         model = self.model
         heads = 1 if model.tie_word_embeddings or self.mesh.pp > 1 else 2
         vocabulary = heads * self.head_weights
@@ -174,7 +186,7 @@ class Share:
         groups = (
             Group(plain),
             Group(uneven, uneven=True, summed=self.kv_shared),
-            Group(norms, summed=self.sequence),
+            Group(norms, summed=self.sequence, whole=True),
         )
         return [group for group in groups if group.elements]
 

@@ -24,6 +24,12 @@ def owners(share: Share) -> int:
     return share.mesh.dp * share.mesh.cp if share.config.parallel.zero else 1
 
 
+def kept(share: Share, stage: int) -> int:
+    """Elements that a rank keeps of what is cut over the data ranks from ``stage`` of ZeRO on."""
+    ranks = owners(share) if share.config.parallel.zero >= stage else 1
+    return sum(group.elements // (1 if group.whole else ranks) for group in padded_groups(share))
+
+
 def padded_groups(share: Share) -> list[Group]:
     """The groups of weights, each padded to a multiple of the owners."""
     ranks = owners(share)
@@ -41,7 +47,7 @@ def state(share: Share, machine: Machine) -> list[Line]:
     count, per_rank = show_number(elements), f" / {ranks} data ranks" if ranks > 1 else ""
     return [
         *frozen_base(share),
-        Line("weights", elements * width, f"{width} B x {count} elements"),
+        Line("weights", kept(share, 3) * width, f"{width} B x {cut_over(share, 3)}"),
         Line(
             "masters",
             MASTER_BYTES * elements // ranks if has_masters else 0,
@@ -59,6 +65,44 @@ def state(share: Share, machine: Machine) -> list[Line]:
             f"{per_rank}",
         ),
     ]
+
+
+def cut_over(share: Share, stage: int) -> str:
+    """The elements of ``kept`` in words."""
+    ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
+    cut = share.config.parallel.zero >= stage and ranks > 1 and not share.tuned
+    return f"{show_number(elements)} elements" + (f" / {ranks} data ranks" if cut else "")
+
+
+def in_flight(share: Share) -> Line:
+    """Weights that are gathered while a layer goes backward, and gradients on their way.
+
+    ZeRO-3: all weights of the layer, and the gradient of its largest projection, which is sent in
+    float32.  ZeRO-2: gradients whose buckets wait for others.
+    """
+    largest = 2 * share.feed_forward * share.model.hidden_size
+    zero = share.config.parallel.zero
+    if zero < 2 or owners(share) == 1 or share.tuned:
+        return Line("gathered", 0.0, "")
+    if zero == 2:
+        unsent = share.width * max(largest, share.head_weights)
+        return Line("gathered", unsent, f"{show_bytes(unsent)} of gradients not sent yet")
+    weights = share.width * share.layer_weights
+    gradient = (GRADIENT_BYTES + (share.width if share.width < 4 else 0)) * largest
+    temporary = 8 * share.tokens * share.feed_forward  # of SwiGLU, gone when the gradient is made
+    gradient = max(gradient - temporary, 0)
+    return Line(
+        "gathered",
+        weights + gradient,
+        f"{show_bytes(weights)} weights of a layer"
+        + (f", {show_bytes(gradient)} of gradient beyond SwiGLU's temporaries" if gradient else ""),
+    )
+
+
+def gathered_head(share: Share) -> Line:
+    """The output matrix while the loss is computed, gathered."""
+    value = share.width * share.head_weights if share.gathered else 0
+    return Line("gathered", value, f"{share.width} B x {show_number(share.head_weights)} elements")
 
 
 def frozen_base(share: Share) -> list[Line]:
@@ -84,7 +128,8 @@ def frozen_base(share: Share) -> list[Line]:
 
 def gradients(share: Share) -> Line:
     """All gradients, summed in float32 over microsteps."""
-    return gradients_of(sum(group.elements for group in padded_groups(share)), "summed in float32")
+    formula = f"{GRADIENT_BYTES} B x {cut_over(share, 2)}, summed in float32"
+    return Line("gradients", GRADIENT_BYTES * kept(share, 2), formula)
 
 
 def early_gradients(share: Share, machine: Machine) -> Line:
@@ -92,6 +137,8 @@ def early_gradients(share: Share, machine: Machine) -> Line:
 
     Only float32 gradients that are never reduced appear and go within backward.
     """
+    if share.config.parallel.zero > 1 and owners(share) > 1:
+        return gradients(share)
     reduced = share.mesh.dp * share.mesh.cp > 1 or share.width < 4 or share.accumulation > 1
     stay = reduced or machine.backend not in ("cpu", "cuda")
     return gradients_of(

@@ -31,6 +31,7 @@ from llamax.config.types import (
     Natural,
     NonNegative,
     Positive,
+    ZeroStage,
     descriptions,
     options,
     type_hints,
@@ -350,6 +351,7 @@ def test_files_and_recipes_are_found_or_refused(tmp_path: Path) -> None:
 NUMBERS = {
     Count: st.integers(1, 2**40),
     Natural: st.integers(0, 2**40),
+    ZeroStage: st.integers(0, 3),
     Positive: st.floats(0, exclude_min=True, allow_infinity=False),
     NonNegative: st.floats(0, allow_infinity=False),
     Fraction: st.floats(0, 1, exclude_max=True),
