@@ -22,7 +22,7 @@ from torch import Tensor
 from llamax.backends import choose
 from llamax.backends.base import Backend
 from llamax.config.rules.pipeline import evenly
-from llamax.optim.zero1 import Zero1
+from llamax.optim.zero import Zero
 from llamax.parallel import sharding
 from llamax.parallel.collectives import Axes, Axis, Meter, Metered
 from llamax.parallel.mesh import Mesh
@@ -77,7 +77,7 @@ def steps(case: Case, axes: Axes, backend: Backend | None) -> dict[str, Any]:
     axes = axes if backend is None else pipeline.apart(axes, backend.step_boundary)
     model = build(MODEL, axes, case.sequence, case.layers)
     model.model.mode = "none" if backend is None else "full"
-    optimizer = Zero1(
+    optimizer = Zero(
         model.sharded_parameters(),
         OPTIM,
         axes,
