@@ -36,6 +36,7 @@ from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.data.chat.record import PromptRecord
+from llamax.data.megatron import is_prefix
 from llamax.data.tokenizer.streaming import Detokenizer
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.inference.sampling import Sampling, generate_tokens
@@ -141,6 +142,15 @@ def tokenizer_of(source: Source, vocab_size: int, chosen: str = "") -> Tokenizer
         raise DataError(
             f"{source.folder} does not say what it was trained on; use `tokenizer` PATH"
         )
+    if not chosen and is_prefix(place):
+        if not (
+            place.parent / "dataset.json"
+        ).is_file():  # llamax prepare keeps the tokenizer there
+            raise DataError(
+                f"{source.folder} was trained on Megatron's files {place}, which do not name their "
+                "tokenizer; use `tokenizer` PATH"
+            )
+        place = place.parent
     if not (chosen or place.is_dir()):
         raise DataError(
             f"{source.folder} was trained on the dataset {place}, which is not here, so its "

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from llamax.runtime.logging import logger, shows_bars
-from llamax.runtime.units import count, eta, show_bytes, show_time
+from llamax.runtime.units import count, eta, plural_of, show_bytes, show_time
 
 FIRST_S, LEAST_S = 2.0, 0.3  # until work is shown; and at least this much of it
 EVERY_S, SHARE = 10.0, 0.25  # between lines of a log: seconds, and at least this share of all
@@ -119,7 +119,7 @@ class Progress:
 
 def _bar_unit(unit: str) -> str:
     """What follows the total in a bar: 12.6GiB, 40 rows."""
-    return "iB" if unit == "B" else f" {unit}s"
+    return "iB" if unit == "B" else f" {plural_of(unit)}"
 
 
 def progress_line(name: str, done: float, total: float, unit: str, left_s: float) -> str:

@@ -25,7 +25,12 @@ def eta(step: int, steps: int, step_s: float) -> float:
 
 def count(number: int, noun: str, plural: str = "") -> str:
     """A number and its noun: 1 step, 2 steps, 1,000 steps."""
-    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+    return f"{number:,} {noun if number == 1 else plural or plural_of(noun)}"
+
+
+def plural_of(noun: str) -> str:
+    """The plural of a noun: steps, batches."""
+    return f"{noun}es" if noun.endswith("ch") else f"{noun}s"
 
 
 def amount(number: float, noun: str) -> str:

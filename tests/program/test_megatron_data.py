@@ -17,6 +17,7 @@ from llamax.config.schema import Config, DataConfig
 from llamax.data.dataset import open_dataset
 from llamax.data.megatron import IndexedFile
 from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.inference.engine import open_model
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import DataError, LlamaxError
 from llamax.runtime.files import sha256
@@ -69,6 +70,23 @@ def test_a_folder_a_prefix_and_a_blend_train(made: Path, tmp_path: Path) -> None
     assert log_of(tmp_path / "c")[-1]["loss"] < log_of(tmp_path / "c")[0]["loss"]
     consolidate([str(tmp_path / "c"), "--out", str(tmp_path / "hub")])
     assert load_tokenizer(tmp_path / "hub").bos_id == load_tokenizer(folder).bos_id
+
+
+def test_a_run_on_a_prefix_has_the_tokenizer_that_prepare_kept_beside_it(
+    made: Path, tmp_path: Path
+) -> None:
+    prefix = made / "out" / "train_text_document"
+    train(run(made, tmp_path / "a", str(prefix)), Rendezvous())
+    assert (
+        open_model(tmp_path / "a").tokenizer.fingerprint == load_tokenizer(made / "out").fingerprint
+    )
+    (tmp_path / "alone").mkdir()
+    for end in (".bin", ".idx"):
+        shutil.copy(f"{prefix}{end}", tmp_path / "alone")
+    alone = tmp_path / "alone" / prefix.name
+    train(run(made, tmp_path / "b", str(alone)), Rendezvous())
+    with pytest.raises(DataError, match=r"files .*, which do not name their tokenizer; use `tok"):
+        open_model(tmp_path / "b")
 
 
 def test_validation_data_of_another_tokenizer_is_named_with_the_training_data(

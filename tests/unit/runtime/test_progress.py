@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from llamax.runtime import progress
+from llamax.runtime import progress, units
 from llamax.runtime.logging import logger, setup_logging
 from llamax.runtime.progress import Progress, progress_line, reported, tracked
 
@@ -132,3 +132,10 @@ def test_an_error_ends_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_lines_of_a_log(done: float, total: float, unit: str, left: float, line: str) -> None:
     assert progress_line("merge", done, total, unit, left) == line
+
+
+def test_nouns_have_their_plurals() -> None:
+    found = [
+        units.count(number, noun) for number, noun in ((1, "batch"), (3, "batch"), (2, "step"))
+    ]
+    assert found == ["1 batch", "3 batches", "2 steps"]
