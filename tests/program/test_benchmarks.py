@@ -34,6 +34,10 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
         (["prepare", "ROWS", "TOKENIZER"], "prepare / map:"),
         (["memory", "--documents", "50000"], "50,000 documents"),
     ],
+    "limits.py": [
+        (["layers", "--layers", "8"], "| inspect |"),
+        (["documents", "--megabytes", "0.1", "--only", "a.txt.gz"], "| a.txt.gz |"),
+    ],
     "lora.py": [
         (["steps", *ONE_ROUND, "--tokens", "8", "--batch", "1", "--smallest"], "| qlora int8 |"),
         (["memory", "--smallest"], "| qlora int8 | whole |"),
