@@ -8,6 +8,7 @@
                 element-wise  bytes / memory bandwidth: norms, rope, SwiGLU, residuals
                 tensor        bytes / link bandwidth + steps x latency: gathers and scatters
                 context       the same for keys and values of whole sequences
+                pipeline      activations and their gradients change places with the stages beside
     step        accumulate, AdamW: bytes / memory bandwidth; data: gradients out, weights in
 
 The parts are added up: nothing is assumed to overlap.  Bytes of collectives are those of rings
@@ -176,6 +177,9 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     cp = wire(machine, mesh.cp, mesh.tp)
     keys, exchanges = gathered_bytes(share), share.layers * (2 if mode == "none" else 3)
 
+    pp = wire(machine, min(mesh.pp, 2), mesh.tp * mesh.cp * mesh.dp)
+    activation, edges = share.tokens_between * share.model.hidden_size * w, min(mesh.pp - 1, 2)
+
     elements = sum(group.elements for group in share.groups())
     owners = mesh.dp * mesh.cp
     updated = elements / owners if config.parallel.zero else elements
@@ -218,6 +222,12 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
             microsteps * exchanges * cp.ring(keys),
             f"{times} x {exchanges} turns of {show_bytes(keys)} keys and values over {cp.name} at "
             f"{cp.bytes_per_s / 1e9:.0f} GB/s",
+        ),
+        Line(
+            "pipeline swaps",
+            microsteps * edges * pp.ring(2 * activation),
+            f"{times} x {edges} x {show_bytes(activation)} over {pp.name} at "
+            f"{pp.bytes_per_s / 1e9:.1f} GB/s",
         ),
         Line(
             "accumulate gradients",
