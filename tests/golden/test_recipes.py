@@ -73,9 +73,11 @@ def test_the_comments_of_a_recipe_are_true(name: str) -> None:
     text = (RECIPES / f"{name}.toml").read_text()
     tensor = config.parallel.tensor
     context = config.parallel.context
-    data = world // (tensor * context)
+    pipeline = config.parallel.pipeline
+    data = world // (tensor * context * pipeline)
     length, batch = config.data.sequence_length, config.data.global_batch
     cut = f" x context {context}" if context > 1 else ""
+    cut += f" x pipeline {pipeline}" if pipeline > 1 else ""
     assert f"Mesh:      tensor {tensor}{cut} x data {data}" in text
     assert f"Step:      {batch} x {length} = {batch * length:,} tokens" in text
     total = re.sub(r"e\+0?", "e", f"{config.run.steps * batch * length:.1e}")
