@@ -141,6 +141,10 @@ def new_folder(out: Path) -> Iterator[Path]:
                 finally:
                     finishing()
                     shutil.rmtree(content, ignore_errors=True)
+        except BaseException as error:
+            if terminated and error is not terminated[0]:  # it was wrapped, as by __set_name__
+                raise terminated[0] from None
+            raise
         finally:  # the lock is closed by now: a network file system keeps a file that is open
             finishing()
             shutil.rmtree(building, ignore_errors=True)

@@ -218,6 +218,20 @@ def test_code_that_catches_every_error_takes_no_sigterm_for_one(tmp_path: Path) 
     assert not list(tmp_path.iterdir())
 
 
+def test_sigterm_that_python_wraps_is_no_error(tmp_path: Path) -> None:
+    """Python before 3.12 turns what ``__set_name__`` raises into a RuntimeError: in an import."""
+
+    def load() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except BaseException as error:
+            raise RuntimeError("Error calling __set_name__") from error
+
+    with pytest.raises(Terminated, match="was not written"), new_folder(tmp_path / "hub"):
+        load()
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_sigterm_in_a_destructor_is_not_lost(tmp_path: Path) -> None:
     """Python prints what a destructor raises, and goes on."""
