@@ -145,7 +145,7 @@ def test_init_keeps_what_a_module_was_made_with() -> None:
     assert f"{home}self_attn.q_proj.weight" not in own
 
 
-@pytest.mark.parametrize("zero", [1, 0])
+@pytest.mark.parametrize("zero", [2, 1, 0])
 @pytest.mark.parametrize(("tp", "dp", "sequence"), MESHES)
 def test_a_step_on_a_mesh_equals_that_of_the_whole(
     worlds: Worlds, tp: int, dp: int, sequence: bool, zero: int
@@ -165,7 +165,7 @@ def test_a_step_on_a_mesh_equals_that_of_the_whole(
             assert torch.equal(one["weights"][name], results[0]["weights"][name]), name
 
 
-@pytest.mark.parametrize("zero", [1, 0])
+@pytest.mark.parametrize("zero", [2, 1, 0])
 @pytest.mark.parametrize(
     ("tp", "dp", "cp", "sequence"),
     [

@@ -180,15 +180,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return adapters.base_folder(tmp_path_factory.mktemp("base") / "hub")
 
 
-def tuned(folder: Path, mesh: Mesh, zero: int, recompute: str) -> list[str]:
+def tuned(
+    folder: Path, mesh: Mesh, zero: int, recompute: str, finetune: FinetuneConfig = LORA
+) -> list[str]:
     """On a rank: how adapters with dropout differ from one rank's."""
     solo, my_axes = Axes.solo(), axes(mesh, adapters.MODEL.kv_replicas(mesh.tp))
-    whole = adapters.steps(adapters.build(folder, solo, LORA), solo, 1, packed=True)
+    whole = adapters.steps(adapters.build(folder, solo, finetune), solo, 1, packed=True)
     spread_base = zero == 3
-    model = adapters.build(folder, my_axes, LORA, mesh.tp > 1, recompute, spread_base)
+    model = adapters.build(folder, my_axes, finetune, mesh.tp > 1, recompute, spread_base)
     layers = [m for m in model.modules() if isinstance(m, FrozenLinear)]
     assert layers
-    assert all((layer.store is not None) == spread_base for layer in layers)
+    stored = spread_base or finetune.method == "qlora"
+    assert all((layer.store is not None) == stored for layer in layers)
     mine = adapters.steps(model, my_axes, 2, packed=True, zero=zero)
     cuts, rank = model.sharded_parameters().cuts, my_axes.tp.rank
     return adapters.differences(mine, whole, cuts, mesh.tp, rank, 3 * TOLERANCE)
@@ -200,6 +203,13 @@ def test_adapters_step_as_one(worlds: Worlds, folder: Path, mesh: Mesh, zero: in
     for recompute in ("none", "full"):
         for found in worlds(mesh.world_size).run(tuned, folder, mesh, zero, recompute):
             assert found == []
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_adapters_on_a_quantised_base_step_as_one(worlds: Worlds, folder: Path, zero: int) -> None:
+    nf4 = replace(LORA, method="qlora")
+    for found in worlds(4).run(tuned, folder, Mesh(tp=2, dp=2), zero, "full", nf4):
+        assert found == []
 
 
 # --- bytes ---------------------------------------------------------------------------------------
