@@ -49,7 +49,7 @@ def parquet_rows(rows: RowRange, most: int) -> Iterator[Any]:
         # Batches of about ``most`` bytes, however long rows are.
         size = max(1, min(BATCH_ROWS, most * group.num_rows // max(group.total_byte_size, 1)))
         for batch in file.iter_batches(size, row_groups=[rows.start], use_threads=False):
-            yield from _short_rows(_plain(batch), most)
+            yield from _short_rows(batch, most)
 
 
 def _parquet(path: Path) -> Any:
@@ -101,7 +101,7 @@ def arrow_rows(rows: RowRange, most: int) -> Iterator[Any]:
                     return
                 part = batch.slice(begin, min(size, last - number - begin))
                 part.validate(full=True)
-                yield from _short_rows(_plain(part), most)
+                yield from _short_rows(part, most)
             number += batch.num_rows
 
 
@@ -159,11 +159,27 @@ def _has_bytes(kind: Any) -> bool:
     return any(_has_bytes(kind.field(i).type) for i in range(kind.num_fields))
 
 
-def _short_rows(rows: list[Row], most: int) -> Iterator[Row | DataError]:
-    """Rows of a table in memory; an error in the place of one of more than ``most`` characters."""
-    for row in rows:
-        longest = max((len(value) for value in row.values() if isinstance(value, str)), default=0)
-        yield row if longest <= most else too_long("it", most)
+def _short_rows(batch: Any, most: int) -> Iterator[Row | DataError]:
+    """The rows of a batch; an error in the place of one of more than ``most`` characters.
+
+    Lengths are counted by pyarrow, so that no string of Python is made of a value that is too long.
+    """
+    from pyarrow import array, compute  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    lengths = [
+        compute.utf8_length(column).to_pylist()
+        for column in batch.columns
+        if str(column.type) in ("string", "large_string")
+    ]
+    fits = [all((length or 0) <= most for length in row) for row in zip(*lengths, strict=True)]
+    if not all(fits):
+        batch = batch.filter(array(fits))
+    rows = iter(_plain(batch))
+    for fit in fits or [True] * batch.num_rows:
+        row = next(rows) if fit else None
+        values = () if row is None else row.values()
+        longest = max((len(value) for value in values if isinstance(value, str)), default=0)
+        yield too_long("it", most) if row is None or longest > most else row
 
 
 def _pyarrow(path: Path, format: str) -> Any:
