@@ -55,7 +55,7 @@ class Run:
             model=replace(
                 config.model, max_position_embeddings=max(self.length, 2048), **self.shape
             ),
-            parallel=replace(config.parallel, tensor=self.mesh.tp),
+            parallel=replace(config.parallel, tensor=self.mesh.tp, pipeline=self.mesh.pp),
             data=replace(
                 config.data,
                 sequence_length=self.length,
@@ -63,7 +63,13 @@ class Run:
                 micro_batch=self.micro_batch,
                 separate_documents=False,
             ),
-            run=replace(config.run, recompute=self.recompute, dtype="bfloat16"),
+            run=replace(
+                config.run,
+                recompute=self.recompute,
+                dtype="bfloat16",
+                # llamax on xla allows recompute=full alone with a pipeline; AWS ran selective.
+                backend="neuron" if self.mesh.pp > 1 else config.run.backend,
+            ),
         )
 
 
@@ -296,8 +302,7 @@ MOSAIC = (
 
 def planned(run: Run, machine: Machine) -> float:
     """The planner's tokens/s for a published run."""
-    mesh = run.mesh
-    resolved = resolve(run.config(), mesh.world_size, pipeline=mesh.pp)
+    resolved = resolve(run.config(), run.mesh.world_size)
     return time(Share(resolved), machine, run.nodes).tokens_per_s
 
 
