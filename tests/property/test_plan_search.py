@@ -12,11 +12,20 @@ from llamax.config.validate import problems
 from llamax.tools.plan import nearest, plan, search
 from llamax.tools.plan.nearest import flags
 
+STAGES = ("--parallel.pipeline=2", "--run.recompute=full")
 CASES = st.tuples(
-    st.sampled_from(["llama2-7b", "llama3.2-1b", "gsm8k-lora"]),
+    st.sampled_from(["llama2-7b", "llama3.2-1b", "gsm8k-lora", "dolly-llama3.1-8b"]),
     st.sampled_from(["trn1.32xlarge", "trn1.2xlarge", "p4d.24xlarge", "g5.xlarge"]),
     st.integers(1, 4),
-    st.sampled_from([[], ["--parallel.sequence=false"], ["--data.global_batch=96"]]),
+    st.sampled_from(
+        [
+            [],
+            ["--parallel.sequence=false"],
+            ["--data.global_batch=96"],
+            [*STAGES, "--parallel.zero=1", "--model.tie_word_embeddings=false"],
+            ["--parallel.zero=0", "--run.backend=cuda"],
+        ]
+    ),
 )
 
 

@@ -19,16 +19,17 @@ from llamax.config.toml import to_toml
 from llamax.config.validate import problems
 from llamax.tools.plan.length import Length, length_of
 from llamax.tools.plan.planner import Plan, plan_run
-from llamax.tools.plan.search import contexts, search
+from llamax.tools.plan.search import contexts, divisions, pipelines, search
 from llamax.training.resolve import resolve
 
-SAVERS = ("parallel.sequence", "parallel.zero", "finetune.shard_base")  # on, they save memory
+SAVERS = ("parallel.sequence", "finetune.shard_base")  # on, they save memory
 CHANGED = (
     "parallel.tensor",
     "parallel.context",
     "parallel.pipeline",
     "data.micro_batch",
     "run.recompute",
+    "parallel.zero",
     *SAVERS,
 )
 
@@ -59,7 +60,7 @@ def nearest(
     smallest: Plan | None = None
     for number in node_counts(config, machine, nodes):
         found: list[Nearest] = []
-        for variant in variants(config, machine):
+        for variant in savers_on(config):
             plans = [*small_layouts(variant, machine, number)]
             if any(plan.memory.fits for plan in plans):
                 found += [
@@ -84,25 +85,10 @@ def node_counts(config: Config, machine: Machine, nodes: int) -> list[int]:
         group * data * pipeline
         for group in divisors(machine.ranks)
         for data in divisors(config.data.global_batch)
-        for pipeline in pipelines(config, machine)
+        for pipeline in pipelines(config)
     }
     counts = {world // machine.ranks for world in worlds if world % machine.ranks == 0}
     return sorted(counts, key=lambda number: (number < nodes, abs(number - nodes)))
-
-
-def pipelines(config: Config, machine: Machine) -> list[int]:
-    """The pipeline degrees tried: the configured one, and where stages run, those of equal ones."""
-    degrees = {config.parallel.pipeline}
-    if "xla" not in (config.run.backend, machine.backend):
-        degrees.update(divisors(config.model.num_hidden_layers))
-    return sorted(degrees)
-
-
-def variants(config: Config, machine: Machine) -> Iterator[Config]:
-    """The configuration on every pipeline degree, and with memory-saving settings on."""
-    for pipeline in pipelines(config, machine):
-        parallel = replace(config.parallel, pipeline=pipeline)
-        yield from savers_on(replace(config, parallel=parallel))
 
 
 def savers_on(config: Config) -> Iterator[Config]:
@@ -129,10 +115,10 @@ def small_layouts(config: Config, machine: Machine, nodes: int) -> Iterator[Plan
     )
     for tensor in divisors(machine.ranks):
         for context in contexts(config, machine.ranks // tensor):
-            parallel = replace(config.parallel, tensor=tensor, context=context, data=0)
-            layout = replace(small, parallel=parallel)
-            if not problems(layout, world, (), machine.ranks):
-                yield plan_run(resolve(layout, world), machine, nodes)
+            for parallel in divisions(config, machine, nodes, tensor, context):
+                layout = replace(small, parallel=parallel)
+                if not problems(layout, world, (), machine.ranks):
+                    yield plan_run(resolve(layout, world), machine, nodes)
 
 
 def flags(config: Config, nodes: int, plan: Plan) -> tuple[str, ...]:

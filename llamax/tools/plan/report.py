@@ -146,14 +146,14 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
     if fitting[0].run.assumption:
         yield f"note: {fitting[0].run.assumption}"
     yield f"{len(fitting)} of {count(len(plans) + len(refused), 'layout')} fit; the fastest:"
-    yield f"  {'tensor':>6} {'context':>7} {'data':>5} {'micro':>5} {'recompute':<9} " + (
-        f"{'memory':>9} {'MFU':>6} {'tokens/s':>9} {'dollars':>10}"
+    yield f"  {'tensor':>6} {'context':>7} {'pipeline':>8} {'data':>5} {'zero':>4} " + (
+        f"{'micro':>5} {'recompute':<9} {'memory':>9} {'MFU':>6} {'tokens/s':>9} {'dollars':>10}"
     )
     for each in fitting[:BEST]:
-        mesh, there = each.run.mesh, each.run.config
+        mesh, there, memory = each.run.mesh, each.run.config, each.memory
         yield (
-            f"  {mesh.tp:>6} {mesh.cp:>7} {mesh.dp:>5} {there.data.micro_batch:>5} "
-            f"{there.run.recompute:<9} {show_bytes(each.memory.peak):>9} "
+            f"  {mesh.tp:>6} {mesh.cp:>7} {mesh.pp:>8} {mesh.dp:>5} {there.parallel.zero:>4} "
+            f"{there.data.micro_batch:>5} {there.run.recompute:<9} {show_bytes(memory.peak):>9} "
             f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
             f"{each.time.dollars:>10,.0f}"
         )
@@ -197,9 +197,11 @@ def needs(plans: Sequence[Plan]) -> str:
     least = min(plans, key=lambda each: each.memory.peak)
     largest = max(least.memory.lines, key=lambda line: line.value)
     config, mesh = least.run.config, least.run.mesh
-    context = f"context {mesh.cp}, " if mesh.cp > 1 else ""
+    parts = f"context {mesh.cp}, " if mesh.cp > 1 else ""
+    parts += f"pipeline {mesh.pp}, " if mesh.pp > 1 else ""
+    parts += f"ZeRO-{zero}, " if (zero := config.parallel.zero) > 1 else ""
     return (
-        f"({context}micro-batch {config.data.micro_batch}, recompute {config.run.recompute}) needs "
+        f"({parts}micro-batch {config.data.micro_batch}, recompute {config.run.recompute}) needs "
         f"{show_bytes(least.memory.peak)} of {show_bytes(least.memory.available)}, "
         f"{show_bytes(largest.value)} of it {largest.name}"
     )
@@ -245,6 +247,7 @@ def as_json(plan: Plan) -> dict[str, object]:
             "pipeline": run.mesh.pp,
             "data": run.mesh.dp,
         },
+        "zero": run.config.parallel.zero,
         "micro_batch": run.config.data.micro_batch,
         "recompute": run.config.run.recompute,
         "steps": run.steps,

@@ -1,9 +1,9 @@
 """Every layout of a run on its machines: those that fit, fastest first, and why others do not.
 
 Tried are all tensor degrees that divide the world, context degrees of powers of two that leave
-chunks of ``SHORTEST_CHUNK`` tokens or more, all recompute modes and micro-batches of powers of two;
-parallel.data is the rest of the world.  Every other setting stays as configured.  Tensor and
-context ranks share a node, on every machine.
+chunks of ``SHORTEST_CHUNK`` tokens or more, pipelines of equal stages, ZeRO stages, all recompute
+modes and micro-batches of powers of two; parallel.data is the rest of the world.  Every other
+setting stays as configured.  Tensor and context ranks share a node, on every machine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import get_args
 from llamax.config.constants import FLASH_MULTIPLE
 from llamax.config.hardware import Machine
 from llamax.config.rules import divisors
-from llamax.config.schema import Config
+from llamax.config.schema import Config, ParallelConfig, ZeroStage
 from llamax.config.validate import problems
 from llamax.tools.plan.length import Length, length_of
 from llamax.tools.plan.memory import Recompute
@@ -32,17 +32,73 @@ class Refused:
     reason: str
 
 
-def candidates(config: Config, world: int) -> Iterator[Config]:
-    """Every configuration that ``search`` tries in a world of ``world`` ranks."""
+def candidates(config: Config, machine: Machine, nodes: int) -> Iterator[Config]:
+    """Every configuration that ``search`` tries on ``nodes`` machines."""
+    world = nodes * machine.ranks
     batches = [2**k for k in range(6) if 2**k <= config.data.global_batch]
     for tensor in divisors(world):
         for context in contexts(config, world // tensor):
-            parallel = replace(config.parallel, tensor=tensor, context=context, data=0)
-            for micro_batch in batches:
-                data = replace(config.data, micro_batch=micro_batch)
-                for mode in get_args(Recompute):
-                    run = replace(config.run, recompute=mode)
-                    yield replace(config, parallel=parallel, data=data, run=run)
+            for parallel in divisions(config, machine, nodes, tensor, context):
+                for micro_batch in batches:
+                    data = replace(config.data, micro_batch=micro_batch)
+                    for mode in modes(config, parallel, machine):
+                        run = replace(config.run, recompute=mode)
+                        yield replace(config, parallel=parallel, data=data, run=run)
+
+
+def divisions(
+    config: Config, machine: Machine, nodes: int, tensor: int, context: int
+) -> Iterator[ParallelConfig]:
+    """The pipeline degrees and ZeRO stages tried with a tensor and a context degree.
+
+    Only the configured ones where tensor and context ranks do not share a node: all are refused.
+    """
+    configured = replace(config.parallel, tensor=tensor, context=context, data=0)
+    if machine.ranks % (tensor * context):
+        yield configured
+        return
+    rest = nodes * machine.ranks // (tensor * context)
+    for pipeline in pipelines(config):
+        if pipeline != configured.pipeline and rest % pipeline:
+            continue
+        stages = zeros(config, machine) if rest * context > pipeline else [configured.zero]
+        if pipeline > 1:
+            stages = [zero for zero in stages if zero < 2] or [1]
+        for zero in stages:
+            yield replace(configured, pipeline=pipeline, zero=zero)
+
+
+def pipelines(config: Config) -> list[int]:
+    """The pipeline degrees tried, the configured one first: those of equal stages, if untied."""
+    configured, layers = config.parallel.pipeline, config.model.num_hidden_layers
+    if config.parallel.layers_per_stage or config.model.tie_word_embeddings:
+        return [configured]
+    return [configured, *(degree for degree in divisors(layers) if degree != configured)]
+
+
+def zeros(config: Config, machine: Machine) -> list[ZeroStage]:
+    """The ZeRO stages tried, the configured one first.
+
+    On XLA only 0 and 1 run.  Adapters leave stage 2 nothing to cut, and QLoRA stage 3.
+    """
+    configured, method = config.parallel.zero, config.finetune.method
+    tried: list[ZeroStage] = [1]
+    if not traced(config, machine):
+        tried += [2] if method == "full" else []
+        tried += [3] if method != "qlora" else []
+    return [configured, *(zero for zero in tried if zero != configured)]
+
+
+def modes(config: Config, parallel: ParallelConfig, machine: Machine) -> tuple[Recompute, ...]:
+    """The recompute modes tried: full alone for stages on XLA and for weights cut by ZeRO-3."""
+    staged = parallel.pipeline > 1 and traced(config, machine)
+    cut = parallel.zero == 3 and config.finetune.method == "full"
+    return ("full",) if staged or cut else get_args(Recompute)
+
+
+def traced(config: Config, machine: Machine) -> bool:
+    """Whether the run compiles its steps, by its backend or by that of the machine."""
+    return "xla" in (config.run.backend, machine.backend)
 
 
 def contexts(config: Config, ranks: int) -> list[int]:
@@ -62,7 +118,7 @@ def search(
     world = nodes * machine.ranks
     length = length or length_of(config)
     plans, refused = [], []
-    for candidate in candidates(replace(config, run=length.config.run), world):
+    for candidate in candidates(replace(config, run=length.config.run), machine, nodes):
         if reasons := problems(candidate, world, (), machine.ranks):
             refused.append(Refused(candidate, reasons[0]))
         else:

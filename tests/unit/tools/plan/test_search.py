@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 
 from llamax.cli.plan import main
-from llamax.config.hardware import (
-    load_machine,
-)
+from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
 from llamax.config.schema import Config
+from llamax.tools.plan import Plan
 from llamax.tools.plan.report import show_search
-from llamax.tools.plan.search import search
+from llamax.tools.plan.search import pipelines, search
 
 TRN1 = load_machine("trn1.32xlarge")
 
@@ -26,7 +25,7 @@ def recipe(name: str, *overrides: str) -> Config:
 def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--config", "llama2-7b", "--ranks", "24", "--search"]) == 6
     first, *rest = capsys.readouterr().out.splitlines()
-    assert first == "none of 144 layouts fits"
+    assert first == "none of 216 layouts fits"
     assert rest[0] == "the others:"
     assert "  tensor 1: data.global_batch=1024 is not a multiple of" in rest[1]
     assert main(["--config", "llama2-7b", "--ranks", "1", "--search"]) == 6
@@ -34,7 +33,7 @@ def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[s
 
 
 def test_search_ranks_meshes_that_fit_and_counts_the_others() -> None:
-    config = recipe("llama2-7b", *ONE)
+    config = recipe("llama2-7b", "--model.tie_word_embeddings=true", *ONE)  # no pipelines
     plans, refused = search(config, TRN1, 4)
     fitting = [each for each in plans if each.memory.fits]
     assert fitting == plans[: len(fitting)]
@@ -61,3 +60,70 @@ def test_tensor_and_context_ranks_share_a_node(name: str, instance: str, nodes: 
     for each in plans:
         assert machine.ranks % (each.run.mesh.tp * each.run.mesh.cp) == 0
     assert any(f"a node of {machine.ranks} ranks" in each.reason for each in refused)
+
+
+def degrees(plans: list[Plan]) -> set[tuple[int, int, str]]:
+    """Pipeline degree, ZeRO stage and recompute mode of every plan."""
+    return {
+        (each.run.mesh.pp, each.run.config.parallel.zero, each.run.config.run.recompute)
+        for each in plans
+    }
+
+
+def test_a_search_on_trainium_tries_pipelines_that_recompute_everything() -> None:
+    plans, _ = search(recipe("llama2-70b"), TRN1, 32)
+    assert plans[0].run.mesh.pp > 1
+    assert {pp for pp, _, _ in degrees(plans)} == {1, 2, 4, 8, 16}
+    assert {mode for pp, _, mode in degrees(plans) if pp > 1} == {"full"}
+    assert {zero for _, zero, _ in degrees(plans)} == {1}
+
+
+def test_a_search_on_gpus_tries_zero_without_a_pipeline() -> None:
+    config = recipe("llama2-70b", "--run.backend=cuda")
+    plans, refused = search(config, load_machine("p5.48xlarge"), 128)
+    tried = degrees(plans)
+    assert {zero for pp, zero, _ in tried if pp == 1} == {1, 2, 3}
+    assert {zero for pp, zero, _ in tried if pp > 1} == {1}
+    assert {mode for _, zero, mode in tried if zero == 3} == {"full"}
+    assert {mode for pp, _, mode in tried if pp > 1} == {"none", "selective", "full"}
+    assert len(plans) + len(refused) < 1000  # a second or less
+
+
+@pytest.mark.parametrize(
+    ("overrides", "tried"),
+    [
+        (["--parallel.zero=0"], {(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1)}),
+        (["--parallel.zero=2"], {(1, 1), (1, 2), (1, 3), (2, 1)}),
+        (["--model.tie_word_embeddings=true"], {(1, 1), (1, 2), (1, 3)}),
+        (["--finetune.method=lora"], {(1, 1), (1, 3), (2, 1)}),
+        (["--finetune.method=qlora"], {(1, 1), (2, 1)}),
+    ],
+)
+def test_a_search_tries_what_the_model_and_the_method_allow(
+    overrides: list[str], tried: set[tuple[int, int]]
+) -> None:
+    base = ["--checkpoint.init_from=base"] if "finetune" in overrides[0] else []
+    config = recipe("llama2-7b", "--run.backend=cuda", *base, *overrides)
+    plans, _ = search(config, load_machine("p4d.24xlarge"), 1)
+    assert {(pp, zero) for pp, zero, _ in degrees(plans) if pp <= 2} == tried
+
+
+def test_listed_stages_stay_as_configured() -> None:
+    full = ["--run.recompute=full", "--parallel.pipeline=2"]
+    assert pipelines(recipe("llama2-7b", *full, "--parallel.layers_per_stage=17,15")) == [2]
+    assert pipelines(recipe("llama2-7b", *full)) == [2, 1, 4, 8, 16, 32]
+
+
+def test_a_search_prints_the_fastest_pipeline_as_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--config", "llama2-70b", "--nodes", "32"]
+    assert main([*arguments, "--search"]) == 0
+    _, header, best, *rest = capsys.readouterr().out.splitlines()
+    row = dict(zip(header.split(), best.split(), strict=False))
+    assert (row["tensor"], row["pipeline"], row["data"], row["zero"]) == ("8", "4", "32", "1")
+    (line,) = (line for line in rest if line.startswith("the fastest is "))
+    changes = line.removeprefix("the fastest is ").split()
+    assert changes == ["--parallel.tensor=8", "--parallel.pipeline=4"]
+    assert main([*arguments, *changes]) == 0
+    assert "tensor 8 x pipeline 4 x data 32" in capsys.readouterr().out
