@@ -15,7 +15,8 @@ from typing import get_args
 from llamax.config.constants import FLASH_MULTIPLE
 from llamax.config.hardware import Machine
 from llamax.config.rules import divisors
-from llamax.config.schema import Config, ParallelConfig, ZeroStage
+from llamax.config.schema import Config, ParallelConfig
+from llamax.config.types import ZeroStage
 from llamax.config.validate import problems
 from llamax.tools.plan.length import Length, length_of
 from llamax.tools.plan.memory import Recompute
