@@ -287,7 +287,7 @@ def rooms() -> str:
         "training": "the pieces of a run",
         "inference": "generate, evaluate",
         "checkpoint": "save, load, other formats",
-        "optim": "AdamW, ZeRO-1",
+        "optim": "AdamW, ZeRO",
         "model": "Llama, LoRA, QLoRA",
         "backends": "devices",
         "data": "text to batches",
