@@ -54,7 +54,7 @@ FIXES = {
 }
 WEIGHTS_ONLY = Fix(
     "2.10", "CVE-2026-24747"
-)  # torch.load(weights_only=True); llamax has no torch.load
+)  # torch.load with weights_only=True; llamax has no torch.load
 
 
 def installed(package: str) -> str | None:
