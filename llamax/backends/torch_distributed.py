@@ -219,9 +219,8 @@ class _TorchBackend:
 
     def _axis(self, timeout: timedelta, made: Made, name: str, groups: Groups) -> Axis:
         ranks = next((group for group in groups if self.rendezvous.rank in group), ())
-        if (
-            name in EDGES
-        ):  # some ranks have none, so all make all: torch names groups by their count
+        if name in EDGES:
+            # Some ranks have no edge, but all make all groups: torch names groups by their count.
             made = {pair: dist.new_group(list(pair), timeout=timeout) for pair in groups}
         if len(ranks) < 2:
             return Solo(name, self.device)

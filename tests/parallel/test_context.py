@@ -23,12 +23,13 @@ from support.models import TIED
 from support.models import TINY as MODEL
 from support.step_reference import (
     GLOBAL_BATCH,
-    OPTIM,
     SEQUENCE,
     build,
+    differences,
     gradients,
     loss,
     share,
+    training,
 )
 from support.world import Worlds, axes
 from torch import Tensor
@@ -45,7 +46,7 @@ from llamax.model.llama import Llama
 from llamax.model.recompute import Recompute
 from llamax.ops import IGNORE_INDEX
 from llamax.optim.zero import Zero
-from llamax.parallel import context_parallel, regions, sharding
+from llamax.parallel import context_parallel, regions
 from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh, Seat
 from llamax.training import step as training_step
@@ -54,19 +55,6 @@ from llamax.training.step import TrainState
 TOLERANCE = 1e-6
 LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, dropout=0.25)
 NF4 = FinetuneConfig(method="qlora", r=4, alpha=6.0, dropout=0.25)
-
-
-def training(model: Llama, axes: Axes, zero: int = 1) -> TrainState:
-    optimizer = Zero(
-        model.sharded_parameters(),
-        OPTIM,
-        axes,
-        sequence_parallel=model.sequence_parallel,
-        zero=zero,
-        bucket_bytes=4096,
-    )
-    tokens = GLOBAL_BATCH * SEQUENCE
-    return TrainState(model, optimizer, axes, step_tokens=tokens, learning_rate=lambda _: OPTIM.lr)
 
 
 def step(
@@ -115,18 +103,7 @@ def on_mesh(
     with MUTATIONS[mutation]():
         mine = step(model, my_axes, sequence, accumulation, recompute, zero)
     shards = Llama(model, my_axes.tp).sharded_parameters().cuts
-    found = []
-    for what in ("grads", "weights"):
-        for name, theirs in whole[what].items():
-            expected = sharding.cut(theirs, shards[name], mesh.tp, my_axes.tp.rank)
-            error = (mine[what][name] - expected).abs().max() / theirs.abs().max()
-            if not error <= TOLERANCE:
-                found.append(f"{what} {name} {error:.1e}")
-    for what in ("loss", "norm"):
-        for n, (a, b) in enumerate(zip(mine[what], whole[what], strict=True), 1):
-            if not abs(a - b) <= 2 * TOLERANCE * abs(b):
-                found.append(f"{what} of step {n}: {a!r} {b!r}")
-    return found
+    return differences(mine, whole, shards, my_axes.tp, TOLERANCE)
 
 
 MESHES = [

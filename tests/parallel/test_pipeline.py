@@ -17,9 +17,17 @@ from unittest import mock
 
 import pytest
 import torch
-from support import adapters
+from support import adapters, step_reference
 from support.models import tiny
-from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, build, loss, share
+from support.step_reference import (
+    GLOBAL_BATCH,
+    SEQUENCE,
+    build,
+    loss,
+    share,
+    summed,
+    training,
+)
 from support.world import Worlds, axes
 from torch import Tensor
 
@@ -30,7 +38,6 @@ from llamax.model.llama import Llama
 from llamax.model.recompute import Recompute
 from llamax.optim.zero import Zero
 from llamax.parallel import pipeline as schedules
-from llamax.parallel import sharding
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
 from llamax.training import pipeline
@@ -42,19 +49,6 @@ MODEL = tiny(num_hidden_layers=4)
 FIVE = tiny(num_hidden_layers=5)
 LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, dropout=0.25)
 NF4 = FinetuneConfig(method="qlora", r=4, alpha=6.0, dropout=0.25)
-
-
-def training(model: Llama, axes: Axes, zero: int = 1) -> TrainState:
-    optimizer = Zero(
-        model.sharded_parameters(),
-        OPTIM,
-        axes,
-        sequence_parallel=model.sequence_parallel,
-        zero=zero,
-        bucket_bytes=4096,
-    )
-    tokens = GLOBAL_BATCH * SEQUENCE
-    return TrainState(model, optimizer, axes, step_tokens=tokens, learning_rate=lambda _: OPTIM.lr)
 
 
 def noted(model: Llama) -> dict[str, Tensor]:
@@ -71,22 +65,6 @@ def noted(model: Llama) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         parameter.register_hook(note(name))
     return sums
-
-
-def summed(model: Llama, axes: Axes, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every gradient, summed as the optimizer must sum it."""
-    found = {}
-    for name, grad in grads.items():
-        how = model.sharded_parameters()[name].cut
-        if isinstance(how, sharding.Replica):
-            grad = axes.tp.all_reduce(grad) if model.sequence_parallel else grad
-        else:
-            for part in sharding.parts(name, how, axes.tp.size):
-                if sharding.replicas(part.how.blocks[0], axes.tp.size) > 1:
-                    rows = grad.narrow(part.how.dim, part.start, part.length)
-                    rows.copy_(axes.kv.all_reduce(rows))
-        found[name] = axes.data.all_reduce(grad)
-    return found
 
 
 def step(
@@ -146,17 +124,8 @@ def on_mesh(
         mine = step(model, my_axes, sequence, accumulation, recompute, zero, layers)
     cuts = Llama(model, my_axes.tp).sharded_parameters().cuts
     found = [name for name in mine["weights"] if name not in mine["grads"]]
-    for what in ("grads", "weights"):
-        for name, ours in mine[what].items():
-            theirs = whole[what][name]
-            expected = sharding.cut(theirs, cuts[name], mesh.tp, my_axes.tp.rank)
-            error = (ours - expected).abs().max() / theirs.abs().max()
-            if not error <= TOLERANCE + whole["rounding"][name]:
-                found.append(f"{what} {name} {error:.1e}")
-    for what in ("loss", "norm"):
-        for n, (a, b) in enumerate(zip(mine[what], whole[what], strict=True), 1):
-            if not abs(a - b) <= 2 * TOLERANCE * abs(b):
-                found.append(f"{what} of step {n}: {a!r} {b!r}")
+    held = {what: {n: whole[what][n] for n in mine[what]} for what in ("grads", "weights")}
+    found += step_reference.differences(mine, {**whole, **held}, cuts, my_axes.tp, TOLERANCE)
     if mine["tokens"] != whole["tokens"]:
         found.append(f"tokens {mine['tokens']} {whole['tokens']}")
     if mine["most"] != schedules.in_flight(*my_axes.pp, accumulation):

@@ -20,13 +20,14 @@ from support.models import TIED
 from support.models import TINY as MODEL
 from support.step_reference import (
     GLOBAL_BATCH,
-    OPTIM,
     SEQUENCE,
     batch,
     build,
+    differences,
     gradients,
     rows,
     share,
+    training,
 )
 from support.world import Worlds, axes
 from torch import Tensor
@@ -37,7 +38,6 @@ from llamax.optim.zero import Zero
 from llamax.parallel import cross_entropy, regions, sharding, tensor_parallel
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.mesh import Mesh
-from llamax.training.step import TrainState
 
 TOLERANCE = 1e-6
 
@@ -56,17 +56,7 @@ def step(
     grads = gradients(llama, axes)
 
     llama = build(model, axes, sequence)
-    optimizer = Zero(
-        llama.sharded_parameters(),
-        OPTIM,
-        axes,
-        sequence_parallel=llama.sequence_parallel,
-        zero=zero,
-        bucket_bytes=4096,
-    )
-    state = TrainState(
-        llama, optimizer, axes, step_tokens=tokens, learning_rate=lambda step: OPTIM.lr
-    )
+    state = training(llama, axes, zero)
     results = [state.step(share(axes, accumulation), number) for number in (1, 2)]
     return {
         "loss": [float(r.loss) for r in results],
@@ -86,18 +76,7 @@ def on_mesh(
     with MUTATIONS[mutation]():
         mine = step(model, my_axes, sequence, zero, accumulation)
     shards = Llama(model, my_axes.tp).sharded_parameters().cuts
-    found = []
-    for what in ("grads", "weights"):
-        for name, theirs in whole[what].items():
-            expected = sharding.cut(theirs, shards[name], mesh.tp, my_axes.tp.rank)
-            error = (mine[what][name] - expected).abs().max() / theirs.abs().max()
-            if not error <= TOLERANCE:
-                found.append(f"{what} {name} {error:.1e}")
-    for what in ("loss", "norm"):
-        for n, (a, b) in enumerate(zip(mine[what], whole[what], strict=True), 1):
-            if not abs(a - b) <= 2 * TOLERANCE * abs(b):
-                found.append(f"{what} of step {n}: {a!r} {b!r}")
-    return found
+    return differences(mine, whole, shards, my_axes.tp, TOLERANCE)
 
 
 MESHES = [Mesh(tp=tp, dp=dp) for tp in (1, 2, 4) for dp in (1, 2, 4)]

@@ -21,7 +21,17 @@ from support import adapters
 from support.memory import held_bytes
 from support.models import TIED
 from support.models import TINY as MODEL
-from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, build, gradients, loss, share
+from support.step_reference import (
+    GLOBAL_BATCH,
+    OPTIM,
+    SEQUENCE,
+    build,
+    differences,
+    gradients,
+    loss,
+    share,
+    training,
+)
 from support.world import Worlds, axes
 from torch import Tensor
 from torch.nn import Parameter
@@ -34,27 +44,14 @@ from llamax.optim import groups
 from llamax.optim.groups import Group
 from llamax.optim.reduced_groups import ReducedGroup
 from llamax.optim.zero import Zero
-from llamax.parallel import sharding, spread
+from llamax.parallel import spread
 from llamax.parallel.collectives import Axes, Axis, Meter, Metered
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.sharding import Block, Shard, ShardedParameter, ShardedParameters
 from llamax.parallel.spread import Spread, SpreadWeight
-from llamax.training.step import TrainState
 
 TOLERANCE = 1e-6
 TOKENS = GLOBAL_BATCH * SEQUENCE
-
-
-def training(model: Llama, axes: Axes, zero: int, bucket_bytes: int = 4096) -> TrainState:
-    optimizer = Zero(
-        model.sharded_parameters(),
-        OPTIM,
-        axes,
-        sequence_parallel=model.sequence_parallel,
-        zero=zero,
-        bucket_bytes=bucket_bytes,
-    )
-    return TrainState(model, optimizer, axes, step_tokens=TOKENS, learning_rate=lambda _: OPTIM.lr)
 
 
 def joined(optimizer: Zero, run_of: Callable[[Any, Any], Tensor]) -> dict[str, Tensor]:
@@ -130,19 +127,7 @@ def on_mesh(
     with MUTATIONS[mutation]():
         mine = step(model, my_axes, sequence, accumulation, zero, bucket_bytes)
     shards = Llama(model, my_axes.tp).sharded_parameters().cuts
-    found = []
-    for what in ("grads", "weights"):
-        assert mine[what].keys() == whole[what].keys()
-        for name, theirs in whole[what].items():
-            expected = sharding.cut(theirs, shards[name], mesh.tp, my_axes.tp.rank)
-            error = (mine[what][name] - expected).abs().max() / theirs.abs().max()
-            if not error <= TOLERANCE:
-                found.append(f"{what} {name} {error:.1e}")
-    for what in ("loss", "norm"):
-        for n, (a, b) in enumerate(zip(mine[what], whole[what], strict=True), 1):
-            if not abs(a - b) <= 2 * TOLERANCE * abs(b):
-                found.append(f"{what} of step {n}: {a!r} {b!r}")
-    return found
+    return differences(mine, whole, shards, my_axes.tp, TOLERANCE)
 
 
 MESHES = [

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -10,8 +13,11 @@ from llamax.config.rules.pipeline import evenly
 from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
+from llamax.optim import Zero
 from llamax.parallel import context_parallel, pipeline, sharding
-from llamax.parallel.collectives import Axes
+from llamax.parallel.collectives import Axes, Axis
+from llamax.parallel.sharding import Cut
+from llamax.training.step import TrainState
 from support.models import TINY as MODEL
 
 # With the usual eps AdamW would turn the rounding of a gradient near 0 into a whole step.
@@ -76,18 +82,21 @@ def build(
     llama = Llama(model, axes.tp, sequence_parallel=sequence, stage=stage).init(0)
     with torch.no_grad():
         for name, parameter in llama.named_parameters():
-            if (
-                "norm" in name
-            ):  # not the ones that init leaves: a gradient must not look right by luck
+            if "norm" in name:  # not the ones of init: a gradient must not look right by luck
                 parameter.copy_(1 + torch.arange(len(parameter)) / 50)
     return llama
 
 
 def gradients(llama: Llama, axes: Axes) -> dict[str, Tensor]:
     """Every gradient, summed as the optimizer must sum it."""
-    grads = {name: p.grad.clone() for name, p in llama.named_parameters()}
+    return summed(llama, axes, {n: p.grad.clone() for n, p in llama.named_parameters()})
+
+
+def summed(llama: Llama, axes: Axes, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's gradients ``grads``, summed as the optimizer must sum them."""
+    cuts, found = llama.sharded_parameters().cuts, {}
     for name, grad in grads.items():
-        how = llama.sharded_parameters()[name].cut
+        how = cuts[name]
         if isinstance(how, sharding.Replica):
             grad = axes.tp.all_reduce(grad) if llama.sequence_parallel else grad
         else:
@@ -95,5 +104,46 @@ def gradients(llama: Llama, axes: Axes) -> dict[str, Tensor]:
                 if sharding.replicas(part.how.blocks[0], axes.tp.size) > 1:
                     rows_ = grad.narrow(part.how.dim, part.start, part.length)
                     rows_.copy_(axes.kv.all_reduce(rows_))
-        grads[name] = axes.data.all_reduce(grad)
-    return grads
+        found[name] = axes.data.all_reduce(grad)
+    return found
+
+
+def training(llama: Llama, axes: Axes, zero: int = 1, bucket_bytes: int = 4096) -> TrainState:
+    """What steps with the reference's optimizer settings."""
+    optimizer = Zero(
+        llama.sharded_parameters(),
+        OPTIM,
+        axes,
+        sequence_parallel=llama.sequence_parallel,
+        zero=zero,
+        bucket_bytes=bucket_bytes,
+    )
+    tokens = GLOBAL_BATCH * SEQUENCE
+    return TrainState(llama, optimizer, axes, step_tokens=tokens, learning_rate=lambda _: OPTIM.lr)
+
+
+def differences(
+    mine: dict[str, Any],
+    whole: dict[str, Any],
+    cuts: Mapping[str, Cut],
+    tp: Axis,
+    tolerance: float,
+) -> list[str]:
+    """Gradients, weights, losses and norms of a rank that differ from its share of the whole's.
+
+    ``whole["rounding"]``, if there, is what each gradient's and weight's error may have beside
+    ``tolerance``.
+    """
+    found, rounding = [], whole.get("rounding", {})
+    for what in ("grads", "weights"):
+        assert mine[what].keys() == whole[what].keys()
+        for name, theirs in whole[what].items():
+            expected = sharding.cut(theirs, cuts[name], tp.size, tp.rank)
+            error = (mine[what][name] - expected).abs().max() / theirs.abs().max()
+            if not error <= tolerance + rounding.get(name, 0.0):
+                found.append(f"{what} {name} {error:.1e}")
+    for what in ("loss", "norm"):
+        for n, (a, b) in enumerate(zip(mine[what], whole[what], strict=True), 1):
+            if not abs(a - b) <= 2 * tolerance * abs(b):
+                found.append(f"{what} of step {n}: {a!r} {b!r}")
+    return found
