@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -154,3 +155,37 @@ def test_actions_on_a_job_that_does_not_run_end_well(
         0,
         wanted.get(action, "shares is not in the queue"),
     )
+
+
+KILLED = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from support import slurm
+with slurm.cluster(Path(sys.argv[1])) as environ:
+    subprocess.run(["sbatch", "--output=/dev/null", "--wrap=sleep 1000"], env=environ, check=True)
+    state = ["squeue", "--noheader", "--format=%T"]
+    while b"RUNNING" not in subprocess.run(state, env=environ, capture_output=True).stdout:
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_no_daemon_or_job_outlives_a_killed_test(tmp_path: Path) -> None:
+    if reason := slurm.missing():
+        pytest.skip(reason)
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "cluster")]
+    done = subprocess.run(command, env=environ, capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    marked = f"SLURM_CONF={tmp_path}/cluster/slurm.conf".encode()
+    limit = time.monotonic() + 60
+    while left := [path for path in Path("/proc").glob("[0-9]*/environ") if has(path, marked)]:
+        assert time.monotonic() < limit, left
+        time.sleep(0.1)
+
+
+def has(environ: Path, variable: bytes) -> bool:
+    try:
+        return variable in environ.read_bytes().split(b"\0")
+    except OSError:  # the process ended
+        return False

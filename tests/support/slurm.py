@@ -3,16 +3,19 @@
 Three kinds: a node with 16 CPUs and 8 GPUs that do not exist, where memory is a resource of its
 own; the node as it is, where tasks are bound to the CPUs that they asked for; and two nodes, each a
 slurmd of this machine under one of its names.  In all a job gets one CPU and no GPU unless it asks.
+The daemons and their jobs end with the process that started them, however it ends.
 
 Needs slurm-wlm and munge (``apt-get install slurm-wlm munge``) and root.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -92,18 +95,23 @@ def cluster(folder: Path, pretended: bool = False, nodes: int = 1) -> Iterator[d
         (folder / "gres.conf").write_text(GPUS.format(host=host, folder=folder))
     environ = {**os.environ, "SLURM_CONF": str(conf)}
     files = [f"--{name}-file={folder}/munge.{name}" for name in ("key", "pid", "log", "seed")]
-    with ExitStack() as stack:
-        commands = (
-            ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files],
-            ["slurmctld", "-D"],
-            *(["slurmd", "-D", "-N", name] for name in names),
-        )
-        for number, command in enumerate(commands):
-            log = stack.enter_context((folder / f"{command[0]}-{number}.out").open("w"))
-            daemon = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
-            stack.callback(daemon.wait, 30)
-            stack.callback(daemon.terminate)
-            time.sleep(0.5)
+    commands = [
+        ["munged", "--foreground", "--force", f"--socket={folder}/munge.socket", *files],
+        ["slurmctld", "-D"],
+        *(["slurmd", "-D", "-N", name] for name in names),
+    ]
+    reaper = [sys.executable, str(Path(__file__).with_name("reaper.py")), json.dumps(commands)]
+    with (
+        (folder / "daemons.out").open("w") as log,
+        subprocess.Popen(
+            reaper,
+            env=environ,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        ),
+    ):
         _until_idle(environ)
         yield environ
 
