@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llamax.config.model import ModelConfig
+from llamax.config.rules.pipeline import evenly
 from llamax.model.llama import Llama
 
 LR, BETAS, EPS, DECAY = 3e-4, (0.9, 0.999), 1e-8, 0.01  # torch.optim.AdamW's, but for its lr
@@ -39,6 +40,10 @@ class Job:
     documents: int = 1
     chunk_tokens: int = 0
     bucket_bytes: int = 0
+    zero: int = 1
+    pipeline: int = 1
+    micros: int = 1
+    vocab_size: int = 32000
 
     @property
     def model(self) -> ModelConfig:
@@ -48,13 +53,13 @@ class Job:
             num_hidden_layers=self.layers,
             num_attention_heads=8,
             num_key_value_heads=4,
-            vocab_size=32000,
+            vocab_size=self.vocab_size,
             max_position_embeddings=self.length,
         )
 
     @property
     def data(self) -> int:
-        return self.ranks // self.tensor
+        return self.ranks // (self.tensor * self.pipeline)
 
     def samples(self, number: int) -> tuple[Tensor, Tensor]:
         """This data rank's ids and labels of step ``number``, skewed: there is to learn."""
@@ -63,8 +68,13 @@ class Job:
         )
         tokens = (draws**4 * self.model.vocab_size).long()
         share = self.batch // self.data
-        mine = tokens[self.rank // self.tensor * share :][:share]
+        mine = tokens[self.rank // self.tensor % self.data * share :][:share]
         return mine[:, :-1].contiguous(), mine[:, 1:].contiguous()
+
+    @property
+    def stage_layers(self) -> tuple[int, ...]:
+        """The number of layers of each pipeline stage."""
+        return evenly(self.layers, self.pipeline)
 
     def join(self) -> None:
         """The process group of a peer."""

@@ -12,6 +12,7 @@ from llamax.data.loader import Batch
 from llamax.model.llama import Llama
 from llamax.optim.zero import Zero
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.pipeline import layers_of
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.training.step import TrainState
 from peers.job import BETAS, DECAY, DTYPES, EPS, LR, Job, Step
@@ -22,13 +23,16 @@ _open = ExitStack()  # the process group lives as long as the process
 def train(job: Job) -> Step:
     where = Rendezvous(job.rank, job.ranks, job.rank, job.ranks, port=job.port)
     backend = choose("cpu", where, job.threads)
-    axes = _open.enter_context(backend.joined(Mesh(tp=job.tensor, dp=job.data), 300.0))
+    axes = _open.enter_context(
+        backend.joined(Mesh(tp=job.tensor, dp=job.data, pp=job.pipeline), 300.0)
+    )
     model = Llama(
         job.model,
         axes.tp,
         sequence_parallel=job.sequence_parallel,
         dtype=DTYPES[job.dtype],
         recompute=job.recompute,
+        stage=layers_of(axes.pp.rank, job.stage_layers),
     ).init(0)
     optim = OptimConfig(
         lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY, max_grad_norm=0.0
@@ -38,6 +42,7 @@ def train(job: Job) -> Step:
         optim,
         axes,
         sequence_parallel=model.sequence_parallel,
+        zero=job.zero,
         **({"bucket_bytes": job.bucket_bytes} if job.bucket_bytes else {}),
     )
     state = TrainState(
@@ -64,7 +69,11 @@ def train(job: Job) -> Step:
         documents = None
         if job.documents > 1:
             documents = (place // each).expand(ids.shape)
-        batch = Batch(ids, labels, positions, documents)
-        return state.step([batch], number).loss.item()
+        cuts = [
+            [None] * job.micros if x is None else x.chunk(job.micros)
+            for x in (ids, labels, documents)
+        ]
+        batches = [Batch(i, l, positions, d) for i, l, d in zip(*cuts, strict=True)]
+        return state.step(batches, number).loss.item()
 
     return step

@@ -17,6 +17,10 @@ SCRIPTS = sorted(path.name for path in BENCHMARKS.glob("*.py"))
 ONE_ROUND = ["--rounds", "1"]
 # script: the arguments of each start, and what it must print
 STARTS: dict[str, list[tuple[list[str], str]]] = {
+    "axes.py": [
+        (["zero", "--smallest", "--steps", "1", "--only", "llamax"], "| llamax, ZeRO-3 |"),
+        (["pipeline", "--smallest", "--steps", "1", "--only", "llamax"], "| llamax, pipeline 2 |"),
+    ],
     "checkpoints.py": [([*ONE_ROUND, "--smallest"], "| load one rank of 8 | load unverified |")],
     "collectives.py": [([*ONE_ROUND, "--mebibytes", "0.25"], "| all_reduce | 0.25 |")],
     "gather.py": [([*ONE_ROUND, "--tokens", "262144"], "checksums verified")],
