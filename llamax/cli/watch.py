@@ -25,7 +25,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamax.cli.options import command
-from llamax.config.constants import METRICS_FILE
 from llamax.config.hardware import load_machine
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_writer import to_json
@@ -33,9 +32,8 @@ from llamax.runtime.logging import shows_bars
 from llamax.runtime.process import run_main
 from llamax.runtime.terminal import full_screen
 from llamax.runtime.text import encodable, print_text
-from llamax.tools.monitor.run_folder import read_run
+from llamax.tools.monitor.run_folder import Cache, read_run
 from llamax.tools.monitor.watch import as_json, render
-from llamax.training.metrics import Log
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,8 +62,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(list(argv))
     if options.every <= 0:
         raise ConfigError(f"--every={options.every:g} is not above 0; give seconds")
-    log, price = Log(options.run / METRICS_FILE), options.dollars_per_hour
-    run = read_run(options.run, log=log)
+    cache, price = Cache(options.run), options.dollars_per_hour
+    run = read_run(options.run, cache=cache)
     if options.instance:
         machine = load_machine(options.instance)
         nodes = -(-int(run.environment.get("ranks", 1)) // machine.ranks)
@@ -88,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
                 sys.stdout.flush()
                 if run.state in ("finished", "stopped") or "q" in keys(options.every).lower():
                     break
-                run = read_run(options.run, log=log)
+                run = read_run(options.run, cache=cache)
     except KeyboardInterrupt:
         pass  # ends the view, not the run
     print_lines(render(run, shutil.get_terminal_size().columns, colour, price))

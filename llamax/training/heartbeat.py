@@ -44,6 +44,7 @@ PATIENCE_S = 15.0
 TURN_S, LAST_TURN_S = 0.1, 5.0
 MOST_WORDS = 400  # characters, of up to four bytes each
 RECORD_BYTES = 2048
+MOST_BYTES = 2**14  # read of a file
 LOST, DONE = "lost ", "done"
 
 
@@ -63,7 +64,7 @@ class Beat:
     def from_json(cls, data: bytes) -> Beat:
         """The heartbeat in a file, its texts safe for a terminal; ValueError if it is not one."""
         values = parse_object(data)
-        for name, default in asdict(cls()).items():
+        for name, default in DEFAULTS.items():
             value = values.setdefault(name, default)
             if type(value) is not type(default) or not _in_range(value):
                 raise ValueError(f"{name} is not of a heartbeat")
@@ -84,6 +85,9 @@ class Beat:
 
 def _in_range(value: object) -> bool:
     return not isinstance(value, int) or 0 <= value < 2**63
+
+
+DEFAULTS = asdict(Beat())
 
 
 class Heartbeat:
@@ -202,7 +206,7 @@ class Heartbeat:
 
     def _read(self, rank: int) -> Beat:
         try:
-            beat = Beat.from_json(read_file(self._path(rank)))
+            beat = Beat.from_json(read_file(self._path(rank), MOST_BYTES))
         except (OSError, LinkError, ValueError, TypeError):
             return Beat()
         # of another job it only shows that somebody writes

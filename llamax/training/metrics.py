@@ -112,39 +112,17 @@ class Writers:
 
 def read_jsonl(path: Path) -> list[Record]:
     """All records of a log; a last line cut short is left out, any other raises DataError."""
-    return Log(path).read()
-
-
-class Log:
-    """A log that grows: what was read is not read again, unless the file was written anew."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.records = path, list[Record]()
-        self.file, self.end = 0, 0  # its inode, and where the whole lines read so far end
-
-    def read(self) -> list[Record]:
-        """All records so far, as ``read_jsonl``."""
-        if not self.path.exists():
-            return []
-        with open(self.path, "rb") as file:
-            about = os.fstat(file.fileno())
-            if about.st_ino != self.file or about.st_size < self.end:
-                self.records, self.file, self.end = [], about.st_ino, 0
-            file.seek(self.end)
-            lines = file.read().splitlines(keepends=True)
-        for number, line in enumerate(lines, 1):
-            try:
-                record = Record.from_json(line)
-            except (ValueError, TypeError, OverflowError):
-                if number == len(lines):
-                    break
-                where = f"{self.path}:{len(self.records) + 1}"
-                raise DataError(f"{where}: not a record; remove this line") from None
-            if not line.endswith(b"\n"):  # its end will come, and is read with it
-                return [*self.records, record]
-            self.records.append(record)
-            self.end += len(line)
-        return list(self.records)
+    if not path.exists():
+        return []
+    records, lines = [], path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(Record.from_json(line))
+        except (ValueError, TypeError, OverflowError):
+            if number == len(lines):
+                break
+            raise DataError(f"{path}:{number}: not a record; remove this line") from None
+    return records
 
 
 class JsonlWriter:

@@ -54,6 +54,7 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
         ([*ONE_ROUND, "--smallest"], "| sha256 of all files |"),
         (["--plan", "--smallest"], "tensors from"),
     ],
+    "scale.py": [(["--smallest", *ONE_ROUND], "| watch, many ranks |")],
     "tokenizing.py": [
         (
             ["TOKENIZER", "--paths", "TEXT", *ONE_ROUND, "--cores", "1", "--megabytes", "0.1"],

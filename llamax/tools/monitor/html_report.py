@@ -14,8 +14,11 @@ from dataclasses import fields, replace
 from html import escape
 from pathlib import Path
 
+import numpy as np
+
 from llamax.config.schema import sections
 from llamax.runtime.units import count, perplexity, show_bytes, show_number, show_time
+from llamax.tools.monitor.columns import Numbers
 from llamax.tools.monitor.run_folder import RunFolder, percentiles
 from llamax.tools.monitor.svg import COLOURS, Curve, chart
 from llamax.training.metrics import Record
@@ -88,16 +91,26 @@ def _key(number: int, name: str) -> str:
 
 
 def _text(show: Callable[[RunFolder], str], run: RunFolder) -> str:
-    return escape(show(run)) if run.records else DASH
+    return escape(show(run)) if run.last else DASH
 
 
 def _median_rate(run: RunFolder) -> float:
-    return percentiles([record.tokens_per_s for record in run.records], (50,))[0]
+    return _percentiles(run, "tokens_per_s", (50,))[0]
 
 
 def _validation(run: RunFolder) -> str:
-    found = [r.validation_loss for r in run.records if r.validation_loss is not None]
-    return f"{min(found):.4f}" if found else DASH
+    losses = run.columns["validation_loss"]
+    known = losses[~np.isnan(losses)]
+    return f"{known.min():.4f}" if known.size else DASH
+
+
+def _percentiles(run: RunFolder, field: str, of: Sequence[int]) -> list[float]:
+    return percentiles(np.sort(run.columns[field]).tolist(), of)
+
+
+def _last(run: RunFolder) -> Record:
+    assert run.last is not None
+    return run.last
 
 
 def _dollars(run: RunFolder) -> str:
@@ -106,15 +119,13 @@ def _dollars(run: RunFolder) -> str:
 
 
 SUMMARY: dict[str, Callable[[RunFolder], str]] = {
-    "step": lambda run: f"{run.records[-1].step:,} of {run.steps:,}",
-    "tokens": lambda run: show_number(run.records[-1].consumed_tokens),
-    "loss": lambda run: f"{run.records[-1].loss:.4f}",
+    "step": lambda run: f"{_last(run).step:,} of {run.steps:,}",
+    "tokens": lambda run: show_number(_last(run).consumed_tokens),
+    "loss": lambda run: f"{_last(run).loss:.4f}",
     "best validation": _validation,
     "tokens/s, median": lambda run: show_number(_median_rate(run)),
     "MFU, median": lambda run: (
-        f"{percentiles([r.mfu for r in run.records], (50,))[0]:.1%}"
-        if run.records[-1].mfu
-        else DASH
+        f"{_percentiles(run, 'mfu', (50,))[0]:.1%}" if _last(run).mfu else DASH
     ),
     "training time": lambda run: show_time(run.spent_s),
     "cost": _dollars,
@@ -125,42 +136,31 @@ SUMMARY: dict[str, Callable[[RunFolder], str]] = {
 
 
 def _figures(runs: Sequence[RunFolder]) -> Iterator[str]:
-    def tokens(field: str) -> Callable[[Record], float]:
-        return lambda record: float(getattr(record, field))
+    def points(run: RunFolder, field: str, scale: float = 1.0) -> Numbers:
+        return np.column_stack((run.columns["consumed_tokens"], run.columns[field] * scale))
 
     def over_tokens(
         title: str, field: str, show: Callable[[float], str], smooth: bool, zero: bool
     ) -> str:
-        value = tokens(field)
         curves = [
-            Curve(run.name, [(r.consumed_tokens, value(r)) for r in run.records], k, smooth=smooth)
-            for k, run in enumerate(runs)
+            Curve(run.name, points(run, field), k, smooth=smooth) for k, run in enumerate(runs)
         ]
         return chart(title, curves, "tokens", show_number, show, zero)
 
     loss = [
-        Curve(
-            f"{run.name}, training",
-            [(r.consumed_tokens, r.loss) for r in run.records],
-            k,
-            smooth=True,
-        )
+        Curve(f"{run.name}, training", points(run, "loss"), k, smooth=True)
         for k, run in enumerate(runs)
     ]
     held_out = [
         Curve(
             f"{run.name}, validation",
-            [
-                (r.consumed_tokens, r.validation_loss)
-                for r in run.records
-                if r.validation_loss is not None
-            ],
+            points(run, "validation_loss"),
             k + (1 if len(runs) == 1 else 0),
             marked=True,
         )
         for k, run in enumerate(runs)
     ]
-    validated = any(curve.points for curve in held_out)
+    validated = any(run.history.validation_loss is not None for run in runs)
     digits: Callable[[float], str] = lambda value: f"{value:.4g}"
     figures = [
         chart(
@@ -179,9 +179,7 @@ def _figures(runs: Sequence[RunFolder]) -> Iterator[str]:
         chart(
             "peak memory of rank 0",
             [
-                Curve(
-                    run.name, [(r.consumed_tokens, r.memory_bytes / 2**30) for r in run.records], k
-                )
+                Curve(run.name, points(run, "memory_bytes", 2.0**-30), k)
                 for k, run in enumerate(runs)
             ],
             "tokens",
@@ -219,10 +217,10 @@ def _throughput(runs: Sequence[RunFolder]) -> Iterator[str]:
     percents = (1, 10, 50, 90, 99)
     rows = []
     for k, run in enumerate(runs):
-        if run.records:
-            times = percentiles([record.step_s for record in run.records], percents)
-            peak = max(record.memory_bytes for record in run.records)
-            ppl = perplexity(run.records[-1].loss)
+        if run.last:
+            times = _percentiles(run, "step_s", percents)
+            peak = int(run.columns["memory_bytes"].max())
+            ppl = perplexity(_last(run).loss)
             cells = [*map(show_time, times), show_bytes(peak), f"{ppl:.2f}"]
             rows.append([_key(k, run.name), *map(escape, cells)])
     if rows:

@@ -10,16 +10,22 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from llamax.config.constants import METRICS_FILE
 from llamax.runtime.errors import BackendError, DataError
 from llamax.runtime.files import refuse_link
-from llamax.training.metrics import Record, read_jsonl
+from llamax.tools.monitor.columns import Numbers, read_columns
+
+COLUMNS = ("consumed_tokens", "loss", "validation_loss")
 
 
 def draw(
-    runs: dict[str, list[Record]], out: Path, reference: tuple[str, float] | None = None
+    runs: dict[str, dict[str, Numbers]], out: Path, reference: tuple[str, float] | None = None
 ) -> None:
     """Draw the loss curves of named runs into ``out`` (PNG, SVG or PDF by its ending).
+
+    ``runs``: consumed_tokens, loss and validation_loss of every record (``read_runs``).
 
     ``reference``: name and loss (nats per token) of a horizontal line.  Raises BackendError if
     matplotlib is not installed.
@@ -35,19 +41,14 @@ def draw(
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
-    for name, records in runs.items():
-        tokens = [record.consumed_tokens / 1e6 for record in records]
-        (train,) = axes.plot(
-            tokens, [record.loss for record in records], linewidth=1, alpha=0.6, label=name
-        )
-        validated = [
-            (record.consumed_tokens / 1e6, record.validation_loss)
-            for record in records
-            if record.validation_loss is not None
-        ]
-        if validated:
+    for name, columns in runs.items():
+        tokens, validation = columns["consumed_tokens"] / 1e6, columns["validation_loss"]
+        (train,) = axes.plot(tokens, columns["loss"], linewidth=1, alpha=0.6, label=name)
+        validated = ~np.isnan(validation)
+        if validated.any():
             axes.plot(
-                *zip(*validated, strict=True),
+                tokens[validated],
+                validation[validated],
                 "o-",
                 color=train.get_color(),
                 markersize=4,
@@ -65,8 +66,8 @@ def draw(
     pyplot.close(figure)
 
 
-def read_runs(folders: Sequence[Path]) -> dict[str, list[Record]]:
-    """The records of runs by the names of their folders; by whole paths if names are equal.
+def read_runs(folders: Sequence[Path]) -> dict[str, dict[str, Numbers]]:
+    """The losses of runs by the names of their folders; by whole paths if names are equal.
 
     Raises DataError for a folder without records.
     """
@@ -75,7 +76,7 @@ def read_runs(folders: Sequence[Path]) -> dict[str, list[Record]]:
     for folder in folders:
         name = folder.resolve().name
         label = name if names[name] == 1 else str(folder)
-        runs[label] = read_jsonl(folder / METRICS_FILE)
-        if not runs[label]:
+        runs[label] = read_columns(folder / METRICS_FILE, COLUMNS)
+        if not len(runs[label]["loss"]):
             raise DataError(f"{folder}: has no records in metrics.jsonl; give a run's folder")
     return runs

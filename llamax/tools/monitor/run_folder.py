@@ -15,13 +15,15 @@ The run need not cooperate, and neither its machine nor torch is needed; missing
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 import statistics
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llamax.config.constants import (
     CHECKPOINTS_FOLDER,
@@ -37,9 +39,13 @@ from llamax.runtime.errors import ConfigError, DataError, LinkError
 from llamax.runtime.files import read_file, same_file
 from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.text import printable_line
+from llamax.tools.monitor.live_log import History, LiveLog
 from llamax.tools.monitor.neuron_monitor import core_utilization
-from llamax.training.heartbeat import DONE, LOST, Beat
-from llamax.training.metrics import Log, Record
+from llamax.training.heartbeat import DONE, LOST, MOST_BYTES, Beat
+from llamax.training.metrics import Record
+
+if TYPE_CHECKING:
+    from llamax.tools.monitor.columns import Numbers
 
 MOST_TEXT = 2000  # characters of a value of environment.json
 NUMBERS = (
@@ -49,7 +55,17 @@ NUMBERS = (
     "dollars_per_hour",
 )  # in environment.json; ignored unless numbers
 SILENT_S = 30.0  # a rank writes its heartbeat every few seconds
-WINDOW = 50  # last records, for percentiles and rates
+COLUMNS = (
+    "consumed_tokens",
+    "loss",
+    "validation_loss",
+    "grad_norm",
+    "tokens_per_s",
+    "step_s",
+    "lr",
+    "memory_bytes",
+    "mfu",
+)
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,7 @@ class RunFolder:
     now: float
     config: Config | None = None
     environment: dict[str, Any] = field(default_factory=dict)
-    records: tuple[Record, ...] = ()
+    history: History = field(default_factory=History)
     written: float = 0.0  # time of the last record
     ranks: tuple[Rank, ...] = ()
     saved: tuple[SavedCheckpoint, ...] = ()
@@ -118,7 +134,14 @@ class RunFolder:
     @property
     def last(self) -> Record | None:
         """The last record."""
-        return self.records[-1] if self.records else None
+        return self.history.last
+
+    @cached_property
+    def columns(self) -> dict[str, Numbers]:
+        """The fields ``COLUMNS`` of all records, read from the folder when they are first used."""
+        from llamax.tools.monitor.columns import read_columns
+
+        return read_columns(self.folder / METRICS_FILE, COLUMNS)
 
     @property
     def step(self) -> int:
@@ -150,7 +173,7 @@ class RunFolder:
             return "starting"
         if self.locked:
             return "running"
-        usual_s = max(record.step_s for record in self.records[-WINDOW:])
+        usual_s = max(record.step_s for record in self.history.recent)
         every = self.config.run.log_every if self.config else 1
         return "running" if self.now - self.written < SILENT_S + 5 * every * usual_s else "dead"
 
@@ -159,17 +182,13 @@ class RunFolder:
         """Seconds until the last step, at the median rate of the last records."""
         if self.last is None:
             return 0.0
-        pace = statistics.median(record.step_s for record in self.records[-WINDOW:])
+        pace = statistics.median(record.step_s for record in self.history.recent)
         return max(self.steps - self.step, 0) * pace
 
     @property
     def spent_s(self) -> float:
         """Seconds of training so far, summed over all starts of a resumed run."""
-        total = before = 0.0
-        for record in self.records:
-            total += before if record.seconds < before else 0.0
-            before = record.seconds
-        return total + before
+        return self.history.spent_s
 
     @property
     def dollars_per_hour(self) -> float:
@@ -177,8 +196,16 @@ class RunFolder:
         return float(self.environment.get("dollars_per_hour", 0.0))
 
 
-def read_run(folder: Path, now: float | None = None, log: Log | None = None) -> RunFolder:
-    """The content of ``folder``; ``log``: its metrics.jsonl, where that was read before.
+class Cache:
+    """What a view of a run need not read again: its log, and the sizes of its checkpoints."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = LiveLog(folder / METRICS_FILE)
+        self.sizes = dict[Path, tuple[tuple[int, ...], int]]()
+
+
+def read_run(folder: Path, now: float | None = None, cache: Cache | None = None) -> RunFolder:
+    """The content of ``folder``; ``cache`` keeps what earlier calls have read.
 
     Raises DataError where it is not the folder of a run.
     """
@@ -189,6 +216,7 @@ def read_run(folder: Path, now: float | None = None, log: Log | None = None) -> 
             "use the run.folder of a training run"
         )
     now = time.time() if now is None else now
+    cache = cache or Cache(folder)
     environment = {
         name: value
         for name, value in _json(folder / ENVIRONMENT_FILE).items()
@@ -199,10 +227,10 @@ def read_run(folder: Path, now: float | None = None, log: Log | None = None) -> 
         now=now,
         config=_config(folder / CONFIG_FILE),
         environment=environment,
-        records=tuple((log or Log(metrics)).read()),
+        history=cache.log.read(),
         written=metrics.stat().st_mtime if metrics.exists() else 0.0,
         ranks=tuple(ranks(folder / HEARTBEATS_FOLDER, now, environment.get("ranks"))),
-        saved=tuple(checkpoints(folder / CHECKPOINTS_FOLDER)),
+        saved=tuple(checkpoints(folder / CHECKPOINTS_FOLDER, cache)),
         cores=core_utilization(sorted(folder.glob("neuron-monitor*.json*"))),
         locked=locked(folder / LOCK_FILE),
     )
@@ -249,24 +277,35 @@ def ranks(folder: Path, now: float, count: object) -> Iterable[Rank]:
     are skipped; a single rank writes none.
     """
     known = count if isinstance(count, int) and count > 1 else 0 if count == 1 else None
-    for path in sorted(folder.glob("rank-*"))[:known]:
+    names = os.listdir(folder) if folder.is_dir() else []
+    for name in sorted(name for name in names if name.startswith("rank-"))[:known]:
         try:
-            number = int(path.name.removeprefix("rank-"))
-            beat, age = Beat.from_json(read_file(path)), now - path.stat().st_mtime
+            number = int(name.removeprefix("rank-"))
+            with open(f"{folder}/{name}", "rb", opener=same_file, buffering=0) as file:
+                beat = Beat.from_json(file.read(MOST_BYTES))
+                age = now - os.fstat(file.fileno()).st_mtime
         except (OSError, LinkError, ValueError, TypeError):
             continue
         yield Rank(number, beat, max(age, 0.0))
 
 
-def checkpoints(folder: Path) -> Iterable[SavedCheckpoint]:
-    """The complete checkpoints in a folder, oldest first."""
+def checkpoints(folder: Path, cache: Cache) -> Iterable[SavedCheckpoint]:
+    """The complete checkpoints in a folder, oldest first.
+
+    A checkpoint is measured again only if a file or folder was added to it or taken from it.
+    """
     for path in sorted(folder.glob("step-*")):
         step, done = path.name.removeprefix("step-"), path / "done"
         try:
             if not (step.isdecimal() and done.is_file()):
                 continue
-            size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
-            saved = SavedCheckpoint(int(step), size, done.stat().st_mtime)
+            about, written = path.stat(), done.stat().st_mtime
+            state = (about.st_ino, about.st_mtime_ns)
+            known, size = cache.sizes.get(path, ((), 0))
+            if known != state:
+                size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+                cache.sizes[path] = (state, size)
+            saved = SavedCheckpoint(int(step), size, written)
         except FileNotFoundError:  # the run is deleting it
             continue
         yield saved

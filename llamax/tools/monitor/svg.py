@@ -11,7 +11,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from llamax.tools.monitor.columns import Numbers
 
 WIDTH, HEIGHT = 520, 240
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 34
@@ -26,10 +31,20 @@ class Curve:
     """Values over an axis; ``marked``: with a dot for each value; ``smooth``: smoothed."""
 
     name: str
-    points: Sequence[Point]
+    points: npt.ArrayLike  # [n, 2]
     colour: int = 0
     marked: bool = False
     smooth: bool = False
+
+
+class FiniteCurve(NamedTuple):
+    """A curve with points [n, 2] that are all finite."""
+
+    name: str
+    points: Numbers
+    colour: int
+    marked: bool
+    smooth: bool
 
 
 def chart(
@@ -45,13 +60,12 @@ def chart(
     ``show_x``, ``show_y``: the text of a value.  ``zero``: the y axis begins at 0; otherwise it
     leaves out the most extreme hundredth of the values.
     """
-    curves = [_finite(curve) for curve in curves]
-    curves = [curve for curve in curves if curve.points]
-    if not curves:
+    finite = [one for curve in curves if len((one := _finite(curve)).points)]
+    if not finite:
         return ""
-    xs = [x for curve in curves for x, _ in curve.points]
-    low, high = value_range([y for curve in curves for _, y in curve.points], zero)
-    left, right = min(xs), max(max(xs), min(xs) + 1e-9)
+    xs = np.concatenate([curve.points[:, 0] for curve in finite])
+    low, high = value_range(np.concatenate([curve.points[:, 1] for curve in finite]), zero)
+    left, right = float(xs.min()), max(float(xs.max()), float(xs.min()) + 1e-9)
 
     def place(point: Point) -> str:
         x = LEFT + (point[0] - left) / (right - left) * (WIDTH - LEFT - RIGHT)
@@ -59,7 +73,7 @@ def chart(
         return f"{x:.1f},{TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM):.1f}"
 
     parts = [*_grid(low, high, show_y, place, left, right), *_axis(left, right, show_x, x_name)]
-    for curve in curves:
+    for curve in finite:
         parts += _draw(curve, place, show_x, show_y)
     label = escape(f"{title} over {x_name}", quote=True)
     return (
@@ -69,16 +83,17 @@ def chart(
     )
 
 
-def _finite(curve: Curve) -> Curve:
-    points = [(x, y) for x, y in curve.points if abs(x) < LARGEST and abs(y) < LARGEST]
-    return Curve(curve.name, points, curve.colour, curve.marked, curve.smooth)
+def _finite(curve: Curve) -> FiniteCurve:
+    points = np.asarray(curve.points, np.float64).reshape(-1, 2)
+    finite = points[(np.abs(points) < LARGEST).all(1)]
+    return FiniteCurve(curve.name, finite, curve.colour, curve.marked, curve.smooth)
 
 
-def value_range(values: Sequence[float], zero: bool) -> Point:
+def value_range(values: npt.ArrayLike, zero: bool) -> Point:
     """The range of a y axis: all but the most extreme hundredth at either end, with a margin."""
-    ordered = sorted(values)
+    ordered = np.sort(np.asarray(values, np.float64))
     cut = len(ordered) // 100
-    low, high = ordered[cut], ordered[-1 - cut]
+    low, high = float(ordered[cut]), float(ordered[-1 - cut])
     low = 0.0 if zero else low
     margin = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
     return (low if zero else low - margin), high + margin
@@ -129,7 +144,7 @@ def _axis(left: float, right: float, show: Callable[[float], str], name: str) ->
 
 
 def _draw(
-    curve: Curve,
+    curve: FiniteCurve,
     place: Callable[[Point], str],
     show_x: Callable[[float], str],
     show_y: Callable[[float], str],
@@ -142,7 +157,8 @@ def _draw(
         found.append(f'<polyline class="raw" {style} points="{faint}"/>')
         points = smoothed(points)
     line = " ".join(map(place, points))
-    title = escape(f"{curve.name}: {show_y(curve.points[-1][1])} at {show_x(curve.points[-1][0])}")
+    last_x, last_y = curve.points[-1].tolist()
+    title = escape(f"{curve.name}: {show_y(last_y)} at {show_x(last_x)}")
     found.append(
         f'<polyline class="line" {style} points="{line}"><title>{title}</title></polyline>'
     )
@@ -156,13 +172,14 @@ def _draw(
     return found
 
 
-def thinned(points: Sequence[Point]) -> list[Point]:
-    """At most ``POINTS`` points, each the mean of consecutive ones."""
+def thinned(points: npt.ArrayLike) -> list[Point]:
+    """At most ``POINTS`` of the points [n, 2], each the mean of consecutive ones."""
+    points = np.asarray(points, np.float64)
     if len(points) <= POINTS:
-        return list(points)
-    edges = [len(points) * k // POINTS for k in range(POINTS + 1)]
-    runs = [points[a:b] for a, b in pairwise(edges)]
-    return [(run[-1][0], math.fsum(y for _, y in run) / len(run)) for run in runs]
+        return [(x, y) for x, y in points.tolist()]
+    edges = np.arange(POINTS + 1) * len(points) // POINTS
+    means = np.add.reduceat(points[:, 1], edges[:-1]) / np.diff(edges)
+    return [*zip(points[edges[1:] - 1, 0].tolist(), means.tolist(), strict=True)]
 
 
 def smoothed(points: Sequence[Point]) -> list[Point]:

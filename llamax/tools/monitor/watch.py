@@ -23,8 +23,7 @@ from dataclasses import asdict
 from typing import Any
 
 from llamax.runtime.units import count, perplexity, show_bytes, show_number, show_time
-from llamax.tools.monitor.run_folder import WINDOW, RunFolder, percentiles
-from llamax.training.metrics import Record
+from llamax.tools.monitor.run_folder import RunFolder, percentiles
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 COLOURS = {"green": 32, "yellow": 33, "red": 31, "cyan": 36, "bold": 1, "dim": 2}
@@ -154,19 +153,18 @@ def _curves(run: RunFolder, paint: Paint) -> Iterator[str]:
     if last is None:
         yield paint(_no_report(run), "dim")
         return
-    validated = [r.validation_loss for r in run.records if r.validation_loss is not None]
-    more = ""
-    if validated:
-        more = f"validation {validated[-1]:.4f}, perplexity {perplexity(validated[-1]):.1f}"
-    yield _row(paint, "loss", f"{last.loss:.4f}", run.records, "loss", more)
-    yield _row(paint, "grad norm", f"{last.grad_norm:.3f}", run.records, "grad_norm")
+    more, validated = "", run.history.validation_loss
+    if validated is not None:
+        more = f"validation {validated:.4f}, perplexity {perplexity(validated):.1f}"
+    yield _row(paint, "loss", f"{last.loss:.4f}", run, "loss", more)
+    yield _row(paint, "grad norm", f"{last.grad_norm:.3f}", run, "grad_norm")
     ranks = int(run.environment.get("ranks", 0))
     per_rank = f"{show_number(last.tokens_per_s / ranks)} a rank" if ranks > 1 else ""
     total = show_number(last.tokens_per_s)
-    yield _row(paint, "tokens/s", total, run.records, "tokens_per_s", per_rank)
+    yield _row(paint, "tokens/s", total, run, "tokens_per_s", per_rank)
     if last.mfu:
-        yield _row(paint, "MFU", f"{last.mfu:.1%}", run.records, "mfu")
-    yield _row(paint, "learning rate", f"{last.lr:.2e}", run.records, "lr")
+        yield _row(paint, "MFU", f"{last.mfu:.1%}", run, "mfu")
+    yield _row(paint, "learning rate", f"{last.lr:.2e}", run, "lr")
 
 
 def _no_report(run: RunFolder) -> str:
@@ -181,10 +179,8 @@ def _no_report(run: RunFolder) -> str:
     return "; ".join(parts)
 
 
-def _row(
-    paint: Paint, name: str, value: str, records: Sequence[Record], field: str, more: str = ""
-) -> str:
-    curve = sparkline([getattr(record, field) for record in records], SPARK)
+def _row(paint: Paint, name: str, value: str, run: RunFolder, field: str, more: str = "") -> str:
+    curve = sparkline(run.history.trends[field], SPARK)
     return f"{paint(f'{name:<{LEFT}}', 'dim')} {value:>9}  {paint(curve, 'cyan')}  {more}".rstrip()
 
 
@@ -209,7 +205,7 @@ def sparkline(values: Sequence[float], width: int) -> str:
 def _pace(run: RunFolder, paint: Paint) -> Iterator[str]:
     if run.last is None:
         return
-    recent = [record.step_s for record in run.records[-WINDOW:]]
+    recent = [record.step_s for record in run.history.recent]
     half, most, worst = percentiles(recent, (50, 90, 99))
     label = paint(f"{'step time':<{LEFT}}", "dim")
     yield (
@@ -234,7 +230,7 @@ def _ranks(run: RunFolder, paint: Paint) -> Iterator[str]:
         f"{label} {alive:>9}  {word}, on {hosts}; "
         f"steps {min(r.beat.step for r in run.ranks)} to {max(r.beat.step for r in run.ranks)}"
     )
-    bad = [rank for rank in run.ranks if rank not in good]
+    bad = [rank for rank in run.ranks if rank.state not in ("alive", "done")]
     for rank in bad[:SHOWN]:
         what = (
             f"silent for {show_time(rank.silent_s)}" if rank.state == "silent" else rank.state[:60]

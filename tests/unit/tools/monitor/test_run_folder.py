@@ -10,10 +10,10 @@ import pytest
 from support.run_folders import NOW, make_run, record
 
 from llamax.tools.monitor.html_report import page
+from llamax.tools.monitor.live_log import LiveLog
 from llamax.tools.monitor.neuron_monitor import core_utilization
 from llamax.tools.monitor.run_folder import read_run
 from llamax.tools.monitor.watch import render
-from llamax.training.metrics import Log
 
 
 @pytest.mark.parametrize(
@@ -86,20 +86,20 @@ def test_time_spent_adds_up_over_resumes(tmp_path: Path) -> None:
 
 def test_a_record_that_comes_while_one_watches_is_all_that_is_read(tmp_path: Path) -> None:
     path = make_run(tmp_path / "r", 12) / "metrics.jsonl"
-    log, text = Log(path), path.read_bytes()
-    first, *_, last = log.read()
+    log, text = LiveLog(path), path.read_bytes()
+    first, *_, last = log.read().recent
     line = text.splitlines(keepends=True)[-1]
     path.write_bytes(text.replace(b"{", b"!", 1) + line[:-9])  # what was read may change; cut
-    assert log.read()[-1] == last
+    assert log.read().last == last
     path.write_bytes(text.replace(b"{", b"!", 1) + line[:-1])  # whole, but for its end
-    assert len(log.read()) == 13
+    assert log.read().count == 13
     path.write_bytes(text.replace(b"{", b"!", 1) + line + line)
-    assert [record.step for record in log.read()[-3:]] == [12, 12, 12]
+    assert [record.step for record in log.read().recent[-3:]] == [12, 12, 12]
     anew = path.with_suffix(".partial")  # as a run that is resumed writes it
     anew.write_bytes(text.replace(b'"step": 1,', b'"step": 9,', 1) + text)
     anew.replace(path)
-    assert len(log.read()) == 24
-    assert log.read()[0] == replace(first, step=9)
+    assert log.read().count == 24
+    assert log.read().recent[0] == replace(first, step=9)
 
 
 def test_the_step_is_known_before_its_report(tmp_path: Path) -> None:

@@ -1,0 +1,140 @@
+"""Logs of many records: as a live view that keeps little of them, and as columns."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.run_folders import NOW, make_run, record
+
+from llamax.runtime.errors import DataError
+from llamax.tools.monitor import columns, live_log
+from llamax.tools.monitor.columns import read_columns
+from llamax.tools.monitor.live_log import History, LiveLog, Trend
+from llamax.tools.monitor.run_folder import COLUMNS, Cache, read_run
+from llamax.training.metrics import Record, read_jsonl
+
+
+def write(path: Path, records: Sequence[Record]) -> None:
+    path.write_text("".join(f"{each.to_json()}\n" for each in records))
+
+
+def many(count: int) -> list[Record]:
+    """Records of a run that was started three times; some have a validation loss or no MFU."""
+    found = []
+    for step in range(1, count + 1):
+        more: dict[str, float] = {"loss": 1e4 / (step + 100), "seconds": (step * 3 % count) * 2.0}
+        more |= {"validation_loss": step / 7} if step % 31 == 0 else {}
+        more |= {"mfu": 0.0} if step % 5 == 0 else {}
+        found.append(record(step, **more))
+    return found
+
+
+@pytest.fixture
+def short_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stretches of 32 KiB count as long."""
+    sizes = {"LONG_BYTES": 2**15, "TAIL_BYTES": 2**14, "BLOCK_BYTES": 2**13, "SAMPLES": 64}
+    for name, value in sizes.items():
+        monkeypatch.setattr(live_log, name, value)
+    monkeypatch.setattr(columns, "BLOCK_BYTES", 2**12)
+
+
+def exact(path: Path, monkeypatch: pytest.MonkeyPatch) -> History:
+    with monkeypatch.context() as whole:
+        whole.setattr(live_log, "LONG_BYTES", 2**40)
+        return LiveLog(path).read()
+
+
+@pytest.mark.usefixtures("short_stretches")
+def test_a_long_log_is_sampled_and_known_as_if_all_were_parsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, records = tmp_path / "metrics.jsonl", many(3000)
+    write(path, records)
+    sampled, whole = LiveLog(path).read(), exact(path, monkeypatch)
+    assert sampled.count == whole.count == 3000
+    assert sampled.recent == whole.recent == tuple(records[-50:])
+    assert sampled.validation_loss == whole.validation_loss == 2976 / 7
+    starts = [a.seconds for a, b in pairwise(records) if b.seconds < a.seconds]
+    assert len(starts) == 3
+    assert sampled.spent_s == whole.spent_s == sum(starts) + records[-1].seconds
+    assert len(sampled.trends["loss"]) < 200
+    for trends in (sampled.trends, whole.trends):
+        assert trends["loss"] == sorted(trends["loss"], reverse=True)
+        assert statistics.mean(trends["tokens_per_s"]) == 512.0
+    assert sampled.trends["loss"][0] == pytest.approx(whole.trends["loss"][0], rel=0.3)
+
+
+@pytest.mark.usefixtures("short_stretches")
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"step": 1}', '{"seconds": 1}'])
+@pytest.mark.parametrize("number", [1, 700, 1499])
+def test_a_strange_line_of_a_long_log_is_named(tmp_path: Path, line: str, number: int) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, many(1500))
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+    words = rf"metrics.jsonl:{number}: not a record; remove this line"
+    with pytest.raises(DataError, match=words):
+        read_columns(path, COLUMNS)
+    if '"seconds"' not in line or number == 1499:  # a live view parses only samples
+        with pytest.raises(DataError, match=words):
+            LiveLog(path).read()
+
+
+def test_trends_keep_little_and_follow_the_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_log, "MOST_VALUES", 16)
+    trend = Trend()
+    for value in range(1000):
+        trend.add(float(value))
+        assert len(trend.means) < 16
+    values = trend.values()
+    assert trend.per_mean == 64
+    assert values[:15] == [31.5 + 64 * k for k in range(15)]
+    assert values[15] == statistics.mean(range(960, 1000))
+    broken = Trend()
+    for value in [math.nan, math.inf, *([2.0] * 30), math.nan]:
+        broken.add(value)
+    assert [str(value) for value in broken.values()] == ["2.0"] * 8 + ["nan"]
+
+
+@pytest.mark.usefixtures("short_stretches")
+def test_columns_are_the_fields_of_the_records(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    records = [*many(500), record(501, loss=math.nan, grad_norm=math.inf)]
+    write(path, records)
+    with path.open("a") as file:
+        file.write('{"step": 502, "los')  # the machine stopped here
+    found = read_columns(path, COLUMNS)
+    assert read_jsonl(path)[:500] == records[:500]
+    for name in COLUMNS:
+        values = [getattr(each, name) for each in records]
+        expected = [math.nan if value is None else value for value in values]
+        np.testing.assert_array_equal(found[name], np.array(expected))
+    assert [len(column) for column in read_columns(tmp_path / "none", ["loss"]).values()] == [0]
+
+
+def test_a_checkpoint_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path / "r", 12)
+    measured: list[Path] = []
+    rglob = Path.rglob
+
+    def counted(path: Path, pattern: str) -> object:
+        measured.append(path)
+        return rglob(path, pattern)
+
+    monkeypatch.setattr(Path, "rglob", counted)
+    cache = Cache(folder)
+    first, again = (read_run(folder, NOW, cache).saved for _ in range(2))
+    assert first == again
+    assert len(measured) == 1
+    (folder / "checkpoints/step-00000008/hf").mkdir()
+    (folder / "checkpoints/step-00000008/hf/model.safetensors").write_bytes(bytes(100))
+    (saved,) = read_run(folder, NOW, cache).saved
+    assert saved.size_bytes == first[0].size_bytes + 100
+    assert len(measured) == 2
