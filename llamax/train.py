@@ -42,6 +42,7 @@ from llamax.checkpoint.prompt_record import PROMPT
 from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
 from llamax.config.load import dump_config
 from llamax.config.rules.parallel import node_limit
+from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import Config
 from llamax.model.llama import Llama
 from llamax.parallel.rendezvous import Rendezvous, rendezvous, report_errors_once
@@ -231,7 +232,8 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         return training.sample_ids(job.consumed_sequences + before)
 
     counters = job.backend if job.backend.traces else None
-    guard = CompileGuard(counters, run.compile_guard, job.state.axes.pp)
+    counts = chunk_layers(config.parallel, config.model.num_hidden_layers)
+    guard = CompileGuard(counters, run.compile_guard, job.state.axes.pp, counts)
     check = StepCheck(config.optim.most_skipped, samples, job.main)
     profiler = Profiler(run, job.folder, job.state.axes.world.rank)
     with Recorder(writers(job), throughput(job), began) as recorder:

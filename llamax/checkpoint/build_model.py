@@ -28,7 +28,7 @@ from llamax.checkpoint.plain_llama import own_names
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
-from llamax.config.rules.pipeline import stage_layers
+from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import Config, FinetuneConfig
 from llamax.model import lora
 from llamax.model.llama import DTYPES, Llama
@@ -58,15 +58,15 @@ def build_model(
     Raises ConfigError for a class that cannot be trained, saved and resumed as configured.
     """
     finetune, tp, seed = config.finetune, axes.tp, config.run.seed
-    stage: dict[str, range] = {}  # a class of a program's own need not take it
+    stage: dict[str, tuple[range, ...]] = {}  # a class of a program's own need not take it
     if axes.pp.size > 1:
         if model_class is not Llama:
             raise ConfigError(
                 f"parallel.pipeline={axes.pp.size} cuts the layers of Llama over stages; use "
                 f"parallel.pipeline=1 with {model_class.__qualname__}, a model class of your own"
             )
-        counts = stage_layers(config.parallel, config.model.num_hidden_layers)
-        stage["stage"] = layers_of(axes.pp.rank, counts)
+        counts = chunk_layers(config.parallel, config.model.num_hidden_layers)
+        stage["stage"] = layers_of(*axes.pp, counts)
     model = model_class(
         config.model,
         tp,

@@ -49,8 +49,11 @@ class ParallelConfig:
     """Context-parallel degree: ranks that share each sequence, for long ones [ranks]."""
     pipeline: Count = 1
     """Pipeline-parallel degree: stages that the layers are cut into [stages]."""
+    chunks: Count = 1
+    """Runs of layers that a stage holds, which divide a pipeline's wait [chunks]."""
     layers_per_stage: str = ""
-    """Layers of each stage, first to last, as in 9,8,8,7; empty: equally many [layers]."""
+    """Layers of each stage, and of each chunk, in the model's order, as in 9,8,8,7; empty: equally
+    many [layers]."""
     sequence: bool = True
     """Cut activations between layers over the tensor ranks."""
     zero: ZeroStage = 1

@@ -20,9 +20,9 @@ transformers' LlamaForCausalLM.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +33,14 @@ from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, DataConfig, ParallelConfig, RunConfig
 from llamax.model import recompute
 from llamax.model.dropout import Dropout
+from llamax.model.initial_weights import draw
 from llamax.model.recompute import Recompute
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis, Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.pipeline import holds
 from llamax.parallel.sharding import Block as Rows
-from llamax.parallel.sharding import Replica, ShardedParameters, cut
+from llamax.parallel.sharding import Replica, ShardedParameters
 from llamax.parallel.tensor_parallel import (
     PARALLEL_LAYERS,
     ColumnLinear,
@@ -166,8 +167,8 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """The trunk: ids_BS -> x_BsD after the last norm.
 
-    ``stage`` is the run of layers held here.  Only with the first layer is the embedding here too,
-    else ``x_BsD`` is the input; only with the last layer is the norm.
+    ``stage`` has the runs of layers held here, one for each chunk.  Only with the first layer is
+    the embedding here too; only with the last layer is the norm.
     """
 
     def __init__(
@@ -176,20 +177,20 @@ class Decoder(nn.Module):
         tp: Axis,
         sequence: bool,
         like: Tensor,
-        stage: range,
+        stage: Sequence[range],
         mode: Recompute,
     ) -> None:
         super().__init__()
         self.model, self.mode = model, mode
         self.embed_tokens: VocabEmbedding | None = None
-        if stage.start == 0:
+        if stage[0].start == 0:
             rows = model.vocab_size
             self.embed_tokens = VocabEmbedding(rows, model.hidden_size, tp, sequence, like)
         self.layers = nn.ModuleDict(
-            {str(layer): DecoderLayer(model, layer, tp, sequence, like) for layer in stage}
+            {str(n): DecoderLayer(model, n, tp, sequence, like) for n in chain(*stage)}
         )
         self.norm: Norm | None = None
-        if stage.stop == model.num_hidden_layers:
+        if stage[-1].stop == model.num_hidden_layers:
             self.norm = Norm(model.hidden_size, model.rms_norm_eps, like)
         self.inverse_frequencies: Tensor
         self.register_buffer("inverse_frequencies", None, persistent=False)
@@ -207,20 +208,27 @@ class Decoder(nn.Module):
         return self
 
     def forward(
-        self, ids_BS: Tensor, positions_BS: Tensor, attend: Attend, x_BsD: Tensor | None = None
+        self,
+        ids_BS: Tensor,
+        positions_BS: Tensor,
+        attend: Attend,
+        x_BsD: Tensor | None = None,
+        layers: range | None = None,
     ) -> Tensor:
         cos_BSE, sin_BSE = ops.rope_tables(positions_BS, self.inverse_frequencies)
-        if self.embed_tokens is not None:
+        if x_BsD is None:
+            assert self.embed_tokens is not None, "without the embedding there is an input"
             x_BsD = self.embed_tokens(ids_BS)
         mode: Recompute = self.mode if torch.is_grad_enabled() else "none"
-        for layer in self.layers.values():
-            x_BsD = layer(x_BsD, cos_BSE, sin_BSE, attend, mode)
-        assert x_BsD is not None, "a stage without the embedding needs an input"
-        return x_BsD if self.norm is None else self.norm(x_BsD)
+        for number, layer in self.layers.items():
+            if layers is None or int(number) in layers:
+                x_BsD = layer(x_BsD, cos_BSE, sin_BSE, attend, mode)
+        ends = layers is None or layers.stop == self.model.num_hidden_layers
+        return self.norm(x_BsD) if self.norm is not None and ends else x_BsD
 
 
 class Llama(nn.Module):
-    """A Llama on one rank of a tensor-parallel axis, or the layers of a pipeline ``stage`` of one.
+    """A Llama on one rank of a tensor-parallel axis, or what a pipeline ``stage`` holds of one.
 
     ``sequence_parallel`` cuts activations between the parallel layers along the sequence, whose
     length the axis must then divide.  Weights are uninitialised: call ``init`` or load them.
@@ -236,7 +244,7 @@ class Llama(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         recompute: Recompute = "none",
-        stage: range | None = None,
+        stage: Sequence[range] = (),
     ) -> None:
         super().__init__()
         self.config, self.tp = model, tp or Solo("tp", device)
@@ -244,7 +252,7 @@ class Llama(nn.Module):
         self.sequence_parallel = sequence_parallel and self.tp.size > 1
         self.dropout: Dropout | None = None  # of the adapters, where there are some
         like = torch.empty(0, dtype=dtype, device=device)
-        self.stage = stage = range(model.num_hidden_layers) if stage is None else stage
+        self.stage = stage = stage or (range(model.num_hidden_layers),)
         self.model = Decoder(model, self.tp, self.sequence_parallel, like, stage, recompute)
         self.lm_head: ColumnLinear | None = None
         if not model.tie_word_embeddings and self.model.norm is not None:
@@ -280,17 +288,8 @@ class Llama(nn.Module):
             above, _, leaf = name.rpartition(".")
             if type(owners[above]) is Norm:
                 parameter.fill_(1.0)
-            if leaf != "weight" or not isinstance(owners[above], PARALLEL_LAYERS):
-                continue
-            for part in parameters.parts(name):
-                assert not isinstance(part.how, Replica)
-                shape = list(parameter.shape)
-                shape[part.how.dim] = part.how.blocks[0].size
-                whole = torch.empty(shape).normal_(
-                    0.0, self.config.initializer_range, generator=generator(seed, part.name)
-                )
-                share = cut(whole, part.how, self.tp.size, self.tp.rank)
-                parameter.narrow(part.how.dim, part.start, part.length).copy_(share)
+            if leaf == "weight" and isinstance(owners[above], PARALLEL_LAYERS):
+                draw(parameters, name, self.config.initializer_range, seed)
         return self
 
     def forward(
@@ -328,13 +327,14 @@ class Llama(nn.Module):
         keys_B: Tensor | None = None,
         places_S: Tensor | None = None,
         x_BsD: Tensor | None = None,
+        layers: range | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Summed cross-entropy in nats and the count of labels that are not -100, both 0-d.
 
         ``labels_BS`` are the tokens to predict at each place: shifted, unlike transformers'.
         Adapters drop features if ``keys_B`` gives each sample a key (``llamax.model.dropout``), and
         ``places_S`` the places of the tokens in their sequences, by default 0, 1, 2, ...
-        The last stage of a pipeline takes ``x_BsD``, which left the stage before.
+        In a pipeline ``x_BsD`` is what left the stage before, and ``layers`` a chunk of this one.
         """
         check_ids(labels_BS, self.config.vocab_size, labels=True)
         if labels_BS.shape != ids_BS.shape:
@@ -342,7 +342,8 @@ class Llama(nn.Module):
                 f"labels are {list(labels_BS.shape)}, and ids {list(ids_BS.shape)}; give a label "
                 "for every id"
             )
-        x_BsD = self.hidden(ids_BS, positions_BS, documents_BS, attend, keys_B, places_S, x_BsD)
+        more = keys_B, places_S, x_BsD, layers
+        x_BsD = self.hidden(ids_BS, positions_BS, documents_BS, attend, *more)
         return vocab_parallel_loss(
             x_BsD,
             self.output_weight,
@@ -362,8 +363,9 @@ class Llama(nn.Module):
         keys_B: Tensor | None = None,
         places_S: Tensor | None = None,
         x_BsD: Tensor | None = None,
+        layers: range | None = None,
     ) -> Tensor:
-        """Activations after the last norm, or at the end of a stage: [B,S] -> [B,s,D]."""
+        """Activations after the last norm, or after the last of ``layers``: [B,S] -> [B,s,D]."""
         check_ids(ids_BS, self.config.vocab_size)
         check_inputs(ids_BS, positions_BS, documents_BS, self.tp.size, self.sequence_parallel)
         if self.dropout is not None:
@@ -374,7 +376,7 @@ class Llama(nn.Module):
         def causal(q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
             return ops.attention(q_BShE, k_BSkE, v_BSkE, documents_BS)
 
-        y_BsD: Tensor = self.model(ids_BS, positions_BS, attend or causal, x_BsD)
+        y_BsD: Tensor = self.model(ids_BS, positions_BS, attend or causal, x_BsD, layers)
         return y_BsD
 
 
@@ -391,9 +393,3 @@ def _check(model: ModelConfig, tensor: int, recompute: Recompute) -> None:
     parallel, data = ParallelConfig(tensor=tensor, sequence=False), DataConfig(sequence_length=1)
     config = Config(model, parallel, data=data, run=RunConfig(recompute=recompute))
     validate.check(config)
-
-
-def generator(seed: int, name: str) -> torch.Generator:
-    """The stream of random numbers that a tensor of this name is drawn from."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

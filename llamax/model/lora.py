@@ -22,7 +22,8 @@ from llamax.config.model import ModelConfig
 from llamax.config.rules.finetune import LINEAR, target_names
 from llamax.config.schema import FinetuneConfig
 from llamax.model.dropout import Dropout
-from llamax.model.llama import Llama, generator
+from llamax.model.initial_weights import generator
+from llamax.model.llama import Llama
 from llamax.model.lora_linear import Adapter, Factor, FrozenLinear
 from llamax.parallel.sharding import Block, Cut, Part, Replica, Shard, cut, parts
 from llamax.parallel.spread import Store

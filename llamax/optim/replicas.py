@@ -82,5 +82,5 @@ def check_equal(replicas: Mapping[str, Tensor], axes: Axes) -> None:
         if not all_marks[:, row].equal(all_marks[:1, row].expand(len(all_marks), 2)):
             raise ConfigError(
                 f"{name} starts with other values on some ranks; give it the same on all: a "
-                "constant, or numbers from llamax.model.llama.generator(seed, name)"
+                "constant, or numbers from llamax.model.initial_weights.generator(seed, name)"
             )

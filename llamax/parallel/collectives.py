@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from llamax.parallel.mesh import ALONE, Groups, Mesh, Seat
+from llamax.parallel.pipeline import edge_name
 
 Reduction = Literal["sum", "max"]
 
@@ -92,7 +93,8 @@ class Axes:
     ``data`` is where gradients are summed (dp x cp).  ``kv`` joins the neighbouring tensor ranks
     that hold the same key/value head; it has size one unless tensor > num_key_value_heads.  The
     ranks of ``cp`` hold parts of the same sequences.  ``pp`` is the stage of this rank; on ``even``
-    and ``odd`` it meets the ranks of the stages next to it, over the edges of that parity.
+    and ``odd`` it meets the ranks of the stages next to it, over the edges of that parity; on
+    ``ends`` the last stage meets the first.
     """
 
     tp: Axis
@@ -102,6 +104,7 @@ class Axes:
     cp: Axis = field(default_factory=lambda: Solo("cp"))
     even: Axis = field(default_factory=lambda: Solo("even"))
     odd: Axis = field(default_factory=lambda: Solo("odd"))
+    ends: Axis = field(default_factory=lambda: Solo("ends"))
     pp: Seat = ALONE
 
     @classmethod
@@ -122,8 +125,10 @@ class Axes:
         return Seat(self.data.rank // self.cp.size, self.data.size // self.cp.size)
 
     def edge(self, number: int) -> Axis:
-        """The axis of two ranks between stages ``number`` and ``number`` + 1."""
-        return self.odd if number % 2 else self.even
+        """The axis of two ranks between stage ``number`` and the one above it."""
+        return {"even": self.even, "odd": self.odd, "ends": self.ends}[
+            edge_name(number, self.pp.size)
+        ]
 
     @property
     def part(self) -> Seat:

@@ -24,7 +24,7 @@ from llamax.runtime.errors import ConfigError
 from llamax.runtime.units import count
 
 AXES = ("pp", "dp", "cp", "tp")
-EDGES = ("even", "odd")  # between stages s and s + 1, by the parity of s
+EDGES = ("even", "odd", "ends")  # between stages s and s + 1, by the parity of s; last and first
 
 Groups = tuple[tuple[int, ...], ...]
 
@@ -54,7 +54,8 @@ class Mesh:
     """The degree of every axis.
 
     ``order`` is the rank on every place of the grid, () for 0, 1, ...  ``kv`` tensor neighbours
-    hold the same key/value head: ``ModelConfig.kv_replicas``.
+    hold the same key/value head: ``ModelConfig.kv_replicas``.  ``ends``: whether the last stage
+    and the first one meet as well.
     """
 
     tp: int = 1
@@ -63,6 +64,7 @@ class Mesh:
     pp: int = 1
     order: tuple[int, ...] = ()
     kv: int = 1
+    ends: bool = False
 
     def __post_init__(self) -> None:
         for axis in AXES:
@@ -74,7 +76,9 @@ class Mesh:
             raise ValueError(f"order {self.order} does not place {self.world_size} ranks")
 
     @classmethod
-    def fill(cls, world_size: int, tp: int = 1, cp: int = 1, pp: int = 1, kv: int = 1) -> Mesh:
+    def fill(
+        cls, world_size: int, tp: int = 1, cp: int = 1, pp: int = 1, kv: int = 1, ends: bool = False
+    ) -> Mesh:
         """The mesh of ``world_size`` ranks whose data axis takes what the other axes leave.
 
         Raises ConfigError if the axes do not divide the world.
@@ -85,7 +89,7 @@ class Mesh:
                 f"a world of {count(world_size, 'rank')} is not divided by tensor {tp} x context "
                 f"{cp} x pipeline {pp} = {tp * cp * pp}; start a multiple of {tp * cp * pp} ranks"
             )
-        return cls(tp=tp, dp=rest, cp=cp, pp=pp, kv=kv)
+        return cls(tp=tp, dp=rest, cp=cp, pp=pp, kv=kv, ends=ends)
 
     def on_trn1(self, cores: int = 32) -> Mesh:
         """This mesh where trn1 wants it, on nodes with ``cores`` ranks each.
@@ -144,15 +148,17 @@ class Mesh:
             "kv": self.replicas("tp", self.kv),
             "world": (tuple(range(self.world_size)),),
             "cp": self.groups("cp"),
-            **{name: self.edges(first) for first, name in enumerate(EDGES[: self.pp - 1])},
+            **{name: pairs for name in EDGES if (pairs := self.edges(name))},
         }
 
-    def edges(self, first: int) -> Groups:
-        """Pairs of ranks that swap between stages s and s + 1, for s = ``first``, ``first`` + 2 ...
+    def edges(self, name: str) -> Groups:
+        """Pairs of ranks that swap: of stages s and s + 1 for even or odd s, or of last and first.
 
         Ranks of a stage without such an edge are in no pair.
         """
-        stages = range(first, self.pp - 1, 2)
+        if name == "ends":
+            return tuple((line[-1], line[0]) for line in self.groups("pp") if self.ends)
+        stages = range(EDGES.index(name), self.pp - 1, 2)
         return tuple(line[s : s + 2] for s in stages for line in self.groups("pp"))
 
     def completed(self, pairs: Groups) -> Groups:

@@ -11,12 +11,19 @@ one gives a gradient and gets its input.  Four microbatches on three stages (F f
     stage 2            |  F0 B0 |   F1 B1 | F2 B2 | F3 B3 |
 
 This is 1F1B (one forward, one backward): a stage with a stages above it has at most a + 1
-microbatches in flight, and n microbatches take the time of n + p - 1 on p stages.  Since both
-sides of an edge list the same swaps in the same order, no schedule can wait for ever, and no
-transfer needs a tag.
+microbatches in flight, and n microbatches take the time of n + p - 1 on p stages.
+
+*Interleaved*, a stage holds several runs of layers, its *chunks*, and a microbatch goes round the
+stages as often: chunk 0 of all stages, then chunk 1, and so on, so that the last stage has an edge
+to the first.  Work comes in rounds of a forward and a backward of one chunk, which all stages begin
+together; each round ends in the swaps.  With v chunks the wait of 1F1B is divided by v, for more
+microbatches in flight.  *GPipe*, the plain schedule, does all forwards before the first backward.
+
+Since both sides of an edge list the same swaps in the same order, no schedule can wait for ever,
+and no transfer needs a tag.
 
 Sources: Narayanan et al. 2019, "PipeDream"; Narayanan et al. 2021, "Efficient Large-Scale Language
-Model Training on GPU Clusters", section 2.2.
+Model Training on GPU Clusters", section 2.2; Huang et al. 2019, "GPipe".
 """
 
 from __future__ import annotations
@@ -26,83 +33,170 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Literal, NamedTuple
 
+from llamax.parallel.mesh import EDGES
+
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
+class Micro(NamedTuple):
+    """A microbatch at one of the chunks of a stage."""
+
+    number: int
+    chunk: int = 0
+
+
 class Work(NamedTuple):
-    """The forward or the backward pass of a microbatch."""
+    """The forward or the backward pass of a microbatch through a chunk."""
 
     kind: Literal["forward", "backward"]
-    micro: int
+    micro: Micro
 
 
 class Swap(NamedTuple):
-    """An exchange of stage ``edge`` with stage ``edge + 1``.
+    """An exchange of stage ``edge`` with the stage above, which of the last stage is the first.
 
-    ``up`` is the microbatch that goes to the upper stage, ``down`` the one with a gradient for the
-    lower; None: nothing of use travels that way.
+    ``up`` is the microbatch whose activation goes to the upper stage, ``down`` the one whose
+    gradient goes to the lower, each at the receiver's chunk; None: nothing of use travels that way.
     """
 
     edge: int
-    up: int | None
-    down: int | None
+    up: Micro | None
+    down: Micro | None
 
 
 Schedule = list[Work | Swap]
 
 
-def schedule(stage: int, stages: int, micros: int) -> Schedule:
-    """1F1B: what ``stage`` of ``stages`` does with ``micros`` microbatches, in order."""
+def schedule(stage: int, stages: int, micros: int, chunks: int = 1) -> Schedule:
+    """1F1B, or interleaved 1F1B: what ``stage`` of ``stages`` does with ``micros`` microbatches."""
+    if chunks > 1:
+        return _rounds(stage, stages, micros, chunks, turn=stages * chunks - 1)
     above, works = stages - 1 - stage, Schedule()
 
     def swap(edge: int, number: int) -> None:  # gradients lag by the lower stage's first forwards
         lag = stages - 1 - edge
         if 0 <= edge < stages - 1:
-            up = number if number < micros else None
-            works.append(Swap(edge, up, number - lag if number >= lag else None))
+            up = Micro(number) if number < micros else None
+            works.append(Swap(edge, up, Micro(number - lag) if number >= lag else None))
 
     for number in range(micros + above):
         swap(stage - 1, number)
         if number < micros:
-            works.append(Work("forward", number))
+            works.append(Work("forward", Micro(number)))
         swap(stage, number)
         if number >= above:
-            works.append(Work("backward", number - above))
+            works.append(Work("backward", Micro(number - above)))
     swap(stage - 1, micros + above)
     return works
 
 
-def forwards(stage: int, stages: int, micros: int) -> Schedule:
+def gpipe(stage: int, stages: int, micros: int, chunks: int = 1) -> Schedule:
+    """GPipe: all forward passes, then all backward passes."""
+    return _rounds(stage, stages, micros, chunks, turn=_slots(stages, micros, chunks) + stages - 2)
+
+
+def forwards(stage: int, stages: int, micros: int, chunks: int = 1) -> Schedule:
     """The forward passes alone, as for validation."""
-    works = Schedule()
-    for micro in range(micros):
-        if stage > 0:
-            works.append(Swap(stage - 1, micro, None))
-        works.append(Work("forward", micro))
-        if stage < stages - 1:
-            works.append(Swap(stage, micro, None))
+    return _rounds(stage, stages, micros, chunks, turn=None)
+
+
+def _slots(stages: int, micros: int, chunks: int) -> int:
+    """The forward passes of a stage, if its last group of microbatches were full."""
+    return -(-micros // stages) * stages * chunks
+
+
+def _nth(place: int, stages: int, micros: int, chunks: int, backward: bool) -> Micro | None:
+    """What a stage computes in the ``place``-th forward or backward pass, if anything.
+
+    As many microbatches as there are stages go through a chunk before the next chunk's turn.
+    """
+    if not 0 <= place < _slots(stages, micros, chunks):
+        return None
+    group, place = divmod(place, stages * chunks)
+    chunk, member = divmod(place, stages)
+    number = group * stages + member
+    return Micro(number, chunks - 1 - chunk if backward else chunk) if number < micros else None
+
+
+def _rounds(stage: int, stages: int, micros: int, chunks: int, turn: int | None) -> Schedule:
+    """Rounds of at most one forward, one backward and the swaps after them, all stages in step.
+
+    The last stage goes backward for the first time in round ``turn``, or never.
+    """
+    rounds, works = (turn or 0) + _slots(stages, micros, chunks) + stages - 1, Schedule()
+
+    def forward(stage: int, number: int) -> Micro | None:
+        return _nth(number - stage, stages, micros, chunks, False)
+
+    def backward(stage: int, number: int) -> Micro | None:
+        first = rounds if turn is None else turn + stages - 1 - stage
+        return _nth(number - first, stages, micros, chunks, True)
+
+    edges = sorted(
+        {stage, (stage - 1) % stages}, key=lambda edge: EDGES.index(edge_name(edge, stages))
+    )
+    for number in range(rounds):
+        if micro := forward(stage, number):
+            works.append(Work("forward", micro))
+        if micro := backward(stage, number):
+            works.append(Work("backward", micro))
+        for edge in edges:
+            upper = (edge + 1) % stages
+            up, down = forward(edge, number), backward(upper, number)
+            up, down = up and onward(up, edge, stages, chunks), down and back(down, upper)
+            if up or down:
+                works.append(Swap(edge, up, down))
     return works
 
 
-def in_flight(stage: int, stages: int, micros: int) -> int:
-    """The most microbatches between their forward and their backward pass at the same time."""
-    return min(stages - stage, micros)
+def onward(micro: Micro, stage: int, stages: int, chunks: int) -> Micro | None:
+    """``micro`` at the chunk after that of ``stage``; None after the last layer."""
+    chunk = micro.chunk + (stage == stages - 1)
+    return Micro(micro.number, chunk) if chunk < chunks else None
+
+
+def back(micro: Micro, stage: int) -> Micro | None:
+    """``micro`` at the chunk before that of ``stage``; None before the first layer."""
+    chunk = micro.chunk - (stage == 0)
+    return Micro(micro.number, chunk) if chunk >= 0 else None
+
+
+def edge_name(edge: int, stages: int) -> str:
+    """The name of the axis of an edge (``llamax.parallel.mesh``).
+
+    Edges of one name have no stage in common.
+    """
+    return "ends" if edge == stages - 1 else EDGES[edge % 2]
+
+
+def in_flight(stage: int, stages: int, micros: int, chunks: int = 1) -> int:
+    """The most microbatches between forward and backward at the same time, summed over chunks."""
+    above = stages - 1 - stage
+    bound = above + 1 if chunks == 1 else 2 * above + (chunks - 1) * stages + 1
+    return min(bound, micros * chunks)
 
 
 # --- layers --------------------------------------------------------------------------------------
 
 
-def layers_of(stage: int, layers_per_stage: Sequence[int]) -> range:
-    """The layers of a stage, counted over the whole model."""
-    stops = (0, *accumulate(layers_per_stage))
-    return range(stops[stage], stops[stage + 1])
+def layers_of(stage: int, stages: int, layers_per_chunk: Sequence[int]) -> tuple[range, ...]:
+    """The layers of each chunk of a stage, counted over the whole model.
+
+    ``layers_per_chunk`` counts the layers in the order of the model: those of chunk 0 of every
+    stage, then those of chunk 1, and so on.
+    """
+    stops = (0, *accumulate(layers_per_chunk))
+    chunks = range(stage, len(layers_per_chunk), stages)
+    return tuple(range(stops[chunk], stops[chunk + 1]) for chunk in chunks)
 
 
-def holds(held: range, layers: int, name: str) -> bool:
-    """Whether the stage with ``held`` of all ``layers`` has the parameter ``name``.
+def holds(held: Sequence[range], layers: int, name: str) -> bool:
+    """Whether the stage with the chunks ``held`` of all ``layers`` has the parameter ``name``.
 
     The first stage has the embedding, the last one the norm and the output matrix.
     """
+    first, last = held[0].start == 0, held[-1].stop == layers
     if found := LAYER.match(name):
-        return int(found[1]) in held or (int(found[1]) >= layers and held.stop == layers)
-    return held.start == 0 if name.startswith("model.embed_tokens.") else held.stop == layers
+        number = int(found[1])
+        return any(number in chunk for chunk in held) or (number >= layers and last)
+    return first if name.startswith("model.embed_tokens.") else last

@@ -19,6 +19,7 @@ from typing import Literal, Protocol
 
 from llamax.data.loader import Batch
 from llamax.parallel.mesh import ALONE, Seat
+from llamax.parallel.pipeline import edge_name
 from llamax.runtime.errors import BackendError
 from llamax.runtime.logging import logger
 from llamax.runtime.units import count
@@ -26,17 +27,41 @@ from llamax.runtime.units import count
 Answer = Literal["warn", "stop", "off"]
 
 
-def programs(stage: Seat = ALONE) -> dict[str, int]:
+ChunkKind = tuple[bool, bool, int]  # whether first, whether last of all, layers
+
+
+def chunk_kinds(counts: Sequence[int], stage: Seat = ALONE) -> list[ChunkKind]:
+    """The chunks of a stage, those with equal programs alike; ``counts``: layers of all chunks."""
+    last = len(counts) - 1
+    return [
+        (place == 0, place == last, counts[place])
+        for place in range(stage.rank, len(counts), stage.size)
+    ]
+
+
+def passes(kinds: Iterable[ChunkKind]) -> int:
+    """The number of programs of forward and backward passes; after the last layer both are one."""
+    return sum(1 if last else 2 for _, last, _ in {*kinds})
+
+
+def edges(stages: int, counts: Sequence[int]) -> range:
+    """The edges of a pipeline; with several chunks the last stage has one to the first."""
+    return range(stages if len(counts) > stages else stages - 1)
+
+
+def programs(stage: Seat = ALONE, counts: Sequence[int] = (1,)) -> dict[str, int]:
     """The number of programs that a rank compiles, by part of the loop.
 
     In a pipeline those of its passes, of its swaps, and the parts of an update or of a validation's
-    mean before, in and after each sum over all stages.
+    mean before, in and after each sum over all stages.  ``counts``: the layers of each chunk, in
+    the order of the model.
     """
     if stage.size == 1:
         return {"training": 2, "validation": 1}
-    first, last = stage.rank == 0, stage.rank == stage.size - 1
-    passes, swaps = (1 if last else 2), (1 if first or last else 2)
-    return {"training": passes + swaps + 5, "validation": 1 + 3}
+    kinds, (number, stages) = chunk_kinds(counts, stage), stage
+    own = [edge for edge in edges(stages, counts) if number in (edge, (edge + 1) % stages)]
+    swaps = len({edge_name(edge, stages) for edge in own})
+    return {"training": passes(kinds) + swaps + 5, "validation": len({*kinds}) + 3}
 
 
 class Counters(Protocol):
@@ -47,23 +72,34 @@ class Counters(Protocol):
     def host_reads(self) -> int: ...
 
 
-def all_programs(layers: Sequence[int], validates: bool) -> int:
-    """The number of programs that all ranks compile together, from the layers of each stage.
+def all_programs(stages: int, counts: Sequence[int], validates: bool) -> int:
+    """The number of programs that all ranks compile together, from the layers of each chunk.
 
-    Stages between the first and the last share those of others with as many layers.
+    Chunks and stages between the first and the last share those of others with as many layers.
     """
-    if len(layers) == 1:
+    if stages == 1:
         return sum(programs().values()) if validates else programs()["training"]
-    stages = 2 + len({*layers[1:-1]})
-    passes, swaps = 2 * stages - 1, min(len(layers) - 1, 2)
-    return passes + swaps + 3 + 2 * stages + (3 + stages if validates else 0)
+    held = [chunk_kinds(counts, Seat(stage, stages)) for stage in range(stages)]
+    kinds = {kind for each in held for kind in each}
+    updated = {(each[0][0], each[-1][1], sum(kind[2] for kind in each)) for each in held}
+    swaps = len({edge_name(edge, stages) for edge in edges(stages, counts)})
+    return passes(kinds) + swaps + 3 + 2 * len(updated) + (3 + len(kinds) if validates else 0)
 
 
 class CompileGuard:
-    """Watches ``counters``, None where nothing is compiled; ``answer`` is run.compile_guard."""
+    """Watches ``counters``, None where nothing is compiled; ``answer`` is run.compile_guard.
 
-    def __init__(self, counters: Counters | None, answer: Answer, stage: Seat = ALONE) -> None:
-        self.most = programs(stage)
+    ``stage`` and ``counts`` as of ``programs``.
+    """
+
+    def __init__(
+        self,
+        counters: Counters | None,
+        answer: Answer,
+        stage: Seat = ALONE,
+        counts: Sequence[int] = (1,),
+    ) -> None:
+        self.most = programs(stage, counts)
         self.counters = None if answer == "off" else counters
         self.fatal, self.reported = answer == "stop", False
         self.compiled: Counter[str] = Counter()

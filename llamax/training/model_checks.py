@@ -82,10 +82,10 @@ def noted(attend: Attend, called: set[int]) -> Attend:
     return attend_and_note
 
 
-def check_attended(model: Llama, called: Collection[int]) -> None:
-    """Raise ConfigError if attention layers did not call the ``attend`` of context parallelism."""
-    layers = {m.layer for m in model.modules() if isinstance(m, Attention)}
-    if left := sorted(layers - {*called}):
+def check_attended(model: Llama, called: Collection[int], layers: range) -> None:
+    """Raise ConfigError if attention of ``layers`` did not call the ``attend`` of context ranks."""
+    expected = {m.layer for m in model.modules() if isinstance(m, Attention)} & {*layers}
+    if left := sorted(expected - {*called}):
         some = ", ".join(map(str, left[:5])) + ", ..." * (len(left) > 5)
         raise ConfigError(
             f"attention of {type(model).__qualname__} in layers {some} does not call the `attend` "

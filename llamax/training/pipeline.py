@@ -6,15 +6,16 @@
     backward    dy from the stage above --> autograd --> dx, for the stage below a program
     swap        y and dx change places with the neighbours' dx and y             a program
 
-The last stage's forward ends in the loss, and its backward follows at once, in the same program.  A
+The last forward ends in the loss, and its backward follows at once, in the same program.  A
 microbatch in flight is what autograd keeps of it.  The schedule is data that depends on the number
-of stages and microbatches alone (``llamax.parallel.pipeline``), so no value steers it.
+of stages, chunks and microbatches alone (``llamax.parallel.pipeline``), so no value steers it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,10 +24,10 @@ from torch import Tensor
 from llamax.backends.base import EAGER
 from llamax.model.dropout import Dropout
 from llamax.parallel.collectives import Axes, Axis, Reduction
-from llamax.parallel.pipeline import Schedule, Swap
+from llamax.parallel.pipeline import Micro, Schedule, Swap, Work, back, onward
 
-# (microbatch, x_BsD or None on the first stage) -> y_BsD, or the loss on the last stage
-Compute = Callable[[int, Tensor | None], Tensor]
+# (microbatch, x_BsD or None before the first layer) -> y_BsD, or the loss after the last layer
+Compute = Callable[[Micro, Tensor | None], Tensor]
 
 
 class InFlight(NamedTuple):
@@ -38,29 +39,36 @@ class InFlight(NamedTuple):
 
 
 class _Way:
-    """What travels up or down through the stages, by microbatch: at hand, and about to leave."""
+    """What travels up or down through the stages: at hand, and about to leave.
+
+    Both by the microbatch at the chunk that receives it.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.arrived: dict[int, Tensor] = {}
-        self.leaving: dict[int, Tensor] = {}
+        self.arrived: dict[Micro, Tensor] = {}
+        self.leaving: dict[Micro, Tensor] = {}
 
 
 class Stage:
-    """One rank's stage of a pipeline.
+    """One rank's stage of a pipeline, of so many ``chunks``.
 
     ``boundary`` ends a program.  ``dropout`` is the model's, which has to know the microbatch again
     where backward computes layers again.
     """
 
     def __init__(
-        self, axes: Axes, boundary: Callable[[], None], dropout: Dropout | None = None
+        self,
+        axes: Axes,
+        boundary: Callable[[], None],
+        dropout: Dropout | None = None,
+        chunks: int = 1,
     ) -> None:
-        self.axes, self.boundary, self.dropout = axes, boundary, dropout
-        self.number, stages = axes.pp
-        self.first, self.last = self.number == 0, self.number == stages - 1
+        self.axes, self.boundary, self.dropout, self.chunks = axes, boundary, dropout, chunks
+        self.number, self.stages = axes.pp
+        self.first, self.last = self.number == 0, self.number == self.stages - 1
         self.most = 0  # microbatches in flight at the same time so far
-        self._flying: dict[int, InFlight] = {}
+        self._flying: dict[Micro, InFlight] = {}
         self._unused: dict[str, Tensor] = {}
 
     def run(self, works: Schedule, compute: Compute, like: Tensor) -> None:
@@ -70,19 +78,19 @@ class Stage:
         one work to the next: what is alive is part of a program.
         """
         up, down = _Way("up"), _Way("down")
-        for work in works:
+        for work, following in pairwise([*works, None]):
             if isinstance(work, Swap):
                 above = work.edge == self.number
-                way, back = (up, down) if above else (down, up)
+                way, other = (up, down) if above else (down, up)
                 sent, received = (work.up, work.down) if above else (work.down, work.up)
-                result = self._swap(self.axes.edge(work.edge), way, sent, back, received, like)
+                result = self._swap(self.axes.edge(work.edge), way, sent, other, received, like)
                 self.boundary()
                 del result  # alive until here, or there would be no program where it is not used
-            elif work.kind == "forward":
+            elif isinstance(work, Work) and work.kind == "forward":
                 self._forward(work.micro, up, compute)
-                if not self.last or not torch.is_grad_enabled():
+                if following != Work("backward", work.micro):
                     self.boundary()
-            else:
+            elif isinstance(work, Work):
                 self._backward(work.micro, down)
                 self.boundary()
 
@@ -90,20 +98,21 @@ class Stage:
         self,
         axis: Axis,
         way: _Way,
-        sent: int | None,
-        back: _Way,
-        received: int | None,
+        sent: Micro | None,
+        other: _Way,
+        received: Micro | None,
         like: Tensor,
     ) -> Tensor:
         """Give what leaves on one way, and take what arrives on the other."""
         x = self._nothing(way.name, like) if sent is None else way.leaving.pop(sent)
         x = swap(axis, x)
         if received is not None:
-            back.arrived[received] = x
+            other.arrived[received] = x
         return x
 
-    def _forward(self, micro: int, up: _Way, compute: Compute) -> None:
-        x_BsD = None if self.first else up.arrived.pop(micro)
+    def _forward(self, micro: Micro, up: _Way, compute: Compute) -> None:
+        starts = self.first and micro.chunk == 0
+        x_BsD = None if starts else up.arrived.pop(micro)
         if not torch.is_grad_enabled():
             y = compute(micro, x_BsD)
         else:
@@ -112,17 +121,19 @@ class Stage:
             tokens = None if self.dropout is None else self.dropout.tokens_BS
             self._flying[micro] = InFlight(x_BsD, y, tokens)
             self.most = max(self.most, len(self._flying))
-        if not self.last:
-            up.leaving[micro] = y.detach()
+        if above := onward(micro, self.number, self.stages, self.chunks):
+            up.leaving[above] = y.detach()
 
-    def _backward(self, micro: int, down: _Way) -> None:
+    def _backward(self, micro: Micro, down: _Way) -> None:
         passed = self._flying.pop(micro)
         if self.dropout is not None:
             self.dropout.tokens_BS = passed.dropout_tokens
-        passed.y.backward(None if self.last else down.arrived.pop(micro))
-        if passed.x is not None:
+        ends = self.last and micro.chunk == self.chunks - 1
+        passed.y.backward(None if ends else down.arrived.pop(micro))
+        if below := back(micro, self.number):
+            assert passed.x is not None
             assert passed.x.grad is not None
-            down.leaving[micro] = passed.x.grad
+            down.leaving[below] = passed.x.grad
 
     def _nothing(self, name: str, like: Tensor) -> Tensor:
         """What travels where nothing is to be sent: a tensor for each way, or programs differ."""

@@ -17,6 +17,7 @@ import math
 from dataclasses import dataclass, replace
 
 from llamax.config import validate
+from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import Config, OptimConfig
 from llamax.data.dataset import open_dataset
 from llamax.data.samples import Samples
@@ -48,6 +49,11 @@ class ResolvedRun:
     def kv_replicas(self) -> int:
         """The number of neighbouring tensor ranks that hold the same key/value head."""
         return self.mesh.kv
+
+    @property
+    def chunk_layers(self) -> tuple[int, ...]:
+        """Layers of each chunk of a pipeline's stages, in the order of the model."""
+        return chunk_layers(self.config.parallel, self.config.model.num_hidden_layers)
 
     @property
     def steps(self) -> int:
@@ -158,6 +164,7 @@ def resolve(
         cp=parallel.context,
         pp=parallel.pipeline,
         kv=config.model.kv_replicas(parallel.tensor),
+        ends=parallel.pipeline > 1 and parallel.chunks > 1,
     )
     return ResolvedRun(
         resolved,

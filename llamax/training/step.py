@@ -35,7 +35,7 @@ from llamax.optim.schedule import lr_at
 from llamax.optim.zero import Zero
 from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
-from llamax.parallel.pipeline import Schedule, forwards, schedule
+from llamax.parallel.pipeline import Micro, Schedule, forwards, schedule
 from llamax.parallel.sharding import Replica
 from llamax.training.model_checks import check_attended, check_loss, check_modules, noted
 from llamax.training.pipeline import Compute, Stage, apart
@@ -200,12 +200,13 @@ class TrainState:
         device, micros = self.axes.data.rank_index.device, [*batches]
         sums = torch.zeros(2).to(device)  # sent, so that the first microstep is like the others
 
-        def compute(place: int, x_BsD: Tensor | None) -> Tensor:
+        def compute(micro: Micro, x_BsD: Tensor | None) -> Tensor:
             nonlocal sums
-            keys_B = self._keys(micros[place], number, place)
-            if not self._stage.last:
-                return self._hidden(micros[place], keys_B, x_BsD)
-            total, count = self._loss(micros[place], keys_B, x_BsD)
+            batch, layers = micros[micro.number], self.model.stage[micro.chunk]
+            keys_B = self._keys(batch, number, micro.number)
+            if not self._ends(layers):
+                return self._hidden(batch, keys_B, x_BsD, layers)
+            total, count = self._loss(batch, keys_B, x_BsD, layers)
             sums = sums + torch.stack((total.detach(), count))
             return total / self.step_tokens
 
@@ -234,11 +235,12 @@ class TrainState:
         sums = mean = torch.zeros(2).to(self.axes.data.rank_index.device)
         stage = self._stage
 
-        def compute(micros: Sequence[Batch], place: int, x_BsD: Tensor | None) -> Tensor:
+        def compute(micros: Sequence[Batch], micro: Micro, x_BsD: Tensor | None) -> Tensor:
             nonlocal sums, mean
-            if not stage.last:
-                return self._hidden(micros[place], None, x_BsD)
-            sums = sums + torch.stack(self._loss(micros[place], None, x_BsD))
+            batch, layers = micros[micro.number], self.model.stage[micro.chunk]
+            if not self._ends(layers):
+                return self._hidden(batch, None, x_BsD, layers)
+            sums = sums + torch.stack(self._loss(batch, None, x_BsD, layers))
             if stage.first:  # the mean of all so far: every batch runs the same program
                 mean = self._mean(sums)
             return sums
@@ -252,11 +254,16 @@ class TrainState:
 
     @cached_property
     def _stage(self) -> Stage:
-        return Stage(self.axes, self.backend.step_boundary, self.model.dropout)
+        chunks = len(self.model.stage)
+        return Stage(self.axes, self.backend.step_boundary, self.model.dropout, chunks)
+
+    def _ends(self, layers: range) -> bool:
+        """Whether the last of all layers is among ``layers``."""
+        return layers.stop == self.model.config.num_hidden_layers
 
     def _run(
         self,
-        works: Callable[[int, int, int], Schedule],
+        works: Callable[[int, int, int, int], Schedule],
         micros: Sequence[Batch],
         compute: Compute,
     ) -> None:
@@ -269,7 +276,8 @@ class TrainState:
             next(self.model.parameters()).dtype,
         )
         like = torch.empty(shape, dtype=dtype, device="meta")
-        self._stage.run(works(*self.axes.pp, len(micros)), compute, like)
+        schedule = works(*self.axes.pp, len(micros), len(self.model.stage))
+        self._stage.run(schedule, compute, like)
 
     def _mean(self, sums: Tensor) -> Tensor:
         """The mean loss over the world, from this rank's sums of losses and counted tokens."""
@@ -285,26 +293,28 @@ class TrainState:
         return self.model.dropout.keys(number, (place * dp.size + dp.rank) * rows, rows)
 
     def _loss(
-        self, batch: Batch, keys_B: Tensor | None = None, x_BsD: Tensor | None = None
+        self, batch: Batch, keys_B: Tensor | None, x_BsD: Tensor | None, layers: range
     ) -> tuple[Tensor, Tensor]:
         """Summed loss and counted tokens of a microbatch; ``x_BsD`` comes from the stage before."""
         labels = batch.labels.int().to(self.model.tp.rank_index.device, non_blocking=True)
-        ids, positions, more = self._inputs(batch, keys_B, x_BsD)
+        ids, positions, more = self._inputs(batch, keys_B, x_BsD, layers)
         if self.axes.cp.size == 1:
             return self.model.loss(ids, labels, positions, **more)
         called = set[int]()
         more["attend"] = noted(more["attend"], called)
         found = self.model.loss(ids, labels, positions, **more)
-        check_attended(self.model, called)
+        check_attended(self.model, called, layers)
         return found
 
-    def _hidden(self, batch: Batch, keys_B: Tensor | None, x_BsD: Tensor | None) -> Tensor:
-        """What leaves this stage of a microbatch."""
-        ids, positions, more = self._inputs(batch, keys_B, x_BsD)
+    def _hidden(
+        self, batch: Batch, keys_B: Tensor | None, x_BsD: Tensor | None, layers: range
+    ) -> Tensor:
+        """What leaves ``layers`` of this stage of a microbatch."""
+        ids, positions, more = self._inputs(batch, keys_B, x_BsD, layers)
         return self.model.hidden(ids, positions, **more)
 
     def _inputs(
-        self, batch: Batch, keys_B: Tensor | None, x_BsD: Tensor | None
+        self, batch: Batch, keys_B: Tensor | None, x_BsD: Tensor | None, layers: range
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Ids, positions and other arguments of the model, on its device."""
         device, cp = self.model.tp.rank_index.device, self.axes.cp
@@ -319,6 +329,8 @@ class TrainState:
         }
         if x_BsD is not None:
             more["x_BsD"] = x_BsD
+        if len(self.model.stage) > 1:
+            more["layers"] = layers
         if cp.size == 1:
             return ids, positions, {**more, "documents_BS": documents}
         more["attend"] = context_parallel.across(cp, documents)

@@ -69,7 +69,7 @@ def train_and_save(
     """Some steps from ``source`` (or from scratch), then a checkpoint in ``out``."""
     mesh = Mesh(tp=on.tp, cp=on.cp, dp=on.dp, pp=on.pp)
     mine = axes(mesh, max(1, on.tp // model_config.num_key_value_heads))
-    stage = layers_of(mine.pp.rank, on.layers or evenly(model_config.num_hidden_layers, on.pp))
+    stage = layers_of(*mine.pp, on.layers or evenly(model_config.num_hidden_layers, on.pp))
     model = Llama(
         model_config, mine.tp, dtype=dtype, sequence_parallel=on.sequence_parallel, stage=stage
     ).init(0)

@@ -1,12 +1,13 @@
-"""The schedules of a pipeline, simulated for any number of stages and microbatches.
+"""The schedules of a pipeline, simulated for any number of stages, chunks and microbatches.
 
-No stage waits for ever, each microbatch goes once through each stage each way, nothing is used
-before it has arrived, the microbatches in flight stay within their bound, and the time is that of
-1F1B; schedules with a defect are found out.
+No stage waits for ever, each microbatch goes once through each stage and chunk each way, nothing is
+used before it has arrived, the microbatches in flight stay within their bound, and the time is that
+of 1F1B, interleaved or not, or of GPipe; schedules with a defect are found out.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -15,17 +16,19 @@ from hypothesis import strategies as st
 
 from llamax.config.rules.pipeline import evenly
 from llamax.parallel.pipeline import (
+    Micro,
     Schedule,
     Swap,
     Work,
     forwards,
+    gpipe,
     holds,
     in_flight,
     layers_of,
     schedule,
 )
 
-FORWARD, BACKWARD = 1, 2
+FORWARD, BACKWARD = 1, 3
 
 
 @dataclass
@@ -35,8 +38,8 @@ class Stage:
     works: Schedule
     at: int = 0
     clock: int = 0
-    have: set[tuple[str, int]] = field(default_factory=set)
-    flying: set[int] = field(default_factory=set)
+    have: set[tuple[str, Micro]] = field(default_factory=set)
+    flying: set[Micro] = field(default_factory=set)
     most: int = 0
     done: list[Work] = field(default_factory=list)
 
@@ -45,7 +48,7 @@ class Stage:
         return self.works[self.at] if self.at < len(self.works) else None
 
 
-def simulate(works: list[Schedule]) -> list[Stage]:
+def simulate(works: list[Schedule], chunks: int = 1) -> list[Stage]:
     """The stages after all work; AssertionError where a law is broken."""
     stages = [Stage(each) for each in works]
     last = len(stages) - 1
@@ -53,21 +56,26 @@ def simulate(works: list[Schedule]) -> list[Stage]:
         moved = False
         for number, stage in enumerate(stages):
             while isinstance(work := stage.next, Work):
+                micro = work.micro
                 if work.kind == "forward":
-                    assert number == 0 or ("x", work.micro) in stage.have, f"no input: {work}"
-                    stage.flying.add(work.micro)
-                    stage.have |= {("y", work.micro)}
+                    starts = (number, micro.chunk) == (0, 0)
+                    assert starts or ("x", micro) in stage.have, f"no input: {work}"
+                    stage.flying.add(micro)
+                    above = Micro(micro.number, micro.chunk + (number == last))
+                    stage.have.add(("y", above))
                     stage.clock += FORWARD
                 else:
-                    assert number == last or ("dy", work.micro) in stage.have, f"no dy: {work}"
-                    stage.flying.remove(work.micro)
-                    stage.have |= {("dx", work.micro)}
+                    ends = (number, micro.chunk) == (last, chunks - 1)
+                    assert ends or ("dy", micro) in stage.have, f"no dy: {work}"
+                    stage.flying.remove(micro)
+                    below = Micro(micro.number, micro.chunk - (number == 0))
+                    stage.have.add(("dx", below))
                     stage.clock += BACKWARD
                 stage.most = max(stage.most, len(stage.flying))
                 stage.done.append(work)
                 stage.at, moved = stage.at + 1, True
-        for edge in range(last):
-            lower, upper = stages[edge], stages[edge + 1]
+        for edge in range(last + 1):
+            lower, upper = stages[edge], stages[(edge + 1) % len(stages)]
             if not isinstance(swap := lower.next, Swap) or swap.edge != edge:
                 continue
             if not isinstance(other := upper.next, Swap) or other.edge != edge:
@@ -86,6 +94,17 @@ def simulate(works: list[Schedule]) -> list[Stage]:
 
 
 stages_and_micros = st.tuples(st.integers(1, 9), st.integers(1, 24))
+chunked = st.tuples(st.integers(2, 8), st.integers(1, 24), st.integers(2, 4))
+
+
+def both_ways(micros: int, chunks: int = 1) -> list[Work]:
+    kinds: list[str] = ["backward", "forward"]
+    return [
+        Work(kind, Micro(micro, chunk))  # type: ignore[arg-type]
+        for kind in kinds
+        for micro in range(micros)
+        for chunk in range(chunks)
+    ]
 
 
 @given(stages_and_micros)
@@ -93,19 +112,51 @@ def test_training_goes_through_all_stages_both_ways(case: tuple[int, int]) -> No
     count, micros = case
     stages = simulate([schedule(stage, count, micros) for stage in range(count)])
     for number, stage in enumerate(stages):
-        both = [Work(kind, micro) for kind in ("forward", "backward") for micro in range(micros)]
-        assert sorted(stage.done) == sorted(both)
+        assert sorted(stage.done) == both_ways(micros)
         assert not stage.flying
         assert stage.most == in_flight(number, count, micros)
     assert max(stage.clock for stage in stages) == (micros + count - 1) * (FORWARD + BACKWARD)
 
 
-@given(stages_and_micros)
-def test_validation_goes_through_all_stages_once(case: tuple[int, int]) -> None:
+@given(chunked)
+def test_interleaved_training_goes_through_all_chunks_both_ways(case: tuple[int, int, int]) -> None:
+    count, micros, chunks = case
+    works = [schedule(stage, count, micros, chunks) for stage in range(count)]
+    stages = simulate(works, chunks)
+    for number, stage in enumerate(stages):
+        assert sorted(stage.done) == both_ways(micros, chunks)
+        assert not stage.flying
+        bound = in_flight(number, count, micros, chunks)
+        assert stage.most <= bound
+        if micros % count == 0:
+            assert stage.most == bound
+    if micros % count == 0:  # the wait of 1F1B, in which a whole stage would cost ``chunks`` times
+        rounds = micros * chunks + count - 1
+        assert max(stage.clock for stage in stages) == rounds * (FORWARD + BACKWARD)
+
+
+@given(stages_and_micros, st.integers(1, 3))
+def test_gpipe_goes_forward_before_it_goes_back(case: tuple[int, int], chunks: int) -> None:
     count, micros = case
-    works = [forwards(stage, count, micros) for stage in range(count)]
-    for stage in simulate(works):
-        assert stage.done == [Work("forward", micro) for micro in range(micros)]
+    chunks = chunks if count > 1 else 1
+    works = [gpipe(stage, count, micros, chunks) for stage in range(count)]
+    stages = simulate(works, chunks)
+    for stage in stages:
+        assert sorted(stage.done) == both_ways(micros, chunks)
+        kinds = [work.kind for work in stage.done]
+        assert kinds == ["forward"] * (micros * chunks) + ["backward"] * (micros * chunks)
+    if micros % count == 0:
+        rounds = micros * chunks + count - 1
+        assert max(stage.clock for stage in stages) == rounds * (FORWARD + BACKWARD)
+
+
+@given(stages_and_micros, st.integers(1, 3))
+def test_validation_goes_through_all_stages_once(case: tuple[int, int], chunks: int) -> None:
+    count, micros = case
+    chunks = chunks if count > 1 else 1
+    works = [forwards(stage, count, micros, chunks) for stage in range(count)]
+    for stage in simulate(works, chunks):
+        assert sorted(stage.done) == both_ways(micros, chunks)[micros * chunks :]
     assert all(work.down is None for each in works for work in each if isinstance(work, Swap))
 
 
@@ -118,8 +169,8 @@ def test_stages_swap_in_one_order_for_all_steps(case: tuple[int, int]) -> None:
             swaps = [w for w in schedule(stage, count, micros)
                      if isinstance(w, Swap) and w.edge == edge]  # fmt: skip
             assert len(swaps) == micros + count - 1 - edge
-            assert [s.up for s in swaps if s.up is not None] == [*range(micros)]
-            assert [s.down for s in swaps if s.down is not None] == [*range(micros)]
+            assert [s.up.number for s in swaps if s.up is not None] == [*range(micros)]
+            assert [s.down.number for s in swaps if s.down is not None] == [*range(micros)]
 
 
 def exchanged() -> list[Schedule]:
@@ -138,27 +189,64 @@ def one_missing(kind: type) -> list[Schedule]:
 
 def too_early() -> list[Schedule]:
     works = [schedule(stage, 2, 4) for stage in range(2)]
-    works[0].insert(0, works[0].pop(works[0].index(Work("backward", 0))))
+    works[0].insert(0, works[0].pop(works[0].index(Work("backward", Micro(0)))))
+    return works
+
+
+def other_chunk() -> list[Schedule]:
+    """The last stage sends to the chunk that it computed, in place of the next."""
+    works = [schedule(stage, 2, 4, 2) for stage in range(2)]
+    for each in works:
+        for place, work in enumerate(each):
+            if isinstance(work, Swap) and work.edge == 1 and work.up:
+                each[place] = work._replace(up=Micro(work.up.number, work.up.chunk - 1))
+    return works
+
+
+def group_of_chunks(make: Callable[..., Schedule]) -> list[Schedule]:
+    """One stage takes the microbatches of a group in another order."""
+    works = [make(stage, 2, 4, 2) for stage in range(2)]
+    places = [place for place, work in enumerate(works[0]) if isinstance(work, Work)]
+    a, b = places[:2]
+    works[0][a], works[0][b] = works[0][b], works[0][a]
     return works
 
 
 @pytest.mark.parametrize(
-    "works",
-    [exchanged(), one_missing(Swap), one_missing(Work), too_early()],
-    ids=["swaps exchanged on one stage", "a swap missing", "a forward missing", "too early"],
+    ("works", "chunks"),
+    [
+        (exchanged(), 1),
+        (one_missing(Swap), 1),
+        (one_missing(Work), 1),
+        (too_early(), 1),
+        (other_chunk(), 2),
+        (group_of_chunks(schedule), 2),
+        (group_of_chunks(gpipe), 2),
+    ],
+    ids=[
+        "swaps exchanged on one stage",
+        "a swap missing",
+        "a forward missing",
+        "too early",
+        "sent to the chunk before",
+        "microbatches exchanged on one stage",
+        "exchanged in GPipe",
+    ],
 )
-def test_a_defect_of_a_schedule_is_caught(works: list[Schedule]) -> None:
+def test_a_defect_of_a_schedule_is_caught(works: list[Schedule], chunks: int) -> None:
     with pytest.raises((AssertionError, KeyError)):
-        simulate(works)
+        simulate(works, chunks)
 
 
-@given(st.integers(1, 12), st.data())
+@given(st.integers(1, 24), st.data())
 def test_every_parameter_is_on_one_stage(layers: int, data: st.DataObject) -> None:
     stages = data.draw(st.integers(1, layers))
-    counts = evenly(layers, stages)
+    chunks = data.draw(st.integers(1, layers // stages)) if stages > 1 else 1
+    counts = evenly(layers, stages * chunks)
     assert max(counts) - min(counts) <= 1
-    held = [layers_of(stage, counts) for stage in range(stages)]
-    assert [layer for each in held for layer in each] == [*range(layers)]
+    held = [layers_of(stage, stages, counts) for stage in range(stages)]
+    in_order = [each[chunk] for chunk in range(chunks) for each in held]
+    assert [layer for each in in_order for layer in each] == [*range(layers)]
     names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(layers)]
     for name in (*names, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
         assert [holds(each, layers, name) for each in held].count(True) == 1

@@ -89,7 +89,7 @@ def build(
     model = Llama(
         config,
         axes.tp,
-        stage=pipeline.layers_of(axes.pp.rank, counts),
+        stage=pipeline.layers_of(*axes.pp, counts),
         sequence_parallel=sequence,
         recompute=recompute,
         device=device,

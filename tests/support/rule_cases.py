@@ -313,6 +313,80 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             },
         ],
     ),
+    "chunks_hold_layers": (
+        [
+            (
+                {
+                    "parallel.pipeline": 2,
+                    "parallel.chunks": 5,
+                    "model.num_hidden_layers": 8,
+                    "data.global_batch": 2,
+                },
+                None,
+                "parallel.pipeline=2 x parallel.chunks=5 leaves chunks without a layer: "
+                "model.num_hidden_layers=8; use parallel.chunks=4 or less",
+            ),
+            (
+                {
+                    "parallel.pipeline": 2,
+                    "parallel.chunks": 3,
+                    "model.num_hidden_layers": 8,
+                    "data.global_batch": 2,
+                },
+                None,
+                "parallel.chunks=3 does not divide the 4 layers of a stage; use 1, 2 or 4, or "
+                "cut unevenly: parallel.layers_per_stage=2,2,1,1,1,1",
+            ),
+        ],
+        [
+            {"parallel.pipeline": 2, "parallel.chunks": 4, "model.num_hidden_layers": 8},
+            {
+                "parallel.pipeline": 2,
+                "parallel.chunks": 3,
+                "parallel.layers_per_stage": "1,1,2,2,1,1",
+                "model.num_hidden_layers": 8,
+            },
+        ],
+    ),
+    "chunks_are_of_stages": (
+        [
+            (
+                {"parallel.chunks": 2, "model.num_hidden_layers": 8},
+                None,
+                "parallel.chunks=2 divides the stages of a pipeline, and parallel.pipeline=1 has "
+                "one; use parallel.chunks=1, or parallel.pipeline=2 or more",
+            ),
+        ],
+        [{"parallel.pipeline": 2, "parallel.chunks": 2, "model.num_hidden_layers": 8}],
+    ),
+    "microsteps_fill_chunks": (
+        [
+            (
+                {
+                    "parallel.pipeline": 4,
+                    "parallel.chunks": 2,
+                    "model.num_hidden_layers": 8,
+                    "data.global_batch": 12,
+                },
+                16,
+                "parallel.chunks=2 sends groups of parallel.pipeline=4 microbatches through each "
+                "chunk, but a step has 3; use data.global_batch=16, or parallel.chunks=1",
+            ),
+        ],
+        [
+            {
+                "parallel.pipeline": 4,
+                "parallel.chunks": 2,
+                "model.num_hidden_layers": 8,
+                "data.global_batch": 16,
+            },
+            {
+                "parallel.pipeline": 4,
+                "model.num_hidden_layers": 8,
+                "data.global_batch": 12,
+            },
+        ],
+    ),
     "stages_are_listed": (
         [
             (

@@ -76,9 +76,9 @@ def loss(llama: Llama, micro: Batch, axes: Axes) -> Tensor:
 def build(
     model: ModelConfig, axes: Axes, sequence: bool, layers: tuple[int, ...] | None = None
 ) -> Llama:
-    """This rank's share of the model; ``layers`` of each stage, by default equally many."""
+    """This rank's share of the model; ``layers`` of each chunk, by default one on each stage."""
     counts = layers or evenly(model.num_hidden_layers, axes.pp.size)
-    stage = pipeline.layers_of(axes.pp.rank, counts)
+    stage = pipeline.layers_of(*axes.pp, counts)
     llama = Llama(model, axes.tp, sequence_parallel=sequence, stage=stage).init(0)
     with torch.no_grad():
         for name, parameter in llama.named_parameters():

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from llamax.backends import choose
 from llamax.backends.base import Backend
+from llamax.config.model import ModelConfig
 from llamax.config.rules.pipeline import evenly
 from llamax.optim.zero import Zero
 from llamax.parallel import sharding
 from llamax.parallel.collectives import Axes, Axis, Meter, Metered
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.pipeline import edge_name
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.training import pipeline
 from llamax.training.compile_guard import all_programs
@@ -41,6 +43,10 @@ class Case(NamedTuple):
     sequence: bool
     accumulation: int
     layers: tuple[int, ...] | None = None
+
+    @property
+    def model(self) -> ModelConfig:
+        return replace(MODEL, num_hidden_layers=sum(self.layers or (4,)))
 
 
 class Meeting(Metered):
@@ -64,18 +70,18 @@ def meeting(axes: Axes, mesh: Mesh) -> Axes:
     number, stages = axes.pp
     each, world = mesh.world_size // stages, tuple(range(mesh.world_size))
     found: dict[str, Axis] = {"world": Meeting(axes.world, "world", world)}
-    for edge in (number - 1, number):
-        if 0 <= edge < stages - 1:
-            name = ("even", "odd")[edge % 2]
-            both = tuple(range(edge * each, (edge + 2) * each))
-            found[name] = Meeting(axes.edge(edge), f"edge {edge}", both)
+    for edge in range(stages if mesh.ends else stages - 1):
+        pair = edge, (edge + 1) % stages
+        if number in pair:
+            both = tuple(sorted(s * each + rank for s in pair for rank in range(each)))
+            found[edge_name(edge, stages)] = Meeting(axes.edge(edge), f"edge {edge}", both)
     return replace(axes, **found)
 
 
 def steps(case: Case, axes: Axes, backend: Backend | None) -> dict[str, Any]:
     """Losses, norms and weights; on ``backend``'s device, or eagerly on this CPU."""
     axes = axes if backend is None else pipeline.apart(axes, backend.step_boundary)
-    model = build(MODEL, axes, case.sequence, case.layers)
+    model = build(case.model, axes, case.sequence, case.layers)
     model.model.mode = "none" if backend is None else "full"
     optimizer = Zero(
         model.sharded_parameters(),
@@ -120,7 +126,8 @@ def label(state: TrainState) -> None:
     def passing(kind: str, function: Any) -> Any:
         def run(*arguments: Any) -> Any:
             prefix = "validation " if ranks.LABEL.validates else ""
-            ranks.LABEL.now = f"{prefix}{kind} {number}"
+            chunk = f".{arguments[0].chunk}" if kind != "swap" else ""
+            ranks.LABEL.now = f"{prefix}{kind} {number}{chunk}"
             return function(*arguments)
 
         return run
@@ -143,8 +150,9 @@ def on_replicas(rank: int, case: Case) -> dict[str, Any]:
 
 def differences(case: Case, results: list[dict[str, Any]]) -> list[str]:
     """What differs between the replicas' steps and the whole model's, a line each."""
-    whole = steps(case._replace(mesh=Mesh(), accumulation=1, layers=None), Axes.solo(), None)
-    cuts = build(MODEL, Axes.solo(), False).sharded_parameters().cuts
+    layers = (case.model.num_hidden_layers,)
+    whole = steps(case._replace(mesh=Mesh(), accumulation=1, layers=layers), Axes.solo(), None)
+    cuts = build(case.model, Axes.solo(), False).sharded_parameters().cuts
     found, held = [], set[str]()
     for rank, mine in enumerate(results):
         tp_rank = case.mesh.coordinate(rank).tp
@@ -170,8 +178,13 @@ def differences(case: Case, results: list[dict[str, Any]]) -> list[str]:
         Case(Mesh(pp=3, tp=2), True, 2, (2, 1, 1)),
         Case(Mesh(pp=2, cp=2), False, 2),
         Case(Mesh(pp=2, dp=2), False, 2),
+        Case(Mesh(pp=2, tp=2, ends=True), True, 4, (1, 1, 1, 1)),
+        Case(Mesh(pp=3, tp=2, ends=True), True, 4, (1, 1, 1, 1, 1, 1)),
     ],
-    ids=lambda case: f"pp{case.mesh.pp}-tp{case.mesh.tp}-cp{case.mesh.cp}-dp{case.mesh.dp}",
+    ids=lambda case: (
+        f"pp{case.mesh.pp}-tp{case.mesh.tp}-cp{case.mesh.cp}-dp{case.mesh.dp}"
+        + "-chunks" * case.mesh.ends
+    ),
 )
 def test_traced_stages_step_as_one(case: Case) -> None:
     results = ranks.run(case.mesh.world_size, on_replicas, case, stages=case.mesh.pp, timeout_s=200)
@@ -179,8 +192,9 @@ def test_traced_stages_step_as_one(case: Case) -> None:
     stages, counted = case.mesh.pp, Counter(results[0]["programs"])
     passes = [name for name in counted if name.startswith(("forward", "backward"))]
     assert all(counted[name] == 1 for name in passes), "each is compiled once"
-    assert len(passes) == (3 if stages == 2 else 5), "first, middle, last"
-    swaps = [name for name in counted if "swap" in name]
-    assert sum(counted[name] for name in swaps) == min(stages - 1, 2), "over even and odd edges"
     layers = case.layers or evenly(MODEL.num_hidden_layers, stages)
-    assert counted.total() == all_programs(layers, True)
+    assert len(passes) == (3 if len(layers) == 2 else 5), "first, middle, last"
+    swaps = [name for name in counted if "swap" in name]
+    edges = min(stages - 1, 2) + case.mesh.ends
+    assert sum(counted[name] for name in swaps) == edges, "over even edges, odd ones, and the ends"
+    assert counted.total() == all_programs(stages, layers, True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llamax.config.rules import Rules, World, divisors
+from llamax.config.rules import Rules, World, divisors, multiples_near
 from llamax.config.schema import Config, ParallelConfig
 from llamax.runtime.errors import join_or
 
@@ -17,21 +17,40 @@ def evenly(layers: int, stages: int) -> tuple[int, ...]:
     return tuple(each + (stage < more) for stage in range(stages))
 
 
-def stage_layers(parallel: ParallelConfig, layers: int) -> tuple[int, ...]:
-    """The number of layers of each stage.
+def chunk_layers(parallel: ParallelConfig, layers: int) -> tuple[int, ...]:
+    """The number of layers of each chunk: the first of every stage, then the second, and so on.
 
     Raises ValueError where parallel.layers_per_stage is not a list of numbers.
     """
     if not parallel.layers_per_stage:
-        return evenly(layers, parallel.pipeline)
+        return evenly(layers, parallel.pipeline * parallel.chunks)
     return tuple(map(int, parallel.layers_per_stage.split(",")))
+
+
+def stage_layers(parallel: ParallelConfig, layers: int) -> tuple[int, ...]:
+    """The number of layers of each stage, over its chunks; raises as ``chunk_layers``."""
+    counts, stages = chunk_layers(parallel, layers), parallel.pipeline
+    return tuple(sum(counts[stage::stages]) for stage in range(stages))
 
 
 def _written(counts: tuple[int, ...]) -> str:
     return ",".join(map(str, counts))
 
 
-@RULES.reading("parallel.pipeline", "parallel.layers_per_stage", "model.num_hidden_layers")
+CUT = (
+    "parallel.pipeline",
+    "parallel.chunks",
+    "parallel.layers_per_stage",
+    "model.num_hidden_layers",
+)
+
+
+def _named(parallel: ParallelConfig) -> str:
+    chunks = f" x parallel.chunks={parallel.chunks}" if parallel.chunks > 1 else ""
+    return f"parallel.pipeline={parallel.pipeline}{chunks}"
+
+
+@RULES.reading(*CUT)
 def stages_hold_layers(c: Config, world: World) -> Iterator[str]:
     stages, layers = c.parallel.pipeline, c.model.num_hidden_layers
     if stages > layers:
@@ -42,20 +61,72 @@ def stages_hold_layers(c: Config, world: World) -> Iterator[str]:
     elif layers % stages and not c.parallel.layers_per_stage:
         yield (
             f"parallel.pipeline={stages} does not divide model.num_hidden_layers={layers}; "
-            f"use {join_or(divisors(layers))}, or cut unevenly: "
-            f"parallel.layers_per_stage={_written(evenly(layers, stages))}"
+            f"use {join_or(divisors(layers))}, or cut unevenly: parallel.layers_per_stage="
+            f"{_written(evenly(layers, min(stages * c.parallel.chunks, layers)))}"
         )
 
 
-@RULES.reading("parallel.pipeline", "parallel.layers_per_stage", "model.num_hidden_layers")
+@RULES.reading(*CUT)
+def chunks_hold_layers(c: Config, world: World) -> Iterator[str]:
+    stages, chunks, layers = c.parallel.pipeline, c.parallel.chunks, c.model.num_hidden_layers
+    if chunks == 1 or stages == 1 or stages > layers:
+        return
+    if stages * chunks > layers:
+        yield (
+            f"{_named(c.parallel)} leaves chunks without a layer: "
+            f"model.num_hidden_layers={layers}; use parallel.chunks={layers // stages} or less"
+        )
+    elif layers % stages == 0 and layers // stages % chunks and not c.parallel.layers_per_stage:
+        yield (
+            f"parallel.chunks={chunks} does not divide the {layers // stages} layers of a stage; "
+            f"use {join_or(divisors(layers // stages))}, or cut unevenly: "
+            f"parallel.layers_per_stage={_written(evenly(layers, stages * chunks))}"
+        )
+
+
+@RULES.reading("parallel.pipeline", "parallel.chunks")
+def chunks_are_of_stages(c: Config, world: World) -> Iterator[str]:
+    if c.parallel.chunks > 1 and c.parallel.pipeline == 1:
+        yield (
+            f"parallel.chunks={c.parallel.chunks} divides the stages of a pipeline, and "
+            "parallel.pipeline=1 has one; use parallel.chunks=1, or parallel.pipeline=2 or more"
+        )
+
+
+@RULES.reading(
+    "parallel.pipeline",
+    "parallel.chunks",
+    "parallel.tensor",
+    "parallel.context",
+    "parallel.data",
+    "data.global_batch",
+    "data.micro_batch",
+)
+def microsteps_fill_chunks(c: Config, world: World) -> Iterator[str]:
+    parallel, stages = c.parallel, c.parallel.pipeline
+    if parallel.chunks == 1 or stages == 1 or world.ranks is None:
+        return
+    data = world.ranks // (parallel.tensor * parallel.context * stages) or 1
+    microsteps, rest = divmod(c.data.global_batch, c.data.micro_batch * data)
+    if not rest and microsteps % stages:
+        unit = c.data.micro_batch * data * stages
+        yield (
+            f"parallel.chunks={parallel.chunks} sends groups of parallel.pipeline={stages} "
+            f"microbatches through each chunk, but a step has {microsteps}; use "
+            f"data.global_batch={join_or(multiples_near(c.data.global_batch, unit))}, or "
+            "parallel.chunks=1"
+        )
+
+
+@RULES.reading(*CUT)
 def stages_are_listed(c: Config, world: World) -> Iterator[str]:
     parallel, layers = c.parallel, c.model.num_hidden_layers
-    text = parallel.layers_per_stage
-    if not text or parallel.pipeline > layers:
+    text, pieces = parallel.layers_per_stage, parallel.pipeline * parallel.chunks
+    if not text or pieces > layers:
         return
-    example = _written(evenly(layers, parallel.pipeline))
+    example = _written(evenly(layers, pieces))
     try:
-        counts = stage_layers(parallel, layers)
+        counts = chunk_layers(parallel, layers)
     except ValueError:
         counts = (0,)
     if min(counts) < 1:
@@ -63,11 +134,11 @@ def stages_are_listed(c: Config, world: World) -> Iterator[str]:
             f"parallel.layers_per_stage={text!r:.60} is not a list of numbers from 1 on; "
             f"use {example} for example"
         )
-    elif len(counts) != parallel.pipeline or sum(counts) != layers:
+    elif len(counts) != pieces or sum(counts) != layers:
         yield (
             f"parallel.layers_per_stage={text:.60} gives {sum(counts)} layers to "
-            f"{len(counts)} stages, but model.num_hidden_layers={layers} and "
-            f"parallel.pipeline={parallel.pipeline}; use {example} for example"
+            f"{len(counts)} {'chunks' if parallel.chunks > 1 else 'stages'}, but "
+            f"model.num_hidden_layers={layers} and {_named(parallel)}; use {example} for example"
         )
 
 

@@ -125,7 +125,7 @@ def audit_run(
                 f"({', '.join(map(str, [*first_ranks(run), *corners]))})"
             )
         if not divergences and ranks == "all":
-            few = min(max(FEW_LAYERS, mesh.pp), layers)
+            few = min(max(FEW_LAYERS, len(run.chunk_layers)), layers)
             world = range(mesh.world_size)
             divergences += compare(run.with_layers(few), tracer, data, world, {})
             compared.append(f"{_all(mesh.world_size, 'do')} so with {count(few, 'layer')}")
@@ -355,9 +355,10 @@ def in_flight_bytes(traced: TracedRun) -> int:
     seat, model, share = traced.state.axes.pp, traced.state.model, Share(traced.run)
     if seat.size == 1:
         return 0
-    flying = in_flight(*seat, share.accumulation)
+    chunks = len(model.stage)
+    flying = in_flight(*seat, share.accumulation, chunks)
     kept = share.tokens_between * share.model.hidden_size * share.width
-    return flying * (len(model.stage) + 1) * kept
+    return flying * (sum(map(len, model.stage)) + chunks) * kept // chunks
 
 
 def notes(config: Config) -> Iterator[str]:

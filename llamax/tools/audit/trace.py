@@ -18,6 +18,7 @@ hash, as JSON, for ``llamax.tools.audit.compile_cache``.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import tempfile
@@ -34,14 +35,14 @@ from torch import Tensor
 from llamax.backends.tracing import Tracer
 from llamax.checkpoint.build_model import build_model
 from llamax.config.load import load_config
-from llamax.config.rules.pipeline import stage_layers
 from llamax.data.samples import Samples
 from llamax.data.token_file import Header, TokenFile, TokenWriter
-from llamax.parallel.mesh import EDGES, Coordinate
-from llamax.parallel.pipeline import Schedule, Swap, forwards, schedule
+from llamax.parallel.mesh import Coordinate, Seat
+from llamax.parallel.pipeline import Schedule, Swap, Work, edge_name, forwards, schedule
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.process import run_main
 from llamax.tools.audit import hlo
+from llamax.training.compile_guard import ChunkKind, chunk_kinds
 from llamax.training.resolve import ResolvedRun, resolve
 from llamax.training.step import TrainState
 
@@ -95,7 +96,7 @@ class TracedRun:
         batches = self.training.at((step - 1) * self.training.global_batch)
         chosen = sorted({place % len(batches) for place in microsteps})
         names = [f"step {step}, microstep {place + 1} of {len(batches)}" for place in chosen]
-        works = schedule(*self.state.axes.pp, len(chosen))
+        works = schedule(*self.state.axes.pp, len(chosen), self.chunks)
         self.programs.expect(
             [*self.passes(works, names, MICROSTEP), *self.parts(UPDATE, f"step {step}, update")]
         )
@@ -106,7 +107,10 @@ class TracedRun:
     def validate(self, batches: int) -> Iterator[Boundary]:
         """Validation of a full microbatch and, of two, the ragged one that ends the file."""
         full, ragged = (self.validation.at(0) + self.validation.at(self.training.global_batch))[:2]
-        works, names = forwards(*self.state.axes.pp, 1), ("full batch", "ragged batch")[:batches]
+        works, names = (
+            forwards(*self.state.axes.pp, 1, self.chunks),
+            ("full batch", "ragged batch")[:batches],
+        )
         expected = [each for name in names for each in self.passes(works, [name], VALIDATION)]
         if self.run.mesh.pp > 1:
             expected += self.parts(VALIDATION, "after the last batch")
@@ -116,25 +120,40 @@ class TracedRun:
         yield from self.programs.recorded
 
     @property
+    def chunks(self) -> int:
+        """The number of chunks of a stage."""
+        return len(self.state.model.stage)
+
+    @property
     def stage(self) -> str:
-        """The stages with the same programs as this one, in words."""
-        number, stages = self.state.axes.pp
-        layers = len(self.state.model.stage)
-        name = {0: "first", stages - 1: "last"}.get(number, "middle")
-        config = self.run.config
-        uneven = len({*stage_layers(config.parallel, config.model.num_hidden_layers)})
-        return f"{name} stage" + (f" of {layers} layers" if uneven > 1 else "")
+        """The stages with the same update as this one, in words."""
+        counts, stages = self.run.chunk_layers, self.run.mesh.pp
+        name, layers = self._place(self.state.axes.pp.rank, stages - 1), self.state.model.stage
+        uneven = len({sum(counts[stage::stages]) for stage in range(stages)}) > 1
+        return f"{name} stage" + (f" of {sum(map(len, layers))} layers" if uneven else "")
+
+    def chunk(self, number: int) -> str:
+        """The chunks with the same passes as this stage's ``number``, in words."""
+        counts, (rank, stages) = self.run.chunk_layers, self.state.axes.pp
+        place = number * stages + rank
+        name = self._place(place, len(counts) - 1) + (" chunk" if self.chunks > 1 else " stage")
+        return name + (f" of {counts[place]} layers" if len({*counts}) > 1 else "")
+
+    @staticmethod
+    def _place(number: int, last: int) -> str:
+        return {0: "first", last: "last"}.get(number, "middle")
 
     def passes(self, works: Schedule, names: Sequence[str], kind: str) -> Iterator[tuple[str, str]]:
         """The programs of a schedule: (kind, when in the run)."""
-        number, stages = self.state.axes.pp
-        for work in works:
+        stages = self.state.axes.pp.size
+        for work, following in itertools.pairwise([*works, None]):
             if isinstance(work, Swap):
-                micro = work.down if work.up is None else work.up
-                yield SWAP + EDGES[work.edge % 2], names[micro or 0]
-            elif work.kind == "backward" or kind == VALIDATION or number < stages - 1:
+                micro = work.up or work.down
+                yield SWAP + edge_name(work.edge, stages), names[micro.number if micro else 0]
+            elif isinstance(work, Work) and following != Work("backward", work.micro):
                 pass_ = "validation" if kind == VALIDATION else work.kind
-                yield kind if stages == 1 else f"{pass_}, {self.stage}", names[work.micro]
+                name = kind if stages == 1 else f"{pass_}, {self.chunk(work.micro.chunk)}"
+                yield name, names[work.micro.number]
 
     def parts(self, kind: str, when: str) -> list[tuple[str, str]]:
         """The programs of an update or of a validation's mean, cut where all stages sum."""
@@ -209,10 +228,10 @@ def hashes(run: ResolvedRun) -> dict[str, str]:
 
 def first_ranks(run: ResolvedRun) -> list[int]:
     """The first rank of each stage that has programs of its own: of equal middle ones the first."""
-    counts = stage_layers(run.config.parallel, run.config.model.num_hidden_layers)
-    last, alike = len(counts) - 1, dict[tuple[bool, bool, int], int]()
-    for stage, layers in enumerate(counts):
-        alike.setdefault((stage == 0, stage == last, layers), stage)
+    counts, stages = run.chunk_layers, run.mesh.pp
+    alike: dict[tuple[ChunkKind, ...], int] = {}
+    for stage in range(stages):
+        alike.setdefault(tuple(chunk_kinds(counts, Seat(stage, stages))), stage)
     return [run.mesh.rank(Coordinate(stage, 0, 0, 0)) for stage in alike.values()]
 
 

@@ -24,7 +24,7 @@ from llamax.checkpoint.listing import list_checkpoints
 from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.config.hardware import LOCAL, Machine
 from llamax.config.model import ModelConfig
-from llamax.config.rules.pipeline import stage_layers
+from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import BackendName, Config
 from llamax.data.dataset import blend_words, open_dataset
 from llamax.launch.jobfile import JobFile
@@ -76,8 +76,8 @@ def observed(host: Host) -> Machine:
 
 def programs(config: Config) -> int:
     """The number of programs that a run compiles, as the audit and the compile guard count them."""
-    layers = stage_layers(config.parallel, config.model.num_hidden_layers)
-    return all_programs(layers, config.run.validates)
+    counts = chunk_layers(config.parallel, config.model.num_hidden_layers)
+    return all_programs(config.parallel.pipeline, counts, config.run.validates)
 
 
 def _plan(run: ResolvedRun, job: JobFile) -> Plan | None:

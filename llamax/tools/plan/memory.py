@@ -30,6 +30,7 @@ from llamax.config.constants import (
     flash_refusal,
 )
 from llamax.config.hardware import GIB, Machine
+from llamax.parallel.pipeline import in_flight as in_flight_at
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.sizes import Share
@@ -235,8 +236,9 @@ def outside_layers_kept(share: Share, machine: Machine) -> float:
 def kept(share: Share, machine: Machine, mode: Recompute) -> Line:
     """The activations that forward keeps, of all layers and outside them."""
     layer, formula = layer_kept(share, machine, mode)
-    flying = min(share.mesh.pp, share.accumulation)
-    stages = f" x {flying} microbatches in flight" if flying > 1 else ""
+    chunks = share.config.parallel.chunks
+    flying = in_flight_at(0, share.mesh.pp, share.accumulation, chunks) / chunks
+    stages = f" x {flying:g} microbatches in flight" if flying > 1 else ""
     outside = outside_layers_kept(share, machine)
     return Line(
         "activations",

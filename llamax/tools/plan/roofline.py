@@ -148,8 +148,8 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     mode, w = config.run.recompute, share.width
     peak = machine.peak_flops(config.run.dtype)
     bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
-    n = share.accumulation
-    microsteps = n + mesh.pp - 1  # stages wait while the pipeline fills and drains
+    n, chunks = share.accumulation, config.parallel.chunks
+    microsteps = n + (mesh.pp - 1) / chunks  # stages wait while the pipeline fills and drains
 
     layers, head, attention = forward_flops(share)
     again = 1 if mode == "full" else 0
@@ -178,7 +178,8 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     keys, exchanges = gathered_bytes(share), share.layers * (2 if mode == "none" else 3)
 
     pp = wire(machine, min(mesh.pp, 2), mesh.tp * mesh.cp * mesh.dp)
-    activation, edges = share.tokens_between * share.model.hidden_size * w, min(mesh.pp - 1, 2)
+    activation = share.tokens_between * share.model.hidden_size * w
+    edges = 2 * chunks if mesh.pp > 2 else 2 * chunks - 1  # two stages have one edge, and ends
 
     elements = sum(group.elements for group in share.groups())
     owners = mesh.dp * mesh.cp
@@ -191,7 +192,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     data_s, sent = data_time(share, data)
 
     rate = f"{machine.matmul_efficiency:.0%} of {show_number(peak)}FLOP/s"
-    times = count(n, "microstep") + (f" + {mesh.pp - 1} of pipeline" if mesh.pp > 1 else "")
+    times = count(n, "microstep") + (f" + {microsteps - n:g} of pipeline" if mesh.pp > 1 else "")
     memory = f"{bandwidth / 1e9:.0f} GB/s"
     lines = (
         Line(

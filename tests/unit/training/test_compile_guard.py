@@ -96,14 +96,24 @@ def test_nothing_to_watch(guard: CompileGuard, warnings: Any) -> None:
 
 def test_a_stage_compiles_its_passes_swaps_and_the_parts_of_an_update() -> None:
     assert programs() == {"training": 2, "validation": 1}
-    assert programs(Seat(0, 2)) == {"training": 8, "validation": 4}
-    assert programs(Seat(1, 2)) == {"training": 7, "validation": 4}
-    assert programs(Seat(1, 3)) == {"training": 9, "validation": 4}
+    assert programs(Seat(0, 2), [1, 1]) == {"training": 8, "validation": 4}
+    assert programs(Seat(1, 2), [1, 1]) == {"training": 7, "validation": 4}
+    assert programs(Seat(1, 3), [1, 1, 1]) == {"training": 9, "validation": 4}
+
+
+def test_a_stage_compiles_the_passes_of_its_chunks() -> None:
+    assert programs(Seat(0, 2), [1] * 4) == {"training": 4 + 2 + 5, "validation": 5}
+    assert programs(Seat(1, 2), [1] * 4) == {"training": 3 + 2 + 5, "validation": 5}
+    assert programs(Seat(1, 4), [1] * 8) == {"training": 2 + 2 + 5, "validation": 4}
+    assert programs(Seat(2, 3), [1] * 9) == {"training": 3 + 2 + 5, "validation": 5}
+    assert programs(Seat(1, 3), [1, 1, 1, 1, 2, 1]) == {"training": 4 + 2 + 5, "validation": 5}
 
 
 def test_all_ranks_compile_the_programs_of_each_kind_of_stage() -> None:
-    assert [all_programs([8], validates) for validates in (False, True)] == [2, 3]
-    assert all_programs([4, 4], True) == 3 + 1 + 7 + 5
-    assert all_programs([2, 2, 2, 2], True) == 5 + 2 + 9 + 6
-    assert all_programs([2, 2, 2, 2], False) == 5 + 2 + 9
-    assert all_programs([2, 3, 2, 2], False) == 7 + 2 + 11
+    assert [all_programs(1, [8], validates) for validates in (False, True)] == [2, 3]
+    assert all_programs(2, [4, 4], True) == 3 + 1 + 7 + 5
+    assert all_programs(4, [2, 2, 2, 2], True) == 5 + 2 + 9 + 6
+    assert all_programs(4, [2, 2, 2, 2], False) == 5 + 2 + 9
+    assert all_programs(4, [2, 3, 2, 2], False) == 7 + 2 + 11
+    assert all_programs(2, [1] * 4, True) == 5 + 2 + 7 + 6
+    assert all_programs(4, [1] * 8, False) == 5 + 3 + 9
