@@ -32,7 +32,7 @@ def train(job: Job) -> Step:
         sequence_parallel=job.sequence_parallel,
         dtype=DTYPES[job.dtype],
         recompute=job.recompute,
-        stage=layers_of(axes.pp.rank, job.stage_layers),
+        stage=layers_of(*axes.pp, job.stage_layers),
     ).init(0)
     optim = OptimConfig(
         lr=LR, beta1=BETAS[0], beta2=BETAS[1], eps=EPS, weight_decay=DECAY, max_grad_norm=0.0

@@ -55,7 +55,8 @@ def pipelining(job: Job) -> Step:
     job.join()
     whole, stages = bare(job), len(job.stage_layers)
     first, last = job.rank == 0, job.rank == stages - 1
-    part = Part(whole, layers_of(job.rank, job.stage_layers), first, last)
+    (layers,) = layers_of(job.rank, stages, job.stage_layers)
+    part = Part(whole, layers, first, last)
     del whole
     stage = PipelineStage(part, job.rank, stages, next(part.parameters()).device)
     schedule = Schedule1F1B(stage, job.micros, partial(mean_loss))

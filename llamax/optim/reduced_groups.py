@@ -23,7 +23,7 @@ from llamax.optim.buckets import Segment
 from llamax.optim.groups import Group, Key
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Storing
-from llamax.parallel.spread import SpreadWeight
+from llamax.parallel.spread import Placeholder, SpreadWeight
 
 
 class ReducedGroup(Group):
@@ -121,7 +121,9 @@ class SpreadGroup(Group):
         super().__init__(key, {name: weight}, counted, axes, True, whole_bytes)
         layer.store = self.store
         shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        torch.utils.swap_tensors(weight, Parameter(shape))
+        placeholder = Placeholder(shape)
+        placeholder.weight_name = name
+        torch.utils.swap_tensors(weight, placeholder)
 
     def _flat_weights(self, axes: Axes) -> Tensor:
         return self.store.run

@@ -141,6 +141,11 @@ class Zero:
             else:
                 self.groups.append(Group(key, named, counted, axes, self.sharded, bucket_bytes))
 
+    @property
+    def spread(self) -> bool:
+        """Whether layers gather weights that are cut over the data ranks, on an eager device."""
+        return any(group.spread for group in self.groups if isinstance(group, Group))
+
     @torch.no_grad()
     def step(self, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
         """One optimizer step on the accumulated gradients times ``scale``; returns their norm.

@@ -9,20 +9,29 @@
 ``Spread`` is the cut: a flat tensor in runs of equal length, the last one padded.  The quantised
 base of QLoRA keeps its bytes so.  ``SpreadWeight`` is a dense weight on top of it, frozen or with a
 gradient (ZeRO-3, Rajbhandari et al. 2020, section 5.3; FSDP, Zhao et al. 2023).  It is gathered in
-forward, and again wherever forward is recomputed in backward, so no rank keeps a whole weight.
+forward and again in backward, so no rank keeps a whole weight: where layers are recomputed they
+gather again, and elsewhere ``gathered_again`` keeps autograd from saving what was gathered.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from math import ceil
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import Parameter
+from torch.utils._pytree import tree_leaves
 
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
+from llamax.runtime.errors import ConfigError
 
 
 class Store(Protocol):
@@ -90,7 +99,10 @@ class SpreadWeight:
         """The whole weight, gathered; its gradient arrives in ``gradient``."""
         if self.gradient is None:
             return self.dense()
-        return regions.apply(_Gather, self._leaf, self)
+        whole = regions.apply(_Gather, self._leaf, self)
+        if (gathered := _gathered.get()) is not None:
+            gathered[StorageWeakRef(whole.untyped_storage())] = self
+        return whole
 
     def dense(self) -> Tensor:
         """The whole weight, gathered, without a gradient."""
@@ -100,3 +112,74 @@ class SpreadWeight:
         """Add this rank's run of the sum of all data ranks' ``dw``."""
         assert self.gradient is not None
         self.gradient.add_(self.spread.reduce(dw.reshape(-1)))
+
+
+class _Saved(NamedTuple):
+    """A view of a gathered weight, as autograd keeps it: without values."""
+
+    store: SpreadWeight
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+# The weights that were gathered in a block of ``gathered_again``, by their memory.
+_gathered: ContextVar[dict[StorageWeakRef, SpreadWeight] | None]
+_gathered = ContextVar("gathered", default=None)
+
+
+def _pack(saved: Tensor) -> Tensor | _Saved:
+    store = (_gathered.get() or {}).get(StorageWeakRef(saved.untyped_storage()))
+    if store is None:
+        return saved
+    return _Saved(store, saved.shape, saved.stride(), int(saved.storage_offset()))
+
+
+def _unpack(saved: Tensor | _Saved) -> Tensor:
+    if isinstance(saved, Tensor):
+        return saved
+    return saved.store.dense().as_strided(saved.shape, saved.stride, saved.offset)
+
+
+@contextmanager
+def gathered_again() -> Iterator[None]:
+    """Let autograd save no weight that is gathered in the block; backward gathers it again.
+
+    For eager devices.  Inside a block that is recomputed nothing is saved anyway.
+    """
+    before = _gathered.set({})
+    try:
+        with saved_tensors_hooks(_pack, _unpack):
+            yield
+    finally:
+        _gathered.reset(before)
+
+
+class Placeholder(Parameter):
+    """A weight that lies in runs on the data ranks: name, shape and dtype, on the meta device.
+
+    Raises ConfigError where values of it are asked for; torch would compute with whatever memory
+    holds.
+    """
+
+    weight_name = "a weight"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        name = next(leaf.weight_name for leaf in tensors if isinstance(leaf, Placeholder))
+        try:
+            if not all(isinstance(leaf, Placeholder) or leaf.is_meta for leaf in tensors):
+                raise NotImplementedError("not on the meta device")
+            result = Tensor.__torch_function__.__func__(  # type: ignore[attr-defined]
+                cls, func, types, args, kwargs or {}
+            )
+        except (RuntimeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"{func.__name__} reads {name}, of which each data rank keeps a run with "
+                "parallel.zero=3; use layer.dense(), which gathers it, in place of layer.weight, "
+                "or parallel.zero=2"
+            ) from error
+        if isinstance(result, Placeholder):
+            result.weight_name = name
+        return result

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
 from functools import cached_property, partial
 from typing import Any, Protocol
@@ -37,6 +38,7 @@ from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.pipeline import Micro, Schedule, forwards, schedule
 from llamax.parallel.sharding import Replica
+from llamax.parallel.spread import gathered_again
 from llamax.training.model_checks import check_attended, check_loss, check_modules, noted
 from llamax.training.pipeline import Compute, Stage, apart
 from llamax.training.resolve import ResolvedRun
@@ -206,7 +208,8 @@ class TrainState:
             keys_B = self._keys(batch, number, micro.number)
             if not self._ends(layers):
                 return self._hidden(batch, keys_B, x_BsD, layers)
-            total, count = self._loss(batch, keys_B, x_BsD, layers)
+            with gathered_again() if self.optimizer.spread else nullcontext():
+                total, count = self._loss(batch, keys_B, x_BsD, layers)
             sums = sums + torch.stack((total.detach(), count))
             return total / self.step_tokens
 

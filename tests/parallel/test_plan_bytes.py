@@ -27,6 +27,7 @@ from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.spread import gathered_again
 from llamax.tools.plan.memory import communication, kept, loss, memory
 from llamax.tools.plan.state import early_gradients, state, update
 
@@ -124,7 +125,10 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
 
     model.loss(batch[0], batch[1], positions)[0].backward()  # buffers of collectives are made
     optimizer.step(one, one, one)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward:
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward,
+        gathered_again(),
+    ):
         total, _ = model.loss(batch[0], batch[1], positions)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as backward:
         total.backward()
@@ -183,11 +187,20 @@ def test_planned_bytes_are_measured_bytes(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("mesh", "zero"), [(Mesh(dp=2), 2), (Mesh(dp=2), 3), (Mesh(2, 2), 3)])
+@pytest.mark.parametrize(
+    ("mesh", "zero", "recompute"),
+    [
+        (Mesh(dp=2), 2, "full"),
+        (Mesh(dp=2), 3, "full"),
+        (Mesh(2, 2), 3, "full"),
+        (Mesh(dp=2), 3, "none"),
+        (Mesh(dp=2), 3, "selective"),
+    ],
+)
 def test_planned_bytes_of_zero_stages_are_measured_bytes(
-    worlds: Worlds, mesh: Mesh, zero: int, dtype: str
+    worlds: Worlds, mesh: Mesh, zero: int, recompute: Any, dtype: str
 ) -> None:
-    wanted = config(mesh, "full", dtype)
+    wanted = config(mesh, recompute, dtype)
     wanted = replace(wanted, parallel=replace(wanted.parallel, zero=zero))
     found = worlds(mesh.world_size).run(measure, wanted, mesh, timeout_s=240)[0]
     share = share_of(wanted, mesh)

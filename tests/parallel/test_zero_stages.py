@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import pytest
@@ -36,10 +36,12 @@ from support.world import Worlds, axes
 from torch import Tensor
 from torch.nn import Parameter
 
+from llamax import ops
 from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig
-from llamax.model.llama import Llama
+from llamax.model.llama import FeedForward, Llama
 from llamax.model.lora_linear import FrozenLinear
+from llamax.model.recompute import Recompute
 from llamax.optim import groups
 from llamax.optim.groups import Group
 from llamax.optim.reduced_groups import ReducedGroup
@@ -49,6 +51,7 @@ from llamax.parallel.collectives import Axes, Axis, Meter, Metered
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.sharding import Block, Shard, ShardedParameter, ShardedParameters
 from llamax.parallel.spread import Spread, SpreadWeight
+from llamax.runtime.errors import ConfigError
 
 TOLERANCE = 1e-6
 TOKENS = GLOBAL_BATCH * SEQUENCE
@@ -89,13 +92,21 @@ def whole_step(model: ModelConfig) -> dict[str, Any]:
 
 
 def step(
-    model: ModelConfig, axes: Axes, sequence: bool, accumulation: int, zero: int, bucket_bytes: int
+    model: ModelConfig,
+    axes: Axes,
+    sequence: bool,
+    accumulation: int,
+    zero: int,
+    bucket_bytes: int,
+    recompute: Recompute,
 ) -> dict[str, Any]:
     llama = build(model, axes, sequence)
-    llama.model.mode = "full"
+    llama.model.mode = recompute
     state = training(llama, axes, zero, bucket_bytes)
     for micro in share(axes, accumulation):
-        (loss(llama, micro, axes) / TOKENS).backward()
+        with spread.gathered_again():
+            total = loss(llama, micro, axes) / TOKENS
+        total.backward()
     for group in state.optimizer.groups:
         group.finish_gradients()
     with torch.no_grad():
@@ -120,12 +131,13 @@ def on_mesh(
     zero: int,
     mutation: str = "none",
     bucket_bytes: int = 4096,
+    recompute: Recompute = "full",
 ) -> list[str]:
     """On a rank: the differences from the step of the whole model, one line each."""
     whole = whole_step(model)
     my_axes = axes(mesh, model.kv_replicas(mesh.tp))
     with MUTATIONS[mutation]():
-        mine = step(model, my_axes, sequence, accumulation, zero, bucket_bytes)
+        mine = step(model, my_axes, sequence, accumulation, zero, bucket_bytes, recompute)
     shards = Llama(model, my_axes.tp).sharded_parameters().cuts
     return differences(mine, whole, shards, my_axes.tp, TOLERANCE)
 
@@ -153,6 +165,16 @@ def test_a_step_equals_the_whole_step(worlds: Worlds, mesh: Mesh, zero: int) -> 
     for model, accumulation in ((MODEL, most), (TIED, 1)):
         for found in world.run(on_mesh, model, mesh, sequence, accumulation, zero, timeout_s=120):
             assert found == []
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("mesh", [Mesh(dp=2), Mesh(tp=2, dp=2)], ids=str)
+def test_weights_are_gathered_again_where_layers_are_not_recomputed(
+    worlds: Worlds, mesh: Mesh, recompute: Recompute
+) -> None:
+    rest = ("none", 4096, recompute)
+    for found in worlds(mesh.world_size).run(on_mesh, TIED, mesh, mesh.tp > 1, 2, 3, *rest):
+        assert found == []
 
 
 # --- adapters ------------------------------------------------------------------------------------
@@ -218,12 +240,12 @@ def test_each_stage_holds_less(worlds: Worlds) -> None:
             assert found == pytest.approx(each * whole / 4, rel=0.02)
 
 
-def sent(zero: int, microsteps: int) -> dict[tuple[str, str], int]:
+def sent(zero: int, microsteps: int, recompute: Recompute = "full") -> dict[tuple[str, str], int]:
     """Bytes on the data axis in a step."""
     meter, there = Meter(), axes(Mesh(dp=2))
     counted = replace(there, data=Metered(there.data, meter))
     llama = build(MODEL, counted, False)
-    llama.model.mode = "full"
+    llama.model.mode = recompute
     state = training(llama, counted, zero, 2**20)
     meter.clear()
     state.step(share(there, microsteps), 1)
@@ -237,11 +259,66 @@ def test_each_stage_sends_what_the_plan_says(worlds: Worlds) -> None:
     whole = 4 * sum(p.numel() for p in matrices.values()) // 2
     norms = 4 * sum(p.numel() for p in llama.parameters() if p.dim() == 1) // 2
     once = 4 * sum(p.numel() for n, p in matrices.items() if ".layers." not in n) // 2
-    for zero, gathers in ((1, whole), (2, whole), (3, 4 * (2 * whole - once))):
+    stages = ((1, whole, "full"), (2, whole, "full"))
+    spread_stages = ((3, 4 * (2 * whole - once), mode) for mode in get_args(Recompute))
+    for zero, gathers, mode in (*stages, *spread_stages):
         scattered = whole if zero == 1 else 4 * whole
-        for found in worlds(2).run(sent, zero, 4):
+        for found in worlds(2).run(sent, zero, 4, mode):
             assert found["data", "all_gather"] == pytest.approx(gathers + norms, rel=0.01)
             assert found["data", "reduce_scatter"] == pytest.approx(scattered + norms, rel=0.01)
+
+
+# --- weights without values ----------------------------------------------------------------------
+
+
+class Reading(FeedForward):
+    """A feed-forward that takes the weight of a layer of llamax itself."""
+
+    def forward(self, x_BsD: Tensor) -> Tensor:
+        gate_up_BSf = torch.nn.functional.linear(x_BsD, self.gate_up_proj.weight)
+        return self.down_proj(ops.swiglu(gate_up_BSf))
+
+
+def reads_weights(zero: int) -> str:
+    """What a step of such a model raises."""
+    there = axes(Mesh(dp=2))
+    llama = build(MODEL, there, False)
+    for layer in llama.model.layers.values():
+        layer.mlp.__class__ = Reading
+    state = training(llama, there, zero)
+    try:
+        state.step(share(there, 1), 1)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_weight_without_values_is_not_computed_with(worlds: Worlds) -> None:
+    assert worlds(2).run(reads_weights, 2) == ["", ""]
+    for found in worlds(2).run(reads_weights, 3):
+        assert found == (
+            "linear reads model.layers.0.mlp.gate_up_proj.weight, of which each data rank keeps a "
+            "run with parallel.zero=3; use layer.dense(), which gathers it, in place of "
+            "layer.weight, or parallel.zero=2"
+        )
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: torch.ones(2, 3) @ w.T,
+        lambda w: torch.nn.functional.embedding(torch.tensor([1]), w) + torch.ones(3),
+        lambda w: torch.cat([torch.ones(1, 3), w]),
+        lambda w: w.square().sum() + torch.ones(()),
+        lambda w: w.norm().item(),
+        lambda w: w.copy_(torch.ones(4, 3)),
+    ],
+)
+def test_nothing_is_computed_from_a_placeholder(use: Callable[[Tensor], Any]) -> None:
+    weight = spread.Placeholder(torch.empty(4, 3, device="meta"))
+    assert (weight.shape, weight.dtype, weight.numel()) == ((4, 3), torch.float32, 12)
+    with pytest.raises(ConfigError, match="reads a weight, of which each data rank keeps a run"):
+        use(weight)
 
 
 # --- gradients that do not come ------------------------------------------------------------------
@@ -380,6 +457,17 @@ SHARED = {
     ),
 }
 MUTATIONS: dict[str, Callable[[], Any]] = {
+    "gathered again as another view": defect(
+        spread,
+        "_unpack",
+        lambda original: (
+            lambda saved: (
+                original(saved)
+                if isinstance(saved, Tensor)
+                else saved.store.dense().view(saved.shape)
+            )
+        ),
+    ),
     "none": lambda: replaced(spread, "ceil", spread.ceil),
     **SPREAD,
     **REDUCED,
@@ -390,6 +478,11 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
 @pytest.mark.parametrize("mutation", SPREAD)
 def test_a_defect_of_spread_weights_is_caught(worlds: Worlds, mutation: str) -> None:
     assert any(worlds(2).run(on_mesh, MODEL, Mesh(dp=2), False, 2, 3, mutation))
+
+
+def test_a_defect_of_weights_gathered_again_is_caught(worlds: Worlds) -> None:
+    rest = (MODEL, Mesh(dp=2), False, 2, 3, "gathered again as another view", 4096, "none")
+    assert any(worlds(2).run(on_mesh, *rest))
 
 
 @pytest.mark.parametrize("mutation", REDUCED)

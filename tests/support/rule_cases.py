@@ -521,22 +521,6 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             {"parallel.zero": 2},
         ],
     ),
-    "gathered_weights_are_dropped": (
-        [
-            (
-                {"parallel.zero": 3, "run.recompute": "selective"},
-                None,
-                "parallel.zero=3 gathers the weights of a layer when it is used, but "
-                "run.recompute=selective would keep them all for backward; use "
-                "run.recompute=full, or parallel.zero=2",
-            )
-        ],
-        [
-            {"parallel.zero": 3, "run.recompute": "full"},
-            {"parallel.zero": 2},
-            {"parallel.zero": 3, **LORA},
-        ],
-    ),
     "reduced_in_backward": (
         [
             (

@@ -21,17 +21,6 @@ def zero_fits_pipeline(c: Config, world: World) -> Iterator[str]:
         )
 
 
-@RULES.reading("parallel.zero", "run.recompute", "finetune.method")
-def gathered_weights_are_dropped(c: Config, world: World) -> Iterator[str]:
-    mode = c.run.recompute
-    if c.parallel.zero == 3 and mode != "full" and c.finetune.method == "full":
-        yield (
-            f"parallel.zero=3 gathers the weights of a layer when it is used, but "
-            f"run.recompute={mode} would keep them all for backward; use run.recompute=full, "
-            "or parallel.zero=2"
-        )
-
-
 @RULES.reading("parallel.zero", "run.backend")
 def reduced_in_backward(c: Config, world: World) -> Iterator[str]:
     if c.parallel.zero > 1 and c.run.backend == "xla":

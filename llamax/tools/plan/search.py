@@ -91,10 +91,10 @@ def zeros(config: Config, machine: Machine) -> list[ZeroStage]:
 
 
 def modes(config: Config, parallel: ParallelConfig, machine: Machine) -> tuple[Recompute, ...]:
-    """The recompute modes tried: full alone for stages on XLA and for weights cut by ZeRO-3."""
-    staged = parallel.pipeline > 1 and traced(config, machine)
+    """The recompute modes tried: full alone on XLA for stages and for weights cut by ZeRO-3."""
     cut = parallel.zero == 3 and config.finetune.method == "full"
-    return ("full",) if staged or cut else get_args(Recompute)
+    full = traced(config, machine) and (parallel.pipeline > 1 or cut)
+    return ("full",) if full else get_args(Recompute)
 
 
 def traced(config: Config, machine: Machine) -> bool:
