@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llamax.inference.evaluate import evaluate
     from llamax.inference.generate import GenerationSettings, compare, generate
     from llamax.inference.language_model import load
+    from llamax.inference.serving.server import ServeSettings, serve
     from llamax.tools.audit.auditor import audit
     from llamax.tools.inspect import describe
     from llamax.tools.plan.planner import plan
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Config",
     "GenerationSettings",
+    "ServeSettings",
     "__version__",
     "audit",
     "compare",
@@ -53,6 +55,7 @@ __all__ = [
     "merge",
     "plan",
     "prepare",
+    "serve",
     "shard",
     "train",
 ]
@@ -60,6 +63,7 @@ __all__ = [
 _MODULES = {
     "Config": "config.schema",
     "GenerationSettings": "inference.generate",
+    "ServeSettings": "inference.serving.server",
     "audit": "tools.audit.auditor",
     "compare": "inference.generate",
     "consolidate": "checkpoint.consolidate",
@@ -73,6 +77,7 @@ _MODULES = {
     "merge": "checkpoint.merge",
     "plan": "tools.plan.planner",
     "prepare": "data.prepare.pipeline",
+    "serve": "inference.serving.server",
     "shard": "checkpoint.shard_hf",
     "train": "train",
 }

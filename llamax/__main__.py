@@ -15,6 +15,7 @@ COMMANDS = {
     "prepare": ("llamax.cli.prepare", "make a dataset of tokens from text or rows"),
     "train": ("llamax.cli.train", "train a model; torchrun starts one per rank"),
     "generate": ("llamax.cli.generate", "continue prompts with a trained model"),
+    "serve": ("llamax.cli.serve", "answer requests over HTTP, as OpenAI's interface and TGI do"),
     "evaluate": (
         "llamax.cli.evaluate",
         "loss and perplexity of a model, or the scores of its answers",

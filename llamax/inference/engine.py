@@ -67,6 +67,11 @@ class LoadedModel:
         """The tokens that end an answer."""
         return {*self.model.eos_token_ids, *(self.prompt.turn_ends if self.prompt else ())}
 
+    def dtype(self, chosen: str = "") -> torch.dtype:
+        """The type of the weights: ``chosen``, or that of the files (float32 for other types)."""
+        narrow = self.source.dtype("model.embed_tokens.weight") == torch.bfloat16
+        return DTYPES[chosen] if chosen else torch.bfloat16 if narrow else torch.float32
+
     def build(
         self, tp: Axis, device: torch.device, dtype: str = "", model_class: type[Llama] = Llama
     ) -> Llama:
@@ -86,8 +91,7 @@ class LoadedModel:
                 raise ConfigError(f"{self.adapter} holds adapters, which take no `model_class`")
             kind = DTYPES[dtype] if dtype else None
             return load_tuned(self.adapter, self.source.folder, tp, device, kind)
-        narrow = self.source.dtype("model.embed_tokens.weight") == torch.bfloat16
-        kind = DTYPES[dtype] if dtype else torch.bfloat16 if narrow else torch.float32
+        kind = self.dtype(dtype)
         model = model_class(self.model, tp, dtype=kind, device=device)
         if model_class is not Llama:
             model.to(device, kind)
@@ -169,6 +173,18 @@ def tokenizer_of(source: Source, vocab_size: int, chosen: str = "") -> Tokenizer
             "use `tokenizer` with the model's own"
         )
     return tokenizer
+
+
+def chat_template(loaded: LoadedModel) -> str:
+    """The folder with the chat template of a model's files; empty if there is none."""
+    folders = (loaded.adapter, loaded.source.folder, loaded.tokenizer.path.parent)
+    for folder in filter(None, folders):
+        config = folder / "tokenizer_config.json"
+        if (folder / "chat_template.jinja").is_file() or (
+            config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
+        ):
+            return str(folder)
+    return ""
 
 
 def begin_id(loaded: LoadedModel, bos: bool | None) -> int | None:

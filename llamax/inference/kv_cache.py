@@ -44,16 +44,34 @@ class KVCache:
 
     def decode(self, positions_B1: Tensor, width: int) -> Attend:
         """Attention of one new token per sequence at its position; all lie below ``width``."""
-        device = positions_B1.device
-        B, k, T, E = next(iter(self._layers.values()))[0].shape
-        rows_Bk = torch.arange(0, B * k * T, T, device=device).view(B, k) + positions_B1
-        mask_B1T = torch.arange(width, device=device) <= positions_B1[:, None]
+        step = DecodeStep(positions_B1, width)
 
         def attend(q_B1hE: Tensor, k_B1kE: Tensor, v_B1kE: Tensor, layer: int) -> Tensor:
-            keys, values = self._layers[layer]
-            keys.view(-1, E).index_copy_(0, rows_Bk.view(-1), k_B1kE.reshape(-1, E))
-            values.view(-1, E).index_copy_(0, rows_Bk.view(-1), v_B1kE.reshape(-1, E))
-            k_BTkE, v_BTkE = (x[:, :, :width].transpose(1, 2) for x in (keys, values))
-            return ops.attention_cached(q_B1hE, k_BTkE, v_BTkE, mask_B1T)
+            return step(q_B1hE, k_B1kE, v_B1kE, *self._layers[layer])
 
         return attend
+
+
+class DecodeStep:
+    """Puts the keys and values of one new token per sequence into a cache and attends to it.
+
+    ``positions_B1``: the places of the new tokens, all below ``width``.
+    """
+
+    def __init__(self, positions_B1: Tensor, width: int) -> None:
+        self.positions_B1, self.width = positions_B1, width
+        self.mask_B1T = torch.arange(width, device=positions_B1.device) <= positions_B1[:, None]
+        self._rows: Tensor | None = None  # the same for all layers
+
+    def __call__(
+        self, q_B1hE: Tensor, k_B1kE: Tensor, v_B1kE: Tensor, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        """Attention of one layer with the contiguous cache ``keys``, ``values`` [B, k, T, E]."""
+        B, k, T, E = keys.shape
+        if self._rows is None:
+            starts_Bk = torch.arange(0, B * k * T, T, device=keys.device).view(B, k)
+            self._rows = (starts_Bk + self.positions_B1).view(-1)
+        keys.view(-1, E).index_copy_(0, self._rows, k_B1kE.reshape(-1, E))
+        values.view(-1, E).index_copy_(0, self._rows, v_B1kE.reshape(-1, E))
+        k_BTkE, v_BTkE = (x[:, :, : self.width].transpose(1, 2) for x in (keys, values))
+        return ops.attention_cached(q_B1hE, k_BTkE, v_BTkE, self.mask_B1T)

@@ -19,7 +19,14 @@ from torch import Tensor
 
 from llamax.backends import choose
 from llamax.data.prepare.file_kinds import Row
-from llamax.inference.engine import Completion, Engine, LoadedModel, begin_id, open_model
+from llamax.inference.engine import (
+    Completion,
+    Engine,
+    LoadedModel,
+    begin_id,
+    chat_template,
+    open_model,
+)
 from llamax.inference.generate import GenerationSettings, Opened, ask, check_computing
 from llamax.inference.prompts import read_prompts
 from llamax.model.llama import Llama
@@ -175,12 +182,8 @@ class LanguageModel:
 
     def _chat_template(self) -> str:
         """The folder with the model's chat template; ConfigError if it has none."""
-        for folder in (self.folder, self._loaded.source.folder, self.tokenizer.path.parent):
-            config = folder / "tokenizer_config.json"
-            if (folder / "chat_template.jinja").is_file() or (
-                config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
-            ):
-                return str(folder)
+        if folder := chat_template(self._loaded):
+            return folder
         raise ConfigError(
             f"{self._path} has no chat template, which messages need; give `template`, such as "
             "llama3-chat"

@@ -1,0 +1,104 @@
+"""From the messages or the text of a request to the ids of a prompt, for one served model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from llamax.data.chat.encode import Encoder
+from llamax.data.chat.templates import Span
+from llamax.inference.engine import LoadedModel, begin_id, chat_template
+from llamax.inference.prompts import PromptFormat
+from llamax.runtime.errors import ConfigError, DataError
+
+ROLES = {"developer": "system"}  # OpenAI's newer name
+
+
+class PromptIds(NamedTuple):
+    """A prompt, and the tokens that end its answer."""
+
+    ids: list[int]
+    stop_ids: set[int]
+
+
+class Formatter:
+    """Formats requests for one model, in the main thread: a timer bounds the template's time.
+
+    ``template``: that of conversations; by default that of training, else the folder's chat
+    template.  Raises DataError for one that cannot be used.
+    """
+
+    def __init__(self, loaded: LoadedModel, template: str = "") -> None:
+        self.tokenizer, begin = loaded.tokenizer, begin_id(loaded, None)
+        self._begin, self._ends = begin, loaded.ends
+        self._encoder = Encoder(loaded.tokenizer, bos=begin is not None)
+        self._chat: PromptFormat | None = None
+        if template or loaded.prompt or (template := chat_template(loaded)):
+            self._chat = PromptFormat(self.tokenizer, begin, template, record=loaded.prompt)
+
+    def text(self, text: str) -> PromptIds:
+        """The ids of a text; names of special tokens in it are these tokens, as for TGI and vLLM.
+
+        Raises DataError for a text that has no tokens.
+        """
+        if not text:
+            if self._begin is None:
+                raise DataError("the prompt is empty, and the model has no BOS token to begin with")
+            return PromptIds([self._begin], self._ends)
+        _encodable(text)
+        (tokens,) = self._encoder.encode([[Span(text, False)]], prompts=True)
+        return PromptIds([int(i) for i in tokens.ids], self._ends)
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]]) -> PromptIds:
+        """The ids of a conversation up to the next answer.
+
+        Names of special tokens inside messages are text.  Raises ConfigError if the model has no
+        template, and DataError for messages that it cannot format.
+        """
+        if self._chat is None:
+            raise ConfigError(
+                "the model has no chat template; send a text, or start the server with `template`"
+            )
+        turns = [_turn(number, message) for number, message in enumerate(messages)]
+        if turns[-1]["role"] == "assistant":
+            raise DataError("the last message is the assistant's; end with one that it answers")
+        row = {"messages": turns} if self._chat.chat else _question(turns)
+        prompt = self._chat.prompt(row, "messages")
+        return PromptIds(prompt.ids, {*self._ends, *self._chat.stop_ids})
+
+
+def _turn(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message with its content as one text."""
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise DataError(f"messages[{number}] has no role; give user, assistant or system")
+    if isinstance(content, list):
+        for part in content:
+            if not (isinstance(part, Mapping) and part.get("type") == "text"):
+                raise DataError(f"messages[{number}] has a part that is no text; send texts alone")
+        content = "".join(str(part.get("text", "")) for part in content)
+    if not isinstance(content, str):
+        raise DataError(f"messages[{number}] has no text as its content; give one")
+    _encodable(content)
+    if strange := [key for key in message if key not in ("role", "content", "name")]:
+        raise DataError(f"messages[{number}]: {strange[0]} is not supported; leave it out")
+    return {"role": ROLES.get(role, role), "content": content}
+
+
+def _question(turns: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The row of a template that holds one question."""
+    *before, last = turns
+    if len(before) > 1 or any(turn["role"] != "system" for turn in before):
+        raise DataError(
+            "the model's template holds one question and not a conversation; send one message of "
+            "the user, and at most one of the system before it"
+        )
+    row = {"instruction": last["content"]}
+    return row | ({"system": before[0]["content"]} if before else {})
+
+
+def _encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError("a text holds half of a surrogate pair, which is not Unicode") from None

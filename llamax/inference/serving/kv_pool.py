@@ -1,0 +1,66 @@
+"""The cache of keys and values that all requests share.
+
+::
+
+    slot 0   a b c d e f . . . . .      row i of the batch is slot i
+    slot 1   k l m . . . . . . . .      one more token: every slot writes one place
+    slot 2   . . . . . . . . . . .      free
+
+The requests in progress are in the first slots: when one ends, the last takes its slot.
+
+Memory: 2 x layers x slots x length x key/value heads of this rank x head dim elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from llamax import ops
+from llamax.inference.kv_cache import DecodeStep
+from llamax.model.llama import Attend, Llama
+
+
+class KVPool:
+    """Keys and values of ``slots`` sequences of up to ``length`` positions, for one model."""
+
+    def __init__(self, model: Llama, slots: int, length: int) -> None:
+        config = model.config
+        heads = max(1, config.num_key_value_heads // model.tp.size)
+        like = model.output_weight
+        self.length = length
+        self._layers = like.new_zeros(
+            config.num_hidden_layers, 2, slots, heads, length, config.head_dim
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of the cache."""
+        return self._layers.numel() * self._layers.element_size()
+
+    def prefill(self, slots: Sequence[int]) -> Attend:
+        """Causal attention of new prompts, which fill the first places of their ``slots``."""
+
+        def attend(q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
+            length = k_BSkE.shape[1]
+            for row, slot in enumerate(slots):
+                self._layers[layer, 0, slot, :, :length] = k_BSkE[row].transpose(0, 1)
+                self._layers[layer, 1, slot, :, :length] = v_BSkE[row].transpose(0, 1)
+            return ops.attention(q_BShE, k_BSkE, v_BSkE)
+
+        return attend
+
+    def decode(self, positions_B1: Tensor, width: int) -> Attend:
+        """Attention of one new token in each of the first slots; positions lie below ``width``."""
+        step, rows = DecodeStep(positions_B1, width), len(positions_B1)
+
+        def attend(q_B1hE: Tensor, k_B1kE: Tensor, v_B1kE: Tensor, layer: int) -> Tensor:
+            keys, values = self._layers[layer, :, :rows]
+            return step(q_B1hE, k_B1kE, v_B1kE, keys, values)
+
+        return attend
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first ``length`` places of a slot to another."""
+        self._layers[:, :, target, :, :length] = self._layers[:, :, source, :, :length]

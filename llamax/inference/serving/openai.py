@@ -1,0 +1,301 @@
+"""OpenAI's interface: ``/v1/chat/completions``, ``/v1/completions`` and ``/v1/models``."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from llamax.data.tokenizer.tokenizer import Tokenizer
+from llamax.inference.serving.bodies import BodyError, ChatBody, CompletionBody, Settings
+from llamax.inference.serving.formatter import PromptIds
+from llamax.inference.serving.scheduler import Drawn, Step
+from llamax.inference.serving.service import Answer, Served, Service, Wish
+
+Events = AsyncIterator[dict[str, Any] | str]
+
+
+class Stream(NamedTuple):
+    """The events of a reply, and the answers that they show."""
+
+    events: Events
+    answers: Sequence[Answer]
+
+
+Reply = dict[str, Any] | list[Any] | Stream
+"""A JSON value, or a stream."""
+
+DONE = "[DONE]"
+COMPLETION_TOKENS = 16  # OpenAI's default for text completions
+REASONS = {"eos": "stop", "stop": "stop", "length": "length", "": None}
+
+
+def models(service: Service) -> dict[str, Any]:
+    """The models of the server."""
+    return {
+        "object": "list",
+        "data": [
+            {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "llamax",
+                "max_model_len": service.scheduler.length,
+                **({"parent": service.name} if served.adapter else {}),
+            }
+            for name, served in service.models.items()
+        ],
+    }
+
+
+async def chat(service: Service, body: ChatBody) -> Reply:
+    """The next message of a conversation."""
+    served = service.model(body.model)
+    prompt = served.formatter.conversation(body.messages)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise BodyError("top_logprobs needs logprobs=true", "top_logprobs")
+    top = (body.top_logprobs or 0) if body.logprobs else None
+    length = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    answers = service.answers(served, [prompt], wish_of(body, length, top))
+    writer = ChatWriter(served, body.model or service.name, top is not None)
+    return await reply(writer, body, [prompt], answers)
+
+
+async def complete(service: Service, body: CompletionBody) -> Reply:
+    """Continuations of texts or ids."""
+    served = service.model(body.model)
+    prompts = [
+        PromptIds(list(each), served.loaded.ends)
+        if isinstance(each, list)
+        else served.formatter.text(each)
+        for each in _prompts(body)
+    ]
+    length = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    answers = service.answers(served, prompts, wish_of(body, length, body.logprobs))
+    writer = TextWriter(served, body.model or service.name, body.logprobs is not None)
+    return await reply(writer, body, prompts, answers)
+
+
+def _prompts(body: CompletionBody) -> Sequence[str | list[int]]:
+    """The prompts of a body, each a text or ids."""
+    prompt: Any = body.prompt
+    if isinstance(prompt, str) or isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)
+
+
+def wish_of(body: Settings, length: int | None, top: int | None) -> Wish:
+    """What a body asks for."""
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    return Wish(
+        length,
+        body.temperature,
+        body.top_k if body.top_k != -1 else 0,  # vLLM's "all"
+        body.top_p,
+        body.seed,
+        [stop for stop in stops if stop],
+        body.stop_token_ids or (),
+        top,
+        body.n or 1,
+    )
+
+
+class Writer:
+    """Writes answers as objects of OpenAI's interface."""
+
+    object, chunk = "text_completion", "text_completion"
+    prefix = "cmpl"
+
+    def __init__(self, served: Served, model: str, logprobs: bool) -> None:
+        self.tokenizer: Tokenizer = served.loaded.tokenizer
+        self.head = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self.logprobs = logprobs
+
+    def whole(self, index: int, steps: Sequence[Step]) -> dict[str, Any]:
+        """A choice that is complete."""
+        raise NotImplementedError
+
+    def piece(self, index: int, step: Step) -> dict[str, Any]:
+        """A choice of a chunk."""
+        raise NotImplementedError
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """The choice of a chunk before the first token, if there is one."""
+        return None
+
+    def token(self, token: int) -> str:
+        """The text of a token: a special token's name, or what it decodes to."""
+        names = {number: name for name, number in self.tokenizer.special.items()}
+        return names.get(token) or self.tokenizer.decode([token])
+
+
+class ChatWriter(Writer):
+    """Messages of the assistant."""
+
+    object, chunk, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def whole(self, index: int, steps: Sequence[Step]) -> dict[str, Any]:
+        text = "".join(step.text for step in steps)
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": text, "refusal": None},
+            "logprobs": self._logprobs(steps),
+            "finish_reason": REASONS[steps[-1].ended],
+        }
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        delta = {"role": "assistant", "content": ""}
+        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def piece(self, index: int, step: Step) -> dict[str, Any]:
+        return {
+            "index": index,
+            "delta": {"content": step.text} if step.text else {},
+            "logprobs": self._logprobs([step]),
+            "finish_reason": REASONS[step.ended],
+        }
+
+    def _logprobs(self, steps: Sequence[Step]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        content = []
+        for step in steps:
+            drawn = step.drawn
+            content.append(
+                self._entry(drawn.token, drawn.logprob)
+                | {"top_logprobs": [self._entry(*each) for each in drawn.top]}
+            )
+        return {"content": content, "refusal": None}
+
+    def _entry(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self.token(token)
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+
+class TextWriter(Writer):
+    """Continuations of texts."""
+
+    def whole(self, index: int, steps: Sequence[Step]) -> dict[str, Any]:
+        return {
+            "index": index,
+            "text": "".join(step.text for step in steps),
+            "logprobs": self._logprobs([step.drawn for step in steps]),
+            "finish_reason": REASONS[steps[-1].ended],
+        }
+
+    def piece(self, index: int, step: Step) -> dict[str, Any]:
+        return self.whole(index, [step])
+
+    def _logprobs(self, drawn: Sequence[Drawn]) -> dict[str, Any] | None:
+        if not self.logprobs:
+            return None
+        tokens = [self.token(each.token) for each in drawn]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [each.logprob for each in drawn],
+            "top_logprobs": [
+                {self.token(token): logprob for token, logprob in each.top} for each in drawn
+            ],
+            "text_offset": [sum(map(len, tokens[:i])) for i in range(len(tokens))],
+        }
+
+
+async def reply(
+    writer: Writer, body: Settings, prompts: Sequence[PromptIds], answers: Sequence[Answer]
+) -> Reply:
+    """The reply to a request whose answers are being computed."""
+    prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+    if body.stream:
+        options = body.stream_options or {}
+        include_usage = bool(options.get("include_usage"))
+        return Stream(_events(writer, prompt_tokens, answers, include_usage), answers)
+    steps = await gather(answers)
+    choices = [writer.whole(index, each) for index, each in enumerate(steps)]
+    return {
+        **writer.head,
+        "object": writer.object,
+        "choices": choices,
+        "usage": usage(prompt_tokens, sum(map(len, steps))),
+    }
+
+
+async def _events(
+    writer: Writer, prompt_tokens: int, answers: Sequence[Answer], include_usage: bool
+) -> Events:
+    """The events of a stream, of all answers as they come."""
+
+    def chunk(choices: list[dict[str, Any]], used: dict[str, int] | None = None) -> dict[str, Any]:
+        head = {**writer.head, "object": writer.chunk, "choices": choices}
+        return head | ({"usage": used} if include_usage else {})
+
+    for index in range(len(answers)):
+        if (first := writer.first(index)) is not None:
+            yield chunk([first])
+    made = 0
+    async for index, step in merge(answers):
+        made += 1
+        yield chunk([writer.piece(index, step)])
+    if include_usage:
+        yield chunk([], usage(prompt_tokens, made))
+    yield DONE
+
+
+async def gather(answers: Iterable[Answer]) -> list[list[Step]]:
+    """All steps of all answers; if one fails or the client goes away, the others end too."""
+
+    async def collect(answer: Answer) -> list[Step]:
+        return [step async for step in answer.steps()]
+
+    answers = list(answers)
+    try:
+        return list(await asyncio.gather(*(collect(answer) for answer in answers)))
+    finally:
+        for answer in answers:
+            answer.cancel()
+
+
+async def merge(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Step]]:
+    """(number of the answer, step) as they come."""
+    if len(answers) == 1:
+        async for step in answers[0].steps():
+            yield 0, step
+        return
+    queue: asyncio.Queue[tuple[int, Step] | Exception | None] = asyncio.Queue()
+
+    async def forward(index: int, answer: Answer) -> None:
+        try:
+            async for step in answer.steps():
+                queue.put_nowait((index, step))
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(forward(*each)) for each in enumerate(answers)]
+    try:
+        left = len(tasks)
+        while left:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+def usage(prompt_tokens: int, new_tokens: int) -> dict[str, int]:
+    """The tokens of a request."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": new_tokens,
+        "total_tokens": prompt_tokens + new_tokens,
+    }

@@ -1,0 +1,272 @@
+"""Continuous batching: one thread that computes the next token of all requests in progress.
+
+::
+
+    turn 1   prefill a, b        step a b
+    turn 2   prefill c           step a b c        c waits for no end of a or b
+    turn 3                       step a b c        b ends: c takes its slot
+    turn 4                       step a c
+
+A request gets the tokens that ``llamax generate`` draws for it alone with the same seed.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llamax.data.tokenizer.streaming import Detokenizer
+from llamax.inference.sampling import Sampling
+from llamax.inference.serving.adapters import Adapters
+from llamax.inference.serving.kv_pool import KVPool
+from llamax.inference.serving.metrics import Metrics
+from llamax.model.llama import Llama
+from llamax.runtime.errors import LlamaxError
+from llamax.runtime.logging import logger
+
+PREFILL_TOKENS = 512  # prompts are padded and computed together up to so many tokens
+NOT_FINITE = "the model's logits are not finite; serve an earlier checkpoint"
+
+
+class QueueFull(LlamaxError):
+    """More requests wait than the server takes."""
+
+
+class Drawn(NamedTuple):
+    """A token, its log-probability and the most likely ones with theirs, if they were asked for."""
+
+    token: int
+    logprob: float = 0.0
+    top: Sequence[tuple[int, float]] = ()
+
+
+class Step(NamedTuple):
+    """A new token of a request.
+
+    ``text``: what is certain after it, perhaps nothing.  ``ended``: "stop" (a stop text), "eos" (a
+    token that ends answers), "length", or "" while the request goes on.
+    """
+
+    drawn: Drawn
+    text: str
+    ended: str = ""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt to be continued.
+
+    ``on_step`` is called on the scheduler's thread for each new token, or with the message of an
+    error, after which nothing follows.  ``top``: number of log-probabilities beside that of the
+    drawn token; None: no log-probability at all.
+    """
+
+    ids: Sequence[int]
+    decode: Callable[[list[int]], str]
+    on_step: Callable[[Step | str], None]
+    sampling: Sampling
+    max_new_tokens: int
+    stops: Sequence[str] = ()
+    stop_ids: Collection[int] = ()
+    vocab_size: int | None = None
+    adapter: str = ""
+    top: int | None = None
+    cancelled: bool = False
+    made: int = 0
+    last: int = 0
+    began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.writer = Detokenizer(self.decode, self.ids, self.stops)
+        (self.stream,) = self.sampling.streams(1)
+
+    @property
+    def length(self) -> int:
+        """The number of places that are filled in the cache."""
+        return len(self.ids) + max(0, self.made - 1)
+
+    def step(self, drawn: Drawn) -> Step:
+        """Take the next token."""
+        self.made, self.last = self.made + 1, drawn.token
+        if drawn.token in self.stop_ids:
+            return Step(drawn, self.writer.finish(), "eos")
+        text, ended = self.writer.feed(drawn.token), ""
+        if not self.writer.stopped and self.made == self.max_new_tokens:
+            text, ended = text + self.writer.finish(), "length"
+        return Step(drawn, text, "stop" if self.writer.stopped else ended)
+
+
+class Scheduler:
+    """Runs requests in batches of up to ``slots``; ``queue`` more may wait.
+
+    A request and its answer have at most ``length`` tokens together.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        adapters: Adapters,
+        slots: int,
+        length: int,
+        queue: int,
+        metrics: Metrics,
+    ) -> None:
+        self.model, self.adapters, self.metrics = model, adapters, metrics
+        self.slots, self.length, self.queue = slots, length, queue
+        self.pool = KVPool(model, slots, length)
+        self._waiting: deque[Request] = deque()
+        self._active: list[Request] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="llamax-scheduler", daemon=True)
+
+    def start(self) -> None:
+        """Begin to compute."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after its present step; requests in progress get nothing more."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are computed."""
+        return self._thread.is_alive()
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests, all or none of them; QueueFull if there is no room."""
+        with self._changed:
+            free = self.slots - len(self._active) + self.queue - len(self._waiting)
+            if len(requests) > free:
+                raise QueueFull(
+                    f"{len(self._active)} requests are in progress and {len(self._waiting)} wait; "
+                    "try again later"
+                )
+            self._waiting.extend(requests)
+            self._changed.notify()
+
+    def _run(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    while not (self._stopping or self._active or self._waiting):
+                        self._changed.wait()
+                    if self._stopping:
+                        return
+                    admitted = self._admit()
+                try:
+                    self._turn(admitted)
+                except Exception as error:  # it ends the requests of its batch, not the server
+                    logger.exception("a batch failed")
+                    for request in list(self._active):
+                        self._fail(request, f"{type(error).__name__} on the server; see its log")
+
+    def _admit(self) -> list[Request]:
+        """Take waiting requests into free slots, up to PREFILL_TOKENS padded tokens."""
+        admitted: list[Request] = []
+        longest = 0
+        while self._waiting and len(self._active) < self.slots:
+            longest = max(longest, len(self._waiting[0].ids))
+            if admitted and longest * (len(admitted) + 1) > PREFILL_TOKENS:
+                break
+            admitted.append(self._waiting.popleft())
+            self._active.append(admitted[-1])
+        return admitted
+
+    def _turn(self, admitted: Sequence[Request]) -> None:
+        """Prefill the requests that are new, or make one more token of each that is in progress."""
+        for request in [request for request in self._active if request.cancelled]:
+            self._end(request, "cancelled")
+        new = [request for request in admitted if not request.cancelled]
+        if new:
+            self._prefill(new)
+        elif self._active:
+            self._decode()
+        self.metrics.load(len(self._active), len(self._waiting))
+
+    def _prefill(self, requests: Sequence[Request]) -> None:
+        device = self.model.output_weight.device
+        width = max(len(request.ids) for request in requests)
+        padded = [[*request.ids, *[0] * (width - len(request.ids))] for request in requests]
+        last_B = torch.tensor([len(request.ids) - 1 for request in requests], device=device)
+        attend = self.pool.prefill([self._active.index(request) for request in requests])
+        with self.adapters.rows([request.adapter for request in requests]):
+            ids_BS = torch.tensor(padded, device=device)
+            logits_B1V = self.model(ids_BS, attend=attend, last_B=last_B)
+        self.metrics.prefilled(sum(len(request.ids) for request in requests))
+        self._deliver(requests, logits_B1V[:, 0])
+
+    def _decode(self) -> None:
+        device = self.model.output_weight.device
+        requests = list(self._active)
+        positions_B1 = torch.tensor([[request.length] for request in requests], device=device)
+        tokens_B1 = torch.tensor([[request.last] for request in requests], device=device)
+        attend = self.pool.decode(positions_B1, 1 + max(request.length for request in requests))
+        with self.adapters.rows([request.adapter for request in requests]):
+            logits_B1V = self.model(tokens_B1, positions_B1, attend=attend)
+        self._deliver(requests, logits_B1V[:, 0])
+
+    def _deliver(self, requests: Sequence[Request], logits_BV: Tensor) -> None:
+        """Draw the next token of each request and hand it over."""
+        finite = logits_BV.isfinite().all(-1).tolist()
+        rows = [row for row, is_finite in enumerate(finite) if is_finite]
+        kept = [requests[row] for row in rows]
+        drawn = draw(kept, logits_BV[rows])
+        steps = [request.step(token) for request, token in zip(kept, drawn, strict=True)]
+        for request, step in zip(kept, steps, strict=True):
+            self.metrics.token(request.made == 1, time.perf_counter() - request.began)
+            self._send(request, step)
+            if step.ended:
+                self._end(request, step.ended)
+        for request, is_finite in zip(requests, finite, strict=True):
+            if not is_finite:
+                self._fail(request, NOT_FINITE)
+
+    def _fail(self, request: Request, message: str) -> None:
+        self._send(request, message)
+        self._end(request, "failed")
+
+    def _send(self, request: Request, step: Step | str) -> None:
+        try:
+            request.on_step(step)
+        except RuntimeError:  # the event loop of the web server has ended
+            request.cancelled = True
+
+    def _end(self, request: Request, outcome: str) -> None:
+        """Give the slot of a request that ended to the last one in progress."""
+        self.metrics.ended(outcome, time.perf_counter() - request.began)
+        slot, last = self._active.index(request), self._active.pop()
+        if last is not request:
+            self.pool.move(len(self._active), slot, last.length)
+            self._active[slot] = last
+
+
+def draw(requests: Sequence[Request], logits_BV: Tensor) -> list[Drawn]:
+    """The next token of each request, all with the same settings at once."""
+    drawn = [Drawn(0)] * len(requests)
+    alike: dict[tuple[Sampling, int | None], list[int]] = defaultdict(list)
+    for row, request in enumerate(requests):
+        alike[replace(request.sampling, seed=0), request.vocab_size].append(row)
+    for (sampling, vocab_size), rows in alike.items():
+        logits_RV = logits_BV[rows, :vocab_size]
+        streams = [requests[row].stream for row in rows]
+        for row, token in zip(rows, sampling.pick(logits_RV, streams).tolist(), strict=True):
+            drawn[row] = Drawn(token)
+    for row, request in enumerate(requests):
+        if request.top is not None:
+            logprobs_V = logits_BV[row, : request.vocab_size].float().log_softmax(-1)
+            best = logprobs_V.topk(request.top)
+            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            token = drawn[row].token
+            drawn[row] = Drawn(token, float(logprobs_V[token]), top)
+    return drawn

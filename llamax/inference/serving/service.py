@@ -1,0 +1,161 @@
+"""The models of a server, and their answers as asynchronous streams of steps."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llamax.inference.engine import LoadedModel, split_stops
+from llamax.inference.sampling import sampling_of
+from llamax.inference.serving.formatter import Formatter, PromptIds
+from llamax.inference.serving.scheduler import Request, Scheduler, Step
+from llamax.runtime.errors import ConfigError, LlamaxError
+from llamax.runtime.units import count
+
+ANY_MODEL = ("tgi", "dummy")  # with which clients of TGI mean the model of the server
+
+
+class UnknownModel(LlamaxError):
+    """A model that the server does not have."""
+
+
+class Failed(LlamaxError):
+    """A request that the server could not compute; the message is for its client."""
+
+
+class Served:
+    """A model under its name: the base, or adapters beside it."""
+
+    def __init__(self, loaded: LoadedModel, adapter: str, template: str) -> None:
+        self.loaded, self.adapter = loaded, adapter
+        self.formatter = Formatter(loaded, template)
+        self.sampling = sampling_of(loaded.generation)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How a request wants its answers; what is None is the model's or the server's."""
+
+    max_new_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stops: Sequence[str] = ()
+    stop_ids: Sequence[int] = ()
+    top: int | None = None
+    """Number of log-probabilities beside that of a new token; None: no log-probability."""
+    answers: int = 1
+
+
+class Answer:
+    """The steps of one request; a client that goes away cancels it."""
+
+    def __init__(self) -> None:
+        self._loop, self._steps = asyncio.get_running_loop(), asyncio.Queue[Step | str]()
+        self.request: Request | None = None
+
+    def put(self, step: Step | str) -> None:
+        """Add a step, from the scheduler's thread."""
+        self._loop.call_soon_threadsafe(self._steps.put_nowait, step)
+
+    async def steps(self) -> AsyncIterator[Step]:
+        """Each step as it is made; raises Failed."""
+        try:
+            while True:
+                step = await self._steps.get()
+                if isinstance(step, str):
+                    raise Failed(step)
+                yield step
+                if step.ended:
+                    return
+        finally:
+            self.cancel()
+
+    def cancel(self) -> None:
+        """Compute no more of it."""
+        if self.request is not None:
+            self.request.cancelled = True
+
+
+class Service:
+    """Answers requests with the models of a server; ``name`` is that of the base.
+
+    ``max_new_tokens``: largest number of new tokens of a request; 0: what the cache takes.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, models: Mapping[str, Served], name: str, max_new_tokens: int = 0
+    ) -> None:
+        self.scheduler, self.models, self.name = scheduler, models, name
+        self.max_new_tokens = max_new_tokens or scheduler.length
+
+    def model(self, name: str | None) -> Served:
+        """The model of a name.  Raises UnknownModel."""
+        if not name or name in ANY_MODEL:
+            return self.models[self.name]
+        if name not in self.models:
+            raise UnknownModel(f"there is no model {name!r:.60}; use {' or '.join(self.models)}")
+        return self.models[name]
+
+    def answers(self, served: Served, prompts: Sequence[PromptIds], wish: Wish) -> list[Answer]:
+        """``wish.answers`` answers to each prompt, which begin to be computed.
+
+        Raises ConfigError for a wish out of range, and QueueFull.
+        """
+        tokenizer = served.loaded.tokenizer
+        texts, named = split_stops(tokenizer, wish.stops)
+        drawn = ("temperature", "top_k", "top_p")
+        given: dict[str, Any] = {
+            name: value for name in drawn if (value := getattr(wish, name)) is not None
+        }
+        seed = secrets.randbits(32) if wish.seed is None else wish.seed
+        answers: list[Answer] = []
+        requests: list[Request] = []
+        for prompt in prompts:
+            length = self._new_tokens(served, prompt, wish.max_new_tokens)
+            for _ in range(wish.answers):
+                answer = Answer()
+                answer.request = Request(
+                    prompt.ids,
+                    tokenizer.decode,
+                    answer.put,
+                    replace(served.sampling, **given, seed=seed + len(answers)),
+                    length,
+                    texts,
+                    {*prompt.stop_ids, *named, *wish.stop_ids},
+                    tokenizer.vocab_size,
+                    served.adapter,
+                    wish.top,
+                )
+                answers.append(answer)
+                requests.append(answer.request)
+        self.scheduler.submit(requests)
+        return answers
+
+    def _new_tokens(self, served: Served, prompt: PromptIds, wished: int | None) -> int:
+        """The largest number of new tokens; raises ConfigError for a prompt or wish too long."""
+        size = served.loaded.model.vocab_size
+        if strange := [i for i in prompt.ids if not 0 <= i < size]:
+            raise ConfigError(
+                f"the prompt has token {strange[0]}; the model has ids 0 to {size - 1}"
+            )
+        length, limit = self.scheduler.length, self.max_new_tokens
+        free = length - len(prompt.ids)
+        if free < 1:
+            raise ConfigError(
+                f"the prompt has {count(len(prompt.ids), 'token')}, and the server takes {length} "
+                "with the answer; send a shorter one"
+            )
+        if wished is None:
+            return min(free, limit)
+        if wished > min(free, limit):
+            raise ConfigError(
+                f"{wished} new tokens are too many for this prompt of "
+                f"{count(len(prompt.ids), 'token')}: the server takes {length} together and makes "
+                f"{limit}; ask for at most {min(free, limit)}"
+            )
+        return wished

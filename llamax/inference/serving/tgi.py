@@ -1,0 +1,110 @@
+"""TGI's interface: ``/generate``, ``/generate_stream``, ``/`` and ``/info``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llamax.inference.serving.bodies import GenerateBody, Parameters
+from llamax.inference.serving.formatter import PromptIds
+from llamax.inference.serving.openai import Events, Reply, Stream, Writer, gather
+from llamax.inference.serving.scheduler import Step
+from llamax.inference.serving.service import Answer, Served, Service, Wish
+from llamax.runtime.versions import LLAMAX
+
+NEW_TOKENS = 100  # TGI's default
+REASONS = {"eos": "eos_token", "stop": "stop_sequence", "length": "length"}
+
+
+def info(service: Service) -> dict[str, Any]:
+    """What ``/info`` says of the server."""
+    scheduler = service.scheduler
+    weight = scheduler.model.output_weight
+    return {
+        "model_id": service.name,
+        "model_sha": None,
+        "model_dtype": str(weight.dtype),
+        "model_device_type": weight.device.type,
+        "model_pipeline_tag": "text-generation",
+        "max_concurrent_requests": scheduler.slots + scheduler.queue,
+        "max_best_of": 1,
+        "max_stop_sequences": 16,
+        "max_input_tokens": scheduler.length - 1,
+        "max_total_tokens": scheduler.length,
+        "max_batch_total_tokens": scheduler.slots * scheduler.length,
+        "max_client_batch_size": 1,
+        "router": "llamax",
+        "version": LLAMAX,
+    }
+
+
+async def generate(service: Service, body: GenerateBody, stream: bool, listed: bool) -> Reply:
+    """The continuation of a text, or its events.
+
+    ``listed``: whether the reply is a list of one, as that of ``/`` and ``/invocations``.
+    """
+    served = service.model(body.model)
+    settings = body.parameters
+    prompt = served.formatter.text(body.inputs)
+    (answer,) = service.answers(served, [prompt], _wish(settings, stream))
+    before = body.inputs if settings.return_full_text else ""
+    if stream:
+        return Stream(_events(served, prompt, answer, settings, before), [answer])
+    (steps,) = await gather([answer])
+    reply: dict[str, Any] = {"generated_text": before + "".join(step.text for step in steps)}
+    if settings.details:
+        tokens = [_token(Writer(served, "", False), step) for step in steps]
+        reply["details"] = _details(steps[-1], len(steps), settings.seed) | {
+            "prefill": [],
+            "tokens": tokens,
+        }
+    return [reply] if listed else reply
+
+
+async def _events(
+    served: Served, prompt: PromptIds, answer: Answer, settings: Parameters, before: str
+) -> Events:
+    writer, text = Writer(served, "", False), before
+    made = 0
+    async for step in answer.steps():
+        made, text = made + 1, text + step.text
+        event: dict[str, Any] = {
+            "index": made,
+            "token": _token(writer, step),
+            "generated_text": text if step.ended else None,
+            "details": None,
+        }
+        if step.ended:
+            event["details"] = _details(step, made, settings.seed) | {
+                "input_length": len(prompt.ids)
+            }
+        yield event
+
+
+def _wish(settings: Parameters, stream: bool) -> Wish:
+    """What parameters ask for; without any sign of sampling the most likely token, as TGI does."""
+    drawn = (settings.temperature, settings.top_k, settings.top_p)
+    samples = settings.do_sample or any(value is not None for value in drawn)
+    stops = [*(settings.stop or ()), *(settings.stop_sequences or ())]
+    return Wish(
+        settings.max_new_tokens or NEW_TOKENS,
+        settings.temperature if samples else 0.0,
+        settings.top_k,
+        settings.top_p,
+        settings.seed,
+        [stop for stop in stops if stop],
+        top=0 if stream or settings.details else None,
+    )
+
+
+def _token(writer: Writer, step: Step) -> dict[str, Any]:
+    token = step.drawn.token
+    return {
+        "id": token,
+        "text": step.text if step.ended != "eos" else writer.token(token),
+        "logprob": step.drawn.logprob,
+        "special": token in writer.tokenizer.special.values(),
+    }
+
+
+def _details(last: Step, made: int, seed: int | None) -> dict[str, Any]:
+    return {"finish_reason": REASONS[last.ended], "generated_tokens": made, "seed": seed}
