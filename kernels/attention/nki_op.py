@@ -1,0 +1,148 @@
+"""Attention by the NKI kernels of this folder, with gradients.
+
+What the kernels take beside q, k and v is computed by plain operations of the graph:
+
+* layouts: heads before tokens, and transposes for the matrix products;
+* ``centres``: the exponent of a block of queries, between bounds of all its scores.  A score is at
+  most ``|q| max|k|``, and the largest of a query is at least the one with its own key.  Where the
+  bounds of a block are within ``SPREAD``, the largest exp(score - middle) of every row is a number
+  that float32 holds, and sums neither overflow nor vanish.  Elsewhere the kernel computes the block
+  again with running maxima, which takes longer;
+* ``block_kinds``: which blocks of queries and keys share documents, from the smallest and largest
+  number in each.
+
+Nothing depends on the rank, and no shape on data: one program for all.  The simulator executed the
+kernels; neuronx-cc has not compiled them, and they have not run on Trainium.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILE = 128  # tokens: the partitions of a core
+BLOCK = 512  # tokens: the columns of a PSUM bank
+SPREAD = 130.0  # of the bounds: float32 exponentials hold from -87 to 88 around their middle
+HEAD_DIMS = (64, 128)
+LONGEST = 32768  # tokens: keys and values of a head fill SBUF
+LARGEST_NUMBER = 2**24  # of a document: integers up to it are exact in float32
+
+Launch = Callable[..., Any]
+
+
+def launch(module: str, name: str, *tensors: Tensor) -> Any:
+    """Call the kernel ``name`` of ``llamax.kernels.module`` through ``nki.jit``, for torch-xla."""
+    function = getattr(import_module(f"llamax.kernels.{module}"), name)
+    return import_module("nki").jit(function, mode="torchxla")(*tensors)
+
+
+class Attention(torch.autograd.Function):
+    """Causal self-attention; saves q, k, v, the output and one number for each query."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        q_BHSE, k_BKSE, v_BKSE = (x.transpose(1, 2) for x in (q, k, v))
+        inputs = [_turned(q_BHSE), _turned(k_BKSE), v_BKSE.contiguous(), *centres(q_BHSE, k_BKSE)]
+        name = "attention_forward"
+        if documents is not None:
+            name += "_documents"
+            inputs += document_inputs(documents, forward=True)
+        out, lse = launch("attention.nki_forward", name, *inputs)
+        ctx.save_for_backward(q, k, v, documents, out, lse)
+        mixed: Tensor = out.transpose(1, 2)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, documents, out, lse = ctx.saved_tensors
+        rows = [x.transpose(1, 2).contiguous() for x in (q, dout.to(q.dtype), k)]
+        turned = [_turned(x) for x in (*rows, v.transpose(1, 2))]
+        along = (out.float() * rows[1].float()).sum(-1).unflatten(2, (-1, TILE)).mT
+        inputs = [*rows, *turned[:2], *turned[2:], -lse, -along.contiguous()]
+        name = "attention_backward"
+        if documents is not None:
+            name += "_documents"
+            inputs += document_inputs(documents, forward=False)
+        dq, dk, dv = launch("attention.nki_backward", name, *inputs)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
+    """Causal self-attention: [B, S, H, E], [B, S, K, E] twice, [B, S] or None -> [B, S, H, E]."""
+    out: Tensor = Attention.apply(q, k, v, documents)  # type: ignore[no-untyped-call]
+    return out
+
+
+def refusal(sequence_length: int, head_dim: int) -> str:
+    """Why the kernels cannot compute such an attention; empty where they can."""
+    if sequence_length % TILE:
+        return f"the sequence length {sequence_length} is not a multiple of {TILE}"
+    if sequence_length > LONGEST:
+        return f"the sequence length {sequence_length} is above {LONGEST}"
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim={head_dim} is neither 64 nor 128"
+    return ""
+
+
+def centres(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Minus the centre of each block of queries, and whether its bounds are too far apart.
+
+    [B, H, S, E], [B, K, S, E] -> float32 [B, H, 128, blocks], int32 [B, H, blocks].
+    """
+    wide_q, wide_k = q.detach().float(), k.detach().float()
+    scale = q.shape[-1] ** -0.5
+    groups = (k.shape[1], q.shape[1] // k.shape[1])
+    largest_key = wide_k.square().sum(-1).amax(-1).sqrt()[..., None, None]  # [B, K, 1, 1]
+    own = (wide_q.unflatten(1, groups) * wide_k.unsqueeze(2)).sum(-1) * scale  # [B, K, G, S]
+    norms = wide_q.square().sum(-1).sqrt().unflatten(1, groups)
+    upper = _blocks(norms * largest_key * scale, 0.0).amax(-1)
+    lower = -_blocks(-own, -torch.finfo(torch.float32).max).amax(-1)
+    centre = ((upper + lower) * 0.5).flatten(1, 2)
+    near = (upper - lower <= torch.full((), SPREAD, device=q.device)).flatten(1, 2)
+    bias = (-centre).unsqueeze(2).expand(-1, -1, TILE, -1).contiguous()
+    return bias, 1 - near.to(torch.int32)
+
+
+def document_inputs(documents: Tensor, forward: bool) -> list[Tensor]:
+    """``along``, ``across``, ``plain`` and ``mixed`` of ``nki_forward`` or ``nki_backward``."""
+    numbers = documents.to(torch.float32)
+    along = numbers.unsqueeze(1).expand(-1, TILE, -1).contiguous()
+    across = numbers.unflatten(1, (-1, TILE)).mT.contiguous()
+    return [along, across, *block_kinds(documents, forward)]
+
+
+def block_kinds(documents: Tensor, forward: bool) -> tuple[Tensor, Tensor]:
+    """Whether a block of queries and one of keys lie in one document, or share some: int32, 0 or 1.
+
+    [B, S] -> 2 x [B, S / 512, S / 128] for blocks of queries and tiles of keys (``forward``), else
+    2 x [B, S / 128, S / 512].
+    """
+    numbers = documents.to(torch.int32)
+    most = torch.iinfo(torch.int32).max
+    high = [_blocks(numbers, -most, size).amax(-1) for size in (TILE, BLOCK)]
+    low = [-_blocks(-numbers, -most, size).amax(-1) for size in (TILE, BLOCK)]
+    q, k = (1, 0) if forward else (0, 1)
+    q_low, q_high = low[q].unsqueeze(2), high[q].unsqueeze(2)
+    k_low, k_high = low[k].unsqueeze(1), high[k].unsqueeze(1)
+    shared = (q_low <= k_high) & (k_low <= q_high)
+    same = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+    return same.to(torch.int32), (shared & ~same).to(torch.int32)
+
+
+def _blocks(x: Tensor, filling: float, size: int = BLOCK) -> Tensor:
+    """The last dim in blocks of ``size``; the last one is filled up."""
+    missing = -x.shape[-1] % size
+    filled = torch.nn.functional.pad(x, (0, missing), value=filling)
+    parts: Tensor = filled.unflatten(-1, (-1, size))
+    return parts
+
+
+def _turned(x: Tensor) -> Tensor:
+    """[B, H, S, E] -> [B, H, E, S]."""
+    return x.mT.contiguous()

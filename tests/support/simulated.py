@@ -1,0 +1,43 @@
+"""NKI kernels run by the simulator in place of a NeuronCore."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llamax.kernels.simulator.machine import Tally
+from llamax.kernels.simulator.run import bf16, install, run
+
+
+class Launcher:
+    """A stand-in for ``launch`` of a kernel's op: simulates, and keeps the tallies in order.
+
+    ``modules`` replaces kernel modules by name, as for mutated ones.
+    """
+
+    def __init__(self, modules: dict[str, ModuleType] | None = None) -> None:
+        self.tallies: list[Tally] = []
+        self.modules = modules or {}
+        install()
+
+    def __call__(self, module: str, name: str, *inputs: Any) -> Any:
+        source = self.modules.get(module) or import_module(f"llamax.kernels.{module}")
+        results, tally = run(getattr(source, name), *map(_array, inputs))
+        self.tallies.append(tally)
+        tensors = tuple(torch.from_numpy(x) for x in _tuple(results))
+        return tensors if isinstance(results, tuple) else tensors[0]
+
+
+def _array(x: Any) -> Any:
+    if not isinstance(x, Tensor):
+        return x
+    x = x.detach()
+    return bf16(x.float().numpy()) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def _tuple(x: Any) -> tuple[Any, ...]:
+    return x if isinstance(x, tuple) else (x,)
