@@ -233,7 +233,8 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
 
     counters = job.backend if job.backend.traces else None
     counts = chunk_layers(config.parallel, config.model.num_hidden_layers)
-    guard = CompileGuard(counters, run.compile_guard, job.state.axes.pp, counts)
+    stage, tied = job.state.axes.pp, job.state.optimizer.tied
+    guard = CompileGuard(counters, run.compile_guard, stage, counts, tied)
     check = StepCheck(config.optim.most_skipped, samples, job.main)
     profiler = Profiler(run, job.folder, job.state.axes.world.rank)
     with Recorder(writers(job), throughput(job), began) as recorder:

@@ -126,7 +126,8 @@ class Saver:
         self.wait()
         frozen = self.frozen if self.data.rank == 0 or not self.zero else {}
         whole = (Whole(name, tensor.detach().view(-1)) for name, tensor in frozen.items())
-        kept = self._snapshot([*owned, *whole])
+        elsewhere = self.parameters.tied if self.pp.rank else ()  # the first stage keeps these
+        kept = self._snapshot(run for run in (*owned, *whole) if run.name not in elsewhere)
         rng = None if rng is None else rng.detach().to("cpu", copy=True)
         manifest = files.Manifest(
             format=files.FORMAT_VERSION,

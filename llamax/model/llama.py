@@ -38,7 +38,7 @@ from llamax.model.recompute import Recompute
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis, Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
-from llamax.parallel.pipeline import holds
+from llamax.parallel.pipeline import EMBEDDING, holds
 from llamax.parallel.sharding import Block as Rows
 from llamax.parallel.sharding import Replica, ShardedParameters
 from llamax.parallel.tensor_parallel import (
@@ -168,7 +168,8 @@ class Decoder(nn.Module):
     """The trunk: ids_BS -> x_BsD after the last norm.
 
     ``stage`` has the runs of layers held here, one for each chunk.  Only with the first layer is
-    the embedding here too; only with the last layer is the norm.
+    the embedding here too, or, where the output matrix is tied to it, with the last layer; only
+    with the last layer is the norm.
     """
 
     def __init__(
@@ -183,14 +184,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.model, self.mode = model, mode
         self.embed_tokens: VocabEmbedding | None = None
-        if stage[0].start == 0:
+        ends = stage[-1].stop == model.num_hidden_layers
+        if stage[0].start == 0 or (model.tie_word_embeddings and ends):
             rows = model.vocab_size
             self.embed_tokens = VocabEmbedding(rows, model.hidden_size, tp, sequence, like)
         self.layers = nn.ModuleDict(
             {str(n): DecoderLayer(model, n, tp, sequence, like) for n in chain(*stage)}
         )
         self.norm: Norm | None = None
-        if stage[-1].stop == model.num_hidden_layers:
+        if ends:
             self.norm = Norm(model.hidden_size, model.rms_norm_eps, like)
         self.inverse_frequencies: Tensor
         self.register_buffer("inverse_frequencies", None, persistent=False)
@@ -266,8 +268,10 @@ class Llama(nn.Module):
 
         Raises ConfigError for a parameter of another shape than its module's ``shard`` declares.
         """
-        whole = self.config.num_hidden_layers
-        return sharded_parameters(self, self.tp, partial(holds, self.stage, whole))
+        layers, tied = self.config.num_hidden_layers, self.config.tie_word_embeddings
+        twice = [EMBEDDING] if tied and len(self.model.layers) < layers else []
+        held = partial(holds, self.stage, layers, tied)
+        return sharded_parameters(self, self.tp, held, twice)
 
     @property
     def output_weight(self) -> Tensor:

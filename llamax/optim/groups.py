@@ -36,7 +36,8 @@ class Key(NamedTuple):
 
     ``weight``: of every element in the norm, None where they differ; ``partial``: each tensor rank
     has a part of the gradient; ``zero``: the ZeRO stage; ``alone``: the one member, where gathered
-    on its own.
+    on its own; ``tied``: whether the first and the last stage of a pipeline each have a part of the
+    gradient.
     """
 
     dtype: torch.dtype
@@ -45,6 +46,7 @@ class Key(NamedTuple):
     partial: bool
     zero: int = 1
     alone: str = ""
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Group:
         self.weights = self._flat_weights(axes)
         shared = axes.kv.size > 1 and any(segment.shared for segment in counted)
         self.gradient: Tensor | None = None
-        if self.separate or shared or key.partial or axes.data.size > 1:
+        if self.separate or shared or key.partial or key.tied or axes.data.size > 1:
             self.gradient = self._flat_gradient(ranks)
 
         self.accumulates = self.gradient is not None
@@ -163,6 +165,10 @@ class Group:
             if stop == self.lengths[member]:
                 parameter.grad = None
         return parts
+
+    def sums(self) -> list[Tensor]:
+        """Where gradients are summed over microsteps."""
+        return [] if self.gradient is None else [self.gradient]
 
     def gradient_of(self, bucket: Bucket) -> Tensor | None:
         """The bucket's accumulated gradient; None where parameters keep autograd's gradients."""

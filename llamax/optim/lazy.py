@@ -50,6 +50,10 @@ class LazyGroup:
         ]
         self.arrived: list[Tensor] = []  # new weights of the parameter that comes next
 
+    def sums(self) -> list[Tensor]:
+        """Where gradients are summed over microsteps."""
+        return self.gradients
+
     def gradient_of(self, bucket: Bucket) -> Tensor:
         """The bucket's summed gradient, as a new vector."""
         parts = [self.gradients[at].reshape(-1)[start:stop] for at, start, stop in bucket.pieces]

@@ -4,6 +4,7 @@ Parameters live in flat vectors, cut into buckets; of each bucket a data rank ow
 elements, and keeps AdamW's moments, and float32 masters of narrower weights, for its runs alone.
 A step, the same on one rank as on thousands::
 
+    0  embeddings that are tied over the first and last stage of a pipeline: sum both   (ends)
     1  key/value heads held by several tensor ranks: sum the parts of their gradient    (kv)
     2  bucket by bucket, sum gradients over the data ranks, each rank keeping its run   (data)
     3  replicas with a different gradient on each rank: sum those gradients             (tp)
@@ -97,17 +98,18 @@ class Zero:
                 partial = isinstance(how, Replica) and (
                     sequence_parallel if how.partial is None else how.partial
                 )
-                counts = weight(how, degree)
+                counts, tied = weight(how, degree), name in parameters.tied
                 stage = min(zero, 1) if isinstance(how, Replica) or not self.sharded else zero
                 if stage == 3 and name not in parameters.layers:
                     stage = 2
                 key = Key(
                     parameter.dtype,
                     parameter.dim() > 1,
-                    counts,
+                    counts and counts / (1 + tied),
                     partial and degree > 1,
                     stage,
                     name if stage == 3 else "",
+                    tied,
                 )
                 members.setdefault(key, {})[name] = parameter
         unsure = {name: parameters[name].tensor for name in undeclared}
@@ -120,7 +122,7 @@ class Zero:
         self.groups: list[Group | LazyGroup] = []
         for key, named in members.items():
             counted = [
-                segment
+                segment._replace(weight=segment.weight / (1 + key.tied))
                 for name, parameter in named.items()
                 for segment in segments(
                     parameter.shape, parameters[name].cut, degree, parameters.rank
@@ -161,6 +163,7 @@ class Zero:
                         f"{name} was frozen after this optimizer was made, which would go on to "
                         "decay it; make a new Zero"
                     )
+        self._sum_tied()
         self.replicas.check(self._gradients_of)
         every = [(group, bucket) for group in self.groups for bucket in group.buckets]
         runs = [self._reduce(group, bucket) for group, bucket in every]
@@ -184,6 +187,17 @@ class Zero:
         self.gather_parameters()
         self.zero_grad()
         return norm
+
+    @property
+    def tied(self) -> bool:
+        """Whether gradients are summed over the first and the last stage of a pipeline."""
+        return any(group.key.tied for group in self.groups)
+
+    def _sum_tied(self) -> None:
+        """Give both ends of a pipeline the whole gradient of what is tied over them."""
+        for group in self.groups:
+            for gradient in group.sums() if group.key.tied else ():
+                gradient.copy_(self.axes.ends.all_reduce(gradient))
 
     def _reduce(self, group: Group | LazyGroup, bucket: Bucket) -> list[Tensor]:
         """This rank's run of the bucket's gradient, summed over the ranks with a part of it."""

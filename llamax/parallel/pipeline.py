@@ -36,6 +36,7 @@ from typing import Literal, NamedTuple
 from llamax.parallel.mesh import EDGES
 
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
+EMBEDDING = "model.embed_tokens.weight"
 
 
 class Micro(NamedTuple):
@@ -190,13 +191,14 @@ def layers_of(stage: int, stages: int, layers_per_chunk: Sequence[int]) -> tuple
     return tuple(range(stops[chunk], stops[chunk + 1]) for chunk in chunks)
 
 
-def holds(held: Sequence[range], layers: int, name: str) -> bool:
+def holds(held: Sequence[range], layers: int, tied: bool, name: str) -> bool:
     """Whether the stage with the chunks ``held`` of all ``layers`` has the parameter ``name``.
 
-    The first stage has the embedding, the last one the norm and the output matrix.
+    The first stage has the embedding, the last one the norm and the output matrix; where this is
+    ``tied`` to the embedding, both stages have it.
     """
     first, last = held[0].start == 0, held[-1].stop == layers
     if found := LAYER.match(name):
         number = int(found[1])
         return any(number in chunk for chunk in held) or (number >= layers and last)
-    return first if name.startswith("model.embed_tokens.") else last
+    return first or (tied and last) if name.startswith("model.embed_tokens.") else last

@@ -21,7 +21,7 @@ Because all of this is arithmetic on (block, degree, rank), any degree can be tu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -250,8 +250,9 @@ class ShardedParameters(Mapping[str, ShardedParameter]):
 
     ``degree`` and ``rank`` are those of the axis.  A model makes it once
     (``Llama.sharded_parameters``); optimizer and checkpoints need to know no more about a model.
-    ``holds`` says which names of a whole model belong to this stage of a pipeline; ``layers`` are
-    the layers, by the names of their weights, that can take these from a store.
+    ``holds`` says which names of a whole model belong to this stage of a pipeline, ``tied`` which
+    the first and the last stage both hold; ``layers`` are the layers, by the names of their
+    weights, that can take these from a store.
     """
 
     def __init__(
@@ -261,9 +262,10 @@ class ShardedParameters(Mapping[str, ShardedParameter]):
         rank: int = 0,
         holds: Callable[[str], bool] = lambda name: True,
         layers: Mapping[str, Storing] = MappingProxyType({}),
+        tied: Collection[str] = (),
     ) -> None:
         self._parameters, self.degree, self.rank = dict(parameters), degree, rank
-        self.holds, self.layers = holds, layers
+        self.holds, self.layers, self.tied = holds, layers, tied
 
     def __getitem__(self, name: str) -> ShardedParameter:
         return self._parameters[name]
@@ -291,7 +293,7 @@ class ShardedParameters(Mapping[str, ShardedParameter]):
     def only(self, names: Iterable[str]) -> ShardedParameters:
         """Those of these names."""
         kept = {name: self[name] for name in names}
-        return ShardedParameters(kept, self.degree, self.rank, self.holds, self.layers)
+        return ShardedParameters(kept, self.degree, self.rank, self.holds, self.layers, self.tied)
 
     def parts(self, name: str) -> Iterator[Part]:
         """The Hub tensors that one parameter holds."""

@@ -12,7 +12,7 @@ all-reduced) and the output is all-reduced.  Each layer knows its ``Shard``: how
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -152,11 +152,12 @@ PARALLEL_LAYERS = (ColumnLinear, RowLinear, VocabEmbedding)
 
 
 def sharded_parameters(
-    model: nn.Module, tp: Axis, holds: Callable[[str], bool]
+    model: nn.Module, tp: Axis, holds: Callable[[str], bool], tied: Collection[str] = ()
 ) -> ShardedParameters:
     """Every parameter of a module, each with the cut that its owner's ``shard`` declares.
 
-    Tied parameters have one name.  ``holds`` says which names of a whole model belong here.
+    Tied parameters have one name.  ``holds`` says which names of a whole model belong here, and
+    ``tied`` which of them on another stage of a pipeline as well.
     Raises ConfigError for a declaration that does not fit.
     """
     found: dict[str, ShardedParameter] = {}
@@ -170,7 +171,8 @@ def sharded_parameters(
             how = declared_cut(module, name, leaf, tensor.shape, tp.size)
             found[name] = ShardedParameter(tensor, how)
     once = dict(model.named_parameters())
-    return ShardedParameters({name: found[name] for name in once}, tp.size, tp.rank, holds, layers)
+    named = {name: found[name] for name in once}
+    return ShardedParameters(named, tp.size, tp.rank, holds, layers, tied)
 
 
 def local_ids(ids: Tensor, rows: int, axis: Axis) -> tuple[Tensor, Tensor]:

@@ -49,19 +49,22 @@ def edges(stages: int, counts: Sequence[int]) -> range:
     return range(stages if len(counts) > stages else stages - 1)
 
 
-def programs(stage: Seat = ALONE, counts: Sequence[int] = (1,)) -> dict[str, int]:
+def programs(
+    stage: Seat = ALONE, counts: Sequence[int] = (1,), tied: bool = False
+) -> dict[str, int]:
     """The number of programs that a rank compiles, by part of the loop.
 
     In a pipeline those of its passes, of its swaps, and the parts of an update or of a validation's
     mean before, in and after each sum over all stages.  ``counts``: the layers of each chunk, in
-    the order of the model.
+    the order of the model; ``tied``: whether this stage sums the gradient of the embedding with
+    the other end of the pipeline.
     """
     if stage.size == 1:
         return {"training": 2, "validation": 1}
     kinds, (number, stages) = chunk_kinds(counts, stage), stage
     own = [edge for edge in edges(stages, counts) if number in (edge, (edge + 1) % stages)]
     swaps = len({edge_name(edge, stages) for edge in own})
-    return {"training": passes(kinds) + swaps + 5, "validation": len({*kinds}) + 3}
+    return {"training": passes(kinds) + swaps + 2 * tied + 5, "validation": len({*kinds}) + 3}
 
 
 class Counters(Protocol):
@@ -72,7 +75,7 @@ class Counters(Protocol):
     def host_reads(self) -> int: ...
 
 
-def all_programs(stages: int, counts: Sequence[int], validates: bool) -> int:
+def all_programs(stages: int, counts: Sequence[int], validates: bool, tied: bool = False) -> int:
     """The number of programs that all ranks compile together, from the layers of each chunk.
 
     Chunks and stages between the first and the last share those of others with as many layers.
@@ -83,13 +86,14 @@ def all_programs(stages: int, counts: Sequence[int], validates: bool) -> int:
     kinds = {kind for each in held for kind in each}
     updated = {(each[0][0], each[-1][1], sum(kind[2] for kind in each)) for each in held}
     swaps = len({edge_name(edge, stages) for edge in edges(stages, counts)})
-    return passes(kinds) + swaps + 3 + 2 * len(updated) + (3 + len(kinds) if validates else 0)
+    summed = 3 + 2 * tied + 2 * len(updated)
+    return passes(kinds) + swaps + summed + (3 + len(kinds) if validates else 0)
 
 
 class CompileGuard:
     """Watches ``counters``, None where nothing is compiled; ``answer`` is run.compile_guard.
 
-    ``stage`` and ``counts`` as of ``programs``.
+    ``stage``, ``counts`` and ``tied`` as of ``programs``.
     """
 
     def __init__(
@@ -98,8 +102,9 @@ class CompileGuard:
         answer: Answer,
         stage: Seat = ALONE,
         counts: Sequence[int] = (1,),
+        tied: bool = False,
     ) -> None:
-        self.most = programs(stage, counts)
+        self.most = programs(stage, counts, tied)
         self.counters = None if answer == "off" else counters
         self.fatal, self.reported = answer == "stop", False
         self.compiled: Counter[str] = Counter()

@@ -185,7 +185,7 @@ class Apart:
 
 
 def apart(axes: Axes, boundary: Callable[[], None]) -> Axes:
-    """The axes of a stage: where its programs differ from other stages', world sums are apart."""
+    """The axes of a stage: where its programs differ from other stages', common sums are apart."""
     if axes.pp.size == 1 or axes.world.rank_index.device.type in EAGER:
         return axes
-    return replace(axes, world=Apart(axes.world, boundary))
+    return replace(axes, world=Apart(axes.world, boundary), ends=Apart(axes.ends, boundary))

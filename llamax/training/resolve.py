@@ -164,7 +164,7 @@ def resolve(
         cp=parallel.context,
         pp=parallel.pipeline,
         kv=config.model.kv_replicas(parallel.tensor),
-        ends=parallel.pipeline > 1 and parallel.chunks > 1,
+        ends=parallel.pipeline > 1 and (parallel.chunks > 1 or config.model.tie_word_embeddings),
     )
     return ResolvedRun(
         resolved,

@@ -54,6 +54,7 @@ CHAINS = {
         On(1, 1, pp=3, layers=(1, 1, 2)),
         On(1, 2, zero=0, pp=2),
     ),
+    "chunks": (On(1, 1), On(1, 1, pp=2, layers=(1, 1, 1, 1)), On(2, 1, pp=2), On(1, 1)),
     "sequence parallel": (On(2, 2, sequence_parallel=True), On(2, 2), On(2, 2, True, True)),
 }
 

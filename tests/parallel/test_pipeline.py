@@ -49,6 +49,7 @@ TOLERANCE = 1e-6
 MODEL = tiny(num_hidden_layers=4)
 FIVE = tiny(num_hidden_layers=5)
 SIX = tiny(num_hidden_layers=6)
+TIED = tiny(num_hidden_layers=4, tie_word_embeddings=True)
 LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, dropout=0.25)
 NF4 = FinetuneConfig(method="qlora", r=4, alpha=6.0, dropout=0.25)
 
@@ -122,7 +123,8 @@ def on_mesh(
     """On a rank: differences from the step of the whole model, one line each; and what it holds."""
     whole = step(model, Axes.solo(), False, 1)
     chunks = len(layers or [0]) // mesh.pp or 1
-    my_axes = axes(replace(mesh, ends=chunks > 1), model.kv_replicas(mesh.tp))
+    ends = chunks > 1 or model.tie_word_embeddings
+    my_axes = axes(replace(mesh, ends=ends), model.kv_replicas(mesh.tp))
     with MUTATIONS[mutation]():
         mine = step(model, my_axes, sequence, accumulation, recompute, zero, layers)
     cuts = Llama(model, my_axes.tp).sharded_parameters().cuts
@@ -219,6 +221,25 @@ def test_chunks_step_as_one(
         options = mesh.tp > 1, 4 // mesh.dp, "none", recompute, 1, layers
         results = world.run(on_mesh, model, mesh, *options, timeout_s=120)
         assert differences(results, model) == []
+
+
+@pytest.mark.parametrize(
+    ("mesh", "zero", "layers"),
+    [
+        (Mesh(pp=2), 1, None),
+        (Mesh(pp=4), 1, None),
+        (Mesh(pp=2, tp=2), 1, (1, 1, 1, 1)),
+        (Mesh(pp=2, dp=2), 1, None),
+        (Mesh(pp=2, dp=2), 0, None),
+    ],
+    ids=lambda case: named(case) if isinstance(case, Mesh) else "",
+)
+def test_tied_embeddings_of_first_and_last_stage(
+    worlds: Worlds, mesh: Mesh, zero: int, layers: tuple[int, ...] | None
+) -> None:
+    options = mesh.tp > 1, 4 // mesh.dp, "none", "none", zero, layers
+    results = worlds(mesh.world_size).run(on_mesh, TIED, mesh, *options, timeout_s=120)
+    assert differences(results, TIED) == []
 
 
 def both_schedules(mesh: Mesh, layers: tuple[int, ...]) -> list[str]:
@@ -393,6 +414,28 @@ def norms_not_summed(original: Any) -> Any:
     return __init__
 
 
+def of_one_end(original: Any) -> Any:
+    """The first stage keeps its own part of the tied gradient."""
+
+    def _sum_tied(self: Zero) -> None:
+        kept = [g.clone() for group in self.groups if group.key.tied for g in group.sums()]
+        original(self)
+        ours = [g for group in self.groups if group.key.tied for g in group.sums()]
+        for gradient, before in zip(ours, kept, strict=True):
+            gradient.copy_(before if self.axes.pp.rank == 0 else gradient)
+
+    return _sum_tied
+
+
+def counted_twice(original: Any) -> Any:
+    """The norm counts what is tied on both stages."""
+
+    def _squares(self: Zero, group: Any, *more: Any) -> Tensor:
+        return original(self, group, *more) * (1 + group.key.tied)
+
+    return _squares
+
+
 def counted_on_every_stage(original: Any) -> Any:
     def of_first(axis: Any, x: Tensor) -> Tensor:
         return original(axis, x) + (x.sum() == 0) * torch.tensor([0.0, 1.0])
@@ -424,6 +467,12 @@ STEP: dict[str, Callable[[], Any]] = {
     "norms not summed over tensor ranks": defect(Zero, "__init__", norms_not_summed),
     "tokens counted on every stage": defect(training_step, "_of_first", counted_on_every_stage),
     "a layer on two stages": defect(schedules, "layers_of", other_layers),
+}
+
+
+TWICE: dict[str, Callable[[], Any]] = {
+    "tied gradient of one end": defect(Zero, "_sum_tied", of_one_end),
+    "tied gradient counted twice in the norm": defect(Zero, "_squares", counted_twice),
 }
 
 
@@ -461,6 +510,7 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
     "none": lambda: replaced(pipeline, "swap", pipeline.swap),
     **STEP,
     **DROPPED,
+    **TWICE,
 }
 
 
@@ -469,6 +519,12 @@ def test_a_defect_of_a_step_is_caught(worlds: Worlds, mutation: str) -> None:
     mesh = Mesh(pp=2, tp=2)
     results = worlds(4).run(on_mesh, MODEL, mesh, True, 4, mutation)
     assert differences(results, MODEL)
+
+
+@pytest.mark.parametrize("mutation", TWICE)
+def test_a_defect_of_tied_embeddings_is_caught(worlds: Worlds, mutation: str) -> None:
+    results = worlds(4).run(on_mesh, TIED, Mesh(pp=2, tp=2), True, 4, mutation)
+    assert differences(results, TIED)
 
 
 @pytest.mark.parametrize("mutation", DROPPED)

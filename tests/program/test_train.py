@@ -215,16 +215,23 @@ def test_context_ranks_agree_and_resume_from_each_other(dataset: Path, tmp_path:
 
 def test_stages_agree_and_resume_from_each_other(dataset: Path, tmp_path: Path) -> None:
     """A run that goes on with 2 stages, with 4, with 2 beside tensor 2, and alone, is the same."""
-    deep = dataclasses.replace(MODEL, num_hidden_layers=4)
+    deep = dataclasses.replace(MODEL, num_hidden_layers=4, tie_word_embeddings=True)
     whole = dataclasses.replace(config(dataset, tmp_path / "alone"), model=deep)
     train(whole, Rendezvous())
     expected, log = log_of(tmp_path / "alone"), ""
     run = dataclasses.replace(whole.run, folder=str(tmp_path / "meshes"))
     path = write(dataclasses.replace(whole, run=run), tmp_path / "config.toml")
-    cases = ((0, 1, 1, ""), (1, 1, 2, ""), (2, 1, 4, ""), (4, 2, 2, "1,3"), (5, 1, 1, ""))
-    for stopped, tensor, stages, layers in cases:
+    cases = (
+        (0, 1, 1, "", 1),
+        (1, 1, 2, "", 2),
+        (2, 1, 4, "", 1),
+        (4, 2, 2, "1,3", 1),
+        (5, 1, 1, "", 1),
+    )
+    for stopped, tensor, stages, layers, chunks in cases:
         forget(tmp_path / "meshes", stopped) if stopped else None
         degrees = [f"--parallel.tensor={tensor}", f"--parallel.pipeline={stages}"]
+        degrees += [f"--parallel.chunks={chunks}"]
         degrees += [f"--parallel.layers_per_stage={layers}"] if layers else []
         job = torchrun(tensor * stages, path, *degrees)
         _, stderr = job.communicate(timeout=120)
@@ -234,7 +241,7 @@ def test_stages_agree_and_resume_from_each_other(dataset: Path, tmp_path: Path) 
             assert mine.keys() == theirs.keys()
             for key, value in mine.items():
                 assert value == pytest.approx(theirs[key], rel=1e-5), (mine["step"], key)
-    assert "parallel.pipeline 1 -> 2" in log
+    assert "parallel.pipeline 1 -> 2, parallel.chunks 1 -> 2" in log
     assert 'parallel.pipeline 4 -> 2, parallel.layers_per_stage "" -> "1,3"' in log
     assert "tensor 2 with sequence parallelism x pipeline 2 x data 1" in log
     folders = [Checkpoint(tmp_path / name / "checkpoints/step-00000006") for name in

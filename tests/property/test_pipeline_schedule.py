@@ -249,7 +249,10 @@ def test_every_parameter_is_on_one_stage(layers: int, data: st.DataObject) -> No
     assert [layer for each in in_order for layer in each] == [*range(layers)]
     names = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(layers)]
     for name in (*names, "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
-        assert [holds(each, layers, name) for each in held].count(True) == 1
-    assert [holds(each, layers, "model.layers.99.x") for each in held].index(True) == stages - 1
-    assert holds(held[0], layers, "model.embed_tokens.weight")
-    assert holds(held[-1], layers, "lm_head.weight")
+        assert [holds(each, layers, False, name) for each in held].count(True) == 1
+    last = [holds(each, layers, False, "model.layers.99.x") for each in held].index(True)
+    assert last == stages - 1
+    assert holds(held[0], layers, False, "model.embed_tokens.weight")
+    assert holds(held[-1], layers, False, "lm_head.weight")
+    both = [holds(each, layers, True, "model.embed_tokens.weight") for each in held]
+    assert both == [stage in (0, stages - 1) for stage in range(stages)], "tied to the head"

@@ -435,25 +435,6 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             {"parallel.layers_per_stage": "8", "model.num_hidden_layers": 8},
         ],
     ),
-    "embeddings_of_stages_are_untied": (
-        [
-            (
-                {
-                    "parallel.pipeline": 2,
-                    "model.tie_word_embeddings": True,
-                    "model.num_hidden_layers": 8,
-                },
-                None,
-                "parallel.pipeline=2 puts the embedding on the first stage and the output matrix "
-                "on the last, but model.tie_word_embeddings=true makes them one; use "
-                "parallel.pipeline=1",
-            )
-        ],
-        [
-            {"parallel.pipeline": 2, "model.num_hidden_layers": 8},
-            {"model.tie_word_embeddings": True},
-        ],
-    ),
     "traced_stages_recompute": (
         [
             (

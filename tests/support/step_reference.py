@@ -94,9 +94,10 @@ def gradients(llama: Llama, axes: Axes) -> dict[str, Tensor]:
 
 def summed(llama: Llama, axes: Axes, grads: dict[str, Tensor]) -> dict[str, Tensor]:
     """This rank's gradients ``grads``, summed as the optimizer must sum them."""
-    cuts, found = llama.sharded_parameters().cuts, {}
+    parameters, found = llama.sharded_parameters(), {}
     for name, grad in grads.items():
-        how = cuts[name]
+        how = parameters.cuts[name]
+        grad = axes.ends.all_reduce(grad) if name in parameters.tied else grad
         if isinstance(how, sharding.Replica):
             grad = axes.tp.all_reduce(grad) if llama.sequence_parallel else grad
         else:

@@ -43,10 +43,12 @@ class Case(NamedTuple):
     sequence: bool
     accumulation: int
     layers: tuple[int, ...] | None = None
+    tied: bool = False
 
     @property
     def model(self) -> ModelConfig:
-        return replace(MODEL, num_hidden_layers=sum(self.layers or (4,)))
+        layers = sum(self.layers or (4,))
+        return replace(MODEL, num_hidden_layers=layers, tie_word_embeddings=self.tied)
 
 
 class Meeting(Metered):
@@ -74,7 +76,8 @@ def meeting(axes: Axes, mesh: Mesh) -> Axes:
         pair = edge, (edge + 1) % stages
         if number in pair:
             both = tuple(sorted(s * each + rank for s in pair for rank in range(each)))
-            found[edge_name(edge, stages)] = Meeting(axes.edge(edge), f"edge {edge}", both)
+            name = edge_name(edge, stages)
+            found[name] = Meeting(axes.edge(edge), f"edge {edge}", both)
     return replace(axes, **found)
 
 
@@ -180,10 +183,11 @@ def differences(case: Case, results: list[dict[str, Any]]) -> list[str]:
         Case(Mesh(pp=2, dp=2), False, 2),
         Case(Mesh(pp=2, tp=2, ends=True), True, 4, (1, 1, 1, 1)),
         Case(Mesh(pp=3, tp=2, ends=True), True, 4, (1, 1, 1, 1, 1, 1)),
+        Case(Mesh(pp=3, tp=2, ends=True), True, 4, (2, 1, 1), tied=True),
     ],
     ids=lambda case: (
         f"pp{case.mesh.pp}-tp{case.mesh.tp}-cp{case.mesh.cp}-dp{case.mesh.dp}"
-        + "-chunks" * case.mesh.ends
+        + ("-tied" if case.tied else "-chunks" * case.mesh.ends)
     ),
 )
 def test_traced_stages_step_as_one(case: Case) -> None:
@@ -195,6 +199,6 @@ def test_traced_stages_step_as_one(case: Case) -> None:
     layers = case.layers or evenly(MODEL.num_hidden_layers, stages)
     assert len(passes) == (3 if len(layers) == 2 else 5), "first, middle, last"
     swaps = [name for name in counted if "swap" in name]
-    edges = min(stages - 1, 2) + case.mesh.ends
+    edges = min(stages - 1, 2) + (len(layers) > stages)
     assert sum(counted[name] for name in swaps) == edges, "over even edges, odd ones, and the ends"
-    assert counted.total() == all_programs(stages, layers, True)
+    assert counted.total() == all_programs(stages, layers, True, case.tied)

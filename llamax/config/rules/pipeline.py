@@ -142,16 +142,6 @@ def stages_are_listed(c: Config, world: World) -> Iterator[str]:
         )
 
 
-@RULES.reading("parallel.pipeline", "model.tie_word_embeddings")
-def embeddings_of_stages_are_untied(c: Config, world: World) -> Iterator[str]:
-    if c.parallel.pipeline > 1 and c.model.tie_word_embeddings:
-        yield (
-            f"parallel.pipeline={c.parallel.pipeline} puts the embedding on the first stage and "
-            "the output matrix on the last, but model.tie_word_embeddings=true makes them one; "
-            "use parallel.pipeline=1"
-        )
-
-
 @RULES.reading("parallel.pipeline", "run.backend", "run.recompute")
 def traced_stages_recompute(c: Config, world: World) -> Iterator[str]:
     if c.parallel.pipeline > 1 and c.run.backend == "xla" and c.run.recompute != "full":

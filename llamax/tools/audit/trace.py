@@ -159,7 +159,9 @@ class TracedRun:
         """The programs of an update or of a validation's mean, cut where all stages sum."""
         if self.run.mesh.pp == 1:
             return [(kind, when)]
-        names = ["loss of a rank", "loss, summed", f"norm, {self.stage}", "norm, summed"]
+        sums = ["tied gradient of a rank", "tied gradient, summed"]
+        sums = sums if self.state.optimizer.tied else []
+        names = ["loss of a rank", "loss, summed", *sums, f"norm, {self.stage}", "norm, summed"]
         names.append(f"update, {self.stage}")
         if kind == VALIDATION:
             names = [f"{kind} of a rank", f"{kind}, summed", f"{kind}, mean"]

@@ -77,7 +77,8 @@ def observed(host: Host) -> Machine:
 def programs(config: Config) -> int:
     """The number of programs that a run compiles, as the audit and the compile guard count them."""
     counts = chunk_layers(config.parallel, config.model.num_hidden_layers)
-    return all_programs(config.parallel.pipeline, counts, config.run.validates)
+    tied = config.model.tie_word_embeddings and config.finetune.method == "full"
+    return all_programs(config.parallel.pipeline, counts, config.run.validates, tied)
 
 
 def _plan(run: ResolvedRun, job: JobFile) -> Plan | None:

@@ -70,9 +70,9 @@ def divisions(
 
 
 def pipelines(config: Config) -> list[int]:
-    """The pipeline degrees tried, the configured one first: those of equal stages, if untied."""
+    """The pipeline degrees tried, the configured one first: those of equal stages."""
     configured, layers = config.parallel.pipeline, config.model.num_hidden_layers
-    if config.parallel.layers_per_stage or config.model.tie_word_embeddings:
+    if config.parallel.layers_per_stage:
         return [configured]
     return [configured, *(degree for degree in divisors(layers) if degree != configured)]
 

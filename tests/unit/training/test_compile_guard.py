@@ -99,6 +99,7 @@ def test_a_stage_compiles_its_passes_swaps_and_the_parts_of_an_update() -> None:
     assert programs(Seat(0, 2), [1, 1]) == {"training": 8, "validation": 4}
     assert programs(Seat(1, 2), [1, 1]) == {"training": 7, "validation": 4}
     assert programs(Seat(1, 3), [1, 1, 1]) == {"training": 9, "validation": 4}
+    assert programs(Seat(1, 2), [1, 1], tied=True) == {"training": 9, "validation": 4}
 
 
 def test_a_stage_compiles_the_passes_of_its_chunks() -> None:
@@ -117,3 +118,4 @@ def test_all_ranks_compile_the_programs_of_each_kind_of_stage() -> None:
     assert all_programs(4, [2, 3, 2, 2], False) == 7 + 2 + 11
     assert all_programs(2, [1] * 4, True) == 5 + 2 + 7 + 6
     assert all_programs(4, [1] * 8, False) == 5 + 3 + 9
+    assert all_programs(2, [4, 4], False, tied=True) == 3 + 1 + 7 + 2

@@ -21,7 +21,7 @@ TRN1 = load_machine("trn1.32xlarge")
     [
         ("--config llama2-70b --nodes 4", "--parallel.pipeline=2"),
         ("--config llama2-70b --nodes 1", "--nodes=4 --parallel.pipeline=2"),
-        ("--config llama2-70b --nodes 4 --model.tie_word_embeddings=true", "--nodes=32"),
+        ("--config llama2-70b --nodes 4 --parallel.layers_per_stage=80", "--nodes=32"),
         (
             "--config llama2-7b --parallel.tensor=1 --parallel.sequence=false",
             "--parallel.tensor=16",
@@ -33,7 +33,7 @@ TRN1 = load_machine("trn1.32xlarge")
         ),
         (
             "--config llama2-7b --instance g5.12xlarge --parallel.tensor=2 "
-            "--model.tie_word_embeddings=true",
+            "--parallel.layers_per_stage=32",
             "--nodes=2 --parallel.tensor=4 --run.recompute=full",
         ),
         (
@@ -71,7 +71,7 @@ def test_the_nearest_layout_fits_when_pasted(
             "--nodes=2 --parallel.tensor=4 --parallel.pipeline=4",
         ),
         (
-            "--config llama2-70b --instance p5.48xlarge --model.tie_word_embeddings=true",
+            "--config llama2-70b --instance p5.48xlarge --parallel.layers_per_stage=80",
             "--nodes=4 --parallel.tensor=8",
         ),
         (
@@ -102,22 +102,22 @@ def test_a_layout_that_the_machine_cannot_have_names_the_nearest(
 def test_a_search_that_finds_nothing_names_the_nearest_layout(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    tied = ["--config", "llama2-70b", "--nodes", "4", "--model.tie_word_embeddings=true"]
-    assert main([*tied, "--search"]) == 6
+    whole = ["--config", "llama2-70b", "--nodes", "4", "--parallel.layers_per_stage=80"]
+    assert main([*whole, "--search"]) == 6
     assert capsys.readouterr().out.splitlines()[-2] == "nearest layout that fits: --nodes=32"
-    assert main([*tied, "--json"]) == 6
+    assert main([*whole, "--json"]) == 6
     near = json.loads(capsys.readouterr().out)["nearest"]
     assert (near["flags"], near["nodes"], near["fits"]) == (["--nodes=32"], 32, True)
 
 
 def test_where_no_layout_fits_on_any_number_of_nodes(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", "llama2-7b", "--instance", "trn1.2xlarge", "--parallel.tensor=2"]
-    arguments += ["--model.tie_word_embeddings=true"]  # no pipeline divides it
+    arguments += ["--parallel.layers_per_stage=32"]  # no pipeline divides it
     assert main(arguments) == 6
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
         "no layout fits on any number of such nodes: the smallest, tensor 2 on 1,024 nodes "
-        "(micro-batch 1, recompute full) needs 21.4 GiB of 16 GiB, 12.3 GiB of it gradients"
+        "(micro-batch 1, recompute full) needs 21.8 GiB of 16 GiB, 12.6 GiB of it gradients"
     )
     assert main([*arguments, "--json"]) == 6
     assert json.loads(capsys.readouterr().out)["nearest"] is None
@@ -128,19 +128,19 @@ def test_where_no_layout_fits_on_any_number_of_nodes(capsys: pytest.CaptureFixtu
 
 def test_a_machine_that_is_too_small_for_any_layout_of_a_recipe() -> None:
     with pytest.raises(ConfigError) as error:
-        main(["--config", "llama2-7b", "--instance", "rtx4090", "--model.tie_word_embeddings=true"])
+        main(["--config", "llama2-7b", "--instance", "rtx4090", "--parallel.layers_per_stage=32"])
     assert str(error.value).endswith(
         "; no layout whose tensor ranks share a node fits on any number of such nodes: the "
-        "smallest, tensor 1 on 1,024 nodes (micro-batch 1, recompute full) needs 42.2 GiB of "
-        "23.5 GiB, 24.6 GiB of it gradients"
+        "smallest, tensor 1 on 1,024 nodes (micro-batch 1, recompute full) needs 42.9 GiB of "
+        "23.5 GiB, 25.1 GiB of it gradients"
     )
 
 
 def test_fewer_nodes_where_more_cannot_share_the_batch() -> None:
-    untied = load_config("llama2-7b", ["--data.global_batch=4"])
-    assert node_counts(untied, TRN1, 5) == [8, 16, 32, 64, 128, 4, 2, 1]  # up to 32 stages
-    tied = ["--model.tie_word_embeddings=true"]
-    config = load_config("llama2-7b", ["--data.global_batch=4", *tied])
+    any_stages = load_config("llama2-7b", ["--data.global_batch=4"])
+    assert node_counts(any_stages, TRN1, 5) == [8, 16, 32, 64, 128, 4, 2, 1]  # up to 32 stages
+    whole = ["--parallel.layers_per_stage=32"]
+    config = load_config("llama2-7b", ["--data.global_batch=4", *whole])
     assert node_counts(config, TRN1, 5) == [4, 2, 1]
     assert node_counts(config, TRN1, 2) == [2, 4, 1]
     near = nearest(config, TRN1, 5)

@@ -33,7 +33,7 @@ def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[s
 
 
 def test_search_ranks_meshes_that_fit_and_counts_the_others() -> None:
-    config = recipe("llama2-7b", "--model.tie_word_embeddings=true", *ONE)  # no pipelines
+    config = recipe("llama2-7b", "--parallel.layers_per_stage=32", *ONE)  # no pipelines
     plans, refused = search(config, TRN1, 4)
     fitting = [each for each in plans if each.memory.fits]
     assert fitting == plans[: len(fitting)]
@@ -94,7 +94,7 @@ def test_a_search_on_gpus_tries_zero_without_a_pipeline() -> None:
     [
         (["--parallel.zero=0"], {(1, 0), (1, 1), (1, 2), (1, 3), (2, 0), (2, 1)}),
         (["--parallel.zero=2"], {(1, 1), (1, 2), (1, 3), (2, 1)}),
-        (["--model.tie_word_embeddings=true"], {(1, 1), (1, 2), (1, 3)}),
+        (["--parallel.layers_per_stage=32"], {(1, 1), (1, 2), (1, 3)}),
         (["--finetune.method=lora"], {(1, 1), (1, 3), (2, 1)}),
         (["--finetune.method=qlora"], {(1, 1), (2, 1)}),
     ],
