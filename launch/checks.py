@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
-from llamax.launch import prepare
+from llamax.launch import prepare, sagemaker
 from llamax.launch.environment import RESERVED
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.errors import ConfigError
@@ -31,6 +31,7 @@ SLURM_WORD = re.compile(r"[A-Za-z0-9_.,-]*")
 SLURM_TIME = re.compile(r"(\d+-\d+(:\d+){0,2}|\d+(:\d+){0,2})?")
 SLURM_PATH = re.compile(r"[A-Za-z0-9._/@+=,-]*")
 BLEND = re.compile(r"\s*\d*\.?\d+\s+\S")
+INSTANCE_TYPE = re.compile(r"(?!ml\.)[a-z0-9-]+\.[a-z0-9-]+")
 SAGEMAKER_NAME = re.compile(r"[A-Za-z0-9](-*[A-Za-z0-9])*")
 
 
@@ -47,10 +48,10 @@ def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
         found += _run(job)
         if launcher == "sagemaker":
             found += _instance_type(job)
-    found += {"sagemaker": _sagemaker}.get(launcher, _shared)(job)
+    found += _sagemaker(job, phase) if launcher == "sagemaker" else _shared(job)
     if phase == "prepare":
         found += prepare.problems(job.prepare)
-        found += [] if found else _blend(job)
+        found += [] if found or launcher == "sagemaker" else _blend(job)
     special = {"torchrun": _torchrun, "mpirun": _mpirun, "slurm": _slurm, "k8s": _kubernetes}
     if launcher in special:
         found += special[launcher](job)
@@ -236,15 +237,18 @@ def _kubernetes(job: JobFile) -> Iterator[str]:
             )
 
 
-def _sagemaker(job: JobFile) -> Iterator[str]:
+def _sagemaker(job: JobFile, phase: str) -> Iterator[str]:
     yield from _base_image(job)
     if job.secrets and not job.sagemaker.secret:
         yield (
             "sagemaker.secret is empty, but there are secrets; set it to the name or ARN of a JSON "
             "object in AWS Secrets Manager that has their names"
         )
-    if not SAGEMAKER_NAME.fullmatch(job.name):
-        yield f"name={job.name!r} is refused by SageMaker; use letters, digits and -"
+    if not SAGEMAKER_NAME.fullmatch(job.name) or len(job.name) > sagemaker.LONGEST_NAME:
+        yield (
+            f"name={job.name!r} is refused by SageMaker; use letters, digits and -, up to "
+            f"{sagemaker.LONGEST_NAME} of them"
+        )
     if not IMAGE.fullmatch(job.image):
         yield (
             f"image={job.image!r} is not an image name; set it to the image that --phase image "
@@ -254,7 +258,9 @@ def _sagemaker(job: JobFile) -> Iterator[str]:
         yield "sagemaker.role is empty; set it to the IAM role that SageMaker assumes"
     if not job.sagemaker.data:
         yield "sagemaker.data is empty; set it to the s3:// or file:// folder of the dataset"
-    if job.sagemaker.local:
+    if phase == "prepare":
+        yield from _sagemaker_prepare(job)
+    elif job.sagemaker.local:
         if not job.local or job.nodes > 1:
             yield (
                 f"sagemaker.local=true runs on the CPU of this machine, not on {job.nodes} x "
@@ -268,3 +274,32 @@ def _sagemaker(job: JobFile) -> Iterator[str]:
             f"sagemaker.output={job.sagemaker.output!r} is not an s3:// folder; checkpoints are "
             "written there"
         )
+
+
+def _sagemaker_prepare(job: JobFile) -> Iterator[str]:
+    """Problems of a processing job; all of its files are in one folder on S3 or here."""
+    settings = job.sagemaker
+    if settings.local:
+        yield (
+            "sagemaker.local=true has no phase prepare; use --on torchrun on this machine, or "
+            "sagemaker.local=false"
+        )
+        return
+    if settings.data and not settings.data.startswith("s3://"):
+        yield f"sagemaker.data={settings.data!r} is not an s3:// folder; tokens are written there"
+    if not settings.inputs.startswith(("s3://", "file:///")):
+        yield (
+            f"sagemaker.inputs={settings.inputs!r} is not a folder; set it to the s3:// or "
+            "file:/// folder with the files that [prepare] names"
+        )
+    if not INSTANCE_TYPE.fullmatch(settings.prepare_instance):
+        yield (
+            f"sagemaker.prepare_instance={settings.prepare_instance!r} is not an instance type; "
+            "use one such as c5.9xlarge, without ml."
+        )
+    for key, path in prepare.paths(job.prepare):
+        if not _inside(os.path.join(sagemaker.TEXT, path), sagemaker.TEXT):
+            yield (
+                f"prepare.{key}={path!r} is not in sagemaker.inputs; use a path that is relative "
+                "to it"
+            )

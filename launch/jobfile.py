@@ -116,7 +116,7 @@ class Kubernetes:
 
 @dataclass(frozen=True)
 class SageMaker:
-    """Settings of a SageMaker training job."""
+    """Settings of a SageMaker job."""
 
     sdk: Literal[0, 2, 3] = 0
     """Major version of the SageMaker SDK; 0: the installed one, or 3."""
@@ -128,6 +128,12 @@ class SageMaker:
     """s3:// folder for checkpoints."""
     data: str = ""
     """s3:// or file:// folder of the dataset."""
+    inputs: str = ""
+    """Phase prepare: s3:// or file:// folder that the paths of the section prepare start in."""
+    prepare_instance: str = "c5.9xlarge"
+    """Phase prepare: instance type, of 36 CPUs by default."""
+    volume_gib: Count = 100
+    """Phase prepare: disk of the instance, for inputs and tokens [GiB]."""
     secret: str = ""
     """Name or ARN in AWS Secrets Manager of a JSON object with each name in the table secrets."""
     max_run_s: Count = 5 * 86400

@@ -125,6 +125,13 @@ def _option(name: str, value: object) -> Iterator[str]:
         yield f"--{option}={value}"
 
 
+def paths(settings: Prepare) -> Iterator[tuple[str, str]]:
+    """(key, path) of every file that the settings name, and of ``template`` if it may be one."""
+    for name in ("inputs", "validation_files", "test_files"):
+        yield from ((name, path) for path in getattr(settings, name))
+    yield from (("tokenizer", settings.tokenizer), ("template", settings.template))
+
+
 def problems(settings: Prepare) -> Iterator[str]:
     """What ``llamax prepare`` would refuse on the cluster, one line each."""
     if not settings.inputs:

@@ -22,7 +22,7 @@ PHASES = {
     "mpirun": ("prepare", "precompile", "train", "tensorboard"),
     "slurm": ("prepare", "precompile", "train", "tensorboard"),
     "k8s": ("image", "shell", "prepare", "precompile", "train", "tensorboard"),
-    "sagemaker": ("image", "train"),
+    "sagemaker": ("image", "prepare", "train"),
 }
 REPOSITORY = Path(__file__).resolve().parents[1]
 ACTIONS = ("start", "status", "logs", "utilization", "stop", "clean")
@@ -40,7 +40,7 @@ def render(job: JobFile, launcher: str, phase: str) -> str:
         return mpirun.render(job, phase)
     if launcher == "slurm":
         return slurm.render(job, phase)
-    return kubernetes.render(job, phase) if launcher == "k8s" else sagemaker.render(job)
+    return kubernetes.render(job, phase) if launcher == "k8s" else sagemaker.render(job, phase)
 
 
 def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
@@ -51,9 +51,9 @@ def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
         return kubernetes.action(job, phase, what)
     if launcher == "mpirun":
         return mpirun.action(job, phase, what)
-    return (
-        sagemaker.action(job, what) if launcher == "sagemaker" else script.action(job, phase, what)
-    )
+    if launcher == "sagemaker":
+        return sagemaker.action(job, phase, what)
+    return script.action(job, phase, what)
 
 
 def starter(job: JobFile, launcher: str, phase: str, file: str) -> list[str]:

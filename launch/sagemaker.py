@@ -1,28 +1,37 @@
-"""A Python file that creates a SageMaker training job and starts it, for version 2 or 3 of the SDK.
+"""A Python file that creates a SageMaker job and starts it, for version 2 or 3 of the SDK.
 
 ::
 
-    SDK 2    sagemaker.pytorch.PyTorch(**ARGUMENTS).fit(INPUTS)
-    SDK 3    sagemaker.train.ModelTrainer(**ARGUMENTS).train(INPUTS)      SDK 3 has no estimators
+    train      SDK 2    sagemaker.pytorch.PyTorch(**ARGUMENTS).fit(INPUTS)
+               SDK 3    sagemaker.train.ModelTrainer(**ARGUMENTS).train(INPUTS)    no estimators
+    prepare    both     ScriptProcessor(**ARGUMENTS).run(SCRIPT, INPUTS, OUTPUTS), a processing job
 
-With ``sagemaker.local`` the same container runs on this machine under docker, on the CPU, to test
+With ``sagemaker.local`` the same container trains on this machine under docker, on the CPU, to test
 the job before it runs on the cluster.  SageMaker starts torchrun on every host and passes settings
 as hyperparameters: ``--optim.lr 1e-4``.
 
-Sources: SageMaker Python SDK 2, ``sagemaker.pytorch.PyTorch`` and "Local Mode"; SDK 3,
-``sagemaker.train.ModelTrainer`` and its torchrun driver; AWS, "Run
-distributed training on Trainium: torchrun"; sagemaker-training-toolkit (hyperparameters).
+A processing job copies ``sagemaker.inputs`` to a disk, runs a script there on one CPU instance and
+copies the tokens to ``sagemaker.data``.
+
+Sources: SageMaker Python SDK 2, ``sagemaker.pytorch.PyTorch``, ``sagemaker.processing`` and "Local
+Mode"; SDK 3, ``sagemaker.train.ModelTrainer``, its torchrun driver and
+``sagemaker.core.processing``; AWS, "Run distributed training on Trainium: torchrun";
+sagemaker-training-toolkit (hyperparameters).
 """
 
 from __future__ import annotations
 
+import json
 import pprint
+from dataclasses import replace
 from shlex import quote
 from typing import Any
 
 from llamax.launch.environment import variables
-from llamax.launch.jobfile import JobFile
-from llamax.launch.script import SHEBANG
+from llamax.launch.jobfile import JobFile, Storage
+from llamax.launch.prepare import command_line
+from llamax.launch.script import SHEBANG, array, head, title
+from llamax.runtime.errors import Interrupted
 from llamax.runtime.versions import installed
 
 TRAIN = '''"""The training program of one rank, started by SageMaker."""
@@ -46,9 +55,18 @@ environ.update({{name: values[name] for name in {names!r}}})
 """
 CHECKPOINTS = "/opt/ml/checkpoints"  # SageMaker copies it to sagemaker.output during the job
 DATA = "/opt/ml/input/data/training"
+TEXT = "/opt/ml/processing/text"  # a copy of sagemaker.inputs
+TOKENS = "/opt/ml/processing/tokens"  # SageMaker copies it to sagemaker.data when the job ends
+# What the SDKs append to the name of a job: 2026-11-29-12-04-17-792 or 20261129120453.
+TIME = "([0-9]{4}(-[0-9]{2}){5}-[0-9]{3}|[0-9]{14})"
+LONGEST_NAME = 31  # with -prepare and the time a name of 63 characters
+CLI_2 = """if [[ $(aws --version 2>&1) == aws-cli/1.* ]]; then
+    echo "aws logs tail needs version 2 of the AWS CLI" >&2
+    exit 2
+fi
+"""
 
-
-# Both kinds of file end with one line on what boto3 or the SDK refuses.
+# All kinds of file end with one line on what boto3 or the SDK refuses.
 GUARD = """import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -61,24 +79,27 @@ if not found.startswith("{sdk}."):
     sys.exit(f"this file is for the SageMaker SDK {sdk}; found: {{found}}")
 
 {imports}
-TRAIN = {train!r}
+SCRIPT = {script}
 ARGUMENTS = {arguments}
-INPUTS = {inputs!r}
+INPUTS = {inputs!r}{outputs}
 
 source = Path("{source}")
 source.mkdir(exist_ok=True)
-(source / "train.py").write_text(TRAIN)
+(source / "{file}").write_text(SCRIPT)
 try:
 {start}
+except KeyboardInterrupt:
+    print("interrupted; a job that SageMaker has accepted goes on", file=sys.stderr)
+    sys.exit({interrupted})
 except Exception as error:  # boto3, docker and the SDK raise what they like
     sys.exit(f"SageMaker: {{type(error).__name__}}: {{error}}")
 """
 START = {
-    2: (
+    ("train", 2): (
         "from sagemaker.pytorch import PyTorch\n",
         "    PyTorch(**ARGUMENTS).fit(INPUTS)",
     ),
-    3: (
+    ("train", 3): (
         "from sagemaker.train import ModelTrainer\n"
         "from sagemaker.train.configs import (\n"
         "    CheckpointConfig,\n    Compute,\n    InputData,\n    SourceCode,\n"
@@ -98,6 +119,45 @@ START = {
     )
     trainer.train([InputData(channel_name=name, data_source=at) for name, at in INPUTS.items()])""",
     ),
+    ("prepare", 2): (
+        "from sagemaker.processing import ProcessingInput, ProcessingOutput, ScriptProcessor\n",
+        """    ScriptProcessor(**ARGUMENTS).run(
+        str(source / "prepare.sh"),
+        [ProcessingInput(source=at, destination=path) for path, at in INPUTS.items()],
+        [ProcessingOutput(source=path, destination=at) for path, at in OUTPUTS.items()],
+    )""",
+    ),
+    ("prepare", 3): (
+        "from sagemaker.core.processing import ScriptProcessor\n"
+        "from sagemaker.core.shapes import (\n"
+        "    ProcessingInput,\n    ProcessingOutput,\n"
+        "    ProcessingS3Input,\n    ProcessingS3Output,\n)\n",
+        """    inputs = [
+        ProcessingInput(
+            input_name="text",
+            s3_input=ProcessingS3Input(
+                s3_uri=at, local_path=path, s3_data_type="S3Prefix", s3_input_mode="File"
+            ),
+        )
+        for path, at in INPUTS.items()
+    ]
+    outputs = [
+        ProcessingOutput(
+            output_name="tokens",
+            s3_output=ProcessingS3Output(s3_uri=at, local_path=path, s3_upload_mode="EndOfJob"),
+        )
+        for path, at in OUTPUTS.items()
+    ]
+    processor = ScriptProcessor(**ARGUMENTS)
+    try:
+        processor.run(str(source / "prepare.sh"), inputs, outputs)
+    except AttributeError:  # what SDK 3.27 makes of a job that failed
+        if not (job := processor.latest_job):
+            raise
+        job.refresh()
+        state = f"{job.processing_job_status}. {job.failure_reason}".rstrip()
+        sys.exit(f"SageMaker: {job.processing_job_name}: {state}")""",
+    ),
 }
 
 
@@ -113,6 +173,18 @@ def hyperparameters(job: JobFile) -> dict[str, str]:
     """The options of the training program."""
     settings = dict(job.overrides) | {"data.path": DATA, "run.folder": CHECKPOINTS}
     return {"config": job.recipe, **settings}
+
+
+def as_json_twice(value: str) -> str:
+    """A text that SDK 3 hands over as ``value``: it reads hyperparameters as JSON, twice.
+
+    So ``1.10`` would become ``1.1``; texts that stay as they are remain readable.
+    """
+    try:
+        kept = json.dumps(json.loads(value)) == value and not value.startswith('"')
+    except ValueError:
+        kept = True
+    return value if kept else json.dumps(json.dumps(value))
 
 
 def environ(job: JobFile) -> dict[str, str]:
@@ -131,7 +203,7 @@ def estimator(job: JobFile) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "entry_point": "train.py",
         "source_dir": f"sagemaker-{job.name}",
-        "base_job_name": job.name,
+        "base_job_name": base_name(job, "train"),
         "image_uri": job.image,
         "role": job.sagemaker.role,
         "instance_type": "local" if local else f"ml.{job.machine.name}",
@@ -152,7 +224,7 @@ def model_trainer(job: JobFile) -> dict[str, Any]:
     local = job.sagemaker.local
     arguments: dict[str, Any] = {
         "training_mode": "LOCAL_CONTAINER" if local else "SAGEMAKER_TRAINING_JOB",
-        "base_job_name": job.name,
+        "base_job_name": base_name(job, "train"),
         "training_image": job.image,
         "role": job.sagemaker.role,
         "source_code": {"source_dir": f"sagemaker-{job.name}", "entry_script": "train.py"},
@@ -161,7 +233,9 @@ def model_trainer(job: JobFile) -> dict[str, Any]:
             "instance_type": "local_cpu" if local else f"ml.{job.machine.name}",
             "instance_count": 1 if local else job.nodes,
         },
-        "hyperparameters": hyperparameters(job),
+        "hyperparameters": {
+            key: as_json_twice(value) for key, value in hyperparameters(job).items()
+        },
         "environment": environ(job),
     }
     if not local:
@@ -173,29 +247,61 @@ def model_trainer(job: JobFile) -> dict[str, Any]:
     return arguments
 
 
-def render(job: JobFile) -> str:
+def processor(job: JobFile) -> dict[str, Any]:
+    """The arguments of ``ScriptProcessor``, the same in both SDKs."""
+    return {
+        "base_job_name": base_name(job, "prepare"),
+        "image_uri": job.image,
+        "role": job.sagemaker.role,
+        "command": ["bash"],
+        "instance_type": f"ml.{job.sagemaker.prepare_instance}",
+        "instance_count": 1,
+        "volume_size_in_gb": job.sagemaker.volume_gib,
+        "max_runtime_in_seconds": job.sagemaker.max_run_s,
+    }
+
+
+def render(job: JobFile, phase: str) -> str:
     """The Python file; it needs the SageMaker SDK and AWS credentials, or docker in local mode."""
     version = sdk(job)
-    data = job.sagemaker.data
-    if version == 3:
-        data = data.removeprefix("file://")
-    arguments = model_trainer(job) if version == 3 else estimator(job)
-    imports, start = START[version]
-    where = "in a container on this machine" if job.sagemaker.local else "on SageMaker"
-    machine = job.machine.name
+    imports, start = START[phase, version]
+    outputs = ""
+    if phase == "prepare":
+        file, script, arguments = "prepare.sh", _prepare_script(job), processor(job)
+        inputs = {TEXT: job.sagemaker.inputs.removeprefix("file://")}
+        outputs = f"\nOUTPUTS = { ({TOKENS: job.sagemaker.data})!r}"
+        what = f"{title(job, phase, 'SageMaker')} on {job.sagemaker.prepare_instance}"
+    else:
+        file, script = "train.py", TRAIN.format(secrets=_secrets(job))
+        arguments = model_trainer(job) if version == 3 else estimator(job)
+        data = job.sagemaker.data
+        inputs = {"training": data.removeprefix("file://") if version == 3 else data}
+        where = "in a container on this machine" if job.sagemaker.local else "on SageMaker"
+        what = f"train on {job.nodes} x {job.machine.name}, {where}"
     head = f'''#!/usr/bin/env python3
-"""{job.name}: train on {job.nodes} x {machine}, {where}, by the SageMaker SDK {version}."""
+"""{job.name}: {what}, by the SageMaker SDK {version}."""
 
 '''
     return head + GUARD.format(
         sdk=version,
         imports=imports,
-        train=TRAIN.format(secrets=_secrets(job)),
+        script=pprint.pformat(script, width=96),
         arguments=pprint.pformat(arguments, width=96, sort_dicts=False),
-        inputs={"training": data},
+        inputs=inputs,
+        outputs=outputs,
         source=f"sagemaker-{job.name}",
+        file=file,
         start=start,
+        interrupted=Interrupted.exit_code,
     )
+
+
+def _prepare_script(job: JobFile) -> str:
+    """The bash script of the container: ``llamax prepare`` in the copy of ``sagemaker.inputs``."""
+    inside = replace(job, storage=Storage(mount=TEXT), venv="")
+    text = head(inside, title(job, "prepare", "SageMaker"), container=True)
+    words = ["python3", "-m", "llamax", "prepare", *command_line(job.prepare, TOKENS)]
+    return text + array("program", words) + 'exec "${program[@]}"\n'
 
 
 def _secrets(job: JobFile) -> str:
@@ -204,30 +310,41 @@ def _secrets(job: JobFile) -> str:
     return SECRETS.format(secret=job.sagemaker.secret, names=names) if names else ""
 
 
-def action(job: JobFile, what: str) -> str:
-    """The script of an action on the newest job of this name."""
-    jobs = "aws sagemaker list-training-jobs --sort-by CreationTime --sort-order Descending"
-    newest = f"""job=$({jobs} \\
-    --name-contains {quote(job.name)} --max-results 1 \\
-    --query 'TrainingJobSummaries[0].TrainingJobName' --output text)
-if [[ $job == None ]]; then
-    echo "SageMaker has no job of this name"
+def base_name(job: JobFile, phase: str) -> str:
+    """The name of the jobs of a phase, without the time that the SDK appends."""
+    return job.name if phase == "train" else f"{job.name}-{phase}"
+
+
+def action(job: JobFile, phase: str, what: str) -> str:
+    """The script of an action on the newest job of a phase."""
+    kind, Kind = ("training", "Training") if phase == "train" else ("processing", "Processing")
+    name = base_name(job, phase)
+    jobs = f"aws sagemaker list-{kind}-jobs --sort-by CreationTime --sort-order Descending"
+    newest = f"""# names are {name}-TIME; jobs of other names may contain this one
+names=$({jobs} \\
+    --name-contains {name} --query '{Kind}JobSummaries[].{Kind}JobName' --output text)
+job=$(tr '\\t' '\\n' <<<"$names" | grep -E --max-count 1 '^{name}-{TIME}$' || true)
+if [[ -z $job ]]; then
+    echo "SageMaker has no job {name}"
     exit 0
 fi
 """
-    describe = 'aws sagemaker describe-training-job --training-job-name "$job"'
-    tail = "aws logs tail /aws/sagemaker/TrainingJobs --follow"
+    this = f'--{kind}-job-name "$job"'
+    state = f"state: {Kind}JobStatus, started: {Kind}StartTime, ended: {Kind}EndTime"
+    state += ", step: SecondaryStatus" if phase == "train" else ""
+    group = f"/aws/sagemaker/{Kind}Jobs"
     return (
         f"{SHEBANG}\nset -euo pipefail\n"
         + {
-            "stop": f'{newest}aws sagemaker stop-training-job --training-job-name "$job"\n',
-            "status": f"{newest}{describe} --output table \\\n"
-            "    --query '[TrainingJobStatus,SecondaryStatus,TrainingTimeInSeconds]'\n",
-            "logs": f'{newest}{tail} --log-stream-name-prefix "$job"\n',
+            "stop": f'{newest}aws sagemaker stop-{kind}-job {this}\necho "$job is being stopped"\n',
+            "status": f"{newest}aws sagemaker describe-{kind}-job {this} --output table \\\n"
+            f"    --query '{{{state}, problem: FailureReason}}'\n",
+            "logs": f"{CLI_2}{newest}exec aws logs tail {group} --follow \\\n"
+            '    --log-stream-name-prefix "$job"\n',
             "utilization": f"""{newest}aws cloudwatch get-metric-data --output table \\
     --start-time "$(date --utc --date='1 hour ago' +%FT%TZ)" --end-time "$(date --utc +%FT%TZ)" \\
-    --metric-data-queries "[{{\\"Id\\":\\"cpu\\",\\"Expression\\":\\"SEARCH('{{/aws/sagemaker/\
-TrainingJobs,Host}} $job', 'Average', 300)\\"}}]"
+    --metric-data-queries "[{{\\"Id\\":\\"cpu\\",\\"Expression\\":\\"SEARCH('{{{group},Host}} \
+$job', 'Average', 300)\\"}}]"
 """,
             "clean": f"rm -rf -- {quote(f'sagemaker-{job.name}')}\n",
         }[what]

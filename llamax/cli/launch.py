@@ -94,7 +94,7 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
         )
     if node is not None and not 0 <= node < job.nodes:
         raise ConfigError(f"--node={node} is out of range; use 0 to {job.nodes - 1}")
-    if launcher == "sagemaker" and phase == "train" and what == "start":
+    if launcher == "sagemaker" and phase != "image" and what == "start":
         _check_sdk(sagemaker.sdk(job))
     with tempfile.NamedTemporaryFile("w", suffix=f"-{job.name}-{phase}") as file:
         file.write(text)

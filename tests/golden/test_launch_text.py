@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -70,6 +71,8 @@ def renderings(name: str, nodes: int) -> Iterator[tuple[str, str]]:
         yield f"--phase {phase}", render(this, launcher, phase)
     for what in ACTIONS[1:]:
         yield f"--phase train --action {what}", action(this, launcher, "train", what)
+    if launcher == "sagemaker":
+        yield "--phase prepare --action stop", action(this, launcher, "prepare", "stop")
 
 
 def golden(name: str, nodes: int) -> str:
@@ -288,7 +291,7 @@ def check_program(text: str) -> None:
 
 
 def test_sagemakers_file_is_python_with_these_arguments() -> None:
-    values = sagemaker_values(sagemaker.render(job(nodes=4, sagemaker__sdk=2)))
+    values = sagemaker_values(sagemaker.render(job(nodes=4, sagemaker__sdk=2), "train"))
     arguments = values["ARGUMENTS"]
     assert arguments["instance_type"] == "ml.trn1.32xlarge"
     assert arguments["instance_count"] == 4
@@ -296,12 +299,12 @@ def test_sagemakers_file_is_python_with_these_arguments() -> None:
     assert arguments["hyperparameters"]["optim.lr"] == "0.0002"
     assert all(isinstance(value, str) for value in arguments["hyperparameters"].values())
     assert arguments["environment"]["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/run/neuron-cache"
-    check_program(values["TRAIN"])
+    check_program(values["SCRIPT"])
     assert values["INPUTS"] == {"training": "s3://bucket/tokens"}
 
 
 def test_sdk_3_has_a_model_trainer() -> None:
-    values = sagemaker_values(sagemaker.render(job(nodes=4, sagemaker__sdk=3)))
+    values = sagemaker_values(sagemaker.render(job(nodes=4, sagemaker__sdk=3), "train"))
     arguments = values["ARGUMENTS"]
     assert arguments["compute"] == {"instance_type": "ml.trn1.32xlarge", "instance_count": 4}
     assert arguments["distributed"] == {"process_count_per_node": 32}
@@ -309,16 +312,51 @@ def test_sdk_3_has_a_model_trainer() -> None:
     assert arguments["environment"]["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/run/neuron-cache"
     assert arguments["checkpoint_config"]["s3_uri"] == "s3://bucket/run"
     assert arguments["source_code"]["entry_script"] == "train.py"
-    check_program(values["TRAIN"])
+    check_program(values["SCRIPT"])
     assert values["INPUTS"] == {"training": "s3://bucket/tokens"}
     small = {"recipe": "demo", "instance": "local", "ranks_per_node": 4, "overrides": {}}
     here = job(**small, sagemaker__local=True, sagemaker__sdk=3, sagemaker__data="file:///data")
     assert problems(here, "sagemaker", "train") == []
-    values = sagemaker_values(sagemaker.render(here))
+    values = sagemaker_values(sagemaker.render(here, "train"))
     assert values["INPUTS"] == {"training": "/data"}
     assert values["ARGUMENTS"]["training_mode"] == "LOCAL_CONTAINER"
     assert values["ARGUMENTS"]["compute"] == {"instance_type": "local_cpu", "instance_count": 1}
     assert "checkpoint_config" not in values["ARGUMENTS"]
+
+
+@pytest.mark.parametrize("sdk", [2, 3])
+def test_a_processing_job_prepares(sdk: int) -> None:
+    values = sagemaker_values(sagemaker.render(job(nodes=4, sagemaker__sdk=sdk), "prepare"))
+    arguments = values["ARGUMENTS"]
+    assert (arguments["instance_type"], arguments["instance_count"]) == ("ml.c5.9xlarge", 1)
+    assert arguments["base_job_name"] == "llama2-7b-prepare"
+    assert values["INPUTS"] == {sagemaker.TEXT: "s3://bucket/text"}
+    assert values["OUTPUTS"] == {sagemaker.TOKENS: "s3://bucket/tokens"}
+    script = values["SCRIPT"]
+    assert f"\ncd -- {sagemaker.TEXT}\n" in script
+    assert f"    --out={sagemaker.TOKENS}\n" in script
+    assert script.endswith('    --\n    books\n    notes.jsonl\n)\nexec "${program[@]}"\n')
+    here = job(sagemaker__sdk=sdk, sagemaker__inputs="file:///data/text")
+    assert sagemaker_values(sagemaker.render(here, "prepare"))["INPUTS"] == {
+        sagemaker.TEXT: "/data/text"
+    }
+
+
+@pytest.mark.parametrize(
+    "value", ["1.10", "1e3", "007", "true", '"quoted"', "null", "[1,2]", "2e-05", "a b", "", "é"]
+)
+def test_sdk_3_hands_values_over_as_they_are(value: str) -> None:
+    """The driver of SDK 3.27 in the container: environment.py reads JSON, torchrun_driver too."""
+
+    def deserialize(text: object) -> object:
+        try:
+            return json.loads(text) if isinstance(text, str) else text
+        except json.JSONDecodeError:
+            return text
+
+    given = sagemaker.model_trainer(job(overrides__run__wandb_project=value))
+    found = deserialize(deserialize(given["hyperparameters"]["run.wandb_project"]))
+    assert (found if isinstance(found, str) else json.dumps(found)) == value
 
 
 @pytest.mark.parametrize(
@@ -329,7 +367,7 @@ def test_the_file_is_for_the_installed_sdk(
 ) -> None:
     monkeypatch.setattr(sagemaker, "installed", lambda package: version)
     assert sagemaker.sdk(job()) == sdk
-    assert f"by the SageMaker SDK {sdk}." in sagemaker.render(job())
+    assert f"by the SageMaker SDK {sdk}." in sagemaker.render(job(), "train")
     assert sagemaker.sdk(job(sagemaker__sdk=2)) == 2
 
 

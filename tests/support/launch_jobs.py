@@ -26,6 +26,7 @@ JOB: dict[str, Any] = {
         "local": False,
         "role": "arn:aws:iam::123456789012:role/SageMaker",
         "data": "s3://bucket/tokens",
+        "inputs": "s3://bucket/text",
         "output": "s3://bucket/run",
     },
 }

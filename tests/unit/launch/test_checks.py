@@ -124,6 +124,7 @@ def test_all_problems_are_reported_together() -> None:
         ),
         ("k8s", {"name": "a" * 44, "nodes": 8}, "-worker-7 has 64 characters, Kubernetes allows"),
         ("sagemaker", {"name": "a.b"}, "name='a.b' is refused by SageMaker; use letters, digits"),
+        ("sagemaker", {"name": "a" * 32}, "use letters, digits and -, up to 31 of them"),
         ("sagemaker", {"image": ""}, "image='' is not an image name; set it to the image that"),
         ("sagemaker", {"sagemaker__role": ""}, "sagemaker.role is empty; set it to the IAM role"),
         ("sagemaker", {"sagemaker__data": ""}, "sagemaker.data is empty; set it to the s3:// or"),
@@ -141,6 +142,38 @@ def test_each_mistake_is_one_line(launcher: str, changes: dict[str, Any], messag
     assert len(found) == 1
     assert message in found[0]
     assert "\n" not in found[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sagemaker__inputs": ""}, "sagemaker.inputs='' is not a folder; set it to the s3:// or"),
+        ({"sagemaker__inputs": "/x"}, "sagemaker.inputs='/x' is not a folder; set it to the s3://"),
+        ({"sagemaker__data": "file:///x"}, "sagemaker.data='file:///x' is not an s3:// folder;"),
+        ({"sagemaker__prepare_instance": "ml.c5.xlarge"}, "use one such as c5.9xlarge, without ml"),
+        ({"sagemaker__prepare_instance": "c5"}, "sagemaker.prepare_instance='c5' is not an instan"),
+        ({"sagemaker__local": True}, "sagemaker.local=true has no phase prepare; use --on torchr"),
+        ({"prepare__inputs": ["/fsx/a"]}, "prepare.inputs='/fsx/a' is not in sagemaker.inputs;"),
+        ({"prepare__tokenizer": "a/../../b"}, "prepare.tokenizer='a/../../b' is not in sagemaker"),
+        ({"prepare__inputs": []}, "prepare.inputs is empty; set it to the text files, rows or"),
+    ],
+)
+def test_each_mistake_of_a_processing_job_is_one_line(
+    changes: dict[str, Any], message: str
+) -> None:
+    found = problems(job(**changes), "sagemaker", "prepare")
+    assert len(found) == 1
+    assert message in found[0]
+
+
+def test_processing_jobs_that_are_right() -> None:
+    for changes in (
+        {"sagemaker__inputs": "file:///data"},
+        {"sagemaker__prepare_instance": "m7i.48xlarge"},
+        {"prepare__inputs": ["."], "prepare__tokenizer": "..tok/x.model"},
+        {"overrides__data__path": "0.5 a 0.5 b"},
+    ):
+        assert problems(job(**changes), "sagemaker", "prepare") == []
 
 
 @pytest.mark.parametrize(

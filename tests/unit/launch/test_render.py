@@ -154,6 +154,45 @@ def test_actions_on_a_kubernetes_job_that_is_not_there_end_well(tmp_path: Path, 
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "no cluster\n")
 
 
+JOBS = """llama2-7b-chat-2026-11-29-12-19-39-113 llama2-7b-prepare-20261129120453
+my-llama2-7b-20261129120453 llama2-7b-20261129120453 llama2-7b-2026-11-29-12-04-17-792"""
+
+
+@pytest.mark.parametrize("phase", ["train", "prepare"])
+@pytest.mark.parametrize("what", ["status", "stop", "logs", "utilization"])
+def test_actions_on_sagemaker_take_the_newest_job_of_just_this_name(
+    tmp_path: Path, phase: str, what: str
+) -> None:
+    aws = tmp_path / "aws"
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def run(jobs: str, version: str = "2.1", code: int = 0) -> subprocess.CompletedProcess[str]:
+        aws.write_text(
+            f"#!/bin/bash\ncase $* in\n--version) echo aws-cli/{version} ;;\n"
+            f"*list-*-jobs*) echo '{jobs}'; exit {code} ;;\n"
+            f'*) echo "$@" >{tmp_path}/did ;;\nesac\n'
+        )
+        aws.chmod(0o755)
+        command = ["bash", "-c", action(job(), "sagemaker", phase, what)]
+        return subprocess.run(command, env=environ, text=True, capture_output=True)
+
+    name = "llama2-7b" if phase == "train" else "llama2-7b-prepare"
+    assert run(JOBS.replace(" ", "\t")).returncode == 0
+    assert f"{name}-20261129120453" in (tmp_path / "did").read_text()
+    (tmp_path / "did").unlink()
+    for jobs in ("", "None", "my-llama2-7b-20261129120453"):
+        done = run(jobs)
+        assert (done.returncode, done.stdout) == (0, f"SageMaker has no job {name}\n")
+    assert run("", code=255).returncode == 255
+    assert not (tmp_path / "did").exists()
+    if what == "logs":
+        done = run(JOBS, version="1.46")
+        assert (done.returncode, done.stderr) == (
+            2,
+            "aws logs tail needs version 2 of the AWS CLI\n",
+        )
+
+
 @pytest.mark.parametrize(
     ("text", "host"),
     [
@@ -181,7 +220,7 @@ def test_sagemakers_file_keeps_values_as_they_are(sdk: int) -> None:
     )
     text = render(this, "sagemaker", "train")
     module: dict[str, Any] = {}
-    constants = text[text.index("TRAIN = ") : text.index("source = Path")]
+    constants = text[text.index("SCRIPT = ") : text.index("source = Path")]
     exec(compile(constants, "x", "exec"), module)
     assert module["ARGUMENTS"]["environment"]["TRICK"] == TRICKS + '"""'
     assert module["INPUTS"] == {"training": "s3://" + TRICKS}

@@ -113,7 +113,7 @@ def test_sagemakers_program_reads_secrets_when_it_starts(
     text = render(with_secrets(sagemaker__sdk=sdk, sagemaker__secret=TRICKS), "sagemaker", "train")
     assert "/keys/" not in text
     module: dict[str, Any] = {}
-    constants = text[text.index("TRAIN = ") : text.index("source = Path")]
+    constants = text[text.index("SCRIPT = ") : text.index("source = Path")]
     exec(compile(constants, "x", "exec"), module)
     assert not set(SECRETS) & set(module["ARGUMENTS"]["environment"])
     asked: list[str] = []
@@ -129,7 +129,7 @@ def test_sagemakers_program_reads_secrets_when_it_starts(
     monkeypatch.setattr("runpy.run_module", lambda name, run_name: started.append(name))
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     monkeypatch.setattr(os, "environ", dict(os.environ))
-    exec(compile(module["TRAIN"], "train.py", "exec"), {})
+    exec(compile(module["SCRIPT"], "train.py", "exec"), {})
     assert asked == [TRICKS]
     assert started == ["llamax.train"]
     assert (os.environ["WANDB_API_KEY"], os.environ["HF_TOKEN"]) == ("a", "b")
