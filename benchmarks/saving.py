@@ -29,7 +29,7 @@ from torch import Tensor
 
 from llamax.checkpoint import Checkpoint, Saver, hf_writer, load_owned
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.checksums import BLOCK_BYTES, CHECKSUM_DIGITS
+from llamax.checkpoint.checksums import BLOCK_BYTES, CHECKSUM_BYTES
 from llamax.checkpoint.runs import Run, is_writer, slices
 from llamax.checkpoint.safetensors_io import TAGS, build_header
 from llamax.config.load import load_config
@@ -163,10 +163,10 @@ def load(checkpoint: Path, owned: list[Run1], model: Llama, verify: bool, anew: 
     load_owned(Checkpoint(checkpoint, verify), owned, model.sharded_parameters())
 
 
-def blank_sums(header: bytes, sizes_bytes: list[int]) -> str:
+def blank_sums(header: bytes, sizes_bytes: list[int]) -> bytes:
     """As many checksums as a file has blocks: the header's and each tensor's."""
     blocks = sum(-(-size // BLOCK_BYTES) for size in (len(header), *sizes_bytes))
-    return "0" * (blocks * CHECKSUM_DIGITS)
+    return bytes(blocks * CHECKSUM_BYTES)
 
 
 def share_of(llama: Llama, degree: int, rank: int) -> ShardedParameters:
@@ -182,10 +182,18 @@ def build(folder: Path, recipe: str, tensor: int, data: int, bucket: int = 1 << 
     """A checkpoint of a recipe whose files hold headers and holes; how many runs it has."""
     model = load_config(recipe).model
     llama = Llama(model, device="meta")
-    listed: list[files.FileRecord] = []
-    tensors: dict[str, files.TensorRecord] = {}
+    manifest = files.Manifest(
+        format=files.FORMAT_VERSION,
+        step=1,
+        llamax="",
+        torch=torch.__version__,
+        mesh={"tensor": tensor, "data": data, "zero": 1},
+        model=model.to_hub("bfloat16"),
+        state={},
+    )
     kinds = {"weight": torch.bfloat16, **dict.fromkeys(("master", "exp_avg", "exp_avg_sq"), None)}
     count, piece = 0, bucket // data
+    shapes: dict[str, tuple[int, ...]] = {}
     for tp in range(tensor):
         inside: dict[int, list[tuple[str, Run]]] = {rank: [] for rank in range(data)}
         at = 0
@@ -199,8 +207,7 @@ def build(folder: Path, recipe: str, tensor: int, data: int, bucket: int = 1 << 
                 for one in slices(share, name, start, length):
                     if is_writer(how_of[one.name], tensor, tp):
                         inside[rank].append((one.name, one.run))
-                        shape = whole_shape(how_of[one.name], local.shape)
-                        tensors.setdefault(one.name, files.TensorRecord(shape, {}))
+                        shapes[one.name] = whole_shape(how_of[one.name], local.shape)
                 start += length
             at += size
         for rank, runs in inside.items():
@@ -211,9 +218,8 @@ def build(folder: Path, recipe: str, tensor: int, data: int, bucket: int = 1 << 
                         stored = dtype or torch.float32
                         for name, run in runs:
                             entries.append((files.run_key(name, kind, run), stored, (run.length,)))
-                            kept = files.KindRecord(TAGS[stored], [])
-                            kept = tensors[name].kinds.setdefault(kind, kept)
-                            kept.runs.append((len(listed), *run))
+                            kept = manifest.kind(name, kind, shapes[name], TAGS[stored])
+                            kept.add(len(manifest.files), run)
                             count += 1
                 start_bytes, _, size_bytes = build_header(entries)
                 path = folder / files.file_name(role, tp, rank)
@@ -221,12 +227,7 @@ def build(folder: Path, recipe: str, tensor: int, data: int, bucket: int = 1 << 
                 os.truncate(path, size_bytes)
                 sizes = [shape[0] * dtype.itemsize for _, dtype, shape in entries]
                 sums = blank_sums(start_bytes, sizes)
-                listed.append(files.FileRecord(path.name, size_bytes, "0" * 64, sums))
-    mesh = {"tensor": tensor, "data": data, "zero": 1}
-    hub = model.to_hub("bfloat16")
-    manifest = files.Manifest(
-        files.FORMAT_VERSION, 1, "", torch.__version__, mesh, hub, {}, listed, tensors
-    )
+                manifest.files.append(files.FileRecord(path.name, size_bytes, "0" * 64, sums))
     cpu = time.process_time()
     files.write_manifest(folder, manifest, "")
     print(f"checked and written in {time.process_time() - cpu:.1f} CPU s")
@@ -238,7 +239,7 @@ def planning(folder: Path, recipe: str, tensor: int, data: int) -> None:
     folder = folder / files.step_name(1)
     folder.mkdir()
     count = build(folder, recipe, tensor, data)
-    text = (folder / files.MANIFEST).stat().st_size
+    text = sum((folder / name).stat().st_size for name in (files.MANIFEST, files.INDEX))
     apparent = sum(path.stat().st_size for path in folder.iterdir())
     print(
         f"{count:,} runs in {len([*folder.iterdir()])} files of {apparent / 1e12:.2f} TB (sparse)"

@@ -10,7 +10,7 @@ The lock lies beside the content, so it is held until after the rename and OUT n
 What a killed process left has a free lock and is removed by the next one that makes OUT; nothing
 else is deleted.
 
-``write_durable`` replaces a small file and syncs it to disk; ``write_note`` only shows a small file
+``write_durable`` replaces a file and syncs it to disk; ``write_note`` only shows a small file
 to other ranks at once.
 """
 
@@ -91,9 +91,8 @@ def failure_of(note: Any, what: str) -> CheckpointError:
     return error(f"{what}: {note.get('why', 'see its log')}")
 
 
-def write_durable(path: Path, text: str) -> None:
-    """Replace a small text file on disk: after a crash it has the old text or the new one."""
-    data = text.encode()
+def write_durable(path: Path, data: bytes) -> None:
+    """Replace a file on disk: after a crash it has the old content or the new one."""
     with explain_write_errors(path, len(data)):
         write_atomic(path, data)
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64, xxh3_64_hexdigest
+from xxhash import xxh3_64, xxh3_64_digest
 
 from llamax.runtime.errors import CheckpointError
 
 BLOCK_BYTES = 1 << 20
-CHECKSUM_DIGITS = 16  # hexadecimal digits of one checksum
+CHECKSUM_BYTES = 8
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -36,7 +36,7 @@ class BlockHasher:
     """Computes the block checksums of a file from its bytes in order."""
 
     def __init__(self) -> None:
-        self._checksums: list[str] = []
+        self._checksums = bytearray()
         self._block, self._size = xxh3_64(), 0
 
     def update(self, data: memoryview) -> None:
@@ -52,12 +52,12 @@ class BlockHasher:
     def end_block(self) -> None:
         """End the current block; call it at the end of the header and of every tensor."""
         if self._size:
-            self._checksums.append(self._block.hexdigest())
+            self._checksums += self._block.digest()
             self._block, self._size = xxh3_64(), 0
 
-    def hexdigests(self) -> str:
+    def digests(self) -> bytes:
         """The checksums of all blocks, concatenated."""
-        return "".join(self._checksums)
+        return bytes(self._checksums)
 
 
 class BlockVerifier:
@@ -67,16 +67,16 @@ class BlockVerifier:
     checksums, concatenated.  Raises CheckpointError if their number does not fit the file.
     """
 
-    def __init__(self, path: Path, ends: Iterable[int], sums: str) -> None:
+    def __init__(self, path: Path, ends: Iterable[int], sums: bytes | memoryview) -> None:
         self.path, self.sums = path, sums
         self._starts = [0]
         for end in ends:
             self._starts += range(self._starts[-1] + BLOCK_BYTES, end, BLOCK_BYTES)
             if end > self._starts[-1]:
                 self._starts.append(end)
-        if len(sums) != CHECKSUM_DIGITS * (len(self._starts) - 1):
+        if len(sums) != CHECKSUM_BYTES * (len(self._starts) - 1):
             raise CheckpointError(
-                f"{path}: the manifest has {len(sums) // CHECKSUM_DIGITS} checksums for its "
+                f"{path}: the manifest has {len(sums) // CHECKSUM_BYTES} checksums for its "
                 f"{len(self._starts) - 1} blocks"
             )
 
@@ -100,13 +100,13 @@ class BlockVerifier:
 
     def _read_block(self, fd: int, number: int, into: Bytes) -> None:
         """Read a whole block and compare it with its checksum."""
-        start, at = self._starts[number], number * CHECKSUM_DIGITS
+        start, at = self._starts[number], number * CHECKSUM_BYTES
         read_exactly(fd, self.path, start, into)
-        actual, expected = xxh3_64_hexdigest(into.data), self.sums[at : at + CHECKSUM_DIGITS]
+        actual, expected = xxh3_64_digest(into.data), self.sums[at : at + CHECKSUM_BYTES]
         if actual != expected:
             raise CheckpointError(
                 f"{self.path} changed after it was saved: the checksum of its bytes {start} to "
-                f"{start + len(into) - 1} is {actual}, the manifest says {expected}"
+                f"{start + len(into) - 1} is {actual.hex()}, the manifest says {expected.hex()}"
             )
 
 

@@ -7,28 +7,34 @@
         optimizer-tp00-dp00.safetensors   runs of masters and moments, and the random state
                                           (of a pipeline weights-pp00-tp00-dp00, ...)
         config.toml                       the resolved configuration
-        manifest.json                     what is where; sha256 and block checksums of every file
+        manifest.json                     what is where; sha256 of every file
+        index.bin                         every run and every block checksum (``manifest_index``)
         done                              the sha256 of the manifest: written last, deleted first
 
 A folder without ``done`` is not a checkpoint.  The manifest describes no mesh that a reader would
-have to rebuild: for every tensor it lists the runs (see ``runs``) and the file that holds each.
+have to rebuild: for every tensor the index lists the runs (see ``runs``) and the file that holds
+each.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from llamax.checkpoint.atomic import write_durable
-from llamax.checkpoint.checksums import CHECKSUM_DIGITS
-from llamax.checkpoint.runs import Run, is_tiling
+from llamax.checkpoint.checksums import CHECKSUM_BYTES
+from llamax.checkpoint.manifest_index import INDEX as INDEX
+from llamax.checkpoint.manifest_index import Index, KindRecord, pack, tiles
+from llamax.checkpoint.runs import Run
 from llamax.checkpoint.safetensors_io import DTYPES, Progress, no_progress
 from llamax.config.base_model import DONE as DONE
 from llamax.config.base_model import MANIFEST as MANIFEST
@@ -39,11 +45,10 @@ from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import sha256
 from llamax.runtime.versions import LLAMAX
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_TOML = CONFIG_FILE
 RANK_FILE = re.compile(r"(weights|optimizer)-(pp\d{2,}-)?tp\d{2,}-dp\d{2,}\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-CHECKSUMS = re.compile(rf"(?:[0-9a-f]{{{CHECKSUM_DIGITS}}})*")
 RNG = "rng"  # the name of the random state inside an optimizer file
 
 
@@ -54,18 +59,7 @@ class FileRecord:
     name: str
     size_bytes: int
     sha256: str
-    sums: str = ""
-
-
-@dataclass(frozen=True)
-class KindRecord:
-    """One kind of a tensor (weight, master, exp_avg or exp_avg_sq): its dtype and its runs.
-
-    A run is [file index, left, width, start, length].
-    """
-
-    dtype: str
-    runs: list[tuple[int, int, int, int, int]]
+    sums: bytes | memoryview = b""
 
 
 @dataclass(frozen=True)
@@ -76,9 +70,9 @@ class TensorRecord:
     kinds: dict[str, KindRecord]
 
 
-@dataclass(frozen=True)
-class Manifest:
-    """The contents of a checkpoint, as ``manifest.json`` holds them.
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """What a manifest says apart from its files and tensors.
 
     ``model`` is the Hub's config.json, ``state`` the state of the training program, ``score`` the
     validation loss if one was computed at this step, ``config_sha256`` that of config.toml if there
@@ -92,10 +86,56 @@ class Manifest:
     mesh: dict[str, int]
     model: dict[str, Any]
     state: dict[str, Any]
-    files: list[FileRecord]
-    tensors: dict[str, TensorRecord] = field(default_factory=dict)
     score: float | None = None
     config_sha256: str = ""
+
+
+@dataclass(frozen=True)
+class _StoredFile:
+    """A ``FileRecord`` in manifest.json, with the number of its blocks in the index."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+    blocks: int
+
+
+@dataclass(frozen=True)
+class _StoredKind:
+    """A ``KindRecord`` in manifest.json, with the number of its runs in the index."""
+
+    dtype: str
+    runs: int
+
+
+@dataclass(frozen=True)
+class _StoredTensor:
+    """A ``TensorRecord`` in manifest.json."""
+
+    shape: tuple[int, ...]
+    kinds: dict[str, _StoredKind]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stored(_Head):
+    """The content of manifest.json."""
+
+    files: list[_StoredFile]
+    tensors: dict[str, _StoredTensor]
+    index_sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest(_Head):
+    """The contents of a checkpoint, as ``manifest.json`` and ``index.bin`` hold them."""
+
+    files: list[FileRecord] = field(default_factory=list)
+    tensors: dict[str, TensorRecord] = field(default_factory=dict)
+
+    def kind(self, name: str, kind: str, shape: tuple[int, ...], dtype: str) -> KindRecord:
+        """The record of a kind of a tensor, new where there is none yet."""
+        kinds = self.tensors.setdefault(name, TensorRecord(shape, {})).kinds
+        return kinds.setdefault(kind, KindRecord(dtype))
 
     def problem(self) -> str:
         """The first inconsistency found, or an empty string."""
@@ -104,8 +144,8 @@ class Manifest:
         for file in self.files:
             if not RANK_FILE.fullmatch(file.name):
                 return f"{file.name!r:.80} is not the name of a checkpoint file"
-            if not SHA256.fullmatch(file.sha256) or not CHECKSUMS.fullmatch(file.sums):
-                return f"{file.name} has no valid checksums"
+            if not SHA256.fullmatch(file.sha256):
+                return f"{file.name} has no valid checksum"
         if self.config_sha256 and not SHA256.fullmatch(self.config_sha256):
             return f"{CONFIG_TOML} has no valid checksum"
         usual = {kind for tensor in self.tensors.values() for kind in tensor.kinds} - {"master"}
@@ -117,9 +157,10 @@ class Manifest:
             for kind, record in tensor.kinds.items():
                 if record.dtype not in DTYPES:
                     return f"{name} ({kind}) has the unknown dtype {record.dtype}"
-                if not all(0 <= run[0] < len(self.files) for run in record.runs):
+                numbers = record.runs[:, 0]
+                if not ((numbers >= 0) & (numbers < len(self.files))).all():
                     return f"{name} ({kind}) refers to a file that is not listed"
-                if not is_tiling(tensor.shape, [Run(*run[1:]) for run in record.runs]):
+                if not tiles(tensor.shape, record.runs):
                     return (
                         f"the runs of {name} ({kind}) do not cover its shape "
                         f"{list(tensor.shape)} exactly once"
@@ -138,7 +179,7 @@ class _Version:
     format: int
 
 
-_SCHEMA, _VERSION = TypeAdapter(Manifest), TypeAdapter(_Version)
+_SCHEMA, _VERSION = TypeAdapter(_Stored), TypeAdapter(_Version)
 
 
 def step_name(step: int) -> str:
@@ -168,23 +209,24 @@ def run_key(name: str, kind: str, run: Run) -> str:
 
 
 def write_manifest(folder: Path, manifest: Manifest, config_text: str) -> None:
-    """Write config.toml and manifest.json; ``write_done`` then makes the folder a checkpoint.
+    """Write config.toml, index and manifest; ``write_done`` then makes the folder a checkpoint.
 
     Raises CheckpointError if the manifest is inconsistent, or the disk refuses it.
     """
     if problem := manifest.problem():
         raise CheckpointError(f"{folder} was not saved: {problem}")
     if config_text:
-        write_durable(folder / CONFIG_TOML, config_text)
+        write_durable(folder / CONFIG_TOML, config_text.encode())
         manifest = replace(manifest, config_sha256=hashlib.sha256(config_text.encode()).hexdigest())
-    write_durable(folder / MANIFEST, _SCHEMA.dump_json(manifest).decode())
+    stored, index = _split(manifest)
+    write_durable(folder / INDEX, index)
+    write_durable(folder / MANIFEST, _SCHEMA.dump_json(stored))
 
 
 def write_done(folder: Path) -> None:
     """Declare a checkpoint complete; nothing is written into its folder afterwards."""
-    write_durable(
-        folder / DONE, hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest() + "\n"
-    )
+    digest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+    write_durable(folder / DONE, f"{digest}\n".encode())
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -214,7 +256,7 @@ def read_manifest(folder: Path) -> Manifest:
                 f"{path} has format {version}, this llamax {LLAMAX} reads "
                 f"{FORMAT_VERSION}; read it with the version of llamax that wrote it"
             )
-        manifest = _SCHEMA.validate_json(text)
+        manifest = _join(folder, _SCHEMA.validate_json(text))
         problem = manifest.problem()
     except ValidationError as error:
         first = error.errors()[0]
@@ -227,16 +269,76 @@ def read_manifest(folder: Path) -> Manifest:
         )
     if manifest.config_sha256:
         verify_files(folder, [FileRecord(CONFIG_TOML, 0, manifest.config_sha256)])
-    for record in manifest.files:
-        file = folder / record.name
-        if not file.is_file():
+    _check_sizes(folder, manifest.files)
+    return manifest
+
+
+def _split(manifest: Manifest) -> tuple[_Stored, bytes]:
+    """A manifest as manifest.json and index.bin hold it."""
+    kinds = [kind for tensor in manifest.tensors.values() for kind in tensor.kinds.values()]
+    index = pack([kind.runs for kind in kinds], [bytes(file.sums) for file in manifest.files])
+    return _Stored(
+        **{name: getattr(manifest, name) for name in _Head.__dataclass_fields__},
+        files=[
+            _StoredFile(f.name, f.size_bytes, f.sha256, len(f.sums) // CHECKSUM_BYTES)
+            for f in manifest.files
+        ],
+        tensors={
+            name: _StoredTensor(
+                tensor.shape,
+                {k: _StoredKind(one.dtype, len(one.runs)) for k, one in tensor.kinds.items()},
+            )
+            for name, tensor in manifest.tensors.items()
+        },
+        index_sha256=hashlib.sha256(index).hexdigest(),
+    ), index
+
+
+def _join(folder: Path, stored: _Stored) -> Manifest:
+    """The manifest in manifest.json and index.bin; CheckpointError if they do not fit together."""
+    counts = [kind.runs for tensor in stored.tensors.values() for kind in tensor.kinds.values()]
+    blocks = [file.blocks for file in stored.files]
+    if min([*counts, *blocks], default=0) < 0:
+        raise CheckpointError(
+            f"{folder / MANIFEST} is broken: it counts fewer than 0 runs or blocks"
+        )
+    index = Index(folder / INDEX, stored.index_sha256, sum(counts), sum(blocks))
+    starts = iter(accumulate(counts, initial=0))
+    return Manifest(
+        **{name: getattr(stored, name) for name in _Head.__dataclass_fields__},
+        files=[
+            FileRecord(file.name, file.size_bytes, file.sha256, index.sums(start, file.blocks))
+            for file, start in zip(stored.files, accumulate(blocks, initial=0), strict=False)
+        ],
+        tensors={
+            name: TensorRecord(
+                tensor.shape,
+                {
+                    kind: KindRecord(one.dtype, index.runs(next(starts), one.runs))
+                    for kind, one in tensor.kinds.items()
+                },
+            )
+            for name, tensor in stored.tensors.items()
+        },
+    )
+
+
+def _check_sizes(folder: Path, records: Sequence[FileRecord]) -> None:
+    """Raise CheckpointError for the first file that is missing, a link or of another size."""
+    try:
+        with os.scandir(folder) as entries:
+            present = {entry.name: entry for entry in entries}
+    except OSError as error:
+        raise CheckpointError(f"cannot read {folder}: {error.strerror}") from None
+    for record in records:
+        file, entry = folder / record.name, present.get(record.name)
+        if entry is None or not entry.is_file():
             raise CheckpointError(f"{file} is missing")
-        if file.resolve().parent != folder.resolve():
+        if entry.is_symlink() and file.resolve().parent != folder.resolve():
             raise CheckpointError(f"{file} is a link out of its folder; put the file itself there")
-        size = file.stat().st_size
+        size = entry.stat().st_size
         if size != record.size_bytes:
             raise CheckpointError(f"{file} has {size} bytes, {record.size_bytes} were saved")
-    return manifest
 
 
 def verify_files(

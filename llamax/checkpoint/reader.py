@@ -13,6 +13,7 @@ from torch import Tensor
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.checksums import BlockVerifier, open_to_read
 from llamax.checkpoint.listing import suggest_intact
+from llamax.checkpoint.manifest_index import Runs, near
 from llamax.checkpoint.runs import Run, StridedCopy, overlaps, whole_run
 from llamax.checkpoint.safetensors_io import (
     DTYPES,
@@ -63,9 +64,19 @@ class Checkpoint(Source):
         return DTYPES[self.manifest.tensors[name].kinds[kind].dtype]
 
     def pieces(self, name: str, kind: str) -> list[Piece]:
+        return self._pieces(name, kind, self.manifest.tensors[name].kinds[kind].runs)
+
+    def _fetch(self, name: str, kind: str, run: Run, into: Tensor) -> None:
+        """Fill ``into`` with a run, from the files that have some of it; no others are opened."""
+        runs = near(self.manifest.tensors[name].kinds[kind].runs, run)
+        for piece in self._pieces(name, kind, runs):
+            if copies := list(overlaps(piece.run, run)):
+                self.read_run(piece, copies, into)
+
+    def _pieces(self, name: str, kind: str, runs: Runs) -> list[Piece]:
         found = []
         kept = self.manifest.tensors[name].kinds[kind]
-        for file, *numbers in kept.runs:
+        for file, *numbers in runs.tolist():
             path, run = self._paths[file], Run(*numbers)
             entry = self._header(path).get(files.run_key(name, kind, run))
             if entry is None or entry[:2] != (DTYPES[kept.dtype], (run.length,)):

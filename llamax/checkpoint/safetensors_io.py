@@ -95,7 +95,7 @@ class WrittenFile(NamedTuple):
 
     size_bytes: int
     sha256: str
-    sums: str
+    sums: bytes
 
 
 def as_bytes(tensor: Tensor) -> Bytes:
@@ -247,7 +247,7 @@ def write_safetensors(
                 progress(len(view))
             blocks.end_block()
         sync_handle(file.fileno(), path)
-    return WrittenFile(size, digest.hexdigest(), blocks.hexdigests())
+    return WrittenFile(size, digest.hexdigest(), blocks.digests())
 
 
 def build_header(

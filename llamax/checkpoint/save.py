@@ -5,8 +5,8 @@
     all ranks   copy what they own to the host            training stops for this alone
     thread      step-00000100.tmp/weights-tp00-dp00...    written, hashed, made durable
                 step-00000100.tmp/rank-tp00-dp00.json     names its runs and their files
-    rank 0      waits for the notes of all ranks -> manifest.json -> rename to step-00000100
-                -> done -> older checkpoints go, ``done`` first
+    rank 0      waits for the notes of all ranks -> index.bin, manifest.json
+                -> rename to step-00000100 -> done -> older checkpoints go, ``done`` first
     all ranks   with ``also_hf``: step-00000100/hub.part/model-00002-of-00008.safetensors ...
     rank 0      waits for the files of all ranks -> rename to step-00000100/hub
 
@@ -37,7 +37,7 @@ from llamax.checkpoint.hf_beside import write_hf_folder_beside
 from llamax.checkpoint.load import Owned, Whole
 from llamax.checkpoint.retention import clean_up, delete_or_warn, move_to_past, publish
 from llamax.checkpoint.runs import Run, is_writer, slices
-from llamax.checkpoint.safetensors_io import TAGS, TensorStream, WrittenFile, write_safetensors
+from llamax.checkpoint.safetensors_io import TAGS, TensorStream, write_safetensors
 from llamax.config.schema import CheckpointConfig
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Seat
@@ -248,7 +248,8 @@ class Saver:
                     [one.name, one.kind, TAGS[one.tensor.dtype], one.shape, one.run]
                     for one in chosen
                 ]
-                note.append({"file": [name, *written], "runs": runs})
+                size_bytes, sha256, sums = written
+                note.append({"file": [name, size_bytes, sha256, sums.hex()], "runs": runs})
         if self.pp.rank > 0 and self.tp.rank == self.data.rank == 0:
             note.append({"names": [*self.parameters.hub_cuts()]})
         with explain_write_errors(folder, 0):
@@ -281,15 +282,12 @@ class Saver:
                 if "names" in one:  # of another stage
                     names += one["names"]
                     continue
-                index = len(manifest.files)
+                index, (name, size_bytes, sha256, sums) = len(manifest.files), one["file"]
                 manifest.files.append(
-                    files.FileRecord(one["file"][0], *WrittenFile(*one["file"][1:]))
+                    files.FileRecord(name, size_bytes, sha256, bytes.fromhex(sums))
                 )
                 for name, kind, tag, shape, run in one["runs"]:
-                    whole = manifest.tensors.setdefault(name, files.TensorRecord(tuple(shape), {}))
-                    whole.kinds.setdefault(kind, files.KindRecord(tag, [])).runs.append(
-                        (index, *run)
-                    )
+                    manifest.kind(name, kind, tuple(shape), tag).add(index, Run(*run))
         for name in names:
             if name not in manifest.tensors:
                 raise CheckpointError(f"no rank owns any of {name}")

@@ -92,10 +92,7 @@ def shard(
             manifest.files.append(files.FileRecord(files.file_name("weights", rank, 0), *written))
             for name, run in _runs(ranks[rank]):
                 tag = TAGS[source.dtype(name)]
-                whole = files.TensorRecord(
-                    source.shape(name), {"weight": files.KindRecord(tag, [])}
-                )
-                manifest.tensors.setdefault(name, whole).kinds["weight"].runs.append((rank, *run))
+                manifest.kind(name, "weight", source.shape(name), tag).add(rank, run)
         files.write_manifest(part, manifest, "")
         files.write_done(part)
     return Path(out)

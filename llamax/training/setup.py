@@ -169,7 +169,7 @@ def log_start(job: Job) -> None:
     """Log what will run, and write the resolved configuration into the run folder."""
     run, config, mesh = job.run, job.config, job.run.mesh
     job.folder.mkdir(parents=True, exist_ok=True)
-    write_durable(job.folder / CONFIG_FILE, dump_config(config))
+    write_durable(job.folder / CONFIG_FILE, dump_config(config).encode())
     logger.info(
         "%s parameters in %s on %s (%s): tensor %d%s%s%s x data %d%s",
         show_number(config.model.num_parameters()),

@@ -276,10 +276,9 @@ def to_llamax(
             file, tensors = files.file_name(role, 0, 0), []
             for name, shape in source.shapes.items():
                 run = whole_run(shape)
-                kept = manifest.tensors.setdefault(name, files.TensorRecord(shape, {})).kinds
                 for kind in kinds:
                     tag = TAGS[source.dtype(name, kind)]
-                    kept[kind] = files.KindRecord(tag, [(len(manifest.files), *run)])
+                    manifest.kind(name, kind, shape, tag).add(len(manifest.files), run)
                     key = files.run_key(name, kind, run)
                     tensors.append(outgoing(source, name, kind, key, flat=True))
             written = write_safetensors(part / file, tensors, progress=progress)

@@ -10,6 +10,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import support.checkpoints as worlds
 from support.saving import refused
@@ -136,26 +137,48 @@ def test_a_file_cut_short_or_missing(folder: Path) -> None:
 def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """A manifest changed by someone who fixed ``done`` as well."""
     manifest = json.loads((folder / "manifest.json").read_text())
+    rows = np.fromfile(folder / "index.bin", "<i8", 5 * sum(k["runs"] for k in kinds(manifest)))
+    runs, sums = rows.reshape(-1, 5).tolist(), (folder / "index.bin").read_bytes()[rows.nbytes :]
+    for kind in kinds(manifest):
+        kind["runs"], runs = runs[: kind["runs"]], runs[kind["runs"] :]
+    for file in manifest["files"]:
+        size = 8 * file["blocks"]
+        file["sums"], sums = sums[:size].hex(), sums[size:]
     change(manifest)
+    listed = [file for file in manifest["files"] if "sums" in file]
+    index = b"".join(
+        [np.array(kind["runs"], "<i8").tobytes() for kind in kinds(manifest)]
+        + [bytes.fromhex(file["sums"]) for file in listed]
+    )
+    for kind in {id(kind): kind for kind in kinds(manifest)}.values():
+        kind["runs"] = len(kind["runs"])
+    for file in listed:
+        file["blocks"] = len(file.pop("sums")) // 16
+    manifest["index_sha256"] = sha256(index).hexdigest()
+    (folder / "index.bin").write_bytes(index)
+    write(folder, manifest)
+
+
+def write(folder: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps(manifest)
     (folder / "manifest.json").write_text(text)
     (folder / "done").write_text(sha256(text.encode()).hexdigest())
 
 
+def kinds(manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """The entries of all kinds of all tensors."""
+    return [k for tensor in manifest["tensors"].values() for k in tensor.get("kinds", {}).values()]
+
+
 @pytest.mark.parametrize(
     ("match", "change"),
     [
-        ("has format 1, this llamax .* reads 2", lambda m: m.update(format=1, files={})),
+        ("has format 1, this llamax .* reads 3", lambda m: m.update(format=1, files={})),
         (
             r"has 1 checksums for its \d\d blocks" + INTACT,
             lambda m: m["files"][0].update(sums="0" * 16),
         ),
-        (r"dp00.safetensors has no valid checksums", lambda m: m["files"][0].update(sums="0" * 15)),
-        (
-            r"dp00.safetensors has no valid checksums",
-            lambda m: m["files"][1].update(sums="\n" * 16),
-        ),
-        (r"dp00.safetensors has no valid checksums", lambda m: m["files"][0].update(sha256="0\n")),
+        (r"dp00.safetensors has no valid checksum", lambda m: m["files"][0].update(sha256="0\n")),
         ("config.toml has no valid checksum", lambda m: m.update(config_sha256="\n" * 64)),
         (r"'a\\nb' is not the name of a tensor", lambda m: m["tensors"].update({"a\nb": whole(m)})),
         (r"tensors.a\\nb.shape: Field required", lambda m: m["tensors"].update({"a\nb": {}})),
@@ -183,6 +206,20 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         ("refers to a file that is not listed", lambda m: kept(m)["runs"][0].__setitem__(0, -1)),
         ("do not cover its shape .* exactly once", lambda m: kept(m)["runs"].pop()),
         ("do not cover its shape .* exactly once", lambda m: kept(m)["runs"][0].__setitem__(2, 0)),
+        ("do not cover its shape .* exactly once", lambda m: kept(m)["runs"].reverse()),
+        ("do not cover its shape .* exactly once", lambda m: kept(m)["runs"].clear()),
+        (
+            "do not cover its shape .* exactly once",
+            lambda m: kept(m)["runs"].append(kept(m)["runs"][-1]),
+        ),
+        (
+            "do not cover its shape .* exactly once",
+            lambda m: kept(m)["runs"][0].__setitem__(4, 2**63 - 1),
+        ),
+        (
+            "do not cover its shape .* exactly once",
+            lambda m: m["tensors"]["lm_head.weight"].update(shape=[2**40, 2**40]),
+        ),
         ("does not hold", lambda m: kept(m).update(dtype="F16")),
         ("does not hold", lambda m: kept(m)["runs"][0].__setitem__(0, 1)),
     ],
@@ -192,6 +229,32 @@ def test_a_broken_manifest(
 ) -> None:
     rewrite(folder, change)
     refused(match, lambda: Checkpoint(folder).read("lm_head.weight"))
+
+
+def test_an_index_that_changed_or_vanished(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    runs, blocks = kept(manifest)["runs"], manifest["files"][0]["blocks"]
+    size = (folder / "index.bin").stat().st_size
+    kept(manifest)["runs"] = runs + 1
+    write(folder, manifest)
+    words = (
+        rf"index.bin is broken: it has {size} bytes, and the manifest counts .* take {size + 40}"
+    )
+    refused(words + INTACT, lambda: Checkpoint(folder))
+    kept(manifest)["runs"], manifest["files"][0]["blocks"] = runs, blocks - 1
+    write(folder, manifest)
+    refused(f"which take {size - 8}" + INTACT, lambda: Checkpoint(folder))
+    manifest["files"][0]["blocks"] = -1
+    write(folder, manifest)
+    refused("counts fewer than 0 runs or blocks" + INTACT, lambda: Checkpoint(folder))
+    manifest["files"][0]["blocks"] = blocks
+    write(folder, manifest)
+    Checkpoint(folder)
+    flip(folder / "index.bin", -1)
+    words = r"index.bin changed after it was saved: its sha256 is \w{64}, the manifest says \w{64}"
+    refused(words + INTACT, lambda: Checkpoint(folder))
+    (folder / "index.bin").unlink()
+    refused("cannot read .*index.bin: No such file", lambda: Checkpoint(folder))
 
 
 def whole(manifest: dict[str, Any]) -> Any:

@@ -32,7 +32,7 @@ def test_a_checkpoint_describes_itself(tmp_path: Path, rank: worlds.Rank) -> Non
     assert ModelConfig.from_hub(found.model) == MODEL
     assert found.manifest.mesh == {"tensor": 2, "data": 2, "zero": 1}
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["config.toml", "done", "manifest.json"]
+        ["config.toml", "done", "index.bin", "manifest.json"]
         + [f"{role}-tp0{t}-dp0{d}.safetensors" for role in ("weights", "optimizer")
            for t in (0, 1) for d in (0, 1)]
     )  # fmt: skip
@@ -103,6 +103,7 @@ def test_done_is_written_last_and_removed_first(
         assert folder.name == "step-00000001"
         assert {path.name for path in folder.iterdir()} == {
             "config.toml",
+            "index.bin",
             "manifest.json",
             "weights-tp00-dp00.safetensors",
             "optimizer-tp00-dp00.safetensors",
