@@ -20,7 +20,6 @@ from __future__ import annotations
 
 from shlex import quote
 
-from llamax.launch import script
 from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import (
@@ -47,6 +46,11 @@ OPTIONS = (
     '--nnodes "$OMPI_COMM_WORLD_SIZE" --node-rank "$OMPI_COMM_WORLD_RANK" '
     '--master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT"'
 )
+MISSING = """if ! command -v mpirun >/dev/null; then
+    echo "mpirun is not installed here; install Open MPI, such as the package openmpi-bin" >&2
+    exit 2
+fi
+"""
 FIRST_HOST = r"""# the first node of the hostfile; each rank resolves its name to IPv4
 MASTER_ADDR=$(awk '{ gsub(/#.*|\/\/.*|["\r]/, "") } NF && !/^[ \t]*\^/ {
     host = $1; sub(/^.*@/, "", host)
@@ -71,6 +75,7 @@ def slots(job: JobFile, phase: str) -> int:
 def render(job: JobFile, phase: str, container: bool = False) -> str:
     """The script that starts all nodes from one; in a container the operator lists the nodes."""
     text = head(job, title(job, phase, "mpirun"), container=container)
+    text += MISSING if phase != "prepare" and not container else ""
     text += "" if container else pid_file(job, phase)
     if phase == "prepare":
         return text + prepare(job)
@@ -106,8 +111,3 @@ exec "$python" -m llamax.launch.supervise start "$processes" \\
     "$python" -m llamax.launch.supervise {role} "$processes" \\
     {command}
 """
-
-
-def action(job: JobFile, phase: str, what: str) -> str:
-    """The script of an action on a phase, for the node on which mpirun was started."""
-    return script.action(job, phase, what)

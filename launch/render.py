@@ -49,11 +49,18 @@ def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
         return slurm.action(job, phase, what)
     if launcher == "k8s":
         return kubernetes.action(job, phase, what)
-    if launcher == "mpirun":
-        return mpirun.action(job, phase, what)
     if launcher == "sagemaker":
         return sagemaker.action(job, phase, what)
     return script.action(job, phase, what)
+
+
+def needed(launcher: str, what: str) -> str:
+    """The program that an action calls, or nothing."""
+    if launcher == "sagemaker":
+        return "" if what == "clean" else "aws"
+    if launcher == "slurm":
+        return "" if what == "logs" else "squeue"
+    return "kubectl" if launcher == "k8s" else ""
 
 
 def starter(job: JobFile, launcher: str, phase: str, file: str) -> list[str]:

@@ -117,6 +117,13 @@ def title(job: JobFile, phase: str, launcher: str) -> str:
     return f"{what} on {job.nodes} x {job.machine.name}, {ranks}, {launcher}"
 
 
+TENSORBOARD = """if ! command -v tensorboard >/dev/null; then
+    echo "tensorboard is not installed here; pip install 'llamax[tensorboard]'" >&2
+    exit 2
+fi
+"""
+
+
 def tensorboard(job: JobFile) -> str:
     """The script that serves TensorBoard on the loopback of this machine."""
     events = f"{job.config.run.folder}/tensorboard"
@@ -125,7 +132,7 @@ def tensorboard(job: JobFile) -> str:
 # {job.name}: curves at http://127.0.0.1:6006; from elsewhere ssh -L 6006:127.0.0.1:6006 HOST
 set -euo pipefail
 cd -- {quote(job.folder)}
-{path}exec tensorboard --logdir {quote(events)} --host 127.0.0.1 --port 6006
+{path}{TENSORBOARD}exec tensorboard --logdir {quote(events)} --host 127.0.0.1 --port 6006
 """
 
 
@@ -190,15 +197,13 @@ cd -- {folder}
 """
 
 
-TERM = 'kill -TERM "$number"  # ranks save and end\n'
-
-
-def action(job: JobFile, phase: str, what: str, stop: str = TERM) -> str:
+def action(job: JobFile, phase: str, what: str) -> str:
     """The script of an action on a phase on this machine."""
     start = f"{SHEBANG}\nset -euo pipefail\n{enter_folder(job)}"
-    run = f"run={quote(job.config.run.folder)}\n"
-    process = f"""{run}pid="$run/logs/{phase}-$(uname -n).pid"
-{FUNCTIONS}if ! runs; then
+    this = f"""run={quote(job.config.run.folder)}
+pid="$run/logs/{phase}-$(uname -n).pid"
+{FUNCTIONS}"""
+    process = f"""{this}if ! runs; then
     echo "{phase} of $run does not run on $(uname -n)"
     exit 0
 fi
@@ -207,23 +212,32 @@ if ! [[ -O $pid ]]; then
     exit 2
 fi
 """
-    newest = f"""logs="$run/logs/{phase}/$(uname -n)"
+    newest = f"""{this}logs="$run/logs/{phase}/$(uname -n)"
 newest=$(if [[ -d $logs ]]; then find "$logs" -path '*/0/std*.log' -printf '%T@ %p\\n'; fi |
     sort -n | tail -n 2 | cut -d ' ' -f 2-)
 if [[ -z $newest ]]; then
     echo "no log yet in $(realpath -m -- "$logs")"
     exit 0
 fi
-tr '\\n' '\\0' <<<"$newest" | xargs -0 tail -n 100 -F
+follow=()  # as long as the job runs
+if runs; then follow=(-F --pid="$number"); fi
+tr '\\n' '\\0' <<<"$newest" | xargs -0 tail -n 100 "${{follow[@]}}"
+"""
+    clean = f"""{this}if runs; then
+    echo "{phase} of $run runs here as process $number; stop it first" >&2
+    exit 2
+fi
+{LINKED_LOGS}rm -rf -- "$run/logs/{phase}" "$run/logs/{phase}-processes" "$pid"
 """
     return (
         start
         + {
-            "stop": process + stop,
+            "stop": f"""{process}kill -TERM "$number"
+echo "{phase} of $run was asked to save and end; process $number then ends"
+""",
             "status": process + 'ps -ww -o pid,etime,args -p "$number"\n',
-            "logs": run + newest,
+            "logs": newest,
             "utilization": f"exec {job.machine.monitor}\n",
-            "clean": f"{run}{LINKED_LOGS}"
-            f'rm -rf -- "$run/logs/{phase}" "$run/logs/{phase}-$(uname -n).pid"\n',
+            "clean": clean,
         }[what]
     )

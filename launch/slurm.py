@@ -162,7 +162,8 @@ def action(job: JobFile, phase: str, what: str) -> str:
         f"{SHEBANG}\nset -euo pipefail\n{enter_folder(job)}"
         + {
             "stop": f"{queued}# cancel a queued job; of a running one ranks save and end\n"
-            f"scancel --state=PENDING {named}\nscancel --state=RUNNING --signal=TERM {named}\n",
+            f"scancel --state=PENDING {named}\nscancel --state=RUNNING --signal=TERM {named}\n"
+            f'echo "{name(job, phase)} ends; if it runs, it saves before"\n',
             "status": f"{queued}squeue {named} --format='%i %T %M %l %D %R'\n",
             "logs": f"""newest=$(find . -maxdepth 1 -regex {pattern} -printf '%T@ %p\\n' |
     sort -n | tail -n 1 | cut -d ' ' -f 2-)
@@ -174,7 +175,13 @@ exec tail -n 100 -F "$newest"
 """,
             "utilization": f'{running}exec srun --overlap --jobid="$number" --nodes=1 '
             f"--pty {monitor}\n",
-            "clean": f"find . -maxdepth 1 -regex {pattern} -delete\n",
+            "clean": f"""number=$(squeue {named} --noheader --format=%i | head -n 1)
+if [[ $number ]]; then
+    echo "{name(job, phase)} is in the queue as job $number; stop it first" >&2
+    exit 2
+fi
+"""
+            f"find . -maxdepth 1 -regex {pattern} -delete\n",
         }[what]
     )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,11 +24,12 @@ from llamax.launch import jobfile, sagemaker
 from llamax.launch.checks import problems
 from llamax.launch.environment import plain_text_secrets
 from llamax.launch.jobfile import JobFile
-from llamax.launch.render import ACTIONS, PHASES, action, environment, render, starter
+from llamax.launch.render import ACTIONS, PHASES, action, environment, needed, render, starter
 from llamax.runtime.errors import BackendError, ConfigError, Interrupted, did_you_mean, refuse
 from llamax.runtime.versions import installed
 
 FORWARDED = (signal.SIGTERM, signal.SIGHUP)
+MISSING = "{} is not installed here; install it, or print what would be run with --render"
 EPILOG = "Keys of a job file, a [section] for what is before the dot:\n\n"
 
 
@@ -96,6 +98,10 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
         raise ConfigError(f"--node={node} is out of range; use 0 to {job.nodes - 1}")
     if launcher == "sagemaker" and phase != "image" and what == "start":
         _check_sdk(sagemaker.sdk(job))
+    environ = environment(job, launcher, os.environ)
+    program = "" if what == "start" else needed(launcher, what)
+    if program and not shutil.which(program, path=environ["PATH"]):
+        raise BackendError(MISSING.format(program))
     with tempfile.NamedTemporaryFile("w", suffix=f"-{job.name}-{phase}") as file:
         file.write(text)
         file.flush()
@@ -103,14 +109,12 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
             starter(job, launcher, phase, file.name) if what == "start" else ["bash", file.name]
         )
         command += [] if node is None else [str(node)]
-        print(f"$ {' '.join(map(quote, command))}", file=sys.stderr)
+        if what == "start":
+            print(f"$ {' '.join(map(quote, command))}", file=sys.stderr)
         try:
-            return _wait(command, environment(job, launcher, os.environ))
+            return _wait(command, environ)
         except FileNotFoundError:
-            raise BackendError(
-                f"{command[0]} is not installed here; install it, or print what it would run with "
-                "--render"
-            ) from None
+            raise BackendError(MISSING.format(command[0])) from None
 
 
 def _check_sdk(wanted: int) -> None:

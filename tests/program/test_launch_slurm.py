@@ -157,6 +157,28 @@ def test_actions_on_a_job_that_does_not_run_end_well(
     )
 
 
+def test_actions_on_a_job_that_waits(bound: dict[str, str], tmp_path: Path) -> None:
+    job = write(tmp_path, LOCAL)
+    script = tmp_path / "script.sh"
+    command = [*LAUNCH, "--job", str(job)]
+
+    def act(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *options], env=bound, text=True, capture_output=True)
+
+    script.write_text(act("--render").stdout)
+    subprocess.run(["sbatch", "--hold", str(script)], env=bound, check=True)
+    (tmp_path / "shares-1.log").write_text("x")
+    assert " PENDING " in act("--action", "status").stdout
+    done = act("--action", "clean")
+    assert done.returncode == 2
+    assert "shares is in the queue as job" in done.stderr
+    done = act("--action", "stop")
+    assert (done.returncode, done.stdout) == (0, "shares ends; if it runs, it saves before\n")
+    assert "shares is not in the queue" in act("--action", "status").stdout
+    assert act("--action", "clean").returncode == 0
+    assert not (tmp_path / "shares-1.log").exists()
+
+
 KILLED = """
 import os, signal, subprocess, sys
 from pathlib import Path

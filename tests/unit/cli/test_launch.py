@@ -76,6 +76,23 @@ def test_a_launcher_that_is_not_here_is_named(
         main(["--job", write(tmp_path), "--on", "sagemaker"])
 
 
+@pytest.mark.parametrize(
+    ("launcher", "what", "program"),
+    [
+        ("slurm", "status", "squeue"),
+        ("slurm", "clean", "squeue"),
+        ("k8s", "stop", "kubectl"),
+        ("sagemaker", "logs", "aws"),
+    ],
+)
+def test_the_program_of_an_action_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, what: str, program: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BackendError, match=f"^{program} is not installed here; install it, or pr"):
+        main(["--job", write(tmp_path), "--on", launcher, "--action", what])
+
+
 def test_another_sdk_than_the_jobs_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

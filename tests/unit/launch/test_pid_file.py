@@ -59,6 +59,12 @@ def the_job(launcher: str) -> tuple[str, str, str]:
     return (render(this, launcher, "train"), *shown)  # type: ignore[return-value]
 
 
+def another(launcher: str, what: str) -> str:
+    """The text of another action on the same job."""
+    this = job(overrides={"data": {"path": "data"}, "run": {"folder": "run"}})
+    return action(this, launcher, "train", what)
+
+
 def pid_file(folder: Path) -> Path:
     (folder / "run/logs").mkdir(parents=True, exist_ok=True)
     return folder / "run/logs" / f"train-{platform.node()}.pid"
@@ -81,10 +87,25 @@ def test_the_process_that_wrote_it_is_stopped(folder: Path, launcher: str) -> No
     again = run(start, folder)
     assert again.returncode == 2
     assert f"already runs here as process {number}; stop it first" in again.stderr
+    done = run(another(launcher, "clean"), folder)
+    assert done.returncode == 2
+    assert done.stderr == f"train of run runs here as process {number}; stop it first\n"
+    log = folder / "run" / "logs" / "train" / platform.node() / "x" / "0" / "stderr.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("step 1\n")
+    (folder / "run" / "logs" / "train-processes").mkdir(exist_ok=True)
+    logs = subprocess.Popen(script(another(launcher, "logs"), folder), stdout=subprocess.PIPE)
+    assert logs.stdout
+    assert logs.stdout.readline() == b"step 1\n"
     done = run(stop, folder)
     assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"train of run was asked to save and end; process {number} then ends\n"
     assert process.wait(60) == -signal.SIGTERM
+    assert logs.wait(60) == 0, "the log is followed as long as the job runs"
     assert "does not run" in run(stop, folder).stdout
+    assert run(another(launcher, "logs"), folder).stdout == "step 1\n"
+    assert run(another(launcher, "clean"), folder).returncode == 0
+    assert list((folder / "run" / "logs").iterdir()) == []
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

@@ -154,6 +154,37 @@ def test_actions_on_a_kubernetes_job_that_is_not_there_end_well(tmp_path: Path, 
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "no cluster\n")
 
 
+@pytest.mark.parametrize(
+    ("phase", "missing", "message"),
+    [
+        ("train", "mpirun", "mpirun is not installed here; install Open MPI, such as the package"),
+        ("tensorboard", "tensorboard", "tensorboard is not installed here; pip install 'llamax[te"),
+    ],
+)
+def test_a_missing_program_is_one_line(
+    tmp_path: Path, phase: str, missing: str, message: str
+) -> None:
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    for folder in os.environ["PATH"].split(":"):
+        for program in Path(folder).glob("*"):
+            if program.name != missing and not os.path.lexists(fake / program.name):
+                (fake / program.name).symlink_to(program)
+    this = job(
+        overrides={"data": {"path": "data"}, "run": {"folder": "run"}},
+        storage__mount=str(tmp_path),
+        storage__folder=str(tmp_path),
+        mpirun__hostfile="",
+    )
+    command = ["bash", "-c", render(this, "mpirun", phase)]
+    environ = {**os.environ, "PATH": str(fake)}
+    done = subprocess.run(command, env=environ, text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 JOBS = """llama2-7b-chat-2026-11-29-12-19-39-113 llama2-7b-prepare-20261129120453
 my-llama2-7b-20261129120453 llama2-7b-20261129120453 llama2-7b-2026-11-29-12-04-17-792"""
 
