@@ -9,7 +9,7 @@ that a machine imports only what it can run::
     linear, gradients    fp32 (bf16 on a CPU without bf16 units), reference
     rms_norm, rotate,    cpu, reference
       swiglu
-    attention            fused (torch), cpu, nki (Trainium), traced (XLA), reference
+    attention            fused (torch), cpu, nki (Trainium), nxd (Trainium), traced (XLA), reference
     attention_by_blocks  nki (Trainium), reference
     attention_cached     fused (torch), reference
     embedding            selected (XLA), reference
@@ -304,8 +304,7 @@ def _cpu_without_bf16(x: Tensor, *_: Tensor | None) -> bool:
     return _on_cpu(x) and x.dtype == torch.bfloat16 and not has_bf16_units()
 
 
-def _nki(name: str) -> Callable[..., bool]:
-    path = f"attention.nki_kernel:{name}"
+def _neuron(path: str) -> Callable[..., bool]:
     return lambda q, *others: q.device.type == "xla" and bool(_load(path)(q, *others))
 
 
@@ -353,12 +352,13 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention": (
         Row("fused", _fused_attention_is_faster, fused_attention),
         Row("cpu", _on_cpu, "attention.op:attention"),
-        Row("nki", _nki("supported"), "attention.nki_kernel:attention"),
+        Row("nki", _neuron("attention.nki_op:supported"), "attention.nki_op:attention"),
+        Row("nxd", _neuron("attention.nki_kernel:supported"), "attention.nki_kernel:attention"),
         Row("traced", _on_xla, traced_attention),
         Row("reference", _anywhere, reference_attention),
     ),
     "attention_by_blocks": (
-        Row("nki", _nki("takes_blocks"), "attention.nki_kernel:by_blocks"),
+        Row("nki", _neuron("attention.nki_kernel:takes_blocks"), "attention.nki_kernel:by_blocks"),
         Row("reference", _anywhere, lambda *x: _load("attention.blocks:attention")(*x)),
     ),
     "embedding": (

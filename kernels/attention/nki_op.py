@@ -17,22 +17,23 @@ kernels; neuronx-cc has not compiled them, and they have not run on Trainium.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from functools import cache
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 128  # tokens: the partitions of a core
+from llamax.config.constants import NKI_MULTIPLE as TILE
+from llamax.config.constants import nki_refusal
+
 BLOCK = 512  # tokens: the columns of a PSUM bank
 SPREAD = 130.0  # of the bounds: float32 exponentials hold from -87 to 88 around their middle
-HEAD_DIMS = (64, 128)
-LONGEST = 32768  # tokens: keys and values of a head fill SBUF
-LARGEST_NUMBER = 2**24  # of a document: integers up to it are exact in float32
-
-Launch = Callable[..., Any]
+NKI_OF_TRN1 = "0.2."  # the last version of nki that supports trn1; Neuron SDK 2.27 and 2.28
 
 
 def launch(module: str, name: str, *tensors: Tensor) -> Any:
@@ -79,15 +80,47 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) 
     return out
 
 
-def refusal(sequence_length: int, head_dim: int) -> str:
-    """Why the kernels cannot compute such an attention; empty where they can."""
-    if sequence_length % TILE:
-        return f"the sequence length {sequence_length} is not a multiple of {TILE}"
-    if sequence_length > LONGEST:
-        return f"the sequence length {sequence_length} is above {LONGEST}"
-    if head_dim not in HEAD_DIMS:
-        return f"head_dim={head_dim} is neither 64 nor 128"
-    return ""
+def supported(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> bool:
+    """Whether the kernels are available and accept these inputs; logs once what is chosen."""
+    if not available():
+        return False
+    why = nki_refusal(q.shape[1], q.shape[3])
+    if q.shape[1] != k.shape[1]:
+        why = "there are fewer queries than keys"
+    elif q.dtype != torch.bfloat16:
+        why = f"the tensors are {q.dtype}, not torch.bfloat16"
+    log_choice(why)
+    return not why
+
+
+@cache
+def log_choice(why: str) -> None:
+    """Log once that the kernels run, or each reason why they do not."""
+    logger = logging.getLogger("llamax")
+    if why:
+        logger.warning("attention runs without llamax's NKI kernels, because %s", why)
+    else:
+        logger.info("attention runs by llamax's NKI kernels, which were tested in a simulator only")
+
+
+@cache
+def available() -> bool:
+    """Whether this process runs on NeuronCores of trn1 with an nki that compiles for them."""
+    if find_spec("nki") is None:
+        return False
+    if import_module("torch_xla.runtime").device_type() != "NEURON":
+        return False
+    try:
+        installed = version("nki")
+    except PackageNotFoundError:  # a module of that name that is no installed package
+        return False
+    if not installed.startswith(NKI_OF_TRN1):
+        log_choice(
+            f"nki {installed} does not compile for trn1; install nki {NKI_OF_TRN1}0 of Neuron SDK "
+            "2.28"
+        )
+        return False
+    return True
 
 
 def centres(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ import functools
 import sys
 import types
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 import numpy as np
@@ -119,20 +120,22 @@ def modules() -> dict[str, types.ModuleType]:
         types.ModuleType(name) for name in ("nki", "nki.isa", "nki.language")
     )
     nki.__path__ = []
+    for name, module in (("nki", nki), ("nki.isa", nki_isa), ("nki.language", nki_language)):
+        module.__spec__ = ModuleSpec(name, None)
     for instruction in (*isa.INSTRUCTIONS, *isa.ENUMS):
         setattr(nki_isa, instruction.__name__, instruction)
     for member in isa.engine:
         setattr(nki_isa, f"{member.name}_engine", member)
-    for name, value in language.NAMES.items():
-        setattr(nki_language, name, value)
+    for spelled, value in language.NAMES.items():
+        setattr(nki_language, spelled, value)
     nki_language.__getattr__ = _unsimulated  # type: ignore[method-assign]
-    for name, value in (
+    for spelled, value in (
         ("jit", jit),
         ("dtype", Dtype),
         ("isa", nki_isa),
         ("language", nki_language),
     ):
-        setattr(nki, name, value)
+        setattr(nki, spelled, value)
     return {"nki": nki, "nki.isa": nki_isa, "nki.language": nki_language}
 
 

@@ -17,9 +17,12 @@ NORM_WEIGHT_BYTES = 4  # the weight in the gradient norm, where it differs betwe
 LOSS_CHUNK_BYTES = 64 * 2**20
 LOSS_CHUNK_MULTIPLE = 128  # tokens: the tile of a matrix product, so that no chunk has a rest
 
-# Attention (kernels/attention): op.py on a CPU, nki_kernel.py on a NeuronCore.
+# Attention (kernels/attention): op.py on a CPU; nki_op.py and nki_kernel.py on a NeuronCore.
 ATTENTION_BLOCK_QUERIES = 128  # fewer waste less above the diagonal, more multiply faster
 ATTENTION_SCORES_BYTES = 8 * 2**20  # of the sequences processed together; fits a last-level cache
+NKI_MULTIPLE = 128  # tokens of a sequence: the partitions of a core
+NKI_LONGEST = 32768  # tokens: keys and values of a head fill SBUF
+NKI_HEAD_DIMS = (64, 128)
 FLASH_MULTIPLE = 2048  # tokens of a sequence
 FLASH_MAX_HEAD_DIM = 128
 
@@ -54,10 +57,21 @@ def nf4_bits(double_quant: bool) -> float:
     return 4 + scale_bits / NF4_BLOCK_WEIGHTS
 
 
+def nki_refusal(sequence_length: int, head_dim: int) -> str:
+    """Why the NKI kernels of llamax cannot compute such an attention; empty where they can."""
+    if sequence_length % NKI_MULTIPLE:
+        return f"the sequence length {sequence_length} is not a multiple of {NKI_MULTIPLE}"
+    if sequence_length > NKI_LONGEST:
+        return f"the sequence length {sequence_length} is above {NKI_LONGEST}"
+    if head_dim not in NKI_HEAD_DIMS:
+        return f"head_dim={head_dim} is neither {' nor '.join(map(str, NKI_HEAD_DIMS))}"
+    return ""
+
+
 def flash_refusal(
     sequence_length: int, head_dim: int, separate_documents: bool, context: int = 1
 ) -> str:
-    """Why the NKI flash kernel cannot compute such an attention; empty where it can.
+    """Why the flash kernel of Neuron cannot compute such an attention; empty where it can.
 
     With ``context`` ranks it computes blocks of the 2 x ``context`` chunks of a sequence.
     """

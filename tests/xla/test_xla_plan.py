@@ -35,7 +35,7 @@ FEW, MORE = 3, 6
 
 
 def small(layers: int, mode: Any, dtype: Any) -> Config:
-    """256 tokens, which the flash kernel refuses: all pairs of them are there in both counts."""
+    """Heads of 32, which the kernels refuse: all pairs of tokens are there in both counts."""
     cfg = load_config("demo")
     sizes = dict(hidden_size=256, intermediate_size=640, vocab_size=1024, num_hidden_layers=layers)
     return replace(
@@ -96,12 +96,12 @@ def test_planned_bytes_of_the_update_are_those_of_the_program(mesh: Mesh, dtype:
 
 
 def test_the_flash_kernel_is_traced_by_its_tensors_alone() -> None:
-    """What forward keeps with the kernel: q, k and v with repeated heads, no pairs of tokens."""
+    """What forward keeps with the kernel: q, k, v and the output by heads, no pairs of tokens."""
     tracer = Tracer(Rendezvous(), debug=False)
     cfg = small(2, "none", "bfloat16")
     cfg = replace(
         cfg,
-        model=replace(cfg.model, max_position_embeddings=2048),
+        model=replace(cfg.model, max_position_embeddings=2048, head_dim=64),
         data=replace(cfg.data, sequence_length=2048, micro_batch=1, separate_documents=False),
     )
     resolved = on_mesh(cfg, MESH)
@@ -117,7 +117,13 @@ def test_the_flash_kernel_is_traced_by_its_tensors_alone() -> None:
     assert flash.peak <= planned.peak <= 1.10 * flash.peak
     separate = replace(cfg, data=replace(cfg.data, separate_documents=True))
     with made_up_tokens(resolved) as data:
-        assert with_flash(TracedRun(on_mesh(separate, MESH), 0, tracer, data)) == {}
+        run = TracedRun(on_mesh(separate, MESH), 0, tracer, data)
+        programs = {each.kind: hlo.read(each.text) for each in run.step(1, (0,))}
+        apart = measure(run, {**programs, **with_flash(run)}, TRN1)
+    assert apart.peak <= memory(share_of(separate, MESH), TRN1).peak <= 1.10 * apart.peak
+    narrow = replace(cfg, model=replace(cfg.model, head_dim=16))
+    with made_up_tokens(resolved) as data:
+        assert with_flash(TracedRun(on_mesh(narrow, MESH), 0, tracer, data)) == {}
 
 
 def test_the_audit_accepts_what_the_search_offers_and_counts_the_same() -> None:

@@ -20,8 +20,10 @@ from llamax.backends.tracing import Tracer
 from llamax.config.constants import (
     FLASH_MULTIPLE,
     GRADIENT_BYTES,
+    NKI_MULTIPLE,
     flash_refusal,
     loss_chunk_tokens,
+    nki_refusal,
 )
 from llamax.config.flops import flops_per_token
 from llamax.config.hardware import GIB, Machine, load_machine
@@ -199,7 +201,10 @@ def with_flash(traced: TracedRun) -> dict[str, hlo.Program]:
     """The programs of a step with the flash kernel's tensors, where the kernel can run."""
     config = traced.run.config
     length, head_dim = config.data.sequence_length, config.model.head_dim
-    if flash_refusal(length, head_dim, config.data.separate_documents, traced.run.mesh.cp):
+    context = traced.run.mesh.cp
+    if context == 1 and nki_refusal(length, head_dim):
+        return {}
+    if context > 1 and flash_refusal(length, head_dim, config.data.separate_documents, context):
         return {}
     with flash_stand_in(), traced.tracer.without_debug():
         return {each.kind: hlo.read(each.text) for each in traced.brief()}
@@ -363,23 +368,24 @@ def in_flight_bytes(traced: TracedRun) -> int:
 
 def notes(config: Config) -> Iterator[str]:
     """Notes on the attention kernel."""
-    length = config.data.sequence_length
-    if length % FLASH_MULTIPLE:
-        near = max(1, round(length / FLASH_MULTIPLE)) * FLASH_MULTIPLE
+    length, head_dim = config.data.sequence_length, config.model.head_dim
+    context = config.parallel.context
+    why = nki_refusal(length, head_dim)
+    if context > 1:
+        why = flash_refusal(length, head_dim, config.data.separate_documents, context)
+    if not why:
+        kernel = "the flash kernel" if context > 1 else "llamax's NKI kernel"
         yield (
-            f"data.sequence_length={length} is not a multiple of {FLASH_MULTIPLE}, so Neuron's "
-            "flash attention kernel cannot run and attention computes every pair of tokens; "
-            f"use {near}"
+            f"attention is traced as plain operations of llamax; on NeuronCores {kernel} replaces "
+            "them, and memory is estimated with its tensors"
         )
-    else:
-        if config.parallel.context > 1 and length % (2 * config.parallel.context * FLASH_MULTIPLE):
-            why = flash_refusal(length, config.model.head_dim, False, config.parallel.context)
-            yield f"{why}, so Neuron's flash attention kernel cannot run; use fewer context ranks"
-            return
-        yield (
-            "attention is traced as plain operations of llamax; on NeuronCores the flash kernel "
-            "replaces them, and memory is estimated with its tensors"
-        )
+        return
+    remedy = ""
+    if context > 1 and length % (2 * context * FLASH_MULTIPLE):
+        remedy = "; use fewer context ranks"
+    elif context == 1 and length % NKI_MULTIPLE:
+        remedy = f"; use {max(1, round(length / NKI_MULTIPLE)) * NKI_MULTIPLE}"
+    yield f"{why}, so attention computes every pair of tokens without a kernel{remedy}"
 
 
 def check_machine(machine: Machine) -> None:

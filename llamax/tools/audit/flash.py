@@ -1,8 +1,8 @@
-"""A stand-in for Neuron's flash attention kernel, with its tensors and without its arithmetic.
+"""A stand-in for the attention kernels of a NeuronCore: their tensors without their arithmetic.
 
-A trace with it has what the kernel's adapter (kernels/attention/nki_kernel.py) holds: q, k and v
-with repeated heads, the output and one number for each row, kept for backward.  Such a program can
-be read for its memory, and not be run.
+A trace with it has what the kernels' callers hold for backward (kernels/attention/nki_op.py; with
+context ranks nki_kernel.py): q, k and v, document numbers, the output by heads and one number for
+each row.  Such a program can be read for its memory, and not be run.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from llamax.backends.tracing import opaque
 
 
 class Flash(torch.autograd.Function):
-    """[B, H, E, S] three times -> [B, H, S, E], as one opaque instruction each way."""
+    """q [B, S, H, E], k and v [B, S, K, E] -> [B, S, H, E], as one opaque instruction each way."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The output, with the shapes that the kernel keeps for backward."""
-        B, H, E, S = q.shape
-        out, row = opaque("flash", [q, k, v], [(B, H, S, E), (B, H, S)], [q.dtype, torch.float32])
-        ctx.save_for_backward(q, k, v, out, row)
-        return out
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+        """The output, with the tensors that the kernels' caller keeps for backward."""
+        B, S, H, E = q.shape
+        seen = [] if documents is None else [documents]
+        shapes = [(B, H, S, E), (B, H, S)]
+        out, row = opaque("flash", [q, k, v, *seen], shapes, [q.dtype, torch.float32])
+        ctx.save_for_backward(q, k, v, documents, out, row)
+        mixed: Tensor = out.transpose(1, 2)
+        return mixed
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of q, k and v."""
-        q, *others = ctx.saved_tensors
-        return tuple(opaque("flash", [q, *others, *grads], [tuple(q.shape)] * 3, [q.dtype] * 3))
+        saved = [x for x in ctx.saved_tensors if x is not None]
+        shapes = [tuple(x.shape) for x in saved[:3]]
+        return *opaque("flash", [*saved, *grads], shapes, [saved[0].dtype] * 3), None
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
-    """The shapes of ``ops.attention``: [B, S, H, E], 2 x [B, S, K, E], None -> [B, S, H, E]."""
-    B, S, H, E = q.shape
-    shape = B, S, k.shape[2], H // k.shape[2], E
-    repeated = (x[:, :, :, None].expand(shape).flatten(2, 3) for x in (k, v))
-    q_BHES, k_BHES, v_BHES = (x.permute(0, 2, 3, 1) for x in (q, *repeated))
-    out: Tensor = Flash.apply(q_BHES, k_BHES, v_BHES)  # type: ignore[no-untyped-call]
-    return out.transpose(1, 2)
+    """The shapes of ``ops.attention``: [B, S, H, E], 2 x [B, S, K, E], [B, S] -> [B, S, H, E]."""
+    out: Tensor = Flash.apply(q, k, v, documents)  # type: ignore[no-untyped-call]
+    return out
 
 
 class Blocks(torch.autograd.Function):

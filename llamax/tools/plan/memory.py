@@ -28,6 +28,7 @@ from llamax.config.constants import (
     GRADIENT_BYTES,
     STAGED_BYTES,
     flash_refusal,
+    nki_refusal,
 )
 from llamax.config.hardware import GIB, Machine
 from llamax.parallel.pipeline import in_flight as in_flight_at
@@ -162,9 +163,15 @@ def plain_attention(share: Share, machine: Machine) -> str:
     """Why attention needs memory for every pair of tokens; empty where it does not."""
     if machine.backend in ("cpu", "cuda"):
         return ""
-    data = share.config.data
-    separate = data.separate_documents
-    return flash_refusal(data.sequence_length, share.model.head_dim, separate, share.mesh.cp)
+    data, width = share.config.data, share.model.head_dim
+    if by_nki(share, machine):
+        return nki_refusal(data.sequence_length, width)
+    return flash_refusal(data.sequence_length, width, data.separate_documents, share.mesh.cp)
+
+
+def by_nki(share: Share, machine: Machine) -> bool:
+    """Whether attention runs by the NKI kernels of llamax, where they accept the shapes."""
+    return machine.backend == "xla" and share.mesh.cp == 1
 
 
 def pairs(share: Share) -> int:
@@ -196,6 +203,8 @@ def attention_kept(share: Share, machine: Machine) -> float:
     if plain_attention(share, machine):  # float32 q, repeated k and v, softmax, mask
         mask = 0 if compiled(machine) else pairs(share) // share.heads
         return 12 * T * q + 4 * pairs(share) + mask + gathered_bytes(share)
+    if by_nki(share, machine):  # the output by heads; one number a row
+        return T * q * width + 4 * T * share.heads
     if machine.backend in ("xla", "neuron"):  # copies with repeated heads; one number a row
         return 3 * T * q * width + 4 * T * share.heads - T * (q + 2 * k) * width
     return T * (q + k) * width + 4 * T * share.heads + gathered_bytes(share)

@@ -23,7 +23,7 @@ from llamax.config.rules.parallel import within_node
 from llamax.config.schema import Config
 from llamax.runtime.units import count, show_bytes, show_number, show_time
 from llamax.tools.plan.line import Line
-from llamax.tools.plan.memory import plain_attention
+from llamax.tools.plan.memory import by_nki, plain_attention
 from llamax.tools.plan.nearest import Nearest, flags
 from llamax.tools.plan.planner import Plan, plan_run
 from llamax.tools.plan.search import Refused
@@ -91,6 +91,11 @@ def notes(plan: Plan) -> Iterator[str]:
         if plan.run.mesh.cp > 1:
             computed += " of the chunks that a rank's tokens can see"
         yield f"attention computes {computed}, because {why}: the flash kernel cannot run"
+    elif by_nki(Share(plan.run), machine):
+        yield (
+            "attention is planned with llamax's NKI kernels (nki 0.2, Neuron SDK 2.28), whose "
+            "cycles a simulator counts; they have not been compiled for Trainium or run on it"
+        )
     parallel = config.parallel
     group = parallel.tensor * parallel.context
     if group > 1 and machine.ranks % group:

@@ -3,8 +3,9 @@
 ::
 
     microstep   matmuls       FLOPs / (peak x efficiency), or their bytes / memory bandwidth
-                attention     FLOPs of the causal half, with scores computed again in backward;
-                              without a flash kernel all pairs of tokens, and their bytes
+                attention     FLOPs of the causal half, with scores computed again in backward; on
+                              trn1 the cycles of llamax's NKI kernels (nki_time); without a
+                              flash kernel all pairs of tokens, and their bytes
                 element-wise  bytes / memory bandwidth: norms, rope, SwiGLU, residuals
                 tensor        bytes / link bandwidth + steps x latency: gathers and scatters
                 context       the same for keys and values of whole sequences
@@ -25,7 +26,8 @@ from llamax.config.flops import flops_per_token, mfu
 from llamax.config.hardware import Machine
 from llamax.runtime.units import count, show_bytes, show_number
 from llamax.tools.plan.line import Line
-from llamax.tools.plan.memory import gathered_bytes, pairs, plain_attention
+from llamax.tools.plan.memory import by_nki, gathered_bytes, pairs, plain_attention
+from llamax.tools.plan.nki_time import attention_seconds
 from llamax.tools.plan.sizes import Share, adapter_elements
 
 SCORE_TRAFFIC_BYTES = 24  # of a score without a flash kernel: float32, written and read 3 times
@@ -162,11 +164,17 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     plain = plain_attention(share, machine)
     rounds = 1 + (2 if plain else 2.5) + (0 if mode == "none" else 1)
     attention_s = rounds * attention / (peak * machine.attention_efficiency)
-    scores = 0.0
+    attended = (
+        f"{rounds:g} x {show_number(attention)}FLOP / ({machine.attention_efficiency:.0%} of it)"
+    )
+    if by_nki(share, machine) and not plain:
+        attention_s = attention_seconds(share, int(mode != "none"), bandwidth)
+        attended = f"{1e3 * attention_s:.3g} ms by the NKI kernels' tally of cycles"
     if plain:  # both halves are computed, and scores go through memory
         attention_s *= 2 * pairs(share) / (share.tokens * config.data.sequence_length * share.heads)
         scores = rounds * SCORE_TRAFFIC_BYTES * pairs(share) * share.layers
         attention_s += scores / bandwidth
+        attended += f", twice, + {show_bytes(scores)} of scores / {bandwidth / 1e9:.0f} GB/s"
     element_traffic = (3 + again) * share.layers * element_bytes(share)
 
     tp = wire(machine, mesh.tp, 1)
@@ -203,9 +211,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         Line(
             "attention",
             microsteps * attention_s,
-            f"{times} x {rounds:g} x {show_number(attention)}FLOP / "
-            f"({machine.attention_efficiency:.0%} of it)"
-            + (f", twice, + {show_bytes(scores)} of scores / {memory}" if plain else ""),
+            f"{times} x {attended}",
         ),
         Line(
             "element-wise",

@@ -99,7 +99,9 @@ def test_notes_name_what_slows_the_run(capsys: pytest.CaptureFixture[str]) -> No
     assert "note: run.backend=xla, but p5.48xlarge needs --run.backend=cuda" in (
         capsys.readouterr().out
     )
-    main(["--config", "llama2-7b", "--nodes", "4", "--data.separate_documents=true"])
+    main(["--config", "llama2-7b", "--nodes", "4"])
+    assert "note: attention is planned with llamax's NKI kernels" in capsys.readouterr().out
+    main(["--config", "llama2-7b", "--nodes", "4", "--data.sequence_length=4032"])
     assert "note: attention computes every pair of tokens" in capsys.readouterr().out
 
 

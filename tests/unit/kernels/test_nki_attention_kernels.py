@@ -16,8 +16,10 @@ from support.simulated import Launcher
 from torch import Tensor
 
 from llamax import ops
+from llamax.config.constants import nki_refusal
 from llamax.kernels.attention import nki_op, reference
 from llamax.kernels.simulator.machine import CLOCK_HZ, NkiError, Tally
+from llamax.tools.plan.nki_time import head_seconds
 
 TOLERANCE = 1.2e-2  # of the largest element, as in kernels/attention/README.md
 CAUSAL_PAIRS = 4096**2 / 2
@@ -170,6 +172,17 @@ def test_cost_at_4096() -> None:
             assert separate.cycles[engine] <= 0.45 * whole.cycles[engine]
 
 
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_planner_knows_the_cost(width: int, apart: bool) -> None:
+    for length in (1024, 2048):
+        documents = numbers("returning", 1, length) if apart else None
+        _, tallies = simulated(inputs((1, length, 1, 1, width)), documents)
+        planned = head_seconds(length, width, apart)
+        for tally, seconds in zip(tallies, planned, strict=True):
+            assert seconds == pytest.approx(tally.seconds(), rel=0.05)
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_hbm_bytes_are_linear_in_the_length(documents: bool) -> None:
     def moved(length: int) -> list[int]:
@@ -235,7 +248,7 @@ def test_centres_bound_every_score(size: float) -> None:
     ],
 )
 def test_refusals(length: int, width: int, why: str) -> None:
-    assert nki_op.refusal(length, width) == why
+    assert nki_refusal(length, width) == why
 
 
 # --- mutations -----------------------------------------------------------------------------------

@@ -1,0 +1,141 @@
+"""The NKI kernels in a program: the contract with ``nki.jit``, and when they are chosen."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.simulated import Launcher
+from support.stand_ins import install_module
+
+from llamax import ops
+from llamax.kernels.attention import nki_op
+from llamax.kernels.simulator.run import modules
+
+
+class Jit:
+    """``nki.jit`` of nki 0.2.0 by its documented signature; the compiled kernel is simulated."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []
+        self.launcher = Launcher()
+
+    def __call__(
+        self, func: Callable[..., Any] | None = None, mode: str = "auto", **kwargs: Any
+    ) -> Callable[..., Any]:
+        assert func is not None
+        assert mode in ("jax", "torchxla", "auto")
+        assert not kwargs
+        module = func.__module__.removeprefix("llamax.kernels.")
+
+        def compiled(*tensors: Any) -> Any:
+            """A custom call: flat tensors in, tensors out."""
+            assert all(isinstance(x, torch.Tensor) and x.is_contiguous() for x in tensors)
+            assert {x.dtype for x in tensors} <= {torch.bfloat16, torch.float32, torch.int32}
+            self.calls.append((func.__name__, mode))
+            out = self.launcher(module, func.__name__, *tensors)
+            half = [x.to(torch.bfloat16) if x.ndim == 4 and x.shape[2] != 128 else x for x in out]
+            return tuple(half)
+
+        return compiled
+
+
+def on_xla(length: int, width: int = 128, dtype: torch.dtype = torch.bfloat16) -> Any:
+    shape = (1, length, 8, width)
+    return SimpleNamespace(device=SimpleNamespace(type="xla"), shape=shape, dtype=dtype)
+
+
+@pytest.fixture
+def neuron_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[Jit]:
+    """A process on NeuronCores with nki 0.2.0, as far as llamax looks."""
+    simulated = modules()
+    jit = Jit()
+    install_module(monkeypatch, "torch_xla.runtime", device_type=lambda: "NEURON")
+    nki = install_module(monkeypatch, "nki", jit=jit)
+    for name in ("isa", "language"):
+        members = vars(simulated[f"nki.{name}"])
+        install_module(
+            monkeypatch, f"nki.{name}", **{k: v for k, v in members.items() if k[:2] != "__"}
+        )
+    monkeypatch.setattr(nki_op, "version", lambda _: "0.2.0+gabc")
+    assert nki is not None
+    nki_op.available.cache_clear()
+    nki_op.log_choice.cache_clear()
+    yield jit
+    nki_op.available.cache_clear()
+    nki_op.log_choice.cache_clear()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_contract_with_nki_jit(neuron_core: Jit, apart: bool) -> None:
+    """Flat contiguous tensors, one call each way, results and gradients of the reference."""
+    torch.manual_seed(1)
+    shapes = ((2, 256, 4, 64), (2, 256, 2, 64), (2, 256, 2, 64))
+    ours = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    plain = [x.detach().double().requires_grad_() for x in ours]
+    documents = torch.arange(256).expand(2, -1) // 100 if apart else None
+    found = nki_op.attention(*ours, documents)
+    want = ops.reference_attention(*plain, documents)
+    dout = torch.randn(want.shape)
+    found.backward(dout.bfloat16())
+    want.backward(dout.bfloat16().double())
+    for a, b in ((found, want), *((x.grad, y.grad) for x, y in zip(ours, plain, strict=True))):
+        assert a is not None
+        assert b is not None
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - b).abs().max() < 1.2e-2 * b.abs().max()
+    suffix = "_documents" if apart else ""
+    names = [f"attention_forward{suffix}", f"attention_backward{suffix}"]
+    assert neuron_core.calls == [(name, "torchxla") for name in names]
+
+
+@pytest.mark.usefixtures("neuron_core")
+def test_the_kernel_is_chosen_by_shape_and_named_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
+    caplog.set_level(logging.INFO, "llamax")
+    for x in (on_xla(4096), on_xla(384, 64)):
+        for documents in (None, x):
+            assert ops.kernel("attention", x, x, x, documents) is nki_op.attention
+    assert caplog.messages == [
+        "attention runs by llamax's NKI kernels, which were tested in a simulator only"
+    ]
+    for q, why in (
+        (on_xla(2047), "the sequence length 2047 is not a multiple of 128"),
+        (on_xla(2048, 96), "head_dim=96 is neither 64 nor 128"),
+        (on_xla(2048, dtype=torch.float32), "the tensors are torch.float32, not torch.bfloat16"),
+    ):
+        for _ in range(2):
+            assert ops.kernel("attention", q, q, q, None) is ops.traced_attention
+        assert why in caplog.messages[-1]
+    assert len(caplog.messages) == 4
+    few = on_xla(128)
+    assert ops.kernel("attention", few, on_xla(256), on_xla(256), None) is ops.traced_attention
+    assert "fewer queries than keys" in caplog.messages[-1]
+
+
+@pytest.mark.usefixtures("neuron_core")
+def test_an_nki_that_is_too_new_for_trn1_is_named_and_not_used(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
+    monkeypatch.setattr(nki_op, "version", lambda _: "0.3.0")
+    x = on_xla(4096)
+    for _ in range(2):
+        assert ops.kernel("attention", x, x, x, None) is ops.traced_attention
+    assert caplog.messages == [
+        "attention runs without llamax's NKI kernels, because nki 0.3.0 does not compile for trn1; "
+        "install nki 0.2.0 of Neuron SDK 2.28"
+    ]
+
+
+@pytest.mark.usefixtures("neuron_core")
+def test_other_devices_of_torch_xla_do_not_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_module(monkeypatch, "torch_xla.runtime", device_type=lambda: "CPU")
+    x = on_xla(4096)
+    assert ops.kernel("attention", x, x, x, None) is ops.traced_attention
