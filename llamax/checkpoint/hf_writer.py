@@ -31,7 +31,8 @@ from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.data.chat.record import FILE
 from llamax.data.tokenizer.hf_export import export_tokenizer
-from llamax.data.tokenizer.tokenizer import HuggingFace, load_tokenizer
+from llamax.data.tokenizer.hf_tokenizer import HuggingFace
+from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import copy_file, new_file
 

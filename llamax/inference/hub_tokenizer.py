@@ -21,13 +21,9 @@ import tokenizers
 from llamax.data.chat.encode import Encoder
 from llamax.data.chat.templates import Span
 from llamax.data.tokenizer.hf_export import from_sentencepiece, has_twin
+from llamax.data.tokenizer.hf_tokenizer import HuggingFace
 from llamax.data.tokenizer.special_tokens import CONFIG
-from llamax.data.tokenizer.tokenizer import (
-    HuggingFace,
-    SentencePiece,
-    Tokenizer,
-    load_tokenizer,
-)
+from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer, load_tokenizer
 
 NAMES_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer")  # classes that have a BOS without naming it
 

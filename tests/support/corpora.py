@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import sysconfig
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
+import tokenizers
+
+from llamax.data.tokenizer.fast_settings import byte_letters
 
 
 def python_sources(count: int | None = None) -> list[str]:
@@ -21,6 +25,19 @@ def mistral() -> Path:
     """A real Llama-style sentencepiece model of 32,000 pieces; skips where there is none."""
     package = pytest.importorskip("mistral_common")
     return Path(package.__file__).parent / "data" / "tokenizer.model.v1"
+
+
+def train_byte_level(path: Path) -> Path:
+    """A small byte-level BPE, its ranks in a tiktoken file."""
+    engine = tokenizers.ByteLevelBPETokenizer()
+    engine.train_from_iterator(python_sources(10), vocab_size=600, show_progress=False)
+    vocabulary = engine.get_vocab()
+    letters = {letter: byte for byte, letter in enumerate(byte_letters())}
+    spelled = {text: bytes(letters[letter] for letter in text) for text in vocabulary}
+    order = sorted(spelled, key=lambda text: (len(text) > 1, vocabulary[text]))
+    lines = [base64.b64encode(spelled[text]) + b" %d\n" % i for i, text in enumerate(order)]
+    path.write_bytes(b"".join(lines))
+    return path
 
 
 def train_unlike_llama(folder: Path, **settings: Any) -> Path:

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
-from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -30,7 +29,7 @@ import numpy.typing as npt
 from llamax.data.megatron import indexed_prefix, write_indexed
 from llamax.data.prepare.progress import Progress, count_tokens, start_worker
 from llamax.data.token_file import Header, TokenFile, TokenWriter
-from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import show_free, write_atomic
 from llamax.runtime.json_reader import read_object
@@ -109,7 +108,7 @@ def make_part(
     name: str,
     chunk: Chunk,
     settings: Settings,
-    tokenizer_path: Path,
+    tokenizer: Tokenizer,
     count: Callable[[int], None] = count_tokens,
 ) -> None:
     """Tokenize a chunk into ``folder/name.SPLIT.tokens``; ``count`` receives numbers of tokens.
@@ -122,7 +121,6 @@ def make_part(
     report = folder / f"{name}.unread.json"
     if report.exists() and all(map(_is_complete, paths)):
         return
-    tokenizer = tokenizer_in(tokenizer_path)
     header = header_of(settings, tokenizer)
     with disk_space(folder, chunk.size_bytes * header.dtype.itemsize), ExitStack() as stack:
         writers = {
@@ -165,17 +163,26 @@ def _is_complete(path: Path) -> bool:
     return True
 
 
-@lru_cache(maxsize=1)
-def tokenizer_in(file: Path) -> Tokenizer:
-    """``load_tokenizer``, once a process."""
-    return load_tokenizer(file)
+_tokenizer: Tokenizer  # in a worker
+
+
+def _start_worker(shared: Any, tokenizer: Tokenizer) -> None:
+    """Begin a worker process with a tokenizer, which it receives once."""
+    global _tokenizer
+    start_worker(shared)
+    _tokenizer = tokenizer
+
+
+def _make_part(folder: Path, name: str, chunk: Chunk, settings: Settings) -> None:
+    """``make_part`` in a worker."""
+    make_part(folder, name, chunk, settings, _tokenizer)
 
 
 def make_parts(
     chunks: Sequence[Chunk],
     folder: Path,
     settings: Settings,
-    tokenizer_path: Path,
+    tokenizer: Tokenizer,
     workers: int,
     began: float | None = None,
 ) -> list[Path]:
@@ -184,29 +191,26 @@ def make_parts(
     Shows its progress; ``began``: when the program did, on time.perf_counter.  Raises DataError for
     a mistake in a chunk, a full disk or a worker that died.
     """
-    jobs = [
-        (folder, settings.name(i, chunk), chunk, settings, tokenizer_path)
-        for i, chunk in enumerate(chunks)
-    ]
+    jobs = [(folder, settings.name(i, chunk), chunk, settings) for i, chunk in enumerate(chunks)]
     sizes = [chunk.size for chunk in chunks]
     parts = [folder / name for _, name, *_ in jobs]
     with Progress(sum(sizes), chunks[0].unit, len(jobs), began) as progress:
         if workers == 1 or len(jobs) == 1:
             for size, job in zip(sizes, jobs, strict=True):
-                make_part(*job, progress.count)
+                make_part(*job, tokenizer, progress.count)
                 progress.finish(size)
             return parts
         context = multiprocessing.get_context("spawn")
         progress.share(context)
         with ProcessPoolExecutor(
-            min(workers, len(jobs)), context, start_worker, (progress.shared,)
+            min(workers, len(jobs)), context, _start_worker, (progress.shared, tokenizer)
         ) as pool:
             try:
                 # Ctrl-C reaches every process of a terminal: workers ignore it, this one acts.
                 handler = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited
                 try:
                     futures: dict[Future[None], int] = {
-                        pool.submit(make_part, *job): i for i, job in enumerate(jobs)
+                        pool.submit(_make_part, *job): i for i, job in enumerate(jobs)
                     }
                 finally:
                     signal.signal(signal.SIGINT, handler)

@@ -38,7 +38,6 @@ from llamax.data.prepare.chunks import (
     join_parts,
     join_parts_to_megatron,
     make_parts,
-    tokenizer_in,
     unread_in,
 )
 from llamax.data.prepare.file_kinds import MAX_DOCUMENT
@@ -55,17 +54,15 @@ from llamax.data.prepare.text_chunks import TextChunk, TextSettings
 from llamax.data.prepare.text_files import is_only_text, plan
 from llamax.data.prepare.unread import unread_error, unread_names
 from llamax.data.token_file import TokenFile
-from llamax.data.tokenizer.tokenizer import (
-    HuggingFace,
-    SentencePiece,
-    Tokenizer,
-    tokenizer_file,
-)
+from llamax.data.tokenizer.hf_tokenizer import HuggingFace
+from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer, load_tokenizer
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import copy_file, make_folder, write_atomic
+from llamax.runtime.logging import logger
 from llamax.runtime.progress import reported
 
 PathLike = str | Path
+LEAST_BYTES = 2**20  # of text, for which the faster engine is loaded
 Format = Literal["llamax", "megatron"]
 
 
@@ -215,12 +212,13 @@ def prepare(
         else Path(str(tokenizer))
     )
     with reported("loading the tokenizer", began):
-        opened = tokenizer_in(tokenizer_file(path))
+        opened = load_tokenizer(path)
     settings = _for_tokenizer(draft, opened, default)
     names = [settings.name(number, chunk) for number, chunk in enumerate(chunks)]
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
     if not _already_made(out, settings, identity, format):
-        parts = make_parts(chunks, parts_folder, settings, opened.path, workers, began)
+        _speed_up(opened, sum(chunk.size_bytes for chunk in chunks))
+        parts = make_parts(chunks, parts_folder, settings, opened, workers, began)
         unread = unread_in(parts)
         if unread and strict:
             raise unread_error(unread)
@@ -292,6 +290,14 @@ def _for_tokenizer(draft: Settings, tokenizer: Tokenizer, bos_by_tokenizer: bool
         and (tokenizer.adds_bos if bos_by_tokenizer else tokenizer.bos_id is not None),
         eos=draft.eos and tokenizer.eos_id is not None,
     )
+
+
+def _speed_up(tokenizer: Tokenizer, size_bytes: int) -> None:
+    """Encode by the faster engine if the text is worth loading it."""
+    if size_bytes >= LEAST_BYTES and (why := tokenizer.speed_up()):
+        logger.info(
+            "%s: %s, so its own engine, which is slower, encodes the text", tokenizer.path, why
+        )
 
 
 def _write_index(

@@ -172,9 +172,9 @@ def cuts_of_engine(settings: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         moves = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
         if moves or re.search(r"[\s▁]", token["content"]):
             return nowhere
-    normalizers = _steps(settings.get("normalizer"), "normalizers")
+    normalizers = steps_of(settings.get("normalizer"), "normalizers")
     kinds = [str(step.get("type")) for step in normalizers]
-    steps = _steps(settings.get("pre_tokenizer"), "pretokenizers")
+    steps = steps_of(settings.get("pre_tokenizer"), "pretokenizers")
     if kinds in ([], ["NFC"]):
         cuts = _cuts_of_steps(steps, model)
         return (cuts, settings) if cuts else nowhere
@@ -205,7 +205,7 @@ def _cuts_of_steps(steps: list[dict[str, Any]], model: dict[str, Any]) -> str:
     return ""
 
 
-def _steps(step: Any, name: str) -> list[dict[str, Any]]:
+def steps_of(step: Any, name: str) -> list[dict[str, Any]]:
     """The steps of a sequence, or the only one."""
     if not isinstance(step, dict):
         return []

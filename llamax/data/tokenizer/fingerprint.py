@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Protocol
 
-from llamax.data.tokenizer.special_tokens import ADDED, CONFIG, NAMED
+from llamax.data.tokenizer.special_tokens import ADDED, CONFIG, NAMED, AddedToken
 
 BESIDE = (CONFIG, NAMED, ADDED)
 State = dict[str, Any]  # what decides ids besides the file
+
+
+class WithTokens(Protocol):
+    """The part of a tokenizer that decides ids besides the trained vocabulary."""
+
+    special: dict[str, int]
+    added: dict[int, AddedToken]
+    strips: dict[str, tuple[bool, bool]]
+    bos_id: int | None
+    eos_id: int | None
+    adds_bos: bool
 
 
 def fingerprint(raw: bytes, alone: State, together: State) -> str:
@@ -27,3 +38,14 @@ def fingerprint(raw: bytes, alone: State, together: State) -> str:
         return digest
     text = json.dumps(together, sort_keys=True)
     return hashlib.sha256(f"{digest} {text}".encode()).hexdigest()
+
+
+def state_of(tokenizer: WithTokens) -> State:
+    """What decides ids besides the trained vocabulary."""
+    return {
+        "special": sorted(tokenizer.special.items()),
+        "added": sorted([number, *token] for number, token in tokenizer.added.items()),
+        "strips": sorted(tokenizer.strips.items()),
+        "bos": [tokenizer.bos_id, tokenizer.adds_bos],
+        "eos": tokenizer.eos_id,
+    }

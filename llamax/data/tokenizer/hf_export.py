@@ -27,6 +27,8 @@ import sentencepiece  # type: ignore[import-untyped, unused-ignore]
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
+from llamax.data.tokenizer.fast_settings import byte_letters, merges_of
+from llamax.data.tokenizer.hf_tokenizer import HuggingFace
 from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN
 from llamax.data.tokenizer.sentencepiece_model import (
     BPE,
@@ -39,11 +41,7 @@ from llamax.data.tokenizer.sentencepiece_model import (
     SentencePieceModel,
 )
 from llamax.data.tokenizer.tiktoken_file import TikToken
-from llamax.data.tokenizer.tokenizer import (
-    HuggingFace,
-    SentencePiece,
-    Tokenizer,
-)
+from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import write_atomic
 from llamax.runtime.json_reader import read_object
@@ -158,13 +156,7 @@ def from_sentencepiece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
     model = tokenizer.model
     vocabulary = {text: number for number, (text, _, _) in enumerate(model.pieces)}
     pieces = [(text, score) for text, score, kind in model.pieces if kind == NORMAL]
-    known = {text for text, _ in pieces}
-    merges = [
-        (text[:cut], text[cut:])
-        for text, _ in sorted(pieces, key=lambda piece: (-piece[1], -len(piece[0])))
-        for cut in range(1, len(text))
-        if text[:cut] in known and text[cut:] in known
-    ]
+    merges = merges_of(pieces)
     unknown = next(text for text, _, kind in model.pieces if kind == UNKNOWN)
     symbols = [text for text, _, kind in model.pieces if kind == USER_DEFINED]
     options = {"unk_token": unknown, "fuse_unk": True, "byte_fallback": True}
@@ -196,7 +188,7 @@ def from_sentencepiece(tokenizer: SentencePiece) -> tokenizers.Tokenizer:
 def from_tiktoken(tokenizer: TikToken) -> tokenizers.Tokenizer:
     """The same byte-level BPE in ``tokenizers``."""
     ranks = tokenizer.ranks
-    letters = _byte_letters()
+    letters = byte_letters()
 
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
@@ -231,15 +223,6 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
         if rank >= ranks[token]:
             return parts
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
-
-
-def _byte_letters() -> list[str]:
-    """The letter that stands for each byte in byte-level vocabularies (GPT-2's table)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    letters = {byte: chr(byte) for byte in printable}
-    letters |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return [letters[byte] for byte in range(256)]
 
 
 def _with_bos(engine: tokenizers.Tokenizer, bos: int | None) -> tokenizers.Tokenizer:

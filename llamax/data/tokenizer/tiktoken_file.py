@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from llamax.data.tokenizer.cuts import PATTERNS, Ids, compiled
+from llamax.data.tokenizer.fast_engine import FastEngine, judged
 from llamax.data.tokenizer.fingerprint import fingerprint
 from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN, LLAMA3_SPECIAL
+
+ENGINES = ("engine", "ranks")  # attributes that each process loads for itself
 
 
 class TikToken:
@@ -20,22 +25,14 @@ class TikToken:
     cuts = compiled(PATTERNS[LLAMA3_PATTERN])
 
     def __init__(self, path: Path, raw: bytes) -> None:
-        import tiktoken
-
         self.path, self.fingerprint = path, fingerprint(raw, {}, {})
-        lines = (line.split() for line in raw.splitlines() if line)
-        self.ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        self._raw = raw
+        self.fast: FastEngine | None = None
         if sorted(self.ranks.values()) != list(range(len(self.ranks))):
             raise ValueError("its ranks do not count from 0")
         if missing := sum(bytes([byte]) not in self.ranks for byte in range(256)):
             raise ValueError(f"{missing} of the 256 bytes have no rank")
         self.special = {name: len(self.ranks) + i for i, name in enumerate(LLAMA3_SPECIAL)}
-        self.engine = tiktoken.Encoding(
-            path.name,
-            pat_str=LLAMA3_PATTERN,
-            mergeable_ranks=self.ranks,
-            special_tokens=self.special,
-        )
         self.base_size, self.vocab_size = len(self.ranks), len(self.ranks) + len(self.special)
         self.named = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
         self.strips: dict[str, tuple[bool, bool]] = {}
@@ -43,13 +40,43 @@ class TikToken:
         self.bos_id: int | None = self.special["<|begin_of_text|>"]
         self.eos_id: int | None = self.special["<|end_of_text|>"]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ENGINES}
+
+    @cached_property
+    def ranks(self) -> dict[bytes, int]:
+        """The rank of each token."""
+        lines = (line.split() for line in self._raw.splitlines() if line)
+        return {base64.b64decode(token): int(rank) for token, rank in lines}
+
+    @cached_property
+    def engine(self) -> Any:
+        """The engine of tiktoken."""
+        import tiktoken
+
+        return tiktoken.Encoding(
+            self.path.name,
+            pat_str=LLAMA3_PATTERN,
+            mergeable_ranks=self.ranks,
+            special_tokens=self.special,
+        )
+
+    def speed_up(self) -> str:
+        words = [token.decode(errors="replace") for token in self.ranks]
+        self.fast, fault = judged(
+            lambda: FastEngine(self.path, True), self.encode, [*self.special], words
+        )
+        return fault
+
     def encode(self, text: str) -> list[int]:
-        return self.engine.encode_ordinary(text)
+        return list(self.engine.encode_ordinary(text))
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self.engine.decode([i for i in ids if i < len(self.ranks)])
+        return str(self.engine.decode([i for i in ids if i < self.base_size]))
 
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
+        if self.fast is not None:
+            return [self.fast.encode(text, self.encode) for text in texts]
         found = self.engine.encode_ordinary_batch(list(texts), num_threads=threads)
         return [np.array(ids, np.uint32) for ids in found]
 

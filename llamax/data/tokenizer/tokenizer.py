@@ -3,7 +3,7 @@
 =====================  =====================================================  =====================
 file                   what                                                   engine
 =====================  =====================================================  =====================
-``tokenizer.model``    sentencepiece (Llama 2, Mistral)                       fast_bpe or its own
+``tokenizer.model``    sentencepiece (Llama 2, Mistral)                       sentencepiece
 ``tokenizer.json``     Hugging Face tokenizers (any Llama on the Hub)         tokenizers
 ``NAME.tiktoken``      base64 ranks (Llama 3's original ``tokenizer.model``)  tiktoken
 =====================  =====================================================  =====================
@@ -14,13 +14,17 @@ for example), so the original of a model comes first.  A ``tokenizer.json`` with
 the ``tokenizer.model`` lacks comes before it.
 
 The name of a special token inside a document is text: it is encoded letter by letter.
+
+Whole datasets are encoded by a faster engine with the same ids, after ``speed_up``; see
+``llamax.data.tokenizer.fast_engine``.  Tokenizers can be sent to other processes, which load an
+engine when they need it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -28,21 +32,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llamax.data.tokenizer.cuts import Ids, compiled, cuts_of_engine, cuts_of_sentencepiece
-from llamax.data.tokenizer.fingerprint import BESIDE, fingerprint
-from llamax.data.tokenizer.special_tokens import (
-    FILES,
-    AddedToken,
-    SpecialTokens,
-    stripping,
-    token_id,
-)
+from llamax.data.tokenizer.cuts import Ids, compiled, cuts_of_sentencepiece
+from llamax.data.tokenizer.fast_engine import FastEngine, judged
+from llamax.data.tokenizer.fast_settings import of_sentencepiece
+from llamax.data.tokenizer.fingerprint import BESIDE, fingerprint, state_of
+from llamax.data.tokenizer.hf_tokenizer import HuggingFace
+from llamax.data.tokenizer.special_tokens import FILES, SpecialTokens, stripping
 from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import sha256
 
-BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
-EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+ENGINES = ("_engine", "_bare")  # attributes that each process loads for itself
 
 
 class Tokenizer(Protocol):
@@ -80,6 +80,12 @@ class Tokenizer(Protocol):
     def encode_rest(self, text: str) -> Ids:
         """The ids of a text that follows one of the ``cuts``."""
 
+    def speed_up(self) -> str:
+        """Encode documents by a faster engine from now on; why not, as a clause, where it cannot.
+
+        The ids stay the same.
+        """
+
 
 class SentencePiece:
     """A sentencepiece ``tokenizer.model``; the ids are those of sentencepiece on every text."""
@@ -87,15 +93,11 @@ class SentencePiece:
     memory = 64
 
     def __init__(self, path: Path, raw: bytes) -> None:
-        import sentencepiece
-
-        from llamax.data.tokenizer.fast_bpe import Segments
         from llamax.data.tokenizer.sentencepiece_model import CONTROL, SentencePieceModel
 
         self.path = path
         self.model = SentencePieceModel.from_bytes(raw)
-        self._engine = sentencepiece.SentencePieceProcessor(model_proto=raw)
-        self._segments = Segments.of(self.model)
+        self.fast: FastEngine | None = None
         self.base_size: int = self._engine.vocab_size()
         self.special = {
             text: number
@@ -117,10 +119,27 @@ class SentencePiece:
         self.adds_bos = self.bos_id is not None and beside.add_bos is not False
         self.fingerprint = fingerprint(raw, alone, state_of(self))
 
-    @property
-    def fast(self) -> bool:
-        """Whether ``encode_documents`` uses the faster engine."""
-        return self._segments is not None
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ENGINES}
+
+    @cached_property
+    def _engine(self) -> Any:
+        import sentencepiece
+
+        return sentencepiece.SentencePieceProcessor(model_proto=self.model.raw)
+
+    def speed_up(self) -> str:
+        prefix = " " if self.model.dummy_prefix else ""
+        words = [text.replace("▁", " ") for text, _, _ in self.model.pieces]
+        self.fast, fault = judged(
+            lambda: FastEngine(
+                json.dumps(of_sentencepiece(self.model, self._inline)), False, prefix
+            ),
+            self.encode,
+            [*self.special],
+            words,
+        )
+        return fault
 
     @property
     def beside(self) -> list[Path]:
@@ -160,24 +179,27 @@ class SentencePiece:
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
         if self._inline:
             return [np.array(self.encode(text), np.uint32) for text in texts]
-        if self._segments is not None:
-            return self._segments.encode(texts, threads)
+        if self.fast is not None:
+            return [self.fast.encode(text, self.encode) for text in texts]
         found = self._engine.encode(list(texts), num_threads=threads)
         return [np.array(ids, np.uint32) for ids in found]
 
     def encode_after(self, texts: Sequence[str]) -> list[Ids]:
         if self._inline:
             return [np.array(self._encode_around(text, self._bare), np.uint32) for text in texts]
+        if self.fast is not None:
+            return [self.fast.encode(text, self._encode_bare, False) for text in texts]
         return [np.array(ids, np.uint32) for ids in self._bare.encode(list(texts))]
 
     def encode_rest(self, text: str) -> Ids:
-        if self._inline or self._segments is None:
-            return self.encode_after([text])[0]
-        return self._segments.encode([text], begin=False)[0]
+        return self.encode_after([text])[0]
 
     @cached_property
     def cuts(self) -> re.Pattern[str] | None:
         return compiled(cuts_of_sentencepiece(self.model, self._inline))
+
+    def _encode_bare(self, text: str) -> list[int]:
+        return list(self._bare.encode(text))
 
     @cached_property
     def _bare(self) -> Any:
@@ -185,141 +207,6 @@ class SentencePiece:
         import sentencepiece
 
         return sentencepiece.SentencePieceProcessor(model_proto=self.model.without_prefix())
-
-
-class HuggingFace:
-    """A Hugging Face ``tokenizer.json``; BOS and EOS by the files beside it, or by name."""
-
-    memory = 256
-
-    def __init__(self, path: Path, raw: bytes) -> None:
-        import tokenizers
-
-        self.path = path
-        self.engine = tokenizers.Tokenizer.from_str(raw.decode())
-        self.engine.no_truncation()
-        self.engine.no_padding()
-        self.named = {}
-        self._find_special()
-        alone = state_of(self)
-        beside = SpecialTokens.beside(path)
-        self._add(beside)
-        ids = self.engine.get_vocab(with_added_tokens=True).values()
-        self.vocab_size = token_id(max(ids)) + 1
-        self.base_size = (
-            max(self.engine.get_vocab(with_added_tokens=False).values(), default=-1) + 1
-        )
-        self.named, self.space_after_bos = beside.named, False
-        self._find_special()
-        self.fingerprint = fingerprint(raw, alone, state_of(self))
-        self.engine.encode_special_tokens = True
-
-    def _find_special(self) -> None:
-        """Set the special tokens, and BOS and EOS among them, from the engine and the names."""
-        self.bos_id = self._special("bos_token", BOS)
-        self.eos_id = self._special("eos_token", EOS)
-        # As in transformers 5: beside a tokenizer.json its add_bos_token has no effect.
-        first = self.engine.encode("a").ids[:1]
-        self.adds_bos = self.bos_id is not None and first == [self.bos_id]
-        added = self.engine.get_added_tokens_decoder()
-        self.special = {str(token): i for i, token in added.items() if token.special}
-        self.added = {
-            i: AddedToken(token.content, token.special, token.lstrip, token.rstrip)
-            for i, token in added.items()
-        }
-        self.strips = stripping(self.added.values())
-
-    def _add(self, beside: SpecialTokens) -> None:
-        """Add the tokens that the files beside it name and it lacks, as transformers does."""
-        import tokenizers
-
-        known = {token.content for token in self.engine.get_added_tokens_decoder().values()}
-        tokens = [token for _, token in sorted(beside.added.items())]
-        names = (*beside.named.values(), *beside.extra)
-        tokens += [AddedToken(name, True) for name in names]
-        for token in tokens:
-            if token.text not in known:
-                known.add(token.text)
-                strips = {"lstrip": token.lstrip, "rstrip": token.rstrip}
-                kind = {"special": token.special, "normalized": not token.special}
-                self.engine.add_tokens([tokenizers.AddedToken(token.text, **strips, **kind)])
-
-    @property
-    def beside(self) -> list[Path]:
-        """The files beside it that belong to it."""
-        return [path for path in map(self.path.with_name, FILES) if path.is_file()]
-
-    def _special(self, key: str, usual: Iterable[str]) -> int | None:
-        names = [self.named[key]] if key in self.named else []
-        ids = (self.engine.token_to_id(name) for name in (*names, *usual))
-        return next((i for i in ids if i is not None), None)
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.engine.encode(text, add_special_tokens=False).ids)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self.engine.decode(list(ids), skip_special_tokens=True))
-
-    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
-        if threads == 1:
-            return [np.array(self.encode(text), np.uint32) for text in texts]
-        found = self.engine.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(each.ids, np.uint32) for each in found]
-
-    def encode_after(self, texts: Sequence[str]) -> list[Ids]:
-        encode = self._inside.encode
-        return [np.array(encode(text, add_special_tokens=False).ids, np.uint32) for text in texts]
-
-    def encode_rest(self, text: str) -> Ids:
-        return np.array(self._rest[1].encode(text, add_special_tokens=False).ids, np.uint32)
-
-    @property
-    def cuts(self) -> re.Pattern[str] | None:
-        return self._rest[0]
-
-    @cached_property
-    def _rest(self) -> tuple[re.Pattern[str] | None, Any]:
-        """Where texts can be cut, and the engine for what follows."""
-        settings = json.loads(self.engine.to_str())
-        cuts, changed = cuts_of_engine(settings)
-        return compiled(cuts), self.engine if changed is settings else self._engine_of(changed)
-
-    @staticmethod
-    def _engine_of(settings: dict[str, Any]) -> Any:
-        """The engine with other settings; names of special tokens are text to it."""
-        import tokenizers
-
-        engine = tokenizers.Tokenizer.from_str(json.dumps(settings))
-        engine.encode_special_tokens = True
-        return engine
-
-    @cached_property
-    def _inside(self) -> Any:
-        """The engine for a text that does not begin the document.
-
-        Only Metaspace's prepend_scheme "first" asks for the place of a text; the other ways to put
-        a space before texts put one before each text between special tokens.
-        """
-        settings = json.loads(self.engine.to_str())
-        step = settings.get("pre_tokenizer") or {}
-        steps = [part for part in (step, *step.get("pretokenizers", ())) if isinstance(part, dict)]
-        first = [part for part in steps if part.get("prepend_scheme") == "first"]
-        if not first:
-            return self.engine
-        for part in first:
-            part["prepend_scheme"] = "never"
-        return self._engine_of(settings)
-
-
-def state_of(tokenizer: SentencePiece | HuggingFace) -> dict[str, Any]:
-    """What decides ids besides the trained vocabulary."""
-    return {
-        "special": sorted(tokenizer.special.items()),
-        "added": sorted([number, *token] for number, token in tokenizer.added.items()),
-        "strips": sorted(tokenizer.strips.items()),
-        "bos": [tokenizer.bos_id, tokenizer.adds_bos],
-        "eos": tokenizer.eos_id,
-    }
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 
 import pytest
-import tokenizers
-from support.corpora import python_sources
+from support.corpora import python_sources, train_byte_level
 
-from llamax.data.tokenizer.hf_export import _byte_letters
 from llamax.data.tokenizer.train import train_sentencepiece as train
 
 
@@ -25,17 +22,7 @@ def spm(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> Path:
-    """A small byte-level BPE, its ranks in a tiktoken file."""
-    engine = tokenizers.ByteLevelBPETokenizer()
-    engine.train_from_iterator(python_sources(10), vocab_size=600, show_progress=False)
-    letters = {c: b for b, c in enumerate(_byte_letters())}
-    tokens = [bytes(letters[c] for c in t) for t in engine.get_vocab()]
-    order = sorted(tokens, key=lambda t: (len(t) > 1, engine.get_vocab()[
-        "".join(list(letters)[b] for b in t)]))  # fmt: skip
-    path = folder / "small.tiktoken"
-    lines = [base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(order)]
-    path.write_bytes(b"".join(lines))
-    return path
+    return train_byte_level(folder / "small.tiktoken")
 
 
 @pytest.fixture(autouse=True, scope="module")

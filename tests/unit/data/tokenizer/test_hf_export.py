@@ -13,8 +13,9 @@ from support.corpora import TEXTS, mistral, python_sources, train_unlike_llama
 from llamax.cli.prepare import main as prepare
 from llamax.data.tokenizer import hf_export
 from llamax.data.tokenizer.hf_export import export_tokenizer
+from llamax.data.tokenizer.hf_tokenizer import HuggingFace
 from llamax.data.tokenizer.tiktoken_file import TikToken
-from llamax.data.tokenizer.tokenizer import HuggingFace, SentencePiece, load_tokenizer
+from llamax.data.tokenizer.tokenizer import SentencePiece, load_tokenizer
 from llamax.runtime.errors import DataError
 
 

@@ -1,0 +1,208 @@
+"""A Hugging Face ``tokenizer.json``."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from llamax.data.tokenizer.cuts import Ids, compiled, cuts_of_engine, steps_of
+from llamax.data.tokenizer.fast_engine import FastEngine, judged
+from llamax.data.tokenizer.fast_settings import of_engine
+from llamax.data.tokenizer.fingerprint import fingerprint, state_of
+from llamax.data.tokenizer.special_tokens import (
+    FILES,
+    AddedToken,
+    SpecialTokens,
+    stripping,
+    token_id,
+)
+
+if TYPE_CHECKING:
+    import tokenizers
+
+BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
+EOS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+PLACES = ("whole", "inside", "rest")
+ENGINES = ("engine", "_engines")  # attributes that each process loads for itself
+
+
+class HuggingFace:
+    """A Hugging Face ``tokenizer.json``; BOS and EOS by the files beside it, or by name."""
+
+    memory = 256
+
+    def __init__(self, path: Path, raw: bytes) -> None:
+        self.path, self._raw = path, raw
+        self._beside = SpecialTokens()
+        self._fast: dict[str, FastEngine] = {}  # by place, after speed_up
+        self.engine.encode_special_tokens = False
+        self.named: dict[str, str] = {}
+        self._find_special()
+        alone = state_of(self)
+        self._beside = beside = SpecialTokens.beside(path)
+        self._add(self.engine)
+        ids = self.engine.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = token_id(max(ids)) + 1
+        self.base_size = (
+            max(self.engine.get_vocab(with_added_tokens=False).values(), default=-1) + 1
+        )
+        self.named, self.space_after_bos = beside.named, False
+        self._find_special()
+        self.fingerprint = fingerprint(raw, alone, state_of(self))
+        self.engine.encode_special_tokens = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ENGINES}
+
+    @cached_property
+    def _engines(self) -> dict[str, Any]:
+        """The engines of places that are not as the whole."""
+        return {}
+
+    @cached_property
+    def engine(self) -> tokenizers.Tokenizer:
+        """The engine of tokenizers, to which the names of special tokens are text."""
+        import tokenizers
+
+        engine = tokenizers.Tokenizer.from_str(self._raw.decode())
+        engine.no_truncation()
+        engine.no_padding()
+        self._add(engine)
+        engine.encode_special_tokens = True
+        return engine
+
+    def _find_special(self) -> None:
+        """Set the special tokens, and BOS and EOS among them, from the engine and the names."""
+        self.bos_id = self._special("bos_token", BOS)
+        self.eos_id = self._special("eos_token", EOS)
+        # As in transformers 5: beside a tokenizer.json its add_bos_token has no effect.
+        first = self.engine.encode("a").ids[:1]
+        self.adds_bos = self.bos_id is not None and first == [self.bos_id]
+        added = self.engine.get_added_tokens_decoder()
+        self.special = {str(token): i for i, token in added.items() if token.special}
+        self.added = {
+            i: AddedToken(token.content, token.special, token.lstrip, token.rstrip)
+            for i, token in added.items()
+        }
+        self.strips = stripping(self.added.values())
+
+    def _add(self, engine: Any) -> None:
+        """Add the tokens that the files beside it name and it lacks, as transformers does."""
+        import tokenizers
+
+        beside = self._beside
+        known = {token.content for token in engine.get_added_tokens_decoder().values()}
+        tokens = [token for _, token in sorted(beside.added.items())]
+        names = (*beside.named.values(), *beside.extra)
+        tokens += [AddedToken(name, True) for name in names]
+        for token in tokens:
+            if token.text not in known:
+                known.add(token.text)
+                strips = {"lstrip": token.lstrip, "rstrip": token.rstrip}
+                kind = {"special": token.special, "normalized": not token.special}
+                engine.add_tokens([tokenizers.AddedToken(token.text, **strips, **kind)])
+
+    @property
+    def beside(self) -> list[Path]:
+        """The files beside it that belong to it."""
+        return [path for path in map(self.path.with_name, FILES) if path.is_file()]
+
+    def _special(self, key: str, usual: Iterable[str]) -> int | None:
+        names = [self.named[key]] if key in self.named else []
+        ids = (self.engine.token_to_id(name) for name in (*names, *usual))
+        return next((i for i in ids if i is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return list(self.engine.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self.engine.decode(list(ids), skip_special_tokens=True))
+
+    def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
+        if "whole" in self._fast or threads == 1:
+            return [self._ids("whole", text) for text in texts]
+        found = self.engine.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(each.ids, np.uint32) for each in found]
+
+    def encode_after(self, texts: Sequence[str]) -> list[Ids]:
+        return [self._ids("inside", text) for text in texts]
+
+    def encode_rest(self, text: str) -> Ids:
+        return self._ids("rest", text)
+
+    def _ids(self, place: str, text: str) -> Ids:
+        """The ids of a text at a place: "whole", "inside" a document, or the "rest" after a cut."""
+        if (fast := self._fast.get(place)) is not None:
+            return fast.encode(text, partial(self._reference, place))
+        return np.array(self._reference(place, text), np.uint32)
+
+    def _reference(self, place: str, text: str) -> list[int]:
+        """The ids of a text at a place by the engine of tokenizers."""
+        return list(self._engine_at(place).encode(text, add_special_tokens=False).ids)
+
+    def _engine_at(self, place: str) -> Any:
+        import tokenizers
+
+        if place not in self._places.settings:
+            return self.engine
+        if place not in self._engines:
+            engine = tokenizers.Tokenizer.from_str(self._places.settings[place])
+            engine.encode_special_tokens = True
+            self._engines[place] = engine
+        return self._engines[place]
+
+    def speed_up(self) -> str:
+        texts = {"whole": self.engine.to_str(), **self._places.settings}
+        words = list(self.engine.get_vocab(with_added_tokens=False))
+        engines: dict[str, FastEngine] = {}
+        for place, text in texts.items():
+            reference = partial(self._reference, place)
+            made = partial(_fast_engine, text)
+            engine, fault = judged(made, reference, [*self.special], words)
+            if engine is None:
+                return fault
+            engines[place] = engine
+        self._fast = {place: engines.get(place, engines["whole"]) for place in PLACES}
+        return ""
+
+    @property
+    def cuts(self) -> re.Pattern[str] | None:
+        return self._places.cuts
+
+    @cached_property
+    def _places(self) -> Places:
+        """Where texts can be cut, and the settings for texts that do not begin a document.
+
+        Only Metaspace's prepend_scheme "first" asks for the place of a text; the other ways to put
+        a space before texts put one before each text between special tokens.
+        """
+        whole = self.engine.to_str()
+        settings, changed = json.loads(whole), {}
+        cuts, after_cut = cuts_of_engine(settings)
+        if after_cut is not settings:
+            changed["rest"] = json.dumps(after_cut)
+        steps = steps_of(settings.get("pre_tokenizer"), "pretokenizers")
+        first = [step for step in steps if step.get("prepend_scheme") == "first"]
+        for step in first:
+            step["prepend_scheme"] = "never"
+        if first:
+            changed["inside"] = json.dumps(settings)
+        return Places(compiled(cuts), changed)
+
+
+class Places(NamedTuple):
+    """Where texts can be cut, and other settings of the engine for texts "inside" or the "rest"."""
+
+    cuts: re.Pattern[str] | None
+    settings: dict[str, str]
+
+
+def _fast_engine(settings: str) -> FastEngine:
+    found = of_engine(json.loads(settings))
+    return FastEngine(json.dumps(found), not found["model"].get("byte_fallback"))
