@@ -25,7 +25,6 @@ Truncations Improve Language Modeling", section 3.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -71,11 +70,12 @@ class Packs:
                 if way == "padded":
                     counts = np.ones(len(documents), np.int64)
                 else:
-                    longest_first = np.argsort(-sizes, kind="stable")
-                    samples = best_fit(sizes[longest_first].tolist(), length)
-                    counts = np.array([len(sample) for sample in samples], np.int64)
-                    order = [i for sample in samples for i in sample]
-                    documents = documents[longest_first][order]
+                    shorter_by = length - sizes
+                    if length < 2**16:  # sorted by radix
+                        shorter_by = shorter_by.astype(np.uint16)
+                    longest_first = np.argsort(shorter_by, kind="stable")
+                    order, counts = best_fit(sizes[longest_first], length)
+                    documents = documents[longest_first[order]]
                 documents.astype(np.uint32).tofile(members)
                 (packed + np.cumsum(counts)).astype(np.uint64).tofile(ends)
                 packed += len(documents)
@@ -139,22 +139,49 @@ class Packs:
         return documents[keep], np.minimum(sizes[keep], self.length)
 
 
-def best_fit(sizes: Sequence[int], room: int) -> list[list[int]]:
-    """Samples as lists of document numbers; ``sizes``, 1 to ``room``, in descending order."""
-    samples: list[list[int]] = []
+def best_fit(sizes: Integers, room: int) -> tuple[Integers, Integers]:
+    """The documents in the order of samples, and how many each sample has.
+
+    ``sizes``, 1 to ``room``, in descending order.  Documents of one size go in together: the
+    fullest sample that fits takes as many as fit, and is then the fullest for the next; so samples
+    with the same room take equal shares, the last one the rest.
+    """
+    owners: list[int] = []  # the sample of each document
     with_room: list[list[int]] = [[] for _ in range(room + 1)]
-    amounts = 0  # bit r: some sample has room for r more
-    for number, size in enumerate(sizes):
-        if enough := amounts >> size:
-            left = size + (enough & -enough).bit_length() - 1
-            sample = with_room[left].pop()
-            if not with_room[left]:
-                amounts ^= 1 << left
-        else:
-            left, sample = room, len(samples)
-            samples.append([])
-        samples[sample].append(number)
-        if left := left - size:
-            with_room[left].append(sample)
-            amounts |= 1 << left
-    return samples
+    amounts = count = 0  # bit r of amounts: some sample has room for r more
+    values, starts = np.unique(-sizes, return_index=True)
+    lengths = np.diff(starts, append=len(sizes))
+    for size, left in zip((-values).tolist(), lengths.tolist(), strict=True):
+        while left:
+            enough = amounts >> size
+            free = size + (enough & -enough).bit_length() - 1 if enough else room
+            fitting = free // size
+            wanted = -(-left // fitting)
+            if enough:
+                samples = with_room[free][-wanted:]
+                samples.reverse()
+                del with_room[free][-wanted:]
+                if not with_room[free]:
+                    amounts ^= 1 << free
+            else:
+                samples = [*range(count, count + wanted)]
+                count += wanted
+            short = max(len(samples) * fitting - left, 0)  # the last has room for as many more
+            left -= len(samples) * fitting - short
+            if fitting == 1:
+                owners += samples
+            elif len(samples) == 1:
+                owners += samples * (fitting - short)
+            else:
+                owners += [sample for sample in samples for _ in range(fitting)]
+                del owners[len(owners) - short :]
+            remaining = free - fitting * size
+            if short:
+                with_room[remaining + short * size].append(samples.pop())
+                amounts |= 1 << remaining + short * size
+            if remaining and samples:
+                with_room[remaining] += samples
+                amounts |= 1 << remaining
+    owner = np.array(owners, np.int64)
+    narrow = owner.astype(np.uint16) if count <= 2**16 else owner  # sorted by radix
+    return np.argsort(narrow, kind="stable"), np.bincount(owner, minlength=count)

@@ -16,10 +16,47 @@ from llamax.data.packing import Packs, best_fit
 from llamax.runtime.errors import DataError
 
 
+def packed(sizes: list[int], room: int) -> list[list[int]]:
+    """The samples of ``best_fit`` as lists of documents."""
+    order, counts = best_fit(np.array(sizes, np.int64), room)
+    return [part.tolist() for part in np.split(order, np.cumsum(counts))[:-1]]
+
+
+def one_by_one(sizes: list[int], room: int) -> list[list[int]]:
+    """Best fit, document by document: into the sample with the least room that is enough.
+
+    Of samples with equal room the one comes first that reached it last.
+    """
+    samples: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # room of each sample, and when it came to have it
+    for number, size in enumerate(sizes):
+        fitting = [k for k in range(len(samples)) if free[k][0] >= size]
+        if not fitting:
+            fitting.append(len(samples))
+            samples.append([])
+            free.append((room, number))
+        chosen = min(fitting, key=lambda k: (free[k][0], -free[k][1]))
+        samples[chosen].append(number)
+        free[chosen] = (free[chosen][0] - size, number)
+    return samples
+
+
+@given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 70))
+def test_best_fit_is_that_of_document_by_document(sizes: list[int], room: int) -> None:
+    sizes = sorted(sizes, reverse=True)
+    assert packed(sizes, room) == one_by_one(sizes, room)
+
+
+@pytest.mark.parametrize("largest", [3, 12, 64])
+def test_best_fit_of_many_documents_of_few_sizes(largest: int) -> None:
+    sizes = sorted(np.random.default_rng(largest).integers(1, largest, 900), reverse=True)
+    assert packed(sizes, 64) == one_by_one(sizes, 64)
+
+
 @given(st.lists(st.integers(1, 50), max_size=200), st.integers(50, 70))
 def test_best_fit_places_every_document_once(sizes: list[int], room: int) -> None:
     sizes = sorted(sizes, reverse=True)
-    samples = best_fit(sizes, room)
+    samples = packed(sizes, room)
     assert sorted(i for sample in samples for i in sample) == list(range(len(sizes)))
     filled = [sum(sizes[i] for i in sample) for sample in samples]
     assert all(total <= room for total in filled)
@@ -28,9 +65,9 @@ def test_best_fit_places_every_document_once(sizes: list[int], room: int) -> Non
 
 
 def test_best_fit_takes_the_fullest_that_fits() -> None:
-    assert best_fit([7, 6, 3, 3, 1], 10) == [[0, 2], [1, 3, 4]]
-    assert best_fit([10, 9, 1], 10) == [[0], [1, 2]]
-    assert best_fit([], 10) == []
+    assert packed([7, 6, 3, 3, 1], 10) == [[0, 2], [1, 3, 4]]
+    assert packed([10, 9, 1], 10) == [[0], [1, 2]]
+    assert packed([], 10) == []
 
 
 def test_windows_bound_the_work_and_every_document_is_there(
