@@ -22,10 +22,10 @@ SHELL := /bin/bash
 .PHONY: demo finetune-demo test test-xla launchers drills lint check format docs lock clean
 
 demo: $(VENV)/installed
-	@$(BIN)/python -m llamax.cli.demo
+	@$(BIN)/python -m llamax demo
 
 finetune-demo: $(VENV)/installed
-	@$(BIN)/python -m llamax.cli.finetune_demo
+	@$(BIN)/python -m llamax finetune-demo
 
 # Three workers on two cores: many tests wait for processes that they start.
 test: $(VENV)/installed

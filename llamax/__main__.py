@@ -42,12 +42,14 @@ COMMANDS = {
     "launch": ("llamax.cli.launch", "start a job on torchrun, mpirun, Slurm, k8s or SageMaker"),
     "audit": ("llamax.cli.audit", "trace the programs that a Trainium cluster would compile"),
     "plot": ("llamax.cli.plot", "draw the loss curves of runs"),
+    "demo": ("llamax.cli.demo", "from text to a trained model and its samples"),
+    "finetune-demo": ("llamax.cli.finetune_demo", "tune the demo's model to answer questions"),
 }
 
 
 def usage() -> str:
     """The commands, one line each."""
-    lines = [f"  {name:<12} {about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:<13} {about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: llamax COMMAND ...",

@@ -32,7 +32,7 @@ from llamax.config.model import ModelConfig
 from llamax.data.chat.record import FILE
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
-from llamax.data.tokenizer.tokenizer import load_tokenizer
+from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import copy_file, new_file
 
@@ -185,6 +185,20 @@ def tensors_of_rank(
     return (tensor for tensor in planned if tensor.file in files)
 
 
+def check_tokenizer_fits(
+    tokenizer: Tokenizer,
+    name: Path | str,
+    vocab_size: int,
+    remedy: str,
+) -> None:
+    """Raise CheckpointError if a tokenizer has more tokens than the model's vocabulary."""
+    if tokenizer.base_size > vocab_size:
+        raise CheckpointError(
+            f"{name} has {tokenizer.base_size} tokens, the model's vocabulary is "
+            f"{vocab_size}; {remedy}"
+        )
+
+
 def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, folder: Path) -> None:
     """Write the tokenizer ``given``, or else that of the dataset if the dataset is present.
 
@@ -200,11 +214,7 @@ def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, fold
             f"{path} holds another tokenizer (sha256 {tokenizer.fingerprint}) than the model was "
             f"trained with ({trained_with}); give that one with `tokenizer`"
         )
-    if tokenizer.base_size > model.vocab_size:
-        raise CheckpointError(
-            f"{path} has {tokenizer.base_size} tokens, the model's vocabulary is "
-            f"{model.vocab_size}; give the model's tokenizer with `tokenizer`"
-        )
+    check_tokenizer_fits(tokenizer, path, model.vocab_size, "give the model's with `tokenizer`")
     copied = isinstance(tokenizer, HuggingFace) or (given and (path / "tokenizer.json").is_file())
     if copied and path.is_dir() and (path / "tokenizer_config.json").is_file():
         for name in hf_folder.TOKENIZER_FILES:

@@ -12,11 +12,10 @@ it, 7 if it would not compile each once, and 6 if it only lacks the memory.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
-from llamax.cli.options import command, folded
+from llamax.cli.options import Parser, command, folded
 from llamax.cli.plan import DOES_NOT_FIT
 from llamax.config.choices import AUDIT_RANKS
 from llamax.runtime.json_writer import to_json
@@ -25,9 +24,9 @@ from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="llamax audit",
         usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME]\n"
         "                    [--ranks all|corners|deep] [--json]\n"

@@ -6,13 +6,12 @@ index), so memory does not grow with the model.  What is read is checked against
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamax.cli.options import command
+from llamax.cli.options import Parser, command
 from llamax.config.choices import WEIGHT_DTYPES
 from llamax.runtime.cores import workers
 from llamax.runtime.logging import setup_logging
@@ -22,9 +21,9 @@ from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_number, show_time
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser("llamax consolidate", description=summary(__doc__))
+    p = Parser("llamax consolidate", description=summary(__doc__))
     p.add_argument("checkpoint", help="a checkpoint's folder, or a run's (its newest)")
     p.add_argument("--out", required=True, help="folder to make")
     p.add_argument("--dtype", choices=WEIGHT_DTYPES, help="default: that of the weights")

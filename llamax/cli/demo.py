@@ -1,4 +1,4 @@
-"""``make demo``: from Python's own sources to a trained Llama that writes something like Python.
+"""``llamax demo``: from Python's own sources to a trained Llama that writes something like Python.
 
 Every step is a command that a user could type, shown before it runs:
 
@@ -7,7 +7,6 @@ Every step is a command that a user could type, shown before it runs:
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -18,16 +17,14 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from llamax.cli.options import Parser
 from llamax.config.constants import METRICS_FILE
 from llamax.config.load import load_config
-from llamax.data.prepare.summary import unigram_entropy
-from llamax.data.token_file import TokenFile
 from llamax.runtime.cores import workers
 from llamax.runtime.errors import BackendError
 from llamax.runtime.process import run_main
 from llamax.runtime.text import in_shell, print_text
 from llamax.runtime.units import perplexity, show_number, show_time
-from llamax.training.metrics import read_jsonl
 
 RECIPE = "demo"
 RANKS = 4
@@ -38,8 +35,10 @@ LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2t
 def shell(command: Sequence[str], environ: Mapping[str, str] | None = None) -> None:
     """Show a command, then run it; BackendError where it fails."""
     shown = [f"{key}={value}" for key, value in (environ or {}).items()]
-    shown += ["llamax" if word == sys.executable else word for word in command]
-    text = " ".join(shlex.quote(word) for word in shown).replace("llamax -m llamax", "llamax")
+    shown += [shlex.quote(word) for word in command]
+    text = " ".join(shown)
+    for program, name in (("llamax", "llamax"), ("torch.distributed.run", "torchrun")):
+        text = text.replace(f"{shlex.quote(sys.executable)} -m {program} ", f"{name} ")
     print_text(f"\n$ {text}")
     if subprocess.run(command, env={**os.environ, **(environ or {})}, check=False).returncode:
         raise BackendError(f"the demo stopped at: {text}; its own message stands above")
@@ -47,13 +46,12 @@ def shell(command: Sequence[str], environ: Mapping[str, str] | None = None) -> N
 
 def torchrun(ranks: int, store: Path, arguments: Sequence[str]) -> None:
     """torchrun on this machine, with its rendezvous in a file: it listens on no network."""
-    launcher = Path(sys.executable).with_name("torchrun")
     rendezvous = ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
     rendezvous += ["--rdzv-endpoint", str(store), "--local-addr", "127.0.0.1"]
     threads = max(workers() // ranks, 1)
     shell(
-        [str(launcher), "--nproc-per-node", str(ranks), *rendezvous, "-m", "llamax.train"]
-        + list(arguments),
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        + [*rendezvous, "-m", "llamax.train", *arguments],
         {
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "OMP_NUM_THREADS": str(threads),
@@ -62,10 +60,23 @@ def torchrun(ranks: int, store: Path, arguments: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m llamax.cli.demo", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("demo"), help="folder for all files")
-    parser.add_argument("overrides", nargs="*", help="--section.key=value for training, after --")
+    """Run the demo."""
+    parser = Parser(
+        prog="llamax demo",
+        usage="%(prog)s [--folder FOLDER] [-- --section.key=value ...]",
+        description="Train a small Llama on Python's own sources, on 4 ranks of this machine, and "
+        "print its samples. Every command is shown before it runs.",
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path("demo"), help="folder for all files (%(default)s)"
+    )
+    parser.add_argument("overrides", nargs="*", help="settings of the training, after --")
     options = parser.parse_args(argv)
+
+    from llamax.data.prepare.summary import unigram_entropy
+    from llamax.data.token_file import TokenFile
+    from llamax.training.metrics import read_jsonl
+
     began, folder = time.perf_counter(), options.folder
     data, run, hub = folder / "data", folder / "run", folder / "hub"
     config = load_config(RECIPE, options.overrides)

@@ -14,7 +14,6 @@ Without a job only the machine is checked.  The exit code is 8 if there is an er
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -23,7 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from llamax.cli.options import folded
+from llamax.cli.options import Parser, folded
 from llamax.launch import jobfile
 from llamax.launch.checks import problems
 from llamax.launch.environment import variables
@@ -61,7 +60,7 @@ def as_json(findings: Sequence[Finding]) -> dict[str, object]:
 
 def main(argv: Sequence[str]) -> int:
     """Print the findings; 0 if there is no error, ``NOT_READY`` if there is one."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llamax doctor",
         description="Check this machine, and a job on it, before it is launched. Exit code 8 if "
         "there is an error.",

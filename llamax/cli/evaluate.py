@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llamax.cli.options import THREADS, column, command
+from llamax.cli.options import THREADS, Parser, column, command
 from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.row_samples import FIELDS
@@ -25,9 +25,9 @@ from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="llamax evaluate",
         description="Loss and perplexity of a model on a prepared dataset, or exact match and "
         "ROUGE-L of its answers to the rows of a test file.",

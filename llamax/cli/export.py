@@ -5,11 +5,10 @@ hf is what ``llamax consolidate`` makes; nxd and meta are formats that ``llamax 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 
-from llamax.cli.options import command
+from llamax.cli.options import Parser, command
 from llamax.config.choices import EXPORT_FORMATS, NXD_ATTENTION, NXD_OPTIMIZERS
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
@@ -18,9 +17,9 @@ from llamax.runtime.text import print_text
 from llamax.runtime.units import show_time
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser("llamax export", description=summary(__doc__))
+    p = Parser("llamax export", description=summary(__doc__))
     p.add_argument("source", help="a run, a checkpoint's folder or a Hugging Face folder")
     p.add_argument("--to", required=True, choices=EXPORT_FORMATS)
     p.add_argument("--out", required=True, help="folder to make")

@@ -1,17 +1,16 @@
-"""``make finetune-demo``: a small Llama learns to answer questions, with and without context.
+"""``llamax finetune-demo``: a small Llama learns to answer questions, with and without context.
 
 Every step is a command that a user could type, shown before it runs:
 
     rows -> prepare --template dolly -> torchrun -m llamax.train -> consolidate
          -> evaluate -> generate with and without context, before and after
 
-The rows are generated.  The base model is that of ``make demo`` if demo/hub exists, else one of the
-same shape with random weights and a tokenizer trained on the rows.
+The rows are generated.  The base model is that of ``llamax demo`` if demo/hub exists, else one of
+the same shape with random weights and a tokenizer trained on the rows.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import sys
@@ -21,13 +20,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llamax.cli.demo import RANKS, shell, torchrun
+from llamax.cli.options import Parser
 from llamax.config.constants import METRICS_FILE
 from llamax.config.load import load_config
 from llamax.runtime.files import new_file
 from llamax.runtime.process import run_main
 from llamax.runtime.text import in_shell, print_text
 from llamax.runtime.units import show_number, show_time
-from llamax.training.metrics import read_jsonl
 
 RECIPE, TEMPLATE, PIECES = "finetune-demo", "dolly", 512
 ROWS = 1600
@@ -71,11 +70,26 @@ def write_rows(path: Path, count: int, seed: int = 0) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Run the demo."""
-    parser = argparse.ArgumentParser(prog="python -m llamax.cli.finetune_demo", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(RECIPE), help="folder for all files")
-    parser.add_argument("--base", type=Path, default=Path("demo/hub"), help="base model")
-    parser.add_argument("overrides", nargs="*", help="--section.key=value for training, after --")
+    parser = Parser(
+        prog="llamax finetune-demo",
+        usage="%(prog)s [--folder FOLDER] [--base FOLDER] [-- --section.key=value ...]",
+        description="Tune a small Llama to answer questions, on 4 ranks of this machine, and show "
+        "its answers. Every command is shown before it runs.",
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=Path(RECIPE), help="folder for all files (%(default)s)"
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        default=Path("demo/hub"),
+        help="model to tune (%(default)s, of llamax demo; without it one with random weights)",
+    )
+    parser.add_argument("overrides", nargs="*", help="settings of the training, after --")
     options = parser.parse_args(argv)
+
+    from llamax.training.metrics import read_jsonl
+
     began, folder, base = time.perf_counter(), options.folder, options.base
     data, run, hub = folder / "data", folder / "run", folder / "hub"
     folder.mkdir(parents=True, exist_ok=True)

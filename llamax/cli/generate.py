@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamax.cli.options import THREADS, column, command
+from llamax.cli.options import THREADS, Parser, column, command
 from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.row_samples import FIELDS
@@ -24,9 +24,9 @@ from llamax.runtime.process import run_main
 from llamax.runtime.text import encodable, print_text
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="llamax generate",
         description="Continue prompts with a trained Llama. Alone it runs on one rank; under "
         "torchrun all ranks share the model (tensor parallelism).",

@@ -6,11 +6,10 @@ Numbers are copied bit by bit, in the dtype they have.  Pickles are read without
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 
-from llamax.cli.options import command
+from llamax.cli.options import Parser, command
 from llamax.config.choices import FOREIGN_FORMATS
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
@@ -19,9 +18,9 @@ from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_time
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser("llamax import", description=summary(__doc__))
+    p = Parser("llamax import", description=summary(__doc__))
     p.add_argument("folder", help="another trainer's checkpoint")
     p.add_argument("--from", dest="format", choices=("auto", *FOREIGN_FORMATS), default="auto")
     p.add_argument("--out", required=True, help="folder to make")

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from llamax.cli.options import command, folded
+from llamax.cli.options import Parser, command, folded
 from llamax.runtime.json_writer import to_json
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
@@ -21,9 +21,9 @@ from llamax.runtime.text import encodable, print_text
 LABEL = r"\S+(?: \S+)* {2,}"  # what stands before a value
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser("llamax inspect", description=summary(__doc__))
+    p = Parser("llamax inspect", description=summary(__doc__))
     p.add_argument("path", help="checkpoint, run, model or adapter folder, dataset or file")
     p.add_argument("--verify", action="store_true", help="read everything, check what can be")
     p.add_argument("--json", action="store_true", help="print it as JSON, for programs")

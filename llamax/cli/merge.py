@@ -7,12 +7,11 @@ sum is taken in fp32 and rounded once.
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Sequence
 
-from llamax.cli.options import command
+from llamax.cli.options import Parser, command
 from llamax.config.choices import WEIGHT_DTYPES
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
@@ -21,9 +20,9 @@ from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_number, show_time
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser("llamax merge", description=summary(__doc__))
+    p = Parser("llamax merge", description=summary(__doc__))
     p.add_argument(
         "base", nargs="?", help="Hugging Face folder, run or checkpoint; default: the adapter's own"
     )

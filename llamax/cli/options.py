@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
+import itertools
 import re
 import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
+from typing import Any, NoReturn
 
 from llamax.runtime.errors import LlamaxError
 from llamax.runtime.units import read_bytes
@@ -19,6 +22,43 @@ Main = Callable[[Sequence[str]], int]
 THREADS = "per rank; default: OMP_NUM_THREADS, or a share of the cores"
 PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)(=[^`]*)?`")
 IRREGULAR = {"fields": "field", "validation_files": "validation-file", "test_files": "test-file"}
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line that reports a mistake in one line, with a hint where one is known."""
+
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """What argparse returns; it remembers the words for the hint of a mistake."""
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with exit code 2 and one line on stderr."""
+        more = f"{self.prog} --help lists the options"
+        self.exit(2, f"{self.prog}: {message}; {self._hint(message) or more}\n")
+
+    def _hint(self, message: str) -> str:
+        """What to write instead, if the mistake is a dash or a misspelt option; or nothing."""
+        words = list(itertools.takewhile(lambda word: word != "--", self._words))
+        unknown = [word for word in words if word[:1] == "-" and word[1:] and not self._knows(word)]
+        value = re.match(r"argument (?:.*/)?(--?[\w-]+): expected", message)
+        for option, word in itertools.pairwise(words):
+            if value and option == value[1] and word in unknown:
+                return f"a value that begins with - needs an equals sign: {option}={word}"
+        for word in unknown:
+            names = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions)
+            if word.startswith("--") and names:
+                return f"did you mean {names[0]}?"
+            if not word.startswith("--"):
+                return f"a name that begins with - stands last, after --: {self.prog} ... -- {word}"
+        return ""
+
+    def _knows(self, word: str) -> bool:
+        """Whether a word is an option, or the start of one."""
+        name = word.partition("=")[0]
+        return any(option.startswith(name) for option in self._option_string_actions)
 
 
 def command(main: Main) -> Main:

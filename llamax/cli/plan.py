@@ -16,12 +16,11 @@ Each line has its formula.  The exit code is 0 if the plan fits into memory and 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
 
-from llamax.cli.options import command, folded, number, with_options
+from llamax.cli.options import Parser, command, folded, number, with_options
 from llamax.config.hardware import machine_names
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_writer import to_json
@@ -32,9 +31,9 @@ DOES_NOT_FIT = 6
 FORMULA = r"  .{34} .{9}   "  # what stands before a formula
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="llamax plan",
         usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME_OR_TOML]\n"
         "                   [--tokens N] [--search] [--json] [--section.key=value ...]",

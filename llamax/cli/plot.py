@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llamax.cli.options import Parser
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
-        prog="llamax plot", description="Draw the loss curves of one or several runs."
-    )
+    p = Parser(prog="llamax plot", description="Draw the loss curves of one or several runs.")
     p.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     p.add_argument("--out", type=Path, default=Path("loss.png"), help="picture to write")
     p.add_argument("--reference", type=float, help="loss of a horizontal line, in nats")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llamax.cli.options import column, command, folded, size
+from llamax.cli.options import Parser, column, command, folded, size
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.file_kinds import MAX_DOCUMENT
 from llamax.data.prepare.row_samples import FIELDS
@@ -16,9 +16,9 @@ from llamax.runtime.text import print_text
 SPLIT = r"  .{18} "  # the name of a file, before its numbers
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="llamax prepare",
         description="Turn text into a packed-token dataset: one document per text file or JSONL "
         "row; or, with --template, one per row of questions and answers. A run that was killed "

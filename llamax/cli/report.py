@@ -6,11 +6,11 @@ Pictures are inline SVG, styles are inline, nothing is loaded: the file can be s
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llamax.cli.options import Parser
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import write_atomic
 from llamax.runtime.process import run_main
@@ -21,7 +21,7 @@ from llamax.tools.monitor.run_folder import read_run
 
 def main(argv: Sequence[str]) -> int:
     """Write the page."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llamax report",
         description="Write one self-contained page of HTML about one or several runs.",
     )

@@ -5,11 +5,10 @@ The reverse of ``llamax consolidate``.  The checkpoint has weights only, in the 
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 
-from llamax.cli.options import command
+from llamax.cli.options import Parser, command
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import summary
 from llamax.runtime.progress import Progress
@@ -17,9 +16,9 @@ from llamax.runtime.text import print_text
 from llamax.runtime.units import show_bytes, show_time
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser("llamax shard", description=summary(__doc__))
+    p = Parser("llamax shard", description=summary(__doc__))
     p.add_argument("folder", help="a Hugging Face folder with a Llama in safetensors files")
     p.add_argument("--out", required=True, help="checkpoint folder to make")
     p.add_argument("--tensor", type=int, default=1, help="tensor-parallel degree (default 1)")

@@ -10,15 +10,16 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from llamax.cli.options import Parser
 from llamax.config.load import help_text, load_config
 from llamax.parallel.rendezvous import rendezvous, report_errors_once
 from llamax.runtime import signals
 from llamax.runtime.logging import setup_logging
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="llamax train",
         usage="%(prog)s --config NAME_OR_PATH [--precompile]\n"
         "                    [--section.key=value ...]",

@@ -17,14 +17,13 @@ training, finished or dead.  The key q, or Ctrl-C, ends it.  Into a pipe, on a d
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamax.cli.options import command
+from llamax.cli.options import Parser, command
 from llamax.config.hardware import load_machine
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_writer import to_json
@@ -36,9 +35,9 @@ from llamax.tools.monitor.run_folder import Cache, read_run
 from llamax.tools.monitor.watch import as_json, render
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="llamax watch",
         description="Show a run: loss, speed, time and dollars left, ranks, devices, checkpoints. "
         "The key q ends it.",

@@ -177,7 +177,7 @@ class Heartbeat:
 
     def _write(self, step: int | None = None, left: str = "") -> None:
         with self._writing:
-            if self._file < 0:  # alone in the world, or gone
+            if self._file < 0:  # not started, or gone
                 return
             step = self.me.step if step is None else step
             self.me = replace(self.me, beat=self.me.beat + 1, step=step, left=left or self.me.left)
@@ -243,9 +243,6 @@ def beating(
     silently.
     """
     heart = Heartbeat(folder, rank, world_size, timeout_s, job, mesh)
-    if world_size == 1:
-        yield heart
-        return
     heart.start()
     try:
         yield heart

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llamax.checkpoint.build_model import check_resumed, finetune_info
 from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.hf_writer import check_tokenizer_fits
 from llamax.checkpoint.listing import find_checkpoint, newest_checkpoint, newest_intact
 from llamax.checkpoint.manifest import CONFIG_TOML
 from llamax.checkpoint.peft import AdapterInfo
@@ -138,7 +139,10 @@ def open_inputs(config: Config) -> Inputs:
         dataset = replace(dataset, validation=held_out.train)
     dataset.check_vocabulary(config.model.vocab_size)
     if checkpoint.also_hf and Path(data.path).is_dir():
-        load_tokenizer(Path(data.path))  # every save writes it: refused now, not after the first
+        # Every save writes it: refused now, not after the first.
+        tokenizer, name = load_tokenizer(Path(data.path)), f"the tokenizer of {data.path}"
+        remedy = "consolidate with the model's tokenizer afterwards, without checkpoint.also_hf"
+        check_tokenizer_fits(tokenizer, name, config.model.vocab_size, remedy)
     resumed = first = latest = None
     if checkpoint.resume in ("auto", "intact"):
         folder = Path(config.run.folder) / CHECKPOINTS_FOLDER

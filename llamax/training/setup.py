@@ -15,6 +15,7 @@ from llamax.checkpoint.build_model import build_model, describe_finetune
 from llamax.checkpoint.load import Whole, check_shapes, load_owned, load_weights
 from llamax.checkpoint.peft import AdapterInfo
 from llamax.checkpoint.plain_llama import MODEL_CLASS
+from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.save import Saver
 from llamax.config.constants import CHECKPOINTS_FOLDER, CONFIG_FILE, METRICS_FILE
 from llamax.config.flops import flops_per_token
@@ -26,8 +27,10 @@ from llamax.data.samples import Samples
 from llamax.model.llama import DTYPES, Llama
 from llamax.model.lora import num_parameters
 from llamax.parallel.collectives import Axes
+from llamax.parallel.sharding import ShardedParameters
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger, shows_bars
+from llamax.runtime.progress import reported
 from llamax.runtime.units import amount, count, show_number
 from llamax.training.console import ConsoleWriter
 from llamax.training.early_stopping import EarlyStopping
@@ -108,23 +111,19 @@ def prepare(
     torch.manual_seed(config.run.seed)
     home = torch.device("cpu") if backend.traces else backend.device
     fresh = draw and resumed is None
-    model = build_model(config, inputs.first, fresh, axes, home, parts.model_class)
-    parameters = model.sharded_parameters()
-    if config.finetune.method != "full":
-        parameters = parameters.trained()
-    state = TrainState.build(run, model, axes, backend)
+    main = axes.world.rank == 0
+    with reported("building the model", show=main):
+        model = build_model(config, inputs.first, fresh, axes, home, parts.model_class)
+        parameters = model.sharded_parameters()
+        if config.finetune.method != "full":
+            parameters = parameters.trained()
+        state = TrainState.build(run, model, axes, backend)
     if parts.learning_rate is not None:
         state = replace(state, learning_rate=parts.learning_rate)
     step = consumed = 0
     if resumed is not None:
-        check_shapes(resumed, parameters)
-        load_owned(resumed, state.optimizer.owned(), parameters)
-        frozen = {n: p.tensor for n, p in parameters.items() if not p.tensor.requires_grad}
-        load_owned(resumed, [Whole(n, t.detach().view(-1)) for n, t in frozen.items()], parameters)
-        if backend.traces:  # which has no program yet to gather with
-            load_weights(resumed, parameters)
-        else:
-            state.optimizer.gather_parameters()
+        with reported(f"loading {resumed.folder}", show=main):
+            _load(resumed, state, parameters, backend)
         rng = resumed.rng(tp.rank, axes.data.rank, axes.pp)
         if rng is not None:
             try:
@@ -163,6 +162,20 @@ def prepare(
         inputs.validation,
         EarlyStopping(config.run.patience, resumed.state if resumed else {}),
     )
+
+
+def _load(
+    resumed: Checkpoint, state: TrainState, parameters: ShardedParameters, backend: Backend
+) -> None:
+    """Load the weights and the optimizer's state of a checkpoint."""
+    check_shapes(resumed, parameters)
+    load_owned(resumed, state.optimizer.owned(), parameters)
+    frozen = {n: p.tensor for n, p in parameters.items() if not p.tensor.requires_grad}
+    load_owned(resumed, [Whole(n, t.detach().view(-1)) for n, t in frozen.items()], parameters)
+    if backend.traces:  # which has no program yet to gather with
+        load_weights(resumed, parameters)
+    else:
+        state.optimizer.gather_parameters()
 
 
 def log_start(job: Job) -> None:

@@ -56,7 +56,11 @@ def _last_report(path: Path) -> dict[str, float]:
 
 
 def parse_report(text: str) -> dict[str, float] | None:
-    """The use of each core, 0 to 1: the sum over all processes; None if this is not a report."""
+    """The use of each core, 0 to 1: the sum over all processes; None if this is not a report.
+
+    Where a process has no counters yet, cores that the others leave idle may be its cores: they are
+    not in the result.
+    """
     try:
         report = parse_json(text, strict=False)
     except JsonError:
@@ -64,13 +68,16 @@ def parse_report(text: str) -> dict[str, float] | None:
     if not isinstance(report, dict) or "neuron_runtime_data" not in report:
         return None
     percent: dict[str, list[float]] = {}
+    complete = True
     for runtime in _list(report["neuron_runtime_data"]):
         counters = _field(_field(runtime, "report"), "neuroncore_counters")
+        complete = complete and isinstance(_field(counters, "neuroncores_in_use"), dict)
         for core, counter in _items(_field(counters, "neuroncores_in_use")):
             value = _number(_field(counter, "neuroncore_utilization"))
             if value is not None:
                 percent.setdefault(core, []).append(value)
-    ordered = sorted(percent, key=lambda core: (len(core), core))  # 2 before 10
+    known = [core for core in percent if complete or any(percent[core])]
+    ordered = sorted(known, key=lambda core: (len(core), core))  # 2 before 10
     return {core: min(math.fsum(percent[core]) / 100, 1.0) for core in ordered}
 
 

@@ -24,7 +24,7 @@ def test_version_and_help() -> None:
     shown = llamax("--help")
     assert shown.returncode == 0
     for name, (_, about) in COMMANDS.items():
-        assert f"  {name:<12} {about}\n" in shown.stdout
+        assert f"  {name:<13} {about}\n" in shown.stdout
     bare = llamax()
     assert (bare.returncode, bare.stdout) == (2, shown.stdout)
     assert llamax("help").stdout == llamax("help", "help").stdout == shown.stdout

@@ -219,10 +219,11 @@ def test_a_rank_records_why_it_leaves(
     assert (found.step, found.left) == (3, left)
 
 
-def test_one_rank_alone_writes_no_heartbeat(tmp_path: Path) -> None:
+def test_one_rank_alone_writes_its_step_for_watch(tmp_path: Path) -> None:
     with beating(tmp_path / "heartbeats", 0, 1, 4.0) as heart:
-        heart.at(1)
-    assert not (tmp_path / "heartbeats").exists()
+        heart.at(7)
+        assert json.loads((tmp_path / "heartbeats" / "rank-00000").read_text())["step"] == 7
+    assert json.loads((tmp_path / "heartbeats" / "rank-00000").read_text())["left"] == "done"
 
 
 WATCH = """

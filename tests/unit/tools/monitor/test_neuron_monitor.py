@@ -40,10 +40,15 @@ def test_a_core_is_as_busy_as_all_processes_together(tmp_path: Path) -> None:
     run = read_run(folder, NOW)
     shares = [use / 100 for use in BUSY]
     assert [run.cores[f"host1:{core}"] for core in range(4)] == pytest.approx(shares)
-    shares[2] = 0.0  # that process reports nothing; the others list the core as idle
-    assert [run.cores[f"host2:{core}"] for core in range(4)] == pytest.approx(shares)
-    idle = next(line for line in render(run) if "less than half" in line)
-    assert idle.split(": ")[-1] == "host2:2 0%"
+    # The core of a process without counters is not known: the others list it as idle.
+    second = {core: use for core, use in run.cores.items() if core.startswith("host2")}
+    assert [*second] == ["host2:0", "host2:1", "host2:3"]
+    assert [*second.values()] == pytest.approx([*shares[:2], shares[3]])
+    assert "less than half" not in "\n".join(render(run))
+
+
+def test_an_idle_core_is_reported_where_every_process_has_counters() -> None:
+    assert parse_report(report(runtime(c0=40, c1=0))) == {"0": 0.4, "1": 0.0}
 
 
 def test_cores_are_in_order_and_at_most_fully_used() -> None:

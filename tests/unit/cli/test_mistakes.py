@@ -1,0 +1,45 @@
+"""Mistakes on a command line: one line, exit code 2, and what to write instead."""
+
+from __future__ import annotations
+
+import pytest
+
+from llamax.__main__ import dispatch
+
+LAST = "a name that begins with - stands last, after --"
+
+
+@pytest.mark.parametrize(
+    ("words", "problem", "hint"),
+    [
+        ("inspect -x.txt", "arguments are required: path", f"{LAST}: llamax inspect ... -- -x.txt"),
+        ("inspect run -x.txt", "unrecognized arguments: -x.txt", LAST),
+        ("merge a b -c --out o", "unrecognized arguments: -c", "merge ... -- -c"),
+        ("generate hub --prompt -hi", "--prompt: expected one argument", "sign: --prompt=-hi"),
+        ("generate hub --prompt", "expected one argument", "generate --help lists the options"),
+        ("generate hub --max-tokens 3", "unrecognized arguments", "did you mean --max-new-tokens?"),
+        ("generate hub --prompt --greedy", "expected one argument", "--help lists the options"),
+        ("inspect run --zzz=1", "unrecognized arguments", "--help lists the options"),
+        ("inspect", "arguments are required: path", "llamax inspect --help lists the options"),
+        ("inspect --jsom -- -x.txt", "unrecognized arguments: --jsom", "did you mean --json?"),
+        ("plan", "arguments are required: --config", "llamax plan --help lists the options"),
+    ],
+)
+def test_one_line_with_a_hint(
+    words: str, problem: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        dispatch(words.split())
+    line = capsys.readouterr().err
+    assert end.value.code == 2
+    assert line.startswith(f"llamax {words.split()[0]}: ")
+    assert line.count("\n") == 1
+    assert problem in line
+    assert hint in line
+
+
+def test_a_name_after_two_dashes_is_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    from llamax.cli.inspect import parser
+
+    assert parser().parse_args(["--json", "--", "-x.txt"]).path == "-x.txt"
+    assert not capsys.readouterr().err
