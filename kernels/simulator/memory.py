@@ -212,10 +212,26 @@ class Tensor:
         need(np.shares_memory(views[0], self.data), f"reshape of {self!r} would copy")
         return Tensor(self.base, views, self.start, self.dtype)
 
-    def ap(self, pattern: Sequence[Sequence[int]], offset: int = 0, **others: Any) -> Tensor:
-        """The access pattern [[step, count], ...] in elements from ``offset`` on."""
-        need(not others, f"ap({', '.join(others)}) is not simulated")
+    def ap(
+        self,
+        pattern: Sequence[Sequence[int]],
+        offset: int = 0,
+        scalar_offset: Any = None,
+        vector_offset: Any = None,
+        indirect_dim: int = 0,
+        dtype: Any = None,
+    ) -> Tensor:
+        """The access pattern [[step, count], ...] in elements from ``offset`` on.
+
+        ``scalar_offset`` (a tensor of one integer, or a register) counts steps of ``indirect_dim``.
+        """
+        need(vector_offset is None, "ap(vector_offset=...) is not simulated")
+        need(dtype in (None, self.dtype), f"ap: {self!r} as another dtype is not simulated")
         whole = self.base.data
+        if scalar_offset is not None:
+            tile = isinstance(scalar_offset, Tensor)
+            steps = scalar_offset.read().reshape(-1)[0] if tile else scalar_offset
+            offset += int(steps) * int(np.prod(whole.shape[indirect_dim + 1 :]))
         sizes = tuple(int(count) for _, count in pattern)
         last = offset + sum(int(step) * (int(count) - 1) for step, count in pattern)
         need(

@@ -347,3 +347,34 @@ def test_a_core_runs_one_program() -> None:
     kernel = MODULES["nki"].jit(outside)
     with pytest.raises(NkiError, match="a grid of 2 programs"):
         kernel[2]
+
+
+# --- planted faults of the simulator -------------------------------------------------------------
+
+FAULTS: list[tuple[str, Any, Callable[[], Any]]] = [
+    ("memory.PARTITIONS", 256, too_many_partitions),
+    ("memory.SBUF_BYTES", 2 * machine.SBUF_BYTES, sbuf_is_full),
+    ("memory.PSUM_BANKS", 16, psum_is_full),
+    ("isa.STATIONARY_COLUMNS", 256, stationary_too_wide),
+    ("isa.MOVING_COLUMNS", 1024, moving_too_wide),
+    ("isa.BANK_BYTES", 2**20, product_crosses_a_bank),
+    ("memory.START_PARTITIONS", {128: range(128)}, start_partition),
+    ("memory.START_PARTITIONS", {32: (0,), 64: (0,), 128: (0, 63)}, start_of_sixty_five),
+    ("isa.pick_engine", lambda *_: "vector", scalar_engine_copies),
+    ("elementwise.check_alike", lambda *_: None, shapes_differ),
+    ("isa.FLOAT32", BFLOAT16, product_writes_bfloat16),
+    ("memory.Tensor.read", lambda tile: np.nan_to_num(tile.data), unwritten),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "kernel"), FAULTS, ids=[name for name, _, _ in FAULTS])
+def test_a_limit_that_is_not_enforced_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: Any, kernel: Callable[[], Any]
+) -> None:
+    """With a fault planted, the test of that limit no longer sees its error."""
+    message = dict(LIMITS)[kernel]
+    with pytest.raises(NkiError, match=message):
+        run(kernel)
+    monkeypatch.setattr(f"llamax.kernels.simulator.{name}", value)
+    with pytest.raises((pytest.fail.Exception, AssertionError, ValueError)):
+        test_a_limit_is_an_error(kernel, message)
