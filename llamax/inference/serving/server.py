@@ -137,6 +137,7 @@ def serve(
             app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
         )
         scheduler.start()
+        listener.listen(config.backlog)  # who connects from now on waits for an answer
         try:
             host, port = listener.getsockname()[:2]
             where = f"[{host}]" if ":" in host else host
