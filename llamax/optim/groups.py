@@ -49,7 +49,7 @@ class Key(NamedTuple):
     tied: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Bucket:
     """A stretch of a group, communicated and updated at once; tensors are of this rank's run."""
 
@@ -60,9 +60,10 @@ class Bucket:
     exp_avg: Tensor
     exp_avg_sq: Tensor
     root: Tensor | None  # square roots of the weights in the norm, where they differ by element
+    shared_mask: Tensor | None = None  # 1.0 at ``shared``, where spans would tell ranks apart
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FlatBucket(Bucket):
     """A bucket of flat vectors: ``weights`` and ``gradient`` whole, ``owned`` this rank's run.
 
@@ -96,6 +97,7 @@ class Group:
         self.separate = key.dtype != torch.float32 or device.type not in EAGER
         self.weights = self._flat_weights(axes)
         shared = axes.kv.size > 1 and any(segment.shared for segment in counted)
+        self.shares = shared
         self.gradient: Tensor | None = None
         if self.separate or shared or key.partial or key.tied or axes.data.size > 1:
             self.gradient = self._flat_gradient(ranks)

@@ -116,6 +116,7 @@ class SpreadGroup(Group):
         counted: list[Segment],
         axes: Axes,
     ) -> None:
+        self.data = axes.data
         self.store = SpreadWeight(weight, axes.data, trained=True)
         whole_bytes = 4 * (weight.numel() + axes.data.size)  # one bucket
         super().__init__(key, {name: weight}, counted, axes, True, whole_bytes)

@@ -54,7 +54,7 @@ from llamax.optim import adamw
 from llamax.optim.buckets import segments, weight
 from llamax.optim.clip import clip_factor, sum_of_squares
 from llamax.optim.groups import Bucket, Group, Key, Owned, split_like
-from llamax.optim.lazy import LazyGroup
+from llamax.optim.lazy import LazyGroup, lazy_group
 from llamax.optim.reduced_groups import ReducedGroup, SpreadGroup
 from llamax.optim.replicas import ReplicaCheck
 from llamax.parallel.collectives import Axes
@@ -210,6 +210,8 @@ class Zero:
             places = [gradient[start:stop] for start, stop in bucket.shared]
             total = kv.all_reduce(torch.cat(places))
             gradient = group.replace(gradient, bucket.shared, split_like(total, places))
+        if (mask := bucket.shared_mask) is not None:
+            gradient = gradient * (1.0 - mask) + kv.all_reduce(gradient * mask)
         run = gradient[: bucket.master.numel()]
         if data.size > 1 and not group.reduced:
             total = data.reduce_scatter(gradient, 0) if self.sharded else data.all_reduce(gradient)
@@ -255,7 +257,8 @@ class Zero:
         gives copies on the host: for saving, not for loading.
         """
         self.groups = [
-            LazyGroup(group, device) if isinstance(group, Group) else group for group in self.groups
+            lazy_group(group, device) if isinstance(group, Group) else group
+            for group in self.groups
         ]
 
     def zero_grad(self) -> None:

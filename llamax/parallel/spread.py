@@ -65,7 +65,7 @@ class _Gather(torch.autograd.Function):
     """The whole weight of a run; backward sums its gradient over the data ranks at once."""
 
     @staticmethod
-    def forward(ctx: Any, run: Tensor, store: SpreadWeight) -> Tensor:
+    def forward(ctx: Any, leaf: Tensor, store: SpreadWeight) -> Tensor:
         ctx.store = store
         return store.dense()
 
@@ -88,7 +88,7 @@ class SpreadWeight:
         self.gradient: Tensor | None = None
         if trained:
             self.gradient = torch.zeros(len(self.run), dtype=torch.float32, device=weight.device)
-            self._leaf = self.run.detach().requires_grad_()  # the same memory
+            self._leaf = torch.zeros((), requires_grad=True)  # so that backward comes by
 
     @property
     def run(self) -> Tensor:

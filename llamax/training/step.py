@@ -38,7 +38,7 @@ from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.pipeline import Micro, Schedule, forwards, schedule
 from llamax.parallel.sharding import Replica
-from llamax.parallel.spread import gathered_again
+from llamax.parallel.spread import Placeholder, SpreadWeight, gathered_again
 from llamax.training.model_checks import check_attended, check_loss, check_modules, noted
 from llamax.training.pipeline import Compute, Stage, apart
 from llamax.training.resolve import ResolvedRun
@@ -180,11 +180,14 @@ class TrainState:
         """Move everything, once all is loaded, to a device that traces programs."""
         self.optimizer.to(device)
         for parameter in self.model.parameters():  # frozen weights
-            if parameter.device != device:
+            if parameter.device != device and not isinstance(parameter, Placeholder):
                 move_parameter(parameter, device)
         for store in stores(self.model):
             store.to(device)
         for module in self.model.modules():
+            spread = getattr(module, "store", None)
+            if isinstance(spread, SpreadWeight) and spread.gradient is None:  # a frozen weight
+                spread.spread.run = moved(spread.run, device)
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, moved(buffer, device))
 

@@ -502,15 +502,21 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             {"parallel.zero": 2},
         ],
     ),
-    "reduced_in_backward": (
+    "gathered_weights_are_dropped": (
         [
             (
-                {"parallel.zero": 2, "run.backend": "xla"},
+                {"parallel.zero": 3, "run.recompute": "selective", "run.backend": "xla"},
                 None,
-                "parallel.zero=2 does not run on run.backend=xla yet; use parallel.zero=1",
+                "parallel.zero=3 gathers the weights of a layer when it is used, but with "
+                "run.backend=xla and run.recompute=selective a program would keep them all for "
+                "backward; use run.recompute=full, or parallel.zero=2",
             )
         ],
-        [{"parallel.zero": 1, "run.backend": "xla"}, {"parallel.zero": 2, "run.backend": "neuron"}],
+        [
+            {"parallel.zero": 3, "run.recompute": "none"},
+            {"parallel.zero": 2},
+            {"parallel.zero": 3, **LORA},
+        ],
     ),
     "sequence_fits_model": (
         [

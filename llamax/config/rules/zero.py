@@ -21,10 +21,12 @@ def zero_fits_pipeline(c: Config, world: World) -> Iterator[str]:
         )
 
 
-@RULES.reading("parallel.zero", "run.backend")
-def reduced_in_backward(c: Config, world: World) -> Iterator[str]:
-    if c.parallel.zero > 1 and c.run.backend == "xla":
+@RULES.reading("parallel.zero", "run.recompute", "run.backend", "finetune.method")
+def gathered_weights_are_dropped(c: Config, world: World) -> Iterator[str]:
+    mode, traced = c.run.recompute, c.run.backend == "xla"
+    if c.parallel.zero == 3 and traced and mode != "full" and c.finetune.method == "full":
         yield (
-            f"parallel.zero={c.parallel.zero} does not run on run.backend=xla yet; "
-            "use parallel.zero=1"
+            "parallel.zero=3 gathers the weights of a layer when it is used, but with "
+            f"run.backend=xla and run.recompute={mode} a program would keep them all for backward; "
+            "use run.recompute=full, or parallel.zero=2"
         )
