@@ -62,6 +62,13 @@ class Bucket:
     root: Tensor | None  # square roots of the weights in the norm, where they differ by element
     shared_mask: Tensor | None = None  # 1.0 at ``shared``, where spans would tell ranks apart
 
+    @property
+    def shared_elements(self) -> int:
+        """The number of elements that are summed over key/value replicas."""
+        if self.shared_mask is not None:
+            return len(self.shared_mask)
+        return sum(stop - start for start, stop in self.shared)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlatBucket(Bucket):

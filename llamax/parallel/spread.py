@@ -22,7 +22,7 @@ from math import ceil
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -112,6 +112,14 @@ class SpreadWeight:
         """Add this rank's run of the sum of all data ranks' ``dw``."""
         assert self.gradient is not None
         self.gradient.add_(self.spread.reduce(dw.reshape(-1)))
+
+
+def spread_weights(model: nn.Module) -> Iterator[SpreadWeight]:
+    """The weights of a model that are cut over the data ranks."""
+    for module in model.modules():
+        store = getattr(module, "store", None)
+        if isinstance(store, SpreadWeight):
+            yield store
 
 
 class _Saved(NamedTuple):

@@ -38,7 +38,7 @@ from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.pipeline import Micro, Schedule, forwards, schedule
 from llamax.parallel.sharding import Replica
-from llamax.parallel.spread import Placeholder, SpreadWeight, gathered_again
+from llamax.parallel.spread import Placeholder, gathered_again, spread_weights
 from llamax.training.model_checks import check_attended, check_loss, check_modules, noted
 from llamax.training.pipeline import Compute, Stage, apart
 from llamax.training.resolve import ResolvedRun
@@ -184,10 +184,10 @@ class TrainState:
                 move_parameter(parameter, device)
         for store in stores(self.model):
             store.to(device)
+        for weight in spread_weights(self.model):
+            if weight.gradient is None:  # frozen: the optimizer has moved the others
+                weight.spread.run = moved(weight.run, device)
         for module in self.model.modules():
-            spread = getattr(module, "store", None)
-            if isinstance(spread, SpreadWeight) and spread.gradient is None:  # a frozen weight
-                spread.spread.run = moved(spread.run, device)
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, moved(buffer, device))
 

@@ -136,13 +136,18 @@ def data(tmp_path: Path) -> Path:
         (TP2_DP2, False, True, "selective", "float32"),
         (TP2_DP2, True, False, "none", "bfloat16"),
         (Mesh(tp=4, dp=2), True, True, "selective", "bfloat16"),
+        (Mesh(tp=4, dp=2), True, 2, "none", "bfloat16"),
+        (Mesh(tp=4, dp=2), True, 3, "full", "bfloat16"),
+        (Mesh(cp=2, dp=2), False, 3, "full", "float32"),
     ],
 )
 def test_every_rank_and_step_is_one_program(
     data: Path, mesh: Mesh, sequence: bool, zero: int, recompute: Any, dtype: Any
 ) -> None:
     cfg = tiny(data, recompute=recompute, dtype=dtype)
-    parallel = ParallelConfig(tensor=mesh.tp, sequence=sequence, zero=zero, bucket_bytes=4096)
+    parallel = ParallelConfig(
+        tensor=mesh.tp, context=mesh.cp, sequence=sequence, zero=zero, bucket_bytes=4096
+    )
     found = audited(replace(cfg, parallel=parallel), mesh)
     assert found.passes, found.problems
     assert [kind.name for kind in found.kinds] == ["microstep", "update", "validation"]

@@ -41,6 +41,7 @@ class Case(NamedTuple):
     sequence: bool = True
     recompute: Recompute = "none"
     packed: bool = True
+    zero: int = 1
 
 
 SHORT = dataclasses.replace(MODEL, num_hidden_layers=1)
@@ -52,6 +53,7 @@ INT8 = dataclasses.replace(NF4, quant="int8", dropout=0.0)
 TP2_DP2 = Mesh(tp=2, dp=2)
 CASES = [
     Case("lora, tp 2, dp 2", LORA, TP2_DP2, sequence=False),
+    Case("lora, tp 2, dp 2, ZeRO-3", LORA, TP2_DP2, zero=3),
     Case("nf4, tp 2, dp 2, recompute full", NF4, TP2_DP2, recompute="full"),
     Case("nf4, tp 4", NF4, Mesh(tp=4)),
     Case("int8, tp 2, dp 2", INT8, TP2_DP2, packed=False),
@@ -83,8 +85,9 @@ def on_replicas(rank: int, folder: Path, cases: list[Case], mutation: str) -> li
             backend.barrier()
             before = backend.compilations()  # type: ignore[attr-defined]
             with backend.joined(replace(case.mesh, kv=kv), 60.0) as axes:
-                model = build(folder, axes, case.finetune, case.sequence, case.recompute)
-                result = steps(model, axes, 2, backend, case.packed)
+                spread, rest = case.zero == 3, (case.sequence, case.recompute)
+                model = build(folder, axes, case.finetune, *rest, spread)
+                result = steps(model, axes, 2, backend, case.packed, case.zero)
             backend.barrier()
             result["compiled"] = backend.compilations() - before  # type: ignore[attr-defined]
             results.append(result)

@@ -34,6 +34,7 @@ from llamax.model.qlora import held
 from llamax.parallel.mesh import EDGES, Coordinate, Groups, Mesh
 from llamax.parallel.pipeline import in_flight
 from llamax.parallel.rendezvous import rendezvous
+from llamax.parallel.spread import Placeholder, spread_weights
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.progress import reported, tracked
 from llamax.runtime.units import count
@@ -41,7 +42,7 @@ from llamax.tools.audit import census, formulas, hlo
 from llamax.tools.audit.census import Traffic
 from llamax.tools.audit.diff import difference
 from llamax.tools.audit.flash import flash_stand_in
-from llamax.tools.audit.formulas import GroupShape
+from llamax.tools.audit.formulas import group_shapes
 from llamax.tools.audit.report import (
     AuditReport,
     Divergence,
@@ -279,12 +280,13 @@ def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
     rows = traced.state.model.output_weight.shape[0]
     tokens = config.data.micro_batch * config.data.sequence_length // mesh.cp
     chunks = -(-tokens // loss_chunk_tokens(rows))
+    shapes = group_shapes(traced.state.optimizer)
     if kind == MICROSTEP:
-        found = formulas.microstep(config, mesh, chunks)
+        found = formulas.microstep(config, mesh, chunks, shapes)
     elif kind == VALIDATION:
-        found = formulas.forward(config, mesh, chunks)
+        found = formulas.forward(config, mesh, chunks, shapes)
     else:
-        found = formulas.update(mesh, group_shapes(traced), config.parallel.zero, mesh.kv)
+        found = formulas.update(mesh, shapes, config.parallel.zero, mesh.kv)
     names, groups = {}, all_groups(mesh)
     for axis, known in groups.items():  # axes with the same groups share one name
         names[axis] = next(name for name, each in groups.items() if set(each) == set(known))
@@ -298,21 +300,6 @@ def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
             sent_bytes=before.sent_bytes + each.sent_bytes,
         )
     return tuple(total.values())
-
-
-def group_shapes(traced: TracedRun) -> list[GroupShape]:
-    """The groups of the optimizer, as the formula of the update needs them."""
-    return [
-        GroupShape(
-            group.length,
-            group.key.dtype.itemsize,
-            len(group.buckets),
-            group.key.partial,
-            sum(stop - start for bucket in group.buckets for start, stop in bucket.shared),
-            sum(bool(bucket.shared) for bucket in group.buckets),
-        )
-        for group in traced.state.optimizer.groups
-    ]
 
 
 def model_flops(run: ResolvedRun, kind: str) -> float:
@@ -332,21 +319,18 @@ def model_flops(run: ResolvedRun, kind: str) -> float:
 
 def measure(traced: TracedRun, programs: dict[str, hlo.Program], machine: Machine) -> Memory:
     """The memory of one core."""
-    groups = traced.state.optimizer.groups
-    weights = (
-        sum(each.nbytes for each in traced.state.model.parameters()) + held(traced.state.model)[0]
-    )
-    gradients = sum(GRADIENT_BYTES * sum(group.lengths) for group in groups)
-    moved = sum(group.key.dtype.itemsize * group.length for group in groups)
-    state = (
-        traced.state.optimizer.state_bytes()
-        - moved
-        - sum(GRADIENT_BYTES * group.length for group in groups)
-    )
-    old = [
-        hlo.Shape(HLO_DTYPES[each.dtype], tuple(each.shape), False)
-        for each in traced.state.model.parameters()
-    ]
+    optimizer, model = traced.state.optimizer, traced.state.model
+    ranks = optimizer.axes.data.size
+    tensors = [store.run for store in spread_weights(model)]
+    tensors += [each for each in model.parameters() if not isinstance(each, Placeholder)]
+    weights = sum(each.nbytes for each in tensors) + held(model)[0]
+    gradients, state = 0, optimizer.state_bytes()
+    for group in optimizer.groups:
+        run = group.length // ranks
+        gradients += GRADIENT_BYTES * (run if group.reduced else sum(group.lengths))
+        state -= GRADIENT_BYTES * (run if group.reduced else group.length)
+        state -= group.key.dtype.itemsize * (run if group.spread else group.length)
+    old = [hlo.Shape(HLO_DTYPES[each.dtype], tuple(each.shape), False) for each in tensors]
     live = {name: census.live(each, old) for name, each in programs.items()}
     reserve, available = round(machine.reserve_gib * GIB), machine.memory_bytes()
     return Memory(weights, gradients, state, reserve, live, available, in_flight_bytes(traced))

@@ -1,4 +1,4 @@
-"""The collectives of the parallel layers and of ZeRO-1 by formula, to compare with a trace.
+"""The collectives of the parallel layers and of ZeRO by formula, to compare with a trace.
 
 With T tokens in a microbatch, D features of w bytes, t tensor ranks and L layers, a collective
 between the layers sends T D w (t - 1) / t bytes from each rank, an all-reduce twice as many.  With
@@ -18,7 +18,9 @@ all-gathers and 4 reduce-scatters.  Recomputing whole layers repeats those of fo
 of down, whose result backward does not need.  Without sequence parallelism a layer has 4
 all-reduces.  Context ranks gather keys and values of whole sequences in every layer, again where
 attention is recomputed, and reduce-scatter their gradients.  An optimizer step has one
-reduce-scatter and one all-gather for each bucket.
+reduce-scatter and one all-gather for each bucket.  From ZeRO-2 on the reduce-scatter is in every
+microstep instead, and in ZeRO-3 so are the all-gathers of a weight: in forward, and for layers
+again where they are recomputed.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ from dataclasses import dataclass
 
 from llamax.config.constants import DTYPE_BYTES, GRADIENT_BYTES
 from llamax.config.schema import Config
+from llamax.optim.zero import Zero
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.pipeline import LAYER
 from llamax.tools.audit.census import Traffic
 
 SCALARS_BYTES = 3 * 4  # loss, token count, request to stop
@@ -36,9 +40,10 @@ SCALARS_BYTES = 3 * 4  # loss, token count, request to stop
 
 @dataclass(frozen=True)
 class GroupShape:
-    """A group of ZeRO-1: padded elements of ``width_bytes`` in ``buckets``.
+    """A group of the optimizer: padded elements of ``width_bytes`` in ``buckets``.
 
     ``partial``: its gradients are summed over tp; ``shared``: elements summed over kv ranks.
+    ``zero``: the stage; ``layer``: whether it is a weight of a layer that is recomputed.
     """
 
     elements: int
@@ -47,20 +52,46 @@ class GroupShape:
     partial: bool
     shared: int
     shared_buckets: int
+    zero: int = 1
+    layer: bool = False
 
 
-def microstep(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:
+def group_shapes(optimizer: Zero) -> list[GroupShape]:
+    """The groups of an optimizer, as the formulas need them."""
+    return [
+        GroupShape(
+            group.length,
+            group.key.dtype.itemsize,
+            len(group.buckets),
+            group.key.partial,
+            sum(bucket.shared_elements for bucket in group.buckets),
+            sum(bucket.shared_elements > 0 for bucket in group.buckets),
+            group.key.zero,
+            bool(LAYER.match(group.names[0])),
+        )
+        for group in optimizer.groups
+    ]
+
+
+def microstep(
+    config: Config, mesh: Mesh, chunks: int, groups: Sequence[GroupShape] = ()
+) -> list[Traffic]:
     """The collectives of a forward and a backward pass; the loss has ``chunks`` chunks."""
     again = config.run.recompute == "full"
     found = _passes(config, mesh, chunks, (6 + 2 * again, 4 + again, 4 + again), 2)
     gathers = 1 if config.run.recompute == "none" else 2
-    return [*found, *_context(config, mesh, gathers, 1)]
+    found += _context(config, mesh, gathers, 1)
+    reduced = [group for group in groups if group.zero > 1]
+    return [*found, *_gathered(mesh, groups, 2), *_scattered(mesh, reduced)]
 
 
-def forward(config: Config, mesh: Mesh, chunks: int) -> list[Traffic]:
+def forward(
+    config: Config, mesh: Mesh, chunks: int, groups: Sequence[GroupShape] = ()
+) -> list[Traffic]:
     """The collectives of a forward pass and of the mean of the loss over the world."""
     found = _passes(config, mesh, chunks, (2, 2, 2), 1)
-    return [*found, *_context(config, mesh, 1, 0), *_scalars(mesh, 1, 2 * 4)]
+    found += [*_context(config, mesh, 1, 0), *_gathered(mesh, groups, 1)]
+    return [*found, *_scalars(mesh, 1, 2 * 4)]
 
 
 def swap(config: Config, mesh: Mesh, axis: str) -> list[Traffic]:
@@ -113,17 +144,14 @@ def _passes(
 
 def update(mesh: Mesh, groups: Sequence[GroupShape], zero: int, kv: int) -> list[Traffic]:
     """The collectives of an optimizer step."""
-    d, found = mesh.dp * mesh.cp, []
-    buckets = sum(group.buckets for group in groups)
-    if d > 1:
-        part = (d - 1) / d
-        gradients = round(sum(GRADIENT_BYTES * group.elements for group in groups) * part)
-        weights = round(sum(group.width_bytes * group.elements for group in groups) * part)
-        if zero:
-            found += [Traffic("reduce-scatter", "data", buckets, gradients)]
-            found += [Traffic("all-gather", "data", buckets, weights)]
-        else:
-            found += [Traffic("all-reduce", "data", buckets, 2 * gradients)]
+    d, found = mesh.dp * mesh.cp, list[Traffic]()
+    if zero:
+        found += _scattered(mesh, [group for group in groups if group.zero == 1])
+        found += _weights(mesh, [group for group in groups if group.zero < 3])
+    elif d > 1:
+        gradients = sum(GRADIENT_BYTES * group.elements for group in groups)
+        buckets = sum(group.buckets for group in groups)
+        found += [Traffic("all-reduce", "data", buckets, round(2 * gradients * (d - 1) / d))]
     if partial := [group for group in groups if group.partial]:
         run = sum(GRADIENT_BYTES * group.elements for group in partial) // (d if zero else 1)
         count = sum(group.buckets for group in partial)
@@ -134,6 +162,30 @@ def update(mesh: Mesh, groups: Sequence[GroupShape], zero: int, kv: int) -> list
             Traffic("all-reduce", "kv", count, round(2 * GRADIENT_BYTES * shared * (kv - 1) / kv))
         ]
     return [*found, *_scalars(mesh, 2, SCALARS_BYTES + 4)]
+
+
+def _gathered(mesh: Mesh, groups: Sequence[GroupShape], passes: int) -> list[Traffic]:
+    """Weights gathered in use: those of layers in each of ``passes``, others once."""
+    spread = [group for group in groups if group.zero == 3]
+    layers = [group for group in spread if group.layer]
+    return _weights(mesh, spread + layers * (passes - 1))
+
+
+def _weights(mesh: Mesh, groups: Sequence[GroupShape]) -> list[Traffic]:
+    """One all-gather for each bucket."""
+    whole = sum(group.width_bytes * group.elements for group in groups)
+    return _over_data(mesh, "all-gather", groups, whole)
+
+
+def _scattered(mesh: Mesh, groups: Sequence[GroupShape]) -> list[Traffic]:
+    """One reduce-scatter for each bucket."""
+    whole = sum(GRADIENT_BYTES * group.elements for group in groups)
+    return _over_data(mesh, "reduce-scatter", groups, whole)
+
+
+def _over_data(mesh: Mesh, kind: str, groups: Sequence[GroupShape], whole: int) -> list[Traffic]:
+    d, count = mesh.dp * mesh.cp, sum(group.buckets for group in groups)
+    return [Traffic(kind, "data", count, round(whole * (d - 1) / d))] if d > 1 and count else []
 
 
 def _scalars(mesh: Mesh, count: int, nbytes: int) -> list[Traffic]:

@@ -80,7 +80,7 @@ def pipelines(config: Config) -> list[int]:
 def zeros(config: Config, machine: Machine) -> list[ZeroStage]:
     """The ZeRO stages tried, the configured one first.
 
-    On XLA only 0 and 1 run.  Adapters leave stage 2 nothing to cut, and QLoRA stage 3.
+    On XLA only 0 and 1 are tried.  Adapters leave stage 2 nothing to cut, and QLoRA stage 3.
     """
     configured, method = config.parallel.zero, config.finetune.method
     tried: list[ZeroStage] = [1]

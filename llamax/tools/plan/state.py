@@ -162,6 +162,8 @@ def update(share: Share, machine: Machine) -> Line:
     if not compiled(machine):
         return Line("update", 0.0, "in place")
     ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
+    if share.config.parallel.zero > 1 and ranks > 1:
+        return Line("update", 0.0, "the gradients are runs already")
     runs, weights = GRADIENT_BYTES * elements // ranks, share.width * elements
     alone = share.mesh.dp * share.mesh.cp == 1  # else communication has these buckets
     bucket = min(share.config.parallel.bucket_bytes, gradients(share).value) if alone else 0
