@@ -2,7 +2,7 @@
 
     python benchmarks/collectives.py [--ranks 2] [--rounds 15] [--mebibytes 0.25 1 4 16 64]
 
-``ours`` is ``llamax.backends.torch_distributed.GlooAxis``; ``gloo`` its base class, which calls
+``ours`` is ``llamax.backends.torch_axes.GlooAxis``; ``gloo`` its base class, which calls
 gloo's verb of the name.  The two take turns on the same fp32 tensors; times are medians in
 milliseconds of the slowest rank.  Sizes are of the whole tensor: what a rank has after
 all_gather, or before reduce_scatter.
@@ -19,7 +19,7 @@ from peers.race import free_port
 from torch import Tensor, multiprocessing
 
 from llamax.backends import choose
-from llamax.backends.torch_distributed import GlooAxis, TorchAxis
+from llamax.backends.torch_axes import GlooAxis, TorchAxis
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 

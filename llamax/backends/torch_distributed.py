@@ -1,14 +1,4 @@
-"""Backends on torch.distributed: gloo on CPUs, nccl on GPUs, neuron on trn2 and trn3.
-
-The all-gather and reduce-scatter of gloo take up to 2.4 times as long as its all-to-all for the
-same bytes (``benchmarks/collectives.py``), and its reduce-scatter adds in the dtype of the tensor.
-So on gloo both verbs are one all-to-all: a reduce-scatter sends share j to rank j and adds the
-received shares in rank order and in float32, which gives the same bits in every run.
-
-gloo works in a thread, which releases tensors some time after a call has returned.  Activations
-passed to it would be freed late and out of order, and the heap would grow.  Messages of up to
-``STAGED_BYTES`` therefore pass through two permanent buffers; most need a copy anyway.
-"""
+"""Backends on torch.distributed: gloo on CPUs, nccl on GPUs, neuron on trn2 and trn3."""
 
 from __future__ import annotations
 
@@ -29,9 +19,9 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from llamax.backends import cpu
-from llamax.config.constants import STAGED_BYTES
+from llamax.backends.torch_axes import GlooAxis, TorchAxis
 from llamax.config.hardware import gpu_peak_flops
-from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
+from llamax.parallel.collectives import Axes, Axis, Solo
 from llamax.parallel.mesh import EDGES, Groups, Mesh
 from llamax.parallel.network import interface, is_loopback, source_address
 from llamax.parallel.rendezvous import Rendezvous
@@ -42,113 +32,6 @@ from llamax.runtime.versions import TORCHNEURON_SDK
 
 NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # host and device memory
 Made = dict[tuple[int, ...], dist.ProcessGroup]
-OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
-
-
-class TorchAxis:
-    """An axis over a process group; ``ranks``: its global ranks in the order of the axis."""
-
-    def __init__(
-        self, name: str, ranks: Sequence[int], device: torch.device, group: dist.ProcessGroup
-    ) -> None:
-        self.name, self.size, self.ranks, self.group = name, len(ranks), tuple(ranks), group
-        self.rank = self.ranks.index(dist.get_rank())
-        self.rank_index = torch.tensor([self.rank], dtype=torch.int32, device=device)
-
-    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
-        y = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(y, OPS[op], group=self.group)
-        return y
-
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        arrived = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(arrived.view(-1), x.reshape(-1), group=self.group)
-        return _join(arrived, dim)
-
-    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
-        parts = self._split(x, dim).contiguous()
-        part = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(part.view(-1), parts.view(-1), group=self.group)
-        return part
-
-    def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
-        parts = self._split(x, split).contiguous()
-        arrived = torch.empty_like(parts)
-        dist.all_to_all_single(arrived, parts, group=self.group)
-        return _join(arrived, concat)
-
-    def shift(self, x: Tensor, by: int = 1) -> Tensor:
-        x, arrived = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
-        target, source = (self.ranks[(self.rank + step) % self.size] for step in (by, -by))
-        if by % self.size == 0:
-            return arrived.copy_(x)
-        exchange = [
-            dist.P2POp(dist.isend, x, target, self.group),
-            dist.P2POp(dist.irecv, arrived, source, self.group),
-        ]
-        for request in dist.batch_isend_irecv(exchange):
-            request.wait()
-        return arrived
-
-    def _split(self, x: Tensor, dim: int) -> Tensor:
-        """[.., size * n, ..] -> [size, .., n, ..], a view."""
-        dim %= x.dim()
-        if x.shape[dim] % self.size:
-            raise ValueError(
-                f"{self.name}: dim {dim} of {tuple(x.shape)} is not divisible by {self.size}"
-            )
-        parts: Tensor = x.unflatten(dim, (self.size, -1)).movedim(dim, 0)
-        return parts
-
-
-class GlooAxis(TorchAxis):
-    """An axis over gloo, with two permanent buffers for messages."""
-
-    def __init__(
-        self, name: str, ranks: Sequence[int], device: torch.device, group: dist.ProcessGroup
-    ) -> None:
-        super().__init__(name, ranks, device, group)
-        self._staged = {role: torch.empty(0, dtype=torch.uint8) for role in ("out", "in")}
-
-    def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
-        if x.nbytes > STAGED_BYTES:
-            return super().all_reduce(x, op)
-        y = self._buffer("out", x).copy_(x)
-        dist.all_reduce(y, OPS[op], group=self.group)
-        return y.clone()
-
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        return _join(self._exchange(x.unsqueeze(0).expand(self.size, *x.shape)), dim)
-
-    def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
-        arrived = self._exchange(self._split(x, dim))
-        if self.size == 2 and x.dtype == torch.float32:
-            return torch.add(arrived[0], arrived[1])
-        return arrived.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)).to(x.dtype)
-
-    def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
-        return _join(self._exchange(self._split(x, split)), concat)
-
-    def _exchange(self, parts: Tensor) -> Tensor:
-        """Send part j to rank j and receive part j from it; may return the permanent buffer."""
-        arrived, small = self._buffer("in", parts), parts.nbytes <= STAGED_BYTES
-        out = self._buffer("out", parts).copy_(parts) if small else parts.contiguous()
-        dist.all_to_all_single(arrived, out, group=self.group)
-        return arrived
-
-    def _buffer(self, role: str, like: Tensor) -> Tensor:
-        if like.nbytes > STAGED_BYTES:
-            return torch.empty_like(like, memory_format=torch.contiguous_format)
-        if self._staged[role].nbytes < like.nbytes:
-            self._staged[role] = torch.empty(like.nbytes, dtype=torch.uint8)
-        return self._staged[role][: like.nbytes].view(like.dtype).view(like.shape)
-
-
-def _join(parts: Tensor, dim: int) -> Tensor:
-    """[size, .., n, ..] -> [.., size * n, ..], a contiguous copy."""
-    dim %= parts.dim() - 1
-    copy = parts.movedim(0, dim).clone(memory_format=torch.contiguous_format)
-    return copy.flatten(dim, dim + 1)
 
 
 class _TorchBackend:

@@ -57,8 +57,9 @@ class Spread:
 
     def reduce(self, whole: Tensor) -> Tensor:
         """This rank's run of the sum of ``whole`` [n] over the data ranks, in float32."""
-        padding = self.data.size * len(self.run) - self.length
-        return self.data.reduce_scatter(torch.nn.functional.pad(whole.float(), (0, padding)), 0)
+        if padding := self.data.size * len(self.run) - self.length:
+            whole = torch.nn.functional.pad(whole, (0, padding))
+        return self.data.reduce_scatter(whole.float(), 0)
 
 
 class _Gather(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.models import tiny
 from support.world import Worlds, axes
 from torch import Tensor
 
+from llamax.backends import torch_axes
 from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
@@ -68,6 +70,18 @@ def verbs(mesh: Mesh, dtype: torch.dtype) -> list[str]:
 @pytest.mark.parametrize("mesh", [Mesh(tp=2, dp=2), Mesh(tp=4)], ids=str)
 def test_every_verb_computes_its_definition(worlds: Worlds, mesh: Mesh, dtype: torch.dtype) -> None:
     for found in worlds(4).run(verbs, mesh, dtype):
+        assert found == []
+
+
+def in_pieces(mesh: Mesh, dtype: torch.dtype) -> list[str]:
+    """The same with permanent buffers that hold a few rows."""
+    with mock.patch.object(torch_axes, "STAGED_BYTES", 4 * SHAPE[1] * SHAPE[2]):
+        return verbs(mesh, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_long_messages_pass_in_pieces(worlds: Worlds, dtype: torch.dtype) -> None:
+    for found in worlds(4).run(in_pieces, Mesh(tp=2, dp=2), dtype):
         assert found == []
 
 

@@ -162,7 +162,7 @@ def axes(mesh: Mesh, kv: int = 0) -> Axes:
     import torch
     import torch.distributed as dist
 
-    from llamax.backends.torch_distributed import GlooAxis
+    from llamax.backends.torch_axes import GlooAxis
 
     assert dist.get_world_size() == mesh.world_size, "the mesh fills the world"
     cpu = torch.device("cpu")

@@ -132,8 +132,10 @@ def communication(share: Share, machine: Machine) -> Line:
     hidden = hidden if share.mesh.tp > 1 else 0.0
     ranks = share.mesh.dp * share.mesh.cp
     bucket = min(share.config.parallel.bucket_bytes, gradients(share).value) if ranks > 1 else 0.0
-    if machine.backend == "cpu":  # the buffers for gloo stay; longer messages use none
-        hidden, bucket = (size if size <= STAGED_BYTES else 0 for size in (hidden, bucket))
+    if machine.backend == "cpu":  # the buffers for gloo stay; some longer messages use none
+        hidden = hidden if hidden <= STAGED_BYTES else 0
+        whole = share.config.parallel.zero == 0 and bucket > STAGED_BYTES
+        bucket = 0 if whole else min(bucket, STAGED_BYTES)
     ways = 2 if share.sequence else 1  # an all-reduce works in place
     return Line(
         "communication",
