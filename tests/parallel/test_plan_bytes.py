@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import tiny
+from support.runs import on_mesh
 from support.runs import share as share_of
 from support.world import Worlds, axes
 from torch import Tensor
@@ -21,15 +22,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from llamax.config.hardware import Machine
 from llamax.config.schema import Config, DataConfig, OptimConfig, ParallelConfig, RunConfig
+from llamax.data.loader import Batch
 from llamax.model.llama import DTYPES, Llama
 from llamax.ops import has_bf16_units
 from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.pipeline import layers_of
 from llamax.parallel.spread import gathered_again
 from llamax.tools.plan.memory import communication, kept, loss, memory
+from llamax.tools.plan.sizes import Share
 from llamax.tools.plan.state import early_gradients, state, update
+from llamax.training.step import TrainState
 
 MODEL = tiny(  # large enough for its activations to stand out; padded wherever tensor > 1
     hidden_size=128,
@@ -210,6 +215,64 @@ def test_planned_bytes_of_zero_stages_are_measured_bytes(
     told = {line.name: line.value for line in planned.lines}
     beside = sum(told.get(name, 0) for name in ("communication", "batch", "reserve"))
     assert planned.peak - beside == pytest.approx(found["peak"], rel=0.05)
+
+
+def measure_stage(config: Config, mesh: Mesh) -> int:
+    """In a rank: bytes at the fullest moment of a step of its stage."""
+    run = on_mesh(config, mesh)
+    here = axes(replace(run.mesh, kv=1), MODEL.kv_replicas(mesh.tp))
+    model = Llama(
+        config.model,
+        here.tp,
+        sequence_parallel=config.parallel.sequence,
+        dtype=DTYPES[config.run.dtype],
+        recompute=config.run.recompute,
+        stage=layers_of(*here.pp, run.chunk_layers),
+    ).init(0)
+    state = TrainState.build(run, model, here)
+    ids = torch.randint(MODEL.vocab_size, (2, BATCH, LENGTH))
+    batch = Batch(*ids, torch.arange(LENGTH).expand(BATCH, LENGTH), None)
+    batches = [batch] * run.accumulation
+    state.step(batches, 1)
+    tensors: list[Tensor | None] = [*state._stage._unused.values()]
+    for group in state.optimizer.groups:
+        tensors += [group.weights, group.gradient]
+        for bucket in group.buckets:
+            tensors += [bucket.master, bucket.exp_avg, bucket.exp_avg_sq, bucket.root]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as stepped:
+        state.step(batches, 2)
+    return held(tensors) + highest(changes(stepped))[0]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "tied", "chunks"),
+    [
+        (Mesh(pp=2), "float32", False, 1),
+        (Mesh(pp=4), "float32", False, 1),
+        (Mesh(pp=2, tp=2), "float32", False, 1),
+        (Mesh(pp=2, dp=2), "bfloat16", True, 1),
+        (Mesh(pp=2, tp=2), "float32", False, 2),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_planned_bytes_of_stages_are_measured_bytes(
+    worlds: Worlds, mesh: Mesh, dtype: str, mode: str, tied: bool, chunks: int
+) -> None:
+    wanted = config(mesh, mode, dtype)
+    wanted = replace(
+        wanted,
+        model=replace(wanted.model, tie_word_embeddings=tied),
+        data=replace(wanted.data, global_batch=4 * BATCH * mesh.dp),
+        parallel=replace(wanted.parallel, chunks=chunks),
+    )
+    found = worlds(mesh.world_size).run(measure_stage, wanted, mesh, timeout_s=240)
+    run = on_mesh(wanted, mesh)
+    for rank, peak in enumerate(found):
+        planned = memory(Share(run, mesh.coordinate(rank).pp), CPU)
+        by_name = {line.name: line.value for line in planned.lines}
+        beside = sum(by_name.get(name, 0) for name in ("communication", "batch", "reserve"))
+        assert planned.peak - beside == pytest.approx(peak, rel=0.05), planned.moment
 
 
 def test_the_logits_of_one_chunk_live_at_a_time() -> None:

@@ -13,14 +13,14 @@ from llamax.training.resolve import ResolvedRun, resolve
 def on_mesh(config: Config, mesh: Mesh) -> ResolvedRun:
     """The run of ``config`` on the degrees of ``mesh``."""
     parallel = replace(config.parallel, tensor=mesh.tp, context=mesh.cp, data=0)
-    config = replace(config, parallel=parallel)
+    alone = replace(parallel, chunks=1, layers_per_stage="")
+    config = replace(config, parallel=alone)
     run = resolve(config, mesh.world_size // mesh.pp)  # as one stage: any recomputation
     parallel = replace(parallel, pipeline=mesh.pp)
-    run = replace(
-        run, mesh=replace(run.mesh, pp=mesh.pp), config=replace(config, parallel=parallel)
-    )
-    assert replace(run.mesh, kv=mesh.kv) == mesh
-    return run
+    ends = mesh.pp > 1 and (parallel.chunks > 1 or config.model.tie_word_embeddings)
+    whole = replace(run.mesh, pp=mesh.pp, ends=ends)
+    assert replace(whole, kv=mesh.kv, ends=mesh.ends) == mesh
+    return replace(run, mesh=whole, config=replace(config, parallel=parallel))
 
 
 def share(config: Config, mesh: Mesh) -> Share:

@@ -31,10 +31,9 @@ from llamax.config.constants import (
     nki_refusal,
 )
 from llamax.config.hardware import GIB, Machine
-from llamax.parallel.pipeline import in_flight as in_flight_at
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.line import Line
-from llamax.tools.plan.sizes import Share
+from llamax.tools.plan.sizes import Share, stages_of
 from llamax.tools.plan.state import (
     compiled,
     early_gradients,
@@ -45,6 +44,7 @@ from llamax.tools.plan.state import (
     state,
     update,
 )
+from llamax.training.resolve import ResolvedRun
 
 Recompute = Literal["none", "selective", "full"]
 MODES: tuple[Recompute, ...] = ("none", "selective", "full")
@@ -67,6 +67,7 @@ class Memory:
 
     lines: tuple[Line, ...]
     moment: str  # when the peak is
+    stage: int  # of the pipeline
     modes: tuple[Line, ...]  # activations in each recompute mode
     cache: Line
     available: float
@@ -80,19 +81,28 @@ class Memory:
         return self.peak <= self.available
 
 
+def fullest(run: ResolvedRun, machine: Machine) -> Memory:
+    """The memory of a rank of the stage that needs the most, on ``machine``."""
+    return max(
+        (memory(share, machine) for share, _ in stages_of(run)), key=lambda memory: memory.peak
+    )
+
+
 def memory(share: Share, machine: Machine) -> Memory:
     """The memory of one rank of ``machine`` that holds ``share`` of a run."""
     mode: Recompute = share.config.run.recompute
     always = [
         *state(share, machine),
         communication(share, machine),
+        swapped(share),
         batch(share, machine),
         Line("reserve", machine.reserve_gib * GIB, f"runtime and programs, {machine.name}"),
     ]
     activations, last_layer = kept(share, machine, mode), last_kept(share, machine, mode)
     working, all_gradients = backward(share, machine, mode), gradients(share)
     early = early_gradients(share, machine)
-    head = gradients_of(0 if share.tuned else share.head_weights, "the head's, which come first")
+    first = share.head_weights if share.projects and not share.tuned else 0
+    head = gradients_of(first, "the head's, which come first")
     moments = {
         "forward has ended": [early, activations, loss(share, machine), gathered_head(share)],
         "the last layer goes backward": [
@@ -113,6 +123,7 @@ def memory(share: Share, machine: Machine) -> Memory:
     return Memory(
         lines=tuple(sorted(nonzero[moment], key=lambda line: places.get(line.name, len(STATE)))),
         moment=moment,
+        stage=share.stage,
         modes=tuple(_named(name, kept(share, machine, name)) for name in MODES),
         cache=cache(share),
         available=machine.memory_bytes(),
@@ -142,6 +153,15 @@ def communication(share: Share, machine: Machine) -> Line:
         ways * hidden + 2 * bucket,
         f"{ways} x {show_bytes(hidden)} hidden state, 2 x {show_bytes(bucket)} bucket: sent and "
         "received",
+    )
+
+
+def swapped(share: Share) -> Line:
+    """Activations on their way between stages: one that has arrived, and blanks of both ways."""
+    activation = share.tokens_between * share.model.hidden_size * share.width
+    number = 1 + (not share.embeds) + (not share.projects) if share.mesh.pp > 1 else 0
+    return Line(
+        "swaps", number * activation, f"{number} x {show_bytes(activation)}, arrived and blank"
     )
 
 
@@ -238,31 +258,35 @@ def layer_kept(share: Share, machine: Machine, mode: Recompute) -> tuple[float, 
 
 
 def outside_layers_kept(share: Share, machine: Machine) -> float:
-    """Bytes kept outside the layers: the input of the last norm, and the rope tables."""
+    """Bytes kept outside the layers of a chunk: the input of the last norm, and the rope tables."""
     norm = share.width if saves_inputs(machine) else 4 + share.width
     last = share.tokens_between * (share.model.hidden_size * norm + 4)
+    if not share.projects:  # the output, which is gone when its backward has begun
+        last = share.tokens_between * share.model.hidden_size * share.width
     return last + 2 * 4 * share.tokens * share.model.head_dim
 
 
 def kept(share: Share, machine: Machine, mode: Recompute) -> Line:
     """The activations that forward keeps, of all layers and outside them."""
     layer, formula = layer_kept(share, machine, mode)
-    chunks = share.config.parallel.chunks
-    flying = in_flight_at(0, share.mesh.pp, share.accumulation, chunks) / chunks
-    stages = f" x {flying:g} microbatches in flight" if flying > 1 else ""
-    outside = outside_layers_kept(share, machine)
-    return Line(
-        "activations",
-        share.layers * layer * flying + outside,
-        f"recompute {mode}: {share.layers} layers x ({formula}){stages}, "
-        f"{show_bytes(outside)} outside them",
+    flying = share.flying
+    outside = share.config.parallel.chunks * outside_layers_kept(share, machine)
+    formula = (
+        f"recompute {mode}: {share.layers} layers x ({formula}), {show_bytes(outside)} outside them"
     )
+    if flying > 1:
+        formula += f"; {flying:g} microbatches in flight"
+    return Line("activations", (share.layers * layer + outside) * flying, formula)
 
 
 def last_kept(share: Share, machine: Machine, mode: Recompute) -> Line:
     """The activations that are left when the first layer goes backward."""
     layer, formula = layer_kept(share, machine, mode)
-    return Line("activations", layer, f"recompute {mode}, one layer is left: {formula}")
+    others = (share.flying - 1) * kept(share, machine, mode).value / share.flying
+    waiting = f", and {show_bytes(others)} of other microbatches" if others else ""
+    return Line(
+        "activations", layer + others, f"recompute {mode}, one layer is left: {formula}{waiting}"
+    )
 
 
 # --- loss and backward ---------------------------------------------------------------------------
@@ -270,6 +294,8 @@ def last_kept(share: Share, machine: Machine, mode: Recompute) -> Line:
 
 def loss(share: Share, machine: Machine) -> Line:
     """The loss: one chunk of logits, and the gradients of head and hidden state."""
+    if not share.projects:
+        return Line("loss", 0.0, "on the last stage")
     D, width, T, v = share.model.hidden_size, share.width, share.tokens, share.vocabulary
     t, widened = min(share.chunk_tokens, T), not machine.bfloat16_products and width < 4
     hidden = (share.tokens_between + T) * D * width + (T * D * width if share.sequence else 0)

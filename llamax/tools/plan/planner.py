@@ -12,7 +12,7 @@ from llamax.config.schema import Config
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.length import GivenLength, Length, length_of
-from llamax.tools.plan.memory import Memory, memory
+from llamax.tools.plan.memory import Memory, fullest
 from llamax.tools.plan.roofline import Time, time
 from llamax.tools.plan.sizes import Share
 from llamax.training.resolve import ResolvedRun, resolve
@@ -146,5 +146,4 @@ def _load(
 
 def plan_run(run: ResolvedRun, machine: Machine, nodes: int) -> Plan:
     """The plan of a run on ``nodes`` machines."""
-    share = Share(run)
-    return Plan(run, machine, nodes, memory(share, machine), time(share, machine, nodes))
+    return Plan(run, machine, nodes, fullest(run, machine), time(Share(run), machine, nodes))

@@ -51,9 +51,10 @@ def show(plan: Plan) -> Iterator[str]:
     run, machine, memory, time = plan.run, plan.machine, plan.memory, plan.time
     yield headline(run, f"{plan.nodes} x {machine.name}")
     yield ""
+    stage = f" on stage {memory.stage}" if run.mesh.pp > 1 else ""
     yield (
         f"memory of a rank: {show_bytes(memory.peak)} of {show_bytes(memory.available)}, "
-        f"{'fits' if memory.fits else 'DOES NOT FIT'}; fullest when {memory.moment}"
+        f"{'fits' if memory.fits else 'DOES NOT FIT'}; fullest{stage} when {memory.moment}"
     )
     yield from rows(memory.lines, show_bytes)
     kept = ", ".join(f"{line.name} {show_bytes(line.value)}" for line in memory.modes)

@@ -6,11 +6,13 @@
                 attention     FLOPs of the causal half, with scores computed again in backward; on
                               trn1 the cycles of llamax's NKI kernels (nki_time); without a
                               flash kernel all pairs of tokens, and their bytes
-                element-wise  bytes / memory bandwidth: norms, rope, SwiGLU, residuals
+                element-wise  bytes / memory bandwidth: norms, rope, SwiGLU, residuals; logits
                 tensor        bytes / link bandwidth + steps x latency: gathers and scatters
                 context       the same for keys and values of whole sequences
                 pipeline      activations and their gradients change places with the stages beside
-    step        accumulate, AdamW: bytes / memory bandwidth; data: gradients out, weights in
+                accumulate    gradients: bytes / memory bandwidth
+    pipeline    the bubble: a microstep of every stage but the slowest, which sets the pace
+    step        AdamW: bytes / memory bandwidth; data: gradients out, weights in
 
 The parts are added up: nothing is assumed to overlap.  Bytes of collectives are those of rings
 (parallel/collectives.py).  The fitted efficiencies of a machine absorb what runs do better.
@@ -28,9 +30,11 @@ from llamax.runtime.units import count, show_bytes, show_number
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import by_nki, gathered_bytes, pairs, plain_attention
 from llamax.tools.plan.nki_time import attention_seconds
-from llamax.tools.plan.sizes import Share, adapter_elements
+from llamax.tools.plan.sizes import Share, adapter_elements, stages_of
+from llamax.training.resolve import ResolvedRun
 
-SCORE_TRAFFIC_BYTES = 24  # of a score without a flash kernel: float32, written and read 3 times
+# Of a score without a flash kernel, and of a logit: float32, written and read 3 times.
+SCORE_TRAFFIC_BYTES = LOGIT_TRAFFIC_BYTES = 24
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,7 @@ def forward_flops(share: Share) -> tuple[float, float, float]:
     """Forward FLOPs of one microbatch on one rank: layer matmuls, head matmul, attention."""
     T = share.tokens
     layers = 2.0 * T * share.layers * share.layer_weights
-    head = 2.0 * T * share.head_weights / share.mesh.pp
+    head = 2.0 * T * share.head_weights if share.projects else 0.0
     length = share.config.data.sequence_length
     attention = 2.0 * T * length * share.query * share.layers
     return layers, head, attention
@@ -116,14 +120,14 @@ def turns(share: Share) -> int:
     """The number of times a whole hidden state goes around the tensor ring in a microbatch.
 
     With sequence parallelism a layer gathers and scatters twice in forward and twice in backward,
-    and gathers its two inputs once more for the gradients of weights; embedding and head add five.
-    Without it, each of four all-reduces goes around twice.  A recomputed layer leaves out its last
-    product and the sum of it, which backward does not need.
+    and gathers its two inputs once more for the gradients of weights; the embedding adds two, and
+    the head three.  Without it, each of four all-reduces goes around twice.  A recomputed layer
+    leaves out its last product and the sum of it, which backward does not need.
     """
     again = share.config.run.recompute == "full"
     if share.sequence:
-        return (10 + 3 * again) * share.layers + 5
-    return 2 * ((4 + again) * share.layers + 2)
+        return (10 + 3 * again) * share.layers + 2 * share.embeds + 3 * share.projects
+    return 2 * ((4 + again) * share.layers + share.embeds + share.projects)
 
 
 def data_time(share: Share, data: Wire) -> tuple[float, str]:
@@ -144,14 +148,11 @@ def data_time(share: Share, data: Wire) -> tuple[float, str]:
     )
 
 
-def time(share: Share, machine: Machine, nodes: int) -> Time:
-    """The time of a step of ``share`` on ``nodes`` machines."""
-    config, mesh = share.config, share.mesh
-    mode, w = config.run.recompute, share.width
+def microstep(share: Share, machine: Machine) -> list[Line]:
+    """The seconds of a microstep on a stage, by purpose."""
+    config, mesh, mode, w = share.config, share.mesh, share.config.run.recompute, share.width
     peak = machine.peak_flops(config.run.dtype)
     bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
-    n, chunks = share.accumulation, config.parallel.chunks
-    microsteps = n + (mesh.pp - 1) / chunks  # stages wait while the pipeline fills and drains
 
     layers, head, attention = forward_flops(share)
     again = 1 if mode == "full" else 0
@@ -159,7 +160,8 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     down = 2.0 * share.tokens * share.layers * share.model.hidden_size * share.feed_forward
     matmul = (passes + again) * layers + passes * head - again * down
     matmul += 6.0 * share.tokens * share.adapters if share.tuned else 0.0
-    weights = (passes + again) * (share.layers * share.layer_weights + share.head_weights) * w
+    projected = share.head_weights if share.projects else 0
+    weights = (passes + again) * (share.layers * share.layer_weights + projected) * w
     matmul_s = max(matmul / (peak * machine.matmul_efficiency), weights / bandwidth)
     plain = plain_attention(share, machine)
     rounds = 1 + (2 if plain else 2.5) + (0 if mode == "none" else 1)
@@ -176,79 +178,112 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         attention_s += scores / bandwidth
         attended += f", twice, + {show_bytes(scores)} of scores / {bandwidth / 1e9:.0f} GB/s"
     element_traffic = (3 + again) * share.layers * element_bytes(share)
+    logits = LOGIT_TRAFFIC_BYTES * share.tokens * share.vocabulary if share.projects else 0
 
     tp = wire(machine, mesh.tp, 1)
     hidden = share.tokens * share.model.hidden_size * w
     rings = turns(share)
-    tensor_s = rings * tp.ring(hidden)
 
     cp = wire(machine, mesh.cp, mesh.tp)
     keys, exchanges = gathered_bytes(share), share.layers * (2 if mode == "none" else 3)
 
     pp = wire(machine, min(mesh.pp, 2), mesh.tp * mesh.cp * mesh.dp)
     activation = share.tokens_between * share.model.hidden_size * w
-    edges = 2 * chunks if mesh.pp > 2 else 2 * chunks - 1  # two stages have one edge, and ends
+    swaps = 2 * config.parallel.chunks - share.embeds - share.projects
 
     elements = sum(group.elements for group in share.groups())
     owners = mesh.dp * mesh.cp
-    updated = elements / owners if config.parallel.zero else elements
-    accumulate = (8 + w) * elements
-    adamw = 28 * updated + (4 + w) * updated
     data = wire(machine, owners, mesh.tp)
     whole = share.base[1] * owners if share.spread else 0.0
-    gathered_s = 2 * n * data.ring(whole) if whole else 0.0
-    data_s, sent = data_time(share, data)
 
     rate = f"{machine.matmul_efficiency:.0%} of {show_number(peak)}FLOP/s"
-    times = count(n, "microstep") + (f" + {microsteps - n:g} of pipeline" if mesh.pp > 1 else "")
     memory = f"{bandwidth / 1e9:.0f} GB/s"
-    lines = (
-        Line(
-            "matmuls",
-            microsteps * matmul_s,
-            f"{times} x {show_number(matmul)}FLOP / ({rate})",
-        ),
+    return [
+        Line("matmuls", matmul_s, f"{show_number(matmul)}FLOP / ({rate})"),
         Line(
             "attention",
-            microsteps * attention_s,
-            f"{times} x {attended}",
+            attention_s,
+            attended,
         ),
         Line(
             "element-wise",
-            microsteps * element_traffic / bandwidth,
-            f"{times} x {show_bytes(element_traffic)} / {memory}",
+            element_traffic / bandwidth,
+            f"{show_bytes(element_traffic)} / {memory}",
         ),
+        Line("logits", logits / bandwidth, f"{show_bytes(logits)} / {memory}"),
         Line(
             "tensor collectives",
-            microsteps * tensor_s,
-            f"{times} x {rings} turns of {show_bytes(hidden)} over {tp.name} at "
+            rings * tp.ring(hidden),
+            f"{rings} turns of {show_bytes(hidden)} over {tp.name} at "
             f"{tp.bytes_per_s / 1e9:.0f} GB/s",
         ),
         Line(
             "context collectives",
-            microsteps * exchanges * cp.ring(keys),
-            f"{times} x {exchanges} turns of {show_bytes(keys)} keys and values over {cp.name} at "
+            exchanges * cp.ring(keys),
+            f"{exchanges} turns of {show_bytes(keys)} keys and values over {cp.name} at "
             f"{cp.bytes_per_s / 1e9:.0f} GB/s",
         ),
         Line(
             "pipeline swaps",
-            microsteps * edges * pp.ring(2 * activation),
-            f"{times} x {edges} x {show_bytes(activation)} over {pp.name} at "
-            f"{pp.bytes_per_s / 1e9:.1f} GB/s",
+            swaps * pp.ring(2 * activation),
+            f"{swaps} x {show_bytes(activation)} over {pp.name} at {pp.bytes_per_s / 1e9:.1f} GB/s",
         ),
         Line(
             "accumulate gradients",
-            n * accumulate / bandwidth,
-            f"{n} x {8 + w} B x {show_number(elements)} elements / {memory}",
+            (8 + w) * elements / bandwidth,
+            f"{8 + w} B x {show_number(elements)} elements / {memory}",
         ),
         Line(
             "base gathered",
-            gathered_s,
-            f"{count(n, 'microstep')} x 2 x {show_bytes(whole)} over {data.name} at "
-            f"{data.bytes_per_s / 1e9:.1f} GB/s",
+            2 * data.ring(whole) if whole else 0.0,
+            f"2 x {show_bytes(whole)} over {data.name} at {data.bytes_per_s / 1e9:.1f} GB/s",
         ),
+    ]
+
+
+def waiting(run: ResolvedRun, slowest_s: float, all_s: float) -> Line:
+    """The bubble: what the slowest stage waits while the pipeline fills and drains.
+
+    The first microbatch comes through all stages before it, and the last one goes back through
+    them.  With chunks all stages begin their rounds together.
+    """
+    stages, chunks = run.mesh.pp, run.config.parallel.chunks
+    if chunks == 1:
+        return Line("pipeline bubble", all_s - slowest_s, f"a microstep of {stages - 1} stages")
+    return Line(
+        "pipeline bubble",
+        (stages - 1) * slowest_s / chunks,
+        f"{stages - 1} microsteps / {chunks} chunks",
+    )
+
+
+def time(share: Share, machine: Machine, nodes: int) -> Time:
+    """The time of a step of the run of ``share`` on ``nodes`` machines.
+
+    The slowest stage sets the pace, and its parts are those that are listed.
+    """
+    stages = [(each, number, microstep(each, machine)) for each, number in stages_of(share.run)]
+    seconds = [sum(line.value for line in lines) for _, _, lines in stages]
+    slowest_s = max(seconds)
+    share, _, parts = stages[seconds.index(slowest_s)]
+    all_s = sum(number * each for (_, number, _), each in zip(stages, seconds, strict=True))
+
+    config, mesh, n, w = share.config, share.mesh, share.accumulation, share.width
+    peak = machine.peak_flops(config.run.dtype)
+    bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
+    elements, owners = sum(group.elements for group in share.groups()), mesh.dp * mesh.cp
+    updated = elements / owners if config.parallel.zero else elements
+    adamw = 28 * updated + (4 + w) * updated
+    data = wire(machine, owners, mesh.tp)
+    data_s, sent = data_time(share, data)
+    times = count(n, "microstep")
+    lines = (
+        *(Line(line.name, n * line.value, f"{times} x {line.formula}") for line in parts),
+        waiting(share.run, slowest_s, all_s),
         Line(
-            "AdamW", adamw / bandwidth, f"{32 + w} B x {show_number(updated)} elements / {memory}"
+            "AdamW",
+            adamw / bandwidth,
+            f"{32 + w} B x {show_number(updated)} elements / {bandwidth / 1e9:.0f} GB/s",
         ),
         Line(
             "data collectives",

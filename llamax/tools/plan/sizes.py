@@ -16,6 +16,7 @@ from llamax.config.rules.finetune import target_names
 from llamax.config.rules.pipeline import stage_layers
 from llamax.config.schema import Config, FinetuneConfig
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.pipeline import in_flight
 from llamax.training.resolve import ResolvedRun
 
 
@@ -35,9 +36,10 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """The sizes on one rank of a run."""
+    """The sizes on one rank of a run, at a ``stage`` of its pipeline."""
 
     run: ResolvedRun
+    stage: int = 0
 
     @property
     def config(self) -> Config:
@@ -58,8 +60,35 @@ class Share:
 
     @property
     def layers(self) -> int:
-        """Layers of the pipeline stage with the most."""
-        return max(stage_layers(self.config.parallel, self.model.num_hidden_layers))
+        """Layers of the stage."""
+        return stage_layers(self.config.parallel, self.model.num_hidden_layers)[self.stage]
+
+    @property
+    def embeds(self) -> bool:
+        """Whether the stage begins with the embedding."""
+        return self.stage == 0
+
+    @property
+    def projects(self) -> bool:
+        """Whether the stage ends in the output matrix and the loss."""
+        return self.stage == self.mesh.pp - 1
+
+    @property
+    def flying(self) -> float:
+        """Microbatches in flight at the same time, in those through the whole stage."""
+        chunks = self.config.parallel.chunks
+        return in_flight(self.stage, self.mesh.pp, self.accumulation, chunks) / chunks
+
+    @property
+    def vocabularies(self) -> int:
+        """Matrices over the vocabulary: embedding and output matrix, one where they are tied."""
+        both = self.embeds + self.projects
+        return min(both, 1) if self.model.tie_word_embeddings else both
+
+    @property
+    def norms(self) -> int:
+        """Elements of the norms."""
+        return (2 * self.layers + self.projects) * self.model.hidden_size
 
     @property
     def sequence(self) -> bool:
@@ -147,9 +176,8 @@ class Share:
     @property
     def base(self) -> tuple[int, float]:
         """Bytes of a frozen base: embeddings and norms; the linear layers, perhaps quantised."""
-        finetune, D = self.config.finetune, self.model.hidden_size
-        heads = 1 if self.model.tie_word_embeddings else 2
-        plain = (heads * self.head_weights + (2 * self.layers + 1) * D) * self.width
+        finetune = self.config.finetune
+        plain = (self.vocabularies * self.head_weights + self.norms) * self.width
         bits = 8.0 * self.width
         if finetune.method == "qlora":
             bits = 8.0 if finetune.quant == "int8" else nf4_bits(finetune.double_quant)
@@ -176,19 +204,26 @@ class Share:
         if self.tuned:
             return [Group(self.adapters, summed=self.sequence, whole=True)]
         model = self.model
-        heads = 1 if model.tie_word_embeddings or self.mesh.pp > 1 else 2
-        vocabulary = heads * self.head_weights
+        vocabulary = self.vocabularies * self.head_weights
         qkv = self.layers * model.hidden_size * (self.query + 2 * self.key)
         padded = model.vocab_size % self.mesh.tp != 0
         uneven = (qkv if self.kv_shared else 0) + (vocabulary if padded else 0)
         plain = vocabulary + self.layers * self.layer_weights - uneven
-        norms = (2 * self.layers + 1) * model.hidden_size
         groups = (
             Group(plain),
             Group(uneven, uneven=True, summed=self.kv_shared),
-            Group(norms, summed=self.sequence, whole=True),
+            Group(self.norms, summed=self.sequence, whole=True),
         )
         return [group for group in groups if group.elements]
+
+
+def stages_of(run: ResolvedRun) -> list[tuple[Share, int]]:
+    """The share of a rank of each kind of stage of a pipeline, with the number of such stages."""
+    layers = stage_layers(run.config.parallel, run.config.model.num_hidden_layers)
+    kinds: dict[tuple[bool, bool, int], list[int]] = {}
+    for stage, held in enumerate(layers):  # of equal ones, the first has most in flight
+        kinds.setdefault((stage == 0, stage == len(layers) - 1, held), []).append(stage)
+    return [(Share(run, stages[0]), len(stages)) for stages in kinds.values()]
 
 
 def adapter_width(finetune: FinetuneConfig, hidden: int, query: int, key: int, inner: int) -> int:

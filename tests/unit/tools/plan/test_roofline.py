@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from support.runs import on_mesh
 from support.runs import share as share_of
 
 from llamax.config.hardware import (
@@ -14,8 +15,9 @@ from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
 from llamax.tools.plan.planner import plan as planned
+from llamax.tools.plan.roofline import microstep, wire
 from llamax.tools.plan.roofline import time as step_time
-from llamax.tools.plan.roofline import wire
+from llamax.tools.plan.sizes import Share, stages_of
 
 TRN1 = load_machine("trn1.32xlarge")
 
@@ -70,6 +72,31 @@ def test_a_longer_pipeline_waits_longer() -> None:
         step_time(share_of(config, Mesh(tp=8, dp=128 // pp, pp=pp)), TRN1, 32) for pp in (1, 4)
     ]
     assert times[1].step_s > times[0].step_s
+
+
+def test_the_slowest_stage_sets_the_pace_and_chunks_shorten_the_bubble() -> None:
+    config = recipe("llama3.1-8b", *ONE, "--parallel.tensor=8")
+    mesh = Mesh(tp=8, dp=32, pp=4)
+
+    def parts(layers: str, chunks: int = 1) -> dict[str, float]:
+        parallel = replace(config.parallel, layers_per_stage=layers, chunks=chunks)
+        run = on_mesh(replace(config, parallel=parallel), replace(mesh, ends=chunks > 1))
+        stages = [(microstep(each, TRN1), number) for each, number in stages_of(run)]
+        found = {line.name: line.value for line in step_time(Share(run), TRN1, 32).lines}
+        found["of stages"] = sum(
+            number * sum(line.value for line in lines) for lines, number in stages
+        )
+        found["slowest"] = max(sum(line.value for line in lines) for lines, _ in stages)
+        found["step"] = step_time(Share(run), TRN1, 32).step_s
+        return found
+
+    even, shorter_last = parts("8,8,8,8"), parts("9,8,8,7")
+    assert even["pipeline bubble"] == pytest.approx(even["of stages"] - even["slowest"])
+    assert even["logits"] > 0, "the last stage is the slowest"
+    assert shorter_last["slowest"] < even["slowest"]
+    assert shorter_last["step"] < even["step"]
+    halves = parts("", 2)
+    assert halves["pipeline bubble"] == pytest.approx(3 * halves["slowest"] / 2)
 
 
 @pytest.mark.parametrize(("zero", "said"), [(1, "4 B + 2 B x "), (0, "2 x 4 B x ")])
