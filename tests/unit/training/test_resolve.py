@@ -35,9 +35,9 @@ def epochs(tiny: Config, number: int, **data: Any) -> Config:
 
 
 def test_numbers_of_a_recipe() -> None:
-    run = resolve(load_config("llama3.1-8b"), 1024)
-    assert run.mesh == Mesh(tp=32, dp=32, kv=4)
-    assert run.kv_replicas == 4
+    run = resolve(load_config("llama3-8b"), 256)
+    assert run.mesh == Mesh(tp=16, dp=16, kv=2)
+    assert run.kv_replicas == 2
     data = run.config.data
     assert run.accumulation * data.micro_batch * run.mesh.dp == data.global_batch
     assert run.total_tokens == run.steps * data.global_batch * data.sequence_length
