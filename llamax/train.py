@@ -53,6 +53,7 @@ from llamax.runtime.text import in_shell
 from llamax.runtime.units import show_time
 from llamax.training import run_metadata
 from llamax.training.compile_guard import CompileGuard
+from llamax.training.folder_checks import check_run_folder
 from llamax.training.heartbeat import Heartbeat, beating
 from llamax.training.inputs import open_inputs
 from llamax.training.library import (
@@ -85,6 +86,7 @@ def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
     began = time.perf_counter()
     with report_errors_once(where):
         run = config.run
+        check_run_folder(Path(run.folder))
         backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
         inputs = open_inputs(config)
         node_ranks = node_limit(run.backend, where.local_world_size)

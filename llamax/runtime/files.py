@@ -38,6 +38,17 @@ def refuse_link(path: Path) -> None:
         raise LinkError(f"{path} is not a regular file; choose another name")
 
 
+def refuse_foreign_link(path: Path) -> None:
+    """Raise LinkError if ``path`` is a link that neither this user nor its folder's owner made.
+
+    Source: proc(5), ``protected_symlinks``.
+    """
+    if path.is_symlink():
+        trusted = (os.geteuid(), path.parent.stat().st_uid)
+        if path.lstat().st_uid not in trusted:
+            raise LinkError(f"{path} is a link of another user, to {os.readlink(path)}; remove it")
+
+
 def new_file(path: str | Path, flags: int) -> int:
     """An opener that creates a file, after removing a regular file of this name.
 
@@ -87,7 +98,13 @@ def make_folder(folder: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy the content of a file to ``target``; LinkError if that is a link or special file."""
+    """Copy the content of a file to ``target``, unless that is the same file.
+
+    Raises LinkError if ``target`` is a link or special file.
+    """
+    refuse_link(target)
+    if target.exists() and target.samefile(source):
+        return
     with open(source, "rb") as file, open(target, "wb", opener=new_file) as copy:
         shutil.copyfileobj(file, copy, 2**20)
 

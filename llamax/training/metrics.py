@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llamax.runtime.errors import BackendError, DataError
-from llamax.runtime.files import read_file, refuse_link, same_file, write_atomic
+from llamax.runtime.files import make_folder, read_file, refuse_link, same_file, write_atomic
 from llamax.runtime.json_reader import parse_object
 from llamax.runtime.logging import logger
 
@@ -193,6 +193,7 @@ class TensorBoardWriter:
                 "run.tensorboard=true needs the package tensorboard, which is not installed; "
                 "pip install 'llamax[tensorboard]', or use run.tensorboard=false"
             ) from None
+        make_folder(folder)
         self.events: SummaryWriter = SummaryWriter(
             str(folder), purge_step=resumed_step + 1 if resumed_step else 0
         )
@@ -245,6 +246,7 @@ class WandbWriter:
                 f"run.wandb={mode} needs the package wandb, which is not installed; "
                 "pip install 'llamax[wandb]', or use run.wandb=off"
             ) from None
+        make_folder(folder / "wandb")  # where W&B would follow a link
         first, run_id = _wandb_ids(folder / "wandb-id", went_back)
         self.run: Any = wandb.init(
             project=project,

@@ -45,6 +45,7 @@ from llamax.data.prepare.instruction_rows import (
     InstructSettings,
     RowChunk,
 )
+from llamax.data.prepare.output_folder import PARTS, make_parts_folder
 from llamax.data.prepare.own_tokenizer import own_tokenizer
 from llamax.data.prepare.row_samples import check_fields
 from llamax.data.prepare.saved_dataset import held_out
@@ -57,7 +58,7 @@ from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
 from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer, load_tokenizer
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import copy_file, make_folder, write_atomic
+from llamax.runtime.files import copy_file, write_atomic
 from llamax.runtime.logging import logger
 from llamax.runtime.progress import reported
 
@@ -169,7 +170,8 @@ def prepare(
         if value:
             purpose = "text" if template else "rows, which `template` asks for"
             raise DataError(f"`{name}` is for {purpose}; leave it out")
-    out, parts_folder = Path(out), Path(out) / ".parts"
+    out = Path(out)
+    parts_folder = out / PARTS
     left: list[str] = []  # files that are not taken
     chunks: list[Chunk]
     draft: Settings
@@ -178,7 +180,7 @@ def prepare(
     if template:
         check_fields(fields)
         if any(is_hub_name(str(source)) for source in sources):
-            _make_folder(parts_folder)
+            make_parts_folder(out, tokenizer or "", key, bool(template))
         if not split:
             validation_files = validation_files or held_out(sources, "validation")
             test_files = test_files or held_out(sources, "test")
@@ -205,7 +207,7 @@ def prepare(
         chunks = [TextChunk(chunk, is_only_text(files), max_document) for chunk in files]
         given = any(each.split == "validation" for each in chunks if isinstance(each, TextChunk))
         draft = TextSettings("", key, 0.0 if given else validation, bos, eos)
-    _make_folder(parts_folder)
+    make_parts_folder(out, tokenizer or "", key, bool(template))
     path = (
         own_tokenizer(chunks, draft, train_tokenizer, parts_folder)
         if train_tokenizer
@@ -342,15 +344,6 @@ def tokenizer_name(tokenizer: Tokenizer) -> str:
     return {"SentencePiece": "tokenizer.model", "HuggingFace": "tokenizer.json"}.get(
         kind, "tokenizer.tiktoken"
     )
-
-
-def _make_folder(parts: Path) -> None:
-    try:
-        make_folder(parts)
-    except OSError as error:
-        raise DataError(
-            f"{parts.parent}: cannot be made ({error.strerror}); choose another `out`"
-        ) from None
 
 
 def _already_made(out: Path, settings: Settings, identity: str, format: Format) -> bool:

@@ -6,6 +6,8 @@ only how frequent each token is.
 
 from __future__ import annotations
 
+import io
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +16,12 @@ import numpy as np
 
 from llamax.config.constants import METRICS_FILE
 from llamax.runtime.errors import BackendError, DataError
-from llamax.runtime.files import refuse_link
+from llamax.runtime.files import write_atomic
+from llamax.runtime.text import printable_line
 from llamax.tools.monitor.columns import Numbers, read_columns
 
 COLUMNS = ("consumed_tokens", "loss", "validation_loss")
+ENDINGS = (".png", ".svg", ".pdf")
 
 
 def draw(
@@ -28,8 +32,11 @@ def draw(
     ``runs``: consumed_tokens, loss and validation_loss of every record (``read_runs``).
 
     ``reference``: name and loss (nats per token) of a horizontal line.  Raises BackendError if
-    matplotlib is not installed.
+    matplotlib is not installed, and DataError for another ending or a file that cannot be written.
     """
+    ending = out.suffix.lower()
+    if ending not in ENDINGS:
+        raise DataError(f"{out}: a picture ends with {', '.join(ENDINGS)}; choose another `out`")
     try:
         import matplotlib
     except ImportError:
@@ -41,9 +48,11 @@ def draw(
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5), dpi=120, layout="constrained")
+    labels: list[str] = []
     for name, columns in runs.items():
         tokens, validation = columns["consumed_tokens"] / 1e6, columns["validation_loss"]
-        (train,) = axes.plot(tokens, columns["loss"], linewidth=1, alpha=0.6, label=name)
+        (train,) = axes.plot(tokens, columns["loss"], linewidth=1, alpha=0.6, label=".")
+        labels.append(name)
         validated = ~np.isnan(validation)
         if validated.any():
             axes.plot(
@@ -52,18 +61,29 @@ def draw(
                 "o-",
                 color=train.get_color(),
                 markersize=4,
-                label=f"{name}, validation",
+                label=".",
             )
+            labels.append(f"{name}, validation")
     if reference is not None:
         name, value = reference
-        axes.axhline(value, color="grey", linestyle="--", linewidth=1, label=f"{name} {value:.2f}")
+        axes.axhline(value, color="grey", linestyle="--", linewidth=1, label=".")
+        labels.append(f"{name} {value:.2f}")
     axes.set_xlabel("consumed tokens, millions")
     axes.set_ylabel("loss, nats per token")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    refuse_link(out)
-    figure.savefig(out)
+    # matplotlib leaves out labels that begin with "_", and reads "$" as mathematics
+    for text, label in zip(axes.legend(frameon=False).get_texts(), labels, strict=True):
+        text.set_parse_math(False)
+        text.set_text(printable_line(label))
+    picture = io.BytesIO()
+    with warnings.catch_warnings():  # of signs that the font lacks, and of losses out of range
+        warnings.simplefilter("ignore")
+        figure.savefig(picture, format=ending[1:])
     pyplot.close(figure)
+    try:
+        write_atomic(out, picture.getvalue())
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}); check `out`") from None
 
 
 def read_runs(folders: Sequence[Path]) -> dict[str, dict[str, Numbers]]:

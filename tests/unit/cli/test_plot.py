@@ -1,17 +1,18 @@
-"""``llamax plot``: the names of runs."""
+"""``llamax plot``: the names of runs, and what cannot be drawn or written."""
 
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
-from llamax.runtime.errors import BackendError, DataError
+from llamax.runtime.errors import BackendError, DataError, LinkError
 from llamax.tools.monitor import plot
-from llamax.training.metrics import (
-    Record,
-)
+from llamax.training.metrics import Record
 
 
 def test_runs_of_one_name_are_plotted_by_their_folders(
@@ -40,3 +41,57 @@ def test_drawing_without_matplotlib_names_the_extra(
     with pytest.raises(BackendError, match=r"pip install 'llamax\[plot\]'$"):
         plot.draw({}, tmp_path / "loss.png")
     assert not (tmp_path / "loss.png").exists()
+
+
+CURVES = {
+    "consumed_tokens": np.array([8.0, 16.0]),
+    "loss": np.array([2.0, 1.0]),
+    "validation_loss": np.array([np.nan, 3.0]),
+}
+
+
+def texts_in(path: Path) -> list[str]:
+    """The texts of an SVG that keeps them as text."""
+    root = ElementTree.parse(path).getroot()
+    return ["".join(each.itertext()) for each in root.iter("{http://www.w3.org/2000/svg}text")]
+
+
+def test_names_are_drawn_letter_by_letter(tmp_path: Path) -> None:
+    """A name with dollar signs is no formula, and one that begins with "_" is in the legend."""
+    matplotlib = pytest.importorskip("matplotlib")
+    names = ["a$x_$b", "_first", r"$\frac$", "$", "red\x1b[31m", "안녕"]
+    with matplotlib.rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.draw(dict.fromkeys(names, CURVES), tmp_path / "p.svg", (r"$\frac$", 1.0))
+    drawn = texts_in(tmp_path / "p.svg")
+    for name in [*names[:4], "_first, validation", r"red\x1b[31m", "안녕", r"$\frac$ 1.00"]:
+        assert name in drawn
+
+
+@pytest.mark.parametrize("loss", [1e308, -1e308, 0.0])
+def test_any_finite_loss_is_drawn(tmp_path: Path, loss: float) -> None:
+    pytest.importorskip("matplotlib")
+    curves = {**CURVES, "loss": np.array([2.0, loss])}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot.draw({"run": curves}, tmp_path / "p.png", ("high", loss))
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", ["p", "p.xyz", "p.png.bak", "png"])
+def test_an_ending_of_no_picture_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=rf"{name}: a picture ends with \.png, \.svg, \.pdf; "):
+        plot.draw({"run": CURVES}, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("precious")
+    for folder, why in (("missing", "No such file or directory"), ("file", "Not a directory")):
+        with pytest.raises(DataError, match=rf"p.png: cannot be written \({why}\); check `out`"):
+            plot.draw({"run": CURVES}, tmp_path / folder / "p.png")
+    (tmp_path / "p.png").symlink_to("file")
+    with pytest.raises(LinkError, match=r"p.png is a link to file; remove it"):
+        plot.draw({"run": CURVES}, tmp_path / "p.png")
+    assert (tmp_path / "file").read_text() == "precious"

@@ -41,6 +41,18 @@ def keep_metrics(folder: Path) -> None:
     metrics.JsonlWriter(folder / "metrics.jsonl").close()
 
 
+def draw_curves(folder: Path) -> None:
+    pytest.importorskip("tensorboard")
+    metrics.TensorBoardWriter(folder / "tensorboard").close()
+
+
+def log_to_wandb(folder: Path) -> None:
+    started = SimpleNamespace(step=0, finish=lambda: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: started))
+        metrics.WandbWriter(folder, "project", "offline", {}).close()
+
+
 def describe(folder: Path) -> None:
     run_metadata.write(folder, 1, 1, "job")
 
@@ -56,6 +68,9 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     ".metrics.jsonl.partial": keep_metrics,
     "environment.json": describe,
     ".environment.json.partial": describe,
+    "tensorboard": draw_curves,
+    "wandb": log_to_wandb,
+    "wandb-id": log_to_wandb,
 }
 
 
