@@ -24,8 +24,10 @@ def make_parts_folder(out: Path, tokenizer: str | os.PathLike[str], key: str, ro
     """Make ``out/.parts`` unless it exists; its path.
 
     ``tokenizer``: the file or folder that is copied to ``out``, "" if it is trained; ``key``: the
-    key of the text; ``rows``: whether the dataset gets a chat template of its own.  Raises DataError
-    if the dataset would replace a file, or ``.parts`` is a folder, that llamax prepare did not make.
+    key of the text; ``rows``: whether the dataset gets a chat template of its own.
+
+    Raises DataError if the dataset would replace a file that llamax prepare did not make, or if
+    ``.parts`` is another program's.
     """
     parts = out / PARTS
     try:

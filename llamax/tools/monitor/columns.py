@@ -31,7 +31,8 @@ def read_columns(path: Path, names: Sequence[str]) -> dict[str, Numbers]:
         try:
             columns = _parse(lines, names)
         except (ValueError, TypeError, KeyError, OverflowError):
-            columns = _parse(_whole_lines(path, lines, lines_before, is_last), names)
+            records = _records(path, lines, lines_before, is_last)
+            columns = {name: _column(records, name) for name in names}
         for name, column in columns.items():
             parts[name].append(column)
     return {name: np.concatenate(columns) for name, columns in parts.items()}
@@ -71,13 +72,19 @@ def _parse(lines: Sequence[bytes], names: Sequence[str]) -> dict[str, Numbers]:
     return columns
 
 
-def _whole_lines(path: Path, lines: list[bytes], before: int, is_last: bool) -> list[bytes]:
-    """The lines without a last one that was cut short; DataError for any other strange line."""
+def _records(path: Path, lines: list[bytes], before: int, is_last: bool) -> list[Record]:
+    """The records of lines, but a last one that was cut short; DataError for any other line."""
+    records = []
     for number, line in enumerate(lines, 1):
         try:
-            Record.from_json(line)
+            records.append(Record.from_json(line))
         except (ValueError, TypeError, OverflowError):
             if is_last and number == len(lines):
-                return lines[:-1]
+                break
             raise DataError(f"{path}:{before + number}: not a record; remove this line") from None
-    return lines
+    return records
+
+
+def _column(records: Sequence[Record], name: str) -> Numbers:
+    values = (getattr(record, name) for record in records)
+    return np.array([float("nan") if value is None else value for value in values], np.float64)

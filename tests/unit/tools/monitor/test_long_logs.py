@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -117,6 +118,18 @@ def test_columns_are_the_fields_of_the_records(tmp_path: Path) -> None:
         expected = [math.nan if value is None else value for value in values]
         np.testing.assert_array_equal(found[name], np.array(expected))
     assert [len(column) for column in read_columns(tmp_path / "none", ["loss"]).values()] == [0]
+
+
+@pytest.mark.parametrize("written", ["largest", "with a mark", "in UTF-16"])
+def test_columns_take_every_line_that_is_a_record(tmp_path: Path, written: str) -> None:
+    path, each = tmp_path / "metrics.jsonl", record(1)
+    text = replace(each, consumed_tokens=2**63 - 1 if written == "largest" else 5).to_json()
+    encoding = {"with a mark": "utf-8-sig", "in UTF-16": "utf-16"}.get(written, "utf-8")
+    path.write_text(text, encoding=encoding)
+    (expected,) = read_jsonl(path)
+    found = read_columns(path, COLUMNS)
+    assert found["consumed_tokens"].tolist() == [float(expected.consumed_tokens)]
+    assert math.isnan(found["validation_loss"][0])
 
 
 def test_a_checkpoint_is_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
