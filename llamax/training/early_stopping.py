@@ -15,20 +15,28 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from llamax.runtime.errors import CheckpointError
 from llamax.training.step import Step
+
+WAITED = "validations_waited"
 
 
 class EarlyStopping:
     """Counts validations without improvement.
 
     ``most`` validations end the run, 0: none.  ``state`` is the ``state()`` of an earlier part of
-    the run.
+    the run.  Raises CheckpointError if it is damaged.
     """
 
     def __init__(self, most: int, state: Mapping[str, Any]) -> None:
         self.most = most
-        self.best = float(state.get("best_validation_loss", math.inf))
-        self.waited = int(state.get("validations_waited", 0))
+        best, waited = state.get("best_validation_loss", math.inf), state.get(WAITED, 0)
+        if type(best) not in (int, float) or type(waited) is not int or waited < 0:
+            raise CheckpointError(
+                f"the checkpoint to resume has best_validation_loss={best!r:.40} and "
+                f"{WAITED}={waited!r:.40}, which are not numbers; resume another one"
+            )
+        self.best, self.waited = float(best), waited
 
     @property
     def over(self) -> bool:
@@ -48,4 +56,4 @@ class EarlyStopping:
         """What a checkpoint keeps of it."""
         if not self.most or math.isinf(self.best):
             return {}
-        return {"best_validation_loss": self.best, "validations_waited": self.waited}
+        return {"best_validation_loss": self.best, WAITED: self.waited}

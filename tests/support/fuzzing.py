@@ -10,6 +10,8 @@ import json
 import random
 from typing import Any
 
+from llamax.runtime.text import UNSAFE
+
 ODD_BYTES = (
     *(b"\0", b"\xff", b"\x1b[2J", b'"', b"\\", b"{", b"}", b"[", b"]", b",", b":", b"\n", b"\r"),
     *(b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"null", b"true", b"\xed\xa0\x80", b"\\ud800"),
@@ -135,3 +137,8 @@ def change_toml(data: bytes, chance: random.Random) -> bytes:
             case _ if equals:
                 lines[at] = f"{name} = {chance.choice(ODD_TOML)}"
     return "\n".join(lines).encode()
+
+
+def shown(text: str) -> None:
+    """Assert that a text for a terminal has no character that a terminal obeys."""
+    assert not UNSAFE.search(text.replace("\n", "")), f"{text!r:.300}"
