@@ -36,7 +36,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 if TYPE_CHECKING:
     from llamax.config.model import RopeScaling
@@ -250,13 +249,15 @@ def selected_embedding(ids: Tensor, weight: Tensor) -> Tensor:
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
     if documents is not None:
         return fused_attention_cached(q, k, v, _causal_mask(q, k, documents))
-    whole = q.shape[1] == k.shape[1]
+    lengths = q.shape[1], k.shape[1]
+    bias = "torch.nn.attention.bias"  # takes as long to import as torch: only where it is needed
+    mask = None if lengths[0] == lengths[1] else import_module(bias).causal_lower_right(*lengths)
     out_BHSE = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=None if whole else causal_lower_right(q.shape[1], k.shape[1]),
-        is_causal=whole,
+        attn_mask=mask,
+        is_causal=mask is None,
         enable_gqa=True,
     )
     return out_BHSE.transpose(1, 2)
