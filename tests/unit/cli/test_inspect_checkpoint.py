@@ -14,7 +14,7 @@ from llamax.checkpoint.consolidate import consolidate
 from llamax.checkpoint.shard_hf import shard
 from llamax.cli import inspect as inspection
 from llamax.runtime.errors import CheckpointError
-from llamax.tools.inspect import describe
+from llamax.tools.inspect import describe, table
 
 
 def rows(path: Path, verify: bool = False) -> dict[str, str]:
@@ -61,3 +61,15 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     os.truncate(next(folder.glob("weights*")), 10)
     with pytest.raises(CheckpointError, match="has 10 bytes"):
         rows(folder)
+
+
+def test_keys_of_the_state_are_safe_for_a_terminal() -> None:
+    """As values are; a key is a label of the table."""
+    shown = table([("step", 1), ("a\x1b[2J\u202e\nverified", "x\x9b"), ("k" * 5000, 2)])
+    lines = shown.split("\n")
+    assert [line.split("  ")[0].strip() for line in lines[:2]] == [
+        "step",
+        r"a\x1b[2J\u202e\x0averified",
+    ]
+    assert lines[1].endswith(r"x\x9b")
+    assert max(map(len, lines)) < 60
