@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +14,7 @@ import pytest
 import torch
 import transformers
 from support.models import tiny
-from support.tiny_run import config, free_port, make_dataset
+from support.tiny_run import config, fork_ranks, make_dataset
 from support.world import Worlds, axes
 from torch import Tensor
 
@@ -267,16 +265,12 @@ def test_a_script_on_two_tensor_ranks_trains_as_on_one(
     file, toml = SCRIPTS[name]
     found = []
     for ranks in (1, 2):
-        command = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        command += ["--master-port", str(free_port()), str(EXAMPLES / name / f"{file}.py")]
-        command += ["--config", str(EXAMPLES / name / f"{toml}.toml")]
+        command = [EXAMPLES / name / f"{file}.py", "--config", EXAMPLES / name / f"{toml}.toml"]
         cfg = config(data, tmp_path)
-        command += settings(cfg, tmp_path / f"{ranks}", ranks, name == "custom-dataset")
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, timeout=240, cwd=tmp_path
-        )
-        assert done.returncode == 0, done.stderr
-        lines = f"{done.stdout}\n{done.stderr}"
+        more = settings(cfg, tmp_path / f"{ranks}", ranks, name == "custom-dataset")
+        job = fork_ranks(ranks, *command, *more, folder=tmp_path)
+        lines = "\n".join(job.communicate(timeout=240))
+        assert job.returncode == 0, lines
         found.append([float(x) for x in re.findall(r"step \d/5 +loss +([\d.]+)", lines)])
     alone, shared = found
     assert len(alone) == 5

@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support.models import tiny
-from support.tiny_run import config, log_of, make_dataset, torchrun
+from support.tiny_run import config, fork_ranks, log_of, make_dataset
 
 import llamax
 from llamax.checkpoint.hf_folder import open_source
@@ -112,7 +112,7 @@ def test_a_run_goes_on_after_its_folder_was_moved(home: Path, ranks: int) -> Non
     path = write(home / "own.toml", sections(home, parallel={"tensor": ranks}))
     steps = recorded_steps = 0
     for steps in (2, 4):
-        job = torchrun(ranks, path, f"--run.steps={steps}")
+        job = fork_ranks(ranks, "--config", path, f"--run.steps={steps}")
         _, stderr = job.communicate(timeout=120)
         assert job.returncode == 0, stderr
         recorded_steps = len(log_of(home / "run"))

@@ -21,6 +21,7 @@ from support.tiny_run import (
     config,
     describe,
     forget,
+    fork_ranks,
     hashes,
     log_of,
     make_dataset,
@@ -182,7 +183,7 @@ def test_meshes_agree_and_resume_from_each_other(dataset: Path, tmp_path: Path) 
     path = write(cfg, tmp_path / "config.toml")
     for stopped, ranks, tensor in ((0, 4, 2), (4, 4, 4), (2, 2, 1)):
         forget(tmp_path / "meshes", stopped) if stopped else None
-        job = torchrun(ranks, path, f"--parallel.tensor={tensor}")
+        job = fork_ranks(ranks, "--config", path, f"--parallel.tensor={tensor}")
         _, stderr = job.communicate(timeout=120)
         assert job.returncode == 0, stderr
         assert f"resuming from {tmp_path}" in stderr or not stopped
@@ -200,7 +201,7 @@ def test_context_ranks_agree_and_resume_from_each_other(dataset: Path, tmp_path:
     for stopped, tensor, context in ((0, 1, 1), (1, 1, 2), (3, 2, 2), (5, 1, 1)):
         forget(tmp_path / "meshes", stopped) if stopped else None
         degrees = f"--parallel.tensor={tensor}", f"--parallel.context={context}"
-        job = torchrun(tensor * context, path, *degrees)
+        job = fork_ranks(tensor * context, "--config", path, *degrees)
         _, stderr = job.communicate(timeout=120)
         assert job.returncode == 0, stderr
         log += stderr
@@ -233,7 +234,7 @@ def test_stages_agree_and_resume_from_each_other(dataset: Path, tmp_path: Path) 
         degrees = [f"--parallel.tensor={tensor}", f"--parallel.pipeline={stages}"]
         degrees += [f"--parallel.chunks={chunks}"]
         degrees += [f"--parallel.layers_per_stage={layers}"] if layers else []
-        job = torchrun(tensor * stages, path, *degrees)
+        job = fork_ranks(tensor * stages, "--config", path, *degrees)
         _, stderr = job.communicate(timeout=120)
         assert job.returncode == 0, stderr
         log += stderr

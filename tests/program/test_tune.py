@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.adapters import MODEL, base_folder
-from support.tiny_run import STEPS, config, forget, hashes, log_of, make_dataset, torchrun, write
+from support.tiny_run import STEPS, config, forget, fork_ranks, hashes, log_of, make_dataset, write
 
 from llamax.checkpoint.build_model import load_base
 from llamax.checkpoint.hf_folder import open_source
@@ -74,7 +74,7 @@ def test_meshes_agree_and_hand_a_run_to_each_other(inputs: Path, tmp_path: Path)
     train(tuning(inputs, one, QLORA), Rendezvous())
     alone = log_of(one)
     toml = write(tuning(inputs, four, QLORA), tmp_path / "four.toml")
-    said = torchrun(4, toml, "--parallel.tensor=2").communicate()[1]
+    said = fork_ranks(4, "--config", toml, "--parallel.tensor=2").communicate()[1]
     together = log_of(four)
     assert len(together) == STEPS, said
     for a, b in zip(alone, together, strict=True):

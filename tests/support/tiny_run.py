@@ -17,6 +17,7 @@ import numpy as np
 from llamax.config.load import dump_config
 from llamax.config.schema import CheckpointConfig, Config, DataConfig, OptimConfig, RunConfig
 from llamax.data.token_file import Header, TokenWriter
+from llamax.runtime.process import NO_CACHE
 from support.models import TINY as MODEL
 
 STEPS = 6
@@ -83,6 +84,26 @@ def torchrun(ranks: int, path: Path, *overrides: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def fork_ranks(ranks: int, *words: str | Path, folder: Path | None = None) -> subprocess.Popen[str]:
+    """``torchrun`` of a script, or of training, without its program; see ``support.fork_ranks``."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return subprocess.Popen(
+        [sys.executable, "-m", "support.fork_ranks", str(ranks), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=folder,
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+            "GLIBC_TUNABLES": NO_CACHE,  # so that no rank starts anew for it
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+        },
     )
 
 
