@@ -105,7 +105,7 @@ def documents(folder: Path, megabytes: float, only: str) -> None:
         path.unlink()
 
 
-def layers(folder: Path, count: int) -> None:
+def layers(folder: Path, count: int, only: str) -> None:
     """The table of the commands that read config.json."""
     hub, adapter = folder / "hub", folder / "adapter"
     for place in (hub, adapter):
@@ -127,6 +127,8 @@ def layers(folder: Path, count: int) -> None:
     names = {"FOLDER": str(hub), "ADAPTER": str(adapter), "OUT": str(folder / "out")}
     print("| command | cpu s | peak MB | last line |\n|---|---|---|---|")
     for name, words in {"--version": ["--version"], **COMMANDS}.items():
+        if only not in name:
+            continue
         seconds, peak, said = run([names.get(word, word) for word in words])
         said = said.replace(f"{folder}/", "")[:90]
         print(f"| {name} | {seconds:.1f} | {peak:.0f} | {said} |", flush=True)
@@ -137,13 +139,13 @@ def main() -> None:
     parser.add_argument("what", choices=("documents", "layers"))
     parser.add_argument("--megabytes", type=float, default=200.0, help="size of the document (200)")
     parser.add_argument("--layers", type=int, default=16384, help="layers in config.json (16384)")
-    parser.add_argument("--only", default="", help="part of the names of the files to write")
+    parser.add_argument("--only", default="", help="part of the names of files or commands")
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         if options.what == "documents":
             documents(Path(folder), options.megabytes, options.only)
         else:
-            layers(Path(folder), options.layers)
+            layers(Path(folder), options.layers, options.only)
 
 
 if __name__ == "__main__":

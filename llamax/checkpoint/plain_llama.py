@@ -6,22 +6,54 @@ trainers know those of Llama alone, so a model with more, or with fewer, is refu
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import cache
+from typing import TypeVar
 
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama
+from llamax.parallel.sharding import Cut, ShardedParameters
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger
 
+Value = TypeVar("Value")
 MODEL_CLASS = "model_class"  # in a checkpoint's state: the class of a program's own model
 
 
 @cache
 def plain_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The shape of each Hub tensor of a Llama without modules of a program's own."""
-    return Llama(model, device="meta").sharded_parameters().hub_shapes()
+    return of_all_layers(_one_layer(model).hub_shapes(), model.num_hidden_layers)
+
+
+@cache
+def plain_cuts(model: ModelConfig) -> dict[str, Cut]:
+    """How tensor ranks cut each Hub tensor of such a Llama."""
+    return of_all_layers(_one_layer(model).hub_cuts(), model.num_hidden_layers)
+
+
+def _one_layer(model: ModelConfig) -> ShardedParameters:
+    return Llama(replace(model, num_hidden_layers=1), device="meta").sharded_parameters()
+
+
+def of_all_layers(values: Mapping[str, Value], layers: int) -> dict[str, Value]:
+    """Values by Hub name of a model of one layer, as those of ``layers`` layers, in their order.
+
+    Layers are alike: a configuration of very many is described without a module for each.
+    """
+    first = "model.layers.0."
+    found: dict[str, Value] = {}
+    for name, value in values.items():
+        if not name.startswith(first):
+            found[name] = value
+        elif f"model.layers.{layers - 1}.{name.removeprefix(first)}" not in found:
+            inside = {n: v for n, v in values.items() if n.startswith(first)}
+            for layer in range(layers):
+                home = f"model.layers.{layer}."
+                found |= {home + n.removeprefix(first): v for n, v in inside.items()}
+    return found
 
 
 def own_names(names: Collection[str], model: ModelConfig) -> list[str]:
@@ -38,7 +70,8 @@ def check_plain(source: Source, target: str) -> None:
     model = ModelConfig.from_hub(source.model)
     plain, names = plain_shapes(model), source.names()
     trained_as = str(source.state.get(MODEL_CLASS) or "a model class of your own")
-    wrong = own_names(names, model) or [name for name in plain if name not in {*names}]
+    present = {*names}
+    wrong = own_names(names, model) or [name for name in plain if name not in present]
     if wrong:
         has = "holds" if wrong[0] in names else "has no"
         raise CheckpointError(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamax.cli.options import Parser
+from llamax.cli.options import Parser, command
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
 
@@ -21,6 +21,7 @@ def parser() -> Parser:
     return p
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Draw the picture."""
     options = parser().parse_args(argv)

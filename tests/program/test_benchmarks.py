@@ -39,7 +39,7 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
         (["memory", "--documents", "50000"], "50,000 documents"),
     ],
     "limits.py": [
-        (["layers", "--layers", "8"], "| inspect |"),
+        (["layers", "--layers", "8", "--only", "inspect"], "| inspect |"),
         (["documents", "--megabytes", "0.1", "--only", "a.txt.gz"], "| a.txt.gz |"),
     ],
     "lora.py": [

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from llamax.checkpoint import hf_folder
+from llamax.checkpoint.plain_llama import plain_cuts, plain_shapes
 from llamax.config.load import load_config, recipes
 from llamax.config.model import ModelConfig
-from llamax.model.llama import Llama
 from llamax.parallel.sharding import Cut
 from llamax.runtime.errors import CheckpointError, ConfigError
 
@@ -55,10 +55,9 @@ class ForeignCheckpoint(ABC):
 
     def set_model(self, model: ModelConfig) -> None:
         """Set the model, and with it the names, shapes and cuts of the Hub tensors."""
-        self.model, llama = model, Llama(model, device="meta")
-        parameters = llama.sharded_parameters()
-        self.shapes: Mapping[str, tuple[int, ...]] = parameters.hub_shapes()
-        self.cuts: Mapping[str, Cut] = parameters.hub_cuts()
+        self.model = model
+        self.shapes: Mapping[str, tuple[int, ...]] = plain_shapes(model)
+        self.cuts: Mapping[str, Cut] = plain_cuts(model)
 
     def missing_error(self, name: str) -> CheckpointError:
         """The error for a Hub tensor that the files do not hold."""
