@@ -296,6 +296,7 @@ def as_json(rows: Iterable[tuple[str, object]]) -> dict[str, Any]:
 
 def table(rows: Mapping[str, object] | Sequence[tuple[str, object]]) -> str:
     """Rows as aligned lines; labels and values are safe for a terminal, labels are cut to 40."""
-    pairs = [(printable_line(label, 40), value) for label, value in rows]
+    found: list[Any] = [*rows]
+    pairs = [(printable_line(label, 40), value) for label, value in found]
     width = max(len(label) for label, _ in pairs)
     return "\n".join(f"{label:<{width}}  {printable_line(value)}" for label, value in pairs)
