@@ -52,11 +52,23 @@ MISSING = """if ! command -v mpirun >/dev/null; then
 fi
 """
 FIRST_HOST = r"""# the first node of the hostfile; each rank resolves its name to IPv4
-MASTER_ADDR=$(awk '{ gsub(/#.*|\/\/.*|["\r]/, "") } NF && !/^[ \t]*\^/ {
+if ! [[ -r $hostfile ]]; then
+    echo "mpirun.hostfile=$hostfile cannot be read on this machine" >&2
+    exit 2
+fi
+hosts=$(awk '{ gsub(/#.*|\/\/.*|["\r]/, "") } NF && !/^[ \t]*\^/ {
     host = $1; sub(/^.*@/, "", host)
     if (host ~ /^[^:]*:[0-9]+$/) sub(/:.*/, "", host)
-    print host; exit }' "$hostfile")
+    print host }' "$hostfile")
+MASTER_ADDR=$(head -n 1 <<<"$hosts")
 export MASTER_ADDR
+"""
+# A line such as +e:2 stands for nodes of an allocation.
+ALL_HOSTS = """found=$(sort -u <<<"$hosts" | grep -c . || true)
+if [[ $hosts != *+* ]] && ((found < {nodes})); then
+    echo "mpirun.hostfile=$hostfile lists $found of {nodes} nodes" >&2
+    exit 2
+fi
 """
 NO_ALLOCATION = """# the processes start on this machine, whatever allocation its shell is in
 for name in "${!SLURM_@}" "${!PBS_@}" "${!LSB_@}" "${!PMIX_SERVER_@}" PE_HOSTFILE \\
@@ -85,6 +97,7 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
     text += ROOT
     if hostfile:
         text += f"hostfile={quote(hostfile)}\n{FIRST_HOST}"
+        text += "" if container else ALL_HOSTS.replace("{nodes}", str(job.nodes))
         where = BY_HOSTFILE
     else:
         text += f"{NO_ALLOCATION}export MASTER_ADDR=127.0.0.1\n"

@@ -21,7 +21,7 @@ SHEBANG = "#!/usr/bin/env bash"
 def head(job: JobFile, title: str, options: Iterable[str] = (), container: bool = False) -> str:
     """Shebang, ``options`` (#SBATCH lines), working folder and environment variables."""
     lines = [SHEBANG, *options, f"# {job.name}: {title}", LITERAL, "set -euo pipefail"]
-    lines += [f"cd -- {quote(job.folder)}"]
+    lines += [enter_folder(job)]
     if job.venv:
         lines += [f"PATH={quote(job.venv.rstrip('/') + '/bin')}:$PATH"]
     for name, value, reason in variables(job, container):
@@ -131,7 +131,7 @@ def tensorboard(job: JobFile) -> str:
     return f"""{SHEBANG}
 # {job.name}: curves at http://127.0.0.1:6006; from elsewhere ssh -L 6006:127.0.0.1:6006 HOST
 set -euo pipefail
-cd -- {quote(job.folder)}
+{enter_folder(job)}
 {path}{TENSORBOARD}exec tensorboard --logdir {quote(events)} --host 127.0.0.1 --port 6006
 """
 
@@ -187,19 +187,13 @@ fi
 
 def enter_folder(job: JobFile) -> str:
     """Go to the folder of a job, or end with a line that says that it is not here."""
-    folder = quote(job.folder)
-    missing = quote(f"there is no folder {job.folder} on this machine; use one that mounts it")
-    return f"""if ! [[ -d {folder} ]]; then
-    echo {missing} >&2
-    exit 2
-fi
-cd -- {folder}
-"""
+    missing = f"there is no folder {job.folder} on this machine; use one that mounts it"
+    return f"cd -- {quote(job.folder)} 2>/dev/null || {{ echo {quote(missing)} >&2; exit 2; }}"
 
 
 def action(job: JobFile, phase: str, what: str) -> str:
     """The script of an action on a phase on this machine."""
-    start = f"{SHEBANG}\nset -euo pipefail\n{enter_folder(job)}"
+    start = f"{SHEBANG}\nset -euo pipefail\n{enter_folder(job)}\n"
     this = f"""run={quote(job.config.run.folder)}
 pid="$run/logs/{phase}-$(uname -n).pid"
 {FUNCTIONS}"""

@@ -159,7 +159,7 @@ def action(job: JobFile, phase: str, what: str) -> str:
     queued = _newest(job, phase, named, "", "in the queue")
     running = _newest(job, phase, named, "--state=RUNNING ", "running")
     return (
-        f"{SHEBANG}\nset -euo pipefail\n{enter_folder(job)}"
+        f"{SHEBANG}\nset -euo pipefail\n{enter_folder(job)}\n"
         + {
             "stop": f"{queued}# cancel a queued job; of a running one ranks save and end\n"
             f"scancel --state=PENDING {named}\nscancel --state=RUNNING --signal=TERM {named}\n"

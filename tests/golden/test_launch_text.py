@@ -333,7 +333,7 @@ def test_a_processing_job_prepares(sdk: int) -> None:
     assert values["INPUTS"] == {sagemaker.TEXT: "s3://bucket/text"}
     assert values["OUTPUTS"] == {sagemaker.TOKENS: "s3://bucket/tokens"}
     script = values["SCRIPT"]
-    assert f"\ncd -- {sagemaker.TEXT}\n" in script
+    assert f"\ncd -- {sagemaker.TEXT} 2>" in script
     assert f"    --out={sagemaker.TOKENS}\n" in script
     assert script.endswith('    --\n    books\n    notes.jsonl\n)\nexec "${program[@]}"\n')
     here = job(sagemaker__sdk=sdk, sagemaker__inputs="file:///data/text")

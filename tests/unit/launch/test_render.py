@@ -125,6 +125,10 @@ def test_actions_before_a_job_ran_end_well(tmp_path: Path, launcher: str, folder
         "stop": f"train of {folder} does not run on {node}\n",
         "clean": "",
     }
+    start = ["bash", "-c", render(this, launcher, "train")]
+    done = subprocess.run(start, text=True, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"there is no folder {where} on this machine; use one that mounts it\n"
     for what, out in said.items():
         command = ["bash", "-c", action(this, launcher, "train", what)]
         where.mkdir(exist_ok=True)
@@ -152,6 +156,42 @@ def test_actions_on_a_kubernetes_job_that_is_not_there_end_well(tmp_path: Path, 
     kubectl.write_text("#!/bin/bash\necho no cluster >&2\nexit 1\n")
     done = subprocess.run(command, env=environ, text=True, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "no cluster\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read on this machine"),
+        ("", "lists 0 of 2 nodes"),
+        ("# all\n^a\n", "lists 0 of 2 nodes"),
+        ("a slots=2\nme@a:2\n", "lists 1 of 2 nodes"),
+        ("a\nb slots=4", ""),
+        ("+e:2\n", ""),
+    ],
+)
+def test_a_hostfile_that_lists_too_few_nodes_is_one_line(
+    tmp_path: Path, text: str | None, message: str
+) -> None:
+    if text is not None:
+        (tmp_path / "hosts").write_text(text)
+    (tmp_path / "python3").write_text("#!/bin/bash\necho started\n")
+    (tmp_path / "python3").chmod(0o755)
+    (tmp_path / "mpirun").symlink_to(tmp_path / "python3")
+    this = job(
+        nodes=2,
+        overrides={"data": {"path": "data"}, "run": {"folder": "run"}},
+        storage__mount=str(tmp_path),
+        storage__folder=str(tmp_path),
+        mpirun__hostfile="hosts",
+    )
+    environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", "-c", render(this, "mpirun", "train")]
+    done = subprocess.run(command, env=environ, text=True, capture_output=True)
+    if message:
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"mpirun.hostfile=hosts {message}\n"
+    else:
+        assert (done.returncode, done.stdout, done.stderr) == (0, "started\n", "")
 
 
 @pytest.mark.parametrize(
