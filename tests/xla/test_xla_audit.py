@@ -24,6 +24,7 @@ from support.tiny_run import config, make_dataset, write
 from torch import Tensor
 
 from llamax.backends.tracing import HostRead, Tracer
+from llamax.config.flops import flops_per_token
 from llamax.config.hardware import load_machine
 from llamax.config.schema import Config, FinetuneConfig, ParallelConfig
 from llamax.optim.lazy import LazyGroup
@@ -268,3 +269,34 @@ def test_the_command(data: Path, tmp_path: Path) -> None:
     assert numbers["passes"]
     assert numbers["ranks"] == ["all 2 trace one program of each kind"]
     assert {row["axis"] for row in numbers["programs"]["microstep"]["collectives"]} == {"tp"}
+
+
+@pytest.mark.parametrize(("chunks", "tied"), [(1, True), (2, False)])
+def test_an_audit_of_stages_counts_the_work_of_each_kind(
+    data: Path, chunks: int, tied: bool
+) -> None:
+    """Its programs agree on all ranks, and their FLOPs by formula are those of the whole model."""
+    cfg, stages = tiny(data), 2
+    cfg = replace(
+        cfg,
+        model=replace(cfg.model, num_hidden_layers=4, tie_word_embeddings=tied),
+        parallel=ParallelConfig(tensor=2, pipeline=stages, chunks=chunks),
+        data=replace(cfg.data, global_batch=2 * cfg.data.micro_batch),
+        run=replace(cfg.run, backend="xla", recompute="full", validate_every=1),
+    )
+    run = resolve(cfg, 4)
+    audit = audit_run(run, load_machine("trn1.32xlarge"))
+    assert audit.divergences == ()
+    work = {kind.name: kind for kind in audit.kinds if kind.model_flops}
+    tokens = cfg.data.micro_batch * cfg.data.sequence_length
+    whole = flops_per_token(cfg.model, cfg.data.sequence_length) * tokens / 2
+    middle = 2 if chunks == 2 else 0  # chunks that share their programs
+    counted = {name: middle if "middle" in name else 1 for name in work}
+    passes = [name for name in work if name.startswith(("forward", "backward"))]
+    assert sum(counted[name] * work[name].model_flops for name in passes) == pytest.approx(whole)
+    validation = [name for name in work if name.startswith("validation")]
+    total = sum(counted[name] * work[name].model_flops for name in validation)
+    assert total == pytest.approx(whole / 3)
+    for name in validation:  # the whole square of scores is computed on a CPU, not half of it
+        assert 1 <= work[name].work.matmul_flops / work[name].model_flops < 1.2, name
+    assert {name.partition(",")[0] for name in work} == {"forward", "backward", "validation"}

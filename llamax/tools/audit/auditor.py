@@ -190,7 +190,7 @@ def programs_of(
             tuple(when[name]),
             tuple(census.collectives(program, all_groups(run.mesh))),
             by_formula(first, name),
-            model_flops(run, name),
+            model_flops(first, name),
             seconds[name],
         )
         for name, program in programs.items()
@@ -302,19 +302,29 @@ def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
     return tuple(total.values())
 
 
-def model_flops(run: ResolvedRun, kind: str) -> float:
-    """6N + attention FLOPs of one rank in a microbatch; a third of it in forward alone."""
-    config = run.config
-    length = config.data.sequence_length
+def model_flops(traced: TracedRun, kind: str) -> float:
+    """6N + attention FLOPs of one rank in a program, by the layers that it passes through.
+
+    A third of it in forward alone; after the last layer backward's program has both.
+    """
+    run, config = traced.run, traced.run.config
+    length, whole, found = config.data.sequence_length, config.model, dict[str, float]()
+    for number, layers in enumerate(traced.state.model.stage):
+        model = replace(whole, num_hidden_layers=len(layers))
+        ends = layers.stop == whole.num_hidden_layers
+        tuned = config.finetune.method != "full"
+        adapters = num_parameters(model, config.finetune) if tuned else 0
+        head = 0 if ends else model.vocab_size * model.hidden_size
+        forward = flops_per_token(model, length) / 3 - 2 * head
+        both = flops_per_token(model, length, adapters) - (4 if tuned else 6) * head
+        name = traced.chunk(number)
+        found[f"forward, {name}"] = forward + 2 * adapters
+        found[f"backward, {name}"] = both if ends else both - forward - 2 * adapters
+        found[f"validation, {name}"] = forward
+        if run.mesh.pp == 1:
+            found = {MICROSTEP: both, VALIDATION: forward}
     tokens = config.data.micro_batch * length
-    adapters = 0
-    if config.finetune.method != "full":
-        adapters = num_parameters(config.model, config.finetune)
-    a_token = {
-        MICROSTEP: flops_per_token(config.model, length, adapters),
-        VALIDATION: flops_per_token(config.model, length) / 3,
-    }
-    return a_token.get(kind, 0.0) * tokens / (run.mesh.tp * run.mesh.cp)
+    return found.get(kind, 0.0) * tokens / (run.mesh.tp * run.mesh.cp)
 
 
 def measure(traced: TracedRun, programs: dict[str, hlo.Program], machine: Machine) -> Memory:

@@ -171,12 +171,13 @@ def show(audit: AuditReport) -> Iterator[str]:
     for kind in audit.kinds:
         yield from _show_collectives(kind)
     yield ""
-    yield "work of a rank      matmul FLOPs   share of all   6N + attention   ratio"
+    width = max(17, *(len(kind.name) for kind in audit.kinds if kind.model_flops))
+    yield (f"{'work of a rank':<{width}}   matmul FLOPs   share of all   6N + attention   ratio")
     for kind in audit.kinds:
         if kind.model_flops:
             work = kind.work
             yield (
-                f"  {kind.name:<17}{show_number(work.matmul_flops):>13}"
+                f"  {kind.name:<{width}}{show_number(work.matmul_flops):>13}"
                 f"{work.matmul_share:>14.2%}{show_number(kind.model_flops):>16}"
                 f"{work.matmul_flops / kind.model_flops:>10.2f}"
             )
