@@ -18,6 +18,7 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,6 +51,7 @@ DTYPES = {
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 SLAB_BYTES = 16 << 20
 WINDOW_BYTES = 4 << 20
+SYNC_BYTES = 64 << 20
 WRITE_BYTES = 1 << 20  # ext4 is up to ten times slower with writes of 16 MiB
 MAX_HEADER_BYTES = 16 << 20  # the header of a model of 405B parameters takes 1 MiB
 MAX_DIMS = 16
@@ -227,25 +229,44 @@ def write_safetensors(
 ) -> WrittenFile:
     """Write a safetensors file chunk by chunk, hash it meanwhile, and sync it to disk.
 
-    Calls ``progress`` with the bytes of each chunk.  Raises NoRoom if the disk is full or a quota
-    or file size limit is reached, CheckpointError if the disk refuses otherwise.
+    A chunk is hashed on a second thread while it is written, and a third one brings what is
+    written to disk in the meantime, every ``SYNC_BYTES``.  Calls ``progress`` with the bytes of
+    each chunk.  Raises NoRoom if the disk is full or a quota or file size limit is reached,
+    CheckpointError if the disk refuses otherwise.
     """
     header, offsets, size = build_header([(t.name, t.dtype, t.shape) for t in tensors])
     digest, blocks = hashlib.sha256(header), BlockHasher()
     blocks.update(memoryview(header))
     blocks.end_block()
-    with explain_write_errors(path, size), open(path, "wb", 0, opener=new_file) as file:
+
+    def hash_next(view: memoryview) -> None:
+        digest.update(view)
+        blocks.update(view)
+
+    synced, syncing = 0, None
+    with (
+        explain_write_errors(path, size),
+        open(path, "wb", 0, opener=new_file) as file,
+        ThreadPoolExecutor(1, "llamax-hash") as hasher,
+        ThreadPoolExecutor(1, "llamax-sync") as syncer,
+    ):
         _write_at(file.fileno(), memoryview(header), 0)
         for tensor in sorted(tensors, key=lambda tensor: offsets[tensor.name]):
             at = offsets[tensor.name]
             for chunk in tensor.chunks:
                 view = as_bytes(chunk).data
-                digest.update(view)
-                blocks.update(view)
+                hashed = hasher.submit(hash_next, view)
                 _write_at(file.fileno(), view, at)
+                hashed.result()  # the next chunk may be in the same memory
                 at += len(view)
                 progress(len(view))
+                if at - synced > SYNC_BYTES and (syncing is None or syncing.done()):
+                    if syncing is not None:
+                        syncing.result()
+                    synced, syncing = at, syncer.submit(sync_handle, file.fileno(), path)
             blocks.end_block()
+        if syncing is not None:
+            syncing.result()
         sync_handle(file.fileno(), path)
     return WrittenFile(size, digest.hexdigest(), blocks.digests())
 

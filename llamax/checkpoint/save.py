@@ -2,7 +2,8 @@
 
 ::
 
-    all ranks   copy what they own to the host            training stops for this alone
+    all ranks   copy what they own to host memory         training stops for this alone;
+                                                          the memory stays for the next save
     thread      step-00000100.tmp/weights-tp00-dp00...    written, hashed, made durable
                 step-00000100.tmp/rank-tp00-dp00.json     names its runs and their files
     rank 0      waits for the notes of all ranks -> index.bin, manifest.json
@@ -57,9 +58,23 @@ class Kept(NamedTuple):
     tensor: Tensor
 
 
-def copy_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies on the host, one by one."""
-    return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+class HostCopies:
+    """Copies of tensors on the host, in memory that the next save of the same tensors uses again.
+
+    A process gets new memory page by page, each filled with zeros: that takes longer than the copy.
+    """
+
+    def __init__(self) -> None:
+        self._copies: list[Tensor] = []
+
+    def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Copies of this moment, valid until the next call."""
+        if [(t.dtype, t.shape) for t in tensors] != [(t.dtype, t.shape) for t in self._copies]:
+            self._copies = []  # before the new ones are there
+            self._copies = [torch.empty(t.shape, dtype=t.dtype) for t in tensors]
+        for copy, tensor in zip(self._copies, tensors, strict=True):
+            copy.copy_(tensor.detach())
+        return self._copies
 
 
 class Saver:
@@ -96,6 +111,7 @@ class Saver:
         self.zero, self.timeout_s = zero, timeout_s
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._host = HostCopies()
         self._scores: dict[int, float] = {}
         if self._first:
             with explain_write_errors(self.folder, 0):
@@ -189,7 +205,7 @@ class Saver:
                     tensor = flat[low + at : low + at + run.length]
                     whole = whole_shape(cuts[name], shape)
                     kept.append(Kept(name, owner.kind, whole, run, tensor))
-        copies = copy_to_host([one.tensor for one in kept])
+        copies = self._host.take([one.tensor for one in kept])
         return [one._replace(tensor=copy) for one, copy in zip(kept, copies, strict=True)]
 
     def _guarded(

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.saving import refused
+from torch import Tensor
 
+from llamax.checkpoint import safetensors_io
+from llamax.checkpoint.checksums import BlockVerifier
 from llamax.checkpoint.runs import StridedCopy
 from llamax.checkpoint.safetensors_io import (
     TensorEntry,
+    TensorStream,
     read_elements,
     read_header,
+    write_safetensors,
 )
+from llamax.runtime.files import sha256
 
 
 def header(path: Path, text: bytes, data: bytes = b"", length: int | None = None) -> Path:
@@ -62,3 +70,50 @@ def test_a_whole_container_is_read(tmp_path: Path) -> None:
     into, copy = torch.zeros(4), StridedCopy(1, 4, 0, 4, 0, 4)
     refused("ends at byte .*: cut short", lambda: read_elements(path, 8 + len(one()), [copy], into))
     refused("cannot read .*nothing", lambda: read_elements(tmp_path / "nothing", 0, [copy], into))
+
+
+def chunked(*sizes: int) -> TensorStream:
+    """A tensor whose chunks lie in the same memory, one after another."""
+
+    def chunks() -> Iterator[Tensor]:
+        buffer = torch.zeros(max(sizes), dtype=torch.uint8)
+        for number, size in enumerate(sizes):
+            buffer[:] = number + 1
+            yield buffer[:size]
+
+    return TensorStream("a", torch.uint8, (sum(sizes),), chunks())
+
+
+def test_chunks_are_hashed_as_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_io, "SYNC_BYTES", 2**20)
+    path = tmp_path / "f.safetensors"
+    written = write_safetensors(path, [chunked(3 * 2**20, 5, 2**20 + 1, 2**21)])
+    assert written.size_bytes == path.stat().st_size
+    assert written.sha256 == sha256(path)
+    entry = read_header(path)["a"]
+    blocks = BlockVerifier(path, [entry.offset, path.stat().st_size], written.sums)
+    into = torch.empty(entry.shape, dtype=torch.uint8)
+    copy = StridedCopy(1, len(into), 0, len(into), 0, len(into))
+    read_elements(path, entry.offset, [copy], into, blocks)
+    ends = [(3 << 20) - 1, 3 << 20, (3 << 20) + 5, (4 << 20) + 6]
+    assert into[ends].tolist() == [1, 2, 3, 4]
+
+
+def test_a_disk_that_fails_meanwhile_is_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of an early sync counts: the last one would not see it again."""
+    monkeypatch.setattr(safetensors_io, "SYNC_BYTES", 2**20)
+    real, calls = safetensors_io.sync_handle, []
+
+    def fail_once(handle: int, path: Path) -> None:
+        calls.append(handle)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        real(handle, path)
+
+    monkeypatch.setattr(safetensors_io, "sync_handle", fail_once)
+    words = "cannot write .*f.safetensors: Input/output error"
+    refused(words, lambda: write_safetensors(tmp_path / "f.safetensors", [chunked(2**21, 8)]))

@@ -151,3 +151,17 @@ def test_frozen_weights_are_kept_without_state(tmp_path: Path, zero: int) -> Non
     empty = worlds.world(MODEL, 1, 1, True, None)[0]
     load_weights(found, empty.sharded)
     assert torch.equal(empty.parameters[frozen], values[frozen, "weight"])
+
+
+def test_the_next_save_of_the_same_tensors_takes_the_same_memory() -> None:
+    host = save.HostCopies()
+    tensors = [torch.arange(6.0), torch.ones(2, 3, dtype=torch.bfloat16)]
+    first = [*host.take(tensors)]
+    tensors[0].zero_()
+    assert first[0].tolist() == [0, 1, 2, 3, 4, 5]
+    again = host.take(tensors)
+    assert [a.data_ptr() for a in again] == [a.data_ptr() for a in first]
+    assert again[0].tolist() == [0] * 6
+    assert again[1].dtype == torch.bfloat16
+    others = host.take([torch.arange(6)])
+    assert [(a.dtype, a.tolist()) for a in others] == [(torch.int64, [0, 1, 2, 3, 4, 5])]
