@@ -24,7 +24,7 @@ import torch
 
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.loader import Batch, Batches
-from llamax.data.shuffle import Integers
+from llamax.data.shuffle import Integers, permute_each
 
 PERIOD = 2**14
 
@@ -45,6 +45,8 @@ class BlendedLoader(Batches):
         super().__init__(sum(part.samples for part in parts), plan, consumed, parts[0].shuffle)
         self.parts = tuple(parts)
         self._first: Integers = np.cumsum([0, *(part.samples for part in parts)])
+        self._sizes: Integers = np.array([part.samples for part in parts])
+        self._seeds = np.array([part.plan.seed for part in parts], np.uint64)
         self._turns = turns(weights)
         self._before = np.zeros(PERIOD, np.int64)  # how often its part came earlier in the period
         self._counts = np.zeros(len(parts), np.int64)
@@ -59,10 +61,10 @@ class BlendedLoader(Batches):
         periods, places = np.divmod(k, PERIOD)
         chosen = self._turns[places]
         nth = periods * self._counts[chosen] + self._before[places]
-        found = np.empty_like(k)
-        for number, part in enumerate(self.parts):
-            members = chosen == number
-            found[members] = self._first[number] + part.order(nth[members])
+        sizes = self._sizes[chosen]
+        epochs, places = np.divmod(nth, sizes)
+        inside = permute_each(places, sizes, self._seeds[chosen], epochs)
+        found: Integers = self._first[chosen] + inside
         return found
 
     def gather(self, samples: Integers) -> Batch:

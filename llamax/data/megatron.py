@@ -26,6 +26,7 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -114,7 +115,6 @@ class IndexedFile:
         if self.dtype.kind == "f":
             raise DataError(f"{data}: holds {self.dtype.name} numbers, not tokens; give token ids")
         self.tokens: npt.NDArray[Any] = np.frombuffer(self._data, self.dtype)
-        self._plain = _counts_up(self.marks)
         self._documents: npt.NDArray[np.uint64] | None = None
         self._check_sequences(0, SAMPLED)
         self.header = header or Header("", 0, bos_id=self._first_token())
@@ -143,6 +143,11 @@ class IndexedFile:
                 self._check_sequences(0, len(self.lengths))
             self._documents = found
         return self._documents
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether every document is one sequence; looks at the marks at its first use."""
+        return len(self.marks) == len(self.lengths) + 1 and _counts_up(self.marks)
 
     @property
     def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:

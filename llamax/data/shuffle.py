@@ -18,19 +18,35 @@ Integers = npt.NDArray[np.int64]
 
 def permute(places: Integers, n: int, seed: int, epoch: int) -> Integers:
     """Where ``places`` of 0..n-1 go under the permutation of (seed, epoch)."""
-    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
-    keys = _mix(_mix(np.uint64(seed) + np.zeros(ROUNDS, np.uint64)) + np.uint64(epoch))
-    keys = _mix(keys + np.arange(ROUNDS, dtype=np.uint64))
+    seeds, epochs = (np.array([number], np.uint64) for number in (seed, epoch))
+    return permute_each(places, np.array([n]), seeds, epochs)
+
+
+def permute_each(
+    places: Integers, n: Integers, seed: npt.NDArray[Any], epoch: npt.NDArray[Any]
+) -> Integers:
+    """Where places [k] go, each under a permutation of its own; the others are [k] or [1]."""
+    _, bits = np.frexp(np.maximum(n - 1, 1).astype(np.float64))
+    half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
+    keys = _mix(
+        _mix(seed.astype(np.uint64) + np.zeros((ROUNDS, 1), np.uint64)) + epoch.astype(np.uint64)
+    )
+    keys = _mix(keys + np.arange(ROUNDS, dtype=np.uint64)[:, None])
     values = places.astype(np.uint64)
     todo = np.arange(len(values))
     while len(todo):
-        values[todo] = _feistel(values[todo], np.uint64(half), keys)
-        todo = todo[values[todo] >= n]
+        values[todo] = _feistel(values[todo], _at(half, todo), _at(keys, todo))
+        todo = todo[values[todo] >= _at(n, todo)]
     return values.astype(np.int64)
 
 
+def _at(numbers: npt.NDArray[Any], places: Integers) -> npt.NDArray[Any]:
+    """Those of the places, unless one number is for all."""
+    return numbers if numbers.shape[-1] == 1 else numbers[..., places]
+
+
 def _feistel(
-    x: npt.NDArray[np.uint64], half: np.uint64, keys: npt.NDArray[Any]
+    x: npt.NDArray[np.uint64], half: npt.NDArray[np.uint64], keys: npt.NDArray[Any]
 ) -> npt.NDArray[np.uint64]:
     mask = (np.uint64(1) << half) - np.uint64(1)
     left, right = x >> half, x & mask

@@ -7,13 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.megatron import DOCUMENTS, write_dataset
+from support.token_files import write_token_file
 
+from llamax.data import megatron
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.blended_loader import PERIOD, BlendedLoader, turns
 from llamax.data.dataset import Mixture, open_dataset
 from llamax.data.loader import Loader
 from llamax.data.megatron import IndexedFile
+from llamax.data.shuffle import permute, permute_each
 from llamax.runtime.errors import DataError
+
+EIGHT = [2, 5, 3, 1, 6, 7, 0, 4]  # the order of 8 samples that runs of version 0.1.0 have
 
 
 @pytest.mark.parametrize(
@@ -122,3 +127,34 @@ def test_validation_goes_through_one_part_after_the_other(tmp_path: Path) -> Non
     mixed = BlendedLoader(parts, [0.9, 0.1], BatchPlan(0, 2, 4, 4))
     assert mixed.order(np.arange(10)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1, -1]
     assert sum(int((batch.labels >= 0).sum()) for (batch,) in mixed.epoch()) == 16
+
+
+def test_one_call_permutes_places_of_many_datasets() -> None:
+    """As one call for each of them; 2**k and its neighbours have networks of other widths."""
+    draw = np.random.default_rng(0)
+    sizes = np.array([1, 2, 3, 4, 5, 255, 256, 257, 2**20 - 1, 2**20, 2**40 + 1])
+    which = draw.integers(0, len(sizes), 400)
+    places, seeds, epochs = draw.integers(0, sizes[which]), which % 3, draw.integers(0, 4, 400)
+    found = permute_each(places, sizes[which], seeds, epochs)
+    cases = zip(places, sizes[which], seeds, epochs, strict=True)
+    assert found.tolist() == [int(permute(np.array([p]), *map(int, r))[0]) for p, *r in cases]
+    for size in sizes[:8].tolist():
+        whole = permute(np.arange(size), size, 2**63 + 1, 5)
+        assert sorted(whole.tolist()) == list(range(size))
+    assert permute(np.arange(8), 8, 0, 0).tolist() == EIGHT
+
+
+def test_marks_are_looked_at_when_boundaries_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefix = tmp_path / "corpus"
+    file = write_token_file(tmp_path / "f.tokens", [3, 4, 5])
+    megatron.write_indexed(prefix, [file], 100)
+    looked: list[int] = []
+    real = megatron._counts_up
+    monkeypatch.setattr(megatron, "_counts_up", lambda marks: looked.append(1) or real(marks))
+    indexed = megatron.IndexedFile(prefix, "off", 100)
+    assert not looked
+    for _ in range(2):
+        assert indexed.boundaries[1] == indexed.dtype.itemsize
+    assert len(looked) == 1
