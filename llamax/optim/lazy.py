@@ -137,13 +137,12 @@ class _LazyRuns(LazyGroup):
     reduced = True
 
     def __init__(self, group: ReducedGroup | SpreadGroup, device: torch.device | str) -> None:
-        self.data, self.shares = group.data, group.shares
-        self.runs: list[Tensor] = []
+        self.data, self.shares, self.gradients = group.data, group.shares, list[Tensor]()
         super().__init__(group, device)
 
     def _moved(self, bucket: FlatBucket, device: torch.device | str) -> Bucket:
         assert bucket.gradient is not None
-        self.runs.append(moved(bucket.gradient, device))
+        self.gradients.append(moved(bucket.gradient, device))
         mask = None
         if self.shares:
             mask = torch.zeros(len(bucket.master))
@@ -154,11 +153,7 @@ class _LazyRuns(LazyGroup):
 
     def gradient_of(self, bucket: Bucket) -> Tensor:
         """The bucket's run of the summed gradient."""
-        return next(r for b, r in zip(self.buckets, self.runs, strict=True) if b is bucket)
-
-    def zero_grad(self) -> None:
-        for run in self.runs:
-            run.zero_()
+        return next(r for b, r in zip(self.buckets, self.gradients, strict=True) if b is bucket)
 
 
 class LazyReducedGroup(_LazyRuns):
@@ -211,7 +206,7 @@ class LazySpreadGroup(_LazyRuns):
 
     def _moved(self, bucket: FlatBucket, device: torch.device | str) -> Bucket:
         found = super()._moved(bucket, device)
-        self.store.gradient = self.runs[0]
+        self.store.gradient = self.gradients[0]
         return found
 
     def put(self, bucket: Bucket, weights: Tensor) -> None:

@@ -189,21 +189,23 @@ def test_nxd_and_back(tmp_path: Path, kv: int, tied: bool, argv: list[str]) -> N
 
 
 @pytest.mark.parametrize(
-    ("kv", "copies", "style"), [(8, 1, "stacked"), (2, 2, "gqa"), (2, 2, "gqa-fused")]
+    ("kv", "copies", "style", "stages"),
+    [(8, 1, "stacked", 1), (2, 2, "gqa", 1), (2, 2, "gqa-fused", 1), (2, 2, "gqa", 2)],
 )
 def test_what_is_written_is_what_nxd_writes(
-    tmp_path: Path, kv: int, copies: int, style: str
+    tmp_path: Path, kv: int, copies: int, style: str, stages: int
 ) -> None:
     """File by file, tensor by tensor and number by number."""
     model, data, tensor = llama(kv), 3, 4
     values = worlds.wholes(model, torch.bfloat16)
     run = saved(tmp_path, model, values, step=7)
     argv = ["--to", "nxd", "--tensor", "4", "--data", "3", "--qkv", style]
+    argv += ["--pipeline", str(stages)]
     out = tmp_path / "ours"
     export_main([run, "--out", str(out), *argv, "--kv-multiplier", str(copies)])
-    theirs = foreign.nxd(tmp_path / "theirs", values, model, tensor, 1, data, style, copies)
+    theirs = foreign.nxd(tmp_path / "theirs", values, model, tensor, stages, data, style, copies)
     files = [*theirs.glob("*/dp_rank*.pt"), theirs / "done", theirs / "checkpoint"]
-    assert len(files) == 4 + 12 + 2
+    assert len(files) == stages * (4 + 12) + 2
     for path in files:
         mine = out / "step_7" / path.relative_to(theirs)
         if path.suffix != ".pt":
