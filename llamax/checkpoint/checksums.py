@@ -114,7 +114,7 @@ class BlockVerifier:
 def open_to_read(path: Path) -> Iterator[int]:
     """Yield a file descriptor; raise OSErrors from opening and reading as CheckpointError."""
     try:
-        fd = os.open(path, os.O_RDONLY)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # of a pipe, too, without waiting
         try:
             yield fd
         finally:

@@ -42,7 +42,7 @@ from llamax.config.base_model import STEP_FOLDER as STEP_FOLDER
 from llamax.config.constants import CONFIG_FILE
 from llamax.parallel.mesh import ALONE, Seat
 from llamax.runtime.errors import CheckpointError
-from llamax.runtime.files import sha256
+from llamax.runtime.files import plain_file, sha256
 from llamax.runtime.versions import LLAMAX
 
 FORMAT_VERSION = 3
@@ -239,7 +239,8 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(f"{folder} has no file 'done': saving it never finished")
     path = folder / MANIFEST
     try:
-        text = path.read_bytes()
+        with open(path, "rb", opener=plain_file) as file:
+            text = file.read()
         expected = (folder / DONE).read_text(errors="replace").strip()
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from None

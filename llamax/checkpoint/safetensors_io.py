@@ -36,7 +36,7 @@ from llamax.checkpoint.checksums import (
 )
 from llamax.checkpoint.runs import StridedCopy
 from llamax.runtime.errors import CheckpointError
-from llamax.runtime.files import new_file, same_file, sync_handle
+from llamax.runtime.files import new_file, plain_file, same_file, sync_handle
 from llamax.runtime.json_reader import JsonError, parse_object
 
 DTYPES = {
@@ -115,7 +115,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         return CheckpointError(f"{path} is not a complete safetensors file: {why}; copy it again")
 
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=plain_file) as file:
             size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
@@ -158,7 +158,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The texts beside the tensors of a file that ``read_header`` accepts."""
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain_file) as file:
         length = min(int.from_bytes(file.read(8), "little"), MAX_HEADER_BYTES)
         try:
             metadata = parse_object(file.read(length)).get("__metadata__")

@@ -35,7 +35,7 @@ import numpy.typing as npt
 
 from llamax.data.token_file import GoOn, Header, TokenFile, Verify
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import new_file, refuse_link, sync_folder, sync_handle
+from llamax.runtime.files import new_file, plain_file, refuse_link, sync_folder, sync_handle
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
@@ -215,7 +215,7 @@ class IndexedFile:
 
 def _map(path: Path) -> mmap.mmap | bytes:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=plain_file) as file:
             if not os.fstat(file.fileno()).st_size:
                 return b""
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

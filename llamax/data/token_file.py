@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from llamax.runtime.cores import workers
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import new_file, refuse_link, sync_folder, sync_handle
+from llamax.runtime.files import new_file, plain_file, refuse_link, sync_folder, sync_handle
 from llamax.runtime.json_reader import parse_object
 
 MAGIC = b"llamax1\n"
@@ -160,7 +160,7 @@ class TokenFile:
     def __init__(self, path: str | Path, verify: Verify = "start") -> None:
         self.path = Path(path)
         try:
-            with open(self.path, "rb") as file:
+            with open(self.path, "rb", opener=plain_file) as file:
                 size = os.fstat(file.fileno()).st_size
                 self.header = Header.from_bytes(file.read(HEADER_BYTES), self.path)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

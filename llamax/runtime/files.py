@@ -62,12 +62,19 @@ def new_file(path: str | Path, flags: int) -> int:
 
 def same_file(path: str | Path, flags: int) -> int:
     """An opener of a regular file; LinkError for a link or special file, without waiting for it."""
-    path = Path(path)
     try:
-        file = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        return plain_file(path, flags | os.O_NOFOLLOW)
     except OSError:
-        refuse_link(path)
+        refuse_link(Path(path))
         raise
+
+
+def plain_file(path: str | Path, flags: int) -> int:
+    """An opener of a regular file or a link to one; LinkError for a special file, without waiting.
+
+    A pipe in a folder that others fill would wait for its writer for ever.
+    """
+    file = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
         raise LinkError(f"{path} is not a regular file; choose another name")
@@ -200,7 +207,7 @@ def sha256(path: Path) -> str:
     """The sha256 of a file, in hex."""
     digest, buffer = hashlib.sha256(), bytearray(1 << 20)
     view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb", buffering=0, opener=plain_file) as file:
         while size := file.readinto(buffer):
             digest.update(view[:size])
     return digest.hexdigest()

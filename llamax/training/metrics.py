@@ -22,7 +22,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llamax.runtime.errors import BackendError, DataError
-from llamax.runtime.files import make_folder, read_file, refuse_link, same_file, write_atomic
+from llamax.runtime.files import (
+    make_folder,
+    plain_file,
+    read_file,
+    refuse_link,
+    same_file,
+    write_atomic,
+)
 from llamax.runtime.json_reader import parse_object
 from llamax.runtime.logging import logger
 
@@ -114,7 +121,8 @@ def read_jsonl(path: Path) -> list[Record]:
     """All records of a log; a last line cut short is left out, any other raises DataError."""
     if not path.exists():
         return []
-    records, lines = [], path.read_bytes().splitlines()
+    with open(path, "rb", opener=plain_file) as file:
+        records, lines = [], file.read().splitlines()
     for number, line in enumerate(lines, 1):
         try:
             records.append(Record.from_json(line))

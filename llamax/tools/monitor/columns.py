@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pydantic_core import from_json
 
 from llamax.runtime.errors import DataError
+from llamax.runtime.files import plain_file
 from llamax.training.metrics import ANY_NUMBER, WHOLE, Record
 
 BLOCK_BYTES = 2**21
@@ -42,7 +43,7 @@ def _blocks(path: Path) -> Iterator[tuple[bytes, int, bool]]:
     """Blocks of whole lines, the number of lines before each, and whether it is the last."""
     if not path.exists():
         return
-    with open(path, "rb") as file:
+    with open(path, "rb", opener=plain_file) as file:
         lines, block = 0, file.read(BLOCK_BYTES) + file.readline()
         while block:
             following = file.read(BLOCK_BYTES) + file.readline()

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llamax.runtime.errors import DataError
+from llamax.runtime.files import plain_file
 from llamax.training.metrics import Record
 
 WINDOW = 50  # last records, for percentiles and rates
@@ -122,7 +123,7 @@ class LiveLog:
         """
         if not self.path.exists():
             return History()
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb", opener=plain_file) as file:
             about = os.fstat(file.fileno())
             if about.st_ino != self._inode or about.st_size < self._end:
                 self._forget(about.st_ino)

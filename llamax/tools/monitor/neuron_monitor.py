@@ -21,6 +21,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llamax.runtime.errors import LinkError
+from llamax.runtime.files import plain_file
 from llamax.runtime.json_reader import JsonError, parse_json
 from llamax.runtime.text import printable_line
 
@@ -43,10 +45,10 @@ def core_utilization(paths: Sequence[Path]) -> dict[str, float]:
 def _last_report(path: Path) -> dict[str, float]:
     """The use of each core in the last complete report of a file."""
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=plain_file) as file:
             file.seek(max(path.stat().st_size - TAIL_BYTES, 0))
             text = file.read().decode(errors="replace")
-    except OSError:
+    except (OSError, LinkError):
         return {}
     for candidate in (*reversed(text.splitlines()), text):  # the whole file: an indented report
         shares = parse_report(candidate)

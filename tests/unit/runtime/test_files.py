@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import stat
@@ -18,9 +19,11 @@ from llamax.runtime.files import (
     copy_file,
     make_folder,
     new_file,
+    plain_file,
     read_file,
     refuse_link,
     same_file,
+    sha256,
     sync_tree,
     write_atomic,
 )
@@ -81,6 +84,22 @@ def test_a_stale_partial_file_is_replaced_and_a_linked_one_is_not(
         write_atomic(out, b"newer")
     assert partial.is_symlink()
     assert (out.read_text(), target.read_text()) == ("new", "precious")
+
+
+@pytest.mark.timeout(60)  # a pipe would wait for its other end
+def test_a_plain_file_is_no_pipe(tmp_path: Path, target: Path) -> None:
+    (tmp_path / "link").symlink_to(target)
+    for path in (target, tmp_path / "link"):
+        with open(path, opener=plain_file) as file:
+            assert file.read() == "precious"
+    assert sha256(tmp_path / "link") == hashlib.sha256(b"precious").hexdigest()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to-pipe").symlink_to("pipe")
+    for name in ("pipe", "to-pipe"):
+        with pytest.raises(LinkError, match=f"{name} is not a regular file"):
+            sha256(tmp_path / name)
+    with pytest.raises(FileNotFoundError):
+        sha256(tmp_path / "missing")
 
 
 def test_a_link_is_no_folder(tmp_path: Path) -> None:
