@@ -38,7 +38,13 @@ from typing import Any
 from llamax.parallel.collectives import Axes, Axis, Solo
 from llamax.parallel.mesh import Groups, Mesh
 
-PRELOAD = ["torch", "torch.distributed", "pytest", "llamax.backends.torch_distributed"]
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "pytest",
+    "llamax.backends.torch_distributed",
+    "llamax.train",
+]
 GRACE_S = 2.0  # what the other ranks get to finish after one of them has failed
 
 
