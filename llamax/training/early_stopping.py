@@ -31,7 +31,8 @@ class EarlyStopping:
     def __init__(self, most: int, state: Mapping[str, Any]) -> None:
         self.most = most
         best, waited = state.get("best_validation_loss", math.inf), state.get(WAITED, 0)
-        if type(best) not in (int, float) or type(waited) is not int or waited < 0:
+        known = type(best) is float or (type(best) is int and abs(best) < 2**63)
+        if not known or type(waited) is not int or waited < 0:
             raise CheckpointError(
                 f"the checkpoint to resume has best_validation_loss={best!r:.40} and "
                 f"{WAITED}={waited!r:.40}, which are not numbers; resume another one"

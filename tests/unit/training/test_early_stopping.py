@@ -17,6 +17,7 @@ from llamax.training.early_stopping import EarlyStopping
         {"best_validation_loss": "1.5"},
         {"best_validation_loss": True},
         {"best_validation_loss": None},
+        {"best_validation_loss": 10**400},
         {"validations_waited": [2]},
         {"validations_waited": 1.5},
         {"validations_waited": -1},
