@@ -101,7 +101,7 @@ def main(argv: Sequence[str]) -> int:
     length = length_of(config, given)
     if options.search:
         plans, refused = search(config, machine, options.nodes, length)
-        numbers: object = [as_json(each) for each in plans]
+        numbers: dict[str, object] = {"layouts": [as_json(each) for each in plans]}
         lines = [*show_search(config, plans, refused)]
     else:
         plans = [plan_length(length, machine, options.nodes, machine.node_limit)]
@@ -110,8 +110,7 @@ def main(argv: Sequence[str]) -> int:
     if not fits:
         near = nearest(config, machine, options.nodes, length)
         lines += show_nearest(near)
-        if isinstance(numbers, dict):
-            numbers["nearest"] = nearest_as_json(near)
+        numbers["nearest"] = nearest_as_json(near)
     if options.json:
         print_text(to_json(numbers))
     else:

@@ -100,7 +100,7 @@ class GenerationSettings:
         return sampling_of(generation, self.temperature, self.top_k, self.top_p, self.seed)
 
 
-def check_computing(batch: int, threads: int, dtype: str, backend: str) -> None:
+def check_computing(batch: int, threads: int, dtype: str, backend: str = "cpu") -> None:
     """Raise ConfigError for a batch, threads, dtype or backend that cannot be."""
     for name, value, least in (("batch", batch, 1), ("threads", threads, 0)):
         if value < least:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from llamax.backends import choose
+from llamax.config.choices import EAGER_BACKENDS
 from llamax.data.prepare.file_kinds import Row
 from llamax.inference.engine import (
     Completion,
@@ -32,7 +33,7 @@ from llamax.inference.prompts import read_prompts
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
 from llamax.parallel.rendezvous import Rendezvous
-from llamax.runtime.errors import ConfigError
+from llamax.runtime.errors import BackendError, ConfigError
 from llamax.runtime.units import show_number
 
 Messages = Sequence[Mapping[str, Any]]
@@ -47,12 +48,18 @@ class LanguageModel:
     """
 
     def __init__(
-        self, loaded: LoadedModel, model: Llama, path: Path, backend: str, threads: int
+        self,
+        loaded: LoadedModel,
+        model: Llama,
+        path: Path,
+        backend: str,
+        place: Rendezvous,
+        threads: int,
     ) -> None:
         self.model, self.tokenizer, self.config = model, loaded.tokenizer, loaded.model
         self.folder: Path = loaded.adapter or loaded.source.folder
         self._loaded, self._path = loaded, path
-        self._backend, self._threads = backend, threads
+        self._backend, self._place, self._threads = backend, place, threads
 
     def __repr__(self) -> str:
         weight = self.model.output_weight
@@ -193,7 +200,7 @@ class LanguageModel:
     def _computing(self) -> Iterator[None]:
         """Use the threads of ``llamax generate``; afterwards those that the program had."""
         with kept_threads():
-            choose(self._backend, Rendezvous(), self._threads)
+            choose(self._backend, self._place, self._threads)
             yield
 
 
@@ -210,7 +217,7 @@ def kept_threads() -> Iterator[None]:
 def load(
     path: str | Path,
     *,
-    backend: str = "cpu",
+    device: str | torch.device = "cpu",
     dtype: str | torch.dtype = "",
     tokenizer: str | Path = "",
     base: str | Path = "",
@@ -221,7 +228,7 @@ def load(
 
     Args:
         path: Run (its newest step), step, Hugging Face folder, exported folder or adapter folder.
-        backend: "cpu", "cuda" or "neuron".
+        device: "cpu", "cuda", "cuda:1" for the second GPU, or "neuron"; or torch's.
         dtype: Type of the weights, "float32" or "bfloat16", or torch's; by default that of the
             files.
         tokenizer: Tokenizer file or folder; by default the model's or that of its dataset.
@@ -235,15 +242,34 @@ def load(
     Raises:
         CheckpointError: For a model that is missing or damaged.
         DataError: For a tokenizer that is missing or does not belong to the model.
-        BackendError: For a backend without a device.
+        ConfigError: For a device or type that is not known.
+        BackendError: For a device that this machine does not have.
     """
     dtype = str(dtype).removeprefix("torch.")
-    check_computing(1, threads, dtype, backend)
+    backend, place = _device(str(device))
+    check_computing(1, threads, dtype)
     loaded = open_model(Path(path), str(tokenizer), str(base))
     with kept_threads():
-        device = choose(backend, Rendezvous(), threads).device
-        model = loaded.build(Solo("tp", device), device, dtype, model_class)
-    return LanguageModel(loaded, model.eval(), Path(path), backend, threads)
+        try:
+            chosen = choose(backend, place, threads).device
+        except BackendError as error:
+            raise BackendError(f"`device={device}` cannot be used here: {error}") from None
+        model = loaded.build(Solo("tp", chosen), chosen, dtype, model_class)
+    return LanguageModel(loaded, model.eval(), Path(path), backend, place, threads)
+
+
+def _device(name: str) -> tuple[str, Rendezvous]:
+    """The backend of a device's name, and the place of its rank on this machine."""
+    backend, colon, index = name.partition(":")
+    if backend not in EAGER_BACKENDS or (colon and not index.isdecimal()):
+        known = ", ".join(EAGER_BACKENDS)
+        raise ConfigError(f"`device={name}` is not known; use {known}, or cuda:1 for a second GPU")
+    at = int(index or 0)
+    if backend == "cuda" and at:
+        return backend, Rendezvous(local_rank=at, local_world_size=at + 1)
+    if at:
+        raise ConfigError(f"`device={name}` does not exist; use {backend}")
+    return backend, Rendezvous()
 
 
 def _rows(

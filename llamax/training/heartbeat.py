@@ -108,6 +108,7 @@ class Heartbeat:
         self.me = Beat(host=socket.gethostname(), pid=os.getpid(), job=printable_line(job))
         self.me = replace(self.me, started=process_state(self.me.pid)[1])
         self._stop, self._writing = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="llamax-heartbeat", daemon=True)
         self._file = -1
 
     def start(self) -> None:
@@ -115,11 +116,12 @@ class Heartbeat:
         make_folder(self.folder)
         self._file = same_file(self._path(self.rank), os.O_RDWR | os.O_CREAT)
         self._write()
-        threading.Thread(target=self._run, name="llamax-heartbeat", daemon=True).start()
+        self._thread.start()
 
     def stop(self, why: str) -> None:
         """Beat no more; the file keeps saying why."""
         self._stop.set()
+        self._thread.join(self.interval_s)  # a program that trains goes on without it
         self._write(left=printable_line(why)[:MOST_WORDS])
         with self._writing:
             os.close(self._file)

@@ -187,7 +187,9 @@ def test_mistakes_are_errors_of_one_line(data: Path, tmp_path: Path) -> None:
             "no rank made an update",
         ),
         (lambda: llamax.load(tmp_path / "nothing"), CheckpointError, "nothing"),
-        (lambda: llamax.load(data, backend="xla"), ConfigError, "`backend=xla` is not known"),
+        (lambda: llamax.load(data, device="xla"), ConfigError, "`device=xla` is not known"),
+        (lambda: llamax.load(data, device="cuda:x"), ConfigError, "`device=cuda:x` is not known"),
+        (lambda: llamax.load(data, device="cpu:1"), ConfigError, "`device=cpu:1` does not exist"),
     ]
     for call, kind, words in calls:
         with pytest.raises(kind, match=words) as caught:
@@ -253,7 +255,7 @@ def test_a_loaded_model_says_what_the_command_says(run: Path, tmp_path: Path) ->
     exported = llamax.export(run, tmp_path / "exported", to="hf")
     for place in (run, run / "checkpoints/step-00000002", hub, str(exported)):
         before = process_state()
-        model = llamax.load(place)
+        model = llamax.load(place, device=torch.device("cpu"))
         text = model.generate("for", max_new_tokens=12, seed=3)
         assert process_state() == before
         argv = ["--prompt", "for", "--max-new-tokens", 12, "--seed", 3]

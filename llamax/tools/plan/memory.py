@@ -48,6 +48,7 @@ from llamax.training.resolve import ResolvedRun
 
 Recompute = Literal["none", "selective", "full"]
 MODES: tuple[Recompute, ...] = ("none", "selective", "full")
+MARGIN = 0.065  # share of the plan's bytes by which an audit or a run may need more
 STATE = (  # lines printed first, in this order
     "base",
     "dense layer",
@@ -79,6 +80,11 @@ class Memory:
     @property
     def fits(self) -> bool:
         return self.peak <= self.available
+
+    @property
+    def tight(self) -> bool:
+        """Whether it fits with less than ``MARGIN`` to spare, so that an audit may refuse it."""
+        return self.fits and self.peak * (1 + MARGIN) > self.available
 
 
 def fullest(run: ResolvedRun, machine: Machine) -> Memory:

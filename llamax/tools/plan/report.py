@@ -23,7 +23,7 @@ from llamax.config.rules.parallel import within_node
 from llamax.config.schema import Config
 from llamax.runtime.units import count, show_bytes, show_number, show_time
 from llamax.tools.plan.line import Line
-from llamax.tools.plan.memory import by_nki, plain_attention
+from llamax.tools.plan.memory import MARGIN, by_nki, plain_attention
 from llamax.tools.plan.nearest import Nearest, flags
 from llamax.tools.plan.planner import Plan, plan_run
 from llamax.tools.plan.search import Refused
@@ -31,6 +31,7 @@ from llamax.tools.plan.sizes import Share
 from llamax.training.resolve import ResolvedRun
 
 BEST = 10  # rows of a search that are shown
+TIGHT = f"tight: it fits, but not if a run needs {MARGIN:.1%} more than planned, as some may"
 
 
 def headline(run: ResolvedRun, machines: str) -> str:
@@ -51,10 +52,11 @@ def show(plan: Plan) -> Iterator[str]:
     run, machine, memory, time = plan.run, plan.machine, plan.memory, plan.time
     yield headline(run, f"{plan.nodes} x {machine.name}")
     yield ""
+    fits = f"fits{', tight' * memory.tight}" if memory.fits else "DOES NOT FIT"
     stage = f" on stage {memory.stage}" if run.mesh.pp > 1 else ""
     yield (
-        f"memory of a rank: {show_bytes(memory.peak)} of {show_bytes(memory.available)}, "
-        f"{'fits' if memory.fits else 'DOES NOT FIT'}; fullest{stage} when {memory.moment}"
+        f"memory of a rank: {show_bytes(memory.peak)} of {show_bytes(memory.available)}, {fits}; "
+        f"fullest{stage} when {memory.moment}"
     )
     yield from rows(memory.lines, show_bytes)
     kept = ", ".join(f"{line.name} {show_bytes(line.value)}" for line in memory.modes)
@@ -85,6 +87,8 @@ def show(plan: Plan) -> Iterator[str]:
 def notes(plan: Plan) -> Iterator[str]:
     """Assumptions, and settings that slow the run or do not match the machine."""
     config, machine = plan.run.config, plan.machine
+    if plan.memory.tight:
+        yield TIGHT
     if plan.run.assumption:
         yield plan.run.assumption
     if why := plain_attention(Share(plan.run), machine):
@@ -161,7 +165,7 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
             f"  {mesh.tp:>6} {mesh.cp:>7} {mesh.pp:>8} {mesh.dp:>5} {there.parallel.zero:>4} "
             f"{there.data.micro_batch:>5} {there.run.recompute:<9} {show_bytes(memory.peak):>9} "
             f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
-            f"{each.time.dollars:>10,.0f}"
+            f"{each.time.dollars:>10,.0f}{'  tight' * memory.tight}"
         )
     run = fitting[0].run
     yield (
@@ -170,6 +174,12 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
     )
     changes = flags(config, fitting[0].nodes, fitting[0])
     yield f"the fastest is {' '.join(changes) or 'the layout as configured'}"
+    if any(each.memory.tight for each in fitting[:BEST]):
+        yield TIGHT
+    roomy = next((each for each in fitting if not each.memory.tight), None)
+    if fitting[0].memory.tight and roomy is not None:
+        changes = flags(config, roomy.nodes, roomy)
+        yield f"the fastest that is not tight is {' '.join(changes) or 'the layout as configured'}"
     yield from _reasons(plans, refused)
 
 
@@ -224,6 +234,7 @@ def show_nearest(near: Nearest | None) -> Iterator[str]:
             f"  {show_bytes(memory.peak)} of {show_bytes(memory.available)}, "
             f"{show_number(time.tokens_per_s)} tokens/s, "
             f"${time.dollars:,.0f} at ${time.dollars_per_hour:,.2f} an hour"
+            f"{', tight' * memory.tight}"
         )
     else:
         mesh, spans = near.plan.run.mesh, near.plan.machine.node_limit is None
@@ -261,6 +272,7 @@ def as_json(plan: Plan) -> dict[str, object]:
         "length": plan.length,
         "assumption": run.assumption,
         "fits": memory.fits,
+        "tight": memory.tight,
         "memory_bytes": {
             "peak": memory.peak,
             "available": memory.available,

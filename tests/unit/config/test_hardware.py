@@ -257,6 +257,6 @@ def test_a_machine_of_a_file_in_plan_and_search(
     assert (mine["instance"], mine["memory_bytes"]["available"]) == ("lab", 79.2 * GIB)
     assert mine["step_s"] == known["step_s"]
     assert main([*arguments, "--search", "--instance", str(path)]) == 0
-    offered = json.loads(capsys.readouterr().out)
+    offered = json.loads(capsys.readouterr().out)["layouts"]
     assert {each["instance"] for each in offered} == {"lab"}
     assert max(each["parallel"]["tensor"] for each in offered) == 4

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -220,10 +221,12 @@ def test_a_rank_records_why_it_leaves(
 
 
 def test_one_rank_alone_writes_its_step_for_watch(tmp_path: Path) -> None:
+    before = threading.active_count()
     with beating(tmp_path / "heartbeats", 0, 1, 4.0) as heart:
         heart.at(7)
         assert json.loads((tmp_path / "heartbeats" / "rank-00000").read_text())["step"] == 7
     assert json.loads((tmp_path / "heartbeats" / "rank-00000").read_text())["left"] == "done"
+    assert threading.active_count() == before, "its thread has ended"
 
 
 WATCH = """

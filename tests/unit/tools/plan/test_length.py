@@ -50,7 +50,7 @@ def test_time_and_cost_follow_the_length(
     price = load_machine(found["instance"]).dollars_per_hour * found["nodes"]
     assert found["dollars"] == pytest.approx(found["run_s"] / 3600 * price)
     assert main([*arguments, "--search", "--json"]) == 0
-    assert {each["steps"] for each in json.loads(capsys.readouterr().out)} == {steps}
+    assert {each["steps"] for each in json.loads(capsys.readouterr().out)["layouts"]} == {steps}
 
 
 def test_epochs_of_a_data_set_that_is_there(

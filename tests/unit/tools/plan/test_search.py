@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from llamax.cli.plan import main
@@ -9,7 +11,8 @@ from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.tools.plan import Plan
-from llamax.tools.plan.report import show_search
+from llamax.tools.plan.memory import MARGIN
+from llamax.tools.plan.report import TIGHT, show_search
 from llamax.tools.plan.search import pipelines, search
 
 TRN1 = load_machine("trn1.32xlarge")
@@ -126,4 +129,39 @@ def test_a_search_prints_the_fastest_pipeline_as_options(
     changes = line.removeprefix("the fastest is ").split()
     assert changes == ["--parallel.tensor=8", "--parallel.pipeline=4"]
     assert main([*arguments, *changes]) == 0
-    assert "tensor 8 x pipeline 4 x data 32" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "tensor 8 x pipeline 4 x data 32" in shown
+    assert " of 16 GiB, fits, tight; fullest" in shown
+    assert f"note: {TIGHT}" in shown
+
+
+def test_a_search_marks_layouts_without_a_margin(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", "llama2-70b", "--nodes", "32"]
+    assert main([*arguments, "--search"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for row in lines[2:12]:
+        gib = float(row.split()[7])
+        assert row.endswith("  tight") == (gib * (1 + MARGIN) > 16), row
+    assert lines[2].endswith("  tight")
+    assert TIGHT in lines
+    (line,) = (line for line in lines if line.startswith("the fastest that is not tight is "))
+    changes = line.removeprefix("the fastest that is not tight is ").split()
+    assert main([*arguments, *changes]) == 0
+    assert "tight" not in capsys.readouterr().out
+
+
+def test_a_search_for_programs_has_the_nearest_layout_where_none_fits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--config", "llama2-70b", "--nodes", "1", "--search", "--json"]
+    assert main(arguments) == 6
+    found = json.loads(capsys.readouterr().out)
+    assert found["layouts"]
+    assert not any(each["fits"] for each in found["layouts"])
+    assert found["nearest"]["fits"]
+    assert main(["--config", "llama2-70b", *found["nearest"]["flags"]]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--nodes", "32"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "nearest" not in found
+    assert [each["tight"] for each in found["layouts"][:2]] == [True, False]
