@@ -29,11 +29,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llamax.config.constants import NKI_MULTIPLE as TILE
-from llamax.config.constants import nki_refusal
+from llamax.config.constants import NKI_OF_TRN1, nki_refusal
 
 BLOCK = 512  # tokens: the columns of a PSUM bank
 SPREAD = 130.0  # of the bounds: float32 exponentials hold from -87 to 88 around their middle
-NKI_OF_TRN1 = "0.2."  # the last version of nki that supports trn1; Neuron SDK 2.27 and 2.28
 
 
 def launch(module: str, name: str, *tensors: Tensor) -> Any:
@@ -114,9 +113,9 @@ def available() -> bool:
         installed = version("nki")
     except PackageNotFoundError:  # a module of that name that is no installed package
         return False
-    if not installed.startswith(NKI_OF_TRN1):
+    if not f"{installed}.".startswith(f"{NKI_OF_TRN1}."):
         log_choice(
-            f"nki {installed} does not compile for trn1; install nki {NKI_OF_TRN1}0 of Neuron SDK "
+            f"nki {installed} does not compile for trn1; install nki {NKI_OF_TRN1} of Neuron SDK "
             "2.28"
         )
         return False

@@ -13,6 +13,7 @@ SDK = {
     "torch-neuronx": "2.9.0.2.12.1",
     "neuronx-cc": "2.23.6484.0",
     "neuronx-distributed": "0.17.26814",
+    "nki": "0.2.0",
 }
 
 

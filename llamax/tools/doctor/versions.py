@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from llamax.config.constants import NKI_OF_TRN1
 from llamax.runtime.versions import (
     IMAGE_SDK,
     NEURON_SDKS,
@@ -157,6 +158,7 @@ def _neuron(host: Host, torch: str) -> Iterator[Finding]:
         )
     else:
         yield passed("nxd", f"neuronx-distributed {nxd}")
+    yield _nki(host)
     driver = host.read("sys/module/neuron/version")
     if driver is None:
         yield unknown("driver", "the Neuron driver is not loaded here", "run doctor on a node")
@@ -171,6 +173,22 @@ def _neuron(host: Host, torch: str) -> Iterator[Finding]:
         )
     else:
         yield passed("driver", f"Neuron driver {driver}")
+
+
+def _nki(host: Host) -> Finding:
+    """The package that compiles llamax's attention kernels."""
+    nki = host.version("nki")
+    if nki is not None and _begins(nki, NKI_OF_TRN1):
+        return passed("nki", f"nki {nki} compiles llamax's attention kernels for trn1")
+    what = "nki is not installed" if nki is None else f"nki {nki} does not compile for trn1"
+    return Finding(
+        "warning",
+        "nki",
+        what,
+        "llamax's attention kernels cannot run: documents kept apart, or sequences that are no "
+        "multiple of 2048, need memory for every pair of tokens",
+        f"{INSTALL} 'nki=={NKI_OF_TRN1}.*', with SDK 2.28",
+    )
 
 
 def _numbers(version: str) -> tuple[int, ...]:

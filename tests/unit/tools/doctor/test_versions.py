@@ -15,7 +15,7 @@ def test_versions_of_an_sdk_fit(tmp_path: Path) -> None:
     found = levels(versions.check(Host(host.root, packages=SDK), "xla"))
     assert found.pop("torch.load") == "warning"  # neuronx-distributed uses it, with torch 2.9
     assert set(found.values()) == {"ok"}
-    assert len(found) == 6
+    assert len(found) == 7
     newer = {**SDK, "neuronx-cc": "2.24.5133.0", "neuronx-distributed": "0.18.27753"}
     found = levels(versions.check(Host(host.root, packages=newer), "xla"))
     assert [name for name, level in found.items() if level != "ok"] == ["torch.load", "driver"]
@@ -53,6 +53,10 @@ def test_other_programs_that_load_files_with_torch_2_9_are_named(
         ({"neuronx-cc": "2.21.1"}, "neuronx-cc", "warning"),
         ({"neuronx-distributed": "0.18.1"}, "nxd", "error"),
         ({"neuronx-distributed": None}, "nxd", "ok"),
+        ({"nki": None}, "nki", "warning"),
+        ({"nki": "0.3.0"}, "nki", "warning"),
+        ({"nki": "0.20.0"}, "nki", "warning"),
+        ({"nki": "0.2.0+g12"}, "nki", "ok"),
     ],
 )
 def test_versions_that_do_not_fit(
