@@ -21,7 +21,10 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import numpy as np
+
 from llamax.config.load import dump_config, load_config
+from llamax.data.token_file import Header, TokenWriter
 from llamax.training.metrics import Record
 
 HERE = Path(__file__).resolve().parents[1]
@@ -32,9 +35,11 @@ class Sizes(NamedTuple):
 
     records: int = 10**6
     ranks: int = 16384
+    documents: int = 10**7
+    datasets: int = 200
 
 
-SMALLEST = Sizes(records=200, ranks=16)
+SMALLEST = Sizes(records=200, ranks=16, documents=1000, datasets=3)
 
 
 class Task(NamedTuple):
@@ -84,11 +89,56 @@ def many_ranks(folder: Path, sizes: Sizes) -> None:
     make_run(folder, 100, sizes.ranks)
 
 
+# --- data ----------------------------------------------------------------------------------------
+
+
+def many_documents(folder: Path, sizes: Sizes) -> None:
+    lengths = np.random.default_rng(0).lognormal(5.5, 1.2, sizes.documents).astype(np.int64)
+    starts = np.append(0, np.cumsum(np.clip(lengths, 2, 20000)))
+    np.save(folder / "documents.npy", starts)
+
+
+def many_datasets(folder: Path, sizes: Sizes) -> None:
+    for number in range(sizes.datasets):
+        lengths = np.random.default_rng(number).integers(20, 400, 400)
+        with TokenWriter(folder / f"{number}.tokens", Header("", 1000)) as writer:
+            tokens = np.arange(lengths.sum()) % 1000
+            writer.add(tokens.astype(np.uint16), lengths, len(tokens))
+
+
+PACK = """
+import numpy as np
+from llamax.data.packing import Packs
+
+class Documents:
+    masked, path, documents = False, "documents.npy", np.load("documents.npy")
+    def touch(self, *_): pass
+
+Packs(Documents(), LENGTH)
+"""
+BLEND = """
+from pathlib import Path
+from llamax.data.batch_plan import BatchPlan
+from llamax.data.blended_loader import BlendedLoader
+from llamax.data.loader import Loader
+from llamax.data.token_file import TokenFile
+
+plan = BatchPlan(0, 512, 256, 32)
+parts = [Loader(TokenFile(path), plan) for path in sorted(Path().glob("*.tokens"))]
+blend = BlendedLoader(parts, [1.0] * len(parts), plan)
+for _ in range(STEPS):
+    blend.step()
+"""
+
 TASKS = {
     "watch, many records": Task(many_records, command("watch", "run", "--once")),
     "report, many records": Task(many_records, command("report", "run")),
     "plot, many records": Task(many_records, command("plot", "run")),
     "watch, many ranks": Task(many_ranks, command("watch", "run", "--once")),
+    "best-fit packing, 2048": Task(many_documents, PACK.replace("LENGTH", "2048")),
+    "best-fit packing, 8192": Task(many_documents, PACK.replace("LENGTH", "8192")),
+    "a blend, opened": Task(many_datasets, BLEND.replace("STEPS", "0")),
+    "a blend, opened, 200 steps": Task(many_datasets, BLEND.replace("STEPS", "200")),
 }
 
 
