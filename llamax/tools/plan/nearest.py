@@ -27,6 +27,7 @@ CHANGED = (
     "parallel.tensor",
     "parallel.context",
     "parallel.pipeline",
+    "parallel.chunks",
     "data.micro_batch",
     "run.recompute",
     "parallel.zero",

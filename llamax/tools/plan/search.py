@@ -65,8 +65,9 @@ def divisions(
         stages = zeros(config, machine) if rest * context > pipeline else [configured.zero]
         if pipeline > 1:
             stages = [zero for zero in stages if zero < 2] or [1]
+        chunks = configured.chunks if pipeline > 1 else 1
         for zero in stages:
-            yield replace(configured, pipeline=pipeline, zero=zero)
+            yield replace(configured, pipeline=pipeline, chunks=chunks, zero=zero)
 
 
 def pipelines(config: Config) -> list[int]:

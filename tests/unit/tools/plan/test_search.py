@@ -12,6 +12,7 @@ from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.tools.plan import Plan
 from llamax.tools.plan.memory import MARGIN
+from llamax.tools.plan.nearest import flags
 from llamax.tools.plan.report import TIGHT, show_search
 from llamax.tools.plan.search import pipelines, search
 
@@ -115,6 +116,15 @@ def test_listed_stages_stay_as_configured() -> None:
     full = ["--run.recompute=full", "--parallel.pipeline=2"]
     assert pipelines(recipe("llama2-7b", *full, "--parallel.layers_per_stage=17,15")) == [2]
     assert pipelines(recipe("llama2-7b", *full)) == [2, 1, 4, 8, 16, 32]
+
+
+def test_a_search_tries_chunks_as_configured_and_none_without_a_pipeline() -> None:
+    config = recipe("llama2-70b-pipeline", "--parallel.chunks=2")
+    plans, _ = search(config, TRN1, 32)
+    tried = {(each.run.mesh.pp > 1, each.run.config.parallel.chunks) for each in plans}
+    assert tried == {(True, 2), (False, 1)}
+    alone = next(each for each in plans if each.run.mesh.pp == 1)
+    assert "--parallel.chunks=1" in flags(config, 32, alone)
 
 
 def test_a_search_prints_the_fastest_pipeline_as_options(
