@@ -122,16 +122,16 @@ class Encoder:
         ids: list[Ids] = []
         counted: list[Bits] = []
 
-        def add(tokens: Ids, answer: bool | Bits) -> None:
-            ids.append(tokens)
-            counted.append(np.broadcast_to(np.asarray(answer), tokens.shape))
+        def add_one(token: int, answer: bool) -> None:
+            ids.append(np.array([token], np.uint32))
+            counted.append(np.array([answer]))
 
         first, answer = pieces[0], False
         if self.bos is not None and not (isinstance(first, Special) and first.id == self.bos):
-            add(np.array([self.bos], np.uint32), False)
+            add_one(self.bos, False)
         for piece in pieces:
             if isinstance(piece, Special):
-                add(np.array([piece.id], np.uint32), piece.answer)
+                add_one(piece.id, piece.answer)
                 answer = piece.answer
                 continue
             whole = next(encoded[piece.after_special])
@@ -141,12 +141,13 @@ class Encoder:
                 if cut is not None:
                     at = self._within(whole, next(encoded[piece.after_special]), piece.text[:cut])
                 marks[at:] = answer = now
-            add(whole, marks)
+            ids.append(whole)
+            counted.append(marks)
         ended = next(
             (p for p in reversed(pieces) if isinstance(p, Special) or p.text.strip()), first
         )
         if self.eos is not None and not prompt and not isinstance(ended, Special):
-            add(np.array([self.eos], np.uint32), answer)
+            add_one(self.eos, answer)
         return Tokens(np.concatenate(ids), np.concatenate(counted))
 
     def _within(self, whole: Ids, beginning: Ids, text: str) -> int:

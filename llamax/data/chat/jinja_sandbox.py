@@ -19,10 +19,13 @@ Source: Jinja documentation, "Sandbox"; transformers documentation, "Writing a c
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import signal
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -43,6 +46,7 @@ CPU_S = 2.0
 MEMORY_BYTES = 2**30
 OUTPUT_CHARACTERS = 10_000_000
 SOURCE_CHARACTERS = 1_000_000
+STATM = Path("/proc/self/statm")
 LARGEST = 2**53  # largest number that a template may compute
 LONGEST = 1_000_000  # longest sequence that it may repeat
 
@@ -152,8 +156,45 @@ class _TooLong(BaseException):
     """The time is over; a BaseException, so no template can catch it."""
 
 
+class _Limits:
+    """The limits of this process.
+
+    ``began``: since when a template works, in CPU seconds; None: none does.  ``statm``: the open
+    file of the size of this process; None: there is none.
+    """
+
+    active = False
+    began: float | None = None
+    statm: int | None = None
+
+
 def _alarm(number: int, frame: FrameType | None) -> None:
-    raise _TooLong
+    """Interrupt a template that has worked for CPU_S; for one that began later, wait on."""
+    left = CPU_S if _Limits.began is None else CPU_S - (time.process_time() - _Limits.began)
+    if left <= 0:
+        raise _TooLong
+    signal.setitimer(signal.ITIMER_VIRTUAL, left)
+
+
+@contextmanager
+def limits() -> Iterator[None]:
+    """Prepare the limits once for many renderings inside; each has them anew."""
+    before = signal.signal(signal.SIGVTALRM, _alarm)
+    try:
+        if STATM.exists():
+            _Limits.statm = os.open(STATM, os.O_RDONLY)
+        _Limits.active = True
+        try:
+            signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+    finally:
+        _Limits.active = False
+        if _Limits.statm is not None:
+            os.close(_Limits.statm)
+        _Limits.statm = None
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def _compile(source: str) -> tuple[frozenset[str], frozenset[str], frozenset[str], bool, Template]:
@@ -171,28 +212,29 @@ def _compile(source: str) -> tuple[frozenset[str], frozenset[str], frozenset[str
 def _limited(work: Callable[[], Result]) -> Result:
     """``work()`` with limits on the CPU seconds and the growth of this process.
 
-    The timer fires at most once, at any instruction up to the end of the inner block.
+    The timer may fire at any instruction up to the end of the inner block.
     """
-    before = signal.signal(signal.SIGVTALRM, _alarm)
+    if not _Limits.active:
+        with limits():
+            return _limited(work)
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     try:
         try:
             resource.setrlimit(resource.RLIMIT_AS, (_room(soft), hard))
-            signal.setitimer(signal.ITIMER_VIRTUAL, CPU_S)
+            _Limits.began = time.process_time()
             return work()
         finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            _Limits.began = None
     finally:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.signal(signal.SIGVTALRM, before)
 
 
 def _room(soft: int) -> int:
     """The limit on the address space: its present size and MEMORY_BYTES, at most ``soft``."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
+    if _Limits.statm is None:
         return soft
-    room = int(statm.read_text().split()[0]) * resource.getpagesize() + MEMORY_BYTES
+    pages = int(os.pread(_Limits.statm, 64, 0).split()[0])
+    room = pages * resource.getpagesize() + MEMORY_BYTES
     return room if soft == resource.RLIM_INFINITY else min(soft, room)
 
 

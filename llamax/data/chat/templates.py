@@ -160,6 +160,7 @@ class Template:
         tokens: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.name, self.source, self.specials = name, source, tuple(specials)
+        self._firsts = {special[:2] for special in self.specials}
         if missing := [token for token in NEEDS.get(name, ()) if token not in self.specials]:
             raise DataError(
                 f"template {name} needs the token {missing[0]}, which the tokenizer lacks; use the "
@@ -283,7 +284,7 @@ class Template:
     def _render(self, row: Sample, prompt: bool = False, mark_answer: bool = False) -> str:
         messages = [
             self._shielded_value(_with_reasoning(message)) | {"role": message["role"]}
-            for message in row.messages
+            for message in (row.messages if self.chat else ())
         ]
         return self._program.render(
             {
@@ -303,12 +304,14 @@ class Template:
 
         Raises DataError for a field that holds one of the marks.
         """
-        for mark in (START, STOP, SHIELD, ANSWER):
-            if mark in text:
-                raise DataError(f"a field holds the noncharacter U+{ord(mark):04X}; remove it")
-        for name in self.specials:
-            if name in text:
-                text = text.replace(name, name[0] + SHIELD + name[1:])
+        if not text.isascii():
+            for mark in (START, STOP, SHIELD, ANSWER):
+                if mark in text:
+                    raise DataError(f"a field holds the noncharacter U+{ord(mark):04X}; remove it")
+        if any(first in text for first in self._firsts):
+            for name in self.specials:
+                if name in text:
+                    text = text.replace(name, name[0] + SHIELD + name[1:])
         return text
 
     def _shielded_value(self, value: Any) -> Any:

@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 from llamax.data.chat.encode import Encoder
+from llamax.data.chat.jinja_sandbox import limits
 from llamax.data.chat.templates import Span, Template
 from llamax.data.prepare.chunks import Encoded, part_name
 from llamax.data.prepare.file_kinds import MAX_DOCUMENT
@@ -71,16 +72,17 @@ class InstructSettings:
         sizes: Counter[str] = Counter()
         unread: Counter[str] = Counter()
         most = longest(tokenizer, chunk.most)
-        for spans, text in _spans(chunk, self, template, unread, most):
-            split = chunk.split
-            if split == "train" and is_validation(text, self.validation):
-                split = "validation"
-            batch = batches.setdefault(split, [])
-            batch.append(spans)
-            sizes[split] += len(text)
-            if len(batch) == BATCH_ROWS or sizes[split] > BATCH_CHARACTERS:
-                del sizes[split]
-                yield self._batch(split, batches.pop(split), encoder)
+        with limits():
+            for spans, text in _spans(chunk, self, template, unread, most):
+                split = chunk.split
+                if split == "train" and is_validation(text, self.validation):
+                    split = "validation"
+                batch = batches.setdefault(split, [])
+                batch.append(spans)
+                sizes[split] += len(text)
+                if len(batch) == BATCH_ROWS or sizes[split] > BATCH_CHARACTERS:
+                    del sizes[split]
+                    yield self._batch(split, batches.pop(split), encoder)
         for split, batch in batches.items():
             yield self._batch(split, batch, encoder)
         yield Encoded("train", [], [], 0, unread)
@@ -103,10 +105,10 @@ def _spans(
     Counts in ``unread`` the rows that hold something which is not in the text, by its name;
     ``most``: bytes of the longest sample.
     """
-    parts = UnreadParts(template)
+    parts, fields = UnreadParts(template), dict(settings.fields)
     for place, row in read_rows(chunk.rows, chunk.most):
         try:
-            sample = read_sample(row, dict(settings.fields), settings.system, template)
+            sample = read_sample(row, fields, settings.system, template)
             spans = template.spans(sample)
             text = "".join(span.text for span in spans)
             if len(text.encode()) > most:

@@ -255,7 +255,7 @@ def _rows(source: Source, key: str, unread: Counter[str], most: int) -> Iterator
     """The texts of the rows that begin in start:stop."""
     try:
         with open_file(Path(source.path)) as file:
-            at, number = source.start, 0
+            at, number, packed = source.start, 0, source.packed
             if at:
                 at -= 1
                 file.seek(at)
@@ -263,7 +263,7 @@ def _rows(source: Source, key: str, unread: Counter[str], most: int) -> Iterator
                     at += len(piece)
                     if piece.endswith(b"\n"):
                         break
-            while source.packed or at < source.stop:
+            while packed or at < source.stop:
                 line = file.readline(most + 1)
                 if not line:
                     return

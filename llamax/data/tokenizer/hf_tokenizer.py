@@ -47,11 +47,10 @@ class HuggingFace:
         alone = state_of(self)
         self._beside = beside = SpecialTokens.beside(path)
         self._add(self.engine)
-        ids = self.engine.get_vocab(with_added_tokens=True).values()
-        self.vocab_size = token_id(max(ids)) + 1
-        self.base_size = (
-            max(self.engine.get_vocab(with_added_tokens=False).values(), default=-1) + 1
-        )
+        ids = self.engine.get_vocab(with_added_tokens=False).values()
+        self.base_size = max(ids, default=-1) + 1
+        added = self.engine.get_added_tokens_decoder()
+        self.vocab_size = token_id(max([self.base_size - 1, *added])) + 1
         self.named, self.space_after_bos = beside.named, False
         self._find_special()
         self.fingerprint = fingerprint(raw, alone, state_of(self))
@@ -158,13 +157,19 @@ class HuggingFace:
         return self._engines[place]
 
     def speed_up(self) -> str:
-        texts = {"whole": self.engine.to_str(), **self._places.settings}
-        words = list(self.engine.get_vocab(with_added_tokens=False))
+        settings = json.loads(self.engine.to_str())
+        self._places = places_of(settings)
+        words = list(settings["model"].get("vocab") or ())
         engines: dict[str, FastEngine] = {}
-        for place, text in texts.items():
-            reference = partial(self._reference, place)
-            made = partial(_fast_engine, text)
-            engine, fault = judged(made, reference, [*self.special], words)
+        for place in ("whole", *self._places.settings):
+            if place != "whole":
+                settings = json.loads(self._places.settings[place])
+            engine, fault = judged(
+                partial(_fast_engine, settings),
+                partial(self._reference, place),
+                [*self.special],
+                words,
+            )
             if engine is None:
                 return fault
             engines[place] = engine
@@ -177,23 +182,7 @@ class HuggingFace:
 
     @cached_property
     def _places(self) -> Places:
-        """Where texts can be cut, and the settings for texts that do not begin a document.
-
-        Only Metaspace's prepend_scheme "first" asks for the place of a text; the other ways to put
-        a space before texts put one before each text between special tokens.
-        """
-        whole = self.engine.to_str()
-        settings, changed = json.loads(whole), {}
-        cuts, after_cut = cuts_of_engine(settings)
-        if after_cut is not settings:
-            changed["rest"] = json.dumps(after_cut)
-        steps = steps_of(settings.get("pre_tokenizer"), "pretokenizers")
-        first = [step for step in steps if step.get("prepend_scheme") == "first"]
-        for step in first:
-            step["prepend_scheme"] = "never"
-        if first:
-            changed["inside"] = json.dumps(settings)
-        return Places(compiled(cuts), changed)
+        return places_of(json.loads(self.engine.to_str()))
 
 
 class Places(NamedTuple):
@@ -203,6 +192,28 @@ class Places(NamedTuple):
     settings: dict[str, str]
 
 
-def _fast_engine(settings: str) -> FastEngine:
-    found = of_engine(json.loads(settings))
-    return FastEngine(json.dumps(found), not found["model"].get("byte_fallback"))
+def places_of(settings: dict[str, Any]) -> Places:
+    """Where texts can be cut, and the settings for texts that do not begin a document.
+
+    Only Metaspace's prepend_scheme "first" asks for the place of a text; the other ways to put a
+    space before texts put one before each text between special tokens.
+    """
+    changed: dict[str, str] = {}
+    cuts, after_cut = cuts_of_engine(settings)
+    if after_cut is not settings:
+        changed["rest"] = json.dumps(after_cut)
+    step = settings.get("pre_tokenizer")
+    steps = [
+        {**part, "prepend_scheme": "never"} if part.get("prepend_scheme") == "first" else part
+        for part in steps_of(step, "pretokenizers")
+    ]
+    if steps != steps_of(step, "pretokenizers"):
+        inside = {"type": "Sequence", "pretokenizers": steps} if len(steps) > 1 else steps[0]
+        changed["inside"] = json.dumps({**settings, "pre_tokenizer": inside})
+    return Places(compiled(cuts), changed)
+
+
+def _fast_engine(settings: dict[str, Any]) -> FastEngine:
+    found = of_engine(settings)
+    by_class = not found["model"].get("byte_fallback")
+    return FastEngine(json.dumps(found, ensure_ascii=False), by_class)

@@ -45,11 +45,18 @@ class SentencePieceModel:
             if not isinstance(value, bytes):
                 continue
             if number == 1:
+                end = value[1] + 2 if len(value) > 1 else 0
+                if len(value) == end + 5 and end < 130 and value[0] == 10 and value[end] == 0x15:
+                    # the usual piece, read at once: field 1, its text, and field 2, its score
+                    score = struct.unpack_from("<f", value, end + 1)[0]
+                    pieces.append((value[2:end].decode(), score, NORMAL))
+                    continue
                 piece = dict(_fields(value))
-                text, score, kind = piece.get(1, b""), piece.get(2, bytes(4)), piece.get(3, NORMAL)
-                if not (isinstance(text, bytes) and isinstance(score, bytes)):
+                text, raw_score = piece.get(1, b""), piece.get(2, bytes(4))
+                if not (isinstance(text, bytes) and isinstance(raw_score, bytes)):
                     raise ValueError("a piece without text")
-                pieces.append((text.decode(), struct.unpack("<f", score)[0], int(kind)))
+                kind = int(piece.get(3, NORMAL))
+                pieces.append((text.decode(), struct.unpack("<f", raw_score)[0], kind))
             elif number == 2:
                 trainer.update(_fields(value))
             elif number == 3:
