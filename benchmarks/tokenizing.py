@@ -1,45 +1,60 @@
-"""Speed of encoding text to sentencepiece ids, beside its own encoder and HF tokenizers.
+"""``llamax prepare`` against an older build of it, and against the engines' own Python interfaces.
 
-    python benchmarks/tokenizing.py TOKENIZER.model [--paths FOLDER_OR_FILE ...] [--rounds 5]
+    python benchmarks/tokenizing.py TOKENIZER [--old FOLDER] [--paths FOLDER_OR_FILE ...]
 
-Every contender encodes the same documents (by default the standard library's sources) on the same
-number of cores.  Pools are up before the clock starts, but nothing has been encoded, so nothing is
-cached.  Rounds are interleaved, A B C A B C; the median is reported with its ratio to each peer.
+TOKENIZER is a tokenizer.model, tokenizer.json or tiktoken file.  Every contender is a program of its
+own that takes the same documents (by default the standard library's sources) from a JSONL file to
+their ids; ``prepare`` writes the whole dataset, with two processes.  FOLDER holds the sources of an
+older build.  Rounds are interleaved, A B A B; medians of processor seconds are reported, of all
+processes together, because the machine may be busy.  Peers that are not installed are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import json
+import os
 import platform
+import resource
+import shutil
 import statistics
+import subprocess
+import sys
 import sysconfig
 import tempfile
-import time
-from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-import sentencepiece
-import tokenizers
 
-from llamax.cli.prepare import main as prepare
-from llamax.data.tokenizer.hf_export import export_tokenizer
-from llamax.data.tokenizer.tokenizer import SentencePiece, load_tokenizer
+from llamax.data.dataset import open_dataset
+from llamax.data.tokenizer.tokenizer import load_tokenizer
 
-BATCH_BYTES = 2**18
+# Programs with the arguments ROWS TOKENIZER: ids of all documents by an engine's own interface.
+READ = "import json, sys; texts = [json.loads(line)['text'] for line in open(sys.argv[1])]\n"
+PEERS = {
+    "sentencepiece": READ + "import sentencepiece\n"
+    "sentencepiece.SentencePieceProcessor(sys.argv[2]).encode(texts, num_threads=2)",
+    "tokenizers": READ + "import tokenizers\n"
+    "engine = tokenizers.Tokenizer.from_file(sys.argv[2])\n"
+    "[each.ids for each in engine.encode_batch_fast(texts, add_special_tokens=False)]",
+    "gigatoken": READ + "import gigatoken\n"
+    "make = gigatoken.Tokenizer\n"
+    "if sys.argv[2].endswith('.tiktoken'):\n"
+    "    engine = make.from_tiktoken(sys.argv[2], 'olmo3')\n"
+    "else:\n"
+    "    engine = (make if sys.argv[2].endswith('.json') else make.from_sentencepiece)(sys.argv[2])\n"
+    "engine.encode_batch_list(texts)",
+}
 
-Documents = Sequence[str]
 
-
-def read(paths: Sequence[Path], megabytes: float) -> list[str]:
+def documents(paths: list[Path], megabytes: float) -> list[str]:
     """Documents up to a size: UTF-8 text files as they are, spread over all that there are."""
     texts = []
     for path in paths:
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        for file in files:
-            skip = {"site-packages", "test", "tests", "__pycache__"} & set(file.parts)
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            skip = {"site-packages", "__pycache__"} & set(file.parts)
             if file.suffix in (".py", ".txt", ".md", ".rst", ".csv", ".jsonl") and not skip:
                 try:
                     texts.append(file.read_text(encoding="utf-8"))
@@ -49,114 +64,72 @@ def read(paths: Sequence[Path], megabytes: float) -> list[str]:
     return texts[:: max(1, round(total / megabytes))]
 
 
-# ---- what pool workers do
-
-_engine: tokenizers.Tokenizer
-_ours: SentencePiece
-
-
-def start_hf(path: str) -> None:
-    global _engine
-    _engine = tokenizers.Tokenizer.from_file(path)
-
-
-def start_ours(path: str) -> None:
-    global _ours
-    _ours = load_tokenizer(path)
-
-
-def encode_hf(text: str) -> list[int]:
-    return _engine.encode(text, add_special_tokens=False).ids
-
-
-def encode_ours(texts: Documents) -> list[np.ndarray]:
-    return _ours.encode_documents(texts)
-
-
-def batches(texts: Documents) -> list[list[str]]:
-    out: list[list[str]] = [[]]
-    held = 0
-    for text in texts:
-        if held > BATCH_BYTES:
-            out.append([])
-            held = 0
-        out[-1].append(text)
-        held += len(text)
-    return out
+def processor_seconds(command: list[str], folder: Path) -> float:
+    """Processor seconds of a program and its children, started in ``folder``."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    variables = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("tokenizer", help="a sentencepiece tokenizer.model")
-    parser.add_argument("--paths", nargs="+", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cores", type=int, default=2)
-    parser.add_argument("--megabytes", type=float, default=11)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("tokenizer", type=Path, help="tokenizer.model, tokenizer.json or .tiktoken")
+    parser.add_argument("--old", type=Path, help="sources of an older build")
+    parser.add_argument("--paths", nargs="+", type=Path, help="documents, or folders of them")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--megabytes", type=float, default=40)
     args = parser.parse_args()
-    paths = args.paths or [Path(sysconfig.get_paths()["stdlib"])]
-    texts = read(paths, args.megabytes)
-    size = sum(len(text.encode()) for text in texts)
-    raw = Path(args.tokenizer).read_bytes()
-    own = sentencepiece.SentencePieceProcessor(model_proto=raw)
-    ours = load_tokenizer(args.tokenizer)
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory() as folder:
-        export_tokenizer(ours, folder)
-        hub = tokenizers.Tokenizer.from_file(f"{folder}/tokenizer.json")
-        with (
-            context.Pool(args.cores, start_hf, (f"{folder}/tokenizer.json",)) as hf_pool,
-            context.Pool(args.cores, start_ours, (args.tokenizer,)) as our_pool,
-        ):
-            hf_pool.map(encode_hf, [""] * 8)
-            our_pool.map(encode_ours, [[""]] * 8)
-            contenders: dict[str, Callable[[], Sequence[object]]] = {
-                f"llamax, {args.cores} processes": lambda: [
-                    ids for part in our_pool.imap(encode_ours, batches(texts)) for ids in part
-                ],
-                f"sentencepiece encode(list, num_threads={args.cores})": lambda: own.encode(
-                    texts, num_threads=args.cores
-                ),
-                f"pool of {args.cores}, HF tokenizer, document by document": lambda: list(
-                    hf_pool.imap(encode_hf, texts, 25)
-                ),
-                f"HF encode_batch_fast, {args.cores} threads": lambda: hub.encode_batch_fast(
-                    texts, add_special_tokens=False
-                ),
-                "llamax, 1 thread": lambda: ours.encode_documents(texts),
-                "sentencepiece, 1 thread": lambda: own.encode(texts, num_threads=1),
-            }
-            times: dict[str, list[float]] = {name: [] for name in contenders}
-            for _ in range(args.rounds):
-                for name, contender in contenders.items():
-                    start = time.perf_counter()
-                    found = contender()
-                    times[name].append(time.perf_counter() - start)
-                    assert len(found) == len(texts)
-        truth = own.encode(texts)
-        equal = sum(
-            mine.tolist() == their
-            for mine, their in zip(ours.encode_documents(texts), truth, strict=True)
-        )
-        tokens = sum(map(len, truth))
-        started = time.perf_counter()
-        for i, text in enumerate(texts):
-            Path(folder, "text").mkdir(exist_ok=True)
-            Path(folder, "text", f"{i:06}.txt").write_text(text, encoding="utf-8")
-        started = time.perf_counter()
-        command = [f"{folder}/text", "--tokenizer", args.tokenizer, "--out", f"{folder}/out"]
-        prepare([*command, "--workers", str(args.cores)])
-        whole = time.perf_counter() - started
-    best = statistics.median(next(iter(times.values())))
-    names = ("sentencepiece", "tokenizers", "tiktoken", "numpy")
-    print(f"\n{len(texts)} documents, {size / 1e6:.1f} MB, {tokens:,} tokens; equal ids: {equal}")
+    texts = documents(args.paths or [Path(sysconfig.get_paths()["stdlib"])], args.megabytes)
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    kind = {".json": "tokenizers", ".tiktoken": ""}.get(args.tokenizer.suffix, "sentencepiece")
+    here = Path(__file__).resolve().parents[1]
+    path = str(args.tokenizer.resolve())
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        rows, out = folder / "rows.jsonl", folder / "out"
+        rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        words = ["-m", "llamax", "prepare", str(rows), "--tokenizer", path, "--workers", "2"]
+        whole = [sys.executable, *words, "--validation", "0", "--out", str(out)]
+        contenders = {"llamax prepare": (whole, here)}
+        if args.old:
+            contenders["llamax prepare, the older build"] = (whole, args.old)
+        for name, program in PEERS.items():
+            if name in (kind, "gigatoken") and find_spec(name):
+                command = [sys.executable, "-c", program, str(rows), path]
+                contenders[f"{name} alone"] = (command, folder)
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(args.rounds):
+            for name, (command, place) in contenders.items():
+                shutil.rmtree(out, ignore_errors=True)
+                times[name].append(processor_seconds(command, place))
+        shutil.rmtree(out, ignore_errors=True)
+        processor_seconds(whole, here)
+        equal = same_ids(out, texts, args.tokenizer)
+    names = ("gigatoken", "sentencepiece", "tokenizers", "tiktoken", "numpy")
+    print(f"{len(texts)} documents, {size:.1f} MB of text; the ids of the reference in {equal}")
     print(f"Python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in names))
-    print("\n| contender | MB/s | tokens/s | llamax is |\n|---|---|---|---|")
+    print("\n| contender | CPU s | MB per CPU s | llamax is |\n|---|---|---|---|")
+    ours = statistics.median(times["llamax prepare"])
     for name, taken in times.items():
         median = statistics.median(taken)
-        ratio = f"{median / best:.2f} times" if name != next(iter(times)) else ""
-        print(f"| {name} | {size / 1e6 / median:.1f} | {tokens / median:,.0f} | {ratio} |")
-    print(f"| llamax prepare, files to dataset, start-up and all | {size / 1e6 / whole:.1f} "
-          f"| {tokens / whole:,.0f} | |")  # fmt: skip
+        print(f"| {name} | {median:.2f} | {size / median:.1f} | {median / ours:.2f} times |")
+
+
+def same_ids(out: Path, texts: list[str], tokenizer: Path) -> int:
+    """The number of documents of a dataset that have the ids of the reference engine."""
+    data, judge = open_dataset(out).train, load_tokenizer(tokenizer)
+    ends = data.documents[1:].astype(np.int64)
+    parts = np.split(np.asarray(data.tokens), ends[:-1])
+    ends_with = [] if data.header.eos_id is None else [data.header.eos_id]
+    begins_with = [] if data.header.bos_id is None else [data.header.bos_id]
+    return sum(
+        part.tolist() == [*begins_with, *judge.encode(text), *ends_with]
+        for part, text in zip(parts, filter(None, texts), strict=True)
+    )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from llamax.data.tokenizer.unicode_ages import RECENT
 Ids = npt.NDArray[np.uint32]
 Encode = Callable[[str], Sequence[int]]
 
-CACHE_BYTES = 96 * 2**20
+CACHE_BYTES = 64 * 2**20
 CHECKED = 2**20  # characters between two looks at the memory
 WORDS = 2000  # of the vocabulary in the sample
 RELOADED = 2**22  # characters that are encoded at least before it is loaded anew

@@ -13,7 +13,7 @@ import numpy as np
 
 from llamax.data.tokenizer.cuts import Ids, compiled, cuts_of_engine, steps_of
 from llamax.data.tokenizer.fast_engine import FastEngine, judged
-from llamax.data.tokenizer.fast_settings import of_engine
+from llamax.data.tokenizer.fast_settings import Unsupported, of_engine
 from llamax.data.tokenizer.fingerprint import fingerprint, state_of
 from llamax.data.tokenizer.special_tokens import (
     FILES,
@@ -160,12 +160,17 @@ class HuggingFace:
         settings = json.loads(self.engine.to_str())
         self._places = places_of(settings)
         words = list(settings["model"].get("vocab") or ())
+        try:
+            sources = {"whole": _fast_settings(settings)}
+            del settings  # some hundred bytes for each merge
+            for place, text in self._places.settings.items():
+                sources[place] = _fast_settings(json.loads(text))
+        except Unsupported as error:
+            return str(error)
         engines: dict[str, FastEngine] = {}
-        for place in ("whole", *self._places.settings):
-            if place != "whole":
-                settings = json.loads(self._places.settings[place])
+        for place, (text, by_class) in sources.items():
             engine, fault = judged(
-                partial(_fast_engine, settings),
+                partial(FastEngine, text, by_class),
                 partial(self._reference, place),
                 [*self.special],
                 words,
@@ -213,7 +218,10 @@ def places_of(settings: dict[str, Any]) -> Places:
     return Places(compiled(cuts), changed)
 
 
-def _fast_engine(settings: dict[str, Any]) -> FastEngine:
+def _fast_settings(settings: dict[str, Any]) -> tuple[str, bool]:
+    """The text of a tokenizer.json for the fast engine, and whether it splits text by classes.
+
+    Raises Unsupported.
+    """
     found = of_engine(settings)
-    by_class = not found["model"].get("byte_fallback")
-    return FastEngine(json.dumps(found, ensure_ascii=False), by_class)
+    return json.dumps(found, ensure_ascii=False), not found["model"].get("byte_fallback")
