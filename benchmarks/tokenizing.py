@@ -2,8 +2,8 @@
 
     python benchmarks/tokenizing.py TOKENIZER [--old FOLDER] [--paths FOLDER_OR_FILE ...]
 
-TOKENIZER is a tokenizer.model, tokenizer.json or tiktoken file.  Every contender is a program of its
-own that takes the same documents (by default the standard library's sources) from a JSONL file to
+TOKENIZER is a tokenizer.model, tokenizer.json or tiktoken file.  Every contender is a program
+of its own that takes the same documents (by default the standard library's sources) from a JSONL file to
 their ids; ``prepare`` writes the whole dataset, with two processes.  FOLDER holds the sources of an
 older build.  Rounds are interleaved, A B A B; medians of processor seconds are reported, of all
 processes together, because the machine may be busy.  Peers that are not installed are left out.
@@ -44,7 +44,8 @@ PEERS = {
     "if sys.argv[2].endswith('.tiktoken'):\n"
     "    engine = make.from_tiktoken(sys.argv[2], 'olmo3')\n"
     "else:\n"
-    "    engine = (make if sys.argv[2].endswith('.json') else make.from_sentencepiece)(sys.argv[2])\n"
+    "    make = make if sys.argv[2].endswith('.json') else make.from_sentencepiece\n"
+    "    engine = make(sys.argv[2])\n"
     "engine.encode_batch_list(texts)",
 }
 
