@@ -2,10 +2,10 @@
 
     python benchmarks/tokenizing.py TOKENIZER [--old FOLDER] [--paths FOLDER_OR_FILE ...]
 
-TOKENIZER is a tokenizer.model, tokenizer.json or tiktoken file.  Every contender is a program
-of its own that takes the same documents (by default the standard library's sources) from a JSONL file to
-their ids; ``prepare`` writes the whole dataset, with two processes.  FOLDER holds the sources of an
-older build.  Rounds are interleaved, A B A B; medians of processor seconds are reported, of all
+TOKENIZER is a tokenizer.model, tokenizer.json or tiktoken file.  Every contender is a program of
+its own that takes the same documents (by default the standard library's sources) from a JSONL file
+to their ids; ``prepare`` writes the whole dataset, with two processes.  FOLDER holds the sources of
+an older build.  Rounds are interleaved, A B A B; medians of processor seconds are reported, of all
 processes together, because the machine may be busy.  Peers that are not installed are left out.
 """
 
