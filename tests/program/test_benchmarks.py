@@ -55,6 +55,9 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
         (["--plan", "--smallest"], "tensors from"),
     ],
     "scale.py": [(["--smallest", *ONE_ROUND], "| watch, many ranks |")],
+    "serve.py": [
+        (["--smallest", "--rounds", "1", "--new-tokens", "4"], "equal answers: 16 of 16"),
+    ],
     "tokenizing.py": [
         (
             ["TOKENIZER", "--paths", "TEXT", *ONE_ROUND, "--cores", "1", "--megabytes", "0.1"],
