@@ -15,8 +15,6 @@ from llamax.runtime.errors import DataError
 from llamax.runtime.files import write_atomic
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
-from llamax.tools.monitor.html_report import page, with_distinct_names
-from llamax.tools.monitor.run_folder import read_run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -28,6 +26,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
     options = parser.parse_args(list(argv))
+
+    from llamax.tools.monitor.html_report import page, with_distinct_names
+    from llamax.tools.monitor.run_folder import read_run
+
     runs = with_distinct_names([read_run(folder) for folder in options.runs])
     try:
         write_atomic(options.out, page(runs).encode())

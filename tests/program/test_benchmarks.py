@@ -60,8 +60,8 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
     ],
     "tokenizing.py": [
         (
-            ["TOKENIZER", "--paths", "TEXT", *ONE_ROUND, "--cores", "1", "--megabytes", "0.1"],
-            "| llamax prepare, files to dataset",
+            ["TOKENIZER", "--paths", "TEXT", *ONE_ROUND, "--megabytes", "0.1"],
+            "2 have the ids of the reference",
         )
     ],
     "training.py": [

@@ -93,16 +93,23 @@ def test_the_contract_with_nki_jit(neuron_core: Jit, apart: bool) -> None:
     assert neuron_core.calls == [(name, "torchxla") for name in names]
 
 
+@pytest.fixture
+def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged, each message once, whichever handlers other tests have left."""
+    logged: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("llamax")
+    monkeypatch.setattr(handler, "emit", lambda record: logged.append(record.getMessage()))
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    return logged
+
+
 @pytest.mark.usefixtures("neuron_core")
-def test_the_kernel_is_chosen_by_shape_and_named_once(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
-    caplog.set_level(logging.INFO, "llamax")
+def test_the_kernel_is_chosen_by_shape_and_named_once(messages: list[str]) -> None:
     for x in (on_xla(4096), on_xla(384, 64)):
         for documents in (None, x):
             assert ops.kernel("attention", x, x, x, documents) is nki_op.attention
-    assert caplog.messages == [
+    assert messages == [
         "attention runs by llamax's NKI kernels, which were tested in a simulator only"
     ]
     for q, why in (
@@ -112,23 +119,22 @@ def test_the_kernel_is_chosen_by_shape_and_named_once(
     ):
         for _ in range(2):
             assert ops.kernel("attention", q, q, q, None) is ops.traced_attention
-        assert why in caplog.messages[-1]
-    assert len(caplog.messages) == 4
+        assert why in messages[-1]
+    assert len(messages) == 4
     few = on_xla(128)
     assert ops.kernel("attention", few, on_xla(256), on_xla(256), None) is ops.traced_attention
-    assert "fewer queries than keys" in caplog.messages[-1]
+    assert "fewer queries than keys" in messages[-1]
 
 
 @pytest.mark.usefixtures("neuron_core")
 def test_an_nki_that_is_too_new_for_trn1_is_named_and_not_used(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    messages: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
     monkeypatch.setattr(nki_op, "version", lambda _: "0.3.0")
     x = on_xla(4096)
     for _ in range(2):
         assert ops.kernel("attention", x, x, x, None) is ops.traced_attention
-    assert caplog.messages == [
+    assert messages == [
         "attention runs without llamax's NKI kernels, because nki 0.3.0 does not compile for trn1; "
         "install nki 0.2 of Neuron SDK 2.28"
     ]

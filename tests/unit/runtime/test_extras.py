@@ -14,7 +14,12 @@ ROOT = Path(__file__).resolve().parents[3]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name != "test"}
 SOURCES = [*(ROOT / "llamax").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
-DISTRIBUTIONS = {"yaml": "pyyaml", "lm_eval": "lm-eval"}  # of modules with other names
+DISTRIBUTIONS = {  # of modules with other names, or that are part of another package
+    "yaml": "pyyaml",
+    "lm_eval": "lm-eval",
+    "prometheus_client": "prometheus-client",
+    "pydantic_core": "pydantic",
+}
 MACHINES = {"torch_xla", "torch_neuronx", "neuronx_distributed"}  # from the machine's own index
 
 
