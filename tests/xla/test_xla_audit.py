@@ -260,7 +260,7 @@ def test_the_command(data: Path, tmp_path: Path) -> None:
     )
     assert code == 0
     assert out.endswith("each program compiles once for the whole cluster\n")
-    assert "data.sequence_length=32 is not a multiple of 2048" in out
+    assert "the sequence length 32 is not a multiple of 128" in out
     code, out, _ = llamax(
         "audit", "--config", str(path), "--instance", "trn1.2xlarge", "--ranks=deep", "--json"
     )
