@@ -13,6 +13,7 @@ Memory: 2 x layers x slots x length x key/value heads of this rank x head dim el
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -20,19 +21,29 @@ from torch import Tensor
 from llamax import ops
 from llamax.inference.kv_cache import DecodeStep
 from llamax.model.llama import Attend, Llama
+from llamax.runtime.errors import ConfigError
+from llamax.runtime.units import show_bytes
 
 
 class KVPool:
-    """Keys and values of ``slots`` sequences of up to ``length`` positions, for one model."""
+    """Keys and values of ``slots`` sequences of up to ``length`` positions, for one model.
+
+    Raises ConfigError if there is no memory for them.
+    """
 
     def __init__(self, model: Llama, slots: int, length: int) -> None:
         config = model.config
         heads = max(1, config.num_key_value_heads // model.tp.size)
         like = model.output_weight
         self.length = length
-        self._layers = like.new_zeros(
-            config.num_hidden_layers, 2, slots, heads, length, config.head_dim
-        )
+        shape = (config.num_hidden_layers, 2, slots, heads, length, config.head_dim)
+        try:
+            self._layers = like.new_zeros(shape)
+        except RuntimeError:  # of which torch's out-of-memory errors are a kind
+            size = show_bytes(math.prod(shape) * like.element_size())
+            raise ConfigError(
+                f"there is no memory for a cache of {size}; use fewer `slots` or a smaller `length`"
+            ) from None
 
     @property
     def num_bytes(self) -> int:
