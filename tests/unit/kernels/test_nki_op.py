@@ -95,7 +95,7 @@ def test_the_contract_with_nki_jit(neuron_core: Jit, apart: bool) -> None:
 
 @pytest.fixture
 def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged, each message once, whichever handlers other tests have left."""
+    """What is logged; caplog has it twice if an earlier test made the logger stop propagating."""
     logged: list[str] = []
     handler, logger = logging.Handler(), logging.getLogger("llamax")
     monkeypatch.setattr(handler, "emit", lambda record: logged.append(record.getMessage()))
