@@ -94,14 +94,16 @@ def test_the_contract_with_nki_jit(neuron_core: Jit, apart: bool) -> None:
 
 
 @pytest.fixture
-def messages(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What is logged; caplog has it twice if an earlier test made the logger stop propagating."""
     logged: list[str] = []
     handler, logger = logging.Handler(), logging.getLogger("llamax")
     monkeypatch.setattr(handler, "emit", lambda record: logged.append(record.getMessage()))
     monkeypatch.setattr(logger, "handlers", [handler])
-    monkeypatch.setattr(logger, "level", logging.INFO)
-    return logged
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield logged
+    logger.setLevel(level)
 
 
 @pytest.mark.usefixtures("neuron_core")
