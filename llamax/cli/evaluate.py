@@ -14,8 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llamax.cli.options import THREADS, Parser, column, command
-from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
+from llamax.cli.options import Parser, add_computing, column, command
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.row_samples import FIELDS
 from llamax.parallel.rendezvous import rendezvous
@@ -79,15 +78,7 @@ def parser() -> Parser:
     p.add_argument("--json", action="store_true", help="print the numbers as JSON")
     p.add_argument("--tokenizer", default="", metavar="PATH", help="default: the model's own")
     p.add_argument("--base", default="", metavar="PATH", help="base of adapters")
-    p.add_argument("--dtype", choices=MODEL_DTYPES, default="", help="default: that of the files")
-    p.add_argument("--backend", choices=EAGER_BACKENDS, default="cpu", help="(%(default)s)")
-    p.add_argument(
-        "--threads",
-        type=int,
-        default=0,
-        metavar="N",
-        help=THREADS,
-    )
+    add_computing(p)
     p.add_argument(
         "--batch", type=int, default=8, metavar="N", help="samples at once (%(default)s)"
     )

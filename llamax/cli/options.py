@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any, NoReturn
 
+from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
 from llamax.runtime.errors import LlamaxError
 from llamax.runtime.units import read_bytes
 
@@ -77,6 +78,17 @@ def command(main: Main) -> Main:
             raise
 
     return named
+
+
+def add_computing(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a program that computes with a model in files."""
+    parser.add_argument(
+        "--dtype", choices=MODEL_DTYPES, default="", help="default: that of the files"
+    )
+    parser.add_argument(
+        "--backend", choices=EAGER_BACKENDS, default="cpu", help="default %(default)s"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help=THREADS)
 
 
 def with_options(message: str) -> str:

@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamax.cli.options import THREADS, command, size
-from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
+from llamax.cli.options import add_computing, command, size
 from llamax.data.chat.templates import BUILT_IN
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import run_main
@@ -70,9 +69,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--tokenizer", default="", metavar="PATH", help="default: the model's own")
     p.add_argument("--base", default="", metavar="PATH", help="base of adapters")
-    p.add_argument("--dtype", choices=MODEL_DTYPES, default="", help="default: that of the files")
-    p.add_argument("--backend", choices=EAGER_BACKENDS, default="cpu", help="(%(default)s)")
-    p.add_argument("--threads", type=int, default=0, metavar="N", help=THREADS)
+    add_computing(p)
     return p
 
 

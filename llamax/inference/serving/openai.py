@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.inference.serving.bodies import BodyError, ChatBody, CompletionBody, Settings
 from llamax.inference.serving.formatter import PromptIds
 from llamax.inference.serving.scheduler import Drawn, Step
@@ -102,14 +102,14 @@ def wish_of(body: Settings, length: int | None, top: int | None) -> Wish:
     )
 
 
-class Writer:
+class Writer(ABC):
     """Writes answers as objects of OpenAI's interface."""
 
     object, chunk = "text_completion", "text_completion"
     prefix = "cmpl"
 
     def __init__(self, served: Served, model: str, logprobs: bool) -> None:
-        self.tokenizer: Tokenizer = served.loaded.tokenizer
+        self.token_text = served.token_text
         self.head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -117,22 +117,17 @@ class Writer:
         }
         self.logprobs = logprobs
 
+    @abstractmethod
     def whole(self, index: int, steps: Sequence[Step]) -> dict[str, Any]:
         """A choice that is complete."""
-        raise NotImplementedError
 
+    @abstractmethod
     def piece(self, index: int, step: Step) -> dict[str, Any]:
         """A choice of a chunk."""
-        raise NotImplementedError
 
     def first(self, index: int) -> dict[str, Any] | None:
         """The choice of a chunk before the first token, if there is one."""
         return None
-
-    def token(self, token: int) -> str:
-        """The text of a token: a special token's name, or what it decodes to."""
-        names = {number: name for name, number in self.tokenizer.special.items()}
-        return names.get(token) or self.tokenizer.decode([token])
 
 
 class ChatWriter(Writer):
@@ -174,7 +169,7 @@ class ChatWriter(Writer):
         return {"content": content, "refusal": None}
 
     def _entry(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self.token(token)
+        text = self.token_text(token)
         return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
@@ -195,12 +190,12 @@ class TextWriter(Writer):
     def _logprobs(self, drawn: Sequence[Drawn]) -> dict[str, Any] | None:
         if not self.logprobs:
             return None
-        tokens = [self.token(each.token) for each in drawn]
+        tokens = [self.token_text(each.token) for each in drawn]
         return {
             "tokens": tokens,
             "token_logprobs": [each.logprob for each in drawn],
             "top_logprobs": [
-                {self.token(token): logprob for token, logprob in each.top} for each in drawn
+                {self.token_text(token): logprob for token, logprob in each.top} for each in drawn
             ],
             "text_offset": [sum(map(len, tokens[:i])) for i in range(len(tokens))],
         }

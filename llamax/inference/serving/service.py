@@ -33,6 +33,11 @@ class Served:
         self.loaded, self.adapter = loaded, adapter
         self.formatter = Formatter(loaded, template)
         self.sampling = sampling_of(loaded.generation)
+        self.special = {number: name for name, number in loaded.tokenizer.special.items()}
+
+    def token_text(self, token: int) -> str:
+        """The text of a token: a special token's name, or what it decodes to."""
+        return self.special.get(token) or self.loaded.tokenizer.decode([token])
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from llamax.inference.serving.bodies import GenerateBody, Parameters
 from llamax.inference.serving.formatter import PromptIds
-from llamax.inference.serving.openai import Events, Reply, Stream, Writer, gather
+from llamax.inference.serving.openai import Events, Reply, Stream, gather
 from llamax.inference.serving.scheduler import Step
 from llamax.inference.serving.service import Answer, Served, Service, Wish
 from llamax.runtime.versions import LLAMAX
@@ -52,7 +52,7 @@ async def generate(service: Service, body: GenerateBody, stream: bool, listed: b
     (steps,) = await gather([answer])
     reply: dict[str, Any] = {"generated_text": before + "".join(step.text for step in steps)}
     if settings.details:
-        tokens = [_token(Writer(served, "", False), step) for step in steps]
+        tokens = [_token(served, step) for step in steps]
         reply["details"] = _details(steps[-1], len(steps), settings.seed) | {
             "prefill": [],
             "tokens": tokens,
@@ -63,13 +63,12 @@ async def generate(service: Service, body: GenerateBody, stream: bool, listed: b
 async def _events(
     served: Served, prompt: PromptIds, answer: Answer, settings: Parameters, before: str
 ) -> Events:
-    writer, text = Writer(served, "", False), before
-    made = 0
+    made, text = 0, before
     async for step in answer.steps():
         made, text = made + 1, text + step.text
         event: dict[str, Any] = {
             "index": made,
-            "token": _token(writer, step),
+            "token": _token(served, step),
             "generated_text": text if step.ended else None,
             "details": None,
         }
@@ -96,13 +95,13 @@ def _wish(settings: Parameters, stream: bool) -> Wish:
     )
 
 
-def _token(writer: Writer, step: Step) -> dict[str, Any]:
+def _token(served: Served, step: Step) -> dict[str, Any]:
     token = step.drawn.token
     return {
         "id": token,
-        "text": step.text if step.ended != "eos" else writer.token(token),
+        "text": step.text if step.ended != "eos" else served.token_text(token),
         "logprob": step.drawn.logprob,
-        "special": token in writer.tokenizer.special.values(),
+        "special": token in served.special,
     }
 
 
