@@ -67,6 +67,7 @@ from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
 from llamax.training.resolve import resolve
 from llamax.training.room import check_room
+from llamax.training.save_timer import SaveTimer
 from llamax.training.setup import (
     LLAMAX,
     Job,
@@ -227,6 +228,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
     and ``recorder`` keep each step until then.
     """
     config, run, number, stop = job.config, job.config.run, job.step, False
+    saved, timer = job.step, SaveTimer(job.config.checkpoint.every_minutes if job.main else 0.0)
     training, validation = loaders(job)
 
     def samples(number: int) -> list[int]:
@@ -250,7 +252,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             started = time.perf_counter()
             with guard.watch("training", number):
                 batches = guard.note_shapes(training.step())
-                step = job.state.step(batches, number, stop=bool(signals.requested()))
+                step = job.state.step(batches, number, bool(signals.requested()), timer.due())
             stop = check.add(step)
             recorder.took(time.perf_counter() - started)
             signals.stepped()
@@ -268,9 +270,12 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
                 recorder.add(step, tokens, job.state.learning_rate(number))
 
             due = _due(number, config.checkpoint.every) or (epoch and config.checkpoint.each_epoch)
+            due = due or check.save_requested > saved
             if due or last or stop or job.early_stopping.over:
                 recorder.flush()
                 save(job, step, training.consumed)
+                saved = number
+                timer.restart()
         profiler.stop()
         check.check()
         job.saver.wait()

@@ -128,6 +128,8 @@ class CheckpointConfig:
 
     every: Natural = 0
     """Save interval; 0: only at the end [steps]."""
+    every_minutes: NonNegative = 0.0
+    """Longest time between two saves, by the clock of rank 0; 0: no limit [minutes]."""
     each_epoch: bool = False
     """Also save when an epoch ends."""
     keep: Natural = 2

@@ -89,17 +89,18 @@ class ResolvedRun:
     def most_checkpoints(self) -> int:
         """The largest number of checkpoints that exist at one time: when the last is complete.
 
-        Where it depends on the length of an epoch and the data set was not read, a long run is
-        assumed.
+        Where it depends on the length of an epoch and the data set was not read, or on the clock,
+        a long run is assumed.
         """
         saved = self.config.checkpoint
         if self.assumption:  # epochs of an unknown number of steps
             saves = [*range(1, self.epochs * saved.each_epoch), self.epochs]
-            open_ended = saved.every > 0
+            open_ended = saved.every > 0 or saved.every_minutes > 0
         else:
             ends = self.epoch_ends if saved.each_epoch else ()
             every = range(saved.every, self.steps, saved.every) if saved.every else ()
-            saves, open_ended = sorted({*every, *(ends or ()), self.steps}), ends is None
+            saves = sorted({*every, *(ends or ()), self.steps})
+            open_ended = ends is None or saved.every_minutes > 0
         newest = saved.keep + 1 if saved.keep else len(saves)
         older = saves[:-newest]
         best = saved.keep_best and bool(older or open_ended)

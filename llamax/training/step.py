@@ -67,19 +67,22 @@ class EagerDevice:
 
 
 EAGER_DEVICE = EagerDevice()
+SAVE_REQUEST = 0.5  # of rank 0 alone; a request to stop is 1, so the sum tells both apart
 
 
 @dataclass(frozen=True)
 class StepResult:
     """The numbers of one optimizer step on the host, the same on every rank.
 
-    ``loss`` and ``validation_loss`` are means in nats; ``stop``: whether some rank wants to stop.
+    ``loss`` and ``validation_loss`` are means in nats; ``stop``: whether some rank wants to stop;
+    ``save``: whether rank 0 wants a checkpoint, unknown where some rank wants to stop.
     """
 
     number: int
     loss: float
     grad_norm: float
     stop: bool
+    save: bool = False
     validation_loss: float | None = None
 
     @property
@@ -91,7 +94,8 @@ class StepResult:
 class Step:
     """One optimizer step; its numbers are on the device, 0-d, and the same on every rank.
 
-    Mean loss in nats, norm of the gradient, counted tokens, number of ranks that want to stop.
+    Mean loss in nats, norm of the gradient, counted tokens, sum of the ranks' requests: 1 to stop,
+    ``SAVE_REQUEST`` to save.
     Where loss or norm is not finite, the norm is not, and no rank has made an update.
     """
 
@@ -101,11 +105,11 @@ class Step:
         loss: Tensor,
         grad_norm: Tensor,
         tokens: Tensor,
-        stop: Tensor,
+        requests: Tensor,
         device: Device = EAGER_DEVICE,
     ) -> None:
         self.number, self.loss, self.grad_norm = number, loss, grad_norm
-        self.tokens, self.stop, self.device = tokens, stop, device
+        self.tokens, self.requests, self.device = tokens, requests, device
         self.validation_loss: Tensor | None = None
 
     @cached_property
@@ -115,12 +119,17 @@ class Step:
         Waits for the device: read it while the next step runs.  A ``validation_loss`` is set
         before.
         """
-        values = [self.loss, self.grad_norm, self.stop]
+        values = [self.loss, self.grad_norm, self.requests]
         if self.validation_loss is not None:
             values.append(self.validation_loss)
-        loss, grad_norm, stop, *validation = self.device.fetch(values)
+        loss, grad_norm, requests, *validation = self.device.fetch(values)
         return StepResult(
-            self.number, loss, grad_norm, stop > 0, validation[0] if validation else None
+            self.number,
+            loss,
+            grad_norm,
+            stop=requests >= 1.0,
+            save=0.0 < requests < 1.0,
+            validation_loss=validation[0] if validation else None,
         )
 
 
@@ -191,12 +200,15 @@ class TrainState:
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, moved(buffer, device))
 
-    def step(self, batches: Iterable[Batch], number: int, stop: bool = False) -> Step:
+    def step(
+        self, batches: Iterable[Batch], number: int, stop: bool = False, save: bool = False
+    ) -> Step:
         """Accumulate this data rank's microbatches, then update once; ``number`` counts from 1.
 
         With context parallelism they are this rank's share of them (``llamax.data.loader``).
 
-        ``stop`` is this rank's wish to stop; the number of ranks that have it comes back.
+        ``stop`` is this rank's request to stop, ``save`` that of rank 0 for a checkpoint; all
+        ranks see both in the result.
 
         The loss is the mean over all counted tokens of the global batch, the same on every rank:
         microsteps sum ``loss / step_tokens``, and the optimizer scales gradients by step over
@@ -219,15 +231,16 @@ class TrainState:
         self._run(schedule, micros, compute)
         # Tensor ranks hold the same loss: the first one's counts. NaN on any rank makes a sum NaN.
         sums = _of_first(self.axes.tp, sums)
-        inputs = torch.tensor([self.learning_rate(number), float(number), float(stop)])
-        lr, step, wish = inputs.to(device).split(1)
-        total, count, stops = self.axes.world.all_reduce(torch.cat((sums, wish)))
+        request = 1.0 if stop else SAVE_REQUEST if save else 0.0
+        inputs = torch.tensor([self.learning_rate(number), float(number), request])
+        lr, step, asked = inputs.to(device).split(1)
+        total, count, requests = self.axes.world.all_reduce(torch.cat((sums, asked)))
         grad_norm = self.optimizer.step(
             lr.squeeze(0),
             step.squeeze(0),
             self.step_tokens / count + (total - total),  # NaN, which cancels the update, or 0
         )
-        done = Step(number, total / count, grad_norm, count, stops, self.backend)
+        done = Step(number, total / count, grad_norm, count, requests, self.backend)
         self.backend.step_boundary()
         return done
 

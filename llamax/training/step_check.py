@@ -1,11 +1,11 @@
-"""The check of every step, with the same result on all ranks: go on, skip, or stop.
+"""The check of every step, with the same result on all ranks: go on, skip, save, or stop.
 
-A step sums over the world, in one all-reduce, its loss and the ranks' wishes to stop; its gradient
-norm is a sum over the world as well.  So each rank holds the same three numbers, and what follows
+A step sums over the world, in one all-reduce, its loss and the ranks' requests; its gradient norm
+is a sum over the world as well.  So each rank holds the same three numbers, and what follows
 from them needs no further exchange.  They are fetched, once, while the next step runs::
 
     step       n                n + 1            n + 2
-    rank 1     SIGTERM comes    wish enters      stop is read: save n + 2, end
+    rank 1     SIGTERM comes    request enters   stop is read: save n + 2, end
     rank 0                      0 enters         stop is read: save n + 2, end
 """
 
@@ -34,6 +34,7 @@ class StepCheck:
     ) -> None:
         self.most_skipped, self.samples, self.logs = most_skipped, samples, logs
         self.skipped = 0
+        self.save_requested = 0  # the last step in which rank 0 asked for a checkpoint
         self.pending: Step | None = None
 
     def add(self, step: Step) -> bool:
@@ -50,6 +51,8 @@ class StepCheck:
         if self.pending is None:
             return False
         result, self.pending = self.pending.result, None
+        if result.save:
+            self.save_requested = result.number
         if result.finite:
             self.skipped = 0
             return result.stop

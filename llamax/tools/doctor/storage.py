@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llamax.config.constants import DTYPE_BYTES, MASTER_BYTES, MOMENTS_BYTES
-from llamax.config.schema import Config
+from llamax.config.schema import CheckpointConfig, Config
 from llamax.runtime.errors import BackendError, LinkError
 from llamax.runtime.files import free_bytes, make_folder, new_file, read_file, sync_handle
 from llamax.runtime.json_reader import parse_object
@@ -166,7 +166,6 @@ def disk(folder: Path, run: ResolvedRun, step_s: float | None) -> Iterator[Findi
     """Free space for the checkpoints that the run keeps, and the rate of writing them."""
     size, kept = checkpoint_bytes(run.config), run.most_checkpoints
     need = f"{count(kept, 'checkpoint')} of {show_bytes(size)}"
-    every = run.config.checkpoint.every
     if not folder.is_dir():
         yield unknown(
             "disk",
@@ -193,10 +192,11 @@ def disk(folder: Path, run: ResolvedRun, step_s: float | None) -> Iterator[Findi
         )
     else:
         yield passed("disk", f"{need}, {show_bytes(free)} free in {folder}")
-    if step_s is None or kept == 1 or not every:
+    setting, interval_s = save_interval(run.config.checkpoint, step_s)
+    if kept == 1 or not interval_s:
         return
     try:
-        rate, needed = _write_rate(folder), size / (every * step_s)
+        rate, needed = _write_rate(folder), size / interval_s
     except OSError as error:
         yield unknown(
             "write rate",
@@ -211,10 +211,21 @@ def disk(folder: Path, run: ResolvedRun, step_s: float | None) -> Iterator[Findi
             "write rate",
             rates,
             "training waits until the previous checkpoint is written",
-            f"raise checkpoint.every above {every}, or the file system's throughput",
+            f"raise {setting}, or the file system's throughput",
         )
     else:
-        yield passed("write rate", f"{rates}; a checkpoint every {show_time(every * step_s)}")
+        yield passed("write rate", f"{rates}; a checkpoint every {show_time(interval_s)}")
+
+
+def save_interval(checkpoint: CheckpointConfig, step_s: float | None) -> tuple[str, float]:
+    """The setting that saves most often, with its value, and its interval in seconds; 0: none."""
+    every, minutes = checkpoint.every, checkpoint.every_minutes
+    intervals = {
+        f"checkpoint.every above {every}": every * (step_s or 0.0),
+        f"checkpoint.every_minutes above {minutes:g}": 60.0 * minutes,
+    }
+    known = {setting: interval_s for setting, interval_s in intervals.items() if interval_s}
+    return min(known.items(), key=lambda item: item[1], default=("", 0.0))
 
 
 def _write_rate(folder: Path) -> float:

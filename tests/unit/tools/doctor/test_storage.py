@@ -71,6 +71,19 @@ def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_rate_of_saving_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = ["--run.steps=160", "--checkpoint.every=0", "--checkpoint.every_minutes=2"]
+    by_time = resolve(load_config("demo", settings), 4)
+    monkeypatch.setattr(storage, "_write_rate", lambda folder: 1e3)
+    for step_s in (None, 10.0):  # which a clock does not depend on
+        (found,) = (f for f in storage.disk(tmp_path, by_time, step_s) if f.name == "write rate")
+        assert found.what.startswith("312 KiB/s needed")
+        assert found.fix.startswith("raise checkpoint.every_minutes above 2, or")
+    both = replace(by_time.config.checkpoint, every=5)
+    for step_s, setting in ((20.0, "every above 5"), (30.0, "every_minutes above 2")):
+        assert storage.save_interval(both, step_s)[0] == f"checkpoint.{setting}"
+
+
 @pytest.mark.parametrize(
     ("keys", "fullest"),
     [
@@ -84,6 +97,8 @@ def test_disk_and_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("every=10 keep_best=true", 4),
         ("every=10 keep_every=40", 6),
         ("every=10 keep_every=40 keep=13", 14),
+        ("every=0 every_minutes=30", 3),  # as many as keep, and the one being written
+        ("every=100 every_minutes=30 keep=4", 5),
         ("every=0 each_epoch=true", 3),
         ("every=0 each_epoch=true keep_best=true", 4),
     ],
