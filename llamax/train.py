@@ -57,12 +57,12 @@ from llamax.training.folder_checks import check_run_folder
 from llamax.training.heartbeat import Heartbeat, beating
 from llamax.training.inputs import open_inputs
 from llamax.training.library import (
-    STOPPED,
     TrainedRun,
     borrowed_process,
     config_of,
-    run_ranks,
+    run_programs,
 )
+from llamax.training.local_ranks import STOPPED
 from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
 from llamax.training.resolve import resolve
@@ -197,7 +197,7 @@ def start(
         raise ConfigError(f"`ranks={ranks}` is below 0; use 0 for none")
     chosen = config_of(config, changes, ranks or where.world_size)
     if ranks:
-        return TrainedRun.of(chosen, run_ranks(chosen, ranks, os.environ))
+        return TrainedRun.of(chosen, run_programs(chosen, ranks, os.environ))
     stopped = False
     with borrowed_process(where, os.environ):
         try:
@@ -286,6 +286,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
         raise stopped(
             f"stopped after step {number} by {signals.requested() or 'a signal to another rank'}: "
             f"{newest_checkpoint(job.folder / CHECKPOINTS_FOLDER)} is saved; start again to go on"
+            f"{signals.aftermath()}"
         )
     if job.main and job.early_stopping.over:
         logger.info(

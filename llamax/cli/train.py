@@ -10,26 +10,31 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from llamax.cli.options import Parser
+from llamax.cli.options import Parser, number
 from llamax.config.load import help_text, load_config
 from llamax.parallel.rendezvous import rendezvous, report_errors_once
 from llamax.runtime import signals
+from llamax.runtime.errors import ConfigError
 from llamax.runtime.logging import setup_logging
+from llamax.training.local_ranks import run_ranks
 
 
 def parser() -> Parser:
     """The command line."""
     p = Parser(
         prog="llamax train",
-        usage="%(prog)s --config NAME_OR_PATH [--precompile]\n"
+        usage="%(prog)s --config NAME_OR_PATH [--ranks N] [--precompile]\n"
         "                    [--section.key=value ...]",
         description="Train a Llama. Under torchrun, mpirun or srun every rank runs this program;\n"
-        "alone it is a world of one.",
+        "--ranks starts all ranks on this machine; otherwise it is a world of one.",
         epilog=help_text(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     p.add_argument("--config", required=True, help="a recipe's name or a TOML file")
+    p.add_argument(
+        "--ranks", type=number, default=0, metavar="N", help="number of ranks to start here"
+    )
     p.add_argument(
         "--precompile",
         action="store_true",
@@ -44,7 +49,14 @@ def main(argv: Sequence[str]) -> int:
     where = rendezvous(os.environ)
     setup_logging(f"rank {where.rank}", main=where.rank == 0)
     with report_errors_once(where):
-        config = load_config(options.config, overrides, where.world_size)
+        if options.ranks and where.launcher:
+            raise ConfigError(
+                f"--ranks {options.ranks} in a program that {where.launcher} started; leave it out"
+            )
+        config = load_config(options.config, overrides, options.ranks or where.world_size)
+    if options.ranks:
+        words = ["--config", options.config, *["--precompile"] * options.precompile, *overrides]
+        return run_ranks(words, options.ranks, os.environ)
 
     from llamax.tools.audit import precompile
     from llamax.train import train

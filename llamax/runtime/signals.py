@@ -24,7 +24,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from llamax.runtime.errors import Interrupted, Stopped
@@ -32,6 +32,7 @@ from llamax.runtime.logging import logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 MAY_BE_IGNORED = (signal.SIGINT, signal.SIGHUP)
+AGENT = "TORCHELASTIC_RESTART_COUNT"  # torchrun alone sets it
 COMPILE_GRACE_S = 15.0
 REPEAT_S = 0.3  # a SIGINT sooner after the first is its copy: some wrappers pass on what a rank got
 
@@ -84,6 +85,25 @@ def rest() -> None:
     """Ignore further signals, so that the program ends with the exit code that it chose."""
     for number in _handled:
         signal.signal(number, signal.SIG_IGN)
+
+
+def pass_on(send: Callable[[signal.Signals], None]) -> None:
+    """Give every signal to ``send`` from now on, in a program that runs the ranks as children."""
+
+    def handle(number: int, frame: object) -> None:
+        _note(number, frame)
+        send(signal.Signals(number))
+
+    signal.set_wakeup_fd(-1)
+    for number in _handled:
+        signal.signal(number, handle)
+
+
+def aftermath() -> str:
+    """What torchrun does after a signal, as the end of a line that says what a run has saved."""
+    if AGENT not in os.environ:
+        return ""
+    return ". torchrun now ends with code 1 and a traceback, as after any signal: ignore both"
 
 
 @contextmanager
@@ -170,7 +190,7 @@ def _announce() -> None:
 
 
 def _leave(when: str, at_once: bool = False) -> None:
-    line = f"llamax: stopped by {_first} {when}\n"
+    line = f"llamax: stopped by {_first} {when}{aftermath()}\n"
     if _reports:
         os.write(2, line.encode())
     os._exit(Interrupted.exit_code if at_once else reason().exit_code)

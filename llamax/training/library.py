@@ -3,16 +3,14 @@
 ::
 
     configuration ── tables_of ──> Config ──┬─ this process ─ borrowed_process ─> train
-                                            └─ ranks=N ────── run_ranks ───────> N programs
+                                            └─ ranks=N ────── run_programs ────> N programs
     metrics.jsonl ── TrainedRun.of ──> the result
 """
 
 from __future__ import annotations
 
 import copy
-import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,15 +30,14 @@ from llamax.config.constants import CHECKPOINTS_FOLDER, METRICS_FILE
 from llamax.config.load import dump_config, find_config, is_recipe, parse_config
 from llamax.config.schema import Config
 from llamax.config.toml import parse_toml, read_toml
-from llamax.parallel.rendezvous import FAMILIES, LOOPBACK, Rendezvous
+from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime import errors, signals
-from llamax.runtime.errors import ConfigError, Interrupted, LlamaxError, Stopped
+from llamax.runtime.errors import ConfigError, LlamaxError
 from llamax.runtime.logging import logger, setup_logging, show_line
+from llamax.training.local_ranks import ENDING_S, STOPPED, rank_environment
 from llamax.training.metrics import read_jsonl
 
 _TRAINING = threading.Lock()  # logging, signals and random state are one for the whole process
-STOPPED = (Stopped.exit_code, Interrupted.exit_code)
-ENDING_S = 60.0  # for the ranks that are left after one has failed
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,7 @@ def _restored(where: Rendezvous, environ: MutableMapping[str, str]) -> Iterator[
         environ.update(environment)
 
 
-def run_ranks(config: Config, ranks: int, environ: Mapping[str, str]) -> bool:
+def run_programs(config: Config, ranks: int, environ: Mapping[str, str]) -> bool:
     """Train with ``ranks`` programs on this machine; return whether they were stopped and saved.
 
     Ctrl-C lets them save and stop, a second one ends them.  Raises the LlamaxError of the rank that
@@ -207,12 +204,9 @@ def run_ranks(config: Config, ranks: int, environ: Mapping[str, str]) -> bool:
     with tempfile.TemporaryDirectory(prefix="llamax-") as folder:
         path = Path(folder) / "config.toml"
         path.write_text(dump_config(config), encoding="utf-8")
-        port, launchers = _free_port(), {key for keys in FAMILIES.values() for key in keys}
-        kept = {key: value for key, value in environ.items() if key not in launchers}
-        found = [str(Path(__file__).parents[2]), *filter(None, [kept.get("PYTHONPATH")])]
-        kept |= {"PYTHONPATH": os.pathsep.join(found), "PYTHONUNBUFFERED": "1"}
         programs = [
-            _Program(path, kept | _torchrun_variables(rank, ranks, port)) for rank in range(ranks)
+            _Program(path, {**variables, "PYTHONUNBUFFERED": "1"})
+            for variables in rank_environment(environ, ranks)
         ]
         try:
             return _wait(programs, Path(config.run.folder))
@@ -297,21 +291,3 @@ def _wait(programs: list[_Program], folder: Path) -> bool:
     if stopped and newest_checkpoint(folder / CHECKPOINTS_FOLDER) is None:
         raise KeyboardInterrupt
     return stopped
-
-
-def _torchrun_variables(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """The environment variables by which a program knows its rank."""
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(port),
-    }
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])

@@ -23,13 +23,13 @@ LAUNCHERS = ("torchrun", "mpirun")
 
 
 def begin(launcher: str, path: Path, folder: Path) -> jobs.Job:
-    start = jobs.torchrun if launcher == "torchrun" else jobs.mpirun
-    return start(RANKS, path, folder, "--parallel.tensor=2")
+    start = {"torchrun": jobs.torchrun, "mpirun": jobs.mpirun, "--ranks": jobs.local_ranks}
+    return start[launcher](RANKS, path, folder, "--parallel.tensor=2")
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("launcher", ["", *LAUNCHERS])
+@pytest.mark.parametrize("launcher", ["", *LAUNCHERS, "--ranks"])
 def test_ctrl_c_and_a_lost_terminal_save(
     dataset: Path, tmp_path: Path, launcher: str, signum: signal.Signals
 ) -> None:
@@ -45,11 +45,33 @@ def test_ctrl_c_and_a_lost_terminal_save(
     saved = newest_checkpoint(folder)
     assert saved is not None, job.said()
     assert steps == [str(Checkpoint(saved).step)], job.said()
-    if not launcher:
+    if launcher in ("", "--ranks"):
         assert code == (130 if signum == signal.SIGINT else 75)
+        assert "Traceback" not in job.said()
+    by_torchrun = "torchrun now ends with code 1 and a traceback" in job.said()
+    assert by_torchrun == (launcher == "torchrun")
     logs = [log.read_text() for log in folder.glob("logs/*/rank-*.log")]
     assert logs
     assert "Traceback" not in "".join([*logs, *job.ours()])
+
+
+@pytest.mark.timeout(600)
+def test_ranks_save_when_the_program_that_started_them_is_killed(
+    dataset: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    path = tiny_run.write(jobs.config(dataset, folder, 100_000, every=0), tmp_path / "c.toml")
+    job = begin("--ranks", path, folder)
+    job.wait_for_steps(3)
+    ranks = job.ranks()
+    job.process.kill()
+    job.end(60)
+    deadline = time.monotonic() + 60  # guards against hanging
+    while any(map(jobs.runs, ranks)):
+        assert time.monotonic() < deadline, job.said()
+        time.sleep(0.05)
+    assert newest_checkpoint(folder) is not None, job.said()
+    assert re.findall(r"stopped after step \d+ by SIGTERM", job.said()), job.said()
 
 
 @pytest.mark.timeout(600)

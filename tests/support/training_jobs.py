@@ -128,6 +128,12 @@ def alone(path: Path, folder: Path, *overrides: str) -> Job:
     return Job([*TRAIN, str(path), *overrides], folder)
 
 
+def local_ranks(ranks: int, path: Path, folder: Path, *overrides: str) -> Job:
+    """``llamax train --ranks N``."""
+    command = [sys.executable, "-m", "llamax", "train", "--ranks", str(ranks), "--config"]
+    return Job([*command, str(path), *overrides], folder)
+
+
 def torchrun(ranks: int, path: Path, folder: Path, *overrides: str, restarts: int = 0) -> Job:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     launcher += ["--max-restarts", str(restarts), "--master-port", str(tiny_run.free_port())]

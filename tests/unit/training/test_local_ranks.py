@@ -1,0 +1,74 @@
+"""The ranks that ``llamax train --ranks`` starts: their environment and the code of their end."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from support import tiny_run
+
+from llamax.cli.train import main
+from llamax.parallel.rendezvous import rendezvous
+from llamax.runtime import signals
+from llamax.runtime.errors import ConfigError
+from llamax.training.local_ranks import rank_environment, wait_for
+
+
+def test_ranks_meet_on_the_loopback_whatever_launcher_came_before() -> None:
+    mpi = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1", "HOME": "/home/me"}
+    environments = rank_environment(mpi, 3)
+    found = [rendezvous(environment) for environment in environments]
+    assert [where.rank for where in found] == [where.local_rank for where in found] == [0, 1, 2]
+    assert {(where.world_size, where.address, where.launcher) for where in found} == {
+        (3, "127.0.0.1", "torchrun")
+    }
+    assert len({where.port for where in found}) == 1
+    assert environments[0]["HOME"] == "/home/me"
+
+
+@pytest.mark.parametrize(
+    ("commands", "code"),
+    [
+        (["exit 0", "exit 0"], 0),
+        (["exit 75", "exit 75"], 75),
+        (["exit 75", "exit 130"], 130),
+        (["exit 75", "exit 2"], 2),
+        (["exit 0", "kill -KILL $$"], 137),
+        (["sleep 60", "exit 3"], 3),
+    ],
+)
+def test_the_code_of_a_run_is_that_of_its_ranks(commands: list[str], code: int) -> None:
+    programs = [subprocess.Popen(["sh", "-c", f"exec 2>&-; {command}"]) for command in commands]
+    try:
+        assert wait_for(programs, ending_s=0.2) == code
+    finally:
+        for program in programs:
+            program.kill()
+            program.wait()
+
+
+def test_the_first_rank_that_fails_gives_the_code() -> None:
+    first = subprocess.Popen(["sh", "-c", "exit 4"])
+    first.wait()
+    waits = subprocess.Popen(["sh", "-c", "read line; exit 5"], stdin=subprocess.PIPE)
+    assert wait_for([waits, first], ending_s=0.2) == 4
+    waits.kill()
+    waits.communicate()
+
+
+def test_ranks_inside_a_launcher_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_run.write(tiny_run.config(tmp_path, tmp_path / "run"), tmp_path / "c.toml")
+    for key, value in rank_environment({}, 1)[0].items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(ConfigError, match="--ranks 2 in a program that torchrun started"):
+        main(["--config", str(path), "--ranks", "2"])
+
+
+def test_only_under_torchrun_its_traceback_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    assert signals.aftermath() == ""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert "torchrun now ends with code 1" in signals.aftermath()
