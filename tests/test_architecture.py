@@ -29,7 +29,9 @@ VENDORS = "torch.distributed torch.cuda torch_xla torch_neuronx neuronx_distribu
 ONLY_IN = {"argparse": "cli train", "kernels": "ops", "launch": "launch cli tools.doctor"}
 ONLY_IN |= dict.fromkeys(VENDORS.split(), "backends")
 TORCH_FREE = "runtime config launch tools.plan tools.monitor parallel.mesh parallel.rendezvous "
-TORCH_FREE += "data.token_file training.metrics training.resolve training.heartbeat training.local_ranks"
+TORCH_FREE += (
+    "data.token_file training.metrics training.resolve training.heartbeat training.local_ranks"
+)
 FILES, KERNELS = (
     {str(path.relative_to(LLAMAX))[:-3].replace("/", ".").removesuffix(".__init__"): path
      for pattern in patterns for path in sorted(LLAMAX.glob(pattern))}
