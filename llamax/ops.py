@@ -6,7 +6,7 @@ function here, or "module:function" below ``llamax.kernels``, imported when it i
 that a machine imports only what it can run::
 
     operation            kernels, the first that supports the tensors runs
-    linear, gradients    fp32 (bf16 on a CPU without bf16 units), reference
+    linear, gradients    fp32 (fp16, bf16 on a CPU without units for it), reference
     rms_norm, rotate,    cpu, reference
       swiglu
     attention            fused (torch), cpu, nki (Trainium), nxd (Trainium), traced (XLA), reference
@@ -18,7 +18,7 @@ that a machine imports only what it can run::
 
 Letters of shapes as in ``model/llama.py``: B batch, S sequence, D hidden, H query heads, K
 key/value heads, E head dim, F feed-forward; T is the length of a key/value cache.  Tensors may be
-bf16; sums and products inside an operation are fp32, and the result has the input's dtype.
+bf16 or fp16; sums and products in an operation are fp32, and the result has the input's dtype.
 
 Sources: RMSNorm, Zhang and Sennrich 2019; rotary embedding, Su et al. 2021, section 3.4;
 SwiGLU, Shazeer 2020; grouped-query attention, Ainslie et al. 2023.
@@ -56,8 +56,7 @@ def matmul_grad_input(dy: Tensor, weight: Tensor) -> Tensor:
 def matmul_grad_weight(dy: Tensor, x: Tensor) -> Tensor:
     """The gradient of ``linear`` with respect to its weight: [..., out], [..., in] -> [out, in].
 
-    For bf16 tensors it is fp32 if the product was computed in fp32: rounding would cost a pass over
-    memory, and digits that the sum over microsteps needs.
+    Where a product of 16-bit tensors is computed in fp32 it stays so, for the sum of microsteps.
     """
     return kernel("matmul_grad_weight", dy, x)(dy, x)
 
@@ -301,8 +300,9 @@ def _on_xla(x: Tensor, *_: Tensor | None) -> bool:
     return x.device.type == "xla"
 
 
-def _cpu_without_bf16(x: Tensor, *_: Tensor | None) -> bool:
-    return _on_cpu(x) and x.dtype == torch.bfloat16 and not has_bf16_units()
+def _cpu_without_units(x: Tensor, *_: Tensor | None) -> bool:
+    slow = not has_bf16_units() if x.dtype == torch.bfloat16 else x.dtype == torch.float16
+    return _on_cpu(x) and slow
 
 
 def _neuron(path: str) -> Callable[..., bool]:
@@ -315,7 +315,7 @@ def _fused_attention_is_faster(q: Tensor, k: Tensor, _v: Tensor, documents: Tens
 
 
 def _fused_cached_is_faster(q: Tensor, *_: Tensor | None) -> bool:
-    return _on_cuda(q) or (_on_cpu(q) and not _cpu_without_bf16(q))
+    return _on_cuda(q) or (_on_cpu(q) and not _cpu_without_units(q))
 
 
 @cache
@@ -327,15 +327,15 @@ def _load(path: str) -> Callable[..., Any]:
 
 TABLE: dict[str, tuple[Row, ...]] = {
     "linear": (
-        Row("fp32", _cpu_without_bf16, "linear.op:linear"),
+        Row("fp32", _cpu_without_units, "linear.op:linear"),
         Row("reference", _anywhere, F.linear),
     ),
     "matmul_grad_input": (
-        Row("fp32", _cpu_without_bf16, "linear.op:grad_input"),
+        Row("fp32", _cpu_without_units, "linear.op:grad_input"),
         Row("reference", _anywhere, reference_grad_input),
     ),
     "matmul_grad_weight": (
-        Row("fp32", _cpu_without_bf16, "linear.op:grad_weight"),
+        Row("fp32", _cpu_without_units, "linear.op:grad_weight"),
         Row("reference", _anywhere, reference_grad_weight),
     ),
     "rms_norm": (
@@ -388,8 +388,8 @@ def kernel(operation: str, *arguments: Tensor | None) -> Callable[..., Tensor]:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which products of x are computed: fp32 for bf16 on a CPU without bf16 units."""
-    return torch.float32 if _cpu_without_bf16(x) else x.dtype
+    """The dtype in which products of x are computed: fp32 on a CPU without units for its own."""
+    return torch.float32 if _cpu_without_units(x) else x.dtype
 
 
 @cache

@@ -311,7 +311,7 @@ def save(job: Job, step: Step, consumed: int) -> None:
     """Start a checkpoint of everything that a resume needs; files are written in the background."""
     with tolerated(job):
         job.saver.wait()
-    score = step.result.validation_loss
+    result = step.result
     started = time.perf_counter()
     with tolerated(job):
         job.saver.save(
@@ -325,12 +325,13 @@ def save(job: Job, step: Step, consumed: int) -> None:
                 **({PROMPT: prompt.to_json()} if (prompt := job.dataset.prompt) else {}),
                 **(job.adapters.state() if job.adapters else {}),
                 **job.early_stopping.state(),
+                **(result.loss_scale.to_json() if result.loss_scale else {}),
                 **job.model_class,
             },
             model=job.config.model.to_hub(job.config.run.dtype),
             config_text=dump_config(job.config),
             rng=torch.get_rng_state(),
-            score=score,
+            score=result.validation_loss,
         )
     if job.main:
         stall = show_time(time.perf_counter() - started)

@@ -1,9 +1,9 @@
-"""bfloat16 matrix products on a CPU without bfloat16 units, computed in float32.
+"""Matrix products in 16 bits on a CPU without units for them, computed in float32.
 
 Without AVX512-BF16, AMX or similar units a bfloat16 product runs a scalar loop: about 1 GFLOP/s for
 the gradient of the input, compared with 170 in float32.  Widening the operands costs one pass over
-each and is exact, as every bfloat16 number is a float32 number.  Tensors saved for backward stay in
-bfloat16; the wide copies are freed after the product.
+each and is exact, as every bfloat16 or float16 number is a float32 number.  Tensors saved for
+backward stay narrow; the wide copies are freed after the product.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Linear(torch.autograd.Function):
-    """A matrix product with operands in bfloat16 and arithmetic in float32."""
+    """A matrix product with operands in 16 bits and arithmetic in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -35,8 +35,7 @@ def measure_peak_flops(dtype: torch.dtype) -> float:
 
     The best of a few products of 1024 x 1024 matrices, measured once for each number of threads.
     """
-    if dtype == torch.bfloat16 and not ops.has_bf16_units():
-        dtype = torch.float32
+    dtype = ops.product_dtype(torch.empty(0, dtype=dtype))
     return _probe(dtype, torch.get_num_threads())
 
 

@@ -41,7 +41,7 @@ from llamax.runtime.errors import BackendError
 class XlaAxis:
     """An axis over the collectives of ``xm``, for global ``rank``.
 
-    ``widen``: all-reduce bfloat16 in float32; the CPU client has no all-reduce in bfloat16.
+    ``widen``: all-reduce 16-bit types in float32; the CPU client cannot do so in bfloat16.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class XlaAxis:
         self.rank_index = torch.tensor([self.rank], dtype=torch.int32).to(device)
 
     def all_reduce(self, x: Tensor, op: Reduction = "sum") -> Tensor:
-        if self.widen and x.dtype == torch.bfloat16:
+        if self.widen and x.dtype in (torch.bfloat16, torch.float16):
             return self.all_reduce(x.float(), op).to(x.dtype)
         y: Tensor = self.xm.all_reduce(op, x, groups=self.groups)
         return y

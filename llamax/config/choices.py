@@ -5,7 +5,7 @@ from __future__ import annotations
 WEIGHT_DTYPES = ("float32", "bfloat16", "float16")
 """Types in which a Hugging Face folder can be written."""
 
-MODEL_DTYPES = ("float32", "bfloat16")
+MODEL_DTYPES = ("float32", "bfloat16", "float16")
 """Types in which a model computes."""
 
 EAGER_BACKENDS = ("cpu", "cuda", "neuron")

@@ -5,7 +5,7 @@ Names end in the unit.  ``_MULTIPLE``: sizes are rounded to a multiple of it.
 
 from __future__ import annotations
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}  # one element, by run.dtype
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # one element, by run.dtype
 
 # Optimizer state of one element, in float32 (llamax.optim).
 GRADIENT_BYTES = 4  # the sum over microsteps, which ranks reduce

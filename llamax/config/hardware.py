@@ -89,8 +89,9 @@ class Machine:
     """Memory of the host [GiB]."""
 
     def peak_flops(self, dtype: str) -> float:
-        """FLOP/s of a rank's dense matrix products in ``dtype``, bfloat16 or float32."""
-        return 1e12 * {"bfloat16": self.bfloat16_tflops, "float32": self.float32_tflops}[dtype]
+        """FLOP/s of a rank's dense matrix products in ``dtype``, a value of run.dtype."""
+        narrow, wide = self.bfloat16_tflops, self.float32_tflops  # that of float16 is bfloat16's
+        return 1e12 * {"bfloat16": narrow, "float16": narrow, "float32": wide}[dtype]
 
     def memory_bytes(self) -> float:
         """Bytes of device memory of a rank."""

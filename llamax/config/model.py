@@ -149,7 +149,7 @@ class ModelConfig:
     def to_hub(self, dtype: str) -> dict[str, Any]:
         """The ``config.json`` of this model, for transformers 4 and 5.
 
-        ``dtype`` is float32 or bfloat16.
+        ``dtype`` is float32, bfloat16 or float16.
         """
         shape = asdict(self)
         theta, scaling = shape.pop("rope_theta"), shape.pop("rope_scaling")

@@ -84,6 +84,10 @@ class OptimConfig:
     most_skipped: Natural = 8
     """Steps in a row with a loss or gradient that is not finite, and so skipped, before the run
     ends [steps]."""
+    loss_scale: Positive = 65536.0
+    """First factor of the loss, which keeps the gradients of run.dtype=float16 in range."""
+    loss_scale_interval: Count = 2000
+    """Updates in a row after which the loss scale is doubled; a skipped one halves it [steps]."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; wsd: warmup, stable, decay."""
     warmup_steps: Natural = 0
@@ -165,8 +169,8 @@ class RunConfig:
     """Seed of initial weights and of the order of samples."""
     backend: BackendName = "cpu"
     """Device and its collectives."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of weights and activations; masters are float32."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of weights and activations; masters are float32, and float16 has a loss scale."""
     stochastic_rounding: bool = False
     """NeuronCores round to bfloat16 up or down by chance, in proportion."""
     recompute: Literal["none", "selective", "full"] = "none"

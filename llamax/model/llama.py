@@ -54,7 +54,7 @@ from llamax.parallel.tensor_parallel import (
 from llamax.runtime.errors import DataError
 
 # What a model may be held in, by its name in configurations.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # (q_BShE, k_BSkE, v_BSkE, layer) -> o_BShE.  Context parallelism and decoding replace this.
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]

@@ -9,7 +9,9 @@ made in fp32, turned in place into their gradient softmax(z) - onehot(y), multip
 gradients of input and weight, and dropped before the next chunk.  Nothing of size tokens x
 vocabulary is kept, and nothing is computed twice: the loss is the root of backward, so its
 gradient is known up to one scalar, which backward multiplies in, in place (as in Hsu et al. 2024,
-section 3.2, here cut over ranks); a second backward through the same loss is an error.
+section 3.2, here cut over ranks); a second backward through the same loss is an error.  In float16
+the gradient of the logits, whose elements are probabilities, is multiplied by ``LOSS_GAIN`` before
+it is rounded, and backward divides by it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from llamax.ops import IGNORE_INDEX
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
 from llamax.parallel.tensor_parallel import local_ids
+
+LOSS_GAIN = 256.0  # a label's gradient, at most 1, stays far below the largest float16
 
 
 class _VocabParallelLoss(torch.autograd.Function):
@@ -49,6 +53,7 @@ class _VocabParallelLoss(torch.autograd.Function):
         multiplied = weight.to(ops.product_dtype(weight))
         padding = _padding(rows, vocab_size, axis)
         total = x.new_zeros((), dtype=torch.float32)
+        gain = LOSS_GAIN if x.dtype == torch.float16 else 1.0
 
         def add(chunk: slice) -> Tensor:  # its logits go before those of the next come
             x_tD, labels_t = x_TD[chunk].to(multiplied.dtype), labels_T[chunk]
@@ -64,6 +69,8 @@ class _VocabParallelLoss(torch.autograd.Function):
             logits_tv.mul_((counted_t / sum_t).unsqueeze(1))
             onehot_t = (counted_t & ~elsewhere_t).to(logits_tv.dtype)
             ops.add_at_columns(logits_tv, label_t, -onehot_t)
+            if gain != 1.0:
+                logits_tv.mul_(gain)
             dlogits_tv = logits_tv.to(multiplied.dtype)
             if dx_TD is not None:
                 dx_TD[chunk] = dlogits_tv @ multiplied
@@ -80,13 +87,15 @@ class _VocabParallelLoss(torch.autograd.Function):
             dx = dx_TD.view_as(x_BSD)
             dx = axis.reduce_scatter(dx, 1) if sequence_parallel else axis.all_reduce(dx)
         ctx.save_for_backward(dx, dw)
-        ctx.weight_dtype = weight.dtype
+        ctx.weight_dtype, ctx.gain = weight.dtype, gain
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
+        if ctx.gain != 1.0:
+            dtotal = dtotal / ctx.gain
         if dx is not None:
             dx.mul_(dtotal)
         if dw is not None:

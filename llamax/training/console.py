@@ -17,12 +17,12 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from llamax.runtime.logging import show_line
-from llamax.runtime.units import eta, show_bytes, show_number, show_time
+from llamax.runtime.units import count, eta, show_bytes, show_number, show_time
 from llamax.training.metrics import Record
 
 BAR = "step {n_fmt}/{total_fmt} |{bar}| {percentage:3.0f}%  left {remaining}{postfix}"
 # Parts that a line too long for the terminal leaves out, in this order.
-DROPPED = ("memory", "mfu", "left", "lr", "grad", "tokens")
+DROPPED = ("memory", "mfu", "left", "lr", "scale", "grad", "tokens")
 
 
 def line(record: Record, steps: int, width: int = 0) -> str:
@@ -37,6 +37,9 @@ def line(record: Record, steps: int, width: int = 0) -> str:
         "loss": f"loss {record.loss:8.4f}",
         "validation": "" if validation is None else f"validation {validation:8.4f}",
         "grad": f"grad {record.grad_norm:8.3f}",
+        "scale": ""
+        if record.loss_scale is None
+        else _scale(record.loss_scale, record.skipped_steps),
         "lr": f"lr {record.lr:.2e}",
         "tokens": f"{show_number(record.tokens_per_s):>6} tokens/s",
         "mfu": f"mfu {record.mfu:6.1%}" if record.mfu else "",
@@ -48,6 +51,10 @@ def line(record: Record, steps: int, width: int = 0) -> str:
             break
         del parts[name]
     return _joined(parts)
+
+
+def _scale(scale: float, skipped: int | None) -> str:
+    return f"scale {scale:<8g}" + (f" ({count(skipped, 'step')} skipped)" if skipped else "")
 
 
 def _joined(parts: dict[str, str]) -> str:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 # ---- the record
 
-WHOLE = ("step", "consumed_tokens", "memory_bytes")
+WHOLE = ("step", "consumed_tokens", "memory_bytes", "skipped_steps")
 ANY_NUMBER = ("loss", "grad_norm", "validation_loss")
 
 
@@ -57,6 +57,8 @@ class Record:
     memory_bytes: int  # peak of this rank
     mfu: float = 0.0  # 0 where the peak of the devices is not known, as on CPUs
     validation_loss: float | None = None
+    loss_scale: float | None = None  # of the next step; in float16
+    skipped_steps: int | None = None  # of the run so far, for a gradient that overflowed
 
     def to_json(self) -> str:
         """One line of JSON without what is not known; repr keeps every bit of a float."""
@@ -225,6 +227,8 @@ def tagged(record: Record) -> dict[str, float]:
         "mfu": record.mfu or None,
         "consumed_tokens": record.consumed_tokens,
         "validation_loss": record.validation_loss,
+        "loss_scale": record.loss_scale,
+        "skipped_steps": record.skipped_steps,
     }
     return {tag: value for tag, value in tags.items() if value is not None}
 

@@ -62,6 +62,7 @@ class Recorder:
 
         def record() -> Record:
             result = step.result
+            scale = result.loss_scale
             return Record(
                 step=result.number,
                 consumed_tokens=consumed_tokens,
@@ -74,6 +75,8 @@ class Recorder:
                 mfu=mfu(rate, throughput.flops_per_token, throughput.peak_flops),
                 memory_bytes=throughput.memory(),
                 validation_loss=result.validation_loss,
+                loss_scale=scale.scale if scale else None,
+                skipped_steps=scale.skipped_steps if scale else None,
             )
 
         self.pending = record

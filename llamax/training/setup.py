@@ -26,6 +26,7 @@ from llamax.data.loader import Batches
 from llamax.data.samples import Samples
 from llamax.model.llama import DTYPES, Llama
 from llamax.model.lora import num_parameters
+from llamax.optim.loss_scale import LossScaleState
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import ShardedParameters
 from llamax.runtime.errors import CheckpointError
@@ -124,6 +125,9 @@ def prepare(
     if resumed is not None:
         with reported(f"loading {resumed.folder}", show=main):
             _load(resumed, state, parameters, backend)
+        scale = LossScaleState.from_json(resumed.state)
+        if state.loss_scale is not None and scale is not None:
+            state.loss_scale.load(scale)
         rng = resumed.rng(tp.rank, axes.data.rank, axes.pp)
         if rng is not None:
             try:

@@ -31,6 +31,7 @@ from llamax.checkpoint.plain_llama import own_names
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
 from llamax.model.qlora import stores
+from llamax.optim.loss_scale import LossScale, LossScaleState
 from llamax.optim.replicas import check_equal
 from llamax.optim.schedule import lr_at
 from llamax.optim.zero import Zero
@@ -75,7 +76,8 @@ class StepResult:
     """The numbers of one optimizer step on the host, the same on every rank.
 
     ``loss`` and ``validation_loss`` are means in nats; ``stop``: whether some rank wants to stop;
-    ``save``: whether rank 0 wants a checkpoint, unknown where some rank wants to stop.
+    ``save``: whether rank 0 wants a checkpoint, unknown where some rank wants to stop;
+    ``loss_scale``: what the next step begins with, None where the loss is not scaled.
     """
 
     number: int
@@ -84,6 +86,7 @@ class StepResult:
     stop: bool
     save: bool = False
     validation_loss: float | None = None
+    loss_scale: LossScaleState | None = None
 
     @property
     def finite(self) -> bool:
@@ -111,6 +114,7 @@ class Step:
         self.number, self.loss, self.grad_norm = number, loss, grad_norm
         self.tokens, self.requests, self.device = tokens, requests, device
         self.validation_loss: Tensor | None = None
+        self.loss_scale: list[Tensor] = []  # that the next step begins with
 
     @cached_property
     def result(self) -> StepResult:
@@ -119,10 +123,11 @@ class Step:
         Waits for the device: read it while the next step runs.  A ``validation_loss`` is set
         before.
         """
-        values = [self.loss, self.grad_norm, self.requests]
+        values = [self.loss, self.grad_norm, self.requests, *self.loss_scale]
         if self.validation_loss is not None:
             values.append(self.validation_loss)
-        loss, grad_norm, requests, *validation = self.device.fetch(values)
+        loss, grad_norm, requests, *more = self.device.fetch(values)
+        scale, validation = more[: len(self.loss_scale)], more[len(self.loss_scale) :]
         return StepResult(
             self.number,
             loss,
@@ -130,6 +135,7 @@ class Step:
             stop=requests >= 1.0,
             save=0.0 < requests < 1.0,
             validation_loss=validation[0] if validation else None,
+            loss_scale=LossScaleState.of(scale) if scale else None,
         )
 
 
@@ -138,7 +144,7 @@ class TrainState:
     """A model and its optimizer on one rank, with the axes and the device they work on.
 
     ``step_tokens`` is the number of tokens of a global batch; ``learning_rate`` gives the rate of a
-    step, counted from 1.
+    step, counted from 1; ``loss_scale`` keeps the gradients of a float16 model in range.
     """
 
     model: Llama
@@ -148,6 +154,7 @@ class TrainState:
     _: KW_ONLY
     step_tokens: int
     learning_rate: Callable[[int], float]
+    loss_scale: LossScale | None = None
 
     @classmethod
     def build(
@@ -176,6 +183,10 @@ class TrainState:
             bucket_bytes=parallel.bucket_bytes,
             undeclared=[n for n, p in own_replicas.items() if p.cut == Replica()],
         )
+        scale = None
+        if run.config.run.dtype == "float16":
+            first, device = LossScaleState(optim.loss_scale), axes.data.rank_index.device
+            scale = LossScale(first, device, optim.loss_scale_interval)
         return cls(
             model,
             optimizer,
@@ -183,6 +194,7 @@ class TrainState:
             backend,
             step_tokens=run.step_tokens,
             learning_rate=lambda step: lr_at(step, optim, run.steps),
+            loss_scale=scale,
         )
 
     def to(self, device: torch.device) -> None:
@@ -215,6 +227,7 @@ class TrainState:
         counted tokens, which is 1 where no label is ignored.
         """
         device, micros = self.axes.data.rank_index.device, [*batches]
+        scaling = self.loss_scale
         sums = torch.zeros(2).to(device)  # sent, so that the first microstep is like the others
 
         def compute(micro: Micro, x_BsD: Tensor | None) -> Tensor:
@@ -226,7 +239,8 @@ class TrainState:
             with gathered_again() if self.optimizer.spread else nullcontext():
                 total, count = self._loss(batch, keys_B, x_BsD, layers)
             sums = sums + torch.stack((total.detach(), count))
-            return total / self.step_tokens
+            mean = total / self.step_tokens
+            return mean if scaling is None else mean * scaling.scale
 
         self._run(schedule, micros, compute)
         # Tensor ranks hold the same loss: the first one's counts. NaN on any rank makes a sum NaN.
@@ -235,12 +249,14 @@ class TrainState:
         inputs = torch.tensor([self.learning_rate(number), float(number), request])
         lr, step, asked = inputs.to(device).split(1)
         total, count, requests = self.axes.world.all_reduce(torch.cat((sums, asked)))
-        grad_norm = self.optimizer.step(
-            lr.squeeze(0),
-            step.squeeze(0),
-            self.step_tokens / count + (total - total),  # NaN, which cancels the update, or 0
-        )
+        factor = self.step_tokens / count + (total - total)  # NaN, which cancels the update, or 0
+        if scaling is not None:
+            factor = factor / scaling.scale
+        grad_norm = self.optimizer.step(lr.squeeze(0), step.squeeze(0), factor)
         done = Step(number, total / count, grad_norm, count, requests, self.backend)
+        if scaling is not None:
+            scaling.update(grad_norm)
+            done.loss_scale = scaling.tensors
         self.backend.step_boundary()
         return done
 

@@ -11,6 +11,7 @@ from them needs no further exchange.  They are fetched, once, while the next ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from llamax.runtime.errors import NotFinite
@@ -20,6 +21,8 @@ from llamax.training.step import Step
 
 class StepCheck:
     """Checks each step while the next one runs; the same on every rank.
+
+    A gradient that overflows in float16 is not counted while the loss scale is 1 or more.
 
     ``most_skipped`` is the number of steps without a finite loss and gradient that may follow each
     other, ``samples`` gives the sample ids of a step's global batch, ``logs`` is whether this rank
@@ -55,6 +58,16 @@ class StepCheck:
             self.save_requested = result.number
         if result.finite:
             self.skipped = 0
+            return result.stop
+        scale = result.loss_scale
+        if scale is not None and math.isfinite(result.loss) and scale.scale >= 1.0:
+            if self.logs:
+                logger.info(
+                    "step %d: a gradient overflowed in float16: no rank made an update, and the "
+                    "loss scale is now %g",
+                    result.number,
+                    scale.scale,
+                )
             return result.stop
         self.skipped += 1
         ids = ", ".join(map(str, self.samples(result.number)))

@@ -573,6 +573,18 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             }
         ],
     ),
+    "float16_is_for_others": (
+        [
+            (
+                {"run.dtype": "float16", "run.backend": backend},
+                None,
+                f"run.dtype=float16 with run.backend={backend}: NeuronCores multiply bfloat16 as "
+                "fast and flush the small numbers that float16 needs; use run.dtype=bfloat16",
+            )
+            for backend in ("xla", "neuron")
+        ],
+        [{"run.dtype": "float16"}, {"run.dtype": "float16", "run.backend": "cuda"}],
+    ),
     "patience_needs_validation": (
         [
             (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llamax.config.rules import Rules, World
-from llamax.config.schema import Config
+from llamax.config.schema import NEURON_BACKENDS, Config
 
 RULES = Rules()
 
@@ -44,6 +44,15 @@ def neuron_cores_round(c: Config, world: World) -> Iterator[str]:
         yield (
             f"run.stochastic_rounding is for bfloat16 on NeuronCores, but run.backend="
             f"{c.run.backend} and run.dtype={c.run.dtype}; use xla and bfloat16, or leave it off"
+        )
+
+
+@RULES.reading("run.dtype", "run.backend")
+def float16_is_for_others(c: Config, world: World) -> Iterator[str]:
+    if c.run.dtype == "float16" and c.run.backend in NEURON_BACKENDS:
+        yield (
+            f"run.dtype=float16 with run.backend={c.run.backend}: NeuronCores multiply bfloat16 as "
+            "fast and flush the small numbers that float16 needs; use run.dtype=bfloat16"
         )
 
 

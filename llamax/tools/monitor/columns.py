@@ -16,7 +16,13 @@ from llamax.runtime.files import plain_file
 from llamax.training.metrics import ANY_NUMBER, WHOLE, Record
 
 BLOCK_BYTES = 2**21
-OPTIONAL = {"mfu": 0.0, "validation_loss": float("nan")}  # where a record has none
+NAN = float("nan")
+OPTIONAL = {  # where a record has none
+    "mfu": 0.0,
+    "validation_loss": NAN,
+    "loss_scale": NAN,
+    "skipped_steps": NAN,
+}
 NAMES = frozenset(Record.__dataclass_fields__)
 Numbers = npt.NDArray[np.float64]
 

@@ -170,8 +170,9 @@ def test_a_gpu_is_rated_by_its_whole_name_and_type(
 
 def test_a_machine_has_a_peak_for_each_type() -> None:
     assert (TRN1.peak_flops("bfloat16"), TRN1.peak_flops("float32")) == (95e12, 23.75e12)
+    assert TRN1.peak_flops("float16") == 95e12
     with pytest.raises(KeyError):
-        TRN1.peak_flops("float16")
+        TRN1.peak_flops("float64")
 
 
 def test_each_backend_has_a_machine_that_it_is_planned_for() -> None:

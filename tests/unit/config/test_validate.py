@@ -90,7 +90,7 @@ def test_ranges_end_where_they_should(key: str, below: Any, edge: Any) -> None:
         ("optim.schedule", "cosine, linear, wsd or constant"),
         ("data.verify", "start, read or off"),
         ("run.backend", "cpu, cuda, xla or neuron"),
-        ("run.dtype", "float32 or bfloat16"),
+        ("run.dtype", "float32, bfloat16 or float16"),
         ("run.recompute", "none, selective or full"),
         ("run.progress", "auto, on or off"),
     ],

@@ -142,3 +142,11 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     setup_logging("rank 3", main=False)
     logger.log(logging.WARNING, "cannot write")
     assert terminal.getvalue() == "llamax: [rank 3] cannot write\n"
+
+
+def test_a_loss_scale_and_skipped_steps_are_shown() -> None:
+    shown = line(replace(RECORD, loss_scale=65536.0, skipped_steps=0), 50)
+    assert "  scale 65536     lr " in shown
+    shown = line(replace(RECORD, loss_scale=0.5, skipped_steps=1), 50)
+    assert "  scale 0.5      (1 step skipped)  lr " in shown
+    assert "scale" not in line(RECORD, 50)

@@ -20,6 +20,12 @@ def step(number: int, loss: float = 1.0, norm: float = 1.0, stop: float = 0.0) -
     return Step(number, loss_, norm_, torch.tensor(4.0), stop_)
 
 
+def overflow(number: int, scale: float, loss: float = 1.0) -> Step:
+    made = step(number, loss, math.inf)
+    made.loss_scale = [torch.tensor(value) for value in (scale, 0.0, number)]
+    return made
+
+
 def verdict(most_skipped: int) -> StepCheck:
     return StepCheck(most_skipped, lambda step: [10 * step, 10 * step + 1])
 
@@ -61,3 +67,29 @@ def test_a_bad_step_can_ask_to_stop_as_well() -> None:
     judge = verdict(5)
     judge.add(step(1, math.nan, math.nan, 1.0))
     assert judge.check()
+
+
+def test_an_overflow_that_a_smaller_loss_scale_cures_is_not_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    judge = verdict(1)
+    logging.getLogger("llamax").propagate = True
+    caplog.set_level(logging.INFO, "llamax")
+    for number in range(1, 18):
+        judge.add(overflow(number, 2.0 ** (17 - number)))
+    judge.check()
+    assert caplog.messages[0] == (
+        "step 1: a gradient overflowed in float16: no rank made an update, and the loss scale is "
+        "now 65536"
+    )
+    judge.add(overflow(18, 0.5))
+    judge.add(overflow(19, 0.25))
+    with pytest.raises(NotFinite, match=r"step 19: .* 2 in a row"):
+        judge.check()
+
+
+def test_a_loss_that_is_not_finite_is_counted_at_any_scale() -> None:
+    judge = verdict(0)
+    judge.add(overflow(1, 1024.0, math.nan))
+    with pytest.raises(NotFinite, match="step 1: loss nan"):
+        judge.check()

@@ -1,0 +1,100 @@
+"""The loss scale of float16 training, decided on the device (Micikevicius et al. 2018, sec. 3.2).
+
+::
+
+    loss  <- scale x loss            before backward: small gradients stay above float16's least
+    g     <- g / scale               before the norm, clipping and the update
+    scale <- scale x GROWTH          after ``interval`` updates in a row
+             scale x BACKOFF         after a step without an update, as some gradient overflowed
+
+These are the decisions of torch.amp.GradScaler.  They follow from the norm of the gradient, which
+is the same on every rank, and so is the scale, without a collective.  A scale that a growth would
+make infinite stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+GROWTH, BACKOFF = 2.0, 0.5  # exact in float16: a changed scale rounds nothing
+STATE = "loss_scale"  # in the state of a checkpoint
+
+
+@dataclass(frozen=True)
+class LossScaleState:
+    """The numbers of a loss scale on the host.
+
+    ``good_steps``: updates since the scale last changed; ``skipped_steps``: steps of the run
+    without an update.
+    """
+
+    scale: float
+    good_steps: int = 0
+    skipped_steps: int = 0
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> LossScaleState:
+        """The state in fetched values, in the order of ``LossScale.tensors``."""
+        scale, good_steps, skipped_steps = values
+        return cls(scale, int(good_steps), int(skipped_steps))
+
+    def to_json(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return {STATE: asdict(self)}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> LossScaleState | None:
+        """The state in that of a checkpoint; None if it was trained without a loss scale."""
+        return cls(**state[STATE]) if STATE in state else None
+
+
+class LossScale:
+    """A factor of the loss that follows the gradients; 0-d float32 tensors on ``device``.
+
+    ``interval``: the updates in a row after which the scale grows.
+    """
+
+    def __init__(
+        self,
+        state: LossScaleState,
+        device: torch.device,
+        interval: int,
+        growth: float = GROWTH,
+        backoff: float = BACKOFF,
+    ) -> None:
+        self.interval, self.growth, self.backoff, self.device = interval, growth, backoff, device
+        self.load(state)
+
+    def load(self, state: LossScaleState) -> None:
+        """Take the numbers of a checkpoint."""
+        numbers = torch.tensor([state.scale, float(state.good_steps), float(state.skipped_steps)])
+        self.scale, self.good_steps, self.skipped_steps = (
+            number.to(self.device, copy=True) for number in numbers.unbind()
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The numbers on the device, of this moment."""
+        return [self.scale, self.good_steps, self.skipped_steps]
+
+    def update(self, grad_norm: Tensor) -> None:
+        """Follow a step with this norm; it made an update where the norm is finite.
+
+        New tensors replace the old, which a caller may keep.  No Python number changes from step to
+        step, so that a traced step stays one program.
+        """
+        none, one = torch.zeros_like(self.scale), torch.ones_like(self.scale)
+        updated = (grad_norm - grad_norm) == none
+        good = self.good_steps + one
+        enough = good >= torch.full_like(good, float(self.interval))
+        grown = self.scale * self.growth
+        grown = torch.where((grown - grown) == none, grown, self.scale)
+        kept = torch.where(enough, grown, self.scale)
+        self.scale = torch.where(updated, kept, self.scale * self.backoff)
+        self.good_steps = torch.where(updated, torch.where(enough, none, good), none)
+        self.skipped_steps = self.skipped_steps + torch.where(updated, none, one)

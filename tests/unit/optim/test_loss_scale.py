@@ -1,0 +1,104 @@
+"""The loss scale decides as torch.amp.GradScaler does, from the norm alone."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+
+import pytest
+import torch
+
+from llamax.config.schema import OptimConfig
+from llamax.optim.loss_scale import BACKOFF, GROWTH, LossScale, LossScaleState
+from llamax.parallel import cross_entropy
+from llamax.parallel.collectives import Solo
+
+CPU = torch.device("cpu")
+
+
+def torch_decisions(
+    first: float, interval: int, growth: float, backoff: float, norms: list[float]
+) -> list[tuple[float, int, bool]]:
+    """Scale and good steps of GradScaler after each step, and whether it made an update."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", first, growth, backoff, interval)
+    found = []
+    for norm in norms:
+        scaler.scale(weight.sum())  # it makes its tensors when it is first used
+        weight.grad = torch.tensor([norm, 0.0])
+        weight.data.zero_()  # where every update is seen
+        scaler.step(optimizer)
+        scaler.update()
+        state = scaler.state_dict()
+        found.append((state["scale"], state["_growth_tracker"], bool(weight.any())))
+    return found
+
+
+@pytest.mark.parametrize("first", [65536.0, 1.0, 2.0**126, 2.0**-140])
+def test_every_decision_is_that_of_torch(first: float) -> None:
+    random.seed(0)
+    bad = (math.inf, -math.inf, math.nan)
+    for interval, growth, backoff in itertools.product((1, 2, 5), (2.0, 4.0), (0.5, 0.25)):
+        norms = [random.choice((1.0, 1.0, 1.0, random.choice(bad))) for _ in range(40)]
+        scale = LossScale(LossScaleState(first), CPU, interval, growth, backoff)
+        skipped = 0
+        for norm, wanted in zip(
+            norms, torch_decisions(first, interval, growth, backoff, norms), strict=True
+        ):
+            scale.update(torch.tensor(norm))
+            skipped += not wanted[2]
+            numbers = [float(tensor) for tensor in scale.tensors]
+            assert LossScaleState.of(numbers) == LossScaleState(*wanted[:2], skipped)
+
+
+def test_a_checkpoint_holds_every_bit_of_it() -> None:
+    state = LossScaleState(2.0**-149, 1999, 7)
+    assert LossScaleState.from_json(state.to_json()) == state
+    assert LossScaleState.from_json({"seed": 0}) is None
+    scale = LossScale(LossScaleState(1.0), CPU, 2000)
+    scale.load(state)
+    scale.update(torch.tensor(1.0))
+    assert LossScaleState.of([float(tensor) for tensor in scale.tensors]) == LossScaleState(
+        2.0**-148, 0, 7
+    )
+
+
+def test_a_caller_may_keep_the_numbers_of_a_step() -> None:
+    scale = LossScale(LossScaleState(8.0), CPU, 1)
+    kept = scale.tensors
+    scale.update(torch.tensor(1.0))
+    assert [float(tensor) for tensor in kept] == [8.0, 0.0, 0.0]
+
+
+def test_small_probabilities_have_a_gradient_in_float16() -> None:
+    """Without a gain the gradient of a confident token would round to a multiple of 2**-24."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(1, 8, 16), torch.randn(50, 16)
+    labels = (x @ weight.T).argmax(-1)
+    x = x * 4  # so that most are certain
+
+    def gradients(dtype: torch.dtype, scale: float) -> list[torch.Tensor]:
+        mine = [part.to(dtype).requires_grad_() for part in (x, weight)]
+        total, _ = cross_entropy.vocab_parallel_loss(*mine, labels, Solo("tp"), 50)
+        (total * scale).backward()
+        return [part.grad.double() / scale for part in mine]
+
+    for got, want in zip(
+        gradients(torch.float16, 1024.0), gradients(torch.float32, 1.0), strict=True
+    ):
+        rows = want.abs().amax(-1)
+        assert rows.min() < 1e-6, "below the least number of float16 with all its digits"
+        seen = (got - want).abs().amax(-1) / rows
+        assert seen[rows > 2e-9].max() < 0.02
+
+
+def test_the_settings_are_those_of_torch() -> None:
+    scaler = torch.amp.GradScaler("cpu")
+    assert (OptimConfig().loss_scale, OptimConfig().loss_scale_interval, GROWTH, BACKOFF) == (
+        scaler._init_scale,
+        scaler.get_growth_interval(),
+        scaler.get_growth_factor(),
+        scaler.get_backoff_factor(),
+    )

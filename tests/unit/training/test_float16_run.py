@@ -1,0 +1,36 @@
+"""A run in float16: its records show the loss scale, and a resume repeats every bit of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from support import tiny_run
+
+from llamax.config.schema import Config
+from llamax.parallel.rendezvous import Rendezvous
+from llamax.train import train
+
+
+def float16(folder: Path) -> Config:
+    """Six steps, at first with a loss scale that no gradient fits under."""
+    dataset = tiny_run.make_dataset(folder)
+    config = tiny_run.config(dataset, folder / "run", dtype="float16")
+    optim = replace(config.optim, loss_scale=2.0**21, loss_scale_interval=2, most_skipped=0)
+    return replace(config, optim=optim)
+
+
+def test_a_resume_repeats_scale_and_weights(tmp_path: Path) -> None:
+    config, folder = float16(tmp_path), tmp_path / "run"
+    train(config, Rendezvous())
+    records, hashes = tiny_run.log_of(folder), tiny_run.hashes(folder, tiny_run.STEPS)
+    skipped = [record["skipped_steps"] for record in records]
+    scales = [record["loss_scale"] for record in records]
+    assert 0 < skipped[-1] < 4, "some steps overflow, and some do not"
+    halved = 2.0**21 / 2.0 ** skipped[-1]
+    assert min(scales) == halved
+    assert scales[-1] > halved, "it falls, and grows again"
+    tiny_run.forget(folder, 3)
+    train(config, Rendezvous())
+    assert tiny_run.log_of(folder) == records
+    assert tiny_run.hashes(folder, tiny_run.STEPS) == hashes
