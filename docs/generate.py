@@ -10,12 +10,13 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llamax.__main__ import COMMANDS
 from llamax.config.hardware import known_machines
 from llamax.config.load import find_config, help_text, recipes
+from llamax.config.neuron_sdk import NeuronSdk, known_sdks, known_variables
 
 ROOT = Path(__file__).resolve().parents[1]
 # The rooms of the package from the bottom up, as CONTRIBUTING.md explains them.
@@ -31,6 +32,7 @@ def generate(out: Path) -> None:
     (out / "commands.md").write_text(commands())
     (out / "settings.md").write_text(settings())
     (out / "machines.md").write_text(machines())
+    (out / "neuron-sdks.md").write_text(neuron_sdks())
     (out / "recipes.md").write_text(recipe_pages())
     for room in ROOMS:
         (out / "modules" / f"{room}.rst").write_text(module_page(room))
@@ -124,6 +126,49 @@ def machines() -> str:
     for name, machine in known_machines().items():
         cells = (str(getattr(machine, column)) for column in columns)
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def neuron_sdks() -> str:
+    """A page with the table of Neuron SDKs, and of their variables."""
+    rows: dict[str, Callable[[NeuronSdk], object]] = {
+        "released": lambda sdk: sdk.released,
+        "trains with torch-xla on trn1": lambda sdk: "yes" if sdk.trains_trn1 else "no",
+        "torch for torch-xla": lambda sdk: ", ".join(sdk.torch) or "none",
+        "torch for the public TorchNeuron (trn2, trn3)": lambda sdk: (
+            ", ".join(sdk.torchneuron) or "none"
+        ),
+        "`torch-neuronx` for torch-xla": lambda sdk: sdk.torch_neuronx,
+        "`neuronx-cc`": lambda sdk: sdk.neuronx_cc,
+        "`neuronx-distributed` (NxD)": lambda sdk: sdk.nxd,
+        "`nki`": lambda sdk: sdk.nki,
+        "`nki` compiles for trn1": lambda sdk: "yes" if sdk.nki_for_trn1 else "no",
+        "`aws-neuronx-runtime-lib`": lambda sdk: sdk.runtime,
+        "`aws-neuronx-collectives`": lambda sdk: sdk.collectives,
+        "`aws-neuronx-tools`": lambda sdk: sdk.tools,
+        "driver": lambda sdk: sdk.driver,
+        "profiler": lambda sdk: f"`{sdk.profiler}`",
+        "communicators of a program": lambda sdk: sdk.communicators,
+        "tag of `pytorch-training-neuronx`": lambda sdk: sdk.image,
+        "dropped": lambda sdk: "; ".join(sdk.dropped),
+        "sources": lambda sdk: "; ".join(sdk.sources),
+    }
+    sdks = known_sdks().values()
+    lines = ["# Neuron SDKs", "", "The table in `llamax/config/neuron_sdks.toml`; its head names"]
+    lines += ["the documents behind the sources. `llamax doctor` compares what is installed with"]
+    lines += ["it, `llamax launch` takes the base image and the variables of a job from it"]
+    lines += ["(`neuron_sdk` in the job file), `llamax audit` the limit on communicators and the"]
+    lines += ["profiler its hint. A version is the beginning that the patches of an SDK share;"]
+    lines += ["*none*: the SDK has no such part; *unknown*: no source that was read states it. For"]
+    lines += ["an SDK that is not here the nearest older one is taken, with a note.", ""]
+    lines += [f"| | {' | '.join(sdk.name for sdk in sdks)} |", "|---|" + "---|" * len(sdks)]
+    for title, cell in rows.items():
+        lines.append(f"| {title} | {' | '.join(str(cell(sdk)) for sdk in sdks)} |")
+    lines += ["", "## Environment variables", "", "| variable | purpose | SDKs | source |"]
+    lines.append("|---|---|---|---|")
+    for row in known_variables().values():
+        has = f"from {row.since}" if row.since else f"up to {row.until}" if row.until else "all"
+        lines.append(f"| `{row.name}` | {row.purpose} | {has} | {row.source} |")
     return "\n".join(lines) + "\n"
 
 

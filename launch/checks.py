@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
-from llamax.launch import prepare, sagemaker
+from llamax.launch import image, prepare, sagemaker
 from llamax.launch.environment import RESERVED
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.errors import ConfigError
@@ -49,6 +49,8 @@ def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
         if launcher == "sagemaker":
             found += _instance_type(job)
     found += _sagemaker(job, phase) if launcher == "sagemaker" else _shared(job)
+    if phase == "image" and not found:
+        found += _image(job)
     if phase == "prepare":
         found += prepare.problems(job.prepare)
         found += [] if found or launcher == "sagemaker" else _blend(job)
@@ -72,6 +74,10 @@ def _job(job: JobFile) -> Iterator[str]:
             f"use {cores} or less, or more nodes"
         )
     machine = job.machine
+    try:
+        job.sdk  # noqa: B018
+    except ConfigError as error:
+        yield first_problem(error)
     if machine.backend != "cpu" and not machine.devices:
         yield (
             f"{job.instance}: {machine.name}.devices=0, but a job asks for its {machine.unit}; "
@@ -86,6 +92,13 @@ def _job(job: JobFile) -> Iterator[str]:
             yield f"secrets.{key} is in the table environment too; remove one of the two"
         if not os.path.isabs(path):
             yield f"secrets.{key}={path!r} is not an absolute path; name a file with the value"
+
+
+def _image(job: JobFile) -> Iterator[str]:
+    try:
+        image.base_image(job)
+    except ConfigError as error:
+        yield first_problem(error)
 
 
 def _run(job: JobFile) -> Iterator[str]:

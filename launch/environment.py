@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from llamax.config.neuron_sdk import absent, trn1_names
 from llamax.launch.jobfile import JobFile
 
 LARGE = 10_000_000_000  # parameters; host buffers of larger models need more malloc arenas
@@ -52,6 +53,23 @@ def variables(job: JobFile, container: bool = False) -> list[Variable]:
     return table + [Variable(name, value, "from the job file") for name, value in custom.items()]
 
 
+def sdk_notes(job: JobFile) -> Iterator[str]:
+    """What the Neuron SDK of a job does not support, one line each."""
+    if not job.machine.neuron:
+        return
+    sdk, note = job.sdk
+    if note:
+        yield f"{note}; set neuron_sdk to the one on the nodes, or update llamax"
+    if job.machine.backend == "xla" and not sdk.trains_trn1:
+        yield (
+            f"Neuron SDK {sdk.name} does not support training with torch-xla, which "
+            f"{job.machine.name} needs; use {trn1_names()}"
+        )
+    for name, _ in job.environment:
+        if not sdk.has(name):
+            yield f"environment.{name}: {absent(name, sdk)}"
+
+
 def plain_text_secrets(job: JobFile) -> list[str]:
     """The names in the table environment that sound like secrets."""
     return [name for name, _ in job.environment if SECRET.search(name)]
@@ -83,7 +101,7 @@ def _table(job: JobFile, container: bool) -> Iterator[Variable]:
         "the output of each node's first rank is prefixed by its number",
     )
     if machine.neuron:
-        yield from _neuron(job)
+        yield from (each for each in _neuron(job) if job.sdk.sdk.has(each.name))
     if job.nodes == 1:
         return
     if machine.efa:

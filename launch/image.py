@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from shlex import quote
 
+from llamax.config.neuron_sdk import NONE, UNKNOWN, NeuronSdk, known_sdks
 from llamax.launch.jobfile import JobFile
-from llamax.runtime.versions import IMAGE_SDK, OLDEST_TORCH, TORCH_XLA
+from llamax.runtime.errors import ConfigError, join_or
+from llamax.runtime.versions import OLDEST_TORCH
 
-NEURON = (
-    "public.ecr.aws/neuron/pytorch-training-neuronx:"
-    f"{TORCH_XLA}.0-neuronx-py312-sdk{IMAGE_SDK}.0-ubuntu24.04"
-)
+NEURON = "public.ecr.aws/neuron/pytorch-training-neuronx"
 BASE_IMAGES = {
     "cuda": "public.ecr.aws/deep-learning-containers/pytorch-training:"
     f"{OLDEST_TORCH}.0-gpu-py312-cu130-ubuntu22.04-ec2"
@@ -24,10 +23,33 @@ BASE_IMAGES = {
 PACKAGES = "openmpi-bin openssh-client openssh-server procps"
 
 
+def base_image(job: JobFile) -> str:
+    """The image that the job's is built upon; raises ConfigError where AWS has none."""
+    if known := job.base_image or BASE_IMAGES.get(job.machine.backend, ""):
+        return known
+    sdk = job.sdk.sdk
+    if job.machine.backend == "neuron":  # the known images have torch-xla
+        raise ConfigError(
+            f"base_image is missing: no image of AWS with TorchNeuron for {job.machine.name} is "
+            "known to llamax; name one"
+        )
+    if not _has_image(sdk):
+        others = join_or([each.name for each in known_sdks().values() if _has_image(each)])
+        raise ConfigError(
+            f"neuron_sdk={sdk.name}: AWS has no training image of it with torch-xla; use {others}, "
+            "or set base_image"
+        )
+    return f"{NEURON}:{sdk.image}"
+
+
+def _has_image(sdk: NeuronSdk) -> bool:
+    return sdk.image not in (NONE, UNKNOWN)
+
+
 def dockerfile(job: JobFile) -> str:
     """The Dockerfile; its context is the folder of the llamax repository."""
     return f"""# {job.name}: docker build --tag {quote(job.image)} --file - . <Dockerfile
-FROM {job.base_image or BASE_IMAGES.get(job.machine.backend, NEURON)}
+FROM {base_image(job)}
 
 # packages for the MPI operator; a base image that has mpirun keeps it.  Host keys are made by each
 # worker when it starts: who can pull the image must not have them

@@ -39,6 +39,7 @@ from llamax.config.hardware import (
     near_machines,
 )
 from llamax.config.load import describe, load_config
+from llamax.config.neuron_sdk import Match, find_sdk, torchneuron_sdk, trn1_sdk
 from llamax.config.rules.parallel import node_limit
 from llamax.config.schema import Config
 from llamax.config.toml import Problems, build, read_toml, to_toml
@@ -159,6 +160,8 @@ class JobFile:
     """Container image, as docker build -t names it."""
     base_image: str = ""
     """Image that the container image is built upon; empty: AWS's, by instance."""
+    neuron_sdk: str = ""
+    """Neuron SDK of the nodes and of AWS's image; empty: the newest for the instance."""
     venv: str = ""
     """Virtual environment on the nodes; empty: PATH's Python."""
     port: Port = RENDEZVOUS_PORT
@@ -192,6 +195,16 @@ class JobFile:
             near = near_machines(self.instance, instances())
             raise ConfigError(f"instance={self.instance!r} is unknown{near}")
         return machine
+
+    @cached_property
+    def sdk(self) -> Match:
+        """The Neuron SDK of the job; raises ConfigError if ``neuron_sdk`` is not a version."""
+        if self.neuron_sdk:
+            try:
+                return find_sdk(self.neuron_sdk)
+            except ConfigError as error:
+                raise ConfigError(f"neuron_sdk={error}") from None
+        return Match(torchneuron_sdk() if self.machine.backend == "neuron" else trn1_sdk())
 
     @property
     def ranks(self) -> int:

@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llamax.config.constants import NKI_MULTIPLE as TILE
-from llamax.config.constants import NKI_OF_TRN1, nki_refusal
+from llamax.config.constants import nki_refusal
+from llamax.config.neuron_sdk import begins, trn1_sdk
 
 BLOCK = 512  # tokens: the columns of a PSUM bank
 SPREAD = 130.0  # of the bounds: float32 exponentials hold from -87 to 88 around their middle
@@ -113,10 +114,11 @@ def available() -> bool:
         installed = version("nki")
     except PackageNotFoundError:  # a module of that name that is no installed package
         return False
-    if not f"{installed}.".startswith(f"{NKI_OF_TRN1}."):
+    sdk = trn1_sdk()
+    if not begins(installed, sdk.nki):
         log_choice(
-            f"nki {installed} does not compile for trn1; install nki {NKI_OF_TRN1} of Neuron SDK "
-            "2.28"
+            f"nki {installed} does not compile for trn1; install nki {sdk.nki} of Neuron SDK "
+            f"{sdk.name}"
         )
         return False
     return True

@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 from llamax.backends import cpu
 from llamax.backends.torch_axes import GlooAxis, TorchAxis
 from llamax.config.hardware import gpu_peak_flops
+from llamax.config.neuron_sdk import torchneuron_sdk
 from llamax.parallel.collectives import Axes, Axis, Solo
 from llamax.parallel.mesh import EDGES, Groups, Mesh
 from llamax.parallel.network import interface, is_loopback, source_address
@@ -28,7 +29,6 @@ from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.cores import cores, requested_threads
 from llamax.runtime.errors import BackendError, LostRank
 from llamax.runtime.units import count
-from llamax.runtime.versions import TORCHNEURON_SDK
 
 NO_MEMORY = re.compile(r"[tT]ried to allocate ([\d.]+ \w+)")  # host and device memory
 Made = dict[tuple[int, ...], dist.ProcessGroup]
@@ -194,8 +194,9 @@ class Neuron(_TorchBackend):
         if find_spec("torch_neuronx"):
             import_module("torch_neuronx")
         if not hasattr(torch, "neuron"):
+            sdk = torchneuron_sdk().name
             raise BackendError(
-                f"run.backend=neuron needs TorchNeuron (Neuron SDK {TORCHNEURON_SDK} or newer, on "
+                f"run.backend=neuron needs TorchNeuron (Neuron SDK {sdk} or newer, on "
                 "trn2 or trn3), which is not installed; on trn1 use run.backend=xla"
             )
         cores = torch.accelerator.device_count()

@@ -22,7 +22,7 @@ from shlex import quote
 
 from llamax.launch import jobfile, sagemaker
 from llamax.launch.checks import problems
-from llamax.launch.environment import plain_text_secrets
+from llamax.launch.environment import plain_text_secrets, sdk_notes
 from llamax.launch.jobfile import JobFile
 from llamax.launch.render import ACTIONS, PHASES, action, environment, needed, render, starter
 from llamax.runtime.errors import BackendError, ConfigError, Interrupted, did_you_mean, refuse
@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
             "use the table secrets",
             file=sys.stderr,
         )
+    for line in sdk_notes(job) if what == "start" else ():
+        print(f"llamax: {line}", file=sys.stderr)
     text = render(job, launcher, phase) if what == "start" else action(job, launcher, phase, what)
     if options.render:
         print(text, end="")

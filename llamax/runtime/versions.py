@@ -1,7 +1,7 @@
-"""Versions: of llamax, of installed packages, and those that llamax and the Neuron SDKs need.
+"""Versions: of llamax, of installed packages, and those that llamax needs.
 
 ``pyproject.toml`` and ``requirements*.txt`` cannot read this file; ``tests/unit/runtime`` compares
-them with it.
+them with it.  Versions of the Neuron SDKs are in ``llamax.config.neuron_sdk``.
 """
 
 from __future__ import annotations
@@ -12,23 +12,6 @@ LLAMAX = "0.1.0"
 OLDEST_TORCH = "2.9"
 TORCH_XLA = "2.9"  # of torch and torch-xla: the last that AWS Neuron trains with on trn1
 XLA_REQUIREMENTS = (f"torch=={TORCH_XLA}.0", f"torch-xla=={TORCH_XLA}.0")
-TORCHNEURON_SDK = "2.33"  # the first Neuron SDK with the native device of trn2 and trn3
-
-
-class NeuronSdk(NamedTuple):
-    """Beginnings of the versions that one Neuron SDK brings together."""
-
-    compiler: str
-    nxd: str
-    driver: str
-
-
-# The SDKs that train with torch-xla on trn1, by their versions.
-NEURON_SDKS = {
-    "2.28": NeuronSdk(compiler="2.23", nxd="0.17", driver="2.26"),
-    "2.29": NeuronSdk(compiler="2.24", nxd="0.18", driver="2.27"),
-}
-IMAGE_SDK = "2.28"  # of the container image
 
 
 class Fix(NamedTuple):

@@ -9,7 +9,7 @@ the run's folder::
 The steps before are the warm-up.  A lazy device (XLA) computes where the profiler cannot see: there
 the trace shows the host, and Neuron's own inspector shows the device.  Start the job with
 NEURON_RT_INSPECT_ENABLE=1 and NEURON_RT_INSPECT_OUTPUT_DIR=FOLDER in its environment, and look at
-it with ``neuron-profile view``.
+it with the profiler of the Neuron SDK; where one is installed, the log names it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from pathlib import Path
 
 from torch.profiler import ProfilerActivity, profile, supported_activities
 
+from llamax.config.neuron_sdk import installed_sdk
 from llamax.config.schema import RunConfig
 from llamax.runtime.files import make_folder, refuse_link, write_atomic
 from llamax.runtime.logging import logger
+from llamax.runtime.versions import installed
 
 LONGEST = 40  # operations in the table
 
@@ -31,6 +33,7 @@ class Profiler:
     def __init__(self, run: RunConfig, folder: Path, rank: int) -> None:
         self.first, self.last = run.profile_at, run.profile_at + run.profile_steps - 1
         self.folder, self.rank = folder / "profile", rank
+        self.lazy = run.backend == "xla"
         self.on = bool(run.profile_at) and rank == 0
         self.profiler: profile | None = None
 
@@ -57,3 +60,17 @@ class Profiler:
         table = found.key_averages().table(f"self_{device}_time_total", row_limit=LONGEST)
         write_atomic(self.folder / f"{name}.txt", f"{table}\n".encode())
         logger.info("profiled steps %d to %d: %s", self.first, self.last, self.folder / name)
+        if self.lazy and (hint := device_hint()):
+            logger.info("%s", hint)
+
+
+def device_hint() -> str:
+    """How to see the device itself, with the installed Neuron SDK; empty without one."""
+    match = installed_sdk(installed)
+    if match is None:
+        return ""
+    return (
+        "the profile shows the host; for the NeuronCores start the job with "
+        "NEURON_RT_INSPECT_ENABLE=1 and NEURON_RT_INSPECT_OUTPUT_DIR=FOLDER, then run "
+        f"{match.sdk.profiler} view -d FOLDER (Neuron SDK {match.sdk.name})"
+    )

@@ -28,6 +28,7 @@ from llamax.config.constants import (
 from llamax.config.flops import flops_per_token
 from llamax.config.hardware import GIB, Machine, load_machine
 from llamax.config.load import load_config
+from llamax.config.neuron_sdk import Match, installed_sdk, trn1_sdk
 from llamax.config.schema import Config
 from llamax.model.lora import num_parameters
 from llamax.model.qlora import held
@@ -38,6 +39,7 @@ from llamax.parallel.spread import Placeholder, spread_weights
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.progress import reported, tracked
 from llamax.runtime.units import count
+from llamax.runtime.versions import installed
 from llamax.tools.audit import census, formulas, hlo
 from llamax.tools.audit.census import Traffic
 from llamax.tools.audit.diff import difference
@@ -132,6 +134,7 @@ def audit_run(
             world = range(mesh.world_size)
             divergences += compare(run.with_layers(few), tracer, data, world, {})
             compared.append(f"{_all(mesh.world_size, 'do')} so with {count(few, 'layer')}")
+    sdk, unknown = installed_sdk(installed) or Match(trn1_sdk())
     return AuditReport(
         headline(run, machines),
         kinds,
@@ -140,7 +143,8 @@ def audit_run(
         memory,
         tuple(divergences),
         tuple(tracer.fallbacks()),
-        tuple(notes(run.config)),
+        (*notes(run.config), *([unknown] if unknown else ())),
+        sdk,
     )
 
 

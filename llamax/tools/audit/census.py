@@ -62,6 +62,11 @@ def collectives(program: Program, axes: Mapping[str, Groups]) -> list[Traffic]:
     return [Traffic(kind, axis, count[axis, kind], sent[axis, kind]) for axis, kind in count]
 
 
+def communicators(program: Program) -> int:
+    """The communicators of a program: one for each way in which its collectives group ranks."""
+    return len({each.groups for each in program.instructions if each.opcode in COLLECTIVES})
+
+
 def _sent(each: Instruction, program: Program) -> float:
     size = max(map(len, each.groups), default=1)
     if each.opcode == "collective-permute":

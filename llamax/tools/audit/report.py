@@ -8,9 +8,10 @@ memory for it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 
+from llamax.config.neuron_sdk import NeuronSdk, trn1_sdk
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.audit import census, hlo
 from llamax.tools.audit.census import Live, Remark, Traffic, Work
@@ -37,6 +38,10 @@ class Kind:
     @cached_property
     def work(self) -> Work:
         return census.work(self.program)
+
+    @cached_property
+    def communicators(self) -> int:
+        return census.communicators(self.program)
 
     @cached_property
     def remarks(self) -> list[Remark]:
@@ -102,6 +107,7 @@ class AuditReport:
     divergences: tuple[Divergence, ...] = ()
     fallbacks: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    sdk: NeuronSdk = field(default_factory=trn1_sdk)
 
     @property
     def problems(self) -> list[str]:
@@ -117,6 +123,12 @@ class AuditReport:
                 for remark in kind.remarks
                 if remark.fatal
             ]
+            if kind.communicators > self.sdk.communicators:
+                found.append(
+                    f"the {kind.name} program has {kind.communicators} communicators, of which "
+                    f"Neuron SDK {self.sdk.name} loads {self.sdk.communicators}; use fewer axes of "
+                    "the mesh"
+                )
         return found
 
     @property
@@ -170,6 +182,12 @@ def show(audit: AuditReport) -> Iterator[str]:
     yield from (f"ranks: {line}" for line in audit.ranks)
     for kind in audit.kinds:
         yield from _show_collectives(kind)
+    yield ""
+    most = max((kind.communicators for kind in audit.kinds), default=0)
+    yield (
+        f"communicators: {most} at most in a program; Neuron SDK {audit.sdk.name} loads "
+        f"{audit.sdk.communicators}"
+    )
     yield ""
     width = max(17, *(len(kind.name) for kind in audit.kinds if kind.model_flops))
     yield (f"{'work of a rank':<{width}}   matmul FLOPs   share of all   6N + attention   ratio")
@@ -245,6 +263,7 @@ def as_json(audit: AuditReport) -> dict[str, object]:
                 "instructions": len(kind.program.instructions),
                 "traced": list(kind.traced),
                 "trace_s": kind.trace_s,
+                "communicators": kind.communicators,
                 "collectives": [asdict(each) for each in kind.collectives],
                 "by_formula": kind.formula and [asdict(each) for each in kind.formula],
                 "matmul_flops": kind.work.matmul_flops,
@@ -267,6 +286,8 @@ def as_json(audit: AuditReport) -> dict[str, object]:
             "peak": audit.memory.peak,
             "available": audit.memory.available,
         },
+        "neuron_sdk": audit.sdk.name,
+        "most_communicators": audit.sdk.communicators,
         "fallbacks": list(audit.fallbacks),
         "notes": list(audit.notes),
     }

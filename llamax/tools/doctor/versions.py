@@ -1,8 +1,7 @@
 """Checks of versions that must match: torch, torch-xla, torch-neuronx, compiler, NxD, drivers.
 
-The versions themselves are in ``llamax.runtime.versions``.  Source: AWS Neuron documentation,
-"Release content" of Neuron 2.28.0 and 2.29.0, the last ones that train with torch-xla on trn1;
-GitHub advisory GHSA-63cw-57p8-fm3p of PyTorch.
+The versions themselves are in ``llamax.runtime.versions`` and ``llamax.config.neuron_sdk``, with
+their sources.  Source: GitHub advisory GHSA-63cw-57p8-fm3p of PyTorch.
 """
 
 from __future__ import annotations
@@ -10,20 +9,26 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from llamax.config.constants import NKI_OF_TRN1
-from llamax.runtime.versions import (
-    IMAGE_SDK,
-    NEURON_SDKS,
-    OLDEST_TORCH,
-    TORCH_XLA,
-    WEIGHTS_ONLY,
-    XLA_REQUIREMENTS,
+from llamax.config.constants import FLASH_MULTIPLE
+from llamax.config.neuron_sdk import (
+    NONE,
+    UNKNOWN,
+    NeuronSdk,
+    absent,
+    begins,
+    known_variables,
+    numbers,
+    sdk_of_compiler,
+    trn1_names,
+    trn1_sdk,
 )
+from llamax.runtime.versions import OLDEST_TORCH, TORCH_XLA, WEIGHTS_ONLY, XLA_REQUIREMENTS
 from llamax.tools.doctor.finding import Finding, Host, passed, unknown
 
 # Packages that read checkpoints with torch.load.
 LOADERS = ("neuronx-distributed", "optimum-neuron", "transformers", "accelerate", "lightning")
 INSTALL = "from the package index of AWS Neuron: python3 -m pip install"
+REMOVE = "python3 -m pip uninstall"
 
 
 def check(host: Host, backend: str) -> Iterator[Finding]:
@@ -38,7 +43,7 @@ def check(host: Host, backend: str) -> Iterator[Finding]:
             "python3 -m pip install torch",
         )
         return
-    if _numbers(torch) < _numbers(OLDEST_TORCH):
+    if numbers(torch) < numbers(OLDEST_TORCH):
         yield Finding(
             "error",
             "torch",
@@ -59,7 +64,7 @@ def check(host: Host, backend: str) -> Iterator[Finding]:
 def _advisory(host: Host, torch: str) -> Iterator[Finding]:
     """A known fault in torch.load, which other programs of this environment may call."""
     others = [name for name in LOADERS if host.version(name) is not None]
-    if _numbers(torch) < _numbers(WEIGHTS_ONLY.version) and others:
+    if numbers(torch) < numbers(WEIGHTS_ONLY.version) and others:
         yield Finding(
             "warning",
             "torch.load",
@@ -103,7 +108,7 @@ def _xla(host: Host, torch: str) -> Iterator[Finding]:
             "run.backend=xla records operations with it",
             f"python3 -m pip install {pair}",
         )
-    elif _numbers(found)[:2] != _numbers(TORCH_XLA) or _numbers(torch)[:2] != _numbers(TORCH_XLA):
+    elif numbers(found)[:2] != numbers(TORCH_XLA) or numbers(torch)[:2] != numbers(TORCH_XLA):
         yield Finding(
             "error",
             "torch-xla",
@@ -121,79 +126,136 @@ def _neuron(host: Host, torch: str) -> Iterator[Finding]:
         absent = "torch-neuronx" if neuronx is None else "neuronx-cc"
         yield unknown("neuron", f"{absent} is not installed here", "run doctor on a node")
         return
-    if _numbers(neuronx)[:2] != _numbers(torch)[:2]:
+    sdk, note = sdk_of_compiler(compiler)
+    remedy = f"SDK {trn1_names()}: {INSTALL} 'neuronx-cc=={trn1_sdk().neuronx_cc}.*'"
+    if note:
+        why = f"the other packages are compared with those of SDK {sdk.name}"
+        yield Finding("warning", "neuronx-cc", note, why, remedy)
+    elif not sdk.trains_trn1:
+        yield Finding(
+            "warning",
+            "neuronx-cc",
+            f"neuronx-cc {compiler} is of Neuron SDK {sdk.name}",
+            "that SDK does not support training with torch-xla, the only way on trn1",
+            remedy,
+        )
+    else:
+        yield passed("neuronx-cc", f"neuronx-cc {compiler} (Neuron SDK {sdk.name})")
+    if numbers(neuronx)[:2] != numbers(torch)[:2]:
         yield Finding(
             "error",
             "torch-neuronx",
             f"torch-neuronx {neuronx} with torch {torch}",
             "its first two numbers are those of the torch that it is built for",
-            f"{INSTALL} 'torch-neuronx=={'.'.join(map(str, _numbers(torch)[:2]))}.*'",
+            f"{INSTALL} 'torch-neuronx=={'.'.join(map(str, numbers(torch)[:2]))}.*'",
         )
     else:
-        yield passed("torch-neuronx", f"torch-neuronx {neuronx}")
-    sdk = next(
-        (name for name, each in NEURON_SDKS.items() if _begins(compiler, each.compiler)), None
-    )
-    if sdk is None:
-        known = " or ".join(f"{each.compiler} (SDK {name})" for name, each in NEURON_SDKS.items())
-        yield Finding(
-            "warning",
-            "neuronx-cc",
-            f"neuronx-cc {compiler} belongs to no SDK that is known to train on trn1",
-            f"trn1 trains with torch-xla up to SDK {max(NEURON_SDKS)}; known are {known}",
-            f"{INSTALL} 'neuronx-cc=={NEURON_SDKS[IMAGE_SDK].compiler}.*'",
-        )
-        return
-    yield passed("neuronx-cc", f"neuronx-cc {compiler} (SDK {sdk})")
-    release, nxd = NEURON_SDKS[sdk], host.version("neuronx-distributed")
-    if nxd is None:
+        yield from _of_sdk("torch-neuronx", neuronx, _for_torch(sdk, torch), sdk)
+    if (nxd := host.version("neuronx-distributed")) is None:
         yield passed("nxd", "neuronx-distributed is not installed; llamax does not need it")
-    elif not _begins(nxd, release.nxd):
-        yield Finding(
-            "error",
-            "nxd",
-            f"neuronx-distributed {nxd} with SDK {sdk}",
-            f"its kernels are compiled by neuronx-cc; SDK {sdk} contains {release.nxd}",
-            f"{INSTALL} 'neuronx-distributed=={release.nxd}.*'",
-        )
     else:
-        yield passed("nxd", f"neuronx-distributed {nxd}")
-    yield _nki(host)
+        yield from _of_sdk("neuronx-distributed", nxd, sdk.nxd, sdk, "nxd")
+    yield _nki(host, sdk)
+    yield from _system(host, sdk)
+    yield from variables(host, sdk)
+
+
+def _for_torch(sdk: NeuronSdk, torch: str) -> str:
+    """torch-neuronx of an SDK, for an installed torch that it fits."""
+    short = ".".join(map(str, numbers(torch)[:2]))
+    if short not in sdk.torch or sdk.torch_neuronx in (NONE, UNKNOWN):
+        return sdk.torch_neuronx
+    return f"{short}.{sdk.torch_neuronx.split('.', 2)[2]}"
+
+
+def _of_sdk(
+    package: str, version: str, expected: str, sdk: NeuronSdk, name: str = ""
+) -> Iterator[Finding]:
+    """Whether a Python package is the one of an SDK."""
+    if expected == UNKNOWN:
+        return
+    if expected != NONE and begins(version, expected):
+        yield passed(name or package, f"{package} {version}")
+        return
+    contains = f"contains {expected}" if expected != NONE else "contains none"
+    yield Finding(
+        "error",
+        name or package,
+        f"{package} {version} with Neuron SDK {sdk.name}",
+        f"what it compiles goes through neuronx-cc; SDK {sdk.name} {contains}",
+        f"{INSTALL} '{package}=={expected}.*'" if expected != NONE else f"{REMOVE} {package}",
+    )
+
+
+def _system(host: Host, sdk: NeuronSdk) -> Iterator[Finding]:
+    """The driver, and the packages of the operating system, where dpkg knows them."""
     driver = host.read("sys/module/neuron/version")
     if driver is None:
         yield unknown("driver", "the Neuron driver is not loaded here", "run doctor on a node")
-    elif _numbers(driver) < _numbers(release.driver):
+    elif numbers(driver) < numbers(sdk.driver):
         yield Finding(
             "error",
             "driver",
-            f"Neuron driver {driver} with SDK {sdk}",
-            f"the runtime needs driver {release.driver} or later",
+            f"Neuron driver {driver} with Neuron SDK {sdk.name}",
+            f"its runtime comes with driver {sdk.driver}, and may not start on an older one",
             "sudo apt-get install --yes aws-neuronx-dkms && sudo modprobe --remove neuron "
             "&& sudo modprobe neuron",
         )
     else:
         yield passed("driver", f"Neuron driver {driver}")
+    status = host.read("var/lib/dpkg/status") or ""
+    for package, expected in (
+        ("aws-neuronx-runtime-lib", sdk.runtime),
+        ("aws-neuronx-collectives", sdk.collectives),
+        ("aws-neuronx-tools", sdk.tools),
+    ):
+        entry = re.search(
+            rf"^Package: {package}$(?:\n(?!$).*)*?\nVersion: (\S+)", status, re.MULTILINE
+        )
+        name = package.removeprefix("aws-neuronx-")
+        if entry is None:
+            continue
+        if begins(entry[1], expected):
+            yield passed(name, f"{package} {entry[1]}")
+            continue
+        yield Finding(
+            "warning",
+            name,
+            f"{package} {entry[1]} with Neuron SDK {sdk.name}",
+            f"SDK {sdk.name} contains {expected}; another one is not tested with its compiler",
+            f"sudo apt-get install --allow-downgrades --yes '{package}={expected}.*'",
+        )
 
 
-def _nki(host: Host) -> Finding:
+def variables(host: Host, sdk: NeuronSdk) -> Iterator[Finding]:
+    """Variables of the environment that an SDK does not have."""
+    for name in known_variables():
+        if name in host.environ and not sdk.has(name):
+            yield Finding(
+                "warning",
+                "environment",
+                f"{name}={host.environ[name]}",
+                absent(name, sdk).rpartition(";")[0],
+                f"unset {name}",
+            )
+
+
+def _nki(host: Host, sdk: NeuronSdk) -> Finding:
     """The package that compiles llamax's attention kernels."""
-    nki = host.version("nki")
-    if nki is not None and _begins(nki, NKI_OF_TRN1):
+    nki, good = host.version("nki"), trn1_sdk()
+    if nki is not None and begins(nki, good.nki) and sdk == good:
         return passed("nki", f"nki {nki} compiles llamax's attention kernels for trn1")
-    what = "nki is not installed" if nki is None else f"nki {nki} does not compile for trn1"
+    if nki is None:
+        what = "nki is not installed"
+    elif not begins(nki, good.nki):
+        what = f"nki {nki} does not compile for trn1"
+    else:
+        what = f"nki {nki} with Neuron SDK {sdk.name}, which contains {sdk.nki}"
     return Finding(
         "warning",
         "nki",
         what,
         "llamax's attention kernels cannot run: documents kept apart, or sequences that are no "
-        "multiple of 2048, need memory for every pair of tokens",
-        f"{INSTALL} 'nki=={NKI_OF_TRN1}.*', with SDK 2.28",
+        f"multiple of {FLASH_MULTIPLE}, need memory for every pair of tokens",
+        f"{INSTALL} 'nki=={good.nki}.*', with SDK {good.name}",
     )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0]))
-
-
-def _begins(version: str, start: str) -> bool:
-    return version == start or version.startswith(f"{start}.")

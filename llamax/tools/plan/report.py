@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
+from llamax.config.neuron_sdk import trn1_sdk
 from llamax.config.rules.parallel import within_node
 from llamax.config.schema import Config
 from llamax.runtime.units import count, show_bytes, show_number, show_time
@@ -97,9 +98,11 @@ def notes(plan: Plan) -> Iterator[str]:
             computed += " of the chunks that a rank's tokens can see"
         yield f"attention computes {computed}, because {why}: the flash kernel cannot run"
     elif by_nki(Share(plan.run), machine):
+        sdk = trn1_sdk()
         yield (
-            "attention is planned with llamax's NKI kernels (nki 0.2, Neuron SDK 2.28), whose "
-            "cycles a simulator counts; they have not been compiled for Trainium or run on it"
+            f"attention is planned with llamax's NKI kernels (nki {sdk.nki}, Neuron SDK "
+            f"{sdk.name}), whose cycles a simulator counts; they have not been compiled for "
+            "Trainium or run on it"
         )
     parallel = config.parallel
     group = parallel.tensor * parallel.context

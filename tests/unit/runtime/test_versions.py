@@ -6,14 +6,14 @@ import re
 from pathlib import Path
 
 import pytest
+from support.launch_jobs import job
 
+from llamax.config.neuron_sdk import trn1_sdk
 from llamax.config.toml import tomllib
 from llamax.launch import image, image_pins
 from llamax.runtime.versions import (
     FIXES,
-    IMAGE_SDK,
     LLAMAX,
-    NEURON_SDKS,
     OLDEST_TORCH,
     TORCH_XLA,
     XLA_REQUIREMENTS,
@@ -58,14 +58,18 @@ def test_the_oldest_python_is_the_same_for_all_tools() -> None:
 
 
 def test_images_have_the_torch_of_their_backend_and_a_known_sdk() -> None:
-    assert image.NEURON.partition(":")[2].startswith(f"{TORCH_XLA}.0-neuronx-")
-    assert f"-sdk{IMAGE_SDK}.0-" in image.NEURON
-    assert IMAGE_SDK in NEURON_SDKS
+    sdk = trn1_sdk()
+    assert sdk.image.startswith(f"{TORCH_XLA}.0-neuronx-")
+    assert f"-sdk{sdk.name}.0-" in sdk.image
+    assert f"FROM {image.NEURON}:{sdk.image}\n" in image.dockerfile(job())
+    assert TORCH_XLA in sdk.torch
 
 
 @pytest.mark.parametrize("room", ["llamax", "launch"])
 def test_no_other_module_states_them(room: str) -> None:
-    stated = re.compile(r"torch(-xla)?==\d|sdk2\.\d|[\"']2\.(9|28|29)[\"'.]")
+    stated = re.compile(
+        r"torch(-xla)?==\d|sdk2\.\d|[\"']2\.(9|28|29|3\d)[\"'.]|neuron-profile view"
+    )
     for path in (ROOT / room).rglob("*.py"):
         if path.name != "versions.py" or "runtime" not in path.parts:
             assert not stated.search(path.read_text()), path

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from llamax.config.schema import RunConfig
+from llamax.training import profiler
 from llamax.training.profiler import Profiler
 
 
@@ -38,3 +40,25 @@ def test_nothing_is_recorded_unless_asked_and_only_on_rank_0(tmp_path: Path) -> 
     steps(Profiler(RunConfig(), tmp_path, 0), 3)
     steps(Profiler(RunConfig(profile_at=1), tmp_path, 1), 3)
     assert not (tmp_path / "profile").exists()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "hint"),
+    [
+        ("2.23.6484.0", "run neuron-profile view -d FOLDER (Neuron SDK 2.28)"),
+        ("2.24.8799.0", "run neuron-explorer view -d FOLDER (Neuron SDK 2.29)"),
+        ("2.99", "run neuron-explorer view -d FOLDER (Neuron SDK 2.33)"),
+        (None, ""),
+    ],
+)
+def test_the_log_names_the_profiler_of_the_installed_sdk(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, compiler: str | None, hint: str
+) -> None:
+    monkeypatch.setattr(profiler, "installed", {"neuronx-cc": compiler}.get)
+    lines: list[str] = []
+    monkeypatch.setattr(profiler.logger, "info", lambda text, *args: lines.append(text % args))
+    steps(Profiler(RunConfig(profile_at=1), tmp_path, 0), 2)
+    assert len(lines) == 1
+    steps(Profiler(RunConfig(profile_at=1, backend="xla"), tmp_path, 0), 2)
+    assert [line for line in lines if hint and line.endswith(hint)] == lines[2:]
+    assert len(lines) == (3 if hint else 2)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from support.hlo_text import MATMUL
 
 from llamax.cli.audit import main
+from llamax.config.neuron_sdk import known_sdks
 from llamax.tools.audit import auditor, census
 from llamax.tools.audit.report import AuditReport, Kind, Memory, as_json, show, sort_kinds
 
@@ -78,3 +80,32 @@ def test_an_audit_fails_on_what_the_compiler_refuses() -> None:
     assert "the microstep program has float64" in audit.problems[0]
     hosted = AuditReport("", (), (), 1, audit.memory, fallbacks=("aten::nonzero",))
     assert hosted.problems == ["aten::nonzero runs on the host: torch-xla cannot compile it"]
+
+
+def reduced(groups: int) -> str:
+    """A program whose all-reduces group eight ranks in so many ways, each twice."""
+    lines = [
+        f"  %all-reduce.{i} = f32[4]{{0}} all-reduce(f32[4]{{0}} %reduce.8), "
+        f"replica_groups={{{{0,{1 + i % groups}}},{{2,{3 + i % groups}}}}}, to_apply=%Add.4\n"
+        for i in range(2 * groups)
+    ]
+    return MATMUL.replace("  ROOT %tuple", "".join(lines) + "  ROOT %tuple")
+
+
+@pytest.mark.parametrize(("sdk", "most"), [("2.28", 12), ("2.31", 12), ("2.32", 16)])
+def test_an_audit_fails_where_the_runtime_loads_no_program(sdk: str, most: int) -> None:
+    for groups in (1, most, most + 1):
+        audit = audited(("update", "step 1", reduced(groups)))
+        audit = replace(audit, sdk=known_sdks()[sdk])
+        assert audit.kinds[0].communicators == groups
+        numbers = json.loads(json.dumps(as_json(audit)))
+        assert numbers["programs"]["update"]["communicators"] == groups
+        assert (numbers["neuron_sdk"], numbers["most_communicators"]) == (sdk, most)
+        line = f"communicators: {groups} at most in a program; Neuron SDK {sdk} loads {most}"
+        assert line in show(audit)
+        assert audit.passes == (groups <= most)
+        if groups > most:
+            assert audit.problems == [
+                f"the update program has {groups} communicators, of which Neuron SDK {sdk} loads "
+                f"{most}; use fewer axes of the mesh"
+            ]

@@ -16,9 +16,15 @@ def test_versions_of_an_sdk_fit(tmp_path: Path) -> None:
     assert found.pop("torch.load") == "warning"  # neuronx-distributed uses it, with torch 2.9
     assert set(found.values()) == {"ok"}
     assert len(found) == 7
-    newer = {**SDK, "neuronx-cc": "2.24.5133.0", "neuronx-distributed": "0.18.27753"}
+    newer = {
+        **SDK,
+        "neuronx-cc": "2.24.5133.0",
+        "neuronx-distributed": "0.18.27753",
+        "torch-neuronx": "2.9.0.2.13.24727",
+    }
     found = levels(versions.check(Host(host.root, packages=newer), "xla"))
-    assert [name for name, level in found.items() if level != "ok"] == ["torch.load", "driver"]
+    differ = ["torch.load", "nki", "driver"]  # nki 0.2 is of SDK 2.28
+    assert [name for name, level in found.items() if level != "ok"] == differ
 
 
 @pytest.mark.parametrize(
@@ -49,8 +55,11 @@ def test_other_programs_that_load_files_with_torch_2_9_are_named(
         ({"torch-xla": "2.8.0"}, "torch-xla", "error"),
         ({"torch-xla": None}, "torch-xla", "error"),
         ({"torch-neuronx": "2.8.0.1"}, "torch-neuronx", "error"),
+        ({"torch-neuronx": "2.9.0.2.13.24727"}, "torch-neuronx", "error"),
         ({"torch-neuronx": None}, "neuron", "unknown"),
         ({"neuronx-cc": "2.21.1"}, "neuronx-cc", "warning"),
+        ({"neuronx-cc": "2.26.6360.0"}, "neuronx-cc", "warning"),
+        ({"neuronx-cc": "2.40.1"}, "neuronx-cc", "warning"),
         ({"neuronx-distributed": "0.18.1"}, "nxd", "error"),
         ({"neuronx-distributed": None}, "nxd", "ok"),
         ({"nki": None}, "nki", "warning"),
