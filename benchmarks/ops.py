@@ -23,6 +23,7 @@ from transformers.models.llama import modeling_llama as hub
 
 from llamax import ops
 from llamax.backends import cpu
+from llamax.model import rope
 
 HIDDEN, HEADS, KV, WIDTH, FFN = 512, 8, 4, 64, 1408
 Function = Callable[..., Tensor]
@@ -36,8 +37,8 @@ def cases(tokens: int, length: int) -> dict[str, tuple[dict[str, Function], Sequ
     norm = torch.randn(HIDDEN)
     qkv = torch.randn(batch, length, HEADS + 2 * KV, WIDTH)
     q, k, v = (part.contiguous() for part in qkv.split((HEADS, KV, KV), dim=2))
-    frequencies = ops.inverse_frequencies(WIDTH, 10_000.0, None)
-    cos, sin = ops.rope_tables(torch.arange(length).expand(batch, -1), frequencies)
+    frequencies = rope.inverse_frequencies(WIDTH, 10_000.0, None)
+    cos, sin = rope.rope_tables(torch.arange(length).expand(batch, -1), frequencies)
     gate_up = torch.randn(batch, length, 2 * FFN)
     documents = torch.arange(length).div(length // 3 + 1, rounding_mode="floor").expand(batch, -1)
 

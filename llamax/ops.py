@@ -11,10 +11,10 @@ that a machine imports only what it can run::
       swiglu
     attention            fused (torch), cpu, nki (Trainium), nxd (Trainium), traced (XLA), reference
     attention_by_blocks  nki (Trainium), reference
-    attention_cached     fused (torch), reference
+    attention_cached     fused (torch), traced (XLA), reference
     embedding            selected (XLA), reference
-    at_columns,          compared (XLA), reference
-      add_at_columns
+    cache_places, at_columns,
+      write_, add_at_    compared (XLA), reference
 
 Letters of shapes as in ``model/llama.py``: B batch, S sequence, D hidden, H query heads, K
 key/value heads, E head dim, F feed-forward; T is the length of a key/value cache.  Tensors may be
@@ -31,14 +31,11 @@ import platform
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from llamax.config.model import RopeScaling
 
 IGNORE_INDEX = -100  # the label of a position without loss, as in torch
 
@@ -101,6 +98,19 @@ def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return kernel("attention_cached", q, k, v, mask)(q, k, v, mask)
 
 
+def cache_places(positions: Tensor, cache: Tensor) -> Tensor:
+    """Where ``write_cache`` puts the tokens at ``positions``: integers [B, 1], [B, K, T, E]."""
+    return kernel("cache_places", cache)(positions, cache)
+
+
+def write_cache(cache: Tensor, places: Tensor, new: Tensor) -> None:
+    """Write one token of each sequence into a cache in place: [B, K, T, E], places, [B, K, E].
+
+    ``places`` is what ``cache_places`` returns for a contiguous cache of this shape.
+    """
+    kernel("write_cache", cache)(cache, places, new)
+
+
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """The rows ``ids`` of the weight: integers [...], [V, D] -> [..., D]."""
     return kernel("embedding", weight)(ids, weight)
@@ -116,31 +126,11 @@ def add_at_columns(x: Tensor, column: Tensor, amount: Tensor) -> Tensor:
     return kernel("add_at_columns", x)(x, column, amount)
 
 
-def inverse_frequencies(head_dim: int, rope_theta: float, scaling: RopeScaling | None) -> Tensor:
-    """The rotary frequency of every pair of features, in radians per position: [E / 2], fp32.
-
-    ``scaling`` stretches them for long contexts ("rope_type": "llama3"): wavelengths below
-    ``original / high`` stay, frequencies of wavelengths above ``original / low`` are divided by
-    ``factor``, and those in between are interpolated.
-    """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    frequencies = 1.0 / rope_theta**exponents
-    if scaling is None:
-        return frequencies
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    turns = scaling.original_max_position_embeddings / (2 * math.pi / frequencies)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
-
-
-def rope_tables(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, repeated once: [B, S], [E / 2] -> 2 x [B, S, E], fp32.
-
-    Positions that are the same for all sequences may be given once, as [1, S].
-    """
-    angles = positions[..., None].float() * inverse_frequencies
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+def at_places(x: Tensor, place: Tensor) -> Tensor:
+    """One place of each sequence: [B, S, D], integers [B] -> [B, 1, D]."""
+    B, S, _ = x.shape
+    first = torch.arange(0, B * S, S, dtype=place.dtype, device=place.device)
+    return embedding(first + place, x.flatten(0, 1))[:, None]
 
 
 # --- references ----------------------------------------------------------------------------------
@@ -212,12 +202,16 @@ def reference_add_at_columns(x: Tensor, column: Tensor, amount: Tensor) -> Tenso
 
 
 def traced_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    return traced_attention_cached(q, k, v, _causal_mask(q, k, documents))
+
+
+def traced_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     groups = (k.shape[2], q.shape[2] // k.shape[2])
     q_BKgsE = (q / math.sqrt(q.shape[-1])).transpose(1, 2).unflatten(1, groups).flatten(2, 3)
     k_BKTE, v_BKTE = k.transpose(1, 2), v.transpose(1, 2)
     scores_BKgST = _wide(q_BKgsE @ k_BKTE.mT).unflatten(2, (groups[1], -1))
     hidden, seen = (torch.full((), x, device=q.device) for x in (-math.inf, 0.0))
-    bias_B11ST = torch.where(_causal_mask(q, k, documents)[:, None, None], seen, hidden)
+    bias_B11ST = torch.where(mask[:, None, None], seen, hidden)
     weights_BKgST = (scores_BKgST + bias_B11ST).softmax(-1).to(q.dtype)
     o_BKgsE = weights_BKgST.flatten(2, 3) @ v_BKTE
     o_BHSE: Tensor = o_BKgsE.unflatten(2, (groups[1], -1)).flatten(1, 2)
@@ -251,24 +245,17 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -
     lengths = q.shape[1], k.shape[1]
     bias = "torch.nn.attention.bias"  # takes as long to import as torch: only where it is needed
     mask = None if lengths[0] == lengths[1] else import_module(bias).causal_lower_right(*lengths)
-    out_BHSE = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=True,
-    )
-    return out_BHSE.transpose(1, 2)
+    return _fused(q, k, v, mask)
 
 
 def fused_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return _fused(q, k, v, mask[:, None])
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out_BHSE = F.scaled_dot_product_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        attn_mask=mask[:, None],
-        enable_gqa=True,
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
     )
     return out_BHSE.transpose(1, 2)
 
@@ -376,7 +363,16 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "attention_cached": (
         Row("fused", _fused_cached_is_faster, fused_attention_cached),
+        Row("traced", _on_xla, traced_attention_cached),
         Row("reference", _anywhere, reference_attention_cached),
+    ),
+    "cache_places": (
+        Row("compared", _on_xla, "attention.cache:compared_places"),
+        Row("reference", _anywhere, lambda *x: _load("attention.cache:places")(*x)),
+    ),
+    "write_cache": (
+        Row("compared", _on_xla, "attention.cache:compared_write"),
+        Row("reference", _anywhere, lambda *x: _load("attention.cache:write")(*x)),
     ),
 }
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llamax.cli.options import Parser, add_computing, column, command
+from llamax.config.choices import BACKENDS
 from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.row_samples import FIELDS
 from llamax.parallel.rendezvous import rendezvous
@@ -109,7 +110,15 @@ def parser() -> Parser:
     p.add_argument(
         "--tokenizer", default="", metavar="PATH", help="default: the model's or its dataset's"
     )
-    add_computing(p)
+    add_computing(p, BACKENDS)
+    p.add_argument(
+        "--length",
+        type=int,
+        default=0,
+        metavar="N",
+        help="backend xla: tokens of a prompt and its answer for which programs are compiled "
+        "(default: those of the longest, rounded up)",
+    )
     p.add_argument(
         "--batch", type=int, default=8, metavar="N", help="prompts computed at once (default 8)"
     )
@@ -147,6 +156,7 @@ def main(argv: Sequence[str]) -> int:
         dtype=options.dtype,
         backend=options.backend,
         threads=options.threads,
+        length=options.length,
     )
     rows = read_prompts(options.prompt, options.prompts_file, options.template)
 

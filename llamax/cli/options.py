@@ -80,14 +80,14 @@ def command(main: Main) -> Main:
     return named
 
 
-def add_computing(parser: argparse.ArgumentParser) -> None:
+def add_computing(
+    parser: argparse.ArgumentParser, backends: Sequence[str] = EAGER_BACKENDS
+) -> None:
     """Add the options of a program that computes with a model in files."""
     parser.add_argument(
         "--dtype", choices=MODEL_DTYPES, default="", help="default: that of the files"
     )
-    parser.add_argument(
-        "--backend", choices=EAGER_BACKENDS, default="cpu", help="default %(default)s"
-    )
+    parser.add_argument("--backend", choices=backends, default="cpu", help="default %(default)s")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help=THREADS)
 
 

@@ -11,6 +11,9 @@ MODEL_DTYPES = ("float32", "bfloat16", "float16")
 EAGER_BACKENDS = ("cpu", "cuda", "neuron")
 """Backends that run each operation at once, and so read values as they go."""
 
+BACKENDS = (*EAGER_BACKENDS, "xla")
+"""All backends."""
+
 FOREIGN_FORMATS = ("nxd", "optimum", "nemo", "meta")
 """Checkpoint formats of other trainers that ``llamax import`` reads."""
 

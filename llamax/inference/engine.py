@@ -40,6 +40,7 @@ from llamax.data.megatron import is_prefix
 from llamax.data.tokenizer.streaming import Detokenizer
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.inference.sampling import Sampling, generate_tokens
+from llamax.inference.static_decoding import StaticDecoder, static_tokens
 from llamax.model.llama import DTYPES, Llama
 from llamax.parallel.collectives import Axis
 from llamax.runtime.errors import ConfigError, DataError
@@ -246,8 +247,9 @@ class Speed:
 class Engine:
     """Continues prompts with one model; ``speed`` is summed over all of them.
 
-    An answer ends before a text in ``stops`` and at a token in ``stop_ids``.  Raises ConfigError
-    for a stop text with a special token inside.
+    An answer ends before a text in ``stops`` and at a token in ``stop_ids``.  ``decoder``: that of
+    a device which compiles programs.  Raises ConfigError for a stop text with a special token
+    inside.
     """
 
     model: Llama
@@ -256,6 +258,7 @@ class Engine:
     max_new_tokens: int = 100
     stops: Sequence[str] = ()
     stop_ids: Collection[int] = ()
+    decoder: StaticDecoder | None = None
     speed: Speed = field(default_factory=Speed)
 
     def __post_init__(self) -> None:
@@ -281,14 +284,7 @@ class Engine:
     ) -> Iterator[str]:
         """Fill the completions of a batch while yielding the text of the first, as ``complete``."""
         writers = [Detokenizer(self.tokenizer.decode, prompt, self.stops) for prompt in ids]
-        steps = generate_tokens(
-            self.model,
-            ids,
-            max_new_tokens=self.max_new_tokens,
-            sampling=replace(self.sampling, seed=self.sampling.seed + number),
-            stop_ids=self.stop_ids,
-            vocab_size=self.tokenizer.vocab_size,
-        )
+        steps = self._steps(ids, replace(self.sampling, seed=self.sampling.seed + number))
         began = first = time.perf_counter()
         for step, tokens in enumerate(steps):
             first = first if step else time.perf_counter()
@@ -313,3 +309,18 @@ class Engine:
         self.speed.prefill_s += first - began
         self.speed.new_tokens += sum(completion.new_tokens - 1 for completion in done)
         self.speed.decode_s += time.perf_counter() - first
+
+    def _steps(
+        self, ids: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Iterator[list[int | None]]:
+        """The next token of each prompt, step by step."""
+        if self.decoder is not None:
+            return static_tokens(self.decoder, ids, self.max_new_tokens, sampling, self.stop_ids)
+        return generate_tokens(
+            self.model,
+            ids,
+            max_new_tokens=self.max_new_tokens,
+            sampling=sampling,
+            stop_ids=self.stop_ids,
+            vocab_size=self.tokenizer.vocab_size,
+        )

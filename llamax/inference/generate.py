@@ -18,9 +18,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any, NamedTuple
 
+import torch
+
 from llamax.backends import choose
+from llamax.backends.base import Backend
 from llamax.checkpoint.peft import is_adapter
-from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
+from llamax.config.choices import BACKENDS, EAGER_BACKENDS, MODEL_DTYPES
 from llamax.config.schema import Config, DataConfig, ParallelConfig
 from llamax.config.validate import check
 from llamax.data.prepare.file_kinds import Row
@@ -36,6 +39,8 @@ from llamax.inference.engine import (
 )
 from llamax.inference.prompts import Prompt, PromptFormat, read_prompts
 from llamax.inference.sampling import Sampling, check_prompts, sampling_of
+from llamax.inference.static_decoding import StaticDecoder, cache_length
+from llamax.model.placement import move_model
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import ConfigError, DataError
@@ -85,12 +90,22 @@ class GenerationSettings:
     dtype: str = ""
     """Type of the weights, "float32" or "bfloat16"; by default that of the files."""
     backend: str = "cpu"
-    """Backend: "cpu", "cuda" or "neuron"."""
+    """Backend: "cpu", "cuda", "neuron" or "xla"."""
     threads: int = 0
     """CPU threads per rank; 0: an equal share of the cores."""
+    length: int = 0
+    """Backend "xla": tokens of a prompt and its answer for which programs are compiled; 0: those of
+    the longest, rounded up."""
 
     def __post_init__(self) -> None:
-        check_computing(self.batch, self.threads, self.dtype, self.backend)
+        check_computing(self.batch, self.threads, self.dtype, self.backend, BACKENDS)
+        if self.length and self.backend != "xla":
+            raise ConfigError(
+                f"`length={self.length}` is of backend xla alone, and `backend={self.backend}` "
+                "takes every length; leave it out"
+            )
+        if self.length < 0:
+            raise ConfigError(f"`length={self.length}` is out of range; use 0 or more")
         check_stops(self.stop)
         check_fields(self.fields)
         self.sampling()
@@ -100,14 +115,20 @@ class GenerationSettings:
         return sampling_of(generation, self.temperature, self.top_k, self.top_p, self.seed)
 
 
-def check_computing(batch: int, threads: int, dtype: str, backend: str = "cpu") -> None:
+def check_computing(
+    batch: int,
+    threads: int,
+    dtype: str,
+    backend: str = "cpu",
+    backends: Sequence[str] = EAGER_BACKENDS,
+) -> None:
     """Raise ConfigError for a batch, threads, dtype or backend that cannot be."""
     for name, value, least in (("batch", batch, 1), ("threads", threads, 0)):
         if value < least:
             raise ConfigError(f"`{name}={value}` is out of range; use {least} or more")
     for name, chosen, known in (
         ("dtype", dtype, ("", *MODEL_DTYPES)),
-        ("backend", backend, EAGER_BACKENDS),
+        ("backend", backend, backends),
     ):
         if chosen not in known:
             use = ", ".join(filter(None, known))
@@ -274,6 +295,7 @@ def _engines(
     ranks = rank.world_size
     kv = max(1, ranks // min(opened.model.model.num_key_value_heads for opened in models))
     backend = choose(settings.backend, rank, settings.threads)
+    home = torch.device("cpu") if backend.traces else backend.device
     with ExitStack() as stack:
         file = None
         if out is not None and rank.rank == 0:
@@ -283,8 +305,8 @@ def _engines(
         def build(number: int) -> Engine:
             opened = models[number]
             with reported("loading the model", show=rank.rank == 0):
-                model = opened.model.build(axes.tp, backend.device, settings.dtype)
-            return Engine(
+                model = opened.model.build(axes.tp, home, settings.dtype)
+            engine = Engine(
                 model,
                 opened.model.tokenizer,
                 settings.sampling(opened.model.generation),
@@ -292,8 +314,32 @@ def _engines(
                 settings.stop,
                 opened.stop_ids,
             )
+            if backend.traces:
+                move_model(model, backend.device)
+                engine.decoder = static_decoder(engine, opened.prompts, settings, backend)
+            return engine
 
         yield build, file
+
+
+def static_decoder(
+    engine: Engine, prompts: Sequence[Prompt], settings: GenerationSettings, backend: Backend
+) -> StaticDecoder:
+    """The decoder of all prompts of a model on a device that compiles programs."""
+    length = cache_length(
+        engine.model.config,
+        [prompt.ids for prompt in prompts],
+        settings.max_new_tokens,
+        settings.length,
+    )
+    return StaticDecoder(
+        engine.model,
+        backend,
+        min(settings.batch, len(prompts)),
+        length,
+        engine.sampling.temperature == 0,
+        engine.tokenizer.vocab_size,
+    )
 
 
 def _batches(

@@ -60,18 +60,17 @@ class DecodeStep:
 
     def __init__(self, positions_B1: Tensor, width: int) -> None:
         self.positions_B1, self.width = positions_B1, width
-        self.mask_B1T = torch.arange(width, device=positions_B1.device) <= positions_B1[:, None]
-        self._rows: Tensor | None = None  # the same for all layers
+        place_T = torch.arange(width, dtype=positions_B1.dtype, device=positions_B1.device)
+        self.mask_B1T = place_T <= positions_B1[:, None]
+        self._places: Tensor | None = None  # the same for all layers
 
     def __call__(
         self, q_B1hE: Tensor, k_B1kE: Tensor, v_B1kE: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
         """Attention of one layer with the contiguous cache ``keys``, ``values`` [B, k, T, E]."""
-        B, k, T, E = keys.shape
-        if self._rows is None:
-            starts_Bk = torch.arange(0, B * k * T, T, device=keys.device).view(B, k)
-            self._rows = (starts_Bk + self.positions_B1).view(-1)
-        keys.view(-1, E).index_copy_(0, self._rows, k_B1kE.reshape(-1, E))
-        values.view(-1, E).index_copy_(0, self._rows, v_B1kE.reshape(-1, E))
+        if self._places is None:
+            self._places = ops.cache_places(self.positions_B1, keys)
+        ops.write_cache(keys, self._places, k_B1kE[:, 0])
+        ops.write_cache(values, self._places, v_B1kE[:, 0])
         k_BTkE, v_BTkE = (x[:, :, : self.width].transpose(1, 2) for x in (keys, values))
         return ops.attention_cached(q_B1hE, k_BTkE, v_BTkE, self.mask_B1T)

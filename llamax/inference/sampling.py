@@ -214,6 +214,15 @@ def check_prompts(config: ModelConfig, prompts: Prompts, max_new_tokens: int) ->
             )
 
 
+def check_finite(finite: bool) -> None:
+    """Raise CheckpointError where a model's first logits are not finite."""
+    if not finite:
+        raise CheckpointError(
+            "the model's logits are not finite: its training diverged or its weights are damaged; "
+            "use an earlier checkpoint"
+        )
+
+
 @torch.inference_mode()
 def _steps(
     model: Llama,
@@ -231,11 +240,7 @@ def _steps(
     live = [True] * len(prompts)
 
     logits_B1V = model(torch.tensor(padded, device=device), attend=cache.prefill, last_B=last_B)
-    if not bool(logits_B1V.isfinite().all()):
-        raise CheckpointError(
-            "the model's logits are not finite: its training diverged or its weights are damaged; "
-            "use an earlier checkpoint"
-        )
+    check_finite(bool(logits_B1V.isfinite().all()))
     for made in range(1, max_new_tokens + 1):
         tokens_B = sampling.pick(logits_B1V[:, 0, :vocab_size], streams)
         tokens = tokens_B.tolist()

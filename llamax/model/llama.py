@@ -31,7 +31,7 @@ from llamax import ops
 from llamax.config import validate
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, DataConfig, ParallelConfig, RunConfig
-from llamax.model import recompute
+from llamax.model import recompute, rope
 from llamax.model.dropout import Dropout
 from llamax.model.initial_weights import draw
 from llamax.model.recompute import Recompute
@@ -199,9 +199,7 @@ class Decoder(nn.Module):
         self._set_frequencies(tp.rank_index.device)
 
     def _set_frequencies(self, device: torch.device) -> None:
-        model = self.model
-        frequencies = ops.inverse_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
-        self.inverse_frequencies = frequencies.to(device)
+        self.inverse_frequencies = rope.frequencies_of(self.model).to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
         """Move or convert the model as ``to`` does, but keep the rotary angles exact, in fp32."""
@@ -217,7 +215,7 @@ class Decoder(nn.Module):
         x_BsD: Tensor | None = None,
         layers: range | None = None,
     ) -> Tensor:
-        cos_BSE, sin_BSE = ops.rope_tables(positions_BS, self.inverse_frequencies)
+        cos_BSE, sin_BSE = rope.rope_tables(positions_BS, self.inverse_frequencies)
         if x_BsD is None:
             assert self.embed_tokens is not None, "without the embedding there is an input"
             x_BsD = self.embed_tokens(ids_BS)
@@ -315,9 +313,12 @@ class Llama(nn.Module):
         x_BsD = self.hidden(ids_BS, positions_BS, documents_BS, attend)
         if last_B is not None:
             assert not self.sequence_parallel, "last_B indexes whole sequences"
-            x_BsD = x_BsD.take_along_dim(last_B[:, None, None], dim=1)
-        logits_BSv = column_matmul(x_BsD, self.output_weight, self.tp, self.sequence_parallel)
-        return regions.join(logits_BSv, self.tp, 2)[..., : self.config.vocab_size]
+            x_BsD = ops.at_places(x_BsD, last_B)
+        return regions.join(self.logits_share(x_BsD), self.tp, 2)[..., : self.config.vocab_size]
+
+    def logits_share(self, x_BsD: Tensor) -> Tensor:
+        """Logits of this rank's share of the vocabulary, which is padded: [B,s,D] -> [B,S,v]."""
+        return column_matmul(x_BsD, self.output_weight, self.tp, self.sequence_parallel)
 
     def loss(
         self,

@@ -26,11 +26,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from llamax.backends.transfer import move_parameter, moved
 from llamax.checkpoint.plain_llama import own_names
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
-from llamax.model.qlora import stores
+from llamax.model.placement import move_model
 from llamax.optim.loss_scale import LossScale, LossScaleState
 from llamax.optim.replicas import check_equal
 from llamax.optim.schedule import lr_at
@@ -39,7 +38,7 @@ from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.pipeline import Micro, Schedule, forwards, schedule
 from llamax.parallel.sharding import Replica
-from llamax.parallel.spread import Placeholder, gathered_again, spread_weights
+from llamax.parallel.spread import gathered_again
 from llamax.training.model_checks import check_attended, check_loss, check_modules, noted
 from llamax.training.pipeline import Compute, Stage, apart
 from llamax.training.resolve import ResolvedRun
@@ -200,17 +199,7 @@ class TrainState:
     def to(self, device: torch.device) -> None:
         """Move everything, once all is loaded, to a device that traces programs."""
         self.optimizer.to(device)
-        for parameter in self.model.parameters():  # frozen weights
-            if parameter.device != device and not isinstance(parameter, Placeholder):
-                move_parameter(parameter, device)
-        for store in stores(self.model):
-            store.to(device)
-        for weight in spread_weights(self.model):
-            if weight.gradient is None:  # frozen: the optimizer has moved the others
-                weight.spread.run = moved(weight.run, device)
-        for module in self.model.modules():
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, moved(buffer, device))
+        move_model(self.model, device)  # frozen weights
 
     def step(
         self, batches: Iterable[Batch], number: int, stop: bool = False, save: bool = False

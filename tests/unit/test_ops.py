@@ -13,6 +13,7 @@ from transformers.models.llama import modeling_llama as hub
 
 from llamax import ops
 from llamax.config.model import RopeScaling
+from llamax.model import rope
 
 FP32 = 1e-6  # largest difference over the largest element
 SCALINGS = {
@@ -63,7 +64,7 @@ class TestRope:
     ) -> None:
         theta = 10_000.0 if scaling is None else 500_000.0
         theirs = hub.LlamaRotaryEmbedding(hub_config(head_dim, theta, scaling)).inv_freq
-        ours = ops.inverse_frequencies(head_dim, theta, scaling)
+        ours = rope.inverse_frequencies(head_dim, theta, scaling)
         assert ours.dtype == torch.float32
         assert ((ours - theirs) / theirs).abs().max() <= 1e-7
 
@@ -71,8 +72,8 @@ class TestRope:
         config = hub_config(16, 500_000.0, SCALINGS["llama3.1"])
         positions = torch.tensor([[0, 1, 2, 3, 4], [7, 8, 900, 0, 1]])
         cos, sin = hub.LlamaRotaryEmbedding(config)(torch.zeros(1), positions)
-        tables = ops.rope_tables(
-            positions, ops.inverse_frequencies(16, 500_000.0, SCALINGS["llama3.1"])
+        tables = rope.rope_tables(
+            positions, rope.inverse_frequencies(16, 500_000.0, SCALINGS["llama3.1"])
         )
         agree(tables, (cos, sin))
         q, k = torch.randn(2, 5, 4, 16), torch.randn(2, 5, 2, 16)
@@ -86,11 +87,11 @@ class TestRope:
 
     def test_scores_depend_on_distance_alone(self) -> None:
         q, k = torch.randn(2, 1, 1, 1, 64)
-        frequencies = ops.inverse_frequencies(64, 10_000.0, None)
+        frequencies = rope.inverse_frequencies(64, 10_000.0, None)
 
         def score(query: int, key: int) -> float:
             turned = [
-                ops.rotate(x, *ops.rope_tables(torch.tensor([[position]]), frequencies))
+                ops.rotate(x, *rope.rope_tables(torch.tensor([[position]]), frequencies))
                 for x, position in ((q, query), (k, key))
             ]
             return float((turned[0] * turned[1]).sum())

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llamax import ops
+from llamax.kernels.attention import cache as cached
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -59,3 +60,21 @@ def test_embedding() -> None:
         out = kernel(ids, weight)
         found.append([out, *torch.autograd.grad((out * out.detach().cos()).sum(), weight)])
     torch.testing.assert_close(found[0], found[1])
+
+
+def test_a_cache_is_written_by_comparison_as_by_index_and_attended_to_alike() -> None:
+    cache, new = torch.randn(3, 2, 7, 4), torch.randn(3, 2, 4)
+    positions = torch.tensor([[0], [6], [3]], dtype=torch.int32)
+    by_index, compared = cache.clone(), cache.clone()
+    ops.write_cache(by_index, ops.cache_places(positions, cache), new)
+    cached.compared_write(compared, cached.compared_places(positions, cache), new)
+    assert compared.equal(by_index)
+    assert (by_index != cache).sum() == new.numel()
+    assert by_index[1, :, 6].equal(new[1])
+    q, kv = torch.randn(3, 1, 4, 4), by_index.transpose(1, 2)
+    mask = torch.arange(7) <= positions[:, None]
+    found, expected = (
+        kernel(q, kv, kv, mask)
+        for kernel in (ops.traced_attention_cached, ops.reference_attention_cached)
+    )
+    torch.testing.assert_close(found, expected)

@@ -1,4 +1,4 @@
-"""The cache of keys and values that all requests share.
+"""The cache of keys and values that all requests share, allocated once.
 
 ::
 
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import chain
 
+import torch
 from torch import Tensor
 
 from llamax import ops
@@ -35,10 +37,13 @@ class KVPool:
         config = model.config
         heads = max(1, config.num_key_value_heads // model.tp.size)
         like = model.output_weight
-        self.length = length
+        self.slots, self.length = slots, length
         shape = (config.num_hidden_layers, 2, slots, heads, length, config.head_dim)
         try:
-            self._layers = like.new_zeros(shape)
+            self._layers = [  # zeros from the host: on a device they might be a program
+                tuple(torch.zeros(shape[2:], dtype=like.dtype).to(like.device) for _ in range(2))
+                for _ in range(shape[0])
+            ]
         except RuntimeError:  # of which torch's out-of-memory errors are a kind
             size = show_bytes(math.prod(shape) * like.element_size())
             raise ConfigError(
@@ -48,16 +53,19 @@ class KVPool:
     @property
     def num_bytes(self) -> int:
         """The size of the cache."""
-        return self._layers.numel() * self._layers.element_size()
+        return sum(keys.nbytes + values.nbytes for keys, values in self._layers)
 
     def prefill(self, slots: Sequence[int]) -> Attend:
         """Causal attention of new prompts, which fill the first places of their ``slots``."""
+        every = list(slots) == list(range(self.slots))
 
         def attend(q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
             length = k_BSkE.shape[1]
-            for row, slot in enumerate(slots):
-                self._layers[layer, 0, slot, :, :length] = k_BSkE[row].transpose(0, 1)
-                self._layers[layer, 1, slot, :, :length] = v_BSkE[row].transpose(0, 1)
+            for cache, new_BSkE in zip(self._layers[layer], (k_BSkE, v_BSkE), strict=True):
+                if every:
+                    cache[:, :, :length] = new_BSkE.transpose(1, 2)
+                for row, slot in enumerate(() if every else slots):
+                    cache[slot, :, :length] = new_BSkE[row].transpose(0, 1)
             return ops.attention(q_BShE, k_BSkE, v_BSkE)
 
         return attend
@@ -67,11 +75,12 @@ class KVPool:
         step, rows = DecodeStep(positions_B1, width), len(positions_B1)
 
         def attend(q_B1hE: Tensor, k_B1kE: Tensor, v_B1kE: Tensor, layer: int) -> Tensor:
-            keys, values = self._layers[layer, :, :rows]
+            keys, values = (cache[:rows] for cache in self._layers[layer])
             return step(q_B1hE, k_B1kE, v_B1kE, keys, values)
 
         return attend
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` places of a slot to another."""
-        self._layers[:, :, target, :, :length] = self._layers[:, :, source, :, :length]
+        for cache in chain(*self._layers):
+            cache[target, :, :length] = cache[source, :, :length]

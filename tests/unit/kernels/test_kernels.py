@@ -21,6 +21,7 @@ from llamax.kernels.rope import op as rope_op
 from llamax.kernels.rope import reference as rope_reference
 from llamax.kernels.swiglu import op as swiglu_op
 from llamax.kernels.swiglu import reference as swiglu_reference
+from llamax.model import rope
 
 # Largest difference over the largest element, or over 1 where all are smaller (a lone token has
 # gradients of zero); the README of each kernel says the same.
@@ -81,7 +82,7 @@ class TestRMSNorm:
 class TestRope:
     def check(self, dtype: torch.dtype, batch: int, rows: int, length: int, heads: int) -> None:
         width = 12
-        frequencies = ops.inverse_frequencies(width, 100.0, None).double()
+        frequencies = rope.inverse_frequencies(width, 100.0, None).double()
         positions = torch.randint(0, 50, (rows, length))
         angles = positions[..., None] * frequencies
         tables = [torch.cat((t, t), -1) for t in (angles.cos(), angles.sin())]
@@ -253,8 +254,8 @@ class TestReferences:
         agree([y], [rms_norm_reference.rms_norm(x64, weight64, 1e-2)], torch.float32)
         agree([ops.reference_swiglu(x)], [swiglu_reference.swiglu(x64)], torch.float32)
         positions = torch.randint(0, 9, (3, 5))
-        frequencies = ops.inverse_frequencies(16, 100.0, None)
-        y = ops.reference_rotate(x[:, :, None], *ops.rope_tables(positions, frequencies))
+        frequencies = rope.inverse_frequencies(16, 100.0, None)
+        y = ops.reference_rotate(x[:, :, None], *rope.rope_tables(positions, frequencies))
         (angles,) = exact(positions[..., None] * frequencies)
         agree([y], [rope_reference.rotate(x64[:, :, None], angles)], torch.float32)
 

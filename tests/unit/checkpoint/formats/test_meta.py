@@ -33,12 +33,13 @@ def test_meta(tmp_path: Path, kv: int, ranks: int, dim: int) -> None:
 def test_meta_rows_turn_as_ours_do() -> None:
     """Meta's complex rotation of neighbours and our rotation of halves give the same scores."""
     from llamax import ops
+    from llamax.model import rope
 
     heads, width, hidden, length = 2, 6, 12, 5
     q, k = torch.randn(2, heads * width, hidden, dtype=torch.float64)
     x = torch.randn(1, length, hidden, dtype=torch.float64)
-    frequencies = ops.inverse_frequencies(width, 10_000.0, None)
-    cos, sin = ops.rope_tables(torch.arange(length)[None], frequencies)
+    frequencies = rope.inverse_frequencies(width, 10_000.0, None)
+    cos, sin = rope.rope_tables(torch.arange(length)[None], frequencies)
     ours = [
         ops.reference_rotate((x @ w.t()).unflatten(-1, (heads, width)), cos, sin) for w in (q, k)
     ]
