@@ -11,8 +11,9 @@
     ranks           128/128  alive, on 4 hosts; steps 420 to 420
 
 It reads only the run's folder, so it works from any machine that sees the folder, on a run that is
-training, finished or dead.  The key q, or Ctrl-C, ends it.  Into a pipe, on a dumb terminal or with
-``--once``, it writes the same lines once, without colours; NO_COLOR takes the colours away.
+training, finished or dead; where none has begun yet, it waits for one.  The key q, or Ctrl-C, ends
+it.  Into a pipe, on a dumb terminal or with ``--once``, it writes the same lines once, without
+colours; NO_COLOR takes the colours away.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from llamax.runtime.logging import shows_bars
 from llamax.runtime.process import run_main
 from llamax.runtime.terminal import full_screen
 from llamax.runtime.text import encodable, print_text
-from llamax.tools.monitor.run_folder import Cache, read_run
-from llamax.tools.monitor.watch import as_json, render
+from llamax.tools.monitor.run_folder import Cache, is_empty, read_run
+from llamax.tools.monitor.watch import as_json, clip, render
 
 
 def parser() -> Parser:
@@ -62,6 +63,9 @@ def main(argv: Sequence[str]) -> int:
     if options.every <= 0:
         raise ConfigError(f"--every={options.every:g} is not above 0; give seconds")
     cache, price = Cache(options.run), options.dollars_per_hour
+    live = not options.once and not options.json and shows_bars(sys.stdout)
+    if live and is_empty(options.run) and not awaited(options.run, options.every):
+        return 0
     run = read_run(options.run, cache=cache)
     if options.instance:
         machine = load_machine(options.instance)
@@ -70,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
     if options.json:
         print_text(to_json(as_json(run, price)))
         return 0
-    if options.once or not shows_bars(sys.stdout):
+    if not live:
         print_lines(render(run, price=price))
         return 0
     colour = not os.environ.get("NO_COLOR")
@@ -90,6 +94,23 @@ def main(argv: Sequence[str]) -> int:
         pass  # ends the view, not the run
     print_lines(render(run, shutil.get_terminal_size().columns, colour, price))
     return 0
+
+
+def awaited(folder: Path, every_s: float) -> bool:
+    """Wait until a run has begun in an empty or absent folder; false if q or Ctrl-C came before."""
+    texts = ("waiting for a run to begin; q or Ctrl-C ends this", f"nothing is there yet: {folder}")
+    try:
+        with full_screen() as keys:
+            while is_empty(folder):
+                width = shutil.get_terminal_size().columns - 1
+                lines = [f"{encodable(clip(text, width), sys.stdout)}\x1b[K\n" for text in texts]
+                sys.stdout.write(f"\x1b[H{''.join(lines)}\x1b[J")
+                sys.stdout.flush()
+                if "q" in keys(every_s).lower():
+                    return False
+    except KeyboardInterrupt:
+        return False
+    return True
 
 
 def print_lines(lines: Sequence[str]) -> None:

@@ -163,7 +163,7 @@ class RunFolder:
         if self.ranks:
             states = {rank.state for rank in self.ranks}
             if states <= {"alive"}:
-                return "running"
+                return "running" if self.config or self.last else "starting"
             if states == {"alive", "silent"}:
                 return "stuck"
             return "stopped" if states <= {"done"} else "dead"
@@ -210,10 +210,13 @@ def read_run(folder: Path, now: float | None = None, cache: Cache | None = None)
     Raises DataError where it is not the folder of a run.
     """
     metrics = folder / METRICS_FILE
-    if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE)):
+    if not any((folder / name).exists() for name in (CONFIG_FILE, METRICS_FILE, LOCK_FILE)):
+        found = f"has neither {CONFIG_FILE} nor {METRICS_FILE}"
+        if is_empty(folder):
+            found = "is empty" if folder.exists() else "does not exist"
+            found += "; a run makes its folder some seconds after its start"
         raise DataError(
-            f"{folder}: is not the folder of a run (has neither {CONFIG_FILE} nor {METRICS_FILE}); "
-            "use the run.folder of a training run"
+            f"{folder}: is not the folder of a run ({found}); use the run.folder of a training run"
         )
     now = time.time() if now is None else now
     cache = cache or Cache(folder)
@@ -234,6 +237,11 @@ def read_run(folder: Path, now: float | None = None, cache: Cache | None = None)
         cores=core_utilization(sorted(folder.glob("neuron-monitor*.json*"))),
         locked=locked(folder / LOCK_FILE),
     )
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder does not exist or holds nothing, as before a run has begun in it."""
+    return not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def _config(path: Path) -> Config | None:

@@ -150,7 +150,7 @@ def rows(lines: Sequence[Line], show_value: Callable[[float], str]) -> Iterator[
 
 
 def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
-    """The layouts of ``config`` that fit, fastest first; then why the others do not."""
+    """The layouts of ``config`` that fit, tight ones last; then why the others do not."""
     fitting = [each for each in plans if each.memory.fits]
     if not fitting:
         yield f"none of {count(len(plans) + len(refused), 'layout')} fits"
@@ -158,7 +158,8 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
         return
     if fitting[0].run.assumption:
         yield f"note: {fitting[0].run.assumption}"
-    yield f"{len(fitting)} of {count(len(plans) + len(refused), 'layout')} fit; the fastest:"
+    fits = f"{len(fitting)} of {count(len(plans) + len(refused), 'layout')} fit; the fastest"
+    yield f"{fits}{', tight ones last' * any(each.memory.tight for each in fitting)}:"
     yield f"  {'tensor':>6} {'context':>7} {'pipeline':>8} {'data':>5} {'zero':>4} " + (
         f"{'micro':>5} {'recompute':<9} {'memory':>9} {'MFU':>6} {'tokens/s':>9} {'dollars':>10}"
     )
@@ -177,12 +178,14 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
     )
     changes = flags(config, fitting[0].nodes, fitting[0])
     yield f"the fastest is {' '.join(changes) or 'the layout as configured'}"
-    if any(each.memory.tight for each in fitting[:BEST]):
+    tight = next((each for each in fitting if each.memory.tight), None)
+    faster = tight is not None and tight.time.tokens_per_s > fitting[0].time.tokens_per_s
+    if tight is not None and faster:
+        changes = flags(config, tight.nodes, tight)
+        gain = tight.time.tokens_per_s / fitting[0].time.tokens_per_s - 1
+        yield (f"{gain:.1%} faster but tight is {' '.join(changes) or 'the layout as configured'}")
+    if faster or any(each.memory.tight for each in fitting[:BEST]):
         yield TIGHT
-    roomy = next((each for each in fitting if not each.memory.tight), None)
-    if fitting[0].memory.tight and roomy is not None:
-        changes = flags(config, roomy.nodes, roomy)
-        yield f"the fastest that is not tight is {' '.join(changes) or 'the layout as configured'}"
     yield from _reasons(plans, refused)
 
 

@@ -1,4 +1,4 @@
-"""Every layout of a run on its machines: those that fit, fastest first, and why others do not.
+"""Every layout of a run on its machines: those that fit, best first, and why others do not.
 
 Tried are all tensor degrees that divide the world, context degrees of powers of two that leave
 chunks of ``SHORTEST_CHUNK`` tokens or more, pipelines of equal stages, ZeRO stages, all recompute
@@ -113,9 +113,10 @@ def contexts(config: Config, ranks: int) -> list[int]:
 def search(
     config: Config, machine: Machine, nodes: int, length: Length | None = None
 ) -> tuple[list[Plan], list[Refused]]:
-    """The plans of all valid candidates, fitting ones first and fastest first; and the refused.
+    """The plans of all valid candidates, best first, and the refused candidates.
 
-    All have the same ``length``, by default that of ``config``.
+    Those that fit come before those that fit but are tight, and last those that do not fit; within
+    these the fastest comes first.  All have the same ``length``, by default that of ``config``.
     """
     world = nodes * machine.ranks
     length = length or length_of(config)
@@ -125,5 +126,5 @@ def search(
             refused.append(Refused(candidate, reasons[0]))
         else:
             plans.append(plan_length(replace(length, config=candidate), machine, nodes))
-    plans.sort(key=lambda each: (not each.memory.fits, -each.time.tokens_per_s))
+    plans.sort(key=lambda each: (not each.memory.fits, each.memory.tight, -each.time.tokens_per_s))
     return plans, refused

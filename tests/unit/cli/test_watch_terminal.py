@@ -105,6 +105,31 @@ def test_a_key_ends_the_view(watching: Terminal, key: bytes) -> None:
     assert "^C" not in last
 
 
+def test_a_view_waits_for_a_run_that_has_not_begun(tmp_path: Path) -> None:
+    terminal = Terminal("-m", "llamax", "watch", str(tmp_path / "tuned"), "--every", "0.1")
+    try:
+        terminal.wait_for(lambda: "waiting for a run to begin" in terminal.text)
+        make_run(tmp_path / "made", 12, ranks=2).rename(tmp_path / "tuned")
+        terminal.wait_for(lambda: "12/40" in terminal.text)
+        terminal.press(b"q")
+        assert terminal.end() == 0
+        assert terminal.restored
+    finally:
+        terminal.close()
+
+
+def test_waiting_for_a_run_ends_by_a_key(tmp_path: Path) -> None:
+    terminal = Terminal("-m", "llamax", "watch", str(tmp_path / "none"), "--every", "600")
+    try:
+        terminal.wait_for(lambda: "waiting for a run to begin" in terminal.text)
+        terminal.press(b"q")
+        assert terminal.end() == 0
+        assert terminal.restored
+        assert "Traceback" not in terminal.text
+    finally:
+        terminal.close()
+
+
 def test_another_key_shows_the_run_again(watching: Terminal) -> None:
     watching.press(b"x")
     watching.wait_for(lambda: watching.text.count("checkpoint") > 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.run_folders import NOW, make_run
 
+from llamax.checkpoint.lock import lock_folder
 from llamax.cli import watch
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.tools.monitor.html_report import page
@@ -108,6 +109,25 @@ def test_watch_prints_once_into_a_pipe(tmp_path: Path, capsys: pytest.CaptureFix
         watch.main([str(tmp_path / "r"), "--every", "0"])
     with pytest.raises(DataError, match="is not the folder of a run"):
         watch.main([str(tmp_path)])
+
+
+def test_a_run_that_has_not_begun_is_named_as_such(tmp_path: Path) -> None:
+    soon = "a run makes its folder some seconds after its start"
+    with pytest.raises(
+        DataError, match=f"run: is not the folder of a run \\(does not exist; {soon}"
+    ):
+        watch.main([str(tmp_path / "run")])
+    (tmp_path / "run").mkdir()
+    with pytest.raises(DataError, match=f"\\(is empty; {soon}"):
+        watch.main([str(tmp_path / "run"), "--once"])
+    with lock_folder(tmp_path / "run"):
+        run = read_run(tmp_path / "run")
+        assert run.state == "starting"
+        assert "no step reported yet" in "\n".join(render(run))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "dataset.json").write_text("{}")
+    with pytest.raises(DataError, match=r"has neither config\.toml nor metrics.jsonl"):
+        watch.main([str(tmp_path / "data")])
 
 
 def test_sparks_and_percentiles() -> None:

@@ -41,8 +41,8 @@ def test_search_ranks_meshes_that_fit_and_counts_the_others() -> None:
     plans, refused = search(config, TRN1, 4)
     fitting = [each for each in plans if each.memory.fits]
     assert fitting == plans[: len(fitting)]
-    speeds = [each.time.tokens_per_s for each in fitting]
-    assert speeds == sorted(speeds, reverse=True)
+    order = [(each.memory.tight, -each.time.tokens_per_s) for each in fitting]
+    assert order == sorted(order)
     text = "\n".join(show_search(config, plans, refused))
     assert "tensor 1: 12 layouts do not fit" in text
     assert "parallel.tensor=64 does not divide model.num_attention_heads=32" in text
@@ -134,30 +134,38 @@ def test_a_search_prints_the_fastest_pipeline_as_options(
     assert main([*arguments, "--search"]) == 0
     _, header, best, *rest = capsys.readouterr().out.splitlines()
     row = dict(zip(header.split(), best.split(), strict=False))
-    assert (row["tensor"], row["pipeline"], row["data"], row["zero"]) == ("8", "4", "32", "1")
+    assert (row["tensor"], row["pipeline"], row["data"], row["zero"]) == ("8", "8", "16", "1")
     (line,) = (line for line in rest if line.startswith("the fastest is "))
     changes = line.removeprefix("the fastest is ").split()
-    assert changes == ["--parallel.tensor=8", "--parallel.pipeline=4"]
+    assert changes == ["--parallel.tensor=8", "--parallel.pipeline=8"]
     assert main([*arguments, *changes]) == 0
+    shown = capsys.readouterr().out
+    assert "tensor 8 x pipeline 8 x data 16" in shown
+    assert "tight" not in shown
+
+
+def test_a_search_lists_layouts_without_a_margin_last(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", "llama2-70b", "--nodes", "32"]
+    assert main([*arguments, "--search"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not any(row.endswith("  tight") for row in lines[2:12])
+    (line,) = (line for line in lines if "faster but tight is " in line)
+    gain, _, changes = line.partition("% faster but tight is ")
+    assert changes.split() == ["--parallel.tensor=8", "--parallel.pipeline=4"]
+    assert lines[lines.index(line) + 1] == TIGHT
+    assert main([*arguments, *changes.split()]) == 0
     shown = capsys.readouterr().out
     assert "tensor 8 x pipeline 4 x data 32" in shown
     assert " of 16 GiB, fits, tight; fullest" in shown
     assert f"note: {TIGHT}" in shown
 
-
-def test_a_search_marks_layouts_without_a_margin(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", "llama2-70b", "--nodes", "32"]
-    assert main([*arguments, "--search"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for row in lines[2:12]:
-        gib = float(row.split()[7])
-        assert row.endswith("  tight") == (gib * (1 + MARGIN) > 16), row
-    assert lines[2].endswith("  tight")
-    assert TIGHT in lines
-    (line,) = (line for line in lines if line.startswith("the fastest that is not tight is "))
-    changes = line.removeprefix("the fastest that is not tight is ").split()
-    assert main([*arguments, *changes]) == 0
-    assert "tight" not in capsys.readouterr().out
+    plans, _ = search(recipe("llama2-70b"), TRN1, 32)
+    fitting = [each for each in plans if each.memory.fits]
+    tight = [each.memory.peak * (1 + MARGIN) > 16 * 2**30 for each in fitting]
+    assert tight == sorted(tight)
+    assert {*tight} == {True, False}
+    speed = [each.time.tokens_per_s for each in fitting]
+    assert float(gain) == round(100 * (speed[tight.index(True)] / speed[0] - 1), 1)
 
 
 def test_a_search_for_programs_has_the_nearest_layout_where_none_fits(
@@ -174,4 +182,6 @@ def test_a_search_for_programs_has_the_nearest_layout_where_none_fits(
     assert main([*arguments, "--nodes", "32"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert "nearest" not in found
-    assert [each["tight"] for each in found["layouts"][:2]] == [True, False]
+    tight = [each["tight"] for each in found["layouts"] if each["fits"]]
+    assert tight == sorted(tight)
+    assert {*tight} == {True, False}
