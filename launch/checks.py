@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
-from llamax.launch import image, prepare, sagemaker
+from llamax.launch import image, prepare, sagemaker, serving
 from llamax.launch.environment import RESERVED
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.errors import ConfigError
@@ -37,13 +37,11 @@ SAGEMAKER_NAME = re.compile(r"[A-Za-z0-9](-*[A-Za-z0-9])*")
 
 def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
     """All problems of ``job`` on a launcher and in a phase, one line each."""
+    if phase == "serve":
+        return _serve(job, launcher)
     found = list(_job(job))
-    # Kubernetes and SageMaker have stricter rules, below.
-    if launcher not in ("k8s", "sagemaker") and not NAME.fullmatch(job.name):
-        found.append(
-            f"name={job.name!r} cannot name files and objects; use up to 63 letters, digits, - _ "
-            "and ."
-        )
+    if launcher not in ("k8s", "sagemaker"):  # they have stricter rules, below
+        found += _name(job)
     if not found:
         found += _run(job)
         if launcher == "sagemaker":
@@ -57,7 +55,44 @@ def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
     special = {"torchrun": _torchrun, "mpirun": _mpirun, "slurm": _slurm, "k8s": _kubernetes}
     if launcher in special:
         found += special[launcher](job)
+    if launcher == "k8s":
+        found += _image_name(job)
     return found
+
+
+def _serve(job: JobFile, launcher: str) -> list[str]:
+    """All problems of a server; the run that trained its model does not matter."""
+    found = list(_environment(job))
+    try:
+        found += serving.problems(job)
+    except ConfigError as error:
+        found.append(first_problem(error))
+    for key, value in (("image", job.image), ("serve.image", job.serve.image)):
+        if value and not IMAGE.fullmatch(value):
+            found.append(_no_image(key, value))
+    if launcher == "k8s":
+        found += _kubernetes(job)
+        if not _inside(serving.folder(job), job.storage.mount or "/"):
+            found.append(
+                f"serve.model={job.serve.model!r} is not below storage.mount={job.storage.mount}; "
+                "export the model there"
+            )
+    else:
+        found += _name(job)
+        if not os.path.isabs(serving.folder(job)):
+            found.append(
+                f"serve.model={job.serve.model!r} is relative, but storage.mount is empty; use an "
+                "absolute path"
+            )
+    return found
+
+
+def _name(job: JobFile) -> Iterator[str]:
+    if not NAME.fullmatch(job.name):
+        yield (
+            f"name={job.name!r} cannot name files and objects; use up to 63 letters, digits, - _ "
+            "and ."
+        )
 
 
 def _job(job: JobFile) -> Iterator[str]:
@@ -83,6 +118,10 @@ def _job(job: JobFile) -> Iterator[str]:
             f"{job.instance}: {machine.name}.devices=0, but a job asks for its {machine.unit}; "
             "write the number of chips or GPUs of a node"
         )
+    yield from _environment(job)
+
+
+def _environment(job: JobFile) -> Iterator[str]:
     for table, pairs in (("environment", job.environment), ("secrets", job.secrets)):
         for key, _ in pairs:
             if key in RESERVED:
@@ -228,10 +267,6 @@ def _kubernetes(job: JobFile) -> Iterator[str]:
             f"name={job.name!r} is too long: its last pod {last} has {len(last)} characters, "
             f"Kubernetes allows 63; use {len(job.name) - len(last) + 63} or less"
         )
-    if not job.image:
-        yield "image is empty; set it to the image that --phase image builds"
-    elif not IMAGE.fullmatch(job.image):
-        yield f"image={job.image!r} is not an image name; use registry/repository:tag in lower case"
     if not job.storage.claim:
         yield (
             "storage.claim is empty; set it to the PersistentVolumeClaim of the FSx for Lustre "
@@ -248,6 +283,17 @@ def _kubernetes(job: JobFile) -> Iterator[str]:
             yield (
                 f"{key}={value!r} is refused by Kubernetes; use lower-case letters, digits{signs}"
             )
+
+
+def _image_name(job: JobFile) -> Iterator[str]:
+    if not job.image:
+        yield "image is empty; set it to the image that --phase image builds"
+    elif not IMAGE.fullmatch(job.image):
+        yield _no_image("image", job.image)
+
+
+def _no_image(key: str, name: str) -> str:
+    return f"{key}={name!r} is not an image name; use registry/repository:tag in lower case"
 
 
 def _sagemaker(job: JobFile, phase: str) -> Iterator[str]:

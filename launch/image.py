@@ -66,7 +66,8 @@ RUN printf 'StrictHostKeyChecking no\\nUserKnownHostsFile /dev/null\\nLogLevel E
 # packages of the base image that pyproject.toml allows, such as torch, stay as they are; what is
 # missing is installed at the versions and hashes of uv.lock, and nothing else is downloaded
 COPY . /opt/llamax
-RUN cd /opt/llamax && pip="python3 -m pip install --no-cache-dir" extras=parquet,tensorboard \\
+RUN cd /opt/llamax && pip="python3 -m pip install --no-cache-dir" \\
+    && extras=parquet,serve,tensorboard \\
     && locked="--no-deps --require-hashes --only-binary :all:" \\
     && python3 launch/image_pins.py >/tmp/needed.txt \\
     && python3 launch/image_pins.py setuptools >/tmp/build.txt \\

@@ -142,6 +142,28 @@ class SageMaker:
 
 
 @dataclass(frozen=True)
+class Serve:
+    """Settings of the phase serve: an exported folder behind an HTTP server."""
+
+    model: str = ""
+    """Exported Hugging Face folder, from the working folder."""
+    engine: Literal["vllm", "tgi", "llamax"] = "vllm"
+    """Server: vLLM, Text Generation Inference or llamax serve."""
+    instance: str = ""
+    """Machine that serves; empty: instance."""
+    devices: Natural = 0
+    """GPUs or NeuronCores that share the model; 0: all of the machine, 1 with llamax [devices]."""
+    image: str = ""
+    """Container image; empty: the pinned one of the engine, or image with llamax."""
+    port: Port = 8000
+    """Port of the server."""
+    length: Natural = 0
+    """Longest prompt with its answer; 0: the engine's default [tokens]."""
+    slots: Natural = 0
+    """Requests computed at once; 0: the engine's default."""
+
+
+@dataclass(frozen=True)
 class JobFile:
     """One job; ``overrides``, ``environment`` and ``secrets`` are tables, kept as pairs."""
 
@@ -168,6 +190,7 @@ class JobFile:
     """Port where rank 0 waits for the others."""
     storage: Storage = Storage()
     prepare: Prepare = Prepare()
+    serve: Serve = Serve()
     torchrun: Torchrun = Torchrun()
     mpirun: Mpirun = Mpirun()
     slurm: Slurm = Slurm()
@@ -188,13 +211,14 @@ class JobFile:
     @cached_property
     def machine(self) -> Machine:
         """The machine of a node; raises ConfigError if it is unknown, or its file is wrong."""
-        if in_file(self.instance):
-            return load_machine(self.instance)
-        machine = LOCAL if self.local else find_machine(self.instance)
-        if machine is None:
-            near = near_machines(self.instance, instances())
-            raise ConfigError(f"instance={self.instance!r} is unknown{near}")
-        return machine
+        return _machine("instance", self.instance)
+
+    @cached_property
+    def server_machine(self) -> Machine:
+        """The machine that serves; raises ConfigError if it is unknown, or its file is wrong."""
+        return (
+            _machine("serve.instance", self.serve.instance) if self.serve.instance else self.machine
+        )
 
     @cached_property
     def sdk(self) -> Match:
@@ -236,6 +260,15 @@ class JobFile:
         )
 
 
+def _machine(key: str, name: str) -> Machine:
+    if in_file(name):
+        return load_machine(name)
+    machine = LOCAL if name.lower() == LOCAL.name else find_machine(name)
+    if machine is None:
+        raise ConfigError(f"{key}={name!r} is unknown{near_machines(name, instances())}")
+    return machine
+
+
 def instances() -> list[str]:
     """The values that ``instance`` takes."""
     return [LOCAL.name, *known_machines()]
@@ -260,6 +293,8 @@ def parse(tables: dict[str, Any], where: str = "job", folder: Path = Path()) -> 
     job = build(JobFile, rest, problems, given=pairs)
     if in_file(job.instance):
         job = replace(job, instance=str(folder / job.instance))
+    if in_file(job.serve.instance):
+        job = replace(job, serve=replace(job.serve, instance=str(folder / job.serve.instance)))
     refuse([*problems.lines(job), *_control_characters(job)], where)
     return job
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from shlex import quote
 from typing import Any
 
@@ -30,6 +31,15 @@ from llamax.launch.script import SHEBANG, head, prepare, title
 GRACE_S = 300  # time to write a checkpoint when the job is stopped
 WAIT_S = 60  # the rest of it, for mpirun
 EXPANDED = re.compile(r"\$\$|\$\([A-Za-z_][A-Za-z0-9_.-]*\)")
+KINDS = {  # of the object that runs a phase
+    "train": "mpijob",
+    "precompile": "mpijob",
+    "prepare": "job",
+    "tensorboard": "pod",
+    "shell": "pod",
+    "serve": "deployment",
+}
+OBJECTS = (*KINDS.items(), ("serve", "service"))  # all that a job may have made
 WORD = re.compile(r"[A-Za-z/][A-Za-z0-9./_-]*")
 NOT_WORDS = {"y", "n", "yes", "no", "true", "false", "on", "off", "null"}
 SSHD = "ssh-keygen -A && exec /usr/sbin/sshd -De"  # host keys of this pod alone
@@ -77,7 +87,8 @@ def dump(manifest: dict[str, Any]) -> str:
     return text
 
 
-def _metadata(job: JobFile, phase: str) -> dict[str, Any]:
+def metadata(job: JobFile, phase: str) -> dict[str, Any]:
+    """The metadata of the objects of a phase."""
     return {
         "name": name(job, phase),
         "namespace": job.kubernetes.namespace,
@@ -97,7 +108,7 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
     return {
         "apiVersion": "kubeflow.org/v2beta1",
         "kind": "MPIJob",
-        "metadata": _metadata(job, phase),
+        "metadata": metadata(job, phase),
         "spec": {
             "slotsPerWorker": mpirun.slots(job, phase),
             "launcherCreationPolicy": "WaitForWorkersReady",
@@ -107,7 +118,7 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
                     "replicas": 1,
                     "restartPolicy": "OnFailure",
                     "template": {
-                        "spec": _pod(
+                        "spec": pod(
                             job,
                             ["/bin/bash", "-c", launch],
                             container=_before_stop(wait) | _secrets(job),
@@ -118,7 +129,7 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
                     "replicas": job.nodes,
                     "restartPolicy": "OnFailure",
                     "template": {
-                        "spec": _pod(
+                        "spec": pod(
                             job,
                             ["/bin/bash", "-c", SSHD],
                             {"requests": devices, "limits": devices},
@@ -132,15 +143,20 @@ def _mpijob(job: JobFile, phase: str) -> dict[str, Any]:
     }
 
 
-def _secrets(job: JobFile) -> dict[str, Any]:
-    """The variables of a container that hold keys of a Secret; mpirun passes them to workers."""
-    variables = [
+def secrets(job: JobFile, pairs: Iterable[tuple[str, str]]) -> list[dict[str, Any]]:
+    """The variables of a container that hold keys of the Secret."""
+    return [
         {
             "name": name,
             "valueFrom": {"secretKeyRef": {"name": job.kubernetes.secret, "key": name}},
         }
-        for name, _ in job.secrets
+        for name, _ in pairs
     ]
+
+
+def _secrets(job: JobFile) -> dict[str, Any]:
+    """The secrets of a run; mpirun passes them to workers."""
+    variables = secrets(job, job.secrets)
     return {"env": variables} if variables else {}
 
 
@@ -156,13 +172,11 @@ def _prepare(job: JobFile) -> dict[str, Any]:
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _metadata(job, "prepare"),
+        "metadata": metadata(job, "prepare"),
         "spec": {
             "backoffLimit": 4,
             "template": {
-                "spec": _pod(
-                    job, command, resources, _secrets(job), {"restartPolicy": "OnFailure"}
-                ),
+                "spec": pod(job, command, resources, _secrets(job), {"restartPolicy": "OnFailure"}),
             },
         },
     }
@@ -182,12 +196,12 @@ def _helper(job: JobFile, phase: str, command: list[str]) -> dict[str, Any]:
     return {
         "apiVersion": "v1",
         "kind": "Pod",
-        "metadata": _metadata(job, phase),
-        "spec": _pod(job, command),
+        "metadata": metadata(job, phase),
+        "spec": pod(job, command),
     }
 
 
-def _pod(
+def pod(
     job: JobFile,
     command: list[str],
     resources: dict[str, Any] | None = None,
@@ -201,7 +215,7 @@ def _pod(
             {
                 "name": "llamax",
                 "image": job.image,
-                "command": [_escape(word) for word in command],
+                **({"command": [escape(word) for word in command]} if command else {}),
                 "workingDir": job.folder,
                 "resources": resources or {},
                 "volumeMounts": [
@@ -225,7 +239,7 @@ def _pod(
     return {key: value for key, value in spec.items() if value}
 
 
-def _escape(word: str) -> str:
+def escape(word: str) -> str:
     """A word of a command with $ escaped where Kubernetes would expand $$ or $(NAME)."""
     return word.replace("$", "$$") if EXPANDED.search(word) else word
 
@@ -234,10 +248,19 @@ def action(job: JobFile, phase: str, what: str) -> str:
     """The script of an action on a phase: stop, status, logs, utilization or clean."""
     kubectl = f"kubectl --namespace {quote(job.kubernetes.namespace)}"
     this = quote(name(job, phase))
-    kind = {"prepare": "job", "shell": "pod", "tensorboard": "pod"}.get(phase, "mpijob")
-    source = {"job": f"job/{this}", "pod": f"pod/{this}", "mpijob": f"job/{this}-launcher"}[kind]
-    chosen = f"--selector training.kubeflow.org/job-name={this}"
-    pods = {"job": f"--selector job-name={this}", "pod": this, "mpijob": chosen}[kind]
+    kind = KINDS[phase]
+    source = f"job/{this}-launcher" if kind == "mpijob" else f"{kind}/{this}"
+    pods = {
+        "job": f"--selector job-name={this}",
+        "pod": this,
+        "mpijob": f"--selector training.kubeflow.org/job-name={this}",
+        "deployment": f"--selector app.kubernetes.io/instance={quote(job.name)},"
+        "app.kubernetes.io/component=serve",
+    }[kind]
+    ends = "  # ranks save, then end" if kind == "mpijob" else ""
+    worker, monitor = f"pod/{this}-worker-0", job.machine.monitor
+    if kind == "deployment":
+        worker, monitor = f"deployment/{this}", job.server_machine.monitor
 
     def present(thing: str, what: str) -> str:
         """End the script where an object is not there."""
@@ -251,25 +274,15 @@ fi
     return (
         f"{SHEBANG}\nset -euo pipefail\n"
         + {
-            "stop": f"{kubectl} delete {kind}/{this} --ignore-not-found  # ranks save, then end\n",
+            "stop": f"{kubectl} delete {kind}/{this} --ignore-not-found{ends}\n",
             "status": present(f"{kind}/{this}", "")
             + f"{kubectl} get {kind}/{this}\n{kubectl} get pods {pods} --output wide\n",
             "logs": present(source, ": no log yet")
             + f"exec {kubectl} logs --follow --tail 100 {source}\n",
-            "utilization": present(f"pod/{this}-worker-0", "")
-            + f"exec {kubectl} exec --stdin --tty {this}-worker-0 -- "
-            f"{job.machine.monitor}\n",
+            "utilization": present(worker, "")
+            + f"exec {kubectl} exec --stdin --tty {worker} -- {monitor}\n",
             "clean": f"{kubectl} delete --ignore-not-found "
-            + " ".join(
-                f"{kind}/{quote(name(job, each))}"
-                for kind, each in (
-                    ("mpijob", "train"),
-                    ("mpijob", "precompile"),
-                    ("job", "prepare"),
-                    ("pod", "tensorboard"),
-                    ("pod", "shell"),
-                )
-            )
+            + " ".join(f"{kind}/{quote(name(job, each))}" for each, kind in OBJECTS)
             + "\n",
         }[what]
     )

@@ -4,7 +4,7 @@
 
     job.toml ──> checks ──> render(job, launcher, phase) ──> text ──> starter: the command to run it
 
-The phases of a project in order: image, shell, prepare, precompile, train, tensorboard.
+The phases of a project in order: image, shell, prepare, precompile, train, tensorboard, serve.
 """
 
 from __future__ import annotations
@@ -14,14 +14,25 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from llamax.launch import image, kubernetes, mpirun, sagemaker, script, slurm, torchrun
+from llamax.launch import (
+    docker,
+    image,
+    kubernetes,
+    kubernetes_serve,
+    mpirun,
+    sagemaker,
+    script,
+    slurm,
+    torchrun,
+)
 from llamax.launch.jobfile import JobFile
 
 PHASES = {
     "torchrun": ("prepare", "precompile", "train", "tensorboard"),
     "mpirun": ("prepare", "precompile", "train", "tensorboard"),
     "slurm": ("prepare", "precompile", "train", "tensorboard"),
-    "k8s": ("image", "shell", "prepare", "precompile", "train", "tensorboard"),
+    "docker": ("image", "serve"),
+    "k8s": ("image", "shell", "prepare", "precompile", "train", "tensorboard", "serve"),
     "sagemaker": ("image", "prepare", "train"),
 }
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -32,6 +43,8 @@ def render(job: JobFile, launcher: str, phase: str) -> str:
     """The text that starts a phase."""
     if phase == "image":
         return image.dockerfile(job)
+    if phase == "serve":
+        return docker.render(job) if launcher == "docker" else kubernetes_serve.render(job)
     if phase == "tensorboard" and launcher != "k8s":
         return script.tensorboard(job)
     if launcher == "torchrun":
@@ -45,6 +58,8 @@ def render(job: JobFile, launcher: str, phase: str) -> str:
 
 def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
     """The script of an action on a phase: status, logs, utilization, stop or clean."""
+    if launcher == "docker":
+        return docker.action(job, what)
     if launcher == "slurm":
         return slurm.action(job, phase, what)
     if launcher == "k8s":
@@ -60,7 +75,7 @@ def needed(launcher: str, what: str) -> str:
         return "" if what == "clean" else "aws"
     if launcher == "slurm":
         return "" if what == "logs" else "squeue"
-    return "kubectl" if launcher == "k8s" else ""
+    return {"k8s": "kubectl", "docker": "docker"}.get(launcher, "")
 
 
 def starter(job: JobFile, launcher: str, phase: str, file: str) -> list[str]:

@@ -26,13 +26,13 @@ def head(job: JobFile, title: str, options: Iterable[str] = (), container: bool 
         lines += [f"PATH={quote(job.venv.rstrip('/') + '/bin')}:$PATH"]
     for name, value, reason in variables(job, container):
         lines += [f"# {reason}", f"export {name}={quote(value)}"]
-    lines += [] if container else _secrets(job)
+    lines += [] if container else secrets(job.secrets)
     return "\n".join([*lines, LIMIT, ""])
 
 
-def _secrets(job: JobFile) -> Iterator[str]:
+def secrets(pairs: Iterable[tuple[str, str]]) -> Iterator[str]:
     """Variables read from files on the node, so that no script, record or log has their values."""
-    for name, path in job.secrets:
+    for name, path in pairs:
         problem = quote(f"secrets.{name}={path} cannot be read on this node")
         yield "# from the table secrets of the job file"
         yield f"if [[ ! -f {quote(path)} || ! -r {quote(path)} ]]; then"

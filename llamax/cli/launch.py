@@ -1,10 +1,10 @@
-"""``llamax launch``: one job file, on torchrun, mpirun, Slurm, Kubernetes or SageMaker.
+"""``llamax launch``: one job file, on torchrun, mpirun, Slurm, docker, Kubernetes or SageMaker.
 
 ::
 
     job.toml ──> checks ──> a script or a manifest ──> --render: printed; else run
 
-Phases come in the order of a project: image, shell, prepare, precompile, train, tensorboard.
+Phases come in the order of a project: image, shell, prepare, precompile, train, tensorboard, serve.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--phase",
         default="train",
-        help="image, shell, prepare, precompile, train or tensorboard (train)",
+        help="image, shell, prepare, precompile, train, tensorboard or serve (train)",
     )
     parser.add_argument("--action", default="start", help=f"{', '.join(ACTIONS)} (start)")
     parser.add_argument(

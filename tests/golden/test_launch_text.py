@@ -48,12 +48,26 @@ RUNS = {  # file's name: launcher, changes of the job
     "mpirun-core": ("mpirun", {"mpirun__per": "core"}),
     "slurm": ("slurm", {}),
     "slurm-gpu": ("slurm", GPUS),
+    "docker-vllm": ("docker", {"serve__instance": "g5.12xlarge"}),
+    "docker-vllm-neuron": ("docker", {}),
+    "docker-tgi": (
+        "docker",
+        {"serve": {"model": "hub", "engine": "tgi", "instance": "g5.12xlarge", "devices": 2}},
+    ),
+    "docker-llamax": (
+        "docker",
+        {"serve": {"model": "hub", "engine": "llamax", "instance": "local"}},
+    ),
     "k8s": ("k8s", {}),
     "k8s-gpu": ("k8s", GPUS),
     "k8s-rows": ("k8s", {"prepare": ROWS}),
     "sagemaker-sdk2": ("sagemaker", {"sagemaker__sdk": 2}),
     "sagemaker-sdk3": ("sagemaker", {"sagemaker__sdk": 3}),
 }
+# a server does not depend on the nodes of the run
+CASES = [
+    (name, nodes) for name in RUNS for nodes in NODES if nodes == 1 or RUNS[name][0] != "docker"
+]
 # Kubernetes: the oldest that the manifests are written to, those in use, the newest known
 KUBERNETES = ("1.25", "1.31", "1.35")
 
@@ -69,8 +83,11 @@ def renderings(name: str, nodes: int) -> Iterator[tuple[str, str]]:
     for phase in PHASES[launcher]:
         assert problems(this, launcher, phase) == []
         yield f"--phase {phase}", render(this, launcher, phase)
+    main = "serve" if launcher == "docker" else "train"
     for what in ACTIONS[1:]:
-        yield f"--phase train --action {what}", action(this, launcher, "train", what)
+        yield f"--phase {main} --action {what}", action(this, launcher, main, what)
+        if launcher == "k8s":
+            yield f"--phase serve --action {what}", action(this, launcher, "serve", what)
     if launcher == "sagemaker":
         yield "--phase prepare --action stop", action(this, launcher, "prepare", "stop")
 
@@ -83,22 +100,20 @@ def golden(name: str, nodes: int) -> str:
 
 def scripts() -> Iterator[tuple[str, str]]:
     """(name, text) of every bash script there is, those inside manifests included."""
-    for name in RUNS:
-        for nodes in NODES:
-            for what, text in renderings(name, nodes):
-                if text.startswith("#!/usr/bin/env bash"):
-                    yield f"{name} {nodes} {what}", text
-                elif "apiVersion" in text:
-                    for place, inner in enumerate(
-                        re.findall(r"^( *)- \|\n((?:\1 .*\n|\n)+)", text, re.M)
-                    ):
-                        lines = inner[1].split("\n")
-                        depth = len(inner[0]) + 2
-                        yield f"{name} {nodes} {what} {place}", "\n".join(x[depth:] for x in lines)
+    for name, nodes in CASES:
+        for what, text in renderings(name, nodes):
+            if text.startswith("#!/usr/bin/env bash"):
+                yield f"{name} {nodes} {what}", text
+            elif "apiVersion" in text:
+                for place, inner in enumerate(
+                    re.findall(r"^( *)- \|\n((?:\1 .*\n|\n)+)", text, re.M)
+                ):
+                    lines = inner[1].split("\n")
+                    depth = len(inner[0]) + 2
+                    yield f"{name} {nodes} {what} {place}", "\n".join(x[depth:] for x in lines)
 
 
-@pytest.mark.parametrize("nodes", NODES)
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("name", "nodes"), CASES)
 def test_what_is_rendered_is_the_reviewed_text(
     name: str, nodes: int, compare_golden: Callable[[Path, str], None]
 ) -> None:
@@ -133,11 +148,12 @@ def test_shellcheck_finds_nothing(tmp_path: Path) -> None:
 
 def manifests() -> list[dict[str, Any]]:
     return [
-        yaml.safe_load(render(the_job(name, nodes), "k8s", phase))
+        manifest
         for name, counts in (("k8s", NODES), ("k8s-gpu", (4,)))
         for nodes in counts
         for phase in PHASES["k8s"]
         if phase != "image"
+        for manifest in yaml.safe_load_all(render(the_job(name, nodes), "k8s", phase))
     ]
 
 

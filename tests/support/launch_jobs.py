@@ -18,6 +18,7 @@ JOB: dict[str, Any] = {
     "environment": {"NEURON_RT_EXEC_TIMEOUT": 900},
     "storage": {"mount": "/fsx", "folder": "/fsx/llama", "claim": "fsx"},
     "prepare": {"inputs": ["books", "notes.jsonl"], "tokenizer": "tokenizer.model"},
+    "serve": {"model": "hub", "length": 2048, "slots": 4},
     "torchrun": {"master": "trn1-0"},
     "mpirun": {"hostfile": "/fsx/llama/hosts"},
     "slurm": {"partition": "trn1", "time_limit": "2-00:00:00"},

@@ -45,7 +45,7 @@ def write(folder: Path, **changes: Any) -> str:
     ("options", "message"),
     [
         (["--on", "torchrn"], "--on torchrn: unknown here; did you mean torchrun?"),
-        (["--on", "lsf"], "--on lsf: unknown here; there are torchrun, mpirun, slurm, k8s, sagem"),
+        (["--on", "lsf"], "--on lsf: unknown here; there are torchrun, mpirun, slurm, docker, k"),
         (["--on", "slurm", "--phase", "shell"], "--phase shell: unknown here; there are prepare"),
         (["--on", "slurm", "--action", "kill"], "--action kill: unknown here; there are start, st"),
         (
@@ -82,6 +82,7 @@ def test_a_launcher_that_is_not_here_is_named(
         ("slurm", "status", "squeue"),
         ("slurm", "clean", "squeue"),
         ("k8s", "stop", "kubectl"),
+        ("docker", "stop", "docker"),
         ("sagemaker", "logs", "aws"),
     ],
 )
@@ -89,8 +90,9 @@ def test_the_program_of_an_action_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str, what: str, program: str
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    phase = "serve" if launcher == "docker" else "train"
     with pytest.raises(BackendError, match=f"^{program} is not installed here; install it, or pr"):
-        main(["--job", write(tmp_path), "--on", launcher, "--action", what])
+        main(["--job", write(tmp_path), "--on", launcher, "--phase", phase, "--action", what])
 
 
 def test_another_sdk_than_the_jobs_is_named(

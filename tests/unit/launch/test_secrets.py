@@ -83,8 +83,8 @@ def test_manifests_refer_to_a_secret(version: str) -> None:
     for phase in PHASES["k8s"][1:]:
         text = render(with_secrets(nodes=4), "k8s", phase)
         assert "/keys/" not in text
-        manifest = yaml.safe_load(text)
-        pods = [manifest]
+        manifest, *beside = yaml.safe_load_all(text)
+        pods = [manifest, *beside]
         if manifest["kind"] == "MPIJob":
             check(manifest, MPIJOB)
             head = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}}
