@@ -1,20 +1,23 @@
 """Peak memory and time of commands on input that is far too large.
 
-    python benchmarks/limits.py documents [--megabytes 200]
+    python benchmarks/limits.py documents [--megabytes 200] [--tokenizer tokenizer.json]
     python benchmarks/limits.py layers [--layers 16384]
 
 ``documents``: ``llamax prepare`` with one worker on one document, which is read in pieces as plain
-text, and is a single value in tables.  ``layers``: each command that reads ``config.json``, on one
-that states many layers and the weights of one.  Each command is a program of its own; its peak is
-the resident memory of its largest process.  ``cpu`` is processor time of all its processes.
+text, and is a single value in tables; in rows.jsonl it is an answer, for which there is a template.
+``layers``: each command that reads ``config.json``, on one that states many layers and the weights
+of one.  Each command is a program of its own; its peak is the resident memory of its largest
+process.  ``cpu`` is processor time of all its processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import csv
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -22,13 +25,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import tokenizers
 import torch
 from safetensors.torch import save_file
 
+from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN
 from llamax.data.tokenizer.train import train_sentencepiece
 
 WORDS = "the river runs to the sea and "
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 300}
+KINDS = ["tokenizer.model", "tokenizer.json", "ranks.tiktoken"]
 COMMANDS = {
     "generate": ["generate", "FOLDER", "--prompt", "a"],
     "evaluate": ["evaluate", "FOLDER", "--data", "FOLDER"],
@@ -60,6 +66,33 @@ def run(words: list[str]) -> tuple[float, float, str]:
     return float(seconds), int(peak) / 1000, said[-1]
 
 
+def make_tokenizer(path: Path) -> None:
+    """A small tokenizer of the kind that the name says."""
+    lines = [f"{WORDS} {number} {number * 7919} x{number % 97}y" for number in range(2000)]
+    if path.suffix == ".model":
+        train_sentencepiece(lines, 300, path)
+        return
+    if path.suffix == ".tiktoken":
+        tokens = [bytes([byte]) for byte in range(256)]
+        tokens += [b" t", b"he", b" the", b"ri", b"ve", b"rive", b"river"]
+        ranks = (base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens))
+        path.write_bytes(b"".join(ranks))
+        return
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=True))
+    byte = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(LLAMA3_PATTERN), "isolated")
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, byte])
+    engine.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    engine.train_from_iterator(
+        lines,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=330, show_progress=False, initial_alphabet=alphabet
+        ),
+    )
+    engine.save(str(path))
+
+
 def write_document(path: Path, size: int) -> None:
     """One document of ``size`` bytes as the kind of file that the name says."""
     text = WORDS * (size // len(WORDS))
@@ -69,6 +102,8 @@ def write_document(path: Path, size: int) -> None:
     elif path.suffix == ".csv":
         with path.open("w", newline="") as file:
             csv.writer(file).writerows([["text"], [text]])
+    elif path.name == "rows.jsonl":
+        path.write_text(json.dumps({"instruction": "Where to?", "answer": text}) + "\n")
     elif path.suffix == ".jsonl":
         path.write_text(json.dumps({"text": text}) + "\n")
     elif path.suffix == ".parquet":
@@ -81,27 +116,31 @@ def write_document(path: Path, size: int) -> None:
         path.write_text(text)
 
 
-def documents(folder: Path, megabytes: float, only: str) -> None:
+def documents(folder: Path, megabytes: float, only: str, kinds: list[str]) -> None:
     """The table of ``prepare``."""
-    tokenizer = folder / "tokenizer.model"
-    lines = [f"{WORDS} {number} {number * 7919} x{number % 97}y" for number in range(2000)]
-    train_sentencepiece(lines, 300, tokenizer)
-    names = ["none.txt", "a.txt", "a.txt.gz", "a.jsonl", "a.csv", "a.npy"]
+    names = ["none.txt", "a.txt", "a.txt.gz", "a.jsonl", "a.csv", "a.npy", "rows.jsonl"]
     names += ["a.parquet"] if find_spec("pyarrow") else []
     names = [name for name in names if only in name]
+    for kind in kinds:
+        make_tokenizer(folder / kind)
     print(f"one document of {megabytes:g} MB, one worker, peak memory of the largest process\n")
-    print("| file | on disk KB | --max-document | cpu s | peak MB | last line |")
-    print("|---|---|---|---|---|---|")
+    print("| file | on disk KB | tokenizer | --max-document | cpu s | peak MB | last line |")
+    print("|---|---|---|---|---|---|---|")
     for name in names:
         path = folder / name
         write_document(path, int(megabytes * 1e6) if name != "none.txt" else 1000)
-        for most in ("64MiB", f"{2 * megabytes:g}MB"):
-            words = ["prepare", str(path), "--tokenizer", str(tokenizer), "--workers", "1"]
-            words += ["--out", str(folder / f"{name}-{most}"), "--max-document", most]
-            seconds, peak, said = run(words)
-            said = said.replace(f"{folder}/", "")[:90]
-            size = path.stat().st_size / 1000
-            print(f"| {name} | {size:.0f} | {most} | {seconds:.1f} | {peak:.0f} | {said} |")
+        for kind in kinds:
+            for most in ("64MiB", f"{2 * megabytes:g}MB"):
+                out = folder / f"{name}-{kind}-{most}"
+                words = ["prepare", str(path), "--tokenizer", str(folder / kind), "--workers", "1"]
+                words += ["--out", str(out), "--max-document", most]
+                words += ["--template", "alpaca"] if name.startswith("rows") else []
+                seconds, peak, said = run(words)
+                said = said.replace(f"{folder}/", "")[:90]
+                size = path.stat().st_size / 1000
+                cells = [name, f"{size:.0f}", kind, most, f"{seconds:.1f}", f"{peak:.0f}", said]
+                print(f"| {' | '.join(cells)} |", flush=True)
+                shutil.rmtree(out, ignore_errors=True)
         path.unlink()
 
 
@@ -140,10 +179,14 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=200.0, help="size of the document (200)")
     parser.add_argument("--layers", type=int, default=16384, help="layers in config.json (16384)")
     parser.add_argument("--only", default="", help="part of the names of files or commands")
+    parser.add_argument(
+        "--tokenizer", choices=KINDS, action="append", help="kind of tokenizer (tokenizer.model)"
+    )
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
         if options.what == "documents":
-            documents(Path(folder), options.megabytes, options.only)
+            kinds = options.tokenizer or KINDS[:1]
+            documents(Path(folder), options.megabytes, options.only, kinds)
         else:
             layers(Path(folder), options.layers, options.only)
 
