@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,20 +111,19 @@ class Index:
     def __init__(self, path: Path, expected_sha256: str, runs: int, blocks: int) -> None:
         size = runs * RUN_BYTES + blocks * CHECKSUM_BYTES
         with open_to_read(path) as fd:
-            digest, actual, buffer = hashlib.sha256(), 0, bytearray(2**20)
+            if (actual := os.fstat(fd).st_size) != size:
+                raise CheckpointError(
+                    f"{path} is broken: it has {actual} bytes, and the manifest counts {runs} "
+                    f"runs and {blocks} blocks, which take {size}"
+                )
+            digest, buffer = hashlib.sha256(), bytearray(2**20)
             with open(fd, "rb", buffering=0, closefd=False) as file:
                 while count := file.readinto(buffer):
-                    actual += count
                     digest.update(memoryview(buffer)[:count])
             if digest.hexdigest() != expected_sha256:
                 raise CheckpointError(
                     f"{path} changed after it was saved: its sha256 is {digest.hexdigest()}, the "
                     f"manifest says {expected_sha256:.64}"
-                )
-            if actual != size:
-                raise CheckpointError(
-                    f"{path} is broken: it has {actual} bytes, and the manifest counts {runs} "
-                    f"runs and {blocks} blocks, which take {size}"
                 )
             data: Any = mmap.mmap(fd, 0, access=mmap.ACCESS_READ) if size else b""
         self._runs = np.frombuffer(data, RUN, runs * COLUMNS).reshape(runs, COLUMNS)

@@ -136,7 +136,7 @@ def main(argv: Sequence[str]) -> int:
 
     from llamax.inference.engine import Completion
     from llamax.inference.generate import GenerationSettings, compare, generate
-    from llamax.inference.prompts import Prompt, read_prompts
+    from llamax.inference.prompts import Prompt
     from llamax.inference.side_by_side import columns
 
     settings = GenerationSettings(
@@ -158,13 +158,12 @@ def main(argv: Sequence[str]) -> int:
         threads=options.threads,
         length=options.length,
     )
-    rows = read_prompts(options.prompt, options.prompts_file, options.template)
 
-    def show_completion(number: int, prompt: Prompt, completion: Completion) -> None:
-        if len(rows) == 1:  # shown piece by piece
+    def show_completion(number: int, total: int, prompt: Prompt, completion: Completion) -> None:
+        if total == 1:  # shown piece by piece
             write("\n")
         else:
-            write(f"=== {number} of {len(rows)} ===\n{completion.prompt}{completion.text}\n")
+            write(f"=== {number} of {total} ===\n{completion.prompt}{completion.text}\n")
 
     if len(models) == 1:
         generate(

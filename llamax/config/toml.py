@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from llamax.config.types import bare, out_of_range, section_of, type_hints
 from llamax.runtime.errors import ConfigError, did_you_mean, join_or
+from llamax.runtime.files import read_input
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -61,7 +62,7 @@ class Problems:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file; raises ConfigError if it cannot be read as TOML."""
     try:
-        tables: dict[str, Any] = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tables: dict[str, Any] = tomllib.loads(read_input(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
     return tables

@@ -44,6 +44,7 @@ from llamax.inference.static_decoding import StaticDecoder, static_tokens
 from llamax.model.llama import DTYPES, Llama
 from llamax.parallel.collectives import Axis
 from llamax.runtime.errors import ConfigError, DataError
+from llamax.runtime.files import read_input
 from llamax.runtime.logging import logger
 from llamax.runtime.units import count
 
@@ -182,7 +183,7 @@ def chat_template(loaded: LoadedModel) -> str:
     for folder in filter(None, folders):
         config = folder / "tokenizer_config.json"
         if (folder / "chat_template.jinja").is_file() or (
-            config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8")
+            config.is_file() and b'"chat_template"' in read_input(config)
         ):
             return str(folder)
     return ""

@@ -50,7 +50,7 @@ from llamax.runtime.progress import Progress, reported
 TIMEOUT_S = 600.0  # longest wait of ranks for each other
 ALONE = Rendezvous()
 
-OnCompletion = Callable[[int, Prompt, Completion], None]
+OnCompletion = Callable[[int, int, Prompt, Completion], None]
 
 
 @dataclass(frozen=True)
@@ -164,14 +164,15 @@ def generate(
         model: Hugging Face folder, run, checkpoint or folder of adapters.
         prompts: Texts, or rows with the fields of a template.  Without any the model begins a text.
         settings: How prompts are formatted and continued.
-        prompts_file: More prompts: one per line, or a table of rows (.jsonl, .json, .csv, .tsv,
-            .parquet).
+        prompts_file: More prompts: one per line (which may come from a pipe), or a table of rows
+            (.jsonl, .json, .csv, .tsv, .parquet).
         tokenizer: Tokenizer file or folder; by default the model's or that of its dataset.
         base: Base model of adapters, if it is not where they say.
         out: New JSONL file: the row of each prompt and its completion.
         rank: This process among those that share the model; by default it is alone.
         show: Called with the text of a single prompt, then with its answer piece by piece.
-        on_completion: Called on rank 0 for each prompt, with its number from 1, when it is done.
+        on_completion: Called on rank 0 for each prompt when it is done, with its number from 1 and
+            the number of all.
 
     Raises:
         ConfigError: For prompts that are too long, or ranks that do not divide the model.
@@ -190,7 +191,7 @@ def generate(
             for prompt, completion in zip(batch, completions, strict=True):
                 done.append(completion)
                 if main and on_completion:
-                    on_completion(len(done), prompt, completion)
+                    on_completion(len(done), len(rows), prompt, completion)
                 if file:
                     write_line(file, {**prompt.row, **asdict(completion)})
         logger.info("%s", engine.speed)

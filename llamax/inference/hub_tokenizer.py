@@ -11,7 +11,6 @@ Source: transformers 5, ``TokenizersBackend`` (tokenization_utils_tokenizers.py)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -24,6 +23,7 @@ from llamax.data.tokenizer.hf_export import from_sentencepiece, has_twin
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
 from llamax.data.tokenizer.special_tokens import CONFIG
 from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer, load_tokenizer
+from llamax.runtime.json_reader import read_object
 
 NAMES_BOS = ("LlamaTokenizer", "CodeLlamaTokenizer")  # classes that have a BOS without naming it
 
@@ -122,4 +122,4 @@ def _without_spaces(text: str) -> str:
 def _config(tokenizer: Tokenizer) -> dict[str, Any]:
     """The tokenizer_config.json beside a tokenizer; empty where there is none."""
     path = tokenizer.path.with_name(CONFIG)
-    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from llamax.data.chat.encode import Encoder
-from llamax.data.chat.templates import Template, source_of
+from llamax.data.chat.template_source import source_of
+from llamax.data.chat.templates import Template
 from llamax.inference.engine import open_model
 from llamax.inference.hub_tokenizer import HubTokenizer
 from llamax.inference.sampling import Sampling, generate_tokens, warn_not_applied

@@ -20,14 +20,17 @@ from typing import NamedTuple
 
 from llamax.data.chat.encode import Encoder
 from llamax.data.chat.record import PromptRecord
-from llamax.data.chat.templates import Template, make_sample, source_of, unused
+from llamax.data.chat.template_source import source_of
+from llamax.data.chat.templates import Template, make_sample, unused
 from llamax.data.prepare.file_kinds import Row, kind_of
 from llamax.data.prepare.row_samples import read_sample
 from llamax.data.prepare.tables import plan_tables, read_rows
 from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.errors import ConfigError, DataError
+from llamax.runtime.files import read_input
 
 PLAIN = "none"  # in place of a template: prompts are text
+MAX_BYTES = 256 << 20  # of a file of prompts
 
 
 class Prompt(NamedTuple):
@@ -166,7 +169,7 @@ def read_file(path: Path) -> list[tuple[str, Row]]:
     if kind_of(path):
         return [found for rows in plan_tables([str(path)]) for found in read_rows(rows)]
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_input(path, MAX_BYTES).decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError as error:

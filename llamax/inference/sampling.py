@@ -42,6 +42,7 @@ NOT_APPLIED: dict[str, tuple[object, ...]] = {
     "num_beams": (None, 1),
     "suppress_tokens": (None, []),
 }
+LEAST_TEMPERATURE = 1e-30  # float32 divides by what is much less as by zero
 FIRST_LOOK = 64  # most likely tokens that top_p looks at first
 
 
@@ -86,7 +87,8 @@ class Sampling:
     def filter(self, logits_BV: Tensor) -> Tensor:
         """Logits over the temperature in fp32, -inf where a token may not be drawn."""
         logits_BV = logits_BV.float()
-        logits_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / self.temperature
+        logits_BV = logits_BV - logits_BV.amax(-1, keepdim=True)
+        logits_BV = logits_BV / max(self.temperature, LEAST_TEMPERATURE)
         if 0 < self.top_k < logits_BV.shape[-1]:
             lowest_B1 = logits_BV.topk(self.top_k).values[:, -1:]
             logits_BV = logits_BV.masked_fill(logits_BV < lowest_B1, -math.inf)

@@ -6,6 +6,8 @@ lead a write to any file of the user.  ``new_file`` and ``same_file`` are opener
     open(path, "wb", opener=new_file)     a new file; a stale regular file of this name is removed
     open(path, "ab", opener=same_file)    a file that may exist, to append, read or change
 
+``read_input`` reads what a user names, which may be a pipe: ``--prompts-file <(sort prompts.txt)``.
+
 Files and folders are created with the modes that the user's umask allows.
 """
 
@@ -15,6 +17,7 @@ import errno
 import hashlib
 import logging
 import os
+import select
 import shutil
 import stat
 from pathlib import Path
@@ -23,6 +26,8 @@ from typing import TypeGuard
 from llamax.runtime.errors import LinkError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a file size limit
+MAX_INPUT = 64 << 20  # bytes of a file that a user writes, or of a configuration
+QUIET_S = 5  # after which a program says that it waits for a pipe
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without fsync
 
 
@@ -95,6 +100,43 @@ def read_file(path: Path, max_bytes: int = 2**20) -> bytes:
     """The first ``max_bytes`` of a regular file; LinkError for a link or special file."""
     with open(path, "rb", opener=same_file) as file:
         return file.read(max_bytes)
+
+
+def read_input(path: str | Path, max_bytes: int = MAX_INPUT) -> bytes:
+    """All bytes of a file that a user names; it may be a pipe, which is read while it has a writer.
+
+    Raises OSError, also for more than ``max_bytes`` and for a pipe that nothing writes to: it would
+    be waited for without end.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb", buffering=0) as file:
+        data = bytearray()
+        if stat.S_ISFIFO(os.fstat(handle).st_mode):
+            data += _first_of_pipe(handle, path)
+        os.set_blocking(handle, True)
+        while len(data) <= max_bytes and (
+            piece := file.read(min(max_bytes + 1 - len(data), 2**20))
+        ):
+            data += piece
+    if len(data) > max_bytes:
+        raise OSError(errno.EOVERFLOW, f"it has more than {max_bytes >> 20} MiB", str(path))
+    return bytes(data)
+
+
+def _first_of_pipe(handle: int, path: str | Path) -> bytes:
+    """The first bytes of a pipe; OSError if there are none and no process has it open to write."""
+    waits = select.poll()
+    waits.register(handle, select.POLLIN)
+    try:
+        first = os.read(handle, 2**16)
+    except BlockingIOError:  # there is a writer
+        if not waits.poll(QUIET_S * 1000):
+            logging.getLogger("llamax").info("waiting for what is written to the pipe %s", path)
+            waits.poll()
+        first = os.read(handle, 2**16)
+    if not first:
+        raise OSError(errno.ENXIO, "it is a pipe that nothing writes to", str(path))
+    return first
 
 
 def make_folder(folder: Path) -> None:

@@ -12,6 +12,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from llamax.runtime.errors import LinkError
+from llamax.runtime.files import plain_file
+
 MAX_BYTES = 64 << 20  # of a file; the tokenizer.json of 256k tokens takes 35 MB
 MAX_DEPTH = 64
 MAX_DIGITS = 40  # of an integer; model_max_length of transformers has 31
@@ -65,10 +68,11 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES, strict: bool = True) -> An
 
     Raises JsonError, also for a larger or special file, and OSError if it cannot be read.
     """
-    if path.exists() and not path.is_file():
-        raise JsonError("is not a plain file")
-    with open(path, "rb") as file:
-        data = file.read(max_bytes + 1)
+    try:
+        with open(path, "rb", opener=plain_file) as file:
+            data = file.read(max_bytes + 1)
+    except LinkError:
+        raise JsonError("is not a plain file") from None
     if len(data) > max_bytes:
         raise JsonError(f"is larger than {max_bytes / 2**20:g} MiB")
     return parse_json(data, strict)

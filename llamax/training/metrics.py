@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 # ---- the record
 
 WHOLE = ("step", "consumed_tokens", "memory_bytes", "skipped_steps")
+LONGEST_LINE = 2**20
 ANY_NUMBER = ("loss", "grad_norm", "validation_loss")
 
 
@@ -124,14 +125,13 @@ def read_jsonl(path: Path) -> list[Record]:
     if not path.exists():
         return []
     with open(path, "rb", opener=plain_file) as file:
-        records, lines = [], file.read().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(Record.from_json(line))
-        except (ValueError, TypeError, OverflowError):
-            if number == len(lines):
-                break
-            raise DataError(f"{path}:{number}: not a record; remove this line") from None
+        records = list[Record]()
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), 1):
+            try:
+                records.append(Record.from_json(line))
+            except (ValueError, TypeError, OverflowError):
+                if file.read(1):
+                    raise DataError(f"{path}:{number}: not a record; remove this line") from None
     return records
 
 

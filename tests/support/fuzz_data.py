@@ -15,7 +15,8 @@ from tempfile import mkdtemp
 import pytest
 
 from llamax.data.chat.jinja_sandbox import Program
-from llamax.data.chat.templates import BUILT_IN, Template, make_sample, source_of
+from llamax.data.chat.template_source import source_of
+from llamax.data.chat.templates import BUILT_IN, Template, make_sample
 from llamax.data.dataset import open_dataset
 from llamax.data.prepare import text_files
 from llamax.data.prepare.instruction_rows import InstructSettings, RowChunk, training_texts

@@ -45,6 +45,7 @@ from llamax.checkpoint.formats.rank_grid import (
 from llamax.checkpoint.formats.torch_zip import StoredTensor
 from llamax.checkpoint.formats.xser import IGNORED_SUFFIXES, load_file, stored_tensors
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.files import plain_file
 
 TRACKER = "latest_checkpointed_iteration.txt"
 ITERATION = re.compile(r"iter_(\d{7,})")
@@ -173,7 +174,8 @@ def find_iteration(folder: Path, step: int | None) -> Path:
         return folder
     name = f"iter_{step:07d}" if step is not None else ""
     if not name and (folder / TRACKER).is_file():
-        text = check_inside(folder, folder / TRACKER).read_text(errors="replace")[:40].strip()
+        with open(check_inside(folder, folder / TRACKER), "rb", opener=plain_file) as file:
+            text = file.read(40).decode(errors="replace").strip()
         name = f"iter_{int(text):07d}" if re.fullmatch(r"[0-9]{1,18}", text) else "release"
     if not name:
         return iterations[max(iterations)]

@@ -33,6 +33,7 @@ from llamax.checkpoint.formats import torch_pickle
 from llamax.checkpoint.formats.torch_pickle import InertObject
 from llamax.checkpoint.runs import StridedCopy
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.files import plain_file
 
 MAX_DIRECTORY_BYTES = 64 << 20
 MAX_DEPTH = 6  # of nested dicts: {"model": {"language_model": {"embedding": {...}}}}
@@ -93,7 +94,7 @@ def load(path: Path) -> Any:
     a format that llamax does not read, or names functions that run code.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=plain_file) as file:
             return _load(path, file, os.fstat(file.fileno()).st_size)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from None

@@ -26,7 +26,8 @@ from types import MappingProxyType
 from typing import Literal
 
 from llamax.data.chat.jinja_sandbox import Program
-from llamax.data.chat.templates import source_of, unused
+from llamax.data.chat.template_source import source_of
+from llamax.data.chat.templates import unused
 from llamax.data.dataset import read_index
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.prepare.chunks import (

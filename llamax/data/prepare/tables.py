@@ -197,7 +197,7 @@ def scan(path: Path, most: int = MAX_DOCUMENT) -> Iterator[RowRange]:
     start = stop = first = count = 0
     try:
         if kind == "csv":
-            kind += _separator(path)
+            kind += _separator(path, most)
         with open_file(path) as file:
             edges = _edges(file, kind, str(path), most)
             if kind != "jsonl":
@@ -272,10 +272,11 @@ def has_row_per_line(path: Path, key: str = "", most: int = MAX_DOCUMENT) -> boo
     return key in keys if key else list_key(keys) is None
 
 
-def _separator(path: Path) -> str:
+def _separator(path: Path, most: int) -> str:
     """The separator in the head of a CSV if it is not a comma; otherwise empty."""
     with open_file(path) as file:
-        head = next((line for line in file if line.strip()), b"")
+        while (head := file.readline(most)) and not head.strip():
+            pass
     return "" if b"," in head else next((mark for mark in ";\t|" if mark.encode() in head), "")
 
 

@@ -40,8 +40,9 @@ from llamax.data.tokenizer.hf_tokenizer import HuggingFace
 from llamax.data.tokenizer.special_tokens import FILES, SpecialTokens, stripping
 from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import sha256
+from llamax.runtime.files import read_input, sha256
 
+MAX_BYTES = 256 << 20  # of a file; the largest on the Hub have some 40 MB
 ENGINES = ("_engine", "_bare")  # attributes that each process loads for itself
 
 
@@ -215,7 +216,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     Raises DataError if there is none, or if it cannot be read.
     """
     path = tokenizer_file(Path(path))
-    raw = path.read_bytes()
+    try:
+        raw = read_input(path, MAX_BYTES)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); give a tokenizer") from None
     try:
         if raw.lstrip()[:1] == b"{" and b'"token_bytes"' in raw[:20_000]:
             raise DataError("it is a Tekken file, which only mistral-common reads")

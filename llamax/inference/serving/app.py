@@ -31,6 +31,7 @@ from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.logging import logger
 
 BODY_S = 30.0  # a client has so long to send a body
+BODIES = 64  # of the largest size, which may arrive at once
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
@@ -50,11 +51,13 @@ def build_app(service: Service, max_body: int, keys: tuple[str, ...] = ()) -> AS
     computes, as ``Authorization: Bearer KEY``; empty: none.
     """
 
+    arriving = Arriving(max_body)
+
     def route(path: str, answer: Callable[[dict[str, Any]], Awaitable[Reply]]) -> Route:
         async def handle(request: HttpRequest) -> Response:
             try:
                 _authorize(request, keys)
-                body = await _body(request, max_body)
+                body = await _body(request, arriving)
                 return await _respond(request, answer(body), path)
             except Exception as error:
                 refusal = _refusal(error)
@@ -130,25 +133,38 @@ def _authorize(request: HttpRequest, keys: tuple[str, ...]) -> None:
         raise HttpError(401, "the key is missing or wrong; send Authorization: Bearer KEY")
 
 
-async def _body(request: HttpRequest, max_body: int) -> dict[str, Any]:
+class Arriving:
+    """Reads bodies of at most ``max_body`` bytes, BODIES times as many at once."""
+
+    def __init__(self, max_body: int) -> None:
+        self.max_body, self._held = max_body, 0
+
+    async def read(self, request: HttpRequest) -> bytes:
+        """The body of a request.  Raises HttpError."""
+        data = bytearray()
+        try:
+            async for piece in request.stream():
+                data += piece
+                self._held += len(piece)
+                if len(data) > self.max_body:
+                    raise HttpError(413, f"the body has more than {self.max_body} bytes; send less")
+                if self._held > BODIES * self.max_body:
+                    raise HttpError(429, "too many bodies arrive at once; try again later")
+        finally:
+            self._held -= len(data)
+        return bytes(data)
+
+
+async def _body(request: HttpRequest, arriving: Arriving) -> dict[str, Any]:
     """The JSON object of a request."""
     try:
-        data = await asyncio.wait_for(_read(request, max_body), BODY_S)
+        data = await asyncio.wait_for(arriving.read(request), BODY_S)
     except asyncio.TimeoutError:
         raise HttpError(408, f"the body did not arrive in {BODY_S:.0f} s") from None
     try:
         return parse_object(data)
     except JsonError as error:
         raise HttpError(400, f"the body {error}") from None
-
-
-async def _read(request: HttpRequest, max_body: int) -> bytes:
-    data = bytearray()
-    async for piece in request.stream():
-        data += piece
-        if len(data) > max_body:
-            raise HttpError(413, f"the body has more than {max_body} bytes; send less")
-    return bytes(data)
 
 
 async def _respond(request: HttpRequest, answer: Awaitable[Reply], path: str) -> Response:

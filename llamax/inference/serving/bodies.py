@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
 
-Texts = str | Annotated[list[str], Field(max_length=16)]
+Stop = Annotated[str, Field(max_length=1000)]
+Stops = Annotated[list[Stop], Field(max_length=16)]
 Ids = Annotated[list[int], Field(min_length=1)]
 Prompts = Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -79,8 +80,8 @@ class Settings(Body):
     top_p: float | None = None
     top_k: int | None = None
     n: Annotated[int, Field(ge=1, le=16)] | None = None
-    stop: Texts | None = None
-    stop_token_ids: list[int] | None = None
+    stop: Stop | Stops | None = None
+    stop_token_ids: Annotated[list[int], Field(max_length=1000)] | None = None
     seed: int | None = None
     stream: StrictBool | None = None
     stream_options: dict[str, Any] | None = None
@@ -111,8 +112,8 @@ class Parameters(Body):
     top_p: float | None = None
     do_sample: StrictBool | None = None
     seed: int | None = None
-    stop: list[str] | None = None
-    stop_sequences: list[str] | None = None
+    stop: Stops | None = None
+    stop_sequences: Stops | None = None
     return_full_text: StrictBool | None = None
     details: StrictBool | None = None
 

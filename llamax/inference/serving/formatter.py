@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from llamax.data.chat.encode import Encoder
@@ -12,6 +12,7 @@ from llamax.inference.prompts import PromptFormat
 from llamax.runtime.errors import ConfigError, DataError
 
 ROLES = {"developer": "system"}  # OpenAI's newer name
+KNOWN = ("system", "user", "assistant", "tool", "function")  # beside those of the template
 
 
 class PromptIds(NamedTuple):
@@ -59,7 +60,8 @@ class Formatter:
             raise ConfigError(
                 "the model has no chat template; send a text, or start the server with `template`"
             )
-        turns = [_turn(number, message) for number, message in enumerate(messages)]
+        roles = {*ROLES, *KNOWN, *self._chat.template.texts}
+        turns = [_turn(number, message, roles) for number, message in enumerate(messages)]
         if turns[-1]["role"] == "assistant":
             raise DataError("the last message is the assistant's; end with one that it answers")
         row = {"messages": turns} if self._chat.chat else _question(turns)
@@ -67,11 +69,16 @@ class Formatter:
         return PromptIds(prompt.ids, {*self._ends, *self._chat.stop_ids})
 
 
-def _turn(number: int, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message with its content as one text."""
+def _turn(number: int, message: Mapping[str, Any], roles: Collection[str]) -> dict[str, Any]:
+    """A message with its content as one text.
+
+    The role must be one of ``roles``: templates write it without a look at special tokens in it.
+    """
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise DataError(f"messages[{number}] has no role; give user, assistant or system")
+    if role not in roles:
+        raise DataError(f"messages[{number}] has an unknown role; give user, assistant or system")
     if isinstance(content, list):
         for part in content:
             if not (isinstance(part, Mapping) and part.get("type") == "text"):

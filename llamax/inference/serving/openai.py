@@ -53,6 +53,7 @@ def models(service: Service) -> dict[str, Any]:
 async def chat(service: Service, body: ChatBody) -> Reply:
     """The next message of a conversation."""
     served = service.model(body.model)
+    service.check_room(body.n or 1)
     prompt = served.formatter.conversation(body.messages)
     if body.top_logprobs is not None and not body.logprobs:
         raise BodyError("top_logprobs needs logprobs=true", "top_logprobs")
@@ -65,12 +66,13 @@ async def chat(service: Service, body: ChatBody) -> Reply:
 
 async def complete(service: Service, body: CompletionBody) -> Reply:
     """Continuations of texts or ids."""
-    served = service.model(body.model)
+    served, given = service.model(body.model), _prompts(body)
+    service.check_room(len(given) * (body.n or 1))
     prompts = [
         PromptIds(list(each), served.loaded.ends)
         if isinstance(each, list)
         else served.formatter.text(each)
-        for each in _prompts(body)
+        for each in given
     ]
     length = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     answers = service.answers(served, prompts, wish_of(body, length, body.logprobs))

@@ -146,14 +146,17 @@ class Scheduler:
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests, all or none of them; QueueFull if there is no room."""
         with self._changed:
-            free = self.slots - len(self._active) + self.queue - len(self._waiting)
-            if len(requests) > free:
-                raise QueueFull(
-                    f"{len(self._active)} requests are in progress and {len(self._waiting)} wait; "
-                    "try again later"
-                )
+            self.check_room(len(requests))
             self._waiting.extend(requests)
             self._changed.notify()
+
+    def check_room(self, count: int) -> None:
+        """Raise QueueFull if there is no room for ``count`` requests."""
+        active, waiting = len(self._active), len(self._waiting)
+        if count > self.slots - active + self.queue - waiting:
+            raise QueueFull(
+                f"{active} requests are in progress and {waiting} wait; try again later"
+            )
 
     def _run(self) -> None:
         with torch.inference_mode():
@@ -265,7 +268,7 @@ def draw(requests: Sequence[Request], logits_BV: Tensor) -> list[Drawn]:
     for row, request in enumerate(requests):
         if request.top is not None:
             logprobs_V = logits_BV[row, : request.vocab_size].float().log_softmax(-1)
-            best = logprobs_V.topk(request.top)
+            best = logprobs_V.topk(min(request.top, len(logprobs_V)))
             top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
             token = drawn[row].token
             drawn[row] = Drawn(token, float(logprobs_V[token]), top)

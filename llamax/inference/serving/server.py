@@ -17,6 +17,7 @@ from llamax.inference.serving.scheduler import Scheduler
 from llamax.inference.serving.service import Served, Service
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError, ConfigError, DataError
+from llamax.runtime.files import read_input
 from llamax.runtime.logging import logger
 from llamax.runtime.progress import reported
 from llamax.runtime.units import show_bytes
@@ -99,6 +100,7 @@ def serve(
         import uvicorn
 
         from llamax.inference.serving.app import build_app
+        from llamax.inference.serving.connection import Connection
         from llamax.inference.serving.metrics import Metrics
     except ImportError as error:
         raise BackendError(
@@ -134,7 +136,12 @@ def serve(
         service = Service(scheduler, models, name, settings.max_new_tokens)
         app = build_app(service, settings.max_body, keys)
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S
+            app,
+            http=Connection,
+            ws="none",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=GRACE_S,
         )
         scheduler.start()
         listener.listen(config.backlog)  # who connects from now on waits for an answer
@@ -171,9 +178,10 @@ def read_keys(path: str) -> tuple[str, ...]:
     if not path:
         return ()
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = read_input(path).decode().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); check `api_key_file`") from None
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise DataError(f"{path}: cannot be read ({why}); check `api_key_file`") from None
     keys = tuple(line.strip() for line in lines if line.strip())
     if not keys:
         raise DataError(f"{path}: holds no key; write one per line")

@@ -106,6 +106,10 @@ class Service:
             raise UnknownModel(f"there is no model {name!r:.60}; use {' or '.join(self.models)}")
         return self.models[name]
 
+    def check_room(self, count: int) -> None:
+        """Raise QueueFull if there is no room for ``count`` answers; call it before any work."""
+        self.scheduler.check_room(count)
+
     def answers(self, served: Served, prompts: Sequence[PromptIds], wish: Wish) -> list[Answer]:
         """``wish.answers`` answers to each prompt, which begin to be computed.
 

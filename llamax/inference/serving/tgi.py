@@ -44,6 +44,7 @@ async def generate(service: Service, body: GenerateBody, stream: bool, listed: b
     """
     served = service.model(body.model)
     settings = body.parameters
+    service.check_room(1)
     prompt = served.formatter.text(body.inputs)
     (answer,) = service.answers(served, [prompt], _wish(settings, stream))
     before = body.inputs if settings.return_full_text else ""

@@ -50,9 +50,9 @@ def _blocks(path: Path) -> Iterator[tuple[bytes, int, bool]]:
     if not path.exists():
         return
     with open(path, "rb", opener=plain_file) as file:
-        lines, block = 0, file.read(BLOCK_BYTES) + file.readline()
+        lines, block = 0, file.read(BLOCK_BYTES) + file.readline(BLOCK_BYTES)
         while block:
-            following = file.read(BLOCK_BYTES) + file.readline()
+            following = file.read(BLOCK_BYTES) + file.readline(BLOCK_BYTES)
             yield block, lines, not following
             lines, block = lines + len(block.splitlines()), following
 

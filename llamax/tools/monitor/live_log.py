@@ -34,6 +34,7 @@ LARGEST = 1e100  # sums and differences of larger values may be infinite
 LONG_BYTES = 2**22  # a stretch of more is sampled, but for its end
 TAIL_BYTES = 2**19
 SAMPLES = 4096
+KEPT_BYTES = 256
 BLOCK_BYTES = 2**22
 SECONDS = re.compile(rb'"seconds"\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
 NAN = float("nan")
@@ -111,6 +112,7 @@ class LiveLog:
 
     def _forget(self, inode: int) -> None:
         self._inode, self._end, self._count = inode, 0, 0  # end: of the whole lines read so far
+        self._before = b""  # the last bytes before the end
         self._recent: deque[Record] = deque(maxlen=WINDOW)
         self._starts_s = self._seconds = 0.0
         self._validation_loss: float | None = None
@@ -125,7 +127,7 @@ class LiveLog:
             return History()
         with open(self.path, "rb", opener=plain_file) as file:
             about = os.fstat(file.fileno())
-            if about.st_ino != self._inode or about.st_size < self._end:
+            if about.st_ino != self._inode or not self._goes_on(file):
                 self._forget(about.st_ino)
             file.seek(self._end)
             if about.st_size - self._end > LONG_BYTES:
@@ -148,7 +150,7 @@ class LiveLog:
         """Take the lines before ``stop``, of which ``SAMPLES`` are parsed whole."""
         step = -(-(stop - self._end) // SAMPLES)
         while self._end < stop:
-            block = file.read(min(BLOCK_BYTES, stop - self._end)) + file.readline()
+            block = file.read(min(BLOCK_BYTES, stop - self._end)) + file.readline(BLOCK_BYTES)
             if not block:  # written anew meanwhile
                 return
             count = block.count(b"\n")
@@ -164,7 +166,7 @@ class LiveLog:
             if validated >= 0:
                 self._validation_loss = self._record_at(block, validated).validation_loss
             self._count += count
-            self._end += len(block)
+            self._pass(block)
 
     def _record_at(self, block: bytes, place: int) -> Record:
         """The record in the line of a block that the byte ``place`` lies in."""
@@ -183,7 +185,17 @@ class LiveLog:
         if record.validation_loss is not None:
             self._validation_loss = record.validation_loss
         self._count += 1
-        self._end += len(line)
+        self._pass(line)
+
+    def _pass(self, lines: bytes) -> None:
+        """Note that the lines were read."""
+        self._end += len(lines)
+        self._before = lines[-KEPT_BYTES:]
+
+    def _goes_on(self, file: BinaryIO) -> bool:
+        """Whether what was read last is still there: a new file may get an old inode."""
+        file.seek(self._end - len(self._before))
+        return file.read(len(self._before)) == self._before
 
     def _follow(self, record: Record, count: float = 1) -> None:
         for name, trend in self._trends.items():

@@ -253,6 +253,8 @@ def test_an_index_that_changed_or_vanished(folder: Path) -> None:
     flip(folder / "index.bin", -1)
     words = r"index.bin changed after it was saved: its sha256 is \w{64}, the manifest says \w{64}"
     refused(words + INTACT, lambda: Checkpoint(folder))
+    os.truncate(folder / "index.bin", 2**42)  # a hole that would take hours to read
+    refused(f"index.bin is broken: it has {2**42} bytes.*" + INTACT, lambda: Checkpoint(folder))
     (folder / "index.bin").unlink()
     refused("cannot read .*index.bin: No such file", lambda: Checkpoint(folder))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -263,3 +264,13 @@ def test_temperature_near_zero_is_greedy() -> None:
     logits = torch.randn(8, 100, generator=torch.Generator().manual_seed(0))
     cold = Sampling(1e-30)
     assert torch.equal(cold.pick(logits, cold.streams(8)), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-50, 1e-38, 1e-9])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_a_temperature_next_to_zero_takes_the_most_likely_token(
+    temperature: float, settings: dict[str, Any]
+) -> None:
+    logits_BV = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
+    sampling = Sampling(temperature, seed=1, **settings)
+    assert sampling.pick(logits_BV, sampling.streams(4)).equal(logits_BV.argmax(-1))

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import stat
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from llamax.runtime.files import (
     new_file,
     plain_file,
     read_file,
+    read_input,
     refuse_link,
     same_file,
     sha256,
@@ -100,6 +102,52 @@ def test_a_plain_file_is_no_pipe(tmp_path: Path, target: Path) -> None:
             sha256(tmp_path / name)
     with pytest.raises(FileNotFoundError):
         sha256(tmp_path / "missing")
+
+
+@pytest.mark.timeout(60)
+def test_an_input_may_be_a_pipe_that_has_a_writer(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = b"line\n" * 50_000
+    (tmp_path / "file").write_bytes(text)
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "file"], stdout=subprocess.PIPE) as cat:
+        assert cat.stdout is not None
+        assert read_input(f"/dev/fd/{cat.stdout.fileno()}") == text  # what <(...) gives
+    with subprocess.Popen(["bash", "-c", f"echo ready; cat {tmp_path}/file > {pipe}"]) as writer:
+        os.set_blocking(reads := os.open(pipe, os.O_RDONLY), True)  # once it has opened the pipe
+        os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+        assert read_input(pipe) + os.read(reads, 1) == text
+        os.close(reads)
+        assert not writer.wait()
+    silent = os.open(pipe, os.O_RDWR)
+    monkeypatch.setattr(files, "QUIET_S", 0)
+
+    class Writes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            os.write(silent, b"at last")
+            os.close(silent)
+
+    monkeypatch.setattr(logging.getLogger("llamax"), "handlers", [handler := Writes()])
+    monkeypatch.setattr(logging.getLogger("llamax"), "level", logging.INFO)
+    assert read_input(pipe) == b"at last"
+    handler.close()
+
+
+@pytest.mark.timeout(60)  # a pipe would wait for its writer
+def test_an_input_that_gives_nothing_or_too_much_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="it is a pipe that nothing writes to"):
+        read_input(tmp_path / "pipe")
+    (tmp_path / "file").write_bytes(b"x" * 2**20)
+    (tmp_path / "link").symlink_to("file")
+    assert len(read_input(tmp_path / "link", 2**20)) == 2**20
+    for path in (tmp_path / "link", Path("/dev/zero")):
+        with pytest.raises(OSError, match="it has more than 0 MiB"):
+            read_input(path, 2**20 - 1)
+    assert read_input("/dev/null") == b""
+    with pytest.raises(IsADirectoryError):
+        read_input(tmp_path)
 
 
 def test_a_link_is_no_folder(tmp_path: Path) -> None:

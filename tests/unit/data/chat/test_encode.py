@@ -12,7 +12,8 @@ from support.chat import built_in
 from support.instruction import llama2_tokenizer, llama3_tokenizer
 
 from llamax.data.chat.encode import Encoder, Tokens
-from llamax.data.chat.templates import BUILT_IN, Message, Sample, Template, make_sample, source_of
+from llamax.data.chat.template_source import source_of
+from llamax.data.chat.templates import BUILT_IN, Message, Sample, Template, make_sample
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import DataError

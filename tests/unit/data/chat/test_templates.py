@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from support.chat import built_in, refused
 
-from llamax.data.chat.templates import Template, make_sample, source_of
+from llamax.data.chat.template_source import source_of
+from llamax.data.chat.templates import Template, make_sample
 from llamax.runtime.errors import DataError
 
 

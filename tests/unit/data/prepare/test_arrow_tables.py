@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from llamax.data.chat.templates import Template, source_of
+from llamax.data.chat.template_source import source_of
+from llamax.data.chat.templates import Template
 from llamax.data.prepare import file_kinds
 from llamax.data.prepare.row_samples import read_sample
 from llamax.data.prepare.saved_dataset import files_of, held_out, splits_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -151,3 +152,27 @@ def test_a_checkpoint_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     (saved,) = read_run(folder, NOW, cache).saved
     assert saved.size_bytes == first[0].size_bytes + 100
     assert len(measured) == 2
+
+
+def test_a_log_written_anew_in_its_place_is_read_anew(tmp_path: Path) -> None:
+    """A new file may get the inode of the one that it replaces, and be longer at once."""
+    path = tmp_path / "metrics.jsonl"
+    write(path, [record(step) for step in range(1, 6)])
+    log = LiveLog(path)
+    assert log.read().count == 5
+    write(path, [record(step) for step in range(101, 141)])
+    assert [each.step for each in log.read().recent] == list(range(101, 141))
+    path.write_text("")
+    assert log.read().count == 0
+
+
+def test_a_line_that_does_not_end_is_refused_without_reading_all_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [record(1)])
+    os.truncate(path, 2**34)  # a hole, which a crash of the machine may leave
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a record"):
+        LiveLog(path).read()
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a record"):
+        read_columns(path, ["step"])
+    with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a record"):
+        read_jsonl(path)
