@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 TESTS = Path(__file__).resolve().parent
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: here nothing may import it
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests/support/hub.py stands in for the Hub
 # Programs inherit ignored signals, as under nohup, and llamax leaves them ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -38,6 +38,7 @@ from llamax.parallel.pipeline import layers_of
 from llamax.parallel.sharding import ShardedParameters
 from llamax.parallel.spread import SpreadWeight, Store
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.hub_name import hub_name
 from llamax.runtime.logging import logger
 from llamax.runtime.units import show_bytes, show_number
 
@@ -179,9 +180,12 @@ def load_base(
     load_owned(source, whole, parameters, convert=True)
 
 
-def finetune_info(finetune: FinetuneConfig, first: Source | None) -> AdapterInfo | None:
+def finetune_info(
+    finetune: FinetuneConfig, first: Source | None, named: str = ""
+) -> AdapterInfo | None:
     """What the checkpoints of a run say of its adapters; None where it trains a whole model.
 
+    ``named``: the base as the configuration names it; a name on the Hub is kept.
     Raises CheckpointError where the base is an adapter itself.
     """
     if first is not None and adapter_info(first) is not None:
@@ -191,7 +195,9 @@ def finetune_info(finetune: FinetuneConfig, first: Source | None) -> AdapterInfo
     if finetune.method == "full":
         return None
     assert first is not None, "rules.adapters_have_a_base"
-    return AdapterInfo(finetune, str(first.folder.absolute()), fingerprint(first))
+    on_hub = bool(named) and hub_name(named) is not None
+    base = named if on_hub else str(first.folder.absolute())
+    return AdapterInfo(finetune, base, fingerprint(first))
 
 
 def describe_finetune(config: Config, tensor: int, data: int) -> str:

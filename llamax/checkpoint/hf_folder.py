@@ -32,6 +32,9 @@ from llamax.config.model import MAX_LAYERS
 from llamax.runtime import json_reader
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import is_file_name
+from llamax.runtime.hub import local_folder
+from llamax.runtime.hub_files import MODEL
+from llamax.runtime.hub_files import TOKENIZER_FILES as TOKENIZER_FILES
 from llamax.runtime.json_reader import JsonError
 from llamax.runtime.logging import logger
 
@@ -39,14 +42,6 @@ CONFIG_JSON, GENERATION_CONFIG = "config.json", "generation_config.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 SINGLE_FILE, INDEX_JSON = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 MAX_JSON_BYTES = 64 << 20
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
@@ -246,11 +241,11 @@ def _warn_of_own_head(path: Path) -> None:
 
 
 def open_source(path: Path | str) -> Source:
-    """Open a model to read: a Hugging Face folder, a checkpoint, or the newest one of a run.
+    """Open a model to read: a Hugging Face folder or name, a checkpoint, or the newest of a run.
 
-    Raises CheckpointError if ``path`` is none of these.
+    Raises CheckpointError if ``path`` is none of these, HubError if it cannot be downloaded.
     """
-    path = Path(path)
+    path = local_folder(path, MODEL)
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}; give a folder with a model in it")
     _check_no_adapters(path)

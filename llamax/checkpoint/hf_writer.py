@@ -33,8 +33,11 @@ from llamax.data.chat.record import FILE
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from llamax.runtime.errors import CheckpointError
+from llamax.runtime.errors import CheckpointError, HubError
 from llamax.runtime.files import copy_file, new_file
+from llamax.runtime.hub import local_folder
+from llamax.runtime.hub_files import CONFIG
+from llamax.runtime.hub_name import hub_name
 
 FILE_BYTES = 5 * 10**9
 
@@ -173,7 +176,13 @@ def _base_folder(source: Source) -> Path | None:
     config = config_beside(source.folder)
     if config is None or not config.checkpoint.init_from:
         return None
-    folder = find_folder(config.checkpoint.init_from, source.folder, source.state)
+    named = config.checkpoint.init_from
+    folder = find_folder(named, source.folder, source.state)
+    if folder is None and hub_name(named) is not None:
+        try:
+            folder = local_folder(named, CONFIG)
+        except HubError:  # as a folder that is not present
+            return None
     return folder if folder and (folder / hf_folder.GENERATION_CONFIG).is_file() else None
 
 

@@ -45,6 +45,9 @@ from llamax.config.schema import FinetuneConfig
 from llamax.config.toml import Problems, build
 from llamax.data.chat.record import FILE
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.hub import local_folder
+from llamax.runtime.hub_files import MODEL
+from llamax.runtime.hub_name import hub_name
 
 BASE_JSON = "base.json"
 PEFT_PREFIX = "base_model.model."
@@ -163,7 +166,7 @@ class PeftFolder(Source):
             targets=targets,
             rslora=self.settings.rslora,
         )
-        named = base.get("folder") or config.get("base_model_name_or_path") or ""
+        named = base.get("folder") or _base_of_peft(config)
         self.info = AdapterInfo(settings, named, base.get("fingerprint") or "")
 
     def is_uniform(self, layers: int) -> bool:
@@ -262,12 +265,28 @@ def open_adapter(path: Path | str) -> tuple[Source, AdapterInfo]:
 def find_base_folder(folder: Path, info: AdapterInfo) -> Path:
     """The folder of the base that an adapter names; CheckpointError if it does not exist here."""
     found = find_folder(info.base, folder) if info.base else None
+    if found is None and info.base and hub_name(info.base) is not None:
+        return local_folder(info.base, MODEL)
     if found is None:
         raise CheckpointError(
             f"{folder} is an adapter of {info.base or 'an unnamed base'}, which does not exist "
             "here; give the folder of the base"
         )
     return found
+
+
+def _base_in_peft(base: str) -> dict[str, str]:
+    """The fields of adapter_config.json for the base: a folder, or a repository and its commit."""
+    name = hub_name(base) if base else None
+    if name is None:
+        return {"base_model_name_or_path": base}
+    return {"base_model_name_or_path": name.repo, "revision": name.revision}
+
+
+def _base_of_peft(config: Mapping[str, Any]) -> str:
+    """The base that adapter_config.json names."""
+    base, revision = (config.get(key) or "" for key in ("base_model_name_or_path", "revision"))
+    return f"{base}@{revision}" if revision and hub_name(str(base)) is not None else str(base)
 
 
 def export_adapter(adapter: Checkpoint, out: Path | str) -> Path:
@@ -278,10 +297,10 @@ def export_adapter(adapter: Checkpoint, out: Path | str) -> Path:
     info = adapter_info(adapter)
     assert info is not None, "only adapters are exported"
     finetune, buffers = info.finetune, slabs.new_buffers()
-    config = {
+    config: dict[str, object] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": info.base,
+        **_base_in_peft(info.base),
         "r": finetune.r,
         "lora_alpha": int(finetune.alpha) if finetune.alpha.is_integer() else finetune.alpha,
         "lora_dropout": finetune.dropout,

@@ -2,7 +2,8 @@
 
 ::
 
-    config.json, or the newest checkpoint ──> base_of ──> ModelConfig ─┐
+    org/name of the Hub ──> its folder in the cache ─┐
+    config.json, or the newest checkpoint ───────────┴─> ModelConfig ──┐
     [model] of a recipe: left out                                      ├─> [model] of the run
     [model] of the user's own file, --model.* ─────────────────────────┘
 
@@ -25,6 +26,9 @@ from llamax.config.schema import Config
 from llamax.config.toml import Problems, build, read_toml
 from llamax.runtime import json_reader
 from llamax.runtime.errors import ConfigError
+from llamax.runtime.hub import local_folder, resolve
+from llamax.runtime.hub_files import CONFIG
+from llamax.runtime.hub_name import HubName, hub_name
 from llamax.runtime.json_reader import JsonError
 from llamax.runtime.logging import logger
 
@@ -54,17 +58,47 @@ def base_of(tables: Mapping[str, Any], within: Path = Path()) -> Base | None:
 
     Relative paths count from ``within``.  Raises ConfigError if the folder describes no Llama.
     """
+    init_from = _init_from(tables)
+    if not init_from:
+        return None
+    if (base := read_base(local_folder(init_from, CONFIG, within=within))) is not None:
+        return base
+    earlier = _earlier(tables, within)
+    return None if earlier is None else read_base(earlier)
+
+
+def _earlier(tables: Mapping[str, Any], within: Path) -> Path | None:
+    """The run or checkpoint that a run goes on from, if there is one; None if it starts anew."""
     start, run = (tables.get(name) for name in ("checkpoint", "run"))
     start, run = (table if isinstance(table, dict) else {} for table in (start, run))
-    init_from, resume = start.get("init_from"), start.get("resume", "auto")
-    if not isinstance(init_from, str) or not init_from:
-        return None
-    if (base := read_base(within / init_from)) is not None:
-        return base
     folder, resume = run.get("folder", "run"), start.get("resume", "auto")
     if resume == "never" or not isinstance(resume, str) or not isinstance(folder, str):
         return None
-    return read_base(within / (folder if resume in ("auto", "intact") else resume))
+    return within / (folder if resume in ("auto", "intact") else resume)
+
+
+def pin_base(settings: dict[str, Any], within: Path = Path()) -> str:
+    """Pin ``checkpoint.init_from`` to a commit, if it names the Hub; return it, or nothing.
+
+    A run that goes on keeps the commit that it started from, unless another revision is given.
+    """
+    name = hub_name(_init_from(settings), within=within) if _init_from(settings) else None
+    if name is None:
+        return ""
+    earlier = _earlier(settings, within)
+    known = None if earlier is None or name.revision else _pinned_in(earlier / CONFIG_FILE)
+    name = known if known and known.repo == name.repo else resolve(name)
+    settings["checkpoint"]["init_from"] = str(name)
+    return str(name)
+
+
+def _pinned_in(path: Path) -> HubName | None:
+    """The commit of the base in the configuration of a run or checkpoint; None without one."""
+    try:
+        name = hub_name(_init_from(read_toml(path))) if path.is_file() else None
+    except ConfigError:
+        return None
+    return name if name is not None and name.pinned else None
 
 
 def read_base(folder: Path) -> Base | None:
@@ -131,9 +165,12 @@ def supply_model(
         return
     named = _init_from(settings)
     if base is None and named and "model" not in tables:
-        raise ConfigError(f"{_missing(within / named)}, or write a section [model]")
+        raise ConfigError(
+            f"{_missing(local_folder(named, CONFIG, within=within))}, or write a section [model]"
+        )
     if base is None and recipe and named and named != _init_from(tables):
-        _warn(f"{_missing(within / named)}; until then the model is that of the recipe")
+        place = local_folder(named, CONFIG, within=within)
+        _warn(f"{_missing(place)}; until then the model is that of the recipe")
 
 
 def contradictions(config: Config, within: Path = Path()) -> Iterator[str]:
@@ -183,8 +220,10 @@ def _missing(folder: Path) -> str:
         found = "has no config.json and no complete checkpoint"
     else:
         found = "is not a folder on this machine"
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-            remedy = f", or download the model: hf download {folder} --local-dir {folder}"
+        if folder.parts[:1] == ("models",):
+            remedy = (
+                f", or download the model: hf download OWNER/{folder.name} --local-dir {folder}"
+            )
     return f"checkpoint.init_from={folder} {found}; check the path{remedy}"
 
 

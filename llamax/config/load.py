@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
-from llamax.config.base_model import contradictions, supply_model
+from llamax.config.base_model import contradictions, pin_base, supply_model
 from llamax.config.schema import Config, sections
 from llamax.config.toml import Problems, build, parse_value, read_toml, to_toml
 from llamax.config.types import bare, explain, options, section_of, type_hints
@@ -114,14 +114,17 @@ def parse_config(
     found, typed = Problems(), list[str]()
     tables = copy.deepcopy(tables)
     pairs = list(_pairs(overrides, typed))
-    given = dict(pairs)
+    given, pinned = dict(pairs), ""
     if within is not None:
         settings = copy.deepcopy(tables)
         for key, text in pairs:
             _override(settings, key, text, [])
+        pinned = pin_base(settings, within)
         supply_model(tables, settings, recipe, within)
     for key, text in pairs:
         _override(tables, key, text, typed)
+    if pinned:
+        tables.setdefault("checkpoint", {})["init_from"] = pinned
     for key, other in REPLACES.items():
         section, _, name = other.partition(".")
         if key in given and other not in given and isinstance(tables.get(section), dict):

@@ -152,7 +152,8 @@ class CheckpointConfig:
     background: bool = True
     """Write the files of a checkpoint in the background while training continues."""
     init_from: str = ""
-    """Hugging Face or llamax folder to start from; empty: random weights."""
+    """Hugging Face or llamax folder to start from, or org/name@REVISION on the Hub; empty: random
+    weights."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,8 @@ from llamax.model.llama import DTYPES, Llama
 from llamax.parallel.collectives import Axis
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.runtime.files import read_input
+from llamax.runtime.hub import local_folder
+from llamax.runtime.hub_files import MODEL, TOKENIZER
 from llamax.runtime.logging import logger
 from llamax.runtime.units import count
 
@@ -102,12 +104,13 @@ class LoadedModel:
 
 
 def open_model(path: Path, tokenizer: str = "", base: str = "") -> LoadedModel:
-    """Open the model in a Hugging Face folder, a run, a checkpoint or a folder of adapters.
+    """Open the model in a Hugging Face folder or repository, a run, a checkpoint or adapters.
 
     ``tokenizer``: tokenizer to use instead of the model's.  ``base``: folder of an adapter's base,
     if it is not where the adapter says.  Raises CheckpointError or DataError if a part is missing
     or does not fit.
     """
+    path = local_folder(path, MODEL)
     adapter: Source | None = None
     info: AdapterInfo | None
     if (path / ADAPTER_CONFIG).is_file():
@@ -141,7 +144,7 @@ def tokenizer_of(source: Source, vocab_size: int, chosen: str = "") -> Tokenizer
     Raises DataError if there is none, if the model was trained with another one, and if it has more
     ids than the model.
     """
-    place: Path | None = Path(chosen or source.folder)
+    place: Path | None = local_folder(chosen, TOKENIZER) if chosen else source.folder
     if isinstance(source, Checkpoint) and not chosen:
         place = dataset_of(source.folder, source.state)
     if place is None:

@@ -57,6 +57,10 @@ class NoRoom(CheckpointError):
     exit_code = 3
 
 
+class HubError(LlamaxError):
+    """A repository of the Hugging Face Hub that cannot be read or written."""
+
+
 class BackendError(LlamaxError):
     """A device, process group or rendezvous that is not available."""
 

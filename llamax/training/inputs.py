@@ -162,7 +162,7 @@ def open_inputs(config: Config) -> Inputs:
         first = open_source(checkpoint.init_from)
         config = _untied(config, first)
         _same_network(config, first, ROPE if config.finetune.method == "full" else ())
-    adapters = finetune_info(config.finetune, first)
+    adapters = finetune_info(config.finetune, first, checkpoint.init_from)
     if resumed is not None:
         check_resumed(config.finetune, resumed, first)
     training, validation = (

@@ -41,6 +41,8 @@ from llamax.data.tokenizer.special_tokens import FILES, SpecialTokens, stripping
 from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import read_input, sha256
+from llamax.runtime.hub import local_folder
+from llamax.runtime.hub_files import TOKENIZER
 
 MAX_BYTES = 256 << 20  # of a file; the largest on the Hub have some 40 MB
 ENGINES = ("_engine", "_bare")  # attributes that each process loads for itself
@@ -211,11 +213,11 @@ class SentencePiece:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer from a file, or from a folder with one.
+    """Load a tokenizer from a file, from a folder with one, or from a repository of the Hub.
 
-    Raises DataError if there is none, or if it cannot be read.
+    Raises DataError if there is none, or if it cannot be read; HubError if it cannot be downloaded.
     """
-    path = tokenizer_file(Path(path))
+    path = tokenizer_file(local_folder(path, TOKENIZER))
     try:
         raw = read_input(path, MAX_BYTES)
     except OSError as error:

@@ -23,6 +23,7 @@ from llamax.config.rules.parallel import node_limit
 from llamax.config.schema import Config
 from llamax.parallel.rendezvous import Rendezvous, report_errors_once
 from llamax.runtime.errors import BackendError
+from llamax.runtime.hub_name import hub_name
 from llamax.runtime.logging import logger
 from llamax.tools.audit import compile_cache
 from llamax.training.inputs import open_inputs
@@ -42,7 +43,8 @@ def precompile(config: Config, where: Rendezvous, environ: Mapping[str, str]) ->
     """Trace and compile every program of ``config`` on this rank of the world ``where``."""
     run = config.run
     base = config.checkpoint.init_from
-    tied = config.model.tie_word_embeddings and Path(base).is_dir()  # or says so: see open_inputs
+    there = bool(base) and (hub_name(base) is not None or Path(base).is_dir())
+    tied = config.model.tie_word_embeddings and there  # or says so: see open_inputs
     base = base if config.finetune.method != "full" or tied else ""
     with TemporaryDirectory(prefix="llamax-") as folder:
         config = replace(

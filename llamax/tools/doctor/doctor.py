@@ -21,6 +21,7 @@ from pathlib import Path
 
 from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.listing import list_checkpoints
+from llamax.config.base_model import read_base
 from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.config.hardware import LOCAL, Machine
 from llamax.config.model import ModelConfig
@@ -29,7 +30,10 @@ from llamax.config.schema import BackendName, Config
 from llamax.data.dataset import blend_words, open_dataset
 from llamax.launch.jobfile import JobFile
 from llamax.parallel.rendezvous import NEURON_PORT
-from llamax.runtime.errors import CheckpointError, ConfigError, DataError
+from llamax.runtime.errors import CheckpointError, ConfigError, DataError, LlamaxError
+from llamax.runtime.hub import download
+from llamax.runtime.hub_files import CONFIG
+from llamax.runtime.hub_name import HubName, hub_name
 from llamax.runtime.units import count, show_bytes, show_number, show_time
 from llamax.tools.audit import compile_cache
 from llamax.tools.doctor import Finding, Host, machine, storage, versions
@@ -124,7 +128,9 @@ def _base(folder: Path, config: Config) -> Iterator[Finding]:
     if not start.init_from:
         return
     path = folder / start.init_from
-    if not folder.is_dir():
+    if (name := hub_name(start.init_from, within=folder)) is not None:
+        yield _on_hub(name)
+    elif not folder.is_dir():
         yield unknown("base", f"{path} is not here", "run doctor where it is")
     elif full and start.resume != "never" and list_checkpoints(folder / config.run.folder):
         yield passed("base", f"{path} is not read: the run goes on from its newest checkpoint")
@@ -136,6 +142,18 @@ def _base(folder: Path, config: Config) -> Iterator[Finding]:
         else:
             size = show_number(model.num_parameters())
             yield passed("base", f"a Llama of {size} parameters in {path}")
+
+
+def _on_hub(name: HubName) -> Finding:
+    """The finding about a base on the Hub, of which only config.json is downloaded."""
+    try:
+        base = read_base(download(name, CONFIG))
+    except LlamaxError as error:
+        return Finding("error", "base", str(error), "training starts from its weights")
+    if base is None:
+        return Finding("error", "base", f"{name} has no config.json", "it is no model")
+    size = show_number(base.model.num_parameters())
+    return passed("base", f"a Llama of {size} parameters in {name} on the Hub")
 
 
 def _dataset(path: str, has_storage: bool) -> Iterator[Finding]:

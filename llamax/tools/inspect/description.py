@@ -25,6 +25,8 @@ from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.data.dataset import blend_words
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.hub import local_folder
+from llamax.runtime.hub_files import MODEL
 from llamax.runtime.progress import Progress
 from llamax.runtime.text import printable_line
 from llamax.runtime.units import amount, count, show_bytes, show_number
@@ -46,12 +48,12 @@ class Row(tuple[str, object]):
 def describe(path: Path | str, verify: bool = False) -> Rows:
     """Rows of (label, value) that describe what lies at ``path``; ``verify`` reads all of it.
 
-    Raises CheckpointError or DataError if it is damaged or of no known kind; also while the rows
-    are read.
+    Of a repository on the Hub a model is described.  Raises CheckpointError or DataError if it is
+    damaged or of no known kind, also while the rows are read, and HubError for the Hub.
     """
     if words := blend_words(str(path)):
         return _blend(words, verify)
-    path = Path(path)
+    path = local_folder(path, MODEL)
     if path.suffix == ".tokens" or (path / "train.tokens").is_file():
         return _dataset(path, verify)
     prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path

@@ -16,7 +16,7 @@ from llamax.config import base_model
 from llamax.config.load import dump_config, load_config, parse_config, recorded_config
 from llamax.config.model import ModelConfig, RopeScaling
 from llamax.launch import jobfile
-from llamax.runtime.errors import ConfigError
+from llamax.runtime.errors import ConfigError, HubError
 from llamax.tools.plan.planner import plan
 from llamax.training.library import config_of
 
@@ -134,8 +134,10 @@ def test_a_folder_without_a_model_is_named(folder: Path) -> None:
     (folder / "peft").mkdir()
     (folder / "peft/adapter_config.json").write_text("{}")
     assert "peft holds adapters; merge them with llamax merge first" in missing("peft")
-    hub = missing("meta-llama/Llama-3.2-1B")
-    assert "or download the model: hf download meta-llama/Llama-3.2-1B --local-dir meta-" in hub
+    hub = missing("models/Llama-3.2-1B")
+    assert "download the model: hf download OWNER/Llama-3.2-1B --local-dir models/Llama-3" in hub
+    with pytest.raises(HubError, match=r"^meta-llama/Llama-3.2-1B is not on this machine and HF_H"):
+        missing("meta-llama/Llama-3.2-1B")
     shape = {name: value for name, value in vars(tiny()).items() if value is not None}
     given = parse_config(tables(model=shape, checkpoint={"init_from": "nowhere"}))
     assert given.model == tiny(), "whoever writes all of it needs no folder to plan"

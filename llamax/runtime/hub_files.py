@@ -1,0 +1,53 @@
+"""Which files of a repository llamax needs: by name, and only those.
+
+Pickles, ``original/`` and weights of other frameworks are never among them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from llamax.runtime.hub import Wanted
+
+CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+BESIDE = ("base.json", "llamax_prompt.json")  # what llamax export and llamax push add
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTERS = "adapter_model.safetensors"
+NUMBERED = re.compile(r"(model|shard-\d{5}-model)-\d{5}-of-\d{5}\.safetensors")
+
+
+def _config(names: Sequence[str]) -> list[str]:
+    return [name for name in CONFIG_FILES if name in names]
+
+
+def _tokenizer(names: Sequence[str]) -> list[str]:
+    chosen = [name for name in TOKENIZER_FILES if name in names]
+    ranks = [name for name in names if "/" not in name and name.endswith(".tiktoken")]
+    if not ranks and not {"tokenizer.json", "tokenizer.model"} & {*chosen}:
+        return []
+    return chosen + ranks
+
+
+def _model(names: Sequence[str]) -> list[str]:
+    if SINGLE in names:
+        weights = [SINGLE]
+    else:
+        weights = [name for name in names if NUMBERED.fullmatch(name)]
+        weights += [INDEX] if INDEX in names else []
+    weights += [ADAPTERS] if ADAPTERS in names else []
+    beside = [name for name in BESIDE if name in names]
+    return [*_config(names), *_tokenizer(names), *beside, *weights] if weights else []
+
+
+CONFIG = Wanted("config.json", _config)
+TOKENIZER = Wanted("tokenizer.json, tokenizer.model or *.tiktoken", _tokenizer)
+MODEL = Wanted("weights in safetensors, and llamax opens no pickles", _model)
