@@ -24,6 +24,7 @@ from llamax.data.prepare.saved_dataset import held_out
 from llamax.data.prepare.tables import plan_tables
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.inference.prompts import read_prompts
+from llamax.runtime.text import printable
 from llamax.tools.inspect import describe, table
 from support import megatron, tiny_run
 from support.corpora import python_sources, train_unlike_llama
@@ -89,6 +90,8 @@ def read_tokenizer(name: str) -> Callable[[Path], None]:
         tokenizer.decode(ids)
         tokenizer.encode_documents(["one", "<s>two</s>"])
         tokenizer.encode_after(["three"])
+        tokenizer.speed_up()
+        tokenizer.encode_documents(["one", "<s>two</s> 안녕"])
 
     return read
 
@@ -206,3 +209,15 @@ def read_tables(folder: Path) -> None:
             for chunk in text_files.plan([path]):
                 list(text_files.documents(chunk, "text"))
         read_prompts([], path)
+
+
+def prompts(folder: Path) -> None:
+    (folder / "a.txt").write_text("one\n\ntwo 안녕\n")
+    (folder / "rows.jsonl").write_text('{"prompt": "one"}\n{"prompt": "two"}\n')
+    (folder / "rows.json").write_text('[{"prompt": "one"}, {"prompt": "two"}]')
+
+
+def read_prompt_files(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        for place, row in read_prompts((), path):
+            printable(f"{place} {row}")

@@ -19,10 +19,12 @@ from llamax.launch.render import PHASES, action, render
 from llamax.tools.doctor.storage import _read_beacons
 from llamax.tools.monitor.columns import read_columns
 from llamax.tools.monitor.html_report import page
+from llamax.tools.monitor.live_log import LiveLog
 from llamax.tools.monitor.run_folder import COLUMNS, read_run
 from llamax.tools.monitor.watch import render as lines_of
 from support import fuzz_checkpoints as models
 from support import fuzz_data as data
+from support.fuzz_serving import answer, requests
 from support.fuzzing import change_bytes, change_json, change_toml, shown
 from support.launch_jobs import tables
 from support.run_folders import make_run
@@ -130,6 +132,15 @@ def _read_run(folder: Path) -> None:
     read_columns(folder / "run" / "metrics.jsonl", COLUMNS)
 
 
+def _follow(folder: Path) -> None:
+    """Read a log that grows, is cut, and is written anew between two looks."""
+    path = folder / "run" / "metrics.jsonl"
+    whole, log = path.read_bytes(), LiveLog(path)
+    for size in (len(whole) // 3, len(whole) // 2, len(whole), len(whole) // 4, len(whole)):
+        path.write_bytes(whole[:size])
+        log.read()
+
+
 def _beacons(folder: Path) -> None:
     (folder / "a.json").write_text(json.dumps({"node": "a", "time": 1.0}))
 
@@ -232,5 +243,8 @@ TARGETS = [
         {"run/heartbeats/*": J, "run/*.jsonl": J, "run/*.json": J, "run/config.toml": T},
         _read_run,
     ),
+    Target("followed logs", _run, {"run/metrics.jsonl": J}, _follow),
+    Target("prompts", data.prompts, {"a.txt": B, "rows.*": J}, data.read_prompt_files),
+    Target("requests", requests, {"*.json": J}, answer),
     Target("beacons", _beacons, {"a.json": J}, lambda f: list(_read_beacons(f, "b"))),
 ]
