@@ -23,6 +23,7 @@ class Fix(NamedTuple):
 
 # pyproject.toml allows no version with a known fault, except torch: torch-xla needs its 2.9.
 FIXES = {
+    "h11": Fix("0.16", "CVE-2025-43859"),
     "jinja2": Fix("3.1.6", "CVE-2025-27516"),
     "numpy": Fix("1.22", "CVE-2021-41495"),
     "pyarrow": Fix("23.0.1", "CVE-2026-25087"),
@@ -32,6 +33,7 @@ FIXES = {
     "sagemaker": Fix("2.256", "CVE-2026-1777"),
     "sentencepiece": Fix("0.2.1", "CVE-2026-1260"),
     "setuptools": Fix("80.10.2", "CVE-2026-23949"),
+    "starlette": Fix("1.3.1", "CVE-2026-54283"),
     "tqdm": Fix("4.66.3", "CVE-2024-34062"),
     "transformers": Fix("5.10", "CVE-2026-9856"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
 import random
 import struct
@@ -19,12 +20,18 @@ from hypothesis import strategies as st
 from support.corpora import mistral, python_sources, train_byte_level, train_unlike_llama
 from tokenizers import Regex, pre_tokenizers
 
+from llamax.data.prepare import pipeline
+from llamax.data.prepare.file_kinds import kind_of
+from llamax.data.prepare.row_range import RowRange
+from llamax.data.prepare.text_chunks import TextChunk
+from llamax.data.prepare.text_files import Source
 from llamax.data.tokenizer import fast_engine
 from llamax.data.tokenizer.cuts import TEKKEN_PATTERN
 from llamax.data.tokenizer.fast_settings import Unsupported, of_engine, of_sentencepiece
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN
 from llamax.data.tokenizer.sentencepiece_model import SentencePieceModel
+from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer, load_tokenizer
 from llamax.data.tokenizer.train import train_sentencepiece
 
@@ -405,3 +412,20 @@ def test_an_engine_that_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.M
     assert tokenizer.speed_up().startswith("gigatoken cannot read it: ")
     monkeypatch.setattr(fast_engine, "find_spec", lambda name: None)
     assert tokenizer.speed_up() == "the package gigatoken is not installed"
+
+
+@pytest.mark.parametrize(("name", "kib", "fast"), [
+    ("a.txt", 1100, True), ("a.txt", 900, False), ("a.txt.gz", 300, True), ("a.txt.gz", 200, False),
+    ("a.parquet", 300, True), ("a.arrow", 300, False),
+])  # fmt: skip
+def test_the_engine_is_loaded_for_inputs_that_hold_enough_text(
+    tmp_path: Path, name: str, kib: int, fast: bool
+) -> None:
+    (path := tmp_path / name).touch()
+    os.truncate(path, kib * 2**10)
+    rows = RowRange(str(path), kind_of(path), 0, 1, 0, 1, "") if kind_of(path) else None
+    source = rows or Source(str(path), 0, kib * 2**10, "")
+    tokenizer = load_tokenizer(train_byte_level(tmp_path / "ranks.tiktoken"))
+    assert isinstance(tokenizer, TikToken)
+    pipeline._speed_up(tokenizer, [TextChunk((source,))])
+    assert (tokenizer.fast is not None) == fast

@@ -59,6 +59,11 @@ def is_packed(path: Path) -> bool:
     return path.name.lower().endswith(".gz")
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether a file holds more text than its size says: packed, or Parquet."""
+    return is_packed(path) or kind_of(path) == "parquet"
+
+
 def open_file(path: Path) -> IO[bytes]:
     """The bytes of a file, unpacked."""
     return gzip.open(path) if is_packed(path) else path.open("rb")  # type: ignore[return-value]

@@ -41,7 +41,7 @@ from llamax.data.prepare.chunks import (
     make_parts,
     unread_in,
 )
-from llamax.data.prepare.file_kinds import MAX_DOCUMENT
+from llamax.data.prepare.file_kinds import MAX_DOCUMENT, is_compressed
 from llamax.data.prepare.instruction_rows import (
     InstructSettings,
     RowChunk,
@@ -65,6 +65,7 @@ from llamax.runtime.progress import reported
 
 PathLike = str | Path
 LEAST_BYTES = 2**20  # of text, for which the faster engine is loaded
+PACKED = 4  # bytes of text in one byte of a compressed file, about
 Format = Literal["llamax", "megatron"]
 
 
@@ -220,7 +221,7 @@ def prepare(
     names = [settings.name(number, chunk) for number, chunk in enumerate(chunks)]
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
     if not _already_made(out, settings, identity, format):
-        _speed_up(opened, sum(chunk.size_bytes for chunk in chunks))
+        _speed_up(opened, chunks)
         parts = make_parts(chunks, parts_folder, settings, opened, workers, began)
         unread = unread_in(parts)
         if unread and strict:
@@ -295,9 +296,11 @@ def _for_tokenizer(draft: Settings, tokenizer: Tokenizer, bos_by_tokenizer: bool
     )
 
 
-def _speed_up(tokenizer: Tokenizer, size_bytes: int) -> None:
+def _speed_up(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> None:
     """Encode by the faster engine if the text is worth loading it."""
-    if size_bytes >= LEAST_BYTES and (why := tokenizer.speed_up()):
+    paths = {Path(path) for chunk in chunks for path in chunk.files}
+    about = sum(path.stat().st_size * (PACKED if is_compressed(path) else 1) for path in paths)
+    if about >= LEAST_BYTES and (why := tokenizer.speed_up()):
         logger.info(
             "%s: %s, so its own engine, which is slower, encodes the text", tokenizer.path, why
         )
