@@ -107,18 +107,16 @@ def _tensor(
     for numbers in (shape, strides):
         plain = isinstance(numbers, tuple) and len(numbers) <= MAX_DIMS
         if not plain or not all(_natural(n) for n in numbers):
-            raise UnsupportedPickle(f"a tensor with shape or strides {numbers!r:.80}")
+            raise UnsupportedPickle(f"a tensor with shape or strides {_shown(numbers)}")
     if not _natural(start) or len(shape) != len(strides):
-        raise UnsupportedPickle(f"a tensor of shape {shape!r:.80} at {start!r:.80}")
+        raise UnsupportedPickle(f"a tensor of shape {_shown(shape)} at {_shown(start)}")
     elements = 1
     last = start
     for length, stride in zip(shape, strides, strict=True):
         elements *= length
         last += (length - 1) * stride
     if elements and (last >= storage.length or elements > storage.length):
-        raise UnsupportedPickle(
-            f"a tensor of shape {list(shape)!r:.80} in {storage.length} elements"
-        )
+        raise UnsupportedPickle(f"a tensor of shape {_shown(shape)} in {storage.length} elements")
     return PickledTensor(storage, start, shape, strides)
 
 
@@ -136,9 +134,9 @@ def _storage(
     if kind == "storage" and isinstance(dtype, InertObject):
         return dtype
     if kind != "storage" or not isinstance(dtype, StorageType) or not isinstance(key, str):
-        raise UnsupportedPickle(f"a persistent {kind!r:.80}")
+        raise UnsupportedPickle(f"a persistent {_shown(kind)}")
     if not _natural(length):
-        raise UnsupportedPickle(f"a storage of {length!r:.80} elements")
+        raise UnsupportedPickle(f"a storage of {_shown(length)} elements")
     return PickledStorage(key, dtype.dtype, length)
 
 
@@ -351,11 +349,11 @@ class _Machine:
 def _called(function: Any, arguments: Any) -> Any:
     """The result of REDUCE: nothing but the functions of this module is called."""
     if not isinstance(arguments, tuple):
-        raise UnsupportedPickle(f"a call of {function!r:.80}")
+        raise UnsupportedPickle(f"a call of {_shown(function)}")
     if isinstance(function, AllowedCall):
         return function.apply(*arguments)
     if not isinstance(function, InertObject):
-        raise UnsupportedPickle(f"a call of {function!r:.80}")
+        raise UnsupportedPickle(f"a call of {_shown(function)}")
     rebuilt = function.name.startswith("torch.") and "._rebuild_" in function.name
     return InertObject(function.name, tensor=True) if rebuilt else function
 
@@ -365,8 +363,17 @@ def _created(kind: Any, arguments: Any) -> Any:
     if isinstance(kind, InertObject):
         return kind
     if kind is not XlaReference or arguments != ():
-        raise UnsupportedPickle(f"an object of {kind!r:.80}")
+        raise UnsupportedPickle(f"an object of {_shown(kind)}")
     return XlaReference()
+
+
+def _shown(value: object) -> str:
+    """A value for a message; the text of a nested one could double with each level."""
+    if type(value) is tuple and len(value) <= MAX_DIMS and all(type(n) is int for n in value):
+        return str(list(value))[:80]
+    if type(value) in (int, float, str, bytes, bool) or isinstance(value, InertObject):
+        return f"{value!r:.80}"
+    return f"a {getattr(value, '__name__', type(value).__name__)}"
 
 
 def _is_key(key: object) -> bool:

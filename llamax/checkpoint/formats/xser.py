@@ -28,6 +28,7 @@ from llamax.checkpoint.formats.torch_zip import StoredTensor
 from llamax.runtime.errors import CheckpointError
 
 LEFT_OUT = -1  # the offset of a tensor that is not in its file
+MOST_ENTRIES = 2**20  # of the dicts in a file
 IGNORED_SUFFIXES = (".inv_freq", "rope.freqs", "._extra_state")
 
 
@@ -60,23 +61,33 @@ def load_file(folder: Path, path: Path) -> Mapping[Any, Any]:
     return filled
 
 
-def stored_tensors(
-    values: Mapping[Any, Any], path: Path, prefix: str = ""
-) -> Iterator[tuple[str, StoredTensor]]:
+def stored_tensors(values: Mapping[Any, Any], path: Path) -> Iterator[tuple[str, StoredTensor]]:
     """The tensors in nested dicts, with the keys joined by dots; other values are skipped.
 
-    Raises CheckpointError, which names ``path``, for a tensor of a kind that llamax does not read.
+    Raises CheckpointError, which names ``path``, for a tensor of a kind that llamax does not read,
+    and for dicts that contain each other so often that they have more than ``MOST_ENTRIES``.
     """
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, StoredTensor):
-            yield name, value
-        elif isinstance(value, dict):
-            yield from stored_tensors(value, path, f"{name}.")
-        elif name.endswith(IGNORED_SUFFIXES) or not isinstance(value, InertObject):
-            continue
-        elif value.tensor:
+    left = MOST_ENTRIES
+
+    def walk(values: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, StoredTensor]]:
+        nonlocal left
+        left -= len(values)
+        if left < 0:
             raise CheckpointError(
-                f"{path}: {name[:80]} is {value.name}, which llamax does not read; save it as a "
-                "plain tensor of a floating-point type"
+                f"{path} holds more than {MOST_ENTRIES} values; save a state_dict alone"
             )
+        for key, value in values.items():
+            name = f"{prefix}{key}"
+            if isinstance(value, StoredTensor):
+                yield name, value
+            elif isinstance(value, dict):
+                yield from walk(value, f"{name}.")
+            elif name.endswith(IGNORED_SUFFIXES) or not isinstance(value, InertObject):
+                continue
+            elif value.tensor:
+                raise CheckpointError(
+                    f"{path}: {name[:80]} is {value.name}, which llamax does not read; save it as "
+                    "a plain tensor of a floating-point type"
+                )
+
+    yield from walk(values, "")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 import statistics
 import time
@@ -47,6 +48,7 @@ from llamax.training.metrics import Record
 if TYPE_CHECKING:
     from llamax.tools.monitor.columns import Numbers
 
+RANK_FILE = re.compile("rank-[0-9]+")
 MOST_TEXT = 2000  # characters of a value of environment.json
 NUMBERS = (
     "ranks",
@@ -268,7 +270,8 @@ def locked(path: Path) -> bool | None:
     """Whether the process of the run holds its lock; None where it was on another machine."""
     try:
         with open(path, "rb", opener=same_file) as file:
-            if f" on {socket.gethostname()} since" not in file.read().decode(errors="replace"):
+            owner = file.read(MOST_BYTES).decode(errors="replace")
+            if f" on {socket.gethostname()} since" not in owner:
                 return None
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return False
@@ -286,7 +289,7 @@ def ranks(folder: Path, now: float, count: object) -> Iterable[Rank]:
     """
     known = count if isinstance(count, int) and count > 1 else 0 if count == 1 else None
     names = os.listdir(folder) if folder.is_dir() else []
-    for name in sorted(name for name in names if name.startswith("rank-"))[:known]:
+    for name in sorted(name for name in names if RANK_FILE.fullmatch(name))[:known]:
         try:
             number = int(name.removeprefix("rank-"))
             with open(f"{folder}/{name}", "rb", opener=same_file, buffering=0) as file:

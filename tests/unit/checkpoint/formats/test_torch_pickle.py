@@ -264,11 +264,49 @@ def test_structures_that_explode_do_not() -> None:
     for _ in range(7):
         held = {str(i): held for i in range(99)}
     data = torch_pickle.read_pickle(pickle.dumps(held, 2), "file")
-    assert len(archive.replace_values(data, torch_pickle.PickledTensor, lambda t: t)) == 99
+    copied = archive.replace_values(data, torch_pickle.PickledTensor, lambda t: t)
+    assert len(copied) == 99
+    with pytest.raises(CheckpointError, match=r"x\.pt holds more than 1048576 values"):
+        list(stored_tensors(copied, Path("x.pt")))
     loop: dict[str, Any] = {}
     loop["again"] = loop
     data = torch_pickle.read_pickle(pickle.dumps(loop, 2), "file")
     assert archive.replace_values(data, torch_pickle.PickledTensor, lambda t: t)["again"]
+
+
+DOUBLED = b")" + b"q\0h\0\x86" * 60  # a tuple of itself twice, 60 times
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("tail", "words"),
+    {
+        b")R.": "a call of a tuple",
+        b"K\1R.": "a call of a tuple",
+        b")\x81.": "an object of a tuple",
+        b"(h\0NNNNtQ.": "a persistent a tuple",
+    }.items(),
+)
+def test_messages_do_not_grow_with_nested_tuples(tail: bytes, words: str) -> None:
+    """The text of this tuple would take 2 ** 60 characters."""
+    with pytest.raises(CheckpointError, match=words) as refused:
+        torch_pickle.read_pickle(b"\x80\2" + DOUBLED + tail, "file")
+    assert len(str(refused.value)) < 300
+
+
+@pytest.mark.parametrize("at", range(1, 4))
+def test_messages_about_tensors_do_not_grow_with_nested_tuples(at: int) -> None:
+    nested: Any = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    storage = torch_pickle.PickledStorage("0", torch.float32, 4)
+    arguments: list[Any] = [storage, 0, (2, 2), (2, 1)]
+    arguments[at] = nested
+    with pytest.raises(torch_pickle.UnsupportedPickle, match="a tuple"):
+        torch_pickle._tensor(*arguments)
+    arguments[at] = -1 if at == 1 else (-1,)
+    with pytest.raises(torch_pickle.UnsupportedPickle, match="-1"):
+        torch_pickle._tensor(*arguments)
 
 
 def test_what_torch_saves_is_read(tmp_path: Path) -> None:

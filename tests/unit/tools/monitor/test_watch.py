@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import time
@@ -137,3 +138,17 @@ def test_sparks_and_percentiles() -> None:
     assert sparkline([float("nan"), 1.0, 2.0], 3) == " ▁█"
     assert percentiles(range(1, 101), (1, 50, 99)) == [1, 50, 99]
     assert percentiles([3.0, 1.0], (50, 90)) == [1.0, 3.0]
+
+
+def test_files_of_others_among_the_heartbeats_hide_no_rank(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 3, ranks=4)
+    for name in ("rank-", "rank-!", "rank-.swp", "rank--1", "rank-0000x"):
+        (run / "heartbeats" / name).write_bytes((run / "heartbeats" / "rank-00003").read_bytes())
+    assert [rank.number for rank in read_run(run).ranks] == [0, 1, 2, 3]
+
+
+def test_a_lock_that_is_far_too_large_is_read_in_part(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 3)
+    (run / "lock").write_text("pid 1 on another since yesterday\n")
+    os.truncate(run / "lock", 2**36)
+    assert read_run(run).locked is None
