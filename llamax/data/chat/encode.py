@@ -95,10 +95,13 @@ class Encoder:
         """(start, stop, id) of special tokens and (start, stop, None) of the texts between."""
         at = 0
         for match in self._special.finditer(text) if self.tokenizer.special else ():
-            if match.start() > at:
-                yield at, match.start(), None
-            name = match[match.lastgroup or 0]
-            yield match.start(), match.end(), self.tokenizer.special[name]
+            name, start = match[match.lastgroup or 0], match.start()
+            if self.tokenizer.strips.get(name, (False, False))[0]:
+                # A pattern that begins with white space would take time in the square of its runs.
+                start = at + len(text[at:start].rstrip())
+            if start > at:
+                yield at, start, None
+            yield start, match.end(), self.tokenizer.special[name]
             at = match.end()
         if at < len(text):
             yield at, len(text), None
@@ -109,12 +112,10 @@ class Encoder:
         return re.compile("|".join(self._pattern(i, name) for i, name in enumerate(names)))
 
     def _pattern(self, number: int, name: str) -> str:
-        """The pattern of a special token, with the white space that it takes."""
-        before, after = self.tokenizer.strips.get(name, (False, False))
-        if not (before or after):
+        """The pattern of a special token, with the white space that it takes behind it."""
+        if not self.tokenizer.strips.get(name, (False, False))[1]:
             return re.escape(name)
-        left, right = (r"\s*" if takes else "" for takes in (before, after))
-        return f"{left}(?P<name{number}>{re.escape(name)}){right}"
+        return rf"(?P<name{number}>{re.escape(name)})\s*"
 
     def _join(
         self, pieces: list[Special | Piece], encoded: Mapping[bool, Iterator[Any]], prompt: bool

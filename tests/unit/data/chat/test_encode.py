@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -198,3 +200,28 @@ def test_a_token_across_the_edge_belongs_to_the_answer(tmp_path: Path) -> None:
 def test_llama3_chat_needs_its_tokens() -> None:
     with pytest.raises(DataError, match=r"needs the token <\|start_header_id\|>"):
         Template("llama3-chat", BUILT_IN["llama3-chat"], ("<s>",))
+
+
+class Named:
+    """Special tokens alone: <a> takes the space before it, <b> that behind it, <c> both."""
+
+    special = {"<a>": 1, "<b>": 2, "<c>": 3, "<d>": 4}
+    strips = {"<a>": (True, False), "<b>": (False, True), "<c>": (True, True)}
+    bos_id = eos_id = None
+
+
+@pytest.mark.timeout(60)  # once it took hours
+def test_special_tokens_that_take_space_are_found_in_time() -> None:
+    encoder = Encoder(Named())  # type: ignore[arg-type]
+    space = " \n\u3000\t" * 100_000
+    length = len(space)
+    assert [*encoder._split(space)] == [(0, length, None)]
+    taken = [*encoder._split(f"x{space}<a>{space}<b>{space}<d>")]
+    assert taken[:3] == [(0, 1, None), (1, length + 4, 1), (length + 4, 2 * length + 4, None)]
+    assert taken[3:] == [(2 * length + 4, 3 * length + 7, 2), (3 * length + 7, 3 * length + 10, 4)]
+    joined = re.compile(r"\s*<a>|<b>\s*|\s*<c>\s*|<d>")
+    chance = random.Random(0)
+    for _ in range(2000):
+        text = "".join(chance.choices(["<a>", "<b>", "<c>", "<d>", " ", "\n", "x", "<"], k=12))
+        expected = [(match.start(), match.end()) for match in joined.finditer(text)]
+        assert [part[:2] for part in encoder._split(text) if part[2]] == expected
