@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,8 +15,13 @@ from llamax.data.tokenizer.cuts import PATTERNS, Ids, compiled
 from llamax.data.tokenizer.fast_engine import FastEngine, judged
 from llamax.data.tokenizer.fingerprint import fingerprint
 from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN, LLAMA3_SPECIAL
+from llamax.runtime.errors import DataError
 
 ENGINES = ("engine", "ranks")  # attributes that each process loads for itself
+
+
+LONGEST_SPACE = 900_000  # characters in a row that the engine is known to encode
+SPACES = re.compile(r"\s+")
 
 
 class TikToken:
@@ -69,6 +75,7 @@ class TikToken:
         return fault
 
     def encode(self, text: str) -> list[int]:
+        _check_spaces(text)
         return list(self.engine.encode_ordinary(text))
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -77,6 +84,8 @@ class TikToken:
     def encode_documents(self, texts: Sequence[str], threads: int = 1) -> list[Ids]:
         if self.fast is not None:
             return [self.fast.encode(text, self.encode) for text in texts]
+        for text in texts:
+            _check_spaces(text)
         found = self.engine.encode_ordinary_batch(list(texts), num_threads=threads)
         return [np.array(ids, np.uint32) for ids in found]
 
@@ -85,3 +94,12 @@ class TikToken:
 
     def encode_rest(self, text: str) -> Ids:
         return self.encode_documents([text])[0]
+
+
+def _check_spaces(text: str) -> None:
+    """Raise DataError for more white space in a row than the engine encodes."""
+    if len(text) > LONGEST_SPACE and any(len(s) > LONGEST_SPACE for s in SPACES.findall(text)):
+        raise DataError(
+            f"holds more than {LONGEST_SPACE} characters of white space in a row, which tiktoken "
+            "cannot encode; shorten them"
+        )

@@ -15,7 +15,7 @@ from support.corpora import TEXTS, python_sources
 import llamax.data.tokenizer.tokenizer as tokenizer_module
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.sentencepiece_model import SentencePieceModel
-from llamax.data.tokenizer.tiktoken_file import TikToken
+from llamax.data.tokenizer.tiktoken_file import LONGEST_SPACE, TikToken
 from llamax.data.tokenizer.tokenizer import SentencePiece, load_tokenizer
 from llamax.data.tokenizer.train import train_sentencepiece as train
 from llamax.runtime.errors import DataError
@@ -189,3 +189,15 @@ def test_whether_a_tokenizer_adds_bos(
     shutil.copy(spm, tmp_path / "tokenizer.model")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     assert load_tokenizer(tmp_path).adds_bos is adds
+
+
+def test_more_white_space_than_tiktoken_encodes_is_one_line(ranks: Path) -> None:
+    tokenizer = load_tokenizer(ranks)
+    space = " " * LONGEST_SPACE
+    for text in (space, f"{space}x" * 2, f"x{space}\n"[: LONGEST_SPACE + 1]):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+    for text in (f"{space} ", f"x {space}x", f"\u3000{space}"):
+        with pytest.raises(DataError, match="holds more than 900000 characters of white space"):
+            tokenizer.encode(text)
+        with pytest.raises(DataError, match="holds more than 900000 characters of white space"):
+            tokenizer.encode_documents(["x", text])
