@@ -8,6 +8,7 @@ the results of step n - 1 are fetched while step n runs.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -26,7 +27,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -55,7 +57,7 @@ from llamax.training import run_metadata
 from llamax.training.compile_guard import CompileGuard
 from llamax.training.folder_checks import check_run_folder
 from llamax.training.heartbeat import Heartbeat, beating
-from llamax.training.inputs import open_inputs
+from llamax.training.inputs import Inputs, open_inputs
 from llamax.training.library import (
     TrainedRun,
     borrowed_process,
@@ -66,10 +68,13 @@ from llamax.training.local_ranks import STOPPED
 from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
 from llamax.training.resolve import resolve
+from llamax.training.rewind import Rewind, find_rewind, rewound
 from llamax.training.room import check_room
 from llamax.training.save_timer import SaveTimer
 from llamax.training.setup import (
     LLAMAX,
+    REWINDS,
+    SKIPPED_IN_A_ROW,
     Job,
     Parts,
     loaders,
@@ -115,18 +120,33 @@ def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
             backend.joined(resolved.mesh, timeout_s) as axes,
         ):
             inputs.check_newest(config)
-            job = prepare(resolved, backend, axes, inputs, parts=parts)
-            ending.callback(job.saver.close)
-            verified.result()
-            if changed := inputs.changed(resolved, parts.learning_rate is not None):
-                logger.info("changed since then: %s", ", ".join(changed))
-            if job.main:
-                log_start(job)
-                run_metadata.write(
-                    folder, where.world_size, where.local_world_size, where.job, job.step
-                )
-            check_room(job.saver, job.state.optimizer, resolved, job.step, job.main)
-            loop(job, began, heart)
+
+            def begin(job: Job) -> None:
+                verified.result()
+                if changed := inputs.changed(resolved, parts.learning_rate is not None):
+                    logger.info("changed since then: %s", ", ".join(changed))
+                if job.main:
+                    log_start(job)
+                    run_metadata.write(
+                        folder, where.world_size, where.local_world_size, where.job, job.step
+                    )
+                check_room(job.saver, job.state.optimizer, resolved, job.step, job.main)
+
+            def run_from(inputs: Inputs, back: Rewind | None) -> Rewind | None:
+                """Train after what ``inputs`` resume; where to go back to, if the run should."""
+                job = prepare(resolved, backend, axes, inputs, parts=parts)
+                with closing(job.saver):
+                    if back is None:
+                        begin(job)
+                    else:
+                        job = rewound(job, back)
+                    return loop(job, began, heart)
+
+            back = run_from(inputs, None)
+            while back is not None:
+                gc.collect()  # the model and optimizer before
+                again = replace(config.checkpoint, resume=str(back.folder))
+                back = run_from(open_inputs(replace(config, checkpoint=again)), back)
 
 
 def start(
@@ -221,14 +241,16 @@ class _Function(ModuleType):
 sys.modules[__name__].__class__ = _Function
 
 
-def loop(job: Job, began: float, heart: Heartbeat) -> None:
+def loop(job: Job, began: float, heart: Heartbeat) -> Rewind | None:
     """Train from ``job.step`` to the end, or until no validation improves or a rank wants to stop.
+
+    After too many skipped steps it ends where the run should go back, and returns the place.
 
     While the device works on a step, the results of the step before are fetched, once: ``check``
     and ``recorder`` keep each step until then.
     """
     config, run, number, stop = job.config, job.config.run, job.step, False
-    saved, timer = job.step, SaveTimer(job.config.checkpoint.every_minutes if job.main else 0.0)
+    saves, timer = [job.step], SaveTimer(job.config.checkpoint.every_minutes if job.main else 0.0)
     training, validation = loaders(job)
 
     def samples(number: int) -> list[int]:
@@ -239,9 +261,11 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
     counts = chunk_layers(config.parallel, config.model.num_hidden_layers)
     stage, tied = job.state.axes.pp, job.state.optimizer.tied
     guard = CompileGuard(counters, run.compile_guard, stage, counts, tied)
-    check = StepCheck(config.optim.most_skipped, samples, job.main)
+    optim, in_a_row = config.optim, job.skipped_in_a_row
+    check = StepCheck(optim.most_skipped, samples, job.main, in_a_row, optim.rewind)
+    check.last, back = job.step, None
     profiler = Profiler(run, job.folder, job.state.axes.world.rank)
-    with Recorder(writers(job), throughput(job), began) as recorder:
+    with Recorder(writers(job), throughput(job), began, samples, job.rewinds) as recorder:
         while number < run.steps and not stop and not job.early_stopping.over:
             number += 1
             heart.at(number)
@@ -256,6 +280,12 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             stop = check.add(step)
             recorder.took(time.perf_counter() - started)
             signals.stepped()
+            if check.rewind_due and not stop:
+                with tolerated(job):
+                    job.saver.wait()
+                if back := find_rewind(job, check, saves[1:]):
+                    break
+                check.rewind = 0
             last, epoch = number == run.steps, training.ended_epoch
 
             due = _due(number, run.validate_every, last) or (epoch and run.validate_each_epoch)
@@ -265,20 +295,23 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
                     step.validation_loss = job.state.validate(held_out)
                 job.early_stopping.add(step)
 
-            if step.validation_loss is not None or _due(number, run.log_every, last):
-                tokens = training.consumed * config.data.sequence_length
-                recorder.add(step, tokens, job.state.learning_rate(number))
+            reported = step.validation_loss is not None or _due(number, run.log_every, last)
+            tokens = training.consumed * config.data.sequence_length
+            recorder.add(step, tokens, job.state.learning_rate(number), reported)
 
             due = _due(number, config.checkpoint.every) or (epoch and config.checkpoint.each_epoch)
-            due = due or check.save_requested > saved
+            due = due or check.save_requested > saves[-1]
             if due or last or stop or job.early_stopping.over:
                 recorder.flush()
-                save(job, step, training.consumed)
-                saved = number
+                save(job, step, training.consumed, check.counted(step.result))
+                saves.append(number)
                 timer.restart()
         profiler.stop()
-        check.check()
+        if back is None:
+            check.check()
         job.saver.wait()
+    if back is not None:
+        return back
     if stop and number < run.steps:
         stopped = signals.reason()
         if not job.main:
@@ -305,10 +338,14 @@ def loop(job: Job, began: float, heart: Heartbeat) -> None:
             in_shell(job.folder / "hub"),
             "PEFT" if job.adapters else "Hugging Face",
         )
+    return None
 
 
-def save(job: Job, step: Step, consumed: int) -> None:
-    """Start a checkpoint of everything that a resume needs; files are written in the background."""
+def save(job: Job, step: Step, consumed: int, in_a_row: int) -> None:
+    """Start a checkpoint of everything that a resume needs; files are written in the background.
+
+    ``consumed``: samples so far; ``in_a_row``: steps without an update, up to this one.
+    """
     with tolerated(job):
         job.saver.wait()
     result = step.result
@@ -326,6 +363,9 @@ def save(job: Job, step: Step, consumed: int) -> None:
                 **(job.adapters.state() if job.adapters else {}),
                 **job.early_stopping.state(),
                 **(result.loss_scale.to_json() if result.loss_scale else {}),
+                **(spikes.state() if (spikes := job.state.spikes) else {}),
+                **({SKIPPED_IN_A_ROW: in_a_row} if in_a_row else {}),
+                **({REWINDS: job.rewinds} if job.rewinds else {}),
                 **job.model_class,
             },
             model=job.config.model.to_hub(job.config.run.dtype),

@@ -44,6 +44,10 @@ class Backend(Protocol):
         """Wait for all ranks of the world."""
         ...
 
+    def of_rank_0(self, name: str, value: int) -> int:
+        """What rank 0 gives as ``value``, on every rank; ``name`` is another one in each call."""
+        ...
+
     def compilations(self) -> int:
         """Programs compiled so far; 0 on eager devices."""
         ...

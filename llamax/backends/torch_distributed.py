@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 from llamax.backends import cpu
+from llamax.backends.of_rank_0 import of_rank_0
 from llamax.backends.torch_axes import GlooAxis, TorchAxis
 from llamax.config.hardware import gpu_peak_flops
 from llamax.config.neuron_sdk import torchneuron_sdk
@@ -128,6 +129,9 @@ class _TorchBackend:
     def barrier(self) -> None:
         if dist.is_initialized():
             dist.barrier()
+
+    def of_rank_0(self, name: str, value: int) -> int:
+        return of_rank_0(self.rendezvous, name, value)
 
 
 class Cpu(_TorchBackend):

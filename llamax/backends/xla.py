@@ -31,6 +31,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import _get_default_store
 
 from llamax.backends import nxd, xla_install
+from llamax.backends.of_rank_0 import of_rank_0
 from llamax.config.hardware import default_machine, load_machine
 from llamax.parallel.collectives import Axes, Axis, Reduction, Solo
 from llamax.parallel.mesh import EDGES, Groups, Mesh
@@ -210,6 +211,9 @@ class Xla:
             wait_for_all(
                 _get_default_store(), f"llamax/{self._barriers}", self.rendezvous.world_size
             )
+
+    def of_rank_0(self, name: str, value: int) -> int:
+        return of_rank_0(self.rendezvous, name, value)
 
     def memory(self) -> int:
         if not self.neuron:

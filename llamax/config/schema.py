@@ -29,6 +29,7 @@ from llamax.config.types import (
     Natural,
     NonNegative,
     Positive,
+    SpikeWindow,
     ZeroStage,
     walk,
 )
@@ -82,12 +83,21 @@ class OptimConfig:
     max_grad_norm: NonNegative = 1.0
     """Limit of the global gradient norm; 0: no clipping."""
     most_skipped: Natural = 8
-    """Steps in a row with a loss or gradient that is not finite, and so skipped, before the run
-    ends [steps]."""
+    """Steps skipped in a row, for a loss or gradient that is not finite or an outlier, before the
+    run ends [steps]."""
     loss_scale: Positive = 65536.0
     """First factor of the loss, which keeps the gradients of run.dtype=float16 in range."""
     loss_scale_interval: Count = 2000
     """Updates in a row after which the loss scale is doubled; a skipped one halves it [steps]."""
+    skip_spikes: Literal["off", "loss", "norm", "both"] = "off"
+    """Skip the update of a step whose loss, gradient norm, or either of both is an outlier."""
+    spike_window: SpikeWindow = 128
+    """Steps before it that a step is compared with; judged from half as many on [steps]."""
+    spike_sigma: Positive = 6.0
+    """Distance above the window's mean that makes an outlier [standard deviations]."""
+    rewind: Natural = 0
+    """Steps skipped in a row before the run goes back to the last checkpoint before them, and on
+    with the samples after them; 0: never [steps]."""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """Shape of the learning rate after warm-up; wsd: warmup, stable, decay."""
     warmup_steps: Natural = 0

@@ -36,6 +36,7 @@ class Range:
 Count = Annotated[int, Range("1 or more", lambda n: n >= 1)]
 Natural = Annotated[int, Range("0 or more", lambda n: n >= 0)]
 ZeroStage = Annotated[int, Range("0, 1, 2 or 3", lambda n: 0 <= n <= 3)]
+SpikeWindow = Annotated[int, Range("16 to 65536", lambda n: 16 <= n <= 65536)]
 Positive = Annotated[float, Range("a number above 0", lambda x: x > 0)]
 NonNegative = Annotated[float, Range("0 or more", lambda x: x >= 0)]
 Fraction = Annotated[float, Range("0 or more and below 1", lambda x: 0 <= x < 1)]

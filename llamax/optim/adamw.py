@@ -7,7 +7,7 @@
     v  <- beta2 v + (1 - beta2) g^2
     p  <- p - lr decay p - lr m' / (sqrt(v') + eps)    m' = m / (1 - beta1^step), v' likewise
 
-Everything that changes from step to step (lr, step, factor, whether the gradient is finite) is a
+Everything that changes from step to step (lr, step, factor, whether the update is accepted) is a
 0-d tensor, so that a traced graph is the same at every step.  Where torch has a fused kernel, it
 makes one pass over memory; elsewhere plain operations are left to the device's compiler.
 """
@@ -33,16 +33,16 @@ def update(
     lr: Tensor,
     step: Tensor,
     factor: Tensor,
-    finite: Tensor,
+    accepted: Tensor,
     decay: float,
     optim: OptimConfig,
 ) -> None:
-    """One step on the float32 vectors of p, m and v, in place, unless ``finite`` is false.
+    """One step on the float32 vectors of p, m and v, in place, unless ``accepted`` is false.
 
     ``step`` counts from 1; g is left in an unknown state.
     """
     change = fused if p[0].device.type in FUSED else plain
-    change(p, g, m, v, lr, step, factor, finite, decay, optim)
+    change(p, g, m, v, lr, step, factor, accepted, decay, optim)
 
 
 def fused(
@@ -53,7 +53,7 @@ def fused(
     lr: Tensor,
     step: Tensor,
     factor: Tensor,
-    finite: Tensor,
+    accepted: Tensor,
     decay: float,
     optim: OptimConfig,
 ) -> None:
@@ -73,7 +73,7 @@ def fused(
         amsgrad=False,
         maximize=False,
         grad_scale=factor.reciprocal(),
-        found_inf=1.0 - finite.float(),
+        found_inf=1.0 - accepted.float(),
     )
 
 
@@ -85,7 +85,7 @@ def plain(
     lr: Tensor,
     step: Tensor,
     factor: Tensor,
-    finite: Tensor,
+    accepted: Tensor,
     decay: float,
     optim: OptimConfig,
 ) -> None:
@@ -98,7 +98,7 @@ def plain(
         change = rate * new_mean / (new_square.sqrt() / root + optim.eps)
         new_weight = weight * (1 - lr * decay) - change
         for old, new in ((weight, new_weight), (mean, new_mean), (square, new_square)):
-            old.copy_(torch.where(finite, new, old))
+            old.copy_(torch.where(accepted, new, old))
 
 
 def _correction(beta: float, step: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ A step, the same on one rank as on thousands::
     2  bucket by bucket, sum gradients over the data ranks, each rank keeping its run   (data)
     3  replicas with a different gradient on each rank: sum those gradients             (tp)
     4  the norm of the whole model's gradient, every element counted once               (world)
-    5  clip; where the norm is not finite, nothing below changes anything
+    5  clip; where the norm is not accepted, because it is not finite or an outlier, nothing below
+       changes anything
     6  AdamW on the owned runs
     7  bucket by bucket, gather the new weights of all runs                             (data)
 
@@ -37,7 +38,7 @@ No Python number that depends on the rank or the step enters a step: one graph s
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -60,6 +61,11 @@ from llamax.optim.replicas import ReplicaCheck
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Replica, ShardedParameters
 from llamax.runtime.errors import ConfigError
+
+
+def is_finite(norm: Tensor) -> Tensor:
+    """Whether a norm is neither infinite nor NaN, 0-d."""
+    return (norm - norm) == torch.zeros_like(norm)
 
 
 class Zero:
@@ -149,11 +155,18 @@ class Zero:
         return any(group.spread for group in self.groups if isinstance(group, Group))
 
     @torch.no_grad()
-    def step(self, lr: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+    def step(
+        self,
+        lr: Tensor,
+        step: Tensor,
+        scale: Tensor,
+        accepts: Callable[[Tensor], Tensor] = is_finite,
+    ) -> Tensor:
         """One optimizer step on the accumulated gradients times ``scale``; returns their norm.
 
-        All are 0-d tensors; ``step`` counts from 1.  The norm is that before clipping; where it is
-        not finite the step has changed nothing, on any rank.  Gradients are zero afterwards.
+        All are 0-d tensors; ``step`` counts from 1.  The norm is that before clipping; where
+        ``accepts`` does not accept it, the step has changed nothing, on any rank.  Gradients are
+        zero afterwards.
         """
         for group in self.groups:
             group.finish_gradients()
@@ -170,7 +183,7 @@ class Zero:
         squares = [self._squares(*place, run) for place, run in zip(every, runs, strict=True)]
         norm = self.axes.world.all_reduce(torch.stack(squares).sum()).sqrt() * scale
         factor = clip_factor(norm, self.optim.max_grad_norm) * scale
-        finite, step = (norm - norm) == torch.zeros_like(norm), step.float()
+        accepted, step = accepts(norm), step.float()
         for (group, bucket), run in zip(every, runs, strict=True):
             adamw.update(
                 split_like(bucket.master, run),
@@ -180,7 +193,7 @@ class Zero:
                 lr=lr,
                 step=step,
                 factor=factor,
-                finite=finite,
+                accepted=accepted,
                 decay=self.optim.weight_decay if group.key.decays else 0.0,
                 optim=self.optim,
             )

@@ -1,6 +1,7 @@
 """The records of a run and their writers: JSONL, TensorBoard, W&B.
 
-One ``Record`` per log step is the truth, kept as a line of JSON; everything else is a view of it::
+One ``Record`` per log step, and per skipped step, is the truth, kept as a line of JSON; everything
+else is a view of it::
 
     Record ──┬─> metrics.jsonl   each step once, floats to the last bit, also after a resume
              ├─> console         one aligned line (llamax.training.console)
@@ -38,14 +39,15 @@ if TYPE_CHECKING:
 
 # ---- the record
 
-WHOLE = ("step", "consumed_tokens", "memory_bytes", "skipped_steps")
+WHOLE = ("step", "consumed_tokens", "memory_bytes", "skipped_steps", "rewinds")
 LONGEST_LINE = 2**20
 ANY_NUMBER = ("loss", "grad_norm", "validation_loss")
+SKIPPED = "skipped_samples"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One reported step of a run."""
+    """One reported or skipped step of a run."""
 
     step: int
     consumed_tokens: int
@@ -60,6 +62,8 @@ class Record:
     validation_loss: float | None = None
     loss_scale: float | None = None  # of the next step; in float16
     skipped_steps: int | None = None  # of the run so far, for a gradient that overflowed
+    skipped_samples: list[int] | None = None  # of a step without an update: its global batch
+    rewinds: int | None = None  # how often the run has gone back to a checkpoint, if ever
 
     def to_json(self) -> str:
         """One line of JSON without what is not known; repr keeps every bit of a float."""
@@ -76,11 +80,20 @@ class Record:
         """
         values = parse_object(line, strict=False)
         for name, value in values.items():
+            if name == SKIPPED:
+                if not is_ids(value):
+                    raise ValueError(f"{name} is not a list of sample ids")
+                continue
             kinds = (int,) if name in WHOLE else (int, float)
             if type(value) not in kinds or (name not in ANY_NUMBER and not 0 <= value < 2**63):
                 raise ValueError(f"{name} is not a number of a record")
             float(value)
         return cls(**values)
+
+
+def is_ids(value: Any) -> bool:
+    """Whether ``value`` is a list of sample ids."""
+    return type(value) is list and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
 # ---- the views
@@ -229,6 +242,7 @@ def tagged(record: Record) -> dict[str, float]:
         "validation_loss": record.validation_loss,
         "loss_scale": record.loss_scale,
         "skipped_steps": record.skipped_steps,
+        "skipped": None if record.skipped_samples is None else 1.0,
     }
     return {tag: value for tag, value in tags.items() if value is not None}
 

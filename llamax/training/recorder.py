@@ -7,7 +7,7 @@ step n + 1 runs.  Throughput counts training steps alone, not validation or savi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -34,17 +34,26 @@ class Throughput:
 
 
 class Recorder:
-    """Writes a record to ``writers`` for each step added; a context that flushes at its end.
+    """Writes a record to ``writers`` for each reported and each skipped step; flushes at its end.
 
-    ``began``: when the run started, in ``time.perf_counter`` seconds.
+    ``began``: when the run started, in ``time.perf_counter`` seconds.  ``samples`` gives the sample
+    ids of a step, for the records of skipped ones; ``rewinds``: how often the run has gone back.
     """
 
-    def __init__(self, writers: Iterable[Writer], throughput: Throughput, began: float) -> None:
+    def __init__(
+        self,
+        writers: Iterable[Writer],
+        throughput: Throughput,
+        began: float,
+        samples: Callable[[int], Sequence[int]] = lambda step: (),
+        rewinds: int = 0,
+    ) -> None:
         self.writers, self.throughput, self.began = Writers(writers), throughput, began
+        self.samples, self.rewinds = samples, rewinds
         consoles = (writer for writer in self.writers.writers if isinstance(writer, ConsoleWriter))
         self.console = next(consoles, None)
         self.steps, self.busy_s = 0, 0.0  # since the last record
-        self.pending: Callable[[], Record] | None = None
+        self.pending: Callable[[], Record | None] | None = None
 
     def took(self, seconds: float) -> None:
         """Count a training step, and write the record that waits for it."""
@@ -53,15 +62,22 @@ class Recorder:
         if self.console:
             self.console.stepped()
 
-    def add(self, step: Step, consumed_tokens: int, lr: float) -> None:
-        """Keep a step for its record, which is written when the next one runs."""
+    def add(self, step: Step, consumed_tokens: int, lr: float, reported: bool = True) -> None:
+        """Keep a step for its record, which is written when the next one runs.
+
+        A step that is not ``reported`` has a record only if it was skipped.
+        """
         throughput, step_s = self.throughput, self.busy_s / self.steps
         seconds = time.perf_counter() - self.began
         rate = tokens_per_s(throughput.step_tokens, step_s)
-        self.steps, self.busy_s = 0, 0.0
+        if reported:
+            self.steps, self.busy_s = 0, 0.0
 
-        def record() -> Record:
+        def record() -> Record | None:
             result = step.result
+            skipped = result.skipped and not result.overflowed
+            if not (reported or skipped):
+                return None
             scale = result.loss_scale
             return Record(
                 step=result.number,
@@ -77,6 +93,8 @@ class Recorder:
                 validation_loss=result.validation_loss,
                 loss_scale=scale.scale if scale else None,
                 skipped_steps=scale.skipped_steps if scale else None,
+                skipped_samples=[*self.samples(result.number)] if skipped else None,
+                rewinds=self.rewinds or None,
             )
 
         self.pending = record
@@ -89,7 +107,8 @@ class Recorder:
         """Write the pending record, if any."""
         if self.pending is not None:
             record, self.pending = self.pending(), None
-            self.writers.write(record)
+            if record is not None:
+                self.writers.write(record)
 
     def __enter__(self) -> Recorder:
         return self

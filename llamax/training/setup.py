@@ -59,6 +59,7 @@ class Parts:
 
 
 LLAMAX = Parts()
+REWINDS, SKIPPED_IN_A_ROW = "rewinds", "skipped_in_a_row"  # in the state of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ class Job:
     training: Samples
     validation: Samples | None
     early_stopping: EarlyStopping
+    resumed: Path | None = None
+    """The checkpoint that the run continues."""
+    rewinds: int = 0
+    """How often the run has gone back to a checkpoint."""
+    rewound: int = 0
+    """How often it has gone back to ``resumed``."""
+    skipped_in_a_row: int = 0
+    """Steps without an update just before ``step``."""
 
     @property
     def config(self) -> Config:
@@ -128,6 +137,8 @@ def prepare(
         scale = LossScaleState.from_json(resumed.state)
         if state.loss_scale is not None and scale is not None:
             state.loss_scale.load(scale)
+        if state.spikes is not None:
+            state.spikes.load(resumed.state)
         rng = resumed.rng(tp.rank, axes.data.rank, axes.pp)
         if rng is not None:
             try:
@@ -165,7 +176,21 @@ def prepare(
         inputs.training,
         inputs.validation,
         EarlyStopping(config.run.patience, resumed.state if resumed else {}),
+        resumed.folder if resumed else None,
+        _count(resumed, REWINDS),
+        skipped_in_a_row=_count(resumed, SKIPPED_IN_A_ROW),
     )
+
+
+def _count(resumed: Checkpoint | None, name: str) -> int:
+    """A count in the state of a checkpoint, 0 without one; CheckpointError if it is no number."""
+    found = resumed.state.get(name, 0) if resumed else 0
+    if type(found) is not int or not 0 <= found < 2**31:
+        raise CheckpointError(
+            f"the checkpoint to resume has {name}={found!r:.40}, which is no number; resume "
+            "another one"
+        )
+    return found
 
 
 def _load(

@@ -16,7 +16,6 @@ runs of the same program as it has microsteps, and one of the optimizer's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import KW_ONLY, dataclass
@@ -33,6 +32,7 @@ from llamax.model.placement import move_model
 from llamax.optim.loss_scale import LossScale, LossScaleState
 from llamax.optim.replicas import check_equal
 from llamax.optim.schedule import lr_at
+from llamax.optim.spikes import LARGEST, SpikeFilter
 from llamax.optim.zero import Zero
 from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
@@ -76,7 +76,8 @@ class StepResult:
 
     ``loss`` and ``validation_loss`` are means in nats; ``stop``: whether some rank wants to stop;
     ``save``: whether rank 0 wants a checkpoint, unknown where some rank wants to stop;
-    ``loss_scale``: what the next step begins with, None where the loss is not scaled.
+    ``loss_scale``: what the next step begins with, None where the loss is not scaled.  Above
+    ``loss_bound`` and ``norm_bound`` a step is an outlier.
     """
 
     number: int
@@ -86,19 +87,29 @@ class StepResult:
     save: bool = False
     validation_loss: float | None = None
     loss_scale: LossScaleState | None = None
+    loss_bound: float = LARGEST
+    norm_bound: float = LARGEST
 
     @property
-    def finite(self) -> bool:
-        """Whether the step has made an update."""
-        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+    def skipped(self) -> bool:
+        """Whether the step made no update: loss or norm is not finite, or an outlier."""
+        return not (self.loss <= self.loss_bound and self.grad_norm <= self.norm_bound)
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether it made no update because a gradient overflowed, which a lower scale cures."""
+        scale, usual = self.loss_scale, self.loss <= self.loss_bound
+        overflow = usual and not self.grad_norm <= LARGEST
+        return scale is not None and scale.scale >= 1.0 and overflow
 
 
 class Step:
     """One optimizer step; its numbers are on the device, 0-d, and the same on every rank.
 
     Mean loss in nats, norm of the gradient, counted tokens, sum of the ranks' requests: 1 to stop,
-    ``SAVE_REQUEST`` to save.
-    Where loss or norm is not finite, the norm is not, and no rank has made an update.
+    ``SAVE_REQUEST`` to save.  ``bounds``, if any, are those of loss and norm.
+    Where loss or norm is not finite, the norm is not.  Then, and where one is above its bound, no
+    rank has made an update.
     """
 
     def __init__(
@@ -109,7 +120,9 @@ class Step:
         tokens: Tensor,
         requests: Tensor,
         device: Device = EAGER_DEVICE,
+        bounds: Sequence[Tensor] = (),
     ) -> None:
+        self.bounds = bounds
         self.number, self.loss, self.grad_norm = number, loss, grad_norm
         self.tokens, self.requests, self.device = tokens, requests, device
         self.validation_loss: Tensor | None = None
@@ -122,11 +135,13 @@ class Step:
         Waits for the device: read it while the next step runs.  A ``validation_loss`` is set
         before.
         """
-        values = [self.loss, self.grad_norm, self.requests, *self.loss_scale]
+        values = [self.loss, self.grad_norm, self.requests, *self.loss_scale, *self.bounds]
         if self.validation_loss is not None:
             values.append(self.validation_loss)
         loss, grad_norm, requests, *more = self.device.fetch(values)
-        scale, validation = more[: len(self.loss_scale)], more[len(self.loss_scale) :]
+        scale, more = more[: len(self.loss_scale)], more[len(self.loss_scale) :]
+        bounds, validation = more[: len(self.bounds)], more[len(self.bounds) :]
+        loss_bound, norm_bound = bounds or (LARGEST, LARGEST)
         return StepResult(
             self.number,
             loss,
@@ -135,6 +150,8 @@ class Step:
             save=0.0 < requests < 1.0,
             validation_loss=validation[0] if validation else None,
             loss_scale=LossScaleState.of(scale) if scale else None,
+            loss_bound=loss_bound,
+            norm_bound=norm_bound,
         )
 
 
@@ -143,7 +160,8 @@ class TrainState:
     """A model and its optimizer on one rank, with the axes and the device they work on.
 
     ``step_tokens`` is the number of tokens of a global batch; ``learning_rate`` gives the rate of a
-    step, counted from 1; ``loss_scale`` keeps the gradients of a float16 model in range.
+    step, counted from 1; ``loss_scale`` keeps the gradients of a float16 model in range; ``spikes``
+    decides which updates are skipped as outliers.
     """
 
     model: Llama
@@ -154,6 +172,7 @@ class TrainState:
     step_tokens: int
     learning_rate: Callable[[int], float]
     loss_scale: LossScale | None = None
+    spikes: SpikeFilter | None = None
 
     @classmethod
     def build(
@@ -182,9 +201,9 @@ class TrainState:
             bucket_bytes=parallel.bucket_bytes,
             undeclared=[n for n, p in own_replicas.items() if p.cut == Replica()],
         )
-        scale = None
+        scale, device = None, axes.data.rank_index.device
         if run.config.run.dtype == "float16":
-            first, device = LossScaleState(optim.loss_scale), axes.data.rank_index.device
+            first = LossScaleState(optim.loss_scale)
             scale = LossScale(first, device, optim.loss_scale_interval)
         return cls(
             model,
@@ -194,12 +213,15 @@ class TrainState:
             step_tokens=run.step_tokens,
             learning_rate=lambda step: lr_at(step, optim, run.steps),
             loss_scale=scale,
+            spikes=SpikeFilter.of(optim, device),
         )
 
     def to(self, device: torch.device) -> None:
         """Move everything, once all is loaded, to a device that traces programs."""
         self.optimizer.to(device)
         move_model(self.model, device)  # frozen weights
+        if self.spikes is not None:
+            self.spikes.to(device)
 
     def step(
         self, batches: Iterable[Batch], number: int, stop: bool = False, save: bool = False
@@ -237,15 +259,24 @@ class TrainState:
         request = 1.0 if stop else SAVE_REQUEST if save else 0.0
         inputs = torch.tensor([self.learning_rate(number), float(number), request])
         lr, step, asked = inputs.to(device).split(1)
-        total, count, requests = self.axes.world.all_reduce(torch.cat((sums, asked)))
+        numbers, updates, spikes = torch.cat((sums, asked)), step.squeeze(0), self.spikes
+        accepts: list[Callable[[Tensor], Tensor]] = []
+        if spikes is not None:
+            numbers = torch.cat((numbers, _of_first(self.axes.world, spikes.bounds())))
+        total, count, requests, *bounds = self.axes.world.all_reduce(numbers)
+        loss = total / count
         factor = self.step_tokens / count + (total - total)  # NaN, which cancels the update, or 0
         if scaling is not None:
             factor = factor / scaling.scale
-        grad_norm = self.optimizer.step(lr.squeeze(0), step.squeeze(0), factor)
-        done = Step(number, total / count, grad_norm, count, requests, self.backend)
+        if spikes is not None:
+            accepts, updates = [partial(spikes.accepts, bounds, loss)], updates - spikes.skipped
+        grad_norm = self.optimizer.step(lr.squeeze(0), updates, factor, *accepts)
+        done = Step(number, loss, grad_norm, count, requests, self.backend, bounds)
         if scaling is not None:
             scaling.update(grad_norm)
             done.loss_scale = scaling.tensors
+        if spikes is not None:
+            spikes.add(bounds, loss, grad_norm)
         self.backend.step_boundary()
         return done
 

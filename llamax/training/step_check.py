@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 
 from llamax.runtime.errors import NotFinite
 from llamax.runtime.logging import logger
-from llamax.training.step import Step
+from llamax.training.step import Step, StepResult
 
 
 class StepCheck:
@@ -24,9 +24,9 @@ class StepCheck:
 
     A gradient that overflows in float16 is not counted while the loss scale is 1 or more.
 
-    ``most_skipped`` is the number of steps without a finite loss and gradient that may follow each
-    other, ``samples`` gives the sample ids of a step's global batch, ``logs`` is whether this rank
-    warns of a skipped step.
+    ``most_skipped`` is the number of skipped steps that may follow each other, ``skipped`` of them
+    so far, and ``rewind`` that after which the run goes back, 0 for never; ``samples`` gives the
+    sample ids of a step's global batch, ``logs`` is whether this rank warns of a skipped step.
     """
 
     def __init__(
@@ -34,11 +34,25 @@ class StepCheck:
         most_skipped: int,
         samples: Callable[[int], Sequence[int]],
         logs: bool = True,
+        skipped: int = 0,
+        rewind: int = 0,
     ) -> None:
         self.most_skipped, self.samples, self.logs = most_skipped, samples, logs
-        self.skipped = 0
+        self.skipped, self.rewind = skipped, rewind
+        self.last = 0  # the last step that was checked
         self.save_requested = 0  # the last step in which rank 0 asked for a checkpoint
         self.pending: Step | None = None
+
+    @property
+    def rewind_due(self) -> bool:
+        """Whether so many steps in a row were skipped that the run should go back."""
+        return 0 < self.rewind <= self.skipped
+
+    def counted(self, result: StepResult) -> int:
+        """The number of steps skipped in a row after the step that comes next."""
+        if result.overflowed:
+            return self.skipped
+        return self.skipped + 1 if result.skipped else 0
 
     def add(self, step: Step) -> bool:
         """Check the step before and keep ``step`` for later: whether some rank wants to stop.
@@ -54,25 +68,24 @@ class StepCheck:
         if self.pending is None:
             return False
         result, self.pending = self.pending.result, None
+        self.last = result.number
         if result.save:
             self.save_requested = result.number
-        if result.finite:
-            self.skipped = 0
+        self.skipped = self.counted(result)
+        if not result.skipped:
             return result.stop
-        scale = result.loss_scale
-        if scale is not None and math.isfinite(result.loss) and scale.scale >= 1.0:
+        if result.overflowed:
+            assert result.loss_scale is not None
             if self.logs:
                 logger.info(
                     "step %d: a gradient overflowed in float16: no rank made an update, and the "
                     "loss scale is now %g",
                     result.number,
-                    scale.scale,
+                    result.loss_scale.scale,
                 )
             return result.stop
-        self.skipped += 1
         ids = ", ".join(map(str, self.samples(result.number)))
-        numbers = f"loss {result.loss}, gradient norm {result.grad_norm}"
-        what = f"step {result.number}: {numbers}: no rank made an update"
+        what = f"step {result.number}: {_reason(result)}: no rank made an update"
         if self.logs:
             logger.warning("%s; samples %s", what, ids)
         if self.skipped > self.most_skipped:
@@ -81,3 +94,19 @@ class StepCheck:
                 f"raise optim.most_skipped={self.most_skipped}"
             )
         return result.stop
+
+
+def _reason(result: StepResult) -> str:
+    """Why a step was skipped."""
+    numbers = {
+        "loss": (result.loss, result.loss_bound),
+        "gradient norm": (result.grad_norm, result.norm_bound),
+    }
+    if not all(math.isfinite(value) for value, _ in numbers.values()):
+        return ", ".join(f"{name} {value}" for name, (value, _) in numbers.items())
+    outliers = (
+        f"{name} {value:.4f} is an outlier, above {bound:.4f}"
+        for name, (value, bound) in numbers.items()
+        if value > bound
+    )
+    return ", ".join(outliers)

@@ -48,7 +48,7 @@ def on_mesh(mesh: Mesh, zero: int) -> dict[str, Any]:
     seen.append(state.step(share(my_axes, 2), 2).result)
     return {
         "same": same,
-        "finite": [result.finite for result in seen],
+        "finite": [not result.skipped for result in seen],
         "scales": [result.loss_scale for result in seen],
         "norms": [result.grad_norm for result in seen[1:]],
         "losses": [result.loss for result in seen[1:]],

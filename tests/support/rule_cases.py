@@ -550,6 +550,46 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
         ],
         [{"optim.warmup_ratio": 0.1, "optim.warmup_steps": 0}],
     ),
+    "rewind_needs_skipping": (
+        [
+            (
+                {"optim.rewind": 4, "checkpoint.every": 5},
+                None,
+                "optim.rewind=4 counts skipped steps, but optim.skip_spikes=off; set "
+                "optim.skip_spikes=both, loss or norm",
+            )
+        ],
+        [{"optim.rewind": 4, "checkpoint.every": 5, "optim.skip_spikes": "norm"}],
+    ),
+    "rewind_needs_checkpoints": (
+        [
+            (
+                {"optim.rewind": 4, "optim.skip_spikes": "both", "checkpoint.every": 0},
+                None,
+                "optim.rewind=4 goes back to a checkpoint, but none is saved before the end; set "
+                "checkpoint.every, checkpoint.every_minutes or checkpoint.each_epoch=true",
+            )
+        ],
+        [
+            {"optim.rewind": 4, "optim.skip_spikes": "both"} | saving
+            for saving in (
+                {"checkpoint.every": 5},
+                {"checkpoint.every": 0, "checkpoint.every_minutes": 0.5},
+                {"checkpoint.every": 0, "checkpoint.each_epoch": True},
+            )
+        ],
+    ),
+    "rewind_comes_before_the_end": (
+        [
+            (
+                {"optim.rewind": 9, "optim.skip_spikes": "both", "checkpoint.every": 5},
+                None,
+                "optim.rewind=9 is above optim.most_skipped=8, after which the run ends; use 8 or "
+                "less, or raise optim.most_skipped",
+            )
+        ],
+        [{"optim.rewind": 8, "optim.skip_spikes": "loss", "checkpoint.every": 5}],
+    ),
     "neuron_cores_round": (
         [
             (

@@ -217,8 +217,8 @@ def rank_number(ids: Tensor, rows: int, axis: Any) -> Any:
 def step_number(original: Callable[..., Any]) -> Callable[..., Any]:
     calls = itertools.count(1)
 
-    def step(self: Zero, lr: Tensor, number: Tensor, scale: Tensor) -> Tensor:
-        return original(self, lr, torch.full_like(number, next(calls) // 2), scale)
+    def step(self: Zero, lr: Tensor, number: Tensor, *more: Any) -> Tensor:
+        return original(self, lr, torch.full_like(number, next(calls) // 2), *more)
 
     return step
 

@@ -38,6 +38,37 @@ def warmup_is_given_once(c: Config, world: World) -> Iterator[str]:
         )
 
 
+@RULES.reading("optim.rewind", "optim.skip_spikes")
+def rewind_needs_skipping(c: Config, world: World) -> Iterator[str]:
+    if c.optim.rewind and c.optim.skip_spikes == "off":
+        yield (
+            f"optim.rewind={c.optim.rewind} counts skipped steps, but optim.skip_spikes=off; set "
+            "optim.skip_spikes=both, loss or norm"
+        )
+
+
+@RULES.reading(
+    "optim.rewind", "checkpoint.every", "checkpoint.every_minutes", "checkpoint.each_epoch"
+)
+def rewind_needs_checkpoints(c: Config, world: World) -> Iterator[str]:
+    saved = c.checkpoint
+    if c.optim.rewind and not (saved.every or saved.every_minutes or saved.each_epoch):
+        yield (
+            f"optim.rewind={c.optim.rewind} goes back to a checkpoint, but none is saved before "
+            "the end; set checkpoint.every, checkpoint.every_minutes or checkpoint.each_epoch=true"
+        )
+
+
+@RULES.reading("optim.rewind", "optim.most_skipped")
+def rewind_comes_before_the_end(c: Config, world: World) -> Iterator[str]:
+    if c.optim.rewind > c.optim.most_skipped:
+        yield (
+            f"optim.rewind={c.optim.rewind} is above optim.most_skipped={c.optim.most_skipped}, "
+            f"after which the run ends; use {c.optim.most_skipped} or less, or raise "
+            "optim.most_skipped"
+        )
+
+
 @RULES.reading("run.stochastic_rounding", "run.backend", "run.dtype")
 def neuron_cores_round(c: Config, world: World) -> Iterator[str]:
     if c.run.stochastic_rounding and (c.run.backend, c.run.dtype) != ("xla", "bfloat16"):

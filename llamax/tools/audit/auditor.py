@@ -290,7 +290,9 @@ def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
     elif kind == VALIDATION:
         found = formulas.forward(config, mesh, chunks, shapes)
     else:
-        found = formulas.update(mesh, shapes, config.parallel.zero, mesh.kv)
+        found = formulas.update(
+            mesh, shapes, config.parallel.zero, mesh.kv, config.optim.skip_spikes != "off"
+        )
     names, groups = {}, all_groups(mesh)
     for axis, known in groups.items():  # axes with the same groups share one name
         names[axis] = next(name for name, each in groups.items() if set(each) == set(known))

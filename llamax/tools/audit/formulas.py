@@ -35,7 +35,8 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.pipeline import LAYER
 from llamax.tools.audit.census import Traffic
 
-SCALARS_BYTES = 3 * 4  # loss, token count, request to stop
+SCALARS_BYTES = 3 * 4  # loss, token count, requests
+BOUNDS_BYTES = 2 * 4  # of loss and gradient norm, with optim.skip_spikes
 
 
 @dataclass(frozen=True)
@@ -142,8 +143,10 @@ def _passes(
     ]
 
 
-def update(mesh: Mesh, groups: Sequence[GroupShape], zero: int, kv: int) -> list[Traffic]:
-    """The collectives of an optimizer step."""
+def update(
+    mesh: Mesh, groups: Sequence[GroupShape], zero: int, kv: int, spikes: bool = False
+) -> list[Traffic]:
+    """The collectives of an optimizer step; ``spikes``: whether it skips outliers."""
     d, found = mesh.dp * mesh.cp, list[Traffic]()
     if zero:
         found += _scattered(mesh, [group for group in groups if group.zero == 1])
@@ -161,7 +164,8 @@ def update(mesh: Mesh, groups: Sequence[GroupShape], zero: int, kv: int) -> list
         found += [
             Traffic("all-reduce", "kv", count, round(2 * GRADIENT_BYTES * shared * (kv - 1) / kv))
         ]
-    return [*found, *_scalars(mesh, 2, SCALARS_BYTES + 4)]
+    scalars = SCALARS_BYTES + (BOUNDS_BYTES if spikes else 0)
+    return [*found, *_scalars(mesh, 2, scalars + 4)]
 
 
 def _gathered(mesh: Mesh, groups: Sequence[GroupShape], passes: int) -> list[Traffic]:

@@ -172,6 +172,8 @@ class TracedRun:
         with self.tracer.zero_reads():
             for _ in self.state.optimizer.owned():
                 pass
+            if self.state.spikes is not None:
+                self.state.spikes.state()
         self.programs.expect([(CHECKPOINT, "between steps")])
         self.programs.step_boundary()
         yield from (each for each in self.programs.recorded if each.text)

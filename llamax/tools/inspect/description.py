@@ -24,6 +24,7 @@ from llamax.checkpoint.safetensors_io import read_header
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.data.dataset import blend_words
+from llamax.optim.spikes import STATE as SPIKES
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.hub import local_folder
 from llamax.runtime.hub_files import MODEL
@@ -98,7 +99,9 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
     yield _kept([(*key, n) for key, n in kept.items()])
     shown = ("base", "finetune") if trained else ()
     for key, value in manifest.state.items():
-        if key not in shown:
+        if key == SPIKES and isinstance(value, dict):
+            yield Row("skipped steps", value.get("skipped"), state={key: value})
+        elif key not in shown:
             yield Row(key.replace("_", " "), value, state={key: value})
     yield _files(file.size_bytes for file in manifest.files)
     if verify:

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import plain_file
-from llamax.training.metrics import ANY_NUMBER, WHOLE, Record
+from llamax.training.metrics import ANY_NUMBER, SKIPPED, WHOLE, Record, is_ids
 
 BLOCK_BYTES = 2**21
 NAN = float("nan")
@@ -22,6 +22,8 @@ OPTIONAL = {  # where a record has none
     "validation_loss": NAN,
     "loss_scale": NAN,
     "skipped_steps": NAN,
+    SKIPPED: NAN,
+    "rewinds": NAN,
 }
 NAMES = frozenset(Record.__dataclass_fields__)
 Numbers = npt.NDArray[np.float64]
@@ -65,6 +67,8 @@ def _parse(lines: Sequence[bytes], names: Sequence[str]) -> dict[str, Numbers]:
         NAMES - {*OPTIONAL} <= set(found) <= NAMES for found in fields
     ):
         raise ValueError("not the fields of a record")
+    if not all(is_ids(found[SKIPPED]) for found in values if SKIPPED in found):
+        raise ValueError("not the samples of a skipped step")
     columns = {}
     for name in names:
         if all(name in found for found in fields):
@@ -94,4 +98,4 @@ def _records(path: Path, lines: list[bytes], before: int, is_last: bool) -> list
 
 def _column(records: Sequence[Record], name: str) -> Numbers:
     values = (getattr(record, name) for record in records)
-    return np.array([float("nan") if value is None else value for value in values], np.float64)
+    return np.array([NAN if value is None else value for value in values], np.float64)

@@ -127,6 +127,8 @@ SUMMARY: dict[str, Callable[[RunFolder], str]] = {
     "MFU, median": lambda run: (
         f"{_percentiles(run, 'mfu', (50,))[0]:.1%}" if _last(run).mfu else DASH
     ),
+    "skipped steps": lambda run: f"{run.history.skipped:,}" if run.history.skipped else DASH,
+    "went back": lambda run: count(_last(run).rewinds or 0, "time") if _last(run).rewinds else DASH,
     "training time": lambda run: show_time(run.spent_s),
     "cost": _dollars,
 }

@@ -37,6 +37,7 @@ SAMPLES = 4096
 KEPT_BYTES = 256
 BLOCK_BYTES = 2**22
 SECONDS = re.compile(rb'"seconds"\s*:\s*([0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
+MARK = b'"skipped_samples"'  # in the record of a step without an update
 NAN = float("nan")
 STRANGE = (ValueError, TypeError, OverflowError)  # a line that is not a record
 
@@ -83,10 +84,12 @@ class History:
     """The records of a log so far: the ``recent`` ones, and what is known of all.
 
     ``starts_s``: seconds of training of all earlier starts of a resumed run; ``validation_loss``:
-    the last one; ``trends``: the course of the values in ``TRENDS``.
+    the last one; ``trends``: the course of the values in ``TRENDS``; ``skipped``: number of steps
+    without an update.
     """
 
     count: int = 0
+    skipped: int = 0
     recent: Sequence[Record] = ()
     starts_s: float = 0.0
     validation_loss: float | None = None
@@ -113,6 +116,7 @@ class LiveLog:
     def _forget(self, inode: int) -> None:
         self._inode, self._end, self._count = inode, 0, 0  # end: of the whole lines read so far
         self._before = b""  # the last bytes before the end
+        self._skipped = 0
         self._recent: deque[Record] = deque(maxlen=WINDOW)
         self._starts_s = self._seconds = 0.0
         self._validation_loss: float | None = None
@@ -165,6 +169,7 @@ class LiveLog:
             validated = block.rfind(b'"validation_loss"')
             if validated >= 0:
                 self._validation_loss = self._record_at(block, validated).validation_loss
+            self._skipped += block.count(MARK)
             self._count += count
             self._pass(block)
 
@@ -184,6 +189,7 @@ class LiveLog:
         self._add_seconds([record.seconds])
         if record.validation_loss is not None:
             self._validation_loss = record.validation_loss
+        self._skipped += record.skipped_samples is not None
         self._count += 1
         self._pass(line)
 
@@ -218,7 +224,12 @@ class LiveLog:
     def _history(self) -> History:
         trends = {name: trend.values() for name, trend in self._trends.items()}
         return History(
-            self._count, tuple(self._recent), self._starts_s, self._validation_loss, trends
+            count=self._count,
+            skipped=self._skipped,
+            recent=tuple(self._recent),
+            starts_s=self._starts_s,
+            validation_loss=self._validation_loss,
+            trends=trends,
         )
 
     def _with(self, record: Record) -> History:
@@ -228,6 +239,7 @@ class LiveLog:
         return replace(
             known,
             count=known.count + 1,
+            skipped=known.skipped + (record.skipped_samples is not None),
             recent=(*known.recent, record)[-WINDOW:],
             starts_s=known.starts_s + (self._seconds if record.seconds < self._seconds else 0.0),
             validation_loss=known.validation_loss if loss is None else loss,

@@ -87,6 +87,7 @@ def as_json(run: RunFolder, price: float = 0.0) -> dict[str, Any]:
         "spent_s": run.spent_s,
         "dollars_per_hour": price or None,
         "dollars_spent": run.spent_s / 3600 * price if price else None,
+        "skipped_steps": run.history.skipped,
         "last": asdict(run.last) if run.last else None,
         "last_report_s": max(run.now - run.written, 0) if run.last else None,
         "ranks": [
@@ -158,6 +159,13 @@ def _curves(run: RunFolder, paint: Paint) -> Iterator[str]:
         more = f"validation {validated:.4f}, perplexity {perplexity(validated):.1f}"
     yield _row(paint, "loss", f"{last.loss:.4f}", run, "loss", more)
     yield _row(paint, "grad norm", f"{last.grad_norm:.3f}", run, "grad_norm")
+    if skipped := run.history.skipped:
+        label = paint(f"{'skipped':<{LEFT}}", "dim")
+        yield f"{label} {skipped:>9,}  {'step' if skipped == 1 else 'steps'} without an update"
+    if last.rewinds:
+        label = paint(f"{'went back':<{LEFT}}", "dim")
+        times = "time" if last.rewinds == 1 else "times"
+        yield f"{label} {last.rewinds:>9,}  {times} to a checkpoint, after skipped steps"
     ranks = int(run.environment.get("ranks", 0))
     per_rank = f"{show_number(last.tokens_per_s / ranks)} a rank" if ranks > 1 else ""
     total = show_number(last.tokens_per_s)

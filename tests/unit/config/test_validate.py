@@ -69,6 +69,8 @@ def test_every_number_has_a_range_and_leaving_it_is_reported() -> None:
         ("parallel.tensor", 0, 1),
         ("parallel.data", -1, 0),
         ("optim.lr", 0.0, 1e-9),
+        ("optim.spike_window", 15, 16),
+        ("optim.spike_sigma", 0.0, 1e-3),
         ("optim.beta2", 1.0, 0.999),
         ("optim.max_grad_norm", -0.1, 0.0),
         ("run.steps", 0, 10),

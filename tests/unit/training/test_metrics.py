@@ -52,6 +52,16 @@ def test_a_record_keeps_every_bit(loss: float, norm: float, validation: float | 
     assert ("validation_loss" in text) == (validation is not None)
 
 
+def test_the_samples_of_a_skipped_step() -> None:
+    skipped = replace(RECORD, skipped_samples=[3, 0, 2**40])
+    assert Record.from_json(skipped.to_json()) == skipped
+    assert "skipped_samples" not in RECORD.to_json()
+    assert (tagged(skipped)["skipped"], "skipped" in tagged(RECORD)) == (1.0, False)
+    for samples in ("[0.5]", "[-1]", "7", "[[1]]"):
+        with pytest.raises(ValueError, match="skipped_samples is not a list of sample ids"):
+            Record.from_json(skipped.to_json().replace("[3, 0, 1099511627776]", samples))
+
+
 def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 

@@ -15,9 +15,16 @@ from llamax.training.step_check import StepCheck
 # --- verdicts ------------------------------------------------------------------------------------
 
 
-def step(number: int, loss: float = 1.0, norm: float = 1.0, stop: float = 0.0) -> Step:
+def step(
+    number: int,
+    loss: float = 1.0,
+    norm: float = 1.0,
+    stop: float = 0.0,
+    bounds: tuple[float, ...] = (),
+) -> Step:
     loss_, norm_, stop_ = (torch.tensor(value) for value in (loss, norm, stop))
-    return Step(number, loss_, norm_, torch.tensor(4.0), stop_)
+    limits = [*map(torch.tensor, bounds)]
+    return Step(number, loss_, norm_, torch.tensor(4.0), stop_, bounds=limits)
 
 
 def overflow(number: int, scale: float, loss: float = 1.0) -> Step:
@@ -92,4 +99,36 @@ def test_a_loss_that_is_not_finite_is_counted_at_any_scale() -> None:
     judge = verdict(0)
     judge.add(overflow(1, 1024.0, math.nan))
     with pytest.raises(NotFinite, match="step 1: loss nan"):
+        judge.check()
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "reason"),
+    [
+        (9.25, 1.0, "loss 9.2500 is an outlier, above 5.0000"),
+        (1.0, 2.5, "gradient norm 2.5000 is an outlier, above 2.0000"),
+        (9.25, 2.5, "loss 9.2500 is an outlier, above 5.0000, gradient norm 2.5000 is an outlier"),
+        (math.inf, 1.0, "loss inf, gradient norm 1.0"),
+        (1.0, math.nan, "loss 1.0, gradient norm nan"),
+    ],
+)
+def test_an_outlier_is_named_with_its_samples(
+    loss: float, norm: float, reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    judge = verdict(1)
+    logging.getLogger("llamax").propagate = True
+    judge.add(step(1, 5.0, 2.0, bounds=(5.0, 2.0)))
+    judge.add(step(2, loss, norm, bounds=(5.0, 2.0)))
+    assert not caplog.text
+    judge.add(step(3, loss, norm, bounds=(5.0, 2.0)))
+    assert f"step 2: {reason}" in caplog.text
+    assert ": no rank made an update; samples 20, 21" in caplog.text
+    with pytest.raises(NotFinite, match=r"step 3: .* 2 in a row; look at samples 30, 31"):
+        judge.check()
+
+
+def test_a_resumed_run_goes_on_counting_in_a_row() -> None:
+    judge = StepCheck(2, lambda step: [], skipped=2)
+    judge.add(step(1, math.nan))
+    with pytest.raises(NotFinite, match="3 in a row"):
         judge.check()

@@ -73,6 +73,17 @@ def test_all_readers_of_a_step_share_one_fetch() -> None:
     assert (stopping.best, stopping.waited) == (3.0, 1)
 
 
+def test_a_skipped_step_is_recorded_though_it_is_not_reported() -> None:
+    device, view = Counting(), Kept()
+    throughput, samples = Throughput(lambda: 7, 64, 6, 0.0), [[], [1], [2], [3], [4]]
+    with Recorder([view], throughput, 0.0, lambda number: samples[number]) as recorder:
+        for number, loss in ((1, 1.0), (2, float("inf")), (3, float("nan")), (4, 1.0)):
+            recorder.took(float(number))
+            recorder.add(step(device, number, loss, None), 64 * number, 1e-3, number % 3 == 0)
+    records = [(record.step, record.skipped_samples, record.step_s) for record in view.records]
+    assert records == [(2, [2], 1.5), (3, [3], 2.0)], "throughput is that since the last report"
+
+
 def test_a_run_fetches_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With validation, early stopping, a best checkpoint and a save at every other step."""
     cfg = config(make_dataset(tmp_path), tmp_path / "run", patience=9)

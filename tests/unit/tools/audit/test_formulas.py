@@ -55,6 +55,8 @@ def test_collectives_of_an_update_by_hand() -> None:
         Traffic("all-reduce", "kv", 2, 4 * 40),
         world,
     ]
+    *_, bounds = formulas.update(Mesh(tp=2, dp=2), groups, True, 2, spikes=True)
+    assert bounds == Traffic("all-reduce", "world", 2, 2 * 24 * 3 // 4)
     whole, *_ = formulas.update(Mesh(tp=2, dp=2), groups, False, 2)
     assert whole == Traffic("all-reduce", "data", 4, 4 * 1020)
     assert formulas.update(Mesh(), groups[:0], True, 1) == []

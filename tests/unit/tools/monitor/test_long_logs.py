@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,12 +28,16 @@ def write(path: Path, records: Sequence[Record]) -> None:
 
 
 def many(count: int) -> list[Record]:
-    """Records of a run that was started three times; some have a validation loss or no MFU."""
+    """Records of a run that was started three times.
+
+    Some have a validation loss, no MFU, or the samples of a skipped step.
+    """
     found = []
     for step in range(1, count + 1):
-        more: dict[str, float] = {"loss": 1e4 / (step + 100), "seconds": (step * 3 % count) * 2.0}
+        more: dict[str, Any] = {"loss": 1e4 / (step + 100), "seconds": (step * 3 % count) * 2.0}
         more |= {"validation_loss": step / 7} if step % 31 == 0 else {}
         more |= {"mfu": 0.0} if step % 5 == 0 else {}
+        more |= {"skipped_samples": [step, 2 * step]} if step % 37 == 0 else {}
         found.append(record(step, **more))
     return found
 
@@ -61,6 +66,7 @@ def test_a_long_log_is_sampled_and_known_as_if_all_were_parsed(
     sampled, whole = LiveLog(path).read(), exact(path, monkeypatch)
     assert sampled.count == whole.count == 3000
     assert sampled.recent == whole.recent == tuple(records[-50:])
+    assert sampled.skipped == whole.skipped == 3000 // 37
     assert sampled.validation_loss == whole.validation_loss == 2976 / 7
     starts = [a.seconds for a, b in pairwise(records) if b.seconds < a.seconds]
     assert len(starts) == 3
@@ -176,3 +182,24 @@ def test_a_line_that_does_not_end_is_refused_without_reading_all_of_it(tmp_path:
         read_columns(path, ["step"])
     with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a record"):
         read_jsonl(path)
+
+
+@pytest.mark.parametrize("samples", ["3", "[1.5]", "[-1]", "[true]", '["a"]', "null", "{}"])
+def test_samples_that_are_none_are_no_record(tmp_path: Path, samples: str) -> None:
+    path, line = tmp_path / "metrics.jsonl", record(1, skipped_samples=[7]).to_json()
+    path.write_text(f"{line}\n{line.replace('[7]', samples)}\n{line}\n")
+    readers = [read_jsonl, lambda path: LiveLog(path).read(), lambda p: read_columns(p, ["loss"])]
+    for reader in readers:
+        with pytest.raises(DataError, match=r"metrics\.jsonl:2: not a record"):
+            reader(path)
+
+
+def test_a_skipped_step_counts_before_its_line_has_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write(path, [record(1), record(2, skipped_samples=[])])
+    path.write_text(path.read_text() + record(3, skipped_samples=[4]).to_json())
+    log = LiveLog(path)
+    assert log.read().skipped == 2
+    with path.open("a") as file:
+        file.write("\n")
+    assert log.read().skipped == 2

@@ -9,14 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
-from support.run_folders import NOW, make_run
+from support.run_folders import NOW, make_run, record
 
 from llamax.checkpoint.lock import lock_folder
 from llamax.cli import watch
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.tools.monitor.html_report import page
 from llamax.tools.monitor.run_folder import percentiles, read_run
-from llamax.tools.monitor.watch import COLOURS, clip, render, sparkline
+from llamax.tools.monitor.watch import COLOURS, as_json, clip, render, sparkline
 
 
 def test_a_view_shows_all_that_is_known(tmp_path: Path) -> None:
@@ -48,6 +48,21 @@ def test_a_view_shows_all_that_is_known(tmp_path: Path) -> None:
     coloured = "\n".join(render(run, 100, colour=True))
     assert re.sub(r"\x1b\[[0-9;]*m", "", coloured) == text
     assert f"\x1b[1;{COLOURS['red']}mstuck" in coloured
+
+
+def test_skipped_steps_are_counted(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "night", 12)
+    run = read_run(folder, NOW + 5)
+    assert "skipped" not in "\n".join(render(run, 100)) + page([run]).partition("Config")[0]
+    assert as_json(run)["skipped_steps"] == 0
+    with (folder / "metrics.jsonl").open("a") as log:
+        for step in range(13, 16):
+            log.write(record(step, skipped_samples=[step]).to_json() + "\n")
+    run = read_run(folder, NOW + 5)
+    assert f"{'skipped':<13} {'3':>9}  steps without an update" in render(run, 100)
+    assert "<b>3</b><span>skipped steps</span>" in page([run])
+    found = as_json(run)
+    assert (found["skipped_steps"], found["last"]["skipped_samples"]) == (3, [15])
 
 
 def test_context_ranks_are_no_data_ranks(tmp_path: Path) -> None:
