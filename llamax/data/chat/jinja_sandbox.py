@@ -5,8 +5,8 @@ A chat template is a program.  It is rendered within four limits:
 * Jinja's immutable sandbox: no private attributes, no calls that are marked unsafe, no changes to
   the values, and no loader, so no other file is read;
 * products and powers are checked before they are computed (``"a" * 10**9``, ``9**9**9``);
-* rendering takes at most ``CPU_S`` seconds of this process (a virtual timer interrupts it), and the
-  process may grow by ``MEMORY_BYTES`` meanwhile (the address-space limit, on Linux);
+* rendering takes at most ``CPU_S`` CPU seconds of its thread (a virtual timer interrupts it), and
+  the process may grow by ``MEMORY_BYTES`` meanwhile (the address-space limit, on Linux);
 * the output has at most ``OUTPUT_CHARACTERS``.
 
 Every failure inside becomes one DataError.  Syntax and helpers are those that transformers
@@ -159,8 +159,8 @@ class _TooLong(BaseException):
 class _Limits:
     """The limits of this process.
 
-    ``began``: since when a template works, in CPU seconds; None: none does.  ``statm``: the open
-    file of the size of this process; None: there is none.
+    ``began``: since when a template works, in CPU seconds of its thread; None: none does.
+    ``statm``: the open file of the size of this process; None: there is none.
     """
 
     active = False
@@ -170,7 +170,7 @@ class _Limits:
 
 def _alarm(number: int, frame: FrameType | None) -> None:
     """Interrupt a template that has worked for CPU_S; for one that began later, wait on."""
-    left = CPU_S if _Limits.began is None else CPU_S - (time.process_time() - _Limits.began)
+    left = CPU_S if _Limits.began is None else CPU_S - (time.thread_time() - _Limits.began)
     if left <= 0:
         raise _TooLong
     signal.setitimer(signal.ITIMER_VIRTUAL, left)
@@ -221,7 +221,7 @@ def _limited(work: Callable[[], Result]) -> Result:
     try:
         try:
             resource.setrlimit(resource.RLIMIT_AS, (_room(soft), hard))
-            _Limits.began = time.process_time()
+            _Limits.began = time.thread_time()
             return work()
         finally:
             _Limits.began = None

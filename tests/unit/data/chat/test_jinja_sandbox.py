@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import signal
+import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -118,3 +121,21 @@ def test_an_error_of_any_type_is_one_line(source: str) -> None:
     with pytest.raises(DataError, match="here: the template") as caught:
         jinja_sandbox.Program(source, "here").render({"value": [1]})
     assert "\n" not in str(caught.value)
+
+
+def test_the_time_of_other_threads_counts_for_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server computes in one thread while another one formats."""
+    monkeypatch.setattr(jinja_sandbox, "CPU_S", 0.1)
+
+    def compute() -> None:
+        while time.thread_time() < 0.3:
+            hashlib.sha256(bytes(2**20))
+
+    class Meanwhile:
+        def __str__(self) -> str:
+            other = threading.Thread(target=compute)
+            other.start()
+            other.join()
+            return "x"
+
+    assert jinja_sandbox.Program("{{ value }}", "here").render({"value": Meanwhile()}) == "x"
