@@ -184,6 +184,9 @@ class JobFile:
     """Image that the container image is built upon; empty: AWS's, by instance."""
     neuron_sdk: str = ""
     """Neuron SDK of the nodes and of AWS's image; empty: the newest for the instance."""
+    compile_cache: str = ""
+    """Compile cache that jobs share: a folder, or s3://bucket/path, hf://datasets/org/name of
+    fsspec; empty: none; not on SageMaker."""
     venv: str = ""
     """Virtual environment on the nodes; empty: PATH's Python."""
     port: Port = RENDEZVOUS_PORT

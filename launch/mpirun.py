@@ -32,6 +32,7 @@ from llamax.launch.script import (
     pid_file,
     prepare,
     program,
+    pull_cache,
     title,
     torchrun,
 )
@@ -94,6 +95,7 @@ def render(job: JobFile, phase: str, container: bool = False) -> str:
     processes = slots(job, phase)
     has_torchrun = processes == 1
     hostfile = "/etc/mpi/hostfile" if container else job.mpirun.hostfile
+    text += pull_cache(job, phase)
     text += ROOT
     if hostfile:
         text += f"hostfile={quote(hostfile)}\n{FIRST_HOST}"

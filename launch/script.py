@@ -59,7 +59,23 @@ def program(job: JobFile, phase: str) -> list[str]:
 
 def compiler(job: JobFile, phase: str) -> str:
     """The prefix of torchrun that compiles all traced programs; empty without one."""
-    return "neuron_parallel_compile " if phase == "precompile" and job.machine.neuron else ""
+    if phase != "precompile" or not job.machine.neuron:
+        return ""
+    fill = f"llamax cache fill {_place(job)} -- " if job.compile_cache else ""
+    return f"{fill}neuron_parallel_compile "
+
+
+def pull_cache(job: JobFile, phase: str) -> str:
+    """Copy compiled programs from the shared cache before training, which goes on without them."""
+    if phase != "train" or not job.machine.neuron or not job.compile_cache:
+        return ""
+    return f"""# what the shared cache lacks is compiled
+llamax cache pull {_place(job)} || echo "training goes on and compiles what is missing" >&2
+"""
+
+
+def _place(job: JobFile) -> str:
+    return quote(f"--place={job.compile_cache}")
 
 
 def torchrun(job: JobFile) -> list[str]:

@@ -23,6 +23,7 @@ from llamax.launch.script import (
     pid_file,
     prepare,
     program,
+    pull_cache,
     title,
     torchrun,
 )
@@ -33,6 +34,7 @@ def render(job: JobFile, phase: str) -> str:
     text = head(job, title(job, phase, "torchrun")) + pid_file(job, phase)
     if phase == "prepare":
         return text + prepare(job)
+    text += pull_cache(job, phase)
     text += logs(job, phase)
     text += array("options", torchrun(job)) + array("program", program(job, phase))
     run = f"exec {compiler(job, phase)}torchrun"

@@ -40,6 +40,7 @@ COMMANDS = {
         "check a machine, and a job on it, before it is launched",
     ),
     "launch": ("llamax.cli.launch", "start a job on torchrun, mpirun, Slurm, k8s or SageMaker"),
+    "cache": ("llamax.cli.cache", "share compiled programs through S3, the Hub or a folder"),
     "audit": ("llamax.cli.audit", "trace the programs that a Trainium cluster would compile"),
     "plot": ("llamax.cli.plot", "draw the loss curves of runs"),
     "demo": ("llamax.cli.demo", "from text to a trained model and its samples"),

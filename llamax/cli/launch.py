@@ -114,7 +114,7 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
         if what == "start":
             print(f"$ {' '.join(map(quote, command))}", file=sys.stderr)
         try:
-            return _wait(command, environ)
+            return run_command(command, environ)
         except FileNotFoundError:
             raise BackendError(MISSING.format(command[0])) from None
 
@@ -135,7 +135,7 @@ def _check_sdk(wanted: int) -> None:
         )
 
 
-def _wait(command: Sequence[str], environ: dict[str, str]) -> int:
+def run_command(command: Sequence[str], environ: dict[str, str]) -> int:
     """Run a command and return its exit code; signals are left to it, so that ranks can save.
 
     The terminal sends SIGINT to the command too; a command that it ends has the code 130.

@@ -34,6 +34,7 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import compile_cache, hlo
 from llamax.tools.audit.auditor import audit_run, first_of_stages
+from llamax.tools.audit.compile_cache import Note
 from llamax.tools.audit.report import AuditReport
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
 from llamax.training.resolve import resolve
@@ -114,7 +115,9 @@ def test_precompile_notes_what_doctor_asks_for(tmp_path: Path) -> None:
     assert sorted(audited.values()) == sorted(note.stem for note in cache.glob("*/*.json"))
 
     def lacking(changed: Config) -> list[str]:
-        return compile_cache.missing(cache, compile_cache.hashes(changed, 1, 1, environ))
+        return compile_cache.missing(
+            cache, compile_cache.hashes(changed, 1, 1, environ), Note.of(environ)
+        )
 
     assert lacking(replace(cfg, optim=replace(cfg.optim, lr=1e-2))) == []
     assert lacking(replace(cfg, optim=replace(cfg.optim, beta2=0.9))) == ["update"]

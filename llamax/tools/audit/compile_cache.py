@@ -6,26 +6,30 @@ Neuron names a compiled MODULE by a hash that only a process with NeuronCores ca
 
     NEURON_COMPILE_CACHE_URL/llamax-programs/<sha256>.json   {"program": "microstep", ...}
 
-This hash needs no device, so any machine with torch-xla can check whether a run is precompiled.
+This hash needs no device, so any machine with torch-xla can check whether a run is precompiled.  A
+note is of the compiler and of the flags (NEURON_CC_FLAGS) that it names: others compile anew.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
 
 from llamax.config.load import dump_config
 from llamax.config.schema import Config
-from llamax.runtime.errors import BackendError
-from llamax.runtime.files import new_file
+from llamax.runtime.errors import BackendError, LinkError
+from llamax.runtime.files import new_file, read_file
+from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.versions import installed
 
-NOTES = "llamax-programs"
+NOTES, FLAGS = "llamax-programs", "NEURON_CC_FLAGS"
 DEVICE_VARIABLES = ("NEURON_", "PJRT_", "XLA_")  # prefixes; unset where nothing runs on a device
 VERSIONS = ("torch-xla", "neuronx-cc")
 
@@ -55,16 +59,45 @@ def hashes(config: Config, world: int, cores: int, environ: Mapping[str, str]) -
     return found
 
 
-def write_notes(cache: Path, hashes: Mapping[str, str]) -> None:
+class Note(NamedTuple):
+    """What a program was compiled with, and for a note that was read its hash and its content."""
+
+    compiler: str | None
+    flags: str
+    digest: str = ""
+    content: Mapping[str, Any] = {}
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> Note:
+        """The note that this machine would write."""
+        return cls(installed("neuronx-cc"), environ.get(FLAGS, ""))
+
+
+def write_notes(cache: Path, hashes: Mapping[str, str], environ: Mapping[str, str]) -> None:
     """Write a note for each program (kind -> hash) into the compile cache."""
     folder = cache / NOTES
     folder.mkdir(parents=True, exist_ok=True)
     for kind, digest in hashes.items():
         part = folder / f".{digest}.{os.getpid()}"
         content = {"program": kind} | {package: installed(package) for package in VERSIONS}
+        content["flags"] = environ.get(FLAGS, "")
         with open(part, "w", opener=new_file) as file:
             file.write(json.dumps(content) + "\n")
         part.replace(folder / f"{digest}.json")
+
+
+def read_notes(cache: Path) -> Iterator[Note]:
+    """The notes of a compile cache; files that are none are passed by."""
+    for path in sorted((cache / NOTES).glob("*.json")):
+        if not re.fullmatch("[0-9a-f]{64}", path.stem):
+            continue
+        try:
+            content = parse_object(read_file(path))
+        except (JsonError, OSError, LinkError):
+            continue
+        compiler, flags = content.get("neuronx-cc"), content.get("flags", "")
+        if isinstance(compiler, str | None) and isinstance(flags, str):
+            yield Note(compiler, flags, path.stem, content)
 
 
 def has_notes(cache: Path) -> bool:
@@ -72,8 +105,14 @@ def has_notes(cache: Path) -> bool:
     return any((cache / NOTES).glob("*.json"))
 
 
-def missing(cache: Path, hashes: Mapping[str, str]) -> list[str]:
-    """The kinds of programs (kind -> hash) without a note in the compile cache."""
-    return [
-        kind for kind, digest in hashes.items() if not (cache / NOTES / f"{digest}.json").is_file()
-    ]
+def missing(cache: Path, hashes: Mapping[str, str], note: Note) -> list[str]:
+    """The kinds of programs (kind -> hash) without a note of the same compiler and flags.
+
+    Without an installed compiler any will do.
+    """
+    known = {
+        each.digest
+        for each in read_notes(cache)
+        if each.flags == note.flags and note.compiler in (None, each.compiler)
+    }
+    return [kind for kind, digest in hashes.items() if digest not in known]

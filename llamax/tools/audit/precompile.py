@@ -81,4 +81,4 @@ def _note(config: Config, where: Rendezvous, environ: Mapping[str, str]) -> None
     except BackendError as error:  # what was traced is compiled all the same
         logger.warning("%s; llamax doctor will not know what is in %s", error, cache)
         return
-    compile_cache.write_notes(Path(cache), found)
+    compile_cache.write_notes(Path(cache), found, environ)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from llamax.checkpoint.hf_folder import open_source
@@ -25,9 +25,11 @@ from llamax.config.base_model import read_base
 from llamax.config.constants import RENDEZVOUS_PORT
 from llamax.config.hardware import LOCAL, Machine
 from llamax.config.model import ModelConfig
+from llamax.config.neuron_sdk import installed_sdk
 from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import BackendName, Config
 from llamax.data.dataset import blend_words, open_dataset
+from llamax.launch.environment import sdk_notes
 from llamax.launch.jobfile import JobFile
 from llamax.parallel.rendezvous import NEURON_PORT
 from llamax.runtime.errors import CheckpointError, ConfigError, DataError, LlamaxError
@@ -36,8 +38,10 @@ from llamax.runtime.hub_files import CONFIG
 from llamax.runtime.hub_name import HubName, hub_name
 from llamax.runtime.units import count, show_bytes, show_number, show_time
 from llamax.tools.audit import compile_cache
+from llamax.tools.audit.compile_cache import FLAGS, Note
 from llamax.tools.doctor import Finding, Host, machine, storage, versions
 from llamax.tools.doctor.finding import passed, unknown
+from llamax.tools.doctor.shared_cache import shared_cache
 from llamax.tools.plan import Plan, nearest, plan_run
 from llamax.training.compile_guard import all_programs
 from llamax.training.resolve import ResolvedRun, resolve, visible_samples
@@ -52,6 +56,7 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     yield from machine.check(host, expected, ports)
     if job is None:
         return
+    yield from _sdk(host, job)
     folder = Path(job.folder)
     yield from storage.check(host, folder, job.nodes, wait_s)
     path = _below(folder, job.config.data.path)
@@ -63,10 +68,30 @@ def examine(host: Host, job: JobFile | None, wait_s: float) -> Iterator[Finding]
     yield from storage.disk(folder, run, found.time.step_s if found else None)
     yield from _dataset(path, folder.is_dir())
     yield from _base(folder, job.config)
-    if cache := host.environ.get("NEURON_COMPILE_CACHE_URL"):
-        world = job.nodes * job.ranks
-        hashes = partial(compile_cache.hashes, job.config, world, job.ranks, host.environ)
-        yield from storage.cache(cache, programs(job.config), hashes)
+    world = job.nodes * job.ranks
+    hashes = cache(partial(compile_cache.hashes, job.config, world, job.ranks, host.environ))
+    note = Note(host.version("neuronx-cc"), host.environ.get(FLAGS, ""))
+    if url := host.environ.get("NEURON_COMPILE_CACHE_URL"):
+        yield from storage.cache(url, programs(job.config), hashes, note)
+    if job.compile_cache and job.machine.neuron:
+        yield from shared_cache(job.compile_cache, hashes, note)
+
+
+def _sdk(host: Host, job: JobFile) -> Iterator[Finding]:
+    """The Neuron SDK of the job file, against the table and what is installed."""
+    why = "the image and the variables of the job are those of its SDK"
+    for note in sdk_notes(job):
+        what, _, fix = note.rpartition("; ")
+        yield Finding("warning", "job's SDK", what, why, fix)
+    found = installed_sdk(host.version)
+    if found is not None and job.machine.neuron and found.sdk != job.sdk.sdk:
+        yield Finding(
+            "warning",
+            "job's SDK",
+            f"Neuron SDK {found.sdk.name} is installed, but the job is for {job.sdk.sdk.name}",
+            why,
+            f'neuron_sdk = "{found.sdk.name}" in the job file, or install the other one',
+        )
 
 
 def observed(host: Host) -> Machine:

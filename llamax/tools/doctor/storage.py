@@ -24,6 +24,7 @@ from llamax.runtime.json_reader import parse_object
 from llamax.runtime.text import in_shell
 from llamax.runtime.units import count, show_bytes, show_time
 from llamax.tools.audit import compile_cache
+from llamax.tools.audit.compile_cache import Note
 from llamax.tools.doctor.file_operations import check_operations
 from llamax.tools.doctor.finding import Finding, Host, passed, unknown
 from llamax.tools.plan.sizes import adapter_elements
@@ -34,7 +35,10 @@ BEACONS = ".llamax-doctor"
 FRESH_S = 600  # age of a beacon that counts
 SKEW_S = 5.0  # difference between clocks that is a warning
 PROBE_BYTES = 32 * 2**20
-COMPILES = "each node would compile each program for 25 to 40 minutes while training waits"
+COMPILES = (
+    "each node would compile each program while training waits; published runs of models of 7B and "
+    "8B took 25 to 40 minutes"
+)
 PRECOMPILE = "llamax launch --phase precompile, before --phase train"
 LOCAL_KINDS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "overlay", "tmpfs", "zfs")
 
@@ -243,11 +247,12 @@ def _write_rate(folder: Path) -> float:
     return PROBE_BYTES / (time.perf_counter() - start)
 
 
-def cache(url: str, count: int, hashes: Hashes) -> Iterator[Finding]:
+def cache(url: str, count: int, hashes: Hashes, note: Note) -> Iterator[Finding]:
     """The compile cache: present, writable, and with the programs of the run.
 
     ``count``: the number of programs of the run.  ``hashes`` returns their hashes, or raises
-    BackendError where they cannot be traced; it is called only if the cache has notes.
+    BackendError where they cannot be traced; it is called only if the cache has notes.  ``note``:
+    the compiler and the flags of this machine.
     """
     if "://" in url:
         yield unknown("compile cache", f"{url} is not a folder", f"aws s3 ls --recursive {url}")
@@ -283,10 +288,10 @@ def cache(url: str, count: int, hashes: Hashes) -> Iterator[Finding]:
     elif len(done) < count:
         yield _compiles(f"{_programs(len(done))} in {folder}; the run has {count}")
     else:
-        yield from _precompiled(folder, len(done), hashes)
+        yield from _precompiled(folder, len(done), hashes, note)
 
 
-def _precompiled(folder: Path, done: int, hashes: Hashes) -> Iterator[Finding]:
+def _precompiled(folder: Path, done: int, hashes: Hashes, note: Note) -> Iterator[Finding]:
     """Whether the programs in the cache are those of the run."""
     compiled = f"{_programs(done)} in {folder}"
     if not compile_cache.has_notes(folder):
@@ -303,7 +308,7 @@ def _precompiled(folder: Path, done: int, hashes: Hashes) -> Iterator[Finding]:
             "compile cache", f"{compiled}; {error}", "run doctor where torch-xla is installed"
         )
         return
-    if missing := compile_cache.missing(folder, found):
+    if missing := compile_cache.missing(folder, found, note):
         names = " and ".join(missing)
         yield _compiles(f"{compiled}, without {names} of this run: it changed since precompile")
     else:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.hosts import host_with
+from support.hosts import host_with, levels
 from support.launch_jobs import job
 
 from llamax.config.neuron_sdk import (
@@ -22,7 +23,7 @@ from llamax.config.neuron_sdk import (
 from llamax.launch import environment, image
 from llamax.launch.checks import problems
 from llamax.runtime.errors import ConfigError
-from llamax.tools.doctor import Finding, Host, versions
+from llamax.tools.doctor import Finding, Host, doctor, versions
 
 # torch-neuronx, neuronx-cc, neuronx-distributed, nki, runtime-lib, collectives, dkms, tools of each
 # release: src/helperscripts/n2-manifest.json of aws-neuron-sdk, and "Release content" of 2.33.0.
@@ -192,6 +193,20 @@ def test_doctor_names_variables_that_an_sdk_ignores(tmp_path: Path) -> None:
     )
     assert not known_sdks()["2.28"].has("NEURON_RT_ONE_THREAD_PER_CORE")
     assert known_sdks()["2.29"].has("NEURON_RT_ONE_THREAD_PER_CORE")
+
+
+def test_doctor_compares_the_sdk_of_the_job(tmp_path: Path) -> None:
+    host = machine(tmp_path, "2.29.0")
+
+    def named(**changes: Any) -> list[str]:
+        found = [each for each in doctor._sdk(host, job(**changes))]
+        levels(found)
+        return [each.what for each in found]
+
+    assert named(neuron_sdk="2.29") == []
+    assert named() == ["Neuron SDK 2.29 is installed, but the job is for 2.28"]
+    assert len(named(neuron_sdk="2.34", environment={ASYNC: "3"})) == 4
+    assert named(instance="p5.48xlarge") == []
 
 
 def test_the_installed_sdk() -> None:

@@ -15,6 +15,7 @@ from llamax.config.load import load_config
 from llamax.model import lora
 from llamax.runtime.errors import BackendError
 from llamax.tools.audit import compile_cache
+from llamax.tools.audit.compile_cache import Note
 from llamax.tools.doctor import Host, storage
 from llamax.training.resolve import resolve
 
@@ -138,10 +139,12 @@ def test_bytes_of_a_checkpoint() -> None:
 
 def test_compile_cache(tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    traced = {"microstep": "a1", "update": "b2"}
+    traced = {"microstep": "a1" * 32, "update": "b2" * 32}
+    flags = {"NEURON_CC_FLAGS": "--model-type transformer"}
+    note = Note(None, flags["NEURON_CC_FLAGS"])
 
     def cache(url: Path | str = folder, count: int = 1) -> tuple[str, str, str]:
-        (found,) = storage.cache(str(url), count, lambda: traced)
+        (found,) = storage.cache(str(url), count, lambda: traced, note)
         return found.level, found.what, found.fix
 
     def nowhere() -> dict[str, str]:
@@ -163,12 +166,15 @@ def test_compile_cache(tmp_path: Path) -> None:
     told = f"1 compiled program in {folder}"
     assert (level, what) == ("warning", f"{told}; the run has 2")
     assert cache()[:2] == ("unknown", f"{told}, without notes about their run")
-    compile_cache.write_notes(folder, {"microstep": "a1"})
+    compile_cache.write_notes(folder, {"microstep": "a1" * 32}, flags)
     level, what, fix = cache()
     assert level == "warning"
     assert what == f"{told}, without update of this run: it changed since precompile"
     assert fix == storage.PRECOMPILE
-    compile_cache.write_notes(folder, traced)
+    compile_cache.write_notes(folder, traced, flags)
     assert cache()[:2] == ("ok", f"{told}, with microstep, update of this run")
-    (found,) = storage.cache(str(folder), 1, nowhere)
+    (found,) = storage.cache(str(folder), 1, nowhere, note)
     assert (found.level, found.what) == ("unknown", f"{told}; torch-xla is absent")
+    for other in (Note("2.24.1", note.flags), Note(None, "--optlevel=1")):  # these compile anew
+        (found,) = storage.cache(str(folder), 1, lambda: traced, other)
+        assert "without microstep and update of this run" in found.what
