@@ -15,9 +15,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from llamax.cli.options import Parser, command, folded
+from llamax.cli.options import Parser, batch_length, command, folded
 from llamax.cli.plan import DOES_NOT_FIT
 from llamax.config.choices import AUDIT_RANKS
+from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_writer import to_json
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import run_main
@@ -30,6 +31,7 @@ def parser() -> Parser:
         prog="llamax audit",
         usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME]\n"
         "                    [--ranks all|corners|deep] [--json]\n"
+        "                    [--generate BATCHxLENGTH [--greedy]]\n"
         "                    [--section.key=value ...]",
         description="Trace a run without devices. Exit code 0 if the whole cluster would compile "
         "each program once, 7 if not, 6 if a program does not fit into memory.",
@@ -45,6 +47,15 @@ def parser() -> Parser:
         help="beside those at the corners of the mesh trace every rank with few layers (default) "
         "or none, or every rank with all layers: seconds a rank",
     )
+    p.add_argument(
+        "--generate",
+        type=batch_length,
+        metavar="BATCHxLENGTH",
+        help="the programs of llamax generate --backend xla instead, for parallel.tensor ranks",
+    )
+    p.add_argument(
+        "--greedy", action="store_true", help="with --generate: always the most likely token"
+    )
     p.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return p
 
@@ -58,9 +69,24 @@ def main(argv: Sequence[str]) -> int:
     from llamax.tools.audit.auditor import DIFFERS, audit
     from llamax.tools.audit.report import as_json, show
 
-    report = audit(
-        options.config, options.instance, options.nodes, options.ranks, overrides=overrides
-    )
+    if options.generate is None and options.greedy:
+        raise ConfigError("--greedy is of --generate alone; leave it out")
+    if options.generate is None:
+        report = audit(
+            options.config, options.instance, options.nodes, options.ranks, overrides=overrides
+        )
+    else:
+        from llamax.tools.audit.generation import audit_generation
+
+        batch, length = options.generate
+        report = audit_generation(
+            options.config,
+            batch,
+            length,
+            options.instance,
+            options.greedy,
+            overrides=overrides,
+        )
     if options.json:
         print_text(to_json(as_json(report)))
     else:

@@ -19,9 +19,10 @@ from llamax.data.chat.templates import BUILT_IN
 from llamax.data.prepare.row_samples import FIELDS
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.errors import ConfigError
-from llamax.runtime.logging import bars_aside, setup_logging
+from llamax.runtime.logging import bars_aside, logger, setup_logging
 from llamax.runtime.process import run_main
 from llamax.runtime.text import encodable, print_text
+from llamax.runtime.units import count
 
 
 def parser() -> Parser:
@@ -122,6 +123,11 @@ def parser() -> Parser:
     p.add_argument(
         "--batch", type=int, default=8, metavar="N", help="prompts computed at once (default 8)"
     )
+    p.add_argument(
+        "--precompile",
+        action="store_true",
+        help="backend xla: compile the programs of --batch and --length, generate nothing",
+    )
     p.add_argument("--out", type=Path, metavar="FILE.jsonl", help="new file, a line per prompt")
     return p
 
@@ -135,7 +141,7 @@ def main(argv: Sequence[str]) -> int:
     models = _models(options.model, options.compare)
 
     from llamax.inference.engine import Completion
-    from llamax.inference.generate import GenerationSettings, compare, generate
+    from llamax.inference.generate import GenerationSettings, compare, generate, precompile
     from llamax.inference.prompts import Prompt
     from llamax.inference.side_by_side import columns
 
@@ -158,6 +164,14 @@ def main(argv: Sequence[str]) -> int:
         threads=options.threads,
         length=options.length,
     )
+    if options.precompile:
+        if options.prompt or options.prompts_file or len(models) > 1:
+            raise ConfigError("--precompile takes one model and no prompts; leave them out")
+        number = precompile(
+            models[0], settings, tokenizer=options.tokenizer, base=options.base, rank=rank
+        )
+        logger.info("precompiled %s; nothing was generated", count(number, "program"))
+        return 0
 
     def show_completion(number: int, total: int, prompt: Prompt, completion: Completion) -> None:
         if total == 1:  # shown piece by piece

@@ -132,6 +132,16 @@ def number(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} is not a whole number such as 2000, 300B or 3e11")
 
 
+def batch_length(text: str) -> tuple[int, int]:
+    """BATCHxLENGTH, such as 8x2048, as a pair; the type of an option."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not BATCHxLENGTH, prompts at once and tokens of each, such as 8x2048"
+        )
+    return int(match[1]), int(match[2])
+
+
 def size(text: str) -> int:
     """A size in bytes, such as 64MiB; the type of an option."""
     try:

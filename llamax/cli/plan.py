@@ -16,11 +16,12 @@ Each line has its formula.  The exit code is 0 if the plan fits into memory and 
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from functools import partial
 
-from llamax.cli.options import Parser, command, folded, number, with_options
+from llamax.cli.options import Parser, batch_length, command, folded, number, with_options
 from llamax.config.hardware import machine_names
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_writer import to_json
@@ -36,7 +37,8 @@ def parser() -> Parser:
     p = Parser(
         prog="llamax plan",
         usage="%(prog)s --config NAME_OR_PATH [--nodes N] [--instance NAME_OR_TOML]\n"
-        "                   [--tokens N] [--search] [--json] [--section.key=value ...]",
+        "                   [--tokens N] [--search] [--generate BATCHxLENGTH] [--json]\n"
+        "                   [--section.key=value ...]",
         description="Memory, time and cost of a run, by arithmetic. Exit code 0 if it fits into "
         "memory, 6 if not.",
         allow_abbrev=False,
@@ -58,6 +60,12 @@ def parser() -> Parser:
     ):
         p.add_argument(f"--{name}", type=number, metavar="N", help=what)
     p.add_argument("--search", action="store_true", help="list the layouts that fit, best first")
+    p.add_argument(
+        "--generate",
+        type=batch_length,
+        metavar="BATCHxLENGTH",
+        help="memory and time of llamax generate --backend xla instead, on parallel.tensor ranks",
+    )
     p.add_argument("--json", action="store_true", help="print the numbers as JSON")
     return p
 
@@ -66,6 +74,8 @@ def parser() -> Parser:
 def main(argv: Sequence[str]) -> int:
     """Print the plan; 0 if it fits, ``DOES_NOT_FIT`` if not."""
     options, overrides = parser().parse_known_args(list(argv))
+    if options.generate is not None:
+        return generation(options, overrides)
 
     from llamax.tools.plan import GivenLength, length_of, nearest, place, plan_length, search
     from llamax.tools.plan.report import (
@@ -116,6 +126,21 @@ def main(argv: Sequence[str]) -> int:
     else:
         print_text("\n".join(folded(map(with_options, lines), FORMULA)))
     return 0 if fits else DOES_NOT_FIT
+
+
+def generation(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Print the plan of generating; 0 if it fits, ``DOES_NOT_FIT`` if not."""
+    from llamax.tools.plan.generation import generation_as_json, plan_generation, show_generation
+
+    batch, length = options.generate
+    plan = plan_generation(
+        options.config, batch, length, options.instance or "", overrides=overrides
+    )
+    if options.json:
+        print_text(to_json(generation_as_json(plan)))
+    else:
+        print_text("\n".join(folded(show_generation(plan), FORMULA)))
+    return 0 if plan.fits else DOES_NOT_FIT
 
 
 if __name__ == "__main__":

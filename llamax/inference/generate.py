@@ -39,7 +39,7 @@ from llamax.inference.engine import (
 )
 from llamax.inference.prompts import Prompt, PromptFormat, read_prompts
 from llamax.inference.sampling import Sampling, check_prompts, sampling_of
-from llamax.inference.static_decoding import StaticDecoder, cache_length
+from llamax.inference.static_decoding import StaticDecoder, cache_length, programs
 from llamax.model.placement import move_model
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
@@ -94,8 +94,8 @@ class GenerationSettings:
     threads: int = 0
     """CPU threads per rank; 0: an equal share of the cores."""
     length: int = 0
-    """Backend "xla": tokens of a prompt and its answer for which programs are compiled; 0: those of
-    the longest, rounded up."""
+    """Backend "xla": tokens of a prompt and its answer for which programs are compiled, then for
+    all of ``batch``; 0: those of the longest, rounded up."""
 
     def __post_init__(self) -> None:
         check_computing(self.batch, self.threads, self.dtype, self.backend, BACKENDS)
@@ -196,6 +196,31 @@ def generate(
                     write_line(file, {**prompt.row, **asdict(completion)})
         logger.info("%s", engine.speed)
     return done
+
+
+def precompile(
+    model: str | Path,
+    settings: GenerationSettings,
+    *,
+    tokenizer: str | Path = "",
+    base: str | Path = "",
+    rank: Rendezvous = ALONE,
+) -> int:
+    """Compile the programs of ``settings`` without generating; returns their number.
+
+    ``settings`` have backend "xla" and a ``length``; for the rest and the errors see ``generate``.
+    """
+    if not settings.length:
+        raise ConfigError(
+            "`precompile` needs `backend` xla and `length`, the tokens to compile for"
+        )
+    rows, settings = read_prompts((), None, settings.template), replace(settings, max_new_tokens=1)
+    opened = ask(_load(Path(model), str(tokenizer), str(base), rank.world_size), rows, settings)
+    with _engines([opened], settings, rank, None) as (engine_of, _):
+        decoder = engine_of(0).decoder
+        assert decoder is not None
+        decoder.run_all()
+    return len(programs(settings.length))
 
 
 class Comparison(NamedTuple):
@@ -336,7 +361,7 @@ def static_decoder(
     return StaticDecoder(
         engine.model,
         backend,
-        min(settings.batch, len(prompts)),
+        settings.batch if settings.length else min(settings.batch, len(prompts)),
         length,
         engine.sampling.temperature == 0,
         engine.tokenizer.vocab_size,

@@ -35,7 +35,6 @@ from llamax.parallel.collectives import Axis
 from llamax.runtime.errors import ConfigError
 
 SMALLEST = 64  # tokens of the smallest bucket
-DECODE = "decode"  # the name of the program of one token
 
 
 class Boundary(Protocol):
@@ -64,6 +63,11 @@ def buckets(length: int) -> list[int]:
     return sorted({bucket(tokens, length) for tokens in range(1, max(2, length))})
 
 
+def programs(length: int) -> list[str]:
+    """The names of all programs for a cache of ``length``."""
+    return [*(f"prefill of {width} tokens" for width in buckets(length)), "decode"]
+
+
 def cache_length(config: ModelConfig, prompts: Prompts, max_new_tokens: int, asked: int = 0) -> int:
     """The places of a cache: as ``asked``, or those that the prompts need, as a bucket.
 
@@ -89,7 +93,8 @@ class StaticDecoder:
     """Continues ``batch`` prompts at once in a cache of ``length`` places.
 
     ``greedy``: whether programs choose the tokens.  ``vocab_size``: the ids that may be chosen, by
-    default all of the model's.  Raises ConfigError if there is no memory for the cache.
+    default all of the model's.  ``memory``: as of KVPool.  Raises ConfigError if there is no memory
+    for the cache.
     """
 
     def __init__(
@@ -100,35 +105,55 @@ class StaticDecoder:
         length: int,
         greedy: bool,
         vocab_size: int | None = None,
+        memory: bool = True,
     ) -> None:
         self.model, self.backend, self.batch, self.length = model, backend, batch, length
         self.greedy = greedy
         self.vocab_size = min(filter(None, (vocab_size, model.config.vocab_size)))
         self.device = model.tp.rank_index.device
-        self.pool = KVPool(model, batch, length)
+        self.pool = KVPool(model, batch, length, memory)
 
-    @torch.no_grad()
     def prefill(self, prompts: Prompts) -> Result:
         """Start the program of up to ``batch`` prompts: the token after each of them."""
         width = bucket(max(map(len, prompts)), self.length)
         rows = [*prompts, *[[0]] * (self.batch - len(prompts))]
         padded = [[*row, *[0] * (width - len(row))] for row in rows]
         ids_BS, last_B = self._sent(padded), self._sent([len(row) - 1 for row in rows])
-        positions_1S = torch.arange(width, dtype=torch.int32, device=self.device)[None]
+        result = self._prefilled(ids_BS, last_B)
+        self.backend.step_boundary()
+        return result
+
+    def decode(self, tokens_B: Tensor) -> Result:
+        """Start the program of one more token of each sequence: the token after ``tokens_B``."""
+        result = self._decoded(tokens_B)
+        self.backend.step_boundary()
+        return result
+
+    # Every tensor that still has a name at the boundary would be an output of the program.
+
+    @torch.no_grad()
+    def _prefilled(self, ids_BS: Tensor, last_B: Tensor) -> Result:
+        positions_1S = torch.arange(ids_BS.shape[1], dtype=torch.int32, device=self.device)[None]
         attend = self.pool.prefill(range(self.batch))
         x_BSD = self.model.hidden(ids_BS, positions_1S, attend=attend)
         last_B1 = last_B[:, None]
         self._positions_B1 = last_B1 + torch.ones_like(last_B1)
-        return self._finish(ops.at_places(x_BSD, last_B))
+        return self._chosen(ops.at_places(x_BSD, last_B))
 
     @torch.no_grad()
-    def decode(self, tokens_B: Tensor) -> Result:
-        """Start the program of one more token of each sequence: the token after ``tokens_B``."""
+    def _decoded(self, tokens_B: Tensor) -> Result:
         positions_B1 = self._positions_B1
         attend = self.pool.decode(positions_B1, self.length)
         x_B1D = self.model.hidden(tokens_B[:, None], positions_B1, attend=attend)
         self._positions_B1 = positions_B1 + torch.ones_like(positions_B1)
-        return self._finish(x_B1D)
+        return self._chosen(x_B1D)
+
+    def _chosen(self, x_B1D: Tensor) -> Result:
+        """The result from the activations of one place of each sequence."""
+        share_Bv = self.model.logits_share(x_B1D)[:, 0]
+        if self.greedy:
+            return Result(*choose(share_Bv, self.model.tp, self.vocab_size))
+        return Result(logits_BV=regions.join(share_Bv, self.model.tp, 1))
 
     def read(
         self, result: Result, sampling: Sampling, streams: Sequence[torch.Generator], first: bool
@@ -149,29 +174,17 @@ class StaticDecoder:
         tokens = sampling.pick(logits_BV[:, : self.vocab_size], streams).tolist()
         return tokens, self._sent([*tokens, *[0] * (self.batch - count)])
 
-    def trace(self) -> Iterator[str]:
-        """Start every program of every prompt once; yields the name of each after it.
+    def run_all(self, prompts: int = 1) -> None:
+        """Start every program once, on ``prompts`` made-up prompts, in the order of ``programs``.
 
         Their results are not looked at: while programs are only collected they are zeros.
         """
         for width in buckets(self.length):
-            self.prefill([[0] * width])
-            yield f"prefill, {width} tokens"
+            self.prefill([[0] * width] * prompts)
         self.decode(self._sent([0] * self.batch))
-        yield DECODE
 
     def _sent(self, values: object) -> Tensor:
         return torch.tensor(values, dtype=torch.int32).to(self.device)
-
-    def _finish(self, x_B1D: Tensor) -> Result:
-        """Choose from the activations of one place of each sequence, and end the program."""
-        share_Bv = self.model.logits_share(x_B1D)[:, 0]
-        if self.greedy:
-            result = Result(*choose(share_Bv, self.model.tp, self.vocab_size))
-        else:
-            result = Result(logits_BV=regions.join(share_Bv, self.model.tp, 1))
-        self.backend.step_boundary()
-        return result
 
 
 def choose(logits_Bv: Tensor, tp: Axis, vocab_size: int) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this 
 
 import torch
 from support import adapters
+from support.models import TINY
 from support.runs import on_mesh
 from support.tiny_run import config, make_dataset, write
 from torch import Tensor
@@ -27,6 +28,7 @@ from llamax.backends.tracing import HostRead, Tracer
 from llamax.config.flops import flops_per_token
 from llamax.config.hardware import load_machine
 from llamax.config.schema import Config, FinetuneConfig, ParallelConfig
+from llamax.model.llama import Llama
 from llamax.optim.lazy import LazyGroup
 from llamax.optim.zero import Zero
 from llamax.parallel import tensor_parallel
@@ -35,6 +37,7 @@ from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import compile_cache, hlo
 from llamax.tools.audit.auditor import audit_run, first_of_stages
 from llamax.tools.audit.compile_cache import Note
+from llamax.tools.audit.generation import audit_generation
 from llamax.tools.audit.report import AuditReport
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
 from llamax.training.resolve import resolve
@@ -303,3 +306,39 @@ def test_an_audit_of_stages_counts_the_work_of_each_kind(
     for name in validation:  # the whole square of scores is computed on a CPU, not half of it
         assert 1 <= work[name].work.matmul_flops / work[name].model_flops < 1.2, name
     assert {name.partition(",")[0] for name in work} == {"forward", "backward", "validation"}
+
+
+# --- generating
+
+
+def audited_generation(**model: Any) -> AuditReport:
+    cfg = Config(replace(TINY, **model), ParallelConfig(tensor=2))
+    return audit_generation(cfg, 2, 60, greedy=True)
+
+
+def test_the_programs_of_generating_are_the_same_on_every_rank_and_at_every_step() -> None:
+    report = audited_generation()
+    assert report.passes, report.problems
+    assert [kind.name for kind in report.kinds] == ["prefill of 60 tokens", "decode"]
+    for kind in report.kinds:
+        assert not kind.remarks
+        assert len(kind.traced) == 2
+        sums = {each.kind: each.count for each in kind.collectives}
+        assert sums == {"all-reduce": 1 + 2 * TINY.num_hidden_layers, "all-gather": 1}
+        assert len(kind.program.outputs) == 2 * TINY.num_hidden_layers + 3, "only what is kept"
+        assert kind.model_flops <= kind.work.matmul_flops < 1.3 * kind.model_flops
+    assert report.memory.cache == 2 * 2 * 2 * 60 * (32 // 4) * 4  # k and v, layers, batch, places
+
+
+@pytest.mark.parametrize("planted", ["rank", "step"])
+def test_a_number_in_the_programs_of_generating_is_found(planted: str) -> None:
+    share, steps = Llama.logits_share, iter(range(100))
+
+    def numbered(self: Llama, x: Tensor) -> Tensor:
+        number = self.tp.rank if planted == "rank" else next(steps)
+        return share(self, x) + torch.full_like(share(self, x), number)
+
+    with mock.patch.object(Llama, "logits_share", numbered):
+        found = audited_generation(num_hidden_layers=1).divergences
+    assert found[0].where == ("rank 1" if planted == "rank" else "rank 0, 2 prompts")
+    assert HERE in found[0].how.found.source

@@ -30,18 +30,24 @@ from llamax.runtime.units import show_bytes
 class KVPool:
     """Keys and values of ``slots`` sequences of up to ``length`` positions, for one model.
 
+    The first zeros are copied from the host, because on a device that compiles they would be a
+    program; without ``memory``, for a device that only traces, they are just recorded.
     Raises ConfigError if there is no memory for them.
     """
 
-    def __init__(self, model: Llama, slots: int, length: int) -> None:
+    def __init__(self, model: Llama, slots: int, length: int, memory: bool = True) -> None:
         config = model.config
         heads = max(1, config.num_key_value_heads // model.tp.size)
         like = model.output_weight
         self.slots, self.length = slots, length
         shape = (config.num_hidden_layers, 2, slots, heads, length, config.head_dim)
         try:
-            self._layers = [  # zeros from the host: on a device they might be a program
-                tuple(torch.zeros(shape[2:], dtype=like.dtype).to(like.device) for _ in range(2))
+            home = "cpu" if memory else like.device
+            self._layers = [
+                tuple(
+                    torch.zeros(shape[2:], dtype=like.dtype, device=home).to(like.device)
+                    for _ in range(2)
+                )
                 for _ in range(shape[0])
             ]
         except RuntimeError:  # of which torch's out-of-memory errors are a kind

@@ -76,10 +76,11 @@ class Memory:
     live: dict[str, Live]
     available: float
     in_flight: int = 0  # kept of the microbatches between their passes through a stage
+    cache: int = 0  # of keys and values
 
     @property
     def resident(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.in_flight
+        return self.weights + self.gradients + self.optimizer + self.in_flight + self.cache
 
     @property
     def fullest(self) -> str:
@@ -190,7 +191,7 @@ def show(audit: AuditReport) -> Iterator[str]:
     )
     yield ""
     width = max(17, *(len(kind.name) for kind in audit.kinds if kind.model_flops))
-    yield (f"{'work of a rank':<{width}}   matmul FLOPs   share of all   6N + attention   ratio")
+    yield (f"{'work of a rank':<{width}}   matmul FLOPs   share of all      model FLOPs   ratio")
     for kind in audit.kinds:
         if kind.model_flops:
             work = kind.work
@@ -229,12 +230,16 @@ def _counted(traffic: Traffic) -> str:
     return f"{traffic.count:,}, {show_bytes(traffic.sent_bytes)}" if traffic.count else "none"
 
 
+_TRAINING = ("weights", "gradients", "optimizer", "reserve")
+
+
 def _show_memory(memory: Memory) -> Iterator[str]:
     yield ""
     available = show_bytes(memory.available)
     fits = "fits" if memory.fits else "DOES NOT FIT"
     yield f"memory of a core: {show_bytes(memory.peak)} of {available}, estimated: {fits}"
-    for name in ("weights", "gradients", "optimizer", "reserve"):
+    names = ("weights", "cache", "reserve") if memory.cache else _TRAINING
+    for name in names:
         yield f"  {name:<24}{show_bytes(getattr(memory, name)):>10}"
     if memory.in_flight:
         yield f"  {'microbatches in flight':<24}{show_bytes(memory.in_flight):>10}"
@@ -279,6 +284,7 @@ def as_json(audit: AuditReport) -> dict[str, object]:
             "gradients": audit.memory.gradients,
             "optimizer": audit.memory.optimizer,
             "reserve": audit.memory.reserve,
+            "cache": audit.memory.cache,
             "live": {
                 name: {**asdict(live), "added_bytes": live.added_bytes}
                 for name, live in audit.memory.live.items()

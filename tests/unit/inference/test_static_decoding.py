@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from support.models import TIED, tiny
 
-from llamax.inference.generate import GenerationSettings
+from llamax.cli.generate import main
+from llamax.inference.generate import GenerationSettings, precompile
 from llamax.inference.sampling import Sampling, generate_tokens, join_steps
 from llamax.inference.static_decoding import (
     StaticDecoder,
@@ -93,3 +95,10 @@ def test_a_cache_that_does_not_fit_is_an_error(asked: int, message: str) -> None
 def test_a_length_that_cannot_be_is_an_error(length: int, backend: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(GenerationSettings(), length=length, backend=backend)
+
+
+def test_precompiling_needs_the_shapes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`precompile` needs `backend` xla and `length`"):
+        precompile(tmp_path, GenerationSettings())
+    with pytest.raises(ConfigError, match="--precompile takes one model and no prompts"):
+        main([str(tmp_path), "--precompile", "--prompt", "a"])
