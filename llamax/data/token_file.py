@@ -263,12 +263,13 @@ class TokenWriter:
     """Writes a token file document by document, in constant memory.
 
     Use it in a ``with`` block: the file appears under its name, complete and on disk, when the
-    block ends without an error, and not at all otherwise.
+    block ends without an error, and not at all otherwise.  If not ``durable`` it may be lost, or
+    damaged, where the machine fails soon after.
     """
 
-    def __init__(self, path: str | Path, header: Header) -> None:
+    def __init__(self, path: str | Path, header: Header, durable: bool = True) -> None:
         self.path = Path(path)
-        self.header = header
+        self.header, self.durable = header, durable
         kinds = ("partial", "offsets", "bits")
         self._scratch = [self.path.with_name(f".{self.path.name}.{kind}") for kind in kinds]
         self._tokens = self._documents = self._text_bytes = self._counted = 0
@@ -323,7 +324,8 @@ class TokenWriter:
                     self._finish()
             if error is None:
                 os.replace(self._scratch[0], self.path)
-                sync_folder(self.path.parent)
+                if self.durable:
+                    sync_folder(self.path.parent)
         finally:
             for path in self._scratch:
                 path.unlink(missing_ok=True)
@@ -355,7 +357,8 @@ class TokenWriter:
         self._file.seek(0)
         self._file.write(self.header.to_bytes())
         self._file.flush()
-        sync_handle(self._file.fileno(), Path(self._file.name))
+        if self.durable:
+            sync_handle(self._file.fileno(), Path(self._file.name))
 
     def _append(self, scratch: IO[bytes]) -> None:
         """Append a section that was collected in a file, then pad for the next section."""

@@ -14,6 +14,7 @@ import hashlib
 import json
 import multiprocessing
 import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -124,7 +125,7 @@ def make_part(
     header = header_of(settings, tokenizer)
     with disk_space(folder, chunk.size_bytes * header.dtype.itemsize), ExitStack() as stack:
         writers = {
-            split: stack.enter_context(TokenWriter(path, header))
+            split: stack.enter_context(TokenWriter(path, header, durable=False))
             for split, path in zip(SPLITS, paths, strict=True)
         }
         missed: Counter[str] = Counter()
@@ -200,7 +201,8 @@ def make_parts(
                 make_part(*job, tokenizer, progress.count)
                 progress.finish(size)
             return parts
-        context = multiprocessing.get_context("spawn")
+        # A fork shares the engines that this process has loaded; they have no threads.
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         progress.share(context)
         with ProcessPoolExecutor(
             min(workers, len(jobs)), context, _start_worker, (progress.shared, tokenizer)

@@ -125,8 +125,7 @@ def prepare(
         bos: Whether documents begin with BOS; by default as the tokenizer adds it; Megatron: no.
         eos: Whether documents end with EOS; default as for ``bos``.
         format: "llamax", one checked file for each split, or "megatron", .bin and .idx files.
-        workers: Number of processes.  More than 1 are spawned: a script that calls this needs
-            ``if __name__ == "__main__":``.
+        workers: Number of processes; more than 1 are forks of this one on Linux.
         template: Name of a built-in template, a Jinja file, a tokenizer_config.json or a folder
             with one.  The parameters below need a template.
         fields: Columns of the fields instruction, context, answer, system and messages, where they

@@ -7,7 +7,7 @@ seen to go on.
 from __future__ import annotations
 
 import time
-from multiprocessing.context import SpawnContext
+from multiprocessing.context import BaseContext
 from typing import Any
 
 from llamax.runtime import progress
@@ -42,7 +42,7 @@ class Progress(progress.Progress):
         self._parts, self._finished, self._tokens = parts, 0, 0
         self.shared: Any = None
 
-    def share(self, context: SpawnContext) -> None:
+    def share(self, context: BaseContext) -> None:
         """Count tokens in memory that is shared with workers."""
         self.shared = context.Value("q", 0)
 

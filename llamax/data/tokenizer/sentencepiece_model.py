@@ -117,6 +117,8 @@ def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    if (value := raw[at]) < 128:
+        return value, at + 1
     value = shift = 0
     while True:
         byte = raw[at]

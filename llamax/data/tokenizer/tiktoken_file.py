@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import re
+from binascii import a2b_base64
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -53,7 +53,7 @@ class TikToken:
     def ranks(self) -> dict[bytes, int]:
         """The rank of each token."""
         lines = (line.split() for line in self._raw.splitlines() if line)
-        return {base64.b64decode(token): int(rank) for token, rank in lines}
+        return {a2b_base64(token): int(rank) for token, rank in lines}
 
     @cached_property
     def engine(self) -> Any:
