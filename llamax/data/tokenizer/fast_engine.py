@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llamax.data.tokenizer.fast_settings import Unsupported
-from llamax.data.tokenizer.unicode_ages import RECENT
+from llamax.data.tokenizer.unicode_ages import has_recent
 
 Ids = npt.NDArray[np.uint32]
 Encode = Callable[[str], Sequence[int]]
@@ -51,7 +51,7 @@ class FastEngine:
 
     def encode(self, text: str, reference: Encode, begins: bool = True) -> Ids:
         """The ids of a text; ``begins``: whether it begins a document, perhaps with a space."""
-        if self._by_class and not text.isascii() and RECENT.search(text):
+        if self._by_class and not text.isascii() and has_recent(text):
             return np.array(reference(text), np.uint32)
         if begins and self._prefix and text:
             text = self._prefix + text
