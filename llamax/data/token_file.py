@@ -22,7 +22,7 @@ import mmap
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -382,7 +382,9 @@ class _Blocks:
 
     def write(self, data: memoryview) -> None:
         self._file.write(data)
-        for piece in self._cut(data):
+        while data:
+            room = BLOCK_BYTES - self._filled
+            piece, data = data[:room], data[room:]
             self._crc = zlib.crc32(piece, self._crc)
             self._filled += len(piece)
             if self._filled == BLOCK_BYTES:
@@ -394,10 +396,3 @@ class _Blocks:
 
     def checksums(self) -> list[int]:
         return [*self._done, self._crc] if self._filled else self._done
-
-    def _cut(self, data: memoryview) -> Iterator[memoryview]:
-        start = 0
-        while start < len(data):
-            stop = min(len(data), start + BLOCK_BYTES - self._filled)
-            yield data[start:stop]
-            start = stop
