@@ -53,7 +53,7 @@ MISSING = """if ! command -v mpirun >/dev/null; then
 fi
 """
 FIRST_HOST = r"""# the first node of the hostfile; each rank resolves its name to IPv4
-if ! [[ -r $hostfile ]]; then
+if ! [[ -f $hostfile && -r $hostfile ]]; then
     echo "mpirun.hostfile=$hostfile cannot be read on this machine" >&2
     exit 2
 fi

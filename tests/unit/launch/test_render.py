@@ -162,6 +162,7 @@ def test_actions_on_a_kubernetes_job_that_is_not_there_end_well(tmp_path: Path, 
     ("text", "message"),
     [
         (None, "cannot be read on this machine"),
+        ("PIPE", "cannot be read on this machine"),
         ("", "lists 0 of 2 nodes"),
         ("# all\n^a\n", "lists 0 of 2 nodes"),
         ("a slots=2\nme@a:2\n", "lists 1 of 2 nodes"),
@@ -172,7 +173,9 @@ def test_actions_on_a_kubernetes_job_that_is_not_there_end_well(tmp_path: Path, 
 def test_a_hostfile_that_lists_too_few_nodes_is_one_line(
     tmp_path: Path, text: str | None, message: str
 ) -> None:
-    if text is not None:
+    if text == "PIPE":
+        os.mkfifo(tmp_path / "hosts")
+    elif text is not None:
         (tmp_path / "hosts").write_text(text)
     (tmp_path / "python3").write_text("#!/bin/bash\necho started\n")
     (tmp_path / "python3").chmod(0o755)
