@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
-from llamax.launch import image, prepare, sagemaker, serving
+from llamax.launch import image, prepare, sagemaker, sagemaker_serve, serving
 from llamax.launch.environment import RESERVED
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.errors import ConfigError
@@ -65,11 +65,16 @@ def _serve(job: JobFile, launcher: str) -> list[str]:
     found = list(_environment(job))
     try:
         found += serving.problems(job)
+        found += sagemaker_serve.problems(job) if launcher == "sagemaker" else []
     except ConfigError as error:
         found.append(first_problem(error))
     for key, value in (("image", job.image), ("serve.image", job.serve.image)):
         if value and not IMAGE.fullmatch(value):
             found.append(_no_image(key, value))
+    if launcher != "sagemaker" and not job.serve.model:
+        found.append(
+            "serve.model is empty; set it to the folder that llamax consolidate or merge wrote"
+        )
     if launcher == "k8s":
         found += _kubernetes(job)
         if not _inside(serving.folder(job), job.storage.mount or "/"):
@@ -77,6 +82,8 @@ def _serve(job: JobFile, launcher: str) -> list[str]:
                 f"serve.model={job.serve.model!r} is not below storage.mount={job.storage.mount}; "
                 "export the model there"
             )
+    elif launcher == "sagemaker":
+        found += _sagemaker_name(job)
     else:
         found += _name(job)
         if not os.path.isabs(serving.folder(job)):
@@ -303,11 +310,7 @@ def _sagemaker(job: JobFile, phase: str) -> Iterator[str]:
             "sagemaker.secret is empty, but there are secrets; set it to the name or ARN of a JSON "
             "object in AWS Secrets Manager that has their names"
         )
-    if not SAGEMAKER_NAME.fullmatch(job.name) or len(job.name) > sagemaker.LONGEST_NAME:
-        yield (
-            f"name={job.name!r} is refused by SageMaker; use letters, digits and -, up to "
-            f"{sagemaker.LONGEST_NAME} of them"
-        )
+    yield from _sagemaker_name(job)
     if not IMAGE.fullmatch(job.image):
         yield (
             f"image={job.image!r} is not an image name; set it to the image that --phase image "
@@ -332,6 +335,14 @@ def _sagemaker(job: JobFile, phase: str) -> Iterator[str]:
         yield (
             f"sagemaker.output={job.sagemaker.output!r} is not an s3:// folder; checkpoints are "
             "written there"
+        )
+
+
+def _sagemaker_name(job: JobFile) -> Iterator[str]:
+    if not SAGEMAKER_NAME.fullmatch(job.name) or len(job.name) > sagemaker.LONGEST_NAME:
+        yield (
+            f"name={job.name!r} is refused by SageMaker; use letters, digits and -, up to "
+            f"{sagemaker.LONGEST_NAME} of them"
         )
 
 

@@ -20,6 +20,7 @@ BASE_IMAGES = {
     "cuda": "public.ecr.aws/deep-learning-containers/pytorch-training:"
     f"{OLDEST_TORCH}.0-gpu-py312-cu130-ubuntu22.04-ec2"
 }
+ENDPOINT = "/opt/ml/model --host 0.0.0.0 --port 8080"
 PACKAGES = "openmpi-bin openssh-client openssh-server procps"
 
 
@@ -75,4 +76,8 @@ RUN cd /opt/llamax && pip="python3 -m pip install --no-cache-dir" \\
     && $pip $locked --requirement /tmp/build.txt --target /tmp/build \\
     && PYTHONPATH=/tmp/build $pip --no-index --no-build-isolation --editable ".[$extras]" \\
     && rm -rf /tmp/build /tmp/needed.txt /tmp/build.txt
+
+# SageMaker starts the server of an endpoint as `serve`; LLAMAX_SERVE has its options
+RUN printf '#!/bin/sh\\nexec python3 -m llamax serve {ENDPOINT} $LLAMAX_SERVE\\n' \\
+        >/usr/local/bin/serve && chmod 755 /usr/local/bin/serve
 """

@@ -131,6 +131,8 @@ class SageMaker:
     """s3:// or file:// folder of the dataset."""
     inputs: str = ""
     """Phase prepare: s3:// or file:// folder that the paths of the section prepare start in."""
+    model: str = ""
+    """Phase serve: s3:// folder of the exported model; in local mode file://."""
     prepare_instance: str = "c5.9xlarge"
     """Phase prepare: instance type, of 36 CPUs by default."""
     volume_gib: Count = 100

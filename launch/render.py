@@ -21,6 +21,7 @@ from llamax.launch import (
     kubernetes_serve,
     mpirun,
     sagemaker,
+    sagemaker_serve,
     script,
     slurm,
     torchrun,
@@ -33,7 +34,12 @@ PHASES = {
     "slurm": ("prepare", "precompile", "train", "tensorboard"),
     "docker": ("image", "serve"),
     "k8s": ("image", "shell", "prepare", "precompile", "train", "tensorboard", "serve"),
-    "sagemaker": ("image", "prepare", "train"),
+    "sagemaker": ("image", "prepare", "train", "serve"),
+}
+SERVERS = {
+    "docker": docker.render,
+    "k8s": kubernetes_serve.render,
+    "sagemaker": sagemaker_serve.render,
 }
 REPOSITORY = Path(__file__).resolve().parents[1]
 ACTIONS = ("start", "status", "logs", "utilization", "stop", "clean")
@@ -44,7 +50,7 @@ def render(job: JobFile, launcher: str, phase: str) -> str:
     if phase == "image":
         return image.dockerfile(job)
     if phase == "serve":
-        return docker.render(job) if launcher == "docker" else kubernetes_serve.render(job)
+        return SERVERS[launcher](job)
     if phase == "tensorboard" and launcher != "k8s":
         return script.tensorboard(job)
     if launcher == "torchrun":
@@ -64,15 +70,17 @@ def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
         return slurm.action(job, phase, what)
     if launcher == "k8s":
         return kubernetes.action(job, phase, what)
+    if launcher == "sagemaker" and phase == "serve":
+        return sagemaker_serve.action(job, what)
     if launcher == "sagemaker":
         return sagemaker.action(job, phase, what)
     return script.action(job, phase, what)
 
 
-def needed(launcher: str, what: str) -> str:
+def needed(launcher: str, phase: str, what: str) -> str:
     """The program that an action calls, or nothing."""
     if launcher == "sagemaker":
-        return "" if what == "clean" else "aws"
+        return "" if what == "clean" and phase != "serve" else "aws"
     if launcher == "slurm":
         return "" if what == "logs" else "squeue"
     return {"k8s": "kubectl", "docker": "docker"}.get(launcher, "")

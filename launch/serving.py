@@ -20,6 +20,7 @@ import os.path
 from collections.abc import Iterator
 from dataclasses import dataclass
 from shlex import quote
+from typing import Any
 
 from llamax.config.hardware import Machine
 from llamax.launch.jobfile import JobFile
@@ -124,9 +125,13 @@ def folder(job: JobFile) -> str:
     return os.path.normpath(os.path.join(job.folder, job.serve.model))
 
 
+def body(job: JobFile) -> dict[str, Any]:
+    """A request that shows whether a server answers."""
+    return {"model": job.name, "prompt": PROMPT, "max_tokens": 20}
+
+
 def request(job: JobFile, url: str) -> str:
     """The command that sends a request to a server at ``url``."""
-    body = json.dumps({"model": job.name, "prompt": PROMPT, "max_tokens": 20})
     key = API_KEY.get(job.serve.engine)
     header = ""
     if key in dict(job.secrets):
@@ -134,7 +139,7 @@ def request(job: JobFile, url: str) -> str:
         header = f' --header "Authorization: Bearer $(<{path})"'
     return (
         f"curl {url}/v1/completions{header} "
-        f"--header 'Content-Type: application/json' --data {quote(body)}"
+        f"--header 'Content-Type: application/json' --data {quote(json.dumps(body(job)))}"
     )
 
 
@@ -144,10 +149,8 @@ def title(job: JobFile, launcher: str) -> str:
 
 
 def problems(job: JobFile) -> Iterator[str]:
-    """What docker, Kubernetes or the engine would refuse, one line each."""
+    """What the engine would refuse, one line each."""
     settings, machine = job.serve, job.server_machine
-    if not settings.model:
-        yield "serve.model is empty; set it to the folder that llamax consolidate or merge wrote"
     yield from _engine(job, machine)
     if settings.devices > machine.ranks and machine.ranks:
         yield (

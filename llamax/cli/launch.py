@@ -101,7 +101,7 @@ def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: in
     if launcher == "sagemaker" and phase != "image" and what == "start":
         _check_sdk(sagemaker.sdk(job))
     environ = environment(job, launcher, os.environ)
-    program = "" if what == "start" else needed(launcher, what)
+    program = "" if what == "start" else needed(launcher, phase, what)
     if program and not shutil.which(program, path=environ["PATH"]):
         raise BackendError(MISSING.format(program))
     with tempfile.NamedTemporaryFile("w", suffix=f"-{job.name}-{phase}") as file:

@@ -41,6 +41,7 @@ ROWS = {  # instruction data
     "drop_empty": True,
     "bos": False,
 }
+SERVER = {"model": "hub", "instance": "g5.12xlarge", "length": 4096}
 RUNS = {  # file's name: launcher, changes of the job
     "torchrun": ("torchrun", {}),
     "torchrun-rows": ("torchrun", {"prepare": ROWS}),
@@ -48,7 +49,7 @@ RUNS = {  # file's name: launcher, changes of the job
     "mpirun-core": ("mpirun", {"mpirun__per": "core"}),
     "slurm": ("slurm", {}),
     "slurm-gpu": ("slurm", GPUS),
-    "docker-vllm": ("docker", {"serve__instance": "g5.12xlarge"}),
+    "docker-vllm": ("docker", {"serve": SERVER}),
     "docker-vllm-neuron": ("docker", {}),
     "docker-tgi": (
         "docker",
@@ -61,8 +62,8 @@ RUNS = {  # file's name: launcher, changes of the job
     "k8s": ("k8s", {}),
     "k8s-gpu": ("k8s", GPUS),
     "k8s-rows": ("k8s", {"prepare": ROWS}),
-    "sagemaker-sdk2": ("sagemaker", {"sagemaker__sdk": 2}),
-    "sagemaker-sdk3": ("sagemaker", {"sagemaker__sdk": 3}),
+    "sagemaker-sdk2": ("sagemaker", {"sagemaker__sdk": 2, "serve": SERVER}),
+    "sagemaker-sdk3": ("sagemaker", {"sagemaker__sdk": 3, "serve": SERVER}),
 }
 # a server does not depend on the nodes of the run
 CASES = [
@@ -86,7 +87,7 @@ def renderings(name: str, nodes: int) -> Iterator[tuple[str, str]]:
     main = "serve" if launcher == "docker" else "train"
     for what in ACTIONS[1:]:
         yield f"--phase {main} --action {what}", action(this, launcher, main, what)
-        if launcher == "k8s":
+        if launcher in ("k8s", "sagemaker"):
             yield f"--phase serve --action {what}", action(this, launcher, "serve", what)
     if launcher == "sagemaker":
         yield "--phase prepare --action stop", action(this, launcher, "prepare", "stop")

@@ -29,6 +29,7 @@ JOB: dict[str, Any] = {
         "data": "s3://bucket/tokens",
         "inputs": "s3://bucket/text",
         "output": "s3://bucket/run",
+        "model": "s3://bucket/hub",
     },
 }
 
