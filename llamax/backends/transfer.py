@@ -21,3 +21,20 @@ def move_parameter(parameter: Parameter, device: torch.device | str) -> None:
     there = Parameter(moved(parameter.detach(), device), parameter.requires_grad)
     torch.utils.swap_tensors(parameter, there)
     parameter._post_accumulate_grad_hooks = OrderedDict()  # torch keeps the old ones
+
+
+def at_home(x: Tensor, offload: bool) -> Tensor:
+    """``x`` where state is kept: on its device, or with ``offload`` a copy in host memory.
+
+    The memory is pinned beside a GPU, so that copies between the two need no staging.
+    """
+    if not offload:
+        return x
+    home = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.device.type == "cuda")
+    return home.copy_(x)
+
+
+def settle(device: torch.device) -> None:
+    """Wait for copies from ``device`` into host memory, before the host reads them."""
+    if device.type not in ("cpu", "meta"):
+        torch.accelerator.synchronize(device)

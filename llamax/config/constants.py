@@ -11,6 +11,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # one element, by run
 GRADIENT_BYTES = 4  # the sum over microsteps, which ranks reduce
 MASTER_BYTES = 4  # the copy of a narrower weight that AdamW updates
 MOMENTS_BYTES = 8  # AdamW's two moments
+STATE_BLOCK = 256  # numbers of a moment in 8 bits that share a largest magnitude
+STATE_LEAST_ELEMENTS = 4096  # of a tensor, for moments in 8 bits
 NORM_WEIGHT_BYTES = 4  # the weight in the gradient norm, where it differs between elements
 
 # Cross-entropy (llamax.parallel.cross_entropy): float32 logits are computed in chunks of tokens.
@@ -49,6 +51,11 @@ def loss_chunk_tokens(rows: int) -> int:
     """The tokens of a chunk whose float32 logits over ``rows`` of the vocabulary take 64 MiB."""
     fitting = LOSS_CHUNK_BYTES // (DTYPE_BYTES["float32"] * rows)
     return max(1, fitting // LOSS_CHUNK_MULTIPLE * LOSS_CHUNK_MULTIPLE)
+
+
+def moments_bytes(bits: int) -> float:
+    """Bytes of the two moments of an element in ``optim.state_bits``, with their scales."""
+    return MOMENTS_BYTES if bits == 32 else 2 * (1 + 4 / STATE_BLOCK)
 
 
 def nf4_bits(double_quant: bool) -> float:

@@ -30,6 +30,7 @@ from llamax.config.types import (
     NonNegative,
     Positive,
     SpikeWindow,
+    StateBits,
     ZeroStage,
     walk,
 )
@@ -85,6 +86,10 @@ class OptimConfig:
     most_skipped: Natural = 8
     """Steps skipped in a row, for a loss or gradient that is not finite or an outlier, before the
     run ends [steps]."""
+    state_bits: StateBits = 32
+    """Size of each of AdamW's two moments: 32, or 8 in blocks with a scale each [bits]."""
+    offload: bool = False
+    """Keep moments and masters in host memory; the update streams them through the device."""
     loss_scale: Positive = 65536.0
     """First factor of the loss, which keeps the gradients of run.dtype=float16 in range."""
     loss_scale_interval: Count = 2000

@@ -36,12 +36,14 @@ def update(
     accepted: Tensor,
     decay: float,
     optim: OptimConfig,
+    rounded: bool = False,
 ) -> None:
     """One step on the float32 vectors of p, m and v, in place, unless ``accepted`` is false.
 
-    ``step`` counts from 1; g is left in an unknown state.
+    ``step`` counts from 1; g is left in an unknown state.  ``rounded``: m and v will be rounded to
+    8 bits, and are computed in bitsandbytes' order; they change even if ``accepted`` is false.
     """
-    change = fused if p[0].device.type in FUSED else plain
+    change = in_order if rounded else fused if p[0].device.type in FUSED else plain
     change(p, g, m, v, lr, step, factor, accepted, decay, optim)
 
 
@@ -99,6 +101,28 @@ def plain(
         new_weight = weight * (1 - lr * decay) - change
         for old, new in ((weight, new_weight), (mean, new_mean), (square, new_square)):
             old.copy_(torch.where(accepted, new, old))
+
+
+def in_order(
+    p: list[Tensor],
+    g: list[Tensor],
+    m: list[Tensor],
+    v: list[Tensor],
+    lr: Tensor,
+    step: Tensor,
+    factor: Tensor,
+    accepted: Tensor,
+    decay: float,
+    optim: OptimConfig,
+) -> None:
+    """``update`` in the order of bitsandbytes' AdamW8bit, so that m and v have the same bits."""
+    rate, root = lr / _correction(optim.beta1, step), _correction(optim.beta2, step).sqrt()
+    for weight, gradient, mean, square in zip(p, g, m, v, strict=True):
+        gradient = gradient * factor
+        mean.mul_(optim.beta1).add_(gradient, alpha=1.0 - optim.beta1)
+        square.mul_(optim.beta2).addcmul_(gradient, gradient, value=1.0 - optim.beta2)
+        change = mean / (square.sqrt() / root + optim.eps) * rate
+        weight.copy_(torch.where(accepted, weight * (1 - lr * decay) - change, weight))
 
 
 def _correction(beta: float, step: Tensor) -> Tensor:

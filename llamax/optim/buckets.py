@@ -80,18 +80,18 @@ def weight(how: Cut, degree: int) -> float | None:
     return None if padded or len(weights) > 1 else weights.pop()
 
 
-def padded(length: int, ranks: int) -> int:
-    """``length`` rounded up to a multiple of ``ranks``."""
-    return -(-length // ranks) * ranks
+def padded(length: int, unit: int) -> int:
+    """``length`` rounded up to a multiple of ``unit``."""
+    return -(-length // unit) * unit
 
 
-def buckets(length: int, ranks: int, bucket_bytes: int) -> Iterator[Bucket]:
+def buckets(length: int, unit: int, bucket_bytes: int) -> Iterator[Bucket]:
     """The buckets of a group of padded ``length``.
 
-    Each is a multiple of ``ranks`` long, and its gradient takes at most ``bucket_bytes`` or has one
-    element per rank.
+    Each is a multiple of ``unit`` long, and its gradient takes at most ``bucket_bytes`` or is one
+    unit: an element, or a block of them, for each rank.
     """
-    size = max(bucket_bytes // GRADIENT_BYTES // ranks, 1) * ranks
+    size = max(bucket_bytes // GRADIENT_BYTES // unit, 1) * unit
     for start in range(0, length, size):
         yield Bucket(start, min(start + size, length))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal, NamedTuple
@@ -12,17 +13,22 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from llamax.backends.base import EAGER
+from llamax.backends.transfer import at_home, settle
+from llamax.config.constants import STATE_BLOCK
+from llamax.optim.blockwise import Blockwise
 from llamax.optim.buckets import Piece, Segment, buckets, padded, pieces, shared_spans
 from llamax.parallel.collectives import Axes
 
 Kind = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
+MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Owned:
     """A run of one parameter that this rank owns; writing into ``tensor`` changes the live state.
 
-    ``start`` counts elements of this tensor rank's share of parameter ``name``, flattened.
+    ``start`` counts elements of this tensor rank's share of parameter ``name``, flattened.  Moments
+    in 8 bits are copies, which are taken back once all of a bucket have been iterated over.
     """
 
     name: str
@@ -37,7 +43,7 @@ class Key(NamedTuple):
     ``weight``: of every element in the norm, None where they differ; ``partial``: each tensor rank
     has a part of the gradient; ``zero``: the ZeRO stage; ``alone``: the one member, where gathered
     on its own; ``tied``: whether the first and the last stage of a pipeline each have a part of the
-    gradient.
+    gradient; ``bits``: of each moment; ``offload``: whether moments and masters lie on the host.
     """
 
     dtype: torch.dtype
@@ -47,6 +53,13 @@ class Key(NamedTuple):
     zero: int = 1
     alone: str = ""
     tied: bool = False
+    bits: int = 32
+    offload: bool = False
+
+    @property
+    def unit(self) -> int:
+        """What runs are a multiple of, in elements: a block of moments in 8 bits."""
+        return STATE_BLOCK if self.bits == 8 else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +70,8 @@ class Bucket:
     pieces: tuple[Piece, ...]
     shared: tuple[tuple[int, int], ...]  # where kv replicas have parts of the summed gradient
     master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    exp_avg: Tensor | Blockwise
+    exp_avg_sq: Tensor | Blockwise
     root: Tensor | None  # square roots of the weights in the norm, where they differ by element
     shared_mask: Tensor | None = None  # 1.0 at ``shared``, where spans would tell ranks apart
 
@@ -68,6 +81,21 @@ class Bucket:
         if self.shared_mask is not None:
             return len(self.shared_mask)
         return sum(stop - start for start, stop in self.shared)
+
+    @property
+    def moments(self) -> tuple[Tensor | Blockwise, Tensor | Blockwise]:
+        """AdamW's moments, in the order of ``MOMENTS``."""
+        return self.exp_avg, self.exp_avg_sq
+
+    @contextmanager
+    def state(self, accepted: Tensor) -> Iterator[list[Tensor]]:
+        """Master and moments in float32 on the device, to be changed in place by one step.
+
+        They are kept where ``accepted`` is true.
+        """
+        assert isinstance(self.exp_avg, Tensor)
+        assert isinstance(self.exp_avg_sq, Tensor)
+        yield [self.master, self.exp_avg, self.exp_avg_sq]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +108,28 @@ class FlatBucket(Bucket):
     weights: Tensor
     owned: Tensor  # this rank's run of the weights; the master itself where they are float32
     gradient: Tensor | None  # None: parameters keep the gradients of autograd
+    offload: bool = False
+
+    @contextmanager
+    def state(self, accepted: Tensor) -> Iterator[list[Tensor]]:
+        """``Bucket.state``, of moments in 8 bits and of what lies in host memory as well."""
+        kept = (self.master, *self.moments)
+        here = [self._here(x) for x in kept]
+        yield here
+        for x, changed in zip(kept, here, strict=True):
+            if isinstance(x, Blockwise):
+                x.take(changed, accepted)
+            elif x is not changed:
+                x.copy_(changed, non_blocking=True)
+        if self.master is not here[0]:
+            self.owned.copy_(here[0])
+
+    def _here(self, x: Tensor | Blockwise) -> Tensor:
+        if isinstance(x, Blockwise):
+            return x.values()
+        if self.offload and x is not self.owned:
+            return x.to(self.owned.device, non_blocking=True, copy=True)
+        return x
 
 
 class Group:
@@ -100,7 +150,8 @@ class Group:
         self.key, self.names, self.parameters = key, list(members), list(members.values())
         self.lengths = [parameter.numel() for parameter in self.parameters]
         ranks, rank = (axes.data.size, axes.data.rank) if sharded else (1, 0)
-        self.length, device = padded(sum(self.lengths), ranks), self.parameters[0].device
+        unit, self.device = ranks * key.unit, self.parameters[0].device
+        self.length, device = padded(sum(self.lengths), unit), self.device
         self.separate = key.dtype != torch.float32 or device.type not in EAGER
         self.weights = self._flat_weights(axes)
         shared = axes.kv.size > 1 and any(segment.shared for segment in counted)
@@ -117,7 +168,7 @@ class Group:
                 part.fill_(sqrt(segment.weight))
 
         self.buckets: list[FlatBucket] = []
-        for start, stop in buckets(self.length, ranks, bucket_bytes):
+        for start, stop in buckets(self.length, unit, bucket_bytes):
             run = (stop - start) // ranks
             own = slice(start + rank * run, start + (rank + 1) * run)
             held = slice(start // ranks, stop // ranks)  # in vectors of this rank's runs
@@ -135,13 +186,22 @@ class Group:
                     else (),
                     weights=owned if self.spread else self.weights[start:stop],
                     owned=owned,
-                    master=owned.to(torch.float32, copy=True) if self.separate else owned,
-                    exp_avg=torch.zeros(run, dtype=torch.float32, device=device),
-                    exp_avg_sq=torch.zeros(run, dtype=torch.float32, device=device),
+                    master=at_home(owned.to(torch.float32, copy=True), key.offload)
+                    if self.separate
+                    else owned,
+                    exp_avg=self._moment(run, signed=True),
+                    exp_avg_sq=self._moment(run, signed=False),
                     gradient=gradient,
+                    offload=key.offload,
                     root=roots[own].to(device, copy=True) if key.weight is None else None,
                 )
             )
+
+    def _moment(self, length: int, signed: bool) -> Tensor | Blockwise:
+        """Zeros where a moment of a run is kept."""
+        if self.key.bits == 8:
+            return Blockwise(length, signed, self.device, self.key.offload)
+        return at_home(torch.zeros(length, device=self.device), self.key.offload)
 
     def _flat_weights(self, axes: Axes) -> Tensor:
         """All weights end to end; parameters become views of them."""
@@ -230,9 +290,14 @@ class Group:
 
     def owned(self, rank: int) -> Iterator[Owned]:
         """The runs that this rank, ``rank`` of the data ranks, owns."""
+        if self.key.offload:
+            settle(self.device)
         for bucket in self.buckets:
             run = bucket.owned.numel()
             first = bucket.start + rank * run
+            copies = [(m, m.exact()) for m in bucket.moments if isinstance(m, Blockwise)]
+            before = [values.clone() for _, values in copies]
+            moments = [values for _, values in copies] or bucket.moments
             offset = 0
             for member, start, stop in pieces(self.lengths, first, first + run):
                 part = slice(offset, offset + stop - start)
@@ -241,8 +306,12 @@ class Group:
                 yield Owned(name, "weight", start, bucket.owned[part])
                 if bucket.master is not bucket.owned:
                     yield Owned(name, "master", start, bucket.master[part])
-                yield Owned(name, "exp_avg", start, bucket.exp_avg[part])
-                yield Owned(name, "exp_avg_sq", start, bucket.exp_avg_sq[part])
+                for kind, values in zip(MOMENTS, moments, strict=True):
+                    assert isinstance(values, Tensor)
+                    yield Owned(name, kind, start, values[part])
+            for (moment, values), old in zip(copies, before, strict=True):
+                if not values.equal(old):
+                    moment.load(values)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         """Each parameter's elements of a flat vector, in the parameter's shape."""

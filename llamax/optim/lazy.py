@@ -49,6 +49,8 @@ class LazyGroup:
             parameter.register_post_accumulate_grad_hook(Accumulate(self.gradients[-1]))
 
     def _moved(self, bucket: FlatBucket, device: torch.device | str) -> Bucket:
+        assert isinstance(bucket.exp_avg, Tensor), "a rule refuses 8 bits here"
+        assert isinstance(bucket.exp_avg_sq, Tensor)
         return Bucket(
             start=bucket.start,
             pieces=bucket.pieces,
@@ -114,7 +116,9 @@ class LazyGroup:
         """Host copies of the runs that this rank, ``rank`` of the data ranks, owns: for saving."""
         for bucket in self.buckets:
             master, exp_avg, exp_avg_sq = (
-                tensor.cpu() for tensor in (bucket.master, bucket.exp_avg, bucket.exp_avg_sq)
+                tensor.cpu()
+                for tensor in (bucket.master, bucket.exp_avg, bucket.exp_avg_sq)
+                if isinstance(tensor, Tensor)
             )
             weight = master.to(self.key.dtype)
             first = bucket.start + rank * len(master)

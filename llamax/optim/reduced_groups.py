@@ -117,8 +117,8 @@ class SpreadGroup(Group):
         axes: Axes,
     ) -> None:
         self.data = axes.data
-        self.store = SpreadWeight(weight, axes.data, trained=True)
-        whole_bytes = 4 * (weight.numel() + axes.data.size)  # one bucket
+        self.store = SpreadWeight(weight, axes.data, trained=True, unit=key.unit)
+        whole_bytes = 4 * (weight.numel() + axes.data.size * key.unit)  # one bucket
         super().__init__(key, {name: weight}, counted, axes, True, whole_bytes)
         layer.store = self.store
         shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")

@@ -28,7 +28,10 @@ Bytes a rank holds for n elements of width w over d data ranks::
     n w + 4 n + 12 n / d     narrower: masters as well
     n w / d + ...            ZeRO-3 cuts the weights of layers too, ZeRO-2 and 3 the 4 n
 
-where n is each group padded to a multiple of d; elements whose weight in the norm differs within a
+With ``optim.state_bits`` 8 the 8 n of the moments are 2 n and 1/32 n; with ``optim.offload``
+moments and masters lie in host memory, and pass through the device bucket by bucket in step 6.
+
+Here n is each group padded to a multiple of d; elements whose weight in the norm differs within a
 parameter cost 4 n / d more.  Without ZeRO d is 1 and step 2 leaves all ranks the whole sum.  In
 ZeRO-2 and 3 step 2 happens in backward, and in ZeRO-3 layers gather their weights themselves, in
 place of step 7 (``llamax.optim.reduced_groups``).  Replicas are treated as in ZeRO-1.
@@ -47,14 +50,15 @@ from torch.nn import Parameter
 from llamax.config.constants import (
     GRADIENT_BYTES,
     MASTER_BYTES,
-    MOMENTS_BYTES,
     NORM_WEIGHT_BYTES,
+    moments_bytes,
 )
 from llamax.config.schema import OptimConfig
 from llamax.optim import adamw
+from llamax.optim.blockwise import bits_of
 from llamax.optim.buckets import segments, weight
 from llamax.optim.clip import clip_factor, sum_of_squares
-from llamax.optim.groups import Bucket, Group, Key, Owned, split_like
+from llamax.optim.groups import Bucket, FlatBucket, Group, Key, Owned, split_like
 from llamax.optim.lazy import LazyGroup, lazy_group
 from llamax.optim.reduced_groups import ReducedGroup, SpreadGroup
 from llamax.optim.replicas import ReplicaCheck
@@ -116,6 +120,8 @@ class Zero:
                     stage,
                     name if stage == 3 else "",
                     tied,
+                    bits_of(parameters, name) if optim.state_bits == 8 else 32,
+                    optim.offload,
                 )
                 members.setdefault(key, {})[name] = parameter
         unsure = {name: parameters[name].tensor for name in undeclared}
@@ -185,18 +191,20 @@ class Zero:
         factor = clip_factor(norm, self.optim.max_grad_norm) * scale
         accepted, step = accepts(norm), step.float()
         for (group, bucket), run in zip(every, runs, strict=True):
-            adamw.update(
-                split_like(bucket.master, run),
-                run,
-                split_like(bucket.exp_avg, run),
-                split_like(bucket.exp_avg_sq, run),
-                lr=lr,
-                step=step,
-                factor=factor,
-                accepted=accepted,
-                decay=self.optim.weight_decay if group.key.decays else 0.0,
-                optim=self.optim,
-            )
+            with bucket.state(accepted) as (master, exp_avg, exp_avg_sq):
+                adamw.update(
+                    split_like(master, run),
+                    run,
+                    split_like(exp_avg, run),
+                    split_like(exp_avg_sq, run),
+                    lr=lr,
+                    step=step,
+                    factor=factor,
+                    accepted=accepted,
+                    decay=self.optim.weight_decay if group.key.decays else 0.0,
+                    optim=self.optim,
+                    rounded=group.key.bits == 8,
+                )
         self.gather_parameters()
         self.zero_grad()
         return norm
@@ -247,14 +255,14 @@ class Zero:
         """Set every rank's weights from the masters, at the end of a step or of loading state."""
         for group in self.groups:
             for bucket in group.buckets:
-                if group.spread:
-                    if group.separate:
-                        group.put(bucket, bucket.master)
-                elif self.sharded:
-                    owned = bucket.master.to(group.key.dtype)
+                owned, offload = bucket.master, group.key.offload
+                if isinstance(bucket, FlatBucket) and offload:
+                    owned = bucket.owned  # as a step or loading left it
+                if self.sharded and not group.spread:
+                    owned = owned.to(group.key.dtype)
                     group.put(bucket, self.axes.data.all_gather(owned, 0))
-                elif group.separate:
-                    group.put(bucket, bucket.master)
+                elif group.separate and not offload:
+                    group.put(bucket, owned)
 
     @torch.no_grad()
     def adopt_parameters(self) -> None:
@@ -297,13 +305,15 @@ class Zero:
         return found
 
     def state_bytes(self) -> int:
-        """Bytes of weights and state on this rank, by the formula above."""
+        """Bytes of weights and state on the device of this rank, by the formula above."""
         total, ranks = 0, self.axes.data.size if self.sharded else 1
         for group in self.groups:
             weight, gradient = group.key.dtype.itemsize, GRADIENT_BYTES * group.accumulates
             whole = weight * (not group.spread) + gradient * (not group.reduced)
             run = weight * group.spread + gradient * group.reduced
-            run += MOMENTS_BYTES + (MASTER_BYTES if group.separate else 0)
             run += NORM_WEIGHT_BYTES if group.key.weight is None else 0
-            total += whole * group.length + run * group.length // ranks
+            kept = moments_bytes(group.key.bits) + (MASTER_BYTES if group.separate else 0)
+            run_length = group.length // ranks
+            total += whole * group.length + run * run_length
+            total += 0 if group.key.offload else round(kept * run_length)
         return total

@@ -43,12 +43,17 @@ class Store(Protocol):
 
 
 class Spread:
-    """A flat tensor cut over the data ranks, one run each; ``gather`` joins the runs."""
+    """A flat tensor cut over the data ranks, one run each; ``gather`` joins the runs.
 
-    def __init__(self, pieces: list[Tensor], data: Axis, device: torch.device) -> None:
+    Runs are a multiple of ``unit`` elements.
+    """
+
+    def __init__(
+        self, pieces: list[Tensor], data: Axis, device: torch.device, unit: int = 1
+    ) -> None:
         whole = torch.cat([piece.flatten() for piece in pieces])
         self.data, self.length = data, len(whole)
-        run = ceil(self.length / data.size)
+        run = ceil(self.length / (data.size * unit)) * unit
         kept = whole[data.rank * run : (data.rank + 1) * run]
         self.run = torch.nn.functional.pad(kept, (0, run - len(kept))).to(device)
 
@@ -83,9 +88,9 @@ class SpreadWeight:
     A ``trained`` one sums its gradient over the data ranks into ``gradient``, a float32 run.
     """
 
-    def __init__(self, weight: Tensor, data: Axis, trained: bool) -> None:
+    def __init__(self, weight: Tensor, data: Axis, trained: bool, unit: int = 1) -> None:
         self.shape = weight.shape
-        self.spread = Spread([weight.detach()], data, weight.device)
+        self.spread = Spread([weight.detach()], data, weight.device, unit)
         self.gradient: Tensor | None = None
         if trained:
             self.gradient = torch.zeros(len(self.run), dtype=torch.float32, device=weight.device)

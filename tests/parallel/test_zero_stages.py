@@ -47,7 +47,7 @@ from llamax.optim.groups import Group
 from llamax.optim.reduced_groups import ReducedGroup
 from llamax.optim.zero import Zero
 from llamax.parallel import spread
-from llamax.parallel.collectives import Axes, Axis, Meter, Metered
+from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.sharding import Block, Shard, ShardedParameter, ShardedParameters
 from llamax.parallel.spread import Spread, SpreadWeight
@@ -388,8 +388,8 @@ def of_own_rank(self: Spread, whole: Tensor) -> Tensor:
 
 
 def first_run(original: Callable[..., Any]) -> Callable[..., Any]:
-    def __init__(self: Spread, pieces: list[Tensor], data: Axis, device: Any) -> None:
-        original(self, pieces, data, device)
+    def __init__(self: Spread, pieces: list[Tensor], *more: Any) -> None:
+        original(self, pieces, *more)
         self.run.copy_(torch.cat([piece.flatten() for piece in pieces])[: len(self.run)])
 
     return __init__

@@ -6,6 +6,16 @@ from typing import Any
 
 LORA = {"finetune.method": "lora", "checkpoint.init_from": "base"}
 
+BLOCKS = {
+    "optim.state_bits": 8,
+    "parallel.tensor": 2,
+    "model.hidden_size": 64,
+    "model.intermediate_size": 512,
+    "model.num_attention_heads": 8,
+    "model.num_key_value_heads": 2,
+    "model.head_dim": 64,
+}
+
 THIN = {
     "model.num_attention_heads": 64,
     "model.num_key_value_heads": 64,
@@ -518,6 +528,37 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             {"parallel.zero": 3, **LORA},
         ],
     ),
+    "state_blocks_are_whole": (
+        [
+            (
+                {**BLOCKS, "model.intermediate_size": 768},
+                None,
+                "optim.state_bits=8 keeps moments in blocks of 256, and parallel.tensor=2 cuts "
+                "down_proj into pieces of 384; use optim.state_bits=32, or fewer tensor ranks",
+            ),
+            (
+                {**BLOCKS, "model.vocab_size": 1001 * 4},
+                None,
+                "optim.state_bits=8 keeps moments in blocks of 256, and parallel.tensor=2 cuts "
+                "embed_tokens into pieces of 128128; use optim.state_bits=32, or fewer tensor "
+                "ranks",
+            ),
+            (
+                {**BLOCKS, **LORA, "model.intermediate_size": 768, "finetune.targets": "down_proj"},
+                None,
+                "optim.state_bits=8 keeps moments in blocks of 256, and parallel.tensor=2 cuts "
+                "down_proj.lora_A into pieces of 384; use optim.state_bits=32, or fewer tensor "
+                "ranks",
+            ),
+        ],
+        [
+            BLOCKS,
+            {**BLOCKS, "model.intermediate_size": 768, "parallel.tensor": 1},
+            {**BLOCKS, "model.intermediate_size": 768, "optim.state_bits": 32},
+            {**BLOCKS, "model.vocab_size": 101},  # not made of blocks: it keeps 32 bits
+            {**BLOCKS, **LORA, "model.intermediate_size": 768, "finetune.targets": "up_proj"},
+        ],
+    ),
     "sequence_fits_model": (
         [
             (
@@ -624,6 +665,24 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             for backend in ("xla", "neuron")
         ],
         [{"run.dtype": "float16"}, {"run.dtype": "float16", "run.backend": "cuda"}],
+    ),
+    "state_is_whole_on_neuron_cores": (
+        [
+            (
+                {key: value, "run.backend": backend, "parallel.tensor": 1},
+                None,
+                f"{key}={str(value).lower()} with run.backend={backend}: NeuronCores keep the "
+                "state of AdamW in their own memory, in 32 bits; leave it out, and cut it over "
+                "more data ranks",
+            )
+            for backend in ("xla", "neuron")
+            for key, value in (("optim.state_bits", 8), ("optim.offload", True))
+        ],
+        [
+            {"optim.state_bits": 8, "optim.offload": True, "parallel.tensor": 1},
+            {**BLOCKS, "optim.offload": True, "run.backend": "cuda"},
+            {"run.backend": "xla"},
+        ],
     ),
     "patience_needs_validation": (
         [

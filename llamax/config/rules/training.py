@@ -87,6 +87,17 @@ def float16_is_for_others(c: Config, world: World) -> Iterator[str]:
         )
 
 
+@RULES.reading("optim.state_bits", "optim.offload", "run.backend")
+def state_is_whole_on_neuron_cores(c: Config, world: World) -> Iterator[str]:
+    chosen = {"optim.state_bits=8": c.optim.state_bits == 8, "optim.offload=true": c.optim.offload}
+    if c.run.backend in NEURON_BACKENDS:
+        for setting in filter(chosen.__getitem__, chosen):
+            yield (
+                f"{setting} with run.backend={c.run.backend}: NeuronCores keep the state of AdamW "
+                "in their own memory, in 32 bits; leave it out, and cut it over more data ranks"
+            )
+
+
 @RULES.reading("run.patience", "run.validate_every", "run.validate_each_epoch")
 def patience_needs_validation(c: Config, world: World) -> Iterator[str]:
     if c.run.patience and not c.run.validates:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from llamax.config.constants import STATE_BLOCK, STATE_LEAST_ELEMENTS
 from llamax.config.rules import Rules, World
+from llamax.config.rules.finetune import target_names
 from llamax.config.schema import Config
 
 RULES = Rules()
@@ -30,3 +32,52 @@ def gathered_weights_are_dropped(c: Config, world: World) -> Iterator[str]:
             f"run.backend=xla and run.recompute={mode} a program would keep them all for backward; "
             "use run.recompute=full, or parallel.zero=2"
         )
+
+
+@RULES.reading(
+    "optim.state_bits",
+    "parallel.tensor",
+    "model.hidden_size",
+    "model.intermediate_size",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.head_dim",
+    "model.vocab_size",
+    "finetune.method",
+    "finetune.r",
+    "finetune.targets",
+)
+def state_blocks_are_whole(c: Config, world: World) -> Iterator[str]:
+    tensor = c.parallel.tensor
+    if c.optim.state_bits == 32 or tensor == 1:
+        return
+    for name, elements, piece in _pieces(c):
+        whole_blocks = elements >= STATE_LEAST_ELEMENTS and elements % STATE_BLOCK == 0
+        if whole_blocks and piece % STATE_BLOCK:
+            yield (
+                f"optim.state_bits=8 keeps moments in blocks of {STATE_BLOCK}, and parallel.tensor="
+                f"{tensor} cuts {name} into pieces of {piece}; use optim.state_bits=32, or fewer "
+                "tensor ranks"
+            )
+
+
+def _pieces(c: Config) -> Iterator[tuple[str, int, int]]:
+    """Name, elements, and neighbouring elements on one tensor rank, of what tensor ranks cut."""
+    model, tensor = c.model, c.parallel.tensor
+    D, F = model.hidden_size, model.intermediate_size
+    H, K = model.num_attention_heads * model.head_dim, model.num_key_value_heads * model.head_dim
+    by_row = {"q_proj": H, "k_proj": K, "v_proj": K, "gate_proj": F, "up_proj": F}
+    by_column = {"o_proj": H, "down_proj": F}
+    width, chosen, matrices = D, {*by_row, *by_column}, ("", "")
+    if c.finetune.method == "full":
+        yield "embed_tokens", model.vocab_size * D, -(-model.vocab_size // tensor) * D
+    else:
+        width, chosen = c.finetune.r, {*target_names(c.finetune.targets)}
+        matrices = ".lora_B", ".lora_A"
+    for name, rows in by_row.items():
+        if name in chosen:  # ranks share a key/value head, if there are too few
+            share = max(rows // tensor, model.head_dim if name in ("k_proj", "v_proj") else 0)
+            yield name + matrices[0], rows * width, share * width
+    for name, columns in by_column.items():
+        if name in chosen:
+            yield name + matrices[1], columns * width, columns // tensor
