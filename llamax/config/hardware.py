@@ -85,6 +85,8 @@ class Machine:
     """Chips of Trainium or GPUs of a node, as Kubernetes counts them [devices]."""
     efa: Natural = 0
     """EFA adapters of a node [adapters]."""
+    host_gbps: Positive = 20.0
+    """Link of a rank to the memory of its host, one way; PCIe 4 is assumed [1e9 bytes/s]."""
     host_memory_gib: NonNegative = 0.0
     """Memory of the host [GiB]."""
 

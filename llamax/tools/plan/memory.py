@@ -41,6 +41,7 @@ from llamax.tools.plan.state import (
     gradients,
     gradients_of,
     in_flight,
+    on_host,
     state,
     update,
 )
@@ -72,6 +73,8 @@ class Memory:
     modes: tuple[Line, ...]  # activations in each recompute mode
     cache: Line
     available: float
+    host: Line  # in the memory of the machine, outside of the peak
+    host_available: float  # a rank's share of it; 0: not known
 
     @property
     def peak(self) -> float:
@@ -79,7 +82,12 @@ class Memory:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.available
+        return self.peak <= self.available and self.host_fits
+
+    @property
+    def host_fits(self) -> bool:
+        """Whether the host has room for what the ranks of a machine keep in its memory."""
+        return not self.host_available or self.host.value <= self.host_available
 
     @property
     def tight(self) -> bool:
@@ -133,6 +141,8 @@ def memory(share: Share, machine: Machine) -> Memory:
         modes=tuple(_named(name, kept(share, machine, name)) for name in MODES),
         cache=cache(share),
         available=machine.memory_bytes(),
+        host=on_host(share, machine),
+        host_available=machine.host_memory_gib * GIB / machine.ranks,
     )
 
 

@@ -60,6 +60,12 @@ def show(plan: Plan) -> Iterator[str]:
         f"fullest{stage} when {memory.moment}"
     )
     yield from rows(memory.lines, show_bytes)
+    if memory.host.value:
+        room = f" of {show_bytes(memory.host_available)}" if memory.host_available else ""
+        yield (
+            f"  in host memory: {show_bytes(memory.host.value)}{room} a rank, "
+            f"{memory.host.formula}{'' if memory.host_fits else '; it DOES NOT FIT'}"
+        )
     kept = ", ".join(f"{line.name} {show_bytes(line.value)}" for line in memory.modes)
     yield f"  activations by run.recompute: {kept}"
     yield f"  generating: {show_bytes(memory.cache.value)} of keys and values a sequence, " + (
@@ -284,6 +290,7 @@ def as_json(plan: Plan) -> dict[str, object]:
             "available": memory.available,
             **{line.name: line.value for line in memory.lines},
         },
+        "host_memory_bytes": memory.host.value,
         "step_s": {"total": time.step_s, **{line.name: line.value for line in time.lines}},
         "tokens_per_s": time.tokens_per_s,
         "mfu": time.mfu,

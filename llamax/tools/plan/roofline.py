@@ -31,9 +31,11 @@ from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import by_nki, gathered_bytes, pairs, plain_attention
 from llamax.tools.plan.nki_time import attention_seconds
 from llamax.tools.plan.sizes import Share, adapter_elements, stages_of
+from llamax.tools.plan.state import on_host
 from llamax.training.resolve import ResolvedRun
 
 # Of a score without a flash kernel, and of a logit: float32, written and read 3 times.
+ROUNDED_BYTES = 72  # traffic of an element while its moments become wide and are rounded again
 SCORE_TRAFFIC_BYTES = LOGIT_TRAFFIC_BYTES = 24
 
 
@@ -273,7 +275,9 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
     elements, owners = sum(group.elements for group in share.groups()), mesh.dp * mesh.cp
     updated = elements / owners if config.parallel.zero else elements
-    adamw = 28 * updated + (4 + w) * updated
+    element = 32 + w if config.optim.state_bits == 32 else 16 + w + ROUNDED_BYTES
+    adamw = element * updated
+    away = on_host(share, machine).value
     data = wire(machine, owners, mesh.tp)
     data_s, sent = data_time(share, data)
     times = count(n, "microstep")
@@ -283,7 +287,12 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         Line(
             "AdamW",
             adamw / bandwidth,
-            f"{32 + w} B x {show_number(updated)} elements / {bandwidth / 1e9:.0f} GB/s",
+            f"{element} B x {show_number(updated)} elements / {bandwidth / 1e9:.0f} GB/s",
+        ),
+        Line(
+            "state from and to the host",
+            2 * away / (1e9 * machine.host_gbps),
+            f"2 x {show_bytes(away)} / {machine.host_gbps:.0f} GB/s, not at the same time",
         ),
         Line(
             "data collectives",

@@ -5,13 +5,17 @@ from __future__ import annotations
 from llamax.config.constants import (
     GRADIENT_BYTES,
     MASTER_BYTES,
-    MOMENTS_BYTES,
     NORM_WEIGHT_BYTES,
+    STATE_BLOCK,
+    STATE_LEAST_ELEMENTS,
+    moments_bytes,
 )
 from llamax.config.hardware import Machine
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.sizes import Group, Share
+
+WORKING_BYTES = 16  # an element, while an update is computed by plain operations and rounded
 
 
 def compiled(machine: Machine) -> bool:
@@ -41,23 +45,12 @@ def padded_groups(share: Share) -> list[Group]:
 def state(share: Share, machine: Machine) -> list[Line]:
     """Weights and optimizer state, by the formulas in optim/zero.py and optim/lazy.py."""
     ranks, groups, width = owners(share), padded_groups(share), share.width
-    elements = sum(group.elements for group in groups)
     uneven = sum(group.elements for group in groups if group.uneven)
-    has_masters = width < 4 or compiled(machine)  # else the weights are their own masters
-    count, per_rank = show_number(elements), f" / {ranks} data ranks" if ranks > 1 else ""
+    per_rank = f" / {ranks} data ranks" if ranks > 1 else ""
     return [
         *frozen_base(share),
         Line("weights", kept(share, 3) * width, f"{width} B x {cut_over(share, 3)}"),
-        Line(
-            "masters",
-            MASTER_BYTES * elements // ranks if has_masters else 0,
-            f"{MASTER_BYTES} B x {count} elements{per_rank}",
-        ),
-        Line(
-            "moments",
-            MOMENTS_BYTES * elements // ranks,
-            f"2 x {MOMENTS_BYTES // 2} B x {count} elements{per_rank}",
-        ),
+        *([] if _away(share, machine) else [masters(share, machine), moments(share)]),
         Line(
             "norm weights",
             NORM_WEIGHT_BYTES * uneven // ranks,
@@ -65,6 +58,68 @@ def state(share: Share, machine: Machine) -> list[Line]:
             f"{per_rank}",
         ),
     ]
+
+
+def masters(share: Share, machine: Machine) -> Line:
+    """Float32 copies of narrower weights; float32 weights are their own, but in a program."""
+    ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
+    present = share.width < 4 or compiled(machine)
+    per_rank = f" / {ranks} data ranks" if ranks > 1 else ""
+    return Line(
+        "masters",
+        MASTER_BYTES * elements // ranks if present else 0,
+        f"{MASTER_BYTES} B x {show_number(elements)} elements{per_rank}",
+    )
+
+
+def moments(share: Share) -> Line:
+    """AdamW's two moments of every element."""
+    ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
+    per_rank = f" / {ranks} data ranks" if ranks > 1 else ""
+    wide, narrow = moments_bytes(32), moments_bytes(8)
+    rounded = in_8_bits(share) if share.config.optim.state_bits == 8 else 0
+    value = (narrow * rounded + wide * (elements - rounded)) / ranks
+    formula = f"2 x {wide / 2:g} B x {show_number(elements - rounded)} elements{per_rank}"
+    if rounded:
+        rest = f", {formula}" if rounded < elements else ""
+        formula = f"2 x {narrow / 2:.3g} B x {show_number(rounded)} elements{per_rank}{rest}"
+    return Line("moments", int(value), formula)
+
+
+def in_8_bits(share: Share) -> int:
+    """Elements of tensors that are made of whole blocks, whose moments can be in 8 bits."""
+    model, width = share.model, share.model.hidden_size
+    heads, kv = (n * model.head_dim for n in (model.num_attention_heads, model.num_key_value_heads))
+    if share.tuned:
+        widths, r = (width, heads, kv, model.intermediate_size), share.config.finetune.r
+        return share.adapters if all(_in_blocks(r * each) for each in widths) else 0
+    layer = {  # elements of a Hub tensor: those of a rank
+        heads * width: 2 * share.query * width,
+        kv * width: 2 * share.key * width,
+        model.intermediate_size * width: 3 * share.feed_forward * width,
+    }
+    if heads == kv:
+        layer[kv * width] += 2 * share.query * width
+    found = share.layers * sum(held for whole, held in layer.items() if _in_blocks(whole))
+    if _in_blocks(model.vocab_size * width):
+        found += share.vocabularies * share.head_weights
+    return found + (share.norms if _in_blocks(width) else 0)
+
+
+def _in_blocks(elements: int) -> bool:
+    return elements >= STATE_LEAST_ELEMENTS and elements % STATE_BLOCK == 0
+
+
+def _away(share: Share, machine: Machine) -> bool:
+    """Whether optimizer state is kept in another memory than the weights."""
+    return share.config.optim.offload and machine.backend != "cpu"
+
+
+def on_host(share: Share, machine: Machine) -> Line:
+    """Optimizer state that a rank keeps in the memory of its host."""
+    lines = [masters(share, machine), moments(share)] if _away(share, machine) else []
+    formulas = (f"{line.name} {line.formula}" for line in lines if line.value)
+    return Line("optimizer state", sum(line.value for line in lines), ", ".join(formulas))
 
 
 def cut_over(share: Share, stage: int) -> str:
@@ -157,10 +212,10 @@ def update(share: Share, machine: Machine) -> Line:
 
     A compiled step joins the gradients of a bucket in a new vector, and the reduced run of every
     bucket waits for the norm.  The old weights are released before: the step reads the masters.
-    Elsewhere the runs lie in the gradients, and a bucket is updated in place.
+    Elsewhere the runs lie in the gradients, and a bucket is updated in place (``streamed``).
     """
     if not compiled(machine):
-        return Line("update", 0.0, "in place")
+        return streamed(share)
     ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
     if share.config.parallel.zero > 1 and ranks > 1:
         return Line("update", 0.0, "the gradients are runs already")
@@ -172,3 +227,23 @@ def update(share: Share, machine: Machine) -> Line:
         max(runs + 2 * bucket - weights, 0),
         f"{show_bytes(runs)} of gradients wait for their norm, with the old weights released",
     )
+
+
+def streamed(share: Share) -> Line:
+    """What a bucket takes whose state comes from host memory, or is made wide from 8 bits."""
+    optim, ranks = share.config.optim, owners(share)
+    run = min(share.config.parallel.bucket_bytes // GRADIENT_BYTES, largest_group(share)) // ranks
+    element = (MASTER_BYTES if optim.offload and share.width < 4 else 0) + (
+        moments_bytes(32) if optim.offload or optim.state_bits == 8 else 0
+    )
+    element += WORKING_BYTES if optim.state_bits == 8 else 0
+    return Line(
+        "update",
+        element * run,
+        f"{element:g} B x {show_number(run)} elements of a bucket" if element else "in place",
+    )
+
+
+def largest_group(share: Share) -> int:
+    """Elements of the largest flat vector."""
+    return max(group.elements for group in padded_groups(share))
