@@ -36,7 +36,7 @@ from llamax.checkpoint import manifest as files
 from llamax.checkpoint.atomic import explain_write_errors, failure_of, read_note, write_note
 from llamax.checkpoint.hf_beside import write_hf_folder_beside
 from llamax.checkpoint.load import Owned, Whole
-from llamax.checkpoint.retention import clean_up, delete_or_warn, move_to_past, publish
+from llamax.checkpoint.retention import clean_up, delete_or_warn, move_to_past, publish, sweep
 from llamax.checkpoint.runs import Run, is_writer, slices
 from llamax.checkpoint.safetensors_io import TAGS, TensorStream, write_safetensors
 from llamax.config.schema import CheckpointConfig
@@ -216,8 +216,9 @@ class Saver:
             with explain_write_errors(folder, 0):
                 if self._first:
                     for leftover in self.folder.glob("step-*.tmp"):  # of saves that failed
-                        if leftover.name < folder.name:
-                            shutil.rmtree(leftover, ignore_errors=True)
+                        step = files.STEP_FOLDER.fullmatch(leftover.stem)
+                        if step and leftover.name < folder.name and leftover.is_dir():
+                            sweep(leftover)
                 make_folder(folder)
             self._write(folder, kept, rng)
             if self._first:

@@ -188,3 +188,42 @@ def test_a_save_in_progress_is_written_through_no_link(tmp_path: Path, rank: wor
         mine.wait()
     assert [path.name for path in target.iterdir()] == ["rank-tp00-dp00.json"]
     assert (target / "rank-tp00-dp00.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["step-00000001", "step-00000001.tmp", "step-00000001.old"])
+def test_folders_that_llamax_did_not_make_are_renamed_and_stay(
+    tmp_path: Path, rank: worlds.Rank, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "manifest.json").write_text("{}")
+    (tmp_path / name / "model.pt").write_text("precious")
+    mine = saver(tmp_path, rank)
+    save_step(mine, rank, 1)
+    mine.wait()
+    assert steps_in(tmp_path) == [1]
+    assert (tmp_path / f"{name}.past" / "model.pt").read_text() == "precious"
+
+
+def test_such_a_folder_that_appears_later_stays_as_well(tmp_path: Path, rank: worlds.Rank) -> None:
+    mine = saver(tmp_path, rank)
+    for name in ("step-00000001.tmp", "step-1-own.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.pt").write_text("precious")
+    save_step(mine, rank, 2)
+    mine.wait()
+    assert (tmp_path / "step-00000001.tmp.past" / "model.pt").read_text() == "precious"
+    assert (tmp_path / "step-1-own.tmp" / "model.pt").read_text() == "precious"
+
+
+def test_all_that_a_killed_save_leaves_is_swept(tmp_path: Path, rank: worlds.Rank) -> None:
+    mine = saver(tmp_path, rank, also_hf=True)
+    save_step(mine, rank, 1)
+    mine.wait()
+    (left := tmp_path / "step-00000002.tmp").mkdir()
+    names = [path.name for path in (tmp_path / "step-00000001").iterdir()]
+    names += ["hub.part", ".manifest.json.partial", ".index.bin.partial", ".done.partial"]
+    names += ["rank-tp00-dp00.json.part", "failed-pp01-tp00-dp01.json", ".nfs0000012f"]
+    for name in names:
+        (left / name).write_text("x")
+    retention.clean_up(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
