@@ -172,6 +172,9 @@ class _Handler(BaseHTTPRequestHandler):
             repository.refs.setdefault("/".join(rest[1:]), repository.refs["main"])
             return self._send(200, {})
         revision = "/".join(rest[1:]) if rest[:1] in (["revision"], ["tree"]) else "main"
+        below = ""
+        if rest[:2] == ["tree", "main"] and rest[2:]:  # the files of a folder
+            revision, below = "main", "/".join([*rest[2:], ""])
         if not (commit := self._commit(repository, revision)):
             return None
         siblings, tree = [], []
@@ -180,7 +183,10 @@ class _Handler(BaseHTTPRequestHandler):
             lfs = {"sha256": digest, "oid": digest, "size": len(data), "pointerSize": 1}
             entry: dict[str, Any] = {"size": len(data)} | ({"lfs": lfs} if _is_lfs(path) else {})
             siblings.append({"rfilename": path, "blobId": _git(data), **entry})
-            tree.append({"type": "file", "path": path, "oid": _git(data), **entry})
+            if path.startswith(below):
+                tree.append({"type": "file", "path": path, "oid": _git(data), **entry})
+        if below and not tree:
+            return self._send(404, {}, {"X-Error-Code": "EntryNotFound"})
         if rest[:1] == ["tree"]:
             return self._send(200, tree)
         info = {"id": name, "sha": self.hub.sha or commit, "siblings": siblings, "private": False}
@@ -241,7 +247,9 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
         sha = repository.commit(files, "/".join(rest[1:]))
-        done = {"success": True, "commitOid": sha, "commitUrl": f"{self.hub.endpoint}/commit/{sha}"}
+        name = self.path.partition("/commit/")[0].removeprefix("/api/").removeprefix("models/")
+        address = f"{self.hub.endpoint}/{name}/commit/{sha}"
+        done = {"success": True, "commitOid": sha, "commitUrl": address}
         return self._send(200, {**done, "hookOutput": ""})
 
     def _lfs(self, wanted: dict[str, Any]) -> None:

@@ -60,7 +60,7 @@ class Place:
         except Exception as error:  # each file system has its own
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise BackendError(
-                f"{self.url} cannot be {what}: {printable_line(reason, 200)}"
+                f"{self.url} cannot be {what}: {printable_line(' '.join(reason.split()), 200)}"
             ) from error
 
     def names(self) -> dict[str, int]:

@@ -19,9 +19,11 @@ from llamax.config.neuron_sdk import (
     known_variables,
     numbers,
     sdk_of_compiler,
+    torchneuron_sdk,
     trn1_names,
     trn1_sdk,
 )
+from llamax.runtime.errors import join_or
 from llamax.runtime.versions import OLDEST_TORCH, TORCH_XLA, WEIGHTS_ONLY, XLA_REQUIREMENTS
 from llamax.tools.doctor.finding import Finding, Host, passed, unknown
 
@@ -57,6 +59,8 @@ def check(host: Host, backend: str) -> Iterator[Finding]:
     if backend == "xla":
         yield from _xla(host, torch)
         yield from _neuron(host, torch)
+    if backend == "neuron":
+        yield from _torchneuron(host, torch)
     if backend == "cuda":
         yield from _cuda(host, torch)
 
@@ -156,6 +160,45 @@ def _neuron(host: Host, torch: str) -> Iterator[Finding]:
     else:
         yield from _of_sdk("neuronx-distributed", nxd, sdk.nxd, sdk, "nxd")
     yield _nki(host, sdk)
+    yield from _system(host, sdk)
+    yield from variables(host, sdk)
+
+
+def _torchneuron(host: Host, torch: str) -> Iterator[Finding]:
+    """TorchNeuron, the native device of trn2 and trn3, and the SDK that it is part of."""
+    neuronx, compiler = host.version("torch-neuronx"), host.version("neuronx-cc")
+    if neuronx is None or compiler is None:
+        absent_one = "torch-neuronx" if neuronx is None else "neuronx-cc"
+        yield unknown("TorchNeuron", f"{absent_one} is not installed here", "run doctor on a node")
+        return
+    (sdk, note), first = sdk_of_compiler(compiler), torchneuron_sdk()
+    remedy = f"{INSTALL} --upgrade neuronx-cc nki 'torch-neuronx=={first.torchneuron[-1]}.*'"
+    if note:
+        why = f"the other packages are compared with those of SDK {sdk.name}"
+        yield Finding("warning", "neuronx-cc", note, why, remedy)
+    elif not sdk.torchneuron:
+        yield Finding(
+            "error",
+            "neuronx-cc",
+            f"neuronx-cc {compiler} is of Neuron SDK {sdk.name}",
+            f"the native device of trn2 and trn3 came with SDK {first.name}",
+            remedy,
+        )
+        return
+    else:
+        yield passed("neuronx-cc", f"neuronx-cc {compiler} (Neuron SDK {sdk.name})")
+    fitting = [each for each in sdk.torchneuron if begins(torch, each) and begins(neuronx, each)]
+    if fitting:
+        yield passed("torch-neuronx", f"torch-neuronx {neuronx}")
+    else:
+        yield Finding(
+            "error",
+            "torch-neuronx",
+            f"torch-neuronx {neuronx} with torch {torch}",
+            f"TorchNeuron of SDK {sdk.name} is for torch {join_or(sdk.torchneuron)}, and begins "
+            "with the number of its torch",
+            remedy,
+        )
     yield from _system(host, sdk)
     yield from variables(host, sdk)
 

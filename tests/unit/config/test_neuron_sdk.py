@@ -195,6 +195,30 @@ def test_doctor_names_variables_that_an_sdk_ignores(tmp_path: Path) -> None:
     assert known_sdks()["2.29"].has("NEURON_RT_ONE_THREAD_PER_CORE")
 
 
+@pytest.mark.parametrize(
+    ("release", "torch", "neuronx", "wrong"),
+    [
+        ("2.33.0", "2.14.0", "2.14.3.0", []),
+        ("2.33.0", "2.13.1+cpu", "2.13.3.0.7", []),
+        ("2.33.0", "2.14.0", "2.13.3.0", ["torch-neuronx"]),
+        ("2.33.0", "2.9.0", "2.9.0.2.15.32035", ["torch-neuronx"]),
+        ("2.32.0", "2.13.0", "2.13.3.0", ["neuronx-cc"]),
+        ("2.33.0", "2.14.0", None, []),
+    ],
+)
+def test_doctor_on_the_native_device(
+    tmp_path: Path, release: str, torch: str, neuronx: str | None, wrong: list[str]
+) -> None:
+    host = machine(tmp_path, release)
+    packages = {**(host.packages or {}), "torch": torch, "torch-neuronx": neuronx}
+    host = Host(host.root, {}, {name: v for name, v in packages.items() if v})
+    found = levels(versions.check(host, "neuron"))
+    assert [name for name, level in found.items() if level == "error"] == wrong
+    assert (found.get("TorchNeuron") == "unknown") == (neuronx is None)
+    if neuronx and not wrong:
+        assert {*found.values()} == {"ok"}
+
+
 def test_doctor_compares_the_sdk_of_the_job(tmp_path: Path) -> None:
     host = machine(tmp_path, "2.29.0")
 

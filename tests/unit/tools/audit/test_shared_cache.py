@@ -1,13 +1,15 @@
 """A compile cache that machines share: whole entries alone, whatever happens on the way.
 
-Judged with fsspec's local and memory file systems, and with moto's S3 over HTTP where moto and s3fs
-are installed.
+Judged with fsspec's local and memory file systems, with the Hub's own client against a stand-in,
+and with moto's S3 over HTTP where moto and s3fs are installed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from support.hub import TOKEN, environment, served_hub
 
 from llamax.runtime.errors import BackendError
 from llamax.tools.audit import shared_cache
@@ -305,6 +308,44 @@ def test_a_place_and_a_cache_that_can_only_be_read(
     (tmp_path / "file").touch()
     with pytest.raises(BackendError, match=r"/file/x cannot be written: Not a directory; see"):
         pull(Place(url), tmp_path / "file" / "x", COMPILER)
+
+
+HUB = """
+import sys
+from pathlib import Path
+from llamax.cli.cache import main
+place = "--place=hf://datasets/me/cache/neuron"
+for action, cache in (("push", "a"), ("pull", "b"), ("push", "a")):
+    assert main([action, place, f"--cache={sys.argv[1]}/{cache}"]) == 0
+"""
+
+
+def test_a_repository_on_the_hub(tmp_path: Path) -> None:
+    first = compiled(tmp_path / "a", "MODULE_1+2", "MODULE_3+4")
+    with served_hub() as hub:
+        hub.add("datasets/me/cache", {".gitattributes": b""})
+        words = [sys.executable, "-c", HUB, str(tmp_path)]
+        environ = {**os.environ, **environment(hub, tmp_path / "home", TOKEN)}
+        done = subprocess.run(words, env=environ, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        reader = environment(hub, tmp_path / "reader", "hf_another")
+        refused = subprocess.run(
+            [sys.executable, "-m", "llamax", "cache", "push", "--place=hf://datasets/me/cache/new"]
+            + [f"--cache={first}"],
+            env={**os.environ, **reader},
+            text=True,
+            capture_output=True,
+        )
+    assert [line.partition(",")[0] for line in done.stdout.splitlines()] == [
+        "sent 2 compiled programs",
+        "took 2 compiled programs",
+        "sent 0 compiled programs",
+    ]
+    assert content(tmp_path / "b") == content(first)
+    line = "llamax: hf://datasets/me/cache/new cannot be written: "
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(line)
+    assert refused.stderr.count("\n") == 1
 
 
 def test_places_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
