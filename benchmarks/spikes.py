@@ -1,6 +1,6 @@
 """Do skipped outliers save a run?  Spikes are put into the data, and the run is compared.
 
-    python benchmarks/spikes.py [--steps 400] [--spikes 20] [--ranks 1]
+    python benchmarks/spikes.py [--steps 400] [--spikes 20] [--ranks 1] [--backend cpu]
         [--parallel tensor=2 zero=3 ...]
 
 A small Llama learns a noisy counting language.  The samples of ``--spikes`` steps, drawn by a seed,
@@ -128,6 +128,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--spikes", type=int, default=20)
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--backend", default="cpu")
     parser.add_argument("--parallel", nargs="*", default=[], metavar="DEGREE=N")
     options = parser.parse_args(argv)
     judged = options.window // 2 + 1
@@ -137,8 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         place = Path(name)
         tables = settings(place, options.steps)
         tables["parallel"] = {k: int(v) for k, v in (item.split("=") for item in options.parallel)}
+        tables["run"]["backend"] = options.backend
         config = parse_config(tables, (), None, "benchmark")
-        skipping = {"skip_spikes": "both", "spike_window": options.window, "most_skipped": 20}
+        skipping = {"skip_spikes": "both", "spike_window": options.window}
         write_data(config, ())
         clean = train(tables, place / "clean", options.ranks)
         false = train(tables, place / "careful", options.ranks, **skipping)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llamax.checkpoint.listing import list_checkpoints
-from llamax.checkpoint.manifest import step_of
+from llamax.checkpoint.manifest import step_name, step_of
 from llamax.config.constants import CHECKPOINTS_FOLDER
 from llamax.runtime.errors import NotFinite
 from llamax.runtime.logging import logger
@@ -57,7 +57,7 @@ def find_rewind(job: Job, check: StepCheck, saved: list[int]) -> Rewind | None:
     folder = Path(job.config.run.folder) / CHECKPOINTS_FOLDER
     resumed = job.resumed
     if resumed is None or step != job.step:
-        resumed = next(path for path in list_checkpoints(folder) if step_of(path) == step)
+        resumed = folder / step_name(step)
     same = job.rewound + 1 if step == job.step else 1
     if same > MOST_REWINDS:
         raise NotFinite(

@@ -17,9 +17,11 @@ from support.spikes import SPIKES, train
 from support.world import Worlds, axes
 from torch import Tensor
 
+from llamax.backends.of_rank_0 import of_rank_0
 from llamax.optim.spikes import SpikeFilter
 from llamax.optim.zero import Zero
 from llamax.parallel.mesh import Mesh
+from llamax.parallel.rendezvous import Rendezvous
 
 
 def compared(
@@ -107,3 +109,14 @@ def test_planted_defects_are_caught(worlds: Worlds, mutation: str) -> None:
         assert found != 2 * [(SPIKES, SPIKES, True)]
     else:
         assert [unchanged for _, unchanged, _ in found] != 2 * [SPIKES]
+
+
+def from_rank_0(values: list[int]) -> list[int]:
+    own = axes(Mesh(dp=2)).world
+    where = Rendezvous(rank=own.rank, world_size=own.size)
+    return [of_rank_0(where, f"test {n}", value * (1 - own.rank)) for n, value in enumerate(values)]
+
+
+def test_all_ranks_get_the_number_of_rank_0(worlds: Worlds) -> None:
+    assert worlds(2).run(from_rank_0, [40, -1, 0]) == 2 * [[40, -1, 0]]
+    assert of_rank_0(Rendezvous(), "test", 7) == 7

@@ -58,6 +58,9 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
     "serve.py": [
         (["--smallest", "--rounds", "1", "--new-tokens", "4"], "equal answers: 16 of 16"),
     ],
+    "spikes.py": [
+        (["--steps", "30", "--spikes", "3", "--window", "16"], "spikes not skipped: none"),
+    ],
     "tokenizing.py": [
         (
             ["TOKENIZER", "--paths", "TEXT", *ONE_ROUND, "--megabytes", "0.1"],
