@@ -265,7 +265,7 @@ def tokenizer_file(path: Path) -> Path:
         if candidate.is_file():
             return candidate
     raise DataError(
-        f"{path}: holds no tokenizer.model, tokenizer.json or *.tiktoken; give the tokenizer's path"
+        f"{path}: holds no tokenizer.model, tokenizer.json or *.tiktoken; give `tokenizer=PATH`"
     )
 
 

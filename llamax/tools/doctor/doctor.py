@@ -43,6 +43,7 @@ from llamax.tools.doctor import Finding, Host, machine, storage, versions
 from llamax.tools.doctor.finding import passed, unknown
 from llamax.tools.doctor.shared_cache import shared_cache
 from llamax.tools.plan import Plan, nearest, plan_run
+from llamax.tools.plan.report import TIGHT
 from llamax.training.compile_guard import all_programs
 from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 
@@ -120,6 +121,15 @@ def _plan(run: ResolvedRun, job: JobFile) -> Plan | None:
 def _fits(planned: Plan, job: JobFile) -> Iterator[Finding]:
     memory, time = planned.memory, planned.time
     used = f"{show_bytes(memory.peak)} of {show_bytes(memory.available)} on each core"
+    if memory.tight:
+        yield Finding(
+            "warning",
+            "plan",
+            f"{used}; a step takes about {show_time(time.step_s)}",
+            TIGHT,
+            "llamax plan --search lists layouts with more room",
+        )
+        return
     if memory.fits:
         yield passed("plan", f"{used}; a step takes about {show_time(time.step_s)}")
         return
