@@ -107,8 +107,14 @@ def download(name: HubName, wanted: Wanted) -> Path:
     return cache.snapshot
 
 
-def _missing(name: HubName, wanted: Wanted, cache: _Cache) -> dict[str, HubFile]:
-    """The wanted files that are not in the cache; HubError if the repository has no such files."""
+def file_names(name: HubName) -> list[str]:
+    """The names of all files of a commit; without a connection those that are here."""
+    cache = _Cache(name)
+    return [path for path in _files(name, cache) or cache.present() if _stays_inside(path)]
+
+
+def _files(name: HubName, cache: _Cache) -> dict[str, HubFile] | None:
+    """The files of a commit; None if the Hub cannot be asked, and some files are here."""
     files = cache.files()
     if files is None:
         try:
@@ -116,15 +122,22 @@ def _missing(name: HubName, wanted: Wanted, cache: _Cache) -> dict[str, HubFile]
                 _ask(name, cache)
             files = cache.files()
         except HubError as error:
-            if not is_unreachable(error) or not wanted.choose(cache.present()):
+            if not is_unreachable(error) or not cache.present():
                 raise
-            return {}  # another program has put them there
-    chosen = wanted.choose([path for path in files or {} if _stays_inside(path)])
+    return files
+
+
+def _missing(name: HubName, wanted: Wanted, cache: _Cache) -> dict[str, HubFile]:
+    """The wanted files that are not in the cache; HubError if the repository has no such files."""
+    files = _files(name, cache)
+    if files is None:  # another program has put some there
+        files = dict.fromkeys(cache.present(), HubFile(0, "", ""))
+    chosen = wanted.choose([path for path in files if _stays_inside(path)])
     if not chosen:
         raise HubError(
             f"{name} on the Hub has no {wanted.what}; give another repository, or a folder"
         )
-    return {path: files[path] for path in chosen if not (cache.snapshot / path).exists()}  # type: ignore[index]
+    return {path: files[path] for path in chosen if not (cache.snapshot / path).exists()}
 
 
 def _ask(name: HubName, cache: _Cache) -> str:

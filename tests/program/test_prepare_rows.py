@@ -8,7 +8,6 @@ import gzip
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from support.instruction import ROWS, llama2_tokenizer, llama3_tokenizer, prepar
 from llamax.cli.prepare import main
 from llamax.data.dataset import open_dataset
 from llamax.data.prepare import file_kinds
-from llamax.data.prepare.tables import plan_tables
 from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import DataError
@@ -217,33 +215,6 @@ def test_a_tokenizer_is_trained_on_the_samples(tmp_path: Path) -> None:
     out = prepare(tmp_path / "out", table, "--template", "dolly", "--train-tokenizer", 320)
     assert load_tokenizer(out).vocab_size == 320
     prepare(tmp_path / "out", table, "--template", "dolly", "--train-tokenizer", 320)
-
-
-def test_a_name_of_the_hub_is_read_by_datasets(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    datasets = pytest.importorskip("datasets")
-    asked = []
-
-    def load(name: str, split: str) -> Any:
-        asked.append((name, split))
-        return datasets.Dataset.from_list(ROWS)
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
-    out = prepare(tmp_path / "out", "someone/rows", "--template", "dolly", "--tokenizer", tokenizer,
-                  "--split", "train[:2]", "--validation", "0")  # fmt: skip
-    assert asked == [("someone/rows", "train")]
-    assert open_dataset(out).train.header.documents == 2
-
-    def fail(name: str, split: str) -> Any:
-        raise ConnectionError("no\nnetwork")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(DataError, match=r"cannot be read .* \(no network\); give local files"):
-        plan_tables(["someone/rows"])
-    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(DataError, match="needs the package datasets"):
-        plan_tables(["someone/rows"])
 
 
 # ---- real rows

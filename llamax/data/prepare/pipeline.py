@@ -42,6 +42,7 @@ from llamax.data.prepare.chunks import (
     unread_in,
 )
 from llamax.data.prepare.file_kinds import MAX_DOCUMENT, is_compressed
+from llamax.data.prepare.hub_dataset import FROM_HUB, held_out_on_hub, pin_inputs
 from llamax.data.prepare.instruction_rows import (
     InstructSettings,
     RowChunk,
@@ -50,7 +51,7 @@ from llamax.data.prepare.output_folder import PARTS, make_parts_folder
 from llamax.data.prepare.own_tokenizer import own_tokenizer
 from llamax.data.prepare.row_samples import check_fields
 from llamax.data.prepare.saved_dataset import held_out
-from llamax.data.prepare.tables import is_hub_name, plan_tables
+from llamax.data.prepare.tables import plan_tables
 from llamax.data.prepare.template_file import write_template
 from llamax.data.prepare.text_chunks import TextChunk, TextSettings
 from llamax.data.prepare.text_files import is_only_text, plan
@@ -114,9 +115,9 @@ def prepare(
 
     Args:
         inputs: Text or JSONL files, plain or .gz, or folders of them; with ``template`` JSONL,
-            JSON, CSV, TSV or Parquet files, or the name of a Hugging Face dataset.
+            JSON, CSV, TSV or Parquet files; or datasets on the Hub, hf://datasets/org/name.
         out: Dataset folder to make.
-        tokenizer: Tokenizer file, or a folder with one.
+        tokenizer: Tokenizer file, a folder with one, or org/name on the Hub.
         train_tokenizer: Instead: the number of pieces of a tokenizer to train on the inputs.
         key: Key of the text in JSONL rows.
         glob: Patterns of file names to take from folders.
@@ -173,6 +174,7 @@ def prepare(
             raise DataError(f"`{name}` is for {purpose}; leave it out")
     out = Path(out)
     parts_folder = out / PARTS
+    sources, tokenizer, from_hub = pin_inputs(out, sources, tokenizer)
     left: list[str] = []  # files that are not taken
     chunks: list[Chunk]
     draft: Settings
@@ -180,11 +182,9 @@ def prepare(
     default, bos, eos = bos is None, *(special if it is None else it for it in (bos, eos))
     if template:
         check_fields(fields)
-        if any(is_hub_name(str(source)) for source in sources):
-            make_parts_folder(out, tokenizer or "", key, bool(template))
         if not split:
-            validation_files = validation_files or held_out(sources, "validation")
-            test_files = test_files or held_out(sources, "test")
+            validation_files = validation_files or _held_out(sources, "validation")
+            test_files = test_files or _held_out(sources, "test")
         tables = [("train", sources, split)]
         tables += [("validation", [path], "") for path in validation_files]
         tables += [("test", [path], "") for path in test_files]
@@ -193,7 +193,7 @@ def prepare(
                 RowChunk(rows, split_name, max_document)
                 for split_name, paths, chosen in tables
                 for rows in plan_tables(
-                    [str(path) for path in paths], chosen, limit, parts_folder, left, max_document
+                    [str(path) for path in paths], chosen, limit, left, max_document
                 )
             ]
         taken = {f"{path}/" for path in (*validation_files, *test_files)}
@@ -238,7 +238,7 @@ def prepare(
                 f"{f' (not read: {unread_names(unread)})' if unread else ''}"
             )
         trained = path.stem if train_tokenizer else None
-        _write_index(out, settings, opened, identity, trained, format, unread)
+        _write_index(out, settings, opened, identity, trained, format, unread, from_hub)
     else:
         unread = Counter(read_index(out / "dataset.json").get("unread") or {})
         if unread and strict:
@@ -249,6 +249,11 @@ def prepare(
     return Prepared(
         out, size, chunks[0].unit, documents, seconds, unread, files_by_kind(chunks), left
     )
+
+
+def _held_out(sources: Sequence[PathLike], purpose: str) -> list[Path]:
+    """The files and folders of all inputs that are for ``purpose``, "validation" or "test"."""
+    return [*held_out(sources, purpose), *held_out_on_hub(sources, purpose)]
 
 
 def _check_paths(out: PathLike, tokenizer: PathLike | None, train_tokenizer: int) -> None:
@@ -313,6 +318,7 @@ def _write_index(
     trained: str | None,
     format: Format,
     unread: Mapping[str, int],
+    from_hub: Sequence[str],
 ) -> None:
     """Write the tokenizer's files and, last, dataset.json."""
     copy_file(tokenizer.path, out / tokenizer_name(tokenizer))
@@ -327,6 +333,7 @@ def _write_index(
         "trained": trained,
         "indexed": fields if format == "megatron" else None,
         "unread": dict(unread),
+        FROM_HUB: list(from_hub),
         "prompt": write_template(out, settings, tokenizer),
     }
     write_atomic(out / "dataset.json", (json.dumps(index, indent=2) + "\n").encode())

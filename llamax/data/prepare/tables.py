@@ -10,14 +10,13 @@ slice of the rows (``train[:10%]``, a limit) is exact and a mistake can name its
 A CSV is separated by commas, or by semicolons, tabs or bars if its head has no comma.  A byte order
 mark at the start of a file is skipped.
 
-A name that is not a file is looked up on the Hugging Face Hub with ``datasets``, and its rows are
-kept as JSONL beside the parts.  Local JSONL, JSON and CSV need only Python.
+Of a name on the Hugging Face Hub the files are downloaded: ``hub_dataset``.  JSONL, JSON and CSV
+need only Python.
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -39,33 +38,31 @@ from llamax.data.prepare.file_kinds import (
     too_long,
     unreadable,
 )
+from llamax.data.prepare.hub_dataset import dataset_on_hub
 from llamax.data.prepare.json_stream import json_rows, list_key, top_level_keys
 from llamax.data.prepare.row_range import RowRange
 from llamax.data.prepare.saved_dataset import files_of_split, is_saved
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import new_file
+from llamax.runtime.hub_name import hub_name
 from llamax.runtime.json_reader import JsonError, parse_json
 
 DELIMITERS = {"csv": ",", "tsv": "\t", "csv;": ";", "csv\t": "\t", "csv|": "|"}
 SLICE = re.compile(r"(\w+)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
-HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def plan_tables(
     inputs: Sequence[str],
     split: str = "",
     limit: int = 0,
-    scratch: Path = Path(),
     left: list[str] | None = None,
     most: int = MAX_DOCUMENT,
 ) -> list[RowRange]:
     """The ranges of rows of all inputs, in the order given; the files of a folder are sorted.
 
     ``split``: a name and perhaps a slice of all rows (``train[:10%]``); in a folder it chooses
-    files by name.  ``limit``: the number of rows to take; 0: all.  ``scratch``: folder for rows
-    from the Hub; ``left``: receives the files of folders that are not taken; ``most``: bytes of the
-    longest row.  Raises DataError for an input that is missing or cannot be read, and if no row is
-    left.
+    files by name.  ``limit``: the number of rows to take; 0: all.  ``left`` receives the
+    files of folders that are not taken; ``most``: bytes of the longest row.  Raises DataError for
+    an input that is missing or cannot be read, and if no row is left.
     """
     name, bounds = parse_split(split)
     ranges: list[RowRange] = []
@@ -99,8 +96,8 @@ def plan_tables(
                     "or .arrow"
                 )
             chosen = [path]
-        elif is_hub_name(source):
-            chosen = [from_hub(source, name or "train", scratch)]
+        elif (on_hub := hub_name(source, "dataset")) is not None:
+            chosen = dataset_on_hub(on_hub, name)[name or "train"]
         else:
             raise DataError(f"{path}: no such file or folder; check the path")
         for table in chosen:
@@ -120,11 +117,6 @@ def plan_tables(
             f"{', '.join(inputs)}: {split or 'this'} leaves no row of {total}; choose other rows"
         )
     return kept
-
-
-def is_hub_name(source: str) -> bool:
-    """Whether an input looks like the name of a dataset on the Hugging Face Hub."""
-    return bool(HUB.fullmatch(source)) and not source.startswith(".") and not Path(source).exists()
 
 
 def parse_split(text: str) -> tuple[str, Callable[[int], tuple[int, int]]]:
@@ -149,31 +141,6 @@ def parse_split(text: str) -> tuple[str, Callable[[int], tuple[int, int]]]:
         return at(low, low_percent, rows, 0), at(high, high_percent, rows, rows)
 
     return match[1] if match else "", bounds
-
-
-def from_hub(name: str, split: str, scratch: Path) -> Path:
-    """Download the rows of a Hub dataset into a JSONL file; DataError if that fails."""
-    try:
-        import datasets  # type: ignore[import-untyped, import-not-found, unused-ignore]
-    except ImportError:
-        raise DataError(
-            f"{name} is not a file, and the Hugging Face Hub needs the package datasets, which is "
-            "not installed; pip install 'llamax[hub]', or give local files"
-        ) from None
-    try:
-        rows = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the network, the Hub and every builder raise what they like
-        raise DataError(
-            f"{name} is not a file, and cannot be read from the Hugging Face Hub "
-            f"({' '.join(str(error).split())[:160]}); give local files"
-        ) from None
-    path = scratch / f"{name.replace('/', '--')}-{split}-{rows._fingerprint}.jsonl"
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        with open(partial, "w", encoding="utf-8", opener=new_file) as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        partial.replace(path)
-    return path
 
 
 # ---- where rows begin
