@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from llamax.tools.audit.auditor import audit
     from llamax.tools.inspect import describe
     from llamax.tools.plan.planner import plan
+    from llamax.tools.push.push import push
     from llamax.train import start as train
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "merge",
     "plan",
     "prepare",
+    "push",
     "serve",
     "shard",
     "train",
@@ -77,6 +79,7 @@ _MODULES = {
     "merge": "checkpoint.merge",
     "plan": "tools.plan.planner",
     "prepare": "data.prepare.pipeline",
+    "push": "tools.push.push",
     "serve": "inference.serving.server",
     "shard": "checkpoint.shard_hf",
     "train": "train",

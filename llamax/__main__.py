@@ -25,6 +25,7 @@ COMMANDS = {
     "import": ("llamax.cli.import_", "convert a checkpoint of NxD, NeMo or Meta"),
     "export": ("llamax.cli.export", "write a model for Hugging Face, NxD or Meta"),
     "merge": ("llamax.cli.merge", "merge a base and its adapters to a Hugging Face folder"),
+    "push": ("llamax.cli.push", "upload an exported model or adapters to the Hugging Face Hub"),
     "inspect": ("llamax.cli.inspect", "describe a checkpoint, model or dataset"),
     "watch": (
         "llamax.cli.watch",

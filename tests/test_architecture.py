@@ -11,7 +11,7 @@ import pytest
 LLAMAX = Path(__file__).resolve().parents[1] / "llamax"
 ROWS = (  # the rooms of a row do not import each other, except BESIDE
     "__init__ __main__ train cli",
-    "tools.doctor",
+    "tools.doctor tools.push",
     "tools.audit tools.monitor tools.inspect",
     "tools.plan",
     "training inference",

@@ -245,7 +245,7 @@ def open_adapter(path: Path | str) -> tuple[Source, AdapterInfo]:
 
     Raises CheckpointError if ``path`` holds no adapters.
     """
-    path = Path(path)
+    path = local_folder(path, MODEL)
     if not path.is_dir():
         raise CheckpointError(f"there is no folder {path}; give a folder with adapters in it")
     source: Source | None = None

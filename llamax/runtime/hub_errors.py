@@ -84,6 +84,11 @@ def _explain(name: HubName, error: Exception, writing: bool) -> LlamaxError:
             f"the Hub refuses the token of {_token_source()} for {name} ({status}); use one that "
             f"may {needed} it ({log_in})"
         )
+    if writing and status in (401, 403, 404):
+        return HubError(
+            f"the Hub lets nobody write to {name} without a token that may ({status}); check the "
+            f"name, or log in ({log_in})"
+        )
     if status in (401, 404):
         private = "" if get_token() else f", or log in ({log_in}) if it is private"
         return HubError(

@@ -133,8 +133,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send(409, {"url": f"{hub.endpoint}/{name}"})
             hub.add(name, {".gitattributes": b""}, private=bool(wanted.get("private")))
             return self._send(200, {"url": f"{hub.endpoint}/{name}", "id": name})
-        if words[:2] == ["api", "whoami-v2"]:
-            return self._send(200, {"name": "someone", "type": "user", "orgs": []})
+        if words[:2] == ["api", "validate-yaml"]:
+            return self._send(200, {"errors": [], "warnings": []})
         if words[0] == "api" and len(words) > 3:
             kind, name, rest = words[1], "/".join(words[2:4]), words[4:]
             full = name if kind == "models" else f"{kind}/{name}"
