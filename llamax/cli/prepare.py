@@ -28,11 +28,14 @@ def parser() -> Parser:
         "inputs",
         nargs="+",
         help="text or JSONL files, plain or .gz, or folders; with --template JSONL, JSON, CSV, "
-        "TSV, Parquet or Arrow, a folder of save_to_disk, or the name of a Hugging Face dataset",
+        "TSV, Parquet or Arrow, or a folder of save_to_disk; or hf://datasets/org/name on the Hub",
     )
     p.add_argument("--out", required=True, help="dataset folder to make")
     which = p.add_mutually_exclusive_group(required=True)
-    which.add_argument("--tokenizer", help="tokenizer.model, tokenizer.json, .tiktoken or a folder")
+    which.add_argument(
+        "--tokenizer",
+        help="tokenizer.model, tokenizer.json, .tiktoken, a folder, or org/name on the Hub",
+    )
     which.add_argument(
         "--train-tokenizer",
         type=_count,

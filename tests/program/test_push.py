@@ -59,7 +59,7 @@ def test_a_model_is_pushed_and_read_back(hub: Hub, home: Path, tmp_path: Path) -
     repository = hub.repositories["org/mine"]
     assert repository.private
     commit = repository.refs["main"]
-    assert done.url == f"{hub.endpoint}/commit/{commit}"
+    assert done.url == f"{hub.endpoint}/org/mine/commit/{commit}"
     assert len(repository.commits) == 2, "an empty repository, and one commit"
     files = repository.commits[commit]
     assert {n: len(files[n]) for n in done.files} == done.files
@@ -113,7 +113,7 @@ def test_a_dry_run_lists_what_would_go_up(
     assert "# mine" in out
     assert "; nothing was sent\nthe card names no licence: give --license, or fill it in" in out
     assert run_main(main, [str(home / "run/hub"), "org/mine", "--license", "mit"]) == 0
-    assert f"KiB: {hub.endpoint}/commit/" in capsys.readouterr().out
+    assert f"KiB: {hub.endpoint}/org/mine/commit/" in capsys.readouterr().out
 
 
 def test_a_card_in_the_folder_is_kept(hub: Hub, home: Path, tmp_path: Path) -> None:

@@ -127,11 +127,12 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = json.loads(body)
             kind = "" if wanted.get("type", "model") == "model" else f"{wanted['type']}s/"
             name = f"{kind}{wanted['organization']}/{wanted['name']}"
+            private = bool(wanted.get("private")) or wanted.get("visibility") == "private"
             if not token:
                 return self._send(401, {}, {"X-Error-Message": "Invalid username or password."})
             if name in hub.repositories:
                 return self._send(409, {"url": f"{hub.endpoint}/{name}"})
-            hub.add(name, {".gitattributes": b""}, private=bool(wanted.get("private")))
+            hub.add(name, {".gitattributes": b""}, private=private)
             return self._send(200, {"url": f"{hub.endpoint}/{name}", "id": name})
         if words[:2] == ["api", "validate-yaml"]:
             return self._send(200, {"errors": [], "warnings": []})
@@ -167,7 +168,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repository is None:
             return None
         if rest[:1] in (["preupload"], ["commit"]):
-            return self._write(repository, rest, body, token)
+            return self._write(name, repository, rest, body, token)
         if rest[:1] == ["branch"]:
             repository.refs.setdefault("/".join(rest[1:]), repository.refs["main"])
             return self._send(200, {})
@@ -224,7 +225,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._send_bytes(status, data[start:], headers, cut=True)
         return self._send_bytes(status, data[start:], headers)
 
-    def _write(self, repository: Repository, rest: list[str], body: bytes, token: str) -> None:
+    def _write(
+        self, name: str, repository: Repository, rest: list[str], body: bytes, token: str
+    ) -> None:
         if token != TOKEN:
             return self._send(403, {}, {"X-Error-Message": "You may not write here."})
         if rest[0] == "preupload":
@@ -247,9 +250,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "lfsFile":
                 files[value["path"]] = self.hub.objects[value["oid"]]
         sha = repository.commit(files, "/".join(rest[1:]))
-        name = self.path.partition("/commit/")[0].removeprefix("/api/").removeprefix("models/")
-        address = f"{self.hub.endpoint}/{name}/commit/{sha}"
-        done = {"success": True, "commitOid": sha, "commitUrl": address}
+        url = f"{self.hub.endpoint}/{name}/commit/{sha}"
+        done = {"success": True, "commitOid": sha, "commitUrl": url}
         return self._send(200, {**done, "hookOutput": ""})
 
     def _lfs(self, wanted: dict[str, Any]) -> None:

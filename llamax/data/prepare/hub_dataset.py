@@ -50,7 +50,7 @@ def dataset_on_hub(name: HubName, split: str = "", text: bool = False) -> dict[s
     has no files of rows, no such split, or several configurations.
     """
     name = resolve(name)
-    files = [path for path in file_names(name) if _is_data(path, text)]
+    files = sorted(path for path in file_names(name) if _is_data(path, text))
     inside = [p for p in files if p == name.path or p.startswith(f"{name.path.rstrip('/')}/")]
     if name.path and not inside:
         raise DataError(f"{name}: no files of rows lie there; {_has(files, name)}")

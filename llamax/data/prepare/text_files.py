@@ -36,7 +36,7 @@ from llamax.data.prepare.hub_dataset import dataset_on_hub
 from llamax.data.prepare.json_stream import json_rows
 from llamax.data.prepare.long_text import Text, read_text
 from llamax.data.prepare.row_range import RowRange
-from llamax.data.prepare.saved_dataset import PURPOSES, files_by_purpose, is_saved
+from llamax.data.prepare.saved_dataset import files_by_purpose, is_saved
 from llamax.data.prepare.tables import has_row_per_line, read_rows, scan
 from llamax.runtime.errors import DataError
 from llamax.runtime.hub_name import hub_name
@@ -190,8 +190,8 @@ def _files(
         elif path.exists():
             raise DataError(f"{path}: is neither a file nor a folder; write its text to a file")
         elif (on_hub := hub_name(source, "dataset")) is not None:
-            for name, paths in dataset_on_hub(on_hub, text=True).items():
-                yield from ((path, True, PURPOSES.get(name, "")) for path in paths)
+            paths = dataset_on_hub(on_hub, "train", text=True)["train"]
+            yield from ((path, True, "") for path in paths)
         else:
             raise DataError(f"{path}: no such file or folder; check the path")
 
