@@ -32,6 +32,7 @@ PUBLISHED = {
     "gsm8k-lora": (2, 1_235_814_400),
     "korean-chat-lora": (1, 6_738_415_616),
     "korean-chat-qlora": (1, 6_738_415_616),
+    "korean-chat-qlora-24gb": (1, 6_738_415_616),
     "news-llama3-8b-qlora": (2 * 4, 8_030_261_248),
     "llama2-7b": (4 * 32, 6_738_415_616),
     "llama2-13b": (8 * 32, 13_015_864_320),
@@ -100,6 +101,15 @@ def test_a_recipe_fits_the_machine_it_names(name: str) -> None:
     if found is None:
         pytest.skip("it names no Trainium")
     assert main(["--config", name, "--nodes", found[1], "--instance", found[2]]) == 0
+
+
+def test_the_recipe_of_a_small_card_fits_it() -> None:
+    """With a fifth to spare, and with the state of the adapters in 64 GiB of host memory."""
+    planned = plan(load_config("korean-chat-qlora-24gb"), load_machine("rtx3090"), 1)
+    assert planned.memory.peak < 0.8 * planned.memory.available
+    assert planned.memory.fits
+    adapters = 159_907_840  # rank 64 on the seven projections of 32 layers
+    assert planned.memory.host.value == (4 + 8) * adapters
 
 
 def planned_comment(name: str) -> str | None:

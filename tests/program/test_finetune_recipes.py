@@ -26,6 +26,7 @@ RECIPES = {
     "dolly-llama3.1-8b": "dolly",
     "korean-chat-lora": "usr-bot",
     "korean-chat-qlora": "usr-bot",
+    "korean-chat-qlora-24gb": "usr-bot",
     "news-llama3-8b-qlora": "human-assistant",
     "gsm8k-lora": "dolly",
 }

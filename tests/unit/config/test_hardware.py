@@ -157,8 +157,9 @@ def test_names_are_taken_in_any_case() -> None:
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),  # a seventh of one
         ("NVIDIA L4", 121e12, 30.3e12),
         ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12),
+        ("NVIDIA GeForce RTX 3090", 71e12, 35.6e12),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),  # a smaller chip
-        ("NVIDIA GeForce RTX 3090", None, None),
+        ("NVIDIA GeForce RTX 3090 Ti", None, None),
     ],
 )
 def test_a_gpu_is_rated_by_its_whole_name_and_type(
