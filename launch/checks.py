@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
-from llamax.launch import image, prepare, sagemaker, sagemaker_serve, serving
+from llamax.launch import cluster, image, prepare, sagemaker, sagemaker_serve, serving
 from llamax.launch.environment import RESERVED
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.errors import ConfigError
@@ -40,6 +40,11 @@ def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
     if phase == "serve":
         return _serve(job, launcher)
     found = list(_job(job))
+    if phase == "cluster":
+        return found or [
+            *cluster.problems(job, launcher),
+            *(_kubernetes(job) if launcher == "k8s" else ()),
+        ]
     if launcher not in ("k8s", "sagemaker"):  # they have stricter rules, below
         found += _name(job)
     if not found:

@@ -166,6 +166,28 @@ class Serve:
 
 
 @dataclass(frozen=True)
+class Cluster:
+    """Settings of the phase cluster: what AWS makes for the job."""
+
+    region: str = ""
+    """Region, such as us-west-2."""
+    zone: str = ""
+    """Availability zone of the nodes."""
+    second_zone: str = ""
+    """Kubernetes: another zone, for EKS itself."""
+    subnet: str = ""
+    """Slurm and torchrun: a subnet in the zone."""
+    key: str = ""
+    """Slurm and torchrun: EC2 key pair for ssh."""
+    ssh_from: str = ""
+    """Slurm and torchrun: addresses that may use ssh, such as 203.0.113.7/32."""
+    disk_gib: Count = 500
+    """Disk of a node [GiB]."""
+    storage_gib: Count = 1200
+    """Size of the FSx for Lustre file system [GiB]."""
+
+
+@dataclass(frozen=True)
 class JobFile:
     """One job; ``overrides``, ``environment`` and ``secrets`` are tables, kept as pairs."""
 
@@ -196,6 +218,7 @@ class JobFile:
     storage: Storage = Storage()
     prepare: Prepare = Prepare()
     serve: Serve = Serve()
+    cluster: Cluster = Cluster()
     torchrun: Torchrun = Torchrun()
     mpirun: Mpirun = Mpirun()
     slurm: Slurm = Slurm()

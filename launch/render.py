@@ -4,7 +4,8 @@
 
     job.toml ──> checks ──> render(job, launcher, phase) ──> text ──> starter: the command to run it
 
-The phases of a project in order: image, shell, prepare, precompile, train, tensorboard, serve.
+The phases of a project in order: cluster, image, shell, prepare, precompile, train, tensorboard,
+serve.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from llamax.launch import (
+    cluster,
     docker,
     image,
     kubernetes,
@@ -29,12 +31,12 @@ from llamax.launch import (
 from llamax.launch.jobfile import JobFile
 
 PHASES = {
-    "torchrun": ("prepare", "precompile", "train", "tensorboard"),
+    "torchrun": ("cluster", "prepare", "precompile", "train", "tensorboard"),
     "mpirun": ("prepare", "precompile", "train", "tensorboard"),
-    "slurm": ("prepare", "precompile", "train", "tensorboard"),
+    "slurm": ("cluster", "prepare", "precompile", "train", "tensorboard"),
     "docker": ("image", "serve"),
-    "k8s": ("image", "shell", "prepare", "precompile", "train", "tensorboard", "serve"),
-    "sagemaker": ("image", "prepare", "train", "serve"),
+    "k8s": ("cluster", "image", "shell", "prepare", "precompile", "train", "tensorboard", "serve"),
+    "sagemaker": ("cluster", "image", "prepare", "train", "serve"),
 }
 SERVERS = {
     "docker": docker.render,
@@ -49,6 +51,8 @@ def render(job: JobFile, launcher: str, phase: str) -> str:
     """The text that starts a phase."""
     if phase == "image":
         return image.dockerfile(job)
+    if phase == "cluster":
+        return cluster.render(job, launcher)
     if phase == "serve":
         return SERVERS[launcher](job)
     if phase == "tensorboard" and launcher != "k8s":
@@ -64,6 +68,8 @@ def render(job: JobFile, launcher: str, phase: str) -> str:
 
 def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
     """The script of an action on a phase: status, logs, utilization, stop or clean."""
+    if phase == "cluster":
+        return cluster.action(job, launcher, what)
     if launcher == "docker":
         return docker.action(job, what)
     if launcher == "slurm":
@@ -79,6 +85,8 @@ def action(job: JobFile, launcher: str, phase: str, what: str) -> str:
 
 def needed(launcher: str, phase: str, what: str) -> str:
     """The program that an action calls, or nothing."""
+    if phase == "cluster":
+        return cluster.TOOLS[launcher]
     if launcher == "sagemaker":
         return "" if what == "clean" and phase != "serve" else "aws"
     if launcher == "slurm":
@@ -90,6 +98,8 @@ def starter(job: JobFile, launcher: str, phase: str, file: str) -> list[str]:
     """The command that runs a rendered text in ``file``."""
     if phase == "image":
         return ["docker", "build", "--tag", job.image, "--file", file, str(REPOSITORY)]
+    if phase == "cluster":
+        return ["bash", file]
     if launcher == "slurm" and phase != "tensorboard":
         return ["sbatch", file]
     if launcher == "k8s":

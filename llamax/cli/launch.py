@@ -4,7 +4,8 @@
 
     job.toml ──> checks ──> a script or a manifest ──> --render: printed; else run
 
-Phases come in the order of a project: image, shell, prepare, precompile, train, tensorboard, serve.
+Phases come in the order of a project: cluster, image, shell, prepare, precompile, train,
+tensorboard, serve.
 """
 
 from __future__ import annotations
@@ -22,10 +23,18 @@ from shlex import quote
 
 from llamax.launch import jobfile, sagemaker
 from llamax.launch.checks import problems
+from llamax.launch.cluster import actions as cluster_actions
 from llamax.launch.environment import plain_text_secrets, sdk_notes
 from llamax.launch.jobfile import JobFile
 from llamax.launch.render import ACTIONS, PHASES, action, environment, needed, render, starter
-from llamax.runtime.errors import BackendError, ConfigError, Interrupted, did_you_mean, refuse
+from llamax.runtime.errors import (
+    BackendError,
+    ConfigError,
+    Interrupted,
+    did_you_mean,
+    join_or,
+    refuse,
+)
 from llamax.runtime.versions import installed
 
 FORWARDED = (signal.SIGTERM, signal.SIGHUP)
@@ -41,6 +50,10 @@ def main(argv: Sequence[str]) -> int:
     _known("--action", what, ACTIONS)
     if what != "start" and (phase == "image" or (phase == "tensorboard" and launcher != "k8s")):
         raise ConfigError(f"--action {what}: --phase {phase} runs in the foreground; press Ctrl-C")
+    if phase == "cluster" and what not in cluster_actions(launcher):
+        raise ConfigError(
+            f"--action {what}: --phase cluster has {join_or(list(cluster_actions(launcher)))}"
+        )
     job = jobfile.load(options.job)
     refuse(problems(job, launcher, phase), str(options.job))
     for name in plain_text_secrets(job) if what == "start" else ():
@@ -72,7 +85,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--phase",
         default="train",
-        help="image, shell, prepare, precompile, train, tensorboard or serve (train)",
+        help="cluster, image, shell, prepare, precompile, train, tensorboard or serve (train)",
     )
     parser.add_argument("--action", default="start", help=f"{', '.join(ACTIONS)} (start)")
     parser.add_argument(

@@ -22,7 +22,7 @@ import yaml
 from support.launch_jobs import job
 from support.mpijob_schema import MPIJOB
 
-from llamax.launch import kubernetes, sagemaker
+from llamax.launch import cluster, kubernetes, sagemaker
 from llamax.launch.checks import problems
 from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
@@ -82,8 +82,13 @@ def renderings(name: str, nodes: int) -> Iterator[tuple[str, str]]:
     """(what it is, text) of every phase and action of a launcher."""
     launcher, this = RUNS[name][0], the_job(name, nodes)
     for phase in PHASES[launcher]:
+        if (launcher, phase) == ("torchrun", "cluster") and nodes > 1:
+            continue  # one instance
         assert problems(this, launcher, phase) == []
         yield f"--phase {phase}", render(this, launcher, phase)
+    if "cluster" in PHASES[launcher]:
+        for what in cluster.actions(launcher)[1:]:
+            yield f"--phase cluster --action {what}", action(this, launcher, "cluster", what)
     main = "serve" if launcher == "docker" else "train"
     for what in ACTIONS[1:]:
         yield f"--phase {main} --action {what}", action(this, launcher, main, what)
@@ -153,7 +158,7 @@ def manifests() -> list[dict[str, Any]]:
         for name, counts in (("k8s", NODES), ("k8s-gpu", (4,)))
         for nodes in counts
         for phase in PHASES["k8s"]
-        if phase != "image"
+        if phase not in ("cluster", "image")
         for manifest in yaml.safe_load_all(render(the_job(name, nodes), "k8s", phase))
     ]
 

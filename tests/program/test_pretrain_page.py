@@ -17,6 +17,7 @@ from llamax.launch.checks import problems
 from llamax.launch.render import ACTIONS, PHASES
 
 PAGE = (Path(__file__).resolve().parents[2] / "launch" / "PRETRAIN.md").read_text()
+FINETUNE = (Path(__file__).resolve().parents[2] / "launch" / "FINETUNE.md").read_text()
 CLUSTER, LAPTOP = PAGE.split("## On a laptop, for real")
 
 
@@ -52,7 +53,9 @@ def test_the_job_is_right_for_every_launcher_it_names(folder: Path) -> None:
     job = jobfile.load(folder / "job.toml")
     for launcher in ("torchrun", "mpirun", "slurm", "k8s"):
         for phase in PHASES[launcher]:
-            assert problems(job, launcher, phase) == []
+            several = (launcher, phase) == ("torchrun", "cluster")  # the page has 4 nodes
+            message = "nodes=4 but --on torchrun makes one instance; use --on slurm or k8s"
+            assert problems(job, launcher, phase) == ([message] if several else [])
     assert job.prepare.workers == 32
 
 
@@ -72,6 +75,24 @@ def test_every_launch_of_the_page_renders(
             told[option] |= {words[words.index(option) + 1]} if option in words else set()
     assert told["--phase"] | {"train"} == set(PHASES["k8s"]), "a phase that the page leaves out"
     assert told["--action"] | {"start"} == set(ACTIONS), "an action that the page leaves out"
+
+
+def test_every_launch_of_the_page_on_fine_tuning_renders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.toml").write_text(blocks(FINETUNE, "toml")[0])
+    lines = [
+        line
+        for line in "".join(blocks(FINETUNE, "sh")).splitlines()
+        if line.startswith("llamax launch")
+    ]
+    assert len(lines) > 9
+    for line in lines:
+        assert main([*shlex.split(line)[2:], "--render"]) == 0, line
+        assert capsys.readouterr().out.count("\n") > 2, line
+    assert lines[0].endswith("--on sagemaker --phase cluster")  # looks at quotas first
+    assert lines[-2].endswith("--phase cluster --action clean")
 
 
 def test_names_on_the_page_are_those_of_the_manifests(folder: Path) -> None:

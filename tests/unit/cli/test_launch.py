@@ -46,7 +46,7 @@ def write(folder: Path, **changes: Any) -> str:
     [
         (["--on", "torchrn"], "--on torchrn: unknown here; did you mean torchrun?"),
         (["--on", "lsf"], "--on lsf: unknown here; there are torchrun, mpirun, slurm, docker, k"),
-        (["--on", "slurm", "--phase", "shell"], "--phase shell: unknown here; there are prepare"),
+        (["--on", "slurm", "--phase", "shell"], "--phase shell: unknown here; there are cluster"),
         (["--on", "slurm", "--action", "kill"], "--action kill: unknown here; there are start, st"),
         (
             ["--on", "slurm", "--phase", "tensorboard", "--action", "stop"],

@@ -1,0 +1,372 @@
+"""The phase cluster: makes what a job runs on, on AWS, and deletes it again.
+
+::
+
+    k8s         eksctl: nodes with EFA, FSx for Lustre, the MPI Operator; device plugins by eksctl
+    slurm       AWS ParallelCluster: a queue with the job's nodes, FSx for Lustre
+    torchrun    one EC2 instance, reached by ssh
+    sagemaker   nothing to make: which quotas the job needs
+
+Each start looks at quota and zones first, and prints the price before anything is made.  It is the
+list price of the nodes in the table of machines, without storage, traffic and control planes.
+
+Sources: eksctl, schema of ClusterConfig and "EFA"; Amazon EKS, "Use high-performance app storage
+with Amazon FSx for Lustre"; Kubeflow MPI Operator 0.6, README; AWS ParallelCluster 3, "Cluster
+configuration file"; AWS Neuron, "Neuron DLAMI"; Service Quotas of Amazon EC2 and SageMaker.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from shlex import quote
+from typing import Any
+
+from llamax.config.hardware import KNOWN
+from llamax.launch import kubernetes
+from llamax.launch.jobfile import JobFile
+from llamax.launch.script import LITERAL, SHEBANG
+
+OPERATOR = "https://raw.githubusercontent.com/kubeflow/mpi-operator/v0.6.0/deploy/v2beta1/mpi-operator.yaml"
+SMALL = "m5.xlarge"  # of the head node of Slurm, and of the node for Kubernetes' own pods
+AMIS = {  # SSM parameters with the newest image
+    True: "/aws/service/neuron/dlami/multi-framework/ubuntu-24.04/latest/image_id",
+    False: "/aws/service/deeplearning/ami/x86_64/"
+    "base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id",
+}
+FAMILIES = {"trn": "Trn", "inf": "Inf", "p": "P", "g": "G and VT"}  # of quotas, by instance type
+TOOLS = {"k8s": "eksctl", "slurm": "pcluster", "torchrun": "aws", "sagemaker": "aws"}
+REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d")
+ZONE = re.compile(r"[a-z]{2}(-[a-z]+)+-\d[a-z]")
+WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,254}")
+STACK = re.compile(r"[a-zA-Z][a-zA-Z0-9-]{0,59}")
+
+
+def render(job: JobFile, launcher: str) -> str:
+    """The script that makes the cluster of a launcher."""
+    make = {"k8s": _eks, "slurm": _parallel_cluster, "torchrun": _instance, "sagemaker": _quotas}
+    return make[launcher](job)
+
+
+def price(job: JobFile) -> str:
+    """What the nodes cost an hour, in words."""
+    each = job.machine.dollars_per_hour
+    return (
+        f"{job.nodes} x {job.machine.name} cost ${job.nodes * each:,.2f} an hour at list price "
+        f"(${each:,.2f} each on demand, US East, {KNOWN.name} of llamax), besides storage, "
+        "traffic, control plane and small instances; they cost until --action clean"
+    )
+
+
+def _head(job: JobFile, title: str) -> str:
+    machine, cluster = job.machine, job.cluster
+    family = next(name for key, name in FAMILIES.items() if machine.name.startswith(key))
+    return f"""{SHEBANG}
+# {job.name}: {title}
+{LITERAL}
+set -euo pipefail
+export AWS_DEFAULT_REGION={cluster.region}
+vcpus=$(aws ec2 describe-instance-types --instance-types {machine.name} \\
+    --query 'InstanceTypes[0].VCpuInfo.DefaultVCpus' --output text)
+need=$((vcpus * {job.nodes}))
+have=$(aws service-quotas list-service-quotas --service-code ec2 --output json \\
+    --query "Quotas[?QuotaName=='Running On-Demand {family} instances'].Value | [0]")
+if ! [[ $have =~ ^[0-9] && ${{have%.*}} -ge $need ]]; then
+    echo "quota 'Running On-Demand {family} instances' in {cluster.region} is $have vCPUs, but \
+{job.nodes} x {machine.name} need $need; ask for them in Service Quotas" >&2
+    exit 2
+fi
+zones=$(aws ec2 describe-instance-type-offerings --location-type availability-zone --output text \\
+    --filters Name=instance-type,Values={machine.name} --query 'InstanceTypeOfferings[].Location' |
+    tr '\\t\\n' '  ')
+if [[ " $zones " != *" {cluster.zone} "* ]]; then
+    echo "{machine.name} is not offered in {cluster.zone}, but in: ${{zones:-no zone of \
+{cluster.region}}}" >&2
+    exit 2
+fi
+echo {quote(price(job))}
+"""
+
+
+# ---- EKS
+
+
+def eksctl_file(job: JobFile) -> dict[str, Any]:
+    """The configuration of eksctl, which adds the device plugins of Neuron, NVIDIA and EFA."""
+    cluster, machine = job.cluster, job.machine
+    return {
+        "apiVersion": "eksctl.io/v1alpha5",
+        "kind": "ClusterConfig",
+        "metadata": {"name": job.name, "region": cluster.region},
+        "availabilityZones": [cluster.zone, cluster.second_zone],
+        "iam": {"withOIDC": True},
+        "addons": [
+            {
+                "name": "aws-fsx-csi-driver",
+                "attachPolicyARNs": ["arn:aws:iam::aws:policy/AmazonFSxFullAccess"],
+            }
+        ],
+        "managedNodeGroups": [
+            {"name": "small", "instanceType": SMALL, "desiredCapacity": 1},
+            {
+                "name": "nodes",
+                "instanceType": machine.name,
+                "minSize": 0,
+                "maxSize": job.nodes,
+                "desiredCapacity": job.nodes,
+                "availabilityZones": [cluster.zone],
+                "privateNetworking": True,
+                "volumeSize": cluster.disk_gib,
+                **({"efaEnabled": True} if machine.efa else {}),
+            },
+        ],
+    }
+
+
+def storage(job: JobFile) -> list[dict[str, Any]]:
+    """The StorageClass and the claim of the file system; the script fills in two ids."""
+    return [
+        {
+            "apiVersion": "storage.k8s.io/v1",
+            "kind": "StorageClass",
+            "metadata": {"name": job.storage.claim},
+            "provisioner": "fsx.csi.aws.com",
+            "parameters": {
+                "subnetId": "SUBNET",
+                "securityGroupIds": "GROUP",
+                "deploymentType": "SCRATCH_2",
+            },
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "PersistentVolumeClaim",
+            "metadata": {"name": job.storage.claim, "namespace": job.kubernetes.namespace},
+            "spec": {
+                "accessModes": ["ReadWriteMany"],
+                "storageClassName": job.storage.claim,
+                "resources": {"requests": {"storage": f"{job.cluster.storage_gib}Gi"}},
+            },
+        },
+    ]
+
+
+def _eks(job: JobFile) -> str:
+    name, namespace = job.name, quote(job.kubernetes.namespace)
+    manifests = "---\n".join(kubernetes.dump(each) for each in storage(job))
+    return f"""{_head(job, f"an EKS cluster of {job.nodes} x {job.machine.name}, by eksctl")}\
+eksctl create cluster --config-file - <<'END'
+{kubernetes.dump(eksctl_file(job))}END
+kubectl apply --server-side --filename {OPERATOR}
+kubectl create namespace {namespace} --dry-run=client --output yaml | kubectl apply --filename -
+group=$(aws eks describe-cluster --name {name} \\
+    --query cluster.resourcesVpcConfig.clusterSecurityGroupId --output text)
+vpc=$(aws eks describe-cluster --name {name} \\
+    --query cluster.resourcesVpcConfig.vpcId --output text)
+subnet=$(aws ec2 describe-subnets --output text --query 'Subnets[0].SubnetId' --filters \\
+    Name=vpc-id,Values="$vpc" Name=availability-zone,Values={job.cluster.zone} \\
+    Name=tag-key,Values=kubernetes.io/role/internal-elb)
+sed "s/SUBNET/$subnet/; s/GROUP/$group/" <<'END' | kubectl apply --filename -
+{manifests}END
+echo "the file system is made for the first pod that uses it; then: llamax launch --phase shell"
+"""
+
+
+# ---- AWS ParallelCluster
+
+
+def parallel_cluster_file(job: JobFile) -> dict[str, Any]:
+    """The configuration of AWS ParallelCluster."""
+    cluster, machine = job.cluster, job.machine
+    node: dict[str, Any] = {"Name": "nodes", "InstanceType": machine.name}
+    node |= {"MinCount": 0, "MaxCount": job.nodes}
+    placed: dict[str, Any] = {"SubnetIds": [cluster.subnet]}
+    if machine.efa:
+        node["Efa"] = {"Enabled": True}
+        placed["PlacementGroup"] = {"Enabled": True}
+    return {
+        "Region": cluster.region,
+        "Image": {"Os": "ubuntu2204"},
+        "HeadNode": {
+            "InstanceType": SMALL,
+            "Networking": {"SubnetId": cluster.subnet},
+            "Ssh": {"KeyName": cluster.key, "AllowedIps": cluster.ssh_from},
+        },
+        "Scheduling": {
+            "Scheduler": "slurm",
+            "SlurmQueues": [
+                {
+                    "Name": job.slurm.partition or "nodes",
+                    "ComputeResources": [node],
+                    "ComputeSettings": {"LocalStorage": {"RootVolume": {"Size": cluster.disk_gib}}},
+                    "Networking": placed,
+                }
+            ],
+        },
+        "SharedStorage": [
+            {
+                "MountDir": job.storage.mount,
+                "Name": "fsx",
+                "StorageType": "FsxLustre",
+                "FsxLustreSettings": {
+                    "StorageCapacity": cluster.storage_gib,
+                    "DeploymentType": "SCRATCH_2",
+                },
+            }
+        ],
+    }
+
+
+def _parallel_cluster(job: JobFile) -> str:
+    title = f"a Slurm cluster of {job.nodes} x {job.machine.name}, by AWS ParallelCluster"
+    return f"""{_head(job, title)}\
+file=$(mktemp)
+trap 'rm -f -- "$file"' EXIT
+cat >"$file" <<'END'
+{kubernetes.dump(parallel_cluster_file(job))}END
+pcluster create-cluster --cluster-name {job.name} --cluster-configuration "$file"
+echo "nodes start with the first job; the head node: pcluster ssh --cluster-name {job.name}"
+"""
+
+
+# ---- one instance
+
+
+def _instance(job: JobFile) -> str:
+    cluster, name = job.cluster, job.name
+    tags = f"Tags=[{{Key=Name,Value={name}}},{{Key=llamax,Value={name}}}]"
+    disk = [
+        {
+            "DeviceName": "/dev/sda1",
+            "Ebs": {"VolumeSize": cluster.disk_gib, "VolumeType": "gp3"},
+        }
+    ]
+    return f"""{_head(job, f"one {job.machine.name}")}\
+image=$(aws ssm get-parameter --name {AMIS[job.machine.neuron]} \\
+    --query Parameter.Value --output text)
+vpc=$(aws ec2 describe-subnets --subnet-ids {cluster.subnet} \\
+    --query 'Subnets[0].VpcId' --output text)
+group=$(aws ec2 create-security-group --group-name {name} --description {name} --vpc-id "$vpc" \\
+    --query GroupId --output text)
+aws ec2 authorize-security-group-ingress --group-id "$group" --protocol tcp --port 22 \\
+    --cidr {cluster.ssh_from} >/dev/null
+id=$(aws ec2 run-instances --image-id "$image" --instance-type {job.machine.name} \\
+    --key-name {quote(cluster.key)} --subnet-id {cluster.subnet} --security-group-ids "$group" \\
+    --block-device-mappings {quote(json.dumps(disk))} \\
+    --tag-specifications {quote(f"ResourceType=instance,{tags}")} \\
+    --query 'Instances[0].InstanceId' --output text)
+aws ec2 wait instance-running --instance-ids "$id"
+host=$(aws ec2 describe-instances --instance-ids "$id" --output text \\
+    --query 'Reservations[0].Instances[0].PublicDnsName')
+echo "$id runs; TensorBoard and notebooks through the tunnel:"
+echo "ssh -L 6006:127.0.0.1:6006 -L 8888:127.0.0.1:8888 ubuntu@$host"
+"""
+
+
+# ---- SageMaker
+
+
+def quota_names(job: JobFile) -> Iterator[tuple[str, int]]:
+    """(name of a quota, instances) that the phases of the job need."""
+    yield f"ml.{job.machine.name} for training job usage", job.nodes
+    yield f"ml.{job.sagemaker.prepare_instance} for processing job usage", 1
+    if job.serve.instance:
+        yield f"ml.{job.server_machine.name} for endpoint usage", 1
+
+
+def _quotas(job: JobFile) -> str:
+    checks = "".join(f"quota {quote(name)} {count}\n" for name, count in quota_names(job))
+    return f"""{SHEBANG}
+# {job.name}: the quotas of SageMaker that the job needs
+set -euo pipefail
+export AWS_DEFAULT_REGION={job.cluster.region}
+missing=0
+quota() {{  # name, instances
+    local have
+    have=$(aws service-quotas list-service-quotas --service-code sagemaker --output json \\
+        --query "Quotas[?QuotaName=='$1'].Value | [0]")
+    echo "$1: $have, needed: $2"
+    [[ $have =~ ^[0-9] && ${{have%.*}} -ge $2 ]] || missing=2
+}}
+{checks}if ((missing)); then
+    echo "ask for what is missing in Service Quotas, in {job.cluster.region}" >&2
+fi
+exit $missing
+"""
+
+
+def actions(launcher: str) -> tuple[str, ...]:
+    """The actions of the phase."""
+    return ("start",) if launcher == "sagemaker" else ("start", "status", "clean")
+
+
+def action(job: JobFile, launcher: str, what: str) -> str:
+    """The script of an action: status, or clean, which deletes the cluster."""
+    name, region = job.name, job.cluster.region
+    find = f"""export AWS_DEFAULT_REGION={region}
+id=$(aws ec2 describe-instances --output text --filters Name=tag:llamax,Values={name} \\
+    Name=instance-state-name,Values=pending,running,stopping,stopped \\
+    --query 'Reservations[].Instances[].InstanceId')
+if [[ -z $id ]]; then
+    echo "EC2 has no instance {name} in {region}"
+    exit 0
+fi
+"""
+    claim = f"--namespace {quote(job.kubernetes.namespace)} {quote(job.storage.claim)}"
+    status = {
+        "k8s": f"eksctl get cluster --name {name} --region {region}\nkubectl get nodes,pvc\n",
+        "slurm": f"pcluster describe-cluster --cluster-name {name} --region {region}\n",
+        "torchrun": f"{find}aws ec2 describe-instances --instance-ids $id --output table \\\n"
+        "    --query 'Reservations[].Instances[]."
+        "{id: InstanceId, state: State.Name, host: PublicDnsName}'\n",
+    }
+    delete = {
+        "k8s": "# the file system is deleted with its claim, the files on it too\n"
+        f"kubectl delete pvc --ignore-not-found {claim}\n"
+        f"eksctl delete cluster --name {name} --region {region} --wait\n",
+        "slurm": f"pcluster delete-cluster --cluster-name {name} --region {region}\n",
+        "torchrun": f"{find}aws ec2 terminate-instances --instance-ids $id >/dev/null\n"
+        "aws ec2 wait instance-terminated --instance-ids $id\n"
+        f"aws ec2 delete-security-group --group-name {name}\n",
+    }
+    body = status[launcher] if what == "status" else delete[launcher]
+    lint = "# shellcheck disable=SC2086  # several ids\n" if launcher == "torchrun" else ""
+    return f"{SHEBANG}\n{lint}set -euo pipefail\n{body}"
+
+
+def problems(job: JobFile, launcher: str) -> Iterator[str]:
+    """What AWS or its tools would refuse, one line each."""
+    cluster, machine = job.cluster, job.machine
+    if not REGION.fullmatch(cluster.region):
+        yield f"cluster.region={cluster.region!r} is no region; use one such as us-west-2"
+    if not machine.instance_type or not machine.name.startswith(tuple(FAMILIES)):
+        yield f"instance={job.instance!r} is no instance type of AWS with accelerators; use one"
+    if launcher == "sagemaker":
+        return
+    if not STACK.fullmatch(job.name):
+        yield f"name={job.name!r} cannot name a cluster; use letters, digits and -, at most 60"
+    if not ZONE.fullmatch(cluster.zone) or not cluster.zone.startswith(cluster.region):
+        yield (
+            f"cluster.zone={cluster.zone!r} is no zone of {cluster.region}; use one such as "
+            f"{cluster.region or 'us-west-2'}d"
+        )
+    if cluster.storage_gib % 1200 and launcher != "torchrun":
+        yield f"cluster.storage_gib={cluster.storage_gib} is no multiple of 1200, as FSx needs"
+    if launcher == "k8s":
+        if not ZONE.fullmatch(cluster.second_zone) or cluster.second_zone == cluster.zone:
+            yield (
+                f"cluster.second_zone={cluster.second_zone!r} is no other zone; EKS needs two, the "
+                "nodes are in the first"
+            )
+        return
+    if launcher == "torchrun" and job.nodes > 1:
+        yield f"nodes={job.nodes} but --on torchrun makes one instance; use --on slurm or k8s"
+    if not re.fullmatch(r"subnet-[0-9a-f]+", cluster.subnet):
+        yield f"cluster.subnet={cluster.subnet!r} is no subnet; use one of {cluster.zone}"
+    if not WORD.fullmatch(cluster.key):
+        yield f"cluster.key={cluster.key!r} is no name of an EC2 key pair, which ssh needs"
+    if not re.fullmatch(r"\d+(\.\d+){3}/\d+", cluster.ssh_from) or cluster.ssh_from.endswith("/0"):
+        yield (
+            f"cluster.ssh_from={cluster.ssh_from!r} is no range of addresses; use yours, such as "
+            "203.0.113.7/32"
+        )

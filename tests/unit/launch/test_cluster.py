@@ -1,0 +1,202 @@
+"""The phase cluster: files of eksctl and ParallelCluster, and scripts with stand-ins of the tools.
+
+The files also pass the schemas of eksctl and of AWS ParallelCluster 3.16, compared by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.launch_jobs import job
+
+from llamax.cli.launch import main
+from llamax.launch import cluster
+from llamax.launch.checks import problems
+from llamax.launch.render import action, render
+from llamax.runtime.errors import ConfigError
+
+TOOL = """#!/bin/bash
+echo "$(basename "$0") $*" >>{folder}/asked
+input=$([[ -p /dev/stdin ]] && cat || true)
+[[ -z $input ]] || echo "$input" >>{folder}/input
+case "$*" in
+*describe-instance-types*) echo 128 ;;
+*sagemaker*list-service-quotas* | *list-service-quotas*) echo "${{QUOTA:-256.0}}" ;;
+*describe-instance-type-offerings*) printf '%s\\t%s\\n' us-west-2b us-west-2d ;;
+*clusterSecurityGroupId*) echo sg-1 ;;
+*vpcId* | *VpcId*) echo vpc-1 ;;
+*describe-subnets*) echo subnet-9 ;;
+*get-parameter*) echo ami-1 ;;
+*create-security-group*) echo sg-2 ;;
+*run-instances*) echo i-1 ;;
+*"describe-instances --output text"*) echo "${{FOUND-i-1}}" ;;
+*PublicDnsName*) echo host.example ;;
+esac
+"""
+
+
+def run(text: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    for name in ("aws", "eksctl", "kubectl", "pcluster"):
+        (folder / name).write_text(TOOL.format(folder=folder))
+        (folder / name).chmod(0o755)
+    (folder / "asked").write_text("")
+    path = f"{folder}:{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", text],
+        env={**os.environ, "PATH": path, **environ},
+        text=True,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+
+
+def asked(folder: Path) -> list[str]:
+    return (folder / "asked").read_text().splitlines()
+
+
+def test_eks_has_the_nodes_the_storage_and_the_operator(tmp_path: Path) -> None:
+    this = job(nodes=2)
+    done = run(render(this, "k8s", "cluster"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 x trn1.32xlarge cost $43.00 an hour at list price ($21.50 each" in done.stdout
+    commands = asked(tmp_path)
+    made = next(n for n, line in enumerate(commands) if line.startswith("eksctl create cluster"))
+    assert all(line.startswith("aws ") for line in commands[:made])  # looks before it makes
+    assert any("mpi-operator/v0.6.0/" in line for line in commands[made:])
+    text = (tmp_path / "input").read_text()
+    config, _, claims = text.partition("apiVersion: storage.k8s.io/v1")
+    nodes = yaml.safe_load(config)["managedNodeGroups"][1]
+    assert nodes["efaEnabled"] is True
+    assert (nodes["instanceType"], nodes["desiredCapacity"]) == ("trn1.32xlarge", 2)
+    assert nodes["availabilityZones"] == ["us-west-2d"]
+    storage, claim = yaml.safe_load_all(f"apiVersion: storage.k8s.io/v1{claims}")
+    assert storage["parameters"]["subnetId"] == "subnet-9"
+    assert storage["parameters"]["securityGroupIds"] == "sg-1"
+    assert claim["metadata"] == {"name": this.storage.claim, "namespace": "training"}
+
+
+@pytest.mark.parametrize("version", ["1.25", "1.31", "1.35"])
+def test_the_storage_holds_to_the_strict_schemas(version: str) -> None:
+    validate = pytest.importorskip("kubernetes_validate").validate
+    for manifest in cluster.storage(job()):
+        validate(manifest, version, strict=True)
+
+
+def test_slurm_has_a_queue_with_the_partition_of_the_job(tmp_path: Path) -> None:
+    this = job(nodes=4)
+    done = run(render(this, "slurm", "cluster"), tmp_path, QUOTA="512.0")
+    assert done.returncode == 0, done.stderr
+    assert asked(tmp_path)[-1].startswith("pcluster create-cluster --cluster-name llama2-7b")
+    (queue,) = cluster.parallel_cluster_file(this)["Scheduling"]["SlurmQueues"]
+    assert queue["Name"] == this.slurm.partition
+    (node,) = queue["ComputeResources"]
+    assert (node["MaxCount"], node["Efa"]) == (4, {"Enabled": True})
+    small = cluster.parallel_cluster_file(job(instance="trn1.2xlarge"))
+    assert "Efa" not in small["Scheduling"]["SlurmQueues"][0]["ComputeResources"][0]
+
+
+def test_an_instance_opens_ssh_to_its_owner_alone(tmp_path: Path) -> None:
+    done = run(render(job(), "torchrun", "cluster"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    commands = "\n".join(asked(tmp_path))
+    assert "--port 22 --cidr 203.0.113.7/32" in commands
+    assert "--key-name my key" in commands
+    assert done.stdout.splitlines()[-1].endswith("ubuntu@host.example")
+    done = run(action(job(), "torchrun", "cluster", "clean"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[2] for line in asked(tmp_path)] == [
+        "describe-instances",
+        "terminate-instances",
+        "wait",
+        "delete-security-group",
+    ]
+    done = run(action(job(), "torchrun", "cluster", "clean"), tmp_path, FOUND="")
+    assert (done.returncode, done.stdout) == (0, "EC2 has no instance llama2-7b in us-west-2\n")
+
+
+@pytest.mark.parametrize("launcher", ["k8s", "slurm", "torchrun"])
+def test_nothing_is_made_without_quota_or_in_another_zone(tmp_path: Path, launcher: str) -> None:
+    for changes, environ, message in (
+        ({}, {"QUOTA": "64.0"}, "is 64.0 vCPUs, but 1 x trn1.32xlarge need 128; ask for them in"),
+        ({}, {"QUOTA": "null"}, "quota 'Running On-Demand Trn instances' in us-west-2 is null"),
+        (
+            {"cluster__zone": "us-west-2a"},
+            {},
+            "trn1.32xlarge is not offered in us-west-2a, but in: us-west-2b us-west-2d",
+        ),
+    ):
+        done = run(render(job(**changes), launcher, "cluster"), tmp_path, **environ)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert not any(re.search("create|run-instances|apply", line) for line in asked(tmp_path))
+
+
+def test_the_quotas_of_sagemaker(tmp_path: Path) -> None:
+    this = job(nodes=2, serve__instance="g5.12xlarge")
+    done = run(render(this, "sagemaker", "cluster"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "ml.trn1.32xlarge for training job usage: 256.0, needed: 2",
+        "ml.c5.9xlarge for processing job usage: 256.0, needed: 1",
+        "ml.g5.12xlarge for endpoint usage: 256.0, needed: 1",
+    ]
+    done = run(render(this, "sagemaker", "cluster"), tmp_path, QUOTA="0.0")
+    assert done.returncode == 2
+    assert done.stderr == "ask for what is missing in Service Quotas, in us-west-2\n"
+
+
+@pytest.mark.parametrize("launcher", ["k8s", "slurm"])
+def test_clean_deletes_the_cluster(tmp_path: Path, launcher: str) -> None:
+    done = run(action(job(), launcher, "cluster", "clean"), tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = asked(tmp_path)
+    assert re.search(r"delete.cluster", lines[-1])
+    assert (launcher == "k8s") == lines[0].startswith("kubectl delete pvc")
+    assert run(action(job(), launcher, "cluster", "status"), tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("launcher", "changes", "message"),
+    [
+        (
+            "k8s",
+            {"cluster__region": "oregon"},
+            "cluster.region='oregon' is no region; use one such",
+        ),
+        ("k8s", {"cluster__zone": "us-east-1a"}, "cluster.zone='us-east-1a' is no zone of us-west"),
+        ("k8s", {"cluster__second_zone": "us-west-2d"}, "cluster.second_zone='us-west-2d' is no o"),
+        ("slurm", {"cluster__storage_gib": 1000}, "cluster.storage_gib=1000 is no multiple of 120"),
+        ("slurm", {"cluster__subnet": "default"}, "cluster.subnet='default' is no subnet; use one"),
+        ("slurm", {"cluster__key": "$(x)"}, "cluster.key='$(x)' is no name of an EC2 key pair"),
+        (
+            "torchrun",
+            {"cluster__ssh_from": "0.0.0.0/0"},
+            "cluster.ssh_from='0.0.0.0/0' is no range",
+        ),
+        ("torchrun", {"nodes": 2}, "nodes=2 but --on torchrun makes one instance; use --on slurm"),
+        ("slurm", {"name": "a.b"}, "name='a.b' cannot name a cluster; use letters, digits and -,"),
+        (
+            "sagemaker",
+            {"instance": "local", "ranks_per_node": 2, "recipe": "demo", "overrides": {}},
+            "instance='local' is no instance type of AWS with accelerators; use one",
+        ),
+    ],
+)
+def test_what_cannot_be_made_is_refused(
+    launcher: str, changes: dict[str, Any], message: str
+) -> None:
+    found = problems(job(**changes), launcher, "cluster")
+    assert any(line.startswith(message) for line in found), found
+
+
+def test_a_cluster_is_made_looked_at_and_deleted(tmp_path: Path) -> None:
+    command = ["--job", str(tmp_path / "none.toml"), "--on", "k8s", "--phase", "cluster"]
+    with pytest.raises(ConfigError, match="--phase cluster has start, status or clean"):
+        main([*command, "--action", "logs"])
