@@ -209,6 +209,8 @@ class RunConfig:
     """Also write to W&B; offline: into the run folder only."""
     wandb_project: str = "llamax"
     """Project of W&B."""
+    trackio: str = ""
+    """Project of trackio to write to as well; empty: none."""
     profile_at: Natural = 0
     """First step that rank 0 profiles; 0: none [step]."""
     profile_steps: Count = 3

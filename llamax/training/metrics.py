@@ -1,4 +1,4 @@
-"""The records of a run and their writers: JSONL, TensorBoard, W&B.
+"""The records of a run and their writers: JSONL, TensorBoard, W&B, trackio.
 
 One ``Record`` per log step, and per skipped step, is the truth, kept as a line of JSON; everything
 else is a view of it::
@@ -15,8 +15,10 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from io import StringIO
 from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
@@ -273,7 +275,7 @@ class WandbWriter:
                 "pip install 'llamax[wandb]', or use run.wandb=off"
             ) from None
         make_folder(folder / "wandb")  # where W&B would follow a link
-        first, run_id = _wandb_ids(folder / "wandb-id", went_back)
+        first, run_id = _ids(folder / "wandb-id", went_back)
         self.run: Any = wandb.init(
             project=project,
             name=folder.name,
@@ -298,7 +300,56 @@ class WandbWriter:
         self.run.finish()
 
 
-def _wandb_ids(path: Path, renew: bool) -> tuple[str, str]:
+class TrackioWriter:
+    """A run of trackio in ``project``, named after the folder; ``settings`` are its config.
+
+    A resumed run continues under the same name, with an id that the folder keeps in ``trackio-id``;
+    records that a kill lost there are logged again.  trackio drops no steps, so a run that went
+    back (``went_back``) gets a new id, in the group of the first, and its records so far
+    (``kept``).  Where trackio writes is for TRACKIO_DIR and TRACKIO_SPACE_ID to say.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        project: str,
+        settings: dict[str, Any],
+        kept: Sequence[Record] = (),
+        went_back: bool = False,
+    ) -> None:
+        try:
+            import trackio  # type: ignore[import-not-found, import-untyped, unused-ignore]
+        except ImportError:
+            raise BackendError(
+                f"run.trackio={project} needs the package trackio, which is not installed; "
+                "pip install 'llamax[trackio]', or leave run.trackio out"
+            ) from None
+        self._finish: Callable[[], None] = trackio.finish
+        first, run_id = _ids(folder / "trackio-id", went_back)
+        with redirect_stdout(StringIO()):  # it greets there
+            self.run: Any = trackio.init(
+                project=project,
+                name=f"{folder.name}-{run_id}",
+                group=f"{folder.name}-{first}",
+                config=settings,
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+        for record in kept:
+            if record.step >= self.run._next_step:
+                self.write(record)
+
+    def write(self, record: Record) -> None:
+        self.run.log(tagged(record), step=record.step)
+
+    def close(self) -> None:
+        with redirect_stdout(StringIO()):
+            self._finish()  # that of the module: the run's own leaves it to be finished again
+
+
+def _ids(path: Path, renew: bool) -> tuple[str, str]:
     """The first id and the current id in ``path``, which holds one a line; ``renew`` adds one."""
     try:
         ids = read_file(path).decode().split()

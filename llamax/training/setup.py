@@ -39,6 +39,7 @@ from llamax.training.inputs import Inputs
 from llamax.training.metrics import (
     JsonlWriter,
     TensorBoardWriter,
+    TrackioWriter,
     WandbWriter,
     Writer,
 )
@@ -290,6 +291,9 @@ def writers(job: Job) -> list[Writer]:
             job.folder, run.wandb_project, run.wandb, settings, log.kept, log.went_back
         )
         views.append(board)
+    if run.trackio:
+        settings = asdict(job.config)
+        views.append(TrackioWriter(job.folder, run.trackio, settings, log.kept, log.went_back))
     return views
 
 

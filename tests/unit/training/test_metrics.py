@@ -7,7 +7,10 @@ import logging
 import os
 import re
 import resource
+import sqlite3
+import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from llamax.training.metrics import (
     JsonlWriter,
     Record,
     TensorBoardWriter,
+    TrackioWriter,
     WandbWriter,
     Writers,
     read_jsonl,
@@ -315,6 +319,61 @@ def test_a_step_that_wandb_drops_is_reported(
     board.write(replace(RECORD, step=7))
     board.close()
     assert "W&B already has later steps than 7 and drops it" in caplog.text
+
+
+def trackio_start(folder: Path, resumed: int, last: int, factor: float, kill: bool = False) -> None:
+    """A start of a run that ends after step ``last``, in a process that may be killed there."""
+    code = """
+import os, signal, sys
+from dataclasses import replace
+from pathlib import Path
+from llamax.training.metrics import JsonlWriter, Record, TrackioWriter
+folder, resumed, last, factor, kill = sys.argv[1:]
+log = JsonlWriter(Path(folder, "metrics.jsonl"), int(resumed))
+board = TrackioWriter(Path(folder), "tests", {"run": {"steps": 9}}, log.kept, log.went_back)
+record = Record(0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0)
+for step in range(int(resumed) + 1, int(last) + 1):
+    for writer in (log, board):
+        writer.write(replace(record, step=step, loss=float(factor) / step))
+if kill == "True":
+    os.kill(os.getpid(), signal.SIGKILL)
+log.close()
+board.close()
+"""
+    words = [sys.executable, "-c", code, *map(str, (folder, resumed, last, factor, kill))]
+    store = {"TRACKIO_DIR": str(folder / "store"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(words, env={**os.environ, **store}, capture_output=True, text=True)
+    assert done.returncode == (-9 if kill else 0), done.stderr
+    assert done.stdout == "", "it prints nothing"
+
+
+def trackio_runs(folder: Path) -> list[list[tuple[int, float]]]:
+    """(step, loss) in trackio's database, of each id in turn."""
+    ids = (folder / "trackio-id").read_text().split()
+    with closing(sqlite3.connect(folder / "store/tests.db")) as base:
+        rows = base.execute("select run_name, step, metrics from metrics order by step").fetchall()
+    return [
+        [(step, json.loads(text)["loss"]) for name, step, text in rows if name.endswith(each)]
+        for each in ids
+    ]
+
+
+def test_trackio_has_every_step_once_after_kills(tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    whole = [(step, 1 / step) for step in range(1, 9)]
+    trackio_start(tmp_path, 0, 4, 1.0)
+    trackio_start(tmp_path, 4, 8, 1.0, kill=True)  # before it had written all
+    trackio_start(tmp_path, 8, 8, 1.0)
+    assert trackio_runs(tmp_path) == [whole]
+    trackio_start(tmp_path, 5, 9, 2.0)  # its last checkpoint was of step 5
+    second = whole[:5] + [(step, 2 / step) for step in range(6, 10)]
+    assert trackio_runs(tmp_path) == [whole, second]
+
+
+def test_missing_trackio_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    with pytest.raises(BackendError, match=r"run\.trackio=mine needs the package trackio, which"):
+        TrackioWriter(tmp_path, "mine", {})
 
 
 def test_missing_wandb_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
