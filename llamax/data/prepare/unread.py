@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from llamax.data.chat.templates import Sample, Template
 from llamax.runtime.errors import DataError
 
 MOST_NAMES = 20  # in a message
+EMPTY: tuple[Any, ...] = (None, "", [], {})  # what says nothing; 0 and false do, as "weight": 0
 
 
 class UnreadParts:
@@ -22,11 +24,13 @@ class UnreadParts:
         found = list(sample.unread)
         for name, value in sample.variables.items():
             rest = {key: each for key, each in sample.variables.items() if key != name}
-            if value and self._same(sample, sample._replace(variables=rest)):
+            if value not in EMPTY and self._same(sample, sample._replace(variables=rest)):
                 found.append(name)
         if not self.template.chat:
             return found
-        keys = dict.fromkeys(key for m in sample.messages for key, value in m.items() if value)
+        keys = dict.fromkeys(
+            key for m in sample.messages for key, value in m.items() if value not in EMPTY
+        )
         for key in keys:
             if key not in ("role", "content") and self._ignores(key, sample):
                 found.append(f"messages[].{key}")

@@ -118,6 +118,12 @@ def test_what_no_template_reads_is_named() -> None:
     assert e.value.unread == ("messages[].tool_calls",)
 
 
+@pytest.mark.parametrize("value", [0, 0.0, False, "no", 1])
+def test_a_key_that_says_no_is_reported_too(value: object) -> None:
+    assert unread({"messages": [Q, {**A, "weight": None}]}, agent()) == []
+    assert unread({"messages": [Q, {**A, "weight": value}]}, agent()) == ["messages[].weight"]
+
+
 def test_a_template_reads_columns_by_name() -> None:
     template = Template("t", "{{ category }}: {{ instruction }} {{ answer }}")
     row = {"instruction": "Q", "answer": "A", "category": "c", "system": "s", "context": "x"}
