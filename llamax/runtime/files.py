@@ -27,7 +27,7 @@ from llamax.runtime.errors import LinkError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a file size limit
 MAX_INPUT = 64 << 20  # bytes of a file that a user writes, or of a configuration
-QUIET_S = 5  # after which a program says that it waits for a pipe
+QUIET_S = 5  # without data from a pipe, after which a line says that the program waits
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # a file system without fsync
 
 

@@ -31,7 +31,7 @@ from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.logging import logger
 
 BODY_S = 30.0  # a client has so long to send a body
-BODIES = 64  # of the largest size, which may arrive at once
+BODIES = 64  # bodies of the largest size that may arrive at once
 
 Handler = Callable[[HttpRequest], Awaitable[Response]]
 
@@ -134,7 +134,7 @@ def _authorize(request: HttpRequest, keys: tuple[str, ...]) -> None:
 
 
 class Arriving:
-    """Reads bodies of at most ``max_body`` bytes, BODIES times as many at once."""
+    """Reads bodies of up to ``max_body`` bytes; together they hold up to BODIES times as much."""
 
     def __init__(self, max_body: int) -> None:
         self.max_body, self._held = max_body, 0

@@ -194,8 +194,7 @@ def test_whether_a_tokenizer_adds_bos(
 def test_more_white_space_than_tiktoken_encodes_is_one_line(ranks: Path) -> None:
     tokenizer = load_tokenizer(ranks)
     space = " " * LONGEST_SPACE
-    for text in (space, f"{space}x" * 2, f"x{space}\n"[: LONGEST_SPACE + 1]):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.decode(tokenizer.encode(f"{space}x")) == f"{space}x"
     for text in (f"{space} ", f"x {space}x", f"\u3000{space}"):
         with pytest.raises(DataError, match="holds more than 900000 characters of white space"):
             tokenizer.encode(text)
