@@ -50,7 +50,7 @@ from llamax.model.llama import Llama
 from llamax.parallel.rendezvous import Rendezvous, rendezvous, report_errors_once
 from llamax.runtime import signals
 from llamax.runtime.errors import CheckpointError, ConfigError, Stopped
-from llamax.runtime.logging import log_to_file, logger
+from llamax.runtime.logging import bars_allowed, log_to_file, logger
 from llamax.runtime.text import in_shell
 from llamax.runtime.units import show_time
 from llamax.training import run_metadata
@@ -89,7 +89,11 @@ from llamax.training.step_check import StepCheck
 
 def train(config: Config, where: Rendezvous, parts: Parts = LLAMAX) -> None:
     """Run ``config`` on this rank of the world ``where``; results go into the run folder."""
-    began = time.perf_counter()
+    with bars_allowed(config.run.progress != "off"):
+        _train(config, where, parts, time.perf_counter())
+
+
+def _train(config: Config, where: Rendezvous, parts: Parts, began: float) -> None:
     with report_errors_once(where):
         run = config.run
         check_run_folder(Path(run.folder))

@@ -216,7 +216,7 @@ class RunConfig:
     profile_steps: Count = 3
     """Length of the profiled window [steps]."""
     progress: Literal["auto", "on", "off"] = "auto"
-    """Progress bar; auto: when stderr is a terminal."""
+    """Progress bars; auto: when stderr is a terminal; off: lines of the log alone."""
     timeout_s: Count = 600
     """Longest duration of a collective, after which it has failed [s]."""
     threads: Natural = 0

@@ -70,9 +70,22 @@ def show_line(text: str, stream: TextIO) -> None:
         pass
 
 
+_allowed = [True]  # whether this process may show bars: the innermost block of bars_allowed
+
+
+@contextmanager
+def bars_allowed(allowed: bool) -> Iterator[None]:
+    """Inside the block long work is reported by lines of the log alone, unless ``allowed``."""
+    _allowed.append(allowed)
+    try:
+        yield
+    finally:
+        _allowed.pop()
+
+
 def shows_bars(stream: TextIO) -> bool:
-    """Whether ``stream`` is a terminal that can rewrite a line."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb"
+    """Whether bars may be shown and ``stream`` is a terminal that can rewrite a line."""
+    return _allowed[-1] and stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def bars_aside(stream: TextIO) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from llamax.runtime import progress, units
-from llamax.runtime.logging import logger, setup_logging
+from llamax.runtime.logging import bars_allowed, logger, setup_logging, shows_bars
 from llamax.runtime.progress import Progress, progress_line, reported, tracked
 
 
@@ -139,3 +139,16 @@ def test_nouns_have_their_plurals() -> None:
         units.count(number, noun) for number, noun in ((1, "batch"), (3, "batch"), (2, "step"))
     ]
     assert found == ["1 batch", "3 batches", "2 steps"]
+
+
+def test_bars_can_be_turned_off_for_a_block(at_once: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Stream(True, "some work")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    setup_logging()
+    with bars_allowed(False), reported("some work"):
+        assert terminal.written.wait(10)
+    assert terminal.getvalue().startswith("llamax: some work: ")
+    assert "\r" not in terminal.getvalue()
+    with bars_allowed(False), bars_allowed(True):
+        assert shows_bars(terminal)
+    assert shows_bars(terminal)
