@@ -132,6 +132,7 @@ def main(argv: Sequence[str]) -> int:
         dtype=options.dtype,
         backend=options.backend,
         threads=options.threads,
+        quantize=options.quantize,
         batch=options.batch,
         rank=rank,
     )

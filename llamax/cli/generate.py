@@ -162,6 +162,7 @@ def main(argv: Sequence[str]) -> int:
         dtype=options.dtype,
         backend=options.backend,
         threads=options.threads,
+        quantize=options.quantize,
         length=options.length,
     )
     if options.precompile:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from decimal import Decimal
 from typing import Any, NoReturn
 
-from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES
+from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES, QUANTIZED
 from llamax.runtime.errors import LlamaxError
 from llamax.runtime.units import read_bytes
 
@@ -88,6 +88,12 @@ def add_computing(
         "--dtype", choices=MODEL_DTYPES, default="", help="default: that of the files"
     )
     parser.add_argument("--backend", choices=backends, default="cpu", help="default %(default)s")
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZED,
+        default="",
+        help="linear layers in 8 bits, on the cpu (default: in --dtype)",
+    )
     parser.add_argument("--threads", type=int, default=0, metavar="N", help=THREADS)
 
 

@@ -102,6 +102,7 @@ def main(argv: Sequence[str]) -> int:
         dtype=options.dtype,
         backend=options.backend,
         threads=options.threads,
+        quantize=options.quantize,
     )
     serve(
         options.model,

@@ -14,6 +14,9 @@ EAGER_BACKENDS = ("cpu", "cuda", "neuron")
 BACKENDS = (*EAGER_BACKENDS, "xla")
 """All backends."""
 
+QUANTIZED = ("int8",)
+"""Forms of quantised weights in which a model computes on a CPU."""
+
 FOREIGN_FORMATS = ("nxd", "optimum", "nemo", "meta")
 """Checkpoint formats of other trainers that ``llamax import`` reads."""
 

@@ -41,6 +41,7 @@ from llamax.data.tokenizer.streaming import Detokenizer
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.inference.sampling import Sampling, generate_tokens
 from llamax.inference.static_decoding import StaticDecoder, static_tokens
+from llamax.model import int8
 from llamax.model.llama import DTYPES, Llama
 from llamax.parallel.collectives import Axis
 from llamax.runtime.errors import ConfigError, DataError
@@ -48,7 +49,7 @@ from llamax.runtime.files import read_input
 from llamax.runtime.hub import local_folder
 from llamax.runtime.hub_files import MODEL, TOKENIZER
 from llamax.runtime.logging import logger
-from llamax.runtime.units import count
+from llamax.runtime.units import count, show_bytes
 
 Show = Callable[[str], None]
 
@@ -77,12 +78,23 @@ class LoadedModel:
         return DTYPES[chosen] if chosen else torch.bfloat16 if narrow else torch.float32
 
     def build(
-        self, tp: Axis, device: torch.device, dtype: str = "", model_class: type[Llama] = Llama
+        self,
+        tp: Axis,
+        device: torch.device,
+        dtype: str = "",
+        model_class: type[Llama] = Llama,
+        quantize: str = "",
     ) -> Llama:
         """Build the model on this tensor-parallel rank; ``dtype`` by default that of the files.
 
         ``model_class``: the subclass of Llama that was trained.  Warns if another one was.
+        ``quantize``: "int8" for linear layers in 8 bits.
         """
+        if quantize and self.adapter is not None:
+            raise ConfigError(
+                f"`quantize={quantize}` is for a whole model, and {self.adapter} holds adapters; "
+                "merge them with llamax merge and take the result"
+            )
         trained_as = self.source.state.get(MODEL_CLASS)
         if trained_as and model_class is Llama:
             logger.warning(
@@ -100,6 +112,15 @@ class LoadedModel:
         if model_class is not Llama:
             model.to(device, kind)
         load_weights(self.source, model.sharded_parameters(), convert=True)
+        if quantize:
+            before = int8.num_bytes(model)
+            int8.quantize(model)
+            logger.info(
+                "weights in %s: %s instead of %s",
+                quantize,
+                show_bytes(int8.num_bytes(model)),
+                show_bytes(before),
+            )
         return model
 
 

@@ -29,12 +29,11 @@ from llamax.data.prepare.row_samples import EmptyAnswer, check_fields, read_samp
 from llamax.data.prepare.tables import plan_tables, read_rows
 from llamax.data.samples import Samples
 from llamax.data.token_file import Stream, TokenFile
+from llamax.inference.checks import check_computing, check_stops
 from llamax.inference.engine import Engine, LoadedModel, begin_id, open_model, split_stops
 from llamax.inference.generate import (
     ALONE,
     TIMEOUT_S,
-    check_computing,
-    check_stops,
     new_file,
     silent,
     write_line,
@@ -76,6 +75,7 @@ def evaluate(
     dtype: str = "",
     backend: str = "cpu",
     threads: int = 0,
+    quantize: str = "",
     batch: int = 8,
     rank: Rendezvous = ALONE,
 ) -> dict[str, Any]:
@@ -104,6 +104,7 @@ def evaluate(
         dtype: Type of the weights, "float32" or "bfloat16"; by default that of the files.
         backend: "cpu", "cuda" or "neuron".
         threads: CPU threads per rank; 0: an equal share of the cores.
+        quantize: "int8" for linear layers in 8 bits, on backend "cpu".
         batch: Number of samples or prompts computed at once.
         rank: This process among those that share the model; by default it is alone.
 
@@ -125,7 +126,7 @@ def evaluate(
     ):
         if value < 0:
             raise ConfigError(f"`{name}={value}` is out of range; use 0 or more")
-    check_computing(batch, threads, dtype, backend)
+    check_computing(batch, threads, dtype, backend, quantize=quantize)
     check_stops(stop)
     check_fields(fields)
     pattern = _pattern(extract)
@@ -168,7 +169,7 @@ def evaluate(
         kv = loaded.model.kv_replicas(ranks)
         axis: Axis = stack.enter_context(opened.joined(Mesh(tp=ranks, kv=kv), TIMEOUT_S)).tp
         with reported("loading the model", show=main):
-            llama = loaded.build(axis, opened.device, dtype)
+            llama = loaded.build(axis, opened.device, dtype, quantize=quantize)
         if samples is not None:
             return loss_of(llama, samples, batches, bar=main)
         engine = Engine(llama, loaded.tokenizer, Sampling(), max_new_tokens, stop, stop_ids)

@@ -23,11 +23,12 @@ import torch
 from llamax.backends import choose
 from llamax.backends.base import Backend
 from llamax.checkpoint.peft import is_adapter
-from llamax.config.choices import BACKENDS, EAGER_BACKENDS, MODEL_DTYPES
+from llamax.config.choices import BACKENDS
 from llamax.config.schema import Config, DataConfig, ParallelConfig
 from llamax.config.validate import check
 from llamax.data.prepare.file_kinds import Row
 from llamax.data.prepare.row_samples import check_fields
+from llamax.inference.checks import check_computing, check_stops
 from llamax.inference.engine import (
     Completion,
     Engine,
@@ -91,6 +92,8 @@ class GenerationSettings:
     """Type of the weights, "float32" or "bfloat16"; by default that of the files."""
     backend: str = "cpu"
     """Backend: "cpu", "cuda", "neuron" or "xla"."""
+    quantize: str = ""
+    """Weights in 8 bits, "int8", on backend "cpu"; empty: in ``dtype``."""
     threads: int = 0
     """CPU threads per rank; 0: an equal share of the cores."""
     length: int = 0
@@ -98,7 +101,7 @@ class GenerationSettings:
     all of ``batch``; 0: those of the longest, rounded up."""
 
     def __post_init__(self) -> None:
-        check_computing(self.batch, self.threads, self.dtype, self.backend, BACKENDS)
+        check_computing(self.batch, self.threads, self.dtype, self.backend, BACKENDS, self.quantize)
         if self.length and self.backend != "xla":
             raise ConfigError(
                 f"`length={self.length}` is of backend xla alone, and `backend={self.backend}` "
@@ -113,32 +116,6 @@ class GenerationSettings:
     def sampling(self, generation: Mapping[str, Any] = MappingProxyType({})) -> Sampling:
         """How the next token is drawn: as set here, or else as a generation_config.json says."""
         return sampling_of(generation, self.temperature, self.top_k, self.top_p, self.seed)
-
-
-def check_computing(
-    batch: int,
-    threads: int,
-    dtype: str,
-    backend: str = "cpu",
-    backends: Sequence[str] = EAGER_BACKENDS,
-) -> None:
-    """Raise ConfigError for a batch, threads, dtype or backend that cannot be."""
-    for name, value, least in (("batch", batch, 1), ("threads", threads, 0)):
-        if value < least:
-            raise ConfigError(f"`{name}={value}` is out of range; use {least} or more")
-    for name, chosen, known in (
-        ("dtype", dtype, ("", *MODEL_DTYPES)),
-        ("backend", backend, backends),
-    ):
-        if chosen not in known:
-            use = ", ".join(filter(None, known))
-            raise ConfigError(f"`{name}={chosen}` is not known; use {use}")
-
-
-def check_stops(stop: Sequence[str]) -> None:
-    """Raise ConfigError for an empty stop text."""
-    if "" in stop:
-        raise ConfigError("`stop` is empty; give the text to stop at")
 
 
 def silent(text: str) -> None:
@@ -331,7 +308,9 @@ def _engines(
         def build(number: int) -> Engine:
             opened = models[number]
             with reported("loading the model", show=rank.rank == 0):
-                model = opened.model.build(axes.tp, home, settings.dtype)
+                model = opened.model.build(
+                    axes.tp, home, settings.dtype, quantize=settings.quantize
+                )
             engine = Engine(
                 model,
                 opened.model.tokenizer,

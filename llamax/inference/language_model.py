@@ -20,6 +20,7 @@ from torch import Tensor
 from llamax.backends import choose
 from llamax.config.choices import EAGER_BACKENDS
 from llamax.data.prepare.file_kinds import Row
+from llamax.inference.checks import check_computing
 from llamax.inference.engine import (
     Completion,
     Engine,
@@ -28,7 +29,7 @@ from llamax.inference.engine import (
     chat_template,
     open_model,
 )
-from llamax.inference.generate import GenerationSettings, Opened, ask, check_computing
+from llamax.inference.generate import GenerationSettings, Opened, ask
 from llamax.inference.prompts import read_prompts
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
@@ -62,7 +63,7 @@ class LanguageModel:
         self._backend, self._place, self._threads = backend, place, threads
 
     def __repr__(self) -> str:
-        weight = self.model.output_weight
+        weight = next(self.model.parameters())
         return (
             f"<llamax model {self._path}: {show_number(self.config.num_parameters())} parameters, "
             f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}>"
@@ -162,7 +163,7 @@ class LanguageModel:
         ids = torch.as_tensor(text)
         if not ids.numel():
             raise ConfigError("there are no ids; give a text or at least one id")
-        ids = ids.to(self.model.output_weight.device)
+        ids = ids.to(self.model.tp.rank_index.device)
         with self._computing():
             logits: Tensor = self.model(ids if ids.dim() == 2 else ids[None])
         return logits
@@ -223,6 +224,7 @@ def load(
     base: str | Path = "",
     model_class: type[Llama] = Llama,
     threads: int = 0,
+    quantize: str = "",
 ) -> LanguageModel:
     """Load a trained model into this process.
 
@@ -235,6 +237,7 @@ def load(
         base: Base model of adapters, if it is not where they say.
         model_class: Subclass of Llama that was trained, if one was.
         threads: CPU threads; 0: all cores.
+        quantize: "int8" for linear layers in 8 bits, on device "cpu".
 
     Returns:
         The model, with ``generate(prompt)`` and ``logits(text)``.
@@ -247,14 +250,14 @@ def load(
     """
     dtype = str(dtype).removeprefix("torch.")
     backend, place = _device(str(device))
-    check_computing(1, threads, dtype)
+    check_computing(1, threads, dtype, backend, quantize=quantize)
     loaded = open_model(Path(path), str(tokenizer), str(base))
     with kept_threads():
         try:
             chosen = choose(backend, place, threads).device
         except BackendError as error:
             raise BackendError(f"`device={device}` cannot be used here: {error}") from None
-        model = loaded.build(Solo("tp", chosen), chosen, dtype, model_class)
+        model = loaded.build(Solo("tp", chosen), chosen, dtype, model_class, quantize)
     return LanguageModel(loaded, model.eval(), Path(path), backend, place, threads)
 
 

@@ -150,7 +150,7 @@ class StaticDecoder:
 
     def _chosen(self, x_B1D: Tensor) -> Result:
         """The result from the activations of one place of each sequence."""
-        share_Bv = self.model.logits_share(x_B1D)[:, 0]
+        share_Bv = self.model.head.project(x_B1D)[:, 0]
         if self.greedy:
             return Result(*choose(share_Bv, self.model.tp, self.vocab_size))
         return Result(logits_BV=regions.join(share_Bv, self.model.tp, 1))

@@ -44,11 +44,11 @@ from llamax.parallel.sharding import Replica, ShardedParameters
 from llamax.parallel.tensor_parallel import (
     PARALLEL_LAYERS,
     ColumnLinear,
+    ParallelLayer,
     RowLinear,
     VocabEmbedding,
     check_ids,
     check_inputs,
-    column_matmul,
     sharded_parameters,
 )
 from llamax.runtime.errors import DataError
@@ -254,7 +254,7 @@ class Llama(nn.Module):
         like = torch.empty(0, dtype=dtype, device=device)
         self.stage = stage = stage or (range(model.num_hidden_layers),)
         self.model = Decoder(model, self.tp, self.sequence_parallel, like, stage, recompute)
-        self.lm_head: ColumnLinear | None = None
+        self.lm_head: ParallelLayer | None = None
         if not model.tie_word_embeddings and self.model.norm is not None:
             rows = (Rows(model.vocab_size, pad=True),)
             self.lm_head = ColumnLinear(
@@ -272,11 +272,16 @@ class Llama(nn.Module):
         return sharded_parameters(self, self.tp, held, twice)
 
     @property
-    def output_weight(self) -> Tensor:
-        """The weight of the output projection, [v, D]: the embedding's where they are tied."""
+    def head(self) -> ParallelLayer:
+        """The output projection: the embedding where they are tied."""
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         assert head is not None, "only the last stage has the output projection"
-        return head.dense()
+        return head
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The weight of the output projection, [v, D]."""
+        return self.head.dense()
 
     @torch.no_grad()
     def init(self, seed: int) -> Llama:
@@ -307,18 +312,13 @@ class Llama(nn.Module):
 
         ``documents_BS`` keeps packed documents apart: a token attends to earlier tokens with its
         number.  ``positions_BS`` defaults to 0, 1, 2, ...; ``attend`` replaces attention.  With
-        ``last_B`` only that place of each sequence is projected, [B,1,V]; it is for sampling and
-        needs the whole sequence on every rank.
+        ``last_B`` only that place of each sequence is projected, [B,1,V].
         """
         x_BsD = self.hidden(ids_BS, positions_BS, documents_BS, attend)
         if last_B is not None:
             assert not self.sequence_parallel, "last_B indexes whole sequences"
             x_BsD = ops.at_places(x_BsD, last_B)
-        return regions.join(self.logits_share(x_BsD), self.tp, 2)[..., : self.config.vocab_size]
-
-    def logits_share(self, x_BsD: Tensor) -> Tensor:
-        """Logits of this rank's share of the vocabulary, which is padded: [B,s,D] -> [B,S,v]."""
-        return column_matmul(x_BsD, self.output_weight, self.tp, self.sequence_parallel)
+        return regions.join(self.head.project(x_BsD), self.tp, 2)[..., : self.config.vocab_size]
 
     def loss(
         self,

@@ -71,10 +71,16 @@ class ParallelLayer(nn.Module):
 
     weight: nn.Parameter
     store: Store | None = None
+    tp: Axis
+    sequence_parallel: bool
 
     def dense(self) -> Tensor:
         """The weight to compute with: [f, D]."""
         return self.weight if self.store is None else self.store.weight()
+
+    def project(self, x: Tensor) -> Tensor:
+        """The column-parallel product with the weight: [B,s,D] -> [B,S,f]."""
+        return column_matmul(x, self.dense(), self.tp, self.sequence_parallel)
 
 
 class ColumnLinear(ParallelLayer):
@@ -97,7 +103,7 @@ class ColumnLinear(ParallelLayer):
         self.weight = nn.Parameter(like.new_empty(local_shape(whole, self.shard, tp.size)))
 
     def forward(self, x_BsD: Tensor) -> Tensor:
-        return column_matmul(x_BsD, self.dense(), self.tp, self.sequence_parallel)
+        return self.project(x_BsD)
 
 
 class RowLinear(ParallelLayer):

@@ -3,6 +3,7 @@ where they do not."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -28,7 +29,6 @@ from llamax.backends.tracing import HostRead, Tracer
 from llamax.config.flops import flops_per_token
 from llamax.config.hardware import load_machine
 from llamax.config.schema import Config, FinetuneConfig, ParallelConfig
-from llamax.model.llama import Llama
 from llamax.optim.lazy import LazyGroup
 from llamax.optim.zero import Zero
 from llamax.parallel import tensor_parallel
@@ -332,13 +332,14 @@ def test_the_programs_of_generating_are_the_same_on_every_rank_and_at_every_step
 
 @pytest.mark.parametrize("planted", ["rank", "step"])
 def test_a_number_in_the_programs_of_generating_is_found(planted: str) -> None:
-    share, steps = Llama.logits_share, iter(range(100))
+    layer = tensor_parallel.ParallelLayer
+    share, steps = layer.project, itertools.count()
 
-    def numbered(self: Llama, x: Tensor) -> Tensor:
+    def numbered(self: tensor_parallel.ParallelLayer, x: Tensor) -> Tensor:
         number = self.tp.rank if planted == "rank" else next(steps)
         return share(self, x) + torch.full_like(share(self, x), number)
 
-    with mock.patch.object(Llama, "logits_share", numbered):
+    with mock.patch.object(layer, "project", numbered):
         found = audited_generation(num_hidden_layers=1).divergences
     assert found[0].where == ("rank 1" if planted == "rank" else "rank 0, 2 prompts")
     assert HERE in found[0].how.found.source

@@ -74,7 +74,11 @@ class ServedLinear(nn.Module):
 
 
 def build_served(
-    loaded: LoadedModel, tuned: Mapping[str, LoadedModel], device: torch.device, dtype: str
+    loaded: LoadedModel,
+    tuned: Mapping[str, LoadedModel],
+    device: torch.device,
+    dtype: str,
+    quantize: str = "",
 ) -> tuple[Llama, Adapters]:
     """The model of a folder and the adapters of ``tuned``, by name, beside it.
 
@@ -83,7 +87,12 @@ def build_served(
     """
     tp, adapters = Solo("tp", device), Adapters()
     if not tuned:
-        return loaded.build(tp, device, dtype).eval(), adapters
+        return loaded.build(tp, device, dtype, quantize=quantize).eval(), adapters
+    if quantize:
+        raise ConfigError(
+            f"`quantize={quantize}` is for a model without adapters; merge `adapter` "
+            f"{next(iter(tuned))} with llamax merge and serve the result"
+        )
     if loaded.adapter is not None:
         raise ConfigError(
             f"{loaded.adapter} holds adapters, and `adapter` needs a whole model beside which all "

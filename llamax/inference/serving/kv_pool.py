@@ -38,7 +38,7 @@ class KVPool:
     def __init__(self, model: Llama, slots: int, length: int, memory: bool = True) -> None:
         config = model.config
         heads = max(1, config.num_key_value_heads // model.tp.size)
-        like = model.output_weight
+        like = next(model.parameters())
         self.slots, self.length = slots, length
         shape = (config.num_hidden_layers, 2, slots, heads, length, config.head_dim)
         try:

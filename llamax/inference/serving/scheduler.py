@@ -198,7 +198,7 @@ class Scheduler:
         self.metrics.load(len(self._active), len(self._waiting))
 
     def _prefill(self, requests: Sequence[Request]) -> None:
-        device = self.model.output_weight.device
+        device = self.model.tp.rank_index.device
         width = max(len(request.ids) for request in requests)
         padded = [[*request.ids, *[0] * (width - len(request.ids))] for request in requests]
         last_B = torch.tensor([len(request.ids) - 1 for request in requests], device=device)
@@ -210,7 +210,7 @@ class Scheduler:
         self._deliver(requests, logits_B1V[:, 0])
 
     def _decode(self) -> None:
-        device = self.model.output_weight.device
+        device = self.model.tp.rank_index.device
         requests = list(self._active)
         positions_B1 = torch.tensor([[request.length] for request in requests], device=device)
         tokens_B1 = torch.tensor([[request.last] for request in requests], device=device)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from llamax.backends import choose
 from llamax.checkpoint.peft import is_adapter
+from llamax.inference.checks import check_computing
 from llamax.inference.engine import open_model
-from llamax.inference.generate import check_computing
 from llamax.inference.sampling import warn_not_applied
 from llamax.inference.serving.adapters import build_served
 from llamax.inference.serving.scheduler import Scheduler
@@ -57,9 +57,11 @@ class ServeSettings:
     """Backend: "cpu", "cuda" or "neuron"."""
     threads: int = 0
     """CPU threads; 0: all cores."""
+    quantize: str = ""
+    """Linear layers in 8 bits, "int8", on backend "cpu"; empty: in ``dtype``."""
 
     def __post_init__(self) -> None:
-        check_computing(1, self.threads, self.dtype, self.backend)
+        check_computing(1, self.threads, self.dtype, self.backend, quantize=self.quantize)
         for name, least in (("slots", 1), ("max_body", 1), ("queue", 0), ("max_new_tokens", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(
@@ -131,7 +133,9 @@ def serve(
     with listener:
         backend = choose(settings.backend, Rendezvous(), settings.threads)
         with reported("loading the model"):
-            built, beside = build_served(loaded, tuned, backend.device, settings.dtype)
+            built, beside = build_served(
+                loaded, tuned, backend.device, settings.dtype, settings.quantize
+            )
         scheduler = Scheduler(built, beside, settings.slots, length, settings.queue, Metrics())
         service = Service(scheduler, models, name, settings.max_new_tokens)
         app = build_app(service, settings.max_body, keys)

@@ -18,7 +18,7 @@ REASONS = {"eos": "eos_token", "stop": "stop_sequence", "length": "length"}
 def info(service: Service) -> dict[str, Any]:
     """What ``/info`` says of the server."""
     scheduler = service.scheduler
-    weight = scheduler.model.output_weight
+    weight = next(scheduler.model.parameters())
     return {
         "model_id": service.name,
         "model_sha": None,

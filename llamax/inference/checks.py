@@ -1,0 +1,41 @@
+"""Checks of settings that several programs of inference share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES, QUANTIZED
+from llamax.runtime.errors import ConfigError
+
+
+def check_computing(
+    batch: int,
+    threads: int,
+    dtype: str,
+    backend: str = "cpu",
+    backends: Sequence[str] = EAGER_BACKENDS,
+    quantize: str = "",
+) -> None:
+    """Raise ConfigError for a batch, threads, dtype or backend that cannot be."""
+    for name, value, least in (("batch", batch, 1), ("threads", threads, 0)):
+        if value < least:
+            raise ConfigError(f"`{name}={value}` is out of range; use {least} or more")
+    for name, chosen, known in (
+        ("dtype", dtype, ("", *MODEL_DTYPES)),
+        ("backend", backend, backends),
+        ("quantize", quantize, ("", *QUANTIZED)),
+    ):
+        if chosen not in known:
+            use = ", ".join(filter(None, known))
+            raise ConfigError(f"`{name}={chosen}` is not known; use {use}")
+    if quantize and backend != "cpu":
+        raise ConfigError(
+            f"`quantize={quantize}` runs on the cpu alone, not with `backend={backend}`; leave one "
+            "of them out"
+        )
+
+
+def check_stops(stop: Sequence[str]) -> None:
+    """Raise ConfigError for an empty stop text."""
+    if "" in stop:
+        raise ConfigError("`stop` is empty; give the text to stop at")

@@ -1,0 +1,65 @@
+"""Weights in 8 bits: how near they are, what they take, and where they run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.models import TIED, tiny
+
+from llamax.config.model import ModelConfig
+from llamax.inference.checks import check_computing
+from llamax.model import int8
+from llamax.model.int8 import FEW_ROWS, Int8Linear
+from llamax.model.llama import Llama
+from llamax.parallel.collectives import Solo
+from llamax.runtime.errors import ConfigError
+
+WIDE = tiny(hidden_size=64, intermediate_size=128, vocab_size=96, num_key_value_heads=4)
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+def test_the_product_is_that_of_the_rounded_weight(rows: int) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64), torch.randn(1, rows, 64)
+    weight[5] = 0
+    layer = Int8Linear(weight, Solo("tp"), reduces=False)
+    exact = (x.double() @ weight.double().t()).float()
+    bound = x.abs().sum(-1, keepdim=True) * layer.scales.float() / 2  # half a step each
+    rounding = 2**-7 * (x.abs() @ weight.abs().t() + bound)  # activations and result in bfloat16
+    assert ((layer(x) - exact).abs() <= bound + rounding).all()
+    assert (layer(x)[..., 5] == 0).all()
+    assert (layer.dense() - weight).abs().max() <= layer.scales.float().max() * 0.51
+
+
+@pytest.mark.parametrize("config", [WIDE, replace(WIDE, tie_word_embeddings=True), TIED])
+def test_a_model_is_near_and_takes_a_quarter(config: ModelConfig) -> None:
+    model, ids = Llama(config).init(0), torch.arange(12).view(2, 6)
+    labels = ids + 1
+    with torch.no_grad():
+        loss, count = model.loss(ids, labels)
+        logits = model(ids, last_B=torch.tensor([5, 5]))
+        linear = sum(p.nbytes for n, p in model.named_parameters() if "proj" in n)
+        linear += model.output_weight.nbytes
+        before, tied = int8.num_bytes(model), model.lm_head is None
+        int8.quantize(model)
+        small, _ = model.loss(ids, labels)
+        assert small.item() / count.item() == pytest.approx(loss.item() / count.item(), rel=0.01)
+        near = model(ids, last_B=torch.tensor([5, 5]))
+    assert (near - logits).norm() < 0.03 * logits.norm()
+    kept = before - linear + (model.output_weight.nbytes if tied else 0)  # looked up too
+    scales = sum(m.scales.nbytes for m in model.modules() if isinstance(m, Int8Linear))
+    assert int8.num_bytes(model) == kept + linear // 4 + scales
+
+
+@pytest.mark.parametrize(
+    ("backend", "quantize", "message"),
+    [
+        ("cuda", "int8", "`quantize=int8` runs on the cpu alone, not with `backend=cuda`"),
+        ("cpu", "int4", "`quantize=int4` is not known; use int8"),
+    ],
+)
+def test_what_cannot_be_quantised_is_an_error(backend: str, quantize: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_computing(1, 0, "", backend, quantize=quantize)
