@@ -11,7 +11,7 @@ that a machine imports only what it can run::
       swiglu
     attention            fused (torch), cpu, nki (Trainium), nxd (Trainium), traced (XLA), reference
     attention_by_blocks  nki (Trainium), reference
-    attention_cached     fused (torch), traced (XLA), reference
+    attention_cached     cpu, fused (torch), traced (XLA), reference
     embedding            selected (XLA), reference
     cache_places, at_columns,
       write_, add_at_    compared (XLA), reference
@@ -128,8 +128,8 @@ def add_at_columns(x: Tensor, column: Tensor, amount: Tensor) -> Tensor:
 
 def at_places(x: Tensor, place: Tensor) -> Tensor:
     """One place of each sequence: [B, S, D], integers [B] -> [B, 1, D]."""
-    B, S, _ = x.shape
-    first = torch.arange(0, B * S, S, dtype=place.dtype, device=place.device)
+    size, step = x.shape[:2].numel(), x.shape[1]
+    first = torch.arange(0, size, step, dtype=place.dtype, device=place.device)
     return embedding(first + place, x.flatten(0, 1))[:, None]
 
 
@@ -362,6 +362,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("reference", _anywhere, reference_add_at_columns),
     ),
     "attention_cached": (
+        Row("cpu", lambda *x: _load("attention.op:one_query")(*x), "attention.op:attention_cached"),
         Row("fused", _fused_cached_is_faster, fused_attention_cached),
         Row("traced", _on_xla, traced_attention_cached),
         Row("reference", _anywhere, reference_attention_cached),

@@ -21,16 +21,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def normalized(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The result, and the factor of each row, at least fp32."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return (x * scale).to(x.dtype).mul_(weight), scale
+
+
 class RMSNorm(torch.autograd.Function):
     """RMSNorm with an explicit backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, scale = normalized(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        y: Tensor = (x * scale).to(x.dtype).mul_(weight)
         return y
 
     @staticmethod
@@ -50,5 +55,7 @@ class RMSNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)``: [..., D], [D] -> [..., D]."""
+    if not torch.is_grad_enabled():
+        return normalized(x, weight, eps)[0]
     y: Tensor = RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y

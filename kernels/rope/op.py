@@ -47,5 +47,7 @@ class Rotate(torch.autograd.Function):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-split: [B, S, H, E], [B or 1, S, E] twice -> [B, S, H, E]."""
+    if not torch.is_grad_enabled():
+        return rotated(x, cos, sin, 1)
     y: Tensor = Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
     return y

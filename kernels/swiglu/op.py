@@ -18,15 +18,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def gated(gate_up: Tensor) -> Tensor:
+    """The result, computed in fp32 at least."""
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate.to(wide)).mul_(up).to(gate_up.dtype)
+
+
 class SwiGLU(torch.autograd.Function):
     """SwiGLU with an explicit backward."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
-        wide = torch.promote_types(gate_up.dtype, torch.float32)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate.to(wide)).mul_(up).to(gate_up.dtype)
+        return gated(gate_up)
 
     @staticmethod
     @once_differentiable
@@ -46,5 +51,7 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` of the two halves of the last dim: [..., 2F] -> [..., F]."""
+    if not torch.is_grad_enabled():
+        return gated(gate_up)
     y: Tensor = SwiGLU.apply(gate_up)  # type: ignore[no-untyped-call]
     return y

@@ -49,9 +49,9 @@ class Int8Linear(ParallelLayer):
 
     def project(self, x: Tensor) -> Tensor:
         if x.shape[0] * x.shape[1] <= FEW_ROWS:
-            rows = x.reshape(-1, x.shape[-1]).bfloat16()
-            y = torch._weight_int8pack_mm(rows, self.codes, self.scales).to(x.dtype)
-            y = y.unflatten(0, x.shape[:2])
+            rows = x.to(torch.bfloat16).view(-1, x.shape[-1])
+            y = torch._weight_int8pack_mm(rows, self.codes, self.scales)
+            y = y.to(x.dtype).view(*x.shape[:2], -1)
         else:
             y = ops.linear(x, self.dense())
         return regions.leave(y, self.tp, False) if self.reduces else y

@@ -175,6 +175,18 @@ class TestAttention:
             step = ops.attention_cached(q[:, first:], cache[0], cache[1], mask)
             agree([step], [whole[:, first:]], FP32 if dtype == torch.float32 else 1e-2)
 
+    @pytest.mark.parametrize("heads", [1, 2, 6])
+    def test_one_query_of_a_long_cache_is_the_same(self, heads: int) -> None:
+        q, (k, v) = torch.randn(3, 1, 6, 8), torch.randn(2, 3, heads, 600, 8)
+        mask = torch.arange(600) <= torch.tensor([[[0]], [[599]], [[300]]])
+        k, v = (x.transpose(1, 2) for x in (k, v))
+        with torch.no_grad():
+            found = ops.attention_cached(q, k, v, mask)
+            shared = ops._load("attention.op:attention_cached")
+            assert (ops.kernel("attention_cached", q, k, v, mask) is shared) == (heads < 6)
+            agree([found], [ops.reference_attention_cached(q, k, v, mask)])
+            agree([shared(q, k, v, mask)], [found])
+
 
 class TestTable:
     def test_bf16_is_widened_where_the_cpu_has_no_units(
