@@ -107,7 +107,7 @@ def main() -> None:
         bound = batch * PROBE.nbytes / statistics.median(seconds["sum"]) / read
         for name in ("llamax", "llamax int8"):
             pairs = zip(seconds["transformers"], seconds[name], strict=True)
-            ratio = statistics.median(theirs / ours for theirs, ours in pairs)
+            ratio = statistics.median(other / own for other, own in pairs)
             print(
                 f"batch {batch}: {name} {rate[name]:.1f} tokens/s, "
                 f"transformers {transformers.__version__} {rate['transformers']:.1f} tokens/s, "
