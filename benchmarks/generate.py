@@ -4,8 +4,8 @@
 
 The 57 M Llama (hidden 512, 8 layers, 8 heads, 4 key/value heads, feed-forward 1408, vocabulary
 32000), random weights, the same in all; they take turns and the medians are compared.  Both in
-float32 must make the same tokens.  The bound is the rate at which a sum reads memory, over the bytes
-of all weights but the embedding's.
+float32 must make the same tokens.  The bound is the rate at which a sum reads memory, over the
+bytes of all weights but the embedding's.
 """
 
 from __future__ import annotations
