@@ -34,7 +34,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from llamax.runtime.errors import BackendError, LinkError
-from llamax.runtime.files import is_file_name, refuse_link
+from llamax.runtime.files import is_file_name, refuse_link, write_atomic
 from llamax.runtime.files import sha256 as sha256_of
 from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.text import printable_line
@@ -167,12 +167,41 @@ def pull(place: Place, cache: Path, compiler: str | None) -> Report:
                 report.refused[key] = why
                 continue
         except OSError as error:
-            raise BackendError(
-                f"{cache} cannot be written: {error.strerror}; see llamax doctor"
-            ) from None
+            raise _not_writable(cache, error) from None
         report.copied.append(key)
         report.sent_bytes += sum(each.size for each in files)
+    try:
+        _pull_notes(place, cache, names, wanted)
+    except OSError as error:
+        raise _not_writable(cache, error) from None
     return report
+
+
+def _not_writable(cache: Path, error: OSError) -> BackendError:
+    return BackendError(f"{cache} cannot be written: {error.strerror}; see llamax doctor")
+
+
+def _pull_notes(place: Place, cache: Path, names: Mapping[str, int], wanted: str | None) -> None:
+    """Copy the notes of which the local cache holds every module."""
+    held = set(modules(cache))
+    for name in sorted(names):
+        folder, compiler, file = [*name.split("/"), "", ""][:3]
+        digest = file.removesuffix(".json")
+        if (folder, name) != (NOTES, f"{NOTES}/{compiler}/{digest}.json"):
+            continue
+        if not HASH.fullmatch(digest) or not COMPILER.fullmatch(compiler):
+            continue
+        target = cache / NOTES / f"{digest}.json"
+        if wanted not in (None, compiler) or (wanted is None and target.exists()):
+            continue
+        try:
+            content = parse_object(place.read(name, MOST_BYTES))
+        except JsonError:
+            continue
+        listed = content.pop("modules", None)
+        if isinstance(listed, list) and listed and {f"{compiler}/{m}" for m in listed} <= held:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(target, f"{json.dumps(content)}\n".encode())
 
 
 def _take(place: Place, key: str, files: Sequence[File], target: Path) -> str:

@@ -23,7 +23,7 @@ from support.hub import TOKEN, environment, served_hub
 from llamax.runtime.errors import BackendError
 from llamax.tools.audit import shared_cache
 from llamax.tools.audit.cache_place import Place
-from llamax.tools.audit.compile_cache import Note, write_notes
+from llamax.tools.audit.compile_cache import Note, missing, write_notes
 from llamax.tools.audit.shared_cache import CompileTime, check, modules, pull, push
 
 fsspec = pytest.importorskip("fsspec")
@@ -113,6 +113,12 @@ def test_check_answers_by_the_hashes_of_the_audit(tmp_path: Path, url: str) -> N
     push(first, place)
     shared_cache.write_time(place, FOLDER, CompileTime(1860.0, 2))
     assert check(place, HASHES, NOTE) == (["microstep", "update"], [], 2, CompileTime(1860.0, 2))
+    (tmp_path / "b" / FOLDER / "MODULE_3+4").mkdir(parents=True)
+    pull(place, tmp_path / "b", COMPILER)
+    assert missing(tmp_path / "b", HASHES, NOTE) == []
+    part = compiled(tmp_path / "c", "MODULE_9+9")
+    pull(place, part, "2.24.5133.0")
+    assert missing(part, HASHES, NOTE) == ["microstep", "update"]
     assert check(place, HASHES, Note(None, NOTE.flags)).missing == []
     for other in (Note("2.24.5133.0", NOTE.flags), Note(COMPILER, "--optlevel=1")):
         assert check(place, HASHES, other).missing == ["microstep", "update"]
