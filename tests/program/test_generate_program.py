@@ -21,6 +21,7 @@ from llamax.config.schema import CheckpointConfig, Config, DataConfig, RunConfig
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.data.tokenizer.train import train_sentencepiece
 from llamax.inference.engine import Speed
+from llamax.inference.language_model import load as llamax_load
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.process import run_main
 from llamax.train import train
@@ -86,6 +87,20 @@ def test_a_single_prompt_is_continued_as_transformers_does(
     assert out == pieces.decode(made[0].tolist()) + "\n"
     assert out.startswith("def main")
     assert "tokens/s" in err
+
+
+def test_a_model_in_8_bits_says_what_it_takes_and_the_same_in_a_program(
+    hub: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ["--prompt", "def main", "--greedy", "--max-new-tokens", 9]
+    assert llamax(hub, *how, "--quantize", "int8") == 0
+    out, err = capsys.readouterr()
+    assert "llamax: weights in int8: " in err
+    small = llamax_load(hub, quantize="int8")
+    assert out == "def main" + small.generate("def main", temperature=0, max_new_tokens=9) + "\n"
+    dense = llamax_load(hub)
+    near, exact = (model.logits("def main").float() for model in (small, dense))
+    assert 0 < (near - exact).norm() < 0.05 * exact.norm()
 
 
 def test_a_run_a_step_and_a_folder_made_from_it_say_the_same(

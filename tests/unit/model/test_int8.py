@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from support.models import TIED, tiny
 
 from llamax.config.model import ModelConfig
 from llamax.inference.checks import check_computing
+from llamax.inference.engine import LoadedModel
+from llamax.inference.serving.adapters import build_served
 from llamax.model import int8
 from llamax.model.int8 import FEW_ROWS, Int8Linear
 from llamax.model.llama import Llama
@@ -63,3 +67,13 @@ def test_a_model_is_near_and_takes_a_quarter(config: ModelConfig) -> None:
 def test_what_cannot_be_quantised_is_an_error(backend: str, quantize: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_computing(1, 0, "", backend, quantize=quantize)
+
+
+def test_adapters_have_to_be_merged_first() -> None:
+    source, folder = SimpleNamespace(folder=Path("base")), Path("adapters")
+    loaded = LoadedModel(source, WIDE, None, folder)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="whole model, and adapters holds adapters; merge them"):
+        loaded.build(Solo("tp"), torch.device("cpu"), quantize="int8")
+    whole = replace(loaded, adapter=None)
+    with pytest.raises(ConfigError, match="without adapters; merge `adapter` poet with"):
+        build_served(whole, {"poet": loaded}, torch.device("cpu"), "", "int8")
