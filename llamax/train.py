@@ -40,6 +40,7 @@ from llamax.backends import choose
 from llamax.checkpoint import lock
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.places import STARTED_IN
+from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.prompt_record import PROMPT
 from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
 from llamax.config.load import dump_config
@@ -333,14 +334,16 @@ def loop(job: Job, began: float, heart: Heartbeat) -> Rewind | None:
             job.early_stopping.best,
         )
     if job.main:
+        kind = "PEFT" if job.adapters else "Hugging Face"
+        hub = f"llamax consolidate {in_shell(job.folder)} --out {in_shell(job.folder / 'hub')}"
+        own = job.model_class.get(MODEL_CLASS, "").rpartition(".")[2]
         logger.info(
-            "done in %s: %s holds the newest checkpoint; llamax consolidate %s --out %s makes a %s "
-            "folder of it",
+            "done in %s: %s holds the newest checkpoint; %s",
             show_time(time.perf_counter() - began),
             newest_checkpoint(job.folder / CHECKPOINTS_FOLDER),
-            in_shell(job.folder),
-            in_shell(job.folder / "hub"),
-            "PEFT" if job.adapters else "Hugging Face",
+            f"llamax.load({str(job.folder)!r}, model_class={own}) loads it"
+            if own
+            else f"{hub} makes a {kind} folder of it",
         )
     return None
 

@@ -182,7 +182,9 @@ def test_a_class_with_another_loss_alone_is_written_with_a_warning(
     assert "computes a plain Llama" in caplog.text
 
 
-def test_it_is_loaded_by_its_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_it_is_loaded_by_its_class(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = ["def main(argv):", "for each in range(10): print(each)"] * 30
     pieces = train_sentencepiece(lines, 320, tmp_path / "tokenizer.model")
     (tmp_path / "a.txt").write_text("\n".join(lines))
@@ -194,6 +196,9 @@ def test_it_is_loaded_by_its_class(tmp_path: Path, caplog: pytest.LogCaptureFixt
     }
     run = llamax.train(settings, model_class=Named)
     model = llamax.load(run.folder, model_class=Named)
+    shown = capsys.readouterr().err
+    assert "model_class=Named) loads it" in shown
+    assert "llamax consolidate" not in shown
     assert isinstance(model.model, Named)
     assert isinstance(model.generate("def", max_new_tokens=5), str)
     with pytest.raises(CheckpointError, match=r"it is not a tensor of Llama.*`model_class`"):
