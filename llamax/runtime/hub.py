@@ -41,6 +41,7 @@ from llamax.runtime.progress import Progress, reported
 from llamax.runtime.units import show_bytes
 
 SHARED_S = 60.0  # for which processes of a machine share what a revision stands for
+READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 ABANDONED_S = 3600.0  # after which an unfinished download of a killed process is removed
 
 
@@ -256,8 +257,17 @@ class _Cache:
             return None
 
     def keep_files(self, commit: str, files: dict[str, HubFile]) -> None:
-        self.notes.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.notes / f"{commit}.json", json.dumps(files).encode())
+        """Keep the list of files of a commit."""
+        self._write(self.notes / f"{commit}.json", json.dumps(files))
+
+    def _write(self, path: Path, text: str) -> None:
+        """Write a note; a cache that another user made complete may be read only."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, text.encode())
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
 
     def commit_of(self, revision: str, within_s: float = float("inf")) -> str:
         """The commit that a revision stood for in the last ``within_s`` seconds; empty: unknown."""
@@ -271,9 +281,8 @@ class _Cache:
         return ""
 
     def remember(self, revision: str, commit: str) -> None:
-        path = self.notes / "revisions" / quote(revision, safe="")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, commit.encode())
+        """Keep the commit that a revision stands for."""
+        self._write(self.notes / "revisions" / quote(revision, safe=""), commit)
 
     def forget(self) -> None:
         """Ask the Hub again for what its revisions stand for, as they have changed."""
@@ -297,7 +306,7 @@ class _Cache:
             self.notes.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.notes / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+            if error.errno not in READ_ONLY:
                 raise HubError(
                     f"cannot write into the cache {self.root}: {error.strerror}; set HF_HOME to a "
                     "folder that can be written"
