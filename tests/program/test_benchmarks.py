@@ -59,7 +59,7 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
         (["--smallest", "--rounds", "1", "--new-tokens", "4"], "equal answers: 16 of 16"),
     ],
     "spikes.py": [
-        (["--steps", "30", "--spikes", "3", "--window", "16"], "spikes not skipped: none"),
+        (["--steps", "30", "--spikes", "3", "--window", "16"], "equal to the bit"),
     ],
     "tokenizing.py": [
         (

@@ -77,12 +77,11 @@ def test_spikes_are_skipped_named_and_resumed_to_the_bit(
     assert len(window(folder, STEPS)["losses"]) == 16
     whole, log = hashes(folder, STEPS), log_of(folder)
     states = [window(folder, step) for step in (20, 25, STEPS)]
-    for after in (10, 20):
-        forget(folder, after)
-        go(cfg)
-        assert hashes(folder, STEPS) == whole
-        assert log_of(folder) == log
-        assert [window(folder, step) for step in (20, 25, STEPS)] == states
+    forget(folder, 15)
+    go(cfg)
+    assert hashes(folder, STEPS) == whole
+    assert log_of(folder) == log
+    assert [window(folder, step) for step in (20, 25, STEPS)] == states
 
 
 def test_without_the_feature_a_spike_is_an_update(tmp_path: Path) -> None:
