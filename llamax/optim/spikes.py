@@ -37,12 +37,13 @@ class SpikeFilter:
     """The rolling window of a run and the decision about each step; one on each rank.
 
     ``window`` [3,W]: loss, gradient norm, and 1 where a step was accepted; the last one is on the
-    right.  ``skipped``: the number of steps skipped so far, 0-d.
+    right.  ``skipped`` [1]: the number of steps skipped so far, with a dim because a traced program
+    would have the first value of a 0-d tensor in it.
     """
 
     def __init__(self, optim: OptimConfig) -> None:
         self.length, self.sigma = optim.spike_window, optim.spike_sigma
-        self.window, self.skipped = torch.zeros(3, self.length), torch.zeros(())
+        self.window, self.skipped = torch.zeros(3, self.length), torch.zeros(1)
         chosen = [optim.skip_spikes in (name, "both") for name in ("loss", "norm")]
         self.judged = torch.tensor(chosen)
 

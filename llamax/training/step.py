@@ -259,7 +259,7 @@ class TrainState:
         request = 1.0 if stop else SAVE_REQUEST if save else 0.0
         inputs = torch.tensor([self.learning_rate(number), float(number), request])
         lr, step, asked = inputs.to(device).split(1)
-        numbers, updates, spikes = torch.cat((sums, asked)), step.squeeze(0), self.spikes
+        numbers, updates, spikes = torch.cat((sums, asked)), step, self.spikes
         accepts: list[Callable[[Tensor], Tensor]] = []
         if spikes is not None:
             numbers = torch.cat((numbers, _of_first(self.axes.world, spikes.bounds())))
@@ -270,7 +270,7 @@ class TrainState:
             factor = factor / scaling.scale
         if spikes is not None:
             accepts, updates = [partial(spikes.accepts, bounds, loss)], updates - spikes.skipped
-        grad_norm = self.optimizer.step(lr.squeeze(0), updates, factor, *accepts)
+        grad_norm = self.optimizer.step(lr.squeeze(0), updates.squeeze(0), factor, *accepts)
         done = Step(number, loss, grad_norm, count, requests, self.backend, bounds)
         if scaling is not None:
             scaling.update(grad_norm)
