@@ -228,6 +228,12 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 "world has 8; use parallel.data=2, or 0 for all ranks that are left",
             ),
             (
+                {},
+                1,
+                "parallel.tensor=2 does not divide the world of 1 rank; start a multiple of "
+                "2 ranks (llamax train --ranks 2, or torchrun), or use 1",
+            ),
+            (
                 {"data.global_batch": 2},
                 3,
                 "parallel.tensor=2 does not divide the world of 3 ranks; "

@@ -92,9 +92,10 @@ def mesh_fills_world(c: Config, world: World) -> Iterator[str]:
         else:
             instead = f"use parallel.context={join_or(divisors(usable // tensor))}"
             instead += " and parallel.pipeline=1" if pipeline > 1 else ""
+        how = f" (llamax train --ranks {replica}, or torchrun)" if world.ranks == 1 else ""
         yield (
             f"{degrees} does not divide the world of {count(world.ranks, 'rank')}; "
-            f"start a multiple of {count(replica, 'rank')}, or {instead}"
+            f"start a multiple of {count(replica, 'rank')}{how}, or {instead}"
         )
     elif data and replica * data != world.ranks:
         yield (
