@@ -205,6 +205,7 @@ class Zero:
                     optim=self.optim,
                     rounded=group.key.bits == 8,
                 )
+            del master, exp_avg, exp_avg_sq  # streamed copies, before the next bucket's are made
         self.gather_parameters()
         self.zero_grad()
         return norm

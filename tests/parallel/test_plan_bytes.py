@@ -25,6 +25,7 @@ from llamax.config.schema import Config, DataConfig, OptimConfig, ParallelConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import DTYPES, Llama
 from llamax.ops import has_bf16_units
+from llamax.optim.blockwise import Blockwise
 from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
@@ -33,7 +34,14 @@ from llamax.parallel.pipeline import layers_of
 from llamax.parallel.spread import gathered_again
 from llamax.tools.plan.memory import communication, kept, loss, memory
 from llamax.tools.plan.sizes import Share
-from llamax.tools.plan.state import early_gradients, state, update
+from llamax.tools.plan.state import (
+    early_gradients,
+    masters,
+    moments,
+    on_host,
+    state,
+    update,
+)
 from llamax.training.step import TrainState
 
 MODEL = tiny(  # large enough for its activations to stand out; padded wherever tensor > 1
@@ -113,7 +121,7 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
     ).init(0)
     optimizer = Zero(
         model.sharded_parameters(),
-        OptimConfig(),
+        config.optim,
         here,
         sequence_parallel=model.sequence_parallel,
         zero=config.parallel.zero,
@@ -123,7 +131,11 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
     for group in optimizer.groups:
         tensors += [group.weights, group.gradient]
         for bucket in group.buckets:
-            tensors += [bucket.master, bucket.exp_avg, bucket.exp_avg_sq, bucket.root]
+            tensors += [bucket.master, bucket.root]
+            for moment in bucket.moments:
+                tensors += (
+                    [moment.codes, moment.absmax] if isinstance(moment, Blockwise) else [moment]
+                )
     batch = torch.randint(MODEL.vocab_size, (2, BATCH, LENGTH))
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH).contiguous()
     one = torch.tensor(1.0)
@@ -283,3 +295,23 @@ def test_the_logits_of_one_chunk_live_at_a_time() -> None:
     top, _ = highest(changes(found))
     logits, kept = 4 * 128 * 2000, 4 * (x.numel() + weight.numel())
     assert logits + kept < top < 1.2 * logits + kept
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_small_state_is_planned_as_it_is_held(worlds: Worlds, bits: int) -> None:
+    """A GPU's bytes by what a CPU holds: state in host memory is counted apart."""
+    optim = OptimConfig(state_bits=bits, offload=True)
+    wanted = replace(config(Mesh(), "full", "float16"), optim=optim)
+    found = worlds(1).run(measure, wanted, Mesh(), timeout_s=240)[0]
+    share, gpu = share_of(wanted, Mesh()), replace(CPU, backend="cuda", host_memory_gib=1e-3)
+    lasting = sum(line.value for line in (*state(share, gpu), early_gradients(share, gpu)))
+    away = on_host(share, gpu).value
+    assert lasting + away == pytest.approx(found["state"], rel=0.001)
+    assert away == sum(line.value for line in (masters(share, CPU), moments(share)))
+    assert {line.name for line in state(share, gpu)} & {"masters", "moments"} == set()
+    assert update(share, gpu).value == pytest.approx(found["update"], rel=0.35)
+    assert on_host(share, CPU).value == 0
+    planned = memory(share, gpu)
+    assert not planned.host_fits
+    assert not planned.fits
+    assert memory(share, replace(gpu, host_memory_gib=0.0)).fits
