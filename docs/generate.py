@@ -150,6 +150,7 @@ def neuron_sdks() -> str:
         "profiler": lambda sdk: f"`{sdk.profiler}`",
         "communicators of a program": lambda sdk: sdk.communicators,
         "tag of `pytorch-training-neuronx`": lambda sdk: sdk.image,
+        "tag of `pytorch-inference-vllm-neuronx`": lambda sdk: sdk.vllm_image,
         "dropped": lambda sdk: "; ".join(sdk.dropped),
         "sources": lambda sdk: "; ".join(sdk.sources),
     }

@@ -23,22 +23,20 @@ from shlex import quote
 from typing import Any
 
 from llamax.config.hardware import Machine
+from llamax.config.neuron_sdk import vllm_image
 from llamax.launch.jobfile import JobFile
 
 MODEL = "/model"  # the exported folder, in the container
 ARTIFACTS = "/tmp/neuron-artifacts"  # programs of one container; its model folder is read-only
 PROMPT = "The capital of France is"
 
+VLLM_NEURON = "public.ecr.aws/neuron/pytorch-inference-vllm-neuronx"
 # Images by engine and run.backend, with the version of the engine in them.
 IMAGES = {
     # aws/deep-learning-containers, docs/src/data/vllm-server, 2026-08: vLLM 0.27.0
     ("vllm", "cuda"): "public.ecr.aws/deep-learning-containers/vllm:server-cuda-v2.3",
-    # aws-neuron/deep-learning-containers, README: the newest vLLM for trn1 of SDK 2.29, 0.16.0
-    ("vllm", "xla"): "public.ecr.aws/neuron/pytorch-inference-vllm-neuronx:"
-    "0.16.0-neuronx-py312-sdk2.29.1-ubuntu24.04",
-    # the same list: vLLM 0.24.0 of SDK 2.32, for trn2 and trn3
-    ("vllm", "neuron"): "public.ecr.aws/neuron/pytorch-inference-vllm-neuronx:"
-    "0.24.0.1.1.0-neuronx-py313-sdk2.32.0-ubuntu24.04",
+    ("vllm", "xla"): f"{VLLM_NEURON}:{vllm_image(trn1=True)}",
+    ("vllm", "neuron"): f"{VLLM_NEURON}:{vllm_image(trn1=False)}",
     # Text Generation Inference, "Quick Tour": 3.3.5
     ("tgi", "cuda"): "ghcr.io/huggingface/text-generation-inference:3.3.5",
 }

@@ -49,6 +49,8 @@ class NeuronSdk:
     sources: tuple[str, ...]
     trains_trn1: bool = False
     """Whether it trains with torch-xla, the only way on trn1."""
+    vllm_image: str = UNKNOWN
+    """Tag of AWS's container of vLLM, in the README of its containers."""
     nki_for_trn1: bool = False
     """Whether its nki compiles for trn1."""
     torchneuron: tuple[str, ...] = ()
@@ -112,6 +114,12 @@ def trn1_sdk() -> NeuronSdk:
 def trn1_names() -> str:
     """The names of the SDKs that train on trn1."""
     return join_or([each.name for each in known_sdks().values() if each.trains_trn1])
+
+
+def vllm_image(trn1: bool) -> str:
+    """The newest known tag of AWS's container of vLLM, for trn1 or for trn2 and trn3."""
+    rows = [each for each in known_sdks().values() if each.trains_trn1 or not trn1]
+    return [each.vllm_image for each in rows if each.vllm_image != UNKNOWN][-1]
 
 
 def torchneuron_sdk() -> NeuronSdk:

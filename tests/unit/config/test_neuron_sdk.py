@@ -19,6 +19,7 @@ from llamax.config.neuron_sdk import (
     sdk_of_compiler,
     torchneuron_sdk,
     trn1_sdk,
+    vllm_image,
 )
 from llamax.launch import environment, image
 from llamax.launch.checks import problems
@@ -231,6 +232,11 @@ def test_doctor_compares_the_sdk_of_the_job(tmp_path: Path) -> None:
     assert named() == ["Neuron SDK 2.29 is installed, but the job is for 2.28"]
     assert len(named(neuron_sdk="2.34", environment={ASYNC: "3"})) == 4
     assert named(instance="p5.48xlarge") == []
+
+
+def test_containers_of_vllm() -> None:
+    assert vllm_image(trn1=True) == "0.16.0-neuronx-py312-sdk2.29.1-ubuntu24.04"
+    assert vllm_image(trn1=False) == "0.24.0.1.1.0-neuronx-py313-sdk2.32.0-ubuntu24.04"
 
 
 def test_the_installed_sdk() -> None:
