@@ -89,7 +89,7 @@ def pin_inputs(
         commits = [commit for text in kept for commit in re.findall(r"@([0-9a-f]{40})", text)]
         known = [name._replace(revision=commit) for commit in commits if not name.revision]
         found = next((each for each in known if str(each) in kept), None) or resolve(name)
-        logger.info("%s", found)
+        logger.info("from the Hub: %s", found)
         names.append(str(found))
         return found
 

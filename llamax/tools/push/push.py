@@ -128,8 +128,9 @@ def _refuse_a_run(folder: Path) -> None:
         raise CheckpointError(f"there is no folder {folder}; give the folder of an exported model")
     if (folder / ADAPTER_CONFIG).is_file() or (folder / hf_folder.CONFIG_JSON).is_file():
         return
-    if (folder / MANIFEST).is_file() or newest_checkpoint(folder) is not None:
-        out = in_shell(folder.with_name(f"{folder.name}-hub"))
+    is_checkpoint = (folder / MANIFEST).is_file()
+    if is_checkpoint or newest_checkpoint(folder) is not None:
+        out = in_shell(folder.with_name(f"{folder.name}-hub") if is_checkpoint else folder / "hub")
         raise CheckpointError(
             f"{folder} is a run or a checkpoint, not an exported model; first: llamax consolidate "
             f"{in_shell(folder)} --out {out}, then push that folder"
