@@ -5,6 +5,7 @@
 # make launchers   install Open MPI, MPICH and Slurm with apt-get, as root, and run jobs under them
 # make drills  kill, freeze, damage and fill up real runs, at full counts: some hours on two cores
 # make check  lint, then test
+# make interop  load an exported folder in other programs, each installed by itself: equal tokens
 # make docs   build the documentation into build/docs; any warning is an error
 # make lock   write uv.lock and requirements-image.txt anew, at the versions of requirements.txt
 #
@@ -19,7 +20,7 @@ DOCS_VENV ?= .venv-docs
 PIP := -m pip install --quiet --disable-pip-version-check
 SHELL := /bin/bash
 
-.PHONY: demo finetune-demo test test-xla launchers drills lint check format docs lock clean
+.PHONY: demo finetune-demo test test-xla launchers drills interop lint check format docs lock clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python -m llamax demo
@@ -44,6 +45,9 @@ drills: $(VENV)/installed
 	$(BIN)/python -m pytest -rs --full --timeout 7200 tests/drills \
 	  tests/property/test_checkpoint_reshard.py tests/parallel/test_checkpoint_ranks.py \
 	  tests/parallel/test_not_finite.py tests/parallel/test_packed_ranks.py
+
+interop: $(VENV)/installed
+	$(BIN)/python benchmarks/interop.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .

@@ -137,6 +137,7 @@ def storage(job: JobFile) -> list[dict[str, Any]]:
                 "securityGroupIds": "GROUP",
                 "deploymentType": "SCRATCH_2",
             },
+            "mountOptions": ["flock"],
         },
         {
             "apiVersion": "v1",
@@ -168,7 +169,7 @@ subnet=$(aws ec2 describe-subnets --output text --query 'Subnets[0].SubnetId' --
     Name=tag-key,Values=kubernetes.io/role/internal-elb)
 sed "s/SUBNET/$subnet/; s/GROUP/$group/" <<'END' | kubectl apply --filename -
 {manifests}END
-echo "the file system is made for the first pod that uses it; then: llamax launch --phase shell"
+echo "the file system takes some minutes more: kubectl get pvc says when it is bound"
 """
 
 
