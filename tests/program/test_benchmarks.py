@@ -42,6 +42,7 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
         (["layers", "--layers", "8", "--only", "inspect"], "| inspect |"),
         (["documents", "--megabytes", "0.1", "--only", "a.txt.gz"], "| a.txt.gz |"),
     ],
+    "interop.py": [],  # it installs packages: make interop
     "lora.py": [
         (["steps", *ONE_ROUND, "--tokens", "8", "--batch", "1", "--smallest"], "| qlora int8 |"),
         (["memory", "--smallest"], "| qlora int8 | whole |"),
