@@ -54,7 +54,7 @@ class LossScaleState:
 
 
 class LossScale:
-    """A factor of the loss that follows the gradients; 0-d float32 tensors on ``device``.
+    """A factor of the loss that follows the gradients; float32 tensors [1] on ``device``.
 
     ``interval``: the updates in a row after which the scale grows.
     """
@@ -73,8 +73,8 @@ class LossScale:
     def load(self, state: LossScaleState) -> None:
         """Take the numbers of a checkpoint."""
         numbers = torch.tensor([state.scale, float(state.good_steps), float(state.skipped_steps)])
-        self.scale, self.good_steps, self.skipped_steps = (
-            number.to(self.device, copy=True) for number in numbers.unbind()
+        self.scale, self.good_steps, self.skipped_steps = (  # 0-d, a 0 would be a constant on XLA
+            number.clone().to(self.device) for number in numbers.split(1)
         )
 
     @property

@@ -251,7 +251,7 @@ class TrainState:
                 total, count = self._loss(batch, keys_B, x_BsD, layers)
             sums = sums + torch.stack((total.detach(), count))
             mean = total / self.step_tokens
-            return mean if scaling is None else mean * scaling.scale
+            return mean if scaling is None else mean * scaling.scale.squeeze(0)
 
         self._run(schedule, micros, compute)
         # Tensor ranks hold the same loss: the first one's counts. NaN on any rank makes a sum NaN.
@@ -267,7 +267,7 @@ class TrainState:
         loss = total / count
         factor = self.step_tokens / count + (total - total)  # NaN, which cancels the update, or 0
         if scaling is not None:
-            factor = factor / scaling.scale
+            factor = factor / scaling.scale.squeeze(0)
         if spikes is not None:
             accepts, updates = [partial(spikes.accepts, bounds, loss)], updates - spikes.skipped
         grad_norm = self.optimizer.step(lr.squeeze(0), updates.squeeze(0), factor, *accepts)

@@ -32,6 +32,7 @@ from llamax.backends.xla import XlaAxis
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama
 from llamax.model.recompute import Recompute
+from llamax.optim.loss_scale import LossScale, LossScaleState
 from llamax.optim.zero import Zero
 from llamax.parallel import context_parallel, regions, sharding, tensor_parallel
 from llamax.parallel.collectives import Axes
@@ -189,6 +190,37 @@ def test_bfloat16_with_masters() -> None:
     case = Case("bf16", MODEL, TP2_DP2, True, dtype=torch.bfloat16)
     results = ranks.run(4, on_replicas, [case], "none")
     assert differences(case, [result[0] for result in results], 2e-2) == []
+
+
+def scaled(_: int) -> tuple[list[list[float]], int]:
+    """An overflow, then two updates, the second of which doubles the scale; and the programs."""
+    backend = choose("xla", Rendezvous())
+    with backend.joined(Mesh(), 60.0) as axes:
+        model = build(MODEL, axes, False).to(torch.float16)
+        optimizer = Zero(model.sharded_parameters(), OPTIM, axes, sequence_parallel=False)
+        optimizer.to(backend.device)
+        state = TrainState(
+            model,
+            optimizer,
+            axes,
+            backend,
+            step_tokens=GLOBAL_BATCH * SEQUENCE,
+            learning_rate=lambda step: OPTIM.lr,
+            loss_scale=LossScale(LossScaleState(2.0**30), backend.device, 2),
+        )
+        before, seen = backend.compilations(), []
+        for number in (1, 2, 3):
+            step = state.step(share(axes, 2), number)
+            seen.append([float(x.cpu()) for x in step.loss_scale])
+            if number == 1 and state.loss_scale is not None:
+                state.loss_scale.load(LossScaleState(1024.0))
+        return seen, backend.compilations() - before
+
+
+def test_a_loss_scale_is_part_of_the_two_programs() -> None:
+    [(seen, programs)] = ranks.run(1, scaled)
+    assert seen == [[2.0**29, 0.0, 1.0], [1024.0, 1.0, 0.0], [2048.0, 0.0, 0.0]]
+    assert programs == 2
 
 
 def two_processes(_: int) -> str:
