@@ -2,25 +2,22 @@
 
 Every step is a command that a user could type, shown before it runs:
 
-    prepare -> torchrun -m llamax.train -> consolidate -> generate -> plot
+    prepare -> train -> consolidate -> generate -> plot
 """
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from llamax.cli.options import Parser
 from llamax.config.constants import METRICS_FILE
 from llamax.config.load import load_config
-from llamax.runtime.cores import workers
 from llamax.runtime.errors import BackendError
 from llamax.runtime.process import run_main
 from llamax.runtime.text import in_shell, print_text
@@ -32,31 +29,12 @@ PROMPTS = ("def __init__(self", "import os", "class Error(Exception")
 LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__")
 
 
-def shell(command: Sequence[str], environ: Mapping[str, str] | None = None) -> None:
+def shell(command: Sequence[str]) -> None:
     """Show a command, then run it; BackendError where it fails."""
-    shown = [f"{key}={value}" for key, value in (environ or {}).items()]
-    shown += [shlex.quote(word) for word in command]
-    text = " ".join(shown)
-    for program, name in (("llamax", "llamax"), ("torch.distributed.run", "torchrun")):
-        text = text.replace(f"{shlex.quote(sys.executable)} -m {program} ", f"{name} ")
+    text = shlex.join(command).replace(f"{shlex.quote(sys.executable)} -m llamax ", "llamax ")
     print_text(f"\n$ {text}")
-    if subprocess.run(command, env={**os.environ, **(environ or {})}, check=False).returncode:
+    if subprocess.run(command, check=False).returncode:
         raise BackendError(f"the demo stopped at: {text}; its own message stands above")
-
-
-def torchrun(ranks: int, store: Path, arguments: Sequence[str]) -> None:
-    """torchrun on this machine, with its rendezvous in a file: it listens on no network."""
-    rendezvous = ["--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
-    rendezvous += ["--rdzv-endpoint", str(store), "--local-addr", "127.0.0.1"]
-    threads = max(workers() // ranks, 1)
-    shell(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        + [*rendezvous, "-m", "llamax.train", *arguments],
-        {
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            "OMP_NUM_THREADS": str(threads),
-        },
-    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -88,12 +66,8 @@ def main(argv: Sequence[str]) -> int:
         [*llamax, "prepare", stdlib, "--glob", "*.py", *left_out, "--out", str(data)]
         + ["--train-tokenizer", str(config.model.vocab_size), "--validation", "0.05", "--bos"]
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        torchrun(
-            RANKS,
-            Path(scratch) / "rendezvous",
-            ["--config", RECIPE, f"--data.path={data}", f"--run.folder={run}", *options.overrides],
-        )
+    train = [*llamax, "train", "--ranks", str(RANKS), "--config"]
+    shell([*train, RECIPE, f"--data.path={data}", f"--run.folder={run}", *options.overrides])
     shell([*llamax, "consolidate", str(run), "--out", str(hub)])
     prompts = [word for prompt in PROMPTS for word in ("--prompt", prompt)]
     shell(
@@ -128,7 +102,7 @@ Next:
 # the curves, live
   tensorboard --logdir {in_shell(run / "tensorboard")}
 # a longer run
-  torchrun --nproc-per-node 4 -m llamax.train --config demo --run.steps=2000 \\
+  llamax train --ranks 4 --config demo --run.steps=2000 \\
     --data.path={in_shell(data)} --run.folder={in_shell(folder / "long")}
 (the commands are in {Path(sys.executable).parent})"""
     )

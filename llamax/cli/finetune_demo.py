@@ -2,7 +2,7 @@
 
 Every step is a command that a user could type, shown before it runs:
 
-    rows -> prepare --template dolly -> torchrun -m llamax.train -> consolidate
+    rows -> prepare --template dolly -> train -> consolidate
          -> evaluate -> generate with and without context, before and after
 
 The rows are generated.  The base model is that of ``llamax demo`` if demo/hub exists, else one of
@@ -14,12 +14,11 @@ from __future__ import annotations
 import json
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llamax.cli.demo import RANKS, shell, torchrun
+from llamax.cli.demo import RANKS, shell
 from llamax.cli.options import Parser
 from llamax.config.constants import METRICS_FILE
 from llamax.config.load import load_config
@@ -111,8 +110,7 @@ def main(argv: Sequence[str]) -> int:
         [*llamax, "prepare", str(table), "--template", TEMPLATE, *tokenizer, "--out", str(data)]
         + ["--validation", "0.05", "--length", str(config.data.sequence_length)]
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        torchrun(RANKS, Path(scratch) / "rendezvous", ["--config", RECIPE, *overrides])
+    shell([*llamax, "train", "--ranks", str(RANKS), "--config", RECIPE, *overrides])
     shell([*llamax, "consolidate", str(run), "--out", str(hub)])
     shell([*llamax, "evaluate", str(hub), "--data", str(data), "--sequence-length", "256"])
     template_options = ["--template", TEMPLATE, "--max-new-tokens", "24"]
