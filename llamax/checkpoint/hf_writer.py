@@ -23,7 +23,7 @@ import torch
 
 from llamax.checkpoint import hf_folder, slabs
 from llamax.checkpoint.atomic import explain_write_errors
-from llamax.checkpoint.places import config_beside, dataset_of, find_folder
+from llamax.checkpoint.places import config_beside, cut_from, dataset_of, find_folder
 from llamax.checkpoint.plain_llama import check_plain
 from llamax.checkpoint.prompt_record import prompt_of, write_chat_template
 from llamax.checkpoint.safetensors_io import build_header, write_tensor_at
@@ -209,11 +209,12 @@ def check_tokenizer_fits(
 
 
 def write_tokenizer(source: Source, model: ModelConfig, given: Path | None, folder: Path) -> None:
-    """Write the tokenizer ``given``, or else that of the dataset if the dataset is present.
+    """Write the tokenizer ``given``, or else that of the dataset or of the folder it was cut from.
 
     Raises CheckpointError if it is not the one the model was trained with, or has more tokens than
     the model's vocabulary.
     """
+    given = given or cut_from(source.folder, source.state)
     path = given or dataset_of(source.folder, source.state)
     if path is None or not (given or path.is_dir()):
         return

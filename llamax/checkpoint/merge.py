@@ -13,7 +13,8 @@ from llamax.checkpoint import hf_folder, hf_writer, slabs
 from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.build_model import finetune_info
 from llamax.checkpoint.consolidate import dtype_of, size
-from llamax.checkpoint.merged import Merged, has_tokenizer
+from llamax.checkpoint.hf_folder import has_tokenizer
+from llamax.checkpoint.merged import Merged
 from llamax.checkpoint.peft import find_base_folder, open_adapter
 from llamax.checkpoint.places import dataset_of
 from llamax.checkpoint.safetensors_io import Progress, no_progress

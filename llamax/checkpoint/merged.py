@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -110,7 +109,7 @@ class Merged(Source):
     @property
     def generation(self) -> dict[str, Any]:
         found = dict(self.base.generation)
-        if has_tokenizer(self.adapter.folder):
+        if hf_folder.has_tokenizer(self.adapter.folder):
             end = load_tokenizer(self.adapter.folder).eos_id
             ends = found.get("eos_token_id", self.model.get("eos_token_id", 2))
             ends = ends if isinstance(ends, list) else [ends]
@@ -375,8 +374,3 @@ class _Reader:
 
     def _saves(self, name: str) -> bool:
         return self.settings.saves(name.removesuffix(".weight"))
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in hf_folder.TOKENIZER_FILES[:2])

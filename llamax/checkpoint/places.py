@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from llamax.checkpoint.hf_folder import has_tokenizer
 from llamax.checkpoint.manifest import CONFIG_TOML
 from llamax.config.load import recorded_config
 from llamax.config.schema import Config
@@ -18,6 +19,7 @@ from llamax.data.dataset import blend_words
 from llamax.runtime.errors import ConfigError
 
 STARTED_IN = "started_in"
+CUT_FROM = "cut_from"  # the Hugging Face folder that shard has cut
 
 
 def find_folder(named: str, beside: Path, state: Mapping[str, Any] | None = None) -> Path | None:
@@ -40,6 +42,13 @@ def _candidates(named: str, beside: Path, state: Mapping[str, Any]) -> Iterator[
         yield path.absolute()
     if path.name:
         yield from (folder / path for folder in home.parents)
+
+
+def cut_from(checkpoint: Path, state: Mapping[str, Any]) -> Path | None:
+    """The Hugging Face folder of which ``shard`` made a checkpoint, if its tokenizer is there."""
+    named = state.get(CUT_FROM)
+    folder = find_folder(named, checkpoint) if isinstance(named, str) else None
+    return folder if folder is not None and has_tokenizer(folder) else None
 
 
 def config_beside(checkpoint: Path) -> Config | None:

@@ -17,6 +17,7 @@ from llamax.checkpoint import hf_folder
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.load import check_shapes
+from llamax.checkpoint.places import CUT_FROM
 from llamax.checkpoint.prompt_record import PROMPT, prompt_of
 from llamax.checkpoint.runs import (
     Run,
@@ -99,9 +100,13 @@ def shard(
 
 
 def _state(source: hf_folder.HfFolder) -> dict[str, Any]:
-    """What the folder says of generating and prompting, for a checkpoint's state."""
+    """What the folder says of generating and prompting, and where its tokenizer is."""
     prompt = prompt_of(source)
-    found = {"generation": source.generation, PROMPT: prompt and prompt.to_json()}
+    found = {
+        "generation": source.generation,
+        PROMPT: prompt and prompt.to_json(),
+        CUT_FROM: str(source.folder.absolute()),
+    }
     return {name: value for name, value in found.items() if value}
 
 

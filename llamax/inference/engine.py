@@ -20,16 +20,15 @@ from typing import Any
 import torch
 
 from llamax.checkpoint.build_model import load_tuned
-from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, open_source
+from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, has_tokenizer, open_source
 from llamax.checkpoint.load import load_weights
-from llamax.checkpoint.merged import has_tokenizer
 from llamax.checkpoint.peft import (
     AdapterInfo,
     adapter_info,
     find_base_folder,
     open_adapter,
 )
-from llamax.checkpoint.places import dataset_of
+from llamax.checkpoint.places import cut_from, dataset_of
 from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.prompt_record import prompt_of
 from llamax.checkpoint.reader import Checkpoint
@@ -167,7 +166,7 @@ def tokenizer_of(source: Source, vocab_size: int, chosen: str = "") -> Tokenizer
     """
     place: Path | None = local_folder(chosen, TOKENIZER) if chosen else source.folder
     if isinstance(source, Checkpoint) and not chosen:
-        place = dataset_of(source.folder, source.state)
+        place = dataset_of(source.folder, source.state) or cut_from(source.folder, source.state)
     if place is None:
         raise DataError(
             f"{source.folder} does not say what it was trained on; use `tokenizer` PATH"

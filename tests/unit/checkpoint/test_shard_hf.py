@@ -9,6 +9,8 @@ import pytest
 import support.checkpoints as worlds
 import torch
 import transformers
+from support.adapters import hub_folder
+from support.instruction import llama3_tokenizer
 from support.saving import saved
 
 from llamax.checkpoint import Checkpoint, load_weights
@@ -20,6 +22,7 @@ from llamax.checkpoint.hf_folder import (
 from llamax.checkpoint.shard_hf import shard
 from llamax.cli.shard import main as shard_main
 from llamax.config.model import ModelConfig
+from llamax.inference.engine import tokenizer_of
 from llamax.runtime.errors import CheckpointError, ConfigError
 
 
@@ -45,6 +48,23 @@ def test_shard_is_the_reverse_of_consolidate(tmp_path: Path, tensor: int) -> Non
                               torch.bfloat16)[rank]  # fmt: skip
         for name, value in mine.parameters.items():
             assert torch.equal(value, wanted.parameters[name])
+
+
+def test_a_checkpoint_finds_the_tokenizer_of_the_folder_it_was_cut_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = llama3_tokenizer(tmp_path / "hub", "{{ messages }}")
+    hub_folder(hub, worlds.llama(vocabulary=507))
+    monkeypatch.chdir(tmp_path)
+    again = shard("hub", "again", 2)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    twice = consolidate(tmp_path / again, "twice")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (twice / name).read_bytes() == (hub / name).read_bytes()
+    assert tokenizer_of(open_source(tmp_path / again), 507).path == hub / "tokenizer.json"
+    (hub / "tokenizer.json").unlink()
+    assert not (consolidate(tmp_path / again, "third") / "tokenizer.json").exists()
 
 
 @pytest.mark.parametrize(
