@@ -214,7 +214,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: object) -> str:
 def test_models_that_are_none(
     hub: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "there is no folder" in refused(capsys, "meta-llama/Llama-2-7b-hf")
+    assert "is not on this machine" in refused(capsys, "meta-llama/Llama-2-7b-hf")
     assert "holds no model" in refused(capsys, tmp_path)
     half = tmp_path / "run/checkpoints/step-00000001"
     shutil.copytree(run / "checkpoints/step-00000001", half)

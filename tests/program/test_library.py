@@ -262,7 +262,7 @@ def test_a_description_has_labels_and_values(folder: Path) -> None:
             r"`extract`: '\(' is not a regular expression",
         ),
         (lambda f: llamax.evaluate(f / "hub", data="d", dtype="x"), "`dtype=x` is not known; use"),
-        (lambda f: GenerationSettings(backend="xla"), "`backend=xla` is not known; use cpu, cuda"),
+        (lambda f: GenerationSettings(backend="tpu"), "`backend=tpu` is not known; use cpu, cuda"),
         (lambda f: GenerationSettings(top_p=2.0), "`top_p=2.0` is out of range"),
         (lambda f: GenerationSettings(stop=[""]), "`stop` is empty"),
         (lambda f: llamax.audit("demo", nodes=0), "`nodes=0` is out of range; use 1 or more"),

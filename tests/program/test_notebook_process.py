@@ -199,12 +199,12 @@ def test_models_load_from_every_kind_of_folder_in_a_type(tmp_path: Path) -> None
     peft = llamax.consolidate(tuned.folder, tmp_path / "peft")
     assert run.checkpoint is not None
     for folder in (run.folder, run.checkpoint, hub, tuned.folder, peft):
-        for dtype in (torch.bfloat16, "bfloat16", "float32", ""):
+        for dtype in (torch.bfloat16, "bfloat16", torch.float16, "float32", ""):
             loaded = llamax.load(folder, dtype=dtype)
             wanted = str(dtype).removeprefix("torch.") or "float32"
             shown = repr(loaded)
             assert shown.startswith(f"<llamax model {folder}: ")
             assert shown.endswith(f", {wanted} on cpu>")
             assert isinstance(loaded.generate("def", max_new_tokens=3), str)
-    with pytest.raises(ConfigError, match=r"`dtype=float16` is not known; use float32, bfloat16"):
-        llamax.load(hub, dtype=torch.float16)
+    with pytest.raises(ConfigError, match=r"`dtype=float64` is not known; use float32, bfloat16"):
+        llamax.load(hub, dtype=torch.float64)

@@ -13,7 +13,7 @@ from llamax.config.hardware import load_machine
 from llamax.config.load import dump_config, load_config
 from llamax.config.toml import to_toml
 from llamax.data.chat.record import FILE as PROMPT_FILE
-from llamax.launch import jobfile
+from llamax.launch import cluster, jobfile
 from llamax.launch.checks import problems
 from llamax.launch.render import PHASES, action, render
 from llamax.tools.doctor.storage import _read_beacons
@@ -96,7 +96,10 @@ def _read_job(folder: Path) -> None:
             if problems(job, launcher, phase):
                 continue
             shown(render(job, launcher, phase).replace("\t", ""))
-            if phase != "image":
+            if phase == "cluster":
+                for what in cluster.actions(launcher)[1:]:
+                    action(job, launcher, phase, what)
+            elif phase != "image":
                 action(job, launcher, phase, "stop")
 
 
