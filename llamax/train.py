@@ -75,7 +75,6 @@ from llamax.training.save_timer import SaveTimer
 from llamax.training.setup import (
     LLAMAX,
     REWINDS,
-    SKIPPED_IN_A_ROW,
     Job,
     Parts,
     loaders,
@@ -266,8 +265,8 @@ def loop(job: Job, began: float, heart: Heartbeat) -> Rewind | None:
     counts = chunk_layers(config.parallel, config.model.num_hidden_layers)
     stage, tied = job.state.axes.pp, job.state.optimizer.tied
     guard = CompileGuard(counters, run.compile_guard, stage, counts, tied)
-    optim, in_a_row = config.optim, job.skipped_in_a_row
-    check = StepCheck(optim.most_skipped, samples, job.main, in_a_row, optim.rewind)
+    optim, row = config.optim, (job.skipped_in_a_row, job.skipped_since)
+    check = StepCheck(optim.most_skipped, samples, job.main, *row, optim.rewind)
     check.last, back = job.step, None
     profiler = Profiler(run, job.folder, job.state.axes.world.rank)
     with Recorder(writers(job), throughput(job), began, samples, job.rewinds) as recorder:
@@ -290,7 +289,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> Rewind | None:
                     job.saver.wait()
                 if back := find_rewind(job, check, saves[1:]):
                     break
-                check.rewind = 0
+                check.stays = check.first
             last, epoch = number == run.steps, training.ended_epoch
 
             due = _due(number, run.validate_every, last) or (epoch and run.validate_each_epoch)
@@ -308,7 +307,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> Rewind | None:
             due = due or check.save_requested > saves[-1]
             if due or last or stop or job.early_stopping.over:
                 recorder.flush()
-                save(job, step, training.consumed, check.counted(step.result))
+                save(job, step, training.consumed, check.state(step.result))
                 saves.append(number)
                 timer.restart()
         profiler.stop()
@@ -348,10 +347,10 @@ def loop(job: Job, began: float, heart: Heartbeat) -> Rewind | None:
     return None
 
 
-def save(job: Job, step: Step, consumed: int, in_a_row: int) -> None:
+def save(job: Job, step: Step, consumed: int, row: Mapping[str, Any]) -> None:
     """Start a checkpoint of everything that a resume needs; files are written in the background.
 
-    ``consumed``: samples so far; ``in_a_row``: steps without an update, up to this one.
+    ``consumed``: samples so far; ``row``: ``StepCheck.state``.
     """
     with tolerated(job):
         job.saver.wait()
@@ -371,7 +370,7 @@ def save(job: Job, step: Step, consumed: int, in_a_row: int) -> None:
                 **job.early_stopping.state(),
                 **(result.loss_scale.to_json() if result.loss_scale else {}),
                 **(spikes.state() if (spikes := job.state.spikes) else {}),
-                **({SKIPPED_IN_A_ROW: in_a_row} if in_a_row else {}),
+                **row,
                 **({REWINDS: job.rewinds} if job.rewinds else {}),
                 **job.model_class,
             },

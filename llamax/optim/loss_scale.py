@@ -9,7 +9,7 @@
 
 These are the decisions of torch.amp.GradScaler.  They follow from the norm of the gradient, which
 is the same on every rank, and so is the scale, without a collective.  A scale that a growth would
-make infinite stays.
+make infinite stays.  As there, AdamW's bias correction counts updates, and no step without one.
 """
 
 from __future__ import annotations

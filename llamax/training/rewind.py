@@ -46,7 +46,7 @@ def find_rewind(job: Job, check: StepCheck, saved: list[int]) -> Rewind | None:
     ``saved``: the steps that ``job`` has saved.  Called by all ranks, with no save in flight.
     Raises NotFinite where the run went back to the same checkpoint too often.
     """
-    first = check.last - check.skipped + 1
+    first = check.first  # overflows of float16 inside the row are not counted
     step = job.backend.of_rank_0(
         f"rewind {job.rewinds} {check.last}", _last_before(job, first, saved) if job.main else 0
     )

@@ -46,6 +46,7 @@ from llamax.training.metrics import (
 from llamax.training.recorder import Throughput
 from llamax.training.resolve import ResolvedRun
 from llamax.training.step import TrainState
+from llamax.training.step_check import SKIPPED_IN_A_ROW, SKIPPED_SINCE
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Parts:
 
 
 LLAMAX = Parts()
-REWINDS, SKIPPED_IN_A_ROW = "rewinds", "skipped_in_a_row"  # in the state of a checkpoint
+REWINDS = "rewinds"  # in the state of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class Job:
     rewound: int = 0
     """How often it has gone back to ``resumed``."""
     skipped_in_a_row: int = 0
-    """Steps without an update just before ``step``."""
+    """Steps skipped in a row up to ``step``."""
+    skipped_since: int = 0
+    """The first of them."""
 
     @property
     def config(self) -> Config:
@@ -180,6 +183,7 @@ def prepare(
         resumed.folder if resumed else None,
         _count(resumed, REWINDS),
         skipped_in_a_row=_count(resumed, SKIPPED_IN_A_ROW),
+        skipped_since=_count(resumed, SKIPPED_SINCE),
     )
 
 

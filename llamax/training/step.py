@@ -267,9 +267,9 @@ class TrainState:
         loss = total / count
         factor = self.step_tokens / count + (total - total)  # NaN, which cancels the update, or 0
         if scaling is not None:
-            factor = factor / scaling.scale.squeeze(0)
+            factor, updates = factor / scaling.scale.squeeze(0), step - scaling.skipped_steps
         if spikes is not None:
-            accepts, updates = [partial(spikes.accepts, bounds, loss)], updates - spikes.skipped
+            accepts, updates = [partial(spikes.accepts, bounds, loss)], step - spikes.skipped
         grad_norm = self.optimizer.step(lr.squeeze(0), updates.squeeze(0), factor, *accepts)
         done = Step(number, loss, grad_norm, count, requests, self.backend, bounds)
         if scaling is not None:

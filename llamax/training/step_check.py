@@ -13,10 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from llamax.runtime.errors import NotFinite
 from llamax.runtime.logging import logger
 from llamax.training.step import Step, StepResult
+
+# In the state of a checkpoint: the number of steps skipped up to it, and the first of them.
+SKIPPED_IN_A_ROW, SKIPPED_SINCE = "skipped_in_a_row", "skipped_since"
 
 
 class StepCheck:
@@ -25,8 +29,9 @@ class StepCheck:
     A gradient that overflows in float16 is not counted while the loss scale is 1 or more.
 
     ``most_skipped`` is the number of skipped steps that may follow each other, ``skipped`` of them
-    so far, and ``rewind`` that after which the run goes back, 0 for never; ``samples`` gives the
-    sample ids of a step's global batch, ``logs`` is whether this rank warns of a skipped step.
+    so far, from step ``first`` on, and ``rewind`` that after which the run goes back, 0 for never;
+    ``samples`` gives the sample ids of a step's global batch, ``logs`` is whether this rank warns
+    of a skipped step.
     """
 
     def __init__(
@@ -35,10 +40,12 @@ class StepCheck:
         samples: Callable[[int], Sequence[int]],
         logs: bool = True,
         skipped: int = 0,
+        first: int = 0,
         rewind: int = 0,
     ) -> None:
         self.most_skipped, self.samples, self.logs = most_skipped, samples, logs
-        self.skipped, self.rewind = skipped, rewind
+        self.skipped, self.first, self.rewind = skipped, first, rewind
+        self.stays = 0  # the ``first`` of a row for which there is no checkpoint to go back to
         self.last = 0  # the last step that was checked
         self.save_requested = 0  # the last step in which rank 0 asked for a checkpoint
         self.pending: Step | None = None
@@ -46,13 +53,18 @@ class StepCheck:
     @property
     def rewind_due(self) -> bool:
         """Whether so many steps in a row were skipped that the run should go back."""
-        return 0 < self.rewind <= self.skipped
+        return 0 < self.rewind <= self.skipped and self.stays != self.first
 
-    def counted(self, result: StepResult) -> int:
-        """The number of steps skipped in a row after the step that comes next."""
+    def state(self, result: StepResult) -> dict[str, Any]:
+        """What a checkpoint after the step that comes next keeps of a row of skipped steps."""
+        skipped, first = self._counted(result)
+        return {SKIPPED_IN_A_ROW: skipped, SKIPPED_SINCE: first} if skipped else {}
+
+    def _counted(self, result: StepResult) -> tuple[int, int]:
+        """``skipped`` and ``first`` after the step that comes next; no row is 0, 0."""
         if result.overflowed:
-            return self.skipped
-        return self.skipped + 1 if result.skipped else 0
+            return self.skipped, self.first
+        return (self.skipped + 1, self.first or result.number) if result.skipped else (0, 0)
 
     def add(self, step: Step) -> bool:
         """Check the step before and keep ``step`` for later: whether some rank wants to stop.
@@ -71,7 +83,7 @@ class StepCheck:
         self.last = result.number
         if result.save:
             self.save_requested = result.number
-        self.skipped = self.counted(result)
+        self.skipped, self.first = self._counted(result)
         if not result.skipped:
             return result.stop
         if result.overflowed:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from support import tiny_run
+from support.models import TINY
+from support.step_reference import build, share, training
 
 from llamax.config.schema import Config
+from llamax.optim.loss_scale import LossScale, LossScaleState
+from llamax.parallel.collectives import Axes
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.train import train
 
@@ -34,3 +39,20 @@ def test_a_resume_repeats_scale_and_weights(tmp_path: Path) -> None:
     train(config, Rendezvous())
     assert tiny_run.log_of(folder) == records
     assert tiny_run.hashes(folder, tiny_run.STEPS) == hashes
+
+
+def test_an_overflow_leaves_the_update_after_it_as_it_would_be() -> None:
+    """AdamW's bias correction counts updates, as under torch.amp.GradScaler."""
+
+    def weights(*scales: float) -> list[torch.Tensor]:
+        axes = Axes.solo()
+        state = training(build(TINY, axes, False).half(), axes, 1)
+        scaling = LossScale(LossScaleState(scales[0]), torch.device("cpu"), 2)
+        state = replace(state, loss_scale=scaling)
+        for number, scale in enumerate(scales, 1):
+            scaling.scale.fill_(scale)
+            state.step(share(axes, 1), number)
+        return [run.tensor.clone() for run in state.optimizer.owned()]
+
+    for got, want in zip(weights(2.0**30, 2.0**31, 1024.0), weights(1024.0), strict=True):
+        assert torch.equal(got, want)

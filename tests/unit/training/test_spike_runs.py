@@ -143,6 +143,17 @@ def test_without_an_old_checkpoint_the_run_skips_on_and_ends(
     assert caplog.text.count("no checkpoint from before step 10: the run cannot go back") == 1
 
 
+def test_a_run_that_could_not_go_back_once_goes_back_later(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    logging.getLogger("llamax").propagate = True
+    cfg = spiky(tmp_path, (10, 11, 16, 17), 20, rewind=2)
+    go(replace(cfg, checkpoint=replace(cfg.checkpoint, every=12)))
+    assert caplog.text.count("no checkpoint from before step 10") == 1
+    assert caplog.text.count("2 steps in a row were skipped: back to") == 1
+    assert log_of(tmp_path / "run")[-1]["rewinds"] == 1
+
+
 def test_a_run_that_goes_back_in_vain_ends(tmp_path: Path) -> None:
     cfg = spiky(tmp_path, tuple(range(12, 31)), 30, rewind=2)
     with pytest.raises(NotFinite, match=r"went back to .*step-00000010 3 times; lower optim\.lr"):

@@ -95,6 +95,22 @@ def test_an_overflow_that_a_smaller_loss_scale_cures_is_not_counted(
         judge.check()
 
 
+def test_a_row_begins_at_its_first_skipped_step_whatever_overflows_inside_it() -> None:
+    judge, nan = StepCheck(9, lambda step: [], rewind=2), math.nan
+    judge.add(overflow(6, 1024.0))
+    for made in (step(7, nan), overflow(8, 512.0), overflow(9, 256.0)):
+        judge.add(made)
+    assert (judge.skipped, judge.first, judge.rewind_due) == (1, 7, False)
+    last = step(10, nan)
+    assert judge.state(overflow(10, 128.0).result) == {"skipped_in_a_row": 1, "skipped_since": 7}
+    judge.check()
+    assert judge.state(last.result) == {"skipped_in_a_row": 2, "skipped_since": 7}
+    judge.add(last)
+    judge.check()
+    assert (judge.skipped, judge.first, judge.rewind_due) == (2, 7, True)
+    assert judge.state(step(11).result) == {}
+
+
 def test_a_loss_that_is_not_finite_is_counted_at_any_scale() -> None:
     judge = verdict(0)
     judge.add(overflow(1, 1024.0, math.nan))
