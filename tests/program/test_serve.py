@@ -238,7 +238,10 @@ def test_an_answer_ends_before_a_stop_text(client: openai.OpenAI, answers: Any) 
     assert reply.choices[0].finish_reason == "stop"
 
 
-def test_clients_of_tgi_are_answered(server: Server, answers: Any) -> None:
+def test_clients_of_tgi_are_answered(
+    server: Server, answers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     text = answers["hub", "import os"]
     client = huggingface_hub.InferenceClient(server.url)
     assert client.text_generation("import os", max_new_tokens=24) == text
