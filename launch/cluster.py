@@ -11,8 +11,9 @@ Each start looks at quota and zones first, and prints the price before anything 
 list price of the nodes in the table of machines, without storage, traffic and control planes.
 
 Sources: eksctl, schema of ClusterConfig and "EFA"; Amazon EKS, "Use high-performance app storage
-with Amazon FSx for Lustre"; Kubeflow MPI Operator 0.6, README; AWS ParallelCluster 3, "Cluster
-configuration file"; AWS Neuron, "Neuron DLAMI"; Service Quotas of Amazon EC2 and SageMaker.
+with Amazon FSx for Lustre"; Amazon FSx API, CreateFileSystem (sizes); Kubeflow MPI Operator 0.6, README; AWS ParallelCluster 3, "Cluster
+configuration file"; AWS Neuron, "Neuron DLAMI"; AWS Deep Learning AMIs, release
+notes of the base GPU AMI; Service Quotas of Amazon EC2 and SageMaker.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ AMIS = {  # SSM parameters with the newest image
     "base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id",
 }
 FAMILIES = {"trn": "Trn", "inf": "Inf", "p": "P", "g": "G and VT"}  # of quotas, by instance type
+PRICED = "June 2025"  # when AWS last changed prices on demand that are in the table
 TOOLS = {"k8s": "eksctl", "slurm": "pcluster", "torchrun": "aws", "sagemaker": "aws"}
 REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d")
 ZONE = re.compile(r"[a-z]{2}(-[a-z]+)+-\d[a-z]")
@@ -54,8 +56,9 @@ def price(job: JobFile) -> str:
     each = job.machine.dollars_per_hour
     return (
         f"{job.nodes} x {job.machine.name} cost ${job.nodes * each:,.2f} an hour at list price "
-        f"(${each:,.2f} each on demand, US East, {KNOWN.name} of llamax), besides storage, "
-        "traffic, control plane and small instances; they cost until --action clean"
+        f"(${each:,.2f} each on demand, US East, {KNOWN.name} of llamax with the prices of "
+        f"{PRICED}), besides storage, traffic, control plane and small instances; they cost until "
+        "--action clean"
     )
 
 
@@ -346,24 +349,32 @@ def problems(job: JobFile, launcher: str) -> Iterator[str]:
         return
     if not STACK.fullmatch(job.name):
         yield f"name={job.name!r} cannot name a cluster; use letters, digits and -, at most 60"
-    if not ZONE.fullmatch(cluster.zone) or not cluster.zone.startswith(cluster.region):
+    region = cluster.region if REGION.fullmatch(cluster.region) else ""
+    place = region or "a region"
+    if not _is_zone(cluster.zone, region):
         yield (
-            f"cluster.zone={cluster.zone!r} is no zone of {cluster.region}; use one such as "
-            f"{cluster.region or 'us-west-2'}d"
+            f"cluster.zone={cluster.zone!r} is no zone of {place}; use one such as "
+            f"{region or 'us-west-2'}d"
         )
-    if cluster.storage_gib % 1200 and launcher != "torchrun":
-        yield f"cluster.storage_gib={cluster.storage_gib} is no multiple of 1200, as FSx needs"
+    if cluster.storage_gib != 1200 and cluster.storage_gib % 2400 and launcher != "torchrun":
+        yield (
+            f"cluster.storage_gib={cluster.storage_gib} is no size of FSx for Lustre; use 1200 or "
+            "a multiple of 2400"
+        )
     if launcher == "k8s":
-        if not ZONE.fullmatch(cluster.second_zone) or cluster.second_zone == cluster.zone:
+        if not _is_zone(cluster.second_zone, region) or cluster.second_zone == cluster.zone:
             yield (
-                f"cluster.second_zone={cluster.second_zone!r} is no other zone; EKS needs two, the "
-                "nodes are in the first"
+                f"cluster.second_zone={cluster.second_zone!r} is no other zone of {place}; EKS "
+                "needs two, the nodes are in the first"
             )
         return
     if launcher == "torchrun" and job.nodes > 1:
         yield f"nodes={job.nodes} but --on torchrun makes one instance; use --on slurm or k8s"
     if not re.fullmatch(r"subnet-[0-9a-f]+", cluster.subnet):
-        yield f"cluster.subnet={cluster.subnet!r} is no subnet; use one of {cluster.zone}"
+        yield (
+            f"cluster.subnet={cluster.subnet!r} is no subnet; use one in the zone, such as "
+            "subnet-0123456789abcdef0"
+        )
     if not WORD.fullmatch(cluster.key):
         yield f"cluster.key={cluster.key!r} is no name of an EC2 key pair, which ssh needs"
     if not re.fullmatch(r"\d+(\.\d+){3}/\d+", cluster.ssh_from) or cluster.ssh_from.endswith("/0"):
@@ -371,3 +382,8 @@ def problems(job: JobFile, launcher: str) -> Iterator[str]:
             f"cluster.ssh_from={cluster.ssh_from!r} is no range of addresses; use yours, such as "
             "203.0.113.7/32"
         )
+
+
+def _is_zone(name: str, region: str) -> bool:
+    """Whether a name can be that of an availability zone in a region; "": in any."""
+    return bool(ZONE.fullmatch(name)) and name.startswith(region)

@@ -26,6 +26,8 @@ from llamax.launch.script import SHEBANG, array, secrets
 LITERAL = (
     "# shellcheck disable=SC2016,SC2054  # words in single quotes and commas are meant literally"
 )
+# Limit of /dev/shm, through which the processes of one model pass tensors.
+SHARED_MEMORY = {"vllm": "16g", "tgi": "1g"}
 
 
 def container(job: JobFile) -> str:
@@ -104,8 +106,8 @@ def _options(job: JobFile, server: serving.Server) -> Iterator[str]:
     elif machine.neuron:
         yield from (f"--device=/dev/neuron{chip}" for chip in range(serving.chips(job)))
         yield from ("--cap-add", "SYS_ADMIN", "--cap-add", "IPC_LOCK")
-    # processes of one model pass tensors through shared memory
-    yield from {"vllm": ("--ipc", "host"), "tgi": ("--shm-size", "1g")}.get(job.serve.engine, ())
+    if size := SHARED_MEMORY.get(job.serve.engine):
+        yield from ("--shm-size", size)
     for name, value in server.environment.items():
         yield from ("--env", f"{name}={value}")
     for name, _ in server.secrets:

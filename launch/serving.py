@@ -19,12 +19,14 @@ import json
 import os.path
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from llamax.config.hardware import Machine
 from llamax.config.neuron_sdk import vllm_image
 from llamax.launch.jobfile import JobFile
+from llamax.runtime.json_reader import JsonError, read_object
 
 MODEL = "/model"  # the exported folder, in the container
 ARTIFACTS = "/tmp/neuron-artifacts"  # programs of one container; its model folder is read-only
@@ -155,12 +157,29 @@ def problems(job: JobFile) -> Iterator[str]:
             f"serve.devices={settings.devices} but {machine.name} has {machine.ranks} "
             f"{machine.unit}; use {machine.ranks} or less"
         )
+    elif heads := _heads(job):
+        shared = devices(job)
+        if shared and heads % shared:
+            fitting = max(number for number in range(1, shared + 1) if heads % number == 0)
+            yield (
+                f"{shared} {machine.unit} cannot share the {heads} attention heads of "
+                f"{folder(job)} equally; use serve.devices={fitting}"
+            )
     if settings.engine == "llamax" and settings.devices > 1:
         yield f"serve.devices={settings.devices} but llamax serves on one device; remove it"
     if settings.engine == "tgi" and settings.slots:
         yield (
             f"serve.slots={settings.slots} has no equal in tgi, which fills its memory; remove it"
         )
+
+
+def _heads(job: JobFile) -> int:
+    """The attention heads of the exported folder; 0 if it is not on this machine."""
+    try:
+        heads = read_object(Path(folder(job), "config.json")).get("num_attention_heads")
+    except (OSError, JsonError):
+        return 0
+    return heads if isinstance(heads, int) else 0
 
 
 def _engine(job: JobFile, machine: Machine) -> Iterator[str]:

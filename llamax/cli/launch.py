@@ -38,6 +38,7 @@ from llamax.runtime.errors import (
 from llamax.runtime.versions import installed
 
 FORWARDED = (signal.SIGTERM, signal.SIGHUP)
+OTHER_NAMES = {"kubernetes": "k8s", "kubectl": "k8s", "eks": "k8s", "sbatch": "slurm"}
 MISSING = "{} is not installed here; install it, or print what would be run with --render"
 EPILOG = "Keys of a job file, a [section] for what is before the dot:\n\n"
 
@@ -99,7 +100,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
 
 def _known(option: str, value: str, values: Sequence[str] | dict[str, tuple[str, ...]]) -> None:
     if value not in values:
-        raise ConfigError(f"{option} {value}: unknown here{did_you_mean(value, values)}")
+        near = OTHER_NAMES.get(value.lower(), value)
+        raise ConfigError(f"{option} {value}: unknown here{did_you_mean(near, values)}")
 
 
 def _run(job: JobFile, launcher: str, phase: str, what: str, text: str, node: int | None) -> int:

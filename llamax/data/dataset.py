@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llamax.data.chat.record import PromptRecord
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
 from llamax.data.token_file import GoOn, Header, Stream, TokenFile, Verify
 from llamax.data.tokenizer.tokenizer import fingerprint_of_file
-from llamax.runtime.errors import DataError
+from llamax.runtime.errors import DataError, join_or
 from llamax.runtime.files import is_file_name
 from llamax.runtime.json_reader import JsonError, read_object
 from llamax.runtime.text import in_shell
@@ -143,10 +144,17 @@ def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0
             f"{folder}: name a Megatron dataset by its prefix, {folder.with_suffix('')}"
         )
     what = "is not finished" if (folder / ".parts").is_dir() else "is not a dataset"
-    raise DataError(
-        f"{folder}: {what} (has no dataset.json, and there is no {folder.name}.idx); "
-        f"run llamax prepare --out {in_shell(folder)}"
-    )
+    head = f"{folder}: {what} (has no dataset.json, and there is no {folder.name}.idx)"
+    if what == "is not a dataset" and (near := _prefixes_near(folder)):
+        raise DataError(f"{head}; did you mean {join_or(near)}?")
+    raise DataError(f"{head}; run llamax prepare --out {in_shell(folder)}")
+
+
+def _prefixes_near(path: Path) -> list[str]:
+    """Prefixes of Megatron datasets that are in a folder, or begin with a path; at most 4."""
+    inside = path.is_dir()
+    folder, pattern = (path, "*.idx") if inside else (path.parent, f"{escape(path.name)}*.idx")
+    return [str(found.with_suffix("")) for found in sorted(folder.glob(pattern))[:4]]
 
 
 def _open_folder(folder: Path, verify: Verify, vocab_size: int) -> Dataset:

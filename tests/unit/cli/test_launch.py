@@ -45,6 +45,7 @@ def write(folder: Path, **changes: Any) -> str:
     ("options", "message"),
     [
         (["--on", "torchrn"], "--on torchrn: unknown here; did you mean torchrun?"),
+        (["--on", "Kubernetes"], "--on Kubernetes: unknown here; did you mean k8s?"),
         (["--on", "lsf"], "--on lsf: unknown here; there are torchrun, mpirun, slurm, docker, k"),
         (["--on", "slurm", "--phase", "shell"], "--phase shell: unknown here; there are cluster"),
         (["--on", "slurm", "--action", "kill"], "--action kill: unknown here; there are start, st"),

@@ -172,6 +172,11 @@ def test_a_prefix_is_a_dataset_without_tokenizer(tmp_path: Path) -> None:
     dataset.check_vocabulary(400)
     with pytest.raises(DataError, match=r"name a Megatron dataset by its prefix, .*/d$"):
         open_dataset(tmp_path / "d.idx")
+    (tmp_path / "mega").mkdir()
+    write_dataset(tmp_path / "mega" / "train_text_document", DOCUMENTS)
+    for path in ("mega/train", "mega"):
+        with pytest.raises(DataError, match=r"; did you mean .*/mega/train_text_document\?$"):
+            open_dataset(tmp_path / path)
     with pytest.raises(DataError, match=r"is not a dataset .* there is no e.idx"):
         open_dataset(tmp_path / "e")
 

@@ -172,7 +172,17 @@ def test_clean_deletes_the_cluster(tmp_path: Path, launcher: str) -> None:
         ),
         ("k8s", {"cluster__zone": "us-east-1a"}, "cluster.zone='us-east-1a' is no zone of us-west"),
         ("k8s", {"cluster__second_zone": "us-west-2d"}, "cluster.second_zone='us-west-2d' is no o"),
-        ("slurm", {"cluster__storage_gib": 1000}, "cluster.storage_gib=1000 is no multiple of 120"),
+        (
+            "k8s",
+            {"cluster__region": "", "cluster__zone": ""},
+            "cluster.zone='' is no zone of a region; use one such as us-west-2d",
+        ),
+        (
+            "k8s",
+            {"cluster__second_zone": "us-east-1a"},
+            "cluster.second_zone='us-east-1a' is no other zone of us-west-2",
+        ),
+        ("slurm", {"cluster__storage_gib": 3600}, "cluster.storage_gib=3600 is no size of FSx for"),
         ("slurm", {"cluster__subnet": "default"}, "cluster.subnet='default' is no subnet; use one"),
         ("slurm", {"cluster__key": "$(x)"}, "cluster.key='$(x)' is no name of an EC2 key pair"),
         (

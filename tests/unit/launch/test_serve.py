@@ -292,6 +292,30 @@ def test_what_cannot_be_served_is_refused(
     assert any(line.startswith(message) for line in found), found
 
 
+@pytest.mark.parametrize(
+    ("devices", "config", "message"),
+    [
+        (0, '{"num_attention_heads": 6}', "4 GPUs cannot share the 6 attention heads of {hub} equ"),
+        (3, '{"num_attention_heads": 32}', "3 GPUs cannot share the 32 attention heads of {hub} "),
+        (2, '{"num_attention_heads": 6}', ""),
+        (3, '{"num_attention_heads": ', ""),
+    ],
+)
+def test_devices_share_the_attention_heads_equally(
+    tmp_path: Path, devices: int, config: str, message: str
+) -> None:
+    hub = exported(tmp_path / "hub")
+    (hub / "config.json").write_text(config)
+    this = job(serve={**GPU, "model": str(hub), "devices": devices})
+    lines = problems(this, "docker", "serve")
+    if not message:
+        assert lines == []
+        return
+    (line,) = lines
+    assert line.startswith(message.format(hub=hub))
+    assert line.endswith(f"use serve.devices={2 if devices else 3}")
+
+
 def test_a_server_needs_nothing_of_the_run() -> None:
     this = job(recipe="", overrides={"data": {"path": ""}}, image="", serve=GPU)
     for launcher in ("docker", "k8s"):
