@@ -11,9 +11,9 @@ Each start looks at quota and zones first, and prints the price before anything 
 list price of the nodes in the table of machines, without storage, traffic and control planes.
 
 Sources: eksctl, schema of ClusterConfig and "EFA"; Amazon EKS, "Use high-performance app storage
-with Amazon FSx for Lustre"; Amazon FSx API, CreateFileSystem (sizes); Kubeflow MPI Operator 0.6, README; AWS ParallelCluster 3, "Cluster
-configuration file"; AWS Neuron, "Neuron DLAMI"; AWS Deep Learning AMIs, release
-notes of the base GPU AMI; Service Quotas of Amazon EC2 and SageMaker.
+with Amazon FSx for Lustre"; Amazon FSx API, CreateFileSystem (sizes); Kubeflow MPI Operator 0.6,
+README; AWS ParallelCluster 3, "Cluster configuration file"; AWS Neuron, "Neuron DLAMI"; AWS Deep
+Learning AMIs, base GPU AMI; Service Quotas of Amazon EC2 and SageMaker.
 """
 
 from __future__ import annotations
@@ -55,10 +55,9 @@ def price(job: JobFile) -> str:
     """What the nodes cost an hour, in words."""
     each = job.machine.dollars_per_hour
     return (
-        f"{job.nodes} x {job.machine.name} cost ${job.nodes * each:,.2f} an hour at list price "
-        f"(${each:,.2f} each on demand, US East, {KNOWN.name} of llamax with the prices of "
-        f"{PRICED}), besides storage, traffic, control plane and small instances; they cost until "
-        "--action clean"
+        f"{job.nodes} x {job.machine.name} cost ${job.nodes * each:,.2f} an hour at the list price "
+        f"of {PRICED} (${each:,.2f} each on demand, US East; {KNOWN.name} of llamax), besides "
+        "storage, traffic, control plane and small instances; they cost until --action clean"
     )
 
 
