@@ -45,7 +45,7 @@ class Backend(Protocol):
         ...
 
     def of_rank_0(self, name: str, value: int) -> int:
-        """What rank 0 gives as ``value``, on every rank; ``name`` is another one in each call."""
+        """What rank 0 gives as ``value``, on every rank; ``name`` differs in each call."""
         ...
 
     def compilations(self) -> int:

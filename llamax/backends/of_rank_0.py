@@ -8,7 +8,7 @@ from llamax.parallel.rendezvous import Rendezvous
 
 
 def of_rank_0(rendezvous: Rendezvous, name: str, value: int) -> int:
-    """What rank 0 gives as ``value``; ``name`` is another one in each call.  Waits for rank 0."""
+    """What rank 0 gives as ``value``; ``name`` differs in each call.  Waits for rank 0."""
     if rendezvous.world_size == 1:
         return value
     store = _get_default_store()

@@ -74,10 +74,10 @@ class Blockwise:
 
     def take(self, values: Tensor, accepted: Tensor) -> None:
         """Keep new numbers, unless ``accepted`` is false."""
-        for old, here, new in zip(
+        for kept, old, new in zip(
             (self.codes, self.absmax), self._fetched(), quantize(values, self.signed), strict=True
         ):
-            old.copy_(torch.where(accepted, new, here), non_blocking=True)
+            kept.copy_(torch.where(accepted, new, old), non_blocking=True)
 
     def _fetched(self) -> tuple[Tensor, Tensor]:
         codes, absmax = (x.to(self.device, non_blocking=True) for x in (self.codes, self.absmax))

@@ -114,17 +114,17 @@ class FlatBucket(Bucket):
     def state(self, accepted: Tensor) -> Iterator[list[Tensor]]:
         """``Bucket.state``, of moments in 8 bits and of what lies in host memory as well."""
         kept = (self.master, *self.moments)
-        here = [self._here(x) for x in kept]
-        yield here
-        for x, changed in zip(kept, here, strict=True):
+        fetched = [self._fetched(x) for x in kept]
+        yield fetched
+        for x, changed in zip(kept, fetched, strict=True):
             if isinstance(x, Blockwise):
                 x.take(changed, accepted)
             elif x is not changed:
                 x.copy_(changed, non_blocking=True)
-        if self.master is not here[0]:
-            self.owned.copy_(here[0])
+        if self.master is not fetched[0]:
+            self.owned.copy_(fetched[0])
 
-    def _here(self, x: Tensor | Blockwise) -> Tensor:
+    def _fetched(self, x: Tensor | Blockwise) -> Tensor:
         if isinstance(x, Blockwise):
             return x.values()
         if self.offload and x is not self.owned:

@@ -14,12 +14,15 @@ make infinite stays.  As there, AdamW's bias correction counts updates, and no s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from llamax.runtime.errors import CheckpointError
 
 GROWTH, BACKOFF = 2.0, 0.5  # exact in float16: a changed scale rounds nothing
 STATE = "loss_scale"  # in the state of a checkpoint
@@ -49,8 +52,24 @@ class LossScaleState:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> LossScaleState | None:
-        """The state in that of a checkpoint; None if it was trained without a loss scale."""
-        return cls(**state[STATE]) if STATE in state else None
+        """The state in that of a checkpoint; None if it was trained without a loss scale.
+
+        Raises CheckpointError if it is damaged.
+        """
+        if STATE not in state:
+            return None
+        try:
+            found = cls(**state[STATE])
+        except TypeError:
+            found = cls(math.nan)
+        counts = found.good_steps, found.skipped_steps
+        sound = type(found.scale) in (int, float) and 0 < found.scale < math.inf
+        if not sound or not all(type(n) is int and 0 <= n < 2**24 for n in counts):
+            raise CheckpointError(
+                f"the checkpoint to resume has {STATE}={state[STATE]!r:.40}, which is no loss "
+                "scale with counts of steps; resume another one"
+            )
+        return found
 
 
 class LossScale:

@@ -303,8 +303,8 @@ def _for_tokenizer(draft: Settings, tokenizer: Tokenizer, bos_by_tokenizer: bool
 def _speed_up(tokenizer: Tokenizer, chunks: Sequence[Chunk]) -> None:
     """Encode by the faster engine if the text is worth loading it."""
     paths = {Path(path) for chunk in chunks for path in chunk.files}
-    about = sum(path.stat().st_size * (PACKED if is_compressed(path) else 1) for path in paths)
-    if about >= LEAST_BYTES and (why := tokenizer.speed_up()):
+    text_bytes = sum(path.stat().st_size * (PACKED if is_compressed(path) else 1) for path in paths)
+    if text_bytes >= LEAST_BYTES and (why := tokenizer.speed_up()):
         logger.info(
             "%s: %s, so its own engine, which is slower, encodes the text", tokenizer.path, why
         )

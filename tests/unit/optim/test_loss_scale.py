@@ -13,6 +13,7 @@ from llamax.config.schema import OptimConfig
 from llamax.optim.loss_scale import BACKOFF, GROWTH, LossScale, LossScaleState
 from llamax.parallel import cross_entropy
 from llamax.parallel.collectives import Solo
+from llamax.runtime.errors import CheckpointError
 
 CPU = torch.device("cpu")
 
@@ -63,6 +64,18 @@ def test_a_checkpoint_holds_every_bit_of_it() -> None:
     assert LossScaleState.of([float(tensor) for tensor in scale.tensors]) == LossScaleState(
         2.0**-148, 0, 7
     )
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        *(3.0, None, [], {}, {"scale": "8"}, {"scale": 0.0}, {"scale": math.inf}, {"scale": True}),
+        *({"scale": 8.0, "good_steps": -1}, {"scale": 8.0, "skipped_steps": 1.5}, {"other": 8.0}),
+    ],
+)
+def test_a_damaged_scale_of_a_checkpoint_is_refused(damaged: object) -> None:
+    with pytest.raises(CheckpointError, match="which is no loss scale with counts of steps"):
+        LossScaleState.from_json({"loss_scale": damaged})
 
 
 def test_a_caller_may_keep_the_numbers_of_a_step() -> None:
