@@ -111,7 +111,7 @@ class StaticDecoder:
         self.greedy = greedy
         self.vocab_size = min(filter(None, (vocab_size, model.config.vocab_size)))
         self.device = model.tp.rank_index.device
-        self.pool = KVPool(model, batch, length, memory)
+        self.pool = KVPool(model, batch, length, memory, "batch")
 
     def prefill(self, prompts: Prompts) -> Result:
         """Start the program of up to ``batch`` prompts: the token after each of them."""

@@ -32,10 +32,17 @@ class KVPool:
 
     The first zeros are copied from the host, because on a device that compiles they would be a
     program; without ``memory``, for a device that only traces, they are just recorded.
-    Raises ConfigError if there is no memory for them.
+    ``setting``: the user's name for ``slots``.  Raises ConfigError if there is no memory for them.
     """
 
-    def __init__(self, model: Llama, slots: int, length: int, memory: bool = True) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        slots: int,
+        length: int,
+        memory: bool = True,
+        setting: str = "slots",
+    ) -> None:
         config = model.config
         heads = max(1, config.num_key_value_heads // model.tp.size)
         like = next(model.parameters())
@@ -53,7 +60,7 @@ class KVPool:
         except RuntimeError:  # of which torch's out-of-memory errors are a kind
             size = show_bytes(math.prod(shape) * like.element_size())
             raise ConfigError(
-                f"there is no memory for a cache of {size}; use fewer `slots` or a smaller `length`"
+                f"there is no memory for a cache of {size}; use a smaller `{setting}` or `length`"
             ) from None
 
     @property

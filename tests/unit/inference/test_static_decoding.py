@@ -55,6 +55,11 @@ def test_the_lowest_of_equal_logits_is_chosen_within_the_vocabulary_and_nan_is_n
     assert finite.tolist() == [True, True, False, True]
 
 
+def test_a_cache_without_memory_names_the_settings_of_generate() -> None:
+    with pytest.raises(ConfigError, match="use a smaller `batch` or `length`"):
+        StaticDecoder(Llama(MODEL), EagerDevice(), 10**12, 100, True)
+
+
 @pytest.mark.parametrize("greedy", [True, False])
 def test_logits_that_are_not_finite_are_an_error(greedy: bool) -> None:
     model = Llama(TIED).init(0)
