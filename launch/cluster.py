@@ -41,6 +41,7 @@ PRICED = "June 2025"  # when AWS last changed prices on demand that are in the t
 TOOLS = {"k8s": "eksctl", "slurm": "pcluster", "torchrun": "aws", "sagemaker": "aws"}
 REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d")
 ZONE = re.compile(r"[a-z]{2}(-[a-z]+)+-\d[a-z]")
+SUBNET = re.compile(r"subnet-[0-9a-f]+")
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,254}")
 STACK = re.compile(r"[a-zA-Z][a-zA-Z0-9-]{0,59}")
 
@@ -183,7 +184,7 @@ def parallel_cluster_file(job: JobFile) -> dict[str, Any]:
     cluster, machine = job.cluster, job.machine
     node: dict[str, Any] = {"Name": "nodes", "InstanceType": machine.name}
     node |= {"MinCount": 0, "MaxCount": job.nodes}
-    placed: dict[str, Any] = {"SubnetIds": [cluster.subnet]}
+    placed: dict[str, Any] = {"SubnetIds": [cluster.nodes_subnet or cluster.subnet]}
     if machine.efa:
         node["Efa"] = {"Enabled": True}
         placed["PlacementGroup"] = {"Enabled": True}
@@ -369,7 +370,14 @@ def problems(job: JobFile, launcher: str) -> Iterator[str]:
         return
     if launcher == "torchrun" and job.nodes > 1:
         yield f"nodes={job.nodes} but --on torchrun makes one instance; use --on slurm or k8s"
-    if not re.fullmatch(r"subnet-[0-9a-f]+", cluster.subnet):
+    needs_private = launcher == "slurm" and (machine.efa > 1 or cluster.nodes_subnet != "")
+    private = SUBNET.fullmatch(cluster.nodes_subnet) and cluster.nodes_subnet != cluster.subnet
+    if needs_private and not private:
+        yield (
+            f"cluster.nodes_subnet={cluster.nodes_subnet!r} is no other subnet; use a private one "
+            "in the zone: machines with several network interfaces get no public address"
+        )
+    if not SUBNET.fullmatch(cluster.subnet):
         yield (
             f"cluster.subnet={cluster.subnet!r} is no subnet; use one in the zone, such as "
             "subnet-0123456789abcdef0"

@@ -24,6 +24,7 @@ JOB: dict[str, Any] = {
         "zone": "us-west-2d",
         "second_zone": "us-west-2b",
         "subnet": "subnet-0123456789abcdef0",
+        "nodes_subnet": "subnet-0fedcba9876543210",
         "key": "my key",
         "ssh_from": "203.0.113.7/32",
     },

@@ -96,10 +96,14 @@ def test_slurm_has_a_queue_with_the_partition_of_the_job(tmp_path: Path) -> None
     assert asked(tmp_path)[-1].startswith("pcluster create-cluster --cluster-name llama2-7b")
     (queue,) = cluster.parallel_cluster_file(this)["Scheduling"]["SlurmQueues"]
     assert queue["Name"] == this.slurm.partition
+    assert queue["Networking"]["SubnetIds"] == ["subnet-0fedcba9876543210"]
     (node,) = queue["ComputeResources"]
     assert (node["MaxCount"], node["Efa"]) == (4, {"Enabled": True})
-    small = cluster.parallel_cluster_file(job(instance="trn1.2xlarge"))
-    assert "Efa" not in small["Scheduling"]["SlurmQueues"][0]["ComputeResources"][0]
+    one_interface = job(instance="trn1.2xlarge", ranks_per_node=2, cluster__nodes_subnet="")
+    assert not any("nodes_subnet" in line for line in problems(one_interface, "slurm", "cluster"))
+    (queue,) = cluster.parallel_cluster_file(one_interface)["Scheduling"]["SlurmQueues"]
+    assert queue["Networking"]["SubnetIds"] == [this.cluster.subnet]
+    assert "Efa" not in queue["ComputeResources"][0]
 
 
 def test_an_instance_opens_ssh_to_its_owner_alone(tmp_path: Path) -> None:
@@ -184,6 +188,11 @@ def test_clean_deletes_the_cluster(tmp_path: Path, launcher: str) -> None:
         ),
         ("slurm", {"cluster__storage_gib": 3600}, "cluster.storage_gib=3600 is no size of FSx for"),
         ("slurm", {"cluster__subnet": "default"}, "cluster.subnet='default' is no subnet; use one"),
+        (
+            "slurm",
+            {"cluster__nodes_subnet": ""},
+            "cluster.nodes_subnet='' is no other subnet; use a private one in the zone: machines",
+        ),
         ("slurm", {"cluster__key": "$(x)"}, "cluster.key='$(x)' is no name of an EC2 key pair"),
         (
             "torchrun",
