@@ -37,7 +37,6 @@ AMIS = {  # SSM parameters with the newest image
     "base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id",
 }
 FAMILIES = {"trn": "Trn", "inf": "Inf", "p": "P", "g": "G and VT"}  # of quotas, by instance type
-PRICED = "June 2025"  # when AWS last changed prices on demand that are in the table
 TOOLS = {"k8s": "eksctl", "slurm": "pcluster", "torchrun": "aws", "sagemaker": "aws"}
 REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d")
 ZONE = re.compile(r"[a-z]{2}(-[a-z]+)+-\d[a-z]")
@@ -57,7 +56,7 @@ def price(job: JobFile) -> str:
     each = job.machine.dollars_per_hour
     return (
         f"{job.nodes} x {job.machine.name} cost ${job.nodes * each:,.2f} an hour at the list price "
-        f"of {PRICED} (${each:,.2f} each on demand, US East; {KNOWN.name} of llamax), besides "
+        f"of June 2025 (${each:,.2f} each on demand, US East; {KNOWN.name} of llamax), besides "
         "storage, traffic, control plane and small instances; they cost until --action clean"
     )
 
@@ -250,10 +249,15 @@ image=$(aws ssm get-parameter --name {AMIS[job.machine.neuron]} \\
     --query Parameter.Value --output text)
 vpc=$(aws ec2 describe-subnets --subnet-ids {cluster.subnet} \\
     --query 'Subnets[0].VpcId' --output text)
-group=$(aws ec2 create-security-group --group-name {name} --description {name} --vpc-id "$vpc" \\
-    --query GroupId --output text)
-aws ec2 authorize-security-group-ingress --group-id "$group" --protocol tcp --port 22 \\
-    --cidr {cluster.ssh_from} >/dev/null
+group=$(aws ec2 describe-security-groups --output text --query 'SecurityGroups[0].GroupId' \\
+    --filters Name=tag:llamax,Values={name} Name=vpc-id,Values="$vpc")
+if [[ $group == None ]]; then
+    group=$(aws ec2 create-security-group --group-name {name} --description {name} \\
+        --vpc-id "$vpc" --query GroupId --output text \\
+        --tag-specifications {quote(f"ResourceType=security-group,{tags}")})
+    aws ec2 authorize-security-group-ingress --group-id "$group" --protocol tcp --port 22 \\
+        --cidr {cluster.ssh_from} >/dev/null
+fi
 id=$(aws ec2 run-instances --image-id "$image" --instance-type {job.machine.name} \\
     --key-name {quote(cluster.key)} --subnet-id {cluster.subnet} --security-group-ids "$group" \\
     --block-device-mappings {quote(json.dumps(disk))} \\
@@ -311,17 +315,14 @@ def action(job: JobFile, launcher: str, what: str) -> str:
 id=$(aws ec2 describe-instances --output text --filters Name=tag:llamax,Values={name} \\
     Name=instance-state-name,Values=pending,running,stopping,stopped \\
     --query 'Reservations[].Instances[].InstanceId')
-if [[ -z $id ]]; then
-    echo "EC2 has no instance {name} in {region}"
-    exit 0
-fi
+[[ $id ]] || echo "EC2 has no instance {name} in {region}"
 """
     claim = f"--namespace {quote(job.kubernetes.namespace)} {quote(job.storage.claim)}"
     status = {
         "k8s": f"eksctl get cluster --name {name} --region {region}\nkubectl get nodes,pvc\n",
         "slurm": f"pcluster describe-cluster --cluster-name {name} --region {region}\n",
-        "torchrun": f"{find}aws ec2 describe-instances --instance-ids $id --output table \\\n"
-        "    --query 'Reservations[].Instances[]."
+        "torchrun": f"{find}[[ -z $id ]] || aws ec2 describe-instances --instance-ids $id \\\n"
+        "    --output table --query 'Reservations[].Instances[]."
         "{id: InstanceId, state: State.Name, host: PublicDnsName}'\n",
     }
     delete = {
@@ -329,9 +330,12 @@ fi
         f"kubectl delete pvc --ignore-not-found {claim}\n"
         f"eksctl delete cluster --name {name} --region {region} --wait\n",
         "slurm": f"pcluster delete-cluster --cluster-name {name} --region {region}\n",
-        "torchrun": f"{find}aws ec2 terminate-instances --instance-ids $id >/dev/null\n"
-        "aws ec2 wait instance-terminated --instance-ids $id\n"
-        f"aws ec2 delete-security-group --group-name {name}\n",
+        "torchrun": f"{find}"
+        "[[ -z $id ]] || aws ec2 terminate-instances --instance-ids $id >/dev/null\n"
+        "[[ -z $id ]] || aws ec2 wait instance-terminated --instance-ids $id\n"
+        "for group in $(aws ec2 describe-security-groups --output text \\\n"
+        f"    --filters Name=tag:llamax,Values={name} --query 'SecurityGroups[].GroupId'); do\n"
+        '    aws ec2 delete-security-group --group-id "$group"\ndone\n',
     }
     body = status[launcher] if what == "status" else delete[launcher]
     lint = "# shellcheck disable=SC2086  # several ids\n" if launcher == "torchrun" else ""

@@ -33,6 +33,7 @@ case "$*" in
 *vpcId* | *VpcId*) echo vpc-1 ;;
 *describe-subnets*) echo subnet-9 ;;
 *get-parameter*) echo ami-1 ;;
+*describe-security-groups*) echo "${{GROUP-None}}" ;;
 *create-security-group*) echo sg-2 ;;
 *run-instances*) echo i-1 ;;
 *"describe-instances --output text"*) echo "${{FOUND-i-1}}" ;;
@@ -113,16 +114,32 @@ def test_an_instance_opens_ssh_to_its_owner_alone(tmp_path: Path) -> None:
     assert "--port 22 --cidr 203.0.113.7/32" in commands
     assert "--key-name my key" in commands
     assert done.stdout.splitlines()[-1].endswith("ubuntu@host.example")
-    done = run(action(job(), "torchrun", "cluster", "clean"), tmp_path)
+    clean = action(job(), "torchrun", "cluster", "clean")
+    done = run(clean, tmp_path, GROUP="sg-2")
     assert done.returncode == 0, done.stderr
     assert [line.split()[2] for line in asked(tmp_path)] == [
         "describe-instances",
         "terminate-instances",
         "wait",
+        "describe-security-groups",
         "delete-security-group",
     ]
-    done = run(action(job(), "torchrun", "cluster", "clean"), tmp_path, FOUND="")
+    done = run(clean, tmp_path, FOUND="", GROUP="")
     assert (done.returncode, done.stdout) == (0, "EC2 has no instance llama2-7b in us-west-2\n")
+    assert len(asked(tmp_path)) == 2
+
+
+def test_the_group_of_an_instance_that_found_no_capacity_is_used_and_deleted(
+    tmp_path: Path,
+) -> None:
+    done = run(render(job(), "torchrun", "cluster"), tmp_path, GROUP="sg-7")
+    assert done.returncode == 0, done.stderr
+    commands = "\n".join(asked(tmp_path))
+    assert "--security-group-ids sg-7" in commands
+    assert "create-security-group" not in commands
+    done = run(action(job(), "torchrun", "cluster", "clean"), tmp_path, FOUND="", GROUP="sg-7")
+    assert done.returncode == 0, done.stderr
+    assert asked(tmp_path)[-1] == "aws ec2 delete-security-group --group-id sg-7"
 
 
 @pytest.mark.parametrize("launcher", ["k8s", "slurm", "torchrun"])
