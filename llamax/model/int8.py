@@ -7,6 +7,7 @@
 A few rows of activations, as in decoding, are multiplied by torch's weight-only kernel, which reads
 a quarter of the bytes of float32; it takes activations in bfloat16.  For more rows, as in a
 prefill, reading is little beside computing, where that kernel is slow: the weight is made dense.
+The kernel is for rows of whole blocks of 32; other weights are made dense as well.
 
 Embedding and norms stay as they are.  Source: Dettmers et al. 2022, "LLM.int8()", section 2.1,
 weights only.
@@ -24,6 +25,7 @@ from llamax.parallel.collectives import Axis
 from llamax.parallel.tensor_parallel import ColumnLinear, ParallelLayer, RowLinear
 
 FEW_ROWS = 32  # up to which torch's kernel is the faster way
+KERNEL_COLUMNS = 32  # a block of torch's kernel
 LARGEST = 127
 SMALLEST = 1e-30  # the scale of a row of zeros
 
@@ -48,8 +50,8 @@ class Int8Linear(ParallelLayer):
         return self.project(x)
 
     def project(self, x: Tensor) -> Tensor:
-        if x.shape[0] * x.shape[1] <= FEW_ROWS:
-            rows = x.to(torch.bfloat16).view(-1, x.shape[-1])
+        if x.shape[0] * x.shape[1] <= FEW_ROWS and x.shape[-1] % KERNEL_COLUMNS == 0:
+            rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1])
             y = torch._weight_int8pack_mm(rows, self.codes, self.scales)
             y = y.to(x.dtype).view(*x.shape[:2], -1)
         else:

@@ -24,9 +24,10 @@ WIDE = tiny(hidden_size=64, intermediate_size=128, vocab_size=96, num_key_value_
 
 
 @pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
-def test_the_product_is_that_of_the_rounded_weight(rows: int) -> None:
+@pytest.mark.parametrize(("out", "columns"), [(48, 64), (33, 96), (48, 40), (7, 12), (6, 1)])
+def test_the_product_is_that_of_the_rounded_weight(rows: int, out: int, columns: int) -> None:
     torch.manual_seed(0)
-    weight, x = torch.randn(48, 64), torch.randn(1, rows, 64)
+    weight, x = torch.randn(out, columns), torch.randn(1, rows, columns)
     weight[5] = 0
     layer = Int8Linear(weight, Solo("tp"), reduces=False)
     exact = (x.double() @ weight.double().t()).float()
