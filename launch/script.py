@@ -214,7 +214,7 @@ def action(job: JobFile, phase: str, what: str) -> str:
 pid="$run/logs/{phase}-$(uname -n).pid"
 {FUNCTIONS}"""
     process = f"""{this}if ! runs; then
-    echo "{phase} of $run does not run on $(uname -n)"
+    echo "{phase}: no process of $run is running on $(uname -n)"
     exit 0
 fi
 if ! [[ -O $pid ]]; then

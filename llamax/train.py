@@ -127,6 +127,7 @@ def _train(config: Config, where: Rendezvous, parts: Parts, began: float) -> Non
 
             def begin(job: Job) -> None:
                 verified.result()
+                heart.at(job.step)
                 if changed := inputs.changed(resolved, parts.learning_rate is not None):
                     logger.info("changed since then: %s", ", ".join(changed))
                 if job.main:
@@ -354,8 +355,7 @@ def save(job: Job, step: Step, consumed: int, row: Mapping[str, Any]) -> None:
     """
     with tolerated(job):
         job.saver.wait()
-    result = step.result
-    started = time.perf_counter()
+    result, started = step.result, time.perf_counter()
     with tolerated(job):
         job.saver.save(
             step.number,

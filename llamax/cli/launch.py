@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
+from llamax.cli.options import Parser
 from llamax.launch import jobfile, sagemaker
 from llamax.launch.checks import problems
 from llamax.launch.cluster import actions as cluster_actions
@@ -73,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llamax launch",
         description="Start a job, show its state or stop it, on any launcher; the job file\n"
         "describes it.",

@@ -10,15 +10,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llamax.cli.options import add_computing, command, size
+from llamax.cli.options import Parser, add_computing, command, size
 from llamax.data.chat.templates import BUILT_IN
 from llamax.runtime.logging import setup_logging
 from llamax.runtime.process import run_main
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="llamax serve",
         description="Serve a model over HTTP: /v1/chat/completions and /v1/completions (OpenAI), "
         "/generate and /generate_stream (TGI), /invocations and /ping (SageMaker), /metrics.",

@@ -32,9 +32,7 @@ def parser() -> Parser:
         allow_abbrev=False,
     )
     p.add_argument("--config", required=True, help="a recipe's name or a TOML file")
-    p.add_argument(
-        "--ranks", type=number, default=0, metavar="N", help="number of ranks to start here"
-    )
+    p.add_argument("--ranks", type=number, metavar="N", help="number of ranks to start here")
     p.add_argument(
         "--precompile",
         action="store_true",
@@ -49,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     where = rendezvous(os.environ)
     setup_logging(f"rank {where.rank}", main=where.rank == 0)
     with report_errors_once(where):
+        if options.ranks == 0:
+            raise ConfigError("--ranks 0 is out of range; use 1 or more, or leave it out")
         if options.ranks and where.launcher:
             raise ConfigError(
                 f"--ranks {options.ranks} in a program that {where.launcher} started; leave it out"

@@ -64,7 +64,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         tables: dict[str, Any] = tomllib.loads(read_input(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+        why = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigError(f"{path}: cannot be read as TOML: {why}") from None
     return tables
 
 

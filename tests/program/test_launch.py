@@ -231,7 +231,7 @@ def test_hydra_starts_ranks(folder: Path, expected: list[float]) -> None:
 
 def test_a_run_is_found_stopped_and_gone_on_with(folder: Path, temporary: Path) -> None:
     job = write(folder, steps=100_000)
-    assert "does not run" in launch(job, "torchrun", "--action", "status")
+    assert "no process of" in launch(job, "torchrun", "--action", "status")
     command = [*LLAMAX, "launch", "--job", str(job), "--on", "torchrun"]
     with (folder / "said").open("w") as said:
         environ = {**os.environ, "TMPDIR": str(temporary)}

@@ -24,6 +24,7 @@ from llamax.checkpoint.safetensors_io import read_header
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.data.dataset import blend_words
+from llamax.optim.loss_scale import STATE as LOSS_SCALE
 from llamax.optim.spikes import STATE as SPIKES
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.hub import local_folder
@@ -101,6 +102,8 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
     for key, value in manifest.state.items():
         if key == SPIKES and isinstance(value, dict):
             yield Row("skipped steps", value.get("skipped"), state={key: value})
+        elif key == LOSS_SCALE and isinstance(value, dict):
+            yield Row("loss scale", value.get("scale"), state={key: value})
         elif key not in shown:
             yield Row(key.replace("_", " "), value, state={key: value})
     yield _files(file.size_bytes for file in manifest.files)

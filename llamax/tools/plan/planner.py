@@ -123,7 +123,13 @@ def place(
         machine = replace(machine, dollars_per_hour=dollars_per_hour)
     if not isinstance(config, Config):
         world = (None, None) if any_layout else (nodes * machine.ranks, machine.node_limit)
-        written = _load(config, overrides, *world)
+        try:
+            written = _load(config, overrides, *world)
+        except ConfigError as error:
+            if instance:
+                raise
+            default = f"planned for {machine.name}; choose another machine with `instance`"
+            raise ConfigError(f"{error} ({default})") from None
     return written, machine
 
 

@@ -22,6 +22,9 @@ LAST = "a name that begins with - stands last, after --"
         ("inspect run --zzz=1", "unrecognized arguments", "--help lists the options"),
         ("inspect", "arguments are required: path", "llamax inspect --help lists the options"),
         ("inspect --jsom -- -x.txt", "unrecognized arguments: --jsom", "did you mean --json?"),
+        ("serve hub --quantize int4", "invalid choice: 'int4'", "serve --help lists the options"),
+        ("serve hub --quantise int8", "unrecognized arguments", "did you mean --quantize?"),
+        ("launch --jobs j.toml --on k8s", "are required: --job", "did you mean --job?"),
         ("plan", "arguments are required: --config", "llamax plan --help lists the options"),
     ],
 )

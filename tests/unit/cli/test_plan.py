@@ -76,6 +76,10 @@ def test_json_holds_what_the_text_shows(capsys: pytest.CaptureFixture[str]) -> N
         (["--dollars-per-hour", "-3"], "--dollars-per-hour=-3 is out of range; use 0 or more"),
         (["--dollars-per-hour", "nan"], "--dollars-per-hour=nan is out of range; use 0 or more"),
         (["--ranks", "64"], "--ranks=64 is more than the 32 devices of trn1.32xlarge"),
+        (
+            ["--data.global_batch=7"],
+            "(planned for trn1.32xlarge; choose another machine with --inst",
+        ),
         (["--instance", "absent.toml"], "absent.toml: cannot be read as TOML"),
     ],
 )

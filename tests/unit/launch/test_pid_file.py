@@ -102,7 +102,7 @@ def test_the_process_that_wrote_it_is_stopped(folder: Path, launcher: str) -> No
     assert done.stdout == f"train of run was asked to save and end; process {number} then ends\n"
     assert process.wait(60) == -signal.SIGTERM
     assert logs.wait(60) == 0, "the log is followed as long as the job runs"
-    assert "does not run" in run(stop, folder).stdout
+    assert "no process of run is running" in run(stop, folder).stdout
     assert run(another(launcher, "logs"), folder).stdout == "step 1\n"
     assert run(another(launcher, "clean"), folder).returncode == 0
     assert list((folder / "run" / "logs").iterdir()) == []
@@ -135,7 +135,7 @@ def test_a_stranger_is_never_signalled(
     for each in (status, stop):
         done = run(each, folder)
         assert (done.returncode, done.stderr) == (0, "")
-        assert "train of run does not run on" in done.stdout
+        assert "train: no process of run is running on" in done.stdout
     assert not list(folder.rglob("pwned"))
 
 
@@ -160,4 +160,4 @@ def test_without_proc_the_date_decides(folder: Path, stranger: subprocess.Popen[
     pid_file(folder).write_text(f"{stranger.pid} {' '.join(began.split())}\n")
     assert str(stranger.pid) in run(status, folder).stdout
     pid_file(folder).write_text(f"{stranger.pid} Mon Jan  1 00:00:00 2001\n")
-    assert "does not run" in run(status, folder).stdout
+    assert "no process of run is running" in run(status, folder).stdout

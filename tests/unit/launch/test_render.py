@@ -105,7 +105,7 @@ def test_a_linked_pid_file_is_named_and_not_followed(tmp_path: Path, launcher: s
     assert f"{pid.name} is a link to {tmp_path / 'target'}; remove it" in done.stderr
     assert not (tmp_path / "started").exists()
     assert (tmp_path / "target").read_text() == "1\n"
-    assert "does not run" in run(action(this, launcher, "train", "stop")).stdout
+    assert "no process of" in run(action(this, launcher, "train", "stop")).stdout
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpirun"])
@@ -121,8 +121,8 @@ def test_actions_before_a_job_ran_end_well(tmp_path: Path, launcher: str, folder
     )
     said = {
         "logs": f"no log yet in {where / folder / 'logs/train' / node}\n",
-        "status": f"train of {folder} does not run on {node}\n",
-        "stop": f"train of {folder} does not run on {node}\n",
+        "status": f"train: no process of {folder} is running on {node}\n",
+        "stop": f"train: no process of {folder} is running on {node}\n",
         "clean": "",
     }
     start = ["bash", "-c", render(this, launcher, "train")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from support import tiny_run
 from support.models import TINY
 from support.step_reference import build, share, training
 
+from llamax.config.constants import HEARTBEATS_FOLDER
 from llamax.config.schema import Config
 from llamax.optim.loss_scale import LossScale, LossScaleState
 from llamax.parallel.collectives import Axes
 from llamax.parallel.rendezvous import Rendezvous
+from llamax.tools.inspect import describe
 from llamax.train import train
 
 
@@ -39,6 +42,15 @@ def test_a_resume_repeats_scale_and_weights(tmp_path: Path) -> None:
     train(config, Rendezvous())
     assert tiny_run.log_of(folder) == records
     assert tiny_run.hashes(folder, tiny_run.STEPS) == hashes
+    assert ("loss scale", scales[-1]) in describe(folder)
+
+
+def test_a_finished_run_that_is_started_again_stays_at_its_last_step(tmp_path: Path) -> None:
+    config = float16(tmp_path)
+    for _ in range(2):
+        train(config, Rendezvous())
+        beat = (tmp_path / "run" / HEARTBEATS_FOLDER / "rank-00000").read_text()
+        assert json.loads(beat)["step"] == tiny_run.STEPS
 
 
 def test_an_overflow_leaves_the_update_after_it_as_it_would_be() -> None:

@@ -67,6 +67,13 @@ def test_ranks_inside_a_launcher_are_refused(
         main(["--config", str(path), "--ranks", "2"])
 
 
+def test_no_ranks_to_start_are_refused(tmp_path: Path) -> None:
+    path = tiny_run.write(tiny_run.config(tmp_path, tmp_path / "run"), tmp_path / "c.toml")
+    with pytest.raises(ConfigError, match="--ranks 0 is out of range; use 1 or more"):
+        main(["--config", str(path), "--ranks", "0"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_only_under_torchrun_its_traceback_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
     assert signals.aftermath() == ""
