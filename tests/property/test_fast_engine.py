@@ -244,7 +244,7 @@ def test_distinct_words_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) 
         tokenizer.encode_documents([text])
         peak = max(peak, fast_engine.resident_bytes() - start)
     # Without a limit 4.8 million words take more than 600 MB.
-    assert peak < 6 * limit, f"{peak / 2**20:.0f} MiB"
+    assert peak < 8 * limit, f"{peak / 2**20:.0f} MiB"
 
 
 # ---- tokenizers that the fast engine would read differently
