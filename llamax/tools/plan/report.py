@@ -79,13 +79,15 @@ def show(plan: Plan) -> Iterator[str]:
         f"{show_number(time.tokens_per_s)} tokens/s "
         f"({show_number(time.tokens_per_s / run.mesh.world_size)} a rank), MFU {time.mfu:.1%}"
     )
+    price = "no price known: set --dollars-per-hour"
+    if time.dollars_per_hour:
+        price = f"${time.dollars:,.0f} at ${time.dollars_per_hour:,.2f} an hour"
     epochs = ""
     if run.epochs and run.training_samples is not None:
         epochs = f" ({run.epochs} x {run.training_samples:,} samples)"
     yield (
         f"{show_number(run.total_tokens)} tokens in {count(run.steps, 'step')}{epochs}: "
-        f"{show_time(time.total_s)}, "
-        f"${time.dollars:,.0f} at ${time.dollars_per_hour:,.2f} an hour"
+        f"{show_time(time.total_s)}, {price}"
     )
     yield f"length: {plan.length}"
     yield from (f"note: {note}" for note in notes(plan))

@@ -98,6 +98,16 @@ def test_every_known_machine_plans(capsys: pytest.CaptureFixture[str]) -> None:
     assert load_machine("h100").name == "p5.48xlarge"
 
 
+def test_a_machine_without_a_price_is_not_called_free(capsys: pytest.CaptureFixture[str]) -> None:
+    unpriced = ["--config", "korean-chat-qlora-24gb", "--instance", "rtx3090"]
+    main(unpriced)
+    out = capsys.readouterr().out
+    assert "no price known: set --dollars-per-hour" in out
+    assert "$" not in out
+    main([*unpriced, "--dollars-per-hour", "0.5"])
+    assert "at $0.50 an hour" in capsys.readouterr().out
+
+
 def test_notes_name_what_slows_the_run(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--config", "llama2-7b", "--nodes", "4", "--instance", "h100"])
     assert "note: run.backend=xla, but p5.48xlarge needs --run.backend=cuda" in (
