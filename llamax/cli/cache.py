@@ -73,6 +73,8 @@ def main(argv: Sequence[str]) -> int:
     cache = Path(folder)
     if options.action == "fill":
         return fill(options.place, cache, command)
+    if options.action == "push" and not cache.is_dir():
+        raise ConfigError(f"there is no compile cache {cache}; set --cache to its folder")
     place = Place(options.place)
     return _pull(place, cache) if options.action == "pull" else _push(place, cache)
 

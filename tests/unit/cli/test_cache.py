@@ -95,6 +95,10 @@ def test_what_is_left_out_is_named(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         (["fill", "--place=x"], "fill needs a command after --"),
         (["push", "--place=x", "--", "ls"], "push runs no command"),
+        (
+            ["push", "--place=x", "--cache=none"],
+            "there is no compile cache none; set --cache to its folder",
+        ),
         (["pull", "--place=x", "--cache=s3://bucket"], "s3://bucket is not a folder"),
     ],
 )
