@@ -25,7 +25,7 @@ from llamax.config.neuron_sdk import (
 )
 from llamax.runtime.errors import join_or
 from llamax.runtime.versions import OLDEST_TORCH, TORCH_XLA, WEIGHTS_ONLY, XLA_REQUIREMENTS
-from llamax.tools.doctor.finding import Finding, Host, passed, unknown
+from llamax.tools.doctor.finding import Finding, Host, Level, passed, unknown
 
 # Packages that read checkpoints with torch.load.
 LOADERS = ("neuronx-distributed", "optimum-neuron", "transformers", "accelerate", "lightning")
@@ -130,21 +130,10 @@ def _neuron(host: Host, torch: str) -> Iterator[Finding]:
         absent = "torch-neuronx" if neuronx is None else "neuronx-cc"
         yield unknown("neuron", f"{absent} is not installed here", "run doctor on a node")
         return
-    sdk, note = sdk_of_compiler(compiler)
+    sdk, _ = sdk_of_compiler(compiler)
     remedy = f"SDK {trn1_names()}: {INSTALL} 'neuronx-cc=={trn1_sdk().neuronx_cc}.*'"
-    if note:
-        why = f"the other packages are compared with those of SDK {sdk.name}"
-        yield Finding("warning", "neuronx-cc", note, why, remedy)
-    elif not sdk.trains_trn1:
-        yield Finding(
-            "warning",
-            "neuronx-cc",
-            f"neuronx-cc {compiler} is of Neuron SDK {sdk.name}",
-            "that SDK does not support training with torch-xla, the only way on trn1",
-            remedy,
-        )
-    else:
-        yield passed("neuronx-cc", f"neuronx-cc {compiler} (Neuron SDK {sdk.name})")
+    lacks = "that SDK does not support training with torch-xla, the only way on trn1"
+    yield _compiler(compiler, "warning", "" if sdk.trains_trn1 else lacks, remedy)
     if numbers(neuronx)[:2] != numbers(torch)[:2]:
         yield Finding(
             "error",
@@ -164,6 +153,18 @@ def _neuron(host: Host, torch: str) -> Iterator[Finding]:
     yield from variables(host, sdk)
 
 
+def _compiler(compiler: str, level: Level, lacks: str, remedy: str) -> Finding:
+    """The compiler and its SDK; ``lacks``: why that SDK does not do, empty where it does."""
+    sdk, note = sdk_of_compiler(compiler)
+    if note:
+        why = f"the other packages are compared with those of SDK {sdk.name}"
+        return Finding("warning", "neuronx-cc", note, why, remedy)
+    if lacks:
+        text = f"neuronx-cc {compiler} is of Neuron SDK {sdk.name}"
+        return Finding(level, "neuronx-cc", text, lacks, remedy)
+    return passed("neuronx-cc", f"neuronx-cc {compiler} (Neuron SDK {sdk.name})")
+
+
 def _torchneuron(host: Host, torch: str) -> Iterator[Finding]:
     """TorchNeuron, the native device of trn2 and trn3, and the SDK that it is part of."""
     neuronx, compiler = host.version("torch-neuronx"), host.version("neuronx-cc")
@@ -173,20 +174,10 @@ def _torchneuron(host: Host, torch: str) -> Iterator[Finding]:
         return
     (sdk, note), first = sdk_of_compiler(compiler), torchneuron_sdk()
     remedy = f"{INSTALL} --upgrade neuronx-cc nki 'torch-neuronx=={first.torchneuron[-1]}.*'"
-    if note:
-        why = f"the other packages are compared with those of SDK {sdk.name}"
-        yield Finding("warning", "neuronx-cc", note, why, remedy)
-    elif not sdk.torchneuron:
-        yield Finding(
-            "error",
-            "neuronx-cc",
-            f"neuronx-cc {compiler} is of Neuron SDK {sdk.name}",
-            f"the native device of trn2 and trn3 came with SDK {first.name}",
-            remedy,
-        )
+    lacks = f"the native device of trn2 and trn3 came with SDK {first.name}"
+    yield _compiler(compiler, "error", "" if sdk.torchneuron else lacks, remedy)
+    if not (note or sdk.torchneuron):
         return
-    else:
-        yield passed("neuronx-cc", f"neuronx-cc {compiler} (Neuron SDK {sdk.name})")
     fitting = [each for each in sdk.torchneuron if begins(torch, each) and begins(neuronx, each)]
     if fitting:
         yield passed("torch-neuronx", f"torch-neuronx {neuronx}")
