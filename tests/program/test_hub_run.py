@@ -13,14 +13,13 @@ import transformers
 from huggingface_hub import constants
 from support.hub import TOKEN, Hub, environment, served_hub, use
 from support.models import tiny
-from support.tiny_run import config, fork_ranks, make_dataset
+from support.tiny_run import config, fork_ranks, make_dataset, write_tables
 
 import llamax
 from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.peft import adapter_info
 from llamax.cli.train import main
 from llamax.config.load import load_config, recorded_config
-from llamax.config.toml import to_toml
 from llamax.runtime import hub as hub_module
 from llamax.runtime.process import run_main
 
@@ -58,14 +57,6 @@ def settings(**changes: dict[str, Any]) -> dict[str, Any]:
     for name, values in changes.items():
         tables.setdefault(name, {}).update(values)
     return tables
-
-
-def write(path: Path, tables: dict[str, Any]) -> Path:
-    lines = []
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {to_toml(value)}" for key, value in table.items())]
-    path.write_text("\n".join(lines))
-    return path
 
 
 def test_a_run_keeps_the_commit_that_it_started_from(hub: Hub, tmp_path: Path) -> None:
@@ -113,7 +104,7 @@ def test_planning_reads_the_shape_alone(hub: Hub) -> None:
 def test_every_rank_of_a_program_starts_from_the_same_commit(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = write(tmp_path / "run.toml", settings(run={"steps": 1}))
+    path = write_tables(tmp_path / "run.toml", settings(run={"steps": 1}))
     for name, value in environment(hub, tmp_path / "other", TOKEN).items():
         monkeypatch.setenv(name, value)
     job = fork_ranks(2, "--config", path)
@@ -128,7 +119,7 @@ def test_every_rank_of_a_program_starts_from_the_same_commit(
 def test_a_gated_base_is_one_line(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write(tmp_path / "run.toml", settings())
+    path = write_tables(tmp_path / "run.toml", settings())
     Path(constants.HF_TOKEN_PATH).unlink()
     assert run_main(main, ["--config", str(path)]) == 2
     assert capsys.readouterr().err == (

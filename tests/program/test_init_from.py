@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support.models import tiny
-from support.tiny_run import config, fork_ranks, log_of, make_dataset
+from support.tiny_run import config, fork_ranks, log_of, make_dataset, write_tables
 
 import llamax
 from llamax.checkpoint.hf_folder import open_source
@@ -20,7 +20,6 @@ from llamax.cli.train import main
 from llamax.config.load import recorded_config
 from llamax.config.model import ModelConfig, RopeScaling
 from llamax.config.schema import Config
-from llamax.config.toml import to_toml
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
@@ -54,14 +53,6 @@ def sections(home: Path, **changes: dict[str, Any]) -> dict[str, Any]:
     for name, values in changes.items():
         cfg.setdefault(name, {}).update(values)
     return cfg
-
-
-def write(path: Path, tables: dict[str, Any]) -> Path:
-    lines = []
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {to_toml(value)}" for key, value in table.items())]
-    path.write_text("\n".join(lines))
-    return path
 
 
 def first_loss(home: Path, cfg: Config, **rope: Any) -> float:
@@ -109,7 +100,7 @@ def test_rope_scaling_of_the_users_own_extends_the_context(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_goes_on_after_its_folder_was_moved(home: Path, ranks: int) -> None:
-    path = write(home / "own.toml", sections(home, parallel={"tensor": ranks}))
+    path = write_tables(home / "own.toml", sections(home, parallel={"tensor": ranks}))
     steps = recorded_steps = 0
     for steps in (2, 4):
         job = fork_ranks(ranks, "--config", path, f"--run.steps={steps}")
@@ -126,7 +117,7 @@ def test_adapters_take_the_model_of_their_base(
     home: Path, method: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finetune = {"method": method, "r": 4, "quant": "int8"}
-    path = write(home / "own.toml", sections(home, finetune=finetune))
+    path = write_tables(home / "own.toml", sections(home, finetune=finetune))
     assert run_main(main, ["--config", str(path)]) == 0
     shutil.move(home / "base", home / "moved")
     capsys.readouterr()
@@ -151,5 +142,5 @@ def test_a_head_of_its_own_under_a_config_that_says_tied_is_kept(home: Path) -> 
     # and the run's own configuration starts it again
     assert run_main(main, ["--config", str(home / "run/config.toml"), "--run.steps=10"]) == 0
     # --precompile traces the programs of a model with a head, too
-    path = write(home / "own.toml", sections(home, run={"folder": str(home / "new")}))
+    path = write_tables(home / "own.toml", sections(home, run={"folder": str(home / "new")}))
     assert run_main(main, ["--config", str(path), "--precompile"]) == 0

@@ -16,6 +16,7 @@ import numpy as np
 
 from llamax.config.load import dump_config
 from llamax.config.schema import CheckpointConfig, Config, DataConfig, OptimConfig, RunConfig
+from llamax.config.toml import to_toml
 from llamax.data.token_file import Header, TokenWriter
 from llamax.runtime.process import NO_CACHE
 from support.models import TINY as MODEL
@@ -115,4 +116,13 @@ def free_port() -> int:
 
 def write(cfg: Config, path: Path) -> Path:
     path.write_text(dump_config(cfg))
+    return path
+
+
+def write_tables(path: Path, tables: dict[str, Any]) -> Path:
+    """Settings by section as a TOML file."""
+    lines = []
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {to_toml(value)}" for key, value in table.items())]
+    path.write_text("\n".join(lines))
     return path
