@@ -44,8 +44,7 @@ class _Way:
     Both by the microbatch at the chunk that receives it.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self) -> None:
         self.arrived: dict[Micro, Tensor] = {}
         self.leaving: dict[Micro, Tensor] = {}
 
@@ -69,7 +68,7 @@ class Stage:
         self.first, self.last = self.number == 0, self.number == self.stages - 1
         self.most = 0  # microbatches in flight at the same time so far
         self._flying: dict[Micro, InFlight] = {}
-        self._unused: dict[str, Tensor] = {}
+        self._unused: Tensor | None = None
 
     def run(self, works: Schedule, compute: Compute, like: Tensor) -> None:
         """Do ``works``; ``like`` has the shape and dtype of what travels, [B,s,D].
@@ -77,7 +76,7 @@ class Stage:
         Without gradients the schedule has forward passes alone.  No name here keeps a tensor from
         one work to the next: what is alive is part of a program.
         """
-        up, down = _Way("up"), _Way("down")
+        up, down = _Way(), _Way()
         for work, following in pairwise([*works, None]):
             if isinstance(work, Swap):
                 above = work.edge == self.number
@@ -104,7 +103,7 @@ class Stage:
         like: Tensor,
     ) -> Tensor:
         """Give what leaves on one way, and take what arrives on the other."""
-        x = self._nothing(way.name, like) if sent is None else way.leaving.pop(sent)
+        x = self._nothing(like) if sent is None else way.leaving.pop(sent)
         x = swap(axis, x)
         if received is not None:
             other.arrived[received] = x
@@ -135,14 +134,12 @@ class Stage:
             assert passed.x.grad is not None
             down.leaving[below] = passed.x.grad
 
-    def _nothing(self, name: str, like: Tensor) -> Tensor:
-        """What travels where nothing is to be sent: a tensor for each way, or programs differ."""
-        kept = self._unused.get(name)
-        if kept is None or kept.shape != like.shape:
+    def _nothing(self, like: Tensor) -> Tensor:
+        """What is given in a swap where nothing is to be sent."""
+        if self._unused is None or self._unused.shape != like.shape:
             device = self.axes.world.rank_index.device
-            kept = torch.zeros(like.shape, dtype=like.dtype).to(device)
-            self._unused[name] = kept
-        return kept
+            self._unused = torch.zeros(like.shape, dtype=like.dtype).to(device)
+        return self._unused
 
 
 def swap(axis: Axis, x: Tensor) -> Tensor:

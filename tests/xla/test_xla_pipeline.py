@@ -15,9 +15,9 @@ import pytest
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
 from support import ranks
+from support.meeting import meeting
 from support.models import tiny
 from support.step_reference import GLOBAL_BATCH, OPTIM, SEQUENCE, build, share
-from torch import Tensor
 
 from llamax.backends import choose
 from llamax.backends.base import Backend
@@ -25,9 +25,8 @@ from llamax.config.model import ModelConfig
 from llamax.config.rules.pipeline import evenly
 from llamax.optim.zero import Zero
 from llamax.parallel import sharding
-from llamax.parallel.collectives import Axes, Axis, Meter, Metered
+from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh
-from llamax.parallel.pipeline import edge_name
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.training import pipeline
 from llamax.training.compile_guard import all_programs
@@ -49,36 +48,6 @@ class Case(NamedTuple):
     def model(self) -> ModelConfig:
         layers = sum(self.layers or (4,))
         return replace(MODEL, num_hidden_layers=layers, tie_word_embeddings=self.tied)
-
-
-class Meeting(Metered):
-    """An axis between stages: the next program is one that ``members`` share."""
-
-    def __init__(self, axis: Axis, name: str, members: tuple[int, ...]) -> None:
-        super().__init__(axis, Meter())
-        self.group = name, members
-
-    def all_reduce(self, x: Tensor, op: Any = "sum") -> Tensor:
-        ranks.LABEL.group = self.group
-        return super().all_reduce(x, op)
-
-    def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        ranks.LABEL.group = self.group
-        return super().all_gather(x, dim)
-
-
-def meeting(axes: Axes, mesh: Mesh) -> Axes:
-    """``axes`` that say who meets where stages do."""
-    number, stages = axes.pp
-    each, world = mesh.world_size // stages, tuple(range(mesh.world_size))
-    found: dict[str, Axis] = {"world": Meeting(axes.world, "world", world)}
-    for edge in range(stages if mesh.ends else stages - 1):
-        pair = edge, (edge + 1) % stages
-        if number in pair:
-            both = tuple(sorted(s * each + rank for s in pair for rank in range(each)))
-            name = edge_name(edge, stages)
-            found[name] = Meeting(axes.edge(edge), f"edge {edge}", both)
-    return replace(axes, **found)
 
 
 def steps(case: Case, axes: Axes, backend: Backend | None) -> dict[str, Any]:
