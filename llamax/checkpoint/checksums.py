@@ -131,3 +131,9 @@ def read_exactly(fd: int, path: Path, offset: int, into: Bytes) -> None:
         if not count:
             raise CheckpointError(f"{path} ends at byte {offset + done}: cut short; copy it again")
         done += count
+
+
+def check_length(fd: int, path: Path, end: int) -> None:
+    """Raise CheckpointError if an open file ends before byte ``end``."""
+    if (size := os.fstat(fd).st_size) < end:
+        raise CheckpointError(f"{path} ends at byte {size}: cut short; copy it again")

@@ -14,7 +14,6 @@ little-endian.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy.typing as npt
 from llamax.checkpoint.checksums import CHECKSUM_BYTES, open_to_read
 from llamax.checkpoint.runs import Run
 from llamax.runtime.errors import CheckpointError
+from llamax.runtime.mapping import map_file
 
 INDEX = "index.bin"
 COLUMNS = 5  # file, left, width, start, length
@@ -125,7 +125,7 @@ class Index:
                     f"{path} changed after it was saved: its sha256 is {digest.hexdigest()}, the "
                     f"manifest says {expected_sha256:.64}"
                 )
-            data: Any = mmap.mmap(fd, 0, access=mmap.ACCESS_READ) if size else b""
+            data: Any = map_file(fd, path) if size else b""
         self._runs = np.frombuffer(data, RUN, runs * COLUMNS).reshape(runs, COLUMNS)
         self._sums = memoryview(data)[runs * RUN_BYTES :]
 

@@ -31,6 +31,7 @@ from llamax.checkpoint.checksums import (
     BlockHasher,
     BlockVerifier,
     Bytes,
+    check_length,
     open_to_read,
     read_exactly,
 )
@@ -38,6 +39,7 @@ from llamax.checkpoint.runs import StridedCopy
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import new_file, plain_file, same_file, sync_handle
 from llamax.runtime.json_reader import JsonError, parse_object
+from llamax.runtime.mapping import map_file
 
 DTYPES = {
     "F64": torch.float64,
@@ -213,10 +215,9 @@ def _read_strided(
             (rows, width), np.uint8, into[row * target_step :].data, 0, (target_step, 1)
         )
         if blocks is None:
+            check_length(fd, path, start + length)
             skip = start % mmap.ALLOCATIONGRANULARITY
-            with mmap.mmap(
-                fd, skip + length, access=mmap.ACCESS_READ, offset=start - skip
-            ) as window:
+            with map_file(fd, path, skip + length, start - skip) as window:
                 target[:] = np.ndarray((rows, width), np.uint8, window, skip, (step, 1))
         else:
             buffer = np.empty(length, np.uint8)

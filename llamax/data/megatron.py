@@ -36,6 +36,7 @@ import numpy.typing as npt
 from llamax.data.token_file import GoOn, Header, TokenFile, Verify
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file, plain_file, refuse_link, sync_folder, sync_handle
+from llamax.runtime.mapping import check_size, map_file
 
 MAGIC, VERSION = b"MMIDIDX\x00\x00", 1
 DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
@@ -176,7 +177,8 @@ class IndexedFile:
             self._check(start, start + CHUNK)
 
     def touch(self, starts: Integers, stops: Integers, section: str = "tokens") -> None:
-        """Check tokens starts[i]:stops[i] before their use, if ``verify`` is "read"."""
+        """Check the length, and tokens starts[i]:stops[i] if ``verify`` is "read"."""
+        check_size(self._data, Path(f"{self.path}.bin"))
         if self.checks == "read" and section == "tokens":
             for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
                 self._check(start, stop)
@@ -218,7 +220,7 @@ def _map(path: Path) -> mmap.mmap | bytes:
         with open(path, "rb", opener=plain_file) as file:
             if not os.fstat(file.fileno()).st_size:
                 return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            return map_file(file.fileno(), path)
     except OSError as error:
         raise DataError(
             f"{path}: cannot be opened ({error.strerror}); a Megatron dataset is PREFIX.idx and "

@@ -35,6 +35,7 @@ from llamax.runtime.cores import workers
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file, plain_file, refuse_link, sync_folder, sync_handle
 from llamax.runtime.json_reader import parse_object
+from llamax.runtime.mapping import check_size, map_file
 
 MAGIC = b"llamax1\n"
 HEADER_BYTES = 4096
@@ -161,15 +162,14 @@ class TokenFile:
         self.path = Path(path)
         try:
             with open(self.path, "rb", opener=plain_file) as file:
-                size = os.fstat(file.fileno()).st_size
                 self.header = Header.from_bytes(file.read(HEADER_BYTES), self.path)
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._map = map_file(file.fileno(), self.path)
         except OSError as error:
             raise DataError(
                 f"{self.path}: cannot be opened ({error.strerror}); give a dataset made by "
                 "llamax prepare"
             ) from None
-        end = sum(self.header.sections["checksums"])
+        size, end = len(self._map), sum(self.header.sections["checksums"])
         if size != end:
             raise DataError(f"{self.path}: has {size} bytes where its header says {end}: {REMEDY}")
         self.tokens: Tokens = self._section("tokens", self.header.dtype)
@@ -230,7 +230,8 @@ class TokenFile:
     def touch(
         self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
     ) -> None:
-        """Check the unchecked blocks with elements starts[i]:stops[i] of a section."""
+        """Check the length, and the unchecked blocks with elements starts[i]:stops[i]."""
+        check_size(self._map, self.path)
         if not np.count_nonzero(self._unseen):
             return
         offset, _ = self.header.sections[section]
