@@ -50,7 +50,7 @@ def test_handed_from_mesh_to_mesh(
             for later in range(HANDED[number - 1] + 1, STEPS + 1):
                 shutil.rmtree(folder / f"checkpoints/step-{later:08d}")
         job = jobs.torchrun(ranks, path, folder, *overrides.split())
-        assert job.end(300) == 0, job.said()
+        assert job.end() == 0, job.said()
     assert job.said().count("resuming from") == len(HANDED)
     furthest = 0.0
     expected, found = tiny_run.log_of(tmp_path / "alone"), tiny_run.log_of(folder)

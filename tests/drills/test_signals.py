@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,17 +18,19 @@ from support import training_jobs as jobs
 
 from llamax.checkpoint import Checkpoint, newest_checkpoint
 from llamax.runtime.errors import Stopped
+from llamax.runtime.signals import REPEAT_S
 
 RANKS = 2
 LAUNCHERS = ("torchrun", "mpirun")
 
 
 def begin(launcher: str, path: Path, folder: Path) -> jobs.Job:
-    start = {"torchrun": jobs.torchrun, "mpirun": jobs.mpirun, "--ranks": jobs.local_ranks}
+    torchrun = partial(jobs.torchrun, ending_s=jobs.PATIENT_S // 2)
+    start = {"torchrun": torchrun, "mpirun": jobs.mpirun, "--ranks": jobs.local_ranks}
     return start[launcher](RANKS, path, folder, "--parallel.tensor=2")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("launcher", ["", *LAUNCHERS, "--ranks"])
 def test_ctrl_c_and_a_lost_terminal_save(
@@ -40,7 +43,7 @@ def test_ctrl_c_and_a_lost_terminal_save(
     job = begin(launcher, path, folder) if launcher else jobs.alone(path, folder)
     job.wait_for_steps(3)
     job.process.send_signal(signum)
-    code = job.end(240)
+    code = job.end()
     steps = re.findall(r"stopped after step (\d+)", job.said())
     saved = newest_checkpoint(folder)
     assert saved is not None, job.said()
@@ -55,7 +58,7 @@ def test_ctrl_c_and_a_lost_terminal_save(
     assert "Traceback" not in "".join([*logs, *job.ours()])
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_ranks_save_when_the_program_that_started_them_is_killed(
     dataset: Path, tmp_path: Path
 ) -> None:
@@ -65,8 +68,8 @@ def test_ranks_save_when_the_program_that_started_them_is_killed(
     job.wait_for_steps(3)
     ranks = job.ranks()
     job.process.kill()
-    job.end(60)
-    deadline = time.monotonic() + 60  # guards against hanging
+    job.end()
+    deadline = time.monotonic() + jobs.PATIENT_S  # guards against hanging
     while any(map(jobs.runs, ranks)):
         assert time.monotonic() < deadline, job.said()
         time.sleep(0.05)
@@ -74,20 +77,21 @@ def test_ranks_save_when_the_program_that_started_them_is_killed(
     assert re.findall(r"stopped after step \d+ by SIGTERM", job.said()), job.said()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_a_second_ctrl_c_ends_the_ranks_of_torchrun_at_once(dataset: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     path = tiny_run.write(jobs.config(dataset, folder, 100_000, every=0), tmp_path / "c.toml")
     job = begin("torchrun", path, folder)
     job.wait_for_steps(3)
-    rank, _ = job.ranks()
+    rank, other = job.ranks()
     os.kill(rank, signal.SIGSTOP)  # the other rank waits for it in a collective
     job.process.send_signal(signal.SIGINT)
-    time.sleep(1.0)
+    job.wait_until(lambda: "SIGINT: the run saves after this step" in job.rank_log(1))
+    time.sleep(2 * REPEAT_S)
     job.process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    job.wait_until(lambda: not jobs.runs(other))
     os.kill(rank, signal.SIGCONT)
-    job.end(60)
+    job.end()
     assert newest_checkpoint(folder) is None
     logs = [log.read_text() for log in folder.glob("logs/*/rank-*.log")]
     assert "Traceback" not in "".join([*logs, *job.ours()])
@@ -121,7 +125,7 @@ def test_signals_at_random_moments(
             for pid in whom:
                 with suppress(ProcessLookupError):  # it has ended already
                     os.kill(pid, signum)
-        code = job.end(240)
+        code = job.end()
         said = re.findall(r"stopped (?:by \w+ )?(after step (\d+)|before|in the first)", job.said())
         assert said, job.said()
         assert "Traceback" not in "".join(job.ours()), job.said()

@@ -110,7 +110,7 @@ def train_and_save(
         total, _ = model.loss(share[:, :-1], share[:, 1:])
         (total / 32).backward()
         optimizer.step(torch.tensor(1e-3), torch.tensor(float(step + 1)), torch.tensor(1.0))
-    saver = Saver(out, mine, parameters, zero=on.zero, timeout_s=60)
+    saver = Saver(out, mine, parameters, zero=on.zero, timeout_s=300)
     saver.save(
         steps, optimizer.owned(), {}, model_config.to_hub("float32"), "", torch.get_rng_state()
     )

@@ -119,7 +119,7 @@ def test_ranks_that_share_sequences_step_as_one(worlds: Worlds, mesh: Mesh, sequ
         return  # nothing to cut
     world = worlds(mesh.world_size)
     for model, accumulation in ((MODEL, 4), (TIED, 1)):
-        for found in world.run(on_mesh, model, mesh, sequence, accumulation, timeout_s=120):
+        for found in world.run(on_mesh, model, mesh, sequence, accumulation):
             assert found == []
 
 
@@ -167,7 +167,7 @@ def test_adapters_step_as_one_with_the_same_dropout(
 ) -> None:
     cases = [(LORA, True), (LORA, False), (NF4, True)]
     world = worlds(mesh.world_size)
-    for found in world.run(tuned, folder, mesh, cases, "none", timeout_s=240):
+    for found in world.run(tuned, folder, mesh, cases, "none"):
         assert found == []
 
 

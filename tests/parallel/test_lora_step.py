@@ -84,7 +84,7 @@ def test_sharded_steps_equal_the_whole_steps(
     modes = ("full", "selective", "none") if mesh.world_size == 4 else ("none",) * 3
     pairs = list(zip(cases, modes, strict=False))
     world = worlds(mesh.world_size)
-    for found in world.run(on_mesh, folder, mesh, sequence, pairs, "none", timeout_s=240):
+    for found in world.run(on_mesh, folder, mesh, sequence, pairs, "none"):
         assert found == []
 
 

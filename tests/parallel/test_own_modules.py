@@ -267,7 +267,7 @@ def continued(
         load_owned(Checkpoint(source), state.optimizer.owned(), parameters)
         state.optimizer.gather_parameters()
     found = result(state, range(first, last + 1))
-    saver = Saver(out, at, parameters, zero=zero, timeout_s=60)
+    saver = Saver(out, at, parameters, zero=zero, timeout_s=300)
     model, rng = MODEL.to_hub("float32"), torch.get_rng_state()
     saver.save(last, state.optimizer.owned(), {}, model, "", rng)
     saver.wait()

@@ -126,9 +126,7 @@ def same(
     """Check that the curves on all ``meshes`` equal that of one rank; a summary to print."""
     worst, last = 0.0, whole[-2][0]
     for tp, dp in meshes:
-        for rank in worlds(tp * dp).run(
-            curve, model, tp, dp, tokens, "best-fit", *tuning, timeout_s=300
-        ):
+        for rank in worlds(tp * dp).run(curve, model, tp, dp, tokens, "best-fit", *tuning):
             for mine, theirs in zip(rank, whole, strict=True):
                 assert mine == pytest.approx(theirs, rel=TOLERANCE), (tp, dp)
                 worst = max(worst, abs(mine[0] / theirs[0] - 1))

@@ -177,7 +177,7 @@ def test_stages_step_as_one(worlds: Worlds, mesh: Mesh, sequence: bool) -> None:
         return  # nothing to cut
     world = worlds(mesh.world_size)
     for model, accumulation in ((MODEL, 4), (FIVE, 1)):
-        results = world.run(on_mesh, model, mesh, sequence, accumulation, timeout_s=120)
+        results = world.run(on_mesh, model, mesh, sequence, accumulation)
         assert differences(results, model) == []
 
 
@@ -219,7 +219,7 @@ def test_chunks_step_as_one(
     world = worlds(mesh.world_size)
     for recompute in ("none", "full"):
         options = mesh.tp > 1, 4 // mesh.dp, "none", recompute, 1, layers
-        results = world.run(on_mesh, model, mesh, *options, timeout_s=120)
+        results = world.run(on_mesh, model, mesh, *options)
         assert differences(results, model) == []
 
 
@@ -238,7 +238,7 @@ def test_tied_embeddings_of_first_and_last_stage(
     worlds: Worlds, mesh: Mesh, zero: int, layers: tuple[int, ...] | None
 ) -> None:
     options = mesh.tp > 1, 4 // mesh.dp, "none", "none", zero, layers
-    results = worlds(mesh.world_size).run(on_mesh, TIED, mesh, *options, timeout_s=120)
+    results = worlds(mesh.world_size).run(on_mesh, TIED, mesh, *options)
     assert differences(results, TIED) == []
 
 
@@ -257,7 +257,7 @@ def both_schedules(mesh: Mesh, layers: tuple[int, ...]) -> list[str]:
 @pytest.mark.parametrize("layers", [(2, 2), (1, 1, 1, 1)])
 def test_gpipe_steps_as_1f1b_does(worlds: Worlds, layers: tuple[int, ...]) -> None:
     """The same sums in the same order, so the same bits."""
-    for found in worlds(4).run(both_schedules, Mesh(pp=2, tp=2), layers, timeout_s=120):
+    for found in worlds(4).run(both_schedules, Mesh(pp=2, tp=2), layers):
         assert found == []
 
 
@@ -298,7 +298,7 @@ def test_adapters_step_as_one_with_the_same_dropout(
         (LORA, "full"),
         (NF4, "full"),
     ]
-    for found in worlds(mesh.world_size).run(tuned, folder, mesh, cases, "none", timeout_s=240):
+    for found in worlds(mesh.world_size).run(tuned, folder, mesh, cases, "none"):
         assert found == []
 
 

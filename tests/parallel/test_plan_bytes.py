@@ -184,7 +184,7 @@ def test_planned_bytes_are_measured_bytes(
     worlds: Worlds, mesh: Mesh, dtype: str, sequence: bool, mode: str
 ) -> None:
     wanted = config(mesh, mode, dtype, sequence)
-    found = worlds(mesh.world_size).run(measure, wanted, mesh, timeout_s=240)[0]
+    found = worlds(mesh.world_size).run(measure, wanted, mesh)[0]
     share = share_of(wanted, mesh)
     lasting = sum(line.value for line in (*state(share, CPU), early_gradients(share, CPU)))
     assert lasting == pytest.approx(found["state"], rel=0.001)
@@ -219,7 +219,7 @@ def test_planned_bytes_of_zero_stages_are_measured_bytes(
 ) -> None:
     wanted = config(mesh, recompute, dtype)
     wanted = replace(wanted, parallel=replace(wanted.parallel, zero=zero))
-    found = worlds(mesh.world_size).run(measure, wanted, mesh, timeout_s=240)[0]
+    found = worlds(mesh.world_size).run(measure, wanted, mesh)[0]
     share = share_of(wanted, mesh)
     lasting = sum(line.value for line in (*state(share, CPU), early_gradients(share, CPU)))
     assert lasting == pytest.approx(found["state"], rel=0.005)
@@ -278,7 +278,7 @@ def test_planned_bytes_of_stages_are_measured_bytes(
         data=replace(wanted.data, global_batch=4 * BATCH * mesh.dp),
         parallel=replace(wanted.parallel, chunks=chunks),
     )
-    found = worlds(mesh.world_size).run(measure_stage, wanted, mesh, timeout_s=240)
+    found = worlds(mesh.world_size).run(measure_stage, wanted, mesh)
     run = on_mesh(wanted, mesh)
     for rank, peak in enumerate(found):
         planned = memory(Share(run, mesh.coordinate(rank).pp), CPU)
@@ -302,7 +302,7 @@ def test_small_state_is_planned_as_it_is_held(worlds: Worlds, bits: int) -> None
     """A GPU's bytes by what a CPU holds: state in host memory is counted apart."""
     optim = OptimConfig(state_bits=bits, offload=True)
     wanted = replace(config(Mesh(), "full", "float16"), optim=optim)
-    found = worlds(1).run(measure, wanted, Mesh(), timeout_s=240)[0]
+    found = worlds(1).run(measure, wanted, Mesh())[0]
     share, gpu = share_of(wanted, Mesh()), replace(CPU, backend="cuda", host_memory_gib=1e-3)
     lasting = sum(line.value for line in (*state(share, gpu), early_gradients(share, gpu)))
     away = on_host(share, gpu).value

@@ -163,7 +163,7 @@ def test_a_step_equals_the_whole_step(worlds: Worlds, mesh: Mesh, zero: int) -> 
     world, sequence = worlds(mesh.world_size), mesh.tp > 1
     most = 4 if mesh.dp == 2 else 2
     for model, accumulation in ((MODEL, most), (TIED, 1)):
-        for found in world.run(on_mesh, model, mesh, sequence, accumulation, zero, timeout_s=120):
+        for found in world.run(on_mesh, model, mesh, sequence, accumulation, zero):
             assert found == []
 
 

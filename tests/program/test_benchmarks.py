@@ -96,7 +96,7 @@ def start(script: str, *argv: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=300,
     )
 
 

@@ -269,7 +269,7 @@ def test_a_script_on_two_tensor_ranks_trains_as_on_one(
         cfg = config(data, tmp_path)
         more = settings(cfg, tmp_path / f"{ranks}", ranks, name == "custom-dataset")
         job = fork_ranks(ranks, *command, *more, folder=tmp_path)
-        lines = "\n".join(job.communicate(timeout=240))
+        lines = "\n".join(job.communicate(timeout=300))
         assert job.returncode == 0, lines
         found.append([float(x) for x in re.findall(r"step \d/5 +loss +([\d.]+)", lines)])
     alone, shared = found

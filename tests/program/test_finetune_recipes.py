@@ -73,7 +73,7 @@ def tiny(recipe: str, folder: Path, tokenizer: Path, vocabulary: int) -> Config:
             backend="cpu",
             tensorboard=False,
             progress="off",
-            timeout_s=60,
+            timeout_s=300,
             threads=1,
         ),
     )

@@ -184,7 +184,7 @@ def test_ranks_under_torchrun_generate_the_text_of_one_rank(
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == capsys.readouterr().out

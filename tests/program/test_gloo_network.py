@@ -62,7 +62,7 @@ def test_machines_find_each_other(machines: list[list[str]], tmp_path: Path, mas
     path = tmp_path / "config.toml"
     tiny_run.write(config, path)
     words = [*TRAIN, "--master-addr", master, "--master-port", "29400"]
-    program = ["-m", "llamax.train", "--config", str(path), "--run.timeout_s=20", "--run.steps=3"]
+    program = ["-m", "llamax.train", "--config", str(path), "--run.timeout_s=200", "--run.steps=3"]
     ranks = [
         subprocess.Popen(
             [*start, sys.executable, *words, "--node-rank", str(node), *program],
@@ -71,5 +71,5 @@ def test_machines_find_each_other(machines: list[list[str]], tmp_path: Path, mas
         )
         for node, start in enumerate(machines)
     ]
-    said = [rank.communicate(timeout=180)[1] for rank in ranks]
+    said = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], said

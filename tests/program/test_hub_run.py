@@ -108,7 +108,7 @@ def test_every_rank_of_a_program_starts_from_the_same_commit(
     for name, value in environment(hub, tmp_path / "other", TOKEN).items():
         monkeypatch.setenv(name, value)
     job = fork_ranks(2, "--config", path)
-    _, stderr = job.communicate(timeout=120)
+    _, stderr = job.communicate(timeout=300)
     assert job.returncode == 0, stderr
     assert hub.downloads() == ["config.json", "generation_config.json", "model.safetensors"]
     commit = hub.repositories["org/base"].refs["main"]

@@ -104,7 +104,7 @@ def test_a_run_goes_on_after_its_folder_was_moved(home: Path, ranks: int) -> Non
     steps = recorded_steps = 0
     for steps in (2, 4):
         job = fork_ranks(ranks, "--config", path, f"--run.steps={steps}")
-        _, stderr = job.communicate(timeout=120)
+        _, stderr = job.communicate(timeout=300)
         assert job.returncode == 0, stderr
         recorded_steps = len(log_of(home / "run"))
         shutil.rmtree(home / "base", ignore_errors=True)

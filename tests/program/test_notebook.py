@@ -39,15 +39,19 @@ MODEL = replace(DECIDED, num_hidden_layers=2, vocab_size=VOCABULARY, max_positio
 TEXT = ["def main(argv):", "    return value + 1", "for each in range(10): print(each)"] * 20
 
 
+OTHERS: set[threading.Thread] = set()  # of tests of other modules; they may end at any moment
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    OTHERS.update(threading.enumerate())
     return make_dataset(tmp_path_factory.mktemp("data"))
 
 
 def process_state() -> tuple[Any, ...]:
     log = logging.getLogger("llamax")
     handlers = tuple(signal.getsignal(n) for n in (signal.SIGINT, *signals.SIGNALS))
-    threads = sorted(thread.name for thread in threading.enumerate())
+    threads = sorted(thread.name for thread in {*threading.enumerate()} - OTHERS)
     return (
         [*log.handlers],
         log.level,

@@ -20,7 +20,7 @@ def test_a_run_of_stages_becomes_files_of_stages_and_comes_back(tmp_path: Path) 
     cfg = dataclasses.replace(cfg, run=dataclasses.replace(cfg.run, steps=2))
     degrees = ("--parallel.pipeline=2", "--parallel.layers_per_stage=1,3")
     job = torchrun(2, write(cfg, tmp_path / "config.toml"), *degrees)
-    _, stderr = job.communicate(timeout=120)
+    _, stderr = job.communicate(timeout=300)
     assert job.returncode == 0, stderr
     for stages in (1, 2, 4):
         out, back = tmp_path / f"nxd{stages}", tmp_path / f"back{stages}"

@@ -37,7 +37,7 @@ def test_the_library_example_runs(tmp_path: Path, ranks: int) -> None:
         env=environ,
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -95,7 +95,7 @@ def post(server: Server, path: str, body: bytes) -> tuple[int, bytes]:
     head = (
         f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {len(body)}\r\n"
     )
-    with socket.create_connection((host, int(port)), timeout=60) as connection:
+    with socket.create_connection((host, int(port)), timeout=300) as connection:
         connection.sendall(head.encode() + b"\r\n" + body)
         raw = b"".join(iter(lambda: connection.recv(65536), b""))
     status, content = raw.split(b"\r\n\r\n", 1)
@@ -438,5 +438,5 @@ def test_keys_are_asked_for_and_a_signal_lets_a_request_in_progress_end(
         server.process.send_signal(number)
         made += pieces
         assert made[-1].choices[0].finish_reason in ("length", "stop")
-        assert server.process.wait(timeout=120) == status
+        assert server.process.wait(timeout=300) == status
         assert "Traceback" not in server.log

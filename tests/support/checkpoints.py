@@ -148,7 +148,7 @@ def save(
             rank.sharded,
             CheckpointConfig(**options),
             zero=zero,
-            timeout_s=60,
+            timeout_s=300,
         )
         for rank in ranks
     ]

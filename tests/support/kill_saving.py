@@ -36,7 +36,7 @@ CALLS = 400  # a rank makes some 60 of them for a save
 
 
 def saver(folder: Path, rank: worlds.Rank) -> Saver:
-    return Saver(folder, rank.axes, rank.sharded, CheckpointConfig(keep=2), timeout_s=60)
+    return Saver(folder, rank.axes, rank.sharded, CheckpointConfig(keep=2), timeout_s=300)
 
 
 def committed(folder: Path) -> int:

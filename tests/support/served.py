@@ -41,8 +41,8 @@ class Server:
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Send a signal and return the exit status."""
         self.process.send_signal(number)
-        status = self.process.wait(timeout=120)
-        self._reader.join(timeout=60)
+        status = self.process.wait(timeout=300)
+        self._reader.join(timeout=300)
         return status
 
 

@@ -18,9 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import which
+
+from support.tiny_run import free_port
 
 CONF = """ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -78,11 +80,7 @@ def cluster(folder: Path, pretended: bool = False, nodes: int = 1) -> Iterator[d
     key, conf = folder / "munge.key", folder / "slurm.conf"
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(1 + nodes)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        ports = [each.getsockname()[1] for each in sockets]
+    ports = [free_port() for _ in range(1 + nodes)]
     lines = [
         NODE.format(name=name, host=host, port=port, cpus=os.cpu_count())
         for name, port in zip(names, ports[1:], strict=True)
@@ -117,10 +115,11 @@ def cluster(folder: Path, pretended: bool = False, nodes: int = 1) -> Iterator[d
 
 
 def _until_idle(environ: dict[str, str]) -> None:
-    for _ in range(120):
+    limit = time.monotonic() + 300
+    while True:
         command = ["sinfo", "--noheader", "--format=%T"]
         done = subprocess.run(command, env=environ, text=True, capture_output=True, check=False)
         if {*done.stdout.split()} == {"idle"}:
             return
+        assert time.monotonic() < limit, f"Slurm's node is not idle: {done.stdout}{done.stderr}"
         time.sleep(0.5)
-    raise RuntimeError(f"Slurm's node never became idle: {done.stdout}{done.stderr}")

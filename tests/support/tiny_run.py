@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from random import shuffle
 from typing import Any
 
 import numpy as np
@@ -108,10 +109,31 @@ def fork_ranks(ranks: int, *words: str | Path, folder: Path | None = None) -> su
     )
 
 
+RESERVED: list[socket.socket] = []
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port at which nothing listens, reserved for the caller until this process ends.
+
+    A job binds its port some seconds after it was chosen.  Until then nobody else gets it: it is
+    not one of those that the kernel hands out, and a UDP socket holds its number among tests.
+    """
+    span = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(span.read_text().split()[0]) if span.exists() else 32768
+    ports = [*range(min(10_000, first // 2), min(20_000, first))]
+    shuffle(ports)
+    for port in ports:
+        holder = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            holder.bind(("127.0.0.1", port))
+            with socket.socket() as probe:
+                probe.bind(("", port))
+        except OSError:
+            holder.close()
+            continue
+        RESERVED.append(holder)
+        return port
+    raise AssertionError(f"no port from {ports[0]} on is free")
 
 
 def write(cfg: Config, path: Path) -> Path:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,10 +21,15 @@ from support import tiny_run
 TRAIN = [sys.executable, "-m", "llamax.train", "--config"]
 
 
-def config(dataset: Path, folder: Path, steps: int, **checkpoint: Any) -> Config:
-    """A small run of ``steps`` that gives up on a silent rank after 8 s."""
+PATIENT_S = 300  # longer than a busy machine takes to start ranks one after another
+
+
+def config(
+    dataset: Path, folder: Path, steps: int, timeout_s: int = PATIENT_S, **checkpoint: Any
+) -> Config:
+    """A small run of ``steps`` that gives up on a silent or late rank after ``timeout_s``."""
     whole = tiny_run.config(dataset, folder)
-    run = replace(whole.run, steps=steps, timeout_s=8, validate_every=0)
+    run = replace(whole.run, steps=steps, timeout_s=timeout_s, validate_every=0)
     return replace(whole, run=run, checkpoint=CheckpointConfig(**checkpoint))
 
 
@@ -57,13 +63,23 @@ class Job:
                     found[int(rank[1])] = int(stat.parent.name)
         return [found[rank] for rank in sorted(found)]
 
-    def wait_for_ranks(self, ranks: int, timeout_s: float = 120) -> list[int]:
-        """The ranks, when each of them listens to signals: Python has run its first lines."""
-        deadline = time.monotonic() + timeout_s
-        while len(found := [pid for pid in self.ranks() if listens(pid)]) < ranks:
+    def wait_until(self, holds: Callable[[], bool]) -> None:
+        """Wait for a condition; an error if the job ends or hangs before."""
+        deadline = time.monotonic() + PATIENT_S
+        while not holds():
             assert self.process.poll() is None, self.said()
             assert time.monotonic() < deadline, self.said()
-            time.sleep(0.005)
+            time.sleep(0.01)
+
+    def wait_for_ranks(self, ranks: int) -> list[int]:
+        """The ranks, when each of them listens to signals: Python has run its first lines."""
+        found: list[int] = []
+
+        def listen() -> bool:
+            found[:] = [pid for pid in self.ranks() if listens(pid)]
+            return len(found) >= ranks
+
+        self.wait_until(listen)
         return found
 
     def steps(self) -> int:
@@ -71,20 +87,20 @@ class Job:
         log = self.folder / "metrics.jsonl"
         return len(log.read_text().splitlines()) if log.exists() else 0
 
-    def wait_for_steps(self, steps: int, timeout_s: float = 120) -> None:
-        deadline = time.monotonic() + timeout_s
-        while self.steps() < steps:
-            assert self.process.poll() is None, self.said()
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(0.05)
+    def wait_for_steps(self, steps: int) -> None:
+        self.wait_until(lambda: self.steps() >= steps)
 
-    def end(self, timeout_s: float = 120) -> int:
-        """The launcher's exit code; all of it is killed if it takes longer."""
+    def rank_log(self, rank: int) -> str:
+        """What a rank has written into its log file."""
+        return "".join(path.read_text() for path in self.folder.glob(f"logs/*/rank-{rank:05d}.log"))
+
+    def end(self) -> int:
+        """The launcher's exit code; all of it is killed if it hangs."""
         try:
-            return self.process.wait(timeout_s)
+            return self.process.wait(PATIENT_S)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise AssertionError(f"no end within {timeout_s:.0f} s: {self.said()}") from None
+            raise AssertionError(f"no end within {PATIENT_S} s: {self.said()}") from None
 
     def kill(self) -> None:
         """End all of it, if it has not ended."""
@@ -134,8 +150,12 @@ def local_ranks(ranks: int, path: Path, folder: Path, *overrides: str) -> Job:
     return Job([*command, str(path), *overrides], folder)
 
 
-def torchrun(ranks: int, path: Path, folder: Path, *overrides: str, restarts: int = 0) -> Job:
+def torchrun(
+    ranks: int, path: Path, folder: Path, *overrides: str, restarts: int = 0, ending_s: int = 30
+) -> Job:
+    """``ending_s``: torchrun's time from a signal until it kills the ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    launcher += ["--shutdown-timeout", str(ending_s)]
     launcher += ["--max-restarts", str(restarts), "--master-port", str(tiny_run.free_port())]
     return Job([*launcher, "-m", "llamax.train", "--config", str(path), *overrides], folder)
 
@@ -152,10 +172,10 @@ def nodes(count: int, path: Path, folder: Path, *overrides: str) -> list[Job]:
 def mpirun(ranks: int, path: Path, folder: Path, *overrides: str) -> Job:
     """The ranks under Open MPI.
 
-    It is given 10 s between SIGTERM and SIGKILL, which it always waits, and more than once.
+    It is given 20 s between SIGTERM and SIGKILL, which it always waits, and more than once.
     """
     launcher = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
-    launcher += ["--mca", "odls_base_sigkill_timeout", "10", "-n", str(ranks)]
+    launcher += ["--mca", "odls_base_sigkill_timeout", "20", "-n", str(ranks)]
     launcher += ["-x", "OMP_NUM_THREADS", "-x", f"MASTER_PORT={tiny_run.free_port()}"]
     return Job([*launcher, *TRAIN, str(path), *overrides], folder)
 

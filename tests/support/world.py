@@ -45,7 +45,8 @@ PRELOAD = [
     "llamax.backends.torch_distributed",
     "llamax.train",
 ]
-GRACE_S = 2.0  # what the other ranks get to finish after one of them has failed
+MOST_S = 300.0  # a call of some seconds on a machine that does much else
+GRACE_S = 5.0  # what the other ranks get to finish after one of them has failed
 
 
 class WorldError(AssertionError):
@@ -78,7 +79,7 @@ class World:
         for pipe in self.pipes[1:]:
             pipe.send_bytes(pickle.dumps(port))
 
-    def run(self, fn: Callable[..., Any], *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    def run(self, fn: Callable[..., Any], *args: Any, timeout_s: float = MOST_S) -> list[Any]:
         """The results of ``fn(*args)`` on every rank, in rank order.
 
         Raises WorldError with the traceback of the ranks that failed, or the stack of those that
@@ -124,7 +125,7 @@ class World:
             elif process.is_alive():
                 pipe.send_bytes(b"")
         for pipe, process in zip(self.pipes, self.processes, strict=True):
-            process.join(10)
+            process.join(60)
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -138,9 +139,12 @@ class World:
         """Where a rank is right now: its Python stack."""
         pid = self.processes[rank].pid
         assert pid is not None
+        path = Path(self._stacks(rank))
         os.kill(pid, signal.SIGUSR1)
-        time.sleep(0.1)
-        return Path(self._stacks(rank)).read_text().strip()
+        late = time.monotonic() + GRACE_S
+        while " in _serve\n" not in (text := path.read_text()) and time.monotonic() < late:
+            time.sleep(0.02)
+        return text.strip()
 
 
 class Worlds:
@@ -220,7 +224,7 @@ def _meet(rank: int, size: int, pipe: Connection) -> Any:
     """The store of the world, served by rank 0 on a loopback port that it sends by pipe."""
     import torch.distributed as dist
 
-    timeout = timedelta(seconds=60)
+    timeout = timedelta(seconds=MOST_S)
     if rank:
         port = pickle.loads(pipe.recv_bytes())
         return dist.TCPStore("127.0.0.1", port, size, False, timeout, wait_for_workers=False)

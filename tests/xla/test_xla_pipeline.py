@@ -160,7 +160,7 @@ def differences(case: Case, results: list[dict[str, Any]]) -> list[str]:
     ),
 )
 def test_traced_stages_step_as_one(case: Case) -> None:
-    results = ranks.run(case.mesh.world_size, on_replicas, case, stages=case.mesh.pp, timeout_s=200)
+    results = ranks.run(case.mesh.world_size, on_replicas, case, stages=case.mesh.pp)
     assert differences(case, results) == []
     stages, counted = case.mesh.pp, Counter(results[0]["programs"])
     passes = [name for name in counted if name.startswith(("forward", "backward"))]

@@ -143,19 +143,20 @@ def test_nothing_is_left_of_a_failure(tmp_path: Path) -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_nobody_writes_on_when_writing_has_failed(tmp_path: Path, processes: int) -> None:
     saved(tmp_path, worlds.llama())
-    threads = threading.active_count()
+    threads = {*threading.enumerate()}
 
     def fail(size_bytes: int) -> None:
         raise ValueError("the bar broke")
 
     with pytest.raises(ValueError, match="the bar broke") as caught:
         consolidate(tmp_path, tmp_path / "hub", progress=fail, processes=processes)
-    assert (threading.active_count(), multiprocessing.active_children()) == (threads, [])
+    assert {*threading.enumerate()} <= threads
+    assert multiprocessing.active_children() == []
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
     assert caught.tb  # which keeps all its frames alive
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 def test_a_signal_while_processes_start_leaves_none_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

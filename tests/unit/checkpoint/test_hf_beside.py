@@ -65,7 +65,7 @@ def test_rank_0_names_the_rank_that_wrote_nothing(tmp_path: Path) -> None:
     hf_beside.write_hf_folder_beside(folder, folder, 1, 3, 0.1)  # never complete: rank 0 says why
 
 
-@pytest.mark.timeout(60)  # savers wait for each other for up to 600 s
+@pytest.mark.timeout(300)  # savers wait for each other for up to 600 s
 def test_nobody_waits_for_a_checkpoint_that_was_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,7 +87,7 @@ def no_quota(source: Checkpoint, part: Path, one: Any, *args: Any) -> int:
     return 0
 
 
-@pytest.mark.timeout(60)  # rank 0 would wait for 600 s
+@pytest.mark.timeout(300)  # rank 0 would wait for 600 s
 @pytest.mark.parametrize("note", ["a note", "no room for a note"])
 @pytest.mark.parametrize(
     ("error", "why"),

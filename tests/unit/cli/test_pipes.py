@@ -33,7 +33,7 @@ from llamax.runtime.errors import LlamaxError
 from llamax.runtime.process import run_main
 from llamax.tools.monitor import plot
 
-pytestmark = pytest.mark.timeout(60)  # a pipe would wait for its other end
+pytestmark = pytest.mark.timeout(300)  # a pipe would wait for its other end
 
 
 def pipe(path: Path) -> None:

@@ -52,7 +52,7 @@ def test_bodies_that_arrive_at_once_have_a_limit() -> None:
     asyncio.run(run())
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("answered", [False, True])
 @pytest.mark.parametrize("head", [b"", b"GET / HTTP/1.1\r\nHost:"])
 def test_a_connection_without_a_request_is_closed(

@@ -54,7 +54,7 @@ def run(text: str, folder: Path, **environ: str) -> subprocess.CompletedProcess[
         text=True,
         capture_output=True,
         stdin=subprocess.DEVNULL,
-        timeout=60,
+        timeout=300,
     )
 
 

@@ -36,7 +36,7 @@ def run(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for name in ("torchrun", "python3", "mpirun", "neuron_parallel_compile"):
-        (tmp_path / name).write_text("#!/bin/bash\ntouch started\nexec -a llamax.train sleep 60\n")
+        (tmp_path / name).write_text("#!/bin/bash\ntouch started\nexec -a llamax.train sleep 600\n")
         (tmp_path / name).chmod(0o755)
     return tmp_path
 
@@ -44,7 +44,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def stranger() -> Iterator[subprocess.Popen[bytes]]:
     """A process that only its arguments make look like one of llamax."""
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "llamax"])
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "llamax"])
     yield process
     assert process.poll() is None, "the stranger was signalled"
     process.kill()
@@ -74,7 +74,7 @@ def pid_file(folder: Path) -> Path:
 def test_the_process_that_wrote_it_is_stopped(folder: Path, launcher: str) -> None:
     start, status, stop = the_job(launcher)
     process = subprocess.Popen(script(start, folder))
-    limit = time.monotonic() + 60
+    limit = time.monotonic() + 300
     while not (folder / "started").exists():
         assert process.poll() is None
         assert time.monotonic() < limit
@@ -100,8 +100,8 @@ def test_the_process_that_wrote_it_is_stopped(folder: Path, launcher: str) -> No
     done = run(stop, folder)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"train of run was asked to save and end; process {number} then ends\n"
-    assert process.wait(60) == -signal.SIGTERM
-    assert logs.wait(60) == 0, "the log is followed as long as the job runs"
+    assert process.wait(300) == -signal.SIGTERM
+    assert logs.wait(300) == 0, "the log is followed as long as the job runs"
     assert "no process of run is running" in run(stop, folder).stdout
     assert run(another(launcher, "logs"), folder).stdout == "step 1\n"
     assert run(another(launcher, "clean"), folder).returncode == 0

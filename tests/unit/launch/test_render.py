@@ -126,16 +126,16 @@ def test_actions_before_a_job_ran_end_well(tmp_path: Path, launcher: str, folder
         "clean": "",
     }
     start = ["bash", "-c", render(this, launcher, "train")]
-    done = subprocess.run(start, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(start, text=True, capture_output=True, timeout=300)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"there is no folder {where} on this machine; use one that mounts it\n"
     for what, out in said.items():
         command = ["bash", "-c", action(this, launcher, "train", what)]
         where.mkdir(exist_ok=True)
-        done = subprocess.run(command, text=True, capture_output=True, timeout=60)
+        done = subprocess.run(command, text=True, capture_output=True, timeout=300)
         assert (done.returncode, done.stdout, done.stderr) == (0, out, "")
         where.rmdir()
-        done = subprocess.run(command, text=True, capture_output=True, timeout=60)
+        done = subprocess.run(command, text=True, capture_output=True, timeout=300)
         assert (done.returncode, done.stdout) == (2, "")
         assert (
             done.stderr == f"there is no folder {where} on this machine; use one that mounts it\n"

@@ -39,7 +39,7 @@ def run(text: str, daemon: Daemon) -> subprocess.CompletedProcess[str]:
         env=environ,
         text=True,
         capture_output=True,
-        timeout=60,
+        timeout=300,
     )
 
 

@@ -66,7 +66,7 @@ def test_mpirun_is_ended(
     tmp_path: Path, run: subprocess.Popen[str], number: signal.Signals
 ) -> None:
     os.kill(int((tmp_path / "started").read_text()), number)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=300)
     assert (tmp_path / "saved").exists()
     assert (run.returncode, out) == (75, "step 1\n")
     assert err == "saved it\n"
@@ -77,7 +77,7 @@ def test_the_job_is_asked_to_stop(
     tmp_path: Path, run: subprocess.Popen[str], number: signal.Signals
 ) -> None:
     run.send_signal(number)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=300)
     assert (tmp_path / "saved").exists()
     code = 130 if number == signal.SIGINT else 75
     assert (run.returncode, out, err) == (code, "step 1\n", "saved it\n")
@@ -86,7 +86,7 @@ def test_the_job_is_asked_to_stop(
 def test_the_job_is_killed(tmp_path: Path, run: subprocess.Popen[str]) -> None:
     """Nobody waits for the ranks any more, but they save."""
     run.kill()
-    run.communicate(timeout=60)
+    run.communicate(timeout=300)
     assert (tmp_path / "saved").exists()
 
 
@@ -118,7 +118,7 @@ def test_links_in_the_folder_are_not_followed(tmp_path: Path, role: str) -> None
     (target / "a.log").write_text("a file of the user")
     (tmp_path / "processes").symlink_to(target)
     command = [*SUPERVISE, role, "processes", "true"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
     assert done.returncode == 2
     assert done.stderr == f"llamax: processes is a link to {target}; remove it\n"
     assert [path.name for path in target.iterdir()] == ["a.log"]
@@ -130,7 +130,7 @@ def test_files_of_others_stay_in_the_folder(tmp_path: Path) -> None:
     for name in ("notes.txt", "old-1.process", "old-1.log"):
         (folder / name).write_text("x")
     command = [*SUPERVISE, "start", "processes", *SUPERVISE, "rank", "processes", "false"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
     assert done.returncode == 1, done.stderr
     (report,) = folder.glob("*.process")
     assert report.read_text() == "ended 1"
@@ -143,7 +143,7 @@ def test_a_linked_log_ends_the_job_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("x")
     (folder / "a.log").symlink_to(tmp_path / "target")
     command = [*SUPERVISE, "start", "processes", "true"]
-    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    done = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, timeout=300)
     assert done.returncode == 2
     assert "a.log is a link to" in done.stderr
     assert (tmp_path / "target").read_text() == "x"

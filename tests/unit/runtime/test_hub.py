@@ -295,7 +295,7 @@ def test_one_process_downloads_while_others_wait(hub: Hub) -> None:
     ranks = [fork.Process(target=run, args=(queue,)) for _ in range(3)]
     for rank in ranks:
         rank.start()
-    folders = {queue.get(timeout=60) for _ in ranks}
+    folders = {queue.get(timeout=300) for _ in ranks}
     for rank in ranks:
         rank.join()
     assert len(folders) == 1

@@ -56,7 +56,7 @@ def test_a_bar_on_a_terminal_and_lines_elsewhere(
     stream = stderr(monkeypatch, terminal, "work  1.00G/4.00GiB |" if bars else "work")
     with Progress("work", 4 * 2**30) as bar:
         bar.update(2**30)
-        assert stream.written.wait(60)
+        assert stream.written.wait(300)
     text = stream.getvalue()
     assert ("\r" in text) == bars
     assert ("llamax: " in text) != bars
@@ -74,7 +74,7 @@ def test_work_of_unknown_length_shows_that_it_goes_on(
 ) -> None:
     stream = stderr(monkeypatch, terminal)
     with reported("work"):
-        assert stream.written.wait(60)
+        assert stream.written.wait(300)
     assert ("work  00:0" if terminal else "llamax: work: 0.0") in stream.getvalue()
 
 
@@ -85,7 +85,7 @@ def test_a_total_that_is_known_later(monkeypatch: pytest.MonkeyPatch) -> None:
         bar.start(8, "tensor")
         for _ in range(2):
             bar.update()
-        assert stream.written.wait(60)
+        assert stream.written.wait(300)
 
 
 def test_short_work_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,10 +99,10 @@ def test_short_work_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("at_once")
 def test_a_rank_that_is_not_the_first_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = stderr(monkeypatch, True)
-    before = threading.active_count()
+    before = {*threading.enumerate()}
     with Progress("work", 2, show=False) as bar:
         bar.update()
-        assert threading.active_count() == before
+        assert {*threading.enumerate()} <= before
     assert stream.getvalue() == ""
 
 
@@ -112,7 +112,7 @@ def test_an_error_ends_the_view(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fail() -> None:
         with Progress("work", 4, "row"):
-            assert stream.written.wait(60)
+            assert stream.written.wait(300)
             raise KeyError
 
     with pytest.raises(KeyError):
@@ -146,7 +146,7 @@ def test_bars_can_be_turned_off_for_a_block(at_once: None, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "stderr", terminal)
     setup_logging()
     with bars_allowed(False), reported("some work"):
-        assert terminal.written.wait(10)
+        assert terminal.written.wait(300)
     assert terminal.getvalue().startswith("llamax: some work: ")
     assert "\r" not in terminal.getvalue()
     with bars_allowed(False), bars_allowed(True):

@@ -14,7 +14,8 @@ LISTEN = """
 import sys, time
 from llamax.runtime import signals
 signals.install("quiet" not in sys.argv)
-signals.COMPILE_GRACE_S = 60.0 if "long" in sys.argv else 0.2
+signals.COMPILE_GRACE_S = 600.0 if "long" in sys.argv else 0.2
+signals.REPEAT_S = 600.0 if "copies" in sys.argv else 0.0
 if sys.argv[1] != "import":
     signals.hold()
 if sys.argv[1] == "step":
@@ -22,12 +23,14 @@ if sys.argv[1] == "step":
 print("ready", flush=True)
 while not signals.requested():
     time.sleep(0.01)
-time.sleep(60.0 if 'long' in sys.argv else 1.0)
+print("asked", flush=True)
+sys.stdin.readline()
 signals.rest()
 print("heard", signals.requested(), flush=True)
-time.sleep(0.5)
+sys.stdin.readline()
 sys.exit(7)
 """
+WAIT_S = 120
 
 
 def listening(*words: str, ignored: bool = False) -> subprocess.Popen[str]:
@@ -36,13 +39,25 @@ def listening(*words: str, ignored: bool = False) -> subprocess.Popen[str]:
     quietly += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     process = subprocess.Popen(
         [sys.executable, "-c", (quietly if ignored else "") + LISTEN, *words],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    assert line(process) == "ready"
     return process
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    """The next line that the program prints."""
+    assert process.stdout is not None
+    return process.stdout.readline().rstrip("\n")
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
@@ -56,17 +71,18 @@ def listening(*words: str, ignored: bool = False) -> subprocess.Popen[str]:
 )
 def test_signals_by_phase(phase: str, code: int, said: str, signum: int) -> None:
     process = listening(phase)
-    assert process.stdout is not None
     assert process.stderr is not None
     process.send_signal(signum)
     if signum == signal.SIGINT and code == 75:
         code = 130
     if phase == "step":
-        time.sleep(0.3)
+        assert line(process) == "asked"
         process.send_signal(signal.SIGTERM)  # a second one changes nothing
-        assert process.stdout.readline() == f"heard {signal.Signals(signum).name}\n"
+        go_on(process)
+        assert line(process) == f"heard {signal.Signals(signum).name}"
         process.send_signal(signum)  # nor does one at the very end
-    assert process.wait(30) == code
+        go_on(process)
+    assert process.wait(WAIT_S) == code
     assert said in process.stderr.read()
 
 
@@ -75,9 +91,9 @@ def test_signals_by_phase(phase: str, code: int, said: str, signum: int) -> None
 def test_ctrl_c_after_a_signal_ends_at_once(phase: str, first: signal.Signals) -> None:
     process = listening(phase, "long")
     process.send_signal(first)
-    time.sleep(0.5)
+    assert line(process) == "asked"
     process.send_signal(signal.SIGINT)
-    out, said = process.communicate(timeout=30)
+    out, said = process.communicate(timeout=WAIT_S)
     assert (process.returncode, out) == (130, "")
     assert said == (
         f"llamax: stopped by {first.name} and by Ctrl-C at once, without saving; earlier "
@@ -89,25 +105,29 @@ def test_torchrun_passes_the_second_ctrl_c_on_as_sigterm(monkeypatch: pytest.Mon
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     process = listening("step", "long")
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    assert line(process) == "asked"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 130
+    assert process.wait(WAIT_S) == 130
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")
     process = listening("step")
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    assert line(process) == "asked"
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 7
+    go_on(process)
+    assert line(process) == "heard SIGINT"
+    go_on(process)
+    assert process.wait(WAIT_S) == 7
 
 
 def test_a_copy_of_ctrl_c_does_not_end_at_once() -> None:
-    process = listening("step")
+    process = listening("step", "copies")
     process.send_signal(signal.SIGINT)
-    assert process.stdout is not None
-    time.sleep(0.05)
+    assert line(process) == "asked"
     process.send_signal(signal.SIGINT)
-    assert process.stdout.readline() == "heard SIGINT\n"
-    assert process.wait(30) == 7
+    go_on(process)
+    assert line(process) == "heard SIGINT"
+    go_on(process)
+    assert process.wait(WAIT_S) == 7
 
 
 def test_signals_ignored_at_the_start_stay_ignored() -> None:
@@ -117,19 +137,21 @@ def test_signals_ignored_at_the_start_stay_ignored() -> None:
         time.sleep(0.1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 75
+    assert process.wait(WAIT_S) == 75
     assert process.stderr is not None
     assert "stopped by SIGTERM" in process.stderr.read()
 
 
 def test_only_rank_0_reports_a_signal_to_all_ranks() -> None:
     listen = subprocess.Popen(
-        [sys.executable, "-c", LISTEN, "import", "quiet"], stdout=-1, stderr=-1
+        [sys.executable, "-c", LISTEN, "import", "quiet"], stdin=-1, stdout=-1, stderr=-1
     )
     assert listen.stdout is not None
     listen.stdout.readline()
     listen.send_signal(signal.SIGTERM)
-    assert listen.communicate(timeout=30) == (b"", b"")
+    out, said = listen.communicate(timeout=WAIT_S)
+    assert said == b""
+    assert out in (b"", b"asked\n")
     assert listen.returncode == 75
 
 
@@ -161,7 +183,7 @@ if "GLIBC_TUNABLES" in os.environ:  # started again: they are held back until so
     print("held", flush=True)
 process.steady_heap()
 signals.install()
-import time; time.sleep(10)
+import time; time.sleep(600)
 print("never reached")
 """
     environ = {key: value for key, value in os.environ.items() if key != "GLIBC_TUNABLES"}

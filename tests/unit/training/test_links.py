@@ -115,7 +115,7 @@ def test_a_report_is_written_through_no_link(
     assert "<html" in out.read_text()
 
 
-@pytest.mark.timeout(60)  # a pipe would wait for its other end
+@pytest.mark.timeout(300)  # a pipe would wait for its other end
 @pytest.mark.parametrize("kind", ["link", "pipe"])
 def test_a_linked_heartbeat_is_no_heartbeat(tmp_path: Path, kind: str) -> None:
     """Neither for the other ranks of the run nor for who watches it."""

@@ -155,7 +155,7 @@ def test_one_of_two_ranks_reports_a_small_disk(tiny: Config, tmp_path: Path) -> 
     with small_disk(tmp_path / "disk", "128k"):
         small = replace(tiny, run=replace(tiny.run, folder=str(tmp_path / "disk/run")))
         process = torchrun(2, write(small, tmp_path / "run.toml"))
-        _, stderr = process.communicate(timeout=200)
+        _, stderr = process.communicate(timeout=300)
     ours = [line for line in stderr.splitlines() if "no room" in line]
     assert process.returncode != 0
     assert len(ours) == 1

@@ -40,7 +40,7 @@ def test_a_model_that_takes_long_to_build_is_reported(
         """A Llama that is ready when the log has reported that it is being built."""
 
         def init(self, seed: int) -> Llama:
-            assert building.logged.wait(60)
+            assert building.logged.wait(300)
             return super().init(seed)
 
     (tmp_path / "data").mkdir()

@@ -14,4 +14,4 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Any:
     yield guard
     assert guard.process.stdin is not None
     guard.process.stdin.close()
-    assert guard.process.wait(30) == 0
+    assert guard.process.wait(300) == 0

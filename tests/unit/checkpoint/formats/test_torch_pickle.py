@@ -277,7 +277,7 @@ def test_structures_that_explode_do_not() -> None:
 DOUBLED = b")" + b"q\0h\0\x86" * 60  # a tuple of itself twice, 60 times
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("tail", "words"),
     {

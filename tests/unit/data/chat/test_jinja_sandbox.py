@@ -17,7 +17,7 @@ from llamax.data.chat import jinja_sandbox
 from llamax.data.chat.templates import Template, make_sample
 from llamax.runtime.errors import DataError
 
-pytestmark = pytest.mark.timeout(60)  # a template that does not end is a failure
+pytestmark = pytest.mark.timeout(300)  # a template that does not end is a failure
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.hosts import host_with, levels, trainium
+from support.tiny_run import free_port
 
 from llamax.config.hardware import LOCAL, load_machine
 from llamax.tools.doctor import Host, machine, versions
@@ -83,9 +84,8 @@ def test_ports_that_the_kernel_hands_out(tmp_path: Path, kept: str, span: str, l
 
 def test_a_port_in_use_is_found() -> None:
     with socket.socket() as held:
-        held.bind(("", 0))
+        held.bind(("", port := free_port()))
         held.listen()
-        port = held.getsockname()[1]
         assert levels(machine.port_free(port)) == {"port in use": "warning"}
     assert levels(machine.port_free(port)) == {"port in use": "ok"}
 
