@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from shlex import quote
 
-from llamax.launch import cluster, image, prepare, sagemaker, sagemaker_serve, serving
+from llamax.launch import cluster_checks, image, prepare, sagemaker, sagemaker_serve, serving
 from llamax.launch.environment import RESERVED
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.errors import ConfigError
@@ -42,7 +42,7 @@ def problems(job: JobFile, launcher: str, phase: str) -> list[str]:
     found = list(_job(job))
     if phase == "cluster":
         return found or [
-            *cluster.problems(job, launcher),
+            *cluster_checks.problems(job, launcher),
             *(_kubernetes(job) if launcher == "k8s" else ()),
         ]
     if launcher not in ("k8s", "sagemaker"):  # they have stricter rules, below

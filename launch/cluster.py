@@ -19,7 +19,6 @@ Learning AMIs, base GPU AMI; Service Quotas of Amazon EC2 and SageMaker.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from shlex import quote
 from typing import Any
@@ -38,11 +37,6 @@ AMIS = {  # SSM parameters with the newest image
 }
 FAMILIES = {"trn": "Trn", "inf": "Inf", "p": "P", "g": "G and VT"}  # of quotas, by instance type
 TOOLS = {"k8s": "eksctl", "slurm": "pcluster", "torchrun": "aws", "sagemaker": "aws"}
-REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d")
-ZONE = re.compile(r"[a-z]{2}(-[a-z]+)+-\d[a-z]")
-SUBNET = re.compile(r"subnet-[0-9a-f]+")
-WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,254}")
-STACK = re.compile(r"[a-zA-Z][a-zA-Z0-9-]{0,59}")
 
 
 def render(job: JobFile, launcher: str) -> str:
@@ -245,6 +239,11 @@ def _instance(job: JobFile) -> str:
         }
     ]
     return f"""{_head(job, f"one {job.machine.name}")}\
+{_find_instance(name)}\
+if [[ $id ]]; then
+    echo "$id of this job exists already; --action status shows it, --action clean deletes it" >&2
+    exit 2
+fi
 image=$(aws ssm get-parameter --name {AMIS[job.machine.neuron]} \\
     --query Parameter.Value --output text)
 vpc=$(aws ec2 describe-subnets --subnet-ids {cluster.subnet} \\
@@ -268,6 +267,15 @@ host=$(aws ec2 describe-instances --instance-ids "$id" --output text \\
     --query 'Reservations[0].Instances[0].PublicDnsName')
 echo "$id runs; TensorBoard and notebooks through the tunnel:"
 echo "ssh -L 6006:127.0.0.1:6006 -L 8888:127.0.0.1:8888 ubuntu@$host"
+"""
+
+
+def _find_instance(name: str) -> str:
+    """Lines that set ``id`` to the ids of the instances of a job, which may be none."""
+    return f"""id=$(aws ec2 describe-instances --output text \\
+    --filters Name=tag:llamax,Values={name} \\
+    Name=instance-state-name,Values=pending,running,stopping,stopped \\
+    --query 'Reservations[].Instances[].InstanceId')
 """
 
 
@@ -312,10 +320,7 @@ def action(job: JobFile, launcher: str, what: str) -> str:
     """The script of an action: status, or clean, which deletes the cluster."""
     name, region = job.name, job.cluster.region
     find = f"""export AWS_DEFAULT_REGION={region}
-id=$(aws ec2 describe-instances --output text --filters Name=tag:llamax,Values={name} \\
-    Name=instance-state-name,Values=pending,running,stopping,stopped \\
-    --query 'Reservations[].Instances[].InstanceId')
-[[ $id ]] || echo "EC2 has no instance {name} in {region}"
+{_find_instance(name)}[[ $id ]] || echo "EC2 has no instance {name} in {region}"
 """
     claim = f"--namespace {quote(job.kubernetes.namespace)} {quote(job.storage.claim)}"
     status = {
@@ -340,61 +345,3 @@ id=$(aws ec2 describe-instances --output text --filters Name=tag:llamax,Values={
     body = status[launcher] if what == "status" else delete[launcher]
     lint = "# shellcheck disable=SC2086  # several ids\n" if launcher == "torchrun" else ""
     return f"{SHEBANG}\n{lint}set -euo pipefail\n{body}"
-
-
-def problems(job: JobFile, launcher: str) -> Iterator[str]:
-    """What AWS or its tools would refuse, one line each."""
-    cluster, machine = job.cluster, job.machine
-    if not REGION.fullmatch(cluster.region):
-        yield f"cluster.region={cluster.region!r} is no region; use one such as us-west-2"
-    if not machine.instance_type or not machine.name.startswith(tuple(FAMILIES)):
-        yield f"instance={job.instance!r} is no instance type of AWS with accelerators; use one"
-    if launcher == "sagemaker":
-        return
-    if not STACK.fullmatch(job.name):
-        yield f"name={job.name!r} cannot name a cluster; use letters, digits and -, at most 60"
-    region = cluster.region if REGION.fullmatch(cluster.region) else ""
-    place = region or "a region"
-    if not _is_zone(cluster.zone, region):
-        yield (
-            f"cluster.zone={cluster.zone!r} is no zone of {place}; use one such as "
-            f"{region or 'us-west-2'}d"
-        )
-    if cluster.storage_gib != 1200 and cluster.storage_gib % 2400 and launcher != "torchrun":
-        yield (
-            f"cluster.storage_gib={cluster.storage_gib} is no size of FSx for Lustre; use 1200 or "
-            "a multiple of 2400"
-        )
-    if launcher == "k8s":
-        if not _is_zone(cluster.second_zone, region) or cluster.second_zone == cluster.zone:
-            yield (
-                f"cluster.second_zone={cluster.second_zone!r} is no other zone of {place}; EKS "
-                "needs two, the nodes are in the first"
-            )
-        return
-    if launcher == "torchrun" and job.nodes > 1:
-        yield f"nodes={job.nodes} but --on torchrun makes one instance; use --on slurm or k8s"
-    needs_private = launcher == "slurm" and (machine.efa > 1 or cluster.nodes_subnet != "")
-    private = SUBNET.fullmatch(cluster.nodes_subnet) and cluster.nodes_subnet != cluster.subnet
-    if needs_private and not private:
-        yield (
-            f"cluster.nodes_subnet={cluster.nodes_subnet!r} is no other subnet; use a private one "
-            "in the zone: machines with several network interfaces get no public address"
-        )
-    if not SUBNET.fullmatch(cluster.subnet):
-        yield (
-            f"cluster.subnet={cluster.subnet!r} is no subnet; use one in the zone, such as "
-            "subnet-0123456789abcdef0"
-        )
-    if not WORD.fullmatch(cluster.key):
-        yield f"cluster.key={cluster.key!r} is no name of an EC2 key pair, which ssh needs"
-    if not re.fullmatch(r"\d+(\.\d+){3}/\d+", cluster.ssh_from) or cluster.ssh_from.endswith("/0"):
-        yield (
-            f"cluster.ssh_from={cluster.ssh_from!r} is no range of addresses; use yours, such as "
-            "203.0.113.7/32"
-        )
-
-
-def _is_zone(name: str, region: str) -> bool:
-    """Whether a name can be that of an availability zone in a region; "": in any."""
-    return bool(ZONE.fullmatch(name)) and name.startswith(region)

@@ -38,7 +38,7 @@ from llamax.config.hardware import (
     load_machine,
     near_machines,
 )
-from llamax.config.load import describe, load_config
+from llamax.config.load import describe, load_config, recipes
 from llamax.config.neuron_sdk import Match, find_sdk, torchneuron_sdk, trn1_sdk
 from llamax.config.rules.parallel import node_limit
 from llamax.config.schema import Config
@@ -306,7 +306,16 @@ def instances() -> list[str]:
 
 def load(path: str | Path) -> JobFile:
     """The job of a TOML file; raises one ConfigError that lists everything wrong with it."""
-    return parse(read_toml(path), str(path), Path(path).parent)
+    kind = "a recipe" if not Path(path).exists() and str(path) in recipes() else ""
+    tables = {} if kind else read_toml(path)
+    if not {"name", "recipe"} & {*tables} and {each.name for each in fields(Config)} & {*tables}:
+        kind = "the configuration of a run"
+    if kind:
+        raise ConfigError(
+            f"{path} is {kind}, not a job file; write a job file with recipe = {to_toml(str(path))}"
+            ", a name, and what it runs on (llamax launch --help)"
+        )
+    return parse(tables, str(path), Path(path).parent)
 
 
 def parse(tables: dict[str, Any], where: str = "job", folder: Path = Path()) -> JobFile:

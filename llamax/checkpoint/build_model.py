@@ -239,6 +239,18 @@ def check_resumed(finetune: FinetuneConfig, resumed: Checkpoint, first: Source |
     found.check_base(resumed.folder, first)
 
 
+def default_dtype(source: Source, device: torch.device | str) -> torch.dtype:
+    """The type that a model is loaded in unless another is chosen: that of its files.
+
+    float16 is taken on GPUs alone; elsewhere it becomes float32, which holds the same numbers: CPUs
+    compute it slowly, NeuronCores not at all.  Other types become float32 as well.
+    """
+    stored = source.dtype("model.embed_tokens.weight")
+    on_gpu = torch.device(device).type == "cuda"
+    as_stored = stored == torch.bfloat16 or (stored == torch.float16 and on_gpu)
+    return stored if as_stored else torch.float32
+
+
 def load_tuned(
     adapter: Path | str,
     base_folder: Path | str | None = None,
@@ -249,7 +261,7 @@ def load_tuned(
     """A base with adapters beside it, for generation and evaluation.
 
     ``adapter``: a PEFT folder, or a run or checkpoint of adapters.  ``base_folder``: where the
-    adapter says, unless given.  ``dtype``: that of the base's files unless given.  The base is
+    adapter says, unless given.  ``dtype``: ``default_dtype`` of the base unless given.  The base is
     quantised as it was in training.  Adapters that differ from layer to layer, or that change more
     than projections, are merged into the base as it is loaded.
     Raises CheckpointError where they do not belong together.
@@ -258,8 +270,7 @@ def load_tuned(
     frozen = open_source(base_folder or find_base_folder(source.folder, found))
     finetune_info(FinetuneConfig(), frozen)
     found.check_base(source.folder, frozen)
-    narrow = frozen.dtype("model.embed_tokens.weight") == torch.bfloat16
-    kind = dtype or (torch.bfloat16 if narrow else torch.float32)
+    kind = dtype or default_dtype(frozen, device)
     tp = tp or Solo("tp", device)
     layers = ModelConfig.from_hub(frozen.model).num_hidden_layers
     if isinstance(source, PeftFolder) and not source.is_uniform(layers):

@@ -40,6 +40,11 @@ class Parser(argparse.ArgumentParser):
         more = f"{self.prog} --help lists the options"
         self.exit(2, f"{self.prog}: {message}; {self._hint(message) or more}\n")
 
+    def nearest(self, word: str) -> str:
+        """The option that a misspelt one is nearest to, or nothing."""
+        name = word.partition("=")[0]
+        return next(iter(difflib.get_close_matches(name, self._option_string_actions, 1, 0.7)), "")
+
     def _hint(self, message: str) -> str:
         """What to write instead, if the mistake is a dash or a misspelt option; or nothing."""
         words = list(itertools.takewhile(lambda word: word != "--", self._words))
@@ -49,17 +54,18 @@ class Parser(argparse.ArgumentParser):
             if value and option == value[1] and word in unknown:
                 return f"a value that begins with - needs an equals sign: {option}={word}"
         for word in unknown:
-            names = difflib.get_close_matches(word.partition("=")[0], self._option_string_actions)
-            if word.startswith("--") and names:
-                return f"did you mean {names[0]}?"
+            if word.startswith("--") and (name := self.nearest(word)):
+                return f"did you mean {name}?"
             if not word.startswith("--"):
                 return f"a name that begins with - stands last, after --: {self.prog} ... -- {word}"
         return ""
 
     def _knows(self, word: str) -> bool:
-        """Whether a word is an option, or the start of one."""
-        name = word.partition("=")[0]
-        return any(option.startswith(name) for option in self._option_string_actions)
+        """Whether a word is an option, or the start of one where that is enough."""
+        name, options = word.partition("=")[0], self._option_string_actions
+        return name in options or (
+            self.allow_abbrev and any(option.startswith(name) for option in options)
+        )
 
 
 def command(main: Main) -> Main:
@@ -85,7 +91,10 @@ def add_computing(
 ) -> None:
     """Add the options of a program that computes with a model in files."""
     parser.add_argument(
-        "--dtype", choices=MODEL_DTYPES, default="", help="default: that of the files"
+        "--dtype",
+        choices=MODEL_DTYPES,
+        default="",
+        help="default: that of the files, with float16 as float32 except on cuda",
     )
     parser.add_argument("--backend", choices=backends, default="cpu", help="default %(default)s")
     parser.add_argument(

@@ -31,7 +31,7 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--config", required=True, help="a recipe's name or a TOML file")
+    p.add_argument("--config", default="", help="a recipe's name or a TOML file")
     p.add_argument("--ranks", type=number, metavar="N", help="number of ranks to start here")
     p.add_argument(
         "--precompile",
@@ -43,7 +43,13 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str]) -> int:
     """``--config NAME_OR_PATH [--section.key=value ...]``; ``--help`` lists every key."""
-    options, overrides = parser().parse_known_args(list(argv))
+    p = parser()
+    options, overrides = p.parse_known_args(list(argv))
+    for word in overrides:
+        if word.startswith("--") and "." not in word.partition("=")[0] and p.nearest(word):
+            p.error(f"{word} is an unknown option")
+    if not options.config:
+        p.error("--config is missing; give a recipe's name or a TOML file")
     where = rendezvous(os.environ)
     setup_logging(f"rank {where.rank}", main=where.rank == 0)
     with report_errors_once(where):

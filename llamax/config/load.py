@@ -69,6 +69,11 @@ def load_config(
     recipe = is_recipe(path)
     where = f"recipe {path.stem}" if recipe else str(path)
     tables = read_toml(path)
+    if "recipe" in tables:
+        raise ConfigError(
+            f"{path} is a job file, which llamax launch and llamax doctor take as --job; --config "
+            "takes a recipe's name or the TOML file of a run"
+        )
     return parse_config(tables, overrides, world_size, where, given_in, recipe, within, node_ranks)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llamax.checkpoint.build_model import load_tuned
+from llamax.checkpoint.build_model import default_dtype, load_tuned
 from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, has_tokenizer, open_source
 from llamax.checkpoint.load import load_weights
 from llamax.checkpoint.peft import (
@@ -71,10 +71,9 @@ class LoadedModel:
         """The tokens that end an answer."""
         return {*self.model.eos_token_ids, *(self.prompt.turn_ends if self.prompt else ())}
 
-    def dtype(self, chosen: str = "") -> torch.dtype:
-        """The type of the weights: ``chosen``, or that of the files (float32 for other types)."""
-        narrow = self.source.dtype("model.embed_tokens.weight") == torch.bfloat16
-        return DTYPES[chosen] if chosen else torch.bfloat16 if narrow else torch.float32
+    def dtype(self, device: torch.device, chosen: str = "") -> torch.dtype:
+        """The type of the weights: ``chosen``, or ``default_dtype`` of the files."""
+        return DTYPES[chosen] if chosen else default_dtype(self.source, device)
 
     def build(
         self,
@@ -84,7 +83,7 @@ class LoadedModel:
         model_class: type[Llama] = Llama,
         quantize: str = "",
     ) -> Llama:
-        """Build the model on this tensor-parallel rank; ``dtype`` by default that of the files.
+        """Build the model on this tensor-parallel rank; ``dtype`` by default ``default_dtype``.
 
         ``model_class``: the subclass of Llama that was trained.  Warns if another one was.
         ``quantize``: "int8" for linear layers in 8 bits.
@@ -106,7 +105,7 @@ class LoadedModel:
                 raise ConfigError(f"{self.adapter} holds adapters, which take no `model_class`")
             kind = DTYPES[dtype] if dtype else None
             return load_tuned(self.adapter, self.source.folder, tp, device, kind)
-        kind = self.dtype(dtype)
+        kind = self.dtype(device, dtype)
         model = model_class(self.model, tp, dtype=kind, device=device)
         if model_class is not Llama:
             model.to(device, kind)

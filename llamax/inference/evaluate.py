@@ -101,7 +101,8 @@ def evaluate(
         out: New JSONL file: each row with its answer and scores.
         tokenizer: Tokenizer file or folder; by default the model's or that of its dataset.
         base: Base model of adapters, if it is not where they say.
-        dtype: Type of the weights, "float32" or "bfloat16"; by default that of the files.
+        dtype: Type of the weights, by default that of the files; float16 files are
+            loaded as float16 on GPUs and as float32 elsewhere.
         backend: "cpu", "cuda" or "neuron".
         threads: CPU threads per rank; 0: an equal share of the cores.
         quantize: "int8" for linear layers in 8 bits, on backend "cpu".

@@ -89,7 +89,7 @@ class GenerationSettings:
     batch: int = 8
     """Number of prompts computed at once."""
     dtype: str = ""
-    """Type of the weights, "float32" or "bfloat16"; by default that of the files."""
+    """Type of the weights, such as "bfloat16"; empty: that of the files, float16 only on GPUs."""
     backend: str = "cpu"
     """Backend: "cpu", "cuda", "neuron" or "xla"."""
     quantize: str = ""

@@ -231,8 +231,8 @@ def load(
     Args:
         path: Run (its newest step), step, Hugging Face folder, exported folder or adapter folder.
         device: "cpu", "cuda", "cuda:1" for the second GPU, or "neuron"; or torch's.
-        dtype: Type of the weights, "float32" or "bfloat16", or torch's; by default that of the
-            files.
+        dtype: Type of the weights, such as "bfloat16", or torch's; by default that of the files;
+            float16 files are loaded as float16 on GPUs and as float32 elsewhere.
         tokenizer: Tokenizer file or folder; by default the model's or that of its dataset.
         base: Base model of adapters, if it is not where they say.
         model_class: Subclass of Llama that was trained, if one was.

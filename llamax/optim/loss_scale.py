@@ -32,19 +32,19 @@ STATE = "loss_scale"  # in the state of a checkpoint
 class LossScaleState:
     """The numbers of a loss scale on the host.
 
-    ``good_steps``: updates since the scale last changed; ``skipped_steps``: steps of the run
+    ``good_steps``: updates since the scale last changed; ``overflowed_steps``: steps of the run
     without an update.
     """
 
     scale: float
     good_steps: int = 0
-    skipped_steps: int = 0
+    overflowed_steps: int = 0
 
     @classmethod
     def of(cls, values: Sequence[float]) -> LossScaleState:
         """The state in fetched values, in the order of ``LossScale.tensors``."""
-        scale, good_steps, skipped_steps = values
-        return cls(scale, int(good_steps), int(skipped_steps))
+        scale, good_steps, overflowed_steps = values
+        return cls(scale, int(good_steps), int(overflowed_steps))
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -62,7 +62,7 @@ class LossScaleState:
             found = cls(**state[STATE])
         except TypeError:
             found = cls(math.nan)
-        counts = found.good_steps, found.skipped_steps
+        counts = found.good_steps, found.overflowed_steps
         sound = type(found.scale) in (int, float) and 0 < found.scale < math.inf
         if not sound or not all(type(n) is int and 0 <= n < 2**24 for n in counts):
             raise CheckpointError(
@@ -91,15 +91,21 @@ class LossScale:
 
     def load(self, state: LossScaleState) -> None:
         """Take the numbers of a checkpoint."""
-        numbers = torch.tensor([state.scale, float(state.good_steps), float(state.skipped_steps)])
-        self.scale, self.good_steps, self.skipped_steps = (  # 0-d, a 0 would be a constant on XLA
+        numbers = torch.tensor(
+            [state.scale, float(state.good_steps), float(state.overflowed_steps)]
+        )
+        (
+            self.scale,
+            self.good_steps,
+            self.overflowed_steps,
+        ) = (  # 0-d, a 0 would be a constant on XLA
             number.clone().to(self.device) for number in numbers.split(1)
         )
 
     @property
     def tensors(self) -> list[Tensor]:
         """The numbers on the device, of this moment."""
-        return [self.scale, self.good_steps, self.skipped_steps]
+        return [self.scale, self.good_steps, self.overflowed_steps]
 
     def update(self, grad_norm: Tensor) -> None:
         """Follow a step with this norm; it made an update where the norm is finite.
@@ -116,4 +122,4 @@ class LossScale:
         kept = torch.where(enough, grown, self.scale)
         self.scale = torch.where(updated, kept, self.scale * self.backoff)
         self.good_steps = torch.where(updated, torch.where(enough, none, good), none)
-        self.skipped_steps = self.skipped_steps + torch.where(updated, none, one)
+        self.overflowed_steps = self.overflowed_steps + torch.where(updated, none, one)

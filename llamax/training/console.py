@@ -39,7 +39,7 @@ def line(record: Record, steps: int, width: int = 0) -> str:
         "grad": f"grad {record.grad_norm:8.3f}",
         "scale": ""
         if record.loss_scale is None
-        else _scale(record.loss_scale, record.skipped_steps),
+        else _scale(record.loss_scale, record.overflowed_steps),
         "lr": f"lr {record.lr:.2e}",
         "tokens": f"{show_number(record.tokens_per_s):>6} tokens/s",
         "mfu": f"mfu {record.mfu:6.1%}" if record.mfu else "",
@@ -54,8 +54,9 @@ def line(record: Record, steps: int, width: int = 0) -> str:
     return _joined(parts)
 
 
-def _scale(scale: float, skipped: int | None) -> str:
-    return f"scale {scale:<8g}" + (f" ({count(skipped, 'step')} skipped)" if skipped else "")
+def _scale(scale: float, overflowed: int | None) -> str:
+    more = f" ({count(overflowed, 'step')} overflowed)" if overflowed else ""
+    return f"scale {scale:<8g}{more}"
 
 
 def _joined(parts: dict[str, str]) -> str:

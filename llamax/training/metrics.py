@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 # ---- the record
 
-WHOLE = ("step", "consumed_tokens", "memory_bytes", "skipped_steps", "rewinds")
+WHOLE = ("step", "consumed_tokens", "memory_bytes", "overflowed_steps", "rewinds")
 LONGEST_LINE = 2**20
 ANY_NUMBER = ("loss", "grad_norm", "validation_loss")
 SKIPPED = "skipped_samples"
@@ -63,7 +63,7 @@ class Record:
     mfu: float = 0.0  # 0 where the peak of the devices is not known, as on CPUs
     validation_loss: float | None = None
     loss_scale: float | None = None  # of the next step; in float16
-    skipped_steps: int | None = None  # of the run so far, for a gradient that overflowed
+    overflowed_steps: int | None = None  # of the run so far, for a gradient that overflowed
     skipped_samples: list[int] | None = None  # of a step without an update: its global batch
     rewinds: int | None = None  # how often the run has gone back to a checkpoint, if ever
 
@@ -243,7 +243,7 @@ def tagged(record: Record) -> dict[str, float]:
         "consumed_tokens": record.consumed_tokens,
         "validation_loss": record.validation_loss,
         "loss_scale": record.loss_scale,
-        "skipped_steps": record.skipped_steps,
+        "overflowed_steps": record.overflowed_steps,
         "skipped": None if record.skipped_samples is None else 1.0,
     }
     return {tag: value for tag, value in tags.items() if value is not None}

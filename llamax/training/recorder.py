@@ -92,7 +92,7 @@ class Recorder:
                 memory_bytes=throughput.memory(),
                 validation_loss=result.validation_loss,
                 loss_scale=scale.scale if scale else None,
-                skipped_steps=scale.skipped_steps if scale else None,
+                overflowed_steps=scale.overflowed_steps if scale else None,
                 skipped_samples=[*self.samples(result.number)] if skipped else None,
                 rewinds=self.rewinds or None,
             )

@@ -267,7 +267,7 @@ class TrainState:
         loss = total / count
         factor = self.step_tokens / count + (total - total)  # NaN, which cancels the update, or 0
         if scaling is not None:
-            factor, updates = factor / scaling.scale.squeeze(0), step - scaling.skipped_steps
+            factor, updates = factor / scaling.scale.squeeze(0), step - scaling.overflowed_steps
         if spikes is not None:
             accepts, updates = [partial(spikes.accepts, bounds, loss)], step - spikes.skipped
         grad_norm = self.optimizer.step(lr.squeeze(0), updates.squeeze(0), factor, *accepts)

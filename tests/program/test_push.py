@@ -144,7 +144,13 @@ def test_what_cannot_be_pushed_is_one_line(
             "org/x",
             r"there is no folder .*none; give the folder of an export",
         ),
-        (folder, "mine", r"hf://mine names no repository of the Hub; write hf://org/name@REV"),
+        (
+            folder,
+            "mine",
+            "mine is no name of a repository; write its owner too, .* such as me/mine",
+        ),
+        (folder, "a/b/c", r"hf://a/b/c names a file of a repository; write hf://a/b"),
+        (home / "none", str(folder), r"none; the folder comes first: llamax push .*hub org/name"),
         (folder, "org/x@" + "a" * 40, r"is a commit, which cannot change; name a branch to write"),
     ]
     for place, name, words in cases:

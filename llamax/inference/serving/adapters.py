@@ -100,7 +100,7 @@ def build_served(
         )
     opened = {name: open_adapter(each.adapter) for name, each in tuned.items() if each.adapter}
     first = _settings(opened, loaded.model.num_hidden_layers)
-    like = torch.empty(0, dtype=loaded.dtype(dtype), device=device)
+    like = torch.empty(0, dtype=loaded.dtype(device, dtype), device=device)
     if first.method == "lora":
         model = loaded.build(tp, device, dtype)
     else:

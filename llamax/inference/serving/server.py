@@ -52,7 +52,7 @@ class ServeSettings:
     api_key_file: str = ""
     """File with the keys of clients, one per line; empty: none is needed."""
     dtype: str = ""
-    """Type of the weights, "float32" or "bfloat16"; by default that of the files."""
+    """Type of the weights, such as "bfloat16"; empty: that of the files, float16 only on GPUs."""
     backend: str = "cpu"
     """Backend: "cpu", "cuda" or "neuron"."""
     threads: int = 0

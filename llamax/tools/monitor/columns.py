@@ -21,7 +21,7 @@ OPTIONAL = {  # where a record has none
     "mfu": 0.0,
     "validation_loss": NAN,
     "loss_scale": NAN,
-    "skipped_steps": NAN,
+    "overflowed_steps": NAN,
     SKIPPED: NAN,
     "rewinds": NAN,
 }

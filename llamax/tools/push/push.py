@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +74,11 @@ def push(
         HubError: If the Hub cannot be written to.
     """
     folder = Path(folder)
+    if not folder.is_dir() and Path(repository).is_dir():
+        raise ConfigError(
+            f"there is no folder {folder}; the folder comes first: llamax push "
+            f"{in_shell(Path(repository))} org/name"
+        )
     name = _target(repository, revision)
     _refuse_a_run(folder)
     adapters = (folder / ADAPTER_CONFIG).is_file()
@@ -111,6 +117,11 @@ def push(
 
 
 def _target(repository: str, revision: str) -> HubName:
+    if re.fullmatch(r"[\w.-]+", repository):
+        raise ConfigError(
+            f"{repository} is no name of a repository; write its owner too, you or an "
+            f"organisation, such as me/{repository}"
+        )
     uri = repository if repository.startswith("hf:") else f"hf://{repository}"
     name = hub_name(uri)
     assert name is not None, "hf:// is never a path"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import pytest
 import support.checkpoints as worlds
 import torch
+from safetensors.torch import save_file
 from support.saving import refused
 
 from llamax.checkpoint import Checkpoint, check_shapes, load_owned, load_weights
+from llamax.checkpoint.build_model import default_dtype
+from llamax.checkpoint.hf_folder import HfFolder
+from llamax.model.llama import Llama
 
 MODEL = worlds.llama()
 
@@ -70,3 +75,25 @@ def test_float32_takes_masters_and_narrow_weights_widen(tmp_path: Path) -> None:
     assert torch.equal(
         back.shares["master"]["model.norm.weight"], values["model.norm.weight", "master"]
     )
+
+
+@pytest.mark.parametrize(
+    ("stored", "on_cpu", "on_gpu"),
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float16, torch.float32, torch.float16),
+        (torch.float64, torch.float32, torch.float32),
+    ],
+)
+def test_models_are_loaded_in_the_type_of_their_files(
+    tmp_path: Path, stored: torch.dtype, on_cpu: torch.dtype, on_gpu: torch.dtype
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(MODEL.to_hub("float32")))
+    names = Llama(MODEL).sharded_parameters().hub_shapes()
+    save_file(
+        {name: torch.zeros(1, dtype=stored) for name in names}, tmp_path / "model.safetensors"
+    )
+    source = HfFolder(tmp_path)
+    assert default_dtype(source, "cpu") == on_cpu
+    assert default_dtype(source, "cuda:1") == on_gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llamax.__main__ import dispatch
+from llamax.cli import train
 
 LAST = "a name that begins with - stands last, after --"
 
@@ -39,6 +40,25 @@ def test_one_line_with_a_hint(
     assert line.count("\n") == 1
     assert problem in line
     assert hint in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--config demo --rank 2", "--rank is an unknown option; did you mean --ranks?"),
+        ("--rank 2", "--rank is an unknown option; did you mean --ranks?"),
+        ("--confg demo", "--confg is an unknown option; did you mean --config?"),
+        ("--config demo --precompil", "--precompil is an unknown option; did you mean --precompil"),
+        ("--ranks 2", "--config is missing; give a recipe's name or a TOML file; llamax train --h"),
+    ],
+)
+def test_a_mistake_in_an_option_of_train(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        train.main(words.split())
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith(f"llamax train: {message}")
 
 
 def test_a_name_after_two_dashes_is_a_name(capsys: pytest.CaptureFixture[str]) -> None:

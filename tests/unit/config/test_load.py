@@ -104,6 +104,14 @@ def test_overrides_in_both_spellings_come_on_top_in_order() -> None:
     assert cleared.model.rope_scaling is None
 
 
+def test_a_job_file_is_no_configuration(tmp_path: Path) -> None:
+    (path := tmp_path / "job.toml").write_text('name = "a"\nrecipe = "demo"\n')
+    with pytest.raises(
+        ConfigError, match=r"job\.toml is a job file, which llamax launch and llamax"
+    ):
+        load_config(str(path))
+
+
 @pytest.mark.parametrize(
     ("tables", "overrides", "lines"),
     [

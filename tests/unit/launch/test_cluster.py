@@ -108,7 +108,7 @@ def test_slurm_has_a_queue_with_the_partition_of_the_job(tmp_path: Path) -> None
 
 
 def test_an_instance_opens_ssh_to_its_owner_alone(tmp_path: Path) -> None:
-    done = run(render(job(), "torchrun", "cluster"), tmp_path)
+    done = run(render(job(), "torchrun", "cluster"), tmp_path, FOUND="")
     assert done.returncode == 0, done.stderr
     commands = "\n".join(asked(tmp_path))
     assert "--port 22 --cidr 203.0.113.7/32" in commands
@@ -129,10 +129,19 @@ def test_an_instance_opens_ssh_to_its_owner_alone(tmp_path: Path) -> None:
     assert len(asked(tmp_path)) == 2
 
 
+def test_a_second_start_makes_no_second_instance(tmp_path: Path) -> None:
+    done = run(render(job(), "torchrun", "cluster"), tmp_path)
+    message = (
+        "i-1 of this job exists already; --action status shows it, --action clean deletes it\n"
+    )
+    assert (done.returncode, done.stderr) == (2, message)
+    assert not any("create" in line or "run-instances" in line for line in asked(tmp_path))
+
+
 def test_the_group_of_an_instance_that_found_no_capacity_is_used_and_deleted(
     tmp_path: Path,
 ) -> None:
-    done = run(render(job(), "torchrun", "cluster"), tmp_path, GROUP="sg-7")
+    done = run(render(job(), "torchrun", "cluster"), tmp_path, FOUND="", GROUP="sg-7")
     assert done.returncode == 0, done.stderr
     commands = "\n".join(asked(tmp_path))
     assert "--security-group-ids sg-7" in commands

@@ -74,6 +74,18 @@ def test_a_file_is_strict(changes: dict[str, Any], message: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["demo", "run.toml"])
+def test_a_configuration_is_no_job_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.toml").write_text("[run]\nsteps = 3\n")
+    kind = "a recipe" if name == "demo" else "the configuration of a run"
+    message = f'^{name} is {kind}, not a job file; write a job file with recipe = "{name}", a name'
+    with pytest.raises(ConfigError, match=message):
+        jobfile.load(name)
+
+
 def test_every_key_is_explained() -> None:
     text = jobfile.help_text()
     for key in ("name", "storage.claim", "slurm.signal_s", "sagemaker.role", "environment"):

@@ -70,7 +70,11 @@ def test_a_checkpoint_holds_every_bit_of_it() -> None:
     "damaged",
     [
         *(3.0, None, [], {}, {"scale": "8"}, {"scale": 0.0}, {"scale": math.inf}, {"scale": True}),
-        *({"scale": 8.0, "good_steps": -1}, {"scale": 8.0, "skipped_steps": 1.5}, {"other": 8.0}),
+        *(
+            {"scale": 8.0, "good_steps": -1},
+            {"scale": 8.0, "overflowed_steps": 1.5},
+            {"other": 8.0},
+        ),
     ],
 )
 def test_a_damaged_scale_of_a_checkpoint_is_refused(damaged: object) -> None:

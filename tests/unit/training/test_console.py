@@ -144,9 +144,9 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch: pytest.MonkeyPatch) -> No
     assert terminal.getvalue() == "llamax: [rank 3] cannot write\n"
 
 
-def test_a_loss_scale_and_skipped_steps_are_shown() -> None:
-    shown = line(replace(RECORD, loss_scale=65536.0, skipped_steps=0), 50)
+def test_a_loss_scale_and_overflowed_steps_are_shown() -> None:
+    shown = line(replace(RECORD, loss_scale=65536.0, overflowed_steps=0), 50)
     assert "  scale 65536     lr " in shown
-    shown = line(replace(RECORD, loss_scale=0.5, skipped_steps=1), 50)
-    assert "  scale 0.5      (1 step skipped)  lr " in shown
+    shown = line(replace(RECORD, loss_scale=0.5, overflowed_steps=1), 50)
+    assert "  scale 0.5      (1 step overflowed)  lr " in shown
     assert "scale" not in line(RECORD, 50)

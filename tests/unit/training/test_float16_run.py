@@ -32,7 +32,7 @@ def test_a_resume_repeats_scale_and_weights(tmp_path: Path) -> None:
     config, folder = float16(tmp_path), tmp_path / "run"
     train(config, Rendezvous())
     records, hashes = tiny_run.log_of(folder), tiny_run.hashes(folder, tiny_run.STEPS)
-    skipped = [record["skipped_steps"] for record in records]
+    skipped = [record["overflowed_steps"] for record in records]
     scales = [record["loss_scale"] for record in records]
     assert 0 < skipped[-1] < 4, "some steps overflow, and some do not"
     halved = 2.0**21 / 2.0 ** skipped[-1]

@@ -401,8 +401,8 @@ def test_writers_pass_on_and_close_also_after_an_error(tmp_path: Path) -> None:
 
 
 def test_a_record_of_float16_has_a_loss_scale_in_every_view() -> None:
-    record = replace(RECORD, loss_scale=32768.0, skipped_steps=2)
+    record = replace(RECORD, loss_scale=32768.0, overflowed_steps=2)
     assert Record.from_json(record.to_json()) == record
-    assert (tagged(record)["loss_scale"], tagged(record)["skipped_steps"]) == (32768.0, 2)
+    assert (tagged(record)["loss_scale"], tagged(record)["overflowed_steps"]) == (32768.0, 2)
     assert "loss_scale" not in tagged(RECORD)
     assert "loss_scale" not in RECORD.to_json()
