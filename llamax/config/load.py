@@ -22,6 +22,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from llamax.config.base_model import contradictions, pin_base, supply_model
+from llamax.config.other_names import same_setting
 from llamax.config.schema import Config, sections
 from llamax.config.toml import Problems, build, parse_value, read_toml, to_toml
 from llamax.config.types import bare, explain, options, section_of, type_hints
@@ -169,7 +170,8 @@ def _pairs(overrides: Sequence[str], wrong: list[str]) -> Iterator[tuple[str, st
         elif items and not items[0].startswith("--"):
             yield key, items.pop(0)
         else:
-            wrong.append(f"--{key} has no value; write --{key}=value")
+            hint = same_setting(key) or f"; write --{key}=value"
+            wrong.append(f"--{key} has no value{hint}")
 
 
 def _override(tables: dict[str, Any], key: str, text: str, wrong: list[str]) -> None:
@@ -178,7 +180,8 @@ def _override(tables: dict[str, Any], key: str, text: str, wrong: list[str]) -> 
     if text == "none":
         hints |= dict(_optional_sections())
     if key not in hints:
-        wrong.append(f"--{key} is an unknown option{did_you_mean(key, hints)}")
+        hint = same_setting(key) or did_you_mean(key, hints)
+        wrong.append(f"--{key} is an unknown option{hint}")
         return
     *sections_above, name = key.split(".")
     table: Any = tables

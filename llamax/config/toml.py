@@ -18,6 +18,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from llamax.config.other_names import same_setting
 from llamax.config.types import bare, out_of_range, section_of, type_hints
 from llamax.runtime.errors import ConfigError, did_you_mean, join_or
 from llamax.runtime.files import read_input
@@ -98,7 +99,8 @@ def build(
     for name, value in table.items():
         if name not in hints:
             what = "section" if all(map(section_of, hints.values())) else "key"
-            problems.unknown.append(f"{dot}{name} is an unknown {what}{did_you_mean(name, hints)}")
+            hint = same_setting(name) or did_you_mean(name, hints)
+            problems.unknown.append(f"{dot}{name} is an unknown {what}{hint}")
         elif section := section_of(hints[name]):
             values[name] = build(section, value, problems, dot + name)
         else:

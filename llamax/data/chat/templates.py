@@ -170,9 +170,11 @@ class Template:
         self.columns = self._program.variables - RESERVED - tokens.keys()
         self.chat = "messages" in self._program.variables
         if not self.chat and "answer" not in self._program.variables:
+            other = ", ".join(sorted(self.columns))
+            hint = f" (it reads {other}; name columns by `fields`, as answer=NAME)" if other else ""
             raise DataError(
-                f"template {name}: uses nothing of a row: it reads neither messages nor answer; "
-                "write one that does"
+                f"template {name}: uses nothing of a row: it reads neither messages nor answer"
+                f"{hint}; write one that does"
             )
 
     def reads(self, field: str) -> bool:
@@ -183,6 +185,10 @@ class Template:
     def variables(self) -> frozenset[str]:
         """The names of the variables that the template reads."""
         return self._program.variables
+
+    def token(self, name: str) -> str:
+        """The text of a named token, such as eos_token; empty if the tokenizer has none."""
+        return str(self._fixed.get(name) or "")
 
     @property
     def words(self) -> frozenset[str]:

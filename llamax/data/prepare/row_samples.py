@@ -4,7 +4,8 @@
 
     {"instruction", "input", "output", "history"}   Alpaca, LLaMA-Factory    ─┐
     {"messages": [{"role", "content"}], "tools"}    OpenAI, transformers      ├─> Sample
-    {"conversations": [{"from", "value"}]}          ShareGPT, NeMo           ─┘
+    {"conversations": [{"from", "value"}]}          ShareGPT, NeMo           ─┤
+    {"text": "<usr> ... <bot> ..."}                 whole conversations      ─┘
 
 A key or a column that is null is absent: tables that were joined are filled with nulls.  Whatever
 else a row holds reaches the template if the template reads it by name, and is reported otherwise.
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llamax.data.chat.templates import Message, Sample, Template, make_sample
+from llamax.data.chat.written_turns import written_turns
 from llamax.data.prepare.file_kinds import Row
 from llamax.runtime.errors import DataError
 from llamax.runtime.json_reader import JsonError, parse_json
@@ -118,7 +120,7 @@ def _question(
                     "is a conversation, which this template cannot read; use usr-bot, "
                     "human-assistant or a chat template"
                 )
-            raise _missing(row, field, fields)
+            raise _missing(row, field, fields, template.chat)
         texts[field] = _text(row, key)
         if key is not None and template.reads(field):
             used.add(key)
@@ -148,11 +150,12 @@ def _text(row: Row, key: str | None) -> str:
     return value
 
 
-def _missing(row: Row, field: str, fields: Mapping[str, str]) -> DataError:
+def _missing(row: Row, field: str, fields: Mapping[str, str], chat: bool = False) -> DataError:
     looked = fields.get(field) or ", ".join(FIELDS[field])
+    whole = ", or messages=text for whole conversations as text" if chat and "text" in row else ""
     return DataError(
         f"has no field for the {field} (looked for {looked}; found "
-        f"{', '.join(row) or 'none'}); use `fields` {field}=NAME"
+        f"{', '.join(row) or 'none'}); use `fields` {field}=NAME{whole}"
     )
 
 
@@ -183,6 +186,8 @@ def _conversation(
     used: set[str],
 ) -> Sample:
     turns = _transposed(_parsed(row[name]))
+    if isinstance(turns, str) and turns.strip():
+        turns = written_turns(turns, template)
     messages = [
         message
         for turn in (turns if isinstance(turns, list) else [None])
