@@ -155,7 +155,8 @@ set -euo pipefail
 # ---- a process on this machine: torchrun and mpirun
 
 
-# A process id may be in use again: a process is the one in a pid file if it also began then.
+# A process id may be in use again: a process is the one in a pid file if it also began then.  Who
+# may write to the folder could put a pid file of another run there: each names its phase and run.
 FUNCTIONS = """began() {  # when a process began, in clock ticks since boot where the kernel says so
     local stat
     if [[ -r /proc/$1/stat ]]; then
@@ -165,9 +166,11 @@ FUNCTIONS = """began() {  # when a process began, in clock ticks since boot wher
         ps -o lstart= -p "$1" | tr -s ' '
     fi
 }
+this_run() { printf '%q' "${pid##*/} of $(realpath -m -- "$run")"; }
 runs() {  # whether the process in the pid file runs; its id becomes $number
-    local since
-    [[ -f $pid && ! -L $pid ]] && read -r number since <"$pid" &&
+    local since of
+    [[ -f $pid && ! -L $pid ]] && { read -r number since && read -r of; } <"$pid" &&
+        [[ $of == "$(this_run)" ]] &&
         [[ $number =~ ^[1-9][0-9]*$ && $since && $since == "$(began "$number")" ]] &&
         [[ $(ps -ww -o args= -p "$number") == *llamax* ]]
 }
@@ -190,7 +193,7 @@ if runs; then
     exit 2
 fi
 rm -f -- "$pid"
-(set -o noclobber && echo "$$ $(began $$)" >"$pid")
+(umask 022 && set -o noclobber && printf '%s\\n' "$$ $(began $$)" "$(this_run)" >"$pid")
 """
 
 

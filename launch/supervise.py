@@ -34,8 +34,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from llamax.runtime.errors import Interrupted, LlamaxError, Stopped
-from llamax.runtime.files import make_folder, read_file, refuse_link, same_file, write_atomic
+from llamax.runtime.errors import Interrupted, LinkError, LlamaxError, Stopped
+from llamax.runtime.files import make_folder, refuse_link, same_file, write_atomic
 from llamax.runtime.process import NO_PROCESS, process_state
 from llamax.runtime.text import print_text
 
@@ -107,7 +107,9 @@ def wait_for_keepers(folder: Path, wait_s: float = WAIT_S) -> list[int]:
         codes, running = [], 0
         for report in folder.glob("*.process"):
             machine, _, pid = report.stem.rpartition("-")
-            state, _, number = read_file(report).decode(errors="replace").partition(" ")
+            state, _, number = _read_report(report).partition(" ")
+            if not state:
+                continue
             known = number.isascii() and number.isdigit() and len(number) < 20
             if state == ENDED and known:
                 codes.append(int(number))
@@ -118,6 +120,16 @@ def wait_for_keepers(folder: Path, wait_s: float = WAIT_S) -> list[int]:
         if not running:
             return codes
         time.sleep(0.2)
+
+
+def _read_report(path: Path) -> str:
+    """The text of a report; empty for a file of another user, a link or a special file."""
+    try:
+        with open(path, "rb", opener=same_file) as file:
+            ours = os.geteuid() in (0, os.fstat(file.fileno()).st_uid)
+            return file.read(100).decode(errors="replace") if ours else ""
+    except (OSError, LinkError):
+        return ""
 
 
 def _lives(pid: str, began: int) -> bool:

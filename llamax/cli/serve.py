@@ -45,6 +45,9 @@ def parser() -> Parser:
         "--queue", type=int, default=256, metavar="N", help="requests that may wait (%(default)s)"
     )
     p.add_argument(
+        "--connections", type=int, default=512, metavar="N", help="open connections (%(default)s)"
+    )
+    p.add_argument(
         "--length",
         type=int,
         default=0,
@@ -94,6 +97,7 @@ def main(argv: Sequence[str]) -> int:
         name=options.name,
         slots=options.slots,
         queue=options.queue,
+        connections=options.connections,
         length=options.length,
         max_new_tokens=options.max_new_tokens,
         max_body=options.max_body,

@@ -13,7 +13,8 @@ Where no collective ever fails (a device runtime may wait for good), the threads
 all, all watch rank 0, and silence of ``timeout_s`` + ``PATIENCE_S`` ends the process.  Time is
 counted in readings, so neither clocks of other machines nor a suspended job mislead.
 
-Others may write to the folder.  The end of a rank of another ``job`` ends nothing here.  What a
+Others may write to the folder.  A file of another user than this rank's own is no heartbeat, and
+the end of a rank of another ``job`` ends nothing here.  What a
 file held before this rank began may be of the job before, and its ``left`` shortens no time limit.
 A process is the one that wrote a heartbeat only if it started at the same time (``started``, in
 clock ticks since boot), as its id may be in use again.  A rank whose file was replaced or removed
@@ -34,7 +35,7 @@ from pathlib import Path
 
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import LinkError, LlamaxError, LostRank, Stopped
-from llamax.runtime.files import make_folder, new_file, read_file, same_file
+from llamax.runtime.files import make_folder, new_file, refuse_link, same_file
 from llamax.runtime.json_reader import parse_object
 from llamax.runtime.logging import logger
 from llamax.runtime.process import NO_PROCESS, process_state
@@ -109,12 +110,14 @@ class Heartbeat:
         self.me = replace(self.me, started=process_state(self.me.pid)[1])
         self._stop, self._writing = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._run, name="llamax-heartbeat", daemon=True)
-        self._file = -1
+        self._file = self._owner = -1
 
     def start(self) -> None:
         """Begin to beat, and to watch."""
         make_folder(self.folder)
-        self._file = same_file(self._path(self.rank), os.O_RDWR | os.O_CREAT)
+        refuse_link(self._path(self.rank))
+        self._file = self._replace()
+        self._owner = os.fstat(self._file).st_uid
         self._write()
         self._thread.start()
 
@@ -200,15 +203,24 @@ class Heartbeat:
             there = None
         if there is not None and (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino):
             return
-        partial = path.with_name(f".{path.name}.partial")
-        file = new_file(partial, os.O_RDWR)
-        os.replace(partial, path)  # replaces a link, and follows none
+        file = self._replace()
         os.close(self._file)
         self._file = file
 
+    def _replace(self) -> int:
+        """Open a new file in the place of this rank's, which may be another user's."""
+        path = self._path(self.rank)
+        partial = path.with_name(f".{path.name}.partial")
+        file = new_file(partial, os.O_RDWR)
+        os.replace(partial, path)  # replaces a link, and follows none
+        return file
+
     def _read(self, rank: int) -> Beat:
         try:
-            beat = Beat.from_json(read_file(self._path(rank), MOST_BYTES))
+            with open(self._path(rank), "rb", opener=same_file, buffering=0) as file:
+                if self._owner not in (-1, os.fstat(file.fileno()).st_uid):
+                    return Beat()
+                beat = Beat.from_json(file.read(MOST_BYTES))
         except (OSError, LinkError, ValueError, TypeError):
             return Beat()
         # of another job it only shows that somebody writes

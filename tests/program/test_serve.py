@@ -407,6 +407,8 @@ def test_a_taken_port_a_strange_folder_and_settings_are_refused_at_once(
         ([hub, "--length=129"], "beyond max_position_embeddings=128"),
         ([hub, "--length=1"], "--length=1 holds no answer"),
         ([hub, "--slots=0"], "--slots=0 is too small"),
+        ([hub, "--connections=0"], "--connections=0 is too small"),
+        ([hub, "--connections=99999999999"], "--connections=99999999999 takes up to"),
         ([hub, "--port=0", "--slots=999999999999"], "use a smaller --slots or --length"),
         ([hub, f"--adapter=x={hub}"], "--adapter: x is no folder of adapters"),
         ([poet, f"--adapter=judge={judge}"], "needs a whole model"),

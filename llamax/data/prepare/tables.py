@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -310,8 +311,8 @@ def _csv(rows: RowRange, most: int) -> Iterator[Any]:
 
         begin, stop = next(_edges(file, rows.kind, rows.path, most))
         head = next(records(begin, stop))
-        if twice := [name for number, name in enumerate(head) if name in head[:number]]:
-            yield DataError(f"has a head that names {twice[0]!r} twice; rename one of them")
+        if twice := [name for name, times in Counter(head).items() if times > 1]:
+            yield DataError(f"has a head that names {twice[0][:80]!r} twice; rename one of them")
             return
         for fields in records(rows.start, rows.stop):
             if len(fields) == len(head):

@@ -41,6 +41,7 @@ from llamax.data.prepare.tables import has_row_per_line, read_rows, scan
 from llamax.runtime.errors import DataError
 from llamax.runtime.hub_name import hub_name
 from llamax.runtime.json_reader import JsonError, parse_json
+from llamax.runtime.text import printable_line
 
 MOST_CHUNKS = 4096
 
@@ -158,8 +159,9 @@ def _table(path: Path, key: str, named: bool, most: int) -> list[RowRange]:
     if key in first:
         return ranges
     if named:
+        columns = printable_line(", ".join(first), 200)
         raise DataError(
-            f"{path}: is a table without a column {key!r} (columns: {', '.join(first) or 'none'}); "
+            f"{path}: is a table without a column {key!r} (columns: {columns or 'none'}); "
             "name the column of the text with `key`, or use `template` for rows of questions"
         )
     return []
@@ -264,7 +266,7 @@ def _rows(source: Source, key: str, unread: Counter[str], most: int) -> Iterator
             if at:
                 at -= 1
                 file.seek(at)
-                while piece := file.readline(BLOCK_BYTES):
+                while at < source.stop and (piece := file.readline(BLOCK_BYTES)):
                     at += len(piece)
                     if piece.endswith(b"\n"):
                         break
@@ -306,7 +308,8 @@ def _problem(row: Any, key: str) -> str:
     if not isinstance(row, dict):
         return f"is {type(row).__name__}, not an object"
     if not isinstance(row.get(key), str):
-        found = f"is {type(row[key]).__name__}" if key in row else f"is not among {sorted(row)}"
+        names = printable_line(sorted(row), 200)
+        found = f"is {type(row[key]).__name__}" if key in row else f"is not among {names}"
         return f"has no text under key {key!r} (it {found}); set `key`"
     try:
         row[key].encode()

@@ -1,25 +1,44 @@
-"""HTTP connections that do not wait for a request without end."""
+"""HTTP connections that are limited in number and wait for no client without end."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_S = 30.0  # a client has so long to send the head of a request
+READ_S = 60.0  # a client has so long to take what the system holds of an answer
+REFUSED_S = 1.0  # a client that is refused has so long to read why
+REFUSED = 128  # connections that may be refused at once
+SPARE_FILES = 512  # what a server opens beside the connections that it serves
+BUSY = b'{"error": "too many open connections; try again later", "error_type": "overloaded"}'
+REFUSAL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\nRetry-After: 1\r\nConnection: close\r\n\r\n%s" % (len(BUSY), BUSY)
+)
 
 
 class Connection(H11Protocol):
-    """uvicorn's HTTP/1.1 connection; it is closed where the head of a request takes over HEAD_S.
+    """uvicorn's HTTP/1.1 connection; it ends where a client sends or takes nothing for long.
 
-    uvicorn itself waits for ever, so that clients which send nothing would hold all connections.
+    uvicorn itself waits for ever, so that clients which send nothing, or read no answer, would hold
+    all connections.  With ``limit`` of them open a further one gets status 503 and is closed.
     """
 
-    _late: asyncio.TimerHandle | None = None
+    def __init__(self, *arguments: Any, limit: int, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.limit = limit
+        self._late: asyncio.TimerHandle | None = None
+        self._stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin to wait for a head."""
+        """Begin to wait for a head, or refuse the connection."""
+        if len(self.connections) >= self.limit:
+            refuse(transport)
+            return
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # ``pause_writing`` as soon as the client falls behind
         self._watch()
 
     def data_received(self, data: bytes) -> None:
@@ -31,6 +50,17 @@ class Connection(H11Protocol):
         """Wait no more."""
         super().connection_lost(exc)
         self._stop()
+        self._forgive()
+
+    def pause_writing(self) -> None:
+        """Begin to wait for a client that takes less than it is sent."""
+        super().pause_writing()
+        self._stuck = self.loop.call_later(READ_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Wait no more for a client that has taken everything so far."""
+        super().resume_writing()
+        self._forgive()
 
     def _watch(self) -> None:
         """Run the timer while there is no request in progress."""
@@ -43,3 +73,31 @@ class Connection(H11Protocol):
         if self._late is not None:
             self._late.cancel()
             self._late = None
+
+    def _forgive(self) -> None:
+        if self._stuck is not None:
+            self._stuck.cancel()
+            self._stuck = None
+
+
+class _Refused(asyncio.Protocol):
+    """A connection that has its answer and whose bytes are thrown away until it is closed."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Count it no more."""
+        _refused.discard(self)
+
+
+_refused = set[_Refused]()
+
+
+def refuse(transport: asyncio.Transport) -> None:
+    """Answer with status 503 whatever the client sends; at most REFUSED at once, others nothing."""
+    if len(_refused) >= REFUSED:
+        transport.abort()
+        return
+    _refused.add(protocol := _Refused())
+    transport.set_protocol(protocol)
+    transport.write(REFUSAL)
+    # Closed at once, the system would reset the connection, and the client could lose the answer.
+    asyncio.get_running_loop().call_later(REFUSED_S, transport.abort)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from llamax.backends import choose
@@ -41,6 +42,8 @@ class ServeSettings:
     """Number of requests computed at once."""
     queue: int = 256
     """Number of requests that may wait; further ones are refused with status 429."""
+    connections: int = 512
+    """Number of open connections; further ones are refused with status 503."""
     length: int = 0
     """Tokens of a prompt and its answer; 0: the model's context, at most 4096."""
     max_new_tokens: int = 0
@@ -62,7 +65,8 @@ class ServeSettings:
 
     def __post_init__(self) -> None:
         check_computing(1, self.threads, self.dtype, self.backend, quantize=self.quantize)
-        for name, least in (("slots", 1), ("max_body", 1), ("queue", 0), ("max_new_tokens", 0)):
+        smallest = {"slots": 1, "connections": 1, "max_body": 1, "queue": 0, "max_new_tokens": 0}
+        for name, least in smallest.items():
             if getattr(self, name) < least:
                 raise ConfigError(
                     f"`{name}={getattr(self, name)}` is too small; use {least} or more"
@@ -102,7 +106,7 @@ def serve(
         import uvicorn
 
         from llamax.inference.serving.app import build_app
-        from llamax.inference.serving.connection import Connection
+        from llamax.inference.serving.connection import REFUSED, SPARE_FILES, Connection
         from llamax.inference.serving.metrics import Metrics
     except ImportError as error:
         raise BackendError(
@@ -129,6 +133,7 @@ def serve(
         raise ConfigError(
             f"`length={length}` is beyond max_position_embeddings={longest} of the model; use that"
         )
+    allow_files(settings.connections, settings.connections + SPARE_FILES)
     listener = bind(settings.host, settings.port)
     with listener:
         backend = choose(settings.backend, Rendezvous(), settings.threads)
@@ -141,7 +146,8 @@ def serve(
         app = build_app(service, settings.max_body, keys)
         config = uvicorn.Config(
             app,
-            http=Connection,
+            http=partial(Connection, limit=settings.connections),  # type: ignore[arg-type]
+            backlog=REFUSED,  # connections accepted in one turn
             ws="none",
             log_config=None,
             access_log=False,
@@ -175,6 +181,20 @@ def bind(host: str, port: int) -> socket.socket:
             "`host`"
         ) from None
     return listener
+
+
+def allow_files(connections: int, files: int) -> None:
+    """Let this process open so many files; ConfigError if its hard limit is below."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < files:
+        raise ConfigError(
+            f"`connections={connections}` takes up to {files} open files, and this process may "
+            f"have {hard}; use {max(hard - files + connections, 1)} or fewer, or raise `ulimit -Hn`"
+        )
+    if soft != resource.RLIM_INFINITY and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
 
 
 def read_keys(path: str) -> tuple[str, ...]:

@@ -70,6 +70,15 @@ def pid_file(folder: Path) -> Path:
     return folder / "run/logs" / f"train-{platform.node()}.pid"
 
 
+def of_this_run(folder: Path, name: str = "train", run: str = "run") -> str:
+    """The second line of a pid file: its phase, machine and run."""
+    text = f"{name}-{platform.node()}.pid of {os.path.realpath(folder / run)}"
+    quoted = subprocess.run(
+        ["bash", "-c", 'printf %q "$1"', "", text], text=True, capture_output=True, check=True
+    )
+    return f"{quoted.stdout}\n"
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_the_process_that_wrote_it_is_stopped(folder: Path, launcher: str) -> None:
     start, status, stop = the_job(launcher)
@@ -79,7 +88,10 @@ def test_the_process_that_wrote_it_is_stopped(folder: Path, launcher: str) -> No
         assert process.poll() is None
         assert time.monotonic() < limit
         time.sleep(0.02)
-    number, began = pid_file(folder).read_text().split()
+    first, of_run = pid_file(folder).read_text().splitlines(keepends=True)
+    number, began = first.split()
+    assert of_run == of_this_run(folder)
+    assert pid_file(folder).stat().st_mode & 0o022 == 0
     assert int(number) == process.pid
     stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
     assert began == stat[19]
@@ -130,7 +142,8 @@ def test_a_stranger_is_never_signalled(
     folder: Path, stranger: subprocess.Popen[bytes], launcher: str, text: str
 ) -> None:
     stat = Path(f"/proc/{stranger.pid}/stat").read_text().rpartition(")")[2].split()
-    pid_file(folder).write_text(text.format(pid=stranger.pid, began=stat[19]) + "\n")
+    first = text.format(pid=stranger.pid, began=stat[19])
+    pid_file(folder).write_text(f"{first}\n{of_this_run(folder)}")
     _, status, stop = the_job(launcher)
     for each in (status, stop):
         done = run(each, folder)
@@ -139,13 +152,34 @@ def test_a_stranger_is_never_signalled(
     assert not list(folder.rglob("pwned"))
 
 
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("of", ["", "\n", "of run\n", "another run", "another phase", "a pipe"])
+def test_a_pid_file_of_another_run_stops_nothing(
+    folder: Path, stranger: subprocess.Popen[bytes], launcher: str, of: str
+) -> None:
+    """Whoever may write to the folder can move a user's own file there from another run."""
+    stat = Path(f"/proc/{stranger.pid}/stat").read_text().rpartition(")")[2].split()
+    second = {
+        "another run": of_this_run(folder, run="other"),
+        "another phase": of_this_run(folder, "prepare"),
+    }
+    if of == "a pipe":
+        os.mkfifo(pid_file(folder))
+    else:
+        pid_file(folder).write_text(f"{stranger.pid} {stat[19]}\n{second.get(of, of)}")
+    for each in (*the_job(launcher)[1:], another(launcher, "clean")):
+        done = run(each, folder)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert stranger.poll() is None
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_pid_file_of_another_user_stops_nothing(
     folder: Path, stranger: subprocess.Popen[bytes], launcher: str
 ) -> None:
     stat = Path(f"/proc/{stranger.pid}/stat").read_text().rpartition(")")[2].split()
-    pid_file(folder).write_text(f"{stranger.pid} {stat[19]}\n")
+    pid_file(folder).write_text(f"{stranger.pid} {stat[19]}\n{of_this_run(folder)}")
     os.chown(pid_file(folder), 12345, 12345)
     done = run(the_job(launcher)[2], folder)
     assert done.returncode == 2
@@ -157,7 +191,8 @@ def test_without_proc_the_date_decides(folder: Path, stranger: subprocess.Popen[
     _, status, _ = (text.replace("/proc/", "/no-proc/") for text in the_job("torchrun"))
     command = ["ps", "-o", "lstart=", "-p", str(stranger.pid)]
     began = subprocess.run(command, text=True, capture_output=True, check=True).stdout
-    pid_file(folder).write_text(f"{stranger.pid} {' '.join(began.split())}\n")
+    first = f"{stranger.pid} {' '.join(began.split())}"
+    pid_file(folder).write_text(f"{first}\n{of_this_run(folder)}")
     assert str(stranger.pid) in run(status, folder).stdout
     pid_file(folder).write_text(f"{stranger.pid} Mon Jan  1 00:00:00 2001\n")
     assert "no process of run is running" in run(status, folder).stdout

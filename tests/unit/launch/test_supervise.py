@@ -110,6 +110,27 @@ def test_a_report_of_something_else_is_waited_for_in_vain(tmp_path: Path, text: 
     assert wait_for_keepers(tmp_path, wait_s=0) == []
 
 
+@pytest.mark.parametrize("planted", ["pipe", "folder", "link", "lost link", "another user's"])
+def test_files_that_others_put_there_are_no_reports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, planted: str
+) -> None:
+    """Whoever may write to the folder must neither end a job nor keep it from ending."""
+    folder, host = tmp_path / "processes", os.uname().nodename
+    folder.mkdir()
+    report, began = folder / f"{host}-{os.getpid()}.process", process_state(os.getpid())[1]
+    (tmp_path / "report").write_text(f"began {began}")
+    if planted == "pipe":
+        os.mkfifo(report)
+    elif planted == "folder":
+        report.mkdir()
+    elif planted.endswith("link"):
+        report.symlink_to(tmp_path / ("none" if planted == "lost link" else "report"))
+    else:
+        report.write_text(f"began {began}")
+        monkeypatch.setattr(os, "geteuid", lambda: report.stat().st_uid + 1)
+    assert wait_for_keepers(folder, wait_s=1000) == []
+
+
 @pytest.mark.parametrize("role", ["start", "rank", "node"])
 def test_links_in_the_folder_are_not_followed(tmp_path: Path, role: str) -> None:
     """Neither is what lies in the target removed."""

@@ -136,6 +136,28 @@ def test_the_end_of_an_older_job_is_not_that_of_a_rank(tmp_path: Path) -> None:
     first.stop(heartbeat.DONE)
 
 
+def test_a_file_of_another_user_is_no_heartbeat(tmp_path: Path) -> None:
+    first, second = hearts(tmp_path, 2)
+    second.at(5)
+    assert first._read(1).step == 5
+    first._owner += 1  # as if the file of rank 1 had been put there by another user
+    assert first._read(1) == Beat()
+    for heart in (first, second):
+        heart.stop(heartbeat.DONE)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_file_that_another_user_left_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "rank-00000").write_text("{}")
+    os.chown(tmp_path / "rank-00000", 12345, 12345)
+    first, second = hearts(tmp_path, 2)
+    second.at(3)
+    assert first._read(1).step == 3
+    assert (tmp_path / "rank-00000").stat().st_uid == 0
+    for heart in (first, second):
+        heart.stop(heartbeat.DONE)
+
+
 @pytest.mark.parametrize("how", ["removed", "replaced", "a link"])
 def test_a_rank_writes_a_new_file_where_its_own_is_gone(tmp_path: Path, how: str) -> None:
     first, second = hearts(tmp_path, 2)

@@ -1,0 +1,66 @@
+"""What reading of rows costs does not depend on where files are cut."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from llamax.data.prepare import file_kinds, tables, text_files
+from llamax.runtime.errors import DataError
+
+
+@pytest.fixture
+def read_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of what is read from files of rows."""
+    sizes: list[int] = []
+
+    class Counting(io.BufferedReader):
+        def readline(self, size: int | None = -1) -> bytes:
+            line = super().readline(size)
+            sizes.append(len(line))
+            return line
+
+    def open_file(path: Path) -> IO[bytes]:
+        return Counting(io.FileIO(path))
+
+    monkeypatch.setattr(text_files, "open_file", open_file)
+    monkeypatch.setattr(file_kinds, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(text_files, "BLOCK_BYTES", 100)
+    return sizes
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_long_row_is_read_once(tmp_path: Path, read_bytes: list[int], rows: int) -> None:
+    path = tmp_path / "x.jsonl"
+    texts = [str(number) * 200_000 for number in range(rows)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    chunks = text_files.plan([path])
+    assert len(chunks) > 200 * rows
+    found = [text for chunk in chunks for text in text_files.documents(chunk, "text")]
+    assert found == texts
+    assert sum(read_bytes) < 2.5 * path.stat().st_size
+
+
+def test_a_row_without_the_key_is_refused_with_a_short_line(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({f"k{number}": "" for number in range(10_000)}) + "\n")
+    with pytest.raises(
+        DataError, match=r"is not among \['k0', 'k1', .*\.\.\.\); set `key`"
+    ) as error:
+        list(text_files.documents(text_files.plan([path])[0], "text"))
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("last", ["c0", ""])
+def test_a_head_with_many_columns(tmp_path: Path, last: str) -> None:
+    path = tmp_path / "x.csv"
+    names = ",".join(f"c{number}" for number in range(200_000))
+    path.write_text(f",{names},{last}\n" + "," * 200_001 + "\n")
+    (rows,) = tables.scan(path)
+    with pytest.raises(DataError, match=f"a head that names '{last}' twice"):
+        next(tables.read_rows(rows))
