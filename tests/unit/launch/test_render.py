@@ -93,7 +93,7 @@ def test_a_linked_pid_file_is_named_and_not_followed(tmp_path: Path, launcher: s
     for _ in range(2):
         done = run(render(this, launcher, "train"))
         assert done.returncode == 0, done.stderr
-        number, began = pid.read_text().split()
+        number, began = pid.read_text().splitlines()[0].split()
         assert number.isdecimal()
         assert began.isdecimal()
     (tmp_path / "started").unlink()
