@@ -279,7 +279,7 @@ def _sagemaker(environ: Mapping[str, str]) -> Rendezvous:
     try:
         hosts = sorted(json.loads(environ["SM_HOSTS"]))
         rank = hosts.index(host)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise BackendError(
             f"SM_HOSTS={environ['SM_HOSTS']!r} is not a JSON list with SM_CURRENT_HOST={host!r}; "
             "leave both as SageMaker sets them"

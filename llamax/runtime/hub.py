@@ -32,10 +32,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from llamax.runtime.errors import HubError, NoRoom
-from llamax.runtime.files import free_bytes, sha256, write_atomic
+from llamax.runtime.errors import HubError, LinkError, NoRoom
+from llamax.runtime.files import free_bytes, read_file, sha256, write_atomic
 from llamax.runtime.hub_errors import explained, is_unreachable
 from llamax.runtime.hub_name import COMMIT, HubName, Kind, hub_name
+from llamax.runtime.json_reader import read_object
 from llamax.runtime.logging import logger
 from llamax.runtime.progress import Progress, reported
 from llamax.runtime.units import show_bytes
@@ -251,10 +252,12 @@ class _Cache:
     def files(self) -> dict[str, HubFile] | None:
         """The files of the commit; None if the Hub was not asked yet."""
         try:
-            kept = json.loads((self.notes / f"{self.revision}.json").read_bytes())
-            return {path: HubFile(*values) for path, values in kept.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+            kept = read_object(self.notes / f"{self.revision}.json")
+            files = {path: HubFile(*values) for path, values in kept.items()}
+        except (OSError, ValueError, TypeError):
             return None
+        kinds = [tuple(map(type, file)) for file in files.values()]
+        return files if all(each == (int, str, str) for each in kinds) else None
 
     def keep_files(self, commit: str, files: dict[str, HubFile]) -> None:
         """Keep the list of files of a commit."""
@@ -273,9 +276,9 @@ class _Cache:
         """The commit that a revision stood for in the last ``within_s`` seconds; empty: unknown."""
         ours = self.notes / "revisions" / quote(revision, safe="")
         for path in (ours, *([self.folder / "refs" / revision] * (within_s == float("inf")))):
-            with suppress(OSError, UnicodeDecodeError):
+            with suppress(OSError, LinkError):
                 if 0 <= time.time() - path.stat().st_mtime <= within_s:
-                    commit = path.read_text().strip()
+                    commit = read_file(path, 100).decode(errors="replace").strip()
                     if COMMIT.fullmatch(commit):
                         return commit
         return ""

@@ -33,6 +33,7 @@ from llamax.runtime.logging import logger
 
 FROM_HUB = "from_hub"  # in dataset.json: the names on the Hub that it was made from
 CARD = "README.md"
+CARD_BYTES = 2**20  # read of a card
 SHARDED = re.compile(r"data/([^/]+)-\d{5}-of-\d{5}[^/]*\.[^/]*")
 WORDS = {
     "train": ("train", "training"),
@@ -109,7 +110,8 @@ def _kept(out: Path) -> list[str]:
         found = read_object(out / "dataset.json").get(FROM_HUB)
     except (OSError, JsonError):
         return []
-    return [name for name in found or () if isinstance(name, str)]
+    names = found if isinstance(found, list) else []
+    return [name for name in names if isinstance(name, str)]
 
 
 def held_out_on_hub(sources: Iterable[str | Path], purpose: str) -> list[Path]:
@@ -165,7 +167,7 @@ def _from_card(name: HubName, files: Sequence[str]) -> dict[str, list[str]]:
         return {}
     usual = [c for c in configs if c.get("default") is True or c.get("config_name") == "default"]
     if len(configs) > 1 and not usual:
-        named = ", ".join(str(each.get("config_name"))[:40] for each in configs[:8])
+        named = ", ".join(_text(each.get("config_name"))[:40] for each in configs[:8])
         raise DataError(
             f"{name} has several configurations ({named}); give the folder or file of one: "
             f"{name._replace(path='PATH')}, with a PATH such as {files[0] if files else 'data'}"
@@ -186,39 +188,47 @@ def _splits_of(name: HubName, data_files: object, files: Sequence[str]) -> dict[
     splits = {}
     for each in entries:
         paths = each.get("path")
-        patterns = [str(p) for p in (paths if isinstance(paths, list) else [paths])]
+        patterns = [_text(p) for p in (paths if isinstance(paths, list) else [paths])] or [""]
         found = [p for p in files if any(_matches(p, pattern) for pattern in patterns)]
         if not found:
             raise DataError(
                 f"{name}: the head of its {CARD} names {patterns[0][:80]!r}, and there is no file "
                 f"of rows of that name; {_has(files, name)}"
             )
-        splits[str(each.get("split", "train"))] = found
+        splits[_text(each.get("split", "train"))] = found
     return splits
+
+
+def _text(value: object) -> str:
+    """A text in YAML; nothing for a list or an object, which may hold itself many times over."""
+    return str(value) if isinstance(value, str | int | float) else ""
 
 
 def _matches(path: str, pattern: str) -> bool:
     """Whether a path fits a pattern of ``fsspec``: ``*`` within a folder, ``**`` across folders."""
     parts, wanted = path.split("/"), pattern.removeprefix("./").split("/")
-    if "**" in wanted:
-        at = wanted.index("**")
-        rest = "/".join(wanted[at + 1 :]) or "*"
-        return all(map(fnmatchcase, parts, wanted[:at])) and any(
-            _matches("/".join(parts[n:]), rest) for n in range(at, len(parts))
-        )
-    return len(parts) == len(wanted) and all(map(fnmatchcase, parts, wanted))
+    if wanted[-1] == "**":
+        wanted.append("*")
+    ends = {0}  # how many parts those of the pattern so far may have matched
+    for each in wanted:
+        if each == "**":
+            ends = {n for n in range(len(parts) + 1) if n >= min(ends, default=n + 1)}
+        else:
+            ends = {n + 1 for n in ends if n < len(parts) and fnmatchcase(parts[n], each)}
+    return len(parts) in ends
 
 
 def _configs(card: Path) -> list[dict[str, Any]]:
     """The configurations in the YAML between the first two lines ``---`` of a card."""
-    text = card.read_text(encoding="utf-8", errors="replace")
+    with card.open("rb") as file:
+        text = file.read(CARD_BYTES).decode(errors="replace")
     match = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:
         head = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: dates that are none
         return []
     found = head.get("configs") if isinstance(head, dict) else None
-    return [each for each in found or () if isinstance(each, dict)]
+    return [each for each in found if isinstance(each, dict)] if isinstance(found, list) else []
 
 
 def _has(files: Sequence[str], name: HubName) -> str:

@@ -95,7 +95,10 @@ def datasets_of(path: str, run: Path) -> list[HubName]:
             found = folder and read_object(folder / "dataset.json").get(FROM_HUB)
         except (OSError, JsonError):
             continue
-        texts = [text for text in found or () if str(text).startswith("hf://datasets/")]
+        listed = (
+            [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+        )
+        texts = [text for text in listed if text.startswith("hf://datasets/")]
         names += [name for text in texts if (name := hub_name(text, "dataset")) is not None]
     return names
 

@@ -14,7 +14,7 @@ from huggingface_hub import constants, scan_cache_dir
 from support.hub import TOKEN, Hub, served_hub, use
 
 from llamax.runtime import hub as hub_module
-from llamax.runtime.errors import HubError, LlamaxError, NoRoom
+from llamax.runtime.errors import HubError, LinkError, LlamaxError, NoRoom
 from llamax.runtime.hub import download, local_folder, resolve
 from llamax.runtime.hub_files import CONFIG, MODEL, TOKENIZER
 from llamax.runtime.hub_name import HubName
@@ -311,6 +311,28 @@ def test_unfinished_downloads_of_killed_processes_are_removed(hub: Hub) -> None:
         os.utime(blobs / f"{name}.incomplete", (time.time() - age,) * 2)
     download(NAME, MODEL)
     assert [path.name for path in blobs.glob("*.incomplete")] == ["new.incomplete"]
+
+
+@pytest.mark.parametrize(
+    "note",
+    ["[" * 20_000, '{"config.json": [1]}', '{"config.json": ["1", "", ""]}', "[]", "a pipe"],
+)
+def test_a_damaged_list_of_files_is_asked_for_again(hub: Hub, note: str) -> None:
+    folder = download(NAME, MODEL)
+    (kept,) = folder.parents[1].glob("llamax/*.json")
+    revision = kept.parent / "revisions" / "main"
+    (folder / "config.json").unlink()
+    for path in (kept, revision):
+        path.unlink(missing_ok=True)
+        if note == "a pipe":
+            os.mkfifo(path)
+        else:
+            path.write_text(note)
+    if note == "a pipe":
+        assert "is not a regular file" in refused(kind=LinkError)
+        return
+    assert download(NAME, MODEL) == folder
+    assert present(folder) == FILES
 
 
 def test_a_folder_stays_a_folder(hub: Hub, tmp_path: Path) -> None:

@@ -13,10 +13,17 @@ from support.instruction import llama2_tokenizer
 
 import llamax
 from llamax.data.dataset import open_dataset
-from llamax.data.prepare.hub_dataset import dataset_on_hub, splits_by_name
+from llamax.data.prepare.hub_dataset import (
+    FROM_HUB,
+    _kept,
+    _matches,
+    dataset_on_hub,
+    splits_by_name,
+)
 from llamax.runtime import hub as hub_module
 from llamax.runtime.errors import DataError, HubError, LlamaxError
 from llamax.runtime.hub_name import HubName, hub_name
+from llamax.tools.push.model_card import datasets_of
 
 
 @pytest.fixture
@@ -104,6 +111,60 @@ def test_the_card_names_the_files_of_splits(hub: Hub) -> None:
     hub.add("datasets/org/rows", {"README.md": b"---\n: {[\n---"})
     assert len(chosen("org/rows")["train"]) == 3
     assert "x.py" not in hub.downloads()
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("head", "told"),
+    [
+        ("configs: " + "[" * 5000 + "]" * 5000, ""),
+        ("configs: 3", ""),
+        ("configs: {a: b}", ""),
+        ("date: 2001-99-99", ""),
+        ("configs: [{data_files: [{split: a, path: []}]}]", "names '', and there is no file"),
+        ("configs: [{data_files: [{split: [x], path: {}}]}]", "names '', and there is no file"),
+        ("configs: [{data_files: '%s'}]" % ("**/a/" * 40), "names '**/a/**/a/"),
+        (
+            "a: &a [x, x]\nb: &b [*a, *a]\n"
+            "configs: [{config_name: *b, data_files: x}, {config_name: b, data_files: x}]",
+            "has several configurations (, b)",
+        ),
+    ],
+)
+def test_a_card_of_something_else(hub: Hub, head: str, told: str) -> None:
+    files = {"/".join(["a"] * 30) + ".jsonl": b"{}", **FILES}
+    hub.add("datasets/org/rows", {**files, "README.md": f"---\n{head}\n---\n".encode()})
+    if told:
+        assert told in refused("org/rows")
+    else:
+        assert len(chosen("org/rows")["train"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "fits"),
+    [
+        ("**/a", "a", True),
+        ("**/a", "x/y/a", True),
+        ("**", "x/y", True),
+        ("x/**", "x/y/z", True),
+        ("x/**", "x", False),
+        ("x/**/z", "x/z", True),
+        ("x/**/y/**/z", "x/1/y/2/3/z", True),
+        ("x/**/y/**/z", "x/1/2/3/z", False),
+        ("./*/b", "a/b", True),
+        ("*", "a/b", False),
+        ("**/**/a", "a", True),
+    ],
+)
+def test_patterns_across_folders(pattern: str, path: str, fits: bool) -> None:
+    assert _matches(path, pattern) is fits
+
+
+@pytest.mark.parametrize("named", [3, {"a": 1}, "hf://datasets/org/rows", [3, None]])
+def test_a_dataset_that_names_something_else(tmp_path: Path, named: object) -> None:
+    (tmp_path / "dataset.json").write_text(json.dumps({FROM_HUB: named}))
+    assert _kept(tmp_path) == []
+    assert datasets_of(str(tmp_path), tmp_path) == []
 
 
 def test_mistakes_are_named(hub: Hub) -> None:
