@@ -15,14 +15,14 @@ import json
 import random
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from llamax.cli.demo import RANKS, shell
 from llamax.cli.options import Parser
 from llamax.config.constants import METRICS_FILE
 from llamax.config.load import load_config
-from llamax.runtime.files import new_file
+from llamax.runtime.files import replace_output
 from llamax.runtime.process import run_main
 from llamax.runtime.text import in_shell, print_text
 from llamax.runtime.units import show_number, show_time
@@ -61,10 +61,14 @@ def rows(count: int, seed: int = 0) -> Iterator[dict[str, str]]:
 
 
 def write_rows(path: Path, count: int, seed: int = 0) -> None:
-    """A JSONL file of ``count`` rows."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(count, seed))
-    with open(path, "w", encoding="utf-8", opener=new_file) as file:
-        file.writelines(lines)
+    """Write a JSONL file of ``count`` rows; DataError if a file of other rows has its name."""
+    write_table(path, rows(count, seed))
+
+
+def write_table(path: Path, table: Iterable[dict[str, str]]) -> None:
+    """Write a JSONL file; DataError if another file has its name."""
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in table).encode()
+    replace_output(path, data, lambda before: before == data)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -116,8 +120,7 @@ def main(argv: Sequence[str]) -> int:
     template_options = ["--template", TEMPLATE, "--max-new-tokens", "24"]
     shell([*llamax, "evaluate", str(hub), "--test-file", str(test), *template_options])
     questions = folder / "questions.jsonl"
-    with open(questions, "w", encoding="utf-8", opener=new_file) as file:
-        file.writelines(json.dumps(row) + "\n" for row in QUESTIONS)
+    write_table(questions, QUESTIONS)
     prompt_options = ["--prompts-file", str(questions), *template_options, "--greedy"]
     shell(
         [*llamax, "generate", "--compare", f"{base},{hub}", *prompt_options]

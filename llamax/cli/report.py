@@ -12,7 +12,7 @@ from pathlib import Path
 
 from llamax.cli.options import Parser
 from llamax.runtime.errors import DataError
-from llamax.runtime.files import write_atomic
+from llamax.runtime.files import replace_output
 from llamax.runtime.process import run_main
 from llamax.runtime.text import print_text
 
@@ -27,12 +27,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="page to write")
     options = parser.parse_args(list(argv))
 
-    from llamax.tools.monitor.html_report import page, with_distinct_names
+    from llamax.tools.monitor.html_report import MARK, page, with_distinct_names
     from llamax.tools.monitor.run_folder import read_run
 
     runs = with_distinct_names([read_run(folder) for folder in options.runs])
     try:
-        write_atomic(options.out, page(runs).encode())
+        replace_output(options.out, page(runs).encode(), lambda before: MARK in before)
     except OSError as error:
         raise DataError(
             f"{options.out}: cannot be written ({error.strerror}); check --out"

@@ -20,10 +20,12 @@ import os
 import select
 import shutil
 import stat
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeGuard
 
-from llamax.runtime.errors import LinkError
+from llamax.runtime.errors import DataError, LinkError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a file size limit
 MAX_INPUT = 64 << 20  # bytes of a file that a user writes, or of a configuration
@@ -174,6 +176,19 @@ def write_atomic(path: Path, data: bytes) -> None:
         finally:
             partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def replace_output(path: Path, data: bytes, ours: Callable[[bytes], bool]) -> None:
+    """Write the output of a command, but over no other file than an earlier output.
+
+    ``ours``: whether the content of a file is that of an earlier output.  Raises DataError if it is
+    not, and LinkError for a link or special file.
+    """
+    with suppress(FileNotFoundError):
+        before = read_file(path, MAX_INPUT)
+        if before and not ours(before):
+            raise DataError(f"{path} exists and is not an earlier output; choose another name")
+    write_atomic(path, data)
 
 
 def sync_handle(handle: int, path: Path) -> None:

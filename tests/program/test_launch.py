@@ -157,7 +157,7 @@ def test_torchrun_on_two_nodes_of_one_machine(folder: Path, expected: list[float
     """Each node's own command, given at the same time; ranks rendezvous at the master's port."""
     job = write(folder, '[torchrun]\nmaster = "127.0.0.1"\n', nodes=2, ranks=1)
     lines = launch(job, "torchrun", "--render").splitlines()
-    script = [line for line in lines if not line.startswith(("(set -o noclobber", "if [[ -f $pid"))]
+    script = [line for line in lines if not line.startswith(("(umask 022 && set", "if [[ -f $pid"))]
     text = "\n".join(lines).replace("$(uname -n)", "node$1")
     assert len(script) < len(lines)
     nodes = [

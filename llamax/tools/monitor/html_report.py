@@ -25,6 +25,8 @@ from llamax.training.metrics import Record
 
 STYLE = Path(__file__).with_name("report.css")
 DASH = "–"
+GENERATOR = '<meta name="generator" content="llamax report">'
+MARK = GENERATOR.encode()  # in every page
 
 
 def page(runs: Sequence[RunFolder]) -> str:
@@ -41,6 +43,7 @@ def page(runs: Sequence[RunFolder]) -> str:
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(runs[0].now))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f"{GENERATOR}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)} · llamax</title><style>{STYLE.read_text()}</style></head><body>"
         f"<main>{''.join(body)}<footer>llamax report, {made}</footer></main></body></html>\n"

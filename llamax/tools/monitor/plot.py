@@ -16,12 +16,13 @@ import numpy as np
 
 from llamax.config.constants import METRICS_FILE
 from llamax.runtime.errors import BackendError, DataError
-from llamax.runtime.files import write_atomic
+from llamax.runtime.files import replace_output
 from llamax.runtime.text import printable_line
 from llamax.tools.monitor.columns import Numbers, read_columns
 
 COLUMNS = ("consumed_tokens", "loss", "validation_loss")
 ENDINGS = (".png", ".svg", ".pdf")
+MARK = "llamax plot"  # the maker of a picture, in its metadata
 
 
 def draw(
@@ -32,7 +33,8 @@ def draw(
     ``runs``: consumed_tokens, loss and validation_loss of every record (``read_runs``).
 
     ``reference``: name and loss (nats per token) of a horizontal line.  Raises BackendError if
-    matplotlib is not installed, and DataError for another ending or a file that cannot be written.
+    matplotlib is not installed, and DataError for another ending, a file that cannot be written, or
+    one in its place that is no picture of this kind.
     """
     ending = out.suffix.lower()
     if ending not in ENDINGS:
@@ -78,10 +80,11 @@ def draw(
     picture = io.BytesIO()
     with warnings.catch_warnings():  # of signs that the font lacks, and of losses out of range
         warnings.simplefilter("ignore")
-        figure.savefig(picture, format=ending[1:])
+        maker = {"Software" if ending == ".png" else "Creator": MARK}
+        figure.savefig(picture, format=ending[1:], metadata=maker)
     pyplot.close(figure)
     try:
-        write_atomic(out, picture.getvalue())
+        replace_output(out, picture.getvalue(), lambda before: MARK.encode() in before)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}); check `out`") from None
 

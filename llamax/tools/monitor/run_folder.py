@@ -57,6 +57,7 @@ NUMBERS = (
     "dollars_per_hour",
 )  # in environment.json; ignored unless numbers
 SILENT_S = 30.0  # a rank writes its heartbeat every few seconds
+SKEW_S = 600.0  # between clocks of machines; a file from further in the future says nothing of now
 COLUMNS = (
     "consumed_tokens",
     "loss",
@@ -297,7 +298,7 @@ def ranks(folder: Path, now: float, count: object) -> Iterable[Rank]:
                 age = now - os.fstat(file.fileno()).st_mtime
         except (OSError, LinkError, ValueError, TypeError):
             continue
-        yield Rank(number, beat, max(age, 0.0))
+        yield Rank(number, beat, max(age, 0.0) if age > -SKEW_S else -age)
 
 
 def checkpoints(folder: Path, cache: Cache) -> Iterable[SavedCheckpoint]:
@@ -317,7 +318,7 @@ def checkpoints(folder: Path, cache: Cache) -> Iterable[SavedCheckpoint]:
                 size = sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
                 cache.sizes[path] = (state, size)
             saved = SavedCheckpoint(int(step), size, written)
-        except FileNotFoundError:  # the run is deleting it
+        except OSError:  # the run is deleting it, or it may not be read
             continue
         yield saved
 

@@ -15,7 +15,7 @@ import pytest
 from support.mounts import lack
 
 from llamax.runtime import files
-from llamax.runtime.errors import LinkError
+from llamax.runtime.errors import DataError, LinkError
 from llamax.runtime.files import (
     copy_file,
     make_folder,
@@ -233,3 +233,22 @@ def test_names_of_files_lead_nowhere() -> None:
         assert files.is_file_name(name)
     for other in ("", ".", "..", "a/b", "/a", "a/", "a\0", "\ud800", "é" * 128, 3, None, ["a"]):
         assert not files.is_file_name(other)
+
+
+def test_an_output_replaces_only_an_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "page"
+    for content in (b"a page", b"another page"):
+        files.replace_output(path, content, lambda before: b"page" in before)
+        assert path.read_bytes() == content
+    path.write_bytes(b"")
+    files.replace_output(path, b"a page", lambda before: b"page" in before)
+    path.write_bytes(b"notes of the user")
+    with pytest.raises(DataError, match="page exists and is not an earlier output; choose"):
+        files.replace_output(path, b"a page", lambda before: b"page" in before)
+    assert path.read_bytes() == b"notes of the user"
+    path.unlink()
+    (tmp_path / "other").write_bytes(b"a page")
+    path.symlink_to(tmp_path / "other")
+    with pytest.raises(LinkError):
+        files.replace_output(path, b"new", lambda before: True)
+    assert (tmp_path / "other").read_bytes() == b"a page"

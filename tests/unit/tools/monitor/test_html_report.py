@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from support.run_folders import NOW, make_run
 
-from llamax.cli import report
+from llamax.cli import plot, report
 from llamax.runtime.errors import DataError
 from llamax.tools.monitor.html_report import page, with_distinct_names
 from llamax.tools.monitor.run_folder import read_run
@@ -105,3 +105,15 @@ def test_report_writes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert out.read_text().startswith("<!doctype html>")
     with pytest.raises(DataError, match="cannot be written"):
         report.main([str(folder), "--out", str(tmp_path / "no" / "page.html")])
+
+
+@pytest.mark.parametrize("name", ["notes.html", "loss.png", "loss.svg", "loss.pdf"])
+def test_a_file_of_the_user_is_not_replaced(tmp_path: Path, name: str) -> None:
+    folder, out = make_run(tmp_path / "r", 12), tmp_path / name
+    command = report if name.endswith("html") else plot
+    for _ in range(2):  # its own output is
+        assert command.main([str(folder), "--out", str(out)]) == 0
+    out.write_text("notes of the user")
+    with pytest.raises(DataError, match="exists and is not an earlier output"):
+        command.main([str(folder), "--out", str(out)])
+    assert out.read_text() == "notes of the user"

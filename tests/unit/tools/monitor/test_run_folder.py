@@ -27,6 +27,8 @@ from llamax.tools.monitor.watch import render
         (12, 4, -1, "", 5, "running"),
         (12, 4, 2, "", 5, "stuck"),
         (12, 4, 2, "", 60, "dead"),  # now all are silent
+        (12, 4, -1, "", -500, "running"),  # by a clock that is behind
+        (12, 4, -1, "", -50_000, "dead"),  # heartbeats of tomorrow are not alive for ever
         (12, 4, -1, "done", 5, "stopped"),
         (12, 4, -1, "lost rank 3 (last step 7)", 5, "dead"),
     ],
