@@ -24,6 +24,7 @@ from llamax.tools.monitor.run_folder import COLUMNS, read_run
 from llamax.tools.monitor.watch import render as lines_of
 from support import fuzz_checkpoints as models
 from support import fuzz_data as data
+from support import fuzz_shared as shared
 from support.fuzz_serving import answer, requests
 from support.fuzzing import change_bytes, change_json, change_toml, shown
 from support.launch_jobs import tables
@@ -249,5 +250,18 @@ TARGETS = [
     Target("followed logs", _run, {"run/metrics.jsonl": J}, _follow),
     Target("prompts", data.prompts, {"a.txt": B, "rows.*": J}, data.read_prompt_files),
     Target("requests", requests, {"*.json": J}, answer),
+    Target(
+        "cards and lists of the Hub",
+        shared.hub,
+        {"README.md": B, "dataset.json": J, "datasets--*/llamax/*.json": J},
+        shared.read_hub,
+    ),
+    Target(
+        "shared compile caches",
+        shared.compile_cache,
+        {"place/**/*.json": J, "local/**/*.json": J, "place/**/*": B},
+        shared.read_compile_cache,
+    ),
+    Target("states of runs", shared.state, {"state.json": J}, shared.read_state),
     Target("beacons", _beacons, {"a.json": J}, lambda f: list(_read_beacons(f, "b"))),
 ]
