@@ -16,6 +16,7 @@ from llamax.launch import cluster_checks, image, prepare, sagemaker, sagemaker_s
 from llamax.launch.environment import RESERVED
 from llamax.launch.jobfile import JobFile
 from llamax.runtime.errors import ConfigError
+from llamax.runtime.hub_name import hub_name
 from llamax.runtime.units import count
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -328,10 +329,10 @@ def _sagemaker(job: JobFile, phase: str) -> Iterator[str]:
     if phase == "prepare":
         yield from _sagemaker_prepare(job)
     elif job.sagemaker.local:
-        if not job.local or job.nodes > 1:
+        if job.nodes > 1 or not (job.local or job.machine.backend == "cuda"):
             yield (
-                f"sagemaker.local=true runs on the CPU of this machine, not on {job.nodes} x "
-                f"{job.instance}; try with instance=local and a small recipe, or use "
+                f"sagemaker.local=true runs on the CPU or the GPUs of this machine, not on "
+                f"{job.nodes} x {job.instance}; try with instance=local and a small recipe, or use "
                 "sagemaker.local=false"
             )
     elif job.local:
@@ -340,6 +341,21 @@ def _sagemaker(job: JobFile, phase: str) -> Iterator[str]:
         yield (
             f"sagemaker.output={job.sagemaker.output!r} is not an s3:// folder; checkpoints are "
             "written there"
+        )
+    if phase == "train":
+        yield from _sagemaker_base(job)
+
+
+def _sagemaker_base(job: JobFile) -> Iterator[str]:
+    """Whether the model to start from is where the containers can read it."""
+    base, given = job.sagemaker.base, job.config.checkpoint.init_from
+    if base:
+        if not base.startswith(("s3://", "file:///")):
+            yield f"sagemaker.base={base!r} is not a folder; use s3://bucket/base or file:///base"
+    elif given and not os.path.isabs(given) and hub_name(given) is None:
+        yield (
+            f"checkpoint.init_from={given} is a folder that containers of SageMaker do not have; "
+            "copy it to S3 and set sagemaker.base, or give its name on the Hub"
         )
 
 

@@ -122,7 +122,7 @@ class SageMaker:
     sdk: Literal[0, 2, 3] = 0
     """Major version of the SageMaker SDK; 0: the installed one, or 3."""
     local: bool = True
-    """Run in a container on this machine first, on its CPU."""
+    """Run in a container on this machine first, on its GPUs if instance has GPUs, else its CPU."""
     role: str = ""
     """IAM role that SageMaker takes on."""
     output: str = ""
@@ -131,12 +131,16 @@ class SageMaker:
     """s3:// or file:// folder of the dataset."""
     inputs: str = ""
     """Phase prepare: s3:// or file:// folder that the paths of the section prepare start in."""
+    base: str = ""
+    """s3:// or file:// folder of the model to start from; empty: as checkpoint.init_from says."""
     model: str = ""
     """Phase serve: s3:// folder of the exported model; in local mode file://."""
     prepare_instance: str = "c5.9xlarge"
     """Phase prepare: instance type, of 36 CPUs by default."""
     volume_gib: Count = 100
-    """Phase prepare: disk of the instance, for inputs and tokens [GiB]."""
+    """Disk of an instance of training and of the phase prepare [GiB]."""
+    keep_alive_s: Natural = 0
+    """Time that instances wait for another training job, and cost, after this one [s]."""
     secret: str = ""
     """Name or ARN in AWS Secrets Manager of a JSON object with each name in the table secrets."""
     max_run_s: Count = 5 * 86400

@@ -6,8 +6,8 @@
                SDK 3    sagemaker.train.ModelTrainer(**ARGUMENTS).train(INPUTS)    no estimators
     prepare    both     ScriptProcessor(**ARGUMENTS).run(SCRIPT, INPUTS, OUTPUTS), a processing job
 
-With ``sagemaker.local`` the same container trains on this machine under docker, on the CPU, to test
-the job before it runs on the cluster.  SageMaker starts torchrun on every host and passes settings
+With ``sagemaker.local`` the same container trains on this machine under docker, to test the job
+before it runs on the cluster.  SageMaker starts torchrun on every host and passes settings
 as hyperparameters: ``--optim.lr 1e-4``.
 
 A processing job copies ``sagemaker.inputs`` to a disk, runs a script there on one CPU instance and
@@ -54,7 +54,11 @@ environ.update({{name: values[name] for name in {names!r}}})
 
 """
 CHECKPOINTS = "/opt/ml/checkpoints"  # SageMaker copies it to sagemaker.output during the job
-DATA = "/opt/ml/input/data/training"
+DATA, BASE = "/opt/ml/input/data/training", "/opt/ml/input/data/base"
+METRICS = {  # what SageMaker draws, by a regular expression for the lines of the log
+    "train:loss": r"step +[0-9]+/[0-9]+ +loss +([0-9.]+)",
+    "validation:loss": r" validation +([0-9.]+)",
+}
 TEXT = "/opt/ml/processing/text"  # a copy of sagemaker.inputs
 TOKENS = "/opt/ml/processing/tokens"  # SageMaker copies it to sagemaker.data when the job ends
 # What the SDKs append to the name of a job: 2026-11-29-12-04-17-792 or 20261129120453.
@@ -100,6 +104,7 @@ START = {
         "    PyTorch(**ARGUMENTS).fit(INPUTS)",
     ),
     ("train", 3): (
+        "from sagemaker.core.shapes import MetricDefinition\n"
         "from sagemaker.train import ModelTrainer\n"
         "from sagemaker.train.configs import (\n"
         "    CheckpointConfig,\n    Compute,\n    InputData,\n    SourceCode,\n"
@@ -114,9 +119,10 @@ START = {
         "stopping_condition": lambda fields: StoppingCondition(**fields),
         "checkpoint_config": lambda fields: CheckpointConfig(**fields),
     }
+    metrics = [MetricDefinition(**fields) for fields in ARGUMENTS.pop("metric_definitions", [])]
     trainer = ModelTrainer(
         **{key: kinds.get(key, lambda value: value)(value) for key, value in ARGUMENTS.items()}
-    )
+    ).with_metric_definitions(metrics or None)
     trainer.train([InputData(channel_name=name, data_source=at) for name, at in INPUTS.items()])""",
     ),
     ("prepare", 2): (
@@ -172,6 +178,8 @@ def sdk(job: JobFile) -> int:
 def hyperparameters(job: JobFile) -> dict[str, str]:
     """The options of the training program."""
     settings = dict(job.overrides) | {"data.path": DATA, "run.folder": CHECKPOINTS}
+    if job.sagemaker.base:
+        settings["checkpoint.init_from"] = BASE
     return {"config": job.recipe, **settings}
 
 
@@ -206,7 +214,7 @@ def estimator(job: JobFile) -> dict[str, Any]:
         "base_job_name": base_name(job, "train"),
         "image_uri": job.image,
         "role": job.sagemaker.role,
-        "instance_type": "local" if local else f"ml.{job.machine.name}",
+        "instance_type": _local_type(job, "local") if local else f"ml.{job.machine.name}",
         "instance_count": 1 if local else job.nodes,
         "distribution": {"torch_distributed": {"enabled": True}},
         "hyperparameters": hyperparameters(job),
@@ -214,6 +222,12 @@ def estimator(job: JobFile) -> dict[str, Any]:
     }
     if not local:
         arguments["max_run"] = job.sagemaker.max_run_s
+        arguments["volume_size"] = job.sagemaker.volume_gib
+        if job.sagemaker.keep_alive_s:
+            arguments["keep_alive_period_in_seconds"] = job.sagemaker.keep_alive_s
+        arguments["metric_definitions"] = [
+            {"Name": name, "Regex": regex} for name, regex in METRICS.items()
+        ]
         arguments["checkpoint_s3_uri"] = job.sagemaker.output
         arguments["checkpoint_local_path"] = CHECKPOINTS
     return arguments
@@ -230,7 +244,7 @@ def model_trainer(job: JobFile) -> dict[str, Any]:
         "source_code": {"source_dir": f"sagemaker-{job.name}", "entry_script": "train.py"},
         "distributed": {"process_count_per_node": job.ranks},
         "compute": {
-            "instance_type": "local_cpu" if local else f"ml.{job.machine.name}",
+            "instance_type": _local_type(job, "local_cpu") if local else f"ml.{job.machine.name}",
             "instance_count": 1 if local else job.nodes,
         },
         "hyperparameters": {
@@ -239,12 +253,23 @@ def model_trainer(job: JobFile) -> dict[str, Any]:
         "environment": environ(job),
     }
     if not local:
+        arguments["compute"]["volume_size_in_gb"] = job.sagemaker.volume_gib
+        if job.sagemaker.keep_alive_s:
+            arguments["compute"]["keep_alive_period_in_seconds"] = job.sagemaker.keep_alive_s
+        arguments["metric_definitions"] = [
+            {"name": name, "regex": regex} for name, regex in METRICS.items()
+        ]
         arguments["stopping_condition"] = {"max_runtime_in_seconds": job.sagemaker.max_run_s}
         arguments["checkpoint_config"] = {
             "s3_uri": job.sagemaker.output,
             "local_path": CHECKPOINTS,
         }
     return arguments
+
+
+def _local_type(job: JobFile, cpu: str) -> str:
+    """The instance type of local mode."""
+    return "local_gpu" if job.machine.backend == "cuda" else cpu
 
 
 def processor(job: JobFile) -> dict[str, Any]:
@@ -274,8 +299,11 @@ def render(job: JobFile, phase: str) -> str:
     else:
         file, script = "train.py", TRAIN.format(secrets=_secrets(job))
         arguments = model_trainer(job) if version == 3 else estimator(job)
-        data = job.sagemaker.data
-        inputs = {"training": data.removeprefix("file://") if version == 3 else data}
+        inputs = {"training": job.sagemaker.data}
+        if job.sagemaker.base:
+            inputs["base"] = job.sagemaker.base
+        if version == 3:
+            inputs = {name: at.removeprefix("file://") for name, at in inputs.items()}
         where = "in a container on this machine" if job.sagemaker.local else "on SageMaker"
         what = f"train on {job.nodes} x {job.machine.name}, {where}"
     head = f'''#!/usr/bin/env python3

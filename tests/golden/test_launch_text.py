@@ -27,6 +27,8 @@ from llamax.launch.checks import problems
 from llamax.launch.environment import variables
 from llamax.launch.jobfile import JobFile
 from llamax.launch.render import ACTIONS, PHASES, action, render
+from llamax.training.console import line
+from llamax.training.metrics import Record
 
 GOLDEN = Path(__file__).parent / "launch"
 NODES = (1, 4)
@@ -328,7 +330,11 @@ def test_sagemakers_file_is_python_with_these_arguments() -> None:
 def test_sdk_3_has_a_model_trainer() -> None:
     values = sagemaker_values(sagemaker.render(job(nodes=4, sagemaker__sdk=3), "train"))
     arguments = values["ARGUMENTS"]
-    assert arguments["compute"] == {"instance_type": "ml.trn1.32xlarge", "instance_count": 4}
+    assert arguments["compute"] == {
+        "instance_type": "ml.trn1.32xlarge",
+        "instance_count": 4,
+        "volume_size_in_gb": 100,
+    }
     assert arguments["distributed"] == {"process_count_per_node": 32}
     assert arguments["hyperparameters"]["optim.lr"] == "0.0002"
     assert arguments["environment"]["NEURON_COMPILE_CACHE_URL"] == "s3://bucket/run/neuron-cache"
@@ -344,6 +350,38 @@ def test_sdk_3_has_a_model_trainer() -> None:
     assert values["ARGUMENTS"]["training_mode"] == "LOCAL_CONTAINER"
     assert values["ARGUMENTS"]["compute"] == {"instance_type": "local_cpu", "instance_count": 1}
     assert "checkpoint_config" not in values["ARGUMENTS"]
+
+
+@pytest.mark.parametrize("sdk", [2, 3])
+def test_a_base_and_a_warm_pool_on_sagemaker(sdk: int) -> None:
+    changes: dict[str, Any] = {"recipe": "news-llama3-8b-qlora", "overrides": {}, "nodes": 2}
+    changes |= {"instance": "g5.12xlarge", "sagemaker__sdk": sdk, "sagemaker__keep_alive_s": 3600}
+    cloud = job(**changes, sagemaker__base="s3://bucket/base", sagemaker__volume_gib=256)
+    assert problems(cloud, "sagemaker", "train") == []
+    values = sagemaker_values(sagemaker.render(cloud, "train"))
+    assert values["INPUTS"] == {"training": "s3://bucket/tokens", "base": "s3://bucket/base"}
+    arguments = values["ARGUMENTS"]
+    assert arguments["hyperparameters"]["checkpoint.init_from"] == sagemaker.BASE
+    where = arguments if sdk == 2 else arguments["compute"]
+    assert where["volume_size" if sdk == 2 else "volume_size_in_gb"] == 256
+    assert where["keep_alive_period_in_seconds"] == 3600
+    changes |= {"nodes": 1, "sagemaker__local": True, "sagemaker__data": "file:///data"}
+    here = job(**changes, sagemaker__base="file:///base")
+    assert problems(here, "sagemaker", "train") == []
+    values = sagemaker_values(sagemaker.render(here, "train"))
+    where = values["ARGUMENTS"] if sdk == 2 else values["ARGUMENTS"]["compute"]
+    assert where["instance_type"] == "local_gpu"
+    prefix = "file://" if sdk == 2 else ""
+    assert values["INPUTS"] == {"training": f"{prefix}/data", "base": f"{prefix}/base"}
+
+
+def test_sagemaker_finds_the_losses_in_the_lines_of_the_log() -> None:
+    record = Record(7, 0, 1.0, 1.0, 6.25, 0.5, 1e-4, 10.0, 0, validation_loss=1.5)
+    found = {
+        name: [float(text) for text in re.findall(regex, f"[rank 0] {line(record, 1000)}")]
+        for name, regex in sagemaker.METRICS.items()
+    }
+    assert found == {"train:loss": [6.25], "validation:loss": [1.5]}
 
 
 @pytest.mark.parametrize("sdk", [2, 3])

@@ -129,7 +129,17 @@ def test_all_problems_are_reported_together() -> None:
         ("sagemaker", {"sagemaker__role": ""}, "sagemaker.role is empty; set it to the IAM role"),
         ("sagemaker", {"sagemaker__data": ""}, "sagemaker.data is empty; set it to the s3:// or"),
         ("sagemaker", {"sagemaker__output": "/x"}, "sagemaker.output='/x' is not an s3:// folder;"),
-        ("sagemaker", {"sagemaker__local": True}, "sagemaker.local=true runs on the CPU of this"),
+        ("sagemaker", {"sagemaker__local": True}, "sagemaker.local=true runs on the CPU or the GP"),
+        (
+            "sagemaker",
+            {"sagemaker__base": "/m"},
+            "sagemaker.base='/m' is not a folder; use s3://bu",
+        ),
+        (
+            "sagemaker",
+            {"overrides__checkpoint__init_from": "models/base"},
+            "checkpoint.init_from=models/base is a folder that containers of Sa",
+        ),
         (
             "sagemaker",
             {"recipe": "demo", "instance": "local", "ranks_per_node": 4, "overrides": {}},
@@ -210,6 +220,19 @@ def test_a_right_job_is_not_refused(launcher: str) -> None:
     assert refusals("k8s", name="a" * 43, nodes=8) == []
     small = {"recipe": "demo", "instance": "local", "ranks_per_node": 4, "overrides": {}}
     assert refusals(launcher, **small, sagemaker__local=True) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sagemaker__base": "s3://bucket/base", "overrides__checkpoint__init_from": "models/base"},
+        {"overrides__checkpoint__init_from": "/opt/models/base"},
+        {"sagemaker__local": True, "instance": "g5.4xlarge", "recipe": "korean-chat-qlora"}
+        | {"overrides": {}, "sagemaker__base": "file:///models/base"},
+    ],
+)
+def test_where_a_job_of_sagemaker_may_find_its_base(changes: dict[str, Any]) -> None:
+    assert refusals("sagemaker", **changes) == []
 
 
 TEXT = st.text(st.characters(exclude_categories=("Cs",)), max_size=6)
