@@ -34,7 +34,7 @@ test: $(VENV)/installed
 	@$(MAKE) --no-print-directory test-xla
 
 test-xla: $(XLA_VENV)/installed
-	@if [ -e $< ]; then $(XLA_BIN)/python -m pytest tests/xla --numprocesses 2 --dist loadgroup --timeout 600; \
+	@if [ -e $< ]; then $(XLA_BIN)/python -m pytest tests/xla --numprocesses 2 --dist loadgroup --timeout 1800; \
 	else echo "SKIPPED tests/xla: requirements-xla.txt cannot be installed here (above: why)"; fi
 
 launchers: $(VENV)/installed

@@ -1,15 +1,20 @@
-"""The network interface by which this machine reaches another one.  Standard library only."""
+"""The network interface to another machine, and ports.  Standard library only."""
 
 from __future__ import annotations
 
 import array
 import fcntl
 import ipaddress
+import random
 import socket
 import struct
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 SIOCGIFCONF = 0x8912
+HANDED_OUT = Path("/proc/sys/net/ipv4/ip_local_port_range")  # absent on macOS
+USER_PORTS = 10_000  # below are many of well-known programs
 
 
 def source_address(target: str) -> str:
@@ -39,6 +44,22 @@ def interface(address: str) -> str:
         if socket.inet_ntoa(found) == address:
             return str(name.partition(b"\0")[0].partition(b":")[0].decode())
     return ""
+
+
+def free_port(address: str) -> int:
+    """A free TCP port of ``address``, for a program that opens it only some seconds later.
+
+    It is below the ports that the kernel hands out, of which any program may get one meanwhile.
+    """
+    with suppress(OSError, ValueError, IndexError):
+        first = int(HANDED_OUT.read_text().split()[0])
+        for port in random.Random().sample(range(USER_PORTS, first), 20):
+            with suppress(OSError), socket.socket() as probe:
+                probe.bind((address, port))
+                return port
+    with socket.socket() as probe:
+        probe.bind((address, 0))
+        return int(probe.getsockname()[1])
 
 
 def is_loopback(address: str) -> bool:

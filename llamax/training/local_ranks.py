@@ -15,7 +15,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from llamax.parallel.network import free_port
 from llamax.parallel.rendezvous import FAMILIES, LOOPBACK
 from llamax.runtime import signals
 from llamax.runtime.errors import Interrupted, Stopped
@@ -43,7 +43,7 @@ def rank_environment(environ: Mapping[str, str], ranks: int) -> list[dict[str, s
         "WORLD_SIZE": str(ranks),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(_free_port()),
+        "MASTER_PORT": str(free_port(LOOPBACK)),
     }
     return [kept | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
@@ -91,7 +91,7 @@ def run_ranks(words: Sequence[str], ranks: int, environ: Mapping[str, str]) -> i
 def wait_for(programs: Sequence[subprocess.Popen[bytes]], ending_s: float = ENDING_S) -> int:
     """Wait until all ranks have ended, or for ``ending_s`` after one has failed; the exit code."""
     failed, limit_s = 0, float("inf")
-    while any(program.poll() is None for program in programs) and time.monotonic() < limit_s:
+    while None in [program.poll() for program in programs] and time.monotonic() < limit_s:
         if failed := failed or _failure(programs):
             limit_s = min(limit_s, time.monotonic() + ending_s)
         time.sleep(POLL_S)
@@ -104,9 +104,3 @@ def _failure(programs: Sequence[subprocess.Popen[bytes]]) -> int:
     codes = [program.returncode for program in programs]
     failed = [code for code in codes if code is not None and code not in (0, *STOPPED)]
     return (failed[0] if failed[0] > 0 else 128 - failed[0]) if failed else 0
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])

@@ -15,35 +15,42 @@ and every rank after the first must find its program in the compilation cache: o
 another graph has its own, which is what would happen on Trainium, and is reported at once.  Between
 these points nothing may execute, so a value that is read in the middle of a step is an error, not a
 rank that waits for ever in a collective.
+
+Replicas hang when they stand still, not when they are late: a compiler needs minutes on a machine
+that does much else.  So no time by the clock is given; the process has hung when it used next to no
+CPU time for ``STILL_S``, and its stacks are reported.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import math
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from support.world import _module
 
 os.environ["PJRT_DEVICE"] = "CPU"  # or torch_xla says on import that it chose so
 PRELOAD = ["torch", "torch_xla", "pytest", "llamax.train", "support.world"]
+STILL_S = 180.0  # by the clock, with less CPU time than the next line has
+LEAST_S = 1.0  # the watch of Lockstep uses a fifth of it
 
 
 class ReplicaError(AssertionError):
     """A replica failed, hung, or traced a graph of its own."""
 
 
-def run(
-    size: int, fn: Callable[..., Any], *args: Any, timeout_s: float = 500.0, stages: int = 1
-) -> list[Any]:
+def run(size: int, fn: Callable[..., Any], *args: Any, stages: int = 1) -> list[Any]:
     """What ``fn(rank, *args)`` returns on ``size`` replicas, in rank order.
 
     ``fn`` is a function at the top level of a test module; arguments and results travel pickled.
@@ -54,14 +61,18 @@ def run(
     here, there = context.Pipe()
     job = fn.__module__, os.path.abspath(fn.__code__.co_filename), fn.__qualname__, args
     stacks = tempfile.NamedTemporaryFile("r", prefix="stacks-")  # noqa: SIM115
-    work = (size, there, pickle.dumps(job), stacks.name, timeout_s, stages)
+    work = (size, there, pickle.dumps(job), stacks.name, stages)
     process = context.Process(target=_serve, args=work, daemon=True)
     process.start()
     there.close()
     try:
-        if not here.poll(timeout_s + 5):
-            where = f"hung for {timeout_s:g} s in {fn.__qualname__}"
-            raise ReplicaError(f"{size} replicas {where}\n{stacks.read()}")
+        used_s = 0.0
+        while not here.poll(STILL_S):
+            before_s, used_s = used_s, cpu_seconds(process.pid)
+            if used_s < before_s + LEAST_S:
+                where = f"stood still for {STILL_S:g} s, after {used_s:.0f} s of CPU time,"
+                shown = threads(process.pid, Path(stacks.name))
+                raise ReplicaError(f"{size} replicas {where} in {fn.__qualname__}\n{shown}")
         good, value = pickle.loads(here.recv_bytes())
     except EOFError:
         process.join(5)
@@ -74,6 +85,29 @@ def run(
     if not good:
         raise ReplicaError(value)
     return list(value)
+
+
+def cpu_seconds(pid: int | None) -> float:
+    """The CPU time that a process has used; infinite if it has ended, as its pipe will say."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return math.inf
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def threads(pid: int | None, stacks: Path) -> str:
+    """Where the threads of a process are: the Python stacks, and in what the kernel has each."""
+    assert pid is not None
+    os.kill(pid, signal.SIGUSR1)
+    late = time.monotonic() + 10
+    while not stacks.read_text().endswith("\n") and time.monotonic() < late:
+        time.sleep(0.1)
+    lines = [stacks.read_text()]
+    for task in sorted(Path(f"/proc/{pid}/task").iterdir()):
+        name, place = ((task / file).read_text().strip() for file in ("comm", "wchan"))
+        lines.append(f"thread {task.name} ({name}) in {place}")
+    return "\n".join(lines)
 
 
 Answer = Callable[[bool, Any], None]
@@ -215,25 +249,24 @@ def compilations() -> int:
     return int(met.counter_value("UncachedCompile") or 0)
 
 
-def _serve(
-    size: int, pipe: Connection, job: bytes, stacks: str, timeout_s: float, stages: int
-) -> None:
+def _serve(size: int, pipe: Connection, job: bytes, stacks: str, stages: int) -> None:
     """The life of the process: its environment, its replicas, their results."""
-    faulthandler.dump_traceback_later(timeout_s, file=open(stacks, "w"))  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"))  # noqa: SIM115
     threads = str(2 * size + 2)  # fewer than replicas and their collectives never meet
     os.environ |= {
         "PJRT_DEVICE": "CPU",
         "CPU_NUM_DEVICES": str(size),
         "PJRT_CPU_ASYNC_CLIENT": "0",
         "XLA_THREAD_POOL_SIZE": threads,
-        "NPROC": threads,
+        "PJRT_NPROC": threads,
     }
     first = threading.Lock()
 
     def answer(good: bool, value: Any) -> None:
         """Say how it went, and end: after a failure other replicas are stuck in a collective."""
+        data = pickle.dumps((good, value))
         first.acquire()
-        pipe.send_bytes(pickle.dumps((good, value)))
+        pipe.send_bytes(data)
         os._exit(0)
 
     module, path, name, args = pickle.loads(job)

@@ -9,5 +9,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         module = item.getparent(pytest.Module)
         assert module is not None
-        group = "replicas" if hasattr(module.obj, "replicas") else "traced"
+        group = "replicas" if hasattr(module.obj, "ranks") else "traced"
         item.add_marker(pytest.mark.xdist_group(group))

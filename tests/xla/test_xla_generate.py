@@ -29,7 +29,6 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.parallel.sharding import Shard
 
-replicas = ranks  # these tests run replicas
 NEW, LENGTH, BATCH = 9, 100, 3
 STOPS = frozenset(range(0, 50, 7))
 LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, targets="q_proj,v_proj,down_proj")

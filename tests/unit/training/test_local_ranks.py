@@ -35,13 +35,16 @@ def test_ranks_meet_on_the_loopback_whatever_launcher_came_before() -> None:
         (["exit 75", "exit 130"], 130),
         (["exit 75", "exit 2"], 2),
         (["exit 0", "kill -KILL $$"], 137),
-        (["sleep 60", "exit 3"], 3),
+        (["exec sleep 900", "exit 3"], 3),
     ],
 )
 def test_the_code_of_a_run_is_that_of_its_ranks(commands: list[str], code: int) -> None:
+    """A rank that waits for one that failed is not waited for."""
     programs = [subprocess.Popen(["sh", "-c", f"exec 2>&-; {command}"]) for command in commands]
     try:
         assert wait_for(programs, ending_s=0.2) == code
+        if "sleep" in commands[0]:
+            assert programs[0].returncode is None
     finally:
         for program in programs:
             program.kill()
