@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -17,8 +18,17 @@ if TYPE_CHECKING:
     from support.world import Worlds
 
 TESTS = Path(__file__).resolve().parent
+# What a launcher, a cluster or a user has set around the tests is no matter of theirs.
+FOREIGN = re.compile(
+    "(SLURM|OMPI|PMIX?|MPI|TORCHELASTIC|SM|NEURON|XLA|PJRT|GLOO|NCCL|HF|TRANSFORMERS|WANDB)_.*"
+    "|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|JOB_COMPLETION_INDEX|KUBERNETES_SERVICE_HOST"
+    "|COLUMNS|LINES|NO_COLOR|FORCE_COLOR|GLIBC_TUNABLES"
+)
+for name in filter(FOREIGN.fullmatch, [*os.environ]):
+    del os.environ[name]
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is loaded: here nothing may import it
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests/support/hub.py stands in for the Hub
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # where the stand-ins are
 # Programs inherit ignored signals, as under nohup, and llamax leaves them ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)

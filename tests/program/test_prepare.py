@@ -135,22 +135,45 @@ def test_it_trains_a_tokenizer_and_finds_it_again(
         run(tmp_path / "out", text, "--glob", "*.py", "--train-tokenizer", 600)
 
 
+SLOW = """
+import os, sys, time
+from llamax.cli import prepare
+from llamax.data.prepare import chunks, file_kinds
+
+def make_part(*args):  # and rest, so that a busy machine sees the program at work
+    real(*args)
+    time.sleep(float(os.environ["REST_S"]))
+
+real, chunks.make_part, file_kinds.CHUNK_BYTES = chunks.make_part, make_part, 30_000
+if __name__ == "__main__":
+    sys.exit(prepare.main(sys.argv[1:]))
+"""
+STOPS = """
+import signal
+from llamax.cli import prepare
+from llamax.data.prepare import chunks
+from llamax.runtime.process import run_main
+
+chunks.make_part = lambda *args: signal.pause()  # a worker is there until it is killed
+if __name__ == "__main__":
+    raise SystemExit(run_main(prepare.main))
+"""
+
+
 def test_a_kill_loses_nothing(text: Path, tokenizer: Path, tmp_path: Path) -> None:
     """Killed again and again, at any moment, it ends with the bytes of an undisturbed run."""
-    code = (
-        "import sys; from llamax.cli import prepare; from llamax.data.prepare import file_kinds; "
-        "file_kinds.CHUNK_BYTES = 30_000\n"
-        "if __name__ == '__main__': sys.exit(prepare.main(sys.argv[1:]))"
-    )
     program = tmp_path / "program.py"
-    program.write_text(code)
+    program.write_text(SLOW)
     args = [str(text), "--glob", "*.py", "--tokenizer", str(tokenizer), "--validation", "0.2"]
 
     def start(out: Path, workers: int) -> subprocess.Popen[bytes]:
         command = [sys.executable, program, *args, "--out", out, "--workers", str(workers)]
-        return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+        environ = {**os.environ, "REST_S": str(rest_s)}
+        return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, env=environ)
 
+    rest_s = 0.0
     assert start(tmp_path / "calm", 1).wait() == 0
+    rest_s = 0.3
     torn, kills = tmp_path / "torn", 0
     for wanted in (1, 4, 9):
         process = start(torn, 2 if wanted == 4 else 1)
@@ -166,6 +189,7 @@ def test_a_kill_loses_nothing(text: Path, tokenizer: Path, tmp_path: Path) -> No
     parts[0].write_bytes(raw)
     with pytest.raises(DataError, match="is not finished"):
         open_dataset(torn)
+    rest_s = 0.0
     assert start(torn, 2).wait() == 0
     for name in ("train.tokens", "validation.tokens", "tokenizer.model"):
         assert (torn / name).read_bytes() == (tmp_path / "calm" / name).read_bytes()
@@ -173,13 +197,15 @@ def test_a_kill_loses_nothing(text: Path, tokenizer: Path, tmp_path: Path) -> No
 
 
 def test_a_worker_that_dies_is_reported(tokenizer: Path, text: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "llamax", "prepare", text.parent, "--glob", "*.jsonl"]
+    (program := tmp_path / "program.py").write_text(STOPS)
+    command = [sys.executable, program, text.parent, "--glob", "*.jsonl"]
     rows = "".join(json.dumps({"text": source}) + "\n" for source in python_sources(40)) * 8
     (tmp_path / "rows.jsonl").write_text(rows)
     command += ["--tokenizer", tokenizer, "--out", tmp_path / "out", "--workers", 2]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
 
-    while process.poll() is None and len(found := _workers(process.pid)) < 2:
+    while len(found := _workers(process.pid)) < 2:
+        assert process.poll() is None
         time.sleep(0.001)
     os.kill(found[0], signal.SIGKILL)
     _, said = process.communicate()

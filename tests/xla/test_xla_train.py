@@ -73,7 +73,7 @@ def on_xla(cfg: Config) -> None:
 
 def on_gloo(cfg: Config) -> None:
     process = torchrun(2, write(cfg, Path(f"{cfg.run.folder}.toml")))
-    _, told = process.communicate(timeout=500)
+    _, told = process.communicate(timeout=1500)
     assert process.returncode == 0, told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import fcntl
 import os
 import pty
@@ -35,6 +36,7 @@ class Terminal:
         self.ours, self.theirs = pty.openpty()
         self.before = termios.tcgetattr(self.theirs)
         self.text = ""
+        self.decode = codecs.getincrementaldecoder("utf-8")().decode  # a read may end in a letter
         self.process = subprocess.Popen(
             [sys.executable, *argv],
             stdin=self.theirs,
@@ -57,7 +59,7 @@ class Terminal:
     def read(self, timeout_s: float) -> bool:
         if not select.select([self.ours], [], [], timeout_s)[0]:
             return False
-        self.text += os.read(self.ours, 4096).decode()
+        self.text += self.decode(os.read(self.ours, 4096))
         return True
 
     def press(self, keys: bytes) -> None:
