@@ -6,12 +6,14 @@ Source: fsspec, "Built-in implementations".
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from llamax.runtime.errors import BackendError, LlamaxError
+from llamax.runtime.files import make_folder
 from llamax.runtime.text import printable_line
 
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "hf": "huggingface_hub", "gs": "gcsfs", "gcs": "gcsfs"}
@@ -64,7 +66,10 @@ class Place:
             ) from error
 
     def names(self) -> dict[str, int]:
-        """The size of every file, by its path in the place."""
+        """The size of every file, by its path in the place; links in a folder are left out."""
+        if self.folder:
+            with self.talking("read"):
+                return dict(self._in_folder())
         with self.talking("read"):
             self.fs.invalidate_cache()
             try:
@@ -92,14 +97,16 @@ class Place:
     def write(self, name: str, content: bytes | Path) -> None:
         """Write a file, in one step: object stores show it when it is complete.
 
-        In a folder it gets its name when it is complete.
+        In a folder it gets its name when it is complete.  Raises LinkError for a link on the way.
         """
         path = f"{self.root}/{name}"
         with self.talking("written"):
             if not self.folder:
                 self._send(path, content)
                 return
-            self.fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            os.makedirs(self.root, exist_ok=True)  # its own name may be a link
+            for parent in [*Path(name).parents][-2::-1]:
+                make_folder(Path(self.root, parent))
             partial = f"{path}.{uuid4().hex}.partial"
             try:
                 self._send(partial, content)
@@ -111,6 +118,15 @@ class Place:
         """Remove a file."""
         with self.talking("written"):
             self.fs.rm_file(f"{self.root}/{name}")
+
+    def _in_folder(self) -> Iterator[tuple[str, int]]:
+        """The files of a folder and their sizes, without following links."""
+        for folder, _, names in os.walk(self.root):
+            for path in (Path(folder, name) for name in names):
+                with suppress(FileNotFoundError):
+                    found = path.lstat()
+                    if stat.S_ISREG(found.st_mode):
+                        yield path.relative_to(self.root).as_posix(), found.st_size
 
     def _send(self, path: str, content: bytes | Path) -> None:
         if isinstance(content, bytes):

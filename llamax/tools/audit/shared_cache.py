@@ -34,7 +34,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from llamax.runtime.errors import BackendError, LinkError
-from llamax.runtime.files import is_file_name, refuse_link, write_atomic
+from llamax.runtime.files import is_file_name, make_folder, refuse_link, write_atomic
 from llamax.runtime.files import sha256 as sha256_of
 from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.text import printable_line
@@ -200,14 +200,15 @@ def _pull_notes(place: Place, cache: Path, names: Mapping[str, int], wanted: str
             continue
         listed = content.pop("modules", None)
         if isinstance(listed, list) and listed and {f"{compiler}/{m}" for m in listed} <= held:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(target.parent)
             write_atomic(target, f"{json.dumps(content)}\n".encode())
 
 
 def _take(place: Place, key: str, files: Sequence[File], target: Path) -> str:
     """Copy an entry to its place in the local cache; why it is not taken, or nothing."""
     partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
-    partial.mkdir(parents=True)
+    make_folder(target.parent)
+    partial.mkdir()
     try:
         for each in files:
             path = partial / each.name

@@ -20,7 +20,7 @@ from uuid import uuid4
 import pytest
 from support.hub import TOKEN, environment, served_hub
 
-from llamax.runtime.errors import BackendError
+from llamax.runtime.errors import BackendError, LinkError
 from llamax.tools.audit import shared_cache
 from llamax.tools.audit.cache_place import Place
 from llamax.tools.audit.compile_cache import Note, missing, write_notes
@@ -390,3 +390,41 @@ def test_places_that_cannot_be_opened(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(BackendError, match=r"pip install 'llamax\[cache\]'$"):
         Place(str(tmp_path))
+
+
+def test_links_in_a_shared_folder_are_not_followed(tmp_path: Path) -> None:
+    """Others may write there: no file of this user is replaced, and no loop is walked."""
+    first, mine = compiled(tmp_path / "a", "MODULE_1+2"), tmp_path / "mine"
+    place = Place(str(tmp_path / "shared"))
+    push(first, place)
+    mine.mkdir()
+    (mine / "entry.json").write_text("of the user")
+    for name in ("round", "round2"):
+        (tmp_path / "shared" / name).symlink_to(tmp_path / "shared")
+    os.mkfifo(tmp_path / "shared" / FOLDER / "pipe")
+    assert len(place.names()) == 4
+    linked = tmp_path / "shared" / FOLDER / "MODULE_3+4"
+    linked.symlink_to(mine)
+    refused = push(compiled(first, "MODULE_3+4"), place).refused
+    assert "MODULE_3+4 is a link to" in refused[f"{FOLDER}/MODULE_3+4"]
+    assert [path.name for path in mine.iterdir()] == ["entry.json"]
+    assert (mine / "entry.json").read_text() == "of the user"
+
+
+def test_links_in_the_local_cache_are_not_followed(tmp_path: Path) -> None:
+    """By default it lies in /var/tmp, where others may put links."""
+    place, mine = Place(str(tmp_path / "shared")), tmp_path / "mine"
+    push(compiled(tmp_path / "a", "MODULE_1+2"), place)
+    mine.mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / FOLDER).symlink_to(mine)
+    with pytest.raises(LinkError, match="is a link to"):
+        pull(place, tmp_path / "b", COMPILER)
+    assert list(mine.iterdir()) == []
+
+
+def test_the_name_of_a_place_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "shared").symlink_to(tmp_path / "real")
+    push(compiled(tmp_path / "a", "MODULE_1+2"), place := Place(str(tmp_path / "shared")))
+    assert pull(place, tmp_path / "b", COMPILER).copied == [f"{FOLDER}/MODULE_1+2"]
