@@ -63,7 +63,7 @@ class LossScaleState:
         except TypeError:
             found = cls(math.nan)
         counts = found.good_steps, found.overflowed_steps
-        sound = type(found.scale) in (int, float) and 0 < found.scale < math.inf
+        sound = type(found.scale) in (int, float) and 0 < found.scale < 2.0**128  # in float32
         if not sound or not all(type(n) is int and 0 <= n < 2**24 for n in counts):
             raise CheckpointError(
                 f"the checkpoint to resume has {STATE}={state[STATE]!r:.40}, which is no loss "

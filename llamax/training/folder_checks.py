@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from llamax.config.constants import CHECKPOINTS_FOLDER, CONFIG_FILE, LOCK_FILE, METRICS_FILE
-from llamax.runtime.errors import ConfigError
-from llamax.runtime.files import refuse_foreign_link
+from llamax.checkpoint.manifest import STEP_FOLDER
+from llamax.config.constants import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    LOCK_FILE,
+    METRICS_FILE,
+)
+from llamax.runtime.errors import ConfigError, LinkError
+from llamax.runtime.files import read_file, refuse_foreign_link
+from llamax.runtime.json_reader import parse_object
 
-SIGNS = (LOCK_FILE, METRICS_FILE, CHECKPOINTS_FOLDER)  # of an earlier start; the lock comes first
+REPLACED = (CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, LOCK_FILE)
+FIELDS = {"step", "consumed_tokens", "tokens_per_s"}  # of every record
+OWNER = re.compile(rb"(pid \d+ on .* since .*\n)?")
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise if ``config.toml`` in a run folder is not of a run, or another user links checkpoints.
+    """Raise if a run folder holds files of something else, or another user links checkpoints.
 
     A link of one's own, such as to a larger disk, is followed.  Raises ConfigError and LinkError.
     """
-    config = folder / CONFIG_FILE
-    if config.exists() and not any((folder / name).exists() for name in SIGNS):
+    paths = [path for name in REPLACED if (path := folder / name).is_file()]
+    present = [path.name for path in paths if path.stat().st_size]
+    if present and not is_run(folder):
         raise ConfigError(
-            f"run.folder={folder} holds a {CONFIG_FILE} that is not of a run and would be "
+            f"run.folder={folder} holds a {present[0]} that is not of a run and would be "
             "replaced; set run.folder to another folder"
         )
     refuse_foreign_link(folder / CHECKPOINTS_FOLDER)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run has begun in a folder: by its lock, which comes first, or what it has written.
+
+    A copy may lack the lock.
+    """
+    lock, metrics, saved = (folder / n for n in (LOCK_FILE, METRICS_FILE, CHECKPOINTS_FOLDER))
+    try:
+        if lock.exists():
+            return OWNER.fullmatch(read_file(lock)) is not None
+        if metrics.exists():
+            return parse_object(read_file(metrics).partition(b"\n")[0], False).keys() >= FIELDS
+        return any(STEP_FOLDER.fullmatch(path.name) for path in saved.iterdir())
+    except (OSError, LinkError, ValueError):
+        return False

@@ -95,7 +95,7 @@ def state(folder: Path) -> None:
     """What a checkpoint keeps of spikes, the loss scale and early stopping."""
     values = {
         "spikes": {"losses": [2.0, 1.5], "norms": [1.0, 0.5], "skipped": 3},
-        "loss_scale": {"scale": 1024.0, "good_steps": 5, "skipped_steps": 1},
+        **LossScaleState(1024.0, 5, 1).to_json(),
         "best_validation_loss": 1.25,
         "validations_waited": 2,
     }

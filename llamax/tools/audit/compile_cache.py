@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 from llamax.config.load import dump_config
 from llamax.config.schema import Config
 from llamax.runtime.errors import BackendError, LinkError
-from llamax.runtime.files import new_file, read_file
+from llamax.runtime.files import make_folder, new_file, read_file
 from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.versions import installed
 
@@ -76,7 +76,7 @@ class Note(NamedTuple):
 def write_notes(cache: Path, hashes: Mapping[str, str], environ: Mapping[str, str]) -> None:
     """Write a note for each program (kind -> hash) into the compile cache."""
     folder = cache / NOTES
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for kind, digest in hashes.items():
         part = folder / f".{digest}.{os.getpid()}"
         content = {"program": kind} | {package: installed(package) for package in VERSIONS}

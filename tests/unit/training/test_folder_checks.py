@@ -10,7 +10,7 @@ from support import tiny_run
 
 from llamax.cli.train import main
 from llamax.runtime.errors import ConfigError, LinkError
-from llamax.training.folder_checks import SIGNS, check_run_folder
+from llamax.training.folder_checks import REPLACED, check_run_folder
 
 
 def test_a_configuration_of_the_user_is_not_replaced(tmp_path: Path) -> None:
@@ -27,12 +27,39 @@ def test_a_configuration_of_the_user_is_not_replaced(tmp_path: Path) -> None:
     assert sorted(each.name for each in tmp_path.iterdir()) == ["config.toml", "dataset"]
 
 
-@pytest.mark.parametrize("sign", SIGNS)
+@pytest.mark.parametrize("sign", ["lock", "metrics.jsonl", "checkpoints"])
 def test_a_run_may_go_on(tmp_path: Path, sign: str) -> None:
     check_run_folder(tmp_path / "missing")
     check_run_folder(tmp_path)
     (tmp_path / "config.toml").touch()
     (tmp_path / sign).touch()
+    check_run_folder(tmp_path)
+
+
+RECORD = '{"step": 1, "loss": 2.0, "consumed_tokens": 5, "tokens_per_s": 1.5}\n'
+
+
+@pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.parametrize("beside", ["", "config.toml", "metrics.jsonl", "lock", "checkpoints"])
+def test_files_of_another_program_are_not_replaced(tmp_path: Path, name: str, beside: str) -> None:
+    if beside == "checkpoints":
+        (tmp_path / beside / "epoch-1").mkdir(parents=True)
+    elif beside:
+        (tmp_path / beside).write_text('{"step": 1, "epoch": 3}\n')
+    (tmp_path / name).write_text("[notes]\n")
+    with pytest.raises(ConfigError, match=r"run\.folder=.* holds a .* that is not of a run"):
+        check_run_folder(tmp_path)
+
+
+@pytest.mark.parametrize("sign", ["lock", "metrics.jsonl", "checkpoints"])
+def test_a_run_is_known_by_what_it_has_written(tmp_path: Path, sign: str) -> None:
+    for name in ("config.toml", "environment.json"):
+        (tmp_path / name).write_text("[run]\n")
+    if sign == "checkpoints":
+        (tmp_path / sign / "step-00000005").mkdir(parents=True)
+    else:
+        owner = "pid 12 on a host since Sun Nov 29 19:15:13 2026\n"
+        (tmp_path / sign).write_text(owner if sign == "lock" else RECORD * 3)
     check_run_folder(tmp_path)
 
 
