@@ -20,7 +20,7 @@ from llamax.runtime.cores import limit_threads
 from llamax.runtime.errors import Interrupted, LlamaxError, NoRoom, Terminated
 from llamax.runtime.files import NO_ROOM
 from llamax.runtime.signals import SIGNALS
-from llamax.runtime.text import print_text
+from llamax.runtime.text import print_text, printable_line
 
 PROC_SELF = Path("/proc/self/stat")  # absent on macOS
 NO_CACHE = "glibc.malloc.tcache_count=0"
@@ -61,7 +61,7 @@ def run_main(main: Main, argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except (LlamaxError, Terminated) as error:
-        print_text(f"llamax: {error}", sys.stderr)
+        _print_error(str(error))
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -69,18 +69,24 @@ def run_main(main: Main, argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in NO_ROOM:
             where = f" for {error.filename}" if error.filename else ""
-            print_text(f"llamax: no room{where}: {error.strerror}; make some", sys.stderr)
+            _print_error(f"no room{where}: {error.strerror}; make some")
             return NoRoom.exit_code
         text = describe_refusal(error)
         if text is None:
             raise
-        print_text(f"llamax: {text}", sys.stderr)
+        _print_error(text)
         return LlamaxError.exit_code
     except KeyboardInterrupt:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, signal.SIG_DFL)  # the next one ends what still cleans up
         print_text("llamax: interrupted", sys.stderr)
         return Interrupted.exit_code
+
+
+def _print_error(text: str) -> None:
+    """Print an error: one line, or those of ``refuse``; a line break in a path is no new line."""
+    lines = map(printable_line, text.split("\n  "))
+    print_text("llamax: " + "\n  ".join(lines), sys.stderr)
 
 
 def describe_refusal(error: OSError) -> str | None:

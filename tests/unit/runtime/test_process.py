@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llamax.runtime.errors import DataError, NoRoom
+from llamax.runtime.errors import DataError, NoRoom, refuse
 from llamax.runtime.process import defer_signals, run_main
 
 # ---- how programs end
@@ -38,6 +38,17 @@ def test_mistakes_are_one_line_and_other_errors_keep_their_traceback(
         fails(FileNotFoundError(errno.ENOENT, "No such file or directory", "ours"))
     with pytest.raises(ZeroDivisionError):
         fails(ZeroDivisionError())
+
+
+def test_a_line_break_in_a_path_begins_no_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: Sequence[str]) -> int:
+        refuse(["a\nllamax: all is well", "b\r\x1b[2J"], "run\n.toml")
+        return 0
+
+    assert run_main(main, []) == 2
+    assert capsys.readouterr().err == (
+        "llamax: run\\x0a.toml: 2 problems\n  a\\x0allamax: all is well\n  b\\x0d\\x1b[2J\n"
+    )
 
 
 def test_run_reads_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
