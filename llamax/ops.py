@@ -3,25 +3,13 @@
 Nothing else imports ``kernels/``: a model calls these functions, and ``TABLE`` chooses the kernel.
 Its rows (name, supported, kernel) are tried from the top, the reference last.  A kernel is a
 function here, or "module:function" below ``llamax.kernels``, imported when it is first chosen, so
-that a machine imports only what it can run::
-
-    operation            kernels, the first that supports the tensors runs
-    linear, gradients    fp32 (fp16, bf16 on a CPU without units for it), reference
-    rms_norm, rotate,    cpu, reference
-      swiglu
-    attention            fused (torch), cpu, nki (Trainium), nxd (Trainium), traced (XLA), reference
-    attention_by_blocks  nki (Trainium), reference
-    attention_cached     cpu, fused (torch), traced (XLA), reference
-    embedding            selected (XLA), reference
-    cache_places, at_columns,
-      write_, add_at_    compared (XLA), reference
+that a machine imports only what it can run.
 
 Letters of shapes as in ``model/llama.py``: B batch, S sequence, D hidden, H query heads, K
 key/value heads, E head dim, F feed-forward; T is the length of a key/value cache.  Tensors may be
 bf16 or fp16; sums and products in an operation are fp32, and the result has the input's dtype.
-
-Sources: RMSNorm, Zhang and Sennrich 2019; rotary embedding, Su et al. 2021, section 3.4;
-SwiGLU, Shazeer 2020; grouped-query attention, Ainslie et al. 2023.
+Sources: RMSNorm, Zhang and Sennrich 2019; rotary embedding, Su et al. 2021, section 3.4; SwiGLU,
+Shazeer 2020; grouped-query attention, Ainslie et al. 2023.
 """
 
 from __future__ import annotations
@@ -104,10 +92,7 @@ def cache_places(positions: Tensor, cache: Tensor) -> Tensor:
 
 
 def write_cache(cache: Tensor, places: Tensor, new: Tensor) -> None:
-    """Write one token of each sequence into a cache in place: [B, K, T, E], places, [B, K, E].
-
-    ``places`` is what ``cache_places`` returns for a contiguous cache of this shape.
-    """
+    """Write a token of each sequence at its ``cache_places``: [B, K, T, E], places, [B, K, E]."""
     kernel("write_cache", cache)(cache, places, new)
 
 
@@ -138,10 +123,6 @@ def at_places(x: Tensor, place: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def reference_grad_input(dy: Tensor, weight: Tensor) -> Tensor:
-    return dy @ weight
 
 
 def reference_grad_weight(dy: Tensor, x: Tensor) -> Tensor:
@@ -275,16 +256,11 @@ def _anywhere(*_: Tensor | None) -> bool:
     return True
 
 
-def _on_cpu(x: Tensor, *_: Tensor | None) -> bool:
-    return x.device.type == "cpu"
+def _on(device: str) -> Callable[..., bool]:
+    return lambda x, *_: bool(x.device.type == device)
 
 
-def _on_cuda(x: Tensor, *_: Tensor | None) -> bool:
-    return x.device.type == "cuda"
-
-
-def _on_xla(x: Tensor, *_: Tensor | None) -> bool:
-    return x.device.type == "xla"
+_on_cpu, _on_cuda, _on_xla = map(_on, ("cpu", "cuda", "xla"))
 
 
 def _cpu_without_units(x: Tensor, *_: Tensor | None) -> bool:
@@ -319,7 +295,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "matmul_grad_input": (
         Row("fp32", _cpu_without_units, "linear.op:grad_input"),
-        Row("reference", _anywhere, reference_grad_input),
+        Row("reference", _anywhere, torch.matmul),
     ),
     "matmul_grad_weight": (
         Row("fp32", _cpu_without_units, "linear.op:grad_weight"),
@@ -348,6 +324,14 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention_by_blocks": (
         Row("nki", _neuron("attention.nki_kernel:takes_blocks"), "attention.nki_kernel:by_blocks"),
         Row("reference", _anywhere, lambda *x: _load("attention.blocks:attention")(*x)),
+    ),
+    "logit_statistics": (
+        Row("nki", _neuron("cross_entropy.nki_op:supported"), "cross_entropy.nki_op:statistics"),
+        Row("reference", _anywhere, "cross_entropy.op:statistics"),
+    ),
+    "logit_gradients": (
+        Row("nki", _neuron("cross_entropy.nki_op:supported"), "cross_entropy.nki_op:gradients"),
+        Row("reference", _anywhere, "cross_entropy.op:gradients"),
     ),
     "embedding": (
         Row("selected", _on_xla, selected_embedding),
@@ -380,8 +364,17 @@ TABLE: dict[str, tuple[Row, ...]] = {
 
 def kernel(operation: str, *arguments: Tensor | None) -> Callable[..., Tensor]:
     """The first kernel of ``TABLE[operation]`` that supports these tensors."""
-    row = next(row for row in TABLE[operation] if row.supported(*arguments))
+    row = _row(operation, *arguments)
     return _load(row.kernel) if isinstance(row.kernel, str) else row.kernel
+
+
+def has_kernel(operation: str, *arguments: Tensor | None) -> bool:
+    """Whether another kernel than the reference supports these tensors."""
+    return _row(operation, *arguments).name != "reference"
+
+
+def _row(operation: str, *arguments: Tensor | None) -> Row:
+    return next(row for row in TABLE[operation] if row.supported(*arguments))
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

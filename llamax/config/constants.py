@@ -25,6 +25,7 @@ ATTENTION_SCORES_BYTES = 8 * 2**20  # of the sequences processed together; fits 
 NKI_MULTIPLE = 128  # tokens of a sequence: the partitions of a core
 NKI_LONGEST = 32768  # tokens: keys and values of a head fill SBUF
 NKI_HEAD_DIMS = (64, 128)
+NKI_LOSS_WIDEST = 3072  # hidden_size: wider logits take longer to compute again than to move
 FLASH_MULTIPLE = 2048  # tokens of a sequence
 FLASH_MAX_HEAD_DIM = 128
 
@@ -72,6 +73,24 @@ def nki_refusal(sequence_length: int, head_dim: int) -> str:
         return f"the sequence length {sequence_length} is above {NKI_LONGEST}"
     if head_dim not in NKI_HEAD_DIMS:
         return f"head_dim={head_dim} is neither {' nor '.join(map(str, NKI_HEAD_DIMS))}"
+    return ""
+
+
+def nki_loss_refusal(tokens: int, hidden_size: int) -> str:
+    """Why the NKI kernels cannot compute the loss, or do not pay; empty where they run.
+
+    ``tokens`` are those of a microbatch.
+    """
+    if tokens % NKI_MULTIPLE:
+        return f"{tokens} tokens are not a multiple of {NKI_MULTIPLE}"
+    if tokens > NKI_LONGEST:
+        return f"{tokens} tokens are above {NKI_LONGEST}"
+    if hidden_size % NKI_MULTIPLE:
+        return f"hidden_size={hidden_size} is not a multiple of {NKI_MULTIPLE}"
+    if hidden_size > NKI_LOSS_WIDEST:
+        return (
+            f"above hidden_size={NKI_LOSS_WIDEST} logits take longer to compute twice than to move"
+        )
     return ""
 
 

@@ -12,6 +12,9 @@ gradient is known up to one scalar, which backward multiplies in, in place (as i
 section 3.2, here cut over ranks); a second backward through the same loss is an error.  In float16
 the gradient of the logits, whose elements are probabilities, is multiplied by ``LOSS_GAIN`` before
 it is rounded, and backward divides by it.
+
+Where ``ops`` has kernels that keep logits on the chip, they compute them twice instead: forward
+gives the three numbers of each token, and backward the gradients from the sum over all ranks.
 """
 
 from __future__ import annotations
@@ -103,6 +106,50 @@ class _VocabParallelLoss(torch.autograd.Function):
         return dx, dw, None, None, None, None, None
 
 
+class _LossOnChip(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        labels_BS: Tensor,
+        axis: Axis,
+        vocab_size: int,
+        sequence_parallel: bool,
+    ) -> Tensor:
+        x_BSD = axis.all_gather(x, 1) if sequence_parallel else x
+        x_TD, labels_T = x_BSD.flatten(0, 1), labels_BS.flatten()
+        counted_T = _counted(labels_T)
+        label_T, elsewhere_T = local_ids(labels_T, weight.shape[0], axis)
+        column_T = torch.where(counted_T & ~elsewhere_T, label_T, torch.full_like(label_T, -1))
+        padding = _padding(weight.shape[0], vocab_size, axis)
+        statistics = ops.kernel("logit_statistics", x_TD, weight, labels_T)
+        top_T, sum_T, at_label_T = statistics(x_TD, weight, column_T, padding)
+        largest_T = axis.all_reduce(top_T, "max")
+        sum_T = sum_T * (top_T - largest_T).exp()
+        sum_T, at_label_T = axis.all_reduce(torch.stack((sum_T, at_label_T)))
+        lse_T = sum_T.log() + largest_T
+        loss_T = torch.where(counted_T, lse_T - at_label_T, torch.zeros_like(lse_T))
+        lse_T = torch.where(counted_T, lse_T, torch.full_like(lse_T, torch.inf))
+        ctx.save_for_backward(x_BSD, weight, column_T, lse_T, padding)
+        ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
+        return loss_T.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
+        x_BSD, weight, column_T, lse_T, padding = ctx.saved_tensors
+        x_TD, (want_dx, want_dw) = x_BSD.flatten(0, 1), ctx.needs_input_grad[:2]
+        gradients: Any = ops.kernel("logit_gradients", x_TD, weight, column_T)
+        dx, dw = gradients(x_TD, weight, column_T, lse_T, padding, want_dw)
+        if want_dx:
+            dx, axis = dx.view_as(x_BSD), ctx.axis
+            dx = axis.reduce_scatter(dx, 1) if ctx.sequence_parallel else axis.all_reduce(dx)
+            dx = dx * dtotal
+        dw = (dw * dtotal).to(weight.dtype) if want_dw else None
+        return dx if want_dx else None, dw, None, None, None, None
+
+
 def _losses(
     logits_tv: Tensor, label_t: Tensor, elsewhere_t: Tensor, axis: Axis
 ) -> tuple[Tensor, Tensor]:
@@ -140,8 +187,12 @@ def vocab_parallel_loss(
     """Summed cross-entropy in nats and the number of counted tokens, both 0-d float32.
 
     [B,s,D] (sequence parallel) or [B,S,D], [v,D], [B,S] -> loss sum, count.  Labels of
-    ``IGNORE_INDEX`` count for nothing.  ``chunk_tokens`` defaults to about 64 MiB of fp32 logits.
+    ``IGNORE_INDEX`` count for nothing.  ``chunk_tokens`` defaults to all of them where kernels keep
+    logits on the chip, else to about 64 MiB of fp32 logits.
     """
+    if chunk_tokens is None and ops.has_kernel("logit_statistics", x, weight_vD, labels_BS):
+        whole = x, weight_vD, labels_BS, axis, vocab_size, sequence_parallel
+        return regions.apply(_LossOnChip, *whole), _counted(labels_BS).float().sum()
     if chunk_tokens is None:
         chunk_tokens = loss_chunk_tokens(weight_vD.shape[0])
     total = regions.apply(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -32,6 +33,7 @@ from support.step_reference import (
 from support.world import Worlds, axes
 from torch import Tensor
 
+from llamax import ops
 from llamax.config.model import ModelConfig
 from llamax.model.llama import Llama, Norm
 from llamax.optim.zero import Zero
@@ -276,7 +278,52 @@ MUTATIONS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("mutation", [name for name in MUTATIONS if name != "none"])
+PLANTED = tuple(MUTATIONS)
+
+
+@contextmanager
+def on_chip(defect: Callable[[], Any]) -> Iterator[None]:
+    """The loss as with kernels that keep logits on the chip, here by their plain reference."""
+    with replaced(ops, "has_kernel", lambda *_: True), defect():
+        yield
+
+
+def deaf_loss(original: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, labels: Tensor, axis: Any, *rest: Any) -> Any:
+        return original(ctx, x, weight, labels, Deaf(axis, "max"), *rest)
+
+    return forward
+
+
+ON_CHIP = {
+    name: MUTATIONS[name]
+    for name in (
+        "none",
+        "labels of other ranks not masked",
+        "padding of the vocabulary not masked",
+        "ignored labels counted",
+    )
+} | {"maximum not shared": method(cross_entropy._LossOnChip, "forward", deaf_loss)}
+MUTATIONS |= {f"on chip: {name}": partial(on_chip, defect) for name, defect in ON_CHIP.items()}
+
+
+@pytest.mark.parametrize("sequence", [True, False], ids=["sequence", "plain"])
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_a_loss_on_the_chip_is_that_of_the_whole_step(
+    worlds: Worlds, tp: int, sequence: bool
+) -> None:
+    for found in worlds(4).run(
+        on_mesh, TIED, Mesh(tp, 4 // tp), sequence, True, 1, "on chip: none"
+    ):
+        assert found == []
+
+
+@pytest.mark.parametrize("defect", [name for name in ON_CHIP if name != "none"])
+def test_a_defect_of_the_loss_on_the_chip_is_caught(worlds: Worlds, defect: str) -> None:
+    assert any(worlds(4).run(on_mesh, TIED, Mesh(tp=4), False, True, 1, f"on chip: {defect}"))
+
+
+@pytest.mark.parametrize("mutation", [name for name in PLANTED if name != "none"])
 def test_a_planted_defect_is_caught(worlds: Worlds, mutation: str) -> None:
     if mutation.startswith("gradient of what was"):  # which training's own loss does without
         assert any(worlds(2).run(of_logits, MODEL, Mesh(tp=2), True, mutation))

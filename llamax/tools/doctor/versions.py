@@ -275,10 +275,10 @@ def variables(host: Host, sdk: NeuronSdk) -> Iterator[Finding]:
 
 
 def _nki(host: Host, sdk: NeuronSdk) -> Finding:
-    """The package that compiles llamax's attention kernels."""
+    """The package that compiles llamax's NKI kernels."""
     nki, good = host.version("nki"), trn1_sdk()
     if nki is not None and begins(nki, good.nki) and sdk == good:
-        return passed("nki", f"nki {nki} compiles llamax's attention kernels for trn1")
+        return passed("nki", f"nki {nki} compiles llamax's NKI kernels for trn1")
     if nki is None:
         what = "nki is not installed"
     elif not begins(nki, good.nki):
@@ -289,7 +289,7 @@ def _nki(host: Host, sdk: NeuronSdk) -> Finding:
         "warning",
         "nki",
         what,
-        "llamax's attention kernels cannot run: documents kept apart, or sequences that are no "
+        "llamax's NKI kernels cannot run: documents kept apart, or sequences that are no "
         f"multiple of {FLASH_MULTIPLE}, need memory for every pair of tokens",
         f"{INSTALL} 'nki=={good.nki}.*', with SDK {good.name}",
     )

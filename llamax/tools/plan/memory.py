@@ -33,6 +33,7 @@ from llamax.config.constants import (
 from llamax.config.hardware import GIB, Machine
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.line import Line
+from llamax.tools.plan.nki_loss import loss_by_nki, loss_line
 from llamax.tools.plan.sizes import Share, stages_of
 from llamax.tools.plan.state import (
     compiled,
@@ -312,6 +313,8 @@ def loss(share: Share, machine: Machine) -> Line:
     """The loss: one chunk of logits, and the gradients of head and hidden state."""
     if not share.projects:
         return Line("loss", 0.0, "on the last stage")
+    if loss_by_nki(share, machine):
+        return loss_line(share)
     D, width, T, v = share.model.hidden_size, share.width, share.tokens, share.vocabulary
     t, widened = min(share.chunk_tokens, T), not machine.bfloat16_products and width < 4
     hidden = (share.tokens_between + T) * D * width + (T * D * width if share.sequence else 0)

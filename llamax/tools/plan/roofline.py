@@ -6,7 +6,8 @@
                 attention     FLOPs of the causal half, with scores computed again in backward; on
                               trn1 the cycles of llamax's NKI kernels (nki_time); without a
                               flash kernel all pairs of tokens, and their bytes
-                element-wise  bytes / memory bandwidth: norms, rope, SwiGLU, residuals; logits
+                element-wise  bytes / memory bandwidth: norms, rope, SwiGLU, residuals; logits,
+                              or on trn1 the cycles of the kernels that make and use them (nki_loss)
                 tensor        bytes / link bandwidth + steps x latency: gathers and scatters
                 context       the same for keys and values of whole sequences
                 pipeline      activations and their gradients change places with the stages beside
@@ -29,6 +30,7 @@ from llamax.config.hardware import Machine
 from llamax.runtime.units import count, show_bytes, show_number
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import by_nki, gathered_bytes, pairs, plain_attention
+from llamax.tools.plan.nki_loss import loss_by_nki, loss_seconds
 from llamax.tools.plan.nki_time import attention_seconds
 from llamax.tools.plan.sizes import Share, adapter_elements, stages_of
 from llamax.tools.plan.state import on_host
@@ -158,11 +160,12 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
 
     layers, head, attention = forward_flops(share)
     again = 1 if mode == "full" else 0
+    on_chip = loss_by_nki(share, machine)
+    projected = 0 if on_chip or not share.projects else share.head_weights
     passes = 2 if share.tuned else 3  # a frozen weight needs no gradient
     down = 2.0 * share.tokens * share.layers * share.model.hidden_size * share.feed_forward
-    matmul = (passes + again) * layers + passes * head - again * down
+    matmul = (passes + again) * layers + passes * head * (not on_chip) - again * down
     matmul += 6.0 * share.tokens * share.adapters if share.tuned else 0.0
-    projected = share.head_weights if share.projects else 0
     weights = (passes + again) * (share.layers * share.layer_weights + projected) * w
     matmul_s = max(matmul / (peak * machine.matmul_efficiency), weights / bandwidth)
     plain = plain_attention(share, machine)
@@ -181,6 +184,10 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
         attended += f", twice, + {show_bytes(scores)} of scores / {bandwidth / 1e9:.0f} GB/s"
     element_traffic = (3 + again) * share.layers * element_bytes(share)
     logits = LOGIT_TRAFFIC_BYTES * share.tokens * share.vocabulary if share.projects else 0
+    logits_s, moved = logits / bandwidth, f"{show_bytes(logits)} / {bandwidth / 1e9:.0f} GB/s"
+    if on_chip:
+        logits_s = loss_seconds(share, bandwidth)
+        moved = f"{1e3 * logits_s:.3g} ms with their products, by the NKI kernels' tally of cycles"
 
     tp = wire(machine, mesh.tp, 1)
     hidden = share.tokens * share.model.hidden_size * w
@@ -212,7 +219,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
             element_traffic / bandwidth,
             f"{show_bytes(element_traffic)} / {memory}",
         ),
-        Line("logits", logits / bandwidth, f"{show_bytes(logits)} / {memory}"),
+        Line("logits", logits_s, moved),
         Line(
             "tensor collectives",
             rings * tp.ring(hidden),

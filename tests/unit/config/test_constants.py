@@ -17,7 +17,7 @@ FILES = [
     if path != Path(constants.__file__)
 ]
 NAMES = [name for name, value in vars(constants).items() if name.isupper()]
-FUNCTIONS = ["flash_refusal", "loss_chunk_tokens", "nf4_bits", "nki_refusal"]
+FUNCTIONS = ["flash_refusal", "loss_chunk_tokens", "nf4_bits", "nki_loss_refusal", "nki_refusal"]
 
 
 def imported(path: Path) -> set[str]:
@@ -53,6 +53,7 @@ def test_every_size_is_used_by_the_code_it_describes_and_by_a_tool_that_computes
     inside |= set(constants.nf4_bits.__code__.co_names)
     inside |= set(constants.flash_refusal.__code__.co_names)
     inside |= set(constants.nki_refusal.__code__.co_names)
+    inside |= set(constants.nki_loss_refusal.__code__.co_names)
     tools, runtime = set[str](inside), set[str](inside)
     for path in FILES:
         is_tool = path.is_relative_to(ROOT / "llamax" / "tools")

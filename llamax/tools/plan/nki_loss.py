@@ -1,0 +1,70 @@
+"""Seconds and bytes of the NKI kernels of the loss, which keep the logits on the chip.
+
+The seconds are those that the simulator's tally counts (kernels/simulator): the time of the busiest
+engine, as if no instruction waited.  The formulas follow the loops of kernels/cross_entropy, whose
+tally a test compares with them.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+
+from llamax.config.constants import GRADIENT_BYTES, nki_loss_refusal
+from llamax.config.hardware import Machine
+from llamax.runtime.units import show_bytes
+from llamax.tools.plan.line import Line
+from llamax.tools.plan.sizes import Share
+
+TENSOR_HZ, VECTOR_HZ, SCALAR_HZ, DMA_BYTES_PER_S = 2.8e9, 1.12e9, 1.4e9, 272e9
+TILE, BLOCK = 128, 512  # tokens, and rows of the vocabulary, of a tile of logits
+ROWS = 1024  # of the vocabulary, between which dX waits in HBM
+
+
+def loss_by_nki(share: Share, machine: Machine) -> bool:
+    """Whether the loss runs by the NKI kernels of llamax on this stage."""
+    if machine.backend != "xla" or share.config.run.dtype != "bfloat16" or not share.projects:
+        return False
+    return not nki_loss_refusal(share.tokens, share.model.hidden_size)
+
+
+def kernel_seconds(tokens: int, rows: int, width: int, trains: bool = True) -> tuple[float, float]:
+    """Forward and backward over ``rows`` of the vocabulary; ``trains``: the weight is trained."""
+    tiles, chunks, x_bytes, w_bytes = tokens / TILE, ceil(rows / TILE), 2 * width, 2 * width
+    logits = rows * width * tokens / TILE**2 + rows * width / TILE  # and to turn the weight
+    gradients = tiles * chunks * (TILE + width * (1 + trains))
+    blocks, groups, segments = ceil(rows / BLOCK), ceil(rows / ROWS), ceil(tokens / 4096)
+    forward_bytes = rows * w_bytes + blocks * tokens * x_bytes
+    waiting = (8 * (groups - 1) + 2 + 2 * groups * trains) * tokens * width
+    weight = 2 * segments * rows * w_bytes + trains * 4 * (2 * segments - 1) * rows * width
+    # Maximum, sum and label of each logit: engines that share the port of PSUM.
+    statistics = tiles * rows * (3 / VECTOR_HZ + 1 / SCALAR_HZ) + rows * width / TILE / SCALAR_HZ
+    return (
+        max(logits / TENSOR_HZ, forward_bytes / DMA_BYTES_PER_S, statistics),
+        max(
+            (logits + gradients) / TENSOR_HZ,
+            (blocks * tokens * x_bytes + waiting + weight) / DMA_BYTES_PER_S,
+        ),
+    )
+
+
+def loss_seconds(share: Share, bandwidth: float) -> float:
+    """A microbatch on one rank: both kernels, and the layout of the input, made for each."""
+    width = share.model.hidden_size
+    kernels = kernel_seconds(share.tokens, share.vocabulary, width, not share.tuned)
+    return sum(kernels) + 2 * 2 * share.width * share.tokens * width / bandwidth
+
+
+def loss_line(share: Share) -> Line:
+    """The bytes of the loss: hidden states, sums that wait in HBM, the gradient of the head."""
+    D, width, T, v = share.model.hidden_size, share.width, share.tokens, share.vocabulary
+    hidden = (share.tokens_between + T) * D * width + (T * D * width if share.sequence else 0)
+    turned, waiting = T * D * width, 4 * T * D if v > ROWS else 0
+    padding = 4 * TILE * v if v * share.mesh.tp != share.model.vocab_size else 0
+    head = 0 if share.tuned else GRADIENT_BYTES * v * D
+    return Line(
+        "loss",
+        hidden + turned + waiting + padding + head,
+        f"no logits by the NKI kernels; {show_bytes(head)} gradient of the head, "
+        f"{show_bytes(turned + waiting + padding)} layouts and sums, "
+        f"{show_bytes(hidden)} hidden state and its gradient",
+    )
