@@ -36,10 +36,11 @@ def kernel_seconds(tokens: int, rows: int, width: int, trains: bool = True) -> t
     forward_bytes = rows * w_bytes + blocks * tokens * x_bytes
     waiting = (8 * (groups - 1) + 2 + 2 * groups * trains) * tokens * width
     weight = 2 * segments * rows * w_bytes + trains * 4 * (2 * segments - 1) * rows * width
-    # Maximum, sum and label of each logit: engines that share the port of PSUM.
-    statistics = tiles * rows * (3 / VECTOR_HZ + 1 / SCALAR_HZ) + rows * width / TILE / SCALAR_HZ
+    # Maximum, sum and label of each logit: the vector engine, and with the scalar one PSUM's port.
+    vector = tiles * (4 * rows + 5 * 64 * blocks) / VECTOR_HZ
+    port = tiles * rows * (3 / VECTOR_HZ + 1 / SCALAR_HZ) + rows * width / TILE / SCALAR_HZ
     return (
-        max(logits / TENSOR_HZ, forward_bytes / DMA_BYTES_PER_S, statistics),
+        max(logits / TENSOR_HZ, forward_bytes / DMA_BYTES_PER_S, vector, port),
         max(
             (logits + gradients) / TENSOR_HZ,
             (blocks * tokens * x_bytes + waiting + weight) / DMA_BYTES_PER_S,
