@@ -40,7 +40,7 @@ from llamax.runtime.errors import ConfigError
 from llamax.runtime.progress import reported, tracked
 from llamax.runtime.units import count
 from llamax.runtime.versions import installed
-from llamax.tools.audit import census, formulas, hlo
+from llamax.tools.audit import census, formulas, hlo, on_chip_loss
 from llamax.tools.audit.census import Traffic
 from llamax.tools.audit.diff import difference
 from llamax.tools.audit.flash import flash_stand_in
@@ -367,7 +367,8 @@ def in_flight_bytes(traced: TracedRun) -> int:
 
 
 def notes(config: Config) -> Iterator[str]:
-    """Notes on the attention kernel."""
+    """Notes on the kernels of attention and of the loss."""
+    yield from on_chip_loss.notes(config)
     length, head_dim = config.data.sequence_length, config.model.head_dim
     context = config.parallel.context
     why = nki_refusal(length, head_dim)

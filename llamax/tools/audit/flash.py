@@ -16,6 +16,7 @@ from torch import Tensor
 
 from llamax import ops
 from llamax.backends.tracing import opaque
+from llamax.tools.audit import on_chip_loss
 
 
 class Flash(torch.autograd.Function):
@@ -74,10 +75,13 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, rank: T
 
 @contextmanager
 def flash_stand_in() -> Iterator[None]:
-    """Trace attention as the stand-in while the block runs."""
+    """Trace attention and, where kernels accept it, the loss as stand-ins while the block runs."""
     table = dict(ops.TABLE)
     for name, kernel in (("attention", attention), ("attention_by_blocks", by_blocks)):
         ops.TABLE[name] = (ops.Row("stand-in", lambda *_: True, kernel), *table[name])
+    for name in ("statistics", "gradients"):
+        row = ops.Row("stand-in", on_chip_loss.accepts, getattr(on_chip_loss, name))
+        ops.TABLE[f"logit_{name}"] = (row, *table[f"logit_{name}"])
     try:
         yield
     finally:

@@ -26,6 +26,7 @@ from llamax.runtime.units import count, show_bytes, show_number, show_time
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import MARGIN, by_nki, plain_attention
 from llamax.tools.plan.nearest import Nearest, flags
+from llamax.tools.plan.nki_loss import loss_by_nki
 from llamax.tools.plan.planner import Plan, plan_run
 from llamax.tools.plan.search import Refused
 from llamax.tools.plan.sizes import Share
@@ -111,6 +112,12 @@ def notes(plan: Plan) -> Iterator[str]:
             f"attention is planned with llamax's NKI kernels (nki {sdk.nki}, Neuron SDK "
             f"{sdk.name}), whose cycles a simulator counts; they have not been compiled for "
             "Trainium or run on it"
+        )
+    last = Share(plan.run, plan.run.mesh.pp - 1)
+    if loss_by_nki(last, machine):
+        yield (
+            "the loss is planned with llamax's NKI kernels, which hold no logits in memory, by a "
+            "simulator's count of their cycles"
         )
     parallel = config.parallel
     group = parallel.tensor * parallel.context

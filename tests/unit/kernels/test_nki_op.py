@@ -14,6 +14,8 @@ from support.stand_ins import install_module
 
 from llamax import ops
 from llamax.kernels.attention import nki_op
+from llamax.kernels.cross_entropy import nki_op as cross_entropy_op
+from llamax.kernels.cross_entropy import op as plain_cross_entropy
 from llamax.kernels.simulator.run import modules
 
 
@@ -38,6 +40,8 @@ class Jit:
             assert {x.dtype for x in tensors} <= {torch.bfloat16, torch.float32, torch.int32}
             self.calls.append((func.__name__, mode))
             out = self.launcher(module, func.__name__, *tensors)
+            if isinstance(out, torch.Tensor):
+                return out
             half = [x.to(torch.bfloat16) if x.ndim == 4 and x.shape[2] != 128 else x for x in out]
             return tuple(half)
 
@@ -65,6 +69,7 @@ def neuron_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[Jit]:
     assert nki is not None
     nki_op.available.cache_clear()
     nki_op.log_choice.cache_clear()
+    cross_entropy_op.log_choice.cache_clear()
     yield jit
     nki_op.available.cache_clear()
     nki_op.log_choice.cache_clear()
@@ -91,6 +96,47 @@ def test_the_contract_with_nki_jit(neuron_core: Jit, apart: bool) -> None:
     suffix = "_documents" if apart else ""
     names = [f"attention_forward{suffix}", f"attention_backward{suffix}"]
     assert neuron_core.calls == [(name, "torchxla") for name in names]
+
+
+@pytest.mark.parametrize("padding", [0, 5])
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_contract_of_the_loss(neuron_core: Jit, padding: int, trains: bool) -> None:
+    """The same for the kernels of linear and cross-entropy, strided inputs among them."""
+    torch.manual_seed(2)
+    x, weight = torch.randn(256, 256).t().bfloat16(), torch.randn(200, 256).bfloat16() / 8
+    columns = torch.randint(-1, 200 - padding, (256,), dtype=torch.int32)
+    hidden = torch.arange(200) >= 200 - padding if padding else None
+    wide = x.double(), weight.double(), columns
+    found = cross_entropy_op.statistics(x, weight, columns, hidden)
+    want = plain_cross_entropy.statistics(*wide, hidden)
+    assert (found.double() - want).abs().amax() < 1e-5 * want.abs().amax()
+    log_sums = found[1].log() + found[0]
+    dx, dw = cross_entropy_op.gradients(x, weight, columns, log_sums, hidden, trains)
+    wanted = plain_cross_entropy.gradients(*wide, log_sums.double(), hidden, trains)
+    for ours, exact in zip((dx, dw), wanted, strict=True):
+        assert (ours is None) == (exact is None)
+        if ours is not None and exact is not None:
+            assert (ours.double() - exact).abs().max() < 1.2e-2 * exact.abs().max()
+    names = ["cross_entropy_forward", "cross_entropy_backward" + ("" if trains else "_frozen")]
+    suffix = "_padded" if padding else ""
+    assert neuron_core.calls == [(name + suffix, "torchxla") for name in names]
+
+
+@pytest.mark.usefixtures("neuron_core")
+def test_the_choice_of_the_loss_is_named_once(messages: list[str]) -> None:
+    labels = torch.zeros(1, 128)
+    for width, dtype in ((2048, torch.bfloat16), (4096, torch.bfloat16), (2048, torch.float32)):
+        x = on_xla(128, width, dtype)
+        x.shape = (64, width)
+        for _ in range(2):
+            found = ops.has_kernel("logit_statistics", x, x, labels)
+            assert found == (width == 2048 and dtype == torch.bfloat16)
+    instead = "the loss runs by plain operations in place of llamax's NKI kernels: "
+    assert messages == [
+        "the loss runs by llamax's NKI kernels, which were tested in a simulator only",
+        f"{instead}above hidden_size=3072 logits take longer to compute twice than to move",
+        f"{instead}the tensors are torch.float32 and torch.float32, not torch.bfloat16",
+    ]
 
 
 @pytest.fixture

@@ -54,6 +54,15 @@ def test_a_length_that_the_flash_kernel_refuses(length: int, use: int) -> None:
     assert "llamax's NKI kernel replaces them" in note
 
 
+def test_a_loss_that_kernels_compute_is_noted() -> None:
+    config = load_config("llama3.2-1b")
+    loss, attention = notes(config)
+    assert loss.startswith("the loss is traced as plain operations")
+    assert attention.startswith("attention is traced")
+    (attention,) = notes(replace(config, run=replace(config.run, dtype="float32")))
+    assert attention.startswith("attention is traced")
+
+
 def test_corners() -> None:
     assert corner_ranks(Mesh(tp=8, dp=16)) == [0, 7, 120, 127]
     assert corner_ranks(Mesh()) == [0]

@@ -14,6 +14,8 @@ from llamax.config.hardware import (
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
+from llamax.tools.plan.memory import loss
+from llamax.tools.plan.nki_loss import kernel_seconds
 from llamax.tools.plan.planner import plan as planned
 from llamax.tools.plan.roofline import microstep, wire
 from llamax.tools.plan.roofline import time as step_time
@@ -52,6 +54,35 @@ def test_time_of_matmuls_by_hand() -> None:
     kernels = 2 * (5.58e-12 * 2**23 + 2.14e-9 * 4096) + 1.70e-11 * 2**23 + 5.50e-9 * 4096
     layouts = 2 * 4096 * 512 * (2 * 10 + 22) / (1e9 * TRN1.memory_gbps * TRN1.memory_efficiency)
     assert found["attention"] == pytest.approx(64 * 32 * (4 * kernels + layouts))
+
+
+def test_time_of_a_loss_by_kernels_by_hand() -> None:
+    """Hidden size 2048: the head's products are in the kernels' time, and no logits are moved."""
+    config = recipe("llama3.2-1b", "--parallel.tensor=8", *ONE)
+    share = share_of(config, Mesh(tp=8, dp=4))
+    found = {line.name: line.value for line in microstep(share, TRN1)}
+    bandwidth = 1e9 * TRN1.memory_gbps * TRN1.memory_efficiency
+    turned = 2 * 2 * 2 * 8192 * 2048  # the input, read and written for each kernel
+    products = 4 * 8192 * 16032 * 2048 / (128 * 128 * 2.8e9)
+    assert found["logits"] == pytest.approx(
+        sum(kernel_seconds(8192, 16032, 2048)) + turned / bandwidth
+    )
+    assert products < found["logits"] < 1.05 * products
+    layers = 2.0 * 8192 * share.layers * share.layer_weights
+    assert found["matmuls"] == pytest.approx(3 * layers / (95e12 * 0.56))
+    wide = share_of(replace(config, run=replace(config.run, dtype="float32")), share.mesh)
+    by_compiler = {line.name: line.value for line in microstep(wide, TRN1)}
+    assert by_compiler["logits"] == pytest.approx(24 * 8192 * 16032 / bandwidth)
+
+
+def test_memory_of_a_loss_by_kernels_by_hand() -> None:
+    config = recipe("llama3.2-1b", "--parallel.tensor=8", "--model.vocab_size=128250")
+    share = share_of(config, Mesh(tp=8, dp=4))
+    T, D, rows = 8192, 2048, 16032
+    hidden = 2 * T * D // 8 + 2 * 2 * T * D  # the share and its gradient are in other lines too
+    beside = 2 * T * D + 4 * T * D + 4 * 128 * rows  # turned; waiting in float32; padding
+    assert loss(share, TRN1).value == hidden + beside + 4 * rows * D
+    assert "no logits" in loss(share, TRN1).formula
 
 
 def test_full_recomputation_costs_time_and_saves_memory() -> None:
