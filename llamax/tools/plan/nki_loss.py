@@ -18,6 +18,7 @@ from llamax.tools.plan.sizes import Share
 TENSOR_HZ, VECTOR_HZ, SCALAR_HZ, DMA_BYTES_PER_S = 2.8e9, 1.12e9, 1.4e9, 272e9
 TILE, BLOCK = 128, 512  # tokens, and rows of the vocabulary, of a tile of logits
 ROWS = 1024  # of the vocabulary, between which dX waits in HBM
+SEGMENT, WIDE = 4096, 4096  # tokens, between which dW waits, of at most so many features
 
 
 def loss_by_nki(share: Share, machine: Machine) -> bool:
@@ -32,7 +33,8 @@ def kernel_seconds(tokens: int, rows: int, width: int, trains: bool = True) -> t
     tiles, chunks, x_bytes, w_bytes = tokens / TILE, ceil(rows / TILE), 2 * width, 2 * width
     logits = rows * width * tokens / TILE**2 + rows * width / TILE  # and to turn the weight
     gradients = tiles * chunks * (TILE + width * (1 + trains))
-    blocks, groups, segments = ceil(rows / BLOCK), ceil(rows / ROWS), ceil(tokens / 4096)
+    blocks, groups = ceil(rows / BLOCK), ceil(rows / ROWS)
+    segments = ceil(tokens / (SEGMENT if width <= WIDE else SEGMENT // 2))
     forward_bytes = rows * w_bytes + blocks * tokens * x_bytes
     waiting = (8 * (groups - 1) + 2 + 2 * groups * trains) * tokens * width
     weight = 2 * segments * rows * w_bytes + trains * 4 * (2 * segments - 1) * rows * width

@@ -280,6 +280,29 @@ def test_the_planner_knows_the_cost(case: Case) -> None:
         assert seconds == pytest.approx(tally.seconds(), rel=0.03)
 
 
+@pytest.mark.parametrize(("tokens", "width"), [(4096, 4096), (2048, 8192)])
+def test_full_segments_and_blocks_fit_the_core(
+    monkeypatch: pytest.MonkeyPatch, tokens: int, width: int
+) -> None:
+    """The simulator refuses a full SBUF or PSUM; products are left out, which would take long."""
+
+    def begin(dst: Any, stationary: Any, moving: Any) -> None:
+        dst.write(np.zeros(dst.shape, np.float32), summing=True)
+
+    launcher = Launcher()
+    for module in (FORWARD, BACKWARD):
+        isa = import_module(f"llamax.kernels.{module}").nisa
+        monkeypatch.setattr(isa, "nc_matmul", begin)
+    monkeypatch.setattr(nki_op, "launch", launcher)
+    x, weight = (torch.zeros(n, width, dtype=torch.bfloat16) for n in (tokens, 1024))
+    columns = torch.zeros(tokens, dtype=torch.int32)
+    nki_op.statistics(x, weight, columns, None)
+    nki_op.gradients(x, weight, columns, torch.zeros(tokens), None)
+    for tally in launcher.tallies:
+        assert tally.sbuf_high_bytes <= 170 * 1024
+        assert tally.psum_high_banks <= 4
+
+
 def test_logits_are_not_in_hbm() -> None:
     """Bytes grow with rows + tokens by operands and sums, and with their product by re-reading."""
     _, (forward, backward) = error(Case(512, 1024, 128))
