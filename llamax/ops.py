@@ -327,11 +327,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "logit_statistics": (
         Row("nki", _neuron("cross_entropy.nki_op:supported"), "cross_entropy.nki_op:statistics"),
-        Row("reference", _anywhere, "cross_entropy.op:statistics"),
+        Row("reference", _anywhere, lambda *x: _load("cross_entropy.op:statistics")(*x)),
     ),
     "logit_gradients": (
         Row("nki", _neuron("cross_entropy.nki_op:supported"), "cross_entropy.nki_op:gradients"),
-        Row("reference", _anywhere, "cross_entropy.op:gradients"),
+        Row("reference", _anywhere, lambda *x: _load("cross_entropy.op:gradients")(*x)),
     ),
     "embedding": (
         Row("selected", _on_xla, selected_embedding),
