@@ -307,7 +307,8 @@ class _Cache:
         """
         try:
             self.notes.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.notes / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            handle = os.open(self.notes / "lock", flags, 0o666)
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise HubError(

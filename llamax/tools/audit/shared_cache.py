@@ -207,6 +207,8 @@ def _pull_notes(place: Place, cache: Path, names: Mapping[str, int], wanted: str
 def _take(place: Place, key: str, files: Sequence[File], target: Path) -> str:
     """Copy an entry to its place in the local cache; why it is not taken, or nothing."""
     partial = target.with_name(f".{target.name}.{uuid4().hex}.partial")
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        return f"{target} is not a folder; remove it"
     make_folder(target.parent)
     partial.mkdir()
     try:

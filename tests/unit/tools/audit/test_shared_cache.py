@@ -423,6 +423,23 @@ def test_links_in_the_local_cache_are_not_followed(tmp_path: Path) -> None:
     assert list(mine.iterdir()) == []
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("kind", ["pipe", "file", "link"])
+def test_what_is_no_folder_stays_in_the_local_cache(tmp_path: Path, kind: str) -> None:
+    place, target = Place(str(tmp_path / "shared")), tmp_path / "b" / FOLDER / "MODULE_1+2"
+    push(compiled(tmp_path / "a", "MODULE_1+2"), place)
+    target.parent.mkdir(parents=True)
+    if kind == "pipe":
+        os.mkfifo(target)
+    elif kind == "file":
+        target.write_text("notes")
+    else:
+        target.symlink_to(tmp_path)
+    refused = pull(place, tmp_path / "b", COMPILER).refused
+    assert refused == {f"{FOLDER}/MODULE_1+2": f"{target} is not a folder; remove it"}
+    assert [path.name for path in target.parent.iterdir()] == ["MODULE_1+2"]
+
+
 def test_the_name_of_a_place_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "shared").symlink_to(tmp_path / "real")
