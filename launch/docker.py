@@ -84,6 +84,7 @@ def _folder_check(job: JobFile, model: str) -> Iterator[str]:
     exported = job.serve.engine != "llamax"
     file = quote(os.path.join(model, "config.json") if exported else model)
     missing = f"{model} is no exported folder: it has no config.json; run llamax consolidate"
+    missing += ", or llamax merge for adapters"
     yield f"if [[ ! -e {file} ]]; then"
     yield f"    echo {quote(missing if exported else f'there is no {model} here')} >&2"
     yield "    exit 2\nfi"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -17,6 +18,9 @@ from support.instruction import llama2_tokenizer, llama3_tokenizer, prepare, wri
 
 from llamax.__main__ import COMMANDS
 from llamax.config.load import load_config
+from llamax.launch import jobfile
+from llamax.launch.checks import problems
+from llamax.launch.render import PHASES, render
 from llamax.parallel.collectives import Solo
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import ConfigError
@@ -24,7 +28,7 @@ from llamax.train import train
 from llamax.training.metrics import read_jsonl
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = sorted(path.parent.name for path in EXAMPLES.glob("*/*.toml"))  # test_notebooks: the others
+NAMES = sorted({path.parent.name for path in EXAMPLES.glob("*/*.toml")})  # test_notebooks: the rest
 TINY = [
     *("--model.hidden_size=32", "--model.intermediate_size=64", "--model.num_hidden_layers=2"),
     *("--model.num_attention_heads=4", "--model.num_key_value_heads=2"),
@@ -220,6 +224,22 @@ def test_example_has_a_readme_settings_and_a_script(name: str) -> None:
     for file in re.findall(r"(\S+\.(?:py|toml))\b", shell):
         assert file in files, f"{file} is not in {name}"
     assert f"[{name}]({name})" in (EXAMPLES / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "phase"),
+    [("sagemaker", phase) for phase in PHASES["sagemaker"]] + [("docker", "serve")],
+)
+def test_the_job_of_the_news_is_right_for_every_phase(launcher: str, phase: str) -> None:
+    job = jobfile.load(EXAMPLES / "qlora-news/job.toml")
+    command = f"--on {launcher}" + ("" if phase == "train" else f" --phase {phase}")
+    assert (
+        f"llamax launch --job job.toml {command}" in (EXAMPLES / "qlora-news/README.md").read_text()
+    )
+    for nodes, instance in ((1, job.instance), (2, "g5.48xlarge"), (1, "g5.12xlarge")):
+        there = replace(job, nodes=nodes, instance=instance)
+        assert problems(there, launcher, phase) == []
+        assert render(there, launcher, phase)
 
 
 def test_a_window_sees_only_recent_tokens_of_its_document() -> None:
