@@ -135,6 +135,8 @@ class SageMaker:
     """s3:// or file:// folder of the model to start from; empty: as checkpoint.init_from says."""
     model: str = ""
     """Phase serve: s3:// folder of the exported model; in local mode file://."""
+    endpoint: str = ""
+    """Phase serve: endpoint of another job that this model joins; empty: one of its own."""
     prepare_instance: str = "c5.9xlarge"
     """Phase prepare: instance type, of 36 CPUs by default."""
     volume_gib: Count = 100

@@ -6,6 +6,7 @@
     image, s3://   instance type           waits            GPUs of one copy, waits
 
 An endpoint with inference components can hold several models: each takes its share of the GPUs.
+With ``sagemaker.endpoint`` a model joins the endpoint of another job, and leaves it alone.
 With ``sagemaker.local`` the same container serves on this machine under docker, answers one request
 and ends, through the local mode of version 2 or 3 of the SDK.  In the cloud both versions are the
 same client of boto3.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import json
 import pprint
+import re
 from collections.abc import Iterator
 from shlex import quote
 from typing import Any
@@ -30,6 +32,7 @@ from llamax.runtime.errors import Interrupted
 
 MODEL = "/opt/ml/model"  # where SageMaker puts the folder
 VARIANT = "AllTraffic"
+NAME = re.compile(r"[A-Za-z0-9](-?[A-Za-z0-9]){0,62}", re.ASCII)
 START_S = 3600  # time to load the model; the longest that SageMaker allows
 LOCAL_MODULES = {2: "sagemaker.local", 3: "sagemaker.core.local"}
 REGISTRY = "763104351884.dkr.ecr.{region}.amazonaws.com"  # of most regions
@@ -70,10 +73,8 @@ except Exception as error:  # boto3, docker and the SDK raise what they like
 '''
 CLOUD = """    client, runtime = session.client("sagemaker"), session.client("sagemaker-runtime")
     client.create_model(**MODEL)
-    client.create_endpoint_config(**CONFIG)
-    client.create_endpoint(**ENDPOINT)
-    print("waiting for the endpoint {name}")
-    client.get_waiter("endpoint_in_service").wait(EndpointName="{name}")
+{create}    print("waiting for the endpoint {endpoint}")
+    client.get_waiter("endpoint_in_service").wait(EndpointName="{endpoint}")
     client.create_inference_component(**COMPONENT)
     print("waiting for its inference component")
     while True:
@@ -84,13 +85,16 @@ CLOUD = """    client, runtime = session.client("sagemaker"), session.client("sa
     if found["InferenceComponentStatus"] != "InService":
         raise RuntimeError(f"{found['InferenceComponentStatus']}: {found.get('FailureReason')}")
     answer = runtime.invoke_endpoint(
-        EndpointName="{name}",
+        EndpointName="{endpoint}",
         InferenceComponentName="{name}",
         ContentType="application/json",
         Body=json.dumps(REQUEST),
     )
     print("answer:", answer["Body"].read().decode())
     print(AGAIN)"""
+CREATE = """    client.create_endpoint_config(**CONFIG)
+    client.create_endpoint(**ENDPOINT)
+"""
 LOCAL = """    entities.HEALTH_CHECK_TIMEOUT_LIMIT = 3600  # the default of 120 s is too short
     local = LocalSession()
     client, runtime = local.sagemaker_client, local.sagemaker_runtime_client
@@ -109,9 +113,12 @@ LOCAL = """    entities.HEALTH_CHECK_TIMEOUT_LIMIT = 3600  # the default of 120 
 def render(job: JobFile) -> str:
     """The Python file; it needs AWS credentials, and in local mode the SDK and docker."""
     version, local = sagemaker.sdk(job), job.sagemaker.local
-    name, constants = job.name, {"MODEL": _model(job), "CONFIG": _config(job)}
-    constants |= {"ENDPOINT": {"EndpointName": name, "EndpointConfigName": name}}
+    name, constants = job.name, {"MODEL": _model(job)}
+    if not job.sagemaker.endpoint:
+        constants |= {"CONFIG": _config(job)}
+        constants |= {"ENDPOINT": {"EndpointName": name, "EndpointConfigName": name}}
     constants |= {} if local else {"COMPONENT": _component(job)}
+    serve = (LOCAL if local else CLOUD).replace("{name}", name).replace("{endpoint}", endpoint(job))
     shown = [f"IMAGE = {image(job)!r}"]
     for key, value in (constants | {"REQUEST": serving.body(job)}).items():
         shown.append(f"{key} = {pprint.pformat(value, width=88, sort_dicts=False)}")
@@ -122,15 +129,20 @@ def render(job: JobFile) -> str:
         title=f"{name}: {serving.title(job, where)}",
         imports=f"from {LOCAL_MODULES[version]} import LocalSession, entities\n" if local else "",
         constants="\n".join(shown),
-        serve=(LOCAL if local else CLOUD).replace("{name}", name),
+        serve=serve.replace("{create}", "" if job.sagemaker.endpoint else CREATE),
         interrupted=Interrupted.exit_code,
     )
+
+
+def endpoint(job: JobFile) -> str:
+    """The name of the endpoint that has the component."""
+    return job.sagemaker.endpoint or job.name
 
 
 def _again(job: JobFile) -> str:
     """The command that sends the request of the file once more."""
     return (
-        f"the same again:\naws sagemaker-runtime invoke-endpoint --endpoint-name {job.name} "
+        f"the same again:\naws sagemaker-runtime invoke-endpoint --endpoint-name {endpoint(job)} "
         f"--inference-component-name {job.name} --content-type application/json "
         f"--cli-binary-format raw-in-base64-out --body {quote(json.dumps(serving.body(job)))} "
         "/dev/stdout"
@@ -208,7 +220,7 @@ def _config(job: JobFile) -> dict[str, Any]:
 def _component(job: JobFile) -> dict[str, Any]:
     return {
         "InferenceComponentName": job.name,
-        "EndpointName": job.name,
+        "EndpointName": endpoint(job),
         "VariantName": VARIANT,
         "Specification": {
             "ModelName": job.name,
@@ -243,29 +255,41 @@ def problems(job: JobFile) -> Iterator[str]:
         )
     elif not local and not machine.instance_type:
         yield f"serve.instance={machine.name} is no instance type of AWS; use one, or local mode"
+    if job.sagemaker.endpoint and local:
+        yield "sagemaker.endpoint is for the cloud, where endpoints last; leave it out here"
+    elif job.sagemaker.endpoint == job.name:
+        yield f"sagemaker.endpoint={job.name} is the job's own name; leave it out, or name another"
+    elif job.sagemaker.endpoint and not NAME.fullmatch(job.sagemaker.endpoint):
+        yield (
+            f"sagemaker.endpoint={job.sagemaker.endpoint!r} is no name of an endpoint; use "
+            "letters, digits and -, up to 63 of them"
+        )
 
 
 def action(job: JobFile, what: str) -> str:
     """The script of an action on the endpoint."""
-    name = job.name
-    exists = f"""if ! found=$(aws sagemaker describe-endpoint --endpoint-name {name} 2>&1); then
+    name, where = job.name, endpoint(job)
+    exists = f"""if ! found=$(aws sagemaker describe-endpoint --endpoint-name {where} 2>&1); then
     [[ $found == *"Could not find"* ]] || {{ echo "$found" >&2; exit 1; }}
-    echo "SageMaker has no endpoint {name}"
+    echo "SageMaker has no endpoint {where}"
     exit 0
 fi
 """
+    shared = bool(job.sagemaker.endpoint)
+    configuration = f"gone aws sagemaker delete-endpoint-config --endpoint-config-name {name}\n"
+    configuration, more = ("", " stays") if shared else (configuration, " and configuration stay")
     group, metrics = "/aws/sagemaker/InferenceComponents", "GPUUtilizationNormalized"
     return (
         f"{SHEBANG}\nset -euo pipefail\n"
         + {
             "stop": f"""# the instances of an endpoint cost until it is deleted
-{_deleted(name)}
-echo "{name} is deleted; its model and configuration stay until --action clean"
+{_deleted(job)}
+echo "{name} is deleted; its model{more} until --action clean"
 """,
             "status": f"""{exists}aws sagemaker describe-endpoint --output table \\
-    --endpoint-name {name} \\
+    --endpoint-name {where} \\
     --query '{{state: EndpointStatus, problem: FailureReason, since: CreationTime}}'
-aws sagemaker list-inference-components --endpoint-name-equals {name} --output table \\
+aws sagemaker list-inference-components --endpoint-name-equals {where} --output table \\
     --query 'InferenceComponents[].{{name: InferenceComponentName, state: \
 InferenceComponentStatus}}'
 """,
@@ -275,24 +299,26 @@ InferenceComponentStatus}}'
     --dimensions Name=InferenceComponentName,Value={name} \\
     --start-time "$(date --utc --date='1 hour ago' +%FT%TZ)" --end-time "$(date --utc +%FT%TZ)"
 """,
-            "clean": f"""{_deleted(name)}
-gone aws sagemaker delete-endpoint-config --endpoint-config-name {name}
-gone aws sagemaker delete-model --model-name {name}
+            "clean": f"""{_deleted(job)}
+{configuration}gone aws sagemaker delete-model --model-name {name}
 """,
         }[what]
     )
 
 
-def _deleted(name: str) -> str:
-    """Delete the component and the endpoint, and wait until both are gone."""
-    component = f"--inference-component-name {name}"
-    return f"""gone() {{  # run a command that may find nothing to delete
+def _deleted(job: JobFile) -> str:
+    """Delete the component, and an endpoint of its own, and wait until both are gone."""
+    component = f"--inference-component-name {job.name}"
+    text = f"""gone() {{  # run a command that may find nothing to delete
     local found
     found=$("$@" 2>&1) || [[ $found == *"Could not find"* ]] || {{ echo "$found" >&2; exit 1; }}
 }}
 gone aws sagemaker delete-inference-component {component}
 while aws sagemaker describe-inference-component {component} >/dev/null 2>&1; do
     sleep 5
-done
-gone aws sagemaker delete-endpoint --endpoint-name {name}
-aws sagemaker wait endpoint-deleted --endpoint-name {name}"""
+done"""
+    if job.sagemaker.endpoint:
+        return text
+    return f"""{text}
+gone aws sagemaker delete-endpoint --endpoint-name {job.name}
+aws sagemaker wait endpoint-deleted --endpoint-name {job.name}"""

@@ -144,6 +144,31 @@ def test_boto3_makes_the_requests(
     assert "Paris" in capsys.readouterr().out
 
 
+def test_a_second_model_joins_the_endpoint_of_another_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    this = job(serve={**CLOUD, "devices": 1}, name="second", sagemaker__endpoint="first")
+    assert problems(this, "sagemaker", "serve") == []
+    text = render(this, "sagemaker", "serve")
+    found = values(text)
+    assert found["COMPONENT"]["EndpointName"] == "first"
+    assert found["COMPONENT"]["InferenceComponentName"] == "second"
+    assert not {"CONFIG", "ENDPOINT"} & {*found}
+    assert "--endpoint-name first --inference-component-name second" in found["AGAIN"]
+    for what in ("stop", "clean"):
+        deleting = action(this, "sagemaker", "serve", what)
+        assert "first" not in deleting
+        assert "delete-inference-component --inference-component-name second\n" in deleting
+    assert "delete-model --model-name second" in action(this, "sagemaker", "serve", "clean")
+    assert "describe-endpoint --endpoint-name first" in action(this, "sagemaker", "serve", "status")
+    pytest.importorskip("boto3", reason="the SageMaker SDK is not installed")
+    aws = Aws()
+    monkeypatch.setattr("botocore.httpsession.URLLib3Session.send", lambda s, r: aws.send(s, r))
+    start(text, tmp_path, monkeypatch)
+    asked = [name for name, _ in aws.asked]
+    assert asked[:3] == ["CreateModel", "DescribeEndpoint", "CreateInferenceComponent"]
+
+
 def test_a_component_that_fails_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +320,18 @@ def test_actions_delete_what_costs_and_end_well_without_it(tmp_path: Path) -> No
         (
             {"serve": {**CLOUD, "instance": "local", "engine": "llamax"}},
             "serve.instance=local is no instance type of AWS; use one, or local mode",
+        ),
+        (
+            {"serve": CLOUD, "sagemaker__endpoint": "llama2-7b"},
+            "sagemaker.endpoint=llama2-7b is the job's own name; leave it out",
+        ),
+        (
+            {"serve": CLOUD, "sagemaker__endpoint": "a b"},
+            "sagemaker.endpoint='a b' is no name of an endpoint; use",
+        ),
+        (
+            {"serve": CLOUD, "sagemaker__endpoint": "other", "sagemaker__local": True},
+            "sagemaker.endpoint is for the cloud, where endpoints last",
         ),
         ({"serve": CLOUD, "sagemaker__role": ""}, "sagemaker.role is empty; set it to the IAM ro"),
         ({"serve": CLOUD, "name": "a_b"}, "name='a_b' is refused by SageMaker; use letters, digit"),
