@@ -106,6 +106,13 @@ for ids in prompts:
         generator.generate_next_token()
     answers.append([int(each) for each in generator.get_sequence(0)[len(ids):]])
 """
+LLAMA_CPP = """
+from pathlib import Path
+from peers.llama_cpp import convert, completions, server_of
+convert(Path(folder), Path(work, "f32.gguf"), "f32")
+server = server_of(Path(work, "f32.gguf"), slots=1, length=256, threads=1, cache="f32")
+answers = [completions(server.listening_address, ids, new) for ids in prompts]
+"""
 CLIENTS = {
     "transformers 4": Client(("transformers==4.57.6",), TRANSFORMERS),
     "transformers 5": Client(("transformers==5.24.0",), TRANSFORMERS),
@@ -116,10 +123,12 @@ CLIENTS = {
         ("onnxruntime-genai==0.18.0", "onnx==1.23.2", "onnx-ir==1.1.0", "transformers==5.24.0"),
         ONNX,
     ),
+    "llama.cpp": Client(("gguf==0.17.1", "xllamacpp==2026.10.11549"), LLAMA_CPP),
 }
 FRAME = """
 import json, sys
 folder, work, prompts, new = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), int(sys.argv[4])
+sys.path.append(sys.argv[5])
 answers = []
 {code}
 print("ANSWERS", json.dumps(answers))
@@ -183,7 +192,7 @@ def answers(python: Path, client: Client, hub: Path, work: Path, ids: list[list[
     """The line of a client in the table, after its name."""
     work.mkdir(parents=True, exist_ok=True)
     command = [python, "-c", FRAME.format(code=client.code), hub.resolve(), work.resolve()]
-    given = [json.dumps(ids), str(NEW)]
+    given = [json.dumps(ids), str(NEW), str(Path(__file__).parent)]
     done = subprocess.run([*command, *given], capture_output=True, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS ")]
     return lines[0][8:] if lines else f"failed: {done.stderr.strip().splitlines()[-1][:100]}"

@@ -3,23 +3,29 @@
     python benchmarks/peers/llama_cpp.py convert hub model.gguf --type f32
     python benchmarks/peers/llama_cpp.py serve model.gguf --slots 16 --length 256
 
-Runs in an environment with ``gguf`` and ``xllamacpp`` (MIT; prebuilt llama.cpp with its C++ server).
-The vocabulary of the file is the decimal numbers of the ids, so that the text of an answer names its
-ids whatever the folder's tokenizer is.  The server prints its address and runs until stdin closes.
+Runs in an environment with ``gguf`` and ``xllamacpp`` (MIT; llama.cpp prebuilt, with its server).
+The vocabulary of the file is the decimal numbers of the ids, so that the text of an answer names
+its ids whatever the folder's tokenizer is.  The server prints its address and process, and runs
+until stdin closes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-REQUIREMENTS = ("gguf==0.17.1", "xllamacpp==2026.10.11549")
 NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -48,7 +54,8 @@ def main() -> None:
     command.add_argument("--slots", type=int, default=16, help="requests at once")
     command.add_argument("--length", type=int, default=256, help="tokens of a request")
     command.add_argument("--threads", type=int, default=2, help="threads that compute")
-    command.add_argument("--cache", choices=("f32", "f16", "bf16"), default="f32")
+    command.add_argument("--cache", choices=("f32", "f16"), default="f32")
+    command.add_argument("--program", type=Path, help="llama-server, in place of xllamacpp's")
     options = parser.parse_args()
     if options.command == "convert":
         convert(options.hub, options.out, options.type)
@@ -73,7 +80,10 @@ def convert(hub: Path, out: Path, kind: str) -> None:
     writer.add_head_count_kv(heads["k"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base((config.get("rope_parameters") or config)["rope_theta"])
-    writer.add_rope_dimension_count(config.get("head_dim") or width // heads["q"])
+    head_dim = config.get("head_dim") or width // heads["q"]
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_rope_dimension_count(head_dim)
     writer.add_vocab_size(vocab)
     writer.add_file_type(
         {
@@ -121,25 +131,73 @@ def rename(above: str, leaf: str) -> str:
 
 
 def serve(options: argparse.Namespace) -> None:
+    if options.program:
+        run(options)
+        return
+    server = server_of(options.file, options.slots, options.length, options.threads, options.cache)
+    print(f"listening {server.listening_address} {os.getpid()}", flush=True)
+    sys.stdin.read()
+
+
+def server_of(file: Path, slots: int, length: int, threads: int, cache: str) -> Any:
+    """xllamacpp's server over a GGUF file; ``cache``: type of keys and values."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(options.file)
-    params.n_parallel = options.slots
-    params.n_ctx = options.slots * -(-options.length // 256) * 256  # llama.cpp's steps
+    params.model.path = str(file)
+    params.n_parallel, params.n_ctx = slots, context(slots, length)
     params.cont_batching, params.kv_unified, params.cache_prompt = True, False, False
     params.cache_ram_mib, params.fit_params = 0, False
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
-    kind = {
-        "f32": xllamacpp.ggml_type.GGML_TYPE_F32,
-        "f16": xllamacpp.ggml_type.GGML_TYPE_F16,
-        "bf16": xllamacpp.ggml_type.GGML_TYPE_BF16,
-    }[options.cache]
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    kind = getattr(xllamacpp.ggml_type, f"GGML_TYPE_{cache.upper()}")
     params.cache_type_k = params.cache_type_v = kind
     params.hostnames, params.port = ["127.0.0.1"], 0
-    server = xllamacpp.Server(params)
-    print(f"listening on {server.listening_address}", flush=True)
-    sys.stdin.read()
+    return xllamacpp.Server(params)
+
+
+def context(slots: int, length: int) -> int:
+    """The tokens of all slots; llama.cpp rounds the length of each up so."""
+    return slots * -(-length // 256) * 256
+
+
+def completions(url: str, prompt: list[int], new: int) -> list[int]:
+    """The ids with which a server continues a prompt greedily."""
+    body = {"prompt": prompt, "n_predict": new, "temperature": 0, "cache_prompt": False}
+    body |= {"ignore_eos": True, "samplers": ["top_k"], "top_k": 1}
+    head = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/completion", json.dumps(body).encode(), head)
+    with urllib.request.urlopen(request) as reply:
+        answer = json.load(reply)
+    assert answer["tokens_predicted"] == new
+    return list(map(int, answer["content"].split()))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run a llama-server that was built from source."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    size = context(options.slots, options.length)
+    settings = {"-m": options.file, "-c": size, "-np": options.slots, "-t": options.threads}
+    settings |= {"-tb": options.threads, "-ctk": options.cache, "-ctv": options.cache}
+    settings |= {"--host": "127.0.0.1", "--port": port, "--cache-ram": 0, "-fit": "off"}
+    command = [options.program, *(str(word) for pair in settings.items() for word in pair)]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    while server.poll() is None and not healthy(url):
+        time.sleep(0.2)
+    if server.poll() is None:
+        print(f"listening {url} {server.pid}", flush=True)
+        sys.stdin.read()
+    server.terminate()
+    server.wait()
+
+
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health"):
+            return True
+    except OSError:
+        return False
 
 
 if __name__ == "__main__":
