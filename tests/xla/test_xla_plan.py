@@ -7,6 +7,7 @@ up to a tenth more, and no less.
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,7 @@ from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import hlo
 from llamax.tools.audit.auditor import audit, measure, with_flash
+from llamax.tools.audit.flash import flash_stand_in
 from llamax.tools.audit.report import Memory
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
 from llamax.tools.plan import search
@@ -124,6 +126,34 @@ def test_the_flash_kernel_is_traced_by_its_tensors_alone() -> None:
     narrow = replace(cfg, model=replace(cfg.model, head_dim=16))
     with made_up_tokens(resolved) as data:
         assert with_flash(TracedRun(on_mesh(narrow, MESH), 0, tracer, data)) == {}
+
+
+def test_a_loss_by_kernels_is_traced_without_logits() -> None:
+    """One program for all ranks, no 64 bits, two collectives; the planner's bytes."""
+    tracer = Tracer(Rendezvous(), debug=False)
+    cfg = small(2, "none", "bfloat16")
+    cfg = replace(
+        cfg,
+        model=replace(cfg.model, max_position_embeddings=2048, head_dim=64, vocab_size=8191),
+        data=replace(cfg.data, sequence_length=2048, micro_batch=1, separate_documents=False),
+    )
+    resolved = on_mesh(cfg, MESH)
+    texts = []
+    for rank in (0, 1):
+        with made_up_tokens(resolved) as data, flash_stand_in():
+            run = TracedRun(resolved, rank, tracer, data)
+            programs = {each.kind: each.text for each in run.step(1, (0,))}
+        texts.append(hlo.normal(programs["microstep"]))
+    assert texts[0] == texts[1]
+    assert not re.search(r"[fsu]64\[", texts[0])
+    assert "[2048,4096]" not in texts[0]
+    assert "pred[4096]" in texts[0]  # the rows of padding
+    calls = [line for line in texts[0].splitlines() if 'custom_call_target="loss"' in line]
+    assert len(calls) == 2
+    sums = [x for x in texts[0].splitlines() if "all-reduce(" in x and "(f32" in x and "2048]" in x]
+    assert len(sums) == 2
+    found = measure(run, {kind: hlo.read(text) for kind, text in programs.items()}, TRN1)
+    assert found.peak <= memory(share_of(cfg, MESH), TRN1).peak <= 1.10 * found.peak
 
 
 def test_the_audit_accepts_what_the_search_offers_and_counts_the_same() -> None:
