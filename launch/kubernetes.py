@@ -183,7 +183,12 @@ def _prepare(job: JobFile) -> dict[str, Any]:
 
 
 def _shell(job: JobFile) -> dict[str, Any]:
-    return _helper(job, "shell", ["sleep", "infinity"])
+    """A pod with the variables of the job file, such as HF_HOME on the storage."""
+    variables = [{"name": name, "value": escape(value)} for name, value in job.environment]
+    manifest = _helper(job, "shell", ["sleep", "infinity"])
+    if variables := [*variables, *secrets(job, job.secrets)]:
+        manifest["spec"]["containers"][0]["env"] = variables
+    return manifest
 
 
 def _tensorboard(job: JobFile) -> dict[str, Any]:

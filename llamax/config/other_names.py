@@ -1,8 +1,9 @@
 """Settings of other trainers, by the setting of llamax that does the same.
 
 The names are those of transformers' TrainingArguments, TRL's SFTConfig, peft's LoraConfig, the
-BitsAndBytesConfig of transformers and accelerate's FSDP file.  ``docs/how-to/from-trl.md`` explains
-them; an unknown option of such a name is answered with its entry here.
+BitsAndBytesConfig of transformers, accelerate's FSDP file, optimum-neuron's
+NeuronTrainingArguments and the settings of neuronx-nemo-megatron.  ``docs/how-to/from-trl.md`` and
+``from-neuron.md`` explain them; an unknown option of such a name is answered with its entry here.
 """
 
 from __future__ import annotations
@@ -67,6 +68,28 @@ SAME: dict[str, str] = {
     "tensor_parallel_size": "parallel.tensor",
     "pipeline_parallel_size": "parallel.pipeline",
     "context_parallel_size": "parallel.context",
+    # optimum-neuron
+    "disable_sequence_parallel": "parallel.sequence=false",
+    "zero_1": "parallel.zero=1",
+    # neuronx-nemo-megatron
+    "tensor_model_parallel_size": "parallel.tensor",
+    "pipeline_model_parallel_size": "parallel.pipeline",
+    "sequence_parallel": "parallel.sequence",
+    "micro_batch_size": "data.micro_batch",
+    "global_batch_size": "data.global_batch",
+    "encoder_seq_length": "data.sequence_length",
+    "seq_length": "data.sequence_length",
+    "data_prefix": "data.path",
+    "ffn_hidden_size": "model.intermediate_size",
+    "num_layers": "model.num_hidden_layers",
+    "layernorm_epsilon": "model.rms_norm_eps",
+    "init_method_std": "model.initializer_range",
+    "gradient_clip_val": "optim.max_grad_norm",
+    "log_every_n_steps": "run.log_every",
+    "val_check_interval": "run.validate_every",
+    "activations_checkpoint_granularity": "run.recompute",
+    "create_tensorboard_logger": "run.tensorboard",
+    "train_time_interval": "checkpoint.every_minutes",
 }
 # An option whose own name is that of a section: --optim paged_adamw_32bit.
 OPTIMIZERS = "the optimizer is AdamW; paged_* is optim.offload, *_8bit is optim.state_bits=8"

@@ -13,38 +13,53 @@ from llamax.config.schema import Config
 from llamax.config.types import options
 from llamax.runtime.errors import ConfigError
 
-PAGE = Path(__file__).resolve().parents[3] / "docs/how-to/from-trl.md"
-RECIPE = "korean-chat-qlora-24gb"
-SETTING = re.compile(r"\b((?:data|optim|run|checkpoint|finetune|parallel)\.[a-z_0-9]+)(=[^`,\s]+)?")
+HOW_TO = Path(__file__).resolve().parents[3] / "docs/how-to"
+PAGES = {"from-trl.md": "korean-chat-qlora-24gb", "from-neuron.md": "dolly-llama2-7b"}  # a recipe
+SETTING = re.compile(
+    r"\b((?:model|data|optim|run|checkpoint|finetune|parallel)\.[a-z_0-9]+)(=[^`,\s]+)?"
+)
 KEYS = {option.key for option in options(Config)}
-VALUES = {f"{key}{value}" for key, value in SETTING.findall(PAGE.read_text()) if value}
-VALUES |= {
-    f"{key}{value}" for text in SAME.values() for key, value in SETTING.findall(text) if value
+HINTS = " ".join(SAME.values())
+
+
+def rows(page: str) -> list[tuple[str, str]]:
+    """The cells of the tables of a page."""
+    lines = (HOW_TO / page).read_text().splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| `")]
+    return [(there, here) for there, here in cells]
+
+
+def settings(page: str) -> list[tuple[str, str]]:
+    """The settings of llamax on a page, with =VALUE or nothing."""
+    prose = [line for line in (HOW_TO / page).read_text().splitlines() if line[:1] != "|"]
+    return SETTING.findall("\n".join([*prose, *(here for _, here in rows(page))]))
+
+
+VALUES = {
+    (recipe, f"{key}{value}")
+    for page, recipe in PAGES.items()
+    for key, value in settings(page) + (SETTING.findall(HINTS) if page == "from-trl.md" else [])
+    if value
 }
 
 
-def rows() -> list[tuple[str, str]]:
-    """The cells of the tables of the page."""
-    lines = [
-        line.strip("| ").split(" | ") for line in PAGE.read_text().splitlines() if "| `" in line
-    ]
-    return [(cells[0], cells[1]) for cells in lines if len(cells) == 2]
+def test_every_setting_of_the_pages_and_of_the_hints_exists() -> None:
+    for page in PAGES:
+        named = {key for key, _ in settings(page)}
+        assert len(named) > 30
+        assert named <= KEYS
+    assert {key for key, _ in SETTING.findall(HINTS)} <= KEYS
 
 
-def test_every_setting_of_the_page_and_of_the_hints_exists() -> None:
-    named = {key for key, _ in SETTING.findall(PAGE.read_text() + " ".join(SAME.values()))}
-    assert len(named) > 35
-    assert named <= KEYS
+@pytest.mark.parametrize(("recipe", "setting"), sorted(VALUES))
+def test_every_value_of_the_pages_is_accepted(recipe: str, setting: str) -> None:
+    load_config(recipe, [f"--{setting.replace('PROJECT', 'name')}"], within=None)
 
 
-@pytest.mark.parametrize("setting", sorted(VALUES))
-def test_every_value_of_the_page_is_accepted(setting: str) -> None:
-    load_config(RECIPE, [f"--{setting.replace('PROJECT', 'name')}"], within=None)
-
-
-def test_the_page_and_the_hints_agree() -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_and_the_hints_agree(page: str) -> None:
     checked = set()
-    for there, here in rows():
+    for there, here in rows(page):
         names = set(re.findall(r"[a-z]\w+", there)) & SAME.keys()
         for name in names:
             keys = {key for key, _ in SETTING.findall(SAME[name])}
@@ -64,12 +79,13 @@ def test_the_page_and_the_hints_agree() -> None:
         (["--finetune.target_modules=q_proj"], "option; in llamax it is finetune.targets"),
         (["--load_in_4bit"], "has no value; in llamax it is finetune.method=qlora"),
         (["--optim", "paged_adamw_32bit"], "paged_.* is optim.offload"),
+        (["--ffn_hidden_size=11008"], "option; in llamax it is model.intermediate_size"),
         (["--optim.lrr=1"], "unknown option; did you mean optim.lr"),
     ],
 )
 def test_an_option_of_another_trainer_is_answered_with_ours(words: list[str], hint: str) -> None:
     with pytest.raises(ConfigError, match=hint):
-        load_config(RECIPE, words, within=None)
+        load_config(PAGES["from-trl.md"], words, within=None)
 
 
 def test_a_key_of_another_trainer_in_a_file(tmp_path: Path) -> None:
