@@ -93,11 +93,11 @@ _refused = set[_Refused]()
 
 def refuse(transport: asyncio.Transport) -> None:
     """Answer with status 503 whatever the client sends; at most REFUSED at once, others nothing."""
+    transport.set_protocol(protocol := _Refused())
     if len(_refused) >= REFUSED:
         transport.abort()
         return
-    _refused.add(protocol := _Refused())
-    transport.set_protocol(protocol)
+    _refused.add(protocol)
     transport.write(REFUSAL)
     # Closed at once, the system would reset the connection, and the client could lose the answer.
     asyncio.get_running_loop().call_later(REFUSED_S, transport.abort)

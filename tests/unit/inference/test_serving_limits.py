@@ -7,6 +7,7 @@ import json
 import resource
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from typing import Any
 
 import pytest
 import torch
@@ -65,11 +66,14 @@ async def listening(app: ASGIApp, limit: int = 100) -> AsyncIterator[tuple[str, 
     config = uvicorn.Config(app, timeout_keep_alive=1000, log_config=None)
     config.load()
     state, loop = ServerState(), asyncio.get_running_loop()
+    faults: list[dict[str, Any]] = []
+    loop.set_exception_handler(lambda loop, fault: faults.append(fault))
     server = await loop.create_server(
         lambda: connection.Connection(config, state, {}, limit=limit), "127.0.0.1", 0
     )
     async with server:
         yield server.sockets[0].getsockname()
+    assert not faults
 
 
 async def empty(scope: Scope, receive: Receive, send: Send) -> None:
