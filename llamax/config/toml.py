@@ -22,6 +22,7 @@ from llamax.config.other_names import same_setting
 from llamax.config.types import bare, out_of_range, section_of, type_hints
 from llamax.runtime.errors import ConfigError, did_you_mean, join_or
 from llamax.runtime.files import read_input
+from llamax.runtime.json_reader import MAX_DEPTH, too_deep
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,7 +64,7 @@ class Problems:
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file; raises ConfigError if it cannot be read as TOML."""
     try:
-        tables: dict[str, Any] = tomllib.loads(read_input(path).decode("utf-8"))
+        tables = parse_toml(read_input(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(f"{path}: cannot be read as TOML: {why}") from None
@@ -71,8 +72,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The tables of a TOML text; raises tomllib's error if it is none."""
+    """The tables of a TOML text; ValueError or RecursionError if it is none, or nested deeply."""
     tables: dict[str, Any] = tomllib.loads(text)
+    if too_deep(tables):
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
     return tables
 
 
@@ -171,8 +174,8 @@ def _wanted(hint: Any) -> str:
 def parse_value(text: str) -> Any:
     """A value from the command line, spelled as in TOML; the text itself if it is not TOML."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
+        return parse_toml(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
         return text
 
 

@@ -24,6 +24,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 
+MOST_PROBLEMS = 50  # listed by one error
+
 
 class LlamaxError(Exception):
     """A mistake that the user can correct; the message is one line."""
@@ -104,11 +106,13 @@ class Terminated(SystemExit):
 
 
 def refuse(problems: list[str], where: str) -> None:
-    """Raise one ConfigError that names ``where`` and lists every problem, if there are any."""
+    """Raise one ConfigError that names ``where`` and lists the problems, if there are any."""
     if len(problems) == 1:
         raise ConfigError(f"{where}: {problems[0]}")
     if problems:
-        raise ConfigError("\n  ".join([f"{where}: {len(problems)} problems", *problems]))
+        shown, more = problems[:MOST_PROBLEMS], len(problems) - MOST_PROBLEMS
+        shown += [f"and {more} more"] if more > 0 else []
+        raise ConfigError("\n  ".join([f"{where}: {len(problems)} problems", *shown]))
 
 
 # ---- wording

@@ -23,6 +23,7 @@ from llamax.runtime.signals import SIGNALS
 from llamax.runtime.text import print_text, printable_line
 
 PROC_SELF = Path("/proc/self/stat")  # absent on macOS
+LONGEST = 5000  # characters of a line of an error; a value from a file may be of any length
 NO_CACHE = "glibc.malloc.tcache_count=0"
 
 # Errors of a path that the user can correct; a missing file, in contrast, is a defect of llamax.
@@ -85,7 +86,7 @@ def run_main(main: Main, argv: Sequence[str] | None = None) -> int:
 
 def _print_error(text: str) -> None:
     """Print an error: one line, or those of ``refuse``; a line break in a path is no new line."""
-    lines = map(printable_line, text.split("\n  "))
+    lines = (printable_line(line, LONGEST) for line in text.split("\n  "))
     print_text("llamax: " + "\n  ".join(lines), sys.stderr)
 
 

@@ -42,10 +42,9 @@ def queries_share_keys(c: Config, world: World) -> Iterator[str]:
 
 @RULES.reading("model.bos_token_id", "model.eos_token_id", "model.vocab_size")
 def special_tokens_exist(c: Config, world: World) -> Iterator[str]:
-    bos = c.model.bos_token_id
-    named = [("bos_token_id", bos)] if bos is not None else []
-    for name, token in named + [("eos_token_id", eos) for eos in c.model.eos_token_ids]:
-        if token >= c.model.vocab_size:
+    bos, eos = c.model.bos_token_id, c.model.eos_token_ids
+    for name, ids in (("bos_token_id", () if bos is None else (bos,)), ("eos_token_id", eos)):
+        if (token := max(ids, default=0)) >= c.model.vocab_size:
             yield (
                 f"model.{name}={token} is outside model.vocab_size={c.model.vocab_size}; "
                 f"use 0 to {c.model.vocab_size - 1}"

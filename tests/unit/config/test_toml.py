@@ -89,7 +89,8 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "x.toml"
     path.write_text("a = 1\n")
     assert read_toml(path) == {"a": 1}
-    for text in (b"a =\n", b"\xff", b"a = " + b"[" * 5000):
+    deep = (b".a" * 900)[1:] + b" = 1", b"a = " + b"[" * 100 + b"]" * 100
+    for text in (b"a =\n", b"\xff", b"a = " + b"[" * 5000, *deep):
         path.write_bytes(text)
         with pytest.raises(ConfigError, match=r"x\.toml: cannot be read as TOML: "):
             read_toml(path)
@@ -98,6 +99,8 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
 
 
 def test_values_of_the_command_line_are_toml_or_text() -> None:
+    for deep in ("[" * 5000, "[" * 100 + "]" * 100, "{a = " * 100 + "1" + "}" * 100):
+        assert parse_value(deep) == deep
     assert [parse_value(text) for text in ("1", "1e3", "true", "[1, 2]", "ten", "'x'")] == [
         1,
         1000.0,

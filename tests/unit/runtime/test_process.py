@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llamax.runtime.errors import DataError, NoRoom, refuse
+from llamax.runtime.errors import MOST_PROBLEMS, DataError, NoRoom, refuse
 from llamax.runtime.process import defer_signals, run_main
 
 # ---- how programs end
@@ -49,6 +49,20 @@ def test_a_line_break_in_a_path_begins_no_line(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err == (
         "llamax: run\\x0a.toml: 2 problems\n  a\\x0allamax: all is well\n  b\\x0d\\x1b[2J\n"
     )
+
+
+def test_errors_of_any_length_are_shown_in_part(capsys: pytest.CaptureFixture[str]) -> None:
+    def main(argv: Sequence[str]) -> int:
+        refuse([f"{number}: {'x' * 10_000}" for number in range(5000)], "run.toml")
+        return 0
+
+    assert run_main(main, []) == 2
+    head, *shown, last = capsys.readouterr().err.splitlines()
+    assert head == "llamax: run.toml: 5000 problems"
+    assert len(shown) == MOST_PROBLEMS
+    assert last == f"  and {5000 - MOST_PROBLEMS} more"
+    assert max(map(len, shown)) < 5100
+    assert shown[0].endswith("xxx...")
 
 
 def test_run_reads_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
