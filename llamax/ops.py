@@ -71,6 +71,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) 
     return kernel("attention", q, k, v, documents)(q, k, v, documents)
 
 
+def rotated_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, documents: Tensor | None = None
+) -> Tensor:
+    """``attention`` after ``rotate``: [B, S, (H + 2K) E], 2 x [B or 1, S, E] -> [B, S, H E].
+
+    ``qkv`` has the ``heads`` query heads of a fused projection, then its key and its value heads.
+    """
+    chosen = kernel("rotated_attention", qkv, cos, documents)
+    return chosen(qkv, cos, sin, heads, documents)
+
+
 def attention_by_blocks(
     q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, rank: Tensor
 ) -> Tensor:
@@ -151,6 +162,15 @@ def reference_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | Non
     return reference_attention_cached(q, k, v, _causal_mask(q, k, documents))
 
 
+def reference_rotated_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, documents: Tensor | None
+) -> Tensor:
+    rows = qkv.unflatten(-1, (-1, cos.shape[-1]))
+    keys = (rows.shape[2] - heads) // 2
+    q, k, v = rows.split((heads, keys, keys), dim=2)
+    return attention(rotate(q, cos, sin), rotate(k, cos, sin), v, documents).flatten(-2)
+
+
 def reference_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     group = q.shape[2] // k.shape[2]
     q_BHSE = _wide(q).transpose(1, 2) / math.sqrt(q.shape[-1])
@@ -177,26 +197,12 @@ def reference_add_at_columns(x: Tensor, column: Tensor, amount: Tensor) -> Tenso
     return x.scatter_add_(1, column.long().unsqueeze(1), amount.unsqueeze(1))
 
 
-# --- XLA: products in the stored dtype, no copies of key/value heads; comparisons in place of
-# --- gathers and scatters, because XLA fuses only comparisons with their neighbours; tensors in
-# --- place of Python numbers in comparisons and torch.where, because torch-xla makes these 64 bits
+# --- XLA: comparisons in place of gathers and scatters, which XLA does not fuse with neighbours; no
+# --- Python numbers in comparisons and torch.where, because torch-xla makes these 64 bits
 
 
-def traced_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-    return traced_attention_cached(q, k, v, _causal_mask(q, k, documents))
-
-
-def traced_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    groups = (k.shape[2], q.shape[2] // k.shape[2])
-    q_BKgsE = (q / math.sqrt(q.shape[-1])).transpose(1, 2).unflatten(1, groups).flatten(2, 3)
-    k_BKTE, v_BKTE = k.transpose(1, 2), v.transpose(1, 2)
-    scores_BKgST = _wide(q_BKgsE @ k_BKTE.mT).unflatten(2, (groups[1], -1))
-    hidden, seen = (torch.full((), x, device=q.device) for x in (-math.inf, 0.0))
-    bias_B11ST = torch.where(mask[:, None, None], seen, hidden)
-    weights_BKgST = (scores_BKgST + bias_B11ST).softmax(-1).to(q.dtype)
-    o_BKgsE = weights_BKgST.flatten(2, 3) @ v_BKTE
-    o_BHSE: Tensor = o_BKgsE.unflatten(2, (groups[1], -1)).flatten(1, 2)
-    return o_BHSE.transpose(1, 2)
+def traced_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Any:
+    return _load("attention.traced:attention_cached")(q, k, v, _causal_mask(q, k, documents))
 
 
 def _onehot(x: Tensor, column: Tensor) -> Tensor:
@@ -269,7 +275,7 @@ def _cpu_without_units(x: Tensor, *_: Tensor | None) -> bool:
 
 
 def _neuron(path: str) -> Callable[..., bool]:
-    return lambda q, *others: q.device.type == "xla" and bool(_load(path)(q, *others))
+    return lambda x, *others: x.device.type == "xla" and bool(_load(path)(x, *others))
 
 
 def _fused_attention_is_faster(q: Tensor, k: Tensor, _v: Tensor, documents: Tensor | None) -> bool:
@@ -321,6 +327,10 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("traced", _on_xla, traced_attention),
         Row("reference", _anywhere, reference_attention),
     ),
+    "rotated_attention": (
+        Row("nki", _neuron("attention.nki_op:rotates"), "attention.nki_op:rotated_attention"),
+        Row("reference", _anywhere, reference_rotated_attention),
+    ),
     "attention_by_blocks": (
         Row("nki", _neuron("attention.nki_kernel:takes_blocks"), "attention.nki_kernel:by_blocks"),
         Row("reference", _anywhere, lambda *x: _load("attention.blocks:attention")(*x)),
@@ -348,7 +358,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention_cached": (
         Row("cpu", lambda *x: _load("attention.op:one_query")(*x), "attention.op:attention_cached"),
         Row("fused", _fused_cached_is_faster, fused_attention_cached),
-        Row("traced", _on_xla, traced_attention_cached),
+        Row("traced", _on_xla, "attention.traced:attention_cached"),
         Row("reference", _anywhere, reference_attention_cached),
     ),
     "cache_places": (

@@ -28,6 +28,15 @@ from llamax.kernels.attention.nki_forward import (
     identity_matrix,
     load_documents,
     masked_scores,
+    zero_matrix,
+)
+from llamax.kernels.rope.nki_rotate import (
+    hold_tables,
+    load_rows,
+    rotate,
+    store_rows,
+    take_tables,
+    turn,
 )
 
 SEGMENT = 4096  # tokens
@@ -51,102 +60,185 @@ def attention_backward_documents(
     return _backward(q, dout, k, turned, statistics, (along, across, plain, mixed))
 
 
+def rotated_attention_backward(rotated, dout, out, minus_lse, cos, sin):
+    """The gradient of qkv [B, S, (H + 2 K) D], before rotation.
+
+    rotated: qkv with rotated q and k, of the forward; dout, out [B, S, H, D]; minus the log-sum-exp
+    [B, H, 128, S / 128]; the halves cos, sin of the rotary tables, float32 [B, S, D / 2].
+    """
+    return _backward_rotated(rotated, dout, out, minus_lse, (cos, sin), None)
+
+
+def rotated_attention_backward_documents(
+    rotated, dout, out, minus_lse, cos, sin, along, across, plain, mixed
+):
+    """``rotated_attention_backward`` within documents: plain and mixed [B, S / 128, blocks]."""
+    documents = (along, across, plain, mixed)
+    return _backward_rotated(rotated, dout, out, minus_lse, (cos, sin), documents)
+
+
 def _backward(q, dout, k, turned, statistics, documents):
-    scale = q.shape[3] ** -0.5
-    batch, heads, length, width = q.shape
-    groups = heads // k.shape[1]
+    batch, heads, length = q.shape[0], q.shape[1], q.shape[2]
     dq = nl.ndarray(q.shape, dtype=q.dtype, buffer=nl.shared_hbm)
     dk = nl.ndarray(k.shape, dtype=q.dtype, buffer=nl.shared_hbm)
     dv = nl.ndarray(k.shape, dtype=q.dtype, buffer=nl.shared_hbm)
-    identity = identity_matrix(q.dtype)
-    zeros = nl.ndarray((TILE, TILE), dtype=q.dtype, buffer=nl.sbuf)
-    nisa.memset(dst=zeros, value=0.0)
+    constants = identity_matrix(q.dtype), zero_matrix(q.dtype)
+    groups = heads // k.shape[1]
     for b in nl.affine_range(batch):
         numbers = load_documents(documents, b, length)
         for kv in nl.affine_range(k.shape[1]):
-            waiting = []  # dq of a head between segments, float32
-            if length > SEGMENT:
-                for _ in range(groups):
-                    shape = (TILE, length // TILE, width)
-                    waiting.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.hbm))
-            for low in range(0, length, SEGMENT):
-                keys = _load_keys(k[b, kv], turned[2][b, kv], turned[3][b, kv], low, length)
-                size = min(SEGMENT, length - low)
-                shape = (TILE, size // TILE, width)
-                key_sums = []
-                for _ in range(2):  # dk and dv
-                    total = nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf)
-                    nisa.memset(dst=total, value=0.0)
-                    key_sums.append(total)
-                for member in range(groups):
-                    h = kv * groups + member
-                    for start in range(low, length, SEGMENT):
-                        queries = _load_queries(
-                            (q[b, h], dout[b, h], turned[0][b, h], turned[1][b, h]),
-                            (statistics[0][b, h], statistics[1][b, h]),
-                            start,
-                            min(SEGMENT, length - start),
-                        )
-                        part = nl.ds(start // TILE, min(SEGMENT, length - start) // TILE)
-                        total = queries[6]
-                        if low == 0:
-                            nisa.memset(dst=total, value=0.0)
-                        else:
-                            nisa.dma_copy(dst=total, src=waiting[member][:, part, :])
-                        for block in range(low, low + size, BLOCK):
-                            work = (queries, keys, numbers, documents, b, scale)
-                            _key_block(work, start, low, block, key_sums, identity, zeros)
-                        if start == low:
-                            _store(dq[b, h], total, start, scale)
-                        else:
-                            nisa.dma_copy(dst=waiting[member][:, part, :], src=total)
-                _store(dk[b, kv], key_sums[0], low, scale)
-                _store(dv[b, kv], key_sums[1], low, 1.0)
+            members = []
+            for member in range(groups):
+                h = kv * groups + member
+                tensors = (q[b, h], dout[b, h], turned[0][b, h], turned[1][b, h])
+                limits = (statistics[0][b, h], statistics[1][b, h])
+                members.append((tensors, limits, dq[b, h]))
+            of_keys = (k[b, kv], turned[2][b, kv], turned[3][b, kv], dk[b, kv], dv[b, kv])
+            _group(members, of_keys, (numbers, documents, b), constants, None)
     return dq, dk, dv
 
 
-def _load_keys(k, k_t, v_t, low, length):
+def _backward_rotated(rotated, dout, out, minus_lse, tables, documents):
+    batch, length, heads, width = dout.shape
+    dqkv = nl.ndarray(rotated.shape, dtype=rotated.dtype, buffer=nl.shared_hbm)
+    constants = identity_matrix(rotated.dtype), zero_matrix(rotated.dtype)
+    kv_heads = (rotated.shape[2] // width - heads) // 2
+    groups = heads // kv_heads
+    for b in nl.affine_range(batch):
+        numbers = load_documents(documents, b, length)
+        held = hold_tables((tables[0][b], tables[1][b]), length)
+        for kv in nl.affine_range(kv_heads):
+            members = []
+            for member in range(groups):
+                h = kv * groups + member
+                place = nl.ds(h * width, width)
+                tensors = (rotated[b, :, place], dout[b, :, h, :], None, None)
+                limits = (minus_lse[b, h], out[b, :, h, :])
+                members.append((tensors, limits, dqkv[b, :, place]))
+            place = nl.ds((heads + kv) * width, width)
+            last = nl.ds((heads + kv_heads + kv) * width, width)
+            of_keys = (rotated[b, :, place], None, rotated[b, :, last], dqkv[b, :, place])
+            of_keys = (*of_keys, dqkv[b, :, last])
+            _group(members, of_keys, (numbers, documents, b), constants, held)
+    return dqkv
+
+
+def _group(members, of_keys, seen, constants, held):
+    """Gradients of a key/value head and of the query heads that share it.
+
+    members: (q, dout and their transposes; minus the log-sum-exp and minus delta; dq) of each head;
+    of_keys: k, k^T, v^T, dk, dv.  With ``held`` tables there are no transposes, v stands for v^T
+    and the forward's output for minus delta.
+    """
+    k = of_keys[0]
+    length, width = k.shape
+    scale = width**-0.5
+    waiting = []  # dq of a head between segments, float32
+    if length > SEGMENT:
+        for _ in range(len(members)):
+            shape = (TILE, length // TILE, width)
+            waiting.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.hbm))
+    for low in range(0, length, SEGMENT):
+        keys = _load_keys(of_keys, low, length, constants[0])
+        size = min(SEGMENT, length - low)
+        shape = (TILE, size // TILE, width)
+        key_sums = []
+        for _ in range(2):  # dk and dv
+            total = nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf)
+            nisa.memset(dst=total, value=0.0)
+            key_sums.append(total)
+        for member in range(len(members)):
+            tensors, limits, result = members[member]
+            for start in range(low, length, SEGMENT):
+                room = min(SEGMENT, length - start)
+                queries = _load_queries(tensors, limits, start, room, constants[0])
+                part = nl.ds(start // TILE, room // TILE)
+                total = queries[6]
+                if low == 0:
+                    nisa.memset(dst=total, value=0.0)
+                else:
+                    nisa.dma_copy(dst=total, src=waiting[member][:, part, :])
+                for block in range(low, low + size, BLOCK):
+                    work = (queries, keys, seen[0], seen[1], seen[2], scale)
+                    _key_block(work, start, low, block, key_sums, constants[0], constants[1])
+                if start == low:
+                    _store(result, total, start, scale, held)
+                else:
+                    nisa.dma_copy(dst=waiting[member][:, part, :], src=total)
+        _store(of_keys[3], key_sums[0], low, scale, held)
+        _store(of_keys[4], key_sums[1], low, 1.0, None)
+
+
+def _load_keys(of_keys, low, length, identity):
     """Keys and values of a segment in SBUF: k^T, v^T [D, s], k [128, s / 128, D]."""
+    k, k_t, values = of_keys[0], of_keys[1], of_keys[2]
     size = min(SEGMENT, length - low)
     width = k.shape[1]
     turned_keys = nl.ndarray((width, size), dtype=k.dtype, buffer=nl.sbuf)
     turned_values = nl.ndarray((width, size), dtype=k.dtype, buffer=nl.sbuf)
-    nisa.dma_copy(dst=turned_keys, src=k_t[:, nl.ds(low, size)])
-    nisa.dma_copy(dst=turned_values, src=v_t[:, nl.ds(low, size)])
-    return turned_keys, turned_values, _load_rows(k, low, size)
+    rows = load_rows(k, low, size)
+    if k_t is not None:
+        nisa.dma_copy(dst=turned_keys, src=k_t[:, nl.ds(low, size)])
+        nisa.dma_copy(dst=turned_values, src=values[:, nl.ds(low, size)])
+    else:
+        turn(turned_keys, rows, identity)
+        for start in range(0, size, BLOCK):
+            part = min(BLOCK, size - start)
+            columns = turned_values[:, nl.ds(start, part)]
+            turn(columns, load_rows(values, low + start, part), identity)
+    return turned_keys, turned_values, rows
 
 
-def _load_rows(x, start, size):
-    """Tokens [start, start + size) of [S, D] in SBUF: [128, size / 128, D]."""
-    rows = nl.ndarray((TILE, size // TILE, x.shape[1]), dtype=x.dtype, buffer=nl.sbuf)
-    for i in range(size // TILE):
-        nisa.dma_copy(dst=rows[:, i, :], src=x[nl.ds(start + i * TILE, TILE), :])
-    return rows
-
-
-def _load_queries(tensors, statistics, start, size):
+def _load_queries(tensors, limits, start, size, identity):
     """A segment of a head in SBUF: q, dout, their transposes, -lse, -delta, and room for dq."""
     q, dout, q_t, dout_t = tensors
-    loaded = [_load_rows(q, start, size), _load_rows(dout, start, size)]
-    for x in (q_t, dout_t):
-        tile = nl.ndarray((x.shape[0], size), dtype=x.dtype, buffer=nl.sbuf)
-        nisa.dma_copy(dst=tile, src=x[:, nl.ds(start, size)])
+    loaded = [load_rows(q, start, size), load_rows(dout, start, size)]
+    for x, rows in ((q_t, loaded[0]), (dout_t, loaded[1])):
+        tile = nl.ndarray((q.shape[1], size), dtype=q.dtype, buffer=nl.sbuf)
+        if x is not None:
+            nisa.dma_copy(dst=tile, src=x[:, nl.ds(start, size)])
+        else:
+            turn(tile, rows, identity)
         loaded.append(tile)
-    for x in statistics:
+    part = nl.ds(start // TILE, size // TILE)
+    for number in range(2):
         tile = nl.ndarray((TILE, size // TILE), dtype=nl.float32, buffer=nl.sbuf)
-        nisa.dma_copy(dst=tile, src=x[:, nl.ds(start // TILE, size // TILE)])
+        if number == 0 or q_t is not None:
+            nisa.dma_copy(dst=tile, src=limits[number][:, part])
+        else:
+            _minus_delta(tile, limits[1], loaded[1], start)
         loaded.append(tile)
     shape = (TILE, size // TILE, q.shape[1])
     loaded.append(nl.ndarray(shape, dtype=nl.float32, buffer=nl.sbuf))
     return loaded
 
 
-def _store(result, total, start, scale):
-    """Write ``scale`` times [128, n, D] to the tokens of [S, D] from ``start`` on."""
-    for i in range(total.shape[1]):
-        rows = nl.ndarray((TILE, total.shape[2]), dtype=result.dtype, buffer=nl.sbuf)
-        nisa.tensor_scalar(dst=rows, data=total[:, i, :], op0=nl.multiply, operand0=scale)
-        nisa.dma_copy(dst=result[nl.ds(start + i * TILE, TILE), :], src=rows)
+def _minus_delta(tile, out, dout, start):
+    """Write minus the sum of dout * out of each token from ``start`` on to [128, n]."""
+    for i in range(tile.shape[1]):
+        rows = load_rows(out, start + i * TILE, TILE)
+        product = nl.ndarray((TILE, out.shape[1]), dtype=nl.float32, buffer=nl.sbuf)
+        nisa.tensor_tensor(dst=product, data1=rows[:, 0, :], data2=dout[:, i, :], op=nl.multiply)
+        total = tile[:, nl.ds(i, 1)]
+        nisa.tensor_reduce(dst=total, op=nl.add, data=product, axis=1, negate=True)
+
+
+def _store(result, total, start, scale, held):
+    """Write ``scale`` times [128, n, D] to the tokens of [S, D] from ``start`` on.
+
+    With the ``held`` rotary tables the gradient is rotated back.
+    """
+    count, width = total.shape[1], total.shape[2]
+    for low in range(0, count, BLOCK // TILE):
+        size = min(BLOCK // TILE, count - low)
+        part = total[:, nl.ds(low, size), :]
+        if held is not None:
+            tables = take_tables(held, start + low * TILE, size * TILE)
+            rows = rotate(part, tables, result.dtype, scale, True)
+        else:
+            rows = nl.ndarray((TILE, size, width), dtype=result.dtype, buffer=nl.sbuf)
+            nisa.tensor_scalar(dst=rows, data=part, op0=nl.multiply, operand0=scale)
+        store_rows(result, rows, start + low * TILE)
 
 
 def _key_block(work, start, low, block, key_sums, identity, zeros):

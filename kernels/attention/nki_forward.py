@@ -27,6 +27,15 @@ No part of this has been compiled by neuronx-cc or run on Trainium.  Source: Dao
 import nki.isa as nisa
 import nki.language as nl
 
+from llamax.kernels.rope.nki_rotate import (
+    hold_tables,
+    load_rows,
+    rotate,
+    store_rows,
+    take_tables,
+    turn,
+)
+
 TILE = 128  # keys of a step, and queries of a row of tiles: the partitions of the core
 BLOCK = 512  # queries of a block, and keys of an exact step: the float32 columns of a PSUM bank
 HIDDEN = -1.0e30  # added to a score of another document
@@ -52,50 +61,128 @@ def attention_forward_documents(q_t, k_t, v, bias, exact, along, across, plain, 
     return _forward(q_t, k_t, v, bias, exact, (along, across, plain, mixed))
 
 
+def rotated_attention_forward(qkv, cos, sin, bias, exact):
+    """Attention of a projection's output, whose queries and keys are rotated as they are loaded.
+
+    out [B, S, H, D], the log-sum-exp as ``attention_forward``, and qkv with rotated q and k, from
+    qkv [B, S, (H + 2 K) D] and the halves cos, sin of the rotary tables, float32 [B, S, D / 2].
+    """
+    return _rotated(qkv, (cos, sin), bias, exact, None)
+
+
+def rotated_attention_forward_documents(qkv, cos, sin, bias, exact, along, across, plain, mixed):
+    """``rotated_attention_forward`` within documents, as ``attention_forward_documents``."""
+    return _rotated(qkv, (cos, sin), bias, exact, (along, across, plain, mixed))
+
+
 def _forward(q_t, k_t, v, bias, exact, documents):
     batch, heads, width, length = q_t.shape
-    scale = width**-0.5
     groups = heads // k_t.shape[1]
     tiles = length // TILE
     out = nl.ndarray((batch, heads, length, width), dtype=q_t.dtype, buffer=nl.shared_hbm)
     lse = nl.ndarray((batch, heads, TILE, tiles), dtype=nl.float32, buffer=nl.shared_hbm)
-    identity = identity_matrix(q_t.dtype)
-    zeros = nl.ndarray((TILE, TILE), dtype=q_t.dtype, buffer=nl.sbuf)
-    nisa.memset(dst=zeros, value=0.0)
+    constants = identity_matrix(q_t.dtype), zero_matrix(q_t.dtype)
     for b in nl.affine_range(batch):
         numbers = load_documents(documents, b, length)
         for kv in nl.affine_range(k_t.shape[1]):
             keys = nl.ndarray((width, length), dtype=k_t.dtype, buffer=nl.sbuf)
             nisa.dma_copy(dst=keys, src=k_t[b, kv])
-            values = nl.ndarray((TILE, tiles, width + 1), dtype=v.dtype, buffer=nl.sbuf)
-            nisa.memset(dst=values[:, :, nl.ds(width, 1)], value=1.0)
-            for j in nl.affine_range(tiles):
-                rows = v[b, kv, nl.ds(j * TILE, TILE), :]
-                nisa.dma_copy(dst=values[:, j, nl.ds(0, width)], src=rows)
+            values = _load_values(v[b, kv], length)
             for member in nl.affine_range(groups):
                 h = kv * groups + member
-                centres = nl.ndarray((TILE, bias.shape[3]), dtype=nl.float32, buffer=nl.sbuf)
-                nisa.dma_copy(dst=centres, src=bias[b, h])
-                sums = nl.ndarray((TILE, tiles), dtype=nl.float32, buffer=nl.sbuf)
-                offsets = nl.ndarray((TILE, tiles), dtype=nl.float32, buffer=nl.sbuf)
-                for block in nl.affine_range(bias.shape[3]):
-                    start = block * BLOCK
-                    size = min(BLOCK, length - start)
-                    queries = nl.ndarray((width, size), dtype=q_t.dtype, buffer=nl.sbuf)
-                    nisa.dma_copy(dst=queries, src=q_t[b, h, :, nl.ds(start, size)])
-                    centre = centres[:, nl.ds(block, 1)]
-                    work = (queries, keys, values, numbers, start, size, scale)
-                    result = out[b, h]
-                    _block(work, centre, sums, offsets, result, zeros, documents, b, block)
-                    again = nisa.register_alloc()
-                    nisa.register_load(dst=again, src=exact[b, h, nl.ds(block, 1)])
-                    for _ in nl.dynamic_range(again):
-                        _exact(work, sums, offsets, result, identity)
-                logs = nl.ndarray((TILE, tiles), dtype=nl.float32, buffer=nl.sbuf)
-                nisa.activation(dst=logs, op=nl.log, data=sums)
-                nisa.tensor_tensor(dst=logs, data1=logs, data2=offsets, op=nl.add)
-                nisa.dma_copy(dst=lse[b, h], src=logs)
+                seen = (keys, values, numbers, documents, b)
+                limits = (bias[b, h], exact[b, h])
+                _head((q_t[b, h], None, None), seen, limits, out[b, h], lse[b, h], constants)
     return out, lse
+
+
+def _rotated(qkv, tables, bias, exact, documents):
+    batch, length, features = qkv.shape
+    heads, width = bias.shape[1], 2 * tables[0].shape[2]
+    kv_heads = (features // width - heads) // 2
+    groups = heads // kv_heads
+    out = nl.ndarray((batch, length, heads, width), dtype=qkv.dtype, buffer=nl.shared_hbm)
+    shape = (batch, heads, TILE, length // TILE)
+    lse = nl.ndarray(shape, dtype=nl.float32, buffer=nl.shared_hbm)
+    rotated = nl.ndarray(qkv.shape, dtype=qkv.dtype, buffer=nl.shared_hbm)
+    constants = identity_matrix(qkv.dtype), zero_matrix(qkv.dtype)
+    for b in nl.affine_range(batch):
+        numbers = load_documents(documents, b, length)
+        held = hold_tables((tables[0][b], tables[1][b]), length)
+        for kv in nl.affine_range(kv_heads):
+            columns = nl.ds((heads + kv) * width, width)
+            keys = nl.ndarray((width, length), dtype=qkv.dtype, buffer=nl.sbuf)
+            for start in range(0, length, BLOCK):
+                size = min(BLOCK, length - start)
+                rows = (qkv[b, :, columns], rotated[b, :, columns])
+                part = keys[:, nl.ds(start, size)]
+                _turn_rotated(part, rows, held, start, size, constants[0])
+            columns = nl.ds((heads + kv_heads + kv) * width, width)
+            values = _load_values(qkv[b, :, columns], length)
+            store_rows(rotated[b, :, columns], values[:, :, nl.ds(0, width)], 0)
+            for member in nl.affine_range(groups):
+                h = kv * groups + member
+                columns = nl.ds(h * width, width)
+                rows = (qkv[b, :, columns], rotated[b, :, columns])
+                seen = (keys, values, numbers, documents, b)
+                limits = (bias[b, h], exact[b, h])
+                _head((None, rows, held), seen, limits, out[b, :, h, :], lse[b, h], constants)
+    return out, lse, rotated
+
+
+def _load_values(v, length):
+    """Values of [S, D] in SBUF with a column of ones: [128, S / 128, D + 1]."""
+    width = v.shape[1]
+    values = nl.ndarray((TILE, length // TILE, width + 1), dtype=v.dtype, buffer=nl.sbuf)
+    nisa.memset(dst=values[:, :, nl.ds(width, 1)], value=1.0)
+    for j in nl.affine_range(length // TILE):
+        rows = v[nl.ds(j * TILE, TILE), :]
+        nisa.dma_copy(dst=values[:, j, nl.ds(0, width)], src=rows)
+    return values
+
+
+def _turn_rotated(dst, rows, held, start, size, identity):
+    """Rotate tokens of rows[0] [S, D], write them to rows[1] and their transpose to [D, size]."""
+    loaded = load_rows(rows[0], start, size)
+    tables = take_tables(held, start, size)
+    turned = rotate(loaded, tables, dst.dtype, 1.0, False)
+    store_rows(rows[1], turned, start)
+    turn(dst, turned, identity)
+
+
+def _head(source, seen, limits, result, lse, constants):
+    """Attention of one head: writes ``result`` [S, D] and its log-sum-exp [128, S / 128].
+
+    Queries come transposed from source[0] [D, S], or from rows that are rotated first.
+    """
+    keys, values, numbers, documents, b = seen
+    width, length = keys.shape
+    tiles = length // TILE
+    blocks = limits[0].shape[1]
+    scale = width**-0.5
+    centres = nl.ndarray((TILE, blocks), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.dma_copy(dst=centres, src=limits[0])
+    sums = nl.ndarray((TILE, tiles), dtype=nl.float32, buffer=nl.sbuf)
+    offsets = nl.ndarray((TILE, tiles), dtype=nl.float32, buffer=nl.sbuf)
+    for block in nl.affine_range(blocks):
+        start = block * BLOCK
+        size = min(BLOCK, length - start)
+        queries = nl.ndarray((width, size), dtype=keys.dtype, buffer=nl.sbuf)
+        if source[0] is not None:
+            nisa.dma_copy(dst=queries, src=source[0][:, nl.ds(start, size)])
+        else:
+            _turn_rotated(queries, source[1], source[2], start, size, constants[0])
+        centre = centres[:, nl.ds(block, 1)]
+        work = (queries, keys, values, numbers, start, size, scale)
+        _block(work, centre, sums, offsets, result, constants[1], documents, b, block)
+        again = nisa.register_alloc()
+        nisa.register_load(dst=again, src=limits[1][nl.ds(block, 1)])
+        for _ in nl.dynamic_range(again):
+            _exact(work, sums, offsets, result, constants[0])
+    logs = nl.ndarray((TILE, tiles), dtype=nl.float32, buffer=nl.sbuf)
+    nisa.activation(dst=logs, op=nl.log, data=sums)
+    nisa.tensor_tensor(dst=logs, data1=logs, data2=offsets, op=nl.add)
+    nisa.dma_copy(dst=lse, src=logs)
 
 
 def _block(work, centre, sums, offsets, result, zeros, documents, b, block):
@@ -278,6 +365,13 @@ def identity_matrix(dtype):
         cmp_op=nl.equal,
     )
     return identity
+
+
+def zero_matrix(dtype):
+    """Zeros [128, 128] in SBUF."""
+    zeros = nl.ndarray((TILE, TILE), dtype=dtype, buffer=nl.sbuf)
+    nisa.memset(dst=zeros, value=0.0)
+    return zeros
 
 
 def load_documents(documents, b, length):

@@ -74,9 +74,57 @@ class Attention(torch.autograd.Function):
         return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2), None
 
 
+class RotatedAttention(torch.autograd.Function):
+    """Attention of a projection's output with rotary positions, in one kernel each way.
+
+    Saves the projection's output with rotated queries and keys, the result and one number for each
+    query; nothing changes its layout in HBM.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, documents: Tensor | None
+    ) -> Tensor:
+        B, _, features = qkv.shape
+        width = cos.shape[-1]
+        keys = (features // width - heads) // 2
+        rows = qkv.unflatten(-1, (-1, width)).transpose(1, 2)  # norms are those before rotation
+        halves = [x[..., : width // 2].expand(B, -1, -1).contiguous() for x in (cos, sin)]
+        limits = centres(rows[:, :heads], rows[:, heads : heads + keys])
+        inputs = [qkv.contiguous(), *halves, *limits]
+        name = "rotated_attention_forward"
+        if documents is not None:
+            name += "_documents"
+            inputs += document_inputs(documents, forward=True)
+        out, lse, rotated = launch("attention.nki_forward", name, *inputs)
+        ctx.save_for_backward(rotated, *halves, documents, out, lse)
+        mixed: Tensor = out.flatten(-2)
+        return mixed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None, None]:
+        rotated, cos, sin, documents, out, lse = ctx.saved_tensors
+        inputs = [rotated, dout.to(out.dtype).view(out.shape).contiguous(), out, -lse, cos, sin]
+        name = "rotated_attention_backward"
+        if documents is not None:
+            name += "_documents"
+            inputs += document_inputs(documents, forward=False)
+        return launch("attention.nki_backward", name, *inputs), None, None, None, None
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) -> Tensor:
     """Causal self-attention: [B, S, H, E], [B, S, K, E] twice, [B, S] or None -> [B, S, H, E]."""
     out: Tensor = Attention.apply(q, k, v, documents)  # type: ignore[no-untyped-call]
+    return out
+
+
+def rotated_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, documents: Tensor | None = None
+) -> Tensor:
+    """``ops.rotated_attention``: [B, S, (H + 2 K) E], 2 x [B or 1, S, E] -> [B, S, H E]."""
+    inputs = (qkv, cos, sin, heads, documents)
+    out: Tensor = RotatedAttention.apply(*inputs)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -91,6 +139,16 @@ def supported(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> bool
         why = f"the tensors are {q.dtype}, not torch.bfloat16"
     log_choice(why)
     return not why
+
+
+def rotates(qkv: Tensor, cos: Tensor, documents: Tensor | None) -> bool:
+    """``supported``, for ``rotated_attention``; the reasons against are those of ``supported``."""
+    if not available() or qkv.dtype != torch.bfloat16:
+        return False
+    if nki_refusal(qkv.shape[1], cos.shape[-1]):
+        return False
+    log_choice("")
+    return True
 
 
 @cache

@@ -36,7 +36,7 @@ class Typed:
     """An array for a kernel with an NKI dtype that NumPy lacks."""
 
     def __init__(self, array: Array, dtype: Dtype) -> None:
-        self.array, self.dtype = rounded(np.asarray(array, np.float32), dtype), dtype
+        self.array, self.dtype = rounded(np.array(array), dtype), dtype
 
 
 def bf16(array: Array) -> Typed:
@@ -80,20 +80,20 @@ def _input(value: Any) -> Any:
     return Tensor(buffer, (buffer.data, buffer.written))
 
 
-def _output(value: Any) -> Any:
+def _output(value: Any, typed: bool) -> Any:
     if isinstance(value, tuple | list):
-        return tuple(_output(x) for x in value)
+        return tuple(_output(x, typed) for x in value)
     if not isinstance(value, Tensor):
         return value
     if value.memory != "hbm":
         raise NkiError(f"the kernel returns {value!r}; results must be in HBM")
     if not value.parts[1].all():
         raise NkiError(f"the kernel does not write all of its result {value!r}")
-    return np.array(value.data)
+    return Typed(value.data, value.dtype) if typed else np.array(value.data)
 
 
-def run(kernel: Any, *arguments: Any, **named: Any) -> tuple[Any, Tally]:
-    """The kernel's results as arrays, and its tally.
+def run(kernel: Any, *arguments: Any, typed: bool = False, **named: Any) -> tuple[Any, Tally]:
+    """The kernel's results as arrays, or as ``Typed`` ones, and its tally.
 
     Arrays (and ``bf16`` ones) become tensors in HBM; other arguments are compile-time constants.
 
@@ -104,7 +104,7 @@ def run(kernel: Any, *arguments: Any, **named: Any) -> tuple[Any, Tally]:
     function = kernel.function if isinstance(kernel, Kernel) else kernel
     with np.errstate(over="ignore", invalid="ignore"):
         result = function(*map(_input, arguments), **{k: _input(v) for k, v in named.items()})
-    return _output(result), STATE.tally
+    return _output(result, typed), STATE.tally
 
 
 def _unsimulated(name: str) -> Operator:

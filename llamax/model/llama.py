@@ -32,6 +32,7 @@ from llamax.config import validate
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, DataConfig, ParallelConfig, RunConfig
 from llamax.model import recompute, rope
+from llamax.model.causal import Causal
 from llamax.model.dropout import Dropout
 from llamax.model.initial_weights import draw
 from llamax.model.recompute import Recompute
@@ -93,6 +94,8 @@ class Attention(nn.Module):
         self, x_BsD: Tensor, cos_BSE: Tensor, sin_BSE: Tensor, attend: Attend, rerun: bool
     ) -> Tensor:
         def core(qkv_BSf: Tensor) -> Tensor:
+            if isinstance(attend, Causal):
+                return attend.rotated(qkv_BSf, cos_BSE, sin_BSE, self.num_heads)
             heads_BShE = qkv_BSf.unflatten(-1, (-1, self.head_dim))
             kv_heads = (heads_BShE.shape[2] - self.num_heads) // 2
             q_BShE, k_BSkE, v_BSkE = heads_BShE.split((self.num_heads, kv_heads, kv_heads), dim=2)
@@ -377,11 +380,8 @@ class Llama(nn.Module):
             self.dropout.begin(keys_B, ids_BS.shape[1], places_S)
         if positions_BS is None:
             positions_BS = torch.arange(ids_BS.shape[1], device=ids_BS.device).unsqueeze(0)
-
-        def causal(q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
-            return ops.attention(q_BShE, k_BSkE, v_BSkE, documents_BS)
-
-        y_BsD: Tensor = self.model(ids_BS, positions_BS, attend or causal, x_BsD, layers)
+        attend = attend or Causal(documents_BS)
+        y_BsD: Tensor = self.model(ids_BS, positions_BS, attend, x_BsD, layers)
         return y_BsD
 
 

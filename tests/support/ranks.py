@@ -164,10 +164,14 @@ class Lockstep:
         import torch_xla
         import torch_xla.core.xla_model as xm
         import torch_xla.runtime as xr
+        from torch.distributed import HashStore
         from torch_xla._internal import pjrt
 
+        from llamax.backends import of_rank_0
         from llamax.backends.xla import Xla
 
+        store = HashStore()  # as of the process group, which threads cannot have
+        of_rank_0._get_default_store = lambda: store  # type: ignore[attr-defined]
         torch_xla.sync = self.sync
         torch_xla._XLAC._set_allow_execution(self.size == 1 or isinstance(self, Lanes))
         Xla.barrier = lambda _: self.everybody.wait()  # type: ignore[assignment, method-assign]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from llamax.kernels.simulator.machine import Tally
-from llamax.kernels.simulator.run import bf16, install, run
+from llamax.kernels.simulator.memory import BFLOAT16
+from llamax.kernels.simulator.run import Typed, bf16, install, run
 
 
 class Launcher:
@@ -26,9 +27,9 @@ class Launcher:
 
     def __call__(self, module: str, name: str, *inputs: Any) -> Any:
         source = self.modules.get(module) or import_module(f"llamax.kernels.{module}")
-        results, tally = run(getattr(source, name), *map(_array, inputs))
+        results, tally = run(getattr(source, name), *map(_array, inputs), typed=True)
         self.tallies.append(tally)
-        tensors = tuple(torch.from_numpy(x) for x in _tuple(results))
+        tensors = tuple(_tensor(x) for x in _tuple(results))
         return tensors if isinstance(results, tuple) else tensors[0]
 
 
@@ -37,6 +38,11 @@ def _array(x: Any) -> Any:
         return x
     x = x.detach()
     return bf16(x.float().numpy()) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def _tensor(x: Typed) -> Tensor:
+    tensor = torch.from_numpy(x.array)
+    return tensor.bfloat16() if x.dtype == BFLOAT16 else tensor
 
 
 def _tuple(x: Any) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ import torch
 
 from llamax import ops
 from llamax.kernels.attention import cache as cached
+from llamax.kernels.attention import traced
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -75,6 +76,6 @@ def test_a_cache_is_written_by_comparison_as_by_index_and_attended_to_alike() ->
     mask = torch.arange(7) <= positions[:, None]
     found, expected = (
         kernel(q, kv, kv, mask)
-        for kernel in (ops.traced_attention_cached, ops.reference_attention_cached)
+        for kernel in (traced.attention_cached, ops.reference_attention_cached)
     )
     torch.testing.assert_close(found, expected)

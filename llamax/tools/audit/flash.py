@@ -1,13 +1,13 @@
 """A stand-in for the attention kernels of a NeuronCore: their tensors without their arithmetic.
 
 A trace with it has what the kernels' callers hold for backward (kernels/attention/nki_op.py; with
-context ranks nki_kernel.py): q, k and v, document numbers, the output by heads and one number for
-each row.  Such a program can be read for its memory, and not be run.
+context ranks nki_kernel.py): q, k and v, document numbers, the output, and one number for each
+row.  Such a program can be read for its memory, and not be run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,39 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) 
     return out
 
 
+class RotatedFlash(torch.autograd.Function):
+    """qkv [B, S, (H + 2 K) E] and rotary tables -> [B, S, H E], opaque each way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, documents: Tensor | None
+    ) -> Tensor:
+        """The output, with the tensors that the kernels' caller keeps for backward."""
+        (B, S, _), E = qkv.shape, cos.shape[-1]
+        seen = [] if documents is None else [documents]
+        shapes = [(B, S, heads * E), (B, heads, S), tuple(qkv.shape)]
+        dtypes = [qkv.dtype, torch.float32, qkv.dtype]
+        out, row, rotated = opaque("flash", [qkv, cos, sin, *seen], shapes, dtypes)
+        ctx.save_for_backward(rotated, cos, sin, documents, out, row)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of qkv."""
+        saved = [x for x in ctx.saved_tensors if x is not None]
+        (gradient,) = opaque("flash", [*saved, *grads], [tuple(saved[0].shape)], [saved[0].dtype])
+        return gradient, None, None, None, None
+
+
+def rotated_attention(
+    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, documents: Tensor | None = None
+) -> Tensor:
+    """The shapes of ``ops.rotated_attention``."""
+    inputs = (qkv, cos, sin, heads, documents)
+    out: Tensor = RotatedFlash.apply(*inputs)  # type: ignore[no-untyped-call]
+    return out
+
+
 class Blocks(torch.autograd.Function):
     """q [B, S / n, H, E], k and v [B, S, K, E] -> [B, S / n, H, E], opaque each way."""
 
@@ -73,11 +106,18 @@ def by_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, rank: T
     return out
 
 
+STAND_INS: dict[str, Callable[..., Tensor]] = {
+    "attention": attention,
+    "rotated_attention": rotated_attention,
+    "attention_by_blocks": by_blocks,
+}
+
+
 @contextmanager
 def flash_stand_in() -> Iterator[None]:
     """Trace attention and, where kernels accept it, the loss as stand-ins while the block runs."""
     table = dict(ops.TABLE)
-    for name, kernel in (("attention", attention), ("attention_by_blocks", by_blocks)):
+    for name, kernel in STAND_INS.items():
         ops.TABLE[name] = (ops.Row("stand-in", lambda *_: True, kernel), *table[name])
     for name in ("statistics", "gradients"):
         row = ops.Row("stand-in", on_chip_loss.accepts, getattr(on_chip_loss, name))

@@ -194,7 +194,7 @@ def batch(share: Share, machine: Machine) -> Line:
 
 
 def saves_inputs(machine: Machine) -> bool:
-    """Whether norm and SwiGLU save only their inputs, as the CPU kernels in ops.TABLE do."""
+    """Whether norm and SwiGLU save only their inputs, as the kernels of ops.TABLE for them do."""
     return machine.backend == "cpu"
 
 
@@ -242,8 +242,8 @@ def attention_kept(share: Share, machine: Machine) -> float:
     if plain_attention(share, machine):  # float32 q, repeated k and v, softmax, mask
         mask = 0 if compiled(machine) else pairs(share) // share.heads
         return 12 * T * q + 4 * pairs(share) + mask + gathered_bytes(share)
-    if by_nki(share, machine):  # the output by heads; one number a row
-        return T * q * width + 4 * T * share.heads
+    if by_nki(share, machine):  # one number a row
+        return 4 * T * share.heads
     if machine.backend in ("xla", "neuron"):  # copies with repeated heads; one number a row
         return 3 * T * q * width + 4 * T * share.heads - T * (q + 2 * k) * width
     return T * (q + k) * width + 4 * T * share.heads + gathered_bytes(share)

@@ -1,49 +1,72 @@
 """Seconds of the NKI attention kernels, from the simulator's tally.
 
 The tally counts the documented cycles of every instruction (kernels/simulator): the time of the
-busiest engine or memory port, as if no instruction waited.  ``SECONDS`` fits it for one head:
-``pair`` for each pair of the causal half, ``token`` for each token; a test compares both.  Where
-documents are kept apart it is the slowest case, in which every block of tokens holds parts of
-several documents and none is skipped.
+busiest engine or memory port, as if no instruction waited.  ``SECONDS`` fits it by lines, of which
+the highest counts: the port of PSUM and that of SBUF, on which the rotation of queries and keys
+takes time.  A test compares them.  Where documents are kept apart it is the slowest case, in which
+every block of tokens holds parts of several documents and none is skipped.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from llamax.tools.plan.sizes import Share
 
-# head dim, documents apart -> forward (pair, token), backward (pair, token)
-SECONDS = {
-    (64, False): ((5.58e-12, 1.70e-9), (1.76e-11, 2.19e-9)),
-    (64, True): ((1.39e-11, 5.15e-9), (2.18e-11, 7.47e-9)),
-    (128, False): ((5.58e-12, 2.14e-9), (1.70e-11, 5.50e-9)),
-    (128, True): ((1.39e-11, 5.59e-9), (2.27e-11, 1.13e-8)),
+
+class Line(NamedTuple):
+    """Seconds for each pair of tokens of the causal half, and for each token, of a query head;
+    and for each token of a key/value head."""
+
+    pair: float
+    query: float
+    key: float
+
+
+# head dim, documents apart -> forward, backward
+SECONDS: dict[tuple[int, bool], tuple[tuple[Line, ...], tuple[Line, ...]]] = {
+    (64, False): (
+        (Line(5.58e-12, 2.41e-9, 7.1e-10), Line(0.0, 6.10e-9, 2.99e-9)),
+        (Line(1.76e-11, 3.62e-9, 1.43e-9), Line(7.63e-12, 7.73e-9, 4.31e-9)),
+    ),
+    (64, True): ((Line(1.39e-11, 7.50e-9, 3.03e-9),), (Line(2.18e-11, 8.95e-9, 4.32e-9),)),
+    (128, False): (
+        (Line(5.58e-12, 2.86e-9, 7.1e-10), Line(0.0, 9.15e-9, 5.67e-9)),
+        (Line(1.85e-11, 4.73e-9, 1.43e-9), Line(8.51e-12, 1.33e-8, 8.32e-9)),
+    ),
+    (128, True): ((Line(1.39e-11, 1.06e-8, 5.70e-9),), (Line(2.27e-11, 1.45e-8, 8.33e-9),)),
 }
 
 
-def head_seconds(length: int, head_dim: int, documents: bool) -> tuple[float, float]:
-    """Forward and backward of one head and sequence."""
-    (pair, token), (pair_back, token_back) = SECONDS[head_dim, documents]
-    pairs = length**2 / 2
-    return pair * pairs + token * length, pair_back * pairs + token_back * length
+def head_seconds(
+    length: int, head_dim: int, documents: bool, heads: int = 1, kv_heads: int = 1
+) -> tuple[float, float]:
+    """Forward and backward of the heads of one sequence."""
 
+    def highest(lines: tuple[Line, ...]) -> float:
+        pairs = length**2 / 2
+        return max(
+            heads * (line.pair * pairs + line.query * length) + kv_heads * line.key * length
+            for line in lines
+        )
 
-def layout_bytes(share: Share) -> tuple[float, float]:
-    """Bytes that a layer reads and writes to arrange tensors for the kernels: forward, backward.
-
-    Forward: q, k, v and the output change layout, and q and k are read for their bounds.  Backward:
-    two layouts of q, k and dout, one of v, and of three gradients, and the output times dout.
-    """
-    width, T, q, k = share.width, share.tokens, share.query, share.key
-    return width * T * (5.0 * q + 5 * k), width * T * (12.0 * q + 10 * k)
+    forward, backward = SECONDS[head_dim, documents]
+    return highest(forward), highest(backward)
 
 
 def attention_seconds(share: Share, again: int, bandwidth: float) -> float:
-    """All layers of a microbatch on one rank, with the forward computed ``again`` times more."""
-    data = share.config.data
+    """All layers of a microbatch on one rank, with the forward computed ``again`` times more.
+
+    Before a forward the graph reads q and k once, to bound the scores.
+    """
+    data, width = share.config.data, share.model.head_dim
     forward, backward = head_seconds(
-        data.sequence_length, share.model.head_dim, data.separate_documents
+        data.sequence_length,
+        width,
+        data.separate_documents,
+        share.heads,
+        share.key // width,
     )
-    heads = share.heads * share.tokens / data.sequence_length
-    moved, moved_back = layout_bytes(share)
-    seconds = (1 + again) * (heads * forward + moved / bandwidth)
-    return share.layers * (seconds + heads * backward + moved_back / bandwidth)
+    sequences = share.tokens / data.sequence_length
+    bounds = share.width * share.tokens * (share.query + share.key) / bandwidth
+    return share.layers * ((1 + again) * (sequences * forward + bounds) + sequences * backward)

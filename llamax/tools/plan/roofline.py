@@ -113,10 +113,13 @@ def forward_flops(share: Share) -> tuple[float, float, float]:
     return layers, head, attention
 
 
-def element_bytes(share: Share) -> float:
-    """Bytes that the element-wise operations of one layer read and write in forward."""
+def element_bytes(share: Share, rotates: bool = True) -> float:
+    """Bytes that the element-wise operations of one layer read and write in forward.
+
+    Without ``rotates`` the attention kernels apply the rotary embedding.
+    """
     between = share.tokens_between * share.model.hidden_size
-    inside = 2 * (share.query + share.key) + 3 * share.feed_forward
+    inside = 2 * (share.query + share.key) * rotates + 3 * share.feed_forward
     return float((2 * 2 + 2 * 3) * between + share.tokens * inside) * share.width
 
 
@@ -174,7 +177,8 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     attended = (
         f"{rounds:g} x {show_number(attention)}FLOP / ({machine.attention_efficiency:.0%} of it)"
     )
-    if by_nki(share, machine) and not plain:
+    kernels = by_nki(share, machine) and not plain
+    if kernels:
         attention_s = attention_seconds(share, int(mode != "none"), bandwidth)
         attended = f"{1e3 * attention_s:.3g} ms by the NKI kernels' tally of cycles"
     if plain:  # both halves are computed, and scores go through memory
@@ -182,7 +186,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
         scores = rounds * SCORE_TRAFFIC_BYTES * pairs(share) * share.layers
         attention_s += scores / bandwidth
         attended += f", twice, + {show_bytes(scores)} of scores / {bandwidth / 1e9:.0f} GB/s"
-    element_traffic = (3 + again) * share.layers * element_bytes(share)
+    element_traffic = (3 + again) * share.layers * element_bytes(share, not kernels)
     logits = LOGIT_TRAFFIC_BYTES * share.tokens * share.vocabulary if share.projects else 0
     logits_s, moved = logits / bandwidth, f"{show_bytes(logits)} / {bandwidth / 1e9:.0f} GB/s"
     if on_chip:

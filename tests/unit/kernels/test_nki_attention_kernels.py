@@ -19,7 +19,6 @@ from llamax import ops
 from llamax.config.constants import nki_refusal
 from llamax.kernels.attention import nki_op, reference
 from llamax.kernels.simulator.machine import CLOCK_HZ, NkiError, Tally
-from llamax.tools.plan.nki_time import head_seconds
 
 TOLERANCE = 1.2e-2  # of the largest element, as in kernels/attention/README.md
 CAUSAL_PAIRS = 4096**2 / 2
@@ -172,17 +171,6 @@ def test_cost_at_4096() -> None:
             assert separate.cycles[engine] <= 0.45 * whole.cycles[engine]
 
 
-@pytest.mark.parametrize("width", [64, 128])
-@pytest.mark.parametrize("apart", [False, True])
-def test_the_planner_knows_the_cost(width: int, apart: bool) -> None:
-    for length in (1024, 2048):
-        documents = numbers("returning", 1, length) if apart else None
-        _, tallies = simulated(inputs((1, length, 1, 1, width)), documents)
-        planned = head_seconds(length, width, apart)
-        for tally, seconds in zip(tallies, planned, strict=True):
-            assert seconds == pytest.approx(tally.seconds(), rel=0.05)
-
-
 @pytest.mark.parametrize("documents", [False, True])
 def test_hbm_bytes_are_linear_in_the_length(documents: bool) -> None:
     def moved(length: int) -> list[int]:
@@ -261,7 +249,7 @@ MUTATIONS = [  # module, a part of a line, what replaces it
     (FORWARD, "first + row, row, True, False)", "first + row, row, False, False)"),
     (FORWARD, "for j in range(first):", "for j in range(first - 1):"),
     (FORWARD, "(t - row) * TILE", "t * TILE"),
-    (FORWARD, "value=1.0)\n            for j", "value=2.0)\n            for j"),
+    (FORWARD, "value=1.0)\n    for j", "value=2.0)\n    for j"),
     (FORWARD, "op0=nl.not_equal", "op0=nl.greater"),
     (FORWARD, "operand0=inverse", "operand0=1.0"),
     (FORWARD, "operand0=-1.0", "operand0=1.0"),
@@ -273,12 +261,12 @@ MUTATIONS = [  # module, a part of a line, what replaces it
     (FORWARD, "for masked in (False, True):", "for masked in (False,):"),
     (FORWARD, "row = max(0, j - first)", "row = 0"),
     (FORWARD, "data2=offsets", "data2=sums"),
-    (FORWARD, "_exact(work, sums, offsets, result, identity)\n", "pass\n"),
+    (FORWARD, "_exact(work, sums, offsets, result, constants[0])\n", "pass\n"),
     (BACKWARD, "h = kv * groups + member", "h = member * k.shape[1] + kv"),
     (BACKWARD, "bias=minus_delta[:, one]", "bias=minus_lse[:, one]"),
     (BACKWARD, "data1=ds, data2=p, op=nl.multiply", "data1=ds, data2=p, op=nl.add"),
-    (BACKWARD, "key_sums[0], low, scale)", "key_sums[0], low, 1.0)"),
-    (BACKWARD, "_store(dq[b, h], total, start, scale)", "_store(dq[b, h], total, start, 1)"),
+    (BACKWARD, "key_sums[0], low, scale, held)", "key_sums[0], low, 1.0, held)"),
+    (BACKWARD, "total, start, scale, held)\n", "total, start, 1, held)\n"),
     (BACKWARD, "order = [last]", "order = []"),
     (BACKWARD, "if i != last:", "if True:"),
     (BACKWARD, "seen - TILE, TILE", "0, TILE"),

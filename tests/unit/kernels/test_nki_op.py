@@ -39,11 +39,7 @@ class Jit:
             assert all(isinstance(x, torch.Tensor) and x.is_contiguous() for x in tensors)
             assert {x.dtype for x in tensors} <= {torch.bfloat16, torch.float32, torch.int32}
             self.calls.append((func.__name__, mode))
-            out = self.launcher(module, func.__name__, *tensors)
-            if isinstance(out, torch.Tensor):
-                return out
-            half = [x.to(torch.bfloat16) if x.ndim == 4 and x.shape[2] != 128 else x for x in out]
-            return tuple(half)
+            return self.launcher(module, func.__name__, *tensors)
 
         return compiled
 
@@ -139,6 +135,31 @@ def test_the_choice_of_the_loss_is_named_once(messages: list[str]) -> None:
     ]
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_contract_of_rotated_attention(neuron_core: Jit, apart: bool) -> None:
+    """A projection's output in, its gradient out, one call each way; then ``o_proj`` can follow."""
+    torch.manual_seed(2)
+    ours = torch.randn(2, 256, (4 + 2 * 2) * 64).bfloat16().requires_grad_()
+    plain = ours.detach().double().requires_grad_()
+    angles = torch.arange(256)[None, :, None] / torch.arange(1, 65)
+    tables = angles.cos(), angles.sin()
+    documents = torch.arange(256).expand(2, -1) // 100 if apart else None
+    found = nki_op.rotated_attention(ours, *tables, 4, documents)
+    want = ops.reference_rotated_attention(plain, *(x.double() for x in tables), 4, documents)
+    assert found.shape == want.shape == (2, 256, 256)
+    dout = torch.randn(want.shape)
+    found.backward(dout.bfloat16())
+    want.backward(dout.bfloat16().double())
+    for a, b in ((found, want), (ours.grad, plain.grad)):
+        assert a is not None
+        assert b is not None
+        assert a.dtype == torch.bfloat16
+        assert (a.double() - b).abs().max() < 1.2e-2 * b.abs().max()
+    suffix = "_documents" if apart else ""
+    names = [f"rotated_attention_{way}{suffix}" for way in ("forward", "backward")]
+    assert neuron_core.calls == [(name, "torchxla") for name in names]
+
+
 @pytest.fixture
 def messages(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """What is logged; caplog has it twice if an earlier test made the logger stop propagating."""
@@ -172,6 +193,20 @@ def test_the_kernel_is_chosen_by_shape_and_named_once(messages: list[str]) -> No
     few = on_xla(128)
     assert ops.kernel("attention", few, on_xla(256), on_xla(256), None) is ops.traced_attention
     assert "fewer queries than keys" in messages[-1]
+
+
+@pytest.mark.usefixtures("neuron_core")
+def test_a_model_rotates_in_the_kernel_where_the_shapes_allow(messages: list[str]) -> None:
+    tables = on_xla(4096)
+    for length in (4096, 384):
+        x = on_xla(length)
+        assert ops.kernel("rotated_attention", x, tables, None) is nki_op.rotated_attention
+    assert len(messages) == 1
+    narrow, whole = on_xla(4096, 96), on_xla(2048, dtype=torch.float32)
+    plain = ops.reference_rotated_attention
+    for x, cos in ((on_xla(2047), tables), (tables, narrow), (whole, tables)):
+        assert ops.kernel("rotated_attention", x, cos, None) is plain
+    assert len(messages) == 1, "the reason is given by the attention that runs instead"
 
 
 @pytest.mark.usefixtures("neuron_core")

@@ -50,10 +50,14 @@ def test_time_of_matmuls_by_hand() -> None:
     }
     weights = 32 * (4 * 4096 * 4096 + 3 * 4096 * 11008) // 8 + 32000 * 4096 // 8
     assert found["matmuls"] == pytest.approx(64 * 6 * 4096 * weights / (95e12 * 0.56))
-    # 4 heads, forward twice, by the tally; layouts of q, k, v and their gradients, [4096, 512]
-    kernels = 2 * (5.58e-12 * 2**23 + 2.14e-9 * 4096) + 1.70e-11 * 2**23 + 5.50e-9 * 4096
-    layouts = 2 * 4096 * 512 * (2 * 10 + 22) / (1e9 * TRN1.memory_gbps * TRN1.memory_efficiency)
-    assert found["attention"] == pytest.approx(64 * 32 * (4 * kernels + layouts))
+    # 4 heads, forward twice, by the tally; each time q and k, [4096, 512], are read for bounds
+    kernels = 2 * (5.58e-12 * 2**23 + 3.57e-9 * 4096) + 1.85e-11 * 2**23 + 6.16e-9 * 4096
+    bandwidth = 1e9 * TRN1.memory_gbps * TRN1.memory_efficiency
+    bounds = 2 * 2 * 4096 * 2 * 512 / bandwidth
+    assert found["attention"] == pytest.approx(64 * 32 * (4 * kernels + bounds))
+    # Forward and twice as much backward, without the rotation: 512 tokens of norms and residuals.
+    elements = 3 * 2 * (10 * 512 * 4096 + 4096 * 3 * 11008 // 8) / bandwidth
+    assert found["element-wise"] == pytest.approx(64 * 32 * elements)
 
 
 def test_time_of_a_loss_by_kernels_by_hand() -> None:
