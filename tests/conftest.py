@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from support.world import Worlds
 
 TESTS = Path(__file__).resolve().parent
-# What a launcher, a cluster or a user has set around the tests is no matter of theirs.
+# Variables of a launcher, a cluster or a user, which would change what programs do.
 FOREIGN = re.compile(
     "(SLURM|OMPI|PMIX?|MPI|TORCHELASTIC|SM|NEURON|XLA|PJRT|GLOO|NCCL|HF|TRANSFORMERS|WANDB)_.*"
     "|(LOCAL_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|JOB_COMPLETION_INDEX|KUBERNETES_SERVICE_HOST"
@@ -33,7 +33,12 @@ os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # where
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-hypothesis.settings.register_profile("llamax", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "llamax",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],  # the machine may be, at any time
+)
 hypothesis.settings.load_profile("llamax")
 
 

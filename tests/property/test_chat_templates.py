@@ -138,7 +138,8 @@ def outcome(render: Any) -> str | None:
 @pytest.mark.parametrize("name", TEMPLATES)
 @given(talk=conversations(), tools=st.booleans(), documents=st.booleans())
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 def test_a_template_renders_as_with_transformers(
     folder: Path, name: str, talk: list[dict[str, Any]], tools: bool, documents: bool

@@ -28,12 +28,15 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
+import subprocess
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -97,7 +100,7 @@ def cpu_seconds(pid: int | None) -> float:
 
 
 def threads(pid: int | None, stacks: Path) -> str:
-    """Where the threads of a process are: the Python stacks, and in what the kernel has each."""
+    """Where the threads of a process are: Python stacks, the kernel's places, gdb's stacks."""
     assert pid is not None
     os.kill(pid, signal.SIGUSR1)
     late = time.monotonic() + 10
@@ -107,6 +110,11 @@ def threads(pid: int | None, stacks: Path) -> str:
     for task in sorted(Path(f"/proc/{pid}/task").iterdir()):
         name, place = ((task / file).read_text().strip() for file in ("comm", "wchan"))
         lines.append(f"thread {task.name} ({name}) in {place}")
+    if gdb := shutil.which("gdb"):
+        command = [gdb, "-p", str(pid), "-batch", "-ex", "thread apply all backtrace 30"]
+        with suppress(subprocess.TimeoutExpired):
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            lines.append(done.stdout)
     return "\n".join(lines)
 
 

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from random import shuffle
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from llamax.config.load import dump_config
 from llamax.config.schema import CheckpointConfig, Config, DataConfig, OptimConfig, RunConfig
 from llamax.config.toml import to_toml
 from llamax.data.token_file import Header, TokenWriter
+from llamax.parallel import network
 from llamax.runtime.process import NO_CACHE
 from support.models import TINY as MODEL
 
@@ -113,27 +113,19 @@ RESERVED: list[socket.socket] = []
 
 
 def free_port() -> int:
-    """A TCP port at which nothing listens, reserved for the caller until this process ends.
+    """A TCP port at which nothing listens, reserved among tests until this process ends.
 
-    A job binds its port some seconds after it was chosen.  Until then nobody else gets it: it is
-    not one of those that the kernel hands out, and a UDP socket holds its number among tests.
+    A job opens its port some seconds after it was chosen; a UDP socket holds the number until then.
     """
-    span = Path("/proc/sys/net/ipv4/ip_local_port_range")
-    first = int(span.read_text().split()[0]) if span.exists() else 32768
-    ports = [*range(min(10_000, first // 2), min(20_000, first))]
-    shuffle(ports)
-    for port in ports:
+    while True:
         holder = socket.socket(type=socket.SOCK_DGRAM)
         try:
-            holder.bind(("127.0.0.1", port))
-            with socket.socket() as probe:
-                probe.bind(("", port))
+            holder.bind(("127.0.0.1", port := network.free_port("")))
         except OSError:
             holder.close()
             continue
         RESERVED.append(holder)
         return port
-    raise AssertionError(f"no port from {ports[0]} on is free")
 
 
 def write(cfg: Config, path: Path) -> Path:

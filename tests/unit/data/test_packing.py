@@ -13,6 +13,7 @@ from support.token_files import write_token_file
 
 from llamax.data import packing
 from llamax.data.packing import Packs, best_fit
+from llamax.data.token_file import TokenFile
 from llamax.runtime.errors import DataError
 
 
@@ -110,11 +111,17 @@ def test_memory_does_not_grow_with_the_corpus(
 ) -> None:
     monkeypatch.setattr(packing, "WINDOW", 256)
     lengths = np.random.default_rng(0).integers(2, 60, 6000)
+
+    def peak(file: TokenFile) -> int:
+        tracemalloc.start()
+        try:
+            Packs(file, 256)
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
     peaks = []
     for documents in (1500, 6000):
         file = write_token_file(tmp_path / f"{documents}.tokens", lengths[:documents].tolist())
-        tracemalloc.start()
-        Packs(file, 256)
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
+        peaks.append(min(peak(file) for _ in range(3)))  # a thread of another test may add to one
     assert peaks[1] < 1.2 * peaks[0]
