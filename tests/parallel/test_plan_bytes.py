@@ -246,7 +246,7 @@ def measure_stage(config: Config, mesh: Mesh) -> int:
     batch = Batch(*ids, torch.arange(LENGTH).expand(BATCH, LENGTH), None)
     batches = [batch] * run.accumulation
     state.step(batches, 1)
-    tensors: list[Tensor | None] = [*state._stage._unused.values()]
+    tensors: list[Tensor | None] = [state._stage._unused]
     for group in state.optimizer.groups:
         tensors += [group.weights, group.gradient]
         for bucket in group.buckets:

@@ -174,9 +174,9 @@ def communication(share: Share, machine: Machine) -> Line:
 
 
 def swapped(share: Share) -> Line:
-    """Activations on their way between stages: one that has arrived, and blanks of both ways."""
+    """Activations on their way between stages: one that has arrived, and a blank."""
     activation = share.tokens_between * share.model.hidden_size * share.width
-    number = 1 + (not share.embeds) + (not share.projects) if share.mesh.pp > 1 else 0
+    number = 2 if share.mesh.pp > 1 else 0
     return Line(
         "swaps", number * activation, f"{number} x {show_bytes(activation)}, arrived and blank"
     )
