@@ -62,7 +62,7 @@ def map_file(handle: int, path: Path, length: int = 0, offset: int = 0) -> mmap.
 def check_size(mapped: mmap.mmap | bytes, path: Path) -> None:
     """Raise DataError if a mapped file was cut short since; the last page would read as zeros."""
     if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
-        raise DataError(_describe_loss(mapped, path))
+        raise DataError(describe_loss(mapped, path))
 
 
 def _install() -> None:
@@ -73,7 +73,7 @@ def _install() -> None:
         address = ctypes.c_size_t.from_address(info + ADDRESS).value
         for mapped, (start, path) in list(_maps.items()):
             if start <= address < start + len(mapped):
-                line = f"llamax: {printable_line(_describe_loss(mapped, path))}\n"
+                line = f"llamax: {printable_line(describe_loss(mapped, path))}\n"
                 os.write(2, line.encode(errors="backslashreplace"))
                 os._exit(LlamaxError.exit_code)
         libc.sigaction(number, ctypes.byref(before), None)  # the read is repeated and meets it
@@ -84,7 +84,7 @@ def _install() -> None:
     libc.sigaction(signal.SIGBUS, ctypes.byref(ours), ctypes.byref(before))
 
 
-def _describe_loss(mapped: mmap.mmap, path: Path) -> str:
+def describe_loss(mapped: mmap.mmap, path: Path) -> str:
     """What happened to a mapped file that cannot be read any more, as a line."""
     size = mapped.size()
     if size < len(mapped):

@@ -104,3 +104,7 @@ def test_strided_elements_with_and_without_checksums(path: Path) -> None:
     path.write_bytes(changed)
     with pytest.raises(CheckpointError, match="changed after it was saved"):
         read_elements(path, 100, [copy], whole.view(-1), BlockVerifier(path, ENDS, SUMS))
+    path.write_bytes(DATA[: 100 + 4 * 1001 * 600])
+    for known in (None, BlockVerifier(path, ENDS, SUMS)):
+        with pytest.raises(CheckpointError, match=r"ends at byte \d+: cut short"):
+            read_elements(path, 100, [copy], whole.view(-1), known)

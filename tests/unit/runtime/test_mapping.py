@@ -13,14 +13,14 @@ import pytest
 from llamax.data.megatron import IndexedFile, write_indexed
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.runtime.errors import DataError
-from llamax.runtime.mapping import map_file
+from llamax.runtime.mapping import REMEDY, describe_loss, map_file
 
 SIZE = 2**22
 START = """
 import os, mmap, resource, sys, threading, zlib
 from pathlib import Path
 import numpy as np
-from llamax.runtime.mapping import map_file
+from llamax.runtime.mapping import REMEDY, describe_loss, map_file
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 path = Path(sys.argv[1])
 file = open(path, "rb")
@@ -76,6 +76,10 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
     with open(path, "rb") as file:
         assert map_file(file.fileno(), path)[4096 * 3 :] == (b"abc" * 5000)[4096 * 3 :]
         assert map_file(file.fileno(), path, 10, 4096)[:3] == b"bca"
+        whole = map_file(file.fileno(), path)
+        assert (
+            describe_loss(whole, path) == f"{path}: its disk failed while it was in use; {REMEDY}"
+        )
         with pytest.raises(ValueError, match="greater than file size"):
             map_file(file.fileno(), path, 20_000)
 
