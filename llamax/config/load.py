@@ -27,7 +27,7 @@ from llamax.config.schema import Config, sections
 from llamax.config.toml import Problems, build, parse_value, read_toml, to_toml
 from llamax.config.types import bare, explain, options, section_of, type_hints
 from llamax.config.validate import problems
-from llamax.runtime.errors import ConfigError, did_you_mean, refuse
+from llamax.runtime.errors import MOST_PROBLEMS, ConfigError, did_you_mean, refuse
 
 RECIPES = Path(__file__).parent / "recipes"
 # An option of the command line takes the place of another key of the file.
@@ -140,7 +140,9 @@ def parse_config(
     contradicting = [] if within is None or broken else [*contradictions(config, within)]
     broken += contradicting or problems(config, world_size, found.unusable, node_ranks)
     origins = [(given_in, problem) for problem in typed]
-    origins += [(_origin(problem, given, where, given_in), problem) for problem in broken]
+    for problem in broken:
+        shown = len(origins) < MOST_PROBLEMS
+        origins.append((_origin(problem, given, where, given_in) if shown else where, problem))
     if len({origin for origin, _ in origins}) == 1:
         refuse([problem for _, problem in origins], origins[0][0])
     refuse([text if origin == where else f"{origin}: {text}" for origin, text in origins], where)

@@ -20,7 +20,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from llamax.config.other_names import same_setting
 from llamax.config.types import bare, out_of_range, section_of, type_hints
-from llamax.runtime.errors import ConfigError, did_you_mean, join_or
+from llamax.runtime.errors import MOST_PROBLEMS, ConfigError, did_you_mean, join_or
 from llamax.runtime.files import read_input
 from llamax.runtime.json_reader import MAX_DEPTH, too_deep
 
@@ -102,7 +102,8 @@ def build(
     for name, value in table.items():
         if name not in hints:
             what = "section" if all(map(section_of, hints.values())) else "key"
-            hint = same_setting(name) or did_you_mean(name, hints)
+            shown = len(problems.unknown) < MOST_PROBLEMS
+            hint = (same_setting(name) or did_you_mean(name, hints)) if shown else ""
             problems.unknown.append(f"{dot}{name} is an unknown {what}{hint}")
         elif section := section_of(hints[name]):
             values[name] = build(section, value, problems, dot + name)

@@ -440,3 +440,12 @@ def test_reading_a_configuration_needs_no_torch() -> None:
 def test_the_page_of_recipes_names_each_of_them() -> None:
     page = (RECIPES / "README.md").read_text()
     assert [name for name in recipes() if f"`{name}`" not in page] == []
+
+
+@pytest.mark.timeout(120)
+def test_a_file_with_very_many_unknown_keys_is_refused_soon(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[run]\n" + "".join(f"steps{number} = 1\n" for number in range(100_000)))
+    with pytest.raises(ConfigError, match=r"problems\n  run\.steps0 is an unknown key") as error:
+        load_config(str(path))
+    assert re.search(r"\n  and 999\d\d more$", str(error.value))
