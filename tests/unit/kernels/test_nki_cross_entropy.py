@@ -349,6 +349,9 @@ MUTATIONS = [  # module, a part of a line, what replaces it
     (BACKWARD, "nl.ds(start + i * TILE, TILE), place", "nl.ds(i * TILE, TILE), place"),
     (BACKWARD, "dw[nl.ds(low + first, count), place]", "dw[nl.ds(first, count), place]"),
     (BACKWARD, "dtype=p.dtype", "dtype=nl.float32"),
+    (BACKWARD, "total = nl.ndarray((count, part)",  # a bank that holds the last sum
+     "total = total if 0 < first <= size - TILE else nl.ndarray((count, part)"),
+    (FORWARD, "in range(weight_t.shape[1]):", "in range(weight_t.shape[1] - 1):"),
     (BACKWARD, "dtype=result.dtype", "dtype=nl.bfloat16"),
     (BACKWARD, "total.shape, dtype=nl.float32", "total.shape, dtype=nl.bfloat16"),
     (BACKWARD, "width), dtype=nl.float32, buffer=nl.hbm", "width), dtype=x.dtype, buffer=nl.hbm"),
