@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -85,10 +86,14 @@ def compare_golden(request: pytest.FixtureRequest) -> Callable[[Path, str], None
 
 
 @pytest.fixture(autouse=True)
-def _same_numbers() -> None:
-    """Each test draws the same numbers, whichever ran before it in its process."""
+def _same_start() -> None:
+    """Each test draws the same numbers and logs alike, whichever ran before it in its process."""
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
+    logger = logging.getLogger("llamax")
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")

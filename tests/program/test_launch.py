@@ -66,7 +66,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def temporary() -> Iterator[Path]:
     """The folder of temporary files of a job, in which nothing may be left; its path is short."""
-    with tempfile.TemporaryDirectory(prefix="l") as folder:
+    with tempfile.TemporaryDirectory(prefix="l", dir="/tmp") as folder:
         yield Path(folder)
         limit = time.monotonic() + 300
         while left := [path.name for path in Path(folder).glob("tmp.*")]:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socketserver
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,9 +65,10 @@ class Daemon:
 
 
 @contextmanager
-def docker_daemon(folder: Path) -> Iterator[Daemon]:
-    """A daemon whose socket is in ``folder``; DOCKER_HOST names it."""
-    daemon = Daemon(folder / "docker.sock")
+def docker_daemon() -> Iterator[Daemon]:
+    """A daemon with a socket in a folder with a short path: a socket's has 107 bytes at most."""
+    folder = tempfile.TemporaryDirectory(prefix="docker-", dir="/tmp")
+    daemon = Daemon(Path(folder.name) / "docker.sock")
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -98,7 +100,7 @@ def docker_daemon(folder: Path) -> Iterator[Daemon]:
     class Server(socketserver.ThreadingUnixStreamServer):
         daemon_threads = True
 
-    with Server(str(daemon.socket), Handler) as server:
+    with folder, Server(str(daemon.socket), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
         try:

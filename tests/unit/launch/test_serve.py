@@ -24,10 +24,10 @@ GPU = {"model": "hub", "instance": "g5.12xlarge"}
 
 
 @pytest.fixture
-def daemon(tmp_path: Path) -> Iterator[Daemon]:
+def daemon() -> Iterator[Daemon]:
     if not DOCKER:
         pytest.skip("the docker command is not installed")
-    with docker_daemon(tmp_path) as found:
+    with docker_daemon() as found:
         yield found
 
 
