@@ -136,8 +136,8 @@ def test_one_server_at_a_time_and_its_actions(tmp_path: Path, daemon: Daemon) ->
     assert daemon.state == ""
 
 
-def test_without_a_daemon_the_message_is_that_of_docker(tmp_path: Path, daemon: Daemon) -> None:
-    daemon.socket = tmp_path / "none.sock"
+def test_without_a_daemon_the_message_is_that_of_docker(daemon: Daemon) -> None:
+    daemon.socket = daemon.socket.with_name("none.sock")
     done = run(action(job(serve=GPU), "docker", "serve", "stop"), daemon)
     assert done.returncode != 0
     assert "docker daemon running" in done.stderr
