@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from llamax.data.megatron import indexed_prefix, write_indexed
 from llamax.data.prepare.progress import Progress, count_tokens, start_worker
+from llamax.data.prepare.unread import count_names
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.errors import DataError
@@ -132,7 +133,7 @@ def make_part(
         for split, ids, counted, text_bytes, unread, more in settings.encode(chunk, tokenizer):
             lengths = np.array([len(each) for each in ids], np.int64)
             count(int(lengths.sum()))
-            missed.update(unread)
+            count_names(missed, unread)
             writers[split].add(
                 np.concatenate([*ids, np.array([], np.uint32)]),
                 lengths[:0] if more else lengths,
@@ -152,7 +153,7 @@ def unread_in(parts: Sequence[Path]) -> Counter[str]:
     """The names of what was not read in parts, with their numbers of rows."""
     total: Counter[str] = Counter()
     for part in parts:
-        total.update(read_object(part.with_name(f"{part.name}.unread.json")))
+        count_names(total, read_object(part.with_name(f"{part.name}.unread.json")))
     return total
 
 

@@ -30,7 +30,7 @@ from llamax.data.prepare.row_range import RowRange
 from llamax.data.prepare.row_samples import EmptyAnswer, read_sample
 from llamax.data.prepare.tables import read_rows
 from llamax.data.prepare.text_chunks import BATCH_CHARACTERS, is_validation
-from llamax.data.prepare.unread import UnreadParts
+from llamax.data.prepare.unread import UnreadParts, count_names
 from llamax.data.tokenizer.cuts import longest
 from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.errors import DataError
@@ -116,10 +116,10 @@ def _spans(
                     f"is a sample of more than {show_bytes(most)}; shorten it, or use a larger "
                     f"`max_document` than {show_bytes(chunk.most)}"
                 )
-            unread.update(parts.of(sample, text))
+            count_names(unread, parts.of(sample, text))
             yield spans, text
         except EmptyAnswer as error:
-            unread.update(error.unread)
+            count_names(unread, error.unread)
             if not settings.drop_empty:
                 raise DataError(f"{place}: {error}; correct it, or use `drop_empty=True`") from None
         except UnicodeEncodeError as error:

@@ -240,7 +240,8 @@ def prepare(
         trained = path.stem if train_tokenizer else None
         _write_index(out, settings, opened, identity, trained, format, unread, from_hub)
     else:
-        unread = Counter(read_index(out / "dataset.json").get("unread") or {})
+        kept = read_index(out / "dataset.json").get("unread")
+        unread = Counter(kept if isinstance(kept, dict) else {})
         if unread and strict:
             raise unread_error(unread)
     shutil.rmtree(parts_folder)

@@ -38,6 +38,7 @@ from llamax.data.prepare.long_text import Text, read_text
 from llamax.data.prepare.row_range import RowRange
 from llamax.data.prepare.saved_dataset import files_by_purpose, is_saved
 from llamax.data.prepare.tables import has_row_per_line, read_rows, scan
+from llamax.data.prepare.unread import count_names
 from llamax.runtime.errors import DataError
 from llamax.runtime.hub_name import hub_name
 from llamax.runtime.json_reader import JsonError, parse_json
@@ -255,7 +256,8 @@ def documents(
 
 
 def _count_others(row: Row, key: str, unread: Counter[str]) -> None:
-    unread.update(k for k, value in row.items() if k != key and value not in (None, "", [], {}))
+    names = (k for k, value in row.items() if k != key and value not in (None, "", [], {}))
+    count_names(unread, names)
 
 
 def _rows(source: Source, key: str, unread: Counter[str], most: int) -> Iterator[str]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from llamax.data.chat.templates import Sample, Template
 from llamax.runtime.errors import DataError
 
 MOST_NAMES = 20  # in a message
+MOST_COUNTED = 1000  # different names; a row may have a key of its own
+MOST_KEYS = 100  # of the messages of a row that are looked at; each takes a rendering
+LONGEST_NAME = 200  # characters
 EMPTY: tuple[Any, ...] = (None, "", [], {})  # what says nothing; 0 and false do, as "weight": 0
 
 
@@ -31,7 +36,7 @@ class UnreadParts:
         keys = dict.fromkeys(
             key for m in sample.messages for key, value in m.items() if value not in EMPTY
         )
-        for key in keys:
+        for key in islice(keys, MOST_KEYS):
             if key not in ("role", "content") and self._ignores(key, sample):
                 found.append(f"messages[].{key}")
         for number, message in enumerate(sample.messages):
@@ -47,9 +52,12 @@ class UnreadParts:
         others = [{k: v for k, v in m.items() if k != key} for m in sample.messages]
         if key in self.template.words:
             return self._same(sample, sample._replace(messages=others))
-        if key not in self._ignored:
-            self._ignored[key] = self._same(sample, sample._replace(messages=others))
-        return self._ignored[key]
+        if key in self._ignored:
+            return self._ignored[key]
+        same = self._same(sample, sample._replace(messages=others))
+        if len(self._ignored) < MOST_COUNTED:
+            self._ignored[key] = same
+        return same
 
     def _same(self, sample: Sample, other: Sample) -> bool:
         """Whether two samples have the same text; False if the template refuses the other."""
@@ -58,6 +66,14 @@ class UnreadParts:
             return self.template.text(other) == text
         except DataError:
             return False
+
+
+def count_names(total: Counter[str], names: Iterable[str] | Mapping[str, int]) -> None:
+    """Count names, each once or as often as given; once MOST_COUNTED are known no new ones."""
+    counts = names if isinstance(names, Mapping) else dict.fromkeys(names, 1)
+    for name, number in counts.items():
+        if name[:LONGEST_NAME] in total or len(total) < MOST_COUNTED:
+            total[name[:LONGEST_NAME]] += number
 
 
 def unread_names(unread: Mapping[str, int]) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import IO
 
 import pytest
 
 from llamax.data.prepare import file_kinds, tables, text_files
+from llamax.data.prepare.unread import LONGEST_NAME, MOST_COUNTED, count_names
 from llamax.runtime.errors import DataError
 
 
@@ -64,3 +66,14 @@ def test_a_head_with_many_columns(tmp_path: Path, last: str) -> None:
     (rows,) = tables.scan(path)
     with pytest.raises(DataError, match=f"a head that names '{last}' twice"):
         next(tables.read_rows(rows))
+
+
+def test_keys_of_single_rows_are_counted_up_to_a_limit() -> None:
+    total: Counter[str] = Counter()
+    for number in range(3 * MOST_COUNTED):
+        count_names(total, ["id", f"key {number}", "x" * 10_000])
+    assert total["id"] == 3 * MOST_COUNTED
+    assert len(total) == MOST_COUNTED
+    assert max(map(len, total)) == LONGEST_NAME
+    count_names(total, {"id": 5, "new": 2})
+    assert (total["id"], total["new"]) == (3 * MOST_COUNTED + 5, 0)
