@@ -12,7 +12,7 @@ from llamax.runtime.errors import DataError
 
 MOST_NAMES = 20  # in a message
 MOST_COUNTED = 1000  # different names; a row may have a key of its own
-MOST_KEYS = 100  # of the messages of a row that are looked at; each takes a rendering
+MOST_KEYS = 100  # of the messages of a row, with two renderings for each
 LONGEST_NAME = 200  # characters
 EMPTY: tuple[Any, ...] = (None, "", [], {})  # what says nothing; 0 and false do, as "weight": 0
 
@@ -36,8 +36,11 @@ class UnreadParts:
         keys = dict.fromkeys(
             key for m in sample.messages for key, value in m.items() if value not in EMPTY
         )
+        many = len(keys) > MOST_KEYS  # then a name that the template does not have is not read
         for key in islice(keys, MOST_KEYS):
-            if key not in ("role", "content") and self._ignores(key, sample):
+            if key in ("role", "content") or (many and key in self.template.words):
+                continue
+            if many or self._ignores(key, sample):
                 found.append(f"messages[].{key}")
         for number, message in enumerate(sample.messages):
             content = (message.get("content") or "").strip()

@@ -8,7 +8,7 @@ import pytest
 
 from llamax.data.chat.templates import BUILT_IN, SHIELD, START, STOP, Template
 from llamax.data.prepare.row_samples import EmptyAnswer, read_sample
-from llamax.data.prepare.unread import UnreadParts, unread_names
+from llamax.data.prepare.unread import MOST_KEYS, UnreadParts, unread_names
 from llamax.runtime.errors import DataError
 
 AGENT = (
@@ -241,3 +241,11 @@ def test_an_empty_answer_without_calls_is_one_line(answer: dict[str, Any]) -> No
     with pytest.raises(EmptyAnswer, match=r"has an empty answer$") as caught:
         read_sample(row, {}, "", Template("llama2-chat", BUILT_IN["llama2-chat"]))
     assert caught.value.unread == ()
+
+
+@pytest.mark.timeout(300)
+def test_a_message_of_very_many_keys_is_not_looked_at_for_ever() -> None:
+    row = {"messages": [Q | {f"key {number}": 1 for number in range(100_000)}, A]}
+    found = unread(row, plain())
+    assert found[0] == "messages[].key 0"
+    assert len(found) <= MOST_KEYS
