@@ -124,6 +124,7 @@ def _train(config: Config, where: Rendezvous, parts: Parts, began: float) -> Non
             backend.joined(resolved.mesh, timeout_s) as axes,
         ):
             inputs.check_newest(config)
+            inputs.check_base(backend.of_rank_0)
 
             def begin(job: Job) -> None:
                 verified.result()

@@ -143,6 +143,11 @@ def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0
         raise DataError(
             f"{folder}: name a Megatron dataset by its prefix, {folder.with_suffix('')}"
         )
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        raise DataError(
+            f"{folder}: is a folder that the package datasets wrote; prepare its rows first: llamax "
+            f"prepare {in_shell(folder)} --out DATA"
+        )
     what = "is not finished" if (folder / ".parts").is_dir() else "is not a dataset"
     head = f"{folder}: {what} (has no dataset.json, and there is no {folder.name}.idx)"
     if what == "is not a dataset" and (near := _prefixes_near(folder)):

@@ -7,7 +7,7 @@ what it reads of a checkpoint and its share of the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from llamax.data.token_file import GoOn, Verify
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.optim.schedule import lr_at
 from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.hub_name import hub_name
 from llamax.runtime.logging import logger
 from llamax.training.resolve import ResolvedRun
 
@@ -79,6 +80,24 @@ class Inputs:
             now = newest_checkpoint(Path(config.run.folder) / CHECKPOINTS_FOLDER)
             if now != self.newest:
                 raise CheckpointError(f"{now} was saved while this job started; start it again")
+
+    def check_base(self, of_rank_0: Callable[[str, int], int]) -> None:
+        """Raise ConfigError if rank 0 starts from another commit of a base on the Hub.
+
+        Machines that share no cache ask the Hub each for itself, and a branch may move in between.
+        """
+        given = self.config.checkpoint.init_from
+        if not given:
+            return
+        name = hub_name(given)
+        own = int(name.revision, 16) if name is not None and name.pinned else 0
+        first = of_rank_0("commit of the base", own)
+        if first != own:
+            other = f"{name.repo if name else given}@{first:040x}" if first else "a folder"
+            raise ConfigError(
+                f"checkpoint.init_from is {given} on this machine and {other} on that of rank 0; "
+                "give all machines the same commit, org/name@COMMIT, or the same folder"
+            )
 
     def verify(self, config: Config, share: int, of: int, go_on: GoOn) -> None:
         """Check the ``share``-th of ``of`` parts of what loading does not check as it reads.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +23,9 @@ from llamax.checkpoint.peft import adapter_info
 from llamax.cli.train import main
 from llamax.config.load import load_config, recorded_config
 from llamax.runtime import hub as hub_module
+from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import run_main
+from llamax.training.inputs import Inputs
 
 BASE = tiny(num_hidden_layers=1, max_position_embeddings=128)
 
@@ -127,3 +131,32 @@ def test_a_gated_base_is_one_line(
         "account, then log in here (hf auth login, or HF_TOKEN)\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_machines_that_start_from_other_commits_are_refused() -> None:
+    own, other = "a" * 40, "b" * 40
+    asked: list[int] = []
+
+    def check(init_from: str, first: int | None) -> None:
+        """Check a base where rank 0 gives the number ``first``; None: that of this rank."""
+        cfg = load_config("demo", [], within=None)
+        inputs = SimpleNamespace(
+            config=replace(cfg, checkpoint=replace(cfg.checkpoint, init_from=init_from))
+        )
+
+        def of_rank_0(name: str, value: int) -> int:
+            asked.append(value)
+            return value if first is None else first
+
+        Inputs.check_base(inputs, of_rank_0)  # type: ignore[arg-type]
+
+    for init_from in ("", "saved", f"org/base@{own}"):
+        check(init_from, None)
+    assert asked == [0, int(own, 16)]  # nothing is asked without a base
+    message = rf"is org/base@{own} on this machine and org/base@{other} on that of rank 0; give all"
+    with pytest.raises(ConfigError, match=message):
+        check(f"org/base@{own}", int(other, 16))
+    with pytest.raises(ConfigError, match=r"on this machine and a folder on that of rank 0"):
+        check(f"org/base@{own}", 0)
+    with pytest.raises(ConfigError, match=rf"is saved on this machine and saved@{other} on that"):
+        check("saved", int(other, 16))

@@ -99,6 +99,8 @@ def test_json_that_is_one_value_stays_a_text(tokenizer: Path, tmp_path: Path) ->
         ("a.parquet", [{"body": "Q"}], r"a\.parquet: is a table without a column 'text'"),
         ("a.parquet", [{"text": "Q"}, {"text": None}],
          r"a\.parquet: row 2: the row has no text under key 'text' \(it is NoneType\)"),
+        ("a.parquet", [{"input_ids": [1, 2]}],
+         r"a\.parquet: holds token ids \(columns: input_ids\), which are not read; give the text"),
         ("a.jsonl", [{"body": "Q"}], r"a\.jsonl:1: the row has no text under key 'text'"),
     ],
 )  # fmt: skip

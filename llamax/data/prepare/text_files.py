@@ -161,6 +161,11 @@ def _table(path: Path, key: str, named: bool, most: int) -> list[RowRange]:
         return ranges
     if named:
         columns = printable_line(", ".join(first), 200)
+        if "input_ids" in first:
+            raise DataError(
+                f"{path}: holds token ids (columns: {columns}), which are not read; give the text "
+                "or the rows that they were made from"
+            )
         raise DataError(
             f"{path}: is a table without a column {key!r} (columns: {columns or 'none'}); "
             "name the column of the text with `key`, or use `template` for rows of questions"

@@ -177,6 +177,12 @@ def test_a_prefix_is_a_dataset_without_tokenizer(tmp_path: Path) -> None:
     for path in ("mega/train", "mega"):
         with pytest.raises(DataError, match=r"; did you mean .*/mega/train_text_document\?$"):
             open_dataset(tmp_path / path)
+    (folder := tmp_path / "saved").mkdir()
+    (folder / "state.json").write_text("{}")
+    with pytest.raises(
+        DataError, match=r"saved: is a folder that the package datasets wrote; prepare"
+    ):
+        open_dataset(folder)
     with pytest.raises(DataError, match=r"is not a dataset .* there is no e.idx"):
         open_dataset(tmp_path / "e")
 
