@@ -145,7 +145,7 @@ def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0
         )
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         raise DataError(
-            f"{folder}: is a folder that the package datasets wrote; prepare its rows first: llamax "
+            f"{folder}: is a folder that the package datasets wrote; prepare its rows: llamax "
             f"prepare {in_shell(folder)} --out DATA"
         )
     what = "is not finished" if (folder / ".parts").is_dir() else "is not a dataset"

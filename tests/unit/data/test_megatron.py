@@ -180,7 +180,7 @@ def test_a_prefix_is_a_dataset_without_tokenizer(tmp_path: Path) -> None:
     (folder := tmp_path / "saved").mkdir()
     (folder / "state.json").write_text("{}")
     with pytest.raises(
-        DataError, match=r"saved: is a folder that the package datasets wrote; prepare"
+        DataError, match=r"saved: is a folder that the package datasets wrote; prepare its"
     ):
         open_dataset(folder)
     with pytest.raises(DataError, match=r"is not a dataset .* there is no e.idx"):
