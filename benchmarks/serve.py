@@ -110,7 +110,7 @@ def compare(
     with ExitStack() as stack:
         slots = f"--slots={options.clients}"
         size = f"--length={length}", f"--threads={options.threads}"
-        url, pid = stack.enter_context(llamax_server(hub, slots, *size, *arguments))
+        url, pid, _ = stack.enter_context(llamax_server(hub, slots, *size, *arguments))
         contestants = [Contestant("llamax serve", pid, asker(url, options.new_tokens))]
         if "llama.cpp" in options.peers:
             url, pid = stack.enter_context(llama_server(options, hub, weights, cache, length))
@@ -168,8 +168,8 @@ def race(
 
 
 @contextmanager
-def llamax_server(hub: Path, *arguments: str) -> Iterator[tuple[str, int]]:
-    """The address and process of a running ``llamax serve``."""
+def llamax_server(hub: Path, *arguments: str) -> Iterator[tuple[str, int, str]]:
+    """The address of a running ``llamax serve``, its process, and the line that it shows."""
     command = [sys.executable, "-m", "llamax", "serve", str(hub), "--port=0", *arguments]
     server = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
@@ -179,7 +179,7 @@ def llamax_server(hub: Path, *arguments: str) -> Iterator[tuple[str, int]]:
             line = server.stderr.readline()
             assert line, "the server has ended"
             found = re.search(r" on (http://\S+) ", line)
-        yield found[1], server.pid
+        yield found[1], server.pid, line
     finally:
         server.terminate()
         server.wait()
@@ -198,9 +198,7 @@ def llama_server(
     command += ["--slots", str(options.clients), "--length", str(length)]
     if options.llama_server:
         command += ["--program", options.llama_server]
-    server = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert server.stdin is not None
     assert server.stdout is not None
     try:

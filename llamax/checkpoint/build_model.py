@@ -7,6 +7,7 @@ and evaluation a base with the adapters of a PEFT folder or a run.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,13 +31,15 @@ from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
 from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import Config, FinetuneConfig
-from llamax.model import lora
+from llamax.model import int8, lora
+from llamax.model.int8 import Int8Linear
 from llamax.model.llama import DTYPES, Llama
 from llamax.model.qlora import Shapes, expected, store_weights, stores
 from llamax.parallel.collectives import Axes, Axis, Solo
 from llamax.parallel.pipeline import layers_of
 from llamax.parallel.sharding import ShardedParameters
 from llamax.parallel.spread import SpreadWeight, Store
+from llamax.parallel.tensor_parallel import ColumnLinear, RowLinear
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.hub_name import hub_name
 from llamax.runtime.logging import logger
@@ -249,6 +252,33 @@ def default_dtype(source: Source, device: torch.device | str) -> torch.dtype:
     on_gpu = torch.device(device).type == "cuda"
     as_stored = stored == torch.bfloat16 or (stored == torch.float16 and on_gpu)
     return stored if as_stored else torch.float32
+
+
+def load_int8(model: Llama, source: Source, device: torch.device) -> None:
+    """Load a model that was built on the meta device, its linear layers in 8 bits.
+
+    A few rows are dense at a time.
+    """
+    parameters, modules = model.sharded_parameters(), dict(model.named_modules())
+    check_shapes(source, parameters)
+
+    def rows_of(name: str, start: int, stop: int) -> Tensor:
+        whole = parameters[name].tensor
+        rows = torch.empty(stop - start, *whole.shape[1:], dtype=whole.dtype, device=device)
+        run = Whole(name, rows.view(-1), start=start * whole.shape[1:].numel())
+        load_owned(source, [run], parameters, convert=True)
+        return rows
+
+    for name, (weight, _) in parameters.items():
+        path = name.rpartition(".")[0]
+        layer, (above, _, leaf) = modules[path], path.rpartition(".")
+        if type(layer) in (ColumnLinear, RowLinear):
+            reduces = isinstance(layer, RowLinear)
+            small = Int8Linear(weight, model.tp, reduces, partial(rows_of, name))
+            setattr(model.get_submodule(above), leaf, small)
+        else:
+            layer.weight = nn.Parameter(rows_of(name, 0, len(weight)), requires_grad=False)
+    int8.quantize(model)  # a tied output projection
 
 
 def load_tuned(

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llamax.checkpoint.build_model import default_dtype, load_tuned
+from llamax.checkpoint.build_model import default_dtype, load_int8, load_tuned
 from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, has_tokenizer, open_source
 from llamax.checkpoint.load import load_weights
 from llamax.checkpoint.peft import (
@@ -106,19 +106,20 @@ class LoadedModel:
             kind = DTYPES[dtype] if dtype else None
             return load_tuned(self.adapter, self.source.folder, tp, device, kind)
         kind = self.dtype(device, dtype)
-        model = model_class(self.model, tp, dtype=kind, device=device)
-        if model_class is not Llama:
-            model.to(device, kind)
-        load_weights(self.source, model.sharded_parameters(), convert=True)
+        in_parts = quantize and model_class is Llama
+        model = model_class(self.model, tp, dtype=kind, device="meta" if in_parts else device)
+        dense = int8.num_bytes(model)
+        if in_parts:
+            load_int8(model, self.source, device)
+        else:
+            if model_class is not Llama:
+                model.to(device, kind)
+            load_weights(self.source, model.sharded_parameters(), convert=True)
+            if quantize:
+                int8.quantize(model)
         if quantize:
-            before = int8.num_bytes(model)
-            int8.quantize(model)
-            logger.info(
-                "weights in %s: %s instead of %s",
-                quantize,
-                show_bytes(int8.num_bytes(model)),
-                show_bytes(before),
-            )
+            size = show_bytes(int8.num_bytes(model))
+            logger.info("weights in %s: %s instead of %s", quantize, size, show_bytes(dense))
         return model
 
 

@@ -15,6 +15,8 @@ weights only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,10 @@ from llamax.parallel.tensor_parallel import ColumnLinear, ParallelLayer, RowLine
 
 FEW_ROWS = 32  # up to which torch's kernel is the faster way
 KERNEL_COLUMNS = 32  # a block of torch's kernel
+AT_ONCE = 2**18  # weights quantised at once: bounds the float32 copies
 LARGEST = 127
 SMALLEST = 1e-30  # the scale of a row of zeros
+Rows = Callable[[int, int], Tensor]
 
 
 class Int8Linear(ParallelLayer):
@@ -36,14 +40,24 @@ class Int8Linear(ParallelLayer):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight: Tensor, tp: Axis, reduces: bool) -> None:
+    def __init__(self, weight: Tensor, tp: Axis, reduces: bool, rows: Rows | None = None) -> None:
+        """``rows(start, stop)`` returns a part of ``weight``, by default of the tensor itself."""
         super().__init__()
         self.tp, self.reduces, self.dtype = tp, reduces, weight.dtype
         self.sequence_parallel = False
-        largest = weight.detach().float().abs().amax(1)
-        scales = (largest / LARGEST).clamp(min=SMALLEST).bfloat16()  # as the kernel takes them
-        codes = (weight.detach().float() / scales.float()[:, None]).round()
-        self.register_buffer("codes", codes.clamp(-LARGEST, LARGEST).to(torch.int8), False)
+        step = max(1, AT_ONCE // weight.shape[1])
+        for start in range(0, len(weight), step):
+            part = slice(start, min(start + step, len(weight)))
+            dense = rows(part.start, part.stop) if rows else weight.detach()[part]
+            if not start:
+                codes = torch.empty(weight.shape, dtype=torch.int8, device=dense.device)
+                scales = torch.empty(len(weight), dtype=torch.bfloat16, device=dense.device)
+            wide = dense.float()
+            largest = wide.abs().amax(1)
+            scales[part] = (largest / LARGEST).clamp(min=SMALLEST)  # rounded, as the kernel takes
+            rounded = (wide / scales[part].float()[:, None]).round_()
+            codes[part] = rounded.clamp_(-LARGEST, LARGEST).to(torch.int8)
+        self.register_buffer("codes", codes, False)
         self.register_buffer("scales", scales, False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -59,6 +59,9 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
     "serve.py": [
         (["--smallest", "--rounds", "1", "--new-tokens", "4"], "equal answers: 16 of 16"),
     ],
+    "serve_memory.py": [
+        (["--smallest", "--slots", "2", "--length", "64", "--threads", "1"], "| 2 x 64 |"),
+    ],
     "spikes.py": [
         (["--steps", "30", "--spikes", "3", "--window", "16"], "equal to the bit"),
     ],

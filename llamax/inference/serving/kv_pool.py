@@ -68,17 +68,26 @@ class KVPool:
         """The size of the cache."""
         return sum(keys.nbytes + values.nbytes for keys, values in self._layers)
 
-    def prefill(self, slots: Sequence[int]) -> Attend:
-        """Causal attention of new prompts, which fill the first places of their ``slots``."""
+    def prefill(self, slots: Sequence[int], start: int = 0) -> Attend:
+        """Causal attention of prompts, which fill places of their ``slots`` from ``start`` on.
+
+        Several slots begin at 0; the rest of a prompt is computed alone.
+        """
         every = list(slots) == list(range(self.slots))
 
         def attend(q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
-            length = k_BSkE.shape[1]
+            stop = start + k_BSkE.shape[1]
             for cache, new_BSkE in zip(self._layers[layer], (k_BSkE, v_BSkE), strict=True):
                 if every:
-                    cache[:, :, :length] = new_BSkE.transpose(1, 2)
+                    cache[:, :, start:stop] = new_BSkE.transpose(1, 2)
                 for row, slot in enumerate(() if every else slots):
-                    cache[slot, :, :length] = new_BSkE[row].transpose(0, 1)
+                    cache[slot, :, start:stop] = new_BSkE[row].transpose(0, 1)
+            if start:
+                (slot,) = slots
+                k_BSkE, v_BSkE = (
+                    cache[slot : slot + 1, :, :stop].transpose(1, 2)
+                    for cache in self._layers[layer]
+                )
             return ops.attention(q_BShE, k_BSkE, v_BSkE)
 
         return attend

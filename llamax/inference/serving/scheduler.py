@@ -7,7 +7,9 @@
     turn 3                       step a b c        b ends: c takes its slot
     turn 4                       step a c
 
-A request gets the tokens that ``llamax generate`` draws for it alone with the same seed.
+A long prompt is computed in pieces, which bounds the memory of its activations, and the others make
+tokens between them.  A request gets the tokens that ``llamax generate`` draws for it alone with the
+same seed.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from llamax.model.llama import Llama
 from llamax.runtime.errors import LlamaxError
 from llamax.runtime.logging import logger
 
-PREFILL_TOKENS = 512  # prompts are padded and computed together up to so many tokens
+PIECE_TOKENS = 256  # prompts are padded and computed together up to so many tokens
+TURN_TOKENS = 512  # of prompts, after which the requests in progress make a token
+DRAWN_LOGITS = 2**19  # logits from which tokens are drawn at once; bounds the copies
 NOT_FINITE = "the model's logits are not finite; serve an earlier checkpoint"
 
 
@@ -79,6 +83,7 @@ class Request:
     adapter: str = ""
     top: int | None = None
     cancelled: bool = False
+    filled: int = 0
     made: int = 0
     last: int = 0
     began: float = field(default_factory=time.perf_counter)
@@ -90,7 +95,12 @@ class Request:
     @property
     def length(self) -> int:
         """The number of places that are filled in the cache."""
-        return len(self.ids) + max(0, self.made - 1)
+        return self.filled + max(0, self.made - 1)
+
+    @property
+    def waits(self) -> bool:
+        """Whether a part of the prompt is not in the cache yet."""
+        return self.filled < len(self.ids)
 
     def step(self, drawn: Drawn) -> Step:
         """Take the next token."""
@@ -123,6 +133,7 @@ class Scheduler:
         self.pool = KVPool(model, slots, length)
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []
+        self._prefilled = 0  # tokens of prompts since the last step
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="llamax-scheduler", daemon=True)
@@ -166,52 +177,63 @@ class Scheduler:
                         self._changed.wait()
                     if self._stopping:
                         return
-                    admitted = self._admit()
+                    self._admit()
                 try:
-                    self._turn(admitted)
+                    self._turn()
                 except Exception as error:  # it ends the requests of its batch, not the server
                     logger.exception("a batch failed")
                     for request in list(self._active):
                         self._fail(request, f"{type(error).__name__} on the server; see its log")
 
-    def _admit(self) -> list[Request]:
-        """Take waiting requests into free slots, up to PREFILL_TOKENS padded tokens."""
-        admitted: list[Request] = []
-        longest = 0
+    def _admit(self) -> None:
+        """Take waiting requests into free slots."""
         while self._waiting and len(self._active) < self.slots:
-            longest = max(longest, len(self._waiting[0].ids))
-            if admitted and longest * (len(admitted) + 1) > PREFILL_TOKENS:
-                break
-            admitted.append(self._waiting.popleft())
-            self._active.append(admitted[-1])
-        return admitted
+            self._active.append(self._waiting.popleft())
 
-    def _turn(self, admitted: Sequence[Request]) -> None:
-        """Prefill the requests that are new, or make one more token of each that is in progress."""
+    def _turn(self) -> None:
+        """Compute a piece of the prompts that wait, or one more token of each request."""
         for request in [request for request in self._active if request.cancelled]:
             self._end(request, "cancelled")
-        new = [request for request in admitted if not request.cancelled]
-        if new:
-            self._prefill(new)
+        waiting = [request for request in self._active if request.waits]
+        if waiting and (self._prefilled < TURN_TOKENS or len(waiting) == len(self._active)):
+            self._prefill(waiting)
         elif self._active:
-            self._decode()
+            self._prefilled = 0
+            self._decode(self._active[: len(self._active) - len(waiting)])
         self.metrics.load(len(self._active), len(self._waiting))
 
-    def _prefill(self, requests: Sequence[Request]) -> None:
+    def _prefill(self, waiting: Sequence[Request]) -> None:
+        """Compute the first of the prompts that wait, or a piece of a long one."""
+        start, width = waiting[0].filled, 0
+        requests: list[Request] = []
+        for request in waiting:
+            wider = max(width, min(len(request.ids) - request.filled, PIECE_TOKENS))
+            is_long = len(request.ids) > PIECE_TOKENS  # it is computed alone
+            if requests and (is_long or wider * (len(requests) + 1) > PIECE_TOKENS):
+                break
+            requests.append(request)
+            width = wider
+            if is_long:
+                break
         device = self.model.tp.rank_index.device
-        width = max(len(request.ids) for request in requests)
-        padded = [[*request.ids, *[0] * (width - len(request.ids))] for request in requests]
-        last_B = torch.tensor([len(request.ids) - 1 for request in requests], device=device)
-        attend = self.pool.prefill([self._active.index(request) for request in requests])
+        pieces = [request.ids[start : start + width] for request in requests]
+        padded = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
+        last_B = torch.tensor([len(piece) - 1 for piece in pieces], device=device)
+        positions_1S = torch.arange(start, start + width, device=device)[None]
+        slots = [self._active.index(request) for request in requests]
         with self.adapters.rows([request.adapter for request in requests]):
             ids_BS = torch.tensor(padded, device=device)
-            logits_B1V = self.model(ids_BS, attend=attend, last_B=last_B)
-        self.metrics.prefilled(sum(len(request.ids) for request in requests))
-        self._deliver(requests, logits_B1V[:, 0])
+            attend = self.pool.prefill(slots, start)
+            logits_B1V = self.model(ids_BS, positions_1S, attend=attend, last_B=last_B)
+        for request, piece in zip(requests, pieces, strict=True):
+            request.filled += len(piece)
+            self._prefilled += len(piece)
+            self.metrics.prefilled(len(piece))
+        if not requests[0].waits:
+            self._deliver(requests, logits_B1V[:, 0])
 
-    def _decode(self) -> None:
+    def _decode(self, requests: Sequence[Request]) -> None:
         device = self.model.tp.rank_index.device
-        requests = list(self._active)
         positions_B1 = torch.tensor([[request.length] for request in requests], device=device)
         tokens_B1 = torch.tensor([[request.last] for request in requests], device=device)
         attend = self.pool.decode(positions_B1, 1 + max(request.length for request in requests))
@@ -221,10 +243,11 @@ class Scheduler:
 
     def _deliver(self, requests: Sequence[Request], logits_BV: Tensor) -> None:
         """Draw the next token of each request and hand it over."""
-        finite = logits_BV.isfinite().all(-1).tolist()
+        lowest_B, highest_B = logits_BV.aminmax(dim=-1)  # NaN where there is one
+        finite = (lowest_B.isfinite() & highest_B.isfinite()).tolist()
         rows = [row for row, is_finite in enumerate(finite) if is_finite]
         kept = [requests[row] for row in rows]
-        drawn = draw(kept, logits_BV[rows])
+        drawn = draw(kept, logits_BV if all(finite) else logits_BV[rows])
         steps = [request.step(token) for request, token in zip(kept, drawn, strict=True)]
         for request, step in zip(kept, steps, strict=True):
             self.metrics.token(request.made == 1, time.perf_counter() - request.began)
@@ -246,25 +269,32 @@ class Scheduler:
             request.cancelled = True
 
     def _end(self, request: Request, outcome: str) -> None:
-        """Give the slot of a request that ended to the last one in progress."""
+        """Free the slot of a request; those that make tokens stay before those that wait."""
         self.metrics.ended(outcome, time.perf_counter() - request.began)
-        slot, last = self._active.index(request), self._active.pop()
-        if last is not request:
-            self.pool.move(len(self._active), slot, last.length)
-            self._active[slot] = last
+        hole, last = self._active.index(request), len(self._active) - 1
+        making = sum(not each.waits for each in self._active)
+        for source in (making - 1, last):
+            if source > hole:
+                moved = self._active[hole] = self._active[source]
+                self.pool.move(source, hole, moved.length)
+                hole = source
+        self._active.pop()
 
 
 def draw(requests: Sequence[Request], logits_BV: Tensor) -> list[Drawn]:
-    """The next token of each request, all with the same settings at once."""
+    """The next token of each request; those with the same settings are drawn together."""
     drawn = [Drawn(0)] * len(requests)
+    at_once = max(1, DRAWN_LOGITS // logits_BV.shape[1])
     alike: dict[tuple[Sampling, int | None], list[int]] = defaultdict(list)
     for row, request in enumerate(requests):
         alike[replace(request.sampling, seed=0), request.vocab_size].append(row)
     for (sampling, vocab_size), rows in alike.items():
-        logits_RV = logits_BV[rows, :vocab_size]
-        streams = [requests[row].stream for row in rows]
-        for row, token in zip(rows, sampling.pick(logits_RV, streams).tolist(), strict=True):
-            drawn[row] = Drawn(token)
+        for first in range(0, len(rows), at_once):
+            part = rows[first : first + at_once]
+            streams = [requests[row].stream for row in part]
+            tokens_R = sampling.pick(logits_BV[part, :vocab_size], streams)
+            for row, token in zip(part, tokens_R.tolist(), strict=True):
+                drawn[row] = Drawn(token)
     for row, request in enumerate(requests):
         if request.top is not None:
             logprobs_V = logits_BV[row, : request.vocab_size].float().log_softmax(-1)

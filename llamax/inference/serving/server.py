@@ -16,6 +16,7 @@ from llamax.inference.sampling import warn_not_applied
 from llamax.inference.serving.adapters import build_served
 from llamax.inference.serving.scheduler import Scheduler
 from llamax.inference.serving.service import Served, Service
+from llamax.model import int8
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError, ConfigError, DataError
 from llamax.runtime.files import read_input
@@ -159,8 +160,10 @@ def serve(
             host, port = listener.getsockname()[:2]
             where = f"[{host}]" if ":" in host else host
             show(
-                f"{', '.join(models)} on http://{where}:{port} ({settings.slots} requests of "
-                f"{length} tokens at once, cache {show_bytes(scheduler.pool.num_bytes)})"
+                f"{', '.join(models)} on http://{where}:{port} (weights "
+                f"{show_bytes(int8.num_bytes(built))}, cache "
+                f"{show_bytes(scheduler.pool.num_bytes)} for {settings.slots} requests of "
+                f"{length:,} tokens)"
             )
             uvicorn.Server(config).run(sockets=[listener])
         finally:

@@ -8,8 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from support.models import TIED, tiny
 
+from llamax.checkpoint.build_model import load_int8
+from llamax.checkpoint.hf_folder import open_source
+from llamax.checkpoint.load import load_weights
 from llamax.config.model import ModelConfig
 from llamax.inference.checks import check_computing
 from llamax.inference.engine import LoadedModel
@@ -78,3 +82,22 @@ def test_adapters_have_to_be_merged_first() -> None:
     whole = replace(loaded, adapter=None)
     with pytest.raises(ConfigError, match="without adapters; merge `adapter` poet with"):
         build_served(whole, {"poet": loaded}, torch.device("cpu"), "", "int8")
+
+
+@pytest.mark.parametrize("config", [WIDE, replace(WIDE, tie_word_embeddings=True), TIED])
+def test_files_are_quantised_a_few_rows_at_a_time(
+    config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hub("float32")))
+    hub.save_pretrained(tmp_path)
+    source = open_source(tmp_path)
+    whole = Llama(ModelConfig.from_hub(source.model))
+    load_weights(source, whole.sharded_parameters())
+    int8.quantize(whole)
+    monkeypatch.setattr(int8, "AT_ONCE", 5 * config.hidden_size)
+    parts = Llama(whole.config, Solo("tp"), device="meta")
+    load_int8(parts, source, torch.device("cpu"))
+    state = dict(parts.named_buffers()) | dict(parts.named_parameters())
+    for name, tensor in (*whole.named_buffers(), *whole.named_parameters()):
+        assert torch.equal(state.pop(name), tensor), name
+    assert not state

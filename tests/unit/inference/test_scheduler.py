@@ -1,0 +1,137 @@
+"""The scheduler of ``llamax serve``: pieces of prompts, slots and turns, without a server."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from support.models import DECIDED
+
+from llamax.inference.sampling import Sampling, generate_tokens, join_steps
+from llamax.inference.serving import scheduler as module
+from llamax.inference.serving.adapters import Adapters
+from llamax.inference.serving.metrics import Metrics
+from llamax.inference.serving.scheduler import Request, Scheduler, Step, draw
+from llamax.model.llama import Llama
+
+PIECE = 8
+
+
+@pytest.fixture(scope="module")
+def model() -> Llama:
+    return Llama(DECIDED).init(0).eval()
+
+
+@pytest.fixture
+def scheduler(model: Llama, monkeypatch: pytest.MonkeyPatch) -> Scheduler:
+    monkeypatch.setattr(module, "PIECE_TOKENS", PIECE)
+    monkeypatch.setattr(module, "TURN_TOKENS", 2 * PIECE)
+    return Scheduler(model, Adapters(), slots=4, length=64, queue=64, metrics=Metrics())
+
+
+class Asked:
+    """A request and the tokens it got."""
+
+    def __init__(self, ids: list[int], new: int) -> None:
+        self.tokens: list[int] = []
+        self.ended = ""
+        self.request = Request(ids, lambda ids: "", self.take, Sampling(), new)
+
+    def take(self, step: Step | str) -> None:
+        assert isinstance(step, Step), step
+        self.tokens.append(step.drawn.token)
+        self.ended = step.ended
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    return [random.Random(f"{seed} {i}").randrange(DECIDED.vocab_size) for i in range(length)]
+
+
+def alone(model: Llama, asked: Asked) -> list[int]:
+    """What generate_tokens makes of a request's prompt."""
+    new = asked.request.max_new_tokens
+    return join_steps(generate_tokens(model, [asked.request.ids], max_new_tokens=new))[0]
+
+
+def turn(scheduler: Scheduler) -> bool:
+    """One turn of the thread; whether there is more to do."""
+    with torch.inference_mode():
+        scheduler._admit()
+        scheduler._turn()
+    return bool(scheduler._active or scheduler._waiting)
+
+
+def test_prompts_in_pieces_get_the_tokens_of_generate(model: Llama, scheduler: Scheduler) -> None:
+    lengths = [3, 2 * PIECE + 3, 2, PIECE, 5 * PIECE, 1, PIECE + 1, 4, 3 * PIECE]
+    every = [Asked(prompt(length, n), 3 + 5 * n % 7) for n, length in enumerate(lengths)]
+    scheduler.submit([asked.request for asked in every])
+    while turn(scheduler):
+        pass
+    assert [asked.ended for asked in every] == ["length"] * len(every)
+    assert [asked.tokens for asked in every] == [alone(model, asked) for asked in every]
+
+
+def test_a_client_that_goes_away_changes_no_other_answer(
+    model: Llama, scheduler: Scheduler
+) -> None:
+    """Requests are cancelled while their prompt waits, is computed in pieces, and makes tokens."""
+    lengths = [3, 4 * PIECE, 5, 5 * PIECE, 2, 3 * PIECE]
+    for left in range(len(lengths)):
+        for after in (1, 2, 4, 7):
+            every = [Asked(prompt(length, n), 9) for n, length in enumerate(lengths)]
+            scheduler.submit([asked.request for asked in every])
+            for _ in range(after):
+                turn(scheduler)
+            gone = every.pop(left)
+            gone.request.cancelled = True
+            while turn(scheduler):
+                pass
+            assert len(gone.tokens) < 9
+            assert [asked.tokens for asked in every] == [alone(model, asked) for asked in every]
+
+
+def test_the_others_make_tokens_while_a_long_prompt_is_computed(scheduler: Scheduler) -> None:
+    short, long = Asked(prompt(3, 0), 30), Asked(prompt(6 * PIECE, 1), 1)
+    scheduler.submit([short.request])
+    turn(scheduler)
+    scheduler.submit([long.request])
+    made = []
+    while not long.tokens:
+        turn(scheduler)
+        made.append(len(short.tokens))
+    assert made[-1] - made[0] == 2  # one for each two pieces
+
+
+def test_no_piece_is_larger_than_allowed(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    forward = Llama.forward
+
+    def spied(self: Llama, ids_BS: torch.Tensor, *more: object, **named: object) -> torch.Tensor:
+        sizes.append(ids_BS.numel())
+        return forward(self, ids_BS, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Llama, "forward", spied)
+    every = [Asked(prompt(length, length), 1) for length in (1, 2, 3, 4, 30, 7, 50)]
+    scheduler.submit([asked.request for asked in every])
+    while turn(scheduler):
+        pass
+    assert max(sizes) <= PIECE
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.7, top_p=0.9)], ids=str)
+def test_many_tokens_are_drawn_in_parts_as_alone(
+    sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits_BV = torch.randn(7, 50, generator=torch.Generator().manual_seed(0))
+    requests = [Request([1], str, print, replace(sampling, seed=n), 1) for n in range(7)]
+    monkeypatch.setattr(module, "DRAWN_LOGITS", 2 * 50)
+    drawn = [each.token for each in draw(requests, logits_BV)]
+    alone = [
+        int(sampling.pick(logits_BV[n : n + 1], replace(sampling, seed=n).streams(1)))
+        for n in range(7)
+    ]
+    assert drawn == alone
