@@ -13,7 +13,7 @@ gathers and reduce-scatters along the first dim do so in pieces, and need no oth
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ from torch import Tensor
 from llamax.config.constants import STAGED_BYTES
 from llamax.parallel.collectives import Reduction
 
+# The names of torch 2.13, whose older ones warn; torch 2.9 has only these.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}
 
 
@@ -42,13 +45,23 @@ class TorchAxis:
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         arrived = x.new_empty((self.size, *x.shape))
-        dist.all_gather_into_tensor(arrived.view(-1), x.reshape(-1), group=self.group)
+        _all_gather(arrived.view(-1), x.reshape(-1), group=self.group)
         return _join(arrived, dim)
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        whole = x.new_empty(self.size * len(x), *x.shape[1:])
+        work = _all_gather(whole, x, group=self.group, async_op=True)
+
+        def arrived() -> Tensor:
+            work.wait()
+            return whole
+
+        return arrived
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         parts = self._split(x, dim).contiguous()
         part = torch.empty_like(parts[0])
-        dist.reduce_scatter_tensor(part.view(-1), parts.view(-1), group=self.group)
+        _reduce_scatter(part.view(-1), parts.view(-1), group=self.group)
         return part
 
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:

@@ -22,6 +22,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,6 +66,9 @@ class XlaAxis:
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         y: Tensor = self.xm.all_gather(x, dim % x.dim(), groups=self.groups, pin_layout=False)
         return y
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        return partial(self.all_gather, x, 0)
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         y: Tensor = self.xm.reduce_scatter(

@@ -47,6 +47,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from llamax.backends import cpu
 from llamax.config.constants import (
     GRADIENT_BYTES,
     MASTER_BYTES,
@@ -154,6 +155,8 @@ class Zero:
                 self.groups.append(ReducedGroup(key, named, counted, axes, bucket_bytes))
             else:
                 self.groups.append(Group(key, named, counted, axes, self.sharded, bucket_bytes))
+        if self.spread and axes.data.rank_index.device.type == "cpu":
+            cpu.unmap_large_blocks()
 
     @property
     def spread(self) -> bool:

@@ -47,6 +47,13 @@ class Axis(Protocol):
         """All ranks' tensors in rank order along ``dim``: [.., n, ..] -> [.., size * n, ..]."""
         ...
 
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        """Begin ``all_gather(x, 0)``; the function returned waits for it.
+
+        Devices that trace programs gather at once: their compiler decides when.
+        """
+        ...
+
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         """This rank's share along ``dim`` of the sum: [.., size * n, ..] -> [.., n, ..]."""
         ...
@@ -75,6 +82,9 @@ class Solo:
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         return x
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        return lambda: x
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         return x
@@ -168,6 +178,10 @@ class Metered:
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         self.meter.add(self, "all_gather", self.size * x.nbytes)
         return self.axis.all_gather(x, dim)
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        self.meter.add(self, "all_gather", self.size * x.nbytes)
+        return self.axis.start_all_gather(x)
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         self.meter.add(self, "reduce_scatter", x.nbytes)

@@ -15,7 +15,7 @@ gather again, and elsewhere ``gathered_again`` keeps autograd from saving what w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import ceil
@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
+from llamax.parallel.prefetch import Prefetch
 from llamax.runtime.errors import ConfigError
 
 
@@ -59,6 +60,11 @@ class Spread:
 
     def gather(self) -> Tensor:
         return self.data.all_gather(self.run, 0)[: self.length]
+
+    def start_gather(self) -> Callable[[], Tensor]:
+        """Begin ``gather``; the function returned waits for it."""
+        arrived = self.data.start_all_gather(self.run)
+        return lambda: arrived()[: self.length]
 
     def reduce(self, whole: Tensor) -> Tensor:
         """This rank's run of the sum of ``whole`` [n] over the data ranks, in float32."""
@@ -92,6 +98,7 @@ class SpreadWeight:
         self.shape = weight.shape
         self.spread = Spread([weight.detach()], data, weight.device, unit)
         self.gradient: Tensor | None = None
+        self.prefetch: Prefetch | None = None
         if trained:
             self.gradient = torch.zeros(len(self.run), dtype=torch.float32, device=weight.device)
             self._leaf = torch.zeros((), requires_grad=True)  # so that backward comes by
@@ -112,7 +119,8 @@ class SpreadWeight:
 
     def dense(self) -> Tensor:
         """The whole weight, gathered, without a gradient."""
-        return self.spread.gather().view(self.shape)
+        whole = self.spread.gather() if self.prefetch is None else self.prefetch.gather(self.spread)
+        return whole.view(self.shape)
 
     def add_gradient(self, dw: Tensor) -> None:
         """Add this rank's run of the sum of all data ranks' ``dw``."""
@@ -126,6 +134,15 @@ def spread_weights(model: nn.Module) -> Iterator[SpreadWeight]:
         store = getattr(module, "store", None)
         if isinstance(store, SpreadWeight):
             yield store
+
+
+def prefetched(model: nn.Module) -> Prefetch:
+    """Let the spread weights of a model on an eager device be gathered ahead of their use."""
+    prefetch = Prefetch()
+    for weight in spread_weights(model):
+        if weight.run.device.type != "xla":
+            weight.prefetch = prefetch
+    return prefetch
 
 
 class _Saved(NamedTuple):

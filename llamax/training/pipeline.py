@@ -171,6 +171,9 @@ class Apart:
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
         return self.axis.all_gather(x, dim)
 
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        return self.axis.start_all_gather(x)
+
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         return self.axis.reduce_scatter(x, dim)
 

@@ -37,8 +37,9 @@ from llamax.optim.zero import Zero
 from llamax.parallel import context_parallel
 from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.pipeline import Micro, Schedule, forwards, schedule
+from llamax.parallel.prefetch import Prefetch
 from llamax.parallel.sharding import Replica
-from llamax.parallel.spread import gathered_again
+from llamax.parallel.spread import gathered_again, prefetched
 from llamax.training.model_checks import check_attended, check_loss, check_modules, noted
 from llamax.training.pipeline import Compute, Stage, apart
 from llamax.training.resolve import ResolvedRun
@@ -253,6 +254,7 @@ class TrainState:
             mean = total / self.step_tokens
             return mean if scaling is None else mean * scaling.scale.squeeze(0)
 
+        self._prefetch.begin("step")
         self._run(schedule, micros, compute)
         # Tensor ranks hold the same loss: the first one's counts. NaN on any rank makes a sum NaN.
         sums = _of_first(self.axes.tp, sums)
@@ -301,6 +303,7 @@ class TrainState:
             return sums
 
         for microbatches in batches:
+            self._prefetch.begin("validation")
             self._run(forwards, microbatches, partial(compute, microbatches))
         if not (stage.first and stage.last):
             mean = self._mean(sums)
@@ -311,6 +314,10 @@ class TrainState:
     def _stage(self) -> Stage:
         chunks = len(self.model.stage)
         return Stage(self.axes, self.backend.step_boundary, self.model.dropout, chunks)
+
+    @cached_property
+    def _prefetch(self) -> Prefetch:
+        return prefetched(self.model)
 
     def _ends(self, layers: range) -> bool:
         """Whether the last of all layers is among ``layers``."""
@@ -326,11 +333,8 @@ class TrainState:
         rows, length = micros[0].ids.shape
         if self.model.sequence_parallel:
             length //= self.axes.tp.size
-        shape, dtype = (
-            (rows, length, self.model.config.hidden_size),
-            next(self.model.parameters()).dtype,
-        )
-        like = torch.empty(shape, dtype=dtype, device="meta")
+        shape = rows, length, self.model.config.hidden_size
+        like = torch.empty(shape, dtype=next(self.model.parameters()).dtype, device="meta")
         schedule = works(*self.axes.pp, len(micros), len(self.model.stage))
         self._stage.run(schedule, compute, like)
 
@@ -376,12 +380,10 @@ class TrainState:
         ids, positions = (
             part.int().to(device, non_blocking=True) for part in (batch.ids, batch.positions)
         )
-        documents = None
-        if batch.documents is not None:
-            documents = batch.documents.to(device, non_blocking=True)
-        more: dict[str, Any] = {
-            "keys_B": None if keys_B is None else keys_B.to(device, non_blocking=True)
-        }
+        documents = batch.documents
+        documents = None if documents is None else documents.to(device, non_blocking=True)
+        keys_B = None if keys_B is None else keys_B.to(device, non_blocking=True)
+        more: dict[str, Any] = {"keys_B": keys_B}
         if x_BsD is not None:
             more["x_BsD"] = x_BsD
         if len(self.model.stage) > 1:

@@ -22,6 +22,8 @@ import ctypes, resource, sys
 from llamax.backends import cpu
 if sys.argv[1] == "keep":
     assert cpu.keep_heap()
+if len(sys.argv) > 2:
+    cpu.unmap_large_blocks()
 libc = ctypes.CDLL(None)
 libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: one fault for each page, on every machine
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -35,8 +37,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def faults(mode: str) -> int:
-    command = [sys.executable, "-c", FAULTS, mode]
+def faults(*modes: str) -> int:
+    command = [sys.executable, "-c", FAULTS, *modes]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
@@ -45,6 +47,7 @@ def test_kept_heap_is_faulted_in_once() -> None:
     pages = (40 << 20) // resource.getpagesize()
     assert faults("leave") >= 5 * pages
     assert faults("keep") < 2 * pages
+    assert faults("keep", "unmap large") >= 5 * pages
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +56,7 @@ def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(ctypes, "CDLL", missing)
     assert not cpu.keep_heap()
+    cpu.unmap_large_blocks()
 
 
 def test_older_glibc_takes_a_smaller_threshold(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,74 @@
+"""ZeRO-3 with weights gathered one ahead: the same bits and bytes sent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from support.models import TINY
+from support.step_reference import build, share, training
+from support.world import Worlds, axes
+from torch import Tensor
+
+from llamax.model.recompute import Recompute
+from llamax.parallel.collectives import Meter, Metered
+from llamax.parallel.mesh import Mesh
+from llamax.parallel.prefetch import Prefetch
+from llamax.training import step as training_step
+
+
+class Watched(Metered):
+    """An axis that counts the gathers that are under way at the same time."""
+
+    under_way = most = 0
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        wait = super().start_all_gather(x)
+        self.under_way += 1
+        self.most = max(self.most, self.under_way)
+
+        def arrived() -> Tensor:
+            self.under_way -= 1
+            return wait()
+
+        return arrived
+
+
+def trained(prefetches: bool, recompute: Recompute) -> dict[str, Any]:
+    """On a rank: three steps of two microsteps with validations between them."""
+    there = axes(Mesh(dp=2))
+    watched = Watched(there.data, Meter())
+    there = replace(there, data=watched)
+    llama = build(TINY, there, False)
+    llama.model.mode = recompute
+    state = training(llama, there, zero=3)
+    losses, prefetch = [], Prefetch()
+    with mock.patch.object(
+        training_step, "prefetched", training_step.prefetched if prefetches else lambda _: prefetch
+    ):
+        for number in range(1, 4):
+            losses.append(state.step(share(there, 2), number).loss.clone())
+            losses.append(state.validate([share(there, 1)] * 2).clone())
+    runs = [bucket.owned.clone() for group in state.optimizer.groups for bucket in group.buckets]
+    return {
+        "values": [*losses, *runs],
+        "sent": dict(watched.meter.sent_bytes),
+        "hits": state._prefetch.hits,
+        "most": watched.most,
+    }
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_prefetched_weights_change_no_bit(worlds: Worlds, recompute: Recompute) -> None:
+    world = worlds(2)
+    plain, ahead = (world.run(trained, flag, recompute) for flag in (False, True))
+    for one, other in zip(plain, ahead, strict=True):
+        assert all(map(torch.equal, one["values"], other["values"]))
+        assert one["sent"] == other["sent"]
+        assert one["hits"] == 0
+        assert other["hits"] > 100
+        assert (one["most"], other["most"]) == (0, 1)
