@@ -1,8 +1,7 @@
 """RMSNorm by the NKI kernels of this folder, with gradients.
 
-``ops`` does not choose it: a norm moves the same bytes as the compiler's own operation, so only a
-measurement on a Trainium can say whether it pays.  The simulator executed the kernels; neuronx-cc
-has not compiled them, and they have not run on Trainium.
+``ops`` does not choose it: a norm moves the same bytes as the compiler's own operation.  The
+simulator executed the kernels; neuronx-cc has not compiled them, and they have not run on Trainium.
 """
 
 from __future__ import annotations

@@ -65,7 +65,8 @@ NAMES = {
         *("sbuf", "psum", "hbm", "shared_hbm", "float32", "bfloat16", "int32"),
         *("add", "subtract", "multiply", "maximum", "minimum", "power"),
         *("equal", "not_equal", "greater", "greater_equal", "less", "less_equal"),
-        *("exp", "log", "copy", "square", "sqrt", "rsqrt", "sigmoid", "silu", "reciprocal"),
+        *("exp", "log", "copy", "square", "sqrt", "rsqrt", "sigmoid", "silu"),
+        *("silu_dx", "reciprocal"),
     },
 }
 CALLS = {"nisa": INSTRUCTIONS, "nl": FUNCTIONS}

@@ -49,6 +49,7 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
         (["loading", "--smallest"], "| qlora int8 |"),
     ],
     "megatron.py": [(["--documents", "9"], "vocabulary 128256: 9 sequences")],
+    "nki_interpreter.py": [(["--help"], "TRITON_VIZ")],  # which no test has
     "ops.py": [([*ONE_ROUND, "--threads", "1", "--length", "16", "--tokens", "32"], "linear bf16")],
     "plan.py": [([], "| fitted |")],
     "saving.py": [
