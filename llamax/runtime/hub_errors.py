@@ -101,6 +101,8 @@ def _explain(name: HubName, error: Exception, writing: bool) -> LlamaxError:
         more = "" if get_token() else f", or log in ({log_in}) for a higher limit"
         return HubError(f"the Hub limits the requests from here (429); start again {when}{more}")
     if _offline(chain):
+        if writing:
+            return Unreachable(f"cannot write to {name} while HF_HUB_OFFLINE is set; unset it")
         return Unreachable(
             f"{name} is not on this machine and HF_HUB_OFFLINE is set; download it where there is "
             "a connection, or unset HF_HUB_OFFLINE"
@@ -111,9 +113,12 @@ def _explain(name: HubName, error: Exception, writing: bool) -> LlamaxError:
             f"the Hub answers {status} for {name} ({said}); start again later"
         )
     if any(part in type(each).__name__ for each in chain for part in NETWORK):
+        cut = f"{constants.ENDPOINT} cannot be reached or the connection was cut ({said})"
         return Unreachable(
-            f"{name} is not a folder on this machine, and {constants.ENDPOINT} cannot be reached "
-            f"or the connection was cut ({said}); check the path and the network, and start again"
+            f"{name} is not written: {cut}; check the network, and start again"
+            if writing
+            else f"{name} is not a folder on this machine, and {cut}; check the path and the "
+            "network, and start again"
         )
     return HubError(f"{name} cannot be {'written' if writing else 'read'} ({said}); start again")
 

@@ -16,6 +16,7 @@ from support.hub import TOKEN, Hub, served_hub, use
 from llamax.runtime import hub as hub_module
 from llamax.runtime.errors import HubError, LinkError, LlamaxError, NoRoom
 from llamax.runtime.hub import download, local_folder, resolve
+from llamax.runtime.hub_errors import explained
 from llamax.runtime.hub_files import CONFIG, MODEL, TOKENIZER
 from llamax.runtime.hub_name import HubName
 
@@ -128,6 +129,22 @@ def test_without_a_connection_the_cache_is_used(
     assert download(NAME, MODEL) == folder
     text = refused(HubName("model", "org/other"))
     assert "http://127.0.0.1:9 cannot be reached" in text
+
+
+def test_a_repository_that_cannot_be_written_is_named(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused_write() -> str:
+        with pytest.raises(HubError) as caught, explained(NAME, writing=True):
+            raise ConnectionResetError("cut")
+        return str(caught.value)
+
+    assert refused_write() == (
+        f"org/base is not written: {hub.endpoint} cannot be reached or the connection was cut "
+        "(cut); check the network, and start again"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert refused_write() == ("cannot write to org/base while HF_HUB_OFFLINE is set; unset it")
 
 
 def test_what_another_program_has_downloaded_is_used(
