@@ -2,7 +2,7 @@
 
 Under torchrun the ranks are one tensor-parallel axis, and rank 0 prints.  A prompt starts with a
 BOS token if the tokenizer adds one; ``--bos`` and ``--no-bos`` decide otherwise.  ``--template``
-formats questions as training did; ``--compare`` shows the answers of two models side by side.
+formats questions as training did; ``--compare`` shows the answers of several models side by side.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parser() -> Parser:
         help="Hugging Face folder, run folder, checkpoint step, or a folder of adapters",
     )
     p.add_argument(
-        "--compare", metavar="BASE,TUNED", help="two models instead of one, side by side"
+        "--compare", metavar="BASE,TUNED", help="two models or more instead of one, side by side"
     )
     p.add_argument(
         "--base", default="", metavar="PATH", help="base of adapters, if not where they write"
@@ -195,7 +195,7 @@ def main(argv: Sequence[str]) -> int:
         )
         return 0
     found = compare(
-        (models[0], models[1]),
+        models,
         options.prompt,
         settings,
         prompts_file=options.prompts_file,
@@ -204,9 +204,10 @@ def main(argv: Sequence[str]) -> int:
         out=options.out,
         rank=rank,
     )
-    for number, (prompt, base, tuned) in enumerate(found if rank.rank == 0 else [], 1):
+    for number, (prompt, answers) in enumerate(found if rank.rank == 0 else [], 1):
         write(f"=== {number} of {len(found)} ===\n{prompt.text}\n")
-        write(columns(f"[{models[0]}]\n{base.text}", f"[{models[1]}]\n{tuned.text}") + "\n")
+        named = zip(models, answers, strict=True)
+        write(columns(*(f"[{model}]\n{answer.text}" for model, answer in named)) + "\n")
     return 0
 
 
@@ -230,7 +231,7 @@ def _models(model: Path | None, pair: str | None) -> list[Path]:
     if model is not None:
         return [model]
     paths = [Path(part) for part in str(pair).split(",")]
-    if len(paths) != 2:
+    if len(paths) < 2:
         raise ConfigError(f"--compare={pair} names {len(paths)} models; use BASE,TUNED")
     return paths
 

@@ -1,4 +1,4 @@
-"""``generate`` and ``compare``: the answers of one model or of two to prompts.
+"""``generate`` and ``compare``: the answers of one model or of several to prompts.
 
 ::
 
@@ -201,15 +201,24 @@ def precompile(
 
 
 class Comparison(NamedTuple):
-    """A prompt and the answers of two models to it."""
+    """A prompt and the answers of the models to it, in their order."""
 
     prompt: Prompt
-    base: Completion
-    tuned: Completion
+    answers: tuple[Completion, ...]
+
+    @property
+    def base(self) -> Completion:
+        """The answer of the first model."""
+        return self.answers[0]
+
+    @property
+    def tuned(self) -> Completion:
+        """The answer of the last model."""
+        return self.answers[-1]
 
 
 def compare(
-    models: tuple[str | Path, str | Path],
+    models: Sequence[str | Path],
     prompts: str | Sequence[str | Row] = (),
     settings: GenerationSettings = GenerationSettings(),
     *,
@@ -219,11 +228,14 @@ def compare(
     out: str | Path | None = None,
     rank: Rendezvous = ALONE,
 ) -> list[Comparison]:
-    """The answers of two models, such as a base and its tuned model, to the same prompts.
+    """The answers of several models, such as a base and its tuned model, to the same prompts.
 
-    ``out`` gets a line per prompt with the fields "base" and "tuned".  Of two models only adapters
-    take ``base``.  For the other parameters and the errors see ``generate``.
+    ``out`` gets a line per prompt with the fields "base" and "tuned"; of more than two models
+    "base", "tuned1", "tuned2" ...  Only adapters take ``base``, if there are any.  For the other
+    parameters and the errors see ``generate``.
     """
+    if len(models) < 2:
+        raise ConfigError(f"`compare` takes two models or more; found {len(models)}")
     rows = read_prompts(prompts, prompts_file, settings.template)
     paths = [Path(model) for model in models]
     adapters = [is_adapter(path) for path in paths]
@@ -242,11 +254,14 @@ def compare(
             answers.append([completion for _, done in batches for completion in done])
             logger.info("%s", engine.speed)
             del engine  # one model at a time is in memory
-        found = [Comparison(*parts) for parts in zip(opened[0].prompts, *answers, strict=True)]
+        together = zip(opened[0].prompts, zip(*answers, strict=True), strict=True)
+        found = [Comparison(prompt, completions) for prompt, completions in together]
+        count = len(models)
+        names = ["base", *("tuned" if count == 2 else f"tuned{i}" for i in range(1, count))]
         for each in found if file else ():
             assert file is not None
-            pair = {"base": asdict(each.base), "tuned": asdict(each.tuned)}
-            write_line(file, {**each.prompt.row, **pair})
+            completions = dict(zip(names, map(asdict, each.answers), strict=True))
+            write_line(file, {**each.prompt.row, **completions})
     return found
 
 

@@ -1,19 +1,22 @@
-"""Two texts in columns of a terminal, side by side."""
+"""Texts in columns of a terminal, side by side."""
 
 from __future__ import annotations
 
 import unicodedata
 
 COLUMN = 48  # characters of a column
+NO_WIDTH = ("Mn", "Me", "Mc", "Cf")  # marks and format characters, by Unicode's general category
 
 
-def columns(left: str, right: str, width: int = COLUMN) -> str:
-    """Two texts side by side, each wrapped at ``width`` columns of a terminal."""
-    sides = [list(_wrapped(text, width)) for text in (left, right)]
+def columns(*texts: str, width: int = COLUMN) -> str:
+    """Texts side by side, each wrapped at ``width`` columns of a terminal."""
+    sides = [list(_wrapped(text, width)) for text in texts]
     rows = max(map(len, sides))
-    first, second = ([*side, *[""] * (rows - len(side))] for side in sides)
-    lines = zip(first, second, strict=True)
-    return "\n".join(f"{a}{' ' * (width - _width(a))} | {b}".rstrip() for a, b in lines)
+    filled = [
+        [f"{line}{' ' * (width - _width(line))}" for line in (*side, *[""] * (rows - len(side)))]
+        for side in sides
+    ]
+    return "\n".join(" | ".join(line).rstrip() for line in zip(*filled, strict=True))
 
 
 def _wrapped(text: str, width: int) -> list[str]:
@@ -29,5 +32,14 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def _width(text: str) -> int:
-    """Columns that a text takes in a terminal: Hangul, Kana and Han take two per character."""
-    return sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in text)
+    """Columns that a text takes in a terminal: Hangul, Kana and Han take two per character.
+
+    Marks take none, nor do the vowels and ends of Hangul syllables that are written in parts (NFD).
+    """
+    return sum(map(_character_width, text))
+
+
+def _character_width(character: str) -> int:
+    if "\u1160" <= character <= "\u11ff" or unicodedata.category(character) in NO_WIDTH:
+        return 0
+    return 1 + (unicodedata.east_asian_width(character) in "WF")

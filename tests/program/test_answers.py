@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import unicodedata
 from datetime import date
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from support.instruction import llama2_tokenizer, prepare, sums, write_rows
 from support.models import DECIDED as MODEL
 
+import llamax
 from llamax.cli.evaluate import main as evaluate
 from llamax.cli.generate import main as generate
 from llamax.data.chat.encode import Encoder
@@ -24,6 +26,7 @@ from llamax.data.dataset import open_dataset
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.inference.generate import new_file, write_line
 from llamax.inference.side_by_side import columns
+from llamax.runtime.errors import ConfigError
 from llamax.runtime.process import Main, run_main
 
 
@@ -138,6 +141,21 @@ def test_context_and_comparison(
         assert json.loads(alone.read_text())["text"] == told[name]["text"]
 
 
+def test_three_models_are_compared(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub, other, out = folder / "hub", folder / "other", tmp_path / "out.jsonl"
+    argv = ["--compare", f"{hub},{other},{hub}", "--prompt", "Who?", "--template", "dolly",
+            "--greedy", "--max-new-tokens", "4", "--out", out]  # fmt: skip
+    assert run_main(generate, list(map(str, argv))) == 0
+    said = capsys.readouterr().out
+    assert max(line.count(" | ") for line in said.splitlines()) == 2
+    told = json.loads(out.read_text())
+    assert told["base"]["text"] == told["tuned2"]["text"] != told["tuned1"]["text"]
+    with pytest.raises(ConfigError, match="`compare` takes two models or more; found 1"):
+        llamax.compare([hub], "Who?")
+
+
 def test_a_base_is_for_the_adapters_of_a_comparison(folder: Path, tmp_path: Path) -> None:
     hub, adapter, out = folder / "hub", tmp_path / "adapter", tmp_path / "out.jsonl"
     adapter.mkdir()
@@ -166,8 +184,11 @@ def test_what_rows_hold_is_written_whatever_it_is(tmp_path: Path) -> None:
 
 
 def test_columns_are_straight_for_wide_letters() -> None:
-    assert columns("ab\ncdefg", "x", 4) == "ab   | x\ncdef |\ng    |"
-    assert columns("철수다", "y\nz", 5) == "철수  | y\n다    | z"
+    assert columns("ab\ncdefg", "x", width=4) == "ab   | x\ncdef |\ng    |"
+    assert columns("철수다", "y\nz", width=5) == "철수  | y\n다    | z"
+    first, second, third = (unicodedata.normalize("NFD", syllable) for syllable in "철수다")
+    straight = f"{first}{second}  | e\u0301\n{third}    | z"  # as macOS writes names of files
+    assert columns(f"{first}{second}{third}", "e\u0301\nz", width=5) == straight
 
 
 def refused(capsys: pytest.CaptureFixture[str], main: Main, *argv: object) -> str:

@@ -61,15 +61,14 @@ def rows(folder: Path) -> dict[str, str]:
         {"title": f"{i}", "document": f"Price {i % 7} rose. " * 3, "summary": f"Price {i % 7}."}
         for i in range(40)
     ]
-    chat = "Q,A\n" + "".join(f"{i % 9} 다음은?,{i % 9 + 1}입니다\n" for i in range(300))
-    (folder / "chat.csv").write_text(chat, encoding="utf-8")
+    chat = [{"text": f"<usr> {i % 9} 다음은?\n<bot> {i % 9 + 1}입니다"} for i in range(300)]
     (folder / "text").mkdir()
     for number, text in enumerate(python_sources(3)):
         (folder / "text" / f"{number}.txt").write_text(text[:4000])
     return {
         "dolly": str(write_rows(folder / "dolly.jsonl", dolly)),
         "news": str(write_rows(folder / "news.jsonl", news)),
-        "korean_chat": str(folder / "chat.csv"),
+        "korean_chat": str(write_rows(folder / "chat.jsonl", chat)),
         "pretrain": str(folder / "text"),
     }
 
