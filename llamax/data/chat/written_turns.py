@@ -11,6 +11,7 @@ questions have the user's marker as their common end, those before both answers 
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from itertools import takewhile
 
 from llamax.data.chat.jinja_sandbox import START, STOP
@@ -56,6 +57,7 @@ def _without(content: str, ends: set[str]) -> str:
     return content
 
 
+@lru_cache(maxsize=8)  # the template of a dataset, for all of its rows
 def _markers(template: Template) -> tuple[str, str, str]:
     """The texts that begin a turn of the user and of the assistant, and that which ends answers."""
     messages = [{"role": ROLES[i % 2], "content": word} for i, word in enumerate(WORDS)]
@@ -64,9 +66,9 @@ def _markers(template: Template) -> tuple[str, str, str]:
         whole = whole.replace(mark, "")
     pieces = re.split("|".join(WORDS), whole)
     if len(pieces) == len(WORDS) + 1:
-        user = _common_end(pieces[0], pieces[2], template)
-        assistant = _common_end(pieces[1], pieces[3], template)
-        user = _without(user, {template.token("bos_token"), template.token("eos_token")} - {""})
+        ends = {template.token("bos_token"), template.token("eos_token")} - {""}
+        user = _without(_common_end(pieces[0], pieces[2], template), ends)
+        assistant = _without(_common_end(pieces[1], pieces[3], template), ends)
         if user and assistant and user != assistant:
             return user, assistant, pieces[4].strip()
     raise DataError(

@@ -61,6 +61,18 @@ def test_a_template_of_another_program(tmp_path: Path) -> None:
     assert contents == ["안녕?", "네.", "왜?", "그냥."]
 
 
+@pytest.mark.parametrize("end", ["", "</s>"])
+def test_questions_that_end_with_eos_in_the_template_alone(end: str) -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}Assistant:{% generation %} "
+        "{{ m.content }}{{ eos_token }}{% endgeneration %}{% else %}"
+        "Human: {{ m.content }}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    )
+    template = Template("ends", source, ("</s>",), {"eos_token": "</s>"})
+    text = f"Human: 안녕?{end}\nAssistant: 네.{end}\n"
+    assert [message["content"] for message in written_turns(text, template)] == ["안녕?", "네."]
+
+
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
