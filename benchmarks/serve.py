@@ -198,7 +198,9 @@ def llama_server(
     command += ["--slots", str(options.clients), "--length", str(length)]
     if options.llama_server:
         command += ["--program", options.llama_server]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert server.stdin is not None
     assert server.stdout is not None
     try:
