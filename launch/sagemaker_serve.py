@@ -313,12 +313,19 @@ def _deleted(job: JobFile) -> str:
     local found
     found=$("$@" 2>&1) || [[ $found == *"Could not find"* ]] || {{ echo "$found" >&2; exit 1; }}
 }}
-gone aws sagemaker delete-inference-component {component}
+ended() {{  # thing, its name, field of its state: delete it, unless that has begun already
+    local found state=(--query "$3" --output text)
+    found=$(aws sagemaker "delete-$1" "--$1-name" "$2" 2>&1) ||
+        [[ $found == *"Could not find"* ]] ||
+        [[ $(aws sagemaker "describe-$1" "--$1-name" "$2" "${{state[@]}}") == Deleting ]] ||
+        {{ echo "$found" >&2; exit 1; }}
+}}
+ended inference-component {job.name} InferenceComponentStatus
 while aws sagemaker describe-inference-component {component} >/dev/null 2>&1; do
     sleep 5
 done"""
     if job.sagemaker.endpoint:
         return text
     return f"""{text}
-gone aws sagemaker delete-endpoint --endpoint-name {job.name}
+ended endpoint {job.name} EndpointStatus
 aws sagemaker wait endpoint-deleted --endpoint-name {job.name}"""

@@ -158,7 +158,7 @@ def test_a_second_model_joins_the_endpoint_of_another_job(
     for what in ("stop", "clean"):
         deleting = action(this, "sagemaker", "serve", what)
         assert "first" not in deleting
-        assert "delete-inference-component --inference-component-name second\n" in deleting
+        assert "ended inference-component second InferenceComponentStatus\n" in deleting
     assert "delete-model --model-name second" in action(this, "sagemaker", "serve", "clean")
     assert "describe-endpoint --endpoint-name first" in action(this, "sagemaker", "serve", "status")
     pytest.importorskip("boto3", reason="the SageMaker SDK is not installed")
@@ -260,6 +260,13 @@ case "$1 $2" in
         echo "An error occurred (ValidationException): Could not find it" >&2
         exit 254
     fi
+    if [[ -e {folder}/deleting ]]; then
+        [[ $2 != delete-endpoint && $2 != delete-inference-component ]] || {{
+            echo "An error occurred (ValidationException): it is in the state Deleting" >&2
+            exit 254
+        }}
+        [[ "$*" != *--query* ]] || {{ cat {folder}/deleting; exit 0; }}
+    fi
     [[ $2 != delete-endpoint ]] || rm {folder}/there
     [[ $2 != describe-inference-component ]] || exit 254 ;;
 esac
@@ -300,6 +307,16 @@ def test_actions_delete_what_costs_and_end_well_without_it(tmp_path: Path) -> No
     (tmp_path / "there").touch()
     deleted = [each.split("-", 1)[1] for each in run("clean")[2] if " delete-" in each]
     assert deleted == ["inference-component", "endpoint", "endpoint-config", "model"]
+    (tmp_path / "there").touch()
+    (tmp_path / "deleting").write_text("Deleting\n")  # by an earlier command
+    assert run("clean")[0] == 0
+    (tmp_path / "deleting").write_text("InService\n")
+    done = subprocess.run(
+        ["bash", "-c", action(job(serve=CLOUD), "sagemaker", "serve", "clean")],
+        env=environ, text=True, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "it is in the state Deleting" in done.stderr
 
 
 @pytest.mark.parametrize(
