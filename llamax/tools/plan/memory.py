@@ -275,12 +275,15 @@ def layer_kept(share: Share, machine: Machine, mode: Recompute) -> tuple[float, 
 
 
 def outside_layers_kept(share: Share, machine: Machine) -> float:
-    """Bytes kept outside the layers of a chunk: the input of the last norm, and the rope tables."""
+    """Bytes outside the layers of a chunk: the input of the last norm, rope tables, a rotation."""
     norm = share.width if saves_inputs(machine) else 4 + share.width
     last = share.tokens_between * (share.model.hidden_size * norm + 4)
     if not share.projects:  # the output, which is gone when its backward has begun
         last = share.tokens_between * share.model.hidden_size * share.width
-    return last + 2 * 4 * share.tokens * share.model.head_dim
+    rotating = 0  # a projection's output beside its rotated copy, in one layer at a time
+    if by_nki(share, machine) and not plain_attention(share, machine):
+        rotating = share.tokens * (share.query + 2 * share.key) * share.width
+    return last + 2 * 4 * share.tokens * share.model.head_dim + rotating
 
 
 def kept(share: Share, machine: Machine, mode: Recompute) -> Line:
