@@ -19,7 +19,7 @@ from llamax.config.toml import to_toml
 from llamax.config.validate import problems
 from llamax.tools.plan.length import Length, length_of
 from llamax.tools.plan.planner import Plan, plan_run
-from llamax.tools.plan.search import contexts, divisions, pipelines, search
+from llamax.tools.plan.search import contexts, divisions, pipelines, search, uneven
 from llamax.training.resolve import resolve
 
 SAVERS = ("parallel.sequence", "finetune.shard_base")  # on, they save memory
@@ -28,6 +28,7 @@ CHANGED = (
     "parallel.context",
     "parallel.pipeline",
     "parallel.chunks",
+    "parallel.layers_per_stage",
     "data.micro_batch",
     "run.recompute",
     "parallel.zero",
@@ -80,7 +81,8 @@ def nearest(
 def node_counts(config: Config, machine: Machine, nodes: int) -> list[int]:
     """The numbers of machines that can share a global batch, in the order in which they are tried.
 
-    First ``nodes``, then the larger ones, then the smaller ones, from near to far.
+    First ``nodes``, then the larger ones, then the smaller ones, from near to far.  Pipelines of
+    unequal stages are tried on ``nodes`` alone.
     """
     worlds = {
         group * data * pipeline
@@ -89,6 +91,13 @@ def node_counts(config: Config, machine: Machine, nodes: int) -> list[int]:
         for pipeline in pipelines(config)
     }
     counts = {world // machine.ranks for world in worlds if world % machine.ranks == 0}
+    here = nodes * machine.ranks
+    if any(
+        config.data.global_batch % (here // (group * len(stages))) == 0
+        for group in divisors(machine.ranks)
+        for stages in uneven(config, here // group)
+    ):
+        counts.add(nodes)
     return sorted(counts, key=lambda number: (number < nodes, abs(number - nodes)))
 
 

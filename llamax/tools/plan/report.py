@@ -175,14 +175,16 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
         yield f"note: {fitting[0].run.assumption}"
     fits = f"{len(fitting)} of {count(len(plans) + len(refused), 'layout')} fit; the fastest"
     yield f"{fits}{', tight ones last' * any(each.memory.tight for each in fitting)}:"
-    yield f"  {'tensor':>6} {'context':>7} {'pipeline':>8} {'data':>5} {'zero':>4} " + (
-        f"{'micro':>5} {'recompute':<9} {'memory':>9} {'MFU':>6} {'tokens/s':>9} {'dollars':>10}"
+    yield f"  {'tensor':>6} {'context':>7} {'pipeline':>8} {'chunks':>6} {'data':>5} " + (
+        f"{'zero':>4} {'micro':>5} {'recompute':<9} {'memory':>9} {'MFU':>6} "
+        f"{'tokens/s':>9} {'dollars':>10}"
     )
     for each in fitting[:BEST]:
         mesh, there, memory = each.run.mesh, each.run.config, each.memory
         yield (
-            f"  {mesh.tp:>6} {mesh.cp:>7} {mesh.pp:>8} {mesh.dp:>5} {there.parallel.zero:>4} "
-            f"{there.data.micro_batch:>5} {there.run.recompute:<9} {show_bytes(memory.peak):>9} "
+            f"  {mesh.tp:>6} {mesh.cp:>7} {mesh.pp:>8} {there.parallel.chunks:>6} {mesh.dp:>5} "
+            f"{there.parallel.zero:>4} {there.data.micro_batch:>5} {there.run.recompute:<9} "
+            f"{show_bytes(memory.peak):>9} "
             f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
             f"{each.time.dollars:>10,.0f}{'  tight' * memory.tight}"
         )
@@ -285,6 +287,8 @@ def as_json(plan: Plan) -> dict[str, object]:
             "pipeline": run.mesh.pp,
             "data": run.mesh.dp,
         },
+        "chunks": run.config.parallel.chunks,
+        "layers_per_stage": run.config.parallel.layers_per_stage,
         "zero": run.config.parallel.zero,
         "micro_batch": run.config.data.micro_batch,
         "recompute": run.config.run.recompute,

@@ -1,9 +1,10 @@
 """Every layout of a run on its machines: those that fit, best first, and why others do not.
 
 Tried are all tensor degrees that divide the world, context degrees of powers of two that leave
-chunks of ``SHORTEST_CHUNK`` tokens or more, pipelines of equal stages, ZeRO stages, all recompute
-modes and micro-batches of powers of two; parallel.data is the rest of the world.  Every other
-setting stays as configured.  Tensor and context ranks share a node, on every machine.
+chunks of ``SHORTEST_CHUNK`` tokens or more, pipelines of equal and of nearly equal stages, equal
+stages also in chunks, ZeRO stages, all recompute modes and micro-batches of powers of two;
+parallel.data is the rest of the world.  Every other setting stays as configured.  Tensor and
+context ranks share a node, on every machine.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import get_args
 from llamax.config.constants import FLASH_MULTIPLE
 from llamax.config.hardware import Machine
 from llamax.config.rules import divisors
+from llamax.config.rules.pipeline import evenly
 from llamax.config.schema import Config, ParallelConfig
 from llamax.config.types import ZeroStage
 from llamax.config.validate import problems
@@ -23,6 +25,8 @@ from llamax.tools.plan.memory import Recompute
 from llamax.tools.plan.planner import Plan, plan_length
 
 SHORTEST_CHUNK = FLASH_MULTIPLE  # tokens; shorter chunks are faster on more data ranks
+CHUNKS = 1, 2, 4  # of a stage; more of them hardly shorten the wait of a pipeline
+UNEVEN = 1 / 6  # layers that the fullest stage has above the mean, at most
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ def candidates(config: Config, machine: Machine, nodes: int) -> Iterator[Config]
 def divisions(
     config: Config, machine: Machine, nodes: int, tensor: int, context: int
 ) -> Iterator[ParallelConfig]:
-    """The pipeline degrees and ZeRO stages tried with a tensor and a context degree.
+    """The pipelines and ZeRO stages tried with a tensor and a context degree.
 
     Only the configured ones where tensor and context ranks do not share a node: all are refused.
     """
@@ -65,9 +69,39 @@ def divisions(
         stages = zeros(config, machine) if rest * context > pipeline else [configured.zero]
         if pipeline > 1:
             stages = [zero for zero in stages if zero < 2] or [1]
-        chunks = configured.chunks if pipeline > 1 else 1
-        for zero in stages:
-            yield replace(configured, pipeline=pipeline, chunks=chunks, zero=zero)
+        for chunks in chunk_counts(config, pipeline):
+            for zero in stages:
+                yield replace(configured, pipeline=pipeline, chunks=chunks, zero=zero)
+    zero = configured.zero if configured.zero < 2 else 1
+    for counts in uneven(config, rest):
+        text = ",".join(map(str, counts))
+        cut = replace(configured, pipeline=len(counts), chunks=1, layers_per_stage=text)
+        yield replace(cut, zero=zero)
+
+
+def chunk_counts(config: Config, pipeline: int) -> list[int]:
+    """The numbers of chunks tried of each stage of a pipeline, the configured one first."""
+    configured, layers = config.parallel.chunks, config.model.num_hidden_layers
+    if pipeline == 1:
+        return [1]
+    if config.parallel.layers_per_stage:
+        return [configured]
+    fitting = [chunks for chunks in CHUNKS if layers % (pipeline * chunks) == 0]
+    return [configured, *(chunks for chunks in fitting if chunks != configured)]
+
+
+def uneven(config: Config, ranks: int) -> Iterator[tuple[int, ...]]:
+    """The layers of each stage of the pipelines tried that divide ``ranks`` and not the layers.
+
+    The first stages have one more, because the last one has the output matrix too.
+    """
+    layers = config.model.num_hidden_layers
+    if config.parallel.layers_per_stage:
+        return
+    for stages in divisors(ranks):
+        fullest = -(-layers // stages)
+        if layers % stages and fullest * stages <= (1 + UNEVEN) * layers:
+            yield evenly(layers, stages)
 
 
 def pipelines(config: Config) -> list[int]:

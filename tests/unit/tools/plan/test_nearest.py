@@ -10,6 +10,7 @@ from llamax.cli.plan import main
 from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
 from llamax.runtime.errors import ConfigError
+from llamax.tools.plan import plan
 from llamax.tools.plan.nearest import nearest, node_counts
 from llamax.tools.plan.search import search
 
@@ -121,7 +122,7 @@ def test_where_no_layout_fits_on_any_number_of_nodes(capsys: pytest.CaptureFixtu
     )
     assert main([*arguments, "--json"]) == 6
     assert json.loads(capsys.readouterr().out)["nearest"] is None
-    assert main(["--config", "llama2-7b", "--ranks", "24", "--search"]) == 6
+    assert main(["--config", "llama2-7b", "--ranks", "24", arguments[-1], "--search"]) == 6
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "no layout is valid on any number of such nodes"
 
@@ -138,7 +139,8 @@ def test_a_machine_that_is_too_small_for_any_layout_of_a_recipe() -> None:
 
 def test_fewer_nodes_where_more_cannot_share_the_batch() -> None:
     any_stages = load_config("llama2-7b", ["--data.global_batch=4"])
-    assert node_counts(any_stages, TRN1, 5) == [8, 16, 32, 64, 128, 4, 2, 1]  # up to 32 stages
+    # 5 nodes by five stages of 7,7,6,6,6 layers; 128 by 32 stages
+    assert node_counts(any_stages, TRN1, 5) == [5, 8, 16, 32, 64, 128, 4, 2, 1]
     whole = ["--parallel.layers_per_stage=32"]
     config = load_config("llama2-7b", ["--data.global_batch=4", *whole])
     assert node_counts(config, TRN1, 5) == [4, 2, 1]
@@ -162,3 +164,15 @@ def test_no_smaller_change_leads_to_a_layout_that_fits() -> None:
     ]
     best = max(one_change, key=lambda each: each.time.tokens_per_s)
     assert near.plan.time == best.time
+
+
+def test_stages_that_differ_by_a_layer_fit_a_number_of_nodes_that_divides_no_layers() -> None:
+    config, machine = load_config("llama2-7b"), load_machine("trn1.32xlarge")
+    near = nearest(config, machine, 3)
+    assert near is not None
+    assert near.flags == (
+        "--parallel.pipeline=3",
+        "--parallel.layers_per_stage=11,11,10",
+        "--run.recompute=full",
+    )
+    assert plan("llama2-7b", machine, 3, overrides=near.flags).time == near.plan.time

@@ -27,9 +27,10 @@ def recipe(name: str, *overrides: str) -> Config:
 
 
 def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--config", "llama2-7b", "--ranks", "24", "--search"]) == 6
+    whole = "--parallel.layers_per_stage=32"  # no pipelines
+    assert main(["--config", "llama2-7b", "--ranks", "24", whole, "--search"]) == 6
     first, *rest = capsys.readouterr().out.splitlines()
-    assert first == "none of 216 layouts fits"
+    assert first == "none of 144 layouts fits"
     assert rest[0] == "the others:"
     assert "  tensor 1: data.global_batch=1024 is not a multiple of" in rest[1]
     assert main(["--config", "llama2-7b", "--ranks", "1", "--search"]) == 6
@@ -118,13 +119,32 @@ def test_listed_stages_stay_as_configured() -> None:
     assert pipelines(recipe("llama2-7b", *full)) == [2, 1, 4, 8, 16, 32]
 
 
-def test_a_search_tries_chunks_as_configured_and_none_without_a_pipeline() -> None:
+def test_a_search_tries_chunks_of_equal_layers_and_none_without_a_pipeline() -> None:
     config = recipe("llama2-70b-pipeline", "--parallel.chunks=2")
     plans, _ = search(config, TRN1, 32)
-    tried = {(each.run.mesh.pp > 1, each.run.config.parallel.chunks) for each in plans}
-    assert tried == {(True, 2), (False, 1)}
+    tried = {(each.run.mesh.pp, each.run.config.parallel.chunks) for each in plans}
+    # 80 layers; 32 data ranks of tensor 8 or more leave a pipeline 2 and 4 microsteps to group
+    assert tried == {(1, 1), *((2**k, chunks) for k in (1, 2) for chunks in (1, 2, 4))} | {
+        (8, 1),
+        (8, 2),
+        (16, 1),
+    }
+    assert plans[0].run.config.parallel.chunks == 2  # faster, since the bubble is half as long
     alone = next(each for each in plans if each.run.mesh.pp == 1)
     assert "--parallel.chunks=1" in flags(config, 32, alone)
+
+
+def test_a_search_tries_nearly_equal_stages_where_ranks_do_not_divide_the_layers() -> None:
+    config = recipe("llama2-7b", "--data.global_batch=768")
+    plans, _ = search(config, TRN1, 3)
+    cut = {
+        each.run.mesh.pp: each.run.config.parallel.layers_per_stage
+        for each in plans
+        if each.run.config.parallel.layers_per_stage
+    }
+    assert cut == {3: "11,11,10", 6: "6,6,5,5,5,5", 12: "3,3,3,3,3,3,3,3,2,2,2,2"}
+    uneven = next(each for each in plans if each.run.config.parallel.layers_per_stage)
+    assert f"--parallel.layers_per_stage={cut[uneven.run.mesh.pp]}" in flags(config, 3, uneven)
 
 
 def test_a_search_prints_the_fastest_pipeline_as_options(
@@ -137,7 +157,7 @@ def test_a_search_prints_the_fastest_pipeline_as_options(
     assert (row["tensor"], row["pipeline"], row["data"], row["zero"]) == ("8", "8", "16", "1")
     (line,) = (line for line in rest if line.startswith("the fastest is "))
     changes = line.removeprefix("the fastest is ").split()
-    assert changes == ["--parallel.tensor=8", "--parallel.pipeline=8"]
+    assert changes == ["--parallel.tensor=8", "--parallel.pipeline=8", "--parallel.chunks=2"]
     assert main([*arguments, *changes]) == 0
     shown = capsys.readouterr().out
     assert "tensor 8 x pipeline 8 x data 16" in shown
@@ -145,21 +165,21 @@ def test_a_search_prints_the_fastest_pipeline_as_options(
 
 
 def test_a_search_lists_layouts_without_a_margin_last(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", "llama2-70b", "--nodes", "32"]
+    arguments = ["--config", "llama2-70b", "--nodes", "32", "--parallel.sequence=false"]
     assert main([*arguments, "--search"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert not any(row.endswith("  tight") for row in lines[2:12])
     (line,) = (line for line in lines if "faster but tight is " in line)
     gain, _, changes = line.partition("% faster but tight is ")
-    assert changes.split() == ["--parallel.tensor=8", "--parallel.pipeline=4"]
+    assert changes.split() == ["--parallel.tensor=8", "--parallel.pipeline=8"]
     assert lines[lines.index(line) + 1] == TIGHT
     assert main([*arguments, *changes.split()]) == 0
     shown = capsys.readouterr().out
-    assert "tensor 8 x pipeline 4 x data 32" in shown
+    assert "tensor 8 x pipeline 8 x data 16" in shown
     assert " of 16 GiB, fits, tight; fullest" in shown
     assert f"note: {TIGHT}" in shown
 
-    plans, _ = search(recipe("llama2-70b"), TRN1, 32)
+    plans, _ = search(recipe("llama2-70b", arguments[-1]), TRN1, 32)
     fitting = [each for each in plans if each.memory.fits]
     tight = [each.memory.peak * (1 + MARGIN) > 16 * 2**30 for each in fitting]
     assert tight == sorted(tight)
