@@ -174,9 +174,12 @@ def available() -> bool:
         return False
     sdk = trn1_sdk()
     if not begins(installed, sdk.nki):
-        log_choice(
-            f"nki {installed} does not compile for trn1; install nki {sdk.nki} of Neuron SDK "
-            f"{sdk.name}"
+        logging.getLogger("llamax").warning(
+            "llamax's NKI kernels do not run: nki %s does not compile for trn1; install nki %s of "
+            "Neuron SDK %s",
+            installed,
+            sdk.nki,
+            sdk.name,
         )
         return False
     return True

@@ -218,8 +218,8 @@ def test_an_nki_that_is_too_new_for_trn1_is_named_and_not_used(
     for _ in range(2):
         assert ops.kernel("attention", x, x, x, None) is ops.traced_attention
     assert messages == [
-        "attention runs without llamax's NKI kernels, because nki 0.3.0 does not compile for trn1; "
-        "install nki 0.2 of Neuron SDK 2.28"
+        "llamax's NKI kernels do not run: nki 0.3.0 does not compile for trn1; install nki 0.2 of "
+        "Neuron SDK 2.28"
     ]
 
 
