@@ -100,4 +100,4 @@ def same_setting(key: str) -> str:
     name = key.rpartition(".")[2].replace("-", "_").lower()
     if name == "optim":
         return f"; {OPTIMIZERS}"
-    return f"; in llamax it is {SAME[name]}" if name in SAME else ""
+    return f"; in llamax it is {SAME[name]}" if SAME.get(name, key) != key else ""

@@ -31,7 +31,8 @@ REMEDY = "put the whole file back and start again; a file in use is replaced by 
 SA_SIGINFO = 4
 ADDRESS = 16  # where siginfo_t has the address of the read, in bytes
 
-_maps = WeakKeyDictionary[mmap.mmap, tuple[int, Path]]()  # where each map begins, and its file
+# Where each map begins in memory; the size and the name of its file when it was mapped.
+_maps = WeakKeyDictionary[mmap.mmap, tuple[int, int, Path]]()
 _installed: list[Any] = []  # the handler, which C does not keep alive
 
 
@@ -53,7 +54,8 @@ def map_file(handle: int, path: Path, length: int = 0, offset: int = 0) -> mmap.
     """
     mapped = mmap.mmap(handle, length, access=mmap.ACCESS_READ, offset=offset)
     if sys.platform == "linux" and sys.maxsize > 2**32:
-        _maps[mapped] = np.frombuffer(mapped, np.uint8).ctypes.data, path
+        start = np.frombuffer(mapped, np.uint8).ctypes.data
+        _maps[mapped] = start, mapped.size(), path
         if not _installed:
             _install()
     return mapped
@@ -62,7 +64,7 @@ def map_file(handle: int, path: Path, length: int = 0, offset: int = 0) -> mmap.
 def check_size(mapped: mmap.mmap | bytes, path: Path) -> None:
     """Raise DataError if a mapped file was cut short since; the last page would read as zeros."""
     if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
-        raise DataError(describe_loss(mapped, path))
+        raise DataError(describe_loss(mapped.size(), len(mapped), path))
 
 
 def _install() -> None:
@@ -71,9 +73,9 @@ def _install() -> None:
 
     def handle(number: int, info: int, context: int | None) -> None:
         address = ctypes.c_size_t.from_address(info + ADDRESS).value
-        for mapped, (start, path) in list(_maps.items()):
-            if start <= address < start + len(mapped):
-                line = f"llamax: {printable_line(describe_loss(mapped, path))}\n"
+        for mapped, (start, size, path) in list(_maps.items()):
+            if not mapped.closed and start <= address < start + len(mapped):
+                line = f"llamax: {printable_line(describe_loss(mapped.size(), size, path))}\n"
                 os.write(2, line.encode(errors="backslashreplace"))
                 os._exit(LlamaxError.exit_code)
         libc.sigaction(number, ctypes.byref(before), None)  # the read is repeated and meets it
@@ -84,12 +86,11 @@ def _install() -> None:
     libc.sigaction(signal.SIGBUS, ctypes.byref(ours), ctypes.byref(before))
 
 
-def describe_loss(mapped: mmap.mmap, path: Path) -> str:
-    """What happened to a mapped file that cannot be read any more, as a line."""
-    size = mapped.size()
-    if size < len(mapped):
+def describe_loss(size: int, expected: int, path: Path) -> str:
+    """What happened to a mapped file that cannot be read any more, as a line; sizes in bytes."""
+    if size < expected:
         return (
-            f"{path}: was cut short while it was in use: it has {size} bytes of {len(mapped)}; "
+            f"{path}: was cut short while it was in use: it has {size} bytes of {expected}; "
             f"{REMEDY}"
         )
     return f"{path}: its disk failed while it was in use; {REMEDY}"

@@ -81,6 +81,8 @@ def test_the_pages_and_the_hints_agree(page: str) -> None:
         (["--optim", "paged_adamw_32bit"], "paged_.* is optim.offload"),
         (["--ffn_hidden_size=11008"], "option; in llamax it is model.intermediate_size"),
         (["--optim.lrr=1"], "unknown option; did you mean optim.lr"),
+        (["--packing=concat"], "unknown option; in llamax it is data.packing"),
+        (["--data.packing"], "has no value; write --data.packing=value"),
     ],
 )
 def test_an_option_of_another_trainer_is_answered_with_ours(words: list[str], hint: str) -> None:

@@ -7,6 +7,7 @@ import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -156,7 +157,7 @@ def test_verify_returns_its_rate(damaged, monkeypatch: pytest.MonkeyPatch) -> No
     path.write_bytes(raw)
     file = TokenFile(path, verify="read")
     blocks, clock = len(file._unseen), iter((100.0, 104.0))
-    monkeypatch.setattr(token_file.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(token_file, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert blocks > 1
     assert file.verify(threads=2) == blocks * BLOCK_BYTES / 4
 

@@ -20,7 +20,7 @@ START = """
 import os, mmap, resource, sys, threading, zlib
 from pathlib import Path
 import numpy as np
-from llamax.runtime.mapping import REMEDY, describe_loss, map_file
+from llamax.runtime.mapping import map_file
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 path = Path(sys.argv[1])
 file = open(path, "rb")
@@ -42,12 +42,23 @@ def run(path: Path, *lines: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("read", READS)
-def test_a_file_that_is_cut_short_is_named(tmp_path: Path, read: str) -> None:
+MAPPED = "mapped = map_file(file.fileno(), path)"
+PART = "mapped = map_file(file.fileno(), path, 2**20, 2**20)"  # behind the place of the cut
+CLOSED = "closed = map_file(file.fileno(), path); closed.close(); "
+
+
+@pytest.mark.parametrize(
+    ("how", "read"),
+    [
+        *((MAPPED, each) for each in READS.values()),
+        (PART, "mapped[5]"),
+        (CLOSED + PART, "mapped[5]"),
+    ],
+    ids=[*READS, "a part", "a part, beside a closed map"],
+)
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path, how: str, read: str) -> None:
     path = tmp_path / "to\x1bkens"
-    done = run(
-        path, "mapped = map_file(file.fileno(), path)", "os.truncate(path, 8192)", READS[read]
-    )
+    done = run(path, how, "os.truncate(path, 8192)", read)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
         f"llamax: {tmp_path}/to\\x1bkens: was cut short while it was in use: it has 8192 bytes of "
@@ -76,12 +87,10 @@ def test_a_whole_file_is_read(tmp_path: Path) -> None:
     with open(path, "rb") as file:
         assert map_file(file.fileno(), path)[4096 * 3 :] == (b"abc" * 5000)[4096 * 3 :]
         assert map_file(file.fileno(), path, 10, 4096)[:3] == b"bca"
-        whole = map_file(file.fileno(), path)
-        assert (
-            describe_loss(whole, path) == f"{path}: its disk failed while it was in use; {REMEDY}"
-        )
         with pytest.raises(ValueError, match="greater than file size"):
             map_file(file.fileno(), path, 20_000)
+    failed = f"{path}: its disk failed while it was in use; {REMEDY}"
+    assert describe_loss(15_000, 15_000, path) == failed
 
 
 @pytest.mark.parametrize("kind", ["llamax", "megatron"])
