@@ -269,14 +269,18 @@ class Scheduler:
             request.cancelled = True
 
     def _end(self, request: Request, outcome: str) -> None:
-        """Free the slot of a request; those that make tokens stay before those that wait."""
+        """Free the slot of a request.
+
+        Requests that make tokens stay before those that wait, which keep their order.
+        """
         self.metrics.ended(outcome, time.perf_counter() - request.began)
-        hole, last = self._active.index(request), len(self._active) - 1
+        hole = self._active.index(request)
         making = sum(not each.waits for each in self._active)
-        for source in (making - 1, last):
+        for source in range(making - 1, len(self._active)):
             if source > hole:
                 moved = self._active[hole] = self._active[source]
-                self.pool.move(source, hole, moved.length)
+                if moved.length:
+                    self.pool.move(source, hole, moved.length)
                 hole = source
         self._active.pop()
 

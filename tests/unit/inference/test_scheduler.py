@@ -104,6 +104,17 @@ def test_the_others_make_tokens_while_a_long_prompt_is_computed(scheduler: Sched
     assert made[-1] - made[0] == 2  # one for each two pieces
 
 
+def test_no_prompt_is_overtaken(scheduler: Scheduler) -> None:
+    """Requests that end at once make room for further ones, which come after those that wait."""
+    every = [Asked(prompt(length, length), 1) for length in (8, 20, 7, 8, 5, 30, 8, 6, 17, 8)]
+    scheduler.submit([asked.request for asked in every])
+    order = []
+    while turn(scheduler):
+        order += [n for n, asked in enumerate(every) if asked.ended and n not in order]
+    order += [n for n in range(len(every)) if n not in order]
+    assert order == [*range(len(every))]
+
+
 def test_no_piece_is_larger_than_allowed(
     scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
