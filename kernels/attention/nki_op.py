@@ -105,7 +105,7 @@ class RotatedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None, None]:
         rotated, cos, sin, documents, out, lse = ctx.saved_tensors
-        inputs = [rotated, dout.to(out.dtype).view(out.shape).contiguous(), out, -lse, cos, sin]
+        inputs = [rotated, dout.to(out.dtype).reshape(out.shape).contiguous(), out, -lse, cos, sin]
         name = "rotated_attention_backward"
         if documents is not None:
             name += "_documents"

@@ -91,16 +91,11 @@ class LossScale:
 
     def load(self, state: LossScaleState) -> None:
         """Take the numbers of a checkpoint."""
-        numbers = torch.tensor(
-            [state.scale, float(state.good_steps), float(state.overflowed_steps)]
-        )
-        (
-            self.scale,
-            self.good_steps,
-            self.overflowed_steps,
-        ) = (  # 0-d, a 0 would be a constant on XLA
-            number.clone().to(self.device) for number in numbers.split(1)
-        )
+        counts = float(state.good_steps), float(state.overflowed_steps)
+        # In tensors of one dimension, because XLA would take a 0-d 0 for a constant.
+        numbers = torch.tensor([state.scale, *counts]).split(1)
+        on_device = [number.clone().to(self.device) for number in numbers]
+        self.scale, self.good_steps, self.overflowed_steps = on_device
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -50,7 +50,7 @@ class Axis(Protocol):
     def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
         """Begin ``all_gather(x, 0)``; the function returned waits for it.
 
-        Devices that trace programs gather at once: their compiler decides when.
+        Devices that trace programs gather in that function: their compiler decides when.
         """
         ...
 

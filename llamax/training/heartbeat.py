@@ -14,11 +14,10 @@ all, all watch rank 0, and silence of ``timeout_s`` + ``PATIENCE_S`` ends the pr
 counted in readings, so neither clocks of other machines nor a suspended job mislead.
 
 Others may write to the folder.  A file of another user than this rank's own is no heartbeat, and
-the end of a rank of another ``job`` ends nothing here.  What a
-file held before this rank began may be of the job before, and its ``left`` shortens no time limit.
-A process is the one that wrote a heartbeat only if it started at the same time (``started``, in
-clock ticks since boot), as its id may be in use again.  A rank whose file was replaced or removed
-writes a new one.
+the end of a rank of another ``job`` ends nothing here.  What a file held before this rank began may
+be of the job before, and its ``left`` shortens no time limit.  A process is the one that wrote a
+heartbeat only if it started at the same time (``started``, in clock ticks since boot), as its id
+may be in use again.  A rank whose file was replaced or removed writes a new one.
 """
 
 from __future__ import annotations

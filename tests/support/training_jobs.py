@@ -19,8 +19,6 @@ from llamax.config.schema import CheckpointConfig, Config
 from support import tiny_run
 
 TRAIN = [sys.executable, "-m", "llamax.train", "--config"]
-
-
 PATIENT_S = 300  # longer than a busy machine takes to start ranks one after another
 
 

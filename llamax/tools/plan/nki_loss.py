@@ -10,13 +10,14 @@ from __future__ import annotations
 from math import ceil
 
 from llamax.config.constants import GRADIENT_BYTES, nki_loss_refusal
+from llamax.config.constants import NKI_MULTIPLE as TILE
 from llamax.config.hardware import Machine
 from llamax.runtime.units import show_bytes
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.sizes import Share
 
 TENSOR_HZ, VECTOR_HZ, SCALAR_HZ, DMA_BYTES_PER_S = 2.8e9, 1.12e9, 1.4e9, 272e9
-TILE, BLOCK = 128, 512  # tokens, and rows of the vocabulary, of a tile of logits
+BLOCK = 512  # rows of the vocabulary of a tile of logits
 ROWS = 1024  # of the vocabulary, between which dX waits in HBM
 SEGMENT, WIDE = 4096, 4096  # tokens, between which dW waits, of at most so many features
 
@@ -30,14 +31,14 @@ def loss_by_nki(share: Share, machine: Machine) -> bool:
 
 def kernel_seconds(tokens: int, rows: int, width: int, trains: bool = True) -> tuple[float, float]:
     """Forward and backward over ``rows`` of the vocabulary; ``trains``: the weight is trained."""
-    tiles, chunks, x_bytes, w_bytes = tokens / TILE, ceil(rows / TILE), 2 * width, 2 * width
+    tiles, chunks, row_bytes = tokens / TILE, ceil(rows / TILE), 2 * width
     logits = rows * width * tokens / TILE**2 + rows * width / TILE  # and to turn the weight
     gradients = tiles * chunks * (TILE + width * (1 + trains))
     blocks, groups = ceil(rows / BLOCK), ceil(rows / ROWS)
     segments = ceil(tokens / (SEGMENT if width <= WIDE else SEGMENT // 2))
-    forward_bytes = rows * w_bytes + blocks * tokens * x_bytes
+    forward_bytes = (rows + blocks * tokens) * row_bytes
     waiting = (8 * (groups - 1) + 2 + 2 * groups * trains) * tokens * width
-    weight = 2 * segments * rows * w_bytes + trains * 4 * (2 * segments - 1) * rows * width
+    weight = 2 * segments * rows * row_bytes + trains * 4 * (2 * segments - 1) * rows * width
     # Maximum, sum and label of each logit: the vector engine, and with the scalar one PSUM's port.
     vector = tiles * (4 * rows + 5 * 64 * blocks) / VECTOR_HZ
     port = tiles * rows * (3 / VECTOR_HZ + 1 / SCALAR_HZ) + rows * width / TILE / SCALAR_HZ
@@ -45,7 +46,7 @@ def kernel_seconds(tokens: int, rows: int, width: int, trains: bool = True) -> t
         max(logits / TENSOR_HZ, forward_bytes / DMA_BYTES_PER_S, vector, port),
         max(
             (logits + gradients) / TENSOR_HZ,
-            (blocks * tokens * x_bytes + waiting + weight) / DMA_BYTES_PER_S,
+            (blocks * tokens * row_bytes + waiting + weight) / DMA_BYTES_PER_S,
         ),
     )
 

@@ -91,9 +91,10 @@ def chunk_counts(config: Config, pipeline: int) -> list[int]:
 
 
 def uneven(config: Config, ranks: int) -> Iterator[tuple[int, ...]]:
-    """The layers of each stage of the pipelines tried that divide ``ranks`` and not the layers.
+    """The layers of each stage, for every pipeline tried whose stages differ by one layer.
 
-    The first stages have one more, because the last one has the output matrix too.
+    The number of stages divides ``ranks`` and not the number of layers.  The first stages have one
+    layer more, because the last one has the output matrix too.
     """
     layers = config.model.num_hidden_layers
     if config.parallel.layers_per_stage:
