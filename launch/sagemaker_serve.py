@@ -108,6 +108,11 @@ LOCAL = """    entities.HEALTH_CHECK_TIMEOUT_LIMIT = 3600  # the default of 120 
         print("answer:", answer["Body"].read().decode())
     finally:
         client.delete_endpoint("{name}")"""
+GONE = """gone() {  # run a command that may find nothing to delete
+    local found
+    found=$("$@" 2>&1) || [[ $found == *"Could not find"* ]] || { echo "$found" >&2; exit 1; }
+}
+"""
 
 
 def render(job: JobFile) -> str:
@@ -300,7 +305,7 @@ InferenceComponentStatus}}'
     --start-time "$(date --utc --date='1 hour ago' +%FT%TZ)" --end-time "$(date --utc +%FT%TZ)"
 """,
             "clean": f"""{_deleted(job)}
-{configuration}gone aws sagemaker delete-model --model-name {name}
+{GONE}{configuration}gone aws sagemaker delete-model --model-name {name}
 """,
         }[what]
     )
@@ -309,10 +314,7 @@ InferenceComponentStatus}}'
 def _deleted(job: JobFile) -> str:
     """Delete the component, and an endpoint of its own, and wait until both are gone."""
     component = f"--inference-component-name {job.name}"
-    text = f"""gone() {{  # run a command that may find nothing to delete
-    local found
-    found=$("$@" 2>&1) || [[ $found == *"Could not find"* ]] || {{ echo "$found" >&2; exit 1; }}
-}}
+    text = f"""\
 ended() {{  # thing, its name, field of its state: delete it, unless that has begun already
     local found state=(--query "$3" --output text)
     found=$(aws sagemaker "delete-$1" "--$1-name" "$2" 2>&1) ||

@@ -232,7 +232,7 @@ def _models(model: Path | None, pair: str | None) -> list[Path]:
         return [model]
     paths = [Path(part) for part in str(pair).split(",")]
     if len(paths) < 2:
-        raise ConfigError(f"--compare={pair} names {len(paths)} models; use BASE,TUNED")
+        raise ConfigError(f"--compare={pair} names one model; use BASE,TUNED")
     return paths
 
 

@@ -223,7 +223,7 @@ def test_mistakes_are_one_line(
     line = refused(capsys, evaluate, hub, "--test-file", empty, "--template", "dolly")
     assert line.endswith("empty.jsonl: row 1: has an empty answer; correct or remove it")
     assert "give one model" in refused(capsys, generate, "--prompt", "a")
-    assert "names 1 models" in refused(capsys, generate, "--compare", hub)
+    assert "names one model; use BASE,TUNED" in refused(capsys, generate, "--compare", hub)
     pair = ("--compare", f"{hub},{folder / 'other'}", "--base", hub)
     assert "needs no --base" in refused(capsys, generate, *pair)
     assert "give --template too" in refused(capsys, generate, hub, "--context", "c")

@@ -115,7 +115,7 @@ def test_the_card_names_the_files_of_splits(hub: Hub) -> None:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    ("head", "told"),
+    ("head", "message"),
     [
         ("configs: " + "[" * 5000 + "]" * 5000, ""),
         ("configs: 3", ""),
@@ -131,11 +131,11 @@ def test_the_card_names_the_files_of_splits(hub: Hub) -> None:
         ),
     ],
 )
-def test_a_card_of_something_else(hub: Hub, head: str, told: str) -> None:
+def test_a_card_of_something_else(hub: Hub, head: str, message: str) -> None:
     files = {"/".join(["a"] * 30) + ".jsonl": b"{}", **FILES}
     hub.add("datasets/org/rows", {**files, "README.md": f"---\n{head}\n---\n".encode()})
-    if told:
-        assert told in refused("org/rows")
+    if message:
+        assert message in refused("org/rows")
     else:
         assert len(chosen("org/rows")["train"]) == 4
 
