@@ -317,7 +317,8 @@ def _problem(row: Any, key: str) -> str:
     if not isinstance(row.get(key), str):
         names = printable_line(sorted(row), 200)
         found = f"is {type(row[key]).__name__}" if key in row else f"is not among {names}"
-        return f"has no text under key {key!r} (it {found}); set `key`"
+        ids = ", and token ids are not read" if "input_ids" in row else ""
+        return f"has no text under key {key!r} (it {found}{ids}); set `key`"
     try:
         row[key].encode()
     except UnicodeEncodeError as error:

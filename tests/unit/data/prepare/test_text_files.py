@@ -57,6 +57,13 @@ def test_a_row_without_the_key_is_refused_with_a_short_line(tmp_path: Path) -> N
     assert len(str(error.value)) < 500
 
 
+def test_a_row_of_token_ids_is_explained(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"input_ids": [1, 2]}\n')
+    with pytest.raises(DataError, match=r"among \['input_ids'\], and token ids are not read\)"):
+        list(text_files.documents(text_files.plan([path])[0], "text"))
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("last", ["c0", ""])
 def test_a_head_with_many_columns(tmp_path: Path, last: str) -> None:
