@@ -8,9 +8,9 @@
 
 Layers use their weights in the same order in every step, forward and backward.  ``Prefetch`` notes
 the order of a pass of a kind (a training step, a batch of validation), and follows it in the next
-one.  Where a pass departs from it, a gather is in vain and nothing else is different.  At most two
-weights are whole at a time: that in use and the next one.  All ranks use weights in the same order,
-so that they begin the same gathers in the same order.
+one.  Where a pass departs from it, a gather is in vain and nothing else is different.  At most one
+weight more is whole than without it.  All ranks use weights in the same order, so that they begin
+the same gathers in the same order.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from llamax.parallel.collectives import Solo
 from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.pipeline import layers_of
-from llamax.parallel.spread import gathered_again
+from llamax.parallel.spread import gathered_again, prefetched
 from llamax.tools.plan.memory import communication, kept, loss, memory
 from llamax.tools.plan.sizes import Share
 from llamax.tools.plan.state import (
@@ -140,8 +140,13 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH).contiguous()
     one = torch.tensor(1.0)
 
-    model.loss(batch[0], batch[1], positions)[0].backward()  # buffers of collectives are made
+    prefetch = prefetched(model)
+    prefetch.begin("step")  # from the second one on, weights of ZeRO-3 are gathered ahead
+    with gathered_again():
+        total, _ = model.loss(batch[0], batch[1], positions)
+    total.backward()  # buffers of collectives are made
     optimizer.step(one, one, one)
+    prefetch.begin("step")
     with (
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as forward,
         gathered_again(),
@@ -155,6 +160,7 @@ def measure(config: Config, mesh: Mesh) -> dict[str, int]:
     later, _ = highest(changes(backward), left)
     buffers = [buffer for axis in (here.tp, here.data) for buffer in _staged(axis)]
     return {
+        "ahead": prefetch.hits,
         "state": held(tensors),
         "kept": left,
         "forward": top,
@@ -227,6 +233,7 @@ def test_planned_bytes_of_zero_stages_are_measured_bytes(
     told = {line.name: line.value for line in planned.lines}
     beside = sum(told.get(name, 0) for name in ("communication", "batch", "reserve"))
     assert planned.peak - beside == pytest.approx(found["peak"], rel=0.05)
+    assert (found["ahead"] > 0) == (zero == 3)
 
 
 def measure_stage(config: Config, mesh: Mesh) -> int:
