@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -51,8 +52,12 @@ def prompt(length: int, seed: int) -> list[int]:
 
 def alone(model: Llama, asked: Asked) -> list[int]:
     """What generate_tokens makes of a request's prompt."""
-    new = asked.request.max_new_tokens
-    return join_steps(generate_tokens(model, [asked.request.ids], max_new_tokens=new))[0]
+    return generated(model, tuple(asked.request.ids), asked.request.max_new_tokens)
+
+
+@cache
+def generated(model: Llama, ids: tuple[int, ...], new: int) -> list[int]:
+    return join_steps(generate_tokens(model, [list(ids)], max_new_tokens=new))[0]
 
 
 def turn(scheduler: Scheduler) -> bool:
