@@ -335,7 +335,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("nki", _neuron("attention.nki_kernel:takes_blocks"), "attention.nki_kernel:by_blocks"),
         Row("reference", _anywhere, lambda *x: _load("attention.blocks:attention")(*x)),
     ),
-    "logit_statistics": (
+    "logit_statistics": (  # and logit_gradients: called by parallel/cross_entropy.py
         Row("nki", _neuron("cross_entropy.nki_op:supported"), "cross_entropy.nki_op:statistics"),
         Row("reference", _anywhere, lambda *x: _load("cross_entropy.op:statistics")(*x)),
     ),
