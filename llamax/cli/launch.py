@@ -48,6 +48,12 @@ def main(argv: Sequence[str]) -> int:
     options = _options(argv)
     launcher, phase, what = options.on, options.phase, options.action
     _known("--on", launcher, PHASES)
+    having = [name for name, phases in PHASES.items() if phase in phases]
+    if having and launcher not in having:
+        raise ConfigError(
+            f"--phase {phase}: --on {launcher} has {', '.join(PHASES[launcher])}; use one of "
+            f"these, or --on {join_or(having)}"
+        )
     _known("--phase", phase, PHASES[launcher])
     _known("--action", what, ACTIONS)
     if what != "start" and (phase == "image" or (phase == "tensorboard" and launcher != "k8s")):

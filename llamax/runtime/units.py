@@ -48,6 +48,11 @@ def show_bytes(n: float) -> str:
     return _scaled(n, 1024, (" B", " KiB", " MiB", " GiB", " TiB"))
 
 
+def show_rate(n: float) -> str:
+    """A number of bytes a second with three significant digits: 8.80 GB/s, 310 MB/s."""
+    return _scaled(n, 1000, (" B/s", " KB/s", " MB/s", " GB/s"))
+
+
 def read_bytes(text: str) -> int:
     """The size that a text states: 512, 64MiB, 64 MB or 1.5g; ValueError for any other text.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def describe(out: Path, length: int = 0) -> str:
             if length:
                 lines.append(f"  {'':18} {Packs(file, length)}")
         elif split != "test":
-            lines.append(f"  {split}.tokens: none, no document fell into it")
+            lines.append(f"  {split + '.tokens':18} {_no_document(split)}")
     return "\n".join(lines)
 
 
@@ -81,9 +82,12 @@ def describe_files(made: Prepared) -> str:
     line = f"took {count(sum(made.taken.values()), 'file')}"
     line += f" ({kinds})" if len(made.taken) > 1 else ""
     if made.left:
-        names = [Path(name).name + "/" * name.endswith("/") for name in made.left]
-        line += f", left {len(names):,}: {', '.join(names[:MOST_NAMES])}"
-        line += f" and {len(names) - MOST_NAMES:,} more" if len(names) > MOST_NAMES else ""
+        names = Counter(Path(name).name + "/" * name.endswith("/") for name in made.left)
+        shown = list(names.items())[:MOST_NAMES]
+        each = [name if times == 1 else f"{times:,} x {name}" for name, times in shown]
+        more = len(made.left) - sum(times for _, times in shown)
+        line += f", left {len(made.left):,}: {', '.join(each)}"
+        line += f" and {more:,} more" if more else ""
     return line
 
 
@@ -102,4 +106,9 @@ def _describe_indexed(out: Path, key: str) -> Iterator[str]:
                 f"{count(len(file), 'token')} in {file.dtype.name}"
             )
         elif split != "test":
-            yield f"  {prefix.name}: none, no document fell into it"
+            yield f"  {prefix.name}: {_no_document(split)}"
+
+
+def _no_document(split: str) -> str:
+    hint = "; a larger --validation holds out more" if split == "validation" else ""
+    return f"none: no document fell into it{hint}"

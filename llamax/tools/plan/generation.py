@@ -16,7 +16,7 @@ from llamax.config.load import load_config
 from llamax.config.schema import Config, DataConfig, ParallelConfig
 from llamax.config.validate import check
 from llamax.runtime.errors import ConfigError
-from llamax.runtime.units import count, show_bytes, show_number
+from llamax.runtime.units import count, show_bytes, show_number, show_rate
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.report import rows
 from llamax.tools.plan.roofline import wire
@@ -85,7 +85,7 @@ def plan_generation(
     weights = read + (0 if model.tie_word_embeddings else width * table)
     cache = 2 * width * layers * batch * key * length * E
     bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
-    memory = f"{bandwidth / 1e9:.0f} GB/s"
+    memory = show_rate(bandwidth)
     tensor, sums = wire(machine, tp, 1), 2 * layers + 1
     peak = machine.peak_flops(written.run.dtype) * machine.matmul_efficiency
     flops = batch * length * (flops_per_token(model, length) / 3 - 2 * V * D) / tp

@@ -129,6 +129,7 @@ def place(
             if instance:
                 raise
             default = f"planned for {machine.name}; choose another machine with `instance`"
+            default += ", or more ranks with `ranks`" if machine.ranks == 1 else ""
             raise ConfigError(f"{error} ({default})") from None
     return written, machine
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 
 from llamax.config.flops import flops_per_token, mfu
 from llamax.config.hardware import Machine
-from llamax.runtime.units import count, show_bytes, show_number
+from llamax.runtime.units import count, show_bytes, show_number, show_rate
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import by_nki, gathered_bytes, pairs, plain_attention
 from llamax.tools.plan.nki_loss import loss_by_nki, loss_seconds
@@ -185,10 +185,10 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
         attention_s *= 2 * pairs(share) / (share.tokens * config.data.sequence_length * share.heads)
         scores = rounds * SCORE_TRAFFIC_BYTES * pairs(share) * share.layers
         attention_s += scores / bandwidth
-        attended += f", twice, + {show_bytes(scores)} of scores / {bandwidth / 1e9:.0f} GB/s"
+        attended += f", twice, + {show_bytes(scores)} of scores / {show_rate(bandwidth)}"
     element_traffic = (3 + again) * share.layers * element_bytes(share, not kernels)
     logits = LOGIT_TRAFFIC_BYTES * share.tokens * share.vocabulary if share.projects else 0
-    logits_s, moved = logits / bandwidth, f"{show_bytes(logits)} / {bandwidth / 1e9:.0f} GB/s"
+    logits_s, moved = logits / bandwidth, f"{show_bytes(logits)} / {show_rate(bandwidth)}"
     if on_chip:
         logits_s = loss_seconds(share, bandwidth)
         moved = f"{1e3 * logits_s:.3g} ms with their products, by the NKI kernels' tally of cycles"
@@ -210,7 +210,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     whole = share.base[1] * owners if share.spread else 0.0
 
     rate = f"{machine.matmul_efficiency:.0%} of {show_number(peak)}FLOP/s"
-    memory = f"{bandwidth / 1e9:.0f} GB/s"
+    memory = show_rate(bandwidth)
     return [
         Line("matmuls", matmul_s, f"{show_number(matmul)}FLOP / ({rate})"),
         Line(
@@ -227,19 +227,18 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
         Line(
             "tensor collectives",
             rings * tp.ring(hidden),
-            f"{rings} turns of {show_bytes(hidden)} over {tp.name} at "
-            f"{tp.bytes_per_s / 1e9:.0f} GB/s",
+            f"{rings} turns of {show_bytes(hidden)} over {tp.name} at {show_rate(tp.bytes_per_s)}",
         ),
         Line(
             "context collectives",
             exchanges * cp.ring(keys),
             f"{exchanges} turns of {show_bytes(keys)} keys and values over {cp.name} at "
-            f"{cp.bytes_per_s / 1e9:.0f} GB/s",
+            f"{show_rate(cp.bytes_per_s)}",
         ),
         Line(
             "pipeline swaps",
             swaps * pp.ring(2 * activation),
-            f"{swaps} x {show_bytes(activation)} over {pp.name} at {pp.bytes_per_s / 1e9:.1f} GB/s",
+            f"{swaps} x {show_bytes(activation)} over {pp.name} at {show_rate(pp.bytes_per_s)}",
         ),
         Line(
             "accumulate gradients",
@@ -249,7 +248,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
         Line(
             "base gathered",
             2 * data.ring(whole) if whole else 0.0,
-            f"2 x {show_bytes(whole)} over {data.name} at {data.bytes_per_s / 1e9:.1f} GB/s",
+            f"2 x {show_bytes(whole)} over {data.name} at {show_rate(data.bytes_per_s)}",
         ),
     ]
 
@@ -298,17 +297,17 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
         Line(
             "AdamW",
             adamw / bandwidth,
-            f"{element} B x {show_number(updated)} elements / {bandwidth / 1e9:.0f} GB/s",
+            f"{element} B x {show_number(updated)} elements / {show_rate(bandwidth)}",
         ),
         Line(
             "state from and to the host",
             2 * away / (1e9 * machine.host_gbps),
-            f"2 x {show_bytes(away)} / {machine.host_gbps:.0f} GB/s, not at the same time",
+            f"2 x {show_bytes(away)} / {show_rate(1e9 * machine.host_gbps)}, not at the same time",
         ),
         Line(
             "data collectives",
             data_s,
-            f"{sent} over {data.name} at {data.bytes_per_s / 1e9:.1f} GB/s",
+            f"{sent} over {data.name} at {show_rate(data.bytes_per_s)}",
         ),
     )
     trained = adapter_elements(config) if share.tuned else 0

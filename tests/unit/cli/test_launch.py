@@ -47,7 +47,17 @@ def write(folder: Path, **changes: Any) -> str:
         (["--on", "torchrn"], "--on torchrn: unknown here; did you mean torchrun?"),
         (["--on", "Kubernetes"], "--on Kubernetes: unknown here; did you mean k8s?"),
         (["--on", "lsf"], "--on lsf: unknown here; there are torchrun, mpirun, slurm, docker, k"),
-        (["--on", "slurm", "--phase", "shell"], "--phase shell: unknown here; there are cluster"),
+        (["--on", "slurm", "--phase", "trian"], "--phase trian: unknown here; did you mean train?"),
+        (
+            ["--on", "mpirun", "--phase", "serve"],
+            "--phase serve: --on mpirun has prepare, precompile, train, tensorboard; use one of "
+            "these, or --on docker, k8s or sagemaker",
+        ),
+        (
+            ["--on", "slurm", "--phase", "shell"],
+            "--phase shell: --on slurm has cluster, prepare, precompile, train, tensorboard; use "
+            "one of these, or --on k8s",
+        ),
         (["--on", "slurm", "--action", "kill"], "--action kill: unknown here; there are start, st"),
         (
             ["--on", "slurm", "--phase", "tensorboard", "--action", "stop"],

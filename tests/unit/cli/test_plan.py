@@ -80,6 +80,10 @@ def test_json_holds_what_the_text_shows(capsys: pytest.CaptureFixture[str]) -> N
             ["--data.global_batch=7"],
             "(planned for trn1.32xlarge; choose another machine with --inst",
         ),
+        (
+            ["--config", "demo"],
+            "(planned for cpu; choose another machine with --instance, or more ranks with --ranks)",
+        ),
         (["--instance", "absent.toml"], "absent.toml: cannot be read as TOML"),
     ],
 )

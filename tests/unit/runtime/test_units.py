@@ -16,6 +16,7 @@ from llamax.runtime.units import (
     read_bytes,
     show_bytes,
     show_number,
+    show_rate,
     show_time,
     tokens_per_s,
 )
@@ -116,3 +117,11 @@ def test_other_texts_are_no_sizes(text: str) -> None:
 )
 def test_large_numbers_and_their_nouns(number: int, text: str) -> None:
     assert amount(number, "token") == text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [(3.35e12, "3350 GB/s"), (83e9, "83 GB/s"), (8.8e9, "8.80 GB/s"), (3.1e8, "310 MB/s")],
+)
+def test_speeds_in_words(n: float, text: str) -> None:
+    assert show_rate(n) == text

@@ -11,7 +11,9 @@ from typing import IO
 import pytest
 
 from llamax.data.prepare import file_kinds, tables, text_files
-from llamax.data.prepare.unread import LONGEST_NAME, MOST_COUNTED, count_names
+from llamax.data.prepare.pipeline import Prepared
+from llamax.data.prepare.summary import describe_files
+from llamax.data.prepare.unread import LONGEST_NAME, MOST_COUNTED, MOST_NAMES, count_names
 from llamax.runtime.errors import DataError
 
 
@@ -84,3 +86,12 @@ def test_keys_of_single_rows_are_counted_up_to_a_limit() -> None:
     assert max(map(len, total)) == LONGEST_NAME
     count_names(total, {"id": 5, "new": 2})
     assert (total["id"], total["new"]) == (3 * MOST_COUNTED + 5, 0)
+
+
+def test_files_that_were_left_are_named_once() -> None:
+    def left(*names: str) -> str:
+        return describe_files(Prepared(Path("out"), 9, "B", 2, 1.0, {}, {"text": 2}, names))
+
+    assert left("a/test/", "b/LICENSE", "c/test/") == "took 2 files, left 3: 2 x test/, LICENSE"
+    many = [f"{number}.bin" for number in range(MOST_NAMES)]
+    assert left("x", "y/x", *many).endswith(f", {MOST_NAMES - 2}.bin and 1 more")
