@@ -19,10 +19,12 @@ from llamax.checkpoint.peft import (
     PeftFolder,
     adapter_info,
 )
+from llamax.checkpoint.prompt_record import PROMPT
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.safetensors_io import read_header
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
+from llamax.data.chat.record import PromptRecord
 from llamax.data.dataset import blend_words
 from llamax.optim.loss_scale import STATE as LOSS_SCALE
 from llamax.optim.spikes import STATE as SPIKES
@@ -104,6 +106,8 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
             yield Row("skipped steps", value.get("skipped"), state={key: value})
         elif key == LOSS_SCALE and isinstance(value, dict):
             yield Row("loss scale", value.get("scale"), state={key: value})
+        elif key == PROMPT and (record := PromptRecord.of(value)):
+            yield Row("prompt", _prompt(record), state={key: value})
         elif key not in shown:
             yield Row(key.replace("_", " "), value, state={key: value})
     yield _files(file.size_bytes for file in manifest.files)
@@ -268,6 +272,13 @@ def _megatron(path: Path, verify: bool) -> Rows:
         known = " and tokens are in the vocabulary" if header.vocab_size else ""
         what = f"that sequences lie end to end{known}; the format keeps no checksums"
         yield Row("verified", what, verified=False)
+
+
+def _prompt(record: PromptRecord) -> str:
+    """What training made of rows: the template, its system text, and columns with other names."""
+    system = f", system text {record.system!r}" if record.system else ""
+    fields = "".join(f", {name} from {column}" for name, column in record.fields.items())
+    return f"template {record.template}{system}{fields}"
 
 
 def _all_files(number: int) -> str:

@@ -35,6 +35,7 @@ from llamax.inference.generate import GenerationSettings, ask, compare, generate
 from llamax.inference.prompts import read_prompts
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import ConfigError
+from llamax.tools.inspect import describe
 from llamax.train import train
 
 # Quotes, braces, a backslash, a line break and a character beyond the Basic Multilingual Plane.
@@ -183,3 +184,10 @@ def test_a_special_token_in_the_system_text_stays_out_of_the_chat_template(
     assert prompt is not None
     assert prompt.system == "<|eot_id|>"
     assert "the system text has <|eot_id|> inside" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("model", ["run", "adapters"])
+def test_inspect_shows_the_record_in_a_line(home: Path, model: str) -> None:
+    assert dict(describe(home / model))["prompt"] == (
+        f"template llama3-chat, system text {SYSTEM!r}, instruction from Q, answer from A"
+    )
