@@ -189,5 +189,5 @@ def test_a_special_token_in_the_system_text_stays_out_of_the_chat_template(
 @pytest.mark.parametrize("model", ["run", "adapters"])
 def test_inspect_shows_the_record_in_a_line(home: Path, model: str) -> None:
     assert dict(describe(home / model))["prompt"] == (
-        f"template llama3-chat, system text {SYSTEM!r}, instruction from Q, answer from A"
+        f"template llama3-chat, system text {SYSTEM!r}, answer from A, instruction from Q"
     )
