@@ -62,9 +62,11 @@ class Problems:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file; raises ConfigError if it cannot be read as TOML."""
+    """The tables of a TOML file; raises ConfigError if it is absent or cannot be read as TOML."""
     try:
         tables = parse_toml(read_input(path).decode("utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; check the path") from None
     except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigError(f"{path}: cannot be read as TOML: {why}") from None

@@ -84,7 +84,7 @@ def test_json_holds_what_the_text_shows(capsys: pytest.CaptureFixture[str]) -> N
             ["--config", "demo"],
             "(planned for cpu; choose another machine with --instance, or more ranks with --ranks)",
         ),
-        (["--instance", "absent.toml"], "absent.toml: cannot be read as TOML"),
+        (["--instance", "absent.toml"], "absent.toml: no such file; check the path"),
     ],
 )
 def test_a_mistake_is_one_line(arguments: list[str], said: str) -> None:

@@ -94,7 +94,7 @@ def test_a_file_that_is_no_toml_is_refused(tmp_path: Path) -> None:
         path.write_bytes(text)
         with pytest.raises(ConfigError, match=r"x\.toml: cannot be read as TOML: "):
             read_toml(path)
-    with pytest.raises(ConfigError, match=r"none\.toml: cannot be read as TOML: .*No such file"):
+    with pytest.raises(ConfigError, match=r"none\.toml: no such file; check the path$"):
         read_toml(tmp_path / "none.toml")
 
 
