@@ -297,6 +297,7 @@ def test_nothing_there(tokenizer: Path, text: Path, tmp_path: Path) -> None:
     refused(r"holds no text \(files matching \*\.md\)", text, "--glob", "*.md",
             "--tokenizer", tokenizer, out=out)  # fmt: skip
     refused("no such tokenizer", text, "--tokenizer", tmp_path / "none", out=out)
+    assert not out.exists()
     refused("cannot be made", text, "--tokenizer", tokenizer, out=text / "00.py")
     refused("no document is left .* smaller --validation", text / "00.py", "--validation",
             "0.999999", "--tokenizer", tokenizer, out=out)  # fmt: skip

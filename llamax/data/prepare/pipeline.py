@@ -208,14 +208,9 @@ def prepare(
         chunks = [TextChunk(chunk, is_only_text(files), max_document) for chunk in files]
         given = any(each.split == "validation" for each in chunks if isinstance(each, TextChunk))
         draft = TextSettings("", key, 0.0 if given else validation, bos, eos)
+    opened = None if train_tokenizer else _load(Path(str(tokenizer)), began)  # nothing is made yet
     make_parts_folder(out, tokenizer or "", key, bool(template))
-    path = (
-        own_tokenizer(chunks, draft, train_tokenizer, parts_folder)
-        if train_tokenizer
-        else Path(str(tokenizer))
-    )
-    with reported("loading the tokenizer", began):
-        opened = load_tokenizer(path)
+    opened = opened or _load(own_tokenizer(chunks, draft, train_tokenizer, parts_folder), began)
     settings = _for_tokenizer(draft, opened, default)
     names = [settings.name(number, chunk) for number, chunk in enumerate(chunks)]
     identity = hashlib.sha256("\n".join(names).encode()).hexdigest()
@@ -237,7 +232,7 @@ def prepare(
                 f"{smaller if made['validation'] else ''}"
                 f"{f' (not read: {unread_names(unread)})' if unread else ''}"
             )
-        trained = path.stem if train_tokenizer else None
+        trained = opened.path.stem if train_tokenizer else None
         _write_index(out, settings, opened, identity, trained, format, unread, from_hub)
     else:
         kept = read_index(out / "dataset.json").get("unread")
@@ -250,6 +245,11 @@ def prepare(
     return Prepared(
         out, size, chunks[0].unit, documents, seconds, unread, files_by_kind(chunks), left
     )
+
+
+def _load(path: Path, began: float) -> Tokenizer:
+    with reported("loading the tokenizer", began):
+        return load_tokenizer(path)
 
 
 def _held_out(sources: Sequence[PathLike], purpose: str) -> list[Path]:
