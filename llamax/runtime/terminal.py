@@ -15,6 +15,7 @@ from typing import Any
 
 ENTER = "\x1b[?1049h\x1b[?25l"  # the terminal's second screen, without cursor
 LEAVE = "\x1b[?25h\x1b[?1049l"
+PIECE_S = 0.5  # the longest wait for keys after which signals are handled
 
 ReadKeys = Callable[[float], str]
 
@@ -82,16 +83,27 @@ class _Keys:
             self._before = None
 
     def read(self, timeout_s: float) -> str:
-        if self._before is None:
-            time.sleep(timeout_s)
-            return ""
-        if not select.select([self.file], [], [], timeout_s)[0]:
-            return ""
+        """Keys, or nothing after ``timeout_s``.
+
+        It waits in pieces: Python would handle a signal that comes between its last look at signals
+        and a wait only after that wait.
+        """
+        ends = time.monotonic() + timeout_s
+        while not self._ready(min(PIECE_S, max(0.0, ends - time.monotonic()))):
+            if time.monotonic() >= ends:
+                return ""
         pressed = os.read(self.file, 64)
         if not pressed:  # the end of the input: no key will come
             self.leave()
             self.file = -1
         return pressed.decode(errors="replace")
+
+    def _ready(self, timeout_s: float) -> bool:
+        """Whether a key is pressed within some seconds."""
+        if self._before is None:
+            time.sleep(timeout_s)
+            return False
+        return bool(select.select([self.file], [], [], timeout_s)[0])
 
     def _in_foreground(self) -> bool:
         """Whether this process may change the terminal without being stopped for it."""

@@ -14,9 +14,12 @@ import termios
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.run_folders import make_run
+
+from llamax.runtime import terminal
 
 ENTER, LEAVE = "\x1b[?1049h\x1b[?25l", "\x1b[?25h\x1b[?1049l"
 FAILING = """
@@ -155,6 +158,28 @@ def test_a_stop_leaves_the_screen_and_comes_back(watching: Terminal) -> None:
     watching.press(b"q")
     assert watching.end() == 0
     assert watching.restored
+
+
+def test_a_signal_just_before_a_wait_is_handled_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a signal does not end ``select``; only its timeout does."""
+    ours, theirs = pty.openpty()
+    waits: list[float] = []
+
+    def select_after_a_signal(*arguments: object) -> tuple[list[int], list[int], list[int]]:
+        waits.append(float(str(arguments[3])))
+        if len(waits) == 4:
+            os.write(ours, b"q\n")
+            return select.select([theirs], [], [])
+        return [], [], []
+
+    keys = terminal._Keys()
+    keys.file, keys._before = theirs, []
+    monkeypatch.setattr(terminal, "select", SimpleNamespace(select=select_after_a_signal))
+    assert keys.read(600.0) == "q\n"
+    assert len(waits) == 4
+    assert max(waits) <= 1.0
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_a_defect_leaves_the_terminal_as_it_was(tmp_path: Path) -> None:
