@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +32,24 @@ class Launcher:
         self.tallies.append(tally)
         tensors = tuple(_tensor(x) for x in _tuple(results))
         return tensors if isinstance(results, tuple) else tensors[0]
+
+
+def mutated(module: str, old: str, new: str, several: bool = False) -> ModuleType:
+    """A copy of a kernel module in which ``old`` is ``new``; unchanged if ``old`` is empty.
+
+    ``old`` stands there once, or with ``several`` at least once.
+    """
+    install()
+    path = str(import_module(f"llamax.kernels.{module}").__file__)
+    text = Path(path).read_text()
+    if old:
+        count = text.count(old)
+        assert count == 1 or (several and count > 1), f"{old}: {count} times"
+        text = text.replace(old, new)
+    changed = ModuleType("mutated")
+    changed.__file__ = path
+    exec(compile(text, "mutated.py", "exec"), changed.__dict__)
+    return changed
 
 
 def _array(x: Any) -> Any:

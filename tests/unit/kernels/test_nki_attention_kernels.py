@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.simulated import Launcher
+from support.simulated import Launcher, mutated
 from torch import Tensor
 
 from llamax import ops
@@ -280,22 +279,10 @@ MUTATIONS = [  # module, a part of a line, what replaces it
 @pytest.mark.parametrize(("module", "old", "new"), MUTATIONS)
 def test_a_mutation_is_caught(module: str, old: str, new: str) -> None:
     """A changed line gives another number or breaks a limit, in one of three small cases."""
-    source = mutated(module, old, new)
+    source = mutated(module, old, new, several=True)
     cases = [((1, 768, 4, 2, 64), "none", 1.0), ((1, 768, 2, 1, 64), "falling", 1.0)]
     cases.append(((1, 640, 1, 1, 64), "none", 4.0))
     assert any(differs(source, module, *case) for case in cases)
-
-
-def mutated(module: str, old: str, new: str) -> ModuleType:
-    Launcher()
-    original = import_module(f"llamax.kernels.{module}")
-    assert original.__file__ is not None
-    text = Path(original.__file__).read_text()
-    assert text.count(old) >= 1, old
-    changed = ModuleType("mutated")
-    changed.__file__ = original.__file__
-    exec(compile(text.replace(old, new), "mutated.py", "exec"), changed.__dict__)
-    return changed
 
 
 def differs(source: ModuleType, module: str, shape: Any, kind: str, size: float) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.simulated import Launcher
+from support.simulated import Launcher, mutated
 from torch import Tensor
 
 from llamax import ops
@@ -372,14 +371,8 @@ def test_small_blocks_are_right() -> None:
 
 def small(module: str, old: str, new: str) -> Modules:
     """Both kernels with small blocks, one of them changed."""
-    Launcher()
     made = {}
     for name in (FORWARD, BACKWARD):
-        text = Path(str(import_module(f"llamax.kernels.{name}").__file__)).read_text()
-        if name == module and old:
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
-        made[name] = ModuleType("mutated")
-        exec(compile(text, "mutated.py", "exec"), made[name].__dict__)
+        made[name] = mutated(name, old if name == module else "", new)
         vars(made[name]).update(SMALL)
     return made

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from support.simulated import Launcher
+from support.simulated import Launcher, mutated
 
 from llamax.kernels.simulator.machine import NkiError, Tally
 from llamax.kernels.swiglu import nki_op, reference
@@ -72,10 +70,6 @@ def test_refusals() -> None:
     ],
 )
 def test_a_mutation_is_caught(module: str, old: str, new: str) -> None:
-    Launcher()
-    text = Path(str(import_module(f"llamax.kernels.{module}").__file__)).read_text()
-    assert text.count(old) == 1
-    changed = ModuleType("mutated")
-    exec(compile(text.replace(old, new), "mutated.py", "exec"), changed.__dict__)
+    changed = mutated(module, old, new)
     with contextlib.suppress(NkiError):
         assert not error((128, 5504), {module: changed})[0] < TOLERANCE
