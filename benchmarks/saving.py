@@ -227,7 +227,9 @@ def build(folder: Path, recipe: str, tensor: int, data: int, bucket: int = 1 << 
                 os.truncate(path, size_bytes)
                 sizes = [shape[0] * dtype.itemsize for _, dtype, shape in entries]
                 sums = blank_sums(start_bytes, sizes)
-                manifest.files.append(files.FileRecord(path.name, size_bytes, "0" * 64, sums))
+                manifest.files.append(
+                    files.FileRecord(path.name, size_bytes, len(start_bytes), sums)
+                )
     cpu = time.process_time()
     files.write_manifest(folder, manifest, "")
     print(f"checked and written in {time.process_time() - cpu:.1f} CPU s")

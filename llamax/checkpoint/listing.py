@@ -12,8 +12,8 @@ from llamax.checkpoint.manifest import (
     STEP_FOLDER,
     read_manifest,
     step_of,
-    verify_files,
 )
+from llamax.checkpoint.verify import verify_files
 from llamax.config.constants import CHECKPOINTS_FOLDER
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger

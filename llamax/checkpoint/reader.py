@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.checksums import BlockVerifier, open_to_read
+from llamax.checkpoint.checksums import BlockVerifier
 from llamax.checkpoint.listing import suggest_intact
 from llamax.checkpoint.manifest_index import Runs, near
 from llamax.checkpoint.runs import Run, StridedCopy, overlaps, whole_run
@@ -24,6 +23,7 @@ from llamax.checkpoint.safetensors_io import (
     read_header,
 )
 from llamax.checkpoint.source import Piece, Source
+from llamax.checkpoint.verify import check_header, read_checked, verify_files
 from llamax.parallel.mesh import ALONE, Seat
 from llamax.runtime.errors import CheckpointError
 
@@ -103,12 +103,12 @@ class Checkpoint(Source):
             self._rng(path)
 
     def verify(self, progress: Progress = no_progress) -> None:
-        """Hash all files as a whole; ``progress`` takes bytes.
+        """Read and check all files; ``progress`` takes bytes.
 
-        Raises CheckpointError that names a changed file, both hashes and what to use instead.
+        Raises CheckpointError that names a changed file, both checksums and what to use instead.
         """
         with suggest_intact(self.folder):
-            files.verify_files(self.folder, self.manifest.files, progress)
+            verify_files(self.folder, self.manifest.files, progress)
 
     def _rng(self, path: Path) -> Tensor | None:
         entry = self._header(path).get(files.RNG)
@@ -121,21 +121,13 @@ class Checkpoint(Source):
     def _header(self, path: Path) -> dict[str, TensorEntry]:
         if path not in self._headers:
             with suggest_intact(self.folder):
-                try:
-                    header = read_header(path)
-                    if self._verify:
-                        self._blocks[path] = self._checked(path, header)
-                except CheckpointError:
-                    files.verify_files(self.folder, [self._files[path]])  # says more: both hashes
-                    raise
+                if self._verify:
+                    header, self._blocks[path] = read_checked(path, self._files[path])
+                else:
+                    try:
+                        header = read_header(path)
+                    except CheckpointError:
+                        check_header(path, self._files[path])  # says more: both checksums
+                        raise
             self._headers[path] = header
         return self._headers[path]
-
-    def _checked(self, path: Path, header: Mapping[str, TensorEntry]) -> BlockVerifier:
-        """The blocks of a file whose header is what was saved."""
-        file = self._files[path]
-        ends = [*sorted({entry.offset for entry in header.values()}), file.size_bytes]
-        blocks = BlockVerifier(path, ends, file.sums)
-        with open_to_read(path) as fd:
-            blocks.read(fd, 0, np.empty(ends[0], np.uint8))
-        return blocks

@@ -5,14 +5,13 @@
     [8 bytes: n][n bytes: {"name": {"dtype", "shape", "data_offsets": [from, to]}, ...}][data]
 
 The safetensors library is not used, because a checkpoint needs three things more: a file is hashed
-while it streams through a small buffer; any run of a tensor is read without the rest; and a header
-is checked before memory is allocated for what it claims.
+while it streams to the disk; any run of a tensor is read without the rest; and a header is checked
+before memory is allocated for what it claims.
 Format: https://github.com/huggingface/safetensors (Format).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import mmap
@@ -95,10 +94,10 @@ class TensorStream(NamedTuple):
 
 
 class WrittenFile(NamedTuple):
-    """The size and checksums of a file just written; ``sums``: of its blocks (``checksums``)."""
+    """The size of a file just written, of its header, and its block checksums (``checksums``)."""
 
     size_bytes: int
-    sha256: str
+    header_bytes: int
     sums: bytes
 
 
@@ -230,25 +229,18 @@ def write_safetensors(
 ) -> WrittenFile:
     """Write a safetensors file chunk by chunk, hash it meanwhile, and sync it to disk.
 
-    A chunk is hashed on a second thread while it is written, and a third one brings what is
-    written to disk in the meantime, every ``SYNC_BYTES``.  Calls ``progress`` with the bytes of
-    each chunk.  Raises NoRoom if the disk is full or a quota or file size limit is reached,
-    CheckpointError if the disk refuses otherwise.
+    A second thread syncs what is written in the meantime, every ``SYNC_BYTES``.  Calls ``progress``
+    with the bytes of each chunk.  Raises NoRoom if the disk is full or a quota or file size limit
+    is reached, CheckpointError if the disk refuses otherwise.
     """
     header, offsets, size = build_header([(t.name, t.dtype, t.shape) for t in tensors])
-    digest, blocks = hashlib.sha256(header), BlockHasher()
+    blocks = BlockHasher()
     blocks.update(memoryview(header))
     blocks.end_block()
-
-    def hash_next(view: memoryview) -> None:
-        digest.update(view)
-        blocks.update(view)
-
     synced, syncing = 0, None
     with (
         explain_write_errors(path, size),
         open(path, "wb", 0, opener=new_file) as file,
-        ThreadPoolExecutor(1, "llamax-hash") as hasher,
         ThreadPoolExecutor(1, "llamax-sync") as syncer,
     ):
         _write_at(file.fileno(), memoryview(header), 0)
@@ -256,20 +248,21 @@ def write_safetensors(
             at = offsets[tensor.name]
             for chunk in tensor.chunks:
                 view = as_bytes(chunk).data
-                hashed = hasher.submit(hash_next, view)
-                _write_at(file.fileno(), view, at)
-                hashed.result()  # the next chunk may be in the same memory
-                at += len(view)
+                for start in range(0, len(view), WRITE_BYTES):
+                    piece = view[start : start + WRITE_BYTES]
+                    _write_at(file.fileno(), piece, at)
+                    blocks.update(piece)  # it is in the processor's cache now
+                    at += len(piece)
+                    if at - synced > SYNC_BYTES and (syncing is None or syncing.done()):
+                        if syncing is not None:
+                            syncing.result()
+                        synced, syncing = at, syncer.submit(sync_handle, file.fileno(), path)
                 progress(len(view))
-                if at - synced > SYNC_BYTES and (syncing is None or syncing.done()):
-                    if syncing is not None:
-                        syncing.result()
-                    synced, syncing = at, syncer.submit(sync_handle, file.fileno(), path)
             blocks.end_block()
         if syncing is not None:
             syncing.result()
         sync_handle(file.fileno(), path)
-    return WrittenFile(size, digest.hexdigest(), blocks.digests())
+    return WrittenFile(size, len(header), blocks.digests())
 
 
 def build_header(

@@ -265,8 +265,8 @@ class Saver:
                     [one.name, one.kind, TAGS[one.tensor.dtype], one.shape, one.run]
                     for one in chosen
                 ]
-                size_bytes, sha256, sums = written
-                note.append({"file": [name, size_bytes, sha256, sums.hex()], "runs": runs})
+                size_bytes, header_bytes, sums = written
+                note.append({"file": [name, size_bytes, header_bytes, sums.hex()], "runs": runs})
         if self.pp.rank > 0 and self.tp.rank == self.data.rank == 0:
             note.append({"names": [*self.parameters.hub_cuts()]})
         with explain_write_errors(folder, 0):
@@ -299,9 +299,9 @@ class Saver:
                 if "names" in one:  # of another stage
                     names += one["names"]
                     continue
-                index, (name, size_bytes, sha256, sums) = len(manifest.files), one["file"]
+                index, (name, size_bytes, header_bytes, sums) = len(manifest.files), one["file"]
                 manifest.files.append(
-                    files.FileRecord(name, size_bytes, sha256, bytes.fromhex(sums))
+                    files.FileRecord(name, size_bytes, header_bytes, bytes.fromhex(sums))
                 )
                 for name, kind, tag, shape, run in one["runs"]:
                     manifest.kind(name, kind, tuple(shape), tag).add(index, Run(*run))

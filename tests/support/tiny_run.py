@@ -19,6 +19,7 @@ from llamax.config.schema import CheckpointConfig, Config, DataConfig, OptimConf
 from llamax.config.toml import to_toml
 from llamax.data.token_file import Header, TokenWriter
 from llamax.parallel import network
+from llamax.runtime.files import sha256
 from llamax.runtime.process import NO_CACHE
 from support.models import TINY as MODEL
 
@@ -68,8 +69,8 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def hashes(folder: Path, step: int) -> dict[str, str]:
-    manifest = json.loads((folder / f"checkpoints/step-{step:08d}/manifest.json").read_text())
-    return {file["name"]: file["sha256"] for file in manifest["files"]}
+    found = (folder / f"checkpoints/step-{step:08d}").glob("*.safetensors")
+    return {path.name: sha256(path) for path in sorted(found)}
 
 
 def forget(folder: Path, step: int) -> None:

@@ -115,7 +115,7 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
         total = sum(file.size_bytes for file in manifest.files)
         with Progress("verifying", total) as bar:
             source.verify(progress=bar.update)
-        yield Row("verified", f"sha256 of {_all_files(len(manifest.files))}", verified=True)
+        yield Row("verified", f"checksums of {_all_files(len(manifest.files))}", verified=True)
 
 
 def _run(path: Path, verify: bool) -> Rows:

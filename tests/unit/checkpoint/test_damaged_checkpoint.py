@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -14,12 +15,14 @@ import numpy as np
 import pytest
 import support.checkpoints as worlds
 from support.saving import refused
+from xxhash import xxh3_64_hexdigest
 
 from llamax.checkpoint import (
     Checkpoint,
     find_checkpoint,
     listing,
 )
+from llamax.checkpoint.checksums import BLOCK_BYTES
 from llamax.checkpoint.safetensors_io import read_header
 
 MODEL = worlds.llama()
@@ -68,11 +71,15 @@ def test_an_error_waits_for_no_long_search(folder: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("share", [0, 1, 2, 3])
 def test_one_flipped_bit_in_any_file(folder: Path, share: int) -> None:
     path = sorted(folder.glob("*.safetensors"))[share]
-    expected = sha256(path.read_bytes()).hexdigest()
-    flip(path, path.stat().st_size // 2)
-    found = sha256(path.read_bytes()).hexdigest()
-    line = rf"{path.name} changed .* its sha256 is {found}, the manifest says {expected}" + INTACT
-    refused(line, lambda: Checkpoint(folder).verify())
+    at = path.stat().st_size // 2
+    entry = max((e for e in read_header(path).values() if e.offset <= at), key=lambda e: e.offset)
+    start, end = entry.offset, entry.offset + math.prod(entry.shape) * entry.dtype.itemsize
+    assert end - start <= BLOCK_BYTES, "a tensor of one block"
+    expected = xxh3_64_hexdigest(path.read_bytes()[start:end])
+    flip(path, at)
+    found = xxh3_64_hexdigest(path.read_bytes()[start:end])
+    line = rf"{path.name} changed .* its bytes {start} to {end - 1} is {found}, .* says {expected}"
+    refused(line + INTACT, lambda: Checkpoint(folder).verify())
     line = rf"{path.name} changed .* its bytes \d+ to \d+ is \w{{16}}, the manifest says \w{{16}}"
     for tp in (1, 2):
         ranks = worlds.world(MODEL, tp, 1, True, None)
@@ -173,12 +180,21 @@ def kinds(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("match", "change"),
     [
-        ("has format 1, this llamax .* reads 3", lambda m: m.update(format=1, files={})),
+        ("has format 1, this llamax .* reads 4", lambda m: m.update(format=1, files={})),
         (
             r"has 1 checksums for its \d\d blocks" + INTACT,
-            lambda m: m["files"][0].update(sums="0" * 16),
+            lambda m: m["files"][0].update(sums=m["files"][0]["sums"][:16]),
         ),
-        (r"dp00.safetensors has no valid checksum", lambda m: m["files"][0].update(sha256="0\n")),
+        (
+            r"dp00.safetensors has an impossible header of -1 bytes",
+            lambda m: m["files"][0].update(header_bytes=-1),
+        ),
+        (
+            f"dp00.safetensors has an impossible header of {2**60} bytes",
+            lambda m: m["files"][0].update(header_bytes=2**60, size_bytes=2**61),
+        ),
+        ("dp00.safetensors changed after", lambda m: m["files"][0].update(header_bytes=9)),
+        ("dp00.safetensors changed after", lambda m: m["files"][0].update(sums="0" * 16)),
         ("config.toml has no valid checksum", lambda m: m.update(config_sha256="\n" * 64)),
         (r"'a\\nb' is not the name of a tensor", lambda m: m["tensors"].update({"a\nb": whole(m)})),
         (r"tensors.a\\nb.shape: Field required", lambda m: m["tensors"].update({"a\nb": {}})),

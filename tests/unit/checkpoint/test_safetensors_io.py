@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import struct
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from llamax.checkpoint.safetensors_io import (
     read_header,
     write_safetensors,
 )
-from llamax.runtime.files import sha256
 
 
 def header(path: Path, text: bytes, data: bytes = b"", length: int | None = None) -> Path:
@@ -91,14 +91,29 @@ def test_chunks_are_hashed_as_they_are_written(
     path = tmp_path / "f.safetensors"
     written = write_safetensors(path, [chunked(3 * 2**20, 5, 2**20 + 1, 2**21)])
     assert written.size_bytes == path.stat().st_size
-    assert written.sha256 == sha256(path)
     entry = read_header(path)["a"]
+    assert written.header_bytes == entry.offset
     blocks = BlockVerifier(path, [entry.offset, path.stat().st_size], written.sums)
     into = torch.empty(entry.shape, dtype=torch.uint8)
     copy = StridedCopy(1, len(into), 0, len(into), 0, len(into))
     read_elements(path, entry.offset, [copy], into, blocks)
     ends = [(3 << 20) - 1, 3 << 20, (3 << 20) + 5, (4 << 20) + 6]
     assert into[ends].tolist() == [1, 2, 3, 4]
+
+
+def test_a_large_chunk_is_synced_while_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_io, "SYNC_BYTES", 2**20)
+    synced, write = threading.Event(), safetensors_io._write_at
+
+    def write_at(fd: int, data: memoryview, offset: int) -> None:
+        assert offset < 4 * 2**20 or synced.wait(60), "nothing is synced before the last piece"
+        write(fd, data, offset)
+
+    monkeypatch.setattr(safetensors_io, "_write_at", write_at)
+    monkeypatch.setattr(safetensors_io, "sync_handle", lambda handle, path: synced.set())
+    write_safetensors(tmp_path / "f.safetensors", [chunked(8 * 2**20)])
 
 
 def test_a_disk_that_fails_meanwhile_is_no_file(

@@ -33,7 +33,7 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "master F32 x 21" in found["kept"]
     assert found["consumed sequences"] == "24"
     assert found["files"].startswith("8, ")
-    assert found["verified"] == "sha256 of all 8 files"
+    assert found["verified"] == "checksums of all 8 files"
     assert "verified" not in rows(folder)
     assert rows(tmp_path)["checkpoints"] == "step-00000003"
     assert rows(hub)["kept"] == "weight bfloat16 x 21"
