@@ -8,8 +8,8 @@
 
 The longest document comes first; each goes into the fullest sample that still has room for it, or
 into a new sample (best-fit decreasing).  A document of n tokens takes n - 1 places, because its
-last token is only a label.  Samples with room are listed by the amount of room; one integer has a
-bit for each amount that occurs, so the best fit is its lowest bit at or above the document's size.
+last token is only a label.  Samples with room are listed by the amount of room, and the amounts
+that occur are sorted, so the best fit is the first at or above the document's size.
 
 Documents are taken in the order of a permutation by ``seed``, WINDOW of them at a time, and the
 index (which document lies in which sample) goes to an unnamed file that is mapped: memory does not
@@ -25,6 +25,8 @@ Truncations Improve Language Modeling", section 3.
 from __future__ import annotations
 
 import tempfile
+from array import array
+from bisect import bisect_left, insort
 from typing import Literal
 
 import numpy as np
@@ -114,8 +116,8 @@ class Packs:
 
     def _measure(self, documents: Integers) -> tuple[Integers, Integers]:
         """The documents that are kept, and the number of places that each takes."""
-        starts = self.file.documents[documents].astype(np.int64)
-        stops = self.file.documents[documents + 1].astype(np.int64)
+        both = np.stack([documents, documents + 1], 1)  # neighbours in memory, read together
+        starts, stops = self.file.documents[both].astype(np.int64).T
         sizes = stops - starts - 1
         keep, long = sizes > 0, sizes > self.length
         self.longer += int(long.sum())
@@ -146,42 +148,47 @@ def best_fit(sizes: Integers, room: int) -> tuple[Integers, Integers]:
     fullest sample that fits takes as many as fit, and is then the fullest for the next; so samples
     with the same room take equal shares, the last one the rest.
     """
-    owners: list[int] = []  # the sample of each document
+    chosen: list[int] = []  # samples, in the order in which documents go into them
+    takers: list[int] = []  # so many of them take
+    shares: list[int] = []  # so many documents each,
+    fewer: dict[int, int] = {}  # but the one at this place so many more, a negative number
     with_room: list[list[int]] = [[] for _ in range(room + 1)]
-    amounts = count = 0  # bit r of amounts: some sample has room for r more
-    values, starts = np.unique(-sizes, return_index=True)
+    amounts: list[int] = []  # of room that some sample has, ascending
+    count = 0
+    starts = np.flatnonzero(np.diff(sizes, prepend=0))
     lengths = np.diff(starts, append=len(sizes))
-    for size, left in zip((-values).tolist(), lengths.tolist(), strict=True):
-        while left:
-            enough = amounts >> size
-            free = size + (enough & -enough).bit_length() - 1 if enough else room
+    for size, left in zip(sizes[starts].tolist(), lengths.tolist(), strict=True):
+        while left > 0:
+            place = bisect_left(amounts, size)
+            free = amounts[place] if place < len(amounts) else room
             fitting = free // size
             wanted = -(-left // fitting)
-            if enough:
+            if place < len(amounts):
                 samples = with_room[free][-wanted:]
                 samples.reverse()
                 del with_room[free][-wanted:]
                 if not with_room[free]:
-                    amounts ^= 1 << free
+                    del amounts[place]
             else:
                 samples = [*range(count, count + wanted)]
                 count += wanted
-            short = max(len(samples) * fitting - left, 0)  # the last has room for as many more
-            left -= len(samples) * fitting - short
-            if fitting == 1:
-                owners += samples
-            elif len(samples) == 1:
-                owners += samples * (fitting - short)
-            else:
-                owners += [sample for sample in samples for _ in range(fitting)]
-                del owners[len(owners) - short :]
+            chosen += samples
+            takers.append(len(samples))
+            shares.append(fitting)
+            left -= len(samples) * fitting
             remaining = free - fitting * size
-            if short:
-                with_room[remaining + short * size].append(samples.pop())
-                amounts |= 1 << remaining + short * size
+            if left < 0:  # the last has room for as many more
+                fewer[len(chosen) - 1] = left
+                more = remaining - left * size
+                if not with_room[more]:
+                    insort(amounts, more)
+                with_room[more].append(samples.pop())
             if remaining and samples:
+                if not with_room[remaining]:
+                    insort(amounts, remaining)
                 with_room[remaining] += samples
-                amounts |= 1 << remaining
-    owner = np.array(owners, np.int64)
+    times = np.repeat(np.array(shares, np.int64), np.array(takers, np.int64))
+    times[[*fewer]] += np.array([*fewer.values()], np.int64)
+    owner = np.repeat(np.array(array("q", chosen)), times)  # an array is read faster than a list
     narrow = owner.astype(np.uint16) if count <= 2**16 else owner  # sorted by radix
     return np.argsort(narrow, kind="stable"), np.bincount(owner, minlength=count)

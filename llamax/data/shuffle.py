@@ -7,19 +7,41 @@ cycle until it falls below n (Black and Rogaway, "Ciphers with Arbitrary Finite 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 ROUNDS = 8
+SMALL = 2**12  # entries of a table that pays even for a few places
 Integers = npt.NDArray[np.int64]
 
 
 def permute(places: Integers, n: int, seed: int, epoch: int) -> Integers:
     """Where ``places`` of 0..n-1 go under the permutation of (seed, epoch)."""
-    seeds, epochs = (np.array([number], np.uint64) for number in (seed, epoch))
-    return permute_each(places, np.array([n]), seeds, epochs)
+    half = max(1, (max(n - 1, 1).bit_length() + 1) // 2)
+    if 2**half > max(len(places), SMALL):
+        seeds, epochs = (np.array([number], np.uint64) for number in (seed, epoch))
+        return permute_each(places, np.array([n]), seeds, epochs)
+    tables, values = _tables(half, seed, epoch), places.astype(np.int64)
+    todo = np.arange(len(values))
+    while len(todo):
+        left, right = values[todo] >> half, values[todo] & 2**half - 1
+        for table in tables:
+            left, right = right, left ^ table[right]
+        values[todo] = left << half | right
+        todo = todo[values[todo] >= n]
+    return values
+
+
+@lru_cache(maxsize=4)
+def _tables(half: int, seed: int, epoch: int) -> Integers:
+    """What each round mixes into the left half, for every right half of ``half`` bits."""
+    keys = _keys(*(np.array([number], np.uint64) for number in (seed, epoch)))
+    mixed = _mix(np.arange(2**half, dtype=np.uint64) + keys)
+    tables: Integers = (mixed & np.uint64(2**half - 1)).astype(np.int64)
+    return tables
 
 
 def permute_each(
@@ -28,16 +50,21 @@ def permute_each(
     """Where places [k] go, each under a permutation of its own; the others are [k] or [1]."""
     _, bits = np.frexp(np.maximum(n - 1, 1).astype(np.float64))
     half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
-    keys = _mix(
-        _mix(seed.astype(np.uint64) + np.zeros((ROUNDS, 1), np.uint64)) + epoch.astype(np.uint64)
-    )
-    keys = _mix(keys + np.arange(ROUNDS, dtype=np.uint64)[:, None])
+    keys = _keys(seed, epoch)
     values = places.astype(np.uint64)
     todo = np.arange(len(values))
     while len(todo):
         values[todo] = _feistel(values[todo], _at(half, todo), _at(keys, todo))
         todo = todo[values[todo] >= _at(n, todo)]
     return values.astype(np.int64)
+
+
+def _keys(seed: npt.NDArray[Any], epoch: npt.NDArray[Any]) -> npt.NDArray[np.uint64]:
+    """The keys of the rounds of each permutation: [ROUNDS, k]."""
+    keys = _mix(
+        _mix(seed.astype(np.uint64) + np.zeros((ROUNDS, 1), np.uint64)) + epoch.astype(np.uint64)
+    )
+    return _mix(keys + np.arange(ROUNDS, dtype=np.uint64)[:, None])
 
 
 def _at(numbers: npt.NDArray[Any], places: Integers) -> npt.NDArray[Any]:
