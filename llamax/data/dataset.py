@@ -17,7 +17,8 @@ from typing import Any
 
 from llamax.data.chat.record import PromptRecord
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
-from llamax.data.token_file import GoOn, Header, Stream, TokenFile, Verify
+from llamax.data.stream import Stream
+from llamax.data.token_file import GoOn, Header, TokenFile, Verify
 from llamax.data.tokenizer.tokenizer import fingerprint_of_file
 from llamax.runtime.errors import DataError, join_or
 from llamax.runtime.files import is_file_name

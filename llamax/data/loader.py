@@ -36,7 +36,7 @@ from torch import Tensor
 
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.shuffle import Integers, permute
-from llamax.data.token_file import Stream
+from llamax.data.stream import Stream
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel import context_parallel
 from llamax.runtime.errors import DataError
@@ -227,11 +227,7 @@ class Loader(Batches):
 
     def _boundaries(self, starts: Integers, stops: Integers) -> tuple[Integers, Integers]:
         """(row, column) of every document that begins inside a window, not at its first token."""
-        offsets, unit = self.file.boundaries
-        self.file.touch(np.zeros(1, np.int64), np.full(1, len(offsets)), "documents")
-        low = np.searchsorted(offsets, (np.maximum(starts, 0) * unit).astype(np.uint64), "right")
-        high = np.searchsorted(offsets, (np.maximum(stops, 0) * unit).astype(np.uint64), "left")
-        count = np.maximum(high - low, 0)
-        rows = np.repeat(np.arange(len(starts)), count)
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(count) - count, count)
-        return rows, offsets[low[rows] + within].astype(np.int64) // unit - starts[rows]
+        every = np.full(1, self.file.num_documents + 1)
+        self.file.touch(np.zeros(1, np.int64), every, "documents")
+        rows, begins = self.file.begins(np.maximum(starts, 0), np.maximum(stops, 0))
+        return rows, begins - starts[rows]

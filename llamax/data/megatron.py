@@ -11,8 +11,7 @@
 
 All integers are little-endian.  These are the files of Megatron-LM, NeMo and NeMo Megatron on
 Neuron ("mmap").  Nothing is converted and memory does not grow with the corpus: both files are
-mapped, and where every document is one sequence, as in pretraining data, the table of positions is
-searched in the file.
+mapped, and the tables of positions and of documents are searched in the file.
 
 The format has no checksums and names no tokenizer.  Checked are the sizes of both files, that
 sequences lie end to end, and that every token is in the model's vocabulary.
@@ -26,13 +25,14 @@ import mmap
 import os
 import struct
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llamax.data.search import first_at_least, inside
+from llamax.data.shuffle import Integers
 from llamax.data.token_file import GoOn, Header, TokenFile, Verify
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file, plain_file, refuse_link, sync_folder, sync_handle
@@ -45,8 +45,6 @@ TABLES = 34  # bytes before the tables of an .idx file
 LARGEST_U2 = 65_500  # larger vocabularies take int32
 CHUNK = 2**20  # elements checked at a time
 SAMPLED = 1000  # documents looked at for the token with which all begin
-
-Integers = npt.NDArray[np.int64]
 
 
 def is_prefix(path: str | Path) -> bool:
@@ -78,7 +76,7 @@ class IndexedFile:
     ) -> None:
         self.path, self.vocab_size, self.checks = Path(prefix), vocab_size, verify
         index, data = (Path(f"{prefix}{suffix}") for suffix in (".idx", ".bin"))
-        self._index, self._data = _map(index), _map(data)
+        (self._index, self.identity), (self._data, _) = _map(index), _map(data)
         if len(self._index) < TABLES or bytes(self._index[: len(MAGIC)]) != MAGIC:
             raise DataError(
                 f"{index}: is not a Megatron index of kind mmap (it begins with "
@@ -129,34 +127,59 @@ class IndexedFile:
         return self.tokens[start : start + int(self.lengths[number])]
 
     @property
+    def num_documents(self) -> int:
+        return max(len(self.marks) - 1, 0)
+
+    @property
     def documents(self) -> npt.NDArray[np.uint64]:
         """Tokens [documents[i], documents[i + 1]) are document i; computed at the first use."""
         if self._documents is None:
-            wrong = np.flatnonzero(self.marks[1:] < self.marks[:-1]).tolist()
-            if wrong:
-                raise DataError(
-                    f"{self.path}.idx: document {wrong[0]} ends before it begins, at sequence "
-                    f"{self.marks[wrong[0] + 1]}; prepare it again"
-                )
-            starts = np.append(self.pointers, np.uint64(len(self._data)))
-            found = starts[self.marks] // np.uint64(self.dtype.itemsize)
+            self._check_marks(0, len(self.marks))
+            found = self._begins(self.marks).astype(np.uint64)
             if (found[1:] < found[:-1]).any():  # damage beyond the sequences checked at opening
                 self._check_sequences(0, len(self.lengths))
             self._documents = found
         return self._documents
 
-    @cached_property
-    def _plain(self) -> bool:
-        """Whether every document is one sequence; looks at the marks at its first use."""
-        return len(self.marks) == len(self.lengths) + 1 and _counts_up(self.marks)
+    def bounds(self, documents: Integers) -> tuple[Integers, Integers]:
+        """The first token of each of these documents, and one after its last."""
+        first, stop = self.marks[documents], self.marks[documents + 1]
+        for place in np.flatnonzero((first < 0) | (stop < first) | (stop > len(self.lengths)))[:1]:
+            self._check_marks(int(documents[place]), int(documents[place]) + 2)
+        return self._begins(first), self._begins(stop)
 
-    @property
-    def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
-        """Where documents begin, ascending, and how many of its units a token takes.
+    def begins(self, starts: Integers, stops: Integers) -> tuple[Integers, Integers]:
+        """The documents that begin inside windows: (window, first token) of each.
 
-        For plain pretraining data it is the mapped table itself, in bytes.
+        Only the parts of the tables that the search visits are read.
         """
-        return (self.pointers, self.dtype.itemsize) if self._plain else (self.documents, 1)
+        unit = self.dtype.itemsize
+        first = first_at_least(self.pointers, starts * unit + 1)
+        stop = first_at_least(self.pointers, stops * unit)
+        windows, documents = inside(self.marks, first - 1, stop)
+        marks = self.marks[documents]
+        wrong = (marks < first[windows]) | (marks >= stop[windows])
+        wrong[1:] |= (marks[1:] < marks[:-1]) & (windows[1:] == windows[:-1])
+        if wrong.any():
+            self._check_marks(0, len(self.marks))
+        return windows, self._begins(marks)
+
+    def _begins(self, sequences: Integers) -> Integers:
+        """The first token of each of these sequences; for one after the last, all tokens."""
+        last = len(self.lengths) - 1
+        begins = self.pointers[np.clip(sequences, 0, last)].astype(np.int64) // self.dtype.itemsize
+        found: Integers = np.where(sequences > last, len(self), begins)
+        return found
+
+    def _check_marks(self, start: int, stop: int) -> None:
+        marks = self.marks[start:stop]
+        outside = (marks < 0) | (marks > len(self.lengths))
+        outside[1:] |= marks[1:] < marks[:-1]
+        for wrong in np.flatnonzero(outside)[:1].tolist():
+            raise DataError(
+                f"{self.path}.idx: document {start + max(wrong - 1, 0)} ends before it begins or "
+                f"after the last sequence, at sequence {marks[wrong]}; prepare it again"
+            )
 
     def counted(self, places: Integers) -> npt.NDArray[np.bool_]:
         """Every token counts in the loss."""
@@ -169,8 +192,9 @@ class IndexedFile:
 
         ``go_on`` is called now and then; checking ends early when it returns False.
         """
-        for start in range(share * CHUNK, len(self.lengths), of * CHUNK):
+        for start in range(share * CHUNK, max(len(self.lengths), len(self.marks)), of * CHUNK):
             self._check_sequences(start, start + CHUNK)
+            self._check_marks(start, start + CHUNK + 1)
         for start in range(share * CHUNK, len(self), of * CHUNK):
             if go_on and not go_on():
                 return
@@ -215,23 +239,19 @@ class IndexedFile:
         return int(first[0]) if len(first) == 1 and len(starts) > 1 else None
 
 
-def _map(path: Path) -> mmap.mmap | bytes:
+def _map(path: Path) -> tuple[mmap.mmap | bytes, str]:
+    """A mapped file, and its place, size and time, since it has no checksums."""
     try:
         with open(path, "rb", opener=plain_file) as file:
-            if not os.fstat(file.fileno()).st_size:
-                return b""
-            return map_file(file.fileno(), path)
+            stat = os.fstat(file.fileno())
+            facts = path.resolve(), stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+            identity = " ".join(map(str, facts))
+            return map_file(file.fileno(), path) if stat.st_size else b"", identity
     except OSError as error:
         raise DataError(
             f"{path}: cannot be opened ({error.strerror}); a Megatron dataset is PREFIX.idx and "
             "PREFIX.bin, and is named by its prefix"
         ) from None
-
-
-def _counts_up(marks: Integers) -> bool:
-    """Whether marks are 0, 1, 2, ...: then every document is one sequence."""
-    parts = (range(start, min(start + CHUNK, len(marks))) for start in range(0, len(marks), CHUNK))
-    return all(np.array_equal(marks[part.start : part.stop], part) for part in parts)
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -52,8 +52,7 @@ class PackedLoader(Batches):
         for row, sample in enumerate(samples.tolist()):
             at = number = 0
             members = self.packs.documents(sample) if sample >= 0 else np.zeros(0, np.int64)
-            starts = file.documents[members].astype(np.int64)
-            stops = file.documents[members + 1].astype(np.int64)
+            starts, stops = file.bounds(members)
             stops = np.minimum(stops, starts + self.sequence_length + 1)
             file.touch(starts, stops)
             if self.answers:

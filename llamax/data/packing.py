@@ -32,7 +32,7 @@ from typing import Literal
 import numpy as np
 
 from llamax.data.shuffle import Integers, permute
-from llamax.data.token_file import Stream
+from llamax.data.stream import Stream
 from llamax.runtime.errors import DataError
 from llamax.runtime.units import count
 

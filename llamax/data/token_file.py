@@ -25,12 +25,15 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any, Literal, Protocol
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from llamax.data.search import inside
+from llamax.data.shuffle import Integers
 from llamax.runtime.cores import workers
 from llamax.runtime.errors import DataError
 from llamax.runtime.files import new_file, plain_file, refuse_link, sync_folder, sync_handle
@@ -120,36 +123,6 @@ class Header:
         return isinstance(self.tokenizer, str) and self.sections.keys() == sizes.keys()
 
 
-class Stream(Protocol):
-    """Documents end to end, from which samples are cut: a token file or a Megatron dataset."""
-
-    path: Path
-    header: Header
-    tokens: npt.NDArray[Any]
-
-    def __len__(self) -> int: ...
-
-    @property
-    def documents(self) -> npt.NDArray[np.uint64]: ...
-
-    @property
-    def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
-        """Where documents begin, ascending, and how many of its units a token takes."""
-
-    @property
-    def masked(self) -> bool: ...
-
-    def counted(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]: ...
-
-    def touch(
-        self, starts: npt.NDArray[np.int64], stops: npt.NDArray[np.int64], section: str = "tokens"
-    ) -> None: ...
-
-    def verify(
-        self, threads: int | None = None, share: int = 0, of: int = 1, go_on: GoOn | None = None
-    ) -> Any: ...
-
-
 class TokenFile:
     """A mapped token file: ``tokens`` [tokens], ``documents`` [documents + 1] and ``counted``.
 
@@ -207,9 +180,24 @@ class TokenFile:
         return len(blocks) * BLOCK_BYTES / (time.perf_counter() - start)
 
     @property
-    def boundaries(self) -> tuple[npt.NDArray[np.uint64], int]:
-        """Where documents begin, ascending, and how many of its units a token takes."""
-        return self.documents, 1
+    def identity(self) -> str:
+        """The hash of the header, and so of the checksums of everything else."""
+        return sha256(self.header.to_bytes()).hexdigest()
+
+    @property
+    def num_documents(self) -> int:
+        return self.header.documents
+
+    def bounds(self, documents: Integers) -> tuple[Integers, Integers]:
+        """The first token of each of these documents, and one after its last."""
+        both = np.stack([documents, documents + 1], 1)  # neighbours in memory, read together
+        starts, stops = self.documents[both].astype(np.int64).T
+        return starts, stops
+
+    def begins(self, starts: Integers, stops: Integers) -> tuple[Integers, Integers]:
+        """The documents that begin inside windows: (window, first token) of each."""
+        windows, documents = inside(self.documents, starts, stops)
+        return windows, self.documents[documents].astype(np.int64)
 
     @property
     def masked(self) -> bool:

@@ -28,7 +28,8 @@ from llamax.data.dataset import Mixture, open_dataset
 from llamax.data.prepare.row_samples import EmptyAnswer, check_fields, read_sample
 from llamax.data.prepare.tables import plan_tables, read_rows
 from llamax.data.samples import Samples
-from llamax.data.token_file import Stream, TokenFile
+from llamax.data.stream import Stream
+from llamax.data.token_file import TokenFile
 from llamax.inference.checks import check_computing, check_stops
 from llamax.inference.engine import Engine, LoadedModel, begin_id, open_model, split_stops
 from llamax.inference.generate import (

@@ -14,7 +14,8 @@ from llamax.data.packing import Packs
 from llamax.data.prepare.chunks import SPLITS
 from llamax.data.prepare.pipeline import Prepared
 from llamax.data.prepare.unread import MOST_NAMES, unread_names
-from llamax.data.token_file import Stream, TokenFile
+from llamax.data.stream import Stream
+from llamax.data.token_file import TokenFile
 from llamax.runtime.errors import DataError
 from llamax.runtime.units import count
 

@@ -25,7 +25,8 @@ from llamax.data.dataset import Dataset, Split, blend_words, open_dataset
 from llamax.data.packing import Packs
 from llamax.data.samples import Samples
 from llamax.data.shuffle import Integers
-from llamax.data.token_file import Stream, TokenFile
+from llamax.data.stream import Stream
+from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.streaming import Detokenizer
 from llamax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from llamax.parallel.mesh import ALONE
@@ -183,7 +184,7 @@ def _show(samples: Samples, number: int, tokenizer: Tokenizer) -> Shown:
     ranges = _packed(packs, number) if packs is not None else _window(file, number, length)
     parts = []
     for document, start, stop in ranges:
-        begin, end = (int(file.documents[document + i]) for i in range(2))
+        begin, end = (int(each[0]) for each in file.bounds(np.array([document])))
         places = np.arange(start, stop)
         file.touch(places[:1], places[-1:] + 1)
         learnt = np.ones(stop - start, bool)
@@ -203,9 +204,9 @@ def _show(samples: Samples, number: int, tokenizer: Tokenizer) -> Shown:
 
 def _packed(packs: Packs, number: int) -> Iterator[tuple[int, int, int]]:
     """(document, first token, one after the last) of the documents of a packed sample."""
-    offsets = packs.file.documents
-    for document in packs.documents(number).tolist():
-        start, stop = int(offsets[document]), int(offsets[document + 1])
+    documents = packs.documents(number)
+    bounds = (each.tolist() for each in packs.file.bounds(documents))
+    for document, start, stop in zip(documents.tolist(), *bounds, strict=True):
         yield document, start, min(stop, start + packs.length + 1)
 
 

@@ -36,8 +36,8 @@ def test_every_integer_type_reads_as_written(tmp_path: Path, code: int) -> None:
     assert file.documents.tolist() == [0, 4, 6, 11]
     assert len(file) == 11
     assert file.header.bos_id == 1
-    offsets, unit = file.boundaries
-    assert (offsets // np.uint64(unit)).tolist() == [0, 4, 6]
+    windows, begins = file.begins(np.array([0, 3, 4]), np.array([11, 6, 6]))
+    assert list(zip(windows.tolist(), begins.tolist(), strict=True)) == [(0, 4), (0, 6), (1, 4)]
 
 
 @pytest.mark.parametrize("code", [1, 2])
@@ -53,12 +53,20 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
     (tmp_path / "d.idx").write_bytes(index_bytes([2, 3, 4, 1], 2, 8, [0, 2, 2, 4]))
     file = IndexedFile(tmp_path / "d")
     assert file.documents.tolist() == [0, 5, 5, 10]
-    assert file.boundaries == (file.documents, 1)
+    every = np.arange(file.num_documents)
+    assert [each.tolist() for each in file.bounds(every)] == [[0, 5, 5], [5, 5, 10]]
+    windows, begins = file.begins(np.array([0, 4, 5]), np.array([10, 6, 10]))
+    assert (windows.tolist(), begins.tolist()) == ([0, 0, 1, 1], [5, 5, 5, 5])
     for marks in ([0, 3, 2, 4], [0, 9, 2, 4], [0, -3, 2, 4]):
         (tmp_path / "d.idx").write_bytes(index_bytes([2, 3, 4, 1], 2, 8, marks))
         damaged = IndexedFile(tmp_path / "d")
-        with pytest.raises(DataError, match=r"document \d ends before it begins, at sequence"):
-            damaged.boundaries  # noqa: B018
+        looks = [damaged.verify, lambda file=damaged: file.documents]
+        looks += [lambda file=damaged: file.bounds(every)]
+        if marks[1] > 0:  # else the search does not meet it
+            looks += [lambda file=damaged: file.begins(np.array([0]), np.array([10]))]
+        for look in looks:
+            with pytest.raises(DataError, match=r"document \d ends before it begins or after"):
+                look()
 
 
 def test_what_is_written_is_the_layout(tmp_path: Path) -> None:
