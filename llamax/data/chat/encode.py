@@ -65,8 +65,8 @@ class Encoder:
                 beginnings = [piece.text[:cut] for cut in piece.cuts]
                 texts[piece.after_special] += [piece.text, *beginnings]
         encoded = {
-            False: iter(self.tokenizer.encode_documents(texts[False])),
-            True: iter(self.tokenizer.encode_after(texts[True])),
+            False: iter(self.tokenizer.encode_documents(texts[False]) if texts[False] else ()),
+            True: iter(self.tokenizer.encode_after(texts[True]) if texts[True] else ()),
         }
         return [self._join(sample, encoded, prompts) for sample in pieces]
 

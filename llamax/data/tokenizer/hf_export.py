@@ -39,6 +39,7 @@ from llamax.data.tokenizer.sentencepiece_model import (
     UNUSED,
     USER_DEFINED,
     SentencePieceModel,
+    without_prefix,
 )
 from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.data.tokenizer.tokenizer import SentencePiece, Tokenizer
@@ -143,7 +144,7 @@ def why_alone(model: SentencePieceModel) -> str:
 
 def every_piece_is_itself(model: SentencePieceModel) -> bool:
     """Whether sentencepiece makes of each normal piece's text that piece alone."""
-    engine = sentencepiece.SentencePieceProcessor(model_proto=model.without_prefix())
+    engine = sentencepiece.SentencePieceProcessor(model_proto=without_prefix(model.raw))
     normal = [
         (number, text) for number, (text, _, kind) in enumerate(model.pieces) if kind == NORMAL
     ]

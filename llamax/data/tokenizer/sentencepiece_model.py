@@ -73,13 +73,14 @@ class SentencePieceModel:
             dummy_prefix=bool(normalizer.get(3, 1)),
         )
 
-    def without_prefix(self) -> bytes:
-        """The bytes of the same model that puts no space before a text.
 
-        A message that occurs twice is merged and later fields win, so it is enough to append
-        ``normalizer_spec { add_dummy_prefix: false }``.
-        """
-        return self.raw + b"\x1a\x02\x18\x00"
+def without_prefix(raw: bytes) -> bytes:
+    """The bytes of the same model that puts no space before a text.
+
+    A message that occurs twice is merged and later fields win, so it is enough to append
+    ``normalizer_spec { add_dummy_prefix: false }``.
+    """
+    return raw + b"\x1a\x02\x18\x00"
 
 
 def extends(engine_file: Path, model_file: Path) -> bool:

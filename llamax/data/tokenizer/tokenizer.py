@@ -37,6 +37,7 @@ from llamax.data.tokenizer.fast_engine import FastEngine, judged
 from llamax.data.tokenizer.fast_settings import of_sentencepiece
 from llamax.data.tokenizer.fingerprint import BESIDE, fingerprint, state_of
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
+from llamax.data.tokenizer.sentencepiece_model import SentencePieceModel, extends, without_prefix
 from llamax.data.tokenizer.special_tokens import FILES, SpecialTokens, stripping
 from llamax.data.tokenizer.tiktoken_file import TikToken
 from llamax.runtime.errors import DataError
@@ -96,16 +97,15 @@ class SentencePiece:
     memory = 64
 
     def __init__(self, path: Path, raw: bytes) -> None:
-        from llamax.data.tokenizer.sentencepiece_model import CONTROL, SentencePieceModel
-
-        self.path = path
-        self.model = SentencePieceModel.from_bytes(raw)
+        if not raw:
+            raise ValueError("it is empty")
+        self.path, self.raw = path, raw
         self.fast: FastEngine | None = None
         self.base_size: int = self._engine.vocab_size()
         self.special = {
-            text: number
-            for number, (text, _, kind) in enumerate(self.model.pieces)
-            if kind == CONTROL
+            self._engine.id_to_piece(number): number
+            for number in range(self.base_size)
+            if self._engine.is_control(number)
         }
         self.bos_id, self.eos_id = _id(self._engine.bos_id()), _id(self._engine.eos_id())
         self.added, self.strips, self.adds_bos = {}, {}, self.bos_id is not None
@@ -125,19 +125,23 @@ class SentencePiece:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ENGINES}
 
+    @property
+    def model(self) -> SentencePieceModel:
+        """The content of the file, read anew: its pieces take as much memory as an engine."""
+        return SentencePieceModel.from_bytes(self.raw)
+
     @cached_property
     def _engine(self) -> Any:
         import sentencepiece
 
-        return sentencepiece.SentencePieceProcessor(model_proto=self.model.raw)
+        return sentencepiece.SentencePieceProcessor(model_proto=self.raw)
 
     def speed_up(self) -> str:
-        prefix = " " if self.model.dummy_prefix else ""
-        words = [text.replace("▁", " ") for text, _, _ in self.model.pieces]
+        model = self.model
+        prefix = " " if model.dummy_prefix else ""
+        words = [text.replace("▁", " ") for text, _, _ in model.pieces]
         self.fast, fault = judged(
-            lambda: FastEngine(
-                json.dumps(of_sentencepiece(self.model, self._inline)), False, prefix
-            ),
+            lambda: FastEngine(json.dumps(of_sentencepiece(model, self._inline)), False, prefix),
             self.encode,
             [*self.special],
             words,
@@ -209,7 +213,7 @@ class SentencePiece:
         """The same model without the space before every text."""
         import sentencepiece
 
-        return sentencepiece.SentencePieceProcessor(model_proto=self.model.without_prefix())
+        return sentencepiece.SentencePieceProcessor(model_proto=without_prefix(self.raw))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -257,8 +261,6 @@ def tokenizer_file(path: Path) -> Path:
     if not path.is_dir():
         raise DataError(f"{path}: no such tokenizer; give a tokenizer file or a folder with one")
     ranked = [path / "tokenizer.model", path / "tokenizer.json", *sorted(path.glob("*.tiktoken"))]
-    from llamax.data.tokenizer.sentencepiece_model import extends
-
     if extends(path / "tokenizer.json", path / "tokenizer.model"):
         return path / "tokenizer.json"
     for candidate in (*ranked, path / "tekken.json"):
