@@ -3,9 +3,12 @@
     python benchmarks/saving.py [--rounds 3] [--folder DIR] [--smallest]
     python benchmarks/saving.py --plan [--folder DIR] [--smallest]
 
-Saving and loading are held against copying the same files with their bytes made durable, and
-against reading them; both in rounds, one after the other.  ``--plan`` builds the manifest and the
-(sparse) files of Llama-2-70B saved by tensor 32 x data 32 ranks with ZeRO-1, and plans from them.
+Saving is compared with a durable copy of the same files, with ``async_save`` of torch's distributed
+checkpoints and with safetensors' ``save_file``, loading with reading the files; all take turns.
+Each deletes what it wrote in its turn before, which is not timed: so each gets memory for the page
+cache that was in use until then.
+``--plan`` builds the manifest and the (sparse) files of Llama-2-70B saved by tensor 32 x data 32
+ranks with ZeRO-1, and plans from them.
 """
 
 from __future__ import annotations
@@ -19,13 +22,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from llamax.checkpoint import Checkpoint, Saver, hf_writer, load_owned
 from llamax.checkpoint import manifest as files
@@ -38,7 +44,6 @@ from llamax.config.schema import CheckpointConfig
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import ShardedParameter, ShardedParameters, local_shape, whole_shape
-from llamax.runtime.files import sha256
 
 LARGE = ModelConfig(
     hidden_size=1024,
@@ -80,26 +85,12 @@ def timed(act: Callable[..., object], *args: object) -> Took:
     return since(began)
 
 
-def copy(folder: Path, out: Path) -> None:
-    out.mkdir()
-    for path in folder.iterdir():
-        shutil.copyfile(path, out / path.name)
-        fd = os.open(out / path.name, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-
-
 def read(folder: Path) -> None:
     buffer = bytearray(1 << 20)
     for path in folder.iterdir():
         with open(path, "rb", buffering=0) as file:
             while file.readinto(buffer):
                 pass
-
-
-def hash_all(folder: Path) -> None:
-    for path in folder.glob("*.safetensors"):
-        sha256(path)
 
 
 def forget(folder: Path) -> None:
@@ -111,6 +102,29 @@ def forget(folder: Path) -> None:
         os.close(fd)
 
 
+def copy(folder: Path, out: Path) -> None:
+    """Copy a checkpoint as plainly as is durable: every file and the folder are synced."""
+    out.mkdir()
+    for path in folder.iterdir():
+        shutil.copyfile(path, out / path.name)
+        sync(out / path.name)
+    sync(out)
+
+
+def by_safetensors(tensors: dict[str, Tensor], out: Path) -> None:
+    """What a trainer without a saver of its own does; made durable as ours is."""
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors")
+    sync(out / "model.safetensors")
+    sync(out)
+
+
+def sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
 def rounds(count: int, folder: Path, shape: ModelConfig) -> None:
     model = Llama(shape).init(0)
     parameters = dict(model.named_parameters())
@@ -119,22 +133,38 @@ def rounds(count: int, folder: Path, shape: ModelConfig) -> None:
         for kind in ("weight", "exp_avg", "exp_avg_sq")
         for name, p in parameters.items()
     ]
-    saver = Saver(folder, Axes.solo("cpu"), model.sharded_parameters(), CheckpointConfig(keep=1))
-    found: dict[str, list[Took]] = {}
+    tensors = {f"{one.name}:{one.kind}": one.tensor for one in owned}
+    saver = Saver(folder, Axes.solo("cpu"), model.sharded_parameters(), CheckpointConfig(keep=0))
+    began = now()
+    saver.prepare(owned)
+    saver.wait()
+    found: dict[str, list[Took]] = {"memory for the first save, in the background": [since(began)]}
 
     def note(what: str, took: Took) -> None:
         found.setdefault(what, []).append(took)
 
+    def emptied(name: str) -> Path:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        return folder / name
+
     for step in range(1, count + 1):
+        emptied(files.step_name(step - 1))
         began = now()
         saver.save(step, owned, {}, shape.to_hub("float32"), "")
-        note("save: training waits", since(began))
+        note(f"save: training waits{', the first time' * (step == 1)}", since(began))
         saver.wait()
         note("save: until committed", since(began))
         checkpoint = folder / files.step_name(step)
         size_bytes = sum(path.stat().st_size for path in checkpoint.iterdir())
-        note("plain copy, durable", timed(copy, checkpoint, folder / "copy"))
-        shutil.rmtree(folder / "copy")
+        note("plain copy, durable", timed(copy, checkpoint, emptied("copy")))
+        out = emptied("safetensors")
+        note("safetensors' save_file, durable: training waits", timed(by_safetensors, tensors, out))
+        out, began = emptied("dcp"), now()
+        future = async_save(tensors, checkpoint_id=out, no_dist=True)
+        note("torch's DCP async_save: training waits", since(began))
+        assert isinstance(future, Future)
+        future.result()
+        note("torch's DCP async_save: until committed", since(began))
         for state in ("cached", "from disk"):
             cold = state == "from disk"
             if cold:
@@ -147,13 +177,17 @@ def rounds(count: int, folder: Path, shape: ModelConfig) -> None:
                 word = "checked" if verify else "not checked"
                 took = timed(load, checkpoint, owned, model, verify, anew)
                 note(f"load, {state}, into {into}, {word}", took)
-        note("sha256 of all files", timed(hash_all, checkpoint))
+        note("all files verified", timed(Checkpoint(checkpoint).verify))
     print(f"{size_bytes / 1e6:.0f} MB, medians of {count} rounds\n")
     print("| what | s | CPU s | MB a CPU s |\n|---|---|---|---|")
-    for what, took in found.items():
-        clock, cpu = (statistics.median(one[i] for one in took) for i in (0, 1))
+    for what, turns in found.items():
+        clock, cpu = (statistics.median(one[i] for one in turns) for i in (0, 1))
         rate = size_bytes / 1e6 / cpu
         print(f"| {what} | {clock:.2f} | {cpu:.2f} | {rate:.0f} |")
+    saves, copies = found["save: until committed"], found["plain copy, durable"]
+    for i, unit in enumerate(("s", "CPU s")):
+        ratio = statistics.median(a[i] / b[i] for a, b in zip(saves, copies, strict=True))
+        print(f"committed save / plain copy, median of the rounds, {unit}: {ratio:.2f}")
 
 
 def load(checkpoint: Path, owned: list[Run1], model: Llama, verify: bool, anew: bool) -> None:

@@ -3,7 +3,8 @@
 ::
 
     all ranks   copy what they own to host memory         training stops for this alone;
-                                                          the memory stays for the next save
+                                                          the memory stays for the next save, and
+                                                          ``prepare`` has it ready for the first
     thread      step-00000100.tmp/weights-tp00-dp00...    written, hashed, made durable
                 step-00000100.tmp/rank-tp00-dp00.json     names its runs and their files
     rank 0      waits for the notes of all ranks -> index.bin, manifest.json
@@ -38,7 +39,7 @@ from llamax.checkpoint.hf_beside import write_hf_folder_beside
 from llamax.checkpoint.load import Owned, Whole
 from llamax.checkpoint.retention import clean_up, delete_or_warn, move_to_past, publish, sweep
 from llamax.checkpoint.runs import Run, is_writer, slices
-from llamax.checkpoint.safetensors_io import TAGS, TensorStream, write_safetensors
+from llamax.checkpoint.safetensors_io import TAGS, TensorStream, as_bytes, write_safetensors
 from llamax.config.schema import CheckpointConfig
 from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Seat
@@ -67,11 +68,20 @@ class HostCopies:
     def __init__(self) -> None:
         self._copies: list[Tensor] = []
 
+    def allocate(self, kinds: Sequence[tuple[torch.dtype, torch.Size]]) -> None:
+        """Get memory for tensors of these dtypes and shapes, unless it is that of before."""
+        if kinds != [(copy.dtype, copy.shape) for copy in self._copies]:
+            self._copies = []  # before the new ones are there
+            self._copies = [torch.empty(shape, dtype=dtype) for dtype, shape in kinds]
+
+    def touch(self) -> None:
+        """Make the system provide the memory now; by numpy, which starts no threads for it."""
+        for copy in self._copies:
+            as_bytes(copy).fill(0)
+
     def take(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Copies of this moment, valid until the next call."""
-        if [(t.dtype, t.shape) for t in tensors] != [(t.dtype, t.shape) for t in self._copies]:
-            self._copies = []  # before the new ones are there
-            self._copies = [torch.empty(t.shape, dtype=t.dtype) for t in tensors]
+        self.allocate([(tensor.dtype, tensor.shape) for tensor in tensors])
         for copy, tensor in zip(self._copies, tensors, strict=True):
             copy.copy_(tensor.detach())
         return self._copies
@@ -123,6 +133,16 @@ class Saver:
         else:
             barrier()  # what a fast rank saves must not be swept
 
+    def prepare(self, owned: Iterable[Owned]) -> None:
+        """Get the memory for copies of ``owned`` in the background.
+
+        Then training waits for the first save no longer than for the others.
+        """
+        self.wait()
+        self._host.allocate([(one.tensor.dtype, one.tensor.shape) for one in self._kept(owned)])
+        self._thread = threading.Thread(target=self._host.touch, name="llamax-memory")
+        self._thread.start()
+
     def save(
         self,
         step: int,
@@ -140,10 +160,9 @@ class Saver:
         ``score`` is the validation loss of this moment, where there is one.
         """
         self.wait()
-        frozen = self.frozen if self.data.rank == 0 or not self.zero else {}
-        whole = (Whole(name, tensor.detach().view(-1)) for name, tensor in frozen.items())
-        elsewhere = self.parameters.tied if self.pp.rank else ()  # the first stage keeps these
-        kept = self._snapshot(run for run in (*owned, *whole) if run.name not in elsewhere)
+        kept = self._kept(owned)
+        copies = self._host.take([one.tensor for one in kept])
+        kept = [one._replace(tensor=copy) for one, copy in zip(kept, copies, strict=True)]
         rng = None if rng is None else rng.detach().to("cpu", copy=True)
         manifest = files.Manifest(
             format=files.FORMAT_VERSION,
@@ -192,9 +211,13 @@ class Saver:
         data = self.axes.dp.size
         return {"tensor": self.tp.size, **context, **pipeline, "data": data, "zero": self.zero}
 
-    def _snapshot(self, owned: Iterable[Owned]) -> list[Kept]:
+    def _kept(self, owned: Iterable[Owned]) -> list[Kept]:
+        """The runs that this rank writes, of ``owned`` and of the frozen parameters."""
+        frozen = self.frozen if self.data.rank == 0 or not self.zero else {}
+        unowned = (Whole(name, tensor.detach().view(-1)) for name, tensor in frozen.items())
+        elsewhere = self.parameters.tied if self.pp.rank else ()  # the first stage keeps these
         kept = []
-        for owner in owned:
+        for owner in (one for one in (*owned, *unowned) if one.name not in elsewhere):
             shape, flat = self.parameters[owner.name].tensor.shape, owner.tensor
             low, high = 0, len(flat)
             if not self.zero:
@@ -205,8 +228,7 @@ class Saver:
                     tensor = flat[low + at : low + at + run.length]
                     whole = whole_shape(cuts[name], shape)
                     kept.append(Kept(name, owner.kind, whole, run, tensor))
-        copies = self._host.take([one.tensor for one in kept])
-        return [one._replace(tensor=copy) for one, copy in zip(kept, copies, strict=True)]
+        return kept
 
     def _guarded(
         self, kept: list[Kept], rng: Tensor | None, manifest: files.Manifest, config_text: str

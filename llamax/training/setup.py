@@ -168,6 +168,8 @@ def prepare(
         timeout_s=config.run.timeout_s,
         barrier=backend.barrier,
     )
+    if draw and not backend.traces and config.optim.state_bits == 32:  # else owned() makes copies
+        saver.prepare(state.optimizer.owned())
     return Job(
         run,
         backend,

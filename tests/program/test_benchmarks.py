@@ -53,7 +53,7 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
     "ops.py": [([*ONE_ROUND, "--threads", "1", "--length", "16", "--tokens", "32"], "linear bf16")],
     "plan.py": [([], "| fitted |")],
     "saving.py": [
-        ([*ONE_ROUND, "--smallest"], "| sha256 of all files |"),
+        ([*ONE_ROUND, "--smallest"], "| all files verified |"),
         (["--plan", "--smallest"], "tensors from"),
     ],
     "scale.py": [(["--smallest", *ONE_ROUND], "| watch, many ranks |")],

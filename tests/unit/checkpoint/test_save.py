@@ -154,6 +154,19 @@ def test_frozen_weights_are_kept_without_state(tmp_path: Path, zero: int) -> Non
     assert torch.equal(empty.parameters[frozen], values[frozen, "weight"])
 
 
+@pytest.mark.parametrize("zero", [1, 0])
+def test_the_memory_of_the_first_save_can_be_there_before(tmp_path: Path, zero: int) -> None:
+    rank = worlds.world(MODEL, 1, 1, zero, worlds.wholes(MODEL))[0]
+    mine = saver(tmp_path, rank)
+    mine.prepare(rank.owned)
+    mine.wait()
+    prepared = [copy.data_ptr() for copy in mine._host._copies]
+    save_step(mine, rank, 1)
+    assert [copy.data_ptr() for copy in mine._host._copies] == prepared != []
+    mine.wait()
+    Checkpoint(tmp_path / "step-00000001").verify()
+
+
 def test_the_next_save_of_the_same_tensors_takes_the_same_memory() -> None:
     host = save.HostCopies()
     tensors = [torch.arange(6.0), torch.ones(2, 3, dtype=torch.bfloat16)]
@@ -164,5 +177,7 @@ def test_the_next_save_of_the_same_tensors_takes_the_same_memory() -> None:
     assert [a.data_ptr() for a in again] == [a.data_ptr() for a in first]
     assert again[0].tolist() == [0] * 6
     assert again[1].dtype == torch.bfloat16
+    host.touch()
+    assert again[1].tolist() == [[0, 0, 0]] * 2
     others = host.take([torch.arange(6)])
     assert [(a.dtype, a.tolist()) for a in others] == [(torch.int64, [0, 1, 2, 3, 4, 5])]
