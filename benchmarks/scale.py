@@ -112,9 +112,17 @@ from llamax.data.packing import Packs
 
 class Documents:
     masked, path, documents = False, "documents.npy", np.load("documents.npy")
+    identity, num_documents = str(path), len(documents) - 1
     def touch(self, *_): pass
+    def bounds(self, documents):
+        return self.documents[np.stack([documents, documents + 1], 1)].T
 
 Packs(Documents(), LENGTH)
+"""
+FIRST_RANK = """
+import pathlib, shutil
+for folder in pathlib.Path().glob("llamax-*"):  # what ranks of a machine share
+    shutil.rmtree(folder)
 """
 BLEND = """
 from pathlib import Path
@@ -135,8 +143,10 @@ TASKS = {
     "report, many records": Task(many_records, command("report", "run")),
     "plot, many records": Task(many_records, command("plot", "run")),
     "watch, many ranks": Task(many_ranks, command("watch", "run", "--once")),
-    "best-fit packing, 2048": Task(many_documents, PACK.replace("LENGTH", "2048")),
-    "best-fit packing, 8192": Task(many_documents, PACK.replace("LENGTH", "8192")),
+    "best-fit packing, 2048": Task(many_documents, FIRST_RANK + PACK.replace("LENGTH", "2048")),
+    "packing, 2048, next rank": Task(many_documents, PACK.replace("LENGTH", "2048")),
+    "best-fit packing, 8192": Task(many_documents, FIRST_RANK + PACK.replace("LENGTH", "8192")),
+    "packing, 8192, next rank": Task(many_documents, PACK.replace("LENGTH", "8192")),
     "a blend, opened": Task(many_datasets, BLEND.replace("STEPS", "0")),
     "a blend, opened, 200 steps": Task(many_datasets, BLEND.replace("STEPS", "200")),
 }
@@ -147,7 +157,7 @@ TASKS = {
 
 def measure(code: str, tree: Path, folder: Path) -> tuple[float, float]:
     """CPU seconds and peak megabytes of a fresh process that runs ``code`` from a source tree."""
-    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "TMPDIR": "."}
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.DEVNULL
     )

@@ -12,9 +12,10 @@ last token is only a label.  Samples with room are listed by the amount of room,
 that occur are sorted, so the best fit is the first at or above the document's size.
 
 Documents are taken in the order of a permutation by ``seed``, WINDOW of them at a time, and the
-index (which document lies in which sample) goes to an unnamed file that is mapped: memory does not
-grow with the corpus.  Samples depend only on the dataset, the length and the seed; any of them can
-be read directly, and every epoch permutes them anew.
+index (which document lies in which sample) goes to a file that is mapped: memory does not grow with
+the corpus.  Samples depend only on the dataset, the length and the seed; any of them can be read
+directly, and every epoch permutes them anew.  So the ranks of a machine share one index of a large
+dataset: the first one packs, the others wait and compare its hash (``runtime.node_files``).
 
 ``padded`` puts one document in each sample instead.
 
@@ -24,19 +25,25 @@ Truncations Improve Language Modeling", section 3.
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from array import array
 from bisect import bisect_left, insort
-from typing import Literal
+from hashlib import sha256
+from typing import IO, Literal
 
 import numpy as np
 
 from llamax.data.shuffle import Integers, permute
 from llamax.data.stream import Stream
 from llamax.runtime.errors import DataError
+from llamax.runtime.node_files import START, private_file, shared_file
 from llamax.runtime.units import count
 
 WINDOW = 2**16  # documents that are packed together
+SHARED = 2**16  # documents above which the ranks of a machine share an index
+VERSION = 1  # of the rule that packs, and of the layout of an index
+MEMBERS = START + 40  # where an index has its documents, after five counts
 TooLong = Literal["truncate", "drop", "refuse"]
 Way = Literal["best-fit", "padded"]
 
@@ -59,37 +66,18 @@ class Packs:
         answers: bool = True,
     ) -> None:
         self.file, self.length, self.too_long, self.way = file, length, too_long, way
-        self.places = self.longer = self.answerless = 0
-        self._answers = answers and file.masked
-        total = len(file.documents) - 1
-        file.touch(np.zeros(1, np.int64), np.full(1, total + 1), "documents")
-        with tempfile.TemporaryFile() as members, tempfile.TemporaryFile() as ends:
-            packed = 0
-            for start in range(0, total, WINDOW):
-                places = np.arange(start, min(start + WINDOW, total))
-                documents, sizes = self._measure(permute(places, total, seed, 0))
-                self.places += int(sizes.sum())
-                if way == "padded":
-                    counts = np.ones(len(documents), np.int64)
-                else:
-                    shorter_by = length - sizes
-                    if length < 2**16:  # sorted by radix
-                        shorter_by = shorter_by.astype(np.uint16)
-                    longest_first = np.argsort(shorter_by, kind="stable")
-                    order, counts = best_fit(sizes[longest_first], length)
-                    documents = documents[longest_first[order]]
-                documents.astype(np.uint32).tofile(members)
-                (packed + np.cumsum(counts)).astype(np.uint64).tofile(ends)
-                packed += len(documents)
-            if not packed:
-                raise DataError(
-                    f"{file.path}: no document is left for samples of {length} tokens: "
-                    f"{self.longer} are longer (data.too_long={too_long}), {self.answerless} of "
-                    "them without an answer in the part that would stay; use a greater "
-                    "data.sequence_length"
-                )
-            self._members = np.memmap(members, np.uint32, "r")
-            self._ends = np.memmap(ends, np.uint64, "r")
+        self.seed, self._answers = seed, answers and file.masked
+        file.touch(np.zeros(1, np.int64), np.full(1, file.num_documents + 1), "documents")
+        if file.num_documents > SHARED:
+            facts = (VERSION, file.identity, WINDOW, length, too_long, way, seed, self._answers)
+            name = sha256(repr(facts).encode()).hexdigest()
+            index = shared_file(f"packs-{name}", self._write)
+        else:
+            index = private_file(self._write)
+        counts: list[int] = np.frombuffer(index, np.int64, 5, START).tolist()
+        kept, samples, self.places, self.longer, self.answerless = counts
+        self._members = np.frombuffer(index, np.uint32, kept, MEMBERS)
+        self._ends = np.frombuffer(index, np.uint64, samples, len(index) - 8 * samples)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -113,6 +101,43 @@ class Packs:
             f"{count(len(self), 'sample')}, {self.fill:.2%} filled; {self.longer:,} longer"
             + (f": {action[self.too_long]}{lost}" if self.longer else "")
         )
+
+    def _write(self, index: IO[bytes]) -> None:
+        """Write the index: five counts, the documents of all samples, where each sample ends."""
+        self.places = self.longer = self.answerless = packed = 0
+        total = self.file.num_documents
+        index.seek(MEMBERS)
+        with tempfile.TemporaryFile() as ends:
+            for start in range(0, total, WINDOW):
+                places = np.arange(start, min(start + WINDOW, total))
+                documents, sizes = self._measure(permute(places, total, self.seed, 0))
+                self.places += int(sizes.sum())
+                if self.way == "padded":
+                    counts = np.ones(len(documents), np.int64)
+                else:
+                    shorter_by = self.length - sizes
+                    if self.length < 2**16:  # sorted by radix
+                        shorter_by = shorter_by.astype(np.uint16)
+                    longest_first = np.argsort(shorter_by, kind="stable")
+                    order, counts = best_fit(sizes[longest_first], self.length)
+                    documents = documents[longest_first[order]]
+                index.write(documents.astype(np.uint32).data)
+                ends.write((packed + np.cumsum(counts)).astype(np.uint64).data)
+                packed += len(documents)
+            if not packed:
+                raise DataError(
+                    f"{self.file.path}: no document is left for samples of {self.length} tokens: "
+                    f"{self.longer} are longer (data.too_long={self.too_long}), "
+                    f"{self.answerless} of them without an answer in the part that would stay; "
+                    "use a greater data.sequence_length"
+                )
+            index.write(bytes(-index.tell() % 8))
+            samples = ends.tell() // 8
+            ends.seek(0)
+            shutil.copyfileobj(ends, index, 2**20)
+        index.seek(START)
+        found = [packed, samples, self.places, self.longer, self.answerless]
+        index.write(np.array(found, np.int64).data)
 
     def _measure(self, documents: Integers) -> tuple[Integers, Integers]:
         """The documents that are kept, and the number of places that each takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import tracemalloc
 from pathlib import Path
 
@@ -104,6 +105,42 @@ def test_long_documents_are_counted_and_cut_as_configured(tmp_path: Path) -> Non
     with pytest.raises(DataError, match="no document is left for samples of 3 tokens"):
         Packs(file, 3, "drop")
     assert len(Packs(file, 10, way="padded")) == 3
+
+
+def test_the_ranks_of_a_machine_share_an_index(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(packing, "SHARED", 99)
+    lengths = np.random.default_rng(0).integers(2, 40, 101).tolist()
+    file = write_token_file(tmp_path / "f.tokens", lengths)
+    calls = []
+    monkeypatch.setattr(packing, "best_fit", lambda *a: calls.append(a) or best_fit(*a))
+    alone = [Packs(write_token_file(tmp_path / "g.tokens", lengths[:99]), 32) for _ in range(2)]
+    assert len(calls) == 2, "a small dataset is packed anew"
+    assert len(alone[0]) == len(alone[1])
+
+    first = Packs(file, 30)
+    again = Packs(TokenFile(file.path), 30)
+    assert len(calls) == 3
+    assert str(first) == str(again)
+    assert first.longer == again.longer > 0
+    for number in range(len(first)):
+        assert first.documents(number).tolist() == again.documents(number).tolist()
+
+    other = write_token_file(tmp_path / "f.tokens", [*lengths[1:], lengths[0]])
+    for make in (
+        lambda: Packs(file, 31),
+        lambda: Packs(file, 30, "drop"),
+        lambda: Packs(file, 30, seed=1),
+        lambda: Packs(other, 30),
+    ):
+        before = len(calls)
+        make()
+        make()
+        assert len(calls) == before + 1
+    indexed = {path for path in tmp_path.glob("llamax-*/packs-*") if path.suffix != ".lock"}
+    assert len(indexed) == 5
 
 
 def test_memory_does_not_grow_with_the_corpus(
