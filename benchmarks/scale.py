@@ -120,9 +120,8 @@ class Documents:
 Packs(Documents(), LENGTH)
 """
 FIRST_RANK = """
-import pathlib, shutil
-for folder in pathlib.Path().glob("llamax-*"):  # what ranks of a machine share
-    shutil.rmtree(folder)
+import tempfile
+tempfile.tempdir = tempfile.mkdtemp(dir=".")  # where nothing is packed yet
 """
 BLEND = """
 from pathlib import Path
