@@ -77,6 +77,11 @@ TEMPLATES = {
 {%- generation %} {{ m.content }}{{ eos_token }}{% endgeneration %}
 {% else %}{{ m.role[0] | upper }}: {{ m.content }}
 {% endif %}{% endfor %}{% if add_generation_prompt %}A:{% endif %}""",
+    "statements in marked answers": """{% set end = '.' %}{% for m in messages %}
+{%- if m.role == 'assistant' %}{% generation %}{% set end = '!' %}
+{%- for c in m.content %}{% if loop.index > 3 %}{% break %}{% endif %}{{ c }}{% endfor %}
+{{ end }}{{ loop.index }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}
+{{- end }}{% endfor %}""",
     "alternation": """{% for m in messages %}
 {% if (m.role == 'user') != (loop.index0 % 2 == 0) %}
     {{ raise_exception('roles alternate') }}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from itertools import chain
-from typing import Any, NamedTuple
+from itertools import chain, pairwise
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,8 @@ from llamax.data.tokenizer.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.uint32]
 Bits = npt.NDArray[np.bool_]
+# Where a text stands: at the beginning of a document, after a special token, or after a cut.
+Place = Literal["whole", "inside", "rest"]
 
 
 class Tokens(NamedTuple):
@@ -59,37 +61,50 @@ class Encoder:
     def encode(self, samples: Sequence[Sequence[Span]], prompts: bool = False) -> list[Tokens]:
         """The tokens of each sample; ``prompts`` have no EOS at their end."""
         pieces = [list(self._pieces(spans)) for spans in samples]
-        texts: dict[bool, list[str]] = {False: [], True: []}
+        texts: dict[Place, list[str]] = {"whole": [], "inside": [], "rest": []}
         for piece in chain.from_iterable(pieces):
             if not isinstance(piece, Special):
                 beginnings = [piece.text[:cut] for cut in piece.cuts]
-                texts[piece.after_special] += [piece.text, *beginnings]
-        encoded = {
-            False: iter(self.tokenizer.encode_documents(texts[False]) if texts[False] else ()),
-            True: iter(self.tokenizer.encode_after(texts[True]) if texts[True] else ()),
+                texts[piece.place] += [piece.text, *beginnings]
+        whole, inside = texts["whole"], texts["inside"]  # without one no engine is loaded for it
+        encoded: dict[Place, Iterator[Ids]] = {
+            "whole": iter(self.tokenizer.encode_documents(whole) if whole else ()),
+            "inside": iter(self.tokenizer.encode_after(inside) if inside else ()),
+            "rest": map(self.tokenizer.encode_rest, texts["rest"]),
         }
-        return [self._join(sample, encoded, prompts) for sample in pieces]
+        return joined([list(self._runs(sample, encoded, prompts)) for sample in pieces])
 
     def _pieces(self, spans: Sequence[Span]) -> Iterator[Special | Piece]:
-        """Special tokens, and the texts between them with the places where answers begin or end."""
+        """Special tokens, and the texts between them with the places where answers begin or end.
+
+        Where the tokenizer allows a cut at such a place, a new piece begins there.
+        """
         whole = "".join(span.text for span in spans)
         edges, at = [], 0
         for span in spans:
             edges.append((at, span.answer))
             at += len(span.text)
-        after_special = False
+        place: Place = "whole"
         for start, stop, token in self._split(whole):
             inside = [(max(at, start), answer) for at, answer in edges if at < stop]
             begun = max(i for i, (at, _) in enumerate(inside) if at <= start)
             if token is not None:
                 yield Special(token, inside[begun][1])
                 at_begin = token == self.tokenizer.bos_id and self.tokenizer.space_after_bos
-                after_special = not at_begin
+                place = "whole" if at_begin else "inside"
                 continue
-            kept = inside[begun:]
-            text = whole[start:stop]
-            cuts = [len(_unshielded(whole[start:at])) for at, _ in kept[1:]]
-            yield Piece(_unshielded(text), cuts, [answer for _, answer in kept], after_special)
+            text, begin = _unshielded(whole[start:stop]), 0
+            cuts: list[int] = []
+            answers = [inside[begun][1]]
+            for at, answer in inside[begun + 1 :]:
+                cut = len(_unshielded(whole[start:at]))
+                if self.tokenizer.cuts and self.tokenizer.cuts.match(text, cut):
+                    yield Piece(text[begin:cut], cuts, answers, place)
+                    begin, cuts, answers, place = cut, [], [answer], "rest"
+                else:
+                    cuts.append(cut - begin)
+                    answers.append(answer)
+            yield Piece(text[begin:], cuts, answers, place)
 
     def _split(self, text: str) -> Iterator[tuple[int, int, int | None]]:
         """(start, stop, id) of special tokens and (start, stop, None) of the texts between."""
@@ -117,39 +132,30 @@ class Encoder:
             return re.escape(name)
         return rf"(?P<name{number}>{re.escape(name)})\s*"
 
-    def _join(
-        self, pieces: list[Special | Piece], encoded: Mapping[bool, Iterator[Any]], prompt: bool
-    ) -> Tokens:
-        ids: list[Ids] = []
-        counted: list[Bits] = []
-
-        def add_one(token: int, answer: bool) -> None:
-            ids.append(np.array([token], np.uint32))
-            counted.append(np.array([answer]))
-
+    def _runs(
+        self, pieces: list[Special | Piece], encoded: Mapping[Place, Iterator[Ids]], prompt: bool
+    ) -> Iterator[tuple[Ids, bool]]:
+        """The tokens of a sample in runs, and whether each run is part of an answer."""
         first, answer = pieces[0], False
         if self.bos is not None and not (isinstance(first, Special) and first.id == self.bos):
-            add_one(self.bos, False)
+            yield np.array([self.bos], np.uint32), False
         for piece in pieces:
             if isinstance(piece, Special):
-                add_one(piece.id, piece.answer)
                 answer = piece.answer
+                yield np.array([piece.id], np.uint32), answer
                 continue
-            whole = next(encoded[piece.after_special])
-            marks = np.zeros(len(whole), bool)
-            at = 0
-            for cut, now in zip([None, *piece.cuts], piece.answers, strict=True):
-                if cut is not None:
-                    at = self._within(whole, next(encoded[piece.after_special]), piece.text[:cut])
-                marks[at:] = answer = now
-            ids.append(whole)
-            counted.append(marks)
+            ids, at, answer = next(encoded[piece.place]), 0, piece.answers[0]
+            for cut, now in zip(piece.cuts, piece.answers[1:], strict=True):
+                begin = at
+                at = max(at, self._within(ids, next(encoded[piece.place]), piece.text[:cut]))
+                yield ids[begin:at], answer
+                answer = now
+            yield ids[at:], answer
         ended = next(
             (p for p in reversed(pieces) if isinstance(p, Special) or p.text.strip()), first
         )
         if self.eos is not None and not prompt and not isinstance(ended, Special):
-            add_one(self.eos, answer)
-        return Tokens(np.concatenate(ids), np.concatenate(counted))
+            yield np.array([self.eos], np.uint32), answer
 
     def _within(self, whole: Ids, beginning: Ids, text: str) -> int:
         """The number of tokens of ``whole`` that lie in its beginning ``text``.
@@ -178,7 +184,19 @@ class Piece(NamedTuple):
     text: str
     cuts: list[int]
     answers: list[bool]  # before the first cut, then after each
-    after_special: bool  # follows a special token and does not begin the document
+    place: Place
+
+
+def joined(samples: Sequence[Sequence[tuple[Ids, bool]]]) -> list[Tokens]:
+    """The tokens of samples that are given in runs."""
+    runs = list(chain.from_iterable(samples))
+    if not runs:
+        return []
+    lengths = [len(ids) for ids, _ in runs]
+    ids = np.concatenate([ids for ids, _ in runs])
+    counted = np.repeat([answer for _, answer in runs], lengths)
+    ends = np.cumsum([0, *lengths])[np.cumsum([0, *map(len, samples)])].tolist()
+    return [Tokens(ids[a:b], counted[a:b]) for a, b in pairwise(ends)]
 
 
 def _unshielded(text: str) -> str:

@@ -63,14 +63,16 @@ class Generation(Extension):
     """``{% generation %} ... {% endgeneration %}``: puts an answer between marks."""
 
     tags = {"generation"}
+    used = False
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
-
-    def _marked(self, caller: Callable[[], str]) -> str:
-        return START + caller() + STOP
+        if any(map(_leaves_loop, body)):
+            parser.fail("a loop is left inside {% generation %}", line)
+        self.used = True
+        marks = [nodes.Output([nodes.TemplateData(mark)]) for mark in (START, STOP)]
+        return nodes.Scope([marks[0], *body, marks[1]]).set_lineno(line)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -202,11 +204,21 @@ def _compile(source: str) -> tuple[frozenset[str], frozenset[str], frozenset[str
     environment = Sandbox()
     tree = environment.parse(source)
     names = frozenset(meta.find_undeclared_variables(tree))
-    marks = tree.find(nodes.ExtensionAttribute) is not None
+    marks = any(each.used for each in environment.extensions.values() if isinstance(each, Generation))
     constants = (node.value for node in tree.find_all(nodes.Const))
     keys = frozenset(node.attr for node in tree.find_all(nodes.Getattr))
     texts = frozenset(value for value in constants if isinstance(value, str))
-    return names, keys, texts, marks, Environment.from_string(environment, source)
+    template = Environment.from_string(environment, source)
+    template.globals = dict(template.globals)  # a ChainMap, which takes long to copy
+    return names, keys, texts, marks, template
+
+
+def _leaves_loop(node: nodes.Node) -> bool:
+    """Whether a statement leaves a loop around it."""
+    if isinstance(node, nodes.For):
+        return False
+    children = node.iter_child_nodes()
+    return isinstance(node, nodes.Break | nodes.Continue) or any(map(_leaves_loop, children))
 
 
 def _limited(work: Callable[[], Result]) -> Result:

@@ -29,14 +29,14 @@ from llamax.data.prepare.file_kinds import MAX_DOCUMENT
 from llamax.data.prepare.row_range import RowRange
 from llamax.data.prepare.row_samples import EmptyAnswer, read_sample
 from llamax.data.prepare.tables import read_rows
-from llamax.data.prepare.text_chunks import BATCH_CHARACTERS, is_validation
+from llamax.data.prepare.text_chunks import is_validation
 from llamax.data.prepare.unread import UnreadParts, count_names
 from llamax.data.tokenizer.cuts import longest
 from llamax.data.tokenizer.tokenizer import Tokenizer
 from llamax.runtime.errors import DataError
 from llamax.runtime.units import show_bytes
 
-BATCH_ROWS = 512
+BATCH_ROWS, BATCH_BYTES = 512, 2**20
 
 
 # ---- from ranges of rows to parts
@@ -69,28 +69,28 @@ class InstructSettings:
         encoder = Encoder(tokenizer, self.bos, self.eos)
         template = encoder.template(self.template, self.source)
         batches: dict[str, list[list[Span]]] = {}
-        sizes: Counter[str] = Counter()
+        sizes: Counter[str] = Counter()  # bytes of text
         unread: Counter[str] = Counter()
         most = longest(tokenizer, chunk.most)
         with limits():
-            for spans, text in _spans(chunk, self, template, unread, most):
+            for spans, text, size in _spans(chunk, self, template, unread, most):
                 split = chunk.split
                 if split == "train" and is_validation(text, self.validation):
                     split = "validation"
                 batch = batches.setdefault(split, [])
                 batch.append(spans)
-                sizes[split] += len(text)
-                if len(batch) == BATCH_ROWS or sizes[split] > BATCH_CHARACTERS:
-                    del sizes[split]
-                    yield self._batch(split, batches.pop(split), encoder)
+                sizes[split] += size
+                if len(batch) == BATCH_ROWS or sizes[split] > BATCH_BYTES:
+                    yield _encoded(split, batches.pop(split), sizes.pop(split), encoder)
         for split, batch in batches.items():
-            yield self._batch(split, batch, encoder)
+            yield _encoded(split, batch, sizes[split], encoder)
         yield Encoded("train", [], [], 0, unread)
 
-    def _batch(self, split: str, batch: list[list[Span]], encoder: Encoder) -> Encoded:
-        made = encoder.encode(batch)
-        size = sum(len(span.text.encode()) for spans in batch for span in spans)
-        return Encoded(split, [each.ids for each in made], [each.counted for each in made], size)
+
+def _encoded(split: str, batch: list[list[Span]], text_bytes: int, encoder: Encoder) -> Encoded:
+    """The tokens of a batch of samples."""
+    made = encoder.encode(batch)
+    return Encoded(split, [each.ids for each in made], [each.counted for each in made], text_bytes)
 
 
 def _spans(
@@ -99,8 +99,8 @@ def _spans(
     template: Template,
     unread: Counter[str],
     most: int = MAX_DOCUMENT,
-) -> Iterator[tuple[list[Span], str]]:
-    """The spans and the text of each row; DataError names the place of a row without them.
+) -> Iterator[tuple[list[Span], str, int]]:
+    """The spans, the text and its bytes of each row; DataError names the place of a mistake.
 
     Counts in ``unread`` the rows that hold something which is not in the text, by its name;
     ``most``: bytes of the longest sample.
@@ -111,13 +111,14 @@ def _spans(
             sample = read_sample(row, fields, settings.system, template)
             spans = template.spans(sample)
             text = "".join(span.text for span in spans)
-            if len(text.encode()) > most:
+            size = len(text.encode())
+            if size > most:
                 raise DataError(
                     f"is a sample of more than {show_bytes(most)}; shorten it, or use a larger "
                     f"`max_document` than {show_bytes(chunk.most)}"
                 )
             count_names(unread, parts.of(sample, text))
-            yield spans, text
+            yield spans, text, size
         except EmptyAnswer as error:
             count_names(unread, error.unread)
             if not settings.drop_empty:
@@ -133,7 +134,7 @@ def _spans(
 def training_texts(chunk: RowChunk, settings: InstructSettings) -> Iterator[str]:
     """The texts of a chunk that are in the training split, for training a tokenizer."""
     template = Template(settings.template, settings.source)
-    for _, text in _spans(chunk, settings, template, Counter()):
+    for _, text, _ in _spans(chunk, settings, template, Counter()):
         if chunk.split == "train" and not is_validation(text, settings.validation):
             yield text
 

@@ -92,8 +92,13 @@ def _column(row: Row, field: str, fields: Mapping[str, str]) -> str | None:
     """The column of a field: the first with a value, else the first; None if the row has none."""
     if (chosen := fields.get(field)) is not None:
         return chosen if chosen in row else None
-    names = [name for name in FIELDS[field] if name in row]
-    return next((name for name in names if row[name] is not None), names[0] if names else None)
+    first = None
+    for name in FIELDS[field]:
+        if name in row:
+            if row[name] is not None:
+                return name
+            first = first or name
+    return first
 
 
 def _filled(value: Any) -> bool:
@@ -334,6 +339,8 @@ def _with_variables(
 ) -> Sample:
     """The sample with the columns that the template reads by name, and the names of the rest."""
     rest = {key: value for key, value in row.items() if key not in used and value is not None}
+    if not rest:
+        return sample
     variables: dict[str, Any] = {}
     if isinstance(settings := rest.get("chat_template_kwargs"), dict):
         settings = {key: value for key, value in settings.items() if value is not None}

@@ -151,7 +151,7 @@ def cuts_of_sentencepiece(model: SentencePieceModel, inline: Iterable[str]) -> s
         or model.drops_spaces
         or model.spaces_behind
         or "▁" not in texts
-        or any(re.search("[^▁]▁", text) for text in spaced)
+        or any(_has_space_inside(text) for text in spaced)
     ):
         return ""
     fallback = sum(kind == BYTE for _, _, kind in model.pieces) == 256
@@ -215,7 +215,12 @@ def steps_of(step: Any, name: str) -> list[dict[str, Any]]:
 def _joins_spaces(model: dict[str, Any]) -> bool:
     """Whether a merge could join a character and the space after it, or a space is unknown."""
     vocabulary = model.get("vocab") or {}
-    return "▁" not in vocabulary or any(re.search("[^▁]▁", text) for text in vocabulary)
+    return "▁" not in vocabulary or any(map(_has_space_inside, vocabulary))
+
+
+def _has_space_inside(piece: str) -> bool:
+    """Whether a space follows another character in a piece."""
+    return "▁" in piece.lstrip("▁")
 
 
 def compiled(cuts: str) -> re.Pattern[str] | None:

@@ -57,10 +57,10 @@ def merges_of(pieces: Iterable[tuple[str, float]]) -> list[tuple[str, str]]:
     pieces = list(pieces)
     known = {text for text, _ in pieces}
     return [
-        (text[:cut], text[cut:])
+        (left, right)
         for text, _ in sorted(pieces, key=lambda piece: (-piece[1], -len(piece[0])))
         for cut in range(1, len(text))
-        if text[:cut] in known and text[cut:] in known
+        if (left := text[:cut]) in known and (right := text[cut:]) in known
     ]
 
 

@@ -157,12 +157,12 @@ class HuggingFace:
         return self._engines[place]
 
     def speed_up(self) -> str:
-        settings = json.loads(self.engine.to_str())
+        settings = self._settings()
         self._places = places_of(settings)
         words = list(settings["model"].get("vocab") or ())
         try:
             sources = {"whole": _fast_settings(settings)}
-            del settings  # some hundred bytes for each merge
+            del settings  # some hundred bytes for each token
             for place, text in self._places.settings.items():
                 sources[place] = _fast_settings(json.loads(text))
         except Unsupported as error:
@@ -187,7 +187,32 @@ class HuggingFace:
 
     @cached_property
     def _places(self) -> Places:
-        return places_of(json.loads(self.engine.to_str()))
+        return places_of(self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings of the engine as ``to_str`` gives them, in a quarter of its time.
+
+        The vocabulary and the merges are those of the file.
+        """
+        given, engine = json.loads(self._raw.decode()), self.engine
+        names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        return {
+            **given,
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [
+                {"id": i, **{name: getattr(token, name) for name in names}}
+                for i, token in sorted(engine.get_added_tokens_decoder().items())
+            ],
+            "normalizer": _state(engine.normalizer),
+            "pre_tokenizer": _state(engine.pre_tokenizer),
+            "model": {**given["model"], "type": type(engine.model).__name__},
+        }
+
+
+def _state(step: Any) -> Any:
+    """The settings of a step of the engine."""
+    return None if step is None else json.loads(step.__getstate__())
 
 
 class Places(NamedTuple):

@@ -15,7 +15,7 @@ from support.instruction import llama2_tokenizer, llama3_tokenizer
 
 from llamax.data.chat.encode import Encoder, Tokens
 from llamax.data.chat.template_source import source_of
-from llamax.data.chat.templates import BUILT_IN, Message, Sample, Template, make_sample
+from llamax.data.chat.templates import BUILT_IN, Message, Sample, Span, Template, make_sample
 from llamax.data.tokenizer.hf_export import export_tokenizer
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import DataError
@@ -195,6 +195,31 @@ def test_a_token_across_the_edge_belongs_to_the_answer(tmp_path: Path) -> None:
     assert tokens.ids.tolist() == whole
     assert decoded(encoder, tokens, True).strip() == "self.x"
     assert np.flatnonzero(tokens.counted)[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "byte level"])
+def test_edges_of_answers_change_no_token(tmp_path: Path, kind: str) -> None:
+    """Wherever answers begin: before a space, after a line break, inside a word or a character."""
+    make = llama2_tokenizer if kind == "sentencepiece" else llama3_tokenizer
+    encoder = Encoder(load_tokenizer(make(tmp_path)), bos=False, eos=False)
+    chance = random.Random(0)
+    words = ["def", " self", "\n", "\n\n", "  ", "x", "### Answer\n", "가나", "🙂", "1", "."]
+    samples = [
+        [
+            Span("".join(chance.choices(words, k=chance.randrange(1, 5))), bool(number % 2))
+            for number in range(chance.randrange(1, 5))
+        ]
+        for _ in range(400)
+    ]
+    alone = [encoder.encode([spans])[0] for spans in samples]
+    for spans, tokens, same in zip(samples, encoder.encode(samples), alone, strict=True):
+        text = "".join(span.text for span in spans)
+        assert tokens.ids.tolist() == encoder.tokenizer.encode(text)
+        assert (tokens.ids == same.ids).all()
+        assert (tokens.counted == same.counted).all()
+        if len(spans) == 2:
+            prompt = encoder.tokenizer.decode(tokens.ids[~tokens.counted].tolist())
+            assert spans[0].text.startswith(prompt)
 
 
 def test_llama3_chat_needs_its_tokens() -> None:

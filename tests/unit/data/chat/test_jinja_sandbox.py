@@ -56,6 +56,11 @@ pytestmark = pytest.mark.timeout(300)  # a template that does not end is a failu
         ("just text", "bad: uses nothing of a row"),
         ("{% if answer == '' %}{{ answer }}{% endif %}x", "bad: yields no answer|otherwise"),
         ("{% generation %}{% endgeneration %}{{ answer }}", "bad: yields no answer"),
+        (
+            "{% for m in messages %}{% generation %}{% if m %}{% break %}{% endif %}"
+            "{% endgeneration %}{% endfor %}",
+            "bad: the template says .*: a loop is left inside",
+        ),
         ("{{ messages | length }}", "differently when more turns follow"),
         ("x" * 1_000_001, "has 1000001 characters"),
     ],
