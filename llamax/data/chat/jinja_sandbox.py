@@ -204,7 +204,9 @@ def _compile(source: str) -> tuple[frozenset[str], frozenset[str], frozenset[str
     environment = Sandbox()
     tree = environment.parse(source)
     names = frozenset(meta.find_undeclared_variables(tree))
-    marks = any(each.used for each in environment.extensions.values() if isinstance(each, Generation))
+    marks = any(
+        each.used for each in environment.extensions.values() if isinstance(each, Generation)
+    )
     constants = (node.value for node in tree.find_all(nodes.Const))
     keys = frozenset(node.attr for node in tree.find_all(nodes.Getattr))
     texts = frozenset(value for value in constants if isinstance(value, str))
