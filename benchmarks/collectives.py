@@ -1,4 +1,4 @@
-"""Time of gloo's own collectives and of llamax's, which are one all-to-all each.
+"""Time of gloo's own collectives and of llamax's, which are sends and receives.
 
     python benchmarks/collectives.py [--ranks 2] [--rounds 15] [--mebibytes 0.25 1 4 16 64]
 

@@ -1,19 +1,21 @@
 """The axes of torch.distributed: gloo on CPUs, nccl on GPUs, neuron on trn2 and trn3.
 
-The all-gather and reduce-scatter of gloo take up to 2.4 times as long as its all-to-all for the
-same bytes (``benchmarks/collectives.py``), and its reduce-scatter adds in the dtype of the tensor.
-So on gloo both verbs are one all-to-all: a reduce-scatter sends share j to rank j and adds the
+The all-gather and reduce-scatter of gloo copy what they send and receive and take up to 2.4 times
+as long as an all-to-all of the same bytes (``benchmarks/collectives.py``), and its reduce-scatter
+adds in the dtype of the tensor.  So on gloo these verbs are sends and receives between each two
+ranks: a gather receives in place, and a reduce-scatter sends share j to rank j and adds the
 received shares in rank order and in float32, which gives the same bits in every run.
 
-gloo works in a thread, which releases tensors some time after a call has returned.  Activations
-passed to it would be freed late and out of order, and the heap would grow.  Messages of up to
-``STAGED_BYTES`` therefore pass through two permanent buffers; most need a copy anyway.  Larger
-gathers and reduce-scatters along the first dim do so in pieces, and need no other memory.
+gloo works in a thread, which releases the tensors of its own collectives some time after a call has
+returned.  Activations passed to it would be freed late and out of order, and the heap would grow.
+Messages of up to ``STAGED_BYTES`` therefore pass through two permanent buffers, where they are not
+received in place.  Longer reduce-scatters along the first dim do so in pieces.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -111,45 +113,59 @@ class GlooAxis(TorchAxis):
         return y.clone()
 
     def all_gather(self, x: Tensor, dim: int) -> Tensor:
-        if dim % x.dim() or self.size * x.nbytes <= STAGED_BYTES:
-            return _join(self._exchange(x.unsqueeze(0).expand(self.size, *x.shape)), dim)
-        flat = x.reshape(-1)
-        whole = x.new_empty(self.size, len(flat))
-        for piece in self._pieces(flat):
-            whole[:, piece] = self._exchange(flat[piece].expand(self.size, -1))
-        return whole.view(-1, *x.shape[1:])
+        if dim % x.dim() == 0:
+            return self.start_all_gather(x)()
+        return _join(self._exchange(x.unsqueeze(0).expand(self.size, *x.shape)), dim)
+
+    def start_all_gather(self, x: Tensor) -> Callable[[], Tensor]:
+        whole = x.new_empty(self.size, *x.shape)
+        whole[self.rank] = x
+        with _unrecorded():
+            requests = self._begin([whole[self.rank]] * self.size, whole)
+
+        def arrived() -> Tensor:
+            for request in requests:
+                request.wait()
+            return whole.flatten(0, 1)
+
+        return arrived
 
     def reduce_scatter(self, x: Tensor, dim: int) -> Tensor:
         parts = self._split(x, dim)
         if dim % x.dim() or x.nbytes <= STAGED_BYTES:
-            return self._summed(self._exchange(parts), x.dtype)
+            return _sum(self._exchange(parts), x.dtype)
         flat, total = parts.reshape(self.size, -1), x.new_empty(parts.shape[1:])
-        for piece in self._pieces(flat[0]):
-            total.view(-1)[piece] = self._summed(self._exchange(flat[:, piece]), x.dtype)
-        return total
-
-    def _pieces(self, x: Tensor) -> Iterator[slice]:
-        """Stretches of ``x`` [n] of which messages to all ranks pass through the buffers."""
         step = max(1, STAGED_BYTES // (self.size * x.element_size()))
-        for start in range(0, len(x), step):
-            yield slice(start, start + step)
-
-    @staticmethod
-    def _summed(arrived: Tensor, dtype: torch.dtype) -> Tensor:
-        """The sum of all ranks' shares, in float32: [size, ...] -> [...]."""
-        if len(arrived) == 2 and dtype == torch.float32:
-            return torch.add(arrived[0], arrived[1])
-        return arrived.sum(0, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+        for start in range(0, flat.shape[1], step):
+            piece = slice(start, start + step)
+            total.view(-1)[piece] = _sum(self._exchange(flat[:, piece]), x.dtype)
+        return total
 
     def all_to_all(self, x: Tensor, split: int, concat: int) -> Tensor:
         return _join(self._exchange(self._split(x, split)), concat)
 
-    def _exchange(self, parts: Tensor) -> Tensor:
-        """Send part j to rank j and receive part j from it; may return the permanent buffer."""
-        arrived, small = self._buffer("in", parts), parts.nbytes <= STAGED_BYTES
-        out = self._buffer("out", parts).copy_(parts) if small else parts.contiguous()
-        dist.all_to_all_single(arrived, out, group=self.group)
-        return arrived
+    def _exchange(self, parts: Tensor) -> list[Tensor]:
+        """Send part j to rank j; the parts that are for this rank, in rank order.
+
+        They lie in the permanent buffer until the next exchange, but for the rank's part of
+        ``parts`` itself.
+        """
+        arrived, sent = self._buffer("in", parts), parts
+        if not parts[0].is_contiguous():
+            sent = self._buffer("out", parts).copy_(parts)
+        for request in self._begin([*sent], arrived):
+            request.wait()
+        return [parts[rank] if rank == self.rank else arrived[rank] for rank in range(self.size)]
+
+    def _begin(self, sent: Sequence[Tensor], arrived: Tensor) -> list[dist.Work]:
+        """Begin to send ``sent[j]`` to rank j, and to receive ``arrived[j]`` from it."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        moves = [
+            dist.P2POp(move, x[rank], self.ranks[rank], self.group)
+            for move, x in ((dist.isend, sent), (dist.irecv, arrived))
+            for rank in others
+        ]
+        return dist.batch_isend_irecv(moves)
 
     def _buffer(self, role: str, like: Tensor) -> Tensor:
         if like.nbytes > STAGED_BYTES:
@@ -159,8 +175,25 @@ class GlooAxis(TorchAxis):
         return self._staged[role][: like.nbytes].view(like.dtype).view(like.shape)
 
 
-def _join(parts: Tensor, dim: int) -> Tensor:
+@contextmanager
+def _unrecorded() -> Iterator[None]:
+    """Without records for a profile, which has to last longer than the transfers it records."""
+    torch._C._autograd._enable_record_function(False)
+    try:
+        yield
+    finally:
+        torch._C._autograd._enable_record_function(True)
+
+
+def _sum(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The sum of all ranks' parts in rank order, in float32 where it is narrower."""
+    wide = torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+    total = parts[0].to(wide) + parts[1]
+    for part in parts[2:]:
+        total += part
+    return total.to(dtype).contiguous()
+
+
+def _join(parts: Tensor | Sequence[Tensor], dim: int) -> Tensor:
     """[size, .., n, ..] -> [.., size * n, ..], a contiguous copy."""
-    dim %= parts.dim() - 1
-    copy = parts.movedim(0, dim).clone(memory_format=torch.contiguous_format)
-    return copy.flatten(dim, dim + 1)
+    return torch.cat([*parts], dim).contiguous()

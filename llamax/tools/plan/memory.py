@@ -160,16 +160,18 @@ def communication(share: Share, machine: Machine) -> Line:
     hidden = hidden if share.mesh.tp > 1 else 0.0
     ranks = share.mesh.dp * share.mesh.cp
     bucket = min(share.config.parallel.bucket_bytes, gradients(share).value) if ranks > 1 else 0.0
+    both = 2  # sent and received
     if machine.backend == "cpu":  # the buffers for gloo stay; some longer messages use none
+        both = 1  # runs of a bucket are sent from where they are
         hidden = hidden if hidden <= STAGED_BYTES else 0
         whole = share.config.parallel.zero == 0 and bucket > STAGED_BYTES
         bucket = 0 if whole else min(bucket, STAGED_BYTES)
     ways = 2 if share.sequence else 1  # an all-reduce works in place
     return Line(
         "communication",
-        ways * hidden + 2 * bucket,
-        f"{ways} x {show_bytes(hidden)} hidden state, 2 x {show_bytes(bucket)} bucket: sent and "
-        "received",
+        ways * hidden + both * bucket,
+        f"{ways} x {show_bytes(hidden)} hidden state, {both} x {show_bytes(bucket)} bucket: sent "
+        "and received",
     )
 
 
