@@ -82,11 +82,9 @@ def rotated_attention(
     return chosen(qkv, cos, sin, heads, documents)
 
 
-def attention_by_blocks(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, rank: Tensor
-) -> Tensor:
+def attention_by_blocks(q: Tensor, kv: Tensor, documents: Tensor | None, ranks: Any) -> Tensor:
     """Attention of a rank to the tokens of n that share sequences: ``kernels/attention/blocks``."""
-    return kernel("attention_by_blocks", q, k, v, documents)(q, k, v, documents, rank)
+    return kernel("attention_by_blocks", q, kv, documents, ranks)(q, kv, documents, ranks)
 
 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -333,7 +331,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "attention_by_blocks": (
         Row("nki", _neuron("attention.nki_kernel:takes_blocks"), "attention.nki_kernel:by_blocks"),
-        Row("reference", _anywhere, lambda *x: _load("attention.blocks:attention")(*x)),
+        Row("traced", _on_xla, "attention.blocks:attention"),
+        Row("runs", _anywhere, "attention.blocks:attention_by_runs"),
     ),
     "logit_statistics": (  # and logit_gradients: called by parallel/cross_entropy.py
         Row("nki", _neuron("cross_entropy.nki_op:supported"), "cross_entropy.nki_op:statistics"),
@@ -372,18 +371,18 @@ TABLE: dict[str, tuple[Row, ...]] = {
 }
 
 
-def kernel(operation: str, *arguments: Tensor | None) -> Callable[..., Tensor]:
+def kernel(operation: str, *arguments: Any) -> Callable[..., Tensor]:
     """The first kernel of ``TABLE[operation]`` that supports these tensors."""
     row = _row(operation, *arguments)
     return _load(row.kernel) if isinstance(row.kernel, str) else row.kernel
 
 
-def has_kernel(operation: str, *arguments: Tensor | None) -> bool:
+def has_kernel(operation: str, *arguments: Any) -> bool:
     """Whether another kernel than the reference supports these tensors."""
     return _row(operation, *arguments).name != "reference"
 
 
-def _row(operation: str, *arguments: Tensor | None) -> Row:
+def _row(operation: str, *arguments: Any) -> Row:
     return next(row for row in TABLE[operation] if row.supported(*arguments))
 
 

@@ -1,8 +1,8 @@
 """Causal attention of one rank of n that share a sequence, in a program without the rank's number.
 
 The sequence has 2n chunks of h tokens, and rank r holds chunks r (low) and 2n - 1 - r (high).  Keys
-and values of all ranks are given in rank order, and turned by r, an integer tensor, so that those
-of this rank come first.  Of the 4n pairs of chunks a rank computes 2n + 1, each a block of h x h::
+and values come by place: place t has those of rank r + t, around.  Of the 4n pairs of chunks a rank
+computes 2n + 1, each a block of h x h::
 
     queries   keys
     low       own low            pairs below the diagonal
@@ -13,7 +13,8 @@ of this rank come first.  Of the 4n pairs of chunks a rank computes 2n + 1, each
 
 So every rank runs the same operations.  The blocks of a row of queries are merged by the
 log-sum-exps of their scores, and backward computes the weights of a block again from the merged
-one.  The scores of one block exist at a time.
+one.  The scores of one block exist at a time.  ``ways.py`` has the two ways of keys and values to a
+rank: all gathered before, or passed around a ring.
 
 Sources: Liu et al. 2023, "Ring Attention with Blockwise Transformers"; Dao et al. 2022,
 "FlashAttention", section 3.1.
@@ -28,6 +29,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from llamax.config.constants import ATTENTION_BLOCK_QUERIES
+from llamax.kernels.attention.ways import Ranks, turned, way
+
 HIDDEN = -1e30  # finite: a block may have no key that a query sees
 
 
@@ -40,20 +44,24 @@ class Rows(NamedTuple):
     lse: Tensor
 
 
-class Kernel(Protocol):
-    """Attention of h queries to h keys: q [B, H, h, E], k and v [B, K, h, E].
+Numbers = tuple[Tensor, Tensor]  # of the documents of queries and of keys: 2 x [B, tokens]
 
-    ``causal``: only pairs below the diagonal; ``seen``: bool [B, 1, 1, h, h], None for all pairs.
+
+class Kernel(Protocol):
+    """Attention of m queries to the keys of a block: q [B, H, m, E], k and v [B, K, h, E].
+
+    ``causal``: only pairs below the diagonal, on which the last query meets the last key.
+    ``numbers``: only pairs of the same document; None for all.
     """
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
     ) -> tuple[Tensor, Tensor]:
-        """The output [B, H, h, E], and the log-sum-exp of scores, float32 [B, H, h, 1]."""
+        """The output [B, H, m, E], and the log-sum-exp of scores, float32 [B, H, m, 1]."""
         ...
 
     def backward(
-        self, rows: Rows, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None
+        self, rows: Rows, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients of q, k and v."""
         ...
@@ -63,20 +71,20 @@ class Plain:
     """A block by plain operations: products in the stored dtype, softmax in float32."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
     ) -> tuple[Tensor, Tensor]:
-        scores = self._scores(q, k, causal, seen)
+        scores = self._scores(q, k, causal, numbers)
         lse = scores.logsumexp(-1, keepdim=True)
         weights = (scores - lse).exp().to(q.dtype)
         out: Tensor = (weights.flatten(2, 3) @ v).view(q.shape)
         return out, lse.flatten(1, 2)
 
     def backward(
-        self, rows: Rows, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None
+        self, rows: Rows, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, out, dout, lse = rows
         heads = (k.shape[1], q.shape[1] // k.shape[1])
-        weights = (self._scores(q, k, causal, seen) - lse.unflatten(1, heads)).exp()
+        weights = (self._scores(q, k, causal, numbers) - lse.unflatten(1, heads)).exp()
         dout_stacked = dout.unflatten(1, heads).flatten(2, 3)
         dv = weights.to(q.dtype).flatten(2, 3).mT @ dout_stacked
         dweights = _wide(dout_stacked @ v.mT).view(weights.shape)
@@ -85,36 +93,80 @@ class Plain:
         dk = dscores.mT @ q.unflatten(1, heads).flatten(2, 3)
         return (dscores @ k).view(q.shape), dk, dv
 
-    def _scores(self, q: Tensor, k: Tensor, causal: bool, seen: Tensor | None) -> Tensor:
-        """Scaled products in float32, ``HIDDEN`` where they are not seen: [B, K, H / K, h, h]."""
+    def _scores(self, q: Tensor, k: Tensor, causal: bool, numbers: Numbers | None) -> Tensor:
+        """Scaled products in float32, ``HIDDEN`` where they are not seen: [B, K, H / K, m, h]."""
         heads = (k.shape[1], q.shape[1] // k.shape[1])
         products = q.unflatten(1, heads).flatten(2, 3) @ k.mT
         scores = _wide(products).unflatten(2, (heads[1], -1)) * q.shape[-1] ** -0.5
+        seen = None
         if causal:
-            place = torch.arange(q.shape[2], dtype=torch.int32, device=q.device)
-            below = place[:, None] >= place
-            seen = below if seen is None else seen & below
+            place = torch.arange(k.shape[2], dtype=torch.int32, device=q.device)
+            seen = place[-q.shape[2] :, None] >= place
+        if numbers is not None:
+            same = numbers[0][:, None, None, :, None] == numbers[1][:, None, None, None, :]
+            seen = same if seen is None else same & seen
         return scores if seen is None else torch.where(seen, scores, _full(HIDDEN, scores))
 
 
 PLAIN = Plain()
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Tensor | None,
-    rank: Tensor,
-    kernel: Kernel = PLAIN,
-) -> Tensor:
-    """[B, 2h, H, E], 2 x [B, 2nh, K, E], [B, 2nh] or None, integer [1] -> [B, 2h, H, E].
+class Runs:
+    """A block by a run of queries at a time, so that fewer scores exist: for eager devices."""
 
-    The queries are those of rank ``rank``; keys, values and documents those of all ranks, in rank
-    order.  ``kernel`` computes a block.
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
+    ) -> tuple[Tensor, Tensor]:
+        outs, lses = zip(
+            *(
+                PLAIN.forward(q[:, :, run], k[:, :, keys], v[:, :, keys], causal, part)
+                for run, keys, part in self._runs(q, causal, numbers)
+            ),
+            strict=True,
+        )
+        return torch.cat(outs, 2), torch.cat(lses, 2)
+
+    def backward(
+        self, rows: Rows, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dk, dv = (torch.zeros_like(x, dtype=rows.lse.dtype) for x in (k, v))
+        dq = []
+        for run, keys, part in self._runs(rows.q, causal, numbers):
+            some = Rows(*(x[:, :, run] for x in rows))
+            found = PLAIN.backward(some, k[:, :, keys], v[:, :, keys], causal, part)
+            dq.append(found[0])
+            dk[:, :, keys] += found[1]
+            dv[:, :, keys] += found[2]
+        return torch.cat(dq, 2), dk, dv
+
+    @staticmethod
+    def _runs(
+        q: Tensor, causal: bool, numbers: Numbers | None
+    ) -> Iterator[tuple[slice, slice, Numbers | None]]:
+        """Queries, the keys that they may see, and the document numbers of both."""
+        for start in range(0, q.shape[2], ATTENTION_BLOCK_QUERIES):
+            stop = min(start + ATTENTION_BLOCK_QUERIES, q.shape[2])
+            run, keys = slice(start, stop), slice(stop if causal else None)
+            part = None if numbers is None else (numbers[0][:, run], numbers[1][:, keys])
+            yield run, keys, part
+
+
+def attention(
+    q: Tensor, kv: Tensor, documents: Tensor | None, ranks: Ranks, kernel: Kernel = PLAIN
+) -> Tensor:
+    """[B, 2h, H, E], [B, 2nh or 2h, 2K, E], [B, 2nh] or None -> [B, 2h, H, E].
+
+    The queries are those of this rank of ``ranks``, documents those of all, in rank order.  ``kv``
+    has K heads of keys, then K of values: of all ranks, in rank order, or of this rank alone, where
+    they are passed around a ring.  ``kernel`` computes a block.
     """
-    out: Tensor = _Blocks.apply(q, k, v, documents, rank, kernel)  # type: ignore[no-untyped-call]
+    out: Tensor = _Blocks.apply(q, kv, documents, ranks, kernel)  # type: ignore[no-untyped-call]
     return out
+
+
+def attention_by_runs(q: Tensor, kv: Tensor, documents: Tensor | None, ranks: Ranks) -> Tensor:
+    """``attention`` on a device that runs operations one by one."""
+    return attention(q, kv, documents, ranks, Runs())
 
 
 class _Pair(NamedTuple):
@@ -128,42 +180,37 @@ class _Pair(NamedTuple):
     causal: bool = False
 
 
-def _pairs(n: int) -> Iterator[_Pair]:
-    """The blocks of one of ``n`` ranks: every row of queries begins with a block it can see."""
-    yield _Pair(0, (0, 0), causal=True)
-    yield _Pair(0, (1, 1), causal=True)
-    yield _Pair(0, (1, 0))
-    for place in range(1, n):
-        yield _Pair(place, (1, 0))
+def _pairs(place: int) -> Iterator[_Pair]:
+    """The blocks with the keys of a place; place 0 comes first, where every query sees its own."""
+    if place == 0:
+        yield _Pair(0, (0, 0), causal=True)
+        yield _Pair(0, (1, 1), causal=True)
+    yield _Pair(place, (1, 0))
+    if place > 0:
         yield _Pair(place, None)
 
 
-class _Ring:
-    """The chunks of keys, values and documents from those of ``rank`` on."""
+class _Choice:
+    """Chooses the chunks of a block by tensors: the rank's number is data."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, rank: Tensor
-    ) -> None:
-        self.n = k.shape[1] // q.shape[1]
-        turn = _turned(self.n, rank)
-        shape = (self.n, 2, q.shape[1] // 2)
-        self.before = turn < rank  # bool [n]: whether the rank at this place comes before this one
-        self.keys, self.values = (
-            x.unflatten(1, shape).index_select(1, turn).transpose(3, 4) for x in (k, v)
-        )  # [B, n, 2, K, h, E]
+    def __init__(self, q: Tensor, documents: Tensor | None, ranks: Ranks) -> None:
+        turn = turned(ranks.size, ranks.rank_index)
+        # bool [n]: whether the rank at this place comes before this one
+        self.before = turn < ranks.rank_index
         self.documents = None
         if documents is not None:
+            shape = (ranks.size, 2, q.shape[1] // 2)
             self.documents = documents.unflatten(1, shape).index_select(1, turn)  # [B, n, 2, h]
 
-    def keys_of(self, pair: _Pair) -> tuple[Tensor, Tensor, bool, Tensor | None]:
-        """Keys, values, ``causal`` and ``seen`` of a block."""
-        k, v = (self.choose(pair, 1, x[:, pair.place].unbind(1)) for x in (self.keys, self.values))
-        seen = None
+    def keys_of(self, pair: _Pair, kv: Tensor) -> tuple[Tensor, Tensor, bool, Numbers | None]:
+        """Keys, values, ``causal`` and ``numbers`` of a block, from [B, 2h, 2K, E]."""
+        k, v = self.choose(pair, 1, _halves(kv)).chunk(2, 1)
+        numbers = None
         if self.documents is not None:
             rows = self.choose(pair, 0, self.documents[:, 0].unbind(1))
             columns = self.choose(pair, 1, self.documents[:, pair.place].unbind(1))
-            seen = rows[:, None, None, :, None] == columns[:, None, None, None, :]
-        return k, v, pair.causal, seen
+            numbers = rows, columns
+        return k, v, pair.causal, numbers
 
     def choose(self, pair: _Pair, side: int, halves: Sequence[Tensor]) -> Tensor:
         """Of (low, high), the one that a block reads as queries (``side`` 0) or keys (1)."""
@@ -187,52 +234,47 @@ class _Ring:
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        documents: Tensor | None,
-        rank: Tensor,
-        kernel: Kernel,
+        ctx: Any, q: Tensor, kv: Tensor, documents: Tensor | None, ranks: Ranks, kernel: Kernel
     ) -> Tensor:
-        ring, halves = _Ring(q, k, v, documents, rank), _halves(q)
+        choice, halves = _Choice(q, documents, ranks), _halves(q)
         merged: dict[int, tuple[Tensor, Tensor]] = {}
-        for pair in _pairs(ring.n):
-            out, lse = kernel.forward(ring.choose(pair, 0, halves), *ring.keys_of(pair))
-            for half, part in ring.parts(pair, 0, lse, HIDDEN):
-                new = (_wide(out), part)
-                merged[half] = _merge(merged[half], new) if half in merged else new
+        for place, keys in way(q, kv, ranks).forward(kv):
+            for pair in _pairs(place):
+                out, lse = kernel.forward(
+                    choice.choose(pair, 0, halves), *choice.keys_of(pair, keys)
+                )
+                for half, part in choice.parts(pair, 0, lse, HIDDEN):
+                    new = (_wide(out), part)
+                    merged[half] = _merge(merged[half], new) if half in merged else new
         outs, lses = ([merged[half][i] for half in (0, 1)] for i in (0, 1))
         whole = torch.cat(outs, 2).to(q.dtype).transpose(1, 2)
-        ctx.save_for_backward(q, k, v, documents, rank, whole, *lses)
-        ctx.kernel = kernel
+        ctx.save_for_backward(q, kv, documents, whole, *lses)
+        ctx.ranks, ctx.kernel = ranks, kernel
         return whole
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, documents, rank, out, *lses = ctx.saved_tensors
-        ring = _Ring(q, k, v, documents, rank)
+        q, kv, documents, out, *lses = ctx.saved_tensors
+        choice, dq = _Choice(q, documents, ctx.ranks), dict[int, Tensor]()
         rows = [_halves(x) for x in (q, out, dout)] + [tuple(lses)]
-        dq: dict[int, Tensor] = {}
-        dkv: list[dict[tuple[int, int], Tensor]] = [{}, {}]  # by place and half
-        for pair in _pairs(ring.n):
-            chosen = Rows(*(ring.choose(pair, 0, halves) for halves in rows))
-            dq_block, *dkv_block = ctx.kernel.backward(chosen, *ring.keys_of(pair))
-            for half, part in ring.parts(pair, 0, _wide(dq_block), 0.0):
-                dq[half] = dq[half] + part if half in dq else part
-            for total, block in zip(dkv, dkv_block, strict=True):
-                for half, part in ring.parts(pair, 1, _wide(block), 0.0):
-                    key = pair.place, half
-                    total[key] = total[key] + part if key in total else part
 
-        back, gradients = _turned(ring.n, -rank), []
-        for total in dkv:
-            parts = [total[place, half] for place in range(ring.n) for half in (0, 1)]
-            turned = torch.stack(parts, 1).unflatten(1, (ring.n, 2)).index_select(1, back)
-            gradients.append(turned.transpose(3, 4).flatten(1, 3).to(k.dtype))
-        dq_whole = torch.cat((dq[0], dq[1]), 2).transpose(1, 2).to(q.dtype)
-        return dq_whole, *gradients, None, None, None
+        def gradients(place: int, keys: Tensor) -> Tensor:
+            """The gradient of the keys and values of a place, float32 [B, 2h, 2K, E]."""
+            dkv = dict[int, Tensor]()
+            for pair in _pairs(place):
+                chosen = Rows(*(choice.choose(pair, 0, halves) for halves in rows))
+                dq_block, *dkv_block = ctx.kernel.backward(chosen, *choice.keys_of(pair, keys))
+                for half, part in choice.parts(pair, 0, _wide(dq_block), 0.0):
+                    dq[half] = dq[half] + part if half in dq else part
+                block = torch.cat([_wide(x) for x in dkv_block], 1)
+                for half, part in choice.parts(pair, 1, block, 0.0):
+                    dkv[half] = dkv[half] + part if half in dkv else part
+            return torch.cat((dkv[0], dkv[1]), 2).transpose(1, 2)
+
+        dkv_whole = way(q, kv, ctx.ranks).backward(kv, gradients)
+        dq_whole = torch.cat((dq[0], dq[1]), 2).transpose(1, 2)
+        return dq_whole.to(q.dtype), dkv_whole.to(kv.dtype), None, None, None
 
 
 def _halves(x: Tensor) -> Sequence[Tensor]:
@@ -245,12 +287,6 @@ def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, 
     largest = torch.maximum(a[1], b[1])
     lse = largest + ((a[1] - largest).exp() + (b[1] - largest).exp()).log()
     return a[0] * (a[1] - lse).exp() + b[0] * (b[1] - lse).exp(), lse
-
-
-def _turned(n: int, by: Tensor) -> Tensor:
-    """0, 1, .. n - 1 from ``by`` on, around: integer [1] -> int32 [n]."""
-    place = torch.arange(n, dtype=torch.int32, device=by.device)
-    return torch.remainder(place + by + n, n)
 
 
 def _wide(x: Tensor) -> Tensor:

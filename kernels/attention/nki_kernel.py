@@ -33,6 +33,7 @@ from torch import Tensor
 
 from llamax.config.constants import flash_refusal
 from llamax.kernels.attention import blocks
+from llamax.kernels.attention.ways import Ranks
 
 LSE_ROWS = 128  # partitions of a NeuronCore
 
@@ -78,20 +79,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None = None) 
     return out_BHSE.transpose(1, 2)
 
 
-def takes_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> bool:
+def takes_blocks(q: Tensor, kv: Tensor, documents: Tensor | None, ranks: Ranks) -> bool:
     """Whether the kernel computes the blocks of ranks that share a sequence; warns why not."""
     if not available():
         return False
-    context = k.shape[1] // q.shape[1]
-    why = flash_refusal(k.shape[1], q.shape[3], documents is not None, context)
+    length, context = q.shape[1] * ranks.size, ranks.size
+    why = flash_refusal(length, q.shape[3], documents is not None, context)
     if why:
         warn(why)
     return not why
 
 
-def by_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, rank: Tensor) -> Tensor:
+def by_blocks(q: Tensor, kv: Tensor, documents: Tensor | None, ranks: Ranks) -> Tensor:
     """Causal attention of one of n ranks that share a sequence: ``blocks.attention``."""
-    return blocks.attention(q, k, v, None, rank, Block())
+    return blocks.attention(q, kv, None, ranks, Block())
 
 
 class Block:
@@ -102,18 +103,18 @@ class Block:
     """
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, numbers: blocks.Numbers | None
     ) -> tuple[Tensor, Tensor]:
-        assert seen is None
+        assert numbers is None
         flash = import_module("neuronxcc.nki.kernels.attention").flash_fwd
         k, v = (_copies(x, q) for x in (k, v))
         out, lse = flash[q.shape[:2]](q.mT, k.mT, v, None, **self._options(q, causal))
         return out, lse.transpose(2, 3).flatten(2).unsqueeze(-1)
 
     def backward(
-        self, rows: blocks.Rows, k: Tensor, v: Tensor, causal: bool, seen: Tensor | None
+        self, rows: blocks.Rows, k: Tensor, v: Tensor, causal: bool, numbers: blocks.Numbers | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        assert seen is None
+        assert numbers is None
         q, heads = rows.q, k.shape[1]
         flash = import_module("neuronxcc.nki.kernels.attention").flash_attn_bwd
         lse = rows.lse.squeeze(-1).unflatten(2, (-1, LSE_ROWS)).transpose(2, 3)

@@ -24,6 +24,7 @@ from typing import Any, Literal
 from llamax.config.model import ModelConfig as Model
 from llamax.config.model import RopeScaling as RopeScaling
 from llamax.config.types import (
+    ContextBy,
     Count,
     Fraction,
     Natural,
@@ -49,6 +50,9 @@ class ParallelConfig:
     """Data-parallel degree; 0: all ranks that the other degrees leave [ranks]."""
     context: Count = 1
     """Context-parallel degree: ranks that share each sequence, for long ones [ranks]."""
+    context_by: ContextBy = "gather"
+    """Way of keys and values to context ranks: those of all gathered, or, for less memory, those of
+    one after the other around a ring."""
     pipeline: Count = 1
     """Pipeline-parallel degree: stages that the layers are cut into [stages]."""
     chunks: Count = 1

@@ -42,6 +42,7 @@ Positive = Annotated[float, Range("a number above 0", lambda x: x > 0)]
 NonNegative = Annotated[float, Range("0 or more", lambda x: x >= 0)]
 Fraction = Annotated[float, Range("0 or more and below 1", lambda x: 0 <= x < 1)]
 Efficiency = Annotated[float, Range("above 0 and at most 1", lambda x: 0 < x <= 1)]
+ContextBy = Literal["gather", "ring"]
 Port = Annotated[int, Range("1024 to 65535", lambda n: 1024 <= n < 65536)]
 
 

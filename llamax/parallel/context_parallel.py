@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from llamax import ops
+from llamax.config.types import ContextBy
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
 
@@ -65,17 +66,19 @@ def places(axis: Axis, length: int) -> Tensor:
     return torch.cat((low * chunk + within, high * chunk + within))
 
 
-def across(axis: Axis, documents_BS: Tensor | None = None) -> Attend:
+def across(axis: Axis, documents_BS: Tensor | None = None, by: ContextBy = "gather") -> Attend:
     """Causal attention to the tokens of all ranks of ``axis``, for the ``attend`` of a model.
 
     ``documents_BS`` keeps documents apart: the numbers of the whole sequences, in rank order.
+    ``by``: whether keys and values of all ranks are gathered, or those of one at a time arrive.
     """
 
     def attend(q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
-        both = regions.collect(torch.cat((k_BSkE, v_BSkE), 2), axis, 1)
-        k, v = both.chunk(2, 2)
-        if q_BShE.device.type == "xla":
-            return ops.attention_by_blocks(q_BShE, k, v, documents_BS, axis.rank_index)
+        kv = torch.cat((k_BSkE, v_BSkE), 2)
+        kv = regions.collect(kv, axis, 1) if by == "gather" else kv
+        if by == "ring" or q_BShE.device.type == "xla":
+            return ops.attention_by_blocks(q_BShE, kv, documents_BS, axis)
+        k, v = kv.chunk(2, 2)
         return _by_chunks(q_BShE, k, v, documents_BS, axis)
 
     return attend

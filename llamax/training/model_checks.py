@@ -37,7 +37,13 @@ MIXING = (
 )
 
 
-def check_loss(model: Llama, axes: Axes) -> None:
+def check_model(model: Llama, axes: Axes) -> None:
+    """Raise ConfigError if a step cannot train ``model`` on the mesh of ``axes``."""
+    _check_loss(model, axes)
+    _check_modules(model, axes)
+
+
+def _check_loss(model: Llama, axes: Axes) -> None:
     """Raise ConfigError if the model's ``loss`` cannot be called as a step calls it."""
     if type(model).loss is Llama.loss:
         return
@@ -52,7 +58,7 @@ def check_loss(model: Llama, axes: Axes) -> None:
         ) from None
 
 
-def check_modules(model: Llama, axes: Axes) -> None:
+def _check_modules(model: Llama, axes: Axes) -> None:
     """Raise ConfigError for a module of torch that mixes tokens which lie on several ranks."""
     cuts = {
         f"parallel.context={axes.cp.size}": axes.cp.size > 1,

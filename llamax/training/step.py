@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from llamax.checkpoint.plain_llama import own_names
+from llamax.config.types import ContextBy
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
 from llamax.model.placement import move_model
@@ -40,7 +41,7 @@ from llamax.parallel.pipeline import Micro, Schedule, forwards, schedule
 from llamax.parallel.prefetch import Prefetch
 from llamax.parallel.sharding import Replica
 from llamax.parallel.spread import gathered_again, prefetched
-from llamax.training.model_checks import check_attended, check_loss, check_modules, noted
+from llamax.training.model_checks import check_attended, check_model, noted
 from llamax.training.pipeline import Compute, Stage, apart
 from llamax.training.resolve import ResolvedRun
 
@@ -172,6 +173,7 @@ class TrainState:
     _: KW_ONLY
     step_tokens: int
     learning_rate: Callable[[int], float]
+    context_by: ContextBy = "gather"
     loss_scale: LossScale | None = None
     spikes: SpikeFilter | None = None
 
@@ -184,8 +186,7 @@ class TrainState:
         Raises ConfigError for a replica with other values on another rank, and for a model class
         that cannot be trained on such a mesh.
         """
-        check_loss(model, axes)
-        check_modules(model, axes)
+        check_model(model, axes)
         parallel, optim = run.config.parallel, run.config.optim
         axes = apart(axes, backend.step_boundary)
         parameters = model.sharded_parameters()
@@ -213,6 +214,7 @@ class TrainState:
             backend,
             step_tokens=run.step_tokens,
             learning_rate=lambda step: lr_at(step, optim, run.steps),
+            context_by=parallel.context_by,
             loss_scale=scale,
             spikes=SpikeFilter.of(optim, device),
         )
@@ -377,12 +379,10 @@ class TrainState:
     ) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """Ids, positions and other arguments of the model, on its device."""
         device, cp = self.model.tp.rank_index.device, self.axes.cp
-        ids, positions = (
-            part.int().to(device, non_blocking=True) for part in (batch.ids, batch.positions)
-        )
-        documents = batch.documents
-        documents = None if documents is None else documents.to(device, non_blocking=True)
-        keys_B = None if keys_B is None else keys_B.to(device, non_blocking=True)
+        send: Callable[[Tensor], Tensor] = partial(Tensor.to, device=device, non_blocking=True)
+        ids, positions = send(batch.ids.int()), send(batch.positions.int())
+        documents = None if batch.documents is None else send(batch.documents)
+        keys_B = None if keys_B is None else send(keys_B)
         more: dict[str, Any] = {"keys_B": keys_B}
         if x_BsD is not None:
             more["x_BsD"] = x_BsD
@@ -390,9 +390,9 @@ class TrainState:
             more["layers"] = layers
         if cp.size == 1:
             return ids, positions, {**more, "documents_BS": documents}
-        more["attend"] = context_parallel.across(cp, documents)
-        more["places_S"] = context_parallel.places(cp, ids.shape[1])
-        return ids, positions, more
+        attend = context_parallel.across(cp, documents, self.context_by)
+        places = context_parallel.places(cp, ids.shape[1])
+        return ids, positions, {**more, "attend": attend, "places_S": places}
 
 
 def _of_first(axis: Axis, x: Tensor) -> Tensor:

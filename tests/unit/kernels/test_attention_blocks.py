@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.sharers import Rank, all_ranks, around
 from torch import Tensor
 
 from llamax import ops
@@ -57,9 +58,16 @@ def test_queries_are_the_last_of_the_tokens(
     agree([out, q.grad, k.grad, v.grad], exact(q, k, v, dout, documents))
 
 
+KERNELS = {"whole": blocks.PLAIN, "runs": blocks.Runs()}
+
+
 @pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_blocks_of_all_ranks_are_the_whole(ranks: int, apart: bool) -> None:
+def test_blocks_of_all_ranks_are_the_whole(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, kernel: str, apart: bool
+) -> None:
+    monkeypatch.setattr(blocks, "ATTENTION_BLOCK_QUERIES", 2)
     length = 6 * ranks
     q, k, v = draw(length, HEADS), draw(length, KV), draw(length, KV)
     documents, dout = numbers(length, apart), torch.randn_like(q)
@@ -68,11 +76,37 @@ def test_blocks_of_all_ranks_are_the_whole(ranks: int, apart: bool) -> None:
     out = torch.empty_like(q)
     for rank in range(ranks):
         mine = order.chunk(ranks)[rank]
-        number = torch.tensor([rank], dtype=torch.int32)
-        part = ops.attention_by_blocks(q[:, mine], k[:, order], v[:, order], turned, number)
+        kv, there = all_ranks(k, v, order), Rank(rank, ranks)
+        part = blocks.attention(q[:, mine], kv, turned, there, KERNELS[kernel])
         part.backward(dout[:, mine])
         out[:, mine] = part.detach()
     agree([out, q.grad, k.grad, v.grad], exact(q, k, v, dout, documents))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_keys_and_values_around_a_ring_are_the_whole(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, kernel: str, apart: bool
+) -> None:
+    """Every rank has a share; the gradients of its keys and values come home."""
+    monkeypatch.setattr(blocks, "ATTENTION_BLOCK_QUERIES", 2)
+    length = 6 * ranks
+    q, k, v = draw(length, HEADS), draw(length, KV), draw(length, KV)
+    documents, dout = numbers(length, apart), torch.randn_like(q)
+    order = context_parallel.in_rank_order(torch.arange(length)[None], ranks)[0]
+    turned = None if documents is None else documents[:, order]
+
+    def one(there: Rank) -> list[Tensor]:
+        mine = order.chunk(ranks)[there.rank]
+        shares = [x[:, mine].detach().requires_grad_() for x in (q, k, v)]
+        kv = torch.cat(shares[1:], 2)
+        out = blocks.attention(shares[0], kv, turned, there, KERNELS[kernel])
+        out.backward(dout[:, mine])
+        return [out.detach(), *(x.grad for x in shares if x.grad is not None)]
+
+    wholes = [torch.cat(parts, 1) for parts in zip(*around(ranks, one), strict=True)]
+    agree(wholes, [x[:, order] for x in exact(q, k, v, dout, documents)])
 
 
 def test_bf16_is_merged_in_fp32() -> None:
@@ -80,8 +114,7 @@ def test_bf16_is_merged_in_fp32() -> None:
     q, k, v = (draw(length, heads, torch.bfloat16) for heads in (HEADS, KV, KV))
     order = context_parallel.in_rank_order(torch.arange(length)[None], ranks)[0]
     mine = order.chunk(ranks)[2]
-    number = torch.tensor([2], dtype=torch.int32)
-    part = ops.attention_by_blocks(q[:, mine], k[:, order], v[:, order], None, number)
+    part = ops.attention_by_blocks(q[:, mine], all_ranks(k, v, order), None, Rank(2, ranks))
     assert part.dtype == torch.bfloat16
     dout = torch.zeros_like(q)
     dout[:, mine] = torch.randn_like(part)
@@ -93,9 +126,9 @@ def test_bf16_is_merged_in_fp32() -> None:
 def test_large_scores_do_not_overflow() -> None:
     q, k, v = ((draw(24, heads) * 300).detach().requires_grad_() for heads in (HEADS, KV, KV))
     order = context_parallel.in_rank_order(torch.arange(24)[None], 2)[0]
-    number = torch.tensor([1], dtype=torch.int32)
     mine = order.chunk(2)[1]
-    out = ops.attention_by_blocks(q[:, mine], k[:, order], v[:, order], numbers(24, True), number)
+    kv, documents = all_ranks(k, v, order), numbers(24, True)
+    out = ops.attention_by_blocks(q[:, mine], kv, documents, Rank(1, 2))
     out.sum().backward()
     for x in (out, q.grad, k.grad, v.grad):
         assert x is not None
@@ -104,7 +137,7 @@ def test_large_scores_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_a_rank_computes_2n_plus_1_of_4n_blocks(ranks: int) -> None:
-    pairs = list(blocks._pairs(ranks))
+    pairs = [pair for place in range(ranks) for pair in blocks._pairs(place)]
     assert len(pairs) == 2 * ranks + 1
     for rank in range(ranks):
         low, high = context_parallel.chunks_of(rank, ranks)
@@ -132,7 +165,7 @@ class Counted(blocks.Plain):
 
 def test_only_chunks_meet() -> None:
     kernel = Counted()
-    q, k, v = draw(8, HEADS), draw(32, KV), draw(32, KV)
-    blocks.attention(q, k, v, None, torch.tensor([3], dtype=torch.int32), kernel)
+    q, kv = draw(8, HEADS), draw(32, 2 * KV)
+    blocks.attention(q, kv, None, Rank(3, 4), kernel)
     assert kernel.sizes == [(4, 4)] * 9
-    assert np.prod(kernel.sizes, 1).sum() == 9 / 16 * q.shape[1] * k.shape[1]
+    assert np.prod(kernel.sizes, 1).sum() == 9 / 16 * q.shape[1] * kv.shape[1]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.sharers import Rank
 from support.stand_ins import install_module
 from torch import Tensor
 
@@ -196,19 +197,29 @@ def flash_attn_bwd(
     return k @ dscores.mT, q @ dscores, dy @ weights
 
 
+class Mirrored(Rank):
+    """A rank of a ring of two that receives what it sends."""
+
+    def shift(self, x: Tensor, by: int = 1) -> Tensor:
+        return x.clone()
+
+
 @pytest.mark.usefixtures("neuron_core")
+@pytest.mark.parametrize("share", [1, 2], ids=["ring", "gathered"])
 @pytest.mark.parametrize("rank", [0, 1])
-def test_blocks_of_ranks_that_share_a_sequence(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+def test_blocks_of_ranks_that_share_a_sequence(
+    monkeypatch: pytest.MonkeyPatch, rank: int, share: int
+) -> None:
     """Contract: layouts, log-sum-exps, repetition of heads; equal to the plain blocks."""
     kernels = {"flash_fwd": Launched(flash_fwd), "flash_attn_bwd": Launched(flash_attn_bwd)}
     install_module(monkeypatch, "neuronxcc.nki.kernels.attention", **kernels)
     whole = 2 * 2 * 2048
-    shapes = (1, whole // 2, 2, 3), (1, whole, 1, 3), (1, whole, 1, 3)
+    shapes = (1, whole // 2, 2, 3), (1, share * whole // 2, 2, 3)
     plain = [torch.randn(shape, requires_grad=True) for shape in shapes]
     fused = [x.detach().clone().requires_grad_() for x in plain]
-    number = torch.tensor([rank], dtype=torch.int32)
-    expected = blocks.attention(*plain, None, number)
-    found = nki_kernel.by_blocks(*fused, None, number)
+    there = Mirrored(rank, 2)
+    expected = blocks.attention(*plain, None, there)
+    found = nki_kernel.by_blocks(*fused, None, there)
     dout = torch.randn_like(expected)
     expected.backward(dout)
     found.backward(dout)
@@ -225,13 +236,15 @@ def test_blocks_are_chosen_by_the_length_of_a_chunk(
 ) -> None:
     monkeypatch.setattr(logging.getLogger("llamax"), "propagate", True)
     q, k = on_xla(4096), on_xla(8192)
-    assert ops.kernel("attention_by_blocks", q, k, k, None) is nki_kernel.by_blocks
+    assert ops.kernel("attention_by_blocks", q, k, None, Rank(0, 2)) is nki_kernel.by_blocks
+    assert ops.kernel("attention_by_blocks", q, q, None, Rank(0, 2)) is nki_kernel.by_blocks
     assert not caplog.records
     uneven = "the 8 chunks of 8192 tokens that parallel.context=4 makes are not multiples of 2048"
-    for mine, keys, documents, why in (
-        (on_xla(2048), on_xla(8192), None, uneven),
-        (q, k, k, "documents are kept apart"),
+    for mine, keys, documents, context, why in (
+        (on_xla(2048), on_xla(8192), None, 4, uneven),
+        (on_xla(2048), on_xla(2048), None, 4, uneven),
+        (q, k, k, 2, "documents are kept apart"),
     ):
-        chosen = ops.kernel("attention_by_blocks", mine, keys, keys, documents)
-        assert chosen is ops.TABLE["attention_by_blocks"][-1].kernel
+        chosen = ops.kernel("attention_by_blocks", mine, keys, documents, Rank(0, context))
+        assert chosen is blocks.attention
         assert why in caplog.messages[-1]
