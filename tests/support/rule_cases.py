@@ -181,6 +181,17 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             },
         ],
     ),
+    "ring_has_ranks": (
+        [
+            (
+                {"parallel.context_by": "ring"},
+                None,
+                "parallel.context_by=ring passes keys and values around context ranks, but "
+                "parallel.context=1; use 2 or more, or parallel.context_by=gather",
+            )
+        ],
+        [{"parallel.context_by": "ring", "parallel.context": 2}],
+    ),
     "mesh_fills_world": (
         [
             (

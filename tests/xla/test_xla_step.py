@@ -30,6 +30,7 @@ from llamax.backends import choose
 from llamax.backends.base import Backend
 from llamax.backends.xla import XlaAxis
 from llamax.config.model import ModelConfig
+from llamax.config.types import ContextBy
 from llamax.model.llama import Llama
 from llamax.model.recompute import Recompute
 from llamax.optim.loss_scale import LossScale, LossScaleState
@@ -54,6 +55,7 @@ class Case(NamedTuple):
     accumulation: int = 2
     recompute: Recompute = "none"
     dtype: torch.dtype = torch.float32
+    by: ContextBy = "gather"
 
 
 TP2, TP4, TP2_DP2 = Mesh(tp=2), Mesh(tp=4), Mesh(tp=2, dp=2)
@@ -78,6 +80,10 @@ CASES = [
     Case("cp 4", MODEL, Mesh(cp=4), False, accumulation=4),
     Case("cp 2, dp 2, selective", TIED, Mesh(cp=2, dp=2), False, recompute="selective"),
     Case("tp 2, cp 2, sequence, recompute full", MODEL, TP2_CP2, True, recompute="full"),
+    Case("cp 2, ring", MODEL, Mesh(cp=2), False, by="ring"),
+    Case("cp 4, ring", MODEL, Mesh(cp=4), False, accumulation=4, by="ring"),
+    Case("tp 2, cp 2, ring", MODEL, TP2_CP2, True, recompute="full", by="ring"),
+    Case("cp 2, dp 2, ring", TIED, Mesh(cp=2, dp=2), False, recompute="selective", by="ring"),
 ]
 
 
@@ -102,6 +108,7 @@ def steps(case: Case, axes: Axes, backend: Backend | None) -> dict[str, Any]:
         backend or EAGER_DEVICE,
         step_tokens=GLOBAL_BATCH * SEQUENCE,
         learning_rate=lambda step: OPTIM.lr,
+        context_by=case.by,
     )
     batches = share(axes, case.accumulation)
     found = [state.step(batches, number) for number in range(1, STEPS + 1)]
@@ -278,7 +285,9 @@ def twice(original: Callable[..., Any]) -> Callable[..., Any]:
     return reduce
 
 
-def cut_by_number(axis: Any, documents: Tensor | None = None) -> context_parallel.Attend:
+def cut_by_number(
+    axis: Any, documents: Tensor | None = None, by: ContextBy = "gather"
+) -> context_parallel.Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         k, v = (regions.collect(x, axis, 1) for x in (k, v))
         return context_parallel._by_chunks(q, k, v, documents, axis)

@@ -70,6 +70,15 @@ def context_divides_sequence(c: Config, world: World) -> Iterator[str]:
         )
 
 
+@RULES.reading("parallel.context", "parallel.context_by")
+def ring_has_ranks(c: Config, world: World) -> Iterator[str]:
+    if c.parallel.context_by == "ring" and c.parallel.context == 1:
+        yield (
+            "parallel.context_by=ring passes keys and values around context ranks, but "
+            "parallel.context=1; use 2 or more, or parallel.context_by=gather"
+        )
+
+
 @RULES.reading("parallel.tensor", "parallel.context", "parallel.pipeline", "parallel.data")
 def mesh_fills_world(c: Config, world: World) -> Iterator[str]:
     tensor, context, pipeline = c.parallel.tensor, c.parallel.context, c.parallel.pipeline
