@@ -75,7 +75,7 @@ class Plain:
     ) -> tuple[Tensor, Tensor]:
         scores = self._scores(q, k, causal, numbers)
         lse = scores.logsumexp(-1, keepdim=True)
-        weights = (scores - lse).exp().to(q.dtype)
+        weights = scores.sub_(lse).exp_().to(q.dtype)
         out: Tensor = (weights.flatten(2, 3) @ v).view(q.shape)
         return out, lse.flatten(1, 2)
 
@@ -84,12 +84,13 @@ class Plain:
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, out, dout, lse = rows
         heads = (k.shape[1], q.shape[1] // k.shape[1])
-        weights = (self._scores(q, k, causal, numbers) - lse.unflatten(1, heads)).exp()
+        weights = self._scores(q, k, causal, numbers).sub_(lse.unflatten(1, heads)).exp_()
         dout_stacked = dout.unflatten(1, heads).flatten(2, 3)
         dv = weights.to(q.dtype).flatten(2, 3).mT @ dout_stacked
         dweights = _wide(dout_stacked @ v.mT).view(weights.shape)
         along = (_wide(out) * _wide(dout)).sum(-1, keepdim=True).unflatten(1, heads)
-        dscores = (weights * (dweights - along) * q.shape[-1] ** -0.5).to(q.dtype).flatten(2, 3)
+        dscores = dweights.sub_(along).mul_(weights).mul_(q.shape[-1] ** -0.5)
+        dscores = dscores.to(q.dtype).flatten(2, 3)
         dk = dscores.mT @ q.unflatten(1, heads).flatten(2, 3)
         return (dscores @ k).view(q.shape), dk, dv
 
@@ -97,7 +98,7 @@ class Plain:
         """Scaled products in float32, ``HIDDEN`` where they are not seen: [B, K, H / K, m, h]."""
         heads = (k.shape[1], q.shape[1] // k.shape[1])
         products = q.unflatten(1, heads).flatten(2, 3) @ k.mT
-        scores = _wide(products).unflatten(2, (heads[1], -1)) * q.shape[-1] ** -0.5
+        scores = _wide(products).mul_(q.shape[-1] ** -0.5).unflatten(2, (heads[1], -1))
         seen = None
         if causal:
             place = torch.arange(k.shape[2], dtype=torch.int32, device=q.device)
@@ -112,28 +113,30 @@ PLAIN = Plain()
 
 
 class Runs:
-    """A block by a run of queries at a time, so that fewer scores exist: for eager devices."""
+    """A block by a run of queries at a time, so that fewer scores exist: for eager devices.
+
+    On a CPU in float32, as all its attention.
+    """
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
     ) -> tuple[Tensor, Tensor]:
-        outs, lses = zip(
-            *(
-                PLAIN.forward(q[:, :, run], k[:, :, keys], v[:, :, keys], causal, part)
-                for run, keys, part in self._runs(q, causal, numbers)
-            ),
-            strict=True,
-        )
+        k, v = _computed(k), _computed(v)
+        parts = [
+            PLAIN.forward(_computed(q[:, :, run]), k[:, :, keys], v[:, :, keys], causal, some)
+            for run, keys, some in self._runs(q, causal, numbers)
+        ]
+        outs, lses = zip(*parts, strict=True)
         return torch.cat(outs, 2), torch.cat(lses, 2)
 
     def backward(
         self, rows: Rows, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         dk, dv = (torch.zeros_like(x, dtype=rows.lse.dtype) for x in (k, v))
-        dq = []
-        for run, keys, part in self._runs(rows.q, causal, numbers):
-            some = Rows(*(x[:, :, run] for x in rows))
-            found = PLAIN.backward(some, k[:, :, keys], v[:, :, keys], causal, part)
+        k, v, dq = _computed(k), _computed(v), list[Tensor]()
+        for run, keys, some in self._runs(rows.q, causal, numbers):
+            part = Rows(*(_computed(x[:, :, run]) for x in rows))
+            found = PLAIN.backward(part, k[:, :, keys], v[:, :, keys], causal, some)
             dq.append(found[0])
             dk[:, :, keys] += found[1]
             dv[:, :, keys] += found[2]
@@ -147,8 +150,8 @@ class Runs:
         for start in range(0, q.shape[2], ATTENTION_BLOCK_QUERIES):
             stop = min(start + ATTENTION_BLOCK_QUERIES, q.shape[2])
             run, keys = slice(start, stop), slice(stop if causal else None)
-            part = None if numbers is None else (numbers[0][:, run], numbers[1][:, keys])
-            yield run, keys, part
+            some = None if numbers is None else (numbers[0][:, run], numbers[1][:, keys])
+            yield run, keys, some
 
 
 def attention(
@@ -247,7 +250,7 @@ class _Blocks(torch.autograd.Function):
                     new = (_wide(out), part)
                     merged[half] = _merge(merged[half], new) if half in merged else new
         outs, lses = ([merged[half][i] for half in (0, 1)] for i in (0, 1))
-        whole = torch.cat(outs, 2).to(q.dtype).transpose(1, 2)
+        whole = torch.cat([out.transpose(1, 2) for out in outs], 1).to(q.dtype)
         ctx.save_for_backward(q, kv, documents, whole, *lses)
         ctx.ranks, ctx.kernel = ranks, kernel
         return whole
@@ -291,6 +294,11 @@ def _merge(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _computed(x: Tensor) -> Tensor:
+    """x in the dtype of products."""
+    return _wide(x) if x.device.type == "cpu" else x
 
 
 def _full(value: float, like: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from support.models import tiny
 from support.runs import on_mesh
 from support.runs import share as share_of
+from support.step_reference import part_of
 from support.world import Worlds, axes
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -250,7 +251,8 @@ def measure_stage(config: Config, mesh: Mesh) -> int:
     ).init(0)
     state = TrainState.build(run, model, here)
     ids = torch.randint(MODEL.vocab_size, (2, BATCH, LENGTH))
-    batch = Batch(*ids, torch.arange(LENGTH).expand(BATCH, LENGTH), None)
+    whole = Batch(*ids, torch.arange(LENGTH).expand(BATCH, LENGTH), None)
+    batch = part_of(whole, here)
     batches = [batch] * run.accumulation
     state.step(batches, 1)
     tensors: list[Tensor | None] = [state._stage._unused]
@@ -292,6 +294,33 @@ def test_planned_bytes_of_stages_are_measured_bytes(
         by_name = {line.name: line.value for line in planned.lines}
         beside = sum(by_name.get(name, 0) for name in ("communication", "batch", "reserve"))
         assert planned.peak - beside == pytest.approx(peak, rel=0.05), planned.moment
+
+
+@pytest.mark.parametrize("by", ["gather", "ring"])
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "mode"),
+    [
+        (Mesh(cp=2), "float32", "full"),
+        (Mesh(cp=4), "float32", "none"),
+        (Mesh(cp=4), "float32", "selective"),
+        (Mesh(cp=4), "float32", "full"),
+        (Mesh(tp=2, cp=2), "bfloat16", "none"),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_planned_bytes_of_context_ranks_are_measured_bytes(
+    worlds: Worlds, mesh: Mesh, dtype: str, by: Any, mode: str
+) -> None:
+    wanted = config(mesh, mode, dtype)
+    parallel = replace(wanted.parallel, context=mesh.cp, context_by=by)
+    wanted = replace(wanted, parallel=parallel)
+    found = worlds(mesh.world_size).run(measure_stage, wanted, mesh)
+    planned = memory(share_of(wanted, mesh), CPU)
+    by_name = {line.name: line.value for line in planned.lines}
+    beside = sum(by_name.get(name, 0) for name in ("communication", "batch", "reserve"))
+    # The first rank needs the most of gathered keys: its second chunk is the last of the sequence.
+    assert planned.peak - beside == pytest.approx(found[0], rel=0.05), planned.moment
+    assert max(found) == found[0]
 
 
 def test_the_logits_of_one_chunk_live_at_a_time() -> None:

@@ -146,6 +146,8 @@ def data(tmp_path: Path) -> Path:
         (Mesh(tp=4, dp=2), True, 2, "none", "bfloat16"),
         (Mesh(tp=4, dp=2), True, 3, "full", "bfloat16"),
         (Mesh(cp=2, dp=2), False, 3, "full", "float32"),
+        (Mesh(tp=2, cp=4), True, 1, "none", "bfloat16"),
+        (Mesh(cp=2, dp=2), False, 1, "selective", "float32"),
     ],
 )
 def test_every_rank_and_step_is_one_program(
@@ -153,7 +155,12 @@ def test_every_rank_and_step_is_one_program(
 ) -> None:
     cfg = tiny(data, recompute=recompute, dtype=dtype)
     parallel = ParallelConfig(
-        tensor=mesh.tp, context=mesh.cp, sequence=sequence, zero=zero, bucket_bytes=4096
+        tensor=mesh.tp,
+        context=mesh.cp,
+        context_by="ring" if mesh.cp > 1 and zero == 1 else "gather",
+        sequence=sequence,
+        zero=zero,
+        bucket_bytes=4096,
     )
     found = audited(replace(cfg, parallel=parallel), mesh)
     assert found.passes, found.problems

@@ -55,11 +55,20 @@ def collectives(program: Program, axes: Mapping[str, Groups]) -> list[Traffic]:
         if each.opcode not in COLLECTIVES:
             continue
         groups = set(each.groups)
-        axis = next((name for name, known in axes.items() if set(known) == groups), "other")
+        ways = shifts if each.opcode == "collective-permute" else (lambda known: [set(known)])
+        axis = next((name for name, known in axes.items() if groups in ways(known)), "other")
         key = (axis, each.opcode)
         count[key] += 1
         sent[key] += round(_sent(each, program))
     return [Traffic(kind, axis, count[axis, kind], sent[axis, kind]) for axis, kind in count]
+
+
+def shifts(groups: Groups) -> list[set[tuple[int, ...]]]:
+    """The (source, target) pairs of a shift around every group, by one rank either way."""
+    return [
+        {(group[i], group[(i + by) % len(group)]) for group in groups for i in range(len(group))}
+        for by in (1, -1)
+    ]
 
 
 def communicators(program: Program) -> int:

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from llamax import ops
 from llamax.backends.tracing import opaque
+from llamax.kernels.attention import blocks
+from llamax.kernels.attention.blocks import Numbers, Rows
+from llamax.kernels.attention.ways import Ranks
 from llamax.tools.audit import on_chip_loss
 
 
@@ -80,30 +83,30 @@ def rotated_attention(
     return out
 
 
-class Blocks(torch.autograd.Function):
-    """q [B, S / n, H, E], k and v [B, S, K, E] -> [B, S / n, H, E], opaque each way."""
+class Block:
+    """A block of ranks that share sequences, opaque each way: a ``blocks.Kernel``."""
 
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The output, with the shapes that the kernel keeps for backward."""
-        shapes = [tuple(q.shape), tuple(q.shape[:3])]
-        out, row = opaque("flash", [q, k, v], shapes, [q.dtype, torch.float32])
-        ctx.save_for_backward(q, k, v, out, row)
-        return out
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
+    ) -> tuple[Tensor, Tensor]:
+        """The shapes of the output and of the log-sum-exps."""
+        shapes = [tuple(q.shape), (*q.shape[:3], 1)]
+        out, lse = opaque("flash", [q, k, v], shapes, [q.dtype, torch.float32])
+        return out, lse
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of q, k and v."""
-        saved = ctx.saved_tensors
-        shapes = [tuple(x.shape) for x in saved[:3]]
-        parts = opaque("flash", [*saved, *grads], shapes, [torch.float32] * 3)  # sums of blocks
-        return tuple(part.to(saved[0].dtype) for part in parts)
+    def backward(
+        self, rows: Rows, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The shapes of the gradients of q, k and v."""
+        inputs = [rows.q, k, v, rows.out, rows.dout, rows.lse]
+        shapes = [tuple(x.shape) for x in inputs[:3]]
+        dq, dk, dv = opaque("flash", inputs, shapes, [k.dtype] * 3)
+        return dq, dk, dv
 
 
-def by_blocks(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, rank: Tensor) -> Tensor:
-    """The shapes of ``ops.attention_by_blocks``, without documents."""
-    out: Tensor = Blocks.apply(q, k, v)  # type: ignore[no-untyped-call]
-    return out
+def by_blocks(q: Tensor, kv: Tensor, documents: Tensor | None, ranks: Ranks) -> Tensor:
+    """``ops.attention_by_blocks`` without documents, of blocks that are opaque."""
+    return blocks.attention(q, kv, None, ranks, Block())
 
 
 STAND_INS: dict[str, Callable[..., Tensor]] = {

@@ -17,10 +17,11 @@ Backward gathers the inputs of qkv and gate-up again, and the gradients of o and
 all-gathers and 4 reduce-scatters.  Recomputing whole layers repeats those of forward, except that
 of down, whose result backward does not need.  Without sequence parallelism a layer has 4
 all-reduces.  Context ranks gather keys and values of whole sequences in every layer, again where
-attention is recomputed, and reduce-scatter their gradients.  An optimizer step has one
-reduce-scatter and one all-gather for each bucket.  From ZeRO-2 on the reduce-scatter is in every
-microstep instead, and in ZeRO-3 so are the all-gathers of a weight: in forward, and for layers
-again where they are recomputed.
+attention is recomputed, and reduce-scatter their gradients.  Around a ring those
+of n - 1 other ranks arrive one by one, in backward once more, and gradients, in float32, as often.
+An optimizer step has one reduce-scatter and one all-gather for each bucket.  From ZeRO-2 on the
+reduce-scatter is in every microstep instead, and in ZeRO-3 so are the all-gathers of a weight: in
+forward, and for layers again where they are recomputed.
 """
 
 from __future__ import annotations
@@ -80,8 +81,7 @@ def microstep(
     """The collectives of a forward and a backward pass; the loss has ``chunks`` chunks."""
     again = config.run.recompute == "full"
     found = _passes(config, mesh, chunks, (6 + 2 * again, 4 + again, 4 + again), 2)
-    gathers = 1 if config.run.recompute == "none" else 2
-    found += _context(config, mesh, gathers, 1)
+    found += _context(config, mesh, 1 if config.run.recompute == "none" else 2, 1)
     reduced = [group for group in groups if group.zero > 1]
     return [*found, *_gathered(mesh, groups, 2), *_scattered(mesh, reduced)]
 
@@ -103,17 +103,20 @@ def swap(config: Config, mesh: Mesh, axis: str) -> list[Traffic]:
     return [Traffic("all-gather", axis, 1, sent)]
 
 
-def _context(config: Config, mesh: Mesh, gathers: int, scatters: int) -> list[Traffic]:
-    """Keys and values gathered, and their gradients scattered, so often in a layer."""
+def _context(config: Config, mesh: Mesh, forwards: int, backwards: int) -> list[Traffic]:
+    """Keys and values, and their gradients, that context ranks exchange so often in a layer."""
     if mesh.cp == 1:
         return []
     model = config.model
     heads = max(1, model.num_key_value_heads // mesh.tp)
     tokens = config.data.micro_batch * config.data.sequence_length
-    whole = 2 * tokens * heads * model.head_dim * DTYPE_BYTES[config.run.dtype]
-    sent = whole * (mesh.cp - 1) // mesh.cp
-    kinds = {"all-gather": gathers, "reduce-scatter": scatters}
-    layers = model.num_hidden_layers
+    elements, width = 2 * tokens * heads * model.head_dim, DTYPE_BYTES[config.run.dtype]
+    sent, layers = elements * width * (mesh.cp - 1) // mesh.cp, model.num_hidden_layers
+    if config.parallel.context_by == "ring":
+        keys, gradients = forwards + backwards, backwards * GRADIENT_BYTES // width
+        shifts = layers * (keys + backwards) * (mesh.cp - 1)
+        return [Traffic("collective-permute", "cp", shifts, layers * (keys + gradients) * sent)]
+    kinds = {"all-gather": forwards, "reduce-scatter": backwards}
     return [
         Traffic(kind, "cp", count * layers, count * layers * sent)
         for kind, count in kinds.items()

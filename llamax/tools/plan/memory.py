@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llamax.config.constants import (
-    ATTENTION_BLOCK_QUERIES,
-    ATTENTION_SCORES_BYTES,
     GRADIENT_BYTES,
     STAGED_BYTES,
     flash_refusal,
@@ -32,6 +30,14 @@ from llamax.config.constants import (
 )
 from llamax.config.hardware import GIB, Machine
 from llamax.runtime.units import show_bytes, show_number
+from llamax.tools.plan.context import (
+    attention_blocks,
+    exchange,
+    gathered_bytes,
+    pairs,
+    pairs_at_once,
+    passed,
+)
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.nki_loss import loss_by_nki, loss_line
 from llamax.tools.plan.sizes import Share, stages_of
@@ -215,31 +221,10 @@ def by_nki(share: Share, machine: Machine) -> bool:
     return machine.backend == "xla" and share.mesh.cp == 1
 
 
-def pairs(share: Share) -> int:
-    """The elements of the attention scores of one microbatch and layer on this rank.
-
-    Context ranks skip chunks of keys that none of their queries sees.
-    """
-    whole, n = share.tokens * share.config.data.sequence_length * share.heads, share.mesh.cp
-    return whole if n == 1 else whole * (2 * n + 1) // (4 * n)
-
-
-def pairs_at_once(share: Share, machine: Machine) -> int:
-    """The scores that exist at the same time: with context ranks, of a block of two chunks."""
-    n = share.mesh.cp
-    return pairs(share) // (2 * n + 1) if n > 1 and compiled(machine) else pairs(share)
-
-
-def gathered_bytes(share: Share) -> int:
-    """Keys and values of whole sequences, of one layer, that a context rank gathers."""
-    n = share.mesh.cp
-    return 2 * share.tokens * n * share.key * share.width if n > 1 else 0
-
-
 def attention_kept(share: Share, machine: Machine) -> float:
     """Bytes kept inside attention, beside its input and output."""
     T, q, k, width = share.tokens, share.query, share.key, share.width
-    if share.mesh.cp > 1 and compiled(machine):
+    if share.mesh.cp > 1 and (compiled(machine) or passed(share)):
         return gathered_bytes(share) + 4 * T * share.heads
     if plain_attention(share, machine):  # float32 q, repeated k and v, softmax, mask
         mask = 0 if compiled(machine) else pairs(share) // share.heads
@@ -248,7 +233,8 @@ def attention_kept(share: Share, machine: Machine) -> float:
         return 4 * T * share.heads
     if machine.backend in ("xla", "neuron"):  # copies with repeated heads; one number a row
         return 3 * T * q * width + 4 * T * share.heads - T * (q + 2 * k) * width
-    return T * (q + k) * width + 4 * T * share.heads + gathered_bytes(share)
+    copied = -2 * k if share.mesh.cp > 1 else k  # this rank's keys and values are gathered copies
+    return T * (q + copied) * width + 4 * T * share.heads + gathered_bytes(share)
 
 
 def swiglu(share: Share, machine: Machine) -> int:
@@ -347,7 +333,7 @@ def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
         largest = float(T * F * element + share.tokens_between * D * width)
         formula = f"{T} tokens x {element} B x {F}"
         attention = attention_blocks(share) - T * F * 3 * width
-        if machine.backend == "cpu" and attention > largest:
+        if (machine.backend == "cpu" or passed(share)) and attention > largest:
             largest, formula = attention, "scores of a block of queries less the feed-forward's"
     else:
         largest = 2 * T * F * width + T * D * width + 8 * F * D
@@ -361,22 +347,12 @@ def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
             formula = (
                 f"{element} B x {show_number(at_once)} pairs of tokens less the feed-forward's"
             )
-    # Keys and values in the order of the ring, and their gradients, summed in float32.
-    context = gathered_bytes(share) * (1 + 4 / width)
+    context = exchange(share, machine)
     if context:
-        formula += f", {show_bytes(context)} of gathered keys and values and their gradients"
+        formula += f", {show_bytes(context)} of keys and values of context ranks and gradients"
     return Line(
         "backward", again + largest + context, f"{show_bytes(again)} computed again, {formula}"
     )
-
-
-def attention_blocks(share: Share) -> float:
-    """Bytes of the CPU attention in backward: three blocks of scores, gradients of q, k and v."""
-    data = share.config.data
-    block = 4 * share.heads * ATTENTION_BLOCK_QUERIES * data.sequence_length
-    together = 1 if data.separate_documents else max(1, ATTENTION_SCORES_BYTES // block)
-    gradient = share.tokens * (share.query + 2 * share.key) * share.width
-    return 3 * block * min(together, data.micro_batch) + gradient
 
 
 def cache(share: Share) -> Line:

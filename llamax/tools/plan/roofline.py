@@ -28,8 +28,10 @@ from dataclasses import dataclass
 from llamax.config.flops import flops_per_token, mfu
 from llamax.config.hardware import Machine
 from llamax.runtime.units import count, show_bytes, show_number, show_rate
+from llamax.tools.plan import context
+from llamax.tools.plan.context import pairs
 from llamax.tools.plan.line import Line
-from llamax.tools.plan.memory import by_nki, gathered_bytes, pairs, plain_attention
+from llamax.tools.plan.memory import by_nki, plain_attention
 from llamax.tools.plan.nki_loss import loss_by_nki, loss_seconds
 from llamax.tools.plan.nki_time import attention_seconds
 from llamax.tools.plan.sizes import Share, adapter_elements, stages_of
@@ -198,7 +200,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     rings = turns(share)
 
     cp = wire(machine, mesh.cp, mesh.tp)
-    keys, exchanges = gathered_bytes(share), share.layers * (2 if mode == "none" else 3)
+    times, keys = context.turns(share)
 
     pp = wire(machine, min(mesh.pp, 2), mesh.tp * mesh.cp * mesh.dp)
     activation = share.tokens_between * share.model.hidden_size * w
@@ -231,8 +233,8 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
         ),
         Line(
             "context collectives",
-            exchanges * cp.ring(keys),
-            f"{exchanges} turns of {show_bytes(keys)} keys and values over {cp.name} at "
+            times * cp.ring(keys),
+            f"{times} turns of {show_bytes(keys)} keys and values over {cp.name} at "
             f"{show_rate(cp.bytes_per_s)}",
         ),
         Line(

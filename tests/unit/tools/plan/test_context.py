@@ -10,7 +10,8 @@ from support.runs import share
 from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
 from llamax.parallel.mesh import Mesh
-from llamax.tools.plan.memory import gathered_bytes, memory, pairs, pairs_at_once
+from llamax.tools.plan.context import gathered_bytes, pairs, pairs_at_once
+from llamax.tools.plan.memory import memory
 from llamax.tools.plan.roofline import time
 from llamax.tools.plan.search import contexts, search
 
