@@ -61,14 +61,15 @@ def exchange(share: Share, machine: Machine) -> float:
     """Bytes of keys and values on their way in backward, and of their gradients, in float32.
 
     Gathered: in the order of the ring, and summed.  Around a ring: one share in use and one that
-    arrives; gradients of this rank's, of those in use, and of those that leave and arrive.  0 where
-    ``attention_blocks`` has them.
+    arrives; gradients of this rank's, of those in use, and of those that leave and arrive; between
+    two ranks, one share less of both.  0 where ``attention_blocks`` has them.
     """
     if machine.backend == "cpu" or (passed(share) and not compiled(machine)):
         return 0.0
     held = keys_bytes(share) / share.mesh.cp
     if passed(share):
-        return held * (2 + 4 * GRADIENT_BYTES / share.width)
+        shares, between = 2 - (share.mesh.cp == 2), 4 - (share.mesh.cp == 2)
+        return held * (shares + between * GRADIENT_BYTES / share.width)
     return gathered_bytes(share) * (1 + GRADIENT_BYTES / share.width)
 
 

@@ -19,13 +19,14 @@ from llamax.config.toml import to_toml
 from llamax.config.validate import problems
 from llamax.tools.plan.length import Length, length_of
 from llamax.tools.plan.planner import Plan, plan_run
-from llamax.tools.plan.search import contexts, divisions, pipelines, search, uneven
+from llamax.tools.plan.search import contexts, divisions, pipelines, search, uneven, ways
 from llamax.training.resolve import resolve
 
 SAVERS = ("parallel.sequence", "finetune.shard_base")  # on, they save memory
 CHANGED = (
     "parallel.tensor",
     "parallel.context",
+    "parallel.context_by",
     "parallel.pipeline",
     "parallel.chunks",
     "parallel.layers_per_stage",
@@ -128,7 +129,8 @@ def small_layouts(config: Config, machine: Machine, nodes: int) -> Iterator[Plan
             for parallel in divisions(config, machine, nodes, tensor, context):
                 layout = replace(small, parallel=parallel)
                 if not problems(layout, world, (), machine.ranks):
-                    yield plan_run(resolve(layout, world), machine, nodes)
+                    for way in ways(layout):
+                        yield plan_run(resolve(way, world), machine, nodes)
 
 
 def flags(config: Config, nodes: int, plan: Plan) -> tuple[str, ...]:

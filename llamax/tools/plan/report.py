@@ -39,7 +39,7 @@ TIGHT = f"tight: it fits, but not if a run needs {MARGIN:.1%} more than planned,
 def headline(run: ResolvedRun, machines: str) -> str:
     """One line about a run: model, dtype, layout and batch; ``machines``: count and kind."""
     config, mesh, data = run.config, run.mesh, run.config.data
-    context = f" x context {mesh.cp}" if mesh.cp > 1 else ""
+    context = f" x context {_context(config)}" if mesh.cp > 1 else ""
     pipeline = f" x pipeline {mesh.pp}" if mesh.pp > 1 else ""
     return (
         f"{show_number(config.model.num_parameters())} parameters in {config.run.dtype} on "
@@ -182,7 +182,7 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
     for each in fitting[:BEST]:
         mesh, there, memory = each.run.mesh, each.run.config, each.memory
         yield (
-            f"  {mesh.tp:>6} {mesh.cp:>7} {mesh.pp:>8} {there.parallel.chunks:>6} {mesh.dp:>5} "
+            f"  {mesh.tp:>6} {_context(there):>7} {mesh.pp:>8} {there.parallel.chunks:>6} {mesh.dp:>5} "
             f"{there.parallel.zero:>4} {there.data.micro_batch:>5} {there.run.recompute:<9} "
             f"{show_bytes(memory.peak):>9} "
             f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
@@ -204,6 +204,12 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
     if faster or any(each.memory.tight for each in fitting[:BEST]):
         yield TIGHT
     yield from _reasons(plans, refused)
+
+
+def _context(config: Config) -> str:
+    """The context degree, and whether keys and values are passed around a ring."""
+    parallel = config.parallel
+    return f"{parallel.context}{' ring' * (parallel.context_by == 'ring')}"
 
 
 def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
@@ -236,7 +242,7 @@ def needs(plans: Sequence[Plan]) -> str:
     least = min(plans, key=lambda each: each.memory.peak)
     largest = max(least.memory.lines, key=lambda line: line.value)
     config, mesh = least.run.config, least.run.mesh
-    parts = f"context {mesh.cp}, " if mesh.cp > 1 else ""
+    parts = f"context {_context(config)}, " if mesh.cp > 1 else ""
     parts += f"pipeline {mesh.pp}, " if mesh.pp > 1 else ""
     parts += f"ZeRO-{zero}, " if (zero := config.parallel.zero) > 1 else ""
     return (
@@ -287,6 +293,7 @@ def as_json(plan: Plan) -> dict[str, object]:
             "pipeline": run.mesh.pp,
             "data": run.mesh.dp,
         },
+        "context_by": run.config.parallel.context_by,
         "chunks": run.config.parallel.chunks,
         "layers_per_stage": run.config.parallel.layers_per_stage,
         "zero": run.config.parallel.zero,

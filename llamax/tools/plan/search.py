@@ -3,7 +3,8 @@
 Tried are all tensor degrees that divide the world, context degrees of powers of two that leave
 chunks of ``SHORTEST_CHUNK`` tokens or more, pipelines of equal and of nearly equal stages, equal
 stages also in chunks, ZeRO stages, all recompute modes and micro-batches of powers of two;
-parallel.data is the rest of the world.  Every other setting stays as configured.  Tensor and
+parallel.data is the rest of the world.  Context ranks gather keys and values, and pass them around
+a ring, which is slower, where that does not fit or is tight.  Every other setting stays as configured.  Tensor and
 context ranks share a node, on every machine.
 """
 
@@ -58,7 +59,9 @@ def divisions(
 
     Only the configured ones where tensor and context ranks do not share a node: all are refused.
     """
-    configured = replace(config.parallel, tensor=tensor, context=context, data=0)
+    configured = replace(
+        config.parallel, tensor=tensor, context=context, context_by="gather", data=0
+    )
     if machine.ranks % (tensor * context):
         yield configured
         return
@@ -145,6 +148,13 @@ def contexts(config: Config, ranks: int) -> list[int]:
     return sorted(degree for degree in tried if degree <= max(longest, config.parallel.context))
 
 
+def ways(config: Config) -> Iterator[Config]:
+    """The configuration with gathered keys and values, and, of context ranks, with a ring."""
+    yield config
+    if config.parallel.context > 1:
+        yield replace(config, parallel=replace(config.parallel, context_by="ring"))
+
+
 def search(
     config: Config, machine: Machine, nodes: int, length: Length | None = None
 ) -> tuple[list[Plan], list[Refused]]:
@@ -159,7 +169,10 @@ def search(
     for candidate in candidates(replace(config, run=length.config.run), machine, nodes):
         if reasons := problems(candidate, world, (), machine.ranks):
             refused.append(Refused(candidate, reasons[0]))
-        else:
-            plans.append(plan_length(replace(length, config=candidate), machine, nodes))
+            continue
+        for layout in ways(candidate):
+            plans.append(plan_length(replace(length, config=layout), machine, nodes))
+            if plans[-1].memory.fits and not plans[-1].memory.tight:
+                break
     plans.sort(key=lambda each: (not each.memory.fits, each.memory.tight, -each.time.tokens_per_s))
     return plans, refused
