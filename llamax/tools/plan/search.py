@@ -4,8 +4,8 @@ Tried are all tensor degrees that divide the world, context degrees of powers of
 chunks of ``SHORTEST_CHUNK`` tokens or more, pipelines of equal and of nearly equal stages, equal
 stages also in chunks, ZeRO stages, all recompute modes and micro-batches of powers of two;
 parallel.data is the rest of the world.  Context ranks gather keys and values, and pass them around
-a ring, which is slower, where that does not fit or is tight.  Every other setting stays as configured.  Tensor and
-context ranks share a node, on every machine.
+a ring, which is slower, where that does not fit or is tight.  Every other setting stays as
+configured.  Tensor and context ranks share a node, on every machine.
 """
 
 from __future__ import annotations
