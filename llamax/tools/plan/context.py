@@ -48,6 +48,12 @@ def gathered_bytes(share: Share) -> int:
     return 0 if passed(share) else keys_bytes(share)
 
 
+def keys_at_most(share: Share) -> float:
+    """A bound of the bytes of gathered keys and values, and so of what a ring can save."""
+    kept = share.layers * share.flying if share.config.run.recompute == "none" else 1
+    return gathered_bytes(share) * (kept + 1 + GRADIENT_BYTES / share.width)
+
+
 def turns(share: Share) -> tuple[int, float]:
     """The times that keys and values or gradients go around in a microstep, and bytes of a time."""
     passes = 2 if share.config.run.recompute == "none" else 3

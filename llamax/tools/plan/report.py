@@ -183,8 +183,8 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
         mesh, there, memory = each.run.mesh, each.run.config, each.memory
         yield (
             f"  {mesh.tp:>6} {_context(there):>7} {mesh.pp:>8} {there.parallel.chunks:>6} "
-            f"{mesh.dp:>5} {there.parallel.zero:>4} {there.data.micro_batch:>5} {there.run.recompute:<9} "
-            f"{show_bytes(memory.peak):>9} "
+            f"{mesh.dp:>5} {there.parallel.zero:>4} {there.data.micro_batch:>5} "
+            f"{there.run.recompute:<9} {show_bytes(memory.peak):>9} "
             f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
             f"{each.time.dollars:>10,.0f}{'  tight' * memory.tight}"
         )

@@ -21,9 +21,11 @@ from llamax.config.rules.pipeline import evenly
 from llamax.config.schema import Config, ParallelConfig
 from llamax.config.types import ZeroStage
 from llamax.config.validate import problems
+from llamax.tools.plan.context import keys_at_most
 from llamax.tools.plan.length import Length, length_of
-from llamax.tools.plan.memory import Recompute
+from llamax.tools.plan.memory import MARGIN, Recompute
 from llamax.tools.plan.planner import Plan, plan_length
+from llamax.tools.plan.sizes import Share
 
 SHORTEST_CHUNK = FLASH_MULTIPLE  # tokens; shorter chunks are faster on more data ranks
 CHUNKS = 1, 2, 4  # of a stage; more of them hardly shorten the wait of a pipeline
@@ -172,7 +174,9 @@ def search(
             continue
         for layout in ways(candidate):
             plans.append(plan_length(replace(length, config=layout), machine, nodes))
-            if plans[-1].memory.fits and not plans[-1].memory.tight:
+            memory = plans[-1].memory
+            over = memory.peak * (1 + MARGIN) - memory.available
+            if over <= 0 or over > keys_at_most(Share(plans[-1].run, memory.stage)):
                 break
     plans.sort(key=lambda each: (not each.memory.fits, each.memory.tight, -each.time.tokens_per_s))
     return plans, refused
