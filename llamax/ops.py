@@ -200,7 +200,7 @@ def reference_add_at_columns(x: Tensor, column: Tensor, amount: Tensor) -> Tenso
 
 
 def traced_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Any:
-    return _load("attention.traced:attention_cached")(q, k, v, _causal_mask(q, k, documents))
+    return load("attention.traced:attention_cached")(q, k, v, _causal_mask(q, k, documents))
 
 
 def _onehot(x: Tensor, column: Tensor) -> Tensor:
@@ -273,7 +273,7 @@ def _cpu_without_units(x: Tensor, *_: Tensor | None) -> bool:
 
 
 def _neuron(path: str) -> Callable[..., bool]:
-    return lambda x, *others: x.device.type == "xla" and bool(_load(path)(x, *others))
+    return lambda x, *others: x.device.type == "xla" and bool(load(path)(x, *others))
 
 
 def _fused_attention_is_faster(q: Tensor, k: Tensor, _v: Tensor, documents: Tensor | None) -> bool:
@@ -286,7 +286,8 @@ def _fused_cached_is_faster(q: Tensor, *_: Tensor | None) -> bool:
 
 
 @cache
-def _load(path: str) -> Callable[..., Any]:
+def load(path: str) -> Callable[..., Any]:
+    """The function at "module:function" below ``llamax.kernels``."""
     module, _, function = path.partition(":")
     loaded: Callable[..., Any] = getattr(import_module(f"llamax.kernels.{module}"), function)
     return loaded
@@ -336,11 +337,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "logit_statistics": (  # and logit_gradients: called by parallel/cross_entropy.py
         Row("nki", _neuron("cross_entropy.nki_op:supported"), "cross_entropy.nki_op:statistics"),
-        Row("reference", _anywhere, lambda *x: _load("cross_entropy.op:statistics")(*x)),
+        Row("reference", _anywhere, lambda *x: load("cross_entropy.op:statistics")(*x)),
     ),
     "logit_gradients": (
         Row("nki", _neuron("cross_entropy.nki_op:supported"), "cross_entropy.nki_op:gradients"),
-        Row("reference", _anywhere, lambda *x: _load("cross_entropy.op:gradients")(*x)),
+        Row("reference", _anywhere, lambda *x: load("cross_entropy.op:gradients")(*x)),
     ),
     "embedding": (
         Row("selected", _on_xla, selected_embedding),
@@ -355,18 +356,18 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("reference", _anywhere, reference_add_at_columns),
     ),
     "attention_cached": (
-        Row("cpu", lambda *x: _load("attention.op:one_query")(*x), "attention.op:attention_cached"),
+        Row("cpu", lambda *x: load("attention.op:one_query")(*x), "attention.op:attention_cached"),
         Row("fused", _fused_cached_is_faster, fused_attention_cached),
         Row("traced", _on_xla, "attention.traced:attention_cached"),
         Row("reference", _anywhere, reference_attention_cached),
     ),
     "cache_places": (
         Row("compared", _on_xla, "attention.cache:compared_places"),
-        Row("reference", _anywhere, lambda *x: _load("attention.cache:places")(*x)),
+        Row("reference", _anywhere, lambda *x: load("attention.cache:places")(*x)),
     ),
     "write_cache": (
         Row("compared", _on_xla, "attention.cache:compared_write"),
-        Row("reference", _anywhere, lambda *x: _load("attention.cache:write")(*x)),
+        Row("reference", _anywhere, lambda *x: load("attention.cache:write")(*x)),
     ),
 }
 
@@ -374,7 +375,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
 def kernel(operation: str, *arguments: Any) -> Callable[..., Tensor]:
     """The first kernel of ``TABLE[operation]`` that supports these tensors."""
     row = _row(operation, *arguments)
-    return _load(row.kernel) if isinstance(row.kernel, str) else row.kernel
+    return load(row.kernel) if isinstance(row.kernel, str) else row.kernel
 
 
 def has_kernel(operation: str, *arguments: Any) -> bool:

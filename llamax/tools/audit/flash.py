@@ -16,9 +16,7 @@ from torch import Tensor
 
 from llamax import ops
 from llamax.backends.tracing import opaque
-from llamax.kernels.attention import blocks
-from llamax.kernels.attention.blocks import Numbers, Rows
-from llamax.kernels.attention.ways import Ranks
+from llamax.parallel.collectives import Axis
 from llamax.tools.audit import on_chip_loss
 
 
@@ -84,10 +82,10 @@ def rotated_attention(
 
 
 class Block:
-    """A block of ranks that share sequences, opaque each way: a ``blocks.Kernel``."""
+    """A block of ranks that share sequences, opaque each way (``kernels/attention/blocks.py``)."""
 
     def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
+        self, q: Tensor, k: Tensor, v: Tensor, causal: bool, numbers: None
     ) -> tuple[Tensor, Tensor]:
         """The shapes of the output and of the log-sum-exps."""
         shapes = [tuple(q.shape), (*q.shape[:3], 1)]
@@ -95,7 +93,7 @@ class Block:
         return out, lse
 
     def backward(
-        self, rows: Rows, k: Tensor, v: Tensor, causal: bool, numbers: Numbers | None
+        self, rows: Any, k: Tensor, v: Tensor, causal: bool, numbers: None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The shapes of the gradients of q, k and v."""
         inputs = [rows.q, k, v, rows.out, rows.dout, rows.lse]
@@ -104,9 +102,10 @@ class Block:
         return dq, dk, dv
 
 
-def by_blocks(q: Tensor, kv: Tensor, documents: Tensor | None, ranks: Ranks) -> Tensor:
+def by_blocks(q: Tensor, kv: Tensor, documents: Tensor | None, ranks: Axis) -> Tensor:
     """``ops.attention_by_blocks`` without documents, of blocks that are opaque."""
-    return blocks.attention(q, kv, None, ranks, Block())
+    out: Tensor = ops.load("attention.blocks:attention")(q, kv, None, ranks, Block())
+    return out
 
 
 STAND_INS: dict[str, Callable[..., Tensor]] = {
