@@ -20,10 +20,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from llamax.data.batch_plan import BatchPlan
-from llamax.data.loader import Batch, Batches
+from llamax.data.loader import Batches, Rows
 from llamax.data.shuffle import Integers, permute_each
 
 PERIOD = 2**14
@@ -67,19 +66,28 @@ class BlendedLoader(Batches):
         found: Integers = self._first[chosen] + inside
         return found
 
-    def gather(self, samples: Integers) -> Batch:
-        """The batch of these samples, each row from its part."""
+    def read(self, samples: Integers) -> Rows:
+        """These samples, each row from its part; -1 is an empty row."""
         owner = np.maximum(np.searchsorted(self._first, samples, "right") - 1, 0)
-        rows, found = [], []
-        for number in np.unique(owner).tolist():
-            members = np.flatnonzero(owner == number)
-            local = np.where(samples[members] < 0, -1, samples[members] - self._first[number])
-            rows.append(members)
-            found.append(self.parts[number].gather(local))
-        back = torch.from_numpy(np.argsort(np.concatenate(rows)))
-        ids, labels, positions = (torch.cat([each[i] for each in found])[back] for i in range(3))
-        documents = [each.documents for each in found if each.documents is not None]
-        return Batch(ids, labels, positions, torch.cat(documents)[back] if documents else None)
+        local = np.where(samples < 0, -1, samples - self._first[owner])
+        order = np.argsort(owner, kind="stable")
+        starts = np.flatnonzero(np.diff(owner[order], prepend=-1)).tolist()
+        found = [
+            self.parts[owner[order[start]]].read(local[order[start:stop]])
+            for start, stop in zip(starts, [*starts[1:], len(order)], strict=True)
+        ]
+        ids, labels = np.empty((2, len(order), self.sequence_length), np.int64)
+        ids[order] = np.concatenate([each.ids for each in found])
+        labels[order] = np.concatenate([each.labels for each in found])
+        begins = [
+            (order[start + each.begins[0]], each.begins[1])
+            for start, each in zip(starts, found, strict=True)
+            if each.begins is not None
+        ]
+        if not begins:
+            return Rows(ids, labels, None)
+        rows, columns = map(np.concatenate, zip(*begins, strict=True))
+        return Rows(ids, labels, (rows, columns))
 
 
 def turns(weights: Sequence[float]) -> npt.NDArray[np.int64]:

@@ -56,8 +56,19 @@ class Batch(NamedTuple):
     documents: Tensor | None
 
 
+class Rows(NamedTuple):
+    """Samples as they are read: ids and labels [B,S], and where documents begin inside rows.
+
+    ``begins`` are rows and columns; None where documents are not kept apart.
+    """
+
+    ids: Integers
+    labels: Integers
+    begins: tuple[Integers, Integers] | None
+
+
 class Batches(ABC):
-    """One data rank's share of every step, of ``samples`` that a subclass gathers.
+    """One data rank's share of every step, of ``samples`` that a subclass reads.
 
     ``shuffle=False`` is for validation: samples come in their order and, after the last one, empty
     rows (no labels) fill the batch, so ``epoch`` covers every sample exactly once.
@@ -100,7 +111,7 @@ class Batches(ABC):
         """The micro-batches of the step that begins after ``consumed`` samples."""
         microsteps, rows = self._places.shape
         ids, labels, positions, documents = self._cut(
-            self.gather(self.order(consumed + self._places.ravel()))
+            lay_out(self.read(self.order(consumed + self._places.ravel())))
         )
         return [
             Batch(
@@ -140,8 +151,8 @@ class Batches(ABC):
         return Batch(ids, labels, positions, documents)
 
     @abstractmethod
-    def gather(self, samples: Integers) -> Batch:
-        """The batch of these samples, a row each; -1 is an empty row."""
+    def read(self, samples: Integers) -> Rows:
+        """These samples, a row each; -1 is an empty row."""
 
 
 class Loader(Batches):
@@ -170,15 +181,14 @@ class Loader(Batches):
         self.file, self.separate_documents = file, separate_documents
         self.answers = answers and file.masked
         # Every window that lies whole in the file, as rows of one overlapping view: no copy.
-        self._place = np.arange(sequence_length)
         whole = (len(file) - 1) // sequence_length
         step = file.tokens.itemsize
         self._windows: npt.NDArray[Any] = np.lib.stride_tricks.as_strided(
             file.tokens, (whole, sequence_length + 1), (sequence_length * step, step)
         )
 
-    def gather(self, samples: Integers) -> Batch:
-        """The batch of these samples, a row each; -1 is an empty row."""
+    def read(self, samples: Integers) -> Rows:
+        """These samples, a row each; -1 is an empty row."""
         S = self.sequence_length
         starts = samples * S
         there: Any = np.s_[:]  # the rows that are not empty
@@ -204,26 +214,11 @@ class Loader(Batches):
             labelled = np.maximum(starts, 0)[:, None] + np.arange(1, S + 1)
             labels[~self.file.counted(np.minimum(labelled, len(self.file) - 1))] = IGNORE_INDEX
         if not self.separate_documents:
-            places = torch.from_numpy(self._place).expand(ids.shape)
-            return Batch(torch.from_numpy(ids), torch.from_numpy(labels), places, None)
+            return Rows(ids, labels, None)
         rows, columns = self._boundaries(starts, stops)
         labels[rows, columns - 1] = IGNORE_INDEX
-        # The batch end to end as pieces of one document each: a piece begins with every row and
-        # with every document inside one.
-        inside = columns < S
-        row_begins = np.arange(len(samples)) * S
-        begins = np.union1d(row_begins, row_begins[rows[inside]] + columns[inside])
-        sizes = np.diff(begins, append=ids.size)
-        numbers = np.arange(len(begins)) - np.searchsorted(begins, begins // S * S)
-        apart = np.repeat(begins % S, sizes).reshape(ids.shape)
-        np.subtract(self._place, apart, out=apart)
-        documents = np.repeat(numbers.astype(np.int32), sizes).reshape(ids.shape)
-        return Batch(
-            torch.from_numpy(ids),
-            torch.from_numpy(labels),
-            torch.from_numpy(apart),
-            torch.from_numpy(documents),
-        )
+        inner = columns < S
+        return Rows(ids, labels, (rows[inner], columns[inner]))
 
     def _boundaries(self, starts: Integers, stops: Integers) -> tuple[Integers, Integers]:
         """(row, column) of every document that begins inside a window, not at its first token."""
@@ -231,3 +226,23 @@ class Loader(Batches):
         self.file.touch(np.zeros(1, np.int64), every, "documents")
         rows, begins = self.file.begins(np.maximum(starts, 0), np.maximum(stops, 0))
         return rows, begins - starts[rows]
+
+
+def lay_out(rows: Rows) -> Batch:
+    """The batch of rows: in each document positions begin at 0."""
+    ids, labels, begins = rows
+    place = np.arange(ids.shape[1])
+    if begins is None:
+        places = torch.from_numpy(place).expand(ids.shape)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(labels), places, None)
+    # The batch end to end as pieces of one document each: a piece begins with every row and with
+    # every document inside one.
+    S = len(place)
+    row_begins = np.arange(len(ids)) * S
+    pieces = np.union1d(row_begins, row_begins[begins[0]] + begins[1])
+    sizes = np.diff(pieces, append=ids.size)
+    numbers = np.arange(len(pieces)) - np.searchsorted(pieces, pieces // S * S)
+    apart = np.repeat(pieces % S, sizes).reshape(ids.shape)
+    np.subtract(place, apart, out=apart)
+    documents = np.repeat(numbers.astype(np.int32), sizes).reshape(ids.shape)
+    return Batch(*map(torch.from_numpy, (ids, labels, apart, documents)))

@@ -11,10 +11,9 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
 
 from llamax.data.batch_plan import BatchPlan
-from llamax.data.loader import Batch, Batches
+from llamax.data.loader import Batches, Rows
 from llamax.data.packing import Packs
 from llamax.data.shuffle import Integers
 from llamax.ops import IGNORE_INDEX
@@ -42,15 +41,14 @@ class PackedLoader(Batches):
         self.separate_documents = separate_documents
         self.answers = answers and packs.file.masked
 
-    def gather(self, samples: Integers) -> Batch:
-        """The batch of these samples, a row each; -1 is an empty row."""
+    def read(self, samples: Integers) -> Rows:
+        """These samples, a row each; -1 is an empty row."""
         shape, file = (len(samples), self.sequence_length), self.file
         ids = np.full(shape, file.header.eos_id or 0, np.int64)
         labels = np.full(shape, IGNORE_INDEX, np.int64)
-        positions = np.zeros(shape, np.int64)
-        documents = np.zeros(shape, np.int32)
+        begins: list[tuple[int, int]] = []
         for row, sample in enumerate(samples.tolist()):
-            at = number = 0
+            at = 0
             members = self.packs.documents(sample) if sample >= 0 else np.zeros(0, np.int64)
             starts, stops = file.bounds(members)
             stops = np.minimum(stops, starts + self.sequence_length + 1)
@@ -64,16 +62,10 @@ class PackedLoader(Batches):
                 if self.answers:
                     given = ~file.counted(np.arange(start + 1, stop))
                     labels[row, here][given] = IGNORE_INDEX
-                positions[row, here] = np.arange(stop - start - 1)
-                documents[row, here] = number
-                at, number = here.stop, number + 1
-            positions[row, at:] = np.arange(self.sequence_length - at)
-            documents[row, at:] = number
+                at = here.stop
+                if at < self.sequence_length:  # the next document, or padding
+                    begins.append((row, at))
         if not self.separate_documents:
-            positions[:] = np.arange(self.sequence_length)
-        return Batch(
-            torch.from_numpy(ids),
-            torch.from_numpy(labels),
-            torch.from_numpy(positions),
-            torch.from_numpy(documents) if self.separate_documents else None,
-        )
+            return Rows(ids, labels, None)
+        rows, columns = np.array(begins, np.int64).reshape(-1, 2).T
+        return Rows(ids, labels, (rows, columns))

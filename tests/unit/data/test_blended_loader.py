@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.megatron import DOCUMENTS, write_dataset
-from support.token_files import write_token_file
 
-from llamax.data import megatron
 from llamax.data.batch_plan import BatchPlan
 from llamax.data.blended_loader import PERIOD, BlendedLoader, turns
 from llamax.data.dataset import Mixture, open_dataset
@@ -142,19 +140,3 @@ def test_one_call_permutes_places_of_many_datasets() -> None:
         whole = permute(np.arange(size), size, 2**63 + 1, 5)
         assert sorted(whole.tolist()) == list(range(size))
     assert permute(np.arange(8), 8, 0, 0).tolist() == EIGHT
-
-
-def test_marks_are_looked_at_when_boundaries_are_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prefix = tmp_path / "corpus"
-    file = write_token_file(tmp_path / "f.tokens", [3, 4, 5])
-    megatron.write_indexed(prefix, [file], 100)
-    looked: list[int] = []
-    real = megatron._counts_up
-    monkeypatch.setattr(megatron, "_counts_up", lambda marks: looked.append(1) or real(marks))
-    indexed = megatron.IndexedFile(prefix, "off", 100)
-    assert not looked
-    for _ in range(2):
-        assert indexed.boundaries[1] == indexed.dtype.itemsize
-    assert len(looked) == 1

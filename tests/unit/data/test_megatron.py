@@ -69,6 +69,29 @@ def test_documents_of_several_sequences(tmp_path: Path) -> None:
                 look()
 
 
+class Counted(np.ndarray):  # type: ignore[type-arg]
+    """A table that counts the elements that are read."""
+
+    numbers = 0
+
+    def __getitem__(self, key: object) -> object:
+        part = super().__getitem__(key)
+        Counted.numbers += np.size(part)
+        return np.asarray(part)
+
+
+def test_marks_are_not_read_through_to_open_a_file_or_to_cut_windows(tmp_path: Path) -> None:
+    count = 50_000
+    file = IndexedFile(write_dataset(tmp_path / "d", [[1, 2]] * count))
+    file.marks, file.pointers = file.marks.view(Counted), file.pointers.view(Counted)
+    windows, begins = file.begins(np.array([0, 50_001]), np.array([4, 50_008]))
+    assert begins.tolist() == [2, 50_002, 50_004, 50_006]
+    assert windows.tolist() == [0, 1, 1, 1]
+    assert [each.tolist() for each in file.bounds(np.array([7]))] == [[14], [16]]
+    assert 0 < Counted.numbers < 300
+    assert "_documents" not in vars(file) or file._documents is None
+
+
 def test_what_is_written_is_the_layout(tmp_path: Path) -> None:
     parts = [
         token_file(tmp_path / "a.tokens", DOCUMENTS[:2], 400),
