@@ -36,7 +36,7 @@ from pathlib import Path
 
 from llamax.runtime.errors import Interrupted, LinkError, LlamaxError, Stopped
 from llamax.runtime.files import make_folder, refuse_link, same_file, write_atomic
-from llamax.runtime.process import NO_PROCESS, process_state
+from llamax.runtime.process import NO_PROCESS, process_state, wait_for_end
 from llamax.runtime.text import print_text
 
 ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -83,7 +83,7 @@ def start(folder: Path, command: Sequence[str]) -> int:
     )
     if asked:
         child[0].send_signal(signal.SIGUSR1)
-    code = child[0].wait()
+    code = wait_for_end(child[0].poll)
     codes = wait_for_keepers(folder)
     for lost in sorted(folder.glob("*.log")):
         with open(lost, errors="replace", opener=same_file) as file:
@@ -160,7 +160,13 @@ def supervise(folder: Path, command: Sequence[str], group: bool) -> int:
         finally:
             os._exit(code)
     _handle(lambda number: os.kill(keeper, number))
-    return os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1])
+
+
+    def poll() -> int | None:
+        pid, status = os.waitpid(keeper, os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
+
+    return wait_for_end(poll)
 
 
 def keep(folder: Path, command: Sequence[str], parent: int, group: bool) -> int:
@@ -204,7 +210,7 @@ def keep(folder: Path, command: Sequence[str], parent: int, group: bool) -> int:
     for thread in relays:
         thread.daemon = True
         thread.start()
-    code = child[0].wait()
+    code = wait_for_end(child[0].poll)
     for thread in relays:
         thread.join(5)  # a process that outlives its parent may hold the pipe
     code = code if code >= 0 else 128 - code

@@ -36,6 +36,7 @@ from llamax.runtime.errors import (
     join_or,
     refuse,
 )
+from llamax.runtime.process import wait_for_end
 from llamax.runtime.versions import installed
 
 FORWARDED = (signal.SIGTERM, signal.SIGHUP)
@@ -173,7 +174,7 @@ def run_command(command: Sequence[str], environ: dict[str, str]) -> int:
     previous.append(signal.signal(signal.SIGINT, lambda number, frame: interrupts.append(number)))
     try:
         child.append(subprocess.Popen(command, env=environ))
-        code = child[0].wait()
+        code = wait_for_end(child[0].poll)
     finally:
         for number, handler in zip((*FORWARDED, signal.SIGINT), previous, strict=True):
             signal.signal(number, handler)

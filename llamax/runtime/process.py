@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from llamax.runtime.text import print_text, printable_line
 
 PROC_SELF = Path("/proc/self/stat")  # absent on macOS
 LONGEST = 5000  # characters of a line of an error; a value from a file may be of any length
+POLL_S = 0.05  # the longest that the end of a child process, or a signal, goes unnoticed
 NO_CACHE = "glibc.malloc.tcache_count=0"
 
 # Errors of a path that the user can correct; a missing file, in contrast, is a defect of llamax.
@@ -156,6 +158,17 @@ def defer_signals() -> Iterator[None]:
             signal.signal(number, handler)
         for arrival in arrived[:1]:
             signal.raise_signal(arrival)
+
+
+def wait_for_end(poll: Callable[[], int | None]) -> int:
+    """Wait until a child process has ended, and return its exit code.
+
+    ``poll`` returns the code, or None while the process runs.  A blocking wait would not do: Python
+    handles a signal that comes between its last look at signals and such a wait only after it.
+    """
+    while (code := poll()) is None:
+        time.sleep(POLL_S)
+    return code
 
 
 def process_state(pid: int) -> tuple[str, int]:

@@ -156,3 +156,9 @@ def test_a_signal_reaches_the_launcher_which_takes_its_time(
         started.send_signal(number)
     assert started.wait(300) == (130 if number == signal.SIGINT else 75)
     assert (tmp_path / "saved").exists()
+
+
+def test_a_command_is_waited_for_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A wait without end would delay a signal that comes just before it."""
+    monkeypatch.setattr(subprocess.Popen, "wait", None)
+    assert launch.run_command(["sh", "-c", "exit 7"], dict(os.environ)) == 7

@@ -46,6 +46,28 @@ print("saved it", file=sys.stderr, flush=True)
 sys.exit(75)
 """
 
+# Runs the keeper where a wait without end is an error: it would delay a signal that comes before.
+NO_BLOCKING = """
+import os, subprocess, sys
+from llamax.launch.supervise import main
+def wait(self, timeout=None):
+    assert timeout is not None
+subprocess.Popen.wait = wait
+waitpid = os.waitpid
+def waited(pid, options):
+    assert options & os.WNOHANG
+    return waitpid(pid, options)
+os.waitpid = waited
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("role", ["start", "rank", "node"])
+def test_no_wait_delays_a_signal(tmp_path: Path, role: str) -> None:
+    command = [sys.executable, "-c", NO_BLOCKING, role, str(tmp_path), "sh", "-c", "exit 7"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (7, "")
+
 
 @pytest.fixture(params=["rank", "node"])
 def run(tmp_path: Path, request: pytest.FixtureRequest) -> subprocess.Popen[str]:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
+from llamax.runtime import process
 from llamax.runtime.errors import MOST_PROBLEMS, DataError, NoRoom, refuse
-from llamax.runtime.process import defer_signals, run_main
+from llamax.runtime.process import defer_signals, run_main, wait_for_end
 
 # ---- how programs end
 
@@ -177,6 +179,14 @@ def test_an_open_file_that_fails_is_one_line(code: str, capsys: pytest.CaptureFi
     )
     with pytest.raises(OSError, match="Invalid argument"):  # without a path: a defect
         fails(OSError(errno.EINVAL, "Invalid argument"))
+
+
+def test_a_child_is_waited_for_in_short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, waits = iter([None, None, None, 7]), list[float]()
+    monkeypatch.setattr(process, "time", SimpleNamespace(sleep=waits.append))
+    assert wait_for_end(lambda: next(codes)) == 7
+    assert len(waits) == 3
+    assert max(waits) <= 0.1, "a signal just before a wait is handled after it"
 
 
 def defer_nothing() -> None:
