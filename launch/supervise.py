@@ -161,7 +161,6 @@ def supervise(folder: Path, command: Sequence[str], group: bool) -> int:
             os._exit(code)
     _handle(lambda number: os.kill(keeper, number))
 
-
     def poll() -> int | None:
         pid, status = os.waitpid(keeper, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None

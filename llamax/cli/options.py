@@ -22,6 +22,11 @@ Main = Callable[[Sequence[str]], int]
 
 THREADS = "per rank; default: OMP_NUM_THREADS, or a share of the cores"
 PARAMETER = re.compile(r"`([a-z][a-z0-9_]*)(=[^`]*)?`")
+# An option of other commands: the one that a command has in its place, and how to use it.
+INSTEAD = {
+    "--config": ("--job", 'name the recipe in a job file, recipe = "NAME", and give --job FILE'),
+    "--job": ("--config", "a job file is for launch and doctor; give --config RECIPE_OR_FILE"),
+}
 IRREGULAR = {"fields": "field", "validation_files": "validation-file", "test_files": "test-file"}
 
 
@@ -46,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         return next(iter(difflib.get_close_matches(name, self._option_string_actions, 1, 0.7)), "")
 
     def _hint(self, message: str) -> str:
-        """What to write instead, if the mistake is a dash or a misspelt option; or nothing."""
+        """What to write instead of a dash, a misspelt or another command's option; or nothing."""
         words = list(itertools.takewhile(lambda word: word != "--", self._words))
         unknown = [word for word in words if word[:1] == "-" and word[1:] and not self._knows(word)]
         value = re.match(r"argument (?:.*/)?(--?[\w-]+): expected", message)
@@ -54,6 +59,9 @@ class Parser(argparse.ArgumentParser):
             if value and option == value[1] and word in unknown:
                 return f"a value that begins with - needs an equals sign: {option}={word}"
         for word in unknown:
+            option, hint = INSTEAD.get(word.partition("=")[0], ("", ""))
+            if option in self._option_string_actions:
+                return hint
             if word.startswith("--") and (name := self.nearest(word)):
                 return f"did you mean {name}?"
             if not word.startswith("--"):

@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     if not options.config:
         p.error("--config is missing; give a recipe's name or a TOML file")
     where = rendezvous(os.environ)
-    setup_logging(f"rank {where.rank}", main=where.rank == 0)
+    setup_logging(f"rank {where.rank}", main=where.rank == 0 and not options.ranks)  # rank 0 logs
     with report_errors_once(where):
         if options.ranks == 0:
             raise ConfigError("--ranks 0 is out of range; use 1 or more, or leave it out")

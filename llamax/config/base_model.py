@@ -30,7 +30,7 @@ from llamax.runtime.hub import local_folder, resolve
 from llamax.runtime.hub_files import CONFIG
 from llamax.runtime.hub_name import HubName, hub_name
 from llamax.runtime.json_reader import JsonError
-from llamax.runtime.logging import logger
+from llamax.runtime.logging import warn_once_per_run
 
 ROPE = ("rope_theta", "rope_scaling")
 FREE = (
@@ -229,8 +229,8 @@ def _missing(folder: Path) -> str:
 
 @cache
 def _warn(text: str) -> None:
-    """Warn once in a process."""
-    logger.warning("%s", text)
+    """Warn once in a process, and in a run."""
+    warn_once_per_run("%s", text)
 
 
 def _table(model: ModelConfig) -> dict[str, Any]:

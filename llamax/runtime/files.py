@@ -208,16 +208,15 @@ _without_sync = set[int]()  # the devices of the file systems that the warning h
 
 
 def _warn_without_sync(device: int, reason: str) -> None:
-    """Log once that a file system cannot sync: a warning of rank 0, an info line of other ranks."""
+    """Log once that a file system cannot sync."""
     from multiprocessing import parent_process  # takes milliseconds
+
+    from llamax.runtime.logging import warn_once_per_run  # which imports this module
 
     if device in _without_sync or parent_process() is not None:
         return
     _without_sync.add(device)
-    logger = logging.getLogger("llamax")  # llamax.runtime.logging imports this module
-    quiet = any(handler.level > logging.INFO for handler in logger.handlers)
-    logger.log(
-        logging.INFO if quiet else logging.WARNING,
+    warn_once_per_run(
         "cannot sync %s; what was just written there may be lost if the machine fails",
         reason,
     )

@@ -113,8 +113,8 @@ class Inputs:
     def changed(self, run: ResolvedRun, own_schedule: bool = False) -> list[str]:
         """The settings of samples, updates and mesh that differ from the resumed checkpoint's.
 
-        Where the schedule may differ, the learning rate of the next step, before and after, is the
-        last item; not with a schedule of the program's own, whose past is unknown.
+        If the learning rate of the next step differs, it is the last item; not with a schedule of
+        the program's own, whose past is unknown.
         """
         if self.resumed is None or not (self.resumed.folder / CONFIG_TOML).is_file():
             return []
@@ -138,9 +138,10 @@ class Inputs:
         scheduled = any(change.partition(" ")[0] in SCHEDULE for change in changes)
         if scheduled and not own_schedule:
             step = self.resumed.step + 1
-            before = lr_at(step, then.optim, then.run.steps)
-            after = lr_at(step, run.config.optim, run.steps)
-            changes.append(f"learning rate of step {step} {before:.3e} -> {after:.3e}")
+            before = f"{lr_at(step, then.optim, then.run.steps):.3e}"
+            after = f"{lr_at(step, run.config.optim, run.steps):.3e}"
+            if before != after:
+                changes.append(f"learning rate of step {step} {before} -> {after}")
         return changes
 
 

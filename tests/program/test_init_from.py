@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -144,3 +146,13 @@ def test_a_head_of_its_own_under_a_config_that_says_tied_is_kept(home: Path) -> 
     # --precompile traces the programs of a model with a head, too
     path = write_tables(home / "own.toml", sections(home, run={"folder": str(home / "new")}))
     assert run_main(main, ["--config", str(path), "--precompile"]) == 0
+
+
+def test_a_base_that_is_missing_is_named_once_on_two_ranks(home: Path) -> None:
+    command = [sys.executable, "-m", "llamax", "train", "--config", "demo", "--ranks", "2"]
+    command += ["--checkpoint.init_from=later", f"--data.path={home / 'nothing'}"]
+    done = subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 2
+    first, second = done.stderr.splitlines()
+    assert first.startswith("llamax: checkpoint.init_from=later is not a folder on this machine")
+    assert "is not a dataset" in second or "no such" in second

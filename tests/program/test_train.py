@@ -335,13 +335,10 @@ def test_a_resume_reports_what_has_changed(
     said = capsys.readouterr().err
     assert "resuming from" in said
     assert (
-        "changed since then: optim.beta1 0.9 -> 0.8, run.steps 6 -> 7, run.seed 0 -> 3, "
-        "learning rate of step 7 3.000e-05 -> 3.000e-05\n"
-    ) in said
+        "changed since then: optim.beta1 0.9 -> 0.8, run.steps 6 -> 7, run.seed 0 -> 3\n"
+    ) in said, "the learning rate of step 7 is the same"
     assert run_main(main, [*argv, "--run.steps=8", "--run.seed=3", "--optim.beta1=0.8"]) == 0
-    assert (
-        "changed since then: run.steps 7 -> 8, learning rate of step 8 3.000e-05 -> 3.000e-05\n"
-    ) in capsys.readouterr().err
+    assert "changed since then: run.steps 7 -> 8\n" in capsys.readouterr().err
     manifest = tmp_path / "run/checkpoints/step-00000008/manifest.json"
     manifest.write_text(manifest.read_text().replace('"consumed_sequences":32', '"other":1'))
     done = hashlib.sha256(manifest.read_bytes()).hexdigest()

@@ -24,6 +24,7 @@ Source: AWS Neuron, "Neuron persistent cache"; fsspec, "Built-in implementations
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import shutil
@@ -34,7 +35,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 from llamax.runtime.errors import BackendError, LinkError
-from llamax.runtime.files import is_file_name, make_folder, refuse_link, write_atomic
+from llamax.runtime.files import is_file_name, make_folder, refuse_link, same_file, write_atomic
 from llamax.runtime.files import sha256 as sha256_of
 from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.text import printable_line
@@ -44,6 +45,7 @@ from llamax.tools.audit.compile_cache import NOTES, Note, read_notes
 
 COMPILER = re.compile(r"neuronxcc-[A-Za-z0-9][\w.+-]{0,99}", re.ASCII)
 MODULE = re.compile(r"MODULE_[A-Za-z0-9][\w.+-]{0,199}", re.ASCII)
+COMPILED = re.compile(r"model\.[\w.]+|compile_flags\.json")  # what a compiler leaves in a folder
 HASH = re.compile(r"[0-9a-f]{64}")
 ENTRY, TIME, NEFF = "entry.json", "compile-time.json", "model.neff"
 MOST_BYTES = 2**20  # of an entry.json or a note
@@ -225,6 +227,8 @@ def _take(place: Place, key: str, files: Sequence[File], target: Path) -> str:
                 return ""
             if not target.exists():
                 raise
+            if why := _in_the_way(target):
+                return why
             failed = partial.with_suffix(".failed")  # a failed compilation, which is cached too
             target.rename(failed)
             partial.rename(target)
@@ -232,6 +236,20 @@ def _take(place: Place, key: str, files: Sequence[File], target: Path) -> str:
         return ""
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _in_the_way(target: Path) -> str:
+    """Why a local folder without a program is more than a failed compilation, or nothing."""
+    for path in sorted(target.iterdir()):
+        if path.is_symlink() or not path.is_file() or not COMPILED.fullmatch(path.name):
+            return f"{target} holds {path.name}, which no compiler made; move it away"
+        if path.suffix == ".lock":
+            with open(path, "rb", opener=same_file) as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return f"{target} is being compiled; pull again later"
+    return ""
 
 
 class Found(NamedTuple):

@@ -26,6 +26,10 @@ LAST = "a name that begins with - stands last, after --"
         ("serve hub --quantize int4", "invalid choice: 'int4'", "serve --help lists the options"),
         ("serve hub --quantise int8", "unrecognized arguments", "did you mean --quantize?"),
         ("launch --jobs j.toml --on k8s", "are required: --job", "did you mean --job?"),
+        ("doctor --config demo", "unrecognized arguments: --config demo", "and give --job FILE"),
+        ("launch --config=demo --on k8s", "are required: --job", 'recipe = "NAME"'),
+        ("plan --job job.toml", "are required: --config", "launch and doctor; give --config REC"),
+        ("inspect run --config=j", "unrecognized arguments: --config=j", "inspect --help lists"),
         ("plan", "arguments are required: --config", "llamax plan --help lists the options"),
     ],
 )

@@ -6,6 +6,7 @@ and with moto's S3 over HTTP where moto and s3fs are installed.
 
 from __future__ import annotations
 
+import fcntl
 import importlib.util
 import json
 import os
@@ -421,6 +422,32 @@ def test_links_in_the_local_cache_are_not_followed(tmp_path: Path) -> None:
     with pytest.raises(LinkError, match="is a link to"):
         pull(place, tmp_path / "b", COMPILER)
     assert list(mine.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["notes", "folder", "link", "being compiled"])
+def test_what_is_no_failed_compilation_stays(tmp_path: Path, kind: str) -> None:
+    place, target = Place(str(tmp_path / "shared")), tmp_path / "b" / FOLDER / "MODULE_1+2"
+    push(compiled(tmp_path / "a", "MODULE_1+2"), place)
+    target.mkdir(parents=True)
+    (target / "model.log").write_text("error")
+    lock = target / "model.hlo.pb.lock"
+    lock.touch()
+    with open(lock) as held:
+        if kind == "notes":
+            (target / "notes.txt").write_text("of a user")
+        elif kind == "folder":
+            (target / "profiles").mkdir()
+        elif kind == "link":
+            (target / "model.a.lock").symlink_to(lock)
+        else:
+            fcntl.flock(held, fcntl.LOCK_EX)
+        before = sorted(path.name for path in target.iterdir())
+        (why,) = pull(place, tmp_path / "b", COMPILER).refused.values()
+    assert ("pull again later" if kind == "being compiled" else "no compiler made") in why
+    assert sorted(path.name for path in target.iterdir()) == before
+    assert [path.name for path in target.parent.iterdir()] == ["MODULE_1+2"]
+    if kind == "being compiled":
+        assert pull(place, tmp_path / "b", COMPILER).copied == [f"{FOLDER}/MODULE_1+2"]
 
 
 @pytest.mark.timeout(120)
