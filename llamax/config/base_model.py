@@ -30,7 +30,7 @@ from llamax.runtime.hub import local_folder, resolve
 from llamax.runtime.hub_files import CONFIG
 from llamax.runtime.hub_name import HubName, hub_name
 from llamax.runtime.json_reader import JsonError
-from llamax.runtime.logging import warn_once_per_run
+from llamax.runtime.warn import warn_once_per_run
 
 ROPE = ("rope_theta", "rope_scaling")
 FREE = (

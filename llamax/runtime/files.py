@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from llamax.runtime.errors import DataError, LinkError
+from llamax.runtime.warn import warn_once_per_run
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a full disk, a quota, a file size limit
 MAX_INPUT = 64 << 20  # bytes of a file that a user writes, or of a configuration
@@ -210,8 +211,6 @@ _without_sync = set[int]()  # the devices of the file systems that the warning h
 def _warn_without_sync(device: int, reason: str) -> None:
     """Log once that a file system cannot sync."""
     from multiprocessing import parent_process  # takes milliseconds
-
-    from llamax.runtime.logging import warn_once_per_run  # which imports this module
 
     if device in _without_sync or parent_process() is not None:
         return

@@ -110,12 +110,6 @@ def setup_logging(name: str = "", main: bool = True) -> None:
     logger.propagate = False
 
 
-def warn_once_per_run(message: str, *arguments: object) -> None:
-    """Log what every rank notices: a warning of rank 0, an info line of the other ranks."""
-    others = any(handler.level > logging.INFO for handler in logger.handlers)
-    logger.log(logging.INFO if others else logging.WARNING, message, *arguments)
-
-
 @contextmanager
 def log_to_file(folder: Path, job: str, rank: int) -> Iterator[None]:
     """Write this rank's messages, and an error that leaves the block, to a file in ``folder``."""
