@@ -1,6 +1,6 @@
-"""Speed and memory of the mesh's axes on two ranks: ZeRO-3 and pipelines beside torch's own.
+"""Speed and memory of the mesh's axes: ZeRO-3 and pipelines beside torch's own, context ranks.
 
-    python benchmarks/axes.py [zero zero-fair pipeline] [--steps 8] [--only PART]
+    python benchmarks/axes.py [SECTION ...] [--steps 8] [--only PART]
 
 Contenders train the same Llama from the same weights on the same samples, in processes of one
 thread.  They take turns, one step each (A B C A B C ...), and speeds are medians: once of the time
@@ -10,6 +10,8 @@ busiest rank.  Memory is VmHWM of the largest rank, imports and the interpreter 
     zero        the 57 M Llama (8 layers, 32000 rows), 4 sequences of 512: ZeRO-3, DDP, FSDP2
     zero-fair   the same, with our fused AdamW and settings of the heap for DDP and FSDP2
     pipeline    16 layers and 4096 rows, 8 microbatches of 1 x 512: two stages, data 2, torch's
+    context-N   8 layers and 4096 rows, one sequence of 1024 x N tokens over N = 2, 4 or 8 ranks:
+                keys and values gathered, and passed around a ring
 """
 
 from __future__ import annotations
@@ -41,6 +43,16 @@ def contenders(section: str) -> tuple[str, dict[str, Job]]:
             "FSDP2": Job(fsdp2, **TWO, **fair),
             "FSDP2, recompute": Job(fsdp2, recompute="full", **TWO, **fair),
         }
+    if section.startswith("context"):
+        ranks = int(section.removeprefix("context-"))
+        shape = {"ranks": ranks, "context": ranks, "length": 1024 * ranks, "batch": 1, "threads": 1}
+        return "gather", {
+            f"{way}{', recompute full' * (mode == 'full')}": Job(
+                ours, context_by=way, recompute=mode, vocab_size=4096, **shape
+            )
+            for mode in ("none", "full")
+            for way in ("gather", "ring")
+        }
     piped = Job("sharded:pipelining", pipeline=2, **TWO, **LONG)
     return "llamax, data 2", {
         "llamax, pipeline 2": Job(ours, pipeline=2, **TWO, **LONG),
@@ -57,7 +69,7 @@ def race(section: str, steps: int, only: str, smallest: bool) -> None:
     for name, job in jobs.items():
         if only not in name and name != base:
             continue
-        small = {"layers": 2, "length": 16, "vocab_size": 512} if smallest else {}
+        small = {"layers": 2, "length": 32, "vocab_size": 512} if smallest else {}
         try:
             teams.append(Team(name, replace(job, **small)))
         except TeamError as error:
@@ -91,7 +103,7 @@ def race(section: str, steps: int, only: str, smallest: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    sections = ["zero", "zero-fair", "pipeline"]
+    sections = ["zero", "zero-fair", "pipeline", *(f"context-{ranks}" for ranks in (2, 4, 8))]
     parser.add_argument("sections", nargs="*", help=f"of {' '.join(sections)}; all by default")
     parser.add_argument("--steps", type=int, default=8, help="steps of each, two of them warm-up")
     parser.add_argument("--only", default="", help="contenders whose name has this part")

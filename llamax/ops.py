@@ -333,7 +333,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
     "attention_by_blocks": (
         Row("nki", _neuron("attention.nki_kernel:takes_blocks"), "attention.nki_kernel:by_blocks"),
         Row("traced", _on_xla, "attention.blocks:attention"),
-        Row("runs", _anywhere, "attention.blocks:attention_by_runs"),
+        Row("reference", _anywhere, "attention.blocks:attention_by_runs"),
     ),
     "logit_statistics": (  # and logit_gradients: called by parallel/cross_entropy.py
         Row("nki", _neuron("cross_entropy.nki_op:supported"), "cross_entropy.nki_op:statistics"),

@@ -42,6 +42,8 @@ class Job:
     bucket_bytes: int = 0
     zero: int = 1
     pipeline: int = 1
+    context: int = 1
+    context_by: str = "gather"
     micros: int = 1
     vocab_size: int = 32000
 
@@ -59,7 +61,7 @@ class Job:
 
     @property
     def data(self) -> int:
-        return self.ranks // (self.tensor * self.pipeline)
+        return self.ranks // (self.tensor * self.context * self.pipeline)
 
     def samples(self, number: int) -> tuple[Tensor, Tensor]:
         """This data rank's ids and labels of step ``number``, skewed: there is to learn."""
@@ -68,7 +70,7 @@ class Job:
         )
         tokens = (draws**4 * self.model.vocab_size).long()
         share = self.batch // self.data
-        mine = tokens[self.rank // self.tensor % self.data * share :][:share]
+        mine = tokens[self.rank // (self.tensor * self.context) % self.data * share :][:share]
         return mine[:, :-1].contiguous(), mine[:, 1:].contiguous()
 
     @property

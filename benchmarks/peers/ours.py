@@ -11,6 +11,7 @@ from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
 from llamax.optim.zero import Zero
+from llamax.parallel import context_parallel
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.pipeline import layers_of
 from llamax.parallel.rendezvous import Rendezvous
@@ -24,7 +25,7 @@ def train(job: Job) -> Step:
     where = Rendezvous(job.rank, job.ranks, job.rank, job.ranks, port=job.port)
     backend = choose("cpu", where, job.threads)
     axes = _open.enter_context(
-        backend.joined(Mesh(tp=job.tensor, dp=job.data, pp=job.pipeline), 300.0)
+        backend.joined(Mesh(job.tensor, job.data, job.context, job.pipeline), 300.0)
     )
     model = Llama(
         job.model,
@@ -52,6 +53,7 @@ def train(job: Job) -> Step:
         backend,
         step_tokens=job.batch * job.length,
         learning_rate=lambda step: LR,
+        context_by=job.context_by,
     )
     each = -(-job.length // job.documents)
     place = torch.arange(job.length)
@@ -69,11 +71,15 @@ def train(job: Job) -> Step:
         documents = None
         if job.documents > 1:
             documents = (place // each).expand(ids.shape)
+        inputs = [ids, labels, positions.expand(ids.shape)]
+        if job.context > 1:
+            inputs = [context_parallel.cut(x, *axes.part) for x in inputs]
+            if documents is not None:
+                documents = context_parallel.in_rank_order(documents, job.context)
         cuts = [
-            [None] * job.micros if x is None else x.chunk(job.micros)
-            for x in (ids, labels, documents)
+            [None] * job.micros if x is None else x.chunk(job.micros) for x in (*inputs, documents)
         ]
-        batches = [Batch(i, l, positions, d) for i, l, d in zip(*cuts, strict=True)]
+        batches = [Batch(*parts) for parts in zip(*cuts, strict=True)]
         return state.step(batches, number).loss.item()
 
     return step

@@ -20,6 +20,7 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
     "axes.py": [
         (["zero", "--smallest", "--steps", "1", "--only", "llamax"], "| llamax, ZeRO-3 |"),
         (["pipeline", "--smallest", "--steps", "1", "--only", "llamax"], "| llamax, pipeline 2 |"),
+        (["context-2", "--smallest", "--steps", "1", "--only", "ring"], "| ring, recompute full |"),
     ],
     "checkpoints.py": [([*ONE_ROUND, "--smallest"], "| load one rank of 8 | load unverified |")],
     "collectives.py": [([*ONE_ROUND, "--mebibytes", "0.25"], "| all_reduce | 0.25 |")],
