@@ -1,4 +1,4 @@
-"""Context parallelism: ranks of an axis share every sequence, and gather each other's keys.
+"""Context parallelism: ranks of an axis share every sequence, and attend to each other's keys.
 
 A sequence is cut into 2n chunks, and rank r of n holds chunks r and 2n - 1 - r, so that under a
 causal mask all ranks have equally many pairs of tokens (a cut into n runs would give the last rank
@@ -9,9 +9,10 @@ causal mask all ranks have equally many pairs of tokens (a cut into n runs would
     rank 1                   1         2                    1 -> 0 1         2 -> 0 1 2
 
 Tokens meet only in attention.  There a rank gathers the keys and values of all ranks, and backward
-adds their gradients up and gives each rank its own (``regions.collect``).  Everything else works on
-the tokens that a rank holds: the loader cuts ids, labels, positions and documents, after labels
-were shifted, and the axis of gradients and of the loss (``Axes.data``) includes these ranks.
+adds their gradients up and gives each rank its own (``regions.collect``); or they are passed around
+a ring, for less memory (``kernels/attention/ways.py``).  Everything else works on the tokens that a
+rank holds: the loader cuts ids, labels, positions and documents, after labels were shifted, and the
+axis of gradients and of the loss (``Axes.data``) includes these ranks.
 Sequence parallelism cuts a rank's run further, over the tensor ranks.
 
 A rank computes 2n + 1 of the 4n pairs of chunks that its queries make with the whole sequence.
