@@ -3,11 +3,15 @@
     python benchmarks/serve_memory.py --slots 16 64 --length 2048
 
 Each request fills its slot of the cache: a long prompt and a few new tokens, all requests at once.
-The imports are the resident memory of a Python that has imported what the server imports, and no
-more; the rest of the server's peak (VmHWM) is compared with
+The imports are the memory of a Python that has imported what the server imports, and no more; the
+rest of the server's peak is compared with
 
     weights: bytes of every number      cache: 2 x layers x key/value heads x head size x length x
                                         slots x bytes of a number
+
+"private" is memory of this process alone (RssAnon, looked at every few milliseconds), "resident"
+(VmHWM) has the pages of mapped files too: code that torch maps when it computes, which is in the
+page cache and shared with other processes.  Weights are read, not mapped, so they are private.
 """
 
 from __future__ import annotations
@@ -17,6 +21,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -41,8 +47,10 @@ def main() -> None:
     parser.add_argument("--smallest", action="store_true", help="smallest size, only to try it")
     options = parser.parse_args()
     config = SMALL if options.smallest else LARGE
-    print("| weights in | slots x length | weights | cache | peak beyond imports | / both |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| weights in | slots x length | weights | cache | private | / both | resident | / both |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         hub = Path(scratch, "hub")
         write_model(hub, config)
@@ -61,14 +69,24 @@ def line(options: argparse.Namespace, precision: str, hub: Path, slots: int, len
     bare = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     arguments = [f"--slots={slots}", f"--length={length}", f"--threads={options.threads}"]
     arguments += ["--max-body=64MiB", *PRECISIONS[precision][0]]
-    with llamax_server(hub, *arguments) as (url, pid, shown):
-        asker(url, options.new_tokens)(prompts, False)
-        status = Path(f"/proc/{pid}/status").read_text()
+    with llamax_server(hub, *arguments) as (url, pid, shown), ThreadPoolExecutor(1) as pool:
+        status = Path(f"/proc/{pid}/status")
+        asked = pool.submit(asker(url, options.new_tokens), prompts, False)
+        private = 0
+        while not asked.done():
+            private = max(private, kibibytes(status.read_text(), "RssAnon"))
+            time.sleep(0.002)
+        asked.result()
+        resident = kibibytes(status.read_text(), "VmHWM")
     weights, cache = (mebibytes(shown, name) for name in ("weights", "cache"))
-    peak = kibibytes(status, "VmHWM") / 1024 - kibibytes(bare, "VmRSS") / 1024
+    private_mib, resident_mib = (
+        (peak - kibibytes(bare, name)) / 1024
+        for peak, name in ((private, "RssAnon"), (resident, "VmRSS"))
+    )
     print(
         f"| {precision} | {slots} x {length:,} | {weights:.0f} MiB | {cache:.0f} MiB | "
-        f"{peak:.0f} MiB | {peak / (weights + cache):.3f} |",
+        f"{private_mib:.0f} MiB | {private_mib / (weights + cache):.3f} | "
+        f"{resident_mib:.0f} MiB | {resident_mib / (weights + cache):.3f} |",
         flush=True,
     )
 

@@ -10,8 +10,9 @@ import torch
 
 from llamax import ops
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
 HEAP_BYTES = (1 << 31) - 1, 32 << 20  # the largest C int; the largest that older glibc accepts
+MAPPED_BYTES = 128 << 10  # size from which a bounded heap maps each block by itself
 
 
 def keep_heap() -> bool:
@@ -41,6 +42,20 @@ def unmap_large_blocks() -> None:
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, HEAP_BYTES[1])
     except (OSError, AttributeError):
         return
+
+
+def bound_heap() -> None:
+    """Return freed blocks above 128 KiB to the system, and use one heap for all threads.
+
+    For programs that hold much and compute little at a time; it undoes ``keep_heap``.  Other C
+    libraries are not changed.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    for setting, value in ((M_MMAP_THRESHOLD, MAPPED_BYTES), (M_ARENA_MAX, 1)):
+        mallopt(setting, value)
 
 
 def measure_peak_flops(dtype: torch.dtype) -> float:

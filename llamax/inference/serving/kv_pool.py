@@ -82,13 +82,15 @@ class KVPool:
                     cache[:, :, start:stop] = new_BSkE.transpose(1, 2)
                 for row, slot in enumerate(() if every else slots):
                     cache[slot, :, start:stop] = new_BSkE[row].transpose(0, 1)
-            if start:
-                (slot,) = slots
-                k_BSkE, v_BSkE = (
-                    cache[slot : slot + 1, :, :stop].transpose(1, 2)
-                    for cache in self._layers[layer]
-                )
-            return ops.attention(q_BShE, k_BSkE, v_BSkE)
+            if not start:
+                return ops.attention(q_BShE, k_BSkE, v_BSkE)
+            (slot,) = slots
+            k_1TkE, v_1TkE = (
+                cache[slot : slot + 1, :, :stop].transpose(1, 2) for cache in self._layers[layer]
+            )
+            place_T = torch.arange(stop, device=q_BShE.device)
+            mask_1ST = (place_T <= place_T[start:, None])[None]
+            return ops.attention_cached(q_BShE, k_1TkE, v_1TkE, mask_1ST)  # in little memory
 
         return attend
 

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from llamax import ops
 from llamax.data.tokenizer.streaming import Detokenizer
 from llamax.inference.sampling import Sampling
 from llamax.inference.serving.adapters import Adapters
@@ -35,6 +36,8 @@ from llamax.runtime.logging import logger
 
 PIECE_TOKENS = 256  # prompts are padded and computed together up to so many tokens
 TURN_TOKENS = 512  # of prompts, after which the requests in progress make a token
+WIDTHS = (16, 32, 64, 128, 192, 256)  # of pieces, where each number of rows is compiled
+ROWS = 16  # there, requests that make tokens are computed in multiples of so many
 DRAWN_LOGITS = 2**19  # logits from which tokens are drawn at once; bounds the copies
 NOT_FINITE = "the model's logits are not finite; serve an earlier checkpoint"
 
@@ -131,6 +134,9 @@ class Scheduler:
         self.model, self.adapters, self.metrics = model, adapters, metrics
         self.slots, self.length, self.queue = slots, length, queue
         self.pool = KVPool(model, slots, length)
+        weight = next(model.parameters())
+        on_units = weight.device.type == "cpu" and ops.has_bf16_units()
+        self._compiles = on_units and weight.dtype == torch.bfloat16
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []
         self._prefilled = 0  # tokens of prompts since the last step
@@ -204,17 +210,7 @@ class Scheduler:
 
     def _prefill(self, waiting: Sequence[Request]) -> None:
         """Compute the first of the prompts that wait, or a piece of a long one."""
-        start, width = waiting[0].filled, 0
-        requests: list[Request] = []
-        for request in waiting:
-            wider = max(width, min(len(request.ids) - request.filled, PIECE_TOKENS))
-            is_long = len(request.ids) > PIECE_TOKENS  # it is computed alone
-            if requests and (is_long or wider * (len(requests) + 1) > PIECE_TOKENS):
-                break
-            requests.append(request)
-            width = wider
-            if is_long:
-                break
+        start, (requests, width) = waiting[0].filled, self._batch(waiting)
         device = self.model.tp.rank_index.device
         pieces = [request.ids[start : start + width] for request in requests]
         padded = [[*piece, *[0] * (width - len(piece))] for piece in pieces]
@@ -232,14 +228,43 @@ class Scheduler:
         if not requests[0].waits:
             self._deliver(requests, logits_B1V[:, 0])
 
+    def _batch(self, waiting: Sequence[Request]) -> tuple[list[Request], int]:
+        """The first requests whose prompts are computed together, and the width of their pieces.
+
+        oneDNN compiles a product of bfloat16 for each number of rows and keeps it, some 4 MiB for a
+        model, so that there are few of them: 1, 2, 4, ... pieces of one of WIDTHS.
+        """
+        requests: list[Request] = []
+        width = 0
+        for request in waiting:
+            wider = max(width, min(len(request.ids) - request.filled, PIECE_TOKENS))
+            if self._compiles:
+                wider = next(each for each in WIDTHS if each >= wider)
+            is_long = len(request.ids) > PIECE_TOKENS  # it is computed alone
+            if requests and (is_long or wider * (len(requests) + 1) > PIECE_TOKENS):
+                break
+            requests.append(request)
+            width = wider
+            if is_long:
+                break
+        if self._compiles:
+            requests = requests[: 1 << (len(requests).bit_length() - 1)]
+        return requests, min(width, self.length - requests[0].filled)
+
     def _decode(self, requests: Sequence[Request]) -> None:
+        rows = len(requests)
+        if self._compiles:
+            rows = min(-(-rows // ROWS) * ROWS, self.slots)
+        computed = self._active[:rows]  # the rest writes to places that are filled before use
+        free = [[0]] * (rows - len(computed))
+        places = [[request.length] for request in computed] + free
         device = self.model.tp.rank_index.device
-        positions_B1 = torch.tensor([[request.length] for request in requests], device=device)
-        tokens_B1 = torch.tensor([[request.last] for request in requests], device=device)
-        attend = self.pool.decode(positions_B1, 1 + max(request.length for request in requests))
+        positions_B1 = torch.tensor(places, device=device)
+        tokens_B1 = torch.tensor([[request.last] for request in computed] + free, device=device)
+        attend = self.pool.decode(positions_B1, 1 + max(place for (place,) in places))
         with self.adapters.rows([request.adapter for request in requests]):
             logits_B1V = self.model(tokens_B1, positions_B1, attend=attend)
-        self._deliver(requests, logits_B1V[:, 0])
+        self._deliver(requests, logits_B1V[: len(requests), 0])
 
     def _deliver(self, requests: Sequence[Request], logits_BV: Tensor) -> None:
         """Draw the next token of each request and hand it over."""

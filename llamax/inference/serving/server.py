@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from llamax.backends import choose
+from llamax.backends import choose, cpu
 from llamax.checkpoint.peft import is_adapter
 from llamax.inference.checks import check_computing
 from llamax.inference.engine import open_model
@@ -138,6 +138,7 @@ def serve(
     listener = bind(settings.host, settings.port)
     with listener:
         backend = choose(settings.backend, Rendezvous(), settings.threads)
+        cpu.bound_heap()
         with reported("loading the model"):
             built, beside = build_served(
                 loaded, tuned, backend.device, settings.dtype, settings.quantize

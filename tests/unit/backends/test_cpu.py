@@ -22,16 +22,20 @@ import ctypes, resource, sys
 from llamax.backends import cpu
 if sys.argv[1] == "keep":
     assert cpu.keep_heap()
-if len(sys.argv) > 2:
+if "unmap large" in sys.argv:
     cpu.unmap_large_blocks()
+size = 40 << 20
+if "bound" in sys.argv:
+    cpu.bound_heap()
+    size = 1 << 20
 libc = ctypes.CDLL(None)
 libc.prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: one fault for each page, on every machine
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
-    block = libc.malloc(40 << 20)
-    ctypes.memset(block, 1, 40 << 20)
+    block = libc.malloc(size)
+    ctypes.memset(block, 1, size)
     libc.free(block)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
@@ -48,6 +52,7 @@ def test_kept_heap_is_faulted_in_once() -> None:
     assert faults("leave") >= 5 * pages
     assert faults("keep") < 2 * pages
     assert faults("keep", "unmap large") >= 5 * pages
+    assert faults("keep", "bound") >= 5 * (1 << 20) // resource.getpagesize()
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +62,7 @@ def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(ctypes, "CDLL", missing)
     assert not cpu.keep_heap()
     cpu.unmap_large_blocks()
+    cpu.bound_heap()
 
 
 def test_older_glibc_takes_a_smaller_threshold(monkeypatch: pytest.MonkeyPatch) -> None:

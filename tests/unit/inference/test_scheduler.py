@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -25,11 +26,17 @@ def model() -> Llama:
     return Llama(DECIDED).init(0).eval()
 
 
-@pytest.fixture
-def scheduler(model: Llama, monkeypatch: pytest.MonkeyPatch) -> Scheduler:
+@pytest.fixture(params=[False, True], ids=["any rows", "few rows"])
+def scheduler(
+    model: Llama, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Scheduler:
     monkeypatch.setattr(module, "PIECE_TOKENS", PIECE)
     monkeypatch.setattr(module, "TURN_TOKENS", 2 * PIECE)
-    return Scheduler(model, Adapters(), slots=4, length=64, queue=64, metrics=Metrics())
+    monkeypatch.setattr(module, "WIDTHS", (2, PIECE // 2, PIECE))
+    monkeypatch.setattr(module, "ROWS", 3)
+    made = Scheduler(model, Adapters(), slots=4, length=64, queue=64, metrics=Metrics())
+    made._compiles = request.param
+    return made
 
 
 class Asked:
@@ -76,6 +83,27 @@ def test_prompts_in_pieces_get_the_tokens_of_generate(model: Llama, scheduler: S
         pass
     assert [asked.ended for asked in every] == ["length"] * len(every)
     assert [asked.tokens for asked in every] == [alone(model, asked) for asked in every]
+
+
+def test_products_that_are_compiled_have_few_numbers_of_rows(
+    scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = set()
+
+    def forward(ids_BS: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        shapes.add(tuple(ids_BS.shape))
+        return Llama.forward(scheduler.model, ids_BS, *others, **named)
+
+    monkeypatch.setattr(scheduler.model, "forward", forward)
+    lengths = [*range(1, 2 * PIECE + 3), 62, 63, *range(1, 9)]
+    scheduler.submit([Asked(prompt(n, n), 1 if n > 30 else 1 + n % 5).request for n in lengths])
+    while turn(scheduler):
+        pass
+    if scheduler._compiles:
+        steps = {(3, 1), (4, 1)}  # 63 tokens end in a piece of 7 of the cache's 64 places
+        assert shapes <= steps | {(b, w) for b in (1, 2, 4) for w in (2, 4, 8) if b * w <= PIECE}
+    else:
+        assert len(shapes) > 10
 
 
 def test_a_client_that_goes_away_changes_no_other_answer(

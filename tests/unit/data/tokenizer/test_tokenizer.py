@@ -28,6 +28,8 @@ def test_sentencepiece(spm: Path) -> None:
     assert found.fingerprint == hashlib.sha256(spm.read_bytes()).hexdigest()
     for text in TEXTS:
         assert found.decode(found.encode(text)) == text
+    assert not {"_bare", "pieces"} & {*vars(found)}  # one engine, and no pieces beside it
+    assert not any(isinstance(value, SentencePieceModel) for value in vars(found).values())
 
 
 def test_training_is_llamas_recipe_and_repeatable(spm: Path, tmp_path: Path) -> None:
