@@ -3,7 +3,8 @@
     python benchmarks/ops.py [attention rms_norm ...] [--rounds 15] [--threads 2]
         [--length 512] [--tokens 2048]
 
-Shapes are those of the 57 M Llama (hidden 512, 8 heads, 4 key/value heads, ffn 1408), 2048 tokens.
+Shapes are those of the 57 M Llama (hidden 512, 8 heads, 4 key/value heads, ffn 1408), 2048 tokens;
+those of the small layer (hidden 32, 16 tokens) leave little but the time of Python and of calls.
 Contenders take turns within a round; times are medians in milliseconds, ratios are of the sums.
 ``kept`` is what autograd holds from forward to backward, MiB, beyond the operation's own inputs and
 result.
@@ -23,7 +24,10 @@ from transformers.models.llama import modeling_llama as hub
 
 from llamax import ops
 from llamax.backends import cpu
+from llamax.config.model import ModelConfig
 from llamax.model import rope
+from llamax.model.causal import Causal
+from llamax.model.llama import Llama
 
 HIDDEN, HEADS, KV, WIDTH, FFN = 512, 8, 4, 64, 1408
 Function = Callable[..., Tensor]
@@ -59,7 +63,21 @@ def cases(tokens: int, length: int) -> dict[str, tuple[dict[str, Function], Sequ
         return lambda q, k, v: kernel(q, k, v, None)
 
     narrow = [x.bfloat16(), weight.bfloat16()]
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 64}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    layer = Llama(ModelConfig(**small)).init(0).model.layers["0"]
+    hub_layer = hub.LlamaDecoderLayer(hub.LlamaConfig(**small, attn_implementation="sdpa"), 0)
+    angles = rope.rope_tables(
+        torch.arange(16).unsqueeze(0), rope.inverse_frequencies(8, 10_000.0, None)
+    )
     return {
+        "small layer": (
+            {
+                "llamax": lambda x: layer(x, *angles, Causal(None), "none"),
+                "transformers": lambda x: hub_layer(x, position_embeddings=angles),
+            },
+            (torch.randn(1, 16, 32),),
+        ),
         "attention": (
             {
                 "llamax": whole(ops.attention),

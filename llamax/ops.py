@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llamax.config.constants import ATTENTION_LENGTHS
+
 IGNORE_INDEX = -100  # the label of a position without loss, as in torch
 
 
@@ -165,8 +167,9 @@ def reference_rotated_attention(
 ) -> Tensor:
     rows = qkv.unflatten(-1, (-1, cos.shape[-1]))
     keys = (rows.shape[2] - heads) // 2
-    q, k, v = rows.split((heads, keys, keys), dim=2)
-    return attention(rotate(q, cos, sin), rotate(k, cos, sin), v, documents).flatten(-2)
+    qk, v = rows.split((heads + keys, keys), dim=2)
+    q, k = rotate(qk, cos, sin).split((heads, keys), dim=2)
+    return attention(q, k, v, documents).flatten(-2)
 
 
 def reference_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -204,8 +207,7 @@ def traced_attention(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) 
 
 
 def _onehot(x: Tensor, column: Tensor) -> Tensor:
-    place = torch.arange(x.shape[1], dtype=column.dtype, device=x.device)
-    return column.unsqueeze(1) == place
+    return column.unsqueeze(1) == torch.arange(x.shape[1], dtype=column.dtype, device=x.device)
 
 
 def compared_at_columns(x: Tensor, column: Tensor) -> Tensor:
@@ -239,10 +241,8 @@ def fused_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Ten
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out_BHSE = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
-    return out_BHSE.transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+    return out.transpose(1, 2)
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -277,8 +277,8 @@ def _neuron(path: str) -> Callable[..., bool]:
 
 
 def _fused_attention_is_faster(q: Tensor, k: Tensor, _v: Tensor, documents: Tensor | None) -> bool:
-    long = documents is None and q.shape[1] == k.shape[1] >= 2048
-    return _on_cuda(q) or (_on_cpu(q) and q.dtype == torch.float32 and long)
+    suits = q.dtype == torch.float32 and q.shape[1] == k.shape[1] not in ATTENTION_LENGTHS
+    return _on_cuda(q) or (_on_cpu(q) and suits and documents is None)
 
 
 def _fused_cached_is_faster(q: Tensor, *_: Tensor | None) -> bool:

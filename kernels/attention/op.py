@@ -72,6 +72,7 @@ class Attention(torch.autograd.Function):
                 _unstack(mixed, out[rows, start:stop], kv)
                 block_lse = lse[rows, :, :, start:stop]
                 block_lse.copy_(total.log2_().add_(largest).view(block_lse.shape))
+        v = v.contiguous()  # a view would keep the whole of a fused projection
         ctx.save_for_backward(q, k, v, out, lse, documents)
         return out
 

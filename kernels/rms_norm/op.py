@@ -42,15 +42,16 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        width = x.shape[-1]
-        dtype = x.dtype
-        x, dy, wide_weight = (t.to(scale.dtype) for t in (x, dy, weight))
+        width, dtype, wide = x.shape[-1], x.dtype, scale.dtype
+        if dtype != wide:
+            x, dy = x.to(wide), dy.to(wide)
+        wide_weight = weight.to(wide)
         buffer = torch.mul(dy, x)
         rows = buffer.view(-1, width)
-        dweight = (scale.view(1, -1) @ rows).view(width)
-        along = (rows @ wide_weight).view_as(scale) * scale**3 / width
-        dx = torch.mul(dy, wide_weight, out=buffer).mul_(scale).addcmul_(x, along, value=-1)
-        return dx.to(dtype), dweight.to(weight.dtype), None
+        dweight = torch.mm(scale.view(1, -1), rows).view(width)
+        along = torch.mv(rows, wide_weight).view_as(scale).mul_(scale).mul_(scale)
+        dx = torch.mul(dy, wide_weight, out=buffer).addcmul_(x, along, value=-1 / width)
+        return dx.mul_(scale).to(dtype), dweight.to(weight.dtype), None
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -22,11 +22,10 @@ from torch.autograd.function import once_differentiable
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
     """``x`` [B, S, H, E] rotated by ``sign`` times the angles of the tables [B or 1, S, E]."""
-    half = x.shape[-1] // 2
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    y = torch.mul(x, cos)
-    y[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
-    y[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    y = torch.mul(x, cos.unsqueeze(2))
+    (y1, y2), (x1, x2), (sin1, sin2) = (t.chunk(2, dim=-1) for t in (y, x, sin.unsqueeze(2)))
+    y1.addcmul_(x2, sin1, value=-sign)
+    y2.addcmul_(x1, sin2, value=sign)
     return y.to(x.dtype)
 
 

@@ -44,8 +44,7 @@ class SwiGLU(torch.autograd.Function):
         dgate, dup = dgate_up.chunk(2, dim=-1)
         torch.mul(dy, up, out=dgate)
         torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-        torch.ops.aten.silu.out(gate, out=dup)
-        dup.mul_(dy)
+        F.silu(dup.copy_(gate), inplace=True).mul_(dy)
         return dgate_up.to(gate_up.dtype)
 
 

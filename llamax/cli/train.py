@@ -60,13 +60,17 @@ def main(argv: Sequence[str]) -> int:
                 f"--ranks {options.ranks} in a program that {where.launcher} started; leave it out"
             )
         config = load_config(options.config, overrides, options.ranks or where.world_size)
-    if options.ranks:
-        words = ["--config", options.config, *["--precompile"] * options.precompile, *overrides]
-        return run_ranks(words, options.ranks, os.environ)
+    if (
+        options.ranks
+    ):  # numpy's OpenBLAS would start threads, and a process with threads forks badly
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     from llamax.tools.audit import precompile
     from llamax.train import train
 
+    if options.ranks:
+        words = ["--config", options.config, *["--precompile"] * options.precompile, *overrides]
+        return run_ranks(main, words, options.ranks, os.environ)
     if options.precompile or precompile.asked(os.environ):
         precompile.precompile(config, where, os.environ)
         return 0

@@ -39,6 +39,7 @@ REPEAT_S = 0.3  # a SIGINT sooner after the first is its copy: some wrappers pas
 _first = ""  # the name of the first signal
 _reports = True
 _handled: list[signal.Signals] = []
+_listener: threading.Thread | None = None
 _waiting = threading.Event()  # ranks wait for each other from here on
 _stepped = threading.Event()  # a step is done: there is something to save
 
@@ -48,8 +49,9 @@ def install(reports: bool = True) -> None:
 
     A rank that does not report ends silently: when a launcher ends all ranks, one line is enough.
     """
-    global _reports
+    global _reports, _listener
     _reports = reports
+    _handled.clear()
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     for number in SIGNALS:
@@ -58,7 +60,8 @@ def install(reports: bool = True) -> None:
             _handled.append(number)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    threading.Thread(target=_listen, args=(reader,), name="llamax-signals", daemon=True).start()
+    _listener = threading.Thread(target=_listen, args=(reader,), name="llamax-signals", daemon=True)
+    _listener.start()
 
 
 def requested() -> str:
@@ -87,16 +90,22 @@ def rest() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def pass_on(send: Callable[[signal.Signals], None]) -> None:
-    """Give every signal to ``send`` from now on, in a program that runs the ranks as children."""
+def pass_on(send: Callable[[int], None]) -> None:
+    """Give every signal to ``send`` from now on, in a program that runs the ranks as children.
+
+    The thread that listened ends, because a process that forks should have no other thread.
+    """
 
     def handle(number: int, frame: object) -> None:
         _note(number, frame)
-        send(signal.Signals(number))
+        send(number)
 
-    signal.set_wakeup_fd(-1)
+    writer = signal.set_wakeup_fd(-1)
     for number in _handled:
         signal.signal(number, handle)
+    if _listener is not None:
+        os.close(writer)
+        _listener.join()
 
 
 def aftermath() -> str:
@@ -157,7 +166,10 @@ def _listen(reader: int) -> None:
                 _leave("in the first step; nothing new to save: start again to go on")
             limit_s = None
             continue
-        for number in os.read(reader, 1):
+        arrived = os.read(reader, 1)
+        if not arrived:  # ``pass_on`` has closed the other end
+            return os.close(reader)
+        for number in arrived:
             if number not in _handled:
                 continue
             _note(number, None)

@@ -2,35 +2,42 @@
 
 ::
 
-    parent ─┬─ rank 0   python -m llamax.train ...     signals to the parent go to every rank;
-            ├─ rank 1                                   the parent ends when all ranks have ended,
-            └─ ...                                      with their exit code
+    parent ─┬─ rank 0    forked after the parent has imported torch, once for all ranks;
+            ├─ rank 1    signals to the parent go to every rank; it ends when all ranks have
+            └─ ...       ended, with their exit code
 
 torchrun turns a signal, and every exit code of a rank but 0, into a traceback and code 1.  Here the
 codes of ``llamax.runtime.errors`` stay, and no rank listens beyond the loopback interface.
+
+Where a fork is not safe, on macOS, every rank is a new Python.
 """
 
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from llamax.parallel.network import free_port
 from llamax.parallel.rendezvous import FAMILIES, LOOPBACK
 from llamax.runtime import signals
 from llamax.runtime.errors import Interrupted, Stopped
+from llamax.runtime.process import Main, run_main
 
 STOPPED = (Stopped.exit_code, Interrupted.exit_code)
 ENDING_S = 60.0  # for the ranks that are left after one has failed
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
+if sys.platform == "linux":
+    START = multiprocessing.get_context("fork")
+else:
+    START = multiprocessing.get_context("spawn")
 
 
 def rank_environment(environ: Mapping[str, str], ranks: int) -> list[dict[str, str]]:
@@ -48,59 +55,60 @@ def rank_environment(environ: Mapping[str, str], ranks: int) -> list[dict[str, s
     return [kept | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def run_ranks(words: Sequence[str], ranks: int, environ: Mapping[str, str]) -> int:
-    """Run the training program with ``words`` on every rank; return the exit code of the run.
+def run_ranks(main: Main, words: Sequence[str], ranks: int, environ: Mapping[str, str]) -> int:
+    """Run ``main(words)``, the training program, on every rank; return the exit code of the run.
 
     That is the code of the rank that failed first, or that of a stop which has saved, or 0.
+    This process has imported what the ranks need, and has no other thread than that of ``signals``.
     """
-    programs: list[subprocess.Popen[bytes]] = []
+    programs: list[BaseProcess] = []
 
-    def send(number: signal.Signals) -> None:
+    def send(number: int) -> None:
         for program in programs:
-            with suppress(ProcessLookupError):
-                program.send_signal(number)
-
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def leave_with_parent() -> None:
-        if libc is not None:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            if program.pid and program.exitcode is None:
+                os.kill(program.pid, number)
 
     signals.pass_on(send)
     try:
         for variables in rank_environment(environ, ranks):
-            programs.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", "llamax.train", *words],
-                    env=variables,
-                    stdin=subprocess.DEVNULL,
-                    start_new_session=True,  # Ctrl-C reaches the parent alone, which passes it on
-                    preexec_fn=leave_with_parent,
-                )
-            )
-            if early := signals.requested():  # it came while the ranks were started
-                programs[-1].send_signal(signal.Signals[early])
+            rank = START.Process(target=_run_rank, args=(main, words, variables))
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # the rank unblocks them
+            rank.start()
+            programs.append(rank)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.SIGNALS)
+        if early := signals.requested():  # it came while the ranks were started
+            send(signal.Signals[early])
         return wait_for(programs)
     finally:
         for program in programs:
-            if program.poll() is None:
-                program.kill()
-            program.wait()
+            program.kill()
+            program.join()
 
 
-def wait_for(programs: Sequence[subprocess.Popen[bytes]], ending_s: float = ENDING_S) -> int:
+def _run_rank(main: Main, words: Sequence[str], variables: Mapping[str, str]) -> None:
+    """The program of one rank, in a process of its own."""
+    os.setsid()  # Ctrl-C reaches the parent alone, which passes it on
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # leave with the parent
+    os.environ.clear()
+    os.environ.update(variables)
+    signals.install(variables["LOCAL_RANK"] == "0")
+    sys.exit(run_main(main, words))
+
+
+def wait_for(programs: Sequence[BaseProcess], ending_s: float = ENDING_S) -> int:
     """Wait until all ranks have ended, or for ``ending_s`` after one has failed; the exit code."""
     failed, limit_s = 0, float("inf")
-    while None in [program.poll() for program in programs] and time.monotonic() < limit_s:
+    while None in [program.exitcode for program in programs] and time.monotonic() < limit_s:
         if failed := failed or _failure(programs):
             limit_s = min(limit_s, time.monotonic() + ending_s)
         time.sleep(POLL_S)
-    codes = {program.returncode for program in programs}
-    return failed or _failure(programs) or max(codes.intersection(STOPPED), default=0)
+    stopped = [code for code in STOPPED if code in [program.exitcode for program in programs]]
+    return failed or _failure(programs) or max(stopped, default=0)
 
 
-def _failure(programs: Sequence[subprocess.Popen[bytes]]) -> int:
+def _failure(programs: Sequence[BaseProcess]) -> int:
     """The exit code of a rank that has failed, 0 if none has."""
-    codes = [program.returncode for program in programs]
+    codes = [program.exitcode for program in programs]
     failed = [code for code in codes if code is not None and code not in (0, *STOPPED)]
     return (failed[0] if failed[0] > 0 else 128 - failed[0]) if failed else 0

@@ -24,6 +24,7 @@ STARTS: dict[str, list[tuple[list[str], str]]] = {
     ],
     "checkpoints.py": [([*ONE_ROUND, "--smallest"], "| load one rank of 8 | load unverified |")],
     "collectives.py": [([*ONE_ROUND, "--mebibytes", "0.25"], "| all_reduce | 0.25 |")],
+    "first_step.py": [(["--rounds", "0"], "| llamax train --ranks 4 |")],
     "gather.py": [([*ONE_ROUND, "--tokens", "262144"], "checksums verified")],
     "generate.py": [
         (

@@ -55,7 +55,9 @@ class Job:
                 words = (stat.parent / "cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if int(fields[1]) == self.process.pid and b"llamax.train" in words:
+            if int(fields[1]) == self.process.pid and b"--ranks" in words:  # forked in their order
+                found[int(stat.parent.name)] = int(stat.parent.name)
+            elif int(fields[1]) == self.process.pid and b"llamax.train" in words:
                 rank = re.search(rb"(?:^|\0)(?:RANK|OMPI_COMM_WORLD_RANK)=(\d+)", environment)
                 if rank:
                     found[int(rank[1])] = int(stat.parent.name)

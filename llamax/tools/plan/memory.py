@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llamax.config.constants import (
+    ATTENTION_LENGTHS,
     GRADIENT_BYTES,
     STAGED_BYTES,
     flash_refusal,
@@ -233,6 +234,10 @@ def attention_kept(share: Share, machine: Machine) -> float:
         return 4 * T * share.heads
     if machine.backend in ("xla", "neuron"):  # copies with repeated heads; one number a row
         return 3 * T * q * width + 4 * T * share.heads - T * (q + 2 * k) * width
+    data = share.config.data
+    blocks = data.separate_documents or data.sequence_length in ATTENTION_LENGTHS
+    if machine.backend == "cpu" and share.mesh.cp == 1 and blocks:
+        return 4 * T * share.heads  # the projection's output goes when it is rotated
     copied = -2 * k if share.mesh.cp > 1 else k  # this rank's keys and values are gathered copies
     return T * (q + copied) * width + 4 * T * share.heads + gathered_bytes(share)
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,14 @@ from llamax.cli.train import main
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime import signals
 from llamax.runtime.errors import ConfigError
-from llamax.training.local_ranks import rank_environment, wait_for
+from llamax.training.local_ranks import START, rank_environment, wait_for
+
+
+def started(command: str) -> BaseProcess:
+    """A rank's process that runs a command of the shell."""
+    process = START.Process(target=os.execvp, args=("sh", ["sh", "-c", f"exec 2>&-; {command}"]))
+    process.start()
+    return process
 
 
 def test_ranks_meet_on_the_loopback_whatever_launcher_came_before() -> None:
@@ -40,24 +51,69 @@ def test_ranks_meet_on_the_loopback_whatever_launcher_came_before() -> None:
 )
 def test_the_code_of_a_run_is_that_of_its_ranks(commands: list[str], code: int) -> None:
     """A rank that waits for one that failed is not waited for."""
-    programs = [subprocess.Popen(["sh", "-c", f"exec 2>&-; {command}"]) for command in commands]
+    programs = [started(command) for command in commands]
     try:
         assert wait_for(programs, ending_s=0.2) == code
         if "sleep" in commands[0]:
-            assert programs[0].returncode is None
+            assert programs[0].exitcode is None
     finally:
         for program in programs:
             program.kill()
-            program.wait()
+            program.join()
 
 
 def test_the_first_rank_that_fails_gives_the_code() -> None:
-    first = subprocess.Popen(["sh", "-c", "exit 4"])
-    first.wait()
-    waits = subprocess.Popen(["sh", "-c", "read line; exit 5"], stdin=subprocess.PIPE)
+    first = started("exit 4")
+    first.join()
+    waits = started("exec sleep 900")
     assert wait_for([waits, first], ending_s=0.2) == 4
     waits.kill()
-    waits.communicate()
+    waits.join()
+
+
+FORKING = """
+import os, signal, sys, threading
+from llamax.runtime import signals
+from llamax.training.local_ranks import run_ranks
+
+def rank(words):
+    leads = os.getsid(0) == os.getpid()
+    print(words, os.environ["RANK"], leads, threading.active_count(), flush=True)
+    return 3 if os.environ["RANK"] == "1" and words == ["fails"] else 0
+
+signals.install()
+signals.pass_on(lambda number: None)
+print(threading.active_count(), flush=True)
+signals.install()
+sys.exit(run_ranks(rank, sys.argv[1:], 2, os.environ))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere ranks are new programs")
+@pytest.mark.parametrize(("word", "code"), [("works", 0), ("fails", 3)])
+def test_ranks_are_forked_from_a_process_with_one_thread(word: str, code: int) -> None:
+    command = [sys.executable, "-c", FORKING, word]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    one, *ranks = done.stdout.splitlines()
+    assert one == "1"
+    assert sorted(ranks) == [f"['{word}'] {rank} True 2" for rank in (0, 1)]
+
+
+def test_a_signal_to_the_parent_goes_to_every_rank() -> None:
+    """Also one that comes while the ranks are started."""
+    script = FORKING.replace("return 3 if", "threading.Event().wait()\n    return 3 if")
+    command = [sys.executable, "-c", script, "waits"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stderr is not None
+        program.stdout.readline()
+        program.stdout.readline()  # one rank waits
+        program.send_signal(signal.SIGTERM)
+        said = program.stderr.read().decode()
+        assert program.wait(300) == 75
+    assert said.startswith("llamax: stopped by SIGTERM before training began")
+    assert said.count("\n") == 1
 
 
 def test_ranks_inside_a_launcher_are_refused(
