@@ -119,7 +119,7 @@ class TestRMSNorm:
 
 class TestAttention:
     @pytest.mark.parametrize("batch", [1, 3])
-    @pytest.mark.parametrize("length", [1, 5, 128, 131])
+    @pytest.mark.parametrize("length", [1, 5, 128, 131, 300])
     def test_equals_transformers(self, batch: int, length: int) -> None:
         q, k, v = (torch.randn(batch, length, heads, 16) for heads in (4, 2, 2))
         module = SimpleNamespace(num_key_value_groups=2, training=False)
@@ -147,10 +147,11 @@ class TestAttention:
 
         agree(together, run(alone, q, k, v), 2 * FP32)
 
-    def test_long_sequences_take_the_fused_kernel(self) -> None:
-        q, k, v = (torch.randn(1, 2048, heads, 8) for heads in (2, 1, 1))
+    def test_long_and_short_sequences_take_the_fused_kernel(self) -> None:
         fused, blocks, *_ = ops.TABLE["attention"]
-        assert fused.supported(q, k, v, None)
+        for length, taken in ((1, True), (256, True), (257, False), (2047, False), (2048, True)):
+            q, k, v = (torch.randn(1, length, heads, 8) for heads in (2, 1, 1))
+            assert fused.supported(q, k, v, None) == taken
         assert not fused.supported(q, k, v, torch.zeros(1, 2048))
         assert not fused.supported(q.bfloat16(), k.bfloat16(), v.bfloat16(), None)
         long = ops.attention(q, k, v)
