@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 from llamax.cli.options import Parser, number
 from llamax.config.load import help_text, load_config
@@ -60,9 +61,7 @@ def main(argv: Sequence[str]) -> int:
                 f"--ranks {options.ranks} in a program that {where.launcher} started; leave it out"
             )
         config = load_config(options.config, overrides, options.ranks or where.world_size)
-    if (
-        options.ranks
-    ):  # numpy's OpenBLAS would start threads, and a process with threads forks badly
+    if options.ranks:  # this process forks: numpy's OpenBLAS should start no threads in it
         os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
     from llamax.tools.audit import precompile
@@ -70,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
     if options.ranks:
         words = ["--config", options.config, *["--precompile"] * options.precompile, *overrides]
-        return run_ranks(main, words, options.ranks, os.environ)
+        return run_ranks(partial(_run_rank, words), options.ranks, os.environ)
     if options.precompile or precompile.asked(os.environ):
         precompile.precompile(config, where, os.environ)
         return 0
@@ -79,3 +78,10 @@ def main(argv: Sequence[str]) -> int:
     finally:
         signals.rest()
     return 0
+
+
+def _run_rank(words: Sequence[str], variables: Mapping[str, str]) -> int:
+    """The training program of one rank, which has a process and an environment of its own."""
+    os.environ.clear()
+    os.environ.update(variables)
+    return main(words)

@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -28,12 +28,13 @@ from llamax.parallel.network import free_port
 from llamax.parallel.rendezvous import FAMILIES, LOOPBACK
 from llamax.runtime import signals
 from llamax.runtime.errors import Interrupted, Stopped
-from llamax.runtime.process import Main, run_main
+from llamax.runtime.process import run_main
 
 STOPPED = (Stopped.exit_code, Interrupted.exit_code)
 ENDING_S = 60.0  # for the ranks that are left after one has failed
 POLL_S = 0.1
 PR_SET_PDEATHSIG = 1
+Main = Callable[[Mapping[str, str]], int]
 if sys.platform == "linux":
     START = multiprocessing.get_context("fork")
 else:
@@ -55,8 +56,8 @@ def rank_environment(environ: Mapping[str, str], ranks: int) -> list[dict[str, s
     return [kept | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def run_ranks(main: Main, words: Sequence[str], ranks: int, environ: Mapping[str, str]) -> int:
-    """Run ``main(words)``, the training program, on every rank; return the exit code of the run.
+def run_ranks(main: Main, ranks: int, environ: Mapping[str, str]) -> int:
+    """Run ``main(variables)`` on every rank, with its environment; return the exit code of the run.
 
     That is the code of the rank that failed first, or that of a stop which has saved, or 0.
     This process has imported what the ranks need, and has no other thread than that of ``signals``.
@@ -71,7 +72,7 @@ def run_ranks(main: Main, words: Sequence[str], ranks: int, environ: Mapping[str
     signals.pass_on(send)
     try:
         for variables in rank_environment(environ, ranks):
-            rank = START.Process(target=_run_rank, args=(main, words, variables))
+            rank = START.Process(target=_run_rank, args=(main, variables))
             signal.pthread_sigmask(signal.SIG_BLOCK, signals.SIGNALS)  # the rank unblocks them
             rank.start()
             programs.append(rank)
@@ -85,15 +86,13 @@ def run_ranks(main: Main, words: Sequence[str], ranks: int, environ: Mapping[str
             program.join()
 
 
-def _run_rank(main: Main, words: Sequence[str], variables: Mapping[str, str]) -> None:
+def _run_rank(main: Main, variables: Mapping[str, str]) -> None:
     """The program of one rank, in a process of its own."""
     os.setsid()  # Ctrl-C reaches the parent alone, which passes it on
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # leave with the parent
-    os.environ.clear()
-    os.environ.update(variables)
     signals.install(variables["LOCAL_RANK"] == "0")
-    sys.exit(run_main(main, words))
+    sys.exit(run_main(lambda _: main(variables)))
 
 
 def wait_for(programs: Sequence[BaseProcess], ending_s: float = ENDING_S) -> int:
