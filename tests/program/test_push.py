@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,30 @@ def test_a_card_in_the_folder_is_kept(hub: Hub, home: Path, tmp_path: Path) -> N
     assert (done.own_card, done.run, done.card) == (True, home / "run", "mine\n")
     repository = hub.repositories["org/mine"]
     assert repository.commits[repository.refs["main"]]["README.md"] == b"mine\n"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_attention_heads": 7}, r"hub/config.json: num_key_value_heads=\d+ does not divide"),
+        ({"hidden_size": 10**12}, r"hub/config.json: hidden_size is 1000000000000; a Llama needs"),
+        ({"rms_norm_eps": -1}, r"hub/config.json: rms_norm_eps is -1; it must be a number above 0"),
+        ({"vocab_size": 7}, r"embed_tokens.weight is \[\d+, \d+\], the model's is \[7, "),
+        ({"num_hidden_layers": 9}, r"has no model.layers.\d+.\S+, which the model has"),
+    ],
+)
+def test_a_model_that_its_config_does_not_describe_is_not_pushed(
+    hub: Hub, home: Path, tmp_path: Path, changes: dict[str, float], words: str
+) -> None:
+    folder = tmp_path / "hub"
+    shutil.copytree(home / "run/hub", folder)
+    written = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(written | changes))
+    for dry_run in (True, False):
+        with pytest.raises((CheckpointError, ConfigError), match=words) as caught:
+            llamax.push(folder, "org/x", dry_run=dry_run)
+        assert "\n" not in str(caught.value)
+    assert not hub.requests
 
 
 def test_what_cannot_be_pushed_is_one_line(

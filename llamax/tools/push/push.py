@@ -15,10 +15,13 @@ from typing import Any, NamedTuple
 from llamax.checkpoint import hf_folder
 from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, HfFolder, read_json
 from llamax.checkpoint.listing import newest_checkpoint
+from llamax.checkpoint.load import check_shapes
 from llamax.checkpoint.manifest import MANIFEST
 from llamax.checkpoint.peft import BASE_JSON, PeftFolder
+from llamax.config.base_model import read_base
 from llamax.config.constants import CONFIG_FILE, METRICS_FILE
 from llamax.config.load import recorded_config
+from llamax.model.llama import Llama
 from llamax.runtime.errors import CheckpointError, ConfigError, HubError
 from llamax.runtime.hub import forget_revisions
 from llamax.runtime.hub_errors import explained
@@ -69,8 +72,10 @@ def push(
         dry_run: Whether to upload nothing.
 
     Raises:
-        CheckpointError: For a folder that is not exported, or damaged.
-        ConfigError: For a repository's name that is none, or adapters with a base in a local path.
+        CheckpointError: For a folder that is not exported, damaged, or whose tensors are not those
+            of its config.json.
+        ConfigError: For a repository's name that is none, adapters with a base in a local path, or
+            a config.json with impossible values.
         HubError: If the Hub cannot be written to.
     """
     folder = Path(folder)
@@ -82,7 +87,7 @@ def push(
     name = _target(repository, revision)
     _refuse_a_run(folder)
     adapters = (folder / ADAPTER_CONFIG).is_file()
-    opened = PeftFolder(folder) if adapters else HfFolder(folder)
+    opened = PeftFolder(folder) if adapters else _model_of(folder)
     where = Path(run) if run is not None else _run_of(folder)
     if run is not None and not (Path(run) / CONFIG_FILE).is_file():
         raise CheckpointError(f"{run} is no run: it has no {CONFIG_FILE}; choose another `run`")
@@ -150,6 +155,14 @@ def _refuse_a_run(folder: Path) -> None:
         f"{folder} holds no exported model: no config.json and no {ADAPTER_CONFIG}; llamax "
         "consolidate makes such a folder of a run"
     )
+
+
+def _model_of(folder: Path) -> HfFolder:
+    """The model in a folder; ConfigError or CheckpointError if its config.json does not fit it."""
+    opened, base = HfFolder(folder), read_base(folder)
+    assert base is not None, "it has a config.json"
+    check_shapes(opened, Llama(base.model, device="meta").sharded_parameters())
+    return opened
 
 
 def _run_of(folder: Path) -> Path | None:
