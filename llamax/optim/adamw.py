@@ -15,6 +15,7 @@ makes one pass over memory; elsewhere plain operations are left to the device's 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,43 +23,37 @@ from torch import Tensor
 from llamax.config.schema import OptimConfig
 
 FUSED = ("cpu", "cuda")
+Vectors = list[Tensor]
 
 
-def update(
-    p: list[Tensor],
-    g: list[Tensor],
-    m: list[Tensor],
-    v: list[Tensor],
-    *,
-    lr: Tensor,
-    step: Tensor,
-    factor: Tensor,
-    accepted: Tensor,
-    decay: float,
-    optim: OptimConfig,
-    rounded: bool = False,
-) -> None:
+class Step(NamedTuple):
+    """What a step does to every vector; tensors have no dimension, ``step`` counts from 1."""
+
+    lr: Tensor
+    step: Tensor
+    factor: Tensor
+    accepted: Tensor
+    decay: float
+    optim: OptimConfig
+
+    @property
+    def rate_and_root(self) -> tuple[Tensor, Tensor]:
+        """lr / (1 - beta1^step), and the square root of 1 - beta2^step."""
+        rate = self.lr / _correction(self.optim.beta1, self.step)
+        return rate, _correction(self.optim.beta2, self.step).sqrt()
+
+
+def update(p: Vectors, g: Vectors, m: Vectors, v: Vectors, by: Step, rounded: bool = False) -> None:
     """One step on the float32 vectors of p, m and v, in place, unless ``accepted`` is false.
 
-    ``step`` counts from 1; g is left in an unknown state.  ``rounded``: m and v will be rounded to
-    8 bits, and are computed in bitsandbytes' order; they change even if ``accepted`` is false.
+    g is left in an unknown state.  ``rounded``: m and v will be rounded to 8 bits, and are computed
+    in bitsandbytes' order; they change even if ``accepted`` is false.
     """
     change = in_order if rounded else fused if p[0].device.type in FUSED else plain
-    change(p, g, m, v, lr, step, factor, accepted, decay, optim)
+    change(p, g, m, v, by)
 
 
-def fused(
-    p: list[Tensor],
-    g: list[Tensor],
-    m: list[Tensor],
-    v: list[Tensor],
-    lr: Tensor,
-    step: Tensor,
-    factor: Tensor,
-    accepted: Tensor,
-    decay: float,
-    optim: OptimConfig,
-) -> None:
+def fused(p: Vectors, g: Vectors, m: Vectors, v: Vectors, by: Step) -> None:
     """``update`` by torch's kernel, which divides by a scale and changes nothing on found_inf."""
     torch._fused_adamw_(
         p,
@@ -66,63 +61,41 @@ def fused(
         m,
         v,
         [],
-        [step] * len(p),
-        lr=lr,
-        beta1=optim.beta1,
-        beta2=optim.beta2,
-        weight_decay=decay,
-        eps=optim.eps,
+        [by.step] * len(p),
+        lr=by.lr,
+        beta1=by.optim.beta1,
+        beta2=by.optim.beta2,
+        weight_decay=by.decay,
+        eps=by.optim.eps,
         amsgrad=False,
         maximize=False,
-        grad_scale=factor.reciprocal(),
-        found_inf=1.0 - accepted.float(),
+        grad_scale=by.factor.reciprocal(),
+        found_inf=1.0 - by.accepted.float(),
     )
 
 
-def plain(
-    p: list[Tensor],
-    g: list[Tensor],
-    m: list[Tensor],
-    v: list[Tensor],
-    lr: Tensor,
-    step: Tensor,
-    factor: Tensor,
-    accepted: Tensor,
-    decay: float,
-    optim: OptimConfig,
-) -> None:
+def plain(p: Vectors, g: Vectors, m: Vectors, v: Vectors, by: Step) -> None:
     """``update`` in plain float32 operations."""
-    rate, root = lr / _correction(optim.beta1, step), _correction(optim.beta2, step).sqrt()
+    (rate, root), optim = by.rate_and_root, by.optim
     for weight, gradient, mean, square in zip(p, g, m, v, strict=True):
-        gradient = gradient * factor
+        gradient = gradient * by.factor
         new_mean = mean * optim.beta1 + gradient * (1 - optim.beta1)
         new_square = square * optim.beta2 + gradient * gradient * (1 - optim.beta2)
         change = rate * new_mean / (new_square.sqrt() / root + optim.eps)
-        new_weight = weight * (1 - lr * decay) - change
+        new_weight = weight * (1 - by.lr * by.decay) - change
         for old, new in ((weight, new_weight), (mean, new_mean), (square, new_square)):
-            old.copy_(torch.where(accepted, new, old))
+            old.copy_(torch.where(by.accepted, new, old))
 
 
-def in_order(
-    p: list[Tensor],
-    g: list[Tensor],
-    m: list[Tensor],
-    v: list[Tensor],
-    lr: Tensor,
-    step: Tensor,
-    factor: Tensor,
-    accepted: Tensor,
-    decay: float,
-    optim: OptimConfig,
-) -> None:
+def in_order(p: Vectors, g: Vectors, m: Vectors, v: Vectors, by: Step) -> None:
     """``update`` in the order of bitsandbytes' AdamW8bit, so that m and v have the same bits."""
-    rate, root = lr / _correction(optim.beta1, step), _correction(optim.beta2, step).sqrt()
+    (rate, root), optim = by.rate_and_root, by.optim
     for weight, gradient, mean, square in zip(p, g, m, v, strict=True):
-        gradient = gradient * factor
+        gradient = gradient * by.factor
         mean.mul_(optim.beta1).add_(gradient, alpha=1.0 - optim.beta1)
         square.mul_(optim.beta2).addcmul_(gradient, gradient, value=1.0 - optim.beta2)
         change = mean / (square.sqrt() / root + optim.eps) * rate
-        weight.copy_(torch.where(accepted, weight * (1 - lr * decay) - change, weight))
+        weight.copy_(torch.where(by.accepted, weight * (1 - by.lr * by.decay) - change, weight))
 
 
 def _correction(beta: float, step: Tensor) -> Tensor:

@@ -194,18 +194,14 @@ class Zero:
         factor = clip_factor(norm, self.optim.max_grad_norm) * scale
         accepted, step = accepts(norm), step.float()
         for (group, bucket), run in zip(every, runs, strict=True):
+            decay = self.optim.weight_decay if group.key.decays else 0.0
             with bucket.state(accepted) as (master, exp_avg, exp_avg_sq):
                 adamw.update(
                     split_like(master, run),
                     run,
                     split_like(exp_avg, run),
                     split_like(exp_avg_sq, run),
-                    lr=lr,
-                    step=step,
-                    factor=factor,
-                    accepted=accepted,
-                    decay=self.optim.weight_decay if group.key.decays else 0.0,
-                    optim=self.optim,
+                    adamw.Step(lr, step, factor, accepted, decay, self.optim),
                     rounded=group.key.bits == 8,
                 )
             del master, exp_avg, exp_avg_sq  # streamed copies, before the next bucket's are made

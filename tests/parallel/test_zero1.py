@@ -329,7 +329,9 @@ def planted(name: str) -> Iterator[None]:
         "decay of everything": (
             adamw,
             "update",
-            lambda *args, **kwargs: update(*args, **(kwargs | {"decay": OPTIM.weight_decay})),
+            lambda *vectors, **more: update(
+                *vectors[:4], vectors[4]._replace(decay=OPTIM.weight_decay), **more
+            ),
         ),
         "no gather": (Zero, "gather_parameters", lambda self: None),
         "a microstep forgotten": (groups.Accumulate, "__call__", _last),

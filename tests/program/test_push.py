@@ -135,8 +135,9 @@ def test_a_card_in_the_folder_is_kept(hub: Hub, home: Path, tmp_path: Path) -> N
         ({"num_attention_heads": 7}, r"hub/config.json: num_key_value_heads=\d+ does not divide"),
         ({"hidden_size": 10**12}, r"hub/config.json: hidden_size is 1000000000000; a Llama needs"),
         ({"rms_norm_eps": -1}, r"hub/config.json: rms_norm_eps is -1; it must be a number above 0"),
-        ({"vocab_size": 7}, r"embed_tokens.weight is \[\d+, \d+\], the model's is \[7, "),
-        ({"num_hidden_layers": 9}, r"has no model.layers.\d+.\S+, which the model has"),
+        ({"vocab_size": 7}, r"is \[\d+, \d+\], the model's is \[7, \d+\] by its config.json; exp"),
+        ({"num_hidden_layers": 9}, r"states num_hidden_layers=9, but the files hold tensors of"),
+        ({"num_hidden_layers": 1}, r"has model.layers.1.\S+, which the model lacks by its config."),
     ],
 )
 def test_a_model_that_its_config_does_not_describe_is_not_pushed(

@@ -161,7 +161,12 @@ def _model_of(folder: Path) -> HfFolder:
     """The model in a folder; ConfigError or CheckpointError if its config.json does not fit it."""
     opened, base = HfFolder(folder), read_base(folder)
     assert base is not None, "it has a config.json"
-    check_shapes(opened, Llama(base.model, device="meta").sharded_parameters())
+    try:
+        check_shapes(opened, Llama(base.model, device="meta").sharded_parameters())
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{str(error).partition('; ')[0]} by its config.json; export the folder again"
+        ) from None
     return opened
 
 

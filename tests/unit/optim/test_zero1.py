@@ -105,7 +105,7 @@ def test_update_equals_the_formula_in_float64(
     hat = m64 / (1 - beta1**step), v64 / (1 - 0.999**step)
     p64 = p64 - lr * decay * p64 - lr * hat[0] / (hat[1].sqrt() + optim.eps)
     values = map(torch.tensor, (lr, float(step), factor, True))
-    change([p], [g], [m], [v], *values, decay, optim)
+    change([p], [g], [m], [v], adamw.Step(*values, decay, optim))
     for got, want in ((p, p64), (m, m64), (v, v64)):
         torch.testing.assert_close(got, want.float(), rtol=2e-6, atol=2e-7)
 
@@ -116,7 +116,7 @@ def test_update_without_finite_changes_nothing(change: Callable[..., None]) -> N
     p, g, m, v = before.clone().unbind()
     g[5] = math.nan
     values = map(torch.tensor, (0.1, 1.0, math.nan, False))
-    change([p], [g], [m], [v], *values, 0.1, OPTIM)
+    change([p], [g], [m], [v], adamw.Step(*values, 0.1, OPTIM))
     for row, want in ((p, 0), (m, 2), (v, 3)):
         assert torch.equal(row, before[want])
 
