@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 sums.py --config sums.toml
 
-A dataset is a class with one method, ``gather``: the rows of the samples with these numbers.  All
+A dataset is a class with one method, ``read``: the rows of the samples with these numbers.  All
 else is inherited from ``Batches``: which rank takes which samples, the order of an epoch, and
 continuing after any number of samples.
 """
@@ -20,7 +20,7 @@ from llamax.backends import choose
 from llamax.config.load import load_config
 from llamax.config.schema import Config
 from llamax.data.batch_plan import BatchPlan
-from llamax.data.loader import Batch, Batches
+from llamax.data.loader import Batches, Rows
 from llamax.data.shuffle import Integers
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
@@ -45,15 +45,14 @@ class Sums(Batches):
         plan = BatchPlan.of(config.data, config.run.seed, dp.rank, dp.size, cp)
         super().__init__(NUMBERS**2, plan, consumed, shuffle=True)
 
-    def gather(self, samples: Integers) -> Batch:
-        """ids, labels and positions [rows, sequence_length]; the result alone is learnt."""
-        rows = [self.text(number).ljust(self.sequence_length + 1) for number in samples.tolist()]
-        tokens = torch.tensor([[SYMBOLS.index(symbol) for symbol in row] for row in rows])
-        ids, labels = tokens[:, :-1], tokens[:, 1:].clone()
+    def read(self, samples: Integers) -> Rows:
+        """ids and labels [rows, sequence_length]; the result alone is learnt."""
+        texts = [self.text(number).ljust(self.sequence_length + 1) for number in samples.tolist()]
+        tokens = np.array([[SYMBOLS.index(symbol) for symbol in text] for text in texts])
+        ids, labels = tokens[:, :-1], tokens[:, 1:].copy()
         labels[:, : PROMPT - 1] = IGNORE_INDEX
         labels[labels == SYMBOLS.index(" ")] = IGNORE_INDEX
-        positions = torch.arange(self.sequence_length).expand(ids.shape)
-        return Batch(ids, labels, positions, None)
+        return Rows(ids, labels, None)
 
     @staticmethod
     def text(number: int) -> str:
@@ -86,7 +85,8 @@ def train(config: Config, where: Rendezvous) -> tuple[list[float], float]:
 @torch.no_grad()
 def accuracy(model: Llama, sums: Sums) -> float:
     """The share of the sums of the next step, which are unseen, that are answered exactly."""
-    rows = sums.gather(np.array(sums.sample_ids(sums.consumed))).ids
+    unseen = np.array(sums.sample_ids(sums.consumed))
+    rows = torch.from_numpy(sums.read(unseen).ids)
     asked, end = rows.clone(), PROMPT + DIGITS + 1
     for place in range(PROMPT, end):
         asked[:, place] = model(asked[:, :place])[:, -1].argmax(-1)

@@ -269,7 +269,7 @@ def test_sums_are_right_and_only_their_results_are_learnt() -> None:
     assert module.Sums.text(123_456) == "123+456=9750"
     assert module.Sums.text(999_999) == "999+999=8991"
     config = load_config(str(EXAMPLES / "custom-dataset/sums.toml"))
-    batch = module.Sums(config, Solo("data")).gather(np.array([123_456]))
-    labels = batch.labels[0].tolist()
+    rows = module.Sums(config, Solo("data")).read(np.array([123_456]))
+    labels = rows.labels[0].tolist()
     assert [module.SYMBOLS[label] for label in labels if label >= 0] == list("9750")
     assert labels[:7] == [-100] * 7
