@@ -4,10 +4,15 @@
 
     w [out, in]  ->  codes int8 [out, in], scales [out]      w ~ codes * scales[:, None]
 
-A few rows of activations, as in decoding, are multiplied by torch's weight-only kernel, which reads
-a quarter of the bytes of float32; it takes activations in bfloat16.  For more rows, as in a
-prefill, reading is little beside computing, where that kernel is slow: the weight is made dense.
-The kernel is for rows of whole blocks of 32; other weights are made dense as well.
+A few rows of activations, as in decoding, are multiplied with the integers themselves, a quarter of
+the bytes of float32.  Where the processor has units for such products (VNNI, AMX), an activation is
+rounded to 16 bits and cut into two integers of 8::
+
+    x [in]  ->  high, low int8 [in], largest        x ~ (254 high + low) * largest / 32258
+
+Sums of integers are exact, so a row's result is the same in every batch.  Elsewhere torch's
+weight-only kernel takes activations in bfloat16.  Both kernels are for rows of whole blocks of 32;
+other weights are made dense, as are all for many rows, where computing takes longer than reading.
 
 Embedding and norms stay as they are.  Source: Dettmers et al. 2022, "LLM.int8()", section 2.1,
 weights only.
@@ -16,6 +21,7 @@ weights only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -26,10 +32,13 @@ from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
 from llamax.parallel.tensor_parallel import ColumnLinear, ParallelLayer, RowLinear
 
-FEW_ROWS = 32  # up to which torch's kernel is the faster way
-KERNEL_COLUMNS = 32  # a block of torch's kernel
+FEW_ROWS = 128  # up to which the product of integers is faster than a dense one
+FEW_BFLOAT16_ROWS = 32  # the same for torch's weight-only kernel
+KERNEL_COLUMNS = 32  # a block of both kernels
 AT_ONCE = 2**18  # weights quantised at once: bounds the float32 copies
 LARGEST = 127
+LOW_STEPS = 2 * LARGEST  # steps of the low integer in one of the high
+STEPS = torch.tensor([127.0, 32258.0]).view(2, 1, 1)  # in a largest activation: high, both
 SMALLEST = 1e-30  # the scale of a row of zeros
 Rows = Callable[[int, int], Tensor]
 
@@ -51,11 +60,11 @@ class Int8Linear(ParallelLayer):
             dense = rows(part.start, part.stop) if rows else weight.detach()[part]
             if not start:
                 codes = torch.empty(weight.shape, dtype=torch.int8, device=dense.device)
-                scales = torch.empty(len(weight), dtype=torch.bfloat16, device=dense.device)
+                scales = torch.empty(len(weight), device=dense.device)
             wide = dense.float()
-            largest = wide.abs().amax(1)
-            scales[part] = (largest / LARGEST).clamp(min=SMALLEST)  # rounded, as the kernel takes
-            rounded = (wide / scales[part].float()[:, None]).round_()
+            step_sizes = (wide.abs().amax(1) / LARGEST).clamp_(min=SMALLEST)
+            scales[part] = step_sizes.bfloat16()  # as the weight-only kernel takes them
+            rounded = (wide / scales[part, None]).round_()
             codes[part] = rounded.clamp_(-LARGEST, LARGEST).to(torch.int8)
         self.register_buffer("codes", codes, False)
         self.register_buffer("scales", scales, False)
@@ -64,17 +73,43 @@ class Int8Linear(ParallelLayer):
         return self.project(x)
 
     def project(self, x: Tensor) -> Tensor:
-        if x.shape[0] * x.shape[1] <= FEW_ROWS and x.shape[-1] % KERNEL_COLUMNS == 0:
-            rows = x.to(torch.bfloat16).reshape(-1, x.shape[-1])
-            y = torch._weight_int8pack_mm(rows, self.codes, self.scales)
-            y = y.to(x.dtype).view(*x.shape[:2], -1)
+        rows = x.reshape(-1, x.shape[-1])
+        whole_blocks = x.shape[-1] % KERNEL_COLUMNS == 0
+        if whole_blocks and integer_rows() <= len(rows) <= FEW_ROWS:
+            y = integer_product(rows.float(), self.codes, self.scales)
+        elif whole_blocks and len(rows) <= FEW_BFLOAT16_ROWS:
+            y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scales.bfloat16())
         else:
-            y = ops.linear(x, self.dense())
+            y = ops.linear(rows, self.dense())
+        y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return regions.leave(y, self.tp, False) if self.reduces else y
 
     def dense(self) -> Tensor:
         """The weight that the codes stand for: [out, in], in the dtype of the model."""
-        return (self.codes * self.scales.float()[:, None]).to(self.dtype)
+        return (self.codes * self.scales[:, None]).to(self.dtype)
+
+
+@cache
+def integer_rows() -> int:
+    """From how many rows on the product of integers is exact and the faster one.
+
+    Without VNNI, sums of two products are cut off at 16 bits.
+    """
+    if torch.cpu._is_amx_tile_supported():
+        return 1
+    return 4 if torch.cpu._is_vnni_supported() else FEW_ROWS + 1
+
+
+def integer_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """``x @ (codes * scales[:, None]).T`` with x rounded to 16 bits: [n, in] -> [n, out], fp32."""
+    count = len(x)
+    largest = x.abs().amax(1, keepdim=True).clamp_(min=SMALLEST)
+    parts = (x * (STEPS / largest)).round_()
+    parts[1].sub_(parts[0], alpha=LOW_STEPS)
+    sums = torch._int_mm(codes, parts.to(torch.int8).view(2 * count, -1).t()).float()
+    y = torch.add(sums[:, count:], sums[:, :count], alpha=LOW_STEPS).mul_(scales[:, None])
+    out = x.new_empty(count, len(codes))
+    return torch.mul(y.t(), largest / (LARGEST * LOW_STEPS), out=out)
 
 
 @torch.no_grad()

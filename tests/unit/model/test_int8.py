@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from llamax.inference.checks import check_computing
 from llamax.inference.engine import LoadedModel
 from llamax.inference.serving.adapters import build_served
 from llamax.model import int8
-from llamax.model.int8 import FEW_ROWS, Int8Linear
+from llamax.model.int8 import FEW_BFLOAT16_ROWS, FEW_ROWS, Int8Linear
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
 from llamax.runtime.errors import ConfigError
@@ -27,7 +28,19 @@ from llamax.runtime.errors import ConfigError
 WIDE = tiny(hidden_size=64, intermediate_size=128, vocab_size=96, num_key_value_heads=4)
 
 
-@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+KERNELS = {"bfloat16": FEW_ROWS + 1, "integers": 1}  # from how many rows integers are multiplied
+if not torch.cpu._is_vnni_supported():
+    del KERNELS["integers"]
+
+
+@pytest.fixture(params=KERNELS)
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply a few rows by one of the kernels."""
+    monkeypatch.setattr(int8, "integer_rows", lambda: KERNELS[request.param])
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("rows", [1, FEW_BFLOAT16_ROWS, FEW_BFLOAT16_ROWS + 1, FEW_ROWS + 1])
 @pytest.mark.parametrize(("out", "columns"), [(48, 64), (33, 96), (48, 40), (7, 12), (6, 1)])
 def test_the_product_is_that_of_the_rounded_weight(rows: int, out: int, columns: int) -> None:
     torch.manual_seed(0)
@@ -42,6 +55,28 @@ def test_the_product_is_that_of_the_rounded_weight(rows: int, out: int, columns:
     assert (layer.dense() - weight).abs().max() <= layer.scales.float().max() * 0.51
 
 
+@pytest.mark.skipif("integers" not in KERNELS, reason="this processor has no VNNI")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_product_of_integers_rounds_activations_to_16_bits(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(40, 1408), (torch.randn(16, 1408) * 1000).to(dtype)
+    x[1, 7], x[2], x[3, 4], x[4, 4], x[5] = 1e6, 0, math.nan, math.inf, 1e-33
+    x[6], weight[3] = 1000, 2  # the largest integers alone
+    layer = Int8Linear(weight, Solo("tp"), reduces=False)
+    codes, scales = layer.codes, layer.scales
+    y = int8.integer_product(x.float(), codes, scales)
+    assert y[3:5].isnan().all()
+    finite = torch.tensor([row for row in range(16) if row not in (3, 4)])
+    wide, weights = x[finite].double(), (codes.double() * scales.double()[:, None]).abs()
+    half_step = wide.abs().amax(1, keepdim=True) / (2 * 32258)
+    exact = wide @ (codes.double() * scales.double()[:, None]).t()
+    bound = half_step * weights.sum(1) + 1e-6 * (wide.abs() @ weights.t()) + 1e-30
+    assert ((y[finite] - exact).abs() <= bound).all()
+    alone = [int8.integer_product(row[None].float(), codes, scales) for row in x]
+    assert torch.equal(torch.cat(alone)[finite], y[finite])  # to the bit
+
+
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("config", [WIDE, replace(WIDE, tie_word_embeddings=True), TIED])
 def test_a_model_is_near_and_takes_a_quarter(config: ModelConfig) -> None:
     model, ids = Llama(config).init(0), torch.arange(12).view(2, 6)
