@@ -89,10 +89,11 @@ def attention_by_blocks(q: Tensor, kv: Tensor, documents: Tensor | None, ranks: 
     return kernel("attention_by_blocks", q, kv, documents, ranks)(q, kv, documents, ranks)
 
 
-def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention to a cache: [B, S, H, E], 2 x [B, T, K, E], bool [B, S, T] -> [B, S, H, E].
 
-    A query attends to the keys at which ``mask`` is true; there must be at least one.
+    A query attends to the keys at which ``mask`` is true; there must be at least one.  On the host
+    one query of each sequence attends to all keys if there is no mask.
     """
     return kernel("attention_cached", q, k, v, mask)(q, k, v, mask)
 
@@ -172,12 +173,14 @@ def reference_rotated_attention(
     return attention(q, k, v, documents).flatten(-2)
 
 
-def reference_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def reference_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     group = q.shape[2] // k.shape[2]
     q_BHSE = _wide(q).transpose(1, 2) / math.sqrt(q.shape[-1])
     k_BHTE = _wide(k).transpose(1, 2).repeat_interleave(group, dim=1)
     v_BHTE = _wide(v).transpose(1, 2).repeat_interleave(group, dim=1)
-    scores_BHST = (q_BHSE @ k_BHTE.mT).masked_fill(~mask[:, None], -math.inf)
+    scores_BHST = q_BHSE @ k_BHTE.mT
+    if mask is not None:
+        scores_BHST = scores_BHST.masked_fill(~mask[:, None], -math.inf)
     return (scores_BHST.softmax(-1) @ v_BHTE).transpose(1, 2).to(q.dtype)
 
 
@@ -281,6 +284,10 @@ def _fused_attention_is_faster(q: Tensor, k: Tensor, _v: Tensor, documents: Tens
     return _on_cuda(q) or (_on_cpu(q) and suits and documents is None)
 
 
+def _one_query(q: Tensor, *_: Tensor | None) -> bool:
+    return _on_cpu(q) and q.shape[1] == 1 and not _cpu_without_units(q)
+
+
 def _fused_cached_is_faster(q: Tensor, *_: Tensor | None) -> bool:
     return _on_cuda(q) or (_on_cpu(q) and not _cpu_without_units(q))
 
@@ -356,7 +363,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("reference", _anywhere, reference_add_at_columns),
     ),
     "attention_cached": (
-        Row("cpu", lambda *x: load("attention.op:one_query")(*x), "attention.op:attention_cached"),
+        Row("cpu", _one_query, "attention.op:attention_cached"),
         Row("fused", _fused_cached_is_faster, fused_attention_cached),
         Row("traced", _on_xla, "attention.traced:attention_cached"),
         Row("reference", _anywhere, reference_attention_cached),

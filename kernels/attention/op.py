@@ -28,12 +28,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llamax.config.constants import ATTENTION_BLOCK_QUERIES, ATTENTION_SCORES_BYTES
-
-LONG = 512  # places of a cache from which ``attention_cached`` is the faster way
 
 
 class Block(NamedTuple):
@@ -188,22 +187,15 @@ def _scores(queries: Tensor, keys: Tensor, bias: Tensor, scale: float) -> Tensor
     return scores
 
 
-def one_query(q: Tensor, k: Tensor, *_: Tensor | None) -> bool:
-    """Whether ``attention_cached`` takes these tensors, and gains by it."""
-    if torch.is_grad_enabled() or q.dtype != torch.float32 or q.device.type != "cpu":
-        return False
-    return q.shape[1] == 1 and q.shape[2] > k.shape[2] and k.shape[1] >= LONG
+def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of one query of each sequence to a cache; without a mask to all of it.
 
-
-def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention of one query of each sequence to a cache, in fp32.
-
-    The query heads of a key/value head are the rows of one product, so keys and values are read
-    once; torch's fused kernel reads them for every query head.
+    torch's fused kernel takes the query heads of a key/value head for queries of one head, so keys
+    and values are read once, not for every query head.
     """
     B, _, H, E = q.shape
-    q_BKgE = (q * E**-0.5).view(B, k.shape[2], -1, E)
-    scores_BKgT = q_BKgE @ k.transpose(1, 2).mT
-    weights_BKgT = scores_BKgT.masked_fill_(~mask[:, :, None], -math.inf).softmax(-1)
-    out_BKgE: Tensor = weights_BKgT @ v.transpose(1, 2)
-    return out_BKgE.view(B, 1, H, E)
+    q_BKgE = q.view(B, k.shape[2], -1, E)
+    k_BKTE, v_BKTE = k.transpose(1, 2), v.transpose(1, 2)
+    mask_B11T = None if mask is None else mask[:, :, None]
+    out_BKgE = F.scaled_dot_product_attention(q_BKgE, k_BKTE, v_BKTE, mask_B11T)
+    return out_BKgE.reshape(B, 1, H, E)

@@ -57,6 +57,8 @@ class RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * x / sqrt(mean(x^2) + eps)``: [..., D], [D] -> [..., D]."""
     if not torch.is_grad_enabled():
+        if x.dtype == weight.dtype == torch.float32:
+            return torch.rms_norm(x, weight.shape, weight, eps)  # half the time for one row
         return normalized(x, weight, eps)[0]
     y: Tensor = RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y

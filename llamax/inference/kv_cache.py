@@ -61,7 +61,9 @@ class DecodeStep:
     def __init__(self, positions_B1: Tensor, width: int) -> None:
         self.positions_B1, self.width = positions_B1, width
         place_T = torch.arange(width, dtype=positions_B1.dtype, device=positions_B1.device)
-        self.mask_B1T = place_T <= positions_B1[:, None]
+        self.mask_B1T: Tensor | None = place_T <= positions_B1[:, None]
+        if place_T.device.type == "cpu" and bool(self.mask_B1T.all()):
+            self.mask_B1T = None  # faster: each attends to all places
         self._places: Tensor | None = None  # the same for all layers
 
     def __call__(

@@ -181,12 +181,13 @@ class TestAttention:
         q, (k, v) = torch.randn(3, 1, 6, 8), torch.randn(2, 3, heads, 600, 8)
         mask = torch.arange(600) <= torch.tensor([[[0]], [[599]], [[300]]])
         k, v = (x.transpose(1, 2) for x in (k, v))
-        with torch.no_grad():
-            found = ops.attention_cached(q, k, v, mask)
-            shared = ops._load("attention.op:attention_cached")
-            assert (ops.kernel("attention_cached", q, k, v, mask) is shared) == (heads < 6)
-            agree([found], [ops.reference_attention_cached(q, k, v, mask)])
-            agree([shared(q, k, v, mask)], [found])
+        shared = ops._load("attention.op:attention_cached")
+        assert ops.kernel("attention_cached", q, k, v, mask) is shared
+        for seen in (mask, None):
+            found = ops.attention_cached(q, k, v, seen)
+            exact = ops.reference_attention_cached(q.double(), k.double(), v.double(), seen)
+            agree([found], [exact.float()])
+        assert torch.equal(found, ops.attention_cached(q, k, v, torch.ones_like(mask)))
 
 
 class TestTable:
