@@ -7,6 +7,10 @@ The 57 M Llama (hidden 512, 8 layers, 8 heads, 4 key/value heads, feed-forward 1
 float32 must make the same tokens.  The bound is the rate at which a sum reads memory, over the
 bytes of all weights but the embedding's.  The first token of each prompt, and so the prefill, is
 timed apart.
+
+``--peers`` adds other packages, in environments of their own below ``--work``, and ``--older`` the
+llamax of another checkout; these run in processes of their own and say how many of their tokens are
+those of llamax.
 """
 
 from __future__ import annotations
@@ -14,19 +18,27 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
+import json
+import shutil
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from unittest import mock
+from pathlib import Path
 
+import mistral_common
 import torch
 import transformers
+from interop import CLIENTS, environment
+from peers.decoders import KINDS, Answer, decoder
 
-from llamax import ops
 from llamax.config.model import ModelConfig
 from llamax.inference.sampling import Sampling, generate_tokens, join_steps
 from llamax.model import int8
+from llamax.model.layout import transpose_weights
 from llamax.model.llama import Llama
 
 LARGE = ModelConfig(
@@ -58,6 +70,10 @@ def main() -> None:
         default="wall",
         help="cpu: processor seconds, for one thread on a machine that others use too",
     )
+    peers = [kind for kind in KINDS if kind != "older llamax"]
+    parser.add_argument("--peers", nargs="+", choices=peers, default=[], help="other packages")
+    parser.add_argument("--older", type=Path, help="another checkout of llamax")
+    parser.add_argument("--work", type=Path, default=Path("build/interop"), help="environments")
     parser.add_argument("--smallest", action="store_true", help="smallest size, only to try it")
     options = parser.parse_args()
     model = SMALL if options.smallest else LARGE
@@ -67,74 +83,112 @@ def main() -> None:
     copy_weights(mine, theirs)
     small = copy.deepcopy(mine)
     int8.quantize(small)
-    read = int8.num_bytes(mine) - mine.model.embed_tokens.weight.nbytes
+    transpose_weights(mine)
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        others = {}
+        if options.peers or options.older:
+            write_folder(theirs, hub := Path(scratch, "hub"))
+        for kind in [*options.peers, *(["older llamax"] if options.older else [])]:
+            python, (package, _) = Path(sys.executable), KINDS[kind]
+            if package in CLIENTS:
+                python = environment(CLIENTS[package], options.work / package)
+                assert python is not None, f"{package} cannot be installed"
+            path = options.older if package == "llamax" else None
+            started = decoder(python, kind, hub, options.threads, path)
+            others[kind] = stack.enter_context(started)
+        for batch in options.batches:
+            compare(options, batch, mine, small, theirs, others)
+
+
+def compare(
+    options: argparse.Namespace,
+    batch: int,
+    mine: Llama,
+    small: Llama,
+    theirs: transformers.LlamaForCausalLM,
+    others: dict[str, Callable[[Tokens, int], Answer]],
+) -> None:
+    """Print the speed of all for prompts of one batch."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (batch, options.prompt_tokens)
+    ids = torch.randint(3, mine.config.vocab_size, shape, generator=generator)
+    prompts, new, clock = ids.tolist(), options.new_tokens, CLOCKS[options.clock]
     sampling = Sampling(options.temperature, top_p=options.top_p)
     greedy = sampling.temperature == 0
     how = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
     how = {} if greedy else how
 
-    for batch in options.batches:
-        generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(3, 32000, (batch, options.prompt_tokens), generator=generator)
-        prompts, new = ids.tolist(), options.new_tokens
+    def llamax(model: Llama, new: int) -> Tokens:
+        steps = generate_tokens(model, prompts, max_new_tokens=new, sampling=sampling)
+        return join_steps(steps)
 
-        def llamax(model: Llama, new: int, prompts: Tokens = prompts) -> Tokens:
-            steps = generate_tokens(model, prompts, max_new_tokens=new, sampling=sampling)
-            return join_steps(steps)
+    def hub(new: int) -> Tokens:
+        whole = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=not greedy,
+            pad_token_id=0,
+            **how,
+        )
+        return whole[:, ids.shape[1] :].tolist()
 
-        def fused(new: int) -> Tokens:
-            with mock.patch.dict(ops.TABLE, attention_cached=ops.TABLE["attention_cached"][1:]):
-                return llamax(mine, new)
+    def own(run: Callable[[int], Tokens], new: int) -> float:
+        start = clock()
+        run(new)
+        return clock() - start
 
-        def hub(new: int, ids: torch.Tensor = ids) -> Tokens:
-            whole = theirs.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new,
-                min_new_tokens=new,
-                do_sample=not greedy,
-                pad_token_id=0,
-                **how,
-            )
-            return whole[:, ids.shape[1] :].tolist()
+    def other(answer: Callable[[Tokens, int], Answer], new: int) -> float:
+        return answer(prompts, new)[1][options.clock]
 
-        same = llamax(mine, new) == hub(new)
-        assert same or not greedy, "the two made different tokens"
-        runs: dict[str, Callable[[int], object]] = {
-            "llamax": partial(llamax, mine),
-            "transformers": hub,
-            "llamax int8": partial(llamax, small),
-            "llamax, torch's fused attention": fused,
-        }
-        clock = CLOCKS[options.clock]
-        first: dict[str, list[float]] = {name: [] for name in runs}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        reading = []
-        for _ in range(options.rounds):
-            for name, run in runs.items():
-                first[name].append(timed(partial(run, 1), clock))
-                whole = timed(partial(run, new), clock)
-                seconds[name].append(max(whole - first[name][-1], 1e-9))
-            reading.append(timed(PROBE.sum, clock))
-        made = batch * (new - 1)
-        rate = {name: made / statistics.median(took) for name, took in seconds.items()}
-        bound = batch * PROBE.nbytes / statistics.median(reading) / read
-        begun = {name: statistics.median(took) for name, took in first.items()}
-        for name in runs:
-            pairs = zip(seconds["transformers"], seconds[name], strict=True)
-            ratio = statistics.median(other / own for other, own in pairs)
-            print(
-                f"batch {batch}: {name} {rate[name]:.1f} tokens/s, {ratio:.2f} times "
-                f"transformers {transformers.__version__}, {rate[name] / bound:.2f} of the bound "
-                f"in float32; the first token {begun['transformers'] / begun[name]:.2f} times "
-                f"(medians of {options.rounds} turns)"
-            )
+    made = llamax(mine, new)
+    assert made == hub(new) or not greedy, "the two made different tokens"
+    for name, answer in others.items():
+        pairs = zip(made, answer(prompts, new)[0], strict=True)
+        same = sum(a == b for row in pairs for a, b in zip(*row, strict=True))
+        print(f"batch {batch}: {name} makes {same} of {batch * new} tokens of llamax")
+    runs: dict[str, Callable[[int], float]] = {
+        "llamax": partial(own, partial(llamax, mine)),
+        "transformers": partial(own, hub),
+        "llamax int8": partial(own, partial(llamax, small)),
+        **{name: partial(other, answer) for name, answer in others.items()},
+    }
+    first: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    reading = []
+    for _ in range(options.rounds):
+        for name, run in runs.items():
+            first[name].append(run(1))
+            seconds[name].append(max(run(new) - first[name][-1], 1e-9))
+        start = clock()
+        PROBE.sum()
+        reading.append(clock() - start)
+    read = int8.num_bytes(mine) - mine.model.embed_tokens.weight.nbytes
+    rate = {name: batch * (new - 1) / statistics.median(took) for name, took in seconds.items()}
+    bound = batch * PROBE.nbytes / statistics.median(reading) / read
+    print(f"batch {batch}: a sum reads {PROBE.nbytes / statistics.median(reading) / 1e9:.1f} GB/s")
+    begun = {name: statistics.median(took) for name, took in first.items()}
+    for name in runs:
+        pairs = zip(seconds["transformers"], seconds[name], strict=True)
+        ratio = statistics.median(other / own for other, own in pairs)
+        print(
+            f"batch {batch}: {name} {rate[name]:.1f} tokens/s, {ratio:.2f} times "
+            f"transformers {transformers.__version__}, {rate[name] / bound:.2f} of the bound "
+            f"in float32; the first token {begun['transformers'] / begun[name]:.2f} times "
+            f"(medians of {options.rounds} turns)",
+            flush=True,
+        )
 
 
-def timed(run: Callable[[], object], clock: Callable[[], float]) -> float:
-    start = clock()
-    run()
-    return clock() - start
+def write_folder(model: transformers.LlamaForCausalLM, hub: Path) -> None:
+    """Write a model with a tokenizer; its answers have no end."""
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(hub)
+    path = hub / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": None}))
+    pieces = next(Path(mistral_common.__file__).parent.glob("data/tokenizer.model.v1"))
+    shutil.copyfile(pieces, hub / "tokenizer.model")
 
 
 @torch.no_grad()

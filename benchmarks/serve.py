@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -32,10 +31,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import mistral_common
 import torch
 import transformers
-from generate import LARGE, SMALL
+from generate import LARGE, SMALL, write_folder
 from interop import CLIENTS, environment
 from peers import llama_cpp
 
@@ -88,12 +86,7 @@ def write_model(hub: Path, config: ModelConfig) -> transformers.LlamaForCausalLM
     """Write a folder with random weights and a tokenizer; answers have no end."""
     transformers.set_seed(0)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config.to_hub("float32")))
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(hub)
-    path = hub / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": None}))
-    pieces = next(Path(mistral_common.__file__).parent.glob("data/tokenizer.model.v1"))
-    shutil.copyfile(pieces, hub / "tokenizer.model")
+    write_folder(model, hub)
     return model
 
 

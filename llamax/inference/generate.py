@@ -41,6 +41,7 @@ from llamax.inference.engine import (
 from llamax.inference.prompts import Prompt, PromptFormat, read_prompts
 from llamax.inference.sampling import Sampling, check_prompts, sampling_of
 from llamax.inference.static_decoding import StaticDecoder, cache_length, programs
+from llamax.model.layout import transpose_weights
 from llamax.model.placement import move_model
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
@@ -337,6 +338,8 @@ def _engines(
             if backend.traces:
                 move_model(model, backend.device)
                 engine.decoder = static_decoder(engine, opened.prompts, settings, backend)
+            else:
+                transpose_weights(model)
             return engine
 
         yield build, file

@@ -24,6 +24,7 @@ from llamax.checkpoint.source import Source
 from llamax.config.schema import FinetuneConfig
 from llamax.inference.engine import LoadedModel
 from llamax.model import lora
+from llamax.model.layout import transpose_weights
 from llamax.model.llama import Llama
 from llamax.model.lora_linear import Adapter, FrozenLinear
 from llamax.parallel.collectives import Solo
@@ -87,7 +88,9 @@ def build_served(
     """
     tp, adapters = Solo("tp", device), Adapters()
     if not tuned:
-        return loaded.build(tp, device, dtype, quantize=quantize).eval(), adapters
+        model = loaded.build(tp, device, dtype, quantize=quantize)
+        transpose_weights(model)
+        return model.eval(), adapters
     if quantize:
         raise ConfigError(
             f"`quantize={quantize}` is for a model without adapters; merge `adapter` "
