@@ -12,8 +12,8 @@ from llamax.parallel.tensor_parallel import ColumnLinear, RowLinear
 def transpose_weights(model: Llama) -> None:
     """Lay the float32 weights of linear layers on a CPU out as [in, out]; shapes stay [out, in].
 
-    MKL multiplies a few rows with such a weight in 0.7 to 0.8 of the time.  One weight is held twice at
-    a time.  For models that only decode: files take contiguous tensors.
+    MKL multiplies a few rows with such a weight in 0.7 to 0.8 of the time.  One weight at a time is
+    held twice.  For models that only decode: files take contiguous tensors.
     """
     for layer in model.modules():
         if type(layer) in (ColumnLinear, RowLinear):
