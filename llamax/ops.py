@@ -80,8 +80,7 @@ def rotated_attention(
 
     ``qkv`` has the ``heads`` query heads of a fused projection, then its key and its value heads.
     """
-    chosen = kernel("rotated_attention", qkv, cos, documents)
-    return chosen(qkv, cos, sin, heads, documents)
+    return kernel("rotated_attention", qkv, cos, documents)(qkv, cos, sin, heads, documents)
 
 
 def attention_by_blocks(q: Tensor, kv: Tensor, documents: Tensor | None, ranks: Any) -> Tensor:
@@ -92,8 +91,7 @@ def attention_by_blocks(q: Tensor, kv: Tensor, documents: Tensor | None, ranks: 
 def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention to a cache: [B, S, H, E], 2 x [B, T, K, E], bool [B, S, T] -> [B, S, H, E].
 
-    A query attends to the keys at which ``mask`` is true; there must be at least one.  On the host
-    one query of each sequence attends to all keys if there is no mask.
+    A query attends to the keys at which ``mask`` is true, at least one; on a CPU to all if None.
     """
     return kernel("attention_cached", q, k, v, mask)(q, k, v, mask)
 
@@ -178,9 +176,8 @@ def reference_attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
     q_BHSE = _wide(q).transpose(1, 2) / math.sqrt(q.shape[-1])
     k_BHTE = _wide(k).transpose(1, 2).repeat_interleave(group, dim=1)
     v_BHTE = _wide(v).transpose(1, 2).repeat_interleave(group, dim=1)
-    scores_BHST = q_BHSE @ k_BHTE.mT
-    if mask is not None:
-        scores_BHST = scores_BHST.masked_fill(~mask[:, None], -math.inf)
+    hidden = q.new_zeros((), dtype=torch.bool) if mask is None else ~mask[:, None]
+    scores_BHST = (q_BHSE @ k_BHTE.mT).masked_fill(hidden, -math.inf)
     return (scores_BHST.softmax(-1) @ v_BHTE).transpose(1, 2).to(q.dtype)
 
 
@@ -284,12 +281,8 @@ def _fused_attention_is_faster(q: Tensor, k: Tensor, _v: Tensor, documents: Tens
     return _on_cuda(q) or (_on_cpu(q) and suits and documents is None)
 
 
-def _one_query(q: Tensor, *_: Tensor | None) -> bool:
-    return _on_cpu(q) and q.shape[1] == 1 and not _cpu_without_units(q)
-
-
-def _fused_cached_is_faster(q: Tensor, *_: Tensor | None) -> bool:
-    return _on_cuda(q) or (_on_cpu(q) and not _cpu_without_units(q))
+def _cpu_with_units(x: Tensor) -> bool:
+    return _on_cpu(x) and not _cpu_without_units(x)
 
 
 @cache
@@ -363,8 +356,8 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row("reference", _anywhere, reference_add_at_columns),
     ),
     "attention_cached": (
-        Row("cpu", _one_query, "attention.op:attention_cached"),
-        Row("fused", _fused_cached_is_faster, fused_attention_cached),
+        Row("cpu", lambda q, *_: q.shape[1] == 1 and _cpu_with_units(q), "attention.op:one_query"),
+        Row("fused", lambda q, *_: _on_cuda(q) or _cpu_with_units(q), fused_attention_cached),
         Row("traced", _on_xla, "attention.traced:attention_cached"),
         Row("reference", _anywhere, reference_attention_cached),
     ),

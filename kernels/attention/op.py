@@ -187,7 +187,7 @@ def _scores(queries: Tensor, keys: Tensor, bias: Tensor, scale: float) -> Tensor
     return scores
 
 
-def attention_cached(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def one_query(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """Attention of one query of each sequence to a cache; without a mask to all of it.
 
     torch's fused kernel takes the query heads of a key/value head for queries of one head, so keys
