@@ -13,8 +13,10 @@ has grown by CACHE_BYTES.
 
 from __future__ import annotations
 
+import gc
 import resource
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,18 @@ def judged(
             raise
         return None, f"gigatoken cannot read it: {' '.join(str(error).split())[:200]}"
     return engine, ""
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """Look for no garbage inside: a vocabulary makes 10^5 objects, and none of them is."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def resident_bytes() -> int:

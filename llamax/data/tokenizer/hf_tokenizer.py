@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from llamax.data.tokenizer.cuts import Ids, compiled, cuts_of_engine, steps_of
-from llamax.data.tokenizer.fast_engine import FastEngine, judged
+from llamax.data.tokenizer.fast_engine import FastEngine, judged, without_gc
 from llamax.data.tokenizer.fast_settings import Unsupported, of_engine
 from llamax.data.tokenizer.fingerprint import fingerprint, state_of
 from llamax.data.tokenizer.special_tokens import (
@@ -156,6 +156,7 @@ class HuggingFace:
             self._engines[place] = engine
         return self._engines[place]
 
+    @without_gc()
     def speed_up(self) -> str:
         settings = self._settings()
         self._places = places_of(settings)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llamax.data.tokenizer.cuts import PATTERNS, Ids, compiled
-from llamax.data.tokenizer.fast_engine import FastEngine, judged
+from llamax.data.tokenizer.fast_engine import FastEngine, judged, without_gc
 from llamax.data.tokenizer.fingerprint import fingerprint
 from llamax.data.tokenizer.llama3 import LLAMA3_PATTERN, LLAMA3_SPECIAL
 from llamax.runtime.errors import DataError
@@ -67,6 +67,7 @@ class TikToken:
             special_tokens=self.special,
         )
 
+    @without_gc()
     def speed_up(self) -> str:
         words = [token.decode(errors="replace") for token in self.ranks]
         self.fast, fault = judged(

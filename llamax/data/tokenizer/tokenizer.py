@@ -33,7 +33,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from llamax.data.tokenizer.cuts import Ids, compiled, cuts_of_sentencepiece
-from llamax.data.tokenizer.fast_engine import FastEngine, judged
+from llamax.data.tokenizer.fast_engine import FastEngine, judged, without_gc
 from llamax.data.tokenizer.fast_settings import of_sentencepiece
 from llamax.data.tokenizer.fingerprint import BESIDE, fingerprint, state_of
 from llamax.data.tokenizer.hf_tokenizer import HuggingFace
@@ -136,6 +136,7 @@ class SentencePiece:
 
         return sentencepiece.SentencePieceProcessor(model_proto=self.raw)
 
+    @without_gc()
     def speed_up(self) -> str:
         model = self.model
         prefix = " " if model.dummy_prefix else ""
@@ -216,6 +217,7 @@ class SentencePiece:
         return sentencepiece.SentencePieceProcessor(model_proto=without_prefix(self.raw))
 
 
+@without_gc()
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """Load a tokenizer from a file, from a folder with one, or from a repository of the Hub.
 

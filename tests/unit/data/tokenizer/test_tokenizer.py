@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import hashlib
 import json
 import shutil
@@ -202,3 +203,19 @@ def test_more_white_space_than_tiktoken_encodes_is_one_line(ranks: Path) -> None
             tokenizer.encode(text)
         with pytest.raises(DataError, match="holds more than 900000 characters of white space"):
             tokenizer.encode_documents(["x", text])
+
+
+def test_garbage_is_looked_for_again_after_loading(spm: Path, tmp_path: Path) -> None:
+    assert gc.isenabled()
+    assert load_tokenizer(spm).speed_up() == ""
+    assert gc.isenabled()
+    (damaged := tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff")
+    with pytest.raises(DataError):
+        load_tokenizer(damaged)
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        load_tokenizer(spm)
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
