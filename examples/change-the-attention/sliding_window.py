@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,30 +57,19 @@ def sliding_window(window: int, documents_BS: Tensor | None) -> Attend:
 
 
 class SlidingWindowLlama(Llama):
-    """Llama with that attention; a training step calls ``loss`` as it does for any Llama."""
+    """Llama with that attention in ``hidden``, which computes the layers of every loss."""
 
-    def loss(
+    def hidden(
         self,
         ids_BS: Tensor,
-        labels_BS: Tensor,
         positions_BS: Tensor | None = None,
-        *,
         documents_BS: Tensor | None = None,
         attend: Attend | None = None,
-        chunk_tokens: int | None = None,
-        keys_B: Tensor | None = None,
-        places_S: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        return super().loss(
-            ids_BS,
-            labels_BS,
-            positions_BS,
-            documents_BS=documents_BS,
-            attend=attend or sliding_window(WINDOW, documents_BS),
-            chunk_tokens=chunk_tokens,
-            keys_B=keys_B,
-            places_S=places_S,
-        )
+        *more: Any,
+        **options: Any,
+    ) -> Tensor:
+        attend = attend or sliding_window(WINDOW, documents_BS)
+        return super().hidden(ids_BS, positions_BS, documents_BS, attend, *more, **options)
 
 
 def train(config: Config, where: Rendezvous) -> list[float]:

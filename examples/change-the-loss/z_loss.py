@@ -13,13 +13,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 import llamax
 from llamax.config.load import load_config
-from llamax.model.llama import Attend, Llama
+from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel.rendezvous import rendezvous
 
@@ -34,16 +35,11 @@ class ZLossLlama(Llama):
         ids_BS: Tensor,
         labels_BS: Tensor,
         positions_BS: Tensor | None = None,
-        *,
-        documents_BS: Tensor | None = None,
-        attend: Attend | None = None,
-        chunk_tokens: int | None = None,
-        keys_B: Tensor | None = None,
-        places_S: Tensor | None = None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor]:
         """The summed loss of this rank's tokens in nats, and the number of them that count."""
         # The logits of the whole vocabulary, on every tensor rank: [B, S, V].
-        logits_BSV = self(ids_BS, positions_BS, documents_BS=documents_BS, attend=attend).float()
+        logits_BSV = self.logits_of(self.hidden(ids_BS, positions_BS, **options)).float()
         counted_BS = labels_BS != IGNORE_INDEX
         cross_entropy = F.cross_entropy(
             logits_BSV.flatten(0, 1), labels_BS.flatten().long(), reduction="sum"

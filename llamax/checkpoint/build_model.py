@@ -7,6 +7,7 @@ and evaluation a base with the adapters of a PEFT folder or a run.
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from pathlib import Path
 
@@ -64,11 +65,8 @@ def build_model(
     finetune, tp, seed = config.finetune, axes.tp, config.run.seed
     stage: dict[str, tuple[range, ...]] = {}  # a class of a program's own need not take it
     if axes.pp.size > 1:
-        if model_class is not Llama:
-            raise ConfigError(
-                f"parallel.pipeline={axes.pp.size} cuts the layers of Llama over stages; use "
-                f"parallel.pipeline=1 with {model_class.__qualname__}, a model class of your own"
-            )
+        check_takes_stage(model_class, axes.pp.size)
+        torch.manual_seed(seed + axes.pp.rank)  # own modules of two stages do not draw the same
         counts = chunk_layers(config.parallel, config.model.num_hidden_layers)
         stage["stage"] = layers_of(*axes.pp, counts)
     model = model_class(
@@ -90,6 +88,17 @@ def build_model(
     elif fresh:
         model.init(seed)
     return model
+
+
+def check_takes_stage(model_class: type[Llama], stages: int) -> None:
+    """Raise ConfigError where a model class cannot be made for one stage of a pipeline."""
+    options = inspect.signature(model_class).parameters.values()
+    if not any(option.name == "stage" or option.kind is option.VAR_KEYWORD for option in options):
+        raise ConfigError(
+            f"parallel.pipeline={stages} makes {model_class.__qualname__} with stage=..., which it "
+            "does not take; define __init__(self, *args, **options) and pass both on to Llama, or "
+            "use parallel.pipeline=1"
+        )
 
 
 def check_model_class(model: Llama, config: Config) -> None:

@@ -116,7 +116,7 @@ def integer_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 def quantize(model: Llama) -> None:
     """Replace the linear layers of a model, the output projection included, by 8 bits in place."""
     if model.lm_head is None:
-        model.lm_head = Int8Linear(model.output_weight, model.tp, reduces=False)
+        model.lm_head = Int8Linear(model.head.dense(), model.tp, reduces=False)
     for path, layer in list(model.named_modules()):
         if type(layer) in (ColumnLinear, RowLinear):
             assert isinstance(layer, ColumnLinear | RowLinear)

@@ -281,11 +281,6 @@ class Llama(nn.Module):
         assert head is not None, "only the last stage has the output projection"
         return head
 
-    @property
-    def output_weight(self) -> Tensor:
-        """The weight of the output projection, [v, D]."""
-        return self.head.dense()
-
     @torch.no_grad()
     def init(self, seed: int) -> Llama:
         """Draw the weights of llamax's parallel layers from N(0, initializer_range); norms are 1.
@@ -321,6 +316,10 @@ class Llama(nn.Module):
         if last_B is not None:
             assert not self.sequence_parallel, "last_B indexes whole sequences"
             x_BsD = ops.at_places(x_BsD, last_B)
+        return self.logits_of(x_BsD)
+
+    def logits_of(self, x_BsD: Tensor) -> Tensor:
+        """Logits over the whole vocabulary, the same on every rank: [B,s,D] -> [B,S,V]."""
         return regions.join(self.head.project(x_BsD), self.tp, 2)[..., : self.config.vocab_size]
 
     def loss(
@@ -354,7 +353,7 @@ class Llama(nn.Module):
         x_BsD = self.hidden(ids_BS, positions_BS, documents_BS, attend, *more)
         return vocab_parallel_loss(
             x_BsD,
-            self.output_weight,
+            self.head.dense(),
             labels_BS,
             self.tp,
             self.config.vocab_size,

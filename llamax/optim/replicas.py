@@ -34,7 +34,7 @@ class ReplicaCheck:
         self.pending = dict.fromkeys(replicas) if axes.tp.size > 1 and eager else {}
 
     def check(self, gradients_of: Callable[[Collection[str]], Mapping[str, Tensor]]) -> None:
-        """Raise ConfigError on every rank for a gradient that is not what its cut says."""
+        """Raise ConfigError on every rank of the stage if a gradient is not what its cut says."""
         if not self.pending:
             return
         found, tp = gradients_of(self.pending), self.axes.tp
@@ -46,7 +46,7 @@ class ReplicaCheck:
                 mean = tp.all_reduce(gradient) / tp.size
                 squares[row, 0] = (gradient - mean).square().sum()
                 squares[row, 1] = mean.square().sum()
-        totals = self.axes.world.all_reduce(squares).tolist()
+        totals = tp.all_reduce(self.axes.data.all_reduce(squares)).tolist()
         for name, (apart, common) in zip(list(self.pending), totals, strict=True):
             if not apart + common > 0.0 or apart + common == float("inf"):
                 continue  # no gradient yet, or one that is not finite
@@ -67,7 +67,7 @@ class ReplicaCheck:
 
 
 def check_equal(replicas: Mapping[str, Tensor], axes: Axes) -> None:
-    """Raise ConfigError on every rank if a replica has other values on another rank.
+    """Raise ConfigError on every rank of a stage where a replica has other values on one of them.
 
     On devices that trace programs nothing is checked.
     """
@@ -77,7 +77,7 @@ def check_equal(replicas: Mapping[str, Tensor], axes: Axes) -> None:
     marks = [
         torch.stack((x.sum(), (x * torch.arange(1.0, len(x) + 1).to(x)).sum())) for x in values
     ]
-    all_marks = axes.world.all_gather(torch.stack(marks)[None], 0).cpu()
+    all_marks = axes.data.all_gather(axes.tp.all_gather(torch.stack(marks)[None], 0), 0).cpu()
     for row, name in enumerate(replicas):
         if not all_marks[:, row].equal(all_marks[:1, row].expand(len(all_marks), 2)):
             raise ConfigError(

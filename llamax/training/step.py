@@ -41,7 +41,7 @@ from llamax.parallel.pipeline import Micro, Schedule, forwards, schedule
 from llamax.parallel.prefetch import Prefetch
 from llamax.parallel.sharding import Replica
 from llamax.parallel.spread import gathered_again, prefetched
-from llamax.training.model_checks import check_attended, check_model, noted
+from llamax.training import model_checks
 from llamax.training.pipeline import Compute, Stage, apart
 from llamax.training.resolve import ResolvedRun
 
@@ -186,7 +186,7 @@ class TrainState:
         Raises ConfigError for a replica with other values on another rank, and for a model class
         that cannot be trained on such a mesh.
         """
-        check_model(model, axes)
+        model_checks.check_model(model, axes)
         parallel, optim = run.config.parallel, run.config.optim
         axes = apart(axes, backend.step_boundary)
         parameters = model.sharded_parameters()
@@ -359,13 +359,8 @@ class TrainState:
         """Summed loss and counted tokens of a microbatch; ``x_BsD`` comes from the stage before."""
         labels = batch.labels.int().to(self.model.tp.rank_index.device, non_blocking=True)
         ids, positions, more = self._inputs(batch, keys_B, x_BsD, layers)
-        if self.axes.cp.size == 1:
-            return self.model.loss(ids, labels, positions, **more)
-        called = set[int]()
-        more["attend"] = noted(more["attend"], called)
-        found = self.model.loss(ids, labels, positions, **more)
-        check_attended(self.model, called, layers)
-        return found
+        with model_checks.loss_checked(self.model, self.axes, layers, more) as options:
+            return self.model.loss(ids, labels, positions, **options)
 
     def _hidden(
         self, batch: Batch, keys_B: Tensor | None, x_BsD: Tensor | None, layers: range

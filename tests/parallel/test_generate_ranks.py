@@ -20,9 +20,9 @@ def say(ranks: int, sampling: Sampling) -> list[list[int]]:
     tp = axes(Mesh(tp=ranks), max(1, ranks // 2)).tp if ranks > 1 else None
     model = Llama(MODEL, tp).init(0)
     with torch.no_grad():  # rows that pad the vocabulary would win every draw
-        rows = model.output_weight.shape[0]
+        rows = model.head.dense().shape[0]
         first = model.tp.rank * rows
-        model.output_weight[max(0, MODEL.vocab_size - first) :] = 1e3
+        model.head.dense()[max(0, MODEL.vocab_size - first) :] = 1e3
     return join_steps(generate_tokens(model, PROMPTS, max_new_tokens=NEW, sampling=sampling))
 
 

@@ -501,7 +501,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 },
                 3,
                 "parallel.pipeline=3 on run.backend=xla pairs all ranks in its swaps, and the "
-                "world of 3 ranks is odd; use an even number of ranks",
+                "world of 3 ranks is odd; use an even number of ranks, 6",
             )
         ],
         [

@@ -59,10 +59,12 @@ def stages_hold_layers(c: Config, world: World) -> Iterator[str]:
             f"model.num_hidden_layers={layers}; use {layers} or less"
         )
     elif layers % stages and not c.parallel.layers_per_stage:
+        pieces = stages * c.parallel.chunks
+        pieces = pieces if pieces <= layers else stages  # then with the chunks of the next rule
         yield (
             f"parallel.pipeline={stages} does not divide model.num_hidden_layers={layers}; "
             f"use {join_or(divisors(layers))}, or cut unevenly: parallel.layers_per_stage="
-            f"{_written(evenly(layers, min(stages * c.parallel.chunks, layers)))}"
+            f"{_written(evenly(layers, pieces))}"
         )
 
 
@@ -72,9 +74,10 @@ def chunks_hold_layers(c: Config, world: World) -> Iterator[str]:
     if chunks == 1 or stages == 1 or stages > layers:
         return
     if stages * chunks > layers:
+        most = layers // stages
         yield (
             f"{_named(c.parallel)} leaves chunks without a layer: "
-            f"model.num_hidden_layers={layers}; use parallel.chunks={layers // stages} or less"
+            f"model.num_hidden_layers={layers}; use parallel.chunks={most}{' or less' * (most > 1)}"
         )
     elif layers % stages == 0 and layers // stages % chunks and not c.parallel.layers_per_stage:
         yield (
@@ -101,10 +104,13 @@ def chunks_are_of_stages(c: Config, world: World) -> Iterator[str]:
     "parallel.data",
     "data.global_batch",
     "data.micro_batch",
+    "model.num_hidden_layers",
 )
 def microsteps_fill_chunks(c: Config, world: World) -> Iterator[str]:
     parallel, stages = c.parallel, c.parallel.pipeline
     if parallel.chunks == 1 or stages == 1 or world.ranks is None:
+        return
+    if stages * parallel.chunks > c.model.num_hidden_layers:
         return
     data = world.ranks // (parallel.tensor * parallel.context * stages) or 1
     microsteps, rest = divmod(c.data.global_batch, c.data.micro_batch * data)
@@ -152,11 +158,12 @@ def traced_stages_recompute(c: Config, world: World) -> Iterator[str]:
         )
 
 
-@RULES.reading("parallel.pipeline", "run.backend")
+@RULES.reading("parallel.pipeline", "parallel.tensor", "parallel.context", "run.backend")
 def traced_stages_pair(c: Config, world: World) -> Iterator[str]:
     ranks, stages = world.ranks, c.parallel.pipeline
     if stages > 1 and c.run.backend == "xla" and ranks is not None and ranks % 2:
+        even = multiples_near(ranks, 2 * stages * c.parallel.tensor * c.parallel.context)
         yield (
             f"parallel.pipeline={stages} on run.backend=xla pairs all ranks in its swaps, and the "
-            f"world of {ranks} ranks is odd; use an even number of ranks"
+            f"world of {ranks} ranks is odd; use an even number of ranks, {join_or(even)}"
         )

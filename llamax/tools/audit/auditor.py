@@ -281,7 +281,7 @@ def by_formula(traced: TracedRun, kind: str) -> tuple[Traffic, ...] | None:
         return tuple(formulas.swap(config, mesh, kind.removeprefix(SWAP)))
     if config.finetune.method != "full" or mesh.pp > 1:
         return None
-    rows = traced.state.model.output_weight.shape[0]
+    rows = traced.state.model.head.weight.shape[0]
     tokens = config.data.micro_batch * config.data.sequence_length // mesh.cp
     chunks = -(-tokens // loss_chunk_tokens(rows))
     shapes = group_shapes(traced.state.optimizer)

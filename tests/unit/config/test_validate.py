@@ -142,3 +142,21 @@ def test_what_the_rules_let_through_can_be_cut(tensor: int, heads: int, kv: int)
 def test_divisors_of_a_number_of_any_size() -> None:
     assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
     assert divisors(2**62)[:4] == [1, 2, 4, 8]  # at once
+
+
+def test_suggestions_for_a_pipeline_work_together() -> None:
+    """Stages that do not divide the layers, with more chunks than layers."""
+    wanted = {
+        "parallel.pipeline": 3,
+        "parallel.chunks": 2,
+        "model.num_hidden_layers": 4,
+        "data.global_batch": 2,
+        "parallel.tensor": 1,
+    }
+    first, second = problems(changed(wanted), 3)
+    assert first.endswith("use 1, 2 or 4, or cut unevenly: parallel.layers_per_stage=2,1,1")
+    assert second.endswith(
+        "leaves chunks without a layer: model.num_hidden_layers=4; use parallel.chunks=1"
+    )
+    mended = {"parallel.chunks": 1, "parallel.layers_per_stage": "2,1,1"}
+    assert problems(changed({**wanted, **mended}), 3) == []

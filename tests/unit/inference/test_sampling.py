@@ -189,7 +189,7 @@ def test_prompts_that_do_not_fit_are_refused() -> None:
 
 def test_a_model_without_numbers_is_refused(model: Llama) -> None:
     broken = Llama(LLAMA31).init(0)
-    broken.output_weight.data[3] = math.nan
+    broken.head.dense().data[3] = math.nan
     with pytest.raises(CheckpointError, match="not finite"):
         next(generate_tokens(broken, [[1]], max_new_tokens=1))
     next(generate_tokens(model, [[1]], max_new_tokens=1))

@@ -64,7 +64,7 @@ def test_a_cache_without_memory_names_the_settings_of_generate() -> None:
 def test_logits_that_are_not_finite_are_an_error(greedy: bool) -> None:
     model = Llama(TIED).init(0)
     with torch.no_grad():
-        model.output_weight[3] = math.nan
+        model.head.dense()[3] = math.nan
     tokens = static_tokens(decoder(model, greedy), [[1]], 4, Sampling(1.0 - greedy), ())
     with pytest.raises(CheckpointError, match="the model's logits are not finite"):
         next(tokens)

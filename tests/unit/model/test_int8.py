@@ -85,14 +85,14 @@ def test_a_model_is_near_and_takes_a_quarter(config: ModelConfig) -> None:
         loss, count = model.loss(ids, labels)
         logits = model(ids, last_B=torch.tensor([5, 5]))
         linear = sum(p.nbytes for n, p in model.named_parameters() if "proj" in n)
-        linear += model.output_weight.nbytes
+        linear += model.head.dense().nbytes
         before, tied = int8.num_bytes(model), model.lm_head is None
         int8.quantize(model)
         small, _ = model.loss(ids, labels)
         assert small.item() / count.item() == pytest.approx(loss.item() / count.item(), rel=0.01)
         near = model(ids, last_B=torch.tensor([5, 5]))
     assert (near - logits).norm() < 0.03 * logits.norm()
-    kept = before - linear + (model.output_weight.nbytes if tied else 0)  # looked up too
+    kept = before - linear + (model.head.dense().nbytes if tied else 0)  # looked up too
     scales = sum(m.scales.nbytes for m in model.modules() if isinstance(m, Int8Linear))
     assert int8.num_bytes(model) == kept + linear // 4 + scales
 
