@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -35,7 +35,6 @@ from support.step_reference import (
 from support.world import Worlds, axes
 from torch import Tensor
 
-from llamax import ops
 from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig
 from llamax.config.types import ContextBy
@@ -43,25 +42,23 @@ from llamax.kernels.attention import blocks, ways
 from llamax.model.llama import DTYPES, Llama
 from llamax.model.recompute import Recompute
 from llamax.parallel import context_parallel
-from llamax.parallel.collectives import Axes, Meter, Metered
+from llamax.parallel.collectives import Axes, Axis, Meter, Metered
 from llamax.parallel.mesh import Mesh
 
 TOLERANCE = 1e-6
-Change = tuple[ModuleType, str, str]  # of a line of a module
 
 
 @contextmanager
 def ring(line: str = "", changed: str = "") -> Iterator[None]:
     """Attention by a ring, with a line of its code changed."""
-    gather, table = context_parallel.across, {}
+    across = context_parallel.across
+
+    def passed(axis: Axis, documents: Tensor | None = None, by: str = "") -> Any:
+        return across(axis, documents, "ring")
+
     with (
-        mock.patch.object(
-            context_parallel,
-            "across",
-            lambda axis, documents=None, _="": gather(axis, documents, "ring"),
-        ),
+        mock.patch.object(context_parallel, "across", passed),
         mock.patch.object(blocks, "ATTENTION_BLOCK_QUERIES", 3),
-        mock.patch.dict(ops.TABLE, table),
     ):
         if not line:
             yield
@@ -118,6 +115,12 @@ def step(
     }
 
 
+@cache
+def whole_step(model: ModelConfig, dtype: str) -> dict[str, Any]:
+    """What one rank makes of the whole batch."""
+    return step(model, Axes.solo(), False, 1, dtype=dtype)
+
+
 def on_mesh(
     model: ModelConfig,
     mesh: Mesh,
@@ -130,7 +133,7 @@ def on_mesh(
     change: tuple[str, str] = ("", ""),
 ) -> list[str]:
     """On a rank: the differences from the step of the whole model, one line each."""
-    whole = step(model, Axes.solo(), False, 1, dtype=dtype)
+    whole = whole_step(model, dtype)
     there = axes(mesh, model.kv_replicas(mesh.tp))
     with ring(*change):
         mine = step(model, there, sequence, accumulation, recompute, zero, dtype)
@@ -183,7 +186,7 @@ def errors(by: ContextBy) -> float:
     there = axes(Mesh(cp=4))
     with ring() if by == "ring" else nullcontext():
         mine = step(MODEL, there, False, 1, dtype="bfloat16")["grads"]
-    whole = step(MODEL, Axes.solo(), False, 1, dtype="bfloat16")["grads"]
+    whole = whole_step(MODEL, "bfloat16")["grads"]
     return max(float((mine[n] - whole[n]).abs().max() / whole[n].abs().max()) for n in whole)
 
 

@@ -200,7 +200,9 @@ def test_context_ranks_agree_and_resume_from_each_other(dataset: Path, tmp_path:
     path = write(config(dataset, tmp_path / "meshes"), tmp_path / "config.toml")
     for stopped, tensor, context in ((0, 1, 1), (1, 1, 2), (3, 2, 2), (5, 1, 1)):
         forget(tmp_path / "meshes", stopped) if stopped else None
-        degrees = f"--parallel.tensor={tensor}", f"--parallel.context={context}"
+        way = "ring" if tensor == 2 else "gather"
+        degrees = [f"--parallel.tensor={tensor}", f"--parallel.context={context}"]
+        degrees.append(f"--parallel.context_by={way}")
         job = fork_ranks(tensor * context, "--config", path, *degrees)
         _, stderr = job.communicate(timeout=300)
         assert job.returncode == 0, stderr

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from support.runs import share
 
 from llamax.config.hardware import load_machine
 from llamax.config.load import load_config
+from llamax.config.schema import Config
 from llamax.parallel.mesh import Mesh
-from llamax.tools.plan.context import gathered_bytes, pairs, pairs_at_once
+from llamax.tools.plan.context import (
+    gathered_bytes,
+    keys_at_most,
+    pairs,
+    pairs_at_once,
+    turns,
+)
 from llamax.tools.plan.memory import memory
+from llamax.tools.plan.nearest import flags
+from llamax.tools.plan.report import show_search
 from llamax.tools.plan.roofline import time
 from llamax.tools.plan.search import contexts, search
 
@@ -59,7 +69,42 @@ def test_degrees_that_are_tried() -> None:
     assert contexts(replace(short, parallel=replace(short.parallel, context=1)), 128) == [1]
 
 
-def test_the_search_finds_the_recipe() -> None:
+def test_the_search_finds_the_recipe_and_rings_where_gathered_keys_do_not_fit() -> None:
     plans, _ = search(RECIPE, TRN1, 32)
     best = [(each.run.mesh.tp, each.run.mesh.cp) for each in plans[:2]]
     assert (8, 4) in best
+    fits = {each.run.config: each.memory.fits and not each.memory.tight for each in plans}
+    rings = [each for each in plans if each.run.config.parallel.context_by == "ring"]
+    for each in rings:
+        assert not fits[by(each.run.config, "gather")], "the ring is the slower one"
+    assert any(each.memory.fits and not each.memory.tight for each in rings)
+    ring = next(each for each in rings if each.memory.fits)
+    assert "--parallel.context_by=ring" in flags(RECIPE, 32, ring)
+    assert f" {ring.run.mesh.cp} ring " in "\n".join(show_search(RECIPE, [ring], []))
+
+
+def by(config: Config, way: Any) -> Config:
+    return replace(config, parallel=replace(config.parallel, context_by=way))
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_a_ring_sends_more_and_holds_less(mode: Any, n: int) -> None:
+    whole = replace(RECIPE, run=replace(RECIPE.run, recompute=mode))
+    whole = replace(whole, data=replace(whole.data, global_batch=128))
+    gather, ring = (
+        share(by(whole, way), Mesh(tp=8, cp=n, dp=128 // n)) for way in ("gather", "ring")
+    )
+    layers, keys = whole.model.num_hidden_layers, gathered_bytes(gather)
+    passes = 2 if mode == "none" else 3
+    assert turns(gather) == (passes * layers, keys)
+    assert turns(ring) == ((passes + 1) * layers, (passes + 2) * keys / (passes + 1)), "fp32 sums"
+    saved = memory(gather, TRN1).peak - memory(ring, TRN1).peak
+    held = keys / n * (7 if n == 2 else 10)
+    if mode == "none":  # those of every layer, whatever the moment of the peak is
+        assert saved >= (layers - 1) * keys
+    else:
+        assert saved == pytest.approx(4 * keys - held)
+    assert 0 < saved <= keys_at_most(gather)
+    times = [time(each, TRN1, 32).step_s for each in (gather, ring)]
+    assert times[0] < times[1]
