@@ -54,6 +54,9 @@ def parser() -> Parser:
         '"prompt"; with --template rows of questions',
     )
     p.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="only the first N prompts (0: all)"
+    )
+    p.add_argument(
         "--template",
         default="",
         metavar="NAME|FILE",
@@ -163,6 +166,7 @@ def main(argv: Sequence[str]) -> int:
         backend=options.backend,
         threads=options.threads,
         quantize=options.quantize,
+        limit=options.limit,
         length=options.length,
     )
     if options.precompile:

@@ -87,6 +87,8 @@ class GenerationSettings:
     """System prompt of questions that have none; None: that of training with its template."""
     fields: Mapping[str, str] = field(default_factory=dict)
     """Columns of the fields of rows, where they are not those of training or the usual names."""
+    limit: int = 0
+    """Only the first so many prompts; 0: all."""
     batch: int = 8
     """Number of prompts computed at once."""
     dtype: str = ""
@@ -108,8 +110,9 @@ class GenerationSettings:
                 f"`length={self.length}` is of backend xla alone, and `backend={self.backend}` "
                 "takes every length; leave it out"
             )
-        if self.length < 0:
-            raise ConfigError(f"`length={self.length}` is out of range; use 0 or more")
+        for name, value in (("length", self.length), ("limit", self.limit)):
+            if value < 0:
+                raise ConfigError(f"`{name}={value}` is out of range; use 0 or more")
         check_stops(self.stop)
         check_fields(self.fields)
         self.sampling()
@@ -157,7 +160,7 @@ def generate(
         DataError: For prompts that cannot be read, or an ``out`` that exists.
         CheckpointError: For a model that is missing or damaged.
     """
-    rows = read_prompts(prompts, prompts_file, settings.template)
+    rows = read_prompts(prompts, prompts_file, settings.template)[: settings.limit or None]
     opened = ask(_load(Path(model), str(tokenizer), str(base), rank.world_size), rows, settings)
     with _engines([opened], settings, rank, out) as (engine_of, file):
         engine, main = engine_of(0), rank.rank == 0
@@ -237,7 +240,7 @@ def compare(
     """
     if len(models) < 2:
         raise ConfigError(f"`compare` takes two models or more; found {len(models)}")
-    rows = read_prompts(prompts, prompts_file, settings.template)
+    rows = read_prompts(prompts, prompts_file, settings.template)[: settings.limit or None]
     paths = [Path(model) for model in models]
     adapters = [is_adapter(path) for path in paths]
     bases = [str(base) if is_one or not any(adapters) else "" for is_one in adapters]

@@ -90,6 +90,9 @@ def test_answers_are_scored(
     assert run_main(generate, list(map(str, argv))) == 0
     said = [json.loads(line) for line in out.read_text().splitlines()]
     assert [one["instruction"] for one in said] == [row["instruction"] for row in rows]
+    some = tmp_path / "some.jsonl"
+    assert run_main(generate, list(map(str, [*argv[:-1], some, "--limit", 3]))) == 0
+    assert [json.loads(line) for line in some.read_text().splitlines()] == said[:3]
     for row, one in zip(rows, said, strict=True):
         assert one["prompt"] == f"### Instruction\n{row['instruction']}\n\n### Answer\n"
     rows = [{**row, "response": one["text"]} for row, one in zip(rows, said, strict=True)]

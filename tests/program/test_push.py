@@ -99,6 +99,7 @@ def test_adapters_become_a_repository_of_peft(hub: Hub, home: Path) -> None:
     assert (card.data.base_model, card.data.library_name) == ("org/base", "peft")
     assert card.data.to_dict()["base_model_relation"] == "adapter"
     assert "| finetune.r | 4 |" in card.text
+    assert 'tokenizer = AutoTokenizer.from_pretrained("org/base")' in card.text
     assert card.data.license is None
     assert "To be filled in" in card.text
     assert all(str(home).encode() not in data for data in files.values())

@@ -110,8 +110,11 @@ def _relation(subject: Subject) -> str:
 def _use(subject: Subject) -> str:
     name = json.dumps(subject.name.repo)
     if subject.adapters:
+        base = json.dumps(subject.base.partition("@")[0])
         code = (
-            "from peft import AutoPeftModelForCausalLM\n\n"
+            "from peft import AutoPeftModelForCausalLM\n"
+            "from transformers import AutoTokenizer\n\n"
+            f"tokenizer = AutoTokenizer.from_pretrained({base})\n"
             f"model = AutoPeftModelForCausalLM.from_pretrained({name})"
         )
     else:

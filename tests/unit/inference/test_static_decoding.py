@@ -102,6 +102,11 @@ def test_a_length_that_cannot_be_is_an_error(length: int, backend: str, message:
         replace(GenerationSettings(), length=length, backend=backend)
 
 
+def test_a_limit_below_zero_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="`limit=-2` is out of range; use 0 or more"):
+        GenerationSettings(limit=-2)
+
+
 def test_precompiling_needs_the_shapes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`precompile` needs `backend` xla and `length`"):
         precompile(tmp_path, GenerationSettings())
