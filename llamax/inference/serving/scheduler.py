@@ -38,7 +38,7 @@ PIECE_TOKENS = 256  # prompts are padded and computed together up to so many tok
 TURN_TOKENS = 512  # of prompts, after which the requests in progress make a token
 WIDTHS = (16, 32, 64, 128, 192, 256)  # of pieces, where each number of rows is compiled
 ROWS = 16  # there, requests that make tokens are computed in multiples of so many
-DRAWN_LOGITS = 2**19  # logits from which tokens are drawn at once; bounds the copies
+DRAWN_LOGITS = 2**17  # logits from which tokens are drawn at once; bounds the copies
 NOT_FINITE = "the model's logits are not finite; serve an earlier checkpoint"
 
 
