@@ -35,7 +35,7 @@ from llamax.parallel.tensor_parallel import ColumnLinear, ParallelLayer, RowLine
 FEW_ROWS = 128  # up to which the product of integers is faster than a dense one
 FEW_BFLOAT16_ROWS = 32  # the same for torch's weight-only kernel
 KERNEL_COLUMNS = 32  # a block of both kernels
-AT_ONCE = 2**18  # weights quantised at once: bounds the float32 copies
+AT_ONCE = 2**18  # weights quantised, or made dense, at once: bounds the float32 copies
 LARGEST = 127
 LOW_STEPS = 2 * LARGEST  # steps of the low integer in one of the high
 STEPS = torch.tensor([127.0, 32258.0]).view(2, 1, 1)  # in a largest activation: high, both
@@ -80,13 +80,17 @@ class Int8Linear(ParallelLayer):
         elif whole_blocks and len(rows) <= FEW_BFLOAT16_ROWS:
             y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scales.bfloat16())
         else:
-            y = ops.linear(rows, self.dense())
+            y = rows.new_empty(len(rows), len(self.codes))
+            step = max(1, AT_ONCE // rows.shape[1])
+            for start in range(0, len(self.codes), step):
+                part = slice(start, start + step)
+                y[:, part] = ops.linear(rows, self.dense(part))
         y = y.to(x.dtype).view(*x.shape[:-1], -1)
         return regions.leave(y, self.tp, False) if self.reduces else y
 
-    def dense(self) -> Tensor:
-        """The weight that the codes stand for: [out, in], in the dtype of the model."""
-        return (self.codes * self.scales[:, None]).to(self.dtype)
+    def dense(self, part: slice = slice(None)) -> Tensor:
+        """Rows of the weight that the codes stand for: [out, in], in the dtype of the model."""
+        return self.codes[part].float().mul_(self.scales[part, None]).to(self.dtype)
 
 
 @cache

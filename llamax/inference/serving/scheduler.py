@@ -30,6 +30,7 @@ from llamax.inference.sampling import Sampling
 from llamax.inference.serving.adapters import Adapters
 from llamax.inference.serving.kv_pool import KVPool
 from llamax.inference.serving.metrics import Metrics
+from llamax.model.int8 import FEW_ROWS, Int8Linear, integer_rows
 from llamax.model.llama import Llama
 from llamax.runtime.errors import LlamaxError
 from llamax.runtime.logging import logger
@@ -135,8 +136,9 @@ class Scheduler:
         self.slots, self.length, self.queue = slots, length, queue
         self.pool = KVPool(model, slots, length)
         weight = next(model.parameters())
-        on_units = weight.device.type == "cpu" and ops.has_bf16_units()
-        self._compiles = on_units and weight.dtype == torch.bfloat16
+        in_bfloat16 = weight.dtype == torch.bfloat16 and ops.has_bf16_units()
+        in_int8 = isinstance(model.lm_head, Int8Linear) and integer_rows() <= FEW_ROWS
+        self._compiles = weight.device.type == "cpu" and (in_bfloat16 or in_int8)
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []
         self._prefilled = 0  # tokens of prompts since the last step
@@ -231,8 +233,8 @@ class Scheduler:
     def _batch(self, waiting: Sequence[Request]) -> tuple[list[Request], int]:
         """The first requests whose prompts are computed together, and the width of their pieces.
 
-        oneDNN compiles a product of bfloat16 for each number of rows and keeps it, some 4 MiB for a
-        model, so that there are few of them: 1, 2, 4, ... pieces of one of WIDTHS.
+        oneDNN compiles products of bfloat16 and int8 for each number of rows and keeps them, some
+        2 MiB for a model, so there are few numbers: 1, 2, 4, ... pieces of one of WIDTHS.
         """
         requests: list[Request] = []
         width = 0
