@@ -80,7 +80,20 @@ def test_a_search_on_trainium_tries_pipelines_that_recompute_everything() -> Non
     assert plans[0].run.mesh.pp > 1
     assert {pp for pp, _, _ in degrees(plans)} == {1, 2, 4, 8, 16}
     assert {mode for pp, _, mode in degrees(plans) if pp > 1} == {"full"}
-    assert {zero for _, zero, _ in degrees(plans)} == {1}
+    tried = degrees(plans)
+    assert {zero for pp, zero, _ in tried if pp == 1} == {1, 2, 3}
+    assert {zero for pp, zero, _ in tried if pp > 1} == {1}
+    assert {mode for _, zero, mode in tried if zero == 3} == {"full"}
+
+
+def test_weights_that_no_rank_can_hold_are_not_cut_at_the_start() -> None:
+    plans, refused = search(recipe("llama2-70b"), TRN1, 32)
+    cut = {each.run.mesh.tp for each in plans if each.run.config.parallel.zero == 3}
+    assert cut == {16, 32}, "137 GB over 8 ranks is more than 16 GiB"
+    reasons = [each.reason for each in refused if each.config.parallel.zero == 3]
+    assert any("all weights of a tensor rank, 16.1 GiB, on its device" in r for r in reasons)
+    small, _ = search(recipe("llama3.1-8b"), TRN1, 32)
+    assert {each.run.mesh.tp for each in small if each.run.config.parallel.zero == 3} >= {1, 2}
 
 
 def test_a_search_on_gpus_tries_zero_without_a_pipeline() -> None:
