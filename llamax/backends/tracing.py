@@ -59,6 +59,7 @@ class Tracer:
 
         self.metrics, self.runtime, self.lazy = metrics, runtime, torch_xla._XLAC
         self.device: torch.device = torch_xla.device()
+        self._texts: dict[bytes, str] = {}
         self.debug(debug)
         self._fallbacks = set(metrics.executed_fallback_ops())
         gc.collect()
@@ -67,6 +68,7 @@ class Tracer:
     def debug(self, on: bool) -> None:
         """Switch the recording of Python lines on or off."""
         self.lazy._set_ir_debug(on)
+        self._with_lines = on
 
     @contextmanager
     def without_debug(self) -> Iterator[None]:
@@ -88,9 +90,23 @@ class Tracer:
         Afterwards all tensors are placeholders, as if the program had run.
         """
         roots = self.pending()
-        text: str = self.lazy._get_xla_tensors_hlo(roots) if roots else ""
+        text = self._text(roots) if roots else ""
         self.clear_pending()
         return text
+
+    def _text(self, roots: list[Tensor]) -> str:
+        """The HLO text of a recorded graph.
+
+        Without Python lines a graph is lowered once for each hash: torch-xla's own, by which it
+        finds the compiled program of a graph.
+        """
+        lower: Callable[[list[Tensor]], str] = self.lazy._get_xla_tensors_hlo
+        if self._with_lines:
+            return lower(roots)
+        key = self.lazy._get_graph_hash(roots)
+        if key not in self._texts:
+            self._texts[key] = lower(roots)
+        return self._texts[key]
 
     def pending(self) -> list[Tensor]:
         """The tensors with pending operations, oldest first."""

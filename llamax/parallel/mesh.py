@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 from llamax.runtime.errors import ConfigError
@@ -131,14 +132,7 @@ class Mesh:
 
         Several axes make one larger axis: ``groups("dp", "cp")`` is where gradients are summed.
         """
-        fixed = [axis for axis in AXES if axis not in axes]
-        if len(fixed) != len(AXES) - len(set(axes)):
-            raise ValueError(f"axes {axes} are not among {AXES}")
-        found: dict[tuple[int, ...], list[int]] = {}
-        for rank in self.order or range(self.world_size):
-            at = self.coordinate(rank)
-            found.setdefault(tuple(getattr(at, axis) for axis in fixed), []).append(rank)
-        return tuple(tuple(ranks) for ranks in found.values())
+        return _groups(self, axes)
 
     def axes(self) -> dict[str, Groups]:
         """The groups of every axis that ranks communicate on, by its name in ``Axes``."""
@@ -182,3 +176,15 @@ class Mesh:
             group[i : i + size]
             for group, i in itertools.product(self.groups(axis), range(0, self.degree(axis), size))
         )
+
+
+@lru_cache(maxsize=32)
+def _groups(mesh: Mesh, axes: tuple[str, ...]) -> Groups:
+    fixed = [axis for axis in AXES if axis not in axes]
+    if len(fixed) != len(AXES) - len(set(axes)):
+        raise ValueError(f"axes {axes} are not among {AXES}")
+    found: dict[tuple[int, ...], list[int]] = {}
+    for rank in mesh.order or range(mesh.world_size):
+        at = mesh.coordinate(rank)
+        found.setdefault(tuple(getattr(at, axis) for axis in fixed), []).append(rank)
+    return tuple(tuple(ranks) for ranks in found.values())

@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip("torch_xla", reason="needs torch-xla: `make test` runs this in .venv-xla")
 
 import torch
+import torch_xla.core.xla_model as xm
 from support import adapters
 from support.models import TINY
 from support.runs import on_mesh
@@ -233,6 +234,56 @@ def test_a_planted_defect_is_named_with_its_line(
     assert f"the {kind} program" in found.problems[0]
     assert line_of(mark) in found.problems[0]
     assert "\n" not in found.problems[0]
+
+
+NEAR, FAR = [[0, 1], [2, 3]], [[0, 2], [1, 3]]  # groups of ranks
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            lambda x: xm.all_reduce("sum", x, groups=NEAR),
+            lambda x: xm.all_reduce("sum", x, groups=FAR),
+        ),
+        (lambda x: xm.all_gather(x, groups=NEAR), lambda x: xm.all_gather(x, groups=FAR)),
+        (
+            lambda x: xm.reduce_scatter("sum", x, 1.0, 0, 2, groups=NEAR),
+            lambda x: xm.reduce_scatter("sum", x, 1.0, 0, 2, groups=FAR),
+        ),
+        (
+            lambda x: xm.all_to_all(x, 0, 0, 2, groups=NEAR),
+            lambda x: xm.all_to_all(x, 0, 0, 2, groups=FAR),
+        ),
+        (
+            lambda x: xm.collective_permute(x, NEAR),
+            lambda x: xm.collective_permute(x, FAR),
+        ),
+        (lambda x: x[:2], lambda x: x[2:]),
+        (
+            lambda x: x + torch.arange(4, device=x.device),
+            lambda x: x + torch.arange(1, 5, device=x.device),
+        ),
+        (lambda x: x.clamp(0, 1), lambda x: x.clamp(0, 2)),
+        (lambda x: x**2, lambda x: x**3),
+        (lambda x: x.bfloat16(), lambda x: x.half()),
+    ],
+)
+def test_graphs_with_another_program_have_another_hash(one: Any, other: Any) -> None:
+    """So that a rank's graph is not taken for that of another rank."""
+    tracer = Tracer(Rendezvous(), debug=False)
+
+    def text(function: Any) -> str:
+        x = torch.zeros(4, 4, device=tracer.device)
+        tracer.clear_pending()
+        _ = function(x)
+        return hlo.normal(tracer.record())
+
+    with mock.patch.object(tracer.runtime, "_WORLD_SIZE", 4):
+        first, again, second = text(one), text(one), text(other)
+    assert first == again
+    assert first != second
+    assert len(tracer._texts) == 2, "a graph is lowered once for each program"
 
 
 def test_a_value_read_in_the_step_is_named_with_its_line(data: Path) -> None:

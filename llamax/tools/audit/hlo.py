@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from math import prod
 
@@ -118,6 +118,7 @@ def read(text: str) -> Program:
     return Program(tuple(_instruction(line) for line in lines if " = " in line), normal(text))
 
 
+@lru_cache(maxsize=64)
 def normal(text: str) -> str:
     """``text`` with renumbered names, without metadata and comments: equal for equal programs."""
     lines = []
