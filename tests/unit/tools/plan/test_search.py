@@ -30,7 +30,7 @@ def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[s
     whole = "--parallel.layers_per_stage=32"  # no pipelines
     assert main(["--config", "llama2-7b", "--ranks", "24", whole, "--search"]) == 6
     first, *rest = capsys.readouterr().out.splitlines()
-    assert first == "none of 144 layouts fits"
+    assert first == "none of 312 layouts fits"
     assert rest[0] == "the others:"
     assert "  tensor 1: data.global_batch=1024 is not a multiple of" in rest[1]
     assert main(["--config", "llama2-7b", "--ranks", "1", "--search"]) == 6
@@ -38,15 +38,15 @@ def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[s
 
 
 def test_search_ranks_meshes_that_fit_and_counts_the_others() -> None:
-    config = recipe("llama2-7b", "--parallel.layers_per_stage=32", *ONE)  # no pipelines
+    config = recipe("llama2-13b", "--parallel.layers_per_stage=40", *ONE)  # no pipelines
     plans, refused = search(config, TRN1, 4)
     fitting = [each for each in plans if each.memory.fits]
     assert fitting == plans[: len(fitting)]
     order = [(each.memory.tight, -each.time.tokens_per_s) for each in fitting]
     assert order == sorted(order)
     text = "\n".join(show_search(config, plans, refused))
-    assert "tensor 1: 12 layouts do not fit" in text
-    assert "parallel.tensor=64 does not divide model.num_attention_heads=32" in text
+    assert "tensor 1: 24 layouts do not fit" in text
+    assert "parallel.tensor=16 does not divide model.num_attention_heads=40" in text
 
 
 @pytest.mark.parametrize(
