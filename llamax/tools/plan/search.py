@@ -14,14 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import get_args
 
-from llamax.config.constants import DTYPE_BYTES, FLASH_MULTIPLE
+from llamax.config.constants import FLASH_MULTIPLE
 from llamax.config.hardware import Machine
 from llamax.config.rules import divisors
 from llamax.config.rules.pipeline import evenly
 from llamax.config.schema import Config, ParallelConfig
 from llamax.config.types import ZeroStage
 from llamax.config.validate import problems
-from llamax.runtime.units import show_bytes
 from llamax.tools.plan.context import keys_at_most
 from llamax.tools.plan.length import Length, length_of
 from llamax.tools.plan.memory import MARGIN, Recompute
@@ -72,7 +71,7 @@ def divisions(
     for pipeline in pipelines(config):
         if pipeline != configured.pipeline and rest % pipeline:
             continue
-        stages = zeros(config) if rest * context > pipeline else [configured.zero]
+        stages = zeros(config, machine) if rest * context > pipeline else [configured.zero]
         if pipeline > 1:
             stages = [zero for zero in stages if zero < 2] or [1]
         for chunks in chunk_counts(config, pipeline):
@@ -119,15 +118,16 @@ def pipelines(config: Config) -> list[int]:
     return [configured, *(degree for degree in divisors(layers) if degree != configured)]
 
 
-def zeros(config: Config) -> list[ZeroStage]:
+def zeros(config: Config, machine: Machine) -> list[ZeroStage]:
     """The ZeRO stages tried, the configured one first.
 
-    Adapters leave stage 2 nothing to cut, and QLoRA stage 3.
+    On XLA only 0 and 1 are tried.  Adapters leave stage 2 nothing to cut, and QLoRA stage 3.
     """
     configured, method = config.parallel.zero, config.finetune.method
     tried: list[ZeroStage] = [1]
-    tried += [2] if method == "full" else []
-    tried += [3] if method != "qlora" else []
+    if not traced(config, machine):
+        tried += [2] if method == "full" else []
+        tried += [3] if method != "qlora" else []
     return [configured, *(zero for zero in tried if zero != configured)]
 
 
@@ -157,19 +157,6 @@ def ways(config: Config) -> Iterator[Config]:
         yield replace(config, parallel=replace(config.parallel, context_by="ring"))
 
 
-def unstartable(config: Config, machine: Machine) -> Iterator[str]:
-    """Why a layout could not start on a machine: ZeRO-3 cuts weights that a rank held whole."""
-    tensor = config.parallel.tensor
-    held = config.model.num_parameters() // tensor * DTYPE_BYTES[config.run.dtype]
-    cut = config.parallel.zero == 3 and config.finetune.method == "full"
-    if cut and held > machine.memory_bytes():
-        yield (
-            f"parallel.zero=3 builds all weights of a tensor rank, {show_bytes(held)}, on its "
-            f"device before it cuts them, which has {show_bytes(machine.memory_bytes())}; use "
-            "more tensor ranks"
-        )
-
-
 def search(
     config: Config, machine: Machine, nodes: int, length: Length | None = None
 ) -> tuple[list[Plan], list[Refused]]:
@@ -182,10 +169,7 @@ def search(
     length = length or length_of(config)
     plans, refused = [], []
     for candidate in candidates(replace(config, run=length.config.run), machine, nodes):
-        reasons = problems(candidate, world, (), machine.ranks) or [
-            *unstartable(candidate, machine)
-        ]
-        if reasons:
+        if reasons := problems(candidate, world, (), machine.ranks):
             refused.append(Refused(candidate, reasons[0]))
             continue
         for layout in ways(candidate):

@@ -30,7 +30,7 @@ def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[s
     whole = "--parallel.layers_per_stage=32"  # no pipelines
     assert main(["--config", "llama2-7b", "--ranks", "24", whole, "--search"]) == 6
     first, *rest = capsys.readouterr().out.splitlines()
-    assert first == "none of 312 layouts fits"
+    assert first == "none of 144 layouts fits"
     assert rest[0] == "the others:"
     assert "  tensor 1: data.global_batch=1024 is not a multiple of" in rest[1]
     assert main(["--config", "llama2-7b", "--ranks", "1", "--search"]) == 6
@@ -38,15 +38,15 @@ def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[s
 
 
 def test_search_ranks_meshes_that_fit_and_counts_the_others() -> None:
-    config = recipe("llama2-13b", "--parallel.layers_per_stage=40", *ONE)  # no pipelines
+    config = recipe("llama2-7b", "--parallel.layers_per_stage=32", *ONE)  # no pipelines
     plans, refused = search(config, TRN1, 4)
     fitting = [each for each in plans if each.memory.fits]
     assert fitting == plans[: len(fitting)]
     order = [(each.memory.tight, -each.time.tokens_per_s) for each in fitting]
     assert order == sorted(order)
     text = "\n".join(show_search(config, plans, refused))
-    assert "tensor 1: 24 layouts do not fit" in text
-    assert "parallel.tensor=16 does not divide model.num_attention_heads=40" in text
+    assert "tensor 1: 12 layouts do not fit" in text
+    assert "parallel.tensor=64 does not divide model.num_attention_heads=32" in text
 
 
 @pytest.mark.parametrize(
@@ -80,20 +80,7 @@ def test_a_search_on_trainium_tries_pipelines_that_recompute_everything() -> Non
     assert plans[0].run.mesh.pp > 1
     assert {pp for pp, _, _ in degrees(plans)} == {1, 2, 4, 8, 16}
     assert {mode for pp, _, mode in degrees(plans) if pp > 1} == {"full"}
-    tried = degrees(plans)
-    assert {zero for pp, zero, _ in tried if pp == 1} == {1, 2, 3}
-    assert {zero for pp, zero, _ in tried if pp > 1} == {1}
-    assert {mode for _, zero, mode in tried if zero == 3} == {"full"}
-
-
-def test_weights_that_no_rank_can_hold_are_not_cut_at_the_start() -> None:
-    plans, refused = search(recipe("llama2-70b"), TRN1, 32)
-    cut = {each.run.mesh.tp for each in plans if each.run.config.parallel.zero == 3}
-    assert cut == {16, 32}, "137 GB over 8 ranks is more than 16 GiB"
-    reasons = [each.reason for each in refused if each.config.parallel.zero == 3]
-    assert any("all weights of a tensor rank, 16.1 GiB, on its device" in r for r in reasons)
-    small, _ = search(recipe("llama3.1-8b"), TRN1, 32)
-    assert {each.run.mesh.tp for each in small if each.run.config.parallel.zero == 3} >= {1, 2}
+    assert {zero for _, zero, _ in degrees(plans)} == {1}
 
 
 def test_a_search_on_gpus_tries_zero_without_a_pipeline() -> None:
