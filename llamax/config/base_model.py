@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -170,7 +169,7 @@ def supply_model(
         )
     if base is None and recipe and named and named != _init_from(tables):
         place = local_folder(named, CONFIG, within=within)
-        _warn(f"{_missing(place)}; until then the model is that of the recipe")
+        warn_once_per_run(f"{_missing(place)}; until then the model is that of the recipe")
 
 
 def contradictions(config: Config, within: Path = Path()) -> Iterator[str]:
@@ -225,12 +224,6 @@ def _missing(folder: Path) -> str:
                 f", or download the model: hf download OWNER/{folder.name} --local-dir {folder}"
             )
     return f"checkpoint.init_from={folder} {found}; check the path{remedy}"
-
-
-@cache
-def _warn(text: str) -> None:
-    """Warn once in a process, and in a run."""
-    warn_once_per_run("%s", text)
 
 
 def _table(model: ModelConfig) -> dict[str, Any]:

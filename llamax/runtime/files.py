@@ -210,15 +210,11 @@ _without_sync = set[int]()  # the devices of the file systems that the warning h
 
 def _warn_without_sync(device: int, reason: str) -> None:
     """Log once that a file system cannot sync."""
-    from multiprocessing import parent_process  # takes milliseconds
-
-    if device in _without_sync or parent_process() is not None:
-        return
-    _without_sync.add(device)
-    warn_once_per_run(
-        "cannot sync %s; what was just written there may be lost if the machine fails",
-        reason,
-    )
+    if device not in _without_sync:
+        _without_sync.add(device)
+        warn_once_per_run(
+            f"cannot sync {reason}; what was just written there may be lost if the machine fails"
+        )
 
 
 def sync_folder(folder: Path) -> None:

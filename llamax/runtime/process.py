@@ -22,6 +22,7 @@ from llamax.runtime.errors import Interrupted, LlamaxError, NoRoom, Terminated
 from llamax.runtime.files import NO_ROOM
 from llamax.runtime.signals import SIGNALS
 from llamax.runtime.text import print_text, printable_line
+from llamax.runtime.warn import leave_to_parent
 
 PROC_SELF = Path("/proc/self/stat")  # absent on macOS
 LONGEST = 5000  # characters of a line of an error; a value from a file may be of any length
@@ -189,8 +190,13 @@ NO_PROCESS = (OSError, ValueError, IndexError, OverflowError)  # what ``process_
 
 
 def leave_with_parent() -> None:
-    """End this worker process when its parent is killed, instead of waiting for work for ever."""
+    """End this worker process when its parent is killed, instead of waiting for work for ever.
+
+    Warnings that the parent has too are shown by the parent alone.
+    """
     from multiprocessing import parent_process
+
+    leave_to_parent()
 
     def watch() -> None:
         parent = parent_process()

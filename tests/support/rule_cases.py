@@ -300,7 +300,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             (
                 {"data.global_batch": 3},
                 None,
-                "data.global_batch=3 is not a multiple of data.micro_batch=2 x 1 data ranks = 2; "
+                "data.global_batch=3 is not a multiple of data.micro_batch=2 x 1 data rank = 2; "
                 "use 2 or 4",
             ),
             (

@@ -177,7 +177,7 @@ def batch_divides(data: DataConfig, data_degree: int) -> Iterator[str]:
     if data.global_batch % microstep:
         yield (
             f"data.global_batch={data.global_batch} is not a multiple of data.micro_batch="
-            f"{data.micro_batch} x {data_degree} data ranks = {microstep}; "
+            f"{data.micro_batch} x {count(data_degree, 'data rank')} = {microstep}; "
             f"use {join_or(multiples_near(data.global_batch, microstep))}"
         )
 

@@ -12,10 +12,10 @@ import pytest
 import transformers
 from support.models import tiny
 
-from llamax.config import base_model
 from llamax.config.load import dump_config, load_config, parse_config, recorded_config
 from llamax.config.model import ModelConfig, RopeScaling
 from llamax.launch import jobfile
+from llamax.runtime import warn
 from llamax.runtime.errors import ConfigError, HubError
 from llamax.tools.plan.planner import plan
 from llamax.training.library import config_of
@@ -28,7 +28,7 @@ MIXED = replace(BASE, eos_token_id=(2, 5))
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the folder ``base`` as transformers writes it."""
     monkeypatch.chdir(tmp_path)
-    base_model._warn.cache_clear()
+    warn._log_once.cache_clear()
     transformers.LlamaConfig(**MIXED.to_hub("float32")).save_pretrained("base")
     return tmp_path
 
