@@ -337,11 +337,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "logit_statistics": (  # and logit_gradients: called by parallel/cross_entropy.py
         Row("nki", _neuron("cross_entropy.nki_op:supported"), "cross_entropy.nki_op:statistics"),
-        Row("reference", _anywhere, lambda *x: load("cross_entropy.op:statistics")(*x)),
+        Row("reference", _anywhere, "cross_entropy.op:statistics"),
     ),
     "logit_gradients": (
         Row("nki", _neuron("cross_entropy.nki_op:supported"), "cross_entropy.nki_op:gradients"),
-        Row("reference", _anywhere, lambda *x: load("cross_entropy.op:gradients")(*x)),
+        Row("reference", _anywhere, "cross_entropy.op:gradients"),
     ),
     "embedding": (
         Row("selected", _on_xla, selected_embedding),
@@ -363,11 +363,11 @@ TABLE: dict[str, tuple[Row, ...]] = {
     ),
     "cache_places": (
         Row("compared", _on_xla, "attention.cache:compared_places"),
-        Row("reference", _anywhere, lambda *x: load("attention.cache:places")(*x)),
+        Row("reference", _anywhere, "attention.cache:places"),
     ),
     "write_cache": (
         Row("compared", _on_xla, "attention.cache:compared_write"),
-        Row("reference", _anywhere, lambda *x: load("attention.cache:write")(*x)),
+        Row("reference", _anywhere, "attention.cache:write"),
     ),
 }
 

@@ -177,7 +177,7 @@ class GlooAxis(TorchAxis):
 
 @contextmanager
 def _unrecorded() -> Iterator[None]:
-    """Without records for a profile, which has to last longer than the transfers it records."""
+    """Keep transfers that begin in this block out of a profile, which may end before they do."""
     torch._C._autograd._enable_record_function(False)
     try:
         yield

@@ -51,8 +51,8 @@ class ParallelConfig:
     context: Count = 1
     """Context-parallel degree: ranks that share each sequence, for long ones [ranks]."""
     context_by: ContextBy = "gather"
-    """Way of keys and values to context ranks: those of all gathered, or, for less memory, those of
-    one after the other around a ring."""
+    """Exchange of keys and values between context ranks: all gathered, or, for less memory, passed
+    around a ring."""
     pipeline: Count = 1
     """Pipeline-parallel degree: stages that the layers are cut into [stages]."""
     chunks: Count = 1

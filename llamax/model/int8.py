@@ -10,9 +10,10 @@ rounded to 16 bits and cut into two integers of 8::
 
     x [in]  ->  high, low int8 [in], largest        x ~ (254 high + low) * largest / 32258
 
-Sums of integers are exact, so a row's result is the same in every batch.  Elsewhere torch's
-weight-only kernel takes activations in bfloat16.  Both kernels are for rows of whole blocks of 32;
-other weights are made dense, as are all for many rows, where computing takes longer than reading.
+Sums of integers are exact, so these products do not depend on the other rows of a batch.
+Elsewhere, and with VNNI for 1 to 3 rows, torch's weight-only kernel takes activations in bfloat16.
+Both kernels are for rows of whole blocks of 32; other weights are made dense, as are all for many
+rows, where computing takes longer than reading.
 
 Embedding and norms stay as they are.  Source: Dettmers et al. 2022, "LLM.int8()", section 2.1,
 weights only.
@@ -95,9 +96,10 @@ class Int8Linear(ParallelLayer):
 
 @cache
 def integer_rows() -> int:
-    """From how many rows on the product of integers is exact and the faster one.
+    """The number of rows from which the product of integers is the faster one.
 
-    Without VNNI, sums of two products are cut off at 16 bits.
+    More than ``FEW_ROWS``, which is never, without VNNI: sums of two products are then cut off at
+    16 bits.
     """
     if torch.cpu._is_amx_tile_supported():
         return 1

@@ -21,11 +21,11 @@ from support.world import Worlds, axes
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from llamax import ops
 from llamax.config.hardware import Machine
 from llamax.config.schema import Config, DataConfig, OptimConfig, ParallelConfig, RunConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import DTYPES, Llama
-from llamax.ops import has_bf16_units
 from llamax.optim.blockwise import Blockwise
 from llamax.optim.zero import Zero
 from llamax.parallel.collectives import Solo
@@ -33,7 +33,7 @@ from llamax.parallel.cross_entropy import vocab_parallel_loss
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.pipeline import layers_of
 from llamax.parallel.spread import gathered_again, prefetched
-from llamax.tools.plan.memory import communication, kept, loss, memory
+from llamax.tools.plan.memory import attention_kept, communication, kept, loss, memory
 from llamax.tools.plan.sizes import Share
 from llamax.tools.plan.state import (
     early_gradients,
@@ -63,7 +63,7 @@ CPU = Machine(
     memory_gbps=1,
     link_gbps=1,
     dollars_per_hour=0,
-    bfloat16_products=has_bf16_units(),
+    bfloat16_products=ops.has_bf16_units(),
 )
 BATCH, LENGTH = 2, 384
 
@@ -208,6 +208,21 @@ def test_planned_bytes_are_measured_bytes(
     # The optimizer works in place: a bucket at most, and the numbers of a step.
     bucket = wanted.parallel.bucket_bytes if mesh.world_size > 1 else 0
     assert update(share, CPU).value == 0 <= found["update"] <= bucket + 16384
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("length", [128, 256, 257, 2047, 2048])
+def test_attention_keeps_what_its_kernel_keeps(dtype: str, apart: bool, length: int) -> None:
+    wanted = config(Mesh(), "none", dtype)
+    data = replace(wanted.data, sequence_length=length, separate_documents=apart)
+    model = replace(wanted.model, max_position_embeddings=length)
+    share = share_of(replace(wanted, model=model, data=data), Mesh())
+    q = torch.empty(BATCH, length, MODEL.num_attention_heads, 1, dtype=DTYPES[dtype])
+    documents = torch.zeros(BATCH, length) if apart else None
+    by_blocks = ops.kernel("attention", q, q, q, documents) is ops.load("attention.op:attention")
+    row_sums = 4 * share.tokens * share.heads
+    assert (attention_kept(share, CPU) == row_sums) == by_blocks
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -179,9 +179,11 @@ def differences(case: Case, results: list[dict[str, Any]], tolerance: float) -> 
     return found
 
 
+@pytest.mark.parametrize("context", [False, True])
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_a_sharded_step_equals_the_whole_step(world_size: int) -> None:
+def test_a_sharded_step_equals_the_whole_step(world_size: int, context: bool) -> None:
     cases = [case for case in CASES if case.mesh.world_size == world_size]
+    cases = [case for case in cases if (case.mesh.cp > 1) == context]
     by_rank = ranks.run(world_size, on_replicas, cases, "none")
     updates = set()
     for case, results in zip(cases, zip(*by_rank, strict=True), strict=True):

@@ -235,7 +235,8 @@ def attention_kept(share: Share, machine: Machine) -> float:
     if machine.backend in ("xla", "neuron"):  # copies with repeated heads; one number a row
         return 3 * T * q * width + 4 * T * share.heads - T * (q + 2 * k) * width
     data = share.config.data
-    blocks = data.separate_documents or data.sequence_length in ATTENTION_LENGTHS
+    by_torch = share.config.run.dtype == "float32" and data.sequence_length not in ATTENTION_LENGTHS
+    blocks = data.separate_documents or not by_torch
     if machine.backend == "cpu" and share.mesh.cp == 1 and blocks:
         return 4 * T * share.heads  # the projection's output goes when it is rotated
     copied = -2 * k if share.mesh.cp > 1 else k  # this rank's keys and values are gathered copies
