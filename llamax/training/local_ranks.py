@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -67,7 +68,8 @@ def run_ranks(main: Main, ranks: int, environ: Mapping[str, str]) -> int:
     def send(number: int) -> None:
         for program in programs:
             if program.pid and program.exitcode is None:
-                os.kill(program.pid, number)
+                with suppress(ProcessLookupError):  # it ended as the signal came
+                    os.kill(program.pid, number)
 
     signals.pass_on(send)
     try:
@@ -89,6 +91,8 @@ def run_ranks(main: Main, ranks: int, environ: Mapping[str, str]) -> int:
 def _run_rank(main: Main, variables: Mapping[str, str]) -> None:
     """The program of one rank, in a process of its own."""
     os.setsid()  # Ctrl-C reaches the parent alone, which passes it on
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)  # for programs that a rank starts
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # leave with the parent
     signals.install(variables["LOCAL_RANK"] == "0")

@@ -77,8 +77,8 @@ from llamax.runtime import signals
 from llamax.training.local_ranks import run_ranks
 
 def rank(variables):
-    leads = os.getsid(0) == os.getpid()
-    print(variables["RANK"], leads, threading.active_count(), flush=True)
+    apart = os.getsid(0) == os.getpid() and os.read(0, 1) == b""
+    print(variables["RANK"], apart, threading.active_count(), flush=True)
     return 3 if variables["RANK"] == "1" and sys.argv[1] == "fails" else 0
 
 signals.install()
@@ -93,7 +93,7 @@ sys.exit(run_ranks(rank, 2, os.environ))
 @pytest.mark.parametrize(("word", "code"), [("works", 0), ("fails", 3)])
 def test_ranks_are_forked_from_a_process_with_one_thread(word: str, code: int) -> None:
     command = [sys.executable, "-c", FORKING, word]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, input="typed", capture_output=True, text=True, timeout=300)
     assert done.returncode == code, done.stderr
     one, *ranks = done.stdout.splitlines()
     assert one == "1"
