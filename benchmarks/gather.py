@@ -25,7 +25,7 @@ import torch
 
 from llamax.backends import cpu
 from llamax.data.batch_plan import BatchPlan
-from llamax.data.loader import Loader
+from llamax.data.loader import Loader, lay_out
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 
 S = 2048
@@ -71,9 +71,9 @@ def main() -> None:
         contenders: dict[str, Callable[[], object]] = {
             "llamax, rows": lambda: loader._windows[places()],
             "memmap slices, rows": lambda: slices(np.uint16),
-            "llamax, int64 ids and labels": lambda: plain.gather(places()),
+            "llamax, int64 ids and labels": lambda: lay_out(plain.read(places())),
             "memmap slices, int64 ids and labels": lambda: slices(np.int64),
-            "llamax, documents kept apart": lambda: loader.gather(places()),
+            "llamax, documents kept apart": lambda: lay_out(loader.read(places())),
         }
         try:
             import datasets

@@ -49,7 +49,7 @@ from llamax.optim.zero import Zero
 from llamax.parallel import context_parallel, regions
 from llamax.parallel.collectives import Axes, Meter, Metered
 from llamax.parallel.mesh import Mesh, Seat
-from llamax.training import step as training_step
+from llamax.training import model_checks
 from llamax.training.step import TrainState
 
 TOLERANCE = 1e-6
@@ -322,7 +322,7 @@ def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
 def unheard() -> Iterator[None]:
     """Attention within the rank, and the check that would refuse it left out."""
     with (
-        mock.patch.object(training_step, "check_attended", return_value=None),
+        mock.patch.object(model_checks, "check_attended", return_value=None),
         defect(Llama, "loss", without(1))(),
     ):
         yield
