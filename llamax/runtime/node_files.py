@@ -41,8 +41,8 @@ def shared_file(name: str, make: Make) -> mmap.mmap:
 
     The content, from byte ``START`` on, must depend on nothing but the name.
     """
-    path = Path(tempfile.gettempdir(), f"llamax-{os.geteuid()}", name)
     try:
+        path = Path(tempfile.gettempdir(), f"llamax-{os.geteuid()}", name)
         _check_own_folder(path.parent)
         if found := _map_whole(path):
             return found
@@ -55,19 +55,26 @@ def shared_file(name: str, make: Make) -> mmap.mmap:
 def private_file(make: Make) -> mmap.mmap:
     """Map a temporary file without a name, of the same layout.
 
-    Raises DataError where there is no room for it.
+    Raises DataError where there is no room or no folder for it.
     """
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError:
+        raise DataError(
+            "no folder for temporary files can be written to; name one in the environment variable "
+            "TMPDIR"
+        ) from None
     try:
         with tempfile.TemporaryFile() as file:
             file.write(bytes(START))
             make(file)
             file.flush()
-            return map_file(file.fileno(), Path(tempfile.gettempdir(), "a temporary file"))
+            return map_file(file.fileno(), Path(folder, "a temporary file"))
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise
         raise DataError(
-            f"no room for a temporary file in {tempfile.gettempdir()} ({error.strerror}); make "
+            f"no room for a temporary file in {folder} ({error.strerror}); make "
             "room, or name another folder in the environment variable TMPDIR"
         ) from None
 

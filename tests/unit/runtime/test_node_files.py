@@ -148,3 +148,12 @@ def test_files_of_more_than_a_week_are_removed(folder: Path) -> None:
     shared_file("new", make)
     left = {path.name for path in folder.iterdir() if path.suffix != ".lock"}
     assert left == {"used", "young", "new"}
+
+
+def test_no_folder_for_temporary_files_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_folder() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", no_folder)
+    with pytest.raises(DataError, match=r"no folder for temporary files .* TMPDIR"):
+        shared_file("a", Maker())
