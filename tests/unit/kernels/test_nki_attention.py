@@ -82,7 +82,8 @@ def test_flash_attention_contract(kv_heads: int) -> None:
 
 
 def on_xla(length: int, width: int = 128) -> Any:
-    return SimpleNamespace(device=SimpleNamespace(type="xla"), shape=(1, length, 8, width))
+    device, shape = SimpleNamespace(type="xla"), (1, length, 8, width)
+    return SimpleNamespace(device=device, dtype=torch.bfloat16, shape=shape)
 
 
 @pytest.mark.usefixtures("neuron_core")
