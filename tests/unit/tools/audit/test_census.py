@@ -32,9 +32,12 @@ def test_collectives_by_axis_with_the_bytes_of_rings() -> None:
         Traffic("all-gather", "tp", 1, part),
         Traffic("reduce-scatter", "tp", 1, part),
         Traffic("all-reduce", "data", 1, part),
-        Traffic("collective-permute", "other", 1, part),
+        Traffic("collective-permute", "tp", 1, part),
         Traffic("all-to-all", "world", 1, part * 3 // 4),
     ]
+    crossed = COLLECTIVES.replace("{0,1},{1,0},{2,3},{3,2}", "{0,3},{3,0},{1,2},{2,1}")
+    found = census.collectives(hlo.read(crossed), AXES)
+    assert found[3] == Traffic("collective-permute", "other", 1, part), "no shift around an axis"
 
 
 def test_flops() -> None:
