@@ -172,7 +172,9 @@ def race(args: argparse.Namespace, texts: list[str]) -> None:
                         alone.append(float(printed.split()[-1]))
         shutil.rmtree(out, ignore_errors=True)
         run(whole, here, folder / "compiled")
-        equal = "" if args.rows else f"; {same_ids(out, texts, tokenizer)} have the reference's ids"
+        equal = ""
+        if not args.rows:
+            equal = f"; {same_ids(out, texts, tokenizer)} have the ids of the reference"
     print(f"{len(texts) or 'no'} documents, {amount:,.1f} {unit}{equal}")
     names = ("gigatoken", "sentencepiece", "tokenizers", "tiktoken", "numpy", "datasets")
     versions = (f"{name} {version(name)}" for name in names if find_spec(name))
