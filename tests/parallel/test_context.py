@@ -25,6 +25,7 @@ from support.step_reference import (
     GLOBAL_BATCH,
     SEQUENCE,
     build,
+    context_sent,
     differences,
     gradients,
     loss,
@@ -47,7 +48,7 @@ from llamax.model.recompute import Recompute
 from llamax.ops import IGNORE_INDEX
 from llamax.optim.zero import Zero
 from llamax.parallel import context_parallel, regions
-from llamax.parallel.collectives import Axes, Meter, Metered
+from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Mesh, Seat
 from llamax.training import model_checks
 from llamax.training.step import TrainState
@@ -262,16 +263,6 @@ def test_a_run_has_the_same_curve(worlds: Worlds, tokens: Path, mesh: Mesh, pack
 # --- bytes and places ----------------------------------------------------------------------------
 
 
-def sent(recompute: Recompute) -> dict[tuple[str, str], tuple[int, int]]:
-    """Calls and bytes on the context axis in a forward and a backward pass."""
-    meter, there = Meter(), axes(Mesh(cp=2))
-    counted = replace(there, cp=Metered(there.cp, meter))
-    llama = build(MODEL, there, False)
-    llama.model.mode = recompute
-    loss(llama, share(counted, 1)[0], counted).backward()
-    return {key: (meter.calls[key], meter.sent_bytes[key]) for key in meter.calls}
-
-
 @pytest.mark.parametrize(("recompute", "gathers"), [("none", 1), ("selective", 2), ("full", 2)])
 def test_a_layer_sends_its_keys_and_values(
     worlds: Worlds, recompute: Recompute, gathers: int
@@ -279,7 +270,7 @@ def test_a_layer_sends_its_keys_and_values(
     """(n - 1) / n of K and V of the whole sequence, and as much back."""
     whole = 4 * GLOBAL_BATCH * SEQUENCE * 2 * MODEL.num_key_value_heads * MODEL.head_dim
     layers = MODEL.num_hidden_layers
-    for found in worlds(2).run(sent, recompute):
+    for found in worlds(2).run(context_sent, MODEL, 2, recompute):
         assert found == {
             ("cp", "all_gather"): (gathers * layers, gathers * layers * whole // 2),
             ("cp", "reduce_scatter"): (layers, layers * whole // 2),

@@ -24,6 +24,7 @@ from support.step_reference import (
     SEQUENCE,
     build,
     loss,
+    noted,
     share,
     summed,
     training,
@@ -52,22 +53,6 @@ SIX = tiny(num_hidden_layers=6)
 TIED = tiny(num_hidden_layers=4, tie_word_embeddings=True)
 LORA = FinetuneConfig(method="lora", r=4, alpha=6.0, dropout=0.25)
 NF4 = FinetuneConfig(method="qlora", r=4, alpha=6.0, dropout=0.25)
-
-
-def noted(model: Llama) -> dict[str, Tensor]:
-    """The sums of the gradients that come from now on, in float64."""
-    sums: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[[Tensor], None]:
-        def add(gradient: Tensor) -> None:
-            sums[name] += gradient
-
-        sums[name] = torch.zeros(model.get_parameter(name).shape, dtype=torch.float64)
-        return add
-
-    for name, parameter in model.named_parameters():
-        parameter.register_hook(note(name))
-    return sums
 
 
 def step(

@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -26,8 +26,10 @@ from support.step_reference import (
     GLOBAL_BATCH,
     SEQUENCE,
     build,
+    context_sent,
     differences,
     loss,
+    noted,
     share,
     summed,
     training,
@@ -42,7 +44,7 @@ from llamax.kernels.attention import blocks, ways
 from llamax.model.llama import DTYPES, Llama
 from llamax.model.recompute import Recompute
 from llamax.parallel import context_parallel
-from llamax.parallel.collectives import Axes, Axis, Meter, Metered
+from llamax.parallel.collectives import Axes, Axis
 from llamax.parallel.mesh import Mesh
 
 TOLERANCE = 1e-6
@@ -76,10 +78,6 @@ def ring(line: str = "", changed: str = "") -> Iterator[None]:
                 yield
 
 
-def note(total: Tensor, gradient: Tensor) -> None:
-    total += gradient
-
-
 def step(
     model: ModelConfig,
     axes: Axes,
@@ -99,11 +97,8 @@ def step(
         (loss(wide, share(axes, 1)[0], axes) / (GLOBAL_BATCH * SEQUENCE)).backward()
         exact = {name: p.grad for name, p in wide.named_parameters()}
     llama.model.mode = recompute
-    state, sums = training(llama, axes, zero), dict[str, Tensor]()
-    if zero < 2:
-        for name, parameter in llama.named_parameters():
-            sums[name] = torch.zeros(parameter.shape, dtype=torch.float64)
-            parameter.register_hook(partial(note, sums[name]))
+    state = training(llama, axes, zero)
+    sums = noted(llama) if zero < 2 else {}
     results = [state.step(share(axes, accumulation), 1)]
     grads = summed(llama, axes, {name: grad.clone() for name, grad in sums.items()})
     results.append(state.step(share(axes, accumulation), 2))
@@ -224,14 +219,9 @@ def test_adapters_step_as_one_with_the_same_dropout(worlds: Worlds, tmp_path: Pa
 
 
 def sent(size: int, recompute: Recompute) -> dict[tuple[str, str], tuple[int, int]]:
-    """Calls and bytes on the context axis in a forward and a backward pass."""
-    meter, there = Meter(), axes(Mesh(cp=size))
-    counted = replace(there, cp=Metered(there.cp, meter))
+    """On a rank: calls and bytes on the context axis."""
     with ring():
-        llama = build(MODEL, there, False).bfloat16()
-        llama.model.mode = recompute
-        loss(llama, share(counted, 1)[0], counted).backward()
-    return {key: (meter.calls[key], meter.sent_bytes[key]) for key in meter.calls}
+        return context_sent(MODEL, size, recompute, torch.bfloat16)
 
 
 @pytest.mark.parametrize(("recompute", "passes"), [("none", 2), ("selective", 3), ("full", 3)])

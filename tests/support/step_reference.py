@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from llamax.config.rules.pipeline import evenly
 from llamax.config.schema import OptimConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
+from llamax.model.recompute import Recompute
 from llamax.optim import Zero
 from llamax.parallel import context_parallel, pipeline, sharding
-from llamax.parallel.collectives import Axes, Axis
+from llamax.parallel.collectives import Axes, Axis, Meter, Metered
+from llamax.parallel.mesh import Mesh
 from llamax.parallel.sharding import Cut
 from llamax.training.step import TrainState
 from support.models import TINY as MODEL
+from support.world import axes
 
 # With the usual eps AdamW would turn the rounding of a gradient near 0 into a whole step.
 OPTIM = OptimConfig(lr=1e-3, eps=1e-3, weight_decay=0.1, max_grad_norm=0.5)
@@ -148,3 +152,31 @@ def differences(
             if not abs(a - b) <= 2 * tolerance * abs(b):
                 found.append(f"{what} of step {n}: {a!r} {b!r}")
     return found
+
+
+def noted(model: Llama) -> dict[str, Tensor]:
+    """The sums of the gradients that come from now on, in float64."""
+    sums: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[[Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            sums[name] += gradient
+
+        sums[name] = torch.zeros(model.get_parameter(name).shape, dtype=torch.float64)
+        return add
+
+    for name, parameter in model.named_parameters():
+        parameter.register_hook(note(name))
+    return sums
+
+
+def context_sent(
+    model: ModelConfig, size: int, recompute: Recompute, dtype: torch.dtype = torch.float32
+) -> dict[tuple[str, str], tuple[int, int]]:
+    """On a rank: calls and bytes on the context axis in a forward and a backward pass."""
+    meter, there = Meter(), axes(Mesh(cp=size))
+    counted = replace(there, cp=Metered(there.cp, meter))
+    llama = build(model, there, False).to(dtype)
+    llama.model.mode = recompute
+    loss(llama, share(counted, 1)[0], counted).backward()
+    return {key: (meter.calls[key], meter.sent_bytes[key]) for key in meter.calls}

@@ -227,10 +227,10 @@ def attention_kept(share: Share, machine: Machine) -> float:
     T, q, k, width = share.tokens, share.query, share.key, share.width
     if share.mesh.cp > 1 and (compiled(machine) or passed(share)):
         return gathered_bytes(share) + 4 * T * share.heads
-    if plain_attention(share, machine) and compiled(machine):  # one more copy of k, softmax
-        return T * k * width + 4 * pairs(share)
-    if plain_attention(share, machine):  # float32 q, repeated k and v, softmax, mask
-        mask = pairs(share) // share.heads
+    if plain_attention(share, machine):
+        if compiled(machine):  # one more copy of k, softmax
+            return T * k * width + 4 * pairs(share)
+        mask = pairs(share) // share.heads  # float32 q, repeated k and v, softmax, mask
         return 12 * T * q + 4 * pairs(share) + mask + gathered_bytes(share)
     if by_nki(share, machine):  # one number a row
         return 4 * T * share.heads
