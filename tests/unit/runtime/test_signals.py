@@ -151,7 +151,7 @@ def test_only_rank_0_reports_a_signal_to_all_ranks() -> None:
     listen.send_signal(signal.SIGTERM)
     out, said = listen.communicate(timeout=WAIT_S)
     assert said == b""
-    assert out in (b"", b"asked\n")
+    assert b"asked\n".startswith(out)  # it may end in the middle of a line
     assert listen.returncode == 75
 
 
