@@ -33,6 +33,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True, "show-inheritance": True, "ignore-module-all": True}
 autodoc_preserve_defaults = True
+toc_object_entries = False  # thousands: each page of each module would copy them for its sidebar
 autodoc_mock_imports = ["lm_eval"]  # an optional package
 # Several classes share a member's name; a page links to modules, not to every such name.
 suppress_warnings = ["ref.python"]
