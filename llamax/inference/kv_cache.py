@@ -16,11 +16,16 @@ Memory per token and layer: 2 x key/value heads of this rank x head dim elements
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from llamax import ops
 from llamax.model.llama import Attend
+
+# The keys and the values of each layer, both contiguous [B, k, T, E].
+Layers = Mapping[int, tuple[Tensor, Tensor]] | Sequence[tuple[Tensor, Tensor]]
 
 
 class KVCache:
@@ -31,13 +36,13 @@ class KVCache:
 
     def __init__(self, length: int) -> None:
         self.length = length
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def prefill(self, q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
         """Causal attention of the prompts, which also fill the first slots."""
         B, S, k, E = k_BSkE.shape
         empty = k_BSkE.new_zeros(2, B, k, self.length, E)
-        self._layers[layer] = keys, values = empty[0], empty[1]
+        self.layers[layer] = keys, values = empty[0], empty[1]
         keys[:, :, :S] = k_BSkE.transpose(1, 2)
         values[:, :, :S] = v_BSkE.transpose(1, 2)
         return ops.attention(q_BShE, k_BSkE, v_BSkE)
@@ -47,7 +52,7 @@ class KVCache:
         step = DecodeStep(positions_B1, width)
 
         def attend(q_B1hE: Tensor, k_B1kE: Tensor, v_B1kE: Tensor, layer: int) -> Tensor:
-            return step(q_B1hE, k_B1kE, v_B1kE, *self._layers[layer])
+            return step(q_B1hE, k_B1kE, v_B1kE, *self.layers[layer])
 
         return attend
 
@@ -60,10 +65,8 @@ class DecodeStep:
 
     def __init__(self, positions_B1: Tensor, width: int) -> None:
         self.positions_B1, self.width = positions_B1, width
-        place_T = torch.arange(width, dtype=positions_B1.dtype, device=positions_B1.device)
-        self.mask_B1T: Tensor | None = place_T <= positions_B1[:, None]
-        if place_T.device.type == "cpu" and bool(self.mask_B1T.all()):
-            self.mask_B1T = None  # faster: each attends to all places
+        mask_BT = visible(positions_B1, width)
+        self.mask_B1T = None if mask_BT is None else mask_BT[:, None]
         self._places: Tensor | None = None  # the same for all layers
 
     def __call__(
@@ -76,3 +79,11 @@ class DecodeStep:
         ops.write_cache(values, self._places, v_B1kE[:, 0])
         k_BTkE, v_BTkE = (x[:, :, : self.width].transpose(1, 2) for x in (keys, values))
         return ops.attention_cached(q_B1hE, k_BTkE, v_BTkE, self.mask_B1T)
+
+
+def visible(positions_B1: Tensor, width: int) -> Tensor | None:
+    """The places below ``width`` that each token attends to: bool [B, T]; on a CPU None if all."""
+    place_T = torch.arange(width, dtype=positions_B1.dtype, device=positions_B1.device)
+    mask_BT = place_T <= positions_B1
+    # Without a mask attention is faster.
+    return None if place_T.device.type == "cpu" and bool(mask_BT.all()) else mask_BT

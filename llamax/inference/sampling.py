@@ -26,6 +26,7 @@ from torch import Tensor
 
 from llamax.config.model import ModelConfig
 from llamax.inference.kv_cache import KVCache
+from llamax.inference.one_token import one_token
 from llamax.model.llama import Llama
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.logging import logger
@@ -239,7 +240,7 @@ def _steps(
     padded = [[*prompt, *[0] * (width - len(prompt))] for prompt in prompts]
     cache, streams = KVCache(width + max_new_tokens - 1), sampling.streams(len(prompts))
     last_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=device)
-    live = [True] * len(prompts)
+    live, forward = [True] * len(prompts), one_token(model)
 
     logits_B1V = model(torch.tensor(padded, device=device), attend=cache.prefill, last_B=last_B)
     check_finite(bool(logits_B1V.isfinite().all()))
@@ -251,5 +252,4 @@ def _steps(
         if made == max_new_tokens or not any(live):
             return
         positions_B1 = (last_B + made)[:, None]
-        attend = cache.decode(positions_B1, width + made)
-        logits_B1V = model(tokens_B[:, None], positions_B1, attend=attend)
+        logits_B1V = forward(tokens_B[:, None], positions_B1, cache, width + made)

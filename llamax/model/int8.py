@@ -11,7 +11,8 @@ rounded to 16 bits and cut into two integers of 8::
     x [in]  ->  high, low int8 [in], largest        x ~ (254 high + low) * largest / 32258
 
 Sums of integers are exact, so these products do not depend on the other rows of a batch.
-Elsewhere, and with VNNI for 1 to 3 rows, torch's weight-only kernel takes activations in bfloat16.
+Elsewhere, and for so few rows that this takes longer (``integer_rows``), torch's weight-only kernel
+takes activations in bfloat16.
 Both kernels are for rows of whole blocks of 32; other weights are made dense, as are all for many
 rows, where computing takes longer than reading.
 
@@ -42,6 +43,7 @@ LOW_STEPS = 2 * LARGEST  # steps of the low integer in one of the high
 STEPS = torch.tensor([127.0, 32258.0]).view(2, 1, 1)  # in a largest activation: high, both
 SMALLEST = 1e-30  # the scale of a row of zeros
 Rows = Callable[[int, int], Tensor]
+Product = Callable[[Tensor], Tensor]
 
 
 class Int8Linear(ParallelLayer):
@@ -61,10 +63,10 @@ class Int8Linear(ParallelLayer):
             dense = rows(part.start, part.stop) if rows else weight.detach()[part]
             if not start:
                 codes = torch.empty(weight.shape, dtype=torch.int8, device=dense.device)
-                scales = torch.empty(len(weight), device=dense.device)
+                scales = torch.empty(len(weight), dtype=torch.bfloat16, device=dense.device)
             wide = dense.float()
             step_sizes = (wide.abs().amax(1) / LARGEST).clamp_(min=SMALLEST)
-            scales[part] = step_sizes.bfloat16()  # as the weight-only kernel takes them
+            scales[part] = step_sizes
             rounded = (wide / scales[part, None]).round_()
             codes[part] = rounded.clamp_(-LARGEST, LARGEST).to(torch.int8)
         self.register_buffer("codes", codes, False)
@@ -75,19 +77,27 @@ class Int8Linear(ParallelLayer):
 
     def project(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        whole_blocks = x.shape[-1] % KERNEL_COLUMNS == 0
-        if whole_blocks and integer_rows() <= len(rows) <= FEW_ROWS:
-            y = integer_product(rows.float(), self.codes, self.scales)
-        elif whole_blocks and len(rows) <= FEW_BFLOAT16_ROWS:
-            y = torch._weight_int8pack_mm(rows.bfloat16(), self.codes, self.scales.bfloat16())
-        else:
-            y = rows.new_empty(len(rows), len(self.codes))
-            step = max(1, AT_ONCE // rows.shape[1])
-            for start in range(0, len(self.codes), step):
-                part = slice(start, start + step)
-                y[:, part] = ops.linear(rows, self.dense(part))
-        y = y.to(x.dtype).view(*x.shape[:-1], -1)
+        y = self.product(len(rows))(rows).to(x.dtype).view(*x.shape[:-1], -1)
         return regions.leave(y, self.tp, False) if self.reduces else y
+
+    def product(self, count: int) -> Product:
+        """This rank's product of ``count`` rows: [n, in] -> [n, out], in its kernel's dtype."""
+        codes, scales = self.codes, self.scales
+        if codes.shape[1] % KERNEL_COLUMNS == 0:
+            if integer_rows() <= count <= FEW_ROWS:
+                wide_scales = scales.float()
+                return lambda x: integer_product(x.float(), codes, wide_scales)
+            if count <= FEW_BFLOAT16_ROWS:
+                return lambda x: torch._weight_int8pack_mm(x.bfloat16(), codes, scales)
+        return self._dense_product
+
+    def _dense_product(self, x: Tensor) -> Tensor:
+        y = x.new_empty(len(x), len(self.codes))
+        step = max(1, AT_ONCE // x.shape[1])
+        for start in range(0, len(self.codes), step):
+            part = slice(start, start + step)
+            y[:, part] = ops.linear(x, self.dense(part))
+        return y
 
     def dense(self, part: slice = slice(None)) -> Tensor:
         """Rows of the weight that the codes stand for: [out, in], in the dtype of the model."""
@@ -102,7 +112,7 @@ def integer_rows() -> int:
     16 bits.
     """
     if torch.cpu._is_amx_tile_supported():
-        return 1
+        return 2
     return 4 if torch.cpu._is_vnni_supported() else FEW_ROWS + 1
 
 

@@ -48,15 +48,13 @@ class KVPool:
         like = next(model.parameters())
         self.slots, self.length = slots, length
         shape = (config.num_hidden_layers, 2, slots, heads, length, config.head_dim)
+        home = torch.device("cpu") if memory else like.device
+
+        def zeros() -> Tensor:
+            return torch.zeros(shape[2:], dtype=like.dtype, device=home).to(like.device)
+
         try:
-            home = "cpu" if memory else like.device
-            self._layers = [
-                tuple(
-                    torch.zeros(shape[2:], dtype=like.dtype, device=home).to(like.device)
-                    for _ in range(2)
-                )
-                for _ in range(shape[0])
-            ]
+            self.layers = [(zeros(), zeros()) for _ in range(shape[0])]
         except RuntimeError:  # of which torch's out-of-memory errors are a kind
             size = show_bytes(math.prod(shape) * like.element_size())
             raise ConfigError(
@@ -66,7 +64,7 @@ class KVPool:
     @property
     def num_bytes(self) -> int:
         """The size of the cache."""
-        return sum(keys.nbytes + values.nbytes for keys, values in self._layers)
+        return sum(keys.nbytes + values.nbytes for keys, values in self.layers)
 
     def prefill(self, slots: Sequence[int], start: int = 0) -> Attend:
         """Causal attention of prompts, which fill places of their ``slots`` from ``start`` on.
@@ -77,7 +75,7 @@ class KVPool:
 
         def attend(q_BShE: Tensor, k_BSkE: Tensor, v_BSkE: Tensor, layer: int) -> Tensor:
             stop = start + k_BSkE.shape[1]
-            for cache, new_BSkE in zip(self._layers[layer], (k_BSkE, v_BSkE), strict=True):
+            for cache, new_BSkE in zip(self.layers[layer], (k_BSkE, v_BSkE), strict=True):
                 if every:
                     cache[:, :, start:stop] = new_BSkE.transpose(1, 2)
                 for row, slot in enumerate(() if every else slots):
@@ -86,7 +84,7 @@ class KVPool:
                 return ops.attention(q_BShE, k_BSkE, v_BSkE)
             (slot,) = slots
             k_1TkE, v_1TkE = (
-                cache[slot : slot + 1, :, :stop].transpose(1, 2) for cache in self._layers[layer]
+                cache[slot : slot + 1, :, :stop].transpose(1, 2) for cache in self.layers[layer]
             )
             place_T = torch.arange(stop, device=q_BShE.device)
             mask_1ST = (place_T <= place_T[start:, None])[None]
@@ -99,12 +97,12 @@ class KVPool:
         step, rows = DecodeStep(positions_B1, width), len(positions_B1)
 
         def attend(q_B1hE: Tensor, k_B1kE: Tensor, v_B1kE: Tensor, layer: int) -> Tensor:
-            keys, values = (cache[:rows] for cache in self._layers[layer])
+            keys, values = (cache[:rows] for cache in self.layers[layer])
             return step(q_B1hE, k_B1kE, v_B1kE, keys, values)
 
         return attend
 
     def move(self, source: int, target: int, length: int) -> None:
         """Copy the first ``length`` places of a slot to another."""
-        for cache in chain(*self._layers):
+        for cache in chain(*self.layers):
             cache[target, :, :length] = cache[source, :, :length]

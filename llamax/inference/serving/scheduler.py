@@ -26,6 +26,7 @@ from torch import Tensor
 
 from llamax import ops
 from llamax.data.tokenizer.streaming import Detokenizer
+from llamax.inference.one_token import one_token
 from llamax.inference.sampling import Sampling
 from llamax.inference.serving.adapters import Adapters
 from llamax.inference.serving.kv_pool import KVPool
@@ -134,7 +135,7 @@ class Scheduler:
     ) -> None:
         self.model, self.adapters, self.metrics = model, adapters, metrics
         self.slots, self.length, self.queue = slots, length, queue
-        self.pool = KVPool(model, slots, length)
+        self.pool, self._one_token = KVPool(model, slots, length), one_token(model)
         weight = next(model.parameters())
         in_bfloat16 = weight.dtype == torch.bfloat16 and ops.has_bf16_units()
         in_int8 = isinstance(model.lm_head, Int8Linear) and integer_rows() <= FEW_ROWS
@@ -263,9 +264,9 @@ class Scheduler:
         device = self.model.tp.rank_index.device
         positions_B1 = torch.tensor(places, device=device)
         tokens_B1 = torch.tensor([[request.last] for request in computed] + free, device=device)
-        attend = self.pool.decode(positions_B1, 1 + max(place for (place,) in places))
+        width = 1 + max(place for (place,) in places)
         with self.adapters.rows([request.adapter for request in requests]):
-            logits_B1V = self.model(tokens_B1, positions_B1, attend=attend)
+            logits_B1V = self._one_token(tokens_B1, positions_B1, self.pool, width)
         self._deliver(requests, logits_B1V[: len(requests), 0])
 
     def _deliver(self, requests: Sequence[Request], logits_BV: Tensor) -> None:

@@ -114,11 +114,11 @@ def test_the_cache_is_allocated_once(model: Llama) -> None:
     cache = KVCache(8)
     with torch.no_grad():
         model(torch.tensor([[1, 2, 3]]), attend=cache.prefill)
-        before = [keys.data_ptr() for keys, _ in cache._layers.values()]
+        before = [keys.data_ptr() for keys, _ in cache.layers.values()]
         at = torch.tensor([[3]])
         model(torch.tensor([[4]]), at, attend=cache.decode(at, 4))
-    assert [keys.data_ptr() for keys, _ in cache._layers.values()] == before
-    assert all(keys.shape == (1, 2, 8, 16) for keys, _ in cache._layers.values())
+    assert [keys.data_ptr() for keys, _ in cache.layers.values()] == before
+    assert all(keys.shape == (1, 2, 8, 16) for keys, _ in cache.layers.values())
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=40, top_p=0.9, seed=5)])
