@@ -51,15 +51,16 @@ OneTokenForward = Callable[[Tensor, Tensor, Cache, int], Tensor]
 def one_token(model: Llama) -> OneTokenForward:
     """``model`` for one new token of each sequence, as a list of operations if it can be one.
 
-    It is for a CPU that multiplies the model's dtype, and without blocks of a user's own.
+    It is for a CPU that multiplies the model's dtype, without blocks or hooks of a user's own.
     """
-    decoder = model.model
-    blocks = [decoder, *decoder.layers.values(), decoder.norm]
-    for layer in decoder.layers.values():
-        blocks += [getattr(layer, name) for name, _ in layer.named_children()]
+    blocks = [model.model, *model.model.layers.values(), model.model.norm]
+    for layer in model.model.layers.values():
+        blocks += layer.children()
     weight = next(model.parameters())
     on_cpu = weight.device.type == "cpu" and ops.product_dtype(weight) == weight.dtype
-    if on_cpu and type(model) is Llama and all(type(block) in BLOCKS for block in blocks):
+    hooked = any(each._forward_hooks or each._forward_pre_hooks for each in model.modules())
+    ours = type(model) is Llama and all(type(block) in BLOCKS for block in blocks)
+    if on_cpu and ours and not hooked:
         return OneToken(model)
     return lambda ids_B1, positions_B1, cache, width: model(
         ids_B1, positions_B1, attend=cache.decode(positions_B1, width)

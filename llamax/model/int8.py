@@ -38,6 +38,7 @@ FEW_ROWS = 128  # up to which the product of integers is faster than a dense one
 FEW_BFLOAT16_ROWS = 32  # the same for torch's weight-only kernel
 KERNEL_COLUMNS = 32  # a block of both kernels
 AT_ONCE = 2**18  # weights quantised, or made dense, at once: bounds the float32 copies
+SUMS_AT_ONCE = 2**14  # of integers: 64 KiB, less than what a bounded heap maps anew
 LARGEST = 127
 LOW_STEPS = 2 * LARGEST  # steps of the low integer in one of the high
 STEPS = torch.tensor([127.0, 32258.0]).view(2, 1, 1)  # in a largest activation: high, both
@@ -92,6 +93,7 @@ class Int8Linear(ParallelLayer):
         return self._dense_product
 
     def _dense_product(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
         y = x.new_empty(len(x), len(self.codes))
         step = max(1, AT_ONCE // x.shape[1])
         for start in range(0, len(self.codes), step):
@@ -117,15 +119,22 @@ def integer_rows() -> int:
 
 
 def integer_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """``x @ (codes * scales[:, None]).T`` with x rounded to 16 bits: [n, in] -> [n, out], fp32."""
+    """``x @ (codes * scales[:, None]).T`` with x rounded to 16 bits: [n, in] -> [n, out], fp32.
+
+    A few rows of the codes at a time, for which the heap has room that it need not ask for.
+    """
     count = len(x)
     largest = x.abs().amax(1, keepdim=True).clamp_(min=SMALLEST)
     parts = (x * (STEPS / largest)).round_()
     parts[1].sub_(parts[0], alpha=LOW_STEPS)
-    sums = torch._int_mm(codes, parts.to(torch.int8).view(2 * count, -1).t()).float()
-    y = torch.add(sums[:, count:], sums[:, :count], alpha=LOW_STEPS).mul_(scales[:, None])
-    out = x.new_empty(count, len(codes))
-    return torch.mul(y.t(), largest / (LARGEST * LOW_STEPS), out=out)
+    columns = parts.to(torch.int8).view(2 * count, -1).t()
+    y = x.new_empty(count, len(codes))
+    step = max(1, SUMS_AT_ONCE // (2 * count * KERNEL_COLUMNS)) * KERNEL_COLUMNS
+    for start in range(0, len(codes), step):
+        part = slice(start, start + step)
+        sums = torch._int_mm(codes[part], columns).float()
+        y[:, part] = torch.add(sums[:, count:], sums[:, :count], alpha=LOW_STEPS).t()
+    return y.mul_(largest / (LARGEST * LOW_STEPS)).mul_(scales)
 
 
 @torch.no_grad()

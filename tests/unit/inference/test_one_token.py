@@ -91,8 +91,10 @@ class Sharper(Llama):
 def test_a_model_with_blocks_of_a_users_own_computes_by_itself() -> None:
     changed = Llama(SMALL).init(0)
     changed.model.layers["1"].mlp.__class__ = Doubled
-    models = [changed, Sharper(SMALL).init(0), Llama(SMALL, dtype=torch.float16).init(0)]
-    for model in models:
+    hooked = Llama(SMALL).init(0)
+    hooked.model.layers["0"].register_forward_hook(lambda module, inputs, y_BsD: 2 * y_BsD)
+    in_float16 = Llama(SMALL, dtype=torch.float16).init(0)
+    for model in (changed, hooked, Sharper(SMALL).init(0), in_float16):
         forward, cache = one_token(model), KVCache(8)
         assert not isinstance(forward, OneToken)
         with torch.inference_mode():
