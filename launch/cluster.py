@@ -25,6 +25,7 @@ from typing import Any
 
 from llamax.config.hardware import KNOWN
 from llamax.launch import kubernetes
+from llamax.launch.cluster_checks import FAMILIES
 from llamax.launch.jobfile import JobFile
 from llamax.launch.script import LITERAL, SHEBANG
 
@@ -35,7 +36,6 @@ AMIS = {  # SSM parameters with the newest image
     False: "/aws/service/deeplearning/ami/x86_64/"
     "base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id",
 }
-FAMILIES = {"trn": "Trn", "inf": "Inf", "p": "P", "g": "G and VT"}  # of quotas, by instance type
 TOOLS = {"k8s": "eksctl", "slurm": "pcluster", "torchrun": "aws", "sagemaker": "aws"}
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from llamax.launch.cluster import FAMILIES
 from llamax.launch.jobfile import JobFile
 
+FAMILIES = {"trn": "Trn", "inf": "Inf", "p": "P", "g": "G and VT"}  # of quotas, by instance type
 REGION = re.compile(r"[a-z]{2}(-[a-z]+)+-\d")
 ZONE = re.compile(r"[a-z]{2}(-[a-z]+)+-\d[a-z]")
 SUBNET = re.compile(r"subnet-[0-9a-f]+")

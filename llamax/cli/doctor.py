@@ -23,9 +23,6 @@ from pathlib import Path
 from typing import get_args
 
 from llamax.cli.options import Parser, folded
-from llamax.launch import jobfile
-from llamax.launch.checks import problems
-from llamax.launch.environment import variables
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.json_writer import to_json
 from llamax.runtime.process import run_main
@@ -77,6 +74,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     options = parser.parse_args(list(argv))
 
+    from llamax.launch import jobfile
+    from llamax.launch.checks import problems
+    from llamax.launch.environment import variables
     from llamax.tools.doctor.doctor import examine
 
     job = None

@@ -85,12 +85,18 @@ def section_of(hint: Any) -> Any:
     return next(filter(is_dataclass, kinds), None)
 
 
+@cache
+def _inner(kind: type) -> tuple[str, ...]:
+    """The fields of a dataclass that hold, or may hold, a dataclass."""
+    return tuple(name for name, hint in type_hints(kind).items() if section_of(hint))
+
+
 def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(prefix, dataclass) of a section and of every section inside it, owners first."""
     yield prefix, section
-    for each in fields(section):
-        if is_dataclass(value := getattr(section, each.name)):
-            yield from walk(value, f"{prefix}.{each.name}" if prefix else each.name)
+    for name in _inner(type(section)):
+        if is_dataclass(value := getattr(section, name)):
+            yield from walk(value, f"{prefix}.{name}" if prefix else name)
 
 
 def options(kind: type, prefix: str = "") -> Iterator[Option]:
@@ -103,18 +109,29 @@ def options(kind: type, prefix: str = "") -> Iterator[Option]:
             yield Option(f"{prefix}{each.name}", kind, each, hints[each.name])
 
 
+@cache
+def _limits(kind: type) -> tuple[tuple[str, tuple[Any, ...], Range | None], ...]:
+    """The fields of a dataclass that hold certain words or numbers: name, words, range."""
+    found = (
+        (name, get_args(hint) if get_origin(hint) is Literal else (), range_of(hint))
+        for name, hint in type_hints(kind).items()
+    )
+    return tuple((name, words, numbers) for name, words, numbers in found if words or numbers)
+
+
 def out_of_range(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(key, problem) of every value that its field must not hold, sections inside included."""
     for above, owner in walk(section, prefix):
-        for name, hint in type_hints(type(owner)).items():
-            key, value = f"{above}.{name}" if above else name, getattr(owner, name)
-            allowed = range_of(hint)
-            if get_origin(hint) is Literal:
-                if value not in get_args(hint):
-                    yield key, f"{key}={value!r} is unknown; use {join_or(get_args(hint))}"
+        for name, words, allowed in _limits(type(owner)):
+            value = getattr(owner, name)
+            if words:
+                if value not in words:
+                    key = f"{above}.{name}" if above else name
+                    yield key, f"{key}={value!r} is unknown; use {join_or(words)}"
             elif allowed and value is not None:
                 numbers = value if isinstance(value, tuple) else (value,)
                 if not all(allowed.contains(n) and n < math.inf for n in numbers):
+                    key = f"{above}.{name}" if above else name
                     yield key, f"{key}={value} is out of range; use {allowed.words}"
 
 

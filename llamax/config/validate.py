@@ -43,7 +43,7 @@ def problems(
     broken = {key: line for key, line in out_of_range(config) if usable(key)}
     found = list(broken.values())
     for keys, holds in RULES:
-        if broken.keys().isdisjoint(keys) and all(map(usable, keys)):
+        if broken.keys().isdisjoint(keys) and (not unusable or all(map(usable, keys))):
             found += holds(config, World(world_size, node_ranks))
     return found
 

@@ -70,6 +70,9 @@ def _scaled(n: float, base: int, suffixes: tuple[str, ...]) -> str:
     if not abs(n) < base ** (len(suffixes) + 1):  # also NaN
         return f"{n / base ** (len(suffixes) - 1):.3g}{suffixes[-1]}"
     for suffix in suffixes:
+        if n >= base and suffix != suffixes[-1]:
+            n /= base
+            continue
         digits = 0 if n >= 99.95 or float(n).is_integer() else 1 if n >= 9.995 else 2
         if float(f"{n:.{digits}f}") < base or suffix == suffixes[-1]:
             break

@@ -19,8 +19,6 @@ from dataclasses import dataclass, replace
 from llamax.config import validate
 from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import Config, OptimConfig
-from llamax.data.dataset import open_dataset
-from llamax.data.samples import Samples
 from llamax.parallel.mesh import Mesh
 from llamax.runtime.errors import DataError
 from llamax.runtime.units import count
@@ -155,8 +153,9 @@ def resolve(
         warmup = math.ceil(optim.warmup_ratio * run.steps)
         optim = replace(optim, warmup_steps=warmup, warmup_ratio=0.0)
     optim, shortened = (optim, "") if assumption else _shorten(optim, run.steps)
-    resolved = replace(config, run=run, optim=optim)
-    if not assumption:
+    changed = run is not config.run or optim is not config.optim
+    resolved = replace(config, run=run, optim=optim) if changed else config
+    if changed and not assumption:
         validate.check(resolved, world_size, node_ranks)
     parallel = config.parallel
     mesh = Mesh.fill(
@@ -205,6 +204,9 @@ def visible_samples(config: Config, path: str = "") -> tuple[int | None, str]:
     saved, run = config.checkpoint, config.run
     if not (run.epochs or saved.each_epoch or run.validate_each_epoch):
         return None, ""
+    from llamax.data.dataset import open_dataset  # by which numpy comes, and a plan needs none
+    from llamax.data.samples import Samples
+
     try:
         dataset = open_dataset(path or config.data.path, "off", config.model.vocab_size)
         return len(Samples(dataset.train, config.data, run.seed)), ""

@@ -61,6 +61,6 @@ def test_planned_traffic_is_what_is_sent(worlds: Worlds, sequence: bool, mode: s
     tensor = sum(size for (axis, _), size in found.items() if axis == "tp")
     # Beside hidden states a few numbers a token cross: the loss's maxima, sums and labels.
     assert tensor == pytest.approx(turns(share) * hidden / 2, rel=0.05)
-    elements = sum(group.elements for group in share.groups())
+    elements = sum(group.elements for group in share.groups)
     assert found["data", "reduce_scatter"] == pytest.approx(4 * elements / 2, rel=0.01)
     assert found["data", "all_gather"] == pytest.approx(share.width * elements / 2, rel=0.01)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 from llamax.config.rules import Rules, World, divisors, multiples_near
 from llamax.config.schema import Config, ParallelConfig
@@ -11,6 +12,7 @@ from llamax.runtime.errors import join_or
 RULES = Rules()
 
 
+@cache
 def evenly(layers: int, stages: int) -> tuple[int, ...]:
     """``layers`` over ``stages``: the first ones take one more where they do not divide."""
     each, more = divmod(layers, stages)

@@ -142,7 +142,7 @@ def turns(share: Share) -> int:
 def data_time(share: Share, data: Wire) -> tuple[float, str]:
     """Seconds of a step in which gradients and weights go over the data ranks, and the formula."""
     zero, w, n = share.config.parallel.zero, share.width, share.accumulation
-    elements = sum(group.elements for group in share.groups())
+    elements = sum(group.elements for group in share.groups)
     count = f"{show_number(elements)} elements"
     if zero == 0:
         return data.ring(4 * elements, passes=2), f"2 x 4 B x {count}"
@@ -206,7 +206,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     activation = share.tokens_between * share.model.hidden_size * w
     swaps = 2 * config.parallel.chunks - share.embeds - share.projects
 
-    elements = sum(group.elements for group in share.groups())
+    elements = sum(group.elements for group in share.groups)
     owners = mesh.dp * mesh.cp
     data = wire(machine, owners, mesh.tp)
     whole = share.base[1] * owners if share.spread else 0.0
@@ -285,7 +285,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     config, mesh, n, w = share.config, share.mesh, share.accumulation, share.width
     peak = machine.peak_flops(config.run.dtype)
     bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
-    elements, owners = sum(group.elements for group in share.groups()), mesh.dp * mesh.cp
+    elements, owners = sum(group.elements for group in share.groups), mesh.dp * mesh.cp
     updated = elements / owners if config.parallel.zero else elements
     element = 32 + w if config.optim.state_bits == 32 else 16 + w + ROUNDED_BYTES
     adamw = element * updated

@@ -8,6 +8,7 @@ layers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 from llamax.config.constants import DTYPE_BYTES, loss_chunk_tokens, nf4_bits
@@ -36,144 +37,144 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """The sizes on one rank of a run, at a ``stage`` of its pipeline."""
+    """The sizes on one rank of a run, at a ``stage`` of its pipeline; each is computed once."""
 
     run: ResolvedRun
     stage: int = 0
 
-    @property
+    @cached_property
     def config(self) -> Config:
         return self.run.config
 
-    @property
+    @cached_property
     def mesh(self) -> Mesh:
         return self.run.mesh
 
-    @property
+    @cached_property
     def model(self) -> ModelConfig:
         return self.config.model
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Bytes of an element of a weight or an activation."""
         return DTYPE_BYTES[self.config.run.dtype]
 
-    @property
+    @cached_property
     def layers(self) -> int:
         """Layers of the stage."""
         return stage_layers(self.config.parallel, self.model.num_hidden_layers)[self.stage]
 
-    @property
+    @cached_property
     def embeds(self) -> bool:
         """Whether the stage begins with the embedding."""
         return self.stage == 0
 
-    @property
+    @cached_property
     def projects(self) -> bool:
         """Whether the stage ends in the output matrix and the loss."""
         return self.stage == self.mesh.pp - 1
 
-    @property
+    @cached_property
     def flying(self) -> float:
         """Microbatches in flight at the same time, in those through the whole stage."""
         chunks = self.config.parallel.chunks
         return in_flight(self.stage, self.mesh.pp, self.accumulation, chunks) / chunks
 
-    @property
+    @cached_property
     def vocabularies(self) -> int:
         """Matrices over the vocabulary: embedding and output matrix, one where they are tied."""
         both = self.embeds + self.projects
         return min(both, 1) if self.model.tie_word_embeddings else both
 
-    @property
+    @cached_property
     def norms(self) -> int:
         """Elements of the norms."""
         return (2 * self.layers + self.projects) * self.model.hidden_size
 
-    @property
+    @cached_property
     def sequence(self) -> bool:
         """Whether the run is sequence-parallel."""
         return self.config.parallel.sequence and self.mesh.tp > 1
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """T, the tokens of a microbatch."""
         data = self.config.data
         return data.micro_batch * data.sequence_length // self.mesh.cp
 
-    @property
+    @cached_property
     def tokens_between(self) -> int:
         """Tokens of a microbatch on this rank between the tensor-parallel layers."""
         return self.tokens // self.mesh.tp if self.sequence else self.tokens
 
-    @property
+    @cached_property
     def accumulation(self) -> int:
         """Microsteps in one optimizer step."""
         return self.run.accumulation
 
-    @property
+    @cached_property
     def heads(self) -> int:
         """Query heads."""
         return self.model.num_attention_heads // self.mesh.tp
 
-    @property
+    @cached_property
     def kv_heads(self) -> int:
         """Key/value heads, at least one: neighbours share a head if there are more tensor ranks."""
         return max(self.model.num_key_value_heads // self.mesh.tp, 1)
 
-    @property
+    @cached_property
     def kv_shared(self) -> bool:
         """Whether several tensor ranks hold the same key/value head."""
         return self.mesh.tp > self.model.num_key_value_heads
 
-    @property
+    @cached_property
     def query(self) -> int:
         """Features of the query heads."""
         return self.heads * self.model.head_dim
 
-    @property
+    @cached_property
     def key(self) -> int:
         """Features of the key heads."""
         return self.kv_heads * self.model.head_dim
 
-    @property
+    @cached_property
     def feed_forward(self) -> int:
         """Features between the up and down projections."""
         return self.model.intermediate_size // self.mesh.tp
 
-    @property
+    @cached_property
     def vocabulary(self) -> int:
         """Rows of the vocabulary, with padding."""
         return -(-self.model.vocab_size // self.mesh.tp)
 
-    @property
+    @cached_property
     def layer_weights(self) -> int:
         """Elements of the matrices of one layer."""
         D = self.model.hidden_size
         return D * (2 * self.query + 2 * self.key) + 3 * D * self.feed_forward
 
-    @property
+    @cached_property
     def head_weights(self) -> int:
         """Elements of the embedding or of the output matrix."""
         return self.vocabulary * self.model.hidden_size
 
-    @property
+    @cached_property
     def chunk_tokens(self) -> int:
         """Tokens whose logits exist at the same time."""
         return loss_chunk_tokens(self.vocabulary)
 
-    @property
+    @cached_property
     def tuned(self) -> bool:
         """Whether adapters are trained and the base is frozen."""
         return self.config.finetune.method != "full"
 
-    @property
+    @cached_property
     def adapters(self) -> int:
         """Elements of the adapters: of A [r, in] and B [out, r], one is whole and one is cut."""
         widths = self.model.hidden_size, self.query, self.key, self.feed_forward
         return self.layers * adapter_width(self.config.finetune, *widths)
 
-    @property
+    @cached_property
     def base(self) -> tuple[int, float]:
         """Bytes of a frozen base: embeddings and norms; the linear layers, perhaps quantised."""
         finetune = self.config.finetune
@@ -184,7 +185,7 @@ class Share:
         ranks = self.mesh.dp * self.mesh.cp if self.spread else 1
         return plain, self.layers * self.layer_weights * bits / 8 / ranks
 
-    @property
+    @cached_property
     def spread(self) -> bool:
         """Whether a frozen base is cut over the data ranks and gathered in use."""
         finetune = self.config.finetune
@@ -192,15 +193,16 @@ class Share:
             return finetune.shard_base
         return finetune.method == "lora" and self.config.parallel.zero == 3
 
-    @property
+    @cached_property
     def gathered(self) -> int:
         """Elements of weights that ZeRO-3 gathers in a microstep: those of layers twice."""
         if self.config.parallel.zero < 3 or self.tuned or self.mesh.dp * self.mesh.cp == 1:
             return 0
         return 2 * (self.layers * self.layer_weights + self.head_weights)  # embedding and head
 
+    @cached_property
     def groups(self) -> list[Group]:
-        """The flat groups that optim/zero.py makes of the weights."""
+        """The flat groups of weights that optim/zero.py makes."""
         if self.tuned:
             return [Group(self.adapters, summed=self.sequence, whole=True)]
         model = self.model
@@ -215,6 +217,19 @@ class Share:
             Group(self.norms, summed=self.sequence, whole=True),
         )
         return [group for group in groups if group.elements]
+
+    @cached_property
+    def owners(self) -> int:
+        """Data ranks that share the optimizer state."""
+        return self.mesh.dp * self.mesh.cp if self.config.parallel.zero else 1
+
+    @cached_property
+    def padded_groups(self) -> list[Group]:
+        """The groups of weights, each padded to a multiple of the owners."""
+        ranks = self.owners
+        return [
+            group._replace(elements=-(-group.elements // ranks) * ranks) for group in self.groups
+        ]
 
 
 def stages_of(run: ResolvedRun) -> list[tuple[Share, int]]:

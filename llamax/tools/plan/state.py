@@ -13,7 +13,7 @@ from llamax.config.constants import (
 from llamax.config.hardware import Machine
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.line import Line
-from llamax.tools.plan.sizes import Group, Share
+from llamax.tools.plan.sizes import Share
 
 WORKING_BYTES = 16  # an element, while an update is computed by plain operations and rounded
 
@@ -23,28 +23,15 @@ def compiled(machine: Machine) -> bool:
     return machine.backend == "xla"
 
 
-def owners(share: Share) -> int:
-    """The number of data ranks that share the optimizer state."""
-    return share.mesh.dp * share.mesh.cp if share.config.parallel.zero else 1
-
-
 def kept(share: Share, stage: int) -> int:
     """Elements that a rank keeps of what is cut over the data ranks from ``stage`` of ZeRO on."""
-    ranks = owners(share) if share.config.parallel.zero >= stage else 1
-    return sum(group.elements // (1 if group.whole else ranks) for group in padded_groups(share))
-
-
-def padded_groups(share: Share) -> list[Group]:
-    """The groups of weights, each padded to a multiple of the owners."""
-    ranks = owners(share)
-    return [
-        group._replace(elements=-(-group.elements // ranks) * ranks) for group in share.groups()
-    ]
+    ranks = share.owners if share.config.parallel.zero >= stage else 1
+    return sum(group.elements // (1 if group.whole else ranks) for group in share.padded_groups)
 
 
 def state(share: Share, machine: Machine) -> list[Line]:
     """Weights and optimizer state, by the formulas in optim/zero.py and optim/lazy.py."""
-    ranks, groups, width = owners(share), padded_groups(share), share.width
+    ranks, groups, width = share.owners, share.padded_groups, share.width
     uneven = sum(group.elements for group in groups if group.uneven)
     per_rank = f" / {ranks} data ranks" if ranks > 1 else ""
     return [
@@ -62,7 +49,7 @@ def state(share: Share, machine: Machine) -> list[Line]:
 
 def masters(share: Share, machine: Machine) -> Line:
     """Float32 copies of narrower weights; float32 weights are their own, but in a program."""
-    ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
+    ranks, elements = share.owners, sum(group.elements for group in share.padded_groups)
     present = share.width < 4 or compiled(machine)
     per_rank = f" / {ranks} data ranks" if ranks > 1 else ""
     return Line(
@@ -74,7 +61,7 @@ def masters(share: Share, machine: Machine) -> Line:
 
 def moments(share: Share) -> Line:
     """AdamW's two moments of every element."""
-    ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
+    ranks, elements = share.owners, sum(group.elements for group in share.padded_groups)
     per_rank = f" / {ranks} data ranks" if ranks > 1 else ""
     wide, narrow = moments_bytes(32), moments_bytes(8)
     rounded = in_8_bits(share) if share.config.optim.state_bits == 8 else 0
@@ -124,7 +111,7 @@ def on_host(share: Share, machine: Machine) -> Line:
 
 def cut_over(share: Share, stage: int) -> str:
     """The elements of ``kept`` in words."""
-    ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
+    ranks, elements = share.owners, sum(group.elements for group in share.padded_groups)
     cut = share.config.parallel.zero >= stage and ranks > 1 and not share.tuned
     return f"{show_number(elements)} elements" + (f" / {ranks} data ranks" if cut else "")
 
@@ -137,7 +124,7 @@ def in_flight(share: Share) -> Line:
     """
     largest = 2 * share.feed_forward * share.model.hidden_size
     zero = share.config.parallel.zero
-    if zero < 2 or owners(share) == 1 or share.tuned:
+    if zero < 2 or share.owners == 1 or share.tuned:
         return Line("gathered", 0.0, "")
     if zero == 2:
         unsent = share.width * max(largest, share.head_weights)
@@ -192,12 +179,12 @@ def early_gradients(share: Share, machine: Machine) -> Line:
 
     Only float32 gradients that are never reduced appear and go within backward.
     """
-    if share.config.parallel.zero > 1 and owners(share) > 1:
+    if share.config.parallel.zero > 1 and share.owners > 1:
         return gradients(share)
     reduced = share.mesh.dp * share.mesh.cp > 1 or share.width < 4 or share.accumulation > 1
     stay = reduced or machine.backend not in ("cpu", "cuda")
     return gradients_of(
-        sum(group.elements for group in padded_groups(share) if stay or group.summed),
+        sum(group.elements for group in share.padded_groups if stay or group.summed),
         "summed in float32" if stay else "summed over tensor ranks",
     )
 
@@ -216,7 +203,7 @@ def update(share: Share, machine: Machine) -> Line:
     """
     if not compiled(machine):
         return streamed(share)
-    ranks, elements = owners(share), sum(group.elements for group in padded_groups(share))
+    ranks, elements = share.owners, sum(group.elements for group in share.padded_groups)
     if share.config.parallel.zero > 1 and ranks > 1:
         return Line("update", 0.0, "the gradients are runs already")
     runs, weights = GRADIENT_BYTES * elements // ranks, share.width * elements
@@ -231,7 +218,7 @@ def update(share: Share, machine: Machine) -> Line:
 
 def streamed(share: Share) -> Line:
     """What a bucket takes whose state comes from host memory, or is made wide from 8 bits."""
-    optim, ranks = share.config.optim, owners(share)
+    optim, ranks = share.config.optim, share.owners
     run = min(share.config.parallel.bucket_bytes // GRADIENT_BYTES, largest_group(share)) // ranks
     element = (MASTER_BYTES if optim.offload and share.width < 4 else 0) + (
         moments_bytes(32) if optim.offload or optim.state_bits == 8 else 0
@@ -246,4 +233,4 @@ def streamed(share: Share) -> Line:
 
 def largest_group(share: Share) -> int:
     """Elements of the largest flat vector."""
-    return max(group.elements for group in padded_groups(share))
+    return max(group.elements for group in share.padded_groups)

@@ -96,7 +96,7 @@ def test_shared_heads_and_padded_vocabulary_cost_what_they_cost() -> None:
     share = share_of(config, Mesh(tp=16))
     assert share.kv_heads == 1
     assert share.vocabulary == 8017
-    groups = {group.uneven: group for group in share.groups() if group.elements > 10**7}
+    groups = {group.uneven: group for group in share.groups if group.elements > 10**7}
     qkv, vocabulary = 32 * 4096 * (256 + 2 * 128), 2 * 8017 * 4096
     assert groups[True].elements == qkv + vocabulary
     assert groups[True].summed
