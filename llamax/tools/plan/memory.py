@@ -11,7 +11,8 @@ Between steps a rank holds its state.  A microstep fills and empties the rest::
 
 The peak is at one of four moments: forward has just ended and the loss is computed; the last layer
 goes backward while the activations of all others wait; the first layer goes backward, when all
-gradients exist; the optimizer step, when the reduced gradients wait for their norm.  The terms
+gradients exist; the optimizer step, when the reduced gradients wait for their norm.  With ZeRO-3 it
+may be before the first step, when the weights are not cut yet.  The terms
 follow the modules that they count (optim/zero.py, model/recompute.py,
 parallel/cross_entropy.py, ops.py) and are exact where operations run one by one.  A graph compiler
 may fuse or reorder; ``reserve`` is an allowance for what is not counted.
@@ -51,6 +52,7 @@ from llamax.tools.plan.state import (
     in_flight,
     on_host,
     state,
+    uncut,
     update,
 )
 from llamax.training.resolve import ResolvedRun
@@ -94,8 +96,8 @@ class Memory:
 
     @property
     def host_fits(self) -> bool:
-        """Whether the host has room for what the ranks of a machine keep in its memory."""
-        return not self.host_available or self.host.value <= self.host_available
+        """Whether the host has room for what ranks keep there, with ``MARGIN`` for programs."""
+        return not self.host_available or self.host.value * (1 + MARGIN) <= self.host_available
 
     @property
     def tight(self) -> bool:
@@ -113,12 +115,13 @@ def fullest(run: ResolvedRun, machine: Machine) -> Memory:
 def memory(share: Share, machine: Machine) -> Memory:
     """The memory of one rank of ``machine`` that holds ``share`` of a run."""
     mode: Recompute = share.config.run.recompute
+    reserve = Line("reserve", machine.reserve_gib * GIB, f"runtime and programs, {machine.name}")
     always = [
         *state(share, machine),
         communication(share, machine),
         swapped(share),
         batch(share, machine),
-        Line("reserve", machine.reserve_gib * GIB, f"runtime and programs, {machine.name}"),
+        reserve,
     ]
     activations, last_layer = kept(share, machine, mode), last_kept(share, machine, mode)
     working, all_gradients = backward(share, machine, mode), gradients(share)
@@ -140,6 +143,11 @@ def memory(share: Share, machine: Machine) -> Memory:
         moment: [line for line in (*always, *lines) if line.value]
         for moment, lines in moments.items()
     }
+    whole, host = uncut(share), on_host(share, machine)
+    if compiled(machine):  # built on the host
+        host = max(host, whole, key=lambda line: line.value)
+    else:
+        nonzero["the model has been built"] = [whole, reserve]
     moment = max(nonzero, key=lambda name: sum(line.value for line in nonzero[name]))
     places = {name: place for place, name in enumerate(STATE)}
     return Memory(
@@ -149,7 +157,7 @@ def memory(share: Share, machine: Machine) -> Memory:
         modes=tuple(_named(name, kept(share, machine, name)) for name in MODES),
         cache=cache(share),
         available=machine.memory_bytes(),
-        host=on_host(share, machine),
+        host=host,
         host_available=machine.host_memory_gib * GIB / machine.ranks,
     )
 

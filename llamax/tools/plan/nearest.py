@@ -16,10 +16,20 @@ from llamax.config.hardware import Machine
 from llamax.config.rules import divisors
 from llamax.config.schema import Config
 from llamax.config.toml import to_toml
-from llamax.config.validate import problems
+from llamax.config.types import ZeroStage
 from llamax.tools.plan.length import Length, length_of
 from llamax.tools.plan.planner import Plan, plan_run
-from llamax.tools.plan.search import contexts, divisions, pipelines, search, uneven, ways
+from llamax.tools.plan.search import (
+    contexts,
+    divisions,
+    pipelines,
+    refusals,
+    search,
+    traced,
+    uneven,
+    ways,
+    zeros,
+)
 from llamax.training.resolve import resolve
 
 SAVERS = ("parallel.sequence", "finetune.shard_base")  # on, they save memory
@@ -68,7 +78,7 @@ def nearest(
             if any(plan.memory.fits for plan in plans):
                 found += [
                     Nearest(plan, flags(config, nodes, plan))
-                    for plan in search(variant, machine, number, length)[0]
+                    for plan in search(variant, machine, number, length, stages(config, machine))[0]
                     if plan.memory.fits
                 ]
             for plan in plans:
@@ -77,6 +87,15 @@ def nearest(
         if found:
             return min(found, key=lambda each: (len(each.flags), -each.plan.time.tokens_per_s))
     return Nearest(smallest, flags(config, nodes, smallest)) if smallest else None
+
+
+def stages(config: Config, machine: Machine) -> list[ZeroStage]:
+    """The ZeRO stages that a layout may have: on XLA 2 and 3 only where they are configured.
+
+    There the mesh is changed instead.
+    """
+    own = config.parallel.zero
+    return [zero for zero in zeros(config) if zero in (own, 1) or not traced(config, machine)]
 
 
 def node_counts(config: Config, machine: Machine, nodes: int) -> list[int]:
@@ -126,9 +145,10 @@ def small_layouts(config: Config, machine: Machine, nodes: int) -> Iterator[Plan
     )
     for tensor in divisors(machine.ranks):
         for context in contexts(config, machine.ranks // tensor):
-            for parallel in divisions(config, machine, nodes, tensor, context):
+            tried = divisions(config, machine, nodes, tensor, context, stages(config, machine))
+            for parallel in tried:
                 layout = replace(small, parallel=parallel)
-                if not problems(layout, world, (), machine.ranks):
+                if not refusals(layout, machine, nodes):
                     for way in ways(layout):
                         yield plan_run(resolve(way, world), machine, nodes)
 

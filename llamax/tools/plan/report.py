@@ -240,15 +240,21 @@ def _reasons(plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]
 def needs(plans: Sequence[Plan]) -> str:
     """What the smallest of some layouts that do not fit needs, and its largest part."""
     least = min(plans, key=lambda each: each.memory.peak)
-    largest = max(least.memory.lines, key=lambda line: line.value)
-    config, mesh = least.run.config, least.run.mesh
+    config, mesh, memory = least.run.config, least.run.mesh, least.memory
+    largest = max(memory.lines, key=lambda line: line.value)
+    needed = (
+        f"{show_bytes(memory.peak)} of {show_bytes(memory.available)}, "
+        f"{show_bytes(largest.value)} of it {largest.name}"
+    )
+    if memory.peak <= memory.available:
+        room = show_bytes(memory.host_available)
+        needed = f"{show_bytes(memory.host.value)} of {room} in host memory, {memory.host.formula}"
     parts = f"context {_context(config)}, " if mesh.cp > 1 else ""
     parts += f"pipeline {mesh.pp}, " if mesh.pp > 1 else ""
     parts += f"ZeRO-{zero}, " if (zero := config.parallel.zero) > 1 else ""
     return (
         f"({parts}micro-batch {config.data.micro_batch}, recompute {config.run.recompute}) needs "
-        f"{show_bytes(least.memory.peak)} of {show_bytes(least.memory.available)}, "
-        f"{show_bytes(largest.value)} of it {largest.name}"
+        f"{needed}"
     )
 
 

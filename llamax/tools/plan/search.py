@@ -10,7 +10,7 @@ configured.  Tensor and context ranks share a node, on every machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -40,13 +40,15 @@ class Refused:
     reason: str
 
 
-def candidates(config: Config, machine: Machine, nodes: int) -> Iterator[Config]:
+def candidates(
+    config: Config, machine: Machine, nodes: int, stages: Sequence[ZeroStage]
+) -> Iterator[Config]:
     """Every configuration that ``search`` tries on ``nodes`` machines."""
     world = nodes * machine.ranks
     batches = [2**k for k in range(6) if 2**k <= config.data.global_batch]
     for tensor in divisors(world):
         for context in contexts(config, world // tensor):
-            for parallel in divisions(config, machine, nodes, tensor, context):
+            for parallel in divisions(config, machine, nodes, tensor, context, stages):
                 for micro_batch in batches:
                     data = replace(config.data, micro_batch=micro_batch)
                     for mode in modes(config, parallel, machine):
@@ -55,9 +57,14 @@ def candidates(config: Config, machine: Machine, nodes: int) -> Iterator[Config]
 
 
 def divisions(
-    config: Config, machine: Machine, nodes: int, tensor: int, context: int
+    config: Config,
+    machine: Machine,
+    nodes: int,
+    tensor: int,
+    context: int,
+    stages: Sequence[ZeroStage],
 ) -> Iterator[ParallelConfig]:
-    """The pipelines and ZeRO stages tried with a tensor and a context degree.
+    """The pipelines, and the ZeRO ``stages`` tried with a tensor and a context degree.
 
     Only the configured ones where tensor and context ranks do not share a node: all are refused.
     """
@@ -71,11 +78,11 @@ def divisions(
     for pipeline in pipelines(config):
         if pipeline != configured.pipeline and rest % pipeline:
             continue
-        stages = zeros(config, machine) if rest * context > pipeline else [configured.zero]
+        tried = stages if rest * context > pipeline else [configured.zero]
         if pipeline > 1:
-            stages = [zero for zero in stages if zero < 2] or [1]
+            tried = [zero for zero in tried if zero < 2] or [1]
         for chunks in chunk_counts(config, pipeline):
-            for zero in stages:
+            for zero in tried:
                 yield replace(configured, pipeline=pipeline, chunks=chunks, zero=zero)
     zero = configured.zero if configured.zero < 2 else 1
     for counts in uneven(config, rest):
@@ -118,16 +125,15 @@ def pipelines(config: Config) -> list[int]:
     return [configured, *(degree for degree in divisors(layers) if degree != configured)]
 
 
-def zeros(config: Config, machine: Machine) -> list[ZeroStage]:
+def zeros(config: Config) -> list[ZeroStage]:
     """The ZeRO stages tried, the configured one first.
 
-    On XLA only 0 and 1 are tried.  Adapters leave stage 2 nothing to cut, and QLoRA stage 3.
+    Adapters leave stage 2 nothing to cut, and QLoRA stage 3.
     """
     configured, method = config.parallel.zero, config.finetune.method
     tried: list[ZeroStage] = [1]
-    if not traced(config, machine):
-        tried += [2] if method == "full" else []
-        tried += [3] if method != "qlora" else []
+    tried += [2] if method == "full" else []
+    tried += [3] if method != "qlora" else []
     return [configured, *(zero for zero in tried if zero != configured)]
 
 
@@ -157,19 +163,33 @@ def ways(config: Config) -> Iterator[Config]:
         yield replace(config, parallel=replace(config.parallel, context_by="ring"))
 
 
+def refusals(config: Config, machine: Machine, nodes: int) -> list[str]:
+    """What the rules refuse of a run on ``nodes`` machines, by its backend and by that of these."""
+    world, there = nodes * machine.ranks, replace(config.run, backend=machine.backend)
+    found = problems(config, world, (), machine.ranks)
+    if not found and there != config.run:
+        found = problems(replace(config, run=there), world, (), machine.ranks)
+    return found
+
+
 def search(
-    config: Config, machine: Machine, nodes: int, length: Length | None = None
+    config: Config,
+    machine: Machine,
+    nodes: int,
+    length: Length | None = None,
+    stages: Sequence[ZeroStage] = (),
 ) -> tuple[list[Plan], list[Refused]]:
     """The plans of all valid candidates, best first, and the refused candidates.
 
     Those that fit come before those that fit but are tight, and last those that do not fit; within
     these the fastest comes first.  All have the same ``length``, by default that of ``config``.
+    ``stages`` are the ZeRO stages tried, by default all that do something.
     """
-    world = nodes * machine.ranks
     length = length or length_of(config)
+    config, stages = replace(config, run=length.config.run), stages or zeros(config)
     plans, refused = [], []
-    for candidate in candidates(replace(config, run=length.config.run), machine, nodes):
-        if reasons := problems(candidate, world, (), machine.ranks):
+    for candidate in candidates(config, machine, nodes, stages):
+        if reasons := refusals(candidate, machine, nodes):
             refused.append(Refused(candidate, reasons[0]))
             continue
         for layout in ways(candidate):

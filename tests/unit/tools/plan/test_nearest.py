@@ -103,7 +103,7 @@ def test_a_layout_that_the_machine_cannot_have_names_the_nearest(
 def test_a_search_that_finds_nothing_names_the_nearest_layout(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole = ["--config", "llama2-70b", "--nodes", "4", "--parallel.layers_per_stage=80"]
+    whole = ["--config", "llama2-70b", "--nodes", "2", "--parallel.layers_per_stage=80"]
     assert main([*whole, "--search"]) == 6
     assert capsys.readouterr().out.splitlines()[-2] == "nearest layout that fits: --nodes=32"
     assert main([*whole, "--json"]) == 6

@@ -13,7 +13,7 @@ from llamax.config.schema import Config
 from llamax.tools.plan import Plan
 from llamax.tools.plan.memory import MARGIN
 from llamax.tools.plan.nearest import flags
-from llamax.tools.plan.report import TIGHT, show_search
+from llamax.tools.plan.report import TIGHT, needs, show_search
 from llamax.tools.plan.search import pipelines, search
 
 TRN1 = load_machine("trn1.32xlarge")
@@ -30,7 +30,7 @@ def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[s
     whole = "--parallel.layers_per_stage=32"  # no pipelines
     assert main(["--config", "llama2-7b", "--ranks", "24", whole, "--search"]) == 6
     first, *rest = capsys.readouterr().out.splitlines()
-    assert first == "none of 144 layouts fits"
+    assert first == "none of 312 layouts fits"
     assert rest[0] == "the others:"
     assert "  tensor 1: data.global_batch=1024 is not a multiple of" in rest[1]
     assert main(["--config", "llama2-7b", "--ranks", "1", "--search"]) == 6
@@ -38,15 +38,15 @@ def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[s
 
 
 def test_search_ranks_meshes_that_fit_and_counts_the_others() -> None:
-    config = recipe("llama2-7b", "--parallel.layers_per_stage=32", *ONE)  # no pipelines
+    config = recipe("llama2-13b", "--parallel.layers_per_stage=40", *ONE)  # no pipelines
     plans, refused = search(config, TRN1, 4)
     fitting = [each for each in plans if each.memory.fits]
     assert fitting == plans[: len(fitting)]
     order = [(each.memory.tight, -each.time.tokens_per_s) for each in fitting]
     assert order == sorted(order)
     text = "\n".join(show_search(config, plans, refused))
-    assert "tensor 1: 12 layouts do not fit" in text
-    assert "parallel.tensor=64 does not divide model.num_attention_heads=32" in text
+    assert "tensor 1: 28 layouts do not fit" in text
+    assert "parallel.tensor=16 does not divide model.num_attention_heads=40" in text
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,33 @@ def test_a_search_on_trainium_tries_pipelines_that_recompute_everything() -> Non
     assert plans[0].run.mesh.pp > 1
     assert {pp for pp, _, _ in degrees(plans)} == {1, 2, 4, 8, 16}
     assert {mode for pp, _, mode in degrees(plans) if pp > 1} == {"full"}
-    assert {zero for _, zero, _ in degrees(plans)} == {1}
+    tried = degrees(plans)
+    assert {zero for pp, zero, _ in tried if pp == 1} == {1, 2, 3}
+    assert {zero for pp, zero, _ in tried if pp > 1} == {1}
+    assert {mode for _, zero, mode in tried if zero == 3} == {"full"}
+
+
+@pytest.mark.parametrize(
+    ("backend", "instance", "nodes", "fitting", "larger", "needed"),
+    [
+        (
+            "xla",
+            "trn1.32xlarge",
+            32,
+            {16, 32},
+            8,
+            "16.2 GiB of 16 GiB in host memory, 2 B x 8.68B elements before they are cut",
+        ),
+        ("cuda", "p5.48xlarge", 8, {2, 4, 8}, 1, "131 GiB of 79.6 GiB, 129 GiB of it weights"),
+    ],
+)
+def test_weights_that_a_rank_has_no_room_for_are_not_cut_at_the_start(
+    backend: str, instance: str, nodes: int, fitting: set[int], larger: int, needed: str
+) -> None:
+    config, machine = recipe("llama2-70b", f"--run.backend={backend}"), load_machine(instance)
+    cut = [each for each in search(config, machine, nodes)[0] if each.run.config.parallel.zero == 3]
+    assert {each.run.mesh.tp for each in cut if each.memory.fits} == fitting
+    assert needs([each for each in cut if each.run.mesh.tp == larger]).endswith(f"needs {needed}")
 
 
 def test_a_search_on_gpus_tries_zero_without_a_pipeline() -> None:
@@ -111,6 +137,14 @@ def test_a_search_tries_what_the_model_and_the_method_allow(
     config = recipe("llama2-7b", "--run.backend=cuda", *base, *overrides)
     plans, _ = search(config, load_machine("p4d.24xlarge"), 1)
     assert {(pp, zero) for pp, zero, _ in degrees(plans) if pp <= 2} == tried
+
+
+def test_a_search_offers_nothing_that_the_machine_refuses() -> None:
+    config = recipe("llama2-7b", "--run.backend=cuda", "--optim.offload=true")
+    plans, refused = search(config, TRN1, 1)
+    assert plans == []
+    assert any("optim.offload=true with run.backend=xla" in each.reason for each in refused)
+    assert search(config, load_machine("p4d.24xlarge"), 1)[0]
 
 
 def test_listed_stages_stay_as_configured() -> None:
