@@ -8,7 +8,7 @@ checkpoints and with safetensors' ``save_file``, loading with reading the files;
 Each deletes what it wrote in its turn before, which is not timed: so each gets memory for the page
 cache that was in use until then.
 ``--plan`` builds the manifest and the (sparse) files of Llama-2-70B saved by tensor 32 x data 32
-ranks with ZeRO-1, and plans from them.
+ranks with ZeRO-1, plans from them, and runs ``llamax inspect`` on them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import resource
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +37,8 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from llamax.checkpoint import Checkpoint, Saver, hf_writer, load_owned
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.checksums import BLOCK_BYTES, CHECKSUM_BYTES
-from llamax.checkpoint.runs import Run, is_writer, slices
+from llamax.checkpoint.owned_runs import is_writer, slices
+from llamax.checkpoint.runs import Run
 from llamax.checkpoint.safetensors_io import TAGS, build_header
 from llamax.config.load import load_config
 from llamax.config.model import ModelConfig
@@ -285,6 +287,7 @@ def planning(folder: Path, recipe: str, tensor: int, data: int) -> None:
         _, status = os.waitpid(child, 0)
         if status:
             sys.exit(f"planning ended with status {status}")
+        inspecting(folder)
         return
     cpu, began = time.process_time(), time.perf_counter()
     source = Checkpoint(folder, verify=False)
@@ -300,6 +303,17 @@ def planning(folder: Path, recipe: str, tensor: int, data: int) -> None:
         f"({seconds:.1f} s), peak {peak:.2f} GB"
     )
     os._exit(0)
+
+
+def inspecting(folder: Path) -> None:
+    """``llamax inspect`` as a process of its own."""
+    words = [sys.executable, "-m", "llamax", "inspect", str(folder)]
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        sys.exit(f"llamax inspect ended with status {status}")
+    cpu, peak = used.ru_utime + used.ru_stime, used.ru_maxrss / 1e3
+    print(f"llamax inspect: {cpu:.2f} CPU s of a whole process, peak {peak:.0f} MB")
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from llamax.inference.language_model import load
     from llamax.inference.serving.server import ServeSettings, serve
     from llamax.tools.audit.auditor import audit
-    from llamax.tools.inspect import describe
+    from llamax.tools.inspect.description import describe
     from llamax.tools.plan.planner import plan
     from llamax.tools.push.push import push
     from llamax.train import start as train
@@ -69,7 +69,7 @@ _MODULES = {
     "audit": "tools.audit.auditor",
     "compare": "inference.generate",
     "consolidate": "checkpoint.consolidate",
-    "describe": "tools.inspect",
+    "describe": "tools.inspect.description",
     "evaluate": "inference.evaluate",
     "export": "checkpoint.formats.export",
     "generate": "inference.generate",

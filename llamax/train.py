@@ -41,12 +41,12 @@ from llamax.checkpoint import lock
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.checkpoint.places import STARTED_IN
 from llamax.checkpoint.plain_llama import MODEL_CLASS
-from llamax.checkpoint.prompt_record import PROMPT
 from llamax.config.constants import CHECKPOINTS_FOLDER, HEARTBEATS_FOLDER
 from llamax.config.load import dump_config
 from llamax.config.rules.parallel import node_limit
 from llamax.config.rules.pipeline import chunk_layers
 from llamax.config.schema import Config
+from llamax.data.chat.record import PROMPT
 from llamax.model.llama import Llama
 from llamax.parallel.rendezvous import Rendezvous, rendezvous, report_errors_once
 from llamax.runtime import signals

@@ -30,7 +30,8 @@ ONLY_IN = {"argparse": "cli train", "kernels": "ops", "launch": "launch cli tool
 ONLY_IN |= dict.fromkeys(VENDORS.split(), "backends")
 TORCH_FREE = "runtime config launch tools.plan tools.monitor parallel.mesh parallel.rendezvous "
 TORCH_FREE += (
-    "data.token_file training.metrics training.resolve training.heartbeat training.local_ranks"
+    "data.token_file training.metrics training.resolve training.heartbeat training.local_ranks "
+    "checkpoint.manifest checkpoint.listing tools.inspect.description"
 )
 FILES, KERNELS = (
     {str(path.relative_to(LLAMAX))[:-3].replace("/", ".").removesuffix(".__init__"): path

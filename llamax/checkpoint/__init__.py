@@ -27,11 +27,18 @@ Read in this order: ``runs`` (which elements a file holds, the arithmetic behind
 folders that appear complete) and ``lock``.
 """
 
-from llamax.checkpoint.listing import find_checkpoint, newest_checkpoint
-from llamax.checkpoint.load import check_shapes, load_owned, load_weights
-from llamax.checkpoint.reader import Checkpoint
-from llamax.checkpoint.save import Saver
-from llamax.checkpoint.source import Source
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from llamax.checkpoint.listing import find_checkpoint, newest_checkpoint
+    from llamax.checkpoint.load import check_shapes, load_owned, load_weights
+    from llamax.checkpoint.reader import Checkpoint
+    from llamax.checkpoint.save import Saver
+    from llamax.checkpoint.source import Source
 
 __all__ = [
     "Checkpoint",
@@ -43,3 +50,22 @@ __all__ = [
     "load_weights",
     "newest_checkpoint",
 ]
+
+_MODULES = {
+    "Checkpoint": "reader",
+    "Saver": "save",
+    "Source": "source",
+    "check_shapes": "load",
+    "find_checkpoint": "listing",
+    "load_owned": "load",
+    "load_weights": "load",
+    "newest_checkpoint": "listing",
+}
+
+
+def __getattr__(name: str) -> Any:  # imported at their first use: a manifest needs no torch
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

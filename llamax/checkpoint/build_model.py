@@ -22,6 +22,7 @@ from llamax.checkpoint.peft import (
     AdapterInfo,
     PeftFolder,
     adapter_info,
+    check_base,
     find_base_folder,
     fingerprint,
     open_adapter,
@@ -248,7 +249,7 @@ def check_resumed(finetune: FinetuneConfig, resumed: Checkpoint, first: Source |
                 "use that, or another run.folder"
             )
     assert first is not None, "rules.adapters_have_a_base"
-    found.check_base(resumed.folder, first)
+    check_base(found, resumed.folder, first)
 
 
 def default_dtype(source: Source, device: torch.device | str) -> torch.dtype:
@@ -308,7 +309,7 @@ def load_tuned(
     source, found = open_adapter(adapter)
     frozen = open_source(base_folder or find_base_folder(source.folder, found))
     finetune_info(FinetuneConfig(), frozen)
-    found.check_base(source.folder, frozen)
+    check_base(found, source.folder, frozen)
     kind = dtype or default_dtype(frozen, device)
     tp = tp or Solo("tp", device)
     layers = ModelConfig.from_hub(frozen.model).num_hidden_layers

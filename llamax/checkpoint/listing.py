@@ -13,7 +13,6 @@ from llamax.checkpoint.manifest import (
     read_manifest,
     step_of,
 )
-from llamax.checkpoint.verify import verify_files
 from llamax.config.constants import CHECKPOINTS_FOLDER
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger
@@ -65,6 +64,8 @@ def newest_intact(folder: Path) -> Path | None:
     Logs a warning for every damaged checkpoint it skips.  Raises CheckpointError if all are
     damaged.
     """
+    from llamax.checkpoint.verify import verify_files  # it needs torch, and a list does not
+
     found = list_checkpoints(folder)
     for path in reversed(found):
         try:
@@ -112,6 +113,8 @@ def _alternative(folder: Path) -> str:
     An error must not wait for terabytes: once ``SEARCH_BYTES`` are hashed, the manifest, the names
     and the sizes of the files count, and the words say so.
     """
+    from llamax.checkpoint.verify import verify_files
+
     left_bytes = SEARCH_BYTES
     for other in reversed(list_checkpoints(folder.parent)):
         if other.resolve() == folder.resolve():

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from llamax.checkpoint.runs import slices
+from llamax.checkpoint.owned_runs import slices
 from llamax.checkpoint.source import Source
 from llamax.parallel.sharding import ShardedParameters, whole_shape
 from llamax.runtime.errors import CheckpointError

@@ -34,7 +34,7 @@ from llamax.checkpoint.checksums import CHECKSUM_BYTES
 from llamax.checkpoint.manifest_index import INDEX as INDEX
 from llamax.checkpoint.manifest_index import Index, KindRecord, pack, tiles
 from llamax.checkpoint.runs import Run
-from llamax.checkpoint.safetensors_io import DTYPES, MAX_HEADER_BYTES
+from llamax.checkpoint.safetensors_header import DTYPE_NAMES, MAX_HEADER_BYTES
 from llamax.config.base_model import DONE as DONE
 from llamax.config.base_model import MANIFEST as MANIFEST
 from llamax.config.base_model import STEP_FOLDER as STEP_FOLDER
@@ -154,7 +154,7 @@ class Manifest(_Head):
             if min(tensor.shape, default=1) < 1:
                 return f"{name} has the impossible shape {list(tensor.shape)}"
             for kind, record in tensor.kinds.items():
-                if record.dtype not in DTYPES:
+                if record.dtype not in DTYPE_NAMES:
                     return f"{name} ({kind}) has the unknown dtype {record.dtype}"
                 numbers = record.runs[:, 0]
                 if not ((numbers >= 0) & (numbers < len(self.files))).all():

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from llamax.checkpoint import hf_folder
 from llamax.checkpoint.hf_folder import EMBEDDING, HEAD
-from llamax.checkpoint.peft import AdapterInfo, PeftFolder
+from llamax.checkpoint.peft import AdapterInfo, PeftFolder, check_base
 from llamax.checkpoint.peft_settings import PeftSettings
 from llamax.checkpoint.runs import Box, Run, boxes, row_width
 from llamax.checkpoint.safetensors_io import SLAB_BYTES
@@ -70,7 +70,7 @@ class Merged(Source):
     """
 
     def __init__(self, base: Source, adapter: Source, info: AdapterInfo) -> None:
-        info.check_base(adapter.folder, base)
+        check_base(info, adapter.folder, base)
         model = ModelConfig.from_hub(base.model)  # refuses models that llamax cannot compute
         self.base, self.adapter = base, adapter
         self.folder, self.model = base.folder, dict(base.model)

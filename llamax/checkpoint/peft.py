@@ -22,18 +22,19 @@ import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from llamax.checkpoint import slabs
+from llamax.checkpoint.adapter_record import AdapterInfo as AdapterInfo
+from llamax.checkpoint.adapter_record import base_problems, recorded
 from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.hf_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_WEIGHTS, read_json
 from llamax.checkpoint.hf_writer import write_json
 from llamax.checkpoint.listing import find_checkpoint
-from llamax.checkpoint.peft_settings import PeftSettings, is_name, problems, shown
+from llamax.checkpoint.peft_settings import PeftSettings, problems
 from llamax.checkpoint.places import find_folder
 from llamax.checkpoint.prompt_record import prompt_of, write_chat_template
 from llamax.checkpoint.reader import Checkpoint
@@ -42,7 +43,6 @@ from llamax.checkpoint.safetensors_io import TensorEntry, read_header, write_saf
 from llamax.checkpoint.source import Piece, Source
 from llamax.config.rules.finetune import LINEAR
 from llamax.config.schema import FinetuneConfig
-from llamax.config.toml import Problems, build
 from llamax.data.chat.record import FILE
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.hub import local_folder
@@ -64,30 +64,6 @@ TENSOR = re.compile(
 ADAPTER_FIELDS = ("method", "r", "alpha", "targets", "rslora", "quant", "double_quant")
 
 
-FINGERPRINT = re.compile("[0-9a-f]{64}")
-
-
-class AdapterInfo(NamedTuple):
-    """How adapters were trained, and the folder and fingerprint of their base ("" if unknown)."""
-
-    finetune: FinetuneConfig
-    base: str
-    fingerprint: str
-
-    def state(self) -> dict[str, Any]:
-        """The entries for a checkpoint's state."""
-        base = {"folder": self.base, "fingerprint": self.fingerprint}
-        return {"finetune": asdict(self.finetune), "base": base}
-
-    def check_base(self, folder: Path, base: Source) -> None:
-        """Raise CheckpointError unless the adapter in ``folder`` belongs to ``base``."""
-        if self.fingerprint and self.fingerprint != (actual := fingerprint(base)):
-            raise CheckpointError(
-                f"{folder} is an adapter of another base: {base.folder} has the fingerprint "
-                f"{actual[:12]}, the adapter's base {self.fingerprint[:12]}; use {self.base}"
-            )
-
-
 def fingerprint(source: Source) -> str:
     """A sha256 in hex of the names, shapes and sampled elements of a model's tensors."""
     digest = hashlib.sha256()
@@ -103,24 +79,20 @@ def fingerprint(source: Source) -> str:
     return digest.hexdigest()
 
 
+def check_base(info: AdapterInfo, folder: Path, base: Source) -> None:
+    """Raise CheckpointError unless the adapter in ``folder`` belongs to ``base``."""
+    if info.fingerprint and info.fingerprint != (actual := fingerprint(base)):
+        raise CheckpointError(
+            f"{folder} is an adapter of another base: {base.folder} has the fingerprint "
+            f"{actual[:12]}, the adapter's base {info.fingerprint[:12]}; use {info.base}"
+        )
+
+
 def adapter_info(source: Source) -> AdapterInfo | None:
     """The description of a source of adapters; None for any other source."""
     if isinstance(source, PeftFolder):
         return source.info
-    if not isinstance(source, Checkpoint) or "finetune" not in source.state:
-        return None
-    trained, base = source.state["finetune"], source.state.get("base")
-    if not isinstance(trained, dict) or not isinstance(base, dict):
-        missing = "base" if isinstance(trained, dict) else "finetune"
-        raise CheckpointError(
-            f"{source.folder}: its state has no table {missing}, as adapters need; save it again"
-        )
-    known, problems = {field.name for field in fields(FinetuneConfig)}, Problems()
-    table = {name: value for name, value in trained.items() if name in known}
-    finetune = build(FinetuneConfig, table, problems, "finetune")
-    for line in (*problems.lines(finetune, "finetune"), *_base_problems(base)):
-        raise CheckpointError(f"{source.folder}: {line}; save it again")
-    return AdapterInfo(finetune, base.get("folder") or "", base.get("fingerprint") or "")
+    return recorded(source.folder, source.state) if isinstance(source, Checkpoint) else None
 
 
 class PeftFolder(Source):
@@ -155,7 +127,7 @@ class PeftFolder(Source):
         base: Mapping[str, Any] = {}
         if (self.folder / BASE_JSON).is_file():
             base = read_json(self.folder / BASE_JSON)
-            for line in _base_problems(base):
+            for line in base_problems(base):
                 raise CheckpointError(f"{self.folder / BASE_JSON}: {line}; save the adapter again")
         targets, self._alike = _adapted(self.settings, self._entries)
         settings = FinetuneConfig(
@@ -189,17 +161,6 @@ class PeftFolder(Source):
     def pieces(self, name: str, kind: str) -> list[Piece]:
         entry = self._entries[name]
         return [Piece(self._path, entry.offset, whole_run(entry.shape))]
-
-
-def _base_problems(base: Mapping[str, Any]) -> list[str]:
-    """Everything in the description of a base that llamax did not write."""
-    found = []
-    if not is_name(folder := base.get("folder")):
-        found.append(f"folder={shown(folder)} is not the name of a folder")
-    printed = base.get("fingerprint")
-    if printed and not (isinstance(printed, str) and FINGERPRINT.fullmatch(printed)):
-        found.append(f"fingerprint={shown(printed)} is not a sha256")
-    return found
 
 
 def _adapted(settings: PeftSettings, names: Iterable[str]) -> tuple[str, bool]:

@@ -9,9 +9,8 @@ from llamax.checkpoint.hf_folder import read_json
 from llamax.checkpoint.places import dataset_of
 from llamax.checkpoint.reader import Checkpoint
 from llamax.checkpoint.source import Source
-from llamax.data.chat.record import FILE, PromptRecord
+from llamax.data.chat.record import FILE, PROMPT, PromptRecord
 
-PROMPT = "prompt"  # the key in a checkpoint's state
 TEMPLATE_FILE = "chat_template.jinja"
 
 

@@ -35,26 +35,18 @@ from llamax.checkpoint.checksums import (
     read_exactly,
 )
 from llamax.checkpoint.runs import StridedCopy
+from llamax.checkpoint.safetensors_header import DTYPE_NAMES, MAX_HEADER_BYTES
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.files import new_file, plain_file, same_file, sync_handle
 from llamax.runtime.json_reader import JsonError, parse_object
 from llamax.runtime.mapping import map_file
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "U8": torch.uint8,
-}
+DTYPES: dict[str, torch.dtype] = {tag: getattr(torch, name) for tag, name in DTYPE_NAMES.items()}
 TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 SLAB_BYTES = 16 << 20
 WINDOW_BYTES = 4 << 20
 SYNC_BYTES = 64 << 20
 WRITE_BYTES = 1 << 20  # ext4 is up to ten times slower with writes of 16 MiB
-MAX_HEADER_BYTES = 16 << 20  # the header of a model of 405B parameters takes 1 MiB
 MAX_DIMS = 16
 
 

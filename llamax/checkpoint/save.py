@@ -37,8 +37,9 @@ from llamax.checkpoint import manifest as files
 from llamax.checkpoint.atomic import explain_write_errors, failure_of, read_note, write_note
 from llamax.checkpoint.hf_beside import write_hf_folder_beside
 from llamax.checkpoint.load import Owned, Whole
+from llamax.checkpoint.owned_runs import is_writer, slices
 from llamax.checkpoint.retention import clean_up, delete_or_warn, move_to_past, publish, sweep
-from llamax.checkpoint.runs import Run, is_writer, slices
+from llamax.checkpoint.runs import Run
 from llamax.checkpoint.safetensors_io import TAGS, TensorStream, as_bytes, write_safetensors
 from llamax.config.schema import CheckpointConfig
 from llamax.parallel.collectives import Axes

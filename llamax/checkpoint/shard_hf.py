@@ -17,13 +17,10 @@ from llamax.checkpoint import hf_folder
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.atomic import new_folder
 from llamax.checkpoint.load import check_shapes
+from llamax.checkpoint.owned_runs import is_writer, slices
 from llamax.checkpoint.places import CUT_FROM
-from llamax.checkpoint.prompt_record import PROMPT, prompt_of
-from llamax.checkpoint.runs import (
-    Run,
-    is_writer,
-    slices,
-)
+from llamax.checkpoint.prompt_record import prompt_of
+from llamax.checkpoint.runs import Run
 from llamax.checkpoint.safetensors_io import (
     TAGS,
     Progress,
@@ -34,6 +31,7 @@ from llamax.checkpoint.safetensors_io import (
 )
 from llamax.checkpoint.slabs import Buffers, Slabs, new_buffers
 from llamax.config.model import ModelConfig
+from llamax.data.chat.record import PROMPT
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
 from llamax.parallel.sharding import ShardedParameter, ShardedParameters, local_shape

@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     if options.sample:
         return show(options)
 
-    from llamax.tools.inspect import as_json, describe, table
+    from llamax.tools.inspect.description import as_json, describe, table
 
     rows = [*describe(options.path, options.verify)]
     if options.json:
@@ -68,8 +68,8 @@ def main(argv: Sequence[str]) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Print samples: in colour on a terminal, between marks elsewhere or with NO_COLOR."""
-    from llamax.tools.inspect import read_samples, show_samples
-    from llamax.tools.inspect.show import ASCII_MARKS, MARKS
+    from llamax.tools.inspect.samples import read_samples
+    from llamax.tools.inspect.show import ASCII_MARKS, MARKS, show_samples
 
     samples = read_samples(
         options.path,

@@ -45,6 +45,10 @@ LOCK_FILE = "lock"
 HEARTBEATS_FOLDER = "heartbeats"
 CHECKPOINTS_FOLDER = "checkpoints"
 
+# Keys in the state of a checkpoint.
+LOSS_SCALE_STATE = "loss_scale"
+SPIKES_STATE = "spikes"
+
 # Collectives over gloo (llamax.backends.torch_distributed): larger messages are not copied.
 STAGED_BYTES = 8 * 2**20
 

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llamax.config.constants import LOSS_SCALE_STATE as STATE
 from llamax.runtime.errors import CheckpointError
 
 GROWTH, BACKOFF = 2.0, 0.5  # exact in float16: a changed scale rounds nothing
-STATE = "loss_scale"  # in the state of a checkpoint
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,11 @@ from torch import Tensor
 
 from llamax.backends.base import EAGER
 from llamax.backends.transfer import moved
+from llamax.config.constants import SPIKES_STATE as STATE
 from llamax.config.schema import OptimConfig
 from llamax.runtime.errors import CheckpointError
 
 LARGEST = torch.finfo(torch.float32).max  # a bound that every finite number keeps
-STATE = "spikes"  # in the state of a checkpoint
 
 
 class SpikeFilter:

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 
 from llamax.runtime.hub import Wanted
 
-CONFIG_FILES = ("config.json", "generation_config.json", "adapter_config.json")
+CONFIG_JSON, GENERATION_CONFIG = "config.json", "generation_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+CONFIG_FILES = (CONFIG_JSON, GENERATION_CONFIG, ADAPTER_CONFIG)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",

@@ -20,7 +20,7 @@ from llamax.data.prepare import file_kinds
 from llamax.data.token_file import TokenFile
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.runtime.errors import DataError
-from llamax.tools.inspect import describe
+from llamax.tools.inspect.description import describe
 
 
 @pytest.fixture(scope="module")

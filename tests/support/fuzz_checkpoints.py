@@ -20,15 +20,15 @@ from llamax.checkpoint.formats import convert, torch_pickle
 from llamax.checkpoint.peft import PeftFolder, adapter_info
 from llamax.checkpoint.places import STARTED_IN, dataset_of
 from llamax.checkpoint.plain_llama import MODEL_CLASS
-from llamax.checkpoint.prompt_record import PROMPT, prompt_of
+from llamax.checkpoint.prompt_record import prompt_of
 from llamax.checkpoint.safetensors_io import read_header, read_metadata
 from llamax.config.model import ModelConfig
 from llamax.data.chat.record import FILE as PROMPT_FILE
-from llamax.data.chat.record import PromptRecord, with_system
+from llamax.data.chat.record import PROMPT, PromptRecord, with_system
 from llamax.data.chat.templates import Template, make_sample
 from llamax.inference.sampling import sampling_of
 from llamax.runtime.text import printable
-from llamax.tools.inspect import describe, table
+from llamax.tools.inspect.description import describe, table
 from llamax.training.early_stopping import EarlyStopping
 from support import foreign, foreign_megatron, foreign_nnm
 from support.fuzz_data import TEMPLATE

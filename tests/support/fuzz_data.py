@@ -25,7 +25,7 @@ from llamax.data.prepare.tables import plan_tables
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.inference.prompts import read_prompts
 from llamax.runtime.text import printable
-from llamax.tools.inspect import describe, table
+from llamax.tools.inspect.description import describe, table
 from support import megatron, tiny_run
 from support.corpora import python_sources, train_unlike_llama
 from support.fuzzing import shown

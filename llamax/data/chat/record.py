@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 FILE = "llamax_prompt.json"
+PROMPT = "prompt"  # the key in a checkpoint's state
 
 
 @dataclass(frozen=True)

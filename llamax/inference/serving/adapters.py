@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llamax import ops
 from llamax.checkpoint.build_model import load_base
 from llamax.checkpoint.load import load_weights
-from llamax.checkpoint.peft import AdapterInfo, PeftFolder, open_adapter
+from llamax.checkpoint.peft import AdapterInfo, PeftFolder, check_base, open_adapter
 from llamax.checkpoint.source import Source
 from llamax.config.schema import FinetuneConfig
 from llamax.inference.engine import LoadedModel
@@ -111,7 +111,7 @@ def build_served(
         load_base(model, loaded.source, first, like, Solo("data", device))
     beside: dict[str, dict[str, Sequence[Adapter]]] = defaultdict(dict)
     for name, (source, info) in opened.items():
-        info.check_base(source.folder, loaded.source)
+        check_base(info, source.folder, loaded.source)
         shell = Llama(loaded.model, tp, dtype=like.dtype, device="meta")
         lora.adapt(shell, info.finetune, like)
         load_weights(source, shell.sharded_parameters().trained(), convert=True)

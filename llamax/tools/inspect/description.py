@@ -1,6 +1,7 @@
 """Describe a checkpoint, run, model, adapter or dataset: rows of labels and values.
 
 With ``verify`` everything is read and compared with the hashes that are kept, if there are any.
+Describing a checkpoint or a dataset imports no torch.
 """
 
 from __future__ import annotations
@@ -9,31 +10,25 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llamax.checkpoint import hf_folder
 from llamax.checkpoint import manifest as files
-from llamax.checkpoint.listing import list_checkpoints
-from llamax.checkpoint.peft import (
-    AdapterInfo,
-    PeftFolder,
-    adapter_info,
-)
-from llamax.checkpoint.prompt_record import PROMPT
-from llamax.checkpoint.reader import Checkpoint
-from llamax.checkpoint.safetensors_io import read_header
-from llamax.checkpoint.source import Source
+from llamax.checkpoint.adapter_record import AdapterInfo, recorded
+from llamax.checkpoint.listing import list_checkpoints, suggest_intact
+from llamax.config.constants import LOSS_SCALE_STATE, SPIKES_STATE
 from llamax.config.model import ModelConfig
-from llamax.data.chat.record import PromptRecord
+from llamax.data.chat.record import PROMPT, PromptRecord
 from llamax.data.dataset import blend_words
-from llamax.optim.loss_scale import STATE as LOSS_SCALE
-from llamax.optim.spikes import STATE as SPIKES
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.hub import local_folder
-from llamax.runtime.hub_files import MODEL
+from llamax.runtime.hub_files import ADAPTER_CONFIG, CONFIG_JSON, MODEL, TOKENIZER_FILES
 from llamax.runtime.progress import Progress
 from llamax.runtime.text import printable_line
 from llamax.runtime.units import amount, count, show_bytes, show_number
+
+if TYPE_CHECKING:
+    from llamax.checkpoint.hf_folder import HfFolder
+    from llamax.checkpoint.peft import PeftFolder
 
 Rows = Iterator[tuple[str, object]]
 
@@ -67,9 +62,9 @@ def describe(path: Path | str, verify: bool = False) -> Rows:
         return _container(path, verify)
     if (path / files.MANIFEST).exists() or files.STEP_FOLDER.match(path.name):
         return _checkpoint(path, verify)
-    if (path / hf_folder.ADAPTER_CONFIG).is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         return _adapter(path, verify)
-    if (path / hf_folder.CONFIG_JSON).is_file():
+    if (path / CONFIG_JSON).is_file():
         return _hub(path, verify)
     if list_checkpoints(path):
         return _run(path, verify)
@@ -83,8 +78,8 @@ def describe(path: Path | str, verify: bool = False) -> Rows:
 
 
 def _checkpoint(path: Path, verify: bool) -> Rows:
-    source = Checkpoint(path, verify=False)
-    manifest = source.manifest
+    with suggest_intact(path):
+        manifest = files.read_manifest(path)
     yield Row("checkpoint", path, kind="checkpoint", path=path, checkpoint=path)
     yield Row("step", manifest.step, step=manifest.step)
     degrees = {name: manifest.mesh.get(name) for name in ("tensor", "context", "pipeline", "data")}
@@ -95,16 +90,16 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
         mesh=manifest.mesh,
         versions={"llamax": manifest.llamax, "torch": manifest.torch},
     )
-    yield from _model(source)
-    if trained := adapter_info(source):
+    yield from _model(manifest.model)
+    if trained := recorded(path, manifest.state):
         yield from _lora(trained)
     kept = Counter((k, one.dtype) for t in manifest.tensors.values() for k, one in t.kinds.items())
     yield _kept([(*key, n) for key, n in kept.items()])
     shown = ("base", "finetune") if trained else ()
     for key, value in manifest.state.items():
-        if key == SPIKES and isinstance(value, dict):
+        if key == SPIKES_STATE and isinstance(value, dict):
             yield Row("skipped steps", value.get("skipped"), state={key: value})
-        elif key == LOSS_SCALE and isinstance(value, dict):
+        elif key == LOSS_SCALE_STATE and isinstance(value, dict):
             yield Row("loss scale", value.get("scale"), state={key: value})
         elif key == PROMPT and (record := PromptRecord.of(value)):
             yield Row("prompt", _prompt(record), state={key: value})
@@ -112,9 +107,11 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
             yield Row(key.replace("_", " "), value, state={key: value})
     yield _files(file.size_bytes for file in manifest.files)
     if verify:
+        from llamax.checkpoint.verify import verify_files
+
         total = sum(file.size_bytes for file in manifest.files)
-        with Progress("verifying", total) as bar:
-            source.verify(progress=bar.update)
+        with suggest_intact(path), Progress("verifying", total) as bar:
+            verify_files(path, manifest.files, bar.update)
         yield Row("verified", f"checksums of {_all_files(len(manifest.files))}", verified=True)
 
 
@@ -127,16 +124,20 @@ def _run(path: Path, verify: bool) -> Rows:
 
 
 def _hub(path: Path, verify: bool) -> Rows:
-    source = hf_folder.HfFolder(path)
+    from llamax.checkpoint.hf_folder import HfFolder
+
+    source = HfFolder(path)
     yield Row("Hugging Face", path, kind="hugging-face", path=path)
-    yield from _model(source)
+    yield from _model(source.model)
     yield from _weights(source)
-    tokenizer = [name for name in hf_folder.TOKENIZER_FILES if (path / name).is_file()]
+    tokenizer = [name for name in TOKENIZER_FILES if (path / name).is_file()]
     yield Row("tokenizer", ", ".join(tokenizer) or "none", tokenizer_files=tokenizer)
     yield from _no_hashes(verify)
 
 
 def _adapter(path: Path, verify: bool) -> Rows:
+    from llamax.checkpoint.peft import PeftFolder
+
     source = PeftFolder(path)
     yield Row("PEFT adapter", path, kind="peft-adapter", path=path)
     yield from _lora(source.info)
@@ -167,7 +168,7 @@ def _lora(info: AdapterInfo) -> Rows:
     )
 
 
-def _weights(source: hf_folder.HfFolder | PeftFolder) -> Rows:
+def _weights(source: HfFolder | PeftFolder) -> Rows:
     dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in source.names())
     yield _kept([("weight", dtype, n) for dtype, n in dtypes.items()])
     yield _files(file.stat().st_size for file in source.folder.glob("*.safetensors"))
@@ -187,8 +188,8 @@ def _no_hashes(verify: bool) -> Rows:
         yield Row("verified", "nothing: files of this kind keep no hashes", verified=False)
 
 
-def _model(source: Source) -> Rows:
-    model = ModelConfig.from_hub(source.model)
+def _model(hub: Mapping[str, Any]) -> Rows:
+    model = ModelConfig.from_hub(hub)
     yield Row(
         "model",
         f"Llama of {show_number(model.num_parameters())} parameters: "
@@ -198,11 +199,13 @@ def _model(source: Source) -> Rows:
         f"vocabulary {model.vocab_size}"
         f"{', tied' if model.tie_word_embeddings else ''}",
         parameters=model.num_parameters(),
-        model=source.model,
+        model=hub,
     )
 
 
 def _container(path: Path, verify: bool) -> Rows:
+    from llamax.checkpoint.safetensors_io import read_header
+
     header = read_header(path)
     yield Row("safetensors", path, kind="safetensors", path=path)
     dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in header.values())

@@ -20,7 +20,7 @@ from llamax.checkpoint.merged import Merged
 from llamax.checkpoint.peft import PeftFolder, find_base_folder, open_adapter
 from llamax.checkpoint.shard_hf import shard
 from llamax.runtime.errors import CheckpointError
-from llamax.tools.inspect import describe
+from llamax.tools.inspect.description import describe
 
 peft = pytest.importorskip("peft", reason="peft, the judge of LoRA, is not installed")
 

@@ -35,7 +35,7 @@ from llamax.inference.generate import GenerationSettings, ask, compare, generate
 from llamax.inference.prompts import read_prompts
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import ConfigError
-from llamax.tools.inspect import describe
+from llamax.tools.inspect.description import describe
 from llamax.train import train
 
 # Quotes, braces, a backslash, a line break and a character beyond the Basic Multilingual Plane.

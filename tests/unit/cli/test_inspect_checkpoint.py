@@ -14,7 +14,7 @@ from llamax.checkpoint.consolidate import consolidate
 from llamax.checkpoint.shard_hf import shard
 from llamax.cli import inspect as inspection
 from llamax.runtime.errors import CheckpointError
-from llamax.tools.inspect import describe, table
+from llamax.tools.inspect.description import describe, table
 
 
 def rows(path: Path, verify: bool = False) -> dict[str, str]:

@@ -26,8 +26,9 @@ from llamax.ops import IGNORE_INDEX
 from llamax.parallel.mesh import ALONE
 from llamax.runtime.errors import ConfigError, DataError
 from llamax.runtime.process import run_main
-from llamax.tools.inspect import describe, read_samples, show_samples
-from llamax.tools.inspect.samples import Shown, pieces_of
+from llamax.tools.inspect.description import describe
+from llamax.tools.inspect.samples import Shown, pieces_of, read_samples
+from llamax.tools.inspect.show import show_samples
 
 
 @pytest.fixture(scope="module")

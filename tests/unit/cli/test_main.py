@@ -8,8 +8,13 @@ import subprocess
 import sys
 import types
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+import torch
+from support.checkpoints import llama
+from support.run_folders import make_run
+from support.saving import saved
 
 from llamax import __version__
 from llamax.__main__ import COMMANDS, dispatch
@@ -65,6 +70,27 @@ for name in COMMANDS:
     # the setting of steady_heap, so that train does not start again
     environ = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, env=environ)
+
+
+def test_commands_that_only_look_need_no_torch(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", 12)
+    checkpoint = saved(tmp_path / "saved", llama(), torch.bfloat16, 2)
+    commands: list[tuple[list[str], list[str]]] = [
+        (["plan", "--config", "tinyllama-1.1b"], ["torch", "numpy"]),
+        (["plan", "--config", "tinyllama-1.1b", "--search"], ["torch", "numpy"]),
+        (["watch", str(run), "--once"], ["torch", "numpy"]),
+        (["report", str(run), "--out", str(tmp_path / "page.html")], ["torch"]),
+        (["inspect", str(checkpoint)], ["torch", "tokenizers"]),
+        (["inspect", str(checkpoint.parent)], ["torch", "tokenizers"]),
+    ]
+    code = f"""
+import sys
+from llamax.__main__ import dispatch
+for words, heavy in {commands}:
+    assert dispatch(words) == 0, words
+    assert not {{*heavy}} & {{*sys.modules}}, words
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("options", [["--help"], ["--config", "no-such-recipe"]])

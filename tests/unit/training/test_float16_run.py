@@ -16,7 +16,7 @@ from llamax.config.schema import Config
 from llamax.optim.loss_scale import LossScale, LossScaleState
 from llamax.parallel.collectives import Axes
 from llamax.parallel.rendezvous import Rendezvous
-from llamax.tools.inspect import describe
+from llamax.tools.inspect.description import describe
 from llamax.train import train
 
 
