@@ -86,7 +86,7 @@ def section_of(hint: Any) -> Any:
 
 
 @cache
-def _inner(kind: type) -> tuple[str, ...]:
+def _inner(kind: Any) -> tuple[str, ...]:
     """The fields of a dataclass that hold, or may hold, a dataclass."""
     return tuple(name for name, hint in type_hints(kind).items() if section_of(hint))
 
@@ -94,7 +94,8 @@ def _inner(kind: type) -> tuple[str, ...]:
 def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(prefix, dataclass) of a section and of every section inside it, owners first."""
     yield prefix, section
-    for name in _inner(type(section)):
+    kind: Any = type(section)
+    for name in _inner(kind):
         if is_dataclass(value := getattr(section, name)):
             yield from walk(value, f"{prefix}.{name}" if prefix else name)
 
@@ -110,7 +111,7 @@ def options(kind: type, prefix: str = "") -> Iterator[Option]:
 
 
 @cache
-def _limits(kind: type) -> tuple[tuple[str, tuple[Any, ...], Range | None], ...]:
+def _limits(kind: Any) -> tuple[tuple[str, tuple[Any, ...], Range | None], ...]:
     """The fields of a dataclass that hold certain words or numbers: name, words, range."""
     found = (
         (name, get_args(hint) if get_origin(hint) is Literal else (), range_of(hint))
@@ -122,7 +123,8 @@ def _limits(kind: type) -> tuple[tuple[str, tuple[Any, ...], Range | None], ...]
 def out_of_range(section: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(key, problem) of every value that its field must not hold, sections inside included."""
     for above, owner in walk(section, prefix):
-        for name, words, allowed in _limits(type(owner)):
+        kind: Any = type(owner)
+        for name, words, allowed in _limits(kind):
             value = getattr(owner, name)
             if words:
                 if value not in words:

@@ -174,6 +174,33 @@ def test_every_rank_and_step_is_one_program(
     assert found.memory.weights > 0
 
 
+@pytest.mark.parametrize("sequence", [True, False])
+def test_a_loss_in_chunks_is_one_program_with_two_sums_a_chunk(data: Path, sequence: bool) -> None:
+    """Half of 2^15 rows on each tensor rank: chunks of 1,024 tokens."""
+    cfg = tiny(data)
+    cfg = replace(
+        cfg,
+        model=replace(cfg.model, vocab_size=2**15, max_position_embeddings=1024),
+        data=replace(cfg.data, sequence_length=1024, micro_batch=3, global_batch=6),
+        parallel=replace(cfg.parallel, sequence=sequence, bucket_bytes=2**20),
+    )
+    found = audited(cfg)
+    assert found.passes, found.problems
+    for kind in found.kinds:
+        assert kind.formula is not None
+        assert sorted(map(str, kind.collectives)) == sorted(map(str, kind.formula)), kind.name
+    microstep = found.kinds[0]
+    around = 0 if sequence else 4 * cfg.model.num_hidden_layers + 2
+    (sums,) = (
+        each for each in microstep.collectives if (each.axis, each.kind) == ("tp", "all-reduce")
+    )
+    assert sums.count == 2 * 3 + around
+    chunk = hlo.Shape("f32", (1024, 2**14), False)
+    assert any(each.shape == chunk for each in microstep.program.instructions)
+    logits = 3 * chunk.nbytes
+    assert all(each.nbytes < logits for each in microstep.program.instructions)
+
+
 # --- planted defects
 
 

@@ -24,8 +24,8 @@ from llamax.config.schema import Config, ParallelConfig
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.tools.audit import hlo
-from llamax.tools.audit.auditor import audit, measure, with_flash
-from llamax.tools.audit.flash import flash_stand_in
+from llamax.tools.audit.auditor import audit, measure, with_kernels
+from llamax.tools.audit.flash import kernels_stand_in
 from llamax.tools.audit.report import Memory
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
 from llamax.tools.plan import search
@@ -111,7 +111,7 @@ def test_the_flash_kernel_is_traced_by_its_tensors_alone() -> None:
         run = TracedRun(resolved, 0, tracer, data)
         programs = {each.kind: hlo.read(each.text) for each in run.step(1, (0,))}
         plain = measure(run, programs, TRN1)
-        flash = measure(run, {**programs, **with_flash(run)}, TRN1)
+        flash = measure(run, {**programs, **with_kernels(run)}, TRN1)
     share = share_of(cfg, MESH)
     scores = 4 * pairs(share)
     assert plain.live["microstep"].added_bytes > scores > flash.live["microstep"].added_bytes
@@ -121,11 +121,30 @@ def test_the_flash_kernel_is_traced_by_its_tensors_alone() -> None:
     with made_up_tokens(resolved) as data:
         run = TracedRun(on_mesh(separate, MESH), 0, tracer, data)
         programs = {each.kind: hlo.read(each.text) for each in run.step(1, (0,))}
-        apart = measure(run, {**programs, **with_flash(run)}, TRN1)
+        apart = measure(run, {**programs, **with_kernels(run)}, TRN1)
     assert apart.peak <= memory(share_of(separate, MESH), TRN1).peak <= 1.10 * apart.peak
     narrow = replace(cfg, model=replace(cfg.model, head_dim=16))
+    exact = replace(narrow, run=replace(narrow.run, dtype="float32"))
     with made_up_tokens(resolved) as data:
-        assert with_flash(TracedRun(on_mesh(narrow, MESH), 0, tracer, data)) == {}
+        assert with_kernels(TracedRun(on_mesh(exact, MESH), 0, tracer, data)) == {}
+
+
+def test_a_loss_by_kernels_is_counted_where_those_of_attention_refuse_its_shape() -> None:
+    tracer = Tracer(Rendezvous(), debug=False)
+    cfg = small(2, "full", "bfloat16")
+    cfg = replace(cfg, model=replace(cfg.model, vocab_size=2**15))
+    resolved = on_mesh(cfg, MESH)
+    with made_up_tokens(resolved) as data:
+        run = TracedRun(resolved, 0, tracer, data)
+        plain = {each.kind: hlo.read(each.text) for each in run.step(1, (0,))}
+        found = with_kernels(run)
+    text = found["microstep"].normal
+    assert 'custom_call_target="loss"' in text
+    assert 'custom_call_target="flash"' not in text
+    counted, planned = measure(run, {**plain, **found}, TRN1), memory(share_of(cfg, MESH), TRN1)
+    logits = 4 * cfg.data.micro_batch * cfg.data.sequence_length * 2**14
+    assert measure(run, plain, TRN1).peak - counted.peak > logits / 2
+    assert counted.peak <= planned.peak <= 1.10 * counted.peak
 
 
 def test_a_loss_by_kernels_is_traced_without_logits() -> None:
@@ -140,7 +159,7 @@ def test_a_loss_by_kernels_is_traced_without_logits() -> None:
     resolved = on_mesh(cfg, MESH)
     texts = []
     for rank in (0, 1):
-        with made_up_tokens(resolved) as data, flash_stand_in():
+        with made_up_tokens(resolved) as data, kernels_stand_in():
             run = TracedRun(resolved, rank, tracer, data)
             programs = {each.kind: each.text for each in run.step(1, (0,))}
         texts.append(hlo.normal(programs["microstep"]))
@@ -154,6 +173,27 @@ def test_a_loss_by_kernels_is_traced_without_logits() -> None:
     assert len(sums) == 2
     found = measure(run, {kind: hlo.read(text) for kind, text in programs.items()}, TRN1)
     assert found.peak <= memory(share_of(cfg, MESH), TRN1).peak <= 1.10 * found.peak
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_logits_of_a_chunk_go_before_those_of_the_next_come(dtype: Any) -> None:
+    """However many there are: 2 and 6 chunks, of a length that the kernels refuse."""
+    tracer, spans = Tracer(Rendezvous(), debug=False), []
+    logits = 4 * 1024 * 2**14
+    for micro_batch in (8, 24):
+        cfg = small(2, "full", dtype)
+        cfg = replace(
+            cfg,
+            model=replace(cfg.model, vocab_size=2**15),
+            data=replace(
+                cfg.data, sequence_length=250, micro_batch=micro_batch, global_batch=2 * micro_batch
+            ),
+        )
+        found, planned = traced(cfg, tracer), memory(share_of(cfg, MESH), TRN1)
+        counted = found.peak - found.reserve  # with the logits once more, as of two passes
+        assert counted - logits <= planned.peak - found.reserve <= 1.10 * counted
+        spans.append(found.live["microstep"].between_bytes)
+    assert 2 * logits <= spans[0] <= spans[1] < 3 * logits
 
 
 def test_the_audit_accepts_what_the_search_offers_and_counts_the_same() -> None:

@@ -17,14 +17,7 @@ from typing import Literal, get_args
 import torch
 
 from llamax.backends.tracing import Tracer
-from llamax.config.constants import (
-    FLASH_MULTIPLE,
-    GRADIENT_BYTES,
-    NKI_MULTIPLE,
-    flash_refusal,
-    loss_chunk_tokens,
-    nki_refusal,
-)
+from llamax.config.constants import GRADIENT_BYTES, loss_chunk_tokens
 from llamax.config.flops import flops_per_token
 from llamax.config.hardware import GIB, Machine, load_machine
 from llamax.config.load import load_config
@@ -40,10 +33,9 @@ from llamax.runtime.errors import ConfigError
 from llamax.runtime.progress import reported, tracked
 from llamax.runtime.units import count
 from llamax.runtime.versions import installed
-from llamax.tools.audit import census, formulas, hlo, on_chip_loss
+from llamax.tools.audit import census, flash, formulas, hlo, on_chip_loss
 from llamax.tools.audit.census import Traffic
 from llamax.tools.audit.diff import difference
-from llamax.tools.audit.flash import flash_stand_in
 from llamax.tools.audit.formulas import group_shapes
 from llamax.tools.audit.report import (
     AuditReport,
@@ -199,19 +191,15 @@ def programs_of(
         )
         for name, program in programs.items()
     )
-    return kinds, measure(first, {**programs, **with_flash(first)}, machine), divergences
+    return kinds, measure(first, {**programs, **with_kernels(first)}, machine), divergences
 
 
-def with_flash(traced: TracedRun) -> dict[str, hlo.Program]:
-    """The programs of a step with the flash kernel's tensors, where the kernel can run."""
-    config = traced.run.config
-    length, head_dim = config.data.sequence_length, config.model.head_dim
-    context = traced.run.mesh.cp
-    if context == 1 and nki_refusal(length, head_dim):
+def with_kernels(traced: TracedRun) -> dict[str, hlo.Program]:
+    """The programs of a step with the tensors of the kernels that can run; none where none can."""
+    attends = not flash.refusal(traced.run.config)
+    if not attends and not on_chip_loss.computes(traced.run.config):
         return {}
-    if context > 1 and flash_refusal(length, head_dim, config.data.separate_documents, context):
-        return {}
-    with flash_stand_in(), traced.tracer.without_debug():
+    with flash.kernels_stand_in(attends), traced.tracer.without_debug():
         return {each.kind: hlo.read(each.text) for each in traced.brief()}
 
 
@@ -367,26 +355,9 @@ def in_flight_bytes(traced: TracedRun) -> int:
 
 
 def notes(config: Config) -> Iterator[str]:
-    """Notes on the kernels of attention and of the loss."""
+    """Notes on the kernels of the loss and of attention."""
     yield from on_chip_loss.notes(config)
-    length, head_dim = config.data.sequence_length, config.model.head_dim
-    context = config.parallel.context
-    why = nki_refusal(length, head_dim)
-    if context > 1:
-        why = flash_refusal(length, head_dim, config.data.separate_documents, context)
-    if not why:
-        kernel = "the flash kernel" if context > 1 else "llamax's NKI kernel"
-        yield (
-            f"attention is traced as plain operations of llamax; on NeuronCores {kernel} replaces "
-            "them, and memory is estimated with its tensors"
-        )
-        return
-    remedy = ""
-    if context > 1 and length % (2 * context * FLASH_MULTIPLE):
-        remedy = "; use fewer context ranks"
-    elif context == 1 and length % NKI_MULTIPLE:
-        remedy = f"; use {max(1, round(length / NKI_MULTIPLE)) * NKI_MULTIPLE}"
-    yield f"{why}, so attention computes every pair of tokens without a kernel{remedy}"
+    yield from flash.notes(config)
 
 
 def check_machine(machine: Machine) -> None:

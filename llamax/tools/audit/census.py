@@ -4,17 +4,19 @@ Bytes of collectives are those that one rank sends over links in a ring, as in
 ``llamax.parallel.collectives``.  A matrix product over k elements counts 2 k FLOPs for each element
 of its result, every other operation one FLOP for each element.
 
-**Live bytes** are an estimate, because the compiler chooses the order and the fusions.  Assumed:
-operations run in program order, except that one that frees more than it makes runs at once;
-element-wise work is fused into its only user; an output reuses the memory of an input of the same
-shape (donation).  An output that takes the place of a tensor which the program does not read, as
-new weights do in the update, needs no memory beside it: the old tensor is released first.
+**Live bytes** are an estimate, because the compiler chooses the order and the fusions. Assumed:
+operations run when a result needs them, those for the largest of its operands first, except that
+one that frees more than it makes runs at once, as does all that is left to do with a result where
+that makes no more; element-wise work is fused into its only user, but products are added up one by
+one; an output reuses the memory of an input of the same shape (donation). An output that takes the
+place of a tensor which the program does not read, as new weights do in the update, needs no memory
+beside it: the old tensor is released first.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -32,6 +34,10 @@ NO_WORK |= {"transpose", "slice", "convert", "bitcast", "copy", "opt-barrier", "
 VIEWS = {"reshape", "get-tuple-element", "bitcast", "tuple", "opt-barrier"}
 OWN_MEMORY = {"dot", "gather", "scatter", "reduce", "concatenate", "custom-call", "sort", "while"}
 OWN_MEMORY |= {"dynamic-update-slice", "convolution", "conditional", "parameter"} | set(COLLECTIVES)
+
+FEW = 64  # operations that run at once to free a result
+SMALL_BYTES = 2**16  # results for which that is not tried
+SPARE = 1.02  # what they may make, for each byte that they free
 
 DYNAMIC = "a shape that depends on values"
 Groups = tuple[tuple[int, ...], ...]
@@ -147,7 +153,8 @@ def live(program: Program, replaceable: Iterable[Shape] = ()) -> Live:
         for operand in dict.fromkeys(each.operands):
             users[operand].append(each.name)
     outputs = {_whole(name, by_name): by_name[name].shape for name in program.outputs}
-    size = {each.name: _allocated(each, users, outputs) for each in program.instructions}
+    own = {*outputs, *_sums(program, users)}
+    size = {each.name: _allocated(each, users, own) for each in program.instructions}
     needs = {each.name: _roots(each, by_name, size) for each in program.instructions}
     waiting = Counter[str]()
     for name, roots in needs.items():
@@ -156,8 +163,7 @@ def live(program: Program, replaceable: Iterable[Shape] = ()) -> Live:
     for name in outputs:
         waiting.update([name] if size[name] is not None else needs[name])
 
-    order = [each.name for each in program.instructions if size[each.name] is not None]
-    makers = [name for name in order if by_name[name].opcode != "parameter"]
+    makers = _depth_first(program, size, needs, outputs)
     available = Counter(str(each.shape) for each in program.parameters)
     wanted = Counter(map(str, outputs.values()))
     donated = {shape: min(available[shape], wanted[shape]) for shape in wanted}
@@ -187,6 +193,28 @@ def live(program: Program, replaceable: Iterable[Shape] = ()) -> Live:
 
     def frees(name: str) -> int:
         return sum(bytes_of(root) for root in needs[name] if left[root] == 1)
+
+    def finish(result: str) -> list[str]:
+        """What is left to run before a result is freed; empty where it would make more."""
+        if bytes_of(result) < SMALL_BYTES:
+            return []
+        found, seen, made = list[str](), set[str](), 0
+        stack = [(user, False) for user in consumers.get(result, ()) if user not in done]
+        if left[result] != len(stack):  # it is an output
+            return []
+        while stack:
+            name, complete = stack.pop()
+            if complete:
+                found.append(name)
+            elif name not in seen:
+                seen.add(name)
+                made += bytes_of(name)
+                if made > SPARE * bytes_of(result) or len(seen) > FEW:
+                    return []
+                stack.append((name, True))
+                unmade = (root for root in needs[name] if root in missing and root not in done)
+                stack += [(root, False) for root in unmade if root not in seen]
+        return found
 
     def run(name: str) -> None:
         nonlocal now, peak, output, replaced
@@ -220,10 +248,40 @@ def live(program: Program, replaceable: Iterable[Shape] = ()) -> Live:
                 user
                 for user in (*last, *consumers.get(name, ()))
                 if user not in done and not missing[user]
-                if user in outputs or frees(user) >= bytes_of(user)
+                if user in own or frees(user) >= bytes_of(user)
             ]
+            stack += next(filter(None, map(finish, (name, *needs[name]))), [])[::-1]
     inputs = sum(each.nbytes for each in program.parameters)
     return Live(inputs, output, peak - output, replaced)
+
+
+def _depth_first(
+    program: Program,
+    size: Mapping[str, int | None],
+    needs: Mapping[str, Sequence[str]],
+    outputs: Container[str],
+) -> list[str]:
+    """What has memory of its own, each after what it needs, and of that the largest first."""
+    names = [each.name for each in program.instructions if each.opcode != "parameter"]
+    makers = [name for name in names if size[name] is not None]
+    weights: dict[str, int] = {}  # bytes on the path to a result that makes most
+    for name in makers:
+        before = (weights[root] for root in needs[name] if root in weights)
+        weights[name] = (size[name] or 0) + max(before, default=0)
+    read = {root for name in makers for root in needs[name]}
+    order: dict[str, None] = {}
+    stack = [(name, False) for name in reversed(makers) if name in outputs or name not in read]
+    seen = set[str]()
+    while stack:
+        name, complete = stack.pop()
+        if complete:
+            order[name] = None
+        elif name not in seen:
+            seen.add(name)
+            stack.append((name, True))
+            unmade = [root for root in needs[name] if root in weights and root not in seen]
+            stack += [(root, False) for root in sorted(unmade, key=weights.__getitem__)]
+    return [*order]
 
 
 def _whole(name: str, by_name: Mapping[str, Instruction]) -> str:
@@ -234,14 +292,32 @@ def _whole(name: str, by_name: Mapping[str, Instruction]) -> str:
 
 
 def _allocated(
-    each: Instruction, users: Mapping[str, list[str]], outputs: Container[str]
+    each: Instruction, users: Mapping[str, list[str]], own: Container[str]
 ) -> int | None:
     """Bytes allocated for a result; None where it is fused away or a view."""
     if each.opcode in VIEWS or each.opcode in ("constant", "iota", "broadcast"):
         return None
-    if each.opcode in OWN_MEMORY or each.name in outputs or len(users[each.name]) > 1:
+    if each.opcode in OWN_MEMORY or each.name in own or len(users[each.name]) > 1:
         return each.nbytes
     return None
+
+
+def _sums(program: Program, users: Mapping[str, list[str]]) -> set[str]:
+    """The sums over several matrix products, which take them one by one: 0 + a, then + b, ..."""
+    found, by_name = set[str](), program.by_name
+
+    def is_product(name: str) -> bool:
+        while by_name[name].opcode in ("convert", "multiply") and len(users[name]) == 1:
+            name = by_name[name].operands[0]
+        return by_name[name].opcode == "dot" and len(users[name]) == 1
+
+    for each in program.instructions:
+        if each.opcode == "add":
+            a, b = each.operands
+            other = b if is_product(a) else a if is_product(b) else ""
+            if other in found or (other and by_name[other].opcode == "broadcast"):
+                found.add(each.name)
+    return found
 
 
 def _roots(

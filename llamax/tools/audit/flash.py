@@ -16,8 +16,38 @@ from torch import Tensor
 
 from llamax import ops
 from llamax.backends.tracing import opaque
+from llamax.config.constants import FLASH_MULTIPLE, NKI_MULTIPLE, flash_refusal, nki_refusal
+from llamax.config.schema import Config
 from llamax.parallel.collectives import Axis
 from llamax.tools.audit import on_chip_loss
+
+
+def refusal(config: Config) -> str:
+    """Why no kernel of a NeuronCore computes the attention of a run; empty where one does."""
+    data, model, context = config.data, config.model, config.parallel.context
+    if context == 1:
+        return nki_refusal(data.sequence_length, model.head_dim)
+    documents = data.separate_documents
+    return flash_refusal(data.sequence_length, model.head_dim, documents, context)
+
+
+def notes(config: Config) -> Iterator[str]:
+    """A note on the kernel of attention, or on why there is none."""
+    length, context = config.data.sequence_length, config.parallel.context
+    why = refusal(config)
+    if not why:
+        kernel = "the flash kernel" if context > 1 else "llamax's NKI kernel"
+        yield (
+            f"attention is traced as plain operations of llamax; on NeuronCores {kernel} replaces "
+            "them, and memory is estimated with its tensors"
+        )
+        return
+    remedy = ""
+    if context > 1 and length % (2 * context * FLASH_MULTIPLE):
+        remedy = "; use fewer context ranks"
+    elif context == 1 and length % NKI_MULTIPLE:
+        remedy = f"; use {max(1, round(length / NKI_MULTIPLE)) * NKI_MULTIPLE}"
+    yield f"{why}, so attention computes every pair of tokens without a kernel{remedy}"
 
 
 class Flash(torch.autograd.Function):
@@ -116,10 +146,11 @@ STAND_INS: dict[str, Callable[..., Tensor]] = {
 
 
 @contextmanager
-def flash_stand_in() -> Iterator[None]:
-    """Trace attention and, where kernels accept it, the loss as stand-ins while the block runs."""
+def kernels_stand_in(attends: bool = True) -> Iterator[None]:
+    """Trace the kernels as stand-ins in the block: of attention, if it ``attends`` by them, and of
+    the loss, where they accept it."""
     table = dict(ops.TABLE)
-    for name, kernel in STAND_INS.items():
+    for name, kernel in STAND_INS.items() if attends else ():
         ops.TABLE[name] = (ops.Row("stand-in", lambda *_: True, kernel), *table[name])
     for name in ("statistics", "gradients"):
         row = ops.Row("stand-in", on_chip_loss.accepts, getattr(on_chip_loss, name))

@@ -22,12 +22,17 @@ def accepts(x: Tensor, weight: Tensor, labels: Tensor) -> bool:
     return narrow and not nki_loss_refusal(labels.numel(), weight.shape[1])
 
 
-def notes(config: Config) -> Iterator[str]:
-    """A note where a NeuronCore's kernels compute the loss of this run."""
+def computes(config: Config) -> bool:
+    """Whether a NeuronCore's kernels compute the loss of a run."""
     data, degree = config.data, config.parallel.context
     tokens = data.micro_batch * data.sequence_length // degree
-    refused = nki_loss_refusal(tokens, config.model.hidden_size)
-    if config.run.dtype == "bfloat16" and not refused:
+    narrow = config.run.dtype == "bfloat16"
+    return narrow and not nki_loss_refusal(tokens, config.model.hidden_size)
+
+
+def notes(config: Config) -> Iterator[str]:
+    """A note where a NeuronCore's kernels compute the loss of this run."""
+    if computes(config):
         yield (
             "the loss is traced as plain operations; on NeuronCores llamax's NKI kernels replace "
             "them, with two collectives in all and no logits in memory"

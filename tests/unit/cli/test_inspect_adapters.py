@@ -21,7 +21,7 @@ from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.units import show_number
-from llamax.tools import inspect
+from llamax.tools.inspect import description
 from llamax.train import train
 
 
@@ -44,7 +44,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_inspect_describes_an_adapter_checkpoint(run: Path) -> None:
     saved = Checkpoint(newest_checkpoint(run / "run") or "")
-    found = {label: str(value) for label, value in inspect.describe(saved.folder)}
+    found = {label: str(value) for label, value in description.describe(saved.folder)}
     whole = ModelConfig.from_hub(saved.model).num_parameters()
     assert found["model"].startswith(f"Llama of {show_number(whole)} parameters")
     about = adapter_info(saved)
@@ -55,7 +55,7 @@ def test_inspect_describes_an_adapter_checkpoint(run: Path) -> None:
 
 def test_inspect_describes_an_adapter_folder(run: Path, tmp_path: Path) -> None:
     folder = export_adapter(Checkpoint(newest_checkpoint(run / "run") or ""), tmp_path / "adapter")
-    found = {label: str(value) for label, value in inspect.describe(folder, verify=True)}
+    found = {label: str(value) for label, value in description.describe(folder, verify=True)}
     about = PeftFolder(folder).info
     assert found["PEFT adapter"] == str(folder)
     assert found["base"] == f"{about.base}, fingerprint {about.fingerprint[:12]}"
@@ -64,4 +64,4 @@ def test_inspect_describes_an_adapter_folder(run: Path, tmp_path: Path) -> None:
     assert found["files"].startswith("1, ")
     assert found["verified"].startswith("nothing: ")
     (folder / BASE_JSON).unlink()
-    assert dict(inspect.describe(folder))["base"] == about.base
+    assert dict(description.describe(folder))["base"] == about.base

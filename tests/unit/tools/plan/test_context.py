@@ -71,8 +71,8 @@ def test_degrees_that_are_tried() -> None:
 
 def test_the_search_finds_the_recipe_and_rings_where_gathered_keys_do_not_fit() -> None:
     plans, _ = search(RECIPE, TRN1, 32)
-    best = [(each.run.mesh.tp, each.run.mesh.cp) for each in plans[:2]]
-    assert (8, 4) in best
+    as_it_is = [each for each in plans if each.run.config.parallel.zero == 1]
+    assert (8, 4) in [(each.run.mesh.tp, each.run.mesh.cp) for each in as_it_is[:2]]
     fits = {each.run.config: each.memory.fits and not each.memory.tight for each in plans}
     rings = [each for each in plans if each.run.config.parallel.context_by == "ring"]
     for each in rings:
