@@ -4,17 +4,16 @@
 
     w [out, in]  ->  codes int8 [out, in], scales [out]      w ~ codes * scales[:, None]
 
-A few rows of activations, as in decoding, are multiplied with the integers themselves, a quarter of
-the bytes of float32.  Where the processor has units for such products (VNNI, AMX), an activation is
-rounded to 16 bits and cut into two integers of 8::
+Activations are multiplied with the integers themselves, a quarter of the bytes of float32, where
+the processor has units for such products (VNNI, AMX).  There an activation is rounded to 16 bits
+and cut into two integers of 8::
 
     x [in]  ->  high, low int8 [in], largest        x ~ (254 high + low) * largest / 32258
 
 Sums of integers are exact, so these products do not depend on the other rows of a batch.
 Elsewhere, and for so few rows that this takes longer (``integer_rows``), torch's weight-only kernel
-takes activations in bfloat16.
-Both kernels are for rows of whole blocks of 32; other weights are made dense, as are all for many
-rows, where computing takes longer than reading.
+takes activations in bfloat16, up to 32 rows.  Both kernels are for rows of whole blocks of 32; in
+all other cases weights are made dense, some rows at a time.
 
 Embedding and norms stay as they are.  Source: Dettmers et al. 2022, "LLM.int8()", section 2.1,
 weights only.
@@ -34,10 +33,11 @@ from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
 from llamax.parallel.tensor_parallel import ColumnLinear, ParallelLayer, RowLinear
 
-FEW_ROWS = 128  # up to which the product of integers is faster than a dense one
-FEW_BFLOAT16_ROWS = 32  # the same for torch's weight-only kernel
+FEW_ROWS = 32  # up to which torch's weight-only kernel is faster than a dense product
+NEVER = 2**31  # rows
 KERNEL_COLUMNS = 32  # a block of both kernels
 AT_ONCE = 2**18  # weights quantised, or made dense, at once: bounds the float32 copies
+ROWS_AT_ONCE = 128  # of activations, in products of integers
 SUMS_AT_ONCE = 2**14  # of integers: 64 KiB, less than what a bounded heap maps anew
 LARGEST = 127
 LOW_STEPS = 2 * LARGEST  # steps of the low integer in one of the high
@@ -85,10 +85,10 @@ class Int8Linear(ParallelLayer):
         """This rank's product of ``count`` rows: [n, in] -> [n, out], in its kernel's dtype."""
         codes, scales = self.codes, self.scales
         if codes.shape[1] % KERNEL_COLUMNS == 0:
-            if integer_rows() <= count <= FEW_ROWS:
+            if integer_rows() <= count:
                 wide_scales = scales.float()
                 return lambda x: integer_product(x.float(), codes, wide_scales)
-            if count <= FEW_BFLOAT16_ROWS:
+            if count <= FEW_ROWS:
                 return lambda x: torch._weight_int8pack_mm(x.bfloat16(), codes, scales)
         return self._dense_product
 
@@ -108,32 +108,33 @@ class Int8Linear(ParallelLayer):
 
 @cache
 def integer_rows() -> int:
-    """The number of rows from which the product of integers is the faster one.
+    """The number of rows from which the product of integers is the fastest.
 
-    More than ``FEW_ROWS``, which is never, without VNNI: sums of two products are then cut off at
-    16 bits.
+    It is for no number without VNNI: sums of two products are then cut off at 16 bits.
     """
     if torch.cpu._is_amx_tile_supported():
         return 2
-    return 4 if torch.cpu._is_vnni_supported() else FEW_ROWS + 1
+    return 4 if torch.cpu._is_vnni_supported() else NEVER
 
 
 def integer_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """``x @ (codes * scales[:, None]).T`` with x rounded to 16 bits: [n, in] -> [n, out], fp32.
 
-    A few rows of the codes at a time, for which the heap has room that it need not ask for.
+    A few rows of x and of the codes at a time: sums that the heap has room for.
     """
-    count = len(x)
     largest = x.abs().amax(1, keepdim=True).clamp_(min=SMALLEST)
-    parts = (x * (STEPS / largest)).round_()
-    parts[1].sub_(parts[0], alpha=LOW_STEPS)
-    columns = parts.to(torch.int8).view(2 * count, -1).t()
-    y = x.new_empty(count, len(codes))
-    step = max(1, SUMS_AT_ONCE // (2 * count * KERNEL_COLUMNS)) * KERNEL_COLUMNS
-    for start in range(0, len(codes), step):
-        part = slice(start, start + step)
-        sums = torch._int_mm(codes[part], columns).float()
-        y[:, part] = torch.add(sums[:, count:], sums[:, :count], alpha=LOW_STEPS).t()
+    y = x.new_empty(len(x), len(codes))
+    for rows in range(0, len(x), ROWS_AT_ONCE):
+        block = slice(rows, rows + ROWS_AT_ONCE)
+        parts = (x[block] * (STEPS / largest[block])).round_()
+        parts[1].sub_(parts[0], alpha=LOW_STEPS)
+        columns = parts.to(torch.int8).flatten(0, 1).t()
+        count = columns.shape[1] // 2
+        step = max(1, SUMS_AT_ONCE // (2 * count * KERNEL_COLUMNS)) * KERNEL_COLUMNS
+        for start in range(0, len(codes), step):
+            part = slice(start, start + step)
+            sums = torch._int_mm(codes[part], columns).float()
+            y[block, part] = torch.add(sums[:, count:], sums[:, :count], alpha=LOW_STEPS).t()
     return y.mul_(largest / (LARGEST * LOW_STEPS)).mul_(scales)
 
 

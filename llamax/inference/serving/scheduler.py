@@ -31,7 +31,7 @@ from llamax.inference.sampling import Sampling
 from llamax.inference.serving.adapters import Adapters
 from llamax.inference.serving.kv_pool import KVPool
 from llamax.inference.serving.metrics import Metrics
-from llamax.model.int8 import FEW_ROWS, Int8Linear, integer_rows
+from llamax.model.int8 import NEVER, Int8Linear, integer_rows
 from llamax.model.llama import Llama
 from llamax.runtime.errors import LlamaxError
 from llamax.runtime.logging import logger
@@ -138,7 +138,7 @@ class Scheduler:
         self.pool, self._one_token = KVPool(model, slots, length), one_token(model)
         weight = next(model.parameters())
         in_bfloat16 = weight.dtype == torch.bfloat16 and ops.has_bf16_units()
-        in_int8 = isinstance(model.lm_head, Int8Linear) and integer_rows() <= FEW_ROWS
+        in_int8 = isinstance(model.lm_head, Int8Linear) and integer_rows() < NEVER
         self._compiles = weight.device.type == "cpu" and (in_bfloat16 or in_int8)
         self._waiting: deque[Request] = deque()
         self._active: list[Request] = []

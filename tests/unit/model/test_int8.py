@@ -20,7 +20,7 @@ from llamax.inference.checks import check_computing
 from llamax.inference.engine import LoadedModel
 from llamax.inference.serving.adapters import build_served
 from llamax.model import int8
-from llamax.model.int8 import FEW_BFLOAT16_ROWS, FEW_ROWS, Int8Linear
+from llamax.model.int8 import FEW_ROWS, NEVER, ROWS_AT_ONCE, Int8Linear
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
 from llamax.runtime.errors import ConfigError
@@ -28,7 +28,7 @@ from llamax.runtime.errors import ConfigError
 WIDE = tiny(hidden_size=64, intermediate_size=128, vocab_size=96, num_key_value_heads=4)
 
 
-KERNELS = {"bfloat16": FEW_ROWS + 1, "integers": 1}  # from how many rows integers are multiplied
+KERNELS = {"bfloat16": NEVER, "integers": 1}  # from how many rows integers are multiplied
 if not torch.cpu._is_vnni_supported():
     del KERNELS["integers"]
 
@@ -40,7 +40,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("rows", [1, FEW_BFLOAT16_ROWS, FEW_BFLOAT16_ROWS + 1, FEW_ROWS + 1])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1, ROWS_AT_ONCE + 1])
 @pytest.mark.parametrize(("out", "columns"), [(48, 64), (33, 96), (48, 40), (7, 12), (6, 1)])
 def test_the_product_is_that_of_the_rounded_weight(rows: int, out: int, columns: int) -> None:
     torch.manual_seed(0)
