@@ -11,19 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from glob import escape
 from pathlib import Path
 from typing import Any
 
 from llamax.data.chat.record import PromptRecord
 from llamax.data.megatron import IndexedFile, indexed_prefix, is_prefix
+from llamax.data.not_a_dataset import not_a_dataset
 from llamax.data.stream import Stream
 from llamax.data.token_file import GoOn, Header, TokenFile, Verify
 from llamax.data.tokenizer.tokenizer import fingerprint_of_file
-from llamax.runtime.errors import DataError, join_or
+from llamax.runtime.errors import DataError
 from llamax.runtime.files import is_file_name
 from llamax.runtime.json_reader import JsonError, read_object
-from llamax.runtime.text import in_shell
 
 SCANNED = 1 << 24  # tokens looked at together
 
@@ -140,27 +139,7 @@ def open_dataset(path: str | Path, verify: Verify = "start", vocab_size: int = 0
         return _open_folder(folder, verify, vocab_size)
     if is_prefix(folder):
         return Dataset(folder, IndexedFile(folder, verify, vocab_size), None)
-    if folder.suffix in (".idx", ".bin") and folder.is_file():
-        raise DataError(
-            f"{folder}: name a Megatron dataset by its prefix, {folder.with_suffix('')}"
-        )
-    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        raise DataError(
-            f"{folder}: is a folder that the package datasets wrote; prepare its rows: llamax "
-            f"prepare {in_shell(folder)} --out DATA"
-        )
-    what = "is not finished" if (folder / ".parts").is_dir() else "is not a dataset"
-    head = f"{folder}: {what} (has no dataset.json, and there is no {folder.name}.idx)"
-    if what == "is not a dataset" and (near := _prefixes_near(folder)):
-        raise DataError(f"{head}; did you mean {join_or(near)}?")
-    raise DataError(f"{head}; run llamax prepare --out {in_shell(folder)}")
-
-
-def _prefixes_near(path: Path) -> list[str]:
-    """Prefixes of Megatron datasets that are in a folder, or begin with a path; at most 4."""
-    inside = path.is_dir()
-    folder, pattern = (path, "*.idx") if inside else (path.parent, f"{escape(path.name)}*.idx")
-    return [str(found.with_suffix("")) for found in sorted(folder.glob(pattern))[:4]]
+    raise not_a_dataset(folder)
 
 
 def _open_folder(folder: Path, verify: Verify, vocab_size: int) -> Dataset:
