@@ -59,13 +59,9 @@ from llamax.training.compile_guard import CompileGuard
 from llamax.training.folder_checks import check_run_folder
 from llamax.training.heartbeat import Heartbeat, beating
 from llamax.training.inputs import Inputs, open_inputs
-from llamax.training.library import (
-    TrainedRun,
-    borrowed_process,
-    config_of,
-    run_programs,
-)
+from llamax.training.library import TrainedRun, borrowed_process, config_of, run_programs
 from llamax.training.local_ranks import STOPPED
+from llamax.training.metrics import check_installed
 from llamax.training.profiler import Profiler
 from llamax.training.recorder import Recorder
 from llamax.training.resolve import resolve
@@ -97,6 +93,8 @@ def _train(config: Config, where: Rendezvous, parts: Parts, began: float) -> Non
     with report_errors_once(where):
         run = config.run
         check_run_folder(Path(run.folder))
+        if where.rank == where.local_rank:  # the machine of rank 0, which alone writes records
+            check_installed(run)
         backend = choose(run.backend, where, run.threads, run.stochastic_rounding)
         inputs = open_inputs(config)
         node_ranks = node_limit(run.backend, where.local_world_size)

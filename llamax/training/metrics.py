@@ -18,12 +18,14 @@ import secrets
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from io import StringIO
 from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from llamax.config.schema import RunConfig
 from llamax.runtime.errors import BackendError, DataError
 from llamax.runtime.files import (
     make_folder,
@@ -99,6 +101,27 @@ def is_ids(value: Any) -> bool:
 
 
 # ---- the views
+
+
+def check_installed(run: RunConfig) -> None:
+    """Raise BackendError if a view that ``run`` asks for needs a package that is not installed."""
+    views = (
+        (
+            run.tensorboard,
+            "tensorboard=true",
+            "'llamax[tensorboard]', or use run.tensorboard=false",
+        ),
+        (run.wandb != "off", f"wandb={run.wandb}", "'llamax[wandb]', or use run.wandb=off"),
+        (run.trackio, f"trackio={run.trackio}", "'llamax[trackio]', or leave run.trackio out"),
+    )
+    for asked, setting, remedy in views:
+        package = setting.partition("=")[0]
+        # A folder of this name, such as run.folder/wandb, is found too, but has no origin.
+        if asked and getattr(find_spec(package), "origin", None) is None:
+            raise BackendError(
+                f"run.{setting} needs the package {package}, which is not installed; pip install "
+                f"{remedy}"
+            )
 
 
 class Writer(Protocol):
@@ -211,13 +234,8 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path, resumed_step: int = 0) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise BackendError(
-                "run.tensorboard=true needs the package tensorboard, which is not installed; "
-                "pip install 'llamax[tensorboard]', or use run.tensorboard=false"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         make_folder(folder)
         self.events: SummaryWriter = SummaryWriter(
             str(folder), purge_step=resumed_step + 1 if resumed_step else 0
@@ -267,13 +285,8 @@ class WandbWriter:
         kept: Sequence[Record] = (),
         went_back: bool = False,
     ) -> None:
-        try:
-            import wandb  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        except ImportError:
-            raise BackendError(
-                f"run.wandb={mode} needs the package wandb, which is not installed; "
-                "pip install 'llamax[wandb]', or use run.wandb=off"
-            ) from None
+        import wandb  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
         make_folder(folder / "wandb")  # where W&B would follow a link
         first, run_id = _ids(folder / "wandb-id", went_back)
         self.run: Any = wandb.init(
@@ -317,13 +330,8 @@ class TrackioWriter:
         kept: Sequence[Record] = (),
         went_back: bool = False,
     ) -> None:
-        try:
-            import trackio  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        except ImportError:
-            raise BackendError(
-                f"run.trackio={project} needs the package trackio, which is not installed; "
-                "pip install 'llamax[trackio]', or leave run.trackio out"
-            ) from None
+        import trackio  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
         self._finish: Callable[[], None] = trackio.finish
         first, run_id = _ids(folder / "trackio-id", went_back)
         with redirect_stdout(StringIO()):  # it greets there

@@ -18,14 +18,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llamax.config.load import load_config
+from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError, DataError
+from llamax.train import train
 from llamax.training.metrics import (
     JsonlWriter,
     Record,
     TensorBoardWriter,
-    TrackioWriter,
     WandbWriter,
     Writers,
+    check_installed,
     read_jsonl,
     tagged,
 )
@@ -370,22 +373,23 @@ def test_trackio_has_every_step_once_after_kills(tmp_path: Path) -> None:
     assert trackio_runs(tmp_path) == [whole, second]
 
 
-def test_missing_trackio_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "trackio", None)
-    with pytest.raises(BackendError, match=r"run\.trackio=mine needs the package trackio, which"):
-        TrackioWriter(tmp_path, "mine", {})
-
-
-def test_missing_wandb_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(BackendError, match=r"run\.wandb=offline needs the package wandb"):
-        WandbWriter(tmp_path, "tests", "offline", {})
-
-
-def test_missing_tensorboard_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(BackendError, match=r"run.tensorboard=true needs the package tensorboard"):
-        TensorBoardWriter(tmp_path)
+@pytest.mark.parametrize("setting", ["tensorboard=true", "wandb=offline", "trackio=mine"])
+def test_a_missing_package_is_reported_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    """Before data are opened; a folder of the package's name, as W&B makes, is not the package."""
+    package = setting.partition("=")[0]
+    config = load_config("demo", [f"--run.{setting}", f"--run.folder={tmp_path}"])
+    monkeypatch.setitem(sys.modules, package, None)
+    says = rf"^run\.{setting} needs the package {package}, which is not installed; pip install"
+    with pytest.raises(BackendError, match=says):
+        train(config, Rendezvous())
+    monkeypatch.delitem(sys.modules, package)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    (tmp_path / package).mkdir()
+    with pytest.raises(BackendError, match=says):
+        check_installed(config.run)
+    check_installed(load_config("demo", ["--run.tensorboard=false"]).run)
 
 
 def test_writers_pass_on_and_close_also_after_an_error(tmp_path: Path) -> None:
