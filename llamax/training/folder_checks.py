@@ -18,22 +18,29 @@ from llamax.runtime.files import read_file, refuse_foreign_link
 from llamax.runtime.json_reader import parse_object
 
 REPLACED = (CONFIG_FILE, ENVIRONMENT_FILE, METRICS_FILE, LOCK_FILE)
+OF_OTHERS = {"config.json": "model", "dataset.json": "dataset"}  # a file of each kind of folder
 FIELDS = {"step", "consumed_tokens", "tokens_per_s"}  # of every record
 OWNER = re.compile(rb"(pid \d+ on .* since .*\n)?")
 
 
 def check_run_folder(folder: Path) -> None:
-    """Raise if a run folder holds files of something else, or another user links checkpoints.
+    """Raise if a run folder is something else's, or another user links checkpoints.
 
     A link of one's own, such as to a larger disk, is followed.  Raises ConfigError and LinkError.
     """
-    paths = [path for name in REPLACED if (path := folder / name).is_file()]
-    present = [path.name for path in paths if path.stat().st_size]
-    if present and not is_run(folder):
-        raise ConfigError(
-            f"run.folder={folder} holds a {present[0]} that is not of a run and would be "
-            "replaced; set run.folder to another folder"
-        )
+    if not is_run(folder):
+        for name in REPLACED:
+            if (path := folder / name).is_file() and path.stat().st_size:
+                raise ConfigError(
+                    f"run.folder={folder} holds a {name} that is not of a run and would be "
+                    "replaced; set run.folder to another folder"
+                )
+        for name, kind in OF_OTHERS.items():
+            if (folder / name).is_file():
+                raise ConfigError(
+                    f"run.folder={folder} is the folder of a {kind}; set run.folder to another "
+                    f"folder, {folder / 'run'} for example"
+                )
     refuse_foreign_link(folder / CHECKPOINTS_FOLDER)
 
 

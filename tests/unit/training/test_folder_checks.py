@@ -51,6 +51,16 @@ def test_files_of_another_program_are_not_replaced(tmp_path: Path, name: str, be
         check_run_folder(tmp_path)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("config.json", "model"), ("dataset.json", "dataset")])
+def test_a_model_or_a_dataset_does_not_become_a_run(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_text("{}")
+    says = rf"run\.folder=.* is the folder of a {kind}; set run\.folder to .*/run for example"
+    with pytest.raises(ConfigError, match=says):
+        check_run_folder(tmp_path)
+    (tmp_path / "checkpoints" / "step-00000005").mkdir(parents=True)
+    check_run_folder(tmp_path)
+
+
 @pytest.mark.parametrize("sign", ["lock", "metrics.jsonl", "checkpoints"])
 def test_a_run_is_known_by_what_it_has_written(tmp_path: Path, sign: str) -> None:
     for name in ("config.toml", "environment.json"):
