@@ -248,10 +248,14 @@ ROW = json.dumps({"text": "fine"}) + "\n"
     [
         ("a.txt", b"good \xff bad", r"a\.txt: byte 5 is not UTF-8 text \(0xff\)"),
         ("a.txt", b"good \0 bad", r"a\.txt: byte 5 is not UTF-8 text \(0x00\)"),
-        ("a.txt", b"", "holds no text"),
+        ("a.txt", b"", "holds no text; give"),
         ("a.jsonl", (ROW * 2 + "{broken\n" + ROW).encode(), r"a\.jsonl:3: the row is not JSON"),
         ("a.jsonl", (ROW + "[" * 100_000).encode(), r"a\.jsonl:2: the row is nested more than 64"),
-        ("a.jsonl", (ROW + '{"other": 1}\n').encode(), r"a\.jsonl:2: .*'text'.*\['other'\].*--key"),
+        (
+            "a.jsonl",
+            (ROW + '{"other": 1}\n').encode(),
+            r"a\.jsonl:2: .*'text' \(keys: other\).*--key",
+        ),
         ("a.jsonl", (ROW + '{"text": 7}\n').encode(), r"a\.jsonl:2: .*it is int"),
         ("a.jsonl", (ROW + "[1]\n").encode(), r"a\.jsonl:2: the row is list, not an object"),
         ("a.jsonl", (ROW + '{"text": "\\ud800"}\n').encode(), r"a\.jsonl:2: .*half a character"),
@@ -291,10 +295,28 @@ def test_a_worker_reports_a_mistake(
             out=tmp_path / "out")  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("pieces", "words"),
+    [
+        (290, r"its characters alone are (\d+)\); use \1 or more"),
+        (99_999, r"it has fewer different pieces\); use (\d+) or fewer, or more text"),
+    ],
+)
+def test_the_size_of_a_tokenizer_that_fits_is_named(
+    tmp_path: Path, pieces: int, words: str
+) -> None:
+    texts = python_sources(1)
+    with pytest.raises(DataError, match=words) as refusal:
+        train_sentencepiece(texts, pieces, tmp_path / "t.model")
+    named = re.search(words, str(refusal.value))
+    assert named is not None
+    train_sentencepiece(texts, int(named[1]), tmp_path / "t.model")
+
+
 def test_nothing_there(tokenizer: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused("no such file or folder", tmp_path / "none", "--tokenizer", tokenizer, out=out)
-    refused(r"holds no text \(files matching \*\.md\)", text, "--glob", "*.md",
+    refused(r"holds no text in files like \*\.md; give", text, "--glob", "*.md",
             "--tokenizer", tokenizer, out=out)  # fmt: skip
     refused("no such tokenizer", text, "--tokenizer", tmp_path / "none", out=out)
     assert not out.exists()

@@ -128,7 +128,7 @@ def test_packed_files_and_empty_tables_are_named(tokenizer: Path, tmp_path: Path
     folder = tmp_path / "folder"
     folder.mkdir()
     write_table(folder / "b.csv", [{"a": "1"}])
-    with pytest.raises(DataError, match=r"holds no text .*without a column 'text': .*b\.csv"):
+    with pytest.raises(DataError, match=r"no text, only tables without a column 'text': .*b\.csv"):
         prepare(tmp_path / "out", folder, *given)
 
 

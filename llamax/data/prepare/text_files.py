@@ -45,6 +45,7 @@ from llamax.runtime.json_reader import JsonError, parse_json
 from llamax.runtime.text import printable_line
 
 MOST_CHUNKS = 4096
+REMEDY = "correct or remove it"
 
 
 @dataclass(frozen=True)
@@ -128,10 +129,11 @@ def plan(
         chunks.append(tuple(small))
     if not chunks:
         tables = [name for name in left if kind_of(Path(name))]
-        why = f"; tables without a column {key!r}: {', '.join(tables[:8])}" if tables else ""
+        why = f", only tables without a column {key!r}: {', '.join(tables[:8])}" if tables else ""
+        only = "" if [*glob] == ["*"] else f" in files like {', '.join(glob)}"
         raise DataError(
-            f"{', '.join(map(str, inputs))}: holds no text (files matching {', '.join(glob)}"
-            f"{why}); give text files, JSONL files or folders of them"
+            f"{', '.join(map(str, inputs))}: holds no text{only}{why}; give text files, JSONL "
+            "files or folders of them"
         )
     return chunks
 
@@ -250,7 +252,7 @@ def documents(
             for place, row in read_rows(source, most):
                 problem = _problem(row, key)
                 if problem:
-                    raise DataError(f"{place}: the row {problem}; correct or remove it")
+                    raise DataError(f"{place}: the row {problem}")
                 _count_others(row, key, unread)
                 yield row[key]
         else:
@@ -303,26 +305,30 @@ def _row(line: bytes, key: str, source: Source, at: int, number: int) -> Row:
         row = parse_json(text, False)
         problem = _problem(row, key)
     except JsonError as error:
-        problem = str(error)
+        problem = f"{error}; {REMEDY}"
     if problem:
         line_number = number + _lines_before(source)
-        raise DataError(f"{source.path}:{line_number}: the row {problem}; correct or remove it")
+        raise DataError(f"{source.path}:{line_number}: the row {problem}")
     return dict(row)
 
 
 def _problem(row: Any, key: str) -> str:
-    """What is wrong with a row of text; empty if nothing is."""
+    """What is wrong with a row of text, and what to do; empty if nothing is."""
     if not isinstance(row, dict):
-        return f"is {type(row).__name__}, not an object"
-    if not isinstance(row.get(key), str):
-        names = printable_line(sorted(row), 200)
-        found = f"is {type(row[key]).__name__}" if key in row else f"is not among {names}"
+        return f"is {type(row).__name__}, not an object; {REMEDY}"
+    if key not in row:
+        names = printable_line(", ".join(sorted(row)) or "none", 200)
         ids = ", and token ids are not read" if "input_ids" in row else ""
-        return f"has no text under key {key!r} (it {found}{ids}); set `key`"
+        return (
+            f"has no text under key {key!r} (keys: {names}{ids}); name the key of the text with "
+            "`key`, or use `template`"
+        )
+    if not isinstance(row[key], str):
+        return f"has no text under key {key!r} (it is {type(row[key]).__name__}); {REMEDY}"
     try:
         row[key].encode()
     except UnicodeEncodeError as error:
-        return f"holds half a character (\\u{ord(row[key][error.start]):04x})"
+        return f"holds half a character (\\u{ord(row[key][error.start]):04x}); {REMEDY}"
     return ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -55,13 +56,22 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
         )
     except (RuntimeError, OSError) as error:
         if not failed:
-            # The reason stands between the engine's file, line and condition, and its advice.
-            reason = " ".join(str(error).split()).rpartition("] ")[2].partition(". ")[0]
             raise DataError(
-                f"no tokenizer of {vocab_size} pieces can be trained on this text ({reason}); "
-                "use another size (300 or more), or more text"
+                f"no tokenizer of {vocab_size} pieces can be trained on this text ({_why(error)}"
             ) from None
     if failed:
         raise failed[0]
     write_atomic(Path(out), b"".join(model))
     return Path(out)
+
+
+def _why(error: Exception) -> str:
+    """Why a tokenizer cannot be trained, in words of the engine, a bracket, and what to do."""
+    said = " ".join(str(error).split())
+    if most := re.search(r"set it to a value <= (\d+)", said):
+        return f"it has fewer different pieces); use {most[1]} or fewer, or more text"
+    if least := re.search(r"\d+ vs (\d+)", said):
+        return f"its characters alone are {least[1]}); use {least[1]} or more"
+    # The reason stands between the engine's file, line and condition, and its advice.
+    reason = said.rpartition("] ")[2].partition(". ")[0]
+    return f"{reason}); use another size (300 or more), or more text"

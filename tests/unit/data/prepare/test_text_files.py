@@ -53,7 +53,7 @@ def test_a_row_without_the_key_is_refused_with_a_short_line(tmp_path: Path) -> N
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({f"k{number}": "" for number in range(10_000)}) + "\n")
     with pytest.raises(
-        DataError, match=r"is not among \['k0', 'k1', .*\.\.\.\); set `key`"
+        DataError, match=r"\(keys: k0, k1, .*\.\.\.\); name the key of the text with `key`, or"
     ) as error:
         list(text_files.documents(text_files.plan([path])[0], "text"))
     assert len(str(error.value)) < 500
@@ -62,7 +62,7 @@ def test_a_row_without_the_key_is_refused_with_a_short_line(tmp_path: Path) -> N
 def test_a_row_of_token_ids_is_explained(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"input_ids": [1, 2]}\n')
-    with pytest.raises(DataError, match=r"among \['input_ids'\], and token ids are not read\)"):
+    with pytest.raises(DataError, match=r"\(keys: input_ids, and token ids are not read\)"):
         list(text_files.documents(text_files.plan([path])[0], "text"))
 
 
