@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llamax.checkpoint import manifest as files
 from llamax.checkpoint.adapter_record import AdapterInfo, recorded
 from llamax.checkpoint.listing import list_checkpoints, suggest_intact
+from llamax.checkpoint.safetensors_header import DTYPE_NAMES
 from llamax.config.constants import LOSS_SCALE_STATE, SPIKES_STATE
 from llamax.config.model import ModelConfig
 from llamax.data.chat.record import PROMPT, PromptRecord
@@ -27,6 +28,8 @@ from llamax.runtime.text import printable_line
 from llamax.runtime.units import amount, count, show_bytes, show_number
 
 if TYPE_CHECKING:
+    import torch
+
     from llamax.checkpoint.hf_folder import HfFolder
     from llamax.checkpoint.peft import PeftFolder
 
@@ -93,8 +96,8 @@ def _checkpoint(path: Path, verify: bool) -> Rows:
     yield from _model(manifest.model)
     if trained := recorded(path, manifest.state):
         yield from _lora(trained)
-    kept = Counter((k, one.dtype) for t in manifest.tensors.values() for k, one in t.kinds.items())
-    yield _kept([(*key, n) for key, n in kept.items()])
+    stored = (pair for tensor in manifest.tensors.values() for pair in tensor.kinds.items())
+    yield _tensors(Counter((kind, DTYPE_NAMES[one.dtype]) for kind, one in stored))
     shown = ("base", "finetune") if trained else ()
     for key, value in manifest.state.items():
         if key == SPIKES_STATE and isinstance(value, dict):
@@ -169,18 +172,22 @@ def _lora(info: AdapterInfo) -> Rows:
 
 
 def _weights(source: HfFolder | PeftFolder) -> Rows:
-    dtypes = Counter(str(source.dtype(name)).removeprefix("torch.") for name in source.names())
-    yield _kept([("weight", dtype, n) for dtype, n in dtypes.items()])
+    yield _tensors(Counter(("weight", _name(source.dtype(name))) for name in source.names()))
     yield _files(file.stat().st_size for file in source.folder.glob("*.safetensors"))
 
 
-def _kept(tensors: Sequence[tuple[str, str, int]]) -> Row:
+def _tensors(counts: Mapping[tuple[str, str], int]) -> Row:
     """How many tensors there are of each kind and dtype."""
     return Row(
-        "kept",
-        ", ".join(f"{kind} {dtype} x {n}" for kind, dtype, n in tensors),
-        tensors=[{"kind": kind, "dtype": dtype, "count": n} for kind, dtype, n in tensors],
+        "tensors",
+        ", ".join(f"{kind} {dtype} x {n}" for (kind, dtype), n in counts.items()),
+        tensors=[{"kind": kind, "dtype": dtype, "count": n} for (kind, dtype), n in counts.items()],
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    """The name of a dtype, as settings have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _no_hashes(verify: bool) -> Rows:
@@ -208,9 +215,7 @@ def _container(path: Path, verify: bool) -> Rows:
 
     header = read_header(path)
     yield Row("safetensors", path, kind="safetensors", path=path)
-    dtypes = Counter(str(entry.dtype).removeprefix("torch.") for entry in header.values())
-    kept = [{"dtype": dtype, "count": n} for dtype, n in dtypes.items()]
-    yield Row("tensors", len(header), tensors=kept)
+    yield _tensors(Counter(("tensor", _name(entry.dtype)) for entry in header.values()))
     elements = sum(math.prod(entry.shape) for entry in header.values())
     yield Row("elements", show_number(elements), elements=elements)
     yield _files([path.stat().st_size])

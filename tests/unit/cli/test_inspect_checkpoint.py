@@ -30,14 +30,14 @@ def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["model"] == (
         "Llama of 11.1K parameters: 2 layers, hidden 24, feed-forward 40, heads 4/2, vocabulary 37"
     )
-    assert "master F32 x 21" in found["kept"]
+    assert "master float32 x 21" in found["tensors"]
     assert found["consumed sequences"] == "24"
     assert found["files"].startswith("8, ")
     assert found["verified"] == "checksums of all 8 files"
     assert "verified" not in rows(folder)
     assert rows(tmp_path)["checkpoints"] == "step-00000003"
-    assert rows(hub)["kept"] == "weight bfloat16 x 21"
-    assert rows(hub / "model.safetensors")["tensors"] == "21"
+    assert rows(hub)["tensors"] == "weight bfloat16 x 21"
+    assert rows(hub / "model.safetensors")["tensors"] == "tensor bfloat16 x 21"
     for one in (hub, hub / "model.safetensors"):
         assert rows(one, verify=True)["verified"].startswith("nothing: ")
         assert "verified" not in rows(one)
