@@ -53,6 +53,10 @@ class Parser(argparse.ArgumentParser):
     def _hint(self, message: str) -> str:
         """What to write instead of a dash, a misspelt or another command's option; or nothing."""
         words = list(itertools.takewhile(lambda word: word != "--", self._words))
+        for option in {"--config", "--job"} & {*self._option_string_actions}:
+            lacks = option in message or message.split()[2:3] == words[:1]  # not recognized
+            if lacks and words and words[0][:1] != "-" and option not in words:
+                return f"did you mean {option} {words[0]}?"
         unknown = [word for word in words if word[:1] == "-" and word[1:] and not self._knows(word)]
         value = re.match(r"argument (?:.*/)?(--?[\w-]+): expected", message)
         for option, word in itertools.pairwise(words):

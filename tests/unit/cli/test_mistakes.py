@@ -30,6 +30,12 @@ LAST = "a name that begins with - stands last, after --"
         ("launch --config=demo --on k8s", "are required: --job", 'recipe = "NAME"'),
         ("plan --job job.toml", "are required: --config", "launch and doctor; give --config REC"),
         ("inspect run --config=j", "unrecognized arguments: --config=j", "inspect --help lists"),
+        ("plan llama2-7b", "arguments are required: --config", "did you mean --config llama2-7b?"),
+        ("audit demo --nodes 2", "are required: --config", "did you mean --config demo?"),
+        ("doctor job.toml", "unrecognized arguments: job.toml", "did you mean --job job.toml?"),
+        ("plan demo --config", "--config: expected one argument", "plan --help lists the options"),
+        ("launch k8s --job j --on k8s", "unrecognized arguments: k8s", "launch --help lists the"),
+        ("launch job.toml --on k8s", "are required: --job", "did you mean --job job.toml?"),
         ("plan", "arguments are required: --config", "llamax plan --help lists the options"),
     ],
 )
@@ -53,6 +59,11 @@ def test_one_line_with_a_hint(
         ("--rank 2", "--rank is an unknown option; did you mean --ranks?"),
         ("--confg demo", "--confg is an unknown option; did you mean --config?"),
         ("--config demo --precompil", "--precompil is an unknown option; did you mean --precompil"),
+        (
+            "my.toml --ranks 2",
+            "--config is missing; give a recipe's name or a TOML file; did you mean "
+            "--config my.toml?\n",
+        ),
         ("--ranks 2", "--config is missing; give a recipe's name or a TOML file; llamax train --h"),
     ],
 )
