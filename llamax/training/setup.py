@@ -254,6 +254,13 @@ def log_start(job: Job) -> None:
             f", or --run.epochs above {run.epochs}" if run.epochs else "",
         )
     logger.info("samples: %s", job.training)
+    if (batch := config.data.global_batch) > (samples := len(job.training)):
+        logger.warning(
+            "every step repeats samples: %s has %s, and data.global_batch=%d is more",
+            config.data.path,
+            count(samples, "sample"),
+            batch,
+        )
     if job.validation is None and config.run.validates:
         logger.warning(
             "nothing will be validated: %s holds no validation text; prepare it with a larger "
@@ -266,9 +273,10 @@ def log_start(job: Job) -> None:
     if begins != prompted:
         logger.warning(
             "documents of %s begin with %s, but the model will be prompted with %s; set "
-            "model.bos_token_id",
+            "model.bos_token_id=%s",
             config.data.path,
             *("no BOS token" if bos is None else f"BOS token {bos}" for bos in (begins, prompted)),
+            "none" if begins is None else begins,
         )
 
 
