@@ -53,6 +53,11 @@ def show_rate(n: float) -> str:
     return _scaled(n, 1000, (" B/s", " KB/s", " MB/s", " GB/s"))
 
 
+def show_flops(n: float) -> str:
+    """A number of operations with three significant digits: 20.3 TFLOP, 524 kFLOP."""
+    return _scaled(n, 1000, (" FLOP", " kFLOP", " MFLOP", " GFLOP", " TFLOP", " PFLOP"))
+
+
 def read_bytes(text: str) -> int:
     """The size that a text states: 512, 64MiB, 64 MB or 1.5g; ValueError for any other text.
 
@@ -81,7 +86,9 @@ def _scaled(n: float, base: int, suffixes: tuple[str, ...]) -> str:
 
 
 def show_time(seconds: float) -> str:
-    """A duration: 0.25s, 42s, 3m05s, 2h07m, 5d03h."""
+    """A duration: 3.46ms, 0.25s, 42s, 3m05s, 2h07m, 5d03h."""
+    if 0 < seconds < 0.0995:
+        return f"{1e3 * seconds:.3g}ms"
     if seconds < 9.995 or not seconds < LONGEST_S:
         return f"{seconds:.2f}s" if abs(seconds) < LONGEST_S else f"{seconds:.3g}s"
     minutes, s = divmod(round(seconds), 60)

@@ -6,7 +6,7 @@
       weights          1.57 GiB   2 B x 843M elements
       ...
     time of a step: 11s for 4.19M tokens
-      matmuls             6.10s   16 microsteps x 20.3TFLOP / (56% of 95TFLOP/s)
+      matmuls             6.10s   16 microsteps x 20.3 TFLOP / (56% of 95 TFLOP/s)
       ...
     389K tokens/s (760 a rank), MFU 34.3%
     2.01T tokens in 480,000 steps: 59d20h, $494,146 at $344.00 an hour

@@ -27,7 +27,14 @@ from dataclasses import dataclass
 
 from llamax.config.flops import flops_per_token, mfu
 from llamax.config.hardware import Machine
-from llamax.runtime.units import count, show_bytes, show_number, show_rate
+from llamax.runtime.units import (
+    count,
+    show_bytes,
+    show_flops,
+    show_number,
+    show_rate,
+    show_time,
+)
 from llamax.tools.plan import context
 from llamax.tools.plan.context import pairs
 from llamax.tools.plan.line import Line
@@ -176,13 +183,11 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     plain = plain_attention(share, machine)
     rounds = 1 + (2 if plain else 2.5) + (0 if mode == "none" else 1)
     attention_s = rounds * attention / (peak * machine.attention_efficiency)
-    attended = (
-        f"{rounds:g} x {show_number(attention)}FLOP / ({machine.attention_efficiency:.0%} of it)"
-    )
+    attended = f"{rounds:g} x {show_flops(attention)} / ({machine.attention_efficiency:.0%} of it)"
     kernels = by_nki(share, machine) and not plain
     if kernels:
         attention_s = attention_seconds(share, int(mode != "none"), bandwidth)
-        attended = f"{1e3 * attention_s:.3g} ms by the NKI kernels' tally of cycles"
+        attended = f"{show_time(attention_s)} by the NKI kernels' tally of cycles"
     if plain:  # both halves are computed, and scores go through memory
         attention_s *= 2 * pairs(share) / (share.tokens * config.data.sequence_length * share.heads)
         scores = rounds * SCORE_TRAFFIC_BYTES * pairs(share) * share.layers
@@ -193,7 +198,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     logits_s, moved = logits / bandwidth, f"{show_bytes(logits)} / {show_rate(bandwidth)}"
     if on_chip:
         logits_s = loss_seconds(share, bandwidth)
-        moved = f"{1e3 * logits_s:.3g} ms with their products, by the NKI kernels' tally of cycles"
+        moved = f"{show_time(logits_s)} with their products, by the NKI kernels' tally of cycles"
 
     tp = wire(machine, mesh.tp, 1)
     hidden = share.tokens * share.model.hidden_size * w
@@ -211,10 +216,10 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     data = wire(machine, owners, mesh.tp)
     whole = share.base[1] * owners if share.spread else 0.0
 
-    rate = f"{machine.matmul_efficiency:.0%} of {show_number(peak)}FLOP/s"
+    rate = f"{machine.matmul_efficiency:.0%} of {show_flops(peak)}/s"
     memory = show_rate(bandwidth)
     return [
-        Line("matmuls", matmul_s, f"{show_number(matmul)}FLOP / ({rate})"),
+        Line("matmuls", matmul_s, f"{show_flops(matmul)} / ({rate})"),
         Line(
             "attention",
             attention_s,

@@ -15,6 +15,7 @@ from llamax.runtime.units import (
     perplexity,
     read_bytes,
     show_bytes,
+    show_flops,
     show_number,
     show_rate,
     show_time,
@@ -65,9 +66,21 @@ def test_bytes_in_words(n: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("n", "text"),
+    [(0, "0 FLOP"), (524288, "524 kFLOP"), (9.5e13, "95 TFLOP"), (2e18, "2000 PFLOP")],
+)
+def test_flops_in_words(n: float, text: str) -> None:
+    assert show_flops(n) == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [
         (0, "0.00s"),
+        (1.23e-6, "0.00123ms"),
+        (0.0034567, "3.46ms"),
+        (0.0994, "99.4ms"),
+        (0.0996, "0.10s"),
         (0.254, "0.25s"),
         (9.994, "9.99s"),
         (9.999, "10s"),
