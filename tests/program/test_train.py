@@ -94,11 +94,18 @@ def test_a_finished_run_is_left_alone(
         )
         caplog.clear()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
-    again = dataclasses.replace(again, run=dataclasses.replace(again.run, steps=7))
+    assert "repeats samples" not in caplog.text
+    again = dataclasses.replace(
+        again,
+        run=dataclasses.replace(again.run, steps=7),
+        data=dataclasses.replace(again.data, global_batch=64, micro_batch=64),
+    )
     train(again, Rendezvous())
     assert "this run is finished" not in caplog.text
-    says = "begin with no BOS token, but the model will be prompted with BOS token 1; set model.bos"
+    says = "BOS token, but the model will be prompted with BOS token 1; set model.bos_token_id=none"
     assert says in caplog.text
+    says = f"{dataset} has 15 samples, and data.global_batch=64 is more"
+    assert f"every step repeats samples: {says}" in caplog.text
 
 
 def test_what_changed_since_the_checkpoint_is_reported(
