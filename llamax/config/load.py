@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import NoneType
@@ -30,7 +30,7 @@ from llamax.config.validate import problems
 from llamax.runtime.errors import MOST_PROBLEMS, ConfigError, did_you_mean, refuse
 
 RECIPES = Path(__file__).parent / "recipes"
-# An option of the command line takes the place of another key of the file.
+# A setting that is given takes the place of another one in the file.
 REPLACES = {
     "run.steps": "run.epochs",
     "optim.warmup_steps": "optim.warmup_ratio",
@@ -131,10 +131,7 @@ def parse_config(
         _override(tables, key, text, typed)
     if pinned:
         tables.setdefault("checkpoint", {})["init_from"] = pinned
-    for key, other in REPLACES.items():
-        section, _, name = other.partition(".")
-        if key in given and other not in given and isinstance(tables.get(section), dict):
-            tables[section].pop(name, None)
+    typed += take_place(tables, given)
     config = build(Config, tables, found)
     broken = [*found.unknown, *found.unusable.values()]
     contradicting = [] if within is None or broken else [*contradictions(config, within)]
@@ -147,6 +144,17 @@ def parse_config(
         refuse([problem for _, problem in origins], origins[0][0])
     refuse([text if origin == where else f"{origin}: {text}" for origin, text in origins], where)
     return config
+
+
+def take_place(tables: dict[str, Any], given: Mapping[str, object]) -> Iterator[str]:
+    """Drop from ``tables`` what settings in ``given``, by section.key, replace; their problems."""
+    for key, other in REPLACES.items():
+        section, _, name = other.partition(".")
+        if key in given and other not in given and isinstance(tables.get(section), dict):
+            tables[section].pop(name, None)
+    steps, epochs = (given.get(f"run.{name}") for name in ("steps", "epochs"))
+    if steps is not None and epochs not in (None, 0, "0"):
+        yield f"run.steps={steps} and run.epochs={epochs} both set the length; use one of them"
 
 
 def _origin(problem: str, given: dict[str, str], where: str, given_in: str) -> str:

@@ -27,12 +27,12 @@ import torch
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.config.base_model import supply_model
 from llamax.config.constants import CHECKPOINTS_FOLDER, METRICS_FILE
-from llamax.config.load import dump_config, find_config, is_recipe, parse_config
+from llamax.config.load import dump_config, find_config, is_recipe, parse_config, take_place
 from llamax.config.schema import Config
 from llamax.config.toml import parse_toml, read_toml
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime import errors, signals
-from llamax.runtime.errors import ConfigError, LlamaxError
+from llamax.runtime.errors import ConfigError, LlamaxError, refuse
 from llamax.runtime.logging import logger, setup_logging, show_line
 from llamax.training.local_ranks import ENDING_S, STOPPED, rank_environment
 from llamax.training.metrics import read_jsonl
@@ -102,9 +102,15 @@ def config_of(
         raise ConfigError(
             f"a configuration is a recipe's name, a path, a Config or a dict, not {config!r:.60}"
         )
-    settings = copy.deepcopy(tables)
+    settings, given = copy.deepcopy(tables), dict[str, Any]()
     _merge(settings, overrides)
     supply_model(tables, settings, recipe)
+    _merge(given, overrides)
+    inside = {k: v for k, v in given.items() if isinstance(v, dict)}
+    keys = {
+        f"{name}.{key}": value for name, table in inside.items() for key, value in table.items()
+    }
+    refuse([*take_place(tables, keys)], where)
     _merge(tables, overrides)
     found = parse_config(tables, (), None, where)
     if world_size % found.parallel.tensor:

@@ -39,6 +39,7 @@ from llamax.config.types import (
     type_hints,
 )
 from llamax.runtime.errors import ConfigError
+from llamax.training.library import config_of
 
 SHAPE = {
     "hidden_size": 64,
@@ -243,12 +244,33 @@ def test_a_length_of_the_command_line_replaces_that_of_the_file() -> None:
     assert load_config("dolly-llama2-7b").run.epochs == 3
     short = load_config("dolly-llama2-7b", ["--run.steps=10"])
     assert (short.run.steps, short.run.epochs) == (10, 0)
-    both = load_config("dolly-llama2-7b", ["--run.steps=10", "--run.epochs=2"])
-    assert (both.run.steps, both.run.epochs) == (10, 2)
+    both = load_config("dolly-llama2-7b", ["--run.steps=10", "--run.epochs=0"])
+    assert (both.run.steps, both.run.epochs) == (10, 0)
     warm = load_config("dolly-llama2-7b", ["--optim.warmup_steps=7"]).optim
     assert (warm.warmup_steps, warm.warmup_ratio) == (7, 0.0)
     share = load_config("llama2-7b", ["--optim.warmup_ratio=0.5"]).optim
     assert (share.warmup_steps, share.warmup_ratio) == (0, 0.5)
+    none = load_config("llama2-7b", ["--optim.warmup_steps=9", "--optim.warmup_ratio=0"]).optim
+    assert (none.warmup_steps, none.warmup_ratio) == (9, 0.0)
+
+
+def test_a_length_in_steps_and_in_epochs_is_refused() -> None:
+    says = r": run\.steps=10 and run\.epochs=2 both set the length; use one of them$"
+    for load in (
+        lambda: load_config("finetune-demo", ["--run.steps=10", "--run.epochs=2"]),
+        lambda: config_of("finetune-demo", {"run": {"steps": 10, "epochs": 2}}, 2),
+        lambda: config_of("finetune-demo", {"run.steps": 10, "run.epochs": 2}, 2),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            load()
+
+
+def test_a_length_given_to_a_program_replaces_that_of_the_recipe() -> None:
+    for settings in ({"run": {"steps": 10}}, {"run.steps": 10}):
+        found = config_of("finetune-demo", settings, 2).run
+        assert (found.steps, found.epochs) == (10, 0)
+    found = config_of("demo", {"optim": {"warmup_ratio": 0.5}}, 2).optim
+    assert (found.warmup_steps, found.warmup_ratio) == (0, 0.5)
 
 
 def test_all_problems_come_at_once() -> None:
