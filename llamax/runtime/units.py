@@ -86,9 +86,7 @@ def _scaled(n: float, base: int, suffixes: tuple[str, ...]) -> str:
 
 
 def show_time(seconds: float) -> str:
-    """A duration: 3.46ms, 0.25s, 42s, 3m05s, 2h07m, 5d03h."""
-    if 0 < seconds < 0.0995:
-        return f"{1e3 * seconds:.3g}ms"
+    """A duration: 0.25s, 42s, 3m05s, 2h07m, 5d03h."""
     if seconds < 9.995 or not seconds < LONGEST_S:
         return f"{seconds:.2f}s" if abs(seconds) < LONGEST_S else f"{seconds:.3g}s"
     minutes, s = divmod(round(seconds), 60)
@@ -99,3 +97,8 @@ def show_time(seconds: float) -> str:
     if hours:
         return f"{hours}h{m:02}m"
     return f"{m}m{s:02}s" if minutes else f"{s}s"
+
+
+def show_fine_time(seconds: float) -> str:
+    """A duration with three digits also where it is short: 3.46ms, 0.25s, 42s."""
+    return f"{1e3 * seconds:.3g}ms" if 0 < seconds < 0.0995 else show_time(seconds)

@@ -22,7 +22,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from llamax.runtime.units import count, perplexity, show_bytes, show_number, show_time
+from llamax.runtime.units import (
+    count,
+    perplexity,
+    show_bytes,
+    show_fine_time,
+    show_number,
+    show_time,
+)
 from llamax.tools.monitor.run_folder import RunFolder, percentiles
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -217,8 +224,8 @@ def _pace(run: RunFolder, paint: Paint) -> Iterator[str]:
     half, most, worst = percentiles(recent, (50, 90, 99))
     label = paint(f"{'step time':<{LEFT}}", "dim")
     yield (
-        f"{label} {show_time(half):>9}  median of {count(len(recent), 'report')}, "
-        f"p90 {show_time(most)}, p99 {show_time(worst)}"
+        f"{label} {show_fine_time(half):>9}  median of {count(len(recent), 'report')}, "
+        f"p90 {show_fine_time(most)}, p99 {show_fine_time(worst)}"
     )
     label = paint(f"{'tokens':<{LEFT}}", "dim")
     tokens = show_number(run.last.consumed_tokens)

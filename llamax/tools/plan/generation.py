@@ -16,7 +16,7 @@ from llamax.config.load import load_config
 from llamax.config.schema import Config, DataConfig, ParallelConfig
 from llamax.config.validate import check
 from llamax.runtime.errors import ConfigError
-from llamax.runtime.units import count, show_bytes, show_number, show_rate, show_time
+from llamax.runtime.units import count, show_bytes, show_fine_time, show_number, show_rate
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.report import rows
 from llamax.tools.plan.roofline import wire
@@ -154,11 +154,11 @@ def show_generation(plan: GenerationPlan) -> Iterator[str]:
     yield f"memory of a rank: {show_bytes(plan.peak)} of {show_bytes(plan.available)}, {fits}"
     yield from rows(plan.memory, show_bytes)
     yield ""
-    yield f"time of a token: {show_time(plan.step_s)} for {count(plan.batch, 'sequence')}"
-    yield from rows(plan.step, show_time)
+    yield f"time of a token: {show_fine_time(plan.step_s)} for {count(plan.batch, 'sequence')}"
+    yield from rows(plan.step, show_fine_time)
     yield ""
     yield f"{show_number(plan.batch / plan.step_s)} tokens/s"
-    yield f"a prefill of full length: {show_time(plan.prefill_s)}"
+    yield f"a prefill of full length: {show_fine_time(plan.prefill_s)}"
 
 
 def generation_as_json(plan: GenerationPlan) -> dict[str, object]:

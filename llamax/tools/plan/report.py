@@ -22,7 +22,7 @@ from dataclasses import replace
 from llamax.config.neuron_sdk import trn1_sdk
 from llamax.config.rules.parallel import within_node
 from llamax.config.schema import Config
-from llamax.runtime.units import count, show_bytes, show_number, show_time
+from llamax.runtime.units import count, show_bytes, show_fine_time, show_number, show_time
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.memory import MARGIN, by_nki, plain_attention
 from llamax.tools.plan.nearest import Nearest, flags
@@ -73,8 +73,9 @@ def show(plan: Plan) -> Iterator[str]:
         memory.cache.formula
     )
     yield ""
-    yield f"time of a step: {show_time(time.step_s)} for {show_number(time.step_tokens)} tokens"
-    yield from rows(time.lines, show_time)
+    tokens = show_number(time.step_tokens)
+    yield f"time of a step: {show_fine_time(time.step_s)} for {tokens} tokens"
+    yield from rows(time.lines, show_fine_time)
     yield ""
     yield (
         f"{show_number(time.tokens_per_s)} tokens/s "

@@ -30,10 +30,10 @@ from llamax.config.hardware import Machine
 from llamax.runtime.units import (
     count,
     show_bytes,
+    show_fine_time,
     show_flops,
     show_number,
     show_rate,
-    show_time,
 )
 from llamax.tools.plan import context
 from llamax.tools.plan.context import pairs
@@ -187,7 +187,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     kernels = by_nki(share, machine) and not plain
     if kernels:
         attention_s = attention_seconds(share, int(mode != "none"), bandwidth)
-        attended = f"{show_time(attention_s)} by the NKI kernels' tally of cycles"
+        attended = f"{show_fine_time(attention_s)} by the NKI kernels' tally of cycles"
     if plain:  # both halves are computed, and scores go through memory
         attention_s *= 2 * pairs(share) / (share.tokens * config.data.sequence_length * share.heads)
         scores = rounds * SCORE_TRAFFIC_BYTES * pairs(share) * share.layers
@@ -198,7 +198,9 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     logits_s, moved = logits / bandwidth, f"{show_bytes(logits)} / {show_rate(bandwidth)}"
     if on_chip:
         logits_s = loss_seconds(share, bandwidth)
-        moved = f"{show_time(logits_s)} with their products, by the NKI kernels' tally of cycles"
+        moved = (
+            f"{show_fine_time(logits_s)} with their products, by the NKI kernels' tally of cycles"
+        )
 
     tp = wire(machine, mesh.tp, 1)
     hidden = share.tokens * share.model.hidden_size * w

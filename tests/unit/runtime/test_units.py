@@ -15,6 +15,7 @@ from llamax.runtime.units import (
     perplexity,
     read_bytes,
     show_bytes,
+    show_fine_time,
     show_flops,
     show_number,
     show_rate,
@@ -77,10 +78,6 @@ def test_flops_in_words(n: float, text: str) -> None:
     ("seconds", "text"),
     [
         (0, "0.00s"),
-        (1.23e-6, "0.00123ms"),
-        (0.0034567, "3.46ms"),
-        (0.0994, "99.4ms"),
-        (0.0996, "0.10s"),
         (0.254, "0.25s"),
         (9.994, "9.99s"),
         (9.999, "10s"),
@@ -94,7 +91,15 @@ def test_flops_in_words(n: float, text: str) -> None:
     ],
 )
 def test_times_in_words(seconds: float, text: str) -> None:
-    assert show_time(seconds) == text
+    assert show_time(seconds) == show_fine_time(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(1.23e-6, "0.00123ms"), (0.0034567, "3.46ms"), (0.0994, "99.4ms"), (0.0996, "0.10s")],
+)
+def test_short_times_in_words(seconds: float, text: str) -> None:
+    assert show_fine_time(seconds) == text
 
 
 @pytest.mark.parametrize("show", [units.show_time, units.show_number, units.show_bytes])
