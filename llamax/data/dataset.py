@@ -72,8 +72,8 @@ class Dataset:
     @property
     def fingerprint(self) -> str | None:
         """sha256 of the tokenizer that made the tokens; None if the files do not name it."""
-        parts = self.train.parts if isinstance(self.train, Mixture) else (self.train,)
-        return next((part.header.tokenizer for part in parts if part.header.tokenizer), None)
+        known = (stream.header.tokenizer for stream in streams(self.train))
+        return next(filter(None, known), None)
 
     def check_tokenizer(self, fingerprint: str | None, other: str) -> None:
         """Raise DataError if the tokens come from another tokenizer than ``other``."""
@@ -93,25 +93,26 @@ class Dataset:
             if file is not None:
                 file.verify(share=share, of=of, go_on=go_on)
 
-    def _largest_id(self) -> int:
-        """The largest token in the data: a tokenizer may have tokens that no text contains."""
-        splits = [split for split in (self.train, self.validation) if split is not None]
-        streams = [
-            stream
-            for split in splits
-            for stream in (split.parts if isinstance(split, Mixture) else (split,))
-        ]
-        return max(map(largest_id, streams))
-
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raise DataError if a model of ``vocab_size`` cannot embed every token."""
-        tokens = self.train.header.vocab_size
-        if tokens > vocab_size and self._largest_id() >= vocab_size:
-            raise DataError(
-                f"{self.folder}: its tokenizer has {tokens} tokens, and model.vocab_size="
-                f"{vocab_size} is fewer; set model.vocab_size={tokens} or more, or prepare with "
-                "another tokenizer"
-            )
+        """Raise DataError if a model of ``vocab_size`` cannot embed every token.
+
+        A tokenizer may have tokens that no text contains.
+        """
+        for stream in (*streams(self.train), *streams(self.validation)):
+            tokens = stream.header.vocab_size
+            if tokens > vocab_size and largest_id(stream) >= vocab_size:
+                raise DataError(
+                    f"{stream.path}: its tokenizer has {tokens} tokens, and model.vocab_size="
+                    f"{vocab_size} is fewer; set model.vocab_size={tokens} or more, or prepare "
+                    "with another tokenizer"
+                )
+
+
+def streams(split: Split | None) -> tuple[Stream, ...]:
+    """The streams of a split: those of a blend, or itself."""
+    if split is None:
+        return ()
+    return split.parts if isinstance(split, Mixture) else (split,)
 
 
 def largest_id(stream: Stream) -> int:

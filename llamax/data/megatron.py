@@ -146,7 +146,10 @@ class IndexedFile:
         first, stop = self.marks[documents], self.marks[documents + 1]
         for place in np.flatnonzero((first < 0) | (stop < first) | (stop > len(self.lengths)))[:1]:
             self._check_marks(int(documents[place]), int(documents[place]) + 2)
-        return self._begins(first), self._begins(stop)
+        starts, stops = self._begins(first), self._begins(stop)
+        if (stops < starts).any():  # damage beyond the sequences checked at opening
+            self._check_sequences(0, len(self.lengths))
+        return starts, stops
 
     def begins(self, starts: Integers, stops: Integers) -> tuple[Integers, Integers]:
         """The documents that begin inside windows: (window, first token) of each.

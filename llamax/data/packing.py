@@ -141,8 +141,7 @@ class Packs:
 
     def _measure(self, documents: Integers) -> tuple[Integers, Integers]:
         """The documents that are kept, and the number of places that each takes."""
-        both = np.stack([documents, documents + 1], 1)  # neighbours in memory, read together
-        starts, stops = self.file.documents[both].astype(np.int64).T
+        starts, stops = self.file.bounds(documents)
         sizes = stops - starts - 1
         keep, long = sizes > 0, sizes > self.length
         self.longer += int(long.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from llamax.data.batch_plan import BatchPlan
 from llamax.data.dataset import open_dataset
 from llamax.data.loader import Loader
 from llamax.data.megatron import SAMPLED, IndexedFile, write_indexed
+from llamax.data.packing import Packs
 from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.runtime.errors import DataError, LinkError
 
@@ -172,7 +174,8 @@ def test_sequences_must_lie_end_to_end(tmp_path: Path) -> None:
     raw = (tmp_path / "d.idx").read_bytes()
     (tmp_path / "d.idx").write_bytes(put(raw, 34 + 4 * count + 8 * (SAMPLED + 2), 20))
     file = IndexedFile(tmp_path / "d", "read")
-    for look in (file.verify, lambda: file.documents):
+    every = np.arange(count)
+    for look in (file.verify, lambda: file.documents, lambda: file.bounds(every)):
         with pytest.raises(DataError, match=f"sequence {SAMPLED + 2} does not begin where"):
             look()
 
@@ -201,6 +204,9 @@ def test_a_prefix_is_a_dataset_without_tokenizer(tmp_path: Path) -> None:
     assert dataset.fingerprint is None
     dataset.check_tokenizer("a" * 64, "other")
     dataset.check_vocabulary(400)
+    held_out = token_file(tmp_path / "v.tokens", [[1, 450]], 500)
+    with pytest.raises(DataError, match=r"v\.tokens: its tokenizer has 500 tokens, and model.voc"):
+        replace(dataset, validation=held_out).check_vocabulary(400)
     with pytest.raises(DataError, match=r"name a Megatron dataset by its prefix, .*/d$"):
         open_dataset(tmp_path / "d.idx")
     (tmp_path / "mega").mkdir()
@@ -225,3 +231,11 @@ def test_a_link_is_not_followed(tmp_path: Path, name: str) -> None:
         write_indexed(tmp_path / "d", [part], 400)
     assert (tmp_path / name).is_symlink()
     assert (tmp_path / "target").read_text() == "precious"
+
+
+def test_packing_computes_no_table_of_all_documents(tmp_path: Path) -> None:
+    file = IndexedFile(write_dataset(tmp_path / "d", DOCUMENTS))
+    packs = Packs(file, 8)
+    assert sorted(d for i in range(len(packs)) for d in packs.documents(i).tolist()) == [0, 1, 2]
+    assert packs.places == 8
+    assert file._documents is None
