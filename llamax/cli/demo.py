@@ -53,11 +53,14 @@ def main(argv: Sequence[str]) -> int:
 
     from llamax.data.prepare.summary import unigram_entropy
     from llamax.data.token_file import TokenFile
-    from llamax.training.metrics import read_jsonl
+    from llamax.tools.monitor.plot import check_matplotlib
+    from llamax.training.metrics import check_installed, read_jsonl
 
     began, folder = time.perf_counter(), options.folder
     data, run, hub = folder / "data", folder / "run", folder / "hub"
     config = load_config(RECIPE, options.overrides)
+    check_installed(config.run)
+    check_matplotlib()  # which the last command needs, after minutes
     llamax = [sys.executable, "-m", "llamax"]
 
     stdlib = sysconfig.get_paths()["stdlib"]

@@ -278,14 +278,14 @@ def write_indexed(prefix: Path, files: Sequence[TokenFile], vocab_size: int) -> 
                     body.write(file.tokens[start : start + CHUNK].astype(dtype).tobytes())
                     file.release()
             _sync(body)
-        count = sum(int((_lengths(file) > 0).sum()) for file in files)
+        count = sum(len(_lengths(file)) for file in files)
         with open(partial[0], "wb", opener=new_file) as head:
             head.write(MAGIC + struct.pack("<QBQQ", VERSION, CODES[dtype], count, count + 1))
             for file in files:
-                head.write(_lengths(file)[_lengths(file) > 0].astype("<i4").tobytes())
+                head.write(_lengths(file).astype("<i4").tobytes())
             offset = 0
             for file in files:
-                lengths = _lengths(file)[_lengths(file) > 0] * dtype.itemsize
+                lengths = _lengths(file) * dtype.itemsize
                 head.write((offset + np.cumsum(lengths) - lengths).astype("<i8").tobytes())
                 offset += int(lengths.sum())
             for start in range(0, count + 1, CHUNK):
@@ -301,7 +301,9 @@ def write_indexed(prefix: Path, files: Sequence[TokenFile], vocab_size: int) -> 
 
 
 def _lengths(file: TokenFile) -> Integers:
-    return np.diff(file.documents.astype(np.int64))
+    """The length of each document that has tokens."""
+    lengths = np.diff(file.documents.astype(np.int64))
+    return lengths[lengths > 0]
 
 
 def _sync(file: IO[bytes]) -> None:

@@ -10,6 +10,7 @@ import io
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,15 @@ from llamax.tools.monitor.columns import Numbers, read_columns
 COLUMNS = ("consumed_tokens", "loss", "validation_loss")
 ENDINGS = (".png", ".svg", ".pdf")
 MARK = "llamax plot"  # the maker of a picture, in its metadata
+
+
+def check_matplotlib() -> None:
+    """Raise BackendError if the package that draws is not installed."""
+    if find_spec("matplotlib") is None:
+        raise BackendError(
+            "drawing needs the package matplotlib, which is not installed; "
+            "pip install 'llamax[plot]'"
+        )
 
 
 def draw(
@@ -39,13 +49,9 @@ def draw(
     ending = out.suffix.lower()
     if ending not in ENDINGS:
         raise DataError(f"{out}: a picture ends with {', '.join(ENDINGS)}; choose another `out`")
-    try:
-        import matplotlib
-    except ImportError:
-        raise BackendError(
-            "drawing needs the package matplotlib, which is not installed; "
-            "pip install 'llamax[plot]'"
-        ) from None
+    check_matplotlib()
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
