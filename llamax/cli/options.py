@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
                 return hint
             if word.startswith("--") and (name := self.nearest(word)):
                 return f"did you mean {name}?"
-            if not word.startswith("--"):
+            if not word.startswith("--") and not message.startswith("argument "):
                 return f"a name that begins with - stands last, after --: {self.prog} ... -- {word}"
         return ""
 

@@ -2,8 +2,9 @@
 
 The names are those of transformers' TrainingArguments, TRL's SFTConfig, peft's LoraConfig, the
 BitsAndBytesConfig of transformers, accelerate's FSDP file, optimum-neuron's
-NeuronTrainingArguments and the settings of neuronx-nemo-megatron.  ``docs/how-to/from-trl.md`` and
-``from-neuron.md`` explain them; an unknown option of such a name is answered with its entry here.
+NeuronTrainingArguments and the settings of neuronx-nemo-megatron, which ``docs/how-to/from-trl.md``
+and ``from-neuron.md`` explain, and usual ones of more trainers.  An unknown option of such a name
+is answered with its entry here.
 """
 
 from __future__ import annotations
@@ -90,6 +91,23 @@ SAME: dict[str, str] = {
     "activations_checkpoint_granularity": "run.recompute",
     "create_tensorboard_logger": "run.tensorboard",
     "train_time_interval": "checkpoint.every_minutes",
+    # Megatron-LM, Lightning, torchtitan, litgpt
+    "precision": "run.dtype",
+    "mixed_precision": "run.dtype",
+    "batch_size": "data.global_batch, in samples of a step on all ranks",
+    "seq_len": "data.sequence_length",
+    "context_length": "data.sequence_length",
+    "max_epochs": "run.epochs",
+    "num_epochs": "run.epochs",
+    "train_iters": "run.steps",
+    "clip_grad": "optim.max_grad_norm",
+    "max_norm": "optim.max_grad_norm",
+    "log_interval": "run.log_every",
+    "save_interval": "checkpoint.every",
+    "eval_interval": "run.validate_every",
+    "tp": "parallel.tensor",
+    "pp": "parallel.pipeline",
+    "cp": "parallel.context",
 }
 # An option whose own name is that of a section: --optim paged_adamw_32bit.
 OPTIMIZERS = "the optimizer is AdamW; paged_* is optim.offload, *_8bit is optim.state_bits=8"

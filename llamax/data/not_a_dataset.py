@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from glob import escape
 from pathlib import Path
 
@@ -35,6 +37,10 @@ def _instead(path: Path) -> str:
         return f"it is a file; {made}"
     if near := _prefixes_near(path):
         return f"there is no {path.name}.idx; did you mean {join_or(near)}?"
+    words = re.split(r"[,\s]+", str(path))
+    if len(words) > 1 and all(map(os.path.exists, words)):
+        blend = " ".join(f"{1 / len(words):.2g} {word}" for word in words)
+        return f"it names several; blend them with a weight before each: {blend}"
     if not path.is_dir():
         return (
             f"there is no such folder, and no {path.name}.idx; make it: llamax prepare INPUT "

@@ -64,6 +64,11 @@ def test_one_line_with_a_hint(
             "--config is missing; give a recipe's name or a TOML file; did you mean "
             "--config my.toml?\n",
         ),
+        (
+            "--config demo --ranks -2",
+            "argument --ranks: '-2' is not a whole number such as 2000, "
+            "300B or 3e11; llamax train --help",
+        ),
         ("--ranks 2", "--config is missing; give a recipe's name or a TOML file; llamax train --h"),
     ],
 )

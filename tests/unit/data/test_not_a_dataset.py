@@ -37,6 +37,18 @@ def test_the_error_says_what_it_is_and_what_to_do(tmp_path: Path, name: str) -> 
     assert str(raised.value) == f"{path}: is not a dataset: {what}"
 
 
+@pytest.mark.parametrize("between", [" ", ",", ", "])
+def test_several_datasets_are_a_blend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, between: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("web", "books"):
+        (tmp_path / folder).mkdir()
+    says = "names several; blend them with a weight before each: 0.5 web 0.5 books$"
+    with pytest.raises(DataError, match=says):
+        open_dataset(f"web{between}books")
+
+
 def test_an_unfinished_dataset_is_named(tmp_path: Path) -> None:
     (tmp_path / ".parts").mkdir()
     with pytest.raises(DataError, match=r"is not finished; give the same llamax prepare --out /.*"):
