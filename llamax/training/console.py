@@ -3,7 +3,7 @@
 ::
 
     step  50/1000  loss   4.1027  grad    0.943  lr 3.00e-03   2.06K tokens/s  left 7m41s
-    step 57/1000 |██▎                              |   6%  left 07:38  loss 4.1027
+    step 57/1000 |██▎                              |   6%  left 7m38s  loss 4.1027
 
 Lines of the log appear above the bar (``llamax.runtime.logging.show_line``).
 """
@@ -20,7 +20,8 @@ from llamax.runtime.logging import show_line
 from llamax.runtime.units import count, eta, show_bytes, show_number, show_time
 from llamax.training.metrics import Record
 
-BAR = "step {n_fmt}/{total_fmt} |{bar}| {percentage:3.0f}%  left {remaining}{postfix}"
+BAR = "step {n_fmt}/{total_fmt} |{bar}| {percentage:3.0f}%{desc}"
+SMOOTHING = 0.3  # weight of the last step in the time of a step from which the bar's rest follows
 # Parts that a line too long for the terminal leaves out, in this order.
 DROPPED = ("memory", "mfu", "left", "lr", "scale", "grad", "tokens")
 
@@ -70,6 +71,7 @@ class ConsoleWriter:
         self, steps: int, step: int = 0, bar: bool = False, stream: TextIO | None = None
     ) -> None:
         self.steps, self.stream, self.loss = steps, stream or sys.stderr, ""
+        self.step, self.step_s = step, 0.0
         self.bar: Any = None
         if bar:
             from tqdm import tqdm
@@ -88,24 +90,32 @@ class ConsoleWriter:
         if self.bar is None:
             show_line(line(record, self.steps), self.stream)
             return
-        show_line(line(record, self.steps, shutil.get_terminal_size().columns), self.stream)
         self.loss = f"  loss {record.loss:.4f}"
-        self.bar.postfix = self.loss
+        self._describe(self.loss)
+        show_line(line(record, self.steps, shutil.get_terminal_size().columns), self.stream)
 
-    def stepped(self) -> None:
-        """Move the bar by one step."""
+    def stepped(self, step_s: float) -> None:
+        """Move the bar by one step, which took so many seconds."""
+        self.step += 1
+        self.step_s += (step_s - self.step_s) * (SMOOTHING if self.step_s else 1.0)
         if self.bar is not None:
+            self._describe(self.loss)
             self.bar.update()
+
+    def _describe(self, what: str) -> None:
+        """Put the time left and ``what`` behind the bar, which shows them when it is drawn."""
+        left = show_time(eta(self.step, self.steps, self.step_s)) if self.step_s else "?"
+        self.bar.desc = f"  left {left}{what}"
 
     @contextmanager
     def doing(self, what: str) -> Iterator[None]:
         """Show in the bar what happens between two steps."""
         if self.bar is not None:
-            self.bar.postfix = f"  {what}"
+            self._describe(f"  {what}")
             self.bar.refresh()
         yield
         if self.bar is not None:
-            self.bar.postfix = self.loss
+            self._describe(self.loss)
 
     def close(self) -> None:
         if self.bar is not None:

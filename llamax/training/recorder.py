@@ -60,7 +60,7 @@ class Recorder:
         self.steps, self.busy_s = self.steps + 1, self.busy_s + seconds
         self.flush()
         if self.console:
-            self.console.stepped()
+            self.console.stepped(seconds)
 
     def add(self, step: Step, consumed_tokens: int, lr: float, reported: bool = True) -> None:
         """Keep a step for its record, which is written when the next one runs.

@@ -61,7 +61,7 @@ def test_console_lines_are_aligned_and_complete() -> None:
     console.write(RECORD)
     console.write(replace(RECORD, step=99, loss=10.5, mfu=0.0, validation_loss=2.5))
     console.write(replace(RECORD, step=100))
-    console.stepped()
+    console.stepped(0.5)
     with console.doing("validating"):
         pass
     console.close()
@@ -92,14 +92,17 @@ def test_the_bar_shows_loss_and_time_and_starts_where_the_run_resumes() -> None:
     console = ConsoleWriter(steps=10, step=6, bar=True, stream=stream)
     assert console.bar.n == console.bar.initial == 6
     for step in (7, 8, 9):
-        console.stepped()
+        console.stepped(7.0)
         assert console.bar.n == step, "it moves every step, not only with a record"
     console.write(RECORD)
+    with console.doing("validating"):  # which is no step, however long it takes
+        console.bar.start_t -= 500
     console.bar.refresh()
     console.close()
     text = stream.getvalue()
     assert "step 9/10 |" in text
-    assert "loss 2.2500" in text
+    assert "  left 7.00s  validating" in text
+    assert "  left 7.00s  loss 2.2500" in text
     assert text.count("step  7/10  loss") == 1
 
 
@@ -108,7 +111,7 @@ def test_lines_of_the_log_stand_above_the_bar(monkeypatch: pytest.MonkeyPatch) -
     setup_logging()
     console = ConsoleWriter(steps=480_000, bar=True, stream=terminal)
     for step in range(1, 4):
-        console.stepped()
+        console.stepped(0.5)
         console.bar.refresh()
         console.write(replace(RECORD, step=step, validation_loss=2.0))
         logger.info("saving step %d", step)
