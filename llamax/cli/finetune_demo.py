@@ -21,7 +21,7 @@ from pathlib import Path
 from llamax.cli.demo import RANKS, shell
 from llamax.cli.options import Parser
 from llamax.config.constants import METRICS_FILE
-from llamax.config.load import load_config
+from llamax.config.load import RECIPES, load_config
 from llamax.runtime.files import replace_output
 from llamax.runtime.process import run_main
 from llamax.runtime.text import in_shell, print_text
@@ -147,7 +147,7 @@ Next:
   llamax evaluate {in_shell(hub)} --template {TEMPLATE} \\
     --test-file {in_shell(test)}
 (the commands are in {Path(sys.executable).parent};
-larger recipes: llamax/config/recipes/README.md)"""
+larger recipes: {RECIPES})"""
     )
     return 0
 
