@@ -20,15 +20,15 @@ def parser() -> Parser:
     """The command line."""
     p = Parser(
         prog="llamax prepare",
-        description="Turn text into a packed-token dataset: one document per text file or JSONL "
-        "row; or, with --template, one per row of questions and answers. A run that was killed "
+        description="Turn text into a packed-token dataset: one document per text file or row; "
+        "or, with --template, one per row of questions and answers. A run that was killed "
         "continues when the same command is given again.",
     )
     p.add_argument(
         "inputs",
         nargs="+",
-        help="text or JSONL files, plain or .gz, or folders; with --template JSONL, JSON, CSV, "
-        "TSV, Parquet or Arrow, or a folder of save_to_disk; or hf://datasets/org/name on the Hub",
+        help="text files, rows as JSONL, JSON, CSV, TSV, Parquet or Arrow, or folders of them, "
+        "also of save_to_disk; or hf://datasets/org/name on the Hub",
     )
     p.add_argument("--out", required=True, help="dataset folder to make")
     which = p.add_mutually_exclusive_group(required=True)
