@@ -39,7 +39,7 @@ def parser() -> Parser:
     )
     p.add_argument("--config", required=True, help="a recipe's name or a TOML file")
     p.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
-    p.add_argument("--instance", default="trn1.32xlarge", help="default trn1.32xlarge")
+    p.add_argument("--instance", default="trn1.32xlarge", help="machine (default %(default)s)")
     p.add_argument(
         "--ranks",
         choices=AUDIT_RANKS,

@@ -40,8 +40,18 @@ def parser() -> Parser:
     p.add_argument(
         "--sequence-length", type=int, default=0, metavar="N", help="tokens; default: the model's"
     )
-    p.add_argument("--packing", choices=("auto", "best-fit", "concat", "padded"), default="auto")
-    p.add_argument("--labels", choices=("answers", "all"), default="answers")
+    p.add_argument(
+        "--packing",
+        choices=("auto", "best-fit", "concat", "padded"),
+        default="auto",
+        help="how documents fill samples, as data.packing of a run (default auto)",
+    )
+    p.add_argument(
+        "--labels",
+        choices=("answers", "all"),
+        default="answers",
+        help="tokens of instruction data that count in the loss (default answers)",
+    )
     p.add_argument("--batches", type=int, default=0, metavar="N", help="only the first N; 0: all")
     p.add_argument("--test-file", type=Path, metavar="FILE", help="rows of questions and answers")
     p.add_argument(
@@ -59,7 +69,13 @@ def parser() -> Parser:
         help=f"column of the {', '.join(FIELDS)}",
     )
     p.add_argument("--limit", type=int, default=0, metavar="N", help="only the first N rows")
-    p.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(%(default)s)")
+    p.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="tokens of an answer (default 256)",
+    )
     p.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end answers before this text"
     )

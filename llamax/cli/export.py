@@ -21,7 +21,7 @@ def parser() -> Parser:
     """The command line."""
     p = Parser("llamax export", description=summary(__doc__))
     p.add_argument("source", help="a run, a checkpoint's folder or a Hugging Face folder")
-    p.add_argument("--to", required=True, choices=EXPORT_FORMATS)
+    p.add_argument("--to", required=True, choices=EXPORT_FORMATS, help="format to write")
     p.add_argument("--out", required=True, help="folder to make")
     p.add_argument("--tensor", type=int, default=1, help="tensor ranks (default 1)")
     p.add_argument("--pipeline", type=int, default=1, help="nxd: stages (default 1)")

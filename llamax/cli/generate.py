@@ -73,7 +73,9 @@ def parser() -> Parser:
         metavar="FIELD=COLUMN",
         help=f"rows: column of the {', '.join(FIELDS)}",
     )
-    p.add_argument("--max-new-tokens", type=int, default=100, metavar="N", help="default 100")
+    p.add_argument(
+        "--max-new-tokens", type=int, default=100, metavar="N", help="tokens of an answer (100)"
+    )
     p.add_argument(
         "--temperature", type=float, metavar="T", help="default: the model's, or 0.8; 0 is greedy"
     )
@@ -89,7 +91,9 @@ def parser() -> Parser:
         metavar="P",
         help="draw among the fewest that hold P of the probability (default: the model's, or 1)",
     )
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="default 0; prompt i adds i")
+    p.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of the draws (default 0; prompt i adds i)"
+    )
     p.add_argument("--greedy", action="store_true", help="always take the most likely token")
     p.add_argument(
         "--stop",

@@ -22,9 +22,20 @@ def parser() -> Parser:
     """The command line."""
     p = Parser("llamax import", description=summary(__doc__))
     p.add_argument("folder", help="another trainer's checkpoint")
-    p.add_argument("--from", dest="format", choices=("auto", *FOREIGN_FORMATS), default="auto")
+    p.add_argument(
+        "--from",
+        dest="format",
+        choices=("auto", *FOREIGN_FORMATS),
+        default="auto",
+        help="format of the checkpoint (default: what its files show)",
+    )
     p.add_argument("--out", required=True, help="folder to make")
-    p.add_argument("--to", choices=("hub", "llamax"), default="hub", help="default hub")
+    p.add_argument(
+        "--to",
+        choices=("hub", "llamax"),
+        default="hub",
+        help="a Hugging Face folder or a llamax checkpoint (default hub)",
+    )
     p.add_argument("--config", default="", help="config.json or recipe, if the folder has none")
     p.add_argument("--weights-only", action="store_true", help="leave the optimizer out")
     p.add_argument(

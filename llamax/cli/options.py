@@ -108,7 +108,9 @@ def add_computing(
         default="",
         help="default: that of the files, with float16 as float32 except on cuda",
     )
-    parser.add_argument("--backend", choices=backends, default="cpu", help="default %(default)s")
+    parser.add_argument(
+        "--backend", choices=backends, default="cpu", help="device (default %(default)s)"
+    )
     parser.add_argument(
         "--quantize",
         choices=QUANTIZED,

@@ -111,8 +111,9 @@ def describe_refusal(error: OSError) -> str | None:
 
 
 def summary(doc: str) -> str:
-    """The first paragraph of a program's docstring, as ``--help`` prints it."""
-    return doc.split("\n\n")[0].replace("``", "")
+    """What a program does, from its docstring "USAGE: it does this.", as ``--help`` prints it."""
+    does = doc.split("\n\n")[0].replace("``", "").partition(": ")[2]
+    return does[:1].upper() + does[1:]
 
 
 def steady_heap() -> None:

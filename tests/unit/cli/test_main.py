@@ -18,6 +18,7 @@ from support.saving import saved
 
 from llamax import __version__
 from llamax.__main__ import COMMANDS, dispatch
+from llamax.cli.options import Parser
 
 
 def llamax(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -47,18 +48,26 @@ def test_help_with_an_unknown_command_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_plain_text(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_is_plain_text_and_explains_every_option(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsers, shown_by = list[Parser](), Parser.format_help
+    monkeypatch.setattr(Parser, "format_help", lambda self: parsers.append(self) or shown_by(self))
     with pytest.raises(SystemExit, match="0"):
         importlib.import_module(COMMANDS[name][0]).main(["--help"])
     shown = capsys.readouterr().out
     assert f"llamax {name}" in shown
     assert "``" not in shown
+    (parser,) = parsers
+    assert str(parser.description)[0].isupper()
+    assert [action.dest for action in parser._actions if not action.help] == []
 
 
 def test_help_of_commands_needs_no_torch() -> None:
     code = """
 import sys
 from llamax.__main__ import COMMANDS, dispatch
+from llamax.cli.options import Parser
 for name in COMMANDS:
     try:
         dispatch([name, "--help"])
