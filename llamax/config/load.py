@@ -67,8 +67,7 @@ def load_config(
     that can be used, every rule that is broken.
     """
     path = find_config(name_or_path)
-    recipe = is_recipe(path)
-    where = f"recipe {path.stem}" if recipe else str(path)
+    recipe, where = is_recipe(path), source_name(path)
     tables = read_toml(path)
     if "recipe" in tables:
         raise ConfigError(
@@ -86,6 +85,11 @@ def recorded_config(path: str | Path) -> Config:
 def is_recipe(path: Path) -> bool:
     """Whether the file is a recipe that comes with llamax."""
     return path.parent == RECIPES
+
+
+def source_name(path: Path) -> str:
+    """A recipe or another file in messages."""
+    return f"recipe {path.stem}" if is_recipe(path) else str(path)
 
 
 def find_config(name_or_path: str) -> Path:

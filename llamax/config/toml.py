@@ -165,7 +165,8 @@ def _wanted(hint: Any) -> str:
     """What a field takes, in words."""
     hint = bare(hint)
     if section := section_of(hint):
-        return f"a section with {', '.join(each.name for each in fields(section))}"
+        needed = [each.name for each in fields(section) if each.default is MISSING]
+        return f"a section with {', '.join(needed or [each.name for each in fields(section)])}"
     if get_origin(hint) is Literal:
         return join_or(get_args(hint))
     if get_origin(hint) is tuple:

@@ -27,7 +27,14 @@ import torch
 from llamax.checkpoint.listing import newest_checkpoint
 from llamax.config.base_model import supply_model
 from llamax.config.constants import CHECKPOINTS_FOLDER, METRICS_FILE
-from llamax.config.load import dump_config, find_config, is_recipe, parse_config, take_place
+from llamax.config.load import (
+    dump_config,
+    find_config,
+    is_recipe,
+    parse_config,
+    source_name,
+    take_place,
+)
 from llamax.config.schema import Config
 from llamax.config.toml import parse_toml, read_toml
 from llamax.parallel.rendezvous import Rendezvous
@@ -97,7 +104,7 @@ def config_of(
         _merge(tables, config)
     elif isinstance(config, str | Path):
         path = find_config(str(config))
-        tables, where, recipe = read_toml(path), str(path), is_recipe(path)
+        tables, where, recipe = read_toml(path), source_name(path), is_recipe(path)
     else:
         raise ConfigError(
             f"a configuration is a recipe's name, a path, a Config or a dict, not {config!r:.60}"
@@ -117,7 +124,7 @@ def config_of(
         tensor = found.parallel.tensor
         raise ConfigError(
             f"{where}: parallel.tensor={tensor} does not divide the number of ranks, {world_size}; "
-            f'give `ranks={tensor}` or a multiple, or parallel={{"tensor": {world_size}}}'
+            f'give `ranks={tensor}` or a multiple, or parallel={{"tensor": 1}}'
         )
     return parse_config(tables, (), world_size, where)
 

@@ -170,7 +170,8 @@ def test_mistakes_are_errors_of_one_line(data: Path, tmp_path: Path) -> None:
         (
             lambda: llamax.train("demo"),
             ConfigError,
-            r"parallel.tensor=2 does not divide the number of ranks, 1; give `ranks=2` or a mult",
+            r"^recipe demo: parallel.tensor=2 does not divide the number of ranks, 1; give "
+            r"`ranks=2` or a multiple, or parallel=\{\"tensor\": 1\}$",
         ),
         (lambda: llamax.train(cfg, run={"stesp": 3}), ConfigError, "run.stesp.*did you mean"),
         (lambda: llamax.train(cfg, {"run.steps.x": 3}), ConfigError, "steps is 6 and no section"),
