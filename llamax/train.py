@@ -108,18 +108,13 @@ def _train(config: Config, where: Rendezvous, parts: Parts, began: float) -> Non
         verified = pool.submit(  # while the ranks meet and load
             inputs.verify, config, where.rank, where.world_size, lambda: not over.is_set()
         )
+        place, mesh = folder / HEARTBEATS_FOLDER, resolved.mesh
+        heart = Heartbeat(place, where.rank, where.world_size, timeout_s, where.job, mesh)
         with (
             lock.lock_folder(folder) if where.rank == 0 else nullcontext(),
             log_to_file(folder, where.job, where.rank),
-            beating(
-                folder / HEARTBEATS_FOLDER,
-                where.rank,
-                where.world_size,
-                timeout_s,
-                where.job,
-                resolved.mesh,
-            ) as heart,
-            backend.joined(resolved.mesh, timeout_s) as axes,
+            beating(heart),
+            backend.joined(mesh, timeout_s) as axes,
         ):
             inputs.check_newest(config)
             inputs.check_base(backend.of_rank_0)

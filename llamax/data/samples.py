@@ -64,23 +64,10 @@ class Samples:
         if self.parts:
             parts = [part.loader(dp, 0, shuffle) for part in self.parts]
             return BlendedLoader(parts, self.weights, plan, consumed)
+        options = {"separate_documents": data.separate_documents, "answers": self.answers}
         if self.packs is not None:
-            return PackedLoader(
-                self.packs,
-                plan,
-                consumed,
-                separate_documents=data.separate_documents,
-                shuffle=shuffle,
-                answers=self.answers,
-            )
-        return Loader(
-            self.file,
-            plan,
-            consumed,
-            separate_documents=data.separate_documents,
-            shuffle=shuffle,
-            answers=self.answers,
-        )
+            return PackedLoader(self.packs, plan, consumed, shuffle=shuffle, **options)
+        return Loader(self.file, plan, consumed, shuffle=shuffle, **options)
 
     def __str__(self) -> str:
         if self.parts:

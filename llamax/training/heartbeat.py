@@ -91,7 +91,10 @@ DEFAULTS = asdict(Beat())
 
 
 class Heartbeat:
-    """This rank's file, and its view of the others'."""
+    """This rank's file, and its view of the others'.
+
+    ``job`` names what started all ranks; ``mesh`` tells at which stage of a pipeline a rank is.
+    """
 
     def __init__(
         self,
@@ -239,23 +242,13 @@ class Heartbeat:
 
 
 @contextmanager
-def beating(
-    folder: Path,
-    rank: int,
-    world_size: int,
-    timeout_s: float,
-    job: str = "",
-    mesh: Mesh = Mesh(),  # noqa: B008  (frozen)
-) -> Iterator[Heartbeat]:
-    """This rank's heartbeat while it is part of the world; ``job`` names what started all ranks.
-
-    ``mesh`` says at which stage of a pipeline a lost rank was.
+def beating(heart: Heartbeat) -> Iterator[Heartbeat]:
+    """Let this rank's heart beat in the block, while it is part of the world.
 
     LostRank from inside is raised again with the name of the lost rank.  A mistake that several
     ranks meet, such as a damaged file, is reported by the lowest of them; the others leave
     silently.
     """
-    heart = Heartbeat(folder, rank, world_size, timeout_s, job, mesh)
     heart.start()
     try:
         yield heart

@@ -209,7 +209,7 @@ def test_ranks_that_are_all_alive_are_reported(
 
 def test_the_lowest_rank_reports_what_several_ranks_find(tmp_path: Path) -> None:
     def end(rank: int, words: str) -> BaseException:
-        with pytest.raises(BaseException) as caught, beating(tmp_path, rank, 4, 4.0):
+        with pytest.raises(BaseException) as caught, beating(Heartbeat(tmp_path, rank, 4, 4.0)):
             raise CheckpointError(words)
         left = json.loads((tmp_path / f"rank-{rank:05d}").read_text())["left"]
         assert left == words.partition(";")[0]
@@ -228,7 +228,7 @@ def test_a_lost_rank_is_named_and_the_name_passed_on(tmp_path: Path) -> None:
     other.stop("boom")
 
     def lose() -> None:
-        with beating(tmp_path, 0, 2, 4.0):
+        with beating(Heartbeat(tmp_path, 0, 2, 4.0)):
             raise LostRank("gloo says no")
 
     with pytest.raises(LostRank, match=r"^rank 1 \(last step 0\) ended: boom: gloo says no"):
@@ -242,7 +242,7 @@ def test_a_lost_rank_is_named_with_its_stage(tmp_path: Path) -> None:
     other.stop("boom")
 
     def lose() -> None:
-        with beating(tmp_path, 0, 4, 4.0, "", Mesh(pp=2, tp=2)):
+        with beating(Heartbeat(tmp_path, 0, 4, 4.0, "", Mesh(pp=2, tp=2))):
             raise LostRank("gloo says no")
 
     with pytest.raises(LostRank, match=r"^rank 3 \(stage 1, last step 0\) ended: boom: gloo"):
@@ -265,7 +265,7 @@ def test_a_rank_records_why_it_leaves(
     tmp_path: Path, error: BaseException | None, left: str
 ) -> None:
     def leave() -> None:
-        with beating(tmp_path, 0, 2, 4.0) as heart:
+        with beating(Heartbeat(tmp_path, 0, 2, 4.0)) as heart:
             heart.at(3)
             if error:
                 raise error
@@ -278,7 +278,7 @@ def test_a_rank_records_why_it_leaves(
 
 def test_one_rank_alone_writes_its_step_for_watch(tmp_path: Path) -> None:
     before = {*threading.enumerate()}
-    with beating(tmp_path / "heartbeats", 0, 1, 4.0) as heart:
+    with beating(Heartbeat(tmp_path / "heartbeats", 0, 1, 4.0)) as heart:
         heart.at(7)
         assert json.loads((tmp_path / "heartbeats" / "rank-00000").read_text())["step"] == 7
     assert json.loads((tmp_path / "heartbeats" / "rank-00000").read_text())["left"] == "done"
