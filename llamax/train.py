@@ -200,6 +200,10 @@ def start(
     }
     changes = {**overrides}
     for name, settings in sections.items():
+        if settings is not None and not isinstance(settings, Mapping):
+            raise ConfigError(
+                f"`{name}={settings!r:.40}` is no section; give {name}={{SETTING: VALUE}}"
+            )
         changes |= {f"{name}.{key}": value for key, value in (settings or {}).items()}
     where = rendezvous(os.environ)
     if ranks and where.launcher:

@@ -175,6 +175,11 @@ def test_mistakes_are_errors_of_one_line(data: Path, tmp_path: Path) -> None:
         ),
         (lambda: llamax.train(cfg, run={"stesp": 3}), ConfigError, "run.stesp.*did you mean"),
         (lambda: llamax.train(cfg, {"run.steps.x": 3}), ConfigError, "steps is 6 and no section"),
+        (
+            lambda: llamax.train(cfg, run=3),
+            ConfigError,
+            "^`run=3` is no section; give run={SETTING",
+        ),
         (lambda: llamax.train(7), ConfigError, "a configuration is a recipe's name, a path, a Con"),
         (lambda: llamax.train(cfg, ranks=-1), ConfigError, "`ranks=-1` is below 0"),
         (
