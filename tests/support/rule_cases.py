@@ -195,24 +195,30 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
     "mesh_fills_world": (
         [
             (
+                {"parallel.pipeline": 2, "data.global_batch": 6},
+                6,
+                "parallel.tensor=2 x parallel.pipeline=2 does not divide the world of 6 ranks; "
+                "start a multiple of 4 ranks, or use parallel.pipeline=1",
+            ),
+            (  # with one stage, three data ranks would not divide the batch
                 {"parallel.pipeline": 2, "data.global_batch": 2},
                 6,
                 "parallel.tensor=2 x parallel.pipeline=2 does not divide the world of 6 ranks; "
-                "start a multiple of 4 ranks, or use parallel.pipeline=1 or 3",
+                "start a multiple of 4 ranks",
             ),
             (
-                {"parallel.context": 2, "parallel.pipeline": 2, "data.global_batch": 2},
+                {"parallel.context": 2, "parallel.pipeline": 2, "data.global_batch": 18},
                 9,
                 "parallel.tensor=2 x parallel.context=2 x parallel.pipeline=2 does not divide the "
-                "world of 9 ranks; start a multiple of 8 ranks, or use parallel.tensor=1, 3 or 9 "
-                "and parallel.context=1 and parallel.pipeline=1",
+                "world of 9 ranks; start a multiple of 8 ranks, or use parallel.tensor=1 and "
+                "parallel.context=1 and parallel.pipeline=1",
             ),
             (
-                {"parallel.context": 2, "parallel.pipeline": 2, "data.global_batch": 2},
+                {"parallel.context": 2, "parallel.pipeline": 2, "data.global_batch": 6},
                 6,
                 "parallel.tensor=2 x parallel.context=2 x parallel.pipeline=2 does not divide the "
-                "world of 6 ranks; start a multiple of 8 ranks, or use parallel.context=1 or 3 "
-                "and parallel.pipeline=1",
+                "world of 6 ranks; start a multiple of 8 ranks, or use parallel.context=1 and "
+                "parallel.pipeline=1",
             ),
             (
                 {"parallel.pipeline": 2, "parallel.data": 4},
@@ -221,16 +227,16 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 "world has 8; use parallel.data=2, or 0 for all ranks that are left",
             ),
             (
-                {"parallel.context": 3, "data.sequence_length": 126, "data.global_batch": 2},
+                {"parallel.context": 3, "data.sequence_length": 126, "data.global_batch": 8},
                 8,
                 "parallel.tensor=2 x parallel.context=3 does not divide the world of 8 ranks; "
-                "start a multiple of 6 ranks, or use parallel.context=1, 2 or 4",
+                "start a multiple of 6 ranks, or use parallel.context=1",
             ),
             (
-                {"parallel.context": 2, "data.global_batch": 2},
+                {"parallel.context": 2, "data.global_batch": 10},
                 5,
                 "parallel.tensor=2 x parallel.context=2 does not divide the world of 5 ranks; "
-                "start a multiple of 4 ranks, or use parallel.tensor=1 or 5 and parallel.context=1",
+                "start a multiple of 4 ranks, or use parallel.tensor=1 and parallel.context=1",
             ),
             (
                 {"parallel.context": 2, "parallel.data": 4},
@@ -242,13 +248,13 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {},
                 1,
                 "parallel.tensor=2 does not divide the world of 1 rank; start a multiple of "
-                "2 ranks (llamax train --ranks 2, or torchrun), or use 1",
+                "2 ranks (llamax train --ranks 2, or torchrun), or use parallel.tensor=1",
             ),
             (
-                {"data.global_batch": 2},
+                {"data.global_batch": 6},
                 3,
                 "parallel.tensor=2 does not divide the world of 3 ranks; "
-                "start a multiple of 2 ranks, or use 1 or 3",
+                "start a multiple of 2 ranks, or use parallel.tensor=1",
             ),
             (
                 {"parallel.data": 4},

@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from llamax.config.rules import Rules, World, divisors, multiples_near
+from llamax.config.rules import pipeline as pipeline_rules
 from llamax.config.schema import NEURON_BACKENDS, Config, DataConfig
+from llamax.config.types import out_of_range
 from llamax.runtime.errors import join_or
 from llamax.runtime.units import count
 
@@ -92,19 +95,15 @@ def mesh_fills_world(c: Config, world: World) -> Iterator[str]:
     if world.ranks % replica:
         usable = math.gcd(world.ranks, node)
         if pipeline > 1 and world.ranks % group == 0:
-            instead = f"use parallel.pipeline={join_or(divisors(world.ranks // group))}"
-        elif replica == tensor:
-            instead = f"use {join_or(divisors(usable))}"
+            instead = _fitting(c, world, "pipeline", divisors(world.ranks // group))
         elif usable % tensor or context == 1:
-            instead = f"use parallel.tensor={join_or(divisors(usable))}"
-            instead += "".join(f" and {name}=1" for name, degree in others if degree > 1)
+            instead = _fitting(c, world, "tensor", divisors(usable), context=1, pipeline=1)
         else:
-            instead = f"use parallel.context={join_or(divisors(usable // tensor))}"
-            instead += " and parallel.pipeline=1" if pipeline > 1 else ""
+            instead = _fitting(c, world, "context", divisors(usable // tensor), pipeline=1)
         how = f" (llamax train --ranks {replica}, or torchrun)" if world.ranks == 1 else ""
         yield (
             f"{degrees} does not divide the world of {count(world.ranks, 'rank')}; "
-            f"start a multiple of {count(replica, 'rank')}{how}, or {instead}"
+            f"start a multiple of {count(replica, 'rank')}{how}{instead}"
         )
     elif data and replica * data != world.ranks:
         yield (
@@ -112,6 +111,23 @@ def mesh_fills_world(c: Config, world: World) -> Iterator[str]:
             f"world has {world.ranks}; use parallel.data={world.ranks // replica}, or 0 for all "
             "ranks that are left"
         )
+
+
+def _fitting(c: Config, world: World, name: str, degrees: list[int], **others: int) -> str:
+    """The ``degrees`` of an axis, beside ``others``, with which no rule of the mesh complains."""
+    broken = {key for key, _ in out_of_range(c)}
+    every = (*RULES, *pipeline_rules.RULES)
+    rules = [rule for keys, rule in every if broken.isdisjoint(keys)]
+
+    def fits(degree: int) -> bool:
+        changes: dict[str, Any] = {name: degree, **others}
+        cut = replace(c, parallel=replace(c.parallel, **changes))
+        return not any(line for rule in rules for line in rule(cut, world))
+
+    found = [degree for degree in degrees if fits(degree)]
+    changed = [other for other, degree in others.items() if getattr(c.parallel, other) != degree]
+    more = "".join(f" and parallel.{other}={others[other]}" for other in changed)
+    return f", or use parallel.{name}={join_or(found)}{more}" if found else ""
 
 
 @RULES.reading(
