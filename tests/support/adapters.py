@@ -16,6 +16,7 @@ from llamax.checkpoint.hf_folder import open_source
 from llamax.config.model import ModelConfig
 from llamax.config.rules.pipeline import evenly
 from llamax.config.schema import FinetuneConfig, OptimConfig
+from llamax.config.types import ContextBy
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
 from llamax.optim.zero import Zero
@@ -80,12 +81,13 @@ def build(
     sequence: bool = False,
     recompute: Any = "none",
     spread: bool = False,
+    layers: tuple[int, ...] | None = None,
 ) -> Llama:
     """A base with adapters whose B is not zero, so that every factor has a gradient."""
     device = "meta" if finetune.method == "qlora" else "cpu"
     source = open_source(folder)
     config = ModelConfig.from_hub(source.model)
-    counts = evenly(config.num_hidden_layers, axes.pp.size)
+    counts = layers or evenly(config.num_hidden_layers, axes.pp.size)
     model = Llama(
         config,
         axes.tp,
@@ -113,6 +115,7 @@ def steps(
     backend: Backend | None = None,
     packed: bool = False,
     zero: int = 1,
+    context_by: ContextBy = "gather",
 ) -> dict[str, Any]:
     """Losses and norms of two steps, and the adapters after them; the base stays as it was.
 
@@ -135,6 +138,7 @@ def steps(
         backend or EAGER_DEVICE,
         step_tokens=GLOBAL_BATCH * SEQUENCE,
         learning_rate=lambda step: OPTIM.lr,
+        context_by=context_by,
     )
     if backend is not None:
         state.to(backend.device)
