@@ -18,6 +18,7 @@ from llamax.config.constants import STATE_BLOCK
 from llamax.optim.blockwise import Blockwise
 from llamax.optim.buckets import Piece, Segment, buckets, padded, pieces, shared_spans
 from llamax.parallel.collectives import Axes
+from llamax.parallel.weight_gradient import GradientSum
 
 Kind = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
@@ -219,6 +220,12 @@ class Group:
             parameter.register_post_accumulate_grad_hook(Accumulate(view))
         return total
 
+    def gradient_sums(self) -> dict[str, GradientSum]:
+        """Where the gradient of each parameter is summed, by name."""
+        kept = [None] * len(self.names) if self.gradient is None else self._views(self.gradient)
+        sums = map(GradientSum, self.parameters, kept)
+        return dict(zip(self.names, sums, strict=True))
+
     def finish_gradients(self) -> None:
         """Send what backward has left unsent, before an optimizer step."""
 
@@ -326,9 +333,9 @@ class Accumulate:
         self.total = total
 
     def __call__(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        self.total.add_(parameter.grad)
-        parameter.grad = None
+        if parameter.grad is not None:  # the layer has not added it
+            self.total.add_(parameter.grad)
+            parameter.grad = None
 
 
 def split_like(flat: Tensor, parts: Sequence[Tensor]) -> list[Tensor]:

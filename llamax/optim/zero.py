@@ -20,7 +20,9 @@ so step 7 needs no copy per parameter, and so is, in float32, the rank's master 
 
 Each gradient is added to a flat float32 vector as soon as backward has made it, and freed:
 microsteps sum in float32, all of them trace the same graph, and nothing is copied to be sent.  Only
-float32 gradients that are never sent stay autograd's own, and take no memory during forward.
+float32 gradients that are never sent stay in ``parameter.grad``, and take no memory during forward.
+On eager devices the products of layers add to these sums themselves
+(``llamax.parallel.weight_gradient``).
 
 Bytes a rank holds for n elements of width w over d data ranks::
 
@@ -65,6 +67,7 @@ from llamax.optim.reduced_groups import ReducedGroup, SpreadGroup
 from llamax.optim.replicas import ReplicaCheck
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import Replica, ShardedParameters
+from llamax.parallel.weight_gradient import GradientSum
 from llamax.runtime.errors import ConfigError
 
 
@@ -133,6 +136,7 @@ class Zero:
                 "some before Zero is made"
             )
         self.groups: list[Group | LazyGroup] = []
+        sums: dict[str, GradientSum] = {}
         for key, named in members.items():
             counted = [
                 segment._replace(weight=segment.weight / (1 + key.tied))
@@ -154,7 +158,12 @@ class Zero:
             elif key.zero == 2:
                 self.groups.append(ReducedGroup(key, named, counted, axes, bucket_bytes))
             else:
-                self.groups.append(Group(key, named, counted, axes, self.sharded, bucket_bytes))
+                group = Group(key, named, counted, axes, self.sharded, bucket_bytes)
+                self.groups.append(group)
+                sums |= group.gradient_sums()
+        self._layers = {n: layer for n, layer in parameters.layers.items() if n in sums}
+        for name, layer in self._layers.items():
+            layer.gradient_sum = sums[name]
         if self.spread and axes.data.rank_index.device.type == "cpu":
             cpu.unmap_large_blocks()
 
@@ -277,6 +286,8 @@ class Zero:
         The Parameters stay the same objects; their gradients are cleared.  From then on ``owned``
         gives copies on the host: for saving, not for loading.
         """
+        for layer in self._layers.values():
+            layer.gradient_sum = None
         self.groups = [
             lazy_group(group, device) if isinstance(group, Group) else group
             for group in self.groups

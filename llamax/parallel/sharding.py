@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from llamax.parallel.spread import Store
+from llamax.parallel.weight_gradient import GradientSum
 from llamax.runtime.errors import ConfigError
 
 
@@ -240,9 +241,10 @@ class ShardedParameter(NamedTuple):
 
 
 class Storing(Protocol):
-    """A layer that takes its weight from a store, where it has one."""
+    """A layer that takes its weight from a store, and adds its gradient to a sum, where given."""
 
     store: Store | None
+    gradient_sum: GradientSum | None
 
 
 class ShardedParameters(Mapping[str, ShardedParameter]):

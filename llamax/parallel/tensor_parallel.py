@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from llamax import ops
 from llamax.parallel import regions
-from llamax.parallel.collectives import Axis
+from llamax.parallel.collectives import Axis, Solo
 from llamax.parallel.sharding import (
     Block,
     Shard,
@@ -31,36 +31,68 @@ from llamax.parallel.sharding import (
     local_shape,
 )
 from llamax.parallel.spread import Store
+from llamax.parallel.weight_gradient import GradientSum, postponed
 from llamax.runtime.errors import DataError
 
 
 class _ColumnMatmul(torch.autograd.Function):
-    """gather(x) @ W^T that saves only the sharded x and gathers it again in backward."""
+    """gather(x) @ W^T that saves only the sharded x and gathers it again in backward.
+
+    The gradient of W is added to ``total``, where there is one that is open.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        axis: Axis,
+        sequence_parallel: bool,
+        total: GradientSum | None,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
+        ctx.total, ctx.later = total, postponed()
         return ops.linear(axis.all_gather(x, 1) if sequence_parallel else x, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         x, weight = ctx.saved_tensors
-        axis, dx, dw = ctx.axis, None, None
+        axis, sequence_parallel, total = ctx.axis, ctx.sequence_parallel, ctx.total
+        dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = ops.matmul_grad_input(dy, weight)
-            dx = axis.reduce_scatter(dx, 1) if ctx.sequence_parallel else axis.all_reduce(dx)
-        if ctx.needs_input_grad[1]:
-            dw = ops.matmul_grad_weight(dy, axis.all_gather(x, 1) if ctx.sequence_parallel else x)
-        return dx, dw, None, None
+            dx = axis.reduce_scatter(dx, 1) if sequence_parallel else axis.all_reduce(dx)
+
+        def gathered() -> Tensor:
+            whole: Tensor = axis.all_gather(x, 1) if sequence_parallel else x
+            return whole
+
+        if total is not None and total.open and ctx.needs_input_grad[1]:
+            if ctx.later is None:
+                total.add(dy, gathered())
+            else:
+                ctx.later.append(lambda: total.add(dy, gathered()))
+        elif ctx.needs_input_grad[1]:
+            dw = ops.matmul_grad_weight(dy, gathered())
+        return dx, dw, None, None, None
 
 
-def column_matmul(x: Tensor, weight: Tensor, axis: Axis, sequence_parallel: bool) -> Tensor:
+def column_matmul(
+    x: Tensor,
+    weight: Tensor,
+    axis: Axis,
+    sequence_parallel: bool,
+    total: GradientSum | None = None,
+) -> Tensor:
     """A column-parallel product: [B,s,D] (or [B,S,D]), [f,D] -> [B,S,f]."""
-    if axis.size == 1:
+    if axis.size == 1 and (total is None or not torch.is_grad_enabled()):
         return ops.linear(x, weight)
-    return regions.apply(_ColumnMatmul, x, weight, axis, sequence_parallel)
+    return regions.apply(_ColumnMatmul, x, weight, axis, sequence_parallel, total)
+
+
+LOCAL = Solo("local")  # the axis of a product without a collective
 
 
 class ParallelLayer(nn.Module):
@@ -71,6 +103,7 @@ class ParallelLayer(nn.Module):
 
     weight: nn.Parameter
     store: Store | None = None
+    gradient_sum: GradientSum | None = None  # where an optimizer sums the weight's gradient
     tp: Axis
     sequence_parallel: bool
 
@@ -80,7 +113,7 @@ class ParallelLayer(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """The column-parallel product with the weight: [B,s,D] -> [B,S,f]."""
-        return column_matmul(x, self.dense(), self.tp, self.sequence_parallel)
+        return column_matmul(x, self.dense(), self.tp, self.sequence_parallel, self.gradient_sum)
 
 
 class ColumnLinear(ParallelLayer):
@@ -122,7 +155,7 @@ class RowLinear(ParallelLayer):
 
     def partial(self, x_BSf: Tensor) -> Tensor:
         """This rank's part of the sum: x_BSf -> z_BSD."""
-        return ops.linear(x_BSf, self.dense())
+        return column_matmul(x_BSf, self.dense(), LOCAL, False, self.gradient_sum)
 
     def reduced(self, z_BSD: Tensor) -> Tensor:
         """The sum over ranks: z_BSD -> y_BsD."""

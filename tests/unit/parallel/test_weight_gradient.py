@@ -1,0 +1,101 @@
+"""Gradients of weights that products add to their sums, at once or put off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support.models import TINY
+from torch import Tensor
+
+from llamax.config.schema import OptimConfig
+from llamax.model.llama import Llama
+from llamax.optim import Zero
+from llamax.parallel.collectives import Axes
+from llamax.parallel.weight_gradient import Additions, postponing
+
+IDS = torch.arange(32).view(2, 16)
+LAYER = "model.layers.0.mlp.down_proj.weight"
+
+
+def optimized(dtype: torch.dtype = torch.float32) -> tuple[Llama, Zero]:
+    model = Llama(TINY, dtype=dtype).init(0)
+    parameters = model.sharded_parameters()
+    return model, Zero(parameters, OptimConfig(), Axes.solo(), sequence_parallel=False)
+
+
+def losses(model: Llama) -> Iterator[Tensor]:
+    for shift in (1, 2):
+        yield model.loss(IDS, IDS.roll(shift, 1))[0]
+
+
+def plain(dtype: torch.dtype) -> dict[str, Tensor]:
+    """The sums of autograd's own gradients, in float32."""
+    model, sums = Llama(TINY, dtype=dtype).init(0), {}
+    for total in losses(model):
+        total.backward()
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            sums[name] = sums.get(name, 0) + parameter.grad.float()
+            parameter.grad = None
+    return sums
+
+
+def summed(model: Llama, optimizer: Zero) -> dict[str, Tensor]:
+    found = optimizer._gradients_of([name for name, _ in model.named_parameters()])
+    return {name: gradient.clone() for name, gradient in found.items()}
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
+def test_products_add_what_autograd_would(dtype: torch.dtype, close: float) -> None:
+    """In float32 into ``parameter.grad``, else into the optimizer's float32 vector."""
+    (model, optimizer), expected = optimized(dtype), plain(dtype)
+    for total in losses(model):
+        total.backward()
+    found = summed(model, optimizer)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= close * gradient.abs().max(), name
+
+
+def test_what_is_put_off_comes_when_it_is_done() -> None:
+    (model, optimizer), expected = optimized(), plain(torch.float32)
+    later: Additions = []
+    with postponing(later):
+        every = [*losses(model)]
+    for total in every:
+        total.backward()
+    assert LAYER not in summed(model, optimizer)
+    assert "model.norm.weight" in summed(model, optimizer)
+    for add in later:
+        add()
+    found = summed(model, optimizer)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
+
+
+def test_a_hook_sees_and_changes_the_gradient() -> None:
+    (model, optimizer), expected, seen = optimized(), plain(torch.float32), []
+
+    def twice(gradient: Tensor) -> Tensor:
+        seen.append(gradient)
+        return 2 * gradient
+
+    model.get_parameter(LAYER).register_hook(twice)
+    with postponing([]):
+        every = [*losses(model)]
+    for total in every:
+        total.backward()
+    assert len(seen) == 2
+    assert torch.allclose(summed(model, optimizer)[LAYER], 2 * expected[LAYER], atol=1e-6)
+
+
+def test_recomputed_layers_add_too() -> None:
+    (model, optimizer), expected = optimized(), plain(torch.float32)
+    model.model.mode = "full"
+    for total in losses(model):
+        total.backward()
+    found = summed(model, optimizer)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
