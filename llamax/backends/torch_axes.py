@@ -73,17 +73,25 @@ class TorchAxis:
         return _join(arrived, concat)
 
     def shift(self, x: Tensor, by: int = 1) -> Tensor:
+        return self.start_shift(x, by)()
+
+    def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
         x, arrived = x.contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
         target, source = (self.ranks[(self.rank + step) % self.size] for step in (by, -by))
         if by % self.size == 0:
-            return arrived.copy_(x)
+            return lambda: arrived.copy_(x)
         exchange = [
             dist.P2POp(dist.isend, x, target, self.group),
             dist.P2POp(dist.irecv, arrived, source, self.group),
         ]
-        for request in dist.batch_isend_irecv(exchange):
-            request.wait()
-        return arrived
+        requests = dist.batch_isend_irecv(exchange)
+
+        def shifted() -> Tensor:
+            for request in requests:
+                request.wait()
+            return arrived
+
+        return shifted
 
     def _split(self, x: Tensor, dim: int) -> Tensor:
         """[.., size * n, ..] -> [size, .., n, ..], a view."""

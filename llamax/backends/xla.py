@@ -102,6 +102,9 @@ class XlaAxis:
         y: Tensor = self.xm.collective_permute(x, pairs)
         return y
 
+    def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
+        return partial(self.shift, x, by)
+
     def _divisible(self, x: Tensor, dim: int) -> int:
         """``dim`` counted from the front; raises ValueError where its size is not divisible."""
         dim %= x.dim()

@@ -66,6 +66,10 @@ class Axis(Protocol):
         """The tensor of rank ``rank - by``, around the ring: [...] -> [...]."""
         ...
 
+    def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
+        """Begin ``shift(x, by)``, as ``start_all_gather`` does."""
+        ...
+
 
 class Solo:
     """An axis of size one: every verb is the identity."""
@@ -94,6 +98,9 @@ class Solo:
 
     def shift(self, x: Tensor, by: int = 1) -> Tensor:
         return x
+
+    def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
+        return lambda: x
 
 
 @dataclass(frozen=True)
@@ -192,5 +199,8 @@ class Metered:
         return self.axis.all_to_all(x, split, concat)
 
     def shift(self, x: Tensor, by: int = 1) -> Tensor:
+        return self.start_shift(x, by)()
+
+    def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
         self.meter.add(self, "shift", x.nbytes * self.size / max(self.size - 1, 1))
-        return self.axis.shift(x, by)
+        return self.axis.start_shift(x, by)

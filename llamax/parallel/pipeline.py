@@ -13,6 +13,16 @@ one gives a gradient and gets its input.  Four microbatches on three stages (F f
 This is 1F1B (one forward, one backward): a stage with a stages above it has at most a + 1
 microbatches in flight, and n microbatches take the time of n + p - 1 on p stages.
 
+*Split*, a backward computes the gradient of its input alone, which the stage below waits for, and
+the gradients of weights (W) come later, while a swap is on its way; stage s puts them off by s
+microbatches::
+
+    stage 0   F0 |   F1 |     B0 W0 F2 |     B1 W1 F3 |  B2 W2 |  B3 W3
+    stage 1      |F0 B0 | F1 B1 |W0 F2 B2 |W1 F3 B3 |W2 W3
+
+If F, B and W take equal times, the wait is a third, and each stage keeps as much as p microbatches
+in flight (ZB-H1 of Qi et al. 2023).
+
 *Interleaved*, a stage holds several runs of layers, its *chunks*, and a microbatch goes round the
 stages as often: chunk 0 of all stages, then chunk 1, and so on, so that the last stage has an edge
 to the first.  Work comes in rounds of a forward and a backward of one chunk, which all stages begin
@@ -23,7 +33,8 @@ Since both sides of an edge list the same swaps in the same order, no schedule c
 and no transfer needs a tag.
 
 Sources: Narayanan et al. 2019, "PipeDream"; Narayanan et al. 2021, "Efficient Large-Scale Language
-Model Training on GPU Clusters", section 2.2; Huang et al. 2019, "GPipe".
+Model Training on GPU Clusters", section 2.2; Huang et al. 2019, "GPipe"; Qi et al. 2023, "Zero
+Bubble Pipeline Parallelism", section 2.3.
 """
 
 from __future__ import annotations
@@ -47,9 +58,9 @@ class Micro(NamedTuple):
 
 
 class Work(NamedTuple):
-    """The forward or the backward pass of a microbatch through a chunk."""
+    """The forward or the backward pass of a microbatch through a chunk, or what was put off."""
 
-    kind: Literal["forward", "backward"]
+    kind: Literal["forward", "backward", "weights"]
     micro: Micro
 
 
@@ -68,8 +79,14 @@ class Swap(NamedTuple):
 Schedule = list[Work | Swap]
 
 
-def schedule(stage: int, stages: int, micros: int, chunks: int = 1) -> Schedule:
-    """1F1B, or interleaved 1F1B: what ``stage`` of ``stages`` does with ``micros`` microbatches."""
+def schedule(
+    stage: int, stages: int, micros: int, chunks: int = 1, split: bool = False
+) -> Schedule:
+    """1F1B, or interleaved 1F1B: what ``stage`` of ``stages`` does with ``micros`` microbatches.
+
+    ``split``, without chunks alone: gradients of weights come while the swap below, which has sent
+    the input's, is on its way; on stage 0 in the backward.
+    """
     if chunks > 1:
         return _rounds(stage, stages, micros, chunks, turn=stages * chunks - 1)
     above, works = stages - 1 - stage, Schedule()
@@ -80,14 +97,20 @@ def schedule(stage: int, stages: int, micros: int, chunks: int = 1) -> Schedule:
             up = Micro(number) if number < micros else None
             works.append(Swap(edge, up, Micro(number - lag) if number >= lag else None))
 
+    def weights(first: int, stop: int) -> None:
+        if split and stage:
+            works.extend(Work("weights", Micro(number)) for number in range(max(first, 0), stop))
+
     for number in range(micros + above):
         swap(stage - 1, number)
+        weights(number - 1 - above - stage, number - above - stage)
         if number < micros:
             works.append(Work("forward", Micro(number)))
         swap(stage, number)
         if number >= above:
             works.append(Work("backward", Micro(number - above)))
     swap(stage - 1, micros + above)
+    weights(micros - 1 - stage, micros)
     return works
 
 
@@ -170,10 +193,14 @@ def edge_name(edge: int, stages: int) -> str:
     return "ends" if edge == stages - 1 else EDGES[edge % 2]
 
 
-def in_flight(stage: int, stages: int, micros: int, chunks: int = 1) -> int:
-    """The most microbatches between forward and backward at the same time, summed over chunks."""
+def in_flight(stage: int, stages: int, micros: int, chunks: int = 1, split: bool = False) -> int:
+    """The most microbatches between forward and backward at the same time, summed over chunks.
+
+    ``split``: those whose gradients of weights are put off count as well.
+    """
     above = stages - 1 - stage
     bound = above + 1 if chunks == 1 else 2 * above + (chunks - 1) * stages + 1
+    bound = stages if split else bound
     return min(bound, micros * chunks)
 
 

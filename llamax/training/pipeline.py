@@ -5,6 +5,7 @@
     forward     x from the stage below --> compute --> y, for the stage above    a program
     backward    dy from the stage above --> autograd --> dx, for the stage below a program
     swap        y and dx change places with the neighbours' dx and y             a program
+    weights     gradients of weights that backward has put off, during a swap (eager devices)
 
 The last forward ends in the loss, and its backward follows at once, in the same program.  A
 microbatch in flight is what autograd keeps of it.  The schedule is data that depends on the number
@@ -14,6 +15,7 @@ of stages, chunks and microbatches alone (``llamax.parallel.pipeline``), so no v
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -25,17 +27,22 @@ from llamax.backends.base import EAGER
 from llamax.model.dropout import Dropout
 from llamax.parallel.collectives import Axes, Axis, Reduction
 from llamax.parallel.pipeline import Micro, Schedule, Swap, Work, back, onward
+from llamax.parallel.weight_gradient import Additions, postponing
 
 # (microbatch, x_BsD or None before the first layer) -> y_BsD, or the loss after the last layer
 Compute = Callable[[Micro, Tensor | None], Tensor]
 
 
 class InFlight(NamedTuple):
-    """A microbatch between its passes: input, output, and the tokens that dropout tells apart."""
+    """A microbatch between its passes: input, output, and the tokens that dropout tells apart.
+
+    ``later``: the gradients of weights that its backward puts off.
+    """
 
     x: Tensor | None
     y: Tensor
     dropout_tokens: Tensor | None
+    later: Additions
 
 
 class _Way:
@@ -68,6 +75,7 @@ class Stage:
         self.first, self.last = self.number == 0, self.number == self.stages - 1
         self.most = 0  # microbatches in flight at the same time so far
         self._flying: dict[Micro, InFlight] = {}
+        self._later: dict[Micro, Additions] = {}
         self._unused: Tensor | None = None
 
     def run(self, works: Schedule, compute: Compute, like: Tensor) -> None:
@@ -77,21 +85,28 @@ class Stage:
         one work to the next: what is alive is part of a program.
         """
         up, down = _Way(), _Way()
+        split = any(work[0] == "weights" for work in works)
+        swapped: Callable[[], Tensor] | None = None
         for work, following in pairwise([*works, None]):
-            if isinstance(work, Swap):
-                above = work.edge == self.number
-                way, other = (up, down) if above else (down, up)
-                sent, received = (work.up, work.down) if above else (work.down, work.up)
-                result = self._swap(self.axes.edge(work.edge), way, sent, other, received, like)
+            match work:
+                case Swap(edge, up_there, down_here):
+                    above = edge == self.number
+                    way, other = (up, down) if above else (down, up)
+                    sent, received = (up_there, down_here) if above else (down_here, up_there)
+                    swapped = self._swap(self.axes.edge(edge), way, sent, other, received, like)
+                case Work("forward", micro):
+                    self._forward(micro, up, compute, split)
+                    if following != Work("backward", micro):
+                        self.boundary()
+                case Work("backward", micro):
+                    self._backward(micro, down)
+                    self.boundary()
+                case Work("weights", micro):
+                    self._weights(micro)
+            if swapped and (following is None or following[0] != "weights"):
+                result, swapped = swapped(), None
                 self.boundary()
                 del result  # alive until here, or there would be no program where it is not used
-            elif isinstance(work, Work) and work.kind == "forward":
-                self._forward(work.micro, up, compute)
-                if following != Work("backward", work.micro):
-                    self.boundary()
-            elif isinstance(work, Work):
-                self._backward(work.micro, down)
-                self.boundary()
 
     def _swap(
         self,
@@ -101,24 +116,31 @@ class Stage:
         other: _Way,
         received: Micro | None,
         like: Tensor,
-    ) -> Tensor:
-        """Give what leaves on one way, and take what arrives on the other."""
+    ) -> Callable[[], Tensor]:
+        """Begin to give what leaves on one way; the function takes what arrives on the other."""
         x = self._nothing(like) if sent is None else way.leaving.pop(sent)
-        x = swap(axis, x)
-        if received is not None:
-            other.arrived[received] = x
-        return x
+        wait = start_swap(axis, x)
 
-    def _forward(self, micro: Micro, up: _Way, compute: Compute) -> None:
+        def taken() -> Tensor:
+            x = wait()
+            if received is not None:
+                other.arrived[received] = x
+            return x
+
+        return taken
+
+    def _forward(self, micro: Micro, up: _Way, compute: Compute, split: bool) -> None:
         starts = self.first and micro.chunk == 0
         x_BsD = None if starts else up.arrived.pop(micro)
         if not torch.is_grad_enabled():
             y = compute(micro, x_BsD)
         else:
+            later = Additions()
             x_BsD = None if x_BsD is None else x_BsD.detach().requires_grad_()
-            y = compute(micro, x_BsD)
+            with postponing(later) if split else nullcontext():
+                y = compute(micro, x_BsD)
             tokens = None if self.dropout is None else self.dropout.tokens_BS
-            self._flying[micro] = InFlight(x_BsD, y, tokens)
+            self._flying[micro] = InFlight(x_BsD, y, tokens, later)
             self.most = max(self.most, len(self._flying))
         if above := onward(micro, self.number, self.stages, self.chunks):
             up.leaving[above] = y.detach()
@@ -133,6 +155,14 @@ class Stage:
             assert passed.x is not None
             assert passed.x.grad is not None
             down.leaving[below] = passed.x.grad
+        if passed.later:
+            self._later[micro] = passed.later
+
+    def _weights(self, micro: Micro) -> None:
+        """Add the gradients of weights that the backward of ``micro`` has put off, if any."""
+        later = self._later.pop(micro, Additions())
+        while later:
+            later.pop(0)()
 
     def _nothing(self, like: Tensor) -> Tensor:
         """What is given in a swap where nothing is to be sent."""
@@ -142,15 +172,16 @@ class Stage:
         return self._unused
 
 
-def swap(axis: Axis, x: Tensor) -> Tensor:
-    """What the other rank of an axis of two gives for ``x``: [...] -> [...].
+def start_swap(axis: Axis, x: Tensor) -> Callable[[], Tensor]:
+    """Begin a swap over an axis of two; the function waits for what the other rank gives for ``x``.
 
     Devices that trace programs gather both and pick by a tensor, so that both run one program.
     """
     if x.device.type in EAGER:
-        return axis.shift(x)
+        return axis.start_shift(x)
     both = axis.all_gather(x.unsqueeze(0), 0)
-    return both.index_select(0, 1 - axis.rank_index).squeeze(0)
+    picked = both.index_select(0, 1 - axis.rank_index).squeeze(0)
+    return lambda: picked
 
 
 class Apart:
@@ -182,6 +213,9 @@ class Apart:
 
     def shift(self, x: Tensor, by: int = 1) -> Tensor:
         return self.axis.shift(x, by)
+
+    def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
+        return self.axis.start_shift(x, by)
 
 
 def apart(axes: Axes, boundary: Callable[[], None]) -> Axes:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from llamax.checkpoint.plain_llama import own_names
+from llamax.config.rules.pipeline import splits
 from llamax.config.types import ContextBy
 from llamax.data.loader import Batch
 from llamax.model.llama import Llama
@@ -257,7 +258,9 @@ class TrainState:
             return mean if scaling is None else mean * scaling.scale.squeeze(0)
 
         self._prefetch.begin("step")
-        self._run(schedule, micros, compute)
+        chunks, mode = len(self.model.stage), self.model.model.mode
+        split = splits(self.axes.pp.size, chunks, mode, device.type)
+        self._run(partial(schedule, split=split), micros, compute)
         # Tensor ranks hold the same loss: the first one's counts. NaN on any rank makes a sum NaN.
         sums = _of_first(self.axes.tp, sums)
         request = 1.0 if stop else SAVE_REQUEST if save else 0.0

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from llamax.config.model import ModelConfig
 from llamax.config.schema import FinetuneConfig
+from llamax.config.types import ContextBy
 from llamax.model import lora
 from llamax.model.llama import Llama
 from llamax.model.recompute import Recompute
@@ -77,7 +78,7 @@ def step(
     llama = build(model, axes, sequence, layers)
     llama.model.mode = recompute
     state = training(llama, axes, zero)
-    sums = noted(llama)
+    sums = noted(state.optimizer)
     results = [state.step(share(axes, accumulation), 1)]
     grads = summed(llama, axes, {name: grad.clone() for name, grad in sums.items()})
     for name, grad in exact.items():
@@ -231,7 +232,7 @@ def both_schedules(mesh: Mesh, layers: tuple[int, ...]) -> list[str]:
     """On a rank: what differs between a step by GPipe and one by 1F1B."""
     my_axes, options = axes(replace(mesh, ends=True)), (True, 4, "none", 1, layers)
     one = step(MODEL, my_axes, *options)
-    with mock.patch.object(training_step, "schedule", schedules.gpipe):
+    with mock.patch.object(training_step, "schedule", lambda *of, split: schedules.gpipe(*of)):
         other = step(MODEL, my_axes, *options)
     assert other["most"] == 4 * len(layers) // mesh.pp > one["most"]
     pairs = [(name, one["weights"][name], other["weights"][name]) for name in one["weights"]]
@@ -258,16 +259,22 @@ FOUR = replace(adapters.MODEL, num_hidden_layers=4)
 
 
 def tuned(
-    folder: Path, mesh: Mesh, cases: list[tuple[FinetuneConfig, Recompute]], mutation: str
+    folder: Path,
+    mesh: Mesh,
+    cases: list[tuple[FinetuneConfig, Recompute]],
+    mutation: str,
+    layers: tuple[int, ...] | None = None,
+    by: ContextBy = "gather",
 ) -> list[str]:
     """On a rank: how adapters, dropout included, differ from one rank's."""
-    found, my_axes = [], axes(mesh, FOUR.kv_replicas(mesh.tp))
+    found: list[str] = []
+    my_axes = axes(replace(mesh, ends=bool(layers)), FOUR.kv_replicas(mesh.tp))
     for finetune, recompute in cases:
         solo = Axes.solo()
         whole = adapters.steps(adapters.build(folder, solo, finetune), solo, 1, packed=True)
         with MUTATIONS[mutation]():
-            model = adapters.build(folder, my_axes, finetune, mesh.tp > 1, recompute)
-            mine = adapters.steps(model, my_axes, 4, packed=True)
+            model = adapters.build(folder, my_axes, finetune, mesh.tp > 1, recompute, layers=layers)
+            mine = adapters.steps(model, my_axes, 4, packed=True, context_by=by)
         cuts, rank = model.sharded_parameters().cuts, my_axes.tp.rank
         found += adapters.differences(mine, whole, cuts, mesh.tp, rank, 3 * TOLERANCE)
     return found
@@ -284,6 +291,25 @@ def test_adapters_step_as_one_with_the_same_dropout(
         (NF4, "full"),
     ]
     for found in worlds(mesh.world_size).run(tuned, folder, mesh, cases, "none"):
+        assert found == []
+
+
+@pytest.mark.parametrize(
+    ("mesh", "layers", "by"),
+    [
+        (Mesh(pp=2), (1, 1, 1, 1), "gather"),
+        (Mesh(pp=2, tp=2), (1, 1, 1, 1), "gather"),
+        (Mesh(pp=2, dp=2), (1, 1, 1, 1), "gather"),
+        (Mesh(pp=2, cp=2), None, "gather"),
+        (Mesh(pp=2, cp=2), (1, 1, 1, 1), "ring"),
+    ],
+    ids=lambda case: named(case) if isinstance(case, Mesh) else str(case),
+)
+def test_adapters_step_as_one_in_chunks_and_parts_of_sequences(
+    worlds: Worlds, folder: Path, mesh: Mesh, layers: tuple[int, ...] | None, by: ContextBy
+) -> None:
+    cases: list[tuple[FinetuneConfig, Recompute]] = [(LORA, "none"), (NF4, "full")]
+    for found in worlds(mesh.world_size).run(tuned, folder, mesh, cases, "none", layers, by):
         assert found == []
 
 
@@ -330,11 +356,11 @@ def mean_of_each_micro(original: Any) -> Any:
 
 
 def sent_comes_back(original: Any) -> Any:
-    def swap(axis: Any, x: Tensor) -> Tensor:
-        original(axis, x)
-        return x.clone()
+    def start_swap(axis: Any, x: Tensor) -> Callable[[], Tensor]:
+        original(axis, x)()
+        return x.clone
 
-    return swap
+    return start_swap
 
 
 def times(factor: float) -> Any:
@@ -361,6 +387,17 @@ def one_left_out(original: Any) -> Any:
             original(self, micro, down)
 
     return backward
+
+
+def put_off_left_out(original: Any) -> Any:
+    """Gradients of weights that microbatch 3 has put off are never added."""
+
+    def weights(self: Any, micro: Micro) -> None:
+        if micro.number == 3:
+            self._later.pop(micro)
+        original(self, micro)
+
+    return weights
 
 
 def positions_of_the_first(original: Any) -> Any:
@@ -442,10 +479,11 @@ STEP: dict[str, Callable[[], Any]] = {
     "newest microbatch goes backward first": defect(pipeline.Stage, "_backward", newest_first),
     "labels of another microbatch": defect(TrainState, "_loss", labels_of_another),
     "mean of each microbatch": defect(TrainState, "_loss", mean_of_each_micro),
-    "what was sent comes back": defect(pipeline, "swap", sent_comes_back),
+    "what was sent comes back": defect(pipeline, "start_swap", sent_comes_back),
     "no gradients are sent": defect(pipeline.Stage, "_backward", times(0.0)),
     "gradients doubled": defect(pipeline.Stage, "_backward", times(2.0)),
     "a backward left out": defect(pipeline.Stage, "_backward", one_left_out),
+    "gradients of weights left out": defect(pipeline.Stage, "_weights", put_off_left_out),
     "positions of the first microbatch": defect(TrainState, "_inputs", positions_of_the_first),
     "documents of the first microbatch": defect(TrainState, "_inputs", documents_of_the_first),
     "norm of one stage": defect(Zero, "__init__", norm_of_a_stage),
@@ -492,7 +530,7 @@ DROPPED: dict[str, Callable[[], Any]] = {
     "adapters numbered by stage": defect(lora, "_replace", numbers_from_zero),
 }
 MUTATIONS: dict[str, Callable[[], Any]] = {
-    "none": lambda: replaced(pipeline, "swap", pipeline.swap),
+    "none": lambda: replaced(pipeline, "start_swap", pipeline.start_swap),
     **STEP,
     **DROPPED,
     **TWICE,

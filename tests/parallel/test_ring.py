@@ -98,7 +98,7 @@ def step(
         exact = {name: p.grad for name, p in wide.named_parameters()}
     llama.model.mode = recompute
     state = training(llama, axes, zero)
-    sums = noted(llama) if zero < 2 else {}
+    sums = noted(state.optimizer) if zero < 2 else {}
     results = [state.step(share(axes, accumulation), 1)]
     grads = summed(llama, axes, {name: grad.clone() for name, grad in sums.items()})
     results.append(state.step(share(axes, accumulation), 2))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -154,19 +154,18 @@ def differences(
     return found
 
 
-def noted(model: Llama) -> dict[str, Tensor]:
-    """The sums of the gradients that come from now on, in float64."""
+def noted(optimizer: Zero) -> dict[str, Tensor]:
+    """The gradients that this rank has summed when its next step updates, in float64."""
     sums: dict[str, Tensor] = {}
+    update = optimizer.step
 
-    def note(name: str) -> Callable[[Tensor], None]:
-        def add(gradient: Tensor) -> None:
-            sums[name] += gradient
+    def noting(*arguments: Any) -> Tensor:
+        names = [name for group in optimizer.groups for name in group.names]
+        sums.update({n: g.double() for n, g in optimizer._gradients_of(names).items()})
+        optimizer.step = update  # type: ignore[method-assign]
+        return update(*arguments)
 
-        sums[name] = torch.zeros(model.get_parameter(name).shape, dtype=torch.float64)
-        return add
-
-    for name, parameter in model.named_parameters():
-        parameter.register_hook(note(name))
+    optimizer.step = noting  # type: ignore[method-assign]
     return sums
 
 

@@ -35,6 +35,14 @@ def stage_layers(parallel: ParallelConfig, layers: int) -> tuple[int, ...]:
     return tuple(sum(counts[stage::stages]) for stage in range(stages))
 
 
+def splits(stages: int, chunks: int, recompute: str, backend: str) -> bool:
+    """Whether stages put the gradients of weights off, so that others wait less for them.
+
+    They keep more activations then, which ``run.recompute=full`` is not to do.
+    """
+    return stages > 1 and chunks == 1 and recompute != "full" and backend in ("cpu", "cuda")
+
+
 def _written(counts: tuple[int, ...]) -> str:
     return ",".join(map(str, counts))
 

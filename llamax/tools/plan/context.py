@@ -50,7 +50,8 @@ def gathered_bytes(share: Share) -> int:
 
 def keys_at_most(share: Share) -> float:
     """A bound of the bytes of gathered keys and values, and so of what a ring can save."""
-    kept = share.layers * share.flying if share.config.run.recompute == "none" else 1
+    run = share.config.run
+    kept = share.layers * share.flying(run.backend, "none") if run.recompute == "none" else 1
     return gathered_bytes(share) * (kept + 1 + GRADIENT_BYTES / share.width)
 
 

@@ -20,7 +20,7 @@ may fuse or reorder; ``reserve`` is an allowance for what is not counted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from llamax.config.constants import (
@@ -46,11 +46,13 @@ from llamax.tools.plan.sizes import Share, stages_of
 from llamax.tools.plan.state import (
     compiled,
     early_gradients,
+    gathered_gradients,
     gathered_head,
     gradients,
     gradients_of,
     in_flight,
     on_host,
+    put_off,
     state,
     uncut,
     update,
@@ -293,20 +295,28 @@ def outside_layers_kept(share: Share, machine: Machine) -> float:
 def kept(share: Share, machine: Machine, mode: Recompute) -> Line:
     """The activations that forward keeps, of all layers and outside them."""
     layer, formula = layer_kept(share, machine, mode)
-    flying = share.flying
+    flying = share.flying(machine.backend, mode)
     outside = share.config.parallel.chunks * outside_layers_kept(share, machine)
     formula = (
         f"recompute {mode}: {share.layers} layers x ({formula}), {show_bytes(outside)} outside them"
     )
     if flying > 1:
         formula += f"; {flying:g} microbatches in flight"
-    return Line("activations", (share.layers * layer + outside) * flying, formula)
+    whole, gathered = (share.layers * layer + outside) * flying, 0
+    if put_off(share, machine, mode):
+        gathered = min(share.stage, share.accumulation - 1) * gathered_gradients(share)
+        formula += f", {show_bytes(gathered)} of gradients gathered" * (gathered > 0)
+    return Line("activations", whole + gathered, formula)
 
 
 def last_kept(share: Share, machine: Machine, mode: Recompute) -> Line:
     """The activations that are left when the first layer goes backward."""
+    every = kept(share, machine, mode)
+    if put_off(share, machine, mode):
+        return replace(every, value=every.value + gathered_gradients(share))
     layer, formula = layer_kept(share, machine, mode)
-    others = (share.flying - 1) * kept(share, machine, mode).value / share.flying
+    flying = share.flying(machine.backend, mode)
+    others = (flying - 1) * every.value / flying
     waiting = f", and {show_bytes(others)} of other microbatches" if others else ""
     return Line(
         "activations", layer + others, f"recompute {mode}, one layer is left: {formula}{waiting}"
@@ -348,9 +358,11 @@ def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
         element = 8 if width == 4 else 24
         largest = float(T * F * element + share.tokens_between * D * width)
         formula = f"{T} tokens x {element} B x {F}"
-        attention = attention_blocks(share) - T * F * 3 * width
+        gone = 0 if put_off(share, machine, mode) else T * F * 3 * width
+        attention = attention_blocks(share) - gone
         if (machine.backend == "cpu" or passed(share)) and attention > largest:
-            largest, formula = attention, "scores of a block of queries less the feed-forward's"
+            largest, formula = attention, "scores of a block of queries"
+            formula += " less the feed-forward's" if gone else ""
     else:
         largest = 2 * T * F * width + T * D * width + 8 * F * D
         formula = f"{T} x {width} B x {2 * F + D} + 4 B x {2 * F} x {D}"

@@ -12,7 +12,8 @@
                 context       the same for keys and values of whole sequences
                 pipeline      activations and their gradients change places with the stages beside
                 accumulate    gradients: bytes / memory bandwidth
-    pipeline    the bubble: a microstep of every stage but the slowest, which sets the pace
+    pipeline    the bubble: a microstep of every stage but the slowest, which sets the pace, less
+                the gradients of weights where they are put off
     step        AdamW: bytes / memory bandwidth; data: gradients out, weights in
 
 The parts are added up: nothing is assumed to overlap.  Bytes of collectives are those of rings
@@ -262,15 +263,27 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     ]
 
 
-def waiting(run: ResolvedRun, slowest_s: float, all_s: float) -> Line:
+def weights_put_off(share: Share, machine: Machine) -> float:
+    """The seconds in a microstep of a stage for the gradients of weights that it puts off."""
+    if not share.splits(machine.backend, share.config.run.recompute):
+        return 0.0
+    peak = machine.peak_flops(share.config.run.dtype)
+    return forward_flops(share)[0] / (peak * machine.matmul_efficiency)
+
+
+def waiting(run: ResolvedRun, slowest_s: float, all_s: float, put_off_s: float) -> Line:
     """The bubble: what the slowest stage waits while the pipeline fills and drains.
 
     The first microbatch comes through all stages before it, and the last one goes back through
-    them.  With chunks all stages begin their rounds together.
+    them.  With chunks all stages begin their rounds together.  What the other stages put off is not
+    waited for, and fills the rest of the time once more.
     """
     stages, chunks = run.mesh.pp, run.config.parallel.chunks
     if chunks == 1:
-        return Line("pipeline bubble", all_s - slowest_s, f"a microstep of {stages - 1} stages")
+        seconds, formula = all_s - slowest_s, f"a microstep of {stages - 1} stages"
+        if put_off_s:
+            formula += f" - 2 x {put_off_s:.3g} s of gradients of weights"
+        return Line("pipeline bubble", max(0.0, seconds - 2 * put_off_s), formula)
     return Line(
         "pipeline bubble",
         (stages - 1) * slowest_s / chunks,
@@ -288,6 +301,8 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     slowest_s = max(seconds)
     share, _, parts = stages[seconds.index(slowest_s)]
     all_s = sum(number * each for (_, number, _), each in zip(stages, seconds, strict=True))
+    put_off = [number * weights_put_off(each, machine) for each, number, _ in stages]
+    put_off_s = sum(put_off) - weights_put_off(share, machine)
 
     config, mesh, n, w = share.config, share.mesh, share.accumulation, share.width
     peak = machine.peak_flops(config.run.dtype)
@@ -302,7 +317,7 @@ def time(share: Share, machine: Machine, nodes: int) -> Time:
     times = count(n, "microstep")
     lines = (
         *(Line(line.name, n * line.value, f"{times} x {line.formula}") for line in parts),
-        waiting(share.run, slowest_s, all_s),
+        waiting(share.run, slowest_s, all_s, put_off_s),
         Line(
             "AdamW",
             adamw / bandwidth,

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from llamax.config.constants import DTYPE_BYTES, loss_chunk_tokens, nf4_bits
 from llamax.config.model import ModelConfig
 from llamax.config.rules.finetune import target_names
-from llamax.config.rules.pipeline import stage_layers
+from llamax.config.rules.pipeline import splits, stage_layers
 from llamax.config.schema import Config, FinetuneConfig
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.pipeline import in_flight
@@ -74,11 +74,18 @@ class Share:
         """Whether the stage ends in the output matrix and the loss."""
         return self.stage == self.mesh.pp - 1
 
-    @cached_property
-    def flying(self) -> float:
-        """Microbatches in flight at the same time, in those through the whole stage."""
-        chunks = self.config.parallel.chunks
-        return in_flight(self.stage, self.mesh.pp, self.accumulation, chunks) / chunks
+    def splits(self, backend: str, recompute: str) -> bool:
+        """Whether gradients of weights are put off."""
+        stages, chunks = self.mesh.pp, self.config.parallel.chunks
+        return not self.tuned and splits(stages, chunks, recompute, backend)
+
+    def flying(self, backend: str, recompute: str) -> float:
+        """Microbatches in flight at the same time, in those through the whole stage.
+
+        One whose gradients of weights are put off counts: their factors take as many bytes.
+        """
+        chunks, split = self.config.parallel.chunks, self.splits(backend, recompute)
+        return in_flight(self.stage, self.mesh.pp, self.accumulation, chunks, split) / chunks
 
     @cached_property
     def vocabularies(self) -> int:
