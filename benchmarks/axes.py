@@ -1,6 +1,6 @@
 """Speed and memory of the mesh's axes: ZeRO-3 and pipelines beside torch's own, context ranks.
 
-    python benchmarks/axes.py [SECTION ...] [--steps 8] [--only PART]
+    python benchmarks/axes.py [SECTION ...] [--steps 8] [--only PART] [--layers N]
 
 Contenders train the same Llama from the same weights on the same samples, in processes of one
 thread.  They take turns, one step each (A B C A B C ...), and speeds are medians: once of the time
@@ -62,13 +62,14 @@ def contenders(section: str) -> tuple[str, dict[str, Job]]:
     }
 
 
-def race(section: str, steps: int, only: str, smallest: bool) -> None:
+def race(section: str, steps: int, only: str, layers: int, smallest: bool) -> None:
     """Print the table of a section."""
     base, jobs = contenders(section)
     teams = []
     for name, job in jobs.items():
         if only not in name and name != base:
             continue
+        job = replace(job, layers=layers or job.layers)
         small = {"layers": 2, "length": 32, "vocab_size": 512} if smallest else {}
         try:
             teams.append(Team(name, replace(job, **small)))
@@ -107,11 +108,12 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", help=f"of {' '.join(sections)}; all by default")
     parser.add_argument("--steps", type=int, default=8, help="steps of each, two of them warm-up")
     parser.add_argument("--only", default="", help="contenders whose name has this part")
+    parser.add_argument("--layers", type=int, default=0, help="layers; by default as listed")
     parser.add_argument("--smallest", action="store_true", help="smallest size, only to try it")
     options = parser.parse_args()
     print(f"`{' '.join(['python', 'benchmarks/axes.py', *sys.argv[1:]])}`, {where()}")
     for section in options.sections or sections:
-        race(section, options.steps, options.only, options.smallest)
+        race(section, options.steps, options.only, options.layers, options.smallest)
 
 
 if __name__ == "__main__":
