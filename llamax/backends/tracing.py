@@ -59,7 +59,7 @@ class Tracer:
 
         self.metrics, self.runtime, self.lazy = metrics, runtime, torch_xla._XLAC
         self.device: torch.device = torch_xla.device()
-        self._texts: dict[bytes, str] = {}
+        self._texts: dict[tuple[bool, bytes], str] = {}
         self.debug(debug)
         self._fallbacks = set(metrics.executed_fallback_ops())
         gc.collect()
@@ -97,15 +97,12 @@ class Tracer:
     def _text(self, roots: list[Tensor]) -> str:
         """The HLO text of a recorded graph.
 
-        Without Python lines a graph is lowered once for each hash: torch-xla's own, by which it
-        finds the compiled program of a graph.
+        A graph is lowered once for each hash: torch-xla's own, by which it finds the compiled
+        program of a graph.  Python lines are those of the first one.
         """
-        lower: Callable[[list[Tensor]], str] = self.lazy._get_xla_tensors_hlo
-        if self._with_lines:
-            return lower(roots)
-        key = self.lazy._get_graph_hash(roots)
+        key = self._with_lines, self.lazy._get_graph_hash(roots)
         if key not in self._texts:
-            self._texts[key] = lower(roots)
+            self._texts[key] = self.lazy._get_xla_tensors_hlo(roots)
         return self._texts[key]
 
     def pending(self) -> list[Tensor]:

@@ -64,10 +64,18 @@ def segments(shape: Sequence[int], how: Cut, degree: int, rank: int) -> list[Seg
         _, length, pad = span(block, degree, rank)
         row.append(Segment(length * inner, 1 / held_by, held_by > 1))
         row.append(Segment(pad * inner, 0.0, False))
-    rows = [segment for segment in row if segment.length] * prod(shape[: how.dim])
+    count, row = prod(shape[: how.dim]), _joined(row)
+    if len(row) == 1:
+        return [row[0]._replace(length=row[0].length * count)]
+    return _joined(row * count)
+
+
+def _joined(found: Sequence[Segment]) -> list[Segment]:
+    """Segments as few as possible: neighbours that count alike are one, and empty ones go."""
+    held = (segment for segment in found if segment.length)
     return [
         Segment(sum(segment.length for segment in alike), weight, shared)
-        for (weight, shared), alike in groupby(rows, key=lambda segment: segment[1:])
+        for (weight, shared), alike in groupby(held, key=lambda segment: segment[1:])
     ]
 
 

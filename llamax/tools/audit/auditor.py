@@ -58,7 +58,7 @@ from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 
 Ranks = Literal["all", "corners", "deep"]
 DIFFERS = 7  # exit code of ``llamax audit``
-FEW_LAYERS = 2
+FEW_LAYERS, FEW_BUCKETS = 2, 4  # of the programs that every rank traces
 HLO_DTYPES = {torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
@@ -124,7 +124,7 @@ def audit_run(
         if not divergences and ranks == "all":
             few = min(max(FEW_LAYERS, len(run.chunk_layers)), layers)
             world = range(mesh.world_size)
-            divergences += compare(run.with_layers(few), tracer, data, world, {})
+            divergences += compare(shortened(run, few), tracer, data, world, {})
             compared.append(f"{_all(mesh.world_size, 'do')} so with {count(few, 'layer')}")
     sdk, unknown = installed_sdk(installed) or Match(trn1_sdk())
     return AuditReport(
@@ -138,6 +138,15 @@ def audit_run(
         (*notes(run.config), *([unknown] if unknown else ())),
         sdk,
     )
+
+
+def shortened(run: ResolvedRun, layers: int) -> ResolvedRun:
+    """The run with few layers, and gradients in few buckets: every kind of each is left."""
+    run = run.with_layers(layers)
+    parallel, elements = run.config.parallel, run.config.model.num_parameters() // run.mesh.tp
+    whole_bytes = GRADIENT_BYTES * elements // FEW_BUCKETS
+    parallel = replace(parallel, bucket_bytes=max(parallel.bucket_bytes, whole_bytes))
+    return replace(run, config=replace(run.config, parallel=parallel))
 
 
 def _all(ranks: int, verb: str) -> str:
