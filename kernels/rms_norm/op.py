@@ -7,7 +7,8 @@ With r = rsqrt(mean(x^2) + eps) and g = dy * weight::
 
 Both sums come from one product dy * x: multiplied by r from the left it gives dweight, multiplied
 by weight from the right it gives sum(g * x).  Its buffer then becomes dx.  Saved are x, weight and
-r (one number for each row).
+r (one number for each row), from which ``ctx.again`` makes the result again for the backward of the
+matrix product that it goes into (``llamax.parallel.tensor_parallel``).
 
 Source: Zhang and Sennrich 2019, equation 4.
 """
@@ -26,7 +27,12 @@ def normalized(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
     scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    return (x * scale).to(x.dtype).mul_(weight), scale
+    return scaled(x, weight, scale), scale
+
+
+def scaled(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """The result, from the factor of each row."""
+    return (x * scale).to(x.dtype).mul_(weight)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -36,12 +42,13 @@ class RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         y, scale = normalized(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
+        ctx.again = scaled
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, weight, scale = ctx.saved_tensors
+        x, weight, scale = vars(ctx).pop("unpacked", None) or ctx.saved_tensors
         width = x.shape[-1]
         dtype = x.dtype
         x, dy, wide_weight = (t.to(scale.dtype) for t in (x, dy, weight))

@@ -5,6 +5,9 @@ computes silu again and writes both gradients into the halves of one buffer::
 
     dgate = dy * up * silu'(gate)        dup = dy * silu(gate)
 
+The result too is made again, by ``ctx.again``, for the backward of the matrix product that it goes
+into (``llamax.parallel.tensor_parallel``).
+
 Source: Shazeer 2020, "GLU variants improve Transformer", equation 6.
 """
 
@@ -31,12 +34,13 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
         ctx.save_for_backward(gate_up)
+        ctx.again = gated
         return gated(gate_up)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
+        (gate_up,) = vars(ctx).pop("unpacked", None) or ctx.saved_tensors
         wide = torch.promote_types(gate_up.dtype, torch.float32)
         gate, up = gate_up.to(wide).chunk(2, dim=-1)
         dy = dy.to(wide)

@@ -15,8 +15,12 @@ STATE_BLOCK = 256  # numbers of a moment in 8 bits that share a largest magnitud
 STATE_LEAST_ELEMENTS = 4096  # of a tensor, for moments in 8 bits
 NORM_WEIGHT_BYTES = 4  # the weight in the gradient norm, where it differs between elements
 
+# Inputs of matrix products (llamax.parallel.tensor_parallel), made again in backward on a CPU.
+MADE_AGAIN_BYTES = 2**18  # a smaller one is kept: the calls would take longer than the product
+
 # Cross-entropy (llamax.parallel.cross_entropy): float32 logits are computed in chunks of tokens.
 LOSS_CHUNK_BYTES = 64 * 2**20
+LOSS_CHUNK_TOKENS = 512  # at most, on a CPU: the logits lie in memory at the peak of a step
 LOSS_CHUNK_MULTIPLE = 128  # tokens: the tile of a matrix product, so that no chunk has a rest
 
 # Attention (kernels/attention): op.py on a CPU; nki_op.py and nki_kernel.py on a NeuronCore.

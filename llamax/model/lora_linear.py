@@ -16,8 +16,9 @@ What remains is the gradient of the whole factor (A of a column, B of a row): ea
 of it, with or without sequence parallelism, so it is ``Replica(partial=True)`` and the optimizer
 sums it over the tensor ranks, once a step.
 
-A layer keeps its input as it came (gathered again in backward) and a_BSr.  W is asked of its store
-when it is used, forward and backward, and not kept: it may be quantised, or lie on other ranks.
+A layer keeps a_BSr and, where it has adapters, its input as it came: backward gathers it again, or
+makes it again (``llamax.parallel.tensor_parallel``).  W is asked of its store when it is used,
+forward and backward, and not kept: it may be quantised, or lie on other ranks.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
 from llamax.parallel.sharding import Cut, Shard, local_shape
 from llamax.parallel.spread import Store
+from llamax.parallel.tensor_parallel import keep_input, kept_input
 
 
 class Factor(nn.Module):
@@ -75,7 +77,7 @@ class _FrozenMatmul(torch.autograd.Function):
             outputs = y.narrow(-1, adapter.start, adapter.length)
             outputs.add_(ops.linear(a_BSr, b), alpha=adapter.scale)
             narrow.append(a_BSr)
-        ctx.save_for_backward(x, *factors, *narrow)
+        ctx.save_for_backward(keep_input(ctx, x) if factors else None, *factors, *narrow)
         return y
 
     @staticmethod
@@ -85,7 +87,7 @@ class _FrozenMatmul(torch.autograd.Function):
         x, *saved = ctx.saved_tensors
         factors = saved[: 2 * len(layer.adapters)]
         narrow = saved[2 * len(layer.adapters) :]
-        whole = layer.gathered(x) if factors else x
+        whole = layer.gathered(kept_input(ctx, x)) if factors else x
         dx = ops.matmul_grad_input(dy, layer.dense()) if ctx.needs_input_grad[0] else None
         gradients: list[Tensor | None] = []
         for (adapter, a, b), a_BSr in zip(layer.pairs(factors), narrow, strict=True):

@@ -9,7 +9,8 @@ full       the block's input x_BsD          the block, but for its last sum over
 =========  ===============================  ==========================================
 
 "Selective" is Korthikanti et al. 2022, section 5: attention holds much memory for few FLOPs.  The
-collectives inside a recomputed block run again too.
+collectives inside a recomputed block run again too.  On a CPU results of norms and of SwiGLU are
+made again in every mode (``llamax.parallel.tensor_parallel``).
 """
 
 from __future__ import annotations

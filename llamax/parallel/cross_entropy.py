@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llamax import ops
-from llamax.config.constants import loss_chunk_tokens
+from llamax.config.constants import LOSS_CHUNK_TOKENS, loss_chunk_tokens
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
@@ -58,9 +58,14 @@ class _VocabParallelLoss(torch.autograd.Function):
         total = x.new_zeros((), dtype=torch.float32)
         gain = LOSS_GAIN if x.dtype == torch.float16 else 1.0
 
+        logits = None  # on a CPU one block for all chunks: a new one may not fit where the last was
+        if x.device.type == "cpu" and multiplied.dtype == torch.float32:
+            logits = multiplied.new_empty(min(chunk_tokens, len(x_TD)), rows)
+
         def add(chunk: slice) -> Tensor:  # its logits go before those of the next come
             x_tD, labels_t = x_TD[chunk].to(multiplied.dtype), labels_T[chunk]
-            logits_tv = (x_tD @ multiplied.T).float()
+            out = None if logits is None else logits[: len(x_tD)]
+            logits_tv = torch.mm(x_tD, multiplied.T, out=out).float()
             if padding is not None:
                 logits_tv.masked_fill_(padding, torch.full((), -torch.inf, device=x.device))
             counted_t = _counted(labels_t)
@@ -85,7 +90,7 @@ class _VocabParallelLoss(torch.autograd.Function):
 
         for start in range(0, x_TD.shape[0], chunk_tokens):
             total = total + add(slice(start, start + chunk_tokens))
-        dx = None
+        logits = dx = None
         if dx_TD is not None:
             dx = dx_TD.view_as(x_BSD)
             dx = axis.reduce_scatter(dx, 1) if sequence_parallel else axis.all_reduce(dx)
@@ -188,13 +193,15 @@ def vocab_parallel_loss(
 
     [B,s,D] (sequence parallel) or [B,S,D], [v,D], [B,S] -> loss sum, count.  Labels of
     ``IGNORE_INDEX`` count for nothing.  ``chunk_tokens`` defaults to all of them where kernels keep
-    logits on the chip, else to about 64 MiB of fp32 logits.
+    logits on the chip, else to about 64 MiB of fp32 logits, on a CPU to 512 tokens at most.
     """
     if chunk_tokens is None and ops.has_kernel("logit_statistics", x, weight_vD, labels_BS):
         whole = x, weight_vD, labels_BS, axis, vocab_size, sequence_parallel
         return regions.apply(_LossOnChip, *whole), _counted(labels_BS).float().sum()
     if chunk_tokens is None:
         chunk_tokens = loss_chunk_tokens(weight_vD.shape[0])
+        if x.device.type == "cpu":
+            chunk_tokens = min(chunk_tokens, LOSS_CHUNK_TOKENS)
     total = regions.apply(
         _VocabParallelLoss,
         x,

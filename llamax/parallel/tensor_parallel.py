@@ -8,6 +8,10 @@ row-parallel layer; two collectives forward, two backward::
 
 Without sequence parallelism the input is already whole (gather is the identity, its gradient is
 all-reduced) and the output is all-reduced.  Each layer knows its ``Shard``: how its weight is cut.
+
+A product needs its input again for the gradient of its weight.  Where a cheap operation made that
+input (RMSNorm, SwiGLU), it is not kept: backward asks the operation for it.  Its node in the graph
+has ``again``, a function of the tensors that it saved for its own backward, which comes later.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from llamax import ops
+from llamax.config.constants import MADE_AGAIN_BYTES
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis, Solo
 from llamax.parallel.sharding import (
@@ -35,8 +40,30 @@ from llamax.parallel.weight_gradient import GradientSum, postponed
 from llamax.runtime.errors import DataError
 
 
+def is_made_again(x: Tensor) -> bool:
+    """Whether backward makes the input x of a product again; a small one is cheaper to keep."""
+    return x.nbytes >= MADE_AGAIN_BYTES and hasattr(x.grad_fn, "again")
+
+
+def keep_input(ctx: Any, x: Tensor) -> Tensor | None:
+    """What a product saves of its input x for ``kept_input``."""
+    ctx.source = x.grad_fn if is_made_again(x) else None
+    return x if ctx.source is None else None
+
+
+def kept_input(ctx: Any, saved: Tensor | None) -> Tensor:
+    """The input of a product, from what ``keep_input`` saved."""
+    if saved is not None:
+        return saved
+    source = ctx.source
+    if "unpacked" not in vars(source):  # recomputation gives a saved tensor only once
+        source.unpacked = source.saved_tensors
+    x: Tensor = source.again(*source.unpacked)
+    return x
+
+
 class _ColumnMatmul(torch.autograd.Function):
-    """gather(x) @ W^T that saves only the sharded x and gathers it again in backward.
+    """gather(x) @ W^T that saves at most the sharded x and gathers it again in backward.
 
     The gradient of W is added to ``total``, where there is one that is open.
     """
@@ -50,7 +77,7 @@ class _ColumnMatmul(torch.autograd.Function):
         sequence_parallel: bool,
         total: GradientSum | None,
     ) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(keep_input(ctx, x) if ctx.needs_input_grad[1] else None, weight)
         ctx.axis, ctx.sequence_parallel = axis, sequence_parallel
         ctx.total, ctx.later = total, postponed()
         return ops.linear(axis.all_gather(x, 1) if sequence_parallel else x, weight)
@@ -65,17 +92,20 @@ class _ColumnMatmul(torch.autograd.Function):
             dx = ops.matmul_grad_input(dy, weight)
             dx = axis.reduce_scatter(dx, 1) if sequence_parallel else axis.all_reduce(dx)
 
+        if not ctx.needs_input_grad[1]:
+            return dx, None, None, None, None
+        x = kept_input(ctx, x)  # what made it is gone when a postponed product is computed
+
         def gathered() -> Tensor:
             whole: Tensor = axis.all_gather(x, 1) if sequence_parallel else x
             return whole
 
-        if total is not None and total.open and ctx.needs_input_grad[1]:
-            if ctx.later is None:
-                total.add(dy, gathered())
-            else:
-                ctx.later.append(lambda: total.add(dy, gathered()))
-        elif ctx.needs_input_grad[1]:
+        if total is None or not total.open:
             dw = ops.matmul_grad_weight(dy, gathered())
+        elif ctx.later is None:
+            total.add(dy, gathered())
+        else:
+            ctx.later.append(lambda: total.add(dy, gathered()))
         return dx, dw, None, None, None
 
 
@@ -87,7 +117,8 @@ def column_matmul(
     total: GradientSum | None = None,
 ) -> Tensor:
     """A column-parallel product: [B,s,D] (or [B,S,D]), [f,D] -> [B,S,f]."""
-    if axis.size == 1 and (total is None or not torch.is_grad_enabled()):
+    summed = total is not None and torch.is_grad_enabled()
+    if axis.size == 1 and not summed and not is_made_again(x):
         return ops.linear(x, weight)
     return regions.apply(_ColumnMatmul, x, weight, axis, sequence_parallel, total)
 

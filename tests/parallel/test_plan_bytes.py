@@ -50,7 +50,7 @@ MODEL = tiny(  # large enough for its activations to stand out; padded wherever 
     intermediate_size=352,
     num_hidden_layers=4,
     num_attention_heads=8,
-    vocab_size=2001,
+    vocab_size=3001,
     max_position_embeddings=512,
 )
 CPU = Machine(

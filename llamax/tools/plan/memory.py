@@ -26,6 +26,7 @@ from typing import Literal
 from llamax.config.constants import (
     ATTENTION_LENGTHS,
     GRADIENT_BYTES,
+    LOSS_CHUNK_TOKENS,
     STAGED_BYTES,
     flash_refusal,
     nki_refusal,
@@ -40,19 +41,18 @@ from llamax.tools.plan.context import (
     pairs_at_once,
     passed,
 )
+from llamax.tools.plan.factors import input_bytes, put_off, put_off_bytes, saves_inputs, swiglu
 from llamax.tools.plan.line import Line
 from llamax.tools.plan.nki_loss import loss_by_nki, loss_line
 from llamax.tools.plan.sizes import Share, stages_of
 from llamax.tools.plan.state import (
     compiled,
     early_gradients,
-    gathered_gradients,
     gathered_head,
     gradients,
     gradients_of,
     in_flight,
     on_host,
-    put_off,
     state,
     uncut,
     update,
@@ -212,11 +212,6 @@ def batch(share: Share, machine: Machine) -> Line:
 # --- forward -------------------------------------------------------------------------------------
 
 
-def saves_inputs(machine: Machine) -> bool:
-    """Whether norm and SwiGLU save only their inputs, as the kernels of ops.TABLE for them do."""
-    return machine.backend == "cpu"
-
-
 def plain_attention(share: Share, machine: Machine) -> str:
     """Why attention needs memory for every pair of tokens; empty where it does not."""
     if machine.backend in ("cpu", "cuda"):
@@ -255,24 +250,19 @@ def attention_kept(share: Share, machine: Machine) -> float:
     return T * (q + copied) * width + 4 * T * share.heads + gathered_bytes(share)
 
 
-def swiglu(share: Share, machine: Machine) -> int:
-    """Bytes that SwiGLU keeps for each element of its output."""
-    return 3 * share.width if saves_inputs(machine) else 12 + share.width
-
-
 def layer_kept(share: Share, machine: Machine, mode: Recompute) -> tuple[float, str]:
     """Bytes that the forward of one layer keeps for its backward, and the formula."""
     D, width, T, q, k = share.model.hidden_size, share.width, share.tokens, share.query, share.key
-    F, between = share.feed_forward, share.tokens_between
+    between = share.tokens_between
     if mode == "full":
         return between * D * width, f"{between} tokens x {width} B x {D}"
-    norm = 2 * width if saves_inputs(machine) else 4 + 2 * width
-    per_output = swiglu(share, machine)
+    norm = width if saves_inputs(machine) else 4 + width
+    normed, gated = input_bytes(share, machine, between, D), swiglu(share, machine)
     heads = T * (2 * q + 2 * k) * width
-    total = float(between * (2 * D * norm + 8) + heads + T * F * per_output)
+    total = float(between * (2 * D * norm + 8) + 2 * normed + heads + gated)
     formula = (
-        f"{between} tokens x {2 * norm} B x {D} + "
-        f"{T} tokens x ({width} B x {2 * q + 2 * k} + {per_output} B x {F})"
+        f"{between} tokens x {2 * norm} B x {D} + 2 x {show_bytes(normed)} normalised + "
+        f"{T} tokens x {width} B x {2 * q + 2 * k} + {show_bytes(gated)} of SwiGLU"
     )
     if mode == "none":
         total += attention_kept(share, machine)
@@ -302,18 +292,18 @@ def kept(share: Share, machine: Machine, mode: Recompute) -> Line:
     )
     if flying > 1:
         formula += f"; {flying:g} microbatches in flight"
-    whole, gathered = (share.layers * layer + outside) * flying, 0
+    whole, factors = (share.layers * layer + outside) * flying, 0
     if put_off(share, machine, mode):
-        gathered = min(share.stage, share.accumulation - 1) * gathered_gradients(share)
-        formula += f", {show_bytes(gathered)} of gradients gathered" * (gathered > 0)
-    return Line("activations", whole + gathered, formula)
+        factors = min(share.stage, share.accumulation - 1) * put_off_bytes(share, machine)
+        formula += f", {show_bytes(factors)} of factors put off" * (factors > 0)
+    return Line("activations", whole + factors, formula)
 
 
 def last_kept(share: Share, machine: Machine, mode: Recompute) -> Line:
     """The activations that are left when the first layer goes backward."""
     every = kept(share, machine, mode)
     if put_off(share, machine, mode):
-        return replace(every, value=every.value + gathered_gradients(share))
+        return replace(every, value=every.value + put_off_bytes(share, machine))
     layer, formula = layer_kept(share, machine, mode)
     flying = share.flying(machine.backend, mode)
     others = (flying - 1) * every.value / flying
@@ -334,12 +324,15 @@ def loss(share: Share, machine: Machine) -> Line:
         return loss_line(share)
     D, width, T, v = share.model.hidden_size, share.width, share.tokens, share.vocabulary
     t, widened = min(share.chunk_tokens, T), not machine.bfloat16_products and width < 4
+    t = min(t, LOSS_CHUNK_TOKENS) if machine.backend == "cpu" else t
     hidden = (share.tokens_between + T) * D * width + (T * D * width if share.sequence else 0)
     logits = 4 * t * v
     if widened:  # products in float32: copies of the weight and of the chunk
         products = 4 * v * D + 2 * 4 * t * D
     else:
         products = t * D * width + (t * v * width + v * D * width if width < 4 else 0)
+        if width < 4 and machine.backend == "cpu":  # torch widens a product before it adds it
+            products += 4 * v * D
     head = 0 if share.tuned else GRADIENT_BYTES * v * D
     return Line(
         "loss",
@@ -356,9 +349,10 @@ def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
     again = 0.0 if mode == "none" else whole - layer_kept(share, machine, mode)[0]
     if machine.backend in ("cpu", "cuda"):  # SwiGLU in float32, operation by operation
         element = 8 if width == 4 else 24
+        element += 0 if input_bytes(share, machine, T, F) else width
         largest = float(T * F * element + share.tokens_between * D * width)
         formula = f"{T} tokens x {element} B x {F}"
-        gone = 0 if put_off(share, machine, mode) else T * F * 3 * width
+        gone = 0 if put_off(share, machine, mode) else swiglu(share, machine)
         attention = attention_blocks(share) - gone
         if (machine.backend == "cpu" or passed(share)) and attention > largest:
             largest, formula = attention, "scores of a block of queries"
@@ -369,7 +363,7 @@ def backward(share: Share, machine: Machine, mode: Recompute) -> Line:
     if plain_attention(share, machine):
         element = 6 if compiled(machine) else 12
         at_once = pairs_at_once(share, machine)
-        scores = element * at_once - T * F * swiglu(share, machine)
+        scores = element * at_once - swiglu(share, machine)
         if scores > largest:
             largest = scores
             formula = (

@@ -116,20 +116,6 @@ def cut_over(share: Share, stage: int) -> str:
     return f"{show_number(elements)} elements" + (f" / {ranks} data ranks" if cut else "")
 
 
-def put_off(share: Share, machine: Machine, recompute: str) -> bool:
-    """Whether what gradients of weights are computed from stays until backward has ended."""
-    return share.stage > 0 and share.splits(machine.backend, recompute)
-
-
-def gathered_gradients(share: Share) -> int:
-    """What a microbatch that is put off takes more: gradients of whole sequences, not their parts.
-
-    They are those of attention's and feed-forward's outputs.
-    """
-    more = share.tokens - share.tokens_between
-    return share.layers * 2 * more * share.model.hidden_size * share.width
-
-
 def in_flight(share: Share) -> Line:
     """Weights that are gathered while a layer goes backward, and gradients on their way.
 

@@ -1,6 +1,7 @@
 """The heap and the rate of a CPU."""
 
 import ctypes
+import os
 import resource
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from llamax.backends.torch_distributed import Cpu, _network_hint
 from llamax.parallel.mesh import Mesh
 from llamax.parallel.rendezvous import Rendezvous
 from llamax.runtime.errors import BackendError
+from llamax.runtime.process import NO_CACHE
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
@@ -53,6 +55,31 @@ def test_kept_heap_is_faulted_in_once() -> None:
     assert faults("keep") < 2 * pages
     assert faults("keep", "unmap large") >= 5 * pages
     assert faults("keep", "bound") >= 5 * (1 << 20) // resource.getpagesize()
+
+
+SMALL = """
+import ctypes
+from llamax.backends import cpu
+cpu.keep_heap()
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
+class Info(ctypes.Structure):  # mallinfo2 of malloc.h
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+libc.mallinfo2.restype = Info
+for block in [libc.malloc(40) for _ in range(1000)]:
+    libc.free(block)
+print(libc.mallinfo2().fsmblks)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc")
+def test_small_freed_blocks_join_their_neighbours() -> None:
+    environment = {**os.environ, "GLIBC_TUNABLES": NO_CACHE}
+    command = [sys.executable, "-c", SMALL]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) == 0, "bytes of blocks that do not join others"
 
 
 def test_other_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
