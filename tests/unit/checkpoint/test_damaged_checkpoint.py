@@ -61,7 +61,7 @@ def test_an_error_waits_for_no_long_search(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(listing, "SEARCH_BYTES", size)
     refused("the newest intact checkpoint is .*step-00000001$", lambda: Checkpoint(folder))
     monkeypatch.setattr(listing, "SEARCH_BYTES", size - 1)
-    monkeypatch.setattr(listing, "verify_files", None)
+    monkeypatch.setattr("llamax.checkpoint.verify.verify_files", None)
     line = "the newest other checkpoint with all its files is .*step-00000001; check their content"
     refused(f"has no file 'done': .*; {line}", lambda: Checkpoint(folder))
     next(other.glob("*.safetensors")).unlink()

@@ -79,7 +79,7 @@ def test_epochs_of_a_data_set_that_is_there(
         (["--samples=1", "--run.steps=1"], "--samples and --run.steps both give the length"),
         (["--tokens=0"], "--tokens=0 is out of range; use 1 or more"),
         (["--epochs=2", "--data.path=nowhere"], "--epochs=2 needs the samples of an epoch: nowh"),
-        (["--epochs=2", "--data.path=nowhere"], "there is no nowhere.idx); give --samples as well"),
+        (["--epochs=2", "--data.path=nowhere"], "and no nowhere.idx; give --samples as well"),
     ],
 )
 def test_a_length_that_is_given_twice_or_unknown(arguments: list[str], said: str) -> None:
