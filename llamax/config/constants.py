@@ -57,10 +57,14 @@ SPIKES_STATE = "spikes"
 STAGED_BYTES = 8 * 2**20
 
 
-def loss_chunk_tokens(rows: int) -> int:
-    """The tokens of a chunk whose float32 logits over ``rows`` of the vocabulary take 64 MiB."""
+def loss_chunk_tokens(rows: int, on_cpu: bool = False) -> int:
+    """The tokens of a chunk whose float32 logits over ``rows`` of the vocabulary take 64 MiB.
+
+    ``on_cpu``, no more than ``LOSS_CHUNK_TOKENS``.
+    """
     fitting = LOSS_CHUNK_BYTES // (DTYPE_BYTES["float32"] * rows)
-    return max(1, fitting // LOSS_CHUNK_MULTIPLE * LOSS_CHUNK_MULTIPLE)
+    tokens = max(1, fitting // LOSS_CHUNK_MULTIPLE * LOSS_CHUNK_MULTIPLE)
+    return min(tokens, LOSS_CHUNK_TOKENS) if on_cpu else tokens
 
 
 def moments_bytes(bits: int) -> float:

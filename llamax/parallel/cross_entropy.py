@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from llamax import ops
-from llamax.config.constants import LOSS_CHUNK_TOKENS, loss_chunk_tokens
+from llamax.config.constants import loss_chunk_tokens
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel import regions
 from llamax.parallel.collectives import Axis
@@ -199,9 +199,7 @@ def vocab_parallel_loss(
         whole = x, weight_vD, labels_BS, axis, vocab_size, sequence_parallel
         return regions.apply(_LossOnChip, *whole), _counted(labels_BS).float().sum()
     if chunk_tokens is None:
-        chunk_tokens = loss_chunk_tokens(weight_vD.shape[0])
-        if x.device.type == "cpu":
-            chunk_tokens = min(chunk_tokens, LOSS_CHUNK_TOKENS)
+        chunk_tokens = loss_chunk_tokens(weight_vD.shape[0], on_cpu=x.device.type == "cpu")
     total = regions.apply(
         _VocabParallelLoss,
         x,

@@ -91,7 +91,6 @@ class _ColumnMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = ops.matmul_grad_input(dy, weight)
             dx = axis.reduce_scatter(dx, 1) if sequence_parallel else axis.all_reduce(dx)
-
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None, None
         x = kept_input(ctx, x)  # what made it is gone when a postponed product is computed

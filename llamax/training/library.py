@@ -113,9 +113,11 @@ def config_of(
     _merge(settings, overrides)
     supply_model(tables, settings, recipe)
     _merge(given, overrides)
-    inside = {k: v for k, v in given.items() if isinstance(v, dict)}
     keys = {
-        f"{name}.{key}": value for name, table in inside.items() for key, value in table.items()
+        f"{name}.{key}": value
+        for name, table in given.items()
+        if isinstance(table, dict)
+        for key, value in table.items()
     }
     refuse([*take_place(tables, keys)], where)
     _merge(tables, overrides)

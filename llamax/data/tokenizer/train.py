@@ -57,7 +57,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out: str | Path) 
     except (RuntimeError, OSError) as error:
         if not failed:
             raise DataError(
-                f"no tokenizer of {vocab_size} pieces can be trained on this text ({_why(error)}"
+                f"no tokenizer of {vocab_size} pieces can be trained on this text {_why(error)}"
             ) from None
     if failed:
         raise failed[0]
@@ -69,9 +69,9 @@ def _why(error: Exception) -> str:
     """Why a tokenizer cannot be trained, in words of the engine, a bracket, and what to do."""
     said = " ".join(str(error).split())
     if most := re.search(r"set it to a value <= (\d+)", said):
-        return f"it has fewer different pieces); use {most[1]} or fewer, or more text"
+        return f"(it has fewer different pieces); use {most[1]} or fewer, or more text"
     if least := re.search(r"\d+ vs (\d+)", said):
-        return f"its characters alone are {least[1]}); use {least[1]} or more"
+        return f"(its characters alone are {least[1]}); use {least[1]} or more"
     # The reason stands between the engine's file, line and condition, and its advice.
     reason = said.rpartition("] ")[2].partition(". ")[0]
-    return f"{reason}); use another size (300 or more), or more text"
+    return f"({reason}); use another size (300 or more), or more text"

@@ -48,10 +48,10 @@ def gathered_bytes(share: Share) -> int:
     return 0 if passed(share) else keys_bytes(share)
 
 
-def keys_at_most(share: Share) -> float:
+def keys_at_most(share: Share, machine: Machine) -> float:
     """A bound of the bytes of gathered keys and values, and so of what a ring can save."""
-    run = share.config.run
-    kept = share.layers * share.flying(run.backend, "none") if run.recompute == "none" else 1
+    every = share.config.run.recompute == "none"
+    kept = share.layers * share.flying(machine.backend, "none") if every else 1
     return gathered_bytes(share) * (kept + 1 + GRADIENT_BYTES / share.width)
 
 

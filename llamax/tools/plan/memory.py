@@ -26,9 +26,9 @@ from typing import Literal
 from llamax.config.constants import (
     ATTENTION_LENGTHS,
     GRADIENT_BYTES,
-    LOSS_CHUNK_TOKENS,
     STAGED_BYTES,
     flash_refusal,
+    loss_chunk_tokens,
     nki_refusal,
 )
 from llamax.config.hardware import GIB, Machine
@@ -323,8 +323,8 @@ def loss(share: Share, machine: Machine) -> Line:
     if loss_by_nki(share, machine):
         return loss_line(share)
     D, width, T, v = share.model.hidden_size, share.width, share.tokens, share.vocabulary
-    t, widened = min(share.chunk_tokens, T), not machine.bfloat16_products and width < 4
-    t = min(t, LOSS_CHUNK_TOKENS) if machine.backend == "cpu" else t
+    t = min(loss_chunk_tokens(v, on_cpu=machine.backend == "cpu"), T)
+    widened = not machine.bfloat16_products and width < 4
     hidden = (share.tokens_between + T) * D * width + (T * D * width if share.sequence else 0)
     logits = 4 * t * v
     if widened:  # products in float32: copies of the weight and of the chunk

@@ -196,7 +196,7 @@ def search(
             plans.append(plan_length(replace(length, config=layout), machine, nodes))
             memory = plans[-1].memory
             over = memory.peak * (1 + MARGIN) - memory.available
-            if over <= 0 or over > keys_at_most(Share(plans[-1].run, memory.stage)):
+            if over <= 0 or over > keys_at_most(Share(plans[-1].run, memory.stage), machine):
                 break
     plans.sort(key=lambda each: (not each.memory.fits, each.memory.tight, -each.time.tokens_per_s))
     return plans, refused

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from llamax.config.constants import DTYPE_BYTES, loss_chunk_tokens, nf4_bits
+from llamax.config.constants import DTYPE_BYTES, nf4_bits
 from llamax.config.model import ModelConfig
 from llamax.config.rules.finetune import target_names
 from llamax.config.rules.pipeline import splits, stage_layers
@@ -164,11 +164,6 @@ class Share:
     def head_weights(self) -> int:
         """Elements of the embedding or of the output matrix."""
         return self.vocabulary * self.model.hidden_size
-
-    @cached_property
-    def chunk_tokens(self) -> int:
-        """Tokens whose logits exist at the same time."""
-        return loss_chunk_tokens(self.vocabulary)
 
     @cached_property
     def tuned(self) -> bool:
