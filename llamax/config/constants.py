@@ -25,7 +25,7 @@ LOSS_CHUNK_MULTIPLE = 128  # tokens: the tile of a matrix product, so that no ch
 
 # Attention (kernels/attention): op.py on a CPU; nki_op.py and nki_kernel.py on a NeuronCore.
 ATTENTION_BLOCK_QUERIES = 128  # fewer waste less above the diagonal, more multiply faster
-ATTENTION_LENGTHS = range(257, 2048)  # shorter and longer sequences go to torch's kernel
+ATTENTION_LENGTHS = range(257, 1024)  # shorter and longer sequences go to torch's kernel
 ATTENTION_SCORES_BYTES = 8 * 2**20  # of the sequences processed together; fits a last-level cache
 NKI_MULTIPLE = 128  # tokens of a sequence: the partitions of a core
 NKI_LONGEST = 32768  # tokens: keys and values of a head fill SBUF
