@@ -141,6 +141,7 @@ class SentencePiece:
         model = self.model
         prefix = " " if model.dummy_prefix else ""
         words = [text.replace("▁", " ") for text, _, _ in model.pieces]
+        self.cuts = compiled(cuts_of_sentencepiece(model, self._inline))
         self.fast, fault = judged(
             lambda: FastEngine(json.dumps(of_sentencepiece(model, self._inline)), False, prefix),
             self.encode,
