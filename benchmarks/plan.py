@@ -55,7 +55,9 @@ class Run:
             model=replace(
                 config.model, max_position_embeddings=max(self.length, 2048), **self.shape
             ),
-            parallel=replace(config.parallel, tensor=self.mesh.tp, pipeline=self.mesh.pp),
+            parallel=replace(
+                config.parallel, tensor=self.mesh.tp, pipeline=self.mesh.pp, chunks=1, zero=1
+            ),
             data=replace(
                 config.data,
                 sequence_length=self.length,

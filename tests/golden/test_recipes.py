@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from llamax.cli.plan import main
-from llamax.config.hardware import load_machine
+from llamax.config.hardware import Machine, load_machine
 from llamax.config.load import RECIPES, dump_config, load_config, recipes
 from llamax.config.validate import accumulation
 from llamax.runtime.units import show_bytes, show_number
@@ -112,17 +113,78 @@ def test_the_recipe_of_a_small_card_fits_it() -> None:
     assert planned.memory.host.value == (4 + 8) * adapters
 
 
-def planned_comment(name: str) -> str | None:
-    """What a recipe for Trainium says of its plan and of the search, or None without a machine."""
+# These keep the mesh of a tutorial that runs are compared with; the others are pretraining runs.
+TUTORIALS = ("dolly-", "finetune-", "gsm8k-", "korean-", "news-")
+WITHOUT_PIPELINE = ("llama2-70b",)  # its search is for one stage: llama2-70b-pipeline has more
+SLOWER = 0.97  # of the fastest layout, at least
+
+
+@cache
+def machine_of(name: str) -> tuple[Machine, int] | None:
+    """The Trainium and the number of nodes that a recipe is for, or None."""
     text = (RECIPES / f"{name}.toml").read_text()
     found = re.search(r"^# Mesh: .* on (\d+) (trn\w+\.\w+)", text, re.MULTILINE)
+    return (load_machine(found[2]), int(found[1])) if found else None
+
+
+@cache
+def layouts(name: str) -> list[Plan]:
+    machine, nodes = machine_of(name) or pytest.skip("it names no Trainium")
+    return search(load_config(name), machine, nodes)[0]
+
+
+def speed(planned: Plan) -> str:
+    return show_number(planned.time.tokens_per_s)
+
+
+def network_s(planned: Plan) -> float:
+    """The seconds of a step in which a layout waits for the network between nodes."""
+    return sum(line.value for line in planned.time.lines if " over network" in line.formula)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith(TUTORIALS)])
+def test_a_recipe_takes_the_best_layout_or_a_calmer_one_as_fast(name: str) -> None:
+    """The rule of docs/reference/recipes.md."""
+    machine, nodes = machine_of(name) or pytest.skip("it names no Trainium")
+    mine = plan(name, machine, nodes)
+    assert mine.memory.fits
+    assert not mine.memory.tight
+    tried = [each for each in layouts(name) if each.memory.fits and not each.memory.tight]
+    if name in WITHOUT_PIPELINE:
+        tried = [each for each in tried if each.run.mesh.pp == 1]
+    fastest = tried[0].time.tokens_per_s
+    assert mine.time.tokens_per_s >= SLOWER * fastest
+    as_fast = [each for each in tried if each.time.tokens_per_s >= SLOWER * fastest]
+    calmest = min(map(network_s, as_fast))
+    assert network_s(mine) <= 1.1 * calmest
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith(TUTORIALS)])
+def test_a_recipe_names_the_plainer_or_published_layout_as_options(name: str) -> None:
+    machine, nodes = machine_of(name) or pytest.skip("it names no Trainium")
+    text = " ".join((RECIPES / f"{name}.toml").read_text().replace("\n#", " ").split())
+    found = re.search(
+        r"(?:Plainer|Published): .*?planned at (\S+) tokens/s with (--[^(]*) \(([^)]*)\)", text
+    )
+    assert found
+    options = found[2].split()
+    plainer, mine = plan(name, machine, nodes, overrides=options), plan(name, machine, nodes)
+    assert plainer.memory.fits
+    assert (speed(plainer), show_bytes(plainer.memory.peak)) == (found[1], found[3])
+    assert plainer.time.tokens_per_s < mine.time.tokens_per_s
+    assert plainer.run.total_tokens == mine.run.total_tokens, "the training is the same"
+    assert [
+        option for option in options if option not in flags(mine.run.config, nodes, plainer)
+    ] == []
+
+
+def planned_comment(name: str) -> str | None:
+    """What a recipe for Trainium says of its plan and of the search, or None without a machine."""
+    found = machine_of(name)
     if found is None:
         return None
-    config, machine, nodes = load_config(name), load_machine(found[2]), int(found[1])
-    as_it_is, (best, *_) = plan(config, machine, nodes), search(config, machine, nodes)[0]
-
-    def speed(planned: Plan) -> str:
-        return show_number(planned.time.tokens_per_s)
+    config, (machine, nodes) = load_config(name), found
+    as_it_is, (best, *_) = plan(config, machine, nodes), layouts(name)
 
     memory, whole = show_bytes(as_it_is.memory.peak), show_bytes(machine.memory_bytes())
     said = f"{speed(as_it_is)} tokens/s with {memory} of {whole} a rank;"

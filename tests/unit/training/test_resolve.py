@@ -35,7 +35,7 @@ def epochs(tiny: Config, number: int, **data: Any) -> Config:
 
 
 def test_numbers_of_a_recipe() -> None:
-    run = resolve(load_config("llama3-8b"), 256)
+    run = resolve(load_config("llama3-8b", ["--parallel.tensor=16"]), 256)
     assert run.mesh == Mesh(tp=16, dp=16, kv=2)
     assert run.kv_replicas == 2
     data = run.config.data

@@ -15,14 +15,15 @@ from llamax.tools.plan.nearest import nearest, node_counts
 from llamax.tools.plan.search import search
 
 TRN1 = load_machine("trn1.32xlarge")
+LARGE = "--config llama2-70b --parallel.tensor=32 --parallel.zero=1 --data.micro_batch=1"
 
 
 @pytest.mark.parametrize(
     ("arguments", "use"),
     [
-        ("--config llama2-70b --nodes 4", "--parallel.pipeline=2"),
-        ("--config llama2-70b --nodes 1", "--nodes=4 --parallel.pipeline=2"),
-        ("--config llama2-70b --nodes 4 --parallel.layers_per_stage=80", "--nodes=32"),
+        (f"{LARGE} --nodes 4", "--parallel.pipeline=2"),
+        (f"{LARGE} --nodes 1", "--nodes=4 --parallel.pipeline=2"),
+        (f"{LARGE} --nodes 4 --parallel.layers_per_stage=80", "--nodes=32"),
         (
             "--config llama2-7b --parallel.tensor=1 --parallel.sequence=false",
             "--parallel.tensor=16",
@@ -42,7 +43,7 @@ TRN1 = load_machine("trn1.32xlarge")
             "--nodes=8 --parallel.pipeline=4 --run.recompute=full",
         ),
         (
-            "--config llama2-70b --instance p4d.24xlarge --parallel.tensor=8 --run.backend=cuda",
+            f"{LARGE} --instance p4d.24xlarge --parallel.tensor=8 --run.backend=cuda",
             "--nodes=5 --parallel.pipeline=5",
         ),
         (
@@ -68,11 +69,11 @@ def test_the_nearest_layout_fits_when_pasted(
     ("arguments", "use"),
     [
         (
-            "--config llama2-70b --instance p5.48xlarge",
+            f"{LARGE} --instance p5.48xlarge",
             "--nodes=2 --parallel.tensor=4 --parallel.pipeline=4",
         ),
         (
-            "--config llama2-70b --instance p5.48xlarge --parallel.layers_per_stage=80",
+            f"{LARGE} --instance p5.48xlarge --parallel.layers_per_stage=80",
             "--nodes=4 --parallel.tensor=8",
         ),
         (
@@ -85,7 +86,7 @@ def test_the_nearest_layout_fits_when_pasted(
             "--nodes=8 --parallel.tensor=1 --parallel.pipeline=8 --run.recompute=full",
         ),
         ("--config korean-chat-lora --instance p5.48xlarge", "--data.micro_batch=2"),
-        ("--config llama2-70b --nodes 32 --parallel.tensor=64", "--parallel.tensor=32"),
+        (f"{LARGE} --nodes 32 --parallel.tensor=64", "--parallel.tensor=32"),
     ],
 )
 def test_a_layout_that_the_machine_cannot_have_names_the_nearest(
@@ -103,7 +104,7 @@ def test_a_layout_that_the_machine_cannot_have_names_the_nearest(
 def test_a_search_that_finds_nothing_names_the_nearest_layout(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    whole = ["--config", "llama2-70b", "--nodes", "2", "--parallel.layers_per_stage=80"]
+    whole = [*LARGE.split(), "--nodes", "2", "--parallel.layers_per_stage=80"]
     assert main([*whole, "--search"]) == 6
     assert capsys.readouterr().out.splitlines()[-2] == "nearest layout that fits: --nodes=32"
     assert main([*whole, "--json"]) == 6

@@ -43,7 +43,7 @@ def test_a_group_within_a_node_uses_links_and_a_wider_one_the_network() -> None:
 
 
 def test_time_of_matmuls_by_hand() -> None:
-    config = recipe("llama2-7b", *ONE)
+    config = recipe("llama2-7b", "--run.recompute=selective", *ONE)
     found = {
         line.name: line.value
         for line in step_time(share_of(config, Mesh(tp=8, dp=16)), TRN1, 4).lines
