@@ -2,9 +2,10 @@
 
 Traces the run without devices and without weights, one rank after the other in one process: every
 kind of step on rank 0, each program on the ranks at the corners of the mesh, and, with few layers,
-each program on every rank (with all layers: ``--ranks deep``).  On Trainium a program that only one
-rank has costs 25 to 40 minutes of compilation while all others wait; here it costs a line that says
-where it comes from.
+each program on every rank that could differ from those before it, by what these used of their
+places in the mesh (on all ranks, with all layers: ``--ranks deep``).  On Trainium a program that
+only one rank has costs 25 to 40 minutes of compilation while all others wait; here it costs a line
+that says where it comes from.
 
 The exit code is 0 only if the whole cluster would compile each program once and has the memory for
 it, 7 if it would not compile each once, and 6 if it only lacks the memory.
@@ -44,8 +45,8 @@ def parser() -> Parser:
         "--ranks",
         choices=AUDIT_RANKS,
         default="all",
-        help="beside those at the corners of the mesh trace every rank with few layers (default) "
-        "or none, or every rank with all layers: seconds a rank",
+        help="beside those at the corners of the mesh trace, with few layers, every rank that could "
+        "differ (default) or none, or every rank with all layers: seconds a rank",
     )
     p.add_argument(
         "--generate",

@@ -2,8 +2,9 @@
 
 The run is traced without devices and without weights, one rank after the other in one process:
 every kind of step on rank 0, each program on the ranks at the corners of the mesh and, with few
-layers, each program on every rank of the world.  On Trainium a rank whose program differs compiles
-for 25 to 40 minutes while all others wait; the audit names the Python line that makes it differ.
+layers, each program on every rank of the world that could differ from those before it
+(``rank_numbers``).  On Trainium a rank whose program differs compiles for 25 to 40 minutes while
+all others wait; the audit names the Python line that makes it differ.
 """
 
 from __future__ import annotations
@@ -30,13 +31,15 @@ from llamax.parallel.pipeline import in_flight
 from llamax.parallel.rendezvous import rendezvous
 from llamax.parallel.spread import Placeholder, spread_weights
 from llamax.runtime.errors import ConfigError
-from llamax.runtime.progress import reported, tracked
+from llamax.runtime.progress import reported
 from llamax.runtime.units import count
 from llamax.runtime.versions import installed
 from llamax.tools.audit import census, flash, formulas, hlo, on_chip_loss
 from llamax.tools.audit.census import Traffic
+from llamax.tools.audit.compare_ranks import compare
 from llamax.tools.audit.diff import difference
 from llamax.tools.audit.formulas import group_shapes
+from llamax.tools.audit.rank_numbers import Watch
 from llamax.tools.audit.report import (
     AuditReport,
     Divergence,
@@ -76,8 +79,8 @@ def audit(
         config: A configuration, a recipe's name or a TOML file.
         instance: A machine, its name, or a TOML file that describes it.
         nodes: Number of machines.
-        ranks: Ranks to trace besides those at the corners of the mesh: every rank with few layers
-            ("all"), none ("corners"), or every rank with all layers ("deep").
+        ranks: Ranks to trace besides those at the corners of the mesh: with few layers every rank
+            that could differ ("all"), none ("corners"), or every rank with all layers ("deep").
         overrides: Changes of the configuration, as "--section.key=value".
 
     Raises:
@@ -123,9 +126,13 @@ def audit_run(
             )
         if not divergences and ranks == "all":
             few = min(max(FEW_LAYERS, len(run.chunk_layers)), layers)
+            watch = Watch(mesh, all_groups(mesh))
             world = range(mesh.world_size)
-            divergences += compare(shortened(run, few), tracer, data, world, {})
-            compared.append(f"{_all(mesh.world_size, 'do')} so with {count(few, 'layer')}")
+            divergences += compare(shortened(run, few), tracer, data, world, {}, watch)
+            compared.append(
+                f"{_all(mesh.world_size, 'do')} so with {count(few, 'layer')}"
+                + _by_argument(mesh.world_size, watch)
+            )
     sdk, unknown = installed_sdk(installed) or Match(trn1_sdk())
     return AuditReport(
         headline(run, machines),
@@ -152,6 +159,17 @@ def shortened(run: ResolvedRun, layers: int) -> ResolvedRun:
 def _all(ranks: int, verb: str) -> str:
     one = {"trace": "traces", "do": "does"}[verb]
     return f"all {ranks} {verb}" if ranks > 1 else f"the only one {one}"
+
+
+def _by_argument(ranks: int, watch: Watch) -> str:
+    """Which of the ranks were not traced, and why they need not be; empty where all were."""
+    if watch.traced == ranks:
+        return ""
+    used = " and ".join(watch.used) or "nothing"
+    return (
+        f": {watch.traced} are traced, and their traces use {used} of a rank's places in the mesh; "
+        "the others agree with one of them there"
+    )
 
 
 def _at_corners(ranks: int) -> str:
@@ -210,47 +228,6 @@ def with_kernels(traced: TracedRun) -> dict[str, hlo.Program]:
         return {}
     with flash.kernels_stand_in(attends), traced.tracer.without_debug():
         return {each.kind: hlo.read(each.text) for each in traced.brief()}
-
-
-def compare(
-    run: ResolvedRun,
-    tracer: Tracer,
-    data: Path,
-    ranks: Sequence[int],
-    expected: dict[str, str],
-) -> list[Divergence]:
-    """The first program of ``ranks`` that differs from the ``expected`` text of its kind, if any.
-
-    Without an expected text the first rank sets it.  Python lines are traced only for the two
-    programs that differ.
-    """
-    layers = run.config.model.num_hidden_layers
-    expected, first = dict(expected), 0 if expected else ranks[0]
-    with tracer.without_debug():
-        for rank in tracked(ranks, f"tracing {count(layers, 'layer')}", len(ranks), "rank"):
-            for boundary in TracedRun(run, rank, tracer, data).brief():
-                text = hlo.normal(boundary.text)
-                if expected.setdefault(boundary.kind, text) != text:
-                    return [explain(run, tracer, data, first, rank, boundary.kind)]
-    return []
-
-
-def explain(
-    run: ResolvedRun, tracer: Tracer, data: Path, rank: int, other: int, kind: str
-) -> Divergence:
-    """The difference between the programs of two ranks, with Python lines."""
-    tracer.debug(True)
-    expected, found = (
-        next(
-            hlo.read(boundary.text)
-            for boundary in TracedRun(run, each, tracer, data).brief()
-            if boundary.kind == kind
-        )
-        for each in (rank, other)
-    )
-    how = difference(expected, found)
-    assert how is not None
-    return Divergence(kind, f"rank {other}", f"rank {rank}", how)
 
 
 def corner_ranks(mesh: Mesh) -> list[int]:

@@ -114,7 +114,7 @@ def read(text: str) -> Program:
     _, found, entry = text.partition("\nENTRY ")
     if not found:
         raise ValueError("this text has no ENTRY computation: it is not an HLO module")
-    lines = entry.partition("\n}")[0].splitlines()[1:]
+    lines = _COMMENT.sub("", entry.partition("\n}")[0]).splitlines()[1:]
     return Program(tuple(_instruction(line) for line in lines if " = " in line), normal(text))
 
 
@@ -122,12 +122,12 @@ def read(text: str) -> Program:
 def normal(text: str) -> str:
     """``text`` with renumbered names, without metadata and comments: equal for equal programs."""
     lines = []
-    for line in _COMMENT.sub("", text).splitlines():
+    for line in _METADATA.sub("", _COMMENT.sub("", text)).splitlines():
         if line.startswith("HloModule") or not line.strip():
             continue
         if line.rstrip().endswith("{"):  # the head of a computation repeats its parameters
             line = ("ENTRY " if line.startswith("ENTRY") else "") + _NAME.findall(line)[0] + " {"
-        lines.append(_METADATA.sub("", line))
+        lines.append(line)
     numbers: dict[str, str] = {}
     return _NAME.sub(
         lambda match: numbers.setdefault(match.group(), f"%{len(numbers)}"), "\n".join(lines)
@@ -139,6 +139,7 @@ def digest(normal_text: str) -> str:
     return sha256(normal_text.encode()).hexdigest()
 
 
+@lru_cache(maxsize=4096)
 def shapes(text: str) -> tuple[Shape, ...]:
     """Every array shape in ``text``."""
     return tuple(
@@ -149,7 +150,7 @@ def shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _instruction(line: str) -> Instruction:
-    found = _LINE.match(_COMMENT.sub("", line))
+    found = _LINE.match(line)
     if found is None:
         raise ValueError(f"this line is not an HLO instruction: {line.strip()[:80]}")
     root, name, shape, opcode, rest = found.groups()

@@ -42,6 +42,7 @@ from llamax.parallel.pipeline import Schedule, Swap, Work, edge_name, forwards, 
 from llamax.parallel.rendezvous import rendezvous
 from llamax.runtime.process import run_main
 from llamax.tools.audit import hlo
+from llamax.tools.audit.rank_numbers import Places, watched
 from llamax.training.compile_guard import ChunkKind, chunk_kinds
 from llamax.training.resolve import ResolvedRun, resolve
 from llamax.training.step import TrainState
@@ -61,11 +62,18 @@ class Boundary:
 
 
 class TracedRun:
-    """The pieces of a run on global ``rank``, as shapes."""
+    """The pieces of a run on global ``rank``, as shapes.
 
-    def __init__(self, run: ResolvedRun, rank: int, tracer: Tracer, data: Path) -> None:
+    ``used`` gets the places of the rank whose values its traces use (``rank_numbers``).
+    """
+
+    def __init__(
+        self, run: ResolvedRun, rank: int, tracer: Tracer, data: Path, used: Places | None = None
+    ) -> None:
         self.run, self.tracer, config = run, tracer, run.config
         axes, self.programs = tracer.axes(run.mesh, rank), Programs(tracer)
+        if used is not None:
+            axes = watched(axes, tracer, used)
         model = build_model(config, None, False, axes, torch.device("meta"))
         self.state = TrainState.build(run, model, axes, self.programs)
         self.state.to(tracer.device)
