@@ -45,8 +45,8 @@ def parser() -> Parser:
         "--ranks",
         choices=AUDIT_RANKS,
         default="all",
-        help="beside those at the corners of the mesh trace, with few layers, every rank that could "
-        "differ (default) or none, or every rank with all layers: seconds a rank",
+        help="beside those at the corners of the mesh trace, with few layers, every rank that "
+        "could differ (default) or none, or every rank with all layers: seconds a rank",
     )
     p.add_argument(
         "--generate",

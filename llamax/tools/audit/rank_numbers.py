@@ -80,7 +80,7 @@ def _method(name: str) -> Callable[..., Any]:
     known: dict[str, Callable[..., Any]] = {**vars(operator), "__divmod__": divmod}
     if name not in known and plain_name in known:
         return lambda x, y: known[plain_name](y, x)
-    return known.get(name) or getattr(int, name)  # type: ignore[no-any-return]
+    return known.get(name) or getattr(int, name)
 
 
 def _using(name: str) -> Callable[..., Any]:
