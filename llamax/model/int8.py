@@ -21,6 +21,7 @@ weights only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -110,32 +111,46 @@ class Int8Linear(ParallelLayer):
 def integer_rows() -> int:
     """The number of rows from which the product of integers is the fastest.
 
-    It is for no number without VNNI: sums of two products are then cut off at 16 bits.
+    With AMX all are multiplied as integers, so an answer does not depend on other requests.  It is
+    for no number without VNNI: sums of two products are then cut off at 16 bits.
     """
     if torch.cpu._is_amx_tile_supported():
-        return 2
+        return 1
     return 4 if torch.cpu._is_vnni_supported() else NEVER
 
 
 def integer_product(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """``x @ (codes * scales[:, None]).T`` with x rounded to 16 bits: [n, in] -> [n, out], fp32.
 
-    A few rows of x and of the codes at a time: sums that the heap has room for.
+    A few rows of x and of the codes at a time: sums that the heap has room for.  One row has few,
+    and the time of each further operation counts.
     """
-    largest = x.abs().amax(1, keepdim=True).clamp_(min=SMALLEST)
+    largest = torch.linalg.vector_norm(x, math.inf, 1, keepdim=True).clamp_(min=SMALLEST)
+    steps = largest / (LARGEST * LOW_STEPS)
+    if len(x) == 1:
+        return (_multiplied(codes, _columns(x, largest)).t() * scales).mul_(steps)
     y = x.new_empty(len(x), len(codes))
     for rows in range(0, len(x), ROWS_AT_ONCE):
         block = slice(rows, rows + ROWS_AT_ONCE)
-        parts = (x[block] * (STEPS / largest[block])).round_()
-        parts[1].sub_(parts[0], alpha=LOW_STEPS)
-        columns = parts.to(torch.int8).flatten(0, 1).t()
-        count = columns.shape[1] // 2
-        step = max(1, SUMS_AT_ONCE // (2 * count * KERNEL_COLUMNS)) * KERNEL_COLUMNS
+        columns = _columns(x[block], largest[block])
+        step = max(1, SUMS_AT_ONCE // (columns.shape[1] * KERNEL_COLUMNS)) * KERNEL_COLUMNS
         for start in range(0, len(codes), step):
             part = slice(start, start + step)
-            sums = torch._int_mm(codes[part], columns).float()
-            y[block, part] = torch.add(sums[:, count:], sums[:, :count], alpha=LOW_STEPS).t()
-    return y.mul_(largest / (LARGEST * LOW_STEPS)).mul_(scales)
+            y[block, part] = _multiplied(codes[part], columns).t()
+    return y.mul_(scales).mul_(steps)
+
+
+def _columns(x: Tensor, largest: Tensor) -> Tensor:
+    """The high integers of rows, and then the low ones: [n, in], [n, 1] -> int8 [in, 2 n]."""
+    parts = (x * (STEPS / largest)).round_()
+    parts[1].sub_(parts[0], alpha=LOW_STEPS)
+    return parts.to(torch.int8).flatten(0, 1).t()
+
+
+def _multiplied(codes: Tensor, columns: Tensor) -> Tensor:
+    """Products of the codes and of what high and low integers stand for: fp32 [out, n]."""
+    high, low = torch._int_mm(codes, columns).float().chunk(2, 1)
+    return torch.add(low, high, alpha=LOW_STEPS)
 
 
 @torch.no_grad()
