@@ -10,8 +10,10 @@ along, in float32, until it is at home::
     rank 1         1 -> 2 -> 0                  1 -> 0 -> 2                 0 -> 2 -> 1
     rank 2         2 -> 0 -> 1                  2 -> 1 -> 0                 1 -> 0 -> 2
 
-A rank then holds two shares at a time, that in use and that on its way, instead of n.  Because
-backward goes the other way around, a compiler cannot keep what arrived in forward in its place.
+A rank then holds two shares at a time, that in use and that on its way, instead of n.  Both travel
+while the block of the share in use is computed: a transfer begins before it and is waited for after
+it, in the same order on every rank.  Because backward goes the other way around, a compiler cannot
+keep what arrived in forward in its place.
 
 Source: Liu et al. 2023, "Ring Attention with Blockwise Transformers", section 3.
 """
@@ -33,8 +35,8 @@ class Ranks(Protocol):
     size: int
     rank_index: Tensor
 
-    def shift(self, x: Tensor, by: int = 1) -> Tensor:
-        """The tensor of rank ``rank - by``, around the ring: [...] -> [...]."""
+    def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
+        """Begin to fetch the tensor of rank ``rank - by``, around the ring: [...] -> [...]."""
         ...
 
 
@@ -82,16 +84,19 @@ class Ring:
         places = self._passed(kv, 1)
         own, passing = gradients(*next(places)), gradients(*next(places))
         for place, keys in places:
-            passing = self.ranks.shift(passing, 1) + gradients(place, keys)
-        return own + self.ranks.shift(passing, 1)
+            arrived = self.ranks.start_shift(passing, 1)
+            found = gradients(place, keys)
+            passing = arrived() + found
+        return own + self.ranks.start_shift(passing, 1)()
 
     def _passed(self, kv: Tensor, by: int) -> Iterator[tuple[int, Tensor]]:
         """Places and their keys and values, sent on to the rank ``by`` further."""
         size = self.ranks.size
-        for step in range(size):
-            coming = self.ranks.shift(kv, by) if step < size - 1 else kv
+        for step in range(size - 1):
+            arrived = self.ranks.start_shift(kv, by)
             yield -by * step % size, kv
-            kv = coming
+            kv = arrived()
+        yield by % size, kv
 
 
 def way(q: Tensor, kv: Tensor, ranks: Ranks) -> Way:

@@ -103,7 +103,8 @@ class XlaAxis:
         return y
 
     def start_shift(self, x: Tensor, by: int = 1) -> Callable[[], Tensor]:
-        return partial(self.shift, x, by)
+        y = self.shift(x, by)  # recorded here: the order of collectives is that of their starts
+        return lambda: y
 
     def _divisible(self, x: Tensor, dim: int) -> int:
         """``dim`` counted from the front; raises ValueError where its size is not divisible."""

@@ -142,6 +142,7 @@ def on_mesh(
 MESHES = [
     Mesh(cp=2),
     Mesh(cp=4),
+    Mesh(cp=8),
     Mesh(cp=2, dp=2),
     Mesh(tp=2, cp=2),
     Mesh(tp=4, cp=2),  # ranks share a key/value head
@@ -188,6 +189,36 @@ def errors(by: ContextBy) -> float:
 def test_bf16_is_as_near_as_with_gathered_keys(worlds: Worlds) -> None:
     gathered, passed = (max(worlds(4).run(errors, by)) for by in get_args(ContextBy))
     assert passed <= 1.2 * gathered, (passed, gathered)
+
+
+def passed_around(size: int) -> list[str]:
+    """On a rank: shares that did not come from the rank of their place, or gradients not home."""
+    axis, found = axes(Mesh(cp=size)).cp, []
+    numbers = torch.arange(1000, dtype=torch.float32)
+
+    def of_rank(rank: int) -> Tensor:
+        return (numbers + 1000 * (rank % size)).view(1, 10, 4, 25)
+
+    def check(place: int, keys: Tensor) -> Tensor:
+        if not torch.equal(keys, of_rank(axis.rank + place)):
+            found.append(f"rank {axis.rank} of {size}, place {place}: {keys.flatten()[0]}")
+        return keys * (axis.rank + 1)
+
+    way = ways.Ring(axis)
+    places = [place for place, keys in way.forward(of_rank(axis.rank)) if len(check(place, keys))]
+    gradient = way.backward(of_rank(axis.rank), check)
+    if places != [*range(size)]:
+        found.append(f"rank {axis.rank} of {size} meets places {places}")
+    if not torch.equal(gradient, of_rank(axis.rank) * (size * (size + 1) // 2)):
+        found.append(f"rank {axis.rank} of {size}: gradient {gradient.flatten()[:3]}")
+    return found
+
+
+@pytest.mark.parametrize("size", range(2, 9))
+def test_shares_go_around_a_ring_of_any_size_and_their_gradients_home(
+    worlds: Worlds, size: int
+) -> None:
+    assert worlds(size).run(passed_around, size) == [[]] * size
 
 
 # --- adapters ------------------------------------------------------------------------------------
@@ -244,23 +275,23 @@ DEFECTS = {
         "yield -by * step % size, kv",
         "yield by * step % size, kv",
     ),
-    "keys do not arrive": ("            kv = coming", "            coming = kv"),
-    "last block left out": ("for step in range(size):", "for step in range(size - 1):"),
+    "keys do not arrive": ("            kv = arrived()", "            arrived()"),
+    "last block left out": ("        yield by % size, kv", "        return"),
     "gradients sent one step too few": (
-        "return own + self.ranks.shift(passing, 1)",
+        "return own + self.ranks.start_shift(passing, 1)()",
         "return own + passing",
     ),
     "gradients sent the other way": (
-        "passing = self.ranks.shift(passing, 1) + gradients(place, keys)",
-        "passing = self.ranks.shift(passing, -1) + gradients(place, keys)",
+        "arrived = self.ranks.start_shift(passing, 1)",
+        "arrived = self.ranks.start_shift(passing, -1)",
     ),
     "gradients of the ranks between lost": (
-        "passing = self.ranks.shift(passing, 1) + gradients(place, keys)",
-        "passing = gradients(place, keys)",
+        "passing = arrived() + found",
+        "passing = (arrived(), found)[1]",
     ),
     "own gradient left out": (
-        "return own + self.ranks.shift(passing, 1)",
-        "return self.ranks.shift(passing, 1)",
+        "return own + self.ranks.start_shift(passing, 1)()",
+        "return self.ranks.start_shift(passing, 1)()",
     ),
     "merged without rescaling": (
         "return a[0] * (a[1] - lse).exp() + b[0] * (b[1] - lse).exp(), lse",
