@@ -40,7 +40,7 @@ from llamax.model.qlora import Shapes, expected, store_weights, stores
 from llamax.parallel.collectives import Axes, Axis, Solo
 from llamax.parallel.pipeline import layers_of
 from llamax.parallel.sharding import ShardedParameters
-from llamax.parallel.spread import SpreadWeight, Store
+from llamax.parallel.spread import SpreadWeight, Store, make_weights
 from llamax.parallel.tensor_parallel import ColumnLinear, RowLinear
 from llamax.runtime.errors import CheckpointError, ConfigError
 from llamax.runtime.hub_name import hub_name
@@ -61,6 +61,8 @@ def build_model(
     ``first``: where first weights, or the frozen base, are.  ``fresh``: without them, draw some.
     With neither, weights are whatever memory holds, or zeros.  ``model_class``: a subclass of Llama
     with modules of its own; they take the run's dtype and device.
+    Weights that will be cut over the data ranks are placeholders, whose values are drawn or read
+    when they are cut; not those of a class that builds or draws its weights itself.
     Raises ConfigError for a class that cannot be trained, saved and resumed as configured.
     """
     finetune, tp, seed = config.finetune, axes.tp, config.run.seed
@@ -70,21 +72,26 @@ def build_model(
         torch.manual_seed(seed + axes.pp.rank)  # own modules of two stages do not draw the same
         counts = chunk_layers(config.parallel, config.model.num_hidden_layers)
         stage["stage"] = layers_of(*axes.pp, counts)
+    spread = config.parallel.zero == 3
+    as_llama = model_class.__init__ is Llama.__init__ and model_class.init is Llama.init
+    unmade = finetune.method == "qlora" or (spread and axes.data.size > 1 and as_llama)
+    like = torch.empty(0, dtype=DTYPES[config.run.dtype], device=device)
     model = model_class(
         config.model,
         tp,
         sequence_parallel=config.parallel.sequence,
-        dtype=DTYPES[config.run.dtype],
-        device="meta" if finetune.method == "qlora" else device,
+        dtype=like.dtype,
+        device="meta" if unmade else device,
         recompute=config.run.recompute,
         **stage,
     )
     if model_class is not Llama:
         check_model_class(model, config)
-        model.to(device, DTYPES[config.run.dtype])
+        if not unmade:
+            model.to(device, like.dtype)
+    if unmade and finetune.method == "full":
+        make_weights(model, model.sharded_parameters().layers.keys(), like)
     if first is not None or finetune.method != "full":
-        like = torch.empty(0, dtype=DTYPES[config.run.dtype], device=device)
-        spread = config.parallel.zero == 3
         load_base(model, first, finetune, like, axes.data, seed, spread)
     elif fresh:
         model.init(seed)
@@ -152,45 +159,32 @@ def load_base(
     """Load a model's first weights, or its frozen base beside which new adapters are drawn.
 
     ``like`` has the dtype and device of the model.  The base of qlora goes from the files into its
-    quantised form a tensor at a time: its model is built on the meta device.  With ``spread`` the
-    projections of a dense base are cut over the ranks of ``data`` as well.  Without a ``source``
-    all is there but the base's values.
+    quantised form a tensor at a time.  With ``spread`` the projections of a dense base are cut over
+    the ranks of ``data`` as well.  Both take a model that was built on the meta device, and others.
+    Without a ``source`` all is there but the base's values.
     """
     parameters = model.sharded_parameters()
-    if finetune.method != "qlora":
-        if source is not None:
-            load_first(source, parameters, model.config)
-        if finetune.method == "lora":
-
-            def cut(name: str, layer: lora.Linear) -> Store:
-                return SpreadWeight(layer.weight, data, trained=False)
-
-            keep_base = cut if spread and data.size > 1 else lora.keep_dense
-            lora.adapt(model, finetune, like, seed, keep_base)
-            lora.init(model, seed)
-        return
-
+    quantised, spread = finetune.method == "qlora", spread and data.size > 1
+    if finetune.method != "full":
+        cut = quantised or spread
+        make_weights(model, [n for n in parameters.layers if cut and ".layers." in n], like)
     if source is not None:
-        check_shapes(source, parameters)
+        load_first(source, parameters, model.config)
+    if finetune.method == "full":
+        return
     weights = source or Shapes(parameters)
-    quantised = like if source is not None else like.to("meta")
+    codes_like = like if source is not None else like.to("meta")
 
-    def keep(name: str, layer: lora.Linear) -> Store:
-        return store_weights(name, layer, weights, finetune, quantised, data)
+    def keep(name: str, layer: lora.Linear) -> nn.Parameter | Store:
+        if quantised:
+            return store_weights(name, layer, weights, finetune, codes_like, data)
+        return SpreadWeight(layer.weight, data, trained=False) if spread else layer.weight
 
     lora.adapt(model, finetune, like, seed, keep)
     lora.init(model, seed)
-    plain = [name for name in parameters if name in dict(model.named_parameters())]
-    for name in plain:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        weight = torch.empty(parameters[name].tensor.shape, dtype=like.dtype, device=like.device)
-        owner.weight = nn.Parameter(weight, requires_grad=False)
     if source is None:
         for store in stores(model):
             store.to(like.device)
-        return
-    whole = [Whole(name, model.get_parameter(name).view(-1)) for name in plain]
-    load_owned(source, whole, parameters, convert=True)
 
 
 def finetune_info(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 from llamax.checkpoint.owned_runs import slices
 from llamax.checkpoint.source import Source
 from llamax.parallel.sharding import ShardedParameters, whole_shape
+from llamax.parallel.spread import set_values
 from llamax.runtime.errors import CheckpointError
 
 
@@ -48,12 +50,13 @@ class Whole(NamedTuple):
 def load_weights(source: Source, parameters: ShardedParameters, convert: bool = False) -> None:
     """Fill a model's parameters with this tensor rank's share of a source's weights.
 
-    A float32 parameter takes the float32 master where the source keeps one.  ``convert`` allows
-    rounding.  Raises CheckpointError where names or shapes differ: the first that does.
+    Placeholders take a run of it when they are cut.  A float32 parameter takes the float32 master
+    where the source keeps one.  ``convert`` allows rounding.  Raises CheckpointError where names or
+    shapes differ: the first that does.
     """
     check_shapes(source, parameters)
     for name, parameter in parameters.items():
-        _fill(source, Whole(name, parameter.tensor.detach().view(-1)), parameters, convert)
+        set_values(parameter.tensor, partial(_fill_run, source, name, parameters, convert))
 
 
 def load_owned(
@@ -103,6 +106,18 @@ def _check_shape(source: Source, name: str, shape: tuple[int, ...]) -> None:
             f"{source.folder}: {name} is {list(source.shape(name))}, the model's is "
             f"{list(shape)}; {_REMEDY}"
         )
+
+
+def _fill_run(
+    source: Source,
+    name: str,
+    parameters: ShardedParameters,
+    convert: bool,
+    into: Tensor,
+    start: int,
+) -> None:
+    """Fill ``into`` with the elements of this rank's flat share of a weight from ``start`` on."""
+    _fill(source, Whole(name, into, start=start), parameters, convert)
 
 
 def _fill(source: Source, wanted: Owned, parameters: ShardedParameters, convert: bool) -> None:

@@ -115,8 +115,8 @@ class Nf4:
             scales.append(kept[share.row : share.row + share.rows][:, block // NF4_BLOCK_WEIGHTS])
             self.shares.append(share)
             self.blocks_in_row.append(whole.shape[1])
-        self.codes = Spread(codes, data, like.device)
-        self.scales = Spread(scales, data, like.device)
+        self.codes = Spread.joined(codes, data, like.device)
+        self.scales = Spread.joined(scales, data, like.device)
 
     def weight(self) -> Tensor:
         """The layer's weight on this tensor rank, dense: [f, D]."""
@@ -184,7 +184,7 @@ class Int8:
             cut = weight[rows, share.column : share.column + share.columns]
             codes.append(quantize.to_int8(cut, scales[-1]))
             self.columns = share.columns
-        self.codes = Spread(codes, data, like.device)
+        self.codes = Spread.joined(codes, data, like.device)
         self.scales = torch.cat(scales).to(like.device)
 
     def weight(self) -> Tensor:

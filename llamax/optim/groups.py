@@ -151,10 +151,11 @@ class Group:
         self.key, self.names, self.parameters = key, list(members), list(members.values())
         self.lengths = [parameter.numel() for parameter in self.parameters]
         ranks, rank = (axes.data.size, axes.data.rank) if sharded else (1, 0)
-        unit, self.device = ranks * key.unit, self.parameters[0].device
-        self.length, device = padded(sum(self.lengths), unit), self.device
-        self.separate = key.dtype != torch.float32 or device.type not in EAGER
+        unit = ranks * key.unit
+        self.length = padded(sum(self.lengths), unit)
         self.weights = self._flat_weights(axes)
+        self.device = device = self.weights.device
+        self.separate = key.dtype != torch.float32 or device.type not in EAGER
         shared = axes.kv.size > 1 and any(segment.shared for segment in counted)
         self.shares = shared
         self.gradient: Tensor | None = None
@@ -162,12 +163,6 @@ class Group:
             self.gradient = self._flat_gradient(ranks)
 
         self.accumulates = self.gradient is not None
-        roots = torch.zeros(self.length if key.weight is None else 0)
-        if key.weight is None:
-            parts = torch.split(roots[: sum(self.lengths)], [segment.length for segment in counted])
-            for part, segment in zip(parts, counted, strict=True):
-                part.fill_(sqrt(segment.weight))
-
         self.buckets: list[FlatBucket] = []
         for start, stop in buckets(self.length, unit, bucket_bytes):
             run = (stop - start) // ranks
@@ -194,7 +189,7 @@ class Group:
                     exp_avg_sq=self._moment(run, signed=False),
                     gradient=gradient,
                     offload=key.offload,
-                    root=roots[own].to(device, copy=True) if key.weight is None else None,
+                    root=_roots(counted, own).to(device) if key.weight is None else None,
                 )
             )
 
@@ -324,6 +319,15 @@ class Group:
         """Each parameter's elements of a flat vector, in the parameter's shape."""
         parts = torch.split(flat[: sum(self.lengths)], self.lengths)
         return [part.view(p.shape) for part, p in zip(parts, self.parameters, strict=True)]
+
+
+def _roots(counted: Sequence[Segment], own: slice) -> Tensor:
+    """The square roots of the weights in the norm of a run's elements; 0 in the padding."""
+    roots, offset = torch.zeros(own.stop - own.start), 0
+    for member, start, stop in pieces([s.length for s in counted], own.start, own.stop):
+        roots[offset : offset + stop - start].fill_(sqrt(counted[member].weight))
+        offset += stop - start
+    return roots
 
 
 class Accumulate:

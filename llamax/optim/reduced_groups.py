@@ -102,7 +102,7 @@ class ReducedGroup(Group):
 class SpreadGroup(Group):
     """The weight of one layer, a run on each data rank, which the layer gathers when it is used.
 
-    The parameter moves to the meta device, and stands for its name, shape and dtype.
+    The parameter becomes a placeholder, if it is not yet.
     """
 
     reduced = spread = True
@@ -121,10 +121,7 @@ class SpreadGroup(Group):
         whole_bytes = 4 * (weight.numel() + axes.data.size * key.unit)  # one bucket
         super().__init__(key, {name: weight}, counted, axes, True, whole_bytes)
         layer.store = self.store
-        shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        placeholder = Placeholder(shape)
-        placeholder.weight_name = name
-        torch.utils.swap_tensors(weight, placeholder)
+        Placeholder.replace(weight, name)
 
     def _flat_weights(self, axes: Axes) -> Tensor:
         return self.store.run

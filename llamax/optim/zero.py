@@ -82,12 +82,12 @@ class Zero:
     ``parameters`` are this rank's shares and move into flat vectors: load into them in place from
     then on, and call ``adopt_parameters``; frozen ones are left alone.  After backward a gradient
     may be in the flat vector and ``parameter.grad`` None: see or change it in a hook that
-    ``parameter.register_hook`` takes.
+    ``parameter.register_hook`` takes.  ``torch.autograd.grad`` returns gradients and sums none.
     ``sequence_parallel``: each tensor rank saw its own part of the sequence, so that gradients of
-    replicas are partial.  ``zero``: the stage; in 3, weights of layers are on the meta device from
-    then on, so that they are loaded before, or through ``owned``.  ``bucket_bytes`` of float32
-    gradient travel at once.  ``undeclared``: names of replicas that do not say whether their
-    gradients are partial, to be checked.
+    replicas are partial.  ``zero``: the stage; in 3, weights of layers are placeholders from then
+    on, if not before, so that they are loaded before, or through ``owned``.  ``bucket_bytes`` of
+    float32 gradient travel at once.  ``undeclared``: names of replicas that do not say whether
+    their gradients are partial, to be checked.
     """
 
     def __init__(

@@ -11,11 +11,14 @@ base of QLoRA keeps its bytes so.  ``SpreadWeight`` is a dense weight on top of 
 gradient (ZeRO-3, Rajbhandari et al. 2020, section 5.3; FSDP, Zhao et al. 2023).  It is gathered in
 forward and again in backward, so no rank keeps a whole weight: where layers are recomputed they
 gather again, and elsewhere ``gathered_again`` keeps autograd from saving what was gathered.
+
+No rank holds all weights whole before they are cut either: a ``Placeholder`` stands for a weight
+that has no values yet, and these are drawn or read a run at a time, when the run is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from math import ceil
@@ -43,20 +46,32 @@ class Store(Protocol):
         ...
 
 
+# Fills a contiguous flat tensor with the elements of a weight from this place on.
+Values = Callable[[Tensor, int], None]
+
+
 class Spread:
     """A flat tensor cut over the data ranks, one run each; ``gather`` joins the runs.
 
+    Its ``length`` elements are ``values``, of the dtype and on the device of ``like``; None: zeros.
     Runs are a multiple of ``unit`` elements.
     """
 
     def __init__(
-        self, pieces: list[Tensor], data: Axis, device: torch.device, unit: int = 1
+        self, length: int, values: Values | None, data: Axis, like: Tensor, unit: int = 1
     ) -> None:
+        self.data, self.length = data, length
+        run = ceil(length / (data.size * unit)) * unit
+        start = min(data.rank * run, length)
+        self.run = like.new_zeros(run)
+        if values is not None:
+            values(self.run[: min(run, length - start)], start)
+
+    @classmethod
+    def joined(cls, pieces: list[Tensor], data: Axis, device: torch.device) -> Spread:
+        """The pieces end to end, cut."""
         whole = torch.cat([piece.flatten() for piece in pieces])
-        self.data, self.length = data, len(whole)
-        run = ceil(self.length / (data.size * unit)) * unit
-        kept = whole[data.rank * run : (data.rank + 1) * run]
-        self.run = torch.nn.functional.pad(kept, (0, run - len(kept))).to(device)
+        return cls(len(whole), values_of(whole), data, whole.new_empty(0, device=device))
 
     def gather(self) -> Tensor:
         return self.data.all_gather(self.run, 0)[: self.length]
@@ -71,6 +86,16 @@ class Spread:
         if padding := self.data.size * len(self.run) - self.length:
             whole = torch.nn.functional.pad(whole, (0, padding))
         return self.data.reduce_scatter(whole.float(), 0)
+
+
+def values_of(whole: Tensor) -> Values:
+    """The elements of a tensor that exists."""
+    flat = whole.reshape(-1)
+
+    def copy(into: Tensor, start: int) -> None:
+        into.copy_(flat[start : start + len(into)])
+
+    return copy
 
 
 class _Gather(torch.autograd.Function):
@@ -92,15 +117,22 @@ class SpreadWeight:
     """A weight of which each data rank keeps a run; a ``Store``.
 
     A ``trained`` one sums its gradient over the data ranks into ``gradient``, a float32 run.
+    A placeholder is made here, its run alone.
     """
 
     def __init__(self, weight: Tensor, data: Axis, trained: bool, unit: int = 1) -> None:
-        self.shape = weight.shape
-        self.spread = Spread([weight.detach()], data, weight.device, unit)
+        self.shape, device = weight.shape, weight.device
+        if isinstance(weight, Placeholder):
+            assert weight.home is not None, "it has runs already"
+            values, device = weight.initial, weight.home
+        else:
+            values = values_of(weight.detach())
+        like = torch.empty(0, dtype=weight.dtype, device=device)
+        self.spread = Spread(weight.numel(), values, data, like, unit)
         self.gradient: Tensor | None = None
         self.prefetch: Prefetch | None = None
         if trained:
-            self.gradient = torch.zeros(len(self.run), dtype=torch.float32, device=weight.device)
+            self.gradient = torch.zeros(len(self.run), dtype=torch.float32, device=device)
             self._leaf = torch.zeros((), requires_grad=True)  # so that backward comes by
 
     @property
@@ -189,11 +221,22 @@ def gathered_again() -> Iterator[None]:
 class Placeholder(Parameter):
     """A weight that lies in runs on the data ranks: name, shape and dtype, on the meta device.
 
+    Before it is cut it has a ``home``, where its runs will be, and perhaps ``initial`` values.
     Raises ConfigError where values of it are asked for; torch would compute with whatever memory
     holds.
     """
 
     weight_name = "a weight"
+    home: torch.device | None = None
+    initial: Values | None = None
+
+    @staticmethod
+    def replace(weight: Parameter, name: str, home: torch.device | None = None) -> None:
+        """Make ``weight`` a placeholder: every reference to it follows."""
+        shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        placeholder = Placeholder(shape, weight.requires_grad)
+        placeholder.weight_name, placeholder.home = name, home
+        torch.utils.swap_tensors(weight, placeholder)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -214,3 +257,34 @@ class Placeholder(Parameter):
         if isinstance(result, Placeholder):
             result.weight_name = name
         return result
+
+
+def set_values(weight: Tensor, values: Values) -> None:
+    """Give a weight its values: at once, or where it is a placeholder, when its run is made.
+
+    Raises ConfigError where it has runs already.
+    """
+    if not isinstance(weight, Placeholder):
+        values(weight.detach().view(-1), 0)
+    elif weight.home is None:
+        raise ConfigError(
+            f"{weight.weight_name} lies in runs on the data ranks; give it values before the "
+            "optimizer is made, or through the optimizer's owned()"
+        )
+    else:
+        weight.initial = values
+
+
+def make_weights(model: nn.Module, later: Collection[str], like: Tensor) -> None:
+    """Make the weights of a model that was built on the meta device, uninitialised, like ``like``.
+
+    Those named in ``later`` become placeholders.
+    """
+    for name, weight in [*model.named_parameters()]:
+        if not weight.is_meta or isinstance(weight, Placeholder):
+            continue
+        if name in later:
+            Placeholder.replace(weight, name, like.device)
+        else:
+            made = Parameter(like.new_empty(weight.shape), weight.requires_grad)
+            torch.utils.swap_tensors(weight, made)

@@ -12,7 +12,7 @@ import torch
 from llamax.backends.base import Backend
 from llamax.checkpoint.atomic import write_durable
 from llamax.checkpoint.build_model import build_model, describe_finetune
-from llamax.checkpoint.load import Whole, check_shapes, load_owned, load_weights
+from llamax.checkpoint.load import Whole, check_shapes, load_owned
 from llamax.checkpoint.peft import AdapterInfo
 from llamax.checkpoint.plain_llama import MODEL_CLASS
 from llamax.checkpoint.reader import Checkpoint
@@ -29,6 +29,7 @@ from llamax.model.lora import num_parameters
 from llamax.optim.loss_scale import LossScaleState
 from llamax.parallel.collectives import Axes
 from llamax.parallel.sharding import ShardedParameters
+from llamax.parallel.spread import Placeholder
 from llamax.runtime.errors import CheckpointError
 from llamax.runtime.logging import logger, shows_bars
 from llamax.runtime.progress import reported
@@ -206,11 +207,13 @@ def _load(
     """Load the weights and the optimizer's state of a checkpoint."""
     check_shapes(resumed, parameters)
     load_owned(resumed, state.optimizer.owned(), parameters)
-    frozen = {n: p.tensor for n, p in parameters.items() if not p.tensor.requires_grad}
-    load_owned(resumed, [Whole(n, t.detach().view(-1)) for n, t in frozen.items()], parameters)
-    if backend.traces:  # which has no program yet to gather with
-        load_weights(resumed, parameters)
-    else:
+    whole = {
+        name: tensor.detach().view(-1)
+        for name, (tensor, _) in parameters.items()
+        if not (isinstance(tensor, Placeholder) or (tensor.requires_grad and not backend.traces))
+    }
+    load_owned(resumed, [Whole(name, flat) for name, flat in whole.items()], parameters)
+    if not backend.traces:  # which has no program yet to gather with
         state.optimizer.gather_parameters()
 
 

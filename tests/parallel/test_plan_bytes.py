@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.memory import changes, highest
 from support.models import tiny
 from support.runs import on_mesh
 from support.runs import share as share_of
@@ -80,27 +81,6 @@ def config(mesh: Mesh, mode: str, dtype: str, sequence: bool = True) -> Config:
         ),
         run=RunConfig(dtype=dtype, recompute=mode),
     )
-
-
-def changes(found: Any) -> list[int]:
-    """Bytes of every allocation (and, negative, release), in order of time."""
-    events = []
-    todo = list(found.profiler.kineto_results.experimental_event_tree())
-    while todo:
-        node = todo.pop()
-        todo += node.children
-        if node.name == "[memory]":
-            events.append((node.start_time_ns, node.extra_fields.alloc_size))
-    return [size for _, size in sorted(events, key=lambda event: event[0])]
-
-
-def highest(sizes: Iterable[int], start: int = 0) -> tuple[int, int]:
-    """(the highest sum on the way, the last one)."""
-    top = now = start
-    for size in sizes:
-        now += size
-        top = max(top, now)
-    return top, now
 
 
 def held(tensors: Iterable[Tensor | None]) -> int:

@@ -388,9 +388,9 @@ def of_own_rank(self: Spread, whole: Tensor) -> Tensor:
 
 
 def first_run(original: Callable[..., Any]) -> Callable[..., Any]:
-    def __init__(self: Spread, pieces: list[Tensor], *more: Any) -> None:
-        original(self, pieces, *more)
-        self.run.copy_(torch.cat([piece.flatten() for piece in pieces])[: len(self.run)])
+    def __init__(self: Spread, length: int, values: Any, *more: Any) -> None:
+        original(self, length, values, *more)
+        values(self.run, 0)
 
     return __init__
 

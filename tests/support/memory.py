@@ -1,8 +1,10 @@
-"""The bytes that an optimizer holds, counted from its tensors."""
+"""Bytes that an optimizer holds, counted from its tensors, and that torch's profiler saw."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -21,3 +23,24 @@ def held_bytes(zero: Zero) -> int:
                 storage = tensor.untyped_storage()
                 found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
+
+
+def changes(found: Any) -> list[int]:
+    """Bytes of every allocation (and, negative, release), in order of time."""
+    events = []
+    todo = list(found.profiler.kineto_results.experimental_event_tree())
+    while todo:
+        node = todo.pop()
+        todo += node.children
+        if node.name == "[memory]":
+            events.append((node.start_time_ns, node.extra_fields.alloc_size))
+    return [size for _, size in sorted(events, key=lambda event: event[0])]
+
+
+def highest(sizes: Iterable[int], start: int = 0) -> tuple[int, int]:
+    """(the highest sum on the way, the last one)."""
+    top = now = start
+    for size in sizes:
+        now += size
+        top = max(top, now)
+    return top, now

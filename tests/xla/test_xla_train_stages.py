@@ -111,3 +111,17 @@ def test_a_run_of_stages_is_that_of_one_rank(
     start = CheckpointConfig(resume=str(tmp_path / f"run/checkpoints/step-{SAVED:08d}"))
     cfg = meshed(dataset, tmp_path / "alone", ParallelConfig())
     assert_alike(alone(dataclasses.replace(cfg, checkpoint=start)), whole[SAVED:])
+
+
+def test_weights_that_are_cut_start_and_go_on(
+    dataset: Path, tmp_path: Path, whole: list[dict[str, Any]]
+) -> None:
+    """With ZeRO-3 on replicas: new, then from its checkpoint."""
+    options = dict(backend="xla", recompute="full", compile_guard="stop")
+    cfg = meshed(dataset, tmp_path / "run", ParallelConfig(zero=3), **options)
+    ranks.run(3, trained, cfg, 3)
+    assert_alike(log_of(tmp_path / "run"), whole)
+    start = CheckpointConfig(resume=str(tmp_path / f"run/checkpoints/step-{SAVED:08d}"))
+    cfg = meshed(dataset, tmp_path / "on", ParallelConfig(zero=3), **options)
+    ranks.run(3, trained, dataclasses.replace(cfg, checkpoint=start), 3)
+    assert_alike(log_of(tmp_path / "on"), whole[SAVED:])

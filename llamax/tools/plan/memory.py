@@ -11,11 +11,11 @@ Between steps a rank holds its state.  A microstep fills and empties the rest::
 
 The peak is at one of four moments: forward has just ended and the loss is computed; the last layer
 goes backward while the activations of all others wait; the first layer goes backward, when all
-gradients exist; the optimizer step, when the reduced gradients wait for their norm.  With ZeRO-3 it
-may be before the first step, when the weights are not cut yet.  The terms
-follow the modules that they count (optim/zero.py, model/recompute.py,
-parallel/cross_entropy.py, ops.py) and are exact where operations run one by one.  A graph compiler
-may fuse or reorder; ``reserve`` is an allowance for what is not counted.
+gradients exist; the optimizer step, when the reduced gradients wait for their norm.  The start is
+below: weights are made in the runs that a rank keeps.  The terms follow the modules that they count
+(optim/zero.py, model/recompute.py, parallel/cross_entropy.py, ops.py) and are exact where
+operations run one by one.  A graph compiler may fuse or reorder; ``reserve`` is an allowance for
+what is not counted.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ from llamax.tools.plan.state import (
     in_flight,
     on_host,
     state,
-    uncut,
     update,
 )
 from llamax.training.resolve import ResolvedRun
@@ -145,11 +144,6 @@ def memory(share: Share, machine: Machine) -> Memory:
         moment: [line for line in (*always, *lines) if line.value]
         for moment, lines in moments.items()
     }
-    whole, host = uncut(share), on_host(share, machine)
-    if compiled(machine):  # built on the host
-        host = max(host, whole, key=lambda line: line.value)
-    else:
-        nonzero["the model has been built"] = [whole, reserve]
     moment = max(nonzero, key=lambda name: sum(line.value for line in nonzero[name]))
     places = {name: place for place, name in enumerate(STATE)}
     return Memory(
@@ -159,7 +153,7 @@ def memory(share: Share, machine: Machine) -> Memory:
         modes=tuple(_named(name, kept(share, machine, name)) for name in MODES),
         cache=cache(share),
         available=machine.memory_bytes(),
-        host=host,
+        host=on_host(share, machine),
         host_available=machine.host_memory_gib * GIB / machine.ranks,
     )
 

@@ -196,19 +196,6 @@ class Share:
         return finetune.method == "lora" and self.config.parallel.zero == 3
 
     @cached_property
-    def uncut(self) -> int:
-        """Elements of all weights, which exist before ZeRO-3 cuts them, and of the largest again.
-
-        QLoRA quantises and cuts one matrix after the other.
-        """
-        spread = self.config.parallel.zero == 3 and self.config.finetune.method != "qlora"
-        if not spread or self.mesh.dp * self.mesh.cp == 1:
-            return 0
-        largest = max(2 * self.feed_forward * self.model.hidden_size, self.head_weights)
-        whole = self.layers * self.layer_weights + self.vocabularies * self.head_weights
-        return whole + self.norms + largest
-
-    @cached_property
     def gathered(self) -> int:
         """Elements of weights that ZeRO-3 gathers in a microstep: those of layers twice."""
         if self.config.parallel.zero < 3 or self.tuned or self.mesh.dp * self.mesh.cp == 1:

@@ -147,12 +147,6 @@ def gathered_head(share: Share) -> Line:
     return Line("gathered", value, f"{share.width} B x {show_number(share.head_weights)} elements")
 
 
-def uncut(share: Share) -> Line:
-    """The weights before ZeRO-3 cuts them: a model is built whole on each tensor rank."""
-    formula = f"{share.width} B x {show_number(share.uncut)} elements before they are cut"
-    return Line("weights", share.width * share.uncut, formula)
-
-
 def frozen_base(share: Share) -> list[Line]:
     """The frozen base of a finetuning; where it is quantised, also one dense layer in use."""
     if not share.tuned:

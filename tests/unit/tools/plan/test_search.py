@@ -13,7 +13,7 @@ from llamax.config.schema import Config
 from llamax.tools.plan import Plan
 from llamax.tools.plan.memory import MARGIN
 from llamax.tools.plan.nearest import flags
-from llamax.tools.plan.report import TIGHT, needs, show_search
+from llamax.tools.plan.report import TIGHT, show_search
 from llamax.tools.plan.search import pipelines, search
 
 TRN1 = load_machine("trn1.32xlarge")
@@ -39,13 +39,13 @@ def test_a_search_that_finds_nothing_reports_why(capsys: pytest.CaptureFixture[s
 
 def test_search_ranks_meshes_that_fit_and_counts_the_others() -> None:
     config = recipe("llama2-13b", "--parallel.layers_per_stage=40", *ONE)  # no pipelines
-    plans, refused = search(config, TRN1, 4)
+    plans, refused = search(config, TRN1, 4, stages=(1,))
     fitting = [each for each in plans if each.memory.fits]
     assert fitting == plans[: len(fitting)]
     order = [(each.memory.tight, -each.time.tokens_per_s) for each in fitting]
     assert order == sorted(order)
     text = "\n".join(show_search(config, plans, refused))
-    assert "tensor 1: 28 layouts do not fit" in text
+    assert "tensor 1: 12 layouts do not fit" in text
     assert "parallel.tensor=16 does not divide model.num_attention_heads=40" in text
 
 
@@ -77,7 +77,7 @@ def degrees(plans: list[Plan]) -> set[tuple[int, int, str]]:
 
 def test_a_search_on_trainium_tries_pipelines_that_recompute_everything() -> None:
     plans, _ = search(recipe("llama2-70b"), TRN1, 32)
-    assert plans[0].run.mesh.pp > 1
+    assert next(each for each in plans if each.run.config.parallel.zero == 1).run.mesh.pp > 1
     assert {pp for pp, _, _ in degrees(plans)} == {1, 2, 4, 8, 16}
     assert {mode for pp, _, mode in degrees(plans) if pp > 1} == {"full"}
     tried = degrees(plans)
@@ -87,26 +87,17 @@ def test_a_search_on_trainium_tries_pipelines_that_recompute_everything() -> Non
 
 
 @pytest.mark.parametrize(
-    ("backend", "instance", "nodes", "fitting", "larger", "needed"),
-    [
-        (
-            "xla",
-            "trn1.32xlarge",
-            32,
-            {16, 32},
-            8,
-            "16.2 GiB of 16 GiB in host memory, 2 B x 8.68B elements before they are cut",
-        ),
-        ("cuda", "p5.48xlarge", 8, {2, 4, 8}, 1, "131 GiB of 79.6 GiB, 129 GiB of it weights"),
-    ],
+    ("backend", "instance", "nodes", "fitting"),
+    [("xla", "trn1.32xlarge", 32, {2, 4, 8, 16, 32}), ("cuda", "p5.48xlarge", 8, {1, 2, 4, 8})],
 )
-def test_weights_that_a_rank_has_no_room_for_are_not_cut_at_the_start(
-    backend: str, instance: str, nodes: int, fitting: set[int], larger: int, needed: str
+def test_a_rank_needs_no_room_for_weights_that_are_cut(
+    backend: str, instance: str, nodes: int, fitting: set[int]
 ) -> None:
     config, machine = recipe("llama2-70b", f"--run.backend={backend}"), load_machine(instance)
     cut = [each for each in search(config, machine, nodes)[0] if each.run.config.parallel.zero == 3]
     assert {each.run.mesh.tp for each in cut if each.memory.fits} == fitting
-    assert needs([each for each in cut if each.run.mesh.tp == larger]).endswith(f"needs {needed}")
+    smallest = min(fitting)  # whose ranks could not hold their share of the model whole
+    assert 2 * config.model.num_parameters() / smallest > machine.memory_bytes()
 
 
 def test_a_search_on_gpus_tries_zero_without_a_pipeline() -> None:
@@ -163,7 +154,8 @@ def test_a_search_tries_chunks_of_equal_layers_and_none_without_a_pipeline() -> 
         (8, 2),
         (16, 1),
     }
-    assert plans[0].run.config.parallel.chunks == 2  # faster, since the bubble is half as long
+    staged = next(each for each in plans if each.run.mesh.pp > 1)
+    assert staged.run.config.parallel.chunks == 2  # faster, since the bubble is half as long
     alone = next(each for each in plans if each.run.mesh.pp == 1)
     assert "--parallel.chunks=1" in flags(config, 32, alone)
 
@@ -184,37 +176,37 @@ def test_a_search_tries_nearly_equal_stages_where_ranks_do_not_divide_the_layers
 def test_a_search_prints_the_fastest_pipeline_as_options(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--config", "llama2-70b", "--nodes", "32"]
+    arguments = ["--config", "llama2-70b", "--nodes", "4"]
     assert main([*arguments, "--search"]) == 0
     _, header, best, *rest = capsys.readouterr().out.splitlines()
     row = dict(zip(header.split(), best.split(), strict=False))
-    assert (row["tensor"], row["pipeline"], row["data"], row["zero"]) == ("8", "8", "16", "1")
+    assert (row["tensor"], row["pipeline"], row["data"], row["zero"]) == ("8", "16", "1", "1")
     (line,) = (line for line in rest if line.startswith("the fastest is "))
     changes = line.removeprefix("the fastest is ").split()
-    assert changes[:3] == ["--parallel.tensor=8", "--parallel.pipeline=8", "--parallel.chunks=2"]
-    assert changes[3:] == ["--data.micro_batch=1", "--parallel.zero=1"]
+    assert changes == ["--parallel.tensor=8", "--parallel.pipeline=16", "--data.micro_batch=2"]
     assert main([*arguments, *changes]) == 0
     shown = capsys.readouterr().out
-    assert "tensor 8 x pipeline 8 x data 16" in shown
+    assert "tensor 8 x pipeline 16 x data 1" in shown
     assert "tight" not in shown
 
 
 def test_a_search_lists_layouts_without_a_margin_last(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", "llama2-70b", "--nodes", "32", "--parallel.sequence=false"]
+    arguments = ["--config", "llama2-70b", "--nodes", "4"]
     assert main([*arguments, "--search"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert not any(row.endswith("  tight") for row in lines[2:12])
     (line,) = (line for line in lines if "faster but tight is " in line)
     gain, _, changes = line.partition("% faster but tight is ")
-    assert changes.split()[:2] == ["--parallel.tensor=8", "--parallel.pipeline=8"]
+    pipeline = ["--parallel.tensor=8", "--parallel.pipeline=8", "--parallel.chunks=2"]
+    assert changes.split() == pipeline
     assert lines[lines.index(line) + 1] == TIGHT
     assert main([*arguments, *changes.split()]) == 0
     shown = capsys.readouterr().out
-    assert "tensor 8 x pipeline 8 x data 16" in shown
+    assert "tensor 8 x pipeline 8 x data 2" in shown
     assert " of 16 GiB, fits, tight; fullest" in shown
     assert f"note: {TIGHT}" in shown
 
-    plans, _ = search(recipe("llama2-70b", arguments[-1]), TRN1, 32)
+    plans, _ = search(recipe("llama2-70b"), TRN1, 4)
     fitting = [each for each in plans if each.memory.fits]
     tight = [each.memory.peak * (1 + MARGIN) > 16 * 2**30 for each in fitting]
     assert tight == sorted(tight)
