@@ -65,7 +65,7 @@ def kept_input(ctx: Any, saved: Tensor | None) -> Tensor:
 class _ColumnMatmul(torch.autograd.Function):
     """gather(x) @ W^T that saves at most the sharded x and gathers it again in backward.
 
-    The gradient of W is added to ``total``, where there is one that is open.
+    The gradient of W is added to ``total``, where there is one, if it is to be accumulated.
     """
 
     @staticmethod
@@ -93,13 +93,16 @@ class _ColumnMatmul(torch.autograd.Function):
             dx = axis.reduce_scatter(dx, 1) if sequence_parallel else axis.all_reduce(dx)
         if not ctx.needs_input_grad[1]:
             return dx, None, None, None, None
+        use = "returned" if total is None else total.use(ctx.next_functions[1][0])
+        if use == "unused":
+            return dx, None, None, None, None
         x = kept_input(ctx, x)  # what made it is gone when a postponed product is computed
 
         def gathered() -> Tensor:
             whole: Tensor = axis.all_gather(x, 1) if sequence_parallel else x
             return whole
 
-        if total is None or not total.open:
+        if total is None or use == "returned":
             dw = ops.matmul_grad_weight(dy, gathered())
         elif ctx.later is None:
             total.add(dy, gathered())

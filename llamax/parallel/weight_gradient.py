@@ -7,6 +7,9 @@ optimizer names the sum of a weight, its layer multiplies right into it instead:
 
 Nothing else in backward waits for this product, so that a stage of a pipeline may also postpone it:
 it sends the gradient of its input first (Qi et al. 2023, "Zero Bubble Pipeline Parallelism").
+
+Only a backward that accumulates gradients adds to the sums: ``torch.autograd.grad`` returns those
+that it is asked for, and leaves the sums alone.
 """
 
 from __future__ import annotations
@@ -15,12 +18,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn import Parameter
 
 from llamax import ops
+
+# What the backward that is running does with the gradient of a weight.
+Use = Literal["accumulated", "returned", "unused"]
 
 Additions = list[Callable[[], None]]
 
@@ -35,10 +43,17 @@ class GradientSum:
     weight: Parameter
     total: Tensor | None
 
-    @property
-    def open(self) -> bool:
-        """Whether products may add to it: no hook wants to see the gradient."""
-        return not self.weight._backward_hooks
+    def use(self, node: Node) -> Use:
+        """Accumulated: a product may add to it.  Returned: a hook or a caller wants the gradient.
+
+        ``node`` accumulates the gradient of the weight; call it in a backward.
+        """
+        if self.weight._backward_hooks:
+            return "returned"
+        try:
+            return "accumulated" if torch._C._will_engine_execute_node(node) else "unused"
+        except RuntimeError:  # what torch has to say of a leaf that torch.autograd.grad asks for
+            return "returned"
 
     @torch.no_grad()
     def add(self, dy: Tensor, x: Tensor) -> None:

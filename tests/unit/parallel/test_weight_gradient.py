@@ -99,3 +99,43 @@ def test_recomputed_layers_add_too() -> None:
     found = summed(model, optimizer)
     for name, gradient in expected.items():
         assert (found[name] - gradient).abs().max() <= 1e-6 * gradient.abs().max(), name
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autograd_returns_the_gradients_that_it_is_asked_for(mode: str, dtype: torch.dtype) -> None:
+    """As without an optimizer; what was summed before stays as it was."""
+    (model, optimizer), whole = optimized(dtype), Llama(TINY, dtype=dtype).init(0)
+    model.model.mode = whole.model.mode = mode  # type: ignore[assignment]
+    for total in losses(model):
+        total.backward()
+    before = summed(model, optimizer)
+    names = [name for name, _ in model.named_parameters()][::2]
+    assert LAYER in names
+    with postponing([]):
+        (total, _) = model.loss(IDS, IDS.roll(1, 1))
+    found = torch.autograd.grad(total, [model.get_parameter(name) for name in names])
+    expected = torch.autograd.grad(
+        whole.loss(IDS, IDS.roll(1, 1))[0], [whole.get_parameter(name) for name in names]
+    )
+    for name, mine, theirs in zip(names, found, expected, strict=True):
+        assert torch.equal(mine, theirs), name
+    for name, gradient in summed(model, optimizer).items():
+        assert torch.equal(gradient, before[name]), name
+
+
+def test_gradients_of_inputs_leave_the_sums_alone() -> None:
+    model, optimizer = optimized()
+    layer, x = model.model.layers["0"].mlp, torch.randn(2, 16, TINY.hidden_size, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).sum(), [x])
+    assert dx.abs().max() > 0
+    assert summed(model, optimizer) == {}
+
+
+def test_a_backward_sums_the_gradients_that_it_is_asked_for() -> None:
+    (model, optimizer), expected = optimized(), plain(torch.float32)
+    for total in losses(model):
+        total.backward(inputs=[model.get_parameter(LAYER)])
+    (found,) = summed(model, optimizer).items()
+    assert found[0] == LAYER
+    assert torch.allclose(found[1], expected[LAYER], atol=1e-6)
