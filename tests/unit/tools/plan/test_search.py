@@ -183,7 +183,8 @@ def test_a_search_prints_the_fastest_pipeline_as_options(
     assert (row["tensor"], row["pipeline"], row["data"], row["zero"]) == ("8", "16", "1", "1")
     (line,) = (line for line in rest if line.startswith("the fastest is "))
     changes = line.removeprefix("the fastest is ").split()
-    assert changes == ["--parallel.tensor=8", "--parallel.pipeline=16", "--data.micro_batch=2"]
+    assert changes[:2] == ["--parallel.tensor=8", "--parallel.pipeline=16"]
+    assert changes[2:] == ["--data.micro_batch=2", "--parallel.zero=1"]
     assert main([*arguments, *changes]) == 0
     shown = capsys.readouterr().out
     assert "tensor 8 x pipeline 16 x data 1" in shown
@@ -198,7 +199,7 @@ def test_a_search_lists_layouts_without_a_margin_last(capsys: pytest.CaptureFixt
     (line,) = (line for line in lines if "faster but tight is " in line)
     gain, _, changes = line.partition("% faster but tight is ")
     pipeline = ["--parallel.tensor=8", "--parallel.pipeline=8", "--parallel.chunks=2"]
-    assert changes.split() == pipeline
+    assert changes.split()[:3] == pipeline
     assert lines[lines.index(line) + 1] == TIGHT
     assert main([*arguments, *changes.split()]) == 0
     shown = capsys.readouterr().out
