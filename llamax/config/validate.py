@@ -25,12 +25,15 @@ def problems(
     world_size: int | None = None,
     unusable: Iterable[str] = (),
     node_ranks: int | None = None,
+    *,
+    advises: bool = True,
 ) -> list[str]:
     """Everything that is wrong with a configuration, one line each, single fields first.
 
     ``world_size`` is in ranks, None where it is not known yet.  ``unusable`` names the keys and
     sections that hold no value to judge; no rule that reads one of them runs.  ``node_ranks``: the
-    ranks of a node, where tensor and context ranks must share one.
+    ranks of a node, where tensor and context ranks must share one.  Without ``advises`` it takes
+    less time, and what a line suggests need not hold.
     """
     unusable = set(unusable)
     if unusable & {"model.hidden_size", "model.num_attention_heads"}:
@@ -44,7 +47,7 @@ def problems(
     found = list(broken.values())
     for keys, holds in RULES:
         if broken.keys().isdisjoint(keys) and (not unusable or all(map(usable, keys))):
-            found += holds(config, World(world_size, node_ranks))
+            found += holds(config, World(world_size, node_ranks, advises))
     return found
 
 

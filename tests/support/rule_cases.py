@@ -102,7 +102,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             (
                 {"parallel.tensor": 3, "model.num_key_value_heads": 1, "data.sequence_length": 12},
                 None,
-                "parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2, 4 or 8",
+                "parallel.tensor=3 does not divide model.num_attention_heads=8; use 1, 2 or 4",
             )
         ],
         [{"parallel.tensor": 8}],
@@ -117,7 +117,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 },
                 None,
                 "parallel.tensor=4 is neither a divisor nor a multiple of "
-                "model.num_key_value_heads=6; use 1, 2, 3, 6 or 12",
+                "model.num_key_value_heads=6; use 1 or 2",
             )
         ],
         [{"parallel.tensor": 8, "model.num_key_value_heads": n} for n in (1, 2, 4, 8)],
@@ -127,7 +127,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
             (
                 {"model.intermediate_size": 105},
                 None,
-                "parallel.tensor=2 does not divide model.intermediate_size=105; use 1 or 3",
+                "parallel.tensor=2 does not divide model.intermediate_size=105; use 1",
             )
         ],
         [{"model.intermediate_size": 98}],
@@ -138,7 +138,8 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"data.sequence_length": 101},
                 None,
                 "parallel.tensor=2 does not divide data.sequence_length=101, which "
-                "parallel.sequence=true cuts; use 100 or 102, or parallel.sequence=false",
+                "parallel.sequence=true cuts; use data.sequence_length=100 or 102, or "
+                "parallel.sequence=false",
             )
         ],
         [
@@ -153,21 +154,22 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"parallel.context": 2, "data.sequence_length": 126, "parallel.sequence": False},
                 None,
                 "parallel.context=2 gives each rank 2 of 4 equal chunks of a sequence, but "
-                "data.sequence_length=126 is not a multiple of 4; use 124 or 128",
+                "data.sequence_length=126 is not a multiple of 4; "
+                "use data.sequence_length=124 or 128",
             ),
             (
                 {"parallel.context": 3, "data.sequence_length": 15},
                 None,
                 "parallel.context=3 gives each rank 2 of 6 equal chunks of a sequence, cut over 2 "
                 "tensor ranks (parallel.sequence=true), but data.sequence_length=15 is not a "
-                "multiple of 6; use 12 or 18",
+                "multiple of 6; use data.sequence_length=12 or 18",
             ),
             (
                 {"parallel.context": 2, "parallel.tensor": 8, "data.sequence_length": 120},
                 None,
                 "parallel.context=2 gives each rank 2 of 4 equal chunks of a sequence, cut over 8 "
                 "tensor ranks (parallel.sequence=true), but data.sequence_length=120 is not a "
-                "multiple of 16; use 112 or 128",
+                "multiple of 16; use data.sequence_length=112 or 128",
             ),
         ],
         [
@@ -187,7 +189,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"parallel.context_by": "ring"},
                 None,
                 "parallel.context_by=ring passes keys and values around context ranks, but "
-                "parallel.context=1; use 2 or more, or parallel.context_by=gather",
+                "parallel.context=1; use parallel.context_by=gather, or parallel.context=2, 4 or 8",
             )
         ],
         [{"parallel.context_by": "ring", "parallel.context": 2}],
@@ -224,7 +226,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"parallel.pipeline": 2, "parallel.data": 4},
                 8,
                 "parallel.tensor=2 x parallel.pipeline=2 x parallel.data=4 is 16 ranks, but the "
-                "world has 8; use parallel.data=2, or 0 for all ranks that are left",
+                "world has 8; use parallel.data=2 or 0, for all ranks that are left",
             ),
             (
                 {"parallel.context": 3, "data.sequence_length": 126, "data.global_batch": 8},
@@ -242,7 +244,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"parallel.context": 2, "parallel.data": 4},
                 8,
                 "parallel.tensor=2 x parallel.context=2 x parallel.data=4 is 16 ranks, but the "
-                "world has 8; use parallel.data=2, or 0 for all ranks that are left",
+                "world has 8; use parallel.data=2 or 0, for all ranks that are left",
             ),
             (
                 {},
@@ -260,7 +262,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"parallel.data": 4},
                 4,
                 "parallel.tensor=2 x parallel.data=4 is 8 ranks, but the world has 4; "
-                "use parallel.data=2, or 0 for all ranks that are left",
+                "use parallel.data=2 or 0, for all ranks that are left",
             ),
         ],
         [{"parallel.data": 2}, {"parallel.data": 0}],
@@ -271,7 +273,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"parallel.tensor": 8},
                 (8, 4),
                 "parallel.tensor=8 does not divide a node of 4 ranks, and tensor ranks share one; "
-                "use parallel.tensor=1, 2 or 4",
+                "use parallel.tensor=2 or 4",
             ),
             (
                 {"parallel.tensor": 4, "data.global_batch": 6},
@@ -324,7 +326,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"parallel.pipeline": 3, "model.num_hidden_layers": 8},
                 None,
                 "parallel.pipeline=3 does not divide model.num_hidden_layers=8; "
-                "use 1, 2, 4 or 8, or cut unevenly: parallel.layers_per_stage=3,3,2",
+                "use 1, 2, 4 or 8, or parallel.layers_per_stage=3,3,2",
             ),
             (
                 {
@@ -334,7 +336,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 },
                 None,
                 "parallel.pipeline=4 leaves stages without a layer: model.num_hidden_layers=2; "
-                "use 2 or less",
+                "use 2",
             ),
         ],
         [
@@ -357,7 +359,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 },
                 None,
                 "parallel.pipeline=2 x parallel.chunks=5 leaves chunks without a layer: "
-                "model.num_hidden_layers=8; use parallel.chunks=4 or less",
+                "model.num_hidden_layers=8; use parallel.chunks=1, 2 or 4",
             ),
             (
                 {
@@ -368,7 +370,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 },
                 None,
                 "parallel.chunks=3 does not divide the 4 layers of a stage; use 1, 2 or 4, or "
-                "cut unevenly: parallel.layers_per_stage=2,2,1,1,1,1",
+                "parallel.layers_per_stage=2,2,1,1,1,1",
             ),
         ],
         [
@@ -387,7 +389,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"parallel.chunks": 2, "model.num_hidden_layers": 8},
                 None,
                 "parallel.chunks=2 divides the stages of a pipeline, and parallel.pipeline=1 has "
-                "one; use parallel.chunks=1, or parallel.pipeline=2 or more",
+                "one; use parallel.chunks=1, or parallel.pipeline=2 or 4",
             ),
         ],
         [{"parallel.pipeline": 2, "parallel.chunks": 2, "model.num_hidden_layers": 8}],
@@ -507,7 +509,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 },
                 3,
                 "parallel.pipeline=3 on run.backend=xla pairs all ranks in its swaps, and the "
-                "world of 3 ranks is odd; use an even number of ranks, 6",
+                "world of 3 ranks is odd; start an even number of ranks, 6",
             )
         ],
         [
@@ -588,7 +590,7 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"model.max_position_embeddings": 126},
                 None,
                 "data.sequence_length=128 is above model.max_position_embeddings=126; "
-                "use 126 or less, or raise the model's",
+                "use 126, or raise the model's",
             )
         ],
         [{"model.max_position_embeddings": 128}],
@@ -660,13 +662,15 @@ CASES: dict[str, tuple[list[tuple[dict[str, Any], Worlds, str]], list[dict[str, 
                 {"run.stochastic_rounding": True, "run.dtype": "bfloat16"},
                 None,
                 "run.stochastic_rounding is for bfloat16 on NeuronCores, but run.backend=cpu "
-                "and run.dtype=bfloat16; use xla and bfloat16, or leave it off",
+                "and run.dtype=bfloat16; leave it off, or use run.backend=xla and "
+                "run.dtype=bfloat16",
             ),
             (
                 {"run.stochastic_rounding": True, "run.backend": "xla"},
                 None,
                 "run.stochastic_rounding is for bfloat16 on NeuronCores, but run.backend=xla "
-                "and run.dtype=float32; use xla and bfloat16, or leave it off",
+                "and run.dtype=float32; leave it off, or use run.backend=xla and "
+                "run.dtype=bfloat16",
             ),
         ],
         [

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llamax.config.rules import Rules, World, divisors
+from llamax.config.rules import Rules, World, divisors, use, ways
 from llamax.config.schema import Config
-from llamax.runtime.errors import join_or
 
 RULES = Rules()
 
@@ -35,8 +34,8 @@ def queries_share_keys(c: Config, world: World) -> Iterator[str]:
     heads, kv = c.model.num_attention_heads, c.model.num_key_value_heads
     if heads % kv:
         yield (
-            f"model.num_key_value_heads={kv} does not divide model.num_attention_heads={heads}; "
-            f"use {join_or(divisors(heads))}"
+            f"model.num_key_value_heads={kv} does not divide model.num_attention_heads={heads}"
+            f"{ways(use(c, world, 'model.num_key_value_heads', divisors(heads)))}"
         )
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cache
 
-from llamax.config.rules import Rules, World, divisors, multiples_near
+from llamax.config.rules import (
+    Rules,
+    World,
+    divisors,
+    fitting,
+    multiples_near,
+    use,
+    ways,
+)
 from llamax.config.schema import Config, ParallelConfig
 from llamax.runtime.errors import join_or
 
@@ -66,15 +74,16 @@ def stages_hold_layers(c: Config, world: World) -> Iterator[str]:
     if stages > layers:
         yield (
             f"parallel.pipeline={stages} leaves stages without a layer: "
-            f"model.num_hidden_layers={layers}; use {layers} or less"
+            f"model.num_hidden_layers={layers}"
+            f"{ways(use(c, world, 'parallel.pipeline', divisors(layers)))}"
         )
     elif layers % stages and not c.parallel.layers_per_stage:
         pieces = stages * c.parallel.chunks
         pieces = pieces if pieces <= layers else stages  # then with the chunks of the next rule
+        uneven = f"parallel.layers_per_stage={_written(evenly(layers, pieces))}"
         yield (
-            f"parallel.pipeline={stages} does not divide model.num_hidden_layers={layers}; "
-            f"use {join_or(divisors(layers))}, or cut unevenly: parallel.layers_per_stage="
-            f"{_written(evenly(layers, pieces))}"
+            f"parallel.pipeline={stages} does not divide model.num_hidden_layers={layers}"
+            f"{ways(use(c, world, 'parallel.pipeline', divisors(layers)), uneven)}"
         )
 
 
@@ -84,25 +93,42 @@ def chunks_hold_layers(c: Config, world: World) -> Iterator[str]:
     if chunks == 1 or stages == 1 or stages > layers:
         return
     if stages * chunks > layers:
-        most = layers // stages
         yield (
             f"{_named(c.parallel)} leaves chunks without a layer: "
-            f"model.num_hidden_layers={layers}; use parallel.chunks={most}{' or less' * (most > 1)}"
+            f"model.num_hidden_layers={layers}{ways(_chunks(c, world))}"
         )
     elif layers % stages == 0 and layers // stages % chunks and not c.parallel.layers_per_stage:
+        fewer = use(c, world, "parallel.chunks", divisors(layers // stages))
+        uneven = f"parallel.layers_per_stage={_written(evenly(layers, stages * chunks))}"
         yield (
-            f"parallel.chunks={chunks} does not divide the {layers // stages} layers of a stage; "
-            f"use {join_or(divisors(layers // stages))}, or cut unevenly: "
-            f"parallel.layers_per_stage={_written(evenly(layers, stages * chunks))}"
+            f"parallel.chunks={chunks} does not divide the {layers // stages} layers of a stage"
+            f"{ways(fewer, uneven)}"
         )
 
 
-@RULES.reading("parallel.pipeline", "parallel.chunks")
+def _chunks(c: Config, world: World) -> str:
+    """Fewer chunks that may be suggested: equal ones, or the most with the layers of each."""
+    stages, layers = c.parallel.pipeline, c.model.num_hidden_layers
+    if not c.parallel.layers_per_stage and layers % stages == 0:
+        return use(c, world, "parallel.chunks", divisors(layers // stages), named=True)
+    fewer = range(layers // stages, 0, -1)
+    texts = [_written(evenly(layers, stages * chunks)) for chunks in fewer]
+    tried = [
+        {"parallel.chunks": chunks, "parallel.layers_per_stage": text}
+        for chunks, text in zip(fewer, texts, strict=True)
+    ]
+    found = fitting(c, world, tried)
+    return " and ".join(f"{key}={value}" for key, value in found[0].items()) if found else ""
+
+
+@RULES.reading("parallel.pipeline", "parallel.chunks", "model.num_hidden_layers")
 def chunks_are_of_stages(c: Config, world: World) -> Iterator[str]:
     if c.parallel.chunks > 1 and c.parallel.pipeline == 1:
+        several = divisors(c.model.num_hidden_layers)[1:]
         yield (
             f"parallel.chunks={c.parallel.chunks} divides the stages of a pipeline, and "
-            "parallel.pipeline=1 has one; use parallel.chunks=1, or parallel.pipeline=2 or more"
+            "parallel.pipeline=1 has one"
+            f"{ways('parallel.chunks=1', use(c, world, 'parallel.pipeline', several, named=True))}"
         )
 
 
@@ -122,7 +148,8 @@ def microsteps_fill_chunks(c: Config, world: World) -> Iterator[str]:
         return
     if stages * parallel.chunks > c.model.num_hidden_layers:
         return
-    data = world.ranks // (parallel.tensor * parallel.context * stages) or 1
+    left = world.ranks // (parallel.tensor * parallel.context * stages)
+    data = parallel.data or left or 1
     microsteps, rest = divmod(c.data.global_batch, c.data.micro_batch * data)
     if not rest and microsteps % stages:
         unit = c.data.micro_batch * data * stages
@@ -175,5 +202,5 @@ def traced_stages_pair(c: Config, world: World) -> Iterator[str]:
         even = multiples_near(ranks, 2 * stages * c.parallel.tensor * c.parallel.context)
         yield (
             f"parallel.pipeline={stages} on run.backend=xla pairs all ranks in its swaps, and the "
-            f"world of {ranks} ranks is odd; use an even number of ranks, {join_or(even)}"
+            f"world of {ranks} ranks is odd; start an even number of ranks, {join_or(even)}"
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
-from llamax.config.rules import Rules, World
+from llamax.config.rules import Changes, Rules, World, fitting, fitting_values, ways
 from llamax.config.schema import NEURON_BACKENDS, Config
 
 RULES = Rules()
@@ -14,9 +15,12 @@ RULES = Rules()
 def sequence_fits_model(c: Config, world: World) -> Iterator[str]:
     length, longest = c.data.sequence_length, c.model.max_position_embeddings
     if length > longest:
+        unit = math.lcm(max(c.parallel.tensor, 1), 2 * max(c.parallel.context, 1))
+        tried = dict.fromkeys((longest, longest - longest % unit or longest))
+        found = fitting_values(c, world, "data.sequence_length", tried)
         yield (
-            f"data.sequence_length={length} is above model.max_position_embeddings={longest}; "
-            f"use {longest} or less, or raise the model's"
+            f"data.sequence_length={length} is above model.max_position_embeddings={longest}"
+            f"{ways(*map(str, found[:1]))}{', or' if found else ';'} raise the model's"
         )
 
 
@@ -72,9 +76,12 @@ def rewind_comes_before_the_end(c: Config, world: World) -> Iterator[str]:
 @RULES.reading("run.stochastic_rounding", "run.backend", "run.dtype")
 def neuron_cores_round(c: Config, world: World) -> Iterator[str]:
     if c.run.stochastic_rounding and (c.run.backend, c.run.dtype) != ("xla", "bfloat16"):
+        there: Changes = {"run.backend": "xla", "run.dtype": "bfloat16"}
+        on_xla = ", or use run.backend=xla and run.dtype=bfloat16"
+        on_xla = on_xla if fitting(c, world, [there]) else ""
         yield (
             f"run.stochastic_rounding is for bfloat16 on NeuronCores, but run.backend="
-            f"{c.run.backend} and run.dtype={c.run.dtype}; use xla and bfloat16, or leave it off"
+            f"{c.run.backend} and run.dtype={c.run.dtype}; leave it off{on_xla}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llamax.config.constants import STATE_BLOCK, STATE_LEAST_ELEMENTS
-from llamax.config.rules import Rules, World
+from llamax.config.rules import Rules, World, use, ways
 from llamax.config.rules.finetune import target_names
 from llamax.config.schema import Config
 
@@ -29,8 +29,8 @@ def gathered_weights_are_dropped(c: Config, world: World) -> Iterator[str]:
     if c.parallel.zero == 3 and traced and mode != "full" and c.finetune.method == "full":
         yield (
             "parallel.zero=3 gathers the weights of a layer when it is used, but with "
-            f"run.backend=xla and run.recompute={mode} a program would keep them all for backward; "
-            "use run.recompute=full, or parallel.zero=2"
+            f"run.backend=xla and run.recompute={mode} a program would keep them all for backward"
+            f"{ways('run.recompute=full', use(c, world, 'parallel.zero', [2], named=True))}"
         )
 
 

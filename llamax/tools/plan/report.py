@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from llamax.config.neuron_sdk import trn1_sdk
+from llamax.config.rules import World
 from llamax.config.rules.parallel import within_node
 from llamax.config.schema import Config
 from llamax.runtime.units import count, show_bytes, show_fine_time, show_number, show_time
@@ -124,9 +125,10 @@ def notes(plan: Plan) -> Iterator[str]:
     group = parallel.tensor * parallel.context
     if group > 1 and machine.ranks % group:
         kinds = "tensor and context" if parallel.context > 1 else "tensor"
+        inside = within_node(config, World(node_ranks=machine.ranks))
         yield (
             f"{kinds} ranks span nodes of {count(machine.ranks, 'rank')}, and the network carries "
-            f"their messages in every layer; {within_node(config, machine.ranks)} would not"
+            f"their messages in every layer; {inside} would not"
         )
     yield from zero_notes(plan)
     if config.run.backend != machine.backend:

@@ -163,12 +163,15 @@ def ways(config: Config) -> Iterator[Config]:
         yield replace(config, parallel=replace(config.parallel, context_by="ring"))
 
 
-def refusals(config: Config, machine: Machine, nodes: int) -> list[str]:
-    """What the rules refuse of a run on ``nodes`` machines, by its backend and by that of these."""
+def refusals(config: Config, machine: Machine, nodes: int, advises: bool = False) -> list[str]:
+    """What the rules refuse of a run on ``nodes`` machines, by its backend and by that of these.
+
+    ``advises``: with suggestions that hold.
+    """
     world, there = nodes * machine.ranks, replace(config.run, backend=machine.backend)
-    found = problems(config, world, (), machine.ranks)
+    found = problems(config, world, (), machine.ranks, advises=advises)
     if not found and there != config.run:
-        found = problems(replace(config, run=there), world, (), machine.ranks)
+        found = problems(replace(config, run=there), world, (), machine.ranks, advises=advises)
     return found
 
 
@@ -198,5 +201,10 @@ def search(
             over = memory.peak * (1 + MARGIN) - memory.available
             if over <= 0 or over > keys_at_most(Share(plans[-1].run, memory.stage), machine):
                 break
+    valid = {each.run.mesh.tp for each in plans}
+    for k, each in enumerate(refused):  # a report has the reasons of the other tensor degrees
+        if each.config.parallel.tensor not in valid:
+            reason = refusals(each.config, machine, nodes, advises=True)[0]
+            refused[k] = replace(each, reason=reason)
     plans.sort(key=lambda each: (not each.memory.fits, each.memory.tight, -each.time.tokens_per_s))
     return plans, refused

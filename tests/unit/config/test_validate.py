@@ -154,9 +154,7 @@ def test_suggestions_for_a_pipeline_work_together() -> None:
         "parallel.tensor": 1,
     }
     first, second = problems(changed(wanted), 3)
-    assert first.endswith("use 1, 2 or 4, or cut unevenly: parallel.layers_per_stage=2,1,1")
-    assert second.endswith(
-        "leaves chunks without a layer: model.num_hidden_layers=4; use parallel.chunks=1"
-    )
+    assert first.endswith("num_hidden_layers=4; use parallel.layers_per_stage=2,1,1")
+    assert second.endswith("; use parallel.chunks=1 and parallel.layers_per_stage=2,1,1")
     mended = {"parallel.chunks": 1, "parallel.layers_per_stage": "2,1,1"}
     assert problems(changed({**wanted, **mended}), 3) == []
