@@ -37,6 +37,21 @@ def shell(command: Sequence[str]) -> None:
         raise BackendError(f"the demo stopped at: {text}; its own message stands above")
 
 
+def outcome(loss: float | None, entropy: float) -> str:
+    """What a run has learnt, by its last validation loss and the unigram entropy of that text.
+
+    Both are in nats a token; a loss of None: nothing was validated.
+    """
+    known = f"a unigram entropy of {entropy:.3f} (perplexity {perplexity(entropy):.0f})"
+    if loss is None:
+        return f"Nothing was validated; the validation text has\n{known}."
+    more = "has learnt more" if loss < entropy else "has not learnt more yet"
+    return (
+        f"Validation loss {loss:.3f} nats a token (perplexity {perplexity(loss):.1f}),\n"
+        f"against {known}: the model {more} than which words are frequent."
+    )
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the demo."""
     parser = Parser(
@@ -83,14 +98,12 @@ def main(argv: Sequence[str]) -> int:
         [*llamax, "plot", str(run), "--out", str(picture)]
         + ["--reference", f"{entropy:.4f}", "--reference-name", "unigram entropy"]
     )
-    last = [r for r in read_jsonl(run / METRICS_FILE) if r.validation_loss is not None][-1]
-    assert last.validation_loss is not None
+    losses = [r.validation_loss for r in read_jsonl(run / METRICS_FILE)]
+    validated = [loss for loss in losses if loss is not None]
+    last = validated[-1] if validated else None
     print_text(
         f"""
-Done in {show_time(time.perf_counter() - began)}. Validation loss {last.validation_loss:.3f} nats \
-a token (perplexity {perplexity(last.validation_loss):.1f}),
-against a unigram entropy of {entropy:.3f} (perplexity {perplexity(entropy):.0f}): the model has \
-learnt more than which words are frequent.
+Done in {show_time(time.perf_counter() - began)}. {outcome(last, entropy)}
 
   {data}        the packed tokens, and the tokenizer trained on them
   {run}         the run: config.toml, metrics.jsonl, tensorboard/, checkpoints/

@@ -71,6 +71,15 @@ def write_table(path: Path, table: Iterable[dict[str, str]]) -> None:
     replace_output(path, data, lambda before: before == data)
 
 
+def outcome(losses: Sequence[tuple[int, float]]) -> str:
+    """The first and the last validation loss of a run; ``losses``: each with its step."""
+    if not losses:
+        return "Nothing was validated."
+    (first, before), (last, after) = losses[0], losses[-1]
+    said = f"Validation loss of the answers: {before:.3f} nats a token at step {first}"
+    return f"{said},\n{after:.3f} at step {last}." if last > first else f"{said}."
+
+
 def main(argv: Sequence[str]) -> int:
     """Run the demo."""
     parser = Parser(
@@ -127,12 +136,11 @@ def main(argv: Sequence[str]) -> int:
         if (base / "config.json").is_file()
         else [*llamax, "generate", str(hub), *prompt_options]
     )
-    losses = [r for r in read_jsonl(run / METRICS_FILE) if r.validation_loss is not None]
+    records = read_jsonl(run / METRICS_FILE)
+    losses = [(r.step, r.validation_loss) for r in records if r.validation_loss is not None]
     print_text(
         f"""
-Done in {show_time(time.perf_counter() - began)}. Validation loss of the answers: \
-{losses[0].validation_loss:.3f} nats a token after the first epoch,
-{losses[-1].validation_loss:.3f} after the last.
+Done in {show_time(time.perf_counter() - began)}. {outcome(losses)}
 
   {table}     {ROWS} questions and answers, half of them with a context
   {data}           the packed samples, which tokens of them are answers, and the tokenizer
