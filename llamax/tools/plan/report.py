@@ -154,7 +154,7 @@ def zero_notes(plan: Plan) -> Iterator[str]:
         f"{show_time(lost)} of each step for {show_bytes(saved)} of memory"
     )
     if other.memory.fits:
-        yield f"{text}; parallel.zero=1 fits too"
+        yield f"{text}; parallel.zero=1 fits too{', tight' if other.memory.tight else ''}"
     elif run.accumulation > 1:
         yield f"{text}; a larger data.micro_batch, parallel.tensor or parallel.pipeline sends less"
     else:

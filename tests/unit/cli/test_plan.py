@@ -132,3 +132,11 @@ def test_ranks_of_gpus_that_span_nodes_are_noted(capsys: pytest.CaptureFixture[s
     assert "parallel.tensor=1, 2, 4 or 8 would not" in said
     assert main([*gpus, "--parallel.tensor=8"]) == 0
     assert "span nodes" not in capsys.readouterr().out
+
+
+def test_a_smaller_zero_stage_is_noted_with_its_margin(capsys: pytest.CaptureFixture[str]) -> None:
+    node = ["--config", "llama3.2-1b", "--parallel.zero=2"]
+    assert main([*node, "--parallel.tensor=2"]) == 0
+    assert "; parallel.zero=1 fits too, tight\n" in capsys.readouterr().out
+    assert main([*node, "--parallel.tensor=4"]) == 0
+    assert "; parallel.zero=1 fits too\n" in capsys.readouterr().out
