@@ -3,6 +3,9 @@
 A rule is a function that yields one line per problem.  It is registered with the keys it reads, so
 that it is skipped where one of them holds no usable value: each mistake is reported once, and no
 rule divides by zero.
+
+A line ends with values to use instead.  They go through ``use`` or ``fitting``, which leave out
+what another rule would refuse.
 """
 
 from __future__ import annotations

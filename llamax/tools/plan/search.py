@@ -201,9 +201,10 @@ def search(
             over = memory.peak * (1 + MARGIN) - memory.available
             if over <= 0 or over > keys_at_most(Share(plans[-1].run, memory.stage), machine):
                 break
-    valid = {each.run.mesh.tp for each in plans}
-    for k, each in enumerate(refused):  # a report has the reasons of the other tensor degrees
-        if each.config.parallel.tensor not in valid:
+    reported = {each.run.mesh.tp for each in plans}
+    for k, each in enumerate(refused):  # a report has the first reason of each other tensor degree
+        if each.config.parallel.tensor not in reported:
+            reported.add(each.config.parallel.tensor)
             reason = refusals(each.config, machine, nodes, advises=True)[0]
             refused[k] = replace(each, reason=reason)
     plans.sort(key=lambda each: (not each.memory.fits, each.memory.tight, -each.time.tokens_per_s))
