@@ -48,9 +48,14 @@ def test_all_problems_are_reported_together() -> None:
         ),
         (
             "k8s",
-            {"nodes": 4, "recipe": "llama2-70b", "overrides__parallel__tensor": 64},
+            {
+                "nodes": 4,
+                "recipe": "llama2-70b",
+                "overrides__parallel__tensor": 64,
+                "overrides__data__micro_batch": 1,
+            },
             "4 x trn1.32xlarge = 128 ranks: overrides: parallel.tensor=64 does not divide a node "
-            "of 32 ranks, and tensor ranks share one; use parallel.tensor=2, 4, 8, 16 or 32",
+            "of 32 ranks, and tensor ranks share one; use parallel.tensor=1, 2, 4, 8, 16 or 32",
         ),
         (
             "slurm",
