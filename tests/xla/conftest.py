@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from support.tiny_run import make_dataset
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -11,3 +14,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         assert module is not None
         group = "replicas" if hasattr(module.obj, "ranks") else "traced"
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return make_dataset(tmp_path)
