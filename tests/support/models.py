@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from llamax.config.model import ModelConfig
+from llamax.config.model import ModelConfig, RopeScaling
 
 TINY = ModelConfig(
     hidden_size=32,
@@ -26,6 +26,14 @@ def tiny(**changes: Any) -> ModelConfig:
 
 # A key/value head for each query head, as Llama 2 has.
 LLAMA2 = tiny(num_key_value_heads=4)
+# Fewer key/value heads, scaled rotary embeddings and tied embeddings, as Llama 3.2 has.
+LLAMA3 = replace(
+    LLAMA2,
+    num_key_value_heads=2,
+    rope_theta=500_000.0,
+    rope_scaling=RopeScaling(original_max_position_embeddings=16),
+    tie_word_embeddings=True,
+)
 # The only key/value head is on every tensor rank, and so is the tied embedding.
 TIED = tiny(num_hidden_layers=1, num_key_value_heads=1, tie_word_embeddings=True)
 # Blocks of 64 quantised weights fit in a row, and 4 tensor ranks cut through them (192 / 4).
