@@ -125,6 +125,28 @@ def column_matmul(
     return regions.apply(_ColumnMatmul, x, weight, axis, sequence_parallel, total)
 
 
+class _Lookup(torch.autograd.Function):
+    """Rows of a weight, whose gradient is added to ``total``, if it is to be accumulated."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, total: GradientSum) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.total, ctx.rows = total, weight.shape[0]
+        return ops.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None]:
+        (ids,) = ctx.saved_tensors
+        use = ctx.total.use(ctx.next_functions[1][0])
+        if use == "accumulated":
+            ctx.total.add_rows(dy, ids)
+        if use != "returned":
+            return None, None, None
+        dw = dy.new_zeros(ctx.rows, dy.shape[-1])
+        return None, dw.index_add_(0, ids.flatten(), dy.flatten(0, -2)), None
+
+
 LOCAL = Solo("local")  # the axis of a product without a collective
 
 
@@ -213,10 +235,17 @@ class VocabEmbedding(ParallelLayer):
 
     def forward(self, ids_BS: Tensor) -> Tensor:
         if self.tp.size == 1:
-            return ops.embedding(ids_BS, self.dense())
+            return self.look_up(ids_BS)
         local_BS, elsewhere_BS = local_ids(ids_BS, self.weight.shape[0], self.tp)
-        x_BSD = ops.embedding(local_BS, self.dense()) * ~elsewhere_BS.unsqueeze(-1)
+        x_BSD = self.look_up(local_BS) * ~elsewhere_BS.unsqueeze(-1)
         return regions.leave(x_BSD, self.tp, self.sequence_parallel)
+
+    def look_up(self, ids: Tensor) -> Tensor:
+        """Rows of this rank's share of the weight: integers [...] -> [..., D]."""
+        total = self.gradient_sum
+        if total is None or ids.device.type != "cpu" or not torch.is_grad_enabled():
+            return ops.embedding(ids, self.dense())  # on GPUs adding rows has no fixed order
+        return regions.apply(_Lookup, ids, self.dense(), total)
 
 
 # Layers with a weight that ``Llama.init`` draws; other modules initialise their own parameters.

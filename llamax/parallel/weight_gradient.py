@@ -1,9 +1,11 @@
 """Gradients of weights, added in one product to where they are summed, at once or later.
 
 Autograd makes the gradient of each microbatch as a tensor of its own, and then adds it.  Where an
-optimizer names the sum of a weight, its layer multiplies right into it instead::
+optimizer names the sum of a weight, its layer multiplies right into it instead, and on a CPU the
+embedding adds the rows that were looked up::
 
     sum += dy^T x         Megatron-LM calls this gradient accumulation fusion
+    sum[ids] += dy
 
 Nothing else in backward waits for this product, so that a stage of a pipeline may also postpone it:
 it sends the gradient of its input first (Qi et al. 2023, "Zero Bubble Pipeline Parallelism").
@@ -66,6 +68,14 @@ class GradientSum:
             total.addmm_(rows.t(), columns)
         else:
             total.add_(ops.matmul_grad_weight(dy, x))
+
+    @torch.no_grad()
+    def add_rows(self, dy: Tensor, ids: Tensor) -> None:
+        """Add the gradient of ``ops.embedding(ids, weight)``: [..., D], integers [...]."""
+        total = self.weight.grad if self.total is None else self.total
+        if total is None:
+            total = self.weight.grad = torch.zeros_like(self.weight)
+        total.index_add_(0, ids.flatten(), dy.flatten(0, -2).to(total.dtype))
 
 
 @contextmanager

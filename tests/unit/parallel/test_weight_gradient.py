@@ -17,6 +17,7 @@ from llamax.parallel.weight_gradient import Additions, postponing
 
 IDS = torch.arange(32).view(2, 16)
 LAYER = "model.layers.0.mlp.down_proj.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def optimized(dtype: torch.dtype = torch.float32) -> tuple[Llama, Zero]:
@@ -139,3 +140,22 @@ def test_a_backward_sums_the_gradients_that_it_is_asked_for() -> None:
     (found,) = summed(model, optimizer).items()
     assert found[0] == LAYER
     assert torch.allclose(found[1], expected[LAYER], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_embedding_adds_rows(dtype: torch.dtype) -> None:
+    """Bit for bit as torch's own gradient in the first microstep; ids come several times."""
+    (model, optimizer), whole = optimized(dtype), Llama(TINY, dtype=dtype).init(0)
+    ids = IDS % 5
+    for each in (model, whole):
+        each.model.embed_tokens(ids).float().square().sum().backward()
+    expected = whole.get_parameter(EMBEDDING).grad
+    found = summed(model, optimizer)[EMBEDDING]
+    if dtype == torch.float32:
+        assert torch.equal(found, expected)
+    assert torch.allclose(found, expected.float(), rtol=0.02, atol=1e-3)
+    before = found.clone()
+    rows = model.model.embed_tokens(ids)
+    (returned,) = torch.autograd.grad(rows.sum(), [model.get_parameter(EMBEDDING)])
+    assert returned.float().sum() == ids.numel() * TINY.hidden_size
+    assert torch.equal(summed(model, optimizer)[EMBEDDING], before)
