@@ -34,7 +34,10 @@ UNEVEN = 1 / 6  # layers that the fullest stage has above the mean, at most
 
 @dataclass(frozen=True)
 class Refused:
-    """An invalid configuration, and the first reason."""
+    """An invalid configuration, and the first reason.
+
+    What the reason suggests holds for the first one of a tensor degree without a valid layout.
+    """
 
     config: Config
     reason: str
