@@ -37,7 +37,8 @@ def rules(config: Config, machine: Machine, nodes: int) -> list[str]:
     """What a run on these machines is refused for: with the backend as configured, and theirs."""
     there = replace(config, run=replace(config.run, backend=machine.backend))
     world = nodes * machine.ranks
-    return problems(config, world, (), machine.ranks) + problems(there, world, (), machine.ranks)
+    ranks = machine.ranks
+    return [line for c in (config, there) for line in problems(c, world, (), ranks, advises=False)]
 
 
 @settings(max_examples=8, deadline=None)
