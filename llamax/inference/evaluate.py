@@ -143,7 +143,7 @@ def evaluate(
         labels=labels,
     )
     parallel = ParallelConfig(tensor=ranks, sequence=False)
-    check(Config(loaded.model, parallel, data=data_config), ranks)
+    check(Config(loaded.model, parallel, data=data_config))  # other ranks would be another world
     samples, prompts, references = None, list[Prompt](), list[str]()
     stop_ids = set(loaded.ends)
     formatted = template or loaded.prompt

@@ -280,8 +280,8 @@ class Opened(NamedTuple):
 def _load(path: Path, tokenizer: str, base: str, ranks: int) -> LoadedModel:
     """Open a model's files; raises what ``generate`` raises."""
     loaded = open_model(path, tokenizer, base)
-    data = DataConfig(sequence_length=ranks)
-    check(Config(loaded.model, ParallelConfig(tensor=ranks), data=data), ranks)
+    parallel, data = ParallelConfig(tensor=ranks, sequence=False), DataConfig(sequence_length=1)
+    check(Config(loaded.model, parallel, data=data))  # other ranks would be another world
     return loaded
 
 
