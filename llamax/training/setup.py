@@ -213,7 +213,7 @@ def _load(
         if not (isinstance(tensor, Placeholder) or (tensor.requires_grad and not backend.traces))
     }
     load_owned(resumed, [Whole(name, flat) for name, flat in whole.items()], parameters)
-    if not backend.traces:  # which has no program yet to gather with
+    if not backend.traces:  # a device that traces has no program yet to gather with
         state.optimizer.gather_parameters()
 
 

@@ -6,8 +6,7 @@ parallelism, then the same with a defect planted in the ranks: it must fail for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +23,7 @@ from support.adapters import (
     differences,
     steps,
 )
+from support.planted import replaced
 from support.world import Worlds, axes
 from torch import Tensor
 
@@ -89,12 +89,6 @@ def test_sharded_steps_equal_the_whole_steps(
 
 
 # --- planted defects -----------------------------------------------------------------------------
-
-
-@contextmanager
-def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
-    with mock.patch.object(owner, name, value):
-        yield
 
 
 def whole_factor_not_summed() -> Any:

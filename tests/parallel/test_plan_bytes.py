@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.memory import changes, highest
+from support.memory import CPU, changes, highest
 from support.models import tiny
 from support.runs import on_mesh
 from support.runs import share as share_of
@@ -23,7 +23,6 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from llamax import ops
-from llamax.config.hardware import Machine
 from llamax.config.schema import Config, DataConfig, OptimConfig, ParallelConfig, RunConfig
 from llamax.data.loader import Batch
 from llamax.model.llama import DTYPES, Llama
@@ -53,18 +52,6 @@ MODEL = tiny(  # large enough for its activations to stand out; padded wherever 
     num_attention_heads=8,
     vocab_size=3001,
     max_position_embeddings=512,
-)
-CPU = Machine(
-    name="cpu",
-    backend="cpu",
-    ranks=4,
-    memory_gib=1,
-    bfloat16_tflops=1,
-    float32_tflops=1,
-    memory_gbps=1,
-    link_gbps=1,
-    dollars_per_hour=0,
-    bfloat16_products=ops.has_bf16_units(),
 )
 BATCH, LENGTH = 2, 384
 

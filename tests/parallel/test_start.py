@@ -15,7 +15,7 @@ import pytest
 import torch
 from support import checkpoints
 from support.adapters import base_folder
-from support.memory import changes, highest
+from support.memory import CPU, changes, highest
 from support.models import tiny
 from support.runs import on_mesh
 from support.runs import share as share_of
@@ -28,7 +28,6 @@ from llamax.checkpoint.build_model import build_model
 from llamax.checkpoint.hf_folder import open_source
 from llamax.checkpoint.load import load_weights
 from llamax.checkpoint.reader import Checkpoint
-from llamax.config.hardware import Machine
 from llamax.config.model import ModelConfig
 from llamax.config.schema import Config, DataConfig, FinetuneConfig, ParallelConfig, RunConfig
 from llamax.model import initial_weights
@@ -45,17 +44,6 @@ from llamax.tools.plan.state import early_gradients, state
 from llamax.training.setup import _load
 from llamax.training.step import TrainState
 
-CPU = Machine(
-    name="cpu",
-    backend="cpu",
-    ranks=8,
-    memory_gib=1,
-    bfloat16_tflops=1,
-    float32_tflops=1,
-    memory_gbps=1,
-    link_gbps=1,
-    dollars_per_hour=0,
-)
 MODEL = tiny(  # whose key/value heads two tensor ranks share, whose vocabulary is padded
     hidden_size=64,
     intermediate_size=96,

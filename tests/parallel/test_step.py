@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from support.models import TIED
 from support.models import TINY as MODEL
+from support.planted import replaced
 from support.step_reference import (
     GLOBAL_BATCH,
     SEQUENCE,
@@ -133,12 +133,6 @@ def test_a_loss_of_ones_own_has_the_gradients_of_the_whole(
 
 
 # --- planted defects -----------------------------------------------------------------------------
-
-
-@contextmanager
-def replaced(owner: object, name: str, value: Callable[..., Any]) -> Iterator[None]:
-    with mock.patch.object(owner, name, value):
-        yield
 
 
 def method(owner: type, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Any:

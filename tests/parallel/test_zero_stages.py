@@ -8,12 +8,10 @@ sends; then the same comparison with a defect planted in the ranks: each must fa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
-from unittest import mock
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from support import adapters
 from support.memory import held_bytes
 from support.models import TIED
 from support.models import TINY as MODEL
+from support.planted import defect, replaced
 from support.step_reference import (
     GLOBAL_BATCH,
     OPTIM,
@@ -355,16 +354,6 @@ def test_gradients_that_a_microstep_lacks_are_zero(worlds: Worlds) -> None:
 
 
 # --- planted defects -----------------------------------------------------------------------------
-
-
-@contextmanager
-def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
-    with mock.patch.object(owner, name, value):
-        yield
-
-
-def defect(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], Any]:
-    return lambda: replaced(owner, name, make(getattr(owner, name)))
 
 
 def stale() -> Callable[[Any], Any]:

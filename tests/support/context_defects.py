@@ -23,12 +23,7 @@ from llamax.parallel.collectives import Axes
 from llamax.parallel.mesh import Seat
 from llamax.training import model_checks
 from llamax.training.step import TrainState
-
-
-@contextmanager
-def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
-    with mock.patch.object(owner, name, value):
-        yield
+from support.planted import defect, replaced
 
 
 @contextmanager
@@ -39,10 +34,6 @@ def unheard() -> Iterator[None]:
         defect(Llama, "loss", without(1))(),
     ):
         yield
-
-
-def defect(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], Any]:
-    return lambda: replaced(owner, name, make(getattr(owner, name)))
 
 
 def shifted_in_the_rank(original: Callable[..., Any]) -> Callable[..., Any]:

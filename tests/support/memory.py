@@ -1,4 +1,7 @@
-"""Bytes that an optimizer holds, counted from its tensors, and that torch's profiler saw."""
+"""Bytes that an optimizer holds, counted from its tensors, and that torch's profiler saw.
+
+``CPU`` is the machine for which they are planned.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,22 @@ from typing import Any
 
 from torch import Tensor
 
+from llamax import ops
+from llamax.config.hardware import Machine
 from llamax.optim import Zero
+
+CPU = Machine(
+    name="cpu",
+    backend="cpu",
+    ranks=4,
+    memory_gib=1,
+    bfloat16_tflops=1,
+    float32_tflops=1,
+    memory_gbps=1,
+    link_gbps=1,
+    dollars_per_hour=0,
+    bfloat16_products=ops.has_bf16_units(),
+)
 
 
 def held_bytes(zero: Zero) -> int:

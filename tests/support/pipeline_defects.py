@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -20,16 +18,7 @@ from llamax.parallel.pipeline import Micro
 from llamax.training import pipeline
 from llamax.training import step as training_step
 from llamax.training.step import TrainState
-
-
-@contextmanager
-def replaced(owner: object, name: str, value: Any) -> Iterator[None]:
-    with mock.patch.object(owner, name, value):
-        yield
-
-
-def defect(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], Any]:
-    return lambda: replaced(owner, name, make(getattr(owner, name)))
+from support.planted import defect, replaced
 
 
 def newest_first(original: Any) -> Any:
@@ -106,24 +95,21 @@ def put_off_left_out(original: Any) -> Any:
     return weights
 
 
-def positions_of_the_first(original: Any) -> Any:
-    def inputs(self: TrainState, batch: Any, keys: Any, x: Any, layers: range) -> Any:
-        first = getattr(self, "first_positions", batch.positions)
-        object.__setattr__(self, "first_positions", first)
-        usable = x is not None and first.shape == batch.positions.shape
-        return original(self, batch._replace(positions=first) if usable else batch, keys, x, layers)
+def of_the_first(field: str) -> Callable[[Any], Any]:
+    """A field of the first microbatch is that of all, in the stages after the first."""
 
-    return inputs
+    def make(original: Any) -> Any:
+        def inputs(self: TrainState, batch: Any, keys: Any, x: Any, layers: range) -> Any:
+            own = getattr(batch, field)
+            first = getattr(self, f"first_{field}", own)
+            object.__setattr__(self, f"first_{field}", first)
+            if x is not None and first.shape == own.shape:
+                batch = batch._replace(**{field: first})
+            return original(self, batch, keys, x, layers)
 
+        return inputs
 
-def documents_of_the_first(original: Any) -> Any:
-    def inputs(self: TrainState, batch: Any, keys: Any, x: Any, layers: range) -> Any:
-        first = getattr(self, "first_documents", batch.documents)
-        object.__setattr__(self, "first_documents", first)
-        usable = x is not None and first.shape == batch.documents.shape
-        return original(self, batch._replace(documents=first) if usable else batch, keys, x, layers)
-
-    return inputs
+    return make
 
 
 def norm_of_a_stage(original: Any) -> Any:
@@ -190,8 +176,8 @@ STEP: dict[str, Callable[[], Any]] = {
     "gradients doubled": defect(pipeline.Stage, "_backward", times(2.0)),
     "a backward left out": defect(pipeline.Stage, "_backward", one_left_out),
     "gradients of weights left out": defect(pipeline.Stage, "_weights", put_off_left_out),
-    "positions of the first microbatch": defect(TrainState, "_inputs", positions_of_the_first),
-    "documents of the first microbatch": defect(TrainState, "_inputs", documents_of_the_first),
+    "positions of the first microbatch": defect(TrainState, "_inputs", of_the_first("positions")),
+    "documents of the first microbatch": defect(TrainState, "_inputs", of_the_first("documents")),
     "norm of one stage": defect(Zero, "__init__", norm_of_a_stage),
     "norms not summed over tensor ranks": defect(Zero, "__init__", norms_not_summed),
     "tokens counted on every stage": defect(training_step, "_of_first", counted_on_every_stage),

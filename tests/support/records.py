@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from llamax.training.metrics import (
-    Record,
-)
+from llamax.training.metrics import Record
 
 RECORD = Record(
     step=7,

@@ -36,7 +36,7 @@ class World(NamedTuple):
 Rule = Callable[[Config, World], Iterator[str]]
 
 
-EVERY: list[tuple[tuple[str, ...], Rule]] = []  # rule of all modules that are imported
+EVERY: list[tuple[tuple[str, ...], Rule]] = []  # the rules of all modules
 
 
 class Rules(list[tuple[tuple[str, ...], Rule]]):

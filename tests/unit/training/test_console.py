@@ -8,23 +8,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+from support import records
 
 from llamax.runtime.logging import logger, setup_logging
 from llamax.training.console import ConsoleWriter, line
-from llamax.training.metrics import Record
 
-RECORD = Record(
-    step=7,
-    consumed_tokens=28672,
-    seconds=12.5,
-    step_s=0.5,
-    loss=2.25,
-    grad_norm=1.5,
-    lr=3e-4,
-    tokens_per_s=8192.0,
-    mfu=0.375,
-    memory_bytes=3 << 29,
-)
+RECORD = replace(records.RECORD, seconds=12.5)
 
 
 def terminal_of(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
