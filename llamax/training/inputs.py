@@ -58,8 +58,9 @@ class Inputs:
 
     ``config`` is the configuration, with a head of its own where the weights have one.
     ``resumed`` is the checkpoint to continue, ``first`` the source of the first weights if there is
-    none.  With ``adapters``, ``first`` is their base, also beside ``resumed``.  ``newest`` is the
-    newest checkpoint when this rank looked.
+    none.  With ``adapters``, ``first`` is their base, also beside ``resumed``.  ``validation`` is
+    None where nothing will be validated.  ``newest`` is the newest checkpoint when this rank
+    looked.
     """
 
     config: Config
@@ -185,11 +186,9 @@ def open_inputs(config: Config) -> Inputs:
     adapters = finetune_info(config.finetune, first, checkpoint.init_from)
     if resumed is not None:
         check_resumed(config.finetune, resumed, first)
-    training, validation = (
-        None if file is None else Samples(file, data, config.run.seed)
-        for file in (dataset.train, dataset.validation)
-    )
-    assert training is not None
+    training, validation = Samples(dataset.train, data, config.run.seed), None
+    if dataset.validation is not None and config.run.validates:
+        validation = Samples(dataset.validation, data, config.run.seed)
     return Inputs(config, dataset, training, validation, resumed, first, adapters, latest)
 
 

@@ -1,13 +1,34 @@
-"""Early stopping of a resumed run: what the checkpoint says of it is not trusted."""
+"""Early stopping: where a run ends, resumed or not; what a checkpoint says of it is not trusted."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
+import torch
 
 from llamax.runtime.errors import CheckpointError
 from llamax.training.early_stopping import EarlyStopping
+from llamax.training.step import Step
+
+
+def validated(loss: float) -> Step:
+    """A step after which there was a validation."""
+    step = Step(1, *torch.tensor([2.0, 1.0, 64.0, 0.0]))
+    step.validation_loss = torch.tensor(loss)
+    return step
+
+
+@pytest.mark.parametrize("resumed_after", range(7))
+def test_a_run_ends_where_an_unbroken_one_would(resumed_after: int) -> None:
+    """At the second validation in a row that is not lower: equal, higher and NaN ones are not."""
+    stopping, ends = EarlyStopping(2, {}), []
+    for number, loss in enumerate([3.0, 3.0, 2.0, math.nan, 1.5, 1.5, 1.75]):
+        if number == resumed_after:
+            stopping = EarlyStopping(2, stopping.state())
+        stopping.add(validated(loss))
+        ends.append(stopping.over)
+    assert ends == [*[False] * 6, True]
 
 
 @pytest.mark.parametrize(
