@@ -89,6 +89,8 @@ class Machine:
     """Link of a rank to the memory of its host, one way; PCIe 4 is assumed [1e9 bytes/s]."""
     host_memory_gib: NonNegative = 0.0
     """Memory of the host [GiB]."""
+    program_instructions: Natural = 0
+    """Most instructions that its compiler is known to take in a program; 0: no limit."""
 
     def peak_flops(self, dtype: str) -> float:
         """FLOP/s of a rank's dense matrix products in ``dtype``, a value of run.dtype."""

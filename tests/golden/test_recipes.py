@@ -38,12 +38,11 @@ PUBLISHED = {
     "llama2-7b": (4 * 32, 6_738_415_616),
     "llama2-13b": (8 * 32, 13_015_864_320),
     "llama2-70b": (32 * 32, 68_976_648_192),
-    "llama2-70b-pipeline": (32 * 32, 68_976_648_192),
     "llama3-8b": (8 * 32, 8_030_261_248),
     "llama3.1-8b": (32 * 32, 8_030_261_248),
     "llama3.1-8b-128k": (32 * 32, 8_030_261_248),
     "llama3.1-70b": (32 * 32, 70_553_706_496),
-    "llama3.1-70b-pipeline": (32 * 32, 70_553_706_496),
+    "llama3.1-70b-trn1": (32 * 32, 70_553_706_496),
     "llama3.2-1b": (32, 1_235_814_400),
     "llama3.2-3b": (4 * 32, 3_212_749_824),
     "tinyllama-1.1b": (32, 1_100_048_384),
@@ -142,20 +141,21 @@ def network_s(planned: Plan) -> float:
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith(TUTORIALS)])
-def test_a_recipe_takes_the_best_layout_or_a_calmer_one_as_fast(name: str) -> None:
+def test_a_recipe_takes_the_best_layout_or_a_plainer_one_as_fast(name: str) -> None:
     """The rule of docs/reference/recipes.md."""
     machine, nodes = machine_of(name) or pytest.skip("it names no Trainium")
     mine = plan(name, machine, nodes)
     assert mine.memory.fits
-    assert not mine.memory.tight
-    tried = [each for each in layouts(name) if each.memory.fits and not each.memory.tight]
-    if name.endswith("-pipeline"):
-        tried = [each for each in tried if each.run.mesh.pp > 1]
+    assert not mine.risks
+    tried = [each for each in layouts(name) if each.memory.fits and not each.risks]
     fastest = tried[0].time.tokens_per_s
     assert mine.time.tokens_per_s >= SLOWER * fastest
-    as_fast = [each for each in tried if each.time.tokens_per_s >= SLOWER * fastest]
-    calmest = min(map(network_s, as_fast))
-    assert network_s(mine) <= 1.1 * calmest
+    alike = [each for each in tried if each.time.tokens_per_s >= SLOWER * fastest]
+    plain = [each for each in alike if each.run.mesh.pp == 1]
+    if plain:
+        assert mine.run.mesh.pp == 1
+    calmest = min(map(network_s, plain or alike))
+    assert network_s(mine) <= calmest + 0.01 * mine.time.step_s
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if not name.startswith(TUTORIALS)])
@@ -183,14 +183,22 @@ def planned_comment(name: str) -> str | None:
     if found is None:
         return None
     config, (machine, nodes) = load_config(name), found
-    as_it_is, (best, *_) = plan(config, machine, nodes), layouts(name)
+    as_it_is, (best, *others) = plan(config, machine, nodes), layouts(name)
 
     memory, whole = show_bytes(as_it_is.memory.peak), show_bytes(machine.memory_bytes())
-    said = f"{speed(as_it_is)} tokens/s with {memory} of {whole} a rank;"
+    said = f"{speed(as_it_is)} tokens/s with {memory} of {whole} a rank; llamax plan --search finds"
     if changes := " ".join(flags(config, nodes, best)):
-        more = f"{speed(best)} with {changes} ({show_bytes(best.memory.peak)})"
-        return f"{said} llamax plan --search finds {more}."
-    return f"{said} llamax plan --search finds no faster layout."
+        said += f" {speed(best)} with {changes} ({show_bytes(best.memory.peak)})"
+    else:
+        said += " no faster layout"
+    large = next(each for each in others if each.large or not each.memory.fits)
+    if large.memory.fits and large.time.tokens_per_s * SLOWER > best.time.tokens_per_s:
+        said += (
+            f", and {speed(large)} for a compiler that takes a program of "
+            f"{show_number(large.program)} instructions, with "
+            f"{' '.join(flags(config, nodes, large))} ({show_bytes(large.memory.peak)})"
+        )
+    return f"{said}."
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -30,7 +30,9 @@ from llamax.tools.audit.report import Memory
 from llamax.tools.audit.trace import TracedRun, made_up_tokens
 from llamax.tools.plan import search
 from llamax.tools.plan.memory import layer_kept, memory, pairs
+from llamax.tools.plan.program import PRODUCT_FLOPS, largest_program
 from llamax.tools.plan.state import update
+from llamax.training.resolve import resolve
 
 MESH, TRN1 = Mesh(tp=2, dp=2), load_machine("trn1.2xlarge")
 FEW, MORE = 3, 6
@@ -209,3 +211,22 @@ def test_the_audit_accepts_what_the_search_offers_and_counts_the_same() -> None:
             total - report.memory.reserve for total in (each.memory.peak, report.memory.peak)
         )
         assert estimated * 0.97 < planned < estimated * 1.15, each.run.mesh
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 1), (1, 2, 2)], ids=["tp", "pp", "chunks"])
+def test_the_products_of_the_largest_program_are_those_that_are_traced(
+    mode: Any, shape: tuple[int, int, int]
+) -> None:
+    tensor, pipeline, chunks = shape
+    if pipeline > 1 and mode != "full":
+        pytest.skip("stages recompute everything on XLA")
+    cfg = small(4, mode, "bfloat16")
+    cfg = replace(cfg, parallel=ParallelConfig(tensor, pipeline=pipeline, chunks=chunks))
+    found = audit(cfg, TRN1, ranks="corners")
+    products = max(kind.work.matmul_flops for kind in found.kinds) / PRODUCT_FLOPS
+    assert largest_program(resolve(cfg, 2), TRN1) == products
+    assert not any("instructions" in note for note in found.notes)
+    few = replace(TRN1, program_instructions=round(products) - 1)
+    (note,) = (note for note in audit(cfg, few, ranks="corners").notes if "instructions" in note)
+    assert "llamax plan --search" in note

@@ -10,7 +10,7 @@ all others wait; the audit names the Python line that makes it differ.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -32,7 +32,7 @@ from llamax.parallel.rendezvous import rendezvous
 from llamax.parallel.spread import Placeholder, spread_weights
 from llamax.runtime.errors import ConfigError
 from llamax.runtime.progress import reported
-from llamax.runtime.units import count
+from llamax.runtime.units import count, show_number
 from llamax.runtime.versions import installed
 from llamax.tools.audit import census, flash, formulas, hlo, on_chip_loss
 from llamax.tools.audit.census import Traffic
@@ -55,6 +55,7 @@ from llamax.tools.audit.trace import (
     first_ranks,
     made_up_tokens,
 )
+from llamax.tools.plan.program import PRODUCT_FLOPS
 from llamax.tools.plan.report import headline
 from llamax.tools.plan.sizes import Share
 from llamax.training.resolve import ResolvedRun, resolve, visible_samples
@@ -142,7 +143,7 @@ def audit_run(
         memory,
         tuple(divergences),
         tuple(tracer.fallbacks()),
-        (*notes(run.config), *([unknown] if unknown else ())),
+        (*notes(run.config), *large(kinds, machine), *([unknown] if unknown else ())),
         sdk,
     )
 
@@ -344,6 +345,19 @@ def notes(config: Config) -> Iterator[str]:
     """Notes on the kernels of the loss and of attention."""
     yield from on_chip_loss.notes(config)
     yield from flash.notes(config)
+
+
+def large(kinds: Iterable[Kind], machine: Machine) -> Iterator[str]:
+    """Notes on programs whose products alone are more than the compiler is known to take."""
+    most = machine.program_instructions
+    for kind in kinds:
+        products = kind.work.matmul_flops / PRODUCT_FLOPS
+        if 0 < most < products:
+            yield (
+                f"the products of the {kind.name} program are {show_number(products)} instructions "
+                f"at least, and neuronx-cc is known to compile {show_number(most)}; llamax plan "
+                "--search lists layouts with smaller programs"
+            )
 
 
 def check_machine(machine: Machine) -> None:

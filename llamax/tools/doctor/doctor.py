@@ -43,7 +43,7 @@ from llamax.tools.doctor import Finding, Host, machine, storage, versions
 from llamax.tools.doctor.finding import passed, unknown
 from llamax.tools.doctor.shared_cache import shared_cache
 from llamax.tools.plan import Plan, nearest, plan_run
-from llamax.tools.plan.report import TIGHT
+from llamax.tools.plan.report import RISKS
 from llamax.training.compile_guard import all_programs
 from llamax.training.resolve import ResolvedRun, resolve, visible_samples
 
@@ -121,13 +121,13 @@ def _plan(run: ResolvedRun, job: JobFile) -> Plan | None:
 def _fits(planned: Plan, job: JobFile) -> Iterator[Finding]:
     memory, time = planned.memory, planned.time
     used = f"{show_bytes(memory.peak)} of {show_bytes(memory.available)} on each core"
-    if memory.tight:
+    if memory.fits and planned.risks:
         yield Finding(
             "warning",
             "plan",
             f"{used}; a step takes about {show_time(time.step_s)}",
-            TIGHT,
-            "llamax plan --search lists layouts with more room",
+            "; ".join(RISKS[risk] for risk in planned.risks),
+            "llamax plan --search lists layouts that are not",
         )
         return
     if memory.fits:

@@ -1,6 +1,7 @@
 """The nearest layout that fits, where the one as configured does not.
 
-On the same nodes it is the layout with the fewest changed settings, and the fastest of those.
+On the same nodes it is the layout with the fewest changed settings, and the fastest of those; one
+whose programs are large for the compiler is taken only where all are.
 Where none fits there, the smallest larger number of nodes on which one fits is taken, else the
 largest smaller number.
 """
@@ -85,8 +86,12 @@ def nearest(
                 if smallest is None or plan.memory.peak < smallest.memory.peak:
                     smallest = plan
         if found:
-            return min(found, key=lambda each: (len(each.flags), -each.plan.time.tokens_per_s))
+            return min(found, key=_changes)
     return Nearest(smallest, flags(config, nodes, smallest)) if smallest else None
+
+
+def _changes(near: Nearest) -> tuple[bool, int, float]:
+    return near.plan.large, len(near.flags), -near.plan.time.tokens_per_s
 
 
 def stages(config: Config, machine: Machine) -> list[ZeroStage]:

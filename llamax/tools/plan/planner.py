@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from llamax.config.hardware import Machine, default_machine, load_machine
 from llamax.config.load import load_config
@@ -13,6 +14,7 @@ from llamax.runtime.errors import ConfigError
 from llamax.runtime.units import show_bytes, show_number
 from llamax.tools.plan.length import GivenLength, Length, length_of
 from llamax.tools.plan.memory import Memory, fullest
+from llamax.tools.plan.program import largest_program
 from llamax.tools.plan.roofline import Time, time
 from llamax.tools.plan.sizes import Share
 from llamax.training.resolve import ResolvedRun, resolve
@@ -28,6 +30,21 @@ class Plan:
     memory: Memory
     time: Time
     length: str = ""
+
+    @cached_property
+    def program(self) -> float:
+        """Instructions for products in the largest program, at least."""
+        return largest_program(self.run, self.machine)
+
+    @property
+    def large(self) -> bool:
+        """Whether the compiler of the machine is known to refuse programs of that size."""
+        return 0 < self.machine.program_instructions < self.program
+
+    @property
+    def risks(self) -> tuple[str, ...]:
+        """Why a layout that fits may still fail: "tight" in memory, "large" for the compiler."""
+        return ("tight",) * self.memory.tight + ("large",) * self.large
 
     def __repr__(self) -> str:
         held, available = show_bytes(self.memory.peak), show_bytes(self.memory.available)

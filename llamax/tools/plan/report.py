@@ -35,6 +35,13 @@ from llamax.training.resolve import ResolvedRun
 
 BEST = 10  # rows of a search that are shown
 TIGHT = f"tight: it fits, but not if a run needs {MARGIN:.1%} more than planned, as some may"
+LARGE = (
+    "large: the products of one of its programs are more instructions than neuronx-cc is known to "
+    "compile; a larger pipeline or tensor degree, or a smaller micro-batch, makes programs smaller"
+)
+
+
+RISKS = {"tight": TIGHT, "large": LARGE}
 
 
 def headline(run: ResolvedRun, machines: str) -> str:
@@ -93,14 +100,18 @@ def show(plan: Plan) -> Iterator[str]:
         f"{show_time(time.total_s)}, {price}"
     )
     yield f"length: {plan.length}"
+    if most := machine.program_instructions:
+        yield (
+            f"largest program: {show_number(plan.program)} instructions for products, of "
+            f"{show_number(most)} for all{', large' * plan.large}"
+        )
     yield from (f"note: {note}" for note in notes(plan))
 
 
 def notes(plan: Plan) -> Iterator[str]:
     """Assumptions, and settings that slow the run or do not match the machine."""
     config, machine = plan.run.config, plan.machine
-    if plan.memory.tight:
-        yield TIGHT
+    yield from (RISKS[risk] for risk in plan.risks)
     if plan.run.assumption:
         yield plan.run.assumption
     if why := plain_attention(Share(plan.run), machine):
@@ -168,7 +179,7 @@ def rows(lines: Sequence[Line], show_value: Callable[[float], str]) -> Iterator[
 
 
 def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused]) -> Iterator[str]:
-    """The layouts of ``config`` that fit, tight ones last; then why the others do not."""
+    """The layouts of ``config`` that fit, tight and large ones last; then why others do not."""
     fitting = [each for each in plans if each.memory.fits]
     if not fitting:
         yield f"none of {count(len(plans) + len(refused), 'layout')} fits"
@@ -177,19 +188,23 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
     if fitting[0].run.assumption:
         yield f"note: {fitting[0].run.assumption}"
     fits = f"{len(fitting)} of {count(len(plans) + len(refused), 'layout')} fit; the fastest"
-    yield f"{fits}{', tight ones last' * any(each.memory.tight for each in fitting)}:"
+    kinds = [kind for kind in RISKS if any(kind in each.risks for each in fitting)]
+    last = f", {' and '.join(kinds)} ones last" if kinds else ""
+    yield f"{fits}{last}:"
+    sized = fitting[0].machine.program_instructions > 0
     yield f"  {'tensor':>6} {'context':>7} {'pipeline':>8} {'chunks':>6} {'data':>5} " + (
-        f"{'zero':>4} {'micro':>5} {'recompute':<9} {'memory':>9} {'MFU':>6} "
+        f"{'zero':>4} {'micro':>5} {'recompute':<9} {'memory':>9} {' program' * sized} {'MFU':>6} "
         f"{'tokens/s':>9} {'dollars':>10}"
     )
     for each in fitting[:BEST]:
         mesh, there, memory = each.run.mesh, each.run.config, each.memory
+        program = f" {show_number(each.program):>7}" if sized else ""
         yield (
             f"  {mesh.tp:>6} {_context(there):>7} {mesh.pp:>8} {there.parallel.chunks:>6} "
             f"{mesh.dp:>5} {there.parallel.zero:>4} {there.data.micro_batch:>5} "
-            f"{there.run.recompute:<9} {show_bytes(memory.peak):>9} "
+            f"{there.run.recompute:<9} {show_bytes(memory.peak):>9}{program} "
             f"{each.time.mfu:>6.1%} {show_number(each.time.tokens_per_s):>9} "
-            f"{each.time.dollars:>10,.0f}{'  tight' * memory.tight}"
+            f"{each.time.dollars:>10,.0f}  {', '.join(each.risks)}".rstrip()
         )
     run = fitting[0].run
     yield (
@@ -198,14 +213,15 @@ def show_search(config: Config, plans: Sequence[Plan], refused: Sequence[Refused
     )
     changes = flags(config, fitting[0].nodes, fitting[0])
     yield f"the fastest is {' '.join(changes) or 'the layout as configured'}"
-    tight = next((each for each in fitting if each.memory.tight), None)
-    faster = tight is not None and tight.time.tokens_per_s > fitting[0].time.tokens_per_s
-    if tight is not None and faster:
-        changes = flags(config, tight.nodes, tight)
-        gain = tight.time.tokens_per_s / fitting[0].time.tokens_per_s - 1
-        yield (f"{gain:.1%} faster but tight is {' '.join(changes) or 'the layout as configured'}")
-    if faster or any(each.memory.tight for each in fitting[:BEST]):
-        yield TIGHT
+    shown = fitting[:BEST]
+    for kind in kinds:
+        risky = next(each for each in fitting if kind in each.risks)
+        gain = risky.time.tokens_per_s / fitting[0].time.tokens_per_s - 1
+        if gain > 0:
+            flagged = " ".join(flags(config, risky.nodes, risky)) or "the layout as configured"
+            yield f"{gain:.1%} faster but {' and '.join(risky.risks)} is {flagged}"
+            shown = [*shown, risky]
+    yield from (RISKS[kind] for kind in kinds if any(kind in each.risks for each in shown))
     yield from _reasons(plans, refused)
 
 
@@ -314,6 +330,8 @@ def as_json(plan: Plan) -> dict[str, object]:
         "assumption": run.assumption,
         "fits": memory.fits,
         "tight": memory.tight,
+        "program_instructions": plan.program,
+        "large": plan.large,
         "memory_bytes": {
             "peak": memory.peak,
             "available": memory.available,

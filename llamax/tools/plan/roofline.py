@@ -123,6 +123,20 @@ def forward_flops(share: Share) -> tuple[float, float, float]:
     return layers, head, attention
 
 
+def attention_flops(share: Share, machine: Machine) -> tuple[float, float]:
+    """FLOPs of the products of attention in a microbatch, forward and backward.
+
+    A flash kernel computes the causal half, and scores again in backward; without one all pairs of
+    tokens are computed.  Selective recomputation runs the kernel again, or makes scores again.
+    """
+    attention, mode = forward_flops(share)[2], share.config.run.recompute
+    if not plain_attention(share, machine):
+        return attention, (2.5 + (mode != "none")) * attention
+    length = share.config.data.sequence_length
+    attention *= 2 * pairs(share) / (share.tokens * length * share.heads)
+    return attention, (2 + {"none": 0, "selective": 0.5, "full": 1}[mode]) * attention
+
+
 def element_bytes(share: Share, rotates: bool = True) -> float:
     """Bytes that the element-wise operations of one layer read and write in forward.
 
@@ -171,7 +185,7 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     peak = machine.peak_flops(config.run.dtype)
     bandwidth = 1e9 * machine.memory_gbps * machine.memory_efficiency
 
-    layers, head, attention = forward_flops(share)
+    layers, head, half = forward_flops(share)
     again = 1 if mode == "full" else 0
     on_chip = loss_by_nki(share, machine)
     projected = 0 if on_chip or not share.projects else share.head_weights
@@ -182,15 +196,15 @@ def microstep(share: Share, machine: Machine) -> list[Line]:
     weights = (passes + again) * (share.layers * share.layer_weights + projected) * w
     matmul_s = max(matmul / (peak * machine.matmul_efficiency), weights / bandwidth)
     plain = plain_attention(share, machine)
-    rounds = 1 + (2 if plain else 2.5) + (0 if mode == "none" else 1)
-    attention_s = rounds * attention / (peak * machine.attention_efficiency)
-    attended = f"{rounds:g} x {show_flops(attention)} / ({machine.attention_efficiency:.0%} of it)"
+    forward, backward = attention_flops(share, machine)
+    rounds = 1 + backward / forward
+    attention_s = (forward + backward) / (peak * machine.attention_efficiency)
+    attended = f"{rounds:g} x {show_flops(half)} / ({machine.attention_efficiency:.0%} of it)"
     kernels = by_nki(share, machine) and not plain
     if kernels:
         attention_s = attention_seconds(share, int(mode != "none"), bandwidth)
         attended = f"{show_fine_time(attention_s)} by the NKI kernels' tally of cycles"
     if plain:  # both halves are computed, and scores go through memory
-        attention_s *= 2 * pairs(share) / (share.tokens * config.data.sequence_length * share.heads)
         scores = rounds * SCORE_TRAFFIC_BYTES * pairs(share) * share.layers
         attention_s += scores / bandwidth
         attended += f", twice, + {show_bytes(scores)} of scores / {show_rate(bandwidth)}"

@@ -187,9 +187,9 @@ def search(
 ) -> tuple[list[Plan], list[Refused]]:
     """The plans of all valid candidates, best first, and the refused candidates.
 
-    Those that fit come before those that fit but are tight, and last those that do not fit; within
-    these the fastest comes first.  All have the same ``length``, by default that of ``config``.
-    ``stages`` are the ZeRO stages tried, by default all that do something.
+    Those that fit come before those that fit but have ``risks``, and last those that do not fit;
+    within these the fastest comes first.  All have the same ``length``, by default that of
+    ``config``.  ``stages`` are the ZeRO stages tried, by default all that do something.
     """
     length = length or length_of(config)
     config, stages = replace(config, run=length.config.run), stages or zeros(config)
@@ -210,5 +210,11 @@ def search(
             reported.add(each.config.parallel.tensor)
             reason = refusals(each.config, machine, nodes, advises=True)[0]
             refused[k] = replace(each, reason=reason)
-    plans.sort(key=lambda each: (not each.memory.fits, each.memory.tight, -each.time.tokens_per_s))
+    plans.sort(key=rank)
     return plans, refused
+
+
+def rank(plan: Plan) -> tuple[bool, bool, float]:
+    """The key that sorts plans as ``search`` does."""
+    fits = plan.memory.fits
+    return not fits, fits and bool(plan.risks), -plan.time.tokens_per_s

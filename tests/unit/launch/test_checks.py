@@ -52,7 +52,8 @@ def test_all_problems_are_reported_together() -> None:
                 "nodes": 4,
                 "recipe": "llama2-70b",
                 "overrides__parallel__tensor": 64,
-                "overrides__data__micro_batch": 1,
+                "overrides__parallel__pipeline": 1,
+                "overrides__parallel__chunks": 1,
             },
             "4 x trn1.32xlarge = 128 ranks: overrides: parallel.tensor=64 does not divide a node "
             "of 32 ranks, and tensor ranks share one; use parallel.tensor=1, 2, 4, 8, 16 or 32",

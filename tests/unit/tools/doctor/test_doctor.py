@@ -69,7 +69,7 @@ def test_a_job_is_examined_on_a_laptop() -> None:
         assert found[name] == "unknown"
     too_much = job(nodes=4, overrides={"data": {"micro_batch": 32}, "run": {"recompute": "none"}})
     assert levels(examine(Host(packages=SDK), too_much, 0))["plan"] == "error"
-    node = {"parallel": {"tensor": 32, "zero": 1}, "data": {"micro_batch": 1}}
+    node = {"parallel": {"tensor": 32, "pipeline": 1, "chunks": 1}}
     tight = job(recipe="llama2-70b", nodes=32, overrides=node)  # 15.7 of 16 GiB
     found = list(examine(Host(packages=SDK), tight, 0))
     assert levels(found)["plan"] == "warning"

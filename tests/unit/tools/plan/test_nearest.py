@@ -15,7 +15,7 @@ from llamax.tools.plan.nearest import nearest, node_counts
 from llamax.tools.plan.search import search
 
 TRN1 = load_machine("trn1.32xlarge")
-LARGE = "--config llama2-70b --parallel.tensor=32 --parallel.zero=1 --data.micro_batch=1"
+LARGE = "--config llama2-70b --parallel.tensor=32 --parallel.pipeline=1 --parallel.chunks=1"
 
 
 @pytest.mark.parametrize(
