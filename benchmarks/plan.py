@@ -56,7 +56,12 @@ class Run:
                 config.model, max_position_embeddings=max(self.length, 2048), **self.shape
             ),
             parallel=replace(
-                config.parallel, tensor=self.mesh.tp, pipeline=self.mesh.pp, chunks=1, zero=1
+                config.parallel,
+                tensor=self.mesh.tp,
+                context=self.mesh.cp,
+                pipeline=self.mesh.pp,
+                chunks=1,
+                zero=1,
             ),
             data=replace(
                 config.data,
