@@ -10,7 +10,7 @@ all others wait; the audit names the Python line that makes it differ.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -55,7 +55,7 @@ from llamax.tools.audit.trace import (
     first_ranks,
     made_up_tokens,
 )
-from llamax.tools.plan.program import PRODUCT_FLOPS
+from llamax.tools.plan.program import largest_program
 from llamax.tools.plan.report import headline
 from llamax.tools.plan.sizes import Share
 from llamax.training.resolve import ResolvedRun, resolve, visible_samples
@@ -143,7 +143,7 @@ def audit_run(
         memory,
         tuple(divergences),
         tuple(tracer.fallbacks()),
-        (*notes(run.config), *large(kinds, machine), *([unknown] if unknown else ())),
+        (*notes(run.config), *large(run, machine), *([unknown] if unknown else ())),
         sdk,
     )
 
@@ -347,17 +347,15 @@ def notes(config: Config) -> Iterator[str]:
     yield from flash.notes(config)
 
 
-def large(kinds: Iterable[Kind], machine: Machine) -> Iterator[str]:
-    """Notes on programs whose products alone are more than the compiler is known to take."""
-    most = machine.program_instructions
-    for kind in kinds:
-        products = kind.work.matmul_flops / PRODUCT_FLOPS
-        if 0 < most < products:
-            yield (
-                f"the products of the {kind.name} program are {show_number(products)} instructions "
-                f"at least, and neuronx-cc is known to compile {show_number(most)}; llamax plan "
-                "--search lists layouts with smaller programs"
-            )
+def large(run: ResolvedRun, machine: Machine) -> Iterator[str]:
+    """A note where the largest program is more than the compiler is known to take."""
+    most, products = machine.program_instructions, largest_program(run, machine)
+    if 0 < most < products:
+        yield (
+            f"the largest program has {show_number(products)} instructions for products at least, "
+            f"and neuronx-cc is known to compile {show_number(most)}; llamax plan --search lists "
+            "layouts with smaller programs"
+        )
 
 
 def check_machine(machine: Machine) -> None:
