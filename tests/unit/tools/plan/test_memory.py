@@ -63,7 +63,7 @@ def test_state_of_llama31_70b_at_tensor_32_by_hand() -> None:
     layer = attention + 3 * 8192 * 28672 // 32
     elements = 80 * layer + 2 * 8192 * 128256 // 32 + 161 * 8192
     assert elements == 2_331_910_144
-    zero_1 = recipe("llama3.1-70b", "--parallel.tensor=32", "--parallel.pipeline=1")
+    zero_1 = recipe("llama3.1-70b", "--parallel.tensor=32", "--parallel.zero=1")
     share = share_of(zero_1, Mesh(tp=32, dp=32))
     found = {line.name: line.value for line in state(share, TRN1) if line.value}
     assert found["weights"] == 2 * elements
