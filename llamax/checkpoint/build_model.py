@@ -1,6 +1,6 @@
 """From a base in files to the model that is tuned, or was.
 
-``build`` gives training its model: whole (``finetune.method=full``), or a frozen base with new
+``build_model`` gives training its model: whole (``finetune.method=full``), or a frozen base with new
 adapters (``lora``; ``qlora`` quantises the base as it is loaded).  ``load_tuned`` gives generation
 and evaluation a base with the adapters of a PEFT folder or a run.
 """
@@ -201,7 +201,7 @@ def finetune_info(
         )
     if finetune.method == "full":
         return None
-    assert first is not None, "rules.adapters_have_a_base"
+    assert first is not None, "rules.finetune.adapters_have_a_base"
     on_hub = bool(named) and hub_name(named) is not None
     base = named if on_hub else str(first.folder.absolute())
     return AdapterInfo(finetune, base, fingerprint(first))
@@ -242,7 +242,7 @@ def check_resumed(finetune: FinetuneConfig, resumed: Checkpoint, first: Source |
                 f"finetune.{name}={mine} but {resumed.folder} was trained with {theirs}; "
                 "use that, or another run.folder"
             )
-    assert first is not None, "rules.adapters_have_a_base"
+    assert first is not None, "rules.finetune.adapters_have_a_base"
     check_base(found, resumed.folder, first)
 
 

@@ -2,7 +2,7 @@
 
 A ``Source`` knows, per tensor, which run lies where (``pieces``); filling a wanted run is
 intersecting it with those, so a rank reads the bytes it needs and no others, one tensor at a time.
-``Checkpoint`` is the source that training wrote, ``hub.HfFolder`` one from elsewhere.
+``Checkpoint`` is the source that training wrote, ``hf_folder.HfFolder`` one from elsewhere.
 
 Numbers keep their value: a dtype is widened where a tensor wants more, and rounding is refused
 unless asked for.

@@ -2,7 +2,7 @@
 
 ::
 
-    configuration ── tables_of ──> Config ──┬─ this process ─ borrowed_process ─> train
+    configuration ── config_of ──> Config ──┬─ this process ─ borrowed_process ─> train
                                             └─ ranks=N ────── run_programs ────> N programs
     metrics.jsonl ── TrainedRun.of ──> the result
 """
