@@ -1,8 +1,8 @@
 """From a base in files to the model that is tuned, or was.
 
-``build_model`` gives training its model: whole (``finetune.method=full``), or a frozen base with new
-adapters (``lora``; ``qlora`` quantises the base as it is loaded).  ``load_tuned`` gives generation
-and evaluation a base with the adapters of a PEFT folder or a run.
+``build_model`` gives training its model: whole (``finetune.method=full``), or a frozen base with
+new adapters (``lora``; ``qlora`` quantises the base as it is loaded).  ``load_tuned`` gives
+generation and evaluation a base with the adapters of a PEFT folder or a run.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ implementation fixes the factor at 8 (Llama 3.1), while the 1B and 3B models of 
 from __future__ import annotations
 
 import json
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from llamax.checkpoint.formats.torch_save import save_text, save_torch
 from llamax.checkpoint.safetensors_io import Progress, Started, no_progress, no_start
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig, RopeScaling
+from llamax.config.rules import divisors
 from llamax.model.llama import Llama
 from llamax.parallel.sharding import Replica
-from llamax.runtime.errors import ConfigError
+from llamax.runtime.errors import ConfigError, join_or
 from llamax.runtime.logging import logger
 
 REFERENCE_FACTOR = 8.0  # of the rope scaling, a constant in Meta's llama/model.py
@@ -49,13 +51,15 @@ def write_meta(
     cannot describe it.
     """
     text = json.dumps(params_of(model), indent=2) + "\n"
-    for size, what in (
-        (model.num_key_value_heads, "num_key_value_heads"),
-        (model.intermediate_size, "intermediate_size"),
-        (model.vocab_size, "vocab_size"),
-    ):
+    sizes = {
+        "num_key_value_heads": model.num_key_value_heads,
+        "intermediate_size": model.intermediate_size,
+        "vocab_size": model.vocab_size,
+    }
+    for what, size in sizes.items():
         if tensor < 1 or size % tensor:
-            raise ConfigError(f"`tensor={tensor}` does not divide {what}={size}")
+            fits = join_or(divisors(gcd(*sizes.values())))
+            raise ConfigError(f"`tensor={tensor}` does not divide {what}={size}; use {fits}")
     if model.rope_scaling and model.rope_scaling.factor != REFERENCE_FACTOR:
         logger.warning(
             "Meta's reference implementation fixes the rope scaling factor at %g, this model's is "

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,11 @@ from llamax.checkpoint.formats.torch_save import save_text, save_torch, save_xse
 from llamax.checkpoint.safetensors_io import Progress, no_progress
 from llamax.checkpoint.source import Source
 from llamax.config.model import ModelConfig
+from llamax.config.rules import divisors
 from llamax.config.schema import OptimConfig
 from llamax.model.llama import Llama
 from llamax.parallel.sharding import Replica, Shard
-from llamax.runtime.errors import CheckpointError, ConfigError
+from llamax.runtime.errors import CheckpointError, ConfigError, join_or
 
 
 @dataclass(frozen=True)
@@ -60,25 +62,30 @@ class NxdTarget:
         model, heads = self.model, self.model.num_key_value_heads * self.kv_multiplier
         if min(self.tensor, self.pipeline, self.data, self.kv_multiplier) < 1:
             raise ConfigError("`tensor`, `pipeline`, `data` and `kv_multiplier` are 1 or more")
-        for size, what in (
-            (model.num_attention_heads, "num_attention_heads"),
-            (heads, f"num_key_value_heads x `kv_multiplier={self.kv_multiplier}`"),
-            (model.intermediate_size, "intermediate_size"),
-            (model.vocab_size, "vocab_size"),
-        ):
+        sizes = {
+            "num_attention_heads": model.num_attention_heads,
+            f"num_key_value_heads x `kv_multiplier={self.kv_multiplier}`": heads,
+            "intermediate_size": model.intermediate_size,
+            "vocab_size": model.vocab_size,
+        }
+        for what, size in sizes.items():
             if size % self.tensor:
+                kv, common = model.num_key_value_heads, divisors(gcd(*sizes.values()))
+                fits = [degree for degree in common if kv % degree == 0 or degree % kv == 0]
                 raise ConfigError(
-                    f"`tensor={self.tensor}` does not divide {what}={size}, which NxD needs"
+                    f"`tensor={self.tensor}` does not divide {what}={size}, which NxD needs; use "
+                    f"{join_or(fits)}"
                 )
         if model.num_attention_heads % heads:
             raise ConfigError(
                 f"`kv_multiplier={self.kv_multiplier}` makes {heads} key/value heads, which do not "
-                f"divide num_attention_heads={model.num_attention_heads}"
+                f"divide num_attention_heads={model.num_attention_heads}; use a divisor of "
+                f"{model.num_attention_heads // model.num_key_value_heads}"
             )
         if model.num_hidden_layers % self.pipeline:
             raise ConfigError(
                 f"`pipeline={self.pipeline}` does not divide num_hidden_layers="
-                f"{model.num_hidden_layers}"
+                f"{model.num_hidden_layers}; use {join_or(divisors(model.num_hidden_layers))}"
             )
         if self.qkv == "stacked" and model.num_attention_heads != model.num_key_value_heads:
             raise ConfigError("`qkv=stacked` is for models with as many key/value heads; use gqa")

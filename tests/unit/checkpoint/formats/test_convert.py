@@ -34,10 +34,16 @@ def test_export_hf_is_consolidate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "told"),
     [
-        (["--to", "nxd", "--tensor", "3"], "--tensor=3 does not divide num_attention_heads=8"),
+        (
+            ["--to", "nxd", "--tensor", "3"],
+            "=3 does not divide num_attention_heads=8, .*; use 1 or 2",
+        ),
         (["--to", "nxd", "--tensor", "0"], "are 1 or more"),
-        (["--to", "nxd", "--kv-multiplier", "3"], "makes 6 key/value heads"),
-        (["--to", "nxd", "--pipeline", "3"], "--pipeline=3 does not divide num_hidden_layers=2"),
+        (["--to", "nxd", "--kv-multiplier", "3"], "makes 6 key/value heads.*; use a divisor of 4"),
+        (
+            ["--to", "nxd", "--pipeline", "3"],
+            "=3 does not divide num_hidden_layers=2; use 1 or 2",
+        ),
         (["--to", "nxd", "--qkv", "stacked"], "--qkv=stacked is for models"),
         (
             ["--to", "nxd", "--tensor", "4", "--qkv", "separate"],
@@ -49,7 +55,10 @@ def test_export_hf_is_consolidate(tmp_path: Path) -> None:
         ),
         (["--to", "hf", "--tensor", "2"], "--tensor has no meaning for --to=hf"),
         (["--to", "meta", "--kv-multiplier", "2"], "--kv-multiplier has no meaning for --to=meta"),
-        (["--to", "meta", "--tensor", "4"], "--tensor=4 does not divide num_key_value_heads=2"),
+        (
+            ["--to", "meta", "--tensor", "4"],
+            "=4 does not divide num_key_value_heads=2; use 1 or 2",
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
