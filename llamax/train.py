@@ -71,6 +71,7 @@ from llamax.training.save_timer import SaveTimer
 from llamax.training.setup import (
     LLAMAX,
     REWINDS,
+    TOKENS,
     Job,
     Parts,
     loaders,
@@ -299,7 +300,7 @@ def loop(job: Job, began: float, heart: Heartbeat) -> Rewind | None:
                 job.early_stopping.add(step)
 
             reported = step.validation_loss is not None or _due(number, run.log_every, last)
-            tokens = training.consumed * config.data.sequence_length
+            tokens = job.consumed_tokens(training.consumed)
             recorder.add(step, tokens, job.state.learning_rate(number), reported)
 
             due = _due(number, config.checkpoint.every) or (epoch and config.checkpoint.each_epoch)
@@ -360,6 +361,7 @@ def save(job: Job, step: Step, consumed: int, row: Mapping[str, Any]) -> None:
             job.state.optimizer.owned(),
             state={
                 "consumed_sequences": consumed,
+                TOKENS: job.consumed_tokens(consumed),
                 "seed": job.config.run.seed,
                 "tokenizer": job.dataset.fingerprint,
                 STARTED_IN: str(Path.cwd()),

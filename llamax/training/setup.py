@@ -62,7 +62,7 @@ class Parts:
 
 
 LLAMAX = Parts()
-REWINDS = "rewinds"  # in the state of a checkpoint
+REWINDS, TOKENS = "rewinds", "consumed_tokens"  # in the state of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,8 @@ class Job:
     """Steps skipped in a row up to ``step``."""
     skipped_since: int = 0
     """The first of them."""
+    more_tokens: int = 0
+    """What earlier steps had more than now, where data.sequence_length has changed [tokens]."""
 
     @property
     def config(self) -> Config:
@@ -98,6 +100,10 @@ class Job:
     @property
     def folder(self) -> Path:
         return Path(self.config.run.folder)
+
+    def consumed_tokens(self, sequences: int) -> int:
+        """The tokens of the run's first ``sequences`` samples, those until ``step`` included."""
+        return self.more_tokens + sequences * self.config.data.sequence_length
 
     @property
     def model_class(self) -> dict[str, str]:
@@ -160,6 +166,7 @@ def prepare(
         logger.info("starting fresh: %s has no complete checkpoint", config.run.folder)
     if backend.traces:
         state.to(backend.device)
+    tokens = consumed * config.data.sequence_length
     saver = Saver(
         Path(config.run.folder) / CHECKPOINTS_FOLDER,
         axes,
@@ -187,13 +194,17 @@ def prepare(
         _count(resumed, REWINDS),
         skipped_in_a_row=_count(resumed, SKIPPED_IN_A_ROW),
         skipped_since=_count(resumed, SKIPPED_SINCE),
+        more_tokens=_count(resumed, TOKENS, tokens) - tokens,
     )
 
 
-def _count(resumed: Checkpoint | None, name: str) -> int:
-    """A count in the state of a checkpoint, 0 without one; CheckpointError if it is no number."""
-    found = resumed.state.get(name, 0) if resumed else 0
-    if type(found) is not int or not 0 <= found < 2**31:
+def _count(resumed: Checkpoint | None, name: str, unknown: int = 0) -> int:
+    """A count in the state of a checkpoint, ``unknown`` without one.
+
+    Raises CheckpointError if it is no number.
+    """
+    found = resumed.state.get(name, unknown) if resumed else unknown
+    if type(found) is not int or not 0 <= found < 2**63:
         raise CheckpointError(
             f"the checkpoint to resume has {name}={found!r:.40}, which is no number; resume "
             "another one"
