@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from support.documented import documented
 from support.instruction import llama2_tokenizer, prepare, sums, write_rows
 from support.models import DECIDED as MODEL
 
@@ -49,6 +50,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def found(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, float]:
     assert run_main(evaluate, [*map(str, argv), "--json"]) == 0
     answer: dict[str, float] = json.loads(capsys.readouterr().out)
+    assert answer.keys() <= documented("llamax evaluate MODEL")
     return answer
 
 

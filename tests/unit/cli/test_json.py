@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import support.checkpoints as worlds
 import torch
+from support.documented import documented
 from support.run_folders import make_run
 from support.saving import saved
 from support.tiny_run import make_dataset
@@ -106,6 +107,40 @@ def test_watch(tmp_path: Path, printed: Print) -> None:
     assert found["environment"]["instance"] == "trn1.32xlarge"
     new = printed("watch", make_run(tmp_path / "new", 0))
     assert (new["last"], new["remaining_s"], new["last_report_s"]) == (None, None, None)
+
+
+def test_plan(printed: Print) -> None:
+    keys = documented("llamax plan") - {"nearest"}
+    assert printed("plan", "--config", "llama2-7b").keys() == keys
+    over = "plan", "--config", "llama2-7b", "--parallel.tensor=1", "--parallel.sequence=false"
+    found = printed(*over, code=6)
+    assert found.keys() == keys | {"nearest"}
+    assert found["nearest"].keys() == keys | {"flags"}
+    found = printed("plan", "--config", "llama2-7b", "--nodes", 4, "--search")
+    assert found.keys() == {"layouts"}
+    assert all(each.keys() == keys for each in found["layouts"])
+    found = printed("plan", "--config", "llama3-8b", "--generate", "4x1024")
+    assert found.keys() == documented("llamax plan --generate BATCHxLENGTH")
+
+
+def test_the_page_lists_the_keys_of_the_other_commands(tmp_path: Path, printed: Print) -> None:
+    assert printed("doctor").keys() == documented("llamax doctor")
+    found = printed("watch", make_run(tmp_path / "tuned", 10), "--once")
+    assert found.keys() == documented("llamax watch RUN --once")
+    keys = documented("llamax inspect PATH")
+    model = worlds.llama()
+    saved(tmp_path, model, torch.bfloat16, 2)
+    hub = consolidate(tmp_path, tmp_path / "hub")
+    (tmp_path / "data").mkdir()
+    make_dataset(tmp_path / "data")
+    blend = f"1 {tmp_path / 'data'} 3 {tmp_path / 'data'}"
+    printed_keys = {
+        key
+        for path in (tmp_path, hub, hub / "model.safetensors", tmp_path / "data", blend)
+        for key in printed("inspect", path, "--verify")
+    }
+    assert printed_keys <= keys
+    assert keys - printed_keys <= {"adapters", "base", "peft_settings"}, "of adapters"
 
 
 @pytest.mark.parametrize("command", ["inspect", "watch"])

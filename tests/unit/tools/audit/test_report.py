@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from support.documented import documented
 from support.hlo_text import MATMUL
 
 from llamax.cli.audit import main
@@ -32,6 +33,7 @@ def test_an_audit_passes_where_every_step_is_one_program() -> None:
     assert "memory of a core: 3.50 GiB of 16 GiB, estimated: fits" in text
     assert "dynamic shapes: none" in text
     numbers = json.loads(json.dumps(as_json(audit)))
+    assert numbers.keys() == documented("llamax audit")
     assert numbers["passes"] is True
     assert numbers["programs"]["microstep"]["matmul_flops"] == 128
     assert numbers["memory_bytes"]["available"] == 16 * 2**30
