@@ -59,7 +59,13 @@ from llamax.training.compile_guard import CompileGuard
 from llamax.training.folder_checks import check_run_folder
 from llamax.training.heartbeat import Heartbeat, beating
 from llamax.training.inputs import Inputs, open_inputs
-from llamax.training.library import TrainedRun, borrowed_process, config_of, run_programs
+from llamax.training.library import (
+    TrainedRun,
+    borrowed_process,
+    check_ranks,
+    config_of,
+    run_programs,
+)
 from llamax.training.local_ranks import STOPPED
 from llamax.training.metrics import check_installed
 from llamax.training.profiler import Profiler
@@ -206,26 +212,15 @@ def start(
                 f"`{name}={settings!r:.40}` is no section; give {name}={{SETTING: VALUE}}"
             )
         changes |= {f"{name}.{key}": value for key, value in (settings or {}).items()}
-    where = rendezvous(os.environ)
-    if ranks and where.launcher:
-        raise ConfigError(
-            f"`ranks={ranks}` inside a program that {where.launcher} started; leave `ranks` out"
-        )
-    if ranks and (model_class is not Llama or learning_rate is not None):
-        raise ConfigError(
-            f"`ranks={ranks}` starts programs that know the configuration alone; with "
-            "`model_class` or `learning_rate` leave it out and start this program with torchrun "
-            f"--nproc-per-node {ranks}"
-        )
-    if ranks < 0:
-        raise ConfigError(f"`ranks={ranks}` is below 0; use 0 for none")
+    where, parts = rendezvous(os.environ), Parts(model_class, learning_rate)
+    check_ranks(ranks, where, own_parts=parts != Parts())
     chosen = config_of(config, changes, ranks or where.world_size)
     if ranks:
         return TrainedRun.of(chosen, run_programs(chosen, ranks, os.environ))
     stopped = False
     with borrowed_process(where, os.environ):
         try:
-            train(chosen, where, Parts(model_class, learning_rate))
+            train(chosen, where, parts)
         except Stopped as stop:
             logger.info("%s", stop)
             stopped = True

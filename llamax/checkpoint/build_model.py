@@ -8,8 +8,10 @@ generation and evaluation a base with the adapters of a PEFT folder or a run.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,15 +78,15 @@ def build_model(
     as_llama = model_class.__init__ is Llama.__init__ and model_class.init is Llama.init
     unmade = finetune.method == "qlora" or (spread and axes.data.size > 1 and as_llama)
     like = torch.empty(0, dtype=DTYPES[config.run.dtype], device=device)
-    model = model_class(
-        config.model,
-        tp,
-        sequence_parallel=config.parallel.sequence,
-        dtype=like.dtype,
-        device="meta" if unmade else device,
-        recompute=config.run.recompute,
+    options: dict[str, Any] = {
+        "sequence_parallel": config.parallel.sequence,
+        "dtype": like.dtype,
+        "device": "meta" if unmade else device,
+        "recompute": config.run.recompute,
         **stage,
-    )
+    }
+    check_made_so(model_class, options)
+    model = model_class(config.model, tp, **options)
     if model_class is not Llama:
         check_model_class(model, config)
         if not unmade:
@@ -107,6 +109,17 @@ def check_takes_stage(model_class: type[Llama], stages: int) -> None:
             "does not take; define __init__(self, *args, **options) and pass both on to Llama, or "
             "use parallel.pipeline=1"
         )
+
+
+def check_made_so(model_class: type[Llama], options: Mapping[str, Any]) -> None:
+    """Raise ConfigError where a model class does not take what a run makes it with."""
+    try:
+        inspect.signature(model_class).bind(None, None, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"{model_class.__qualname__} cannot be made as a run makes it: {error}; define "
+            "__init__(self, *args, **options) and pass both on to Llama"
+        ) from None
 
 
 def check_model_class(model: Llama, config: Config) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
+from llamax.config.model import ModelConfig
 from llamax.config.rules import World, finetune, model, parallel, pipeline, training, zero
 from llamax.config.rules.parallel import batch_divides
-from llamax.config.schema import Config
+from llamax.config.schema import Config, DataConfig, ParallelConfig, RunConfig
 from llamax.config.types import out_of_range
 from llamax.runtime.errors import ConfigError, refuse
 
@@ -54,6 +56,19 @@ def problems(
 def check(config: Config, world_size: int | None = None, node_ranks: int | None = None) -> None:
     """Raise one ConfigError that lists all problems of a configuration, if there are any."""
     refuse(problems(config, world_size, (), node_ranks), "configuration")
+
+
+def check_model(
+    model: ModelConfig, tensor: int, recompute: Literal["none", "selective", "full"]
+) -> None:
+    """Raise one ConfigError with every reason why ``tensor`` ranks cannot hold such a model."""
+    if not isinstance(model, ModelConfig):
+        raise ConfigError(
+            f"Llama takes a ModelConfig, not {type(model).__name__}; give the section `model` of a "
+            "configuration, or ModelConfig(hidden_size=...)"
+        )
+    parallel, data = ParallelConfig(tensor=tensor, sequence=False), DataConfig(sequence_length=1)
+    check(Config(model, parallel, data=data, run=RunConfig(recompute=recompute)))
 
 
 def accumulation(config: Config, data_degree: int) -> int:

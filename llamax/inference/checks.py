@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
 
 from llamax.config.choices import EAGER_BACKENDS, MODEL_DTYPES, QUANTIZED
 from llamax.runtime.errors import ConfigError
@@ -18,7 +20,7 @@ def check_computing(
 ) -> None:
     """Raise ConfigError for a batch, threads, dtype or backend that cannot be."""
     for name, value, least in (("batch", batch, 1), ("threads", threads, 0)):
-        if value < least:
+        if check_whole(name, value) < least:
             raise ConfigError(f"`{name}={value}` is out of range; use {least} or more")
     for name, chosen, known in (
         ("dtype", dtype, ("", *MODEL_DTYPES)),
@@ -33,6 +35,20 @@ def check_computing(
             f"`quantize={quantize}` runs on the cpu alone, not with `backend={backend}`; leave one "
             "of them out"
         )
+
+
+def check_whole(name: str, value: Any) -> int:
+    """The value of a setting; ConfigError if it is no whole number."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise ConfigError(f"`{name}={value!r:.40}` is not a whole number; write one")
+    return int(value)
+
+
+def check_number(name: str, value: Any) -> float:
+    """The value of a setting; ConfigError if it is no number."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ConfigError(f"`{name}={value!r:.40}` is not a number; write one")
+    return float(value)
 
 
 def check_stops(stop: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ from llamax.inference.prompts import read_prompts
 from llamax.model.llama import Llama
 from llamax.parallel.collectives import Solo
 from llamax.parallel.rendezvous import Rendezvous
-from llamax.runtime.errors import BackendError, ConfigError
+from llamax.runtime.errors import BackendError, ConfigError, DataError
 from llamax.runtime.units import show_number
 
 Messages = Sequence[Mapping[str, Any]]
@@ -160,7 +161,16 @@ class LanguageModel:
         if isinstance(text, str):
             begin = begin_id(self._loaded, None)
             text = [*([] if begin is None else [begin]), *self.tokenizer.encode(text)]
-        ids = torch.as_tensor(text)
+        if not isinstance(text, Sequence | Tensor | np.ndarray):
+            raise DataError(
+                f"ids are {type(text).__name__}; give a text, or ids as a list or tensor"
+            )
+        try:
+            ids = torch.as_tensor(text)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"ids are no table of numbers; give [S] or [B,S] ids, all of one length ({error})"
+            ) from None
         if not ids.numel():
             raise ConfigError("there are no ids; give a text or at least one id")
         ids = ids.to(self.model.tp.rank_index.device)
@@ -283,6 +293,10 @@ def _rows(
         return [prompt], False
     if isinstance(prompt, Mapping):
         return [dict(prompt)], False
+    if not isinstance(prompt, Iterable):
+        raise DataError(
+            f"the prompt is {type(prompt).__name__}; give a text, a row or a list of these"
+        )
     items = list(prompt)
     if items and all(isinstance(item, Mapping) and "role" in item for item in items):
         return [{"messages": [dict(item) for item in items]}], False  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from llamax.config.model import ModelConfig
+from llamax.inference.checks import check_number, check_whole
 from llamax.inference.kv_cache import KVCache
 from llamax.inference.one_token import one_token
 from llamax.model.llama import Llama
@@ -62,6 +63,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            check_number(name, getattr(self, name))
+        for name in ("top_k", "seed"):
+            check_whole(name, getattr(self, name))
         for name, value, holds, use in (
             ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
@@ -122,7 +127,7 @@ def sampling_of(
     theirs = 0.0 if sample is False else _first(found["temperature"], usual)
     return Sampling(
         _first(temperature, theirs),
-        int(_first(top_k, found["top_k"], 0)),
+        int(_first(None if top_k is None else check_whole("top_k", top_k), found["top_k"], 0)),
         _first(top_p, found["top_p"], 1.0),
         seed,
     )
@@ -194,7 +199,7 @@ def join_steps(steps: Iterator[list[int | None]]) -> list[list[int]]:
 
 def check_prompts(config: ModelConfig, prompts: Prompts, max_new_tokens: int) -> None:
     """Raise ConfigError for a prompt that is empty, outside the vocabulary or too long."""
-    if max_new_tokens < 1:
+    if check_whole("max_new_tokens", max_new_tokens) < 1:
         raise ConfigError(f"`max_new_tokens={max_new_tokens}` makes no token; use 1 or more")
     if not prompts:
         raise ConfigError("there are no prompts; give at least one")

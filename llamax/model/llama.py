@@ -28,9 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from llamax import ops
-from llamax.config import validate
 from llamax.config.model import ModelConfig
-from llamax.config.schema import Config, DataConfig, ParallelConfig, RunConfig
+from llamax.config.validate import check_model
 from llamax.model import recompute, rope
 from llamax.model.causal import Causal
 from llamax.model.dropout import Dropout
@@ -251,7 +250,7 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.tp = model, tp or Solo("tp", device)
-        _check(model, self.tp.size, recompute)
+        check_model(model, self.tp.size, recompute)
         self.sequence_parallel = sequence_parallel and self.tp.size > 1
         self.dropout: Dropout | None = None  # of the adapters, where there are some
         like = torch.empty(0, dtype=dtype, device=device)
@@ -390,10 +389,3 @@ def _splits(mlp: nn.Module) -> bool:
     if type(mlp).forward is not FeedForward.forward or not hasattr(last, "reduced"):
         return False
     return not isinstance(last, RowLinear) or type(last).forward is RowLinear.forward
-
-
-def _check(model: ModelConfig, tensor: int, recompute: Recompute) -> None:
-    """Raise one ConfigError with every reason why ``tensor`` ranks cannot hold such a model."""
-    parallel, data = ParallelConfig(tensor=tensor, sequence=False), DataConfig(sequence_length=1)
-    config = Config(model, parallel, data=data, run=RunConfig(recompute=recompute))
-    validate.check(config)

@@ -86,6 +86,27 @@ class TrainedRun:
         )
 
 
+def check_ranks(ranks: int, where: Rendezvous, *, own_parts: bool) -> None:
+    """Raise ConfigError unless a program can start ``ranks`` ranks on this machine; 0: none.
+
+    ``own_parts``: whether it trains with parts of its own, which other programs do not know.
+    """
+    if isinstance(ranks, bool) or not isinstance(ranks, int):
+        raise ConfigError(f"`ranks={ranks!r:.40}` is not a whole number; use 0 for none")
+    if ranks < 0:
+        raise ConfigError(f"`ranks={ranks}` is below 0; use 0 for none")
+    if ranks and where.launcher:
+        raise ConfigError(
+            f"`ranks={ranks}` inside a program that {where.launcher} started; leave `ranks` out"
+        )
+    if ranks and own_parts:
+        raise ConfigError(
+            f"`ranks={ranks}` starts programs that know the configuration alone; with "
+            "`model_class` or `learning_rate` leave it out and start this program with torchrun "
+            f"--nproc-per-node {ranks}"
+        )
+
+
 def config_of(
     config: str | Path | Config | Mapping[str, Any],
     overrides: Mapping[str, Any],

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import batchnorm, conv, instancenorm, pooling
 
@@ -66,6 +67,40 @@ def _check_loss(model: Llama, axes: Axes) -> None:
             f"a step cannot call the loss of {type(model).__qualname__}{mesh}: {error}; define "
             f"{signature}"
         ) from None
+
+
+def check_sums(model: Llama, result: Any) -> tuple[Tensor, Tensor]:
+    """What a ``loss`` of a program's own has returned; ConfigError if a step cannot add it up."""
+    if type(model).loss is not Llama.loss:
+        wrong = _not_sums(result)
+        if wrong:
+            raise ConfigError(
+                f"the loss of {type(model).__qualname__} returns {wrong}; return the sum of the "
+                "losses of this rank's tokens and their number, two 0-d tensors"
+            )
+        if torch.is_grad_enabled() and not result[0].requires_grad:
+            raise ConfigError(
+                f"the loss of {type(model).__qualname__} has no gradient; compute it from what "
+                "the model returns, without detach, item or no_grad"
+            )
+    total, count = result
+    return total, count
+
+
+def _not_sums(result: Any) -> str:
+    """What a loss returns instead of two 0-d tensors; empty if it returns these."""
+    if not isinstance(result, tuple | list):
+        return type(result).__name__
+    if len(result) != 2:
+        return f"{len(result)} values"
+    if not isinstance(result[1], Tensor):
+        return f"a number of tokens that is {type(result[1]).__name__}"
+    for value in result:
+        if not isinstance(value, Tensor):
+            return f"a sum that is {type(value).__name__}"
+        if value.dim():
+            return f"a tensor of {list(value.shape)}"
+    return ""
 
 
 def check_stage(model: Llama, axes: Axes) -> None:

@@ -363,7 +363,8 @@ class TrainState:
         labels = batch.labels.int().to(self.model.tp.rank_index.device, non_blocking=True)
         ids, positions, more = self._inputs(batch, keys_B, x_BsD, layers)
         with model_checks.loss_checked(self.model, self.axes, layers, more) as options:
-            return self.model.loss(ids, labels, positions, **options)
+            result = self.model.loss(ids, labels, positions, **options)
+        return model_checks.check_sums(self.model, result)
 
     def _hidden(
         self, batch: Batch, keys_B: Tensor | None, x_BsD: Tensor | None, layers: range
