@@ -69,7 +69,7 @@ class BlendedLoader(Batches):
     def read(self, samples: Integers) -> Rows:
         """These samples, each row from its part; -1 is an empty row."""
         owner = np.maximum(np.searchsorted(self._first, samples, "right") - 1, 0)
-        local = np.where(samples < 0, -1, samples - self._first[owner])
+        local = samples - self._first[owner]  # the first part begins at 0, so that -1 stays
         order = np.argsort(owner, kind="stable")
         starts = np.flatnonzero(np.diff(owner[order], prepend=-1)).tolist()
         found = [

@@ -20,6 +20,7 @@ from llamax.data.loader import Batch, Loader
 from llamax.data.packed_loader import PackedLoader
 from llamax.data.packing import Packs
 from llamax.data.samples import Samples
+from llamax.data.token_file import Header, TokenFile, TokenWriter
 from llamax.model.llama import Llama
 from llamax.ops import IGNORE_INDEX
 from llamax.parallel.collectives import Solo
@@ -61,6 +62,19 @@ def test_a_sample_holds_its_documents_and_their_answers(tmp_path: Path) -> None:
         if len(tokens) <= 9:
             expected.append((tokens[:-1], labels))
     assert sorted(seen) == sorted(expected), "the document of 12 has its answer beyond 9 tokens"
+
+
+def test_a_document_stays_where_its_first_answer_is_the_last_label(tmp_path: Path) -> None:
+    """Of 9 tokens in a sample of 4: the first token is no label, and the fifth the last one."""
+    with TokenWriter(tmp_path / "f.tokens", Header("f", 64)) as writer:
+        for answer in range(9):
+            counted = np.arange(9) == answer
+            writer.add(10 * np.ones(9) + np.arange(9), np.array([9]), 9, counted)
+    packs = Packs(TokenFile(tmp_path / "f.tokens"), 4)
+    assert packs.answerless == 5
+    loader = PackedLoader(packs, BatchPlan(0, 4, 4, 4), shuffle=False)
+    (batch,) = loader.step()
+    assert sorted(batch.labels[batch.labels != IGNORE_INDEX].tolist()) == [11, 12, 13, 14]
 
 
 def test_ranks_share_every_step_alike(tmp_path: Path) -> None:
