@@ -80,7 +80,7 @@ class StepResult:
     ``loss`` and ``validation_loss`` are means in nats; ``stop``: whether some rank wants to stop;
     ``save``: whether rank 0 wants a checkpoint, unknown where some rank wants to stop;
     ``loss_scale``: what the next step begins with, None where the loss is not scaled.  Above
-    ``loss_bound`` and ``norm_bound`` a step is an outlier.
+    ``loss_bound`` and ``norm_bound`` a step is an outlier.  ``labels``: how many counted.
     """
 
     number: int
@@ -92,6 +92,7 @@ class StepResult:
     loss_scale: LossScaleState | None = None
     loss_bound: float = LARGEST
     norm_bound: float = LARGEST
+    labels: float = 1.0
 
     @property
     def skipped(self) -> bool:
@@ -125,9 +126,8 @@ class Step:
         device: Device = EAGER_DEVICE,
         bounds: Sequence[Tensor] = (),
     ) -> None:
-        self.bounds = bounds
-        self.number, self.loss, self.grad_norm = number, loss, grad_norm
-        self.tokens, self.requests, self.device = tokens, requests, device
+        self.number, self.device, self.bounds = number, device, bounds
+        self.loss, self.grad_norm, self.tokens, self.requests = loss, grad_norm, tokens, requests
         self.validation_loss: Tensor | None = None
         self.loss_scale: list[Tensor] = []  # that the next step begins with
 
@@ -138,10 +138,11 @@ class Step:
         Waits for the device: read it while the next step runs.  A ``validation_loss`` is set
         before.
         """
-        values = [self.loss, self.grad_norm, self.requests, *self.loss_scale, *self.bounds]
+        values = [self.loss, self.grad_norm, self.tokens, self.requests]
+        values += [*self.loss_scale, *self.bounds]
         if self.validation_loss is not None:
             values.append(self.validation_loss)
-        loss, grad_norm, requests, *more = self.device.fetch(values)
+        loss, grad_norm, labels, requests, *more = self.device.fetch(values)
         scale, more = more[: len(self.loss_scale)], more[len(self.loss_scale) :]
         bounds, validation = more[: len(self.bounds)], more[len(self.bounds) :]
         loss_bound, norm_bound = bounds or (LARGEST, LARGEST)
@@ -155,6 +156,7 @@ class Step:
             loss_scale=LossScaleState.of(scale) if scale else None,
             loss_bound=loss_bound,
             norm_bound=norm_bound,
+            labels=labels,
         )
 
 

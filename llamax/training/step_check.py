@@ -101,8 +101,9 @@ class StepCheck:
         if self.logs:
             logger.warning("%s; samples %s", what, ids)
         if self.skipped > self.most_skipped:
+            remedy = "lower optim.lr" if result.labels else "raise data.global_batch"
             raise NotFinite(
-                f"{what}, {self.skipped} in a row; look at samples {ids}, lower optim.lr, or "
+                f"{what}, {self.skipped} in a row; look at samples {ids}, {remedy}, or "
                 f"raise optim.most_skipped={self.most_skipped}"
             )
         return result.stop
@@ -110,6 +111,8 @@ class StepCheck:
 
 def _reason(result: StepResult) -> str:
     """Why a step was skipped."""
+    if not result.labels:
+        return "none of its labels counts in the loss"
     numbers = {
         "loss": (result.loss, result.loss_bound),
         "gradient norm": (result.grad_norm, result.norm_bound),

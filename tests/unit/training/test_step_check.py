@@ -57,6 +57,20 @@ def test_the_first_bad_step_ends_a_run_that_skips_none(
         judge.add(step(8))
 
 
+def test_a_step_without_a_label_is_no_model_that_diverges(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As of instruction data where no sample of a small batch has an answer."""
+    judge, empty = verdict(1), [step(number, math.nan, math.nan) for number in (7, 8)]
+    for each in empty:
+        each.tokens = torch.tensor(0.0)
+        judge.add(each)
+    expected = "none of its labels counts in the loss: no rank made an update"
+    assert f"step 7: {expected}; samples 70, 71" in caplog.text
+    with pytest.raises(NotFinite, match=rf"step 8: {expected}, .*, raise data.global_batch, or"):
+        judge.check()
+
+
 def test_skipped_steps_are_counted_in_a_row(caplog: pytest.LogCaptureFixture) -> None:
     judge, nan = verdict(2), math.nan
     logging.getLogger("llamax").propagate = True

@@ -67,7 +67,7 @@ def test_all_readers_of_a_step_share_one_fetch() -> None:
                 stopping.add(made)
             recorder.add(made, 64 * number, 1e-3)
     check.check()
-    assert device.fetched == [3, 4, 4], "a validation loss comes with the numbers of its step"
+    assert device.fetched == [4, 5, 5], "a validation loss comes with the numbers of its step"
     assert [record.loss for record in view.records] == [0.5, 1.0, 1.5]
     assert [record.validation_loss for record in view.records] == [None, 3.0, 3.5]
     assert (stopping.best, stopping.waited) == (3.0, 1)
@@ -97,6 +97,6 @@ def test_a_run_fetches_once_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Cpu, "fetch", counted)
     train(cfg, Rendezvous())
     validated = [number % 2 == 0 for number in range(1, cfg.run.steps + 1)]
-    assert fetched == [4 if valid else 3 for valid in validated]
+    assert fetched == [5 if valid else 4 for valid in validated]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert ["validation_loss" in json.loads(line) for line in lines] == validated
