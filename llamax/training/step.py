@@ -138,11 +138,10 @@ class Step:
         Waits for the device: read it while the next step runs.  A ``validation_loss`` is set
         before.
         """
-        values = [self.loss, self.grad_norm, self.tokens, self.requests]
-        values += [*self.loss_scale, *self.bounds]
-        if self.validation_loss is not None:
-            values.append(self.validation_loss)
-        loss, grad_norm, labels, requests, *more = self.device.fetch(values)
+        values = [self.loss, self.grad_norm, self.tokens, self.requests, *self.loss_scale]
+        last = [] if self.validation_loss is None else [self.validation_loss]
+        fetched = self.device.fetch([*values, *self.bounds, *last])
+        loss, grad_norm, labels, requests, *more = fetched
         scale, more = more[: len(self.loss_scale)], more[len(self.loss_scale) :]
         bounds, validation = more[: len(self.bounds)], more[len(self.bounds) :]
         loss_bound, norm_bound = bounds or (LARGEST, LARGEST)
