@@ -38,6 +38,7 @@ from llamax.runtime.files import copy_file, new_file
 from llamax.runtime.hub import local_folder
 from llamax.runtime.hub_files import CONFIG
 from llamax.runtime.hub_name import hub_name
+from llamax.runtime.logging import logger
 
 FILE_BYTES = 5 * 10**9
 
@@ -129,6 +130,14 @@ def write_metadata(
     CheckpointError if the tokenizer does not belong to the model.
     """
     model = ModelConfig.from_hub(source.model)
+    if model.hidden_size % model.num_attention_heads:
+        logger.warning(
+            "transformers 5 loads no model whose num_attention_heads=%d does not divide "
+            "hidden_size=%d, although its head_dim=%d is given; llamax does",
+            model.num_attention_heads,
+            model.hidden_size,
+            model.head_dim,
+        )
     write_json(
         folder / hf_folder.CONFIG_JSON, model.to_hub(str(planned[0].dtype).removeprefix("torch."))
     )

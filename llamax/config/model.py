@@ -235,7 +235,10 @@ def _heads(sizes: Mapping[str, Any]) -> Iterator[str]:
     kv = sizes.get("num_key_value_heads", heads)
     if heads % kv:
         yield f"num_key_value_heads={kv} does not divide num_attention_heads={heads}"
-    if sizes.get("head_dim", hidden // heads) % 2 or hidden < heads:
+    given, whole = sizes.get("head_dim"), hidden // heads
+    if given is not None and given % 2:
+        yield f"head_dim={given} is odd, and rotary positions turn pairs of features"
+    elif given is None and (whole % 2 or not whole):
         yield f"hidden_size={hidden} and num_attention_heads={heads} give no even head_dim"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
@@ -20,7 +21,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.saving import saved
 
-from llamax.checkpoint import Checkpoint, Saver, hf_writer
+from llamax.checkpoint import Checkpoint, Saver, hf_writer, load_weights
 from llamax.checkpoint.consolidate import consolidate, size
 from llamax.checkpoint.hf_folder import HfFolder
 from llamax.cli.consolidate import main as consolidate_main
@@ -28,6 +29,7 @@ from llamax.config.model import ModelConfig
 from llamax.config.schema import CheckpointConfig
 from llamax.data.tokenizer.tokenizer import load_tokenizer
 from llamax.data.tokenizer.train import train_sentencepiece
+from llamax.model.llama import Llama
 from llamax.runtime.errors import CheckpointError, ConfigError, Terminated
 
 
@@ -52,6 +54,19 @@ def test_transformers_reads_what_consolidate_writes(
     assert theirs.config.num_key_value_heads == 2
     assert (theirs.generation_config.bos_token_id, theirs.generation_config.eos_token_id) == (1, 2)
     assert ModelConfig.from_hub(json.loads((out / "config.json").read_text())) == model
+
+
+def test_a_width_of_heads_that_transformers_refuses_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Although config.json gives the width of a head, and nothing else follows from the hidden."""
+    model = dataclasses.replace(worlds.llama(), hidden_size=26, head_dim=8)
+    saved(tmp_path, model, torch.float32)
+    out = consolidate(tmp_path, tmp_path / "hub")
+    assert "whose num_attention_heads=4 does not divide hidden_size=26" in caplog.text
+    with pytest.raises(Exception, match=r"hidden size \(26\) is not a multiple"):
+        transformers.LlamaForCausalLM.from_pretrained(out)
+    load_weights(HfFolder(out), Llama(model).sharded_parameters())
 
 
 def test_dtypes_and_file_sizes(tmp_path: Path) -> None:

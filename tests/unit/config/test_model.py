@@ -172,10 +172,14 @@ def test_both_spellings_of_rope_are_read() -> None:
             {"num_attention_heads": 4, "num_key_value_heads": 3},
             "num_key_value_heads=3 does not divide num_attention_heads=4",
         ),
+        ({"head_dim": 7}, "head_dim=7 is odd, and rotary positions turn pairs of features"),
         (
-            {"head_dim": 7},
-            f"hidden_size={HUB['hidden_size']} and num_attention_heads="
-            f"{HUB['num_attention_heads']} give no even head_dim",
+            {"hidden_size": 56},
+            "hidden_size=56 and num_attention_heads=8 give no even head_dim",
+        ),
+        (
+            {"hidden_size": 6},
+            "hidden_size=6 and num_attention_heads=8 give no even head_dim",
         ),
     ],
 )
@@ -194,6 +198,7 @@ def test_all_refusals_are_reported_together() -> None:
 models = st.builds(
     replace,
     st.just(MODEL),
+    hidden_size=st.sampled_from([MODEL.hidden_size, 3]),  # heads have a width of their own
     head_dim=st.sampled_from([8, 16]),
     rope_theta=st.floats(1.0, 1e7),
     rms_norm_eps=st.floats(1e-7, 1e-3),
