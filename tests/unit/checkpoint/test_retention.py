@@ -66,6 +66,21 @@ def test_after_going_back_the_newest_is_the_one_saved_last(
     assert (tmp_path / "step-00000008.past-2" / "precious").exists()
 
 
+def test_the_score_of_a_step_that_is_saved_again_is_forgotten(
+    tmp_path: Path, rank: worlds.Rank
+) -> None:
+    """A run that went back, and no longer validates in that step."""
+    mine = saver(tmp_path, rank, keep=2, keep_best=True)
+    for step, score in ((2, 2.0), (4, 1.0)):
+        mine.save(step, rank.owned, {}, MODEL.to_hub("float32"), "", score=score)
+    mine.wait()
+    again = saver(tmp_path, rank, keep=2, keep_best=True)
+    for step in (4, 6, 8):
+        save_step(again, rank, step)
+    again.wait()
+    assert steps_in(tmp_path) == [2, 6, 8]
+
+
 def test_a_checkpoint_that_lies_elsewhere_stays_there(tmp_path: Path, rank: worlds.Rank) -> None:
     """Of one that was moved to another disk and linked, retention removes the link alone."""
     mine = saver(tmp_path / "run", rank, keep=1)
