@@ -154,6 +154,22 @@ def test_a_run_that_could_not_go_back_once_goes_back_later(
     assert log_of(tmp_path / "run")[-1]["rewinds"] == 1
 
 
+def test_a_run_goes_back_to_checkpoints_of_its_own_history_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Resumed from step 10, it has not been at the later ones that an earlier start left."""
+    logging.getLogger("llamax").propagate = True
+    cfg, folder = spiky(tmp_path, (18, 19), 20, rewind=2), tmp_path / "run/checkpoints"
+    go(replace(cfg, run=replace(cfg.run, steps=16)))
+    assert (folder / "step-00000015").exists()
+    go(
+        replace(
+            cfg, checkpoint=replace(cfg.checkpoint, every=50, resume=str(folder / "step-00000010"))
+        )
+    )
+    assert f"2 steps in a row were skipped: back to {folder}/step-00000010" in caplog.text
+
+
 def test_a_run_that_goes_back_in_vain_ends(tmp_path: Path) -> None:
     cfg = spiky(tmp_path, tuple(range(12, 31)), 30, rewind=2)
     with pytest.raises(NotFinite, match=r"went back to .*step-00000010 3 times; lower optim\.lr"):
